@@ -1,0 +1,115 @@
+"""The payloads that stages hand to each other: frozen, whole arrays, no per-row objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.errors import FletcherError
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float32]
+
+Truncate = Literal["end", "start", "error"]
+Priority = Literal["bulk", "interactive"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    """Texts as they leave the front process for a tokenizer, in Arrow's own layout.
+
+    Attributes:
+        data: UTF-8 bytes of all texts, one after the other.
+        offsets: int64 [num_texts + 1], byte positions in `data`; not necessarily from 0.
+        truncate: What to do with a text longer than `max_length` tokens.
+        prompt: Put before every text; counted in its tokens.
+        max_length: Tokens per text at most, special tokens included; None: the model's own.
+    """
+
+    data: bytes | memoryview
+    offsets: Int64Array
+    truncate: Truncate = "end"
+    prompt: str = ""
+    max_length: int | None = None
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Tokenized texts, flat.
+
+    Attributes:
+        input_ids: int32 [total_tokens], all texts one after the other, special tokens included.
+        offsets: int64 [num_texts + 1] into `input_ids`, from 0.
+        truncated: bool [num_texts], True where tokens were cut off.
+        errors: By text index, why a text has no tokens (it then has length 0): truncate="error".
+    """
+
+    input_ids: Int32Array
+    offsets: Int64Array
+    truncated: BoolArray
+    errors: dict[int, FletcherError] = field(default_factory=dict)
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def token_count(self) -> Int32Array:
+        """int32 [num_texts], tokens that the model sees."""
+        return np.diff(self.offsets).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One run of the model: rows of similar length, flat and unpadded.
+
+    Attributes:
+        input_ids: int32 [total_tokens].
+        lengths: int32 [num_rows], each at least 1.
+    """
+
+    input_ids: Int32Array
+    lengths: Int32Array
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceResult:
+    """What a replica answers to a MicroBatch.
+
+    Attributes:
+        embeddings: float32 [num_rows, dim], pooled and, where the bundle says so, L2-normalised.
+        norms: float32 [num_rows], the L2 norm before normalisation; None where not normalised.
+        compute_s: Seconds the device was computing.
+    """
+
+    embeddings: FloatArray
+    norms: FloatArray | None
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingBatch:
+    """The vectors of one TextBatch, in its order.
+
+    Attributes:
+        embeddings: float32 [num_texts, dim]; rows in `errors` hold zeros.
+        norms: float32 [num_texts] or None, as in InferenceResult.
+        token_count: int32 [num_texts].
+        truncated: bool [num_texts].
+        errors: By text index, why a text has no vector.
+    """
+
+    embeddings: FloatArray
+    norms: FloatArray | None
+    token_count: Int32Array
+    truncated: BoolArray
+    errors: dict[int, FletcherError] = field(default_factory=dict)

@@ -1,0 +1,227 @@
+"""Every error Fletcher raises on purpose, and the one form in which errors cross the wire.
+
+    FletcherError                      code, message, field, allowed, retry_after_ms
+    ├── RequestError                   what was asked cannot be done as asked; do not retry unchanged
+    │   ├── InvalidCommandError        invalid_command
+    │   ├── UnknownFieldError          unknown_field
+    │   ├── UnknownModelError          unknown_model
+    │   ├── UnknownDatasetError        unknown_dataset
+    │   ├── UnknownColumnError         unknown_column
+    │   ├── ColumnTypeError            column_type
+    │   ├── InvalidUtf8Error           invalid_utf8
+    │   ├── RowTooLargeError           row_too_large
+    │   ├── BatchTooLargeError         batch_too_large
+    │   ├── DimensionMismatchError     dimension_mismatch
+    │   ├── ModelMismatchError         model_mismatch
+    │   └── UploadConflictError        upload_conflict
+    ├── UnavailableError               the same request may succeed later
+    │   ├── OverloadedError            overloaded
+    │   ├── DrainingError              draining
+    │   ├── StoreUnavailableError      store_unavailable
+    │   └── JournalFullError           journal_full
+    ├── DeadlineExceededError          deadline_exceeded
+    ├── UnauthenticatedError           unauthenticated
+    ├── UnauthorizedError              unauthorized
+    ├── InternalError                  internal
+    └── SetupError                     this process cannot start or run as configured (code internal)
+        ├── ConfigError                an option, an environment variable or the config file
+        ├── ModelError                 a model bundle: missing, damaged, not supported
+        ├── BackendError               an engine or a device that is not there or refused the model
+        └── StoreError                 a store address or folder that cannot be used
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+
+class FletcherError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: One or two sentences for a person: what was expected, what came, the remedy. Names
+            fields in backticks. Holds no traceback and no path of the server.
+        field: The command field, column or option at fault, if there is one.
+        allowed: What would have been accepted.
+        retry_after_ms: For errors that pass: how long to wait before the next try.
+    """
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        allowed: Sequence[str] | None = None,
+        retry_after_ms: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.allowed = list(allowed) if allowed is not None else None
+        self.retry_after_ms = retry_after_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as it crosses the wire: `code` and `message`, the rest where known."""
+        fields = {
+            "code": self.code,
+            "message": self.message,
+            "field": self.field,
+            "allowed": self.allowed,
+            "retry_after_ms": self.retry_after_ms,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def to_json(self) -> bytes:
+        """`to_dict` as UTF-8 JSON, the `extra_info` of a Flight error."""
+        return json.dumps(self.to_dict(), ensure_ascii=False).encode()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions with keyword-only arguments do not pickle by themselves; workers send them.
+        return _rebuild, (type(self), self.to_dict())
+
+
+def _rebuild(kind: type[FletcherError], fields: dict[str, Any]) -> FletcherError:
+    return kind(
+        fields["message"],
+        field=fields.get("field"),
+        allowed=fields.get("allowed"),
+        retry_after_ms=fields.get("retry_after_ms"),
+    )
+
+
+class RequestError(FletcherError):
+    """What was asked cannot be done as asked."""
+
+    code = "invalid_command"
+
+
+class InvalidCommandError(RequestError):
+    code = "invalid_command"
+
+
+class UnknownFieldError(RequestError):
+    code = "unknown_field"
+
+
+class UnknownModelError(RequestError):
+    code = "unknown_model"
+
+
+class UnknownDatasetError(RequestError):
+    code = "unknown_dataset"
+
+
+class UnknownColumnError(RequestError):
+    code = "unknown_column"
+
+
+class ColumnTypeError(RequestError):
+    code = "column_type"
+
+
+class InvalidUtf8Error(RequestError):
+    code = "invalid_utf8"
+
+
+class RowTooLargeError(RequestError):
+    code = "row_too_large"
+
+
+class BatchTooLargeError(RequestError):
+    code = "batch_too_large"
+
+
+class DimensionMismatchError(RequestError):
+    code = "dimension_mismatch"
+
+
+class ModelMismatchError(RequestError):
+    code = "model_mismatch"
+
+
+class UploadConflictError(RequestError):
+    code = "upload_conflict"
+
+
+class UnavailableError(FletcherError):
+    """The same request may succeed later."""
+
+    code = "overloaded"
+
+
+class OverloadedError(UnavailableError):
+    code = "overloaded"
+
+
+class DrainingError(UnavailableError):
+    code = "draining"
+
+
+class StoreUnavailableError(UnavailableError):
+    code = "store_unavailable"
+
+
+class JournalFullError(UnavailableError):
+    code = "journal_full"
+
+
+class DeadlineExceededError(FletcherError):
+    code = "deadline_exceeded"
+
+
+class UnauthenticatedError(FletcherError):
+    code = "unauthenticated"
+
+
+class UnauthorizedError(FletcherError):
+    code = "unauthorized"
+
+
+class InternalError(FletcherError):
+    code = "internal"
+
+
+class SetupError(FletcherError):
+    """This process cannot start or run as configured."""
+
+
+class ConfigError(SetupError):
+    pass
+
+
+class ModelError(SetupError):
+    pass
+
+
+class BackendError(SetupError):
+    pass
+
+
+class StoreError(SetupError):
+    pass
+
+
+def _subclasses(kind: type[FletcherError]) -> list[type[FletcherError]]:
+    return [kind, *(leaf for child in kind.__subclasses__() for leaf in _subclasses(child))]
+
+
+# The leaf that owns each code. Groups (RequestError, UnavailableError) and SetupError never do.
+BY_CODE: dict[str, type[FletcherError]] = {
+    kind.code: kind
+    for kind in _subclasses(FletcherError)
+    if not kind.__subclasses__() and not issubclass(kind, SetupError)
+}
+
+
+def from_json(extra_info: bytes | str) -> FletcherError | None:
+    """The error that `to_json` wrote; None where the text is no such error."""
+    try:
+        fields = json.loads(extra_info)
+        kind = BY_CODE[fields["code"]]
+        return _rebuild(kind, fields)
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,52 @@
+"""What an engine must offer to be a backend: one small protocol, one module per engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fletcher.batches import InferenceResult, MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class BackendConfig:
+    """How a replica loads its model; picklable, it travels to the replica's process.
+
+    Attributes:
+        backend: `onnxruntime`, `openvino` or `null`: resolved, never `auto`.
+        device: `cpu` or `cuda:N`: resolved, never `auto`.
+        bundle: The bundle's folder.
+        precision: `float32`, `bfloat16` (OpenVINO) or `float16` (CUDA).
+        threads: Cores this replica may use; 0: all it sees. CPU only.
+        max_batch_tokens: Padded tokens in one run at most; warm-up covers it.
+        dim: Width of a vector, for `null`, which loads nothing.
+    """
+
+    backend: str
+    device: str
+    bundle: str
+    precision: str = "float32"
+    threads: int = 0
+    max_batch_tokens: int = 1024
+    dim: int = 0
+
+
+class Backend(Protocol):
+    """A loaded model on one device.
+
+    `run` may be called from as many threads at once as `concurrency` says.
+    """
+
+    concurrency: int
+
+    def run(self, batch: MicroBatch) -> InferenceResult:
+        """Embeds one micro-batch.
+
+        Raises:
+            BackendError: The engine failed; the message says how, for the log.
+        """
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Engine, version, device, precision and provider that really run, for logs and stats."""
+        ...

@@ -1,0 +1,135 @@
+"""Output columns and their schema metadata (contract.md, Output columns)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fletcher.errors import InvalidCommandError
+
+ELEMENT_TYPES: dict[str, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
+TIMESTAMP = pa.timestamp("ns", tz="UTC")
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSpec:
+    """What the vectors of one stream are: the part of a schema that must never change.
+
+    Attributes:
+        model: `name@hash`.
+        dims: Width of a vector.
+        dtype: Element type's name, a key of ELEMENT_TYPES.
+        layers: Exit layer that the vectors come from.
+        pooling: `cls`, `mean` or `last_token`.
+        normalized: L2 norm is 1.
+    """
+
+    model: str
+    dims: int
+    dtype: str
+    layers: int
+    pooling: str
+    normalized: bool
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """FixedSizeList<dtype>[dims]."""
+        return pa.list_(pa.field("item", ELEMENT_TYPES[self.dtype]), self.dims)
+
+    def metadata(self) -> dict[str, str]:
+        """Schema metadata that lets a reader understand the vectors without the server."""
+        return {
+            "fletcher.model": self.model,
+            "fletcher.dims": str(self.dims),
+            "fletcher.layers": str(self.layers),
+            "fletcher.pooling": self.pooling,
+            "fletcher.normalized": "true" if self.normalized else "false",
+            "fletcher.dtype": self.dtype,
+            "longbow.vector_type": self.dtype,
+        }
+
+
+def output_schema(
+    spec: VectorSpec,
+    *,
+    id_type: pa.DataType,
+    carried: Sequence[pa.Field] = (),
+    text: bool = False,
+    metadata_column: bool = False,
+    batch_key: bool = False,
+) -> pa.Schema:
+    """The schema of a stream's output.
+
+    Columns in order: id, vector, timestamp, token_count, truncated, [text], [metadata], carried...,
+    [batch_key].
+
+    Raises:
+        InvalidCommandError: A carried column has the name of one of Fletcher's.
+    """
+    fields = [
+        pa.field("id", id_type),
+        pa.field("vector", spec.arrow_type),
+        pa.field("timestamp", TIMESTAMP),
+        pa.field("token_count", pa.int32()),
+        pa.field("truncated", pa.bool_()),
+    ]
+    if text:
+        fields.append(pa.field("text", pa.utf8()))
+    if metadata_column:
+        fields.append(pa.field("metadata", pa.utf8()))
+    names = {one.name for one in fields} | {"batch_key", "scale", "score", "text", "metadata"}
+    for column in carried:
+        if column.name in names:
+            raise InvalidCommandError(
+                f"`columns` asks for `{column.name}`, which is the name of an output column; "
+                "rename it in the input",
+                field="columns",
+            )
+        fields.append(column)
+    if batch_key:
+        fields.append(pa.field("batch_key", pa.utf8()))
+    return pa.schema(fields, metadata=spec.metadata())
+
+
+def vector_array(
+    embeddings: npt.NDArray[np.float32], spec: VectorSpec, null_rows: npt.NDArray[np.bool_] | None
+) -> pa.Array:
+    """A FixedSizeList array over whole buffers.
+
+    Args:
+        embeddings: float32 [num_rows, dims].
+        null_rows: bool [num_rows], True where the vector is null; None: no nulls.
+    """
+    values = np.ascontiguousarray(embeddings, dtype=np.dtype(spec.dtype))
+    flat = pa.array(values.reshape(-1), type=ELEMENT_TYPES[spec.dtype])
+    mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+    return pa.FixedSizeListArray.from_arrays(flat, type=spec.arrow_type, mask=mask)
+
+
+def batch_key(upload_id: str, first: int, last: int) -> str:
+    """The key of a group of rows: `upload_id:first-last`, both inclusive."""
+    return f"{upload_id}:{first}-{last}"
+
+
+def parse_batch_key(key: str) -> tuple[str, int, int] | None:
+    """(upload_id, first, last) of a batch key; None where the text is none."""
+    upload_id, colon, extent = key.rpartition(":")
+    first, dash, last = extent.partition("-")
+    if not (colon and dash and upload_id and first.isdigit() and last.isdigit()):
+        return None
+    return upload_id, int(first), int(last)
+
+
+def merge_ranges(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Inclusive ranges, sorted, with neighbours and overlaps joined."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], last))
+        else:
+            merged.append((first, last))
+    return merged
