@@ -1,33 +1,33 @@
 """Every error Fletcher raises on purpose, and the one form in which errors cross the wire.
 
-    FletcherError                      code, message, field, allowed, retry_after_ms
-    ├── RequestError                   what was asked cannot be done as asked; do not retry unchanged
-    │   ├── InvalidCommandError        invalid_command
-    │   ├── UnknownFieldError          unknown_field
-    │   ├── UnknownModelError          unknown_model
-    │   ├── UnknownDatasetError        unknown_dataset
-    │   ├── UnknownColumnError         unknown_column
-    │   ├── ColumnTypeError            column_type
-    │   ├── InvalidUtf8Error           invalid_utf8
-    │   ├── RowTooLargeError           row_too_large
-    │   ├── BatchTooLargeError         batch_too_large
-    │   ├── DimensionMismatchError     dimension_mismatch
-    │   ├── ModelMismatchError         model_mismatch
-    │   └── UploadConflictError        upload_conflict
-    ├── UnavailableError               the same request may succeed later
-    │   ├── OverloadedError            overloaded
-    │   ├── DrainingError              draining
-    │   ├── StoreUnavailableError      store_unavailable
-    │   └── JournalFullError           journal_full
-    ├── DeadlineExceededError          deadline_exceeded
-    ├── UnauthenticatedError           unauthenticated
-    ├── UnauthorizedError              unauthorized
-    ├── InternalError                  internal
-    └── SetupError                     this process cannot start or run as configured (code internal)
-        ├── ConfigError                an option, an environment variable or the config file
-        ├── ModelError                 a model bundle: missing, damaged, not supported
-        ├── BackendError               an engine or a device that is not there or refused the model
-        └── StoreError                 a store address or folder that cannot be used
+FletcherError                      code, message, field, allowed, retry_after_ms
+├── RequestError                   what was asked cannot be done as asked; do not retry unchanged
+│   ├── InvalidCommandError        invalid_command
+│   ├── UnknownFieldError          unknown_field
+│   ├── UnknownModelError          unknown_model
+│   ├── UnknownDatasetError        unknown_dataset
+│   ├── UnknownColumnError         unknown_column
+│   ├── ColumnTypeError            column_type
+│   ├── InvalidUtf8Error           invalid_utf8
+│   ├── RowTooLargeError           row_too_large
+│   ├── BatchTooLargeError         batch_too_large
+│   ├── DimensionMismatchError     dimension_mismatch
+│   ├── ModelMismatchError         model_mismatch
+│   └── UploadConflictError        upload_conflict
+├── UnavailableError               the same request may succeed later
+│   ├── OverloadedError            overloaded
+│   ├── DrainingError              draining
+│   ├── StoreUnavailableError      store_unavailable
+│   └── JournalFullError           journal_full
+├── DeadlineExceededError          deadline_exceeded
+├── UnauthenticatedError           unauthenticated
+├── UnauthorizedError              unauthorized
+├── InternalError                  internal
+└── SetupError                     this process cannot start or run as configured (code internal)
+├── ConfigError                an option, an environment variable or the config file
+├── ModelError                 a model bundle: missing, damaged, not supported
+├── BackendError               an engine or a device that is not there or refused the model
+└── StoreError                 a store address or folder that cannot be used
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ class Store(Protocol):
         replace rows of the same id.
 
         Raises:
-            ModelMismatchError, DimensionMismatchError, ColumnTypeError: The dataset holds vectors of
-                another model, another width, or a column of another type.
+            ModelMismatchError, DimensionMismatchError, ColumnTypeError: The dataset holds vectors
+                of another model, another width, or a column of another type.
             StoreUnavailableError: The store does not answer, or another process writes to it.
         """
         ...
@@ -151,5 +151,3 @@ class Store(Protocol):
     def close(self) -> None:
         """Closes writers and connections. Idempotent."""
         ...
-
-

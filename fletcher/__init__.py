@@ -1,0 +1,1 @@
+"""Fletcher: text in over Arrow Flight, vectors in a store."""
