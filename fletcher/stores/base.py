@@ -7,7 +7,7 @@ row was sent in: `upload_id:first-last`, both offsets inclusive, unique within a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -55,7 +55,7 @@ class Filter:
     operator: Operator
     value: Any
     logic: Literal["and", "or"] = "and"
-    filters: tuple[Filter, ...] = field(default=())
+    filters: tuple[Filter, ...] = ()
 
 
 class DatasetWriter(Protocol):
