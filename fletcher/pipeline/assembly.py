@@ -1,0 +1,120 @@
+"""From rows and their vectors to output batches, whole arrays at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array
+from fletcher.errors import FletcherError
+from fletcher.pipeline.intake import Piece
+from fletcher.schema import VectorSpec, vector_array
+from fletcher.vectors.finish import finish
+
+
+class Assembler:
+    """Builds one call's output batches, in order.
+
+    Args:
+        schema: The output's, without `batch_key`.
+        spec: What the vectors are.
+        upload_id: For rows that came without an id.
+    """
+
+    def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
+        self.schema = schema
+        self._spec = spec
+        self._upload_id = upload_id
+        self._table = _Table(0, spec.dims)
+
+    def assemble(
+        self, piece: Piece, outcome: EmbeddingBatch | FletcherError
+    ) -> tuple[pa.RecordBatch, dict[int, FletcherError]]:
+        """The output of a piece, and by its row why a vector is null."""
+        num_rows = piece.num_rows
+        table, values = self._vectors(piece, outcome)
+        errors = dict(piece.errors)
+        if table.errors:
+            for row, value in enumerate(values.tolist()):
+                if value in table.errors:
+                    errors[row] = table.errors[value]
+        missing: BoolArray = np.zeros(num_rows, np.bool_)
+        missing[list(errors)] = True
+        columns: dict[str, Any] = {
+            "id": self._ids(piece),
+            "vector": vector_array(table.embeddings[values], self._spec, missing),
+            "timestamp": pa.array(np.full(num_rows, piece.timestamp_ns), self._type("timestamp")),
+            "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
+            "truncated": pa.array(table.truncated[values] & ~missing),
+        }
+        for name in self.schema.names:
+            if name not in columns:
+                columns[name] = self._carried(piece, name)
+        arrays = [columns[name] for name in self.schema.names]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema), errors
+
+    def _vectors(
+        self, piece: Piece, outcome: EmbeddingBatch | FletcherError
+    ) -> tuple[_Table, Int32Array]:
+        """The table and, for each row, its place there (any place for rows with an error)."""
+        num_texts = piece.texts.num_texts
+        if piece.new_values is None:
+            table = _Table(num_texts, self._spec.dims)
+            table.fill(np.arange(num_texts), outcome, self._spec)
+        else:
+            if piece.new_table:
+                self._table = _Table(piece.table_size, self._spec.dims)
+            table = self._table
+            table.fill(piece.new_values, outcome, self._spec)
+        if piece.values is None:
+            return table, np.arange(piece.num_rows, dtype=np.int32)
+        if len(table.embeddings) == 0:  # no row of the piece has a text
+            table = _Table(1, self._spec.dims)
+        return table, np.maximum(piece.values, 0)
+
+    def _ids(self, piece: Piece) -> pa.Array:
+        if "id" in piece.rows.schema.names:
+            return piece.rows.column("id")
+        offsets = np.arange(piece.row_first, piece.row_first + piece.num_rows, dtype=np.int64)
+        return pc.binary_join_element_wise(
+            f"{self._upload_id}:", pa.array(offsets).cast(pa.utf8()), ""
+        )
+
+    def _carried(self, piece: Piece, name: str) -> pa.Array:
+        if name in ("text", "metadata"):
+            array = piece.rows.column(name)
+        else:
+            array = piece.rows.column(f"carried:{name}")
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        return array if array.type == self._type(name) else array.cast(self._type(name))
+
+    def _type(self, name: str) -> pa.DataType:
+        return self.schema.field(name).type
+
+
+class _Table:
+    """Vectors that rows point to."""
+
+    def __init__(self, size: int, dims: int) -> None:
+        self.embeddings: FloatArray = np.zeros((size, dims), np.float32)
+        self.token_count: Int32Array = np.zeros(size, np.int32)
+        self.truncated: BoolArray = np.zeros(size, np.bool_)
+        self.errors: dict[int, FletcherError] = {}
+
+    def fill(
+        self, places: Int32Array, outcome: EmbeddingBatch | FletcherError, spec: VectorSpec
+    ) -> None:
+        if isinstance(outcome, FletcherError):
+            self.errors.update(dict.fromkeys(places.tolist(), outcome))
+            return
+        self.embeddings[places] = finish(
+            outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
+        )
+        self.token_count[places] = outcome.token_count
+        self.truncated[places] = outcome.truncated
+        for index, error in outcome.errors.items():
+            self.errors[int(places[index])] = error

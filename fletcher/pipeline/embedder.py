@@ -1,0 +1,131 @@
+"""The pipeline of one model: tokenizers, planning and replicas behind `open_stream`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fletcher.batches import TextBatch, TokenBatch
+from fletcher.instruments import Instruments
+from fletcher.pipeline.memory import MemoryBudget
+from fletcher.pipeline.sources import InferenceSource, TokenizationSource, as_fletcher_error
+from fletcher.pipeline.stream import EmbedStream, Ticket
+from fletcher.pipeline.window import Plan
+from fletcher.workers.messages import WorkerSpec
+from fletcher.workers.pool import WorkerPool
+
+# A sentence or two tokenizes in a fraction of a millisecond, less than a trip to a worker and back.
+_INLINE_TEXTS = 4
+_INLINE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderConfig:
+    """How a model is run.
+
+    Attributes:
+        tokenizers: A spec for each tokenizer process.
+        replicas: A spec for each replica process.
+        dim: Width of the graph's output.
+        window_tokens: Bulk tokens planned together.
+        max_queue_delay_s: What bulk work may wait for company.
+    """
+
+    tokenizers: Sequence[WorkerSpec]
+    replicas: Sequence[WorkerSpec]
+    dim: int
+    window_tokens: int
+    max_queue_delay_s: float
+
+
+class Embedder:
+    """Texts to vectors, for many streams at once.
+
+    Args:
+        config: Workers and windows.
+        plan: From lengths to micro-batches.
+        tokenize: Tokenizes a few short texts in this process.
+        budget: Memory for all streams.
+        instruments: Where counts and durations go.
+    """
+
+    def __init__(
+        self,
+        config: EmbedderConfig,
+        *,
+        plan: Plan,
+        tokenize: Callable[[TextBatch], TokenBatch],
+        budget: MemoryBudget,
+        instruments: Instruments,
+    ) -> None:
+        self._budget = budget
+        self._tokenize = tokenize
+        self._tokenizing = threading.Lock()
+        self._inference = InferenceSource(
+            dim=config.dim,
+            plan=plan,
+            window_tokens=config.window_tokens,
+            max_queue_delay_s=config.max_queue_delay_s,
+            more_coming=lambda: self._tokenization.busy,
+            instruments=instruments,
+        )
+        self._tokenization = TokenizationSource(instruments, self._inference.put)
+
+        def restarted(worker: str) -> None:
+            instruments.worker_restarts.add(worker=worker)
+
+        self.tokenizers = WorkerPool(
+            "tokenizer", config.tokenizers, self._tokenization, on_restart=restarted
+        )
+        self.replicas = WorkerPool(
+            "replica", config.replicas, self._inference, on_restart=restarted
+        )
+        instruments.queue_depth.watch(self._tokenization.depth, stage="texts")
+        instruments.queue_depth.watch(self._inference.depth, stage="tokens")
+        instruments.queue_depth.watch(self._inference.planned, stage="micro_batches")
+
+    def start(self) -> None:
+        """Starts and warms all workers.
+
+        Raises:
+            FletcherError: One could not load; nothing is left running.
+        """
+        try:
+            self.replicas.start()
+            self.tokenizers.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends all workers; what is in flight fails. Idempotent."""
+        self.tokenizers.close()
+        self.replicas.close()
+
+    def open_stream(self) -> EmbedStream:
+        """A way through the pipeline for one client call; close it in the end."""
+        return EmbedStream(self._budget.open(), self._enqueue)
+
+    def statistics(self) -> dict[str, Any]:
+        """Workers as they are now."""
+        return {
+            "tokenizers": self.tokenizers.statistics(),
+            "replicas": self.replicas.statistics(),
+            "memory": self._budget.statistics(),
+        }
+
+    def _enqueue(self, ticket: Ticket) -> None:
+        texts = ticket.texts
+        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES
+        if not (small and ticket.priority == "interactive"):
+            self._tokenization.put(ticket)
+            return
+        try:
+            with self._tokenizing:
+                ticket.tokens = self._tokenize(texts)
+        except Exception as error:  # noqa: BLE001 - as a worker would report it
+            ticket.finish(as_fletcher_error(error))
+        else:
+            self._inference.put(ticket)

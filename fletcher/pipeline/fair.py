@@ -1,0 +1,53 @@
+"""A queue that gives every stream its turn."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class FairQueue(Generic[Item]):
+    """Items by owner; owners take turns, an owner's items keep their order. Not thread-safe.
+
+    `weight` sums the weights of what is queued.
+    """
+
+    def __init__(self) -> None:
+        self._owners: dict[Hashable, deque[tuple[Item, int]]] = {}
+        self.weight = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
+    def __len__(self) -> int:
+        return sum(len(items) for items in self._owners.values())
+
+    def put(self, owner: Hashable, item: Item, weight: int = 1) -> None:
+        """Adds an item behind its owner's others."""
+        self._owners.setdefault(owner, deque()).append((item, weight))
+        self.weight += weight
+
+    def get(self) -> Item:
+        """The next owner's oldest item; that owner goes to the end of the line.
+
+        Raises:
+            IndexError: The queue is empty.
+        """
+        if not self._owners:
+            raise IndexError("get from an empty FairQueue")
+        owner = next(iter(self._owners))
+        items = self._owners.pop(owner)
+        item, weight = items.popleft()
+        if items:
+            self._owners[owner] = items
+        self.weight -= weight
+        return item
+
+    def discard(self, owner: Hashable) -> list[Item]:
+        """Removes and returns an owner's items."""
+        items = self._owners.pop(owner, deque())
+        self.weight -= sum(weight for _, weight in items)
+        return [item for item, _ in items]

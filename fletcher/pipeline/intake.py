@@ -1,0 +1,392 @@
+"""What a client sent, checked in full and cut into pieces that the pipeline can hold.
+
+`Intake` knows one call's input schema. It validates every batch before anything reads it (Arrow
+hands over bad offsets and invalid UTF-8 without a word), finds the rows that cannot be embedded, and
+cuts the rest into `Piece`s: the distinct texts to embed, and which row takes which vector.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fletcher.batches import Int32Array, Int64Array, Priority, TextBatch, Truncate
+from fletcher.errors import (
+    BatchTooLargeError,
+    ColumnTypeError,
+    FletcherError,
+    InvalidCommandError,
+    InvalidUtf8Error,
+    RowTooLargeError,
+    UnknownColumnError,
+)
+from fletcher.options import EmbedOptions
+
+INTERACTIVE_ROWS = 32
+INTERACTIVE_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeLimits:
+    """Bounds on what is taken in, and on the pieces it is cut into.
+
+    Attributes:
+        max_message_bytes: Decoded size of one RecordBatch.
+        max_row_bytes: UTF-8 bytes of one text.
+        piece_rows: Rows of one piece.
+        piece_bytes: Text bytes of one piece; a single longer text makes its own piece.
+        table_values: Distinct dictionary values whose vectors are kept for a whole dictionary;
+            larger dictionaries are looked up piece by piece.
+        bytes_per_row: What a row's vectors hold while in the house.
+    """
+
+    max_message_bytes: int
+    max_row_bytes: int
+    piece_rows: int
+    piece_bytes: int
+    table_values: int
+    bytes_per_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive rows of one batch.
+
+    Attributes:
+        batch_id: The client's number for the batch, or its position in the call.
+        row_first: Offset of the first row in the upload.
+        rows: The used columns of these rows.
+        texts: Texts to embed for the first time.
+        values: int32 [num_rows], which vector of the table a row takes, -1 for none; None: each its
+            own, in order.
+        new_values: int32 [num_texts], places in the table of the vectors of `texts`; None: the
+            table is these vectors.
+        table_size: Vectors in the table that `new_values` points into; a new table where
+            `new_table` is set.
+        errors: By row in the piece, why it has no vector.
+        timestamp_ns: When the batch was received, ns since the epoch.
+        last: It ends its batch.
+        num_bytes: Memory that it will hold at most on its way.
+        priority: Its class.
+    """
+
+    batch_id: int
+    row_first: int
+    rows: pa.RecordBatch
+    texts: TextBatch
+    values: Int32Array | None
+    new_values: Int32Array | None
+    table_size: int
+    new_table: bool
+    errors: dict[int, FletcherError]
+    timestamp_ns: int
+    last: bool
+    num_bytes: int
+    priority: Priority
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.rows.num_rows)
+
+
+class Intake:
+    """One call's input.
+
+    Args:
+        schema: Of the input stream.
+        options: The command.
+        prompt: Literal text put before every text.
+        limits: Bounds.
+        carry_text: The text is carried to the output.
+        small_is_interactive: Batches of a few short rows overtake bulk work.
+
+    Raises:
+        UnknownColumnError: A named column is not there.
+        ColumnTypeError: The text or id column is of no accepted type.
+    """
+
+    def __init__(
+        self,
+        schema: pa.Schema,
+        options: EmbedOptions,
+        *,
+        prompt: str,
+        limits: IntakeLimits,
+        carry_text: bool,
+        small_is_interactive: bool,
+    ) -> None:
+        self._limits = limits
+        self._prompt = prompt
+        self._truncate: Truncate = options.truncate  # type: ignore[assignment]
+        self._priority = options.priority
+        self._small_is_interactive = small_is_interactive
+        self._text = _column(schema, options.text_column, "text_column")
+        _check_text(schema.field(self._text))
+        self._id = self._find_id(schema, options)
+        self._metadata = _optional_utf8(schema, "metadata")
+        self._carried = [_column(schema, name, "columns") for name in options.columns]
+        self.carry_text = carry_text
+        self.id_type = pa.utf8() if self._id is None else schema.field(self._id).type
+        self.carried_fields = [_plain(schema.field(index)) for index in self._carried]
+        self._dictionary: pa.Array | None = None
+        self._seen = np.zeros(0, np.bool_)
+
+    @property
+    def has_ids(self) -> bool:
+        """The input has an id column."""
+        return self._id is not None
+
+    @property
+    def has_metadata(self) -> bool:
+        """The input has a `metadata` column of strings."""
+        return self._metadata is not None
+
+    def pieces(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> Iterator[Piece]:
+        """Checks a batch and cuts it up; an empty batch gives one empty piece.
+
+        Raises:
+            BatchTooLargeError: The batch is larger than `max_message_bytes`.
+            InvalidUtf8Error, ColumnTypeError: Its arrays are not valid; nothing of it was used.
+        """
+        timestamp_ns = time.time_ns()
+        used = self._used_columns(batch)
+        text = used.column("text")
+        errors = _row_errors(used, self._limits.max_row_bytes)
+        dictionary = None
+        if pa.types.is_dictionary(text.type):
+            dictionary = _large(text.dictionary)
+            codes = text.indices.cast(pa.int64()).fill_null(-1).to_numpy()
+        else:
+            text = _large(text)
+        sizes = (
+            np.diff(_offsets(dictionary))[codes] if dictionary is not None else np.diff(_offsets(text))
+        )
+        shared = dictionary is not None and len(dictionary) <= self._limits.table_values
+        if shared:
+            fresh_dictionary = self._remember(dictionary)
+        bounds = _cuts(sizes, self._limits.piece_rows, self._limits.piece_bytes)
+        priority = self._class_of(batch.num_rows, int(sizes.sum()) if len(sizes) else 0)
+        for index, (first, last) in enumerate(bounds):
+            own_errors = {
+                row - first: error for row, error in errors.items() if first <= row < last
+            }
+            wanted = np.ones(last - first, np.bool_)
+            wanted[list(own_errors)] = False
+            values: Int32Array | None
+            new_values: Int32Array | None = None
+            if dictionary is None:
+                texts = text.slice(first, last - first)
+                values = None
+                if own_errors:
+                    texts = texts.filter(pa.array(wanted))
+                    values = np.where(wanted, np.cumsum(wanted) - 1, -1).astype(np.int32)
+            else:
+                rows = np.where(wanted, codes[first:last], -1).astype(np.int32)
+                distinct = np.unique(rows[rows >= 0])
+                if shared:
+                    new = distinct[~self._seen[distinct]]
+                    self._seen[new] = True
+                    texts, values, new_values = dictionary.take(pa.array(new)), rows, new
+                else:
+                    texts = dictionary.take(pa.array(distinct))
+                    places = np.searchsorted(distinct, rows).astype(np.int32)
+                    values = np.where(rows >= 0, places, -1).astype(np.int32)
+            text_batch = self._text_batch(texts)
+            yield Piece(
+                batch_id=batch_id,
+                row_first=row_first + first,
+                rows=used.slice(first, last - first),
+                texts=text_batch,
+                values=values,
+                new_values=new_values,
+                table_size=len(dictionary) if shared and dictionary is not None else 0,
+                new_table=shared and fresh_dictionary and index == 0,
+                errors=own_errors,
+                timestamp_ns=timestamp_ns,
+                last=index == len(bounds) - 1,
+                num_bytes=3 * int(sizes[first:last].sum())
+                + (last - first) * self._limits.bytes_per_row,
+                priority=priority,
+            )
+
+    def _used_columns(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        num_bytes = batch.get_total_buffer_size()
+        if num_bytes > self._limits.max_message_bytes:
+            raise BatchTooLargeError(
+                f"a batch of {num_bytes} bytes came, at most {self._limits.max_message_bytes} are "
+                "accepted; send smaller batches",
+                allowed=[f"<= {self._limits.max_message_bytes} bytes"],
+            )
+        columns = {"text": self._text, "id": self._id, "metadata": self._metadata}
+        arrays = {
+            name: batch.column(index) for name, index in columns.items() if index is not None
+        }
+        for index in self._carried:
+            arrays[f"carried:{batch.schema.field(index).name}"] = batch.column(index)
+        for name, array in arrays.items():
+            _validate(array, name.removeprefix("carried:"))
+            if pa.types.is_dictionary(array.type) and name != "text":
+                arrays[name] = array.dictionary_decode()
+        return pa.RecordBatch.from_pydict(arrays)
+
+    def _remember(self, dictionary: pa.Array) -> bool:
+        """Keeps the table of a dictionary that comes again; says whether a new one begins."""
+        if self._dictionary is not None and self._dictionary.equals(dictionary):
+            return False
+        self._dictionary = dictionary
+        self._seen = np.zeros(len(dictionary), np.bool_)
+        return True
+
+    def _text_batch(self, texts: pa.Array) -> TextBatch:
+        offsets = _offsets(texts)
+        first, last = int(offsets[0]), int(offsets[-1])
+        data = texts.buffers()[2]
+        raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
+        return TextBatch(raw, offsets - first, self._truncate, self._prompt)
+
+    def _class_of(self, num_rows: int, num_bytes: int) -> Priority:
+        if self._priority is not None:
+            return self._priority  # type: ignore[return-value]
+        small = num_rows <= INTERACTIVE_ROWS and num_bytes <= INTERACTIVE_BYTES
+        return "interactive" if self._small_is_interactive and small else "bulk"
+
+    @staticmethod
+    def _find_id(schema: pa.Schema, options: EmbedOptions) -> int | None:
+        if options.id_column == "id" and options.id_column not in schema.names:
+            return None
+        index = _column(schema, options.id_column, "id_column")
+        kind = schema.field(index).type
+        if not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
+            raise ColumnTypeError(
+                f"`id_column` {options.id_column!r} is {kind}, expected utf8 or an integer type",
+                field="id_column",
+                allowed=["utf8", "integers"],
+            )
+        return index
+
+
+def _column(schema: pa.Schema, name: str, field: str) -> int:
+    indices = schema.get_all_field_indices(name)
+    if len(indices) == 1:
+        return int(indices[0])
+    if indices:
+        raise InvalidCommandError(
+            f"`{field}` is {name!r}, a name that {len(indices)} input columns have", field=field
+        )
+    raise UnknownColumnError(
+        f"`{field}` is {name!r}, but the input has no such column; it has "
+        f"{', '.join(schema.names[:50]) or 'none'}",
+        field=field,
+        allowed=schema.names[:50],
+    )
+
+
+def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
+    indices = schema.get_all_field_indices(name)
+    if len(indices) == 1 and pa.types.is_string(schema.field(indices[0]).type):
+        return int(indices[0])
+    return None
+
+
+def _check_text(field: pa.Field) -> None:
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if not _is_text(kind):
+        raise ColumnTypeError(
+            f"`text_column` {field.name!r} is {field.type}, expected utf8, large_utf8, utf8_view or "
+            "a dictionary of one",
+            field="text_column",
+            allowed=["utf8", "large_utf8", "utf8_view", "dictionary of one of these"],
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _plain(field: pa.Field) -> pa.Field:
+    """Dictionaries leave as what they stand for: stores read plain columns."""
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    return pa.field(field.name, kind)
+
+
+def _validate(array: pa.Array, name: str) -> None:
+    try:
+        array.validate(full=True)
+        if pa.types.is_dictionary(array.type):
+            array.dictionary.validate(full=True)
+    except pa.ArrowInvalid as error:
+        text = str(error)
+        if "UTF8" in text or "UTF-8" in text:
+            raise InvalidUtf8Error(
+                f"column `{name}` holds invalid UTF-8: {text}; nothing of this batch was used",
+                field=name,
+            ) from None
+        raise ColumnTypeError(
+            f"column `{name}` is not a valid Arrow array: {text}; nothing of this batch was used",
+            field=name,
+        ) from None
+
+
+def _large(texts: pa.Array) -> pa.Array:
+    """utf8 with 64-bit offsets: one layout from here on."""
+    return texts if pa.types.is_large_string(texts.type) else texts.cast(pa.large_utf8())
+
+
+def _offsets(texts: pa.Array) -> Int64Array:
+    """int64 [n + 1] offsets of a large_utf8 array's own slice."""
+    if len(texts) == 0:
+        return np.zeros(1, np.int64)
+    buffer = texts.buffers()[1]
+    return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+
+
+def _row_errors(rows: pa.RecordBatch, max_row_bytes: int) -> dict[int, FletcherError]:
+    errors: dict[int, FletcherError] = {}
+    text = rows.column("text")
+    if text.null_count or pa.types.is_dictionary(text.type):
+        for row in _where(pc.is_null(text)):
+            errors[row] = InvalidCommandError("`text` is null", field="text")
+    plain = text.dictionary if pa.types.is_dictionary(text.type) else text
+    sizes = pc.binary_length(plain if not pa.types.is_string_view(plain.type) else _large(plain))
+    longest = pc.max(sizes).as_py()
+    if longest is not None and longest > max_row_bytes:
+        if pa.types.is_dictionary(text.type):
+            sizes = sizes.take(text.indices)
+        for row in _where(pc.greater(sizes, max_row_bytes)):
+            errors[row] = RowTooLargeError(
+                f"`text` has {sizes[row].as_py()} bytes, at most {max_row_bytes} are accepted",
+                field="text",
+                allowed=[f"<= {max_row_bytes} bytes"],
+            )
+    if "id" in rows.schema.names and rows.column("id").null_count:
+        for row in _where(pc.is_null(rows.column("id"))):
+            errors[row] = InvalidCommandError(
+                "`id` is null; give every row an id, or leave the column out", field="id"
+            )
+    return errors
+
+
+def _where(mask: pa.Array) -> list[int]:
+    rows: list[int] = np.flatnonzero(mask.fill_null(False).to_numpy(zero_copy_only=False)).tolist()
+    return rows
+
+
+def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:
+    """Row ranges of at most `max_rows` rows and `max_bytes` bytes, but of one row at least."""
+    if len(sizes) == 0:
+        return [(0, 0)]
+    ends = np.cumsum(sizes)
+    cuts, first, before = [], 0, 0
+    while first < len(sizes):
+        last = int(np.searchsorted(ends, before + max_bytes, side="right"))
+        last = min(max(last, first + 1), first + max_rows, len(sizes))
+        cuts.append((first, last))
+        first, before = last, int(ends[last - 1])
+    return cuts

@@ -1,0 +1,99 @@
+"""How much data may be in the house at once, in bytes, and who may bring more.
+
+Every stream owns a reserve that nobody can take from it, so that a stalled stream never stops another;
+what it holds beyond its reserve comes from a common part. A stream that finds neither waits: its
+handler stops reading, and the client's writes block.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from fletcher.errors import DrainingError
+
+
+class MemoryBudget:
+    """Bytes for all streams together.
+
+    Args:
+        total_bytes: Reserves and common part.
+        max_streams: Streams that each own a reserve: 1/4 of the total, divided among them.
+    """
+
+    def __init__(self, total_bytes: int, max_streams: int) -> None:
+        self.total_bytes = total_bytes
+        self.reserve_bytes = total_bytes // 4 // max_streams
+        self._common_bytes = total_bytes - self.reserve_bytes * max_streams
+        self._common_used = 0
+        self._used = 0
+        self._changed = threading.Condition()
+
+    def open(self) -> Allowance:
+        """A stream's share; the caller has made sure that there are at most `max_streams`."""
+        return Allowance(self)
+
+    def statistics(self) -> dict[str, Any]:
+        """Bytes in use, and the limit."""
+        with self._changed:
+            return {"used_bytes": self._used, "total_bytes": self.total_bytes}
+
+
+class Allowance:
+    """What one stream holds. Thread-safe."""
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
+        self._used = 0
+        self._closed = False
+
+    def acquire(self, num_bytes: int) -> None:
+        """Waits until `num_bytes` more may be held.
+
+        A stream that holds nothing gets what it asks for once the common part is free enough, or all
+        of the common part is free: one piece larger than the budget must not wait for ever.
+
+        Raises:
+            DrainingError: The stream was closed while waiting.
+        """
+        budget = self._budget
+        with budget._changed:
+            while not self._closed and not self._fits(num_bytes):
+                budget._changed.wait()
+            if self._closed:
+                raise DrainingError("the stream was closed")
+            self._add(num_bytes)
+
+    def release(self, num_bytes: int) -> None:
+        """Gives bytes back. After `close` there is nothing to give."""
+        with self._budget._changed:
+            if not self._closed:
+                self._add(-num_bytes)
+                self._budget._changed.notify_all()
+
+    def close(self) -> None:
+        """Gives everything back and wakes a waiting `acquire`. Idempotent."""
+        with self._budget._changed:
+            if not self._closed:
+                self._add(-self._used)
+                self._closed = True
+                self._budget._changed.notify_all()
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes held now."""
+        return self._used
+
+    def _common(self, used: int) -> int:
+        return max(0, used - self._budget.reserve_bytes)
+
+    def _fits(self, num_bytes: int) -> bool:
+        more = self._common(self._used + num_bytes) - self._common(self._used)
+        free = self._budget._common_bytes - self._budget._common_used
+        return more <= free or (self._used == 0 and self._budget._common_used == 0)
+
+    def _add(self, num_bytes: int) -> None:
+        before = self._common(self._used)
+        self._used += num_bytes
+        self._budget._used += num_bytes
+        self._budget._common_used += self._common(self._used) - before

@@ -1,0 +1,267 @@
+"""What the worker pools are to do next: texts to tokenize, micro-batches to run.
+
+Both sources serve interactive work before bulk work, streams in turn, and let bulk work pass now and
+then when interactive work never ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fletcher.batches import InferenceResult, Int64Array, TextBatch, TokenBatch
+from fletcher.errors import FletcherError, InternalError
+from fletcher.instruments import Instruments
+from fletcher.pipeline.fair import FairQueue
+from fletcher.pipeline.stream import Ticket
+from fletcher.pipeline.window import Plan, Window
+from fletcher.workers.pool import Job
+
+# Bulk work gets every ninth turn, however much interactive work there is.
+_INTERACTIVE_TURNS = 8
+
+
+def as_fletcher_error(error: Exception) -> FletcherError:
+    """The error itself if it is one of ours, else an InternalError that gives nothing away."""
+    if isinstance(error, FletcherError):
+        return error
+    return InternalError(f"{type(error).__name__} while working on this batch; the log has more")
+
+
+class _TwoClasses:
+    """Turns between interactive and bulk work."""
+
+    def __init__(self) -> None:
+        self._turns = 0
+
+    def interactive_first(self, interactive: object, bulk: object) -> bool:
+        """Whether an interactive item goes next, given what waits in each class."""
+        if interactive and bulk:
+            self._turns = (self._turns + 1) % (_INTERACTIVE_TURNS + 1)
+            return self._turns != 0
+        self._turns = 0
+        return bool(interactive)
+
+
+class TokenizationSource:
+    """Tickets that wait for their tokens.
+
+    Args:
+        instruments: Where counts and durations go.
+        tokenized: Called with each ticket once it has tokens; must not block.
+    """
+
+    def __init__(self, instruments: Instruments, tokenized: Callable[[Ticket], None]) -> None:
+        self._instruments = instruments
+        self._tokenized = tokenized
+        self._interactive: FairQueue[Ticket] = FairQueue()
+        self._bulk: FairQueue[Ticket] = FairQueue()
+        self._turn = _TwoClasses()
+        self._changed = threading.Condition()
+        self._outstanding = 0
+
+    def put(self, ticket: Ticket) -> None:
+        """Queues a ticket; never blocks, the streams' allowances bound what can be here."""
+        with self._changed:
+            queue = self._interactive if ticket.priority == "interactive" else self._bulk
+            queue.put(ticket.stream, ticket, ticket.texts.num_texts)
+            self._outstanding += 1
+            self._changed.notify()
+
+    @property
+    def busy(self) -> bool:
+        """More tokens are on their way."""
+        return self._outstanding > 0
+
+    def depth(self) -> int:
+        """Texts that wait."""
+        return self._interactive.weight + self._bulk.weight
+
+    def next_job(self, timeout_s: float) -> Job | None:
+        """The next texts to tokenize."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._interactive or self._bulk, timeout_s)
+            while self._interactive or self._bulk:
+                first = self._turn.interactive_first(self._interactive, self._bulk)
+                ticket = (self._interactive if first else self._bulk).get()
+                if not ticket.stream.closed:
+                    return self._job(ticket)
+                self._outstanding -= 1
+        return None
+
+    def _job(self, ticket: Ticket) -> Job:
+        started = time.monotonic()
+
+        def done(tokens: TokenBatch | None, error: Exception | None) -> None:
+            self._instruments.stage_duration.record(time.monotonic() - started, stage="tokenize")
+            with self._changed:
+                self._outstanding -= 1
+            if tokens is None:
+                assert error is not None
+                ticket.finish(as_fletcher_error(error))
+                return
+            ticket.tokens = tokens
+            self._tokenized(ticket)
+
+        texts: TextBatch = ticket.texts
+        return Job(texts, done, cost=texts.num_texts)
+
+
+@dataclass(slots=True)
+class _Planned:
+    window: Window
+    rows: Int64Array
+    queued: float
+
+
+class InferenceSource:
+    """Tickets with tokens, made into windows and micro-batches when a device has room.
+
+    Bulk work waits up to `max_queue_delay_s` for a full window while more tokens are on their way;
+    interactive work never waits.
+
+    Args:
+        dim: Width of a vector.
+        plan: Cuts lengths into micro-batches; see `fletcher.planning`.
+        window_tokens: Bulk tokens planned together; more mean less padding and later first results.
+        max_queue_delay_s: What a bulk ticket may wait for company.
+        more_coming: Whether tokenization still has work.
+        instruments: Where counts and durations go.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        plan: Plan,
+        window_tokens: int,
+        max_queue_delay_s: float,
+        more_coming: Callable[[], bool],
+        instruments: Instruments,
+    ) -> None:
+        self._dim = dim
+        self._plan = plan
+        self._window_tokens = window_tokens
+        self._max_queue_delay_s = max_queue_delay_s
+        self._more_coming = more_coming
+        self._instruments = instruments
+        self._interactive: FairQueue[Ticket] = FairQueue()
+        self._bulk: FairQueue[Ticket] = FairQueue()
+        self._oldest_bulk = 0.0
+        self._ready_interactive: deque[_Planned] = deque()
+        self._ready_bulk: deque[_Planned] = deque()
+        self._turn = _TwoClasses()
+        self._changed = threading.Condition()
+
+    def put(self, ticket: Ticket) -> None:
+        """Queues a tokenized ticket; never blocks."""
+        assert ticket.tokens is not None
+        num_tokens = len(ticket.tokens.input_ids)
+        self._instruments.texts_received.add(ticket.tokens.num_texts)
+        self._instruments.tokens_received.add(num_tokens)
+        with self._changed:
+            if ticket.priority == "interactive":
+                self._interactive.put(ticket.stream, ticket, num_tokens)
+            else:
+                if not self._bulk:
+                    self._oldest_bulk = time.monotonic()
+                self._bulk.put(ticket.stream, ticket, num_tokens)
+            self._changed.notify()
+
+    def depth(self) -> int:
+        """Tokens that wait unplanned."""
+        return self._interactive.weight + self._bulk.weight
+
+    def planned(self) -> int:
+        """Micro-batches that wait for a device."""
+        return len(self._ready_interactive) + len(self._ready_bulk)
+
+    def next_job(self, timeout_s: float) -> Job | None:
+        """The next micro-batch. Called by one thread, the pool's dispatcher."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            planned = self._next_planned(deadline)
+            if planned is None:
+                return None
+            if not planned.window.abandoned:
+                return self._job(planned)
+
+    def _next_planned(self, deadline: float) -> _Planned | None:
+        with self._changed:
+            while True:
+                interactive = bool(self._ready_interactive or self._interactive)
+                window_due, due_in = self._bulk_window_due()
+                bulk = bool(self._ready_bulk) or window_due
+                now = time.monotonic()
+                if interactive or bulk:
+                    break
+                if now >= deadline:
+                    return None
+                self._changed.wait(min(deadline - now, due_in))
+            if self._turn.interactive_first(interactive, bulk):
+                ready, tickets = self._ready_interactive, self._interactive
+                budget = None if not self._ready_interactive else 0
+            else:
+                ready, tickets = self._ready_bulk, self._bulk
+                budget = self._window_tokens if not self._ready_bulk else 0
+            taken = [] if budget == 0 else _take(tickets, budget)
+            if taken and tickets is self._bulk:
+                self._oldest_bulk = now
+        # Planning takes milliseconds: not under the lock that every tokenizer's reader needs.
+        if taken:
+            window = Window(taken, self._dim, self._plan)
+            ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
+            if not window.row_sets:
+                window.finish()
+        return ready.popleft() if ready else self._next_planned(deadline)
+
+    def _bulk_window_due(self) -> tuple[bool, float]:
+        """Whether waiting bulk tickets should be planned now; else in how many seconds."""
+        if self._ready_bulk or not self._bulk:
+            return False, float("inf") if not self._bulk else self._max_queue_delay_s
+        age = time.monotonic() - self._oldest_bulk
+        full = self._bulk.weight >= self._window_tokens
+        due = full or age >= self._max_queue_delay_s or not self._more_coming()
+        return due, max(0.0, self._max_queue_delay_s - age)
+
+    def _job(self, planned: _Planned) -> Job:
+        batch = planned.window.micro_batch(planned.rows)
+        started = time.monotonic()
+        self._instruments.stage_duration.record(started - planned.queued, stage="queue")
+        num_tokens = len(batch.input_ids)
+
+        def done(result: Any, error: Exception | None) -> None:
+            if error is not None:
+                planned.window.settle(planned.rows, as_fletcher_error(error))
+                return
+            assert isinstance(result, InferenceResult)
+            self._count(job, batch.lengths, result)
+            planned.window.settle(planned.rows, result)
+
+        job = Job(batch, done, cost=num_tokens)
+        return job
+
+    def _count(self, job: Job, lengths: Any, result: InferenceResult) -> None:
+        device = job.worker
+        self._instruments.stage_duration.record(result.compute_s, stage="inference")
+        self._instruments.device_batches.add(1, device=device)
+        self._instruments.device_tokens.add(int(lengths.sum()), device=device)
+        self._instruments.device_padded_tokens.add(
+            int(lengths.max()) * len(lengths), device=device
+        )
+        self._instruments.device_busy.add(result.compute_s, device=device)
+
+
+def _take(queue: FairQueue[Ticket], max_tokens: int | None) -> list[Ticket]:
+    """Tickets in turn, up to about `max_tokens`; None: all. Closed streams' tickets are dropped."""
+    taken: list[Ticket] = []
+    target = 0 if max_tokens is None else max(0, queue.weight - max_tokens)
+    while queue and (queue.weight > target or not taken):
+        ticket = queue.get()
+        if not ticket.stream.closed:
+            taken.append(ticket)
+    return taken

@@ -1,0 +1,135 @@
+"""One client call's way through the pipeline: texts in, vectors out, in the same order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fletcher.batches import EmbeddingBatch, Priority, TextBatch, TokenBatch
+from fletcher.errors import FletcherError, InternalError
+from fletcher.pipeline.memory import Allowance
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A TextBatch on its way, and what the stages have made of it so far.
+
+    Attributes:
+        context: The caller's own, handed back with the result.
+        num_bytes: What it holds of its stream's allowance, until released.
+        tokens: Set by tokenization.
+        result: Set when all its vectors are there, or when it failed as a whole.
+    """
+
+    stream: EmbedStream
+    texts: TextBatch
+    context: Any
+    num_bytes: int
+    priority: Priority
+    submitted: float = field(default_factory=time.monotonic)
+    tokens: TokenBatch | None = None
+    result: EmbeddingBatch | FletcherError | None = None
+
+    def finish(self, result: EmbeddingBatch | FletcherError) -> None:
+        """Records the result and wakes whoever waits for it."""
+        self.stream._finished(self, result)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Vectors of one submitted TextBatch.
+
+    Attributes:
+        context: What was submitted with it.
+        embeddings: The vectors, or why none of its texts has one.
+        num_bytes: To be released when the data has left the house.
+    """
+
+    context: Any
+    embeddings: EmbeddingBatch | FletcherError
+    num_bytes: int
+
+
+class EmbedStream:
+    """Submit from one thread, iterate over `results` in another, `release` from any."""
+
+    def __init__(self, allowance: Allowance, enqueue: Callable[[Ticket], None]) -> None:
+        self._allowance = allowance
+        self._enqueue = enqueue
+        self._tickets: deque[Ticket] = deque()
+        self._ended = False
+        self.closed = False
+        self._changed = threading.Condition()
+
+    def submit(
+        self, texts: TextBatch, context: Any, *, num_bytes: int, priority: Priority = "bulk"
+    ) -> None:
+        """Hands texts in; blocks while the stream holds as much as it may.
+
+        Args:
+            texts: The texts; may be none.
+            context: Comes back with the result.
+            num_bytes: Memory that this submission will hold until released.
+            priority: Whether it overtakes bulk work.
+
+        Raises:
+            DrainingError: The stream was closed.
+        """
+        self._allowance.acquire(num_bytes)
+        ticket = Ticket(self, texts, context, num_bytes, priority)
+        with self._changed:
+            self._tickets.append(ticket)
+        self._enqueue(ticket)
+
+    def end(self) -> None:
+        """Nothing more will be submitted; `results` ends after the last one."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def results(self) -> Iterator[Result]:
+        """Results in the order of submission; ends after `end`, or at once on `close`."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._head_settled)
+                if self.closed or not self._tickets:
+                    return
+                ticket = self._tickets.popleft()
+            assert ticket.result is not None
+            yield Result(ticket.context, ticket.result, ticket.num_bytes)
+
+    def release(self, num_bytes: int) -> None:
+        """Gives memory back: the data has left the house."""
+        self._allowance.release(num_bytes)
+
+    def close(self) -> None:
+        """Lets go of everything, finished or not. Idempotent."""
+        with self._changed:
+            self.closed = True
+            self._tickets.clear()
+            self._changed.notify_all()
+        self._allowance.close()
+
+    @property
+    def num_pending(self) -> int:
+        """Submissions whose results were not taken yet."""
+        return len(self._tickets)
+
+    def _head_settled(self) -> bool:
+        if self.closed:
+            return True
+        if not self._tickets:
+            return self._ended
+        return self._tickets[0].result is not None
+
+    def _finished(self, ticket: Ticket, result: EmbeddingBatch | FletcherError) -> None:
+        with self._changed:
+            if ticket.result is not None:
+                raise InternalError("a ticket was finished twice")
+            ticket.result = result
+            if self._tickets and self._tickets[0] is ticket:
+                self._changed.notify_all()

@@ -1,0 +1,113 @@
+"""A window of tokenized texts, planned into micro-batches, and the vectors that come back.
+
+All texts of a window lie in one flat array of token ids; micro-batches are sets of its rows, and
+their vectors are written to the rows' places in one array, of which every ticket then gets its slice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fletcher.batches import (
+    BoolArray,
+    EmbeddingBatch,
+    FloatArray,
+    InferenceResult,
+    Int32Array,
+    Int64Array,
+    MicroBatch,
+)
+from fletcher.errors import FletcherError
+from fletcher.pipeline.stream import Ticket
+
+Plan = Callable[[Int32Array], list[np.ndarray]]
+
+
+class Window:
+    """Tickets whose texts are planned together.
+
+    Args:
+        tickets: Tokenized tickets of one model.
+        dim: Width of a vector.
+        plan: From lengths to row sets; rows of length 0 (failed texts) are not given to it.
+    """
+
+    def __init__(self, tickets: Sequence[Ticket], dim: int, plan: Plan) -> None:
+        token_batches = [ticket.tokens for ticket in tickets if ticket.tokens is not None]
+        assert len(token_batches) == len(tickets)
+        self.tickets = tickets
+        self._dim = dim
+        self._input_ids: Int32Array = np.concatenate([tokens.input_ids for tokens in token_batches])
+        lengths = np.concatenate([np.diff(tokens.offsets) for tokens in token_batches])
+        self._lengths: Int32Array = lengths.astype(np.int32)
+        self._starts: Int64Array = np.concatenate(([0], np.cumsum(lengths)))
+        self._first_rows: Int64Array = np.cumsum([0, *(tokens.num_texts for tokens in token_batches)])
+        present = np.flatnonzero(self._lengths)
+        row_sets = plan(self._lengths[present]) if len(present) else []
+        self.row_sets: list[Int64Array] = [present[rows] for rows in row_sets]
+        self._embeddings: FloatArray | None = None
+        self._norms: FloatArray | None = None
+        self._errors: dict[int, FletcherError] = {}
+        self._remaining = len(self.row_sets)
+        self._lock = threading.Lock()
+
+    def micro_batch(self, rows: Int64Array) -> MicroBatch:
+        """The tokens of some rows, flat."""
+        lengths = self._lengths[rows]
+        ends = np.cumsum(lengths)
+        # Position i of the output comes from start of its row + i - where its row begins there.
+        shift = np.repeat(self._starts[rows] - (ends - lengths), lengths)
+        return MicroBatch(self._input_ids[np.arange(ends[-1]) + shift], lengths)
+
+    @property
+    def abandoned(self) -> bool:
+        """Nobody waits for any of it."""
+        return all(ticket.stream.closed for ticket in self.tickets)
+
+    def settle(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
+        """Takes a micro-batch's vectors, or why it has none; with the last one, finishes tickets."""
+        with self._lock:
+            if isinstance(result, FletcherError):
+                self._errors.update(dict.fromkeys(rows.tolist(), result))
+            else:
+                self._store(rows, result)
+            self._remaining -= 1
+            if self._remaining:
+                return
+        self.finish()
+
+    def finish(self) -> None:
+        """Gives every ticket its slice."""
+        if self._embeddings is None:
+            self._embeddings = np.zeros((len(self._lengths), self._dim), np.float32)
+        for index, ticket in enumerate(self.tickets):
+            first, last = self._first_rows[index], self._first_rows[index + 1]
+            tokens = ticket.tokens
+            assert tokens is not None
+            errors = {
+                row - int(first): error
+                for row, error in self._errors.items()
+                if first <= row < last
+            }
+            truncated: BoolArray = tokens.truncated
+            ticket.finish(
+                EmbeddingBatch(
+                    embeddings=self._embeddings[first:last],
+                    norms=None if self._norms is None else self._norms[first:last],
+                    token_count=self._lengths[first:last],
+                    truncated=truncated,
+                    errors={**tokens.errors, **errors},
+                )
+            )
+
+    def _store(self, rows: Int64Array, result: InferenceResult) -> None:
+        if self._embeddings is None:
+            self._embeddings = np.zeros((len(self._lengths), self._dim), np.float32)
+            if result.norms is not None:
+                self._norms = np.zeros(len(self._lengths), np.float32)
+        self._embeddings[rows] = result.embeddings
+        if self._norms is not None and result.norms is not None:
+            self._norms[rows] = result.norms

@@ -1,0 +1,31 @@
+"""From what the graph computed to what was asked for: width, normalisation. Whole arrays only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fletcher.batches import FloatArray
+
+
+def finish(
+    embeddings: FloatArray, norms: FloatArray | None, *, dims: int, normalized: bool
+) -> FloatArray:
+    """Applies `dims` and `normalize` to a graph's output.
+
+    Args:
+        embeddings: float32 [n, dim]; L2-normalised where `norms` is given.
+        norms: float32 [n], what normalisation divided by; None: the vectors are as pooled.
+        dims: Leading dimensions to keep.
+        normalized: Whether the result has norm 1 (a zero vector stays zero).
+
+    Returns:
+        float32 [n, dims]. Slicing comes before normalisation, as Matryoshka models are trained
+        (https://arxiv.org/abs/2205.13147).
+    """
+    if norms is not None and not normalized:
+        return (embeddings * norms[:, None])[:, :dims]
+    kept = embeddings[:, :dims]
+    if normalized and (norms is None or dims < embeddings.shape[1]):
+        lengths = np.linalg.norm(kept, axis=1, keepdims=True)
+        return np.asarray(kept / np.maximum(lengths, np.finfo(np.float32).tiny), np.float32)
+    return kept

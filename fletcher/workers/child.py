@@ -1,0 +1,103 @@
+"""The worker process: loads what its spec names, then answers requests until its pipe closes.
+
+It dies with its parent in two ways: the kernel kills it when the parent dies (PR_SET_PDEATHSIG), and
+a closed pipe ends its reading loop. SIGINT and SIGTERM are ignored: they reach a whole process group
+or control group, and the front process needs its workers to drain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from fletcher.errors import FletcherError, InternalError
+from fletcher.workers.messages import Failure, Ready, Request, Response, WorkerSpec, receive, send
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Worker(Protocol):
+    """What a factory returns. `run` is called from `concurrency` threads at once."""
+
+    concurrency: int
+
+    def run(self, payload: Any) -> Any:
+        """Answers one request."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """What was loaded, for logs and statistics."""
+        ...
+
+
+def main(argv: list[str]) -> None:
+    """Runs the worker behind an inherited socket: `child.py FD PARENT_PID`."""
+    descriptor, parent = int(argv[0]), int(argv[1])
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = Connection(descriptor)
+    try:
+        serve(connection)
+    except (EOFError, OSError):
+        pass  # the parent is gone or has let us go
+    # Engines keep native threads; nothing here needs their orderly end.
+    os._exit(0)
+
+
+def serve(connection: Connection) -> None:
+    """Loads the worker and answers requests. Raises EOFError when the pipe closes."""
+    spec: WorkerSpec = receive(connection)
+    try:
+        module, _, function = spec.factory.partition(":")
+        worker: Worker = getattr(importlib.import_module(module), function)(spec.config)
+        ready = Ready(worker.concurrency, worker.describe())
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
+        send(connection, _failure(-1, error))
+        return
+    send(connection, ready)
+
+    sending = threading.Lock()
+    requests: queue.SimpleQueue[Request] = queue.SimpleQueue()  # bounded by the parent's slots
+
+    def answer() -> None:
+        while True:
+            request = requests.get()
+            try:
+                message: Response | Failure = Response(request.job_id, worker.run(request.payload))
+            except Exception as error:  # noqa: BLE001
+                message = _failure(request.job_id, error)
+            with sending:
+                send(connection, message)
+
+    for _ in range(worker.concurrency):
+        threading.Thread(target=answer, daemon=True).start()
+    while True:
+        requests.put(receive(connection))
+
+
+def _failure(job_id: int, error: Exception) -> Failure:
+    trace = "".join(traceback.format_exception(error))
+    if not isinstance(error, FletcherError):
+        error = InternalError(f"{type(error).__name__} in a worker process; its log has the details")
+    return Failure(job_id, error, trace)
+
+
+def _die_with(parent: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call above
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
