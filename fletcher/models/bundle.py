@@ -1,0 +1,310 @@
+"""A model bundle: a folder with everything that defines a model's vectors.
+
+fletcher.json     what the model is, where it comes from, size and SHA-256 of every file
+tokenizer.json    as the `tokenizers` library reads it
+model.onnx        the graph
+model.weights     its weights, mapped into memory by the engine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fletcher.errors import ModelError
+from fletcher.models.files import check_name, is_inside, read_json, sha256
+
+FORMAT = 1
+MANIFEST = "fletcher.json"
+TOKENIZER = "tokenizer.json"
+POOLINGS = ("mean", "cls", "last_token")
+GRAPH_OUTPUTS = ("embedding", "token_embeddings")
+GRAPH_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+Pooling = Literal["mean", "cls", "last_token"]
+GraphOutput = Literal["embedding", "token_embeddings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What a source says of a model: the part of fletcher.json that describes it.
+
+    Attributes:
+        family: Architecture the graph was written for (`bert`); `onnx` for somebody else's graph.
+        dim: Width of an embedding.
+        max_length: Tokens per text at most, special tokens included.
+        pooling: How token embeddings become one.
+        normalize: Embeddings have L2 norm 1.
+        num_layers: Transformer layers in the graph; 0 where unknown.
+        layers: Exit layers that the graph offers.
+        dims: Matryoshka dims that the model was trained for, ascending; the last is `dim`.
+        prompts: Text put before each input, by name.
+        default_prompt: The name of the prompt for requests that name none.
+        pad_token_id: Id of the padding token.
+        graph: File name of the ONNX graph.
+        graph_output: `embedding`: the graph pools (float32 [B, dim]); `token_embeddings`: it does
+            not (float32 [B, L, dim]), vectors are pooled and normalised after it.
+        inputs: Names of the graph's inputs, int64 [B, L] each.
+        outputs: Names of the graph's outputs that are read: the first is what `graph_output` says;
+            `norm` (float32 [B, 1], the L2 norm before normalisation) comes second where the graph
+            itself normalises.
+        licence: SPDX name, where the source says it.
+        source: Where it came from, as `fletcher model add` would take it; no local path.
+        weights_sha256: Of what the weights are, whatever file they came in.
+    """
+
+    family: str
+    dim: int
+    max_length: int
+    pooling: Pooling
+    normalize: bool
+    num_layers: int
+    layers: tuple[int, ...]
+    dims: tuple[int, ...]
+    prompts: dict[str, str]
+    default_prompt: str | None
+    pad_token_id: int
+    graph: str
+    graph_output: GraphOutput
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    licence: str
+    source: str
+    weights_sha256: str
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "max_length"):
+            _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("num_layers", "pad_token_id"):
+            _expect(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _expect(self.pooling in POOLINGS, "pooling", self.pooling, " or ".join(POOLINGS))
+        _expect(
+            self.graph_output in GRAPH_OUTPUTS,
+            "graph_output",
+            self.graph_output,
+            " or ".join(GRAPH_OUTPUTS),
+        )
+        ascending = tuple(sorted(set(self.dims)))
+        _expect(
+            self.dims == ascending and self.dims[-1:] == (self.dim,) and self.dims[0] >= 1,
+            "dims",
+            self.dims,
+            "ascending widths that end with `dim`",
+        )
+        _expect(
+            bool(self.layers) and all(0 <= one <= self.num_layers for one in self.layers),
+            "layers",
+            self.layers,
+            f"layers from 1 to {self.num_layers}",
+        )
+        _expect(
+            "input_ids" in self.inputs and set(self.inputs) <= set(GRAPH_INPUTS),
+            "inputs",
+            self.inputs,
+            f"`input_ids` and any of {', '.join(GRAPH_INPUTS)}",
+        )
+        _expect(bool(self.outputs), "outputs", self.outputs, "at least one name")
+        known = self.default_prompt is None or self.default_prompt in self.prompts
+        _expect(known, "default_prompt", self.default_prompt, "a name in `prompts`")
+        plain = is_inside(self.graph) and "/" not in self.graph
+        _expect(plain, "graph", self.graph, "a file name")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBundle:
+    """A bundle on disk, checked as far as `load` was asked to.
+
+    Attributes: those of ModelSpec, and
+        folder: The bundle's folder.
+        name: The model's name.
+        hash: First 12 hex digits of a SHA-256 over what defines the vectors; the same on every
+            machine and after every re-adding.
+        graph: Path of the ONNX file.
+        tokenizer: Path of tokenizer.json.
+        num_bytes: Size of all files.
+    """
+
+    folder: Path
+    name: str
+    hash: str
+    family: str
+    dim: int
+    max_length: int
+    pooling: Pooling
+    normalize: bool
+    num_layers: int
+    layers: tuple[int, ...]
+    dims: tuple[int, ...]
+    prompts: dict[str, str]
+    default_prompt: str | None
+    pad_token_id: int
+    graph: Path
+    graph_output: GraphOutput
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tokenizer: Path
+    licence: str
+    source: str
+    num_bytes: int
+
+    @property
+    def qualified_name(self) -> str:
+        """`name@hash`."""
+        return f"{self.name}@{self.hash}"
+
+    @property
+    def graph_normalizes(self) -> bool:
+        """Whether the graph's embeddings have L2 norm 1 already, their norms in output `norm`."""
+        return "norm" in self.outputs
+
+    @classmethod
+    def load(cls, folder: Path, *, verify: bool = False) -> ModelBundle:
+        """Reads a bundle and checks that its files are there with their right sizes.
+
+        Args:
+            folder: The bundle's folder.
+            verify: Check SHA-256 sums too; takes as long as reading every byte.
+
+        Raises:
+            ModelError: No bundle, a missing or odd field, a file missing, of another size, or
+                (`verify`) of another content.
+        """
+        manifest = read_json(folder / MANIFEST)
+        if manifest.pop("format", None) != FORMAT:
+            raise ModelError(
+                f"{MANIFEST} has no `format` {FORMAT}: this Fletcher cannot read it; add the "
+                "model again with `fletcher model add`"
+            )
+        name = check_name(_typed(manifest, "name", str))
+        recorded_hash = _typed(manifest, "hash", str)
+        files = _typed(manifest, "files", dict)
+        spec = _spec({key: manifest[key] for key in manifest if key not in _NOT_IN_SPEC})
+        for needed in (TOKENIZER, spec.graph):
+            _expect(needed in files, "files", sorted(files), f"an entry for {needed}")
+        num_bytes = sum(_check_file(folder, *entry, verify=verify) for entry in files.items())
+        actual_hash = vector_hash(spec, files[TOKENIZER]["sha256"])
+        if recorded_hash != actual_hash:
+            raise ModelError(
+                f"{MANIFEST} was changed: `hash` is {recorded_hash!r}, its fields give "
+                f"{actual_hash}; add the model again with `fletcher model add`"
+            )
+        values = {spec_field.name: getattr(spec, spec_field.name) for spec_field in _SPEC_FIELDS}
+        values.pop("weights_sha256")
+        values["graph"] = folder / spec.graph
+        return cls(
+            folder=folder,
+            name=name,
+            hash=actual_hash,
+            tokenizer=folder / TOKENIZER,
+            num_bytes=num_bytes,
+            **values,
+        )
+
+
+def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:
+    """Makes a bundle of a folder that holds its files: describes and checksums each of them."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+        }
+        for path in paths
+        if path.name != MANIFEST
+    }
+    manifest = {
+        "format": FORMAT,
+        "name": check_name(name),
+        "hash": vector_hash(spec, str(files[TOKENIZER]["sha256"])),
+        **dataclasses.asdict(spec),
+        "files": files,
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def vector_hash(spec: ModelSpec, tokenizer_sha256: str) -> str:
+    """First 12 hex digits of a SHA-256 over what defines a model's vectors.
+
+    Names, licences, sources and how the graph happens to be serialised do not count.
+    """
+    parts = {
+        "family": spec.family,
+        "weights": spec.weights_sha256,
+        "tokenizer": tokenizer_sha256,
+        "max_length": spec.max_length,
+        "pooling": spec.pooling,
+        "normalize": spec.normalize,
+        "default_prompt": spec.prompts.get(spec.default_prompt or "", ""),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+_SPEC_FIELDS = dataclasses.fields(ModelSpec)
+_NOT_IN_SPEC = ("name", "hash", "files")
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("dim", "max_length", "num_layers", "pad_token_id"), int),
+    **dict.fromkeys(("layers", "dims", "inputs", "outputs"), list),
+    "normalize": bool,
+    "prompts": dict,
+}
+_WORDS = {str: "text", int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def _spec(manifest: Mapping[str, Any]) -> ModelSpec:
+    known = {one.name for one in _SPEC_FIELDS}
+    for name in manifest:
+        if name not in known:
+            raise ModelError(f"{MANIFEST} has an unknown field `{name}`", field=name)
+    values: dict[str, Any] = {}
+    for name in (one.name for one in _SPEC_FIELDS):
+        if name == "default_prompt" and manifest.get(name, "") is None:
+            values[name] = None
+            continue
+        value = _typed(manifest, name, _KINDS.get(name, str))
+        if isinstance(value, list):
+            item = int if name in ("layers", "dims") else str
+            _expect(all(type(one) is item for one in value), name, value, f"a list of {item}")
+            value = tuple(value)
+        elif isinstance(value, dict):
+            _expect(all(isinstance(one, str) for one in value.values()), name, value, "texts")
+        values[name] = value
+    return ModelSpec(**values)
+
+
+def _check_file(folder: Path, name: str, entry: Any, *, verify: bool) -> int:
+    _expect(is_inside(name), "files", name, "names inside the bundle's folder")
+    if not isinstance(entry, dict):
+        raise ModelError(f"{MANIFEST}: `files` says nothing of {name}", field="files")
+    size, checksum = _typed(entry, "bytes", int), _typed(entry, "sha256", str)
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ModelError(f"{name} leads out of the bundle's folder; add the model again")
+    if not path.is_file():
+        raise ModelError(f"{name} is missing from the bundle; add the model again")
+    actual = path.stat().st_size
+    if actual != size:
+        raise ModelError(f"{name} has {actual:,} bytes, expected {size:,}; add the model again")
+    if verify and sha256(path) != checksum:
+        raise ModelError(f"{name} has a wrong SHA-256: it was changed; add the model again")
+    return actual
+
+
+def _typed(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    if name not in fields:
+        raise ModelError(f"{MANIFEST} has no field `{name}`; add the model again", field=name)
+    if type(fields[name]) is not kind:
+        _expect(False, name, fields[name], _WORDS[kind])
+    return fields[name]
+
+
+def _expect(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ModelError(
+            f"{MANIFEST}: `{name}` is {str(value)[:200]!r}, expected {expected}", field=name
+        )

@@ -1,0 +1,261 @@
+"""A sentence-transformers or plain Hugging Face checkpoint folder, read without either library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.errors import ModelError
+from fletcher.models.bundle import TOKENIZER, Pooling
+from fletcher.models.files import is_inside, read_json
+from fletcher.models.safetensors import SafetensorsFile
+
+_NO_LIMIT = 10**9  # transformers writes 1e30 for tokenizers that know no limit
+_POOLING_NAMES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last_token"}
+_OLD_POOLING_NAMES: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last_token",
+}
+
+
+class Weights:
+    """All tensors of a checkpoint under canonical names, in one file or in shards.
+
+    A prefix such as `bert.` is stripped, TensorFlow's `gamma` and `beta` become `weight` and `bias`.
+
+    Args:
+        folder: Holds model.safetensors, or model.safetensors.index.json and its shards.
+        prefixes: Prefixes to strip.
+    """
+
+    def __init__(self, folder: Path, prefixes: Iterable[str]) -> None:
+        self._places: dict[str, tuple[SafetensorsFile, str]] = {}
+        self._digests: dict[str, str] = {}
+        for file in _weight_files(folder):
+            tensors = SafetensorsFile(folder / file)
+            for stored in tensors.names():
+                self._places[_canonical(stored, prefixes)] = (tensors, stored)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """float32 tensor of the given shape.
+
+        Raises:
+            ModelError: It is not there, has another shape or holds NaN or infinity.
+        """
+        if name not in self._places:
+            raise ModelError(f"the checkpoint has no tensor `{name}`; is it of another family?")
+        file, stored = self._places[name]
+        tensor = file.float32(stored)
+        if tensor.shape != shape:
+            raise ModelError(
+                f"tensor `{stored}` has shape {list(tensor.shape)}, config.json asks for "
+                f"{list(shape)}"
+            )
+        if not np.isfinite(tensor).all():
+            raise ModelError(f"tensor `{stored}` holds NaN or infinity; get the checkpoint again")
+        digest = hashlib.sha256(np.ascontiguousarray(tensor).data.cast("B")).hexdigest()
+        self._digests[name] = digest
+        return tensor
+
+    def digest(self, architecture: Mapping[str, Any]) -> str:
+        """SHA-256 over all tensors read so far and the numbers that say how they are used."""
+        parts = json.dumps([self._digests, architecture], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint folder says of its model, weights apart.
+
+    Attributes:
+        folder: Where config.json, the weights and tokenizer.json are.
+        config: config.json.
+        max_length, pooling, normalize, prompts, default_prompt, dims: As in ModelSpec; what a
+            plain Hugging Face folder does not say is what sentence-transformers takes: mean
+            pooling, no normalisation.
+        licence: From the model card's front matter; empty where it says nothing.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    max_length: int
+    pooling: Pooling
+    normalize: bool
+    prompts: dict[str, str]
+    default_prompt: str | None
+    dims: tuple[int, ...]
+    licence: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Reads a folder.
+
+        Raises:
+            ModelError: A file is missing, or the model does something a bundle cannot express.
+        """
+        modules = _modules(folder)
+        inner = folder / modules.pop("Transformer")
+        config = read_json(inner / "config.json")
+        if not (inner / TOKENIZER).is_file():
+            raise ModelError(
+                f"{TOKENIZER} is missing; save it there with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)"
+            )
+        pooling: Pooling = "mean"
+        if "Pooling" in modules:
+            pooling = _pooling(read_json(folder / modules["Pooling"] / "config.json"))
+        _check_lowercase(inner)
+        prompts, default_prompt = _prompts(folder)
+        return cls(
+            folder=inner,
+            config=config,
+            max_length=_max_length(inner, config),
+            pooling=pooling,
+            normalize="Normalize" in modules,
+            prompts=prompts,
+            default_prompt=default_prompt,
+            dims=_dims(config),
+            licence=read_licence(folder),
+        )
+
+
+def read_licence(folder: Path) -> str:
+    """The `license:` line of a model card's front matter; empty where there is none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if lines[:1] != ["---"]:
+        return ""
+    for line in lines[1:]:
+        if line == "---":
+            break
+        if line.startswith("license:"):
+            return line.removeprefix("license:").strip().strip("'\"")[:100]
+    return ""
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if not is_inside(name) or not (folder / name).is_file():
+                raise ModelError(f"{index.name} names {name}, which is not there")
+        return names
+    raise ModelError(
+        "model.safetensors is missing; a checkpoint in another format (pytorch_model.bin) has to "
+        "be saved once with transformers' save_pretrained, which writes safetensors"
+    )
+
+
+def _canonical(name: str, prefixes: Iterable[str]) -> str:
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    stem, dot, last = name.rpartition(".")
+    return f"{stem}{dot}{ {'gamma': 'weight', 'beta': 'bias'}.get(last, last) }"
+
+
+def _modules(folder: Path) -> dict[str, str]:
+    """Folder of each sentence-transformers module by its class name, in their order."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return {"Transformer": ""}
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        modules = {str(one["type"]).rpartition(".")[2]: str(one["path"]) for one in listed}
+    except (ValueError, KeyError, TypeError):
+        raise ModelError("modules.json is not a list of sentence-transformers modules") from None
+    expected = ["Transformer", "Pooling", "Normalize"]
+    if list(modules) not in ([*expected], expected[:2], expected[:1]) or len(listed) > len(modules):
+        raise ModelError(
+            f"modules.json lists {', '.join(modules)}: expected Transformer, Pooling and perhaps "
+            "Normalize; other modules are not supported yet",
+            allowed=expected,
+        )
+    for name, place in modules.items():
+        if place and not is_inside(place):
+            raise ModelError(f"modules.json: `path` of {name} leads out of the model's folder")
+    return modules
+
+
+def _pooling(config: Mapping[str, Any]) -> Pooling:
+    if config.get("include_prompt", True) is False:
+        raise ModelError("1_Pooling/config.json: `include_prompt` false is not supported yet")
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        names = [_OLD_POOLING_NAMES.get(mode) for mode in modes]
+    else:
+        modes = [modes] if isinstance(modes, str) else list(modes)
+        names = [_POOLING_NAMES.get(mode) for mode in modes]
+    if len(names) != 1 or names[0] is None:
+        raise ModelError(
+            f"1_Pooling/config.json: pooling is {', '.join(map(str, modes)) or 'absent'}, "
+            "expected one of mean, cls, lasttoken",
+            field="pooling_mode",
+            allowed=list(_POOLING_NAMES),
+        )
+    return names[0]
+
+
+def _check_lowercase(folder: Path) -> None:
+    """sentence-transformers can lower-case texts itself; a bundle leaves that to its tokenizer."""
+    path = folder / "sentence_bert_config.json"
+    if not path.is_file() or not read_json(path).get("do_lower_case"):
+        return
+    normalizer = json.dumps(read_json(folder / TOKENIZER).get("normalizer"))
+    if '"lowercase": true' not in normalizer and '"type": "Lowercase"' not in normalizer:
+        raise ModelError(
+            f"sentence_bert_config.json asks for `do_lower_case`, but {TOKENIZER} does not "
+            "lower-case; add a Lowercase normalizer to it"
+        )
+
+
+def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
+    """Tokens per text, as sentence-transformers takes it: its own setting, else the tokenizer's."""
+    candidates: list[Any] = [config.get("max_position_embeddings")]
+    for name, key in (
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
+        path = folder / name
+        value = read_json(path).get(key) if path.is_file() else None
+        if value is not None and not isinstance(value, (int, float)):
+            raise ModelError(f"{name}: `{key}` is {value!r}, expected an integer", field=key)
+        if value is not None and value < _NO_LIMIT:
+            candidates.append(value)
+            break
+    known = [int(one) for one in candidates if one is not None]
+    if not known or min(known) < 2:
+        raise ModelError("config.json: `max_position_embeddings` is missing or below 2")
+    return min(known)
+
+
+def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+    path = folder / "config_sentence_transformers.json"
+    config = read_json(path) if path.is_file() else {}
+    prompts = config.get("prompts") or {}
+    default = config.get("default_prompt_name")
+    valid = isinstance(prompts, dict) and all(isinstance(one, str) for one in prompts.values())
+    if not valid or not (default is None or default in prompts):
+        raise ModelError(f"{path.name}: `prompts` or `default_prompt_name` is not valid")
+    return dict(prompts), default
+
+
+def _dims(config: Mapping[str, Any]) -> tuple[int, ...]:
+    dim = config.get("hidden_size")
+    if not isinstance(dim, int) or dim < 1:
+        raise ModelError(f"config.json: `hidden_size` is {dim!r}, expected at least 1")
+    smaller = config.get("matryoshka_dimensions") or []
+    return tuple(sorted({int(one) for one in smaller if 0 < int(one) < dim} | {dim}))

@@ -1,0 +1,148 @@
+"""A small builder of ONNX graphs, with the weights in one file beside the graph.
+
+Field numbers are those of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.models.protowire import bytes_field, float_field, int_field
+
+IR_VERSION = 9
+OPSET = 20  # the first with Gelu as one operator
+GRAPH_FILE = "model.onnx"
+WEIGHTS_FILE = "model.weights"
+ALIGNMENT = 4096  # a page: engines map the weights into memory instead of copying them
+
+_EXTERNAL_FROM_BYTES = 1024  # smaller tensors (shapes, scalars) are read faster in the graph itself
+_ELEMENT_TYPES = {np.dtype(np.float32): 1, np.dtype(np.int32): 6, np.dtype(np.int64): 7}
+_ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_STRING, _ATTRIBUTE_INTS = 1, 2, 3, 7
+
+AnyArray = npt.NDArray[Any]
+
+
+class GraphBuilder:
+    """Collects nodes and weights of one graph; weights go to disk as they come.
+
+    Args:
+        folder: Where GRAPH_FILE and WEIGHTS_FILE are written.
+        name: The graph's name.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._name = name
+        self._nodes: list[bytes] = []
+        self._tensors: list[bytes] = []
+        self._inputs: list[bytes] = []
+        self._outputs: list[bytes] = []
+        self._names: set[str] = set()
+        self._weights: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
+
+    def __enter__(self) -> GraphBuilder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._weights.close()
+
+    def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
+        """Declares an input; a string in `shape` is a dimension known only at run time."""
+        self._inputs.append(_value_info(name, dtype, shape))
+        return self._unique(name)
+
+    def output(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> None:
+        """Declares the value `name`, made by a node, as an output."""
+        self._outputs.append(_value_info(name, dtype, shape))
+
+    def constant(self, name: str, value: AnyArray | Sequence[int]) -> str:
+        """A weight or a small constant; a sequence of integers becomes int64."""
+        array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else np.int64(value))
+        message = b"".join(int_field(1, size) for size in array.shape)
+        message += int_field(2, _ELEMENT_TYPES[array.dtype]) + bytes_field(8, name)
+        if array.nbytes < _EXTERNAL_FROM_BYTES:
+            message += bytes_field(9, array.tobytes())
+        else:
+            offset = self._append(array)
+            place = {"location": WEIGHTS_FILE, "offset": str(offset), "length": str(array.nbytes)}
+            for key, text in place.items():
+                message += bytes_field(13, bytes_field(1, key) + bytes_field(2, text))
+            message += int_field(14, 1)  # data_location: EXTERNAL
+        self._tensors.append(message)
+        return self._unique(name)
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        name: str,
+        **attributes: float | int | str | Sequence[int],
+    ) -> str:
+        """Adds a node with one output, called `name`; returns that name."""
+        return self.nodes(operator, inputs, (name,), **attributes)[0]
+
+    def nodes(
+        self,
+        operator: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        **attributes: float | int | str | Sequence[int],
+    ) -> Sequence[str]:
+        """Adds a node with the outputs named; returns them."""
+        message = b"".join(bytes_field(1, one) for one in inputs)
+        message += b"".join(bytes_field(2, self._unique(one)) for one in outputs)
+        message += bytes_field(3, outputs[0]) + bytes_field(4, operator)
+        for key, value in attributes.items():
+            message += bytes_field(5, _attribute(key, value))
+        self._nodes.append(message)
+        return outputs
+
+    def save(self) -> None:
+        """Writes the graph; the same calls give the same bytes on every machine."""
+        self._weights.flush()
+        graph = b"".join(bytes_field(1, node) for node in self._nodes)
+        graph += bytes_field(2, self._name)
+        graph += b"".join(bytes_field(5, tensor) for tensor in self._tensors)
+        graph += b"".join(bytes_field(11, one) for one in self._inputs)
+        graph += b"".join(bytes_field(12, one) for one in self._outputs)
+        model = int_field(1, IR_VERSION) + bytes_field(2, "fletcher") + bytes_field(7, graph)
+        model += bytes_field(8, int_field(2, OPSET))
+        (self._folder / GRAPH_FILE).write_bytes(model)
+
+    def _append(self, array: AnyArray) -> int:
+        offset = self._weights.tell()
+        self._weights.write(array.data.cast("B"))
+        self._weights.write(bytes(-self._weights.tell() % ALIGNMENT))
+        return offset
+
+    def _unique(self, name: str) -> str:
+        if name in self._names:
+            raise ValueError(f"the graph has a value `{name}` already")
+        self._names.add(name)
+        return name
+
+
+def _value_info(name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> bytes:
+    dims = b"".join(
+        bytes_field(1, int_field(1, size) if isinstance(size, int) else bytes_field(2, size))
+        for size in shape
+    )
+    tensor = int_field(1, _ELEMENT_TYPES[np.dtype(dtype)]) + bytes_field(2, dims)
+    return bytes_field(1, name) + bytes_field(2, bytes_field(1, tensor))
+
+
+def _attribute(name: str, value: float | int | str | Sequence[int]) -> bytes:
+    if isinstance(value, float):
+        body = float_field(2, value) + int_field(20, _ATTRIBUTE_FLOAT)
+    elif isinstance(value, int):
+        body = int_field(3, value) + int_field(20, _ATTRIBUTE_INT)
+    elif isinstance(value, str):
+        body = bytes_field(4, value) + int_field(20, _ATTRIBUTE_STRING)
+    else:
+        body = b"".join(int_field(8, one) for one in value) + int_field(20, _ATTRIBUTE_INTS)
+    return bytes_field(1, name) + body

@@ -1,0 +1,82 @@
+"""Protobuf's wire format, as much of it as reading and writing ONNX files takes.
+
+Writing ONNX by hand keeps the `onnx` package out of an installation; the encoding is documented at
+https://protobuf.dev/programming-guides/encoding/.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+
+_MAX_VARINT_BYTES = 10
+
+
+class WireError(ValueError):
+    """The bytes are no protobuf message."""
+
+
+def varint(value: int) -> bytes:
+    """An integer as 1 to 10 bytes; negative ones as two's complement of 64 bits."""
+    value &= (1 << 64) - 1
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def int_field(number: int, value: int) -> bytes:
+    return varint(number << 3 | VARINT) + varint(value)
+
+
+def float_field(number: int, value: float) -> bytes:
+    return varint(number << 3 | FIXED32) + struct.pack("<f", value)
+
+
+def bytes_field(number: int, value: bytes | str) -> bytes:
+    """A string, bytes or an embedded message."""
+    data = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | BYTES) + varint(len(data)) + data
+
+
+def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Walks over one message: (field number, integer) or (field number, bytes).
+
+    Bytes are views, so skipping a large tensor costs nothing.
+
+    Raises:
+        WireError: The bytes end early or hold something that protobuf does not write.
+    """
+    position, end = 0, len(message)
+    while position < end:
+        tag, position = _read_varint(message, position)
+        number, kind = tag >> 3, tag & 7
+        if kind == VARINT:
+            value, position = _read_varint(message, position)
+            yield number, value
+            continue
+        if kind == BYTES:
+            size, position = _read_varint(message, position)
+        elif kind == FIXED32:
+            size = 4
+        elif kind == FIXED64:
+            size = 8
+        else:
+            raise WireError(f"wire type {kind} at byte {position}")
+        if number == 0 or position + size > end:
+            raise WireError(f"field {number} at byte {position} is cut off")
+        yield number, message[position : position + size]
+        position += size
+
+
+def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
+    value = 0
+    for index, byte in enumerate(message[position : position + _MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return value, position + index + 1
+    raise WireError(f"the number at byte {position} is cut off")

