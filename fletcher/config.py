@@ -1,0 +1,371 @@
+"""Every option of the server once: its default, its limits and what it trades.
+
+A flag, an environment variable and a TOML key derive from each field of `ServeConfig`:
+`max_streams` is `--max-streams`, `FLETCHER_MAX_STREAMS` and `max_streams = 256`. A duration in
+seconds drops its `_s` (`drain_timeout_s` is `--drain-timeout`), for its value may name another unit
+(`2m`). A flag goes before the environment, that before the file, that before the default.
+"""
+
+# ruff: noqa: RUF009  (`_option` makes a dataclass field, no default value)
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import json
+import os
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fletcher.errors import ConfigError
+from fletcher.settings import (
+    DAY_S,
+    FILE,
+    GIB,
+    MIB,
+    MILLISECONDS,
+    NAMES,
+    SECONDS,
+    SIZE,
+    STORES,
+    SWITCH,
+    TEXT,
+    WHOLE,
+    Kind,
+    Option,
+)
+
+DEFAULT_STORE = "default"
+_NAMED_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
+
+
+def _option(default: Any, group: str, kind: Kind, text: str, **limits: Any) -> Any:
+    if kind in (WHOLE, SIZE):
+        limits = {"minimum": 0, **limits}
+    elif kind in (SECONDS, MILLISECONDS):
+        # Longer waits than C's timers take would fail where they are used.
+        limits = {"minimum": 0, "maximum": DAY_S * (1 if kind is SECONDS else 1000), **limits}
+    metadata = {"group": group, "kind": kind, "help": text, **limits}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def fletcher_home(environ: Mapping[str, str] | None = None) -> Path:
+    """Where models, journals and caches live.
+
+    FLETCHER_HOME, else XDG_DATA_HOME/fletcher, else ~/.local/share/fletcher.
+    """
+    environ = os.environ if environ is None else environ
+    if home := environ.get("FLETCHER_HOME"):
+        return Path(home).expanduser()
+    # The XDG base directory specification has relative paths ignored.
+    data = Path(environ.get("XDG_DATA_HOME") or "")
+    return (data if data.is_absolute() else Path("~/.local/share").expanduser()) / "fletcher"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """All options of a server, checked. `OPTIONS` says what each trades.
+
+    Attributes are bytes, seconds (`_s`), milliseconds (`_ms`) or counts, as their names say.
+
+    Raises:
+        ConfigError: A value out of range, or options that contradict each other.
+    """
+
+    host: str = _option(
+        "127.0.0.1", "network", TEXT, "address to listen on; 0.0.0.0 lets other machines in"
+    )
+    port: int = _option(
+        8815, "network", WHOLE, "TCP port; 0 takes a free one, which is printed", maximum=65535
+    )
+    token_file: Path | None = _option(
+        None, "network", FILE, "bearer tokens, one a line; without it every caller is let in"
+    )
+    tls_cert: Path | None = _option(
+        None, "network", FILE, "PEM certificate: callers encrypt, at some cost in CPU time"
+    )
+    tls_key: Path | None = _option(None, "network", FILE, "PEM private key of --tls-cert")
+    tls_client_ca: Path | None = _option(
+        None, "network", FILE, "PEM CA; callers must show a certificate that it signed"
+    )
+    insecure: bool = _option(
+        False, "network", SWITCH, "allow a host other than loopback without --token-file"
+    )
+    model: str = _option("all-MiniLM-L6-v2", "model", TEXT, "model used where a caller names none")
+    models: tuple[str, ...] = _option(
+        (), "model", NAMES, "more models to serve, commas between; each takes memory of its own"
+    )
+    device: str = _option(
+        "auto",
+        "model",
+        TEXT,
+        "auto, cpu, cuda, or cuda:0,1 for some GPUs; auto prefers GPUs",
+        pattern=r"auto|cpu|cuda(:\d+(,\d+)*)?",
+        expected="auto, cpu, cuda or cuda:N,...",
+    )
+    backend: str = _option(
+        "auto",
+        "model",
+        TEXT,
+        "engine; auto takes the fastest for the device, null makes vectors without a model",
+        choices=("auto", "onnxruntime", "openvino", "null"),
+    )
+    precision: str = _option(
+        "auto",
+        "model",
+        TEXT,
+        "arithmetic; float32 is exact, the others are faster where the hardware has them",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    threads: int = _option(
+        0, "model", WHOLE, "CPU cores for the model, 0: all; fewer leaves room for others"
+    )
+    tokenizer_workers: int = _option(
+        0, "model", WHOLE, "tokenizer processes, 0: from the cores; each takes memory", maximum=1024
+    )
+    max_batch_tokens: int = _option(
+        0, "model", WHOLE, "tokens in one run, 0: the engine's best; more: throughput, latency"
+    )
+    max_queue_delay_ms: float = _option(
+        5, "model", MILLISECONDS, "wait to fill a run; more: fuller runs, later answers"
+    )
+    stores: tuple[str, ...] = _option(
+        (),
+        "store",
+        STORES,
+        "NAME=ADDRESS or ADDRESS, repeatable, the first is the default: lance:PATH, parquet:PATH, "
+        "grpc://HOST:PORT; if not given, lance: in the home folder",
+    )
+    group_rows: int = _option(
+        10_000, "store", WHOLE, "rows in one write; more: fewer, larger, later writes", minimum=1
+    )
+    group_delay_ms: float = _option(
+        500, "store", MILLISECONDS, "longest wait to fill a write; less: earlier acknowledgement"
+    )
+    store_timeout_s: float = _option(
+        60, "store", SECONDS, "longest wait for one write before it is tried again", minimum=0.001
+    )
+    store_retry_s: float = _option(
+        300, "store", SECONDS, "how long a failing write is retried before its upload fails"
+    )
+    max_streams: int = _option(
+        256, "limits", WHOLE, "open calls at once; each may hold one message", minimum=1
+    )
+    max_memory: int = _option(
+        2 * GIB, "limits", SIZE, "bytes of work held at once; less: callers wait earlier"
+    )
+    max_message_bytes: int = _option(
+        64 * MIB, "limits", SIZE, "largest decoded message; each stream may hold one", minimum=1
+    )
+    max_row_bytes: int = _option(
+        16 * MIB, "limits", SIZE, "largest text; longer ones fail alone", minimum=1
+    )
+    drain_timeout_s: float = _option(
+        30, "limits", SECONDS, "on SIGTERM, time for accepted rows to reach the store"
+    )
+    idle_timeout_s: float = _option(
+        600, "limits", SECONDS, "end a call that sends nothing for so long", minimum=0.001
+    )
+    log_level: str = _option(
+        "info",
+        "process",
+        TEXT,
+        "least level written to standard error",
+        choices=("debug", "info", "warning", "error"),
+    )
+    log_format: str = _option(
+        "text", "process", TEXT, "text for people, json for collectors", choices=("text", "json")
+    )
+    otlp_endpoint: str | None = _option(
+        None,
+        "process",
+        TEXT,
+        "send traces and metrics to this OTLP/HTTP URL; a little time a call",
+        pattern=r"https?://.+",
+        expected="an http:// or https:// URL",
+    )
+    home: Path = _option(
+        fletcher_home, "process", FILE, "folder of models and caches, some 100 MB a model"
+    )
+
+    def __post_init__(self) -> None:
+        for option in OPTIONS.values():
+            option.check(getattr(self, option.field))
+        self._check_network()
+        if self.max_row_bytes > self.max_message_bytes:
+            raise ConfigError(
+                f"`max_row_bytes` is {self.max_row_bytes}, more than `max_message_bytes` "
+                f"({self.max_message_bytes}), in which a row must fit",
+                field="max_row_bytes",
+            )
+        if self.max_message_bytes > self.max_memory:
+            raise ConfigError(
+                f"`max_message_bytes` is {self.max_message_bytes}, more than `max_memory` "
+                f"({self.max_memory}), in which a message must fit",
+                field="max_message_bytes",
+            )
+        _ = self.store_addresses
+
+    def _check_network(self) -> None:
+        if not (self.insecure or self.token_file or is_loopback(self.host)):
+            raise ConfigError(
+                f"`host` is {self.host!r}, which other machines can reach, and there is no "
+                "`token_file`; give --token-file, or --insecure to let everybody in",
+                field="host",
+                allowed=["127.0.0.1", "::1", "localhost"],
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            there, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
+            raise ConfigError(f"`{there}` needs `{missing}` with it", field=missing)
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("`tls_client_ca` needs `tls_cert` and `tls_key`", field="tls_cert")
+        for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ConfigError(f"`{name}` is {str(path)!r}, which is no file", field=name)
+
+    @property
+    def store_addresses(self) -> dict[str, str]:
+        """Addresses by name, the default first; never empty."""
+        addresses: dict[str, str] = {}
+        for text in self.stores or (f"lance:{self.home / 'vectors'}",):
+            match = _NAMED_STORE.fullmatch(text)
+            name, address = match.groups() if match else (DEFAULT_STORE, text)
+            if name in addresses:
+                raise ConfigError(
+                    f"`store` gives the name {name!r} twice; name each: NAME=ADDRESS", field="store"
+                )
+            addresses[name] = address
+        return addresses
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _name(field: str) -> str:
+    return {"stores": "store"}.get(field, field.removesuffix("_s"))
+
+
+OPTIONS: dict[str, Option] = {
+    _name(spec.name): Option(field=spec.name, name=_name(spec.name), **spec.metadata)
+    for spec in dataclasses.fields(ServeConfig)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration and where each of its values came from.
+
+    Attributes:
+        config: The options.
+        sources: By option name: a flag, a variable, the file, or `default`.
+        warnings: Variables that look like misspelt options.
+    """
+
+    config: ServeConfig
+    sources: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+    def to_toml(self) -> str:
+        """The options as a TOML file, the source of each in a comment."""
+        lines = []
+        for name, option in OPTIONS.items():
+            value = getattr(self.config, option.field)
+            if value is None:
+                lines.append(f"# {name} is not set")
+            else:
+                lines.append(f"{name} = {_toml(value)}  # {self.sources.get(name, 'default')}")
+        return "\n".join(lines) + "\n"
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    file: Path | None = None,
+    *,
+    only: Collection[str] | None = None,
+) -> Resolved:
+    """The configuration that flags, environment and file make together.
+
+    Args:
+        flags: By option name, the text given (a list of texts for a repeated flag).
+        environ: The environment.
+        file: A TOML file; None: the one that FLETCHER_CONFIG names, if it is set.
+        only: Names of the options to take; others keep their defaults wherever they are set.
+
+    Raises:
+        ConfigError: Names the option, its source, the value and what is allowed.
+    """
+    if file is None and environ.get("FLETCHER_CONFIG"):
+        file = Path(environ["FLETCHER_CONFIG"]).expanduser()
+    in_file = {} if file is None else _read_file(file)
+    values: dict[str, Any] = {"home": fletcher_home(environ)}
+    sources: dict[str, str] = {}
+    for name, option in OPTIONS.items():
+        if only is not None and name not in only:
+            continue
+        if name in flags:
+            given, source = flags[name], option.flag
+        elif environ.get(option.variable):
+            given, source = environ[option.variable], option.variable
+        elif name in in_file:
+            given, source = in_file[name], str(file)
+        else:
+            continue
+        values[option.field] = option.read(given, source)
+        sources[name] = source
+    return Resolved(ServeConfig(**values), sources, _misspelt(environ))
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """`; did you mean X?`, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(
+            f"`config` is {str(path)!r}, which cannot be read: {error.strerror}", field="config"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"`config` {str(path)!r} is not TOML: {error}", field="config") from None
+    for key in values:
+        if key not in OPTIONS:
+            raise ConfigError(
+                f"`{key}` in {str(path)!r} is not an option{nearest(key, OPTIONS)}",
+                field=key,
+                allowed=sorted(OPTIONS),
+            )
+    return values
+
+
+def _misspelt(environ: Mapping[str, str]) -> tuple[str, ...]:
+    # Only near misses: other programs may have FLETCHER_ variables of their own.
+    known = {option.variable for option in OPTIONS.values()} | {"FLETCHER_CONFIG"}
+    strange = sorted(name for name in environ if name.startswith("FLETCHER_") and name not in known)
+    return tuple(
+        f"{name} is not an option{hint}" for name in strange if (hint := nearest(name, known))
+    )
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    # JSON's strings, numbers and booleans are TOML's too.
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
