@@ -18,15 +18,27 @@ from fletcher.errors import InvalidCommandError, UnknownFieldError
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 MAX_NAME_LENGTH = 128
 MAX_PROMPT_CHARACTERS = 4096
+MAX_COLUMNS = 1024
+MAX_NUMBER = 1_000_000
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "float16"),
     "truncate": ("end", "start", "error"),
+    "chunking": ("none",),
     "on_error": ("continue", "abort"),
     "mode": ("append", "upsert", "overwrite"),
     "dedupe": ("off",),
     "durability": ("store", "memory"),
     "priority": ("bulk", "interactive"),
+}
+
+# Values that the contract has and this server has not: refused as such, not as a misspelling.
+# None: whatever is not in CHOICES.
+NOT_SUPPORTED: dict[str, tuple[str, ...] | None] = {
+    "dtype": ("int8", "ubinary"),
+    "chunking": None,
+    "dedupe": ("text", "id"),
+    "durability": ("journal",),
 }
 
 
@@ -48,6 +60,7 @@ class EmbedOptions:
             stores that take nothing else).
         normalize: L2-normalise; None: as the model says.
         truncate: What to do with texts over the model's length.
+        chunking: How long texts are cut into pieces; only `none`.
         columns: Input columns to carry through to the output.
         include_text: Carry the text itself; None: true for stores, false for DoExchange.
         on_error: `continue` reports a failed row and goes on; `abort` ends the call with its error.
@@ -69,6 +82,7 @@ class EmbedOptions:
     dtype: str | None = None
     normalize: bool | None = None
     truncate: str = "end"
+    chunking: str | None = None
     columns: tuple[str, ...] = ()
     include_text: bool | None = None
     on_error: str = "continue"
@@ -79,26 +93,23 @@ class EmbedOptions:
     store: str | None = None
 
     def __post_init__(self) -> None:
+        columns: Any = self.columns
+        if isinstance(columns, list):
+            object.__setattr__(self, "columns", tuple(columns))
+        for spec in dataclasses.fields(self):
+            _check_type(spec, getattr(self, spec.name))
         if self.dataset is not None:
             check_dataset(self.dataset)
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise InvalidCommandError(
-                    f"`{name}` is {value!r}, expected one of {', '.join(allowed)}",
-                    field=name,
-                    allowed=allowed,
-                )
+        for name in CHOICES:
+            _check_choice(name, getattr(self, name))
         for name in ("upload_id", "model", "text_column", "id_column", "store"):
             value = getattr(self, name)
-            if value is not None and not 1 <= len(value) <= MAX_NAME_LENGTH:
-                raise InvalidCommandError(
-                    f"`{name}` has {len(value)} characters, expected 1 to {MAX_NAME_LENGTH}",
-                    field=name,
-                )
+            if value is not None:
+                _check_name(name, value)
         if self.upload_id is not None and not DATASET_PATTERN.fullmatch(self.upload_id):
             raise InvalidCommandError(
-                f"`upload_id` is {self.upload_id!r}, expected letters, digits, `_` and `-`",
+                f"`upload_id` is {self.upload_id!r}, expected letters, digits, `_` and `-`, "
+                "starting with a letter or digit",
                 field="upload_id",
                 allowed=[DATASET_PATTERN.pattern],
             )
@@ -109,10 +120,11 @@ class EmbedOptions:
             )
         for name in ("dims", "layers"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidCommandError(f"`{name}` is {value}, expected at least 1", field=name)
-        if len(set(self.columns)) != len(self.columns):
-            raise InvalidCommandError("`columns` names a column twice", field="columns")
+            if value is not None and not 1 <= value <= MAX_NUMBER:
+                raise InvalidCommandError(
+                    f"`{name}` is {_shown(value)}, expected 1 to {MAX_NUMBER}", field=name
+                )
+        _check_columns(self.columns)
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> EmbedOptions:
@@ -123,11 +135,13 @@ class EmbedOptions:
             InvalidCommandError: A value of the wrong type or out of range.
         """
         for name in fields:
-            if name not in _TYPES:
+            if name not in FIELD_NAMES:
                 raise UnknownFieldError(
-                    f"`{name}` is not a field of EmbedCommand", field=name, allowed=sorted(_TYPES)
+                    f"`{_shortened(name)}` is not a field of EmbedCommand",
+                    field=_shortened(name),
+                    allowed=FIELD_NAMES,
                 )
-        return cls(**{name: _typed(name, value) for name, value in fields.items()})
+        return cls(**fields)
 
     def to_mapping(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON-ready values."""
@@ -154,34 +168,84 @@ def check_dataset(name: str) -> None:
         )
 
 
+FIELD_NAMES = tuple(spec.name for spec in dataclasses.fields(EmbedOptions))
+
 _TYPES: dict[str, type] = {
-    spec.name: {
-        "dims": int,
-        "layers": int,
-        "normalize": bool,
-        "include_text": bool,
-        "columns": tuple,
-    }.get(spec.name, str)
-    for spec in dataclasses.fields(EmbedOptions)
+    "dims": int,
+    "layers": int,
+    "normalize": bool,
+    "include_text": bool,
+    "columns": tuple,
 }
 
 
-def _typed(name: str, value: Any) -> Any:
-    expected = _TYPES[name]
-    if value is None:
-        return None if name not in ("text_column", "id_column", "columns") else _refuse(name, value)
+def _check_type(spec: dataclasses.Field[Any], value: Any) -> None:
+    if value is None and spec.default is None:
+        return
+    expected = _TYPES.get(spec.name, str)
+    # A bool is an int to isinstance, and must not pass as `dims`.
+    good = type(value) is expected
     if expected is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        _refuse(name, value)
-    if type(value) is not expected:
-        _refuse(name, value)
-    return value
+        good = good and all(isinstance(item, str) for item in value)
+    if not good:
+        words = {
+            str: "a string",
+            int: "an integer",
+            bool: "true or false",
+            tuple: "a list of names",
+        }
+        raise InvalidCommandError(
+            f"`{spec.name}` is {_shown(value)}, expected {words[expected]}", field=spec.name
+        )
+    for text in value if expected is tuple else [value] if expected is str else []:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InvalidCommandError(
+                f"`{spec.name}` holds half a surrogate pair, expected Unicode text",
+                field=spec.name,
+            )
 
 
-def _refuse(name: str, value: Any) -> Any:
-    expected = {str: "a string", int: "an integer", bool: "true or false", tuple: "a list of names"}
-    raise InvalidCommandError(
-        f"`{name}` is {json.dumps(value, default=repr)[:200]}, expected {expected[_TYPES[name]]}",
-        field=name,
+def _check_choice(name: str, value: str | None) -> None:
+    allowed = CHOICES[name]
+    if value is None or value in allowed:
+        return
+    known = NOT_SUPPORTED.get(name, ())
+    problem = (
+        "which this server does not support; allowed: "
+        if known is None or value in known
+        else "expected one of "
     )
+    raise InvalidCommandError(
+        f"`{name}` is {_shown(value)}, {problem}{', '.join(allowed)}", field=name, allowed=allowed
+    )
+
+
+def _check_name(field: str, value: str) -> None:
+    if not 1 <= len(value) <= MAX_NAME_LENGTH:
+        raise InvalidCommandError(
+            f"`{field}` has {len(value)} characters, expected 1 to {MAX_NAME_LENGTH}", field=field
+        )
+
+
+def _check_columns(columns: tuple[str, ...]) -> None:
+    if len(columns) > MAX_COLUMNS:
+        raise InvalidCommandError(
+            f"`columns` names {len(columns)} columns, at most {MAX_COLUMNS}", field="columns"
+        )
+    for name in columns:
+        _check_name("columns", name)
+    if len(set(columns)) != len(columns):
+        twice = next(name for name in columns if columns.count(name) > 1)
+        raise InvalidCommandError(f"`columns` names `{twice}` twice", field="columns")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short, whatever came."""
+    if type(value) is int and value.bit_length() > 64:
+        return "a number of more than 64 bits"
+    return _shortened(repr(value))
+
+
+def _shortened(text: str) -> str:
+    shown = text if len(text) <= 200 else text[:200] + "..."
+    return shown.encode("utf-8", "backslashreplace").decode()

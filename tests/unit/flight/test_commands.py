@@ -1,0 +1,182 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from google.protobuf.json_format import MessageToDict
+from pyarrow import flight
+
+from fletcher.errors import InvalidCommandError, UnknownFieldError
+from fletcher.flight.commands import (
+    MAX_COMMAND_BYTES,
+    encode_command,
+    encode_models,
+    parse_command,
+    parse_descriptor,
+    parse_list_models,
+)
+from fletcher.options import FIELD_NAMES, EmbedOptions
+from fletcher.v1 import embed_pb2
+
+FULL = EmbedOptions(
+    dataset="d",
+    upload_id="u-1",
+    model="m",
+    text_column="body",
+    id_column="package",
+    prompt="Frage: ü",
+    dims=64,
+    layers=3,
+    dtype="float16",
+    normalize=False,
+    truncate="error",
+    columns=("a", "b"),
+    include_text=False,
+    on_error="abort",
+    mode="upsert",
+    durability="memory",
+    priority="interactive",
+    store="s",
+)
+
+
+def test_message_and_options_have_the_same_fields():
+    assert {spec.name for spec in embed_pb2.EmbedCommand.DESCRIPTOR.fields} == set(FIELD_NAMES)
+
+
+@pytest.mark.parametrize("options", [FULL, EmbedOptions(), EmbedOptions(dataset="x")])
+def test_both_encodings_say_the_same(options):
+    assert parse_command(encode_command(options)) == options
+    assert parse_command(options.to_json()) == options
+
+
+def test_a_binary_command_never_looks_like_json():
+    for field in embed_pb2.EmbedCommand.DESCRIPTOR.fields:
+        for wire_type in (0, 1, 2, 5):  # 3 and 4 are groups, which proto3 has not
+            assert (field.number << 3 | wire_type) != ord("{")
+
+
+def test_presence_survives_the_binary_form():
+    assert parse_command(encode_command(EmbedOptions(normalize=False))).normalize is False
+    assert parse_command(encode_command(EmbedOptions())).normalize is None
+
+
+def test_descriptors():
+    path = flight.FlightDescriptor.for_path("corpus")
+    assert parse_descriptor(path) == EmbedOptions(dataset="corpus")
+    command = flight.FlightDescriptor.for_command(FULL.to_json())
+    assert parse_descriptor(command) == FULL
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "said"),
+    [
+        (flight.FlightDescriptor.for_path(), "0 parts"),
+        (flight.FlightDescriptor.for_path("a", "b"), "2 parts"),
+        (flight.FlightDescriptor.for_path("a/b"), "`dataset`"),
+        (flight.FlightDescriptor.for_path(b"\xff"), "not UTF-8"),
+        (SimpleNamespace(descriptor_type=0, path=[], command=b""), "neither a path nor a command"),
+    ],
+)
+def test_other_descriptors_are_refused(descriptor, said):
+    with pytest.raises(InvalidCommandError, match=said):
+        parse_descriptor(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "said"),
+    [
+        (b'{"dataset": "d", "colour": 1}', UnknownFieldError, "`colour`"),
+        (b'{"textColumn": "t"}', UnknownFieldError, "`textColumn`"),
+        (b'{"dataset": "a", "dataset": "b"}', InvalidCommandError, "`dataset` comes twice"),
+        (b'{"dims": 1,}', InvalidCommandError, "not JSON"),
+        (b'{"dims": NaN}', InvalidCommandError, "NaN"),
+        (b'{"dims": ' + b"9" * 5000 + b"}", InvalidCommandError, "too long"),
+        (b'{"dims": ' + b"[" * 100000, InvalidCommandError, "nested too deep"),
+        (b"{", InvalidCommandError, "not JSON"),
+        (b'{"model": "\xff"}', InvalidCommandError, "not UTF-8"),
+        (b'{"model": "\\ud800"}', InvalidCommandError, "surrogate"),
+        (b'{"\\ud800": 1}', UnknownFieldError, "not a field"),
+        (b"{" + b" " * MAX_COMMAND_BYTES + b"}", InvalidCommandError, "at most"),
+        (b"\x0a" + b"x" * (MAX_COMMAND_BYTES + 1), InvalidCommandError, "at most"),
+        (b"VectorSearch", InvalidCommandError, "neither JSON"),
+        (b"[1]", InvalidCommandError, "neither JSON|field number"),
+        (b"\xa8\x06\x01", UnknownFieldError, "field number 101"),
+        # dims (7) as a string instead of an integer
+        (b"\x3a\x01x", UnknownFieldError, "field number 7"),
+        # dataset (1) that is not UTF-8
+        (b"\x0a\x01\xff", InvalidCommandError, "neither JSON"),
+    ],
+)
+def test_nonsense_is_refused_by_name(command, kind, said):
+    with pytest.raises(kind, match=said) as caught:
+        parse_command(command)
+    caught.value.to_json()
+
+
+MODEL = SimpleNamespace(
+    name="m",
+    hash="abc",
+    family="bert",
+    dim=384,
+    max_length=256,
+    pooling="mean",
+    normalize=True,
+    num_layers=6,
+    layers=(6,),
+    dims=(384,),
+    prompts={"query": "query: "},
+)
+
+
+def test_models_in_both_formats():
+    as_json = json.loads(encode_models([MODEL], default="m"))
+    as_binary = embed_pb2.ListModelsResult.FromString(
+        encode_models([MODEL], default="m", format_name="protobuf")
+    )
+    assert as_json["models"][0]["dim"] == 384
+    assert as_json["models"][0]["is_default"] is True
+    assert MessageToDict(as_binary, preserving_proto_field_name=True) == as_json
+
+
+@pytest.mark.parametrize(
+    ("body", "format_name"),
+    [
+        (b"", "json"),
+        (b"{}", "json"),
+        (b'{"format": "protobuf"}', "protobuf"),
+        (embed_pb2.ListModelsCommand(format="protobuf").SerializeToString(), "protobuf"),
+    ],
+)
+def test_the_format_of_list_models(body, format_name):
+    assert parse_list_models(body) == format_name
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b'{"form": 1}', UnknownFieldError),
+        (b'{"format": "xml"}', InvalidCommandError),
+        (b'{"format": 1}', InvalidCommandError),
+        (b"\x12\x01x", UnknownFieldError),
+    ],
+)
+def test_other_bodies_of_list_models_are_refused(body, kind):
+    with pytest.raises(kind):
+        parse_list_models(body)
+
+
+def test_generated_code_is_current():
+    if importlib.util.find_spec("grpc_tools") is None:
+        pytest.skip("grpcio-tools is not installed")
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, root / "scripts" / "proto", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
