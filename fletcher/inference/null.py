@@ -1,0 +1,87 @@
+"""A backend without a model: quick, repeatable vectors that tell rows apart.
+
+For tests and for measuring everything around the model. A row's vector depends on its token ids and
+on nothing else, so a row that was lost, doubled or swapped on the way shows.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.batches import InferenceResult, Int32Array, MicroBatch
+from fletcher.inference.backend import BackendConfig
+
+DEFAULT_DIM = 384
+
+_UINT64 = np.uint64
+_FIRST_FACTOR = 0xBF58476D1CE4E5B9
+_SECOND_FACTOR = 0x94D049BB133111EB
+
+
+class NullBackend:
+    """Hashes token ids into vectors of length 1.
+
+    Args:
+        dim: Width of a vector.
+    """
+
+    def __init__(self, dim: int = DEFAULT_DIM) -> None:
+        self.dim = dim
+        self.concurrency = 2
+
+    def run(self, batch: MicroBatch) -> InferenceResult:
+        """Vectors as `null_embeddings` makes them; norms are 1."""
+        started = time.perf_counter()
+        embeddings = null_embeddings(batch.input_ids, batch.lengths, self.dim)
+        norms = np.ones(len(batch.lengths), dtype=np.float32)
+        return InferenceResult(embeddings, norms, time.perf_counter() - started)
+
+    def describe(self) -> dict[str, str]:
+        return {
+            "backend": "null",
+            "version": "1",
+            "device": "cpu",
+            "precision": "float32",
+            "provider": "null",
+        }
+
+
+def load(config: BackendConfig) -> NullBackend:
+    """The null backend; needs no bundle, takes the width of its vectors from `dim`."""
+    return NullBackend(config.dim or DEFAULT_DIM)
+
+
+def null_embeddings(
+    input_ids: Int32Array, lengths: Int32Array, dim: int
+) -> npt.NDArray[np.float32]:
+    """The vectors of the null backend.
+
+    Args:
+        input_ids: int32 [total_tokens], rows one after the other.
+        lengths: int32 [num_rows], each at least 1.
+        dim: Width of a vector.
+
+    Returns:
+        float32 [num_rows, dim], L2-normalised.
+    """
+    starts = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1], out=starts[1:])
+    position = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
+    tokens = _mix(input_ids.astype(_UINT64) * _UINT64(1 << 32) + position.astype(_UINT64))
+    rows = np.add.reduceat(tokens, starts) if len(starts) else tokens[:0]
+    columns = _mix(np.arange(1, dim + 1, dtype=_UINT64))
+    bits = _mix(rows[:, None] ^ columns[None, :])
+    # The upper 24 bits are a float32 exactly; centred, so that two rows are nearly orthogonal.
+    values = (bits >> _UINT64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)
+    norms = np.linalg.norm(values, axis=1, keepdims=True)
+    return np.asarray(values / np.maximum(norms, np.float32(1e-12)), dtype=np.float32)
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of splitmix64 (https://prng.di.unimi.it/splitmix64.c), on whole arrays."""
+    values = (values ^ (values >> _UINT64(30))) * _UINT64(_FIRST_FACTOR)
+    values = (values ^ (values >> _UINT64(27))) * _UINT64(_SECOND_FACTOR)
+    return values ^ (values >> _UINT64(31))
