@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fletcher.batches import TextBatch, TokenBatch
+import numpy as np
+
+from fletcher.batches import EmbeddingBatch, TextBatch, TokenBatch
 from fletcher.instruments import Instruments
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource, TokenizationSource, as_fletcher_error
@@ -63,6 +65,12 @@ class Embedder:
         self._budget = budget
         self._tokenize = tokenize
         self._tokenizing = threading.Lock()
+        self._nothing = EmbeddingBatch(
+            embeddings=np.zeros((0, config.dim), np.float32),
+            norms=None,
+            token_count=np.zeros(0, np.int32),
+            truncated=np.zeros(0, np.bool_),
+        )
         self._inference = InferenceSource(
             dim=config.dim,
             plan=plan,
@@ -118,6 +126,9 @@ class Embedder:
 
     def _enqueue(self, ticket: Ticket) -> None:
         texts = ticket.texts
+        if not texts.num_texts:
+            ticket.finish(self._nothing)
+            return
         small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES
         if not (small and ticket.priority == "interactive"):
             self._tokenization.put(ticket)

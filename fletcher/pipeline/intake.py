@@ -164,7 +164,9 @@ class Intake:
         else:
             text = _large(text)
         sizes = (
-            np.diff(_offsets(dictionary))[codes] if dictionary is not None else np.diff(_offsets(text))
+            np.diff(_offsets(dictionary))[codes]
+            if dictionary is not None
+            else np.diff(_offsets(text))
         )
         shared = dictionary is not None and len(dictionary) <= self._limits.table_values
         if shared:
@@ -223,9 +225,7 @@ class Intake:
                 allowed=[f"<= {self._limits.max_message_bytes} bytes"],
             )
         columns = {"text": self._text, "id": self._id, "metadata": self._metadata}
-        arrays = {
-            name: batch.column(index) for name, index in columns.items() if index is not None
-        }
+        arrays = {name: batch.column(index) for name, index in columns.items() if index is not None}
         for index in self._carried:
             arrays[f"carried:{batch.schema.field(index).name}"] = batch.column(index)
         for name, array in arrays.items():

@@ -250,9 +250,7 @@ class InferenceSource:
         self._instruments.stage_duration.record(result.compute_s, stage="inference")
         self._instruments.device_batches.add(1, device=device)
         self._instruments.device_tokens.add(int(lengths.sum()), device=device)
-        self._instruments.device_padded_tokens.add(
-            int(lengths.max()) * len(lengths), device=device
-        )
+        self._instruments.device_padded_tokens.add(int(lengths.max()) * len(lengths), device=device)
         self._instruments.device_busy.add(result.compute_s, device=device)
 
 

@@ -44,7 +44,9 @@ class Window:
         lengths = np.concatenate([np.diff(tokens.offsets) for tokens in token_batches])
         self._lengths: Int32Array = lengths.astype(np.int32)
         self._starts: Int64Array = np.concatenate(([0], np.cumsum(lengths)))
-        self._first_rows: Int64Array = np.cumsum([0, *(tokens.num_texts for tokens in token_batches)])
+        self._first_rows: Int64Array = np.cumsum(
+            [0, *(tokens.num_texts for tokens in token_batches)]
+        )
         present = np.flatnonzero(self._lengths)
         row_sets = plan(self._lengths[present]) if len(present) else []
         self.row_sets: list[Int64Array] = [present[rows] for rows in row_sets]

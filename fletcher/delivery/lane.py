@@ -1,0 +1,351 @@
+"""One dataset's way into its store: groups of rows, one append at a time, retried until it is done.
+
+A lane owns the dataset's only writer and the only thread that touches it. Rows of all uploads to the
+dataset meet here, so that many small uploads still make few large commits. A group's extent, and with
+it its `batch_key`, is fixed before it is first sent; when a send ends in doubt the store is asked
+which keys it lacks, and only these go again.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.delivery.upload import Upload
+from fletcher.errors import FletcherError, InternalError, StoreUnavailableError
+from fletcher.instruments import Instruments
+from fletcher.schema import batch_key
+from fletcher.stores.base import DatasetWriter, Store, WriteMode
+
+log = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 10.0
+_LINGER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryConfig:
+    """How rows are grouped and how long a store may be away.
+
+    Attributes:
+        group_rows: Rows of one group at most.
+        commit_rows: Rows of one append at most, over all groups in it.
+        group_delay_s: What a row may wait for its group to fill.
+        store_retry_s: How long an append is tried before its uploads get an error.
+    """
+
+    group_rows: int
+    commit_rows: int
+    group_delay_s: float
+    store_retry_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows of an upload, ready to be stored.
+
+    Attributes:
+        batch: The output columns, without `batch_key`.
+        first: Offset of its first row in the upload.
+        failed: Rows of `batch` with a null vector.
+        released: Called once the rows are stored or given up.
+    """
+
+    upload: Upload
+    batch: pa.RecordBatch
+    first: int
+    failed: tuple[int, ...]
+    released: Callable[[], None]
+
+    @property
+    def last(self) -> int:
+        """Offset of the last row."""
+        return self.first + int(self.batch.num_rows) - 1
+
+
+class Lane:
+    """A dataset's writer and its thread.
+
+    Args:
+        store: The store.
+        dataset: The dataset's name.
+        config: Groups and retries.
+        instruments: Where counts and durations go.
+        on_idle: Asked when the lane has had no user for a while; True lets it end.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dataset: str,
+        config: DeliveryConfig,
+        instruments: Instruments,
+        on_idle: Callable[[Lane], bool],
+    ) -> None:
+        self.store = store
+        self.dataset = dataset
+        self.users = 0  # guarded by Delivery
+        self._config = config
+        self._instruments = instruments
+        self._on_idle = on_idle
+        self._changed = threading.Condition()
+        self._pending: deque[tuple[Rows, float]] = deque()
+        self._num_pending_rows = 0
+        self._in_append = False
+        self._hurried = False
+        self._openings: deque[tuple[pa.Schema, WriteMode, Future[None]]] = deque()
+        self._closing = threading.Event()
+        self._writer: DatasetWriter | None = None
+        self._written: tuple[pa.Schema, bool] | None = None
+        self.thread = threading.Thread(target=self._run, name=f"lane-{dataset}", daemon=True)
+        self.thread.start()
+
+    def open(self, schema: pa.Schema, mode: WriteMode) -> Future[None]:
+        """Makes the dataset ready for rows of `schema`; the future fails where it cannot be."""
+        ready: Future[None] = Future()
+        with self._changed:
+            self._openings.append((schema, mode, ready))
+            self._changed.notify_all()
+        return ready
+
+    def put(self, rows: Rows) -> None:
+        """Queues rows; never blocks, the streams' allowances bound what can be here."""
+        with self._changed:
+            self._pending.append((rows, time.monotonic()))
+            self._num_pending_rows += rows.batch.num_rows
+            self._changed.notify_all()
+
+    def hurry(self) -> None:
+        """Somebody waits for the rows that are here: don't wait for more."""
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends the lane after its current append; what is queued is given up."""
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is queued or being stored."""
+        with self._changed:
+            return not self._pending and not self._in_append
+
+    def depth(self) -> int:
+        """Rows that wait."""
+        return self._num_pending_rows
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        except Exception:
+            log.exception("delivery into `%s` failed", self.dataset)
+            self._give_up(self._take_all(), InternalError("delivery failed; the log has more"))
+        finally:
+            self._closing.set()
+            self._give_up(self._take_all(), StoreUnavailableError("the server is shutting down"))
+            self._close_writer()
+
+    def _step(self) -> bool:
+        """Does the next thing there is to do; False ends the thread."""
+        with self._changed:
+            self._changed.wait_for(self._something_to_do, self._patience())
+            if self._closing.is_set():
+                return False
+            opening = self._openings.popleft() if self._openings else None
+            group = [] if opening or not self._due() else self._take()
+            self._in_append = bool(group)
+        if opening is not None:
+            self._open(*opening)
+        elif group:
+            self._store(group)
+            with self._changed:
+                self._in_append = False
+                self._changed.notify_all()
+        elif not self._pending and self._on_idle(self):
+            return False
+        return True
+
+    def _something_to_do(self) -> bool:
+        return bool(self._closing.is_set() or self._openings or self._due())
+
+    def _due(self) -> bool:
+        if not self._pending:
+            self._hurried = False
+            return False
+        age = time.monotonic() - self._pending[0][1]
+        full = self._num_pending_rows >= self._config.commit_rows
+        return self._hurried or full or age >= self._config.group_delay_s
+
+    def _patience(self) -> float:
+        if not self._pending:
+            return _LINGER_S
+        return max(0.0, self._pending[0][1] + self._config.group_delay_s - time.monotonic())
+
+    def _take(self) -> list[Rows]:
+        """The oldest rows that fit one append: of one schema, `commit_rows` at most."""
+        taken: list[Rows] = []
+        num_rows = 0
+        schema = self._pending[0][0].batch.schema
+        while self._pending:
+            rows = self._pending[0][0]
+            if rows.batch.schema != schema or (
+                taken and num_rows + rows.batch.num_rows > self._config.commit_rows
+            ):
+                break
+            self._pending.popleft()
+            self._num_pending_rows -= rows.batch.num_rows
+            if rows.upload.failure is not None:  # the client was told so, and sends them again
+                rows.released()
+                continue
+            taken.append(rows)
+            num_rows += rows.batch.num_rows
+        return taken
+
+    def _take_all(self) -> list[Rows]:
+        with self._changed:
+            taken = [rows for rows, _ in self._pending]
+            self._pending.clear()
+            self._num_pending_rows = 0
+            for _, _, ready in self._openings:
+                ready.set_exception(StoreUnavailableError("the server is shutting down"))
+            self._openings.clear()
+        return taken
+
+    def _open(self, schema: pa.Schema, mode: WriteMode, ready: Future[None]) -> None:
+        try:
+            self._use(schema, mode)
+        except FletcherError as error:
+            ready.set_exception(error)
+        except Exception:
+            log.exception("cannot open `%s`", self.dataset)
+            ready.set_exception(InternalError(f"`{self.dataset}` cannot be opened"))
+        else:
+            ready.set_result(None)
+
+    def _use(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
+        wanted = (schema, mode == "upsert")
+        if self._writer is None or self._written != wanted or mode == "overwrite":
+            self._close_writer()
+            stored = schema.append(pa.field("batch_key", pa.utf8()))
+            self._writer = self.store.open_writer(self.dataset, stored, mode)
+            self._written = wanted
+        return self._writer
+
+    def _store(self, taken: Sequence[Rows]) -> None:
+        groups = _groups(taken, self._config.group_rows)
+        error = self._append_all(groups)
+        if error is not None and len(groups) > 1 and not isinstance(error, StoreUnavailableError):
+            # One of the uploads is at fault: find out which, the others go on.
+            for group in groups:
+                self._settle([group], self._append_all([group]))
+        else:
+            self._settle(groups, error)
+
+    def _settle(self, groups: Sequence[list[Rows]], error: FletcherError | None) -> None:
+        for rows in (rows for group in groups for rows in group):
+            if error is not None:
+                rows.upload.fail(error)
+            else:
+                lost = 0 if self.store.capabilities.null_vectors else len(rows.failed)
+                stored = rows.batch.num_rows - lost
+                self._instruments.rows_stored.add(stored)
+                rows.upload.settle(rows.first, rows.last, stored=stored)
+            rows.released()
+
+    def _give_up(self, taken: Sequence[Rows], error: FletcherError) -> None:
+        if taken:
+            self._settle([list(taken)], error)
+
+    def _append_all(self, groups: Sequence[list[Rows]]) -> FletcherError | None:
+        """Stores the groups; None, or why they cannot be stored."""
+        keyed = {_key(group): self._batch(group) for group in groups}
+        schema = groups[0][0].batch.schema
+        deadline = time.monotonic() + self._config.store_retry_s
+        backoff_s = _FIRST_BACKOFF_S
+        doubtful = False
+        while True:
+            try:
+                upsert = self._written is not None and self._written[1]
+                writer = self._use(schema, "upsert" if upsert else "append")
+                keys = writer.missing_keys(list(keyed)) if doubtful else list(keyed)
+                doubtful = True
+                with self._instruments.stage_duration.time(stage="append"):
+                    batches = [keyed[key] for key in keys if keyed[key].num_rows]
+                    if batches:
+                        writer.append(batches)
+            except StoreUnavailableError as error:
+                if self._closing.is_set() or time.monotonic() + backoff_s > deadline:
+                    return error
+                self._instruments.store_retries.add()
+                log.warning("`%s`: %s; trying again", self.dataset, error)
+                self._close_writer()
+                # Full jitter: https://aws.amazon.com/builders-library (timeouts, retries, backoff).
+                self._closing.wait(random.uniform(backoff_s / 2, backoff_s))  # noqa: S311
+                backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            except FletcherError as error:
+                return error
+            except Exception:
+                log.exception("`%s`: the store failed", self.dataset)
+                return InternalError("the store failed in an unexpected way; the log has more")
+            else:
+                return None
+
+    def _batch(self, group: list[Rows]) -> pa.RecordBatch:
+        if not self.store.capabilities.null_vectors:
+            batches = [_without(rows.batch, rows.failed) for rows in group]
+        else:
+            batches = [rows.batch for rows in group]
+        batch = pa.concat_batches(batches)
+        keys = pa.repeat(_key(group), batch.num_rows)
+        return batch.append_column(pa.field("batch_key", pa.utf8()), keys)
+
+    def _close_writer(self) -> None:
+        writer, self._writer, self._written = self._writer, None, None
+        if writer is not None:
+            try:
+                writer.close()
+            except Exception:
+                log.exception("closing `%s`", self.dataset)
+
+
+def _groups(taken: Sequence[Rows], max_rows: int) -> list[list[Rows]]:
+    """Rows by upload, in order, joined where one follows the other."""
+    groups: list[list[Rows]] = []
+    open_groups: dict[int, list[Rows]] = {}
+    for rows in taken:
+        group = open_groups.get(id(rows.upload))
+        if (
+            group is None
+            or group[-1].last + 1 != rows.first
+            or rows.last - group[0].first >= max_rows
+        ):
+            group = open_groups[id(rows.upload)] = []
+            groups.append(group)
+        group.append(rows)
+    return groups
+
+
+def _key(group: list[Rows]) -> str:
+    return batch_key(group[0].upload.upload_id, group[0].first, group[-1].last)
+
+
+def _without(batch: pa.RecordBatch, rows: Sequence[int]) -> pa.RecordBatch:
+    if not rows:
+        return batch
+    keep = np.ones(batch.num_rows, np.bool_)
+    keep[list(rows)] = False
+    return batch.filter(pa.array(keep))

@@ -1,0 +1,69 @@
+"""Sets of row offsets, kept as inclusive ranges."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+
+class RangeSet:
+    """Whole numbers as sorted, disjoint, inclusive ranges. Not thread-safe.
+
+    Uploads arrive mostly in order, so that a set is a handful of ranges whatever its size.
+    """
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        self.count = 0
+        for first, last in ranges:
+            self.add(first, last)
+
+    def add(self, first: int, last: int) -> None:
+        """Adds first..last, both included; what is there already stays."""
+        left = bisect_left(self._ranges, first, key=lambda one: one[1] + 1)
+        right = left
+        while right < len(self._ranges) and self._ranges[right][0] <= last + 1:
+            right += 1
+        for one_first, one_last in self._ranges[left:right]:
+            first, last = min(first, one_first), max(last, one_last)
+            self.count -= one_last - one_first + 1
+        self._ranges[left:right] = [(first, last)]
+        self.count += last - first + 1
+
+    def remove(self, first: int, last: int) -> None:
+        """Takes first..last out, as far as it is there."""
+        kept: list[tuple[int, int]] = []
+        for one_first, one_last in self._ranges:
+            if one_first < first:
+                kept.append((one_first, min(one_last, first - 1)))
+            if one_last > last:
+                kept.append((max(one_first, last + 1), one_last))
+        self._ranges = kept
+        self.count = sum(one_last - one_first + 1 for one_first, one_last in kept)
+
+    def missing(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The parts of first..last that are not in the set."""
+        gaps = []
+        start = bisect_left(self._ranges, first, key=lambda one: one[1])
+        for one_first, one_last in self._ranges[start:]:
+            if one_first > last:
+                break
+            if one_first > first:
+                gaps.append((first, one_first - 1))
+            first = one_last + 1
+        if first <= last:
+            gaps.append((first, last))
+        return gaps
+
+    def covers(self, first: int, last: int) -> bool:
+        """Whether all of first..last is in the set."""
+        return not self.missing(first, last)
+
+    @property
+    def prefix(self) -> int:
+        """How many numbers from 0 on are in the set without a gap."""
+        return self._ranges[0][1] + 1 if self._ranges and self._ranges[0][0] == 0 else 0
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """A copy, sorted."""
+        return list(self._ranges)

@@ -1,0 +1,127 @@
+"""What DoPut and DoExchange have in common: reading batches, and threads that answer meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import flight
+
+from fletcher.errors import ColumnTypeError, FletcherError, InternalError
+from fletcher.flight.messages import BatchMetadata, parse_batch_metadata
+from fletcher.options import EmbedOptions
+from fletcher.pipeline.intake import Intake
+from fletcher.pipeline.service import Request, Service
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One message of a client.
+
+    Attributes:
+        batch: Its rows; None for a message of metadata only.
+        batch_id: The client's number, or the count of batches so far.
+        row_first: Offset of its first row in the upload.
+        metadata: As sent.
+    """
+
+    batch: pa.RecordBatch | None
+    batch_id: int
+    row_first: int
+    metadata: BatchMetadata
+
+
+def read_messages(reader: Any, context: Any) -> Iterator[Incoming]:
+    """A client's messages until it ends or goes away.
+
+    Raises:
+        ColumnTypeError: A message that Arrow cannot decode.
+        InvalidCommandError: Metadata that is none.
+    """
+    batch_id = row_next = 0
+    while True:
+        try:
+            chunk = reader.read_chunk()
+        except StopIteration:
+            return
+        except (flight.FlightError, OSError) as error:
+            if isinstance(error, flight.FlightCancelledError) or context.is_cancelled():
+                return
+            raise
+        except pa.ArrowException as error:
+            if context.is_cancelled():
+                return
+            raise ColumnTypeError(f"a message cannot be decoded: {str(error)[:300]}") from None
+        raw = chunk.app_metadata
+        metadata = parse_batch_metadata(None if raw is None else raw.to_pybytes())
+        batch_id = batch_id if metadata.batch_id is None else metadata.batch_id
+        row_first = row_next if metadata.row_offset is None else metadata.row_offset
+        yield Incoming(chunk.data, batch_id, row_first, metadata)
+        if chunk.data is not None:
+            batch_id, row_next = batch_id + 1, row_first + chunk.data.num_rows
+
+
+def read_schema(reader: Any) -> pa.Schema:
+    """The input's schema.
+
+    Raises:
+        ColumnTypeError: The client sent none that Arrow can read.
+    """
+    try:
+        return reader.schema
+    except pa.ArrowException as error:
+        raise ColumnTypeError(f"the stream's schema cannot be read: {str(error)[:300]}") from None
+
+
+def intake(
+    service: Service, schema: pa.Schema, request: Request, *, carry_text: bool, interactive: bool
+) -> Intake:
+    """The checks and cuts for one call's input."""
+    options: EmbedOptions = request.options
+    return Intake(
+        schema,
+        options,
+        prompt=request.prompt,
+        limits=service.limits,
+        carry_text=options.include_text if options.include_text is not None else carry_text,
+        small_is_interactive=interactive,
+    )
+
+
+class Helper:
+    """A thread that answers while the handler reads; its failure is the call's.
+
+    Args:
+        work: Runs in the thread.
+        on_failure: Called in the thread with what `work` raised.
+    """
+
+    def __init__(self, name: str, work: Callable[[], None], on_failure: Callable[[], None]) -> None:
+        self.error: FletcherError | flight.FlightError | None = None
+        self._work = work
+        self._on_failure = on_failure
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits for the thread, and raises what it raised."""
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except (FletcherError, flight.FlightError) as error:
+            self.error = error
+            self._on_failure()
+        except Exception:
+            log.exception("%s failed", self._thread.name)
+            self.error = InternalError("the server failed on this call; its log has more")
+            self._on_failure()

@@ -1,0 +1,120 @@
+"""DoExchange: text in, vectors back, batch for batch in the client's order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from typing import Any
+
+import pyarrow as pa
+
+from fletcher.batches import EmbeddingBatch
+from fletcher.errors import BatchTooLargeError, FletcherError, InvalidCommandError
+from fletcher.flight.call import Helper, intake, read_messages, read_schema
+from fletcher.flight.messages import row_errors
+from fletcher.options import EmbedOptions
+from fletcher.pipeline.assembly import Assembler
+from fletcher.pipeline.intake import Piece
+from fletcher.pipeline.service import Service
+from fletcher.pipeline.stream import EmbedStream
+from fletcher.schema import ELEMENT_TYPES, output_schema
+
+log = logging.getLogger(__name__)
+
+# Arrow cannot send a batch of 2 GiB; half of that leaves room for the other columns.
+_MAX_OUTPUT_BYTES = 1 << 30
+
+
+def exchange(service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any) -> None:
+    """Answers one DoExchange call."""
+    if options.store is not None:
+        raise InvalidCommandError(
+            "`store` is given, but DoExchange never stores; use DoPut, or leave it out",
+            field="store",
+        )
+    request = service.resolve(options, dtypes=tuple(ELEMENT_TYPES))
+    schema = read_schema(reader)
+    source = intake(service, schema, request, carry_text=False, interactive=True)
+    output = output_schema(
+        request.spec,
+        id_type=source.id_type,
+        carried=source.carried_fields,
+        text=source.carry_text,
+        metadata_column=source.has_metadata,
+    )
+    upload_id = options.upload_id or uuid.uuid4().hex
+    with service.calls.stream():
+        stream = service.embedder.open_stream()
+        try:
+            # Before the first batch, so that a client that waits for the schema need not send.
+            writer.begin(output)
+            answers = _Answers(stream, Assembler(output, request.spec, upload_id), writer, options)
+            helper = Helper("exchange-writer", answers.run, stream.close)
+            row_bytes = request.spec.dims * ELEMENT_TYPES[request.spec.dtype].bit_width // 8
+            refusal: Exception | None = None
+            try:
+                for message in read_messages(reader, context):
+                    service.calls.check()
+                    batch = message.batch
+                    if batch is None:
+                        continue
+                    if batch.num_rows * row_bytes > _MAX_OUTPUT_BYTES:
+                        raise BatchTooLargeError(
+                            f"a batch of {batch.num_rows} rows makes more than {_MAX_OUTPUT_BYTES} "
+                            "bytes of vectors; send smaller batches"
+                        )
+                    service.instruments.rows_received.add(batch.num_rows)
+                    service.instruments.bytes_received.add(batch.get_total_buffer_size())
+                    for piece in source.pieces(batch, message.batch_id, message.row_first):
+                        stream.submit(
+                            piece.texts,
+                            piece,
+                            num_bytes=piece.num_bytes,
+                            priority=piece.priority,
+                        )
+            except Exception as error:  # noqa: BLE001 - raised once earlier batches are answered
+                refusal = error
+            if context.is_cancelled():
+                stream.close()  # nobody waits: drop what is queued
+            stream.end()
+            helper.join()
+            if refusal is not None:
+                raise refusal
+        finally:
+            stream.close()
+
+
+class _Answers:
+    """Writes a stream's results back, joined to the batches they came from."""
+
+    def __init__(
+        self, stream: EmbedStream, assembler: Assembler, writer: Any, options: EmbedOptions
+    ) -> None:
+        self._stream = stream
+        self._assembler = assembler
+        self._writer = writer
+        self._abort = options.on_error == "abort"
+        self._parts: list[pa.RecordBatch] = []
+        self._errors: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        for result in self._stream.results():
+            self._take(result.context, result.embeddings)
+            # A batch that is joined from pieces must not wait for its own memory (see the docs'
+            # memory bound: an exchange may hold one output batch beside its allowance).
+            self._stream.release(result.num_bytes)
+
+    def _take(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> None:
+        batch, errors = self._assembler.assemble(piece, outcome)
+        if errors and self._abort:
+            raise errors[min(errors)]
+        self._parts.append(batch)
+        self._errors += row_errors(errors, batch.column("id"), row_first=piece.row_first)
+        if piece.last:
+            whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
+            metadata = {"batch_id": piece.batch_id, "errors": self._errors}
+            self._parts, self._errors = [], []
+            self._writer.write_with_metadata(
+                whole, json.dumps(metadata, ensure_ascii=False).encode()
+            )

@@ -1,0 +1,244 @@
+"""DoPut: text in, vectors to the store, acknowledgements back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import flight
+
+from fletcher.delivery.lane import Lane, Rows
+from fletcher.delivery.upload import Upload
+from fletcher.errors import DrainingError, FletcherError, InvalidCommandError
+from fletcher.flight.call import Helper, Incoming, intake, read_messages, read_schema
+from fletcher.options import EmbedOptions
+from fletcher.pipeline.assembly import Assembler
+from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.service import Request, Service
+from fletcher.pipeline.sources import as_fletcher_error
+from fletcher.pipeline.stream import EmbedStream
+from fletcher.schema import output_schema
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+
+
+def put(service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any) -> None:
+    """Answers one DoPut call."""
+    if options.dataset is None:
+        raise InvalidCommandError("`dataset` is missing", field="dataset")
+    _, store = service.delivery.store(options.store)
+    if options.mode == "upsert" and not store.capabilities.upsert:
+        raise InvalidCommandError(
+            "`mode` is upsert, which this store cannot do",
+            field="mode",
+            allowed=["append", "overwrite"],
+        )
+    request = service.resolve(options, dtypes=store.capabilities.dtypes)
+    schema = read_schema(reader)
+    source = intake(service, schema, request, carry_text=True, interactive=False)
+    output = output_schema(
+        request.spec,
+        id_type=source.id_type,
+        carried=source.carried_fields,
+        text=source.carry_text,
+        metadata_column=source.has_metadata,
+    )
+    with service.calls.stream():
+        upload, lane = service.delivery.open(options, output)
+        try:
+            _Put(service, request, source, output, upload, lane).run(context, reader, writer)
+        finally:
+            service.delivery.close(upload, lane)
+
+
+class _Put:
+    """One connection that feeds an upload.
+
+    Three threads: the handler's reads and submits, `deliver` takes vectors to the dataset's lane,
+    `acknowledge` tells the client what has become of its rows.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        source: Intake,
+        output: pa.Schema,
+        upload: Upload,
+        lane: Lane,
+    ) -> None:
+        self._service = service
+        self._options = request.options
+        self._model = request.spec.model
+        self._source = source
+        self._upload = upload
+        self._lane = lane
+        self._stream: EmbedStream = service.embedder.open_stream()
+        self._assembler = Assembler(output, request.spec, upload.upload_id)
+        self._unacknowledged: deque[tuple[int, int, int]] = deque()
+        self._delivered = False
+        self._ended = False
+
+    def run(self, context: Any, reader: Any, writer: Any) -> None:
+        deliver = Helper("put-deliver", self._deliver, self._abandon)
+        acknowledge = Helper(
+            "put-acknowledge", lambda: self._acknowledge(writer, deliver), self._abandon
+        )
+        draining: DrainingError | None = None
+        refusal: Exception | None = None
+        try:
+            for message in read_messages(reader, context):
+                self._service.calls.check()
+                if self._upload.failure is not None or deliver.error is not None:
+                    break
+                self._take(message)
+        except DrainingError as error:
+            draining = error
+        except Exception as error:  # noqa: BLE001 - raised below, once accepted rows are safe
+            refusal = error
+        # Rows taken in go to the store whatever became of the connection.
+        self._stream.end()
+        try:
+            deliver.join()
+        except (FletcherError, flight.FlightError) as error:
+            # Rows that got no further may be sent again, by whoever resumes this upload.
+            self._upload.fail(as_fletcher_error(error))
+        with self._upload.changed:
+            self._ended = True
+            self._upload.changed.notify_all()
+        try:
+            acknowledge.join()
+        except (FletcherError, flight.FlightError) as error:  # the client is gone
+            log.info("upload %s: %s", self._upload.upload_id, error)
+        self._stream.close()
+        if refusal is not None:
+            raise refusal
+        if self._upload.failure is not None:
+            raise self._upload.failure
+        if draining is not None and not self._upload.complete:
+            raise draining
+
+    def _take(self, message: Incoming) -> None:
+        """Submits what is new of a message, and notes its end marker."""
+        batch = message.batch
+        if batch is not None:
+            num_rows = batch.num_rows
+            self._service.instruments.rows_received.add(num_rows)
+            self._service.instruments.bytes_received.add(batch.get_total_buffer_size())
+            row_first, row_last = message.row_first, message.row_first + num_rows - 1
+            # Cutting first checks the batch as a whole: a bad one is refused before it is claimed.
+            pieces = self._source.pieces(batch, message.batch_id, row_first)
+            for piece in pieces:
+                if piece.num_rows:
+                    self._submit(piece)
+            if num_rows:
+                with self._upload.changed:
+                    self._unacknowledged.append((message.batch_id, row_first, row_last))
+                    self._upload.changed.notify_all()
+        if message.metadata.end and message.metadata.rows is not None:
+            self._upload.announce(message.metadata.rows)
+
+    def _submit(self, piece: Piece) -> None:
+        last = piece.row_first + piece.num_rows - 1
+        new = self._upload.claim(piece.row_first, last)
+        # Later pieces may need this one's dictionary values even where its rows are there already.
+        if new or piece.new_values is not None:
+            self._stream.submit(piece.texts, (piece, new), num_bytes=piece.num_bytes)
+
+    def _deliver(self) -> None:
+        for result in self._stream.results():
+            piece, new = result.context
+            batch, errors = self._assembler.assemble(piece, result.embeddings)
+            if errors and self._options.on_error == "abort":
+                raise errors[min(errors)]
+            ids = batch.column("id")
+            if not new:
+                self._stream.release(result.num_bytes)
+            for index, (first, last) in enumerate(new):
+                low, high = first - piece.row_first, last - piece.row_first
+                failed = tuple(sorted(row - low for row in errors if low <= row <= high))
+                for row in failed:
+                    self._upload.report(first + row, ids[low + row].as_py(), errors[low + row])
+                if failed:
+                    self._service.instruments.rows_failed.add(len(failed))
+                # The piece's memory is free once its last part is stored.
+                num_bytes = result.num_bytes if index == len(new) - 1 else 0
+                self._lane.put(
+                    Rows(
+                        self._upload,
+                        batch.slice(low, high - low + 1),
+                        first,
+                        failed,
+                        lambda num_bytes=num_bytes: self._stream.release(num_bytes),  # type: ignore[misc]
+                    )
+                )
+        self._lane.hurry()
+
+    def _acknowledge(self, writer: Any, deliver: Helper) -> None:
+        """Sends an acknowledgement whenever batches have settled, and the summary at the end.
+
+        Acknowledgements are cumulative, so a slow reader gets fewer of them, not a longer queue.
+        """
+        in_memory = self._options.durability == "memory"
+        finished = False
+        while not finished:
+            with self._upload.changed:
+                self._upload.changed.wait_for(lambda: self._news(in_memory), _POLL_S)
+                finished = self._finished(deliver)
+                settled = self._settled(in_memory)
+            if settled is not None:
+                batch_id, row_first, row_last = settled
+                ack = {
+                    "type": "ack",
+                    "upload_id": self._upload.upload_id,
+                    "batch_id": batch_id,
+                    "row_first": row_first,
+                    "row_last": row_last,
+                    **self._upload.counts(),
+                }
+                _write(writer, ack)
+            if self._service.calls.draining.is_set():
+                self._lane.hurry()
+        _write(writer, self._upload.summary(self._model))
+
+    def _news(self, in_memory: bool) -> bool:
+        if self._ended or self._upload.failure is not None:
+            return True
+        if not self._unacknowledged:
+            return False
+        _, first, last = self._unacknowledged[0]
+        return in_memory or self._upload.covers(first, last)
+
+    def _finished(self, deliver: Helper) -> bool:
+        if self._upload.failure is not None or deliver.error is not None:
+            return True
+        return self._ended and self._upload.in_flight == 0
+
+    def _settled(self, in_memory: bool) -> tuple[int, int, int] | None:
+        """The last of the oldest batches that are settled, and the rows since the last time."""
+        row_first = self._unacknowledged[0][1] if self._unacknowledged else 0
+        newest = None
+        while self._unacknowledged:
+            batch_id, first, last = self._unacknowledged[0]
+            if not (in_memory or self._upload.covers(first, last)):
+                break
+            self._unacknowledged.popleft()
+            newest = (batch_id, row_first, last)
+        return newest
+
+    def _abandon(self) -> None:
+        """A helper failed: free the handler if it waits for memory, the other one if it waits."""
+        self._stream.close()
+        with self._upload.changed:
+            self._upload.changed.notify_all()
+
+
+def _write(writer: Any, message: dict[str, Any]) -> None:
+    writer.write(pa.py_buffer(json.dumps(message, ensure_ascii=False).encode()))
+
+

@@ -1,0 +1,79 @@
+"""The `embed` action: a few texts to vectors, without Arrow on the caller's side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from fletcher.errors import BatchTooLargeError, InvalidCommandError
+from fletcher.options import EmbedOptions
+from fletcher.pipeline.assembly import Assembler
+from fletcher.pipeline.intake import Intake
+from fletcher.pipeline.service import Service
+from fletcher.schema import output_schema
+
+MAX_TEXTS = 256
+_UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "dataset")
+
+
+def embed(service: Service, fields: dict[str, Any]) -> dict[str, Any]:
+    """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
+
+    Raises:
+        BatchTooLargeError: More than MAX_TEXTS texts; DoExchange takes any number.
+        InvalidCommandError: `texts` is no list of strings, or a field that has no meaning here.
+        FletcherError: The first text that has no vector, why.
+    """
+    service.calls.check()
+    texts = fields.pop("texts", None)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InvalidCommandError("`texts` is not a list of strings", field="texts")
+    if len(texts) > MAX_TEXTS:
+        raise BatchTooLargeError(
+            f"`texts` has {len(texts)} texts, at most {MAX_TEXTS}; DoExchange takes any number",
+            field="texts",
+        )
+    for name in _UNUSED:
+        if name in fields:
+            raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
+    options = EmbedOptions.from_mapping(fields)
+    request = service.resolve(options, dtypes=("float32", "float16"))
+    try:
+        batch = pa.record_batch({"text": pa.array(texts, pa.utf8())})
+    except UnicodeEncodeError:
+        raise InvalidCommandError("`texts` holds half a surrogate pair", field="texts") from None
+    source = Intake(
+        batch.schema,
+        options,
+        prompt=request.prompt,
+        limits=service.limits,
+        carry_text=False,
+        small_is_interactive=True,
+    )
+    schema = output_schema(request.spec, id_type=pa.utf8())
+    assembler = Assembler(schema, request.spec, "embed")
+    answer: dict[str, Any] = {
+        "model": request.spec.model,
+        "embeddings": [],
+        "token_count": [],
+        "truncated": [],
+    }
+    with service.calls.stream():
+        stream = service.embedder.open_stream()
+        try:
+            for piece in source.pieces(batch, 0, 0):
+                stream.submit(
+                    piece.texts, piece, num_bytes=piece.num_bytes, priority=piece.priority
+                )
+            stream.end()
+            for result in stream.results():
+                output, errors = assembler.assemble(result.context, result.embeddings)
+                if errors:
+                    raise errors[min(errors)]
+                answer["embeddings"] += output.column("vector").to_pylist()
+                answer["token_count"] += output.column("token_count").to_pylist()
+                answer["truncated"] += output.column("truncated").to_pylist()
+        finally:
+            stream.close()
+    return answer

@@ -1,0 +1,174 @@
+"""The Flight server: every call of the protocol, each handed on in a line or two."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import flight
+
+from fletcher.errors import InvalidCommandError, UnknownDatasetError
+from fletcher.flight.auth import TokenFactory
+from fletcher.flight.commands import encode_models, parse_descriptor, parse_json, parse_list_models
+from fletcher.flight.exchange import exchange
+from fletcher.flight.put import put
+from fletcher.flight.query import embed
+from fletcher.flight.status import handler_errors
+from fletcher.options import EmbedOptions, check_dataset
+from fletcher.pipeline.service import Service
+from fletcher.schema import ELEMENT_TYPES, output_schema
+from fletcher.stores.base import DatasetInfo
+
+log = logging.getLogger(__name__)
+
+ACTIONS = {
+    "health": "Whether the process is alive. No body. Result: JSON",
+    "ready": "Whether new calls are let in. No body. Result: JSON",
+    "stats": "Counters, durations, queues and workers. No body. Result: JSON",
+    "list_models": 'The models. Body: empty or {"format": "json"|"protobuf"}',
+    "embed": 'Vectors of a few texts. Body: {"texts": [...], ...EmbedCommand}. Result: JSON',
+    "upload_status": 'What is durable. Body: {"upload_id", "dataset"?, "store"?}. Result: JSON',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FlightConfig:
+    """Where and how to listen.
+
+    Attributes:
+        host: Address.
+        port: TCP port; 0: a free one.
+        tokens: Accepted bearer tokens; none: everybody is let in.
+        tls: PEM certificate and key; None: no TLS.
+        client_ca: PEM CA that callers' certificates must be signed by; None: none are asked for.
+    """
+
+    host: str
+    port: int
+    tokens: tuple[str, ...] = ()
+    tls: tuple[bytes, bytes] | None = None
+    client_ca: bytes | None = None
+
+
+class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
+    """Listens as soon as it is constructed: build it last."""
+
+    def __init__(self, service: Service, config: FlightConfig) -> None:
+        scheme = "grpc+tls" if config.tls else "grpc"
+        middleware = {"token": TokenFactory(config.tokens)} if config.tokens else None
+        super().__init__(
+            location=f"{scheme}://{_bracketed(config.host)}:{config.port}",
+            tls_certificates=[config.tls] if config.tls else None,
+            verify_client=config.client_ca is not None,
+            root_certificates=config.client_ca,
+            middleware=middleware,
+        )
+        self._service = service
+        self.address = f"{scheme}://{_bracketed(config.host)}:{self.port}"
+
+    def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        with handler_errors(log):
+            self._service.calls.check()
+            put(self._service, parse_descriptor(descriptor), context, reader, writer)
+
+    def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        with handler_errors(log):
+            self._service.calls.check()
+            exchange(self._service, parse_descriptor(descriptor), context, reader, writer)
+
+    def do_action(self, context: Any, action: Any) -> list[bytes]:
+        with handler_errors(log):
+            handlers: dict[str, Callable[[bytes], bytes]] = {
+                "health": self._health,
+                "ready": self._ready,
+                "stats": self._stats,
+                "list_models": self._list_models,
+                "embed": self._embed,
+                "upload_status": self._upload_status,
+            }
+            if action.type not in handlers:
+                raise InvalidCommandError(
+                    f"there is no action {action.type[:200]!r}",
+                    field="type",
+                    allowed=list(handlers),
+                )
+            return [handlers[action.type](action.body.to_pybytes() if action.body else b"")]
+
+    def list_actions(self, context: Any) -> list[tuple[str, str]]:
+        return list(ACTIONS.items())
+
+    def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:
+        with handler_errors(log):
+            delivery = self._service.delivery
+            if not delivery.stores:
+                return
+            _, store = delivery.store(None)
+            infos = store.datasets()
+        for info in infos:
+            yield _flight_info(info)
+
+    def get_flight_info(self, context: Any, descriptor: Any) -> Any:
+        with handler_errors(log):
+            return _flight_info(self._dataset(descriptor))
+
+    def get_schema(self, context: Any, descriptor: Any) -> Any:
+        """A dataset's schema; for a command without a dataset, that of its DoExchange output."""
+        with handler_errors(log):
+            options = parse_descriptor(descriptor)
+            if options.dataset is not None:
+                return flight.SchemaResult(self._dataset(descriptor).schema)
+            request = self._service.resolve(options, dtypes=tuple(ELEMENT_TYPES))
+            text = bool(options.include_text)
+            return flight.SchemaResult(output_schema(request.spec, id_type=pa.utf8(), text=text))
+
+    def _dataset(self, descriptor: Any) -> DatasetInfo:
+        options = parse_descriptor(descriptor)
+        if options.dataset is None:
+            raise InvalidCommandError("`dataset` is missing", field="dataset")
+        check_dataset(options.dataset)
+        _, store = self._service.delivery.store(options.store)
+        info = store.dataset(options.dataset)
+        if info is None:
+            raise UnknownDatasetError(
+                f"there is no dataset {options.dataset!r}", field="dataset"
+            )
+        return info
+
+    def _health(self, body: bytes) -> bytes:
+        return _json({"status": "ok"})
+
+    def _ready(self, body: bytes) -> bytes:
+        draining = self._service.calls.draining.is_set()
+        return _json({"ready": not draining, "model": self._service.model.qualified_name})
+
+    def _stats(self, body: bytes) -> bytes:
+        return _json(self._service.describe())
+
+    def _list_models(self, body: bytes) -> bytes:
+        model = self._service.model
+        return encode_models([model], default=model.name, format_name=parse_list_models(body))
+
+    def _embed(self, body: bytes) -> bytes:
+        return _json(embed(self._service, parse_json(body)))
+
+    def _upload_status(self, body: bytes) -> bytes:
+        options = EmbedOptions.from_mapping(parse_json(body))
+        return _json(self._service.delivery.status(options))
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _flight_info(info: DatasetInfo) -> Any:
+    descriptor = flight.FlightDescriptor.for_path(info.name)
+    num_bytes = -1 if info.num_bytes is None else info.num_bytes
+    return flight.FlightInfo(info.schema, descriptor, [], info.num_rows, num_bytes)
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()

@@ -1,0 +1,165 @@
+"""What this server offers: a model, its pipeline, its stores; and what a command means here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fletcher.delivery.delivery import Delivery
+from fletcher.errors import (
+    DimensionMismatchError,
+    DrainingError,
+    InvalidCommandError,
+    OverloadedError,
+    UnknownModelError,
+)
+from fletcher.instruments import Instruments
+from fletcher.models.bundle import ModelBundle
+from fletcher.options import EmbedOptions
+from fletcher.pipeline.embedder import Embedder
+from fletcher.pipeline.intake import IntakeLimits
+from fletcher.schema import VectorSpec
+
+OVERLOAD_RETRY_MS = 1000
+DRAIN_RETRY_MS = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A command, resolved against the model: nothing is left open."""
+
+    options: EmbedOptions
+    spec: VectorSpec
+    prompt: str
+
+
+class Calls:
+    """Admission: how many streams there are, and whether new ones are let in.
+
+    Args:
+        max_streams: DoPut and DoExchange calls with data at once.
+        instruments: Where the number of streams is shown.
+    """
+
+    def __init__(self, max_streams: int, instruments: Instruments) -> None:
+        self.draining = threading.Event()
+        self._max_streams = max_streams
+        self._num_open = 0
+        self._changed = threading.Condition()
+        instruments.streams_open.watch(lambda: self._num_open)
+
+    def check(self) -> None:
+        """Refuses new calls while draining."""
+        if self.draining.is_set():
+            raise DrainingError(
+                "the server is shutting down; try another, or again later",
+                retry_after_ms=DRAIN_RETRY_MS,
+            )
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """A place for a stream, held while the body runs.
+
+        Raises:
+            OverloadedError: All places are taken.
+        """
+        with self._changed:
+            self.check()
+            if self._num_open >= self._max_streams:
+                raise OverloadedError(
+                    f"{self._num_open} streams are open, as many as `max_streams` allows; "
+                    "try again later",
+                    retry_after_ms=OVERLOAD_RETRY_MS,
+                )
+            self._num_open += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_open -= 1
+                self._changed.notify_all()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until no stream is open; False where some still are."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._num_open == 0, timeout_s)
+
+    @property
+    def num_open(self) -> int:
+        """Streams now open."""
+        return self._num_open
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Everything a call needs."""
+
+    model: ModelBundle
+    embedder: Embedder
+    delivery: Delivery
+    calls: Calls
+    limits: IntakeLimits
+    instruments: Instruments
+
+    def resolve(self, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
+        """A command as this server will carry it out.
+
+        Args:
+            options: What was asked.
+            dtypes: Element types that the destination takes.
+
+        Raises:
+            UnknownModelError: Another model than the one that is served.
+            DimensionMismatchError: `dims` that the model does not declare.
+            InvalidCommandError: `layers` or `dtype` that cannot be had.
+        """
+        model = self.model
+        if options.model not in (None, model.name, model.qualified_name):
+            raise UnknownModelError(
+                f"`model` is {options.model!r}, but this server runs {model.qualified_name}",
+                field="model",
+                allowed=[model.name, model.qualified_name],
+            )
+        if options.dims is not None and options.dims not in model.dims:
+            raise DimensionMismatchError(
+                f"`dims` is {options.dims}, but {model.name} declares "
+                f"{', '.join(map(str, model.dims))}",
+                field="dims",
+                allowed=[str(dims) for dims in model.dims],
+            )
+        if options.layers not in (None, model.num_layers):
+            raise InvalidCommandError(
+                f"`layers` is {options.layers}, but {model.name} has its only exit after layer "
+                f"{model.num_layers}",
+                field="layers",
+                allowed=[str(model.num_layers)],
+            )
+        dtype = options.dtype or ("float16" if "float16" in dtypes else dtypes[0])
+        if dtype not in dtypes:
+            raise InvalidCommandError(
+                f"`dtype` is {dtype}, which the store does not take",
+                field="dtype",
+                allowed=dtypes,
+            )
+        spec = VectorSpec(
+            model=model.qualified_name,
+            dims=options.dims or model.dim,
+            dtype=dtype,
+            layers=model.num_layers,
+            pooling=model.pooling,
+            normalized=model.normalize if options.normalize is None else options.normalize,
+        )
+        prompt = "" if options.prompt is None else options.prompt
+        return Request(options, spec, model.prompts.get(prompt, prompt))
+
+    def describe(self) -> dict[str, Any]:
+        """The `stats` action's answer: instruments and workers."""
+        return {
+            "model": self.model.qualified_name,
+            "draining": self.calls.draining.is_set(),
+            **self.instruments.snapshot(),
+            **self.embedder.statistics(),
+        }
