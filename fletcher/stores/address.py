@@ -1,0 +1,87 @@
+"""Store addresses: `lance:PATH`, `parquet:PATH`, `grpc[s]://host:port?meta=PORT&profile=...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+from fletcher.errors import StoreError
+from fletcher.stores.base import Store
+
+FORMS = (
+    "lance:PATH",
+    "parquet:PATH",
+    "grpc://HOST:PORT?meta=PORT&profile=auto|longbow|fletcher",
+    "grpcs://HOST:PORT?...",
+)
+PROFILES = ("auto", "longbow", "fletcher")
+
+
+def open_store(address: str, *, timeout_s: float = 60.0) -> Store:
+    """The store at an address. A Flight store is connected to when it is first used.
+
+    Args:
+        address: One of FORMS.
+        timeout_s: Deadline of one call to a Flight store: long enough for a group of rows, short
+            enough that a stalled store is noticed.
+
+    Raises:
+        StoreError: The address is none of these, or the folder or LanceDB is not there.
+    """
+    scheme, colon, rest = address.partition(":")
+    if colon and rest and scheme in ("lance", "parquet"):
+        folder = Path(rest).expanduser().absolute()
+        if scheme == "lance":
+            from fletcher.stores.lance import LanceStore
+
+            return LanceStore(folder)
+        from fletcher.stores.parquet import ParquetStore
+
+        return ParquetStore(folder)
+    if colon and scheme in ("grpc", "grpcs"):
+        return _flight(address, timeout_s)
+    raise _bad(address)
+
+
+def _flight(address: str, timeout_s: float) -> Store:
+    from fletcher.stores.flight import FlightStore
+
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        options = dict(query)
+        meta = int(options.pop("meta")) if "meta" in options else None
+    except ValueError:
+        raise _bad(address) from None
+    profile = options.pop("profile", "auto")
+    extra = parts.path not in ("", "/") or parts.username is not None or parts.fragment
+    if not host or not port or options or extra or len(query) != len(set(dict(query))):
+        raise _bad(address)
+    if meta is not None and not 0 < meta < 65536:
+        raise _bad(address)
+    if profile not in PROFILES:
+        raise StoreError(
+            f"`profile` is {profile[:200]!r} in the store's address, expected one of "
+            f"{', '.join(PROFILES)}",
+            field="store",
+            allowed=PROFILES,
+        )
+    scheme = "grpc+tls" if parts.scheme == "grpcs" else "grpc+tcp"
+    shown = f"[{host}]" if ":" in host else host
+    return FlightStore(
+        address,
+        data_uri=f"{scheme}://{shown}:{port}",
+        meta_uri=f"{scheme}://{shown}:{meta}" if meta is not None else None,
+        default_meta_uri=f"{scheme}://{shown}:{port + 1}",
+        profile=profile,
+        timeout_s=timeout_s,
+    )
+
+
+def _bad(address: str) -> StoreError:
+    return StoreError(
+        f"`store` is {address[:200]!r}, expected {', '.join(FORMS[:-1])} or grpcs for TLS",
+        field="store",
+        allowed=FORMS,
+    )

@@ -1,0 +1,215 @@
+"""Conditions on rows: from Longbow's JSON, to SQL for LanceDB, to expressions for Parquet."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from fletcher.errors import ColumnTypeError, InvalidCommandError
+from fletcher.stores.base import Filter, Operator
+from fletcher.stores.schemas import check_columns
+
+OPERATORS: dict[str, Operator] = {
+    **{name: name for name in get_args(Operator)},
+    "==": "=",
+    "eq": "=",
+    "neq": "!=",
+    "gt": ">",
+    "lt": "<",
+    "ge": ">=",
+    "le": "<=",
+}
+MAX_FILTERS = 1000
+MAX_DEPTH = 16
+
+
+def parse_filters(items: Any, depth: int = 0) -> tuple[Filter, ...]:
+    """Filters from decoded JSON: `[{"field", "operator"|"op", "value", "logic", "filters"}]`.
+
+    Raises:
+        InvalidCommandError: Anything else.
+    """
+    if items is None:
+        return ()
+    if not isinstance(items, list) or len(items) > MAX_FILTERS or depth > MAX_DEPTH:
+        raise InvalidCommandError(
+            f"`filters` is {_shown(items)}, expected a list of at most {MAX_FILTERS} objects, "
+            f"nested at most {MAX_DEPTH} deep",
+            field="filters",
+        )
+    return tuple(_parse(item, depth) for item in items)
+
+
+def _parse(item: Any, depth: int) -> Filter:
+    if not isinstance(item, dict):
+        raise InvalidCommandError(
+            f"`filters` holds {_shown(item)}, expected an object with `field`, `operator`, `value`",
+            field="filters",
+        )
+    nested = parse_filters(item.get("filters"), depth + 1)
+    name = item.get("field", "")
+    operator = OPERATORS.get(str(item.get("operator", item.get("op", "="))).lower())
+    logic = str(item.get("logic") or "and").lower()
+    if not isinstance(name, str) or not (name or nested):
+        raise InvalidCommandError("a filter has no `field`; name a column", field="filters")
+    if operator is None:
+        raise InvalidCommandError(
+            f"`operator` is {_shown(item.get('operator', item.get('op')))}, expected one of "
+            f"{', '.join(OPERATORS)}",
+            field="operator",
+            allowed=list(OPERATORS),
+        )
+    if logic not in ("and", "or"):
+        raise InvalidCommandError(
+            f"`logic` is {_shown(logic)}, expected `and` or `or`",
+            field="logic",
+            allowed=["and", "or"],
+        )
+    return Filter(name, operator, item.get("value"), "or" if logic == "or" else "and", nested)
+
+
+def to_json(filters: Sequence[Filter]) -> list[dict[str, Any]]:
+    """The filters as Longbow's JSON."""
+    return [
+        {
+            "field": one.field,
+            "operator": one.operator,
+            "value": one.value,
+            "logic": one.logic,
+            **({"filters": to_json(one.filters)} if one.filters else {}),
+        }
+        for one in filters
+    ]
+
+
+def to_sql(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) -> str | None:
+    """The filters as a condition for LanceDB; None where there are none.
+
+    Names must be columns of the dataset and values fit their types; literals are escaped.
+
+    Raises:
+        UnknownColumnError, ColumnTypeError.
+    """
+    sql = ""
+    for one in filters:
+        parts = []
+        if one.field:
+            check_columns(dataset, schema, [one.field])
+            kind = schema.field(one.field).type
+            parts.append(f"({quoted_name(one.field)} {_sql_test(one, kind)})")
+        if one.filters:
+            parts.append(f"({to_sql(dataset, schema, one.filters)})")
+        term = " AND ".join(parts)
+        sql = f"({sql}) {one.logic.upper()} ({term})" if sql else term
+    return sql or None
+
+
+def to_expression(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) -> Any:
+    """The filters as a `pyarrow.dataset` expression; None where there are none.
+
+    Raises:
+        UnknownColumnError, ColumnTypeError.
+    """
+    whole = None
+    for one in filters:
+        term = None
+        if one.field:
+            check_columns(dataset, schema, [one.field])
+            term = _expression(one, schema.field(one.field).type)
+        if one.filters:
+            nested = to_expression(dataset, schema, one.filters)
+            term = nested if term is None else term & nested
+        whole = _joined(whole, term, one.logic)
+    return whole
+
+
+def _joined(whole: Any, term: Any, logic: str) -> Any:
+    if whole is None:
+        return term
+    return whole | term if logic == "or" else whole & term
+
+
+def _expression(one: Filter, kind: pa.DataType) -> Any:
+    column = ds.field(one.field)
+    if one.value is None:
+        return ~column.is_null() if one.operator == "!=" else column.is_null()
+    value = pa.scalar(_typed(one, kind), kind if not pa.types.is_dictionary(kind) else None)
+    return {
+        "=": column == value,
+        "!=": column != value,
+        ">": column > value,
+        "<": column < value,
+        ">=": column >= value,
+        "<=": column <= value,
+    }[one.operator]
+
+
+def quoted_name(name: str) -> str:
+    """A column's name in Lance's SQL. Backticks cannot be escaped there, so none may be in it."""
+    if "`" in name:
+        raise ColumnTypeError(
+            f"column {name[:200]!r} cannot be filtered: its name holds a backtick", field="filters"
+        )
+    return f"`{name}`"
+
+
+def quoted(value: str) -> str:
+    """A string literal of SQL."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _sql_test(one: Filter, kind: pa.DataType) -> str:
+    if one.value is None:
+        return "IS NOT NULL" if one.operator == "!=" else "IS NULL"
+    value = _typed(one, kind)
+    if isinstance(value, bool):
+        literal = "TRUE" if value else "FALSE"
+    elif isinstance(value, str):
+        literal = quoted(value)
+    elif isinstance(value, dt.datetime):
+        zone = 'Some("UTC")' if kind.tz else "None"
+        literal = f"arrow_cast({quoted(value.isoformat())}, 'Timestamp(Nanosecond, {zone})')"
+    else:
+        literal = repr(value)
+    return f"{one.operator} {literal}"
+
+
+def _typed(one: Filter, kind: pa.DataType) -> Any:
+    """The filter's value as Python's type for the column's."""
+    value = one.value
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_boolean(values) and isinstance(value, bool):
+        return value
+    if _is_text(values) and isinstance(value, str):
+        return value
+    if pa.types.is_integer(values) and type(value) is int and abs(value) < 2**64:
+        return value
+    if pa.types.is_floating(values) and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if pa.types.is_timestamp(values) and isinstance(value, str):
+        try:
+            return dt.datetime.fromisoformat(value)
+        except ValueError:
+            pass
+    raise ColumnTypeError(
+        f"a filter compares `{one.field}`, which is {kind}, with {_shown(value)}; give a value of "
+        "that type (times as ISO 8601 text)",
+        field=one.field,
+        allowed=[str(kind)],
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=repr, ensure_ascii=False)[:200]

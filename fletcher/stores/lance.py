@@ -1,0 +1,293 @@
+"""The embedded store: a folder of LanceDB tables, `PATH/<dataset>.lance`."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fletcher.errors import (
+    ColumnTypeError,
+    InvalidCommandError,
+    StoreError,
+    StoreUnavailableError,
+)
+from fletcher.options import check_dataset
+from fletcher.schema import merge_ranges, parse_batch_key
+from fletcher.stores import filters as conditions
+from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
+from fletcher.stores.lance_writer import LanceWriter, broken, distinct_keys
+from fletcher.stores.lock import WriterLock
+from fletcher.stores.nearest import check_query, unknown_dataset
+from fletcher.stores.schemas import check_columns, check_compatible, new_fields
+
+# LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata, 2 GiB read ahead a scan) suit a
+# machine of its own. Here they share the memory that `--max-memory` promises.
+CACHE_BYTES = 32 << 20
+SCAN_BUFFER_BYTES = 64 << 20
+
+# A table may have columns as wide as 64 Ki numbers; a batch of a scan stays near 2 MiB.
+SCAN_BATCH_BYTES = 2 << 20
+
+
+def _lancedb() -> Any:
+    # Read by Lance once, when its library is loaded.
+    os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(SCAN_BUFFER_BYTES))
+    try:
+        import lancedb
+    except ImportError as error:
+        raise StoreError(
+            "a `lance:` store needs LanceDB, which is not installed; run: "
+            "pip install 'longbow-fletcher[lance]'",
+            field="store",
+        ) from error
+    return lancedb
+
+
+class LanceStore:
+    """LanceDB tables in one folder; safe for threads and for readers in other processes.
+
+    Search is exact: every vector is compared, unless somebody made an index with LanceDB's own
+    tools. At 384 float16 dimensions that reads about 2 GB/s, so a million rows take 0.4 s.
+
+    Args:
+        folder: Where the tables are; created if absent.
+
+    Raises:
+        StoreError: LanceDB is not installed, or the folder cannot be made or written.
+    """
+
+    capabilities = StoreCapabilities(
+        dtypes=("float32", "float16"),
+        null_vectors=True,
+        upsert=True,
+        drops_repeated_keys=False,
+        durable=True,
+    )
+
+    def __init__(self, folder: Path) -> None:
+        lancedb = _lancedb()
+        self.address = f"lance:{folder}"
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"the store's folder {folder} cannot be made: {error.strerror}; give a folder "
+                "that can be written",
+                field="store",
+            ) from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise StoreError(f"the store's folder {folder} cannot be written", field="store")
+        self._database = lancedb.connect(
+            str(folder),
+            # Writers in other processes are seen at once.
+            read_consistency_interval=dt.timedelta(0),
+            session=lancedb.Session(
+                index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES
+            ),
+        )
+        self._mutex = threading.Lock()
+        self._writers: set[LanceWriter] = set()
+
+    def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> LanceWriter:
+        """See `Store.open_writer`. Columns that the dataset lacks are added to it, null so far."""
+        check_dataset(dataset)
+        _check_offered(schema, mode)
+        lock = self._lock(dataset)
+        try:
+            table = self._open(dataset)
+            if table is not None and mode != "overwrite":
+                check_compatible(dataset, table.schema, schema)
+                added = new_fields(table.schema, schema)
+                if added:
+                    table.add_columns(pa.schema(added))
+            else:
+                fields = [field.with_nullable(True) for field in schema]
+                table = self._database.create_table(
+                    dataset,
+                    schema=pa.schema(fields, metadata=schema.metadata),
+                    mode="overwrite" if table is not None else "create",
+                )
+            writer = LanceWriter(
+                table,
+                folder=self._folder / f"{dataset}.lance",
+                dataset=dataset,
+                lock=lock,
+                upsert=mode == "upsert",
+                on_close=self._forget,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            lock.release()
+            raise broken(dataset, error) from error
+        except BaseException:
+            lock.release()
+            raise
+        with self._mutex:
+            self._writers.add(writer)
+        return writer
+
+    def datasets(self) -> list[DatasetInfo]:
+        """See `Store.datasets`."""
+        names = sorted(path.stem for path in self._folder.glob("*.lance") if path.is_dir())
+        found = (self.dataset(name) for name in names)
+        return [info for info in found if info is not None]
+
+    def dataset(self, name: str) -> DatasetInfo | None:
+        """See `Store.dataset`."""
+        check_dataset(name)
+        table = self._open(name)
+        if table is None:
+            return None
+        try:
+            size = table.stats()["total_bytes"]
+            return DatasetInfo(name, table.schema, table.count_rows(), int(size))
+        except (ValueError, RuntimeError, OSError) as error:
+            raise broken(name, error) from error
+
+    def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
+        """See `Store.stored_ranges`."""
+        check_dataset(dataset)
+        table = self._open(dataset)
+        if table is None or "batch_key" not in table.schema.names:
+            return []
+        prefix = conditions.quoted(f"{upload_id}:")
+        keys = distinct_keys(table, f"starts_with(batch_key, {prefix})")
+        parsed = (parse_batch_key(key) for key in keys)
+        return merge_ranges([one[1:] for one in parsed if one and one[0] == upload_id])
+
+    def scan(
+        self,
+        dataset: str,
+        *,
+        columns: Sequence[str] | None = None,
+        filters: Sequence[Filter] = (),
+        limit: int | None = None,
+    ) -> pa.RecordBatchReader:
+        """See `Store.scan`."""
+        table = self._table(dataset)
+        query = table.search()
+        wanted = list(columns) if columns is not None else table.schema.names
+        return self._query(
+            dataset, table, query, columns=wanted, filters=filters, limit=limit
+        ).to_batches(_scan_rows(table.schema))
+
+    def search(
+        self,
+        dataset: str,
+        vector: npt.NDArray[np.float32],
+        *,
+        k: int,
+        columns: Sequence[str] | None = None,
+        filters: Sequence[Filter] = (),
+    ) -> pa.Table:
+        """See `Store.search`. `columns=None` gives all of the dataset's."""
+        table = self._table(dataset)
+        check_query(dataset, table.schema, vector, k)
+        wanted = list(columns) if columns is not None else table.schema.names
+        query = table.search(np.asarray(vector, np.float32), vector_column_name="vector")
+        query = query.distance_type("cosine")
+        try:
+            found = self._query(
+                dataset, table, query, columns=[*wanted, "_distance"], filters=filters, limit=k
+            ).to_arrow()
+        except (ValueError, RuntimeError, OSError) as error:
+            raise broken(dataset, error) from error
+        distance = found.column("_distance").to_numpy()
+        score = pa.array((1.0 - distance).astype(np.float32))
+        return found.select(wanted).append_column("score", score)
+
+    def delete_dataset(self, name: str) -> None:
+        """See `Store.delete_dataset`."""
+        check_dataset(name)
+        lock = self._lock(name)
+        try:
+            if self._open(name) is None:
+                raise unknown_dataset(name)
+            self._database.drop_table(name)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise broken(name, error) from error
+        finally:
+            lock.release()
+
+    def close(self) -> None:
+        """Closes the writers. Idempotent."""
+        with self._mutex:
+            writers = list(self._writers)
+        for writer in writers:
+            writer.close()
+
+    def _forget(self, writer: LanceWriter) -> None:
+        with self._mutex:
+            self._writers.discard(writer)
+
+    def _lock(self, dataset: str) -> WriterLock:
+        try:
+            return WriterLock(self._folder / f".{dataset}.lock", dataset)
+        except OSError as error:
+            raise StoreUnavailableError(
+                f"dataset `{dataset}` cannot be locked for writing: {error.strerror}",
+                field="dataset",
+            ) from error
+
+    def _open(self, name: str) -> Any | None:
+        if not (self._folder / f"{name}.lance" / "_versions").is_dir():
+            return None
+        try:
+            return self._database.open_table(name)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise broken(name, error) from error
+
+    def _table(self, name: str) -> Any:
+        check_dataset(name)
+        table = self._open(name)
+        if table is None:
+            raise unknown_dataset(name)
+        return table
+
+    def _query(
+        self,
+        dataset: str,
+        table: Any,
+        query: Any,
+        *,
+        columns: list[str],
+        filters: Sequence[Filter],
+        limit: int | None,
+    ) -> Any:
+        schema = table.schema
+        check_columns(dataset, schema, [name for name in columns if name != "_distance"])
+        condition = conditions.to_sql(dataset, schema, filters)
+        if condition is not None:
+            try:
+                # LanceDB says only here whether a literal fits its column (300 into an int8).
+                table.search().where(condition).select([]).limit(1).explain_plan()
+            except ValueError as error:
+                raise ColumnTypeError(
+                    "a filter's value does not fit its column", field="filters"
+                ) from error
+            query = query.where(condition)
+        query = query.select(columns)
+        return query if limit is None else query.limit(limit)
+
+
+def _check_offered(schema: pa.Schema, mode: WriteMode) -> None:
+    if mode == "upsert" and "id" not in schema.names:
+        raise InvalidCommandError(
+            "`mode` is upsert and the rows have no `id` to replace by", field="mode"
+        )
+
+
+def _scan_rows(schema: pa.Schema) -> int:
+    kind = schema.field("vector").type if "vector" in schema.names else pa.null()
+    if not pa.types.is_fixed_size_list(kind):
+        return 8192
+    row_bytes = kind.list_size * kind.value_type.bit_width // 8 + 512
+    return int(min(max(SCAN_BATCH_BYTES // row_bytes, 64), 8192))

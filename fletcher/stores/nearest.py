@@ -1,0 +1,115 @@
+"""Exact search with numpy over a stream of rows, and what makes a query a valid one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fletcher.errors import (
+    ColumnTypeError,
+    DimensionMismatchError,
+    InvalidCommandError,
+    UnknownDatasetError,
+)
+
+MAX_K = 100_000
+Scores = Callable[[pa.RecordBatch], npt.NDArray[np.float32]]
+
+
+def unknown_dataset(name: str) -> UnknownDatasetError:
+    """The error for a dataset that is not there."""
+    return UnknownDatasetError(
+        f"there is no dataset `{name}`; write to it first or list the datasets", field="dataset"
+    )
+
+
+def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> None:
+    """Refuses what cannot be searched.
+
+    Raises:
+        DimensionMismatchError: `vector` is not float [dim].
+        ColumnTypeError: The dataset's vectors are no floats.
+        InvalidCommandError: `k` is out of range, or `vector` is zero or holds NaN or infinity.
+    """
+    kind = schema.field("vector").type if "vector" in schema.names else pa.null()
+    if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type):
+        raise ColumnTypeError(
+            f"dataset `{dataset}` cannot be searched: its `vector` is {kind}, expected a fixed "
+            "size list of float32 or float16",
+            field="vector",
+        )
+    if vector.ndim != 1 or len(vector) != kind.list_size:
+        raise DimensionMismatchError(
+            f"`vector` has {vector.size} dimensions, dataset `{dataset}` has {kind.list_size}",
+            field="vector",
+            allowed=[str(kind.list_size)],
+        )
+    if not 1 <= k <= MAX_K:
+        raise InvalidCommandError(f"`k` is {k}, expected 1 to {MAX_K}", field="k")
+    if not np.isfinite(vector).all() or not vector.any():
+        raise InvalidCommandError(
+            "`vector` is zero or holds NaN or infinity; its cosine to anything is undefined",
+            field="vector",
+        )
+
+
+def cosine(vector: npt.NDArray[np.float32]) -> Scores:
+    """A function from a batch to the cosines of its `vector`s to this one.
+
+    The result is float32 [num_rows]; -inf where the row's vector is null or zero.
+    """
+    query = vector / np.linalg.norm(vector)
+
+    def scores(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
+        column = batch.column("vector")
+        # `flatten` would drop null rows and `values` ignores slices; this does neither.
+        first, width = column.offset * len(query), len(column) * len(query)
+        rows = column.values.slice(first, width).to_numpy(zero_copy_only=False)
+        rows = rows.astype(np.float32).reshape(-1, len(query))
+        norms = np.linalg.norm(rows, axis=1)
+        valid = (norms > 0) & np.asarray(column.is_valid())
+        out = np.full(len(column), -np.inf, np.float32)
+        np.divide(rows @ query, norms, out=out, where=valid)
+        return out
+
+    return scores
+
+
+def nearest(
+    batches: Iterable[pa.RecordBatch],
+    vector: npt.NDArray[np.float32],
+    *,
+    k: int,
+    columns: Sequence[str],
+    scores: Scores | None = None,
+) -> pa.Table:
+    """The k best rows of a stream, best first, holding no more than k rows and one batch.
+
+    Args:
+        batches: Rows with `vector` and `columns`, at least one batch or a reader.
+        vector: float32 [dim].
+        k: Rows to answer at most.
+        columns: Columns to answer; `score` float32 is added.
+        scores: How to score a batch; cosine to `vector` if not given.
+    """
+    score = scores or cosine(vector)
+    best: pa.Table | None = None
+    best_scores = np.empty(0, np.float32)
+    for batch in batches:
+        values = score(batch)
+        rows = pa.Table.from_batches([batch.select(list(columns))])
+        best = rows if best is None else pa.concat_tables([best, rows])
+        values = np.concatenate([best_scores, values])
+        # Stable, so that equal scores keep the order of the rows.
+        order = np.argsort(-values, kind="stable")[:k]
+        order = order[np.isfinite(values[order])]
+        best, best_scores = best.take(order), values[order]
+    if best is None:
+        assert isinstance(batches, pa.RecordBatchReader), "an empty stream needs a schema"
+        fields = [batches.schema.field(name) for name in columns]
+        best = pa.schema(fields, metadata=batches.schema.metadata).empty_table()
+    return best.append_column("score", pa.array(best_scores, pa.float32()))

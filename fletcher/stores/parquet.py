@@ -1,0 +1,300 @@
+"""Parquet files, one a group: `PATH/<dataset>/<batch_key>.parquet`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from fletcher.errors import ColumnTypeError, RequestError, StoreError, StoreUnavailableError
+from fletcher.options import check_dataset
+from fletcher.schema import merge_ranges, parse_batch_key
+from fletcher.stores import filters as conditions
+from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
+from fletcher.stores.lock import WriterLock
+from fletcher.stores.nearest import check_query, nearest, unknown_dataset
+from fletcher.stores.schemas import check_columns, check_compatible, conform
+from fletcher.stores.sync import sync_path
+
+# The schema of the first write, in the file that Parquet's readers know for it.
+_SCHEMA_FILE = "_common_metadata"
+_SUFFIX = ".parquet"
+
+
+class ParquetStore:
+    """Folders of Parquet files; a group's file name is its key, so writing it twice is harmless.
+
+    Search compares every vector with numpy: right for tens of thousands of rows.
+
+    Args:
+        folder: Where the datasets' folders are; created if absent.
+
+    Raises:
+        StoreError: The folder cannot be made.
+    """
+
+    capabilities = StoreCapabilities(
+        dtypes=("float32", "float16"),
+        null_vectors=True,
+        upsert=False,
+        drops_repeated_keys=True,
+        durable=True,
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.address = f"parquet:{folder}"
+        self._folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"the store's folder {folder} cannot be made: {error.strerror}; give a folder "
+                "that can be written",
+                field="store",
+            ) from error
+        self._mutex = threading.Lock()
+        self._writers: set[ParquetWriter] = set()
+
+    def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> ParquetWriter:
+        """See `Store.open_writer`."""
+        check_dataset(dataset)
+        if mode == "upsert":
+            raise RequestError(
+                "`mode` is upsert, which a Parquet store cannot do; use a `lance:` store or append",
+                field="mode",
+                allowed=["append", "overwrite"],
+            )
+        if "batch_key" not in schema.names:
+            raise ColumnTypeError(
+                "`batch_key` is missing: it names the Parquet file of a group", field="batch_key"
+            )
+        lock = self._lock(dataset)
+        folder = self._folder / dataset
+        try:
+            if mode == "overwrite":
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(exist_ok=True)
+            for leftover in folder.glob(".*.tmp"):  # of a writer that was killed
+                leftover.unlink()
+            if (folder / _SCHEMA_FILE).exists():
+                stored = pq.read_schema(folder / _SCHEMA_FILE)
+                check_compatible(dataset, stored, schema)
+            else:
+                stored = schema
+                _write(folder / _SCHEMA_FILE, partial(pq.write_metadata, schema))
+            sync_path(str(self._folder))
+        except OSError as error:
+            lock.release()
+            raise _unavailable(dataset, error) from error
+        except BaseException:
+            lock.release()
+            raise
+        writer = ParquetWriter(folder, dataset, lock, schema=stored, on_close=self._forget)
+        with self._mutex:
+            self._writers.add(writer)
+        return writer
+
+    def datasets(self) -> list[DatasetInfo]:
+        """See `Store.datasets`."""
+        names = sorted(path.parent.name for path in self._folder.glob(f"*/{_SCHEMA_FILE}"))
+        found = (self.dataset(name) for name in names)
+        return [info for info in found if info is not None]
+
+    def dataset(self, name: str) -> DatasetInfo | None:
+        """See `Store.dataset`."""
+        check_dataset(name)
+        if not (self._folder / name / _SCHEMA_FILE).exists():
+            return None
+        files = self._files(name)
+        rows = sum(pq.read_metadata(path).num_rows for path in files)
+        return DatasetInfo(
+            name, self._schema(name), rows, sum(path.stat().st_size for path in files)
+        )
+
+    def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
+        """See `Store.stored_ranges`."""
+        check_dataset(dataset)
+        keys = (parse_batch_key(path.name[: -len(_SUFFIX)]) for path in self._files(dataset))
+        return merge_ranges([key[1:] for key in keys if key and key[0] == upload_id])
+
+    def scan(
+        self,
+        dataset: str,
+        *,
+        columns: Sequence[str] | None = None,
+        filters: Sequence[Filter] = (),
+        limit: int | None = None,
+    ) -> pa.RecordBatchReader:
+        """See `Store.scan`. Rows come in the order of their keys' names."""
+        schema = self._schema(dataset)
+        wanted = list(columns) if columns is not None else schema.names
+        check_columns(dataset, schema, wanted)
+        condition = conditions.to_expression(dataset, schema, filters)
+        files = [str(path) for path in self._files(dataset)]
+        rows = ds.dataset(files, schema=schema, format="parquet").scanner(
+            columns=wanted, filter=condition, batch_size=8192
+        )
+        out = pa.schema([schema.field(name) for name in wanted], metadata=schema.metadata)
+        return pa.RecordBatchReader.from_batches(out, _limited(rows.to_batches(), out, limit))
+
+    def search(
+        self,
+        dataset: str,
+        vector: npt.NDArray[np.float32],
+        *,
+        k: int,
+        columns: Sequence[str] | None = None,
+        filters: Sequence[Filter] = (),
+    ) -> pa.Table:
+        """See `Store.search`. `columns=None` gives all of the dataset's."""
+        schema = self._schema(dataset)
+        check_query(dataset, schema, vector, k)
+        wanted = list(columns) if columns is not None else schema.names
+        read = list(dict.fromkeys([*wanted, "vector"]))
+        return nearest(
+            self.scan(dataset, columns=read, filters=filters), vector, k=k, columns=wanted
+        )
+
+    def delete_dataset(self, name: str) -> None:
+        """See `Store.delete_dataset`."""
+        check_dataset(name)
+        lock = self._lock(name)
+        try:
+            self._schema(name)
+            shutil.rmtree(self._folder / name)
+        except OSError as error:
+            raise _unavailable(name, error) from error
+        finally:
+            lock.release()
+
+    def close(self) -> None:
+        """Closes the writers. Idempotent."""
+        with self._mutex:
+            writers = list(self._writers)
+        for writer in writers:
+            writer.close()
+
+    def _forget(self, writer: ParquetWriter) -> None:
+        with self._mutex:
+            self._writers.discard(writer)
+
+    def _lock(self, dataset: str) -> WriterLock:
+        try:
+            return WriterLock(self._folder / f".{dataset}.lock", dataset)
+        except OSError as error:
+            raise _unavailable(dataset, error) from error
+
+    def _files(self, dataset: str) -> list[Path]:
+        return sorted((self._folder / dataset).glob(f"*{_SUFFIX}"))
+
+    def _schema(self, dataset: str) -> pa.Schema:
+        check_dataset(dataset)
+        try:
+            return pq.read_schema(self._folder / dataset / _SCHEMA_FILE)
+        except FileNotFoundError:
+            raise unknown_dataset(dataset) from None
+
+
+class ParquetWriter:
+    """The one writer of a folder of Parquet files; see `DatasetWriter`. One thread owns it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dataset: str,
+        lock: WriterLock,
+        *,
+        schema: pa.Schema,
+        on_close: Callable[[ParquetWriter], None],
+    ) -> None:
+        self._folder = folder
+        self._dataset = dataset
+        self._lock = lock
+        self._schema = schema
+        self._on_close = on_close
+        self._closed = False
+
+    def append(self, batches: Sequence[pa.RecordBatch]) -> None:
+        """Writes a file for every key that has none; each is whole or not there.
+
+        Raises:
+            StoreUnavailableError: A file could not be written; those of earlier keys may be there.
+            ColumnTypeError: A row without `batch_key`, or columns of another type.
+        """
+        assert not self._closed, "append after close"
+        for batch in batches:
+            check_compatible(self._dataset, self._schema, batch.schema)
+            if "batch_key" not in batch.schema.names or batch.column("batch_key").null_count:
+                raise ColumnTypeError("`batch_key` is missing in some rows", field="batch_key")
+        rows = [conform(batch, self._schema) for batch in batches if batch.num_rows]
+        table = pa.Table.from_batches(rows, self._schema)
+        keys = table.column("batch_key").unique().to_pylist()
+        for key in self.missing_keys(keys):
+            group = table.filter(pc.equal(table.column("batch_key"), key)) if keys[1:] else table
+            try:
+                _write(self._path(key), partial(pq.write_table, group))
+            except OSError as error:
+                raise _unavailable(self._dataset, error) from error
+
+    def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
+        """See `DatasetWriter.missing_keys`."""
+        return [key for key in batch_keys if not self._path(key).exists()]
+
+    def close(self) -> None:
+        """See `DatasetWriter.close`."""
+        if not self._closed:
+            self._closed = True
+            self._lock.release()
+            self._on_close(self)
+
+    def _path(self, key: str) -> Path:
+        if "/" in key or "\0" in key or key.startswith((".", "_")) or len(key.encode()) > 200:
+            raise ColumnTypeError(
+                f"`batch_key` is {key[:200]!r}, which cannot be a file's name; expected "
+                "upload_id:first-last",
+                field="batch_key",
+            )
+        return self._folder / f"{key}{_SUFFIX}"
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file so that it is there in full or not at all, whatever dies when."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        sync_path(str(temporary))
+        os.replace(temporary, path)  # noqa: PTH105 - the three steps read best side by side
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_path(str(path.parent))
+
+
+def _limited(
+    batches: Iterator[pa.RecordBatch], schema: pa.Schema, limit: int | None
+) -> Iterator[pa.RecordBatch]:
+    left = limit
+    for batch in batches:
+        if left is not None and left <= 0:
+            return
+        part = batch if left is None else batch.slice(0, left)
+        left = None if left is None else left - part.num_rows
+        if part.num_rows:
+            yield pa.RecordBatch.from_arrays(part.columns, schema=schema)
+
+
+def _unavailable(dataset: str, error: OSError) -> StoreUnavailableError:
+    return StoreUnavailableError(
+        f"dataset `{dataset}` cannot be written: {error.strerror or type(error).__name__}",
+        field="store",
+    )

@@ -1,0 +1,144 @@
+"""What a dataset's schema allows: checks against the first write, and batches brought to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.errors import (
+    ColumnTypeError,
+    DimensionMismatchError,
+    ModelMismatchError,
+    UnknownColumnError,
+)
+
+# What must be the same for two vectors to be comparable, by the schema metadata that says it.
+_MODEL_KEYS = ("fletcher.model", "fletcher.layers", "fletcher.pooling", "fletcher.normalized")
+
+
+def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
+    """Refuses rows that do not belong into a dataset. Columns may be added or left out.
+
+    Args:
+        dataset: Its name, for the message.
+        stored: What the first write fixed.
+        offered: The schema of the rows that shall be added.
+
+    Raises:
+        DimensionMismatchError: `vector` has another width.
+        ModelMismatchError: Another model, exit layer, pooling or normalisation.
+        ColumnTypeError: A column has another type.
+    """
+    _check_width(dataset, stored, offered)
+    _check_model(dataset, stored, offered)
+    for field in offered:
+        if field.name not in stored.names:
+            continue
+        have = stored.field(field.name).type
+        if not _same_type(have, field.type):
+            raise ColumnTypeError(
+                f"schema mismatch: `{field.name}` is {field.type}, dataset `{dataset}` has {have}; "
+                "send that type or write to another dataset",
+                field=field.name,
+                allowed=[str(have)],
+            )
+
+
+def _check_width(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
+    if "vector" not in stored.names or "vector" not in offered.names:
+        return
+    have, came = stored.field("vector").type, offered.field("vector").type
+    if not (pa.types.is_fixed_size_list(have) and pa.types.is_fixed_size_list(came)):
+        return
+    if have.list_size != came.list_size:
+        raise DimensionMismatchError(
+            f"schema mismatch: `vector` has {came.list_size} dimensions, dataset `{dataset}` has "
+            f"{have.list_size}; use the model that wrote it or write to another dataset",
+            field="vector",
+            allowed=[str(have.list_size)],
+        )
+
+
+def _check_model(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
+    for key in _MODEL_KEYS:
+        have = (stored.metadata or {}).get(key.encode())
+        came = (offered.metadata or {}).get(key.encode())
+        # A plain client names no model: its rows are checked by width and type alone.
+        if have is not None and came is not None and have != came:
+            raise ModelMismatchError(
+                f"`{key}` is {came.decode(errors='replace')}, dataset `{dataset}` was written with "
+                f"{have.decode(errors='replace')}; use that or write to another dataset",
+                field=key.removeprefix("fletcher."),
+                allowed=[have.decode(errors="replace")],
+            )
+
+
+def _same_type(one: pa.DataType, other: pa.DataType) -> bool:
+    if pa.types.is_fixed_size_list(one) and pa.types.is_fixed_size_list(other):
+        # The name and nullability of the items' field differ by who wrote them.
+        return bool(one.list_size == other.list_size and one.value_type == other.value_type)
+    return bool(one == other)
+
+
+def new_fields(stored: pa.Schema, offered: pa.Schema) -> list[pa.Field]:
+    """The fields of `offered` that `stored` lacks, nullable."""
+    return [field.with_nullable(True) for field in offered if field.name not in stored.names]
+
+
+def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with exactly the columns of `schema`, in its order; absent ones are null."""
+    if batch.schema.equals(schema):
+        return batch
+    columns = []
+    for field in schema:
+        index = batch.schema.get_field_index(field.name)
+        if index < 0:
+            columns.append(pa.nulls(batch.num_rows, field.type))
+            continue
+        column = batch.column(index)
+        columns.append(column if column.type == field.type else column.cast(field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, copied if one of its buffers starts at an odd address.
+
+    Buffers that came over Flight point into a gRPC message; Lance (Rust) panics on misaligned ones.
+    """
+    if not any(
+        buffer is not None and buffer.address % 16
+        for column in batch.columns
+        for buffer in column.buffers()
+    ):
+        return batch
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    options = pa.ipc.IpcReadOptions(ensure_alignment=pa.ipc.Alignment.At64Byte)
+    with pa.ipc.open_stream(sink.getvalue(), options=options) as reader:
+        return reader.read_next_batch()
+
+
+def check_columns(dataset: str, schema: pa.Schema, columns: list[str]) -> None:
+    """Refuses names that are no column of the dataset.
+
+    Raises:
+        UnknownColumnError: One of `columns` is not in `schema`.
+    """
+    for name in columns:
+        if name not in schema.names:
+            raise UnknownColumnError(
+                f"dataset `{dataset}` has no column `{name[:200]}`; it has "
+                f"{', '.join(schema.names)}",
+                field=name[:200],
+                allowed=schema.names,
+            )
+
+
+def last_of_each_id(table: pa.Table) -> pa.Table:
+    """The table without the rows whose `id` comes again further down; order is kept."""
+    numbered = pa.table({"id": table.column("id"), "row": np.arange(table.num_rows)})
+    last = numbered.group_by("id").aggregate([("row", "max")]).column("row_max")
+    if len(last) == table.num_rows:
+        return table
+    return table.take(np.sort(last.to_numpy()))

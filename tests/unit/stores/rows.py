@@ -1,0 +1,64 @@
+"""Rows as delivery makes them, for the tests of stores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.schema import VectorSpec, output_schema, vector_array
+
+
+def spec(dims: int = 8, dtype: str = "float16", model: str = "mini@abc") -> VectorSpec:
+    return VectorSpec(
+        model=model, dims=dims, dtype=dtype, layers=6, pooling="mean", normalized=True
+    )
+
+
+def schema(
+    dims: int = 8,
+    dtype: str = "float16",
+    model: str = "mini@abc",
+    id_type: pa.DataType | None = None,
+) -> pa.Schema:
+    return output_schema(
+        spec(dims, dtype, model), id_type=id_type or pa.utf8(), text=True, batch_key=True
+    )
+
+
+def vectors(first: int, count: int, dims: int = 8) -> np.ndarray:
+    """Unit vectors that depend on the row's number alone."""
+    rows = [np.random.default_rng(row).standard_normal(dims) for row in range(first, first + count)]
+    out = np.asarray(rows, np.float32).reshape(count, dims)
+    return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+
+def batch(
+    first: int,
+    count: int,
+    *,
+    dims: int = 8,
+    dtype: str = "float16",
+    model: str = "mini@abc",
+    upload: str = "u",
+    key: str | None = None,
+    null_rows: tuple[int, ...] = (),
+    ids: list[str] | None = None,
+    text: str = "text",
+) -> pa.RecordBatch:
+    nulls = np.zeros(count, bool)
+    nulls[list(null_rows)] = True
+    numbers = range(first, first + count)
+    return pa.record_batch(
+        [
+            pa.array(ids or [f"id{row}" for row in numbers]),
+            vector_array(vectors(first, count, dims), spec(dims, dtype, model), nulls),
+            pa.array(
+                [1_700_000_000_000_000_000 + row for row in numbers], pa.timestamp("ns", "UTC")
+            ),
+            pa.array([3] * count, pa.int32()),
+            pa.array([False] * count),
+            pa.array([f"{text} {row}" for row in numbers]),
+            pa.array([key or f"{upload}:{first}-{first + count - 1}"] * count),
+        ],
+        schema=schema(dims, dtype, model),
+    )

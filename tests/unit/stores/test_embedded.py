@@ -1,0 +1,325 @@
+"""The two embedded stores, LanceDB and Parquet, by the protocol both keep."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import store_rows as rows
+
+from fletcher.errors import (
+    ColumnTypeError,
+    DimensionMismatchError,
+    InvalidCommandError,
+    ModelMismatchError,
+    RequestError,
+    StoreError,
+    StoreUnavailableError,
+    UnknownColumnError,
+    UnknownDatasetError,
+)
+from fletcher.stores.address import open_store
+from fletcher.stores.base import Filter, Store
+
+
+@pytest.fixture(params=["lance", "parquet"])
+def store(request: pytest.FixtureRequest, tmp_path: Path):
+    opened = open_store(f"{request.param}:{tmp_path / 'store'}")
+    yield opened
+    opened.close()
+
+
+def fill(store: Store, *batches: pa.RecordBatch, mode="append") -> None:
+    writer = store.open_writer("d", batches[0].schema, mode)
+    writer.append(batches)
+    writer.close()
+
+
+def test_rows_come_back_as_they_were_sent(store):
+    sent = [rows.batch(0, 100), rows.batch(100, 50, null_rows=(3,))]
+    fill(store, *sent)
+    assert store.scan("d").read_all().combine_chunks() == pa.Table.from_batches(sent)
+    info = store.dataset("d")
+    assert info.num_rows == 150
+    assert info.num_bytes > 0
+    assert info.schema.metadata == rows.schema().metadata
+    assert [one.name for one in store.datasets()] == ["d"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_search_answers_cosines_best_first(store, dtype):
+    fill(store, rows.batch(0, 200, dtype=dtype, null_rows=(7,)))
+    vectors = rows.vectors(0, 200)
+    found = store.search("d", vectors[42] * 3, k=5, columns=["id"])
+    cosines = vectors @ vectors[42]
+    cosines[7] = -np.inf
+    best = np.argsort(-cosines)[:5]
+    assert found.column_names == ["id", "score"]
+    assert found.column("id").to_pylist() == [f"id{row}" for row in best]
+    assert found.schema.field("score").type == pa.float32()
+    np.testing.assert_allclose(found.column("score").to_numpy(), cosines[best], atol=2e-3)
+
+
+def test_rows_without_a_vector_are_kept_and_never_found(store):
+    fill(store, rows.batch(0, 4, null_rows=(0, 1)))
+    found = store.search("d", rows.vectors(0, 1)[0], k=10, columns=["id"])
+    assert sorted(found.column("id").to_pylist()) == ["id2", "id3"]
+    assert store.scan("d", columns=["vector"]).read_all().column("vector").null_count == 2
+
+
+def test_an_empty_dataset_can_be_read_and_searched(store):
+    store.open_writer("d", rows.schema(), "append").close()
+    assert store.dataset("d").num_rows == 0
+    assert store.scan("d").read_all().num_rows == 0
+    found = store.search("d", rows.vectors(0, 1)[0], k=3, columns=["id"])
+    assert found.num_rows == 0
+    assert found.column_names == ["id", "score"]
+
+
+def test_filters_limit_and_columns(store):
+    fill(store, rows.batch(0, 10), rows.batch(10, 10, ids=["o'brien", 'q"uote'] + ["x"] * 8))
+
+    def ids(*filters, **more):
+        return store.scan("d", columns=["id"], filters=filters, **more).read_all()["id"].to_pylist()
+
+    assert ids(Filter("id", "=", "o'brien")) == ["o'brien"]
+    assert ids(Filter("id", "=", "' OR 1=1 --")) == []
+    assert ids(Filter("id", "=", "id1"), Filter("id", "=", "id2", "or")) == ["id1", "id2"]
+    assert ids(Filter("id", "=", "x"), limit=3) == ["x"] * 3
+    assert ids(Filter("token_count", ">", 3)) == []
+    assert ids(Filter("token_count", "<=", 3), limit=1) == ["id0"]
+    assert len(ids(Filter("timestamp", "<", "2023-11-14T22:13:20.000000+00:00"))) == 0
+    assert len(ids(Filter("timestamp", ">=", "2023-11-14T22:13:20.000000+00:00"))) == 20
+    nested = Filter(
+        "", "=", None, "and", (Filter("id", "=", "id3"), Filter("id", "=", "id4", "or"))
+    )
+    assert ids(Filter("token_count", "=", 3), nested) == ["id3", "id4"]
+    assert len(ids(Filter("id", "!=", None))) == 20
+    best = store.search("d", rows.vectors(5, 1)[0], k=1, filters=[Filter("id", "!=", "id5")])
+    assert best["id"].to_pylist() != ["id5"]
+    with pytest.raises(UnknownColumnError, match="no column `nope`; it has id, vector"):
+        ids(Filter("nope", "=", 1))
+    with pytest.raises(UnknownColumnError):
+        store.scan("d", columns=["nope"])
+    with pytest.raises(ColumnTypeError, match="`token_count`"):
+        ids(Filter("token_count", "=", "3' OR '1'='1"))
+    with pytest.raises(ColumnTypeError):
+        ids(Filter("vector", "=", 3))
+
+
+def test_nonsense_queries_are_refused(store):
+    fill(store, rows.batch(0, 10))
+    query = rows.vectors(0, 1)[0]
+    with pytest.raises(UnknownDatasetError, match="no dataset `other`"):
+        store.search("other", query, k=1)
+    with pytest.raises(UnknownDatasetError):
+        store.scan("other")
+    with pytest.raises(UnknownDatasetError):
+        store.delete_dataset("other")
+    with pytest.raises(DimensionMismatchError, match="7 dimensions, dataset `d` has 8"):
+        store.search("d", query[:7], k=1)
+    with pytest.raises(InvalidCommandError, match="`k` is 0"):
+        store.search("d", query, k=0)
+    with pytest.raises(InvalidCommandError, match="NaN"):
+        store.search("d", query * np.nan, k=1)
+    with pytest.raises(InvalidCommandError, match="zero"):
+        store.search("d", query * 0, k=1)
+    with pytest.raises(InvalidCommandError, match="`dataset`"):
+        store.scan("../d")
+    assert store.dataset("other") is None
+
+
+@pytest.mark.parametrize(
+    ("offered", "error"),
+    [
+        (rows.schema(model="other@1"), ModelMismatchError),
+        (rows.schema(dims=9), DimensionMismatchError),
+        (rows.schema(dtype="float32"), ColumnTypeError),
+        (rows.schema(id_type=pa.int64()), ColumnTypeError),
+    ],
+)
+def test_the_first_write_fixes_model_width_and_types(store, offered, error):
+    fill(store, rows.batch(0, 10))
+    with pytest.raises(error, match="dataset `d`"):
+        store.open_writer("d", offered, "append")
+    fill(store, rows.batch(10, 10))  # the refusal holds no lock
+    assert store.dataset("d").num_rows == 20
+
+
+def test_overwrite_empties_the_dataset_and_takes_another_model(store):
+    fill(store, rows.batch(0, 10))
+    fill(store, rows.batch(0, 3, dims=9, model="other@1"), mode="overwrite")
+    info = store.dataset("d")
+    assert info.num_rows == 3
+    assert info.schema.metadata[b"fletcher.model"] == b"other@1"
+    assert store.stored_ranges("d", "u") == [(0, 2)]
+
+
+def test_keys_and_ranges_tell_what_is_stored(store):
+    writer = store.open_writer("d", rows.schema(), "append")
+    assert writer.missing_keys(["u:0-9"]) == ["u:0-9"]
+    writer.append([rows.batch(0, 10), rows.batch(10, 5)])
+    writer.append([rows.batch(20, 5), rows.batch(0, 10, upload="u_")])
+    assert writer.missing_keys(["u:20-24", "u'x:0-1", "u:15-19", "u:0-9"]) == ["u'x:0-1", "u:15-19"]
+    writer.close()
+    writer.close()
+    assert store.stored_ranges("d", "u") == [(0, 14), (20, 24)]
+    assert store.stored_ranges("d", "u_") == [(0, 9)]
+    assert store.stored_ranges("d", "v") == []
+    assert store.stored_ranges("other", "u") == []
+
+
+def test_delete_dataset(store):
+    fill(store, rows.batch(0, 10))
+    store.delete_dataset("d")
+    assert store.dataset("d") is None
+    assert store.datasets() == []
+    fill(store, rows.batch(0, 5, dims=16))
+    assert store.dataset("d").num_rows == 5
+
+
+OTHER_PROCESS = """
+import sys
+import pyarrow as pa
+from fletcher.errors import StoreUnavailableError
+from fletcher.stores.address import open_store
+schema = pa.schema([("id", pa.utf8()), ("batch_key", pa.utf8())])
+try:
+    open_store(sys.argv[1]).open_writer("d", schema, "append")
+    print("opened")
+except StoreUnavailableError as error:
+    print(error)
+"""
+
+
+def test_a_second_writer_is_refused_in_this_process_and_in_another(store):
+    writer = store.open_writer("d", rows.schema(), "append")
+    with pytest.raises(StoreUnavailableError, match="being written"):
+        store.open_writer("d", rows.schema(), "append")
+    with pytest.raises(StoreUnavailableError, match="being written"):
+        store.delete_dataset("d")
+    command = [sys.executable, "-c", OTHER_PROCESS, store.address]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "being written" in answer.stdout
+    writer.close()
+    store.open_writer("d", rows.schema(), "append").close()
+
+
+def test_columns_may_be_added_and_left_out_in_lance(tmp_path):
+    store = open_store(f"lance:{tmp_path}")
+    fill(store, rows.batch(0, 3))
+    wider = rows.batch(3, 2).append_column("lang", pa.array(["de", "en"]))
+    fill(store, wider)
+    fill(store, rows.batch(5, 1).drop_columns(["text"]))
+    table = store.scan("d").read_all()
+    assert table["lang"].to_pylist() == [None] * 3 + ["de", "en", None]
+    assert table["text"].to_pylist()[-1] is None
+
+
+def test_upsert_replaces_by_id_and_the_last_row_wins(tmp_path):
+    store = open_store(f"lance:{tmp_path}")
+    fill(store, rows.batch(0, 4), mode="upsert")
+    again = rows.batch(10, 3, ids=["id1", "new", "id1"], text="late")
+    fill(store, again, mode="upsert")
+    table = store.scan("d", columns=["id", "text"]).read_all()
+    found = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+    assert table.num_rows == 5
+    assert found == {
+        "id0": "text 0", "id1": "late 12", "id2": "text 2", "id3": "text 3", "new": "late 11",
+    }  # fmt: skip
+
+
+def test_parquet_says_that_it_cannot_upsert_or_do_without_keys(tmp_path):
+    store = open_store(f"parquet:{tmp_path}")
+    with pytest.raises(RequestError, match="upsert"):
+        store.open_writer("d", rows.schema(), "upsert")
+    with pytest.raises(ColumnTypeError, match="batch_key"):
+        store.open_writer("d", rows.schema().remove(6), "append")
+    writer = store.open_writer("d", rows.schema(), "append")
+    with pytest.raises(ColumnTypeError, match="file's name"):
+        writer.append([rows.batch(0, 1, key="../../etc:0-0")])
+    writer.append([rows.batch(0, 5)])
+    writer.append([rows.batch(0, 5), rows.batch(5, 5)])  # the first is a repeat
+    writer.close()
+    assert store.dataset("d").num_rows == 10
+    names = sorted(path.name for path in (tmp_path / "d").iterdir())
+    assert names == ["_common_metadata", "u:0-4.parquet", "u:5-9.parquet"]
+
+
+def test_a_nan_is_refused_and_the_table_stays_whole(tmp_path):
+    store = open_store(f"lance:{tmp_path}")
+    writer = store.open_writer("d", rows.schema(), "append")
+    good = rows.batch(0, 2)
+    values = np.full(16, np.nan, np.float16)
+    bad = good.set_column(
+        1, good.schema.field(1), pa.FixedSizeListArray.from_arrays(pa.array(values), type=good.schema.field(1).type)
+    )  # fmt: skip
+    with pytest.raises(RequestError, match="`vector` holds NaN") as caught:
+        writer.append([good, bad])
+    assert "/" not in caught.value.message
+    writer.append([good])
+    writer.close()
+    assert store.dataset("d").num_rows == 2
+
+
+def test_misaligned_buffers_are_taken(tmp_path):
+    good = rows.batch(0, 50)
+    raw = b"\0" + good.column("vector").values.buffers()[1].to_pybytes()
+    values = pa.Array.from_buffers(pa.float16(), 400, [None, pa.py_buffer(raw).slice(1)])
+    assert values.buffers()[1].address % 2
+    kind = good.schema.field("vector").type
+    odd = good.set_column(
+        1, good.schema.field(1), pa.FixedSizeListArray.from_arrays(values, type=kind)
+    )
+    store = open_store(f"lance:{tmp_path}")
+    fill(store, odd)
+    assert store.scan("d").read_all().combine_chunks() == pa.Table.from_batches([good])
+
+
+def test_many_appends_are_compacted_and_no_row_is_lost(tmp_path):
+    store = open_store(f"lance:{tmp_path}")
+    writer = store.open_writer("d", rows.schema(), "append")
+    for number in range(70):
+        writer.append([rows.batch(number * 10, 10)])
+    writer.close()
+    table = store.scan("d", columns=["id"]).read_all()
+    assert sorted(table["id"].to_pylist()) == sorted(f"id{row}" for row in range(700))
+    assert (
+        len(list((tmp_path / "d.lance" / "data").iterdir())) > 70
+    )  # old versions are kept a while
+    fragments = store._open("d").stats()["fragment_stats"]["num_fragments"]
+    assert fragments < 40
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("compact")]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "", "lance", "lance:", "http://x:1", "grpc://", "grpc://host", "grpc://host:99999", "/data",
+        "grpc://host:1?meta=x", "grpc://host:1?meta=0", "grpc://host:1?color=red", "s3://bucket",
+        "grpc://host:1/path", "grpc://host:1?profile=other", "grpc://user@host:1",
+    ],
+)  # fmt: skip
+def test_bad_addresses_are_refused_with_what_is_allowed(address):
+    with pytest.raises(StoreError) as caught:
+        open_store(address)
+    assert caught.value.field == "store"
+    assert caught.value.allowed
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for scheme in ("lance", "parquet"):
+        with pytest.raises(StoreError, match="cannot be made"):
+            open_store(f"{scheme}:{tmp_path / 'file'}")
+
+
+def test_a_missing_lancedb_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    with pytest.raises(StoreError, match=r"pip install 'longbow-fletcher\[lance\]'"):
+        open_store(f"lance:{tmp_path}")
