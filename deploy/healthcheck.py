@@ -1,0 +1,41 @@
+"""Whether the server in this container answers: exits 0 when it does.
+
+Reads the server's own settings: FLETCHER_PORT, FLETCHER_TOKEN_FILE and FLETCHER_TLS_CERT. A server
+that asks its callers for certificates (FLETCHER_TLS_CLIENT_CA) needs a check of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pyarrow import flight
+
+TIMEOUT_S = 4.0
+
+
+def main() -> int:
+    scheme = "grpc+tls" if os.environ.get("FLETCHER_TLS_CERT") else "grpc+tcp"
+    headers = []
+    if token_file := os.environ.get("FLETCHER_TOKEN_FILE"):
+        lines = (line.strip() for line in Path(token_file).read_text().splitlines())
+        token = next(line for line in lines if line and not line.startswith("#"))
+        headers.append((b"authorization", f"Bearer {token}".encode()))
+    # The certificate names the server's public address, not this one: it is not what is checked.
+    client = flight.FlightClient(
+        f"{scheme}://127.0.0.1:{os.environ.get('FLETCHER_PORT', '8815')}",
+        disable_server_verification=scheme == "grpc+tls",
+    )
+    options = flight.FlightCallOptions(timeout=TIMEOUT_S, headers=headers)
+    try:
+        for _ in client.do_action("health", options):
+            pass
+    except flight.FlightError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
