@@ -1,0 +1,65 @@
+"""Logging of a command: to standard error, as text for people or as JSON lines for collectors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from datetime import UTC, datetime
+from typing import Any
+
+# What every record has; anything else was given by `extra` and belongs to the message.
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def set_up_logging(level: str, style: str) -> None:
+    """Sends the log of Fletcher, and warnings of anybody else, to standard error.
+
+    Args:
+        level: `debug`, `info`, `warning` or `error`.
+        style: `text` or `json`.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("fletcher").setLevel(level.upper())
+    logging.captureWarnings(True)
+    if level != "debug":
+        warnings.simplefilter("ignore")
+
+
+class TextFormatter(logging.Formatter):
+    """`11:04:05 info fletcher.runtime: warmed up (model=x)`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S")
+        text = f"{time} {record.levelname.lower()} {record.name}: {record.getMessage()}"
+        if extra := _extra(record):
+            text += " (" + ", ".join(f"{name}={value}" for name, value in extra.items()) + ")"
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        # A live progress line may stand where this one goes: clear it first.
+        return "\r\x1b[K" + text if sys.stderr.isatty() else text
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, whatever `extra` gave."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extra(record),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False, default=str)
+
+
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if name not in _STANDARD}

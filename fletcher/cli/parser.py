@@ -1,0 +1,134 @@
+"""Argument parsing shared by the commands; flags of `ServeConfig` derive from its options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fletcher.config import OPTIONS, Resolved, ServeConfig, nearest, resolve
+from fletcher.settings import NAMES, SIZE, STORES, SWITCH, Option
+
+GROUPS = {
+    "network": "network",
+    "model": "model and devices",
+    "store": "stores",
+    "limits": "limits",
+    "process": "process",
+}
+_DEST = "option."
+
+
+class UsageError(Exception):
+    """A command line that cannot be understood; `command` is what was being called."""
+
+    def __init__(self, command: str, message: str) -> None:
+        super().__init__(message)
+        self.command = command
+        self.message = message
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with room for flags, and the example as it is written."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 26, **kwargs})
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError, takes no abbreviations and shows one example."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", Formatter)
+        if example:
+            kwargs["epilog"] = f"example:\n  {example}"
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
+        if choice:
+            message += nearest(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        raise UsageError(self.prog, message)
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """All flags of a parser and of the parsers below it."""
+    flags: set[str] = set()
+    for action in parser._actions:
+        flags.update(flag for flag in action.option_strings if flag.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                flags |= flags_of(child)
+    return flags
+
+
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Adds the flags of options, and `--config`; `read_config` reads what was given."""
+    groups: dict[str, Any] = {}
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(ServeConfig)}
+    for name in names:
+        option = OPTIONS[name]
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(GROUPS[option.group])
+        _add(groups[option.group], option, defaults[option.field])
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file of options; flags go before it"
+    )
+
+
+def _add(group: Any, option: Option, default: Any) -> None:
+    text = option.help.replace("%", "%%") + _default(option, default)
+    common: dict[str, Any] = {
+        "dest": _DEST + option.name,
+        "default": argparse.SUPPRESS,
+        "help": text,
+    }
+    if option.kind is SWITCH:
+        group.add_argument(option.flag, action="store_const", const="true", **common)
+    elif option.kind in (NAMES, STORES):
+        group.add_argument(option.flag, action="append", metavar=option.kind.metavar, **common)
+    else:
+        # Choices are checked where the environment's and the file's are, for the same message.
+        metavar = "{" + ",".join(option.choices) + "}" if option.choices else option.kind.metavar
+        group.add_argument(option.flag, metavar=metavar, **common)
+
+
+def _default(option: Option, default: Any) -> str:
+    if default is dataclasses.MISSING or default in (None, (), False):
+        return ""
+    if option.kind is SIZE:
+        return (
+            f" (default: {default >> 30}GiB)"
+            if default >= 1 << 30
+            else f" (default: {default >> 20}MiB)"
+        )
+    return f" (default: {default})"
+
+
+def read_config(
+    args: argparse.Namespace,
+    environ: Mapping[str, str],
+    only: Iterable[str] | None = None,
+    **flags: Any,
+) -> Resolved:
+    """The configuration that the flags added by `add_options`, environment and file make.
+
+    Args:
+        only: Option names to take; others keep their defaults.
+        flags: By option name, texts that stand in for flags.
+
+    Raises:
+        ConfigError: As `fletcher.config.resolve`.
+    """
+    given = {
+        name.removeprefix(_DEST): value
+        for name, value in vars(args).items()
+        if name.startswith(_DEST)
+    }
+    return resolve(
+        {**given, **flags}, environ, args.config, only=None if only is None else set(only)
+    )

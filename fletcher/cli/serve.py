@@ -1,0 +1,155 @@
+"""`fletcher serve`: a server in the foreground, until a signal ends it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from fletcher.cli.logs import set_up_logging
+from fletcher.cli.parser import add_options, read_config
+from fletcher.config import OPTIONS, ServeConfig
+
+# Beyond the drain, what closing workers and ports may take before the process ends regardless.
+CLOSE_S = 5.0
+
+_log = logging.getLogger("fletcher.serve")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `serve` and its flags: all options of ServeConfig."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve embeddings over Arrow Flight",
+        description="Serves embeddings over Arrow Flight. Each flag is also a key of the TOML file "
+        "and a variable: --max-streams, max_streams, FLETCHER_MAX_STREAMS.",
+        example="fletcher serve --store lance:/data/vectors --port 8815",
+    )
+    add_options(parser, OPTIONS)
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the options that would be used as TOML, with the source of each, and exit",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until SIGTERM or SIGINT, then drains; 0 when everything accepted was delivered."""
+    resolved = read_config(args, os.environ)
+    if args.print_config:
+        print(resolved.to_toml(), end="")
+        return 0
+    set_up_logging(resolved.config.log_level, resolved.config.log_format)
+    for warning in resolved.warnings:
+        _log.warning(warning)
+    return _serve(resolved.config)
+
+
+def _serve(config: ServeConfig) -> int:
+    from fletcher.runtime import Runtime
+
+    ended: list[BaseException | None] = []
+    with _Signals() as signals, Runtime(config) as runtime:
+        runtime.start()
+        signals.ready()
+        print(f"listening on {runtime.address}", flush=True)
+
+        def watch() -> None:
+            # A server that ends by itself must end the process: a supervisor then restarts it.
+            try:
+                runtime.wait()
+                ended.append(None)
+            except BaseException as error:  # noqa: BLE001  (raised again in the main thread)
+                ended.append(error)
+            signals.stop.set()
+
+        threading.Thread(target=watch, name="watch", daemon=True).start()
+        signals.stop.wait()
+        if signals.received is None:
+            _log.error("the server ended by itself")
+            if ended[0] is not None:
+                raise ended[0]
+            return 1
+        _log.info("draining", extra={"timeout_s": config.drain_timeout_s})
+        with _deadline(config.drain_timeout_s + CLOSE_S):
+            runtime.drain(config.drain_timeout_s)
+            runtime.close()
+    _log.info("stopped")
+    return 0
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first asks to stop, the second ends the process at once.
+
+    Python runs its handlers between two bytecodes of the main thread, so one that waits in C code
+    would never hear the second signal. The wake-up file descriptor is written by the C handler
+    itself, and a thread reads it.
+
+    Attributes:
+        stop: Set by the first signal after `ready`.
+        received: That signal.
+    """
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.received: int | None = None
+        self._ready = False
+        self._before: dict[int, Any] = {}
+
+    def ready(self) -> None:
+        """From now on the first signal drains; before, it ends a start that may take minutes."""
+        self._ready = True
+        if self.received is not None:
+            self.stop.set()
+
+    def __enter__(self) -> _Signals:
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(self._reader, True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._read, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        os.close(self._writer)
+
+    def _handle(self, number: int, _: object) -> None:
+        if not self._ready:
+            raise SystemExit(128 + number)
+
+    def _read(self) -> None:
+        seen = 0
+        while byte := os.read(self._reader, 1):
+            if byte[0] not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            seen += 1
+            if seen > 1:
+                os._exit(128 + byte[0])
+            self.received = byte[0]
+            if self._ready:
+                self.stop.set()
+        os.close(self._reader)
+
+
+@contextlib.contextmanager
+def _deadline(timeout_s: float) -> Iterator[None]:
+    def give_up() -> None:
+        _log.error("not drained in time", extra={"timeout_s": timeout_s})
+        os._exit(1)
+
+    timer = threading.Timer(timeout_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
