@@ -1,9 +1,9 @@
 """One dataset's way into its store: groups of rows, one append at a time, retried until it is done.
 
-A lane owns the dataset's only writer and the only thread that touches it. Rows of all uploads to the
-dataset meet here, so that many small uploads still make few large commits. A group's extent, and with
-it its `batch_key`, is fixed before it is first sent; when a send ends in doubt the store is asked
-which keys it lacks, and only these go again.
+A lane owns the dataset's only writer and the only thread that touches it. Rows of all uploads to
+the dataset meet here, so that many small uploads still make few large commits. A group's extent,
+and with it its `batch_key`, is fixed before it is first sent; when a send ends in doubt the store
+is asked which keys it lacks, and only these go again.
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ def read_tokens(path: Path) -> tuple[str, ...]:
         raise ConfigError(f"`token_file` cannot be read: {error}", field="token_file") from None
     tokens = tuple(line for line in lines if line and not line.startswith("#"))
     if not tokens:
-        raise ConfigError(
-            "`token_file` holds no token; put one on each line", field="token_file"
-        )
+        raise ConfigError("`token_file` holds no token; put one on each line", field="token_file")
     return tokens
 
 

@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 _MAX_OUTPUT_BYTES = 1 << 30
 
 
-def exchange(service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any) -> None:
+def exchange(
+    service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any
+) -> None:
     """Answers one DoExchange call."""
     if options.store is not None:
         raise InvalidCommandError(

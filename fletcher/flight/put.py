@@ -240,5 +240,3 @@ class _Put:
 
 def _write(writer: Any, message: dict[str, Any]) -> None:
     writer.write(pa.py_buffer(json.dumps(message, ensure_ascii=False).encode()))
-
-

@@ -133,9 +133,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         _, store = self._service.delivery.store(options.store)
         info = store.dataset(options.dataset)
         if info is None:
-            raise UnknownDatasetError(
-                f"there is no dataset {options.dataset!r}", field="dataset"
-            )
+            raise UnknownDatasetError(f"there is no dataset {options.dataset!r}", field="dataset")
         return info
 
     def _health(self, body: bytes) -> bytes:

@@ -63,7 +63,7 @@ class Assembler:
         num_texts = piece.texts.num_texts
         if piece.new_values is None:
             table = _Table(num_texts, self._spec.dims)
-            table.fill(np.arange(num_texts), outcome, self._spec)
+            table.fill(np.arange(num_texts, dtype=np.int32), outcome, self._spec)
         else:
             if piece.new_table:
                 self._table = _Table(piece.table_size, self._spec.dims)

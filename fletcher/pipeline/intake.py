@@ -1,8 +1,8 @@
 """What a client sent, checked in full and cut into pieces that the pipeline can hold.
 
 `Intake` knows one call's input schema. It validates every batch before anything reads it (Arrow
-hands over bad offsets and invalid UTF-8 without a word), finds the rows that cannot be embedded, and
-cuts the rest into `Piece`s: the distinct texts to embed, and which row takes which vector.
+hands over bad offsets and invalid UTF-8 without a word), finds the rows that cannot be embedded,
+and cuts the rest into `Piece`s: the distinct texts to embed, and which row takes which vector.
 """
 
 from __future__ import annotations
@@ -297,8 +297,8 @@ def _check_text(field: pa.Field) -> None:
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     if not _is_text(kind):
         raise ColumnTypeError(
-            f"`text_column` {field.name!r} is {field.type}, expected utf8, large_utf8, utf8_view or "
-            "a dictionary of one",
+            f"`text_column` {field.name!r} is {field.type}, expected utf8, large_utf8, "
+            "utf8_view or a dictionary of one",
             field="text_column",
             allowed=["utf8", "large_utf8", "utf8_view", "dictionary of one of these"],
         )

@@ -1,8 +1,8 @@
 """How much data may be in the house at once, in bytes, and who may bring more.
 
-Every stream owns a reserve that nobody can take from it, so that a stalled stream never stops another;
-what it holds beyond its reserve comes from a common part. A stream that finds neither waits: its
-handler stops reading, and the client's writes block.
+Every stream owns a reserve that nobody can take from it, so that a stalled stream never stops
+another; what it holds beyond its reserve comes from a common part. A stream that finds neither
+waits: its handler stops reading, and the client's writes block.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Allowance:
     def acquire(self, num_bytes: int) -> None:
         """Waits until `num_bytes` more may be held.
 
-        A stream that holds nothing gets what it asks for once the common part is free enough, or all
-        of the common part is free: one piece larger than the budget must not wait for ever.
+        A stream that holds nothing gets what it asks for once the common part is free enough, or
+        all of the common part is free: one piece larger than the budget must not wait for ever.
 
         Raises:
             DrainingError: The stream was closed while waiting.

@@ -1,7 +1,7 @@
 """What the worker pools are to do next: texts to tokenize, micro-batches to run.
 
-Both sources serve interactive work before bulk work, streams in turn, and let bulk work pass now and
-then when interactive work never ends.
+Both sources serve interactive work before bulk work, streams in turn, and let bulk work pass now
+and then when interactive work never ends.
 """
 
 from __future__ import annotations

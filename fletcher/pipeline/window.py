@@ -1,7 +1,8 @@
 """A window of tokenized texts, planned into micro-batches, and the vectors that come back.
 
 All texts of a window lie in one flat array of token ids; micro-batches are sets of its rows, and
-their vectors are written to the rows' places in one array, of which every ticket then gets its slice.
+their vectors are written to the rows' places in one array, of which every ticket then gets its
+slice.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Window:
         return all(ticket.stream.closed for ticket in self.tickets)
 
     def settle(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
-        """Takes a micro-batch's vectors, or why it has none; with the last one, finishes tickets."""
+        """Takes a micro-batch's vectors, or why it has none; the last one finishes the tickets."""
         with self._lock:
             if isinstance(result, FletcherError):
                 self._errors.update(dict.fromkeys(rows.tolist(), result))

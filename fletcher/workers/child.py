@@ -1,12 +1,13 @@
 """The worker process: loads what its spec names, then answers requests until its pipe closes.
 
-It dies with its parent in two ways: the kernel kills it when the parent dies (PR_SET_PDEATHSIG), and
-a closed pipe ends its reading loop. SIGINT and SIGTERM are ignored: they reach a whole process group
-or control group, and the front process needs its workers to drain.
+It dies with its parent in two ways: the kernel kills it when the parent dies (PR_SET_PDEATHSIG),
+and a closed pipe ends its reading loop. SIGINT and SIGTERM are ignored: they reach a whole process
+group or control group, and the front process needs its workers to drain.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -45,10 +46,8 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(descriptor)
-    try:
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone or has let us go
         serve(connection)
-    except (EOFError, OSError):
-        pass  # the parent is gone or has let us go
     # Engines keep native threads; nothing here needs their orderly end.
     os._exit(0)
 
@@ -87,7 +86,9 @@ def serve(connection: Connection) -> None:
 def _failure(job_id: int, error: Exception) -> Failure:
     trace = "".join(traceback.format_exception(error))
     if not isinstance(error, FletcherError):
-        error = InternalError(f"{type(error).__name__} in a worker process; its log has the details")
+        error = InternalError(
+            f"{type(error).__name__} in a worker process; its log has the details"
+        )
     return Failure(job_id, error, trace)
 
 

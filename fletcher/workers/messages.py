@@ -50,7 +50,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A job failed (or, with job_id -1, the start): a clean error, and the traceback for the log."""
+    """A job failed (or, with job_id -1, the start): the error, and a traceback for the log."""
 
     job_id: int
     error: Exception

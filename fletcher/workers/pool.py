@@ -1,9 +1,9 @@
 """A pool of worker processes that pulls its work from a source, one job for each free slot.
 
-A worker has `concurrency` requests running and `prefetch` more waiting in its pipe, so that it never
-idles between two; everything else stays with the source, where urgent work can still overtake it.
-A worker that dies is started again and its jobs are done once more elsewhere; a job whose worker died
-`max_attempts` times fails alone.
+A worker has `concurrency` requests running and `prefetch` more waiting in its pipe, so that it
+never idles between two; everything else stays with the source, where urgent work can still overtake
+it. A worker that dies is started again and its jobs are done once more elsewhere; a job whose
+worker died `max_attempts` times fails alone.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ class WorkerPool:
 class _Slot:
     """One worker's place in the pool: its process, restarted as often as needed, and its jobs.
 
-    Its thread starts the process, so that the thread lives as long as the process should: the kernel
-    sends PR_SET_PDEATHSIG when the *thread* that started a child ends.
+    Its thread starts the process, so that the thread lives as long as the process should: the
+    kernel sends PR_SET_PDEATHSIG when the *thread* that started a child ends.
     """
 
     def __init__(

@@ -1,0 +1,272 @@
+"""The composition root: builds what the configuration names, warms it, serves, drains."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fletcher.config import ServeConfig
+from fletcher.delivery.delivery import Delivery
+from fletcher.delivery.lane import DeliveryConfig
+from fletcher.errors import ConfigError
+from fletcher.flight.auth import read_tokens
+from fletcher.flight.server import FlightConfig, FlightServer
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.devices import HostInfo, detect_host, resolve
+from fletcher.models.bundle import ModelBundle
+from fletcher.models.registry import Registry
+from fletcher.pipeline.embedder import Embedder, EmbedderConfig
+from fletcher.pipeline.intake import IntakeLimits
+from fletcher.pipeline.memory import MemoryBudget
+from fletcher.pipeline.service import Calls, Service
+from fletcher.planning.planner import plan
+from fletcher.stores.address import open_store
+from fletcher.telemetry import Telemetry, configure
+from fletcher.tokenization.tokenizer import Tokenizer
+from fletcher.workers.messages import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+# Of --max-memory, what data in flight may take; the rest is for code, libraries and their caches.
+_BUDGET_SHARE = 0.5
+_COMMIT_ROWS = 50_000
+# Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
+_WINDOW_RUNS = 64
+_MAX_BATCH_ROWS = 1024
+_SHUTDOWN_S = 2.0
+
+
+class Runtime:
+    """A server in this process, from `start` to `close`.
+
+    Args:
+        config: All options.
+        progress: Called with a line for people when something takes long, such as a download.
+    """
+
+    def __init__(self, config: ServeConfig, progress: Callable[[str], None] | None = None) -> None:
+        self.config = config
+        self.address = ""
+        self._progress = progress or log.info
+        self._closed = threading.Event()
+        self._telemetry: Telemetry | None = None
+        self._service: Service | None = None
+        self._server: FlightServer | None = None
+        self._budget: MemoryBudget | None = None
+
+    def __enter__(self) -> Runtime:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.drain(self.config.drain_timeout_s if kind is None else 0.0)
+        self.close()
+
+    def start(self) -> None:
+        """Loads the model, starts all workers, then listens; `address` says where.
+
+        Raises:
+            FletcherError: Something configured is not there or does not work; nothing is left.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Blocks until the runtime is closed; False if that did not happen in time."""
+        return self._closed.wait(timeout_s)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuses new calls and brings accepted rows to their store.
+
+        Returns:
+            Whether all of them got there in time.
+        """
+        if self._service is None or self._budget is None:
+            return True
+        calls, delivery, budget = self._service.calls, self._service.delivery, self._budget
+        calls.draining.set()
+        deadline = time.monotonic() + timeout_s
+        quiet = 0
+        while time.monotonic() < deadline:
+            if calls.wait_idle(0.05):
+                break
+            # A call whose client is silent cannot be ended; it has nothing in the house, either.
+            busy = budget.statistics()["used_bytes"] > 0
+            quiet = 0 if busy else quiet + 1
+            if quiet > 5:
+                break
+        left = max(0.0, deadline - time.monotonic())
+        done = delivery.flush(left) and budget.statistics()["used_bytes"] == 0
+        if not done:
+            log.warning("drain: not everything was stored within %g s", timeout_s)
+        return done
+
+    def close(self) -> None:
+        """Ends everything. Idempotent."""
+        server, self._server = self._server, None
+        if server is not None:
+            # It has no deadline of its own and waits for handlers that wait for silent clients.
+            shutdown = threading.Thread(target=server.shutdown, daemon=True)
+            shutdown.start()
+            shutdown.join(_SHUTDOWN_S)
+        service, self._service = self._service, None
+        if service is not None:
+            service.embedder.close()
+            service.delivery.shut_down()
+        if self._telemetry is not None:
+            self._telemetry.close()
+        self._closed.set()
+
+    @property
+    def service(self) -> Service:
+        """What is served; only between `start` and `close`."""
+        assert self._service is not None
+        return self._service
+
+    def _start(self) -> None:
+        config = self.config
+        flight_config = _flight_config(config)
+        self._telemetry = instruments = configure(config.otlp_endpoint)
+        stores = {name: open_store(address) for name, address in config.store_addresses.items()}
+        delivery = Delivery(
+            stores,
+            DeliveryConfig(
+                group_rows=config.group_rows,
+                commit_rows=max(_COMMIT_ROWS, config.group_rows),
+                group_delay_s=config.group_delay_ms / 1000,
+                store_retry_s=config.store_retry_s,
+            ),
+            instruments,
+        )
+        bundle = Registry(config.home / "models").ensure(config.model, self._progress)
+        host = detect_host()
+        resolution = resolve(
+            config.device,
+            config.backend,
+            config.precision,
+            config.threads,
+            host,
+            bundle.folder,
+            config.max_batch_tokens,
+        )
+        log.info("%s: %s", bundle.qualified_name, resolution.reason)
+        self._budget = MemoryBudget(int(config.max_memory * _BUDGET_SHARE), config.max_streams)
+        embedder = _embedder(config, bundle, host, resolution.configs, self._budget, instruments)
+        self._service = Service(
+            model=bundle,
+            embedder=embedder,
+            delivery=delivery,
+            calls=Calls(config.max_streams, instruments),
+            limits=_limits(config, bundle.dim, self._budget.reserve_bytes),
+            instruments=instruments,
+        )
+        embedder.start()
+        self._server = _listen(self._service, flight_config)
+        self.address = self._server.address
+
+
+def _embedder(
+    config: ServeConfig,
+    bundle: ModelBundle,
+    host: HostInfo,
+    replicas: list[BackendConfig],
+    budget: MemoryBudget,
+    instruments: Telemetry,
+) -> Embedder:
+    num_tokenizers = config.tokenizer_workers or _tokenizers(host.cores, replicas)
+    folder = str(bundle.folder)
+    max_batch_tokens = replicas[0].max_batch_tokens
+    return Embedder(
+        EmbedderConfig(
+            tokenizers=[
+                WorkerSpec(f"tokenizer-{n}", "fletcher.tokenization.worker:load", folder)
+                for n in range(num_tokenizers)
+            ],
+            replicas=[
+                WorkerSpec(
+                    f"{one.device.replace(':', '-')}-{n}",
+                    f"fletcher.inference.{one.backend}:load",
+                    one,
+                )
+                for n, one in enumerate(replicas)
+            ],
+            dim=bundle.dim,
+            window_tokens=_WINDOW_RUNS * max_batch_tokens,
+            max_queue_delay_s=config.max_queue_delay_ms / 1000,
+        ),
+        plan=functools.partial(
+            plan, max_batch_tokens=max_batch_tokens, max_batch_rows=_MAX_BATCH_ROWS
+        ),
+        tokenize=Tokenizer.load(bundle.folder).encode,
+        budget=budget,
+        instruments=instruments,
+    )
+
+
+def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
+    """A core tokenizes some 8,000 texts/s: one feeds any CPU's model, a GPU wants all there are."""
+    on_gpu = any(one.device.startswith("cuda") for one in replicas)
+    return max(1, cores - 1) if on_gpu else max(1, cores // 8)
+
+
+def _limits(config: ServeConfig, dim: int, reserve_bytes: int) -> IntakeLimits:
+    """Pieces that fit a stream's reserve, so that no stream waits for another's memory."""
+    # In the window and as output, float32 each, and the small columns.
+    bytes_per_row = 8 * dim + 256
+    piece_bytes = reserve_bytes // 8  # a text is held up to three times: 3/8 of the reserve
+    return IntakeLimits(
+        max_message_bytes=config.max_message_bytes,
+        max_row_bytes=config.max_row_bytes,
+        piece_rows=max(16, min(1024, reserve_bytes // 2 // bytes_per_row)),
+        piece_bytes=max(4096, piece_bytes),
+        table_values=32 * 2**20 // (4 * dim),
+        bytes_per_row=bytes_per_row,
+    )
+
+
+def _flight_config(config: ServeConfig) -> FlightConfig:
+    return FlightConfig(
+        host=config.host,
+        port=config.port,
+        tokens=read_tokens(config.token_file) if config.token_file else (),
+        tls=(_read(config.tls_cert, "tls_cert"), _read(config.tls_key, "tls_key"))
+        if config.tls_cert and config.tls_key
+        else None,
+        client_ca=_read(config.tls_client_ca, "tls_client_ca") if config.tls_client_ca else None,
+    )
+
+
+def _read(path: Path, field: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"`{field}` cannot be read: {error.strerror}", field=field) from None
+
+
+def _listen(service: Service, config: FlightConfig) -> FlightServer:
+    try:
+        return FlightServer(service, config)
+    except Exception as error:  # pyarrow raises several kinds, for a port in use and for bad PEM
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port}: {_reason(error)}; "
+            "is the port in use, or the certificate no PEM?",
+            field="port",
+        ) from error
+
+
+def _reason(error: Exception) -> Any:
+    return str(error).splitlines()[0][:200]
