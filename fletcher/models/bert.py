@@ -178,7 +178,7 @@ class _BertWriter:
             graph.output("norm", np.float32, ("batch", 1))
 
     def _padding_scores(self, mask: str) -> str:
-        """float [B, 1, 1, L]: 0 for tokens, MASKED_SCORE for padding."""
+        """Float32 [B, 1, 1, L]: 0 for tokens, MASKED_SCORE for padding."""
         graph = self.graph
         one = graph.constant("one", np.array([1.0], np.float32))
         masked = graph.constant("masked", np.array([MASKED_SCORE], np.float32))

@@ -24,7 +24,7 @@ MANIFEST = "fletcher.json"
 TOKENIZER = "tokenizer.json"
 POOLINGS = ("mean", "cls", "last_token")
 GRAPH_OUTPUTS = ("embedding", "token_embeddings")
-GRAPH_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+GRAPH_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 Pooling = Literal["mean", "cls", "last_token"]
 GraphOutput = Literal["embedding", "token_embeddings"]
@@ -49,7 +49,7 @@ class ModelSpec:
         graph: File name of the ONNX graph.
         graph_output: `embedding`: the graph pools (float32 [B, dim]); `token_embeddings`: it does
             not (float32 [B, L, dim]), vectors are pooled and normalised after it.
-        inputs: Names of the graph's inputs, int64 [B, L] each.
+        inputs: Names of the graph's inputs, int64 [B, L] each; `token_type_ids` are zeros.
         outputs: Names of the graph's outputs that are read: the first is what `graph_output` says;
             `norm` (float32 [B, 1], the L2 norm before normalisation) comes second where the graph
             itself normalises.

@@ -29,7 +29,7 @@ _OLD_POOLING_NAMES: dict[str, Pooling] = {
 class Weights:
     """All tensors of a checkpoint under canonical names, in one file or in shards.
 
-    A prefix such as `bert.` is stripped, TensorFlow's `gamma` and `beta` become `weight` and `bias`.
+    A prefix such as `bert.` is stripped; TensorFlow's `gamma` is `weight`, its `beta` is `bias`.
 
     Args:
         folder: Holds model.safetensors, or model.safetensors.index.json and its shards.
@@ -76,7 +76,8 @@ class Checkpoint:
     """What a checkpoint folder says of its model, weights apart.
 
     Attributes:
-        folder: Where config.json, the weights and tokenizer.json are.
+        folder: Where config.json and the weights are.
+        tokenizer: Path of its tokenizer.json.
         config: config.json.
         max_length, pooling, normalize, prompts, default_prompt, dims: As in ModelSpec; what a
             plain Hugging Face folder does not say is what sentence-transformers takes: mean
@@ -85,6 +86,7 @@ class Checkpoint:
     """
 
     folder: Path
+    tokenizer: Path
     config: dict[str, Any]
     max_length: int
     pooling: Pooling
@@ -95,8 +97,12 @@ class Checkpoint:
     licence: str
 
     @classmethod
-    def read(cls, folder: Path) -> Checkpoint:
+    def read(cls, folder: Path, *, tokenizer: Path | None = None) -> Checkpoint:
         """Reads a folder.
+
+        Args:
+            folder: The checkpoint's.
+            tokenizer: A tokenizer.json to take; None: the one in the folder.
 
         Raises:
             ModelError: A file is missing, or the model does something a bundle cannot express.
@@ -104,18 +110,20 @@ class Checkpoint:
         modules = _modules(folder)
         inner = folder / modules.pop("Transformer")
         config = read_json(inner / "config.json")
-        if not (inner / TOKENIZER).is_file():
+        tokenizer = tokenizer or inner / TOKENIZER
+        if not tokenizer.is_file():
             raise ModelError(
-                f"{TOKENIZER} is missing; save it there with transformers: "
+                f"{tokenizer.name} is missing; save it there with transformers: "
                 "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)"
             )
         pooling: Pooling = "mean"
         if "Pooling" in modules:
             pooling = _pooling(read_json(folder / modules["Pooling"] / "config.json"))
-        _check_lowercase(inner)
+        _check_lowercase(inner, tokenizer)
         prompts, default_prompt = _prompts(folder)
         return cls(
             folder=inner,
+            tokenizer=tokenizer,
             config=config,
             max_length=_max_length(inner, config),
             pooling=pooling,
@@ -209,15 +217,15 @@ def _pooling(config: Mapping[str, Any]) -> Pooling:
     return names[0]
 
 
-def _check_lowercase(folder: Path) -> None:
+def _check_lowercase(folder: Path, tokenizer: Path) -> None:
     """sentence-transformers can lower-case texts itself; a bundle leaves that to its tokenizer."""
     path = folder / "sentence_bert_config.json"
     if not path.is_file() or not read_json(path).get("do_lower_case"):
         return
-    normalizer = json.dumps(read_json(folder / TOKENIZER).get("normalizer"))
+    normalizer = json.dumps(read_json(tokenizer).get("normalizer"))
     if '"lowercase": true' not in normalizer and '"type": "Lowercase"' not in normalizer:
         raise ModelError(
-            f"sentence_bert_config.json asks for `do_lower_case`, but {TOKENIZER} does not "
+            f"sentence_bert_config.json asks for `do_lower_case`, but {tokenizer.name} does not "
             "lower-case; add a Lowercase normalizer to it"
         )
 

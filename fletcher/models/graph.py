@@ -62,7 +62,8 @@ class GraphBuilder:
 
     def constant(self, name: str, value: AnyArray | Sequence[int]) -> str:
         """A weight or a small constant; a sequence of integers becomes int64."""
-        array = np.ascontiguousarray(value if isinstance(value, np.ndarray) else np.int64(value))
+        integers = not isinstance(value, np.ndarray)
+        array = np.ascontiguousarray(value, dtype=np.int64 if integers else None)
         message = b"".join(int_field(1, size) for size in array.shape)
         message += int_field(2, _ELEMENT_TYPES[array.dtype]) + bytes_field(8, name)
         if array.nbytes < _EXTERNAL_FROM_BYTES:

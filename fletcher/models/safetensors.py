@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fletcher.errors import ModelError
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),

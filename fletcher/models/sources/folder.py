@@ -46,5 +46,5 @@ def build_from_folder(folder: Path, staging: Path, *, source: str, progress: Pro
             allowed=sorted(WRITERS),
         )
     progress(f"writing the {family} graph")
-    shutil.copyfile(checkpoint.folder / TOKENIZER, staging / TOKENIZER)
+    shutil.copyfile(checkpoint.tokenizer, staging / TOKENIZER)
     return writer(checkpoint, staging, source=source)

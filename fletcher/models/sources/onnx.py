@@ -1,0 +1,217 @@
+"""An ONNX file that somebody else exported, taken as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fletcher.errors import ModelError
+from fletcher.models.bundle import GRAPH_INPUTS, MANIFEST, TOKENIZER, GraphOutput, ModelSpec
+from fletcher.models.checkpoint import Checkpoint
+from fletcher.models.files import is_inside, sha256
+from fletcher.models.protowire import Message, WireError
+from fletcher.models.sources.folder import Progress
+
+# Field numbers of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
+_MODEL_GRAPH, _MODEL_FUNCTIONS, _FUNCTION_NODE = 7, 25, 7
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE_INITIALIZER = 1, 5, 15
+_GRAPH_INPUT, _GRAPH_OUTPUT = 11, 12
+_NODE_ATTRIBUTE = 5
+_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE_TENSORS = (5, 10), (6, 11), (22, 23)
+_TENSOR_NAME, _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 8, 13, 14
+_FLOAT32, _INT64, _EXTERNAL = 1, 7, 1
+
+# Outputs that exporters write, best first; a graph with others is taken by the shape of its first.
+_KNOWN_OUTPUTS = ("embedding", "sentence_embedding", "token_embeddings", "last_hidden_state")
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """An input or output of a graph; `shape` has None for what is known only at run time."""
+
+    name: str
+    element_type: int
+    shape: tuple[int | None, ...]
+
+
+def build_from_onnx(
+    file: Path, staging: Path, *, tokenizer: Path | None, source: str, progress: Progress
+) -> ModelSpec:
+    """Copies an ONNX file, its external data and its tokenizer into `staging`.
+
+    What a graph does not say (length, pooling, prompts) comes from the config.json and the other
+    files of its checkpoint, beside it or in the folder above, as the hub lays them out.
+
+    Raises:
+        ModelError: The file is no whole ONNX model, its inputs or outputs are none that can be
+            fed and read, or its external data lies elsewhere.
+    """
+    folder = _checkpoint_folder(file)
+    checkpoint = Checkpoint.read(folder, tokenizer=tokenizer)
+    progress(f"copying {file.name}")
+    inputs, output, locations = _inspect(file)
+    dim = output.shape[-1]
+    pooled = len(output.shape) == 2
+    if dim is None:
+        dim = checkpoint.dims[-1]
+    elif not pooled and dim != checkpoint.dims[-1]:
+        raise ModelError(
+            f"{file.name}: output `{output.name}` is {dim} wide, config.json says `hidden_size` "
+            f"{checkpoint.dims[-1]}"
+        )
+    graph_output: GraphOutput = "embedding" if pooled else "token_embeddings"
+    digests = {"graph": sha256(file)}
+    shutil.copyfile(file, staging / file.name)
+    for location in locations:
+        (staging / location).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file.parent / location, staging / location)
+        digests[location] = sha256(staging / location)
+    shutil.copyfile(checkpoint.tokenizer, staging / TOKENIZER)
+    digest = hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+    num_layers = checkpoint.config.get("num_hidden_layers")
+    layers = num_layers if isinstance(num_layers, int) and num_layers > 0 else 0
+    return ModelSpec(
+        family="onnx",
+        dim=dim,
+        max_length=checkpoint.max_length,
+        pooling=checkpoint.pooling,
+        normalize=checkpoint.normalize,
+        num_layers=layers,
+        layers=(layers,),
+        dims=(*(one for one in checkpoint.dims[:-1] if one < dim), dim),
+        prompts=checkpoint.prompts,
+        default_prompt=checkpoint.default_prompt,
+        pad_token_id=int(checkpoint.config.get("pad_token_id") or 0),
+        graph=file.name,
+        graph_output=graph_output,
+        inputs=inputs,
+        outputs=(output.name,),
+        licence=checkpoint.licence,
+        source=source,
+        weights_sha256=digest,
+    )
+
+
+def _checkpoint_folder(file: Path) -> Path:
+    for folder in (file.parent, file.parent.parent):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ModelError(
+        f"{file.name} says neither its length nor its pooling: put the checkpoint's config.json "
+        "(and modules.json, 1_Pooling, where it has them) beside it or in the folder above"
+    )
+
+
+def _inspect(file: Path) -> tuple[tuple[str, ...], _Value, list[str]]:
+    """Names of a model's inputs, the output to read, and the locations of its external data."""
+    try:
+        model = Message(memoryview(file.read_bytes()))
+        graphs = model.messages(_MODEL_GRAPH)
+        if len(graphs) != 1:
+            raise WireError("it holds no graph")
+        graph = graphs[0]
+        stored = {tensor.text(_TENSOR_NAME) for tensor in graph.messages(_GRAPH_INITIALIZER)}
+        inputs = [_value(one) for one in graph.messages(_GRAPH_INPUT)]
+        outputs = [_value(one) for one in graph.messages(_GRAPH_OUTPUT)]
+        tensors = list(_tensors(graph))
+        for function in model.messages(_MODEL_FUNCTIONS):
+            tensors += _tensors_of_nodes(function.messages(_FUNCTION_NODE))
+        locations = sorted(_locations(file, tensors))
+    except WireError as error:
+        raise ModelError(
+            f"{file.name} is not a whole ONNX model ({error}); get or export it again"
+        ) from None
+    names = _check_inputs(file, [one for one in inputs if one.name not in stored])
+    return names, _choose_output(file, outputs), locations
+
+
+def _check_inputs(file: Path, inputs: list[_Value]) -> tuple[str, ...]:
+    names = [one.name for one in inputs]
+    if "input_ids" not in names or not set(names) <= set(GRAPH_INPUTS):
+        raise ModelError(
+            f"{file.name} has the inputs {', '.join(names) or 'none'}: expected `input_ids` and "
+            f"at most {', '.join(GRAPH_INPUTS[1:])}",
+            allowed=GRAPH_INPUTS,
+        )
+    for one in inputs:
+        if one.element_type != _INT64 or len(one.shape) not in (0, 2):
+            raise ModelError(f"{file.name}: input `{one.name}` is not int64 [batch, length]")
+        if any(size is not None for size in one.shape):
+            raise ModelError(
+                f"{file.name}: input `{one.name}` has the fixed shape {list(one.shape)}; export "
+                "it with dynamic batch and length"
+            )
+    return tuple(names)
+
+
+def _choose_output(file: Path, outputs: list[_Value]) -> _Value:
+    usable = [one for one in outputs if one.element_type == _FLOAT32 and len(one.shape) in (2, 3)]
+    if not usable:
+        raise ModelError(
+            f"{file.name} has no output that is float32 [batch, dim] or [batch, length, dim]; "
+            "export it with one"
+        )
+    ranks = {name: rank for rank, name in enumerate(_KNOWN_OUTPUTS)}
+    return min(usable, key=lambda one: ranks.get(one.name, len(ranks)))
+
+
+def _value(message: Message) -> _Value:
+    for kind in message.messages(2):
+        for tensor in kind.messages(1):
+            shape = [
+                tuple(dim.number(1) or None for dim in dims.messages(1))
+                for dims in tensor.messages(2)
+            ]
+            return _Value(message.text(1), tensor.number(1), shape[0] if shape else ())
+    return _Value(message.text(1), 0, ())
+
+
+def _tensors(graph: Message) -> Iterator[Message]:
+    """Every tensor of a graph and of the graphs inside it."""
+    yield from graph.messages(_GRAPH_INITIALIZER)
+    for sparse in graph.messages(_GRAPH_SPARSE_INITIALIZER):
+        yield from (*sparse.messages(1), *sparse.messages(2))
+    yield from _tensors_of_nodes(graph.messages(_GRAPH_NODE))
+
+
+def _tensors_of_nodes(nodes: list[Message]) -> Iterator[Message]:
+    for node in nodes:
+        for attribute in node.messages(_NODE_ATTRIBUTE):
+            for number in _ATTRIBUTE_TENSORS:
+                yield from attribute.messages(number)
+            for number in _ATTRIBUTE_SPARSE_TENSORS:
+                for sparse in attribute.messages(number):
+                    yield from (*sparse.messages(1), *sparse.messages(2))
+            for number in _ATTRIBUTE_GRAPHS:
+                for graph in attribute.messages(number):
+                    yield from _tensors(graph)
+
+
+def _locations(file: Path, tensors: list[Message]) -> set[str]:
+    """Files that tensors lie in; all of them are inside the model's own folder and long enough."""
+    locations = set()
+    for tensor in tensors:
+        if tensor.number(_TENSOR_DATA_LOCATION) != _EXTERNAL:
+            continue
+        place = {entry.text(1): entry.text(2) for entry in tensor.messages(_TENSOR_EXTERNAL_DATA)}
+        location = place.get("location", "")
+        path = file.parent / location
+        inside = is_inside(location) and path.resolve().is_relative_to(file.parent.resolve())
+        if not inside or location in (MANIFEST, TOKENIZER, file.name):
+            raise ModelError(
+                f"{file.name}: external data at {location[:200]!r}, expected a file of its own "
+                "inside the model's folder"
+            )
+        if not path.is_file():
+            raise ModelError(f"{location}, which {file.name} keeps its weights in, is missing")
+        try:
+            end = int(place.get("offset", "0")) + int(place.get("length", "0"))
+        except ValueError:
+            raise WireError(f"tensor {tensor.text(_TENSOR_NAME)} has no valid place") from None
+        if end > path.stat().st_size:
+            raise ModelError(f"{location} is cut off: {file.name} needs {end:,} bytes of it")
+        locations.add(location)
+    return locations
