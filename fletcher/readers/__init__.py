@@ -1,0 +1,11 @@
+"""Text from files, folders and standard input as one stream of batches.
+
+Depends on pyarrow and Fletcher's errors alone; the client library and `fletcher ingest` use it.
+"""
+
+from __future__ import annotations
+
+from fletcher.readers.files import FORMATS
+from fletcher.readers.source import Source, open_source
+
+__all__ = ["FORMATS", "Source", "open_source"]

@@ -1,0 +1,222 @@
+"""Which files to read, in which format, and opening them decompressed."""
+
+from __future__ import annotations
+
+import io
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast, get_args
+
+import pyarrow as pa
+
+from fletcher.errors import InvalidCommandError
+
+Format = Literal["parquet", "csv", "tsv", "jsonl", "arrow", "text"]
+FORMATS: tuple[str, ...] = get_args(Format)
+STDIN = "-"
+BUFFER_BYTES = 1 << 20
+SNIFF_BYTES = 64
+
+_SUFFIXES: dict[str, Format] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".arrow": "arrow",
+    ".arrows": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".txt": "text",
+    ".text": "text",
+}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_MAGIC: tuple[tuple[bytes, str], ...] = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"))
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One thing to read.
+
+    Attributes:
+        path: None for standard input.
+        name: For messages.
+        size: Bytes on disk; None for what is not a regular file.
+        format: None: to be told from the first bytes.
+    """
+
+    path: Path | None
+    name: str
+    size: int | None
+    format: Format | None
+
+
+def find_files(paths: Iterable[str | Path], format_name: str | None = None) -> list[InputFile]:
+    """The files that paths stand for; those of a folder sorted by path, hidden ones left out.
+
+    Args:
+        paths: Files, folders, or `-` for standard input (alone or among others, once).
+        format_name: One of FORMATS for all of them; None: by the name, else by the first bytes.
+
+    Raises:
+        InvalidCommandError: A path that is not there, a folder with nothing to read, a format that
+            is none.
+    """
+    if format_name is not None and format_name not in FORMATS:
+        raise InvalidCommandError(
+            f"`format` is {format_name!r}, expected one of {', '.join(FORMATS)}",
+            field="format",
+            allowed=FORMATS,
+        )
+    chosen = cast("Format | None", format_name)
+    files: list[InputFile] = []
+    for path in paths:
+        if str(path) == STDIN:
+            files.append(InputFile(None, "standard input", None, chosen))
+        else:
+            files += _files_at(Path(path), chosen)
+    if not files:
+        raise InvalidCommandError("no file to read was given")
+    if sum(file.path is None for file in files) > 1:
+        raise InvalidCommandError("standard input (`-`) was given twice")
+    return files
+
+
+def _files_at(path: Path, chosen: Format | None) -> list[InputFile]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InvalidCommandError(f"cannot read {path}: {error.strerror}") from None
+    if not path.is_dir():
+        size = status.st_size if stat.S_ISREG(status.st_mode) else None
+        return [InputFile(path, str(path), size, chosen or format_of(path))]
+    found = [
+        InputFile(file, str(file), file.stat().st_size, chosen or format_of(file))
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and format_of(file) is not None
+    ]
+    if not found:
+        raise InvalidCommandError(
+            f"the folder {path} holds no file to read; files are known by their names: "
+            f"{', '.join(_SUFFIXES)}, each also with .gz or .zst"
+        )
+    return found
+
+
+def format_of(path: Path) -> Format | None:
+    """The format that a file's name tells, whatever its compression; None where it tells none."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return _SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+class _Decompressed(io.RawIOBase):
+    """A pyarrow stream as a raw Python stream, which can be buffered and peeked into."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """An input being read.
+
+    Attributes:
+        stream: Its bytes, decompressed.
+        compression: `gzip`, `zstd` or None.
+        position: Bytes of the file on disk read so far.
+    """
+
+    stream: io.BufferedReader
+    compression: str | None
+    position: Callable[[], int]
+
+
+@contextmanager
+def open_file(file: InputFile, stdin: BinaryIO | None = None) -> Iterator[OpenFile]:
+    """Opens an input, decompressed if its first bytes say that it is compressed."""
+    if file.path is None:
+        yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer), lambda: 0)
+        return
+    with file.path.open("rb", buffering=0) as raw:
+        if file.size is None:
+            yield _opened(_Pipe(raw), lambda: 0)
+        else:
+            yield _opened(raw, raw.tell)
+
+
+class _Pipe(io.RawIOBase):
+    """Standard input or a named pipe, not closed here; the first read is enough to sniff at."""
+
+    def __init__(self, source: BinaryIO | io.FileIO) -> None:
+        self.read_some = getattr(source, "read1", source.read)
+        self.enough = SNIFF_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        filled = 0
+        while data := self.read_some(len(buffer) - filled):
+            buffer[filled : filled + len(data)] = data
+            filled += len(data)
+            if filled >= min(self.enough, len(buffer)):
+                break
+        self.enough = 0
+        return filled
+
+
+def _opened(raw: io.RawIOBase, position: Callable[[], int]) -> OpenFile:
+    stream = _buffered(raw)
+    start = stream.peek(4)
+    for magic, compression in _MAGIC:
+        if start.startswith(magic):
+            inner = pa.CompressedInputStream(stream, compression)
+            return OpenFile(_buffered(_Decompressed(inner)), compression, position)
+    return OpenFile(stream, None, position)
+
+
+def _buffered(raw: io.RawIOBase) -> io.BufferedReader:
+    return cast("io.BufferedReader", io.BufferedReader(raw, BUFFER_BYTES))
+
+
+def sniff(file: InputFile, opened: OpenFile) -> Format:
+    """The format of an input: as told, else from its first bytes.
+
+    Raises:
+        InvalidCommandError: Nothing tells the format.
+    """
+    start = opened.stream.peek(SNIFF_BYTES)[:SNIFF_BYTES]
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    if file.format is not None:
+        return file.format
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"{"):
+        return "jsonl"
+    if file.path is None:
+        return "text"
+    raise InvalidCommandError(
+        f"{file.name}: neither its name nor its first bytes tell its format; name one",
+        field="format",
+        allowed=FORMATS,
+    )

@@ -1,0 +1,210 @@
+"""One stream of batches out of many files, in one schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from fletcher.errors import FletcherError, InvalidCommandError
+from fletcher.readers.columns import Selection, conformed, sent_schema
+from fletcher.readers.files import InputFile, find_files, open_file, sniff
+from fletcher.readers.lines import read_jsonl, read_text
+from fletcher.readers.tables import read_arrow_file, read_arrow_stream, read_csv, read_parquet
+
+BATCH_BYTES = 4 << 20
+
+
+def open_source(
+    paths: str | Path | Iterable[str | Path],
+    *,
+    text_column: str = "text",
+    id_column: str | None = None,
+    columns: Iterable[str] = (),
+    format_name: str | None = None,
+    batch_rows: int = 4096,
+    limit: int | None = None,
+    stdin: BinaryIO | None = None,
+) -> Source:
+    """Opens files, folders or standard input (`-`) for reading as one stream.
+
+    Reads Parquet, CSV and TSV with a header, JSON lines, Arrow IPC (file and stream) and plain text
+    (one text a line); the texts and Arrow streams also compressed with gzip or zstd.
+
+    Args:
+        paths: Files, folders of them, `-`.
+        text_column: The column of the text; what plain text's only column is called.
+        id_column: The column of the id; None: `id` where there is one.
+        columns: Further columns to read.
+        format_name: One of `fletcher.readers.FORMATS`; None: from name and content.
+        batch_rows: Rows of a batch at most; batches are also kept to about 4 MiB.
+        limit: Rows to read at most; None: all.
+        stdin: Stands in for standard input.
+
+    Raises:
+        InvalidCommandError: A path that cannot be read, or a file that is not what it says.
+        UnknownColumnError, ColumnTypeError, InvalidUtf8Error: What the first rows have wrong.
+    """
+    if limit is not None and limit < 0:
+        raise InvalidCommandError(f"`limit` is {limit}, expected 0 or more", field="limit")
+    if batch_rows < 1:
+        raise InvalidCommandError(f"`batch_rows` is {batch_rows}, expected at least 1")
+    listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    selection = Selection(text_column, id_column, tuple(columns))
+    return Source(find_files(listed, format_name), selection, batch_rows, limit, stdin)
+
+
+class Source:
+    """Text to embed, out of files: batches of id, text and carried columns, in one schema.
+
+    Attributes:
+        files: What is read, in order.
+        schema: Of every batch: text utf8, id utf8 or an integer type.
+        total_bytes: Size of all files; None where one is no regular file.
+        bytes_read: How far into `total_bytes` the latest `batches()` has come.
+    """
+
+    def __init__(
+        self,
+        files: list[InputFile],
+        selection: Selection,
+        batch_rows: int,
+        limit: int | None,
+        stdin: BinaryIO | None,
+    ) -> None:
+        self.files = files
+        self.selection = selection
+        self.bytes_read = 0
+        self._batch_rows = batch_rows
+        self._limit = limit
+        self._stdin = stdin
+        sizes = [file.size for file in files]
+        known = [size for size in sizes if size is not None]
+        self.total_bytes: int | None = sum(known) if len(known) == len(sizes) else None
+        # The first batch settles the schema. What it was read from goes on to the first reader.
+        found = self._found()
+        first = next(found, None)
+        if first is None:
+            self.schema = pa.schema([pa.field(selection.text, pa.utf8())])
+            self._begun = found
+        else:
+            batch, where = first
+            self.schema = sent_schema(selection, batch.schema, where)
+            self._begun = chain([first], found)
+        self._untouched = True
+
+    @property
+    def reiterable(self) -> bool:
+        """`batches` can be called again: nothing comes from standard input or a pipe."""
+        return self.total_bytes is not None
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All batches from the first row on, each at most `batch_rows` rows.
+
+        Raises:
+            InvalidCommandError: A file is damaged, or what is read cannot be read twice.
+            UnknownColumnError, ColumnTypeError, InvalidUtf8Error: A later file differs.
+        """
+        if self._untouched:
+            self._untouched = False
+            return self._conformed(self._begun)
+        if not self.reiterable:
+            raise InvalidCommandError("standard input can be read once only")
+        return self._conformed(self._found())
+
+    def content_hash(self) -> str:
+        """SHA-256, in hex, over the files' contents in order, and what is read of them.
+
+        Raises:
+            InvalidCommandError: The source is no regular file, or a file cannot be read.
+        """
+        if not self.reiterable:
+            raise InvalidCommandError("what comes by standard input has no hash before it is read")
+        digest = hashlib.sha256()
+        chosen = self.selection
+        read = [chosen.text, chosen.id, chosen.carried, self._limit, [f.format for f in self.files]]
+        digest.update(json.dumps(read).encode())
+        for file in self.files:
+            assert file.path is not None
+            try:
+                with file.path.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                raise InvalidCommandError(f"cannot read {file.name}: {error.strerror}") from None
+        return digest.hexdigest()
+
+    def _conformed(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Iterator[pa.RecordBatch]:
+        left = self._limit
+        for batch, where in found:
+            piece = batch if left is None else batch.slice(0, left)
+            if piece.num_rows:
+                yield conformed(piece, self.schema, self.selection, where)
+            if left is not None:
+                left -= piece.num_rows
+                if left == 0:
+                    return
+
+    def _found(self) -> Iterator[tuple[pa.RecordBatch, str]]:
+        """(batch as found, file's name), keeping `bytes_read`."""
+        before = 0
+        for file in self.files:
+            try:
+                for batch, position in self._read(file):
+                    self.bytes_read = before + position
+                    yield batch, file.name
+            except FletcherError:
+                raise
+            except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["?"])[0]
+                raise InvalidCommandError(f"{file.name} cannot be read: {reason[:300]}") from None
+            before += file.size or 0
+            self.bytes_read = before
+
+    def _read(self, file: InputFile) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """(batch as found, bytes of the file read so far)."""
+        with open_file(file, self._stdin) as opened:
+            kind = sniff(file, opened)
+            stream, name, rows = opened.stream, file.name, self._batch_rows
+            is_arrow_file = kind == "arrow" and stream.peek(6).startswith(b"ARROW1")
+            batches: Iterator[pa.RecordBatch]
+            if kind == "parquet" or is_arrow_file:
+                yield from self._read_seekable(file, kind, opened.compression)
+                return
+            if kind == "arrow":
+                batches = read_arrow_stream(stream, name, self.selection, rows)
+            elif kind == "jsonl":
+                batches = read_jsonl(stream, name, self.selection, rows, BATCH_BYTES)
+            elif kind == "text":
+                batches = read_text(stream, name, self.selection, rows, BATCH_BYTES)
+            else:
+                delimiter = "\t" if kind == "tsv" else ","
+                batches = read_csv(stream, name, self.selection, rows, delimiter)
+            for batch in batches:
+                yield batch, opened.position()
+
+    def _read_seekable(
+        self, file: InputFile, kind: str, compression: str | None
+    ) -> Iterator[tuple[pa.RecordBatch, int]]:
+        if file.path is None or file.size is None or compression is not None:
+            form = "a Parquet file" if kind == "parquet" else "an Arrow file"
+            raise InvalidCommandError(
+                f"{file.name} is {form}, which is read from its end: "
+                + (
+                    "decompress it first"
+                    if compression
+                    else "give it as a file, not through a pipe"
+                )
+            )
+        if kind == "parquet":
+            shares = read_parquet(
+                file.path, file.name, self.selection, self._batch_rows, BATCH_BYTES
+            )
+        else:
+            shares = read_arrow_file(file.path, file.name, self.selection, self._batch_rows)
+        for batch, share in shares:
+            yield batch, int(share * file.size)

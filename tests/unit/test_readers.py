@@ -1,0 +1,299 @@
+import gzip
+import io
+import json
+import os
+import threading
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from fletcher.errors import (
+    ColumnTypeError,
+    FletcherError,
+    InvalidCommandError,
+    InvalidUtf8Error,
+    UnknownColumnError,
+)
+from fletcher.readers import open_source
+from fletcher.readers.files import find_files
+
+TABLE = pa.table(
+    {
+        "id": ["a", "b", "c"],
+        "text": ["eins", 'zwei, "2"\nzweite Zeile', "drei ü"],
+        "stars": [1, 2, 3],
+        "other": [0.5, 1.5, 2.5],
+    }
+)
+
+
+def rows_of(source):
+    table = pa.Table.from_batches(list(source.batches()), source.schema)
+    table.validate(full=True)
+    return table
+
+
+def compress(path, codec, suffix):
+    target = path.with_name(path.name + suffix)
+    with pa.output_stream(str(target), compression=codec) as out:
+        out.write(path.read_bytes())
+    path.unlink()
+    return target
+
+
+def write(table, path):
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=2)
+    elif path.suffix == ".csv":
+        pa_csv.write_csv(table, path)
+    elif path.suffix == ".tsv":
+        pa_csv.write_csv(table, path, pa_csv.WriteOptions(delimiter="\t"))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    elif path.suffix in (".arrow", ".arrows"):
+        make = pa.ipc.new_file if path.suffix == ".arrow" else pa.ipc.new_stream
+        with make(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    else:
+        raise AssertionError(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv", ".jsonl", ".arrow", ".arrows"])
+@pytest.mark.parametrize("codec", [None, "gzip", "zstd"])
+@pytest.mark.parametrize("batch_rows", [1, 4096])
+def test_every_format_gives_the_same_rows(tmp_path, suffix, codec, batch_rows):
+    path = write(TABLE, tmp_path / f"t{suffix}")
+    if codec:
+        path = compress(path, codec, {"gzip": ".gz", "zstd": ".zst"}[codec])
+    if codec and suffix in (".parquet", ".arrow"):
+        with pytest.raises(InvalidCommandError, match="decompress it first"):
+            open_source(path)
+        return
+    source = open_source(path, columns=["stars"], batch_rows=batch_rows)
+    wanted = TABLE.select(["id", "text", "stars"])
+    for _ in range(2):
+        batches = list(source.batches())
+        assert max(batch.num_rows for batch in batches) <= batch_rows
+        assert pa.Table.from_batches(batches) == wanted
+        assert source.bytes_read == source.total_bytes == path.stat().st_size
+
+
+def test_plain_text_is_one_text_a_line(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes("\ufeffeins\r\n\n  \nzwei, 2\nohne Ende".encode())
+    source = open_source(path, text_column="body")
+    assert rows_of(source).to_pydict() == {"body": ["eins", "zwei, 2", "ohne Ende"]}
+    with pytest.raises(UnknownColumnError, match="plain text"):
+        open_source(path, id_column="id")
+
+
+def test_a_folder_is_read_in_order_and_knows_its_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(TABLE.slice(0, 1), tmp_path / "a.parquet")
+    write(TABLE.slice(1, 1), tmp_path / "b.jsonl")
+    write(TABLE.slice(2, 1), tmp_path / "sub" / "a.csv")
+    (tmp_path / ".hidden.jsonl").write_text("no")
+    (tmp_path / "README").write_text("no")
+    source = open_source([tmp_path])
+    assert rows_of(source) == TABLE.select(["id", "text"])
+    assert [file.path.name for file in source.files] == ["a.parquet", "b.jsonl", "a.csv"]
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+        (b"a\nb\n", ["a", "b"]),
+        (gzip.compress(b"a\n") + gzip.compress(b"b\n"), ["a", "b"]),
+        (b"", []),
+    ],
+)
+def test_standard_input_is_sniffed(data, wanted):
+    source = open_source("-", stdin=io.BytesIO(data))
+    assert not source.reiterable
+    assert source.total_bytes is None
+    assert rows_of(source)["text"].to_pylist() == wanted
+    with pytest.raises(InvalidCommandError, match="once"):
+        source.batches()
+    with pytest.raises(InvalidCommandError, match="hash"):
+        source.content_hash()
+
+
+def test_standard_input_takes_an_arrow_stream_and_refuses_a_parquet_file(tmp_path):
+    stream = write(TABLE, tmp_path / "t.arrows").read_bytes()
+    assert rows_of(open_source("-", stdin=io.BytesIO(stream))) == TABLE.select(["id", "text"])
+    parquet = write(TABLE, tmp_path / "t.parquet").read_bytes()
+    with pytest.raises(InvalidCommandError, match="not through a pipe"):
+        open_source("-", stdin=io.BytesIO(parquet))
+
+
+def test_a_named_pipe_that_trickles_is_sniffed_all_the_same(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    def feed():
+        with path.open("wb", buffering=0) as out:
+            for byte in b'{"text": "a"}\n':
+                out.write(bytes([byte]))
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    source = open_source(path)
+    feeder.join()
+    assert rows_of(source)["text"].to_pylist() == ["a"]
+    assert not source.reiterable
+
+
+def test_strings_of_every_kind_become_utf8(tmp_path):
+    table = pa.table(
+        {
+            "id": pa.array([1, 2, None], pa.uint32()),
+            "text": pa.array(["a", None, "c"]).dictionary_encode(),
+            "more": pa.array(["x", "y", "z"], pa.large_utf8()),
+            "none": pa.nulls(3),
+        }
+    )
+    with pa.ipc.new_file(str(tmp_path / "t.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    source = open_source(tmp_path / "t.arrow", columns=["more", "none"])
+    types = {"id": pa.uint32(), "text": pa.utf8(), "more": pa.utf8(), "none": pa.utf8()}
+    assert source.schema == pa.schema(types)
+    assert rows_of(source)["text"].to_pylist() == ["a", None, "c"]
+
+
+def test_csv_ids_keep_their_zeros_and_types_stay_those_of_the_first_rows(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("id,n,text\n007,1,12\n8,2,\n")
+    assert rows_of(open_source(path, columns=["n"])).to_pydict() == {
+        "id": ["007", "8"],
+        "text": ["12", ""],
+        "n": [1, 2],
+    }
+
+
+def test_json_values_that_are_nested_travel_as_json(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a", "m": {"k": [1]}}\n{"text": "b", "m": "s"}\n{"text": null}\n')
+    assert rows_of(open_source(path, columns=["m"]))["m"].to_pylist() == ['{"k": [1]}', "s", None]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kind", "said"),
+    [
+        ("t.jsonl", b'{"text": "a"}\n{"text": }\n', InvalidCommandError, "line 2 is not JSON"),
+        ("t.jsonl", b'[{"text": "a"}]', InvalidCommandError, "line 1 is not a JSON object"),
+        ("t.jsonl", b'[{"text": "a"},\n{}]', InvalidCommandError, "one array over all"),
+        ("t.jsonl", b'{"text": 3}\n', ColumnTypeError, "line 1: `text` is an integer"),
+        ("t.jsonl", b'{"text": "\\ud800"}', InvalidUtf8Error, "line 1.*surrogate"),
+        ("t.jsonl", b'{"text": "\xff"}', InvalidUtf8Error, "line 1 is not UTF-8.*0xff"),
+        ("t.jsonl", b'{"body": "a"}', UnknownColumnError, "`text`; it has `body`"),
+        (
+            "t.jsonl",
+            b'{"text": "a", "id": 1}\n\n{"text": "b", "id": "x"}',
+            ColumnTypeError,
+            "line 3",
+        ),
+        ("t.jsonl", b'{"text": "a", "id": 1.5}', ColumnTypeError, "the id column `id` is double"),
+        ("t.jsonl", b'{"text": "a", "id": %d}' % 2**70, ColumnTypeError, "line 1: `id`"),
+        ("t.jsonl", b"[" * 100000, InvalidCommandError, "line 1"),
+        ("t.txt", b"a\n\xff\n", InvalidUtf8Error, "line 2 is not UTF-8"),
+        ("t.csv", b"text,n\na,1\nb,2,3\n", InvalidCommandError, "Expected 2 columns, got 3"),
+        ("t.csv", b"text,text\na,1\n", InvalidCommandError, "`text` twice"),
+        ("t.csv", b"body,n\na,1\n", UnknownColumnError, "`text`; it has `body`, `n`"),
+        ("t.csv", b"text\n\xff\n", InvalidCommandError, "UTF8"),
+        ("t.csv", b"te\xffxt\na\n", InvalidUtf8Error, "header"),
+        ("t.parquet", b"PAR1 no parquet at all", InvalidCommandError, "Parquet"),
+        ("t.parquet", b"nothing of the kind", InvalidCommandError, "Parquet"),
+        ("t.arrow", b"ARROW1\0\0 no more", InvalidCommandError, "cannot be read"),
+        ("t.arrow", b"\xff\xff\xff\xff\x10\x00", InvalidCommandError, "cannot be read"),
+        ("t.txt.gz", gzip.compress(b"a\n" * 9999)[:-20], InvalidCommandError, "cannot be read"),
+        ("t.what", b"a\n", InvalidCommandError, "name one"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path, name, data, kind, said):
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(FletcherError, match=said) as caught:
+        list(open_source(path).batches())
+    assert type(caught.value) is kind
+    assert name in caught.value.message
+
+
+def test_a_truncated_zstd_file_is_no_shorter_file(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(os.urandom(3 << 20).hex().encode())
+    path = compress(path, "zstd", ".zst")
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InvalidCommandError, match=r"t\.txt\.zst"):
+        list(open_source(path).batches())
+
+
+def test_a_text_column_of_numbers_is_refused(tmp_path):
+    path = write(pa.table({"text": [1, 2]}), tmp_path / "t.parquet")
+    with pytest.raises(ColumnTypeError, match="`text` is int64"):
+        open_source(path)
+
+
+def test_files_that_do_not_fit_together_are_named(tmp_path):
+    write(pa.table({"id": [1], "text": ["a"]}), tmp_path / "a.parquet")
+    write(pa.table({"id": ["x"], "text": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(ColumnTypeError, match=r"b\.parquet: column `id` is string"):
+        list(open_source(tmp_path).batches())
+    write(pa.table({"text": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(UnknownColumnError, match=r"b\.parquet has no column `id`"):
+        list(open_source(tmp_path).batches())
+
+
+@pytest.mark.parametrize(
+    ("paths", "said"),
+    [
+        (["/no/such/file"], "No such file"),
+        ([], "no file"),
+        (["-", "-"], "twice"),
+    ],
+)
+def test_paths_that_cannot_be_read(paths, said):
+    with pytest.raises(InvalidCommandError, match=said):
+        open_source(paths, stdin=io.BytesIO())
+
+
+def test_an_empty_folder_says_what_it_could_hold(tmp_path):
+    with pytest.raises(InvalidCommandError, match=r"\.parquet"):
+        find_files([tmp_path])
+    with pytest.raises(InvalidCommandError, match="`format`"):
+        find_files([tmp_path], "xml")
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 9])
+def test_limit(tmp_path, limit):
+    path = write(TABLE, tmp_path / "t.parquet")
+    source = open_source(path, limit=limit)
+    assert rows_of(source)["id"].to_pylist() == ["a", "b", "c"][:limit]
+
+
+def test_the_hash_is_of_contents_and_of_what_is_read_of_them(tmp_path):
+    one = write(TABLE, tmp_path / "one.jsonl")
+    two = write(TABLE, tmp_path / "two.jsonl")
+    assert open_source(one).content_hash() == open_source(two).content_hash()
+    hashes = {
+        open_source(one).content_hash(),
+        open_source([one, two]).content_hash(),
+        open_source(one, id_column="stars").content_hash(),
+        open_source(one, columns=["stars"]).content_hash(),
+        open_source(one, limit=2).content_hash(),
+        open_source(one, text_column="id").content_hash(),
+        open_source(write(TABLE.slice(1), tmp_path / "3.jsonl")).content_hash(),
+    }
+    assert len(hashes) == 7
+
+
+def test_large_rows_make_small_batches(tmp_path):
+    table = pa.table({"text": ["x" * 1_000_000 + str(n) for n in range(20)]})
+    for suffix in (".parquet", ".jsonl"):
+        path = write(table, tmp_path / f"t{suffix}")
+        batches = list(open_source(path).batches())
+        assert max(batch.nbytes for batch in batches) <= 6 << 20
+        assert sum(batch.num_rows for batch in batches) == 20
