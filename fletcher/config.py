@@ -41,6 +41,7 @@ from fletcher.settings import (
 )
 
 DEFAULT_STORE = "default"
+NO_STORE = "none"
 _NAMED_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 
 
@@ -141,7 +142,7 @@ class ServeConfig:
         "store",
         STORES,
         "NAME=ADDRESS or ADDRESS, repeatable, the first is the default: lance:PATH, parquet:PATH, "
-        "grpc://HOST:PORT; if not given, lance: in the home folder",
+        "grpc://HOST:PORT, none (vectors are only sent back); default: lance: in the home folder",
     )
     group_rows: int = _option(
         10_000, "store", WHOLE, "rows in one write; more: fewer, larger, later writes", minimum=1
@@ -233,8 +234,10 @@ class ServeConfig:
 
     @property
     def store_addresses(self) -> dict[str, str]:
-        """Addresses by name, the default first; never empty."""
+        """Addresses by name, the default first; empty where `stores` is `none`."""
         addresses: dict[str, str] = {}
+        if self.stores == (NO_STORE,):
+            return addresses
         for text in self.stores or (f"lance:{self.home / 'vectors'}",):
             match = _NAMED_STORE.fullmatch(text)
             name, address = match.groups() if match else (DEFAULT_STORE, text)

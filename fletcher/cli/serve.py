@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     """Adds `serve` and its flags: all options of ServeConfig."""
     parser = subparsers.add_parser(
         "serve",
+        usage="fletcher serve [options]",
         help="serve embeddings over Arrow Flight",
         description="Serves embeddings over Arrow Flight. Each flag is also a key of the TOML file "
         "and a variable: --max-streams, max_streams, FLETCHER_MAX_STREAMS.",
@@ -39,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT, then drains; 0 when everything accepted was delivered."""
+    """Serves until SIGTERM or SIGINT, then drains; 0 when all accepted rows were stored."""
     resolved = read_config(args, os.environ)
     if args.print_config:
         print(resolved.to_toml(), end="")
@@ -53,34 +54,26 @@ def run(args: argparse.Namespace) -> int:
 def _serve(config: ServeConfig) -> int:
     from fletcher.runtime import Runtime
 
-    ended: list[BaseException | None] = []
     with _Signals() as signals, Runtime(config) as runtime:
-        runtime.start()
         signals.ready()
         print(f"listening on {runtime.address}", flush=True)
 
         def watch() -> None:
             # A server that ends by itself must end the process: a supervisor then restarts it.
-            try:
-                runtime.wait()
-                ended.append(None)
-            except BaseException as error:  # noqa: BLE001  (raised again in the main thread)
-                ended.append(error)
+            runtime.wait()
             signals.stop.set()
 
         threading.Thread(target=watch, name="watch", daemon=True).start()
         signals.stop.wait()
         if signals.received is None:
             _log.error("the server ended by itself")
-            if ended[0] is not None:
-                raise ended[0]
             return 1
         _log.info("draining", extra={"timeout_s": config.drain_timeout_s})
         with _deadline(config.drain_timeout_s + CLOSE_S):
-            runtime.drain(config.drain_timeout_s)
+            drained = runtime.drain(config.drain_timeout_s)
             runtime.close()
     _log.info("stopped")
-    return 0
+    return 0 if drained else 1
 
 
 class _Signals:

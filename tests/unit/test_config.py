@@ -244,6 +244,7 @@ def test_stores_have_names_and_addresses_may_hold_commas_and_equals_signs() -> N
 def test_without_a_store_vectors_go_to_the_home_folder(tmp_path: Path) -> None:
     config = resolve({}, {"FLETCHER_HOME": str(tmp_path)}).config
     assert config.store_addresses == {"default": f"lance:{tmp_path}/vectors"}
+    assert resolve({"store": ["none"]}, {}).config.store_addresses == {}
 
 
 def test_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,160 @@
+"""How far a long command is: one live line on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TextIO
+
+LIVE_INTERVAL_S = 0.5
+PLAIN_INTERVAL_S = 10.0
+WINDOW_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How far a command is at one moment.
+
+    Attributes:
+        rows: Rows done.
+        tokens: Tokens done; None: not known.
+        num_bytes: Bytes of the input that were read.
+        queues: Items waiting, by stage.
+    """
+
+    rows: int
+    tokens: int | None = None
+    num_bytes: int = 0
+    queues: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """What there is to do; None where nobody knows."""
+
+    rows: int | None = None
+    num_bytes: int | None = None
+
+
+class Meter:
+    """Rates and time left from samples; knows nothing of clocks or terminals."""
+
+    def __init__(self, total: Total) -> None:
+        self._total = total
+        self._samples: deque[tuple[float, Sample]] = deque()
+
+    def add(self, now_s: float, sample: Sample) -> None:
+        """Takes a sample; those older than WINDOW_S no longer count for rates."""
+        self._samples.append((now_s, sample))
+        while len(self._samples) > 2 and now_s - self._samples[1][0] >= WINDOW_S:
+            self._samples.popleft()
+
+    def line(self, width: int | None = None) -> str:
+        """One line for people, at most `width` characters."""
+        (start_s, first), (now_s, last) = self._samples[0], self._samples[-1]
+        elapsed_s = now_s - start_s
+
+        def rate(done: float) -> float:
+            return done / elapsed_s if elapsed_s > 0 else 0.0
+
+        rows = rate(last.rows - first.rows)
+        of_rows = f" of {self._total.rows:,}" if self._total.rows is not None else ""
+        parts = [f"{last.rows:,}{of_rows} rows", f"{rows:,.0f} rows/s"]
+        if last.tokens is not None:
+            parts.append(f"{human(rate(last.tokens - (first.tokens or 0)))} tokens/s")
+        if last.num_bytes:
+            of_bytes = f" of {human(self._total.num_bytes)}B" if self._total.num_bytes else ""
+            parts.append(f"{human(last.num_bytes)}B{of_bytes}")
+        left_s = self._left(last, rows, rate(last.num_bytes - first.num_bytes))
+        if left_s is not None:
+            parts.append(f"{clock(left_s)} left")
+        waiting = ", ".join(f"{name} {depth}" for name, depth in last.queues.items() if depth)
+        if waiting:
+            parts.append(f"queues: {waiting}")
+        line = "  ".join(parts)
+        return line if width is None or len(line) <= width else line[: width - 1] + "…"
+
+    def _left(self, last: Sample, rows_per_s: float, bytes_per_s: float) -> float | None:
+        # Rows are what takes the time; bytes stand in where nobody counted the rows.
+        if self._total.rows is not None and rows_per_s > 0:
+            return max(0, self._total.rows - last.rows) / rows_per_s
+        if self._total.num_bytes and bytes_per_s > 0:
+            return max(0, self._total.num_bytes - last.num_bytes) / bytes_per_s
+        return None
+
+
+class Progress:
+    """Shows how far a command is, until it is left.
+
+    Args:
+        sample: Asked now and then, from a thread of its own; may raise OSError or RuntimeError,
+            which skips a turn.
+        total: What there is to do.
+        stream: Where to write; a terminal gets one live line.
+        interval_s: Between two samples; None: by the kind of stream.
+    """
+
+    def __init__(
+        self,
+        sample: Callable[[], Sample],
+        total: Total,
+        stream: TextIO | None = None,
+        interval_s: float | None = None,
+    ) -> None:
+        self._sample = sample
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._interval_s = interval_s or (LIVE_INTERVAL_S if self._live else PLAIN_INTERVAL_S)
+        self._meter = Meter(total)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._meter.add(time.monotonic(), Sample(0))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._live:
+            self._write("\r\x1b[K")
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            try:
+                sample = self._sample()
+            except (OSError, RuntimeError):
+                continue
+            self._meter.add(time.monotonic(), sample)
+            width = shutil.get_terminal_size().columns
+            self._write(
+                f"\r\x1b[K{self._meter.line(width)}" if self._live else f"{self._meter.line()}\n"
+            )
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def human(number: float | None) -> str:
+    """`950`, `1.2k`, `34M`, `5.6G`."""
+    number = number or 0.0
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5 or unit == "T":
+            break
+        number /= 1000
+    return f"{number:.1f}{unit}" if unit and abs(number) < 9.95 else f"{number:.0f}{unit}"
+
+
+def clock(seconds: float) -> str:
+    """`0:09`, `12:34`, `1:02:03`."""
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
