@@ -28,11 +28,12 @@ ENGINES = {
     "lancedb": ("fletcher.stores.",),
     "opentelemetry": ("fletcher.telemetry",),
     "google.protobuf": ("fletcher.v1.", "fletcher.flight.commands"),
-    "huggingface_hub": ("fletcher.models.hub",),
+    "huggingface_hub": ("fletcher.models.sources.hub",),
     "onnx": (),
     "torch": (),
 }
-MAX_LINES = 420
+# Modules aim at 400 lines; one beyond this holds more than one noun.
+MAX_LINES = 500
 
 
 def _module(path: Path) -> str:
