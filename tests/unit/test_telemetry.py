@@ -221,6 +221,7 @@ def test_export_of_spans_carries_the_callers_trace(collector: Collector) -> None
     }
     assert headers["traceparent"] == f"00-{TRACE_ID}-{spans['tokenize'].span_id.hex()}-01"
     assert spans["append"].status.message == "boom"
+    assert [event.name for event in spans["append"].events] == ["exception"]
     assert spans["warm_up"].parent_span_id == b""
     assert spans["warm_up"].trace_id.hex() != TRACE_ID
 
