@@ -83,7 +83,15 @@ class Store(Protocol):
     """A vector store at one address. Thread-safe, but for the writers it hands out."""
 
     address: str
-    capabilities: StoreCapabilities
+
+    @property
+    def capabilities(self) -> StoreCapabilities:
+        """What it can do. A remote store is asked the first time.
+
+        Raises:
+            StoreUnavailableError: The store does not answer.
+        """
+        ...
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
         """Prepares to write rows of `schema`, creating the dataset if it is not there.

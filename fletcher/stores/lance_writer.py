@@ -116,6 +116,15 @@ class LanceWriter:
             raise broken(self._dataset, error) from error
         return [key for key in batch_keys if key not in stored]
 
+    def stored_keys(self) -> set[str]:
+        """All batch keys of the table."""
+        if "batch_key" not in self.schema.names:
+            return set()
+        try:
+            return distinct_keys(self._table)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise broken(self._dataset, error) from error
+
     def add_columns(self, fields: Sequence[pa.Field]) -> None:
         """Adds columns, null in all rows so far."""
         self._join_compaction()

@@ -256,9 +256,9 @@ def test_a_nan_is_refused_and_the_table_stays_whole(tmp_path):
     writer = store.open_writer("d", rows.schema(), "append")
     good = rows.batch(0, 2)
     values = np.full(16, np.nan, np.float16)
-    bad = good.set_column(
-        1, good.schema.field(1), pa.FixedSizeListArray.from_arrays(pa.array(values), type=good.schema.field(1).type)
-    )  # fmt: skip
+    field = good.schema.field("vector")
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(values), type=field.type)
+    bad = good.set_column(1, field, vectors)
     with pytest.raises(RequestError, match="`vector` holds NaN") as caught:
         writer.append([good, bad])
     assert "/" not in caught.value.message

@@ -1,0 +1,92 @@
+"""Rows as Longbow takes them, and what a plain Longbow can do.
+
+Longbow indexes float32 alone, keeps timestamps without a zone, appends whatever comes, and tells
+neither repeats nor how many rows it has.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fletcher.errors import ColumnTypeError, RequestError
+from fletcher.stores.base import StoreCapabilities
+
+CAPABILITIES = StoreCapabilities(
+    dtypes=("float32",),
+    null_vectors=False,
+    upsert=False,
+    drops_repeated_keys=False,
+    durable=False,
+)
+_TIMESTAMP = pa.timestamp("ns")
+
+
+def longbow_schema(schema: pa.Schema) -> pa.Schema:
+    """The schema with float32 vectors, timestamps without a zone and ids of a kind it searches.
+
+    Raises:
+        ColumnTypeError: `vector` holds no floats.
+    """
+    fields = []
+    for field in schema:
+        kind = field.type
+        if field.name == "vector":
+            if not (pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)):
+                raise ColumnTypeError(
+                    f"`vector` is {kind}; Longbow indexes float32 alone, so ask for `dtype` "
+                    "float32 or float16",
+                    field="vector",
+                )
+            kind = pa.list_(pa.field("item", pa.float32()), kind.list_size)
+        elif pa.types.is_timestamp(kind):
+            kind = _TIMESTAMP
+        elif field.name == "id" and pa.types.is_integer(kind):
+            kind = pa.uint64() if kind == pa.uint64() else pa.int64()
+        elif pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+            kind = pa.utf8()
+        fields.append(pa.field(field.name, kind))
+    metadata = {**(schema.metadata or {}), b"longbow.vector_type": b"float32"}
+    return pa.schema(fields, metadata=metadata)
+
+
+def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch in a schema of `longbow_schema`.
+
+    Raises:
+        RequestError: A row without a vector, which Longbow does not take.
+    """
+    columns = []
+    for field in schema:
+        column = batch.column(field.name)
+        if field.name == "vector" and column.null_count:
+            raise RequestError(
+                "a row has no `vector`, which Longbow does not take; leave such rows out",
+                field="vector",
+            )
+        if pa.types.is_fixed_size_list(field.type) and column.type != field.type:
+            values = pc.cast(column.flatten(), field.type.value_type)
+            column = pa.FixedSizeListArray.from_arrays(values, type=field.type)
+        columns.append(column if column.type == field.type else column.cast(field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def without_stored(batch: pa.RecordBatch, stored: Counter[str]) -> pa.RecordBatch:
+    """The batch without the first rows of each key, as many as `stored` has; counts them down.
+
+    Longbow keeps the order of a stream, so what it has of a group is the group's beginning.
+    """
+    if not stored or "batch_key" not in batch.schema.names:
+        return batch
+    column = batch.column("batch_key")
+    keep = np.ones(batch.num_rows, bool)
+    for key in column.unique().to_pylist():
+        if key is not None and stored[key]:
+            rows = np.flatnonzero(np.asarray(pc.equal(column, key).fill_null(False)))
+            drop = rows[: stored[key]]
+            stored[key] -= len(drop)
+            keep[drop] = False
+    return batch if keep.all() else batch.filter(pa.array(keep))

@@ -1,0 +1,163 @@
+"""The Flight sink against a stand-in for Longbow, which only appends."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from fletcher.errors import (
+    DimensionMismatchError,
+    RequestError,
+    StoreUnavailableError,
+    UnknownDatasetError,
+)
+from fletcher.stores import wire
+from fletcher.stores.address import open_store
+
+
+def _load(name: str, path: Path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HERE = Path(__file__).parent
+rows = _load("store_rows", HERE.parent / "unit" / "stores" / "rows.py")
+LongbowDouble = _load("longbow_double", HERE / "longbow_double.py").LongbowDouble
+
+
+@pytest.fixture(params=["exchange", "put"])
+def double(request):
+    with LongbowDouble(exchange=request.param == "exchange") as served:
+        yield served
+
+
+@pytest.fixture
+def store(double):
+    opened = open_store(double.address, timeout_s=20)
+    yield opened
+    opened.close()
+
+
+def test_rows_are_widened_and_lose_nothing(double, store, caplog):
+    caplog.set_level("INFO")
+    assert store.capabilities.dtypes == ("float32",)
+    assert not store.capabilities.drops_repeated_keys
+    for _ in range(2):
+        writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(0, 10), rows.batch(10, 5)])
+    writer.append([rows.batch(15, 5)])
+    writer.close()
+    table = double.table("d")
+    assert table.num_rows == 20
+    assert table.schema.field("vector").type == pa.list_(pa.float32(), 8)
+    assert table.schema.field("timestamp").type == pa.timestamp("ns")
+    assert table["timestamp"].cast(pa.int64())[7].as_py() == 1_700_000_000_000_000_007
+    assert table["id"].to_pylist() == [f"id{row}" for row in range(20)]
+    got = np.stack(table["vector"].to_numpy(zero_copy_only=False))
+    np.testing.assert_array_equal(got, rows.vectors(0, 20).astype(np.float16).astype(np.float32))
+    widened = [one for one in caplog.records if "widened" in one.message]
+    assert len(widened) == 1
+
+
+def test_the_acknowledged_ingest_comes_first_and_put_stands_in(double, store):
+    store.open_writer("d", rows.schema(), "append").append([rows.batch(0, 10)])
+    assert double.calls == (["exchange"] if double.exchange else ["exchange", "put"])
+
+
+def test_after_a_broken_send_only_the_rest_is_sent(double, store, monkeypatch):
+    monkeypatch.setattr(wire, "MESSAGE_BYTES", 1024)
+    writer = store.open_writer("d", rows.schema(), "append")
+    batches = [rows.batch(0, 100), rows.batch(100, 100)]
+    double.fail_after = 5
+    with pytest.raises(StoreUnavailableError, match="enqueue timeout") as caught:
+        writer.append(batches)
+    assert "Traceback" not in caught.value.message
+    before = double.table("d").num_rows
+    assert 0 < before < 200
+    keys = ["u:0-99", "u:100-199"]
+    missing = writer.missing_keys(keys)
+    assert "u:100-199" in missing
+    writer.append([batch for batch, key in zip(batches, keys, strict=True) if key in missing])
+    assert sorted(double.table("d")["id"].to_pylist()) == sorted(f"id{row}" for row in range(200))
+    assert writer.missing_keys(keys) == []
+    assert store.stored_ranges("d", "u") == [(0, 199)]
+    assert store.stored_ranges("d", "other") == []
+
+
+def test_keys_of_a_dataset_that_is_not_there_are_missing(store):
+    writer = store.open_writer("d", rows.schema(), "append")
+    assert writer.missing_keys(["u:0-9"]) == ["u:0-9"]
+    assert store.stored_ranges("d", "u") == []
+    assert store.dataset("d") is None
+
+
+def test_a_stalled_store_is_unavailable_within_the_deadline(double):
+    store = open_store(double.address, timeout_s=0.5)
+    assert store.capabilities.dtypes == ("float32",)
+    double.stall = threading.Event()
+    writer = store.open_writer("d", rows.schema(), "append")
+    with pytest.raises(StoreUnavailableError, match="deadline"):
+        writer.append([rows.batch(0, 10)])
+    double.stall.set()
+    store.close()
+
+
+def test_what_longbow_cannot_do_is_refused(double, store):
+    with pytest.raises(RequestError, match="upsert"):
+        store.open_writer("d", rows.schema(), "upsert")
+    writer = store.open_writer("d", rows.schema(), "append")
+    with pytest.raises(RequestError, match="no `vector`"):
+        writer.append([rows.batch(0, 3, null_rows=(1,))])
+    writer.append([rows.batch(0, 3)])
+    with pytest.raises(DimensionMismatchError):
+        store.open_writer("d", rows.schema(dims=9), "append")
+    wrong = store.open_writer("e", rows.schema(dims=9), "append")
+    wrong._dataset = "d"  # as if another client had made it meanwhile
+    with pytest.raises(RequestError, match="schema mismatch"):
+        wrong.append([rows.batch(0, 1, dims=9)])
+
+
+def test_reading_searching_and_deleting(double, store):
+    writer = store.open_writer("d", rows.schema(), "append")
+    writer.append([rows.batch(0, 50)])
+    table = store.scan("d", columns=["text", "id"], limit=7).read_all()
+    assert table.column_names == ["text", "id"]
+    assert table["id"].to_pylist() == [f"id{row}" for row in range(7)]
+    found = store.search("d", rows.vectors(9, 1)[0], k=3)
+    assert found.column_names == ["id", "score"]
+    assert found["id"][0].as_py() == 9
+    with pytest.raises(RequestError, match="`id` and `score` alone"):
+        store.search("d", rows.vectors(9, 1)[0], k=3, columns=["text"])
+    assert [one.name for one in store.datasets()] == ["d"]
+    store.open_writer("d", rows.schema(dims=9), "overwrite").append([rows.batch(0, 2, dims=9)])
+    assert double.table("d").num_rows == 2
+    store.delete_dataset("d")
+    with pytest.raises(UnknownDatasetError):
+        store.delete_dataset("d")
+
+
+def test_a_store_that_is_not_there_is_unavailable():
+    with LongbowDouble() as double:
+        address = double.address
+    store = open_store(address, timeout_s=5)
+    with pytest.raises(StoreUnavailableError) as caught:
+        store.open_writer("d", rows.schema(), "append")
+    assert caught.value.field == "store"
+    store.close()
+
+
+def test_profile_fletcher_is_refused_where_the_store_is_none(double):
+    store = open_store(f"{double.address}&profile=fletcher", timeout_s=5)
+    with pytest.raises((RequestError, StoreUnavailableError)):
+        assert store.capabilities
+    store.close()
+    plain = open_store(f"{double.address}&profile=longbow", timeout_s=5)
+    assert plain.capabilities.dtypes == ("float32",)
+    plain.close()
