@@ -162,7 +162,9 @@ class Lane:
     def _step(self) -> bool:
         """Does the next thing there is to do; False ends the thread."""
         with self._changed:
-            self._changed.wait_for(self._something_to_do, self._patience())
+            # Not wait_for: what there is to wait for changes with what arrives.
+            while not self._something_to_do() and self._changed.wait(self._patience()):
+                pass
             if self._closing.is_set():
                 return False
             opening = self._openings.popleft() if self._openings else None

@@ -230,7 +230,9 @@ class Intake:
             arrays[f"carried:{batch.schema.field(index).name}"] = batch.column(index)
         for name, array in arrays.items():
             _validate(array, name.removeprefix("carried:"))
-            if pa.types.is_dictionary(array.type) and name != "text":
+            if name == "text":
+                arrays[name] = _without_views(array)
+            elif pa.types.is_dictionary(array.type):
                 arrays[name] = array.dictionary_decode()
         return pa.RecordBatch.from_pydict(arrays)
 
@@ -334,6 +336,16 @@ def _validate(array: pa.Array, name: str) -> None:
         ) from None
 
 
+def _without_views(texts: pa.Array) -> pa.Array:
+    """Arrow has few functions for string views: they become utf8 with offsets."""
+    if pa.types.is_string_view(texts.type):
+        return texts.cast(pa.large_utf8())
+    if pa.types.is_dictionary(texts.type) and pa.types.is_string_view(texts.type.value_type):
+        dictionary = texts.dictionary.cast(pa.large_utf8())
+        return pa.DictionaryArray.from_arrays(texts.indices, dictionary)
+    return texts
+
+
 def _large(texts: pa.Array) -> pa.Array:
     """utf8 with 64-bit offsets: one layout from here on."""
     return texts if pa.types.is_large_string(texts.type) else texts.cast(pa.large_utf8())
@@ -354,7 +366,7 @@ def _row_errors(rows: pa.RecordBatch, max_row_bytes: int) -> dict[int, FletcherE
         for row in _where(pc.is_null(text)):
             errors[row] = InvalidCommandError("`text` is null", field="text")
     plain = text.dictionary if pa.types.is_dictionary(text.type) else text
-    sizes = pc.binary_length(plain if not pa.types.is_string_view(plain.type) else _large(plain))
+    sizes = pc.binary_length(plain)
     longest = pc.max(sizes).as_py()
     if longest is not None and longest > max_row_bytes:
         if pa.types.is_dictionary(text.type):

@@ -1,0 +1,117 @@
+"""A store in memory that fails as it is told to."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from fletcher.errors import FletcherError, StoreUnavailableError
+from fletcher.schema import merge_ranges, parse_batch_key
+from fletcher.stores.base import DatasetInfo, StoreCapabilities, WriteMode
+
+Fault = Callable[[], None]
+
+
+class MemoryStore:
+    """Keeps batches by dataset; `faults` are played one an append, `None` for a good one.
+
+    A fault is ("before" | "after", error): raised before the rows are kept, or after, as when the
+    answer is lost.
+    """
+
+    address = "memory:"
+
+    def __init__(self, *, null_vectors: bool = True) -> None:
+        self.capabilities = StoreCapabilities(
+            dtypes=("float32", "float16"),
+            null_vectors=null_vectors,
+            upsert=True,
+            drops_repeated_keys=False,
+            durable=True,
+        )
+        self.batches: dict[str, list[pa.RecordBatch]] = {}
+        self.schemas: dict[str, pa.Schema] = {}
+        self.appends: list[list[pa.RecordBatch]] = []
+        self.faults: deque[tuple[str, FletcherError] | None] = deque()
+        self.refuse: Callable[[Sequence[pa.RecordBatch]], FletcherError | None] = lambda _: None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.waiting = threading.Event()
+        self.opened: list[WriteMode] = []
+
+    def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> MemoryWriter:
+        self.opened.append(mode)
+        if mode == "overwrite":
+            self.batches[dataset] = []
+        self.batches.setdefault(dataset, [])
+        self.schemas.setdefault(dataset, schema)
+        return MemoryWriter(self, dataset)
+
+    def dataset(self, name: str) -> DatasetInfo | None:
+        if name not in self.batches:
+            return None
+        return DatasetInfo(name, self.schemas[name], self.rows(name).num_rows)
+
+    def datasets(self) -> list[DatasetInfo]:
+        return [info for name in sorted(self.batches) if (info := self.dataset(name))]
+
+    def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
+        keys = {parse_batch_key(key) for key in self.keys(dataset)}
+        return merge_ranges([(key[1], key[2]) for key in keys if key and key[0] == upload_id])
+
+    def keys(self, dataset: str) -> list[str]:
+        return [
+            key
+            for batch in self.batches[dataset]
+            for key in batch.column("batch_key").unique().to_pylist()
+        ]
+
+    def rows(self, dataset: str) -> pa.Table:
+        return pa.Table.from_batches(self.batches[dataset], self.schemas[dataset])
+
+    def close(self) -> None:
+        self.gate.set()
+
+    def scan(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    def search(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    def delete_dataset(self, name: str) -> None:
+        del self.batches[name]
+
+
+class MemoryWriter:
+    def __init__(self, store: MemoryStore, dataset: str) -> None:
+        self._store = store
+        self._dataset = dataset
+
+    def append(self, batches: Sequence[pa.RecordBatch]) -> None:
+        store = self._store
+        store.waiting.set()
+        assert store.gate.wait(30)
+        fault = store.faults.popleft() if store.faults else None
+        if (refusal := store.refuse(batches)) is not None:
+            raise refusal
+        if fault is not None and fault[0] == "before":
+            raise fault[1]
+        store.appends.append(list(batches))
+        store.batches[self._dataset] += batches
+        if fault is not None:
+            raise fault[1]
+
+    def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
+        stored = set(self._store.keys(self._dataset))
+        return [key for key in batch_keys if key not in stored]
+
+    def close(self) -> None:
+        pass
+
+
+def outage() -> StoreUnavailableError:
+    return StoreUnavailableError("the store is out")

@@ -1,0 +1,55 @@
+"""Workers that misbehave on request; made in a worker process by `load_*`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from fletcher.errors import BackendError, RowTooLargeError
+
+
+class EchoWorker:
+    """Answers with what it got; some payloads are orders."""
+
+    def __init__(self, concurrency: int = 1) -> None:
+        self.concurrency = concurrency
+
+    def run(self, payload: Any) -> Any:
+        match payload:
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case ("die once", path):
+                if not os.path.exists(path):  # noqa: PTH110
+                    open(path, "w").close()  # noqa: PTH123, SIM115
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return "survived"
+            case "refuse":
+                raise RowTooLargeError("too large", field="text", allowed=["less"])
+            case "break":
+                raise ZeroDivisionError("a secret of the server")
+            case "pid":
+                return os.getpid()
+            case ("wait for", path):
+                deadline = time.monotonic() + 30
+                while not os.path.exists(path):  # noqa: PTH110
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                    time.sleep(0.005)
+        return payload
+
+    def describe(self) -> dict[str, str]:
+        return {"kind": "echo"}
+
+
+def load_echo(concurrency: int) -> EchoWorker:
+    return EchoWorker(concurrency)
+
+
+def load_broken(message: str) -> EchoWorker:
+    raise BackendError(message)
+
+
+def load_dying(_: Any) -> EchoWorker:
+    os._exit(7)

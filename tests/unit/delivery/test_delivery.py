@@ -1,0 +1,292 @@
+"""Uploads and lanes against a store that fails before, after and while it stores."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from fletcher.delivery.delivery import Delivery
+from fletcher.delivery.lane import DeliveryConfig, Lane, Rows
+from fletcher.delivery.upload import Upload
+from fletcher.errors import (
+    ColumnTypeError,
+    FletcherError,
+    InvalidCommandError,
+    RequestError,
+    StoreUnavailableError,
+    UploadConflictError,
+)
+from fletcher.instruments import Instruments
+from fletcher.options import EmbedOptions
+from tests.doubles.stores import MemoryStore, outage
+
+SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
+CONFIG = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30)
+
+
+@contextmanager
+def delivering(store: MemoryStore, config: DeliveryConfig = CONFIG) -> Iterator[Delivery]:
+    delivery = Delivery({"default": store}, config, Instruments())
+    try:
+        yield delivery
+    finally:
+        store.gate.set()
+        delivery.shut_down()
+
+
+def options(**fields: Any) -> EmbedOptions:
+    return EmbedOptions(**{"dataset": "d", "upload_id": "u", **fields})
+
+
+def send(
+    lane: Lane, upload: Upload, first: int, num_rows: int, failed: tuple[int, ...] = ()
+) -> threading.Event:
+    """Claims and queues rows whose ids are their offsets."""
+    assert upload.claim(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
+    vectors = [None if row in failed else [1.0, 0.0] for row in range(num_rows)]
+    batch = pa.record_batch(
+        {
+            "id": pa.array(range(first, first + num_rows), pa.int64()),
+            "vector": pa.array(vectors, SCHEMA.field("vector").type),
+        },
+        schema=SCHEMA,
+    )
+    released = threading.Event()
+    lane.put(Rows(upload, batch, first, failed, released.set))
+    return released
+
+
+def settled(upload: Upload) -> bool:
+    with upload.changed:
+        return upload.changed.wait_for(
+            lambda: upload.in_flight == 0 or upload.failure is not None, timeout=30
+        )
+
+
+def ids(store: MemoryStore) -> list[int]:
+    return store.rows("d").column("id").to_pylist()
+
+
+def test_rows_of_an_upload_are_joined_into_keyed_groups() -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        released = [send(lane, upload, first, 4) for first in (0, 4, 8, 12)]
+        store.gate.set()
+        assert settled(upload)
+        assert all(one.wait(5) for one in released)
+        assert ids(store) == list(range(16))
+        assert all(len(range(*_extent(key))) <= 10 for key in store.keys("d"))
+        assert upload.counts() == {
+            "rows_received": 16,
+            "rows_stored": 16,
+            "rows_failed": 0,
+            "rows_durable": 16,
+        }
+
+
+def _extent(key: str) -> tuple[int, int]:
+    first, last = key.split(":")[1].split("-")
+    return int(first), int(last) + 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_outage_neither_loses_nor_doubles(when: str) -> None:
+    store = MemoryStore()
+    store.faults.extend([(when, outage()), None, (when, outage()), (when, outage())])
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        for first in range(0, 60, 5):
+            send(lane, upload, first, 5)
+        assert settled(upload)
+        assert sorted(ids(store)) == list(range(60))
+        assert upload.failure is None
+
+
+def test_an_outage_that_outlasts_the_patience_fails_the_upload_and_can_be_resumed() -> None:
+    store = MemoryStore()
+    config = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0)
+    with delivering(store, config) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        send(lane, upload, 0, 5)
+        assert settled(upload)
+        # The rows arrive, the answer does not: the client cannot know, the store can.
+        store.faults.append(("after", outage()))
+        released = send(lane, upload, 5, 5)
+        assert settled(upload)
+        assert released.wait(5)
+        assert isinstance(upload.failure, StoreUnavailableError)
+        assert upload.summary("m")["complete"] is False
+        delivery.close(upload, lane)
+
+        again, lane = delivery.open(options(), SCHEMA)
+        assert again.failure is None
+        assert again.counts()["rows_durable"] == 10
+        assert again.claim(0, 11) == [(10, 11)]
+
+
+def test_one_uploads_refusal_leaves_others_alone() -> None:
+    store = MemoryStore()
+    store.refuse = lambda batches: (
+        ColumnTypeError("not this") if any(_has_id(batch, 7) for batch in batches) else None
+    )
+    store.gate.clear()
+    with delivering(store) as delivery:
+        good, lane = delivery.open(options(upload_id="good"), SCHEMA)
+        bad, _ = delivery.open(options(upload_id="bad"), SCHEMA)
+        send(lane, good, 100, 3)
+        send(lane, bad, 7, 1)
+        store.gate.set()
+        assert settled(good)
+        assert settled(bad)
+        assert isinstance(bad.failure, RequestError)
+        assert good.failure is None
+        assert ids(store) == [100, 101, 102]
+
+
+def _has_id(batch: pa.RecordBatch, number: int) -> bool:
+    return number in batch.column("id").to_pylist()
+
+
+def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> None:
+    for null_vectors, expected in ((False, [0, 2]), (True, [0, 1, 2])):
+        store = MemoryStore(null_vectors=null_vectors)
+        with delivering(store) as delivery:
+            upload, lane = delivery.open(options(), SCHEMA)
+            send(lane, upload, 0, 3, failed=(1,))
+            upload.report(1, 1, InvalidCommandError("`text` is null"))
+            assert settled(upload)
+            assert ids(store) == expected
+            counts = upload.counts()
+            assert counts["rows_stored"] == len(expected)
+            assert (counts["rows_failed"], counts["rows_durable"]) == (1, 3)
+
+
+def test_a_reconnected_client_does_not_send_twice_what_is_on_its_way() -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        send(lane, upload, 0, 5)
+        assert store.waiting.wait(5)
+        delivery.close(upload, lane)
+        opening: list[Upload] = []
+        # The lane opens nothing while it stores, so that the store can be asked what arrived.
+        reopen = threading.Thread(
+            target=lambda: opening.append(delivery.open(options(), SCHEMA)[0])
+        )
+        reopen.start()
+        store.gate.set()
+        reopen.join(30)
+        assert opening == [upload]
+        assert upload.claim(0, 9) == [(5, 9)]
+
+
+def test_after_a_restart_the_store_tells_what_is_there() -> None:
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        send(lane, upload, 0, 25)
+        assert settled(upload)
+    with delivering(store) as delivery:
+        status = delivery.status(options())
+        assert status == {"rows_durable": 25, "ranges": [[0, 24]], "complete": False}
+        upload, lane = delivery.open(options(), SCHEMA)
+        assert upload.claim(0, 30) == [(25, 30)]
+        assert upload.counts()["rows_stored"] == 25
+
+
+def test_overwrite_empties_once_and_a_resumed_overwrite_does_not() -> None:
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(upload_id="old"), SCHEMA)
+        send(lane, upload, 0, 3)
+        assert settled(upload)
+        upload, lane = delivery.open(options(mode="overwrite"), SCHEMA)
+        send(lane, upload, 0, 4)
+        assert settled(upload)
+        delivery.close(upload, lane)
+        upload, lane = delivery.open(options(mode="overwrite"), SCHEMA)
+        send(lane, upload, 4, 4)
+        assert settled(upload)
+        assert ids(store) == list(range(8))
+    with delivering(store) as delivery:
+        delivery.open(options(mode="overwrite"), SCHEMA)
+        assert ids(store) == list(range(8))
+
+
+def test_one_upload_id_cannot_mean_two_things() -> None:
+    with delivering(MemoryStore()) as delivery:
+        delivery.open(options(), SCHEMA)
+        other = SCHEMA.append(pa.field("extra", pa.utf8()))
+        with pytest.raises(UploadConflictError) as caught:
+            delivery.open(options(), other)
+        assert caught.value.field == "upload_id"
+
+
+def test_memory_durability_never_claims_to_be_durable() -> None:
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(durability="memory"), SCHEMA)
+        send(lane, upload, 0, 5)
+        assert settled(upload)
+        assert upload.counts()["rows_durable"] == 0
+        assert upload.counts()["rows_stored"] == 5
+
+
+def test_complete_needs_the_announced_number_and_no_gap() -> None:
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        send(lane, upload, 5, 5)
+        assert settled(upload)
+        upload.announce(10)
+        assert not upload.complete
+        send(lane, upload, 0, 5)
+        assert settled(upload)
+        assert upload.complete
+        upload.announce(11)
+        assert not upload.complete
+
+
+def test_an_unknown_store_is_named_with_those_there_are() -> None:
+    with delivering(MemoryStore()) as delivery, pytest.raises(InvalidCommandError) as caught:
+        delivery.open(options(store="elsewhere"), SCHEMA)
+    assert caught.value.allowed == ["default"]
+
+
+def test_a_store_that_refuses_to_open_refuses_the_upload() -> None:
+    store = MemoryStore()
+
+    def refuse(*_: Any) -> Any:
+        raise StoreUnavailableError("nothing there")
+
+    store.open_writer = refuse  # type: ignore[method-assign]
+    with delivering(store) as delivery:
+        with pytest.raises(FletcherError, match="nothing there"):
+            delivery.open(options(), SCHEMA)
+        assert delivery.status(options())["rows_durable"] == 0
+
+
+def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    delivery = Delivery({"default": store}, CONFIG, Instruments())
+    upload, lane = delivery.open(options(), SCHEMA)
+    send(lane, upload, 0, 5)
+    assert store.waiting.wait(5)
+    released = send(lane, upload, 5, 5)
+    closer = threading.Thread(target=delivery.shut_down)
+    closer.start()
+    lane._closing.wait(5)
+    store.gate.set()
+    closer.join(30)
+    assert released.wait(5)
+    assert ids(store) == list(range(5))
+    assert isinstance(upload.failure, StoreUnavailableError)

@@ -1,0 +1,275 @@
+"""What is let in, what is refused, and how it is cut: every string type, nulls, slices, nonsense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from fletcher.batches import EmbeddingBatch
+from fletcher.errors import (
+    BatchTooLargeError,
+    ColumnTypeError,
+    InvalidCommandError,
+    InvalidUtf8Error,
+    UnknownColumnError,
+)
+from fletcher.options import EmbedOptions
+from fletcher.pipeline.assembly import Assembler
+from fletcher.pipeline.intake import Intake, IntakeLimits, Piece
+from fletcher.schema import VectorSpec, output_schema
+
+LIMITS = IntakeLimits(
+    max_message_bytes=1 << 20,
+    max_row_bytes=1000,
+    piece_rows=4,
+    piece_bytes=2000,
+    table_values=8,
+    bytes_per_row=100,
+)
+SPEC = VectorSpec("m@0", 2, "float32", 1, "mean", normalized=False)
+TEXTS = ["zero", "one", "", "drei", "vier", "fünf", "六", "one", "acht", "neun"]
+
+
+def make(schema: pa.Schema, limits: IntakeLimits = LIMITS, **options: Any) -> Intake:
+    return Intake(
+        schema,
+        EmbedOptions(**options),
+        prompt="",
+        limits=limits,
+        carry_text=True,
+        small_is_interactive=False,
+    )
+
+
+def encode(text: str) -> list[float]:
+    """A vector that tells texts apart."""
+    data = text.encode()
+    return [float(len(data)), float(sum(data))]
+
+
+def texts_of(piece: Piece) -> list[str]:
+    offsets, data = piece.texts.offsets, bytes(piece.texts.data)
+    return [data[a:b].decode() for a, b in zip(offsets, offsets[1:], strict=False)]
+
+
+def embed(intake: Intake, *batches: pa.RecordBatch) -> tuple[pa.Table, dict[int, str], list[str]]:
+    """Runs batches through intake and assembly; output, errors by row, and texts embedded."""
+    schema = output_schema(
+        SPEC, id_type=intake.id_type, carried=intake.carried_fields, text=intake.carry_text
+    )
+    assembler = Assembler(schema, SPEC, "u")
+    parts, errors, embedded, row = [], {}, [], 0
+    for number, batch in enumerate(batches):
+        for piece in intake.pieces(batch, number, row):
+            texts = texts_of(piece)
+            embedded += texts
+            outcome = EmbeddingBatch(
+                embeddings=np.array([encode(text) for text in texts], np.float32).reshape(-1, 2),
+                norms=None,
+                token_count=np.array([len(text) for text in texts], np.int32),
+                truncated=np.zeros(len(texts), np.bool_),
+            )
+            part, bad = assembler.assemble(piece, outcome)
+            parts.append(part)
+            errors |= {piece.row_first + one: error.code for one, error in bad.items()}
+        row += batch.num_rows
+    return pa.Table.from_batches(parts, schema), errors, embedded
+
+
+def check(table: pa.Table, texts: list[str | None]) -> None:
+    expected = [None if text is None else encode(text) for text in texts]
+    assert table.column("vector").to_pylist() == expected
+    assert table.column("text").to_pylist() == texts
+    assert table.column("id").to_pylist() == [f"u:{row}" for row in range(len(texts))]
+    table.validate(full=True)
+
+
+@pytest.mark.parametrize("kind", [pa.utf8(), pa.large_utf8(), pa.string_view()])
+def test_every_string_type_and_slices(kind: pa.DataType) -> None:
+    array = pa.array(["before", *TEXTS, "after"], kind)
+    batch = pa.record_batch({"text": array}).slice(1, len(TEXTS))
+    table, errors, _ = embed(make(batch.schema), batch)
+    check(table, TEXTS)
+    assert not errors
+
+
+@pytest.mark.parametrize("kind", [pa.utf8(), pa.large_utf8(), pa.string_view()])
+@pytest.mark.parametrize("codes", [pa.int8(), pa.uint32(), pa.int64()])
+def test_a_dictionary_is_embedded_once_over_batches(kind: pa.DataType, codes: pa.DataType) -> None:
+    values = pa.array(["a", "bb", "ccc", "never used"], kind)
+    rows = [0, 1, 0, None, 2, 2, 1, 0, 0]
+    array = pa.DictionaryArray.from_arrays(pa.array(rows, codes), values)
+    batch = pa.record_batch({"text": array})
+    intake = make(batch.schema)
+    table, errors, embedded = embed(intake, batch, batch.slice(2))
+    decoded = array.to_pylist()
+    check(table, decoded + decoded[2:])
+    assert embedded == ["a", "bb", "ccc"]
+    assert errors == {3: "invalid_command", 10: "invalid_command"}
+
+
+def test_a_new_dictionary_starts_a_new_table() -> None:
+    def batch(values: list[str]) -> pa.RecordBatch:
+        array = pa.DictionaryArray.from_arrays(pa.array([0, 1, 1]), pa.array(values))
+        return pa.record_batch({"text": array})
+
+    first, second = batch(["a", "bb"]), batch(["ccc", "dddd"])
+    table, _, embedded = embed(make(first.schema), first, second, second)
+    check(table, ["a", "bb", "bb", *(2 * ["ccc", "dddd", "dddd"])])
+    assert embedded == ["a", "bb", "ccc", "dddd"]
+
+
+def test_a_large_dictionary_is_looked_up_piece_by_piece() -> None:
+    values = [f"value {n}" for n in range(20)]
+    codes = [3, 3, 3, 3, 19, 3, None, 0]
+    array = pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(values))
+    batch = pa.record_batch({"text": array})
+    table, _, embedded = embed(make(batch.schema), batch)
+    check(table, array.to_pylist())
+    assert embedded == ["value 3", "value 0", "value 3", "value 19"]
+
+
+def test_a_dictionary_with_null_values() -> None:
+    array = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["a", None]))
+    batch = pa.record_batch({"text": array})
+    table, errors, _ = embed(make(batch.schema), batch)
+    check(table, ["a", None, "a"])
+    assert errors == {1: "invalid_command"}
+
+
+def test_rows_that_cannot_be_embedded_fail_alone() -> None:
+    texts = ["good", None, "x" * 1001, "good too", "no id", "last"]
+    batch = pa.record_batch({"text": texts, "id": pa.array([1, 2, 3, 4, None, 6], pa.uint16())})
+    table, errors, embedded = embed(make(batch.schema), batch)
+    assert errors == {1: "invalid_command", 2: "row_too_large", 4: "invalid_command"}
+    assert embedded == ["good", "good too", "last"]
+    vectors = table.column("vector").to_pylist()
+    assert [vector is None for vector in vectors] == [False, True, True, False, True, False]
+    assert table.column("id").to_pylist() == [1, 2, 3, 4, None, 6]
+    assert table.schema.field("id").type == pa.uint16()
+
+
+def test_a_piece_of_only_bad_rows() -> None:
+    batch = pa.record_batch({"text": pa.array([None] * 5, pa.utf8())})
+    table, errors, embedded = embed(make(batch.schema), batch)
+    assert table.column("vector").to_pylist() == [None] * 5
+    assert (sorted(errors), embedded) == ([0, 1, 2, 3, 4], [])
+
+
+def test_pieces_keep_their_bounds_and_the_last_is_marked() -> None:
+    batch = pa.record_batch({"text": ["x" * 900] * 5 + ["y"] * 9})
+    pieces = list(make(batch.schema).pieces(batch, 7, 100))
+    assert [piece.num_rows for piece in pieces] == [2, 2, 4, 4, 2]
+    assert [piece.row_first for piece in pieces] == [100, 102, 104, 108, 112]
+    assert [piece.last for piece in pieces] == [False] * 4 + [True]
+    assert {piece.batch_id for piece in pieces} == {7}
+
+
+def test_an_empty_batch_is_one_empty_piece() -> None:
+    schema = pa.schema({"text": pa.dictionary(pa.int32(), pa.utf8()), "id": pa.int32()})
+    for kind in (schema, pa.schema({"text": pa.utf8()})):
+        batch = pa.RecordBatch.from_pylist([], kind)
+        (piece,) = make(kind).pieces(batch, 0, 0)
+        assert (piece.num_rows, piece.last, piece.texts.num_texts) == (0, True, 0)
+
+
+def test_carried_columns_and_metadata() -> None:
+    batch = pa.record_batch(
+        {
+            "body": ["a", "b"],
+            "kind": pa.array(["x", "y"]).dictionary_encode(),
+            "weight": [1.5, None],
+            "unused": [1, 2],
+        }
+    )
+    intake = make(batch.schema, text_column="body", columns=("kind", "weight"))
+    table, _, _ = embed(intake, batch)
+    assert table.schema.names[-2:] == ["kind", "weight"]
+    assert table.schema.field("kind").type == pa.utf8()
+    assert table.column("kind").to_pylist() == ["x", "y"]
+    assert table.column("weight").to_pylist() == [1.5, None]
+    assert "unused" not in table.schema.names
+
+
+@pytest.mark.parametrize(
+    ("schema", "options", "error", "field"),
+    [
+        ({"body": pa.utf8()}, {}, UnknownColumnError, "text_column"),
+        ({"text": pa.int64()}, {}, ColumnTypeError, "text_column"),
+        ({"text": pa.binary()}, {}, ColumnTypeError, "text_column"),
+        ({"text": pa.dictionary(pa.int8(), pa.int64())}, {}, ColumnTypeError, "text_column"),
+        ({"text": pa.utf8(), "id": pa.float64()}, {}, ColumnTypeError, "id_column"),
+        ({"text": pa.utf8()}, {"id_column": "key"}, UnknownColumnError, "id_column"),
+        ({"text": pa.utf8()}, {"columns": ("nope",)}, UnknownColumnError, "columns"),
+    ],
+)
+def test_a_schema_that_does_not_fit(
+    schema: dict[str, pa.DataType], options: dict[str, Any], error: type[Exception], field: str
+) -> None:
+    with pytest.raises(error) as caught:
+        make(pa.schema(schema), **options)
+    assert caught.value.field == field  # type: ignore[attr-defined]
+
+
+def test_a_column_name_that_comes_twice() -> None:
+    schema = pa.schema([("text", pa.utf8()), ("text", pa.utf8())])
+    with pytest.raises(InvalidCommandError, match="2 input columns"):
+        make(schema)
+
+
+def test_a_carried_column_cannot_take_an_output_columns_name() -> None:
+    with pytest.raises(InvalidCommandError, match="`vector`"):
+        output_schema(SPEC, id_type=pa.utf8(), carried=[pa.field("vector", pa.utf8())])
+
+
+def test_invalid_utf8_and_bad_offsets_are_refused_before_use() -> None:
+    bad = pa.StringArray.from_buffers(
+        2, pa.py_buffer(np.array([0, 1, 3], np.int32)), pa.py_buffer(b"a\xff\xfe")
+    )
+    batch = pa.record_batch({"text": bad})
+    with pytest.raises(InvalidUtf8Error, match="`text`"):
+        list(make(batch.schema).pieces(batch, 0, 0))
+    for offsets in ([0, 1 << 30, 3], [0, -5, 3], [2, 1, 3]):
+        wild = pa.StringArray.from_buffers(
+            2, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(b"abc")
+        )
+        batch = pa.record_batch({"text": wild})
+        with pytest.raises((ColumnTypeError, InvalidUtf8Error)):
+            list(make(batch.schema).pieces(batch, 0, 0))
+
+
+def test_dictionary_codes_out_of_range_are_refused() -> None:
+    codes = pa.array([0, 99], pa.int32())
+    wild = pa.DictionaryArray.from_arrays(codes, pa.array(["a"]), safe=False)
+    batch = pa.record_batch({"text": wild})
+    with pytest.raises(ColumnTypeError):
+        list(make(batch.schema).pieces(batch, 0, 0))
+
+
+def test_a_batch_over_the_limit_is_refused() -> None:
+    batch = pa.record_batch({"text": ["x" * 600] * 2000})
+    with pytest.raises(BatchTooLargeError, match="smaller batches"):
+        list(make(batch.schema).pieces(batch, 0, 0))
+
+
+def test_small_batches_are_interactive_where_asked() -> None:
+    def priority(num_rows: int, **options: Any) -> str:
+        batch = pa.record_batch({"text": ["hi"] * num_rows})
+        command = EmbedOptions(**options)
+        intake = Intake(
+            batch.schema,
+            command,
+            prompt="",
+            limits=LIMITS,
+            carry_text=False,
+            small_is_interactive=True,
+        )
+        return next(intake.pieces(batch, 0, 0)).priority
+
+    assert priority(1) == "interactive"
+    assert priority(33) == "bulk"
+    assert priority(1, priority="bulk") == "bulk"
+    assert priority(33, priority="interactive") == "interactive"

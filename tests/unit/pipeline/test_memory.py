@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from fletcher.errors import DrainingError
+from fletcher.pipeline.memory import MemoryBudget
+
+
+def waits(call: threading.Thread) -> bool:
+    call.join(0.05)
+    return call.is_alive()
+
+
+def test_a_stalled_stream_cannot_take_anothers_reserve() -> None:
+    budget = MemoryBudget(4000, max_streams=10)  # 100 bytes of reserve each, 3000 in common
+    stalled, other = budget.open(), budget.open()
+    stalled.acquire(3100)
+    other.acquire(100)
+    assert budget.statistics() == {"used_bytes": 3200, "total_bytes": 4000}
+
+
+def test_acquire_waits_for_release() -> None:
+    budget = MemoryBudget(4000, max_streams=10)
+    first, second = budget.open(), budget.open()
+    first.acquire(3100)
+    call = threading.Thread(target=second.acquire, args=(200,))
+    call.start()
+    assert waits(call)
+    first.release(1000)
+    call.join(5)
+    assert not call.is_alive()
+    assert second.used_bytes == 200
+
+
+def test_one_piece_larger_than_everything_passes_alone() -> None:
+    budget = MemoryBudget(4000, max_streams=10)
+    stream = budget.open()
+    stream.acquire(10_000)
+    call = threading.Thread(target=stream.acquire, args=(1,))
+    call.start()
+    assert waits(call)
+    stream.release(10_000)
+    call.join(5)
+    assert not call.is_alive()
+
+
+def test_close_gives_everything_back_and_wakes_a_waiting_acquire() -> None:
+    budget = MemoryBudget(4000, max_streams=10)
+    stream = budget.open()
+    stream.acquire(3100)
+    caught: list[BaseException] = []
+
+    def acquire() -> None:
+        try:
+            stream.acquire(1000)
+        except DrainingError as error:
+            caught.append(error)
+
+    call = threading.Thread(target=acquire)
+    call.start()
+    assert waits(call)
+    stream.close()
+    call.join(5)
+    assert caught
+    assert budget.statistics()["used_bytes"] == 0
+    stream.release(3100)  # a late release changes nothing
+    assert budget.statistics()["used_bytes"] == 0
+    with pytest.raises(DrainingError):
+        stream.acquire(1)

@@ -1,0 +1,194 @@
+"""Worker processes that answer, refuse, break and die."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fletcher.errors import BackendError, InternalError, RowTooLargeError
+from fletcher.workers.messages import WorkerSpec
+from fletcher.workers.pool import Job, WorkerPool
+
+
+class QueueSource:
+    def __init__(self) -> None:
+        self.jobs: queue.Queue[Job] = queue.Queue()
+
+    def next_job(self, timeout_s: float) -> Job | None:
+        try:
+            return self.jobs.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+
+class Answer:
+    """A job and its outcome."""
+
+    def __init__(self, payload: Any) -> None:
+        self._settled = threading.Event()
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.calls = 0
+        self.job = Job(payload, self._done)
+
+    def _done(self, result: Any, error: Exception | None) -> None:
+        self.calls += 1
+        self.result, self.error = result, error
+        self._settled.set()
+
+    def wait(self) -> Any:
+        assert self._settled.wait(30)
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+@contextmanager
+def running(
+    num_workers: int = 1, *, concurrency: int = 1, prefetch: int = 1, **options: Any
+) -> Iterator[tuple[WorkerPool, Callable[[Any], Answer]]]:
+    source = QueueSource()
+    specs = [
+        WorkerSpec(f"echo-{n}", "tests.doubles.workers:load_echo", concurrency)
+        for n in range(num_workers)
+    ]
+    pool = WorkerPool("echo", specs, source, prefetch=prefetch, **options)
+    pool.start()
+
+    def submit(payload: Any) -> Answer:
+        answer = Answer(payload)
+        source.jobs.put(answer.job)
+        return answer
+
+    try:
+        yield pool, submit
+    finally:
+        pool.close()
+
+
+def test_answers_come_back_to_their_jobs() -> None:
+    with running(2) as (_, submit):
+        answers = [submit(n) for n in range(50)]
+        assert [answer.wait() for answer in answers] == list(range(50))
+
+
+def test_a_refusal_keeps_its_class_and_fields_across_the_process_boundary() -> None:
+    with running() as (_, submit):
+        with pytest.raises(RowTooLargeError) as caught:
+            submit("refuse").wait()
+        assert caught.value.field == "text"
+        assert caught.value.allowed == ["less"]
+
+
+def test_an_unexpected_error_gives_nothing_away() -> None:
+    with running() as (_, submit):
+        with pytest.raises(InternalError) as caught:
+            submit("break").wait()
+        assert "secret" not in str(caught.value)
+        assert submit("still alive").wait() == "still alive"
+
+
+def test_a_killed_worker_is_replaced_and_its_jobs_done_again(tmp_path: Path) -> None:
+    restarted: list[str] = []
+    with running(on_restart=restarted.append) as (_, submit):
+        doomed = submit(("die once", str(tmp_path / "flag")))
+        behind = submit("behind it")
+        assert doomed.wait() == "survived"
+        assert behind.wait() == "behind it"
+        assert (doomed.calls, behind.calls) == (1, 1)
+        assert restarted == ["echo-0"]
+
+
+def test_a_job_that_kills_its_workers_fails_alone() -> None:
+    with running(2, prefetch=0) as (pool, submit):
+        poison = submit("die")
+        with pytest.raises(InternalError, match="died 2 times"):
+            poison.wait()
+        assert [submit(n).wait() for n in range(10)] == list(range(10))
+        assert sum(one["restarts"] for one in pool.statistics()) == 2
+
+
+def test_kill_9_from_outside_while_working(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with running() as (pool, submit):
+        waiting = submit(("wait for", str(gate)))
+        deadline = time.monotonic() + 10
+        while pool.statistics()[0]["in_flight"] == 0 and time.monotonic() < deadline:
+            threading.Event().wait(0.005)
+        (pid,) = pool.process_ids()
+        os.kill(pid, signal.SIGKILL)
+        gate.touch()
+        assert waiting.wait() == ("wait for", str(gate))
+
+
+def test_requests_run_at_once_up_to_the_workers_concurrency(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with running(concurrency=2, prefetch=0) as (_, submit):
+        blocked = submit(("wait for", str(gate)))
+        assert submit("passes").wait() == "passes"
+        gate.touch()
+        blocked.wait()
+
+
+def test_a_worker_that_cannot_load_stops_the_start_with_its_reason() -> None:
+    specs = [
+        WorkerSpec("good", "tests.doubles.workers:load_echo", 1),
+        WorkerSpec("bad", "tests.doubles.workers:load_broken", "no such device; install one"),
+    ]
+    pool = WorkerPool("echo", specs, QueueSource())
+    with pytest.raises(BackendError, match="no such device; install one"):
+        pool.start()
+    assert pool.process_ids() == []
+
+
+def test_a_worker_that_exits_while_loading_is_named() -> None:
+    spec = WorkerSpec("cpu-0", "tests.doubles.workers:load_dying", None)
+    with pytest.raises(BackendError, match=r"cpu-0 ended while it loaded \(exit status 7\)"):
+        WorkerPool("echo", [spec], QueueSource()).start()
+
+
+def test_close_leaves_no_process() -> None:
+    with running(3) as (pool, _):
+        pids = pool.process_ids()
+        assert len(pids) == 3
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_workers_die_with_a_killed_parent() -> None:
+    program = textwrap.dedent("""
+        import sys, time
+        from tests.unit.workers.test_pool import running
+        with running(2) as (pool, submit):
+            print(*pool.process_ids(), flush=True)
+            time.sleep(60)
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    with parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    assert not any(_alive(pid) for pid in pids)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        # A zombie that nobody reaps (no init in a container) is dead enough.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
