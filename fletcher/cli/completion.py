@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _words(parser: argparse.ArgumentParser, path: str = "") -> Iterator[tuple[str, list[str]]]:
     """For each command (`""`, `model`, `model add`): the words that may follow it."""
-    words = []
+    words: list[str] = []
     for action in parser._actions:
         words.extend(flag for flag in action.option_strings if flag.startswith("--"))
         if isinstance(action, argparse._SubParsersAction):

@@ -115,6 +115,15 @@ def _default(option: Option, default: Any) -> str:
     return f" (default: {default})"
 
 
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The options given by flags, by name: text, or a list of texts for a repeatable flag."""
+    return {
+        name.removeprefix(_DEST): value
+        for name, value in vars(args).items()
+        if name.startswith(_DEST)
+    }
+
+
 def read_config(
     args: argparse.Namespace,
     environ: Mapping[str, str],
@@ -130,11 +139,5 @@ def read_config(
     Raises:
         ConfigError: As `fletcher.config.resolve`.
     """
-    given = {
-        name.removeprefix(_DEST): value
-        for name, value in vars(args).items()
-        if name.startswith(_DEST)
-    }
-    return resolve(
-        {**given, **flags}, environ, args.config, only=None if only is None else set(only)
-    )
+    given = {**given_flags(args), **flags}
+    return resolve(given, environ, args.config, only=None if only is None else set(only))

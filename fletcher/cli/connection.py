@@ -1,0 +1,151 @@
+"""Where a command's embeddings come from: a server elsewhere, or the same one in this process."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fletcher.cli.logs import set_up_logging
+from fletcher.cli.parser import add_options, given_flags, read_config
+from fletcher.config import NO_STORE, ServeConfig
+from fletcher.errors import ConfigError
+from fletcher.settings import DAY_S
+
+if TYPE_CHECKING:
+    from fletcher.client import Client
+
+# Flags of every command that can embed in its own process.
+LOCAL_FLAGS = ("device", "backend", "precision", "threads", "home", "log_level")
+# What such a process takes from the environment and the file: all but the network's options.
+LOCAL_OPTIONS = (
+    *LOCAL_FLAGS,
+    "model",
+    "store",
+    "tokenizer_workers",
+    "max_batch_tokens",
+    "max_queue_delay_ms",
+    "group_rows",
+    "group_delay_ms",
+    "store_timeout",
+    "store_retry",
+    "max_memory",
+    "max_message_bytes",
+    "max_row_bytes",
+    "log_format",
+    "otlp_endpoint",
+)
+
+
+def add_connection(parser: argparse.ArgumentParser, options: Sequence[str] = ()) -> None:
+    """Adds the flags of a server elsewhere and those of one in this process.
+
+    Args:
+        options: Options of ServeConfig that get a flag besides LOCAL_FLAGS.
+    """
+    group = parser.add_argument_group("a server elsewhere")
+    group.add_argument("--server", metavar="URI", help="grpc://HOST:PORT, or grpc+tls://HOST:PORT")
+    group.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="file with the server's bearer token"
+    )
+    group.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="PEM CA of the server's certificate"
+    )
+    add_options(parser, (*options, *LOCAL_FLAGS))
+
+
+def local_config(args: argparse.Namespace, **flags: Any) -> ServeConfig:
+    """The configuration of a server in this process, and logging as it says.
+
+    Args:
+        flags: Texts of options, by name, in place of flags.
+
+    Raises:
+        ConfigError: As `fletcher.config.resolve`.
+    """
+    resolved = read_config(args, os.environ, LOCAL_OPTIONS, **flags)
+    config = resolved.config
+    if "log_level" not in resolved.sources:
+        # What a server says in its normal course would only disturb a command's output.
+        config = dataclasses.replace(config, log_level="warning")
+    set_up_logging(config.log_level, config.log_format)
+    return config
+
+
+@contextlib.contextmanager
+def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Client]:
+    """A client of the server that was asked for, or of one in this process until it is left.
+
+    Raises:
+        FletcherError: The server cannot be reached or started.
+    """
+    from fletcher.client import TlsOptions, connect
+
+    if args.server:
+        refuse_local_flags(args)
+        token = _read_token(args.token_file) if args.token_file else None
+        tls = TlsOptions(ca=read_file(args.tls_ca, "tls_ca")) if args.tls_ca else None
+        with connect(args.server, token=token, tls=tls) as client:
+            yield client
+        return
+    from fletcher.runtime import Runtime
+
+    # Anybody on this machine can reach the port; only this process knows the token.
+    token = secrets.token_urlsafe()
+    with tempfile.NamedTemporaryFile("w", prefix="fletcher-", encoding="utf-8") as file:
+        file.write(token + "\n")
+        file.flush()
+        private = dataclasses.replace(
+            config,
+            host="127.0.0.1",
+            port=0,
+            token_file=Path(file.name),
+            # The other end is this process, which may wait for standard input as long as it likes.
+            idle_timeout_s=DAY_S,
+        )
+        with (
+            Runtime(private, progress=_say) as runtime,
+            connect(runtime.address, token=token) as client,
+        ):
+            yield client
+
+
+def without_store(config: ServeConfig) -> ServeConfig:
+    """The same configuration for vectors that are only sent back."""
+    return dataclasses.replace(config, stores=(NO_STORE,))
+
+
+def refuse_local_flags(args: argparse.Namespace) -> None:
+    """Refuses flags about devices where a server elsewhere does the work. Raises ConfigError."""
+    for name in sorted(given_flags(args).keys() & {"device", "backend", "precision", "threads"}):
+        raise ConfigError(
+            f"`{name}` has no meaning with --server, which has its own; leave one out", field=name
+        )
+
+
+def _read_token(path: Path) -> str:
+    lines = read_file(path, "token_file").decode(errors="replace").split()
+    if not lines:
+        raise ConfigError(f"`token_file` {str(path)!r} holds no token", field="token_file")
+    return lines[0]
+
+
+def read_file(path: Path, option: str) -> bytes:
+    """A small file that an option names. Raises ConfigError."""
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"`{option}` is {str(path)!r}, which cannot be read: {error.strerror}", field=option
+        ) from None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,224 @@
+"""`fletcher doctor`: what this machine has, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+from fletcher.cli.logs import set_up_logging
+from fletcher.cli.parser import add_options, read_config
+from fletcher.cli.progress import human
+from fletcher.cli.table import printable
+from fletcher.config import ServeConfig
+from fletcher.errors import FletcherError
+from fletcher.settings import GIB
+
+# A model, its graph and the files that hold it while it is made.
+NEEDED_DISK_BYTES = 1 * GIB
+# What the process itself takes besides `max_memory`: interpreter, libraries, one model.
+OWN_MEMORY_BYTES = 1 * GIB
+
+State = Literal["ok", "note", "broken"]
+MARKS: dict[State, str] = {"ok": "ok", "note": "note", "broken": "BROKEN"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        part: Of what it is part: `hardware`, `software`, `models`, `stores`, `home`.
+        name: What was looked at.
+        state: `ok`; `note`: works, could be better; `broken`: something needed does not work.
+        value: What was found.
+        fix: What to do about it, where there is something.
+    """
+
+    part: str
+    name: str
+    state: State
+    value: str
+    fix: str = ""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `doctor`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="show what this machine has, and what to fix",
+        description="Shows hardware, engines, models and stores, and what to fix. Ends with 1 if "
+        "something needed is broken.",
+        example="fletcher doctor --store lance:vectors",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(parser, ("store", "model", "home", "max_memory"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Looks and prints; 1 if something needed is broken."""
+    set_up_logging("error", "text")
+    resolved = read_config(args, os.environ, ("store", "model", "models", "home", "max_memory"))
+    findings = list(examine(resolved.config, look_at_stores="store" in resolved.sources))
+    findings += [Finding("home", "environment", "note", text) for text in resolved.warnings]
+    broken = any(finding.state == "broken" for finding in findings)
+    if args.json:
+        found = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"ok": not broken, "findings": found}, ensure_ascii=False, indent=2))
+    else:
+        _print(findings)
+    return 1 if broken else 0
+
+
+def examine(config: ServeConfig, *, look_at_stores: bool) -> Iterator[Finding]:
+    """Everything there is to find; whatever fails is a finding itself."""
+    parts: dict[str, Callable[[ServeConfig], Iterator[Finding]]] = {
+        "hardware": _hardware,
+        "software": _software,
+        "home": _home,
+        "models": _models,
+    }
+    if look_at_stores:
+        parts["stores"] = _stores
+    for part, look in parts.items():
+        try:
+            yield from look(config)
+        except Exception as error:  # noqa: BLE001  (one part's failure must not hide the others)
+            yield Finding(part, "look", "broken", f"{type(error).__name__}: {error}")
+
+
+def _hardware(config: ServeConfig) -> Iterator[Finding]:
+    from fletcher.inference.devices import detect_host
+
+    host = detect_host()
+    yield Finding("hardware", "cores", "ok", f"{host.cores} usable of {os.cpu_count()}")
+    yield _memory(config, host.memory_bytes)
+
+
+def _memory(config: ServeConfig, available: int) -> Finding:
+    value = f"{human(available)}B"
+    wanted = config.max_memory + OWN_MEMORY_BYTES
+    if available and available < wanted:
+        fitting = max(256, (available - OWN_MEMORY_BYTES) >> 20)
+        fix = f"a busy server may take {human(wanted)}B: give --max-memory {fitting}MiB"
+        return Finding("hardware", "memory", "note", value, fix)
+    return Finding("hardware", "memory", "ok", value)
+
+
+def _software(_: ServeConfig) -> Iterator[Finding]:
+    yield Finding("software", "python", "ok", f"{platform.python_version()} ({sys.executable})")
+    for name in ("longbow-fletcher", "pyarrow", "numpy", "tokenizers", "protobuf"):
+        found = _version(name)
+        fix = "" if found else "pip install longbow-fletcher"
+        yield Finding("software", name, "ok" if found else "broken", found or "missing", fix)
+    yield from _engines()
+    for name, extra, what in (
+        ("lancedb", "lance", "lance: stores"),
+        ("huggingface-hub", "hub", "models from the hub"),
+        ("opentelemetry-exporter-otlp-proto-http", "otlp", "--otlp-endpoint"),
+    ):
+        found = _version(name)
+        fix = "" if found else f"for {what}: pip install 'longbow-fletcher[{extra}]'"
+        yield Finding("software", name, "ok" if found else "note", found or "missing", fix)
+
+
+def _engines() -> Iterator[Finding]:
+    names = ("onnxruntime", "onnxruntime-gpu", "openvino")
+    found = {name: version for name in names if (version := _version(name))}
+    for name, version in found.items():
+        yield Finding("software", name, "ok", version)
+    if not found:
+        fix = "pip install 'longbow-fletcher[cpu]', or [gpu] where there is an NVIDIA GPU"
+        yield Finding("software", "engines", "broken", "neither onnxruntime nor openvino", fix)
+    if {"onnxruntime", "onnxruntime-gpu"} <= found.keys():
+        fix = "pip uninstall onnxruntime onnxruntime-gpu, then install one of them"
+        value = "onnxruntime and onnxruntime-gpu are one module and overwrite each other"
+        yield Finding("software", "engines", "broken", value, fix)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _home(config: ServeConfig) -> Iterator[Finding]:
+    home = config.home
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        value = f"{home} cannot be written: {error.strerror}"
+        yield Finding("home", "folder", "broken", value, "give --home or set FLETCHER_HOME")
+        return
+    yield Finding("home", "folder", "ok", str(home))
+    free = shutil.disk_usage(home).free
+    state: State = "ok" if free >= NEEDED_DISK_BYTES else "note"
+    fix = "" if state == "ok" else f"a model needs up to {human(NEEDED_DISK_BYTES)}B: make room"
+    yield Finding("home", "free disk", state, f"{human(free)}B", fix)
+
+
+def _models(config: ServeConfig) -> Iterator[Finding]:
+    from fletcher.models.registry import DEFAULT_MODEL, Registry
+
+    registry = Registry(config.home / "models")
+    names = registry.names()
+    for name in names:
+        try:
+            bundle = registry.verify(name)
+        except FletcherError as error:
+            fix = f"fletcher model remove {name}, then add it again"
+            yield Finding("models", name, "broken", error.message, fix)
+        else:
+            value = f"{bundle.qualified_name}, {bundle.dim} dimensions, checksums right"
+            yield Finding("models", name, "ok", value)
+    for name in (config.model, *config.models):
+        if name not in names:
+            fetched = name == DEFAULT_MODEL
+            fix = "it is fetched on first use" if fetched else "fletcher model add SOURCE"
+            yield Finding("models", name, "note" if fetched else "broken", "not there", fix)
+
+
+def _stores(config: ServeConfig) -> Iterator[Finding]:
+    from fletcher.stores.address import open_store
+
+    for name, address in config.store_addresses.items():
+        try:
+            store = open_store(address, timeout_s=10.0)
+            try:
+                datasets = store.datasets()
+            finally:
+                store.close()
+        except FletcherError as error:
+            fix = "start the store, or correct its address"
+            yield Finding("stores", name, "broken", f"{address}: {error.message}", fix)
+        else:
+            rows = sum(one.num_rows for one in datasets)
+            value = f"{address}: {len(datasets)} datasets, {rows:,} rows"
+            yield Finding("stores", name, "ok", value)
+
+
+def _print(findings: list[Finding]) -> None:
+    width = max(len(finding.name) for finding in findings)
+    part = ""
+    for finding in findings:
+        if finding.part != part:
+            part = finding.part
+            print(part)
+        name = finding.name.ljust(width)
+        print(f"  {MARKS[finding.state]:<6}  {name}  {printable(finding.value)}")
+        if finding.fix:
+            print(f"  {'':<6}  {'':<{width}}  -> {finding.fix}")
+    fixes = sum(finding.state == "broken" for finding in findings)
+    print(f"{fixes} to fix" if fixes else "all that is needed works")
