@@ -1,0 +1,234 @@
+"""What every command shares: help, exit codes, one-line errors, completions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import fletcher.cli
+from fletcher.cli import COMMANDS, build_parser, main
+from fletcher.cli.parser import flags_of
+from fletcher.config import OPTIONS
+from fletcher.errors import ConfigError, InvalidCommandError, StoreUnavailableError
+
+
+BUG = "fletcher doctor: unexpected ZeroDivisionError: by zero; FLETCHER_LOG_LEVEL=debug shows where"
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith("FLETCHER_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("FLETCHER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "90")
+
+
+def replace_command(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
+    module = types.ModuleType("fletcher.cli.doctor")
+    module.add_parser = lambda subparsers: subparsers.add_parser("doctor")  # type: ignore[attr-defined]
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fletcher.cli.doctor", module)
+
+
+def test_no_arguments_print_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+    assert "example:" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_one_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: fletcher {command}")
+    assert "fletcher " + command in out.split("example")[-1]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("fletcher 0.")
+
+
+def test_serve_has_a_flag_for_every_option() -> None:
+    flags = flags_of(build_parser({"serve"}))
+    assert {option.flag for option in OPTIONS.values()} <= flags
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sevre"], "'sevre' is not a command; did you mean serve?"),
+        (["xyz"], "'xyz' is not a command; there are serve, ingest"),
+        (["serve", "--max-stream", "3"], "'--max-stream' is not understood; did you mean --max-st"),
+        (["serve", "--hosst=x"], "'--hosst' is not understood; did you mean --host?"),
+        (["serve", "--port"], "--port: expected one argument; see fletcher serve --help"),
+        (["completion", "bsh"], "did you mean bash?"),
+        (["search", "x"], "--dataset"),
+        (["--nonsense"], "'--nonsense' is not understood"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_wrong_value_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "http"]) == 2
+    assert capsys.readouterr().err == (
+        "fletcher serve: `port` is 'http' (from --port), expected a whole number, from 0 to 65535\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ConfigError("`x` is bad"), 2, "fletcher doctor: `x` is bad\n"),
+        (InvalidCommandError("`dims` is 0"), 2, "fletcher doctor: `dims` is 0\n"),
+        (StoreUnavailableError("the store\nis away"), 1, "fletcher doctor: the store is away\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            ZeroDivisionError("by zero"),
+            1,
+            BUG + "\n",
+        ),
+    ],
+)
+def test_errors_become_one_line_and_a_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    text: str,
+) -> None:
+    def run(args: object) -> int:
+        raise error
+
+    replace_command(monkeypatch, run)
+    assert main(["doctor"]) == code
+    assert capsys.readouterr().err == text
+
+
+def test_the_traceback_of_a_bug_is_there_on_demand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_command(monkeypatch, lambda args: 1 / 0)
+    monkeypatch.setenv("FLETCHER_LOG_LEVEL", "debug")
+    assert main(["doctor"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = (
+        "import sys, types\n"
+        "module = types.ModuleType('fletcher.cli.doctor')\n"
+        "module.add_parser = lambda subparsers: subparsers.add_parser('doctor')\n"
+        "def run(args):\n"
+        "    sys.stdin.readline()\n"
+        "    print('x' * 1000000)\n"
+        "    return 0\n"
+        "module.run = run\n"
+        "sys.modules['fletcher.cli.doctor'] = module\n"
+        "from fletcher.cli import main\n"
+        "sys.exit(main(['doctor']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_help_imports_no_engine_and_no_arrow() -> None:
+    code = (
+        "import sys\n"
+        "from fletcher.cli import main\n"
+        "main(['serve', '--help'])\n"
+        "heavy = {'pyarrow', 'numpy', 'lancedb', 'onnxruntime', 'openvino', 'opentelemetry'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_print_config_shows_the_source_of_each_value(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text("max_streams = 9\n", encoding="utf-8")
+    monkeypatch.setenv("FLETCHER_DEVICE", "cpu")
+    argv = ["serve", "--print-config", "--port", "0", "--config", str(file), "--insecure"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "port = 0  # --port" in out
+    assert 'device = "cpu"  # FLETCHER_DEVICE' in out
+    assert f"max_streams = 9  # {file}" in out
+    assert "insecure = true  # --insecure" in out
+    assert 'host = "127.0.0.1"  # default' in out
+
+
+def test_repeated_stores_keep_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["serve", "--print-config", "--store", "a=lance:/x,y", "--store", "b=parquet:/z"]
+    assert main(argv) == 0
+    assert 'store = ["a=lance:/x,y", "b=parquet:/z"]  # --store' in capsys.readouterr().out
+
+
+def complete(script: Path, *words: str) -> set[str]:
+    line = " ".join(f"'{word}'" for word in words)
+    code = (
+        f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _fletcher {words[0]}; "
+        "printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(["bash", "-c", code], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completion_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion"
+    script.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert complete(script, "fletcher", "s") == {"serve", "search", "store"}
+    assert complete(script, "fletcher", "serve", "--max-s") == {"--max-streams"}
+    assert complete(script, "fletcher-serve", "--max-s") == {"--max-streams"}
+    assert complete(script, "fletcher", "completion", "") >= {"bash", "zsh", "fish"}
+    assert "add" in complete(script, "fletcher", "model", "a")
+    assert "--json" in complete(script, "fletcher", "model", "list", "--j")
+
+
+@pytest.mark.parametrize(("shell", "sign"), [("zsh", "bashcompinit"), ("fish", "complete -c")])
+def test_other_shells(shell: str, sign: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    out = capsys.readouterr().out
+    assert sign in out
+    assert "max-streams" in out
+
+
+def test_serve_main_is_serve(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fletcher-serve", "--print-config"])
+    assert fletcher.cli.serve_main() == 0
+    assert "port = 8815" in capsys.readouterr().out

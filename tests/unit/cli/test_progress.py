@@ -1,0 +1,138 @@
+"""Rates, time left and where the line goes; and text that is safe and fits on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+import threading
+
+import pytest
+
+from fletcher.cli.logs import JsonFormatter, TextFormatter
+from fletcher.cli.progress import Meter, Progress, Sample, Total, clock, human
+from fletcher.cli.table import columns, cut, padded, printable
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_line_has_rates_bytes_queues_and_time_left() -> None:
+    meter = Meter(Total(rows=10_000, num_bytes=2_000_000))
+    meter.add(0, Sample(0, 0, 0))
+    meter.add(2, Sample(4000, 50_000, 800_000, {"tokenize": 3, "inference": 0}))
+    assert meter.line() == (
+        "4,000 of 10,000 rows  2,000 rows/s  25k tokens/s  800kB of 2.0MB  0:03 left  "
+        "queues: tokenize 3"
+    )
+
+
+def test_time_left_by_bytes_where_nobody_counted_rows() -> None:
+    meter = Meter(Total(num_bytes=1000))
+    meter.add(0, Sample(0))
+    meter.add(10, Sample(5, None, 100))
+    assert meter.line() == "5 rows  0 rows/s  100B of 1.0kB  1:30 left"
+
+
+def test_without_totals_and_before_anything_happened() -> None:
+    meter = Meter(Total())
+    meter.add(0, Sample(0))
+    assert meter.line() == "0 rows  0 rows/s"
+
+
+def test_rates_are_of_the_last_seconds() -> None:
+    meter = Meter(Total())
+    for second in range(100):
+        meter.add(second, Sample(1000 if second < 50 else 1000 + 10 * (second - 50)))
+    assert "10 rows/s" in meter.line()
+
+
+def test_a_line_fits_the_terminal() -> None:
+    meter = Meter(Total(rows=10))
+    meter.add(0, Sample(0))
+    meter.add(1, Sample(5))
+    assert meter.line(12) == "5 of 10 row…"
+
+
+def shown(stream: io.StringIO, samples: list[Sample]) -> str:
+    done = threading.Event()
+    left = iter(samples)
+
+    def sample() -> Sample:
+        try:
+            return next(left)
+        except StopIteration:
+            done.set()
+            raise OSError from None
+
+    with Progress(sample, Total(), stream, interval_s=0.001):
+        assert done.wait(20)
+    return stream.getvalue()
+
+
+def test_a_terminal_gets_one_live_line_that_is_cleared_at_the_end() -> None:
+    text = shown(Terminal(), [Sample(1), Sample(2)])
+    assert "\n" not in text
+    assert text.startswith("\r\x1b[K1 rows")
+    assert text.endswith("\r\x1b[K")
+
+
+def test_elsewhere_whole_lines_without_control_characters() -> None:
+    lines = shown(io.StringIO(), [Sample(1), Sample(2)]).splitlines()
+    assert [line.split(" rows")[0] for line in lines] == ["1", "2"]
+    assert not any("\x1b" in line or "\r" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.0k"), (9960, "10k"), (1_500_000, "1.5M"), (None, "0")],
+)
+def test_human(number: float | None, text: str) -> None:
+    assert human(number) == text
+
+
+def test_clock() -> None:
+    assert [clock(9), clock(754), clock(3723)] == ["0:09", "12:34", "1:02:03"]
+
+
+def test_stored_text_cannot_steer_the_terminal() -> None:
+    assert printable("a\x1b[31mred\r\n\tb\x07\u202ec") == "a [31mred b c"
+
+
+def test_wide_characters_take_two_columns() -> None:
+    assert columns("日本") == 4
+    assert cut("日本語", 5) == "日本…"
+    assert cut("plain", 5) == "plain"
+    assert padded("日", 4) == "日  "
+
+
+def record(**extra: object) -> logging.LogRecord:
+    made = logging.LogRecord("fletcher.x", logging.INFO, "f", 1, "warmed %s", ("up",), None)
+    vars(made).update(extra)
+    return made
+
+
+def test_log_lines() -> None:
+    fields = json.loads(JsonFormatter().format(record(model="m")))
+    assert fields.pop("time").endswith("+00:00")
+    assert fields == {
+        "level": "info",
+        "logger": "fletcher.x",
+        "message": "warmed up",
+        "model": "m",
+    }
+    assert (
+        TextFormatter().format(record(model="m")).endswith(" info fletcher.x: warmed up (model=m)")
+    )
+
+
+def test_tracebacks_go_to_the_log() -> None:
+    try:
+        raise ValueError("inside")
+    except ValueError:
+        made = record(exc_info=sys.exc_info())
+    assert "ValueError: inside" in json.loads(JsonFormatter().format(made))["traceback"]
+    assert TextFormatter().format(made).endswith("ValueError: inside")
