@@ -17,7 +17,6 @@ from fletcher.cli.parser import flags_of
 from fletcher.config import OPTIONS
 from fletcher.errors import ConfigError, InvalidCommandError, StoreUnavailableError
 
-
 BUG = "fletcher doctor: unexpected ZeroDivisionError: by zero; FLETCHER_LOG_LEVEL=debug shows where"
 
 

@@ -1,0 +1,217 @@
+"""`fletcher ingest`: files or standard input into a store, by a server here or elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fletcher.cli.connection import add_connection, local_config, open_client, refuse_local_flags
+from fletcher.cli.parser import given_flags
+from fletcher.cli.progress import Progress, Sample, Total, clock
+from fletcher.cli.table import cut, printable, terminal_width
+from fletcher.errors import ConfigError, FletcherError
+from fletcher.options import CHOICES, EmbedOptions
+
+if TYPE_CHECKING:
+    from fletcher.client import Ack, Client, PutSummary
+    from fletcher.config import ServeConfig
+    from fletcher.readers import Source
+
+SHOWN_ERRORS = 5
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `ingest`."""
+    parser = subparsers.add_parser(
+        "ingest",
+        usage="fletcher ingest [options] PATH... --dataset NAME",
+        help="embed files or standard input into a store",
+        description="Embeds files, folders of them or standard input (-) into a dataset of a "
+        "store. The same command again goes on where it was stopped and stores nothing twice.",
+        example="fletcher ingest articles.parquet --text body --id slug --dataset articles",
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH")
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--format", metavar="NAME", help="parquet, csv, tsv, jsonl, arrow or text; else by name"
+    )
+    group.add_argument("--text", default="text", metavar="COLUMN", help="text (default: text)")
+    group.add_argument("--id", metavar="COLUMN", help="row id; id if there is one, else made up")
+    group.add_argument(
+        "--columns", type=_names, default=(), metavar="NAME,...", help="columns to carry along"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="rows to read at most")
+    group = parser.add_argument_group("output")
+    group.add_argument("--dataset", required=True, metavar="NAME", help="where the vectors go")
+    group.add_argument(
+        "--mode",
+        choices=CHOICES["mode"],
+        default="append",
+        help="append, replace rows by id, or replace the dataset (default: append)",
+    )
+    group.add_argument(
+        "--dtype", choices=CHOICES["dtype"], help="float16 takes half the room (store's choice)"
+    )
+    group.add_argument("--dims", type=int, metavar="N", help="leading dimensions to keep")
+    group.add_argument("--prompt", help="a prompt of the model, or text to put before each text")
+    group.add_argument(
+        "--truncate", choices=CHOICES["truncate"], default="end", help="what to do with long texts"
+    )
+    group.add_argument(
+        "--no-text", action="store_true", help="store vectors and ids without the texts"
+    )
+    group.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_connection(parser, ("store", "model"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ingests; 0 when every row that was read is stored or was refused by itself."""
+    from fletcher.readers import open_source
+
+    options = _options(args)
+    config = local_config(args)
+    if args.server:
+        refuse_local_flags(args)
+    elif not config.store_addresses:
+        raise ConfigError("`store` is none, which keeps no rows; give an address", field="store")
+    source = open_source(
+        args.paths,
+        text_column=args.text,
+        id_column=args.id,
+        columns=args.columns,
+        format_name=args.format,
+        limit=args.limit,
+    )
+    started_s = time.monotonic()
+    try:
+        with open_client(args, config) as client:
+            started_s = time.monotonic()
+            summary = _upload(client, source, options, local=not args.server, limit=args.limit)
+    except KeyboardInterrupt:
+        if source.reiterable:
+            print("stopped; the same command goes on where this one was", file=sys.stderr)
+        raise
+    report = _report(summary, args, config, time.monotonic() - started_s)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        _print(report)
+    return 0 if summary.complete else 1
+
+
+def _options(args: argparse.Namespace) -> EmbedOptions:
+    return EmbedOptions(
+        dataset=args.dataset,
+        model=given_flags(args).get("model") if args.server else None,
+        store=_store_name(args) if args.server else None,
+        text_column=args.text,
+        id_column=args.id or "id",
+        columns=args.columns,
+        mode=args.mode,
+        dtype=args.dtype,
+        dims=args.dims,
+        prompt=args.prompt,
+        truncate=args.truncate,
+        include_text=False if args.no_text else None,
+    )
+
+
+def _store_name(args: argparse.Namespace) -> str | None:
+    given: list[str] = given_flags(args).get("store", [])
+    if not given:
+        return None
+    if len(given) > 1 or ":" in given[0]:
+        raise ConfigError(
+            f"`store` is {', '.join(given)!r}, expected with --server the name of one of the "
+            "server's stores",
+            field="store",
+        )
+    return given[0]
+
+
+def _upload(
+    client: Client, source: Source, options: EmbedOptions, *, local: bool, limit: int | None
+) -> PutSummary:
+    meter = _Meter(client, source, local=local)
+    with Progress(meter.sample, Total(rows=limit, num_bytes=source.total_bytes)):
+        return client.ingest(source, options, on_ack=meter.on_ack)
+
+
+class _Meter:
+    """How far an upload is: what was acknowledged, and what the server says of its stages."""
+
+    def __init__(self, client: Client, source: Source, *, local: bool) -> None:
+        self._client = client
+        self._source = source
+        self._local = local
+        self._lock = threading.Lock()
+        self._rows = 0
+
+    def on_ack(self, ack: Ack) -> None:
+        with self._lock:
+            self._rows = ack.rows_stored + ack.rows_failed
+
+    def sample(self) -> Sample:
+        stats: Mapping[str, Any] = {}
+        with contextlib.suppress(FletcherError):
+            stats = self._client.stats()
+        with self._lock:
+            rows = self._rows
+        return Sample(
+            rows=rows,
+            # A server elsewhere counts everybody's tokens.
+            tokens=stats.get("tokens.received") if self._local else None,
+            num_bytes=self._source.bytes_read,
+            queues=stats.get("queue.depth") or {},
+        )
+
+
+def _report(
+    summary: PutSummary, args: argparse.Namespace, config: ServeConfig, seconds: float
+) -> dict[str, Any]:
+    """The summary for people and machines, in the contract's words."""
+    store = next(iter(config.store_addresses.values()), "")
+    return {
+        "dataset": args.dataset,
+        "store": args.server or store,
+        "model": summary.model,
+        "upload_id": summary.upload_id,
+        "complete": summary.complete,
+        "rows_received": summary.rows_received,
+        "rows_stored": summary.rows_stored,
+        "rows_failed": summary.rows_failed,
+        "rows_deduplicated": summary.rows_deduplicated,
+        "seconds": round(seconds, 3),
+        "rows_per_s": round(summary.rows_received / seconds, 1) if seconds > 0 else 0.0,
+        "errors": list(summary.errors),
+    }
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    state = "" if report["complete"] else "INCOMPLETE: "
+    deduplicated = report["rows_deduplicated"]
+    already = f", {deduplicated:,} were there already" if deduplicated else ""
+    print(
+        f"{state}{report['rows_received']:,} rows received, {report['rows_stored']:,} stored, "
+        f"{report['rows_failed']:,} failed{already}"
+    )
+    print(f"{clock(report['seconds'])} min, {report['rows_per_s']:,.0f} rows/s")
+    for name in ("dataset", "store", "model", "upload_id"):
+        print(f"{name.removesuffix('_id'):<8} {report[name]}")
+    for error in report["errors"][:SHOWN_ERRORS]:
+        named = f" (id {printable(error['id'])})" if error.get("id") is not None else ""
+        line = f"row {error['row']}{named}: {error['code']}: {printable(error['message'])}"
+        print(cut(line, terminal_width()))
+    more = report["rows_failed"] - len(report["errors"][:SHOWN_ERRORS])
+    if more > 0:
+        print(f"and {more:,} more failed rows; --json lists those that the server named")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for part in text.split(",") if (name := part.strip()))
