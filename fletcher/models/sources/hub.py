@@ -18,7 +18,7 @@ from fletcher.models.sources.folder import Progress, build_from_folder
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
 
-# What a checkpoint is read from: JSON, safetensors and the model card. Nothing that runs or unpickles.
+# What a checkpoint is read from: JSON, safetensors, the model card; nothing that runs or unpickles.
 _WANTED = re.compile(
     r"(0_Transformer/)?"
     r"(config|sentence_bert_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json"
@@ -80,7 +80,7 @@ def _download(repo_id: str, revision: str | None, folder: Path, progress: Progre
             _check(path, one)
     except ModelError:
         raise
-    except Exception as error:  # the HTTP library below it, and so its errors, differ by version
+    except Exception as error:  # noqa: BLE001  (errors of its HTTP library, which differs by version)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"hub:{repo_id} could not be fetched: {lines[0][:300]}; check the name, the network "
@@ -90,7 +90,7 @@ def _download(repo_id: str, revision: str | None, folder: Path, progress: Progre
 
 
 def _check(path: Path, listed: Any) -> None:
-    """Compares a file with the checksum that the hub lists: SHA-256 of LFS files, Git's of others."""
+    """Compares a file with the hub's checksum: SHA-256 for LFS files, Git's own for others."""
     if listed.lfs is not None:
         matches = sha256(path) == listed.lfs.sha256
     else:

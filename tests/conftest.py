@@ -1,0 +1,26 @@
+"""Fixtures that every part's tests may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fletcher.config import fletcher_home
+from fletcher.models.bundle import ModelBundle
+from fletcher.models.registry import DEFAULT_MODEL, Registry
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def default_bundle() -> ModelBundle:
+    """The real default model, fetched once into FLETCHER_HOME for all test processes and runs."""
+    return Registry(fletcher_home() / "models").ensure(DEFAULT_MODEL, print)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    """Two layers of random weights, dim 32, max_length 32: mean pooling, normalised."""
+    registry = Registry(tmp_path_factory.mktemp("models"))
+    return registry.add(str(GOLDEN / "tiny"), progress=print)
