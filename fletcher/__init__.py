@@ -1,1 +1,108 @@
-"""Fletcher: text in over Arrow Flight, vectors in a store."""
+"""Fletcher: text in over Arrow Flight, vectors in a store.
+
+The names below are what Fletcher offers to Python programs; each is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fletcher.client import (
+        Ack,
+        Client,
+        Exchange,
+        PutSummary,
+        RowError,
+        TlsOptions,
+        TransferOptions,
+        connect,
+    )
+    from fletcher.errors import (
+        BatchTooLargeError,
+        ColumnTypeError,
+        DeadlineExceededError,
+        DimensionMismatchError,
+        DrainingError,
+        FletcherError,
+        InternalError,
+        InvalidCommandError,
+        InvalidUtf8Error,
+        JournalFullError,
+        ModelMismatchError,
+        OverloadedError,
+        RequestError,
+        RowTooLargeError,
+        StoreUnavailableError,
+        UnauthenticatedError,
+        UnauthorizedError,
+        UnavailableError,
+        UnknownColumnError,
+        UnknownDatasetError,
+        UnknownFieldError,
+        UnknownModelError,
+        UploadConflictError,
+    )
+    from fletcher.options import EmbedOptions
+    from fletcher.readers import open_source
+
+    __version__: str
+
+__all__ = [
+    "Ack",
+    "BatchTooLargeError",
+    "Client",
+    "ColumnTypeError",
+    "DeadlineExceededError",
+    "DimensionMismatchError",
+    "DrainingError",
+    "EmbedOptions",
+    "Exchange",
+    "FletcherError",
+    "InternalError",
+    "InvalidCommandError",
+    "InvalidUtf8Error",
+    "JournalFullError",
+    "ModelMismatchError",
+    "OverloadedError",
+    "PutSummary",
+    "RequestError",
+    "RowError",
+    "RowTooLargeError",
+    "StoreUnavailableError",
+    "TlsOptions",
+    "TransferOptions",
+    "UnauthenticatedError",
+    "UnauthorizedError",
+    "UnavailableError",
+    "UnknownColumnError",
+    "UnknownDatasetError",
+    "UnknownFieldError",
+    "UnknownModelError",
+    "UploadConflictError",
+    "__version__",
+    "connect",
+    "open_source",
+]
+
+_HOMES = {
+    "EmbedOptions": "fletcher.options",
+    "open_source": "fletcher.readers",
+    **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "fletcher.errors"),
+    "RowError": "fletcher.client",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("longbow-fletcher")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "fletcher.client")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,19 @@
+"""The Flight client library: `connect`, and what its calls take and give."""
+
+from __future__ import annotations
+
+from fletcher.client.client import Client, connect
+from fletcher.client.connection import TlsOptions, TransferOptions
+from fletcher.client.exchange import Exchange
+from fletcher.client.messages import Ack, PutSummary, RowError
+
+__all__ = [
+    "Ack",
+    "Client",
+    "Exchange",
+    "PutSummary",
+    "RowError",
+    "TlsOptions",
+    "TransferOptions",
+    "connect",
+]

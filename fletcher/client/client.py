@@ -1,0 +1,260 @@
+"""`connect` and the Client: every call of a Fletcher server, as Python people would have it."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fletcher.client.connection import Connection, TlsOptions, TransferOptions
+from fletcher.client.exchange import Exchange
+from fletcher.client.messages import PutSummary, RowError
+from fletcher.client.put import OnAck, Upload
+from fletcher.errors import BY_CODE, InternalError, InvalidCommandError
+from fletcher.options import EmbedOptions
+from fletcher.readers import Source, open_source
+
+DEFAULT_TIMEOUT_S = 20.0
+_EMBED_ROWS = 4096
+
+
+def connect(
+    uri: str,
+    *,
+    token: str | None = None,
+    tls: TlsOptions | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    transfer: TransferOptions | None = None,
+) -> Client:
+    """Connects to a server and makes sure that it answers.
+
+    Args:
+        uri: `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`.
+        token: Bearer token, for servers that ask for one.
+        tls: Certificates other than the system's, for `grpc+tls`.
+        timeout_s: Longest wait for the connection, and for the answers of short calls.
+        transfer: Sizes, windows and retries of uploads and exchanges.
+
+    Raises:
+        InvalidCommandError: `uri` is no such address, or a certificate cannot be read.
+        UnavailableError: Nobody answers there.
+        UnauthenticatedError, UnauthorizedError: The token is missing or wrong.
+    """
+    connection = Connection(
+        uri, token=token, tls=tls, timeout_s=timeout_s, transfer=transfer or TransferOptions()
+    )
+    try:
+        connection.check()
+    except BaseException:
+        connection.close()
+        raise
+    return Client(connection)
+
+
+class Client:
+    """A connection to a Fletcher server; made by `connect`, closed by `close` or `with`.
+
+    Threads may share it. Every method raises a FletcherError where the server refuses or fails.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @property
+    def address(self) -> str:
+        """Where the server is, as given to `connect`."""
+        return self._connection.address
+
+    def put(
+        self,
+        data: Any,
+        options: EmbedOptions | str,
+        *,
+        row_offset: int = 0,
+        end: bool = True,
+        resume: bool = False,
+        on_ack: OnAck | None = None,
+    ) -> PutSummary:
+        """Embeds text into a dataset of the server's store.
+
+        After a broken connection it goes on by itself where the server's durable rows end. What is
+        not acknowledged yet is kept in memory for this, up to `TransferOptions.window_bytes`.
+
+        Args:
+            data: A RecordBatch, Table, RecordBatchReader, `fletcher.readers.Source`, or an
+                iterable of RecordBatches; columns as `options` names them.
+            options: What to do, or just the dataset's name.
+            row_offset: Offset of the first row in the upload, where this is not its beginning.
+            end: These are the last rows of the upload: it can be complete.
+            resume: Ask first which rows of `options.upload_id` the server has, and skip those.
+            on_ack: Called now and then, in this thread, with the newest acknowledgement.
+
+        Returns:
+            What became of the rows; rows that failed are in `errors`, and no exception.
+        """
+        options = _with_upload_id(_as_options(options))
+        if row_offset < 0:
+            raise InvalidCommandError(f"`row_offset` is {row_offset}, expected 0 or more")
+        upload = Upload(
+            self._connection, data, options, row_offset=row_offset, end=end, on_ack=on_ack
+        )
+        return upload.run(ask_first=resume)
+
+    def ingest(
+        self,
+        source: Source | str | Path | Iterable[str | Path],
+        options: EmbedOptions | str,
+        *,
+        on_ack: OnAck | None = None,
+    ) -> PutSummary:
+        """Embeds files into a dataset, once: the upload is named after their contents.
+
+        Running it again, after a crash or for no reason, stores no row twice.
+
+        Args:
+            source: From `fletcher.readers.open_source`, or paths to open by it with the columns
+                that `options` names.
+            options: What to do, or just the dataset's name. Without an `upload_id` it is made of
+                the files' contents and the options; of standard input it is random.
+            on_ack: As in `put`.
+        """
+        options = _as_options(options)
+        if not isinstance(source, Source):
+            source = open_source(
+                source,
+                text_column=options.text_column,
+                id_column=None if options.id_column == "id" else options.id_column,
+                columns=options.columns,
+            )
+        chosen = source.selection
+        options = replace(
+            options,
+            text_column=chosen.text,
+            id_column=chosen.id or "id",
+            columns=chosen.carried,
+        )
+        if options.upload_id is None:
+            options = replace(options, upload_id=ingest_id(source, options))
+        return self.put(source, options, resume=True, on_ack=on_ack)
+
+    def exchange(self, data: Any, options: EmbedOptions | None = None) -> Exchange:
+        """Embeds text and gives the vectors back: an iterator of batches, in order.
+
+        Args:
+            data: As for `put`.
+            options: What to do; None: the server's defaults.
+        """
+        return Exchange(self._connection, data, options or EmbedOptions())
+
+    def embed(self, texts: Sequence[str], **options: Any) -> npt.NDArray[Any]:
+        """Vectors of some texts.
+
+        Args:
+            texts: The texts.
+            **options: Fields of EmbedOptions, such as `model`, `prompt`, `dims`, `dtype` (float32
+                unless given).
+
+        Returns:
+            [len(texts), dims] of `dtype`.
+
+        Raises:
+            FletcherError: A text has no vector; the message says which and why.
+        """
+        if isinstance(texts, str):
+            raise InvalidCommandError("`texts` is one string, expected a list of them")
+        wanted = EmbedOptions.from_mapping({"dtype": "float32", **options})
+        try:
+            column = pa.array(texts, pa.utf8())
+        except (pa.ArrowException, TypeError, UnicodeError):
+            raise InvalidCommandError("`texts` holds something that is no Unicode text") from None
+        table = pa.table({wanted.text_column: column})
+        batches = table.to_batches(max_chunksize=_EMBED_ROWS)
+        parts = []
+        with self.exchange(pa.Table.from_batches(batches, table.schema), wanted) as exchange:
+            for batch in exchange:
+                if exchange.errors:
+                    raise _row_failure(exchange.errors[0])
+                vectors = batch.column("vector")
+                if vectors.null_count:
+                    raise InternalError("the server left out a vector and did not say why")
+                parts.append(vectors.flatten().to_numpy().reshape(len(vectors), -1))
+            if not parts:
+                kind = exchange.schema.field("vector").type
+                return np.zeros((0, kind.list_size), kind.value_type.to_pandas_dtype())
+        embeddings = np.concatenate(parts)
+        if len(embeddings) != len(texts):
+            raise InternalError(f"{len(embeddings)} vectors came back for {len(texts)} texts")
+        return embeddings
+
+    def upload_status(self, upload_id: str, dataset: str | None = None) -> dict[str, Any]:
+        """`rows_durable`, `ranges` (inclusive) and `complete` of an upload."""
+        body = {"upload_id": upload_id}
+        if dataset is not None:
+            body["dataset"] = dataset
+        return self._connection.action("upload_status", body)
+
+    def stats(self) -> dict[str, Any]:
+        """The server's counters, durations, queues and workers."""
+        return self._connection.action("stats")
+
+    def list_models(self) -> list[dict[str, Any]]:
+        """The models that the server runs: the fields of ModelInfo."""
+        return list(self._connection.action("list_models").get("models", []))
+
+    def health(self) -> dict[str, Any]:
+        """Answers if the server's process is alive."""
+        return self._connection.action("health")
+
+    def ready(self) -> bool:
+        """Whether the server lets new calls in."""
+        return bool(self._connection.action("ready").get("ready"))
+
+    def close(self) -> None:
+        """Closes the connection. Idempotent."""
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def ingest_id(source: Source, options: EmbedOptions) -> str:
+    """The `upload_id` of files with options: the same for the same, random where unrepeatable."""
+    if not source.reiterable:
+        return uuid.uuid4().hex
+    digest = hashlib.sha256(source.content_hash().encode())
+    digest.update(replace(options, upload_id=None, priority=None).to_json())
+    return digest.hexdigest()[:40]
+
+
+def _as_options(options: EmbedOptions | str) -> EmbedOptions:
+    options = EmbedOptions(dataset=options) if isinstance(options, str) else options
+    if options.dataset is None:
+        raise InvalidCommandError("`dataset` is missing", field="dataset")
+    return options
+
+
+def _with_upload_id(options: EmbedOptions) -> EmbedOptions:
+    if options.upload_id is not None:
+        return options
+    return replace(options, upload_id=uuid.uuid4().hex)
+
+
+def _row_failure(error: RowError) -> Exception:
+    kind = BY_CODE.get(error.code, InternalError)
+    return kind(f"text {error.row}: {error.message}")

@@ -1,0 +1,198 @@
+"""One Flight connection: its address, credentials, call options, and its errors as ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import flight
+
+from fletcher.errors import (
+    DeadlineExceededError,
+    FletcherError,
+    InternalError,
+    InvalidCommandError,
+    UnavailableError,
+)
+from fletcher.flight.status import from_flight_error
+from fletcher.options import EmbedOptions
+
+_SCHEMES = {
+    "grpc": "grpc",
+    "grpc+tcp": "grpc",
+    "grpcs": "grpc+tls",
+    "grpc+tls": "grpc+tls",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TlsOptions:
+    """Files of PEM certificates.
+
+    Attributes:
+        ca: Trusted roots; None: those of the system.
+        cert: This client's certificate, for servers that ask for one; goes with `key`.
+        key: The key of `cert`.
+    """
+
+    ca: str | Path | None = None
+    cert: str | Path | None = None
+    key: str | Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """How uploads and exchanges use the connection.
+
+    Attributes:
+        message_bytes: Batches are cut into messages of this size; gRPC is at its best from 1 to 4
+            MiB, and larger ones hold a slow server's memory.
+        window_bytes: Unacknowledged text at most: more keeps a distant or batching server busy,
+            and is held in memory to be sent again after a broken connection.
+        stall_timeout_s: An upload or exchange that owes an answer for this long is given up.
+        max_retries: Connections that may fail in a row without any progress.
+        backoff_s: Pause before the first retry; doubles up to `max_backoff_s`, half of it random.
+        compression: `lz4` or `zstd` for slow networks (text shrinks 2 to 5 times); None: none.
+    """
+
+    message_bytes: int = 2 << 20
+    window_bytes: int = 32 << 20
+    stall_timeout_s: float = 600.0
+    max_retries: int = 6
+    backoff_s: float = 0.2
+    max_backoff_s: float = 10.0
+    compression: str | None = None
+
+
+class Connection:
+    """A FlightClient, what every call on it needs, and its errors translated.
+
+    Args:
+        uri: `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`.
+        token: Bearer token.
+        tls: Certificates, for `grpc+tls`.
+        timeout_s: Longest wait for connecting, and for the answer of an action.
+        transfer: How uploads and exchanges use it.
+
+    Raises:
+        InvalidCommandError: The address is none, or a certificate cannot be read.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        token: str | None,
+        tls: TlsOptions | None,
+        timeout_s: float,
+        transfer: TransferOptions,
+    ) -> None:
+        self.address = uri
+        self.transfer = transfer
+        self._timeout_s = timeout_s
+        self._headers = [(b"authorization", b"Bearer " + token.encode())] if token else []
+        location, secure = _location(uri)
+        if tls is not None and not secure:
+            raise InvalidCommandError(
+                f"`tls` is given, but {uri} is not encrypted; use grpc+tls://", field="tls"
+            )
+        credentials: dict[str, Any] = {}
+        if tls is not None:
+            credentials = {
+                "tls_root_certs": _pem(tls.ca),
+                "cert_chain": _pem(tls.cert),
+                "private_key": _pem(tls.key),
+            }
+        with self.errors():
+            self.flight = flight.FlightClient(location, **credentials)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Whatever pyarrow raises inside leaves as a FletcherError."""
+        try:
+            yield
+        except FletcherError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, TypeError) as exc:
+            # The original is not chained: a kept Flight error keeps its call's memory.
+            raise from_flight_error(exc, self.address) from None
+
+    def check(self) -> None:
+        """Makes sure that somebody listens, who lets us in.
+
+        Raises:
+            UnavailableError: Nobody listens.
+            UnauthenticatedError, UnauthorizedError: The token is missing or wrong.
+        """
+        try:
+            self.action("health")
+        except DeadlineExceededError:
+            raise UnavailableError(
+                f"{self.address} did not answer within {self._timeout_s:g} s; check the address"
+            ) from None
+        except InvalidCommandError:
+            return  # it listens, and has no such action
+
+    def action(self, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Calls an action with a JSON body and gives its JSON answer."""
+        raw = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
+        with self.errors():
+            options = self.call_options(timeout_s=self._timeout_s)
+            results = list(self.flight.do_action(flight.Action(name, raw), options))
+        try:
+            answer = json.loads(results[0].body.to_pybytes())
+        except (IndexError, ValueError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise InternalError(f"{self.address} answered `{name}` with something else than JSON")
+        return answer
+
+    def call_options(self, *, timeout_s: float | None = None) -> flight.FlightCallOptions:
+        """Headers, compression and, if given, a deadline for the whole call."""
+        write = pa.ipc.IpcWriteOptions(compression=self.transfer.compression)
+        return flight.FlightCallOptions(
+            timeout=timeout_s, write_options=write, headers=self._headers
+        )
+
+    def close(self) -> None:
+        """Closes the connection. Idempotent."""
+        self.flight.close()
+
+
+def descriptor(options: EmbedOptions) -> flight.FlightDescriptor:
+    """The descriptor that asks for these options."""
+    return flight.FlightDescriptor.for_command(options.to_json())
+
+
+def _location(uri: str) -> tuple[str, bool]:
+    try:
+        parts = urlsplit(uri)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), None, None
+    scheme = _SCHEMES.get(parts.scheme)
+    if scheme is None or not host or not port or parts.path.strip("/") or parts.query:
+        raise InvalidCommandError(
+            f"`uri` is {uri[:200]!r}, expected grpc://HOST:PORT or grpc+tls://HOST:PORT",
+            field="uri",
+            allowed=sorted(f"{scheme}://HOST:PORT" for scheme in _SCHEMES),
+        )
+    bracketed = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{bracketed}:{port}", scheme == "grpc+tls"
+
+
+def _pem(path: str | Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidCommandError(
+            f"`tls`: cannot read {path}: {error.strerror}", field="tls"
+        ) from None

@@ -1,0 +1,250 @@
+"""Vectors back by DoExchange: one thread writes, one reads, the caller iterates."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+
+from fletcher.client.connection import Connection, descriptor
+from fletcher.client.messages import RowError, as_batches, messages, row_errors
+from fletcher.errors import (
+    DeadlineExceededError,
+    FletcherError,
+    InternalError,
+    UnavailableError,
+)
+from fletcher.flight.status import from_flight_error
+from fletcher.options import EmbedOptions
+
+# Batches that wait for the caller; more of them wait in the server, which stops reading then.
+_MAX_WAITING = 4
+_CLOSE_TIMEOUT_S = 5.0
+
+
+class _WriteError(Exception):
+    def __init__(self, error: FletcherError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class Exchange:
+    """An iterator over batches with vectors, in the order of what was sent.
+
+    Batches larger than `TransferOptions.message_bytes` come back in pieces. Leaving it early, by
+    `close` or at the end of `with`, cancels the call.
+
+    Attributes:
+        errors: Why rows of the batch last returned have a null vector; at most the first 1,000.
+
+    Args:
+        connection: To the server.
+        data: See `as_batches`; read in a thread of its own.
+        options: What to do with the text.
+    """
+
+    def __init__(self, connection: Connection, data: Any, options: EmbedOptions) -> None:
+        self.errors: tuple[RowError, ...] = ()
+        self._connection = connection
+        self._input_schema, self._input = as_batches(data)
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[pa.RecordBatch, tuple[RowError, ...]]] = deque()
+        self._schema: pa.Schema | None = None
+        self._rows_sent = 0
+        self._rows_answered = 0
+        self._all_sent = False
+        self._written = False  # the writing thread is done, whether it sent all or not
+        self._failure: BaseException | None = None
+        self._read_all = False
+        self._closed = False
+        self._last_activity = time.monotonic()
+        with connection.errors():
+            self._writer, self._reader = connection.flight.do_exchange(
+                descriptor(options), connection.call_options()
+            )
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for name, work in (("exchange-write", self._write), ("exchange-read", self._read))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The output's schema; waits for the server to send it."""
+        self._wait(lambda: self._schema is not None)
+        if self._schema is None:
+            raise InternalError(f"{self._connection.address} ended the exchange without a schema")
+        return self._schema
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return self
+
+    def __next__(self) -> pa.RecordBatch:
+        """The next batch.
+
+        Raises:
+            FletcherError: The server refused or failed; DeadlineExceededError where it owes an
+                answer for `stall_timeout_s`.
+            Exception: What the input raised.
+        """
+        if self._closed:
+            raise StopIteration
+        self._wait(lambda: bool(self._waiting))
+        with self._changed:
+            if self._waiting:
+                batch, self.errors = self._waiting.popleft()
+                self._changed.notify_all()
+                return batch
+            # The server may end the call a moment before the writing thread knows that it sent all.
+            self._changed.wait_for(lambda: self._written, _CLOSE_TIMEOUT_S)
+            complete = self._all_sent and self._rows_answered == self._rows_sent
+            if self._failure is None and not complete:
+                self._failure = UnavailableError(
+                    f"{self._connection.address} ended the exchange after {self._rows_answered} of "
+                    f"{self._rows_sent} rows"
+                )
+        self.close()
+        if self._failure is not None:
+            raise self._failure
+        raise StopIteration
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the call, cancelling what is not done. Idempotent."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+            finished = self._read_all and self._all_sent
+        if not finished:
+            self._reader.cancel()
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        """Waits until `done`, or the call has ended; raises what ended it.
+
+        What was answered before a failure is handed out first.
+        """
+        timeout_s = self._connection.transfer.stall_timeout_s
+        while True:
+            with self._changed:
+                if done():
+                    return
+                if self._failure is None and self._read_all:
+                    return
+                failure = self._failure
+                if failure is None:
+                    owes = self._rows_answered < self._rows_sent or self._all_sent
+                    left = self._last_activity + timeout_s - time.monotonic()
+                    if owes and left <= 0:
+                        failure = self._failure = DeadlineExceededError(
+                            f"{self._connection.address} has answered nothing for {timeout_s:g} s"
+                        )
+                    else:
+                        # Woken by every change; by the clock while an answer is owed.
+                        self._changed.wait(left if owes else timeout_s)
+                        continue
+            self.close()
+            raise failure
+
+    def _write(self) -> None:
+        try:
+            self._call(self._writer.begin, self._input_schema)
+            for message in messages(self._input, max_bytes=self._connection.transfer.message_bytes):
+                with self._changed:
+                    if self._closed:
+                        break
+                    if self._rows_answered == self._rows_sent:
+                        self._last_activity = time.monotonic()
+                    self._rows_sent += message.batch.num_rows
+                    self._changed.notify_all()
+                self._call(self._writer.write_with_metadata, message.batch, message.metadata())
+            else:
+                self._call(self._writer.done_writing)
+                with self._changed:
+                    self._all_sent = True
+                    self._last_activity = time.monotonic()
+                    self._changed.notify_all()
+        except _WriteError as failed:
+            # A write fails because the call has ended, and the reader then knows why.
+            with self._changed:
+                self._changed.wait_for(lambda: self._read_all, _CLOSE_TIMEOUT_S)
+            self._fail(failed.error)
+        except BaseException as error:  # noqa: BLE001 - the caller's input raised: it gets it back
+            self._fail(error)
+            self._reader.cancel()
+        with self._changed:
+            self._written = True
+            self._changed.notify_all()
+
+    def _call(self, write: Callable[..., None], *arguments: Any) -> None:
+        try:
+            with self._connection.errors():
+                write(*arguments)
+        except FletcherError as error:
+            raise _WriteError(error) from None
+
+    def _read(self) -> None:
+        try:
+            self._read_batches()
+        except Exception as exc:  # noqa: BLE001 - of a thread: handed to the caller's
+            self._fail(from_flight_error(exc, self._connection.address))
+        with self._changed:
+            self._read_all = True
+            self._changed.notify_all()
+
+    def _read_batches(self) -> None:
+        schema = self._reader.schema
+        with self._changed:
+            self._schema = schema
+            self._changed.notify_all()
+        while True:
+            try:
+                chunk = self._reader.read_chunk()
+            except StopIteration:
+                return
+            if chunk.data is None:
+                continue
+            errors = _errors(chunk.app_metadata)
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._waiting) < _MAX_WAITING or self._closed)
+                if self._closed:
+                    return
+                self._waiting.append((chunk.data, errors))
+                self._rows_answered += chunk.data.num_rows
+                self._last_activity = time.monotonic()
+                self._changed.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+
+def _errors(metadata: pa.Buffer | None) -> tuple[RowError, ...]:
+    if metadata is None:
+        return ()
+    try:
+        return row_errors(json.loads(metadata.to_pybytes()).get("errors", []))
+    except (ValueError, AttributeError):
+        raise InternalError("the server sent a batch with metadata that is not JSON") from None

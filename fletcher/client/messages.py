@@ -1,0 +1,214 @@
+"""What crosses the wire beside vectors: batches of a bearable size, acknowledgements, summaries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types
+
+from fletcher.errors import InternalError, InvalidCommandError
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row has no vector. `row` counts from the upload's or exchange's first."""
+
+    row: int | None
+    id: str | int | None
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """How far an upload is; `rows_*` are totals for the upload, over all its connections."""
+
+    upload_id: str
+    batch_id: int
+    row_first: int
+    row_last: int
+    rows_received: int
+    rows_stored: int
+    rows_failed: int
+    rows_durable: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutSummary:
+    """What became of an upload.
+
+    Attributes:
+        upload_id: Its name: given again, it resumes the upload.
+        complete: The server knows how many rows there are and is done with every one of them.
+        rows_received: Rows taken in; those of earlier connections included, as in all counts.
+        rows_stored: Rows in the store.
+        rows_failed: Rows that have no vector; `errors` says why.
+        rows_durable: Rows from the first on that outlive a crash.
+        rows_deduplicated: Rows dropped as duplicates.
+        model: `name@hash` of the model that made the vectors.
+        errors: The first failed rows.
+        errors_truncated: There are more.
+    """
+
+    upload_id: str
+    complete: bool
+    rows_received: int
+    rows_stored: int
+    rows_failed: int
+    rows_durable: int
+    rows_deduplicated: int = 0
+    model: str = ""
+    errors: tuple[RowError, ...] = field(default=())
+    errors_truncated: bool = False
+
+
+def parse_reply(body: bytes) -> Ack | PutSummary | None:
+    """The acknowledgement or summary in a PutResult; None for any other kind of message.
+
+    Raises:
+        InternalError: It is none of Fletcher's.
+    """
+    try:
+        fields = json.loads(body)
+        kind = fields.pop("type", None)
+        if kind == "ack":
+            return Ack(**{name: fields[name] for name in Ack.__dataclass_fields__})
+        if kind == "summary":
+            known = {k: v for k, v in fields.items() if k in PutSummary.__dataclass_fields__}
+            known["errors"] = row_errors(known.get("errors", []))
+            return PutSummary(**known)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InternalError(
+            f"the server sent a reply that is no acknowledgement: {body[:200]!r}"
+        ) from None
+    return None
+
+
+def row_errors(entries: Iterable[dict[str, Any]]) -> tuple[RowError, ...]:
+    """The `errors` of a summary or of an exchanged batch."""
+    names = ("row", "id", "code", "message")
+    return tuple(RowError(*(entry.get(name) for name in names)) for entry in entries)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """A batch as it is sent.
+
+    Attributes:
+        batch_id: Counts the messages of an upload.
+        row_first: Offset of its first row in the upload.
+        num_bytes: What the batch takes on the wire, uncompressed and without dictionaries.
+    """
+
+    batch: pa.RecordBatch
+    batch_id: int
+    row_first: int
+    num_bytes: int
+
+    @property
+    def row_last(self) -> int:
+        return self.row_first + int(self.batch.num_rows) - 1
+
+    def metadata(self) -> bytes:
+        """The batch's `app_metadata`."""
+        return json.dumps({"batch_id": self.batch_id, "row_offset": self.row_first}).encode()
+
+
+def end_marker(num_rows: int) -> bytes:
+    """The `app_metadata` that ends an upload of so many rows."""
+    return json.dumps({"end": True, "rows": num_rows}).encode()
+
+
+def messages(
+    batches: Iterable[pa.RecordBatch], *, max_bytes: int, row_offset: int = 0
+) -> Iterator[Message]:
+    """Batches as messages of at most `max_bytes` (or one row); empty batches are left out."""
+    batch_id, row = 0, row_offset
+    for batch in batches:
+        for piece in split(batch, max_bytes):
+            yield Message(piece, batch_id, row, wire_bytes(piece))
+            batch_id += 1
+            row += piece.num_rows
+
+
+def split(batch: pa.RecordBatch, max_bytes: int) -> Iterator[pa.RecordBatch]:
+    """A batch's rows in slices of at most `max_bytes`, or of one row that is larger by itself."""
+    if batch.num_rows == 0:
+        return
+    if batch.num_rows == 1 or wire_bytes(batch) <= max_bytes:
+        yield batch
+        return
+    # Halves, not equal parts: rows differ in size.
+    middle = batch.num_rows // 2
+    yield from split(batch.slice(0, middle), max_bytes)
+    yield from split(batch.slice(middle), max_bytes)
+
+
+def wire_bytes(batch: pa.RecordBatch) -> int:
+    """Bytes of a batch's rows; a dictionary is sent once, whatever the number of slices."""
+    return sum(
+        column.indices.nbytes if types.is_dictionary(column.type) else column.nbytes
+        for column in batch.columns
+    )
+
+
+def as_batches(data: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """The schema and batches of whatever holds some.
+
+    Args:
+        data: A RecordBatch, Table, RecordBatchReader, `fletcher.readers.Source`, or an iterable of
+            RecordBatches of one schema.
+
+    Raises:
+        InvalidCommandError: It is none of these.
+    """
+    if isinstance(data, pa.RecordBatch):
+        schema, batches = data.schema, iter([data])
+    elif isinstance(data, pa.Table):
+        schema, batches = data.schema, iter(data.to_batches())
+    elif isinstance(data, pa.RecordBatchReader):
+        schema, batches = data.schema, iter(data)
+    elif hasattr(data, "batches") and hasattr(data, "schema"):
+        schema, batches = data.schema, data.batches()
+    else:
+        try:
+            batches = iter(data)
+        except TypeError:
+            raise InvalidCommandError(
+                f"`data` is a {type(data).__name__}, expected a RecordBatch, a Table, a "
+                "RecordBatchReader or an iterable of RecordBatches"
+            ) from None
+        first = next(batches, None)
+        if not isinstance(first, pa.RecordBatch):
+            found = "nothing" if first is None else f"a {type(first).__name__}"
+            raise InvalidCommandError(
+                f"`data` yields {found}, expected RecordBatches (an empty Table has a schema, "
+                "an empty list has none)"
+            )
+        schema, batches = first.schema, chain([first], batches)
+    plain = _without_views(schema)
+    if plain is schema:
+        return schema, batches
+    return plain, (_cast(batch, plain) for batch in batches)
+
+
+def _without_views(schema: pa.Schema) -> pa.Schema:
+    """A slice of a view column carries the whole column's data along; plain utf8 does not."""
+    views = [index for index, one in enumerate(schema) if types.is_string_view(one.type)]
+    for index in views:
+        schema = schema.set(index, schema.field(index).with_type(pa.large_utf8()))
+    return schema
+
+
+def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    columns = [
+        column if column.type == one.type else pc.cast(column, one.type)
+        for column, one in zip(batch.columns, schema, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -1,0 +1,339 @@
+"""Uploads by DoPut: a window of unacknowledged messages, and resumption after broken connections.
+
+Three threads have a part: the caller's takes batches from the source and waits, one writes, one
+reads acknowledgements. So the caller is never stuck inside a call that cannot be interrupted.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from fletcher.client.connection import Connection, TransferOptions, descriptor
+from fletcher.client.messages import (
+    Ack,
+    Message,
+    PutSummary,
+    as_batches,
+    end_marker,
+    messages,
+    parse_reply,
+)
+from fletcher.errors import (
+    DeadlineExceededError,
+    FletcherError,
+    InternalError,
+    UnavailableError,
+    UnknownDatasetError,
+    UploadConflictError,
+)
+from fletcher.flight.status import from_flight_error
+from fletcher.options import EmbedOptions
+
+OnAck = Callable[[Ack], None]
+# How long a call that is being given up may take to end before it is left to its threads.
+_CLOSE_TIMEOUT_S = 5.0
+
+
+class Upload:
+    """One upload over as many connections as it takes.
+
+    Args:
+        connection: To the server.
+        data: See `as_batches`; read once.
+        options: With `dataset` and `upload_id`.
+        row_offset: Offset of the first row of `data` in the upload.
+        end: Tell the server that these were the last rows.
+        on_ack: Called in the caller's thread with the newest acknowledgement.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        data: Any,
+        options: EmbedOptions,
+        *,
+        row_offset: int,
+        end: bool,
+        on_ack: OnAck | None,
+    ) -> None:
+        self._connection = connection
+        self._transfer = connection.transfer
+        self._options = options
+        self._end = end
+        self._on_ack = on_ack
+        self._schema, batches = as_batches(data)
+        self._unread: Iterator[Message] = messages(
+            batches, max_bytes=self._transfer.message_bytes, row_offset=row_offset
+        )
+        self._unacknowledged: deque[Message] = deque()
+        self._row_offset = self._next_row = row_offset
+        self._acknowledged = row_offset  # rows before this one are not kept any more
+        self._stored: list[tuple[int, int]] = []  # inclusive, as the server said when asked
+        self._progress = 0
+
+    def run(self, *, ask_first: bool) -> PutSummary:
+        """Sends everything and gives the server's summary.
+
+        Args:
+            ask_first: The server may have rows of this upload already: do not send them again.
+
+        Raises:
+            FletcherError: The server refused, or could not be reached `max_retries` times.
+        """
+        known = not ask_first
+        failures = 0
+        while True:
+            progress = self._progress
+            try:
+                if not known:
+                    self._stored = self._ask()
+                    known = True
+                return self._send_all()
+            except UnavailableError as error:
+                if self._options.durability == "memory" and self._next_row > 0:
+                    raise  # nothing tells what has arrived
+                failures = 1 if self._progress > progress else failures + 1
+                if failures > self._transfer.max_retries:
+                    raise
+                known = False
+                time.sleep(_pause_s(self._transfer, failures, error))
+
+    def _ask(self) -> list[tuple[int, int]]:
+        """Row ranges that the server has; forgets those that were kept to be sent again."""
+        body = {"upload_id": self._options.upload_id, "dataset": self._options.dataset}
+        if self._options.store is not None:
+            body["store"] = self._options.store
+        try:
+            answer = self._connection.action("upload_status", body)
+            stored = [(int(first), int(last)) for first, last in answer["ranges"]]
+        except UnknownDatasetError:
+            stored = []
+        except (KeyError, TypeError, ValueError):
+            raise InternalError("the server's `upload_status` has no `ranges`") from None
+        if self._acknowledged > self._row_offset and not _covered(
+            stored, self._row_offset, self._acknowledged - 1
+        ):
+            raise UploadConflictError(
+                f"the server no longer has rows of upload `{self._options.upload_id}` that it had "
+                f"acknowledged (up to {self._acknowledged - 1}); send the whole upload again",
+                field="upload_id",
+            )
+        self._unacknowledged = deque(
+            one for one in self._unacknowledged if not _covered(stored, one.row_first, one.row_last)
+        )
+        return stored
+
+    def _send_all(self) -> PutSummary:
+        call = _PutCall(self._connection, self._options, self._schema)
+        try:
+            for message in list(self._unacknowledged):
+                self._wait(call, message.num_bytes)
+                call.send(message)
+            for message in self._unread:
+                self._next_row = message.row_last + 1
+                if _covered(self._stored, message.row_first, message.row_last):
+                    continue
+                self._unacknowledged.append(message)
+                self._wait(call, message.num_bytes)
+                call.send(message)
+            call.end(end_marker(self._next_row) if self._end else None)
+            summary = call.result(self._transfer.stall_timeout_s, lambda: self._note(call))
+            self._note(call)
+            return summary
+        finally:
+            self._note(call, quietly=True)
+            call.abandon()
+
+    def _wait(self, call: _PutCall, num_bytes: int) -> None:
+        call.wait_for_room(
+            num_bytes,
+            self._transfer.window_bytes,
+            self._transfer.stall_timeout_s,
+            lambda: self._note(call),
+        )
+        self._note(call)
+
+    def _note(self, call: _PutCall, *, quietly: bool = False) -> None:
+        """Takes up the newest acknowledgement."""
+        ack = call.take_ack()
+        if ack is None:
+            return
+        self._progress = max(self._progress, ack.rows_received)
+        while self._unacknowledged and self._unacknowledged[0].batch_id <= ack.batch_id:
+            self._acknowledged = self._unacknowledged.popleft().row_last + 1
+        if self._on_ack is not None and not quietly:
+            self._on_ack(ack)
+
+
+class _PutCall:
+    """One DoPut call: `send` and `end` from one thread; writing and reading have their own."""
+
+    def __init__(self, connection: Connection, options: EmbedOptions, schema: pa.Schema) -> None:
+        self._connection = connection
+        self._changed = threading.Condition()
+        self._outbox: deque[Message | bytes | None] = deque()
+        self._in_window: deque[Message] = deque()
+        self._window_bytes = 0
+        self._ack: Ack | None = None
+        self._summary: PutSummary | None = None
+        self._error: FletcherError | None = None
+        self._stopping = False
+        self._ended = False
+        self._closed = False
+        self._last_activity = time.monotonic()
+        with connection.errors():
+            self._writer, self._reader = connection.flight.do_put(
+                descriptor(options), schema, connection.call_options()
+            )
+        for name, work in (("put-write", self._write), ("put-read", self._read)):
+            threading.Thread(target=work, name=name, daemon=True).start()
+
+    def wait_for_room(
+        self, num_bytes: int, window_bytes: int, stall_timeout_s: float, tick: Callable[[], None]
+    ) -> None:
+        """Waits until so many bytes fit into the window, or nothing is in it."""
+        self._wait(
+            lambda: not self._in_window or self._window_bytes + num_bytes <= window_bytes,
+            stall_timeout_s,
+            tick,
+        )
+
+    def send(self, message: Message) -> None:
+        with self._changed:
+            if not self._in_window:
+                self._last_activity = time.monotonic()
+            self._in_window.append(message)
+            self._window_bytes += message.num_bytes
+            self._outbox.append(message)
+            self._changed.notify_all()
+
+    def end(self, marker: bytes | None) -> None:
+        """Says that nothing more comes: with an end marker, or without one."""
+        with self._changed:
+            self._last_activity = time.monotonic()
+            if marker is not None:
+                self._outbox.append(marker)
+            self._outbox.append(None)
+            self._changed.notify_all()
+
+    def result(self, stall_timeout_s: float, tick: Callable[[], None]) -> PutSummary:
+        """The summary, once the server has ended the call."""
+        self._wait(lambda: self._closed, stall_timeout_s, tick)
+        with self._changed:
+            if self._summary is None:
+                raise UnavailableError(
+                    f"{self._connection.address} ended the upload without a summary"
+                )
+            return self._summary
+
+    def take_ack(self) -> Ack | None:
+        """The newest acknowledgement since the last time."""
+        with self._changed:
+            ack, self._ack = self._ack, None
+            return ack
+
+    def abandon(self) -> None:
+        """Lets the call end, if it has not; no longer than a few seconds."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed, _CLOSE_TIMEOUT_S)
+
+    def _wait(
+        self, done: Callable[[], bool], stall_timeout_s: float, tick: Callable[[], None]
+    ) -> None:
+        while True:
+            with self._changed:
+                left = self._last_activity + stall_timeout_s - time.monotonic()
+                self._changed.wait_for(
+                    lambda: done() or self._closed or self._ack is not None, max(0.0, left)
+                )
+                if self._closed:
+                    if self._error is not None:
+                        raise self._error
+                    if not done():
+                        raise UnavailableError(
+                            f"{self._connection.address} ended the upload before its end"
+                        )
+                if done():
+                    return
+                stalled = self._ack is None
+            if stalled and time.monotonic() >= self._last_activity + stall_timeout_s:
+                raise DeadlineExceededError(
+                    f"{self._connection.address} has acknowledged nothing for "
+                    f"{stall_timeout_s:g} s; the upload can be resumed by its `upload_id`"
+                )
+            tick()
+
+    def _write(self) -> None:
+        try:
+            while (item := self._next()) is not None:
+                if isinstance(item, Message):
+                    self._writer.write_with_metadata(item.batch, item.metadata())
+                else:
+                    self._writer.write_metadata(item)
+            self._writer.done_writing()
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended)
+        except Exception as exc:  # noqa: BLE001 - of a thread: handed to the caller's
+            self._fail(exc)
+        try:
+            self._writer.close()
+        except Exception as exc:  # noqa: BLE001 - the call's status comes with it
+            self._fail(exc)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _next(self) -> Message | bytes | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._outbox or self._ended or self._stopping)
+            if self._ended or self._stopping:
+                return None
+            return self._outbox.popleft()
+
+    def _read(self) -> None:
+        try:
+            while (reply := self._reader.read()) is not None:
+                self._take(parse_reply(reply.to_pybytes()))
+        except Exception as exc:  # noqa: BLE001 - of a thread: handed to the caller's
+            self._fail(exc)
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def _take(self, reply: Ack | PutSummary | None) -> None:
+        with self._changed:
+            self._last_activity = time.monotonic()
+            if isinstance(reply, PutSummary):
+                self._summary = reply
+            elif reply is not None:
+                self._ack = reply
+                while self._in_window and self._in_window[0].batch_id <= reply.batch_id:
+                    self._window_bytes -= self._in_window.popleft().num_bytes
+            self._changed.notify_all()
+
+    def _fail(self, exc: Exception) -> None:
+        """Keeps the error that says most: the server's own rather than a failed write's."""
+        error = from_flight_error(exc, self._connection.address)
+        with self._changed:
+            if self._error is None or getattr(exc, "extra_info", None):
+                self._error = error
+
+
+def _covered(ranges: list[tuple[int, int]], first: int, last: int) -> bool:
+    return any(low <= first and last <= high for low, high in ranges)
+
+
+def _pause_s(transfer: TransferOptions, failures: int, error: UnavailableError) -> float:
+    """Exponential, half of it random, and not before the server said."""
+    pause = min(transfer.max_backoff_s, transfer.backoff_s * 2.0 ** (failures - 1))
+    pause *= 0.5 + random.random() / 2  # noqa: S311 - not for secrets
+    return float(max(pause, (error.retry_after_ms or 0) / 1000))
