@@ -91,7 +91,7 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
     if args.server:
         refuse_local_flags(args)
         token = _read_token(args.token_file) if args.token_file else None
-        tls = TlsOptions(ca=read_file(args.tls_ca, "tls_ca")) if args.tls_ca else None
+        tls = TlsOptions(ca=args.tls_ca) if args.tls_ca else None
         with connect(args.server, token=token, tls=tls) as client:
             yield client
         return
@@ -131,20 +131,16 @@ def refuse_local_flags(args: argparse.Namespace) -> None:
 
 
 def _read_token(path: Path) -> str:
-    lines = read_file(path, "token_file").decode(errors="replace").split()
-    if not lines:
-        raise ConfigError(f"`token_file` {str(path)!r} holds no token", field="token_file")
-    return lines[0]
-
-
-def read_file(path: Path, option: str) -> bytes:
-    """A small file that an option names. Raises ConfigError."""
     try:
-        return path.expanduser().read_bytes()
-    except OSError as error:
+        words = path.expanduser().read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(
-            f"`{option}` is {str(path)!r}, which cannot be read: {error.strerror}", field=option
+            f"`token_file` is {str(path)!r}, which cannot be read: {reason}", field="token_file"
         ) from None
+    if not words:
+        raise ConfigError(f"`token_file` {str(path)!r} holds no token", field="token_file")
+    return words[0]
 
 
 def _say(line: str) -> None:

@@ -8,19 +8,22 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from fletcher.cli.connection import add_connection, local_config, open_client
 from fletcher.cli.parser import given_flags
 from fletcher.config import NO_STORE
-from fletcher.errors import ConfigError, InvalidCommandError
-from fletcher.options import CHOICES
+from fletcher.errors import BY_CODE, ConfigError, InternalError, InvalidCommandError
+from fletcher.options import CHOICES, EmbedOptions
 
-CHUNK_TEXTS = 1024
-Vectors = npt.NDArray[np.floating[Any]]
+if TYPE_CHECKING:
+    from fletcher.client import Client
+
+BATCH_TEXTS = 1024
 
 
 def add_parser(subparsers: Any) -> None:
@@ -59,36 +62,54 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"`format` {args.format} is not for a terminal; give --output FILE", field="format"
         )
+    options = EmbedOptions(
+        model=given_flags(args).get("model") if args.server else None,
+        dims=args.dims,
+        dtype=args.dtype,
+        prompt=args.prompt,
+        truncate=args.truncate,
+        include_text=True,
+    )
     config = local_config(args, store=NO_STORE)
-    options = {"dims": args.dims, "dtype": args.dtype, "prompt": args.prompt}
-    if args.server:
-        options["model"] = given_flags(args).get("model")
     with _open_output(args.output) as output, open_client(args, config) as client:
-        chunks = (
-            (chunk, client.embed(chunk, truncate=args.truncate, **options))
-            for chunk in _chunks(_texts(args.texts))
-        )
-        _WRITERS[args.format](chunks, output)
+        _WRITERS[args.format](_embedded(client, _Texts(args.texts), options), output)
     return 0
 
 
-def _texts(given: list[str]) -> Iterator[str]:
-    if given == ["-"]:
-        for number, line in enumerate(sys.stdin.buffer, 1):
-            try:
-                yield line.rstrip(b"\r\n").decode()
-            except UnicodeDecodeError:
-                raise InvalidCommandError(
-                    f"standard input is not UTF-8 in line {number}; convert it with iconv"
-                ) from None
-    else:
-        yield from given
+class _Texts:
+    """Texts as batches, in the form that the client takes."""
+
+    schema = pa.schema([("text", pa.utf8())])
+
+    def __init__(self, given: list[str]) -> None:
+        self._given = given
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        texts = _stdin_lines() if self._given == ["-"] else iter(self._given)
+        while chunk := list(itertools.islice(texts, BATCH_TEXTS)):
+            yield pa.record_batch([pa.array(chunk, pa.utf8())], schema=self.schema)
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while chunk := list(itertools.islice(iterator, CHUNK_TEXTS)):
-        yield chunk
+def _stdin_lines() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.rstrip(b"\r\n").decode()
+        except UnicodeDecodeError:
+            raise InvalidCommandError(
+                f"standard input is not UTF-8 in line {number}; convert it with iconv"
+            ) from None
+
+
+def _embedded(client: Client, texts: _Texts, options: EmbedOptions) -> Iterator[pa.RecordBatch]:
+    """Batches of text and vector. Raises what a text without a vector failed by."""
+    with client.exchange(texts, options) as exchange:
+        yield pa.RecordBatch.from_pylist([], exchange.schema).select(["text", "vector"])
+        for batch in exchange:
+            for error in exchange.errors:
+                kind = BY_CODE.get(error.code, InternalError)
+                number = "" if error.row is None else f" {error.row + 1}"
+                raise kind(f"text{number}: {error.message}")
+            yield batch.select(["text", "vector"])
 
 
 def _open_output(path: Path | None) -> IO[bytes]:
@@ -102,33 +123,30 @@ def _open_output(path: Path | None) -> IO[bytes]:
         ) from None
 
 
-def _write_jsonl(chunks: Iterable[tuple[list[str], Vectors]], output: IO[bytes]) -> None:
-    for texts, vectors in chunks:
-        for text, vector in zip(texts, vectors, strict=True):
+def _vectors(batch: pa.RecordBatch) -> npt.NDArray[Any]:
+    column = batch.column("vector")
+    return np.asarray(column.flatten()).reshape(len(column), column.type.list_size)
+
+
+def _write_jsonl(batches: Iterable[pa.RecordBatch], output: IO[bytes]) -> None:
+    for batch in batches:
+        for text, vector in zip(batch.column("text").to_pylist(), _vectors(batch), strict=True):
             # `str` of a float32 is the shortest text that reads back as the same float32.
             row = {"text": text, "vector": [float(str(value)) for value in vector]}
             output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         output.flush()
 
 
-def _write_npy(chunks: Iterable[tuple[list[str], Vectors]], output: IO[bytes]) -> None:
-    arrays = [vectors for _, vectors in chunks]
-    np.lib.format.write_array(output, np.concatenate(arrays) if arrays else np.empty((0, 0)))
+def _write_npy(batches: Iterable[pa.RecordBatch], output: IO[bytes]) -> None:
+    np.lib.format.write_array(output, np.concatenate([_vectors(batch) for batch in batches]))
 
 
-def _write_arrow(chunks: Iterable[tuple[list[str], Vectors]], output: IO[bytes]) -> None:
-    import pyarrow as pa
-
-    writer: Any = None
-    for texts, vectors in chunks:
-        flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-        column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-        batch = pa.record_batch({"text": pa.array(texts, pa.utf8()), "vector": column})
-        if writer is None:
-            writer = pa.ipc.new_stream(output, batch.schema)
-        writer.write_batch(batch)
-    if writer is not None:
-        writer.close()
+def _write_arrow(batches: Iterable[pa.RecordBatch], output: IO[bytes]) -> None:
+    rest = iter(batches)
+    first = next(rest)
+    with pa.ipc.new_stream(output, first.schema) as writer:
+        for batch in rest:
+            writer.write_batch(batch)
 
 
 _WRITERS = {"jsonl": _write_jsonl, "npy": _write_npy, "arrow": _write_arrow}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import threading
@@ -189,7 +190,7 @@ def _report(
         "rows_deduplicated": summary.rows_deduplicated,
         "seconds": round(seconds, 3),
         "rows_per_s": round(summary.rows_received / seconds, 1) if seconds > 0 else 0.0,
-        "errors": list(summary.errors),
+        "errors": [dataclasses.asdict(error) for error in summary.errors],
     }
 
 
