@@ -21,7 +21,7 @@ PACKAGE = ROOT / "fletcher"
 
 # Which modules may import a third-party engine: a full stop at the end allows a package's modules.
 ENGINES = {
-    "pyarrow.flight": ("fletcher.flight.", "fletcher.client", "fletcher.stores."),
+    "pyarrow.flight": ("fletcher.flight.", "fletcher.client.", "fletcher.stores."),
     "onnxruntime": ("fletcher.inference.onnxruntime", "fletcher.inference.devices"),
     "openvino": ("fletcher.inference.openvino", "fletcher.inference.devices"),
     "tokenizers": ("fletcher.tokenization.tokenizer",),
