@@ -118,6 +118,7 @@ class LongbowWriter:
         self._timeout_s = timeout_s
         self._stored: Counter[str] = Counter()
         self._use_put = False
+        self._proven = False
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> None:
         """See `DatasetWriter.append`. A failure may leave the first rows of a group stored."""
@@ -153,11 +154,15 @@ class LongbowWriter:
     def _send(self, batches: list[pa.RecordBatch]) -> None:
         if not self._use_put:
             try:
-                exchange(self._store.client(), self._dataset, batches, None, self._timeout_s)
+                client = self._store.client()
+                exchange(
+                    client, self._dataset, batches, None, self._timeout_s, probe=not self._proven
+                )
             except NotIngestError:
                 _log.info("the store has no acknowledged ingest; rows go by DoPut")
                 self._use_put = True
             else:
+                self._proven = True
                 return
         put(self._store.client(), self._dataset, batches, self._timeout_s)
 
@@ -168,6 +173,8 @@ def exchange(
     batches: Sequence[pa.RecordBatch],
     metadata: bytes | None,
     timeout_s: float,
+    *,
+    probe: bool = False,
 ) -> None:
     """Sends rows by DoExchange and waits for the acknowledgement of every message.
 
@@ -177,6 +184,9 @@ def exchange(
         batches: At least one; sliced into messages.
         metadata: Sent with every message.
         timeout_s: For the whole call.
+        probe: Wait for the first message's acknowledgement before the second is sent. A store
+            without this way of ingest answers something else and ends the call, and that answer
+            is lost where more is being sent.
 
     Raises:
         NotIngestError: The store does not ingest this way; nothing is stored.
@@ -189,6 +199,7 @@ def exchange(
         options = flight.FlightCallOptions(timeout=timeout_s)
         writer, reader = client.do_exchange(descriptor, options)
         sent: list[int] = []
+        acked = 0
         broken = False
         try:
             writer.begin(batches[0].schema)
@@ -198,11 +209,14 @@ def exchange(
                     writer.write_batch(message)
                 else:
                     writer.write_with_metadata(message, metadata)
+                if probe and not acked:
+                    _await_acks(reader, sent, what)
+                    acked = 1
             writer.done_writing()
         except _FAILURES:
             # Says only that the call is over; what is read next says why.
             broken = True
-        _await_acks(reader, sent, what)
+        _await_acks(reader, sent[acked:], what)
         if broken:
             raise StoreUnavailableError(f"the store ended the call while {what}", field="store")
         writer.close()
