@@ -100,8 +100,18 @@ def _hardware(config: ServeConfig) -> Iterator[Finding]:
     from fletcher.inference.devices import detect_host
 
     host = detect_host()
+    yield Finding("hardware", "processor", "ok", host.cpu)
     yield Finding("hardware", "cores", "ok", f"{host.cores} usable of {os.cpu_count()}")
     yield _memory(config, host.memory_bytes)
+    yield Finding("hardware", "instructions", "ok", ", ".join(sorted(host.isa)) or "none of use")
+    if host.num_numa_nodes > 1:
+        yield Finding("hardware", "memory nodes", "ok", str(host.num_numa_nodes))
+    if host.num_cuda_devices and not host.cuda_provider:
+        fix = "pip uninstall onnxruntime; pip install 'longbow-fletcher[gpu]'"
+        value = f"{host.num_cuda_devices}, without an engine for them"
+        yield Finding("hardware", "CUDA devices", "note", value, fix)
+    else:
+        yield Finding("hardware", "CUDA devices", "ok", str(host.num_cuda_devices))
 
 
 def _memory(config: ServeConfig, available: int) -> Finding:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.connection import add_connection, local_config, open_client, refuse_local_flags
 from fletcher.cli.parser import given_flags
-from fletcher.cli.progress import Progress, Sample, Total, clock
+from fletcher.cli.progress import Progress, Sample, Total
 from fletcher.cli.table import cut, printable, terminal_width
 from fletcher.errors import ConfigError, FletcherError
 from fletcher.options import CHOICES, EmbedOptions
@@ -202,7 +202,7 @@ def _print(report: Mapping[str, Any]) -> None:
         f"{state}{report['rows_received']:,} rows received, {report['rows_stored']:,} stored, "
         f"{report['rows_failed']:,} failed{already}"
     )
-    print(f"{clock(report['seconds'])} min, {report['rows_per_s']:,.0f} rows/s")
+    print(f"{report['seconds']:,.1f} s, {report['rows_per_s']:,.0f} rows/s")
     for name in ("dataset", "store", "model", "upload_id"):
         print(f"{name.removesuffix('_id'):<8} {report[name]}")
     for error in report["errors"][:SHOWN_ERRORS]:
