@@ -33,7 +33,7 @@ _SCHEMES = {
 
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
-    """Files of PEM certificates.
+    """Certificates: files of PEM, or their contents as bytes.
 
     Attributes:
         ca: Trusted roots; None: those of the system.
@@ -41,9 +41,9 @@ class TlsOptions:
         key: The key of `cert`.
     """
 
-    ca: str | Path | None = None
-    cert: str | Path | None = None
-    key: str | Path | None = None
+    ca: str | Path | bytes | None = None
+    cert: str | Path | bytes | None = None
+    key: str | Path | bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +187,9 @@ def _location(uri: str) -> tuple[str, bool]:
     return f"{scheme}://{bracketed}:{port}", scheme == "grpc+tls"
 
 
-def _pem(path: str | Path | None) -> bytes | None:
-    if path is None:
-        return None
+def _pem(path: str | Path | bytes | None) -> bytes | None:
+    if path is None or isinstance(path, bytes):
+        return path
     try:
         return Path(path).read_bytes()
     except OSError as error:
