@@ -83,8 +83,8 @@ class Shortener:
 
         Args:
             text: UTF-8.
-            size: Bytes that the piece has at most, 1 or more; no bytes at all where there is no boundary among
-                that many.
+            size: Bytes that the piece has at most, 1 or more; none at all where there is no
+                boundary among that many.
             from_end: Keep the end rather than the start.
 
         Returns:

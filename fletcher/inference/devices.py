@@ -1,0 +1,260 @@
+"""Which backend, precision and replicas to run on a host."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fletcher.errors import BackendError, ConfigError
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.host import HostInfo, detect_host
+from fletcher.models.bundle import ModelBundle
+
+__all__ = ["HostInfo", "Resolution", "detect_host", "resolve"]
+
+# One process runs this many cores at most: beyond, one interpreter lock feeding all of them and
+# memory of another NUMA node cost more than the second copy of the weights.
+MAX_CORES_PER_REPLICA = 16
+
+# Best of 512 to 4096 for all-MiniLM-L6-v2 on two cores, within noise of its neighbours; larger
+# runs only add latency and memory. A GPU needs more to be busy.
+CPU_BATCH_TOKENS = 1024
+CUDA_BATCH_TOKENS = 32_768
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+(,\d+)*)?")
+_BACKENDS = ("auto", "onnxruntime", "openvino", "null")
+_PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+_INSTALL_CPU = "pip install 'longbow-fletcher[cpu]'"
+_INSTALL_GPU = (
+    "pip uninstall onnxruntime, then pip install 'longbow-fletcher[gpu]' "
+    "(both install the same Python module)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What `resolve` chose.
+
+    Attributes:
+        configs: One for each replica.
+        reason: One line for the log: what runs where, and why.
+    """
+
+    configs: list[BackendConfig]
+    reason: str
+
+
+def resolve(
+    device: str,
+    backend: str,
+    precision: str,
+    threads: int,
+    host: HostInfo,
+    bundle_folder: Path,
+    max_batch_tokens: int = 0,
+) -> Resolution:
+    """Turns what was asked into what runs.
+
+    `auto` takes the GPUs where there are some and ONNX Runtime's CUDA build is installed, else the
+    CPU. There it takes OpenVINO, in bfloat16 where the processor multiplies that natively, else in
+    float32; ONNX Runtime where OpenVINO is not installed.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` (all devices) or `cuda:N,...`.
+        backend: `auto`, `onnxruntime`, `openvino` or `null`.
+        precision: `auto`, `float32`, `bfloat16` or `float16`.
+        threads: Cores for all replicas together; 0: all.
+        host: What there is.
+        bundle_folder: The model.
+        max_batch_tokens: Padded tokens in one run at most; 0: the device's best.
+
+    Raises:
+        ConfigError: A value that is none of the above.
+        BackendError: What was asked is not there; the message says how to get it.
+    """
+    _check("device", device, _DEVICE.fullmatch(device) is not None, "auto, cpu, cuda or cuda:N,...")
+    _check("backend", backend, backend in _BACKENDS, ", ".join(_BACKENDS))
+    _check("precision", precision, precision in _PRECISIONS, ", ".join(_PRECISIONS))
+    _check("threads", str(threads), threads >= 0, "0 or more")
+    _check("max_batch_tokens", str(max_batch_tokens), max_batch_tokens >= 0, "0 or more")
+    if backend == "null":
+        return _null(device, bundle_folder, max_batch_tokens)
+    if device.startswith("cuda") or (device == "auto" and _can_cuda(backend, precision, host)):
+        return _cuda(device, backend, precision, host, bundle_folder, max_batch_tokens)
+    return _cpu(backend, precision, threads, host, bundle_folder, max_batch_tokens)
+
+
+def _null(device: str, bundle_folder: Path, max_batch_tokens: int) -> Resolution:
+    if device.startswith("cuda"):
+        raise BackendError(
+            f"`backend` null runs on the CPU, `device` is {device}; leave one of them out",
+            field="device",
+            allowed=["auto", "cpu"],
+        )
+    config = BackendConfig(
+        backend="null",
+        device="cpu",
+        bundle=str(bundle_folder),
+        max_batch_tokens=max_batch_tokens or CPU_BATCH_TOKENS,
+        dim=ModelBundle.load(bundle_folder).dim,
+    )
+    return Resolution([config], "null backend: vectors without a model, as asked")
+
+
+def _can_cuda(backend: str, precision: str, host: HostInfo) -> bool:
+    return (
+        host.num_cuda_devices > 0
+        and host.cuda_provider
+        and backend in ("auto", "onnxruntime")
+        and precision in ("auto", "float32")
+    )
+
+
+def _cuda(
+    device: str,
+    backend: str,
+    precision: str,
+    host: HostInfo,
+    bundle_folder: Path,
+    max_batch_tokens: int,
+) -> Resolution:
+    if backend == "openvino":
+        raise BackendError(
+            f"`backend` openvino runs on the CPU, `device` is {device}; ask for onnxruntime",
+            field="backend",
+            allowed=["auto", "onnxruntime"],
+        )
+    if precision == "bfloat16":
+        raise BackendError(
+            "`precision` bfloat16 is OpenVINO's, on the CPU; ask for float32 on cuda",
+            field="precision",
+            allowed=["auto", "float32"],
+        )
+    if not host.num_cuda_devices:
+        raise BackendError(
+            f"`device` is {device}, but no NVIDIA device is visible here; install the driver "
+            "(nvidia-smi must list a device), give the container its GPUs, or unset "
+            "CUDA_VISIBLE_DEVICES",
+            field="device",
+            allowed=["cpu"],
+        )
+    if not host.cuda_provider:
+        raise BackendError(
+            f"`device` is {device}, but ONNX Runtime's CUDA build is not installed: "
+            + _INSTALL_GPU,
+            field="device",
+            allowed=["cpu"],
+        )
+    named = device.partition(":")[2]
+    indices = [int(one) for one in named.split(",")] if named else range(host.num_cuda_devices)
+    for index in indices:
+        if index >= host.num_cuda_devices:
+            raise BackendError(
+                f"`device` names cuda:{index}, there are {host.num_cuda_devices}, counted from 0",
+                field="device",
+                allowed=[f"cuda:{one}" for one in range(host.num_cuda_devices)],
+            )
+    configs = [
+        BackendConfig(
+            backend="onnxruntime",
+            device=f"cuda:{index}",
+            bundle=str(bundle_folder),
+            precision="float32" if precision == "auto" else precision,
+            max_batch_tokens=max_batch_tokens or CUDA_BATCH_TOKENS,
+        )
+        for index in dict.fromkeys(indices)
+    ]
+    return Resolution(
+        configs,
+        f"onnxruntime float32 (TF32) on {', '.join(one.device for one in configs)}: "
+        f"{host.num_cuda_devices} NVIDIA devices, CUDA provider installed",
+    )
+
+
+def _cpu(
+    backend: str,
+    precision: str,
+    threads: int,
+    host: HostInfo,
+    bundle_folder: Path,
+    max_batch_tokens: int,
+) -> Resolution:
+    if precision == "float16":
+        raise BackendError(
+            "`precision` float16 is for CUDA; on the CPU ask for bfloat16 or float32",
+            field="precision",
+            allowed=["auto", "float32", "bfloat16"],
+        )
+    native = sorted(host.isa & {"amx_bf16", "avx512_bf16"})
+    if precision == "bfloat16" and not native:
+        raise BackendError(
+            f"`precision` is bfloat16, but this processor ({host.cpu}) has neither AMX_BF16 nor "
+            "AVX512_BF16; ask for float32",
+            field="precision",
+            allowed=["auto", "float32"],
+        )
+    if precision == "bfloat16" and backend == "onnxruntime":
+        raise BackendError(
+            "`precision` bfloat16 needs `backend` openvino, onnxruntime has none on this CPU",
+            field="backend",
+            allowed=["auto", "openvino"],
+        )
+    engine, why = _cpu_engine(backend, precision, host)
+    if precision == "auto":
+        precision = "bfloat16" if engine == "openvino" and native else "float32"
+    if precision == "bfloat16":
+        why = ", ".join(name.upper() for name in native)
+    elif engine == "openvino" and not native and not why:
+        why = "no native bfloat16"
+    cores = min(threads or host.cores, host.cores)
+    configs = [
+        BackendConfig(
+            backend=engine,
+            device="cpu",
+            bundle=str(bundle_folder),
+            precision=precision,
+            threads=share,
+            max_batch_tokens=max_batch_tokens or CPU_BATCH_TOKENS,
+        )
+        for share in _shares(cores, host.num_numa_nodes)
+    ]
+    where = f"{cores} core{'s' if cores > 1 else ''}"
+    if len(configs) > 1:
+        where += f" in {len(configs)} processes"
+    return Resolution(configs, f"{engine} {precision} on {where}: {why or 'as asked'}")
+
+
+def _cpu_engine(backend: str, precision: str, host: HostInfo) -> tuple[str, str]:
+    installed = {"openvino": host.openvino, "onnxruntime": host.onnxruntime}
+    if backend != "auto":
+        if not installed[backend]:
+            raise BackendError(
+                f"`backend` {backend} is not installed: {_INSTALL_CPU}", field="backend"
+            )
+        return backend, ""
+    if host.openvino:
+        return "openvino", ""
+    if precision == "bfloat16":
+        raise BackendError(
+            f"`precision` bfloat16 needs OpenVINO, which is not installed: {_INSTALL_CPU}",
+            field="precision",
+        )
+    if host.onnxruntime:
+        return "onnxruntime", "OpenVINO is not installed"
+    raise BackendError(
+        f"no engine is installed: {_INSTALL_CPU}, or 'longbow-fletcher[gpu]' where there is an "
+        "NVIDIA GPU",
+        field="backend",
+    )
+
+
+def _shares(cores: int, num_nodes: int) -> list[int]:
+    """Cores of each replica: as few as `MAX_CORES_PER_REPLICA` and the memory nodes allow."""
+    num_replicas = min(cores, max(-(-cores // MAX_CORES_PER_REPLICA), num_nodes))
+    return [cores // num_replicas + (n < cores % num_replicas) for n in range(num_replicas)]
+
+
+def _check(field: str, value: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"`{field}` is {value!r}, expected {expected}", field=field)

@@ -1,0 +1,148 @@
+"""What every engine does around a graph: padded inputs before, finished embeddings after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.batches import BoolArray, FloatArray, MicroBatch
+from fletcher.errors import ModelError
+from fletcher.models.bundle import ModelBundle
+from fletcher.vectors.pooling import normalize, pool
+
+# Padded lengths are multiples of this, so that few shapes occur and all of them often: engines keep
+# memory plans and compiled kernels by shape. The planner counts its budget on the same grid.
+LENGTH_GRID = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GraphIO:
+    """A graph's inputs and outputs by name, and what is left to do after it.
+
+    Attributes:
+        inputs: Input names.
+        dtypes: Integer type of each input.
+        outputs: Names of the outputs that are read, as in ModelBundle.
+        pad_token_id: Id put where a row is padded.
+        max_length: Tokens in a row at most.
+        dim: Width of an embedding.
+        pooling: Pooling to do here; None where the graph did it.
+        normalize: L2-normalise here; False where the graph did it or the model does not.
+        has_norms: The second output is the L2 norms, float32 [B, 1].
+    """
+
+    inputs: tuple[str, ...]
+    dtypes: Mapping[str, npt.DTypeLike]
+    outputs: tuple[str, ...]
+    pad_token_id: int
+    max_length: int
+    dim: int
+    pooling: str | None
+    normalize: bool
+    has_norms: bool
+
+    @classmethod
+    def of(
+        cls,
+        bundle: ModelBundle,
+        input_dtypes: Mapping[str, npt.DTypeLike],
+        output_names: Sequence[str],
+    ) -> GraphIO:
+        """Matches a bundle with the graph that an engine loaded.
+
+        Args:
+            bundle: What the graph should be.
+            input_dtypes: The type of each of the graph's inputs.
+            output_names: The graph's outputs.
+
+        Raises:
+            ModelError: The graph has other inputs or lacks an output.
+        """
+        if set(input_dtypes) != set(bundle.inputs):
+            raise ModelError(
+                f"`model` {bundle.name}: the graph has inputs {sorted(input_dtypes)}, "
+                f"fletcher.json says {sorted(bundle.inputs)}; add the model again with `fletcher model add`",
+                field="model",
+            )
+        missing = [name for name in bundle.outputs if name not in output_names]
+        if missing:
+            raise ModelError(
+                f"`model` {bundle.name}: the graph has no output `{missing[0]}`, its outputs are "
+                f"{list(output_names)}; add the model again with `fletcher model add`",
+                field="model",
+            )
+        return cls(
+            inputs=bundle.inputs,
+            dtypes=dict(input_dtypes),
+            outputs=bundle.outputs,
+            pad_token_id=bundle.pad_token_id,
+            max_length=bundle.max_length,
+            dim=bundle.dim,
+            pooling=bundle.pooling if bundle.graph_output == "token_embeddings" else None,
+            normalize=bundle.normalize and not bundle.graph_normalizes,
+            has_norms=bundle.graph_normalizes,
+        )
+
+    def pad(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
+        """The graph's inputs, [num_rows, padded length] each, and the mask of real tokens.
+
+        Raises:
+            ValueError: A row is longer than `max_length`.
+        """
+        longest = int(batch.lengths.max())
+        if longest > self.max_length:
+            raise ValueError(f"a row has {longest} tokens, the model takes {self.max_length}")
+        # The last grid point may lie beyond the positions that the model has.
+        length = min(-(-longest // LENGTH_GRID) * LENGTH_GRID, self.max_length)
+        shape = (len(batch.lengths), length)
+        mask = np.arange(length, dtype=np.int32) < batch.lengths[:, None]
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for name in self.inputs:
+            dtype = self.dtypes[name]
+            if name == "input_ids":
+                arrays[name] = np.full(shape, self.pad_token_id, dtype=dtype)
+                arrays[name][mask] = batch.input_ids
+            elif name == "attention_mask":
+                arrays[name] = mask.astype(dtype)
+            elif name == "position_ids":
+                arrays[name] = np.tile(np.arange(length, dtype=dtype), (shape[0], 1))
+            else:  # token_type_ids: one sequence
+                arrays[name] = np.zeros(shape, dtype=dtype)
+        return arrays, mask
+
+    def finish(
+        self, outputs: Sequence[npt.NDArray[Any]], mask: BoolArray
+    ) -> tuple[FloatArray, FloatArray | None]:
+        """Embeddings and norms (InferenceResult) from the graph's outputs, in `outputs`' order.
+
+        Raises:
+            ModelError: The graph's output has not the shape that the bundle promises.
+        """
+        embeddings = np.asarray(outputs[0], dtype=np.float32)
+        expected = (*(mask.shape if self.pooling else mask.shape[:1]), self.dim)
+        if embeddings.shape != expected:
+            raise ModelError(
+                f"`model`: the graph's output has shape {embeddings.shape}, fletcher.json says "
+                f"{expected}; add the model again with the right `dim`",
+                field="model",
+            )
+        if self.pooling:
+            embeddings = pool(embeddings, mask, self.pooling)
+        if self.normalize:
+            return normalize(embeddings)
+        norms = np.asarray(outputs[1], dtype=np.float32).reshape(-1) if self.has_norms else None
+        return embeddings, norms
+
+    def warm_up_batches(self, max_batch_tokens: int) -> Iterator[MicroBatch]:
+        """Full micro-batches of a few lengths up to the longest, the largest memory first."""
+        length = self.max_length
+        while length >= LENGTH_GRID:
+            num_rows = max(1, max_batch_tokens // length)
+            lengths = np.full(num_rows, length, dtype=np.int32)
+            yield MicroBatch(np.zeros(num_rows * length, dtype=np.int32), lengths)
+            length //= 2
+        yield MicroBatch(np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.int32))

@@ -1,0 +1,152 @@
+"""What this process may use of its machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+ISA_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostInfo:
+    """What this process may use of its machine.
+
+    Attributes:
+        cores: Logical cores, by affinity and cgroup quota; at least 1.
+        memory_bytes: RAM, or the cgroup's limit where that is less; 0 where unknown.
+        cpu: The processor's name, as it calls itself.
+        isa: Those of ISA_FLAGS that it has.
+        num_numa_nodes: Memory nodes; at least 1.
+        num_cuda_devices: NVIDIA devices visible to this process.
+        cuda_provider: ONNX Runtime's CUDA build is installed.
+        openvino: OpenVINO is installed.
+        onnxruntime: ONNX Runtime, of whichever build, is installed.
+    """
+
+    cores: int
+    memory_bytes: int
+    cpu: str
+    isa: frozenset[str]
+    num_numa_nodes: int
+    num_cuda_devices: int
+    cuda_provider: bool
+    openvino: bool
+    onnxruntime: bool
+
+
+def detect_host(root: Path = Path("/")) -> HostInfo:
+    """Looks at the machine; imports no engine.
+
+    Args:
+        root: Where /proc, /sys and /dev are, for tests.
+    """
+    cpuinfo = _read(root / "proc/cpuinfo")
+    flags = set(_field(cpuinfo, "flags").split())
+    groups = _cgroups(root)
+    nodes = list((root / "sys/devices/system/node").glob("node[0-9]*"))
+    return HostInfo(
+        cores=_cores(groups),
+        memory_bytes=_memory_bytes(root, groups),
+        cpu=_field(cpuinfo, "model name") or platform.machine(),
+        isa=frozenset(flags & set(ISA_FLAGS)),
+        num_numa_nodes=max(1, len(nodes)),
+        num_cuda_devices=_num_cuda_devices(root, os.environ.get("CUDA_VISIBLE_DEVICES")),
+        cuda_provider=_is_installed("onnxruntime-gpu"),
+        openvino=importlib.util.find_spec("openvino") is not None,
+        onnxruntime=importlib.util.find_spec("onnxruntime") is not None,
+    )
+
+
+def _cores(groups: list[Path]) -> int:
+    """Cores by affinity, or by the tightest quota (v2 cpu.max, v1 cpu.cfs_quota_us), rounded up."""
+    cores = len(os.sched_getaffinity(0))
+    for group in groups:
+        quota, _, period = _read(group / "cpu.max").partition(" ")
+        if not period:
+            quota = _read(group / "cpu.cfs_quota_us")
+            period = _read(group / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(period):
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+def _memory_bytes(root: Path, groups: list[Path]) -> int:
+    total = _field(_read(root / "proc/meminfo"), "MemTotal").partition(" ")[0]
+    limits = [int(total) * 1024] if total.isdigit() else []
+    for group in groups:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = _read(group / name)
+            if limit.isdigit():  # v2 says "max" for none, v1 a number near 2**63
+                limits.append(int(limit))
+    return min(limits, default=0)
+
+
+def _cgroups(root: Path) -> list[Path]:
+    """Folders of this process's control groups and of those above them, v1 and v2.
+
+    Within a container the group's own path often is not there, only the mount's root, which then
+    is the container's group: folders that do not exist are harmless.
+    """
+    folders = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and not {"cpu", "memory"} & set(controllers.split(",")):
+            continue
+        base = root / "sys/fs/cgroup" / controllers
+        group = base / path.lstrip("/")
+        folders += [one for one in (group, *group.parents) if one.is_relative_to(base)]
+    return folders
+
+
+def _num_cuda_devices(root: Path, visible: str | None) -> int:
+    """Devices that CUDA will show to this process, without loading CUDA.
+
+    Args:
+        root: Where /dev is.
+        visible: CUDA_VISIBLE_DEVICES: numbers or UUIDs, of which those from the first -1 on do not
+            count; None where it is not set.
+    """
+    present = len(list((root / "dev").glob("nvidia[0-9]*")))
+    if visible is None:
+        return present
+    names = [name.strip() for name in visible.split(",")]
+    shown = names[: names.index("-1")] if "-1" in names else names
+    return min(present, sum(1 for name in shown if name))
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _field(text: str, name: str) -> str:
+    """The value of the first `name : value` line; empty where there is none."""
+    for line in text.splitlines():
+        key, colon, value = line.partition(":")
+        if colon and key.strip() == name:
+            return value.strip()
+    return ""

@@ -1,0 +1,154 @@
+"""OpenVINO as a backend on the CPU; the one module that imports it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.errors import BackendError, ModelError
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.graph_io import GraphIO
+from fletcher.models.bundle import ModelBundle
+
+PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+_DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32}
+
+
+class OpenVinoBackend:
+    """A compiled model; use `load`."""
+
+    def __init__(
+        self, compiled: Any, io: GraphIO, *, concurrency: int, description: dict[str, str]
+    ) -> None:
+        self.concurrency = concurrency
+        self._compiled = compiled
+        self._io = io
+        # A request holds one run's tensors, so each thread that runs has its own.
+        self._local = threading.local()
+        self._description = description
+
+    def run(self, batch: MicroBatch) -> InferenceResult:
+        """Embeds one micro-batch; safe from several threads at once.
+
+        Raises:
+            BackendError: OpenVINO failed.
+        """
+        inputs, mask = self._io.pad(batch)
+        try:
+            if not hasattr(self._local, "request"):
+                self._local.request = self._compiled.create_infer_request()
+            request = self._local.request
+            started = time.perf_counter()
+            request.infer(inputs, share_inputs=True)
+            compute_s = time.perf_counter() - started
+            # Copied: the request's own tensors are written again by the next run.
+            outputs = [request.get_tensor(name).data.copy() for name in self._io.outputs]
+        except Exception as error:
+            raise BackendError(f"OpenVINO failed on {mask.shape} tokens: {error}") from error
+        return InferenceResult(*self._io.finish(outputs, mask), compute_s)
+
+    def describe(self) -> dict[str, str]:
+        return dict(self._description)
+
+
+def load(config: BackendConfig) -> OpenVinoBackend:
+    """Compiles and warms up a bundle's graph, one stream a core.
+
+    Raises:
+        BackendError: OpenVINO is not there, or cannot do that precision here.
+        ModelError: The bundle or its graph is missing, damaged or of another shape.
+    """
+    openvino = _import()
+    bundle = ModelBundle.load(Path(config.bundle))
+    hint = PRECISION_HINTS.get(config.precision)
+    if hint is None or config.device != "cpu":
+        raise BackendError(
+            f"`backend` openvino does float32 and bfloat16 on the CPU, not {config.precision} on "
+            f"{config.device}",
+            field="precision" if hint is None else "device",
+            allowed=sorted(PRECISION_HINTS) if hint is None else ["cpu"],
+        )
+    num_streams = config.threads or len(os.sched_getaffinity(0))
+    compiled = _compile(openvino, bundle, hint, num_streams)
+    input_dtypes = {
+        one.get_any_name(): _DTYPES.get(one.get_element_type().get_type_name(), np.int64)
+        for one in compiled.inputs
+    }
+    io = GraphIO.of(
+        bundle, input_dtypes, [name for one in compiled.outputs for name in one.get_names()]
+    )
+    backend = OpenVinoBackend(
+        compiled,
+        io,
+        concurrency=num_streams,
+        description={
+            "backend": "openvino",
+            "version": openvino.__version__.partition("-")[0],
+            "device": "cpu",
+            "precision": config.precision,
+            "provider": ", ".join(compiled.get_property("EXECUTION_DEVICES")),
+        },
+    )
+    try:
+        for batch in io.warm_up_batches(config.max_batch_tokens):
+            backend.run(batch)
+    except ValueError as error:
+        raise ModelError(f"`model` {bundle.name} does not run: {error}", field="model") from error
+    return backend
+
+
+def _import() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(
+            f"`backend` openvino cannot be imported ({error}); pip install 'longbow-fletcher[cpu]'",
+            field="backend",
+        ) from error
+    return openvino
+
+
+def _compile(openvino: Any, bundle: ModelBundle, hint: str, num_streams: int) -> Any:
+    core = openvino.Core()
+    try:
+        model = core.read_model(str(bundle.graph))
+    except Exception as error:
+        raise ModelError(
+            f"`model` {bundle.name}: {bundle.graph.name} cannot be read by OpenVINO, it is damaged "
+            f"or uses what OpenVINO lacks; `fletcher model verify {bundle.name}` tells, adding the "
+            "model again repairs it, `backend` onnxruntime may run it",
+            field="model",
+        ) from error
+    options = {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": hint,
+        "NUM_STREAMS": num_streams,
+        "INFERENCE_NUM_THREADS": num_streams,
+        # Every process would pin to the same first cores, and Fletcher runs several.
+        "ENABLE_CPU_PINNING": False,
+    }
+    try:
+        compiled = core.compile_model(model, "CPU", options)
+        actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    except Exception as error:
+        raise BackendError(
+            f"`backend` openvino cannot compile {bundle.name} for this CPU: {error}",
+            field="backend",
+        ) from error
+    if actual != hint:
+        # It would go on in float32 and say nothing.
+        raise BackendError(
+            f"`precision` bfloat16 is not there on this CPU, OpenVINO would run {actual}; "
+            "ask for float32",
+            field="precision",
+            allowed=["float32"],
+        )
+    return compiled

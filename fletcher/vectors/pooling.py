@@ -1,0 +1,49 @@
+"""What our own graphs do inside, for graphs that end at token embeddings."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.batches import BoolArray, FloatArray
+
+# torch.nn.functional.normalize
+MIN_NORM = 1e-12
+
+
+def pool(token_embeddings: FloatArray, mask: BoolArray, pooling: str) -> FloatArray:
+    """One embedding a row out of its tokens' embeddings.
+
+    Args:
+        token_embeddings: float32 [num_rows, length, dim]; what stands at padding is ignored.
+        mask: bool [num_rows, length], True for tokens, which come before padding; at least one a
+            row.
+        pooling: `mean` over the tokens, `cls`: the first, `last_token`.
+
+    Returns:
+        float32 [num_rows, dim].
+    """
+    if pooling == "cls":
+        return np.ascontiguousarray(token_embeddings[:, 0])
+    if pooling == "last_token":
+        last = mask.sum(axis=1) - 1
+        return np.asarray(token_embeddings[np.arange(len(mask)), last], dtype=np.float32)
+    if pooling != "mean":
+        raise ValueError(f"`pooling` is {pooling!r}, expected mean, cls or last_token")
+    kept = np.where(mask[:, :, None], token_embeddings, np.float32(0))
+    total = kept.sum(axis=1, dtype=np.float32)
+    return np.asarray(total / mask.sum(axis=1, dtype=np.float32)[:, None], dtype=np.float32)
+
+
+def normalize(embeddings: FloatArray) -> tuple[FloatArray, npt.NDArray[np.float32]]:
+    """Rows scaled to an L2 norm of 1; rows of zeros stay.
+
+    Args:
+        embeddings: float32 [num_rows, dim].
+
+    Returns:
+        float32 [num_rows, dim], and float32 [num_rows], the norms before.
+    """
+    norms = np.asarray(np.linalg.norm(embeddings, axis=1), dtype=np.float32)
+    divisors = np.maximum(norms, np.float32(MIN_NORM))[:, None]
+    return np.asarray(embeddings / divisors, dtype=np.float32), norms
