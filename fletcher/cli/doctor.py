@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any, Literal
 
 from fletcher.cli.logs import set_up_logging
@@ -28,6 +28,8 @@ NEEDED_DISK_BYTES = 1 * GIB
 # What the process itself takes besides `max_memory`: interpreter, libraries, one model.
 OWN_MEMORY_BYTES = 1 * GIB
 
+_OPTIONS = ("store", "model", "device", "backend", "precision", "threads", "home", "max_memory")
+
 State = Literal["ok", "note", "broken"]
 MARKS: dict[State, str] = {"ok": "ok", "note": "note", "broken": "BROKEN"}
 
@@ -37,7 +39,7 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        part: Of what it is part: `hardware`, `software`, `models`, `stores`, `home`.
+        part: Of what it is part: `hardware`, `software`, `home`, `models`, `engine`, `stores`.
         name: What was looked at.
         state: `ok`; `note`: works, could be better; `broken`: something needed does not work.
         value: What was found.
@@ -61,13 +63,13 @@ def add_parser(subparsers: Any) -> None:
         example="fletcher doctor --store lance:vectors",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(parser, ("store", "model", "home", "max_memory"))
+    add_options(parser, _OPTIONS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Looks and prints; 1 if something needed is broken."""
     set_up_logging("error", "text")
-    resolved = read_config(args, os.environ, ("store", "model", "models", "home", "max_memory"))
+    resolved = read_config(args, os.environ, (*_OPTIONS, "models", "max_message_bytes"))
     findings = list(examine(resolved.config, look_at_stores="store" in resolved.sources))
     findings += [Finding("home", "environment", "note", text) for text in resolved.warnings]
     broken = any(finding.state == "broken" for finding in findings)
@@ -86,6 +88,7 @@ def examine(config: ServeConfig, *, look_at_stores: bool) -> Iterator[Finding]:
         "software": _software,
         "home": _home,
         "models": _models,
+        "engine": _engine,
     }
     if look_at_stores:
         parts["stores"] = _stores
@@ -198,6 +201,34 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
             fetched = name == DEFAULT_MODEL
             fix = "it is fetched on first use" if fetched else "fletcher model add SOURCE"
             yield Finding("models", name, "note" if fetched else "broken", "not there", fix)
+
+
+def _engine(config: ServeConfig) -> Iterator[Finding]:
+    """Loads the model as a server would: installed is not the same as working."""
+    from fletcher.inference.devices import detect_host, resolve
+    from fletcher.models.registry import Registry
+
+    registry = Registry(config.home / "models")
+    if config.model not in registry.names():
+        return
+    try:
+        chosen = resolve(
+            config.device,
+            config.backend,
+            config.precision,
+            config.threads,
+            detect_host(),
+            registry.get(config.model).folder,
+            config.max_batch_tokens,
+        )
+        engine = import_module(f"fletcher.inference.{chosen.configs[0].backend}")
+        about = engine.load(chosen.configs[0]).describe()
+    except FletcherError as error:
+        yield Finding("engine", config.model, "broken", error.message)
+        return
+    yield Finding("engine", config.model, "ok", chosen.reason)
+    for name, value in about.items():
+        yield Finding("engine", name, "ok", value)
 
 
 def _stores(config: ServeConfig) -> Iterator[Finding]:

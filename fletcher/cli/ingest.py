@@ -153,22 +153,26 @@ class _Meter:
         self._local = local
         self._lock = threading.Lock()
         self._rows = 0
+        self._rows_received = 0
 
     def on_ack(self, ack: Ack) -> None:
         with self._lock:
             self._rows = ack.rows_stored + ack.rows_failed
+            self._rows_received = ack.rows_received
 
     def sample(self) -> Sample:
         stats: Mapping[str, Any] = {}
         with contextlib.suppress(FletcherError):
             stats = self._client.stats()
         with self._lock:
-            rows = self._rows
+            rows, received = self._rows, self._rows_received
+        # A server elsewhere counts everybody's rows and tokens.
+        counted = stats if self._local else {}
         return Sample(
             rows=rows,
-            # A server elsewhere counts everybody's tokens.
-            tokens=stats.get("tokens.received") if self._local else None,
+            tokens=counted.get("tokens.received"),
             num_bytes=self._source.bytes_read,
+            rows_read=max(received, counted.get("rows.received", 0)) or None,
             queues=stats.get("queue.depth") or {},
         )
 

@@ -24,12 +24,14 @@ class Sample:
         rows: Rows done.
         tokens: Tokens done; None: not known.
         num_bytes: Bytes of the input that were read.
+        rows_read: Rows in these bytes: reading runs ahead of what is done; None: not known.
         queues: Items waiting, by stage.
     """
 
     rows: int
     tokens: int | None = None
     num_bytes: int = 0
+    rows_read: int | None = None
     queues: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -80,9 +82,12 @@ class Meter:
         return line if width is None or len(line) <= width else line[: width - 1] + "…"
 
     def _left(self, last: Sample, rows_per_s: float, bytes_per_s: float) -> float | None:
+        total_rows: float | None = self._total.rows
+        if total_rows is None and last.rows_read and self._total.num_bytes and last.num_bytes:
+            total_rows = last.rows_read * self._total.num_bytes / last.num_bytes
         # Rows are what takes the time; bytes stand in where nobody counted the rows.
-        if self._total.rows is not None and rows_per_s > 0:
-            return max(0, self._total.rows - last.rows) / rows_per_s
+        if total_rows is not None:
+            return max(0, total_rows - last.rows) / rows_per_s if rows_per_s > 0 else None
         if self._total.num_bytes and bytes_per_s > 0:
             return max(0, self._total.num_bytes - last.num_bytes) / bytes_per_s
         return None

@@ -23,11 +23,18 @@ class Terminal(io.StringIO):
 def test_a_line_has_rates_bytes_queues_and_time_left() -> None:
     meter = Meter(Total(rows=10_000, num_bytes=2_000_000))
     meter.add(0, Sample(0, 0, 0))
-    meter.add(2, Sample(4000, 50_000, 800_000, {"tokenize": 3, "inference": 0}))
+    meter.add(2, Sample(4000, 50_000, 800_000, queues={"tokenize": 3, "inference": 0}))
     assert meter.line() == (
         "4,000 of 10,000 rows  2,000 rows/s  25k tokens/s  800kB of 2.0MB  0:03 left  "
         "queues: tokenize 3"
     )
+
+
+def test_time_left_by_rows_where_reading_runs_ahead() -> None:
+    meter = Meter(Total(num_bytes=1000))
+    meter.add(0, Sample(0))
+    meter.add(10, Sample(100, None, 500, rows_read=400))
+    assert "1:10 left" in meter.line()  # 800 rows in all, 100 of them done in 10 s
 
 
 def test_time_left_by_bytes_where_nobody_counted_rows() -> None:
