@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -38,7 +39,8 @@ class Exchange:
     """An iterator over batches with vectors, in the order of what was sent.
 
     Batches larger than `TransferOptions.message_bytes` come back in pieces. Leaving it early, by
-    `close` or at the end of `with`, cancels the call.
+    `close` or at the end of `with`, cancels the call. When the server fails, answers that it sent
+    shortly before may be lost: gRPC drops them.
 
     Attributes:
         errors: Why rows of the batch last returned have a null vector; at most the first 1,000.
@@ -139,12 +141,13 @@ class Exchange:
         deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            # Else pyarrow does it on deletion, and prints what the call ended with.
+            with suppress(FletcherError), self._connection.errors():
+                self._writer.close()
 
     def _wait(self, done: Callable[[], bool]) -> None:
-        """Waits until `done`, or the call has ended; raises what ended it.
-
-        What was answered before a failure is handed out first.
-        """
+        """Waits until `done`, or the call has ended; raises what ended it."""
         timeout_s = self._connection.transfer.stall_timeout_s
         while True:
             with self._changed:

@@ -140,6 +140,8 @@ def from_flight_error(exc: BaseException, address: str | None = None) -> errors.
             f"nothing listens at{where or ' this address'}: connection refused; "
             "check the address and that the server runs"
         )
+    if "Destination already closed" in str(exc):  # a write after the call has ended
+        return errors.UnavailableError(f"the server{where} ended the call early")
     for kinds, error, words in _FOREIGN:
         if isinstance(exc, kinds):
             return error(f"{words.format(where)}: {clean_message(exc)}")

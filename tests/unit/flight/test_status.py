@@ -91,6 +91,7 @@ def test_a_flight_error_passes_through():
         (flight.FlightCancelledError("c"), errors.UnavailableError),
         (OSError("Could not write record batch"), errors.UnavailableError),
         (pa.ArrowNotImplementedError("no"), errors.InvalidCommandError),
+        (pa.ArrowInvalid("Destination already closed"), errors.UnavailableError),
         (pa.ArrowInvalid("no"), errors.InvalidCommandError),
         (KeyError("no"), errors.InternalError),
     ],

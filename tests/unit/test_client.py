@@ -1,0 +1,352 @@
+import io
+import json
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+from fletcher import EmbedOptions, TlsOptions, TransferOptions, connect, errors, open_source
+from fletcher.client import exchange as exchange_module
+from fletcher.client.client import ingest_id
+from fletcher.flight.status import to_flight_error
+from tests.unit.client_servers import Behaving, Waiting
+
+SMALL = TransferOptions(message_bytes=1000, stall_timeout_s=20)
+DIM = 4
+
+
+def vectors_of(batch, dtype, *, failed=()):
+    kind = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    values = [[float(len(text or ""))] * DIM for text in batch.column("text").to_pylist()]
+    rows = [None if row in failed else values[row] for row in range(batch.num_rows)]
+    return pa.record_batch({"vector": pa.array(rows, pa.list_(kind, DIM))})
+
+
+class Embedding(Waiting):
+    """Answers every batch with the lengths of its texts; subclasses misbehave."""
+
+    def __init__(self):
+        super().__init__()
+        self.commands = []
+        self.stalled = threading.Event()
+        self.cancelled = threading.Event()
+
+    def do_exchange(self, context, descriptor, reader, writer):
+        command = json.loads(descriptor.command)
+        self.commands.append(command)
+        dtype = command.get("dtype", "float16")
+        empty = pa.record_batch({"text": pa.array([], pa.utf8())})
+        writer.begin(vectors_of(empty, dtype).schema)
+        for chunk in reader:
+            fields = json.loads(chunk.app_metadata.to_pybytes())
+            self.answer(context, writer, chunk.data, fields, dtype)
+
+    def answer(self, context, writer, batch, fields, dtype):
+        metadata = {"batch_id": fields["batch_id"], "errors": []}
+        writer.write_with_metadata(vectors_of(batch, dtype), json.dumps(metadata).encode())
+
+
+def table_of(lengths):
+    return pa.table({"text": ["x" * n for n in lengths]})
+
+
+def test_vectors_come_back_in_order_and_in_pieces():
+    lengths = list(range(1, 120))
+    with Embedding() as server, connect(server.uri, transfer=SMALL) as client:
+        with client.exchange(table_of(lengths)) as exchange:
+            assert exchange.schema.field("vector").type.list_size == DIM
+            batches = list(exchange)
+        assert len(batches) > 5
+        got = [row[0] for batch in batches for row in batch.column("vector").to_pylist()]
+        assert got == lengths
+        assert list(exchange) == []
+
+
+def test_more_than_the_wire_holds_does_not_lock():
+    # 60 MB each way, against a server that answers before it reads on.
+    class Echo(Embedding):
+        def answer(self, context, writer, batch, fields, dtype):
+            wide = pa.array([b"x" * 1_000_000] * batch.num_rows)
+            writer.write_with_metadata(pa.record_batch({"vector": wide}), b"{}")
+
+        def do_exchange(self, context, descriptor, reader, writer):
+            writer.begin(pa.schema({"vector": pa.binary()}))
+            for chunk in reader:
+                self.answer(context, writer, chunk.data, {}, "")
+
+    data = (pa.record_batch({"text": ["x" * 1_000_000]}) for _ in range(60))
+    with Echo() as server, connect(server.uri) as client, client.exchange(data) as exchange:
+        assert sum(batch.num_rows for batch in exchange) == 60
+
+
+def test_embed_gives_an_array():
+    with Embedding() as server, connect(server.uri) as client:
+        vectors = client.embed(["a", "bb", "ccc"], prompt="query", dims=DIM)
+        assert vectors.dtype == np.float32
+        assert vectors.tolist() == [[1.0] * DIM, [2.0] * DIM, [3.0] * DIM]
+        assert client.embed([]).shape == (0, DIM)
+        assert client.embed(["a"], dtype="float16").dtype == np.float16
+        many = client.embed(["x" * (n % 7) for n in range(10_000)])
+        assert many[:, 0].tolist() == [n % 7 for n in range(10_000)]
+    assert server.commands[0] == {"prompt": "query", "dims": DIM, "dtype": "float32"}
+
+
+@pytest.mark.parametrize("texts", ["a text", [1], [b"\xff"], ["\ud800"]])
+def test_embed_wants_a_list_of_texts(texts):
+    with Embedding() as server, connect(server.uri) as client:
+        with pytest.raises(errors.InvalidCommandError, match="`texts`"):
+            client.embed(texts)
+        with pytest.raises(errors.UnknownFieldError, match="`colour`"):
+            client.embed(["a"], colour="red")
+
+
+def test_failed_rows_are_told_by_exchange_and_raised_by_embed():
+    class Failing(Embedding):
+        def answer(self, context, writer, batch, fields, dtype):
+            entry = {"row": 1, "id": None, "code": "row_too_large", "message": "too long"}
+            metadata = {"batch_id": fields["batch_id"], "errors": [entry]}
+            out = vectors_of(batch, dtype, failed={1})
+            writer.write_with_metadata(out, json.dumps(metadata).encode())
+
+    with Failing() as server, connect(server.uri) as client:
+        with client.exchange(table_of([1, 2, 3])) as exchange:
+            (batch,) = exchange
+            assert batch.column("vector").to_pylist()[1] is None
+            assert [(one.row, one.code) for one in exchange.errors] == [(1, "row_too_large")]
+        with pytest.raises(errors.RowTooLargeError, match="text 1: too long"):
+            client.embed(["a", "b", "c"])
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_refusal_arrives_as_it_was_meant(when):
+    class Refusing(Embedding):
+        def do_exchange(self, context, descriptor, reader, writer):
+            if when == "at once":
+                raise to_flight_error(errors.UnknownModelError("no such model", field="model"))
+            super().do_exchange(context, descriptor, reader, writer)
+
+        def answer(self, context, writer, batch, fields, dtype):
+            if fields["batch_id"] == 2:
+                raise to_flight_error(errors.ColumnTypeError("no such type", field="text"))
+            super().answer(context, writer, batch, fields, dtype)
+
+    with Refusing() as server, connect(server.uri, transfer=SMALL) as client:
+        answers = iter(client.exchange(table_of([100] * 1000)))
+        with pytest.raises(errors.RequestError, match="no such") as caught:
+            list(answers)
+        assert caught.value.field == ("model" if when == "at once" else "text")
+        assert list(answers) == []
+
+
+def test_a_server_that_ends_early_is_noticed():
+    class Leaving(Embedding):
+        def do_exchange(self, context, descriptor, reader, writer):
+            batch = reader.read_chunk().data
+            out = vectors_of(batch, "float32")
+            writer.begin(out.schema)
+            writer.write_batch(out)
+
+    said = pytest.raises(errors.UnavailableError)
+    with Leaving() as server, connect(server.uri, transfer=SMALL) as client, said:
+        list(client.exchange(table_of([100] * 1000)))
+
+
+def test_what_the_input_raises_comes_out():
+    def data():
+        yield from table_of([1, 2]).to_batches()
+        raise RuntimeError("the input broke")
+
+    said = pytest.raises(RuntimeError, match="the input broke")
+    with Embedding() as server, connect(server.uri) as client, said:
+        list(client.exchange(data()))
+
+
+@pytest.fixture
+def stalling():
+    class Stalling(Embedding):
+        def answer(self, context, writer, batch, fields, dtype):
+            if fields["batch_id"] == 0:
+                super().answer(context, writer, batch, fields, dtype)
+            else:
+                self.stalled.set()
+                self.hold(context)
+                if context.is_cancelled():
+                    self.cancelled.set()
+
+    with Stalling() as server:
+        yield server
+
+
+def test_a_server_that_stalls_is_given_up_and_told(stalling):
+    transfer = TransferOptions(message_bytes=1000, stall_timeout_s=0.2)
+    with connect(stalling.uri, transfer=transfer) as client:
+        with pytest.raises(errors.DeadlineExceededError, match=r"nothing for 0\.2 s"):
+            list(client.exchange(table_of([100] * 1000)))
+        assert stalling.cancelled.wait(10)
+
+
+@pytest.mark.parametrize("rows", [100, 300_000])
+def test_leaving_early_cancels(stalling, rows, monkeypatch):
+    monkeypatch.setattr(exchange_module, "_CLOSE_TIMEOUT_S", 10)
+    with connect(stalling.uri, transfer=SMALL) as client:
+        started = time.monotonic()
+        with client.exchange(table_of([100] * rows)) as exchange:
+            next(exchange)
+            assert stalling.stalled.wait(10)
+        assert stalling.cancelled.wait(10)
+        assert time.monotonic() - started < 8
+        assert not any(thread.is_alive() for thread in exchange._threads)
+
+
+class Actions(Behaving):
+    def do_action(self, context, action):
+        body = action.body.to_pybytes() if action.body else b""
+        answers = {
+            "health": {"status": "ok"},
+            "ready": {"ready": False},
+            "stats": {"rows": 3},
+            "list_models": {"models": [{"name": "m"}]},
+            "upload_status": {"asked": json.loads(body or b"{}")},
+        }
+        return [json.dumps(answers[action.type]).encode()]
+
+
+def test_actions():
+    with Actions() as server, connect(server.uri) as client:
+        assert client.address == server.uri
+        assert client.health() == {"status": "ok"}
+        assert client.ready() is False
+        assert client.stats() == {"rows": 3}
+        assert client.list_models() == [{"name": "m"}]
+        assert client.upload_status("u", "d") == {"asked": {"upload_id": "u", "dataset": "d"}}
+
+
+@pytest.mark.parametrize("answer", [[], [b"no json"], [b"[]"]])
+def test_an_answer_that_is_none_is_an_error(answer):
+    class Babbling(Behaving):
+        def do_action(self, context, action):
+            return answer
+
+    with Babbling() as server, pytest.raises(errors.InternalError, match="`health`"):
+        connect(server.uri)
+
+
+def test_any_flight_server_can_be_connected_to():
+    with flight.FlightServerBase("grpc://127.0.0.1:0") as server:
+        said = pytest.raises(errors.InvalidCommandError, match="does not offer")
+        with connect(f"grpc://127.0.0.1:{server.port}") as client, said:
+            client.stats()
+
+
+def test_nobody_there_is_said_with_the_address():
+    with pytest.raises(errors.UnavailableError, match=r"grpc://127\.0\.0\.1:1.*refused"):
+        connect("grpc://127.0.0.1:1")
+
+
+def test_a_server_that_does_not_answer_is_given_up():
+    class Mute(Waiting):
+        def do_action(self, context, action):
+            self.hold(context)
+            return []
+
+    with Mute() as server, pytest.raises(errors.UnavailableError, match=r"within 0\.2 s"):
+        connect(server.uri, timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "localhost:8815", "http://h:1", "grpc://h", "grpc://:1", "grpc://h:x", "grpc://h:1/path"],
+)
+def test_what_is_no_address_is_refused(uri):
+    with pytest.raises(errors.InvalidCommandError, match="`uri`"):
+        connect(uri)
+
+
+def test_tls_wants_an_encrypted_address_and_files_that_exist(tmp_path):
+    with pytest.raises(errors.InvalidCommandError, match="not encrypted"):
+        connect("grpc://127.0.0.1:1", tls=TlsOptions())
+    with pytest.raises(errors.InvalidCommandError, match="cannot read"):
+        connect("grpcs://127.0.0.1:1", tls=TlsOptions(ca=tmp_path / "none"))
+
+
+class TokenFactory(flight.ServerMiddlewareFactory):
+    def start_call(self, info, headers):
+        if headers.get("authorization") != ["Bearer secret"]:
+            raise to_flight_error(errors.UnauthenticatedError("the token is missing or wrong"))
+
+
+def test_the_token_goes_with_every_call(tmp_path):
+    with Behaving(middleware={"token": TokenFactory()}) as server:
+        for token in (None, "wrong"):
+            with pytest.raises(errors.UnauthenticatedError, match="token"):
+                connect(server.uri, token=token)
+        with connect(server.uri, token="secret") as client:
+            assert client.put(table_of([1, 2]), "d").complete
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, rows in (("a", range(30)), ("b", range(30, 50))):
+        lines = (json.dumps({"body": f"text {n}", "id": n, "stars": n}) for n in rows)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_ingest_twice_stores_once(files):
+    options = EmbedOptions(dataset="d", text_column="body", columns=("stars",))
+
+    class Named(Behaving):
+        def do_put(self, context, descriptor, reader, writer):
+            reader = (self.renamed(chunk) for chunk in reader)
+            super().do_put(context, descriptor, reader, writer)
+
+        def renamed(self, chunk):
+            if chunk.data is not None:
+                self.names = chunk.data.schema.names
+                data = chunk.data.rename_columns(["id", "text", "stars"])
+                return _Chunk(data, chunk)
+            return chunk
+
+    with Named() as server, connect(server.uri, transfer=SMALL) as client:
+        first = client.ingest(files, options)
+        again = client.ingest([files / "a.jsonl", files / "b.jsonl"], options)
+        assert first.complete
+        assert again.complete
+        assert first.upload_id == again.upload_id
+        assert server.rows == {n: f"text {n}" for n in range(50)}
+        assert server.sent_again == 0
+        assert server.names == ["id", "body", "stars"]
+        assert server.commands[0]["text_column"] == "body"
+        assert server.commands[0]["columns"] == ["stars"]
+
+
+class _Chunk:
+    def __init__(self, data, chunk):
+        self.data = data
+        self.app_metadata = chunk.app_metadata
+
+
+def test_the_name_of_an_ingest_is_of_what_matters(files):
+    def name(**changes):
+        source = open_source(files, text_column="body", limit=changes.pop("limit", None))
+        return ingest_id(source, EmbedOptions(**{"dataset": "d", **changes}))
+
+    assert name() == name() == name(priority="bulk", upload_id="u")
+    changed = [name(), name(dataset="e"), name(model="m"), name(dtype="float32"), name(limit=3)]
+    assert len(set(changed)) == 5
+    (files / "b.jsonl").write_text('{"body": "other"}')
+    assert name() not in changed
+
+
+def test_a_pipe_is_ingested_under_a_name_of_its_own(tmp_path):
+    names = set()
+    for _ in range(2):
+        source = open_source("-", stdin=io.BytesIO(b"a\nb\n"))
+        with Behaving() as server, connect(server.uri) as client:
+            summary = client.ingest(source, "d")
+            assert server.rows == {0: "a", 1: "b"}
+            names.add(summary.upload_id)
+    assert len(names) == 2
