@@ -152,7 +152,7 @@ class Service:
             pooling=model.pooling,
             normalized=model.normalize if options.normalize is None else options.normalize,
         )
-        prompt = "" if options.prompt is None else options.prompt
+        prompt = options.prompt if options.prompt is not None else model.default_prompt or ""
         return Request(options, spec, model.prompts.get(prompt, prompt))
 
     def describe(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fletcher.batches import (
     Int64Array,
     MicroBatch,
 )
-from fletcher.errors import FletcherError
+from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import Ticket
 
 Plan = Callable[[Int32Array], list[np.ndarray]]
@@ -73,10 +73,10 @@ class Window:
     def settle(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
         """Takes a micro-batch's vectors, or why it has none; the last one finishes the tickets."""
         with self._lock:
-            if isinstance(result, FletcherError):
+            if isinstance(result, InferenceResult):
+                result = self._store(rows, result)
+            if result is not None:
                 self._errors.update(dict.fromkeys(rows.tolist(), result))
-            else:
-                self._store(rows, result)
             self._remaining -= 1
             if self._remaining:
                 return
@@ -106,11 +106,19 @@ class Window:
                 )
             )
 
-    def _store(self, rows: Int64Array, result: InferenceResult) -> None:
+    def _store(self, rows: Int64Array, result: InferenceResult) -> FletcherError | None:
+        """Puts vectors in their places; an error where they are not what the model promises."""
+        expected = (len(rows), self._dim)
+        if result.embeddings.shape != expected:
+            return InternalError(
+                f"a replica answered with vectors of shape {result.embeddings.shape}, "
+                f"expected {expected}"
+            )
         if self._embeddings is None:
             self._embeddings = np.zeros((len(self._lengths), self._dim), np.float32)
-            if result.norms is not None:
-                self._norms = np.zeros(len(self._lengths), np.float32)
         self._embeddings[rows] = result.embeddings
-        if self._norms is not None and result.norms is not None:
-            self._norms[rows] = result.norms
+        if result.norms is not None:
+            if self._norms is None:
+                self._norms = np.zeros(len(self._lengths), np.float32)
+            self._norms[rows] = result.norms.reshape(-1)
+        return None

@@ -1,0 +1,52 @@
+"""Real servers on free ports: real sockets, real worker processes, a tiny model's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fletcher.config import ServeConfig
+from fletcher.models.bundle import ModelBundle
+from fletcher.runtime import Runtime
+
+StartServer = Callable[..., Runtime]
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLETCHER_HOME that has the tiny model."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "models").symlink_to(tiny_bundle.folder.parent)
+    return home
+
+
+@pytest.fixture(scope="module")
+def start_server(
+    tiny_home: Path, tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StartServer]:
+    """Starts servers that are closed at the module's end; null inference, LanceDB in a folder."""
+    with ExitStack() as servers:
+
+        def start(**options: Any) -> Runtime:
+            folder = tmp_path_factory.mktemp("vectors")
+            fields = {
+                "port": 0,
+                "home": tiny_home,
+                "model": tiny_bundle.name,
+                "backend": "null",
+                "stores": (f"lance:{folder}",),
+                "group_delay_ms": 20,
+                "drain_timeout_s": 5,
+            }
+            return servers.enter_context(Runtime(ServeConfig(**{**fields, **options})))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server(start_server: StartServer) -> Runtime:
+    return start_server()

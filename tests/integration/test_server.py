@@ -1,0 +1,379 @@
+"""DoPut, DoExchange and the actions over real sockets, with what clients really send."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+from fletcher.runtime import Runtime
+from tests.integration.conftest import StartServer
+from tests.integration.flight_calls import TIMEOUT, action, command, error_of, exchange, put
+
+SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8()})
+WORDS = "debian packages hold programs that people use every day and night".split()
+names = (f"dataset-{n}" for n in itertools.count())
+
+
+def rows(first: int, last: int) -> pa.RecordBatch:
+    texts = [" ".join(WORDS[n % 7 : n % 7 + n % 5]) + f" {n}" for n in range(first, last)]
+    return pa.record_batch({"id": pa.array(range(first, last), pa.int64()), "text": texts}, SCHEMA)
+
+
+def stored(server: Runtime, dataset: str) -> pa.Table:
+    reader = server.service.delivery.stores["default"].scan(dataset)
+    return reader.read_all().sort_by("id")
+
+
+@pytest.fixture
+def client(server: Runtime) -> Iterator[flight.FlightClient]:
+    with flight.connect(server.address) as client:
+        yield client
+
+
+def test_every_row_reaches_the_store_with_its_own_text(
+    server: Runtime, client: flight.FlightClient
+) -> None:
+    name = next(names)
+    batches = [rows(first, min(first + 700, 5000)) for first in range(0, 5000, 700)]
+    answers = put(client, batches, SCHEMA, end=5000, dataset=name, upload_id="u")
+    *acks, summary = answers
+    assert summary["type"] == "summary"
+    assert summary["complete"] is True
+    assert summary["rows_received"] == summary["rows_stored"] == summary["rows_durable"] == 5000
+    assert all(ack["type"] == "ack" for ack in acks)
+    assert [ack["row_first"] for ack in acks] == [0, *(ack["row_last"] + 1 for ack in acks[:-1])]
+    assert acks[-1]["row_last"] == 4999
+    durable = [ack["rows_durable"] for ack in acks]
+    assert durable == sorted(durable)
+    assert all(ack["rows_durable"] > ack["row_last"] for ack in acks)
+
+    table = stored(server, name)
+    assert table.column("id").to_pylist() == list(range(5000))
+    assert table.column("text").to_pylist() == [
+        text for batch in batches for text in batch.column("text").to_pylist()
+    ]
+    # The null backend's vectors depend on the tokens alone: the same row by another way.
+    ((alone, _),) = exchange(client, [rows(4321, 4322)], SCHEMA, dtype="float16")
+    assert alone.column("vector")[0].as_py() == table.column("vector")[4321].as_py()
+
+
+def test_sent_twice_is_stored_once(server: Runtime, client: flight.FlightClient) -> None:
+    name = next(names)
+    put(client, [rows(0, 300)], SCHEMA, dataset=name, upload_id="u")
+    summary = put(client, [rows(0, 500)], SCHEMA, end=500, dataset=name, upload_id="u")[-1]
+    assert summary["complete"] is True
+    assert summary["rows_stored"] == 500
+    assert stored(server, name).column("id").to_pylist() == list(range(500))
+    status = action(client, "upload_status", {"upload_id": "u", "dataset": name})
+    assert status == {"rows_durable": 500, "ranges": [[0, 499]], "complete": True}
+
+
+def test_without_an_end_marker_an_upload_is_not_complete(client: flight.FlightClient) -> None:
+    for end in (None, 99, 101):
+        summary = put(client, [rows(0, 100)], SCHEMA, end=end, dataset=next(names))[-1]
+        assert summary["complete"] is False
+        assert summary["rows_durable"] == 100
+
+
+def test_exchange_keeps_order_and_batches(client: flight.FlightClient) -> None:
+    batches = [rows(0, 1), rows(1, 1), rows(1, 3000), rows(3000, 3007), rows(3007, 3007)]
+    answers = exchange(client, batches, SCHEMA, dtype="float32")
+    assert [batch.num_rows for batch, _ in answers] == [1, 0, 2999, 7, 0]
+    assert [metadata["batch_id"] for _, metadata in answers] == [0, 1, 2, 3, 4]
+    ids = [row for batch, _ in answers for row in batch.column("id").to_pylist()]
+    assert ids == list(range(3007))
+    for batch, _ in answers:
+        assert batch.schema.field("vector").type == pa.list_(pa.field("item", pa.float32()), 32)
+        values = batch.column("vector").flatten().to_numpy().reshape(-1, 32)
+        assert np.allclose(np.linalg.norm(values, axis=1), 1, atol=1e-5)
+        assert "text" not in batch.schema.names
+
+
+def test_rows_fail_alone_and_are_named(server: Runtime, client: flight.FlightClient) -> None:
+    batch = pa.record_batch({"id": ["a", "b", None, "d"], "text": ["one", None, "three", "four"]})
+    ((answer, metadata),) = exchange(client, [batch], batch.schema)
+    assert [vector is None for vector in answer.column("vector").to_pylist()] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert [(error["row"], error["id"]) for error in metadata["errors"]] == [(1, "b"), (2, None)]
+
+    name = next(names)
+    summary = put(client, [batch], batch.schema, end=4, dataset=name)[-1]
+    assert summary["rows_failed"] == 2
+    assert summary["complete"] is True
+    assert [error["row"] for error in summary["errors"]] == [1, 2]
+    assert stored(server, name).num_rows == summary["rows_stored"] == 4
+
+    with pytest.raises(flight.FlightServerError) as caught:
+        exchange(client, [batch], batch.schema, on_error="abort")
+    assert error_of(caught.value)["field"] == "text"
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_compressed_batches(server: Runtime, client: flight.FlightClient, codec: str) -> None:
+    name = next(names)
+    options = flight.FlightCallOptions(
+        timeout=60, write_options=pa.ipc.IpcWriteOptions(compression=codec)
+    )
+    put(client, [rows(0, 1000)], SCHEMA, dataset=name, options=options)
+    assert stored(server, name).num_rows == 1000
+
+
+def test_a_batch_of_200_000_rows(server: Runtime, client: flight.FlightClient) -> None:
+    name = next(names)
+    texts = pa.array([f"text {n % 1000}" for n in range(200_000)])
+    batch = pa.record_batch({"text": texts})
+    summary = put(client, [batch], batch.schema, end=200_000, dataset=name)[-1]
+    assert summary["complete"] is True
+    assert stored(server, name).num_rows == 200_000
+
+
+@pytest.mark.parametrize("batches", [[], [rows(0, 0)]])
+def test_streams_without_rows(
+    server: Runtime, client: flight.FlightClient, batches: list[pa.RecordBatch]
+) -> None:
+    name = next(names)
+    summary = put(client, batches, SCHEMA, end=0, dataset=name)[-1]
+    assert summary["complete"] is True
+    assert summary["rows_received"] == 0
+    assert len(exchange(client, batches, SCHEMA)) == len(batches)
+
+
+def test_a_path_embeds_with_defaults(server: Runtime, client: flight.FlightClient) -> None:
+    name = next(names)
+    writer, _ = client.do_put(flight.FlightDescriptor.for_path(name), SCHEMA, TIMEOUT)
+    with writer:
+        writer.write_batch(rows(0, 10))
+    table = stored(server, name)
+    assert table.schema.field("vector").type.value_type == pa.float16()
+    assert table.schema.metadata[b"fletcher.model"] == server.service.model.qualified_name.encode()
+    info = client.get_flight_info(flight.FlightDescriptor.for_path(name))
+    assert info.total_records == 10
+    assert name in [flight.descriptor.path[0].decode() for flight in client.list_flights()]
+    assert client.get_schema(command(dataset=name)).schema.field("vector").type == (
+        table.schema.field("vector").type
+    )
+
+
+def test_normalize_false_gives_longer_vectors_than_one(client: flight.FlightClient) -> None:
+    ((plain, _),) = exchange(client, [rows(0, 5)], SCHEMA, dtype="float32", normalize=False)
+    ((unit, _),) = exchange(client, [rows(0, 5)], SCHEMA, dtype="float32")
+    assert plain.schema.metadata[b"fletcher.normalized"] == b"false"
+    assert unit.schema.metadata[b"fletcher.normalized"] == b"true"
+
+
+def test_actions(server: Runtime, client: flight.FlightClient) -> None:
+    assert action(client, "health") == {"status": "ok"}
+    assert action(client, "ready")["ready"] is True
+    (model,) = action(client, "list_models")["models"]
+    assert model["dim"] == 32
+    answer = action(client, "embed", {"texts": ["one", "two"], "dtype": "float32"})
+    assert np.array(answer["embeddings"]).shape == (2, 32)
+    stats = action(client, "stats")
+    assert stats["fletcher.texts.received"] >= 2
+    assert all(one["state"] == "ready" for one in stats["replicas"] + stats["tokenizers"])
+    assert {one.type for one in client.list_actions()} >= {"health", "stats", "embed"}
+
+
+BAD_UTF8 = pa.StringArray.from_buffers(
+    2, pa.py_buffer(np.array([0, 1, 3], np.int32)), pa.py_buffer(b"a\xff\xfe")
+)
+WILD = pa.StringArray.from_buffers(
+    2, pa.py_buffer(np.array([0, 1 << 30, 3], np.int32)), pa.py_buffer(b"abc")
+)
+
+
+@pytest.mark.parametrize(
+    ("batch", "fields", "code", "field"),
+    [
+        (pa.record_batch({"body": ["x"]}), {}, "unknown_column", "text_column"),
+        (pa.record_batch({"text": [1]}), {}, "column_type", "text_column"),
+        (pa.record_batch({"text": ["x"]}), {"model": "gpt"}, "unknown_model", "model"),
+        (pa.record_batch({"text": ["x"]}), {"dtype": "int3"}, "invalid_command", "dtype"),
+        (pa.record_batch({"text": ["x"]}), {"datset": "x"}, "unknown_field", "datset"),
+        (pa.record_batch({"text": ["x"]}), {"dims": 7}, "dimension_mismatch", "dims"),
+        (pa.record_batch({"text": ["x"]}), {"layers": 1}, "invalid_command", "layers"),
+        (pa.record_batch({"text": ["x"]}), {"columns": ["no"]}, "unknown_column", "columns"),
+        (pa.record_batch({"text": BAD_UTF8}), {}, "invalid_utf8", "text"),
+        (pa.record_batch({"text": WILD}), {}, "column_type", "text"),
+        (pa.record_batch({"text": ["x" * (70 << 20)]}), {}, "batch_too_large", None),
+    ],
+)
+def test_bad_requests_are_answered_with_their_reason(
+    client: flight.FlightClient,
+    batch: pa.RecordBatch,
+    fields: dict[str, object],
+    code: str,
+    field: str | None,
+) -> None:
+    for call in (put, exchange):
+        target = {"dataset": next(names)} if call is put else {}
+        with pytest.raises(flight.FlightError) as caught:
+            call(client, [batch], batch.schema, **{**target, **fields})
+        error = error_of(caught.value)
+        assert error["code"] == code
+        assert error.get("field") == field
+        assert "Traceback" not in str(caught.value)
+        assert ".py" not in str(caught.value)
+    put(client, [rows(0, 3)], SCHEMA, dataset=next(names))  # nobody else is harmed
+
+
+@pytest.mark.parametrize("descriptor", [b"{", b'{"dataset": "a", "dataset": "b"}', b"\xff\x00"])
+def test_commands_that_are_none(client: flight.FlightClient, descriptor: bytes) -> None:
+    with pytest.raises(flight.FlightServerError) as caught:
+        writer, reader = client.do_put(
+            flight.FlightDescriptor.for_command(descriptor), SCHEMA, TIMEOUT
+        )
+        with writer:
+            writer.done_writing()
+            reader.read()
+    assert error_of(caught.value)["code"] == "invalid_command"
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "../up", "x" * 129, "-dash"])
+def test_dataset_names(client: flight.FlightClient, name: str) -> None:
+    with pytest.raises(flight.FlightServerError) as caught:
+        put(client, [rows(0, 1)], SCHEMA, dataset=name)
+    assert error_of(caught.value)["field"] == "dataset"
+
+
+def test_a_row_of_50_mb_fails_alone(server: Runtime, client: flight.FlightClient) -> None:
+    name = next(names)
+    batch = pa.record_batch({"text": ["small", "x" * (50 << 20), "also small"]})
+    summary = put(client, [batch], batch.schema, end=3, dataset=name)[-1]
+    assert [(error["row"], error["code"]) for error in summary["errors"]] == [(1, "row_too_large")]
+    vectors = stored(server, name).column("vector").to_pylist()
+    assert sum(vector is None for vector in vectors) == 1
+
+
+def test_a_zstd_batch_that_decodes_to_1_5_gb_is_refused(client: flight.FlightClient) -> None:
+    data = pa.allocate_buffer(1_500_000_000)
+    np.frombuffer(data, np.uint8)[:] = 32
+    offsets = pa.py_buffer(np.array([0, 1_500_000_000], np.int32))
+    batch = pa.record_batch({"text": pa.StringArray.from_buffers(1, offsets, data)})
+    options = flight.FlightCallOptions(
+        timeout=60, write_options=pa.ipc.IpcWriteOptions(compression="zstd")
+    )
+    with pytest.raises(flight.FlightError) as caught:
+        put(client, [batch], batch.schema, dataset=next(names), options=options)
+    assert error_of(caught.value)["code"] == "batch_too_large"
+    put(client, [rows(0, 3)], SCHEMA, dataset=next(names))
+
+
+def test_bad_app_metadata(client: flight.FlightClient) -> None:
+    for raw in (b"nonsense", b"[1]", b'{"row_offset": -1}', b'{"end": true}', b'{"what": 1}'):
+        writer, reader = client.do_put(command(dataset=next(names)), SCHEMA, TIMEOUT)
+        with pytest.raises(flight.FlightServerError) as caught, writer:
+            writer.write_with_metadata(rows(0, 1), raw)
+            writer.done_writing()
+            while reader.read() is not None:
+                pass
+        assert error_of(caught.value)["code"] == "invalid_command"
+
+
+def test_another_model_or_width_cannot_be_mixed_into_a_dataset(
+    client: flight.FlightClient,
+) -> None:
+    name = next(names)
+    put(client, [rows(0, 3)], SCHEMA, dataset=name, dtype="float16")
+    for fields in ({"dtype": "float32"}, {"normalize": False}, {"text_column": "id"}):
+        with pytest.raises(flight.FlightServerError):
+            put(client, [rows(0, 3)], SCHEMA, dataset=name, **fields)
+    put(client, [rows(3, 6)], SCHEMA, dataset=name)
+
+
+def test_overwrite_and_upsert(server: Runtime, client: flight.FlightClient) -> None:
+    name = next(names)
+    put(client, [rows(0, 100)], SCHEMA, dataset=name)
+    put(client, [rows(50, 120)], SCHEMA, dataset=name, mode="upsert")
+    assert stored(server, name).column("id").to_pylist() == list(range(120))
+    put(client, [rows(7, 9)], SCHEMA, dataset=name, mode="overwrite")
+    assert stored(server, name).column("id").to_pylist() == [7, 8]
+
+
+def test_tokens(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> None:
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens"
+    tokens.write_text("# ours\nsecret-1\nsecret-2\n")
+    server = start_server(token_file=tokens)
+    with flight.connect(server.address) as client:
+        for headers, good in (
+            ([], False),
+            ([(b"authorization", b"Bearer wrong")], False),
+            ([(b"authorization", b"secret-1")], False),
+            ([(b"authorization", b"Bearer secret-2")], True),
+        ):
+            options = flight.FlightCallOptions(timeout=20, headers=headers)
+            calls = [
+                lambda options=options: list(
+                    client.do_action(flight.Action("health", b""), options)
+                ),
+                lambda options=options: put(
+                    client, [rows(0, 2)], SCHEMA, dataset="d", options=options
+                ),
+                lambda options=options: exchange(client, [rows(0, 2)], SCHEMA, options=options),
+            ]
+            for call in calls:
+                if good:
+                    call()
+                    continue
+                with pytest.raises(flight.FlightUnauthenticatedError) as caught:
+                    call()
+                assert error_of(caught.value)["code"] == "unauthenticated"
+
+
+def test_more_streams_than_allowed_are_refused_with_a_hint(start_server: StartServer) -> None:
+    server = start_server(max_streams=2)
+    with flight.connect(server.address) as client:
+        held = []
+        for _ in range(2):
+            writer, reader = client.do_exchange(command(), TIMEOUT)
+            writer.begin(SCHEMA)
+            writer.write_batch(rows(0, 1))
+            reader.read_chunk()
+            held.append((writer, reader))
+        with pytest.raises(flight.FlightUnavailableError) as caught:
+            exchange(client, [rows(0, 1)], SCHEMA)
+        error = error_of(caught.value)
+        assert error["code"] == "overloaded"
+        assert error["retry_after_ms"] > 0
+        for writer, reader in held:
+            writer.done_writing()
+            with pytest.raises(StopIteration):
+                reader.read_chunk()
+            writer.close()
+        exchange(client, [rows(0, 1)], SCHEMA)
+
+
+def test_a_drain_stores_what_was_accepted_and_refuses_the_rest(start_server: StartServer) -> None:
+    server = start_server(group_delay_ms=60_000)
+    with flight.connect(server.address) as client:
+        writer, reader = client.do_put(command(dataset="d", upload_id="u"), SCHEMA, TIMEOUT)
+        for first in range(0, 1000, 100):
+            writer.write_batch(rows(first, first + 100))
+        while action(client, "stats")["fletcher.rows.received"] < 1000:
+            pass
+        drained: list[bool] = []
+        drain = threading.Thread(target=lambda: drained.append(server.drain(30)))
+        drain.start()
+        drain.join(30)
+        assert drained == [True]
+        assert stored(server, "d").num_rows == 1000
+        with pytest.raises(flight.FlightUnavailableError) as caught:
+            put(client, [rows(0, 1)], SCHEMA, dataset="other")
+        assert error_of(caught.value)["code"] == "draining"
+        assert action(client, "ready")["ready"] is False
+        reader_error = pytest.raises(flight.FlightUnavailableError)
+        with reader_error, writer:
+            writer.write_batch(rows(1000, 1001))
+            writer.done_writing()
+            while reader.read() is not None:
+                pass
