@@ -16,8 +16,7 @@ from typing import Any
 from fletcher.errors import ConfigError
 from fletcher.stores.server import StoreServer
 
-# What was received is committed in well under a second; a client that keeps its stream open is
-# not waited for any longer than this.
+# What was received is committed in well under a second; a disk may be slower than that.
 SHUTDOWN_S = 10.0
 
 
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         signal.signal(number, handler)
     if not ended:
         # pyarrow cannot end a call that a client keeps open, and Python would wait for it.
-        logging.getLogger(__name__).warning("left calls open after %.0f s", SHUTDOWN_S)
+        logging.getLogger(__name__).warning("left calls open that their clients do not end")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -21,11 +21,13 @@ from fletcher.stores.sync import sync_path
 
 _log = logging.getLogger(__name__)
 
-# Each append is a fragment. Twenty cost a scan nothing to speak of; compaction rewrites every
-# fragment below Lance's target of 1 Mi rows, so it waits until the new rows are a fair share of
-# what it would rewrite, or the fragments are many.
+# Each append is a fragment. Small ones slow a scan down; those of LARGE_ROWS and more do not, and
+# rewriting them took 250 to 500 MB and both cores for seconds. Compaction rewrites every fragment
+# below Lance's target of 1 Mi rows, so it waits until the new rows are a fair share of what it
+# would rewrite, or the fragments are many.
 COMPACT_FRAGMENTS = 20
 COMPACT_FRAGMENTS_AT_MOST = 200
+LARGE_ROWS = 8192
 FRAGMENT_ROWS = 1 << 20
 # A reader in another process keeps the version it began with for this long.
 KEEP_VERSIONS = dt.timedelta(minutes=10)
@@ -43,6 +45,7 @@ class LanceWriter:
         dataset: Its name, for messages.
         lock: Held until `close`.
         upsert: Every append replaces the rows of the same `id`.
+        replaced: The table was emptied, so `close` frees the disk of what was in it before.
         on_close: Called once with the writer.
     """
 
@@ -54,6 +57,7 @@ class LanceWriter:
         dataset: str,
         lock: WriterLock,
         upsert: bool,
+        replaced: bool,
         on_close: Callable[[LanceWriter], None],
     ) -> None:
         self.schema: pa.Schema = table.schema
@@ -61,6 +65,7 @@ class LanceWriter:
         self._dataset = dataset
         self._lock = lock
         self._upsert = upsert
+        self._replaced = replaced
         self._on_close = on_close
         self._files = _SyncedFolder(folder)
         self._files.sync(settled=True)
@@ -155,7 +160,7 @@ class LanceWriter:
         self._closed = True
         try:
             self._join_compaction()
-            if self._compaction_due(COMPACT_FRAGMENTS // 2):
+            if self._replaced or self._compaction_due(COMPACT_FRAGMENTS // 2):
                 self._compact()
         finally:
             self._lock.release()
@@ -172,8 +177,9 @@ class LanceWriter:
     def _compaction_due(self, fragments: int) -> bool:
         if self._compacting or self._small_fragments < fragments:
             return False
+        small = self._rows_since < LARGE_ROWS * self._small_fragments
         share = self._rows_since * 4 >= min(self._rows, FRAGMENT_ROWS)
-        return share or self._small_fragments >= COMPACT_FRAGMENTS_AT_MOST
+        return (small and share) or self._small_fragments >= COMPACT_FRAGMENTS_AT_MOST
 
     def _start_compaction(self) -> None:
         # In the background: a million rows take some 4 s, and appends go on meanwhile (Lance

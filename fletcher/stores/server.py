@@ -42,6 +42,8 @@ MAX_GROUP_BYTES = 512 << 20
 # Acknowledgements that a client has not read; beyond it the server stops reading rows.
 MAX_UNREAD_ACKS = 1024
 SLOW_DOWN_AT = 0.8
+# Once all is committed, calls get this long to end by themselves; then their clients see it.
+END_CALLS_S = 1.0
 
 
 def _guarded(handler: _Handler) -> _Handler:
@@ -107,16 +109,16 @@ class StoreServer:
         """Commits what was received, refuses the rest, stops listening.
 
         Returns:
-            False where that took longer than `timeout_s` (a client that keeps its stream open);
+            False where commits took longer than `timeout_s`, or a client keeps its call open;
             every acknowledged row is stored in any case.
         """
-        deadline = time.monotonic() + timeout_s
         committed = self._ingest.close(timeout_s)
         # `shutdown` waits for open streams without a limit, so it gets a thread and a limit.
         threads = [
             threading.Thread(target=server.shutdown, name="shutdown", daemon=True)
             for server in (self._data, self._meta)
         ]
+        deadline = time.monotonic() + END_CALLS_S
         for thread in threads:
             thread.start()
         for thread in threads:
