@@ -1,0 +1,34 @@
+"""Vectors of texts, by DoExchange, with plain pyarrow: python examples/exchange.py TEXT...
+
+What is written must be read meanwhile, or both sides wait for each other once the wire is full.
+"""
+
+import json
+import sys
+import threading
+
+import pyarrow as pa
+from pyarrow import flight
+
+texts = sys.argv[1:] or ["play go against the computer", "a board game for two"]
+client = flight.connect("grpc://127.0.0.1:8815")
+command = json.dumps({"dtype": "float32"}).encode()
+writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command))
+batch = pa.RecordBatch.from_pydict({"text": texts})
+
+
+def write() -> None:
+    writer.begin(batch.schema)
+    writer.write_batch(batch)  # as many as there are
+    writer.done_writing()
+
+
+thread = threading.Thread(target=write)
+thread.start()
+for chunk in reader:  # one for each batch written, in the same order
+    for error in json.loads(chunk.app_metadata.to_pybytes())["errors"]:
+        print("row", error["row"], "failed:", error["message"])
+    for text, vector in zip(texts, chunk.data.column("vector").to_pylist(), strict=True):
+        print(text, vector and [round(number, 4) for number in vector[:4]], "...")
+thread.join()
+writer.close()
