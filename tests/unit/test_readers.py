@@ -297,3 +297,10 @@ def test_large_rows_make_small_batches(tmp_path):
         batches = list(open_source(path).batches())
         assert max(batch.nbytes for batch in batches) <= 6 << 20
         assert sum(batch.num_rows for batch in batches) == 20
+
+
+def test_a_limit_reads_no_further_than_it_must(tmp_path):
+    path = write(pa.table({"text": [str(n) for n in range(100)]}), tmp_path / "t.parquet")
+    source = open_source(path, limit=1, batch_rows=1)
+    assert rows_of(source).num_rows == 1
+    assert source.bytes_read < source.total_bytes / 2
