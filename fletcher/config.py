@@ -29,7 +29,6 @@ from fletcher.settings import (
     GIB,
     MIB,
     MILLISECONDS,
-    NAMES,
     SECONDS,
     SIZE,
     STORES,
@@ -100,9 +99,6 @@ class ServeConfig:
         False, "network", SWITCH, "allow a host other than loopback without --token-file"
     )
     model: str = _option("all-MiniLM-L6-v2", "model", TEXT, "model used where a caller names none")
-    models: tuple[str, ...] = _option(
-        (), "model", NAMES, "more models to serve, commas between; each takes memory of its own"
-    )
     device: str = _option(
         "auto",
         "model",
@@ -170,9 +166,6 @@ class ServeConfig:
     )
     drain_timeout_s: float = _option(
         30, "limits", SECONDS, "on SIGTERM, time for accepted rows to reach the store"
-    )
-    idle_timeout_s: float = _option(
-        600, "limits", SECONDS, "end a call that sends nothing for so long", minimum=0.001
     )
     log_level: str = _option(
         "info",

@@ -140,7 +140,7 @@ class Runtime:
     def _start(self) -> None:
         config = self.config
         flight_config = _flight_config(config)
-        self._telemetry = instruments = configure(config.otlp_endpoint)
+        self._telemetry = telemetry = configure(config.otlp_endpoint)
         stores = {name: open_store(address) for name, address in config.store_addresses.items()}
         delivery = Delivery(
             stores,
@@ -150,7 +150,7 @@ class Runtime:
                 group_delay_s=config.group_delay_ms / 1000,
                 store_retry_s=config.store_retry_s,
             ),
-            instruments,
+            telemetry,
         )
         bundle = Registry(config.home / "models").ensure(config.model, self._progress)
         host = detect_host()
@@ -165,14 +165,14 @@ class Runtime:
         )
         log.info("%s: %s", bundle.qualified_name, resolution.reason)
         self._budget = MemoryBudget(int(config.max_memory * _BUDGET_SHARE), config.max_streams)
-        embedder = _embedder(config, bundle, host, resolution.configs, self._budget, instruments)
+        embedder = _embedder(config, bundle, host, resolution.configs, self._budget, telemetry)
         self._service = Service(
             model=bundle,
             embedder=embedder,
             delivery=delivery,
-            calls=Calls(config.max_streams, instruments),
+            calls=Calls(config.max_streams, telemetry),
             limits=_limits(config, bundle.dim, self._budget.reserve_bytes),
-            instruments=instruments,
+            telemetry=telemetry,
         )
         embedder.start()
         self._server = _listen(self._service, flight_config)
@@ -185,7 +185,7 @@ def _embedder(
     host: HostInfo,
     replicas: list[BackendConfig],
     budget: MemoryBudget,
-    instruments: Telemetry,
+    telemetry: Telemetry,
 ) -> Embedder:
     num_tokenizers = config.tokenizer_workers or _tokenizers(host.cores, replicas)
     folder = str(bundle.folder)
@@ -213,7 +213,7 @@ def _embedder(
         ),
         tokenize=Tokenizer.load(bundle.folder).encode,
         budget=budget,
-        instruments=instruments,
+        telemetry=telemetry,
     )
 
 

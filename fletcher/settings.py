@@ -52,10 +52,6 @@ def _switch(text: str) -> bool:
     return words[text.strip().lower()]
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for part in text.split(",") if (name := part.strip()))
-
-
 def _stores(text: str) -> tuple[str, ...]:
     # A comma parts two addresses only where another address follows: paths may hold commas.
     parts = re.split(r",(?=\s*(?:[A-Za-z0-9][\w-]*=)?[a-z]+:)", text)
@@ -91,7 +87,6 @@ SIZE = Kind("SIZE", "a size such as 512MiB or 1GB", parse_size, (int,))
 SECONDS = Kind("SECONDS", "seconds, or a time such as 200ms or 2m", parse_seconds, (int, float))
 MILLISECONDS = Kind("MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float))
 SWITCH = Kind("BOOL", "true or false", _switch, (bool,))
-NAMES = Kind("NAME", "names, separated by commas", _names, (list,))
 STORES = Kind("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _stores, (list,))
 FILE = Kind("FILE", "a path", _file)
 

@@ -42,11 +42,14 @@ class Span:
         """`traceparent` for a call to another server; empty where nothing is recorded."""
         return {}
 
+    def end(self, error: BaseException | None = None) -> None:
+        """Ends work that began on one thread and ended on another, instead of a `with`."""
+
     def __enter__(self) -> Span:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        return None
+        self.end(error)
 
 
 _NO_SPAN = Span()
@@ -75,7 +78,7 @@ class _RecordedSpan(Span):
         TraceContextTextMapPropagator().inject(carrier, context=self.context)
         return carrier
 
-    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         from opentelemetry.trace import Status, StatusCode
 
         if error is not None:

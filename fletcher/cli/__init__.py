@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Collection, Sequence
 from importlib import import_module
 
+from fletcher.cli.leaving import leave_with
 from fletcher.cli.parser import Parser, UsageError, flags_of
 from fletcher.config import nearest
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "FLETCHER_LOG_LEVEL=debug shows where"
         _complain(f"{name}: unexpected {type(error).__name__}: {error}; {hint}")
         code = EXIT_FAILURE
-    return code
+    return leave_with(code)
 
 
 def serve_main() -> int:

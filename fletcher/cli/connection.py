@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fletcher.cli.leaving import leave_in_time
 from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, given_flags, read_config
 from fletcher.config import NO_STORE, ServeConfig
 from fletcher.errors import ConfigError
-from fletcher.settings import DAY_S
 
 if TYPE_CHECKING:
     from fletcher.client import Client
@@ -97,6 +97,7 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
         return
     from fletcher.runtime import Runtime
 
+    leave_in_time()
     # Anybody on this machine can reach the port; only this process knows the token.
     token = secrets.token_urlsafe()
     with tempfile.NamedTemporaryFile("w", prefix="fletcher-", encoding="utf-8") as file:
@@ -107,8 +108,6 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
             host="127.0.0.1",
             port=0,
             token_file=Path(file.name),
-            # The other end is this process, which may wait for standard input as long as it likes.
-            idle_timeout_s=DAY_S,
         )
         with (
             Runtime(private, progress=_say) as runtime,

@@ -69,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Looks and prints; 1 if something needed is broken."""
     set_up_logging("error", "text")
-    resolved = read_config(args, os.environ, (*_OPTIONS, "models", "max_message_bytes"))
+    resolved = read_config(args, os.environ, (*_OPTIONS, "max_message_bytes"))
     findings = list(examine(resolved.config, look_at_stores="store" in resolved.sources))
     findings += [Finding("home", "environment", "note", text) for text in resolved.warnings]
     broken = any(finding.state == "broken" for finding in findings)
@@ -196,11 +196,11 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
         else:
             value = f"{bundle.qualified_name}, {bundle.dim} dimensions, checksums right"
             yield Finding("models", name, "ok", value)
-    for name in (config.model, *config.models):
-        if name not in names:
-            fetched = name == DEFAULT_MODEL
-            fix = "it is fetched on first use" if fetched else "fletcher model add SOURCE"
-            yield Finding("models", name, "note" if fetched else "broken", "not there", fix)
+    if config.model not in names:
+        fetched = config.model == DEFAULT_MODEL
+        fix = "it is fetched on first use" if fetched else "fletcher model add SOURCE"
+        state: State = "note" if fetched else "broken"
+        yield Finding("models", config.model, state, "not there", fix)
 
 
 def _engine(config: ServeConfig) -> Iterator[Finding]:

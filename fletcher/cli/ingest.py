@@ -168,12 +168,14 @@ class _Meter:
             rows, received = self._rows, self._rows_received
         # A server elsewhere counts everybody's rows and tokens.
         counted = stats if self._local else {}
+        done = counted.get("fletcher.rows.stored", 0) + counted.get("fletcher.rows.failed", 0)
+        tokens = counted.get("fletcher.device.tokens")
         return Sample(
-            rows=rows,
-            tokens=counted.get("tokens.received"),
+            rows=max(rows, done),
+            tokens=None if tokens is None else sum(tokens.values()),
             num_bytes=self._source.bytes_read,
-            rows_read=max(received, counted.get("rows.received", 0)) or None,
-            queues=stats.get("queue.depth") or {},
+            rows_read=max(received, counted.get("fletcher.rows.received", 0)) or None,
+            queues=stats.get("fletcher.queue.depth") or {},
         )
 
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from fletcher.cli.leaving import leave_in_time
 from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, read_config
 from fletcher.config import OPTIONS, ServeConfig
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _serve(config: ServeConfig) -> int:
     from fletcher.runtime import Runtime
 
+    leave_in_time()
     with _Signals() as signals, Runtime(config) as runtime:
         signals.ready()
         print(f"listening on {runtime.address}", flush=True)

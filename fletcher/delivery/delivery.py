@@ -14,9 +14,9 @@ import pyarrow as pa
 from fletcher.delivery.lane import DeliveryConfig, Lane, Rows
 from fletcher.delivery.upload import Upload
 from fletcher.errors import InvalidCommandError, UploadConflictError
-from fletcher.instruments import Instruments
 from fletcher.options import EmbedOptions
 from fletcher.stores.base import Store, WriteMode
+from fletcher.telemetry import Telemetry
 
 # Finished uploads are remembered for `upload_status`; older ones are read from the store.
 _REMEMBERED_UPLOADS = 1000
@@ -28,19 +28,19 @@ class Delivery:
     Args:
         stores: By name; the first is the default.
         config: Groups and retries.
-        instruments: Where counts and durations go.
+        telemetry: Where counts, durations and spans go.
     """
 
     def __init__(
-        self, stores: Mapping[str, Store], config: DeliveryConfig, instruments: Instruments
+        self, stores: Mapping[str, Store], config: DeliveryConfig, telemetry: Telemetry
     ) -> None:
         self.stores = dict(stores)
         self._config = config
-        self._instruments = instruments
+        self._telemetry = telemetry
         self._lock = threading.Lock()
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._uploads: OrderedDict[tuple[str, str, str], Upload] = OrderedDict()
-        instruments.queue_depth.watch(self._depth, stage="rows")
+        telemetry.queue_depth.watch(self._depth, stage="rows")
 
     def store(self, name: str | None) -> tuple[str, Store]:
         """A store by its configured name; None: the default.
@@ -160,7 +160,7 @@ class Delivery:
         with self._lock:
             lane = self._lanes.get((name, dataset))
             if lane is None:
-                lane = Lane(store, dataset, self._config, self._instruments, self._retire)
+                lane = Lane(store, dataset, self._config, self._telemetry, self._retire)
                 self._lanes[name, dataset] = lane
             lane.users += 1
             return lane

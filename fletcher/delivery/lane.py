@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InternalError, StoreUnavailableError
-from fletcher.instruments import Instruments
 from fletcher.schema import batch_key
 from fletcher.stores.base import DatasetWriter, Store, WriteMode
+from fletcher.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Lane:
         store: The store.
         dataset: The dataset's name.
         config: Groups and retries.
-        instruments: Where counts and durations go.
+        telemetry: Where counts, durations and spans go.
         on_idle: Asked when the lane has had no user for a while; True lets it end.
     """
 
@@ -89,14 +89,14 @@ class Lane:
         store: Store,
         dataset: str,
         config: DeliveryConfig,
-        instruments: Instruments,
+        telemetry: Telemetry,
         on_idle: Callable[[Lane], bool],
     ) -> None:
         self.store = store
         self.dataset = dataset
         self.users = 0  # guarded by Delivery
         self._config = config
-        self._instruments = instruments
+        self._telemetry = telemetry
         self._on_idle = on_idle
         self._changed = threading.Condition()
         self._pending: deque[tuple[Rows, float]] = deque()
@@ -264,7 +264,7 @@ class Lane:
             else:
                 lost = 0 if self.store.capabilities.null_vectors else len(rows.failed)
                 stored = rows.batch.num_rows - lost
-                self._instruments.rows_stored.add(stored)
+                self._telemetry.rows_stored.add(stored)
                 rows.upload.settle(rows.first, rows.last, stored=stored)
             rows.released()
 
@@ -285,14 +285,18 @@ class Lane:
                 writer = self._use(schema, "upsert" if upsert else "append")
                 keys = writer.missing_keys(list(keyed)) if doubtful else list(keyed)
                 doubtful = True
-                with self._instruments.stage_duration.time(stage="append"):
-                    batches = [keyed[key] for key in keys if keyed[key].num_rows]
+                batches = [keyed[key] for key in keys if keyed[key].num_rows]
+                num_rows = sum(batch.num_rows for batch in batches)
+                with (
+                    self._telemetry.stage_duration.time(stage="append"),
+                    self._telemetry.span("append", rows=num_rows, groups=len(batches)),
+                ):
                     if batches:
                         writer.append(batches)
             except StoreUnavailableError as error:
                 if self._closing.is_set() or time.monotonic() + backoff_s > deadline:
                     return error
-                self._instruments.store_retries.add()
+                self._telemetry.store_retries.add()
                 log.warning("`%s`: %s; trying again", self.dataset, error)
                 self._close_writer()
                 # Full jitter: https://aws.amazon.com/builders-library (timeouts, retries, backoff).

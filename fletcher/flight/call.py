@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from fletcher.flight.messages import BatchMetadata, parse_batch_metadata
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.service import Request, Service
+
+# The caller's trace, as `Telemetry.extract` found it in the headers.
+Trace = Any
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,12 @@ def read_messages(reader: Any, context: Any) -> Iterator[Incoming]:
         yield Incoming(chunk.data, batch_id, row_first, metadata)
         if chunk.data is not None:
             batch_id, row_next = batch_id + 1, row_first + chunk.data.num_rows
+
+
+def started(messages: Iterator[Incoming]) -> Iterator[Incoming]:
+    """The same messages; returns once the first is there."""
+    first = next(messages, None)
+    return messages if first is None else itertools.chain([first], messages)
 
 
 def read_schema(reader: Any) -> pa.Schema:

@@ -11,7 +11,14 @@ import pyarrow as pa
 
 from fletcher.batches import EmbeddingBatch
 from fletcher.errors import BatchTooLargeError, FletcherError, InvalidCommandError
-from fletcher.flight.call import Helper, intake, read_messages, read_schema
+from fletcher.flight.call import (
+    Helper,
+    Trace,
+    intake,
+    read_messages,
+    read_schema,
+    started,
+)
 from fletcher.flight.messages import row_errors
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
@@ -27,7 +34,7 @@ _MAX_OUTPUT_BYTES = 1 << 30
 
 
 def exchange(
-    service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any
+    service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any, trace: Trace
 ) -> None:
     """Answers one DoExchange call."""
     if options.store is not None:
@@ -46,17 +53,20 @@ def exchange(
         metadata_column=source.has_metadata,
     )
     upload_id = options.upload_id or uuid.uuid4().hex
-    with service.calls.stream():
-        stream = service.embedder.open_stream()
+    # Before the first batch, so that a client that waits for the schema need not send.
+    writer.begin(output)
+    messages = started(read_messages(reader, context))  # who sends nothing takes no place
+    with service.calls.stream(), service.telemetry.span("do_exchange", trace) as span:
+        stream = service.embedder.open_stream(span)
         try:
-            # Before the first batch, so that a client that waits for the schema need not send.
-            writer.begin(output)
-            answers = _Answers(stream, Assembler(output, request.spec, upload_id), writer, options)
+            answers = _Answers(
+                service, stream, Assembler(output, request.spec, upload_id), writer, options
+            )
             helper = Helper("exchange-writer", answers.run, stream.close)
             row_bytes = request.spec.dims * ELEMENT_TYPES[request.spec.dtype].bit_width // 8
             refusal: Exception | None = None
             try:
-                for message in read_messages(reader, context):
+                for message in messages:
                     service.calls.check()
                     batch = message.batch
                     if batch is None:
@@ -66,8 +76,8 @@ def exchange(
                             f"a batch of {batch.num_rows} rows makes more than {_MAX_OUTPUT_BYTES} "
                             "bytes of vectors; send smaller batches"
                         )
-                    service.instruments.rows_received.add(batch.num_rows)
-                    service.instruments.bytes_received.add(batch.get_total_buffer_size())
+                    service.telemetry.rows_received.add(batch.num_rows)
+                    service.telemetry.bytes_received.add(batch.get_total_buffer_size())
                     for piece in source.pieces(batch, message.batch_id, message.row_first):
                         stream.submit(
                             piece.texts,
@@ -91,8 +101,14 @@ class _Answers:
     """Writes a stream's results back, joined to the batches they came from."""
 
     def __init__(
-        self, stream: EmbedStream, assembler: Assembler, writer: Any, options: EmbedOptions
+        self,
+        service: Service,
+        stream: EmbedStream,
+        assembler: Assembler,
+        writer: Any,
+        options: EmbedOptions,
     ) -> None:
+        self._telemetry = service.telemetry
         self._stream = stream
         self._assembler = assembler
         self._writer = writer
@@ -111,6 +127,9 @@ class _Answers:
         batch, errors = self._assembler.assemble(piece, outcome)
         if errors and self._abort:
             raise errors[min(errors)]
+        for error in errors.values():
+            self._telemetry.rows_failed.add()
+            self._telemetry.errors.add(code=error.code)
         self._parts.append(batch)
         self._errors += row_errors(errors, batch.column("id"), row_first=piece.row_first)
         if piece.last:

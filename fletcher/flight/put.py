@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,15 @@ from pyarrow import flight
 from fletcher.delivery.lane import Lane, Rows
 from fletcher.delivery.upload import Upload
 from fletcher.errors import DrainingError, FletcherError, InvalidCommandError
-from fletcher.flight.call import Helper, Incoming, intake, read_messages, read_schema
+from fletcher.flight.call import (
+    Helper,
+    Incoming,
+    Trace,
+    intake,
+    read_messages,
+    read_schema,
+    started,
+)
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake, Piece
@@ -27,7 +36,9 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.5
 
 
-def put(service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any) -> None:
+def put(
+    service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any, trace: Trace
+) -> None:
     """Answers one DoPut call."""
     if options.dataset is None:
         raise InvalidCommandError("`dataset` is missing", field="dataset")
@@ -48,10 +59,13 @@ def put(service: Service, options: EmbedOptions, context: Any, reader: Any, writ
         text=source.carry_text,
         metadata_column=source.has_metadata,
     )
-    with service.calls.stream():
+    messages = started(read_messages(reader, context))  # who sends nothing takes no place
+    with service.calls.stream(), service.telemetry.span("do_put", trace) as span:
         upload, lane = service.delivery.open(options, output)
+        span.set(dataset=upload.dataset, upload_id=upload.upload_id)
+        stream = service.embedder.open_stream(span)
         try:
-            _Put(service, request, source, output, upload, lane).run(context, reader, writer)
+            _Put(service, request, source, output, upload, lane, stream).run(messages, writer)
         finally:
             service.delivery.close(upload, lane)
 
@@ -71,6 +85,7 @@ class _Put:
         output: pa.Schema,
         upload: Upload,
         lane: Lane,
+        stream: EmbedStream,
     ) -> None:
         self._service = service
         self._options = request.options
@@ -78,13 +93,13 @@ class _Put:
         self._source = source
         self._upload = upload
         self._lane = lane
-        self._stream: EmbedStream = service.embedder.open_stream()
+        self._stream = stream
         self._assembler = Assembler(output, request.spec, upload.upload_id)
         self._unacknowledged: deque[tuple[int, int, int]] = deque()
         self._delivered = False
         self._ended = False
 
-    def run(self, context: Any, reader: Any, writer: Any) -> None:
+    def run(self, messages: Iterator[Incoming], writer: Any) -> None:
         deliver = Helper("put-deliver", self._deliver, self._abandon)
         acknowledge = Helper(
             "put-acknowledge", lambda: self._acknowledge(writer, deliver), self._abandon
@@ -92,7 +107,7 @@ class _Put:
         draining: DrainingError | None = None
         refusal: Exception | None = None
         try:
-            for message in read_messages(reader, context):
+            for message in messages:
                 self._service.calls.check()
                 if self._upload.failure is not None or deliver.error is not None:
                     break
@@ -128,8 +143,8 @@ class _Put:
         batch = message.batch
         if batch is not None:
             num_rows = batch.num_rows
-            self._service.instruments.rows_received.add(num_rows)
-            self._service.instruments.bytes_received.add(batch.get_total_buffer_size())
+            self._service.telemetry.rows_received.add(num_rows)
+            self._service.telemetry.bytes_received.add(batch.get_total_buffer_size())
             row_first, row_last = message.row_first, message.row_first + num_rows - 1
             # Cutting first checks the batch as a whole: a bad one is refused before it is claimed.
             pieces = self._source.pieces(batch, message.batch_id, row_first)
@@ -146,6 +161,9 @@ class _Put:
     def _submit(self, piece: Piece) -> None:
         last = piece.row_first + piece.num_rows - 1
         new = self._upload.claim(piece.row_first, last)
+        num_known = piece.num_rows - sum(last - first + 1 for first, last in new)
+        if num_known:
+            self._service.telemetry.rows_deduplicated.add(num_known)
         # Later pieces may need this one's dictionary values even where its rows are there already.
         if new or piece.new_values is not None:
             self._stream.submit(piece.texts, (piece, new), num_bytes=piece.num_bytes)
@@ -163,9 +181,9 @@ class _Put:
                 low, high = first - piece.row_first, last - piece.row_first
                 failed = tuple(sorted(row - low for row in errors if low <= row <= high))
                 for row in failed:
+                    self._service.telemetry.rows_failed.add()
+                    self._service.telemetry.errors.add(code=errors[low + row].code)
                     self._upload.report(first + row, ids[low + row].as_py(), errors[low + row])
-                if failed:
-                    self._service.instruments.rows_failed.add(len(failed))
                 # The piece's memory is free once its last part is stored.
                 num_bytes = result.num_bytes if index == len(new) - 1 else 0
                 self._lane.put(

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
+from fletcher.flight.call import Trace
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake
@@ -17,7 +18,7 @@ MAX_TEXTS = 256
 _UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "dataset")
 
 
-def embed(service: Service, fields: dict[str, Any]) -> dict[str, Any]:
+def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, Any]:
     """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
 
     Raises:
@@ -59,8 +60,8 @@ def embed(service: Service, fields: dict[str, Any]) -> dict[str, Any]:
         "token_count": [],
         "truncated": [],
     }
-    with service.calls.stream():
-        stream = service.embedder.open_stream()
+    with service.calls.stream(), service.telemetry.span("embed", trace) as span:
+        stream = service.embedder.open_stream(span)
         try:
             for piece in source.pieces(batch, 0, 0):
                 stream.submit(

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.errors import InvalidCommandError, UnknownDatasetError
+from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
 from fletcher.flight.auth import TokenFactory
 from fletcher.flight.commands import encode_models, parse_descriptor, parse_json, parse_list_models
 from fletcher.flight.exchange import exchange
 from fletcher.flight.put import put
 from fletcher.flight.query import embed
 from fletcher.flight.status import handler_errors
+from fletcher.flight.trace import TraceFactory, caller_trace
 from fletcher.options import EmbedOptions, check_dataset
 from fletcher.pipeline.service import Service
 from fletcher.schema import ELEMENT_TYPES, output_schema
@@ -59,7 +61,9 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def __init__(self, service: Service, config: FlightConfig) -> None:
         scheme = "grpc+tls" if config.tls else "grpc"
-        middleware = {"token": TokenFactory(config.tokens)} if config.tokens else None
+        middleware: dict[str, Any] = {"trace": TraceFactory(service.telemetry)}
+        if config.tokens:
+            middleware["token"] = TokenFactory(config.tokens)
         super().__init__(
             location=f"{scheme}://{_bracketed(config.host)}:{config.port}",
             tls_certificates=[config.tls] if config.tls else None,
@@ -71,23 +75,25 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         self.address = f"{scheme}://{_bracketed(config.host)}:{self.port}"
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with handler_errors(log):
+        with self._handling():
             self._service.calls.check()
-            put(self._service, parse_descriptor(descriptor), context, reader, writer)
+            options, trace = parse_descriptor(descriptor), caller_trace(context)
+            put(self._service, options, context, reader, writer, trace)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with handler_errors(log):
+        with self._handling():
             self._service.calls.check()
-            exchange(self._service, parse_descriptor(descriptor), context, reader, writer)
+            options, trace = parse_descriptor(descriptor), caller_trace(context)
+            exchange(self._service, options, context, reader, writer, trace)
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
-        with handler_errors(log):
+        with self._handling():
             handlers: dict[str, Callable[[bytes], bytes]] = {
                 "health": self._health,
                 "ready": self._ready,
                 "stats": self._stats,
                 "list_models": self._list_models,
-                "embed": self._embed,
+                "embed": lambda body: self._embed(body, caller_trace(context)),
                 "upload_status": self._upload_status,
             }
             if action.type not in handlers:
@@ -102,7 +108,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         return list(ACTIONS.items())
 
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[Any]:
-        with handler_errors(log):
+        with self._handling():
             delivery = self._service.delivery
             if not delivery.stores:
                 return
@@ -112,18 +118,29 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             yield _flight_info(info)
 
     def get_flight_info(self, context: Any, descriptor: Any) -> Any:
-        with handler_errors(log):
+        with self._handling():
             return _flight_info(self._dataset(descriptor))
 
     def get_schema(self, context: Any, descriptor: Any) -> Any:
         """A dataset's schema; for a command without a dataset, that of its DoExchange output."""
-        with handler_errors(log):
+        with self._handling():
             options = parse_descriptor(descriptor)
             if options.dataset is not None:
                 return flight.SchemaResult(self._dataset(descriptor).schema)
             request = self._service.resolve(options, dtypes=tuple(ELEMENT_TYPES))
             text = bool(options.include_text)
             return flight.SchemaResult(output_schema(request.spec, id_type=pa.utf8(), text=text))
+
+    @contextmanager
+    def _handling(self) -> Iterator[None]:
+        """Counts what goes wrong, and lets nothing but Flight's own errors out."""
+        with handler_errors(log):
+            try:
+                yield
+            except Exception as error:
+                code = error.code if isinstance(error, FletcherError) else "internal"
+                self._service.telemetry.errors.add(code=code)
+                raise
 
     def _dataset(self, descriptor: Any) -> DatasetInfo:
         options = parse_descriptor(descriptor)
@@ -150,8 +167,8 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         model = self._service.model
         return encode_models([model], default=model.name, format_name=parse_list_models(body))
 
-    def _embed(self, body: bytes) -> bytes:
-        return _json(embed(self._service, parse_json(body)))
+    def _embed(self, body: bytes, trace: Any) -> bytes:
+        return _json(embed(self._service, parse_json(body), trace))
 
     def _upload_status(self, body: bytes) -> bytes:
         options = EmbedOptions.from_mapping(parse_json(body))

@@ -65,7 +65,8 @@ class GraphIO:
         if set(input_dtypes) != set(bundle.inputs):
             raise ModelError(
                 f"`model` {bundle.name}: the graph has inputs {sorted(input_dtypes)}, "
-                f"fletcher.json says {sorted(bundle.inputs)}; add the model again with `fletcher model add`",
+                f"fletcher.json says {sorted(bundle.inputs)}; add the model again with "
+                "`fletcher model add`",
                 field="model",
             )
         missing = [name for name in bundle.outputs if name not in output_names]

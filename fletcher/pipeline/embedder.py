@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from fletcher.batches import EmbeddingBatch, TextBatch, TokenBatch
-from fletcher.instruments import Instruments
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource, TokenizationSource, as_fletcher_error
 from fletcher.pipeline.stream import EmbedStream, Ticket
 from fletcher.pipeline.window import Plan
+from fletcher.telemetry import Span, Telemetry
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
 
@@ -50,7 +50,7 @@ class Embedder:
         plan: From lengths to micro-batches.
         tokenize: Tokenizes a few short texts in this process.
         budget: Memory for all streams.
-        instruments: Where counts and durations go.
+        telemetry: Where counts, durations and spans go.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Embedder:
         plan: Plan,
         tokenize: Callable[[TextBatch], TokenBatch],
         budget: MemoryBudget,
-        instruments: Instruments,
+        telemetry: Telemetry,
     ) -> None:
         self._budget = budget
         self._tokenize = tokenize
@@ -77,12 +77,12 @@ class Embedder:
             window_tokens=config.window_tokens,
             max_queue_delay_s=config.max_queue_delay_s,
             more_coming=lambda: self._tokenization.busy,
-            instruments=instruments,
+            telemetry=telemetry,
         )
-        self._tokenization = TokenizationSource(instruments, self._inference.put)
+        self._tokenization = TokenizationSource(telemetry, self._inference.put)
 
         def restarted(worker: str) -> None:
-            instruments.worker_restarts.add(worker=worker)
+            telemetry.worker_restarts.add(worker=worker)
 
         self.tokenizers = WorkerPool(
             "tokenizer", config.tokenizers, self._tokenization, on_restart=restarted
@@ -90,9 +90,9 @@ class Embedder:
         self.replicas = WorkerPool(
             "replica", config.replicas, self._inference, on_restart=restarted
         )
-        instruments.queue_depth.watch(self._tokenization.depth, stage="texts")
-        instruments.queue_depth.watch(self._inference.depth, stage="tokens")
-        instruments.queue_depth.watch(self._inference.planned, stage="micro_batches")
+        telemetry.queue_depth.watch(self._tokenization.depth, stage="texts")
+        telemetry.queue_depth.watch(self._inference.depth, stage="tokens")
+        telemetry.queue_depth.watch(self._inference.planned, stage="micro_batches")
 
     def start(self) -> None:
         """Starts and warms all workers.
@@ -112,9 +112,9 @@ class Embedder:
         self.tokenizers.close()
         self.replicas.close()
 
-    def open_stream(self) -> EmbedStream:
+    def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """A way through the pipeline for one client call; close it in the end."""
-        return EmbedStream(self._budget.open(), self._enqueue)
+        return EmbedStream(self._budget.open(), self._enqueue, trace)
 
     def statistics(self) -> dict[str, Any]:
         """Workers as they are now."""

@@ -16,12 +16,12 @@ from fletcher.errors import (
     OverloadedError,
     UnknownModelError,
 )
-from fletcher.instruments import Instruments
 from fletcher.models.bundle import ModelBundle
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.embedder import Embedder
 from fletcher.pipeline.intake import IntakeLimits
 from fletcher.schema import VectorSpec
+from fletcher.telemetry import Telemetry
 
 OVERLOAD_RETRY_MS = 1000
 DRAIN_RETRY_MS = 5000
@@ -41,15 +41,15 @@ class Calls:
 
     Args:
         max_streams: DoPut and DoExchange calls with data at once.
-        instruments: Where the number of streams is shown.
+        telemetry: Where the number of streams is shown.
     """
 
-    def __init__(self, max_streams: int, instruments: Instruments) -> None:
+    def __init__(self, max_streams: int, telemetry: Telemetry) -> None:
         self.draining = threading.Event()
         self._max_streams = max_streams
         self._num_open = 0
         self._changed = threading.Condition()
-        instruments.streams_open.watch(lambda: self._num_open)
+        telemetry.streams_open.watch(lambda: self._num_open)
 
     def check(self) -> None:
         """Refuses new calls while draining."""
@@ -102,7 +102,7 @@ class Service:
     delivery: Delivery
     calls: Calls
     limits: IntakeLimits
-    instruments: Instruments
+    telemetry: Telemetry
 
     def resolve(self, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
         """A command as this server will carry it out.
@@ -160,6 +160,6 @@ class Service:
         return {
             "model": self.model.qualified_name,
             "draining": self.calls.draining.is_set(),
-            **self.instruments.snapshot(),
+            **self.telemetry.snapshot(),
             **self.embedder.statistics(),
         }

@@ -15,10 +15,10 @@ from typing import Any
 
 from fletcher.batches import InferenceResult, Int64Array, TextBatch, TokenBatch
 from fletcher.errors import FletcherError, InternalError
-from fletcher.instruments import Instruments
 from fletcher.pipeline.fair import FairQueue
 from fletcher.pipeline.stream import Ticket
 from fletcher.pipeline.window import Plan, Window
+from fletcher.telemetry import Telemetry
 from fletcher.workers.pool import Job
 
 # Bulk work gets every ninth turn, however much interactive work there is.
@@ -51,12 +51,12 @@ class TokenizationSource:
     """Tickets that wait for their tokens.
 
     Args:
-        instruments: Where counts and durations go.
+        telemetry: Where counts, durations and spans go.
         tokenized: Called with each ticket once it has tokens; must not block.
     """
 
-    def __init__(self, instruments: Instruments, tokenized: Callable[[Ticket], None]) -> None:
-        self._instruments = instruments
+    def __init__(self, telemetry: Telemetry, tokenized: Callable[[Ticket], None]) -> None:
+        self._telemetry = telemetry
         self._tokenized = tokenized
         self._interactive: FairQueue[Ticket] = FairQueue()
         self._bulk: FairQueue[Ticket] = FairQueue()
@@ -95,9 +95,12 @@ class TokenizationSource:
 
     def _job(self, ticket: Ticket) -> Job:
         started = time.monotonic()
+        texts: TextBatch = ticket.texts
+        span = self._telemetry.span("tokenize", ticket.stream.trace, texts=texts.num_texts)
 
         def done(tokens: TokenBatch | None, error: Exception | None) -> None:
-            self._instruments.stage_duration.record(time.monotonic() - started, stage="tokenize")
+            span.end(error)
+            self._telemetry.stage_duration.record(time.monotonic() - started, stage="tokenize")
             with self._changed:
                 self._outstanding -= 1
             if tokens is None:
@@ -107,7 +110,6 @@ class TokenizationSource:
             ticket.tokens = tokens
             self._tokenized(ticket)
 
-        texts: TextBatch = ticket.texts
         return Job(texts, done, cost=texts.num_texts)
 
 
@@ -130,7 +132,7 @@ class InferenceSource:
         window_tokens: Bulk tokens planned together; more mean less padding and later first results.
         max_queue_delay_s: What a bulk ticket may wait for company.
         more_coming: Whether tokenization still has work.
-        instruments: Where counts and durations go.
+        telemetry: Where counts, durations and spans go.
     """
 
     def __init__(
@@ -141,14 +143,14 @@ class InferenceSource:
         window_tokens: int,
         max_queue_delay_s: float,
         more_coming: Callable[[], bool],
-        instruments: Instruments,
+        telemetry: Telemetry,
     ) -> None:
         self._dim = dim
         self._plan = plan
         self._window_tokens = window_tokens
         self._max_queue_delay_s = max_queue_delay_s
         self._more_coming = more_coming
-        self._instruments = instruments
+        self._telemetry = telemetry
         self._interactive: FairQueue[Ticket] = FairQueue()
         self._bulk: FairQueue[Ticket] = FairQueue()
         self._oldest_bulk = 0.0
@@ -161,8 +163,8 @@ class InferenceSource:
         """Queues a tokenized ticket; never blocks."""
         assert ticket.tokens is not None
         num_tokens = len(ticket.tokens.input_ids)
-        self._instruments.texts_received.add(ticket.tokens.num_texts)
-        self._instruments.tokens_received.add(num_tokens)
+        self._telemetry.texts_received.add(ticket.tokens.num_texts)
+        self._telemetry.tokens_received.add(num_tokens)
         with self._changed:
             if ticket.priority == "interactive":
                 self._interactive.put(ticket.stream, ticket, num_tokens)
@@ -231,10 +233,14 @@ class InferenceSource:
     def _job(self, planned: _Planned) -> Job:
         batch = planned.window.micro_batch(planned.rows)
         started = time.monotonic()
-        self._instruments.stage_duration.record(started - planned.queued, stage="queue")
+        self._telemetry.stage_duration.record(started - planned.queued, stage="queue")
         num_tokens = len(batch.input_ids)
+        # A run serves many calls; its span belongs to the first of them.
+        trace = planned.window.tickets[0].stream.trace
+        span = self._telemetry.span("inference", trace, rows=len(batch.lengths), tokens=num_tokens)
 
         def done(result: Any, error: Exception | None) -> None:
+            span.end(error)
             if error is not None:
                 planned.window.settle(planned.rows, as_fletcher_error(error))
                 return
@@ -247,11 +253,11 @@ class InferenceSource:
 
     def _count(self, job: Job, lengths: Any, result: InferenceResult) -> None:
         device = job.worker
-        self._instruments.stage_duration.record(result.compute_s, stage="inference")
-        self._instruments.device_batches.add(1, device=device)
-        self._instruments.device_tokens.add(int(lengths.sum()), device=device)
-        self._instruments.device_padded_tokens.add(int(lengths.max()) * len(lengths), device=device)
-        self._instruments.device_busy.add(result.compute_s, device=device)
+        self._telemetry.stage_duration.record(result.compute_s, stage="inference")
+        self._telemetry.device_batches.add(1, device=device)
+        self._telemetry.device_tokens.add(int(lengths.sum()), device=device)
+        self._telemetry.device_padded_tokens.add(int(lengths.max()) * len(lengths), device=device)
+        self._telemetry.device_busy.add(result.compute_s, device=device)
 
 
 def _take(queue: FairQueue[Ticket], max_tokens: int | None) -> list[Ticket]:

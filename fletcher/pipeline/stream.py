@@ -12,6 +12,7 @@ from typing import Any
 from fletcher.batches import EmbeddingBatch, Priority, TextBatch, TokenBatch
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.memory import Allowance
+from fletcher.telemetry import Span
 
 
 @dataclass(slots=True, eq=False)
@@ -55,9 +56,18 @@ class Result:
 
 
 class EmbedStream:
-    """Submit from one thread, iterate over `results` in another, `release` from any."""
+    """Submit from one thread, iterate over `results` in another, `release` from any.
 
-    def __init__(self, allowance: Allowance, enqueue: Callable[[Ticket], None]) -> None:
+    Args:
+        allowance: Memory that it may hold.
+        enqueue: Where tickets go.
+        trace: The call's span, parent of what is done for it.
+    """
+
+    def __init__(
+        self, allowance: Allowance, enqueue: Callable[[Ticket], None], trace: Span | None = None
+    ) -> None:
+        self.trace = trace
         self._allowance = allowance
         self._enqueue = enqueue
         self._tickets: deque[Ticket] = deque()

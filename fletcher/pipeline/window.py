@@ -73,10 +73,9 @@ class Window:
     def settle(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
         """Takes a micro-batch's vectors, or why it has none; the last one finishes the tickets."""
         with self._lock:
-            if isinstance(result, InferenceResult):
-                result = self._store(rows, result)
-            if result is not None:
-                self._errors.update(dict.fromkeys(rows.tolist(), result))
+            error = result if isinstance(result, FletcherError) else self._store(rows, result)
+            if error is not None:
+                self._errors.update(dict.fromkeys(rows.tolist(), error))
             self._remaining -= 1
             if self._remaining:
                 return

@@ -21,8 +21,8 @@ from fletcher.errors import (
     StoreUnavailableError,
     UploadConflictError,
 )
-from fletcher.instruments import Instruments
 from fletcher.options import EmbedOptions
+from fletcher.telemetry import Telemetry
 from tests.doubles.stores import MemoryStore, outage
 
 SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
@@ -31,7 +31,7 @@ CONFIG = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, stor
 
 @contextmanager
 def delivering(store: MemoryStore, config: DeliveryConfig = CONFIG) -> Iterator[Delivery]:
-    delivery = Delivery({"default": store}, config, Instruments())
+    delivery = Delivery({"default": store}, config, Telemetry())
     try:
         yield delivery
     finally:
@@ -277,7 +277,7 @@ def test_a_store_that_refuses_to_open_refuses_the_upload() -> None:
 def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
     store = MemoryStore()
     store.gate.clear()
-    delivery = Delivery({"default": store}, CONFIG, Instruments())
+    delivery = Delivery({"default": store}, CONFIG, Telemetry())
     upload, lane = delivery.open(options(), SCHEMA)
     send(lane, upload, 0, 5)
     assert store.waiting.wait(5)

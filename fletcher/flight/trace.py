@@ -1,0 +1,34 @@
+"""The caller's trace, read from its `traceparent` header."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyarrow import flight
+
+from fletcher.telemetry import Telemetry
+
+
+class _Trace(flight.ServerMiddleware):  # type: ignore[misc]
+    def __init__(self, trace: Any) -> None:
+        super().__init__()
+        self.trace = trace
+
+
+class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
+    """Keeps each call's trace for its handler; gRPC's own instrumentation does not see pyarrow."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        super().__init__()
+        self._telemetry = telemetry
+
+    def start_call(self, info: Any, headers: dict[str, list[str]]) -> _Trace | None:
+        """The trace that the headers name, if traces are recorded at all."""
+        trace = self._telemetry.extract(headers)
+        return None if trace is None else _Trace(trace)
+
+
+def caller_trace(context: Any) -> Any:
+    """What `Telemetry.extract` made of the call's headers; None without a trace."""
+    middleware = context.get_middleware("trace")
+    return None if middleware is None else middleware.trace
