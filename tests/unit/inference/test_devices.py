@@ -1,0 +1,178 @@
+import dataclasses
+
+import pytest
+
+from fletcher.errors import BackendError, ConfigError
+from fletcher.inference.devices import HostInfo, resolve
+from fletcher.inference.host import detect_host
+
+PLAIN = HostInfo(
+    cores=4,
+    memory_bytes=8 << 30,
+    cpu="Some CPU",
+    isa=frozenset({"avx2"}),
+    num_numa_nodes=1,
+    num_cuda_devices=0,
+    cuda_provider=False,
+    openvino=True,
+    onnxruntime=True,
+)
+BF16 = dataclasses.replace(PLAIN, isa=frozenset({"avx512_bf16"}))
+BARE = dataclasses.replace(PLAIN, openvino=False, onnxruntime=False)
+NO_OPENVINO = dataclasses.replace(BF16, openvino=False)
+GPUS = dataclasses.replace(PLAIN, num_cuda_devices=2, cuda_provider=True, openvino=False)
+GPU_WITHOUT_ENGINE = dataclasses.replace(PLAIN, num_cuda_devices=1)
+
+
+def ask(tmp_path, host, device="auto", backend="auto", precision="auto", threads=0, tokens=0):
+    return resolve(device, backend, precision, threads, host, tmp_path, tokens)
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        (PLAIN, "openvino float32 on 4 cores: no native bfloat16"),
+        (BF16, "openvino bfloat16 on 4 cores: AVX512_BF16"),
+        (NO_OPENVINO, "onnxruntime float32 on 4 cores: OpenVINO is not installed"),
+        (
+            GPUS,
+            "onnxruntime float32 (TF32) on cuda:0, cuda:1: "
+            "2 NVIDIA devices, CUDA provider installed",
+        ),
+        (GPU_WITHOUT_ENGINE, "openvino float32 on 4 cores: no native bfloat16"),
+    ],
+)
+def test_auto_says_what_it_took_and_why(tmp_path, host, reason):
+    assert ask(tmp_path, host).reason == reason
+
+
+def test_a_config_holds_what_was_asked(tmp_path):
+    (config,) = ask(tmp_path, BF16, "cpu", "openvino", "float32", threads=2, tokens=77).configs
+    assert (config.backend, config.device, config.precision) == ("openvino", "cpu", "float32")
+    assert (config.threads, config.max_batch_tokens) == (2, 77)
+    assert config.bundle == str(tmp_path)
+
+
+def test_named_devices_get_a_replica_each_once(tmp_path):
+    configs = ask(tmp_path, GPUS, "cuda:1,0,1").configs
+    assert [config.device for config in configs] == ["cuda:1", "cuda:0"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "nodes", "threads", "shares"),
+    [
+        (4, 1, 0, [4]),
+        (4, 1, 9, [4]),
+        (4, 1, 3, [3]),
+        (37, 1, 0, [13, 12, 12]),
+        (6, 4, 0, [2, 2, 1, 1]),
+    ],
+)
+def test_cores_are_shared_out_whole(tmp_path, cores, nodes, threads, shares):
+    host = dataclasses.replace(PLAIN, cores=cores, num_numa_nodes=nodes)
+    assert [one.threads for one in ask(tmp_path, host, threads=threads).configs] == shares
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "message"),
+    [
+        (PLAIN, {"device": "cuda"}, "no NVIDIA device is visible.*nvidia-smi"),
+        (GPU_WITHOUT_ENGINE, {"device": "cuda"}, r"CUDA build is not installed.*\[gpu\]"),
+        (GPUS, {"device": "cuda:2"}, "names cuda:2, there are 2"),
+        (GPUS, {"device": "cuda", "backend": "openvino"}, "openvino runs on the CPU"),
+        (GPUS, {"device": "cuda", "precision": "bfloat16"}, "bfloat16 is OpenVINO's"),
+        (PLAIN, {"precision": "bfloat16"}, "neither AMX_BF16 nor AVX512_BF16"),
+        (PLAIN, {"precision": "float16"}, "float16 is for CUDA"),
+        (BF16, {"precision": "bfloat16", "backend": "onnxruntime"}, "needs `backend` openvino"),
+        (NO_OPENVINO, {"precision": "bfloat16"}, r"needs OpenVINO.*\[cpu\]"),
+        (NO_OPENVINO, {"backend": "openvino"}, r"openvino is not installed.*\[cpu\]"),
+        (BARE, {}, r"no engine is installed.*\[cpu\].*\[gpu\]"),
+        (GPUS, {"device": "cuda", "backend": "null"}, "null runs on the CPU"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_the_remedy(tmp_path, host, asked, message):
+    with pytest.raises(BackendError, match=message):
+        ask(tmp_path, host, **asked)
+
+
+@pytest.mark.parametrize("field", ["device", "backend", "precision", "threads"])
+def test_nonsense_is_refused_by_name(tmp_path, field):
+    value = -1 if field == "threads" else "tpu"
+    with pytest.raises(ConfigError, match=f"`{field}` is"):
+        ask(tmp_path, PLAIN, **{field: value})
+
+
+def test_null_takes_its_width_from_the_bundle(tiny_bundle):
+    (config,) = resolve("auto", "null", "auto", 0, BARE, tiny_bundle.folder, 0).configs
+    assert (config.backend, config.dim) == ("null", tiny_bundle.dim)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Writes files of a pretended machine."""
+
+    def write(**files):
+        for name, text in files.items():
+            path = tmp_path / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_this_machine_can_be_described():
+    host = detect_host()
+    assert host.cores >= 1
+    assert host.memory_bytes > 0
+    assert host.openvino
+    assert host.onnxruntime
+
+
+def test_flags_and_memory_are_read(machine):
+    root = machine(
+        proc__cpuinfo="model name\t: Some CPU\nflags\t\t: sse avx2 amx_bf16 other\n",
+        proc__meminfo="MemTotal:       1024 kB\nMemFree: 1 kB\n",
+    )
+    host = detect_host(root)
+    assert (host.cpu, host.isa, host.memory_bytes) == (
+        "Some CPU",
+        frozenset({"avx2", "amx_bf16"}),
+        1 << 20,
+    )
+
+
+def test_a_quota_of_a_group_above_bounds_cores_and_memory(machine):
+    root = machine(proc__self__cgroup="0::/a/b\n", proc__meminfo="MemTotal: 1024 kB\n")
+    group = root / "sys/fs/cgroup/a"
+    (group / "b").mkdir(parents=True)
+    (group / "b" / "cpu.max").write_text("max 100000\n")
+    (group / "cpu.max").write_text("50000 100000\n")
+    (group / "memory.max").write_text("4096\n")
+    host = detect_host(root)
+    assert (host.cores, host.memory_bytes) == (1, 4096)
+
+
+def test_a_quota_of_version_one_counts_too(machine):
+    root = machine(proc__self__cgroup="3:memory:/x\n1:cpu:/\n", proc__meminfo="MemTotal: 99 kB\n")
+    for folder, name, text in [
+        ("cpu", "cpu.cfs_quota_us", "100000"),
+        ("cpu", "cpu.cfs_period_us", "100000"),
+        ("memory/x", "memory.limit_in_bytes", "5000"),
+    ]:
+        path = root / "sys/fs/cgroup" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text)
+    host = detect_host(root)
+    assert (host.cores, host.memory_bytes) == (1, 5000)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 2), ("", 0), ("-1", 0), ("1", 1), ("0,-1,1", 1), ("0,1,7", 2)]
+)
+def test_visible_devices_are_counted(machine, monkeypatch, visible, count):
+    root = machine(dev__nvidia0="", dev__nvidia1="", dev__nvidiactl="")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert detect_host(root).num_cuda_devices == count

@@ -1,0 +1,258 @@
+"""Both engines on real graphs: the tiny bundle, and foreign graphs that end at token embeddings."""
+
+import dataclasses
+import importlib
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fletcher.batches import MicroBatch
+from fletcher.errors import BackendError, ModelError
+from fletcher.inference.backend import BackendConfig
+from fletcher.models.bundle import ModelSpec, write_manifest
+
+ENGINES = ["onnxruntime", "openvino"]
+VOCABULARY, DIM = 50, 4
+
+
+def load(engine, folder, **options):
+    module = importlib.import_module(f"fletcher.inference.{engine}")
+    options = {"threads": 2, "max_batch_tokens": 64, "device": "cpu", **options}
+    return module.load(BackendConfig(backend=engine, bundle=str(folder), **options))
+
+
+def micro_batch(rows):
+    ids = np.array([token for row in rows for token in row], dtype=np.int32)
+    return MicroBatch(ids, np.array([len(row) for row in rows], dtype=np.int32))
+
+
+def random_rows(lengths, vocabulary=VOCABULARY):
+    rng = np.random.default_rng(11)
+    return [rng.integers(1, vocabulary, length).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def backend(request, tiny_bundle):
+    return load(request.param, tiny_bundle.folder)
+
+
+def test_embeddings_have_length_one_and_norms_are_given(backend, tiny_bundle):
+    result = backend.run(micro_batch(random_rows([5, 17, 32, 1], 20)))
+    assert result.embeddings.shape == (4, tiny_bundle.dim)
+    assert result.embeddings.dtype == np.float32
+    assert np.allclose(np.linalg.norm(result.embeddings, axis=1), 1, atol=1e-5)
+    assert result.norms.shape == (4,)
+    assert (result.norms > 0).all()
+    assert result.compute_s > 0
+
+
+def test_a_row_has_the_same_vector_in_any_company(backend):
+    rows = random_rows([3, 32, 9, 20, 1, 16], 20)
+    together = backend.run(micro_batch(rows)).embeddings
+    alone = np.concatenate([backend.run(micro_batch([row])).embeddings for row in rows])
+    assert np.abs(together - alone).max() <= 1e-5
+    assert np.abs(together[0] - together[1]).max() > 1e-3  # they are not all the same
+
+
+def test_engines_agree(tiny_bundle):
+    batch = micro_batch(random_rows([4, 30, 12], 20))
+    one, other = (load(engine, tiny_bundle.folder).run(batch) for engine in ENGINES)
+    assert (one.embeddings * other.embeddings).sum(axis=1).min() >= 0.99999
+    assert np.allclose(one.norms, other.norms, rtol=1e-4)
+
+
+def test_several_threads_do_not_mix_up_their_rows(backend):
+    batches = [micro_batch([row]) for row in random_rows([3 + n % 30 for n in range(64)], 20)]
+    expected = [backend.run(batch).embeddings for batch in batches]
+    with ThreadPoolExecutor(backend.concurrency) as threads:
+        results = [result.embeddings for result in threads.map(backend.run, batches)]
+    assert backend.concurrency == 2
+    assert np.array_equal(np.concatenate(results), np.concatenate(expected))
+
+
+def test_results_outlive_the_next_run(backend):
+    first, second = (micro_batch([row]) for row in random_rows([6, 7], 20))
+    kept = backend.run(first).embeddings
+    copy = kept.copy()
+    backend.run(second)
+    assert np.array_equal(kept, copy)
+
+
+def test_what_runs_is_described(backend):
+    description = backend.describe()
+    assert description["precision"] == "float32"
+    assert description["provider"] in ("CPU", "CPUExecutionProvider")
+    assert description["version"]
+
+
+SPEC = ModelSpec(
+    family="onnx",
+    dim=DIM,
+    max_length=20,  # not on the grid: padding must stop there
+    pooling="mean",
+    normalize=True,
+    num_layers=0,
+    layers=(0,),
+    dims=(DIM,),
+    prompts={},
+    default_prompt=None,
+    pad_token_id=7,
+    graph="model.onnx",
+    graph_output="token_embeddings",
+    inputs=("input_ids", "attention_mask", "token_type_ids"),
+    outputs=("token_embeddings",),
+    licence="",
+    source="test",
+    weights_sha256="0" * 64,
+)
+TABLE = np.random.default_rng(5).normal(size=(VOCABULARY, DIM)).astype(np.float32)
+
+
+def foreign_graph(folder, integers):
+    """Looks its tokens up in TABLE; adds 100 times each token's type, which must be 0."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    inputs = [helper.make_tensor_value_info(name, integers, ["b", "l"]) for name in names]
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["tokens"]),
+        helper.make_node("Add", ["token_type_ids", "attention_mask"], ["both"]),
+        helper.make_node("Sub", ["both", "attention_mask"], ["types"]),
+        helper.make_node("Cast", ["types"], ["types.float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["types.float", "hundred"], ["shift"]),
+        helper.make_node("Unsqueeze", ["shift", "last"], ["shift.wide"]),
+        helper.make_node("Add", ["tokens", "shift.wide"], ["token_embeddings"]),
+    ]
+    output = helper.make_tensor_value_info("token_embeddings", TensorProto.FLOAT, ["b", "l", DIM])
+    constants = {
+        "table": TABLE,
+        "hundred": np.array(100, dtype=np.float32),
+        "last": np.array([-1], dtype=np.int64),
+    }
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "foreign", inputs, [output], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "model.onnx")
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    def make(integers=TensorProto.INT64, **changes):
+        foreign_graph(tmp_path, integers)
+        (tmp_path / "tokenizer.json").write_text("{}")
+        write_manifest(tmp_path, "foreign", dataclasses.replace(SPEC, **changes))
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("integers", [TensorProto.INT64, TensorProto.INT32])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last_token"])
+def test_a_foreign_graph_is_pooled_and_normalised_here(engine, integers, pooling, foreign):
+    rows = random_rows([2, 20, 9])
+    result = load(engine, foreign(integers, pooling=pooling)).run(micro_batch(rows))
+    pick = {"mean": lambda x: x.mean(axis=0), "cls": lambda x: x[0], "last_token": lambda x: x[-1]}
+    raw = np.stack([pick[pooling](TABLE[row]) for row in rows])
+    norms = np.linalg.norm(raw, axis=1)
+    assert np.allclose(result.norms, norms, rtol=1e-5)
+    assert np.allclose(result.embeddings, raw / norms[:, None], atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_does_not_normalise_keeps_its_lengths(engine, foreign):
+    rows = random_rows([3, 4])
+    result = load(engine, foreign(normalize=False)).run(micro_batch(rows))
+    assert result.norms is None
+    raw = np.stack([TABLE[row].mean(axis=0) for row in rows])
+    assert np.allclose(result.embeddings, raw, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": ("input_ids", "attention_mask")}, "the graph has inputs"),
+        ({"outputs": ("nothing",)}, "has no output `nothing`"),
+        ({"dim": 8, "dims": (8,)}, "output has shape"),
+    ],
+)
+def test_a_bundle_that_describes_another_graph_is_refused(engine, foreign, changes, message):
+    with pytest.raises(ModelError, match=message):
+        load(engine, foreign(**changes))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("keep", [0, 200, 3000])
+def test_a_truncated_graph_is_a_clear_error_without_paths(engine, keep, tiny_bundle, tmp_path):
+    folder = shutil.copytree(tiny_bundle.folder, tmp_path / "damaged")
+    graph = folder / tiny_bundle.graph.name
+    whole = graph.stat().st_size
+    assert keep < whole
+    # Of the right size, so that the bundle's own check of sizes does not catch it.
+    graph.write_bytes(graph.read_bytes()[:keep] + b"\xff" * (whole - keep))
+    with pytest.raises(ModelError) as caught:
+        load(engine, folder)
+    assert "`fletcher model verify" in caught.value.message
+    assert str(tmp_path) not in caught.value.message
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_that_is_not_installed_says_what_to_install(engine, tiny_bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, engine, None)
+    with pytest.raises(BackendError, match=r"pip install 'longbow-fletcher\[cpu\]'"):
+        load(engine, tiny_bundle.folder)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "message"),
+    [
+        ("onnxruntime", {"precision": "bfloat16"}, "onnxruntime on cpu does float32 only"),
+        ("onnxruntime", {"precision": "float16", "device": "cuda:0"}, "no float16 graph"),
+        ("onnxruntime", {"device": "cuda:0"}, r"lacks: .*\[gpu\]"),
+        ("openvino", {"precision": "float16"}, "not float16 on cpu"),
+        ("openvino", {"device": "cuda:0"}, "on the CPU, not float32 on cuda:0"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused(engine, options, message, tiny_bundle):
+    with pytest.raises(BackendError, match=message):
+        load(engine, tiny_bundle.folder, **options)
+
+
+class SilentFallback:
+    """An ONNX Runtime that lists CUDA and then loads the CPU, as it does without a driver."""
+
+    __version__ = "0"
+
+    class SessionOptions:
+        pass
+
+    class InferenceSession:
+        def __init__(self, *args, **options):
+            pass
+
+        def get_providers(self):
+            return ["CPUExecutionProvider"]
+
+    @staticmethod
+    def get_available_providers():
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    @staticmethod
+    def preload_dlls():
+        pass
+
+
+def test_a_provider_that_silently_did_not_load_is_an_error(tiny_bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", SilentFallback())
+    with pytest.raises(BackendError, match="loaded only CPUExecutionProvider"):
+        load("onnxruntime", tiny_bundle.folder, device="cuda:0")
+
+
+def test_a_row_over_the_models_length_is_refused(backend, tiny_bundle):
+    batch = micro_batch(random_rows([tiny_bundle.max_length + 1], 20))
+    with pytest.raises(ValueError, match="the model takes 32"):
+        backend.run(batch)
