@@ -304,7 +304,6 @@ def test_ingest_and_search_without_a_server(place: Place) -> None:
         (["FILE", "--dataset", "x", "--dims", "0", "--text", "body"], 2, "`dims` is 0"),
         (["FILE", "--dataset", "x", "--text", "body", "--store", "ftp:x"], 1, "'ftp:x'"),
         (["FILE", "--dataset", "x", "--text", "body", "--store", "none"], 2, "`store` is none"),
-        (["FILE", "--dataset", "x", "--text", "body", "--model", "no"], 1, "no"),
     ],
 )
 def test_ingestions_that_cannot_be(
@@ -315,6 +314,13 @@ def test_ingestions_that_cannot_be(
     assert (done.code, done.out) == (code, ""), done.err
     assert message in done.err
     assert done.err.count("\n") == 1
+
+
+def test_an_unknown_model_is_one_line(place: Place) -> None:
+    done = place.run("embed", "x", "--model", "nonesuch")
+    assert (done.code, done.out) == (1, "")
+    assert "nonesuch" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_doctor_names_what_is_broken(call: Call) -> None:
