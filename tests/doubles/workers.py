@@ -22,7 +22,7 @@ class EchoWorker:
                 os.kill(os.getpid(), signal.SIGKILL)
             case ("die once", path):
                 if not os.path.exists(path):  # noqa: PTH110
-                    open(path, "w").close()  # noqa: PTH123, SIM115
+                    open(path, "w").close()  # noqa: PTH123
                     os.kill(os.getpid(), signal.SIGKILL)
                 return "survived"
             case "refuse":

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +38,7 @@ def test_behaves_as_a_set_of_numbers(
 @given(RANGES)
 def test_ranges_are_sorted_disjoint_and_not_adjacent(added: list[tuple[int, int]]) -> None:
     ranges = RangeSet(added).ranges()
-    for (_, last), (first, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, last), (first, _) in pairwise(ranges):
         assert last + 1 < first
 
 

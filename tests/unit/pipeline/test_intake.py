@@ -1,7 +1,8 @@
-"""What is let in, what is refused, and how it is cut: every string type, nulls, slices, nonsense."""
+"""What is let in, refused, and how it is cut: every string type, nulls, slices, nonsense."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def encode(text: str) -> list[float]:
 
 def texts_of(piece: Piece) -> list[str]:
     offsets, data = piece.texts.offsets, bytes(piece.texts.data)
-    return [data[a:b].decode() for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [data[a:b].decode() for a, b in pairwise(offsets)]
 
 
 def embed(intake: Intake, *batches: pa.RecordBatch) -> tuple[pa.Table, dict[int, str], list[str]]:
