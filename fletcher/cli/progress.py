@@ -89,7 +89,8 @@ class Meter:
         if total_rows is not None:
             return max(0, total_rows - last.rows) / rows_per_s if rows_per_s > 0 else None
         if self._total.num_bytes and bytes_per_s > 0:
-            return max(0, self._total.num_bytes - last.num_bytes) / bytes_per_s
+            left = self._total.num_bytes - last.num_bytes
+            return left / bytes_per_s if left > 0 else None  # all is read, not all is done
         return None
 
 

@@ -42,6 +42,8 @@ def test_time_left_by_bytes_where_nobody_counted_rows() -> None:
     meter.add(0, Sample(0))
     meter.add(10, Sample(5, None, 100))
     assert meter.line() == "5 rows  0 rows/s  100B of 1.0kB  1:30 left"
+    meter.add(11, Sample(5, None, 1000))
+    assert "left" not in meter.line()
 
 
 def test_without_totals_and_before_anything_happened() -> None:
