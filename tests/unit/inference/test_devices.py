@@ -36,8 +36,10 @@ def ask(tmp_path, host, device="auto", backend="auto", precision="auto", threads
         (NO_OPENVINO, "onnxruntime float32 on 4 cores: OpenVINO is not installed"),
         (
             GPUS,
-            "onnxruntime float32 (TF32) on cuda:0, cuda:1: "
-            "2 NVIDIA devices, CUDA provider installed",
+            (
+                "onnxruntime float32 (TF32) on cuda:0, cuda:1: "
+                "2 NVIDIA devices, CUDA provider installed"
+            ),
         ),
         (GPU_WITHOUT_ENGINE, "openvino float32 on 4 cores: no native bfloat16"),
     ],

@@ -93,7 +93,7 @@ def test_what_runs_is_described(backend):
 SPEC = ModelSpec(
     family="onnx",
     dim=DIM,
-    max_length=20,  # not on the grid: padding must stop there
+    max_length=20,
     pooling="mean",
     normalize=True,
     num_layers=0,
@@ -160,6 +160,15 @@ def test_a_foreign_graph_is_pooled_and_normalised_here(engine, integers, pooling
     norms = np.linalg.norm(raw, axis=1)
     assert np.allclose(result.norms, norms, rtol=1e-5)
     assert np.allclose(result.embeddings, raw / norms[:, None], atol=1e-5)
+
+
+def test_padding_is_on_the_grid_and_stops_at_the_models_length(foreign):
+    io = load("onnxruntime", foreign())._io
+    for lengths, padded in [([1], 16), ([16, 2], 16), ([17], 20), ([3, 20], 20)]:
+        inputs, mask = io.pad(micro_batch(random_rows(lengths)))
+        assert mask.sum(axis=1).tolist() == lengths
+        assert {array.shape for array in inputs.values()} == {(len(lengths), padded)}
+        assert (inputs["input_ids"][~mask] == SPEC.pad_token_id).all()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -132,6 +132,16 @@ def test_a_piece_has_the_first_or_last_tokens_of_the_whole(text, size, from_end)
         assert part == (whole[len(whole) - len(part) :] if from_end else whole[: len(part)])
 
 
+@pytest.mark.parametrize(
+    "character", ["あ", "が", "ก", "é", "\u0301", "🙂", "𠀀", "\u00a0", "\x00"]
+)
+def test_nothing_is_cut_before_a_character_that_may_join_the_word(character):
+    text = ("go" + character).encode()
+    shortener = Shortener.of(REFERENCE.to_str())
+    piece, is_cut = shortener.shorten(memoryview(text), len(character.encode()), True)
+    assert (bytes(piece), is_cut) == (b"", True)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(TEXT, max_size=12), st.integers(3, MAX_LENGTH + 5))
 def test_a_batch_is_its_texts_one_by_one(texts, max_length):
@@ -245,9 +255,8 @@ def test_where_the_argument_does_not_hold_nothing_is_cut(change):
 
 def test_added_tokens_keep_their_punctuation_and_runs_whole():
     boundaries = Shortener.of(REFERENCE.to_str()).boundaries
-    assert not boundaries[ord("[")]
-    assert not boundaries[ord("]")]
-    assert boundaries[ord(".")]
+    expected = set(string.punctuation.encode() + b" \t\n\r") - set(b"[]") | {*range(0xE5, 0xE9)}
+    assert set(np.flatnonzero(boundaries).tolist()) == expected
     letters = memoryview(b"b" * 1500 + b"foo" + b"b" * 1500)
     kept, _ = Shortener.of(bert_tokenizer(added=["foo"]).to_str()).shorten(letters, 9999, False)
     assert kept == letters
