@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,7 @@ class Embedder:
         self._budget = budget
         self._tokenize = tokenize
         self._tokenizing = threading.Lock()
+        self._streams: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
         self._nothing = EmbeddingBatch(
             embeddings=np.zeros((0, config.dim), np.float32),
             norms=None,
@@ -108,13 +110,17 @@ class Embedder:
             raise
 
     def close(self) -> None:
-        """Ends all workers; what is in flight fails. Idempotent."""
+        """Ends all workers and closes all streams: what was in flight has no result. Idempotent."""
         self.tokenizers.close()
         self.replicas.close()
+        for stream in list(self._streams):
+            stream.close()
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """A way through the pipeline for one client call; close it in the end."""
-        return EmbedStream(self._budget.open(), self._enqueue, trace)
+        stream = EmbedStream(self._budget.open(), self._enqueue, trace)
+        self._streams.add(stream)
+        return stream
 
     def statistics(self) -> dict[str, Any]:
         """Workers as they are now."""

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
+from fletcher.errors import ConfigError
 from fletcher.runtime import Runtime
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import TIMEOUT, action, command, error_of, exchange, put
@@ -377,3 +378,28 @@ def test_a_drain_stores_what_was_accepted_and_refuses_the_rest(start_server: Sta
             writer.done_writing()
             while reader.read() is not None:
                 pass
+
+
+def test_closing_at_once_ends_open_calls_and_leaves_no_thread(start_server: StartServer) -> None:
+    before = {thread.name for thread in threading.enumerate()}
+    server = start_server(group_delay_ms=60_000)
+    with flight.connect(server.address) as client:
+        writer, _ = client.do_put(command(dataset="d"), SCHEMA, TIMEOUT)
+        writer.write_batch(rows(0, 3000))
+        while action(client, "stats")["fletcher.rows.received"] < 3000:
+            pass
+        server.close()
+        with pytest.raises((flight.FlightError, pa.ArrowException)), writer:
+            writer.done_writing()
+    for thread in threading.enumerate():
+        if thread.name.startswith(("put-", "exchange-", "lane-")) and thread.name not in before:
+            thread.join(10)
+            assert not thread.is_alive(), thread.name
+
+
+def test_a_port_in_use_is_named_before_anything_is_loaded(
+    server: Runtime, start_server: StartServer
+) -> None:
+    port = int(server.address.rpartition(":")[2])
+    with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*`port`"):
+        start_server(port=port)
