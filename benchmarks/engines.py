@@ -1,0 +1,51 @@
+"""The engines under Fletcher, by themselves: what the server would choose, and its rivals."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.jobs import run_job
+from fletcher.batches import TextBatch
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.devices import resolve
+from fletcher.inference.host import detect_host
+from fletcher.models.bundle import ModelBundle
+from fletcher.tokenization.tokenizer import Tokenizer
+
+
+def configure(
+    bundle: ModelBundle, backend: str, precision: str, max_batch_tokens: int
+) -> BackendConfig:
+    """An engine on all cores of this process, in one process.
+
+    The server starts several on machines of many cores.
+
+    Raises:
+        BackendError: It is not installed, or this processor lacks the precision.
+    """
+    host = detect_host()
+    resolution = resolve(
+        "cpu", backend, precision, host.cores, host, bundle.folder, max_batch_tokens
+    )
+    first = resolution.configs[0]
+    return BackendConfig(**{**asdict(first), "threads": host.cores})
+
+
+def save_tokens(bundle: ModelBundle, texts: list[str], path: Path) -> int:
+    """Tokenizes for `benchmarks.bare`; gives the number of tokens, special ones included."""
+    encoded = [text.encode() for text in texts]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    tokens = Tokenizer.load(bundle.folder).encode(TextBatch(b"".join(encoded), offsets))
+    np.savez(path, input_ids=tokens.input_ids, offsets=tokens.offsets)
+    return len(tokens.input_ids)
+
+
+def run_bare(config: BackendConfig, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Has `benchmarks.bare` measure an engine."""
+    command = [sys.executable, "-m", "benchmarks.bare"]
+    return run_job(command, {**job, "config": asdict(config)}, folder)

@@ -1,0 +1,115 @@
+"""A real server in a process of its own, and how much memory its processes take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import lancedb
+
+from benchmarks.corpus import ROOT
+from benchmarks.jobs import JobError, clean_environment
+
+_SERVE = "import sys; from fletcher.cli import serve_main; sys.exit(serve_main())"
+_STOP_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that listens.
+
+    Attributes:
+        address: `grpc://HOST:PORT`.
+        pid: Of its front process.
+        vectors: Folder of its LanceDB store.
+    """
+
+    address: str
+    pid: int
+    vectors: Path
+
+    def count(self, dataset: str) -> int:
+        """Rows that a reader of the store's folder sees now."""
+        return int(lancedb.connect(self.vectors).open_table(dataset).count_rows())
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: the front process's resident set now and at its peak, and its workers' now."""
+        status = _status(self.pid)
+        children = [_status(pid).get("VmRSS", 0) for pid in _children(self.pid)]
+        return {"now": status["VmRSS"], "peak": status["VmHWM"], "workers": sum(children)}
+
+
+@contextmanager
+def serve(home: Path, model: str, *options: str, arguments: Sequence[str] = ()) -> Iterator[Served]:
+    """Runs `fletcher-serve` on a free port with an empty LanceDB store.
+
+    Args:
+        home: FLETCHER_HOME with the model.
+        model: Its name.
+        options: Flags that belong to the benchmark.
+        arguments: Flags that a caller of the benchmark adds.
+
+    Raises:
+        JobError: It does not start; the message is what it logged.
+    """
+    with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
+        folder = Path(scratch)
+        vectors = folder / "vectors"
+        command = [sys.executable, "-c", _SERVE, "--port", "0", "--home", str(home)]
+        command += ["--model", model, "--store", f"lance:{vectors}", "--log-level", "warning"]
+        with (folder / "log").open("w+", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                [*command, *options, *arguments],
+                cwd=ROOT,
+                env=clean_environment(),
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+            try:
+                yield Served(_address(process, folder / "log"), process.pid, vectors)
+            finally:
+                _stop(process)
+
+
+def _address(process: subprocess.Popen[str], log: Path) -> str:
+    assert process.stdout is not None
+    words = process.stdout.readline().split()
+    if words[:2] != ["listening", "on"]:
+        process.wait(_STOP_TIMEOUT_S)
+        raise JobError(f"the server did not start: {log.read_text(encoding='utf-8')[-2000:]}")
+    return words[2]
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def _status(pid: int) -> dict[str, int]:
+    """The sizes in /proc/PID/status, in bytes; empty where the process is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.endswith("kB"))
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields}
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        return [int(word) for one in threads for word in (one / "children").read_text().split()]
+    except OSError:
+        return []

@@ -1,0 +1,249 @@
+"""Texts a second: Fletcher end to end beside sentence-transformers and the bare engines.
+
+One run, one table: the same texts on the same cores, by turns, one process after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: its own folder is on the path, not the root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks import contenders, hardware, report
+from benchmarks.contenders import Measure, Measurement, Skipped, Task
+from benchmarks.corpus import ROOT, Corpus
+from benchmarks.engines import configure, save_tokens
+from fletcher.config import fletcher_home
+from fletcher.models.registry import DEFAULT_MODEL, Registry
+
+QUICK_TEXTS = 200
+FLETCHER = "Fletcher, DoPut to rows in LanceDB"
+
+
+@dataclass
+class Row:
+    """A contender, and what became of its turns."""
+
+    name: str
+    measure: Measure
+    seconds: list[float] = field(default_factory=list)
+    last: Measurement | None = None
+    skipped: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this benchmark."""
+    parser.add_argument("--texts", type=int, default=4000, help="how many (default: 4000)")
+    parser.add_argument("--seed", type=int, default=0, help="which of the corpus's texts")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of everybody (default: 3)")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_TEXTS} texts, one turn: does it work at all"
+    )
+    parser.add_argument("--corpus", type=Path, help="Parquet file with `title` and `body`")
+    parser.add_argument("--cores", type=int, help="use so many cores only (default: all)")
+    parser.add_argument("--batch-rows", type=int, default=500, help="rows of a batch sent")
+    parser.add_argument(
+        "--max-batch-tokens", type=int, default=0, help="for Fletcher and the bare engines"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="without sentence-transformers")
+    parser.add_argument(
+        "--peer-python",
+        type=Path,
+        default=Path(sys.executable),
+        help="the Python that has sentence-transformers (default: this one)",
+    )
+    parser.add_argument("--checkpoint", type=Path, help="the model's folder, for the peers")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
+    parser.add_argument("--home", type=Path, default=fletcher_home(), help="FLETCHER_HOME")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the table, writes the JSON."""
+    hardware.limit_cores(args.cores)
+    machine, versions = hardware.facts(), hardware.versions()
+    num_texts = min(args.texts, QUICK_TEXTS) if args.quick else args.texts
+    corpus = Corpus.load(args.corpus)
+    bundle = Registry(args.home / "models").ensure(args.model, _say)
+    texts = corpus.sample(num_texts, seed=args.seed)
+    with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
+        folder = Path(scratch)
+        task = Task(
+            bundle=bundle,
+            home=args.home.absolute(),
+            texts=texts,
+            texts_path=folder / "texts.json",
+            tokens_path=folder / "tokens.npz",
+            folder=folder,
+            cores=machine["cores"],
+            max_batch_tokens=args.max_batch_tokens,
+            batch_rows=args.batch_rows,
+            serve_args=args.serve_args,
+        )
+        contenders.write_texts(texts, task.texts_path)
+        num_tokens = save_tokens(bundle, texts, task.tokens_path)
+        rows = _rows(task, args)
+        for turn in range(1 if args.quick else args.repeats):
+            for row in rows:
+                _take_turn(row, turn, len(texts))
+    for row in rows:
+        if row.last is not None and "versions" in row.last.details:
+            versions |= row.last.details["versions"]
+    own = configure(bundle, "auto", "auto", args.max_batch_tokens)
+    own_name = _engine_name(own.backend, own.precision)
+    sample = {"corpus": corpus.name, "texts": len(texts), "tokens": num_tokens, "seed": args.seed}
+    result = {
+        "benchmark": "throughput",
+        "hardware": machine,
+        "versions": versions,
+        "options": {name: _plain(value) for name, value in vars(args).items() if name != "run"},
+        "sample": sample,
+        "model": bundle.qualified_name,
+        **_results(rows, own_name, len(texts), num_tokens),
+    }
+    print(report.heading(machine, versions))
+    print(
+        f"{bundle.qualified_name}, {len(texts):,} texts ({num_tokens:,} tokens) of {corpus.name}; "
+        f"medians of {max(len(row.seconds) for row in rows)} turns\n"
+    )
+    print(_table(result))
+    print(f"\nwritten to {report.write(args.out, 'throughput', result)}")
+    return 0
+
+
+def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
+    rows = []
+    for precision in ("float32", "bfloat16"):
+        rows.append(Row(f"sentence-transformers {precision}", lambda: Skipped("--no-peers")))
+        if args.no_peers:
+            continue
+        if args.checkpoint is None and args.model != DEFAULT_MODEL:
+            rows[-1].measure = lambda: Skipped(f"--checkpoint of {args.model} is not given")
+            continue
+        checkpoint = args.checkpoint or contenders.checkpoint_folder(task.home)
+        rows[-1].measure = contenders.peer(task, precision, args.peer_python, checkpoint.absolute())
+    for backend, precision in (
+        ("onnxruntime", "float32"),
+        ("openvino", "float32"),
+        ("openvino", "bfloat16"),
+    ):
+        name = _engine_name(backend, precision)
+        rows.append(Row(name, contenders.engine(task, backend, precision)))
+    return [*rows, Row(FLETCHER, contenders.fletcher(task))]
+
+
+def _take_turn(row: Row, turn: int, num_texts: int) -> None:
+    if row.skipped:
+        return
+    outcome = row.measure()
+    if isinstance(outcome, Skipped):
+        row.skipped = outcome.reason
+        _say(f"{row.name}: skipped, {outcome.reason}")
+        return
+    row.seconds.append(outcome.seconds)
+    row.last = outcome
+    _say(f"turn {turn + 1}, {row.name}: {num_texts / outcome.seconds:,.0f} texts/s")
+
+
+def _results(rows: list[Row], own_name: str, num_texts: int, num_tokens: int) -> dict[str, Any]:
+    """Rates, ratios and cosines. The first float32 that ran is what others are compared with."""
+    reference = next(row for row in rows if row.last is not None)
+    assert reference.last is not None
+    medians = {row.name: statistics.median(row.seconds) for row in rows if row.seconds}
+    entries = []
+    for row in rows:
+        entry: dict[str, Any] = {"name": row.name}
+        if row.last is None:
+            entry["skipped"] = row.skipped
+        else:
+            lowest, mean = cosines(row.last.embeddings, reference.last.embeddings)
+            entry |= {
+                "texts_per_s": num_texts / medians[row.name],
+                "tokens_per_s": num_tokens / medians[row.name],
+                "ratio_to_reference": medians[reference.name] / medians[row.name],
+                "cosine_lowest": lowest,
+                "cosine_mean": mean,
+                "seconds": row.seconds,
+                "note": row.last.note,
+                "details": row.last.details,
+            }
+        entries.append(entry)
+    ratio = medians[own_name] / medians[FLETCHER] if own_name in medians else None
+    return {
+        "reference": reference.name,
+        "own_engine": own_name,
+        "ratio_to_own_engine": ratio,
+        "rows": entries,
+    }
+
+
+def cosines(
+    embeddings: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]
+) -> tuple[float, float]:
+    """Lowest and mean cosine between rows of two float32 [num_rows, dim]."""
+    one, other = embeddings.astype(np.float64), reference.astype(np.float64)
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    found = (one * other).sum(axis=1) / norms
+    return float(found.min()), float(found.mean())
+
+
+def _table(result: dict[str, Any]) -> str:
+    header = ["", "texts/s", "from - to", "tokens/s", "ratio", "lowest cos", "mean cos", "note"]
+    lines = []
+    num_texts = result["sample"]["texts"]
+    for entry in result["rows"]:
+        if "skipped" in entry:
+            lines.append([entry["name"], *["-"] * 6, "skipped"])
+            continue
+        slowest, fastest = num_texts / max(entry["seconds"]), num_texts / min(entry["seconds"])
+        lines.append(
+            [
+                entry["name"],
+                f"{entry['texts_per_s']:,.1f}",
+                f"{slowest:,.1f} - {fastest:,.1f}",
+                f"{entry['tokens_per_s']:,.0f}",
+                f"{entry['ratio_to_reference']:.2f}",
+                f"{entry['cosine_lowest']:.6f}",
+                f"{entry['cosine_mean']:.6f}",
+                entry["note"],
+            ]
+        )
+    below = [f"ratio and cosine: to {result['reference']}"]
+    if result["ratio_to_own_engine"] is not None:
+        ratio = result["ratio_to_own_engine"]
+        below.append(f"Fletcher to its own engine ({result['own_engine']}): {ratio:.3f}")
+    below += [
+        f"skipped: {entry['name']}: {entry['skipped']}"
+        for entry in result["rows"]
+        if "skipped" in entry
+    ]
+    return "\n".join([report.table(header, lines), "", *below])
+
+
+def _engine_name(backend: str, precision: str) -> str:
+    words = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+    return f"bare {words[backend]} {precision}, ready tokens"
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    from benchmarks.__main__ import main
+
+    sys.exit(main(["throughput", *sys.argv[1:]]))
