@@ -60,8 +60,9 @@ class OnnxRuntimeBackend:
 def load(config: BackendConfig) -> OnnxRuntimeBackend:
     """Loads and warms up a bundle's graph.
 
-    On the CPU runs share the cores, one core each: for models of this size that is faster than
-    several cores on one run.
+    On the CPU each run has one core, and as many runs go on at once. Two cores were as fast
+    together on one run when nothing else ran, and much slower when something did: then each waits
+    for the other at every operator.
 
     Raises:
         BackendError: ONNX Runtime or the provider is not there, or cannot do that precision.
