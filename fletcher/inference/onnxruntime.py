@@ -61,8 +61,7 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
     """Loads and warms up a bundle's graph.
 
     On the CPU each run has one core, and as many runs go on at once. Two cores were as fast
-    together on one run when nothing else ran, and much slower when something did: then each waits
-    for the other at every operator.
+    together on one run at best, but several times slower when other processes wanted them.
 
     Raises:
         BackendError: ONNX Runtime or the provider is not there, or cannot do that precision.

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from fletcher.batches import Int32Array, Int64Array
 
-# What one more run costs, in padded tokens that could have been computed in the same time. Fitted to
-# CPU time of all-MiniLM-L6-v2 on one Zen 5 core: OpenVINO 14 tokens (0.8 ms in bfloat16, 1.4 ms in
-# float32), ONNX Runtime 2.
+# What one more run costs, in padded tokens that could have been computed in the same time. Fitted
+# to CPU time of all-MiniLM-L6-v2 on one Zen 5 core: OpenVINO 14 tokens (0.8 ms in bfloat16, 1.4 ms
+# in float32), ONNX Runtime 2.
 RUN_COST_TOKENS = 16
 
 
