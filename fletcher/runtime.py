@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import socket
 import threading
@@ -116,14 +115,21 @@ class Runtime:
             log.warning("drain: not everything was stored within %g s", timeout_s)
         return done
 
-    def close(self) -> None:
-        """Ends everything. Idempotent."""
+    def close(self) -> bool:
+        """Ends everything. Idempotent.
+
+        Returns:
+            Whether all calls ended. A call that its client keeps open without a word cannot be
+            ended from here, and the process cannot end in the ordinary way before it does.
+        """
+        ended = True
         server, self._server = self._server, None
         if server is not None:
             # It has no deadline of its own and waits for handlers that wait for silent clients.
             shutdown = threading.Thread(target=server.shutdown, daemon=True)
             shutdown.start()
             shutdown.join(_SHUTDOWN_S)
+            ended = not shutdown.is_alive()
         service, self._service = self._service, None
         if service is not None:
             service.embedder.close()
@@ -131,6 +137,7 @@ class Runtime:
         if self._telemetry is not None:
             self._telemetry.close()
         self._closed.set()
+        return ended
 
     @property
     def service(self) -> Service:
@@ -157,7 +164,10 @@ class Runtime:
             ),
             telemetry,
         )
-        bundle = Registry(config.home / "models").ensure(config.model, self._progress)
+        registry = Registry(config.home / "models")
+        registry.ensure(config.model, self._progress)
+        # A flipped bit in the weights makes plausible vectors that are wrong for good.
+        bundle = registry.verify(config.model)
         host = detect_host()
         resolution = resolve(
             config.device,
@@ -213,8 +223,11 @@ def _embedder(
             window_tokens=_WINDOW_RUNS * max_batch_tokens,
             max_queue_delay_s=config.max_queue_delay_ms / 1000,
         ),
-        plan=functools.partial(
-            plan, max_batch_tokens=max_batch_tokens, max_batch_rows=_MAX_BATCH_ROWS
+        plan=lambda lengths, num_runners: plan(
+            lengths,
+            max_batch_tokens=max_batch_tokens,
+            max_batch_rows=_MAX_BATCH_ROWS,
+            num_runners=num_runners,
         ),
         tokenize=Tokenizer.load(bundle.folder).encode,
         budget=budget,

@@ -10,11 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from fletcher.batches import EmbeddingBatch, TextBatch, TokenBatch
+from fletcher.batches import (
+    EmbeddingBatch,
+    Int32Array,
+    Int64Array,
+    TextBatch,
+    TokenBatch,
+)
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource, TokenizationSource, as_fletcher_error
 from fletcher.pipeline.stream import EmbedStream, Ticket
-from fletcher.pipeline.window import Plan
 from fletcher.telemetry import Span, Telemetry
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
@@ -48,7 +53,7 @@ class Embedder:
 
     Args:
         config: Workers and windows.
-        plan: From lengths to micro-batches.
+        plan: From lengths, and runs that go on at the same time, to micro-batches.
         tokenize: Tokenizes a few short texts in this process.
         budget: Memory for all streams.
         telemetry: Where counts, durations and spans go.
@@ -58,7 +63,7 @@ class Embedder:
         self,
         config: EmbedderConfig,
         *,
-        plan: Plan,
+        plan: Callable[[Int32Array, int], list[Int64Array]],
         tokenize: Callable[[TextBatch], TokenBatch],
         budget: MemoryBudget,
         telemetry: Telemetry,
@@ -75,7 +80,7 @@ class Embedder:
         )
         self._inference = InferenceSource(
             dim=config.dim,
-            plan=plan,
+            plan=lambda lengths: plan(lengths, self.replicas.concurrency),
             window_tokens=config.window_tokens,
             max_queue_delay_s=config.max_queue_delay_s,
             more_coming=lambda: self._tokenization.busy,

@@ -24,7 +24,7 @@ from fletcher.batches import (
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import Ticket
 
-Plan = Callable[[Int32Array], list[np.ndarray]]
+Plan = Callable[[Int32Array], list[Int64Array]]
 
 
 class Window:

@@ -130,9 +130,9 @@ class WorkerPool:
             return [slot.statistics() for slot in self._slots]
 
     @property
-    def num_slots(self) -> int:
-        """Jobs the pool can hold at once, prefetched ones included."""
-        return sum(slot.capacity for slot in self._slots)
+    def concurrency(self) -> int:
+        """Jobs that run at the same time when all workers live."""
+        return sum(slot.concurrency for slot in self._slots)
 
     def process_ids(self) -> list[int]:
         """The live workers' process ids."""
@@ -201,7 +201,7 @@ class _Slot:
         self.failure: Exception | None = None  # why the last start failed
         self.settled = threading.Event()  # the first start succeeded or failed
         self.description: dict[str, str] = {}
-        self.capacity = 1 + prefetch
+        self.concurrency = 1  # until the worker says otherwise
         self.load = 0
         self.process: subprocess.Popen[bytes] | None = None
         self.thread = threading.Thread(target=self._run, name=f"{spec.name}-reader", daemon=True)
@@ -216,7 +216,7 @@ class _Slot:
 
     @property
     def has_room(self) -> bool:
-        return len(self._jobs) < self.capacity
+        return len(self._jobs) < self.concurrency + self._prefetch
 
     def statistics(self) -> dict[str, Any]:
         return {
@@ -306,7 +306,7 @@ class _Slot:
             raise
         assert isinstance(message, Ready)
         self.description = message.description
-        self.capacity = message.concurrency + self._prefetch
+        self.concurrency = message.concurrency
         return connection
 
     def _read(self, connection: Connection) -> None:
