@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -73,9 +74,16 @@ def _serve(config: ServeConfig) -> int:
         _log.info("draining", extra={"timeout_s": config.drain_timeout_s})
         with _deadline(config.drain_timeout_s + CLOSE_S):
             drained = runtime.drain(config.drain_timeout_s)
-            runtime.close()
+            ended = runtime.close()
     _log.info("stopped")
-    return 0 if drained else 1
+    code = 0 if drained else 1
+    if not ended:
+        # At its end Python would wait for the handlers of calls whose clients say nothing more.
+        _log.warning("left calls open that their clients do not end")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 class _Signals:

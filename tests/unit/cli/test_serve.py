@@ -50,6 +50,7 @@ class Runtime:
     def close(self):
         self.say("close")
         self.closed.set()
+        return True
 
 module = types.ModuleType("fletcher.runtime")
 module.Runtime = Runtime
