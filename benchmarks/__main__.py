@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from benchmarks import latency, overhead, throughput
 from benchmarks.jobs import JobError
 from fletcher.errors import FletcherError
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return int(args.run(args))
-    except (FletcherError, JobError) as error:
+    except (FletcherError, JobError, pa.ArrowException, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

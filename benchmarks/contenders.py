@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -91,7 +92,7 @@ def peer(task: Task, precision: str, python: Path, checkpoint: Path) -> Measure:
     best: list[int] = []
     path = task.folder / "embeddings.npy"
 
-    def measure() -> Measurement | Skipped:
+    def measure() -> Measurement:
         job = {
             "checkpoint": str(checkpoint),
             "max_length": task.bundle.max_length,
@@ -105,8 +106,6 @@ def peer(task: Task, precision: str, python: Path, checkpoint: Path) -> Measure:
         }
         command = [str(python), str(ROOT / "benchmarks" / "peer.py")]
         answer = run_job(command, job, task.folder)
-        if "skipped" in answer:
-            return Skipped(f"{answer['skipped']}; see docs/performance.md")
         best[:] = [answer["batch_size"]]
         note = f"batch size {answer['batch_size']}"
         return Measurement(answer["seconds"], np.load(path), note, answer)
@@ -173,6 +172,24 @@ def stored_vectors(vectors: Path, dataset: str) -> npt.NDArray[np.float32]:
     column = rows["vector"].combine_chunks()
     flat = column.flatten().to_numpy(zero_copy_only=False)
     return np.asarray(flat.reshape(len(ids), -1)[order], dtype=np.float32)
+
+
+def missing_for_peers(python: Path) -> str:
+    """What keeps a Python from running `benchmarks/peer.py`; nothing where it can."""
+    code = (
+        "import importlib.util as u\n"
+        "names = 'torch', 'sentence_transformers', 'numpy'\n"
+        "print(*(name for name in names if u.find_spec(name) is None), sep=', ')"
+    )
+    try:
+        done = subprocess.run(
+            [str(python), "-c", code], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        return f"cannot be run: {error.strerror}"
+    if done.returncode:
+        return f"cannot be run: it ended with {done.returncode}"
+    return f"lacks {done.stdout.strip()}" if done.stdout.strip() else ""
 
 
 def checkpoint_folder(home: Path) -> Path:

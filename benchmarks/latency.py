@@ -18,13 +18,13 @@ import pyarrow as pa
 from pyarrow import flight
 
 from benchmarks import hardware, report
+from benchmarks.arguments import add_common, as_options, positive
 from benchmarks.corpus import ROOT, Corpus
 from benchmarks.engines import configure, run_bare, save_tokens
 from benchmarks.jobs import JobError, clean_environment
 from benchmarks.serving import serve
 from fletcher import EmbedOptions
-from fletcher.config import fletcher_home
-from fletcher.models.registry import DEFAULT_MODEL, Registry
+from fletcher.models.registry import Registry
 
 DIFFERENT_TEXTS = 64
 WARM_UP_REQUESTS = 20
@@ -34,12 +34,10 @@ BARE, IDLE, LOADED = "bare engine, ready tokens", "Fletcher, idle", "Fletcher, u
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this benchmark."""
-    parser.add_argument("--requests", type=int, default=500, help="of each kind (default: 500)")
-    parser.add_argument("--corpus", type=Path, help="Parquet file with `title` and `body`")
-    parser.add_argument("--cores", type=int, help="use so many cores only (default: all)")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
-    parser.add_argument("--home", type=Path, default=fletcher_home(), help="FLETCHER_HOME")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the JSON")
+    parser.add_argument(
+        "--requests", type=positive, default=500, help="of each kind (default: 500)"
+    )
+    add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
     machine, versions = hardware.facts(), hardware.versions()
     corpus = Corpus.load(args.corpus)
     texts = corpus.sample_titles(DIFFERENT_TEXTS)
-    home = args.home.absolute()
-    bundle = Registry(home / "models").ensure(args.model, print)
+    bundle = Registry(args.home / "models").ensure(args.model, print)
     own = configure(bundle, "auto", "auto", 0)
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
         folder = Path(scratch)
@@ -59,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if "skipped" in bare:
         raise JobError(bare["skipped"])
     times = {BARE: bare["ms"]}
-    with serve(home, bundle.name, "--device", "cpu", arguments=args.serve_args) as served:
+    with serve(args.home, bundle.name, "--device", "cpu", arguments=args.serve_args) as served:
         times[IDLE] = exchange_times(served.address, texts, args.requests)
         with _bulk_load(served.address, args.corpus):
             times[LOADED] = exchange_times(served.address, texts, args.requests)
@@ -68,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         "benchmark": "latency",
         "hardware": machine,
         "versions": versions,
-        "options": {name: str(value) for name, value in vars(args).items() if name != "run"},
+        "options": as_options(args),
         "model": bundle.qualified_name,
         "engine": bare["engine"],
         "rows": rows,
@@ -118,7 +115,7 @@ def percentiles(times: list[float]) -> dict[str, float]:
 def _bulk_load(address: str, corpus: Path | None) -> Iterator[None]:
     """Another process uploads to the server while the body runs."""
     command = [sys.executable, "-m", "benchmarks.load", address]
-    command += [str(corpus.absolute())] if corpus else []
+    command += [str(corpus)] if corpus else []
     process = subprocess.Popen(
         command,
         cwd=ROOT,

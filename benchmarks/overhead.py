@@ -8,19 +8,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from benchmarks import hardware, report
-from benchmarks.corpus import ROOT, Corpus
+from benchmarks.arguments import add_common, as_options, positive
+from benchmarks.corpus import Corpus
 from benchmarks.jobs import JobError
 from benchmarks.serving import Served, serve
 from fletcher import EmbedOptions, connect
 from fletcher.client import Ack
-from fletcher.config import fletcher_home
-from fletcher.models.registry import DEFAULT_MODEL, Registry
+from fletcher.models.registry import Registry
 
 SAMPLE_INTERVAL_S = 0.25
 MAX_LINES = 12
@@ -62,13 +61,9 @@ class _Progress:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this benchmark."""
-    parser.add_argument("--rows", type=int, default=200_000, help="how many (default: 200000)")
-    parser.add_argument("--batch-rows", type=int, default=2000, help="rows of a batch sent")
-    parser.add_argument("--corpus", type=Path, help="Parquet file with `title` and `body`")
-    parser.add_argument("--cores", type=int, help="use so many cores only (default: all)")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer and width to take")
-    parser.add_argument("--home", type=Path, default=fletcher_home(), help="FLETCHER_HOME")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the JSON")
+    parser.add_argument("--rows", type=positive, default=200_000, help="how many (default: 200000)")
+    parser.add_argument("--batch-rows", type=positive, default=2000, help="rows of a batch sent")
+    add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,9 +71,8 @@ def run(args: argparse.Namespace) -> int:
     hardware.limit_cores(args.cores)
     machine, versions = hardware.facts(), hardware.versions()
     corpus = Corpus.load(args.corpus)
-    home = args.home.absolute()
-    bundle = Registry(home / "models").ensure(args.model, print)
-    with serve(home, bundle.name, "--backend", "null", arguments=args.serve_args) as served:
+    bundle = Registry(args.home / "models").ensure(args.model, print)
+    with serve(args.home, bundle.name, "--backend", "null", arguments=args.serve_args) as served:
         start = served.memory()["now"]
         moments, seconds, text_bytes = _upload(served, corpus, args.rows, args.batch_rows)
         end = served.memory()
@@ -88,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         "benchmark": "overhead",
         "hardware": machine,
         "versions": versions,
-        "options": {name: str(value) for name, value in vars(args).items() if name != "run"},
+        "options": as_options(args),
         "model": bundle.qualified_name,
         "corpus": corpus.name,
         "rows": args.rows,
@@ -166,9 +160,8 @@ def _sampled(served: Served, progress: _Progress, started: float) -> Iterator[li
 
 def _table(moments: list[Moment]) -> str:
     step = max(1, -(-len(moments) // MAX_LINES))
-    shown = moments[::step]
-    if shown[-1] is not moments[-1]:
-        shown.append(moments[-1])
+    # The last line stands for the time since the last regular one, not for a moment after it.
+    shown = [*moments[: -1 - step // 2 : step], moments[-1]]
     lines = []
     before = shown[0]
     for moment in shown:

@@ -15,29 +15,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import sentence_transformers
+import torch
+
 WARM_UP_TEXTS = 32
 
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answer: dict[str, Any]
-    try:
-        import sentence_transformers
-        import torch
-    except ImportError as error:
-        answer = {"skipped": f"{error} in {Path(sys.executable).name}"}
-    else:
-        versions = {
-            "sentence-transformers": sentence_transformers.__version__,
-            "torch": torch.__version__,
-        }
-        answer = {**measure(job, sentence_transformers, torch), "versions": versions}
+    versions = {
+        "sentence-transformers": sentence_transformers.__version__,
+        "torch": torch.__version__,
+    }
+    answer = {**measure(job), "versions": versions}
     Path(job["result"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
-def measure(job: dict[str, Any], sentence_transformers: Any, torch: Any) -> dict[str, Any]:
-    import numpy as np
-
+def measure(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     texts = json.loads(Path(job["texts"]).read_text(encoding="utf-8"))
     model = sentence_transformers.SentenceTransformer(

@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import contenders, hardware, report
+from benchmarks.arguments import absolute, add_common, as_options, positive
 from benchmarks.contenders import Measure, Measurement, Skipped, Task
-from benchmarks.corpus import ROOT, Corpus
+from benchmarks.corpus import Corpus
 from benchmarks.engines import configure, save_tokens
-from fletcher.config import fletcher_home
+from fletcher.errors import ModelError
 from fletcher.models.registry import DEFAULT_MODEL, Registry
 
 QUICK_TEXTS = 200
@@ -35,7 +36,7 @@ class Row:
     """A contender, and what became of its turns."""
 
     name: str
-    measure: Measure
+    measure: Measure | None = None
     seconds: list[float] = field(default_factory=list)
     last: Measurement | None = None
     skipped: str = ""
@@ -43,29 +44,30 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this benchmark."""
-    parser.add_argument("--texts", type=int, default=4000, help="how many (default: 4000)")
+    parser.add_argument("--texts", type=positive, default=4000, help="how many (default: 4000)")
     parser.add_argument("--seed", type=int, default=0, help="which of the corpus's texts")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of everybody (default: 3)")
+    parser.add_argument(
+        "--repeats", type=positive, default=3, help="turns of everybody (default: 3)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help=f"{QUICK_TEXTS} texts, one turn: does it work at all"
     )
-    parser.add_argument("--corpus", type=Path, help="Parquet file with `title` and `body`")
-    parser.add_argument("--cores", type=int, help="use so many cores only (default: all)")
-    parser.add_argument("--batch-rows", type=int, default=500, help="rows of a batch sent")
+    parser.add_argument("--batch-rows", type=positive, default=500, help="rows of a batch sent")
     parser.add_argument(
-        "--max-batch-tokens", type=int, default=0, help="for Fletcher and the bare engines"
+        "--max-batch-tokens",
+        type=int,
+        default=0,
+        help="for Fletcher and the bare engines (default: 0, the engine's best)",
     )
     parser.add_argument("--no-peers", action="store_true", help="without sentence-transformers")
     parser.add_argument(
         "--peer-python",
-        type=Path,
+        type=absolute,
         default=Path(sys.executable),
         help="the Python that has sentence-transformers (default: this one)",
     )
-    parser.add_argument("--checkpoint", type=Path, help="the model's folder, for the peers")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
-    parser.add_argument("--home", type=Path, default=fletcher_home(), help="FLETCHER_HOME")
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for the JSON")
+    parser.add_argument("--checkpoint", type=absolute, help="the model's folder, for the peers")
+    add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(scratch)
         task = Task(
             bundle=bundle,
-            home=args.home.absolute(),
+            home=args.home,
             texts=texts,
             texts_path=folder / "texts.json",
             tokens_path=folder / "tokens.npz",
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         "benchmark": "throughput",
         "hardware": machine,
         "versions": versions,
-        "options": {name: _plain(value) for name, value in vars(args).items() if name != "run"},
+        "options": as_options(args),
         "sample": sample,
         "model": bundle.qualified_name,
         **_results(rows, own_name, len(texts), num_tokens),
@@ -123,15 +125,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
     rows = []
+    checkpoint = _checkpoint(args)
     for precision in ("float32", "bfloat16"):
-        rows.append(Row(f"sentence-transformers {precision}", lambda: Skipped("--no-peers")))
-        if args.no_peers:
-            continue
-        if args.checkpoint is None and args.model != DEFAULT_MODEL:
-            rows[-1].measure = lambda: Skipped(f"--checkpoint of {args.model} is not given")
-            continue
-        checkpoint = args.checkpoint or contenders.checkpoint_folder(task.home)
-        rows[-1].measure = contenders.peer(task, precision, args.peer_python, checkpoint.absolute())
+        row = Row(f"sentence-transformers {precision}")
+        if isinstance(checkpoint, Skipped):
+            row.skipped = checkpoint.reason
+        else:
+            row.measure = contenders.peer(task, precision, args.peer_python, checkpoint)
+        rows.append(row)
     for backend, precision in (
         ("onnxruntime", "float32"),
         ("openvino", "float32"),
@@ -142,8 +143,24 @@ def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
     return [*rows, Row(FLETCHER, contenders.fletcher(task))]
 
 
+def _checkpoint(args: argparse.Namespace) -> Path | Skipped:
+    """The model for the peers, or why they cannot take part."""
+    if args.no_peers:
+        return Skipped("--no-peers")
+    if missing := contenders.missing_for_peers(args.peer_python):
+        return Skipped(f"{args.peer_python} {missing}; docs/performance.md says how to get it")
+    if args.checkpoint is not None:
+        return Path(args.checkpoint)
+    if args.model != DEFAULT_MODEL:
+        return Skipped(f"--checkpoint is not given, the folder of {args.model}")
+    try:
+        return contenders.checkpoint_folder(args.home)
+    except ModelError as error:
+        return Skipped(error.message)
+
+
 def _take_turn(row: Row, turn: int, num_texts: int) -> None:
-    if row.skipped:
+    if row.skipped or row.measure is None:
         return
     outcome = row.measure()
     if isinstance(outcome, Skipped):
@@ -233,10 +250,6 @@ def _table(result: dict[str, Any]) -> str:
 def _engine_name(backend: str, precision: str) -> str:
     words = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
     return f"bare {words[backend]} {precision}, ready tokens"
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _say(line: str) -> None:

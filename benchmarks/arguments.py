@@ -1,0 +1,48 @@
+"""Flags that all benchmarks have."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.corpus import ROOT
+from fletcher.config import fletcher_home
+from fletcher.models.registry import DEFAULT_MODEL
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Adds them."""
+    parser.add_argument(
+        "--corpus",
+        type=absolute,
+        help="Parquet file with `title` and `body` (default: ../shared/corpus/debian.parquet, "
+        "where that is absent the shipped sample)",
+    )
+    parser.add_argument("--cores", type=positive, help="use so many cores only (default: all)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
+    parser.add_argument("--home", type=absolute, default=fletcher_home(), help="FLETCHER_HOME")
+    parser.add_argument(
+        "--out", type=absolute, default=ROOT / "results", help="folder for the JSON"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def as_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags' values for a result's JSON."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name != "run"
+    }
+
+
+def absolute(text: str) -> Path:
+    """A path; links are kept, for a virtual environment's Python is one."""
+    return Path(text).expanduser().absolute()

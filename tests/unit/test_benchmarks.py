@@ -1,0 +1,104 @@
+"""The benchmarks run and report everything they are for; how fast is no test's business."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fletcher.models.bundle import ModelBundle
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("lancedb")
+
+
+@pytest.fixture(scope="module")
+def home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLETCHER_HOME with the tiny model."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "models").symlink_to(tiny_bundle.folder.parent)
+    return folder
+
+
+def run(home: Path, *argv: str) -> tuple[str, dict[str, Any]]:
+    """What a benchmark printed and what it wrote; on the shipped sample with the tiny model."""
+    name, *rest = argv
+    out = home / "results" / name
+    sample = ROOT / "examples" / "data" / "debian-sample.parquet"
+    command = [sys.executable, "-m", "benchmarks", name, "--home", str(home), "--model", "tiny"]
+    command += ["--corpus", str(sample), "--out", str(out), *rest]
+    # One that benchmarks must not listen to: a server would refuse to start with it.
+    environ = os.environ | {"FLETCHER_MAX_STREAMS": "none"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    (written,) = out.iterdir()
+    return done.stdout, json.loads(written.read_text(encoding="utf-8"))
+
+
+def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
+    printed, result = run(home, "throughput", "--quick", "--texts", "100", "--no-peers")
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == [
+        "sentence-transformers float32",
+        "sentence-transformers bfloat16",
+        "bare ONNX Runtime float32, ready tokens",
+        "bare OpenVINO float32, ready tokens",
+        "bare OpenVINO bfloat16, ready tokens",
+        "Fletcher, DoPut to rows in LanceDB",
+    ]
+    lines = printed.splitlines()
+    assert all(any(line.startswith(name) for line in lines) for name in rows)
+    assert [row.get("skipped") for row in rows.values()][:2] == ["--no-peers"] * 2
+    assert result["sample"]["texts"] == 100
+    assert result["reference"] == "bare ONNX Runtime float32, ready tokens"
+    assert result["ratio_to_own_engine"] > 0
+    for row in rows.values():
+        if "skipped" not in row:
+            assert len(row["seconds"]) == 1
+            assert row["texts_per_s"] > 0
+            # Rows in another order, or of another text, would be far below.
+            assert 0.98 < row["cosine_lowest"] <= row["cosine_mean"] < 1.000001
+    assert rows["Fletcher, DoPut to rows in LanceDB"]["details"]["memory"]["peak"] > 1 << 20
+
+
+def test_overhead_reports_rows_and_memory_over_time(home: Path) -> None:
+    printed, result = run(home, "overhead", "--rows", "3000", "--batch-rows", "700")
+    assert result["rows_per_s"] > 0
+    assert result["moments"][0]["rows"] == 0
+    assert result["moments"][-1]["rows"] == 3000
+    front = result["front_bytes"]
+    assert 1 << 20 < front["start"] <= front["peak"]
+    assert "front process: " in printed
+
+
+def test_latency_reports_idle_and_loaded(home: Path) -> None:
+    printed, result = run(home, "latency", "--requests", "20")
+    assert [row["name"] for row in result["rows"]] == [
+        "bare engine, ready tokens",
+        "Fletcher, idle",
+        "Fletcher, under bulk load",
+    ]
+    for row in result["rows"]:
+        assert len(row["ms"]) == 20
+        assert 0 < row["p50"] <= row["p95"] <= row["p99"]
+    assert "aims: " in printed
+
+
+def test_arguments_out_of_range_and_servers_that_fail_are_errors_in_one_line(home: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "overhead", "--home", str(home)]
+    command += ["--model", "tiny", "--rows", "10", "--", "--group-rows", "0"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "group_rows" in done.stderr
+    assert "Traceback" not in done.stderr
