@@ -149,6 +149,15 @@ def _engines() -> Iterator[Finding]:
     found = {name: version for name in names if (version := _version(name))}
     for name, version in found.items():
         yield Finding("software", name, "ok", version)
+    if found.keys() - {"openvino"}:
+        from fletcher.inference.onnxruntime import providers
+
+        yield Finding("software", "onnxruntime providers", "ok", ", ".join(providers()))
+    if "openvino" in found:
+        from fletcher.inference.openvino import devices
+
+        for name, abilities in devices().items():
+            yield Finding("software", f"openvino {name}", "ok", ", ".join(abilities))
     if not found:
         fix = "pip install 'longbow-fletcher[cpu]', or [gpu] where there is an NVIDIA GPU"
         yield Finding("software", "engines", "broken", "neither onnxruntime nor openvino", fix)

@@ -102,6 +102,15 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
     return backend
 
 
+def providers() -> list[str]:
+    """Execution providers that the installed build has.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed.
+    """
+    return list(_import().get_available_providers())
+
+
 def _import() -> Any:
     try:
         import onnxruntime

@@ -105,6 +105,19 @@ def load(config: BackendConfig) -> OpenVinoBackend:
     return backend
 
 
+def devices() -> dict[str, list[str]]:
+    """OpenVINO's devices, and the precisions and abilities that each claims.
+
+    Raises:
+        BackendError: OpenVINO is not installed.
+    """
+    core = _import().Core()
+    return {
+        name: list(core.get_property(name, "OPTIMIZATION_CAPABILITIES"))
+        for name in core.available_devices
+    }
+
+
 def _import() -> Any:
     try:
         import openvino
