@@ -95,9 +95,13 @@ class Delivery:
                     lane.open(schema, "append").result()
                 stored = store.stored_ranges(dataset, upload_id)
             lane.open(schema, "append" if mode == "overwrite" and stored else mode).result()
-            durable = options.durability != "memory"
             new = Upload(
-                dataset, upload_id, fingerprint=fingerprint, durable=durable, stored=stored
+                dataset,
+                upload_id,
+                fingerprint=fingerprint,
+                durable=options.durability != "memory",
+                upsert=mode == "upsert",
+                stored=stored,
             )
             return self._join(key, fingerprint, new) or new, lane
         except BaseException:

@@ -32,6 +32,9 @@ _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 10.0
 _LINGER_S = 5.0
 
+# A schema, and whether rows replace those of the same id.
+_Kind = tuple[pa.Schema, bool]
+
 
 @dataclass(frozen=True, slots=True)
 class DeliveryConfig:
@@ -72,6 +75,11 @@ class Rows:
         """Offset of the last row."""
         return self.first + int(self.batch.num_rows) - 1
 
+    @property
+    def kind(self) -> _Kind:
+        """What rows of one append have in common."""
+        return _kind(self.batch.schema, self.upload.upsert)
+
 
 class Lane:
     """A dataset's writer and its thread.
@@ -106,7 +114,7 @@ class Lane:
         self._openings: deque[tuple[pa.Schema, WriteMode, Future[None]]] = deque()
         self._closing = threading.Event()
         self._writer: DatasetWriter | None = None
-        self._written: tuple[pa.Schema, bool] | None = None
+        self._written: _Kind | None = None  # what the writer was opened for
         self.thread = threading.Thread(target=self._run, name=f"lane-{dataset}", daemon=True)
         self.thread.start()
 
@@ -198,13 +206,13 @@ class Lane:
         return max(0.0, self._pending[0][1] + self._config.group_delay_s - time.monotonic())
 
     def _take(self) -> list[Rows]:
-        """The oldest rows that fit one append: of one schema, `commit_rows` at most."""
+        """The oldest rows that fit one append: of one kind, `commit_rows` at most."""
         taken: list[Rows] = []
         num_rows = 0
-        schema = self._pending[0][0].batch.schema
+        kind = self._pending[0][0].kind
         while self._pending:
             rows = self._pending[0][0]
-            if rows.batch.schema != schema or (
+            if rows.kind != kind or (
                 taken and num_rows + rows.batch.num_rows > self._config.commit_rows
             ):
                 break
@@ -239,7 +247,7 @@ class Lane:
             ready.set_result(None)
 
     def _use(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
-        wanted = (schema, mode == "upsert")
+        wanted = _kind(schema, mode == "upsert")
         if self._writer is None or self._written != wanted or mode == "overwrite":
             self._close_writer()
             stored = schema.append(pa.field("batch_key", pa.utf8()))
@@ -275,13 +283,12 @@ class Lane:
     def _append_all(self, groups: Sequence[list[Rows]]) -> FletcherError | None:
         """Stores the groups; None, or why they cannot be stored."""
         keyed = {_key(group): self._batch(group) for group in groups}
-        schema = groups[0][0].batch.schema
+        schema, upsert = groups[0][0].kind
         deadline = time.monotonic() + self._config.store_retry_s
         backoff_s = _FIRST_BACKOFF_S
         doubtful = False
         while True:
             try:
-                upsert = self._written is not None and self._written[1]
                 writer = self._use(schema, "upsert" if upsert else "append")
                 keys = writer.missing_keys(list(keyed)) if doubtful else list(keyed)
                 doubtful = True
@@ -326,6 +333,10 @@ class Lane:
                 writer.close()
             except Exception:
                 log.exception("closing `%s`", self.dataset)
+
+
+def _kind(schema: pa.Schema, upsert: bool) -> _Kind:
+    return schema, upsert
 
 
 def _groups(taken: Sequence[Rows], max_rows: int) -> list[list[Rows]]:

@@ -25,6 +25,7 @@ class Upload:
         upload_id: Its name.
         fingerprint: What all its connections must agree on.
         durable: Rows that are stored count as durable (`durability: store`).
+        upsert: Its rows replace those of the same id.
         stored: Row ranges that the store holds already.
     """
 
@@ -35,11 +36,13 @@ class Upload:
         *,
         fingerprint: tuple[Any, ...],
         durable: bool,
+        upsert: bool = False,
         stored: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.dataset = dataset
         self.upload_id = upload_id
         self.fingerprint = fingerprint
+        self.upsert = upsert
         self.changed = threading.Condition(threading.RLock())
         self.failure: FletcherError | None = None
         self.connections = 0

@@ -131,6 +131,24 @@ def test_an_outage_that_outlasts_the_patience_fails_the_upload_and_can_be_resume
         assert again.claim(0, 11) == [(10, 11)]
 
 
+def test_an_upsert_stays_one_over_an_outage_and_beside_other_uploads() -> None:
+    # The mode was the writer's, and forgotten with it: the retry appended, and ids came twice.
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        upsert, lane = delivery.open(options(upload_id="one", mode="upsert"), SCHEMA)
+        store.faults.append(("before", outage()))
+        send(lane, upsert, 0, 5)
+        assert settled(upsert)
+        assert store.opened == ["upsert", "upsert"]
+        plain, _ = delivery.open(options(upload_id="other"), SCHEMA)
+        send(lane, upsert, 5, 5)
+        assert settled(upsert)
+        assert store.opened[2:] == ["append", "upsert"]
+        send(lane, plain, 0, 5)
+        assert settled(plain)
+        assert store.opened[4:] == ["append"]
+
+
 def test_one_uploads_refusal_leaves_others_alone() -> None:
     store = MemoryStore()
     store.refuse = lambda batches: (
