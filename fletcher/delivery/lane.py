@@ -32,8 +32,9 @@ _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 10.0
 _LINGER_S = 5.0
 
-# A schema, and whether rows replace those of the same id.
-_Kind = tuple[pa.Schema, bool]
+# A schema with its metadata (which pyarrow does not compare), and whether rows replace those of the
+# same id.
+_Kind = tuple[pa.Schema, dict[bytes, bytes] | None, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +284,7 @@ class Lane:
     def _append_all(self, groups: Sequence[list[Rows]]) -> FletcherError | None:
         """Stores the groups; None, or why they cannot be stored."""
         keyed = {_key(group): self._batch(group) for group in groups}
-        schema, upsert = groups[0][0].kind
+        schema, _, upsert = groups[0][0].kind
         deadline = time.monotonic() + self._config.store_retry_s
         backoff_s = _FIRST_BACKOFF_S
         doubtful = False
@@ -336,7 +337,7 @@ class Lane:
 
 
 def _kind(schema: pa.Schema, upsert: bool) -> _Kind:
-    return schema, upsert
+    return schema, schema.metadata, upsert
 
 
 def _groups(taken: Sequence[Rows], max_rows: int) -> list[list[Rows]]:

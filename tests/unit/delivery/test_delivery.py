@@ -149,6 +149,15 @@ def test_an_upsert_stays_one_over_an_outage_and_beside_other_uploads() -> None:
         assert store.opened[4:] == ["append"]
 
 
+def test_vectors_of_another_kind_are_shown_to_the_store_though_the_columns_are_the_same() -> None:
+    # pyarrow compares schemas without metadata: the open writer took rows of another normalisation.
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        delivery.open(options(upload_id="one"), SCHEMA.with_metadata({"fletcher.normalized": "1"}))
+        delivery.open(options(upload_id="two"), SCHEMA.with_metadata({"fletcher.normalized": "0"}))
+        assert store.opened == ["append", "append"]
+
+
 def test_one_uploads_refusal_leaves_others_alone() -> None:
     store = MemoryStore()
     store.refuse = lambda batches: (
