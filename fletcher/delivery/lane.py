@@ -260,9 +260,10 @@ class Lane:
         groups = _groups(taken, self._config.group_rows)
         error = self._append_all(groups)
         if error is not None and len(groups) > 1 and not isinstance(error, StoreUnavailableError):
-            # One of the uploads is at fault: find out which, the others go on.
+            # One of the uploads is at fault: find out which, the others go on. An error of an
+            # unexpected kind may have come after rows were stored.
             for group in groups:
-                self._settle([group], self._append_all([group]))
+                self._settle([group], self._append_all([group], doubtful=True))
         else:
             self._settle(groups, error)
 
@@ -281,13 +282,14 @@ class Lane:
         if taken:
             self._settle([list(taken)], error)
 
-    def _append_all(self, groups: Sequence[list[Rows]]) -> FletcherError | None:
-        """Stores the groups; None, or why they cannot be stored."""
+    def _append_all(
+        self, groups: Sequence[list[Rows]], *, doubtful: bool = False
+    ) -> FletcherError | None:
+        """Stores the groups (those that are not there, where in doubt); None, or why it cannot."""
         keyed = {_key(group): self._batch(group) for group in groups}
         schema, _, upsert = groups[0][0].kind
         deadline = time.monotonic() + self._config.store_retry_s
         backoff_s = _FIRST_BACKOFF_S
-        doubtful = False
         while True:
             try:
                 writer = self._use(schema, "upsert" if upsert else "append")

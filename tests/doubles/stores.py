@@ -36,7 +36,7 @@ class MemoryStore:
         self.batches: dict[str, list[pa.RecordBatch]] = {}
         self.schemas: dict[str, pa.Schema] = {}
         self.appends: list[list[pa.RecordBatch]] = []
-        self.faults: deque[tuple[str, FletcherError] | None] = deque()
+        self.faults: deque[tuple[str, Exception] | None] = deque()
         self.refuse: Callable[[Sequence[pa.RecordBatch]], FletcherError | None] = lambda _: None
         self.gate = threading.Event()
         self.gate.set()

@@ -181,6 +181,22 @@ def _has_id(batch: pa.RecordBatch, number: int) -> bool:
     return number in batch.column("id").to_pylist()
 
 
+def test_a_store_that_breaks_after_it_stored_does_not_get_the_rows_twice() -> None:
+    # When an append of several uploads failed, each was sent alone, unasked what had arrived.
+    store = MemoryStore()
+    store.gate.clear()
+    store.faults.append(("after", ZeroDivisionError("a defect of the store's client")))
+    with delivering(store) as delivery:
+        one, lane = delivery.open(options(upload_id="one"), SCHEMA)
+        two, _ = delivery.open(options(upload_id="two"), SCHEMA)
+        send(lane, one, 0, 3)
+        send(lane, two, 3, 3)
+        store.gate.set()
+        assert settled(one)
+        assert settled(two)
+        assert ids(store) == list(range(6))
+
+
 def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> None:
     for null_vectors, expected in ((False, [0, 2]), (True, [0, 1, 2])):
         store = MemoryStore(null_vectors=null_vectors)
