@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from fletcher.delivery.lane import DeliveryConfig, Lane, Rows
 from fletcher.delivery.upload import Upload
-from fletcher.errors import InvalidCommandError, UploadConflictError
+from fletcher.errors import InvalidCommandError, StoreUnavailableError, UploadConflictError
 from fletcher.options import EmbedOptions
 from fletcher.stores.base import Store, WriteMode
 from fletcher.telemetry import Telemetry
@@ -40,6 +40,7 @@ class Delivery:
         self._lock = threading.Lock()
         self._lanes: dict[tuple[str, str], Lane] = {}
         self._uploads: OrderedDict[tuple[str, str, str], Upload] = OrderedDict()
+        self._closed = False
         telemetry.queue_depth.watch(self._depth, stage="rows")
 
     def store(self, name: str | None) -> tuple[str, Store]:
@@ -151,6 +152,8 @@ class Delivery:
 
     def shut_down(self) -> None:
         """Ends all lanes and closes the stores. Idempotent."""
+        with self._lock:
+            self._closed = True
         lanes = self._all_lanes()
         for lane in lanes:
             lane.close()
@@ -162,6 +165,8 @@ class Delivery:
     def _enter(self, key: tuple[str, str, str], store: Store) -> Lane:
         name, dataset, _ = key
         with self._lock:
+            if self._closed:
+                raise StoreUnavailableError("the server is shutting down")
             lane = self._lanes.get((name, dataset))
             if lane is None:
                 lane = Lane(store, dataset, self._config, self._telemetry, self._retire)

@@ -123,16 +123,23 @@ class Lane:
         """Makes the dataset ready for rows of `schema`; the future fails where it cannot be."""
         ready: Future[None] = Future()
         with self._changed:
-            self._openings.append((schema, mode, ready))
-            self._changed.notify_all()
+            if self._closing.is_set():
+                ready.set_exception(_shutting_down())
+            else:
+                self._openings.append((schema, mode, ready))
+                self._changed.notify_all()
         return ready
 
     def put(self, rows: Rows) -> None:
         """Queues rows; never blocks, the streams' allowances bound what can be here."""
         with self._changed:
-            self._pending.append((rows, time.monotonic()))
-            self._num_pending_rows += rows.batch.num_rows
-            self._changed.notify_all()
+            closing = self._closing.is_set()
+            if not closing:
+                self._pending.append((rows, time.monotonic()))
+                self._num_pending_rows += rows.batch.num_rows
+                self._changed.notify_all()
+        if closing:
+            self._give_up([rows], _shutting_down())
 
     def hurry(self) -> None:
         """Somebody waits for the rows that are here: don't wait for more."""
@@ -141,9 +148,9 @@ class Lane:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends the lane after its current append; what is queued is given up."""
-        self._closing.set()
+        """Ends the lane after its current append; what is queued, and what comes, is given up."""
         with self._changed:
+            self._closing.set()
             self._changed.notify_all()
 
     @property
@@ -157,16 +164,11 @@ class Lane:
         return self._num_pending_rows
 
     def _run(self) -> None:
-        try:
-            while self._step():
-                pass
-        except Exception:
-            log.exception("delivery into `%s` failed", self.dataset)
-            self._give_up(self._take_all(), InternalError("delivery failed; the log has more"))
-        finally:
-            self._closing.set()
-            self._give_up(self._take_all(), StoreUnavailableError("the server is shutting down"))
-            self._close_writer()
+        while self._step():
+            pass
+        self.close()
+        self._give_up(self._take_all(), _shutting_down())
+        self._close_writer()
 
     def _step(self) -> bool:
         """Does the next thing there is to do; False ends the thread."""
@@ -182,12 +184,17 @@ class Lane:
         if opening is not None:
             self._open(*opening)
         elif group:
-            self._store(group)
-            with self._changed:
-                self._in_append = False
-                self._changed.notify_all()
+            try:
+                self._store(group)
+            except Exception:
+                log.exception("`%s`: delivery failed", self.dataset)
+                for rows in group:
+                    rows.upload.fail(InternalError("delivery failed; the log has more"))
         elif not self._pending and self._on_idle(self):
             return False
+        with self._changed:
+            self._in_append = False
+            self._changed.notify_all()
         return True
 
     def _something_to_do(self) -> bool:
@@ -232,7 +239,7 @@ class Lane:
             self._pending.clear()
             self._num_pending_rows = 0
             for _, _, ready in self._openings:
-                ready.set_exception(StoreUnavailableError("the server is shutting down"))
+                ready.set_exception(_shutting_down())
             self._openings.clear()
         return taken
 
@@ -268,12 +275,12 @@ class Lane:
             self._settle(groups, error)
 
     def _settle(self, groups: Sequence[list[Rows]], error: FletcherError | None) -> None:
+        null_vectors = error is None and self.store.capabilities.null_vectors
         for rows in (rows for group in groups for rows in group):
             if error is not None:
                 rows.upload.fail(error)
             else:
-                lost = 0 if self.store.capabilities.null_vectors else len(rows.failed)
-                stored = rows.batch.num_rows - lost
+                stored = rows.batch.num_rows - (0 if null_vectors else len(rows.failed))
                 self._telemetry.rows_stored.add(stored)
                 rows.upload.settle(rows.first, rows.last, stored=stored)
             rows.released()
@@ -286,12 +293,13 @@ class Lane:
         self, groups: Sequence[list[Rows]], *, doubtful: bool = False
     ) -> FletcherError | None:
         """Stores the groups (those that are not there, where in doubt); None, or why it cannot."""
-        keyed = {_key(group): self._batch(group) for group in groups}
+        keyed: dict[str, pa.RecordBatch] = {}
         schema, _, upsert = groups[0][0].kind
         deadline = time.monotonic() + self._config.store_retry_s
         backoff_s = _FIRST_BACKOFF_S
         while True:
             try:
+                keyed = keyed or {_key(group): self._batch(group) for group in groups}
                 writer = self._use(schema, "upsert" if upsert else "append")
                 keys = writer.missing_keys(list(keyed)) if doubtful else list(keyed)
                 doubtful = True
@@ -316,7 +324,7 @@ class Lane:
                 return error
             except Exception:
                 log.exception("`%s`: the store failed", self.dataset)
-                return InternalError("the store failed in an unexpected way; the log has more")
+                return InternalError("storing failed in an unexpected way; the log has more")
             else:
                 return None
 
@@ -336,6 +344,10 @@ class Lane:
                 writer.close()
             except Exception:
                 log.exception("closing `%s`", self.dataset)
+
+
+def _shutting_down() -> StoreUnavailableError:
+    return StoreUnavailableError("the server is shutting down")
 
 
 def _kind(schema: pa.Schema, upsert: bool) -> _Kind:

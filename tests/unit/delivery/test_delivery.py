@@ -197,6 +197,44 @@ def test_a_store_that_breaks_after_it_stored_does_not_get_the_rows_twice() -> No
         assert ids(store) == list(range(6))
 
 
+def test_rows_that_cannot_be_prepared_fail_their_upload_and_leave_the_dataset_usable() -> None:
+    # What was raised outside the store's call ended the lane's thread, which stayed the dataset's:
+    # its uploads never settled, and every later opening waited for ever.
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        upload.claim(0, 1)
+        lane.put(Rows(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]
+        assert settled(upload)
+        assert upload.failure is not None
+        delivery.close(upload, lane)
+        other, lane = delivery.open(options(upload_id="other"), SCHEMA)
+        send(lane, other, 0, 5)
+        assert settled(other)
+        assert ids(store) == list(range(5))
+
+
+class _Broken:
+    """A batch that cannot be joined to others."""
+
+    num_rows = 2
+    nbytes = 16
+    schema = SCHEMA
+
+
+def test_a_lane_that_has_ended_refuses_at_once() -> None:
+    store = MemoryStore()
+    delivery = Delivery({"default": store}, CONFIG, Telemetry())
+    upload, lane = delivery.open(options(), SCHEMA)
+    delivery.shut_down()
+    released = send(lane, upload, 0, 5)
+    assert released.wait(5)
+    assert isinstance(upload.failure, StoreUnavailableError)
+    assert isinstance(lane.open(SCHEMA, "append").exception(5), StoreUnavailableError)
+    with pytest.raises(StoreUnavailableError):
+        delivery.open(options(upload_id="late"), SCHEMA)
+
+
 def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> None:
     for null_vectors, expected in ((False, [0, 2]), (True, [0, 1, 2])):
         store = MemoryStore(null_vectors=null_vectors)
