@@ -113,6 +113,8 @@ class Delivery:
         """One connection of an upload has ended."""
         with self._lock:
             upload.connections -= 1
+        if upload.failure is not None:
+            lane.drop_failed()
         self._leave(lane)
 
     def status(self, options: EmbedOptions) -> dict[str, Any]:

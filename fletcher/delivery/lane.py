@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 10.0
 _LINGER_S = 5.0
+# utf8 columns hold less than 2 GiB, and what is joined for an append is in memory twice.
+_COMMIT_BYTES = 256 << 20
 
 # A schema with its metadata (which pyarrow does not compare), and whether rows replace those of the
 # same id.
@@ -147,6 +149,19 @@ class Lane:
             self._hurried = True
             self._changed.notify_all()
 
+    def drop_failed(self) -> None:
+        """Lets go of the rows of failed uploads: their clients were told, and send them again."""
+        with self._changed:
+            failed = [rows for rows, _ in self._pending if rows.upload.failure is not None]
+            if failed:
+                self._pending = deque(
+                    (rows, since) for rows, since in self._pending if rows.upload.failure is None
+                )
+                self._num_pending_rows -= sum(rows.batch.num_rows for rows in failed)
+                self._changed.notify_all()
+        for rows in failed:
+            rows.released()
+
     def close(self) -> None:
         """Ends the lane after its current append; what is queued, and what comes, is given up."""
         with self._changed:
@@ -214,15 +229,16 @@ class Lane:
         return max(0.0, self._pending[0][1] + self._config.group_delay_s - time.monotonic())
 
     def _take(self) -> list[Rows]:
-        """The oldest rows that fit one append: of one kind, `commit_rows` at most."""
+        """The oldest rows that fit one append: of one kind, not too many."""
         taken: list[Rows] = []
-        num_rows = 0
+        num_rows = num_bytes = 0
         kind = self._pending[0][0].kind
         while self._pending:
             rows = self._pending[0][0]
-            if rows.kind != kind or (
-                taken and num_rows + rows.batch.num_rows > self._config.commit_rows
-            ):
+            num_rows += rows.batch.num_rows
+            num_bytes += rows.batch.nbytes
+            too_many = num_rows > self._config.commit_rows or num_bytes > _COMMIT_BYTES
+            if rows.kind != kind or (taken and too_many):
                 break
             self._pending.popleft()
             self._num_pending_rows -= rows.batch.num_rows
@@ -230,7 +246,6 @@ class Lane:
                 rows.released()
                 continue
             taken.append(rows)
-            num_rows += rows.batch.num_rows
         return taken
 
     def _take_all(self) -> list[Rows]:

@@ -235,6 +235,43 @@ def test_a_lane_that_has_ended_refuses_at_once() -> None:
         delivery.open(options(upload_id="late"), SCHEMA)
 
 
+def test_an_append_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Joined texts of 2 GiB overflow the offsets of utf8.
+    monkeypatch.setattr("fletcher.delivery.lane._COMMIT_BYTES", 100)
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        store.gate.clear()
+        send(lane, upload, 0, 3)
+        assert store.waiting.wait(5)
+        for first in range(3, 12, 3):
+            send(lane, upload, first, 3)
+        store.gate.set()
+        assert settled(upload)
+        assert ids(store) == list(range(12))
+        assert [sum(batch.num_rows for batch in one) for one in store.appends] == [3, 6, 3]
+
+
+def test_rows_of_a_failed_upload_leave_at_once_though_the_store_is_away() -> None:
+    # They left when their turn came: uploads that failed one after the other filled the memory.
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        going, lane = delivery.open(options(upload_id="going"), SCHEMA)
+        failing, _ = delivery.open(options(upload_id="failing"), SCHEMA)
+        store.gate.clear()
+        send(lane, going, 0, 5)
+        assert store.waiting.wait(5)
+        released = send(lane, failing, 0, 5)
+        kept = send(lane, going, 5, 5)
+        failing.fail(RequestError("a bad row"))
+        delivery.close(failing, lane)
+        assert released.is_set()
+        assert not kept.is_set()
+        store.gate.set()
+        assert settled(going)
+        assert ids(store) == list(range(10))
+
+
 def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> None:
     for null_vectors, expected in ((False, [0, 2]), (True, [0, 1, 2])):
         store = MemoryStore(null_vectors=null_vectors)
