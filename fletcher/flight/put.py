@@ -227,7 +227,9 @@ class _Put:
         _write(writer, self._upload.summary(self._model))
 
     def _news(self, in_memory: bool) -> bool:
-        if self._ended or self._upload.failure is not None:
+        if self._upload.failure is not None:
+            return True
+        if self._ended and self._upload.in_flight == 0:
             return True
         if not self._unacknowledged:
             return False
