@@ -95,7 +95,11 @@ class Delivery:
                     # It failed. What was being sent then must have arrived, or not, before we look.
                     lane.open(schema, "append").result()
                 stored = store.stored_ranges(dataset, upload_id)
-            lane.open(schema, "append" if mode == "overwrite" and stored else mode).result()
+            if mode == "overwrite" and stored:
+                mode = "append"
+            lane.open(schema, mode).result()
+            if mode == "overwrite":
+                self._forget_dataset(name, dataset)
             new = Upload(
                 dataset,
                 upload_id,
@@ -207,6 +211,13 @@ class Delivery:
                 if not one.connections and not one.in_flight:
                     del self._uploads[old]
                     break
+
+    def _forget_dataset(self, name: str, dataset: str) -> None:
+        """The dataset was emptied: what earlier uploads stored is there no more."""
+        with self._lock:
+            for key, one in list(self._uploads.items()):
+                if key[:2] == (name, dataset) and not one.connections:
+                    del self._uploads[key]
 
     def _retire(self, lane: Lane) -> bool:
         with self._lock:

@@ -339,6 +339,18 @@ def test_overwrite_empties_once_and_a_resumed_overwrite_does_not() -> None:
         assert ids(store) == list(range(8))
 
 
+def test_rows_that_an_overwrite_removed_can_be_sent_again() -> None:
+    # The ledger still had them: they were taken for stored, and the summary said so.
+    store = MemoryStore()
+    with delivering(store) as delivery:
+        for upload_id, mode in (("a", "append"), ("b", "overwrite"), ("a", "append")):
+            upload, lane = delivery.open(options(upload_id=upload_id, mode=mode), SCHEMA)
+            send(lane, upload, 0, 3)
+            assert settled(upload)
+            delivery.close(upload, lane)
+        assert ids(store) == [0, 1, 2, 0, 1, 2]
+
+
 def test_one_upload_id_cannot_mean_two_things() -> None:
     with delivering(MemoryStore()) as delivery:
         delivery.open(options(), SCHEMA)
