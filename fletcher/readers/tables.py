@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +18,8 @@ from fletcher.readers.columns import Selection
 CSV_BLOCK_BYTES = 32 << 20
 CSV_HEADER_BYTES = 1 << 20
 MAX_HEADER_LINES = 100
+# The text of the row that `_WithLastRow` adds.
+_END = "(end of file)"
 
 
 def read_parquet(
@@ -80,6 +82,10 @@ def read_csv(
 
     Text and id are strings, whatever they look like (an id `007` keeps its zeros); the types of
     carried columns are settled by the first block. Values may hold line ends inside quotes.
+
+    Raises:
+        InvalidCommandError: A quote that is never closed: all that follows would be one value.
+        InvalidUtf8Error: A value, or the header, is not UTF-8.
     """
     header = _header(stream, name, delimiter)
     if not header:
@@ -88,15 +94,54 @@ def read_csv(
     strings = {one: pa.utf8() for one in chosen if one == selection.text or selection.is_id(one)}
     if not stream.peek(1):
         return
-    reader = pa_csv.open_csv(
-        stream,
-        read_options=pa_csv.ReadOptions(block_size=CSV_BLOCK_BYTES, column_names=header),
-        parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pa_csv.ConvertOptions(column_types=strings, include_columns=chosen),
-    )
-    with reader:
-        for batch in reader:
-            yield from _pieces(batch, batch_rows)
+    last = delimiter.join(_END if one == selection.text else "" for one in header)
+    try:
+        reader = pa_csv.open_csv(
+            _WithLastRow(stream, f"\n{last}\n".encode()),
+            read_options=pa_csv.ReadOptions(block_size=CSV_BLOCK_BYTES, column_names=header),
+            parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(column_types=strings, include_columns=chosen),
+        )
+        with reader:
+            yield from _pieces_but_last_row(reader, name, selection.text, batch_rows)
+    except pa.ArrowInvalid as error:
+        if "invalid UTF8" not in str(error):
+            raise
+        raise InvalidUtf8Error(
+            f"{name}: a value is not UTF-8; convert the file, such as with `iconv -t UTF-8`"
+        ) from None
+
+
+class _WithLastRow:
+    """A stream, and after it a row of ours: pyarrow takes the file's end for a closing quote."""
+
+    closed = False
+
+    def __init__(self, stream: io.BufferedReader, row: bytes) -> None:
+        self._stream = stream
+        self._row = row
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        if not data:
+            data, self._row = self._row[:size], self._row[size:]
+        return data
+
+
+def _pieces_but_last_row(
+    batches: Iterable[pa.RecordBatch], name: str, text_column: str, batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    held: pa.RecordBatch | None = None
+    rows = 0
+    for batch in batches:
+        if held is not None:
+            yield from _pieces(held, batch_rows)
+        if batch.num_rows:
+            held = batch
+            rows += batch.num_rows
+    if held is None or held.column(text_column)[-1].as_py() != _END:
+        raise InvalidCommandError(f"{name}: row {rows} opens a quote that is never closed")
+    yield from _pieces(held.slice(0, held.num_rows - 1), batch_rows)
 
 
 def _header(stream: io.BufferedReader, name: str, delimiter: str) -> list[str]:

@@ -174,6 +174,18 @@ def test_csv_ids_keep_their_zeros_and_types_stay_those_of_the_first_rows(tmp_pat
     }
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("last", ['5" disk', '"quoted\n"', '""""', "(end of file)"])
+def test_csv_files_end_in_many_ways(tmp_path, last, end):
+    path = tmp_path / "t.csv"
+    path.write_bytes(f"n,text\n1,a\n2,{last}{end}".encode())
+    value = last[1:-1].replace('""', '"') if last.startswith('"') else last
+    assert rows_of(open_source(path, columns=["n"])).to_pydict() == {
+        "text": ["a", value],
+        "n": [1, 2],
+    }
+
+
 def test_json_values_that_are_nested_travel_as_json(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "a", "m": {"k": [1]}}\n{"text": "b", "m": "s"}\n{"text": null}\n')
@@ -203,7 +215,9 @@ def test_json_values_that_are_nested_travel_as_json(tmp_path):
         ("t.csv", b"text,n\na,1\nb,2,3\n", InvalidCommandError, "Expected 2 columns, got 3"),
         ("t.csv", b"text,text\na,1\n", InvalidCommandError, "`text` twice"),
         ("t.csv", b"body,n\na,1\n", UnknownColumnError, "`text`; it has `body`, `n`"),
-        ("t.csv", b"text\n\xff\n", InvalidCommandError, "UTF8"),
+        ("t.csv", b'text\na\n"b\nc\n', InvalidCommandError, "row 2 opens a quote"),
+        ("t.csv", b'text,n\na,"1\nb,2', InvalidCommandError, "row 1 opens a quote"),
+        ("t.csv", b"text\n\xff\n", InvalidUtf8Error, "a value is not UTF-8"),
         ("t.csv", b"te\xffxt\na\n", InvalidUtf8Error, "header"),
         ("t.parquet", b"PAR1 no parquet at all", InvalidCommandError, "Parquet"),
         ("t.parquet", b"nothing of the kind", InvalidCommandError, "Parquet"),
