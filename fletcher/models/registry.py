@@ -208,8 +208,16 @@ class Registry:
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         """One process at a time adds or removes a name; the lock goes with its holder."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with locked(self._folder / f".{name}.lock"):
+        with contextlib.ExitStack() as held:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self._folder / f".{name}.lock"))
+            except OSError as error:
+                raise ModelError(
+                    f"the folder of models {self._folder} cannot be written: {error.strerror}; "
+                    "give another with --home or FLETCHER_HOME",
+                    field="home",
+                ) from None
             yield
 
 

@@ -36,6 +36,13 @@ def test_an_empty_machine_has_no_models(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    registry = Registry(tmp_path / "home" / "models")
+    with pytest.raises(ModelError, match=r"home/models cannot be written: .*; give .* --home"):
+        registry.ensure(DEFAULT_MODEL, ignore)
+
+
 def test_add_get_list_remove(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     added = registry.add(TINY, name="mine", progress=ignore)
