@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from fletcher.errors import StoreError
+from fletcher.config import nearest
+from fletcher.errors import ConfigError
 from fletcher.stores.base import Store
 
-FORMS = (
-    "lance:PATH",
-    "parquet:PATH",
-    "grpc://HOST:PORT?meta=PORT&profile=auto|longbow|fletcher",
-    "grpcs://HOST:PORT?...",
-)
+FORMS = ("lance:PATH", "parquet:PATH", "grpc://HOST:PORT", "grpcs://HOST:PORT")
 PROFILES = ("auto", "longbow", "fletcher")
 
 
@@ -26,7 +22,8 @@ def open_store(address: str, *, timeout_s: float = 60.0) -> Store:
             enough that a stalled store is noticed.
 
     Raises:
-        StoreError: The address is none of these, or the folder or LanceDB is not there.
+        ConfigError: The address is none of these.
+        StoreError: The folder cannot be used, or LanceDB is not there.
     """
     scheme, colon, rest = address.partition(":")
     if colon and rest and scheme in ("lance", "parquet"):
@@ -61,7 +58,7 @@ def _flight(address: str, timeout_s: float) -> Store:
     if meta is not None and not 0 < meta < 65536:
         raise _bad(address)
     if profile not in PROFILES:
-        raise StoreError(
+        raise ConfigError(
             f"`profile` is {profile[:200]!r} in the store's address, expected one of "
             f"{', '.join(PROFILES)}",
             field="store",
@@ -79,9 +76,17 @@ def _flight(address: str, timeout_s: float) -> Store:
     )
 
 
-def _bad(address: str) -> StoreError:
-    return StoreError(
-        f"`store` is {address[:200]!r}, expected {', '.join(FORMS[:-1])} or grpcs for TLS",
+def _bad(address: str) -> ConfigError:
+    scheme, colon, _ = address.partition(":")
+    hint = ""
+    if address.startswith(("/", "./", "../", "~")):
+        hint = f"; for a folder, lance:{address[:200]}"
+    elif colon and scheme in ("grpc", "grpcs"):
+        hint = ", and after it at most ?meta=PORT&profile=auto, longbow or fletcher"
+    elif colon:
+        hint = nearest(scheme, ("lance", "parquet", "grpc", "grpcs"))
+    return ConfigError(
+        f"`store` is {address[:200]!r}, expected {', '.join(FORMS[:-1])} or {FORMS[-1]}{hint}",
         field="store",
         allowed=FORMS,
     )

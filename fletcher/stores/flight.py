@@ -323,7 +323,14 @@ class FlightStore:
         except StoreUnavailableError as error:
             # Down, or a Longbow that calls an unknown action an internal error?
             if self._profile == "fletcher" or not self._answers():
-                raise
+                refused = "connection refused" in error.message.lower()
+                raise StoreUnavailableError(
+                    f"the store {self.address} does not answer: "
+                    f"{'connection refused' if refused else error.message}; check its address and "
+                    "that it runs",
+                    field="store",
+                    retry_after_ms=error.retry_after_ms,
+                ) from error
             _log.debug("%s has no capabilities: %s", self.address, error)
         except (ValueError, KeyError, TypeError, FletcherError) as error:
             if self._profile == "fletcher":

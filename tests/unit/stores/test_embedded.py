@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import store_rows as rows
 
 from fletcher.errors import (
     ColumnTypeError,
+    ConfigError,
     DimensionMismatchError,
     InvalidCommandError,
     ModelMismatchError,
@@ -306,10 +308,38 @@ def test_many_appends_are_compacted_and_no_row_is_lost(tmp_path):
     ],
 )  # fmt: skip
 def test_bad_addresses_are_refused_with_what_is_allowed(address):
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(ConfigError) as caught:
         open_store(address)
     assert caught.value.field == "store"
     assert caught.value.allowed
+
+
+@pytest.mark.parametrize(
+    ("address", "remedy"),
+    [
+        ("/data", "lance:/data"),
+        ("lanc:data", "did you mean lance?"),
+        ("grpc://host", r"expected .*grpc://HOST:PORT"),
+        ("grpc://host:1?color=red", r"\?meta=PORT"),
+    ],
+)
+def test_a_bad_address_names_the_remedy(address, remedy):
+    with pytest.raises(ConfigError, match=remedy):
+        open_store(address)
+
+
+def test_a_store_that_is_not_there_is_named_with_the_remedy():
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # taken, and nobody listens
+        address = f"grpc://127.0.0.1:{deaf.getsockname()[1]}"
+        store = open_store(address)
+        with pytest.raises(StoreUnavailableError) as caught:
+            store.dataset("d")
+        store.close()
+    assert caught.value.message == (
+        f"the store {address} does not answer: connection refused; check its address and that it "
+        "runs"
+    )
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
