@@ -67,6 +67,7 @@ def put(
         try:
             _Put(service, request, source, output, upload, lane, stream).run(messages, writer)
         finally:
+            stream.close()
             service.delivery.close(upload, lane)
 
 
@@ -96,8 +97,8 @@ class _Put:
         self._stream = stream
         self._assembler = Assembler(output, request.spec, upload.upload_id)
         self._unacknowledged: deque[tuple[int, int, int]] = deque()
-        self._delivered = False
         self._ended = False
+        self._client_gone = False
 
     def run(self, messages: Iterator[Incoming], writer: Any) -> None:
         deliver = Helper("put-deliver", self._deliver, self._abandon)
@@ -128,11 +129,7 @@ class _Put:
         with self._upload.changed:
             self._ended = True
             self._upload.changed.notify_all()
-        try:
-            acknowledge.join()
-        except (FletcherError, flight.FlightError) as error:  # the client is gone
-            log.info("upload %s: %s", self._upload.upload_id, error)
-        self._stream.close()
+        acknowledge.join()
         if refusal is not None:
             raise refusal
         if self._upload.failure is not None:
@@ -203,6 +200,8 @@ class _Put:
         """Sends an acknowledgement whenever batches have settled, and the summary at the end.
 
         Acknowledgements are cumulative, so a slow reader gets fewer of them, not a longer queue.
+        Where nobody reads any more, this still waits until all rows are settled: until then they
+        count in the stream's allowance, and a drain lets them reach their store.
         """
         in_memory = self._options.durability == "memory"
         finished = False
@@ -221,10 +220,10 @@ class _Put:
                     "row_last": row_last,
                     **self._upload.counts(),
                 }
-                _write(writer, ack)
+                self._write(writer, ack)
             if self._service.calls.draining.is_set():
                 self._lane.hurry()
-        _write(writer, self._upload.summary(self._model))
+        self._write(writer, self._upload.summary(self._model))
 
     def _news(self, in_memory: bool) -> bool:
         if self._upload.failure is not None:
@@ -253,12 +252,17 @@ class _Put:
             newest = (batch_id, row_first, last)
         return newest
 
+    def _write(self, writer: Any, message: dict[str, Any]) -> None:
+        if self._client_gone:
+            return
+        try:
+            writer.write(pa.py_buffer(json.dumps(message, ensure_ascii=False).encode()))
+        except (flight.FlightError, pa.ArrowException, OSError) as error:
+            log.info("upload %s: the client is gone (%s)", self._upload.upload_id, error)
+            self._client_gone = True
+
     def _abandon(self) -> None:
         """A helper failed: free the handler if it waits for memory, the other one if it waits."""
         self._stream.close()
         with self._upload.changed:
             self._upload.changed.notify_all()
-
-
-def _write(writer: Any, message: dict[str, Any]) -> None:
-    writer.write(pa.py_buffer(json.dumps(message, ensure_ascii=False).encode()))

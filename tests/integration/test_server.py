@@ -75,6 +75,27 @@ def test_sent_twice_is_stored_once(server: Runtime, client: flight.FlightClient)
     assert status == {"rows_durable": 500, "ranges": [[0, 499]], "complete": True}
 
 
+def test_a_client_that_vanishes_can_resume(server: Runtime, client: flight.FlightClient) -> None:
+    # The failed write of an acknowledgement threw away what was in the pipeline, but it stayed
+    # claimed: a resumed upload passed it over, and waited for it for ever.
+    name = next(names)
+    for timeout_s in (0.3, 0.6, 0.9):
+        options = flight.FlightCallOptions(timeout=timeout_s)
+        endless = (rows(first, first + 500) for first in itertools.count(0, 500))
+        with pytest.raises((flight.FlightError, pa.ArrowException, OSError)):
+            put(client, endless, SCHEMA, options=options, dataset=name, upload_id="u")
+    durable = action(client, "upload_status", {"upload_id": "u", "dataset": name})["rows_durable"]
+    batches = [rows(first, first + 500) for first in range(0, durable + 20_000, 500)]
+    end = sum(batch.num_rows for batch in batches)
+    limit = flight.FlightCallOptions(timeout=30)
+    *_, summary = put(client, batches, SCHEMA, end=end, options=limit, dataset=name, upload_id="u")
+    status = action(client, "upload_status", {"upload_id": "u", "dataset": name})
+    assert status["rows_durable"] >= end
+    assert summary["errors"] == []
+    table = stored(server, name)
+    assert table.column("id").to_pylist() == list(range(table.num_rows))
+
+
 def test_without_an_end_marker_an_upload_is_not_complete(client: flight.FlightClient) -> None:
     for end in (None, 99, 101):
         summary = put(client, [rows(0, 100)], SCHEMA, end=end, dataset=next(names))[-1]
