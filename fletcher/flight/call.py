@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -102,6 +103,19 @@ def intake(
         carry_text=options.include_text if options.include_text is not None else carry_text,
         small_is_interactive=interactive,
     )
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Writing to a client fails in one way only: it is gone.
+
+    Raises:
+        FlightCancelledError: For whatever kind of error pyarrow makes of that.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise flight.FlightCancelledError(f"the client is gone: {str(error)[:200]}") from None
 
 
 class Helper:

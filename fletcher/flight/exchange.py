@@ -18,6 +18,7 @@ from fletcher.flight.call import (
     read_messages,
     read_schema,
     started,
+    writing,
 )
 from fletcher.flight.messages import row_errors
 from fletcher.options import EmbedOptions
@@ -136,6 +137,7 @@ class _Answers:
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
             metadata = {"batch_id": piece.batch_id, "errors": self._errors}
             self._parts, self._errors = [], []
-            self._writer.write_with_metadata(
-                whole, json.dumps(metadata, ensure_ascii=False).encode()
-            )
+            with writing():
+                self._writer.write_with_metadata(
+                    whole, json.dumps(metadata, ensure_ascii=False).encode()
+                )
