@@ -1,0 +1,244 @@
+"""Clients that die, fall silent, never listen or come in crowds: the others notice nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+from tests.integration.flight_calls import TIMEOUT, action, command, exchange, put
+from tests.integration.numbered import (
+    SCHEMA,
+    assert_every_row_once,
+    batches,
+    rows,
+    stored,
+    text_of,
+)
+from tests.integration.processes import Place, ServerProcess, eventually, serving
+
+NUM_CLIENTS = 50
+CLIENT_ROWS = 120
+UPLOAD_FOREVER = """
+import itertools, sys
+from pyarrow import flight
+from tests.integration.flight_calls import command
+from tests.integration.numbered import SCHEMA, rows
+
+client = flight.connect(sys.argv[1])
+writer, reader = client.do_put(command(dataset=sys.argv[2], upload_id="u"), SCHEMA)
+for first in itertools.count(0, 50):
+    writer.write_batch(rows(first, first + 50))
+    print(first, flush=True)
+"""
+names = (f"dataset-{n}" for n in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def place(tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tiny_home, tmp_path_factory.mktemp("vectors"))
+
+
+@pytest.fixture(scope="module")
+def server(place: Place) -> Iterator[ServerProcess]:
+    # Little memory, so that a silent client soon holds all that it may.
+    with serving(
+        place.argv(
+            "--max-memory", "128MiB", "--max-message-bytes", "8MiB", "--max-row-bytes", "1MiB"
+        )
+    ) as server:
+        yield server
+        assert "Traceback" not in "".join(server.errors)
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[flight.FlightClient]:
+    with flight.connect(server.address) as client:
+        yield client
+
+
+def upload(
+    address: str, dataset: str, first: int, last: int, **fields: object
+) -> dict[str, object]:
+    """Rows of an upload of its own; the summary."""
+    with flight.connect(address) as client:
+        sent = batches(first, last, 37)
+        return put(client, sent, SCHEMA, end=last - first, dataset=dataset, **fields)[-1]
+
+
+def no_stream_is_open(client: flight.FlightClient) -> bool:
+    stats = action(client, "stats")
+    return stats["fletcher.streams.open"] == 0 and stats["memory"]["used_bytes"] == 0
+
+
+def test_a_client_killed_in_its_upload(
+    server: ServerProcess, place: Place, client: flight.FlightClient
+) -> None:
+    dataset = next(names)
+    process = subprocess.Popen(
+        [sys.executable, "-c", UPLOAD_FOREVER, server.address, dataset],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= 2000:
+                break
+        process.kill()
+    eventually(lambda: no_stream_is_open(client), "its stream is closed and its memory free")
+    status = action(client, "upload_status", {"upload_id": "u", "dataset": dataset})
+    assert status["complete"] is False
+    received = status["rows_durable"]
+    assert received > 0
+    assert status["ranges"] == [[0, received - 1]]
+    # Whoever has the rows goes on where it ended.
+    summary = put(
+        client,
+        batches(0, received + 100, 50),
+        SCHEMA,
+        end=received + 100,
+        dataset=dataset,
+        upload_id="u",
+    )[-1]
+    assert summary["complete"] is True
+    assert summary["rows_stored"] == received + 100
+    assert_every_row_once(stored(place.vectors, dataset), received + 100)
+
+
+def test_a_client_that_raises_inside_its_upload(
+    server: ServerProcess, place: Place, client: flight.FlightClient
+) -> None:
+    dataset = next(names)
+    writer, _ = client.do_put(command(dataset=dataset, upload_id="u"), SCHEMA, TIMEOUT)
+    with pytest.raises(ZeroDivisionError), writer:
+        for batch in batches(0, 500, 100):
+            writer.write_batch(batch)
+        raise ZeroDivisionError
+    eventually(lambda: no_stream_is_open(client), "its stream is closed and its memory free")
+    summary = put(client, [rows(0, 500)], SCHEMA, end=500, dataset=dataset, upload_id="u")[-1]
+    assert summary["complete"] is True
+    assert_every_row_once(stored(place.vectors, dataset), 500)
+
+
+def test_a_client_that_never_reads_its_acknowledgements(
+    server: ServerProcess, place: Place, client: flight.FlightClient
+) -> None:
+    dataset = next(names)
+    writer, reader = client.do_put(command(dataset=dataset, upload_id="u"), SCHEMA, TIMEOUT)
+    for batch in batches(0, 20_000, 100):
+        writer.write_batch(batch)
+    writer.write_metadata(json.dumps({"end": True, "rows": 20_000}).encode())
+    writer.done_writing()
+
+    def complete() -> bool:
+        body = {"upload_id": "u", "dataset": dataset}
+        return action(client, "upload_status", body)["complete"]
+
+    eventually(complete, "the upload is complete")
+    while (answer := reader.read()) is not None:
+        last = json.loads(answer.to_pybytes())
+    writer.close()
+    assert last["type"] == "summary"
+    assert last["complete"] is True
+    assert_every_row_once(stored(place.vectors, dataset), 20_000)
+
+
+def test_a_client_that_never_reads_its_vectors_blocks_itself_alone(
+    server: ServerProcess, client: flight.FlightClient
+) -> None:
+    sent_bytes = 0
+    batch = pa.record_batch({"text": [f"{n} " * 100 for n in range(2000)]})
+
+    def write() -> None:
+        nonlocal sent_bytes
+        while sent_bytes < 2**31:
+            try:
+                writer.write_batch(batch)
+            except (flight.FlightError, pa.ArrowException):
+                return
+            sent_bytes += batch.nbytes
+
+    silent = flight.connect(server.address)
+    writer, reader = silent.do_exchange(command(dtype="float32", include_text=True))
+    writer.begin(batch.schema)
+    thread = threading.Thread(target=write)
+    thread.start()
+    eventually(lambda: is_steady(lambda: sent_bytes), "its writes block")
+    ((answer, _),) = exchange(client, [rows(0, 100)], SCHEMA)
+    assert answer.num_rows == 100
+    assert upload(server.address, next(names), 0, 100)["complete"] is True
+    assert sent_bytes < 128 * 2**20
+
+    reader.cancel()
+    thread.join(30)
+    assert not thread.is_alive()
+    with contextlib.suppress(flight.FlightError, pa.ArrowException):
+        writer.close()
+    silent.close()
+    eventually(lambda: no_stream_is_open(client), "its stream is closed and its memory free")
+
+
+def is_steady(value: Callable[[], int]) -> bool:
+    """Whether it is more than nothing and does not change for a second."""
+    before = value()
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        if value() != before or not before:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_fifty_clients_at_once(
+    server: ServerProcess, place: Place, client: flight.FlightClient
+) -> None:
+    together, *apart = (next(names) for _ in range(1 + NUM_CLIENTS // 2))
+
+    def round_of_uploads(number: int) -> tuple[int, int]:
+        """Half of the clients into one dataset, half into one each; threads and descriptors."""
+        shift = number * CLIENT_ROWS * NUM_CLIENTS
+        with ThreadPoolExecutor(NUM_CLIENTS) as clients:
+            jobs = []
+            for n, dataset in enumerate(apart):
+                first = shift + n * CLIENT_ROWS
+                for name in (dataset, together):
+                    last = first + CLIENT_ROWS
+                    jobs.append(clients.submit(upload, server.address, name, first, last))
+            for job in jobs:
+                summary = job.result()
+                assert summary["complete"] is True
+                assert summary["rows_stored"] == CLIENT_ROWS
+        eventually(lambda: no_stream_is_open(client), "all streams are closed")
+        return server.num_threads(), server.num_descriptors()
+
+    threads, descriptors = round_of_uploads(0)
+    round_of_uploads(1)
+    eventually(lambda: server.num_threads() <= threads, "no thread is left behind")
+    eventually(lambda: server.num_descriptors() <= descriptors, "no descriptor is left behind")
+
+    shifts = (0, CLIENT_ROWS * NUM_CLIENTS)
+    per_client = [range(n * CLIENT_ROWS, (n + 1) * CLIENT_ROWS) for n in range(len(apart))]
+    for dataset, own in zip(apart[:3], per_client[:3], strict=True):
+        assert_rows(
+            stored(place.vectors, dataset), [shift + row for shift in shifts for row in own]
+        )
+    everything = [shift + row for shift in shifts for own in per_client for row in own]
+    assert_rows(stored(place.vectors, together), everything)
+
+
+def assert_rows(table: pa.Table, numbers: list[int]) -> None:
+    """Just these rows are there, each with its own text."""
+    assert table.column("id").to_pylist() == numbers
+    assert table.column("text").to_pylist() == [text_of(number) for number in numbers]
