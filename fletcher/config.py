@@ -26,6 +26,7 @@ from fletcher.errors import ConfigError
 from fletcher.settings import (
     DAY_S,
     FILE,
+    FOLDER,
     GIB,
     MIB,
     MILLISECONDS,
@@ -185,9 +186,7 @@ class ServeConfig:
         pattern=r"https?://.+",
         expected="an http:// or https:// URL",
     )
-    home: Path = _option(
-        fletcher_home, "process", FILE, "folder of models and caches, some 100 MB a model"
-    )
+    home: Path = _option(fletcher_home, "process", FOLDER, "models and caches, some 100 MB a model")
 
     def __post_init__(self) -> None:
         for option in OPTIONS.values():

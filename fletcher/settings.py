@@ -89,6 +89,7 @@ MILLISECONDS = Kind("MS", "milliseconds, or a time such as 1s", parse_millisecon
 SWITCH = Kind("BOOL", "true or false", _switch, (bool,))
 STORES = Kind("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _stores, (list,))
 FILE = Kind("FILE", "a path", _file)
+FOLDER = Kind("FOLDER", "a path", _file)
 
 
 @dataclass(frozen=True, slots=True)

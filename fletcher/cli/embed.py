@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         description="Prints the vectors of texts; - reads standard input, one text a line.",
         example='fletcher embed "a first text" "a second one"',
     )
-    parser.add_argument("texts", nargs="+", metavar="TEXT")
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a text, or - for standard input")
     parser.add_argument(
         "--format",
         choices=("jsonl", "npy", "arrow"),
@@ -47,11 +47,17 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--dims", type=int, metavar="N", help="leading dimensions to keep")
     parser.add_argument(
-        "--dtype", choices=CHOICES["dtype"], default="float32", help="element type of the vectors"
+        "--dtype",
+        choices=CHOICES["dtype"],
+        default="float32",
+        help="of the vectors (default: float32)",
     )
     parser.add_argument("--prompt", help="a prompt of the model, or text to put before each text")
     parser.add_argument(
-        "--truncate", choices=CHOICES["truncate"], default="end", help="what to do with long texts"
+        "--truncate",
+        choices=CHOICES["truncate"],
+        default="end",
+        help="long texts: cut there, or fail (default: end)",
     )
     add_connection(parser, ("model",))
 

@@ -39,7 +39,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, **{"max_help_position": 26, **kwargs})
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text.startswith("example:"):
+        if text.startswith(("example:", "sources:")):
             return super()._fill_text(text, width, indent)
         return textwrap.fill(text, width)
 

@@ -43,12 +43,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--port",
         type=_port,
+        metavar="N",
         default=3000,
         help="data port; 0 takes a free one, which standard output names (%(default)s)",
     )
     parser.add_argument(
         "--meta-port",
         type=_port,
+        metavar="N",
         default=3001,
         help="port of the dataset list; 0 takes a free one (%(default)s)",
     )
@@ -119,7 +121,6 @@ def _is_loopback(host: str) -> bool:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port < 65536:
-        raise argparse.ArgumentTypeError(f"{port} is no port: 0 to 65535")
-    return port
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, expected 0 to 65535")
+    return int(text)

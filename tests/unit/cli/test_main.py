@@ -53,6 +53,11 @@ def test_every_command_has_help_with_one_example(
     assert "fletcher " + command in out.split("example")[-1]
 
 
+def test_help_keeps_the_lines_of_the_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "add", "--help"]) == 0
+    assert "\n  hub:ORG/NAME[@REVISION]  " in capsys.readouterr().out
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("fletcher 0.")
@@ -73,6 +78,7 @@ def test_serve_has_a_flag_for_every_option() -> None:
         (["serve", "--port"], "--port: expected one argument; see fletcher serve --help"),
         (["completion", "bsh"], "did you mean bash?"),
         (["search", "x"], "--dataset"),
+        (["store", "--path", "x", "--port", "http"], "--port: 'http' is no port, expected 0 to"),
         (["--nonsense"], "'--nonsense' is not understood"),
     ],
 )
