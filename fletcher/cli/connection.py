@@ -17,7 +17,7 @@ from fletcher.cli.leaving import leave_in_time
 from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, given_flags, read_config
 from fletcher.config import NO_STORE, ServeConfig
-from fletcher.errors import ConfigError
+from fletcher.errors import ConfigError, UnauthenticatedError
 
 if TYPE_CHECKING:
     from fletcher.client import Client
@@ -92,7 +92,15 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
         refuse_local_flags(args)
         token = _read_token(args.token_file) if args.token_file else None
         tls = TlsOptions(ca=args.tls_ca) if args.tls_ca else None
-        with connect(args.server, token=token, tls=tls) as client:
+        try:
+            client = connect(args.server, token=token, tls=tls)
+        except UnauthenticatedError as error:
+            raise UnauthenticatedError(
+                f"{args.server} does not let us in: "
+                + ("the token is not valid; check" if token else "it asks for a token; give")
+                + " --token-file"
+            ) from error
+        with client:
             yield client
         return
     from fletcher.runtime import Runtime

@@ -37,13 +37,23 @@ def add_parser(subparsers: Any) -> None:
         "store. The same command again goes on where it was stopped and stores nothing twice.",
         example="fletcher ingest articles.parquet --text body --id slug --dataset articles",
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="file, folder, or - for standard input"
+    )
     group = parser.add_argument_group("input")
     group.add_argument(
-        "--format", metavar="NAME", help="parquet, csv, tsv, jsonl, arrow or text; else by name"
+        "--format",
+        metavar="NAME",
+        help="parquet, csv, tsv, jsonl, arrow or text (default: by name, else by content)",
     )
-    group.add_argument("--text", default="text", metavar="COLUMN", help="text (default: text)")
-    group.add_argument("--id", metavar="COLUMN", help="row id; id if there is one, else made up")
+    group.add_argument(
+        "--text", default="text", metavar="COLUMN", help="column of texts (default: text)"
+    )
+    group.add_argument(
+        "--id",
+        metavar="COLUMN",
+        help="column of row ids (default: id where there is one, else made up)",
+    )
     group.add_argument(
         "--columns", type=_names, default=(), metavar="NAME,...", help="columns to carry along"
     )
@@ -62,7 +72,10 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--dims", type=int, metavar="N", help="leading dimensions to keep")
     group.add_argument("--prompt", help="a prompt of the model, or text to put before each text")
     group.add_argument(
-        "--truncate", choices=CHOICES["truncate"], default="end", help="what to do with long texts"
+        "--truncate",
+        choices=CHOICES["truncate"],
+        default="end",
+        help="long texts: cut there, or fail (default: end)",
     )
     group.add_argument(
         "--no-text", action="store_true", help="store vectors and ids without the texts"
@@ -90,14 +103,15 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
     )
     started_s = time.monotonic()
-    try:
-        with open_client(args, config) as client:
-            started_s = time.monotonic()
+    with open_client(args, config) as client:
+        started_s = time.monotonic()
+        try:
             summary = _upload(client, source, options, local=not args.server, limit=args.limit)
-    except KeyboardInterrupt:
-        if source.reiterable:
-            print("stopped; the same command goes on where this one was", file=sys.stderr)
-        raise
+        except KeyboardInterrupt:
+            # Said before the workers end, which takes seconds.
+            again = "; the same command goes on where this one was" if source.reiterable else ""
+            print(f"stopping{again}", file=sys.stderr)
+            raise
     report = _report(summary, args, config, time.monotonic() - started_s)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
@@ -184,6 +198,7 @@ def _report(
 ) -> dict[str, Any]:
     """The summary for people and machines, in the contract's words."""
     store = next(iter(config.store_addresses.values()), "")
+    new = summary.rows_received - summary.rows_skipped
     return {
         "dataset": args.dataset,
         "store": args.server or store,
@@ -194,16 +209,17 @@ def _report(
         "rows_stored": summary.rows_stored,
         "rows_failed": summary.rows_failed,
         "rows_deduplicated": summary.rows_deduplicated,
+        "rows_skipped": summary.rows_skipped,
         "seconds": round(seconds, 3),
-        "rows_per_s": round(summary.rows_received / seconds, 1) if seconds > 0 else 0.0,
+        "rows_per_s": round(new / seconds, 1) if seconds > 0 else 0.0,
         "errors": [dataclasses.asdict(error) for error in summary.errors],
     }
 
 
 def _print(report: Mapping[str, Any]) -> None:
     state = "" if report["complete"] else "INCOMPLETE: "
-    deduplicated = report["rows_deduplicated"]
-    already = f", {deduplicated:,} were there already" if deduplicated else ""
+    there = report["rows_deduplicated"] + report["rows_skipped"]
+    already = f", {there:,} were there already" if there else ""
     print(
         f"{state}{report['rows_received']:,} rows received, {report['rows_stored']:,} stored, "
         f"{report['rows_failed']:,} failed{already}"

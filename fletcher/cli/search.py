@@ -39,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
         "search",
         usage="fletcher search [options] QUERY --dataset NAME",
         help="find the rows nearest to a text",
-        description="Finds the rows of a dataset whose vectors are nearest to a text's.",
+        description="Finds the rows of a dataset whose vectors are nearest to a text's. The rows "
+        "are in --store; with --server, that server embeds the text.",
         example='fletcher search "play chess" --dataset articles --store lance:vectors',
     )
     parser.add_argument("query", metavar="QUERY", help="the text to look for")
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from fletcher.stores.address import open_store
 
     check_dataset(args.dataset)
+    if not args.query.strip():
+        raise ConfigError("`query` is empty, expected some text", field="query")
     if not 1 <= args.k <= MAX_K:
         raise ConfigError(f"`k` is {args.k}, expected 1 to {MAX_K}", field="k")
     config = local_config(args)

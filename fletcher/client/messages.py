@@ -54,6 +54,7 @@ class PutSummary:
         model: `name@hash` of the model that made the vectors.
         errors: The first failed rows.
         errors_truncated: There are more.
+        rows_skipped: Rows that were not sent: the server had them from an earlier run.
     """
 
     upload_id: str
@@ -66,6 +67,7 @@ class PutSummary:
     model: str = ""
     errors: tuple[RowError, ...] = field(default=())
     errors_truncated: bool = False
+    rows_skipped: int = 0
 
 
 def parse_reply(body: bytes) -> Ack | PutSummary | None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -38,7 +39,7 @@ from fletcher.options import EmbedOptions
 
 OnAck = Callable[[Ack], None]
 # How long a call that is being given up may take to end before it is left to its threads.
-_CLOSE_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 1.0
 
 
 class Upload:
@@ -88,6 +89,7 @@ class Upload:
             FletcherError: The server refused, or could not be reached `max_retries` times.
         """
         known = not ask_first
+        skipped: int | None = None if ask_first else 0
         failures = 0
         while True:
             progress = self._progress
@@ -95,7 +97,9 @@ class Upload:
                 if not known:
                     self._stored = self._ask()
                     known = True
-                return self._send_all()
+                    if skipped is None:
+                        skipped = sum(last - first + 1 for first, last in self._stored)
+                return replace(self._send_all(), rows_skipped=skipped or 0)
             except UnavailableError as error:
                 if self._options.durability == "memory" and self._next_row > 0:
                     raise  # nothing tells what has arrived
@@ -240,7 +244,7 @@ class _PutCall:
             return ack
 
     def abandon(self) -> None:
-        """Lets the call end, if it has not; no longer than a few seconds."""
+        """Lets the call end, if it has not; no longer than a moment."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()

@@ -154,7 +154,8 @@ def test_the_same_again_stores_nothing_twice(
 ) -> None:
     done = call(*ingest_argv(place, server))
     assert done.code == 0
-    assert done.out.startswith("300 rows received, 300 stored, 0 failed\n")
+    assert done.out.startswith("300 rows received, 300 stored, 0 failed, 300 were there already")
+    assert ", 0 rows/s\n" in done.out
     assert f"upload   {ingested['upload_id']}\n" in done.out
     doctor = call("doctor", "--json", "--store", place.store)
     (store,) = [one for one in json.loads(doctor.out)["findings"] if one["part"] == "stores"]
@@ -214,6 +215,12 @@ def test_searches_that_cannot_be(
     assert done.err.count("\n") == 1
 
 
+def test_a_query_without_text_is_refused(place: Place, call: Call) -> None:
+    done = call("search", "  ", "--dataset", "rows", "--store", place.store)
+    assert (done.code, done.out) == (2, "")
+    assert "`query` is empty" in done.err
+
+
 def test_search_refuses_a_dataset_of_another_model(
     place: Place, call: Call, server: tuple[str, str]
 ) -> None:
@@ -260,15 +267,23 @@ def test_a_text_that_fails_is_named(call: Call, server: tuple[str, str]) -> None
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        ([], 1, "token"),
+        ([], 1, "it asks for a token; give --token-file"),
+        (["--token-file", "WRONG"], 1, "the token is not valid; check --token-file"),
         (["--token-file", "/dev/null"], 2, "holds no token"),
         (["--token-file", "/nowhere"], 2, "No such file"),
         (["--device", "cpu"], 2, "`device` has no meaning with --server"),
     ],
 )
 def test_servers_that_do_not_let_in(
-    call: Call, server: tuple[str, str], flags: list[str], code: int, message: str
+    call: Call,
+    server: tuple[str, str],
+    flags: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
 ) -> None:
+    (tmp_path / "wrong").write_text("wrong\n")
+    flags = [str(tmp_path / "wrong") if word == "WRONG" else word for word in flags]
     done = call("embed", "x", "--server", server[0], *flags)
     assert (done.code, done.out) == (code, "")
     assert message in done.err
@@ -302,7 +317,7 @@ def test_ingest_and_search_without_a_server(place: Place) -> None:
         (["FILE", "--dataset", "x"], 1, "`body`, `name`, `size`"),
         (["FILE", "--dataset", "a/b", "--text", "body"], 2, "`dataset` is 'a/b'"),
         (["FILE", "--dataset", "x", "--dims", "0", "--text", "body"], 2, "`dims` is 0"),
-        (["FILE", "--dataset", "x", "--text", "body", "--store", "ftp:x"], 1, "'ftp:x'"),
+        (["FILE", "--dataset", "x", "--text", "body", "--store", "ftp:x"], 2, "'ftp:x'"),
         (["FILE", "--dataset", "x", "--text", "body", "--store", "none"], 2, "`store` is none"),
     ],
 )
