@@ -101,7 +101,6 @@ def peer(task: Task, precision: str, python: Path, checkpoint: Path) -> Measure:
             "texts": str(task.texts_path),
             "batch_size": best[0] if best else None,
             "batch_sizes": BATCH_SIZES,
-            "tuning_texts": max(64, len(task.texts) // 16),
             "embeddings": str(path),
         }
         command = [str(python), str(ROOT / "benchmarks" / "peer.py")]

@@ -2,9 +2,9 @@
 
     PYTHON benchmarks/peer.py JOB
 
-Imports nothing of Fletcher. The job (JSON) has `checkpoint`, `precision`, `threads`, `texts` (a
-JSON file), `batch_size` (null: try `batch_sizes` on the first `tuning_texts`), `embeddings` (a .npy
-file to write) and `result`.
+Imports nothing of Fletcher. The job (JSON) has `checkpoint`, `max_length`, `precision`, `threads`,
+`texts` (a JSON file), `batch_size` (null: try `batch_sizes` on a part), `embeddings` (a .npy file
+to write) and `result`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sentence_transformers
 import torch
 
 WARM_UP_TEXTS = 32
+NUM_BLOCKS = 4
+TUNING_PASSES = 2
 
 
 def main() -> None:
@@ -52,14 +54,27 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         return time.perf_counter() - started, embeddings
 
     encode(texts[:WARM_UP_TEXTS], WARM_UP_TEXTS)
-    batch_size, tried = job["batch_size"], {}
+    batch_size = job["batch_size"]
+    tried: dict[int, float] = {}
     if batch_size is None:
-        few = texts[: job["tuning_texts"]]
-        tried = {size: len(few) / timed(few, size)[0] for size in job["batch_sizes"]}
+        blocks = tuning_blocks(texts, max(job["batch_sizes"]))
+        num_texts = sum(map(len, blocks))
+        for _ in range(TUNING_PASSES):
+            for size in job["batch_sizes"]:
+                seconds = sum(timed(block, size)[0] for block in blocks)
+                tried[size] = max(tried.get(size, 0.0), num_texts / seconds)
         batch_size = max(tried, key=lambda size: tried[size])
     seconds, embeddings = timed(texts, batch_size)
     np.save(job["embeddings"], embeddings.float().numpy())
     return {"seconds": seconds, "batch_size": batch_size, "tuning": tried}
+
+
+def tuning_blocks(texts: list[str], block_size: int) -> list[list[str]]:
+    """Neighbours by length: `encode` sorts, so a batch of all texts is as even as these are."""
+    ordered = sorted(texts, key=len)
+    last = max(0, len(ordered) - block_size)
+    starts = [last * place // (2 * NUM_BLOCKS) for place in range(1, 2 * NUM_BLOCKS, 2)]
+    return [ordered[start : start + block_size] for start in starts]
 
 
 if __name__ == "__main__":
