@@ -141,6 +141,18 @@ class ServeConfig:
         "NAME=ADDRESS or ADDRESS, repeatable, the first is the default: lance:PATH, parquet:PATH, "
         "grpc://HOST:PORT, none (vectors are only sent back); default: lance: in the home folder",
     )
+    max_journal: int = _option(
+        4 * GIB,
+        "store",
+        SIZE,
+        "disk for rows that are acknowledged and not stored yet; 0: none, stores must answer first",
+    )
+    journal_retention_s: float = _option(
+        DAY_S,
+        "store",
+        SECONDS,
+        "how long rows are kept for stores that acknowledge before they are durable",
+    )
     group_rows: int = _option(
         10_000, "store", WHOLE, "rows in one write; more: fewer, larger, later writes", minimum=1
     )

@@ -208,7 +208,9 @@ class Instruments:
         self.device_busy = Counter("device.busy", "s", "Time spent computing", "device")
         self.queue_depth = Gauge("queue.depth", "{item}", "Items waiting for a stage", "stage")
         self.stage_duration = Histogram(
-            "stage.duration", "Time in a stage: tokenize, queue, inference, append", "stage"
+            "stage.duration",
+            "Time in a stage: tokenize, queue, inference, journal, append",
+            "stage",
         )
         self.errors = Counter("errors", "{error}", "Calls and rows that failed", "code")
         self.worker_restarts = Counter(

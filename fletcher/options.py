@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "on_error": ("continue", "abort"),
     "mode": ("append", "upsert", "overwrite"),
     "dedupe": ("off",),
-    "durability": ("store", "memory"),
+    "durability": ("journal", "store", "memory"),
     "priority": ("bulk", "interactive"),
 }
 
@@ -38,7 +38,6 @@ NOT_SUPPORTED: dict[str, tuple[str, ...] | None] = {
     "dtype": ("int8", "ubinary"),
     "chunking": None,
     "dedupe": ("text", "id"),
-    "durability": ("journal",),
 }
 
 
@@ -66,7 +65,9 @@ class EmbedOptions:
         on_error: `continue` reports a failed row and goes on; `abort` ends the call with its error.
         mode: `append`, `upsert` (replace by id) or `overwrite` (replace the dataset).
         dedupe: Content deduplication.
-        durability: When a row counts as durable: `store` (the store has it), `memory` (never).
+        durability: When a row is acknowledged and counts as durable: `journal` (it is on the
+            server's disk, on its way), `store` (the store has it), `memory` (as received, never
+            durable); None: `journal` where the server has one, else `store`.
         priority: `interactive` goes before `bulk`; None: small exchanges are interactive.
         store: A store's name from the server's configuration; None: its default.
     """
@@ -88,7 +89,7 @@ class EmbedOptions:
     on_error: str = "continue"
     mode: str = "append"
     dedupe: str = "off"
-    durability: str = "store"
+    durability: str | None = None
     priority: str | None = None
     store: str | None = None
 

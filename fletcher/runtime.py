@@ -14,6 +14,7 @@ from typing import Any
 from fletcher.config import ServeConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.lane import DeliveryConfig
+from fletcher.delivery.route import JournalConfig
 from fletcher.errors import ConfigError
 from fletcher.flight.auth import read_tokens
 from fletcher.flight.server import FlightConfig, FlightServer
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 # Of --max-memory, what data in flight may take; the rest is for code, libraries and their caches.
 _BUDGET_SHARE = 0.5
 _COMMIT_ROWS = 50_000
+_SEGMENT_BYTES = 128 << 20
 # Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
 _WINDOW_RUNS = 64
 _MAX_BATCH_ROWS = 1024
@@ -163,7 +165,18 @@ class Runtime:
                 store_retry_s=config.store_retry_s,
             ),
             telemetry,
+            JournalConfig(
+                folder=config.home / "journal",
+                max_bytes=config.max_journal,
+                segment_bytes=min(_SEGMENT_BYTES, max(1, config.max_journal // 8)),
+                retention_s=config.journal_retention_s,
+            )
+            if config.max_journal and stores
+            else None,
         )
+        left_behind = delivery.recover()
+        if left_behind:
+            log.info("journal: %d rows of an earlier run go to their stores", left_behind)
         registry = Registry(config.home / "models")
         registry.ensure(config.model, self._progress)
         # A flipped bit in the weights makes plausible vectors that are wrong for good.

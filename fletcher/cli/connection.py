@@ -116,6 +116,7 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
             host="127.0.0.1",
             port=0,
             token_file=Path(file.name),
+            max_journal=0,  # rows are acknowledged when the store has them, and nothing is left
         )
         with (
             Runtime(private, progress=_say) as runtime,

@@ -134,6 +134,7 @@ def _options(args: argparse.Namespace) -> EmbedOptions:
         prompt=args.prompt,
         truncate=args.truncate,
         include_text=False if args.no_text else None,
+        durability="store",  # the summary tells what the store has
     )
 
 

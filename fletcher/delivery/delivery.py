@@ -1,25 +1,42 @@
-"""The store side of the house: uploads, and a lane for every dataset that is being written."""
+"""The store side of the house: uploads, and a route for every dataset that is being written."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import logging
+import os
 import threading
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from fletcher.delivery.lane import DeliveryConfig, Lane, Rows
+from fletcher.delivery.journal import Journal, JournalSpace, journals
+from fletcher.delivery.lane import DeliveryConfig
+from fletcher.delivery.outbox import from_journal
+from fletcher.delivery.route import JournalConfig, Route
 from fletcher.delivery.upload import Upload
-from fletcher.errors import InvalidCommandError, StoreUnavailableError, UploadConflictError
+from fletcher.errors import (
+    ConfigError,
+    InvalidCommandError,
+    StoreUnavailableError,
+    UploadConflictError,
+)
 from fletcher.options import EmbedOptions
 from fletcher.stores.base import Store, WriteMode
 from fletcher.telemetry import Telemetry
 
+log = logging.getLogger(__name__)
+
 # Finished uploads are remembered for `upload_status`; older ones are read from the store.
 _REMEMBERED_UPLOADS = 1000
+# A lane that waits for its store opens nothing; new uploads need not wait as long as old ones.
+_OPENING_S = 60.0
 
 
 class Delivery:
@@ -29,16 +46,27 @@ class Delivery:
         stores: By name; the first is the default.
         config: Groups and retries.
         telemetry: Where counts, durations and spans go.
+        journal: Where rows are journaled; None: not at all.
+
+    Raises:
+        ConfigError: The journal's folder cannot be used, or is another server's.
     """
 
     def __init__(
-        self, stores: Mapping[str, Store], config: DeliveryConfig, telemetry: Telemetry
+        self,
+        stores: Mapping[str, Store],
+        config: DeliveryConfig,
+        telemetry: Telemetry,
+        journal: JournalConfig | None = None,
     ) -> None:
         self.stores = dict(stores)
+        self._journal = journal
+        self._space = JournalSpace(journal.max_bytes) if journal is not None else None
+        self._journal_lock = _lock(journal.folder) if journal is not None else None
         self._config = config
         self._telemetry = telemetry
         self._lock = threading.Lock()
-        self._lanes: dict[tuple[str, str], Lane] = {}
+        self._routes: dict[tuple[str, str], Route] = {}
         self._uploads: OrderedDict[tuple[str, str, str], Upload] = OrderedDict()
         self._closed = False
         telemetry.queue_depth.watch(self._depth, stage="rows")
@@ -64,7 +92,7 @@ class Delivery:
             )
         return name, self.stores[name]
 
-    def open(self, options: EmbedOptions, schema: pa.Schema) -> tuple[Upload, Lane]:
+    def open(self, options: EmbedOptions, schema: pa.Schema) -> tuple[Upload, Route]:
         """Opens or resumes an upload; `close` it for each `open`.
 
         Args:
@@ -81,45 +109,51 @@ class Delivery:
         assert dataset is not None
         upload_id = options.upload_id or uuid.uuid4().hex
         key = (name, dataset, upload_id)
-        fingerprint = (schema, schema.metadata, options.mode, options.durability)
-        lane = self._enter(key, store)
+        durability = self._durability(options)
+        fingerprint = (schema, schema.metadata, options.mode, durability)
+        mode: WriteMode = options.mode  # type: ignore[assignment]
+        route = self._enter(key, store)
         try:
             upload = self._join(key, fingerprint)
-            mode: WriteMode = options.mode  # type: ignore[assignment]
             if upload is not None:
-                lane.open(schema, "append" if mode == "overwrite" else mode).result()
-                return upload, lane
+                if upload.fingerprint is None:
+                    self._identify(upload, store, fingerprint)
+                self._open(route, schema, "append" if mode == "overwrite" else mode)
+                return upload, route
             stored: list[tuple[int, int]] = []
+            failed = self._uploads.get(key)
             if options.upload_id is not None and store.dataset(dataset) is not None:
-                if key in self._uploads:
-                    # It failed. What was being sent then must have arrived, or not, before we look.
-                    lane.open(schema, "append").result()
+                if failed is not None:
+                    # What was being sent when it failed must have arrived, or not, before we look.
+                    self._open(route, schema, "append")
                 stored = store.stored_ranges(dataset, upload_id)
-            if mode == "overwrite" and stored:
+            if mode == "overwrite" and (stored or failed is not None):
                 mode = "append"
-            lane.open(schema, mode).result()
+            self._open(route, schema, mode)
             if mode == "overwrite":
                 self._forget_dataset(name, dataset)
             new = Upload(
                 dataset,
                 upload_id,
                 fingerprint=fingerprint,
-                durable=options.durability != "memory",
+                durability=durability,
                 upsert=mode == "upsert",
                 stored=stored,
             )
-            return self._join(key, fingerprint, new) or new, lane
+            if failed is not None:
+                failed.succeed(new)
+            return self._join(key, fingerprint, new) or new, route
         except BaseException:
-            self._leave(lane)
+            self._leave(route)
             raise
 
-    def close(self, upload: Upload, lane: Lane) -> None:
+    def close(self, upload: Upload, route: Route) -> None:
         """One connection of an upload has ended."""
         with self._lock:
             upload.connections -= 1
         if upload.failure is not None:
-            lane.drop_failed()
-        self._leave(lane)
+            route.lane.drop_failed()
+        self._leave(route)
 
     def status(self, options: EmbedOptions) -> dict[str, Any]:
         """What is known of an upload: from memory, else from the store."""
@@ -127,10 +161,19 @@ class Delivery:
         if options.upload_id is None:
             raise InvalidCommandError("`upload_id` is missing", field="upload_id")
         with self._lock:
-            for (one_name, dataset, upload_id), upload in self._uploads.items():
-                matches = upload_id == options.upload_id and one_name == name
-                if matches and options.dataset in (None, dataset):
-                    return upload.status()
+            matching = [
+                one
+                for (one_name, dataset, upload_id), one in self._uploads.items()
+                if (one_name, upload_id) == (name, options.upload_id)
+                and options.dataset in (None, dataset)
+            ]
+        upload = matching[0] if matching else None
+        if upload is not None:
+            if upload.fingerprint is None:
+                # Of an upload found in the journal, the store may have an earlier part.
+                with contextlib.suppress(StoreUnavailableError):
+                    self._look_up(upload, store)
+            return upload.status()
         datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
         for dataset in datasets:
             stored = (
@@ -138,51 +181,129 @@ class Delivery:
             )
             if stored:
                 return Upload(
-                    dataset, options.upload_id, fingerprint=(), durable=True, stored=stored
+                    dataset, options.upload_id, fingerprint=(), durability="store", stored=stored
                 ).status()
         return {"rows_durable": 0, "ranges": [], "complete": False}
 
-    def put(self, lane: Lane, rows: Rows) -> None:
-        """Queues rows for their dataset."""
-        lane.put(rows)
+    def recover(self) -> int:
+        """Takes up what an earlier process journaled and did not store.
+
+        Returns:
+            Rows on their way to their stores now.
+        """
+        if self._journal is None:
+            return 0
+        num_rows = 0
+        for name, dataset, folder in journals(self._journal.folder):
+            if name not in self.stores:
+                log.error(
+                    "journal: %s is of the store `%s`, which is not configured; left alone",
+                    *(folder, name),
+                )
+                continue
+            route = self._enter((name, dataset, ""), self.stores[name])
+            num_rows += sum(group.info.last - group.info.first + 1 for group in route.left_behind)
+            self._leave(route)
+        return num_rows
 
     def flush(self, timeout_s: float) -> bool:
         """Stores what is here now; False if it did not get done in time."""
         deadline = time.monotonic() + timeout_s
-        for lane in self._all_lanes():
-            lane.hurry()
-            with lane._changed:
-                left = max(0.0, deadline - time.monotonic())
-                lane._changed.wait_for(lambda lane=lane: lane.idle, left)  # type: ignore[misc]
-        return all(lane.idle for lane in self._all_lanes())
+        routes = self._all_routes()
+        for route in routes:
+            route.hurry()
+        for route in routes:
+            route.wait_idle(max(0.0, deadline - time.monotonic()))
+        return all(route.idle for route in routes)
 
     def shut_down(self) -> None:
-        """Ends all lanes and closes the stores. Idempotent."""
+        """Ends all routes and closes the stores. Idempotent."""
         with self._lock:
             self._closed = True
-        lanes = self._all_lanes()
-        for lane in lanes:
-            lane.close()
-        for lane in lanes:
-            lane.thread.join(30.0)
+        for route in self._all_routes():
+            route.close()
         for store in self.stores.values():
             store.close()
+        if self._journal_lock is not None:
+            os.close(self._journal_lock)
+            self._journal_lock = None
 
-    def _enter(self, key: tuple[str, str, str], store: Store) -> Lane:
+    def _durability(self, options: EmbedOptions) -> str:
+        if options.durability is None:
+            return "store" if self._journal is None else "journal"
+        if options.durability == "journal" and self._journal is None:
+            raise InvalidCommandError(
+                "`durability` is journal, but this server runs without one",
+                field="durability",
+                allowed=["store", "memory"],
+            )
+        return options.durability
+
+    def _open(self, route: Route, schema: pa.Schema, mode: WriteMode) -> None:
+        try:
+            route.lane.open(schema, mode).result(_OPENING_S)
+        except TimeoutError:
+            raise StoreUnavailableError("the store does not answer; try again later") from None
+
+    def _identify(self, upload: Upload, store: Store, fingerprint: tuple[Any, ...]) -> None:
+        """An upload known from the journal alone is resumed."""
+        self._look_up(upload, store)
+        upload.fingerprint = fingerprint
+
+    def _look_up(self, upload: Upload, store: Store) -> None:
+        if store.dataset(upload.dataset) is not None:
+            upload.found_in_store(store.stored_ranges(upload.dataset, upload.upload_id))
+
+    def _enter(self, key: tuple[str, str, str], store: Store) -> Route:
         name, dataset, _ = key
         with self._lock:
             if self._closed:
                 raise StoreUnavailableError("the server is shutting down")
-            lane = self._lanes.get((name, dataset))
-            if lane is None:
-                lane = Lane(store, dataset, self._config, self._telemetry, self._retire)
-                self._lanes[name, dataset] = lane
-            lane.users += 1
-            return lane
+            route = self._routes.get((name, dataset))
+            if route is None:
+                route = self._routes[name, dataset] = self._new_route(name, dataset, store)
+            route.users += 1
+            return route
 
-    def _leave(self, lane: Lane) -> None:
+    def _new_route(self, name: str, dataset: str, store: Store) -> Route:
+        journal = None
+        if self._journal is not None and self._space is not None:
+            retention_s = self._journal.retention_s
+            journal = Journal(
+                self._journal.folder / name / dataset,
+                self._space,
+                segment_bytes=self._journal.segment_bytes,
+                retention_s=lambda: 0.0 if store.capabilities.durable else retention_s,
+            )
+        route = Route(
+            store,
+            dataset,
+            self._config,
+            self._telemetry,
+            self._retire,
+            journal=journal,
+            space=self._space,
+        )
+        for group in route.left_behind:
+            info = group.info
+            key = (name, dataset, info.upload_id)
+            upload = self._uploads.get(key)
+            if upload is None:
+                upload = self._uploads[key] = Upload(
+                    dataset,
+                    info.upload_id,
+                    fingerprint=None,
+                    durability="journal",
+                    upsert=info.upsert,
+                )
+            upload.secure(info.first, info.last)
+            assert journal is not None
+            route.lane.put(from_journal(upload, group, journal, doubtful=True))
+        return route
+
+    def _leave(self, route: Route) -> None:
         with self._lock:
-            lane.users -= 1
+            route.users -= 1
 
     def _join(
         self, key: tuple[str, str, str], fingerprint: tuple[Any, ...], new: Upload | None = None
@@ -195,7 +316,7 @@ class Delivery:
                     return None
                 upload = self._uploads[key] = new
                 self._forget()
-            elif upload.fingerprint != fingerprint:
+            elif upload.fingerprint not in (None, fingerprint):
                 raise UploadConflictError(
                     f"upload {key[2]!r} into `{key[1]}` was begun with another schema, model, "
                     "mode or durability; finish it as begun, or choose another `upload_id`",
@@ -219,18 +340,43 @@ class Delivery:
                 if key[:2] == (name, dataset) and not one.connections:
                     del self._uploads[key]
 
-    def _retire(self, lane: Lane) -> bool:
+    def _retire(self, route: Route) -> bool:
+        """Lets an idle route go. Called by its lane's thread."""
         with self._lock:
-            if lane.users or not lane.idle:
+            if route.users or not route.idle:
                 return False
-            for key, one in list(self._lanes.items()):
-                if one is lane:
-                    del self._lanes[key]
+            route.release()
+            for key, one in list(self._routes.items()):
+                if one is route:
+                    del self._routes[key]
             return True
 
-    def _all_lanes(self) -> list[Lane]:
+    def _all_routes(self) -> list[Route]:
         with self._lock:
-            return list(self._lanes.values())
+            return list(self._routes.values())
 
     def _depth(self) -> int:
-        return sum(lane.depth() for lane in self._all_lanes())
+        return sum(route.lane.depth() for route in self._all_routes())
+
+
+def _lock(folder: Path) -> int:
+    """One process owns the journal. Returns the lock's descriptor."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"the journal's folder {str(folder)!r} cannot be written: {error.strerror}; give "
+            "another `home`, or `--max-journal 0` to go without a journal",
+            field="home",
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"another server uses the journal in {str(folder)!r}; give each its own `home`, or "
+            "`--max-journal 0` to go without a journal",
+            field="home",
+        ) from None
+    return descriptor

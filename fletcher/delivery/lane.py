@@ -4,10 +4,14 @@ A lane owns the dataset's only writer and the only thread that touches it. Rows 
 the dataset meet here, so that many small uploads still make few large commits. A group's extent,
 and with it its `batch_key`, is fixed before it is first sent; when a send ends in doubt the store
 is asked which keys it lacks, and only these go again.
+
+Rows come from memory or from the journal. Those in memory are given up when the store stays away
+too long, and their client is told; those in the journal wait for it, however long that takes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import threading
@@ -17,12 +21,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 
-from fletcher.delivery.upload import Upload
+from fletcher.delivery.rows import (
+    Rows,
+    WriterKind,
+    groups_of,
+    key_of,
+    keyed_batch,
+    writer_kind,
+)
 from fletcher.errors import FletcherError, InternalError, StoreUnavailableError
-from fletcher.schema import batch_key
 from fletcher.stores.base import DatasetWriter, Store, WriteMode
 from fletcher.telemetry import Telemetry
 
@@ -33,10 +42,6 @@ _MAX_BACKOFF_S = 10.0
 _LINGER_S = 5.0
 # utf8 columns hold less than 2 GiB, and what is joined for an append is in memory twice.
 _COMMIT_BYTES = 256 << 20
-
-# A schema with its metadata (which pyarrow does not compare), and whether rows replace those of the
-# same id.
-_Kind = tuple[pa.Schema, dict[bytes, bytes] | None, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,34 +59,6 @@ class DeliveryConfig:
     commit_rows: int
     group_delay_s: float
     store_retry_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Consecutive rows of an upload, ready to be stored.
-
-    Attributes:
-        batch: The output columns, without `batch_key`.
-        first: Offset of its first row in the upload.
-        failed: Rows of `batch` with a null vector.
-        released: Called once the rows are stored or given up.
-    """
-
-    upload: Upload
-    batch: pa.RecordBatch
-    first: int
-    failed: tuple[int, ...]
-    released: Callable[[], None]
-
-    @property
-    def last(self) -> int:
-        """Offset of the last row."""
-        return self.first + int(self.batch.num_rows) - 1
-
-    @property
-    def kind(self) -> _Kind:
-        """What rows of one append have in common."""
-        return _kind(self.batch.schema, self.upload.upsert)
 
 
 class Lane:
@@ -117,7 +94,7 @@ class Lane:
         self._openings: deque[tuple[pa.Schema, WriteMode, Future[None]]] = deque()
         self._closing = threading.Event()
         self._writer: DatasetWriter | None = None
-        self._written: _Kind | None = None  # what the writer was opened for
+        self._written: WriterKind | None = None  # what the writer was opened for
         self.thread = threading.Thread(target=self._run, name=f"lane-{dataset}", daemon=True)
         self.thread.start()
 
@@ -138,7 +115,7 @@ class Lane:
             closing = self._closing.is_set()
             if not closing:
                 self._pending.append((rows, time.monotonic()))
-                self._num_pending_rows += rows.batch.num_rows
+                self._num_pending_rows += rows.num_rows
                 self._changed.notify_all()
         if closing:
             self._give_up([rows], _shutting_down())
@@ -152,12 +129,12 @@ class Lane:
     def drop_failed(self) -> None:
         """Lets go of the rows of failed uploads: their clients were told, and send them again."""
         with self._changed:
-            failed = [rows for rows, _ in self._pending if rows.upload.failure is not None]
+            failed = [rows for rows, _ in self._pending if rows.dropped]
             if failed:
                 self._pending = deque(
-                    (rows, since) for rows, since in self._pending if rows.upload.failure is None
+                    (rows, since) for rows, since in self._pending if not rows.dropped
                 )
-                self._num_pending_rows -= sum(rows.batch.num_rows for rows in failed)
+                self._num_pending_rows -= sum(rows.num_rows for rows in failed)
                 self._changed.notify_all()
         for rows in failed:
             rows.released()
@@ -193,7 +170,7 @@ class Lane:
                 pass
             if self._closing.is_set():
                 return False
-            opening = self._openings.popleft() if self._openings else None
+            opening = self._openings.popleft() if self._can_open() else None
             group = [] if opening or not self._due() else self._take()
             self._in_append = bool(group)
         if opening is not None:
@@ -213,7 +190,11 @@ class Lane:
         return True
 
     def _something_to_do(self) -> bool:
-        return bool(self._closing.is_set() or self._openings or self._due())
+        return bool(self._closing.is_set() or self._can_open() or self._due())
+
+    def _can_open(self) -> bool:
+        """What was accepted before a dataset is emptied goes there first, to be emptied with it."""
+        return bool(self._openings) and not (self._openings[0][1] == "overwrite" and self._pending)
 
     def _due(self) -> bool:
         if not self._pending:
@@ -221,7 +202,8 @@ class Lane:
             return False
         age = time.monotonic() - self._pending[0][1]
         full = self._num_pending_rows >= self._config.commit_rows
-        return self._hurried or full or age >= self._config.group_delay_s
+        asked = self._hurried or bool(self._openings)
+        return asked or full or age >= self._config.group_delay_s
 
     def _patience(self) -> float:
         if not self._pending:
@@ -235,14 +217,14 @@ class Lane:
         kind = self._pending[0][0].kind
         while self._pending:
             rows = self._pending[0][0]
-            num_rows += rows.batch.num_rows
-            num_bytes += rows.batch.nbytes
+            num_rows += rows.num_rows
+            num_bytes += rows.num_bytes
             too_many = num_rows > self._config.commit_rows or num_bytes > _COMMIT_BYTES
             if rows.kind != kind or (taken and too_many):
                 break
             self._pending.popleft()
-            self._num_pending_rows -= rows.batch.num_rows
-            if rows.upload.failure is not None:  # the client was told so, and sends them again
+            self._num_pending_rows -= rows.num_rows
+            if rows.dropped:
                 rows.released()
                 continue
             taken.append(rows)
@@ -270,7 +252,7 @@ class Lane:
             ready.set_result(None)
 
     def _use(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
-        wanted = _kind(schema, mode == "upsert")
+        wanted = writer_kind(schema, upsert=mode == "upsert")
         if self._writer is None or self._written != wanted or mode == "overwrite":
             self._close_writer()
             stored = schema.append(pa.field("batch_key", pa.utf8()))
@@ -279,7 +261,7 @@ class Lane:
         return self._writer
 
     def _store(self, taken: Sequence[Rows]) -> None:
-        groups = _groups(taken, self._config.group_rows)
+        groups = groups_of(taken, self._config.group_rows)
         error = self._append_all(groups)
         if error is not None and len(groups) > 1 and not isinstance(error, StoreUnavailableError):
             # One of the uploads is at fault: find out which, the others go on. An error of an
@@ -290,31 +272,48 @@ class Lane:
             self._settle(groups, error)
 
     def _settle(self, groups: Sequence[list[Rows]], error: FletcherError | None) -> None:
+        if isinstance(error, StoreUnavailableError) and groups[0][0].journaled:
+            self._put_back([rows for group in groups for rows in group])
+            return
         null_vectors = error is None and self.store.capabilities.null_vectors
         for rows in (rows for group in groups for rows in group):
             if error is not None:
                 rows.upload.fail(error)
+                rows.refused(error.message)
             else:
-                stored = rows.batch.num_rows - (0 if null_vectors else len(rows.failed))
+                stored = rows.num_rows - (0 if null_vectors else len(rows.failed))
                 self._telemetry.rows_stored.add(stored)
                 rows.upload.settle(rows.first, rows.last, stored=stored)
             rows.released()
 
+    def _put_back(self, taken: Sequence[Rows]) -> None:
+        """Rows of the journal wait in their place until the store is back."""
+        now = time.monotonic()
+        with self._changed:
+            for rows in reversed(taken):
+                self._pending.appendleft((dataclasses.replace(rows, doubtful=True), now))
+                self._num_pending_rows += rows.num_rows
+
     def _give_up(self, taken: Sequence[Rows], error: FletcherError) -> None:
-        if taken:
-            self._settle([list(taken)], error)
+        for rows in taken:
+            if not rows.journaled:
+                rows.upload.fail(error)
+                rows.released()
 
     def _append_all(
         self, groups: Sequence[list[Rows]], *, doubtful: bool = False
     ) -> FletcherError | None:
         """Stores the groups (those that are not there, where in doubt); None, or why it cannot."""
         keyed: dict[str, pa.RecordBatch] = {}
-        schema, _, upsert = groups[0][0].kind
+        (schema, _, upsert), _ = groups[0][0].kind
+        doubtful = doubtful or any(rows.doubtful for group in groups for rows in group)
         deadline = time.monotonic() + self._config.store_retry_s
         backoff_s = _FIRST_BACKOFF_S
         while True:
             try:
-                keyed = keyed or {_key(group): self._batch(group) for group in groups}
+                if not keyed:
+                    nulls = self.store.capabilities.null_vectors
+                    keyed = {key_of(one): keyed_batch(one, null_vectors=nulls) for one in groups}
                 writer = self._use(schema, "upsert" if upsert else "append")
                 keys = writer.missing_keys(list(keyed)) if doubtful else list(keyed)
                 doubtful = True
@@ -343,15 +342,6 @@ class Lane:
             else:
                 return None
 
-    def _batch(self, group: list[Rows]) -> pa.RecordBatch:
-        if not self.store.capabilities.null_vectors:
-            batches = [_without(rows.batch, rows.failed) for rows in group]
-        else:
-            batches = [rows.batch for rows in group]
-        batch = pa.concat_batches(batches)
-        keys = pa.repeat(_key(group), batch.num_rows)
-        return batch.append_column(pa.field("batch_key", pa.utf8()), keys)
-
     def _close_writer(self) -> None:
         writer, self._writer, self._written = self._writer, None, None
         if writer is not None:
@@ -363,36 +353,3 @@ class Lane:
 
 def _shutting_down() -> StoreUnavailableError:
     return StoreUnavailableError("the server is shutting down")
-
-
-def _kind(schema: pa.Schema, upsert: bool) -> _Kind:
-    return schema, schema.metadata, upsert
-
-
-def _groups(taken: Sequence[Rows], max_rows: int) -> list[list[Rows]]:
-    """Rows by upload, in order, joined where one follows the other."""
-    groups: list[list[Rows]] = []
-    open_groups: dict[int, list[Rows]] = {}
-    for rows in taken:
-        group = open_groups.get(id(rows.upload))
-        if (
-            group is None
-            or group[-1].last + 1 != rows.first
-            or rows.last - group[0].first >= max_rows
-        ):
-            group = open_groups[id(rows.upload)] = []
-            groups.append(group)
-        group.append(rows)
-    return groups
-
-
-def _key(group: list[Rows]) -> str:
-    return batch_key(group[0].upload.upload_id, group[0].first, group[-1].last)
-
-
-def _without(batch: pa.RecordBatch, rows: Sequence[int]) -> pa.RecordBatch:
-    if not rows:
-        return batch
-    keep = np.ones(batch.num_rows, np.bool_)
-    keep[list(rows)] = False
-    return batch.filter(pa.array(keep))

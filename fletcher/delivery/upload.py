@@ -23,10 +23,13 @@ class Upload:
     Args:
         dataset: Where its rows go.
         upload_id: Its name.
-        fingerprint: What all its connections must agree on.
-        durable: Rows that are stored count as durable (`durability: store`).
+        fingerprint: What all its connections must agree on; None: it was found in the journal, and
+            the next connection says.
+        durability: When its rows are acknowledged: `journal` (journaled or stored), `store`
+            (stored), `memory` (as received; they never count as durable).
         upsert: Its rows replace those of the same id.
         stored: Row ranges that the store holds already.
+        secured: Row ranges that are in the journal, on their way to the store.
     """
 
     def __init__(
@@ -34,21 +37,26 @@ class Upload:
         dataset: str,
         upload_id: str,
         *,
-        fingerprint: tuple[Any, ...],
-        durable: bool,
+        fingerprint: tuple[Any, ...] | None,
+        durability: str,
         upsert: bool = False,
         stored: Iterable[tuple[int, int]] = (),
+        secured: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.dataset = dataset
         self.upload_id = upload_id
         self.fingerprint = fingerprint
+        self.journaled = durability == "journal"
         self.upsert = upsert
         self.changed = threading.Condition(threading.RLock())
         self.failure: FletcherError | None = None
         self.connections = 0
-        self._durable = durable
-        self._claimed = RangeSet(stored)
+        self._durable = durability != "memory"
         self._settled = RangeSet(stored)
+        # What was acknowledged: rows in the journal or in the store, whichever comes first.
+        self._secured = RangeSet([*secured, *self._settled.ranges()])
+        self._claimed = RangeSet(self._secured.ranges())
+        self._successor: Upload | None = None
         self._rows_stored = self._settled.count
         self._rows_failed = 0
         self._rows_deduplicated = 0
@@ -67,8 +75,20 @@ class Upload:
         """Rows first..last are done: `stored` of them are in the store, the others failed."""
         with self.changed:
             self._claimed.add(first, last)  # no news, unless the upload failed meanwhile
+            self._secured.add(first, last)
+            if not self._settled.covers(first, last):  # else the store told so already
+                self._rows_stored += stored
             self._settled.add(first, last)
-            self._rows_stored += stored
+            self.changed.notify_all()
+            successor = self._successor
+        if successor is not None:
+            successor.settle(first, last, stored=stored)
+
+    def secure(self, first: int, last: int) -> None:
+        """Rows first..last are in the journal: they will reach the store whatever dies."""
+        with self.changed:
+            self._claimed.add(first, last)
+            self._secured.add(first, last)
             self.changed.notify_all()
 
     def report(self, row: int, row_id: Any, error: FletcherError) -> None:
@@ -81,10 +101,10 @@ class Upload:
                 )
 
     def fail(self, error: FletcherError) -> None:
-        """The upload cannot go on; its unsettled rows may be sent again later."""
+        """The upload cannot go on; rows that were not acknowledged may be sent again later."""
         with self.changed:
             self.failure = self.failure or error
-            for first, last in self._unsettled():
+            for first, last in self._unsecured():
                 self._claimed.remove(first, last)
             self.changed.notify_all()
 
@@ -94,22 +114,22 @@ class Upload:
             self._announced = num_rows
 
     def covers(self, first: int, last: int) -> bool:
-        """Whether rows first..last are settled."""
+        """Whether rows first..last may be acknowledged."""
         with self.changed:
-            return self._settled.covers(first, last)
+            return self._secured.covers(first, last)
 
     @property
     def in_flight(self) -> int:
-        """Rows taken in and not settled."""
+        """Rows taken in and not acknowledged."""
         with self.changed:
-            return self._claimed.count - self._settled.count
+            return self._claimed.count - self._secured.count
 
     @property
     def complete(self) -> bool:
         """The client said how many rows there are, and just these are settled."""
         with self.changed:
             return self._announced is not None and (
-                self._announced == self._claimed.count == self._settled.prefix
+                self._announced == self._claimed.count == self._secured.prefix
             )
 
     def counts(self) -> dict[str, int]:
@@ -119,7 +139,7 @@ class Upload:
                 "rows_received": self._claimed.count,
                 "rows_stored": self._rows_stored,
                 "rows_failed": self._rows_failed,
-                "rows_durable": self._settled.prefix if self._durable else 0,
+                "rows_durable": self._secured.prefix if self._durable else 0,
             }
 
     def summary(self, model: str) -> dict[str, Any]:
@@ -144,20 +164,29 @@ class Upload:
         with self.changed:
             return {
                 "rows_durable": self.counts()["rows_durable"],
-                "ranges": [list(one) for one in self._settled.ranges()] if self._durable else [],
+                "ranges": [list(one) for one in self._secured.ranges()] if self._durable else [],
                 "complete": self.complete,
             }
 
-    def settled_ranges(self) -> list[tuple[int, int]]:
-        """Inclusive ranges of rows that are done."""
+    def succeed(self, successor: Upload) -> None:
+        """This upload failed and is resumed as `successor`: what is journaled goes on to count."""
         with self.changed:
-            return self._settled.ranges()
+            for first, last in self._secured.ranges():
+                successor.secure(first, last)
+            self._successor = successor
 
-    def _unsettled(self) -> list[tuple[int, int]]:
+    def found_in_store(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Rows that the store turns out to hold, of an upload known from the journal alone."""
+        with self.changed:
+            for first, last in ranges:
+                for new in self._settled.missing(first, last):
+                    self.settle(*new, stored=new[1] - new[0] + 1)
+
+    def _unsecured(self) -> list[tuple[int, int]]:
         return [
             gap
             for first, last in self._claimed.ranges()
-            for gap in self._settled.missing(first, last)
+            for gap in self._secured.missing(first, last)
         ]
 
 

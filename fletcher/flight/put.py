@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.delivery.lane import Lane, Rows
+from fletcher.delivery.route import Route
+from fletcher.delivery.rows import Rows
 from fletcher.delivery.upload import Upload
 from fletcher.errors import DrainingError, FletcherError, InvalidCommandError
 from fletcher.flight.call import (
@@ -61,14 +62,14 @@ def put(
     )
     messages = started(read_messages(reader, context))  # who sends nothing takes no place
     with service.calls.stream(), service.telemetry.span("do_put", trace) as span:
-        upload, lane = service.delivery.open(options, output)
+        upload, route = service.delivery.open(options, output)
         span.set(dataset=upload.dataset, upload_id=upload.upload_id)
         stream = service.embedder.open_stream(span)
         try:
-            _Put(service, request, source, output, upload, lane, stream).run(messages, writer)
+            _Put(service, request, source, output, upload, route, stream).run(messages, writer)
         finally:
             stream.close()
-            service.delivery.close(upload, lane)
+            service.delivery.close(upload, route)
 
 
 class _Put:
@@ -85,7 +86,7 @@ class _Put:
         source: Intake,
         output: pa.Schema,
         upload: Upload,
-        lane: Lane,
+        route: Route,
         stream: EmbedStream,
     ) -> None:
         self._service = service
@@ -93,7 +94,7 @@ class _Put:
         self._model = request.spec.model
         self._source = source
         self._upload = upload
-        self._lane = lane
+        self._route = route
         self._stream = stream
         self._assembler = Assembler(output, request.spec, upload.upload_id)
         self._unacknowledged: deque[tuple[int, int, int]] = deque()
@@ -185,8 +186,8 @@ class _Put:
                     self._upload.report(first + row, ids[low + row].as_py(), errors[low + row])
                 # The piece's memory is free once its last part is stored.
                 num_bytes = result.num_bytes if index == len(new) - 1 else 0
-                self._lane.put(
-                    Rows(
+                self._route.put(
+                    Rows.of(
                         self._upload,
                         batch.slice(low, high - low + 1),
                         first,
@@ -194,7 +195,7 @@ class _Put:
                         lambda num_bytes=num_bytes: self._stream.release(num_bytes),  # type: ignore[misc]
                     )
                 )
-        self._lane.hurry()
+        self._route.hurry()
 
     def _acknowledge(self, writer: Any, deliver: Helper) -> None:
         """Sends an acknowledgement whenever batches have settled, and the summary at the end.
@@ -222,7 +223,7 @@ class _Put:
                 }
                 self._write(writer, ack)
             if self._service.calls.draining.is_set():
-                self._lane.hurry()
+                self._route.hurry()
         self._write(writer, self._upload.summary(self._model))
 
     def _news(self, in_memory: bool) -> bool:

@@ -41,6 +41,7 @@ def start_server(
                 "stores": (f"lance:{folder}",),
                 "group_delay_ms": 20,
                 "drain_timeout_s": 5,
+                "max_journal": 0,
             }
             return servers.enter_context(Runtime(ServeConfig(**{**fields, **options})))
 

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.lane import DeliveryConfig, Lane, Rows
+from fletcher.delivery.lane import DeliveryConfig
+from fletcher.delivery.route import Route
+from fletcher.delivery.rows import Rows
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     ColumnTypeError,
@@ -44,7 +46,7 @@ def options(**fields: Any) -> EmbedOptions:
 
 
 def send(
-    lane: Lane, upload: Upload, first: int, num_rows: int, failed: tuple[int, ...] = ()
+    lane: Route, upload: Upload, first: int, num_rows: int, failed: tuple[int, ...] = ()
 ) -> threading.Event:
     """Claims and queues rows whose ids are their offsets."""
     assert upload.claim(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
@@ -57,7 +59,7 @@ def send(
         schema=SCHEMA,
     )
     released = threading.Event()
-    lane.put(Rows(upload, batch, first, failed, released.set))
+    lane.put(Rows.of(upload, batch, first, failed, released.set))
     return released
 
 
@@ -204,7 +206,7 @@ def test_rows_that_cannot_be_prepared_fail_their_upload_and_leave_the_dataset_us
     with delivering(store) as delivery:
         upload, lane = delivery.open(options(), SCHEMA)
         upload.claim(0, 1)
-        lane.put(Rows(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]
+        lane.put(Rows.of(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]
         assert settled(upload)
         assert upload.failure is not None
         delivery.close(upload, lane)
@@ -230,7 +232,7 @@ def test_a_lane_that_has_ended_refuses_at_once() -> None:
     released = send(lane, upload, 0, 5)
     assert released.wait(5)
     assert isinstance(upload.failure, StoreUnavailableError)
-    assert isinstance(lane.open(SCHEMA, "append").exception(5), StoreUnavailableError)
+    assert isinstance(lane.lane.open(SCHEMA, "append").exception(5), StoreUnavailableError)
     with pytest.raises(StoreUnavailableError):
         delivery.open(options(upload_id="late"), SCHEMA)
 
@@ -414,7 +416,7 @@ def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
     released = send(lane, upload, 5, 5)
     closer = threading.Thread(target=delivery.shut_down)
     closer.start()
-    lane._closing.wait(5)
+    lane.lane._closing.wait(5)
     store.gate.set()
     closer.join(30)
     assert released.wait(5)

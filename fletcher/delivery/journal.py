@@ -1,0 +1,421 @@
+"""Groups of rows on disk, from the moment they are acknowledged until they are stored.
+
+A dataset's journal is a folder of segments, Arrow IPC stream files of one schema each. A record
+batch in them is a group of rows of one upload, whose extent is frozen by being written here; its
+custom metadata says which upload and rows, and a CRC-32 over it all. Groups are synced
+before they are acknowledged, several at a time; a segment is deleted when all its groups are
+stored.
+
+After a crash the last segment may end in half a group, which was never acknowledged: it is cut off.
+A group whose checksum is wrong is left out and reported, and its segment is kept for a person.
+
+Names: `N.arrow` waits or is written, `N.sent` is kept for `retention_s` because its store
+acknowledges before it is durable, `N.damaged` is for a person to look at, `N.rejected` holds groups
+that the store refused for good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from fletcher.errors import InternalError, JournalFullError
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".arrow"
+_SENT = ".sent"
+_DAMAGED = ".damaged"
+_REJECTED = ".rejected"
+_KEY = b"fletcher.group"
+_FULL_RETRY_MS = 1000
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInfo:
+    """What a group is, as its custom metadata says.
+
+    Attributes:
+        upload_id: Its upload.
+        first: Offset of its first row in the upload.
+        last: Offset of its last row.
+        failed: Rows with a null vector, by their place in the group.
+        upsert: It replaces rows by id.
+    """
+
+    upload_id: str
+    first: int
+    last: int
+    failed: tuple[int, ...] = ()
+    upsert: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class JournaledGroup:
+    """A group on disk."""
+
+    info: GroupInfo
+    schema: pa.Schema
+    segment: Segment
+    offset: int
+    num_bytes: int
+
+    def load(self) -> pa.RecordBatch:
+        """Its rows, mapped from the file.
+
+        Raises:
+            InternalError: The file does not hold what was written.
+        """
+        try:
+            with pa.memory_map(str(self.segment.path)) as file:
+                file.seek(self.offset)
+                message = pa.ipc.read_message(file)
+                if message.type == "schema":  # written along with a segment's first group
+                    message = pa.ipc.read_message(file)
+                return pa.ipc.read_record_batch(message, self.schema)
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise InternalError(f"a journaled group cannot be read: {error}") from error
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """A file of groups.
+
+    Attributes:
+        num_bytes: Its length, without an unreadable end.
+        unsettled: Groups that are not stored yet.
+        groups: Whole and right ones.
+        num_damaged: Groups whose checksum is wrong.
+        num_lost_bytes: The unreadable end.
+    """
+
+    path: Path
+    schema: pa.Schema
+    num_bytes: int = 0
+    unsettled: int = 0
+    groups: list[JournaledGroup] = field(default_factory=list)
+    num_damaged: int = 0
+    num_lost_bytes: int = 0
+
+
+class JournalSpace:
+    """Bytes that all journals of a server may take together.
+
+    Args:
+        max_bytes: The limit.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+        self._changed = threading.Condition()
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Waits until the journals take less than they may; False where they still do not."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.used_bytes < self.max_bytes, timeout_s)
+
+    def full(self) -> JournalFullError:
+        """Why a group cannot be taken now."""
+        return JournalFullError(
+            f"the journal holds {self.used_bytes} of at most {self.max_bytes} bytes and the store "
+            "takes none; try again later",
+            retry_after_ms=_FULL_RETRY_MS,
+        )
+
+    def add(self, num_bytes: int) -> None:
+        """Counts what is there already, or (negative) what has gone."""
+        with self._changed:
+            self.used_bytes += num_bytes
+            self._changed.notify_all()
+
+
+class Journal:
+    """One dataset's segments. One thread appends; `settle` may be called from another.
+
+    Args:
+        folder: Where the segments are; made if need be.
+        space: What it may take.
+        segment_bytes: Size at which a new segment begins.
+        retention_s: Tells how long segments are kept after they were sent; 0: not at all, for
+            stores that are durable when they acknowledge.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        space: JournalSpace,
+        *,
+        segment_bytes: int,
+        retention_s: Callable[[], float],
+    ) -> None:
+        self.folder = folder
+        self._space = space
+        self._segment_bytes = segment_bytes
+        self._retention_s = retention_s
+        self._lock = threading.Lock()
+        self._segments: list[Segment] = []
+        self._file: BinaryIO | None = None  # of the last segment, while it is written
+        self._writer: Any = None
+        self._next_number = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def recover(self) -> list[JournaledGroup]:
+        """Reads what an earlier process left; call it before the first `append`.
+
+        Returns:
+            Its groups in the order they were written.
+        """
+        groups: list[JournaledGroup] = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(ValueError):
+                self._next_number = max(self._next_number, int(path.stem) + 1)
+        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
+            segment = read_segment(path)
+            if segment is None:
+                path.rename(path.with_suffix(_DAMAGED))
+                log.error("journal: %s has no readable beginning; it is set aside", path)
+                continue
+            if segment.num_lost_bytes:
+                _cut(segment)
+            if not segment.groups:
+                _dispose(segment, kept=False)
+                continue
+            segment.unsettled = len(segment.groups)
+            self._segments.append(segment)
+            self._space.add(segment.num_bytes)
+            groups += segment.groups
+        _sync_folder(self.folder)
+        return groups
+
+    def append(
+        self, groups: Sequence[tuple[GroupInfo, pa.RecordBatch]], schema: pa.Schema
+    ) -> list[JournaledGroup]:
+        """Writes groups of one schema and syncs them: afterwards they survive a power loss.
+
+        Raises:
+            JournalFullError: The disk is full; nothing of these groups is kept.
+            OSError: The disk fails otherwise; the same.
+        """
+        segment, file = self._current(schema)
+        written: list[JournaledGroup] = []
+        try:
+            for info, batch in groups:
+                offset = file.tell()
+                self._writer.write_batch(batch, custom_metadata=_metadata(info, batch))
+                written.append(JournaledGroup(info, schema, segment, offset, file.tell() - offset))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            self._undo(segment)
+            if error.errno in _NO_ROOM:
+                raise JournalFullError(
+                    "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
+                ) from None
+            raise
+        with self._lock:
+            grown = file.tell() - segment.num_bytes
+            segment.num_bytes += grown
+            segment.groups += written
+            segment.unsettled += len(written)
+        self._space.add(grown)
+        return written
+
+    def settle(self, group: JournaledGroup) -> None:
+        """The group is stored for good: its segment goes when all its groups have gone."""
+        with self._lock:
+            segment = group.segment
+            segment.unsettled -= 1
+            is_open = self._file is not None and self._segments[-1] is segment
+            done = segment.unsettled == 0 and not is_open
+            if done:
+                self._segments.remove(segment)
+        if done:
+            self._dispose(segment)
+
+    def reject(self, group: JournaledGroup, reason: str) -> None:
+        """Keeps a group that the store refused for good for a person to find; settle it after."""
+        info = group.info
+        name = f"{group.segment.path.stem}-{info.upload_id}-{info.first}-{info.last}{_REJECTED}"
+        batch = group.load()
+        with (self.folder / name).open("wb") as file:
+            with pa.ipc.new_stream(file, group.schema) as writer:
+                writer.write_batch(batch, custom_metadata=_metadata(info, batch))
+            file.flush()
+            os.fsync(file.fileno())
+        log.error("journal: %s: rows were refused by the store: %s", self.folder / name, reason)
+
+    def close(self) -> None:
+        """Closes the open segment, and deletes it where nothing in it is needed any more."""
+        self._roll()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        with self._lock:
+            return sum(segment.num_bytes for segment in self._segments)
+
+    def _current(self, schema: pa.Schema) -> tuple[Segment, BinaryIO]:
+        if self._file is not None:
+            segment = self._segments[-1]
+            if segment.num_bytes < self._segment_bytes and segment.schema.equals(
+                schema, check_metadata=True
+            ):
+                return segment, self._file
+            self._roll()
+        path = self.folder / f"{self._next_number:012d}{_SUFFIX}"
+        self._next_number += 1
+        segment = Segment(path, schema)
+        file = path.open("xb")
+        self._writer = pa.ipc.new_stream(file, schema)
+        file.flush()
+        _sync_folder(self.folder)
+        segment.num_bytes = file.tell()
+        with self._lock:
+            self._file = file
+            self._segments.append(segment)
+        self._space.add(segment.num_bytes)
+        return segment, file
+
+    def _roll(self) -> None:
+        """Ends the open segment."""
+        with self._lock:
+            file, self._file = self._file, None
+            if file is None:
+                return
+            segment = self._segments[-1]
+            empty = segment.unsettled == 0
+            if empty:
+                self._segments.pop()
+        with contextlib.suppress(OSError):
+            file.close()
+        if empty:
+            self._dispose(segment)
+
+    def _dispose(self, segment: Segment) -> None:
+        self._space.add(-segment.num_bytes)
+        now, retention_s = time.time(), self._retention_s()
+        _dispose(segment, kept=retention_s > 0)
+        for path in self.folder.glob(f"*{_SENT}"):
+            with contextlib.suppress(FileNotFoundError):
+                if now - path.stat().st_mtime > retention_s:
+                    path.unlink()
+
+    def _undo(self, segment: Segment) -> None:
+        """Cuts off what was written of groups that will not be acknowledged."""
+        assert self._file is not None
+        with contextlib.suppress(OSError):
+            self._file.truncate(segment.num_bytes)
+            os.fsync(self._file.fileno())
+        self._roll()
+
+
+def read_segment(path: Path) -> Segment | None:
+    """A segment as it is on disk; None where not even its schema can be read."""
+    size = path.stat().st_size
+    try:
+        with pa.memory_map(str(path)) as file:
+            reader = pa.ipc.open_stream(file)
+            segment = Segment(path, reader.schema, num_bytes=file.tell())
+            while segment.num_bytes < size:
+                offset = file.tell()
+                try:
+                    batch, metadata = reader.read_next_batch_with_custom_metadata()
+                except StopIteration:
+                    segment.num_bytes = size  # an orderly end
+                    break
+                except (pa.ArrowException, OSError, EOFError):
+                    segment.num_lost_bytes = size - offset
+                    break
+                segment.num_bytes = file.tell()
+                try:
+                    info = _info(metadata, batch)
+                except (pa.ArrowException, ValueError, KeyError, TypeError):
+                    segment.num_damaged += 1
+                else:
+                    size_here = segment.num_bytes - offset
+                    segment.groups.append(
+                        JournaledGroup(info, reader.schema, segment, offset, size_here)
+                    )
+            return segment
+    except (pa.ArrowException, OSError, EOFError):
+        return None
+
+
+def journals(root: Path) -> Iterator[tuple[str, str, Path]]:
+    """Store, dataset and folder of each journal under `root`."""
+    for store in sorted(path for path in root.glob("*") if path.is_dir()):
+        for folder in sorted(path for path in store.glob("*") if path.is_dir()):
+            yield store.name, folder.name, folder
+
+
+def _metadata(info: GroupInfo, batch: pa.RecordBatch) -> dict[bytes, bytes]:
+    fields = {**dataclasses.asdict(info), "crc32": _checksum(info, batch)}
+    return {_KEY: json.dumps(fields).encode()}
+
+
+def _checksum(info: GroupInfo, batch: pa.RecordBatch) -> int:
+    """CRC-32 over all that a group is: its place in the upload, its columns, its rows."""
+    head = json.dumps(dataclasses.asdict(info)).encode() + batch.schema.serialize().to_pybytes()
+    return zlib.crc32(batch.serialize(), zlib.crc32(head))
+
+
+def _info(metadata: Any, batch: pa.RecordBatch) -> GroupInfo:
+    """Reads and checks a group. Raises ValueError, KeyError or TypeError where it is not right."""
+    fields = json.loads(metadata[_KEY])
+    crc = fields.pop("crc32")
+    batch.validate(full=True)
+    info = GroupInfo(**{**fields, "failed": tuple(fields["failed"])})
+    if _checksum(info, batch) != crc:
+        raise ValueError("checksum")
+    if info.last - info.first + 1 != batch.num_rows:
+        raise ValueError("rows")
+    return info
+
+
+def _cut(segment: Segment) -> None:
+    """Cuts off what follows the last whole group, and keeps a copy where it is more than zeros."""
+    path = segment.path
+    with path.open("r+b") as file:
+        file.seek(segment.num_bytes)
+        tail = file.read()
+        if any(tail):
+            path.with_suffix(_DAMAGED).write_bytes(tail)
+        file.truncate(segment.num_bytes)
+        os.fsync(file.fileno())
+    log.warning("journal: %s ended in %d bytes that are no whole group", path, len(tail))
+
+
+def _dispose(segment: Segment, *, kept: bool) -> None:
+    """What becomes of a segment of which nothing waits any more."""
+    path = segment.path
+    if segment.num_damaged:
+        log.error("journal: %s holds %d damaged groups", path, segment.num_damaged)
+        path.rename(path.with_suffix(_DAMAGED))
+    elif kept and segment.groups:
+        path.rename(path.with_suffix(_SENT))
+        os.utime(path.with_suffix(_SENT))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

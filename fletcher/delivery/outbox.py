@@ -1,0 +1,173 @@
+"""Brings a dataset's groups into its journal, many with one sync, and from there to its lane.
+
+What waits here is in memory and not acknowledged; what has passed is on disk and is. A journal that
+is full, or whose disk is, holds groups back: their streams hold their memory, and clients wait.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from fletcher.delivery.journal import GroupInfo, Journal, JournaledGroup, JournalSpace
+from fletcher.delivery.lane import Lane
+from fletcher.delivery.rows import Rows
+from fletcher.delivery.upload import Upload
+from fletcher.errors import FletcherError, InternalError, JournalFullError
+from fletcher.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+# One sync for this much: enough that its milliseconds are little beside the writing.
+_SYNC_ROWS = 20_000
+_FULL_POLL_S = 0.2
+
+
+class Outbox:
+    """A dataset's journal and its thread.
+
+    Args:
+        journal: The dataset's; recovered.
+        space: What all journals share.
+        lane: Where groups go from here.
+        patience_s: How long a full journal is waited for before an upload gets an error.
+        telemetry: Where durations go.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        space: JournalSpace,
+        lane: Lane,
+        *,
+        patience_s: float,
+        telemetry: Telemetry,
+    ) -> None:
+        self._journal = journal
+        self._space = space
+        self._lane = lane
+        self._patience_s = patience_s
+        self._telemetry = telemetry
+        self._changed = threading.Condition()
+        self._pending: deque[Rows] = deque()
+        self._writing = False
+        self._closing = threading.Event()
+        name = f"outbox-{lane.dataset}"
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def put(self, group: Rows) -> None:
+        """Queues a group; never blocks, the streams' allowances bound what can be here."""
+        with self._changed:
+            self._pending.append(group)
+            self._changed.notify_all()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits to be journaled."""
+        with self._changed:
+            return not self._pending and not self._writing
+
+    def close(self) -> None:
+        """Ends the thread and closes the journal; what was not journaled is given up."""
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+        self.thread.join()
+        self._journal.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closing.is_set())
+                taken = self._take()
+                self._writing = bool(taken)
+            if self._closing.is_set():
+                self._give_up(taken, InternalError("the server is shutting down"))
+                return
+            try:
+                self._write(taken)
+            except FletcherError as error:
+                self._give_up(taken, error)
+            except Exception:
+                log.exception("journaling for `%s` failed", self._lane.dataset)
+                self._give_up(taken, InternalError("the journal failed; the log has more"))
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+
+    def _take(self) -> list[Rows]:
+        """The oldest groups of one schema, as many as one sync is good for."""
+        taken: list[Rows] = []
+        num_rows = 0
+        while self._pending:
+            group = self._pending[0]
+            full = num_rows + group.num_rows > _SYNC_ROWS and not self._closing.is_set()
+            if taken and (full or group.schema != taken[0].schema):
+                break
+            self._pending.popleft()
+            taken.append(group)
+            num_rows += group.num_rows
+        return taken
+
+    def _write(self, taken: Sequence[Rows]) -> None:
+        groups = [group for group in taken if group.upload.failure is None]
+        for group in taken:
+            if group.upload.failure is not None:  # the client was told, and sends it again
+                group.released()
+        if not groups:
+            return
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            try:
+                if not self._space.wait_for_room(_FULL_POLL_S):
+                    raise self._space.full()
+                with self._telemetry.stage_duration.time(stage="journal"):
+                    journaled = self._journal.append(
+                        [(_info(group), group.load()) for group in groups], groups[0].schema
+                    )
+                break
+            except JournalFullError:
+                if self._closing.is_set() or time.monotonic() > deadline:
+                    raise
+                self._lane.hurry()
+                self._closing.wait(_FULL_POLL_S)
+        for group, on_disk in zip(groups, journaled, strict=True):
+            group.upload.secure(group.first, group.last)
+            group.released()
+            self._lane.put(from_journal(group.upload, on_disk, self._journal))
+
+    def _give_up(self, groups: Sequence[Rows], error: FletcherError) -> None:
+        for group in groups:
+            group.upload.fail(error)
+            group.released()
+
+
+def from_journal(
+    upload: Upload, on_disk: JournaledGroup, journal: Journal, *, doubtful: bool = False
+) -> Rows:
+    """A journaled group on its way to the store."""
+    info = on_disk.info
+    return Rows(
+        upload,
+        on_disk.schema,
+        info.first,
+        info.last - info.first + 1,
+        on_disk.num_bytes,
+        info.failed,
+        on_disk.load,
+        released=functools.partial(journal.settle, on_disk),
+        journaled=True,
+        refused=functools.partial(journal.reject, on_disk),
+        doubtful=doubtful,
+    )
+
+
+def _info(group: Rows) -> GroupInfo:
+    return GroupInfo(
+        group.upload.upload_id, group.first, group.last, group.failed, group.upload.upsert
+    )

@@ -1,0 +1,111 @@
+"""A dataset's way out of the house: its lane, and its journal before that where there is one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fletcher.delivery.journal import Journal, JournaledGroup, JournalSpace
+from fletcher.delivery.lane import DeliveryConfig, Lane
+from fletcher.delivery.outbox import Outbox
+from fletcher.delivery.rows import Rows
+from fletcher.stores.base import Store
+from fletcher.telemetry import Telemetry
+
+
+@dataclass(frozen=True, slots=True)
+class JournalConfig:
+    """Where and how rows are journaled.
+
+    Attributes:
+        folder: Of all journals: `folder/STORE/DATASET`.
+        max_bytes: What they may take together.
+        segment_bytes: Size of one file.
+        retention_s: How long files are kept for stores that acknowledge before they are durable.
+    """
+
+    folder: Path
+    max_bytes: int
+    segment_bytes: int
+    retention_s: float
+
+
+class Route:
+    """Takes rows of uploads to one dataset.
+
+    Args:
+        store: The store.
+        dataset: The dataset's name.
+        config: Groups, appends, retries.
+        telemetry: Where counts, durations and spans go.
+        on_idle: Asked when nothing is under way; True lets the route end.
+        journal: The dataset's journal; None: rows stay in memory until they are stored.
+        space: What all journals share.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dataset: str,
+        config: DeliveryConfig,
+        telemetry: Telemetry,
+        on_idle: Callable[[Route], bool],
+        *,
+        journal: Journal | None,
+        space: JournalSpace | None,
+    ) -> None:
+        self.users = 0  # guarded by Delivery
+        self.journal = journal
+        self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
+        self.lane = Lane(store, dataset, config, telemetry, lambda _lane: on_idle(self))
+        self._outbox = (
+            Outbox(
+                journal,
+                space,
+                self.lane,
+                patience_s=config.store_retry_s,
+                telemetry=telemetry,
+            )
+            if journal is not None and space is not None
+            else None
+        )
+
+    def put(self, rows: Rows) -> None:
+        """Queues rows; never blocks, the streams' allowances bound what can be here."""
+        if self._outbox is not None and rows.upload.journaled:
+            self._outbox.put(rows)
+        else:
+            self.lane.put(rows)
+
+    def hurry(self) -> None:
+        """Somebody waits for the rows that are here: don't wait for more."""
+        self.lane.hurry()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until nothing is under way; False where something still is."""
+        deadline = time.monotonic() + timeout_s
+        waited = threading.Event()
+        while not self.idle and time.monotonic() < deadline:
+            self.lane.hurry()
+            waited.wait(0.02)
+        return self.idle
+
+    def release(self) -> None:
+        """Closes the journal of a route that is idle and will not be used again."""
+        if self._outbox is not None:
+            self._outbox.close()
+
+    def close(self) -> None:
+        """Ends the threads: what is in memory is given up, what is journaled stays on disk."""
+        self.release()
+        self.lane.close()
+        if self.lane.thread is not threading.current_thread():
+            self.lane.thread.join(30.0)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is queued, journaled or being stored."""
+        return (self._outbox is None or self._outbox.idle) and self.lane.idle

@@ -1,0 +1,250 @@
+"""Segments on disk: what was synced comes back, whatever happened to the files since."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fletcher.delivery.journal import GroupInfo, Journal, JournalSpace, read_segment
+from fletcher.errors import JournalFullError
+
+SCHEMA = pa.schema(
+    {"id": pa.utf8(), "vector": pa.list_(pa.field("item", pa.float16()), 4), "n": pa.int32()},
+    metadata={"fletcher.model": "m@1"},
+)
+
+
+def rows(first: int, num_rows: int, *, nulls: tuple[int, ...] = ()) -> pa.RecordBatch:
+    flat = pa.array(np.arange(4 * num_rows, dtype=np.float16) + first)
+    mask = pa.array(np.isin(np.arange(num_rows), nulls)) if nulls else None
+    vectors = pa.FixedSizeListArray.from_arrays(flat, type=SCHEMA.field("vector").type, mask=mask)
+    ids = [f"row {n}" for n in range(first, first + num_rows)]
+    numbers = pa.array([None if n % 3 == 0 else n for n in range(num_rows)], pa.int32())
+    return pa.record_batch([ids, vectors, numbers], schema=SCHEMA)
+
+
+def info(first: int, num_rows: int, **fields: Any) -> GroupInfo:
+    return GroupInfo("u", first, first + num_rows - 1, **fields)
+
+
+@pytest.fixture(autouse=True)
+def _files_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Journals that a test leaves open stand for killed processes."""
+    made: list[Journal] = []
+    construct = Journal.__init__
+
+    def remember(self: Journal, *arguments: Any, **options: Any) -> None:
+        construct(self, *arguments, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Journal, "__init__", remember)
+    yield
+    for one in made:
+        if one._file is not None:
+            one._file.close()
+
+
+def journal(folder: Path, **options: Any) -> Journal:
+    retention_s = options.pop("retention_s", 0.0)
+    fields = {"segment_bytes": 1 << 20, "retention_s": lambda: retention_s, **options}
+    return Journal(folder, JournalSpace(1 << 30), **fields)
+
+
+def fill(folder: Path, num_groups: int = 5, **options: Any) -> Journal:
+    one = journal(folder, **options)
+    for n in range(num_groups):
+        one.append([(info(10 * n, 10), rows(10 * n, 10))], SCHEMA)
+    return one
+
+
+def test_what_was_appended_is_recovered_in_order(tmp_path: Path) -> None:
+    first = journal(tmp_path)
+    first.append(
+        [
+            (info(0, 3, failed=(1,)), rows(0, 3, nulls=(1,))),
+            (info(3, 5, upsert=True), rows(0, 8).slice(3)),
+        ],
+        SCHEMA,
+    )
+    # No close: the process was killed.
+    groups = journal(tmp_path).recover()
+    assert [group.info for group in groups] == [
+        info(0, 3, failed=(1,)),
+        info(3, 5, upsert=True),
+    ]
+    assert groups[0].load().equals(rows(0, 3, nulls=(1,)))
+    assert groups[1].load().equals(rows(0, 8).slice(3))
+    assert groups[0].schema.metadata == SCHEMA.metadata
+
+
+def test_a_segment_goes_when_all_its_groups_are_stored(tmp_path: Path) -> None:
+    one = fill(tmp_path, 3)
+    groups = one._segments[-1].groups
+    for group in groups[:2]:
+        one.settle(group)
+    one.close()
+    assert len(list(tmp_path.glob("*.arrow"))) == 1
+    one.settle(groups[2])
+    assert list(tmp_path.iterdir()) == []
+    assert one.num_bytes == 0
+
+
+def test_segments_are_rotated_and_counted(tmp_path: Path) -> None:
+    space = JournalSpace(1 << 30)
+    one = Journal(tmp_path, space, segment_bytes=2000, retention_s=lambda: 0.0)
+    for n in range(20):
+        one.append([(info(n, 1), rows(n, 1))], SCHEMA)
+    files = list(tmp_path.glob("*.arrow"))
+    assert len(files) > 2
+    assert space.used_bytes == sum(path.stat().st_size for path in files) == one.num_bytes
+    groups = journal(tmp_path).recover()
+    assert [group.info.first for group in groups] == list(range(20))
+
+
+def test_another_schema_begins_another_segment(tmp_path: Path) -> None:
+    one = journal(tmp_path)
+    one.append([(info(0, 1), rows(0, 1))], SCHEMA)
+    other = SCHEMA.with_metadata({"fletcher.model": "other@2"})
+    one.append([(info(1, 1), rows(0, 1).replace_schema_metadata(other.metadata))], other)
+    models = [group.schema.metadata[b"fletcher.model"] for group in journal(tmp_path).recover()]
+    assert models == [b"m@1", b"other@2"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.floats(0, 1))
+def test_a_torn_tail_is_cut_and_whole_groups_before_it_stay(
+    cut: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    one = fill(folder)
+    ends = [group.offset for group in one._segments[-1].groups[1:]] + [one.num_bytes]
+    (path,) = folder.glob("*.arrow")
+    size = int(cut * path.stat().st_size)
+    os.truncate(path, size)
+    recovered = journal(folder)
+    groups = recovered.recover()
+    whole = sum(end <= size for end in ends)
+    assert [group.info.first for group in groups] == [10 * n for n in range(whole)]
+    for group in groups:
+        assert group.load().equals(rows(group.info.first, 10))
+    # It goes on from there.
+    recovered.append([(info(100, 10), rows(100, 10))], SCHEMA)
+    again = journal(folder).recover()
+    assert [group.info.first for group in again] == [10 * n for n in range(whole)] + [100]
+
+
+@settings(max_examples=150, deadline=None)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_never_makes_wrong_rows(
+    where: float, bit: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    fill(folder, 3)
+    (path,) = folder.glob("*.arrow")
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 1 << bit
+    path.write_bytes(bytes(data))
+    for group in journal(folder).recover():
+        assert group.load().equals(rows(group.info.first, 10))
+        assert group.info.upload_id == "u"
+
+
+def test_one_damaged_group_does_not_take_those_behind_it(tmp_path: Path) -> None:
+    one = fill(tmp_path, 3)
+    segment = one._segments[-1]
+    middle = segment.groups[1].offset
+    data = bytearray(segment.path.read_bytes())
+    # The last bytes before the third group are the second one's body.
+    data[segment.groups[2].offset - 8] ^= 0xFF
+    segment.path.write_bytes(bytes(data))
+    found = read_segment(segment.path)
+    assert found is not None
+    assert found.num_damaged == 1
+    assert [group.info.first for group in found.groups] == [0, 20]
+    assert middle not in [group.offset for group in found.groups]
+    recovered = journal(tmp_path)
+    for group in recovered.recover():
+        recovered.settle(group)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".damaged"]
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\xff\xff\xff\x10\x00"])
+def test_files_that_are_no_segments_are_set_aside(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "000000000007.arrow").write_bytes(content)
+    one = journal(tmp_path)
+    assert one.recover() == []
+    one.append([(info(0, 1), rows(0, 1))], SCHEMA)
+    assert (tmp_path / "000000000008.arrow").exists()
+    assert not (tmp_path / "000000000007.arrow").exists()
+
+
+def test_a_full_disk_takes_nothing_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = fill(tmp_path, 2)
+
+    def no_room(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fletcher.delivery.journal.os.fsync", no_room)
+    with pytest.raises(JournalFullError):
+        one.append([(info(20, 10), rows(20, 10))], SCHEMA)
+    monkeypatch.undo()
+    one.append([(info(30, 10), rows(30, 10))], SCHEMA)
+    groups = journal(tmp_path).recover()
+    assert [group.info.first for group in groups] == [0, 10, 30]
+
+
+def test_sent_segments_are_kept_for_stores_that_are_not_durable(tmp_path: Path) -> None:
+    one = fill(tmp_path, 2, retention_s=3600.0)
+    groups = list(one._segments[-1].groups)
+    one.close()
+    for group in groups:
+        one.settle(group)
+    (kept,) = tmp_path.iterdir()
+    assert kept.suffix == ".sent"
+    assert journal(tmp_path, retention_s=3600.0).recover() == []
+    os.utime(kept, (1, 1))
+    later = journal(tmp_path, retention_s=3600.0)
+    later.recover()
+    (group,) = later.append([(info(0, 10), rows(0, 10))], SCHEMA)
+    later.close()
+    later.settle(group)
+    assert not kept.exists()
+
+
+def test_rejected_groups_are_kept_apart(tmp_path: Path) -> None:
+    one = fill(tmp_path, 1)
+    (group,) = one._segments[-1].groups
+    one.reject(group, "no such column")
+    one.close()
+    one.settle(group)
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == ".rejected"
+    found = read_segment(path)
+    assert found is not None
+    assert found.groups[0].load().equals(rows(0, 10))
+
+
+def test_room_comes_back_when_segments_go(tmp_path: Path) -> None:
+    space = JournalSpace(500)
+    one = Journal(tmp_path, space, segment_bytes=1, retention_s=lambda: 0.0)
+    (first,) = one.append([(info(0, 10), rows(0, 10))], SCHEMA)
+    one.close()
+    assert not space.wait_for_room(0.01)
+    waited = threading.Thread(target=space.wait_for_room, args=(30,))
+    waited.start()
+    one.settle(first)
+    waited.join(10)
+    assert not waited.is_alive()
+    assert space.used_bytes == 0

@@ -1,0 +1,241 @@
+"""Uploads through the journal: outages, crashes, full journals, refusals."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from fletcher.delivery.delivery import Delivery
+from fletcher.delivery.lane import DeliveryConfig
+from fletcher.delivery.route import JournalConfig, Route
+from fletcher.delivery.rows import Rows
+from fletcher.delivery.upload import Upload
+from fletcher.errors import (
+    ColumnTypeError,
+    ConfigError,
+    InvalidCommandError,
+    JournalFullError,
+)
+from fletcher.options import EmbedOptions
+from fletcher.telemetry import Telemetry
+from tests.doubles.stores import MemoryStore, outage
+
+SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
+CONFIG = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30)
+
+
+@contextmanager
+def delivering(
+    store: MemoryStore, folder: Path, config: DeliveryConfig = CONFIG, **journal: Any
+) -> Iterator[Delivery]:
+    fields = {"max_bytes": 1 << 30, "segment_bytes": 1 << 16, "retention_s": 0.0, **journal}
+    journal_config = JournalConfig(folder=folder, **fields)
+    delivery = Delivery({"default": store}, config, Telemetry(), journal_config)
+    delivery.recover()
+    try:
+        yield delivery
+    finally:
+        store.gate.set()
+        delivery.shut_down()
+
+
+def options(**fields: Any) -> EmbedOptions:
+    return EmbedOptions(**{"dataset": "d", "upload_id": "u", **fields})
+
+
+def send(route: Route, upload: Upload, first: int, num_rows: int) -> threading.Event:
+    assert upload.claim(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
+    ids = pa.array(range(first, first + num_rows), pa.int64())
+    vectors = pa.array([[1.0, 0.0]] * num_rows, SCHEMA.field("vector").type)
+    released = threading.Event()
+    batch = pa.record_batch([ids, vectors], schema=SCHEMA)
+    route.put(Rows.of(upload, batch, first, (), released.set))
+    return released
+
+
+def wait(upload: Upload, condition: Callable[[], bool]) -> bool:
+    with upload.changed:
+        return upload.changed.wait_for(condition, timeout=30)
+
+
+def durable(upload: Upload, num_rows: int) -> bool:
+    return wait(upload, lambda: upload.counts()["rows_durable"] == num_rows)
+
+
+def stored(upload: Upload, num_rows: int) -> bool:
+    return wait(upload, lambda: upload.counts()["rows_stored"] == num_rows)
+
+
+def ids(store: MemoryStore) -> list[int]:
+    return sorted(store.rows("d").column("id").to_pylist())
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in (folder / "default" / "d").glob("0*"))
+
+
+def test_rows_are_durable_before_they_are_stored_and_their_memory_is_free(tmp_path: Path) -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store, tmp_path) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        released = [send(route, upload, first, 5) for first in range(0, 50, 5)]
+        assert durable(upload, 50)
+        assert all(one.wait(5) for one in released)
+        assert upload.counts()["rows_stored"] == 0
+        assert upload.in_flight == 0
+        store.gate.set()
+        assert stored(upload, 50)
+        assert ids(store) == list(range(50))
+        assert delivery.flush(10)
+    assert files(tmp_path) == []
+
+
+def test_after_a_crash_what_was_acknowledged_reaches_the_store_once(tmp_path: Path) -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store, tmp_path) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 30)
+        assert durable(upload, 30)
+        # The first append hangs; closing is as good as a crash for what is on disk.
+        for one in delivery._all_routes():
+            one.lane._closing.set()
+    before = ids(store)
+    with delivering(store, tmp_path) as delivery:
+        status = delivery.status(options())
+        assert status["rows_durable"] == 30
+        upload, route = delivery.open(options(), SCHEMA)
+        assert upload.claim(0, 39) == [(30, 39)]
+        assert stored(upload, 30)
+        assert ids(store) == list(range(30))
+    assert len(before) in (0, 30)
+    assert files(tmp_path) == []
+
+
+def test_a_crash_between_the_stores_commit_and_the_journals_knowledge(tmp_path: Path) -> None:
+    store = MemoryStore()
+    patience = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0)
+    store.faults.append(("after", outage()))
+    with delivering(store, tmp_path, patience) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 10)
+        assert durable(upload, 10)
+        while not store.appends:
+            time.sleep(0.001)
+        for one in delivery._all_routes():
+            one.lane.close()
+    assert ids(store) == list(range(10))
+    with delivering(store, tmp_path) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        assert upload.counts()["rows_durable"] == 10
+        assert delivery.flush(10)
+        assert upload.counts()["rows_stored"] == 10
+    assert ids(store) == list(range(10))
+    assert files(tmp_path) == []
+
+
+def test_an_outage_costs_no_error_however_long(tmp_path: Path) -> None:
+    store = MemoryStore()
+    patience = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0)
+    store.faults.extend([("before", outage()), ("after", outage()), ("before", outage())])
+    with delivering(store, tmp_path, patience) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        for first in range(0, 40, 10):
+            send(route, upload, first, 10)
+        assert stored(upload, 40)
+        assert upload.failure is None
+        assert ids(store) == list(range(40))
+
+
+def test_a_full_journal_holds_clients_back_then_says_so(tmp_path: Path) -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    patience = DeliveryConfig(group_rows=10, commit_rows=10, group_delay_s=0, store_retry_s=0.3)
+    with delivering(store, tmp_path, patience, max_bytes=1000, segment_bytes=1) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 40)
+        assert durable(upload, 40)
+        released = send(route, upload, 40, 10)
+        assert wait(upload, lambda: upload.failure is not None)
+        assert isinstance(upload.failure, JournalFullError)
+        assert upload.failure.retry_after_ms is not None
+        assert released.wait(5)
+        delivery.close(upload, route)
+        store.gate.set()
+        assert delivery.flush(10)
+        again, route = delivery.open(options(), SCHEMA)
+        assert again.claim(0, 49) == [(40, 49)]
+        assert again.counts()["rows_stored"] == 40
+
+
+def test_rows_that_the_store_refuses_are_kept_for_a_person(tmp_path: Path) -> None:
+    store = MemoryStore()
+    store.refuse = lambda batches: ColumnTypeError("not this")
+    with delivering(store, tmp_path) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 10)
+        assert wait(upload, lambda: upload.failure is not None)
+        assert delivery.flush(10)
+    folder = tmp_path / "default" / "d"
+    assert [path.suffix for path in folder.glob("0*")] == [".rejected"]
+
+
+def test_an_overwrite_comes_after_what_was_accepted_before_it(tmp_path: Path) -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store, tmp_path) as delivery:
+        old, route = delivery.open(options(upload_id="old"), SCHEMA)
+        send(route, old, 0, 10)
+        assert durable(old, 10)
+        opened: list[Any] = []
+        opening = threading.Thread(
+            target=lambda: opened.append(delivery.open(options(mode="overwrite"), SCHEMA))
+        )
+        opening.start()
+        opening.join(0.1)
+        store.gate.set()
+        opening.join(30)
+        ((new, route),) = opened
+        send(route, new, 100, 3)
+        assert stored(new, 3)
+        assert ids(store) == [100, 101, 102]
+
+
+def test_only_one_server_uses_a_journal(tmp_path: Path) -> None:
+    with (
+        delivering(MemoryStore(), tmp_path),
+        pytest.raises(ConfigError, match="another server"),
+        delivering(MemoryStore(), tmp_path),
+    ):
+        pass
+    with delivering(MemoryStore(), tmp_path):
+        pass
+
+
+def test_without_a_journal_it_cannot_be_asked_for() -> None:
+    delivery = Delivery({"default": MemoryStore()}, CONFIG, Telemetry())
+    with pytest.raises(InvalidCommandError) as caught:
+        delivery.open(options(durability="journal"), SCHEMA)
+    assert caught.value.allowed == ["store", "memory"]
+    delivery.shut_down()
+
+
+def test_store_durability_passes_the_journal_by(tmp_path: Path) -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store, tmp_path) as delivery:
+        upload, route = delivery.open(options(durability="store"), SCHEMA)
+        send(route, upload, 0, 10)
+        assert store.waiting.wait(5)
+        assert upload.counts()["rows_durable"] == 0
+        store.gate.set()
+        assert durable(upload, 10)
+    assert files(tmp_path) == []
