@@ -90,7 +90,8 @@ class Allowance:
     def _fits(self, num_bytes: int) -> bool:
         more = self._common(self._used + num_bytes) - self._common(self._used)
         free = self._budget._common_bytes - self._budget._common_used
-        return more <= free or (self._used == 0 and self._budget._common_used == 0)
+        # What is in the reserve is nobody else's, also while one huge piece overdraws the rest.
+        return more <= max(0, free) or (self._used == 0 and self._budget._common_used == 0)
 
     def _add(self, num_bytes: int) -> None:
         before = self._common(self._used)

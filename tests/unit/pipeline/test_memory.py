@@ -46,6 +46,17 @@ def test_one_piece_larger_than_everything_passes_alone() -> None:
     assert not call.is_alive()
 
 
+def test_a_piece_larger_than_everything_leaves_others_their_reserve() -> None:
+    # The overdrawn common part counted against streams that asked for nothing of it.
+    budget = MemoryBudget(4000, max_streams=10)
+    huge, other = budget.open(), budget.open()
+    huge.acquire(10_000)
+    call = threading.Thread(target=other.acquire, args=(100,), daemon=True)
+    call.start()
+    call.join(5)
+    assert not call.is_alive()
+
+
 def test_close_gives_everything_back_and_wakes_a_waiting_acquire() -> None:
     budget = MemoryBudget(4000, max_streams=10)
     stream = budget.open()
