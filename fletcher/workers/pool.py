@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from fletcher.errors import BackendError, InternalError, OverloadedError
-from fletcher.workers.messages import Failure, Ready, Request, WorkerSpec, receive, send
+from fletcher.workers.messages import Failure, Ready, Request, WorkerSpec, encode, receive
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +151,12 @@ class WorkerPool:
                 continue
             if slot is None:
                 _finish(job, None, self._gone())
-            else:
+                continue
+            try:
                 slot.give(job)
+            except Exception as error:
+                log.exception("%s: a job cannot be sent", self.name)
+                _finish(job, None, InternalError(f"{type(error).__name__}; the log has more"))
 
     def _free_slot(self) -> _Slot | None:
         """The least loaded worker with room; None if none is alive and none will be soon."""
@@ -228,19 +232,24 @@ class _Slot:
         }
 
     def give(self, job: Job) -> None:
-        """Sends a job to the worker; if it just died, the job goes to another."""
+        """Sends a job to the worker; if it just died, the job goes to another.
+
+        Raises:
+            Exception: The job cannot be pickled; the worker knows nothing of it.
+        """
+        job_id, self._next_id = self._next_id, self._next_id + 1
+        request = encode(Request(job_id, job.payload))
         with self._pool._changed:
             connection = self._connection
             if connection is None:
                 self._pool._retries.append(job)
                 return
-            job_id, self._next_id = self._next_id, self._next_id + 1
             self._jobs[job_id] = job
             self.load += job.cost
             job.worker = self.spec.name
         try:
             with self._sending:
-                send(connection, Request(job_id, job.payload))
+                connection.send_bytes(request)
         except OSError:
             pass  # the worker is gone: the reader notices and passes the job on
 
@@ -288,7 +297,9 @@ class _Slot:
             )
         connection = Connection(ours.detach())
         try:
-            send(connection, self.spec)
+            if self._pool._closing.is_set():  # `close` may have killed what was there before
+                self.kill()
+            connection.send_bytes(encode(self.spec))
             if not connection.poll(self._start_timeout_s):
                 raise BackendError(f"{self.spec.name} was not ready in {self._start_timeout_s:g} s")
             message = receive(connection)
@@ -315,6 +326,9 @@ class _Slot:
             try:
                 message = receive(connection)
             except (EOFError, OSError):
+                return
+            except Exception:
+                log.exception("%s answered what cannot be read", self.spec.name)
                 return
             with self._pool._changed:
                 job = self._jobs.pop(message.job_id)

@@ -159,6 +159,45 @@ def test_a_worker_that_exits_while_loading_is_named() -> None:
         WorkerPool("echo", [spec], QueueSource()).start()
 
 
+@pytest.mark.parametrize("payload", ["answer unsendable", "answer unreadable", lambda: None])
+def test_what_cannot_cross_the_pipe_fails_alone(payload: Any) -> None:
+    # It ended the thread that met it: a job, or the whole pool, was never heard of again.
+    with running() as (_, submit):
+        with pytest.raises(InternalError):
+            submit(payload).wait()
+        assert submit("still there").wait() == "still there"
+
+
+def test_a_worker_that_restarts_while_the_pool_closes_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It was started after `close` had killed all there were, and nobody ended it.
+    starting, killed = threading.Event(), threading.Event()
+    begin = subprocess.Popen
+
+    def late(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        starting.set()
+        assert killed.wait(10)
+        return begin(*args, **options)
+
+    with running() as (pool, submit):
+        submit("still there").wait()
+        monkeypatch.setattr(subprocess, "Popen", late)
+        os.kill(pool.process_ids()[0], signal.SIGKILL)
+        assert starting.wait(10)
+        (slot,) = pool._slots
+        kill = slot.kill
+
+        def kill_and_tell() -> None:
+            kill()
+            killed.set()
+
+        monkeypatch.setattr(slot, "kill", kill_and_tell)
+        pool.close()
+        slot.thread.join(10)
+        assert not slot.thread.is_alive()
+
+
 def test_close_leaves_no_process() -> None:
     with running(3) as (pool, _):
         pids = pool.process_ids()
