@@ -8,7 +8,7 @@ and cuts the rest into `Piece`s: the distinct texts to embed, and which row take
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,8 +162,22 @@ class Intake:
         """The input has a `metadata` column of strings."""
         return self._metadata is not None
 
-    def pieces(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> Iterator[Piece]:
+    def pieces(
+        self,
+        batch: pa.RecordBatch,
+        batch_id: int,
+        row_first: int,
+        *,
+        keep: Callable[[int], bool] = lambda _: True,
+    ) -> Iterator[Piece]:
         """Checks a batch and cuts it up; an empty batch gives one empty piece.
+
+        Args:
+            batch: As received.
+            batch_id: Its number.
+            row_first: Offset of its first row in the upload.
+            keep: Asked whether the vectors of a dictionary may be kept, so many bytes, for batches
+                to come.
 
         Raises:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
@@ -182,9 +196,10 @@ class Intake:
             sizes = np.diff(text_offsets(text))
         errors = _RowErrors(used, sizes, self._limits.max_row_bytes)
         held_bytes = self._held_bytes(batch, used)
-        shared = dictionary is not None and len(dictionary) <= self._limits.table_values
-        if shared:
-            fresh_dictionary = self._remember(dictionary)
+        shared = new_table = False
+        if dictionary is not None and len(dictionary) <= self._limits.table_values:
+            new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
+            shared = not new_table or self._remember(dictionary, keep)
         bounds = _cuts(sizes, self._limits.piece_rows, self._limits.piece_bytes)
         priority = self._class_of(batch.num_rows, int(sizes.sum()) if len(sizes) else 0)
         for index, (first, last) in enumerate(bounds):
@@ -219,7 +234,7 @@ class Intake:
                 values=values,
                 new_values=new_values,
                 table_size=len(dictionary) if shared and dictionary is not None else 0,
-                new_table=shared and fresh_dictionary and index == 0,
+                new_table=shared and new_table and index == 0,
                 errors=own_errors,
                 timestamp_ns=timestamp_ns,
                 last=index == len(bounds) - 1,
@@ -272,13 +287,14 @@ class Intake:
         )
         return int(max(0, batch.get_total_buffer_size() - texts) + decoded)
 
-    def _remember(self, dictionary: pa.Array) -> bool:
-        """Keeps the table of a dictionary that comes again; says whether a new one begins."""
-        if self._dictionary is not None and self._dictionary.equals(dictionary):
-            return False
-        self._dictionary = dictionary
+    def _remember(self, dictionary: pa.Array, keep: Callable[[int], bool]) -> bool:
+        """Keeps a dictionary for a table of its vectors, if there is room for that."""
+        # A value takes there half of what a row takes on its whole way.
+        num_bytes = int(dictionary.nbytes) + len(dictionary) * self._limits.bytes_per_row // 2
+        kept = keep(num_bytes)
+        self._dictionary = dictionary if kept else None
         self._seen = np.zeros(len(dictionary), np.bool_)
-        return True
+        return kept
 
     def _text_batch(self, texts: pa.Array) -> TextBatch:
         offsets = text_offsets(texts)

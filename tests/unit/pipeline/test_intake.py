@@ -134,6 +134,27 @@ def test_a_large_dictionary_is_looked_up_piece_by_piece() -> None:
     assert embedded == ["value 3", "value 0", "value 3", "value 19"]
 
 
+def test_a_dictionary_without_room_for_its_table_is_looked_up_piece_by_piece() -> None:
+    words = pa.array(["a", "b", "c"])
+    batch = pa.record_batch([pa.DictionaryArray.from_arrays([0, 1, 2, 0, 1, 2], words)], ["text"])
+    intake = make(batch.schema)
+    room = iter([False, True])
+    asked: list[int] = []
+
+    def keep(num_bytes: int) -> bool:
+        asked.append(num_bytes)
+        return next(room)
+
+    pieces = [piece for _ in range(3) for piece in intake.pieces(batch, 0, 0, keep=keep)]
+    assert [texts_of(piece) for piece in pieces] == [
+        *(["a", "b", "c"], ["b", "c"]),  # no room
+        *(["a", "b", "c"], []),
+        *([], []),
+    ]
+    assert [piece.new_table for piece in pieces] == [False, False, True, False, False, False]
+    assert len(asked) == 2
+
+
 def test_a_dictionary_with_null_values() -> None:
     array = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["a", None]))
     batch = pa.record_batch({"text": array})
