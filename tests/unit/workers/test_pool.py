@@ -120,6 +120,18 @@ def test_a_job_that_kills_its_workers_fails_alone() -> None:
         assert sum(one["restarts"] for one in pool.statistics()) == 2
 
 
+def test_a_job_that_kills_its_workers_takes_none_of_its_company_with_it() -> None:
+    with running(2, concurrency=2, prefetch=1) as (_, submit):
+        answers = [submit("die" if n in (7, 20) else n) for n in range(40)]
+        for n, answer in enumerate(answers):
+            if n in (7, 20):
+                with pytest.raises(InternalError, match="died 2 times"):
+                    answer.wait()
+            else:
+                assert answer.wait() == n
+            assert answer.calls == 1
+
+
 def test_kill_9_from_outside_while_working(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with running() as (pool, submit):
