@@ -161,7 +161,8 @@ class WorkerPool:
     def _free_slot(self) -> tuple[_Slot | None, bool]:
         """The least loaded worker with room, and whether it is for a job that is done again.
 
-        No worker where none is alive and none will be soon. A job whose worker died gets a worker for itself: if that dies too, the job is to blame.
+        No worker where none is alive and none will be soon. A job whose worker died gets a worker
+        for itself: if that dies too, the job is to blame.
         """
         with self._changed:
             while not self._closing.is_set():
