@@ -86,7 +86,7 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
     Raises:
         FletcherError: The server cannot be reached or started.
     """
-    from fletcher.client import TlsOptions, connect
+    from fletcher.client import TlsOptions, TransferOptions, connect
 
     if args.server:
         refuse_local_flags(args)
@@ -120,7 +120,10 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
         )
         with (
             Runtime(private, progress=_say) as runtime,
-            connect(runtime.address, token=token) as client,
+            # It tries a failing store for --store-retry itself: the client need not again.
+            connect(
+                runtime.address, token=token, transfer=TransferOptions(max_retries=0)
+            ) as client,
         ):
             yield client
 

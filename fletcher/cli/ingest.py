@@ -101,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         columns=args.columns,
         format_name=args.format,
         limit=args.limit,
+        notice=_say,
     )
     started_s = time.monotonic()
     with open_client(args, config) as client:
@@ -235,6 +236,10 @@ def _print(report: Mapping[str, Any]) -> None:
     more = report["rows_failed"] - len(report["errors"][:SHOWN_ERRORS])
     if more > 0:
         print(f"and {more:,} more failed rows; --json lists those that the server named")
+
+
+def _say(line: str) -> None:
+    print(f"fletcher ingest: {line}", file=sys.stderr)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -40,8 +40,9 @@ log = logging.getLogger(__name__)
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 10.0
 _LINGER_S = 5.0
-# utf8 columns hold less than 2 GiB, and what is joined for an append is in memory twice.
-_COMMIT_BYTES = 256 << 20
+# What is joined and encoded for an append is in memory up to four times, beside what the streams'
+# allowances count; utf8 columns hold less than 2 GiB, too.
+_COMMIT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,9 @@ def exchange(
                         )
                     service.telemetry.rows_received.add(batch.num_rows)
                     service.telemetry.bytes_received.add(batch.get_total_buffer_size())
-                    for piece in source.pieces(batch, message.batch_id, message.row_first):
+                    for piece in source.pieces(
+                        batch, message.batch_id, message.row_first, keep=stream.keep
+                    ):
                         stream.submit(
                             piece.texts,
                             piece,

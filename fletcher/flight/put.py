@@ -147,7 +147,7 @@ class _Put:
             self._service.telemetry.bytes_received.add(batch.get_total_buffer_size())
             row_first, row_last = message.row_first, message.row_first + num_rows - 1
             # Cutting first checks the batch as a whole: a bad one is refused before it is claimed.
-            pieces = self._source.pieces(batch, message.batch_id, row_first)
+            pieces = self._source.pieces(batch, message.batch_id, row_first, keep=self._stream.keep)
             for piece in pieces:
                 if piece.num_rows:
                     self._submit(piece)

@@ -40,7 +40,7 @@ class Assembler:
         if table.errors:
             for row, value in enumerate(values.tolist()):
                 if value in table.errors:
-                    errors[row] = table.errors[value]
+                    errors.setdefault(row, table.errors[value])
         missing: BoolArray = np.zeros(num_rows, np.bool_)
         missing[list(errors)] = True
         columns: dict[str, Any] = {

@@ -72,6 +72,8 @@ class Embedder:
         self._tokenize = tokenize
         self._tokenizing = threading.Lock()
         self._streams: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
+        self._opening = threading.Lock()
+        self._closed = False
         self._nothing = EmbeddingBatch(
             embeddings=np.zeros((0, config.dim), np.float32),
             norms=None,
@@ -118,13 +120,20 @@ class Embedder:
         """Ends all workers and closes all streams: what was in flight has no result. Idempotent."""
         self.tokenizers.close()
         self.replicas.close()
-        for stream in list(self._streams):
+        with self._opening:
+            self._closed = True
+            streams = list(self._streams)
+        for stream in streams:
             stream.close()
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """A way through the pipeline for one client call; close it in the end."""
         stream = EmbedStream(self._budget.open(), self._enqueue, trace)
-        self._streams.add(stream)
+        with self._opening:
+            self._streams.add(stream)
+            closed = self._closed
+        if closed:
+            stream.close()
         return stream
 
     def statistics(self) -> dict[str, Any]:

@@ -8,27 +8,43 @@ and cuts the rest into `Piece`s: the distinct texts to embed, and which row take
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from fletcher.batches import Int32Array, Int64Array, Priority, TextBatch, Truncate
+from fletcher.batches import (
+    Int32Array,
+    Int64Array,
+    Priority,
+    TextBatch,
+    Truncate,
+)
 from fletcher.errors import (
     BatchTooLargeError,
     ColumnTypeError,
     FletcherError,
     InvalidCommandError,
-    InvalidUtf8Error,
     RowTooLargeError,
     UnknownColumnError,
 )
 from fletcher.options import EmbedOptions
+from fletcher.pipeline.arrays import (
+    decoded_bytes,
+    large_utf8,
+    null_mask,
+    text_offsets,
+    validate,
+    viewed_bytes,
+    without_views,
+)
 
 INTERACTIVE_ROWS = 32
 INTERACTIVE_BYTES = 32 * 1024
+
+# What a row takes here at least, whatever its size on the wire: offsets, lengths, masks.
+_ROW_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +162,22 @@ class Intake:
         """The input has a `metadata` column of strings."""
         return self._metadata is not None
 
-    def pieces(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> Iterator[Piece]:
+    def pieces(
+        self,
+        batch: pa.RecordBatch,
+        batch_id: int,
+        row_first: int,
+        *,
+        keep: Callable[[int], bool] = lambda _: True,
+    ) -> Iterator[Piece]:
         """Checks a batch and cuts it up; an empty batch gives one empty piece.
+
+        Args:
+            batch: As received.
+            batch_id: Its number.
+            row_first: Offset of its first row in the upload.
+            keep: Asked whether the vectors of a dictionary may be kept, so many bytes, for batches
+                to come.
 
         Raises:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
@@ -156,27 +186,24 @@ class Intake:
         timestamp_ns = time.time_ns()
         used = self._used_columns(batch)
         text = used.column("text")
-        errors = _row_errors(used, self._limits.max_row_bytes)
         dictionary = None
         if pa.types.is_dictionary(text.type):
-            dictionary = _large(text.dictionary)
+            dictionary = large_utf8(text.dictionary)
             codes = text.indices.cast(pa.int64()).fill_null(-1).to_numpy()
+            sizes = np.append(np.diff(text_offsets(dictionary)), 0)[codes]  # code -1 takes the 0
         else:
-            text = _large(text)
-        sizes = (
-            np.diff(_offsets(dictionary))[codes]
-            if dictionary is not None
-            else np.diff(_offsets(text))
-        )
-        shared = dictionary is not None and len(dictionary) <= self._limits.table_values
-        if shared:
-            fresh_dictionary = self._remember(dictionary)
+            text = large_utf8(text)
+            sizes = np.diff(text_offsets(text))
+        errors = _RowErrors(used, sizes, self._limits.max_row_bytes)
+        held_bytes = self._held_bytes(batch, used)
+        shared = new_table = False
+        if dictionary is not None and len(dictionary) <= self._limits.table_values:
+            new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
+            shared = not new_table or self._remember(dictionary, keep)
         bounds = _cuts(sizes, self._limits.piece_rows, self._limits.piece_bytes)
         priority = self._class_of(batch.num_rows, int(sizes.sum()) if len(sizes) else 0)
         for index, (first, last) in enumerate(bounds):
-            own_errors = {
-                row - first: error for row, error in errors.items() if first <= row < last
-            }
+            own_errors = errors.of(first, last)
             wanted = np.ones(last - first, np.bool_)
             wanted[list(own_errors)] = False
             values: Int32Array | None
@@ -207,45 +234,70 @@ class Intake:
                 values=values,
                 new_values=new_values,
                 table_size=len(dictionary) if shared and dictionary is not None else 0,
-                new_table=shared and fresh_dictionary and index == 0,
+                new_table=shared and new_table and index == 0,
                 errors=own_errors,
                 timestamp_ns=timestamp_ns,
                 last=index == len(bounds) - 1,
                 num_bytes=3 * int(sizes[first:last].sum())
-                + (last - first) * self._limits.bytes_per_row,
+                + (last - first) * self._limits.bytes_per_row
+                + held_bytes * (last - first) // max(1, batch.num_rows),
                 priority=priority,
             )
 
     def _used_columns(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        num_bytes = batch.get_total_buffer_size()
-        if num_bytes > self._limits.max_message_bytes:
-            raise BatchTooLargeError(
-                f"a batch of {num_bytes} bytes came, at most {self._limits.max_message_bytes} are "
-                "accepted; send smaller batches",
-                allowed=[f"<= {self._limits.max_message_bytes} bytes"],
-            )
+        self._check_size(
+            max(batch.get_total_buffer_size(), _ROW_BYTES * batch.num_rows),
+            f"a batch has {batch.num_rows} rows and",
+        )
         columns = {"text": self._text, "id": self._id, "metadata": self._metadata}
         arrays = {name: batch.column(index) for name, index in columns.items() if index is not None}
         for index in self._carried:
             arrays[f"carried:{batch.schema.field(index).name}"] = batch.column(index)
         for name, array in arrays.items():
-            _validate(array, name.removeprefix("carried:"))
+            validate(array, name.removeprefix("carried:"))
+            # A few bytes may stand for many: those are counted before they are written out.
             if name == "text":
-                arrays[name] = _without_views(array)
+                self._check_size(viewed_bytes(array), "`text` holds views of")
+                arrays[name] = without_views(array)
             elif pa.types.is_dictionary(array.type):
+                self._check_size(
+                    decoded_bytes(array), f"column `{name.removeprefix('carried:')}` stands for"
+                )
                 arrays[name] = array.dictionary_decode()
         return pa.RecordBatch.from_pydict(arrays)
 
-    def _remember(self, dictionary: pa.Array) -> bool:
-        """Keeps the table of a dictionary that comes again; says whether a new one begins."""
-        if self._dictionary is not None and self._dictionary.equals(dictionary):
-            return False
-        self._dictionary = dictionary
+    def _check_size(self, num_bytes: int, what: str) -> None:
+        if num_bytes > self._limits.max_message_bytes:
+            raise BatchTooLargeError(
+                f"{what} {num_bytes} bytes, at most {self._limits.max_message_bytes} are "
+                "accepted; send smaller batches",
+                allowed=[f"<= {self._limits.max_message_bytes} bytes"],
+            )
+
+    def _held_bytes(self, batch: pa.RecordBatch, used: pa.RecordBatch) -> int:
+        """What a batch keeps in memory beside its texts.
+
+        Used columns or not: a column that came over Flight keeps its whole message.
+        """
+        texts = batch.column(self._text).get_total_buffer_size()
+        decoded = sum(
+            used.column(f"carried:{batch.schema.field(index).name}").nbytes
+            for index in self._carried
+            if pa.types.is_dictionary(batch.schema.field(index).type)
+        )
+        return int(max(0, batch.get_total_buffer_size() - texts) + decoded)
+
+    def _remember(self, dictionary: pa.Array, keep: Callable[[int], bool]) -> bool:
+        """Keeps a dictionary for a table of its vectors, if there is room for that."""
+        # A value takes there half of what a row takes on its whole way.
+        num_bytes = int(dictionary.nbytes) + len(dictionary) * self._limits.bytes_per_row // 2
+        kept = keep(num_bytes)
+        self._dictionary = dictionary if kept else None
         self._seen = np.zeros(len(dictionary), np.bool_)
-        return True
+        return kept
 
     def _text_batch(self, texts: pa.Array) -> TextBatch:
-        offsets = _offsets(texts)
+        offsets = text_offsets(texts)
         first, last = int(offsets[0]), int(offsets[-1])
         data = texts.buffers()[2]
         raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
@@ -318,76 +370,35 @@ def _plain(field: pa.Field) -> pa.Field:
     return pa.field(field.name, kind)
 
 
-def _validate(array: pa.Array, name: str) -> None:
-    try:
-        array.validate(full=True)
-        if pa.types.is_dictionary(array.type):
-            array.dictionary.validate(full=True)
-    except pa.ArrowInvalid as error:
-        text = str(error)
-        if "UTF8" in text or "UTF-8" in text:
-            raise InvalidUtf8Error(
-                f"column `{name}` holds invalid UTF-8: {text}; nothing of this batch was used",
-                field=name,
-            ) from None
-        raise ColumnTypeError(
-            f"column `{name}` is not a valid Arrow array: {text}; nothing of this batch was used",
-            field=name,
-        ) from None
+class _RowErrors:
+    """Which rows of a batch cannot be embedded; as masks, for they may be millions."""
 
+    def __init__(self, rows: pa.RecordBatch, sizes: Int64Array, max_row_bytes: int) -> None:
+        self._no_text = null_mask(rows.column("text"))
+        sizes[self._no_text] = 0  # a null may cover bytes
+        self._sizes = sizes
+        self._max_row_bytes = max_row_bytes
+        self._no_id = null_mask(rows.column("id")) if "id" in rows.schema.names else None
 
-def _without_views(texts: pa.Array) -> pa.Array:
-    """Arrow has few functions for string views: they become utf8 with offsets."""
-    if pa.types.is_string_view(texts.type):
-        return texts.cast(pa.large_utf8())
-    if pa.types.is_dictionary(texts.type) and pa.types.is_string_view(texts.type.value_type):
-        dictionary = texts.dictionary.cast(pa.large_utf8())
-        return pa.DictionaryArray.from_arrays(texts.indices, dictionary)
-    return texts
-
-
-def _large(texts: pa.Array) -> pa.Array:
-    """utf8 with 64-bit offsets: one layout from here on."""
-    return texts if pa.types.is_large_string(texts.type) else texts.cast(pa.large_utf8())
-
-
-def _offsets(texts: pa.Array) -> Int64Array:
-    """int64 [n + 1] offsets of a large_utf8 array's own slice."""
-    if len(texts) == 0:
-        return np.zeros(1, np.int64)
-    buffer = texts.buffers()[1]
-    return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-
-
-def _row_errors(rows: pa.RecordBatch, max_row_bytes: int) -> dict[int, FletcherError]:
-    errors: dict[int, FletcherError] = {}
-    text = rows.column("text")
-    if text.null_count or pa.types.is_dictionary(text.type):
-        for row in _where(pc.is_null(text)):
+    def of(self, first: int, last: int) -> dict[int, FletcherError]:
+        """Errors of rows first to last, the last not included, counted from the first."""
+        errors: dict[int, FletcherError] = {}
+        rows = slice(first, last)
+        for row in np.flatnonzero(self._no_text[rows]).tolist():
             errors[row] = InvalidCommandError("`text` is null", field="text")
-    plain = text.dictionary if pa.types.is_dictionary(text.type) else text
-    sizes = pc.binary_length(plain)
-    longest = pc.max(sizes).as_py()
-    if longest is not None and longest > max_row_bytes:
-        if pa.types.is_dictionary(text.type):
-            sizes = sizes.take(text.indices)
-        for row in _where(pc.greater(sizes, max_row_bytes)):
+        for row in np.flatnonzero(self._sizes[rows] > self._max_row_bytes).tolist():
             errors[row] = RowTooLargeError(
-                f"`text` has {sizes[row].as_py()} bytes, at most {max_row_bytes} are accepted",
+                f"`text` has {self._sizes[first + row]} bytes, at most {self._max_row_bytes} are "
+                "accepted",
                 field="text",
-                allowed=[f"<= {max_row_bytes} bytes"],
+                allowed=[f"<= {self._max_row_bytes} bytes"],
             )
-    if "id" in rows.schema.names and rows.column("id").null_count:
-        for row in _where(pc.is_null(rows.column("id"))):
-            errors[row] = InvalidCommandError(
-                "`id` is null; give every row an id, or leave the column out", field="id"
-            )
-    return errors
-
-
-def _where(mask: pa.Array) -> list[int]:
-    rows: list[int] = np.flatnonzero(mask.fill_null(False).to_numpy(zero_copy_only=False)).tolist()
-    return rows
+        if self._no_id is not None:
+            for row in np.flatnonzero(self._no_id[rows]).tolist():
+                errors[row] = InvalidCommandError(
+                    "`id` is null; give every row an id, or leave the column out", field="id"
+                )
+        return errors
 
 
 def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:

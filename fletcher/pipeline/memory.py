@@ -2,7 +2,9 @@
 
 Every stream owns a reserve that nobody can take from it, so that a stalled stream never stops
 another; what it holds beyond its reserve comes from a common part. A stream that finds neither
-waits: its handler stops reading, and the client's writes block.
+waits: its handler stops reading, and the client's writes block. What a stream keeps to its end, the
+vectors of a dictionary, has a part of its own that nobody waits for: without room there, it does
+without.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ class MemoryBudget:
     """Bytes for all streams together.
 
     Args:
-        total_bytes: Reserves and common part.
+        total_bytes: Reserves, tables (1/8) and common part.
         max_streams: Streams that each own a reserve: 1/4 of the total, divided among them.
     """
 
     def __init__(self, total_bytes: int, max_streams: int) -> None:
         self.total_bytes = total_bytes
         self.reserve_bytes = total_bytes // 4 // max_streams
-        self._common_bytes = total_bytes - self.reserve_bytes * max_streams
+        self._tables_bytes = total_bytes // 8
+        self._tables_used = 0
+        self._common_bytes = total_bytes - self._tables_bytes - self.reserve_bytes * max_streams
         self._common_used = 0
         self._used = 0
         self._changed = threading.Condition()
@@ -45,7 +49,22 @@ class Allowance:
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
         self._used = 0
+        self._kept = 0
         self._closed = False
+
+    def keep(self, num_bytes: int) -> bool:
+        """Whether `num_bytes` may be kept until the stream ends, or keeps something else instead.
+
+        Never waits; where the answer is no, the stream keeps nothing.
+        """
+        budget = self._budget
+        with budget._changed:
+            budget._tables_used -= self._kept
+            free = budget._tables_bytes - budget._tables_used
+            granted = num_bytes <= free and not self._closed
+            self._kept = num_bytes if granted else 0
+            budget._tables_used += self._kept
+            return granted
 
     def acquire(self, num_bytes: int) -> None:
         """Waits until `num_bytes` more may be held.
@@ -77,6 +96,8 @@ class Allowance:
             if not self._closed:
                 self._add(-self._used)
                 self._closed = True
+                self._budget._tables_used -= self._kept
+                self._kept = 0
                 self._budget._changed.notify_all()
 
     @property
@@ -90,7 +111,8 @@ class Allowance:
     def _fits(self, num_bytes: int) -> bool:
         more = self._common(self._used + num_bytes) - self._common(self._used)
         free = self._budget._common_bytes - self._budget._common_used
-        return more <= free or (self._used == 0 and self._budget._common_used == 0)
+        # What is in the reserve is nobody else's, also while one huge piece overdraws the rest.
+        return more <= max(0, free) or (self._used == 0 and self._budget._common_used == 0)
 
     def _add(self, num_bytes: int) -> None:
         before = self._common(self._used)

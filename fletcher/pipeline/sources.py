@@ -6,6 +6,7 @@ and then when interactive work never ends.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,8 @@ from fletcher.pipeline.stream import Ticket
 from fletcher.pipeline.window import Plan, Window
 from fletcher.telemetry import Telemetry
 from fletcher.workers.pool import Job
+
+log = logging.getLogger(__name__)
 
 # Bulk work gets every ninth turn, however much interactive work there is.
 _INTERACTIVE_TURNS = 8
@@ -215,10 +218,16 @@ class InferenceSource:
                 self._oldest_bulk = now
         # Planning takes milliseconds: not under the lock that every tokenizer's reader needs.
         if taken:
-            window = Window(taken, self._dim, self._plan)
-            ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
-            if not window.row_sets:
-                window.finish()
+            try:
+                window = Window(taken, self._dim, self._plan)
+            except Exception as error:  # raised, it would end the dispatcher
+                log.exception("a window cannot be planned")
+                for ticket in taken:
+                    ticket.finish(as_fletcher_error(error))
+            else:
+                ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
+                if not window.row_sets:
+                    window.finish()
         return ready.popleft() if ready else self._next_planned(deadline)
 
     def _bulk_window_due(self) -> tuple[bool, float]:

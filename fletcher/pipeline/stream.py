@@ -116,6 +116,10 @@ class EmbedStream:
         """Gives memory back: the data has left the house."""
         self._allowance.release(num_bytes)
 
+    def keep(self, num_bytes: int) -> bool:
+        """Whether the stream may keep this much to its end; see `Allowance.keep`."""
+        return self._allowance.keep(num_bytes)
+
     def close(self) -> None:
         """Lets go of everything, finished or not. Idempotent."""
         with self._changed:

@@ -108,10 +108,11 @@ class Window:
     def _store(self, rows: Int64Array, result: InferenceResult) -> FletcherError | None:
         """Puts vectors in their places; an error where they are not what the model promises."""
         expected = (len(rows), self._dim)
-        if result.embeddings.shape != expected:
+        norms = len(rows) if result.norms is None else result.norms.size
+        if result.embeddings.shape != expected or norms != len(rows):
             return InternalError(
-                f"a replica answered with vectors of shape {result.embeddings.shape}, "
-                f"expected {expected}"
+                f"a replica answered with vectors of shape {result.embeddings.shape} and {norms} "
+                f"norms, expected {expected}"
             )
         if self._embeddings is None:
             self._embeddings = np.zeros((len(self._lengths), self._dim), np.float32)

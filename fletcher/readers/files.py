@@ -20,6 +20,8 @@ FORMATS: tuple[str, ...] = get_args(Format)
 STDIN = "-"
 BUFFER_BYTES = 1 << 20
 SNIFF_BYTES = 64
+# A first line that is longer names no columns.
+FIRST_LINE_BYTES = 64 << 10
 
 _SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet",
@@ -167,19 +169,21 @@ class _Pipe(io.RawIOBase):
 
     def __init__(self, source: BinaryIO | io.FileIO) -> None:
         self.read_some = getattr(source, "read1", source.read)
-        self.enough = SNIFF_BYTES
+        self.begun = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        filled = 0
+        filled, line_ended = 0, False
         while data := self.read_some(len(buffer) - filled):
             buffer[filled : filled + len(data)] = data
             filled += len(data)
-            if filled >= min(self.enough, len(buffer)):
+            line_ended = line_ended or b"\n" in data
+            enough = SNIFF_BYTES if line_ended else FIRST_LINE_BYTES
+            if self.begun or filled >= min(enough, len(buffer)):
                 break
-        self.enough = 0
+        self.begun = True
         return filled
 
 
@@ -195,28 +199,3 @@ def _opened(raw: io.RawIOBase, position: Callable[[], int]) -> OpenFile:
 
 def _buffered(raw: io.RawIOBase) -> io.BufferedReader:
     return cast("io.BufferedReader", io.BufferedReader(raw, BUFFER_BYTES))
-
-
-def sniff(file: InputFile, opened: OpenFile) -> Format:
-    """The format of an input: as told, else from its first bytes.
-
-    Raises:
-        InvalidCommandError: Nothing tells the format.
-    """
-    start = opened.stream.peek(SNIFF_BYTES)[:SNIFF_BYTES]
-    if start.startswith(b"PAR1"):
-        return "parquet"
-    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return "arrow"
-    if file.format is not None:
-        return file.format
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(b"{"):
-        return "jsonl"
-    if file.path is None:
-        return "text"
-    raise InvalidCommandError(
-        f"{file.name}: neither its name nor its first bytes tell its format; name one",
-        field="format",
-        allowed=FORMATS,
-    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -13,9 +14,12 @@ import pyarrow as pa
 
 from fletcher.errors import FletcherError, InvalidCommandError
 from fletcher.readers.columns import Selection, conformed, sent_schema
-from fletcher.readers.files import InputFile, find_files, open_file, sniff
+from fletcher.readers.files import InputFile, find_files, open_file
 from fletcher.readers.lines import read_jsonl, read_text
+from fletcher.readers.sniff import guessed, sniff
 from fletcher.readers.tables import read_arrow_file, read_arrow_stream, read_csv, read_parquet
+
+log = logging.getLogger(__name__)
 
 BATCH_BYTES = 4 << 20
 
@@ -30,11 +34,15 @@ def open_source(
     batch_rows: int = 4096,
     limit: int | None = None,
     stdin: BinaryIO | None = None,
+    notice: Callable[[str], None] = log.info,
 ) -> Source:
     """Opens files, folders or standard input (`-`) for reading as one stream.
 
     Reads Parquet, CSV and TSV with a header, JSON lines, Arrow IPC (file and stream) and plain text
     (one text a line); the texts and Arrow streams also compressed with gzip or zstd.
+
+    Standard input without a `format_name` is what its first line says: JSON, a CSV or TSV header
+    that names the text column, else plain text; a line that may be another header is refused.
 
     Args:
         paths: Files, folders of them, `-`.
@@ -45,6 +53,7 @@ def open_source(
         batch_rows: Rows of a batch at most; batches are also kept to about 4 MiB.
         limit: Rows to read at most; None: all.
         stdin: Stands in for standard input.
+        notice: Called with a line for people about what was guessed.
 
     Raises:
         InvalidCommandError: A path that cannot be read, or a file that is not what it says.
@@ -56,7 +65,7 @@ def open_source(
         raise InvalidCommandError(f"`batch_rows` is {batch_rows}, expected at least 1")
     listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
     selection = Selection(text_column, id_column, tuple(columns))
-    return Source(find_files(listed, format_name), selection, batch_rows, limit, stdin)
+    return Source(find_files(listed, format_name), selection, batch_rows, limit, stdin, notice)
 
 
 class Source:
@@ -76,6 +85,7 @@ class Source:
         batch_rows: int,
         limit: int | None,
         stdin: BinaryIO | None,
+        notice: Callable[[str], None],
     ) -> None:
         self.files = files
         self.selection = selection
@@ -83,6 +93,7 @@ class Source:
         self._batch_rows = batch_rows
         self._limit = limit
         self._stdin = stdin
+        self._notice = notice
         sizes = [file.size for file in files]
         known = [size for size in sizes if size is not None]
         self.total_bytes: int | None = sum(known) if len(known) == len(sizes) else None
@@ -168,7 +179,9 @@ class Source:
     def _read(self, file: InputFile) -> Iterator[tuple[pa.RecordBatch, int]]:
         """(batch as found, bytes of the file read so far)."""
         with open_file(file, self._stdin) as opened:
-            kind = sniff(file, opened)
+            kind = sniff(file, opened, self.selection.text)
+            if file.path is None and file.format is None:
+                self._notice(guessed(file, kind))
             stream, name, rows = opened.stream, file.name, self._batch_rows
             is_arrow_file = kind == "arrow" and stream.peek(6).startswith(b"ARROW1")
             batches: Iterator[pa.RecordBatch]

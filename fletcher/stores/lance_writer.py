@@ -263,8 +263,9 @@ def broken(dataset: str, error: Exception) -> FletcherError:
         )
     if isinstance(error, ValueError) and "Invalid input" in text:
         return RequestError(f"dataset `{dataset}` refuses these rows: {_cause(error)}")
-    _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
     full = "No space left" in text or "StorageFull" in text
+    if not full:
+        _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
     reason = "the disk is full; free some space" if full else "LanceDB failed; the log says why"
     return StoreUnavailableError(f"dataset `{dataset}`: {reason}", field="store")
 

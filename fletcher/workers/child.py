@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from fletcher.errors import FletcherError, InternalError
-from fletcher.workers.messages import Failure, Ready, Request, Response, WorkerSpec, receive, send
+from fletcher.workers.messages import Failure, Ready, Request, Response, WorkerSpec, encode, receive
 
 _PR_SET_PDEATHSIG = 1
 
@@ -60,9 +60,9 @@ def serve(connection: Connection) -> None:
         worker: Worker = getattr(importlib.import_module(module), function)(spec.config)
         ready = Ready(worker.concurrency, worker.describe())
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
-        send(connection, _failure(-1, error))
+        connection.send_bytes(encode(_failure(-1, error)))
         return
-    send(connection, ready)
+    connection.send_bytes(encode(ready))
 
     sending = threading.Lock()
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()  # bounded by the parent's slots
@@ -71,11 +71,11 @@ def serve(connection: Connection) -> None:
         while True:
             request = requests.get()
             try:
-                message: Response | Failure = Response(request.job_id, worker.run(request.payload))
+                message = encode(Response(request.job_id, worker.run(request.payload)))
             except Exception as error:  # noqa: BLE001
-                message = _failure(request.job_id, error)
+                message = encode(_failure(request.job_id, error))
             with sending:
-                send(connection, message)
+                connection.send_bytes(message)
 
     for _ in range(worker.concurrency):
         threading.Thread(target=answer, daemon=True).start()

@@ -57,9 +57,9 @@ class Failure:
     traceback: str
 
 
-def send(connection: Connection, message: Any) -> None:
-    """Sends one message; the caller serialises callers."""
-    connection.send_bytes(pickle.dumps(message, protocol=5))
+def encode(message: Any) -> bytes:
+    """A message for `Connection.send_bytes`; the caller serialises senders."""
+    return pickle.dumps(message, protocol=5)
 
 
 def receive(connection: Connection) -> Any:

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from fletcher.errors import BackendError, InternalError, OverloadedError
-from fletcher.workers.messages import Failure, Ready, Request, WorkerSpec, receive, send
+from fletcher.workers.messages import Failure, Ready, Request, WorkerSpec, encode, receive
 
 log = logging.getLogger(__name__)
 
@@ -143,28 +143,37 @@ class WorkerPool:
 
     def _dispatch(self) -> None:
         while not self._closing.is_set():
-            slot = self._free_slot()
+            slot, again = self._free_slot()
             if self._closing.is_set():
                 return
-            job = self._retries.popleft() if self._retries else self._source.next_job(_IDLE_POLL_S)
+            job = self._retries.popleft() if again else self._source.next_job(_IDLE_POLL_S)
             if job is None:
                 continue
             if slot is None:
                 _finish(job, None, self._gone())
-            else:
+                continue
+            try:
                 slot.give(job)
+            except Exception as error:
+                log.exception("%s: a job cannot be sent", self.name)
+                _finish(job, None, InternalError(f"{type(error).__name__}; the log has more"))
 
-    def _free_slot(self) -> _Slot | None:
-        """The least loaded worker with room; None if none is alive and none will be soon."""
+    def _free_slot(self) -> tuple[_Slot | None, bool]:
+        """The least loaded worker with room, and whether it is for a job that is done again.
+
+        No worker where none is alive and none will be soon. A job whose worker died gets a worker
+        for itself: if that dies too, the job is to blame.
+        """
         with self._changed:
             while not self._closing.is_set():
-                free = [slot for slot in self._slots if slot.alive and slot.has_room]
+                alone = bool(self._retries)
+                free = [slot for slot in self._slots if slot.alive and slot.has_room(alone=alone)]
                 if free:
-                    return min(free, key=lambda slot: slot.load)
+                    return min(free, key=lambda slot: slot.load), alone
                 if all(slot.failure is not None for slot in self._slots):
-                    return None
+                    return None, alone
                 self._changed.wait()
-            return None
+            return None, False
 
     def _gone(self) -> Exception:
         return OverloadedError(
@@ -175,10 +184,11 @@ class WorkerPool:
         with self._changed:
             self._changed.notify_all()
 
-    def _worker_died(self, slot: _Slot, jobs: Sequence[Job]) -> None:
+    def _worker_died(self, slot: _Slot, running: Sequence[Job], waiting: Sequence[Job]) -> None:
         self._on_restart(slot.spec.name)
-        for job in jobs:
+        for job in running:
             job.attempts += 1
+        for job in (*running, *waiting):
             if job.attempts >= self._max_attempts or self._closing.is_set():
                 reason = f"a {self.name} worker died {job.attempts} times while working on this"
                 _finish(job, None, InternalError(reason))
@@ -214,9 +224,11 @@ class _Slot:
         self._sending = threading.Lock()
         self._restarts = 0
 
-    @property
-    def has_room(self) -> bool:
-        return len(self._jobs) < self.concurrency + self._prefetch
+    def has_room(self, *, alone: bool) -> bool:
+        """Whether another job fits; `alone`: a job that wants no company."""
+        suspect = any(job.attempts for job in self._jobs.values())
+        most = 1 if alone or suspect else self.concurrency + self._prefetch
+        return len(self._jobs) < most
 
     def statistics(self) -> dict[str, Any]:
         return {
@@ -228,19 +240,24 @@ class _Slot:
         }
 
     def give(self, job: Job) -> None:
-        """Sends a job to the worker; if it just died, the job goes to another."""
+        """Sends a job to the worker; if it just died, the job goes to another.
+
+        Raises:
+            Exception: The job cannot be pickled; the worker knows nothing of it.
+        """
+        job_id, self._next_id = self._next_id, self._next_id + 1
+        request = encode(Request(job_id, job.payload))
         with self._pool._changed:
             connection = self._connection
             if connection is None:
                 self._pool._retries.append(job)
                 return
-            job_id, self._next_id = self._next_id, self._next_id + 1
             self._jobs[job_id] = job
             self.load += job.cost
             job.worker = self.spec.name
         try:
             with self._sending:
-                send(connection, Request(job_id, job.payload))
+                connection.send_bytes(request)
         except OSError:
             pass  # the worker is gone: the reader notices and passes the job on
 
@@ -288,7 +305,9 @@ class _Slot:
             )
         connection = Connection(ours.detach())
         try:
-            send(connection, self.spec)
+            if self._pool._closing.is_set():  # `close` may have killed what was there before
+                self.kill()
+            connection.send_bytes(encode(self.spec))
             if not connection.poll(self._start_timeout_s):
                 raise BackendError(f"{self.spec.name} was not ready in {self._start_timeout_s:g} s")
             message = receive(connection)
@@ -316,6 +335,9 @@ class _Slot:
                 message = receive(connection)
             except (EOFError, OSError):
                 return
+            except Exception:
+                log.exception("%s answered what cannot be read", self.spec.name)
+                return
             with self._pool._changed:
                 job = self._jobs.pop(message.job_id)
                 self.load -= job.cost
@@ -340,7 +362,8 @@ class _Slot:
                 "%s died (exit status %s) with %d jobs; restarting it",
                 *(self.spec.name, status, len(jobs)),
             )
-        self._pool._worker_died(self, jobs)
+        # A worker takes its jobs in order: what came later had not begun.
+        self._pool._worker_died(self, jobs[: self.concurrency], jobs[self.concurrency :])
         self._pool._slot_changed()
 
     def _reap(self, connection: Connection) -> None:

@@ -29,6 +29,10 @@ class EchoWorker:
                 raise RowTooLargeError("too large", field="text", allowed=["less"])
             case "break":
                 raise ZeroDivisionError("a secret of the server")
+            case "answer unsendable":
+                return lambda: None
+            case "answer unreadable":
+                return Unreadable()
             case "pid":
                 return os.getpid()
             case ("wait for", path):
@@ -41,6 +45,13 @@ class EchoWorker:
 
     def describe(self) -> dict[str, str]:
         return {"kind": "echo"}
+
+
+class Unreadable:
+    """Is pickled, but not unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
 
 
 def load_echo(concurrency: int) -> EchoWorker:

@@ -122,6 +122,75 @@ def test_standard_input_is_sniffed(data, wanted):
         source.content_hash()
 
 
+@pytest.mark.parametrize(
+    ("data", "format_name", "said", "wanted"),
+    [
+        (b'\xef\xbb\xbf {"text": "a"}\n', None, "JSON lines", ["a"]),
+        (b"text\tn\na\t1\n", None, "TSV with a header", ["a"]),
+        (b"n,text\n1,a\n", None, "CSV with a header", ["a"]),
+        (b'"n","text"\r\n1,"a,b"\r\n', None, "CSV with a header", ["a,b"]),
+        (b",text\n0,a\n", None, "CSV with a header", ["a"]),  # as pandas writes its index
+        (gzip.compress(b"n,text\n1,a\n"), None, "CSV with a header", ["a"]),
+        (b"x" * 99 + b",text\na,b\n", None, "CSV with a header", ["b"]),  # longer than the magic
+        (b"Well, this is a text\n", None, "plain text", ["Well, this is a text"]),
+        (b"1,two\n", None, "plain text", ["1,two"]),
+        (b"", None, "plain text", []),
+        (b"n,text\n", "text", None, ["n,text"]),
+        (b"text\na\n", "csv", None, ["a"]),
+    ],
+)
+def test_what_standard_input_is_taken_for_is_said(data, format_name, said, wanted):
+    lines = []
+    source = open_source("-", stdin=io.BytesIO(data), format_name=format_name, notice=lines.append)
+    assert rows_of(source)["text"].to_pylist() == wanted
+    if said is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert f"read as {said}" in line
+        assert "--format" in line
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"id,body\n1,a\n",  # a CSV whose text column has another name
+        b"id\tbody\n1\ta\n",
+        b"id;text\n1;a\n",
+        b"id, text\n1, a\n",
+        b"text\na\n",
+        b",Package,Long description\n0,a,b\n",
+        gzip.compress(b"id,body\n1,a\n"),
+    ],
+)
+def test_a_first_line_that_may_be_a_header_is_not_embedded(data):
+    with pytest.raises(InvalidCommandError, match="--format") as caught:
+        open_source("-", stdin=io.BytesIO(data))
+    assert caught.value.field == "format"
+
+
+def test_an_array_of_json_by_standard_input_is_not_embedded_as_text():
+    with pytest.raises(InvalidCommandError, match="one array over all"):
+        open_source("-", stdin=io.BytesIO(b'[{"text": "a"},\n{"text": "b"}]'))
+
+
+def test_a_header_that_trickles_is_seen_whole(tmp_path):
+    reading, writing = os.pipe()
+    names = b",".join(b"n%d" % number for number in range(50))
+    data = names + b",text\n" + b"1," * 50 + b"a\n"
+
+    def feed():
+        with os.fdopen(writing, "wb", buffering=0) as out:
+            for byte in data:
+                out.write(bytes([byte]))
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    with os.fdopen(reading, "rb") as stdin:
+        assert rows_of(open_source("-", stdin=stdin))["text"].to_pylist() == ["a"]
+    feeder.join()
+
+
 def test_standard_input_takes_an_arrow_stream_and_refuses_a_parquet_file(tmp_path):
     stream = write(TABLE, tmp_path / "t.arrows").read_bytes()
     assert rows_of(open_source("-", stdin=io.BytesIO(stream))) == TABLE.select(["id", "text"])

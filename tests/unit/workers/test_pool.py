@@ -120,6 +120,18 @@ def test_a_job_that_kills_its_workers_fails_alone() -> None:
         assert sum(one["restarts"] for one in pool.statistics()) == 2
 
 
+def test_a_job_that_kills_its_workers_takes_none_of_its_company_with_it() -> None:
+    with running(2, concurrency=2, prefetch=1) as (_, submit):
+        answers = [submit("die" if n in (7, 20) else n) for n in range(40)]
+        for n, answer in enumerate(answers):
+            if n in (7, 20):
+                with pytest.raises(InternalError, match="died 2 times"):
+                    answer.wait()
+            else:
+                assert answer.wait() == n
+            assert answer.calls == 1
+
+
 def test_kill_9_from_outside_while_working(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with running() as (pool, submit):
@@ -157,6 +169,45 @@ def test_a_worker_that_exits_while_loading_is_named() -> None:
     spec = WorkerSpec("cpu-0", "tests.doubles.workers:load_dying", None)
     with pytest.raises(BackendError, match=r"cpu-0 ended while it loaded \(exit status 7\)"):
         WorkerPool("echo", [spec], QueueSource()).start()
+
+
+@pytest.mark.parametrize("payload", ["answer unsendable", "answer unreadable", lambda: None])
+def test_what_cannot_cross_the_pipe_fails_alone(payload: Any) -> None:
+    # It ended the thread that met it: a job, or the whole pool, was never heard of again.
+    with running() as (_, submit):
+        with pytest.raises(InternalError):
+            submit(payload).wait()
+        assert submit("still there").wait() == "still there"
+
+
+def test_a_worker_that_restarts_while_the_pool_closes_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It was started after `close` had killed all there were, and nobody ended it.
+    starting, killed = threading.Event(), threading.Event()
+    begin = subprocess.Popen
+
+    def late(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        starting.set()
+        assert killed.wait(10)
+        return begin(*args, **options)
+
+    with running() as (pool, submit):
+        submit("still there").wait()
+        monkeypatch.setattr(subprocess, "Popen", late)
+        os.kill(pool.process_ids()[0], signal.SIGKILL)
+        assert starting.wait(10)
+        (slot,) = pool._slots
+        kill = slot.kill
+
+        def kill_and_tell() -> None:
+            kill()
+            killed.set()
+
+        monkeypatch.setattr(slot, "kill", kill_and_tell)
+        pool.close()
+        slot.thread.join(10)
+        assert not slot.thread.is_alive()
 
 
 def test_close_leaves_no_process() -> None:

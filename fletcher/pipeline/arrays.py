@@ -1,0 +1,75 @@
+"""Arrays as clients send them: checked in full, measured, brought to one layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fletcher.batches import BoolArray, Int64Array
+from fletcher.errors import ColumnTypeError, InvalidUtf8Error
+
+
+def validate(array: pa.Array, name: str) -> None:
+    try:
+        array.validate(full=True)
+        if pa.types.is_dictionary(array.type):
+            array.dictionary.validate(full=True)
+    except pa.ArrowInvalid as error:
+        text = str(error)
+        if "UTF8" in text or "UTF-8" in text:
+            raise InvalidUtf8Error(
+                f"column `{name}` holds invalid UTF-8: {text}; nothing of this batch was used",
+                field=name,
+            ) from None
+        raise ColumnTypeError(
+            f"column `{name}` is not a valid Arrow array: {text}; nothing of this batch was used",
+            field=name,
+        ) from None
+
+
+def without_views(texts: pa.Array) -> pa.Array:
+    """Arrow has few functions for string views: they become utf8 with offsets."""
+    if pa.types.is_string_view(texts.type):
+        return texts.cast(pa.large_utf8())
+    if pa.types.is_dictionary(texts.type) and pa.types.is_string_view(texts.type.value_type):
+        dictionary = texts.dictionary.cast(pa.large_utf8())
+        return pa.DictionaryArray.from_arrays(texts.indices, dictionary)
+    return texts
+
+
+def large_utf8(texts: pa.Array) -> pa.Array:
+    """utf8 with 64-bit offsets: one layout from here on."""
+    return texts if pa.types.is_large_string(texts.type) else texts.cast(pa.large_utf8())
+
+
+def text_offsets(texts: pa.Array) -> Int64Array:
+    """int64 [n + 1] offsets of a large_utf8 array's own slice."""
+    if len(texts) == 0:
+        return np.zeros(1, np.int64)
+    buffer = texts.buffers()[1]
+    return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+
+
+def null_mask(array: pa.Array) -> BoolArray:
+    """True where null; a code of a null value in a dictionary is one, too."""
+    return np.asarray(pc.is_null(array).to_numpy(zero_copy_only=False))
+
+
+def viewed_bytes(texts: pa.Array) -> int:
+    """Bytes that the views of a text column, or of its dictionary, stand for."""
+    values = texts.dictionary if pa.types.is_dictionary(texts.type) else texts
+    if not pa.types.is_string_view(values.type) or len(values) == 0:
+        return 0
+    # A view is 16 bytes, of which the first 4 are the length.
+    lengths = np.frombuffer(values.buffers()[1], np.int32)[::4]
+    lengths = lengths[values.offset : values.offset + len(values)]
+    return int(lengths[~null_mask(values)].sum(dtype=np.int64))
+
+
+def decoded_bytes(array: pa.DictionaryArray) -> int:
+    """Bytes that a dictionary's codes stand for."""
+    values = array.dictionary
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return pc.sum(pc.binary_length(values).take(array.indices)).as_py() or 0
+    return len(array) * int(values.nbytes) // max(1, len(values))

@@ -1,0 +1,120 @@
+"""`fletcher ingest` of the shipped sample, into LanceDB and into a store server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import flight
+
+from fletcher.models.bundle import ModelBundle
+from tests.integration.flight_calls import TIMEOUT
+from tests.integration.processes import FLETCHER, Place, clean_environ, serving
+
+SAMPLE = Path(__file__).parents[2] / "examples" / "data" / "debian-sample.parquet"
+
+
+@pytest.fixture(scope="module")
+def sample() -> dict[str, str]:
+    """Texts by id."""
+    table = pq.read_table(SAMPLE)
+    return dict(zip(*(table.column(name).to_pylist() for name in ("package", "body")), strict=True))
+
+
+@pytest.fixture(scope="module")
+def place(tiny_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tiny_home, tmp_path_factory.mktemp("vectors"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a `fletcher store`."""
+    argv = [sys.executable, "-c", FLETCHER, "store", "--port", "0", "--meta-port", "0"]
+    with serving([*argv, "--path", str(tmp_path_factory.mktemp("store"))]) as server:
+        yield server.address
+        assert server.end() == 0
+
+
+def ingest(place: Place, store: str) -> dict[str, object]:
+    """Runs the command; its JSON summary."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", FLETCHER, "ingest", str(SAMPLE), "--text", "body"),
+            *("--id", "package", "--dataset", "debian", "--store", store, "--json"),
+            *("--home", str(place.home), "--model", place.model, "--backend", "null"),
+        ],
+        capture_output=True,
+        text=True,
+        env=clean_environ(),
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
+
+
+def assert_sample(table: pa.Table, sample: dict[str, str]) -> None:
+    ids, texts = (table.column(name).to_pylist() for name in ("id", "text"))
+    assert len(ids) == len(sample)
+    assert dict(zip(ids, texts, strict=True)) == sample
+    assert table.column("vector").null_count == 0
+
+
+def test_twice_into_lancedb_is_once(
+    place: Place, tiny_bundle: ModelBundle, sample: dict[str, str]
+) -> None:
+    from fletcher.stores.address import open_store
+
+    address = f"lance:{place.vectors}"
+    summaries, tables = [], []
+    for _ in range(2):
+        summaries.append(ingest(place, address))
+        store = open_store(address)
+        tables.append(store.scan("debian").read_all().sort_by("id"))
+        store.close()
+    for summary in summaries:
+        assert summary["complete"] is True
+        assert summary["dataset"] == "debian"
+        assert summary["model"] == tiny_bundle.qualified_name
+        assert summary["rows_received"] == summary["rows_stored"] == len(sample)
+        assert summary["rows_failed"] == 0
+        assert summary["errors"] == []
+    assert summaries[0]["upload_id"] == summaries[1]["upload_id"]
+    assert_sample(tables[0], sample)
+    assert tables[1].equals(tables[0])
+
+
+def test_into_a_store_server_and_back_with_plain_pyarrow(
+    place: Place, store: str, sample: dict[str, str]
+) -> None:
+    for _ in range(2):
+        summary = ingest(place, store)
+        assert summary["complete"] is True
+        assert summary["rows_stored"] == len(sample)
+    with flight.connect(store) as client:
+        ticket = flight.Ticket(json.dumps({"name": "debian"}).encode())
+        table = client.do_get(ticket, TIMEOUT).read_all()
+        assert_sample(table, sample)
+
+        # The null backend's vectors are as good as orthogonal, so a row finds itself.
+        vectors = table.column("vector").combine_chunks()
+        vectors = vectors.flatten().to_numpy().reshape(table.num_rows, -1).astype(np.float32)
+        for row in (0, 999, 1999):
+            search = {"dataset": "debian", "vector": vectors[row].tolist(), "k": 3}
+            action = flight.Action("VectorSearch", json.dumps(search).encode())
+            (result,) = client.do_action(action, TIMEOUT)
+            found = pa.ipc.open_stream(result.body).read_all()
+            assert found.num_rows == 3
+            scores = found.column("score").to_pylist()
+            assert scores[0] == pytest.approx(1, abs=1e-2)
+            assert scores[0] > scores[1] + 0.05
+            assert found.column("id")[0].as_py() == table.column("id")[row].as_py()

@@ -1,0 +1,70 @@
+"""What happens to tickets when planning or a replica's answer is not as it should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fletcher.batches import EmbeddingBatch, InferenceResult, TextBatch, TokenBatch
+from fletcher.errors import InternalError
+from fletcher.pipeline.memory import MemoryBudget
+from fletcher.pipeline.sources import InferenceSource
+from fletcher.pipeline.stream import EmbedStream, Ticket
+from fletcher.telemetry import Telemetry
+
+
+def one_run(lengths: Any) -> list[Any]:
+    return [np.arange(len(lengths))]
+
+
+def broken(lengths: Any) -> list[Any]:
+    raise ZeroDivisionError
+
+
+def make(plan: Any) -> InferenceSource:
+    return InferenceSource(
+        dim=2,
+        plan=plan,
+        window_tokens=100,
+        max_queue_delay_s=0,
+        more_coming=lambda: False,
+        telemetry=Telemetry(),
+    )
+
+
+def tokenized() -> tuple[EmbedStream, Ticket]:
+    """A ticket of one text with two tokens, waiting in its stream."""
+    tickets: list[Ticket] = []
+    stream = EmbedStream(MemoryBudget(1 << 20, 1).open(), tickets.append)
+    stream.submit(TextBatch(b"hi", np.array([0, 2])), None, num_bytes=10)
+    stream.end()
+    tokens = TokenBatch(np.array([1, 2], np.int32), np.array([0, 2]), np.zeros(1, np.bool_))
+    tickets[0].tokens = tokens
+    return stream, tickets[0]
+
+
+def test_a_window_that_cannot_be_planned_fails_its_tickets_alone() -> None:
+    # The error went on to the pool's dispatcher and ended it, and the tickets were lost.
+    source = make(broken)
+    stream, ticket = tokenized()
+    source.put(ticket)
+    assert source.next_job(0) is None
+    (result,) = stream.results()
+    assert isinstance(result.embeddings, InternalError)
+
+
+@pytest.mark.parametrize("norms", [None, np.ones(7, np.float32)])
+def test_an_answer_of_the_wrong_shape_fails_its_rows(norms: Any) -> None:
+    # Norms of another length were raised out of the callback: the window never finished.
+    source = make(one_run)
+    stream, ticket = tokenized()
+    source.put(ticket)
+    job = source.next_job(0)
+    assert job is not None
+    width = 3 if norms is None else 2
+    job.done(InferenceResult(np.zeros((1, width), np.float32), norms, 0.0), None)
+    (result,) = stream.results()
+    assert isinstance(result.embeddings, EmbeddingBatch)
+    assert isinstance(result.embeddings.errors[0], InternalError)
