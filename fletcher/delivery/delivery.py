@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import threading
@@ -194,13 +195,16 @@ class Delivery:
         if self._journal is None:
             return 0
         num_rows = 0
-        for name, dataset, folder in journals(self._journal.folder):
-            if name not in self.stores:
-                log.error(
-                    "journal: %s is of the store `%s`, which is not configured; left alone",
-                    *(folder, name),
-                )
+        names = {_folder_of(store): name for name, store in self.stores.items()}
+        for folder_name, dataset, folder in journals(self._journal.folder):
+            if folder_name not in names:
+                if any(folder.glob("*.arrow")):
+                    log.error(
+                        "journal: %s has rows for a store that is not configured; left alone",
+                        folder,
+                    )
                 continue
+            name = names[folder_name]
             route = self._enter((name, dataset, ""), self.stores[name])
             num_rows += sum(group.info.last - group.info.first + 1 for group in route.left_behind)
             self._leave(route)
@@ -270,7 +274,7 @@ class Delivery:
         if self._journal is not None and self._space is not None:
             retention_s = self._journal.retention_s
             journal = Journal(
-                self._journal.folder / name / dataset,
+                self._journal.folder / _folder_of(store) / dataset,
                 self._space,
                 segment_bytes=self._journal.segment_bytes,
                 retention_s=lambda: 0.0 if store.capabilities.durable else retention_s,
@@ -357,6 +361,14 @@ class Delivery:
 
     def _depth(self) -> int:
         return sum(route.lane.depth() for route in self._all_routes())
+
+
+def _folder_of(store: Store) -> str:
+    """A store's folder of journals: rows meant for one address must not go to another's."""
+    scheme, _, rest = store.address.partition(":")
+    if not rest.startswith("//"):  # a folder, which a relative path names only from here
+        rest = str(Path(rest).absolute())
+    return f"{scheme}-{hashlib.sha256(rest.encode()).hexdigest()[:12]}"
 
 
 def _lock(folder: Path) -> int:

@@ -357,7 +357,7 @@ def read_segment(path: Path) -> Segment | None:
 
 
 def journals(root: Path) -> Iterator[tuple[str, str, Path]]:
-    """Store, dataset and folder of each journal under `root`."""
+    """Store's folder, dataset and folder of each journal under `root`."""
     for store in sorted(path for path in root.glob("*") if path.is_dir()):
         for folder in sorted(path for path in store.glob("*") if path.is_dir()):
             yield store.name, folder.name, folder

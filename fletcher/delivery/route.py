@@ -21,7 +21,7 @@ class JournalConfig:
     """Where and how rows are journaled.
 
     Attributes:
-        folder: Of all journals: `folder/STORE/DATASET`.
+        folder: Of all journals: `folder/ADDRESS/DATASET`, the address hashed.
         max_bytes: What they may take together.
         segment_bytes: Size of one file.
         retention_s: How long files are kept for stores that acknowledge before they are durable.

@@ -47,7 +47,7 @@ class Place:
         """The command `fletcher-serve` with null inference; later options override earlier."""
         given = [
             *("--home", str(self.home), "--model", self.model, "--backend", "null"),
-            *("--port", "0", "--group-delay-ms", "20ms"),
+            *("--port", "0", "--group-delay-ms", "20ms", "--max-journal", "0"),
         ]
         if "--store" not in options:
             given += ["--store", f"lance:{self.vectors}"]

@@ -105,9 +105,11 @@ def test_the_second_signal_ends_it_at_once(place: Place) -> None:
         eventually(lambda: not any(map(is_alive, children)), "no child is left")
 
 
-def test_kill_9_leaves_no_process_and_no_lock_and_loses_no_row(place: Place) -> None:
+@pytest.mark.parametrize("journal", ["0", "64MiB"])
+def test_kill_9_leaves_no_process_and_no_lock_and_loses_no_row(place: Place, journal: str) -> None:
     total = 6000
-    with serving(place.argv("--group-rows", "500")) as server:
+    options = ("--group-rows", "500", "--max-journal", journal)
+    with serving(place.argv(*options)) as server:
         children = server.children()
         with flight.connect(server.address) as client:
             writer, reader = client.do_put(command(dataset="d", upload_id="u"), SCHEMA, TIMEOUT)
@@ -130,7 +132,7 @@ def test_kill_9_leaves_no_process_and_no_lock_and_loses_no_row(place: Place) -> 
         eventually(lambda: not any(map(is_alive, children)), "no child is left", 10)
     assert acknowledged > 0
 
-    with serving(place.argv()) as server, flight.connect(server.address) as client:
+    with serving(place.argv(*options)) as server, flight.connect(server.address) as client:
         status = action(client, "upload_status", {"upload_id": "u", "dataset": "d"})
         assert acknowledged <= status["rows_durable"] <= total
         first = status["rows_durable"]

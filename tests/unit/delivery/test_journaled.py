@@ -78,7 +78,7 @@ def ids(store: MemoryStore) -> list[int]:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.suffix for path in (folder / "default" / "d").glob("0*"))
+    return sorted(path.suffix for path in folder.glob("*/d/0*"))
 
 
 def test_rows_are_durable_before_they_are_stored_and_their_memory_is_free(tmp_path: Path) -> None:
@@ -184,8 +184,7 @@ def test_rows_that_the_store_refuses_are_kept_for_a_person(tmp_path: Path) -> No
         send(route, upload, 0, 10)
         assert wait(upload, lambda: upload.failure is not None)
         assert delivery.flush(10)
-    folder = tmp_path / "default" / "d"
-    assert [path.suffix for path in folder.glob("0*")] == [".rejected"]
+    assert files(tmp_path) == [".rejected"]
 
 
 def test_an_overwrite_comes_after_what_was_accepted_before_it(tmp_path: Path) -> None:
@@ -239,3 +238,21 @@ def test_store_durability_passes_the_journal_by(tmp_path: Path) -> None:
         store.gate.set()
         assert durable(upload, 10)
     assert files(tmp_path) == []
+
+
+def test_rows_of_one_store_never_go_to_another(tmp_path: Path) -> None:
+    one, other = MemoryStore(), MemoryStore()
+    other.address = "memory:elsewhere"
+    one.gate.clear()
+    with delivering(one, tmp_path) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 10)
+        assert durable(upload, 10)
+        one.faults.append(("before", outage()))
+        route.lane.close()
+    with delivering(other, tmp_path) as delivery:
+        assert delivery.flush(5)
+        assert other.batches == {}
+    with delivering(one, tmp_path) as delivery:
+        assert delivery.flush(10)
+        assert ids(one) == list(range(10))
