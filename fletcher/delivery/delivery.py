@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,13 +16,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from fletcher.delivery.journal import Journal, JournalSpace, journals
+from fletcher.delivery.journal import Journal, JournalSpace, journals, lock_journal
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.outbox import from_journal
 from fletcher.delivery.route import JournalConfig, Route
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
-    ConfigError,
     InvalidCommandError,
     StoreUnavailableError,
     UploadConflictError,
@@ -63,7 +61,7 @@ class Delivery:
         self.stores = dict(stores)
         self._journal = journal
         self._space = JournalSpace(journal.max_bytes) if journal is not None else None
-        self._journal_lock = _lock(journal.folder) if journal is not None else None
+        self._journal_lock = lock_journal(journal.folder) if journal is not None else None
         self._config = config
         self._telemetry = telemetry
         self._lock = threading.Lock()
@@ -369,26 +367,3 @@ def _folder_of(store: Store) -> str:
     if not rest.startswith("//"):  # a folder, which a relative path names only from here
         rest = str(Path(rest).absolute())
     return f"{scheme}-{hashlib.sha256(rest.encode()).hexdigest()[:12]}"
-
-
-def _lock(folder: Path) -> int:
-    """One process owns the journal. Returns the lock's descriptor."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"the journal's folder {str(folder)!r} cannot be written: {error.strerror}; give "
-            "another `home`, or `--max-journal 0` to go without a journal",
-            field="home",
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise ConfigError(
-            f"another server uses the journal in {str(folder)!r}; give each its own `home`, or "
-            "`--max-journal 0` to go without a journal",
-            field="home",
-        ) from None
-    return descriptor

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -32,14 +33,14 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from fletcher.errors import InternalError, JournalFullError
+from fletcher.errors import ConfigError, InternalError, JournalFullError
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".arrow"
-_SENT = ".sent"
-_DAMAGED = ".damaged"
-_REJECTED = ".rejected"
+SENT = ".sent"
+DAMAGED = ".damaged"
+REJECTED = ".rejected"
 _KEY = b"fletcher.group"
 _FULL_RETRY_MS = 1000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -187,7 +188,7 @@ class Journal:
         for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
             segment = read_segment(path)
             if segment is None:
-                path.rename(path.with_suffix(_DAMAGED))
+                path.rename(path.with_suffix(DAMAGED))
                 log.error("journal: %s has no readable beginning; it is set aside", path)
                 continue
             if segment.num_lost_bytes:
@@ -250,7 +251,7 @@ class Journal:
     def reject(self, group: JournaledGroup, reason: str) -> None:
         """Keeps a group that the store refused for good for a person to find; settle it after."""
         info = group.info
-        name = f"{group.segment.path.stem}-{info.upload_id}-{info.first}-{info.last}{_REJECTED}"
+        name = f"{group.segment.path.stem}-{info.upload_id}-{info.first}-{info.last}{REJECTED}"
         batch = group.load()
         with (self.folder / name).open("wb") as file:
             with pa.ipc.new_stream(file, group.schema) as writer:
@@ -310,7 +311,7 @@ class Journal:
         self._space.add(-segment.num_bytes)
         now, retention_s = time.time(), self._retention_s()
         _dispose(segment, kept=retention_s > 0)
-        for path in self.folder.glob(f"*{_SENT}"):
+        for path in self.folder.glob(f"*{SENT}"):
             with contextlib.suppress(FileNotFoundError):
                 if now - path.stat().st_mtime > retention_s:
                     path.unlink()
@@ -363,6 +364,45 @@ def journals(root: Path) -> Iterator[tuple[str, str, Path]]:
             yield store.name, folder.name, folder
 
 
+def revive(folder: Path) -> int:
+    """Makes sent and rejected segments wait again, as new ones behind the others; how many."""
+    used = [int(path.stem.partition("-")[0]) for path in folder.glob("0*")]
+    number = max(used, default=-1) + 1
+    again = sorted(path for path in folder.iterdir() if path.suffix in (SENT, REJECTED))
+    for path in again:
+        path.rename(folder / f"{number:012d}{_SUFFIX}")
+        number += 1
+    _sync_folder(folder)
+    return len(again)
+
+
+def lock_journal(folder: Path) -> int:
+    """Takes the journal for this process until the descriptor that is returned is closed.
+
+    Raises:
+        ConfigError: The folder cannot be used, or another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"the journal's folder {str(folder)!r} cannot be written: {error.strerror}; give "
+            "another `home`, or `--max-journal 0` to go without a journal",
+            field="home",
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"another server uses the journal in {str(folder)!r}; give each its own `home`, or "
+            "`--max-journal 0` to go without a journal",
+            field="home",
+        ) from None
+    return descriptor
+
+
 def _metadata(info: GroupInfo, batch: pa.RecordBatch) -> dict[bytes, bytes]:
     fields = {**dataclasses.asdict(info), "crc32": _checksum(info, batch)}
     return {_KEY: json.dumps(fields).encode()}
@@ -394,7 +434,7 @@ def _cut(segment: Segment) -> None:
         file.seek(segment.num_bytes)
         tail = file.read()
         if any(tail):
-            path.with_suffix(_DAMAGED).write_bytes(tail)
+            path.with_suffix(DAMAGED).write_bytes(tail)
         file.truncate(segment.num_bytes)
         os.fsync(file.fileno())
     log.warning("journal: %s ended in %d bytes that are no whole group", path, len(tail))
@@ -405,10 +445,10 @@ def _dispose(segment: Segment, *, kept: bool) -> None:
     path = segment.path
     if segment.num_damaged:
         log.error("journal: %s holds %d damaged groups", path, segment.num_damaged)
-        path.rename(path.with_suffix(_DAMAGED))
+        path.rename(path.with_suffix(DAMAGED))
     elif kept and segment.groups:
-        path.rename(path.with_suffix(_SENT))
-        os.utime(path.with_suffix(_SENT))
+        path.rename(path.with_suffix(SENT))
+        os.utime(path.with_suffix(SENT))
     else:
         path.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -45,16 +46,16 @@ def put(
 
     thread = threading.Thread(target=read)
     thread.start()
-    try:
-        with writer:
-            for batch in batches:
-                writer.write_batch(batch)
-            if end is not None:
-                writer.write_metadata(json.dumps({"end": True, "rows": end}).encode())
-            writer.done_writing()
-            thread.join(60)
-    finally:
-        thread.join(60)
+    with suppress(flight.FlightError, pa.ArrowException, OSError):  # `close` tells what it was
+        for batch in batches:
+            writer.write_batch(batch)
+        if end is not None:
+            writer.write_metadata(json.dumps({"end": True, "rows": end}).encode())
+        writer.done_writing()
+    # A write fails when the call has ended, and reading ends with it. Only then is it closed:
+    # pyarrow may crash where a call is closed under a thread that reads.
+    thread.join(60)
+    writer.close()
     return answers
 
 
