@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from fletcher.pipeline.intake import IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.service import Calls, Service
 from fletcher.planning.planner import plan
+from fletcher.ports import check_port
 from fletcher.stores.address import open_store
 from fletcher.telemetry import Telemetry, configure
 from fletcher.tokenization.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ class Runtime:
     def _start(self) -> None:
         config = self.config
         flight_config = _flight_config(config)
-        _check_port(config.host, config.port)
+        check_port(config.host, config.port)
         self._telemetry = telemetry = configure(config.otlp_endpoint)
         stores = {
             name: open_store(address, timeout_s=config.store_timeout_s)
@@ -286,25 +286,6 @@ def _read(path: Path, field: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"`{field}` cannot be read: {error.strerror}", field=field) from None
-
-
-def _check_port(host: str, port: int) -> None:
-    """Says that a port is in use before the model is loaded; gRPC would say it after, at length."""
-    if port == 0:
-        return
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another `port`, "
-            "0 takes a free one",
-            field="port",
-        ) from None
 
 
 def _listen(service: Service, config: FlightConfig) -> FlightServer:

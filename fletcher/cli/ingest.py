@@ -239,7 +239,7 @@ def _print(report: Mapping[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"fletcher ingest: {line}", file=sys.stderr)
+    print(f"fletcher ingest: {printable(line)}", file=sys.stderr)
 
 
 def _names(text: str) -> tuple[str, ...]:

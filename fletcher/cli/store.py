@@ -70,9 +70,8 @@ def run(args: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT; answers the exit status.
 
     Raises:
-        ConfigError: A host that is not loopback without `--insecure`.
-        StoreError: The folder cannot be used.
-        SetupError: A port is taken.
+        ConfigError: A host that is not loopback without `--insecure`, or a port that is taken.
+        StoreError: The folder cannot be used, or another server serves it.
     """
     if not args.insecure and not _is_loopback(args.host):
         raise ConfigError(

@@ -146,7 +146,7 @@ class Client:
         return self.put(source, options, resume=True, on_ack=on_ack)
 
     def exchange(self, data: Any, options: EmbedOptions | None = None) -> Exchange:
-        """Embeds text and gives the vectors back: an iterator of batches, in order.
+        """Embeds text and gives the vectors back: a batch for each batch with rows, in order.
 
         Args:
             data: As for `put`.

@@ -24,8 +24,10 @@ from fletcher.errors import (
 from fletcher.flight.status import from_flight_error
 from fletcher.options import EmbedOptions
 
-# Batches that wait for the caller; more of them wait in the server, which stops reading then.
+# What waits for the caller, besides one batch of any size; more waits in the server, which stops
+# reading then.
 _MAX_WAITING = 4
+_MAX_WAITING_BYTES = 16 << 20
 _CLOSE_TIMEOUT_S = 5.0
 
 
@@ -36,14 +38,16 @@ class _WriteError(Exception):
 
 
 class Exchange:
-    """An iterator over batches with vectors, in the order of what was sent.
+    """An iterator over batches with vectors: one for each batch that was sent, in their order.
 
-    Batches larger than `TransferOptions.message_bytes` come back in pieces. Leaving it early, by
-    `close` or at the end of `with`, cancels the call. When the server fails, answers that it sent
-    shortly before may be lost: gRPC drops them.
+    Batches larger than `TransferOptions.message_bytes` travel in pieces, which are joined again: a
+    whole batch of vectors is held. Batches without rows are left out. Leaving it early, by `close`
+    or at the end of `with`, cancels the call. When the server fails, answers that it sent shortly
+    before may be lost: gRPC drops them.
 
     Attributes:
-        errors: Why rows of the batch last returned have a null vector; at most the first 1,000.
+        errors: Why rows of the batch last returned have a null vector, in the order of rows; at
+            most the first 1,000 of each piece.
 
     Args:
         connection: To the server.
@@ -58,6 +62,7 @@ class Exchange:
         self._changed = threading.Condition()
         self._waiting: deque[tuple[pa.RecordBatch, tuple[RowError, ...]]] = deque()
         self._schema: pa.Schema | None = None
+        self._last_pieces: set[int] = set()  # `batch_id`s on the wire that end a batch of the input
         self._rows_sent = 0
         self._rows_answered = 0
         self._all_sent = False
@@ -101,6 +106,9 @@ class Exchange:
         self._wait(lambda: bool(self._waiting))
         with self._changed:
             if self._waiting:
+                if not self._has_room():
+                    # The server was not heard because the caller took its time.
+                    self._last_activity = time.monotonic()
                 batch, self.errors = self._waiting.popleft()
                 self._changed.notify_all()
                 return batch
@@ -180,6 +188,8 @@ class Exchange:
                     if self._rows_answered == self._rows_sent:
                         self._last_activity = time.monotonic()
                     self._rows_sent += message.batch.num_rows
+                    if message.last:
+                        self._last_pieces.add(message.batch_id)
                     self._changed.notify_all()
                 self._call(self._writer.write_with_metadata, message.batch, message.metadata())
             else:
@@ -221,6 +231,9 @@ class Exchange:
         with self._changed:
             self._schema = schema
             self._changed.notify_all()
+        expected = 0
+        parts: list[pa.RecordBatch] = []
+        errors: tuple[RowError, ...] = ()
         while True:
             try:
                 chunk = self._reader.read_chunk()
@@ -228,15 +241,37 @@ class Exchange:
                 return
             if chunk.data is None:
                 continue
-            errors = _errors(chunk.app_metadata)
+            batch_id, found = _answer(chunk.app_metadata)
+            if batch_id not in (None, expected):
+                raise InternalError(
+                    f"the server answered batch {batch_id} where batch {expected} was due"
+                )
+            parts.append(chunk.data)
+            errors += found
             with self._changed:
-                self._changed.wait_for(lambda: len(self._waiting) < _MAX_WAITING or self._closed)
-                if self._closed:
-                    return
-                self._waiting.append((chunk.data, errors))
                 self._rows_answered += chunk.data.num_rows
                 self._last_activity = time.monotonic()
-                self._changed.notify_all()
+                whole = expected in self._last_pieces
+                self._last_pieces.discard(expected)
+            expected += 1
+            if whole:
+                batch = pa.concat_batches(parts) if len(parts) > 1 else parts[0]
+                parts = []
+                if not self._hand_over(batch, errors):
+                    return
+                errors = ()
+
+    def _hand_over(self, batch: pa.RecordBatch, errors: tuple[RowError, ...]) -> bool:
+        """Queues a batch for the caller, and waits for room for the next; False: it left."""
+        with self._changed:
+            self._waiting.append((batch, errors))
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed or self._has_room())
+            return not self._closed
+
+    def _has_room(self) -> bool:
+        num_bytes = sum(batch.get_total_buffer_size() for batch, _ in self._waiting)
+        return len(self._waiting) < _MAX_WAITING and num_bytes < _MAX_WAITING_BYTES
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -244,10 +279,12 @@ class Exchange:
             self._changed.notify_all()
 
 
-def _errors(metadata: pa.Buffer | None) -> tuple[RowError, ...]:
+def _answer(metadata: pa.Buffer | None) -> tuple[int | None, tuple[RowError, ...]]:
+    """The `batch_id` and errors that came with a batch."""
     if metadata is None:
-        return ()
+        return None, ()
     try:
-        return row_errors(json.loads(metadata.to_pybytes()).get("errors", []))
+        fields = json.loads(metadata.to_pybytes())
+        return fields.get("batch_id"), row_errors(fields.get("errors", []))
     except (ValueError, AttributeError):
         raise InternalError("the server sent a batch with metadata that is not JSON") from None

@@ -106,12 +106,14 @@ class Message:
         batch_id: Counts the messages of an upload.
         row_first: Offset of its first row in the upload.
         num_bytes: What the batch takes on the wire, uncompressed and without dictionaries.
+        last: It ends a batch of the input.
     """
 
     batch: pa.RecordBatch
     batch_id: int
     row_first: int
     num_bytes: int
+    last: bool
 
     @property
     def row_last(self) -> int:
@@ -133,8 +135,10 @@ def messages(
     """Batches as messages of at most `max_bytes` (or one row); empty batches are left out."""
     batch_id, row = 0, row_offset
     for batch in batches:
+        end = row + batch.num_rows
         for piece in split(batch, max_bytes):
-            yield Message(piece, batch_id, row, wire_bytes(piece))
+            last = row + piece.num_rows == end
+            yield Message(piece, batch_id, row, wire_bytes(piece), last)
             batch_id += 1
             row += piece.num_rows
 

@@ -27,7 +27,7 @@ from fletcher.flight.call import (
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake, Piece
-from fletcher.pipeline.service import DRAIN_RETRY_MS, Request, Service
+from fletcher.pipeline.service import Request, Service
 from fletcher.pipeline.sources import as_fletcher_error
 from fletcher.pipeline.stream import EmbedStream
 from fletcher.schema import output_schema
@@ -125,8 +125,6 @@ class _Put:
         except (FletcherError, flight.FlightError) as error:
             # Rows that got no further may be sent again, by whoever resumes this upload.
             self._upload.fail(as_fletcher_error(error))
-        if self._stream.closed:
-            self._upload.fail(DrainingError("the server stopped", retry_after_ms=DRAIN_RETRY_MS))
         with self._upload.changed:
             self._ended = True
             self._upload.changed.notify_all()

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fletcher.batches import EmbeddingBatch, Priority, TextBatch, TokenBatch
-from fletcher.errors import FletcherError, InternalError
+from fletcher.errors import DrainingError, FletcherError, InternalError
 from fletcher.pipeline.memory import Allowance
 from fletcher.telemetry import Span
+
+_RETRY_MS = 5000
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +75,7 @@ class EmbedStream:
         self._tickets: deque[Ticket] = deque()
         self._ended = False
         self.closed = False
+        self._cut_off = False  # closed before its end
         self._changed = threading.Condition()
 
     def submit(
@@ -102,11 +105,17 @@ class EmbedStream:
             self._changed.notify_all()
 
     def results(self) -> Iterator[Result]:
-        """Results in the order of submission; ends after `end`, or at once on `close`."""
+        """Results in the order of submission; ends after `end`.
+
+        Raises:
+            DrainingError: The stream was closed before that: there are results that never came.
+        """
         while True:
             with self._changed:
                 self._changed.wait_for(self._head_settled)
-                if self.closed or not self._tickets:
+                if self._cut_off:
+                    raise DrainingError("the server stopped", retry_after_ms=_RETRY_MS)
+                if not self._tickets:
                     return
                 ticket = self._tickets.popleft()
             assert ticket.result is not None
@@ -123,6 +132,7 @@ class EmbedStream:
     def close(self) -> None:
         """Lets go of everything, finished or not. Idempotent."""
         with self._changed:
+            self._cut_off = self._cut_off or not self._ended or bool(self._tickets)
             self.closed = True
             self._tickets.clear()
             self._changed.notify_all()

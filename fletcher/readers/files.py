@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import stat
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +17,14 @@ import pyarrow as pa
 
 from fletcher.errors import InvalidCommandError
 
+log = logging.getLogger(__name__)
+
 Format = Literal["parquet", "csv", "tsv", "jsonl", "arrow", "text"]
 FORMATS: tuple[str, ...] = get_args(Format)
 STDIN = "-"
 BUFFER_BYTES = 1 << 20
 SNIFF_BYTES = 64
+MAX_KINDS = 5  # that a message names
 # A first line that is longer names no columns.
 FIRST_LINE_BYTES = 64 << 10
 
@@ -59,12 +64,17 @@ class InputFile:
     format: Format | None
 
 
-def find_files(paths: Iterable[str | Path], format_name: str | None = None) -> list[InputFile]:
+def find_files(
+    paths: Iterable[str | Path],
+    format_name: str | None = None,
+    notice: Callable[[str], None] = log.info,
+) -> list[InputFile]:
     """The files that paths stand for; those of a folder sorted by path, hidden ones left out.
 
     Args:
         paths: Files, folders, or `-` for standard input (alone or among others, once).
         format_name: One of FORMATS for all of them; None: by the name, else by the first bytes.
+        notice: Called with a line for people about files that a folder holds and nobody reads.
 
     Raises:
         InvalidCommandError: A path that is not there, a folder with nothing to read, a format that
@@ -82,7 +92,7 @@ def find_files(paths: Iterable[str | Path], format_name: str | None = None) -> l
         if str(path) == STDIN:
             files.append(InputFile(None, "standard input", None, chosen))
         else:
-            files += _files_at(Path(path), chosen)
+            files += _files_at(Path(path), chosen, notice)
     if not files:
         raise InvalidCommandError("no file to read was given")
     if sum(file.path is None for file in files) > 1:
@@ -90,7 +100,7 @@ def find_files(paths: Iterable[str | Path], format_name: str | None = None) -> l
     return files
 
 
-def _files_at(path: Path, chosen: Format | None) -> list[InputFile]:
+def _files_at(path: Path, chosen: Format | None, notice: Callable[[str], None]) -> list[InputFile]:
     try:
         status = path.stat()
     except OSError as error:
@@ -98,19 +108,36 @@ def _files_at(path: Path, chosen: Format | None) -> list[InputFile]:
     if not path.is_dir():
         size = status.st_size if stat.S_ISREG(status.st_mode) else None
         return [InputFile(path, str(path), size, chosen or format_of(path))]
-    found = [
-        InputFile(file, str(file), file.stat().st_size, chosen or format_of(file))
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and format_of(file) is not None
-    ]
+    found = []
+    unknown: Counter[str] = Counter()
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if hidden or not file.is_file():
+            continue
+        known = format_of(file)
+        if known is None:
+            unknown["".join(file.suffixes[-1:]).lower()] += 1
+        else:
+            found.append(InputFile(file, str(file), file.stat().st_size, chosen or known))
     if not found:
         raise InvalidCommandError(
             f"the folder {path} holds no file to read; files are known by their names: "
             f"{', '.join(_SUFFIXES)}, each also with .gz or .zst"
         )
+    if unknown:
+        notice(_passed_over(path, unknown))
     return found
+
+
+def _passed_over(folder: Path, unknown: Counter[str]) -> str:
+    number = unknown.total()
+    kinds = [f"{count} {kind or 'without a suffix'}" for kind, count in unknown.most_common()]
+    shown = kinds[:MAX_KINDS] + (["others"] if len(kinds) > MAX_KINDS else [])
+    return (
+        f"{number:,} {'file' if number == 1 else 'files'} of unknown kind in {folder} "
+        f"{'is' if number == 1 else 'are'} passed over ({', '.join(shown)}); "
+        "name such a file, with --format, to read it"
+    )
 
 
 def format_of(path: Path) -> Format | None:

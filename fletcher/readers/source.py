@@ -53,7 +53,7 @@ def open_source(
         batch_rows: Rows of a batch at most; batches are also kept to about 4 MiB.
         limit: Rows to read at most; None: all.
         stdin: Stands in for standard input.
-        notice: Called with a line for people about what was guessed.
+        notice: Called with a line for people about a format that was guessed, or files passed over.
 
     Raises:
         InvalidCommandError: A path that cannot be read, or a file that is not what it says.
@@ -65,7 +65,8 @@ def open_source(
         raise InvalidCommandError(f"`batch_rows` is {batch_rows}, expected at least 1")
     listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
     selection = Selection(text_column, id_column, tuple(columns))
-    return Source(find_files(listed, format_name), selection, batch_rows, limit, stdin, notice)
+    files = find_files(listed, format_name, notice)
+    return Source(files, selection, batch_rows, limit, stdin, notice)
 
 
 class Source:

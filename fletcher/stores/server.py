@@ -18,6 +18,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.errors import (
+    ConfigError,
     FletcherError,
     InternalError,
     InvalidCommandError,
@@ -25,11 +26,13 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.options import check_dataset
+from fletcher.ports import check_port
 from fletcher.stores import wire
 from fletcher.stores.actions import Actions, Query, Ticket
 from fletcher.stores.base import DatasetInfo
 from fletcher.stores.ingest import Ingest
 from fletcher.stores.lance import LanceStore
+from fletcher.stores.lock import ServerLock
 from fletcher.stores.nearest import unknown_dataset
 from fletcher.stores.upload import Acks, Upload
 
@@ -76,12 +79,28 @@ class StoreServer:
         meta_port: Port of ListFlights, GetFlightInfo and the namespaces; 0 takes a free one.
 
     Raises:
-        StoreError: The folder cannot be used.
-        SetupError: A port is taken.
+        ConfigError: A port is taken, or both are the same.
+        StoreError: The folder cannot be used, or another server serves it.
+        SetupError: A port was taken just now.
     """
 
     def __init__(self, folder: Path, *, host: str, port: int, meta_port: int) -> None:
+        if port == meta_port != 0:
+            raise ConfigError(
+                f"`port` and `meta_port` are both {port}; give each its own", field="meta_port"
+            )
+        check_port(host, port)
+        check_port(host, meta_port, field="meta_port")
         self._store = LanceStore(folder)
+        self._lock = ServerLock(folder)
+        try:
+            self._start(folder, host, port, meta_port)
+        except BaseException:
+            self._store.close()
+            self._lock.release()
+            raise
+
+    def _start(self, folder: Path, host: str, port: int, meta_port: int) -> None:
         self._ingest = Ingest(self._store)
         actions = Actions(self._store, self._ingest, folder)
         self._data = _listen(
@@ -119,6 +138,7 @@ class StoreServer:
         for thread in threads:
             thread.join(max(deadline - time.monotonic(), 0))
         self._store.close()
+        self._lock.release()
         return committed and not any(thread.is_alive() for thread in threads)
 
 

@@ -20,10 +20,11 @@ import pytest
 from pyarrow import flight
 
 from fletcher.errors import (
+    ConfigError,
     DimensionMismatchError,
     ModelMismatchError,
     RequestError,
-    SetupError,
+    StoreError,
     StoreUnavailableError,
     UnknownDatasetError,
 )
@@ -581,15 +582,57 @@ def test_a_folder_has_one_writer(tmp_path):
             beside.open_writer("d", rows.schema(), "append")
 
 
+def test_a_folder_has_one_server(tmp_path):
+    command = [*COMMAND, "--path", str(tmp_path), "--port", "0", "--meta-port", "0"]
+    with store_process(tmp_path) as (process, data, _):
+        put(data, "d", rows.batch(0, 10))
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (answer.returncode, answer.stdout) == (1, "")
+        assert answer.stderr.startswith(f"fletcher store: the folder {tmp_path} is served by")
+        assert answer.stderr.count("\n") == 1
+        process.kill()
+        process.wait()
+    # It died without a chance to let go.
+    with store_process(tmp_path) as (_, data, meta):
+        put(data, "d", rows.batch(10, 10))
+        assert {info.total_records for info in meta.list_flights()} == {20}
+
+
+def test_a_server_that_is_closed_or_failed_lets_its_folder_go(tmp_path):
+    for _ in range(2):
+        served = StoreServer(tmp_path, host="127.0.0.1", port=0, meta_port=0)
+        with pytest.raises(StoreError, match="served by another"):
+            StoreServer(tmp_path, host="127.0.0.1", port=0, meta_port=0)
+        assert served.close(10)
+
+
+def test_a_taken_port_is_named_before_anything_is_loaded(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for flags in (("--port", port), ("--port", "0", "--meta-port", port)):
+            command = [*COMMAND, "--path", str(tmp_path / "folder"), *flags]
+            answer = subprocess.run(
+                command, capture_output=True, text=True, timeout=60, check=False
+            )
+            assert (answer.returncode, answer.stdout) == (2, "")
+            option = flags[-2].removeprefix("--").replace("-", "_")
+            assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in answer.stderr
+            assert f"`{option}`" in answer.stderr
+            assert answer.stderr.count("\n") == 1
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_taken_port_and_an_open_host_are_refused(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(SetupError, match="`port`"):
+        with pytest.raises(ConfigError, match="`port`"):
             StoreServer(tmp_path, host="127.0.0.1", port=port, meta_port=0)
-        with pytest.raises(SetupError, match="`port`"):
+        with pytest.raises(ConfigError, match="`meta_port`"):
             StoreServer(tmp_path, host="127.0.0.1", port=0, meta_port=port)
+        with pytest.raises(ConfigError, match="both 1"):
+            StoreServer(tmp_path, host="127.0.0.1", port=1, meta_port=1)
     command = [*COMMAND, "--path", str(tmp_path), "--host", "0.0.0.0", "--port", "0"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert answer.returncode != 0

@@ -53,16 +53,85 @@ def table_of(lengths):
     return pa.table({"text": ["x" * n for n in lengths]})
 
 
-def test_vectors_come_back_in_order_and_in_pieces():
-    lengths = list(range(1, 120))
-    with Embedding() as server, connect(server.uri, transfer=SMALL) as client:
-        with client.exchange(table_of(lengths)) as exchange:
+def test_vectors_come_back_in_order_and_in_the_batches_that_were_sent():
+    class Counting(Embedding):
+        def answer(self, context, writer, batch, fields, dtype):
+            self.pieces = fields["batch_id"] + 1
+            rows = range(fields["row_offset"], fields["row_offset"] + batch.num_rows)
+            entries = [
+                {"row": row, "id": row, "code": "row_too_large", "message": "too long"}
+                for row in rows
+                if row % 50 == 0
+            ]
+            metadata = {"batch_id": fields["batch_id"], "errors": entries}
+            failed = {row - rows[0] for row in rows if row % 50 == 0}
+            out = vectors_of(batch, dtype, failed=failed)
+            writer.write_with_metadata(out, json.dumps(metadata).encode())
+
+    sizes = [119, 1, 0, 200, 2]
+    sent = [table_of(range(1, size + 1)).combine_chunks() for size in sizes]
+    data = [
+        pa.record_batch({"text": table["text"].combine_chunks()}, schema=table.schema)
+        for table in sent
+    ]
+    failed = []
+    with Counting() as server, connect(server.uri, transfer=SMALL) as client:
+        with client.exchange(data) as exchange:
             assert exchange.schema.field("vector").type.list_size == DIM
-            batches = list(exchange)
-        assert len(batches) > 5
-        got = [row[0] for batch in batches for row in batch.column("vector").to_pylist()]
-        assert got == lengths
+            row = 0
+            for size in (119, 1, 200, 2):
+                batch = next(exchange)
+                wanted = [
+                    None if n % 50 == 0 else float(n - row + 1) for n in range(row, row + size)
+                ]
+                got = batch.column("vector").to_pylist()
+                assert [vector and vector[0] for vector in got] == wanted
+                failed += [error.row for error in exchange.errors]
+                assert all(row <= error.row < row + size for error in exchange.errors)
+                row += size
+            assert list(exchange) == []
         assert list(exchange) == []
+        assert server.pieces > 20
+    assert failed == list(range(0, 322, 50))
+
+
+class Wide(Embedding):
+    def do_exchange(self, context, descriptor, reader, writer):
+        writer.begin(pa.schema({"vector": pa.binary()}))
+        for chunk in reader:
+            wide = pa.array([b"x" * 10_000] * chunk.data.num_rows)
+            writer.write_with_metadata(pa.record_batch({"vector": wide}), b"{}")
+
+
+def test_large_answers_wait_in_the_server_not_here(monkeypatch):
+    monkeypatch.setattr(exchange_module, "_MAX_WAITING_BYTES", 1000)
+    data = table_of([10] * 40).to_batches(max_chunksize=4)
+    with Wide() as server, connect(server.uri) as client, client.exchange(data) as exchange:
+        for batch in exchange:
+            assert batch.num_rows == 4
+            assert len(exchange._waiting) <= 1
+
+
+def test_a_server_is_not_blamed_for_a_caller_that_takes_its_time(monkeypatch):
+    monkeypatch.setattr(exchange_module, "_MAX_WAITING_BYTES", 1)
+    data = table_of([10] * 4).to_batches(max_chunksize=1)
+    with Wide() as server, connect(server.uri) as client, client.exchange(data) as exchange:
+        for _ in range(4):
+            with exchange._changed:
+                assert exchange._changed.wait_for(lambda: exchange._waiting, 10)
+                exchange._last_activity -= 1000  # that long ago
+            assert next(exchange).num_rows == 1
+        assert list(exchange) == []
+
+
+def test_an_answer_to_another_batch_is_noticed():
+    class Swapping(Embedding):
+        def answer(self, context, writer, batch, fields, dtype):
+            super().answer(context, writer, batch, {"batch_id": 1 - fields["batch_id"]}, dtype)
+
+    said = pytest.raises(errors.InternalError, match="answered batch 1 where batch 0 was due")
+    with Swapping() as server, connect(server.uri) as client, said:
+        list(client.exchange(table_of([1, 2]).to_batches(max_chunksize=1)))
 
 
 def test_more_than_the_wire_holds_does_not_lock():
@@ -193,7 +262,8 @@ def test_leaving_early_cancels(stalling, rows, monkeypatch):
     monkeypatch.setattr(exchange_module, "_CLOSE_TIMEOUT_S", 10)
     with connect(stalling.uri, transfer=SMALL) as client:
         started = time.monotonic()
-        with client.exchange(table_of([100] * rows)) as exchange:
+        data = table_of([100] * rows).to_batches(max_chunksize=5)
+        with client.exchange(data) as exchange:
             next(exchange)
             assert stalling.stalled.wait(10)
         assert stalling.cancelled.wait(10)

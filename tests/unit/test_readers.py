@@ -102,6 +102,25 @@ def test_a_folder_is_read_in_order_and_knows_its_files(tmp_path):
     assert [file.path.name for file in source.files] == ["a.parquet", "b.jsonl", "a.csv"]
 
 
+def test_files_that_a_folder_holds_in_vain_are_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    lines = []
+    open_source(tmp_path, notice=lines.append)
+    assert lines == []
+    for name in ("README", "b.PDF", "c.pdf", "d.csv.bak", ".hidden"):
+        (tmp_path / name).write_text("no")
+    source = open_source(tmp_path, notice=lines.append)
+    assert [file.path.name for file in source.files] == ["a.jsonl"]
+    (line,) = lines
+    assert f"4 files of unknown kind in {tmp_path} are passed over" in line
+    assert "(2 .pdf, 1 without a suffix, 1 .bak)" in line
+    for number in range(9):
+        (tmp_path / f"x.kind{number}").write_text("no")
+    find_files([tmp_path], notice=lines.append)
+    assert lines[1].count(".kind") == 2
+    assert "others)" in lines[1]
+
+
 @pytest.mark.parametrize(
     ("data", "wanted"),
     [
