@@ -32,8 +32,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "replay",
         help="let the next start of the server send again what was sent or refused",
         description="Makes rows wait again that were sent to a store which may have lost them, or "
-        "that a store refused. The server must be stopped; its next start sends them. Rows that the "
-        "store holds under their batch_key are not stored twice.",
+        "that a store refused. The server must be stopped; its next start sends them. What the "
+        "store holds under its batch_key is not stored twice.",
     )
 
 

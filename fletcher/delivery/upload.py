@@ -67,6 +67,8 @@ class Upload:
         """Takes rows in, and returns those parts that were not taken in before."""
         with self.changed:
             new = self._claimed.missing(first, last)
+            num_new = sum(one_last - one_first + 1 for one_first, one_last in new)
+            self._rows_deduplicated += last - first + 1 - num_new
             self._claimed.add(first, last)
             self.changed.notify_all()
             return new

@@ -76,23 +76,18 @@ def exchange(
             for batch in batches:
                 writer.write_batch(batch)
             writer.done_writing()
-        except flight.FlightError:
-            pass  # the reader reports it
+        except (flight.FlightError, pa.ArrowException, OSError):
+            pass  # `close` tells what it was
 
     thread = threading.Thread(target=write)
     thread.start()
     answers = []
-    try:
-        with writer:
-            while True:
-                try:
-                    chunk = reader.read_chunk()
-                except StopIteration:
-                    break
-                answers.append((chunk.data, json.loads(chunk.app_metadata.to_pybytes())))
-            thread.join(60)
-    finally:
-        thread.join(60)
+    with suppress(StopIteration, flight.FlightError):  # `close` tells what it was
+        while True:
+            chunk = reader.read_chunk()
+            answers.append((chunk.data, json.loads(chunk.app_metadata.to_pybytes())))
+    thread.join(60)
+    writer.close()
     return answers
 
 

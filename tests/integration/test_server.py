@@ -70,6 +70,7 @@ def test_sent_twice_is_stored_once(server: Runtime, client: flight.FlightClient)
     summary = put(client, [rows(0, 500)], SCHEMA, end=500, dataset=name, upload_id="u")[-1]
     assert summary["complete"] is True
     assert summary["rows_stored"] == 500
+    assert summary["rows_deduplicated"] == 300
     assert stored(server, name).column("id").to_pylist() == list(range(500))
     status = action(client, "upload_status", {"upload_id": "u", "dataset": name})
     assert status == {"rows_durable": 500, "ranges": [[0, 499]], "complete": True}
