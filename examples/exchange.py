@@ -11,9 +11,13 @@ import pyarrow as pa
 from pyarrow import flight
 
 texts = sys.argv[1:] or ["play go against the computer", "a board game for two"]
-client = flight.connect("grpc://127.0.0.1:8815")
+address = "grpc://127.0.0.1:8815"
+client = flight.connect(address)
 command = json.dumps({"dtype": "float32"}).encode()
-writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command))
+try:
+    writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command))
+except flight.FlightUnavailableError:
+    sys.exit(f"nobody answers at {address}; start a server: fletcher-serve")
 batch = pa.RecordBatch.from_pydict({"text": texts})
 
 

@@ -1,4 +1,4 @@
-"""Text into a dataset, by DoPut, with plain pyarrow: python examples/put.py FILE.parquet DATASET.
+"""Text into a dataset, by DoPut, with plain pyarrow: python examples/put.py FILE DATASET [URI].
 
 The server answers with acknowledgements while it stores, so one thread writes and one reads.
 """
@@ -10,6 +10,8 @@ import threading
 import pyarrow.parquet as pq
 from pyarrow import flight
 
+if len(sys.argv) not in (3, 4):
+    sys.exit("usage: python examples/put.py FILE.parquet DATASET [grpc://HOST:PORT]")
 path, dataset = sys.argv[1:3]
 address = sys.argv[3] if len(sys.argv) > 3 else "grpc://127.0.0.1:8815"
 
@@ -23,9 +25,12 @@ command = {
 file = pq.ParquetFile(path)
 schema = file.schema_arrow
 client = flight.connect(address)
-writer, replies = client.do_put(
-    flight.FlightDescriptor.for_command(json.dumps(command).encode()), schema
-)
+try:
+    writer, replies = client.do_put(
+        flight.FlightDescriptor.for_command(json.dumps(command).encode()), schema
+    )
+except flight.FlightUnavailableError:
+    sys.exit(f"nobody answers at {address}; start a server: fletcher-serve")
 
 
 def read_replies() -> None:

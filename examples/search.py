@@ -9,16 +9,26 @@ import sys
 import pyarrow as pa
 from pyarrow import flight
 
+if len(sys.argv) not in (3, 5):
+    sys.exit("usage: python examples/search.py DATASET QUESTION [FLETCHER_URI STORE_URI]")
 dataset, question = sys.argv[1:3]
-fletcher = flight.connect("grpc://127.0.0.1:8815")
-store = flight.connect("grpc://127.0.0.1:3000")
+addresses = sys.argv[3:] or ["grpc://127.0.0.1:8815", "grpc://127.0.0.1:3000"]
 
-body = json.dumps({"texts": [question], "dtype": "float32"}).encode()
-(answer,) = fletcher.do_action(flight.Action("embed", body))
+
+def call(address: str, action: str, body: dict[str, object]) -> list[flight.Result]:
+    """Does an action; where nobody listens, says so in a line."""
+    try:
+        return list(
+            flight.connect(address).do_action(flight.Action(action, json.dumps(body).encode()))
+        )
+    except flight.FlightUnavailableError:
+        sys.exit(f"nobody answers at {address}; it needs both fletcher-serve and a store")
+
+
+(answer,) = call(addresses[0], "embed", {"texts": [question], "dtype": "float32"})
 vector = json.loads(answer.body.to_pybytes())["embeddings"][0]
 
-search = json.dumps({"dataset": dataset, "vector": vector, "k": 5}).encode()
-for result in store.do_action(flight.Action("VectorSearch", search)):
+for result in call(addresses[1], "VectorSearch", {"dataset": dataset, "vector": vector, "k": 5}):
     table = pa.ipc.open_stream(result.body).read_all()
     for row in table.to_pylist():
         print(f"{row['score']:.3f}  {row['id']}")

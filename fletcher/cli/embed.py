@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fletcher.cli.connection import add_connection, local_config, open_client
-from fletcher.cli.parser import given_flags
+from fletcher.cli.parser import check_server, given_flags
 from fletcher.config import NO_STORE
 from fletcher.errors import BY_CODE, ConfigError, InternalError, InvalidCommandError
 from fletcher.options import CHOICES, EmbedOptions
@@ -64,6 +64,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Embeds and writes."""
+    check_server(args)
     if args.format != "jsonl" and args.output is None and sys.stdout.isatty():
         raise ConfigError(
             f"`format` {args.format} is not for a terminal; give --output FILE", field="format"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.connection import add_connection, local_config, open_client, refuse_local_flags
-from fletcher.cli.parser import given_flags
+from fletcher.cli.parser import check_server, given_flags
 from fletcher.cli.progress import Progress, Sample, Total
 from fletcher.cli.table import cut, printable, terminal_width
 from fletcher.errors import ConfigError, FletcherError
@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     """Ingests; 0 when every row that was read is stored or was refused by itself."""
     from fletcher.readers import open_source
 
+    check_server(args)
     options = _options(args)
     config = local_config(args)
     if args.server:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from fletcher.cli.connection import add_connection, local_config, open_client, without_store
-from fletcher.cli.parser import given_flags
+from fletcher.cli.parser import check_server, given_flags
 from fletcher.cli.table import columns, cut, padded, printable, terminal_width
 from fletcher.config import nearest
 from fletcher.errors import (
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Searches and prints."""
     from fletcher.stores.address import open_store
 
+    check_server(args)
     check_dataset(args.dataset)
     if not args.query.strip():
         raise ConfigError("`query` is empty, expected some text", field="query")

@@ -97,7 +97,7 @@ class Connection:
         self.transfer = transfer
         self._timeout_s = timeout_s
         self._headers = [(b"authorization", b"Bearer " + token.encode())] if token else []
-        location, secure = _location(uri)
+        location, secure = parse_address(uri)
         if tls is not None and not secure:
             raise InvalidCommandError(
                 f"`tls` is given, but {uri} is not encrypted; use grpc+tls://", field="tls"
@@ -170,19 +170,37 @@ def descriptor(options: EmbedOptions) -> flight.FlightDescriptor:
     return flight.FlightDescriptor.for_command(options.to_json())
 
 
-def _location(uri: str) -> tuple[str, bool]:
+def parse_address(uri: str, *, field: str = "uri") -> tuple[str, bool]:
+    """The address as pyarrow takes it, and whether it is encrypted.
+
+    Args:
+        uri: Of a server.
+        field: What to call it in the message.
+
+    Raises:
+        InvalidCommandError: It is no address of a Flight server.
+    """
+    address = _address(uri)
+    if address is None:
+        meant = f"grpc://{uri}"
+        hint = f"; did you mean {meant[:200]}?" if "://" not in uri and _address(meant) else ""
+        raise InvalidCommandError(
+            f"`{field}` is {uri[:200]!r}, expected grpc://HOST:PORT or grpc+tls://HOST:PORT{hint}",
+            field=field,
+            allowed=sorted(f"{scheme}://HOST:PORT" for scheme in _SCHEMES),
+        )
+    return address
+
+
+def _address(uri: str) -> tuple[str, bool] | None:
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
     except ValueError:
-        parts, host, port = urlsplit(""), None, None
+        return None
     scheme = _SCHEMES.get(parts.scheme)
     if scheme is None or not host or not port or parts.path.strip("/") or parts.query:
-        raise InvalidCommandError(
-            f"`uri` is {uri[:200]!r}, expected grpc://HOST:PORT or grpc+tls://HOST:PORT",
-            field="uri",
-            allowed=sorted(f"{scheme}://HOST:PORT" for scheme in _SCHEMES),
-        )
+        return None
     bracketed = f"[{host}]" if ":" in host else host
     return f"{scheme}://{bracketed}:{port}", scheme == "grpc+tls"
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+from pyarrow import flight
 
 from fletcher.client.connection import Connection, descriptor
 from fletcher.client.messages import RowError, as_batches, messages, row_errors
@@ -227,7 +228,12 @@ class Exchange:
             self._changed.notify_all()
 
     def _read_batches(self) -> None:
-        schema = self._reader.schema
+        try:
+            schema = self._reader.schema
+        except flight.FlightInternalError as error:
+            if str(error).startswith("Server never sent a data message"):
+                return  # it ended the call well and without an answer
+            raise
         with self._changed:
             self._schema = schema
             self._changed.notify_all()

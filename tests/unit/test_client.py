@@ -223,6 +223,17 @@ def test_a_server_that_ends_early_is_noticed():
         list(client.exchange(table_of([100] * 1000)))
 
 
+def test_a_server_that_answers_nothing_is_noticed():
+    class Silent(Embedding):
+        def do_exchange(self, context, descriptor, reader, writer):
+            for _ in reader:
+                pass
+
+    said = pytest.raises(errors.UnavailableError, match="after 0 of 1 rows")
+    with Silent() as server, connect(server.uri) as client, said:
+        list(client.exchange(table_of([1])))
+
+
 def test_what_the_input_raises_comes_out():
     def data():
         yield from table_of([1, 2]).to_batches()
@@ -331,8 +342,10 @@ def test_a_server_that_does_not_answer_is_given_up():
     ["", "localhost:8815", "http://h:1", "grpc://h", "grpc://:1", "grpc://h:x", "grpc://h:1/path"],
 )
 def test_what_is_no_address_is_refused(uri):
-    with pytest.raises(errors.InvalidCommandError, match="`uri`"):
+    with pytest.raises(errors.InvalidCommandError, match="`uri`") as caught:
         connect(uri)
+    meant = "did you mean grpc://localhost:8815?" in caught.value.message
+    assert meant == (uri == "localhost:8815")
 
 
 def test_tls_wants_an_encrypted_address_and_files_that_exist(tmp_path):

@@ -289,6 +289,19 @@ def test_servers_that_do_not_let_in(
     assert message in done.err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [("embed", "x"), ("search", "x", "--dataset", "d"), ("ingest", "nowhere", "--dataset", "d")],
+)
+def test_an_address_without_its_scheme_is_told_how_it_was_meant(
+    call: Call, argv: tuple[str, ...]
+) -> None:
+    done = call(*argv, "--server", "127.0.0.1:8815")
+    assert (done.code, done.out) == (2, "")
+    assert "`server` is '127.0.0.1:8815'" in done.err
+    assert done.err.endswith("; did you mean grpc://127.0.0.1:8815?\n")
+
+
 def test_nobody_there(call: Call) -> None:
     done = call("embed", "x", "--server", "grpc://127.0.0.1:1")
     assert (done.code, done.out) == (1, "")

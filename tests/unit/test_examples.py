@@ -1,0 +1,64 @@
+"""The examples, as somebody runs them who has not read them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SAMPLE = str(EXAMPLES / "data" / "debian-sample.parquet")
+NOBODY = "grpc://127.0.0.1:1"
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("put.py", [], "usage: "),
+        ("put.py", ["a", "b", "c", "d"], "usage: "),
+        ("put.py", [SAMPLE, "d", NOBODY], f"nobody answers at {NOBODY}"),
+        ("search.py", [], "usage: "),
+        ("search.py", ["d", "what?", NOBODY, NOBODY], f"nobody answers at {NOBODY}"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_line(name: str, arguments: list[str], said: str) -> None:
+    done = run(name, *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
+
+
+class _Answering(flight.FlightServerBase):
+    def do_action(
+        self, context: flight.ServerCallContext, action: flight.Action
+    ) -> list[bytes | pa.Buffer]:
+        asked = json.loads(action.body.to_pybytes())
+        if action.type == "embed":
+            assert asked["texts"] == ["what?"]
+            return [json.dumps({"embeddings": [[1.0, 2.0]]}).encode()]
+        assert asked == {"dataset": "d", "vector": [1.0, 2.0], "k": 5}
+        found = pa.record_batch({"id": ["a", "b"], "score": [0.75, 0.5]})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, found.schema) as writer:
+            writer.write_batch(found)
+        return [sink.getvalue()]
+
+
+def test_search_prints_what_is_found() -> None:
+    with _Answering("grpc://127.0.0.1:0") as server:
+        uri = f"grpc://127.0.0.1:{server.port}"
+        done = run("search.py", "d", "what?", uri, uri)
+        assert (done.returncode, done.stdout) == (0, "0.750  a\n0.500  b\n"), done.stderr
+        done = run("search.py", "d", "what?", uri, NOBODY)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"nobody answers at {NOBODY}")
