@@ -260,6 +260,16 @@ class Journal:
             os.fsync(file.fileno())
         log.error("journal: %s: rows were refused by the store: %s", self.folder / name, reason)
 
+    def make_room(self) -> None:
+        """Ends the open segment where nothing in it is needed: a journal may be full of it alone.
+
+        Called by the thread that appends.
+        """
+        with self._lock:
+            idle = self._file is not None and self._segments[-1].unsettled == 0
+        if idle:
+            self._roll()
+
     def close(self) -> None:
         """Closes the open segment, and deletes it where nothing in it is needed any more."""
         self._roll()

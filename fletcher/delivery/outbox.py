@@ -135,6 +135,7 @@ class Outbox:
                 if self._closing.is_set() or time.monotonic() > deadline:
                     raise
                 self._lane.hurry()
+                self._journal.make_room()
                 self._closing.wait(_FULL_POLL_S)
         for group, on_disk in zip(groups, journaled, strict=True):
             group.upload.secure(group.first, group.last)
