@@ -218,6 +218,17 @@ class Delivery:
             route.wait_idle(max(0.0, deadline - time.monotonic()))
         return all(route.idle for route in routes)
 
+    @property
+    def store_away(self) -> bool:
+        """A store has failed, and taken nothing since."""
+        return any(route.lane.store_away for route in self._all_routes())
+
+    @property
+    def journal_share(self) -> float | None:
+        """How full the journal is, from 0 to 1; None where there is none."""
+        space = self._space
+        return None if space is None else min(1.0, space.used_bytes / space.max_bytes)
+
     def shut_down(self) -> None:
         """Ends all routes and closes the stores. Idempotent."""
         with self._lock:

@@ -91,6 +91,7 @@ class Lane:
         self._pending: deque[tuple[Rows, float]] = deque()
         self._num_pending_rows = 0
         self._in_append = False
+        self.store_away = False  # the last append failed, and none has succeeded since
         self._hurried = False
         self._openings: deque[tuple[pa.Schema, WriteMode, Future[None]]] = deque()
         self._closing = threading.Event()
@@ -327,6 +328,7 @@ class Lane:
                     if batches:
                         writer.append(batches)
             except StoreUnavailableError as error:
+                self.store_away = True
                 if self._closing.is_set() or time.monotonic() + backoff_s > deadline:
                     return error
                 self._telemetry.store_retries.add()
@@ -341,6 +343,7 @@ class Lane:
                 log.exception("`%s`: the store failed", self.dataset)
                 return InternalError("storing failed in an unexpected way; the log has more")
             else:
+                self.store_away = False
                 return None
 
     def _close_writer(self) -> None:

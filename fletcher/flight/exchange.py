@@ -56,8 +56,9 @@ def exchange(
     upload_id = options.upload_id or uuid.uuid4().hex
     # Before the first batch, so that a client that waits for the schema need not send.
     writer.begin(output)
-    messages = started(read_messages(reader, context))  # who sends nothing takes no place
-    with service.calls.stream(), service.telemetry.span("do_exchange", trace) as span:
+    messages, first = started(read_messages(reader, context))  # who sends nothing takes no place
+    bulk = first is not None and first.batch is not None and source.is_bulk(first.batch)
+    with service.admit(bulk=bulk), service.telemetry.span("do_exchange", trace) as span:
         stream = service.embedder.open_stream(span)
         try:
             answers = _Answers(
