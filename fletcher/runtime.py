@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fletcher.compression import Answers
 from fletcher.config import ServeConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.lane import DeliveryConfig
@@ -159,7 +160,9 @@ class Runtime:
         check_port(config.host, config.port)
         self._telemetry = telemetry = configure(config.otlp_endpoint)
         stores = {
-            name: open_store(address, timeout_s=config.store_timeout_s)
+            name: open_store(
+                address, timeout_s=config.store_timeout_s, compression=config.store_compression
+            )
             for name, address in config.store_addresses.items()
         }
         delivery = Delivery(
@@ -213,6 +216,7 @@ class Runtime:
             embedder=embedder,
             delivery=delivery,
             calls=calls,
+            answers=Answers(config.compression),
             pressure=pressure,
             limits=_limits(config, bundle.dim, self._budget.reserve_bytes),
             telemetry=telemetry,

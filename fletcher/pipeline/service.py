@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from fletcher.compression import Answers
 from fletcher.delivery.delivery import Delivery
 from fletcher.errors import (
     DimensionMismatchError,
@@ -107,6 +108,7 @@ class Service:
     embedder: Embedder
     delivery: Delivery
     calls: Calls
+    answers: Answers
     pressure: Pressure
     limits: IntakeLimits
     telemetry: Telemetry
