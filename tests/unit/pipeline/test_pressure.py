@@ -58,7 +58,8 @@ def test_what_each_signal_means(signals: Signals, grade: Grade) -> None:
 def test_a_grade_is_entered_at_once_and_left_with_hesitation() -> None:
     house = House()
     assert house.after(1, streams=0.95) is Grade.SEVERE
-    assert house.after(60, streams=0.80) is Grade.SEVERE, "below what entered it, not far enough"
+    for _ in range(2):
+        assert house.after(60, streams=0.80) is Grade.SEVERE, "lower, but not far enough"
     assert house.after(1, streams=0.5) is Grade.SEVERE, "calm, but not for long"
     assert house.after(2, streams=0.95) is Grade.SEVERE
     assert house.after(2, streams=0.5) is Grade.SEVERE, "the calm begins anew"
