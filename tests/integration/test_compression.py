@@ -123,4 +123,5 @@ def test_auto_measures_a_slow_connection_and_compresses(
         assert proxy.up - probes < 1.5 * data.nbytes, "of both calls together"
     assert summary.complete
     (message,) = [one for one in caplog.messages if uri(proxy) in one]
-    assert f"compression to {uri(proxy)}: zstd (zstd: " in message
+    assert f"compression to {uri(proxy)}: " in message
+    assert ": none (" not in message
