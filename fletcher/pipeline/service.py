@@ -178,11 +178,12 @@ class Service:
         return self.calls.stream()
 
     def describe(self) -> dict[str, Any]:
-        """The `stats` action's answer: instruments and workers."""
+        """The `stats` action's answer: instruments, stores and workers."""
         return {
             "model": self.model.qualified_name,
             "draining": self.calls.draining.is_set(),
             "pressure": self.pressure.statistics(),
+            "stores": self.delivery.statistics(),
             **self.telemetry.snapshot(),
             **self.embedder.statistics(),
         }

@@ -1,69 +1,101 @@
-"""A TCP proxy that counts what passes, and may be slow."""
+"""A TCP connection that counts, and breaks or dawdles as it is told to."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 
 class Proxy:
-    """In front of a port of this machine, from `with` to its end.
+    """Forwards to a port of this machine; `up` and `answering` are switches.
+
+    Attributes:
+        up: Else connections are closed as soon as they come.
+        answering: Else what the server says is swallowed.
+        sent: Bytes that came from clients.
+        received: Bytes that came back.
 
     Args:
         port: Where to.
         bytes_per_s: Each way at most; None: no limit.
-
-    Attributes:
-        port: Where it listens.
-        up: Bytes that went to the server.
-        down: Bytes that came back.
     """
 
-    def __init__(self, port: int, *, bytes_per_s: float | None = None) -> None:
-        self.up = self.down = 0
-        self._target = port
+    def __init__(self, port: int, *, bytes_per_s: float = math.inf) -> None:
+        self.up = True
+        self.sent = self.received = 0
         self._bytes_per_s = bytes_per_s
+        self.answering = True
+        self._to = port
+        self._sockets: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        self._sockets = [self._listener]
-        self._threads: list[threading.Thread] = []
         self._start(self._accept)
 
     def __enter__(self) -> Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+        self.up = False
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join(10)
+        self._listener.close()
+        self.cut()
         for thread in self._threads:
             thread.join(10)
 
-    def _start(self, work, *arguments) -> None:
-        thread = threading.Thread(target=work, args=arguments, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+    def cut(self) -> None:
+        """Breaks all connections."""
+        with self._lock:
+            sockets, self._sockets = self._sockets, set()
+        for one in sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._target))
-                for one in (near, far):
-                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._sockets += [near, far]
-                self._start(self._pump, near, far, "up")
-                self._start(self._pump, far, near, "down")
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self.up:
+                client.close()
+                continue
+            self._start(self._forward, client)
 
-    def _pump(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+    def _forward(self, client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", self._to)) as server:
+            both = {client, server}
+            with self._lock:
+                self._sockets |= both
+            back = self._start(self._pump, server, client, True)
+            self._pump(client, server, False)
+            back.join()
+            with self._lock:
+                self._sockets -= both
+
+    def _pump(self, source: socket.socket, target: socket.socket, answer: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                setattr(self, way, getattr(self, way) + len(data))
-                if self._bytes_per_s is not None:
-                    time.sleep(len(data) / self._bytes_per_s)
-                sink.sendall(data)
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
+                if answer:
+                    self.received += len(data)
+                else:
+                    self.sent += len(data)
+                time.sleep(len(data) / self._bytes_per_s)
+                if self.answering or not answer:
+                    target.sendall(data)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def _start(self, run: Callable[..., None], *args: Any) -> threading.Thread:
+        thread = threading.Thread(target=run, args=args, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return thread

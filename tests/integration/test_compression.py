@@ -55,7 +55,7 @@ def test_the_client_compresses_uploads(server: Runtime, proxy: Proxy, codec: str
     data, name = long_rows(), next(names)
     with fletcher.connect(uri(proxy), compression=codec) as client:
         assert client.put(data, name).complete
-    assert (proxy.up < data.nbytes * 3 // 4) == (codec != "none")
+    assert (proxy.sent < data.nbytes * 3 // 4) == (codec != "none")
     stored = server.service.delivery.stores["default"].scan(name).read_all().sort_by("id")
     assert stored.column("text").to_pylist() == data.column("text").to_pylist()
 
@@ -74,7 +74,7 @@ def test_the_server_compresses_answers_for_any_client(
                 ((answer, _),) = exchange(client, [data], SCHEMA, include_text=True)
             with fletcher.connect(uri(proxy)) as client:
                 assert len(client.embed(["a", "b"])) == 2
-            sizes.append(proxy.down)
+            sizes.append(proxy.received)
             answers.append(answer)
     assert sizes[1] < sizes[0] * 3 // 4
     columns = ["id", "vector", "text", "token_count"]
@@ -98,7 +98,7 @@ def test_rows_reach_flight_stores_compressed(
             )
             with fletcher.connect(server.address) as client:
                 assert client.put(data, "d").complete
-            assert (proxy.up < data.nbytes * 3 // 4) == (codec != "none")
+            assert (proxy.sent < data.nbytes * 3 // 4) == (codec != "none")
             there = server.service.delivery.stores["default"].scan("d").read_all()
             assert there.sort_by("id").column("text").to_pylist() == data["text"].to_pylist()
             # Its calls must end before the proxy does.
@@ -120,7 +120,7 @@ def test_auto_measures_a_slow_connection_and_compresses(
             with client.exchange(data, options) as answers:
                 assert sum(batch.num_rows for batch in answers) == NUM_ROWS
         probes = 2 * (1 << 18)
-        assert proxy.up - probes < 1.5 * data.nbytes, "of both calls together"
+        assert proxy.sent - probes < 1.5 * data.nbytes, "of both calls together"
     assert summary.complete
     (message,) = [one for one in caplog.messages if uri(proxy) in one]
     assert f"compression to {uri(proxy)}: " in message

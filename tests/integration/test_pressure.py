@@ -12,7 +12,7 @@ from pyarrow import flight
 
 import fletcher
 from fletcher.client import PutSummary
-from fletcher.delivery import lane
+from fletcher.delivery import breaker
 from fletcher.pipeline import pressure, service
 from fletcher.runtime import Runtime
 from tests.integration.conftest import StartServer
@@ -69,7 +69,7 @@ def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_o
 ) -> None:
     monkeypatch.setattr(service, "SEVERE_RETRY_MS", 200)
     monkeypatch.setattr(pressure, "_LEAVE_AFTER_S", 0.2)
-    monkeypatch.setattr(lane, "_MAX_BACKOFF_S", 0.2)
+    monkeypatch.setattr(breaker, "_MAX_PAUSE_S", 0.2)
     summaries: dict[str, PutSummary] = {}
 
     def upload(name: str) -> None:

@@ -256,7 +256,7 @@ def test_what_is_sent_is_compressed_as_asked(call: Call, server: tuple[str, str]
             text = "the same words again " * 1000
             done = call("embed", text, "--compression", codec, *at((uri, token)))
             assert done.code == 0, done.err
-            sizes.append(proxy.up)
+            sizes.append(proxy.sent)
     assert sizes[1] < sizes[0] // 2
 
 
