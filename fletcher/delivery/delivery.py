@@ -204,7 +204,7 @@ class Delivery:
                 continue
             name = names[folder_name]
             route = self._enter((name, dataset, ""), self.stores[name])
-            num_rows += sum(group.info.last - group.info.first + 1 for group in route.left_behind)
+            num_rows += sum(group.info.num_rows for group in route.left_behind)
             self._leave(route)
         return num_rows
 

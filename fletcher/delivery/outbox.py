@@ -13,9 +13,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from fletcher.delivery.journal import GroupInfo, Journal, JournaledGroup, JournalSpace
+from fletcher.delivery.journal import Journal, JournalSpace
 from fletcher.delivery.lane import Lane
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.segment import GroupInfo, JournaledGroup
 from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InternalError, JournalFullError
 from fletcher.telemetry import Telemetry

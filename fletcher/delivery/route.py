@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fletcher.delivery.journal import Journal, JournaledGroup, JournalSpace
+from fletcher.delivery.journal import Journal, JournalSpace
 from fletcher.delivery.lane import DeliveryConfig, Lane
 from fletcher.delivery.outbox import Outbox
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.segment import JournaledGroup
 from fletcher.stores.base import Store
 from fletcher.telemetry import Telemetry
 
