@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ class Delivery:
         self._lock = threading.Lock()
         self._routes: dict[tuple[str, str], Route] = {}
         self._uploads: OrderedDict[tuple[str, str, str], Upload] = OrderedDict()
+        self._opened = threading.Condition()
+        self._opening: set[tuple[str, str, str]] = set()
         self._closed = False
         telemetry.queue_depth.watch(self._depth, stage="rows")
 
@@ -108,6 +110,27 @@ class Delivery:
         assert dataset is not None
         upload_id = options.upload_id or uuid.uuid4().hex
         key = (name, dataset, upload_id)
+        with self._alone(key):
+            return self._open_upload(key, store, options, schema)
+
+    @contextlib.contextmanager
+    def _alone(self, key: tuple[str, str, str]) -> Iterator[None]:
+        """One opening of an upload at a time: the first may empty the dataset, the others join."""
+        with self._opened:
+            if not self._opened.wait_for(lambda: key not in self._opening, _OPENING_S):
+                raise StoreUnavailableError("the store does not answer; try again later")
+            self._opening.add(key)
+        try:
+            yield
+        finally:
+            with self._opened:
+                self._opening.remove(key)
+                self._opened.notify_all()
+
+    def _open_upload(
+        self, key: tuple[str, str, str], store: Store, options: EmbedOptions, schema: pa.Schema
+    ) -> tuple[Upload, Route]:
+        name, dataset, upload_id = key
         durability = self._durability(options)
         fingerprint = (schema, schema.metadata, options.mode, durability)
         mode: WriteMode = options.mode  # type: ignore[assignment]
