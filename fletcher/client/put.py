@@ -277,17 +277,27 @@ class _PutCall:
             tick()
 
     def _write(self) -> None:
+        patience_s = None
         try:
             while (item := self._next()) is not None:
                 if isinstance(item, Message):
                     self._writer.write_with_metadata(item.batch, item.metadata())
                 else:
                     self._writer.write_metadata(item)
-            self._writer.done_writing()
-            with self._changed:
-                self._changed.wait_for(lambda: self._ended)
         except Exception as exc:  # noqa: BLE001 - of a thread: handed to the caller's
             self._fail(exc)
+            patience_s = _CLOSE_TIMEOUT_S
+        try:
+            self._writer.done_writing()
+        except Exception as exc:  # noqa: BLE001 - the same
+            self._fail(exc)
+        # pyarrow may crash where a call is closed under a thread that reads. After a failed write
+        # reading ends soon, or the caller does not wait for it.
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended, patience_s):
+                self._closed = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._ended)
         try:
             self._writer.close()
         except Exception as exc:  # noqa: BLE001 - the call's status comes with it
