@@ -77,6 +77,7 @@ class Upload:
         self._row_offset = self._next_row = row_offset
         self._acknowledged = row_offset  # rows before this one are not kept any more
         self._stored: list[tuple[int, int]] = []  # inclusive, as the server said when asked
+        self._rows_skipped = 0
         self._progress = 0
 
     def run(self, *, ask_first: bool) -> PutSummary:
@@ -89,7 +90,6 @@ class Upload:
             FletcherError: The server refused, or could not be reached `max_retries` times.
         """
         known = not ask_first
-        skipped: int | None = None if ask_first else 0
         failures = 0
         while True:
             progress = self._progress
@@ -97,9 +97,7 @@ class Upload:
                 if not known:
                     self._stored = self._ask()
                     known = True
-                    if skipped is None:
-                        skipped = sum(last - first + 1 for first, last in self._stored)
-                return replace(self._send_all(), rows_skipped=skipped or 0)
+                return replace(self._send_all(), rows_skipped=self._rows_skipped)
             except UnavailableError as error:
                 if self._options.durability == "memory" and self._next_row > 0:
                     raise  # nothing tells what has arrived
@@ -143,6 +141,7 @@ class Upload:
             for message in self._unread:
                 self._next_row = message.row_last + 1
                 if _covered(self._stored, message.row_first, message.row_last):
+                    self._rows_skipped += message.batch.num_rows
                     continue
                 self._unacknowledged.append(message)
                 self._wait(call, message.num_bytes)

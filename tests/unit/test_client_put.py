@@ -93,8 +93,10 @@ def test_a_second_run_sends_nothing_again():
     options = EmbedOptions(dataset="d", upload_id="u")
     with Behaving() as server, connect(server.uri, transfer=FAST) as client:
         client.put(texts(100).slice(0, 50), options, end=False)
-        assert client.put(texts(100), options, resume=True).complete
-        assert client.put(texts(100), options, resume=True).complete
+        second = client.put(texts(100), options, resume=True)
+        assert second.complete
+        assert 25 <= second.rows_skipped == 50 - server.sent_again
+        assert client.put(texts(100), options, resume=True).rows_skipped == 100
         assert server.calls == 3
         assert stored(server, 100)
         # Rows are sent in messages: one that reaches over the seam is sent whole.
