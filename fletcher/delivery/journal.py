@@ -153,22 +153,27 @@ class Journal:
             JournalFullError: The disk is full; nothing of these groups is kept.
             OSError: The disk fails otherwise; the same.
         """
-        segment, file = self._current(schema)
-        written: list[JournaledGroup] = []
         try:
-            for info, batch in groups:
-                offset = file.tell()
-                self._writer.write_batch(batch, custom_metadata=group_metadata(info, batch))
-                written.append(JournaledGroup(info, schema, segment, offset, file.tell() - offset))
-            file.flush()
-            os.fsync(file.fileno())
+            return self._append(groups, schema)
         except OSError as error:
-            self._undo(segment)
+            self._undo()
             if error.errno in _NO_ROOM:
                 raise JournalFullError(
                     "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
                 ) from None
             raise
+
+    def _append(
+        self, groups: Sequence[tuple[GroupInfo, pa.RecordBatch]], schema: pa.Schema
+    ) -> list[JournaledGroup]:
+        segment, file = self._current(schema)
+        written: list[JournaledGroup] = []
+        for info, batch in groups:
+            offset = file.tell()
+            self._writer.write_batch(batch, custom_metadata=group_metadata(info, batch))
+            written.append(JournaledGroup(info, schema, segment, offset, file.tell() - offset))
+        file.flush()
+        os.fsync(file.fileno())
         with self._lock:
             grown = file.tell() - segment.num_bytes
             segment.num_bytes += grown
@@ -223,14 +228,11 @@ class Journal:
         self._next_number += 1
         segment = Segment(path, schema)
         file = path.open("xb")
-        self._writer = pa.ipc.new_stream(file, schema)
-        file.flush()
-        _sync_folder(self.folder)
-        segment.num_bytes = file.tell()
         with self._lock:
             self._file = file
             self._segments.append(segment)
-        self._space.add(segment.num_bytes)
+        self._writer = pa.ipc.new_stream(file, schema)
+        _sync_folder(self.folder)
         return segment, file
 
     def _roll(self) -> None:
@@ -257,13 +259,14 @@ class Journal:
                 if now - path.stat().st_mtime > retention_s:
                     path.unlink()
 
-    def _undo(self, segment: Segment) -> None:
+    def _undo(self) -> None:
         """Cuts off what was written of groups that will not be acknowledged."""
-        assert self._file is not None
+        if self._file is None:
+            return  # not even a new segment could be made
+        segment = self._segments[-1]
+        self._roll()  # which may write what is buffered still
         with contextlib.suppress(OSError):
-            self._file.truncate(segment.num_bytes)
-            os.fsync(self._file.fileno())
-        self._roll()
+            os.truncate(segment.path, segment.num_bytes)
 
 
 def journals(root: Path) -> Iterator[tuple[str, str, Path]]:

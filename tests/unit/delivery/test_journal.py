@@ -297,6 +297,24 @@ def test_a_full_disk_takes_nothing_and_leaves_what_was_there(
     assert [group.info.first for group in groups] == [0, 10, 30]
 
 
+def test_a_disk_without_room_for_another_file_is_full_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = fill(tmp_path, 1, segment_bytes=1)
+
+    def no_room(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("Path.open", "_sync_folder"):
+        monkeypatch.setattr(f"fletcher.delivery.journal.{name}", no_room)
+        with pytest.raises(JournalFullError):
+            one.append([(info(10, 10), rows(10, 10))], SCHEMA)
+        monkeypatch.undo()
+    one.append([(info(20, 10), rows(20, 10))], SCHEMA)
+    assert [group.info.first for group in journal(tmp_path).recover()] == [0, 20]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_sent_segments_are_kept_for_stores_that_are_not_durable(tmp_path: Path) -> None:
     one = fill(tmp_path, 2, retention_s=3600.0)
     groups = list(one._segments[-1].groups)
