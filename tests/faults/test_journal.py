@@ -60,7 +60,7 @@ class Sender:
 
     def __init__(self, address: str, num_rows: int) -> None:
         self.summary: dict[str, Any] = {}
-        self.failure: BaseException | None = None
+        self.failure: flight.FlightError | None = None
         self.sent = 0
         self._thread = threading.Thread(target=self._run, args=(address, num_rows))
         self._thread.start()
@@ -208,10 +208,8 @@ def test_a_journal_that_stays_full_is_told_and_the_upload_can_be_resumed(place: 
             assert 0 < acknowledged < 20_000
             store.open.set()
             eventually(lambda: stored_rows(store) >= acknowledged, "what is journaled is stored")
-            sender = Sender(server.address, 20_000)
-            sender.join()
-            assert sender.failure is None
-            assert sender.summary["complete"] is True
+            # A slow machine may find it full again: as long as that passes, a client tries again.
+            eventually(lambda: is_uploaded(server, 20_000), "the upload is complete", 60)
             eventually(lambda: stored_rows(store) == 20_000, "all rows are in the store")
             assert server.end() == 0
         assert sorted(store.table("d").column("id").to_pylist()) == list(range(20_000))
@@ -263,6 +261,14 @@ def test_a_damaged_journal_loses_what_was_hit_says_so_and_starts(place: Place) -
         table = store.table("d").sort_by("id")
         assert table.column("id").to_pylist() == list(range(total))
         assert table.column("text").to_pylist() == [text_of(row) for row in range(total)]
+
+
+def is_uploaded(server: ServerProcess, num_rows: int) -> bool:
+    """Sends the whole upload; False where the journal is full meanwhile."""
+    sender = Sender(server.address, num_rows)
+    sender.join()
+    assert sender.failure is None or error_of(sender.failure)["code"] == "journal_full"
+    return bool(sender.summary.get("complete"))
 
 
 def read_rows(store: LongbowDouble) -> list[int]:
