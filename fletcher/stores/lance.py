@@ -27,6 +27,7 @@ from fletcher.stores.lance_writer import LanceWriter, broken, distinct_keys
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, new_fields
+from fletcher.stores.sync import make_folder
 
 # LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata, 2 GiB read ahead a scan) suit a
 # machine of its own. Here they share the memory that `--max-memory` promises.
@@ -77,7 +78,7 @@ class LanceStore:
         self.address = f"lance:{folder}"
         self._folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise StoreError(
                 f"the store's folder {folder} cannot be made: {error.strerror}; give a folder "

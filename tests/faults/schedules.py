@@ -1,0 +1,483 @@
+"""Random schedules of uploads and faults, each repeatable by its seed, and what must hold.
+
+A seed gives the plan: the uploads, the sizes at which things change over, the faults and the pauses
+between them. What the processes make of it is theirs, so a failure may need some runs to come back.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+
+from fletcher.stores.address import open_store
+from tests.faults.launching import Launcher, Process
+from tests.faults.ledger import MAX_ROW_BYTES, Ledger, Upload, entries, reader_of
+from tests.faults.powerloss import lose_power
+from tests.integration.longbow_double import LongbowDouble
+from tests.integration.processes import eventually
+
+STORES = ("lance", "fletcher", "longbow")
+_READY = "listening on "
+_START_S = 60.0
+_SETTLE_S = 60.0
+# Nobody resumes into these; any other error may come of a fault.
+_WRONG_ERRORS = {"upload_conflict", "invalid_command", "unknown_field", "column_type"}
+_FAULTS = {
+    "kill the server": 4,
+    "end the server": 1,
+    "kill a worker": 3,
+    "kill a client": 3,
+    "resume": 3,
+    "send again": 3,
+    "check": 2,
+}
+# After these a store that only appends may still have been at it when it was asked what it has.
+_DOUBLING = {"kill the server", "cut the power", "stall the store"}
+_STORE_FAULTS = {
+    "lance": {},
+    "fletcher": {"kill the store": 3, "stop the store": 2},
+    "longbow": {"break the store's call": 4, "stall the store": 2},
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A fault, `pause_s` after the one before; `number` chooses its victim."""
+
+    pause_s: float
+    kind: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a seed stands for."""
+
+    seed: int
+    store: str
+    power: bool
+    uploads: tuple[Upload, ...]
+    options: dict[str, str]
+    constants: dict[str, int]
+    transfer: dict[str, Any]
+    pause_s: float
+    events: tuple[Event, ...]
+    model: str = "tiny"
+    backend: str = "null"
+
+
+def with_model(schedule: Schedule, model: str) -> Schedule:
+    """The same with a real model, and sizes as they are in life."""
+    return replace(schedule, model=model, backend="auto", constants={})
+
+
+def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
+    """The schedule of a seed.
+
+    Args:
+        seed: Any number.
+        store: One of STORES.
+        power: Processes do not just die, their machine loses its power.
+    """
+    chance = random.Random(f"{seed} {store} {power}")
+    datasets = ["d0", "d1"][: chance.randint(1, 2)]
+    uploads = tuple(
+        Upload(
+            number,
+            chance.choice(datasets),
+            num_rows=(num_rows := round(10 ** chance.uniform(1, 3.3))),
+            batch_rows=max(1, round(num_rows * 10 ** chance.uniform(-1.7, 0))),
+            durability=chance.choice(["journal", "journal", "journal", "store", "memory"]),
+            flawed=chance.random() < 0.3,
+        )
+        for number in range(chance.randint(1, 4))
+    )
+    most_rows = max(upload.num_rows for upload in uploads)
+    faults = dict(_FAULTS) | _STORE_FAULTS[store]
+    if power:
+        faults["cut the power"] = faults.pop("kill the server")
+        if "kill the store" in faults:
+            faults["cut the store's power"] = faults.pop("kill the store")
+    kinds = chance.choices(list(faults), list(faults.values()), k=chance.randint(2, 6))
+    return Schedule(
+        seed,
+        store,
+        power,
+        uploads,
+        options={
+            "group-rows": str(_some(most_rows, chance)),
+            "group-delay-ms": str(chance.choice([1, 5, 20, 100])),
+            "max-journal": chance.choice(["256KiB", "1MiB", "1MiB", "64MiB"]),
+            "store-retry": chance.choice(["1s", "30s"]),
+            "store-timeout": chance.choice(["1s", "10s"]),
+        },
+        constants={
+            "fletcher.runtime._COMMIT_ROWS": _some(most_rows, chance),
+            "fletcher.delivery.outbox._SYNC_ROWS": _some(most_rows, chance),
+            "fletcher.stores.lance_writer.COMPACT_FRAGMENTS": chance.choice([3, 20]),
+        },
+        transfer={
+            "message_bytes": round(10 ** chance.uniform(3, 5)),
+            "window_bytes": round(10 ** chance.uniform(3.5, 6)),
+            "max_retries": chance.choice([0, 2, 30]),
+            "backoff_s": 0.02,
+            "max_backoff_s": 0.2,
+            "stall_timeout_s": 60.0,
+        },
+        pause_s=chance.choice([0.0, 0.001, 0.005]),
+        events=tuple(
+            Event(chance.choice([0.0, 0.02, 0.1, 0.2]), kind, chance.randrange(1 << 16))
+            for kind in kinds
+        ),
+    )
+
+
+def _some(most_rows: int, chance: random.Random) -> int:
+    """A number of rows that is reached some times in an upload."""
+    return max(1, round(most_rows * 10 ** chance.uniform(-1.7, 0.3)))
+
+
+@dataclass
+class Report:
+    """What a schedule came to."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    num_rows: int = 0
+    num_given_up: int = 0
+    num_doubled: int = 0
+    num_undone: int = 0
+
+
+class ScheduleError(AssertionError):
+    """A promise was broken; says by which seed, and what happened before."""
+
+
+def run(schedule: Schedule, launcher: Launcher, models: Path, folder: Path) -> Report:
+    """Plays a schedule.
+
+    Args:
+        schedule: The plan.
+        launcher: Starts its processes; none of them is left.
+        models: Folder of bundles with the model `tiny`.
+        folder: Empty; deleted unless something went wrong.
+
+    Raises:
+        ScheduleError: A promise was broken.
+    """
+    story: list[str] = []
+    try:
+        with ExitStack() as stack:
+            stack.callback(launcher.end_all)
+            report = _Play(schedule, launcher, models, folder, story, stack).run()
+    except Exception as error:
+        power = " --power" if schedule.power else ""
+        told = "\n".join(f"  {line}" for line in story)
+        raise ScheduleError(
+            f"seed {schedule.seed}: {type(error).__name__}: {error}\n"
+            f"again by: scripts/soak --store {schedule.store}{power} --seed {schedule.seed}\n"
+            f"{schedule}\nwhat happened:\n{told}\nfiles: {folder}"
+        ) from error
+    shutil.rmtree(folder)
+    return report
+
+
+class FaultyLongbow(LongbowDouble):
+    """Answers one message late when `pause_s` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pause_s = 0.0
+
+    def store(self, dataset: str, batch: pa.RecordBatch) -> None:
+        pause_s, self.pause_s = self.pause_s, 0.0
+        time.sleep(pause_s)
+        super().store(dataset, batch)
+
+
+class _Play:
+    """A schedule under way."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        launcher: Launcher,
+        models: Path,
+        folder: Path,
+        story: list[str],
+        stack: ExitStack,
+    ) -> None:
+        self._plan = schedule
+        self._launcher = launcher
+        self._folder = folder
+        self._story = story
+        self._began = time.monotonic()
+        self._worker_killed = False
+        self._report = Report()
+        home = folder / "home"
+        home.mkdir(parents=True)
+        (home / "models").symlink_to(models)
+        self._home = home
+        self._notes = folder / "syncs"
+        self._store_notes = folder / "store-syncs"
+        if schedule.power:
+            (folder / "power").mkdir()
+            (folder / "store-power").mkdir()
+            self._notes = folder / "power" / "syncs"
+            self._store_notes = folder / "store-power" / "syncs"
+        self._vectors = folder / "vectors"
+        self._vectors.mkdir()
+        self._port = free_port()
+        self._store_ports = (free_port(), free_port())
+        self._double = stack.enter_context(FaultyLongbow()) if schedule.store == "longbow" else None
+        self._store: Process | None = None
+        self._store_address = self._start_store()
+        read = stack.enter_context(self._reading())
+        diaries = folder / "diaries"
+        diaries.mkdir()
+        self._ledger = Ledger(
+            schedule.uploads,
+            diaries,
+            home=home,
+            read_store=read,
+            null_vectors=schedule.store != "longbow",
+        )
+        self._clients: dict[int, list[Process]] = {one.number: [] for one in schedule.uploads}
+        self._server = self._start_server()
+
+    def run(self) -> Report:
+        for upload in self._plan.uploads:
+            self._upload(upload)
+        for event in self._plan.events:
+            time.sleep(event.pause_s)
+            self._tell(f"{event.kind} ({event.number})")
+            self._report.faults[event.kind] += 1
+            self._happen(event)
+            self._ledger.check()
+        self._bring_up()
+        self._resume_all()
+        self._tell("all is there")
+        self._assert_no_wrong_error()
+        self._server.send(signal.SIGTERM)
+        assert self._server.wait(30), "the server does not end"
+        self._ledger.check_end()
+        log = self._server.output()
+        assert "Traceback" not in log, "a traceback in the server's log"
+        self._report.num_doubled = self._ledger.num_doubled
+        self._report.num_given_up = self._ledger.num_given_up
+        self._report.num_rows = sum(upload.num_rows for upload in self._plan.uploads)
+        return self._report
+
+    def _happen(self, event: Event) -> None:
+        upload = self._plan.uploads[event.number % len(self._plan.uploads)]
+        if self._double is not None and event.kind in _DOUBLING:
+            self._ledger.may_double = True
+        match event.kind:
+            case "kill the server":
+                self._server.kill()
+                self._ledger.check()
+                self._server = self._start_server()
+            case "cut the power":
+                self._server.kill()
+                self._cut_power(
+                    self._notes, [self._home, *([] if self._store else [self._vectors])]
+                )
+                self._ledger.check()
+                self._server = self._start_server()
+            case "end the server":
+                self._server.send(signal.SIGTERM)
+                assert self._server.wait(60), "the server does not end"
+                self._ledger.check()
+                self._server = self._start_server()
+            case "kill a worker":
+                self._kill_worker(event.number)
+            case "kill a client":
+                for client in self._clients[upload.number]:
+                    client.kill()
+            case "resume":
+                self._upload(upload, resume=True)
+            case "send again":
+                self._upload(upload, first=event.number % upload.num_rows)
+            case "kill the store" | "cut the store's power":
+                assert self._store is not None
+                self._store.kill()
+                if event.kind == "cut the store's power":
+                    self._cut_power(self._store_notes, [self._vectors])
+                self._ledger.check()
+                self._start_store()
+            case "stop the store":
+                assert self._store is not None
+                self._store.send(signal.SIGSTOP)
+                time.sleep(0.3)
+                self._store.send(signal.SIGCONT)
+            case "break the store's call":
+                assert self._double is not None
+                self._double.fail_after = event.number % 4
+            case "stall the store":
+                assert self._double is not None
+                self._double.pause_s = 0.3
+            case "check":
+                pass
+            case _:
+                raise AssertionError(event.kind)
+
+    def _resume_all(self) -> None:
+        """Brings every upload to its end."""
+        self._tell("to the end")
+        for upload in self._plan.uploads:
+            for client in self._clients[upload.number]:
+                if not client.wait(_SETTLE_S):
+                    raise AssertionError(f"a client of {upload} does not end")
+        for upload in self._plan.uploads:
+            diary = self._upload(upload, resume=True, max_retries=30)
+            client = self._clients[upload.number][-1]
+            assert client.wait(_SETTLE_S), f"the last client of {upload} does not end"
+            last = list(entries(diary))[-1]
+            summary = last.get("summary")
+            assert summary is not None, f"{upload} does not come to its end: {last}"
+            self._check_summary(upload, summary)
+        eventually(self._ledger.all_stored, "all rows are stored", _SETTLE_S)
+
+    def _check_summary(self, upload: Upload, summary: dict[str, Any]) -> None:
+        assert summary["complete"] is True, f"{upload}: {summary}"
+        assert summary["rows_received"] == upload.num_rows, f"{upload}: {summary}"
+        if upload.durability != "memory":
+            assert summary["rows_durable"] == upload.num_rows, f"{upload}: {summary}"
+
+    def _assert_no_wrong_error(self) -> None:
+        for upload in self._plan.uploads:
+            for entry in self._ledger.entries(upload):
+                if "error" in entry:
+                    self._report.errors[entry["error"]] += 1
+                    assert entry["error"] not in _WRONG_ERRORS, f"{upload}: {entry}"
+
+    def _upload(
+        self, upload: Upload, *, first: int = 0, resume: bool = False, **transfer: Any
+    ) -> Path:
+        diary = self._ledger.new_diary(upload)
+        diary.touch()
+        client = self._launcher.start(
+            "upload",
+            self._folder / "clients.log",
+            address=f"grpc://127.0.0.1:{self._port}",
+            diary=str(diary),
+            plan=upload.as_dict(),
+            first=first,
+            resume=resume,
+            pause_s=self._plan.pause_s,
+            transfer={**self._plan.transfer, **transfer},
+        )
+        self._clients[upload.number].append(client)
+        return diary
+
+    def _start_server(self) -> Process:
+        argv = [
+            *("--home", str(self._home), "--model", self._plan.model),
+            *("--backend", self._plan.backend),
+            *("--port", str(self._port), "--store", self._store_address),
+            *("--max-row-bytes", str(MAX_ROW_BYTES), "--tokenizer-workers", "1"),
+            *("--drain-timeout", "20s"),
+        ]
+        for name, value in self._plan.options.items():
+            argv += [f"--{name}", value]
+        log = self._folder / "server.log"
+        return self._start("serve", argv, log, self._notes)
+
+    def _start_store(self) -> str:
+        """Starts the store, if it is a process; its address for the server."""
+        if self._plan.store == "lance":
+            return f"lance:{self._vectors}"
+        if self._double is not None:
+            return f"{self._double.address}&profile=longbow"
+        data, meta = self._store_ports
+        argv = ["--path", str(self._vectors), "--port", str(data), "--meta-port", str(meta)]
+        self._store = self._start("store", argv, self._folder / "store.log", self._store_notes)
+        return f"grpc://127.0.0.1:{data}?meta={meta}"
+
+    def _start(self, role: str, argv: list[str], log: Path, notes: Path) -> Process:
+        log.touch()
+        before = len(log.read_text(errors="replace"))
+        process = self._launcher.start(
+            role,
+            log,
+            argv=argv,
+            constants=self._plan.constants,
+            syncs=str(notes) if self._plan.power else None,
+        )
+
+        def listens() -> bool:
+            if not process.alive:
+                raise AssertionError(f"{role} does not start: {process.output()[before:]}")
+            return _READY in process.output()[before:]
+
+        eventually(listens, f"{role} listens", _START_S)
+        self._tell(f"{role} listens as {process.pid}")
+        return process
+
+    def _bring_up(self) -> None:
+        """Ends what faults left behind."""
+        if self._double is not None:
+            self._double.fail_after = None
+
+    def _kill_worker(self, number: int) -> None:
+        try:
+            children = psutil.Process(self._server.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return
+        # A process that only forks the others has children of its own.
+        workers = [one.pid for one in children if one.ppid() != self._server.pid] or [
+            one.pid for one in children
+        ]
+        if workers:
+            self._ledger.may_give_up = self._worker_killed
+            self._worker_killed = True
+            victim = sorted(workers)[number % len(workers)]
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+
+    def _cut_power(self, notes: Path, folders: list[Path]) -> None:
+        undone = lose_power(notes, folders)
+        self._report.num_undone += len(undone)
+        for one in undone:
+            self._tell(one)
+
+    @contextmanager
+    def _reading(self) -> Iterator[Callable[[str], Any]]:
+        """How the ledger reads the store, whatever became of its process."""
+        if self._double is not None:
+            double = self._double
+            yield lambda dataset: double.table(dataset) if dataset in double.tables else None
+            return
+        store = open_store(f"lance:{self._vectors}")
+        try:
+            yield reader_of(store)
+        finally:
+            store.close()
+
+    def _tell(self, what: str) -> None:
+        self._story.append(f"{time.monotonic() - self._began:.3f} s: {what}")
+
+
+def free_port() -> int:
+    """A port below those that the system gives to anybody."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
