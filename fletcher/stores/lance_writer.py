@@ -224,7 +224,7 @@ class _SyncedFolder:
         """
         with self._mutex:
             present = set()
-            changed = set()
+            changed: set[str] = set()
             for folder, folders, names in os.walk(self._folder):
                 inner = [f"{folder}/{name}" for name in folders]
                 changed.update(folder for path in inner if path not in self._known)

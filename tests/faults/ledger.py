@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.delivery.journal import REJECTED, journals, read_segment
-from fletcher.stores.base import Store
 
 SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "n": pa.int64()})
 MAX_ROW_BYTES = 1024
@@ -278,17 +277,6 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)
-
-
-def reader_of(store: Store) -> Callable[[str], pa.Table | None]:
-    """Reads whole datasets of a store that may not have them yet."""
-
-    def read(dataset: str) -> pa.Table | None:
-        if store.dataset(dataset) is None:
-            return None
-        return store.scan(dataset).read_all()
-
-    return read
 
 
 def _brief(rows: np.ndarray) -> str:

@@ -13,8 +13,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import pyarrow as pa
 
 from fletcher.stores.address import open_store
 from tests.faults.launching import Launcher, Process
-from tests.faults.ledger import MAX_ROW_BYTES, Ledger, Upload, entries, reader_of
+from tests.faults.ledger import MAX_ROW_BYTES, Ledger, Upload, entries
 from tests.faults.powerloss import lose_power
 from tests.integration.longbow_double import LongbowDouble
 from tests.integration.processes import eventually
@@ -33,6 +32,7 @@ STORES = ("lance", "fletcher", "longbow")
 _READY = "listening on "
 _START_S = 60.0
 _SETTLE_S = 60.0
+_COLUMNS = ["n", "id", "text", "vector"]
 # Nobody resumes into these; any other error may come of a fault.
 _WRONG_ERRORS = {"upload_conflict", "invalid_command", "unknown_field", "column_type"}
 _FAULTS = {
@@ -180,9 +180,8 @@ def run(schedule: Schedule, launcher: Launcher, models: Path, folder: Path) -> R
     """
     story: list[str] = []
     try:
-        with ExitStack() as stack:
-            stack.callback(launcher.end_all)
-            report = _Play(schedule, launcher, models, folder, story, stack).run()
+        with Play(schedule, launcher, models, folder, story) as play:
+            report = play.run()
     except Exception as error:
         power = " --power" if schedule.power else ""
         told = "\n".join(f"  {line}" for line in story)
@@ -208,7 +207,7 @@ class FaultyLongbow(LongbowDouble):
         super().store(dataset, batch)
 
 
-class _Play:
+class Play:
     """A schedule under way."""
 
     def __init__(
@@ -218,7 +217,6 @@ class _Play:
         models: Path,
         folder: Path,
         story: list[str],
-        stack: ExitStack,
     ) -> None:
         self._plan = schedule
         self._launcher = launcher
@@ -227,96 +225,107 @@ class _Play:
         self._began = time.monotonic()
         self._worker_killed = False
         self._report = Report()
-        home = folder / "home"
-        home.mkdir(parents=True)
-        (home / "models").symlink_to(models)
-        self._home = home
-        self._notes = folder / "syncs"
-        self._store_notes = folder / "store-syncs"
-        if schedule.power:
-            (folder / "power").mkdir()
-            (folder / "store-power").mkdir()
-            self._notes = folder / "power" / "syncs"
-            self._store_notes = folder / "store-power" / "syncs"
+        self._home = folder / "home"
         self._vectors = folder / "vectors"
-        self._vectors.mkdir()
-        self._port = free_port()
-        self._store_ports = (free_port(), free_port())
-        self._double = stack.enter_context(FaultyLongbow()) if schedule.store == "longbow" else None
-        self._store: Process | None = None
-        self._store_address = self._start_store()
-        read = stack.enter_context(self._reading())
+        self._notes = folder / "power" / "syncs"
+        self._store_notes = folder / "store-power" / "syncs"
         diaries = folder / "diaries"
+        for one in (self._home, self._vectors, self._notes.parent, self._store_notes.parent):
+            one.mkdir(parents=True)
         diaries.mkdir()
-        self._ledger = Ledger(
+        (self._home / "models").symlink_to(models)
+        self._port = free_port()
+        self.address = f"grpc://127.0.0.1:{self._port}"
+        self._store_ports = (free_port(), free_port())
+        self._double = FaultyLongbow() if schedule.store == "longbow" else None
+        self._store: Process | None = None
+        self.ledger = Ledger(
             schedule.uploads,
             diaries,
-            home=home,
-            read_store=read,
+            home=self._home,
+            read_store=self._read_store,
             null_vectors=schedule.store != "longbow",
         )
-        self._clients: dict[int, list[Process]] = {one.number: [] for one in schedule.uploads}
-        self._server = self._start_server()
+        self.clients: dict[int, list[Process]] = {one.number: [] for one in schedule.uploads}
+
+    def __enter__(self) -> Play:
+        with ExitStack() as stack:
+            stack.callback(self._launcher.end_all)
+            if self._double is not None:
+                stack.enter_context(self._double)
+            self._store_address = self._start_store()
+            self.server = self._start_server()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def run(self) -> Report:
         for upload in self._plan.uploads:
-            self._upload(upload)
+            self.upload(upload)
         for event in self._plan.events:
             time.sleep(event.pause_s)
+            upload = self._plan.uploads[event.number % len(self._plan.uploads)]
             self._tell(f"{event.kind} ({event.number})")
             self._report.faults[event.kind] += 1
-            self._happen(event)
-            self._ledger.check()
+            self.happen(event, upload)
+            self.ledger.check()
         self._bring_up()
         self._resume_all()
-        self._tell("all is there")
         self._assert_no_wrong_error()
-        self._server.send(signal.SIGTERM)
-        assert self._server.wait(30), "the server does not end"
-        self._ledger.check_end()
-        log = self._server.output()
-        assert "Traceback" not in log, "a traceback in the server's log"
-        self._report.num_doubled = self._ledger.num_doubled
-        self._report.num_given_up = self._ledger.num_given_up
+        self.finish()
+        self._report.num_doubled = self.ledger.num_doubled
+        self._report.num_given_up = self.ledger.num_given_up
         self._report.num_rows = sum(upload.num_rows for upload in self._plan.uploads)
         return self._report
 
-    def _happen(self, event: Event) -> None:
-        upload = self._plan.uploads[event.number % len(self._plan.uploads)]
+    def finish(self) -> None:
+        """All uploads are complete: ends the server, and checks that everything is there."""
+        eventually(self.ledger.all_stored, "all rows are stored", _SETTLE_S)
+        self._tell("all is there")
+        self.server.send(signal.SIGTERM)
+        assert self.server.wait(30), "the server does not end"
+        self.ledger.check_end()
+        log = self.server.output()
+        assert "Traceback" not in log, "a traceback in the server's log"
+
+    def happen(self, event: Event, upload: Upload) -> None:
+        """Lets a fault happen; `upload` is the victim where clients are."""
         if self._double is not None and event.kind in _DOUBLING:
-            self._ledger.may_double = True
+            self.ledger.may_double = True
         match event.kind:
             case "kill the server":
-                self._server.kill()
-                self._ledger.check()
-                self._server = self._start_server()
+                self.server.kill()
+                self.ledger.check()
+                self.server = self._start_server()
             case "cut the power":
-                self._server.kill()
+                self.server.kill()
                 self._cut_power(
                     self._notes, [self._home, *([] if self._store else [self._vectors])]
                 )
-                self._ledger.check()
-                self._server = self._start_server()
+                self.ledger.check()
+                self.server = self._start_server()
             case "end the server":
-                self._server.send(signal.SIGTERM)
-                assert self._server.wait(60), "the server does not end"
-                self._ledger.check()
-                self._server = self._start_server()
+                self.server.send(signal.SIGTERM)
+                assert self.server.wait(60), "the server does not end"
+                self.ledger.check()
+                self.server = self._start_server()
             case "kill a worker":
                 self._kill_worker(event.number)
             case "kill a client":
-                for client in self._clients[upload.number]:
+                for client in self.clients[upload.number]:
                     client.kill()
             case "resume":
-                self._upload(upload, resume=True)
+                self.upload(upload, resume=True)
             case "send again":
-                self._upload(upload, first=event.number % upload.num_rows)
+                self.upload(upload, first=event.number % upload.num_rows)
             case "kill the store" | "cut the store's power":
                 assert self._store is not None
                 self._store.kill()
                 if event.kind == "cut the store's power":
                     self._cut_power(self._store_notes, [self._vectors])
-                self._ledger.check()
+                self.ledger.check()
                 self._start_store()
             case "stop the store":
                 assert self._store is not None
@@ -338,18 +347,17 @@ class _Play:
         """Brings every upload to its end."""
         self._tell("to the end")
         for upload in self._plan.uploads:
-            for client in self._clients[upload.number]:
+            for client in self.clients[upload.number]:
                 if not client.wait(_SETTLE_S):
                     raise AssertionError(f"a client of {upload} does not end")
         for upload in self._plan.uploads:
-            diary = self._upload(upload, resume=True, max_retries=30)
-            client = self._clients[upload.number][-1]
+            diary = self.upload(upload, resume=True, max_retries=30)
+            client = self.clients[upload.number][-1]
             assert client.wait(_SETTLE_S), f"the last client of {upload} does not end"
             last = list(entries(diary))[-1]
             summary = last.get("summary")
             assert summary is not None, f"{upload} does not come to its end: {last}"
             self._check_summary(upload, summary)
-        eventually(self._ledger.all_stored, "all rows are stored", _SETTLE_S)
 
     def _check_summary(self, upload: Upload, summary: dict[str, Any]) -> None:
         assert summary["complete"] is True, f"{upload}: {summary}"
@@ -359,20 +367,20 @@ class _Play:
 
     def _assert_no_wrong_error(self) -> None:
         for upload in self._plan.uploads:
-            for entry in self._ledger.entries(upload):
+            for entry in self.ledger.entries(upload):
                 if "error" in entry:
                     self._report.errors[entry["error"]] += 1
                     assert entry["error"] not in _WRONG_ERRORS, f"{upload}: {entry}"
 
-    def _upload(
+    def upload(
         self, upload: Upload, *, first: int = 0, resume: bool = False, **transfer: Any
     ) -> Path:
-        diary = self._ledger.new_diary(upload)
+        diary = self.ledger.new_diary(upload)
         diary.touch()
         client = self._launcher.start(
             "upload",
             self._folder / "clients.log",
-            address=f"grpc://127.0.0.1:{self._port}",
+            address=self.address,
             diary=str(diary),
             plan=upload.as_dict(),
             first=first,
@@ -380,7 +388,7 @@ class _Play:
             pause_s=self._plan.pause_s,
             transfer={**self._plan.transfer, **transfer},
         )
-        self._clients[upload.number].append(client)
+        self.clients[upload.number].append(client)
         return diary
 
     def _start_server(self) -> Process:
@@ -434,15 +442,15 @@ class _Play:
 
     def _kill_worker(self, number: int) -> None:
         try:
-            children = psutil.Process(self._server.pid).children(recursive=True)
+            children = psutil.Process(self.server.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return
         # A process that only forks the others has children of its own.
-        workers = [one.pid for one in children if one.ppid() != self._server.pid] or [
+        workers = [one.pid for one in children if one.ppid() != self.server.pid] or [
             one.pid for one in children
         ]
         if workers:
-            self._ledger.may_give_up = self._worker_killed
+            self.ledger.may_give_up = self._worker_killed
             self._worker_killed = True
             victim = sorted(workers)[number % len(workers)]
             with suppress(ProcessLookupError):
@@ -454,16 +462,15 @@ class _Play:
         for one in undone:
             self._tell(one)
 
-    @contextmanager
-    def _reading(self) -> Iterator[Callable[[str], Any]]:
-        """How the ledger reads the store, whatever became of its process."""
+    def _read_store(self, dataset: str) -> pa.Table | None:
+        """What the store has, whatever became of its process."""
         if self._double is not None:
-            double = self._double
-            yield lambda dataset: double.table(dataset) if dataset in double.tables else None
-            return
+            return self._double.table(dataset) if dataset in self._double.tables else None
         store = open_store(f"lance:{self._vectors}")
         try:
-            yield reader_of(store)
+            if store.dataset(dataset) is None:
+                return None
+            return store.scan(dataset, columns=_COLUMNS).read_all()
         finally:
             store.close()
 
