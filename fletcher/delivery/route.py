@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.journal import Journal, JournaledGroup, JournalSpace
 from fletcher.delivery.lane import DeliveryConfig, Lane
 from fletcher.delivery.outbox import Outbox
@@ -40,6 +41,7 @@ class Route:
         store: The store.
         dataset: The dataset's name.
         config: Groups, appends, retries.
+        breaker: The store's.
         telemetry: Where counts, durations and spans go.
         on_idle: Asked when nothing is under way; True lets the route end.
         journal: The dataset's journal; None: rows stay in memory until they are stored.
@@ -51,6 +53,7 @@ class Route:
         store: Store,
         dataset: str,
         config: DeliveryConfig,
+        breaker: Breaker,
         telemetry: Telemetry,
         on_idle: Callable[[Route], bool],
         *,
@@ -60,7 +63,7 @@ class Route:
         self.users = 0  # guarded by Delivery
         self.journal = journal
         self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
-        self.lane = Lane(store, dataset, config, telemetry, lambda _lane: on_idle(self))
+        self.lane = Lane(store, dataset, config, breaker, telemetry, lambda _: on_idle(self))
         self._outbox = (
             Outbox(
                 journal,
