@@ -243,7 +243,8 @@ class LanceStore:
             ) from error
 
     def _open(self, name: str) -> Any | None:
-        if not (self._folder / f"{name}.lance" / "_versions").is_dir():
+        # Without a manifest it is still being made, or whoever made it died over it.
+        if not any((self._folder / f"{name}.lance" / "_versions").glob("*.manifest")):
             return None
         try:
             return self._database.open_table(name)

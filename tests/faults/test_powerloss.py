@@ -101,3 +101,16 @@ def test_rows_that_a_store_took(notes: Path, disk: Path, kind: str) -> None:
     again.close()
     writer.close()
     store.close()
+
+
+def test_a_table_whose_creation_was_cut_off(disk: Path) -> None:
+    (disk / "d.lance" / "_versions").mkdir(parents=True)
+    store = open_store(f"lance:{disk}")
+    assert store.dataset("d") is None
+    writer = store.open_writer("d", ROWS.schema, "append")
+    writer.append([ROWS])
+    writer.close()
+    info = store.dataset("d")
+    assert info is not None
+    assert info.num_rows == 10
+    store.close()
