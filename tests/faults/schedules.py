@@ -35,6 +35,9 @@ _SETTLE_S = 60.0
 _COLUMNS = ["n", "id", "text", "vector"]
 # Nobody resumes into these; any other error may come of a fault.
 _WRONG_ERRORS = {"upload_conflict", "invalid_command", "unknown_field", "column_type"}
+# What a client is told that may come again later.
+_LATER = {"store_unavailable", "overloaded"}
+_MOST_RESUMES = 10
 _FAULTS = {
     "kill the server": 4,
     "end the server": 1,
@@ -119,7 +122,7 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
         uploads,
         options={
             "group-rows": str(_some(most_rows, chance)),
-            "group-delay-ms": str(chance.choice([1, 5, 20, 100])),
+            "group-delay-ms": str(chance.choice([1, 20, 100, 500])),
             "max-journal": chance.choice(["256KiB", "1MiB", "1MiB", "64MiB"]),
             "store-retry": chance.choice(["1s", "30s"]),
             "store-timeout": chance.choice(["1s", "10s"]),
@@ -351,13 +354,21 @@ class Play:
                 if not client.wait(_SETTLE_S):
                     raise AssertionError(f"a client of {upload} does not end")
         for upload in self._plan.uploads:
+            summary = self._resume(upload)
+            self._check_summary(upload, summary)
+
+    def _resume(self, upload: Upload) -> dict[str, Any]:
+        """Resumes until it is done, as long as the server says that it may be later."""
+        for _ in range(_MOST_RESUMES):
             diary = self.upload(upload, resume=True, max_retries=30)
             client = self.clients[upload.number][-1]
             assert client.wait(_SETTLE_S), f"the last client of {upload} does not end"
             last = list(entries(diary))[-1]
-            summary = last.get("summary")
-            assert summary is not None, f"{upload} does not come to its end: {last}"
-            self._check_summary(upload, summary)
+            if "summary" in last:
+                return dict(last["summary"])
+            assert last.get("error") in _LATER, f"{upload} does not come to its end: {last}"
+            time.sleep(0.5)
+        raise AssertionError(f"{upload} does not come to its end: {last}")
 
     def _check_summary(self, upload: Upload, summary: dict[str, Any]) -> None:
         assert summary["complete"] is True, f"{upload}: {summary}"

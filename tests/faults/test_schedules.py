@@ -24,11 +24,11 @@ def launcher() -> Iterator[Launcher]:
 @pytest.mark.parametrize(
     ("store", "power", "seed"),
     [
-        *(("lance", False, seed) for seed in (1, 3, 9, 14)),
-        *(("lance", True, seed) for seed in (3, 10, 16)),
-        *(("fletcher", False, seed) for seed in (2, 4, 20)),
-        *(("fletcher", True, seed) for seed in (2, 4)),
-        *(("longbow", False, seed) for seed in (14, 22)),
+        *(("lance", False, seed) for seed in (17, 20, 23)),
+        *(("lance", True, seed) for seed in (4, 18)),
+        *(("fletcher", False, seed) for seed in (4, 20)),
+        *(("fletcher", True, seed) for seed in (4,)),
+        *(("longbow", False, seed) for seed in (22,)),
     ],
 )
 def test_no_row_is_lost_or_doubled(
