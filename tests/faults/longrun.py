@@ -20,7 +20,8 @@ from fletcher.errors import FletcherError
 from fletcher.models.registry import DEFAULT_MODEL
 from tests.faults.launching import Spawning
 from tests.faults.ledger import Upload, entries
-from tests.faults.schedules import Event, Play, Schedule
+from tests.faults.plans import Event, Schedule
+from tests.faults.schedules import Play
 
 _UPLOAD_ROWS = 10_000
 _BATCH_ROWS = 200

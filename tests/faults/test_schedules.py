@@ -12,7 +12,8 @@ import pytest
 
 from fletcher.models.bundle import ModelBundle
 from tests.faults.launching import Forking, Launcher
-from tests.faults.schedules import draw, run
+from tests.faults.plans import draw
+from tests.faults.schedules import run
 
 
 @pytest.fixture(scope="module")
