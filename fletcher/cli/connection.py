@@ -61,10 +61,12 @@ def add_connection(parser: argparse.ArgumentParser, options: Sequence[str] = ())
     add_options(parser, (*options, *LOCAL_FLAGS))
 
 
-def local_config(args: argparse.Namespace, **flags: Any) -> ServeConfig:
+def local_config(args: argparse.Namespace, *, own_store: bool = False, **flags: Any) -> ServeConfig:
     """The configuration of a server in this process, and logging as it says.
 
     Args:
+        own_store: This process opens the store even where a server elsewhere embeds; the default
+            one is hardly that server's.
         flags: Texts of options, by name, in place of flags.
 
     Raises:
@@ -72,6 +74,13 @@ def local_config(args: argparse.Namespace, **flags: Any) -> ServeConfig:
     """
     resolved = read_config(args, os.environ, LOCAL_OPTIONS, **flags)
     config = resolved.config
+    if own_store and args.server and "store" not in resolved.sources:
+        raise ConfigError(
+            "`store` is missing: --server has the query's vector made there, and the rows are "
+            "looked for in a store that this command opens itself; give the one that the server "
+            "writes to, --store lance:PATH or grpc://HOST:PORT",
+            field="store",
+        )
     if "log_level" not in resolved.sources:
         # What a server says in its normal course would only disturb a command's output.
         config = dataclasses.replace(config, log_level="warning")

@@ -61,6 +61,12 @@ def add_parser(subparsers: Any) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--dataset", required=True, metavar="NAME", help="where the vectors go")
     group.add_argument(
+        "--upload-id",
+        metavar="NAME",
+        help="the same name and input go on where it was stopped; other input under it is taken "
+        "for what is there (default: made of the files' contents; new each time for -)",
+    )
+    group.add_argument(
         "--mode",
         choices=CHOICES["mode"],
         default="append",
@@ -111,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
             summary = _upload(client, source, options, local=not args.server, limit=args.limit)
         except KeyboardInterrupt:
             # Said before the workers end, which takes seconds.
-            again = "; the same command goes on where this one was" if source.reiterable else ""
+            resumable = source.reiterable or args.upload_id
+            again = "; the same command goes on where this one was" if resumable else ""
             print(f"stopping{again}", file=sys.stderr)
             raise
     report = _report(summary, args, config, time.monotonic() - started_s)
@@ -125,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> EmbedOptions:
     return EmbedOptions(
         dataset=args.dataset,
+        upload_id=args.upload_id,
         model=given_flags(args).get("model") if args.server else None,
         store=_store_name(args) if args.server else None,
         text_column=args.text,

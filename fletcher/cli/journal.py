@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from fletcher.config import fletcher_home
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fletcher.delivery.journal import Segment
+    from fletcher.delivery.segment import Damage, JournaledGroup, Segment
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -20,14 +22,19 @@ def add_parser(subparsers: Subparsers) -> None:
     """Adds `journal` and its own commands."""
     parser = subparsers.add_parser(
         "journal",
-        help="show and replay rows that wait for their stores",
+        help="show, check and replay rows that wait for their stores",
         description="The journal of this machine's server: FLETCHER_HOME/journal.",
     )
     commands = parser.add_subparsers(dest="journal_command", metavar="COMMAND", required=True)
-    status = commands.add_parser(
-        "status", help="list files and rows; reads every byte and compares checksums"
+    status = commands.add_parser("status", help="list files, rows and what became of them")
+    verify = commands.add_parser(
+        "verify",
+        help="check every file and say which rows are damaged",
+        description="Compares checksums and row counts, and names the rows of what is damaged. "
+        "Changes nothing, and may run beside a server. Exits with 1 where something is damaged.",
     )
-    status.add_argument("--json", action="store_true", help="print JSON, for machines")
+    for command in (status, verify):
+        command.add_argument("--json", action="store_true", help="print JSON, for machines")
     commands.add_parser(
         "replay",
         help="let the next start of the server send again what was sent or refused",
@@ -38,54 +45,105 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Shows or replays; 1 where something is damaged."""
+    """Shows, checks or replays; 1 where something is damaged."""
     root = fletcher_home() / "journal"
-    return _replay(root) if args.journal_command == "replay" else _status(root, as_json=args.json)
+    if args.journal_command == "replay":
+        return _replay(root)
+    return _show(root, as_json=args.json, closely=args.journal_command == "verify")
 
 
-def _status(root: Path, *, as_json: bool) -> int:
-    from fletcher.delivery.journal import DAMAGED, journals, read_segment
-
-    files = []
-    for store, dataset, folder in journals(root):
-        for path in sorted(folder.iterdir()):
-            segment = None if path.suffix == DAMAGED else read_segment(path)
-            files.append(_describe(store, dataset, path, segment))
-    damaged = any(one["state"] == "damaged" or one["damaged_groups"] for one in files)
+def _show(root: Path, *, as_json: bool, closely: bool) -> int:
+    served = _is_served(root)
+    files = list(_files(root))
+    damaged = any(one["state"] == "damaged" or one["damage"] for one in files)
     if as_json:
-        print(json.dumps({"files": files, "damaged": damaged}))
-    elif not files:
+        print(json.dumps({"files": files, "damaged": damaged, "served": served}))
+        return 1 if damaged else 0
+    if not files:
         print("the journal is empty: nothing waits for a store")
-    for one in () if as_json else files:
-        note = f", {one['damaged_groups']} groups damaged" if one["damaged_groups"] else ""
+    for one in files:
+        parts = len(one["damage"])
         print(
             f"{one['state']:<8} {one['rows']:>10,} rows {one['bytes']:>13,} bytes  "
-            f"{one['dataset']}  {one['store']}/{one['file']}{note}"
+            f"{one['dataset']}  {one['store']}/{one['file']}"
+            + (f", damaged in {parts} {'place' if parts == 1 else 'places'}" if parts else "")
         )
+        for line in _findings(one) if closely else ():
+            print(f"         {line}")
+    if closely and files:
+        rows = sum(one["rows"] for one in files)
+        verdict = "some are damaged" if damaged else "all right"
+        print(f"{len(files)} files, {rows:,} rows: {verdict}")
+        if served:
+            print("a server uses this journal: what it is writing now may be missing here")
     return 1 if damaged else 0
 
 
-def _describe(store: str, dataset: str, path: Path, segment: Segment | None) -> dict[str, Any]:
-    from fletcher.delivery.journal import DAMAGED, REJECTED, SENT
+def _findings(file: dict[str, Any]) -> Iterator[str]:
+    for one in file["damage"]:
+        rows = ", ".join(one["rows"]) or "rows unknown"
+        yield f"damaged: {one['bytes']:,} bytes from {one['offset']:,} on: {rows}"
+    if file["torn_bytes"]:
+        yield f"{file['torn_bytes']:,} bytes of a group that was not written to its end"
 
-    states = {SENT: "sent", REJECTED: "refused", DAMAGED: "damaged"}
-    state = "damaged" if segment is None else states.get(path.suffix, "waits")
-    groups = [] if segment is None else segment.groups
+
+def _files(root: Path) -> Iterator[dict[str, Any]]:
+    from fletcher.delivery.journal import journals
+    from fletcher.delivery.segment import read_segments
+
+    for store, dataset, folder in journals(root):
+        found = list(read_segments(folder.iterdir()))
+        for path, segment in sorted(found, key=lambda one: one[0]):
+            yield {"dataset": dataset, "store": store, **_describe(path, segment)}
+
+
+def _describe(path: Path, segment: Segment | Damage) -> dict[str, Any]:
+    from fletcher.delivery.segment import DAMAGED, REJECTED, SENT, TORN, Damage
+
+    states = {SENT: "sent", REJECTED: "refused", DAMAGED: "damaged", TORN: "torn"}
+    state = states.get(path.suffix, "waits")
+    groups: list[JournaledGroup] = []
+    damage: list[Damage] = []
+    torn: Damage | None = None
+    if isinstance(segment, Damage):
+        if state == "torn":
+            torn = segment
+        else:
+            state, damage = "damaged", [segment]
+    else:
+        groups, damage, torn = segment.groups, segment.damage, segment.torn
     return {
         "state": state,
-        "dataset": dataset,
-        "store": store,
         "file": path.name,
-        "rows": sum(group.info.last - group.info.first + 1 for group in groups),
+        "rows": sum(group.info.num_rows for group in groups),
+        "groups": len(groups),
         "uploads": sorted({group.info.upload_id for group in groups}),
-        "bytes": path.stat().st_size,
-        "damaged_groups": 0 if segment is None else segment.num_damaged,
+        "bytes": segment.num_bytes,
+        "torn_bytes": torn.num_bytes if torn is not None else 0,
+        "damage": [
+            {
+                "offset": one.offset,
+                "bytes": one.num_bytes,
+                "rows": [str(info) for info in one.groups],
+            }
+            for one in damage
+        ],
     }
 
 
-def _replay(root: Path) -> int:
-    import os
+def _is_served(root: Path) -> bool:
+    from fletcher.delivery.journal import lock_journal
 
+    if not (root / ".lock").exists():
+        return False
+    try:
+        os.close(lock_journal(root))
+    except ConfigError:
+        return True
+    return False
+
+
+def _replay(root: Path) -> int:
     from fletcher.delivery.journal import journals, lock_journal, revive
 
     if not root.is_dir():

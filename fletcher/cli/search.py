@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
         usage="fletcher search [options] QUERY --dataset NAME",
         help="find the rows nearest to a text",
         description="Finds the rows of a dataset whose vectors are nearest to a text's. The rows "
-        "are in --store; with --server, that server embeds the text.",
+        "are in --store; with --server, that server embeds the text and --store has to be given.",
         example='fletcher search "play chess" --dataset articles --store lance:vectors',
     )
     parser.add_argument("query", metavar="QUERY", help="the text to look for")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("`query` is empty, expected some text", field="query")
     if not 1 <= args.k <= MAX_K:
         raise ConfigError(f"`k` is {args.k}, expected 1 to {MAX_K}", field="k")
-    config = local_config(args)
+    config = local_config(args, own_store=True)
     addresses = list(config.store_addresses.values())
     if not addresses:
         raise ConfigError("`store` is none, which holds no rows", field="store")

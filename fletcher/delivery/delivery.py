@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class Delivery:
         self._lock = threading.Lock()
         self._routes: dict[tuple[str, str], Route] = {}
         self._uploads: OrderedDict[tuple[str, str, str], Upload] = OrderedDict()
+        self._opened = threading.Condition()
+        self._opening: set[tuple[str, str, str]] = set()
         self._closed = False
         self._breakers = {name: Breaker(name) for name in stores}
         telemetry.queue_depth.watch(self._depth, stage="rows")
@@ -114,6 +116,27 @@ class Delivery:
         assert dataset is not None
         upload_id = options.upload_id or uuid.uuid4().hex
         key = (name, dataset, upload_id)
+        with self._alone(key):
+            return self._open_upload(key, store, options, schema)
+
+    @contextlib.contextmanager
+    def _alone(self, key: tuple[str, str, str]) -> Iterator[None]:
+        """One opening of an upload at a time: the first may empty the dataset, the others join."""
+        with self._opened:
+            if not self._opened.wait_for(lambda: key not in self._opening, _OPENING_S):
+                raise StoreUnavailableError("the store does not answer; try again later")
+            self._opening.add(key)
+        try:
+            yield
+        finally:
+            with self._opened:
+                self._opening.remove(key)
+                self._opened.notify_all()
+
+    def _open_upload(
+        self, key: tuple[str, str, str], store: Store, options: EmbedOptions, schema: pa.Schema
+    ) -> tuple[Upload, Route]:
+        name, dataset, upload_id = key
         durability = self._durability(options)
         fingerprint = (schema, schema.metadata, options.mode, durability)
         mode: WriteMode = options.mode  # type: ignore[assignment]
@@ -211,7 +234,7 @@ class Delivery:
                 continue
             name = names[folder_name]
             route = self._enter((name, dataset, ""), self.stores[name])
-            num_rows += sum(group.info.last - group.info.first + 1 for group in route.left_behind)
+            num_rows += sum(group.info.num_rows for group in route.left_behind)
             self._leave(route)
         return num_rows
 

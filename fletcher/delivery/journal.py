@@ -6,112 +6,51 @@ custom metadata says which upload and rows, and a CRC-32 over it all. Groups are
 before they are acknowledged, several at a time; a segment is deleted when all its groups are
 stored.
 
-After a crash the last segment may end in half a group, which was never acknowledged: it is cut off.
-A group whose checksum is wrong is left out and reported, and its segment is kept for a person.
+After a crash the last segment may end in half a group, which was never acknowledged: it is cut off,
+and kept in case that it was not the crash.
+Where a disk changed bytes, the groups around them still go to the store; what was lost is reported,
+and the segment is kept for a person.
 
 Names: `N.arrow` waits or is written, `N.sent` is kept for `retention_s` because its store
-acknowledges before it is durable, `N.damaged` is for a person to look at, `N.rejected` holds groups
-that the store refused for good.
+acknowledges before it is durable, `N.damaged` is for a person to look at, `N.torn` is half a group,
+`N.rejected` holds groups that the store refused for good.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
-import json
 import logging
 import os
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from fletcher.errors import ConfigError, InternalError, JournalFullError
+from fletcher.delivery.segment import (
+    DAMAGED,
+    REJECTED,
+    SENT,
+    TORN,
+    WAITING,
+    Damage,
+    GroupInfo,
+    JournaledGroup,
+    Segment,
+    group_metadata,
+    read_segments,
+)
+from fletcher.errors import ConfigError, JournalFullError
 from fletcher.stores.sync import make_folder, sync_path
 
 log = logging.getLogger(__name__)
 
-_SUFFIX = ".arrow"
-SENT = ".sent"
-DAMAGED = ".damaged"
-REJECTED = ".rejected"
-_KEY = b"fletcher.group"
 _FULL_RETRY_MS = 1000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupInfo:
-    """What a group is, as its custom metadata says.
-
-    Attributes:
-        upload_id: Its upload.
-        first: Offset of its first row in the upload.
-        last: Offset of its last row.
-        failed: Rows with a null vector, by their place in the group.
-        upsert: It replaces rows by id.
-    """
-
-    upload_id: str
-    first: int
-    last: int
-    failed: tuple[int, ...] = ()
-    upsert: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class JournaledGroup:
-    """A group on disk."""
-
-    info: GroupInfo
-    schema: pa.Schema
-    segment: Segment
-    offset: int
-    num_bytes: int
-
-    def load(self) -> pa.RecordBatch:
-        """Its rows, mapped from the file.
-
-        Raises:
-            InternalError: The file does not hold what was written.
-        """
-        try:
-            with pa.memory_map(str(self.segment.path)) as file:
-                file.seek(self.offset)
-                message = pa.ipc.read_message(file)
-                if message.type == "schema":  # written along with a segment's first group
-                    message = pa.ipc.read_message(file)
-                return pa.ipc.read_record_batch(message, self.schema)
-        except (pa.ArrowException, OSError, EOFError) as error:
-            raise InternalError(f"a journaled group cannot be read: {error}") from error
-
-
-@dataclass(slots=True, eq=False)
-class Segment:
-    """A file of groups.
-
-    Attributes:
-        num_bytes: Its length, without an unreadable end.
-        unsettled: Groups that are not stored yet.
-        groups: Whole and right ones.
-        num_damaged: Groups whose checksum is wrong.
-        num_lost_bytes: The unreadable end.
-    """
-
-    path: Path
-    schema: pa.Schema
-    num_bytes: int = 0
-    unsettled: int = 0
-    groups: list[JournaledGroup] = field(default_factory=list)
-    num_damaged: int = 0
-    num_lost_bytes: int = 0
 
 
 class JournalSpace:
@@ -186,14 +125,16 @@ class Journal:
         for path in self.folder.iterdir():
             with contextlib.suppress(ValueError):
                 self._next_number = max(self._next_number, int(path.stem) + 1)
-        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
-            segment = read_segment(path)
-            if segment is None:
+        found = list(read_segments(self.folder.glob(f"*{WAITING}")))
+        for path, segment in sorted(found, key=lambda one: one[0]):
+            if isinstance(segment, Damage):
                 path.rename(path.with_suffix(DAMAGED))
-                log.error("journal: %s has no readable beginning; it is set aside", path)
+                log.error("journal: %s is set aside, it cannot be read: %s", path, segment)
                 continue
-            if segment.num_lost_bytes:
-                _cut(segment)
+            for one in segment.damage:
+                log.error("journal: %s is damaged, and lost %s", path, one)
+            if segment.torn is not None:
+                _cut(segment, segment.torn)
             if not segment.groups:
                 _dispose(segment, kept=False)
                 continue
@@ -214,22 +155,27 @@ class Journal:
             JournalFullError: The disk is full; nothing of these groups is kept.
             OSError: The disk fails otherwise; the same.
         """
-        segment, file = self._current(schema)
-        written: list[JournaledGroup] = []
         try:
-            for info, batch in groups:
-                offset = file.tell()
-                self._writer.write_batch(batch, custom_metadata=_metadata(info, batch))
-                written.append(JournaledGroup(info, schema, segment, offset, file.tell() - offset))
-            file.flush()
-            os.fsync(file.fileno())
+            return self._append(groups, schema)
         except OSError as error:
-            self._undo(segment)
+            self._undo()
             if error.errno in _NO_ROOM:
                 raise JournalFullError(
                     "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
                 ) from None
             raise
+
+    def _append(
+        self, groups: Sequence[tuple[GroupInfo, pa.RecordBatch]], schema: pa.Schema
+    ) -> list[JournaledGroup]:
+        segment, file = self._current(schema)
+        written: list[JournaledGroup] = []
+        for info, batch in groups:
+            offset = file.tell()
+            self._writer.write_batch(batch, custom_metadata=group_metadata(info, batch))
+            written.append(JournaledGroup(info, schema, segment, offset, file.tell() - offset))
+        file.flush()
+        os.fsync(file.fileno())
         with self._lock:
             grown = file.tell() - segment.num_bytes
             segment.num_bytes += grown
@@ -257,9 +203,10 @@ class Journal:
         batch = group.load()
         with (self.folder / name).open("wb") as file:
             with pa.ipc.new_stream(file, group.schema) as writer:
-                writer.write_batch(batch, custom_metadata=_metadata(info, batch))
+                writer.write_batch(batch, custom_metadata=group_metadata(info, batch))
             file.flush()
             os.fsync(file.fileno())
+        sync_path(str(self.folder))
         log.error("journal: %s: rows were refused by the store: %s", self.folder / name, reason)
 
     def close(self) -> None:
@@ -280,18 +227,15 @@ class Journal:
             ):
                 return segment, self._file
             self._roll()
-        path = self.folder / f"{self._next_number:012d}{_SUFFIX}"
+        path = self.folder / f"{self._next_number:012d}{WAITING}"
         self._next_number += 1
         segment = Segment(path, schema)
         file = path.open("xb")
-        self._writer = pa.ipc.new_stream(file, schema)
-        file.flush()
-        sync_path(str(self.folder))
-        segment.num_bytes = file.tell()
         with self._lock:
             self._file = file
             self._segments.append(segment)
-        self._space.add(segment.num_bytes)
+        self._writer = pa.ipc.new_stream(file, schema)
+        sync_path(str(self.folder))
         return segment, file
 
     def _roll(self) -> None:
@@ -318,45 +262,14 @@ class Journal:
                 if now - path.stat().st_mtime > retention_s:
                     path.unlink()
 
-    def _undo(self, segment: Segment) -> None:
+    def _undo(self) -> None:
         """Cuts off what was written of groups that will not be acknowledged."""
-        assert self._file is not None
+        if self._file is None:
+            return  # not even a new segment could be made
+        segment = self._segments[-1]
+        self._roll()  # which may write what is buffered still
         with contextlib.suppress(OSError):
-            self._file.truncate(segment.num_bytes)
-            os.fsync(self._file.fileno())
-        self._roll()
-
-
-def read_segment(path: Path) -> Segment | None:
-    """A segment as it is on disk; None where not even its schema can be read."""
-    size = path.stat().st_size
-    try:
-        with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_stream(file)
-            segment = Segment(path, reader.schema, num_bytes=file.tell())
-            while segment.num_bytes < size:
-                offset = file.tell()
-                try:
-                    batch, metadata = reader.read_next_batch_with_custom_metadata()
-                except StopIteration:
-                    segment.num_bytes = size  # an orderly end
-                    break
-                except (pa.ArrowException, OSError, EOFError):
-                    segment.num_lost_bytes = size - offset
-                    break
-                segment.num_bytes = file.tell()
-                try:
-                    info = _info(metadata, batch)
-                except (pa.ArrowException, ValueError, KeyError, TypeError):
-                    segment.num_damaged += 1
-                else:
-                    size_here = segment.num_bytes - offset
-                    segment.groups.append(
-                        JournaledGroup(info, reader.schema, segment, offset, size_here)
-                    )
-            return segment
-    except (pa.ArrowException, OSError, EOFError):
-        return None
+            os.truncate(segment.path, segment.num_bytes)
 
 
 def journals(root: Path) -> Iterator[tuple[str, str, Path]]:
@@ -372,7 +285,7 @@ def revive(folder: Path) -> int:
     number = max(used, default=-1) + 1
     again = sorted(path for path in folder.iterdir() if path.suffix in (SENT, REJECTED))
     for path in again:
-        path.rename(folder / f"{number:012d}{_SUFFIX}")
+        path.rename(folder / f"{number:012d}{WAITING}")
         number += 1
     sync_path(str(folder))
     return len(again)
@@ -405,48 +318,20 @@ def lock_journal(folder: Path) -> int:
     return descriptor
 
 
-def _metadata(info: GroupInfo, batch: pa.RecordBatch) -> dict[bytes, bytes]:
-    fields = {**dataclasses.asdict(info), "crc32": _checksum(info, batch)}
-    return {_KEY: json.dumps(fields).encode()}
-
-
-def _checksum(info: GroupInfo, batch: pa.RecordBatch) -> int:
-    """CRC-32 over all that a group is: its place in the upload, its columns, its rows."""
-    head = json.dumps(dataclasses.asdict(info)).encode() + batch.schema.serialize().to_pybytes()
-    return zlib.crc32(batch.serialize(), zlib.crc32(head))
-
-
-def _info(metadata: Any, batch: pa.RecordBatch) -> GroupInfo:
-    """Reads and checks a group. Raises ValueError, KeyError or TypeError where it is not right."""
-    fields = json.loads(metadata[_KEY])
-    crc = fields.pop("crc32")
-    batch.validate(full=True)
-    info = GroupInfo(**{**fields, "failed": tuple(fields["failed"])})
-    if _checksum(info, batch) != crc:
-        raise ValueError("checksum")
-    if info.last - info.first + 1 != batch.num_rows:
-        raise ValueError("rows")
-    return info
-
-
-def _cut(segment: Segment) -> None:
-    """Cuts off what follows the last whole group, and keeps a copy where it is more than zeros."""
-    path = segment.path
-    with path.open("r+b") as file:
-        file.seek(segment.num_bytes)
-        tail = file.read()
-        if any(tail):
-            path.with_suffix(DAMAGED).write_bytes(tail)
+def _cut(segment: Segment, torn: Damage) -> None:
+    """Cuts off a group that was not written to its end, and keeps what there is of it."""
+    with segment.path.open("r+b") as file:
+        file.seek(torn.offset)
+        segment.path.with_suffix(TORN).write_bytes(file.read())
         file.truncate(segment.num_bytes)
         os.fsync(file.fileno())
-    log.warning("journal: %s ended in %d bytes that are no whole group", path, len(tail))
+    log.warning("journal: %s was cut off in the middle of a group: %s", segment.path, torn)
 
 
 def _dispose(segment: Segment, *, kept: bool) -> None:
     """What becomes of a segment of which nothing waits any more."""
     path = segment.path
-    if segment.num_damaged:
-        log.error("journal: %s holds %d damaged groups", path, segment.num_damaged)
+    if segment.damage:
         path.rename(path.with_suffix(DAMAGED))
     elif kept and segment.groups:
         path.rename(path.with_suffix(SENT))

@@ -13,9 +13,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from fletcher.delivery.journal import GroupInfo, Journal, JournaledGroup, JournalSpace
+from fletcher.delivery.journal import Journal, JournalSpace
 from fletcher.delivery.lane import Lane
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.segment import GroupInfo, JournaledGroup
 from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InternalError, JournalFullError
 from fletcher.telemetry import Telemetry
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 # One sync for this much: enough that its milliseconds are little beside the writing.
 _SYNC_ROWS = 20_000
 _FULL_POLL_S = 0.2
+# A segment that is still open takes room though all its groups are stored: it is ended when nothing
+# more comes for this long. Shorter makes more files, longer keeps room from other datasets.
+_IDLE_S = 1.0
 
 
 class Outbox:
@@ -83,9 +87,14 @@ class Outbox:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._closing.is_set())
+                self._changed.wait_for(self._something_to_do, _IDLE_S)
                 taken = self._take()
                 self._writing = bool(taken)
+            if not taken and not self._closing.is_set():
+                self._journal.close()
+                with self._changed:
+                    self._changed.wait_for(self._something_to_do)
+                continue
             if self._closing.is_set():
                 self._give_up(taken, InternalError("the server is shutting down"))
                 return
@@ -99,6 +108,9 @@ class Outbox:
             with self._changed:
                 self._writing = False
                 self._changed.notify_all()
+
+    def _something_to_do(self) -> bool:
+        return bool(self._pending) or self._closing.is_set()
 
     def _take(self) -> list[Rows]:
         """The oldest groups of one schema, as many as one sync is good for."""
@@ -134,6 +146,7 @@ class Outbox:
             except JournalFullError:
                 if self._closing.is_set() or time.monotonic() > deadline:
                     raise
+                self._journal.close()  # its open segment may be what takes the room
                 self._lane.hurry()
                 self._closing.wait(_FULL_POLL_S)
         for group, on_disk in zip(groups, journaled, strict=True):

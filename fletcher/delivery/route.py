@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.delivery.breaker import Breaker
-from fletcher.delivery.journal import Journal, JournaledGroup, JournalSpace
+from fletcher.delivery.journal import Journal, JournalSpace
 from fletcher.delivery.lane import DeliveryConfig, Lane
 from fletcher.delivery.outbox import Outbox
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.segment import JournaledGroup
 from fletcher.stores.base import Store
 from fletcher.telemetry import Telemetry
 

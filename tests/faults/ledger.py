@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.delivery.journal import REJECTED, journals, read_segment
+from fletcher.delivery.journal import journals
+from fletcher.delivery.segment import REJECTED, WAITING, Segment, read_segments
 
 SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "n": pa.int64()})
 MAX_ROW_BYTES = 1024
@@ -229,12 +230,9 @@ class Ledger:
     def _journaled(self) -> dict[int, np.ndarray]:
         found = {number: np.zeros(upload.num_rows, bool) for number, upload in self.uploads.items()}
         for _, dataset, folder in journals(self._home / "journal"):
-            for path in sorted(folder.glob("*.arrow")):
-                try:
-                    segment = read_segment(path)
-                except FileNotFoundError:  # its rows are stored
-                    continue
-                for group in segment.groups if segment is not None else ():
+            # Segments that vanish meanwhile are left out: their rows are stored.
+            for _, segment in read_segments(folder.glob(f"*{WAITING}")):
+                for group in segment.groups if isinstance(segment, Segment) else ():
                     number = int(group.info.upload_id.rpartition("-")[2])
                     assert self.uploads[number].dataset == dataset
                     found[number][group.info.first : group.info.last + 1] = True

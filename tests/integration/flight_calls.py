@@ -46,15 +46,19 @@ def put(
 
     thread = threading.Thread(target=read)
     thread.start()
-    with suppress(flight.FlightError, pa.ArrowException, OSError):  # `close` tells what it was
-        for batch in batches:
-            writer.write_batch(batch)
-        if end is not None:
-            writer.write_metadata(json.dumps({"end": True, "rows": end}).encode())
-        writer.done_writing()
-    # A write fails when the call has ended, and reading ends with it. Only then is it closed:
-    # pyarrow may crash where a call is closed under a thread that reads.
-    thread.join(60)
+    try:
+        with suppress(flight.FlightError, pa.ArrowException, OSError):  # `close` tells what it was
+            for batch in batches:
+                writer.write_batch(batch)
+            if end is not None:
+                writer.write_metadata(json.dumps({"end": True, "rows": end}).encode())
+    finally:
+        # A write fails when the call has ended, and reading ends with it. Only then is it closed:
+        # pyarrow may crash where a call is closed under a thread that reads.
+        with suppress(flight.FlightError, pa.ArrowException, OSError):
+            writer.done_writing()
+        thread.join(90)
+        assert not thread.is_alive()
     writer.close()
     return answers
 
@@ -86,7 +90,8 @@ def exchange(
         while True:
             chunk = reader.read_chunk()
             answers.append((chunk.data, json.loads(chunk.app_metadata.to_pybytes())))
-    thread.join(60)
+    thread.join(90)
+    assert not thread.is_alive()
     writer.close()
     return answers
 

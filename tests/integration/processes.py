@@ -29,6 +29,17 @@ def eventually(holds: Callable[[], bool], what: str, timeout_s: float = 30.0) ->
         time.sleep(0.005)
 
 
+def is_steady(value: Callable[[], int]) -> bool:
+    """Whether it is more than nothing and does not change for a second."""
+    before = value()
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        if value() != before or not before:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def clean_environ(**more: str) -> dict[str, str]:
     """The environment without options of whoever runs the tests."""
     environ = {name: text for name, text in os.environ.items() if not name.startswith("FLETCHER_")}
@@ -77,6 +88,9 @@ class ServerProcess:
 
     def num_descriptors(self) -> int:
         return psutil.Process(self.pid).num_fds()
+
+    def resident_bytes(self) -> int:
+        return int(psutil.Process(self.pid).memory_info().rss)
 
     def peak_bytes(self) -> int:
         return int(status_of(self.pid)["VmHWM"].split()[0]) * 1024

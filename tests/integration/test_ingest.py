@@ -15,8 +15,9 @@ import pytest
 from pyarrow import flight
 
 from fletcher.models.bundle import ModelBundle
-from tests.integration.flight_calls import TIMEOUT
-from tests.integration.processes import FLETCHER, Place, clean_environ, serving
+from tests.integration.flight_calls import TIMEOUT, action
+from tests.integration.numbered import stored
+from tests.integration.processes import FLETCHER, Place, clean_environ, eventually, serving
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "data" / "debian-sample.parquet"
 
@@ -118,3 +119,49 @@ def test_into_a_store_server_and_back_with_plain_pyarrow(
             assert scores[0] == pytest.approx(1, abs=1e-2)
             assert scores[0] > scores[1] + 0.05
             assert found.column("id")[0].as_py() == table.column("id")[row].as_py()
+
+
+def test_a_killed_ingest_sends_only_the_rest(place: Place) -> None:
+    lines = [json.dumps({"id": n, "text": f"{n} " * 20}) + "\n" for n in range(40_000)]
+    with serving(place.argv("--group-rows", "1000", "--max-journal", "256MiB")) as server:
+        argv = [
+            *(sys.executable, "-c", FLETCHER, "ingest", "-", "--format", "jsonl", "--json"),
+            *("--dataset", "resumed", "--upload-id", "nightly", "--server", server.address),
+        ]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with (
+            flight.connect(server.address) as client,
+            subprocess.Popen(argv, env=clean_environ(), text=True, **pipes) as killed,  # type: ignore[call-overload]
+        ):
+            assert killed.stdin is not None
+            killed.stdin.writelines(lines[:30_000])  # and no end
+            killed.stdin.flush()
+
+            def durable() -> int:
+                body = {"upload_id": "nightly", "dataset": "resumed"}
+                return int(action(client, "upload_status", body)["rows_durable"])
+
+            eventually(lambda: durable() > 0, "some rows are in the store")
+            killed.kill()
+            killed.wait(30)
+            eventually(lambda: action(client, "stats")["fletcher.streams.open"] == 0, "it is gone")
+            before = durable()
+        done = subprocess.run(
+            argv,
+            input="".join(lines),
+            capture_output=True,
+            text=True,
+            env=clean_environ(),
+            timeout=90,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout)
+        assert summary["complete"] is True
+        assert summary["upload_id"] == "nightly"
+        assert summary["rows_received"] == summary["rows_stored"] == len(lines)
+        assert 0 < summary["rows_skipped"] <= before < len(lines)
+        assert summary["rows_skipped"] + summary["rows_deduplicated"] == before
+        assert server.end() == 0
+    table = stored(place.vectors, "resumed")
+    assert table.column("id").to_pylist() == list(range(len(lines)))

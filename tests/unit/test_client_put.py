@@ -93,8 +93,10 @@ def test_a_second_run_sends_nothing_again():
     options = EmbedOptions(dataset="d", upload_id="u")
     with Behaving() as server, connect(server.uri, transfer=FAST) as client:
         client.put(texts(100).slice(0, 50), options, end=False)
-        assert client.put(texts(100), options, resume=True).complete
-        assert client.put(texts(100), options, resume=True).complete
+        second = client.put(texts(100), options, resume=True)
+        assert second.complete
+        assert 25 <= second.rows_skipped == 50 - server.sent_again
+        assert client.put(texts(100), options, resume=True).rows_skipped == 100
         assert server.calls == 3
         assert stored(server, 100)
         # Rows are sent in messages: one that reaches over the seam is sent whole.
@@ -272,6 +274,50 @@ def test_what_on_ack_raises_comes_out():
         with pytest.raises(RuntimeError, match="enough"):
             client.put(texts(500), "d", on_ack=on_ack)
         assert server.announced is None
+
+
+class Broken:
+    """A call whose writes fail while its answers are still being waited for."""
+
+    def __init__(self):
+        self.reading = threading.Event()
+        self.read_on = threading.Event()
+        self.closed_while_reading = None
+        self.closed = threading.Event()
+
+    def do_put(self, *_):
+        return self, self
+
+    def write_with_metadata(self, *_):
+        assert self.reading.wait(30)
+        raise pa.ArrowInvalid("broken")
+
+    def done_writing(self):
+        pass
+
+    def read(self):
+        self.reading.set()
+        assert self.read_on.wait(30)
+        self.reading.clear()
+
+    def close(self):
+        self.closed_while_reading = self.reading.is_set()
+        self.closed.set()
+
+
+def test_a_call_is_not_closed_under_the_thread_that_reads(monkeypatch):
+    # pyarrow crashed the process.
+    monkeypatch.setattr(put_module, "_CLOSE_TIMEOUT_S", 0.05)
+    broken = Broken()
+    with Behaving() as server, connect(server.uri, transfer=FAST) as client:
+        monkeypatch.setattr(client._connection, "flight", broken)
+        with pytest.raises(errors.FletcherError, match="broken"):
+            client.put(texts(3), "d")
+        assert not broken.closed.is_set()
+        broken.read_on.set()
+        assert broken.closed.wait(30)
+        assert broken.closed_while_reading is False
+        monkeypatch.undo()
 
 
 SERVER = """

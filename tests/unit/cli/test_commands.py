@@ -215,6 +215,15 @@ def test_searches_that_cannot_be(
     assert done.err.count("\n") == 1
 
 
+def test_with_a_server_elsewhere_the_default_store_is_not_searched_silently(
+    call: Call, server: tuple[str, str]
+) -> None:
+    done = call("search", "x", "--dataset", "rows", *at(server))
+    assert (done.code, done.out) == (2, "")
+    assert "`store` is missing" in done.err
+    assert done.err.count("\n") == 1
+
+
 def test_a_query_without_text_is_refused(place: Place, call: Call) -> None:
     done = call("search", "  ", "--dataset", "rows", "--store", place.store)
     assert (done.code, done.out) == (2, "")

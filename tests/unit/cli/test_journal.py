@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from fletcher.cli import main
-from fletcher.delivery.journal import GroupInfo, Journal, JournalSpace, lock_journal
+from fletcher.delivery.journal import Journal, JournalSpace, lock_journal
+from fletcher.delivery.segment import GroupInfo
 
 SCHEMA = pa.schema({"id": pa.int64()})
 
@@ -55,7 +57,48 @@ def test_what_waits_was_sent_or_is_damaged(
     data[-20] ^= 1
     waiting.write_bytes(bytes(data))
     assert main(["journal", "status"]) == 1
-    assert "1 groups damaged" in capsys.readouterr().out
+    assert "damaged in 1 place" in capsys.readouterr().out
+
+
+def test_verify_names_the_rows_that_are_damaged_and_changes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(folder, retention_s=3600)
+    assert main(["journal", "verify"]) == 0
+    assert "2 files, 20 rows: all right" in capsys.readouterr().out
+    (waiting,) = folder.glob("*.arrow")
+    whole = waiting.read_bytes()
+    waiting.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    lock = lock_journal(folder.parents[1])
+    assert main(["journal", "verify"]) == 1
+    os.close(lock)
+    said = capsys.readouterr().out
+    assert "u:10-19" in said
+    assert "a server uses this journal" in said
+    assert main(["journal", "verify", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["damaged"], found["served"]) == (True, False)
+    damage = [one["damage"] for one in found["files"]]
+    assert damage[0] == []
+    assert damage[1][0]["rows"] == ["u:10-19"]
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_half_a_group_at_the_end_is_no_damage(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(folder)
+    (waiting,) = folder.glob("*.arrow")
+    waiting.write_bytes(waiting.read_bytes() + b"\xff\xff\xff\xff\x00\x01\x00\x00half")
+    assert main(["journal", "verify"]) == 0
+    said = capsys.readouterr().out
+    assert "12 bytes of a group that was not written to its end" in said
+    journal = Journal(folder, JournalSpace(1 << 30), segment_bytes=1, retention_s=lambda: 0.0)
+    assert len(journal.recover()) == 1
+    assert main(["journal", "verify", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert [(one["state"], one["torn_bytes"]) for one in files] == [("waits", 0), ("torn", 12)]
 
 
 def test_replay_makes_sent_rows_wait_behind_the_others(
@@ -65,8 +108,6 @@ def test_replay_makes_sent_rows_wait_behind_the_others(
     lock = lock_journal(folder.parents[1])
     assert main(["journal", "replay"]) == 2
     assert "another server" in capsys.readouterr().err
-    import os
-
     os.close(lock)
     assert main(["journal", "replay"]) == 0
     assert capsys.readouterr().out.startswith("1 files wait again")

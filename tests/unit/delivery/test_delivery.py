@@ -345,6 +345,43 @@ def test_overwrite_empties_once_and_a_resumed_overwrite_does_not() -> None:
         assert ids(store) == list(range(8))
 
 
+def test_two_openings_of_one_overwrite_empty_the_dataset_once() -> None:
+    store = MemoryStore()
+    opened: list[tuple[Upload, Route]] = []
+    emptying, go_on, looked = threading.Event(), threading.Event(), threading.Semaphore(0)
+    open_writer, dataset = store.open_writer, store.dataset
+
+    def slow_open(name: str, schema: pa.Schema, mode: Any) -> Any:
+        emptying.set()
+        assert go_on.wait(30)
+        return open_writer(name, schema, mode)
+
+    def look(name: str) -> Any:
+        looked.release()
+        return dataset(name)
+
+    store.open_writer, store.dataset = slow_open, look  # type: ignore[method-assign]
+    with delivering(store) as delivery:
+        openings = [
+            threading.Thread(
+                target=lambda: opened.append(delivery.open(options(mode="overwrite"), SCHEMA))
+            )
+            for _ in range(2)
+        ]
+        openings[0].start()
+        assert emptying.wait(30)
+        assert looked.acquire(timeout=30)
+        openings[1].start()
+        assert not looked.acquire(timeout=0.2)  # the second waits for the first
+        go_on.set()
+        for one in openings:
+            one.join(30)
+        (upload, _), (other, _) = opened
+        assert upload is other
+        assert upload.connections == 2
+        assert store.opened.count("overwrite") == 1
+
+
 def test_rows_that_an_overwrite_removed_can_be_sent_again() -> None:
     # The ledger still had them: they were taken for stored, and the summary said so.
     store = MemoryStore()

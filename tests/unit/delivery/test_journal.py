@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fletcher.delivery.journal import GroupInfo, Journal, JournalSpace, read_segment
+from fletcher.delivery.journal import Journal, JournalSpace
+from fletcher.delivery.segment import Damage, GroupInfo, Segment, read_segment
 from fletcher.errors import JournalFullError
 
 SCHEMA = pa.schema(
@@ -168,14 +170,104 @@ def test_one_damaged_group_does_not_take_those_behind_it(tmp_path: Path) -> None
     data[segment.groups[2].offset - 8] ^= 0xFF
     segment.path.write_bytes(bytes(data))
     found = read_segment(segment.path)
-    assert found is not None
-    assert found.num_damaged == 1
+    assert isinstance(found, Segment)
+    (damage,) = found.damage
+    assert (damage.offset, damage.groups) == (middle, (info(10, 10),))
     assert [group.info.first for group in found.groups] == [0, 20]
-    assert middle not in [group.offset for group in found.groups]
     recovered = journal(tmp_path)
     for group in recovered.recover():
         recovered.settle(group)
     assert [path.suffix for path in tmp_path.iterdir()] == [".damaged"]
+
+
+@pytest.mark.parametrize("place", [0, 4, 8, 40])
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_groups_behind_an_unreadable_header_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: int, place: int
+) -> None:
+    one = fill(tmp_path, 3)
+    (segment,) = one._segments
+    (first,) = read(segment.path).groups[:1]
+    offset = segment.groups[lost].offset if lost else first.offset
+    flip(segment.path, offset + place, 0x55)
+    groups = journal(tmp_path).recover()
+    assert [group.info.first // 10 for group in groups] == [n for n in range(3) if n != lost]
+    for group in groups:
+        assert group.load().equals(rows(group.info.first, 10))
+    assert f"u:{10 * lost}-{10 * lost + 9}" in caplog.text
+
+
+def test_a_segment_without_its_beginning_is_read_by_another_ones_schema(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, 4, segment_bytes=1)
+    paths = sorted(tmp_path.glob("*.arrow"))
+    for place in range(0, 64, 4):
+        flip(paths[1], place, 0xA5)
+    recovered = journal(tmp_path)
+    groups = recovered.recover()
+    assert [group.info.first for group in groups] == [0, 10, 20, 30]
+    assert paths[1].name in caplog.text
+    for group in groups:
+        assert group.load().equals(rows(group.info.first, 10))
+        recovered.settle(group)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{paths[1].stem}.damaged"]
+
+
+def test_what_cannot_be_read_by_any_schema_is_set_aside_and_its_rows_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, 2)
+    (path,) = tmp_path.glob("*.arrow")
+    for place in range(0, 64, 4):
+        flip(path, place, 0xA5)
+    assert isinstance(read_segment(path), Damage)
+    assert journal(tmp_path).recover() == []
+    assert [one.suffix for one in tmp_path.iterdir()] == [".damaged"]
+    assert "u:0-9, u:10-19" in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_bytes_changed_anywhere_lose_only_what_they_hit_and_never_silently(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    chance = random.Random(seed)
+    fill(tmp_path, 12, segment_bytes=chance.choice([1, 4000, 1 << 20]))
+    paths = sorted(tmp_path.glob("*.arrow"))
+    groups = {path: read(path).groups for path in paths}
+    hit: set[int] = set()
+    for _ in range(chance.randint(1, 4)):
+        path = chance.choice(paths)
+        size = chance.choice([1, 1, 8, 512])
+        place = chance.randrange(path.stat().st_size)
+        hit |= {
+            group.info.first
+            for group in groups[path]
+            if place < group.offset + group.num_bytes and group.offset < place + size
+        }
+        data = bytearray(path.read_bytes())
+        data[place : place + size] = chance.randbytes(len(data[place : place + size]))
+        path.write_bytes(bytes(data))
+    found = [group.info.first for group in journal(tmp_path).recover()]
+    assert found == sorted(set(found))
+    missing = set(range(0, 120, 10)) - set(found)
+    if len(paths) > 1:  # else a lost schema loses the only segment
+        assert missing <= hit
+    for path in paths if missing else ():
+        assert any(path.with_suffix(end).exists() for end in (".arrow", ".damaged", ".torn"))
+    assert bool(missing) <= ("journal:" in caplog.text)
+
+
+def flip(path: Path, place: int, bits: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= bits
+    path.write_bytes(bytes(data))
+
+
+def read(path: Path) -> Segment:
+    segment = read_segment(path)
+    assert isinstance(segment, Segment)
+    return segment
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff\xff\xff\xff\x10\x00"])
@@ -205,6 +297,24 @@ def test_a_full_disk_takes_nothing_and_leaves_what_was_there(
     assert [group.info.first for group in groups] == [0, 10, 30]
 
 
+def test_a_disk_without_room_for_another_file_is_full_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = fill(tmp_path, 1, segment_bytes=1)
+
+    def no_room(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("Path.open", "_sync_folder"):
+        monkeypatch.setattr(f"fletcher.delivery.journal.{name}", no_room)
+        with pytest.raises(JournalFullError):
+            one.append([(info(10, 10), rows(10, 10))], SCHEMA)
+        monkeypatch.undo()
+    one.append([(info(20, 10), rows(20, 10))], SCHEMA)
+    assert [group.info.first for group in journal(tmp_path).recover()] == [0, 20]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_sent_segments_are_kept_for_stores_that_are_not_durable(tmp_path: Path) -> None:
     one = fill(tmp_path, 2, retention_s=3600.0)
     groups = list(one._segments[-1].groups)
@@ -231,8 +341,7 @@ def test_rejected_groups_are_kept_apart(tmp_path: Path) -> None:
     one.settle(group)
     (path,) = tmp_path.iterdir()
     assert path.suffix == ".rejected"
-    found = read_segment(path)
-    assert found is not None
+    found = read(path)
     assert found.groups[0].load().equals(rows(0, 10))
 
 

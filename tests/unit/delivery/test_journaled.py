@@ -184,6 +184,19 @@ def test_a_full_journal_holds_clients_back_then_says_so(tmp_path: Path) -> None:
         assert again.counts()["rows_stored"] == 40
 
 
+def test_an_open_segment_does_not_keep_the_room_of_rows_that_are_stored(tmp_path: Path) -> None:
+    # The journal was full for ever: of groups that the store had.
+    with delivering(MemoryStore(), tmp_path, max_bytes=1000) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        for first in range(0, 300, 100):
+            send(route, upload, first, 100)
+            assert durable(upload, first + 100)
+        other, route = delivery.open(options(dataset="other"), SCHEMA)
+        send(route, other, 0, 100)
+        assert durable(other, 100)
+        assert upload.failure is other.failure is None
+
+
 def test_rows_that_the_store_refuses_are_kept_for_a_person(tmp_path: Path) -> None:
     store = MemoryStore()
     store.refuse = lambda batches: ColumnTypeError("not this")
