@@ -42,6 +42,8 @@ from fletcher.settings import (
 
 DEFAULT_STORE = "default"
 NO_STORE = "none"
+# Of what is sent over a connection; the client's `compression` takes the same words.
+COMPRESSIONS = ("none", "lz4", "zstd", "auto")
 _NAMED_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 
 
@@ -98,6 +100,14 @@ class ServeConfig:
     )
     insecure: bool = _option(
         False, "network", SWITCH, "allow a host other than loopback without --token-file"
+    )
+    compression: str = _option(
+        "none",
+        "network",
+        TEXT,
+        "of vectors sent back; they shrink little, carried text much; auto measures each caller's "
+        "connection",
+        choices=COMPRESSIONS,
     )
     model: str = _option("all-MiniLM-L6-v2", "model", TEXT, "model used where a caller names none")
     device: str = _option(
@@ -161,6 +171,13 @@ class ServeConfig:
     )
     store_timeout_s: float = _option(
         60, "store", SECONDS, "longest wait for one write before it is tried again", minimum=0.001
+    )
+    store_compression: str = _option(
+        "auto",
+        "store",
+        TEXT,
+        "of rows sent to Flight stores: saves network, costs CPU time; auto measures both",
+        choices=COMPRESSIONS,
     )
     store_retry_s: float = _option(
         300, "store", SECONDS, "how long a failing write is retried before its upload fails"

@@ -195,6 +195,10 @@ class Instruments:
         self.tokens_received = Counter("tokens.received", "{token}", "Tokens of these texts")
         self.bytes_received = Counter("bytes.received", "By", "Decoded bytes that clients sent")
         self.streams_open = Gauge("streams.open", "{stream}", "DoPut and DoExchange calls now open")
+        self.pressure_grade = Gauge(
+            "pressure.grade", "{grade}", "0 normal, 1 moderate, 2 severe: new bulk is refused"
+        )
+        self.pressure_time = Counter("pressure.time", "s", "Time spent in each grade", "grade")
         self.rows_stored = Counter("rows.stored", "{row}", "Rows that the store has taken")
         self.rows_failed = Counter("rows.failed", "{row}", "Rows refused one by one")
         self.rows_deduplicated = Counter(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fletcher.compression import Answers
 from fletcher.config import ServeConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.lane import DeliveryConfig
@@ -24,6 +25,7 @@ from fletcher.models.registry import Registry
 from fletcher.pipeline.embedder import Embedder, EmbedderConfig
 from fletcher.pipeline.intake import IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
+from fletcher.pipeline.pressure import Grade, Pressure, Signals
 from fletcher.pipeline.service import Calls, Service
 from fletcher.planning.planner import plan
 from fletcher.ports import check_port
@@ -42,6 +44,8 @@ _SEGMENT_BYTES = 128 << 20
 _WINDOW_RUNS = 64
 _MAX_BATCH_ROWS = 1024
 _SHUTDOWN_S = 2.0
+# Clients give up after 600 s without an answer (TransferOptions.stall_timeout_s): a tenth of it.
+_STARVING_S = 60.0
 
 
 class Runtime:
@@ -58,6 +62,7 @@ class Runtime:
         self._progress = progress or log.info
         self._closed = threading.Event()
         self._telemetry: Telemetry | None = None
+        self._pressure: Pressure | None = None
         self._service: Service | None = None
         self._server: FlightServer | None = None
         self._budget: MemoryBudget | None = None
@@ -132,6 +137,8 @@ class Runtime:
             shutdown.start()
             shutdown.join(_SHUTDOWN_S)
             ended = not shutdown.is_alive()
+        if self._pressure is not None:
+            self._pressure.stop()
         service, self._service = self._service, None
         if service is not None:
             service.embedder.close()
@@ -153,7 +160,9 @@ class Runtime:
         check_port(config.host, config.port)
         self._telemetry = telemetry = configure(config.otlp_endpoint)
         stores = {
-            name: open_store(address, timeout_s=config.store_timeout_s)
+            name: open_store(
+                address, timeout_s=config.store_timeout_s, compression=config.store_compression
+            )
             for name, address in config.store_addresses.items()
         }
         delivery = Delivery(
@@ -194,17 +203,28 @@ class Runtime:
             config.max_batch_tokens,
         )
         log.info("%s: %s", bundle.qualified_name, resolution.reason)
-        self._budget = MemoryBudget(int(config.max_memory * _BUDGET_SHARE), config.max_streams)
-        embedder = _embedder(config, bundle, host, resolution.configs, self._budget, telemetry)
+        self._budget = budget = MemoryBudget(
+            int(config.max_memory * _BUDGET_SHARE), config.max_streams
+        )
+        calls = Calls(config.max_streams, telemetry)
+        self._pressure = pressure = Pressure(
+            lambda: _signals(budget, calls, delivery, embedder),
+            telemetry,
+            on_change=lambda grade: budget.spare(half=grade is Grade.SEVERE),
+        )
+        embedder = _embedder(config, bundle, host, resolution.configs, budget, telemetry, pressure)
         self._service = Service(
             model=bundle,
             embedder=embedder,
             delivery=delivery,
-            calls=Calls(config.max_streams, telemetry),
+            calls=calls,
+            answers=Answers(config.compression),
+            pressure=pressure,
             limits=_limits(config, bundle.dim, self._budget.reserve_bytes),
             telemetry=telemetry,
         )
         embedder.start()
+        pressure.watch()
         self._server = _listen(self._service, flight_config)
         self.address = self._server.address
 
@@ -216,6 +236,7 @@ def _embedder(
     replicas: list[BackendConfig],
     budget: MemoryBudget,
     telemetry: Telemetry,
+    pressure: Pressure,
 ) -> Embedder:
     num_tokenizers = config.tokenizer_workers or _tokenizers(host.cores, replicas)
     folder = str(bundle.folder)
@@ -247,6 +268,20 @@ def _embedder(
         tokenize=Tokenizer.load(bundle.folder).encode,
         budget=budget,
         telemetry=telemetry,
+        crowded=lambda: pressure.grade is not Grade.NORMAL,
+    )
+
+
+def _signals(budget: MemoryBudget, calls: Calls, delivery: Delivery, embedder: Embedder) -> Signals:
+    """How full the house is, read from its parts."""
+    num_starving = budget.starving(_STARVING_S)
+    return Signals(
+        memory=budget.used_share(),
+        streams=calls.share(),
+        starving=num_starving / max(1, calls.num_open) if num_starving > 1 else 0.0,
+        journal=delivery.journal_share,
+        store_away=delivery.store_away,
+        queue=embedder.queued_windows(),
     )
 
 

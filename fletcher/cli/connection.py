@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fletcher.cli.leaving import leave_in_time
 from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, given_flags, read_config
-from fletcher.config import NO_STORE, ServeConfig
+from fletcher.config import COMPRESSIONS, NO_STORE, ServeConfig
 from fletcher.errors import ConfigError, UnauthenticatedError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ LOCAL_OPTIONS = (
     "group_rows",
     "group_delay_ms",
     "store_timeout",
+    "store_compression",
     "store_retry",
     "max_memory",
     "max_message_bytes",
@@ -57,6 +58,12 @@ def add_connection(parser: argparse.ArgumentParser, options: Sequence[str] = ())
     )
     group.add_argument(
         "--tls-ca", type=Path, metavar="FILE", help="PEM CA of the server's certificate"
+    )
+    group.add_argument(
+        "--compression",
+        choices=COMPRESSIONS,
+        default="auto",
+        help="of what is sent there; auto measures the text and the connection (default: auto)",
     )
     add_options(parser, (*options, *LOCAL_FLAGS))
 
@@ -102,7 +109,7 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
         token = _read_token(args.token_file) if args.token_file else None
         tls = TlsOptions(ca=args.tls_ca) if args.tls_ca else None
         try:
-            client = connect(args.server, token=token, tls=tls)
+            client = connect(args.server, token=token, tls=tls, compression=args.compression)
         except UnauthenticatedError as error:
             raise UnauthenticatedError(
                 f"{args.server} does not let us in: "

@@ -33,6 +33,7 @@ def connect(
     tls: TlsOptions | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     transfer: TransferOptions | None = None,
+    compression: str | None = None,
 ) -> Client:
     """Connects to a server and makes sure that it answers.
 
@@ -42,15 +43,18 @@ def connect(
         tls: Certificates other than the system's, for `grpc+tls`.
         timeout_s: Longest wait for the connection, and for the answers of short calls.
         transfer: Sizes, windows and retries of uploads and exchanges.
+        compression: In place of `transfer.compression`: `none`, `lz4`, `zstd` or `auto`.
 
     Raises:
-        InvalidCommandError: `uri` is no such address, or a certificate cannot be read.
+        InvalidCommandError: `uri` is no such address, `compression` no such word, or a certificate
+            cannot be read.
         UnavailableError: Nobody answers there.
         UnauthenticatedError, UnauthorizedError: The token is missing or wrong.
     """
-    connection = Connection(
-        uri, token=token, tls=tls, timeout_s=timeout_s, transfer=transfer or TransferOptions()
-    )
+    transfer = transfer or TransferOptions()
+    if compression is not None:
+        transfer = replace(transfer, compression=compression)
+    connection = Connection(uri, token=token, tls=tls, timeout_s=timeout_s, transfer=transfer)
     try:
         connection.check()
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -74,7 +75,7 @@ class Exchange:
         self._last_activity = time.monotonic()
         with connection.errors():
             self._writer, self._reader = connection.flight.do_exchange(
-                descriptor(options), connection.call_options()
+                descriptor(options), connection.stream_options()
             )
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
@@ -181,7 +182,8 @@ class Exchange:
 
     def _write(self) -> None:
         try:
-            self._call(self._writer.begin, self._input_schema)
+            write = self._connection.write_options(self._first_batch())
+            self._call(lambda: self._writer.begin(self._input_schema, options=write))
             for message in messages(self._input, max_bytes=self._connection.transfer.message_bytes):
                 with self._changed:
                     if self._closed:
@@ -210,6 +212,14 @@ class Exchange:
         with self._changed:
             self._written = True
             self._changed.notify_all()
+
+    def _first_batch(self) -> pa.RecordBatch | None:
+        """What the call will begin with, where its compression depends on that."""
+        if not self._connection.measures:
+            return None
+        first = next(self._input, None)
+        self._input = itertools.chain([] if first is None else [first], self._input)
+        return first
 
     def _call(self, write: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -6,6 +6,7 @@ reads acknowledgements. So the caller is never stuck inside a call that cannot b
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -133,7 +134,7 @@ class Upload:
         return stored
 
     def _send_all(self) -> PutSummary:
-        call = _PutCall(self._connection, self._options, self._schema)
+        call = _PutCall(self._connection, self._options, self._schema, self._first_batch())
         try:
             for message in list(self._unacknowledged):
                 self._wait(call, message.num_bytes)
@@ -153,6 +154,18 @@ class Upload:
         finally:
             self._note(call, quietly=True)
             call.abandon()
+
+    def _first_batch(self) -> pa.RecordBatch | None:
+        """What the call will begin with, where its compression depends on that."""
+        if not self._connection.measures:
+            return None
+        if self._unacknowledged:
+            return self._unacknowledged[0].batch
+        first = next(self._unread, None)
+        if first is None:
+            return None
+        self._unread = itertools.chain([first], self._unread)
+        return first.batch
 
     def _wait(self, call: _PutCall, num_bytes: int) -> None:
         call.wait_for_room(
@@ -178,7 +191,13 @@ class Upload:
 class _PutCall:
     """One DoPut call: `send` and `end` from one thread; writing and reading have their own."""
 
-    def __init__(self, connection: Connection, options: EmbedOptions, schema: pa.Schema) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        options: EmbedOptions,
+        schema: pa.Schema,
+        first: pa.RecordBatch | None,
+    ) -> None:
         self._connection = connection
         self._changed = threading.Condition()
         self._outbox: deque[Message | bytes | None] = deque()
@@ -193,7 +212,9 @@ class _PutCall:
         self._last_activity = time.monotonic()
         with connection.errors():
             self._writer, self._reader = connection.flight.do_put(
-                descriptor(options), schema, connection.call_options()
+                descriptor(options),
+                schema,
+                connection.stream_options(connection.write_options(first)),
             )
         for name, work in (("put-write", self._write), ("put-read", self._read)):
             threading.Thread(target=work, name=name, daemon=True).start()

@@ -255,6 +255,17 @@ class Delivery:
             route.wait_idle(max(0.0, deadline - time.monotonic()))
         return all(route.idle for route in routes)
 
+    @property
+    def store_away(self) -> bool:
+        """A store fails whatever is sent to it."""
+        return any(breaker.away_since is not None for breaker in self._breakers.values())
+
+    @property
+    def journal_share(self) -> float | None:
+        """How full the journal is, from 0 to 1; None where there is none."""
+        space = self._space
+        return None if space is None else min(1.0, space.used_bytes / space.max_bytes)
+
     def shut_down(self) -> None:
         """Ends all routes and closes the stores. Idempotent."""
         with self._lock:

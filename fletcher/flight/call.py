@@ -72,10 +72,10 @@ def read_messages(reader: Any, context: Any) -> Iterator[Incoming]:
             batch_id, row_next = batch_id + 1, row_first + chunk.data.num_rows
 
 
-def started(messages: Iterator[Incoming]) -> Iterator[Incoming]:
-    """The same messages; returns once the first is there."""
+def started(messages: Iterator[Incoming]) -> tuple[Iterator[Incoming], Incoming | None]:
+    """The same messages, and the first; returns once that is there, or none comes."""
     first = next(messages, None)
-    return messages if first is None else itertools.chain([first], messages)
+    return (messages if first is None else itertools.chain([first], messages)), first
 
 
 def read_schema(reader: Any) -> pa.Schema:

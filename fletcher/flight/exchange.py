@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from typing import Any
 
 import pyarrow as pa
 
 from fletcher.batches import EmbeddingBatch
+from fletcher.compression import AnswerWriting
 from fletcher.errors import BatchTooLargeError, FletcherError, InvalidCommandError
 from fletcher.flight.call import (
     Helper,
@@ -55,14 +57,15 @@ def exchange(
     )
     upload_id = options.upload_id or uuid.uuid4().hex
     # Before the first batch, so that a client that waits for the schema need not send.
-    writer.begin(output)
-    messages = started(read_messages(reader, context))  # who sends nothing takes no place
-    with service.calls.stream(), service.telemetry.span("do_exchange", trace) as span:
+    writing_as = service.answers.open(context.peer(), output)
+    writer.begin(output, options=writing_as.options)
+    messages, first = started(read_messages(reader, context))  # who sends nothing takes no place
+    bulk = first is not None and first.batch is not None and source.is_bulk(first.batch)
+    with service.admit(bulk=bulk), service.telemetry.span("do_exchange", trace) as span:
         stream = service.embedder.open_stream(span)
         try:
-            answers = _Answers(
-                service, stream, Assembler(output, request.spec, upload_id), writer, options
-            )
+            assembler = Assembler(output, request.spec, upload_id)
+            answers = _Answers(service, stream, assembler, writer, options, writing_as)
             helper = Helper("exchange-writer", answers.run, stream.close)
             row_bytes = request.spec.dims * ELEMENT_TYPES[request.spec.dtype].bit_width // 8
             refusal: Exception | None = None
@@ -110,7 +113,9 @@ class _Answers:
         assembler: Assembler,
         writer: Any,
         options: EmbedOptions,
+        writing_as: AnswerWriting,
     ) -> None:
+        self._writing_as = writing_as
         self._telemetry = service.telemetry
         self._stream = stream
         self._assembler = assembler
@@ -139,7 +144,9 @@ class _Answers:
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
             metadata = {"batch_id": piece.batch_id, "errors": self._errors}
             self._parts, self._errors = [], []
+            started_s = time.perf_counter()
             with writing():
                 self._writer.write_with_metadata(
                     whole, json.dumps(metadata, ensure_ascii=False).encode()
                 )
+            self._writing_as.written(whole, time.perf_counter() - started_s)

@@ -60,8 +60,9 @@ def put(
         text=source.carry_text,
         metadata_column=source.has_metadata,
     )
-    messages = started(read_messages(reader, context))  # who sends nothing takes no place
-    with service.calls.stream(), service.telemetry.span("do_put", trace) as span:
+    messages, _ = started(read_messages(reader, context))  # who sends nothing takes no place
+    bulk = options.priority != "interactive"
+    with service.admit(bulk=bulk), service.telemetry.span("do_put", trace) as span:
         upload, route = service.delivery.open(options, output)
         span.set(dataset=upload.dataset, upload_id=upload.upload_id)
         stream = service.embedder.open_stream(span)
@@ -164,7 +165,9 @@ class _Put:
             self._service.telemetry.rows_deduplicated.add(num_known)
         # Later pieces may need this one's dictionary values even where its rows are there already.
         if new or piece.new_values is not None:
-            self._stream.submit(piece.texts, (piece, new), num_bytes=piece.num_bytes)
+            self._stream.submit(
+                piece.texts, (piece, new), num_bytes=piece.num_bytes, priority=piece.priority
+            )
 
     def _deliver(self) -> None:
         for result in self._stream.results():

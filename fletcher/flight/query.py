@@ -60,7 +60,7 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         "token_count": [],
         "truncated": [],
     }
-    with service.calls.stream(), service.telemetry.span("embed", trace) as span:
+    with service.admit(bulk=False), service.telemetry.span("embed", trace) as span:
         stream = service.embedder.open_stream(span)
         try:
             for piece in source.pieces(batch, 0, 0):

@@ -57,6 +57,7 @@ class Embedder:
         tokenize: Tokenizes a few short texts in this process.
         budget: Memory for all streams.
         telemetry: Where counts, durations and spans go.
+        crowded: Whether there is so much to do that windows should be larger.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Embedder:
         tokenize: Callable[[TextBatch], TokenBatch],
         budget: MemoryBudget,
         telemetry: Telemetry,
+        crowded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._budget = budget
+        self._window_tokens = config.window_tokens
         self._tokenize = tokenize
         self._tokenizing = threading.Lock()
         self._streams: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
@@ -84,6 +87,7 @@ class Embedder:
             dim=config.dim,
             plan=lambda lengths: plan(lengths, self.replicas.concurrency),
             window_tokens=config.window_tokens,
+            crowded=crowded,
             max_queue_delay_s=config.max_queue_delay_s,
             more_coming=lambda: self._tokenization.busy,
             telemetry=telemetry,
@@ -135,6 +139,10 @@ class Embedder:
         if closed:
             stream.close()
         return stream
+
+    def queued_windows(self) -> float:
+        """Tokens that wait to be planned, in windows."""
+        return self._inference.depth() / max(1, self._window_tokens)
 
     def statistics(self) -> dict[str, Any]:
         """Workers as they are now."""

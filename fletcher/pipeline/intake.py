@@ -303,6 +303,10 @@ class Intake:
         raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
         return TextBatch(raw, offsets - first, self._truncate, self._prompt)
 
+    def is_bulk(self, batch: pa.RecordBatch) -> bool:
+        """Whether a call that begins with this batch, unchecked yet, is here for bulk work."""
+        return self._class_of(batch.num_rows, 0) == "bulk"
+
     def _class_of(self, num_rows: int, num_bytes: int) -> Priority:
         if self._priority is not None:
             return self._priority  # type: ignore[return-value]

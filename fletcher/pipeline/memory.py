@@ -10,6 +10,8 @@ without.
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from fletcher.errors import DrainingError
@@ -21,9 +23,12 @@ class MemoryBudget:
     Args:
         total_bytes: Reserves, tables (1/8) and common part.
         max_streams: Streams that each own a reserve: 1/4 of the total, divided among them.
+        clock: Seconds that only grow.
     """
 
-    def __init__(self, total_bytes: int, max_streams: int) -> None:
+    def __init__(
+        self, total_bytes: int, max_streams: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.total_bytes = total_bytes
         self.reserve_bytes = total_bytes // 4 // max_streams
         self._tables_bytes = total_bytes // 8
@@ -31,6 +36,9 @@ class MemoryBudget:
         self._common_bytes = total_bytes - self._tables_bytes - self.reserve_bytes * max_streams
         self._common_used = 0
         self._used = 0
+        self._clock = clock
+        self._waiting: dict[Allowance, float] = {}  # since when
+        self._spare_bytes = 0
         self._changed = threading.Condition()
 
     def open(self) -> Allowance:
@@ -41,6 +49,22 @@ class MemoryBudget:
         """Bytes in use, and the limit."""
         with self._changed:
             return {"used_bytes": self._used, "total_bytes": self.total_bytes}
+
+    def used_share(self) -> float:
+        """Of what waiting streams wait for, the common part, how much is in use."""
+        return self._common_used / max(1, self._common_bytes)
+
+    def starving(self, longer_than_s: float) -> int:
+        """Streams that have waited longer than that for memory."""
+        with self._changed:
+            now = self._clock()
+            return sum(now - since > longer_than_s for since in self._waiting.values())
+
+    def spare(self, *, half: bool) -> None:
+        """Whether bulk work must leave half of the common part free, for interactive work."""
+        with self._changed:
+            self._spare_bytes = self._common_bytes // 2 if half else 0
+            self._changed.notify_all()
 
 
 class Allowance:
@@ -66,19 +90,26 @@ class Allowance:
             budget._tables_used += self._kept
             return granted
 
-    def acquire(self, num_bytes: int) -> None:
+    def acquire(self, num_bytes: int, *, bulk: bool = True) -> None:
         """Waits until `num_bytes` more may be held.
 
         A stream that holds nothing gets what it asks for once the common part is free enough, or
         all of the common part is free: one piece larger than the budget must not wait for ever.
+
+        Args:
+            num_bytes: How much.
+            bulk: It leaves free what `MemoryBudget.spare` says.
 
         Raises:
             DrainingError: The stream was closed while waiting.
         """
         budget = self._budget
         with budget._changed:
-            while not self._closed and not self._fits(num_bytes):
-                budget._changed.wait()
+            if not self._closed and not self._fits(num_bytes, bulk=bulk):
+                budget._waiting[self] = budget._clock()
+                while not self._closed and not self._fits(num_bytes, bulk=bulk):
+                    budget._changed.wait()
+                budget._waiting.pop(self, None)
             if self._closed:
                 raise DrainingError("the stream was closed")
             self._add(num_bytes)
@@ -108,9 +139,10 @@ class Allowance:
     def _common(self, used: int) -> int:
         return max(0, used - self._budget.reserve_bytes)
 
-    def _fits(self, num_bytes: int) -> bool:
+    def _fits(self, num_bytes: int, *, bulk: bool) -> bool:
         more = self._common(self._used + num_bytes) - self._common(self._used)
         free = self._budget._common_bytes - self._budget._common_used
+        free -= self._budget._spare_bytes if bulk else 0
         # What is in the reserve is nobody else's, also while one huge piece overdraws the rest.
         return more <= max(0, free) or (self._used == 0 and self._budget._common_used == 0)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from fletcher.compression import Answers
 from fletcher.delivery.delivery import Delivery
 from fletcher.errors import (
     DimensionMismatchError,
@@ -20,10 +21,12 @@ from fletcher.models.bundle import ModelBundle
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.embedder import Embedder
 from fletcher.pipeline.intake import IntakeLimits
+from fletcher.pipeline.pressure import Grade, Pressure
 from fletcher.schema import VectorSpec
 from fletcher.telemetry import Telemetry
 
 OVERLOAD_RETRY_MS = 1000
+SEVERE_RETRY_MS = 5000
 DRAIN_RETRY_MS = 5000
 
 
@@ -58,6 +61,10 @@ class Calls:
                 "the server is shutting down; try another, or again later",
                 retry_after_ms=DRAIN_RETRY_MS,
             )
+
+    def share(self) -> float:
+        """Of all places for streams, how much is taken."""
+        return self._num_open / self._max_streams
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -101,6 +108,8 @@ class Service:
     embedder: Embedder
     delivery: Delivery
     calls: Calls
+    answers: Answers
+    pressure: Pressure
     limits: IntakeLimits
     telemetry: Telemetry
 
@@ -155,11 +164,25 @@ class Service:
         prompt = options.prompt if options.prompt is not None else model.default_prompt or ""
         return Request(options, spec, model.prompts.get(prompt, prompt))
 
+    def admit(self, *, bulk: bool) -> AbstractContextManager[None]:
+        """A place for a stream, held in `with`; who has one is slowed, never refused any more.
+
+        Raises:
+            OverloadedError: All places are taken, or this is no time for bulk work.
+        """
+        if bulk and self.pressure.observe() is Grade.SEVERE:
+            raise OverloadedError(
+                f"the server takes no new bulk work now: {self.pressure.reason}; try again later",
+                retry_after_ms=SEVERE_RETRY_MS,
+            )
+        return self.calls.stream()
+
     def describe(self) -> dict[str, Any]:
         """The `stats` action's answer: instruments, stores and workers."""
         return {
             "model": self.model.qualified_name,
             "draining": self.calls.draining.is_set(),
+            "pressure": self.pressure.statistics(),
             "stores": self.delivery.statistics(),
             **self.telemetry.snapshot(),
             **self.embedder.statistics(),

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 # Bulk work gets every ninth turn, however much interactive work there is.
 _INTERACTIVE_TURNS = 8
+# Windows at most this much larger where there is plenty to do: a third of the padding is left
+# (docs/operations.md, Pressure).
+_CROWDED = 4
 
 
 def as_fletcher_error(error: Exception) -> FletcherError:
@@ -133,6 +136,7 @@ class InferenceSource:
         dim: Width of a vector.
         plan: Cuts lengths into micro-batches; see `fletcher.planning`.
         window_tokens: Bulk tokens planned together; more mean less padding and later first results.
+        crowded: Whether there is so much to do that windows should be larger.
         max_queue_delay_s: What a bulk ticket may wait for company.
         more_coming: Whether tokenization still has work.
         telemetry: Where counts, durations and spans go.
@@ -144,6 +148,7 @@ class InferenceSource:
         dim: int,
         plan: Plan,
         window_tokens: int,
+        crowded: Callable[[], bool] = lambda: False,
         max_queue_delay_s: float,
         more_coming: Callable[[], bool],
         telemetry: Telemetry,
@@ -151,6 +156,7 @@ class InferenceSource:
         self._dim = dim
         self._plan = plan
         self._window_tokens = window_tokens
+        self._crowded = crowded
         self._max_queue_delay_s = max_queue_delay_s
         self._more_coming = more_coming
         self._telemetry = telemetry
@@ -212,7 +218,7 @@ class InferenceSource:
                 budget = None if not self._ready_interactive else 0
             else:
                 ready, tickets = self._ready_bulk, self._bulk
-                budget = self._window_tokens if not self._ready_bulk else 0
+                budget = self._next_window_tokens() if not self._ready_bulk else 0
             taken = [] if budget == 0 else _take(tickets, budget)
             if taken and tickets is self._bulk:
                 self._oldest_bulk = now
@@ -229,6 +235,12 @@ class InferenceSource:
                 if not window.row_sets:
                     window.finish()
         return ready.popleft() if ready else self._next_planned(deadline)
+
+    def _next_window_tokens(self) -> int:
+        if not self._crowded():
+            return self._window_tokens
+        # Half of what is there: the other half is the next window while memory comes free.
+        return min(max(self._bulk.weight // 2, self._window_tokens), _CROWDED * self._window_tokens)
 
     def _bulk_window_due(self) -> tuple[bool, float]:
         """Whether waiting bulk tickets should be planned now; else in how many seconds."""

@@ -92,7 +92,7 @@ class EmbedStream:
         Raises:
             DrainingError: The stream was closed.
         """
-        self._allowance.acquire(num_bytes)
+        self._allowance.acquire(num_bytes, bulk=priority == "bulk")
         ticket = Ticket(self, texts, context, num_bytes, priority)
         with self._changed:
             self._tickets.append(ticket)

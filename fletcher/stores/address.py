@@ -13,13 +13,14 @@ FORMS = ("lance:PATH", "parquet:PATH", "grpc://HOST:PORT", "grpcs://HOST:PORT")
 PROFILES = ("auto", "longbow", "fletcher")
 
 
-def open_store(address: str, *, timeout_s: float = 60.0) -> Store:
+def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "none") -> Store:
     """The store at an address. A Flight store is connected to when it is first used.
 
     Args:
         address: One of FORMS.
         timeout_s: Deadline of one call to a Flight store: long enough for a group of rows, short
             enough that a stalled store is noticed.
+        compression: Of what a Flight store is sent: one of `fletcher.config.COMPRESSIONS`.
 
     Raises:
         ConfigError: The address is none of these.
@@ -36,11 +37,11 @@ def open_store(address: str, *, timeout_s: float = 60.0) -> Store:
 
         return ParquetStore(folder)
     if colon and scheme in ("grpc", "grpcs"):
-        return _flight(address, timeout_s)
+        return _flight(address, timeout_s, compression)
     raise _bad(address)
 
 
-def _flight(address: str, timeout_s: float) -> Store:
+def _flight(address: str, timeout_s: float, compression: str) -> Store:
     from fletcher.stores.flight import FlightStore
 
     try:
@@ -73,6 +74,7 @@ def _flight(address: str, timeout_s: float) -> Store:
         default_meta_uri=f"{scheme}://{shown}:{port + 1}",
         profile=profile,
         timeout_s=timeout_s,
+        compression=compression,
     )
 
 

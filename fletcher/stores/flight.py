@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.compression import Sender
 from fletcher.errors import (
     FletcherError,
     RequestError,
@@ -58,6 +59,7 @@ class FlightStore:
         default_meta_uri: Longbow's habit, the next port.
         profile: `auto`, `longbow` or `fletcher`.
         timeout_s: Deadline of one call; an append is one call.
+        compression: Of rows that are sent.
     """
 
     def __init__(
@@ -69,7 +71,14 @@ class FlightStore:
         default_meta_uri: str,
         profile: str,
         timeout_s: float,
+        compression: str = "none",
     ) -> None:
+        self._sender = Sender(
+            compression,
+            host=urlsplit(data_uri).hostname or "",
+            peer=address,
+            probe=lambda body: self._act("check_readiness", body),
+        )
         self.address = address
         self._data_uri = data_uri
         self._meta_uri = meta_uri
@@ -98,7 +107,7 @@ class FlightStore:
         """See `Store.open_writer`. A Longbow refuses `upsert`."""
         check_dataset(dataset)
         if self._is_fletcher:
-            writer = FletcherWriter(self.client(), dataset, schema, mode, self._timeout_s)
+            writer = FletcherWriter(self, dataset, schema, mode)
             writer.begin()
             return writer
         if mode == "upsert":
@@ -118,7 +127,7 @@ class FlightStore:
             info = self.dataset(dataset)
             if info is not None:
                 check_compatible(dataset, info.schema, narrow)
-        return LongbowWriter(self, dataset, narrow, self._timeout_s)
+        return LongbowWriter(self, dataset, narrow)
 
     def datasets(self) -> list[DatasetInfo]:
         """See `Store.datasets`. A Longbow counts batches where `num_rows` says rows."""
@@ -266,18 +275,24 @@ class FlightStore:
                     raise wire.from_flight(error, f"connecting to {self.address}") from error
             return self._clients[uri]
 
-    def options(self) -> flight.FlightCallOptions:
-        """Every call has a deadline: a Longbow under pressure stalls instead of refusing."""
-        return flight.FlightCallOptions(timeout=self._timeout_s)
+    def options(self, write: pa.ipc.IpcWriteOptions | None = None) -> flight.FlightCallOptions:
+        """A call's options, for DoPut with its compression.
+
+        Every call has a deadline: a Longbow under pressure stalls instead of refusing.
+        """
+        return flight.FlightCallOptions(timeout=self._timeout_s, write_options=write)
+
+    def write_options(self, first: pa.RecordBatch) -> pa.ipc.IpcWriteOptions:
+        """Compression of a call whose first batch this is."""
+        return self._sender.options(first)
 
     def action(self, name: str, body: dict[str, Any]) -> bytes:
         """The first result of an action on the data port, as bytes; empty if it has none."""
+        return self._act(name, json.dumps(body).encode())
+
+    def _act(self, name: str, body: bytes) -> bytes:
         try:
-            results = list(
-                self.client().do_action(
-                    flight.Action(name, json.dumps(body).encode()), self.options()
-                )
-            )
+            results = list(self.client().do_action(flight.Action(name, body), self.options()))
         except _FAILURES as error:
             raise wire.from_flight(error, f"asking for {name}") from error
         return results[0].body.to_pybytes() if results else b""

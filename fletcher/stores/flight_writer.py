@@ -28,6 +28,14 @@ _log = logging.getLogger(__name__)
 _FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
 
+class _Connection(Protocol):
+    """Where writers send to."""
+
+    def client(self) -> flight.FlightClient: ...
+    def options(self, write: pa.ipc.IpcWriteOptions | None = None) -> flight.FlightCallOptions: ...
+    def write_options(self, first: pa.RecordBatch) -> pa.ipc.IpcWriteOptions: ...
+
+
 class FletcherWriter:
     """Writes to a store server of Fletcher's; see `DatasetWriter`. One thread owns it.
 
@@ -36,17 +44,15 @@ class FletcherWriter:
 
     def __init__(
         self,
-        client: flight.FlightClient,
+        store: _Connection,
         dataset: str,
         schema: pa.Schema,
         mode: WriteMode,
-        timeout_s: float,
     ) -> None:
-        self._client = client
+        self._store = store
         self._dataset = dataset
         self._schema = schema
         self._mode: WriteMode = mode
-        self._timeout_s = timeout_s
 
     def begin(self) -> None:
         """Creates the dataset, or empties it, or has its schema checked.
@@ -73,8 +79,7 @@ class FletcherWriter:
         body = {"dataset": self._dataset, "batch_keys": list(batch_keys)}
         action = flight.Action(wire.MISSING_KEYS, json.dumps(body).encode())
         try:
-            options = flight.FlightCallOptions(timeout=self._timeout_s)
-            results = list(self._client.do_action(action, options))
+            results = list(self._store.client().do_action(action, self._store.options()))
             return list(json.loads(results[0].body.to_pybytes())["missing"])
         except _FAILURES as error:
             what = f"asking what dataset `{self._dataset}` holds"
@@ -85,13 +90,12 @@ class FletcherWriter:
 
     def _send(self, batches: list[pa.RecordBatch], mode: WriteMode) -> None:
         group = {"group_rows": sum(batch.num_rows for batch in batches), "mode": mode}
-        exchange(self._client, self._dataset, batches, json.dumps(group).encode(), self._timeout_s)
+        exchange(self._store, self._dataset, batches, json.dumps(group).encode())
 
 
-class _Reader(Protocol):
+class _Reader(_Connection, Protocol):
     """What a LongbowWriter needs of its store."""
 
-    def client(self) -> flight.FlightClient: ...
     def count_keys(self, dataset: str, filters: Sequence[Filter]) -> Counter[str]: ...
 
 
@@ -110,14 +114,12 @@ class LongbowWriter:
         store: Where to send and ask.
         dataset: Created on the first append.
         schema: As `longbow_schema` gives it.
-        timeout_s: Deadline of one append.
     """
 
-    def __init__(self, store: _Reader, dataset: str, schema: pa.Schema, timeout_s: float) -> None:
+    def __init__(self, store: _Reader, dataset: str, schema: pa.Schema) -> None:
         self._store = store
         self._dataset = dataset
         self._schema = schema
-        self._timeout_s = timeout_s
         self._stored: Counter[str] = Counter()
         self._use_put = False
         self._proven = False
@@ -156,36 +158,31 @@ class LongbowWriter:
     def _send(self, batches: list[pa.RecordBatch]) -> bool:
         if not self._use_put:
             try:
-                client = self._store.client()
-                exchange(
-                    client, self._dataset, batches, None, self._timeout_s, probe=not self._proven
-                )
+                exchange(self._store, self._dataset, batches, None, probe=not self._proven)
             except NotIngestError:
                 _log.info("the store has no acknowledged ingest; rows go by DoPut")
                 self._use_put = True
             else:
                 self._proven = True
                 return False
-        return put(self._store.client(), self._dataset, batches, self._timeout_s)
+        return put(self._store, self._dataset, batches)
 
 
 def exchange(
-    client: flight.FlightClient,
+    store: _Connection,
     dataset: str,
     batches: Sequence[pa.RecordBatch],
     metadata: bytes | None,
-    timeout_s: float,
     *,
     probe: bool = False,
 ) -> None:
     """Sends rows by DoExchange and waits for the acknowledgement of every message.
 
     Args:
-        client: The data port's.
+        store: Where to.
         dataset: Where the rows go.
         batches: At least one; sliced into messages.
         metadata: Sent with every message.
-        timeout_s: For the whole call.
         probe: Wait for the first message's acknowledgement before the second is sent. A store
             without this way of ingest answers something else and ends the call, and that answer
             is lost where more is being sent.
@@ -198,8 +195,8 @@ def exchange(
     what = f"writing to dataset `{dataset}`"
     descriptor = flight.FlightDescriptor.for_path(wire.INGEST, dataset)
     try:
-        options = flight.FlightCallOptions(timeout=timeout_s)
-        writer, reader = client.do_exchange(descriptor, options)
+        write = store.write_options(batches[0])
+        writer, reader = store.client().do_exchange(descriptor, store.options())
     except _FAILURES as error:
         raise wire.from_flight(error, what) from error
     try:
@@ -207,7 +204,8 @@ def exchange(
         acked = 0
         broken = False
         try:
-            writer.begin(batches[0].schema)
+            # Unlike DoPut's, this writer takes no options from the call.
+            writer.begin(batches[0].schema, options=write)
             for message in _messages(batches):
                 sent.append(message.num_rows)
                 if metadata is None:
@@ -268,9 +266,7 @@ def _next_ack(reader: Any) -> dict[str, Any]:
             return answer if isinstance(answer, dict) else {}
 
 
-def put(
-    client: flight.FlightClient, dataset: str, batches: Sequence[pa.RecordBatch], timeout_s: float
-) -> bool:
+def put(store: _Connection, dataset: str, batches: Sequence[pa.RecordBatch]) -> bool:
     """Sends rows by DoPut; a return means that the store took them, no more.
 
     Returns:
@@ -282,8 +278,8 @@ def put(
     """
     what = f"writing to dataset `{dataset}`"
     try:
-        options = flight.FlightCallOptions(timeout=timeout_s)
-        writer, answers = client.do_put(
+        options = store.options(store.write_options(batches[0]))
+        writer, answers = store.client().do_put(
             flight.FlightDescriptor.for_path(dataset), batches[0].schema, options
         )
     except _FAILURES as error:

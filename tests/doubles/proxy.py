@@ -1,10 +1,12 @@
-"""A TCP connection that breaks as it is told to."""
+"""A TCP connection that counts, and breaks or dawdles as it is told to."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +17,18 @@ class Proxy:
     Attributes:
         up: Else connections are closed as soon as they come.
         answering: Else what the server says is swallowed.
+        sent: Bytes that came from clients.
+        received: Bytes that came back.
+
+    Args:
+        port: Where to.
+        bytes_per_s: Each way at most; None: no limit.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, bytes_per_s: float = math.inf) -> None:
         self.up = True
+        self.sent = self.received = 0
+        self._bytes_per_s = bytes_per_s
         self.answering = True
         self._to = port
         self._sockets: set[socket.socket] = set()
@@ -73,6 +83,11 @@ class Proxy:
     def _pump(self, source: socket.socket, target: socket.socket, answer: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                if answer:
+                    self.received += len(data)
+                else:
+                    self.sent += len(data)
+                time.sleep(len(data) / self._bytes_per_s)
                 if self.answering or not answer:
                     target.sendall(data)
         for one in (source, target):

@@ -20,6 +20,7 @@ from fletcher.cli import main
 from fletcher.models.bundle import ModelBundle
 from fletcher.schema import VectorSpec, output_schema
 from fletcher.stores.address import open_store
+from tests.doubles.proxy import Proxy
 
 TEXTS = [f"row number {number} of the file" for number in range(300)]
 
@@ -253,6 +254,19 @@ def test_embed_prints_a_line_a_text(place: Place, server: tuple[str, str]) -> No
     vectors = np.array([row["vector"] for row in rows], np.float32)
     assert vectors.shape == (2, 32)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_what_is_sent_is_compressed_as_asked(call: Call, server: tuple[str, str]) -> None:
+    address, token = server
+    sizes = []
+    for codec in ("none", "zstd"):
+        with Proxy(int(address.rpartition(":")[2])) as proxy:
+            uri = f"grpc://127.0.0.1:{proxy.port}"
+            text = "the same words again " * 1000
+            done = call("embed", text, "--compression", codec, *at((uri, token)))
+            assert done.code == 0, done.err
+            sizes.append(proxy.sent)
+    assert sizes[1] < sizes[0] // 2
 
 
 def test_embed_writes_arrays_and_arrow(place: Place, call: Call, server: tuple[str, str]) -> None:

@@ -34,13 +34,15 @@ def make(plan: Any) -> InferenceSource:
     )
 
 
-def tokenized() -> tuple[EmbedStream, Ticket]:
-    """A ticket of one text with two tokens, waiting in its stream."""
+def tokenized(num_tokens: int = 2) -> tuple[EmbedStream, Ticket]:
+    """A ticket of one text with some tokens, waiting in its stream."""
     tickets: list[Ticket] = []
     stream = EmbedStream(MemoryBudget(1 << 20, 1).open(), tickets.append)
     stream.submit(TextBatch(b"hi", np.array([0, 2])), None, num_bytes=10)
     stream.end()
-    tokens = TokenBatch(np.array([1, 2], np.int32), np.array([0, 2]), np.zeros(1, np.bool_))
+    tokens = TokenBatch(
+        np.ones(num_tokens, np.int32), np.array([0, num_tokens]), np.zeros(1, np.bool_)
+    )
     tickets[0].tokens = tokens
     return stream, tickets[0]
 
@@ -68,3 +70,34 @@ def test_an_answer_of_the_wrong_shape_fails_its_rows(norms: Any) -> None:
     (result,) = stream.results()
     assert isinstance(result.embeddings, EmbeddingBatch)
     assert isinstance(result.embeddings.errors[0], InternalError)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "crowded", "taken"),
+    [(30, False, 10), (12, True, 10), (30, True, 15), (200, True, 40)],
+)
+def test_windows_grow_with_what_waits_where_it_is_crowded(
+    waiting: int, crowded: bool, taken: int
+) -> None:
+    windows: list[int] = []
+
+    def plan(lengths: Any) -> list[Any]:
+        windows.append(int(lengths.sum()))
+        return [np.arange(len(lengths))]
+
+    source = InferenceSource(
+        dim=2,
+        plan=plan,
+        window_tokens=10,
+        crowded=lambda: crowded,
+        max_queue_delay_s=0,
+        more_coming=lambda: False,
+        telemetry=Telemetry(),
+    )
+    streams = []
+    for _ in range(waiting):
+        stream, ticket = tokenized(num_tokens=1)
+        streams.append(stream)  # a ticket whose stream is closed is dropped
+        source.put(ticket)
+    source.next_job(0)
+    assert windows == [taken]
