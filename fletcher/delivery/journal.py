@@ -45,6 +45,7 @@ from fletcher.delivery.segment import (
     read_segments,
 )
 from fletcher.errors import ConfigError, JournalFullError
+from fletcher.stores.sync import make_folder, sync_path
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Journal:
         self._file: BinaryIO | None = None  # of the last segment, while it is written
         self._writer: Any = None
         self._next_number = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def recover(self) -> list[JournaledGroup]:
         """Reads what an earlier process left; call it before the first `append`.
@@ -137,11 +138,12 @@ class Journal:
             if not segment.groups:
                 _dispose(segment, kept=False)
                 continue
+            sync_path(str(path))  # its writer may have died before that
             segment.unsettled = len(segment.groups)
             self._segments.append(segment)
             self._space.add(segment.num_bytes)
             groups += segment.groups
-        _sync_folder(self.folder)
+        sync_path(str(self.folder))
         return groups
 
     def append(
@@ -204,6 +206,7 @@ class Journal:
                 writer.write_batch(batch, custom_metadata=group_metadata(info, batch))
             file.flush()
             os.fsync(file.fileno())
+        sync_path(str(self.folder))
         log.error("journal: %s: rows were refused by the store: %s", self.folder / name, reason)
 
     def close(self) -> None:
@@ -232,7 +235,7 @@ class Journal:
             self._file = file
             self._segments.append(segment)
         self._writer = pa.ipc.new_stream(file, schema)
-        _sync_folder(self.folder)
+        sync_path(str(self.folder))
         return segment, file
 
     def _roll(self) -> None:
@@ -284,7 +287,7 @@ def revive(folder: Path) -> int:
     for path in again:
         path.rename(folder / f"{number:012d}{WAITING}")
         number += 1
-    _sync_folder(folder)
+    sync_path(str(folder))
     return len(again)
 
 
@@ -295,7 +298,7 @@ def lock_journal(folder: Path) -> int:
         ConfigError: The folder cannot be used, or another process has it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise ConfigError(
@@ -335,11 +338,3 @@ def _dispose(segment: Segment, *, kept: bool) -> None:
         os.utime(path.with_suffix(SENT))
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,6 +28,7 @@ from fletcher.stores.lance_writer import LanceWriter, broken, distinct_keys
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, new_fields
+from fletcher.stores.sync import make_folder
 
 # LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata, 2 GiB read ahead a scan) suit a
 # machine of its own. Here they share the memory that `--max-memory` promises.
@@ -79,7 +80,7 @@ class LanceStore:
         self.address = f"lance:{folder}"
         self._folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise StoreError(
                 f"the store's folder {folder} cannot be made: {error.strerror}; give a folder "
@@ -242,7 +243,8 @@ class LanceStore:
             ) from error
 
     def _open(self, name: str) -> Any | None:
-        if not (self._folder / f"{name}.lance" / "_versions").is_dir():
+        # Without a manifest it is still being made, or whoever made it died over it.
+        if not any((self._folder / f"{name}.lance" / "_versions").glob("*.manifest")):
             return None
         try:
             return self._database.open_table(name)

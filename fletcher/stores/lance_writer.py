@@ -225,8 +225,11 @@ class _SyncedFolder:
         """
         with self._mutex:
             present = set()
-            changed = set()
-            for folder, _, names in os.walk(self._folder):
+            changed: set[str] = set()
+            for folder, folders, names in os.walk(self._folder):
+                inner = [f"{folder}/{name}" for name in folders]
+                changed.update(folder for path in inner if path not in self._known)
+                present.update(inner)
                 for name in names:
                     path = f"{folder}/{name}"
                     present.add(path)

@@ -24,7 +24,7 @@ from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMo
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, nearest, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, conform
-from fletcher.stores.sync import sync_path
+from fletcher.stores.sync import make_folder, sync_path
 
 # The schema of the first write, in the file that Parquet's readers know for it.
 _SCHEMA_FILE = "_common_metadata"
@@ -55,7 +55,7 @@ class ParquetStore:
         self.address = f"parquet:{folder}"
         self._folder = folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         except OSError as error:
             raise StoreError(
                 f"the store's folder {folder} cannot be made: {error.strerror}; give a folder "

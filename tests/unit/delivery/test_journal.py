@@ -305,7 +305,7 @@ def test_a_disk_without_room_for_another_file_is_full_too(
     def no_room(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name in ("Path.open", "_sync_folder"):
+    for name in ("Path.open", "sync_path"):
         monkeypatch.setattr(f"fletcher.delivery.journal.{name}", no_room)
         with pytest.raises(JournalFullError):
             one.append([(info(10, 10), rows(10, 10))], SCHEMA)

@@ -1,0 +1,293 @@
+"""Processes that can be killed for real, started in milliseconds or like a user's.
+
+Starting Python and importing everything takes a second or two. A `Forking` launcher has one process
+that has imported it all and forks it for each that is wanted: each is a session of its own, and so
+are a server's workers, so that a SIGKILL is what it is in life. A `Spawning` launcher starts new
+interpreters. Both do what `tests.faults.roles` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+_PR_SET_PDEATHSIG = 1
+# LanceDB warns at every fork, which it survives.
+_PYTHON = [sys.executable, "-W", "ignore:lancedb fork support", "-m"]
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class Process:
+    """A process that need not be a child of this one."""
+
+    def __init__(self, pid: int, log: Path) -> None:
+        self.pid = pid
+        self.log = log
+        try:
+            self._watch: int | None = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._watch = None
+
+    def send(self, number: int) -> None:
+        """Sends a signal, if it is still there."""
+        if self._watch is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._watch, number)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for its end; False if that did not come."""
+        if self._watch is not None:
+            poll = select.poll()
+            poll.register(self._watch, select.POLLIN)
+            if not poll.poll(timeout_s * 1000):
+                return False
+            os.close(self._watch)
+            self._watch = None
+        return True
+
+    @property
+    def alive(self) -> bool:
+        return not self.wait(0)
+
+    def kill(self) -> None:
+        """Kills it and waits until it is gone."""
+        self.send(signal.SIGKILL)
+        assert self.wait(30), f"process {self.pid} survives a SIGKILL"
+
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+class Launcher:
+    """Starts processes, and kills those that are left."""
+
+    def __init__(self) -> None:
+        self._started: list[Process] = []
+
+    def start(self, role: str, log: Path, **arguments: Any) -> Process:
+        """Starts a role; what it says is appended to `log`."""
+        process = Process(self._launch({"role": role, "log": str(log), **arguments}), log)
+        self._started = [one for one in self._started if one.alive] + [process]
+        return process
+
+    def _launch(self, request: dict[str, Any]) -> int:
+        raise NotImplementedError
+
+    def end_all(self) -> None:
+        """Kills whatever was started and is still there."""
+        for process in self._started:
+            process.send(signal.SIGCONT)
+            process.kill()
+        self._started = []
+
+    def close(self) -> None:
+        self.end_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Forking(Launcher):
+    """Forks a process that has everything imported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*_PYTHON, "tests.faults.launching", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                cwd=_ROOT,
+                env=_environ(),
+            )
+        self._replies = self._socket.makefile("r")
+        assert self._replies.readline() == "ready\n"
+
+    def _launch(self, request: dict[str, Any]) -> int:
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        return int(self._replies.readline())
+
+    def close(self) -> None:
+        super().close()
+        self._replies.close()
+        self._socket.close()
+        self._process.wait(30)
+
+
+class Spawning(Launcher):
+    """Starts a new Python for each."""
+
+    def _launch(self, request: dict[str, Any]) -> int:
+        with Path(request["log"]).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.faults.launching", json.dumps(request)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=_ROOT,
+                env=_environ(),
+                start_new_session=True,
+            )
+        # It is watched by its number; this reaps it.
+        threading.Thread(target=process.wait, daemon=True).start()
+        return process.pid
+
+
+def _environ() -> dict[str, str]:
+    environ = {name: text for name, text in os.environ.items() if not name.startswith("FLETCHER_")}
+    return {**environ, "PYTHONPATH": str(_ROOT)}
+
+
+class _WorkerForks:
+    """In a server: a child that forks its workers, to be used in place of `subprocess`.
+
+    It is forked from the main thread before there is any other, and dies with the server; the
+    workers die with it.
+    """
+
+    DEVNULL = subprocess.DEVNULL
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lock = threading.Lock()
+        if os.fork() == 0:
+            self._socket.close()
+            _die_with_parent()
+            _fork_workers(theirs)
+        theirs.close()
+
+    def Popen(self, _: Any, *, pass_fds: list[int], **__: Any) -> _Worker:
+        with self._lock:
+            socket.send_fds(self._socket, [b"fork"], pass_fds)
+            return _Worker(int(self._socket.recv(32)))
+
+
+def _fork_workers(requests: socket.socket) -> None:
+    from fletcher.workers import child
+
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(requests, 16, 1)
+        if not descriptors:  # the server has ended
+            os._exit(0)
+        pid = os.fork()
+        if pid == 0:
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            child.main([str(descriptors[0]), str(os.getppid())])
+        os.close(descriptors[0])
+        requests.send(str(pid).encode())
+
+
+class _Worker:
+    """As much of a Popen as the pool needs."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._process = Process(pid, Path(os.devnull))
+
+    def poll(self) -> int | None:
+        if not self._process.alive:
+            self.returncode = -signal.SIGKILL
+        return self.returncode
+
+    def kill(self) -> None:
+        self._process.send(signal.SIGKILL)
+
+    def wait(self) -> int:
+        self._process.wait(60)
+        self.returncode = -signal.SIGKILL
+        return self.returncode
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _fork_on_request(descriptor: int) -> None:
+    import lancedb  # noqa: F401
+    import pyarrow.flight  # noqa: F401
+
+    import fletcher.cli.serve
+    import fletcher.cli.store
+    import fletcher.inference.null
+    import fletcher.runtime
+    import fletcher.stores.flight
+    import fletcher.stores.lance
+    import fletcher.stores.server
+    import fletcher.tokenization.worker
+    import fletcher.workers.child  # noqa: F401
+    from tests.faults import roles
+
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
+    requests = socket.socket(fileno=descriptor)
+    requests.sendall(b"ready\n")
+    for line in requests.makefile("r"):
+        pid = os.fork()
+        if pid == 0:
+            requests.detach()
+            os.close(descriptor)
+            _become(json.loads(line), roles)
+        requests.sendall(f"{pid}\n".encode())
+
+
+def _become(request: dict[str, Any], roles: Any) -> None:
+    os.setsid()
+    _die_with_parent()
+    log = os.open(request.pop("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    code = 70
+    try:
+        if request["role"] == "serve":
+            from fletcher.workers import pool
+
+            pool.subprocess = _WorkerForks()  # type: ignore[assignment]
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        code = roles.play(**request)
+    except BaseException:  # noqa: BLE001 - the end of a process
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(argument: str) -> int:
+    """Runs in a new interpreter: forks on request, or is itself what was asked for."""
+    if argument.isdecimal():
+        _fork_on_request(int(argument))
+        return 0
+    from tests.faults import roles
+
+    _die_with_parent()
+    request = json.loads(argument)
+    del request["log"]
+    return roles.play(**request)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,283 @@
+"""What was sent, what was acknowledged, what is there: and that these three agree.
+
+At every moment acknowledged durable ⊆ stored or journaled ⊆ sent, each row once; after a resume to
+the end all three are equal. Clients write down what they send before they send it, and what they
+are told when they are told it, each into a file of its own that outlives them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.delivery.journal import journals
+from fletcher.delivery.segment import REJECTED, WAITING, Segment, read_segments
+
+SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "n": pa.int64()})
+MAX_ROW_BYTES = 1024
+_MOST_ROWS = 1 << 32
+_WORDS = "debian packages hold programs that people use every day and night".split()
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One upload: all its rows follow from these few numbers.
+
+    Attributes:
+        number: Names it.
+        dataset: Where it goes.
+        num_rows: All its rows.
+        batch_rows: Rows of a batch.
+        durability: As in the command.
+        flawed: Some rows have no text, no id, or too much text.
+    """
+
+    number: int
+    dataset: str
+    num_rows: int
+    batch_rows: int
+    durability: str
+    flawed: bool
+
+    @property
+    def upload_id(self) -> str:
+        return f"upload-{self.number}"
+
+    def text_of(self, row: int) -> str:
+        return " ".join([*_WORDS[row % 7 : row % 7 + row % 5], str(row), str(self.number)])
+
+    def is_flawed(self, row: int) -> bool:
+        """Whether the row gets an error and no vector."""
+        return self.flawed and row % 31 in (7, 19, 23)
+
+    @property
+    def num_flawed(self) -> int:
+        return sum(map(self.is_flawed, range(self.num_rows)))
+
+    def batch(self, first: int, last: int) -> pa.RecordBatch:
+        """Rows first to last, the last not included."""
+        ids: list[int | None] = []
+        texts: list[str | None] = []
+        for row in range(first, last):
+            flaw = row % 31 if self.flawed else 0
+            ids.append(None if flaw == 19 else row)
+            long = "x" * (MAX_ROW_BYTES + 1) if flaw == 23 else self.text_of(row)
+            texts.append(None if flaw == 7 else long)
+        numbers = np.arange(first, last) + self.number * _MOST_ROWS
+        return pa.record_batch({"id": ids, "text": texts, "n": numbers}, SCHEMA)
+
+    def batches(self, first: int) -> Iterator[pa.RecordBatch]:
+        """All rows from `first` on."""
+        for start in range(first, self.num_rows, self.batch_rows):
+            yield self.batch(start, min(start + self.batch_rows, self.num_rows))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Diary:
+    """A client's file: lines that are written before anything else happens."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def write(self, **entry: Any) -> None:
+        os.write(self._file, json.dumps(entry).encode() + b"\n")
+
+
+@dataclass
+class Holdings:
+    """What one look found.
+
+    Attributes:
+        durable: By upload: rows that were acknowledged as durable, bool.
+        journaled: By upload: rows in the journal, bool.
+        stored: By upload: how often each row is in the store.
+    """
+
+    durable: dict[int, np.ndarray]
+    journaled: dict[int, np.ndarray]
+    stored: dict[int, np.ndarray]
+
+
+class Ledger:
+    """The books of some uploads.
+
+    Args:
+        uploads: All of them.
+        folder: Where the clients' files are.
+        home: Of the server, for its journal.
+        read_store: A dataset's rows as they are in the store now; None: there is none.
+        null_vectors: The store takes rows without a vector.
+
+    Attributes:
+        may_give_up: Workers died more than once: work that may have killed them fails alone.
+        num_given_up: Good rows that the last look found without a vector.
+        may_double: The store appends whatever comes, and may have been at it still when it was
+            asked what it had.
+        num_doubled: Rows that the last check found more than once.
+    """
+
+    def __init__(
+        self,
+        uploads: Sequence[Upload],
+        folder: Path,
+        *,
+        home: Path,
+        read_store: Callable[[str], pa.Table | None],
+        null_vectors: bool,
+    ) -> None:
+        self.uploads = {upload.number: upload for upload in uploads}
+        self._folder = folder
+        self._home = home
+        self._read_store = read_store
+        self._null_vectors = null_vectors
+        self._num_diaries = 0
+        self.may_give_up = False
+        self.num_given_up = 0
+        self.may_double = False
+        self.num_doubled = 0
+
+    def new_diary(self, upload: Upload) -> Path:
+        """A file for another client of an upload."""
+        self._num_diaries += 1
+        return self._folder / f"{upload.number}-{self._num_diaries:03d}.diary"
+
+    def entries(self, upload: Upload) -> Iterator[dict[str, Any]]:
+        """All that its clients wrote down."""
+        for path in sorted(self._folder.glob(f"{upload.number}-*.diary")):
+            yield from entries(path)
+
+    def sent(self, upload: Upload) -> np.ndarray:
+        """Rows that may have left a client."""
+        rows = np.zeros(upload.num_rows, bool)
+        for entry in self.entries(upload):
+            if "sent" in entry:
+                rows[slice(*entry["sent"])] = True
+        return rows
+
+    def durable(self, upload: Upload) -> np.ndarray:
+        """Rows that were acknowledged as durable."""
+        rows = np.zeros(upload.num_rows, bool)
+        if upload.durability != "memory":
+            for entry in self.entries(upload):
+                if "prefix" in entry:
+                    rows[: entry["prefix"]] = True
+                if "range" in entry:
+                    rows[slice(*entry["range"])] = True
+        return rows
+
+    def look(self) -> Holdings:
+        """What is where. A row goes from the journal to the store, so it is looked for that way."""
+        self.num_given_up = 0
+        uploads = self.uploads.values()
+        durable = {upload.number: self.durable(upload) for upload in uploads}
+        journaled = self._journaled()
+        stored = {upload.number: np.zeros(upload.num_rows, np.int64) for upload in uploads}
+        for dataset in sorted({upload.dataset for upload in uploads}):
+            table = self._read_store(dataset)
+            if table is not None:
+                self._count(dataset, table, stored)
+        return Holdings(durable, journaled, stored)
+
+    def check(self) -> Holdings:
+        """The promise for any moment.
+
+        Raises:
+            AssertionError: Rows are lost, doubled, changed, or were never sent.
+        """
+        now = self.look()
+        for number, upload in self.uploads.items():
+            stored, journaled = now.stored[number], now.journaled[number]
+            if self.may_double:
+                self.num_doubled = sum(int((rows > 1).sum()) for rows in now.stored.values())
+            else:
+                self._assert_none(upload, stored > 1, "are stored more than once")
+            lost = now.durable[number] & ~journaled & self._missing(upload, stored)
+            self._assert_none(upload, lost, "were acknowledged as durable and are nowhere")
+            unsent = (journaled | (stored > 0)) & ~self.sent(upload)
+            self._assert_none(upload, unsent, "are there and were never sent")
+        return now
+
+    def check_end(self) -> None:
+        """The promise after a resume to the end: everything is stored once, the journal empty.
+
+        Raises:
+            AssertionError: It is not so.
+        """
+        now = self.check()
+        for number, upload in self.uploads.items():
+            missing = self._missing(upload, now.stored[number])
+            self._assert_none(upload, missing, "are not stored in the end")
+            self._assert_none(upload, now.journaled[number], "are left in the journal")
+        rejected = list(self._home.glob(f"journal/*/*/*{REJECTED}"))
+        assert not rejected, f"the store refused rows for good: {rejected}"
+
+    def all_stored(self) -> bool:
+        """Whether no row is missing in the store."""
+        stored = self.look().stored
+        return not any(
+            self._missing(upload, stored[number]).any() for number, upload in self.uploads.items()
+        )
+
+    def _journaled(self) -> dict[int, np.ndarray]:
+        found = {number: np.zeros(upload.num_rows, bool) for number, upload in self.uploads.items()}
+        for _, dataset, folder in journals(self._home / "journal"):
+            # Segments that vanish meanwhile are left out: their rows are stored.
+            for _, segment in read_segments(folder.glob(f"*{WAITING}")):
+                for group in segment.groups if isinstance(segment, Segment) else ():
+                    number = int(group.info.upload_id.rpartition("-")[2])
+                    assert self.uploads[number].dataset == dataset
+                    found[number][group.info.first : group.info.last + 1] = True
+        return found
+
+    def _count(self, dataset: str, table: pa.Table, stored: dict[int, np.ndarray]) -> None:
+        """Counts a dataset's rows, and checks that each is itself."""
+        numbers = table.column("n").to_numpy()
+        texts = table.column("text").to_pylist()
+        ids = table.column("id").to_pylist()
+        without = table.column("vector").is_null().to_pylist()
+        rows_of = zip(numbers.tolist(), texts, ids, without, strict=True)
+        for n, text, row_id, no_vector in rows_of:
+            number, row = divmod(n, _MOST_ROWS)
+            upload = self.uploads[number]
+            where = f"row {row} of {upload}"
+            assert upload.dataset == dataset, f"{where} is in {dataset}"
+            flawed = upload.is_flawed(row)
+            self.num_given_up += no_vector and not flawed
+            assert no_vector or not flawed, f"{where} has a vector"
+            assert no_vector == flawed or self.may_give_up, f"{where} has no vector"
+            if not flawed:
+                assert (text, row_id) == (upload.text_of(row), row), f"{where}: {text!r}, {row_id}"
+            stored[number][row] += 1
+
+    def _missing(self, upload: Upload, stored: np.ndarray) -> np.ndarray:
+        """Rows that the store lacks and could have."""
+        if self._null_vectors:
+            return stored == 0
+        flawed = [upload.is_flawed(row) for row in range(upload.num_rows)]
+        return (stored == 0) & ~np.array(flawed, bool)
+
+    def _assert_none(self, upload: Upload, rows: np.ndarray, what: str) -> None:
+        wrong = np.flatnonzero(rows)
+        assert not len(wrong), f"{len(wrong)} rows of {upload} {what}: {_brief(wrong)}"
+
+
+def entries(path: Path) -> Iterator[dict[str, Any]]:
+    """A client's file; whoever is killed writing leaves half a line at most."""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def _brief(rows: np.ndarray) -> str:
+    """Row numbers as ranges."""
+    parts = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    return ", ".join(f"{part[0]}-{part[-1]}" for part in parts[:8])

@@ -1,0 +1,122 @@
+"""Plans of uploads and faults: each follows from its seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tests.faults.ledger import Upload
+
+STORES = ("lance", "fletcher", "longbow")
+_FAULTS = {
+    "kill the server": 4,
+    "end the server": 1,
+    "kill a worker": 3,
+    "kill a client": 3,
+    "resume": 3,
+    "send again": 3,
+    "check": 2,
+}
+_STORE_FAULTS = {
+    "lance": {},
+    "fletcher": {"kill the store": 3, "stop the store": 2},
+    "longbow": {"break the store's call": 4, "stall the store": 2},
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A fault, `pause_s` after the one before; `number` chooses its victim."""
+
+    pause_s: float
+    kind: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a seed stands for."""
+
+    seed: int
+    store: str
+    power: bool
+    uploads: tuple[Upload, ...]
+    options: dict[str, str]
+    constants: dict[str, int]
+    transfer: dict[str, Any]
+    pause_s: float
+    events: tuple[Event, ...]
+    model: str = "tiny"
+    backend: str = "null"
+
+
+def with_model(schedule: Schedule, model: str) -> Schedule:
+    """The same with a real model, and sizes as they are in life."""
+    return replace(schedule, model=model, backend="auto", constants={})
+
+
+def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
+    """The schedule of a seed.
+
+    Args:
+        seed: Any number.
+        store: One of STORES.
+        power: Processes do not just die, their machine loses its power.
+    """
+    chance = random.Random(f"{seed} {store} {power}")
+    datasets = ["d0", "d1"][: chance.randint(1, 2)]
+    uploads = tuple(
+        Upload(
+            number,
+            chance.choice(datasets),
+            num_rows=(num_rows := round(10 ** chance.uniform(1, 3.3))),
+            batch_rows=max(1, round(num_rows * 10 ** chance.uniform(-1.7, 0))),
+            durability=chance.choice(["journal", "journal", "journal", "store", "memory"]),
+            flawed=chance.random() < 0.3,
+        )
+        for number in range(chance.randint(1, 4))
+    )
+    most_rows = max(upload.num_rows for upload in uploads)
+    faults = dict(_FAULTS) | _STORE_FAULTS[store]
+    if power:
+        faults["cut the power"] = faults.pop("kill the server")
+        if "kill the store" in faults:
+            faults["cut the store's power"] = faults.pop("kill the store")
+    kinds = chance.choices(list(faults), list(faults.values()), k=chance.randint(2, 6))
+    return Schedule(
+        seed,
+        store,
+        power,
+        uploads,
+        options={
+            "group-rows": str(_some(most_rows, chance)),
+            "group-delay-ms": str(chance.choice([1, 20, 100, 500])),
+            "max-journal": chance.choice(["256KiB", "1MiB", "1MiB", "64MiB"]),
+            "store-retry": chance.choice(["1s", "30s"]),
+            "store-timeout": chance.choice(["1s", "10s"]),
+        },
+        constants={
+            "fletcher.runtime._COMMIT_ROWS": _some(most_rows, chance),
+            "fletcher.delivery.outbox._SYNC_ROWS": _some(most_rows, chance),
+            "fletcher.stores.lance_writer.COMPACT_FRAGMENTS": chance.choice([3, 20]),
+        },
+        transfer={
+            "message_bytes": round(10 ** chance.uniform(3, 5)),
+            "window_bytes": round(10 ** chance.uniform(3.5, 6)),
+            "max_retries": chance.choice([0, 2, 30]),
+            "backoff_s": 0.02,
+            "max_backoff_s": 0.2,
+            "stall_timeout_s": 60.0,
+        },
+        pause_s=chance.choice([0.0, 0.001, 0.005]),
+        events=tuple(
+            Event(chance.choice([0.0, 0.02, 0.1, 0.2]), kind, chance.randrange(1 << 16))
+            for kind in kinds
+        ),
+    )
+
+
+def _some(most_rows: int, chance: random.Random) -> int:
+    """A number of rows that is reached some times in an upload."""
+    return max(1, round(most_rows * 10 ** chance.uniform(-1.7, 0.3)))

@@ -1,0 +1,108 @@
+"""What a process of a schedule does: serve, be a store, upload."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fletcher import cli
+from fletcher.client import TransferOptions, connect
+from fletcher.client.messages import Ack, PutSummary
+from fletcher.errors import FletcherError, UnavailableError
+from fletcher.options import EmbedOptions
+from tests.faults.ledger import SCHEMA, Diary, Upload
+from tests.faults.powerloss import record_syncs
+
+
+def play(role: str, **arguments: Any) -> int:
+    """Plays a role to its end; the exit status."""
+    return {"serve": serve, "store": store, "upload": upload}[role](**arguments)
+
+
+def serve(argv: Sequence[str], constants: dict[str, int], syncs: str | None = None) -> int:
+    """`fletcher serve`, with some constants of its modules changed."""
+    return _run("serve", argv, constants, syncs)
+
+
+def store(argv: Sequence[str], constants: dict[str, int], syncs: str | None = None) -> int:
+    """`fletcher store`, likewise."""
+    return _run("store", argv, constants, syncs)
+
+
+def _run(name: str, argv: Sequence[str], constants: dict[str, int], syncs: str | None) -> int:
+    for path, value in constants.items():
+        module, _, constant = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), constant), path
+        setattr(importlib.import_module(module), constant, value)
+    if syncs is not None:
+        record_syncs(Path(syncs))
+    return cli.main([name, *argv])
+
+
+def upload(
+    address: str,
+    diary: str,
+    plan: dict[str, Any],
+    *,
+    first: int = 0,
+    resume: bool = False,
+    pause_s: float = 0.0,
+    transfer: dict[str, Any],
+) -> int:
+    """Uploads rows from `first` on by the client library, and keeps a diary."""
+    rows = Upload(**plan)
+    book = Diary(Path(diary))
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        start = first
+        for batch in rows.batches(first):
+            book.write(sent=[start, start + batch.num_rows])
+            start += batch.num_rows
+            yield batch
+            time.sleep(pause_s)
+
+    def note(ack: Ack) -> None:
+        book.write(prefix=ack.rows_durable, range=[ack.row_first, ack.row_last + 1])
+
+    options = EmbedOptions(
+        dataset=rows.dataset,
+        upload_id=rows.upload_id,
+        columns=("n",),
+        durability=rows.durability,
+        dtype="float32",
+    )
+    try:
+        with _connected(address, TransferOptions(**transfer)) as client:
+            summary = client.put(
+                pa.RecordBatchReader.from_batches(SCHEMA, batches()),
+                options,
+                row_offset=first,
+                resume=resume,
+                on_ack=note,
+            )
+    except FletcherError as error:
+        book.write(error=error.code, message=error.message)
+        return 1
+    book.write(prefix=summary.rows_durable)
+    book.write(summary=_fields(summary))
+    return 0
+
+
+def _connected(address: str, transfer: TransferOptions) -> Any:
+    """The server may be on its way up."""
+    for _ in range(transfer.max_retries):
+        try:
+            return connect(address, transfer=transfer, timeout_s=5.0)
+        except UnavailableError:
+            time.sleep(0.05)
+    return connect(address, transfer=transfer, timeout_s=5.0)
+
+
+def _fields(summary: PutSummary) -> dict[str, Any]:
+    names = ("complete", "rows_received", "rows_stored", "rows_failed", "rows_durable")
+    return {name: getattr(summary, name) for name in names}

@@ -1,0 +1,40 @@
+"""Random schedules of faults: whatever dies, no row is lost and none is doubled.
+
+A few of those that `scripts/soak` plays by the thousand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fletcher.models.bundle import ModelBundle
+from tests.faults.launching import Forking, Launcher
+from tests.faults.plans import draw
+from tests.faults.schedules import run
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    with Forking() as launcher:
+        yield launcher
+
+
+@pytest.mark.parametrize(
+    ("store", "power", "seed"),
+    [
+        *(("lance", False, seed) for seed in (17, 20, 23)),
+        *(("lance", True, seed) for seed in (4, 18)),
+        *(("fletcher", False, seed) for seed in (4, 20)),
+        *(("fletcher", True, seed) for seed in (4,)),
+        *(("longbow", False, seed) for seed in (22,)),
+    ],
+)
+def test_no_row_is_lost_or_doubled(
+    launcher: Launcher, tiny_bundle: ModelBundle, tmp_path: Path, store: str, power: bool, seed: int
+) -> None:
+    schedule = draw(seed, store, power=power)
+    report = run(schedule, launcher, tiny_bundle.folder.parent, tmp_path / "schedule")
+    assert sum(report.faults.values()) == len(schedule.events)
