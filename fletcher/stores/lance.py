@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import threading
@@ -24,6 +25,7 @@ from fletcher.schema import merge_ranges, parse_batch_key
 from fletcher.stores import filters as conditions
 from fletcher.stores.allocator import return_large_blocks
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
+from fletcher.stores.lance_repair import set_torn_versions_aside
 from fletcher.stores.lance_writer import LanceWriter, broken, distinct_keys
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, unknown_dataset
@@ -99,6 +101,7 @@ class LanceStore:
         )
         self._mutex = threading.Lock()
         self._writers: set[LanceWriter] = set()
+        self._mended: set[str] = set()
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> LanceWriter:
         """See `Store.open_writer`. Columns that the dataset lacks are added to it, null so far."""
@@ -106,6 +109,7 @@ class LanceStore:
         _check_offered(schema, mode)
         lock = self._lock(dataset)
         try:
+            self._mend(dataset)
             table = self._open(dataset)
             if table is not None and mode != "overwrite":
                 check_compatible(dataset, table.schema, schema)
@@ -214,6 +218,7 @@ class LanceStore:
         check_dataset(name)
         lock = self._lock(name)
         try:
+            self._mend(name)
             if self._open(name) is None:
                 raise unknown_dataset(name)
             self._database.drop_table(name)
@@ -242,10 +247,27 @@ class LanceStore:
                 field="dataset",
             ) from error
 
+    def _mend(self, name: str) -> None:
+        """Sets aside what a power loss left of the newest commits; the caller has the lock."""
+        if name not in self._mended:
+            set_torn_versions_aside(self._folder / f"{name}.lance")
+            self._mended.add(name)
+
     def _open(self, name: str) -> Any | None:
         # Without a manifest it is still being made, or whoever made it died over it.
-        if not any((self._folder / f"{name}.lance" / "_versions").glob("*.manifest")):
+        manifests = self._folder / f"{name}.lance" / "_versions"
+        if not any(manifests.glob("*.manifest")):
             return None
+        if name not in self._mended:
+            # Locked, somebody writes, who has mended it.
+            with contextlib.suppress(StoreUnavailableError):
+                lock = self._lock(name)
+                try:
+                    self._mend(name)
+                finally:
+                    lock.release()
+            if not any(manifests.glob("*.manifest")):
+                return None
         try:
             return self._database.open_table(name)
         except (ValueError, RuntimeError, OSError) as error:

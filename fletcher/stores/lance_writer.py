@@ -31,6 +31,7 @@ LARGE_ROWS = 8192
 FRAGMENT_ROWS = 1 << 20
 # A reader in another process keeps the version it began with for this long.
 KEEP_VERSIONS = dt.timedelta(minutes=10)
+KEEP_FOREVER = dt.timedelta(days=36500)
 
 
 class LanceWriter:
@@ -199,8 +200,10 @@ class LanceWriter:
 
     def _compact(self) -> None:
         try:
-            self._table.optimize(cleanup_older_than=KEEP_VERSIONS)
+            self._table.optimize(cleanup_older_than=KEEP_FOREVER)
             self._files.sync(settled=False)
+            # Only now that the new version is on the disk may the one before it go.
+            self._table.optimize(cleanup_older_than=KEEP_VERSIONS)
         except (ValueError, RuntimeError, OSError) as error:
             # The rows are all there in smaller pieces; the next schedule tries again.
             _log.warning("dataset %s was not compacted: %s", self._dataset, _cause(error))

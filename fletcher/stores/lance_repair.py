@@ -1,0 +1,142 @@
+"""Versions of a LanceDB table that a power loss left half on the disk: set aside.
+
+A commit is acknowledged once all its files are synced. After a power loss before that, its manifest
+may be there and cut short, or whole while a file it names is not; Lance then refuses the table, or
+fails when it reads the rows. The version before is whole, and whoever sent the rows sends them
+again.
+
+The layout is Lance's: https://lance.org/format/table/ . A manifest ends in its place, the format's
+version and a magic number, which data files end in, too.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from fletcher.stores.sync import sync_path
+
+log = logging.getLogger(__name__)
+
+_MAGIC = b"LANC"
+_FOOTER = struct.Struct("<QHH4s")
+_HINT = "latest_version_hint.json"
+_NEWEST_FIRST = 1 << 63  # names from here on count down
+_TORN = ".torn"
+
+
+def set_torn_versions_aside(folder: Path) -> int:
+    """Renames the manifests of a table's newest versions as long as they are not whole.
+
+    Call it while nobody writes to the table.
+
+    Args:
+        folder: The table's, `NAME.lance`.
+
+    Returns:
+        How many.
+    """
+    num_torn = 0
+    for manifest in _newest_first(folder / "_versions"):
+        reason = _torn(manifest, folder)
+        if not reason:
+            break
+        log.error("%s is not whole, an earlier version is taken: %s", manifest, reason)
+        manifest.rename(manifest.with_suffix(_TORN))
+        num_torn += 1
+    if num_torn:
+        (folder / "_versions" / _HINT).unlink(missing_ok=True)
+        sync_path(str(folder / "_versions"))
+    return num_torn
+
+
+def _newest_first(versions: Path) -> list[Path]:
+    numbered = []
+    for path in versions.glob("*.manifest"):
+        if path.stem.isdecimal():
+            number = int(path.stem)
+            numbered.append((-number if number < _NEWEST_FIRST else number - (1 << 64), path))
+    return [path for _, path in sorted(numbered)]
+
+
+def _torn(manifest: Path, folder: Path) -> str:
+    """What is wrong with a version; empty: nothing."""
+    data = manifest.read_bytes()
+    try:
+        place, _, _, magic = _FOOTER.unpack_from(data, len(data) - _FOOTER.size)
+        (length,) = struct.unpack_from("<I", data, place)
+        message = _Manifest.FromString(data[place + 4 : place + 4 + length])
+    except (struct.error, DecodeError):
+        return "it is cut short"
+    if magic != _MAGIC:
+        return "it is cut short"
+    for path, is_lance in _files(message):
+        file = folder / path
+        try:
+            size = file.stat().st_size
+            with file.open("rb") as opened:
+                opened.seek(max(0, size - len(_MAGIC)))
+                end = opened.read()
+        except FileNotFoundError:
+            return f"{path} is missing"
+        if not size or (is_lance and end != _MAGIC):
+            return f"{path} is cut short"
+    return ""
+
+
+def _files(manifest: Any) -> Iterator[tuple[str, bool]]:
+    """The files that a version's rows are in, and whether they end in Lance's magic number."""
+    for fragment in manifest.fragments:
+        for file in fragment.files:
+            yield f"data/{file.path}", True
+        if fragment.HasField("deletion_file"):
+            deleted = fragment.deletion_file
+            kind = "bin" if deleted.file_type else "arrow"
+            yield f"_deletions/{fragment.id}-{deleted.read_version}-{deleted.id}.{kind}", False
+
+
+def _manifest_type() -> Any:
+    """The part of Lance's `table.proto` that names files."""
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(
+        name="lance_files.proto", package="lance_files", syntax="proto3"
+    )
+
+    def message(name: str, *fields: tuple[str, int, int, str]) -> None:
+        added = file.message_type.add(name=name)
+        for field_name, number, kind, of in fields:
+            repeated = field_name in ("files", "fragments")
+            added.field.add(
+                name=field_name,
+                number=number,
+                type=kind,
+                type_name=f".lance_files.{of}" if of else None,
+                label=field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL,
+            )
+
+    message("DataFile", ("path", 1, field.TYPE_STRING, ""))
+    message(
+        "DeletionFile",
+        ("file_type", 1, field.TYPE_INT32, ""),
+        ("read_version", 2, field.TYPE_UINT64, ""),
+        ("id", 3, field.TYPE_UINT64, ""),
+    )
+    message(
+        "Fragment",
+        ("id", 1, field.TYPE_UINT64, ""),
+        ("files", 2, field.TYPE_MESSAGE, "DataFile"),
+        ("deletion_file", 3, field.TYPE_MESSAGE, "DeletionFile"),
+    )
+    message("Manifest", ("fragments", 2, field.TYPE_MESSAGE, "Fragment"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("lance_files.Manifest"))
+
+
+_Manifest = _manifest_type()
