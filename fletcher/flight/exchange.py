@@ -20,7 +20,7 @@ from fletcher.flight.call import (
     started,
     writing,
 )
-from fletcher.flight.messages import row_errors
+from fletcher.flight.messages import MAX_REPORTED_ERRORS, row_errors
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Piece
@@ -134,7 +134,12 @@ class _Answers:
             self._telemetry.rows_failed.add()
             self._telemetry.errors.add(code=error.code)
         self._parts.append(batch)
-        self._errors += row_errors(errors, batch.column("id"), row_first=piece.row_first)
+        self._errors += row_errors(
+            errors,
+            batch.column("id"),
+            row_first=piece.row_first,
+            limit=MAX_REPORTED_ERRORS - len(self._errors),
+        )
         if piece.last:
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
             metadata = {"batch_id": piece.batch_id, "errors": self._errors}

@@ -144,6 +144,15 @@ def test_rows_fail_alone_and_are_named(server: Runtime, client: flight.FlightCli
     assert error_of(caught.value)["field"] == "text"
 
 
+def test_an_exchanges_error_list_is_bounded_a_batch(client: flight.FlightClient) -> None:
+    # It was bounded a piece: a batch of many pieces came with as many times the errors.
+    schema = pa.schema({"text": pa.utf8()})
+    batches = [pa.record_batch([pa.nulls(n, pa.utf8())], schema) for n in (3000, 5)]
+    first, second = exchange(client, batches, schema)
+    assert [one["row"] for one in first[1]["errors"]] == list(range(1000))
+    assert [one["row"] for one in second[1]["errors"]] == list(range(3000, 3005))
+
+
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
 def test_compressed_batches(server: Runtime, client: flight.FlightClient, codec: str) -> None:
     name = next(names)
