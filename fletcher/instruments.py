@@ -200,6 +200,9 @@ class Instruments:
         self.rows_deduplicated = Counter(
             "rows.deduplicated", "{row}", "Rows not stored because they were there already"
         )
+        self.known_memory = Gauge(
+            "known.memory", "By", "Memory of what is known of datasets' rows, to drop duplicates"
+        )
         self.device_batches = Counter("device.batches", "{batch}", "Runs of the model", "device")
         self.device_tokens = Counter("device.tokens", "{token}", "Tokens computed", "device")
         self.device_padded_tokens = Counter(

@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 # Of --max-memory, what data in flight may take; the rest is for code, libraries and their caches.
 _BUDGET_SHARE = 0.5
+# And what is known of datasets' rows, to drop duplicates: by default some
+# 15 million ids (17 bytes each), or 8 million with their texts (32).
+_KNOWN_SHARE = 0.125
 _COMMIT_ROWS = 50_000
 _SEGMENT_BYTES = 128 << 20
 # Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
@@ -163,6 +166,7 @@ class Runtime:
                 commit_rows=max(_COMMIT_ROWS, config.group_rows),
                 group_delay_s=config.group_delay_ms / 1000,
                 store_retry_s=config.store_retry_s,
+                max_known_bytes=int(config.max_memory * _KNOWN_SHARE),
             ),
             telemetry,
             JournalConfig(

@@ -56,6 +56,7 @@ class GroupInfo:
         last: Offset of its last row.
         failed: Rows with a null vector, by their place in the group.
         upsert: It replaces rows by id.
+        unsent: Rows that the store does not get, by their place: duplicates of others.
     """
 
     upload_id: str
@@ -63,6 +64,7 @@ class GroupInfo:
     last: int
     failed: tuple[int, ...] = ()
     upsert: bool = False
+    unsent: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +76,7 @@ class JournaledGroup:
     segment: Segment
     offset: int
     num_bytes: int
+    settled: bool = False
 
     def load(self) -> pa.RecordBatch:
         """Its rows, mapped from the file.
@@ -241,12 +244,18 @@ class Journal:
         with self._lock:
             segment = group.segment
             segment.unsettled -= 1
+            group.settled = True
             is_open = self._file is not None and self._segments[-1] is segment
             done = segment.unsettled == 0 and not is_open
             if done:
                 self._segments.remove(segment)
         if done:
             self._dispose(segment)
+
+    def waiting(self) -> list[JournaledGroup]:
+        """Groups that are not settled, in the order they were written."""
+        with self._lock:
+            return [one for seg in self._segments for one in seg.groups if not one.settled]
 
     def reject(self, group: JournaledGroup, reason: str) -> None:
         """Keeps a group that the store refused for good for a person to find; settle it after."""
@@ -419,12 +428,17 @@ def _info(metadata: Any, batch: pa.RecordBatch) -> GroupInfo:
     fields = json.loads(metadata[_KEY])
     crc = fields.pop("crc32")
     batch.validate(full=True)
-    info = GroupInfo(**{**fields, "failed": tuple(fields["failed"])})
+    info = GroupInfo(**{name: _untupled(value) for name, value in fields.items()})
     if _checksum(info, batch) != crc:
         raise ValueError("checksum")
     if info.last - info.first + 1 != batch.num_rows:
         raise ValueError("rows")
     return info
+
+
+def _untupled(value: Any) -> Any:
+    """What JSON made of a tuple, as a tuple again."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _cut(segment: Segment) -> None:

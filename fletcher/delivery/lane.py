@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from fletcher.delivery.known import Known
 from fletcher.delivery.rows import (
     Rows,
     WriterKind,
@@ -54,12 +55,14 @@ class DeliveryConfig:
         commit_rows: Rows of one append at most, over all groups in it.
         group_delay_s: What a row may wait for its group to fill.
         store_retry_s: How long an append is tried before its uploads get an error.
+        max_known_bytes: Memory for what is known of all datasets' rows, to drop duplicates.
     """
 
     group_rows: int
     commit_rows: int
     group_delay_s: float
     store_retry_s: float
+    max_known_bytes: int = 64 << 20
 
 
 class Lane:
@@ -70,6 +73,7 @@ class Lane:
         dataset: The dataset's name.
         config: Groups and retries.
         telemetry: Where counts, durations and spans go.
+        known: What the dataset holds.
         on_idle: Asked when the lane has had no user for a while; True lets it end.
     """
 
@@ -79,6 +83,7 @@ class Lane:
         dataset: str,
         config: DeliveryConfig,
         telemetry: Telemetry,
+        known: Known,
         on_idle: Callable[[Lane], bool],
     ) -> None:
         self.store = store
@@ -86,6 +91,7 @@ class Lane:
         self.users = 0  # guarded by Delivery
         self._config = config
         self._telemetry = telemetry
+        self._known = known
         self._on_idle = on_idle
         self._changed = threading.Condition()
         self._pending: deque[tuple[Rows, float]] = deque()
@@ -259,17 +265,26 @@ class Lane:
             stored = schema.append(pa.field("batch_key", pa.utf8()))
             self._writer = self.store.open_writer(self.dataset, stored, mode)
             self._written = wanted
+            if mode == "overwrite":
+                self._known.doubt()
         return self._writer
 
     def _store(self, taken: Sequence[Rows]) -> None:
+        if taken[0].journaled:  # decided then
+            self._store_all(taken)
+        else:
+            with self._known.deciding(taken) as decided:
+                self._store_all(decided)
+
+    def _store_all(self, taken: Sequence[Rows]) -> None:
         groups = groups_of(taken, self._config.group_rows)
-        error = self._append_all(groups)
+        error = self._append_all(groups) if groups else None
         if error is not None and len(groups) > 1 and not isinstance(error, StoreUnavailableError):
             # One of the uploads is at fault: find out which, the others go on. An error of an
             # unexpected kind may have come after rows were stored.
             for group in groups:
                 self._settle([group], self._append_all([group], doubtful=True))
-        else:
+        elif groups:
             self._settle(groups, error)
 
     def _settle(self, groups: Sequence[list[Rows]], error: FletcherError | None) -> None:
@@ -282,10 +297,14 @@ class Lane:
                 rows.upload.fail(error)
                 rows.refused(error.message)
             else:
-                stored = rows.num_rows - (0 if null_vectors else len(rows.failed))
+                stored = rows.num_rows - len(rows.left_out(null_vectors=null_vectors))
                 self._telemetry.rows_stored.add(stored)
+                if not rows.journaled:
+                    self._known.add(rows)
                 rows.upload.settle(rows.first, rows.last, stored=stored)
             rows.released()
+        if error is not None:
+            self._known.doubt()
 
     def _put_back(self, taken: Sequence[Rows]) -> None:
         """Rows of the journal wait in their place until the store is back."""

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from fletcher.delivery.journal import GroupInfo, Journal, JournaledGroup, JournalSpace
+from fletcher.delivery.known import Known
 from fletcher.delivery.lane import Lane
 from fletcher.delivery.rows import Rows
 from fletcher.delivery.upload import Upload
@@ -34,6 +35,7 @@ class Outbox:
         journal: The dataset's; recovered.
         space: What all journals share.
         lane: Where groups go from here.
+        known: What the dataset holds.
         patience_s: How long a full journal is waited for before an upload gets an error.
         telemetry: Where durations go.
     """
@@ -43,6 +45,7 @@ class Outbox:
         journal: Journal,
         space: JournalSpace,
         lane: Lane,
+        known: Known,
         *,
         patience_s: float,
         telemetry: Telemetry,
@@ -50,6 +53,7 @@ class Outbox:
         self._journal = journal
         self._space = space
         self._lane = lane
+        self._known = known
         self._patience_s = patience_s
         self._telemetry = telemetry
         self._changed = threading.Condition()
@@ -119,10 +123,13 @@ class Outbox:
         for group in taken:
             if group.upload.failure is not None:  # the client was told, and sends it again
                 group.released()
-        if not groups:
-            return
+        if groups:
+            with self._known.deciding(groups) as decided:
+                self._journal_all(decided)
+
+    def _journal_all(self, groups: Sequence[Rows]) -> None:
         deadline = time.monotonic() + self._patience_s
-        while True:
+        while groups:
             try:
                 if not self._space.wait_for_room(_FULL_POLL_S):
                     raise self._space.full()
@@ -137,6 +144,7 @@ class Outbox:
                 self._lane.hurry()
                 self._closing.wait(_FULL_POLL_S)
         for group, on_disk in zip(groups, journaled, strict=True):
+            self._known.add(group)
             group.upload.secure(group.first, group.last)
             group.released()
             self._lane.put(from_journal(group.upload, on_disk, self._journal))
@@ -164,10 +172,16 @@ def from_journal(
         journaled=True,
         refused=functools.partial(journal.reject, on_disk),
         doubtful=doubtful,
+        unsent=info.unsent,
     )
 
 
 def _info(group: Rows) -> GroupInfo:
     return GroupInfo(
-        group.upload.upload_id, group.first, group.last, group.failed, group.upload.upsert
+        group.upload.upload_id,
+        group.first,
+        group.last,
+        group.failed,
+        group.upload.upsert,
+        group.unsent,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.delivery.journal import Journal, JournaledGroup, JournalSpace
+from fletcher.delivery.known import Known, KnownSpace
 from fletcher.delivery.lane import DeliveryConfig, Lane
 from fletcher.delivery.outbox import Outbox
 from fletcher.delivery.rows import Rows
@@ -44,6 +45,7 @@ class Route:
         on_idle: Asked when nothing is under way; True lets the route end.
         journal: The dataset's journal; None: rows stay in memory until they are stored.
         space: What all journals share.
+        known_space: Memory for what is known of datasets.
     """
 
     def __init__(
@@ -56,16 +58,19 @@ class Route:
         *,
         journal: Journal | None,
         space: JournalSpace | None,
+        known_space: KnownSpace,
     ) -> None:
         self.users = 0  # guarded by Delivery
         self.journal = journal
         self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
-        self.lane = Lane(store, dataset, config, telemetry, lambda _lane: on_idle(self))
+        self.known = Known(store, dataset, journal, known_space, telemetry)
+        self.lane = Lane(store, dataset, config, telemetry, self.known, lambda _lane: on_idle(self))
         self._outbox = (
             Outbox(
                 journal,
                 space,
                 self.lane,
+                self.known,
                 patience_s=config.store_retry_s,
                 telemetry=telemetry,
             )
@@ -95,6 +100,7 @@ class Route:
 
     def release(self) -> None:
         """Closes the journal of a route that is idle and will not be used again."""
+        self.known.close()
         if self._outbox is not None:
             self._outbox.close()
 

@@ -26,6 +26,8 @@ class Rows:
         num_rows: How many.
         num_bytes: What they take in memory.
         failed: Places of rows with a null vector.
+        unsent: Places of rows that the store does not get: duplicates, and failed rows of uploads
+            that drop duplicates, for a repaired one must not be taken for one.
         load: Gives the output columns.
         released: Called once the rows are stored, or given up.
         journaled: They are on disk, as a group whose extent is fixed, and stay there if given up.
@@ -44,6 +46,7 @@ class Rows:
     journaled: bool = False
     refused: Callable[[str], None] = lambda _reason: None
     doubtful: bool = False
+    unsent: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -53,6 +56,7 @@ class Rows:
         first: int,
         failed: tuple[int, ...],
         released: Callable[[], None],
+        unsent: tuple[int, ...] = (),
     ) -> Rows:
         """Rows in memory."""
         return cls(
@@ -64,12 +68,17 @@ class Rows:
             failed,
             lambda: batch,
             released,
+            unsent=unsent,
         )
 
     @property
     def last(self) -> int:
         """Offset of the last row."""
         return self.first + self.num_rows - 1
+
+    def left_out(self, *, null_vectors: bool) -> list[int]:
+        """Places of rows that a store does not get, which takes null vectors or not."""
+        return sorted({*self.unsent, *(() if null_vectors else self.failed)})
 
     @property
     def kind(self) -> tuple[WriterKind, bool]:
@@ -111,9 +120,9 @@ def key_of(group: Sequence[Rows]) -> str:
 
 
 def keyed_batch(group: Sequence[Rows], *, null_vectors: bool) -> pa.RecordBatch:
-    """A group's rows with their `batch_key`; without failed rows where nulls are not taken."""
+    """A group's rows with their `batch_key`, without those that the store does not get."""
     batch = pa.concat_batches(
-        [rows.load() if null_vectors else _without(rows.load(), rows.failed) for rows in group]
+        [_without(rows.load(), rows.left_out(null_vectors=null_vectors)) for rows in group]
     )
     keys = pa.repeat(key_of(group), batch.num_rows)
     return batch.append_column(pa.field("batch_key", pa.utf8()), keys)

@@ -43,6 +43,13 @@ def exchange(
             "`store` is given, but DoExchange never stores; use DoPut, or leave it out",
             field="store",
         )
+    if options.dedupe != "off" or options.mode == "delta":
+        field = "mode" if options.mode == "delta" else "dedupe"
+        raise InvalidCommandError(
+            f"`{field}` is {getattr(options, field)}, but DoExchange answers every row and knows "
+            "no dataset; use DoPut, or leave it out",
+            field=field,
+        )
     request = service.resolve(options, dtypes=tuple(ELEMENT_TYPES))
     schema = read_schema(reader)
     source = intake(service, schema, request, carry_text=False, interactive=True)

@@ -1,0 +1,332 @@
+"""What a dataset holds, as far as uploads ask that leave out rows which are there already.
+
+A row is known when it is on the store's or the journal's disk, so a duplicate of it can be dropped
+and acknowledged. Whether a row is one is decided just before it is journaled (or stored, where it
+is not journaled), by one thread at a time: two rows that are on their way at once cannot both pass.
+What is known earlier than that need not even be embedded (`Screen`).
+
+`id` and `text` drop rows whose id or text is known, `delta` those whose id is known with that text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.batches import BoolArray
+from fletcher.delivery.fingerprints import SIZE, FingerprintMap, fingerprints
+from fletcher.delivery.journal import Journal, JournaledGroup
+from fletcher.delivery.rows import Rows
+from fletcher.delivery.upload import Upload
+from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
+from fletcher.stores.base import Store
+from fletcher.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+# What a row is known by: its key, and the value that makes it the same row again.
+_COLUMNS = {"id": ("id",), "text": ("text",), "delta": ("id", "text")}
+_ANY = b"\1"
+
+Entry = tuple[bytes | None, bytes | None]
+
+
+class KnownSpace:
+    """Bytes that the knowledge of all datasets may take together. Thread-safe.
+
+    Args:
+        max_bytes: The limit.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> bool:
+        """Counts more (or, negative, fewer) bytes; False, and nothing, where they are too many."""
+        with self._lock:
+            if num_bytes > 0 and self.used_bytes + num_bytes > self.max_bytes:
+                return False
+            self.used_bytes += num_bytes
+            return True
+
+
+class _Index:
+    """Known rows by one kind of key; guarded by Known's lock."""
+
+    def __init__(self, kind: str, space: KnownSpace) -> None:
+        self.kind = kind
+        self.stale = True  # what it holds is not all, or not sure: read the store again
+        self._space = space
+        self._map = FingerprintMap(SIZE if kind == "delta" else len(_ANY))
+        self._counted = 0
+
+    def get(self, keys: Sequence[bytes | None]) -> list[bytes | None]:
+        return self._map.get(keys)
+
+    def update(self, entries: Mapping[bytes, bytes]) -> bool:
+        """False where there is no memory for more; it is empty and stale then."""
+        self._map.update(entries)
+        grown = self._map.num_bytes - self._counted
+        if self._space.add(grown):
+            self._counted += grown
+            return True
+        self.clear()
+        self.stale = True
+        return False
+
+    def clear(self) -> None:
+        self._space.add(-self._counted)
+        self._counted = 0
+        self._map = FingerprintMap(SIZE if self.kind == "delta" else len(_ANY))
+
+
+class Known:
+    """What is known of one dataset; nothing until the first upload that asks. Thread-safe.
+
+    Args:
+        store: The store, whose columns are read once.
+        dataset: The dataset's name.
+        journal: The dataset's journal; None: there is none.
+        space: Memory for all datasets.
+        telemetry: Where dropped rows are counted.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dataset: str,
+        journal: Journal | None,
+        space: KnownSpace,
+        telemetry: Telemetry,
+    ) -> None:
+        self._store = store
+        self._dataset = dataset
+        self._journal = journal
+        self._space = space
+        self._telemetry = telemetry
+        self._indexes: dict[str, _Index] = {}
+        self._deciding = threading.Lock()  # taken before the other
+        self._lock = threading.Lock()
+
+    def load(self, kind: str) -> None:
+        """Reads what the store and the journal hold, unless that is known.
+
+        Raises:
+            InvalidCommandError: The dataset has no such column, or is too large.
+            StoreUnavailableError: The store does not answer.
+        """
+        with self._lock:
+            self._index(kind)
+
+    def find(self, kind: str, entries: Sequence[Entry]) -> list[bool]:
+        """Which rows are known. Raises as `load` does."""
+        with self._lock:
+            values = self._index(kind).get([key for key, _ in entries])
+        return [
+            value is not None and value == known
+            for (_, value), known in zip(entries, values, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def deciding(self, taken: Sequence[Rows]) -> Iterator[list[Rows]]:
+        """Rows about to be journaled or stored, with duplicates marked as such.
+
+        Until the body ends nobody else decides; it says `add` of what it brought to a disk.
+        """
+        if not any(rows.upload.known_by for rows in taken):
+            yield list(taken)
+            return
+        with self._deciding:
+            fresh: dict[str, dict[bytes, bytes]] = {}
+            screened = []
+            for rows in taken:
+                try:
+                    screened.append(self._screened(rows, fresh))
+                except FletcherError as error:
+                    rows.upload.fail(error)
+                    rows.released()
+            yield screened
+
+    def add(self, rows: Rows) -> None:
+        """Rows are on a disk, the journal's or the store's."""
+        with self._lock:
+            kinds = [index.kind for index in self._indexes.values() if not index.stale]
+        if not kinds:
+            return
+        batch = rows.load()
+        entries = {kind: _entries(kind, batch, rows.unsent) for kind in kinds}
+        with self._lock:
+            for kind in kinds:
+                index = self._indexes[kind]
+                if not index.stale and not index.update(entries[kind]):
+                    log.warning("`%s`: no memory for what is known of its rows", self._dataset)
+                # A replaced row's text is gone, and only the store can tell whether others have it.
+                index.stale |= kind == "text" and rows.upload.upsert
+
+    def doubt(self) -> None:
+        """Rows may or may not be in the store: before the next decision it is asked."""
+        with self._lock:
+            for index in self._indexes.values():
+                index.stale = True
+
+    def close(self) -> None:
+        """Lets everything go."""
+        with self._lock:
+            for index in self._indexes.values():
+                index.clear()
+            self._indexes.clear()
+
+    def _screened(self, rows: Rows, fresh: dict[str, dict[bytes, bytes]]) -> Rows:
+        """The rows, those marked that are known or in `fresh`; the others come into `fresh`."""
+        kind = rows.upload.known_by
+        if kind is None:
+            return rows
+        unsent = {*rows.unsent, *rows.failed}  # what failed may come again, repaired
+        entries = entries_of(kind, rows.load())
+        known = self.find(kind, entries)
+        passed = fresh.setdefault(kind, {})
+        num_dropped = 0
+        for place, (key, value) in enumerate(entries):
+            if place in unsent or key is None or value is None:
+                continue
+            if passed.get(key) == value or (known[place] and key not in passed):
+                unsent.add(place)
+                num_dropped += 1
+            else:
+                passed[key] = value
+        rows.upload.drop(num_dropped)
+        self._telemetry.rows_deduplicated.add(num_dropped)
+        return dataclasses.replace(rows, unsent=tuple(sorted(unsent)))
+
+    def _index(self, kind: str) -> _Index:
+        index = self._indexes.get(kind)
+        if index is None:
+            index = self._indexes[kind] = _Index(kind, self._space)
+        if index.stale:
+            self._read(index)
+            index.stale = False
+        return index
+
+    def _read(self, index: _Index) -> None:
+        index.clear()
+        # The journal first: what leaves it meanwhile has come to the store.
+        journaled: dict[bytes, bytes] = {}
+        for group in self._journal.waiting() if self._journal is not None else []:
+            journaled.update(_journaled_entries(index.kind, group))
+        columns = _COLUMNS[index.kind]
+        info = self._store.dataset(self._dataset)
+        if info is not None:
+            lacking = [name for name in columns if name not in info.schema.names]
+            if lacking:
+                raise InvalidCommandError(
+                    f"dataset `{self._dataset}` has no column `{lacking[0]}`, by which its rows "
+                    "could be known; leave `dedupe` and delta out",
+                    field="dedupe",
+                )
+            try:
+                for batch in self._store.scan(self._dataset, columns=columns):
+                    self._fill(index, _entries(index.kind, batch, ()))
+            except UnknownDatasetError:  # no rows yet
+                pass
+        self._fill(index, journaled)
+
+    def _fill(self, index: _Index, entries: Mapping[bytes, bytes]) -> None:
+        if not index.update(entries):
+            raise InvalidCommandError(
+                f"knowing the rows of dataset `{self._dataset}` takes more memory than the "
+                f"{self._space.max_bytes} bytes that this server has for it; raise `--max-memory`, "
+                "or leave `dedupe` and delta out",
+                field="dedupe",
+            )
+
+
+class Screen:
+    """Finds rows that need not be embedded, for they are known; used by one thread.
+
+    Args:
+        known: What the dataset holds.
+        upload: Whose rows these are; `known_by` is set.
+    """
+
+    def __init__(self, known: Known, upload: Upload) -> None:
+        self._known = known
+        self._upload = upload
+        self._kind = upload.known_by or ""
+        # Of ids on their way: what the store has is about to change, so they cannot be told yet.
+        self._moving: dict[bytes, int] = {}
+        self._passed: deque[tuple[int, int, list[bytes]]] = deque()
+
+    def skip(self, rows: pa.RecordBatch, row_first: int) -> BoolArray:
+        """Rows that are known, bool [num_rows].
+
+        Args:
+            rows: With the columns `id` and `text`.
+            row_first: Offset of the first one in the upload.
+        """
+        while self._passed and self._upload.covers(*self._passed[0][:2]):
+            first, _, keys = self._passed.popleft()
+            for one in keys:
+                if self._moving.get(one) == first:
+                    del self._moving[one]
+        entries = entries_of(self._kind, rows)
+        known = self._known.find(self._kind, entries)
+        skipped = np.array(
+            [
+                is_known and key not in self._moving
+                for is_known, (key, _) in zip(known, entries, strict=True)
+            ],
+            np.bool_,
+        )
+        if self._kind == "delta":
+            passed: set[bytes] = set()
+            for place, (key, _) in enumerate(entries):
+                if key in passed:
+                    skipped[place] = False  # after a change of it in these rows
+                elif key is not None and not skipped[place]:
+                    passed.add(key)
+            self._moving.update(dict.fromkeys(passed, row_first))
+            self._passed.append((row_first, row_first + rows.num_rows - 1, list(passed)))
+        return skipped
+
+
+def entries_of(kind: str, rows: pa.RecordBatch) -> list[Entry]:
+    """By row the key that it is known by, None where it has none, and that key's value."""
+    if kind == "text":
+        return [(key, _ANY) for key in fingerprints(rows.column("text"))]
+    ids = fingerprints(rows.column("id"))
+    if kind == "id":
+        return [(key, _ANY) for key in ids]
+    return list(zip(ids, fingerprints(rows.column("text")), strict=True))
+
+
+def _entries(kind: str, rows: pa.RecordBatch, unsent: Sequence[int]) -> dict[bytes, bytes]:
+    """Keys and values of rows on a disk. An id without a text gets one that no text has."""
+    if not set(_COLUMNS[kind]) <= set(rows.schema.names):  # an upload without texts
+        if "id" not in _COLUMNS[kind]:
+            return {}
+        texts = pa.nulls(rows.num_rows, pa.utf8())
+        rows = pa.record_batch({"id": rows.column("id"), "text": texts})
+    left_out = set(unsent)
+    return {
+        key: value or bytes(SIZE)
+        for place, (key, value) in enumerate(entries_of(kind, rows))
+        if key is not None and place not in left_out
+    }
+
+
+def _journaled_entries(kind: str, group: JournaledGroup) -> dict[bytes, bytes]:
+    try:
+        return _entries(kind, group.load(), group.info.unsent)
+    except FletcherError:
+        if group.settled:  # and its file deleted, just now
+            return {}
+        raise
