@@ -200,6 +200,9 @@ class Instruments:
         self.rows_deduplicated = Counter(
             "rows.deduplicated", "{row}", "Rows not stored because they were there already"
         )
+        self.cache_hits = Counter("cache.hits", "{text}", "Texts whose vector was in the cache")
+        self.cache_misses = Counter("cache.misses", "{text}", "Texts that had to be embedded")
+        self.cache_memory = Gauge("cache.memory", "By", "Size of the embedding cache")
         self.known_memory = Gauge(
             "known.memory", "By", "Memory of what is known of datasets' rows, to drop duplicates"
         )

@@ -21,6 +21,8 @@ from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo, detect_host, resolve
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.registry import Registry
+from fletcher.pipeline.cache import EmbeddingCache, MemoryShelf
+from fletcher.pipeline.disk_shelf import DiskShelf
 from fletcher.pipeline.embedder import Embedder, EmbedderConfig
 from fletcher.pipeline.intake import IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
@@ -249,6 +251,21 @@ def _embedder(
         tokenize=Tokenizer.load(bundle.folder).encode,
         budget=budget,
         telemetry=telemetry,
+        cache=_cache(config, bundle, replicas, telemetry) if config.embedding_cache else None,
+    )
+
+
+def _cache(
+    config: ServeConfig, bundle: ModelBundle, replicas: list[BackendConfig], telemetry: Telemetry
+) -> EmbeddingCache:
+    # Engines and precisions give vectors that differ in their last digits.
+    engines = {f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas}
+    folder, max_bytes = config.embedding_cache_dir, config.embedding_cache
+    return EmbeddingCache(
+        [bundle.qualified_name, *sorted(engines)],
+        bundle.dim,
+        MemoryShelf(max_bytes) if folder is None else DiskShelf(folder, max_bytes),
+        telemetry,
     )
 
 

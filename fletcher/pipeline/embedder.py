@@ -17,6 +17,7 @@ from fletcher.batches import (
     TextBatch,
     TokenBatch,
 )
+from fletcher.pipeline.cache import EmbeddingCache
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource, TokenizationSource, as_fletcher_error
 from fletcher.pipeline.stream import EmbedStream, Ticket
@@ -57,6 +58,7 @@ class Embedder:
         tokenize: Tokenizes a few short texts in this process.
         budget: Memory for all streams.
         telemetry: Where counts, durations and spans go.
+        cache: Vectors of texts that were embedded before; None: they are not kept.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Embedder:
         tokenize: Callable[[TextBatch], TokenBatch],
         budget: MemoryBudget,
         telemetry: Telemetry,
+        cache: EmbeddingCache | None = None,
     ) -> None:
         self._budget = budget
+        self._cache = cache
         self._tokenize = tokenize
         self._tokenizing = threading.Lock()
         self._streams: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
@@ -125,6 +129,8 @@ class Embedder:
             streams = list(self._streams)
         for stream in streams:
             stream.close()
+        if self._cache is not None:
+            self._cache.close()
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """A way through the pipeline for one client call; close it in the end."""
@@ -145,6 +151,9 @@ class Embedder:
         }
 
     def _enqueue(self, ticket: Ticket) -> None:
+        if self._cache is not None and ticket.texts.num_texts:
+            recall = self._cache.recall(ticket.texts)
+            ticket.texts, ticket.complete = recall.missing, recall.complete
         texts = ticket.texts
         if not texts.num_texts:
             ticket.finish(self._nothing)

@@ -403,6 +403,30 @@ def test_duplicates_have_no_meaning_without_a_dataset_or_ids(client: flight.Flig
             put(client, [rows(0, 1).select(["text"])], schema, dataset=next(names), **fields)
 
 
+def test_the_embedding_cache_changes_no_vector(
+    start_server: StartServer, client: flight.FlightClient
+) -> None:
+    cached = start_server(embedding_cache=1 << 20)
+    long = pa.record_batch({"id": [1, 2, 3], "text": ["word " * 500, None, "a word"]}, SCHEMA)
+    batches = [rows(0, 500), rows(0, 1), long, rows(250, 750)]
+    with flight.connect(cached.address) as other:
+        for fields in ({"dtype": "float32"}, {"normalize": False}, {"truncate": "start"}):
+            for _ in range(2):
+                plain = exchange(client, batches, SCHEMA, **fields)
+                for (one, errors), (two, same) in zip(
+                    plain, exchange(other, batches, SCHEMA, **fields), strict=True
+                ):
+                    assert one.drop_columns(["timestamp"]).equals(two.drop_columns(["timestamp"]))
+                    assert errors == same
+        stats = action(other, "stats")
+        # Of six calls the first, and the first with another truncation, found nothing at most.
+        assert stats["fletcher.cache.hits"] >= 2 * stats["fletcher.cache.misses"]
+        assert 0 < stats["fletcher.cache.memory"] <= 1 << 20
+        tokens = stats["fletcher.tokens.received"]
+        exchange(other, batches, SCHEMA)
+        assert action(other, "stats")["fletcher.tokens.received"] == tokens
+
+
 def test_tokens(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> None:
     tokens = tmp_path_factory.mktemp("tokens") / "tokens"
     tokens.write_text("# ours\nsecret-1\nsecret-2\n")

@@ -25,6 +25,7 @@ ENGINES = {
     "onnxruntime": ("fletcher.inference.onnxruntime", "fletcher.inference.devices"),
     "openvino": ("fletcher.inference.openvino", "fletcher.inference.devices"),
     "tokenizers": ("fletcher.tokenization.tokenizer",),
+    "lmdb": ("fletcher.pipeline.disk_shelf",),
     "lancedb": ("fletcher.stores.",),
     "opentelemetry": ("fletcher.telemetry",),
     "google.protobuf": ("fletcher.v1.", "fletcher.flight.commands"),
