@@ -1,4 +1,4 @@
-"""`python -m benchmarks throughput|overhead|latency`, from the repository's root."""
+"""`python -m benchmarks throughput|overhead|delivery|latency`, from the repository's root."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from benchmarks import latency, overhead, throughput
+from benchmarks import delivery, latency, overhead, throughput
 from benchmarks.jobs import JobError
 from fletcher.errors import FletcherError
 
-COMMANDS = {"throughput": throughput, "overhead": overhead, "latency": latency}
+COMMANDS = {
+    "throughput": throughput,
+    "overhead": overhead,
+    "delivery": delivery,
+    "latency": latency,
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from benchmarks.corpus import ROOT
 from benchmarks.jobs import JobError, clean_environment
 
 _SERVE = "import sys; from fletcher.cli import serve_main; sys.exit(serve_main())"
+_STORE = "import sys; from fletcher.cli import main; sys.exit(main(['store', *sys.argv[1:]]))"
 _STOP_TIMEOUT_S = 60
 
 
@@ -45,7 +47,13 @@ class Served:
 
 
 @contextmanager
-def serve(home: Path, model: str, *options: str, arguments: Sequence[str] = ()) -> Iterator[Served]:
+def serve(
+    home: Path,
+    model: str,
+    *options: str,
+    arguments: Sequence[str] = (),
+    store_process: bool = False,
+) -> Iterator[Served]:
     """Runs `fletcher-serve` on a free port with an empty LanceDB store.
 
     Args:
@@ -53,6 +61,7 @@ def serve(home: Path, model: str, *options: str, arguments: Sequence[str] = ()) 
         model: Its name.
         options: Flags that belong to the benchmark.
         arguments: Flags that a caller of the benchmark adds.
+        store_process: The store is a `fletcher store` and is reached over Flight.
 
     Raises:
         JobError: It does not start; the message is what it logged.
@@ -60,21 +69,33 @@ def serve(home: Path, model: str, *options: str, arguments: Sequence[str] = ()) 
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
         folder = Path(scratch)
         vectors = folder / "vectors"
-        command = [sys.executable, "-c", _SERVE, "--port", "0", "--home", str(home)]
-        command += ["--model", model, "--store", f"lance:{vectors}", "--log-level", "warning"]
-        with (folder / "log").open("w+", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                [*command, *options, *arguments],
-                cwd=ROOT,
-                env=clean_environment(),
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-            try:
-                yield Served(_address(process, folder / "log"), process.pid, vectors)
-            finally:
-                _stop(process)
+        store = f"lance:{vectors}"
+        with contextlib.ExitStack() as stack:
+            if store_process:
+                argv = [_STORE, "--path", str(vectors), "--port", "0", "--meta-port", "0"]
+                store = stack.enter_context(_listening(argv, folder / "store-log"))[0]
+            argv = [_SERVE, "--port", "0", "--home", str(home), "--model", model]
+            argv += ["--store", store, "--log-level", "warning", *options, *arguments]
+            address, pid = stack.enter_context(_listening(argv, folder / "log"))
+            yield Served(address, pid, vectors)
+
+
+@contextmanager
+def _listening(argv: Sequence[str], log_file: Path) -> Iterator[tuple[str, int]]:
+    """Runs a server's script; its address and process id."""
+    with log_file.open("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", *argv],
+            cwd=ROOT,
+            env=clean_environment(),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        try:
+            yield _address(process, log_file), process.pid
+        finally:
+            _stop(process)
 
 
 def _address(process: subprocess.Popen[str], log: Path) -> str:

@@ -22,6 +22,7 @@ from fletcher.errors import (
 from fletcher.options import check_dataset
 from fletcher.schema import merge_ranges, parse_batch_key
 from fletcher.stores import filters as conditions
+from fletcher.stores.allocator import return_large_blocks
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lance_writer import LanceWriter, broken, distinct_keys
 from fletcher.stores.lock import WriterLock
@@ -48,6 +49,7 @@ def _lancedb() -> Any:
             "pip install 'longbow-fletcher[lance]'",
             field="store",
         ) from error
+    return_large_blocks()
     return lancedb
 
 

@@ -80,6 +80,18 @@ def test_overhead_reports_rows_and_memory_over_time(home: Path) -> None:
     assert "front process: " in printed
 
 
+def test_delivery_compares_what_promises_cost(home: Path) -> None:
+    printed, result = run(home, "delivery", "--rows", "2000", "--repeats", "1")
+    assert [row["name"] for row in result["rows"]] == [
+        "memory, LanceDB in process",
+        "store, LanceDB in process",
+        "journal, LanceDB in process",
+        "journal, fletcher store over Flight",
+    ]
+    assert all(row["rows_per_s"] > 0 for row in result["rows"])
+    assert "medians of 1 turns" in printed
+
+
 def test_latency_reports_idle_and_loaded(home: Path) -> None:
     printed, result = run(home, "latency", "--requests", "20")
     assert [row["name"] for row in result["rows"]] == [

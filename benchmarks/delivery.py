@@ -1,0 +1,147 @@
+"""Rows a second by durability and by the store's place: what the promises cost."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import hardware, report
+from benchmarks.arguments import add_common, as_options, positive
+from benchmarks.corpus import Corpus
+from benchmarks.jobs import JobError
+from benchmarks.serving import Served, serve
+from fletcher import EmbedOptions, connect
+from fletcher.models.registry import Registry
+
+_DATASET = "bench"
+_STORED_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of delivery.
+
+    Attributes:
+        name: In the table.
+        durability: Of the upload.
+        store_process: The store is a process of its own, reached over Flight.
+    """
+
+    name: str
+    durability: str
+    store_process: bool = False
+
+
+WAYS = (
+    Way("memory, LanceDB in process", "memory"),
+    Way("store, LanceDB in process", "store"),
+    Way("journal, LanceDB in process", "journal"),
+    Way("journal, fletcher store over Flight", "journal", store_process=True),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this benchmark."""
+    parser.add_argument("--rows", type=positive, default=100_000, help="how many (default: 100000)")
+    parser.add_argument("--batch-rows", type=positive, default=2000, help="rows of a batch sent")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns of everybody")
+    parser.add_argument(
+        "--backend",
+        choices=("null", "auto"),
+        default="null",
+        help="null leaves the model out, which makes the store's share largest (default: null)",
+    )
+    add_common(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the table, writes the JSON."""
+    hardware.limit_cores(args.cores)
+    machine, versions = hardware.facts(), hardware.versions()
+    corpus = Corpus.load(args.corpus)
+    bundle = Registry(args.home / "models").ensure(args.model, print)
+    seconds: dict[str, list[float]] = {way.name: [] for way in WAYS}
+    peaks: dict[str, int] = dict.fromkeys(seconds, 0)
+    for turn in range(args.repeats):
+        for way in WAYS:
+            with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
+                home = Path(scratch)
+                (home / "models").symlink_to(args.home / "models")
+                with serve(
+                    home,
+                    bundle.name,
+                    "--backend",
+                    args.backend,
+                    arguments=args.serve_args,
+                    store_process=way.store_process,
+                ) as served:
+                    took = _upload(served, corpus, way, args.rows, args.batch_rows)
+                    peaks[way.name] = max(peaks[way.name], served.memory()["peak"])
+            seconds[way.name].append(took)
+            print(f"turn {turn + 1}, {way.name}: {args.rows / took:,.0f} rows/s")
+    rows = [
+        {
+            "name": name,
+            "rows_per_s": args.rows / statistics.median(some),
+            "seconds": some,
+            "front_peak_bytes": peaks[name],
+        }
+        for name, some in seconds.items()
+    ]
+    result = {
+        "benchmark": "delivery",
+        "hardware": machine,
+        "versions": versions,
+        "options": as_options(args),
+        "model": bundle.qualified_name,
+        "corpus": corpus.name,
+        "rows": rows,
+    }
+    print(report.heading(machine, versions))
+    print(
+        f"{args.backend} backend, {args.rows:,} rows recombined from {corpus.name}, from the first "
+        f"write until the store's folder has every row; medians of {args.repeats} turns\n"
+    )
+    print(_table(rows))
+    print(f"written to {report.write(args.out, 'delivery', result)}")
+    return 0
+
+
+def _upload(served: Served, corpus: Corpus, way: Way, num_rows: int, batch_rows: int) -> float:
+    """Seconds from the first write until all rows are in the store."""
+    batches = list(corpus.recombined(num_rows, batch_rows=batch_rows))
+    with connect(served.address) as client:
+        started = time.perf_counter()
+        client.put(iter(batches), EmbedOptions(dataset=_DATASET, durability=way.durability))
+        while (stored := served.count(_DATASET)) < num_rows:
+            if time.perf_counter() - started > _STORED_TIMEOUT_S:
+                raise JobError(f"{way.name}: {stored} of {num_rows} rows are in the store")
+            time.sleep(0.05)
+        took = time.perf_counter() - started
+    if stored != num_rows:
+        raise JobError(f"{way.name}: {stored} rows are in the store, {num_rows} were sent")
+    return took
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    header = ["", "rows/s", "slowest - fastest", "ratio", "front peak MiB"]
+    base = rows[0]["rows_per_s"]
+    lines = []
+    for row in rows:
+        num_rows = row["rows_per_s"] * statistics.median(row["seconds"])
+        slowest, fastest = num_rows / max(row["seconds"]), num_rows / min(row["seconds"])
+        lines.append(
+            [
+                row["name"],
+                f"{row['rows_per_s']:,.0f}",
+                f"{slowest:,.0f} - {fastest:,.0f}",
+                f"{row['rows_per_s'] / base:.2f}",
+                f"{row['front_peak_bytes'] / 2**20:,.0f}",
+            ]
+        )
+    return report.table(header, lines)
