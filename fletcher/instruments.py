@@ -223,6 +223,10 @@ class Instruments:
             "worker.restarts", "{restart}", "Processes started again after they died", "worker"
         )
         self.store_retries = Counter("store.retries", "{retry}", "Appends to the store tried again")
+        self.store_away = Gauge("store.away", "1", "1 while a store is away, else 0", "store")
+        self.store_pace = Gauge(
+            "store.pace", "1", "Share of a full append that a store bears, 0 to 1", "store"
+        )
 
     def all(self) -> list[Counter | Gauge | Histogram]:
         """Every instrument, in the order of definition."""

@@ -168,6 +168,8 @@ class Runtime:
                 commit_rows=max(_COMMIT_ROWS, config.group_rows),
                 group_delay_s=config.group_delay_ms / 1000,
                 store_retry_s=config.store_retry_s,
+                # Four times as slow is cut off.
+                slow_append_s=config.store_timeout_s / 4,
                 max_known_bytes=int(config.max_memory * _KNOWN_SHARE),
             ),
             telemetry,

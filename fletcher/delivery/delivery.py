@@ -11,11 +11,13 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from fletcher.delivery.breaker import PASSING, Breaker
 from fletcher.delivery.journal import Journal, JournalSpace, journals, lock_journal
 from fletcher.delivery.known import KnownSpace
 from fletcher.delivery.lane import DeliveryConfig
@@ -71,7 +73,11 @@ class Delivery:
         self._routes: dict[tuple[str, str], Route] = {}
         self._uploads: OrderedDict[tuple[str, str, str], Upload] = OrderedDict()
         self._closed = False
+        self._breakers = {name: Breaker(name) for name in stores}
         telemetry.queue_depth.watch(self._depth, stage="rows")
+        for name, breaker in self._breakers.items():
+            telemetry.store_away.watch(partial(_as_number, breaker), store=name)
+            telemetry.store_pace.watch(partial(self._pace, name), store=name)
 
     def store(self, name: str | None) -> tuple[str, Store]:
         """A store by its configured name; None: the default.
@@ -116,6 +122,7 @@ class Delivery:
         fingerprint = (schema, schema.metadata, options.mode, options.dedupe, durability)
         mode = _write_mode(options)
         known_by = _known_by(options)
+        self._breakers[name].check(None)  # else each caller waits for its own deadline
         route = self._enter(key, store)
         try:
             upload = self._join(key, fingerprint)
@@ -180,7 +187,7 @@ class Delivery:
         if upload is not None:
             if upload.fingerprint is None:
                 # Of an upload found in the journal, the store may have an earlier part.
-                with contextlib.suppress(StoreUnavailableError):
+                with contextlib.suppress(*PASSING):
                     self._look_up(upload, store)
             return upload.status()
         datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
@@ -217,6 +224,13 @@ class Delivery:
             num_rows += sum(group.info.last - group.info.first + 1 for group in route.left_behind)
             self._leave(route)
         return num_rows
+
+    def statistics(self) -> dict[str, Any]:
+        """Each store's state, for the `stats` action."""
+        return {
+            name: {**breaker.snapshot(), "pace": self._pace(name)}
+            for name, breaker in self._breakers.items()
+        }
 
     def flush(self, timeout_s: float) -> bool:
         """Stores what is here now; False if it did not get done in time."""
@@ -294,6 +308,7 @@ class Delivery:
             store,
             dataset,
             self._config,
+            self._breakers[name],
             self._telemetry,
             self._retire,
             journal=journal,
@@ -371,6 +386,12 @@ class Delivery:
         with self._lock:
             return list(self._routes.values())
 
+    def _pace(self, name: str) -> float:
+        """The share of a full append that the store bears, in its most burdened dataset."""
+        with self._lock:
+            shares = [one.lane.pace.share for key, one in self._routes.items() if key[0] == name]
+        return min(shares, default=1.0)
+
     def _depth(self) -> int:
         return sum(route.lane.depth() for route in self._all_routes())
 
@@ -385,6 +406,10 @@ def _known_by(options: EmbedOptions) -> str | None:
     if options.mode == "delta":
         return "delta"
     return None if options.dedupe == "off" else options.dedupe
+
+
+def _as_number(breaker: Breaker) -> float:
+    return float(breaker.away_since is not None)
 
 
 def _folder_of(store: Store) -> str:

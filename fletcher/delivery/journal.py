@@ -171,6 +171,7 @@ class Journal:
         self._space = space
         self._segment_bytes = segment_bytes
         self._retention_s = retention_s
+        self._appending = threading.Lock()
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         self._file: BinaryIO | None = None  # of the last segment, while it is written
@@ -215,6 +216,12 @@ class Journal:
             JournalFullError: The disk is full; nothing of these groups is kept.
             OSError: The disk fails otherwise; the same.
         """
+        with self._appending:
+            return self._append(groups, schema)
+
+    def _append(
+        self, groups: Sequence[tuple[GroupInfo, pa.RecordBatch]], schema: pa.Schema
+    ) -> list[JournaledGroup]:
         segment, file = self._current(schema)
         written: list[JournaledGroup] = []
         try:

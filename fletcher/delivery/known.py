@@ -2,8 +2,9 @@
 
 A row is known when it is on the store's or the journal's disk, so a duplicate of it can be dropped
 and acknowledged. Whether a row is one is decided just before it is journaled (or stored, where it
-is not journaled), by one thread at a time: two rows that are on their way at once cannot both pass.
-What is known earlier than that need not even be embedded (`Screen`).
+is not journaled), by who holds the right to decide, until it is clear what became of the rows: two
+that are on their way at once cannot both pass. What is known earlier than that need not even be
+embedded (`Screen`).
 
 `id` and `text` drop rows whose id or text is known, `delta` those whose id is known with that text.
 """
@@ -25,7 +26,12 @@ from fletcher.delivery.fingerprints import SIZE, FingerprintMap, fingerprints
 from fletcher.delivery.journal import Journal, JournaledGroup
 from fletcher.delivery.rows import Rows
 from fletcher.delivery.upload import Upload
-from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
+from fletcher.errors import (
+    FletcherError,
+    InvalidCommandError,
+    StoreUnavailableError,
+    UnknownDatasetError,
+)
 from fletcher.stores.base import Store
 from fletcher.telemetry import Telemetry
 
@@ -65,6 +71,8 @@ class _Index:
     def __init__(self, kind: str, space: KnownSpace) -> None:
         self.kind = kind
         self.stale = True  # what it holds is not all, or not sure: read the store again
+        self.doubted = False  # while it was being read
+        self.late: list[dict[bytes, bytes]] | None = None  # what came while it was being read
         self._space = space
         self._map = FingerprintMap(SIZE if kind == "delta" else len(_ANY))
         self._counted = 0
@@ -114,7 +122,9 @@ class Known:
         self._space = space
         self._telemetry = telemetry
         self._indexes: dict[str, _Index] = {}
-        self._deciding = threading.Lock()  # taken before the other
+        # Taken in this order; the store is asked under the first two alone.
+        self._deciding = threading.Lock()
+        self._reading = threading.Lock()
         self._lock = threading.Lock()
 
     def load(self, kind: str) -> None:
@@ -124,59 +134,93 @@ class Known:
             InvalidCommandError: The dataset has no such column, or is too large.
             StoreUnavailableError: The store does not answer.
         """
-        with self._lock:
-            self._index(kind)
+        self._index(kind)
 
     def find(self, kind: str, entries: Sequence[Entry]) -> list[bool]:
         """Which rows are known. Raises as `load` does."""
-        with self._lock:
-            values = self._index(kind).get([key for key, _ in entries])
+        values = self._values(kind, [key for key, _ in entries])
         return [
             value is not None and value == known
             for (_, value), known in zip(entries, values, strict=True)
         ]
 
-    @contextlib.contextmanager
-    def deciding(self, taken: Sequence[Rows]) -> Iterator[list[Rows]]:
-        """Rows about to be journaled or stored, with duplicates marked as such.
+    def acquire(self, wait_s: float) -> bool:
+        """Takes the right to decide; False where another one holds it for so long."""
+        return self._deciding.acquire(timeout=wait_s)
 
-        Until the body ends nobody else decides; it says `add` of what it brought to a disk.
+    def release(self) -> None:
+        """Gives the right back: what was decided is on a disk, or came to nothing, or `doubt`."""
+        self._deciding.release()
+
+    @contextlib.contextmanager
+    def deciding(self, taken: Sequence[Rows], *, wait_s: float) -> Iterator[list[Rows]]:
+        """`decide` with the right to; the body says `add` of what it brought to a disk.
+
+        Raises:
+            StoreUnavailableError: Another one holds the right, or the store does not answer.
+            InvalidCommandError: As `load`.
         """
         if not any(rows.upload.known_by for rows in taken):
             yield list(taken)
             return
-        with self._deciding:
-            fresh: dict[str, dict[bytes, bytes]] = {}
-            screened = []
-            for rows in taken:
-                try:
-                    screened.append(self._screened(rows, fresh))
-                except FletcherError as error:
-                    rows.upload.fail(error)
-                    rows.released()
-            yield screened
+        if not self.acquire(wait_s):
+            raise self.undecided()
+        try:
+            yield self.decide(taken)
+        finally:
+            self.release()
+
+    def undecided(self) -> StoreUnavailableError:
+        """That rows cannot be told from those that another one has on their way."""
+        return StoreUnavailableError(
+            f"rows that may be duplicates are on their way to `{self._dataset}`, and its store has "
+            "not answered; try again later",
+            field="dedupe",
+        )
+
+    def decide(self, taken: Sequence[Rows]) -> list[Rows]:
+        """Rows that come to a disk together or not at all, with duplicates marked as such.
+
+        Raises:
+            StoreUnavailableError: The store does not answer.
+            InvalidCommandError: As `load`.
+        """
+        fresh: dict[str, dict[bytes, bytes]] = {}
+        return [self._screened(rows, fresh) for rows in taken]
 
     def add(self, rows: Rows) -> None:
         """Rows are on a disk, the journal's or the store's."""
+        if rows.num_dropped:
+            rows.upload.drop(rows.num_dropped)
+            self._telemetry.rows_deduplicated.add(rows.num_dropped)
         with self._lock:
-            kinds = [index.kind for index in self._indexes.values() if not index.stale]
+            kinds = [
+                index.kind
+                for index in self._indexes.values()
+                if not index.stale or index.late is not None
+            ]
         if not kinds:
             return
         batch = rows.load()
         entries = {kind: _entries(kind, batch, rows.unsent) for kind in kinds}
         with self._lock:
             for kind in kinds:
-                index = self._indexes[kind]
-                if not index.stale and not index.update(entries[kind]):
+                index = self._indexes.get(kind)
+                if index is None:  # closed
+                    continue
+                if index.late is not None:
+                    index.late.append(entries[kind])
+                elif not index.stale and not index.update(entries[kind]):
                     log.warning("`%s`: no memory for what is known of its rows", self._dataset)
                 # A replaced row's text is gone, and only the store can tell whether others have it.
-                index.stale |= kind == "text" and rows.upload.upsert
+                if kind == "text" and rows.upload.upsert:
+                    index.stale = index.doubted = True
 
     def doubt(self) -> None:
         """Rows may or may not be in the store: before the next decision it is asked."""
         with self._lock:
             for index in self._indexes.values():
-                index.stale = True
+                index.stale = index.doubted = True
 
     def close(self) -> None:
         """Lets everything go."""
@@ -203,21 +247,37 @@ class Known:
                 num_dropped += 1
             else:
                 passed[key] = value
-        rows.upload.drop(num_dropped)
-        self._telemetry.rows_deduplicated.add(num_dropped)
-        return dataclasses.replace(rows, unsent=tuple(sorted(unsent)))
+        return dataclasses.replace(rows, unsent=tuple(sorted(unsent)), num_dropped=num_dropped)
+
+    def _values(self, kind: str, keys: Sequence[bytes | None]) -> list[bytes | None]:
+        while True:
+            index = self._index(kind)
+            with self._lock:
+                if not index.stale:  # again, just now
+                    return index.get(keys)
 
     def _index(self, kind: str) -> _Index:
-        index = self._indexes.get(kind)
-        if index is None:
-            index = self._indexes[kind] = _Index(kind, self._space)
-        if index.stale:
-            self._read(index)
-            index.stale = False
+        with self._lock:
+            index = self._indexes.setdefault(kind, _Index(kind, self._space))
+            ready = not index.stale
+        if ready:
+            return index
+        with self._reading:
+            with self._lock:
+                if not index.stale:  # another one read it
+                    return index
+                index.clear()
+                index.late, index.doubted = [], False
+            try:
+                self._read(index)
+            except BaseException:
+                with self._lock:
+                    index.clear()
+                    index.late = None
+                raise
         return index
 
     def _read(self, index: _Index) -> None:
-        index.clear()
         # The journal first: what leaves it meanwhile has come to the store.
         journaled: dict[bytes, bytes] = {}
         for group in self._journal.waiting() if self._journal is not None else []:
@@ -234,10 +294,17 @@ class Known:
                 )
             try:
                 for batch in self._store.scan(self._dataset, columns=columns):
-                    self._fill(index, _entries(index.kind, batch, ()))
+                    entries = _entries(index.kind, batch, ())
+                    with self._lock:
+                        self._fill(index, entries)
             except UnknownDatasetError:  # no rows yet
                 pass
-        self._fill(index, journaled)
+        with self._lock:
+            for entries in [journaled, *(index.late or [])]:
+                self._fill(index, entries)
+            index.late, index.stale = None, index.doubted
+            if self._indexes.get(index.kind) is not index:  # closed
+                index.clear()
 
     def _fill(self, index: _Index, entries: Mapping[bytes, bytes]) -> None:
         if not index.update(entries):
@@ -321,6 +388,11 @@ def _entries(kind: str, rows: pa.RecordBatch, unsent: Sequence[int]) -> dict[byt
         for place, (key, value) in enumerate(entries_of(kind, rows))
         if key is not None and place not in left_out
     }
+
+
+def keys_of(kind: str, group: Sequence[Rows]) -> set[bytes]:
+    """What the rows of a group that are sent are known by."""
+    return {key for rows in group for key in _entries(kind, rows.load(), rows.unsent)}
 
 
 def _journaled_entries(kind: str, group: JournaledGroup) -> dict[bytes, bytes]:

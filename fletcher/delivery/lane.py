@@ -3,17 +3,21 @@
 A lane owns the dataset's only writer and the only thread that touches it. Rows of all uploads to
 the dataset meet here, so that many small uploads still make few large commits. A group's extent,
 and with it its `batch_key`, is fixed before it is first sent; when a send ends in doubt the store
-is asked which keys it lacks, and only these go again.
+is asked which keys it lacks, and only these go again. The store's breaker says whether to send at
+all, the lane's pace how much at once.
 
 Rows come from memory or from the journal. Those in memory are given up when the store stays away
 too long, and their client is told; those in the journal wait for it, however long that takes.
+
+Which rows in memory are duplicates is decided before they are first sent, and a group keeps that.
+As long as one is in doubt the lane keeps the right to decide, so that nobody takes its rows for new
+ones, nor for stored ones. Groups with rows in common do not share an append: one might be lost.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import random
+import math
 import threading
 import time
 from collections import deque
@@ -23,24 +27,20 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from fletcher.delivery.known import Known
-from fletcher.delivery.rows import (
-    Rows,
-    WriterKind,
-    groups_of,
-    key_of,
-    keyed_batch,
-    writer_kind,
-)
-from fletcher.errors import FletcherError, InternalError, StoreUnavailableError
+from fletcher.delivery.backlog import Backlog
+from fletcher.delivery.breaker import PASSING, Breaker
+from fletcher.delivery.known import Known, keys_of
+from fletcher.delivery.pace import Pace
+from fletcher.delivery.rows import Group, Rows, WriterKind, writer_kind
+from fletcher.errors import FletcherError, InternalError, OverloadedError, StoreUnavailableError
 from fletcher.stores.base import DatasetWriter, Store, WriteMode
 from fletcher.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
-_FIRST_BACKOFF_S = 0.1
-_MAX_BACKOFF_S = 10.0
 _LINGER_S = 5.0
+# How long the lane waits at once for the right to decide; an outbox has it for a sync or two.
+_TURN_S = 0.2
 # What is joined and encoded for an append is in memory up to four times, beside what the streams'
 # allowances count; utf8 columns hold less than 2 GiB, too.
 _COMMIT_BYTES = 32 << 20
@@ -55,6 +55,7 @@ class DeliveryConfig:
         commit_rows: Rows of one append at most, over all groups in it.
         group_delay_s: What a row may wait for its group to fill.
         store_retry_s: How long an append is tried before its uploads get an error.
+        slow_append_s: An append that takes longer is followed by smaller ones.
         max_known_bytes: Memory for what is known of all datasets' rows, to drop duplicates.
     """
 
@@ -62,6 +63,7 @@ class DeliveryConfig:
     commit_rows: int
     group_delay_s: float
     store_retry_s: float
+    slow_append_s: float
     max_known_bytes: int = 64 << 20
 
 
@@ -72,6 +74,7 @@ class Lane:
         store: The store.
         dataset: The dataset's name.
         config: Groups and retries.
+        breaker: The store's.
         telemetry: Where counts, durations and spans go.
         known: What the dataset holds.
         on_idle: Asked when the lane has had no user for a while; True lets it end.
@@ -82,6 +85,7 @@ class Lane:
         store: Store,
         dataset: str,
         config: DeliveryConfig,
+        breaker: Breaker,
         telemetry: Telemetry,
         known: Known,
         on_idle: Callable[[Lane], bool],
@@ -89,19 +93,25 @@ class Lane:
         self.store = store
         self.dataset = dataset
         self.users = 0  # guarded by Delivery
+        self.pace = Pace(config.slow_append_s)
         self._config = config
+        self._breaker = breaker
         self._telemetry = telemetry
         self._known = known
         self._on_idle = on_idle
         self._changed = threading.Condition()
-        self._pending: deque[tuple[Rows, float]] = deque()
-        self._num_pending_rows = 0
+        self._backlog = Backlog()
         self._in_append = False
         self._hurried = False
         self._openings: deque[tuple[pa.Schema, WriteMode, Future[None]]] = deque()
         self._closing = threading.Event()
         self._writer: DatasetWriter | None = None
         self._written: WriterKind | None = None  # what the writer was opened for
+        self._failing: tuple[float, FletcherError] | None = None  # since when, and why last
+        self._was_away = False
+        self._may_decide = False  # from the first send of a group until `_decided` is empty
+        self._decided: dict[int, Group] = {}  # by identity, and not settled
+        breaker.watch(self._wake)
         self.thread = threading.Thread(target=self._run, name=f"lane-{dataset}", daemon=True)
         self.thread.start()
 
@@ -121,8 +131,7 @@ class Lane:
         with self._changed:
             closing = self._closing.is_set()
             if not closing:
-                self._pending.append((rows, time.monotonic()))
-                self._num_pending_rows += rows.num_rows
+                self._backlog.put(rows)
                 self._changed.notify_all()
         if closing:
             self._give_up([rows], _shutting_down())
@@ -136,120 +145,166 @@ class Lane:
     def drop_failed(self) -> None:
         """Lets go of the rows of failed uploads: their clients were told, and send them again."""
         with self._changed:
-            failed = [rows for rows, _ in self._pending if rows.dropped]
-            if failed:
-                self._pending = deque(
-                    (rows, since) for rows, since in self._pending if not rows.dropped
-                )
-                self._num_pending_rows -= sum(rows.num_rows for rows in failed)
-                self._changed.notify_all()
+            failed = self._backlog.remove(lambda rows: rows.dropped)
+            if not self._in_append:
+                self._let_go()
+            self._changed.notify_all()
         for rows in failed:
             rows.released()
 
     def close(self) -> None:
         """Ends the lane after its current append; what is queued, and what comes, is given up."""
-        with self._changed:
-            self._closing.set()
-            self._changed.notify_all()
+        self._closing.set()
+        self._wake()
 
     @property
     def idle(self) -> bool:
         """Nothing is queued or being stored."""
         with self._changed:
-            return not self._pending and not self._in_append
+            return not self._backlog and not self._in_append
 
     def depth(self) -> int:
         """Rows that wait."""
-        return self._num_pending_rows
+        return self._backlog.num_rows
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _run(self) -> None:
         while self._step():
             pass
         self.close()
+        self._breaker.unwatch(self._wake)
         self._give_up(self._take_all(), _shutting_down())
+        with self._changed:
+            self._let_go()
         self._close_writer()
 
     def _step(self) -> bool:
         """Does the next thing there is to do; False ends the thread."""
         with self._changed:
             # Not wait_for: what there is to wait for changes with what arrives.
-            while not self._something_to_do() and self._changed.wait(self._patience()):
+            while (wait_s := self._wait_s()) > 0 and self._changed.wait(wait_s):
                 pass
             if self._closing.is_set():
                 return False
             opening = self._openings.popleft() if self._can_open() else None
-            group = [] if opening or not self._due() else self._take()
-            self._in_append = bool(group)
+            overdue, reason = self._take_overdue()
+            groups = [] if opening or overdue or self._due_in_s() > 0 else self._take()
+            self._in_append = bool(groups or overdue)
+            more = bool(self._backlog)
+            idle = not more and not self._in_append
         if opening is not None:
             self._open(*opening)
-        elif group:
+        elif overdue:
+            self._give_up(overdue, reason)
+        elif groups:
             try:
-                self._store(group)
+                self._store(groups, full=more)
             except Exception:
                 log.exception("`%s`: delivery failed", self.dataset)
-                for rows in group:
+                for rows in (rows for group in groups for rows in group.rows):
                     rows.upload.fail(InternalError("delivery failed; the log has more"))
-        elif not self._pending and self._on_idle(self):
+        elif idle and self._on_idle(self):
             return False
         with self._changed:
+            self._let_go()
             self._in_append = False
             self._changed.notify_all()
         return True
 
-    def _something_to_do(self) -> bool:
-        return bool(self._closing.is_set() or self._can_open() or self._due())
+    # What follows up to `_take_all` is called with the lock held.
+
+    def _wait_s(self) -> float:
+        """How long there is nothing to do."""
+        if self._closing.is_set() or self._can_open():
+            return 0.0
+        return min(self._due_in_s(), self._overdue_in_s(), _LINGER_S)
 
     def _can_open(self) -> bool:
         """What was accepted before a dataset is emptied goes there first, to be emptied with it."""
-        return bool(self._openings) and not (self._openings[0][1] == "overwrite" and self._pending)
+        return bool(self._openings) and not (self._openings[0][1] == "overwrite" and self._backlog)
 
-    def _due(self) -> bool:
-        if not self._pending:
+    def _due_in_s(self) -> float:
+        """Seconds until rows are to be sent; infinite where there are none."""
+        if not self._backlog:
             self._hurried = False
-            return False
-        age = time.monotonic() - self._pending[0][1]
-        full = self._num_pending_rows >= self._config.commit_rows
-        asked = self._hurried or bool(self._openings)
-        return asked or full or age >= self._config.group_delay_s
+            return math.inf
+        limit = self.pace.limit(self._config.commit_rows)
+        full = self._backlog.num_rows >= limit
+        if self._hurried or self._openings or full or self._backlog.again:
+            return self._delay_s()
+        filled = self._backlog.oldest + self._config.group_delay_s - time.monotonic()
+        return max(filled, self._delay_s())
 
-    def _patience(self) -> float:
-        if not self._pending:
-            return _LINGER_S
-        return max(0.0, self._pending[0][1] + self._config.group_delay_s - time.monotonic())
+    def _delay_s(self) -> float:
+        """What the store makes everybody wait, or this lane alone."""
+        if self._breaker.away_since is not None:
+            self._was_away = True
+            return self._breaker.delay_s(self)
+        if self._was_away:
+            self._was_away = False
+            self.pace.resume()
+        return self.pace.delay_s()
 
-    def _take(self) -> list[Rows]:
-        """The oldest rows that fit one append: of one kind, not too many."""
-        taken: list[Rows] = []
-        num_rows = num_bytes = 0
-        kind = self._pending[0][0].kind
-        while self._pending:
-            rows = self._pending[0][0]
-            num_rows += rows.num_rows
-            num_bytes += rows.num_bytes
-            too_many = num_rows > self._config.commit_rows or num_bytes > _COMMIT_BYTES
-            if rows.kind != kind or (taken and too_many):
-                break
-            self._pending.popleft()
-            self._num_pending_rows -= rows.num_rows
-            if rows.dropped:
-                rows.released()
-                continue
-            taken.append(rows)
-        return taken
+    def _overdue_in_s(self) -> float:
+        """Seconds until rows in memory are given up; infinite where they are not."""
+        since, oldest = self._failing_since(), self._backlog.oldest_in_memory()
+        if since is None or oldest is None:
+            return math.inf
+        return max(since, oldest) + self._config.store_retry_s - time.monotonic()
+
+    def _take_overdue(self) -> tuple[list[Rows], FletcherError]:
+        """Rows whose time is over, and why they are given up."""
+        reason = self._failing[1] if self._failing else self._breaker.error(self)
+        since = self._failing_since()
+        # What may be tried right now is tried, though its time be over.
+        if since is None or self._overdue_in_s() > 0 or self._delay_s() == 0:
+            return [], reason
+        latest = time.monotonic() - self._config.store_retry_s
+        overdue = self._backlog.remove(lambda rows: max(since, rows.arrived) <= latest)
+        if not self._backlog:
+            # What comes next is tried afresh, for nothing would end the waiting but a try.
+            self._failing = None
+            self.pace.resume()
+        return overdue, reason
+
+    def _failing_since(self) -> float | None:
+        """Since when the store has not taken rows: this lane's, or anybody's."""
+        since = [self._breaker.away_since, self._failing[0] if self._failing else None]
+        return min((one for one in since if one is not None), default=None)
+
+    def _take(self) -> list[Group]:
+        return self._backlog.take(
+            max_rows=self.pace.limit(self._config.commit_rows),
+            max_bytes=self.pace.limit(_COMMIT_BYTES),
+            group_rows=self._config.group_rows,
+        )
+
+    def _let_go(self, going: Sequence[Group] = ()) -> None:
+        """Others may decide once nothing that was decided here is in doubt."""
+        lost = self._decided.keys() - {id(group) for group in (*self._backlog.sent, *going)}
+        for one in lost:  # given up or refused: the store may have it, and can tell
+            del self._decided[one]
+        if lost:
+            self._known.doubt()
+        if self._may_decide and not self._decided:
+            self._may_decide = False
+            self._known.release()
 
     def _take_all(self) -> list[Rows]:
         with self._changed:
-            taken = [rows for rows, _ in self._pending]
-            self._pending.clear()
-            self._num_pending_rows = 0
             for _, _, ready in self._openings:
                 ready.set_exception(_shutting_down())
             self._openings.clear()
-        return taken
+            return self._backlog.clear()
 
     def _open(self, schema: pa.Schema, mode: WriteMode, ready: Future[None]) -> None:
         try:
-            self._use(schema, mode)
+            self._breaker.check(self)
+            with self._breaker.call(self, proof=False):
+                self._use(schema, mode)
         except FletcherError as error:
             ready.set_exception(error)
         except Exception:
@@ -269,30 +324,103 @@ class Lane:
                 self._known.doubt()
         return self._writer
 
-    def _store(self, taken: Sequence[Rows]) -> None:
-        if taken[0].journaled:  # decided then
-            self._store_all(taken)
-        else:
-            with self._known.deciding(taken) as decided:
-                self._store_all(decided)
-
-    def _store_all(self, taken: Sequence[Rows]) -> None:
-        groups = groups_of(taken, self._config.group_rows)
-        error = self._append_all(groups) if groups else None
-        if error is not None and len(groups) > 1 and not isinstance(error, StoreUnavailableError):
-            # One of the uploads is at fault: find out which, the others go on. An error of an
-            # unexpected kind may have come after rows were stored.
-            for group in groups:
-                self._settle([group], self._append_all([group], doubtful=True))
-        elif groups:
-            self._settle(groups, error)
-
-    def _settle(self, groups: Sequence[list[Rows]], error: FletcherError | None) -> None:
-        if isinstance(error, StoreUnavailableError) and groups[0][0].journaled:
-            self._put_back([rows for group in groups for rows in group])
+    def _store(self, groups: Sequence[Group], *, full: bool) -> None:
+        started, taken = time.monotonic(), groups
+        asking = not groups[0].rows[0].journaled and any(group.known_by for group in groups)
+        if asking:
+            with self._changed:
+                self._let_go(groups)
+        if asking and not self._may_decide:
+            self._may_decide = self._known.acquire(_TURN_S)
+            if not self._may_decide:
+                self._failed(groups, self._known.undecided(), started)
+                return
+        try:
+            with self._breaker.call(self):
+                groups = self._decide(taken) if asking else taken
+                slow_down = self._append(groups)
+        except PASSING as error:
+            self._telemetry.store_retries.add()
+            self._close_writer()
+            self._failed(groups, error, started)
             return
+        except FletcherError as error:
+            self._refused(groups, error)
+        except Exception:
+            log.exception("`%s`: the store failed", self.dataset)
+            text = "storing failed in an unexpected way; the log has more"
+            self._refused(groups, InternalError(text))
+        else:
+            self.pace.stored(
+                time.monotonic() - started, full=full and groups is taken, slow_down=slow_down
+            )
+            self._settle(groups, None)
+        self._failing = None
+
+    def _decide(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """The groups that go now, decided: those before one that has a row in common with them."""
+        sent: dict[str, set[bytes]] = {
+            group.known_by: set() for group in groups if group.known_by is not None
+        }
+        for place, group in enumerate(groups):
+            kind = group.known_by
+            if kind is not None and id(group) not in self._decided:
+                if not sent[kind].isdisjoint(keys_of(kind, group.rows)):
+                    with self._changed:
+                        self._backlog.put_back(groups[place:])
+                    return groups[:place]
+                group.rows = self._known.decide(group.rows)
+                self._decided[id(group)] = group
+            for one in sent:
+                sent[one] |= keys_of(one, group.rows)
+        return groups
+
+    def _append(self, groups: Sequence[Group]) -> bool:
+        """Stores the groups, of those in doubt what is not there; whether to slow down."""
+        (schema, _, upsert), _ = groups[0].rows[0].kind
+        null_vectors = self.store.capabilities.null_vectors
+        writer = self._use(schema, "upsert" if upsert else "append")
+        wanted = {group.key: group for group in groups}
+        doubtful = [key for key, group in wanted.items() if group.doubtful]
+        if doubtful:
+            for key in set(doubtful).difference(writer.missing_keys(doubtful)):
+                del wanted[key]
+        batches = [group.batch(null_vectors=null_vectors) for group in wanted.values()]
+        batches = [batch for batch in batches if batch.num_rows]
+        num_rows = sum(batch.num_rows for batch in batches)
+        with (
+            self._telemetry.stage_duration.time(stage="append"),
+            self._telemetry.span("append", rows=num_rows, groups=len(batches)),
+        ):
+            return bool(batches) and writer.append(batches)
+
+    def _failed(self, groups: Sequence[Group], error: FletcherError, started: float) -> None:
+        """The store may have taken the groups, or not: they go again when it is back."""
+        # Once, and a store that never takes a full append says so once for all.
+        news = self.pace.share == 1 or not isinstance(error, OverloadedError)
+        if news and self._failing is None and self._breaker.away_since is None:
+            log.warning("`%s`: %s; trying again", self.dataset, error)
+        self._failing = (self._failing[0] if self._failing else started, error)
+        for group in groups:
+            group.doubtful = True
+        with self._changed:
+            self.pace.failed(time.monotonic() - started, error)
+            self._backlog.put_back(groups)
+
+    def _refused(self, groups: Sequence[Group], error: FletcherError) -> None:
+        if len(groups) == 1:
+            self._settle(groups, error)
+            return
+        # One of the uploads is at fault: find out which, the others go on. An error of an
+        # unexpected kind may have come after rows were stored.
+        for group in groups:
+            group.doubtful = group.alone = True
+        with self._changed:
+            self._backlog.put_back(groups)
+
+    def _settle(self, groups: Sequence[Group], error: FletcherError | None) -> None:
         null_vectors = error is None and self.store.capabilities.null_vectors
-        for rows in (rows for group in groups for rows in group):
+        for rows in (rows for group in groups for rows in group.rows):
             if error is not None:
                 rows.upload.fail(error)
                 rows.refused(error.message)
@@ -305,62 +433,16 @@ class Lane:
             rows.released()
         if error is not None:
             self._known.doubt()
-
-    def _put_back(self, taken: Sequence[Rows]) -> None:
-        """Rows of the journal wait in their place until the store is back."""
-        now = time.monotonic()
-        with self._changed:
-            for rows in reversed(taken):
-                self._pending.appendleft((dataclasses.replace(rows, doubtful=True), now))
-                self._num_pending_rows += rows.num_rows
+        else:
+            for group in groups:
+                self._decided.pop(id(group), None)
 
     def _give_up(self, taken: Sequence[Rows], error: FletcherError) -> None:
         for rows in taken:
             if not rows.journaled:
                 rows.upload.fail(error)
                 rows.released()
-
-    def _append_all(
-        self, groups: Sequence[list[Rows]], *, doubtful: bool = False
-    ) -> FletcherError | None:
-        """Stores the groups (those that are not there, where in doubt); None, or why it cannot."""
-        keyed: dict[str, pa.RecordBatch] = {}
-        (schema, _, upsert), _ = groups[0][0].kind
-        doubtful = doubtful or any(rows.doubtful for group in groups for rows in group)
-        deadline = time.monotonic() + self._config.store_retry_s
-        backoff_s = _FIRST_BACKOFF_S
-        while True:
-            try:
-                if not keyed:
-                    nulls = self.store.capabilities.null_vectors
-                    keyed = {key_of(one): keyed_batch(one, null_vectors=nulls) for one in groups}
-                writer = self._use(schema, "upsert" if upsert else "append")
-                keys = writer.missing_keys(list(keyed)) if doubtful else list(keyed)
-                doubtful = True
-                batches = [keyed[key] for key in keys if keyed[key].num_rows]
-                num_rows = sum(batch.num_rows for batch in batches)
-                with (
-                    self._telemetry.stage_duration.time(stage="append"),
-                    self._telemetry.span("append", rows=num_rows, groups=len(batches)),
-                ):
-                    if batches:
-                        writer.append(batches)
-            except StoreUnavailableError as error:
-                if self._closing.is_set() or time.monotonic() + backoff_s > deadline:
-                    return error
-                self._telemetry.store_retries.add()
-                log.warning("`%s`: %s; trying again", self.dataset, error)
-                self._close_writer()
-                # Full jitter: https://aws.amazon.com/builders-library (timeouts, retries, backoff).
-                self._closing.wait(random.uniform(backoff_s / 2, backoff_s))  # noqa: S311
-                backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
-            except FletcherError as error:
-                return error
-            except Exception:
-                log.exception("`%s`: the store failed", self.dataset)
-                return InternalError("storing failed in an unexpected way; the log has more")
-            else:
-                return None
+                self._known.doubt()  # it may have been sent
 
     def _close_writer(self) -> None:
         writer, self._writer, self._written = self._writer, None, None

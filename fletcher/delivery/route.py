@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.journal import Journal, JournaledGroup, JournalSpace
 from fletcher.delivery.known import Known, KnownSpace
 from fletcher.delivery.lane import DeliveryConfig, Lane
@@ -41,6 +42,7 @@ class Route:
         store: The store.
         dataset: The dataset's name.
         config: Groups, appends, retries.
+        breaker: The store's.
         telemetry: Where counts, durations and spans go.
         on_idle: Asked when nothing is under way; True lets the route end.
         journal: The dataset's journal; None: rows stay in memory until they are stored.
@@ -53,6 +55,7 @@ class Route:
         store: Store,
         dataset: str,
         config: DeliveryConfig,
+        breaker: Breaker,
         telemetry: Telemetry,
         on_idle: Callable[[Route], bool],
         *,
@@ -64,24 +67,29 @@ class Route:
         self.journal = journal
         self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
         self.known = Known(store, dataset, journal, known_space, telemetry)
-        self.lane = Lane(store, dataset, config, telemetry, self.known, lambda _lane: on_idle(self))
-        self._outbox = (
-            Outbox(
-                journal,
-                space,
-                self.lane,
-                self.known,
-                patience_s=config.store_retry_s,
-                telemetry=telemetry,
-            )
-            if journal is not None and space is not None
-            else None
+        self.lane = Lane(
+            store, dataset, config, breaker, telemetry, self.known, lambda _: on_idle(self)
         )
+        # Two threads: rows of uploads that may have to wait for the store, to be told from those
+        # that are in doubt there, hold up no others.
+        self._outboxes: list[Outbox] = []
+        if journal is not None and space is not None:
+            self._outboxes = [
+                Outbox(
+                    journal,
+                    space,
+                    self.lane,
+                    self.known,
+                    patience_s=config.store_retry_s,
+                    telemetry=telemetry,
+                )
+                for _ in range(2)
+            ]
 
     def put(self, rows: Rows) -> None:
         """Queues rows; never blocks, the streams' allowances bound what can be here."""
-        if self._outbox is not None and rows.upload.journaled:
-            self._outbox.put(rows)
+        if self._outboxes and rows.upload.journaled:
+            self._outboxes[rows.upload.known_by is not None].put(rows)
         else:
             self.lane.put(rows)
 
@@ -100,9 +108,11 @@ class Route:
 
     def release(self) -> None:
         """Closes the journal of a route that is idle and will not be used again."""
+        for outbox in self._outboxes:
+            outbox.close()
+        if self.journal is not None:
+            self.journal.close()
         self.known.close()
-        if self._outbox is not None:
-            self._outbox.close()
 
     def close(self) -> None:
         """Ends the threads: what is in memory is given up, what is journaled stays on disk."""
@@ -114,4 +124,4 @@ class Route:
     @property
     def idle(self) -> bool:
         """Nothing is queued, journaled or being stored."""
-        return (self._outbox is None or self._outbox.idle) and self.lane.idle
+        return all(outbox.idle for outbox in self._outboxes) and self.lane.idle

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +29,13 @@ class Rows:
         failed: Places of rows with a null vector.
         unsent: Places of rows that the store does not get: duplicates, and failed rows of uploads
             that drop duplicates, for a repaired one must not be taken for one.
+        num_dropped: How many of these were found to be duplicates when they were about to go.
         load: Gives the output columns.
         released: Called once the rows are stored, or given up.
         journaled: They are on disk, as a group whose extent is fixed, and stay there if given up.
         refused: Called with the reason where the store refuses them for good.
-        doubtful: The store may have them already: an earlier send ended without an answer.
+        doubtful: The store may have them already: an earlier process may have sent them.
+        arrived: When they were made ready (`time.monotonic`).
     """
 
     upload: Upload
@@ -47,6 +50,8 @@ class Rows:
     refused: Callable[[str], None] = lambda _reason: None
     doubtful: bool = False
     unsent: tuple[int, ...] = ()
+    num_dropped: int = 0
+    arrived: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of(
@@ -96,36 +101,75 @@ def writer_kind(schema: pa.Schema, *, upsert: bool) -> WriterKind:
     return schema, schema.metadata, upsert
 
 
-def groups_of(taken: Sequence[Rows], max_rows: int) -> list[list[Rows]]:
+@dataclass(slots=True)
+class Group:
+    """Consecutive rows of one upload that are sent together; their extent is fixed once sent.
+
+    Attributes:
+        rows: At least one.
+        doubtful: An earlier send ended without an answer: the store may have them.
+        alone: Goes in an append of its own: it, or another in its append, was refused.
+    """
+
+    rows: list[Rows]
+    doubtful: bool = False
+    alone: bool = False
+
+    @property
+    def first(self) -> int:
+        """Offset of the first row."""
+        return self.rows[0].first
+
+    @property
+    def last(self) -> int:
+        """Offset of the last row."""
+        return self.rows[-1].last
+
+    @property
+    def num_rows(self) -> int:
+        """How many."""
+        return self.last - self.first + 1
+
+    @property
+    def num_bytes(self) -> int:
+        """What they take in memory."""
+        return sum(rows.num_bytes for rows in self.rows)
+
+    @property
+    def key(self) -> str:
+        """Their `batch_key`."""
+        return batch_key(self.rows[0].upload.upload_id, self.first, self.last)
+
+    @property
+    def known_by(self) -> str | None:
+        """By what duplicates among them are known; None: they are not asked about."""
+        return self.rows[0].upload.known_by
+
+    def batch(self, *, null_vectors: bool) -> pa.RecordBatch:
+        """The rows with their `batch_key`, without those that the store does not get."""
+        batch = pa.concat_batches(
+            [_without(rows.load(), rows.left_out(null_vectors=null_vectors)) for rows in self.rows]
+        )
+        keys = pa.repeat(self.key, batch.num_rows)
+        return batch.append_column(pa.field("batch_key", pa.utf8()), keys)
+
+
+def groups_of(taken: Sequence[Rows], max_rows: int) -> list[Group]:
     """Rows by upload, in order, joined where one follows the other; journaled ones as they are."""
-    groups: list[list[Rows]] = []
-    open_groups: dict[int, list[Rows]] = {}
+    groups: list[Group] = []
+    open_groups: dict[int, Group] = {}
     for rows in taken:
         group = open_groups.get(id(rows.upload))
         if (
             group is None
             or rows.journaled
-            or group[-1].last + 1 != rows.first
-            or rows.last - group[0].first >= max_rows
+            or group.last + 1 != rows.first
+            or rows.last - group.first >= max_rows
         ):
-            group = open_groups[id(rows.upload)] = []
+            group = open_groups[id(rows.upload)] = Group([], doubtful=rows.doubtful)
             groups.append(group)
-        group.append(rows)
+        group.rows.append(rows)
     return groups
-
-
-def key_of(group: Sequence[Rows]) -> str:
-    """A group's `batch_key`."""
-    return batch_key(group[0].upload.upload_id, group[0].first, group[-1].last)
-
-
-def keyed_batch(group: Sequence[Rows], *, null_vectors: bool) -> pa.RecordBatch:
-    """A group's rows with their `batch_key`, without those that the store does not get."""
-    batch = pa.concat_batches(
-        [_without(rows.load(), rows.left_out(null_vectors=null_vectors)) for rows in group]
-    )
-    keys = pa.repeat(key_of(group), batch.num_rows)
-    return batch.append_column(pa.field("batch_key", pa.utf8()), keys)
 
 
 def _without(batch: pa.RecordBatch, rows: Sequence[int]) -> pa.RecordBatch:

@@ -156,10 +156,11 @@ class Service:
         return Request(options, spec, model.prompts.get(prompt, prompt))
 
     def describe(self) -> dict[str, Any]:
-        """The `stats` action's answer: instruments and workers."""
+        """The `stats` action's answer: instruments, stores and workers."""
         return {
             "model": self.model.qualified_name,
             "draining": self.calls.draining.is_set(),
+            "stores": self.delivery.statistics(),
             **self.telemetry.snapshot(),
             **self.embedder.statistics(),
         }

@@ -61,11 +61,15 @@ class Filter:
 class DatasetWriter(Protocol):
     """The one writer of a dataset in this process. Not thread-safe: one thread owns it."""
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> None:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         """Stores all rows of all batches or none.
+
+        Returns:
+            Whether the store asks to slow down.
 
         Raises:
             StoreUnavailableError: Nothing is known to be stored; ask `missing_keys`, then retry.
+            OverloadedError: The same, and send less at once.
             RequestError: The store refuses these rows for good.
         """
         ...

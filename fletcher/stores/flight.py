@@ -19,6 +19,7 @@ from fletcher.errors import (
     FletcherError,
     RequestError,
     StoreUnavailableError,
+    UnavailableError,
     UnknownDatasetError,
 )
 from fletcher.options import check_dataset
@@ -36,6 +37,9 @@ _FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 _GRPC_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # gRPC connects again by its own clock, else up to two minutes after a long outage ended.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5000),
 ]
 
 
@@ -320,7 +324,7 @@ class FlightStore:
                 drops_repeated_keys=bool(can["drops_repeated_keys"]),
                 durable=bool(can["durable"]),
             )
-        except StoreUnavailableError as error:
+        except UnavailableError as error:
             # Down, or a Longbow that calls an unknown action an internal error?
             if self._profile == "fletcher" or not self._answers():
                 refused = "connection refused" in error.message.lower()
@@ -345,7 +349,7 @@ class FlightStore:
     def _answers(self) -> bool:
         try:
             self.action("check_readiness", {})
-        except StoreUnavailableError:
+        except UnavailableError:
             return False
         except FletcherError:
             return True

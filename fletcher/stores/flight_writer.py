@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections import Counter
@@ -58,13 +59,14 @@ class FletcherWriter:
         # Emptied once; what follows is appended.
         self._mode = "upsert" if self._mode == "upsert" else "append"
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> None:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         """See `DatasetWriter.append`."""
         for batch in batches:
             check_compatible(self._dataset, self._schema, batch.schema)
         rows = [conform(batch, self._schema) for batch in batches if batch.num_rows]
         if rows:
             self._send([pa.concat_batches(rows)], self._mode)
+        return False
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
         """See `DatasetWriter.missing_keys`."""
@@ -120,7 +122,7 @@ class LongbowWriter:
         self._use_put = False
         self._proven = False
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> None:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         """See `DatasetWriter.append`. A failure may leave the first rows of a group stored."""
         stored = self._stored.copy()
         rows = [
@@ -129,11 +131,11 @@ class LongbowWriter:
             if batch.num_rows
         ]
         rows = [batch for batch in rows if batch.num_rows]
-        if rows:
-            self._send([pa.concat_batches(rows)])
+        slow_down = bool(rows) and self._send([pa.concat_batches(rows)])
         for batch in batches:
             for key in batch.column("batch_key").unique().to_pylist() if self._stored else ():
                 self._stored.pop(key, None)
+        return slow_down
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
         """See `DatasetWriter.missing_keys`. Reads the rows back, a call a key."""
@@ -151,7 +153,7 @@ class LongbowWriter:
     def close(self) -> None:
         """See `DatasetWriter.close`. Every append was a call of its own, so nothing is open."""
 
-    def _send(self, batches: list[pa.RecordBatch]) -> None:
+    def _send(self, batches: list[pa.RecordBatch]) -> bool:
         if not self._use_put:
             try:
                 client = self._store.client()
@@ -163,8 +165,8 @@ class LongbowWriter:
                 self._use_put = True
             else:
                 self._proven = True
-                return
-        put(self._store.client(), self._dataset, batches, self._timeout_s)
+                return False
+        return put(self._store.client(), self._dataset, batches, self._timeout_s)
 
 
 def exchange(
@@ -198,6 +200,9 @@ def exchange(
     try:
         options = flight.FlightCallOptions(timeout=timeout_s)
         writer, reader = client.do_exchange(descriptor, options)
+    except _FAILURES as error:
+        raise wire.from_flight(error, what) from error
+    try:
         sent: list[int] = []
         acked = 0
         broken = False
@@ -218,12 +223,16 @@ def exchange(
             broken = True
         _await_acks(reader, sent[acked:], what)
         if broken:
+            with contextlib.suppress(StopIteration):
+                _next_ack(reader)  # where not one message went out, only this says why
             raise StoreUnavailableError(f"the store ended the call while {what}", field="store")
         writer.close()
     except pa.ArrowNotImplementedError as error:
         raise NotIngestError from error
     except _FAILURES as error:
         raise wire.from_flight(error, what) from error
+    finally:
+        _let_go(writer)
 
 
 def _await_acks(reader: Any, sent: list[int], what: str) -> None:
@@ -237,7 +246,8 @@ def _await_acks(reader: Any, sent: list[int], what: str) -> None:
                 field="store",
             ) from None
         if answer.get("status") == "error":
-            raise from_json(json.dumps(answer)) or InternalError(f"the store failed while {what}")
+            error = from_json(json.dumps(answer)) or InternalError("it gave no reason")
+            raise wire.from_store(error, what)
         if answer.get("status") != "acked":
             raise NotIngestError
         if answer.get("rows") != rows:
@@ -260,19 +270,26 @@ def _next_ack(reader: Any) -> dict[str, Any]:
 
 def put(
     client: flight.FlightClient, dataset: str, batches: Sequence[pa.RecordBatch], timeout_s: float
-) -> None:
+) -> bool:
     """Sends rows by DoPut; a return means that the store took them, no more.
+
+    Returns:
+        Whether the store asks to slow down: its write-ahead log is nearly full.
 
     Raises:
         StoreUnavailableError: The store failed or stalled; some rows may be stored.
         RequestError: It refuses the rows.
     """
+    what = f"writing to dataset `{dataset}`"
     try:
         options = flight.FlightCallOptions(timeout=timeout_s)
         writer, answers = client.do_put(
             flight.FlightDescriptor.for_path(dataset), batches[0].schema, options
         )
-        broken = False
+    except _FAILURES as error:
+        raise wire.from_flight(error, what) from error
+    try:
+        broken = slow_down = False
         try:
             for message in _messages(batches):
                 writer.write_batch(message)
@@ -280,16 +297,21 @@ def put(
         except _FAILURES:
             broken = True  # `close` says why
         while (answer := answers.read()) is not None:
-            if b"slow_down" in answer.to_pybytes():
-                # The store holds rows back by itself (its stream stalls); this is why.
-                _log.warning("the store asks to slow down: its write-ahead log is nearly full")
+            slow_down = slow_down or b"slow_down" in answer.to_pybytes()
         writer.close()
         if broken:
-            raise StoreUnavailableError(
-                f"the store ended the call while writing to dataset `{dataset}`", field="store"
-            )
+            raise StoreUnavailableError(f"the store ended the call while {what}", field="store")
     except _FAILURES as error:
-        raise wire.from_flight(error, f"writing to dataset `{dataset}`") from error
+        raise wire.from_flight(error, what) from error
+    finally:
+        _let_go(writer)
+    return slow_down
+
+
+def _let_go(writer: Any) -> None:
+    """Ends a call that may have failed; left to its destructor, Arrow says so on standard error."""
+    with contextlib.suppress(*_FAILURES):
+        writer.close()
 
 
 def _messages(batches: Sequence[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -76,7 +76,7 @@ class LanceWriter:
         self._compaction: threading.Thread | None = None
         self._closed = False
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> None:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         """Stores all rows of all batches in one commit; durable on return.
 
         Raises:
@@ -84,6 +84,7 @@ class LanceWriter:
             RequestError: The rows do not fit the table.
         """
         self.write(batches, upsert=self._upsert)
+        return False
 
     def write(self, batches: Sequence[pa.RecordBatch], *, upsert: bool) -> None:
         """`append` with the mode chosen per call; for the server, which serves many clients."""

@@ -224,7 +224,7 @@ class ParquetWriter:
         self._on_close = on_close
         self._closed = False
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> None:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         """Writes a file for every key that has none; each is whole or not there.
 
         Raises:
@@ -245,6 +245,7 @@ class ParquetWriter:
                 _write(self._path(key), partial(pq.write_table, group))
             except OSError as error:
                 raise _unavailable(self._dataset, error) from error
+        return False
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
         """See `DatasetWriter.missing_keys`."""

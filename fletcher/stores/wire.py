@@ -13,6 +13,7 @@ from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
     InvalidCommandError,
+    OverloadedError,
     RequestError,
     StoreUnavailableError,
     UnauthenticatedError,
@@ -31,6 +32,9 @@ INGEST = "ingest"
 CAPABILITIES = "capabilities"
 MISSING_KEYS = "missing-keys"
 STORED_RANGES = "stored-ranges"
+
+# pyarrow has no class for RESOURCE_EXHAUSTED: it raises ArrowInvalid, as for a refusal.
+_EXHAUSTED = "gRPC returned resource exhausted error"
 
 
 def slices(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -68,25 +72,36 @@ def from_flight(error: Exception, what: str) -> FletcherError:
         what: What was tried, such as "writing to dataset `d`".
     """
     ours = from_json(getattr(error, "extra_info", b"") or b"")
-    if isinstance(ours, (RequestError, UnauthenticatedError, UnauthorizedError)):
-        return ours
+    if ours is not None:
+        return from_store(ours, what)
     text = reason(error)
     if isinstance(error, (flight.FlightUnauthenticatedError, flight.FlightUnauthorizedError)):
         return UnauthorizedError(f"the store refused {what}: {text}", field="store")
+    if str(error).startswith(_EXHAUSTED):
+        return OverloadedError(f"the store is overloaded, {what}: {text}", field="store")
     if isinstance(error, (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowKeyError)):
         return RequestError(f"the store refused {what}: {text}", field="store")
     if isinstance(error, flight.FlightTimedOutError):
         text = "no answer within the deadline"
-    retry_after_ms = ours.retry_after_ms if ours is not None else None
-    return StoreUnavailableError(
-        f"the store failed while {what}: {text}", field="store", retry_after_ms=retry_after_ms
+    return StoreUnavailableError(f"the store failed while {what}: {text}", field="store")
+
+
+def from_store(error: FletcherError, what: str) -> FletcherError:
+    """Our error for one that a store of Fletcher's answered: a refusal as it is, or it passes."""
+    if isinstance(error, (RequestError, UnauthenticatedError, UnauthorizedError)):
+        return error
+    kind = OverloadedError if isinstance(error, OverloadedError) else StoreUnavailableError
+    return kind(
+        f"the store failed while {what}: {error.message}",
+        field="store",
+        retry_after_ms=error.retry_after_ms,
     )
 
 
 def reason(error: Exception) -> str:
     """The server's own words out of pyarrow's message, which wraps them in gRPC's context."""
     text = str(error)
-    for marker in (". gRPC client debug context", ". Client context:", "\n"):
+    for marker in (". gRPC client debug context", ". Client context:", ". Detail: ", "\n"):
         text = text.split(marker, 1)[0]
     for prefix in ("Flight returned ", "gRPC returned "):
         if text.startswith(prefix) and "message: " in text:

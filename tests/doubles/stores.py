@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fletcher.errors import FletcherError, StoreUnavailableError
+from fletcher.errors import FletcherError, OverloadedError, StoreUnavailableError
 from fletcher.schema import merge_ranges, parse_batch_key
 from fletcher.stores.base import DatasetInfo, StoreCapabilities, WriteMode
 
@@ -20,7 +20,8 @@ class MemoryStore:
     """Keeps batches by dataset; `faults` are played one an append, `None` for a good one.
 
     A fault is ("before" | "after", error): raised before the rows are kept, or after, as when the
-    answer is lost.
+    answer is lost. While `down` is set all fails; appends to `locked` datasets, and of more than
+    `most_rows`, do.
     """
 
     address = "memory:"
@@ -43,6 +44,11 @@ class MemoryStore:
         self.waiting = threading.Event()
         self.opened: list[WriteMode] = []
         self.scans: list[tuple[str, tuple[str, ...]]] = []
+        self.slow_down = False
+        self.down: FletcherError | None = None
+        self.locked: set[str] = set()
+        self.most_rows: int | None = None
+        self.num_tries = 0
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> MemoryWriter:
         self.opened.append(mode)
@@ -93,10 +99,17 @@ class MemoryWriter:
         self._store = store
         self._dataset = dataset
 
-    def append(self, batches: Sequence[pa.RecordBatch]) -> None:
+    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         store = self._store
         store.waiting.set()
         assert store.gate.wait(30)
+        store.num_tries += 1
+        if store.down is not None:
+            raise store.down
+        if self._dataset in store.locked:
+            raise StoreUnavailableError("another process writes to it")
+        if store.most_rows is not None and sum(one.num_rows for one in batches) > store.most_rows:
+            raise OverloadedError("message larger than max")
         fault = store.faults.popleft() if store.faults else None
         if (refusal := store.refuse(batches)) is not None:
             raise refusal
@@ -106,6 +119,7 @@ class MemoryWriter:
         store.batches[self._dataset] += batches
         if fault is not None:
             raise fault[1]
+        return store.slow_down
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
         stored = set(self._store.keys(self._dataset))

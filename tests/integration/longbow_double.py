@@ -22,12 +22,16 @@ TESTS = {
 
 
 class LongbowDouble:
-    """`fail_after` messages of the next call it breaks off, having stored those before."""
+    """`fail_after` messages of the next call it breaks off, having stored those before.
+
+    While `fail_with` is set nothing is stored and calls end so.
+    """
 
     def __init__(self, *, exchange: bool = True) -> None:
         self.tables: dict[str, list[pa.RecordBatch]] = {}
         self.exchange = exchange
         self.fail_after: int | None = None
+        self.fail_with: Exception | None = None
         self.stall: threading.Event | None = None
         self.calls: list[str] = []
         self._data = _Data(self)
@@ -49,6 +53,8 @@ class LongbowDouble:
     def store(self, dataset: str, batch: pa.RecordBatch) -> None:
         if self.stall is not None:
             self.stall.wait(30)
+        if self.fail_with is not None:
+            raise self.fail_with
         if self.fail_after is not None:
             if self.fail_after == 0:
                 self.fail_after = None

@@ -28,7 +28,9 @@ from fletcher.telemetry import Telemetry
 from tests.doubles.stores import MemoryStore, outage
 
 SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
-CONFIG = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30)
+CONFIG = DeliveryConfig(
+    group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30, slow_append_s=15
+)
 
 
 @contextmanager
@@ -113,7 +115,9 @@ def test_an_outage_neither_loses_nor_doubles(when: str) -> None:
 
 def test_an_outage_that_outlasts_the_patience_fails_the_upload_and_can_be_resumed() -> None:
     store = MemoryStore()
-    config = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0)
+    config = DeliveryConfig(
+        group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0, slow_append_s=15
+    )
     with delivering(store, config) as delivery:
         upload, lane = delivery.open(options(), SCHEMA)
         send(lane, upload, 0, 5)

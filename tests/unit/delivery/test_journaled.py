@@ -28,7 +28,9 @@ from fletcher.telemetry import Telemetry
 from tests.doubles.stores import MemoryStore, outage
 
 SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
-CONFIG = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30)
+CONFIG = DeliveryConfig(
+    group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30, slow_append_s=15
+)
 
 
 @contextmanager
@@ -122,7 +124,9 @@ def test_after_a_crash_what_was_acknowledged_reaches_the_store_once(tmp_path: Pa
 
 def test_a_crash_between_the_stores_commit_and_the_journals_knowledge(tmp_path: Path) -> None:
     store = MemoryStore()
-    patience = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0)
+    patience = DeliveryConfig(
+        group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0, slow_append_s=15
+    )
     store.faults.append(("after", outage()))
     with delivering(store, tmp_path, patience) as delivery:
         upload, route = delivery.open(options(), SCHEMA)
@@ -144,7 +148,9 @@ def test_a_crash_between_the_stores_commit_and_the_journals_knowledge(tmp_path: 
 
 def test_an_outage_costs_no_error_however_long(tmp_path: Path) -> None:
     store = MemoryStore()
-    patience = DeliveryConfig(group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0)
+    patience = DeliveryConfig(
+        group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0, slow_append_s=15
+    )
     store.faults.extend([("before", outage()), ("after", outage()), ("before", outage())])
     with delivering(store, tmp_path, patience) as delivery:
         upload, route = delivery.open(options(), SCHEMA)
@@ -158,7 +164,9 @@ def test_an_outage_costs_no_error_however_long(tmp_path: Path) -> None:
 def test_a_full_journal_holds_clients_back_then_says_so(tmp_path: Path) -> None:
     store = MemoryStore()
     store.gate.clear()
-    patience = DeliveryConfig(group_rows=10, commit_rows=10, group_delay_s=0, store_retry_s=0.3)
+    patience = DeliveryConfig(
+        group_rows=10, commit_rows=10, group_delay_s=0, store_retry_s=0.3, slow_append_s=15
+    )
     with delivering(store, tmp_path, patience, max_bytes=1000, segment_bytes=1) as delivery:
         upload, route = delivery.open(options(), SCHEMA)
         send(route, upload, 0, 40)

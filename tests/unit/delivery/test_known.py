@@ -13,12 +13,18 @@ import pytest
 
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.fingerprints import FingerprintMap, fingerprints
-from fletcher.delivery.known import Screen
+from fletcher.delivery.known import Known, Screen
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.route import JournalConfig, Route
 from fletcher.delivery.rows import Rows
 from fletcher.delivery.upload import Upload
-from fletcher.errors import InvalidCommandError
+from fletcher.errors import (
+    ColumnTypeError,
+    FletcherError,
+    InvalidCommandError,
+    OverloadedError,
+    StoreUnavailableError,
+)
 from fletcher.options import EmbedOptions
 from fletcher.telemetry import Telemetry
 from tests.doubles.stores import MemoryStore, outage
@@ -28,6 +34,8 @@ SCHEMA = pa.schema({"id": pa.utf8(), "vector": pa.list_(pa.float32(), 1), "text"
 journaled = pytest.mark.parametrize("journal", [True, False])
 # (id, text); a text of None is a row that failed.
 Row = tuple[str, str | None]
+# After this the lane does not try again by itself.
+PAUSE = OverloadedError("too much", retry_after_ms=600_000)
 
 
 @contextmanager
@@ -39,6 +47,7 @@ def delivering(
         commit_rows=100,
         group_delay_s=0.01,
         store_retry_s=retry_s,
+        slow_append_s=15,
         max_known_bytes=known_bytes,
     )
     where = None if folder is None else JournalConfig(folder, 1 << 30, 1 << 16, 0.0)
@@ -73,6 +82,18 @@ def send(route: Route, upload: Upload, first: int, *rows: Row) -> None:
 def wait(upload: Upload) -> None:
     with upload.changed:
         assert upload.changed.wait_for(lambda: not upload.in_flight or upload.failure, timeout=30)
+
+
+def wait_for_doubt(route: Route) -> None:
+    lane = route.lane
+    with lane._changed:
+        assert lane._changed.wait_for(lambda: lane._backlog.again and not lane._in_append, 30)
+
+
+def try_again(route: Route) -> None:
+    with route.lane._changed:
+        route.lane.pace.resume()
+    route.hurry()
 
 
 def stored(delivery: Delivery, store: MemoryStore) -> list[tuple[str, str]]:
@@ -202,17 +223,156 @@ def test_an_acknowledged_duplicate_never_rests_on_a_row_that_is_lost() -> None:
         assert stored(delivery, store) == [("a", "2"), ("b", "3"), ("c", "5")]
 
 
+@pytest.mark.parametrize("fault", ["before", "after"])
+def test_an_id_in_doubt_is_not_decided_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    # Its append failed, and came to the store or not: until that is clear nobody decides.
+    store = MemoryStore()
+    turned_away = threading.Event()
+    undecided = Known.undecided
+
+    def turns_away(known: Known) -> StoreUnavailableError:
+        turned_away.set()
+        return undecided(known)
+
+    monkeypatch.setattr(Known, "undecided", turns_away)
+    with delivering(store, tmp_path) as delivery:
+        direct, route = delivery.open(options("direct", durability="store"), SCHEMA)
+        other, _ = delivery.open(options("other"), SCHEMA)
+        store.faults.append((fault, PAUSE))
+        send(route, direct, 0, ("a", "1"), ("b", "1"))
+        wait_for_doubt(route)
+        send(route, other, 0, ("a", "2"), ("c", "2"))
+        assert turned_away.wait(30)
+        assert not other.covers(0, 1)
+        # Meanwhile the lane goes on with what needs no deciding.
+        plain, _ = delivery.open(options("plain", dedupe="off"), SCHEMA)
+        send(route, plain, 0, ("a", "3"))
+        wait(plain)
+        assert plain.failure is None
+        assert not other.covers(0, 1)
+        try_again(route)
+        wait(direct)
+        wait(other)
+        assert (direct.failure, other.failure) == (None, None)
+        rows = [("a", "1"), ("a", "3"), ("b", "1"), ("c", "2")]
+        assert sorted(stored(delivery, store)) == rows
+        counts = [upload.summary("m")["rows_deduplicated"] for upload in (direct, other)]
+        assert counts == [0, 1]
+
+
+def test_of_two_uploads_in_memory_the_second_waits_for_the_first_ones_doubt() -> None:
+    store = MemoryStore()
+    with delivering(store, None) as delivery:
+        first, route = delivery.open(options("first"), SCHEMA)
+        second, _ = delivery.open(options("second"), SCHEMA)
+        store.gate.clear()
+        store.faults += [("before", outage()), ("after", outage())]
+        send(route, first, 0, ("a", "1"))
+        assert store.waiting.wait(30)
+        send(route, second, 0, ("a", "2"), ("b", "2"))
+        store.gate.set()
+        wait(first)
+        wait(second)
+        assert (first.failure, second.failure) == (None, None)
+        assert stored(delivery, store) == [("a", "1"), ("b", "2")]
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_rows_that_are_taken_together_do_not_count_on_each_other(refused: bool) -> None:
+    def refuse(batches: Sequence[pa.RecordBatch]) -> FletcherError | None:
+        bad = any("bad" in batch["text"].to_pylist() for batch in batches)
+        return ColumnTypeError("bad") if bad and refused else None
+
+    store = MemoryStore()
+    store.refuse = refuse
+    with delivering(store, None) as delivery:
+        plain, route = delivery.open(options("plain", dedupe="off"), SCHEMA)
+        bad, _ = delivery.open(options("bad"), SCHEMA)
+        good, _ = delivery.open(options("good"), SCHEMA)
+        store.gate.clear()
+        send(route, plain, 0, ("p", "1"))
+        assert store.waiting.wait(30)
+        send(route, bad, 0, ("a", "bad"))  # these are taken together
+        send(route, good, 0, ("a", "1"), ("b", "1"))
+        store.gate.set()
+        wait(bad)
+        wait(good)
+        assert (bad.failure is not None) == refused
+        kept = ("a", "1" if refused else "bad")
+        assert stored(delivery, store) == [("p", "1"), kept, ("b", "1")]
+
+
+def test_who_cannot_decide_is_told_to_come_again(tmp_path: Path) -> None:
+    store = MemoryStore()
+    with delivering(store, tmp_path, retry_s=0) as delivery:
+        asks, route = delivery.open(options("asks"), SCHEMA)
+        direct, _ = delivery.open(options("direct", durability="store"), SCHEMA)
+        plain, _ = delivery.open(options("plain", dedupe="off"), SCHEMA)
+        assert route.known.acquire(0)
+        send(route, asks, 0, ("a", "1"))
+        send(route, plain, 0, ("a", "2"))
+        wait(plain)
+        for upload in (asks, direct):
+            if upload is direct:
+                send(route, direct, 0, ("a", "3"))
+            wait(upload)
+            assert isinstance(upload.failure, StoreUnavailableError)
+            assert upload.failure.field == "dedupe"
+        delivery.open(options("later", dedupe="off"), SCHEMA)
+        route.known.release()
+        again, _ = delivery.open(options("again"), SCHEMA)
+        send(route, again, 0, ("a", "4"), ("b", "4"))
+        wait(again)
+        assert stored(delivery, store) == [("a", "2"), ("b", "4")]
+
+
+def test_rows_in_doubt_that_nobody_wants_any_more_let_others_decide(tmp_path: Path) -> None:
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        failed, route = delivery.open(options("failed", durability="store"), SCHEMA)
+        other, _ = delivery.open(options("other"), SCHEMA)
+        store.faults.append(("after", PAUSE))
+        send(route, failed, 0, ("a", "1"))
+        wait_for_doubt(route)
+        failed.fail(StoreUnavailableError("its connection is gone"))
+        route.lane.drop_failed()
+        send(route, other, 0, ("a", "2"))
+        wait(other)
+        assert other.failure is None
+        assert other.summary("m")["rows_deduplicated"] == 1
+        assert store.rows("d")["text"].to_pylist() == ["1"]
+
+
+def test_what_comes_while_the_store_is_read_is_known(tmp_path: Path) -> None:
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        plain, route = delivery.open(options("plain", dedupe="off"), SCHEMA)
+        read = store.scan
+
+        def scan(dataset: str, **fields: Any) -> pa.RecordBatchReader:
+            snapshot = read(dataset, **fields)
+            send(route, plain, 0, ("a", "1"))
+            wait(plain)  # does not wait for the reader
+            assert delivery.flush(30)
+            return snapshot
+
+        store.scan = scan  # type: ignore[method-assign]
+        upload, _ = delivery.open(options("one"), SCHEMA)
+        send(route, upload, 0, ("a", "2"), ("b", "2"))
+        wait(upload)
+        assert stored(delivery, store) == [("a", "1"), ("b", "2")]
+
+
 def test_rows_that_an_earlier_process_journaled_are_known(tmp_path: Path) -> None:
     store = MemoryStore()
-    store.gate.clear()
+    store.down = PAUSE
     with delivering(store, tmp_path) as delivery:
         upload, route = delivery.open(options("one"), SCHEMA)
         send(route, upload, 0, ("a", "1"), ("b", "2"), ("a", "3"))
         wait(upload)
-        for one in delivery._all_routes():  # as good as a crash for what is on disk
-            one.lane._closing.set()
     assert not store.batches["d"]
-    store.gate.clear()
     with delivering(store, tmp_path) as delivery:
         other, route = delivery.open(options("two"), SCHEMA)
         send(route, other, 0, ("b", "4"), ("c", "5"))
@@ -223,7 +383,8 @@ def test_rows_that_an_earlier_process_journaled_are_known(tmp_path: Path) -> Non
         again.announce(5)
         wait(again)
         assert again.complete
-        store.gate.set()
+        store.down = None
+        try_again(route)
         assert sorted(stored(delivery, store)) == [("a", "1"), ("b", "2"), ("c", "5"), ("d", "7")]
 
 

@@ -1,0 +1,135 @@
+"""A store's breaker, its clock in the test's hand."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+
+from fletcher.delivery.breaker import Breaker
+from fletcher.errors import (
+    ColumnTypeError,
+    FletcherError,
+    OverloadedError,
+    StoreUnavailableError,
+)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def breaker(clock: Clock) -> Breaker:
+    return Breaker("s", clock=clock, jitter=lambda: 1.0)
+
+
+def fail(breaker: Breaker, who: object = "a", error: FletcherError | None = None) -> None:
+    error = error or StoreUnavailableError("no disk")
+    with pytest.raises(type(error)), breaker.call(who):
+        raise error
+
+
+def test_it_opens_after_failures_in_a_row_only(breaker: Breaker) -> None:
+    for _ in range(5):
+        fail(breaker)
+        fail(breaker)
+        with breaker.call("a"):
+            pass
+    fail(breaker, error=OverloadedError("too much"))
+    fail(breaker, error=ColumnTypeError("not this"))
+    fail(breaker)
+    fail(breaker)
+    assert breaker.delay_s("a") == 0
+    fail(breaker)
+    assert breaker.delay_s("a") > 0
+
+
+def test_one_tries_after_the_pause_and_an_answer_closes_it_for_all(
+    breaker: Breaker, clock: Clock
+) -> None:
+    woken: list[None] = []
+    breaker.watch(lambda: woken.append(None))
+    for _ in range(3):
+        fail(breaker)
+    assert breaker.delay_s("b") == pytest.approx(0.1)
+    clock.now += 0.1
+    assert breaker.delay_s("b") == 0
+    with breaker.call("b"):
+        assert breaker.delay_s("a") == math.inf
+        assert breaker.snapshot()["state"] == "probing"
+        assert woken == []
+    assert breaker.delay_s("a") == 0
+    assert woken == [None]
+    assert breaker.snapshot() == {"state": "there", "outages": 1}
+
+
+def test_pauses_grow_and_who_failed_lets_others_go_first(breaker: Breaker, clock: Clock) -> None:
+    for _ in range(3):
+        fail(breaker)
+    pauses = []
+    for who in "abababababab":
+        pauses.append(breaker.delay_s(who))
+        clock.now += breaker.delay_s(who)
+        fail(breaker, who)
+        assert breaker.delay_s(who) > breaker.delay_s("another") > 0
+    assert pauses == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10, 10, 10, 10])
+
+
+def test_what_was_under_way_when_it_opened_makes_no_pause_longer(
+    breaker: Breaker, clock: Clock
+) -> None:
+    with pytest.raises(StoreUnavailableError), breaker.call("late"):
+        for _ in range(3):
+            fail(breaker)
+        clock.now += 0.02
+        raise StoreUnavailableError("no answer within the deadline")
+    assert breaker.delay_s("a") == pytest.approx(0.08)
+
+
+def test_the_stores_own_word_on_when_to_come_again(breaker: Breaker) -> None:
+    for _ in range(3):
+        fail(breaker, error=StoreUnavailableError("locked", retry_after_ms=4000))
+    assert breaker.delay_s("a") == 4
+
+
+def test_an_opening_that_goes_well_lets_rows_try_and_proves_nothing(
+    breaker: Breaker, clock: Clock
+) -> None:
+    # A store whose disk is full opens datasets: it was back at each, and away at each append.
+    for _ in range(3):
+        fail(breaker)
+    with pytest.raises(StoreUnavailableError, match="away for 0 s: no disk") as caught:
+        breaker.check("a")
+    assert caught.value.retry_after_ms == 100
+    clock.now += 0.1
+    breaker.check("a")
+    with breaker.call("a", proof=False):
+        pass
+    assert breaker.snapshot()["state"] == "away"
+    assert breaker.delay_s("a") == 0
+
+
+def test_coming_and_going_are_logged_once(
+    breaker: Breaker, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in range(20):
+        clock.now += breaker.delay_s("a")
+        fail(breaker)
+    clock.now += 12
+    with breaker.call("a"):
+        pass
+    away, back = [one.message for one in caplog.records]
+    assert away == "store s is away: no disk"
+    assert back.startswith("store s is back after ")
