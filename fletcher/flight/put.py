@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.delivery.known import Screen
 from fletcher.delivery.route import Route
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.screen import Screen
 from fletcher.delivery.upload import Upload
 from fletcher.errors import DrainingError, FletcherError, InvalidCommandError
 from fletcher.flight.call import (

@@ -27,19 +27,18 @@ from fletcher.errors import (
     ColumnTypeError,
     FletcherError,
     InvalidCommandError,
-    RowTooLargeError,
     UnknownColumnError,
 )
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.arrays import (
     decoded_bytes,
     large_utf8,
-    null_mask,
     text_offsets,
     validate,
     viewed_bytes,
     without_views,
 )
+from fletcher.pipeline.row_errors import RowErrors
 
 INTERACTIVE_ROWS = 32
 INTERACTIVE_BYTES = 32 * 1024
@@ -201,7 +200,7 @@ class Intake:
         else:
             text = large_utf8(text)
             sizes = np.diff(text_offsets(text))
-        errors = _RowErrors(used, sizes, self._limits.max_row_bytes)
+        errors = RowErrors(used, sizes, self._limits.max_row_bytes)
         held_bytes = self._held_bytes(batch, used)
         shared = new_table = False
         if dictionary is not None and len(dictionary) <= self._limits.table_values:
@@ -382,37 +381,6 @@ def _plain(field: pa.Field) -> pa.Field:
     """Dictionaries leave as what they stand for: stores read plain columns."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     return pa.field(field.name, kind)
-
-
-class _RowErrors:
-    """Which rows of a batch cannot be embedded; as masks, for they may be millions."""
-
-    def __init__(self, rows: pa.RecordBatch, sizes: Int64Array, max_row_bytes: int) -> None:
-        self._no_text = null_mask(rows.column("text"))
-        sizes[self._no_text] = 0  # a null may cover bytes
-        self._sizes = sizes
-        self._max_row_bytes = max_row_bytes
-        self._no_id = null_mask(rows.column("id")) if "id" in rows.schema.names else None
-
-    def of(self, first: int, last: int) -> dict[int, FletcherError]:
-        """Errors of rows first to last, the last not included, counted from the first."""
-        errors: dict[int, FletcherError] = {}
-        rows = slice(first, last)
-        for row in np.flatnonzero(self._no_text[rows]).tolist():
-            errors[row] = InvalidCommandError("`text` is null", field="text")
-        for row in np.flatnonzero(self._sizes[rows] > self._max_row_bytes).tolist():
-            errors[row] = RowTooLargeError(
-                f"`text` has {self._sizes[first + row]} bytes, at most {self._max_row_bytes} are "
-                "accepted",
-                field="text",
-                allowed=[f"<= {self._max_row_bytes} bytes"],
-            )
-        if self._no_id is not None:
-            for row in np.flatnonzero(self._no_id[rows]).tolist():
-                errors[row] = InvalidCommandError(
-                    "`id` is null; give every row an id, or leave the column out", field="id"
-                )
-        return errors
 
 
 def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:

@@ -13,10 +13,11 @@ import pytest
 
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.fingerprints import FingerprintMap, fingerprints
-from fletcher.delivery.known import Known, Screen
+from fletcher.delivery.known import Known
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.route import JournalConfig, Route
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.screen import Screen
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     ColumnTypeError,
