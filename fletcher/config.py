@@ -141,6 +141,20 @@ class ServeConfig:
     max_batch_tokens: int = _option(
         0, "model", WHOLE, "tokens in one run, 0: the engine's best; more: throughput, latency"
     )
+    embedding_cache: int = _option(
+        0,
+        "model",
+        SIZE,
+        "room for vectors of texts embedded before, beside --max-memory; 0: none, for where texts "
+        "do not repeat it costs a hash a text and gives nothing",
+    )
+    embedding_cache_dir: Path | None = _option(
+        None,
+        "model",
+        FOLDER,
+        "keep the embedding cache in a file here, at least 64MiB: it outlives the server, and each "
+        "look is slower than memory's",
+    )
     max_queue_delay_ms: float = _option(
         5, "model", MILLISECONDS, "wait to fill a run; more: fuller runs, later answers"
     )
@@ -232,6 +246,12 @@ class ServeConfig:
                 f"`max_message_bytes` is {self.max_message_bytes}, more than `max_memory` "
                 f"({self.max_memory}), in which a message must fit",
                 field="max_message_bytes",
+            )
+        if self.embedding_cache_dir is not None and self.embedding_cache < 64 * MIB:
+            raise ConfigError(
+                f"`embedding_cache` is {self.embedding_cache}, expected at least 64MiB with "
+                "`embedding_cache_dir`",
+                field="embedding_cache",
             )
         _ = self.store_addresses
 

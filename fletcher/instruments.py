@@ -204,6 +204,12 @@ class Instruments:
         self.rows_deduplicated = Counter(
             "rows.deduplicated", "{row}", "Rows not stored because they were there already"
         )
+        self.cache_hits = Counter("cache.hits", "{text}", "Texts whose vector was in the cache")
+        self.cache_misses = Counter("cache.misses", "{text}", "Texts that had to be embedded")
+        self.cache_memory = Gauge("cache.memory", "By", "Size of the embedding cache")
+        self.known_memory = Gauge(
+            "known.memory", "By", "Memory of what is known of datasets' rows, to drop duplicates"
+        )
         self.device_batches = Counter("device.batches", "{batch}", "Runs of the model", "device")
         self.device_tokens = Counter("device.tokens", "{token}", "Tokens computed", "device")
         self.device_padded_tokens = Counter(

@@ -26,8 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "truncate": ("end", "start", "error"),
     "chunking": ("none",),
     "on_error": ("continue", "abort"),
-    "mode": ("append", "upsert", "overwrite"),
-    "dedupe": ("off",),
+    "mode": ("append", "upsert", "overwrite", "delta"),
+    "dedupe": ("off", "text", "id"),
     "durability": ("journal", "store", "memory"),
     "priority": ("bulk", "interactive"),
 }
@@ -37,7 +37,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 NOT_SUPPORTED: dict[str, tuple[str, ...] | None] = {
     "dtype": ("int8", "ubinary"),
     "chunking": None,
-    "dedupe": ("text", "id"),
 }
 
 
@@ -63,8 +62,10 @@ class EmbedOptions:
         columns: Input columns to carry through to the output.
         include_text: Carry the text itself; None: true for stores, false for DoExchange.
         on_error: `continue` reports a failed row and goes on; `abort` ends the call with its error.
-        mode: `append`, `upsert` (replace by id) or `overwrite` (replace the dataset).
-        dedupe: Content deduplication.
+        mode: `append`, `upsert` (replace by id), `overwrite` (replace the dataset) or `delta`
+            (upsert, without the rows whose id is stored with the same text).
+        dedupe: `id` or `text` drops rows whose id or text came earlier or is stored; `off` keeps
+            them all. Goes with the modes `append` and `overwrite`.
         durability: When a row is acknowledged and counts as durable: `journal` (it is on the
             server's disk, on its way), `store` (the store has it), `memory` (as received, never
             durable); None: `journal` where the server has one, else `store`.
@@ -126,6 +127,7 @@ class EmbedOptions:
                     f"`{name}` is {_shown(value)}, expected 1 to {MAX_NUMBER}", field=name
                 )
         _check_columns(self.columns)
+        self._check_duplicates()
 
     @classmethod
     def from_mapping(cls, fields: Mapping[str, Any]) -> EmbedOptions:
@@ -143,6 +145,22 @@ class EmbedOptions:
                     allowed=FIELD_NAMES,
                 )
         return cls(**fields)
+
+    def _check_duplicates(self) -> None:
+        if self.dedupe != "off" and self.mode not in ("append", "overwrite"):
+            raise InvalidCommandError(
+                f"`dedupe` is {self.dedupe} and `mode` is {self.mode}, which replaces rows by id; "
+                "leave one of them out",
+                field="dedupe",
+                allowed=["off"],
+            )
+        if self.include_text is False and (self.dedupe == "text" or self.mode == "delta"):
+            asked = "`dedupe` is text" if self.dedupe == "text" else "`mode` is delta"
+            raise InvalidCommandError(
+                f"`include_text` is false, but {asked}, which compares stored texts; store them",
+                field="include_text",
+                allowed=["true"],
+            )
 
     def to_mapping(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON-ready values."""

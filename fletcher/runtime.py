@@ -22,6 +22,8 @@ from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo, detect_host, resolve
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.registry import Registry
+from fletcher.pipeline.cache import EmbeddingCache, MemoryShelf
+from fletcher.pipeline.disk_shelf import DiskShelf
 from fletcher.pipeline.embedder import Embedder, EmbedderConfig
 from fletcher.pipeline.intake import IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 
 # Of --max-memory, what data in flight may take; the rest is for code, libraries and their caches.
 _BUDGET_SHARE = 0.5
+# And what is known of datasets' rows, to drop duplicates: by default some
+# 15 million ids (17 bytes each), or 8 million with their texts (32).
+_KNOWN_SHARE = 0.125
 _COMMIT_ROWS = 50_000
 _SEGMENT_BYTES = 128 << 20
 # Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
@@ -174,6 +179,7 @@ class Runtime:
                 store_retry_s=config.store_retry_s,
                 # Four times as slow is cut off.
                 slow_append_s=config.store_timeout_s / 4,
+                max_known_bytes=int(config.max_memory * _KNOWN_SHARE),
             ),
             telemetry,
             JournalConfig(
@@ -269,6 +275,7 @@ def _embedder(
         budget=budget,
         telemetry=telemetry,
         crowded=lambda: pressure.grade is not Grade.NORMAL,
+        cache=_cache(config, bundle, replicas, telemetry) if config.embedding_cache else None,
     )
 
 
@@ -282,6 +289,20 @@ def _signals(budget: MemoryBudget, calls: Calls, delivery: Delivery, embedder: E
         journal=delivery.journal_share,
         store_away=delivery.store_away,
         queue=embedder.queued_windows(),
+    )
+
+
+def _cache(
+    config: ServeConfig, bundle: ModelBundle, replicas: list[BackendConfig], telemetry: Telemetry
+) -> EmbeddingCache:
+    # Engines and precisions give vectors that differ in their last digits.
+    engines = {f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas}
+    folder, max_bytes = config.embedding_cache_dir, config.embedding_cache
+    return EmbeddingCache(
+        [bundle.qualified_name, *sorted(engines)],
+        bundle.dim,
+        MemoryShelf(max_bytes) if folder is None else DiskShelf(folder, max_bytes),
+        telemetry,
     )
 
 

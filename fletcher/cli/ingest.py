@@ -70,7 +70,15 @@ def add_parser(subparsers: Any) -> None:
         "--mode",
         choices=CHOICES["mode"],
         default="append",
-        help="append, replace rows by id, or replace the dataset (default: append)",
+        help="append, replace rows by id (upsert), replace the dataset (overwrite), or embed only "
+        "rows that are new or changed (delta) (default: append)",
+    )
+    group.add_argument(
+        "--dedupe",
+        choices=CHOICES["dedupe"],
+        default="off",
+        help="drop rows whose id or text came before or is stored; reads that column of the "
+        "dataset once (default: off)",
     )
     group.add_argument(
         "--dtype", choices=CHOICES["dtype"], help="float16 takes half the room (store's choice)"
@@ -139,6 +147,7 @@ def _options(args: argparse.Namespace) -> EmbedOptions:
         id_column=args.id or "id",
         columns=args.columns,
         mode=args.mode,
+        dedupe=args.dedupe,
         dtype=args.dtype,
         dims=args.dims,
         prompt=args.prompt,

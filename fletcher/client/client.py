@@ -238,8 +238,12 @@ class Client:
 
 
 def ingest_id(source: Source, options: EmbedOptions) -> str:
-    """The `upload_id` of files with options: the same for the same, random where unrepeatable."""
-    if not source.reiterable:
+    """The `upload_id` of files with options: the same for the same, random where unrepeatable.
+
+    A delta asks of every row anyway what is stored. Under one name, files that were changed and
+    changed back would count as sent, while the store has what came between.
+    """
+    if not source.reiterable or options.mode == "delta":
         return uuid.uuid4().hex
     digest = hashlib.sha256(source.content_hash().encode())
     digest.update(replace(options, upload_id=None, priority=None).to_json())

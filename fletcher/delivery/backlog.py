@@ -100,6 +100,11 @@ class Backlog:
         """When the rows that go next arrived; there must be some."""
         return self._sent[0].rows[0].arrived if self._sent else self._new[0].arrived
 
+    @property
+    def sent(self) -> Iterable[Group]:
+        """The groups that were sent before."""
+        return self._sent
+
     def oldest_in_memory(self) -> float | None:
         """When the first of the rows that are not journaled arrived, if there are such."""
         if not self._num_in_memory:

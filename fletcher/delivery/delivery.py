@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from fletcher.delivery.breaker import PASSING, Breaker
 from fletcher.delivery.journal import Journal, JournalSpace, journals, lock_journal
+from fletcher.delivery.known import KnownSpace
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.outbox import from_journal
 from fletcher.delivery.route import JournalConfig, Route
@@ -65,6 +66,8 @@ class Delivery:
         self._space = JournalSpace(journal.max_bytes) if journal is not None else None
         self._journal_lock = lock_journal(journal.folder) if journal is not None else None
         self._config = config
+        self._known_space = KnownSpace(config.max_known_bytes)
+        telemetry.known_memory.watch(lambda: self._known_space.used_bytes)
         self._telemetry = telemetry
         self._lock = threading.Lock()
         self._routes: dict[tuple[str, str], Route] = {}
@@ -109,6 +112,7 @@ class Delivery:
         Raises:
             UploadConflictError: The upload is in progress with other options.
             ModelMismatchError, DimensionMismatchError, ColumnTypeError: The dataset differs.
+            InvalidCommandError: The dataset cannot be asked for duplicates.
             StoreUnavailableError: The store does not answer.
         """
         name, store = self.store(options.store)
@@ -138,16 +142,19 @@ class Delivery:
     ) -> tuple[Upload, Route]:
         name, dataset, upload_id = key
         durability = self._durability(options)
-        fingerprint = (schema, schema.metadata, options.mode, durability)
-        mode: WriteMode = options.mode  # type: ignore[assignment]
+        fingerprint = (schema, schema.metadata, options.mode, options.dedupe, durability)
+        mode = _write_mode(options)
+        known_by = _known_by(options)
         self._breakers[name].check(None)  # else each caller waits for its own deadline
         route = self._enter(key, store)
         try:
             upload = self._join(key, fingerprint)
             if upload is not None:
                 if upload.fingerprint is None:
-                    self._identify(upload, store, fingerprint)
+                    self._identify(upload, store, fingerprint, known_by)
                 self._open(route, schema, "append" if mode == "overwrite" else mode)
+                if known_by is not None:
+                    route.known.load(known_by)
                 return upload, route
             stored: list[tuple[int, int]] = []
             failed = self._uploads.get(key)
@@ -161,12 +168,15 @@ class Delivery:
             self._open(route, schema, mode)
             if mode == "overwrite":
                 self._forget_dataset(name, dataset)
+            if known_by is not None:
+                route.known.load(known_by)
             new = Upload(
                 dataset,
                 upload_id,
                 fingerprint=fingerprint,
                 durability=durability,
                 upsert=mode == "upsert",
+                known_by=known_by,
                 stored=stored,
             )
             if failed is not None:
@@ -295,9 +305,12 @@ class Delivery:
         except TimeoutError:
             raise StoreUnavailableError("the store does not answer; try again later") from None
 
-    def _identify(self, upload: Upload, store: Store, fingerprint: tuple[Any, ...]) -> None:
+    def _identify(
+        self, upload: Upload, store: Store, fingerprint: tuple[Any, ...], known_by: str | None
+    ) -> None:
         """An upload known from the journal alone is resumed."""
         self._look_up(upload, store)
+        upload.known_by = known_by
         upload.fingerprint = fingerprint
 
     def _look_up(self, upload: Upload, store: Store) -> None:
@@ -334,6 +347,7 @@ class Delivery:
             self._retire,
             journal=journal,
             space=self._space,
+            known_space=self._known_space,
         )
         for group in route.left_behind:
             info = group.info
@@ -370,7 +384,7 @@ class Delivery:
             elif upload.fingerprint not in (None, fingerprint):
                 raise UploadConflictError(
                     f"upload {key[2]!r} into `{key[1]}` was begun with another schema, model, "
-                    "mode or durability; finish it as begun, or choose another `upload_id`",
+                    "mode, dedupe or durability; finish it as begun, or choose another `upload_id`",
                     field="upload_id",
                 )
             upload.connections += 1
@@ -414,6 +428,18 @@ class Delivery:
 
     def _depth(self) -> int:
         return sum(route.lane.depth() for route in self._all_routes())
+
+
+def _write_mode(options: EmbedOptions) -> WriteMode:
+    """What rows do in the store: those of a delta that are new or changed replace by id."""
+    return "upsert" if options.mode == "delta" else options.mode  # type: ignore[return-value]
+
+
+def _known_by(options: EmbedOptions) -> str | None:
+    """By what an upload knows rows that are there already; None: it does not ask."""
+    if options.mode == "delta":
+        return "delta"
+    return None if options.dedupe == "off" else options.dedupe
 
 
 def _as_number(breaker: Breaker) -> float:

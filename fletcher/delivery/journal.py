@@ -108,6 +108,7 @@ class Journal:
         self._space = space
         self._segment_bytes = segment_bytes
         self._retention_s = retention_s
+        self._appending = threading.Lock()
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         self._file: BinaryIO | None = None  # of the last segment, while it is written
@@ -155,15 +156,16 @@ class Journal:
             JournalFullError: The disk is full; nothing of these groups is kept.
             OSError: The disk fails otherwise; the same.
         """
-        try:
-            return self._append(groups, schema)
-        except OSError as error:
-            self._undo()
-            if error.errno in _NO_ROOM:
-                raise JournalFullError(
-                    "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
-                ) from None
-            raise
+        with self._appending:
+            try:
+                return self._append(groups, schema)
+            except OSError as error:
+                self._undo()
+                if error.errno in _NO_ROOM:
+                    raise JournalFullError(
+                        "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
+                    ) from None
+                raise
 
     def _append(
         self, groups: Sequence[tuple[GroupInfo, pa.RecordBatch]], schema: pa.Schema
@@ -189,12 +191,18 @@ class Journal:
         with self._lock:
             segment = group.segment
             segment.unsettled -= 1
+            group.settled = True
             is_open = self._file is not None and self._segments[-1] is segment
             done = segment.unsettled == 0 and not is_open
             if done:
                 self._segments.remove(segment)
         if done:
             self._dispose(segment)
+
+    def waiting(self) -> list[JournaledGroup]:
+        """Groups that are not settled, in the order they were written."""
+        with self._lock:
+            return [one for seg in self._segments for one in seg.groups if not one.settled]
 
     def reject(self, group: JournaledGroup, reason: str) -> None:
         """Keeps a group that the store refused for good for a person to find; settle it after."""
@@ -211,7 +219,8 @@ class Journal:
 
     def close(self) -> None:
         """Closes the open segment, and deletes it where nothing in it is needed any more."""
-        self._roll()
+        with self._appending:
+            self._roll()
 
     @property
     def num_bytes(self) -> int:

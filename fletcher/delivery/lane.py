@@ -8,6 +8,10 @@ all, the lane's pace how much at once.
 
 Rows come from memory or from the journal. Those in memory are given up when the store stays away
 too long, and their client is told; those in the journal wait for it, however long that takes.
+
+Which rows in memory are duplicates is decided before they are first sent, and a group keeps that.
+As long as one is in doubt the lane keeps the right to decide, so that nobody takes its rows for new
+ones, nor for stored ones. Groups with rows in common do not share an append: one might be lost.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import pyarrow as pa
 
 from fletcher.delivery.backlog import Backlog
 from fletcher.delivery.breaker import PASSING, Breaker
+from fletcher.delivery.known import Known, keys_of
 from fletcher.delivery.pace import Pace
 from fletcher.delivery.rows import Group, Rows, WriterKind, writer_kind
 from fletcher.errors import FletcherError, InternalError, OverloadedError, StoreUnavailableError
@@ -34,6 +39,8 @@ from fletcher.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 _LINGER_S = 5.0
+# How long the lane waits at once for the right to decide; an outbox has it for a sync or two.
+_TURN_S = 0.2
 # What is joined and encoded for an append is in memory up to four times, beside what the streams'
 # allowances count; utf8 columns hold less than 2 GiB, too.
 _COMMIT_BYTES = 32 << 20
@@ -49,6 +56,7 @@ class DeliveryConfig:
         group_delay_s: What a row may wait for its group to fill.
         store_retry_s: How long an append is tried before its uploads get an error.
         slow_append_s: An append that takes longer is followed by smaller ones.
+        max_known_bytes: Memory for what is known of all datasets' rows, to drop duplicates.
     """
 
     group_rows: int
@@ -56,6 +64,7 @@ class DeliveryConfig:
     group_delay_s: float
     store_retry_s: float
     slow_append_s: float
+    max_known_bytes: int = 64 << 20
 
 
 class Lane:
@@ -67,6 +76,7 @@ class Lane:
         config: Groups and retries.
         breaker: The store's.
         telemetry: Where counts, durations and spans go.
+        known: What the dataset holds.
         on_idle: Asked when the lane has had no user for a while; True lets it end.
     """
 
@@ -77,6 +87,7 @@ class Lane:
         config: DeliveryConfig,
         breaker: Breaker,
         telemetry: Telemetry,
+        known: Known,
         on_idle: Callable[[Lane], bool],
     ) -> None:
         self.store = store
@@ -86,6 +97,7 @@ class Lane:
         self._config = config
         self._breaker = breaker
         self._telemetry = telemetry
+        self._known = known
         self._on_idle = on_idle
         self._changed = threading.Condition()
         self._backlog = Backlog()
@@ -97,6 +109,8 @@ class Lane:
         self._written: WriterKind | None = None  # what the writer was opened for
         self._failing: tuple[float, FletcherError] | None = None  # since when, and why last
         self._was_away = False
+        self._may_decide = False  # from the first send of a group until `_decided` is empty
+        self._decided: dict[int, Group] = {}  # by identity, and not settled
         breaker.watch(self._wake)
         self.thread = threading.Thread(target=self._run, name=f"lane-{dataset}", daemon=True)
         self.thread.start()
@@ -132,6 +146,8 @@ class Lane:
         """Lets go of the rows of failed uploads: their clients were told, and send them again."""
         with self._changed:
             failed = self._backlog.remove(lambda rows: rows.dropped)
+            if not self._in_append:
+                self._let_go()
             self._changed.notify_all()
         for rows in failed:
             rows.released()
@@ -161,6 +177,8 @@ class Lane:
         self.close()
         self._breaker.unwatch(self._wake)
         self._give_up(self._take_all(), _shutting_down())
+        with self._changed:
+            self._let_go()
         self._close_writer()
 
     def _step(self) -> bool:
@@ -191,6 +209,7 @@ class Lane:
         elif idle and self._on_idle(self):
             return False
         with self._changed:
+            self._let_go()
             self._in_append = False
             self._changed.notify_all()
         return True
@@ -263,6 +282,17 @@ class Lane:
             group_rows=self._config.group_rows,
         )
 
+    def _let_go(self, going: Sequence[Group] = ()) -> None:
+        """Others may decide once nothing that was decided here is in doubt."""
+        lost = self._decided.keys() - {id(group) for group in (*self._backlog.sent, *going)}
+        for one in lost:  # given up or refused: the store may have it, and can tell
+            del self._decided[one]
+        if lost:
+            self._known.doubt()
+        if self._may_decide and not self._decided:
+            self._may_decide = False
+            self._known.release()
+
     def _take_all(self) -> list[Rows]:
         with self._changed:
             for _, _, ready in self._openings:
@@ -290,12 +320,24 @@ class Lane:
             stored = schema.append(pa.field("batch_key", pa.utf8()))
             self._writer = self.store.open_writer(self.dataset, stored, mode)
             self._written = wanted
+            if mode == "overwrite":
+                self._known.doubt()
         return self._writer
 
     def _store(self, groups: Sequence[Group], *, full: bool) -> None:
-        started = time.monotonic()
+        started, taken = time.monotonic(), groups
+        asking = not groups[0].rows[0].journaled and any(group.known_by for group in groups)
+        if asking:
+            with self._changed:
+                self._let_go(groups)
+        if asking and not self._may_decide:
+            self._may_decide = self._known.acquire(_TURN_S)
+            if not self._may_decide:
+                self._failed(groups, self._known.undecided(), started)
+                return
         try:
             with self._breaker.call(self):
+                groups = self._decide(taken) if asking else taken
                 slow_down = self._append(groups)
         except PASSING as error:
             self._telemetry.store_retries.add()
@@ -309,9 +351,29 @@ class Lane:
             text = "storing failed in an unexpected way; the log has more"
             self._refused(groups, InternalError(text))
         else:
-            self.pace.stored(time.monotonic() - started, full=full, slow_down=slow_down)
+            self.pace.stored(
+                time.monotonic() - started, full=full and groups is taken, slow_down=slow_down
+            )
             self._settle(groups, None)
         self._failing = None
+
+    def _decide(self, groups: Sequence[Group]) -> Sequence[Group]:
+        """The groups that go now, decided: those before one that has a row in common with them."""
+        sent: dict[str, set[bytes]] = {
+            group.known_by: set() for group in groups if group.known_by is not None
+        }
+        for place, group in enumerate(groups):
+            kind = group.known_by
+            if kind is not None and id(group) not in self._decided:
+                if not sent[kind].isdisjoint(keys_of(kind, group.rows)):
+                    with self._changed:
+                        self._backlog.put_back(groups[place:])
+                    return groups[:place]
+                group.rows = self._known.decide(group.rows)
+                self._decided[id(group)] = group
+            for one in sent:
+                sent[one] |= keys_of(one, group.rows)
+        return groups
 
     def _append(self, groups: Sequence[Group]) -> bool:
         """Stores the groups, of those in doubt what is not there; whether to slow down."""
@@ -363,16 +425,24 @@ class Lane:
                 rows.upload.fail(error)
                 rows.refused(error.message)
             else:
-                stored = rows.num_rows - (0 if null_vectors else len(rows.failed))
+                stored = rows.num_rows - len(rows.left_out(null_vectors=null_vectors))
                 self._telemetry.rows_stored.add(stored)
+                if not rows.journaled:
+                    self._known.add(rows)
                 rows.upload.settle(rows.first, rows.last, stored=stored)
             rows.released()
+        if error is not None:
+            self._known.doubt()
+        else:
+            for group in groups:
+                self._decided.pop(id(group), None)
 
     def _give_up(self, taken: Sequence[Rows], error: FletcherError) -> None:
         for rows in taken:
             if not rows.journaled:
                 rows.upload.fail(error)
                 rows.released()
+                self._known.doubt()  # it may have been sent
 
     def _close_writer(self) -> None:
         writer, self._writer, self._written = self._writer, None, None

@@ -1,7 +1,8 @@
 """Brings a dataset's groups into its journal, many with one sync, and from there to its lane.
 
 What waits here is in memory and not acknowledged; what has passed is on disk and is. A journal that
-is full, or whose disk is, holds groups back: their streams hold their memory, and clients wait.
+is full, or whose disk is, holds groups back: their streams hold their memory, and clients wait. So
+do rows that may be duplicates of rows that the lane has on their way (see `known`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from collections import deque
 from collections.abc import Sequence
 
 from fletcher.delivery.journal import Journal, JournalSpace
+from fletcher.delivery.known import Known
 from fletcher.delivery.lane import Lane
 from fletcher.delivery.rows import Rows
 from fletcher.delivery.segment import GroupInfo, JournaledGroup
 from fletcher.delivery.upload import Upload
-from fletcher.errors import FletcherError, InternalError, JournalFullError
+from fletcher.errors import FletcherError, InternalError, JournalFullError, StoreUnavailableError
 from fletcher.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,9 @@ class Outbox:
         journal: The dataset's; recovered.
         space: What all journals share.
         lane: Where groups go from here.
-        patience_s: How long a full journal is waited for before an upload gets an error.
+        known: What the dataset holds.
+        patience_s: How long a full journal, or the right to decide what is a duplicate, is waited
+            for before an upload gets an error.
         telemetry: Where durations go.
     """
 
@@ -47,6 +51,7 @@ class Outbox:
         journal: Journal,
         space: JournalSpace,
         lane: Lane,
+        known: Known,
         *,
         patience_s: float,
         telemetry: Telemetry,
@@ -54,21 +59,24 @@ class Outbox:
         self._journal = journal
         self._space = space
         self._lane = lane
+        self._known = known
         self._patience_s = patience_s
         self._telemetry = telemetry
         self._changed = threading.Condition()
         self._pending: deque[Rows] = deque()
         self._writing = False
         self._closing = threading.Event()
-        name = f"outbox-{lane.dataset}"
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.thread.start()
+        self._thread: threading.Thread | None = None  # from the first group on
 
     def put(self, group: Rows) -> None:
         """Queues a group; never blocks, the streams' allowances bound what can be here."""
         with self._changed:
             self._pending.append(group)
             self._changed.notify_all()
+            if self._thread is None and not self._closing.is_set():
+                name = f"outbox-{self._lane.dataset}"
+                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._thread.start()
 
     @property
     def idle(self) -> bool:
@@ -77,12 +85,13 @@ class Outbox:
             return not self._pending and not self._writing
 
     def close(self) -> None:
-        """Ends the thread and closes the journal; what was not journaled is given up."""
-        self._closing.set()
+        """Ends the thread; what was not journaled is given up."""
         with self._changed:
+            self._closing.set()
             self._changed.notify_all()
-        self.thread.join()
-        self._journal.close()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def _run(self) -> None:
         while True:
@@ -113,13 +122,17 @@ class Outbox:
         return bool(self._pending) or self._closing.is_set()
 
     def _take(self) -> list[Rows]:
-        """The oldest groups of one schema, as many as one sync is good for."""
+        """The oldest groups of one schema and known by one, as many as one sync is good for."""
         taken: list[Rows] = []
         num_rows = 0
         while self._pending:
             group = self._pending[0]
             full = num_rows + group.num_rows > _SYNC_ROWS and not self._closing.is_set()
-            if taken and (full or group.schema != taken[0].schema):
+            if taken and (
+                full
+                or group.schema != taken[0].schema
+                or group.upload.known_by != taken[0].upload.known_by
+            ):
                 break
             self._pending.popleft()
             taken.append(group)
@@ -138,18 +151,24 @@ class Outbox:
             try:
                 if not self._space.wait_for_room(_FULL_POLL_S):
                     raise self._space.full()
-                with self._telemetry.stage_duration.time(stage="journal"):
-                    journaled = self._journal.append(
-                        [(_info(group), group.load()) for group in groups], groups[0].schema
-                    )
-                break
-            except JournalFullError:
+                with self._known.deciding(groups, wait_s=_FULL_POLL_S) as decided:
+                    self._journal_all(decided)
+            except (JournalFullError, StoreUnavailableError):
                 if self._closing.is_set() or time.monotonic() > deadline:
                     raise
                 self._journal.close()  # its open segment may be what takes the room
                 self._lane.hurry()
                 self._closing.wait(_FULL_POLL_S)
+            else:
+                return
+
+    def _journal_all(self, groups: Sequence[Rows]) -> None:
+        with self._telemetry.stage_duration.time(stage="journal"):
+            journaled = self._journal.append(
+                [(_info(group), group.load()) for group in groups], groups[0].schema
+            )
         for group, on_disk in zip(groups, journaled, strict=True):
+            self._known.add(group)
             group.upload.secure(group.first, group.last)
             group.released()
             self._lane.put(from_journal(group.upload, on_disk, self._journal))
@@ -177,10 +196,16 @@ def from_journal(
         journaled=True,
         refused=functools.partial(journal.reject, on_disk),
         doubtful=doubtful,
+        unsent=info.unsent,
     )
 
 
 def _info(group: Rows) -> GroupInfo:
     return GroupInfo(
-        group.upload.upload_id, group.first, group.last, group.failed, group.upload.upsert
+        group.upload.upload_id,
+        group.first,
+        group.last,
+        group.failed,
+        group.upload.upsert,
+        group.unsent,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.journal import Journal, JournalSpace
+from fletcher.delivery.known import Known, KnownSpace
 from fletcher.delivery.lane import DeliveryConfig, Lane
 from fletcher.delivery.outbox import Outbox
 from fletcher.delivery.rows import Rows
@@ -47,6 +48,7 @@ class Route:
         on_idle: Asked when nothing is under way; True lets the route end.
         journal: The dataset's journal; None: rows stay in memory until they are stored.
         space: What all journals share.
+        known_space: Memory for what is known of datasets.
     """
 
     def __init__(
@@ -60,27 +62,35 @@ class Route:
         *,
         journal: Journal | None,
         space: JournalSpace | None,
+        known_space: KnownSpace,
     ) -> None:
         self.users = 0  # guarded by Delivery
         self.journal = journal
         self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
-        self.lane = Lane(store, dataset, config, breaker, telemetry, lambda _: on_idle(self))
-        self._outbox = (
-            Outbox(
-                journal,
-                space,
-                self.lane,
-                patience_s=config.store_retry_s,
-                telemetry=telemetry,
-            )
-            if journal is not None and space is not None
-            else None
+        self.known = Known(store, dataset, journal, known_space, telemetry)
+        self.lane = Lane(
+            store, dataset, config, breaker, telemetry, self.known, lambda _: on_idle(self)
         )
+        # Two threads: rows of uploads that may have to wait for the store, to be told from those
+        # that are in doubt there, hold up no others.
+        self._outboxes: list[Outbox] = []
+        if journal is not None and space is not None:
+            self._outboxes = [
+                Outbox(
+                    journal,
+                    space,
+                    self.lane,
+                    self.known,
+                    patience_s=config.store_retry_s,
+                    telemetry=telemetry,
+                )
+                for _ in range(2)
+            ]
 
     def put(self, rows: Rows) -> None:
         """Queues rows; never blocks, the streams' allowances bound what can be here."""
-        if self._outbox is not None and rows.upload.journaled:
-            self._outbox.put(rows)
+        if self._outboxes and rows.upload.journaled:
+            self._outboxes[rows.upload.known_by is not None].put(rows)
         else:
             self.lane.put(rows)
 
@@ -99,8 +109,11 @@ class Route:
 
     def release(self) -> None:
         """Closes the journal of a route that is idle and will not be used again."""
-        if self._outbox is not None:
-            self._outbox.close()
+        for outbox in self._outboxes:
+            outbox.close()
+        if self.journal is not None:
+            self.journal.close()
+        self.known.close()
 
     def close(self) -> None:
         """Ends the threads: what is in memory is given up, what is journaled stays on disk."""
@@ -112,4 +125,4 @@ class Route:
     @property
     def idle(self) -> bool:
         """Nothing is queued, journaled or being stored."""
-        return (self._outbox is None or self._outbox.idle) and self.lane.idle
+        return all(outbox.idle for outbox in self._outboxes) and self.lane.idle

@@ -27,6 +27,9 @@ class Rows:
         num_rows: How many.
         num_bytes: What they take in memory.
         failed: Places of rows with a null vector.
+        unsent: Places of rows that the store does not get: duplicates, and failed rows of uploads
+            that drop duplicates, for a repaired one must not be taken for one.
+        num_dropped: How many of these were found to be duplicates when they were about to go.
         load: Gives the output columns.
         released: Called once the rows are stored, or given up.
         journaled: They are on disk, as a group whose extent is fixed, and stay there if given up.
@@ -46,6 +49,8 @@ class Rows:
     journaled: bool = False
     refused: Callable[[str], None] = lambda _reason: None
     doubtful: bool = False
+    unsent: tuple[int, ...] = ()
+    num_dropped: int = 0
     arrived: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -56,6 +61,7 @@ class Rows:
         first: int,
         failed: tuple[int, ...],
         released: Callable[[], None],
+        unsent: tuple[int, ...] = (),
     ) -> Rows:
         """Rows in memory."""
         return cls(
@@ -67,12 +73,17 @@ class Rows:
             failed,
             lambda: batch,
             released,
+            unsent=unsent,
         )
 
     @property
     def last(self) -> int:
         """Offset of the last row."""
         return self.first + self.num_rows - 1
+
+    def left_out(self, *, null_vectors: bool) -> list[int]:
+        """Places of rows that a store does not get, which takes null vectors or not."""
+        return sorted({*self.unsent, *(() if null_vectors else self.failed)})
 
     @property
     def kind(self) -> tuple[WriterKind, bool]:
@@ -129,13 +140,15 @@ class Group:
         """Their `batch_key`."""
         return batch_key(self.rows[0].upload.upload_id, self.first, self.last)
 
+    @property
+    def known_by(self) -> str | None:
+        """By what duplicates among them are known; None: they are not asked about."""
+        return self.rows[0].upload.known_by
+
     def batch(self, *, null_vectors: bool) -> pa.RecordBatch:
-        """The rows with their `batch_key`; without failed ones where nulls are not taken."""
+        """The rows with their `batch_key`, without those that the store does not get."""
         batch = pa.concat_batches(
-            [
-                rows.load() if null_vectors else _without(rows.load(), rows.failed)
-                for rows in self.rows
-            ]
+            [_without(rows.load(), rows.left_out(null_vectors=null_vectors)) for rows in self.rows]
         )
         keys = pa.repeat(self.key, batch.num_rows)
         return batch.append_column(pa.field("batch_key", pa.utf8()), keys)

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -46,6 +47,7 @@ class GroupInfo:
         last: Offset of its last row.
         failed: Rows with a null vector, by their place in the group.
         upsert: It replaces rows by id.
+        unsent: Rows that the store does not get, by their place: duplicates of others.
     """
 
     upload_id: str
@@ -53,6 +55,7 @@ class GroupInfo:
     last: int
     failed: tuple[int, ...] = ()
     upsert: bool = False
+    unsent: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -91,6 +94,7 @@ class JournaledGroup:
     segment: Segment
     offset: int
     num_bytes: int
+    settled: bool = False
 
     def load(self) -> pa.RecordBatch:
         """Its rows, read and not mapped: a disk that fails is an error then, and no signal.
@@ -248,11 +252,16 @@ def _group(schema: pa.Buffer, data: pa.Buffer, offset: int, end: int) -> GroupIn
         fields = json.loads(metadata[_KEY])
         crc = fields.pop("crc32")
         batch.validate(full=True)
-        info = GroupInfo(**{**fields, "failed": tuple(fields["failed"])})
+        info = GroupInfo(**{name: _untupled(value) for name, value in fields.items()})
         right = _checksum(info, batch) == crc and info.num_rows == batch.num_rows
     except (*_UNREADABLE, StopIteration, ValueError, KeyError, TypeError):
         return None
     return info if right else None
+
+
+def _untupled(value: Any) -> Any:
+    """What JSON made of a tuple, as a tuple again."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _checksum(info: GroupInfo, batch: pa.RecordBatch) -> int:

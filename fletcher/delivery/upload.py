@@ -28,6 +28,8 @@ class Upload:
         durability: When its rows are acknowledged: `journal` (journaled or stored), `store`
             (stored), `memory` (as received; they never count as durable).
         upsert: Its rows replace those of the same id.
+        known_by: It leaves out rows that the dataset holds, known by `id`, `text` or both
+            (`delta`); None: it does not.
         stored: Row ranges that the store holds already.
         secured: Row ranges that are in the journal, on their way to the store.
     """
@@ -40,6 +42,7 @@ class Upload:
         fingerprint: tuple[Any, ...] | None,
         durability: str,
         upsert: bool = False,
+        known_by: str | None = None,
         stored: Iterable[tuple[int, int]] = (),
         secured: Iterable[tuple[int, int]] = (),
     ) -> None:
@@ -48,6 +51,7 @@ class Upload:
         self.fingerprint = fingerprint
         self.journaled = durability == "journal"
         self.upsert = upsert
+        self.known_by = known_by
         self.changed = threading.Condition(threading.RLock())
         self.failure: FletcherError | None = None
         self.connections = 0
@@ -101,6 +105,11 @@ class Upload:
                 self._errors.append(
                     {"row": row, "id": row_id, "code": error.code, "message": error.message}
                 )
+
+    def drop(self, num_rows: int) -> None:
+        """So many rows are left out, for the dataset holds them; they settle with the others."""
+        with self.changed:
+            self._rows_deduplicated += num_rows
 
     def fail(self, error: FletcherError) -> None:
         """The upload cannot go on; rows that were not acknowledged may be sent again later."""

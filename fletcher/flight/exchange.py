@@ -22,7 +22,7 @@ from fletcher.flight.call import (
     started,
     writing,
 )
-from fletcher.flight.messages import row_errors
+from fletcher.flight.messages import MAX_REPORTED_ERRORS, row_errors
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Piece
@@ -44,6 +44,13 @@ def exchange(
         raise InvalidCommandError(
             "`store` is given, but DoExchange never stores; use DoPut, or leave it out",
             field="store",
+        )
+    if options.dedupe != "off" or options.mode == "delta":
+        field = "mode" if options.mode == "delta" else "dedupe"
+        raise InvalidCommandError(
+            f"`{field}` is {getattr(options, field)}, but DoExchange answers every row and knows "
+            "no dataset; use DoPut, or leave it out",
+            field=field,
         )
     request = service.resolve(options, dtypes=tuple(ELEMENT_TYPES))
     schema = read_schema(reader)
@@ -139,7 +146,12 @@ class _Answers:
             self._telemetry.rows_failed.add()
             self._telemetry.errors.add(code=error.code)
         self._parts.append(batch)
-        self._errors += row_errors(errors, batch.column("id"), row_first=piece.row_first)
+        self._errors += row_errors(
+            errors,
+            batch.column("id"),
+            row_first=piece.row_first,
+            limit=MAX_REPORTED_ERRORS - len(self._errors),
+        )
         if piece.last:
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
             metadata = {"batch_id": piece.batch_id, "errors": self._errors}

@@ -66,9 +66,9 @@ def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
 
 
 def row_errors(
-    errors: Mapping[int, FletcherError], ids: Any, *, row_first: int
+    errors: Mapping[int, FletcherError], ids: Any, *, row_first: int, limit: int
 ) -> list[dict[str, Any]]:
-    """Errors of a batch's rows as they cross the wire, at most `MAX_REPORTED_ERRORS`."""
+    """Errors of rows as they cross the wire, the first `limit` of them."""
     return [
         {
             "row": row_first + row,
@@ -76,7 +76,7 @@ def row_errors(
             "code": error.code,
             "message": error.message,
         }
-        for row, error in sorted(errors.items())[:MAX_REPORTED_ERRORS]
+        for row, error in sorted(errors.items())[:limit]
     ]
 
 

@@ -8,11 +8,13 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.delivery.route import Route
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.screen import Screen
 from fletcher.delivery.upload import Upload
 from fletcher.errors import DrainingError, FletcherError, InvalidCommandError
 from fletcher.flight.call import (
@@ -44,15 +46,21 @@ def put(
     if options.dataset is None:
         raise InvalidCommandError("`dataset` is missing", field="dataset")
     _, store = service.delivery.store(options.store)
-    if options.mode == "upsert" and not store.capabilities.upsert:
+    if options.mode in ("upsert", "delta") and not store.capabilities.upsert:
         raise InvalidCommandError(
-            "`mode` is upsert, which this store cannot do",
+            f"`mode` is {options.mode}, which this store cannot do",
             field="mode",
             allowed=["append", "overwrite"],
         )
     request = service.resolve(options, dtypes=store.capabilities.dtypes)
     schema = read_schema(reader)
     source = intake(service, schema, request, carry_text=True, interactive=False)
+    if not source.has_ids and (options.dedupe == "id" or options.mode == "delta"):
+        asked = "`dedupe` is id" if options.dedupe == "id" else "`mode` is delta"
+        raise InvalidCommandError(
+            f"{asked}, but the input has no column `id`; name the ids' column in `id_column`",
+            field="id_column",
+        )
     output = output_schema(
         request.spec,
         id_type=source.id_type,
@@ -97,6 +105,7 @@ class _Put:
         self._upload = upload
         self._route = route
         self._stream = stream
+        self._skip = Screen(route.known, upload).skip if upload.known_by is not None else None
         self._assembler = Assembler(output, request.spec, upload.upload_id)
         self._unacknowledged: deque[tuple[int, int, int]] = deque()
         self._ended = False
@@ -146,7 +155,9 @@ class _Put:
             self._service.telemetry.bytes_received.add(batch.get_total_buffer_size())
             row_first, row_last = message.row_first, message.row_first + num_rows - 1
             # Cutting first checks the batch as a whole: a bad one is refused before it is claimed.
-            pieces = self._source.pieces(batch, message.batch_id, row_first, keep=self._stream.keep)
+            pieces = self._source.pieces(
+                batch, message.batch_id, row_first, keep=self._stream.keep, skip=self._skip
+            )
             for piece in pieces:
                 if piece.num_rows:
                     self._submit(piece)
@@ -163,6 +174,13 @@ class _Put:
         num_known = piece.num_rows - sum(last - first + 1 for first, last in new)
         if num_known:
             self._service.telemetry.rows_deduplicated.add(num_known)
+        if piece.skipped.any():
+            offset = piece.row_first
+            num_skipped = sum(
+                int(piece.skipped[first - offset : last - offset + 1].sum()) for first, last in new
+            )
+            self._upload.drop(num_skipped)
+            self._service.telemetry.rows_deduplicated.add(num_skipped)
         # Later pieces may need this one's dictionary values even where its rows are there already.
         if new or piece.new_values is not None:
             self._stream.submit(
@@ -194,6 +212,7 @@ class _Put:
                         first,
                         failed,
                         lambda num_bytes=num_bytes: self._stream.release(num_bytes),  # type: ignore[misc]
+                        tuple(np.flatnonzero(piece.skipped[low : high + 1]).tolist()),
                     )
                 )
         self._route.hurry()

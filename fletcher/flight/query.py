@@ -15,7 +15,7 @@ from fletcher.pipeline.service import Service
 from fletcher.schema import output_schema
 
 MAX_TEXTS = 256
-_UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "dataset")
+_UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe")
 
 
 def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, Any]:

@@ -38,10 +38,10 @@ class Assembler:
         table, values = self._vectors(piece, outcome)
         errors = dict(piece.errors)
         if table.errors:
-            for row, value in enumerate(values.tolist()):
+            for row, value in enumerate(piece.values.tolist()):
                 if value in table.errors:
                     errors.setdefault(row, table.errors[value])
-        missing: BoolArray = np.zeros(num_rows, np.bool_)
+        missing: BoolArray = piece.values < 0
         missing[list(errors)] = True
         columns: dict[str, Any] = {
             "id": self._ids(piece),
@@ -59,7 +59,7 @@ class Assembler:
     def _vectors(
         self, piece: Piece, outcome: EmbeddingBatch | FletcherError
     ) -> tuple[_Table, Int32Array]:
-        """The table and, for each row, its place there (any place for rows with an error)."""
+        """The table and, for each row, its place there (any place for rows without a vector)."""
         num_texts = piece.texts.num_texts
         if piece.new_values is None:
             table = _Table(num_texts, self._spec.dims)
@@ -69,8 +69,6 @@ class Assembler:
                 self._table = _Table(piece.table_size, self._spec.dims)
             table = self._table
             table.fill(piece.new_values, outcome, self._spec)
-        if piece.values is None:
-            return table, np.arange(piece.num_rows, dtype=np.int32)
         if len(table.embeddings) == 0:  # no row of the piece has a text
             table = _Table(1, self._spec.dims)
         return table, np.maximum(piece.values, 0)

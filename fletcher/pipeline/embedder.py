@@ -17,6 +17,7 @@ from fletcher.batches import (
     TextBatch,
     TokenBatch,
 )
+from fletcher.pipeline.cache import EmbeddingCache
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource, TokenizationSource, as_fletcher_error
 from fletcher.pipeline.stream import EmbedStream, Ticket
@@ -58,6 +59,7 @@ class Embedder:
         budget: Memory for all streams.
         telemetry: Where counts, durations and spans go.
         crowded: Whether there is so much to do that windows should be larger.
+        cache: Vectors of texts that were embedded before; None: they are not kept.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Embedder:
         budget: MemoryBudget,
         telemetry: Telemetry,
         crowded: Callable[[], bool] = lambda: False,
+        cache: EmbeddingCache | None = None,
     ) -> None:
         self._budget = budget
         self._window_tokens = config.window_tokens
+        self._cache = cache
         self._tokenize = tokenize
         self._tokenizing = threading.Lock()
         self._streams: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
@@ -129,6 +133,8 @@ class Embedder:
             streams = list(self._streams)
         for stream in streams:
             stream.close()
+        if self._cache is not None:
+            self._cache.close()
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """A way through the pipeline for one client call; close it in the end."""
@@ -153,6 +159,9 @@ class Embedder:
         }
 
     def _enqueue(self, ticket: Ticket) -> None:
+        if self._cache is not None and ticket.texts.num_texts:
+            recall = self._cache.recall(ticket.texts)
+            ticket.texts, ticket.complete = recall.missing, recall.complete
         texts = ticket.texts
         if not texts.num_texts:
             ticket.finish(self._nothing)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.batches import (
+    BoolArray,
     Int32Array,
     Int64Array,
     Priority,
@@ -26,25 +27,27 @@ from fletcher.errors import (
     ColumnTypeError,
     FletcherError,
     InvalidCommandError,
-    RowTooLargeError,
     UnknownColumnError,
 )
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.arrays import (
     decoded_bytes,
     large_utf8,
-    null_mask,
     text_offsets,
     validate,
     viewed_bytes,
     without_views,
 )
+from fletcher.pipeline.row_errors import RowErrors
 
 INTERACTIVE_ROWS = 32
 INTERACTIVE_BYTES = 32 * 1024
 
 # What a row takes here at least, whatever its size on the wire: offsets, lengths, masks.
 _ROW_BYTES = 16
+
+# From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
+Skip = Callable[[pa.RecordBatch, int], BoolArray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +80,14 @@ class Piece:
         batch_id: The client's number for the batch, or its position in the call.
         row_first: Offset of the first row in the upload.
         rows: The used columns of these rows.
-        texts: Texts to embed for the first time.
-        values: int32 [num_rows], which vector of the table a row takes, -1 for none; None: each its
-            own, in order.
+        texts: Texts to embed for the first time, each once.
+        values: int32 [num_rows], which vector of the table a row takes, -1 for none.
         new_values: int32 [num_texts], places in the table of the vectors of `texts`; None: the
             table is these vectors.
         table_size: Vectors in the table that `new_values` points into; a new table where
             `new_table` is set.
         errors: By row in the piece, why it has no vector.
+        skipped: bool [num_rows], rows that were not wanted: they have no vector, and no error.
         timestamp_ns: When the batch was received, ns since the epoch.
         last: It ends its batch.
         num_bytes: Memory that it will hold at most on its way.
@@ -95,11 +98,12 @@ class Piece:
     row_first: int
     rows: pa.RecordBatch
     texts: TextBatch
-    values: Int32Array | None
+    values: Int32Array
     new_values: Int32Array | None
     table_size: int
     new_table: bool
     errors: dict[int, FletcherError]
+    skipped: BoolArray
     timestamp_ns: int
     last: bool
     num_bytes: int
@@ -169,6 +173,7 @@ class Intake:
         row_first: int,
         *,
         keep: Callable[[int], bool] = lambda _: True,
+        skip: Skip | None = None,
     ) -> Iterator[Piece]:
         """Checks a batch and cuts it up; an empty batch gives one empty piece.
 
@@ -178,6 +183,7 @@ class Intake:
             row_first: Offset of its first row in the upload.
             keep: Asked whether the vectors of a dictionary may be kept, so many bytes, for batches
                 to come.
+            skip: Tells which rows of a piece are not wanted; None: all are.
 
         Raises:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
@@ -189,12 +195,12 @@ class Intake:
         dictionary = None
         if pa.types.is_dictionary(text.type):
             dictionary = large_utf8(text.dictionary)
-            codes = text.indices.cast(pa.int64()).fill_null(-1).to_numpy()
+            codes = _codes(text)
             sizes = np.append(np.diff(text_offsets(dictionary)), 0)[codes]  # code -1 takes the 0
         else:
             text = large_utf8(text)
             sizes = np.diff(text_offsets(text))
-        errors = _RowErrors(used, sizes, self._limits.max_row_bytes)
+        errors = RowErrors(used, sizes, self._limits.max_row_bytes)
         held_bytes = self._held_bytes(batch, used)
         shared = new_table = False
         if dictionary is not None and len(dictionary) <= self._limits.table_values:
@@ -203,39 +209,40 @@ class Intake:
         bounds = _cuts(sizes, self._limits.piece_rows, self._limits.piece_bytes)
         priority = self._class_of(batch.num_rows, int(sizes.sum()) if len(sizes) else 0)
         for index, (first, last) in enumerate(bounds):
+            rows = used.slice(first, last - first)
             own_errors = errors.of(first, last)
             wanted = np.ones(last - first, np.bool_)
             wanted[list(own_errors)] = False
-            values: Int32Array | None
-            new_values: Int32Array | None = None
-            if dictionary is None:
-                texts = text.slice(first, last - first)
-                values = None
-                if own_errors:
-                    texts = texts.filter(pa.array(wanted))
-                    values = np.where(wanted, np.cumsum(wanted) - 1, -1).astype(np.int32)
+            skipped = np.zeros(last - first, np.bool_)
+            if skip is not None:
+                skipped = wanted & skip(rows, row_first + first)
+                wanted &= ~skipped
+            if dictionary is None:  # made one, so that a repeated text is embedded once
+                encoded = text.slice(first, last - first).dictionary_encode()
+                own_codes, words = _codes(encoded), encoded.dictionary
             else:
-                rows = np.where(wanted, codes[first:last], -1).astype(np.int32)
-                distinct = np.unique(rows[rows >= 0])
-                if shared:
-                    new = distinct[~self._seen[distinct]]
-                    self._seen[new] = True
-                    texts, values, new_values = dictionary.take(pa.array(new)), rows, new
-                else:
-                    texts = dictionary.take(pa.array(distinct))
-                    places = np.searchsorted(distinct, rows).astype(np.int32)
-                    values = np.where(rows >= 0, places, -1).astype(np.int32)
-            text_batch = self._text_batch(texts)
+                own_codes, words = codes[first:last], dictionary
+            values = np.where(wanted, own_codes, -1).astype(np.int32)
+            new = np.unique(values[values >= 0])
+            new_values: Int32Array | None = None
+            if shared:
+                new = new_values = new[~self._seen[new]]
+                self._seen[new] = True
+            else:
+                places = np.searchsorted(new, values).astype(np.int32)
+                values = np.where(values >= 0, places, -1).astype(np.int32)
+            texts = words.take(pa.array(new))
             yield Piece(
                 batch_id=batch_id,
                 row_first=row_first + first,
-                rows=used.slice(first, last - first),
-                texts=text_batch,
+                rows=rows,
+                texts=self._text_batch(texts),
                 values=values,
                 new_values=new_values,
                 table_size=len(dictionary) if shared and dictionary is not None else 0,
                 new_table=shared and new_table and index == 0,
                 errors=own_errors,
+                skipped=skipped,
                 timestamp_ns=timestamp_ns,
                 last=index == len(bounds) - 1,
                 num_bytes=3 * int(sizes[first:last].sum())
@@ -328,6 +335,12 @@ class Intake:
         return index
 
 
+def _codes(texts: pa.DictionaryArray) -> Int64Array:
+    """int64 [n], a dictionary's codes; -1 where null."""
+    codes: Int64Array = texts.indices.cast(pa.int64()).fill_null(-1).to_numpy()
+    return codes
+
+
 def _column(schema: pa.Schema, name: str, field: str) -> int:
     indices = schema.get_all_field_indices(name)
     if len(indices) == 1:
@@ -372,37 +385,6 @@ def _plain(field: pa.Field) -> pa.Field:
     """Dictionaries leave as what they stand for: stores read plain columns."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     return pa.field(field.name, kind)
-
-
-class _RowErrors:
-    """Which rows of a batch cannot be embedded; as masks, for they may be millions."""
-
-    def __init__(self, rows: pa.RecordBatch, sizes: Int64Array, max_row_bytes: int) -> None:
-        self._no_text = null_mask(rows.column("text"))
-        sizes[self._no_text] = 0  # a null may cover bytes
-        self._sizes = sizes
-        self._max_row_bytes = max_row_bytes
-        self._no_id = null_mask(rows.column("id")) if "id" in rows.schema.names else None
-
-    def of(self, first: int, last: int) -> dict[int, FletcherError]:
-        """Errors of rows first to last, the last not included, counted from the first."""
-        errors: dict[int, FletcherError] = {}
-        rows = slice(first, last)
-        for row in np.flatnonzero(self._no_text[rows]).tolist():
-            errors[row] = InvalidCommandError("`text` is null", field="text")
-        for row in np.flatnonzero(self._sizes[rows] > self._max_row_bytes).tolist():
-            errors[row] = RowTooLargeError(
-                f"`text` has {self._sizes[first + row]} bytes, at most {self._max_row_bytes} are "
-                "accepted",
-                field="text",
-                allowed=[f"<= {self._max_row_bytes} bytes"],
-            )
-        if self._no_id is not None:
-            for row in np.flatnonzero(self._no_id[rows]).tolist():
-                errors[row] = InvalidCommandError(
-                    "`id` is null; give every row an id, or leave the column out", field="id"
-                )
-        return errors
 
 
 def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:

@@ -26,6 +26,7 @@ class Ticket:
         num_bytes: What it holds of its stream's allowance, until released.
         tokens: Set by tokenization.
         result: Set when all its vectors are there, or when it failed as a whole.
+        complete: Adds to the vectors of `texts` those that were known before.
     """
 
     stream: EmbedStream
@@ -36,10 +37,13 @@ class Ticket:
     submitted: float = field(default_factory=time.monotonic)
     tokens: TokenBatch | None = None
     result: EmbeddingBatch | FletcherError | None = None
+    complete: Callable[[EmbeddingBatch | FletcherError], EmbeddingBatch | FletcherError] = (
+        lambda result: result
+    )
 
     def finish(self, result: EmbeddingBatch | FletcherError) -> None:
         """Records the result and wakes whoever waits for it."""
-        self.stream._finished(self, result)
+        self.stream._finished(self, self.complete(result))
 
 
 @dataclass(frozen=True, slots=True)

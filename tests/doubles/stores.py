@@ -43,6 +43,7 @@ class MemoryStore:
         self.gate.set()
         self.waiting = threading.Event()
         self.opened: list[WriteMode] = []
+        self.scans: list[tuple[str, tuple[str, ...]]] = []
         self.slow_down = False
         self.down: FletcherError | None = None
         self.locked: set[str] = set()
@@ -82,8 +83,9 @@ class MemoryStore:
     def close(self) -> None:
         self.gate.set()
 
-    def scan(self, *_: Any, **__: Any) -> Any:
-        raise AssertionError
+    def scan(self, dataset: str, *, columns: Sequence[str], **_: Any) -> pa.RecordBatchReader:
+        self.scans.append((dataset, tuple(columns)))
+        return self.rows(dataset).select(list(columns)).to_reader()
 
     def search(self, *_: Any, **__: Any) -> Any:
         raise AssertionError

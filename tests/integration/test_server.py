@@ -144,6 +144,15 @@ def test_rows_fail_alone_and_are_named(server: Runtime, client: flight.FlightCli
     assert error_of(caught.value)["field"] == "text"
 
 
+def test_an_exchanges_error_list_is_bounded_a_batch(client: flight.FlightClient) -> None:
+    # It was bounded a piece: a batch of many pieces came with as many times the errors.
+    schema = pa.schema({"text": pa.utf8()})
+    batches = [pa.record_batch([pa.nulls(n, pa.utf8())], schema) for n in (3000, 5)]
+    first, second = exchange(client, batches, schema)
+    assert [one["row"] for one in first[1]["errors"]] == list(range(1000))
+    assert [one["row"] for one in second[1]["errors"]] == list(range(3000, 3005))
+
+
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
 def test_compressed_batches(server: Runtime, client: flight.FlightClient, codec: str) -> None:
     name = next(names)
@@ -324,6 +333,98 @@ def test_overwrite_and_upsert(server: Runtime, client: flight.FlightClient) -> N
     assert stored(server, name).column("id").to_pylist() == list(range(120))
     put(client, [rows(7, 9)], SCHEMA, dataset=name, mode="overwrite")
     assert stored(server, name).column("id").to_pylist() == [7, 8]
+
+
+def test_dedupe_over_connections(server: Runtime, client: flight.FlightClient) -> None:
+    name = next(names)
+    twice = pa.concat_tables([pa.Table.from_batches([rows(0, 300)])] * 2).combine_chunks()
+    batches = [*twice.to_batches(), rows(200, 500)]
+    fields = {"dataset": name, "upload_id": "u", "dedupe": "id"}
+    *acks, summary = put(client, batches, SCHEMA, end=900, **fields)
+    assert summary["complete"] is True
+    assert summary["rows_received"] == summary["rows_durable"] == 900
+    assert (summary["rows_stored"], summary["rows_deduplicated"]) == (500, 400)
+    assert acks[-1]["row_last"] == 899
+    assert stored(server, name).column("id").to_pylist() == list(range(500))
+    texts = pa.record_batch({"id": [900, 901], "text": ["new", "new"]}, SCHEMA)
+    fields = {"dataset": name, "dedupe": "text"}
+    summary = put(client, [rows(10, 20), texts], SCHEMA, end=12, **fields)[-1]
+    assert (summary["rows_stored"], summary["rows_deduplicated"]) == (1, 11)
+    assert summary["complete"] is True
+    assert stored(server, name).column("vector").null_count == 0
+
+
+def test_delta_embeds_what_changed(server: Runtime, client: flight.FlightClient) -> None:
+    name = next(names)
+    fields = {"dataset": name, "mode": "delta"}
+    put(client, [rows(0, 1000)], SCHEMA, end=1000, **fields)
+    tokens = server.service.telemetry.device_tokens.snapshot()
+    again = put(client, [rows(0, 1000)], SCHEMA, end=1000, **fields)[-1]
+    assert (again["rows_stored"], again["rows_deduplicated"]) == (0, 1000)
+    assert again["complete"] is True
+    assert server.service.telemetry.device_tokens.snapshot() == tokens
+    changed = pa.record_batch({"id": [5, 7, 2000], "text": ["edited", WORDS[0], "new"]}, SCHEMA)
+    batches = [rows(0, 10), changed, rows(7, 8)]
+    summary = put(client, batches, SCHEMA, end=14, **fields)[-1]
+    assert (summary["rows_stored"], summary["rows_deduplicated"]) == (4, 10)
+    table = stored(server, name)
+    assert table.column("id").to_pylist() == [*range(1000), 2000]
+    assert table.column("text")[5].as_py() == "edited"
+    assert table.column("text")[7] == rows(7, 8).column("text")[0]  # changed, and back
+    ((alone, _),) = exchange(client, [changed], SCHEMA, dtype="float16")
+    assert alone.column("vector")[0].as_py() == table.column("vector")[5].as_py()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "word"),
+    [
+        ({"dedupe": "text", "include_text": False}, "include_text", "stored texts"),
+        ({"mode": "delta", "include_text": False}, "include_text", "stored texts"),
+        ({"mode": "upsert", "dedupe": "id"}, "dedupe", "leave one"),
+        ({"mode": "delta", "id_column": "nope"}, "id_column", "nope"),
+    ],
+)
+def test_dedupe_that_cannot_be(
+    client: flight.FlightClient, fields: dict[str, object], field: str, word: str
+) -> None:
+    with pytest.raises(flight.FlightServerError, match=word) as caught:
+        put(client, [rows(0, 1)], SCHEMA, dataset=next(names), **fields)
+    assert error_of(caught.value)["field"] == field
+
+
+def test_duplicates_have_no_meaning_without_a_dataset_or_ids(client: flight.FlightClient) -> None:
+    for fields in ({"dedupe": "id"}, {"dedupe": "text"}, {"mode": "delta"}):
+        with pytest.raises(flight.FlightServerError, match="DoExchange") as caught:
+            exchange(client, [rows(0, 1)], SCHEMA, **fields)
+        assert error_of(caught.value)["field"] in fields
+    schema = pa.schema({"text": pa.utf8()})
+    for fields in ({"dedupe": "id"}, {"mode": "delta"}):
+        with pytest.raises(flight.FlightServerError, match="no column `id`"):
+            put(client, [rows(0, 1).select(["text"])], schema, dataset=next(names), **fields)
+
+
+def test_the_embedding_cache_changes_no_vector(
+    start_server: StartServer, client: flight.FlightClient
+) -> None:
+    cached = start_server(embedding_cache=1 << 20)
+    long = pa.record_batch({"id": [1, 2, 3], "text": ["word " * 500, None, "a word"]}, SCHEMA)
+    batches = [rows(0, 500), rows(0, 1), long, rows(250, 750)]
+    with flight.connect(cached.address) as other:
+        for fields in ({"dtype": "float32"}, {"normalize": False}, {"truncate": "start"}):
+            for _ in range(2):
+                plain = exchange(client, batches, SCHEMA, **fields)
+                for (one, errors), (two, same) in zip(
+                    plain, exchange(other, batches, SCHEMA, **fields), strict=True
+                ):
+                    assert one.drop_columns(["timestamp"]).equals(two.drop_columns(["timestamp"]))
+                    assert errors == same
+        stats = action(other, "stats")
+        # Of six calls the first, and the first with another truncation, found nothing at most.
+        assert stats["fletcher.cache.hits"] >= 2 * stats["fletcher.cache.misses"]
+        assert 0 < stats["fletcher.cache.memory"] <= 1 << 20
+        tokens = stats["fletcher.tokens.received"]
+        exchange(other, batches, SCHEMA)
+        assert action(other, "stats")["fletcher.tokens.received"] == tokens
 
 
 def test_tokens(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> None:

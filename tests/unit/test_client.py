@@ -420,6 +420,7 @@ def test_the_name_of_an_ingest_is_of_what_matters(files):
     assert name() == name() == name(priority="bulk", upload_id="u")
     changed = [name(), name(dataset="e"), name(model="m"), name(dtype="float32"), name(limit=3)]
     assert len(set(changed)) == 5
+    assert name(mode="delta") != name(mode="delta")  # files may be changed, and changed back
     (files / "b.jsonl").write_text('{"body": "other"}')
     assert name() not in changed
 

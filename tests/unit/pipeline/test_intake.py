@@ -98,6 +98,56 @@ def test_every_string_type_and_slices(kind: pa.DataType) -> None:
     assert not errors
 
 
+def test_a_repeated_text_is_embedded_once_a_piece() -> None:
+    texts = ["b", "a", "b", "b", "a", "c", "a", "a"]
+    batch = pa.record_batch({"text": texts})
+    table, errors, embedded = embed(make(batch.schema), batch)
+    check(table, texts)
+    assert embedded == ["b", "a", "a", "c"]
+    assert not errors
+
+
+def test_a_repeated_text_that_fails_fails_every_row_of_it() -> None:
+    batch = pa.record_batch({"text": ["good", "bad", "good", "bad"]})
+    (piece,) = make(batch.schema).pieces(batch, 0, 0)
+    assembler = Assembler(output_schema(SPEC, id_type=pa.utf8(), text=True), SPEC, "u")
+    outcome = EmbeddingBatch(
+        embeddings=np.array([[1, 2], [0, 0]], np.float32),
+        norms=None,
+        token_count=np.array([1, 0], np.int32),
+        truncated=np.zeros(2, np.bool_),
+        errors={1: RowTooLargeError("too long")},
+    )
+    output, errors = assembler.assemble(piece, outcome)
+    assert sorted(errors) == [1, 3]
+    assert output.column("vector").to_pylist() == [[1, 2], None, [1, 2], None]
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_rows_that_are_not_wanted_are_not_embedded_and_have_no_error(encoded: bool) -> None:
+    texts = pa.array(["a", None, "b", "c", "a", "bad"])
+    batch = pa.record_batch({"text": texts.dictionary_encode() if encoded else texts})
+    seen: list[tuple[int, int]] = []
+
+    def skip(rows: pa.RecordBatch, row_first: int) -> Any:
+        seen.append((row_first, rows.num_rows))
+        return np.isin(np.arange(row_first, row_first + rows.num_rows), [10, 11, 13, 14])
+
+    pieces = list(make(batch.schema).pieces(batch, 0, 10, skip=skip))
+    assert seen == [(10, 4), (14, 2)]
+    assert [texts_of(piece) for piece in pieces] == [["b"], ["bad"]]
+    # A row that fails says so, wanted or not.
+    assert [piece.skipped.tolist() for piece in pieces] == [
+        [True, False, False, True],
+        [True, False],
+    ]
+    assembler = Assembler(output_schema(SPEC, id_type=pa.utf8(), text=True), SPEC, "u")
+    _, errors = assembler.assemble(pieces[0], RowTooLargeError("too long"))
+    assert sorted(errors) == [1, 2]
+    output, errors = assembler.assemble(pieces[1], RowTooLargeError("too long"))
+    assert (sorted(errors), output.column("vector").null_count) == ([1], 2)
+
+
 @pytest.mark.parametrize("kind", [pa.utf8(), pa.large_utf8(), pa.string_view()])
 @pytest.mark.parametrize("codes", [pa.int8(), pa.uint32(), pa.int64()])
 def test_a_dictionary_is_embedded_once_over_batches(kind: pa.DataType, codes: pa.DataType) -> None:

@@ -1,0 +1,41 @@
+"""Rows of a batch that cannot be embedded, and why."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.batches import Int64Array
+from fletcher.errors import FletcherError, InvalidCommandError, RowTooLargeError
+from fletcher.pipeline.arrays import null_mask
+
+
+class RowErrors:
+    """Which rows of a batch cannot be embedded; as masks, for they may be millions."""
+
+    def __init__(self, rows: pa.RecordBatch, sizes: Int64Array, max_row_bytes: int) -> None:
+        self._no_text = null_mask(rows.column("text"))
+        sizes[self._no_text] = 0  # a null may cover bytes
+        self._sizes = sizes
+        self._max_row_bytes = max_row_bytes
+        self._no_id = null_mask(rows.column("id")) if "id" in rows.schema.names else None
+
+    def of(self, first: int, last: int) -> dict[int, FletcherError]:
+        """Errors of rows first to last, the last not included, counted from the first."""
+        errors: dict[int, FletcherError] = {}
+        rows = slice(first, last)
+        for row in np.flatnonzero(self._no_text[rows]).tolist():
+            errors[row] = InvalidCommandError("`text` is null", field="text")
+        for row in np.flatnonzero(self._sizes[rows] > self._max_row_bytes).tolist():
+            errors[row] = RowTooLargeError(
+                f"`text` has {self._sizes[first + row]} bytes, at most {self._max_row_bytes} are "
+                "accepted",
+                field="text",
+                allowed=[f"<= {self._max_row_bytes} bytes"],
+            )
+        if self._no_id is not None:
+            for row in np.flatnonzero(self._no_id[rows]).tolist():
+                errors[row] = InvalidCommandError(
+                    "`id` is null; give every row an id, or leave the column out", field="id"
+                )
+        return errors

@@ -1,0 +1,205 @@
+"""The embedding cache: what is found again, what is not, what it takes, in memory and on disk."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fletcher.batches import EmbeddingBatch, TextBatch
+from fletcher.errors import ConfigError, RowTooLargeError
+from fletcher.pipeline.cache import _ENTRY_BYTES, EmbeddingCache, MemoryShelf
+from fletcher.pipeline.disk_shelf import DiskShelf
+from fletcher.telemetry import Telemetry
+
+MIB = 1 << 20
+
+
+def texts(*words: str, **fields: Any) -> TextBatch:
+    data = [word.encode() for word in words]
+    offsets = np.cumsum([0, *(len(one) for one in data)], dtype=np.int64)
+    return TextBatch(b"".join(data), offsets, **fields)
+
+
+def words_of(batch: TextBatch) -> list[str]:
+    data = bytes(batch.data)
+    return [data[first:last].decode() for first, last in pairwise(batch.offsets)]
+
+
+def vectors(batch: TextBatch, *, norms: bool = True) -> EmbeddingBatch:
+    """Tell texts apart, with digits that no rounding would keep."""
+    words = words_of(batch)
+    rng = [np.random.default_rng(list(word.encode())) for word in words]
+    return EmbeddingBatch(
+        embeddings=np.array([one.random(4) for one in rng], np.float32).reshape(-1, 4),
+        norms=np.array([len(word) + 0.1 for word in words], np.float32) if norms else None,
+        token_count=np.array([len(word) for word in words], np.int32),
+        truncated=np.array(["cut" in word for word in words], np.bool_),
+    )
+
+
+def cache_of(shelf: Any = None, *scope: str) -> EmbeddingCache:
+    return EmbeddingCache(scope or ("m@1",), 4, shelf or MemoryShelf(MIB), Telemetry())
+
+
+def check(got: Any, expected: EmbeddingBatch) -> None:
+    for name in ("embeddings", "token_count", "truncated", "norms"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_a_text_is_embedded_once_and_found_bit_by_bit(norms: bool) -> None:
+    telemetry = Telemetry()
+    cache = EmbeddingCache(["m@1"], 4, MemoryShelf(MIB), telemetry)
+    for words, missing in (
+        (("a", "", "long and cut"), ["a", "", "long and cut"]),
+        (("b", "a", "c", ""), ["b", "c"]),
+        (("c", "long and cut"), []),
+    ):
+        batch = texts(*words)
+        recall = cache.recall(batch)
+        assert words_of(recall.missing) == missing
+        check(recall.complete(vectors(recall.missing, norms=norms)), vectors(batch, norms=norms))
+    assert telemetry.cache_hits.snapshot() == 4
+    assert telemetry.cache_misses.snapshot() == 5
+    assert telemetry.cache_memory.snapshot() == 5 * (_ENTRY_BYTES + 4 * 4 + 9)
+
+
+def test_whatever_changes_a_vector_is_in_its_key() -> None:
+    shelf = MemoryShelf(MIB)
+    first = texts("a")
+    cache_of(shelf).recall(first).complete(vectors(first))
+    assert cache_of(shelf).recall(first).known.all()
+    for fields in ({"prompt": "q: "}, {"truncate": "start"}, {"max_length": 7}):
+        assert not cache_of(shelf).recall(texts("a", **fields)).known.any()
+    assert not cache_of(shelf, "m@2").recall(first).known.any()
+    assert not cache_of(shelf, "m@1", "openvino cpu bfloat16").recall(first).known.any()
+
+
+def test_a_text_that_failed_is_not_remembered_and_leaves_the_others() -> None:
+    cache = cache_of()
+    one = texts("a")
+    cache.recall(one).complete(vectors(one))
+    error = RowTooLargeError("too long")
+    recall = cache.recall(texts("b", "a", "bad"))
+    result = vectors(recall.missing)
+    result.errors[1] = error
+    got: Any = recall.complete(result)
+    assert got.errors == {2: error}
+    np.testing.assert_array_equal(got.embeddings[1], vectors(one).embeddings[0])
+    recall = cache.recall(texts("bad", "b"))
+    assert words_of(recall.missing) == ["bad"]
+    # The whole of it failed: what was known is there all the same.
+    got = recall.complete(error)
+    assert got.errors == {0: error}
+    assert cache.recall(texts("bad")).complete(error) is error
+
+
+def test_the_least_recently_used_go_first_and_the_bound_holds() -> None:
+    value = b"v" * 100
+    shelf = MemoryShelf(3 * (_ENTRY_BYTES + 100))
+    keys = [bytes([n]) * 16 for n in range(5)]
+    shelf.put(keys[:3], [value] * 3)
+    assert shelf.get(keys[:1]) == [value]  # used
+    shelf.put(keys[3:4], [value])
+    assert [one is not None for one in shelf.get(keys)] == [True, False, True, True, False]
+    shelf.put(keys * 3, [value] * 15)
+    assert shelf.num_bytes <= 3 * (_ENTRY_BYTES + 100)
+    small = MemoryShelf(10)
+    small.put(keys, [value] * 5)
+    assert (small.num_bytes, small.get(keys)) == (0, [None] * 5)
+
+
+def test_many_threads() -> None:
+    cache = cache_of(MemoryShelf(50 * (_ENTRY_BYTES + 25)))
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for _ in range(100):
+                batch = texts(*(f"text {n}" for n in rng.integers(0, 100, 10)))
+                recall = cache.recall(batch)
+                check(recall.complete(vectors(recall.missing)), vectors(batch))
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+
+
+def test_on_disk_it_outlives_its_owner(tmp_path: Path) -> None:
+    pytest.importorskip("lmdb")
+    batch = texts("a", "b", "long and cut")
+    cache = cache_of(DiskShelf(tmp_path / "cache", 64 * MIB))
+    recall = cache.recall(batch)
+    assert not recall.known.any()
+    check(recall.complete(vectors(batch)), vectors(batch))
+    cache.close()
+    cache.close()
+    assert not cache.recall(batch).known.any()  # closed, it knows nothing, and says so quietly
+    cache = cache_of(DiskShelf(tmp_path / "cache", 64 * MIB))
+    recall = cache.recall(texts("c", "a", "long and cut"))
+    assert words_of(recall.missing) == ["c"]
+    check(recall.complete(vectors(recall.missing)), vectors(texts("c", "a", "long and cut")))
+    cache.close()
+
+
+def test_on_disk_the_bound_holds_and_what_is_used_stays(tmp_path: Path) -> None:
+    pytest.importorskip("lmdb")
+    bound = 8 * MIB
+    shelf = DiskShelf(tmp_path, bound)
+    favourite = b"f" * 16
+    shelf.put([favourite], [b"x" * 1500])
+    deadline = time.monotonic() + 30
+    for n in range(60):
+        keys = [n.to_bytes(8, "big") + bytes([k]) * 8 for k in range(100)]
+        shelf.put(keys, [bytes(1500)] * 100)
+        while shelf.get(keys[-1:]) == [None]:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        shelf.get([favourite])
+        assert 0 < shelf.num_bytes <= bound
+    assert shelf.get([favourite]) == [b"x" * 1500]
+    assert shelf.get([bytes(8) + bytes(8)]) == [None]
+    assert (tmp_path / "data.mdb").stat().st_size <= bound
+    shelf.close()
+
+
+def test_a_damaged_value_on_disk_is_none(tmp_path: Path) -> None:
+    lmdb = pytest.importorskip("lmdb")
+    shelf = DiskShelf(tmp_path, 64 * MIB)
+    shelf.put([b"k" * 16], [b"value"])
+    shelf.close()
+    with lmdb.open(str(tmp_path), max_dbs=3) as env, env.begin(write=True) as transaction:
+        values = env.open_db(b"values", txn=transaction)
+        stored = transaction.get(b"k" * 16, db=values)
+        transaction.put(b"k" * 16, stored[:-1] + b"!", db=values)
+    shelf = DiskShelf(tmp_path, 64 * MIB)
+    assert shelf.get([b"k" * 16]) == [None]
+    shelf.close()
+
+
+def test_without_lmdb_the_command_that_installs_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(ConfigError, match=r"pip install 'longbow-fletcher\[cache\]'"):
+        DiskShelf(tmp_path, 64 * MIB)
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("lmdb")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="embedding_cache_dir"):
+        DiskShelf(tmp_path / "file", 64 * MIB)
