@@ -30,8 +30,8 @@ _SAMPLE_S = 5.0
 _CHECK_S = 60.0
 _PROBE_S = 0.1
 _END_S = 600.0
-# Of a server's life: caches fill.
-_WARM_S = 60.0
+# Of a server's life: caches fill, and tables get their first compactions.
+_WARM_S = 420.0
 _FAULTS = ("kill a worker", "kill a client")
 _SERVER_FAULTS = ("kill the server", "end the server")
 
