@@ -30,6 +30,8 @@ def write() -> None:
 thread = threading.Thread(target=write)
 thread.start()
 for chunk in reader:  # one for each batch written, in the same order
+    if chunk.data is None:
+        break  # the call failed; `close` raises why
     for error in json.loads(chunk.app_metadata.to_pybytes())["errors"]:
         print("row", error["row"], "failed:", error["message"])
     for text, vector in zip(texts, chunk.data.column("vector").to_pylist(), strict=True):

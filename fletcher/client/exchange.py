@@ -22,6 +22,7 @@ from fletcher.errors import (
     FletcherError,
     InternalError,
     UnavailableError,
+    from_json,
 )
 from fletcher.flight.status import from_flight_error
 from fletcher.options import EmbedOptions
@@ -256,6 +257,7 @@ class Exchange:
             except StopIteration:
                 return
             if chunk.data is None:
+                _raise_failure(chunk.app_metadata)
                 continue
             batch_id, found = _answer(chunk.app_metadata)
             if batch_id not in (None, expected):
@@ -293,6 +295,13 @@ class Exchange:
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
+
+
+def _raise_failure(metadata: pa.Buffer | None) -> None:
+    """Raises what a message without a batch tells: the call's end may wait for us to send."""
+    failure = from_json(metadata.to_pybytes()) if metadata is not None else None
+    if failure is not None:
+        raise failure
 
 
 def _answer(metadata: pa.Buffer | None) -> tuple[int | None, tuple[RowError, ...]]:

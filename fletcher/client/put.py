@@ -100,7 +100,7 @@ class Upload:
                     known = True
                 return replace(self._send_all(), rows_skipped=self._rows_skipped)
             except UnavailableError as error:
-                if self._options.durability == "memory" and self._next_row > 0:
+                if self._options.durability == "memory" and self._next_row > self._row_offset:
                     raise  # nothing tells what has arrived
                 failures = 1 if self._progress > progress else failures + 1
                 if failures > self._transfer.max_retries:
@@ -327,11 +327,18 @@ class _PutCall:
             self._changed.notify_all()
 
     def _next(self) -> Message | bytes | None:
+        """What to send; None: nothing more.
+
+        A summary that comes early tells of a failure, whose reason comes with the call's end; the
+        server may be reading, and ends the call once writing has ended.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._outbox or self._ended or self._stopping)
-            if self._ended or self._stopping:
-                return None
-            return self._outbox.popleft()
+            self._changed.wait_for(lambda: self._outbox or self._over)
+            return None if self._over else self._outbox.popleft()
+
+    @property
+    def _over(self) -> bool:
+        return self._ended or self._stopping or self._summary is not None
 
     def _read(self) -> None:
         try:

@@ -123,10 +123,12 @@ class Helper:
 
     Args:
         work: Runs in the thread.
-        on_failure: Called in the thread with what `work` raised.
+        on_failure: Called in the thread with what the call will end with.
     """
 
-    def __init__(self, name: str, work: Callable[[], None], on_failure: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, work: Callable[[], None], on_failure: Callable[[Exception], None]
+    ) -> None:
         self.error: FletcherError | flight.FlightError | None = None
         self._work = work
         self._on_failure = on_failure
@@ -144,8 +146,8 @@ class Helper:
             self._work()
         except (FletcherError, flight.FlightError) as error:
             self.error = error
-            self._on_failure()
         except Exception:
             log.exception("%s failed", self._thread.name)
             self.error = InternalError("the server failed on this call; its log has more")
-            self._on_failure()
+        if self.error is not None:
+            self._on_failure(self.error)

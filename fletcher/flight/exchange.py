@@ -6,9 +6,11 @@ import json
 import logging
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
+from pyarrow import flight
 
 from fletcher.batches import EmbeddingBatch
 from fletcher.compression import AnswerWriting
@@ -23,6 +25,7 @@ from fletcher.flight.call import (
     writing,
 )
 from fletcher.flight.messages import MAX_REPORTED_ERRORS, row_errors
+from fletcher.flight.status import to_flight_error
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Piece
@@ -73,7 +76,7 @@ def exchange(
         try:
             assembler = Assembler(output, request.spec, upload_id)
             answers = _Answers(service, stream, assembler, writer, options, writing_as)
-            helper = Helper("exchange-writer", answers.run, stream.close)
+            helper = Helper("exchange-writer", answers.run, answers.fail)
             row_bytes = request.spec.dims * ELEMENT_TYPES[request.spec.dtype].bit_width // 8
             refusal: Exception | None = None
             try:
@@ -137,6 +140,18 @@ class _Answers:
             # A batch that is joined from pieces must not wait for its own memory (see the docs'
             # memory bound: an exchange may hold one output batch beside its allowance).
             self._stream.release(result.num_bytes)
+
+    def fail(self, error: Exception) -> None:
+        """Frees the handler if it waits for memory, and tells the client at once.
+
+        The handler may be in a read that nothing but the client can end, and the call's own end
+        would wait for that: a client that waits for its vectors would never hear.
+        """
+        self._stream.close()
+        told = to_flight_error(error, log).extra_info
+        if told:
+            with suppress(flight.FlightError, pa.ArrowException, OSError):  # the client is gone
+                self._writer.write_metadata(told)
 
     def _take(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> None:
         batch, errors = self._assembler.assemble(piece, outcome)

@@ -282,7 +282,7 @@ class _Put:
             log.info("upload %s: the client is gone (%s)", self._upload.upload_id, error)
             self._client_gone = True
 
-    def _abandon(self) -> None:
+    def _abandon(self, _: Exception) -> None:
         """A helper failed: free the handler if it waits for memory, the other one if it waits."""
         self._stream.close()
         with self._upload.changed:

@@ -20,6 +20,8 @@ from fletcher.errors import (
     FletcherError,
     RequestError,
     StoreUnavailableError,
+    UnauthenticatedError,
+    UnauthorizedError,
     UnavailableError,
     UnknownDatasetError,
 )
@@ -341,7 +343,8 @@ class FlightStore:
             )
         except UnavailableError as error:
             # Down, or a Longbow that calls an unknown action an internal error?
-            if self._profile == "fletcher" or not self._answers():
+            unknown = wire.maybe_unknown_action(error.__cause__)
+            if self._profile == "fletcher" or not unknown or not self._answers():
                 refused = "connection refused" in error.message.lower()
                 raise StoreUnavailableError(
                     f"the store {self.address} does not answer: "
@@ -351,6 +354,8 @@ class FlightStore:
                     retry_after_ms=error.retry_after_ms,
                 ) from error
             _log.debug("%s has no capabilities: %s", self.address, error)
+        except (UnauthenticatedError, UnauthorizedError):
+            raise
         except (ValueError, KeyError, TypeError, FletcherError) as error:
             if self._profile == "fletcher":
                 raise RequestError(

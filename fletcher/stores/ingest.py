@@ -309,6 +309,7 @@ class _Committer:
 
     def _commit_alone(self, job: _Job) -> None:
         try:
+            self._open_existing()  # the job before may have lost the writer
             self._store_rows([(job, self._unknown_rows(job, set()))])
         except Exception as error:  # noqa: BLE001
             job.done.set_exception(_ours(error))
@@ -317,7 +318,15 @@ class _Committer:
         batches = [batch for _, rows in accepted for batch in rows]
         if batches:
             assert self._writer is not None
-            self._writer.write(batches, upsert=accepted[0][0].mode == "upsert")
+            try:
+                self._writer.write(batches, upsert=accepted[0][0].mode == "upsert")
+            except RequestError:
+                raise
+            except Exception:
+                # The rows may be in the table all the same (only the sync failed, say). The next
+                # writer reads there which keys it has, and syncs what it finds.
+                self._guard(self.let_go)
+                raise
             for batch in batches:
                 for key in _keys(batch):
                     self._ledger.add(key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import os
 import threading
@@ -250,7 +249,10 @@ class LanceStore:
     def _mend(self, name: str) -> None:
         """Sets aside what a power loss left of the newest commits; the caller has the lock."""
         if name not in self._mended:
-            set_torn_versions_aside(self._folder / f"{name}.lance")
+            try:
+                set_torn_versions_aside(self._folder / f"{name}.lance")
+            except OSError as error:
+                raise broken(name, error) from error
             self._mended.add(name)
 
     def _open(self, name: str) -> Any | None:
@@ -259,9 +261,11 @@ class LanceStore:
         if not any(manifests.glob("*.manifest")):
             return None
         if name not in self._mended:
-            # Locked, somebody writes, who has mended it.
-            with contextlib.suppress(StoreUnavailableError):
+            try:
                 lock = self._lock(name)
+            except StoreUnavailableError:
+                pass  # somebody writes, who has mended it
+            else:
                 try:
                     self._mend(name)
                 finally:

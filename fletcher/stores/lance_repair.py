@@ -69,12 +69,12 @@ def _torn(manifest: Path, folder: Path) -> str:
     """What is wrong with a version; empty: nothing."""
     data = manifest.read_bytes()
     try:
-        place, _, _, magic = _FOOTER.unpack_from(data, len(data) - _FOOTER.size)
+        place, _, _, magic = _FOOTER.unpack(data[-_FOOTER.size :])
+        if magic != _MAGIC:
+            return "it is cut short"
         (length,) = struct.unpack_from("<I", data, place)
         message = _Manifest.FromString(data[place + 4 : place + 4 + length])
-    except (struct.error, DecodeError):
-        return "it is cut short"
-    if magic != _MAGIC:
+    except (struct.error, OverflowError, DecodeError):
         return "it is cut short"
     for path, is_lance in _files(message):
         file = folder / path

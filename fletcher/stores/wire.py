@@ -86,6 +86,15 @@ def from_flight(error: Exception, what: str) -> FletcherError:
     return StoreUnavailableError(f"the store failed while {what}: {text}", field="store")
 
 
+def maybe_unknown_action(error: BaseException | None) -> bool:
+    """Whether a server that knows nothing of an action may have raised this: UNKNOWN or INTERNAL.
+
+    What has our `extra_info` comes from a server of ours, which has a refusal for that.
+    """
+    kinds = (flight.FlightServerError, flight.FlightInternalError, pa.ArrowException)
+    return type(error) in kinds and not getattr(error, "extra_info", b"")
+
+
 def from_store(error: FletcherError, what: str) -> FletcherError:
     """Our error for one that a store of Fletcher's answered: a refusal as it is, or it passes."""
     if isinstance(error, (RequestError, UnauthenticatedError, UnauthorizedError)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Iterator
 
@@ -142,6 +143,25 @@ def test_rows_fail_alone_and_are_named(server: Runtime, client: flight.FlightCli
     with pytest.raises(flight.FlightServerError) as caught:
         exchange(client, [batch], batch.schema, on_error="abort")
     assert error_of(caught.value)["field"] == "text"
+
+
+def test_an_exchange_that_fails_says_so_to_a_client_that_waits(client: flight.FlightClient) -> None:
+    # It said so when the client sent again: one that waited for its vectors never heard.
+    batch = pa.record_batch({"text": pa.array([None], pa.utf8())})
+    options = flight.FlightCallOptions(timeout=20)
+    writer, reader = client.do_exchange(command(on_error="abort"), options)
+    writer.begin(batch.schema)
+    writer.write_batch(batch)
+    told = reader.read_chunk()
+    assert told.data is None
+    told_error = json.loads(told.app_metadata.to_pybytes())
+    assert told_error["field"] == "text"
+    writer.done_writing()
+    with pytest.raises(flight.FlightServerError) as caught:
+        reader.read_chunk()
+    assert error_of(caught.value) == told_error
+    with pytest.raises(flight.FlightServerError):
+        writer.close()
 
 
 def test_an_exchanges_error_list_is_bounded_a_batch(client: flight.FlightClient) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyarrow import flight
 
 from fletcher.errors import (
     DimensionMismatchError,
+    InternalError,
     RequestError,
     StoreUnavailableError,
+    UnauthorizedError,
     UnknownDatasetError,
 )
 from fletcher.stores import wire
@@ -151,6 +155,41 @@ def test_a_store_that_is_not_there_is_unavailable():
         store.open_writer("d", rows.schema(), "append")
     assert caught.value.field == "store"
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (flight.FlightUnavailableError("connection reset"), StoreUnavailableError),
+        (flight.FlightTimedOutError("too slow"), StoreUnavailableError),
+        (flight.FlightUnauthorizedError("not you"), UnauthorizedError),
+        (flight.FlightUnauthenticatedError("who are you"), UnauthorizedError),
+        (wire.to_flight(InternalError("broken")), StoreUnavailableError),
+    ],
+    ids=lambda one: type(one).__name__ if isinstance(one, Exception) else "",
+)
+def test_a_store_that_failed_once_is_not_taken_for_a_longbow(failure, kind):
+    class Failing(flight.FlightServerBase):
+        def __init__(self):
+            super().__init__("grpc://127.0.0.1:0")
+            self.failures = [failure]
+
+        def do_action(self, context, action):
+            if action.type == wire.CAPABILITIES:
+                if self.failures:
+                    raise self.failures.pop()
+                flags = ("null_vectors", "upsert", "drops_repeated_keys", "durable")
+                can = {"dtypes": ["float16"], **dict.fromkeys(flags, True)}
+                return [json.dumps(can).encode()]
+            return [b'{"status":"READY"}']
+
+    with Failing() as server:
+        store = open_store(f"grpc://127.0.0.1:{server.port}", timeout_s=10)
+        with pytest.raises(kind) as caught:
+            assert store.capabilities
+        assert type(caught.value) is kind
+        assert store.capabilities.drops_repeated_keys
+        store.close()
 
 
 def test_profile_fletcher_is_refused_where_the_store_is_none(double):

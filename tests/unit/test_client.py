@@ -210,6 +210,30 @@ def test_a_refusal_arrives_as_it_was_meant(when):
         assert list(answers) == []
 
 
+def test_a_failure_that_is_told_before_the_calls_end_is_raised_at_once(monkeypatch):
+    monkeypatch.setattr(exchange_module, "_CLOSE_TIMEOUT_S", 0.1)
+    heard = threading.Event()
+
+    class Telling(Embedding):
+        def answer(self, context, writer, batch, fields, dtype):
+            writer.write_metadata(errors.ColumnTypeError("no such type", field="text").to_json())
+
+    def data():
+        yield from table_of([1]).to_batches()
+        assert heard.wait(30)  # no more before the first is answered
+
+    transfer = TransferOptions(stall_timeout_s=5)
+    with Telling() as server, connect(server.uri, transfer=transfer) as client:
+        exchange = client.exchange(data())
+        with pytest.raises(errors.ColumnTypeError, match="no such type") as caught:
+            next(exchange)
+        assert caught.value.field == "text"
+        heard.set()
+        for thread in exchange._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
 def test_a_server_that_ends_early_is_noticed():
     class Leaving(Embedding):
         def do_exchange(self, context, descriptor, reader, writer):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -212,6 +213,45 @@ def test_rows_that_cannot_be_known_are_not_sent_again():
         with pytest.raises(errors.DrainingError):
             client.put(texts(10), EmbedOptions(dataset="d", durability="memory"))
         assert server.calls == 1
+
+
+def test_before_any_row_is_sent_every_upload_is_tried_again():
+    # Where the rows began beyond 0 this was taken for rows on their way.
+    class Starting(Behaving):
+        asked = 0
+
+        def status(self, body):
+            self.asked += 1
+            if self.asked == 1:
+                raise to_flight_error(errors.DrainingError("starting"))
+            return super().status(body)
+
+    options = EmbedOptions(dataset="d", upload_id="u", durability="memory")
+    with Starting() as server, connect(server.uri, transfer=FAST) as client:
+        client.put(texts(10).slice(6), options, row_offset=6, resume=True)
+        assert sorted(server.rows) == [6, 7, 8, 9]
+        assert server.asked == 2
+
+
+def test_an_upload_that_fails_while_its_client_waits_is_resumed():
+    # The server sent its summary and read on; the client had no room to send and waited for ever.
+    class Failing(Behaving):
+        def do_put(self, context, descriptor, reader, writer):
+            if self.calls:
+                super().do_put(context, descriptor, reader, writer)
+                return
+            self.calls += 1
+            reader.read_chunk()
+            self.finish(writer, "u")
+            for _ in reader:
+                pass
+            raise to_flight_error(errors.StoreUnavailableError("gone", retry_after_ms=1))
+
+    transfer = replace(FAST, stall_timeout_s=5)
+    with Failing() as server, connect(server.uri, transfer=transfer) as client:
+        assert client.put(texts(500), "d").complete
+        assert stored(server, 500)
+        assert server.calls == 2
 
 
 def test_a_server_that_forgot_acknowledged_rows_is_noticed():

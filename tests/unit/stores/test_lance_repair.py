@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import store_rows as rows
 
+from fletcher.errors import StoreUnavailableError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Store
+from fletcher.stores.lance_repair import _torn
 from fletcher.stores.lock import WriterLock
 
 pytest.importorskip("lancedb")
@@ -69,6 +72,32 @@ def test_the_version_before_is_taken_and_goes_on(
     again = open_store(f"lance:{folder}")
     assert ids(again) == list(range(160))
     again.close()
+
+
+def test_a_manifest_with_any_end_but_its_own_is_not_whole(folder: Path) -> None:
+    manifest = newest(folder, "_versions/*.manifest")
+    whole = manifest.read_bytes()
+    assert not _torn(manifest, folder / "d.lance")
+    damaged = [whole[:size] for size in range(len(whole))]
+    damaged.append(whole[:-16] + b"\xff" * 16)
+    damaged += [
+        whole[:-16] + struct.pack("<QHH4s", place, 0, 2, b"LANC")
+        for place in (len(whole), 1 << 62, (1 << 64) - 1)
+    ]
+    for data in damaged:
+        manifest.write_bytes(data)
+        assert _torn(manifest, folder / "d.lance"), len(data)
+
+
+def test_a_version_that_cannot_be_read_makes_the_dataset_unavailable(folder: Path) -> None:
+    manifest = newest(folder, "_versions/*.manifest")
+    manifest.unlink()
+    manifest.mkdir()
+    store = open_store(f"lance:{folder}")
+    for _ in range(2):  # the lock is free again
+        with pytest.raises(StoreUnavailableError, match="`d`: LanceDB failed"):
+            store.dataset("d")
+    store.close()
 
 
 def test_a_replaced_row_is_the_old_one_again(folder: Path) -> None:
