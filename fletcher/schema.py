@@ -119,17 +119,6 @@ def parse_batch_key(key: str) -> tuple[str, int, int] | None:
     """(upload_id, first, last) of a batch key; None where the text is none."""
     upload_id, colon, extent = key.rpartition(":")
     first, dash, last = extent.partition("-")
-    if not (colon and dash and upload_id and first.isdigit() and last.isdigit()):
+    if not (colon and dash and upload_id and first.isdecimal() and last.isdecimal()):
         return None
-    return upload_id, int(first), int(last)
-
-
-def merge_ranges(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Inclusive ranges, sorted, with neighbours and overlaps joined."""
-    merged: list[tuple[int, int]] = []
-    for first, last in sorted(ranges):
-        if merged and first <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], last))
-        else:
-            merged.append((first, last))
-    return merged
+    return (upload_id, int(first), int(last)) if int(first) <= int(last) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import threading
@@ -23,12 +24,8 @@ from fletcher.delivery.known import KnownSpace
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.outbox import from_journal
 from fletcher.delivery.route import JournalConfig, Route
-from fletcher.delivery.upload import Upload
-from fletcher.errors import (
-    InvalidCommandError,
-    StoreUnavailableError,
-    UploadConflictError,
-)
+from fletcher.delivery.upload import Upload, conflict
+from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.options import EmbedOptions
 from fletcher.stores.base import Store, WriteMode
 from fletcher.telemetry import Telemetry
@@ -147,11 +144,18 @@ class Delivery:
         known_by = _known_by(options)
         self._breakers[name].check(None)  # else each caller waits for its own deadline
         route = self._enter(key, store)
+        upload = None
         try:
             upload = self._join(key, fingerprint)
             if upload is not None:
                 if upload.fingerprint is None:
-                    self._identify(upload, store, fingerprint, known_by)
+                    self._look_up(upload, store)
+                    upload.begin(
+                        fingerprint,
+                        durability=durability,
+                        upsert=mode == "upsert",
+                        known_by=known_by,
+                    )
                 self._open(route, schema, "append" if mode == "overwrite" else mode)
                 if known_by is not None:
                     route.known.load(known_by)
@@ -183,16 +187,14 @@ class Delivery:
                 failed.succeed(new)
             return self._join(key, fingerprint, new) or new, route
         except BaseException:
-            self._leave(route)
+            self._leave(route, upload)
             raise
 
     def close(self, upload: Upload, route: Route) -> None:
         """One connection of an upload has ended."""
-        with self._lock:
-            upload.connections -= 1
         if upload.failure is not None:
             route.lane.drop_failed()
-        self._leave(route)
+        self._leave(route, upload)
 
     def status(self, options: EmbedOptions) -> dict[str, Any]:
         """What is known of an upload: from memory, else from the store."""
@@ -305,14 +307,6 @@ class Delivery:
         except TimeoutError:
             raise StoreUnavailableError("the store does not answer; try again later") from None
 
-    def _identify(
-        self, upload: Upload, store: Store, fingerprint: tuple[Any, ...], known_by: str | None
-    ) -> None:
-        """An upload known from the journal alone is resumed."""
-        self._look_up(upload, store)
-        upload.known_by = known_by
-        upload.fingerprint = fingerprint
-
     def _look_up(self, upload: Upload, store: Store) -> None:
         if store.dataset(upload.dataset) is not None:
             upload.found_in_store(store.stored_ranges(upload.dataset, upload.upload_id))
@@ -366,9 +360,11 @@ class Delivery:
             route.lane.put(from_journal(upload, group, journal, doubtful=True))
         return route
 
-    def _leave(self, route: Route) -> None:
+    def _leave(self, route: Route, upload: Upload | None = None) -> None:
         with self._lock:
             route.users -= 1
+            if upload is not None:
+                upload.connections -= 1
 
     def _join(
         self, key: tuple[str, str, str], fingerprint: tuple[Any, ...], new: Upload | None = None
@@ -380,23 +376,27 @@ class Delivery:
                 if new is None:
                     return None
                 upload = self._uploads[key] = new
-                self._forget()
             elif upload.fingerprint not in (None, fingerprint):
-                raise UploadConflictError(
-                    f"upload {key[2]!r} into `{key[1]}` was begun with another schema, model, "
-                    "mode, dedupe or durability; finish it as begun, or choose another `upload_id`",
-                    field="upload_id",
-                )
+                raise conflict(key[1], key[2])
             upload.connections += 1
             self._uploads.move_to_end(key)
+            self._forget()
             return upload
 
     def _forget(self) -> None:
-        if len(self._uploads) > _REMEMBERED_UPLOADS:
-            for old, one in self._uploads.items():
-                if not one.connections and not one.in_flight:
-                    del self._uploads[old]
-                    break
+        """Lets go of uploads beyond those remembered, the longest unused first.
+
+        One that has rows on their way stays: its client may come back before the store can tell
+        of them. Where a dataset has no route, nothing is on its way.
+        """
+        too_many = max(0, len(self._uploads) - _REMEMBERED_UPLOADS)
+        done = (
+            key
+            for key, one in self._uploads.items()
+            if not one.connections and not (one.pending and key[:2] in self._routes)
+        )
+        for key in list(itertools.islice(done, too_many)):
+            del self._uploads[key]
 
     def _forget_dataset(self, name: str, dataset: str) -> None:
         """The dataset was emptied: what earlier uploads stored is there no more."""

@@ -188,7 +188,6 @@ class Known:
     def add(self, rows: Rows) -> None:
         """Rows are on a disk, the journal's or the store's."""
         if rows.num_dropped:
-            rows.upload.drop(rows.num_dropped)
             self._telemetry.rows_deduplicated.add(rows.num_dropped)
         with self._lock:
             kinds = [
@@ -235,7 +234,7 @@ class Known:
         entries = entries_of(kind, rows.load())
         known = self.find(kind, entries)
         passed = fresh.setdefault(kind, {})
-        num_dropped = 0
+        num_dropped = rows.num_dropped
         for place, (key, value) in enumerate(entries):
             if place in unsent or key is None or value is None:
                 continue
@@ -244,6 +243,7 @@ class Known:
                 num_dropped += 1
             else:
                 passed[key] = value
+        rows.upload.drop(rows.first, num_dropped)
         return dataclasses.replace(rows, unsent=tuple(sorted(unsent)), num_dropped=num_dropped)
 
     def _values(self, kind: str, keys: Sequence[bytes | None]) -> list[bytes | None]:

@@ -29,7 +29,7 @@ class Rows:
         failed: Places of rows with a null vector.
         unsent: Places of rows that the store does not get: duplicates, and failed rows of uploads
             that drop duplicates, for a repaired one must not be taken for one.
-        num_dropped: How many of these were found to be duplicates when they were about to go.
+        num_dropped: How many of these are duplicates.
         load: Gives the output columns.
         released: Called once the rows are stored, or given up.
         journaled: They are on disk, as a group whose extent is fixed, and stay there if given up.
@@ -61,7 +61,7 @@ class Rows:
         first: int,
         failed: tuple[int, ...],
         released: Callable[[], None],
-        unsent: tuple[int, ...] = (),
+        duplicates: tuple[int, ...] = (),
     ) -> Rows:
         """Rows in memory."""
         return cls(
@@ -73,7 +73,8 @@ class Rows:
             failed,
             lambda: batch,
             released,
-            unsent=unsent,
+            unsent=duplicates,
+            num_dropped=len(duplicates),
         )
 
     @property

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-from fletcher.delivery.ranges import RangeSet
-from fletcher.errors import FletcherError
+from fletcher.errors import FletcherError, UploadConflictError
+from fletcher.ranges import RangeSet
 
 MAX_ERRORS = 100
 
@@ -31,7 +31,6 @@ class Upload:
         known_by: It leaves out rows that the dataset holds, known by `id`, `text` or both
             (`delta`); None: it does not.
         stored: Row ranges that the store holds already.
-        secured: Row ranges that are in the journal, on their way to the store.
     """
 
     def __init__(
@@ -44,22 +43,24 @@ class Upload:
         upsert: bool = False,
         known_by: str | None = None,
         stored: Iterable[tuple[int, int]] = (),
-        secured: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.dataset = dataset
         self.upload_id = upload_id
         self.fingerprint = fingerprint
-        self.journaled = durability == "journal"
         self.upsert = upsert
+        self._durability = durability
         self.known_by = known_by
         self.changed = threading.Condition(threading.RLock())
         self.failure: FletcherError | None = None
         self.connections = 0
-        self._durable = durability != "memory"
         self._settled = RangeSet(stored)
         # What was acknowledged: rows in the journal or in the store, whichever comes first.
-        self._secured = RangeSet([*secured, *self._settled.ranges()])
-        self._claimed = RangeSet(self._secured.ranges())
+        self._secured = RangeSet(self._settled.ranges())
+        self._claimed = RangeSet(self._settled.ranges())
+        # Of rows that are not secured, which a resume sends again: those that failed, and by a
+        # group's first row how many of it are duplicates.
+        self._failing = RangeSet()
+        self._dropping: dict[int, int] = {}
         self._successor: Upload | None = None
         self._rows_stored = self._settled.count
         self._rows_failed = 0
@@ -80,8 +81,7 @@ class Upload:
     def settle(self, first: int, last: int, *, stored: int) -> None:
         """Rows first..last are done: `stored` of them are in the store, the others failed."""
         with self.changed:
-            self._claimed.add(first, last)  # no news, unless the upload failed meanwhile
-            self._secured.add(first, last)
+            self._keep(first, last)
             if not self._settled.covers(first, last):  # else the store told so already
                 self._rows_stored += stored
             self._settled.add(first, last)
@@ -93,23 +93,26 @@ class Upload:
     def secure(self, first: int, last: int) -> None:
         """Rows first..last are in the journal: they will reach the store whatever dies."""
         with self.changed:
-            self._claimed.add(first, last)
-            self._secured.add(first, last)
+            self._keep(first, last)
             self.changed.notify_all()
+            successor = self._successor
+        if successor is not None:
+            successor.secure(first, last)
 
     def report(self, row: int, row_id: Any, error: FletcherError) -> None:
         """Notes why a row has no vector."""
         with self.changed:
             self._rows_failed += 1
+            self._failing.add(row, row)
             if len(self._errors) < MAX_ERRORS:
                 self._errors.append(
                     {"row": row, "id": row_id, "code": error.code, "message": error.message}
                 )
 
-    def drop(self, num_rows: int) -> None:
-        """So many rows are left out, for the dataset holds them; they settle with the others."""
+    def drop(self, first: int, num_rows: int) -> None:
+        """So many rows of the group that begins at `first` are duplicates, if it is secured so."""
         with self.changed:
-            self._rows_deduplicated += num_rows
+            self._dropping[first] = num_rows
 
     def fail(self, error: FletcherError) -> None:
         """The upload cannot go on; rows that were not acknowledged may be sent again later."""
@@ -134,6 +137,21 @@ class Upload:
         """Rows taken in and not acknowledged."""
         with self.changed:
             return self._claimed.count - self._secured.count
+
+    @property
+    def pending(self) -> int:
+        """Rows taken in and not settled: on their way, if only from the journal, or refused."""
+        with self.changed:
+            return self._claimed.count - self._settled.count
+
+    @property
+    def journaled(self) -> bool:
+        """Its rows go through the journal."""
+        return self._durability == "journal"
+
+    @property
+    def _durable(self) -> bool:
+        return self._durability != "memory"
 
     @property
     def complete(self) -> bool:
@@ -180,11 +198,49 @@ class Upload:
             }
 
     def succeed(self, successor: Upload) -> None:
-        """This upload failed and is resumed as `successor`: what is journaled goes on to count."""
-        with self.changed:
+        """This upload failed and is resumed as `successor`, which is new: what is safe counts on.
+
+        The store was asked for the successor's rows a moment ago, and more may have settled since.
+        What it holds beside those that settled here counts as it does after a restart.
+        """
+        with self.changed, successor.changed:
+            found = sum(
+                gap_last - gap_first + 1
+                for first, last in successor._settled.ranges()
+                for gap_first, gap_last in self._settled.missing(first, last)
+            )
+            for first, last in self._settled.ranges():
+                successor.settle(first, last, stored=0)
             for first, last in self._secured.ranges():
                 successor.secure(first, last)
+            successor._rows_stored = self._rows_stored + found
+            successor._rows_deduplicated = self._rows_deduplicated
+            successor._rows_failed = self._rows_failed - self._failing.count
+            successor._errors = [
+                one for one in self._errors if not self._failing.covers(one["row"], one["row"])
+            ]
             self._successor = successor
+
+    def begin(
+        self,
+        fingerprint: tuple[Any, ...],
+        *,
+        durability: str,
+        upsert: bool,
+        known_by: str | None,
+    ) -> None:
+        """An upload known from the journal alone is resumed, and its client says what it is.
+
+        Raises:
+            UploadConflictError: Its journaled rows replace those of the same id, or do not, and
+                the ones to come are meant otherwise.
+        """
+        with self.changed:
+            if upsert != self.upsert:
+                raise conflict(self.dataset, self.upload_id)
+            self._durability = durability
+            self.known_by = known_by
+            self.fingerprint = fingerprint
 
     def found_in_store(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Rows that the store turns out to hold, of an upload known from the journal alone."""
@@ -193,12 +249,27 @@ class Upload:
                 for new in self._settled.missing(first, last):
                     self.settle(*new, stored=new[1] - new[0] + 1)
 
+    def _keep(self, first: int, last: int) -> None:
+        self._claimed.add(first, last)  # no news, unless the upload failed meanwhile
+        self._secured.add(first, last)
+        self._failing.remove(first, last)
+        self._rows_deduplicated += self._dropping.pop(first, 0)
+
     def _unsecured(self) -> list[tuple[int, int]]:
         return [
             gap
             for first, last in self._claimed.ranges()
             for gap in self._secured.missing(first, last)
         ]
+
+
+def conflict(dataset: str, upload_id: str) -> UploadConflictError:
+    """That an upload is in progress, and not as the command says."""
+    return UploadConflictError(
+        f"upload {upload_id!r} into `{dataset}` was begun with another schema, model, mode, "
+        "dedupe or durability; finish it as begun, or choose another `upload_id`",
+        field="upload_id",
+    )
 
 
 def _brief(error: FletcherError) -> dict[str, str]:

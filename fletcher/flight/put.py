@@ -174,13 +174,6 @@ class _Put:
         num_known = piece.num_rows - sum(last - first + 1 for first, last in new)
         if num_known:
             self._service.telemetry.rows_deduplicated.add(num_known)
-        if piece.skipped.any():
-            offset = piece.row_first
-            num_skipped = sum(
-                int(piece.skipped[first - offset : last - offset + 1].sum()) for first, last in new
-            )
-            self._upload.drop(num_skipped)
-            self._service.telemetry.rows_deduplicated.add(num_skipped)
         # Later pieces may need this one's dictionary values even where its rows are there already.
         if new or piece.new_values is not None:
             self._stream.submit(

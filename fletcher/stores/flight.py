@@ -26,7 +26,8 @@ from fletcher.errors import (
     UnknownDatasetError,
 )
 from fletcher.options import check_dataset
-from fletcher.schema import merge_ranges, parse_batch_key
+from fletcher.ranges import RangeSet
+from fletcher.schema import parse_batch_key
 from fletcher.stores import longbow, wire
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.filters import to_json
@@ -173,7 +174,7 @@ class FlightStore:
             parsed = parse_batch_key(key)
             if parsed and parsed[0] == upload_id and count >= parsed[2] - parsed[1] + 1:
                 stored.append(parsed[1:])
-        return merge_ranges(stored)
+        return RangeSet(stored).ranges()
 
     def scan(
         self,

@@ -20,7 +20,8 @@ from fletcher.errors import (
     StoreUnavailableError,
 )
 from fletcher.options import check_dataset
-from fletcher.schema import merge_ranges, parse_batch_key
+from fletcher.ranges import RangeSet
+from fletcher.schema import parse_batch_key
 from fletcher.stores import filters as conditions
 from fletcher.stores.allocator import return_large_blocks
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
@@ -168,7 +169,7 @@ class LanceStore:
         prefix = conditions.quoted(f"{upload_id}:")
         keys = distinct_keys(table, f"starts_with(batch_key, {prefix})")
         parsed = (parse_batch_key(key) for key in keys)
-        return merge_ranges([one[1:] for one in parsed if one and one[0] == upload_id])
+        return RangeSet(one[1:] for one in parsed if one and one[0] == upload_id).ranges()
 
     def scan(
         self,

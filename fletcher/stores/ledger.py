@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable
 
-from fletcher.schema import merge_ranges, parse_batch_key
+from fletcher.ranges import RangeSet
+from fletcher.schema import parse_batch_key
 
 
 class KeyLedger:
@@ -16,7 +16,6 @@ class KeyLedger:
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._ranges: dict[str, list[tuple[int, int]]] = {}
         self._others: set[str] = set()
         found: dict[str, list[tuple[int, int]]] = {}
         for key in keys:
@@ -25,8 +24,7 @@ class KeyLedger:
                 self._others.add(key)
             else:
                 found.setdefault(parsed[0], []).append(parsed[1:])
-        for upload_id, ranges in found.items():
-            self._ranges[upload_id] = merge_ranges(ranges)
+        self._ranges = {upload_id: RangeSet(ranges) for upload_id, ranges in found.items()}
 
     def holds(self, key: str) -> bool:
         """Whether all rows of `key` are covered by keys that were added."""
@@ -34,12 +32,7 @@ class KeyLedger:
         if parsed is None:
             return key in self._others
         upload_id, first, last = parsed
-        ranges = self._ranges.get(upload_id, [])
-        index = bisect_right(ranges, (first, last)) - 1
-        # The range that starts at `first` and ends later sorts after (first, last).
-        return any(
-            start <= first and last <= end for start, end in ranges[max(index, 0) : index + 2]
-        )
+        return upload_id in self._ranges and self._ranges[upload_id].covers(first, last)
 
     def add(self, key: str) -> None:
         """Notes a key as stored."""
@@ -48,16 +41,8 @@ class KeyLedger:
             self._others.add(key)
             return
         upload_id, first, last = parsed
-        ranges = self._ranges.setdefault(upload_id, [])
-        low = bisect_right(ranges, (first,)) - 1
-        if low < 0 or ranges[low][1] < first - 1:
-            low += 1
-        high = low
-        while high < len(ranges) and ranges[high][0] <= last + 1:
-            first, last = min(first, ranges[high][0]), max(last, ranges[high][1])
-            high += 1
-        ranges[low:high] = [(first, last)]
+        self._ranges.setdefault(upload_id, RangeSet()).add(first, last)
 
     def ranges(self, upload_id: str) -> list[tuple[int, int]]:
         """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""
-        return list(self._ranges.get(upload_id, []))
+        return self._ranges[upload_id].ranges() if upload_id in self._ranges else []

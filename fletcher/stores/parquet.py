@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from fletcher.errors import ColumnTypeError, RequestError, StoreError, StoreUnavailableError
 from fletcher.options import check_dataset
-from fletcher.schema import merge_ranges, parse_batch_key
+from fletcher.ranges import RangeSet
+from fletcher.schema import parse_batch_key
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lock import WriterLock
@@ -125,7 +126,7 @@ class ParquetStore:
         """See `Store.stored_ranges`."""
         check_dataset(dataset)
         keys = (parse_batch_key(path.name[: -len(_SUFFIX)]) for path in self._files(dataset))
-        return merge_ranges([key[1:] for key in keys if key and key[0] == upload_id])
+        return RangeSet(key[1:] for key in keys if key and key[0] == upload_id).ranges()
 
     def scan(
         self,

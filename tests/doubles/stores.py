@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from fletcher.errors import FletcherError, OverloadedError, StoreUnavailableError
-from fletcher.schema import merge_ranges, parse_batch_key
+from fletcher.ranges import RangeSet
+from fletcher.schema import parse_batch_key
 from fletcher.stores.base import DatasetInfo, StoreCapabilities, WriteMode
 
 Fault = Callable[[], None]
@@ -68,7 +69,7 @@ class MemoryStore:
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         keys = {parse_batch_key(key) for key in self.keys(dataset)}
-        return merge_ranges([(key[1], key[2]) for key in keys if key and key[0] == upload_id])
+        return RangeSet(key[1:] for key in keys if key and key[0] == upload_id).ranges()
 
     def keys(self, dataset: str) -> list[str]:
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from fletcher.errors import (
     ConfigError,
     InvalidCommandError,
     JournalFullError,
+    StoreUnavailableError,
+    UploadConflictError,
 )
 from fletcher.options import EmbedOptions
 from fletcher.telemetry import Telemetry
@@ -31,6 +34,8 @@ SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
 CONFIG = DeliveryConfig(
     group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30, slow_append_s=15
 )
+# What is journaled stays in the lane.
+SLOW = dataclasses.replace(CONFIG, group_delay_s=600)
 
 
 @contextmanager
@@ -277,3 +282,107 @@ def test_rows_of_one_store_never_go_to_another(tmp_path: Path) -> None:
     with delivering(one, tmp_path) as delivery:
         assert delivery.flush(10)
         assert ids(one) == list(range(10))
+
+
+def open_others(delivery: Delivery, upload_ids: str) -> None:
+    for upload_id in upload_ids:
+        delivery.close(*delivery.open(options(dataset="other", upload_id=upload_id), SCHEMA))
+
+
+def test_an_upload_is_remembered_until_the_store_has_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Forgotten as soon as they were journaled: its client sent them again, and they came twice.
+    monkeypatch.setattr("fletcher.delivery.delivery._REMEMBERED_UPLOADS", 2)
+    store = MemoryStore()
+    with delivering(store, tmp_path, SLOW) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 10)
+        assert durable(upload, 10)
+        delivery.close(upload, route)
+        open_others(delivery, "abc")
+        again, route = delivery.open(options(), SCHEMA)
+        assert again.claim(0, 9) == []
+        delivery.close(again, route)
+        assert delivery.flush(10)
+        assert ids(store) == list(range(10))
+        open_others(delivery, "de")
+        assert [key[2] for key in delivery._uploads] == ["d", "e"]
+
+
+def test_uploads_found_in_the_journal_are_remembered_however_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fletcher.delivery.delivery._REMEMBERED_UPLOADS", 2)
+    store = MemoryStore()
+    with delivering(store, tmp_path, SLOW) as delivery:
+        for upload_id in "uvw":
+            upload, route = delivery.open(options(upload_id=upload_id), SCHEMA)
+            send(route, upload, 0, 10)
+            assert durable(upload, 10)
+    with delivering(store, tmp_path, SLOW) as delivery:
+        open_others(delivery, "abc")
+        for upload_id in "uvw":
+            assert delivery.status(options(upload_id=upload_id))["rows_durable"] == 10
+
+
+def test_rows_that_are_stored_while_their_failed_upload_is_resumed_count(tmp_path: Path) -> None:
+    # They were durable, and never in `rows_stored`: the store had been asked before.
+    store = MemoryStore()
+    with delivering(store, tmp_path, SLOW) as delivery:
+        failed, route = delivery.open(options(), SCHEMA)
+        send(route, failed, 0, 10)
+        assert durable(failed, 10)
+        failed.fail(StoreUnavailableError("its connection is gone"))
+        delivery.close(failed, route)
+        look = store.stored_ranges
+
+        def look_too_early(dataset: str, upload_id: str) -> list[tuple[int, int]]:
+            found = look(dataset, upload_id)
+            route.hurry()
+            assert stored(failed, 10)
+            return found
+
+        store.stored_ranges = look_too_early  # type: ignore[method-assign]
+        again, _ = delivery.open(options(), SCHEMA)
+        assert again is not failed
+        assert again.counts()["rows_stored"] == again.counts()["rows_durable"] == 10
+        assert again.pending == 0
+
+
+def test_an_upload_found_in_the_journal_goes_on_with_the_durability_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    # It went on through the journal, and was acknowledged before it was stored.
+    store = MemoryStore()
+    with delivering(store, tmp_path, SLOW) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 10)
+        assert durable(upload, 10)
+    with delivering(store, tmp_path) as delivery:
+        upload, route = delivery.open(options(durability="store"), SCHEMA)
+        assert stored(upload, 10)
+        store.gate.clear()
+        store.waiting.clear()
+        send(route, upload, 10, 10)
+        assert store.waiting.wait(30)
+        assert upload.counts()["rows_durable"] == 10
+        store.gate.set()
+        assert durable(upload, 20)
+        with pytest.raises(UploadConflictError):
+            delivery.open(options(durability="journal"), SCHEMA)
+
+
+def test_an_upload_found_in_the_journal_cannot_go_on_in_another_mode(tmp_path: Path) -> None:
+    store = MemoryStore()
+    with delivering(store, tmp_path, SLOW) as delivery:
+        upload, route = delivery.open(options(mode="upsert"), SCHEMA)
+        send(route, upload, 0, 10)
+        assert durable(upload, 10)
+    with delivering(store, tmp_path) as delivery:
+        with pytest.raises(UploadConflictError) as caught:
+            delivery.open(options(), SCHEMA)
+        assert caught.value.field == "upload_id"
+        upload, _ = delivery.open(options(mode="upsert"), SCHEMA)
+        assert upload.claim(0, 9) == []
+        assert upload.connections == 1  # the refused one is gone

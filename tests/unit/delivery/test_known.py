@@ -422,6 +422,31 @@ def test_a_row_that_failed_is_not_stored_and_may_come_again(tmp_path: Path, jour
         assert upload.counts()["rows_durable"] == 3
 
 
+def test_duplicates_that_were_on_their_way_when_an_upload_failed_count_once() -> None:
+    # They counted when they were found, and again when they were sent again.
+    store = MemoryStore()
+    with delivering(store, None) as delivery:
+        first, route = delivery.open(options("first"), SCHEMA)
+        send(route, first, 0, ("a", "1"), ("b", "2"))
+        wait(first)
+        # The first was found to be known before it was embedded, the second is when it goes.
+        rows = batch_of([("a", "3"), ("b", "4"), ("c", "5")])
+        failed, route = delivery.open(options("again"), SCHEMA)
+        store.faults.append(("before", PAUSE))
+        failed.claim(0, 2)
+        route.put(Rows.of(failed, rows, 0, (), lambda: None, duplicates=(0,)))
+        wait_for_doubt(route)
+        failed.fail(StoreUnavailableError("its connection is gone"))
+        delivery.close(failed, route)
+        again, route = delivery.open(options("again"), SCHEMA)
+        assert again.claim(0, 2) == [(0, 2)]
+        route.put(Rows.of(again, rows, 0, (), lambda: None, duplicates=(0,)))
+        try_again(route)
+        wait(again)
+        summary = again.summary("m")
+        assert (summary["rows_deduplicated"], summary["rows_stored"]) == (2, 1)
+
+
 def test_an_overwrite_forgets(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:

@@ -29,6 +29,7 @@ def test_an_upload_in_order_is_one_range():
 
 
 def test_other_keys_are_kept_as_they_are():
-    ledger = KeyLedger(["a", "u:x-1"])
+    ledger = KeyLedger(["a", "u:x-1", "u:0-9"])
     ledger.add("b")
     assert [ledger.holds(key) for key in ("a", "b", "u:x-1", "c")] == [True, True, True, False]
+    assert not any(ledger.holds(key) for key in ("u:5-3", "u:\N{SUPERSCRIPT TWO}-3"))

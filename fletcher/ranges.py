@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 
@@ -15,7 +15,7 @@ class RangeSet:
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         self._ranges: list[tuple[int, int]] = []
         self.count = 0
-        for first, last in ranges:
+        for first, last in sorted(ranges):  # in order each comes at the end
             self.add(first, last)
 
     def add(self, first: int, last: int) -> None:
@@ -45,9 +45,8 @@ class RangeSet:
         """The parts of first..last that are not in the set."""
         gaps = []
         start = bisect_left(self._ranges, first, key=lambda one: one[1])
-        for one_first, one_last in self._ranges[start:]:
-            if one_first > last:
-                break
+        end = bisect_right(self._ranges, last, key=lambda one: one[0])
+        for one_first, one_last in self._ranges[start:end]:
             if one_first > first:
                 gaps.append((first, one_first - 1))
             first = one_last + 1

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fletcher.delivery.ranges import RangeSet
+from fletcher.ranges import RangeSet
 
 RANGES = st.lists(
     st.tuples(st.integers(0, 40), st.integers(0, 8)).map(lambda one: (one[0], one[0] + one[1])),
