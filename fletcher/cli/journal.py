@@ -89,10 +89,10 @@ def _findings(file: dict[str, Any]) -> Iterator[str]:
 
 def _files(root: Path) -> Iterator[dict[str, Any]]:
     from fletcher.delivery.journal import journals
-    from fletcher.delivery.segment import read_segments
+    from fletcher.delivery.segment import SETTLED, read_segments
 
     for store, dataset, folder in journals(root):
-        found = list(read_segments(folder.iterdir()))
+        found = list(read_segments(one for one in folder.iterdir() if one.suffix != SETTLED))
         for path, segment in sorted(found, key=lambda one: one[0]):
             yield {"dataset": dataset, "store": store, **_describe(path, segment)}
 

@@ -105,6 +105,10 @@ class Backlog:
         """The groups that were sent before."""
         return self._sent
 
+    def has_before(self, moment: float) -> bool:
+        """Whether rows wait that arrived by then, or that were sent in vain."""
+        return bool(self._sent) or any(rows.arrived <= moment for rows in self._new)
+
     def oldest_in_memory(self) -> float | None:
         """When the first of the rows that are not journaled arrived, if there are such."""
         if not self._num_in_memory:

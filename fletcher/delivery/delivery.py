@@ -246,7 +246,7 @@ class Delivery:
                 continue
             name = names[folder_name]
             route = self._enter((name, dataset, ""), self.stores[name])
-            num_rows += sum(group.info.num_rows for group in route.left_behind)
+            num_rows += sum(group.info.num_rows for group in route.left_behind if not group.settled)
             self._leave(route)
         return num_rows
 
@@ -302,9 +302,11 @@ class Delivery:
         return options.durability
 
     def _open(self, route: Route, schema: pa.Schema, mode: WriteMode) -> None:
+        ready = route.lane.open(schema, mode)
         try:
-            route.lane.open(schema, mode).result(_OPENING_S)
+            ready.result(_OPENING_S)
         except TimeoutError:
+            ready.cancel()
             raise StoreUnavailableError("the store does not answer; try again later") from None
 
     def _look_up(self, upload: Upload, store: Store) -> None:
@@ -357,7 +359,8 @@ class Delivery:
                 )
             upload.secure(info.first, info.last)
             assert journal is not None
-            route.lane.put(from_journal(upload, group, journal, doubtful=True))
+            if not group.settled:
+                route.lane.put(from_journal(upload, group, journal, doubtful=True))
         return route
 
     def _leave(self, route: Route, upload: Upload | None = None) -> None:

@@ -4,7 +4,9 @@ A dataset's journal is a folder of segments, Arrow IPC stream files of one schem
 batch in them is a group of rows of one upload, whose extent is frozen by being written here; its
 custom metadata says which upload and rows, and a CRC-32 over it all. Groups are synced
 before they are acknowledged, several at a time; a segment is deleted when all its groups are
-stored.
+stored. Until then notes beside it say which are: sent again, they would replace newer rows, or come
+back into a dataset that was emptied since. The notes outlive a kill as they are; before a later
+segment goes, or a dataset is emptied, they are synced.
 
 After a crash the last segment may end in half a group, which was never acknowledged: it is cut off,
 and kept in case that it was not the crash.
@@ -13,7 +15,7 @@ and the segment is kept for a person.
 
 Names: `N.arrow` waits or is written, `N.sent` is kept for `retention_s` because its store
 acknowledges before it is durable, `N.damaged` is for a person to look at, `N.torn` is half a group,
-`N.rejected` holds groups that the store refused for good.
+`N.rejected` holds groups that the store refused for good, `N.settled` is the notes of `N.arrow`.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from fletcher.delivery.segment import (
     DAMAGED,
     REJECTED,
     SENT,
+    SETTLED,
     TORN,
     WAITING,
     Damage,
@@ -42,9 +45,10 @@ from fletcher.delivery.segment import (
     JournaledGroup,
     Segment,
     group_metadata,
+    mend_notes,
     read_segments,
 )
-from fletcher.errors import ConfigError, JournalFullError
+from fletcher.errors import ConfigError, FletcherError, JournalFullError
 from fletcher.stores.sync import make_folder, sync_path
 
 log = logging.getLogger(__name__)
@@ -109,6 +113,7 @@ class Journal:
         self._segment_bytes = segment_bytes
         self._retention_s = retention_s
         self._appending = threading.Lock()
+        self._sweeping = threading.Lock()
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
         self._file: BinaryIO | None = None  # of the last segment, while it is written
@@ -120,7 +125,7 @@ class Journal:
         """Reads what an earlier process left; call it before the first `append`.
 
         Returns:
-            Its groups in the order they were written.
+            Its groups, those too that are settled, in the order they were written.
         """
         groups: list[JournaledGroup] = []
         for path in self.folder.iterdir():
@@ -140,10 +145,16 @@ class Journal:
                 _dispose(segment, kept=False)
                 continue
             sync_path(str(path))  # its writer may have died before that
-            segment.unsettled = len(segment.groups)
+            mend_notes(segment.notes)
+            segment.unsettled = sum(not group.settled for group in segment.groups)
+            if not segment.unsettled:
+                segment.num_bytes = 0  # takes no room from others: it goes at the next sweep
             self._segments.append(segment)
             self._space.add(segment.num_bytes)
             groups += segment.groups
+        for notes in self.folder.glob(f"*{SETTLED}"):
+            if not notes.with_suffix(WAITING).exists():
+                notes.unlink()
         sync_path(str(self.folder))
         return groups
 
@@ -159,9 +170,9 @@ class Journal:
         with self._appending:
             try:
                 return self._append(groups, schema)
-            except OSError as error:
+            except Exception as error:
                 self._undo()
-                if error.errno in _NO_ROOM:
+                if isinstance(error, OSError) and error.errno in _NO_ROOM:
                     raise JournalFullError(
                         "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
                     ) from None
@@ -188,16 +199,50 @@ class Journal:
 
     def settle(self, group: JournaledGroup) -> None:
         """The group is stored for good: its segment goes when all its groups have gone."""
+        segment = group.segment
         with self._lock:
-            segment = group.segment
             segment.unsettled -= 1
             group.settled = True
-            is_open = self._file is not None and self._segments[-1] is segment
-            done = segment.unsettled == 0 and not is_open
-            if done:
-                self._segments.remove(segment)
+            done = segment.unsettled == 0
+            try:
+                segment.note(group)
+            except OSError as error:
+                log.warning("journal: %s cannot be written: %s", segment.notes, error)
         if done:
-            self._dispose(segment)
+            self.sweep()
+
+    def forget_settled(self) -> None:
+        """Afterwards nothing that is settled comes back, whatever dies.
+
+        Raises:
+            OSError: The disk does not take the notes.
+        """
+        self.close()
+        self.sweep()
+        with self._sweeping:
+            with self._lock:
+                segments = list(self._segments)
+            self._sync_notes(segments)
+            sync_path(str(self.folder))
+
+    def sweep(self) -> None:
+        """Deletes the segments of which nothing waits, but the open one; the oldest first."""
+        with self._sweeping:
+            with self._lock:
+                last = self._segments[-1] if self._file is not None else None
+                done = [one for one in self._segments if not one.unsettled and one is not last]
+            if not done:
+                return
+            try:
+                retention_s = self._retention_s()
+            except FletcherError:
+                return  # left by an earlier process, and the store is not there to be asked
+            for segment in done:
+                try:
+                    self._dispose(segment, retention_s)
+                except OSError:
+                    log.exception("journal: %s cannot be deleted", segment.path)
+                    return
 
     def waiting(self) -> list[JournaledGroup]:
         """Groups that are not settled, in the order they were written."""
@@ -253,23 +298,33 @@ class Journal:
             file, self._file = self._file, None
             if file is None:
                 return
-            segment = self._segments[-1]
-            empty = segment.unsettled == 0
-            if empty:
-                self._segments.pop()
         with contextlib.suppress(OSError):
             file.close()
-        if empty:
-            self._dispose(segment)
+        self.sweep()
 
-    def _dispose(self, segment: Segment) -> None:
+    def _dispose(self, segment: Segment, retention_s: float) -> None:
+        with self._lock:
+            place = self._segments.index(segment)
+            earlier = self._segments[:place]
+            del self._segments[place]
         self._space.add(-segment.num_bytes)
-        now, retention_s = time.time(), self._retention_s()
+        now = time.time()
+        # What it replaced may be in earlier ones: they must not be sent again without it.
+        self._sync_notes(earlier)
         _dispose(segment, kept=retention_s > 0)
+        sync_path(str(self.folder))
+        segment.notes.unlink(missing_ok=True)
         for path in self.folder.glob(f"*{SENT}"):
             with contextlib.suppress(FileNotFoundError):
                 if now - path.stat().st_mtime > retention_s:
                     path.unlink()
+
+    def _sync_notes(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            with self._lock:
+                segment.write_notes()
+            if segment.notes.exists():
+                sync_path(str(segment.notes))
 
     def _undo(self) -> None:
         """Cuts off what was written of groups that will not be acknowledged."""

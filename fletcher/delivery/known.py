@@ -186,9 +186,29 @@ class Known:
         return [self._screened(rows, fresh) for rows in taken]
 
     def add(self, rows: Rows) -> None:
-        """Rows are on a disk, the journal's or the store's."""
+        """Rows are on a disk, the journal's or the store's; never raises, for there they stay."""
         if rows.num_dropped:
             self._telemetry.rows_deduplicated.add(rows.num_dropped)
+        try:
+            self._learn(rows)
+        except Exception:
+            log.exception("`%s`: its rows are read again, to be known", self._dataset)
+            self.doubt()
+
+    def doubt(self) -> None:
+        """Rows may or may not be in the store: before the next decision it is asked."""
+        with self._lock:
+            for index in self._indexes.values():
+                index.stale = index.doubted = True
+
+    def close(self) -> None:
+        """Lets everything go."""
+        with self._lock:
+            for index in self._indexes.values():
+                index.clear()
+            self._indexes.clear()
+
+    def _learn(self, rows: Rows) -> None:
         with self._lock:
             kinds = [
                 index.kind
@@ -211,19 +231,6 @@ class Known:
                 # A replaced row's text is gone, and only the store can tell whether others have it.
                 if kind == "text" and rows.upload.upsert:
                     index.stale = index.doubted = True
-
-    def doubt(self) -> None:
-        """Rows may or may not be in the store: before the next decision it is asked."""
-        with self._lock:
-            for index in self._indexes.values():
-                index.stale = index.doubted = True
-
-    def close(self) -> None:
-        """Lets everything go."""
-        with self._lock:
-            for index in self._indexes.values():
-                index.clear()
-            self._indexes.clear()
 
     def _screened(self, rows: Rows, fresh: dict[str, dict[bytes, bytes]]) -> Rows:
         """The rows, those marked that are known or in `fresh`; the others come into `fresh`."""

@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
@@ -67,6 +67,16 @@ class DeliveryConfig:
     max_known_bytes: int = 64 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """Somebody waits for the dataset to be ready, or has given that up (`ready.cancelled`)."""
+
+    schema: pa.Schema
+    mode: WriteMode
+    ready: Future[None] = field(default_factory=Future)
+    asked: float = field(default_factory=time.monotonic)
+
+
 class Lane:
     """A dataset's writer and its thread.
 
@@ -77,7 +87,8 @@ class Lane:
         breaker: The store's.
         telemetry: Where counts, durations and spans go.
         known: What the dataset holds.
-        on_idle: Asked when the lane has had no user for a while; True lets it end.
+        on_idle: Asked when the lane has had nothing to do for a while; True lets it end.
+        on_empty: Called before the dataset is emptied.
     """
 
     def __init__(
@@ -88,22 +99,23 @@ class Lane:
         breaker: Breaker,
         telemetry: Telemetry,
         known: Known,
-        on_idle: Callable[[Lane], bool],
+        on_idle: Callable[[], bool],
+        on_empty: Callable[[], None],
     ) -> None:
         self.store = store
         self.dataset = dataset
-        self.users = 0  # guarded by Delivery
         self.pace = Pace(config.slow_append_s)
         self._config = config
         self._breaker = breaker
         self._telemetry = telemetry
         self._known = known
         self._on_idle = on_idle
+        self._on_empty = on_empty
         self._changed = threading.Condition()
         self._backlog = Backlog()
         self._in_append = False
         self._hurried = False
-        self._openings: deque[tuple[pa.Schema, WriteMode, Future[None]]] = deque()
+        self._openings: deque[_Opening] = deque()
         self._closing = threading.Event()
         self._writer: DatasetWriter | None = None
         self._written: WriterKind | None = None  # what the writer was opened for
@@ -116,15 +128,19 @@ class Lane:
         self.thread.start()
 
     def open(self, schema: pa.Schema, mode: WriteMode) -> Future[None]:
-        """Makes the dataset ready for rows of `schema`; the future fails where it cannot be."""
-        ready: Future[None] = Future()
+        """Makes the dataset ready for rows of `schema`; the future fails where it cannot be.
+
+        Who waits no longer cancels it: then the dataset is not emptied later, unasked.
+        """
+        opening = _Opening(schema, mode)
         with self._changed:
             if self._closing.is_set():
-                ready.set_exception(_shutting_down())
+                opening.ready.set_exception(_shutting_down())
             else:
-                self._openings.append((schema, mode, ready))
+                self._openings.append(opening)
+                opening.ready.add_done_callback(lambda _: self._wake())
                 self._changed.notify_all()
-        return ready
+        return opening.ready
 
     def put(self, rows: Rows) -> None:
         """Queues rows; never blocks, the streams' allowances bound what can be here."""
@@ -179,7 +195,7 @@ class Lane:
         self._give_up(self._take_all(), _shutting_down())
         with self._changed:
             self._let_go()
-        self._close_writer()
+        self.close_writer()
 
     def _step(self) -> bool:
         """Does the next thing there is to do; False ends the thread."""
@@ -196,7 +212,7 @@ class Lane:
             more = bool(self._backlog)
             idle = not more and not self._in_append
         if opening is not None:
-            self._open(*opening)
+            self._open(opening)
         elif overdue:
             self._give_up(overdue, reason)
         elif groups:
@@ -206,7 +222,7 @@ class Lane:
                 log.exception("`%s`: delivery failed", self.dataset)
                 for rows in (rows for group in groups for rows in group.rows):
                     rows.upload.fail(InternalError("delivery failed; the log has more"))
-        elif idle and self._on_idle(self):
+        elif idle and self._on_idle():
             return False
         with self._changed:
             self._let_go()
@@ -223,8 +239,18 @@ class Lane:
         return min(self._due_in_s(), self._overdue_in_s(), _LINGER_S)
 
     def _can_open(self) -> bool:
-        """What was accepted before a dataset is emptied goes there first, to be emptied with it."""
-        return bool(self._openings) and not (self._openings[0][1] == "overwrite" and self._backlog)
+        """What was accepted before emptying was asked for goes there first, to be emptied with it.
+
+        What came later goes before or after: waiting for it, too, might never end.
+        """
+        if not self._openings:
+            return False
+        first = self._openings[0]
+        return (
+            first.mode != "overwrite"
+            or first.ready.cancelled()
+            or not self._backlog.has_before(first.asked)
+        )
 
     def _due_in_s(self) -> float:
         """Seconds until rows are to be sent; infinite where there are none."""
@@ -295,16 +321,20 @@ class Lane:
 
     def _take_all(self) -> list[Rows]:
         with self._changed:
-            for _, _, ready in self._openings:
-                ready.set_exception(_shutting_down())
+            for opening in self._openings:
+                if opening.ready.set_running_or_notify_cancel():
+                    opening.ready.set_exception(_shutting_down())
             self._openings.clear()
             return self._backlog.clear()
 
-    def _open(self, schema: pa.Schema, mode: WriteMode, ready: Future[None]) -> None:
+    def _open(self, opening: _Opening) -> None:
+        ready = opening.ready
+        if not ready.set_running_or_notify_cancel():
+            return
         try:
             self._breaker.check(self)
             with self._breaker.call(self, proof=False):
-                self._use(schema, mode)
+                self._use(opening.schema, opening.mode)
         except FletcherError as error:
             ready.set_exception(error)
         except Exception:
@@ -316,7 +346,9 @@ class Lane:
     def _use(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
         wanted = writer_kind(schema, upsert=mode == "upsert")
         if self._writer is None or self._written != wanted or mode == "overwrite":
-            self._close_writer()
+            self.close_writer()
+            if mode == "overwrite":
+                self._on_empty()
             stored = schema.append(pa.field("batch_key", pa.utf8()))
             self._writer = self.store.open_writer(self.dataset, stored, mode)
             self._written = wanted
@@ -341,7 +373,7 @@ class Lane:
                 slow_down = self._append(groups)
         except PASSING as error:
             self._telemetry.store_retries.add()
-            self._close_writer()
+            self.close_writer()
             self._failed(groups, error, started)
             return
         except FletcherError as error:
@@ -376,12 +408,16 @@ class Lane:
         return groups
 
     def _append(self, groups: Sequence[Group]) -> bool:
-        """Stores the groups, of those in doubt what is not there; whether to slow down."""
+        """Stores the groups, of those in doubt what is not there; whether to slow down.
+
+        Rows that replace others all go again: a key may be gone because later rows replaced its
+        rows, and these go again, too, in the same order.
+        """
         (schema, _, upsert), _ = groups[0].rows[0].kind
         null_vectors = self.store.capabilities.null_vectors
         writer = self._use(schema, "upsert" if upsert else "append")
         wanted = {group.key: group for group in groups}
-        doubtful = [key for key, group in wanted.items() if group.doubtful]
+        doubtful = [key for key, group in wanted.items() if group.doubtful and not upsert]
         if doubtful:
             for key in set(doubtful).difference(writer.missing_keys(doubtful)):
                 del wanted[key]
@@ -421,21 +457,29 @@ class Lane:
     def _settle(self, groups: Sequence[Group], error: FletcherError | None) -> None:
         null_vectors = error is None and self.store.capabilities.null_vectors
         for rows in (rows for group in groups for rows in group.rows):
-            if error is not None:
-                rows.upload.fail(error)
-                rows.refused(error.message)
-            else:
-                stored = rows.num_rows - len(rows.left_out(null_vectors=null_vectors))
-                self._telemetry.rows_stored.add(stored)
-                if not rows.journaled:
-                    self._known.add(rows)
-                rows.upload.settle(rows.first, rows.last, stored=stored)
-            rows.released()
+            try:
+                self._settle_rows(rows, error, null_vectors=null_vectors)
+            except Exception:  # such as a full disk: these stay in the journal, the others go on
+                log.exception(
+                    "`%s`: rows %d-%d cannot be settled", self.dataset, rows.first, rows.last
+                )
         if error is not None:
             self._known.doubt()
         else:
             for group in groups:
                 self._decided.pop(id(group), None)
+
+    def _settle_rows(self, rows: Rows, error: FletcherError | None, *, null_vectors: bool) -> None:
+        if error is not None:
+            rows.upload.fail(error)
+            rows.refused(error.message)
+        else:
+            stored = rows.num_rows - len(rows.left_out(null_vectors=null_vectors))
+            self._telemetry.rows_stored.add(stored)
+            if not rows.journaled:
+                self._known.add(rows)
+            rows.upload.settle(rows.first, rows.last, stored=stored)
+        rows.released()
 
     def _give_up(self, taken: Sequence[Rows], error: FletcherError) -> None:
         for rows in taken:
@@ -444,7 +488,8 @@ class Lane:
                 rows.released()
                 self._known.doubt()  # it may have been sent
 
-    def _close_writer(self) -> None:
+    def close_writer(self) -> None:
+        """Lets the dataset go; called by the lane's thread alone, which opens it where need be."""
         writer, self._writer, self._written = self._writer, None, None
         if writer is not None:
             try:

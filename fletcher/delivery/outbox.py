@@ -71,12 +71,16 @@ class Outbox:
     def put(self, group: Rows) -> None:
         """Queues a group; never blocks, the streams' allowances bound what can be here."""
         with self._changed:
-            self._pending.append(group)
-            self._changed.notify_all()
-            if self._thread is None and not self._closing.is_set():
-                name = f"outbox-{self._lane.dataset}"
-                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-                self._thread.start()
+            closing = self._closing.is_set()
+            if not closing:
+                self._pending.append(group)
+                self._changed.notify_all()
+                if self._thread is None:
+                    name = f"outbox-{self._lane.dataset}"
+                    self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                    self._thread.start()
+        if closing:
+            self._give_up([group], _shutting_down())
 
     @property
     def idle(self) -> bool:
@@ -99,14 +103,16 @@ class Outbox:
                 self._changed.wait_for(self._something_to_do, _IDLE_S)
                 taken = self._take()
                 self._writing = bool(taken)
-            if not taken and not self._closing.is_set():
+                if self._closing.is_set():
+                    taken += self._pending
+                    self._pending.clear()
+                    self._writing = False
+                    break
+            if not taken:
                 self._journal.close()
                 with self._changed:
                     self._changed.wait_for(self._something_to_do)
                 continue
-            if self._closing.is_set():
-                self._give_up(taken, InternalError("the server is shutting down"))
-                return
             try:
                 self._write(taken)
             except FletcherError as error:
@@ -117,6 +123,7 @@ class Outbox:
             with self._changed:
                 self._writing = False
                 self._changed.notify_all()
+        self._give_up(taken, _shutting_down())
 
     def _something_to_do(self) -> bool:
         return bool(self._pending) or self._closing.is_set()
@@ -139,19 +146,19 @@ class Outbox:
             num_rows += group.num_rows
         return taken
 
-    def _write(self, taken: Sequence[Rows]) -> None:
-        groups = [group for group in taken if group.upload.failure is None]
-        for group in taken:
-            if group.upload.failure is not None:  # the client was told, and sends it again
-                group.released()
-        if not groups:
-            return
+    def _write(self, taken: list[Rows]) -> None:
+        """Journals the rows; those that stay in `taken` where it fails are to be given up."""
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
-                if not self._space.wait_for_room(_FULL_POLL_S):
+                has_room = self._space.wait_for_room(_FULL_POLL_S)
+                # Each time: this may take long, and who sends them again be here already.
+                taken[:] = self._wanted(taken)
+                if not taken:
+                    return
+                if not has_room:
                     raise self._space.full()
-                with self._known.deciding(groups, wait_s=_FULL_POLL_S) as decided:
+                with self._known.deciding(taken, wait_s=_FULL_POLL_S) as decided:
                     self._journal_all(decided)
             except (JournalFullError, StoreUnavailableError):
                 if self._closing.is_set() or time.monotonic() > deadline:
@@ -161,6 +168,16 @@ class Outbox:
                 self._closing.wait(_FULL_POLL_S)
             else:
                 return
+
+    def _wanted(self, taken: Sequence[Rows]) -> list[Rows]:
+        """Without rows of failed uploads: their clients were told, and send them again."""
+        wanted: list[Rows] = []
+        for group in taken:
+            if group.upload.failure is None:
+                wanted.append(group)
+            else:
+                group.released()
+        return wanted
 
     def _journal_all(self, groups: Sequence[Rows]) -> None:
         with self._telemetry.stage_duration.time(stage="journal"):
@@ -198,6 +215,10 @@ def from_journal(
         doubtful=doubtful,
         unsent=info.unsent,
     )
+
+
+def _shutting_down() -> InternalError:
+    return InternalError("the server is shutting down")
 
 
 def _info(group: Rows) -> GroupInfo:

@@ -68,8 +68,16 @@ class Route:
         self.journal = journal
         self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
         self.known = Known(store, dataset, journal, known_space, telemetry)
+        self._on_idle = on_idle
         self.lane = Lane(
-            store, dataset, config, breaker, telemetry, self.known, lambda _: on_idle(self)
+            store,
+            dataset,
+            config,
+            breaker,
+            telemetry,
+            self.known,
+            on_idle=self._may_end,
+            on_empty=journal.forget_settled if journal is not None else lambda: None,
         )
         # Two threads: rows of uploads that may have to wait for the store, to be told from those
         # that are in doubt there, hold up no others.
@@ -106,6 +114,16 @@ class Route:
             self.lane.hurry()
             waited.wait(0.02)
         return self.idle
+
+    def _may_end(self) -> bool:
+        """Whether the lane's thread, which asks, may end."""
+        if self.users:  # seen without a lock: whoever comes from now on is seen by `on_idle`
+            return False
+        # Before the route is forgotten, for another one may open the dataset from then on.
+        self.lane.close_writer()
+        if self.journal is not None:
+            self.journal.sweep()
+        return self._on_idle(self)
 
     def release(self) -> None:
         """Closes the journal of a route that is idle and will not be used again."""

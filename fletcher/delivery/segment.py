@@ -5,13 +5,18 @@ upload; its custom metadata says which upload and rows, and a CRC-32 over it all
 behind what is damaged: messages begin at multiples of eight with a marker, and the checksum tells
 a group from what only looks like one. A segment whose beginning is unreadable is read by the schema
 of another one of its dataset.
+
+Which of its groups are stored already is noted beside it, in `N.settled`: where each ends, as eight
+bytes, in the order in which they were settled.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import os
 import re
 import struct
 import zlib
@@ -29,10 +34,12 @@ SENT = ".sent"
 DAMAGED = ".damaged"
 TORN = ".torn"
 REJECTED = ".rejected"
+SETTLED = ".settled"
 _KEY = b"fletcher.group"
 _MARKER = b"\xff\xff\xff\xff"
 _END = _MARKER + bytes(4)  # of an Arrow stream that was closed
 _UNREADABLE = (pa.ArrowException, OSError, EOFError)
+_NOTE = struct.Struct("<Q")
 _ANY_MARKER = re.compile(b"(?=%b)" % _MARKER)
 _CLAIM = re.compile(rb'\{"upload_id": "([\w-]+)", "first": (\d+), "last": (\d+)')
 
@@ -96,6 +103,11 @@ class JournaledGroup:
     num_bytes: int
     settled: bool = False
 
+    @property
+    def end(self) -> int:
+        """Where it ends in its file: by that it is known in the notes beside it."""
+        return self.offset + self.num_bytes
+
     def load(self) -> pa.RecordBatch:
         """Its rows, read and not mapped: a disk that fails is an error then, and no signal.
 
@@ -123,6 +135,7 @@ class Segment:
         groups: Whole and right ones.
         damage: What else is in it.
         torn: Its end, where that is a group that was not written to its end: never acknowledged.
+        unnoted: What is still to be written to the notes of what is settled.
     """
 
     path: Path
@@ -132,6 +145,44 @@ class Segment:
     groups: list[JournaledGroup] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
     torn: Damage | None = None
+    unnoted: bytes = b""
+
+    @property
+    def notes(self) -> Path:
+        """The file that says which groups are settled."""
+        return self.path.with_suffix(SETTLED)
+
+    def note(self, group: JournaledGroup) -> None:
+        """Notes that a group is settled; that is not synced.
+
+        Raises:
+            OSError: It could not be written, and will be with the next one.
+        """
+        self.unnoted += _NOTE.pack(group.end)
+        self.write_notes()
+
+    def write_notes(self) -> None:
+        """Writes what of the notes is not written. Raises OSError."""
+        if self.unnoted:
+            with self.notes.open("ab", buffering=0) as file:
+                self.unnoted = self.unnoted[file.write(self.unnoted) :]
+
+
+def read_notes(path: Path) -> list[int]:
+    """Where the groups end that a segment's notes call settled, as far as they are whole."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = data[: len(data) // _NOTE.size * _NOTE.size]
+    # After a power loss a file may have its length and not its bytes: none ends at 0.
+    return list(itertools.takewhile(bool, (end for (end,) in _NOTE.iter_unpack(whole))))
+
+
+def mend_notes(path: Path) -> None:
+    """Cuts off what is not whole, before more is written behind it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.truncate(path, _NOTE.size * len(read_notes(path)))
 
 
 def read_segments(paths: Iterable[Path]) -> Iterator[tuple[Path, Segment | Damage]]:
@@ -187,6 +238,9 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
         found = Segment(path, schema)
         _scan(found, data, start)
         if found.groups:
+            ends = set(read_notes(found.notes))
+            for group in found.groups:
+                group.settled = group.end in ends
             break
     return found
 

@@ -233,6 +233,8 @@ class Ledger:
             # Segments that vanish meanwhile are left out: their rows are stored.
             for _, segment in read_segments(folder.glob(f"*{WAITING}")):
                 for group in segment.groups if isinstance(segment, Segment) else ():
+                    if group.settled:
+                        continue
                     number = int(group.info.upload_id.rpartition("-")[2])
                     assert self.uploads[number].dataset == dataset
                     found[number][group.info.first : group.info.last + 1] = True

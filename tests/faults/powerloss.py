@@ -41,7 +41,7 @@ def record_syncs(notes: Path) -> None:
         os.write(file, json.dumps(note).encode() + b"\n")
 
     def bury(path: Any, **more: Any) -> None:
-        if str(path).endswith(".arrow"):
+        if str(path).endswith((".arrow", ".settled")):
             grave = graveyard / str(Path(path).stat().st_ino)
             if not grave.exists():
                 os.link(path, grave)

@@ -41,11 +41,11 @@ def disk(tmp_path: Path) -> Path:
 def journal(disk: Path) -> Journal:
     folder = disk / "home" / "journal" / "store" / "dataset"
     space = JournalSpace(1 << 20)
-    return Journal(folder, space, segment_bytes=1 << 16, retention_s=lambda: 0.0)
+    return Journal(folder, space, segment_bytes=1, retention_s=lambda: 0.0)
 
 
 def infos(disk: Path) -> list[GroupInfo]:
-    return [group.info for group in journal(disk).recover()]
+    return [group.info for group in journal(disk).recover() if not group.settled]
 
 
 def test_what_is_not_synced_is_gone(notes: Path, disk: Path) -> None:
@@ -86,6 +86,39 @@ def test_a_group_that_was_read_again_and_not_synced_by_its_writer(
     assert infos(disk) == [info]  # from here on it counts as durable
     lose_power(notes, [disk])
     assert infos(disk) == [info]
+    one.close()
+
+
+def test_what_was_settled_before_a_dataset_is_emptied(notes: Path, disk: Path) -> None:
+    one = journal(disk)
+    stored, waiting = GroupInfo("u", 0, 9), GroupInfo("u", 10, 19)
+    first, _ = one.append([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
+    one.settle(first)
+    one.forget_settled()
+    lose_power(notes, [disk])
+    assert infos(disk) == [waiting]
+
+
+def test_what_was_settled_before_rows_that_left_the_journal(notes: Path, disk: Path) -> None:
+    # Sent again, it would replace these, which are not there to be sent after it.
+    one = journal(disk)
+    stored, waiting = GroupInfo("u", 0, 9), GroupInfo("u", 10, 19)
+    first, _ = one.append([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
+    (later,) = one.append([(GroupInfo("u", 20, 29), ROWS)], ROWS.schema)
+    one.close()
+    one.settle(first)
+    one.settle(later)
+    lose_power(notes, [disk])
+    assert infos(disk) == [waiting]
+
+
+def test_a_segment_that_was_deleted_before_another(notes: Path, disk: Path) -> None:
+    one = journal(disk)
+    (first,) = one.append([(GroupInfo("u", 0, 9), ROWS)], ROWS.schema)
+    one.append([(GroupInfo("u", 10, 19), ROWS)], ROWS.schema)
+    one.settle(first)
+    lose_power(notes, [disk])
+    assert infos(disk) == [GroupInfo("u", 10, 19)]
     one.close()
 
 

@@ -115,3 +115,14 @@ def test_replay_makes_sent_rows_wait_behind_the_others(
         folder, JournalSpace(1 << 30), segment_bytes=1, retention_s=lambda: 0.0
     ).recover()
     assert [group.info.first for group in groups] == [10, 0]
+
+
+def test_notes_of_what_is_stored_are_no_file_of_rows(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(folder)
+    journal = Journal(folder, JournalSpace(1 << 30), segment_bytes=1, retention_s=lambda: 0.0)
+    (waiting,) = journal.recover()
+    waiting.segment.note(waiting)
+    assert main(["journal", "verify"]) == 0
+    assert "1 files, 10 rows: all right" in capsys.readouterr().out

@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.delivery import delivery as delivery_module
+from fletcher.delivery import lane as lane_module
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.route import Route
@@ -463,3 +465,88 @@ def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
     assert released.wait(5)
     assert ids(store) == list(range(5))
     assert isinstance(upload.failure, StoreUnavailableError)
+
+
+def test_an_overwrite_does_not_wait_for_what_comes_after_it() -> None:
+    # Behind a steady upload it waited for ever, and all openings behind it.
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        send(lane, upload, 0, 5)
+        assert store.waiting.wait(5)
+        emptied = lane.lane.open(SCHEMA, "overwrite")
+        send(lane, upload, 5, 5)
+        store.gate.set()
+        assert emptied.result(30) is None
+        assert settled(upload)
+        assert ids(store) == list(range(5, 10))
+
+
+def test_an_overwrite_that_nobody_waits_for_any_more_does_not_happen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The caller was told that it had failed, and later the dataset was emptied all the same.
+    monkeypatch.setattr(delivery_module, "_OPENING_S", 0.2)
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store) as delivery:
+        upload, lane = delivery.open(options(upload_id="old"), SCHEMA)
+        send(lane, upload, 0, 5)
+        assert store.waiting.wait(5)
+        with pytest.raises(StoreUnavailableError):
+            delivery.open(options(mode="overwrite"), SCHEMA)
+        store.gate.set()
+        assert settled(upload)
+        assert lane.lane.open(SCHEMA, "append").result(30) is None
+        assert ids(store) == list(range(5))
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: bool) -> None:
+    # Another route could open the dataset while the writer had its lock still.
+    monkeypatch.setattr(lane_module, "_LINGER_S", 0.05)
+    has_writer: list[bool] = []
+    asked, retire = threading.Event(), Delivery._retire
+
+    def asks(delivery: Delivery, route: Route) -> bool:
+        has_writer.append(route.lane._writer is not None)
+        asked.set()
+        return retire(delivery, route)
+
+    monkeypatch.setattr(Delivery, "_retire", asks)
+    with delivering(MemoryStore()) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        if in_use:
+            assert not asked.wait(0.3)
+            assert route.lane._writer is not None
+        else:
+            delivery.close(upload, route)
+            route.lane.thread.join(30)
+            assert has_writer == [False]
+
+
+def test_rows_that_cannot_be_let_go_leave_the_others_of_their_append_alone() -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store) as delivery:
+        first, lane = delivery.open(options(upload_id="first"), SCHEMA)
+        bad, _ = delivery.open(options(upload_id="bad"), SCHEMA)
+        good, _ = delivery.open(options(upload_id="good"), SCHEMA)
+        send(lane, first, 0, 1)
+        assert store.waiting.wait(5)
+
+        def fails() -> None:
+            raise ZeroDivisionError
+
+        bad.claim(0, 0)
+        batch = pa.record_batch(
+            [pa.array([1], pa.int64()), pa.array([[1, 0]], SCHEMA[1].type)], schema=SCHEMA
+        )
+        lane.put(Rows.of(bad, batch, 0, (), fails))
+        released = send(lane, good, 2, 3)
+        store.gate.set()
+        assert settled(good)
+        assert released.wait(30)
+        assert (bad.failure, good.failure) == (None, None)
+        assert len(store.appends) == 2

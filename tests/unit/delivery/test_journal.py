@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fletcher.delivery.journal import Journal, JournalSpace
 from fletcher.delivery.segment import Damage, GroupInfo, Segment, read_segment
-from fletcher.errors import JournalFullError
+from fletcher.errors import JournalFullError, StoreUnavailableError
 
 SCHEMA = pa.schema(
     {"id": pa.utf8(), "vector": pa.list_(pa.field("item", pa.float16()), 4), "n": pa.int32()},
@@ -357,3 +357,93 @@ def test_room_comes_back_when_segments_go(tmp_path: Path) -> None:
     waited.join(10)
     assert not waited.is_alive()
     assert space.used_bytes == 0
+
+
+def firsts(folder: Path) -> list[int]:
+    return [group.info.first for group in journal(folder).recover() if not group.settled]
+
+
+def test_what_was_settled_does_not_come_back_after_a_kill(tmp_path: Path) -> None:
+    # It was known in memory alone: sent again, it replaced what had come after it.
+    one = fill(tmp_path, 4)
+    first, second, third, _ = one._segments[-1].groups
+    one.settle(first)
+    one.settle(third)
+    again = journal(tmp_path)
+    assert [group.settled for group in again.recover()] == [True, False, True, False]
+    assert [group.info.first for group in again.waiting()] == [10, 30]
+    one.settle(second)
+    assert firsts(tmp_path) == [30]
+
+
+@pytest.mark.parametrize("end", [b"\1", bytes(8), bytes(16) + b"\1"])
+def test_notes_that_were_cut_off_are_mended_before_more_is_noted(
+    tmp_path: Path, end: bytes
+) -> None:
+    one = fill(tmp_path, 3)
+    (segment,) = one._segments
+    one.settle(segment.groups[0])
+    with segment.notes.open("ab") as file:
+        file.write(end)
+    again = journal(tmp_path)
+    _, second, _ = again.recover()
+    again.settle(second)
+    assert firsts(tmp_path) == [20]
+
+
+def test_a_note_that_could_not_be_written_goes_with_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = fill(tmp_path, 3)
+    (segment,) = one._segments
+    segment.notes.mkdir()
+    one.settle(segment.groups[0])
+    assert "cannot be written" in caplog.text
+    segment.notes.rmdir()
+    one.settle(segment.groups[1])
+    assert firsts(tmp_path) == [20]
+
+
+def test_a_segment_that_was_settled_by_a_killed_process_goes_when_the_store_is_there(
+    tmp_path: Path,
+) -> None:
+    one = fill(tmp_path, 2)
+    for group in one.waiting():
+        one.settle(group)
+    asked: list[bool] = []
+
+    def away() -> float:
+        asked.append(True)
+        raise StoreUnavailableError("away")
+
+    space = JournalSpace(1 << 30)
+    again = Journal(tmp_path, space, segment_bytes=1 << 20, retention_s=away)
+    assert all(group.settled for group in again.recover())
+    assert asked == []  # a server starts though its store is away
+    again.sweep()
+    assert asked == [True]
+    assert len(list(tmp_path.glob("*.arrow"))) == 1
+    again = journal(tmp_path)
+    again.recover()
+    again.sweep()
+    assert list(tmp_path.iterdir()) == []
+    assert space.used_bytes == 0
+
+
+def test_notes_without_their_segment_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "000000000003.settled").write_bytes(bytes(8))
+    one = journal(tmp_path)
+    assert one.recover() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_stays_of_an_append_that_failed_in_any_way(tmp_path: Path) -> None:
+    # After anything but an OSError the first group came to the disk with the next append.
+    one = fill(tmp_path, 1)
+    with pytest.raises(pa.ArrowInvalid):
+        one.append([(info(10, 10), rows(10, 10)), (info(20, 1), OTHER)], SCHEMA)
+    one.append([(info(30, 10), rows(30, 10))], SCHEMA)
+    assert firsts(tmp_path) == [0, 30]
+
+
+OTHER = pa.record_batch({"other": [1]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.delivery import outbox as outbox_module
 from fletcher.delivery.delivery import Delivery
+from fletcher.delivery.journal import Journal, JournalSpace
+from fletcher.delivery.known import Known
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.route import JournalConfig, Route
 from fletcher.delivery.rows import Rows
@@ -282,6 +286,142 @@ def test_rows_of_one_store_never_go_to_another(tmp_path: Path) -> None:
     with delivering(one, tmp_path) as delivery:
         assert delivery.flush(10)
         assert ids(one) == list(range(10))
+
+
+@pytest.fixture
+def _long_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment is not ended for being idle."""
+    monkeypatch.setattr(outbox_module, "_IDLE_S", 600.0)
+
+
+@pytest.mark.usefixtures("_long_segments")
+def test_after_a_kill_what_was_stored_is_not_sent_again(tmp_path: Path) -> None:
+    # Its key may be gone, for later rows replaced its rows: it was taken for missing, and theirs
+    # were lost.
+    store = MemoryStore()
+    with delivering(store, tmp_path / "home") as delivery:
+        upload, route = delivery.open(options(mode="upsert"), SCHEMA)
+        send(route, upload, 0, 5)
+        send(route, upload, 5, 5)
+        assert stored(upload, 10)
+        assert delivery.flush(10)
+        shutil.copytree(tmp_path / "home", tmp_path / "killed")
+    assert ".arrow" in files(tmp_path / "killed")
+    del store.batches["d"][0]
+    store.appends.clear()
+    with delivering(store, tmp_path / "killed") as delivery:
+        assert delivery.flush(10)
+        assert delivery.status(options())["rows_durable"] == 10
+    assert store.appends == []
+
+
+def test_after_a_kill_rows_that_replace_others_all_go_again_in_their_order(tmp_path: Path) -> None:
+    store = MemoryStore()
+    store.gate.clear()
+    with delivering(store, tmp_path / "home") as delivery:
+        upload, route = delivery.open(options(mode="upsert"), SCHEMA)
+        send(route, upload, 0, 5)
+        send(route, upload, 5, 5)
+        assert durable(upload, 10)
+        shutil.copytree(tmp_path / "home", tmp_path / "killed")
+        store.gate.set()
+        assert stored(upload, 10)
+    store.batches["d"] = [batch for batch in store.batches["d"] if batch["id"][0].as_py() == 5]
+    store.appends.clear()
+    with delivering(store, tmp_path / "killed") as delivery:
+        assert delivery.flush(10)
+    sent = [batch["batch_key"][0].as_py() for batches in store.appends for batch in batches]
+    assert sent == ["u:0-4", "u:5-9"]
+
+
+@pytest.mark.usefixtures("_long_segments")
+def test_no_journaled_row_comes_back_into_a_dataset_that_was_emptied(tmp_path: Path) -> None:
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        old, route = delivery.open(options(upload_id="old"), SCHEMA)
+        send(route, old, 0, 10)
+        assert stored(old, 10)
+        assert ".arrow" in files(tmp_path)
+        delivery.open(options(mode="overwrite"), SCHEMA)
+        assert files(tmp_path) == []
+
+
+def test_rows_of_an_upload_that_failed_while_the_journal_was_full_are_not_journaled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its successor had them already.
+    store = MemoryStore()
+    store.gate.clear()
+    was_full = threading.Event()
+    full = JournalSpace.full
+
+    def tells(space: JournalSpace) -> JournalFullError:
+        was_full.set()
+        return full(space)
+
+    monkeypatch.setattr(JournalSpace, "full", tells)
+    with delivering(store, tmp_path, max_bytes=1000, segment_bytes=1) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 40)
+        assert durable(upload, 40)
+        released = send(route, upload, 40, 10)
+        assert was_full.wait(30)
+        upload.fail(StoreUnavailableError("its connection is gone"))
+        store.gate.set()
+        assert released.wait(30)
+        assert delivery.flush(10)
+        assert ids(store) == list(range(40))
+
+
+def test_rows_that_cannot_be_learned_are_journaled_and_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The journal had them and the lane did not get them: they waited for the next start.
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Known, "_learn", fails)
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 5)
+        send(route, upload, 5, 5)
+        assert stored(upload, 10)
+        assert upload.failure is None
+
+
+def test_an_outbox_that_ends_gives_up_all_that_it_has_and_what_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows of another schema than the first ones' were forgotten, and with them their memory.
+    begun, go_on = threading.Event(), threading.Event()
+
+    def stalls(*_: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Journal, "append", stalls)
+    with delivering(MemoryStore(), tmp_path) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        released = [send(route, upload, 0, 5)]
+        assert begun.wait(30)
+        released.append(send(route, upload, 5, 5))
+        other = pa.record_batch({"id": ["a"]})
+        upload.claim(10, 10)
+        released.append(threading.Event())
+        route.put(Rows.of(upload, other, 10, (), released[-1].set))
+        (outbox, _) = route._outboxes
+        ending = threading.Thread(target=outbox.close)
+        ending.start()
+        assert outbox._closing.wait(30)
+        go_on.set()
+        ending.join(30)
+        assert [one.is_set() for one in released] == [True, True, True]
+        assert outbox.idle
+        late, _ = delivery.open(options(upload_id="late"), SCHEMA)
+        assert send(route, late, 0, 5).is_set()
+        assert late.failure is not None
 
 
 def open_others(delivery: Delivery, upload_ids: str) -> None:
