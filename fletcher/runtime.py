@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fletcher.allocator import return_large_blocks
 from fletcher.compression import Answers
 from fletcher.config import ServeConfig
 from fletcher.delivery.delivery import Delivery
@@ -91,6 +92,7 @@ class Runtime:
         Raises:
             FletcherError: Something configured is not there or does not work; nothing is left.
         """
+        return_large_blocks()
         try:
             self._start()
         except BaseException:

@@ -90,9 +90,11 @@ def _findings(file: dict[str, Any]) -> Iterator[str]:
 def _files(root: Path) -> Iterator[dict[str, Any]]:
     from fletcher.delivery.journal import journals
     from fletcher.delivery.segment import SETTLED, read_segments
+    from fletcher.delivery.unsent import UNSENT
 
     for store, dataset, folder in journals(root):
-        found = list(read_segments(one for one in folder.iterdir() if one.suffix != SETTLED))
+        paths = (one for one in folder.iterdir() if one.suffix not in (SETTLED, UNSENT))
+        found = list(read_segments(paths))
         for path, segment in sorted(found, key=lambda one: one[0]):
             yield {"dataset": dataset, "store": store, **_describe(path, segment)}
 

@@ -24,6 +24,7 @@ from fletcher.delivery.known import KnownSpace
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.outbox import from_journal
 from fletcher.delivery.route import JournalConfig, Route
+from fletcher.delivery.unsent import Unsent
 from fletcher.delivery.upload import Upload, conflict
 from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.options import EmbedOptions
@@ -32,6 +33,7 @@ from fletcher.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
+_Ranges = list[tuple[int, int]]
 # Finished uploads are remembered for `upload_status`; older ones are read from the store.
 _REMEMBERED_UPLOADS = 1000
 # A lane that waits for its store opens nothing; new uploads need not wait as long as old ones.
@@ -160,14 +162,15 @@ class Delivery:
                 if known_by is not None:
                     route.known.load(known_by)
                 return upload, route
-            stored: list[tuple[int, int]] = []
+            stored: _Ranges = []
+            unsent: _Ranges = []
             failed = self._uploads.get(key)
             if options.upload_id is not None and store.dataset(dataset) is not None:
                 if failed is not None:
                     # What was being sent when it failed must have arrived, or not, before we look.
                     self._open(route, schema, "append")
-                stored = store.stored_ranges(dataset, upload_id)
-            if mode == "overwrite" and (stored or failed is not None):
+                stored, unsent = self._settled(store, dataset, upload_id)
+            if mode == "overwrite" and (stored or unsent or failed is not None):
                 mode = "append"
             self._open(route, schema, mode)
             if mode == "overwrite":
@@ -182,6 +185,7 @@ class Delivery:
                 upsert=mode == "upsert",
                 known_by=known_by,
                 stored=stored,
+                unsent=unsent,
             )
             if failed is not None:
                 failed.succeed(new)
@@ -217,12 +221,15 @@ class Delivery:
             return upload.status()
         datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
         for dataset in datasets:
-            stored = (
-                store.stored_ranges(dataset, options.upload_id) if store.dataset(dataset) else []
-            )
-            if stored:
+            stored, unsent = self._settled(store, dataset, options.upload_id)
+            if stored or unsent:
                 return Upload(
-                    dataset, options.upload_id, fingerprint=(), durability="store", stored=stored
+                    dataset,
+                    options.upload_id,
+                    fingerprint=(),
+                    durability="store",
+                    stored=stored,
+                    unsent=unsent,
                 ).status()
         return {"rows_durable": 0, "ranges": [], "complete": False}
 
@@ -310,8 +317,21 @@ class Delivery:
             raise StoreUnavailableError("the store does not answer; try again later") from None
 
     def _look_up(self, upload: Upload, store: Store) -> None:
-        if store.dataset(upload.dataset) is not None:
-            upload.found_in_store(store.stored_ranges(upload.dataset, upload.upload_id))
+        upload.found(*self._settled(store, upload.dataset, upload.upload_id))
+
+    def _settled(self, store: Store, dataset: str, upload_id: str) -> tuple[_Ranges, _Ranges]:
+        """An upload's rows that the store holds, and those that it never got and needs not get."""
+        if store.dataset(dataset) is None:
+            return [], []
+        stored = store.stored_ranges(dataset, upload_id)
+        if self._journal is None:
+            return stored, []
+        return stored, Unsent(self._folder(store, dataset)).ranges(upload_id)
+
+    def _folder(self, store: Store, dataset: str) -> Path:
+        """Of a dataset's journal."""
+        assert self._journal is not None
+        return self._journal.folder / _folder_of(store) / dataset
 
     def _enter(self, key: tuple[str, str, str], store: Store) -> Route:
         name, dataset, _ = key
@@ -329,7 +349,7 @@ class Delivery:
         if self._journal is not None and self._space is not None:
             retention_s = self._journal.retention_s
             journal = Journal(
-                self._journal.folder / _folder_of(store) / dataset,
+                self._folder(store, dataset),
                 self._space,
                 segment_bytes=self._journal.segment_bytes,
                 retention_s=lambda: 0.0 if store.capabilities.durable else retention_s,

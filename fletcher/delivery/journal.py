@@ -15,7 +15,8 @@ and the segment is kept for a person.
 
 Names: `N.arrow` waits or is written, `N.sent` is kept for `retention_s` because its store
 acknowledges before it is durable, `N.damaged` is for a person to look at, `N.torn` is half a group,
-`N.rejected` holds groups that the store refused for good, `N.settled` is the notes of `N.arrow`.
+`N.rejected` holds groups that the store refused for good, `N.settled` is the notes of `N.arrow`;
+beside them `groups.unsent` (see `Unsent`).
 """
 
 from __future__ import annotations

@@ -9,9 +9,7 @@ all, the lane's pace how much at once.
 Rows come from memory or from the journal. Those in memory are given up when the store stays away
 too long, and their client is told; those in the journal wait for it, however long that takes.
 
-Which rows in memory are duplicates is decided before they are first sent, and a group keeps that.
-As long as one is in doubt the lane keeps the right to decide, so that nobody takes its rows for new
-ones, nor for stored ones. Groups with rows in common do not share an append: one might be lost.
+Which rows in memory are duplicates is decided before they are first sent, in the lane's turn.
 """
 
 from __future__ import annotations
@@ -29,9 +27,11 @@ import pyarrow as pa
 
 from fletcher.delivery.backlog import Backlog
 from fletcher.delivery.breaker import PASSING, Breaker
-from fletcher.delivery.known import Known, keys_of
+from fletcher.delivery.known import Known
 from fletcher.delivery.pace import Pace
 from fletcher.delivery.rows import Group, Rows, WriterKind, writer_kind
+from fletcher.delivery.turn import Turn
+from fletcher.delivery.unsent import Unsent
 from fletcher.errors import FletcherError, InternalError, OverloadedError, StoreUnavailableError
 from fletcher.stores.base import DatasetWriter, Store, WriteMode
 from fletcher.telemetry import Telemetry
@@ -89,6 +89,7 @@ class Lane:
         known: What the dataset holds.
         on_idle: Asked when the lane has had nothing to do for a while; True lets it end.
         on_empty: Called before the dataset is emptied.
+        unsent: Where groups are noted that the store cannot tell of; None: nowhere.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Lane:
         known: Known,
         on_idle: Callable[[], bool],
         on_empty: Callable[[], None],
+        unsent: Unsent | None,
     ) -> None:
         self.store = store
         self.dataset = dataset
@@ -111,6 +113,7 @@ class Lane:
         self._known = known
         self._on_idle = on_idle
         self._on_empty = on_empty
+        self._unsent = unsent
         self._changed = threading.Condition()
         self._backlog = Backlog()
         self._in_append = False
@@ -121,8 +124,7 @@ class Lane:
         self._written: WriterKind | None = None  # what the writer was opened for
         self._failing: tuple[float, FletcherError] | None = None  # since when, and why last
         self._was_away = False
-        self._may_decide = False  # from the first send of a group until `_decided` is empty
-        self._decided: dict[int, Group] = {}  # by identity, and not settled
+        self._turn = Turn(known)
         breaker.watch(self._wake)
         self.thread = threading.Thread(target=self._run, name=f"lane-{dataset}", daemon=True)
         self.thread.start()
@@ -163,7 +165,7 @@ class Lane:
         with self._changed:
             failed = self._backlog.remove(lambda rows: rows.dropped)
             if not self._in_append:
-                self._let_go()
+                self._turn.keep(self._backlog.sent)
             self._changed.notify_all()
         for rows in failed:
             rows.released()
@@ -194,7 +196,7 @@ class Lane:
         self._breaker.unwatch(self._wake)
         self._give_up(self._take_all(), _shutting_down())
         with self._changed:
-            self._let_go()
+            self._turn.keep(self._backlog.sent)
         self.close_writer()
 
     def _step(self) -> bool:
@@ -225,7 +227,7 @@ class Lane:
         elif idle and self._on_idle():
             return False
         with self._changed:
-            self._let_go()
+            self._turn.keep(self._backlog.sent)
             self._in_append = False
             self._changed.notify_all()
         return True
@@ -308,17 +310,6 @@ class Lane:
             group_rows=self._config.group_rows,
         )
 
-    def _let_go(self, going: Sequence[Group] = ()) -> None:
-        """Others may decide once nothing that was decided here is in doubt."""
-        lost = self._decided.keys() - {id(group) for group in (*self._backlog.sent, *going)}
-        for one in lost:  # given up or refused: the store may have it, and can tell
-            del self._decided[one]
-        if lost:
-            self._known.doubt()
-        if self._may_decide and not self._decided:
-            self._may_decide = False
-            self._known.release()
-
     def _take_all(self) -> list[Rows]:
         with self._changed:
             for opening in self._openings:
@@ -361,10 +352,8 @@ class Lane:
         asking = not groups[0].rows[0].journaled and any(group.known_by for group in groups)
         if asking:
             with self._changed:
-                self._let_go(groups)
-        if asking and not self._may_decide:
-            self._may_decide = self._known.acquire(_TURN_S)
-            if not self._may_decide:
+                self._turn.keep((*self._backlog.sent, *groups))
+            if not self._turn.take(_TURN_S):
                 self._failed(groups, self._known.undecided(), started)
                 return
         try:
@@ -390,22 +379,11 @@ class Lane:
         self._failing = None
 
     def _decide(self, groups: Sequence[Group]) -> Sequence[Group]:
-        """The groups that go now, decided: those before one that has a row in common with them."""
-        sent: dict[str, set[bytes]] = {
-            group.known_by: set() for group in groups if group.known_by is not None
-        }
-        for place, group in enumerate(groups):
-            kind = group.known_by
-            if kind is not None and id(group) not in self._decided:
-                if not sent[kind].isdisjoint(keys_of(kind, group.rows)):
-                    with self._changed:
-                        self._backlog.put_back(groups[place:])
-                    return groups[:place]
-                group.rows = self._known.decide(group.rows)
-                self._decided[id(group)] = group
-            for one in sent:
-                sent[one] |= keys_of(one, group.rows)
-        return groups
+        going = self._turn.decide(groups)
+        if len(going) < len(groups):
+            with self._changed:
+                self._backlog.put_back(groups[len(going) :])
+        return going
 
     def _append(self, groups: Sequence[Group]) -> bool:
         """Stores the groups, of those in doubt what is not there; whether to slow down.
@@ -421,14 +399,23 @@ class Lane:
         if doubtful:
             for key in set(doubtful).difference(writer.missing_keys(doubtful)):
                 del wanted[key]
-        batches = [group.batch(null_vectors=null_vectors) for group in wanted.values()]
-        batches = [batch for batch in batches if batch.num_rows]
+        rows = {key: group.batch(null_vectors=null_vectors) for key, group in wanted.items()}
+        self._note_unsent([key for key, batch in rows.items() if not batch.num_rows])
+        batches = [batch for batch in rows.values() if batch.num_rows]
         num_rows = sum(batch.num_rows for batch in batches)
         with (
             self._telemetry.stage_duration.time(stage="append"),
             self._telemetry.span("append", rows=num_rows, groups=len(batches)),
         ):
             return bool(batches) and writer.append(batches)
+
+    def _note_unsent(self, keys: Sequence[str]) -> None:
+        """The store will know nothing of these, but that they are settled must outlive us."""
+        if keys and self._unsent is not None:
+            try:
+                self._unsent.add(keys)
+            except OSError as error:
+                raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from None
 
     def _failed(self, groups: Sequence[Group], error: FletcherError, started: float) -> None:
         """The store may have taken the groups, or not: they go again when it is back."""
@@ -466,8 +453,7 @@ class Lane:
         if error is not None:
             self._known.doubt()
         else:
-            for group in groups:
-                self._decided.pop(id(group), None)
+            self._turn.settled(groups)
 
     def _settle_rows(self, rows: Rows, error: FletcherError | None, *, null_vectors: bool) -> None:
         if error is not None:

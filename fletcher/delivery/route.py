@@ -15,6 +15,7 @@ from fletcher.delivery.lane import DeliveryConfig, Lane
 from fletcher.delivery.outbox import Outbox
 from fletcher.delivery.rows import Rows
 from fletcher.delivery.segment import JournaledGroup
+from fletcher.delivery.unsent import Unsent
 from fletcher.stores.base import Store
 from fletcher.telemetry import Telemetry
 
@@ -68,6 +69,7 @@ class Route:
         self.journal = journal
         self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
         self.known = Known(store, dataset, journal, known_space, telemetry)
+        self._unsent = Unsent(journal.folder) if journal is not None else None
         self._on_idle = on_idle
         self.lane = Lane(
             store,
@@ -77,7 +79,8 @@ class Route:
             telemetry,
             self.known,
             on_idle=self._may_end,
-            on_empty=journal.forget_settled if journal is not None else lambda: None,
+            on_empty=self._forget,
+            unsent=self._unsent,
         )
         # Two threads: rows of uploads that may have to wait for the store, to be told from those
         # that are in doubt there, hold up no others.
@@ -124,6 +127,12 @@ class Route:
         if self.journal is not None:
             self.journal.sweep()
         return self._on_idle(self)
+
+    def _forget(self) -> None:
+        """The dataset is about to be emptied. Raises OSError."""
+        if self.journal is not None and self._unsent is not None:
+            self.journal.forget_settled()
+            self._unsent.clear()
 
     def release(self) -> None:
         """Closes the journal of a route that is idle and will not be used again."""

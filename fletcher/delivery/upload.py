@@ -31,6 +31,7 @@ class Upload:
         known_by: It leaves out rows that the dataset holds, known by `id`, `text` or both
             (`delta`); None: it does not.
         stored: Row ranges that the store holds already.
+        unsent: Row ranges that are settled, and of which the store has nothing.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Upload:
         upsert: bool = False,
         known_by: str | None = None,
         stored: Iterable[tuple[int, int]] = (),
+        unsent: Iterable[tuple[int, int]] = (),
     ) -> None:
         self.dataset = dataset
         self.upload_id = upload_id
@@ -54,6 +56,9 @@ class Upload:
         self.failure: FletcherError | None = None
         self.connections = 0
         self._settled = RangeSet(stored)
+        rows_stored = self._settled.count
+        for one in unsent:
+            self._settled.add(*one)
         # What was acknowledged: rows in the journal or in the store, whichever comes first.
         self._secured = RangeSet(self._settled.ranges())
         self._claimed = RangeSet(self._settled.ranges())
@@ -62,7 +67,7 @@ class Upload:
         self._failing = RangeSet()
         self._dropping: dict[int, int] = {}
         self._successor: Upload | None = None
-        self._rows_stored = self._settled.count
+        self._rows_stored = rows_stored
         self._rows_failed = 0
         self._rows_deduplicated = 0
         self._errors: list[dict[str, Any]] = []
@@ -242,12 +247,14 @@ class Upload:
             self.known_by = known_by
             self.fingerprint = fingerprint
 
-    def found_in_store(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Rows that the store turns out to hold, of an upload known from the journal alone."""
+    def found(self, stored: Iterable[tuple[int, int]], unsent: Iterable[tuple[int, int]]) -> None:
+        """Rows that turn out to be settled, of an upload known from the journal alone."""
         with self.changed:
-            for first, last in ranges:
+            for first, last in stored:
                 for new in self._settled.missing(first, last):
                     self.settle(*new, stored=new[1] - new[0] + 1)
+            for first, last in unsent:
+                self.settle(first, last, stored=0)
 
     def _keep(self, first: int, last: int) -> None:
         self._claimed.add(first, last)  # no news, unless the upload failed meanwhile

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fletcher.allocator import return_large_blocks
 from fletcher.errors import (
     ColumnTypeError,
     InvalidCommandError,
@@ -23,7 +24,6 @@ from fletcher.options import check_dataset
 from fletcher.ranges import RangeSet
 from fletcher.schema import parse_batch_key
 from fletcher.stores import filters as conditions
-from fletcher.stores.allocator import return_large_blocks
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lance_repair import set_torn_versions_aside
 from fletcher.stores.lance_writer import LanceWriter, broken, distinct_keys

@@ -12,6 +12,7 @@ import pytest
 from fletcher.cli import main
 from fletcher.delivery.journal import Journal, JournalSpace, lock_journal
 from fletcher.delivery.segment import GroupInfo
+from fletcher.delivery.unsent import Unsent
 
 SCHEMA = pa.schema({"id": pa.int64()})
 
@@ -124,5 +125,6 @@ def test_notes_of_what_is_stored_are_no_file_of_rows(
     journal = Journal(folder, JournalSpace(1 << 30), segment_bytes=1, retention_s=lambda: 0.0)
     (waiting,) = journal.recover()
     waiting.segment.note(waiting)
+    Unsent(folder).add(["u:20-29"])
     assert main(["journal", "verify"]) == 0
     assert "1 files, 10 rows: all right" in capsys.readouterr().out
