@@ -118,6 +118,8 @@ class Upload:
             stored = [(int(first), int(last)) for first, last in answer["ranges"]]
         except UnknownDatasetError:
             stored = []
+        except DeadlineExceededError as error:  # such as of a server whose store hangs: it passes
+            raise UnavailableError(error.message) from None
         except (KeyError, TypeError, ValueError):
             raise InternalError("the server's `upload_status` has no `ranges`") from None
         if self._acknowledged > self._row_offset and not _covered(

@@ -217,8 +217,10 @@ class Delivery:
             if upload.fingerprint is None:
                 # Of an upload found in the journal, the store may have an earlier part.
                 with contextlib.suppress(*PASSING):
+                    self._breakers[name].check(None)
                     self._look_up(upload, store)
             return upload.status()
+        self._breakers[name].check(None)  # else the caller waits for a deadline, its own maybe
         datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
         for dataset in datasets:
             stored, unsent = self._settled(store, dataset, options.upload_id)

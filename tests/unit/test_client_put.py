@@ -233,6 +233,30 @@ def test_before_any_row_is_sent_every_upload_is_tried_again():
         assert server.asked == 2
 
 
+def test_a_server_that_does_not_say_in_time_what_it_has_is_asked_again():
+    # Its store hung; the client gave up, where it tries again whatever else passes.
+    class Hanging(Behaving):
+        asked = 0
+
+        def status(self, body):
+            self.asked += 1
+            if self.asked == 1:
+                assert gone.wait(30)
+            return super().status(body)
+
+    gone = threading.Event()
+    with (
+        Hanging() as server,
+        connect(server.uri, transfer=FAST, timeout_s=1) as client,
+    ):
+        try:
+            client.put(texts(10), EmbedOptions(dataset="d", upload_id="u"), resume=True)
+        finally:
+            gone.set()
+        assert stored(server, 10)
+        assert server.asked == 2
+
+
 def test_an_upload_that_fails_while_its_client_waits_is_resumed():
     # The server sent its summary and read on; the client had no room to send and waited for ever.
     class Failing(Behaving):

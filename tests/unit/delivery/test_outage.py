@@ -219,3 +219,22 @@ def test_an_upload_that_is_given_up_for_overload_says_so() -> None:
         send(route, upload, 0, 10)
         assert wait(upload, lambda: upload.failure is not None)
         assert isinstance(upload.failure, OverloadedError)
+
+
+def test_nobody_asks_a_store_that_is_away_about_an_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A store that hung answered neither the server nor, in its time, the client that asked.
+    store = MemoryStore()
+    asked: list[str] = []
+    monkeypatch.setattr(store, "dataset", asked.append)
+    with delivering(store) as delivery:
+        upload, route = open_(delivery)
+        store.down = outage()
+        send(route, upload, 0, 5)
+        until(lambda: delivery.statistics()["default"]["state"] == "away")
+        asked.clear()
+        with pytest.raises(StoreUnavailableError, match="the store is out") as caught:
+            delivery.status(EmbedOptions(dataset="d", upload_id="unknown"))
+        assert caught.value.retry_after_ms is not None
+        assert delivery.status(EmbedOptions(dataset="d", upload_id="u"))["rows_durable"] == 0
+        assert asked == []
+        store.down = None
