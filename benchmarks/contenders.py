@@ -144,15 +144,18 @@ def fletcher(task: Task) -> Measure:
             warm_up = numbered(task.texts[:WARM_UP_TEXTS], batch_rows=task.batch_rows)
             client.put(warm_up, EmbedOptions(dataset="warm-up", durability="store"))
             started = time.perf_counter()
+            cpu_started = time.process_time() + served.cpu_seconds()
             summary = client.put(batches, EmbedOptions(dataset=_DATASET, durability="store"))
             num_rows = served.count(_DATASET)
             seconds = time.perf_counter() - started
+            cpu_seconds = time.process_time() + served.cpu_seconds() - cpu_started
             if num_rows != len(task.texts):
                 raise JobError(f"{num_rows} of {len(task.texts)} rows are in the store: {summary}")
             memory, stats = served.memory(), client.stats()
             embeddings = stored_vectors(served.vectors, _DATASET)
         note = f"front process {memory['peak'] / 2**20:,.0f} MiB"
-        return Measurement(seconds, embeddings, note, {"memory": memory, "stats": stats})
+        details = {"memory": memory, "stats": stats, "cpu_seconds": cpu_seconds}
+        return Measurement(seconds, embeddings, note, details)
 
     return measure
 

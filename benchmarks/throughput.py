@@ -23,7 +23,7 @@ from benchmarks import contenders, hardware, report
 from benchmarks.arguments import absolute, add_common, as_options, positive
 from benchmarks.contenders import Measure, Measurement, Skipped, Task
 from benchmarks.corpus import Corpus
-from benchmarks.engines import configure, save_tokens
+from benchmarks.engines import ENGINES, configure, save_tokens, title
 from fletcher.errors import ModelError
 from fletcher.models.registry import DEFAULT_MODEL, Registry
 
@@ -133,11 +133,7 @@ def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
         else:
             row.measure = contenders.peer(task, precision, args.peer_python, checkpoint)
         rows.append(row)
-    for backend, precision in (
-        ("onnxruntime", "float32"),
-        ("openvino", "float32"),
-        ("openvino", "bfloat16"),
-    ):
+    for backend, precision in ENGINES:
         name = _engine_name(backend, precision)
         rows.append(Row(name, contenders.engine(task, backend, precision)))
     return [*rows, Row(FLETCHER, contenders.fletcher(task))]
@@ -248,8 +244,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _engine_name(backend: str, precision: str) -> str:
-    words = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-    return f"bare {words[backend]} {precision}, ready tokens"
+    return f"bare {title(backend, precision)}, ready tokens"
 
 
 def _say(line: str) -> None:

@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.engines import ENGINES, title
+from benchmarks.flops import Architecture
 from fletcher.models.bundle import ModelBundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +108,57 @@ def test_latency_reports_idle_and_loaded(home: Path) -> None:
         assert len(row["ms"]) == 20
         assert 0 < row["p50"] <= row["p95"] <= row["p99"]
     assert "aims: " in printed
+
+
+def test_operations_of_a_forward_pass_are_those_of_its_products(tiny_bundle: ModelBundle) -> None:
+    pytest.importorskip("onnx")
+    assert Architecture.of(tiny_bundle) == Architecture(32, 64, 2, last_first_only=False)
+    one = Architecture(hidden=2, intermediate=8, num_layers=1, last_first_only=False)
+    tokens, width, inner = 3, 2, 8
+    projections = 4 * 2 * tokens * width * width  # queries, keys, values and the output
+    feed_forward = 2 * 2 * tokens * width * inner
+    attention = 2 * 2 * tokens * tokens * width  # scores, and the mixed values
+    assert one.forward(np.array([tokens])) == projections + feed_forward + attention
+    assert one.forward(np.array([tokens, tokens])) == 2 * one.forward(np.array([tokens]))
+    # With `cls` pooling, keys and values alone are there for every token of the last layer.
+    first = Architecture(hidden=2, intermediate=8, num_layers=1, last_first_only=True)
+    assert first.forward(np.array([1])) == one.forward(np.array([1]))
+    keys_and_values = 2 * 2 * tokens * width * width
+    others = 2 * 2 * width * width + 2 * 2 * width * inner + 2 * 2 * tokens * width
+    assert first.forward(np.array([tokens])) == keys_and_values + others
+
+
+def test_roofline_compares_engines_with_plain_products(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    uneven = tmp_path / "uneven.parquet"
+    pq.write_table(pa.table({"title": [""] * 20, "body": ["a", "a b " * 50] * 10}), uneven)
+    flags = ("--corpus", str(uneven), "--repeats", "1", "--seconds", "0.01")
+    printed, result = run(home, "roofline", *flags)
+    names = [row["name"] for row in result["rows"]]
+    assert sorted([*names, *result["skipped"]]) == sorted(title(*one) for one in ENGINES)
+    assert names
+    for row in result["rows"]:
+        # Padding is computed, and is no use.
+        assert 0 < row["useful_flops_per_s"] < row["padded_flops_per_s"]
+        assert row["ratio"] == row["useful_flops_per_s"] / row["gemm_flops_per_s"]
+        assert list(row["turns"][0]["gemm_by_shape"]) == ["32 x 96", "32 x 32", "32 x 64"]
+    assert "plain products" in printed
+
+
+def test_stages_are_measured_alone_and_add_up(home: Path) -> None:
+    printed, result = run(
+        home, "stages", "--texts", "60", "--batch-rows", "20", "--repeats", "1", "--cores", "1"
+    )
+    engine = f"inference, {result['engine']}, ready tokens"
+    alone = ["Flight and intake", "tokenization, 1 processes, with transfer", "planning", engine]
+    alone.append("assembly and delivery into LanceDB")
+    in_sum = [row for row in result["rows"] if row["in_sum"]]
+    assert [row["name"] for row in in_sum] == alone
+    assert result["rows"][-1]["name"] == "end to end, DoPut to rows in LanceDB"
+    assert all(row["rows_per_s"] > 0 for row in result["rows"])
+    cost = sum(row["cpu_ms_per_row"] for row in in_sum)
+    assert result["sum"]["cpu_ms_per_row"] == cost > 0
+    assert "tokenization, 1 processes, without transfer" in printed
 
 
 def test_arguments_out_of_range_and_servers_that_fail_are_errors_in_one_line(home: Path) -> None:
