@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from benchmarks import delivery, latency, overhead, roofline, stages, throughput
+from benchmarks import delivery, latency, overhead, roofline, scaling, stages, throughput
 from benchmarks.jobs import JobError
 from fletcher.errors import FletcherError
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "latency": latency,
     "roofline": roofline,
     "stages": stages,
+    "scaling": scaling,
 }
 
 

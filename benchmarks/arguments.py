@@ -34,6 +34,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def several(text: str) -> list[int]:
+    """Whole numbers from 1 on, between commas; each once, ascending."""
+    return sorted({positive(part) for part in text.split(",")})
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return sorted({most, *(1 << power for power in range(most.bit_length()))})
+
+
 def seconds(text: str) -> float:
     """A time above 0."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.corpus import ROOT, numbered
-from benchmarks.engines import configure, run_bare
+from benchmarks.engines import configure, run_bare, save_tokens
 from benchmarks.jobs import JobError, run_job
 from benchmarks.serving import serve
 from fletcher import EmbedOptions, connect
@@ -41,6 +42,7 @@ class Task:
         texts: To embed.
         texts_path: The same as a JSON file.
         tokens_path: The same as tokens, see `benchmarks.bare`.
+        num_tokens: How many these are, special ones included.
         folder: For files on the way.
         cores: That everybody may use.
         max_batch_tokens: For Fletcher and its engines; 0: the engine's best.
@@ -53,11 +55,47 @@ class Task:
     texts: list[str]
     texts_path: Path
     tokens_path: Path
+    num_tokens: int
     folder: Path
     cores: int
     max_batch_tokens: int
     batch_rows: int
     serve_args: Sequence[str]
+
+    @classmethod
+    def of(
+        cls,
+        args: argparse.Namespace,
+        bundle: ModelBundle,
+        texts: list[str],
+        folder: Path,
+        cores: int,
+    ) -> Task:
+        """Writes the files that contenders read.
+
+        Args:
+            args: Flags: `home`, `max_batch_tokens`, `batch_rows` and `serve_args`.
+            bundle: The model.
+            texts: To embed.
+            folder: For the files.
+            cores: That everybody may use.
+        """
+        texts_path, tokens_path = folder / "texts.json", folder / "tokens.npz"
+        # JSON: the peers' environment may have no Arrow.
+        texts_path.write_text(json.dumps(texts), encoding="utf-8")
+        return cls(
+            bundle=bundle,
+            home=args.home,
+            texts=texts,
+            texts_path=texts_path,
+            tokens_path=tokens_path,
+            num_tokens=save_tokens(bundle, texts, tokens_path),
+            folder=folder,
+            cores=cores,
+            max_batch_tokens=args.max_batch_tokens,
+            batch_rows=args.batch_rows,
+            serve_args=args.serve_args,
+        )
 
 
 @dataclass(frozen=True)
@@ -213,8 +251,3 @@ def checkpoint_folder(home: Path) -> Path:
     if not (kept / "modules.json").is_file():
         raise ModelError(f"{kept} holds no checkpoint; delete it, it is fetched again")
     return kept
-
-
-def write_texts(texts: list[str], path: Path) -> None:
-    """The texts for `benchmarks/peer.py`, whose environment may have no Arrow."""
-    path.write_text(json.dumps(texts), encoding="utf-8")

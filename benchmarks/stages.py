@@ -16,11 +16,11 @@ import numpy as np
 
 from benchmarks import alone, contenders, hardware, report
 from benchmarks.alone import Load
-from benchmarks.arguments import add_common, as_options, positive
+from benchmarks.arguments import add_common, as_options, doublings, positive
 from benchmarks.bare import Timing
 from benchmarks.contenders import Task
 from benchmarks.corpus import Corpus, numbered
-from benchmarks.engines import configure, run_bare, save_tokens, title
+from benchmarks.engines import configure, run_bare, title
 from benchmarks.jobs import JobError
 from fletcher.inference.backend import BackendConfig
 from fletcher.models.registry import Registry
@@ -65,20 +65,7 @@ def run(args: argparse.Namespace) -> int:
     config = configure(bundle, "auto", "auto", args.max_batch_tokens)
     texts = corpus.sample(args.texts)
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
-        folder = Path(scratch)
-        task = Task(
-            bundle=bundle,
-            home=args.home,
-            texts=texts,
-            texts_path=folder / "texts.json",
-            tokens_path=folder / "tokens.npz",
-            folder=folder,
-            cores=machine["cores"],
-            max_batch_tokens=args.max_batch_tokens,
-            batch_rows=args.batch_rows,
-            serve_args=args.serve_args,
-        )
-        num_tokens = save_tokens(bundle, texts, task.tokens_path)
+        task = Task.of(args, bundle, texts, Path(scratch), machine["cores"])
         lengths = np.diff(np.load(task.tokens_path)["offsets"])
         load = Load.of(bundle, numbered(texts, batch_rows=args.batch_rows), lengths)
         stages = _stages(load, task, config)
@@ -88,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
                 stage.turns.append(timing)
                 rate = len(texts) / timing.seconds
                 print(f"turn {turn + 1}, {stage.name}: {rate:,.0f} rows/s", file=sys.stderr)
-    rows = [_row(stage, len(texts), num_tokens) for stage in stages]
+    rows = [_row(stage, len(texts), task.num_tokens) for stage in stages]
     result = {
         "benchmark": "stages",
         "hardware": machine,
@@ -96,14 +83,14 @@ def run(args: argparse.Namespace) -> int:
         "options": as_options(args),
         "model": bundle.qualified_name,
         "engine": title(config.backend, config.precision),
-        "sample": {"corpus": corpus.name, "texts": len(texts), "tokens": num_tokens},
+        "sample": {"corpus": corpus.name, "texts": len(texts), "tokens": task.num_tokens},
         "rows": rows,
         "sum": _sum(rows, machine["cores"]),
     }
     print(report.heading(machine, versions))
     print(
-        f"{bundle.qualified_name}, {len(texts):,} texts ({num_tokens:,} tokens) of {corpus.name}; "
-        f"medians of {args.repeats} turns\n"
+        f"{bundle.qualified_name}, {len(texts):,} texts ({task.num_tokens:,} tokens) of "
+        f"{corpus.name}; medians of {args.repeats} turns\n"
     )
     print(_table(result))
     print(f"written to {report.write(args.out, 'stages', result)}")
@@ -131,11 +118,6 @@ def _stages(load: Load, task: Task, config: BackendConfig) -> list[Stage]:
     )
     together = contenders.fletcher(task)
     return [*stages, Stage(TOGETHER, lambda: _together(together))]
-
-
-def doublings(most: int) -> list[int]:
-    """1, 2, 4, ... and `most`."""
-    return sorted({most, *(1 << power for power in range(most.bit_length()))})
 
 
 def _infer(config: BackendConfig, task: Task) -> Timing:

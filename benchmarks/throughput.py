@@ -23,7 +23,7 @@ from benchmarks import contenders, hardware, report
 from benchmarks.arguments import absolute, add_common, as_options, positive
 from benchmarks.contenders import Measure, Measurement, Skipped, Task
 from benchmarks.corpus import Corpus
-from benchmarks.engines import ENGINES, configure, save_tokens, title
+from benchmarks.engines import ENGINES, configure, title
 from fletcher.errors import ModelError
 from fletcher.models.registry import DEFAULT_MODEL, Registry
 
@@ -79,21 +79,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Registry(args.home / "models").ensure(args.model, _say)
     texts = corpus.sample(num_texts, seed=args.seed)
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
-        folder = Path(scratch)
-        task = Task(
-            bundle=bundle,
-            home=args.home,
-            texts=texts,
-            texts_path=folder / "texts.json",
-            tokens_path=folder / "tokens.npz",
-            folder=folder,
-            cores=machine["cores"],
-            max_batch_tokens=args.max_batch_tokens,
-            batch_rows=args.batch_rows,
-            serve_args=args.serve_args,
-        )
-        contenders.write_texts(texts, task.texts_path)
-        num_tokens = save_tokens(bundle, texts, task.tokens_path)
+        task = Task.of(args, bundle, texts, Path(scratch), machine["cores"])
         rows = _rows(task, args)
         for turn in range(1 if args.quick else args.repeats):
             for row in rows:
@@ -103,7 +89,12 @@ def run(args: argparse.Namespace) -> int:
             versions |= row.last.details["versions"]
     own = configure(bundle, "auto", "auto", args.max_batch_tokens)
     own_name = _engine_name(own.backend, own.precision)
-    sample = {"corpus": corpus.name, "texts": len(texts), "tokens": num_tokens, "seed": args.seed}
+    sample = {
+        "corpus": corpus.name,
+        "texts": len(texts),
+        "tokens": task.num_tokens,
+        "seed": args.seed,
+    }
     result = {
         "benchmark": "throughput",
         "hardware": machine,
@@ -111,12 +102,12 @@ def run(args: argparse.Namespace) -> int:
         "options": as_options(args),
         "sample": sample,
         "model": bundle.qualified_name,
-        **_results(rows, own_name, len(texts), num_tokens),
+        **_results(rows, own_name, len(texts), task.num_tokens),
     }
     print(report.heading(machine, versions))
     print(
-        f"{bundle.qualified_name}, {len(texts):,} texts ({num_tokens:,} tokens) of {corpus.name}; "
-        f"medians of {max(len(row.seconds) for row in rows)} turns\n"
+        f"{bundle.qualified_name}, {len(texts):,} texts ({task.num_tokens:,} tokens) of "
+        f"{corpus.name}; medians of {max(len(row.seconds) for row in rows)} turns\n"
     )
     print(_table(result))
     print(f"\nwritten to {report.write(args.out, 'throughput', result)}")

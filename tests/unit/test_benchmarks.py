@@ -161,6 +161,21 @@ def test_stages_are_measured_alone_and_add_up(home: Path) -> None:
     assert "tokenization, 1 processes, without transfer" in printed
 
 
+def test_scaling_has_a_point_for_every_value(home: Path) -> None:
+    flags = ("--texts", "40", "--repeats", "1", "--backend", "null", "--batch-rows", "20")
+    values = ("--tokenizer-workers", "1", "--replicas", "2,1", "--budgets", "256")
+    printed, result = run(home, "scaling", *flags, *values)
+    curves = {curve["name"]: curve["points"] for curve in result["curves"]}
+    asked = {name: [point["value"] for point in points] for name, points in curves.items()}
+    assert asked == {
+        "tokenizer processes, end to end": [1],
+        "replicas sharing the cores, ready tokens": [1, 2],
+        "max_batch_tokens, end to end": [256],
+    }
+    assert all(point["rows_per_s"] > 0 for points in curves.values() for point in points)
+    assert "replicas sharing the cores" in printed
+
+
 def test_arguments_out_of_range_and_servers_that_fail_are_errors_in_one_line(home: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "overhead", "--home", str(home)]
     command += ["--model", "tiny", "--rows", "10", "--", "--group-rows", "0"]
