@@ -125,16 +125,53 @@ class Skipped:
 Measure = Callable[[], Measurement | Skipped]
 
 
-def peer(task: Task, precision: str, python: Path, checkpoint: Path) -> Measure:
-    """sentence-transformers in a process of its own; the first turn finds its batch size."""
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's way to embed texts.
+
+    Attributes:
+        name: In the table.
+        kind: A key of `benchmarks.peer.LOADERS`.
+        needs: Modules that its environment must have.
+        precision: Of PyTorch; the other kinds have one.
+        checkpoint: It reads the model's checkpoint; else it is given Fletcher's graph.
+    """
+
+    name: str
+    kind: str
+    needs: tuple[str, ...]
+    precision: str = ""
+    checkpoint: bool = True
+
+
+_TORCH = ("numpy", "torch", "sentence_transformers")
+PEERS = (
+    Peer("sentence-transformers float32", "torch", _TORCH, "float32"),
+    Peer("sentence-transformers bfloat16", "torch", _TORCH, "bfloat16"),
+    Peer("sentence-transformers on ONNX Runtime", "onnx", (*_TORCH, "optimum.onnxruntime")),
+    Peer("sentence-transformers on OpenVINO", "openvino", (*_TORCH, "optimum.intel")),
+    Peer("fastembed, Fletcher's graph", "fastembed", ("fastembed",), checkpoint=False),
+)
+
+
+def peer(task: Task, one: Peer, python: Path, checkpoint: Path | None) -> Measure:
+    """A peer in a process of its own; the first turn finds its batch size."""
     best: list[int] = []
     path = task.folder / "embeddings.npy"
+    bundle = task.bundle
 
-    def measure() -> Measurement:
+    def measure() -> Measurement | Skipped:
+        if not one.checkpoint and bundle.graph_output != "embedding":
+            return Skipped(f"the graph of {bundle.name} does not pool")
         job = {
+            "kind": one.kind,
             "checkpoint": str(checkpoint),
-            "max_length": task.bundle.max_length,
-            "precision": precision,
+            "precision": one.precision,
+            "bundle": str(bundle.folder),
+            "graph": bundle.graph.name,
+            "dim": bundle.dim,
+            "pad_token_id": bundle.pad_token_id,
+            "max_length": bundle.max_length,
             "threads": task.cores,
             "texts": str(task.texts_path),
             "batch_size": best[0] if best else None,
@@ -142,7 +179,10 @@ def peer(task: Task, precision: str, python: Path, checkpoint: Path) -> Measure:
             "embeddings": str(path),
         }
         command = [str(python), str(ROOT / "benchmarks" / "peer.py")]
-        answer = run_job(command, job, task.folder)
+        try:
+            answer = run_job(command, job, task.folder)
+        except JobError as error:  # a library's own trouble is no reason to measure nobody
+            return Skipped(str(error).splitlines()[-1])
         best[:] = [answer["batch_size"]]
         note = f"batch size {answer['batch_size']}"
         return Measurement(answer["seconds"], np.load(path), note, answer)
@@ -214,16 +254,20 @@ def stored_vectors(vectors: Path, dataset: str) -> npt.NDArray[np.float32]:
     return np.asarray(flat.reshape(len(ids), -1)[order], dtype=np.float32)
 
 
-def missing_for_peers(python: Path) -> str:
-    """What keeps a Python from running `benchmarks/peer.py`; nothing where it can."""
+def missing(python: Path, needs: Sequence[str]) -> str:
+    """What keeps a Python from running a peer; nothing where it can."""
     code = (
-        "import importlib.util as u\n"
-        "names = 'torch', 'sentence_transformers', 'numpy'\n"
-        "print(*(name for name in names if u.find_spec(name) is None), sep=', ')"
+        "import importlib.util as u, sys\n"
+        "def has(name):\n"
+        "    try:\n"
+        "        return u.find_spec(name) is not None\n"
+        "    except ModuleNotFoundError:\n"  # of the package around it
+        "        return False\n"
+        "print(*(name for name in sys.argv[1:] if not has(name)), sep=', ')"
     )
     try:
         done = subprocess.run(
-            [str(python), "-c", code], capture_output=True, text=True, check=False
+            [str(python), "-c", code, *needs], capture_output=True, text=True, check=False
         )
     except OSError as error:
         return f"cannot be run: {error.strerror}"

@@ -1,4 +1,4 @@
-"""Texts a second: Fletcher end to end beside sentence-transformers and the bare engines.
+"""Texts a second: Fletcher end to end beside its peers and the bare engines.
 
 One run, one table: the same texts on the same cores, by turns, one process after the other.
 """
@@ -6,6 +6,7 @@ One run, one table: the same texts on the same cores, by turns, one process afte
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -59,12 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="for Fletcher and the bare engines (default: 0, the engine's best)",
     )
-    parser.add_argument("--no-peers", action="store_true", help="without sentence-transformers")
+    parser.add_argument("--no-peers", action="store_true", help="without the libraries of others")
     parser.add_argument(
         "--peer-python",
         type=absolute,
         default=Path(sys.executable),
-        help="the Python that has sentence-transformers (default: this one)",
+        help="the Python that has the peers, or some of them (default: this one)",
     )
     parser.add_argument("--checkpoint", type=absolute, help="the model's folder, for the peers")
     add_common(parser)
@@ -116,13 +117,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
     rows = []
-    checkpoint = _checkpoint(args)
-    for precision in ("float32", "bfloat16"):
-        row = Row(f"sentence-transformers {precision}")
-        if isinstance(checkpoint, Skipped):
-            row.skipped = checkpoint.reason
-        else:
-            row.measure = contenders.peer(task, precision, args.peer_python, checkpoint)
+    # Fetched for who takes it only, and once.
+    checkpoints = functools.cache(lambda: _checkpoint(args))
+    for one in contenders.PEERS:
+        row = Row(one.name)
+        checkpoint = None
+        row.skipped = "--no-peers" if args.no_peers else _lacking(args.peer_python, one)
+        if not row.skipped and one.checkpoint:
+            checkpoint = checkpoints()
+            if isinstance(checkpoint, Skipped):
+                row.skipped = checkpoint.reason
+        if not row.skipped:
+            row.measure = contenders.peer(task, one, args.peer_python, checkpoint)
         rows.append(row)
     for backend, precision in ENGINES:
         name = _engine_name(backend, precision)
@@ -130,12 +136,14 @@ def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
     return [*rows, Row(FLETCHER, contenders.fletcher(task))]
 
 
+def _lacking(python: Path, one: contenders.Peer) -> str:
+    """Why a peer cannot take part; nothing where it can."""
+    lacks = contenders.missing(python, one.needs)
+    return f"{python} {lacks}; docs/performance.md says how to get it" if lacks else ""
+
+
 def _checkpoint(args: argparse.Namespace) -> Path | Skipped:
-    """The model for the peers, or why they cannot take part."""
-    if args.no_peers:
-        return Skipped("--no-peers")
-    if missing := contenders.missing_for_peers(args.peer_python):
-        return Skipped(f"{args.peer_python} {missing}; docs/performance.md says how to get it")
+    """The model for the peers that read its checkpoint, or why they cannot take part."""
     if args.checkpoint is not None:
         return Path(args.checkpoint)
     if args.model != DEFAULT_MODEL:

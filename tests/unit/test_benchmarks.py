@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.contenders import missing
 from benchmarks.engines import ENGINES, title
 from benchmarks.flops import Architecture
 from fletcher.models.bundle import ModelBundle
@@ -55,6 +56,9 @@ def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
     assert list(rows) == [
         "sentence-transformers float32",
         "sentence-transformers bfloat16",
+        "sentence-transformers on ONNX Runtime",
+        "sentence-transformers on OpenVINO",
+        "fastembed, Fletcher's graph",
         "bare ONNX Runtime float32, ready tokens",
         "bare OpenVINO float32, ready tokens",
         "bare OpenVINO bfloat16, ready tokens",
@@ -62,7 +66,7 @@ def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
     ]
     lines = printed.splitlines()
     assert all(any(line.startswith(name) for line in lines) for name in rows)
-    assert [row.get("skipped") for row in rows.values()][:2] == ["--no-peers"] * 2
+    assert [row.get("skipped") for row in rows.values()][:5] == ["--no-peers"] * 5
     assert result["sample"]["texts"] == 100
     assert result["reference"] == "bare ONNX Runtime float32, ready tokens"
     assert result["ratio_to_own_engine"] > 0
@@ -73,6 +77,14 @@ def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
             # Rows in another order, or of another text, would be far below.
             assert 0.98 < row["cosine_lowest"] <= row["cosine_mean"] < 1.000001
     assert rows["Fletcher, DoPut to rows in LanceDB"]["details"]["memory"]["peak"] > 1 << 20
+
+
+def test_a_peer_without_its_libraries_is_said_to_lack_them() -> None:
+    here = Path(sys.executable)
+    assert missing(here, ("json", "email.message")) == ""
+    # A package that is not there has no modules either.
+    assert missing(here, ("json", "no_such", "no_such.part")) == "lacks no_such, no_such.part"
+    assert missing(Path("/no/such/python"), ()).startswith("cannot be run: ")
 
 
 def test_overhead_reports_rows_and_memory_over_time(home: Path) -> None:
