@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         f"medians of {args.repeats} turns\n"
     )
     print(_table(rows))
-    print(f"written to {report.write(args.out, 'roofline', result)}")
+    print(report.publish(args.out, result))
     return 0
 
 

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for curve in result["curves"]:
         print(_table(curve) + "\n")
-    print(f"written to {report.write(args.out, 'scaling', result)}")
+    print(report.publish(args.out, result))
     return 0
 
 

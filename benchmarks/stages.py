@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         f"{corpus.name}; medians of {args.repeats} turns\n"
     )
     print(_table(result))
-    print(f"written to {report.write(args.out, 'stages', result)}")
+    print(report.publish(args.out, result))
     return 0
 
 

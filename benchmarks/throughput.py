@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         f"{corpus.name}; medians of {max(len(row.seconds) for row in rows)} turns\n"
     )
     print(_table(result))
-    print(f"\nwritten to {report.write(args.out, 'throughput', result)}")
+    print("\n" + report.publish(args.out, result))
     return 0
 
 

@@ -17,6 +17,7 @@ import pytest
 from benchmarks.contenders import missing
 from benchmarks.engines import ENGINES, title
 from benchmarks.flops import Architecture
+from benchmarks.plots import draw
 from fletcher.models.bundle import ModelBundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ def run(home: Path, *argv: str) -> tuple[str, dict[str, Any]]:
         command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=150
     )
     assert done.returncode == 0, done.stderr
-    (written,) = out.iterdir()
+    (written,) = out.glob("*.json")
     return done.stdout, json.loads(written.read_text(encoding="utf-8"))
 
 
@@ -186,6 +187,50 @@ def test_scaling_has_a_point_for_every_value(home: Path) -> None:
     }
     assert all(point["rows_per_s"] > 0 for points in curves.values() for point in points)
     assert "replicas sharing the cores" in printed
+
+
+HARDWARE = {"cpu": "some processor", "cores": 2}
+TIMES = {"texts_per_s": 10.0, "rows_per_s": 10.0, "seconds": [1.0, 1.5]}
+RESULTS: list[dict[str, Any]] = [
+    {
+        "benchmark": "throughput",
+        "sample": {"texts": 12},
+        "rows": [{"name": "one", **TIMES}, {"name": "other", "skipped": "not here"}],
+    },
+    {"benchmark": "latency", "rows": [{"name": "idle", "ms": [3.0, 1.0, 2.0]}]},
+    {
+        "benchmark": "overhead",
+        "moments": [
+            {"seconds": float(second), "front_bytes": 1 << 20, "worker_bytes": 2 << 20}
+            for second in range(3)
+        ],
+    },
+    {
+        "benchmark": "scaling",
+        "curves": [
+            {"name": name, "points": [{"value": value, **TIMES} for value in (1, 2)]}
+            for name in ("tokenizers, end to end", "replicas")
+        ],
+    },
+]
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["benchmark"])
+def test_results_are_drawn(result: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    assert draw({"model": "tiny@0", "hardware": HARDWARE, **result}, path) == f"drawn to {path}"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_line_says_that_nothing_was_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    path = tmp_path / "plot.png"
+    assert draw(RESULTS[0], path).startswith("not drawn: matplotlib is not installed")
+    assert not path.exists()
 
 
 def test_arguments_out_of_range_and_servers_that_fail_are_errors_in_one_line(home: Path) -> None:
