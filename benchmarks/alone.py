@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import flight
 
@@ -53,10 +54,12 @@ class Load:
     bundle: ModelBundle
     batches: list[pa.RecordBatch]
     pieces: list[Piece]
-    lengths: np.ndarray
+    lengths: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, bundle: ModelBundle, batches: list[pa.RecordBatch], lengths: np.ndarray) -> Load:
+    def of(
+        cls, bundle: ModelBundle, batches: list[pa.RecordBatch], lengths: npt.NDArray[np.int64]
+    ) -> Load:
         """Cuts batches into pieces."""
         source = intake(batches[0].schema)
         pieces: list[Piece] = []
@@ -141,7 +144,12 @@ def deliver(load: Load) -> Timing:
     )
     bundle = load.bundle
     spec = VectorSpec(
-        bundle.qualified_name, bundle.dim, "float16", bundle.num_layers, bundle.pooling, True
+        bundle.qualified_name,
+        bundle.dim,
+        "float16",
+        bundle.num_layers,
+        bundle.pooling,
+        bundle.normalize,
     )
     schema = output_schema(spec, id_type=pa.int64(), text=True)
     outcomes = [_vectors(piece, bundle.dim) for piece in load.pieces]

@@ -14,14 +14,14 @@ from pyarrow import flight
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.intake import Intake, IntakeLimits
 
-# Of a server with its default options.
+# Of a server with its default options and a model of 384 dims.
 LIMITS = IntakeLimits(
     max_message_bytes=64 << 20,
     max_row_bytes=16 << 20,
-    piece_rows=1024,
-    piece_bytes=512 << 10,
-    table_values=4096,
-    bytes_per_row=4096,
+    piece_rows=157,
+    piece_bytes=128 << 10,
+    table_values=21_845,
+    bytes_per_row=3328,
 )
 
 
