@@ -151,7 +151,7 @@ class _Runner:
         floor = FLOOR_FLOAT32 if crew.precision == "float32" else FLOOR_OTHERS
         if not self.lowest_cosine >= floor:  # NaN is not, either
             self.out = (
-                f"wrong vectors: cosine {self.lowest_cosine:.6f} to float32, at least {floor} for "
+                f"refused: cosine {self.lowest_cosine:.6f} to float32, at least {floor} for "
                 f"{crew.precision}"
             )
 

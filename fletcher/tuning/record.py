@@ -27,6 +27,12 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 _ENGINES = ("onnxruntime", "onnxruntime-gpu", "openvino")
 _DEVICE = re.compile(r"cpu|cuda:\d+")
+# The fields of a replica that are kept, and their types.
+_KINDS = {
+    name: type(value)
+    for name, value in dataclasses.asdict(BackendConfig("", "", "")).items()
+    if name not in ("bundle", "max_batch_tokens")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +130,7 @@ def save(home: Path, key: Key, bundle: ModelBundle, record: Record) -> Path:
         "texts_per_s": record.texts_per_s,
         "max_batch_tokens": record.candidate.max_batch_tokens,
         "replicas": [
-            {name: getattr(one, name) for name in ("backend", "device", "precision", "threads")}
-            for one in record.candidate.configs
+            {name: getattr(one, name) for name in _KINDS} for one in record.candidate.configs
         ],
     }
     try:
@@ -153,33 +158,22 @@ def save(home: Path, key: Key, bundle: ModelBundle, record: Record) -> Path:
 
 def _read(content: Mapping[str, Any], bundle_folder: Path) -> Record:
     """Raises KeyError, TypeError or ValueError for what `save` did not write."""
-    configs = tuple(
-        BackendConfig(
-            backend=_one_of(BACKENDS, one["backend"]),
-            device=one["device"],
-            bundle=str(bundle_folder),
-            precision=_one_of(PRECISIONS, one["precision"]),
-            threads=_whole(one["threads"], 0),
-            max_batch_tokens=_whole(content["max_batch_tokens"], 1),
-        )
-        for one in content["replicas"]
-        if _DEVICE.fullmatch(one["device"])
-    )
-    if not configs or len(configs) != len(content["replicas"]):
-        raise ValueError(content["replicas"])
+    tokens = content["max_batch_tokens"]
+    if type(tokens) is not int or tokens < 1 or not content["replicas"]:
+        raise ValueError(content)
+    configs = tuple(_replica(one, bundle_folder, tokens) for one in content["replicas"])
     return Record(Candidate(configs), str(content["measured_at"]), float(content["texts_per_s"]))
 
 
-def _one_of(allowed: tuple[str, ...], value: Any) -> str:
-    if value not in allowed:
-        raise ValueError(value)
-    return str(value)
-
-
-def _whole(value: Any, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise ValueError(value)
-    return value
+def _replica(fields: Mapping[str, Any], bundle_folder: Path, tokens: int) -> BackendConfig:
+    if {name: type(value) for name, value in fields.items()} != _KINDS:
+        raise TypeError(fields)
+    config = BackendConfig(bundle=str(bundle_folder), max_batch_tokens=tokens, **fields)
+    # A backend names a module to import.
+    known = config.backend in BACKENDS and config.precision in PRECISIONS
+    if not known or not _DEVICE.fullmatch(config.device) or config.threads < 0:
+        raise ValueError(fields)
+    return config
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, str]) -> str:

@@ -29,4 +29,4 @@ def test_the_command_measures_and_doctor_knows(tmp_path, tiny_bundle, monkeypatc
     assert report["chosen"]["lowest_cosine"] > 0.99999
     assert len(report["chosen"]["turns"]) == races.TURNS
     assert report["chosen"]["replicas"] == [{"device": "cpu", "threads": 1}]
-    assert engine()["value"].endswith(f"measured {report['measured_at']}")
+    assert engine()["value"] == f"by measurement, {report['measured_at']}"

@@ -67,7 +67,7 @@ def test_wrong_vectors_are_refused_however_fast(candidate, run, fake_crew):
     right, wrong = candidate(), candidate("onnxruntime", "float32")
     fast = fake_crew(seconds=(0.0001,), noise=0.01)  # cosine 0.99995
     trials = run([right, wrong], fake_crew(), fast)
-    assert trials[1].out.startswith("wrong vectors: cosine 0.9999")
+    assert trials[1].out.startswith("refused: cosine 0.9999")
     assert trials[1].turns == ()
     assert choose(trials).candidate is right
     assert fast.closed

@@ -40,7 +40,7 @@ def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fa
 
 def test_nothing_right_is_nothing_chosen(tmp_path, host, tiny_bundle, fake_crew):
     crews = iter([fake_crew(), *(fake_crew(noise=1.0) for _ in range(3))])
-    with pytest.raises(BackendError, match=r"nothing that runs here is right.*wrong vectors"):
+    with pytest.raises(BackendError, match=r"nothing that runs here is right.*refused: cosine"):
         tune(tmp_path, Asked(), host, tiny_bundle, lambda line: None, lambda _: next(crews))
     assert not (tmp_path / "tune").exists()
 
