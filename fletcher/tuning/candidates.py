@@ -36,15 +36,7 @@ class Asked:
 
     def by_rule(self, host: HostInfo, bundle_folder: Path) -> Resolution:
         """What the rules make of it. Raises as `fletcher.inference.devices.resolve`."""
-        return resolve(
-            self.device,
-            self.backend,
-            self.precision,
-            self.threads,
-            host,
-            bundle_folder,
-            self.max_batch_tokens,
-        )
+        return resolve(host=host, bundle_folder=bundle_folder, **dataclasses.asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
