@@ -266,6 +266,8 @@ def _embedder(
             dim=bundle.dim,
             window_tokens=_WINDOW_RUNS * max_batch_tokens,
             max_queue_delay_s=config.max_queue_delay_ms / 1000,
+            dispatch=config.dispatch,
+            worker_timeout_s=config.worker_timeout_s,
         ),
         plan=lambda lengths, num_runners: plan(
             lengths,

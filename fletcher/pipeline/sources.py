@@ -20,7 +20,7 @@ from fletcher.pipeline.fair import FairQueue
 from fletcher.pipeline.stream import Ticket
 from fletcher.pipeline.window import Plan, Window
 from fletcher.telemetry import Telemetry
-from fletcher.workers.pool import Job
+from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
 

@@ -64,3 +64,21 @@ def load_broken(message: str) -> EchoWorker:
 
 def load_dying(_: Any) -> EchoWorker:
     os._exit(7)
+
+
+class PacedWorker(EchoWorker):
+    """Takes its time for each unit of a payload's number, as a device would."""
+
+    def __init__(self, pace: str) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def run(self, payload: Any) -> Any:
+        with open(self._pace) as file:  # noqa: PTH123
+            time.sleep(float(file.read()))
+        return payload
+
+
+def load_paced(pace: str) -> PacedWorker:
+    """A worker that takes the seconds that stand in the file `pace`."""
+    return PacedWorker(pace)

@@ -1,0 +1,103 @@
+"""How a worker is doing: its rate, whether it fails or slows down, when to start it again.
+
+All of it is arithmetic on what it is told, without a clock, a thread or a process.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Literal
+
+State = Literal["healthy", "degraded", "ejected"]
+
+# Seconds of a worker's own computing over which its rate is averaged.
+_RATE_SPAN_S = 2.0
+# Answers over which failures and slowness are averaged, and over which what is usual is.
+_RECENT = 1 / 8
+_USUAL = 1 / 64
+_MIN_ANSWERS = 16
+_FAILURES_TO_EJECT = 3
+# Degraded beyond the first, healthy again below the second: no flapping between them. Work beside
+# the server on the same cores easily doubles the time of a run.
+_SLOW, _NOT_SLOW = 3.0, 1.5
+_FAILING, _NOT_FAILING = 0.3, 0.1
+
+_BACKOFF_FIRST_S = 0.5
+_BACKOFF_LONGEST_S = 30.0
+
+
+class Health:
+    """One worker's rate and state.
+
+    `degraded`: its answers take three times as long as they used to for jobs of their size, or
+    some three in ten fail. `ejected`: three failed in a row; it gets no work until `readmit`.
+    """
+
+    def __init__(self) -> None:
+        self.state: State = "healthy"
+        self._work = 0.0
+        self._busy_s = 0.0
+        self._num_answers = 0
+        self._slowness = 1.0  # seconds against what is usual
+        self._failing = 0.0  # share of answers
+        self._failures = 0  # in a row
+        self._usual_s: dict[int, float] = {}  # by the size's power of two: small jobs cost more
+
+    @property
+    def rate(self) -> float | None:
+        """Cost done in a second of computing; None before the first answer."""
+        return self._work / self._busy_s if self._busy_s else None
+
+    def answered(self, cost: int, seconds: float) -> None:
+        """A job of this cost took so long in the worker."""
+        seconds = max(seconds, 1e-6)
+        kept = math.exp(-seconds / _RATE_SPAN_S)
+        self._work = self._work * kept + cost
+        self._busy_s = self._busy_s * kept + seconds
+        size = cost.bit_length()
+        usual = self._usual_s.get(size, seconds)
+        self._slowness += _RECENT * (seconds / usual - self._slowness)
+        self._usual_s[size] = usual + _USUAL * (seconds - usual)
+        self._num_answers += 1
+        self._failures = 0
+        self._failing -= _RECENT * self._failing
+        self._judge()
+
+    def failed(self) -> None:
+        """The worker could not do a job, for a reason that is not the request's."""
+        self._failures += 1
+        self._failing += _RECENT * (1 - self._failing)
+        self._judge()
+
+    def readmit(self) -> None:
+        """An ejected worker did what it was probed with: it has to prove itself further."""
+        self._failures = 0
+        self.state = "degraded"
+
+    def restarted(self) -> None:
+        """A new process in its place; the device, and what is usual on it, are the same."""
+        self._failures, self._failing, self._slowness = 0, 0.0, 1.0
+        self._work = self._busy_s = 0.0
+        self.state = "healthy"
+
+    def _judge(self) -> None:
+        slow = self._num_answers >= _MIN_ANSWERS
+        if self.state == "ejected" or self._failures >= _FAILURES_TO_EJECT:
+            self.state = "ejected"
+        elif self._failing > _FAILING or (slow and self._slowness > _SLOW):
+            self.state = "degraded"
+        elif self._failing < _NOT_FAILING and self._slowness < _NOT_SLOW:
+            self.state = "healthy"
+
+
+def backoff_s(num_failures: int, rng: random.Random) -> float:
+    """How long to wait before a worker that failed so often in a row is started again.
+
+    None at first; then doubled each time up to 30 s, less up to half of it by chance, so that
+    workers that failed together do not all load at once.
+    """
+    if num_failures <= 0:
+        return 0.0
+    longest = min(_BACKOFF_FIRST_S * 2.0 ** min(num_failures - 1, 16), _BACKOFF_LONGEST_S)
+    return longest * rng.uniform(0.5, 1.0)
