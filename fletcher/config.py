@@ -119,6 +119,14 @@ class ServeConfig:
         pattern=r"auto|cpu|cuda(:\d+(,\d+)*)?",
         expected="auto, cpu, cuda or cuda:N,...",
     )
+    device_fallback: str = _option(
+        "none",
+        "model",
+        TEXT,
+        "cpu: when no GPU is left, the CPU takes over until one is back: slower, and its vectors "
+        "differ in their last digits; none: callers are told to come again",
+        choices=("none", "cpu"),
+    )
     backend: str = _option(
         "auto",
         "model",

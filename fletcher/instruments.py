@@ -216,6 +216,12 @@ class Instruments:
             "device.padded_tokens", "{token}", "Tokens computed, padding included", "device"
         )
         self.device_busy = Counter("device.busy", "s", "Time spent computing", "device")
+        self.device_budget = Gauge(
+            "device.budget",
+            "{token}",
+            "Padded tokens in one run; less after a device was out of memory",
+            "device",
+        )
         self.device_rate = Gauge(
             "device.rate", "{token}/s", "Tokens that a device computes in a second", "device"
         )

@@ -16,7 +16,7 @@ from fletcher.config import ServeConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.route import JournalConfig
-from fletcher.errors import ConfigError
+from fletcher.errors import BackendError, ConfigError
 from fletcher.flight.auth import read_tokens
 from fletcher.flight.server import FlightConfig, FlightServer
 from fletcher.inference.backend import BackendConfig
@@ -201,16 +201,7 @@ class Runtime:
         # A flipped bit in the weights makes plausible vectors that are wrong for good.
         bundle = registry.verify(config.model)
         host = detect_host()
-        resolution = resolve(
-            config.device,
-            config.backend,
-            config.precision,
-            config.threads,
-            host,
-            bundle.folder,
-            config.max_batch_tokens,
-        )
-        log.info("%s: %s", bundle.qualified_name, resolution.reason)
+        replicas, standby = _replicas(config, bundle, host)
         self._budget = budget = MemoryBudget(
             int(config.max_memory * _BUDGET_SHARE), config.max_streams
         )
@@ -220,7 +211,7 @@ class Runtime:
             telemetry,
             on_change=lambda grade: budget.spare(half=grade is Grade.SEVERE),
         )
-        embedder = _embedder(config, bundle, host, resolution.configs, budget, telemetry, pressure)
+        embedder = _embedder(config, bundle, host, replicas, standby, budget, telemetry, pressure)
         self._service = Service(
             model=bundle,
             embedder=embedder,
@@ -237,11 +228,45 @@ class Runtime:
         self.address = self._server.address
 
 
+def _replicas(
+    config: ServeConfig, bundle: ModelBundle, host: HostInfo
+) -> tuple[list[BackendConfig], list[BackendConfig]]:
+    """What runs, and what stands by for when no GPU is left."""
+    try:
+        chosen = resolve(
+            config.device,
+            config.backend,
+            config.precision,
+            config.threads,
+            host,
+            bundle.folder,
+            config.max_batch_tokens,
+        )
+    except BackendError as error:
+        if config.device_fallback == "none" or not config.device.startswith("cuda"):
+            raise
+        log.warning("%s; the CPU takes over", error)
+        return _on_cpu(config, bundle, host), []
+    log.info("%s: %s", bundle.qualified_name, chosen.reason)
+    on_gpu = any(one.device.startswith("cuda") for one in chosen.configs)
+    wanted = on_gpu and config.device_fallback == "cpu"
+    return chosen.configs, _on_cpu(config, bundle, host) if wanted else []
+
+
+def _on_cpu(config: ServeConfig, bundle: ModelBundle, host: HostInfo) -> list[BackendConfig]:
+    """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
+    backend = "null" if config.backend == "null" else "auto"
+    chosen = resolve("cpu", backend, "float32", config.threads, host, bundle.folder)
+    log.info("%s, when no GPU is left: %s", bundle.qualified_name, chosen.reason)
+    return chosen.configs
+
+
 def _embedder(
     config: ServeConfig,
     bundle: ModelBundle,
     host: HostInfo,
     replicas: list[BackendConfig],
+    standby: list[BackendConfig],
     budget: MemoryBudget,
     telemetry: Telemetry,
     pressure: Pressure,
@@ -249,20 +274,18 @@ def _embedder(
     num_tokenizers = config.tokenizer_workers or _tokenizers(host.cores, replicas)
     folder = str(bundle.folder)
     max_batch_tokens = replicas[0].max_batch_tokens
+    specs = [
+        WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)
+        for n, one in enumerate([*replicas, *standby])
+    ]
     return Embedder(
         EmbedderConfig(
             tokenizers=[
                 WorkerSpec(f"tokenizer-{n}", "fletcher.tokenization.worker:load", folder)
                 for n in range(num_tokenizers)
             ],
-            replicas=[
-                WorkerSpec(
-                    f"{one.device.replace(':', '-')}-{n}",
-                    f"fletcher.inference.{one.backend}:load",
-                    one,
-                )
-                for n, one in enumerate(replicas)
-            ],
+            replicas=specs[: len(replicas)],
+            standby=specs[len(replicas) :],
             dim=bundle.dim,
             window_tokens=_WINDOW_RUNS * max_batch_tokens,
             max_queue_delay_s=config.max_queue_delay_ms / 1000,
@@ -279,7 +302,9 @@ def _embedder(
         budget=budget,
         telemetry=telemetry,
         crowded=lambda: pressure.grade is not Grade.NORMAL,
-        cache=_cache(config, bundle, replicas, telemetry) if config.embedding_cache else None,
+        cache=_cache(config, bundle, [*replicas, *standby], telemetry)
+        if config.embedding_cache
+        else None,
     )
 
 

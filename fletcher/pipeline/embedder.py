@@ -40,6 +40,7 @@ class EmbedderConfig:
     Attributes:
         tokenizers: A spec for each tokenizer process.
         replicas: A spec for each replica process.
+        standby: Replicas that take over when none of `replicas` is left.
         dim: Width of the graph's output.
         window_tokens: Bulk tokens planned together.
         max_queue_delay_s: What bulk work may wait for company.
@@ -54,6 +55,7 @@ class EmbedderConfig:
     max_queue_delay_s: float
     dispatch: str = DISPATCHES[0]
     worker_timeout_s: float = 120.0
+    standby: Sequence[WorkerSpec] = ()
 
 
 class Embedder:
@@ -123,6 +125,7 @@ class Embedder:
             "replica",
             config.replicas,
             self._inference,
+            standby=config.standby,
             dispatch=config.dispatch,
             answer_timeout_s=config.worker_timeout_s,
             # Token 0 is in every vocabulary.
@@ -135,6 +138,7 @@ class Embedder:
                 telemetry.worker_usable.watch(partial(pool.is_usable, name), worker=name)
         for name in self.replicas.names:
             telemetry.device_rate.watch(partial(self.replicas.rate, name), device=name)
+            telemetry.device_budget.watch(partial(self._inference.budget, name), device=name)
         telemetry.queue_depth.watch(self._tokenization.depth, stage="texts")
         telemetry.queue_depth.watch(self._inference.depth, stage="tokens")
         telemetry.queue_depth.watch(self._inference.planned, stage="micro_batches")

@@ -188,10 +188,11 @@ class WorkerPool:
             job = self._retries.popleft() if again else self._source.next_job(_IDLE_POLL_S)
             if job is None:
                 continue
-            if slot is None:
+            # The job may have been long in coming.
+            if self.gone:
                 job.finish(None, self.error())
                 continue
-            if not slot.usable:  # the job was long in coming
+            if slot is None or not slot.usable:
                 self._retries.appendleft(job)
                 continue
             try:

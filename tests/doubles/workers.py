@@ -67,7 +67,7 @@ def load_dying(_: Any) -> EchoWorker:
 
 
 class PacedWorker(EchoWorker):
-    """Takes its time for each unit of a payload's number, as a device would."""
+    """Takes as many seconds for each job as stand in a file."""
 
     def __init__(self, pace: str) -> None:
         super().__init__()
@@ -79,6 +79,31 @@ class PacedWorker(EchoWorker):
         return payload
 
 
+class StickyWorker(EchoWorker):
+    """Fails at everything as long as a file is there, as a device after a fault does."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self._fault = fault
+        self._broken = False
+
+    def run(self, payload: Any) -> Any:
+        self._broken = self._broken or os.path.exists(self._fault)  # noqa: PTH110
+        if self._broken:
+            raise BackendError("an illegal memory access was encountered")
+        return super().run(payload)
+
+
 def load_paced(pace: str) -> PacedWorker:
-    """A worker that takes the seconds that stand in the file `pace`."""
     return PacedWorker(pace)
+
+
+def load_sticky(fault: str) -> StickyWorker:
+    return StickyWorker(fault)
+
+
+def load_unless(path: str) -> EchoWorker:
+    """A worker that cannot load while a file is there."""
+    if os.path.exists(path):  # noqa: PTH110
+        raise BackendError("no such device")
+    return EchoWorker()
