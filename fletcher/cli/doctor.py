@@ -230,14 +230,20 @@ def _engine(config: ServeConfig) -> Iterator[Finding]:
             registry.get(config.model).folder,
             config.max_batch_tokens,
         )
-        engine = import_module(f"fletcher.inference.{chosen.configs[0].backend}")
-        about = engine.load(chosen.configs[0]).describe()
     except FletcherError as error:
         yield Finding("engine", config.model, "broken", error.message)
         return
     yield Finding("engine", config.model, "ok", chosen.reason)
-    for name, value in about.items():
-        yield Finding("engine", name, "ok", value)
+    # One replica a device: those that share one are alike.
+    for device, one in {one.device: one for one in chosen.configs}.items():
+        engine = import_module(f"fletcher.inference.{one.backend}")
+        try:
+            about = engine.load(one).describe()
+        except FletcherError as error:
+            yield Finding("engine", device, "broken", error.message)
+            continue
+        for name, value in about.items():
+            yield Finding("engine", name, "ok", value)
 
 
 def _stores(config: ServeConfig) -> Iterator[Finding]:

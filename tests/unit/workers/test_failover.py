@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from fletcher.errors import InternalError, OverloadedError
+from fletcher.errors import BackendError, InternalError, OverloadedError
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
+from fletcher.workers.slot import Slot
 from tests.integration.processes import eventually
 from tests.unit.workers.test_pool import Answer, QueueSource
 
@@ -171,3 +173,33 @@ def test_a_standby_lets_the_pool_start_without_its_regular_workers(tmp_path: Pat
     regular = [spec("cuda-0", "load_broken", "no such device")]
     with running(regular, standby=[spec("cpu-1", "load_echo", 1)]) as (_, submit):
         assert submit("work").wait() == "work"
+
+
+def test_a_worker_that_dies_at_every_start_causes_no_storm_of_restarts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It was started again every half second, for ever.
+    waits: list[float] = []
+    enough = threading.Event()
+    with running([spec("cuda-0", "load_echo", 1)]) as (pool, submit):
+        assert submit("work").wait() == "work"
+        wait = pool.closing.wait
+
+        def waited(timeout: float | None = None) -> bool:
+            if threading.current_thread().name == "cuda-0-reader":
+                waits.append(timeout or 0.0)
+                if len(waits) == 8:
+                    enough.set()
+                return wait(0 if not enough.is_set() else timeout)
+            return wait(timeout)
+
+        def cannot_start(slot: Slot) -> Any:
+            raise BackendError("no such device")
+
+        monkeypatch.setattr(pool.closing, "wait", waited)
+        monkeypatch.setattr(Slot, "_start", cannot_start)
+        kill_all(pool)
+        assert enough.wait(30)
+    assert waits[:2] == [0, 0]
+    assert waits[2] < waits[3] < waits[4] < waits[5] < waits[6]
+    assert waits[7] >= 8
