@@ -116,7 +116,7 @@ class TokenizationSource:
             ticket.tokens = tokens
             self._tokenized(ticket)
 
-        return Job(texts, done, cost=texts.num_texts)
+        return Job(texts, done, cost=texts.num_texts + len(texts.data))
 
 
 @dataclass(slots=True)

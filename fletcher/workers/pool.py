@@ -243,6 +243,11 @@ class WorkerPool:
                 log.info("%s is healthy again, it was %s", name, before)
         self.changed.notify_all()
 
+    def least_slowness(self, slot: Slot) -> float | None:
+        """Of the workers besides this one, how much slower than usual the soundest is."""
+        others = [one.health for one in self._slots.values() if one.usable and one is not slot]
+        return min((health.slowness for health in others), default=None)
+
     def died(self, slot: Slot) -> None:
         """A worker's process has ended."""
         self._on_restart(slot.spec.name)

@@ -38,6 +38,10 @@ class Owner(Protocol):
         """A slot's jobs or state have changed; called with `changed` held."""
         ...
 
+    def least_slowness(self, slot: Slot) -> float | None:
+        """Of the workers besides this one; None: there are none."""
+        ...
+
     def died(self, slot: Slot) -> None:
         """A worker's process has ended."""
         ...
@@ -249,7 +253,8 @@ class Slot:
                     self.health.failed()
                 elif isinstance(message, Response) and not job.probe:
                     self._failures = 0
-                    self.health.answered(job.cost, message.seconds)
+                    others = self._owner.least_slowness(self)
+                    self.health.answered(job.cost, message.seconds, others)
                 self._owner.review(self)
             if isinstance(message, Response):
                 job.finish(message.payload, None)

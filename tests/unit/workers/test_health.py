@@ -9,9 +9,16 @@ import pytest
 from fletcher.workers.health import Health, backoff_s
 
 
-def worked(health: Health, num_jobs: int, *, cost: int = 1000, seconds: float = 0.1) -> Health:
+def worked(
+    health: Health,
+    num_jobs: int,
+    *,
+    cost: int = 1000,
+    seconds: float = 0.1,
+    others: float | None = 1.0,
+) -> Health:
     for _ in range(num_jobs):
-        health.answered(cost, seconds)
+        health.answered(cost, seconds, others)
     return health
 
 
@@ -37,9 +44,21 @@ def test_small_jobs_that_cost_more_a_token_are_no_slowness() -> None:
     assert health.state == "healthy"
 
 
+def test_a_busy_machine_that_slows_all_degrades_none() -> None:
+    health = worked(Health(), 50)
+    assert worked(health, 20, seconds=0.5, others=4.0).state == "healthy"
+    assert worked(Health(), 50, others=None).state == "healthy"
+    assert worked(health, 20, seconds=0.5, others=None).state == "healthy"
+
+
+def test_a_single_slow_answer_degrades_nobody() -> None:
+    health = worked(Health(), 50)
+    assert worked(health, 1, seconds=30).state == "healthy"
+
+
 def test_first_answers_judge_nobody() -> None:
     health = worked(Health(), 1, seconds=0.001)
-    assert worked(health, 10, seconds=1).state == "healthy"
+    assert worked(health, 7, seconds=1).state == "healthy"
 
 
 def test_failures_now_and_then_degrade_and_in_a_row_eject() -> None:
