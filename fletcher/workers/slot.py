@@ -194,8 +194,9 @@ class Slot:
                 self._failures += 1  # until it answers
                 self._read(connection)
                 self._clear(connection)
-            # A first failure may be anything; one after the other is a reason to wait.
-            closing.wait(backoff_s(self._failures - 1, self._rng))
+            # A first death may be anything; one after the other is a reason to wait.
+            num_failures = self._failures if self.failure else self._failures - 1
+            closing.wait(backoff_s(num_failures, self._rng))
 
     def _start(self) -> Connection:
         ours, theirs = socket.socketpair()

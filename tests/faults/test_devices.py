@@ -43,7 +43,8 @@ def server(start_server: StartServer) -> Runtime:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fletcher.runtime, "resolve", three_devices)
-        return start_server(tokenizer_workers=1)
+        # In turn: every device has work, however quick it seems on a busy machine.
+        return start_server(tokenizer_workers=1, dispatch="round-robin")
 
 
 def all_healthy(server: Runtime) -> bool:

@@ -94,14 +94,18 @@ def test_a_device_with_a_fault_is_ejected_and_replaced_and_loses_no_job(
         specs, probe="probe", on_state=lambda name, state: states.append((name, state))
     ) as (pool, submit):
         fault.touch()
-        answers = [submit(n) for n in range(100)]
-        assert [answer.wait() for answer in answers] == list(range(100))
-        eventually(lambda: ("cuda-0", "ejected") in states, "it is ejected")
+
+        def ejected() -> bool:
+            answers = [submit(n) for n in range(20)]
+            assert [answer.wait() for answer in answers] == list(range(20))
+            return ("cuda-0", "ejected") in states
+
+        eventually(ejected, "it is ejected")
         fault.unlink()
         eventually(lambda: state_of(pool, "cuda-0") == "healthy", "a new process is healthy")
         assert ("cuda-1", "ejected") not in states
-    ejections = [line for line in caplog.messages if "cuda-0 is ejected" in line]
-    assert len(ejections) == states.count(("cuda-0", "ejected"))
+    lines = [line for line in caplog.messages if "cuda-0 is ejected" in line]
+    assert len(lines) == states.count(("cuda-0", "ejected"))
 
 
 def test_bad_jobs_eject_no_worker_for_good(tmp_path: Path) -> None:
@@ -200,6 +204,6 @@ def test_a_worker_that_dies_at_every_start_causes_no_storm_of_restarts(
         monkeypatch.setattr(Slot, "_start", cannot_start)
         kill_all(pool)
         assert enough.wait(30)
-    assert waits[:2] == [0, 0]
-    assert waits[2] < waits[3] < waits[4] < waits[5] < waits[6]
-    assert waits[7] >= 8
+    assert waits[0] == 0
+    assert waits[1] < waits[2] < waits[3] < waits[4] < waits[5] < waits[6]
+    assert waits[7] >= 15
