@@ -89,11 +89,13 @@ class InferenceResult:
         embeddings: float32 [num_rows, dim], pooled and, where the bundle says so, L2-normalised.
         norms: float32 [num_rows], the L2 norm before normalisation; None where not normalised.
         compute_s: Seconds the device was computing.
+        budget_tokens: Padded tokens that the replica takes in one run now; 0: not said.
     """
 
     embeddings: FloatArray
     norms: FloatArray | None
     compute_s: float
+    budget_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ DEFAULT_STORE = "default"
 NO_STORE = "none"
 # Of what is sent over a connection; the client's `compression` takes the same words.
 COMPRESSIONS = ("none", "lz4", "zstd", "auto")
+DISPATCHES = ("throughput-weighted", "least-loaded", "round-robin", "random")
 _NAMED_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 
 
@@ -118,6 +119,14 @@ class ServeConfig:
         pattern=r"auto|cpu|cuda(:\d+(,\d+)*)?",
         expected="auto, cpu, cuda or cuda:N,...",
     )
+    device_fallback: str = _option(
+        "none",
+        "model",
+        TEXT,
+        "cpu: when no GPU is left, the CPU takes over until one is back: slower, and its vectors "
+        "differ in their last digits; none: callers are told to come again",
+        choices=("none", "cpu"),
+    )
     backend: str = _option(
         "auto",
         "model",
@@ -155,6 +164,22 @@ class ServeConfig:
         FOLDER,
         "keep the embedding cache in a file here, at least 64MiB: it outlives the server, and each "
         "look is slower than memory's",
+    )
+    dispatch: str = _option(
+        "throughput-weighted",
+        "model",
+        TEXT,
+        "which device gets the next run: by what each gets done, for devices that differ or slow "
+        "down; the others need no measuring and suit equal devices",
+        choices=DISPATCHES,
+    )
+    worker_timeout_s: float = _option(
+        120,
+        "model",
+        SECONDS,
+        "longest run before its process is replaced and the work goes elsewhere; less: hangs end "
+        "sooner, slow devices may be taken for hung",
+        minimum=1,
     )
     max_queue_delay_ms: float = _option(
         5, "model", MILLISECONDS, "wait to fill a run; more: fuller runs, later answers"

@@ -216,6 +216,15 @@ class Instruments:
             "device.padded_tokens", "{token}", "Tokens computed, padding included", "device"
         )
         self.device_busy = Counter("device.busy", "s", "Time spent computing", "device")
+        self.device_budget = Gauge(
+            "device.budget",
+            "{token}",
+            "Padded tokens in one run; less after a device was out of memory",
+            "device",
+        )
+        self.device_rate = Gauge(
+            "device.rate", "{token}/s", "Tokens that a device computes in a second", "device"
+        )
         self.queue_depth = Gauge("queue.depth", "{item}", "Items waiting for a stage", "stage")
         self.stage_duration = Histogram(
             "stage.duration",
@@ -225,6 +234,16 @@ class Instruments:
         self.errors = Counter("errors", "{error}", "Calls and rows that failed", "code")
         self.worker_restarts = Counter(
             "worker.restarts", "{restart}", "Processes started again after they died", "worker"
+        )
+        self.worker_states = Counter(
+            "worker.states",
+            "{change}",
+            "Changes of a worker's state, by the new one",
+            "worker",
+            "state",
+        )
+        self.worker_usable = Gauge(
+            "worker.usable", "1", "1 while a worker takes work, else 0", "worker"
         )
         self.store_retries = Counter("store.retries", "{retry}", "Appends to the store tried again")
         self.store_away = Gauge("store.away", "1", "1 while a store is away, else 0", "store")

@@ -16,11 +16,11 @@ from fletcher.config import ServeConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.route import JournalConfig
-from fletcher.errors import ConfigError
+from fletcher.errors import BackendError, ConfigError
 from fletcher.flight.auth import read_tokens
 from fletcher.flight.server import FlightConfig, FlightServer
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import HostInfo, detect_host
+from fletcher.inference.devices import HostInfo, detect_host, resolve
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.registry import Registry
 from fletcher.pipeline.cache import EmbeddingCache, MemoryShelf
@@ -36,7 +36,7 @@ from fletcher.stores.address import open_store
 from fletcher.telemetry import Telemetry, configure
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.tuning.candidates import Asked
-from fletcher.tuning.decision import decide
+from fletcher.tuning.decision import Decision, decide
 from fletcher.workers.messages import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -202,8 +202,7 @@ class Runtime:
         # A flipped bit in the weights makes plausible vectors that are wrong for good.
         bundle = registry.verify(config.model)
         host = detect_host()
-        decision = decide(config.home, Asked.of(config), host, bundle)
-        log.info("%s: %s", bundle.qualified_name, decision.reason)
+        decision, standby = _decide(config, bundle, host)
         self._budget = budget = MemoryBudget(
             int(config.max_memory * _BUDGET_SHARE), config.max_streams
         )
@@ -213,7 +212,9 @@ class Runtime:
             telemetry,
             on_change=lambda grade: budget.spare(half=grade is Grade.SEVERE),
         )
-        embedder = _embedder(config, bundle, host, decision.configs, budget, telemetry, pressure)
+        embedder = _embedder(
+            config, bundle, host, decision.configs, standby, budget, telemetry, pressure
+        )
         self._service = Service(
             model=bundle,
             embedder=embedder,
@@ -231,11 +232,38 @@ class Runtime:
         self.address = self._server.address
 
 
+def _decide(
+    config: ServeConfig, bundle: ModelBundle, host: HostInfo
+) -> tuple[Decision, list[BackendConfig]]:
+    """What runs, and what stands by for when no GPU is left."""
+    try:
+        decision = decide(config.home, Asked.of(config), host, bundle)
+    except BackendError as error:
+        if config.device_fallback == "none" or not config.device.startswith("cuda"):
+            raise
+        log.warning("%s; the CPU takes over", error)
+        return _on_cpu(config, bundle, host), []
+    log.info("%s: %s", bundle.qualified_name, decision.reason)
+    on_gpu = any(one.device.startswith("cuda") for one in decision.configs)
+    if not (on_gpu and config.device_fallback == "cpu"):
+        return decision, []
+    return decision, _on_cpu(config, bundle, host).configs
+
+
+def _on_cpu(config: ServeConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
+    """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
+    backend = "null" if config.backend == "null" else "auto"
+    rule = resolve("cpu", backend, "float32", config.threads, host, bundle.folder)
+    log.info("%s, when no GPU is left: %s", bundle.qualified_name, rule.reason)
+    return Decision(rule.configs, rule.reason)
+
+
 def _embedder(
     config: ServeConfig,
     bundle: ModelBundle,
     host: HostInfo,
     replicas: list[BackendConfig],
+    standby: list[BackendConfig],
     budget: MemoryBudget,
     telemetry: Telemetry,
     pressure: Pressure,
@@ -243,23 +271,23 @@ def _embedder(
     num_tokenizers = config.tokenizer_workers or _tokenizers(host.cores, replicas)
     folder = str(bundle.folder)
     max_batch_tokens = replicas[0].max_batch_tokens
+    specs = [
+        WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)
+        for n, one in enumerate([*replicas, *standby])
+    ]
     return Embedder(
         EmbedderConfig(
             tokenizers=[
                 WorkerSpec(f"tokenizer-{n}", "fletcher.tokenization.worker:load", folder)
                 for n in range(num_tokenizers)
             ],
-            replicas=[
-                WorkerSpec(
-                    f"{one.device.replace(':', '-')}-{n}",
-                    f"fletcher.inference.{one.backend}:load",
-                    one,
-                )
-                for n, one in enumerate(replicas)
-            ],
+            replicas=specs[: len(replicas)],
+            standby=specs[len(replicas) :],
             dim=bundle.dim,
             window_tokens=_WINDOW_RUNS * max_batch_tokens,
             max_queue_delay_s=config.max_queue_delay_ms / 1000,
+            dispatch=config.dispatch,
+            worker_timeout_s=config.worker_timeout_s,
         ),
         plan=lambda lengths, num_runners: plan(
             lengths,
@@ -271,7 +299,9 @@ def _embedder(
         budget=budget,
         telemetry=telemetry,
         crowded=lambda: pressure.grade is not Grade.NORMAL,
-        cache=_cache(config, bundle, replicas, telemetry) if config.embedding_cache else None,
+        cache=_cache(config, bundle, [*replicas, *standby], telemetry)
+        if config.embedding_cache
+        else None,
     )
 
 

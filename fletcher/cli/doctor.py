@@ -226,10 +226,7 @@ def _engine(config: ServeConfig) -> Iterator[Finding]:
     if config.model not in registry.names():
         return
     try:
-        bundle = registry.get(config.model)
-        chosen = decide(config.home, Asked.of(config), detect_host(), bundle)
-        engine = import_module(f"fletcher.inference.{chosen.configs[0].backend}")
-        about = engine.load(chosen.configs[0]).describe()
+        chosen = decide(config.home, Asked.of(config), detect_host(), registry.get(config.model))
     except FletcherError as error:
         yield Finding("engine", config.model, "broken", error.message)
         return
@@ -240,8 +237,16 @@ def _engine(config: ServeConfig) -> Iterator[Finding]:
     elif config.backend != "null":
         fix = "fletcher tune measures what is fastest here, in about a minute for a small model"
         yield Finding("engine", "chosen", "note", "by rule", fix)
-    for name, value in about.items():
-        yield Finding("engine", name, "ok", value)
+    # One replica a device: those that share one are alike.
+    for device, one in {one.device: one for one in chosen.configs}.items():
+        engine = import_module(f"fletcher.inference.{one.backend}")
+        try:
+            about = engine.load(one).describe()
+        except FletcherError as error:
+            yield Finding("engine", device, "broken", error.message)
+            continue
+        for name, value in about.items():
+            yield Finding("engine", name, "ok", value)
 
 
 def _stores(config: ServeConfig) -> Iterator[Finding]:

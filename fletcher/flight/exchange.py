@@ -29,6 +29,7 @@ from fletcher.flight.status import to_flight_error
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Piece
+from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.service import Service
 from fletcher.pipeline.stream import EmbedStream
 from fletcher.schema import ELEMENT_TYPES, output_schema
@@ -155,8 +156,8 @@ class _Answers:
 
     def _take(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> None:
         batch, errors = self._assembler.assemble(piece, outcome)
-        if errors and self._abort:
-            raise errors[min(errors)]
+        if ending := ends_call(errors, abort=self._abort):
+            raise ending
         for error in errors.values():
             self._telemetry.rows_failed.add()
             self._telemetry.errors.add(code=error.code)

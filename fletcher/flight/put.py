@@ -29,6 +29,7 @@ from fletcher.flight.call import (
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.service import Request, Service
 from fletcher.pipeline.sources import as_fletcher_error
 from fletcher.pipeline.stream import EmbedStream
@@ -184,8 +185,8 @@ class _Put:
         for result in self._stream.results():
             piece, new = result.context
             batch, errors = self._assembler.assemble(piece, result.embeddings)
-            if errors and self._options.on_error == "abort":
-                raise errors[min(errors)]
+            if error := ends_call(errors, abort=self._options.on_error == "abort"):
+                raise error
             ids = batch.column("id")
             if not new:
                 self._stream.release(result.num_bytes)

@@ -27,6 +27,7 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         FletcherError: The first text that has no vector, why.
     """
     service.calls.check()
+    service.embedder.check()
     texts = fields.pop("texts", None)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InvalidCommandError("`texts` is not a list of strings", field="texts")

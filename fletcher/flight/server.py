@@ -157,8 +157,8 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         return _json({"status": "ok"})
 
     def _ready(self, body: bytes) -> bytes:
-        draining = self._service.calls.draining.is_set()
-        return _json({"ready": not draining, "model": self._service.model.qualified_name})
+        ready = self._service.embedder.ready and not self._service.calls.draining.is_set()
+        return _json({"ready": ready, "model": self._service.model.qualified_name})
 
     def _stats(self, body: bytes) -> bytes:
         return _json(self._service.describe())

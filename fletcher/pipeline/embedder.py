@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from fletcher.batches import (
     EmbeddingBatch,
     Int32Array,
     Int64Array,
+    MicroBatch,
     TextBatch,
     TokenBatch,
 )
+from fletcher.config import DISPATCHES
 from fletcher.pipeline.cache import EmbeddingCache
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource, TokenizationSource, as_fletcher_error
@@ -37,9 +40,12 @@ class EmbedderConfig:
     Attributes:
         tokenizers: A spec for each tokenizer process.
         replicas: A spec for each replica process.
+        standby: Replicas that take over when none of `replicas` is left.
         dim: Width of the graph's output.
         window_tokens: Bulk tokens planned together.
         max_queue_delay_s: What bulk work may wait for company.
+        dispatch: Which replica gets the next micro-batch; one of `fletcher.config.DISPATCHES`.
+        worker_timeout_s: How long a run may take before its process is replaced.
     """
 
     tokenizers: Sequence[WorkerSpec]
@@ -47,6 +53,9 @@ class EmbedderConfig:
     dim: int
     window_tokens: int
     max_queue_delay_s: float
+    dispatch: str = DISPATCHES[0]
+    worker_timeout_s: float = 120.0
+    standby: Sequence[WorkerSpec] = ()
 
 
 class Embedder:
@@ -101,12 +110,35 @@ class Embedder:
         def restarted(worker: str) -> None:
             telemetry.worker_restarts.add(worker=worker)
 
+        def changed(worker: str, state: str) -> None:
+            telemetry.worker_states.add(worker=worker, state=state)
+
         self.tokenizers = WorkerPool(
-            "tokenizer", config.tokenizers, self._tokenization, on_restart=restarted
+            "tokenizer",
+            config.tokenizers,
+            self._tokenization,
+            answer_timeout_s=config.worker_timeout_s,
+            on_restart=restarted,
+            on_state=changed,
         )
         self.replicas = WorkerPool(
-            "replica", config.replicas, self._inference, on_restart=restarted
+            "replica",
+            config.replicas,
+            self._inference,
+            standby=config.standby,
+            dispatch=config.dispatch,
+            answer_timeout_s=config.worker_timeout_s,
+            # Token 0 is in every vocabulary.
+            probe=MicroBatch(np.zeros(1, np.int32), np.ones(1, np.int32)),
+            on_restart=restarted,
+            on_state=changed,
         )
+        for pool in (self.tokenizers, self.replicas):
+            for name in pool.names:
+                telemetry.worker_usable.watch(partial(pool.is_usable, name), worker=name)
+        for name in self.replicas.names:
+            telemetry.device_rate.watch(partial(self.replicas.rate, name), device=name)
+            telemetry.device_budget.watch(partial(self._inference.budget, name), device=name)
         telemetry.queue_depth.watch(self._tokenization.depth, stage="texts")
         telemetry.queue_depth.watch(self._inference.depth, stage="tokens")
         telemetry.queue_depth.watch(self._inference.planned, stage="micro_batches")
@@ -149,6 +181,21 @@ class Embedder:
     def queued_windows(self) -> float:
         """Tokens that wait to be planned, in windows."""
         return self._inference.depth() / max(1, self._window_tokens)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are workers of both kinds now."""
+        return self.tokenizers.usable and self.replicas.usable
+
+    def check(self) -> None:
+        """Refuses work that nobody would do.
+
+        Raises:
+            OverloadedError: There are no workers of one kind, and none will be back soon.
+        """
+        for pool in (self.tokenizers, self.replicas):
+            if pool.gone:
+                raise pool.error()
 
     def statistics(self) -> dict[str, Any]:
         """Workers as they are now."""

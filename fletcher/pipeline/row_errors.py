@@ -6,8 +6,26 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.batches import Int64Array
-from fletcher.errors import FletcherError, InvalidCommandError, RowTooLargeError
+from fletcher.errors import (
+    FletcherError,
+    InvalidCommandError,
+    RowTooLargeError,
+    UnavailableError,
+)
 from fletcher.pipeline.arrays import null_mask
+
+
+def ends_call(errors: dict[int, FletcherError], *, abort: bool) -> FletcherError | None:
+    """The error of a row that ends its call, if there is one.
+
+    Args:
+        errors: By row.
+        abort: Whether any does. One that passes always does: the row is sent again later, where a
+            row that was reported as failed would stay without its vector.
+    """
+    passing = (error for error in errors.values() if isinstance(error, UnavailableError))
+    first = errors[min(errors)] if errors and abort else None
+    return next(passing, first)
 
 
 class RowErrors:

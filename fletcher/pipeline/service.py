@@ -172,8 +172,10 @@ class Service:
         """A place for a stream, held in `with`; who has one is slowed, never refused any more.
 
         Raises:
-            OverloadedError: All places are taken, or this is no time for bulk work.
+            OverloadedError: All places are taken, no workers are left, or this is no time for bulk
+                work.
         """
+        self.embedder.check()
         if bulk and self.pressure.observe() is Grade.SEVERE:
             raise OverloadedError(
                 f"the server takes no new bulk work now: {self.pressure.reason}; try again later",

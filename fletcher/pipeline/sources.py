@@ -20,7 +20,7 @@ from fletcher.pipeline.fair import FairQueue
 from fletcher.pipeline.stream import Ticket
 from fletcher.pipeline.window import Plan, Window
 from fletcher.telemetry import Telemetry
-from fletcher.workers.pool import Job
+from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class TokenizationSource:
             ticket.tokens = tokens
             self._tokenized(ticket)
 
-        return Job(texts, done, cost=texts.num_texts)
+        return Job(texts, done, cost=texts.num_texts + len(texts.data))
 
 
 @dataclass(slots=True)
@@ -167,6 +167,7 @@ class InferenceSource:
         self._ready_bulk: deque[_Planned] = deque()
         self._turn = _TwoClasses()
         self._changed = threading.Condition()
+        self._budgets: dict[str, int] = {}
 
     def put(self, ticket: Ticket) -> None:
         """Queues a tokenized ticket; never blocks."""
@@ -190,6 +191,10 @@ class InferenceSource:
     def planned(self) -> int:
         """Micro-batches that wait for a device."""
         return len(self._ready_interactive) + len(self._ready_bulk)
+
+    def budget(self, device: str) -> int:
+        """Padded tokens that a device takes in one run, as it last said; 0 before that."""
+        return self._budgets.get(device, 0)
 
     def next_job(self, timeout_s: float) -> Job | None:
         """The next micro-batch. Called by one thread, the pool's dispatcher."""
@@ -279,6 +284,12 @@ class InferenceSource:
         self._telemetry.device_tokens.add(int(lengths.sum()), device=device)
         self._telemetry.device_padded_tokens.add(int(lengths.max()) * len(lengths), device=device)
         self._telemetry.device_busy.add(result.compute_s, device=device)
+        before, self._budgets[device] = self.budget(device), result.budget_tokens
+        if result.budget_tokens < before:
+            log.warning(
+                "%s has too little memory for %d tokens in one run; it gets %d, and slowly more",
+                *(device, before, result.budget_tokens),
+            )
 
 
 def _take(queue: FairQueue[Ticket], max_tokens: int | None) -> list[Ticket]:

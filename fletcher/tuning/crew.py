@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from fletcher.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
+from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
-from fletcher.workers.pool import Job, WorkerPool
+from fletcher.workers.pool import WorkerPool
 
 # A turn is made to take about a second; who takes so much longer is stuck.
 _RUN_TIMEOUT_S = 300.0

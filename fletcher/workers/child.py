@@ -15,6 +15,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -67,18 +68,21 @@ def serve(connection: Connection) -> None:
     sending = threading.Lock()
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()  # bounded by the parent's slots
 
-    def answer() -> None:
+    def work() -> None:
         while True:
             request = requests.get()
             try:
-                message = encode(Response(request.job_id, worker.run(request.payload)))
+                started = time.perf_counter()
+                answer = worker.run(request.payload)
+                seconds = time.perf_counter() - started
+                message = encode(Response(request.job_id, answer, seconds))
             except Exception as error:  # noqa: BLE001
                 message = encode(_failure(request.job_id, error))
             with sending:
                 connection.send_bytes(message)
 
     for _ in range(worker.concurrency):
-        threading.Thread(target=answer, daemon=True).start()
+        threading.Thread(target=work, daemon=True).start()
     while True:
         requests.put(receive(connection))
 

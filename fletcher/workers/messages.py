@@ -44,8 +44,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
+    """A job is done; it took the worker so many seconds."""
+
     job_id: int
     payload: Any
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

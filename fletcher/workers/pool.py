@@ -3,61 +3,36 @@
 A worker has `concurrency` requests running and `prefetch` more waiting in its pipe, so that it
 never idles between two; everything else stays with the source, where urgent work can still overtake
 it. A worker that dies is started again and its jobs are done once more elsewhere; a job whose
-worker died `max_attempts` times fails alone.
+worker died or failed `max_attempts` times fails alone.
+
+A worker that fails at one job after the other is ejected: it gets a probe instead of work, and
+comes back or is replaced. One that says nothing for too long is replaced. Where no worker is left,
+those that stand by take over, and go when the others are back; where there are none, jobs fail with
+an error that passes.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any
 
-from fletcher.errors import BackendError, InternalError, OverloadedError
-from fletcher.workers.messages import Failure, Ready, Request, WorkerSpec, encode, receive
+from fletcher.errors import InternalError, OverloadedError
+from fletcher.workers.dispatch import STRATEGIES, Candidate, Chooser, mean_rate
+from fletcher.workers.jobs import Job, JobSource
+from fletcher.workers.messages import WorkerSpec
+from fletcher.workers.slot import Slot
 
 log = logging.getLogger(__name__)
 
-_BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _IDLE_POLL_S = 0.5
-
-Done = Callable[[Any, Exception | None], None]
-
-
-@dataclass(slots=True)
-class Job:
-    """Work for a pool.
-
-    Attributes:
-        payload: What the worker's `run` gets.
-        done: Called once, on a thread of the pool, with (result, None) or (None, error). Must be
-            quick and must not raise.
-        cost: How much work it is, in any unit that is the same for all jobs of a pool.
-        attempts: Workers that died on it so far.
-        worker: The name of the worker that has it, or had it last.
-    """
-
-    payload: Any
-    done: Done
-    cost: int = 1
-    attempts: int = 0
-    worker: str = ""
-
-
-class JobSource(Protocol):
-    """Where a pool gets its work."""
-
-    def next_job(self, timeout_s: float) -> Job | None:
-        """The job to do next; None if there is none within the time."""
-        ...
+_WATCH_S = 0.5
+# A worker that died is mostly back within seconds; clients would rather wait than be told.
+_PATIENCE_S = 30.0
+_RETRY_MS = 5000
 
 
 class WorkerPool:
@@ -67,10 +42,15 @@ class WorkerPool:
         name: For logs.
         specs: One for each worker.
         source: Asked for a job whenever a slot is free.
+        standby: Workers that are started when none of `specs` is left, and ended when one is back.
+        dispatch: Which of several free workers gets a job; one of `STRATEGIES`.
         prefetch: Requests a worker holds beyond those it is running.
-        max_attempts: Deaths of workers after which a job is given up.
+        max_attempts: Deaths and failures of workers after which a job is given up.
         start_timeout_s: How long a worker may take to load and warm up.
+        answer_timeout_s: How long a job may run before its worker is replaced.
+        probe: A payload that every sound worker answers; None: workers that fail are not ejected.
         on_restart: Called with a worker's name each time it died.
+        on_state: Called with a worker's name and its new state.
     """
 
     def __init__(
@@ -79,303 +59,253 @@ class WorkerPool:
         specs: Sequence[WorkerSpec],
         source: JobSource,
         *,
+        standby: Sequence[WorkerSpec] = (),
+        dispatch: str = STRATEGIES[0],
         prefetch: int = 1,
         max_attempts: int = 2,
         start_timeout_s: float = 300.0,
+        answer_timeout_s: float = 120.0,
+        probe: Any = None,
         on_restart: Callable[[str], None] = lambda _name: None,
+        on_state: Callable[[str, str], None] = lambda _name, _state: None,
     ) -> None:
         self.name = name
+        self.changed = threading.Condition()
+        self.closing = threading.Event()
+        self.probe = probe
         self._source = source
+        self._chooser = Chooser(dispatch)
         self._max_attempts = max_attempts
+        self._answer_timeout_s = answer_timeout_s
         self._on_restart = on_restart
-        self._changed = threading.Condition()
+        self._on_state = on_state
         self._retries: deque[Job] = deque()
-        self._closing = threading.Event()
-        self._slots = [_Slot(spec, self, prefetch, start_timeout_s) for spec in specs]
+        limits: dict[str, Any] = {"prefetch": prefetch, "start_timeout_s": start_timeout_s}
+        self._regular = [Slot(spec, self, **limits) for spec in specs]
+        self._standby = [Slot(spec, self, **limits, wanted=False) for spec in standby]
+        self._slots = {slot.spec.name: slot for slot in (*self._regular, *self._standby)}
+        self._states = {name: slot.state for name, slot in self._slots.items()}
+        self._alone_s = 0.0  # how long there has been no usable worker
         self._dispatcher = threading.Thread(target=self._dispatch, name=f"{name}-pool", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name=f"{name}-watch", daemon=True)
 
     def start(self) -> None:
         """Starts all workers at once and waits until each is warm.
 
+        Where none can start, those that stand by are started.
+
         Raises:
             FletcherError: A worker could not load; nothing is left running.
         """
-        for slot in self._slots:
+        for slot in self._slots.values():
             slot.thread.start()
-        for slot in self._slots:
-            slot.settled.wait()
-        failed = [slot.failure for slot in self._slots if slot.failure is not None]
+        failed = _failures(self._regular)
+        if failed and len(failed) == len(self._regular) and self._standby:
+            log.warning("%s: none can start: %s", self.name, failed[0])
+            failed = _failures(self._standby)
         if failed:
             self.close()
             raise failed[0]
         self._dispatcher.start()
+        self._watcher.start()
 
     def close(self) -> None:
         """Ends the workers; jobs still in them fail. Idempotent."""
-        self._closing.set()
-        with self._changed:
-            self._changed.notify_all()
-        for slot in self._slots:
+        self.closing.set()
+        with self.changed:
+            self.changed.notify_all()
+        for slot in self._slots.values():
+            slot.wanted.set()
             slot.kill()
-        for thread in [self._dispatcher, *(slot.thread for slot in self._slots)]:
+        for thread in [
+            self._dispatcher,
+            self._watcher,
+            *(slot.thread for slot in self._slots.values()),
+        ]:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join(5.0)
         for job in self._retries:
-            _finish(job, None, InternalError("the server is shutting down"))
+            job.finish(None, InternalError("the server is shutting down"))
         self._retries.clear()
 
     def statistics(self) -> list[dict[str, Any]]:
-        """A snapshot for each worker: what it runs, whether it lives, what it holds."""
-        with self._changed:
-            return [slot.statistics() for slot in self._slots]
+        """A snapshot for each worker: its state, its rate, what it holds."""
+        with self.changed:
+            return [slot.statistics() for slot in self._slots.values()]
 
     @property
     def concurrency(self) -> int:
         """Jobs that run at the same time when all workers live."""
-        return sum(slot.concurrency for slot in self._slots)
+        return sum(slot.concurrency for slot in self._slots.values() if slot.wanted.is_set())
+
+    @property
+    def usable(self) -> bool:
+        """Whether any worker takes work."""
+        return any(slot.usable for slot in self._slots.values())
+
+    @property
+    def gone(self) -> bool:
+        """Whether no worker takes work and none will soon: jobs fail."""
+        if self.usable:
+            return False
+        wanted = [slot for slot in self._slots.values() if slot.wanted.is_set()]
+        return self._alone_s > _PATIENCE_S or all(slot.failure is not None for slot in wanted)
+
+    def error(self) -> OverloadedError:
+        """What a request gets while the pool is `gone`."""
+        return OverloadedError(
+            f"no {self.name} worker is running; they are being restarted, try again later",
+            retry_after_ms=_RETRY_MS,
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The workers' names."""
+        return list(self._slots)
+
+    def is_usable(self, name: str) -> bool:
+        """Whether a worker takes work."""
+        return self._slots[name].usable
+
+    def rate(self, name: str) -> float:
+        """Cost that a worker gets done in a second when it is busy; 0 before it is measured."""
+        return self._slots[name].rate or 0.0
 
     def process_ids(self) -> list[int]:
         """The live workers' process ids."""
-        with self._changed:
-            return [slot.process.pid for slot in self._slots if slot.alive and slot.process]
+        with self.changed:
+            return [
+                slot.process.pid for slot in self._slots.values() if slot.alive and slot.process
+            ]
 
     # The dispatcher: a slot first, then the job for it, so that the choice of job is made late.
 
     def _dispatch(self) -> None:
-        while not self._closing.is_set():
+        while not self.closing.is_set():
             slot, again = self._free_slot()
-            if self._closing.is_set():
+            if self.closing.is_set():
                 return
             job = self._retries.popleft() if again else self._source.next_job(_IDLE_POLL_S)
             if job is None:
                 continue
-            if slot is None:
-                _finish(job, None, self._gone())
+            # The job may have been long in coming.
+            if self.gone:
+                job.finish(None, self.error())
+                continue
+            if slot is None or not slot.usable:
+                self._retries.appendleft(job)
                 continue
             try:
                 slot.give(job)
             except Exception as error:
                 log.exception("%s: a job cannot be sent", self.name)
-                _finish(job, None, InternalError(f"{type(error).__name__}; the log has more"))
+                job.finish(None, InternalError(f"{type(error).__name__}; the log has more"))
+            rate = slot.rate or mean_rate([one.rate for one in self._slots.values()])
+            self._chooser.given(slot.spec.name, job.cost, rate)
 
-    def _free_slot(self) -> tuple[_Slot | None, bool]:
-        """The least loaded worker with room, and whether it is for a job that is done again.
+    def _free_slot(self) -> tuple[Slot | None, bool]:
+        """A worker with room, and whether it is for a job that is done again.
 
-        No worker where none is alive and none will be soon. A job whose worker died gets a worker
-        for itself: if that dies too, the job is to blame.
+        No worker where none is alive and none will be soon. A job whose worker died or failed gets
+        another for itself: if that does too, the job is to blame.
         """
-        with self._changed:
-            while not self._closing.is_set():
+        with self.changed:
+            while not self.closing.is_set():
                 alone = bool(self._retries)
-                free = [slot for slot in self._slots if slot.alive and slot.has_room(alone=alone)]
+                usable = [slot for slot in self._slots.values() if slot.usable]
+                if alone:
+                    last = self._retries[0].worker
+                    usable = [slot for slot in usable if slot.spec.name != last] or usable
+                free = [slot for slot in usable if slot.has_room(alone=alone)]
                 if free:
-                    return min(free, key=lambda slot: slot.load), alone
-                if all(slot.failure is not None for slot in self._slots):
+                    return free[self._chooser.choose([_candidate(slot) for slot in free])], alone
+                if self.gone:
                     return None, alone
-                self._changed.wait()
+                self.changed.wait()
             return None, False
 
-    def _gone(self) -> Exception:
-        return OverloadedError(
-            f"no {self.name} worker is running; they are being restarted", retry_after_ms=5000
-        )
+    # What the slots ask of their owner.
 
-    def _slot_changed(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+    def review(self, slot: Slot) -> None:
+        """A slot's jobs or state have changed; called with `changed` held."""
+        if slot.health.state == "ejected" and self.probe is None:
+            slot.health.readmit()
+        self._call_standby()
+        name, state = slot.spec.name, slot.state
+        before, self._states[name] = self._states[name], state
+        if state != before:
+            self._on_state(name, state)
+            if state == "down":
+                log.warning("%s is down: cannot start: %s", name, slot.failure)
+            elif state in ("degraded", "ejected"):
+                log.warning("%s is %s, it was %s", name, state, before)
+            elif state == "healthy" and slot.settled.is_set():
+                log.info("%s is healthy again, it was %s", name, before)
+        self.changed.notify_all()
 
-    def _worker_died(self, slot: _Slot, running: Sequence[Job], waiting: Sequence[Job]) -> None:
+    def least_slowness(self, slot: Slot) -> float | None:
+        """Of the workers besides this one, how much slower than usual the soundest is."""
+        others = [one.health for one in self._slots.values() if one.usable and one is not slot]
+        return min((health.slowness for health in others), default=None)
+
+    def died(self, slot: Slot) -> None:
+        """A worker's process has ended."""
         self._on_restart(slot.spec.name)
-        for job in running:
-            job.attempts += 1
-        for job in (*running, *waiting):
-            if job.attempts >= self._max_attempts or self._closing.is_set():
-                reason = f"a {self.name} worker died {job.attempts} times while working on this"
-                _finish(job, None, InternalError(reason))
-            else:
-                self._retries.append(job)
 
+    def again(self, job: Job, error: Exception) -> None:
+        """A job comes back; it is given up with `error` if it was tried often enough."""
+        if job.probe or job.attempts >= self._max_attempts or self.closing.is_set():
+            job.finish(None, error)
+            return
+        with self.changed:
+            self._retries.append(job)
+            self.changed.notify_all()
 
-class _Slot:
-    """One worker's place in the pool: its process, restarted as often as needed, and its jobs.
+    def _call_standby(self) -> None:
+        """Workers that stand by are wanted while no regular one is left."""
+        if any(slot.usable for slot in self._regular):
+            for slot in self._standby:
+                slot.wanted.clear()
+                if slot.alive and slot.idle:
+                    slot.kill()
+        elif self._alone_s > _PATIENCE_S or all(slot.failure for slot in self._regular):
+            for slot in self._standby:
+                if not slot.wanted.is_set():
+                    log.warning("%s takes over: no regular %s is left", slot.spec.name, self.name)
+                    slot.wanted.set()
 
-    Its thread starts the process, so that the thread lives as long as the process should: the
-    kernel sends PR_SET_PDEATHSIG when the *thread* that started a child ends.
-    """
+    def _watch(self) -> None:
+        """Ends workers whose jobs run too long; counts how long there has been no worker."""
+        last = time.monotonic()
+        while not self.closing.wait(min(_WATCH_S, self._answer_timeout_s / 4)):
+            now = time.monotonic()
+            # After a pause of the whole machine or container, nobody has been slow.
+            elapsed_s, last = min(now - last, 2 * _WATCH_S), now
+            with self.changed:
+                self._alone_s = 0.0 if self.usable else self._alone_s + elapsed_s
+                for slot in self._slots.values():
+                    self._look_after(slot, elapsed_s)
+                self._call_standby()
+                self.changed.notify_all()
 
-    def __init__(
-        self, spec: WorkerSpec, pool: WorkerPool, prefetch: int, start_timeout_s: float
-    ) -> None:
-        self.spec = spec
-        self.alive = False
-        self.failure: Exception | None = None  # why the last start failed
-        self.settled = threading.Event()  # the first start succeeded or failed
-        self.description: dict[str, str] = {}
-        self.concurrency = 1  # until the worker says otherwise
-        self.load = 0
-        self.process: subprocess.Popen[bytes] | None = None
-        self.thread = threading.Thread(target=self._run, name=f"{spec.name}-reader", daemon=True)
-        self._pool = pool
-        self._prefetch = prefetch
-        self._start_timeout_s = start_timeout_s
-        self._connection: Connection | None = None
-        self._jobs: dict[int, Job] = {}
-        self._next_id = 0
-        self._sending = threading.Lock()
-        self._restarts = 0
-
-    def has_room(self, *, alone: bool) -> bool:
-        """Whether another job fits; `alone`: a job that wants no company."""
-        suspect = any(job.attempts for job in self._jobs.values())
-        most = 1 if alone or suspect else self.concurrency + self._prefetch
-        return len(self._jobs) < most
-
-    def statistics(self) -> dict[str, Any]:
-        return {
-            "name": self.spec.name,
-            "state": "ready" if self.alive else "starting",
-            "in_flight": len(self._jobs),
-            "restarts": self._restarts,
-            **self.description,
-        }
-
-    def give(self, job: Job) -> None:
-        """Sends a job to the worker; if it just died, the job goes to another.
-
-        Raises:
-            Exception: The job cannot be pickled; the worker knows nothing of it.
-        """
-        job_id, self._next_id = self._next_id, self._next_id + 1
-        request = encode(Request(job_id, job.payload))
-        with self._pool._changed:
-            connection = self._connection
-            if connection is None:
-                self._pool._retries.append(job)
+    def _look_after(self, slot: Slot, elapsed_s: float) -> None:
+        for job in slot.running():
+            job.running_s += elapsed_s
+            if job.running_s > self._answer_timeout_s:
+                log.warning(
+                    "%s gave no answer for %.3g s; replacing it", slot.spec.name, job.running_s
+                )
+                slot.kill()
                 return
-            self._jobs[job_id] = job
-            self.load += job.cost
-            job.worker = self.spec.name
-        try:
-            with self._sending:
-                connection.send_bytes(request)
-        except OSError:
-            pass  # the worker is gone: the reader notices and passes the job on
-
-    def kill(self) -> None:
-        process = self.process
-        if process is not None and process.poll() is None:
-            process.kill()
-
-    def _run(self) -> None:
-        failures = 0
-        while not self._pool._closing.is_set():
-            try:
-                connection = self._start()
-            except Exception as error:  # noqa: BLE001 - reported by start() or retried below
-                self.failure = error
-                failures += 1
-                if self.settled.is_set() and not self._pool._closing.is_set():
-                    log.warning("%s: cannot start: %s", self.spec.name, error)
-                    self._pool._slot_changed()
-                elif not self.settled.is_set():
-                    self.settled.set()
-                    return
-            else:
-                failures, self.failure = 0, None
-                with self._pool._changed:
-                    self._connection, self.alive = connection, True
-                    self._pool._changed.notify_all()
-                self.settled.set()
-                started = time.monotonic()
-                self._read(connection)
-                self._clear(connection)
-                if time.monotonic() - started < 1.0:
-                    failures = 1  # a worker that dies at once must not be restarted in a tight loop
-            self._pool._closing.wait(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
-
-    def _start(self) -> Connection:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "fletcher.workers.child"]
-            self.process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
-        connection = Connection(ours.detach())
-        try:
-            if self._pool._closing.is_set():  # `close` may have killed what was there before
-                self.kill()
-            connection.send_bytes(encode(self.spec))
-            if not connection.poll(self._start_timeout_s):
-                raise BackendError(f"{self.spec.name} was not ready in {self._start_timeout_s:g} s")
-            message = receive(connection)
-            if isinstance(message, Failure):
-                if isinstance(message.error, InternalError):
-                    log.error("%s: %s", self.spec.name, message.traceback)
-                raise message.error
-        except (EOFError, OSError):
-            self._reap(connection)
-            raise BackendError(
-                f"{self.spec.name} ended while it loaded (exit status {self.process.returncode})"
-            ) from None
-        except BaseException:
-            self._reap(connection)
-            raise
-        assert isinstance(message, Ready)
-        self.description = message.description
-        self.concurrency = message.concurrency
-        return connection
-
-    def _read(self, connection: Connection) -> None:
-        """Hands results to their jobs until the worker is gone."""
-        while True:
-            try:
-                message = receive(connection)
-            except (EOFError, OSError):
-                return
-            except Exception:
-                log.exception("%s answered what cannot be read", self.spec.name)
-                return
-            with self._pool._changed:
-                job = self._jobs.pop(message.job_id)
-                self.load -= job.cost
-                self._pool._changed.notify_all()
-            if isinstance(message, Failure):
-                if isinstance(message.error, InternalError):
-                    log.error("%s: %s", self.spec.name, message.traceback)
-                _finish(job, None, message.error)
-            else:
-                _finish(job, message.payload, None)
-
-    def _clear(self, connection: Connection) -> None:
-        with self._pool._changed:
-            self.alive, self._connection = False, None
-            jobs, self._jobs, self.load = list(self._jobs.values()), {}, 0
-            self._pool._changed.notify_all()
-        self._reap(connection)
-        if not self._pool._closing.is_set():
-            self._restarts += 1
-            status = self.process.returncode if self.process else None
-            log.warning(
-                "%s died (exit status %s) with %d jobs; restarting it",
-                *(self.spec.name, status, len(jobs)),
-            )
-        # A worker takes its jobs in order: what came later had not begun.
-        self._pool._worker_died(self, jobs[: self.concurrency], jobs[self.concurrency :])
-        self._pool._slot_changed()
-
-    def _reap(self, connection: Connection) -> None:
-        self.kill()
-        with self._sending:  # a closed descriptor's number may be reused under a writer
-            connection.close()
-        if self.process is not None:
-            self.process.wait()
 
 
-def _finish(job: Job, result: Any, error: Exception | None) -> None:
-    try:
-        job.done(result, error)
-    except Exception:
-        log.exception("a completion callback failed")
+def _failures(slots: Sequence[Slot]) -> list[Exception]:
+    """Why slots could not start, once each has started or failed."""
+    for slot in slots:
+        slot.settled.wait()
+    return [slot.failure for slot in slots if slot.failure is not None]
+
+
+def _candidate(slot: Slot) -> Candidate:
+    degraded = slot.health.state == "degraded"
+    return Candidate(slot.spec.name, slot.load, slot.rate, degraded)

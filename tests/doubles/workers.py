@@ -64,3 +64,46 @@ def load_broken(message: str) -> EchoWorker:
 
 def load_dying(_: Any) -> EchoWorker:
     os._exit(7)
+
+
+class PacedWorker(EchoWorker):
+    """Takes as many seconds for each job as stand in a file."""
+
+    def __init__(self, pace: str) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def run(self, payload: Any) -> Any:
+        with open(self._pace) as file:  # noqa: PTH123
+            time.sleep(float(file.read()))
+        return payload
+
+
+class StickyWorker(EchoWorker):
+    """Fails at everything as long as a file is there, as a device after a fault does."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self._fault = fault
+        self._broken = False
+
+    def run(self, payload: Any) -> Any:
+        self._broken = self._broken or os.path.exists(self._fault)  # noqa: PTH110
+        if self._broken:
+            raise BackendError("an illegal memory access was encountered")
+        return super().run(payload)
+
+
+def load_paced(pace: str) -> PacedWorker:
+    return PacedWorker(pace)
+
+
+def load_sticky(fault: str) -> StickyWorker:
+    return StickyWorker(fault)
+
+
+def load_unless(path: str) -> EchoWorker:
+    """A worker that cannot load while a file is there."""
+    if os.path.exists(path):  # noqa: PTH110
+        raise BackendError("no such device")
+    return EchoWorker()

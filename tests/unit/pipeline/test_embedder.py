@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fletcher.batches import TextBatch
-from fletcher.errors import DrainingError
+from fletcher.batches import TextBatch, TokenBatch
+from fletcher.errors import DrainingError, FletcherError
+from fletcher.inference.null import null_embeddings
 from fletcher.pipeline.embedder import Embedder, EmbedderConfig
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.telemetry import Telemetry
+from fletcher.workers.messages import WorkerSpec
+from tests.doubles.replicas import POISON
 
 
 def test_streams_end_with_the_embedder_also_those_that_come_after() -> None:
@@ -35,3 +38,43 @@ def test_streams_end_with_the_embedder_also_those_that_come_after() -> None:
         with pytest.raises(DrainingError):
             stream.submit(texts, None, num_bytes=10)
     assert list(done.results()) == []
+
+
+@pytest.mark.parametrize("outcome", ["die", "fail"])
+def test_a_poisoned_batch_fails_its_own_rows_only(outcome: str) -> None:
+    def numbers(texts: TextBatch) -> TokenBatch:
+        ids = np.array([int(word) for word in texts.data.split()], np.int32)
+        return TokenBatch(ids, np.arange(len(ids) + 1), np.zeros(len(ids), np.bool_), {})
+
+    specs = [
+        WorkerSpec(f"cuda-{n}", "tests.doubles.replicas:load_poisoned", outcome) for n in range(3)
+    ]
+    embedder = Embedder(
+        EmbedderConfig([], specs, dim=16, window_tokens=100, max_queue_delay_s=0),
+        plan=lambda lengths, _: np.split(np.arange(len(lengths)), range(4, len(lengths), 4)),
+        tokenize=numbers,
+        budget=MemoryBudget(1 << 20, 2),
+        telemetry=Telemetry(),
+    )
+    embedder.start()
+    try:
+        stream = embedder.open_stream()
+        for first in range(600, 720, 4):
+            data = b"".join(b"%4d" % n for n in range(first, first + 4))
+            texts = TextBatch(data, np.arange(0, 17, 4))
+            stream.submit(texts, first, num_bytes=100, priority="interactive")
+        stream.end()
+        for result in stream.results():
+            batch, first = result.embeddings, result.context
+            assert not isinstance(batch, FletcherError)
+            if first <= POISON < first + 4:
+                assert set(batch.errors) == {0, 1, 2, 3}
+            else:
+                assert batch.errors == {}
+                ids = np.arange(first, first + 4, dtype=np.int32)
+                expected = null_embeddings(ids, np.ones(4, np.int32), 16)
+                assert np.array_equal(batch.embeddings, expected)
+        restarts = sum(one["restarts"] for one in embedder.replicas.statistics())
+        assert restarts == (2 if outcome == "die" else 0)
+    finally:
+        embedder.close()

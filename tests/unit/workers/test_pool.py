@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from fletcher.errors import BackendError, InternalError, RowTooLargeError
+from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
-from fletcher.workers.pool import Job, WorkerPool
+from fletcher.workers.pool import WorkerPool
 
 
 class QueueSource:
@@ -197,7 +198,7 @@ def test_a_worker_that_restarts_while_the_pool_closes_is_ended(
         monkeypatch.setattr(subprocess, "Popen", late)
         os.kill(pool.process_ids()[0], signal.SIGKILL)
         assert starting.wait(10)
-        (slot,) = pool._slots
+        (slot,) = pool._slots.values()
         kill = slot.kill
 
         def kill_and_tell() -> None:

@@ -1,0 +1,131 @@
+"""A backend that takes less at once when its device is out of memory, and slowly more again."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import replace
+from importlib import import_module
+
+import numpy as np
+
+from fletcher.batches import InferenceResult, Int32Array, MicroBatch
+from fletcher.errors import BackendError
+from fletcher.inference.backend import Backend, BackendConfig
+
+# Words of ONNX Runtime's arenas, CUDA, cuBLAS and OpenVINO, which have no exception for it.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|failed to allocate|can ?not allocate|bad_alloc|smaller than requested bytes"
+    r"|ALLOC_FAILED|OUT_OF_MEMORY",
+    re.IGNORECASE,
+)
+# Good runs near the budget before it grows by a quarter: memory that others took may be free again,
+# and if it is not, that costs one failed run in so many.
+_RUNS_TO_GROW = 64
+
+
+class BudgetedBackend:
+    """Cuts micro-batches into runs of at most a budget of padded tokens, halved when memory is out.
+
+    A row that is over the budget runs alone. Vectors do not depend on the cut.
+
+    Args:
+        backend: The engine.
+        max_batch_tokens: The budget at first and at most.
+    """
+
+    def __init__(self, backend: Backend, max_batch_tokens: int) -> None:
+        self.concurrency = backend.concurrency
+        self._backend = backend
+        self._most = max_batch_tokens
+        self._budget = max_batch_tokens
+        self._good_runs = 0
+        self._lock = threading.Lock()
+
+    def run(self, batch: MicroBatch) -> InferenceResult:
+        """Embeds one micro-batch, in as many runs as it takes.
+
+        Raises:
+            BackendError: The engine failed, or has too little memory for a single row.
+        """
+        if len(batch.lengths) == 0:
+            return self._backend.run(batch)
+        parts = [self._run(part) for part in _cut(batch, self._budget)]
+        return replace(_joined(parts), budget_tokens=self._budget)
+
+    def describe(self) -> dict[str, str]:
+        return self._backend.describe()
+
+    def _run(self, part: MicroBatch) -> InferenceResult:
+        try:
+            result = self._backend.run(part)
+        except (BackendError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._shrink(_padded(part.lengths))
+            if len(part.lengths) == 1:
+                raise BackendError(f"too little memory for {part.lengths[0]} tokens") from error
+        else:
+            self._grow(_padded(part.lengths))
+            return result
+        return self.run(part)  # outside `except`: the traceback holds the failed run's arrays
+
+    def _shrink(self, num_tokens: int) -> None:
+        with self._lock:
+            self._budget = max(1, min(self._budget, num_tokens // 2))
+            self._good_runs = 0
+
+    def _grow(self, num_tokens: int) -> None:
+        with self._lock:
+            if self._budget == self._most or num_tokens < self._budget // 2:
+                return  # small runs say nothing about larger ones
+            self._good_runs += 1
+            if self._good_runs >= _RUNS_TO_GROW:
+                self._budget = min(self._most, self._budget + self._budget // 4 + 1)
+                self._good_runs = 0
+
+
+def load(config: BackendConfig) -> BudgetedBackend:
+    """The backend that `config` names, within its `max_batch_tokens`.
+
+    Raises:
+        FletcherError: As the engine's own `load`.
+    """
+    engine = import_module(f"fletcher.inference.{config.backend}")
+    return BudgetedBackend(engine.load(config), config.max_batch_tokens)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an engine failed for want of memory, as far as it says."""
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def _padded(lengths: Int32Array) -> int:
+    return int(lengths.max()) * len(lengths)
+
+
+def _cut(batch: MicroBatch, budget: int) -> list[MicroBatch]:
+    """Neighbouring rows together, each part within the budget or a single row."""
+    if _padded(batch.lengths) <= budget:
+        return [batch]
+    edges, longest = [0], 0
+    for row, length in enumerate(batch.lengths.tolist()):
+        longest = max(longest, length)
+        if row > edges[-1] and longest * (row + 1 - edges[-1]) > budget:
+            edges.append(row)
+            longest = length
+    ends = np.cumsum(batch.lengths)
+    ids = np.split(batch.input_ids, ends[np.array(edges[1:], np.int64) - 1])
+    lengths = np.split(batch.lengths, edges[1:])
+    return [MicroBatch(*part) for part in zip(ids, lengths, strict=True)]
+
+
+def _joined(parts: list[InferenceResult]) -> InferenceResult:
+    if len(parts) == 1:
+        return parts[0]
+    norms = [part.norms for part in parts if part.norms is not None]
+    return InferenceResult(
+        np.concatenate([part.embeddings for part in parts]),
+        np.concatenate(norms) if norms else None,
+        sum(part.compute_s for part in parts),
+    )

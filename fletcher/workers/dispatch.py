@@ -1,0 +1,106 @@
+"""Which worker gets the next job: a pure choice from what each has and how fast it is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fletcher.config import DISPATCHES
+
+STRATEGIES = DISPATCHES
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker with room for a job.
+
+    Attributes:
+        name: The worker's.
+        in_flight: Cost of the jobs that it has.
+        rate: Cost it gets done in a second, as measured; None: not measured yet.
+        degraded: Slower than it was, or failing now and then.
+    """
+
+    name: str
+    in_flight: int = 0
+    rate: float | None = None
+    degraded: bool = False
+
+
+class Chooser:
+    """Chooses workers by one of `STRATEGIES`; not thread-safe.
+
+    `throughput-weighted` takes the worker that will be free first. Idle ones share by virtual time
+    (https://en.wikipedia.org/wiki/Weighted_fair_queueing): a job costs a worker the seconds it
+    takes there, and who has been given the fewest is next. So each gets work in proportion to its
+    rate, a slow one is measured again now and then, and one that comes new owes nothing and is owed
+    nothing. Where a strategy looks at no rates, degraded workers get what the others have no room
+    for.
+
+    Args:
+        strategy: One of `STRATEGIES`.
+        rng: For `random`.
+    """
+
+    def __init__(self, strategy: str, rng: random.Random | None = None) -> None:
+        assert strategy in STRATEGIES
+        self._strategy = strategy
+        self._rng = rng or random.Random()  # noqa: S311 - no secret
+        self._given_s: dict[str, float] = {}  # virtual time by worker
+        self._now_s = 0.0  # virtual time of the last choice
+        self._turn: dict[str, int] = {}
+        self._turns = 0
+
+    def choose(self, candidates: Sequence[Candidate]) -> int:
+        """The index of the worker to give the next job.
+
+        Args:
+            candidates: Workers with room, at least one.
+        """
+        rates = _rates(candidates)
+        if self._strategy == "throughput-weighted":
+            best = min(
+                range(len(candidates)),
+                key=lambda n: (
+                    candidates[n].in_flight / rates[n],
+                    self._virtual(candidates[n]),
+                    self._turn.get(candidates[n].name, 0),
+                ),
+            )
+            self._now_s = max(self._now_s, self._virtual(candidates[best]))
+            return best
+        sound = [n for n, one in enumerate(candidates) if not one.degraded]
+        eligible = sound or list(range(len(candidates)))
+        if self._strategy == "random":
+            return self._rng.choice(eligible)
+        if self._strategy == "least-loaded":
+            return min(eligible, key=lambda n: candidates[n].in_flight)
+        return min(eligible, key=lambda n: self._turn.get(candidates[n].name, -1))
+
+    def given(self, name: str, cost: int, rate: float | None) -> None:
+        """A job went to a worker.
+
+        Args:
+            name: The worker's.
+            cost: The job's.
+            rate: The worker's, or the mean of all where it is not measured; None: none is.
+        """
+        self._turns += 1
+        self._turn[name] = self._turns
+        begun = max(self._given_s.get(name, 0.0), self._now_s)
+        self._given_s[name] = begun + (cost / rate if rate else 0.0)
+
+    def _virtual(self, one: Candidate) -> float:
+        return max(self._given_s.get(one.name, 0.0), self._now_s)
+
+
+def mean_rate(rates: Sequence[float | None]) -> float | None:
+    """The mean of what was measured, which stands for what was not; None where nothing was."""
+    known = [rate for rate in rates if rate]
+    return sum(known) / len(known) if known else None
+
+
+def _rates(candidates: Sequence[Candidate]) -> list[float]:
+    mean = mean_rate([one.rate for one in candidates]) or 1.0
+    return [one.rate or mean for one in candidates]

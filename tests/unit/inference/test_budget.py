@@ -1,0 +1,93 @@
+"""A device with too little memory: smaller runs, the same vectors, larger runs later."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.errors import BackendError
+from fletcher.inference.budget import BudgetedBackend, is_out_of_memory
+from fletcher.inference.null import NullBackend
+
+
+class SmallDevice(NullBackend):
+    """The null backend with room for so many padded tokens."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(dim=16)
+        self.room = room
+        self.runs: list[int] = []
+
+    def run(self, batch: MicroBatch) -> InferenceResult:
+        padded = int(batch.lengths.max()) * len(batch.lengths)
+        if padded > self.room:
+            raise BackendError("CUDA failure 2: out of memory ; GPU=0")
+        self.runs.append(padded)
+        return super().run(batch)
+
+
+def batch_of(*lengths: int) -> MicroBatch:
+    return MicroBatch(np.arange(sum(lengths), dtype=np.int32), np.array(lengths, dtype=np.int32))
+
+
+def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_vectors() -> None:
+    device = SmallDevice(100)
+    backend = BudgetedBackend(device, 1000)
+    batch = batch_of(*[20] * 30, *[7] * 31)
+    result = backend.run(batch)
+    expected = NullBackend(dim=16).run(batch)
+    assert np.array_equal(result.embeddings, expected.embeddings)
+    assert result.norms is not None
+    assert len(result.norms) == 61
+    assert 50 <= result.budget_tokens <= 100
+    assert max(device.runs) <= 100
+
+
+def test_the_budget_stays_small_and_grows_slowly_to_what_it_was() -> None:
+    device = SmallDevice(100)
+    backend = BudgetedBackend(device, 400)
+    small = backend.run(batch_of(*[10] * 40)).budget_tokens
+    device.room = 10_000
+    assert backend.run(batch_of(*[10] * 40)).budget_tokens == small
+    budgets = [backend.run(batch_of(*[10] * 40)).budget_tokens for _ in range(600)]
+    assert budgets == sorted(budgets)
+    assert budgets[-1] == 400
+
+
+def test_small_runs_are_no_reason_to_grow() -> None:
+    device = SmallDevice(100)
+    backend = BudgetedBackend(device, 400)
+    small = backend.run(batch_of(*[10] * 40)).budget_tokens
+    assert {backend.run(batch_of(3)).budget_tokens for _ in range(300)} == {small}
+
+
+def test_a_row_that_does_not_fit_alone_fails_and_others_go_on() -> None:
+    backend = BudgetedBackend(SmallDevice(50), 400)
+    with pytest.raises(BackendError, match="too little memory for 60 tokens"):
+        backend.run(batch_of(60))
+    assert backend.run(batch_of(20, 20)).embeddings.shape == (2, 16)
+
+
+def test_other_failures_are_not_tried_again() -> None:
+    class Broken(NullBackend):
+        def run(self, batch: MicroBatch) -> InferenceResult:
+            raise BackendError("an illegal memory access was encountered")
+
+    with pytest.raises(BackendError, match="illegal"):
+        BudgetedBackend(Broken(), 400).run(batch_of(3, 3))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Failed to allocate memory for requested buffer of size 805306368",
+        "AllocateRawInternal Available memory of 5 is smaller than requested bytes of 9",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED",
+        "std::bad_alloc",
+    ],
+)
+def test_engines_words_for_it_are_known(said: str) -> None:
+    assert is_out_of_memory(BackendError(f"ONNX Runtime failed on (4, 8) tokens: {said}"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(BackendError("invalid argument"))
