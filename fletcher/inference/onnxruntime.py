@@ -44,7 +44,7 @@ class OnnxRuntimeBackend:
         Raises:
             BackendError: ONNX Runtime failed, for instance for want of memory.
         """
-        inputs, mask = self._io.pad(batch)
+        inputs, mask = self._io.feeds(batch)
         started = time.perf_counter()
         try:
             outputs = self._session.run(self._outputs, inputs)

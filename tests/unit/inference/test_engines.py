@@ -165,7 +165,7 @@ def test_a_foreign_graph_is_pooled_and_normalised_here(engine, integers, pooling
 def test_padding_is_on_the_grid_and_stops_at_the_models_length(foreign):
     io = load("onnxruntime", foreign())._io
     for lengths, padded in [([1], 16), ([16, 2], 16), ([17], 20), ([3, 20], 20)]:
-        inputs, mask = io.pad(micro_batch(random_rows(lengths)))
+        inputs, mask = io.feeds(micro_batch(random_rows(lengths)))
         assert mask.sum(axis=1).tolist() == lengths
         assert {array.shape for array in inputs.values()} == {(len(lengths), padded)}
         assert (inputs["input_ids"][~mask] == SPEC.pad_token_id).all()
