@@ -209,6 +209,8 @@ class Runtime:
             host,
             bundle.folder,
             config.max_batch_tokens,
+            replicas_per_device=config.replicas_per_device,
+            gpu_memory=config.gpu_memory,
         )
         log.info("%s: %s", bundle.qualified_name, resolution.reason)
         self._budget = budget = MemoryBudget(

@@ -229,6 +229,7 @@ def _engine(config: ServeConfig) -> Iterator[Finding]:
             detect_host(),
             registry.get(config.model).folder,
             config.max_batch_tokens,
+            gpu_memory=config.gpu_memory,
         )
         engine = import_module(f"fletcher.inference.{chosen.configs[0].backend}")
         about = engine.load(chosen.configs[0]).describe()
