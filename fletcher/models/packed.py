@@ -33,7 +33,7 @@ Attention = Literal["packed", "standard"]
 Precision = Literal["float16", "float32"]
 
 _ONNX_TYPES = {"float32": 1, "float16": 10}
-_INT32, _INT64 = 6, 7
+_INT64 = 7
 
 
 def write_packed(
@@ -233,14 +233,15 @@ class _PackedWriter:
         return graph.node("Unsqueeze", (lengths, self.second), f"{prefix}.lengths.column")
 
     def _slots(self, prefix: str) -> str:
-        """int32 [S]: 0, 1, ... up to the longest text."""
+        """int32 [S]: 0, 1, ... up to the longest text.
+
+        Cut from a constant: made by Range, its limit would have to come from the device.
+        """
         graph = self.graph
-        zero = graph.constant(f"{prefix}.slots.first", np.array(0, np.int32))
-        one = graph.constant(f"{prefix}.slots.step", np.array(1, np.int32))
-        longest = graph.node("Shape", ("token_offset",), f"{prefix}.longest.list", start=1, end=2)
-        longest = graph.node("Squeeze", (longest, self.first), f"{prefix}.longest.wide")
-        longest = graph.node("Cast", (longest,), f"{prefix}.longest", to=_INT32)
-        return graph.node("Range", (zero, longest, one), f"{prefix}.slots")
+        numbers = np.arange(self.bundle.max_length, dtype=np.int32)
+        every = graph.constant(f"{prefix}.slots.all", numbers)
+        longest = graph.node("Shape", ("token_offset",), f"{prefix}.longest", start=1, end=2)
+        return graph.node("Slice", (every, self.first, longest, self.first), f"{prefix}.slots")
 
     def _mean(self, hidden: str) -> str:
         """float32 [B, H]: the mean over each text's tokens, as a product with a mask.
@@ -253,10 +254,9 @@ class _PackedWriter:
         begin = graph.node("Unsqueeze", ("starts", self.second), "pool.starts")
         places = graph.node("Add", (begin, slots), "pool.places.all")
         # Past the last text there is nothing: what is read twice instead is multiplied by 0.
-        size = graph.node("Shape", ("input_ids",), "pool.tokens")
-        size = graph.node("Cast", (size,), "pool.tokens.narrow", to=_INT32)
         one = graph.constant("pool.one", np.array([1], np.int32))
-        last = graph.node("Sub", (size, one), "pool.last")
+        total = graph.node("Slice", ("pool.ends", self.last, "pool.end", self.first), "pool.tokens")
+        last = graph.node("Sub", (total, one), "pool.last")
         places = graph.node("Min", (places, last), "pool.places")
         padded = graph.node("Gather", (hidden, places), "pool.padded", axis=0)
         real = graph.node("Less", (slots, lengths), "pool.real")
