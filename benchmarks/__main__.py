@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from benchmarks import delivery, latency, overhead, roofline, scaling, stages, throughput
+from benchmarks import delivery, gpu, latency, overhead, roofline, scaling, stages, throughput
 from benchmarks.jobs import JobError
 from fletcher.errors import FletcherError
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "roofline": roofline,
     "stages": stages,
     "scaling": scaling,
+    "gpu": gpu,
 }
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.bare JOB
 
-The job (JSON) has `config` (the fields of BackendConfig), `tokens` (a .npz file of `input_ids` and
-`offsets`), `result`, and either `embeddings` (a .npy file to write: measures throughput) or
-`requests` (measures so many runs of one text each).
+The job (JSON) has `config` (the fields of BackendConfig), `loader` (the backend's function to load
+it with; `load` where absent), `tokens` (a .npz file of `input_ids` and `offsets`), `result`, and
+either `embeddings` (a .npy file to write: measures throughput) or `requests` (measures so many runs
+of one text each).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     config = BackendConfig(**job["config"])
     try:
-        backend = importlib.import_module(f"fletcher.inference.{config.backend}").load(config)
+        engine = importlib.import_module(f"fletcher.inference.{config.backend}")
+        backend = getattr(engine, job.get("loader", "load"))(config)
     except BackendError as error:
         answer: dict[str, Any] = {"skipped": error.message}
     else:

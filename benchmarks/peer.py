@@ -4,8 +4,8 @@
 
 Imports nothing of Fletcher. The job (JSON) has `kind` (a key of LOADERS), `max_length`, `threads`,
 `texts` (a JSON file), `batch_size` (null: try `batch_sizes` on a part), `embeddings` (a .npy file
-to write) and `result`; for sentence-transformers `checkpoint` and `precision`, for fastembed
-`bundle`, `graph`, `dim` and `pad_token_id`.
+to write) and `result`; for sentence-transformers and transformers `checkpoint`, `precision` and
+`device` (`cpu` where absent), for fastembed `bundle`, `graph`, `dim` and `pad_token_id`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import numpy as np
 WARM_UP_TEXTS = 32
 NUM_BLOCKS = 4
 TUNING_PASSES = 2
-PACKAGES = ("sentence-transformers", "torch", "fastembed", "onnxruntime", "openvino")
+_PYTORCH = ("sentence-transformers", "transformers", "torch")
+PACKAGES = (*_PYTORCH, "fastembed", "onnxruntime", "openvino")
 
 # From texts and a batch size to their embeddings, [num_texts, dim].
 Encode = Callable[[list[str], int], Any]
@@ -90,7 +91,7 @@ def _sentence_transformers(job: dict[str, Any], backend: str, **model_kwargs: An
     torch.set_num_threads(job["threads"])
     model = sentence_transformers.SentenceTransformer(
         job["checkpoint"],
-        device="cpu",
+        device=_device(job),
         local_files_only=True,
         backend=backend,
         model_kwargs=model_kwargs,
@@ -104,9 +105,13 @@ def _encode_with(model: Any) -> Encode:
         embeddings = model.encode(
             some, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
         )
-        return embeddings.float().numpy()
+        return embeddings.float().cpu().numpy()  # waits for a GPU, too
 
     return encode
+
+
+def _device(job: dict[str, Any]) -> str:
+    return str(job.get("device", "cpu"))
 
 
 def _torch(job: dict[str, Any], _: Path) -> Encode:
@@ -115,6 +120,41 @@ def _torch(job: dict[str, Any], _: Path) -> Encode:
     model = _sentence_transformers(job, "torch")
     model.to(getattr(torch, job["precision"]))
     return _encode_with(model)
+
+
+def _transformers(job: dict[str, Any], _: Path) -> Encode:
+    """What sentence-transformers does, without it: sorted by length, PyTorch's attention."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(job["threads"])
+    folder, device = Path(job["checkpoint"]), _device(job)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    model.to(device, getattr(torch, job["precision"]))
+    pooling = folder / "1_Pooling" / "config.json"
+    first = pooling.is_file() and '"pooling_mode_cls_token": true' in pooling.read_text()
+
+    @torch.inference_mode()
+    def encode(some: list[str], batch_size: int) -> Any:
+        order = sorted(range(len(some)), key=lambda place: -len(some[place]))
+        parts = []
+        for start in range(0, len(order), batch_size):
+            inputs = tokenizer(
+                [some[place] for place in order[start : start + batch_size]],
+                padding=True,
+                truncation=True,
+                max_length=job["max_length"],
+                return_tensors="pt",
+            ).to(device)
+            states = model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"][:, :, None].to(states.dtype)
+            pooled = states[:, 0] if first else (states * mask).sum(1) / mask.sum(1)
+            parts.append(torch.nn.functional.normalize(pooled.float(), dim=1))
+        embeddings = torch.cat(parts)
+        return embeddings[torch.tensor(order).argsort().to(embeddings.device)].cpu().numpy()
+
+    return encode
 
 
 def _onnx(job: dict[str, Any], _: Path) -> Encode:
@@ -159,6 +199,7 @@ def _fastembed(job: dict[str, Any], folder: Path) -> Encode:
 
 LOADERS: dict[str, Callable[[dict[str, Any], Path], Encode]] = {
     "torch": _torch,
+    "transformers": _transformers,
     "onnx": _onnx,
     "openvino": _openvino,
     "fastembed": _fastembed,

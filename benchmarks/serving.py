@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import lancedb
-
 from benchmarks.corpus import ROOT
 from benchmarks.hardware import cpu_seconds
 from benchmarks.jobs import JobError, clean_environment
@@ -38,6 +36,8 @@ class Served:
 
     def count(self, dataset: str) -> int:
         """Rows that a reader of the store's folder sees now."""
+        import lancedb
+
         return int(lancedb.connect(self.vectors).open_table(dataset).count_rows())
 
     def cpu_seconds(self) -> float:
@@ -58,8 +58,9 @@ def serve(
     *options: str,
     arguments: Sequence[str] = (),
     store_process: bool = False,
+    with_store: bool = True,
 ) -> Iterator[Served]:
-    """Runs `fletcher-serve` on a free port with an empty LanceDB store.
+    """Runs `fletcher-serve` on a free port, with an empty LanceDB store.
 
     Args:
         home: FLETCHER_HOME with the model.
@@ -67,6 +68,7 @@ def serve(
         options: Flags that belong to the benchmark.
         arguments: Flags that a caller of the benchmark adds.
         store_process: The store is a `fletcher store` and is reached over Flight.
+        with_store: False: no store, vectors are only sent back.
 
     Raises:
         JobError: It does not start; the message is what it logged.
@@ -74,7 +76,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
         folder = Path(scratch)
         vectors = folder / "vectors"
-        store = f"lance:{vectors}"
+        store = f"lance:{vectors}" if with_store else "none"
         with contextlib.ExitStack() as stack:
             if store_process:
                 argv = [_STORE, "--path", str(vectors), "--port", "0", "--meta-port", "0"]

@@ -151,6 +151,21 @@ class ServeConfig:
     max_batch_tokens: int = _option(
         0, "model", WHOLE, "tokens in one run, 0: the engine's best; more: throughput, latency"
     )
+    replicas_per_device: int = _option(
+        0,
+        "model",
+        WHOLE,
+        "copies of the model on each GPU, 0: one, or what `fletcher tune` found; more may keep it "
+        "busier with short texts, each takes its memory",
+        maximum=64,
+    )
+    gpu_memory: int = _option(
+        0,
+        "model",
+        SIZE,
+        "bytes of a GPU that one copy of the model may take, 0: all; less leaves room for others, "
+        "and runs that need more fail",
+    )
     embedding_cache: int = _option(
         0,
         "model",

@@ -16,9 +16,10 @@ class BackendConfig:
         backend: `onnxruntime`, `openvino` or `null`: resolved, never `auto`.
         device: `cpu` or `cuda:N`: resolved, never `auto`.
         bundle: The bundle's folder.
-        precision: `float32`, `bfloat16` (OpenVINO) or `float16` (CUDA).
+        precision: `float32`, `bfloat16` (OpenVINO) or `float16` (CUDA, without padding).
         threads: Cores this replica may use; 0: all it sees. CPU only.
         max_batch_tokens: Padded tokens in one run at most; warm-up covers it.
+        gpu_memory: Bytes of the GPU that this replica may take; 0: all that is free. CUDA only.
         dim: Width of a vector, for `null`, which loads nothing.
     """
 
@@ -28,6 +29,7 @@ class BackendConfig:
     precision: str = "float32"
     threads: int = 0
     max_batch_tokens: int = 1024
+    gpu_memory: int = 0
     dim: int = 0
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fletcher.errors import BackendError, ConfigError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.host import HostInfo, detect_host
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.packed import FAMILIES
 
 __all__ = ["HostInfo", "Resolution", "detect_host", "resolve"]
 
@@ -56,12 +57,16 @@ def resolve(
     host: HostInfo,
     bundle_folder: Path,
     max_batch_tokens: int = 0,
+    *,
+    replicas_per_device: int = 0,
+    gpu_memory: int = 0,
 ) -> Resolution:
     """Turns what was asked into what runs.
 
     `auto` takes the GPUs where there are some and ONNX Runtime's CUDA build is installed, else the
-    CPU. There it takes OpenVINO, in bfloat16 where the processor multiplies that natively, else in
-    float32; ONNX Runtime where OpenVINO is not installed.
+    CPU. On GPUs it takes float16 and no padding for models whose graph Fletcher writes, float32
+    (TF32) for others. On the CPU it takes OpenVINO, in bfloat16 where the processor multiplies that
+    natively, else in float32; ONNX Runtime where OpenVINO is not installed.
 
     Args:
         device: `auto`, `cpu`, `cuda` (all devices) or `cuda:N,...`.
@@ -71,6 +76,8 @@ def resolve(
         host: What there is.
         bundle_folder: The model.
         max_batch_tokens: Padded tokens in one run at most; 0: the device's best.
+        replicas_per_device: Replicas on each GPU; 0: one.
+        gpu_memory: Bytes of its GPU that each of them may take; 0: all.
 
     Raises:
         ConfigError: A value that is none of the above.
@@ -84,7 +91,8 @@ def resolve(
     if backend == "null":
         return _null(device, bundle_folder, max_batch_tokens)
     if device.startswith("cuda") or (device == "auto" and _can_cuda(backend, precision, host)):
-        return _cuda(device, backend, precision, host, bundle_folder, max_batch_tokens)
+        resolution = _cuda(device, backend, precision, host, bundle_folder, max_batch_tokens)
+        return _shared(resolution, replicas_per_device or 1, gpu_memory)
     return _cpu(backend, precision, threads, host, bundle_folder, max_batch_tokens)
 
 
@@ -110,7 +118,7 @@ def _can_cuda(backend: str, precision: str, host: HostInfo) -> bool:
         host.num_cuda_devices > 0
         and host.cuda_provider
         and backend in ("auto", "onnxruntime")
-        and precision in ("auto", "float32")
+        and precision in ("auto", "float32", "float16")
     )
 
 
@@ -130,9 +138,9 @@ def _cuda(
         )
     if precision == "bfloat16":
         raise BackendError(
-            "`precision` bfloat16 is OpenVINO's, on the CPU; ask for float32 on cuda",
+            "`precision` bfloat16 is OpenVINO's, on the CPU; ask for float16 or float32 on cuda",
             field="precision",
-            allowed=["auto", "float32"],
+            allowed=["auto", "float16", "float32"],
         )
     if not host.num_cuda_devices:
         raise BackendError(
@@ -158,21 +166,50 @@ def _cuda(
                 field="device",
                 allowed=[f"cuda:{one}" for one in range(host.num_cuda_devices)],
             )
+    precision, why = _cuda_precision(precision, ModelBundle.load(bundle_folder))
     configs = [
         BackendConfig(
             backend="onnxruntime",
             device=f"cuda:{index}",
             bundle=str(bundle_folder),
-            precision="float32" if precision == "auto" else precision,
+            precision=precision,
             max_batch_tokens=max_batch_tokens or CUDA_BATCH_TOKENS,
         )
         for index in dict.fromkeys(indices)
     ]
     return Resolution(
         configs,
-        f"onnxruntime float32 (TF32) on {', '.join(one.device for one in configs)}: "
+        f"onnxruntime {why} on {', '.join(one.device for one in configs)}: "
         f"{host.num_cuda_devices} NVIDIA devices, CUDA provider installed",
     )
+
+
+def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
+    """What to run on a GPU, and how to say it."""
+    why = f"graphs without padding are written for {', '.join(FAMILIES)} alone, {bundle.name} is "
+    why += f"of family {bundle.family}"
+    if precision == "float16" and bundle.family not in FAMILIES:
+        raise BackendError(
+            f"`precision` is float16, but {why}; ask for float32, which runs as TF32 there",
+            field="precision",
+            allowed=["auto", "float32"],
+        )
+    if precision == "float32":
+        return "float32", "float32 (TF32)"
+    if bundle.family not in FAMILIES:
+        return "float32", f"float32 (TF32; {why})"
+    return "float16", "float16 without padding"
+
+
+def _shared(resolution: Resolution, num_replicas: int, gpu_memory: int) -> Resolution:
+    """The same with several replicas on each GPU."""
+    configs = [
+        replace(one, gpu_memory=gpu_memory)
+        for one in resolution.configs
+        for _ in range(num_replicas)
+    ]
+    times = f", {num_replicas} replicas each" if num_replicas > 1 else ""
+    return Resolution(configs, resolution.reason + times)
 
 
 def _cpu(

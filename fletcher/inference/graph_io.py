@@ -88,19 +88,16 @@ class GraphIO:
             has_norms=bundle.graph_normalizes,
         )
 
-    def pad(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
+    def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
         """The graph's inputs, [num_rows, padded length] each, and the mask of real tokens.
 
         Raises:
             ValueError: A row is longer than `max_length`.
         """
-        longest = int(batch.lengths.max())
-        if longest > self.max_length:
-            raise ValueError(f"a row has {longest} tokens, the model takes {self.max_length}")
         # The last grid point may lie beyond the positions that the model has.
-        length = min(-(-longest // LENGTH_GRID) * LENGTH_GRID, self.max_length)
-        shape = (len(batch.lengths), length)
-        mask = np.arange(length, dtype=np.int32) < batch.lengths[:, None]
+        on_grid = -(-int(batch.lengths.max()) // LENGTH_GRID) * LENGTH_GRID
+        mask = self._mask(batch, min(on_grid, self.max_length))
+        shape, length = mask.shape, mask.shape[1]
         arrays: dict[str, npt.NDArray[Any]] = {}
         for name in self.inputs:
             dtype = self.dtypes[name]
@@ -114,6 +111,12 @@ class GraphIO:
             else:  # token_type_ids: one sequence
                 arrays[name] = np.zeros(shape, dtype=dtype)
         return arrays, mask
+
+    def _mask(self, batch: MicroBatch, length: int) -> BoolArray:
+        longest = int(batch.lengths.max())
+        if longest > self.max_length:
+            raise ValueError(f"a row has {longest} tokens, the model takes {self.max_length}")
+        return np.arange(length, dtype=np.int32) < batch.lengths[:, None]
 
     def finish(
         self, outputs: Sequence[npt.NDArray[Any]], mask: BoolArray

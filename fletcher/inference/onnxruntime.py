@@ -1,11 +1,18 @@
-"""ONNX Runtime as a backend, on the CPU and on CUDA; the one module that imports it."""
+"""ONNX Runtime as a backend, on the CPU and on CUDA; the one module that imports it.
+
+On CUDA float16 means the graph without padding, which is made of the bundle when it is loaded;
+float32 means the bundle's own graph, with TF32 products.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
+import threading
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +20,11 @@ import numpy.typing as npt
 from fletcher.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, FletcherError, ModelError
 from fletcher.inference.backend import BackendConfig
+from fletcher.inference.binding import Binding, Pin, cuda_pin
 from fletcher.inference.graph_io import GraphIO
+from fletcher.inference.packed_io import PackedIO
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.packed import write_packed
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -23,6 +33,10 @@ _INSTALL_GPU = (
     "pip uninstall onnxruntime, then pip install 'longbow-fletcher[gpu]' "
     "(both install the same Python module)"
 )
+# Two runs at a time, so that the device computes one while the host feeds and reads the other: a
+# guess, it has not been tried on a GPU.
+CUDA_CONCURRENCY = 2
+
 _DTYPES: dict[str, npt.DTypeLike] = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
 
@@ -30,13 +44,22 @@ class OnnxRuntimeBackend:
     """A loaded session; use `load`."""
 
     def __init__(
-        self, session: Any, io: GraphIO, *, concurrency: int, description: dict[str, str]
+        self,
+        session: Any,
+        io: GraphIO,
+        *,
+        concurrency: int,
+        description: dict[str, str],
+        pin: Pin | None = None,
     ) -> None:
         self.concurrency = concurrency
         self._session = session
         self._io = io
         self._outputs = list(io.outputs)
         self._description = description
+        # With `pin` runs go through buffers that stay; each thread has its own.
+        self._pin = pin
+        self._local = threading.local()
 
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Embeds one micro-batch; safe from several threads at once.
@@ -44,14 +67,23 @@ class OnnxRuntimeBackend:
         Raises:
             BackendError: ONNX Runtime failed, for instance for want of memory.
         """
-        inputs, mask = self._io.pad(batch)
+        inputs, mask = self._io.feeds(batch)
         started = time.perf_counter()
         try:
-            outputs = self._session.run(self._outputs, inputs)
+            if self._pin is None:
+                outputs = self._session.run(self._outputs, inputs)
+            else:
+                outputs = self._binding(self._pin).run(inputs, len(batch.lengths))
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed on {mask.shape} tokens: {error}") from error
         compute_s = time.perf_counter() - started
         return InferenceResult(*self._io.finish(outputs, mask), compute_s)
+
+    def _binding(self, pin: Pin) -> Binding:
+        if not hasattr(self._local, "binding"):
+            self._local.binding = Binding(self._session, self._io.dim, self._outputs, pin)
+        binding: Binding = self._local.binding
+        return binding
 
     def describe(self) -> dict[str, str]:
         return dict(self._description)
@@ -72,26 +104,91 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
     kind, _, index = config.device.partition(":")
     _check_precision(config.precision, kind)
     if kind == "cuda":
-        provider, options = CUDA_PROVIDER, _cuda_options(ort, int(index or 0))
-        concurrency = 1  # runs on one device queue up anyway
+        options = _cuda_options(ort, int(index or 0), config.gpu_memory)
+        place = _Place(CUDA_PROVIDER, options, CUDA_CONCURRENCY)
+        if config.precision == "float16":
+            return _load_packed(ort, bundle, config, place, "packed", cuda_pin())
     else:
-        provider, options = CPU_PROVIDER, {}
-        concurrency = config.threads or len(os.sched_getaffinity(0))
-    session = _session(ort, bundle, provider, options)
+        place = _Place(CPU_PROVIDER, {}, config.threads or len(os.sched_getaffinity(0)))
+    session = _session(ort, bundle, bundle.graph, place)
     input_dtypes = {one.name: _DTYPES.get(one.type, np.int64) for one in session.get_inputs()}
     io = GraphIO.of(bundle, input_dtypes, [one.name for one in session.get_outputs()])
+    description = _describe(ort, session, config, "tf32" if kind == "cuda" else "float32")
+    backend = OnnxRuntimeBackend(
+        session, io, concurrency=place.concurrency, description=description
+    )
+    return _warmed_up(backend, io, bundle, config)
+
+
+def load_twin(config: BackendConfig) -> OnnxRuntimeBackend:
+    """Loads the CPU's twin of the graph without padding, in float32, fed as on a GPU.
+
+    To check that graph and its inputs where there is no GPU; slower than `load`.
+
+    Raises:
+        BackendError, ModelError: As `load`.
+    """
+    ort = _import()
+    place = _Place(CPU_PROVIDER, {}, config.threads or len(os.sched_getaffinity(0)))
+    config = replace(config, device="cpu", precision="float32")
+    bundle = ModelBundle.load(Path(config.bundle))
+    return _load_packed(ort, bundle, config, place, "standard", lambda _address, _size: None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a session runs: its provider, and how many runs at a time."""
+
+    provider: str
+    options: dict[str, str]
+    concurrency: int
+
+
+def _load_packed(
+    ort: Any,
+    bundle: ModelBundle,
+    config: BackendConfig,
+    place: _Place,
+    attention: Literal["packed", "standard"],
+    pin: Pin,
+) -> OnnxRuntimeBackend:
+    precision: Literal["float16", "float32"] = (
+        "float16" if config.precision == "float16" else "float32"
+    )
+    # ONNX Runtime holds what it needs of these files when the session is there.
+    try:
+        with tempfile.TemporaryDirectory(prefix="fletcher-graph-") as folder:
+            graph = write_packed(bundle, Path(folder), precision=precision, attention=attention)
+            session = _session(ort, bundle, graph, place)
+    except OSError as error:
+        raise BackendError(
+            f"`model` {bundle.name}: its {precision} graph cannot be written to the folder for "
+            f"temporary files ({error.strerror}); make room there, or set TMPDIR"
+        ) from error
+    io = PackedIO.packed(bundle)
     backend = OnnxRuntimeBackend(
         session,
         io,
-        concurrency=concurrency,
-        description={
-            "backend": "onnxruntime",
-            "version": ort.__version__,
-            "device": config.device,
-            "precision": "tf32" if kind == "cuda" else "float32",
-            "provider": session.get_providers()[0],
-        },
+        concurrency=place.concurrency,
+        description=_describe(ort, session, config, precision) | {"graph": "without padding"},
+        pin=pin,
     )
+    return _warmed_up(backend, io, bundle, config)
+
+
+def _describe(ort: Any, session: Any, config: BackendConfig, precision: str) -> dict[str, str]:
+    return {
+        "backend": "onnxruntime",
+        "version": ort.__version__,
+        "device": config.device,
+        "precision": precision,
+        "provider": session.get_providers()[0],
+    }
+
+
+def _warmed_up(
+    backend: OnnxRuntimeBackend, io: GraphIO, bundle: ModelBundle, config: BackendConfig
+) -> OnnxRuntimeBackend:
     try:
         for batch in io.warm_up_batches(config.max_batch_tokens):
             backend.run(batch)
@@ -124,21 +221,17 @@ def _import() -> Any:
 
 
 def _check_precision(precision: str, kind: str) -> None:
-    if precision == "float32":
-        return
-    remedy = (
-        "this bundle has no float16 graph; ask for float32, which runs as TF32 there"
-        if kind == "cuda" and precision == "float16"
-        else "ask for float32, or for bfloat16 with `backend` openvino"
-    )
-    raise BackendError(
-        f"`precision` is {precision}, onnxruntime on {kind} does float32 only: {remedy}",
-        field="precision",
-        allowed=["float32"],
-    )
+    allowed = ["float32", "float16"] if kind == "cuda" else ["float32"]
+    if precision not in allowed:
+        raise BackendError(
+            f"`precision` is {precision}, onnxruntime on {kind} does {' and '.join(allowed)} only: "
+            f"ask for {allowed[-1]}, or for bfloat16 with `backend` openvino on a CPU",
+            field="precision",
+            allowed=allowed,
+        )
 
 
-def _cuda_options(ort: Any, device_id: int) -> dict[str, str]:
+def _cuda_options(ort: Any, device_id: int, max_bytes: int) -> dict[str, str]:
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise BackendError(
             "`device` cuda needs ONNX Runtime's CUDA provider, which the installed package lacks: "
@@ -147,15 +240,17 @@ def _cuda_options(ort: Any, device_id: int) -> dict[str, str]:
         )
     # CUDA and cuDNN come as wheels; nothing else puts their libraries where the loader looks.
     ort.preload_dlls()
-    return {
+    options = {
         "device_id": str(device_id),
         # The default doubles the arena at every step and keeps what it took.
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "1",
     }
+    return options | ({"gpu_mem_limit": str(max_bytes)} if max_bytes else {})
 
 
-def _session(ort: Any, bundle: ModelBundle, provider: str, options: dict[str, str]) -> Any:
+def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
+    provider, options = place.provider, place.options
     session_options = ort.SessionOptions()
     session_options.intra_op_num_threads = 1
     session_options.inter_op_num_threads = 1
@@ -163,9 +258,7 @@ def _session(ort: Any, bundle: ModelBundle, provider: str, options: dict[str, st
     session_options.enable_mem_pattern = False
     session_options.log_severity_level = 3
     try:
-        session = ort.InferenceSession(
-            str(bundle.graph), session_options, providers=[(provider, options)]
-        )
+        session = ort.InferenceSession(str(graph), session_options, providers=[(provider, options)])
     except Exception as error:
         # Whatever is wrong, it says so in C++ exceptions of a dozen kinds.
         if provider == CUDA_PROVIDER and "CUDA" in str(error):

@@ -41,7 +41,7 @@ class OpenVinoBackend:
         Raises:
             BackendError: OpenVINO failed.
         """
-        inputs, mask = self._io.pad(batch)
+        inputs, mask = self._io.feeds(batch)
         try:
             if not hasattr(self._local, "request"):
                 self._local.request = self._compiled.create_infer_request()

@@ -8,31 +8,35 @@ folded into the query weights, and for `cls` pooling a last layer that computes 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelSpec, Pooling
 from fletcher.models.checkpoint import Checkpoint, Weights
+from fletcher.models.encoder import ACTIVATIONS, Array, Encoder, Tensors
 from fletcher.models.graph import GRAPH_FILE, GraphBuilder
 
 # Added to the scores of padding: exp of it is 0 in float32, and float16 and bfloat16 can hold it.
 MASKED_SCORE = -10_000.0
 MIN_NORM = 1e-12  # torch.nn.functional.normalize
 
-_ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
-    "gelu": ("Gelu", {"approximate": "none"}),
-    "gelu_new": ("Gelu", {"approximate": "tanh"}),
-    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
-    "relu": ("Relu", {}),
+# What a checkpoint calls linear layers (and the rows and columns of their weights) and layer norms.
+_LINEAR = {
+    "q": ("attention.self.query", "hidden", "hidden"),
+    "k": ("attention.self.key", "hidden", "hidden"),
+    "v": ("attention.self.value", "hidden", "hidden"),
+    "projected": ("attention.output.dense", "hidden", "hidden"),
+    "wide": ("intermediate.dense", "intermediate", "hidden"),
+    "narrow": ("output.dense", "hidden", "intermediate"),
 }
-
-Array = npt.NDArray[np.float32]
+_NORMS = {"attention.norm": "attention.output.LayerNorm", "norm": "output.LayerNorm"}
+_LAYER_TENSOR = re.compile(r"(layer\.\d+)\.(.+)\.(weight|scale|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +73,12 @@ class BertConfig:
                     field=key,
                 )
         activation = config.get("hidden_act", "gelu")
-        if activation not in _ACTIVATIONS:
+        if activation not in ACTIVATIONS:
             raise ModelError(
                 f"config.json: `hidden_act` is {activation!r}, expected one of "
-                f"{', '.join(_ACTIVATIONS)}",
+                f"{', '.join(ACTIVATIONS)}",
                 field="hidden_act",
-                allowed=list(_ACTIVATIONS),
+                allowed=list(ACTIVATIONS),
             )
         read = cls(
             vocab_size=_positive(config, "vocab_size"),
@@ -111,7 +115,7 @@ def write_bert(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSpe
         raise ModelError("pooling `lasttoken` is not supported for BERT models, use mean or cls")
     weights = Weights(checkpoint.folder, ("bert.",))
     with GraphBuilder(folder, "bert") as graph:
-        writer = _BertWriter(graph, config, weights)
+        writer = _BertWriter(graph, config, _BertTensors(weights, config))
         writer.write(checkpoint.pooling, normalize=checkpoint.normalize)
         graph.save()
     architecture = {
@@ -142,11 +146,52 @@ def write_bert(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSpe
     )
 
 
+class _BertTensors:
+    """A checkpoint's weights as `encoder.Tensors`."""
+
+    def __init__(self, weights: Weights, config: BertConfig) -> None:
+        self._weights = weights
+        self._config = config
+
+    def get(self, name: str) -> Array:
+        hidden = self._config.hidden
+        if name == "embeddings.words":
+            return self._embeddings("word", self._config.vocab_size)
+        if name == "embeddings.positions":
+            positions = self._embeddings("position", self._config.max_positions)
+            # A single text has token type 0 throughout, so that row can be part of every position.
+            types = self._embeddings("token_type", self._config.type_vocab_size)
+            return np.asarray(positions + types[0], dtype=np.float32)
+        stored_part = {"scale": "weight"}.get(part := name.rpartition(".")[2], part)
+        if name.startswith("embeddings.norm."):
+            return self._weights.get(f"embeddings.LayerNorm.{stored_part}", (hidden,))
+        match = _LAYER_TENSOR.fullmatch(name)
+        assert match, name
+        layer, what, _ = match.groups()
+        if what in _NORMS:
+            return self._weights.get(f"encoder.{layer}.{_NORMS[what]}.{stored_part}", (hidden,))
+        stored, rows, columns = _LINEAR[what]
+        shape = (getattr(self._config, rows), getattr(self._config, columns))
+        tensor = self._weights.get(
+            f"encoder.{layer}.{stored}.{part}", shape if part == "weight" else shape[:1]
+        )
+        if what != "q":
+            return np.asarray(tensor.T)
+        scale = np.float32(1 / math.sqrt(hidden // self._config.num_heads))
+        return np.asarray(tensor.T * scale, dtype=np.float32)
+
+    def _embeddings(self, kind: str, rows: int) -> Array:
+        return self._weights.get(
+            f"embeddings.{kind}_embeddings.weight", (rows, self._config.hidden)
+        )
+
+
 class _BertWriter:
-    def __init__(self, graph: GraphBuilder, config: BertConfig, weights: Weights) -> None:
+    def __init__(self, graph: GraphBuilder, config: BertConfig, tensors: Tensors) -> None:
         self.graph = graph
         self.config = config
-        self.weights = weights
+        self.tensors = tensors
+        self.encoder = Encoder(graph, tensors, epsilon=config.epsilon, activation=config.activation)
         heads, head_dim = config.num_heads, config.hidden // config.num_heads
         self.head_shape = graph.constant("shape.heads", [0, 0, heads, head_dim])
         self.flat_shape = graph.constant("shape.flat", [0, 0, config.hidden])
@@ -188,63 +233,39 @@ class _BertWriter:
         return graph.node("Unsqueeze", (scores, axes), "padding.scores.heads")
 
     def _embeddings(self, input_ids: str) -> str:
-        graph, config = self.graph, self.config
-        words = self.weights.get(
-            "embeddings.word_embeddings.weight", (config.vocab_size, config.hidden)
-        )
-        positions = self.weights.get(
-            "embeddings.position_embeddings.weight", (config.max_positions, config.hidden)
-        )
-        types = self.weights.get(
-            "embeddings.token_type_embeddings.weight", (config.type_vocab_size, config.hidden)
-        )
-        # A single text has token type 0 throughout, so that row can be part of every position.
-        table = graph.constant("embeddings.positions", positions + types[0])
+        graph = self.graph
+        table = self.encoder.weight("embeddings.positions")
         graph.node("Shape", (input_ids,), "input.length", start=1, end=2)
         position = graph.node(
             "Slice", (table, self.first, "input.length", self.first), "embeddings.position"
         )
-        word_table = graph.constant("embeddings.words", words)
+        word_table = self.encoder.weight("embeddings.words")
         word = graph.node("Gather", (word_table, input_ids), "embeddings.word", axis=0)
         total = graph.node("Add", (word, position), "embeddings.sum")
-        return self._layer_norm(total, "embeddings.LayerNorm", "embeddings.norm")
+        return self.encoder.layer_norm(total, "embeddings.norm")
 
     def _layer(self, name: str, hidden: str, scores: str, *, only_first: bool) -> str:
         """One encoder layer; `only_first` computes it for the first token of each row alone."""
-        graph = self.graph
-        stored = f"encoder.{name}"
         attended, residual = self._attention(name, hidden, scores, only_first=only_first)
-        projected = self._dense(attended, f"{stored}.attention.output.dense", f"{name}.projected")
-        total = graph.node("Add", (projected, residual), f"{name}.attention.sum")
-        middle = self._layer_norm(
-            total, f"{stored}.attention.output.LayerNorm", f"{name}.attention.norm"
-        )
-        width, inner = self.config.hidden, self.config.intermediate
-        wide = self._dense(middle, f"{stored}.intermediate.dense", f"{name}.wide", width, inner)
-        operator, attributes = _ACTIVATIONS[self.config.activation]
-        active = graph.node(operator, (wide,), f"{name}.active", **attributes)
-        narrow = self._dense(active, f"{stored}.output.dense", f"{name}.narrow", inner, width)
-        total = graph.node("Add", (narrow, middle), f"{name}.sum")
-        return self._layer_norm(total, f"{stored}.output.LayerNorm", f"{name}.norm")
+        return self.encoder.after_attention(name, attended, residual)
 
     def _attention(
         self, name: str, hidden: str, scores: str, *, only_first: bool
     ) -> tuple[str, str]:
         """Self-attention: its output [B, L, H] and the hidden states of the same positions."""
-        graph, width = self.graph, self.config.hidden
-        matrix, bias = self._queries_keys_values(f"encoder.{name}.attention.self")
+        graph = self.graph
         asking = hidden
         if only_first:
             asking = graph.node(
                 "Slice", (hidden, self.first, self.second, self.second), f"{name}.first"
             )
-            queries = self._product(asking, matrix[:, :width], bias[:width], f"{name}.q")
-            both = self._product(hidden, matrix[:, width:], bias[width:], f"{name}.kv")
+            queries = self.encoder.product(asking, f"{name}.q")
+            both = self._fused(hidden, name, "kv")
             keys, values = graph.nodes(
                 "Split", (both,), (f"{name}.k", f"{name}.v"), axis=2, num_outputs=2
             )
         else:
-            fused = self._product(hidden, matrix, bias, f"{name}.qkv")
+            fused = self._fused(hidden, name, "qkv")
             queries, keys, values = graph.nodes(
                 "Split", (fused,), (f"{name}.q", f"{name}.k", f"{name}.v"), axis=2, num_outputs=3
             )
@@ -262,44 +283,16 @@ class _BertWriter:
         heads = self.graph.node("Reshape", (value, self.head_shape), f"{value}.split")
         return self.graph.node("Transpose", (heads,), f"{value}.heads", perm=order)
 
-    def _queries_keys_values(self, stored: str) -> tuple[Array, Array]:
-        """The three projections as one [H, 3H] matrix and [3H] bias, attention scale included."""
-        width = self.config.hidden
-        scale = np.float32(1 / math.sqrt(width // self.config.num_heads))
-        matrices, biases = [], []
-        for part, factor in (("query", scale), ("key", 1), ("value", 1)):
-            weight = self.weights.get(f"{stored}.{part}.weight", (width, width))
-            bias = self.weights.get(f"{stored}.{part}.bias", (width,))
-            matrices.append(weight.T * factor)
-            biases.append(bias * factor)
-        return np.concatenate(matrices, axis=1), np.concatenate(biases)
+    def _fused(self, value: str, layer: str, parts: str) -> str:
+        """Several products of one value as one, side by side: `kv` is those of `k` and `v`."""
+        graph, name = self.graph, f"{layer}.{parts}"
 
-    def _dense(
-        self,
-        value: str,
-        stored: str,
-        name: str,
-        rows: int | None = None,
-        columns: int | None = None,
-    ) -> str:
-        """A checkpoint's linear layer; its weight is stored as [columns, rows]."""
-        rows, columns = rows or self.config.hidden, columns or self.config.hidden
-        matrix = self.weights.get(f"{stored}.weight", (columns, rows)).T
-        return self._product(value, matrix, self.weights.get(f"{stored}.bias", (columns,)), name)
+        def joined(kind: str) -> str:
+            tensors = [self.tensors.get(f"{layer}.{part}.{kind}") for part in parts]
+            return graph.constant(f"{name}.{kind}", np.concatenate(tensors, axis=-1))
 
-    def _product(self, value: str, matrix: Array, bias: Array, name: str) -> str:
-        graph = self.graph
-        weight = graph.constant(f"{name}.weight", matrix)
-        product = graph.node("MatMul", (value, weight), f"{name}.product")
-        return graph.node("Add", (product, graph.constant(f"{name}.bias", bias)), name)
-
-    def _layer_norm(self, value: str, stored: str, name: str) -> str:
-        width = (self.config.hidden,)
-        scale = self.graph.constant(f"{name}.scale", self.weights.get(f"{stored}.weight", width))
-        bias = self.graph.constant(f"{name}.bias", self.weights.get(f"{stored}.bias", width))
-        return self.graph.node(
-            "LayerNormalization", (value, scale, bias), name, axis=-1, epsilon=self.config.epsilon
-        )
+        product = graph.node("MatMul", (value, joined("weight")), f"{name}.product")
+        return graph.node("Add", (product, joined("bias")), name)
 
     def _mean(self, hidden: str, mask: str, name: str) -> None:
         """Mean over the tokens of each row, as a matrix product with the mask."""

@@ -16,12 +16,20 @@ from fletcher.models.protowire import bytes_field, float_field, int_field
 
 IR_VERSION = 9
 OPSET = 20  # the first with Gelu as one operator
+# ONNX Runtime's own operators, for what ONNX has none:
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+MICROSOFT = "com.microsoft"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.weights"
 ALIGNMENT = 4096  # a page: engines map the weights into memory instead of copying them
 
 _EXTERNAL_FROM_BYTES = 1024  # smaller tensors (shapes, scalars) are read faster in the graph itself
-_ELEMENT_TYPES = {np.dtype(np.float32): 1, np.dtype(np.int32): 6, np.dtype(np.int64): 7}
+_ELEMENT_TYPES = {
+    np.dtype(np.float32): 1,
+    np.dtype(np.int32): 6,
+    np.dtype(np.int64): 7,
+    np.dtype(np.float16): 10,
+}
 _ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_STRING, _ATTRIBUTE_INTS = 1, 2, 3, 7
 
 AnyArray = npt.NDArray[Any]
@@ -43,6 +51,7 @@ class GraphBuilder:
         self._inputs: list[bytes] = []
         self._outputs: list[bytes] = []
         self._names: set[str] = set()
+        self._domains: set[str] = set()
         self._weights: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
 
     def __enter__(self) -> GraphBuilder:
@@ -82,16 +91,24 @@ class GraphBuilder:
         operator: str,
         inputs: Sequence[str],
         name: str,
+        *,
+        domain: str = "",
         **attributes: float | int | str | Sequence[int],
     ) -> str:
-        """Adds a node with one output, called `name`; returns that name."""
-        return self.nodes(operator, inputs, (name,), **attributes)[0]
+        """Adds a node with one output, called `name`; returns that name.
+
+        An empty name in `inputs` is an optional input left out. `domain` is where the operator is
+        defined, empty for ONNX itself.
+        """
+        return self.nodes(operator, inputs, (name,), domain=domain, **attributes)[0]
 
     def nodes(
         self,
         operator: str,
         inputs: Sequence[str],
         outputs: Sequence[str],
+        *,
+        domain: str = "",
         **attributes: float | int | str | Sequence[int],
     ) -> Sequence[str]:
         """Adds a node with the outputs named; returns them."""
@@ -100,6 +117,9 @@ class GraphBuilder:
         message += bytes_field(3, outputs[0]) + bytes_field(4, operator)
         for key, value in attributes.items():
             message += bytes_field(5, _attribute(key, value))
+        if domain:
+            message += bytes_field(7, domain)
+            self._domains.add(domain)
         self._nodes.append(message)
         return outputs
 
@@ -113,6 +133,8 @@ class GraphBuilder:
         graph += b"".join(bytes_field(12, one) for one in self._outputs)
         model = int_field(1, IR_VERSION) + bytes_field(2, "fletcher") + bytes_field(7, graph)
         model += bytes_field(8, int_field(2, OPSET))
+        for domain in sorted(self._domains):
+            model += bytes_field(8, bytes_field(1, domain) + int_field(2, 1))
         (self._folder / GRAPH_FILE).write_bytes(model)
 
     def _append(self, array: AnyArray) -> int:

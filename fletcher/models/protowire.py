@@ -74,6 +74,26 @@ class Message:
             raise WireError(f"field {number} is no number")
         return value
 
+    def numbers(self, number: int) -> list[int]:
+        """A repeated integer field, written one by one as `int_field` does."""
+        values = self._fields.get(number, [])
+        found = [one for one in values if isinstance(one, int)]
+        if len(found) != len(values):
+            raise WireError(f"field {number} is no list of numbers")
+        return found
+
+    def float32(self, number: int) -> float:
+        """A float field; 0 where it is not set."""
+        values = self._bytes(number)
+        if values and len(values[-1]) != 4:
+            raise WireError(f"field {number} is no float")
+        return float(struct.unpack("<f", values[-1])[0]) if values else 0.0
+
+    def data(self, number: int) -> memoryview:
+        """A bytes field; empty where it is not set."""
+        values = self._bytes(number)
+        return values[-1] if values else memoryview(b"")
+
     def _bytes(self, number: int) -> list[memoryview]:
         values = self._fields.get(number, [])
         found = [one for one in values if isinstance(one, memoryview)]

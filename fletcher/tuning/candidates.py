@@ -28,6 +28,8 @@ class Asked:
     precision: str = "auto"
     threads: int = 0
     max_batch_tokens: int = 0
+    replicas_per_device: int = 0
+    gpu_memory: int = 0
 
     @classmethod
     def of(cls, config: ServeConfig) -> Asked:
@@ -108,17 +110,20 @@ def arrangements(engine: Candidate, asked: Asked) -> list[Candidate]:
     budgets = (tokens,) if asked.max_batch_tokens else (tokens, tokens // 2, tokens * 2)
     return [
         Candidate(configs).with_tokens(budget)
-        for configs in _processes(engine.configs)
+        for configs in _processes(engine.configs, asked)
         for budget in budgets
     ]
 
 
-def _processes(configs: tuple[BackendConfig, ...]) -> Iterator[tuple[BackendConfig, ...]]:
+def _processes(
+    configs: tuple[BackendConfig, ...], asked: Asked
+) -> Iterator[tuple[BackendConfig, ...]]:
     yield configs
     first = configs[0]
     if first.device != "cpu":
-        # A small model leaves a GPU idle between two runs of one process.
-        yield tuple(one for one in configs for _ in range(2))
+        if not asked.replicas_per_device:
+            # A small model leaves a GPU idle between two runs of one process.
+            yield tuple(one for one in configs for _ in range(2))
         return
     cores = sum(one.threads for one in configs)
     for number in (len(configs) // 2, len(configs) * 2):

@@ -242,3 +242,37 @@ def test_arguments_out_of_range_and_servers_that_fail_are_errors_in_one_line(hom
     assert done.returncode == 1
     assert "group_rows" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_gpu_check_runs_its_whole_way_on_the_twin(home: Path) -> None:
+    printed, result = run(
+        *(home, "gpu", "--device", "cpu", "--repeats", "1", "--texts", "24"),
+        *("--random-model", "32,1,4,64"),
+    )
+    real, random = result["models"]
+    assert real["model"].startswith("tiny@")
+    assert random["model"].startswith("random-bert@")
+    for model, num_texts in ((real, 24), (random, 3)):
+        parity = model["parity"]
+        assert parity["holds"]
+        assert 0.99999 <= parity["lowest"] <= parity["mean"] < 1.00001
+        assert parity["engine"]["graph"] == "without padding"
+        assert parity["texts"] == 60
+        engine, server, peer = model["rows"]
+        assert engine["texts_per_s"] == pytest.approx(num_texts / engine["seconds"][0])
+        assert engine["tokens_per_s"] > 0
+        assert server["note"] == "DoPut to rows in LanceDB"
+        assert server["tokens_per_s"] > 0
+        assert "absent" in peer
+    assert "parity holds on 60 golden texts" in printed
+    assert "absent: its checkpoint is not here" in printed
+
+
+def test_the_gpu_check_without_cuda_says_so_in_one_line() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check"), "--quick"]
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gpu_check: no CUDA provider: ")

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -37,15 +38,15 @@ def ask(tmp_path, host, device="auto", backend="auto", precision="auto", threads
         (
             GPUS,
             (
-                "onnxruntime float32 (TF32) on cuda:0, cuda:1: "
+                "onnxruntime float16 without padding on cuda:0, cuda:1: "
                 "2 NVIDIA devices, CUDA provider installed"
             ),
         ),
         (GPU_WITHOUT_ENGINE, "openvino float32 on 4 cores: no native bfloat16"),
     ],
 )
-def test_auto_says_what_it_took_and_why(tmp_path, host, reason):
-    assert ask(tmp_path, host).reason == reason
+def test_auto_says_what_it_took_and_why(tiny_bundle, host, reason):
+    assert ask(tiny_bundle.folder, host).reason == reason
 
 
 def test_a_config_holds_what_was_asked(tmp_path):
@@ -55,9 +56,47 @@ def test_a_config_holds_what_was_asked(tmp_path):
     assert config.bundle == str(tmp_path)
 
 
-def test_named_devices_get_a_replica_each_once(tmp_path):
-    configs = ask(tmp_path, GPUS, "cuda:1,0,1").configs
+def test_named_devices_get_a_replica_each_once(tiny_bundle):
+    configs = ask(tiny_bundle.folder, GPUS, "cuda:1,0,1").configs
     assert [config.device for config in configs] == ["cuda:1", "cuda:0"]
+
+
+def test_a_gpu_may_have_several_replicas_with_a_share_of_its_memory(tiny_bundle):
+    resolution = resolve(
+        *("cuda", "auto", "auto", 0, GPUS, tiny_bundle.folder),
+        replicas_per_device=2,
+        gpu_memory=1 << 30,
+    )
+    assert [one.device for one in resolution.configs] == ["cuda:0"] * 2 + ["cuda:1"] * 2
+    assert {one.gpu_memory for one in resolution.configs} == {1 << 30}
+    assert resolution.reason.endswith(", 2 replicas each")
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "precision", "reason"),
+    [
+        ("bert", "auto", "float16", "float16 without padding"),
+        ("bert", "float16", "float16", "float16 without padding"),
+        ("bert", "float32", "float32", r"float32 \(TF32\)"),
+        ("onnx", "auto", "float32", r"TF32; graphs without padding .* tiny is of family onnx"),
+        ("onnx", "float32", "float32", r"float32 \(TF32\)"),
+    ],
+)
+def test_a_gpu_takes_the_graph_that_there_is(
+    tiny_bundle, monkeypatch, family, asked, precision, reason
+):
+    bundle = dataclasses.replace(tiny_bundle, family=family)
+    monkeypatch.setattr("fletcher.inference.devices.ModelBundle.load", lambda folder: bundle)
+    resolution = ask(tiny_bundle.folder, GPUS, "cuda:0", precision=asked)
+    assert [one.precision for one in resolution.configs] == [precision]
+    assert re.search(reason, resolution.reason)
+
+
+def test_float16_on_a_gpu_is_refused_where_there_is_no_such_graph(tiny_bundle, monkeypatch):
+    bundle = dataclasses.replace(tiny_bundle, family="onnx")
+    monkeypatch.setattr("fletcher.inference.devices.ModelBundle.load", lambda folder: bundle)
+    with pytest.raises(BackendError, match=r"`precision` is float16, but .* of family onnx"):
+        ask(tiny_bundle.folder, GPUS, precision="float16")
 
 
 @pytest.mark.parametrize(

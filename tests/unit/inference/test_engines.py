@@ -165,7 +165,7 @@ def test_a_foreign_graph_is_pooled_and_normalised_here(engine, integers, pooling
 def test_padding_is_on_the_grid_and_stops_at_the_models_length(foreign):
     io = load("onnxruntime", foreign())._io
     for lengths, padded in [([1], 16), ([16, 2], 16), ([17], 20), ([3, 20], 20)]:
-        inputs, mask = io.pad(micro_batch(random_rows(lengths)))
+        inputs, mask = io.feeds(micro_batch(random_rows(lengths)))
         assert mask.sum(axis=1).tolist() == lengths
         assert {array.shape for array in inputs.values()} == {(len(lengths), padded)}
         assert (inputs["input_ids"][~mask] == SPEC.pad_token_id).all()
@@ -220,8 +220,10 @@ def test_an_engine_that_is_not_installed_says_what_to_install(engine, tiny_bundl
     ("engine", "options", "message"),
     [
         ("onnxruntime", {"precision": "bfloat16"}, "onnxruntime on cpu does float32 only"),
-        ("onnxruntime", {"precision": "float16", "device": "cuda:0"}, "no float16 graph"),
+        ("onnxruntime", {"precision": "float16"}, "onnxruntime on cpu does float32 only"),
+        ("onnxruntime", {"precision": "bfloat16", "device": "cuda:0"}, "float32 and float16 only"),
         ("onnxruntime", {"device": "cuda:0"}, r"lacks: .*\[gpu\]"),
+        ("onnxruntime", {"precision": "float16", "device": "cuda:0"}, r"lacks: .*\[gpu\]"),
         ("openvino", {"precision": "float16"}, "not float16 on cpu"),
         ("openvino", {"device": "cuda:0"}, "on the CPU, not float32 on cuda:0"),
     ],
@@ -255,10 +257,11 @@ class SilentFallback:
         pass
 
 
-def test_a_provider_that_silently_did_not_load_is_an_error(tiny_bundle, monkeypatch):
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_a_provider_that_silently_did_not_load_is_an_error(tiny_bundle, monkeypatch, precision):
     monkeypatch.setitem(sys.modules, "onnxruntime", SilentFallback())
     with pytest.raises(BackendError, match="loaded only CPUExecutionProvider"):
-        load("onnxruntime", tiny_bundle.folder, device="cuda:0")
+        load("onnxruntime", tiny_bundle.folder, device="cuda:0", precision=precision)
 
 
 def test_a_row_over_the_models_length_is_refused(backend, tiny_bundle):

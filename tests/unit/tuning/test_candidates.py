@@ -35,14 +35,16 @@ def test_what_is_fixed_stays_fixed(host):
         assert set(budgets) == ({77} if tokens else {512, 1024, 2048})
 
 
-def test_gpus_and_the_cpu_are_compared_where_the_device_is_open(gpus):
-    found = engines(Asked(), gpus, FOLDER)
+def test_gpus_and_the_cpu_are_compared_where_the_device_is_open(gpus, tiny_bundle):
+    found = engines(Asked(), gpus, tiny_bundle.folder)
     assert {one.replicas for one in found} == {"cuda:0, cuda:1", "cpu: 4 cores"}
-    assert found[0].engine == "onnxruntime float32"
-    only = engines(Asked(device="cuda:1"), gpus, FOLDER)
+    assert found[0].engine == "onnxruntime float16"
+    only = engines(Asked(device="cuda:1"), gpus, tiny_bundle.folder)
     assert {one.replicas for one in only} == {"cuda:1"}
     doubled = {one.replicas for one in arrangements(only[0], Asked())}
     assert doubled == {"cuda:1", "cuda:1, cuda:1"}
+    fixed = arrangements(only[0], Asked(replicas_per_device=1))
+    assert {one.replicas for one in fixed} == {"cuda:1"}
 
 
 def test_cores_are_shared_by_fewer_and_more_processes(host):

@@ -1,0 +1,123 @@
+"""A session's inputs and outputs in memory that stays, for devices that copy from and to it.
+
+A GPU copies from page-locked memory directly; from any other the driver copies everything once
+more, and waits. The memory is the process's own, locked through the CUDA runtime, and is used again
+for every run: it grows where a run needs more, which the warm-up makes happen before the first
+request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Locks so many bytes from an address on and gives what unlocks them; None where it cannot.
+Pin = Callable[[int, int], Callable[[], None] | None]
+
+
+class Buffer:
+    """Memory that grows and is locked.
+
+    Args:
+        pin: What locks it.
+    """
+
+    def __init__(self, pin: Pin) -> None:
+        self._pin = pin
+        self._memory: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+
+    def view(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """An array in this memory; what earlier views hold is overwritten."""
+        num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if num_bytes > self._memory.nbytes:
+            self._grow(num_bytes)
+        return self._memory[:num_bytes].view(dtype).reshape(shape)
+
+    def _grow(self, num_bytes: int) -> None:
+        # Powers of two: few sizes on the way to the largest.
+        size = max(mmap.PAGESIZE, 1 << (num_bytes - 1).bit_length())
+        memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+        if unpin := self._pin(memory.ctypes.data, size):
+            # Views may outlive this buffer; it is unlocked when the last one is gone.
+            weakref.finalize(memory.base, unpin)
+        self._memory = memory
+
+
+class Binding:
+    """Runs a session on buffers of its own; for one thread at a time.
+
+    Args:
+        session: An ONNX Runtime InferenceSession.
+        dim: Columns of the first output; the second, where there is one, has 1. Rows are the
+            batch's, all float32.
+        outputs: Names of the outputs.
+        pin: What locks memory.
+    """
+
+    def __init__(self, session: Any, dim: int, outputs: Sequence[str], pin: Pin) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._widths = dict(zip(outputs, (dim, 1), strict=False))
+        self._pin = pin
+        self._buffers: dict[str, Buffer] = {}
+
+    def run(
+        self, feeds: Mapping[str, npt.NDArray[Any]], num_rows: int
+    ) -> list[npt.NDArray[np.float32]]:
+        """The outputs, as copies that outlive the next run.
+
+        Args:
+            feeds: The inputs.
+            num_rows: Rows of the outputs.
+        """
+        binding = self._binding
+        for name, array in feeds.items():
+            view = self._view(name, array.shape, array.dtype)
+            np.copyto(view, array)
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, view.ctypes.data)
+        views = []
+        for name, width in self._widths.items():
+            view = self._view(name, (num_rows, width), np.float32)
+            binding.bind_output(name, "cpu", 0, np.float32, view.shape, view.ctypes.data)
+            views.append(view)
+        self._session.run_with_iobinding(binding)
+        return [view.copy() for view in views]
+
+    def _view(self, name: str, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        if name not in self._buffers:
+            self._buffers[name] = Buffer(self._pin)
+        return self._buffers[name].view(shape, dtype)
+
+
+def cuda_pin() -> Pin:
+    """Locks memory through the CUDA runtime that this process has loaded.
+
+    Where that fails, for instance because of a limit on locked memory, memory stays as it is: runs
+    are right, and a little slower.
+    """
+    runtime = _cuda_runtime()
+    if runtime is None:
+        return lambda _address, _size: None
+
+    def pin(address: int, size: int) -> Callable[[], None] | None:
+        # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
+        if runtime.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) != 0:
+            return None
+        return lambda: runtime.cudaHostUnregister(ctypes.c_void_p(address))
+
+    return pin
+
+
+def _cuda_runtime() -> Any:
+    for version in (13, 12):
+        # By its soname: the copy that ONNX Runtime uses, which `preload_dlls` loaded.
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(f"libcudart.so.{version}")
+    return None

@@ -1,0 +1,52 @@
+"""A micro-batch as the graphs without padding take it, see `models.packed`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.batches import BoolArray, MicroBatch
+from fletcher.inference.graph_io import GraphIO
+from fletcher.models.bundle import ModelBundle
+from fletcher.models.packed import INPUTS
+
+
+class PackedIO(GraphIO):
+    """GraphIO whose inputs hold tokens only; use `packed`."""
+
+    @classmethod
+    def packed(cls, bundle: ModelBundle) -> PackedIO:
+        """What the graph of `write_packed` takes and gives."""
+        return cls(
+            inputs=INPUTS,
+            dtypes=dict.fromkeys(INPUTS, np.int32),
+            outputs=bundle.outputs,
+            pad_token_id=bundle.pad_token_id,
+            max_length=bundle.max_length,
+            dim=bundle.dim,
+            pooling=None,
+            normalize=False,
+            has_norms=bundle.normalize,
+        )
+
+    def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
+        """The four inputs, int32, and the mask [num_rows, longest] of where tokens would stand.
+
+        Raises:
+            ValueError: A row is longer than `max_length`.
+        """
+        mask = self._mask(batch, int(batch.lengths.max()))
+        ends = np.zeros(len(batch.lengths) + 1, dtype=np.int32)
+        np.cumsum(batch.lengths, out=ends[1:])
+        places = np.arange(len(batch.input_ids), dtype=np.int32)
+        flat = mask.reshape(-1)
+        offsets = np.concatenate([np.flatnonzero(flat), np.flatnonzero(~flat)])
+        arrays = (
+            batch.input_ids,
+            places - np.repeat(ends[:-1], batch.lengths),
+            offsets.astype(np.int32).reshape(mask.shape),
+            ends,
+        )
+        return dict(zip(self.inputs, arrays, strict=True)), mask
