@@ -105,6 +105,10 @@ class Route:
         else:
             self.lane.put(rows)
 
+    def wait_written(self, timeout_s: float) -> bool:
+        """Waits until nothing is journaled any more of uploads that failed before."""
+        return all(outbox.wait_written(timeout_s) for outbox in self._outboxes)
+
     def hurry(self) -> None:
         """Somebody waits for the rows that are here: don't wait for more."""
         self.lane.hurry()
