@@ -1,4 +1,4 @@
-"""`dedupe` and `mode: delta` into the stores that are no LanceDB in this process."""
+"""`dedupe` and `mode: delta` into every kind of store, and when the server is killed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
+import fletcher
 from fletcher.config import ServeConfig
+from fletcher.errors import UnavailableError
 from fletcher.models.bundle import ModelBundle
+from fletcher.options import EmbedOptions
 from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
 from fletcher.stores.server import StoreServer
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, put
 from tests.integration.longbow_double import LongbowDouble
-from tests.integration.numbered import SCHEMA, rows, text_of
-from tests.integration.processes import eventually
+from tests.integration.numbered import SCHEMA, assert_every_row_once, rows, stored, text_of
+from tests.integration.processes import Place, eventually, serving
 
 KINDS = ("parquet", "fletcher", "longbow", "longbow-put")
 names = (f"d{number}" for number in itertools.count())
@@ -163,3 +166,60 @@ def test_what_was_acknowledged_is_durable_after_a_restart(
             assert summary["complete"] is True
             assert summary["rows_durable"] == 900
             assert served.rows(dataset).column("id").to_pylist() == list(range(500))
+
+
+@pytest.mark.parametrize("in_journal", [True, False])
+def test_kill_9_amid_an_upload_leaves_each_id_once(
+    home: Callable[[], Path], tmp_path: Path, in_journal: bool
+) -> None:
+    """Every other batch holds only ids that came before: a group of which the store gets nothing.
+
+    When the server is killed, all groups are in the journal, or the first ones only in the store.
+    """
+    place = Place(home(), tmp_path / "vectors")
+    half = [rows(50 * (number // 2), 50 * (number // 2) + 100) for number in range(40)]
+    whole = [*half, *(rows(first, first + 100) for first in range(500, 1500, 50))]
+    ids = [one for batch in whole for one in batch.column("id").to_pylist()]
+    total = len(ids)
+    delay = "60s" if in_journal else "20ms"
+    argv = place.argv("--max-journal", "64MiB", "--group-delay-ms", delay)
+    wanted = EmbedOptions(dataset="d", upload_id="u", dedupe="id")
+    body = {"upload_id": "u", "dataset": "d"}
+
+    with serving(argv) as server, flight.connect(server.address) as plain:
+
+        def durable(num_rows: int) -> bool:
+            return bool(action(plain, "upload_status", body)["rows_durable"] >= num_rows)
+
+        def sent() -> Iterator[pa.RecordBatch]:
+            yield from half[:10]
+            eventually(lambda: durable(1000), "rows are durable")
+            if not in_journal:
+                journal = place.home / "journal"
+                eventually(lambda: not any(journal.glob("*/d/*.arrow")), "the journal is empty")
+            yield from half[10:]
+            eventually(lambda: durable(2000), "more are")
+            server.process.kill()
+            server.process.wait(10)
+
+        once = fletcher.TransferOptions(max_retries=0)
+        killed = pytest.raises(UnavailableError)
+        with fletcher.connect(server.address, transfer=once) as client, killed:
+            client.put(sent(), wanted)
+
+    with serving(argv) as server:
+        with flight.connect(server.address) as plain:
+            ((first, last),) = action(plain, "upload_status", body)["ranges"]
+        assert first == 0
+        assert 2000 <= last + 1 <= 4000
+        dropped = total - last - 1 - len(set(ids[last + 1 :]) - set(ids[: last + 1]))
+        with fletcher.connect(server.address) as client:
+            summary = client.put(whole, wanted, resume=True)
+            assert (summary.complete, summary.rows_skipped) == (True, last + 1)
+            assert (summary.rows_received, summary.rows_durable) == (total, total)
+            assert (summary.rows_failed, summary.errors) == (0, ())
+            assert summary.rows_deduplicated == dropped
+            assert summary.rows_stored <= total - dropped
+            assert client.put(whole, wanted, resume=True).rows_skipped == total
+        assert server.end() == 0
+    assert_every_row_once(stored(place.vectors, "d"), len(set(ids)))
