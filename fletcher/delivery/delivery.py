@@ -343,9 +343,10 @@ class Delivery:
             if self._closed:
                 raise StoreUnavailableError("the server is shutting down")
             route = self._routes.get((name, dataset))
-            if route is None:
-                route = self._routes[name, dataset] = self._new_route(name, dataset, store)
-            route.users += 1
+            if route is not None:
+                route.users += 1
+                return route
+            route = self._routes[name, dataset] = self._new_route(name, dataset, store)
             return route
 
     def _new_route(self, name: str, dataset: str, store: Store) -> Route:

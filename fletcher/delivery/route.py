@@ -65,7 +65,8 @@ class Route:
         space: JournalSpace | None,
         known_space: KnownSpace,
     ) -> None:
-        self.users = 0  # guarded by Delivery
+        # Guarded by Delivery. Who makes it is the first: the lane may ask before this is done.
+        self.users = 1
         self.journal = journal
         self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
         self.known = Known(store, dataset, journal, known_space, telemetry)
