@@ -1,4 +1,4 @@
-"""`python -m benchmarks throughput|overhead|delivery|latency`, from the repository's root."""
+"""`python -m benchmarks BENCHMARK`, from the repository's root."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from benchmarks import delivery, latency, overhead, throughput
+from benchmarks import delivery, latency, overhead, roofline, scaling, stages, throughput
 from benchmarks.jobs import JobError
 from fletcher.errors import FletcherError
 
@@ -18,6 +18,9 @@ COMMANDS = {
     "overhead": overhead,
     "delivery": delivery,
     "latency": latency,
+    "roofline": roofline,
+    "stages": stages,
+    "scaling": scaling,
 }
 
 

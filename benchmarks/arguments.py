@@ -34,6 +34,27 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def several(text: str) -> list[int]:
+    """Whole numbers from 1 on, between commas; each once, ascending."""
+    return sorted({positive(part) for part in text.split(",")})
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return sorted({most, *(1 << power for power in range(most.bit_length()))})
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
 def as_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags' values for a result's JSON."""
     return {

@@ -15,7 +15,9 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,14 @@ from fletcher.planning.planner import plan
 MAX_BATCH_ROWS = 1024
 
 
+@dataclass(frozen=True)
+class Timing:
+    """What something took: `seconds` by the clock, `cpu_seconds` of all threads together."""
+
+    seconds: float
+    cpu_seconds: float
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     config = BackendConfig(**job["config"])
@@ -45,69 +55,102 @@ def main() -> None:
         if "requests" in job:
             answer = {"ms": latencies(backend, input_ids, offsets, job["requests"])}
         else:
-            seconds, embeddings = embed_all(
-                backend, input_ids, offsets, max_batch_tokens=config.max_batch_tokens
+            row_sets, batches = planned(
+                input_ids,
+                offsets,
+                max_batch_tokens=config.max_batch_tokens,
+                num_runners=backend.concurrency,
             )
+            timing, embeddings = embed_all(backend, row_sets, batches)
+            answer = {
+                **asdict(timing),
+                "shapes": [[len(one.lengths), _padded_length(one)] for one in batches],
+            }
             np.save(job["embeddings"], embeddings)
-            answer = {"seconds": seconds}
         answer["engine"] = backend.describe()
     Path(job["result"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
-def embed_all(
-    backend: Backend,
+def planned(
     input_ids: npt.NDArray[np.int32],
     offsets: npt.NDArray[np.int64],
     *,
     max_batch_tokens: int,
-) -> tuple[float, npt.NDArray[np.float32]]:
-    """Runs planned micro-batches from as many threads as the backend takes.
-
-    Returns:
-        Seconds, without planning; float32 [num_texts, dim].
-    """
-    lengths = np.diff(offsets).astype(np.int32)
+    num_runners: int,
+) -> tuple[list[npt.NDArray[np.intp]], list[MicroBatch]]:
+    """Micro-batches of all texts, and which texts are in each."""
     row_sets = plan(
-        lengths,
+        np.diff(offsets).astype(np.int32),
         max_batch_tokens=max_batch_tokens,
         max_batch_rows=MAX_BATCH_ROWS,
-        num_runners=backend.concurrency,
+        num_runners=num_runners,
     )
-    batches = [_micro_batch(input_ids, offsets, rows) for rows in row_sets]
-    results: list[npt.NDArray[np.float32] | None] = [None] * len(batches)
-    taking = threading.Lock()
-    places = iter(range(len(batches)))
+    return row_sets, [_micro_batch(input_ids, offsets, rows) for rows in row_sets]
 
-    def work() -> None:
+
+def embed_all(
+    backend: Backend, row_sets: list[npt.NDArray[np.intp]], batches: list[MicroBatch]
+) -> tuple[Timing, npt.NDArray[np.float32]]:
+    """Runs micro-batches from as many threads as the backend takes.
+
+    Returns:
+        Seconds; float32 [num_texts, dim].
+    """
+    results: list[npt.NDArray[np.float32] | None] = [None] * len(batches)
+
+    def work(place: int) -> None:
+        results[place] = backend.run(batches[place]).embeddings
+
+    # Engines compile a kernel at the first run of a length, and make a request for each thread.
+    every_length = {_padded_length(one): one for one in batches}
+
+    def warm_up() -> None:
+        for batch in every_length.values():
+            backend.run(batch)
+
+    timing = run_all(len(batches), work, num_threads=backend.concurrency, warm_up=warm_up)
+    first = results[0]
+    assert first is not None
+    embeddings = np.empty((sum(map(len, row_sets)), first.shape[1]), dtype=np.float32)
+    for rows, result in zip(row_sets, results, strict=True):
+        embeddings[rows] = result
+    return timing, embeddings
+
+
+def run_all(
+    num_jobs: int, work: Callable[[int], None], *, num_threads: int, warm_up: Callable[[], None]
+) -> Timing:
+    """Does jobs 0 to `num_jobs` - 1, each thread taking the next one.
+
+    Args:
+        num_jobs: How many.
+        work: Does one.
+        num_threads: At the same time.
+        warm_up: Called once in each thread; not timed.
+    """
+    taking = threading.Lock()
+    places = iter(range(num_jobs))
+
+    def take_and_work() -> None:
         while True:
             with taking:
                 place = next(places, None)
             if place is None:
                 return
-            results[place] = backend.run(batches[place]).embeddings
+            work(place)
 
-    # Engines compile a kernel at the first run of a length, and make a request for each thread.
-    every_length = {-(-int(one.lengths.max()) // LENGTH_GRID): one for one in batches}
-    with ThreadPoolExecutor(backend.concurrency) as pool:
-        all_there = threading.Barrier(backend.concurrency)
+    all_there = threading.Barrier(num_threads)
 
-        def warm_up() -> None:
-            all_there.wait()  # so that no thread warms up twice and another not at all
-            for batch in every_length.values():
-                backend.run(batch)
+    def warm() -> None:
+        all_there.wait()  # so that no thread warms up twice and another not at all
+        warm_up()
 
-        for one in [pool.submit(warm_up) for _ in range(backend.concurrency)]:
-            one.result()
-        started = time.perf_counter()
-        for one in [pool.submit(work) for _ in range(backend.concurrency)]:
-            one.result()
-        seconds = time.perf_counter() - started
-    first = results[0]
-    assert first is not None
-    embeddings = np.empty((len(lengths), first.shape[1]), dtype=np.float32)
-    for rows, result in zip(row_sets, results, strict=True):
-        embeddings[rows] = result
-    return seconds, embeddings
+    with ThreadPoolExecutor(num_threads) as pool:
+        for step in (warm, take_and_work):
+            started, cpu_started = time.perf_counter(), time.process_time()
+            for one in [pool.submit(step) for _ in range(num_threads)]:
+                one.result()
+        return Timing(time.perf_counter() - started, time.process_time() - cpu_started)
 
 
 def latencies(
@@ -129,6 +172,10 @@ def latencies(
         backend.run(batch)
         times.append((time.perf_counter() - started) * 1000)
     return times
+
+
+def _padded_length(batch: MicroBatch) -> int:
+    return -(-int(batch.lengths.max()) // LENGTH_GRID) * LENGTH_GRID
 
 
 def _micro_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.corpus import ROOT, numbered
-from benchmarks.engines import configure, run_bare
+from benchmarks.engines import configure, run_bare, save_tokens
 from benchmarks.jobs import JobError, run_job
 from benchmarks.serving import serve
 from fletcher import EmbedOptions, connect
@@ -41,6 +42,7 @@ class Task:
         texts: To embed.
         texts_path: The same as a JSON file.
         tokens_path: The same as tokens, see `benchmarks.bare`.
+        num_tokens: How many these are, special ones included.
         folder: For files on the way.
         cores: That everybody may use.
         max_batch_tokens: For Fletcher and its engines; 0: the engine's best.
@@ -53,11 +55,47 @@ class Task:
     texts: list[str]
     texts_path: Path
     tokens_path: Path
+    num_tokens: int
     folder: Path
     cores: int
     max_batch_tokens: int
     batch_rows: int
     serve_args: Sequence[str]
+
+    @classmethod
+    def of(
+        cls,
+        args: argparse.Namespace,
+        bundle: ModelBundle,
+        texts: list[str],
+        folder: Path,
+        cores: int,
+    ) -> Task:
+        """Writes the files that contenders read.
+
+        Args:
+            args: Flags: `home`, `max_batch_tokens`, `batch_rows` and `serve_args`.
+            bundle: The model.
+            texts: To embed.
+            folder: For the files.
+            cores: That everybody may use.
+        """
+        texts_path, tokens_path = folder / "texts.json", folder / "tokens.npz"
+        # JSON: the peers' environment may have no Arrow.
+        texts_path.write_text(json.dumps(texts), encoding="utf-8")
+        return cls(
+            bundle=bundle,
+            home=args.home,
+            texts=texts,
+            texts_path=texts_path,
+            tokens_path=tokens_path,
+            num_tokens=save_tokens(bundle, texts, tokens_path),
+            folder=folder,
+            cores=cores,
+            max_batch_tokens=args.max_batch_tokens,
+            batch_rows=args.batch_rows,
+            serve_args=args.serve_args,
+        )
 
 
 @dataclass(frozen=True)
@@ -87,16 +125,53 @@ class Skipped:
 Measure = Callable[[], Measurement | Skipped]
 
 
-def peer(task: Task, precision: str, python: Path, checkpoint: Path) -> Measure:
-    """sentence-transformers in a process of its own; the first turn finds its batch size."""
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's way to embed texts.
+
+    Attributes:
+        name: In the table.
+        kind: A key of `benchmarks.peer.LOADERS`.
+        needs: Modules that its environment must have.
+        precision: Of PyTorch; the other kinds have one.
+        checkpoint: It reads the model's checkpoint; else it is given Fletcher's graph.
+    """
+
+    name: str
+    kind: str
+    needs: tuple[str, ...]
+    precision: str = ""
+    checkpoint: bool = True
+
+
+_TORCH = ("numpy", "torch", "sentence_transformers")
+PEERS = (
+    Peer("sentence-transformers float32", "torch", _TORCH, "float32"),
+    Peer("sentence-transformers bfloat16", "torch", _TORCH, "bfloat16"),
+    Peer("sentence-transformers on ONNX Runtime", "onnx", (*_TORCH, "optimum.onnxruntime")),
+    Peer("sentence-transformers on OpenVINO", "openvino", (*_TORCH, "optimum.intel")),
+    Peer("fastembed, Fletcher's graph", "fastembed", ("fastembed",), checkpoint=False),
+)
+
+
+def peer(task: Task, one: Peer, python: Path, checkpoint: Path | None) -> Measure:
+    """A peer in a process of its own; the first turn finds its batch size."""
     best: list[int] = []
     path = task.folder / "embeddings.npy"
+    bundle = task.bundle
 
-    def measure() -> Measurement:
+    def measure() -> Measurement | Skipped:
+        if not one.checkpoint and bundle.graph_output != "embedding":
+            return Skipped(f"the graph of {bundle.name} does not pool")
         job = {
+            "kind": one.kind,
             "checkpoint": str(checkpoint),
-            "max_length": task.bundle.max_length,
-            "precision": precision,
+            "precision": one.precision,
+            "bundle": str(bundle.folder),
+            "graph": bundle.graph.name,
+            "dim": bundle.dim,
+            "pad_token_id": bundle.pad_token_id,
+            "max_length": bundle.max_length,
             "threads": task.cores,
             "texts": str(task.texts_path),
             "batch_size": best[0] if best else None,
@@ -104,7 +179,10 @@ def peer(task: Task, precision: str, python: Path, checkpoint: Path) -> Measure:
             "embeddings": str(path),
         }
         command = [str(python), str(ROOT / "benchmarks" / "peer.py")]
-        answer = run_job(command, job, task.folder)
+        try:
+            answer = run_job(command, job, task.folder)
+        except JobError as error:  # a library's own trouble is no reason to measure nobody
+            return Skipped(str(error).splitlines()[-1])
         best[:] = [answer["batch_size"]]
         note = f"batch size {answer['batch_size']}"
         return Measurement(answer["seconds"], np.load(path), note, answer)
@@ -144,15 +222,18 @@ def fletcher(task: Task) -> Measure:
             warm_up = numbered(task.texts[:WARM_UP_TEXTS], batch_rows=task.batch_rows)
             client.put(warm_up, EmbedOptions(dataset="warm-up", durability="store"))
             started = time.perf_counter()
+            cpu_started = time.process_time() + served.cpu_seconds()
             summary = client.put(batches, EmbedOptions(dataset=_DATASET, durability="store"))
             num_rows = served.count(_DATASET)
             seconds = time.perf_counter() - started
+            cpu_seconds = time.process_time() + served.cpu_seconds() - cpu_started
             if num_rows != len(task.texts):
                 raise JobError(f"{num_rows} of {len(task.texts)} rows are in the store: {summary}")
             memory, stats = served.memory(), client.stats()
             embeddings = stored_vectors(served.vectors, _DATASET)
         note = f"front process {memory['peak'] / 2**20:,.0f} MiB"
-        return Measurement(seconds, embeddings, note, {"memory": memory, "stats": stats})
+        details = {"memory": memory, "stats": stats, "cpu_seconds": cpu_seconds}
+        return Measurement(seconds, embeddings, note, details)
 
     return measure
 
@@ -173,16 +254,20 @@ def stored_vectors(vectors: Path, dataset: str) -> npt.NDArray[np.float32]:
     return np.asarray(flat.reshape(len(ids), -1)[order], dtype=np.float32)
 
 
-def missing_for_peers(python: Path) -> str:
-    """What keeps a Python from running `benchmarks/peer.py`; nothing where it can."""
+def missing(python: Path, needs: Sequence[str]) -> str:
+    """What keeps a Python from running a peer; nothing where it can."""
     code = (
-        "import importlib.util as u\n"
-        "names = 'torch', 'sentence_transformers', 'numpy'\n"
-        "print(*(name for name in names if u.find_spec(name) is None), sep=', ')"
+        "import importlib.util as u, sys\n"
+        "def has(name):\n"
+        "    try:\n"
+        "        return u.find_spec(name) is not None\n"
+        "    except ModuleNotFoundError:\n"  # of the package around it
+        "        return False\n"
+        "print(*(name for name in sys.argv[1:] if not has(name)), sep=', ')"
     )
     try:
         done = subprocess.run(
-            [str(python), "-c", code], capture_output=True, text=True, check=False
+            [str(python), "-c", code, *needs], capture_output=True, text=True, check=False
         )
     except OSError as error:
         return f"cannot be run: {error.strerror}"
@@ -210,8 +295,3 @@ def checkpoint_folder(home: Path) -> Path:
     if not (kept / "modules.json").is_file():
         raise ModelError(f"{kept} holds no checkpoint; delete it, it is fetched again")
     return kept
-
-
-def write_texts(texts: list[str], path: Path) -> None:
-    """The texts for `benchmarks/peer.py`, whose environment may have no Arrow."""
-    path.write_text(json.dumps(texts), encoding="utf-8")

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         f"write until the store's folder has every row; medians of {args.repeats} turns\n"
     )
     print(_table(rows))
-    print(f"written to {report.write(args.out, 'delivery', result)}")
+    print(report.publish(args.out, result))
     return 0
 
 

@@ -17,6 +17,15 @@ from fletcher.inference.host import detect_host
 from fletcher.models.bundle import ModelBundle
 from fletcher.tokenization.tokenizer import Tokenizer
 
+# Backends and precisions that are measured by themselves, where they can run.
+ENGINES = (("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
+_TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def title(backend: str, precision: str) -> str:
+    """An engine's name in tables."""
+    return f"{_TITLES[backend]} {precision}"
+
 
 def configure(
     bundle: ModelBundle, backend: str, precision: str, max_batch_tokens: int

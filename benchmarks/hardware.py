@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from benchmarks.corpus import ROOT
@@ -49,6 +51,20 @@ def versions() -> dict[str, str]:
         changed = _git("status", "--porcelain", "--untracked-files=no")
         found["commit"] = commit[:12] + (" with changes" if changed else "")
     return found
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """CPU time that processes have used so far, all their threads; 0 for those that are gone."""
+    ticks = 0
+    for pid in pids:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        # After the name, which may hold anything: field 3 on; 14 and 15 are user and system time.
+        fields = stat.rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def limit_cores(num_cores: int | None) -> None:

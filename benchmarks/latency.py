@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         f"{num_tokens / len(texts):.0f} tokens on average, {args.requests} requests\n"
     )
     print(_table(rows))
-    print(f"\nwritten to {report.write(args.out, 'latency', result)}")
+    print("\n" + report.publish(args.out, result))
     return 0
 
 

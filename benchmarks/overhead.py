@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         f"\nfront process: {_mib(start)} MiB at the start, {_mib(end['peak'])} at its peak, "
         f"{_mib(end['now'])} at the end"
     )
-    print(f"written to {report.write(args.out, 'overhead', result)}")
+    print(report.publish(args.out, result))
     return 0
 
 

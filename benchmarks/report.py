@@ -1,4 +1,4 @@
-"""Results for people (a table on standard output) and for machines (JSON beside it)."""
+"""Results for people (a table on standard output) and to keep (JSON and a plot)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.plots import draw
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -37,9 +39,9 @@ def heading(hardware: dict[str, Any], versions: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, name: str, result: dict[str, Any]) -> Path:
-    """Writes `folder/name-TIME.json`."""
+def publish(folder: Path, result: dict[str, Any]) -> str:
+    """Writes `folder/BENCHMARK-TIME.json` and draws the PNG beside it; lines that say where."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path = folder / f"{result['benchmark']}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    return f"written to {path}\n{draw(result, path.with_suffix('.png'))}"

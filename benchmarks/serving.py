@@ -14,6 +14,7 @@ from pathlib import Path
 import lancedb
 
 from benchmarks.corpus import ROOT
+from benchmarks.hardware import cpu_seconds
 from benchmarks.jobs import JobError, clean_environment
 
 _SERVE = "import sys; from fletcher.cli import serve_main; sys.exit(serve_main())"
@@ -38,6 +39,10 @@ class Served:
     def count(self, dataset: str) -> int:
         """Rows that a reader of the store's folder sees now."""
         return int(lancedb.connect(self.vectors).open_table(dataset).count_rows())
+
+    def cpu_seconds(self) -> float:
+        """That the server's processes have used so far."""
+        return cpu_seconds([self.pid, *_children(self.pid)])
 
     def memory(self) -> dict[str, int]:
         """Bytes: the front process's resident set now and at its peak, and its workers' now."""
@@ -73,16 +78,16 @@ def serve(
         with contextlib.ExitStack() as stack:
             if store_process:
                 argv = [_STORE, "--path", str(vectors), "--port", "0", "--meta-port", "0"]
-                store = stack.enter_context(_listening(argv, folder / "store-log"))[0]
+                store = stack.enter_context(listening(argv, folder / "store-log"))[0]
             argv = [_SERVE, "--port", "0", "--home", str(home), "--model", model]
             argv += ["--store", store, "--log-level", "warning", *options, *arguments]
-            address, pid = stack.enter_context(_listening(argv, folder / "log"))
+            address, pid = stack.enter_context(listening(argv, folder / "log"))
             yield Served(address, pid, vectors)
 
 
 @contextmanager
-def _listening(argv: Sequence[str], log_file: Path) -> Iterator[tuple[str, int]]:
-    """Runs a server's script; its address and process id."""
+def listening(argv: Sequence[str], log_file: Path) -> Iterator[tuple[str, int]]:
+    """Runs a server's script, which prints `listening on ADDRESS`; its address and process id."""
     with log_file.open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", *argv],

@@ -1,4 +1,4 @@
-"""Texts a second: Fletcher end to end beside sentence-transformers and the bare engines.
+"""Texts a second: Fletcher end to end beside its peers and the bare engines.
 
 One run, one table: the same texts on the same cores, by turns, one process after the other.
 """
@@ -6,6 +6,7 @@ One run, one table: the same texts on the same cores, by turns, one process afte
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from benchmarks import contenders, hardware, report
 from benchmarks.arguments import absolute, add_common, as_options, positive
 from benchmarks.contenders import Measure, Measurement, Skipped, Task
 from benchmarks.corpus import Corpus
-from benchmarks.engines import configure, save_tokens
+from benchmarks.engines import ENGINES, configure, title
 from fletcher.errors import ModelError
 from fletcher.models.registry import DEFAULT_MODEL, Registry
 
@@ -59,12 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="for Fletcher and the bare engines (default: 0, the engine's best)",
     )
-    parser.add_argument("--no-peers", action="store_true", help="without sentence-transformers")
+    parser.add_argument("--no-peers", action="store_true", help="without the libraries of others")
     parser.add_argument(
         "--peer-python",
         type=absolute,
         default=Path(sys.executable),
-        help="the Python that has sentence-transformers (default: this one)",
+        help="the Python that has the peers, or some of them (default: this one)",
     )
     parser.add_argument("--checkpoint", type=absolute, help="the model's folder, for the peers")
     add_common(parser)
@@ -79,21 +80,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Registry(args.home / "models").ensure(args.model, _say)
     texts = corpus.sample(num_texts, seed=args.seed)
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
-        folder = Path(scratch)
-        task = Task(
-            bundle=bundle,
-            home=args.home,
-            texts=texts,
-            texts_path=folder / "texts.json",
-            tokens_path=folder / "tokens.npz",
-            folder=folder,
-            cores=machine["cores"],
-            max_batch_tokens=args.max_batch_tokens,
-            batch_rows=args.batch_rows,
-            serve_args=args.serve_args,
-        )
-        contenders.write_texts(texts, task.texts_path)
-        num_tokens = save_tokens(bundle, texts, task.tokens_path)
+        task = Task.of(args, bundle, texts, Path(scratch), machine["cores"])
         rows = _rows(task, args)
         for turn in range(1 if args.quick else args.repeats):
             for row in rows:
@@ -103,7 +90,12 @@ def run(args: argparse.Namespace) -> int:
             versions |= row.last.details["versions"]
     own = configure(bundle, "auto", "auto", args.max_batch_tokens)
     own_name = _engine_name(own.backend, own.precision)
-    sample = {"corpus": corpus.name, "texts": len(texts), "tokens": num_tokens, "seed": args.seed}
+    sample = {
+        "corpus": corpus.name,
+        "texts": len(texts),
+        "tokens": task.num_tokens,
+        "seed": args.seed,
+    }
     result = {
         "benchmark": "throughput",
         "hardware": machine,
@@ -111,44 +103,47 @@ def run(args: argparse.Namespace) -> int:
         "options": as_options(args),
         "sample": sample,
         "model": bundle.qualified_name,
-        **_results(rows, own_name, len(texts), num_tokens),
+        **_results(rows, own_name, len(texts), task.num_tokens),
     }
     print(report.heading(machine, versions))
     print(
-        f"{bundle.qualified_name}, {len(texts):,} texts ({num_tokens:,} tokens) of {corpus.name}; "
-        f"medians of {max(len(row.seconds) for row in rows)} turns\n"
+        f"{bundle.qualified_name}, {len(texts):,} texts ({task.num_tokens:,} tokens) of "
+        f"{corpus.name}; medians of {max(len(row.seconds) for row in rows)} turns\n"
     )
     print(_table(result))
-    print(f"\nwritten to {report.write(args.out, 'throughput', result)}")
+    print("\n" + report.publish(args.out, result))
     return 0
 
 
 def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
     rows = []
-    checkpoint = _checkpoint(args)
-    for precision in ("float32", "bfloat16"):
-        row = Row(f"sentence-transformers {precision}")
-        if isinstance(checkpoint, Skipped):
-            row.skipped = checkpoint.reason
-        else:
-            row.measure = contenders.peer(task, precision, args.peer_python, checkpoint)
+    # Fetched for who takes it only, and once.
+    checkpoints = functools.cache(lambda: _checkpoint(args))
+    for one in contenders.PEERS:
+        row = Row(one.name)
+        checkpoint = None
+        row.skipped = "--no-peers" if args.no_peers else _lacking(args.peer_python, one)
+        if not row.skipped and one.checkpoint:
+            checkpoint = checkpoints()
+            if isinstance(checkpoint, Skipped):
+                row.skipped = checkpoint.reason
+        if not row.skipped:
+            row.measure = contenders.peer(task, one, args.peer_python, checkpoint)
         rows.append(row)
-    for backend, precision in (
-        ("onnxruntime", "float32"),
-        ("openvino", "float32"),
-        ("openvino", "bfloat16"),
-    ):
+    for backend, precision in ENGINES:
         name = _engine_name(backend, precision)
         rows.append(Row(name, contenders.engine(task, backend, precision)))
     return [*rows, Row(FLETCHER, contenders.fletcher(task))]
 
 
+def _lacking(python: Path, one: contenders.Peer) -> str:
+    """Why a peer cannot take part; nothing where it can."""
+    lacks = contenders.missing(python, one.needs)
+    return f"{python} {lacks}; docs/performance.md says how to get it" if lacks else ""
+
+
 def _checkpoint(args: argparse.Namespace) -> Path | Skipped:
-    """The model for the peers, or why they cannot take part."""
-    if args.no_peers:
-        return Skipped("--no-peers")
-    if missing := contenders.missing_for_peers(args.peer_python):
-        return Skipped(f"{args.peer_python} {missing}; docs/performance.md says how to get it")
+    """The model for the peers that read its checkpoint, or why they cannot take part."""
     if args.checkpoint is not None:
         return Path(args.checkpoint)
     if args.model != DEFAULT_MODEL:
@@ -248,8 +243,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _engine_name(backend: str, precision: str) -> str:
-    words = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-    return f"bare {words[backend]} {precision}, ready tokens"
+    return f"bare {title(backend, precision)}, ready tokens"
 
 
 def _say(line: str) -> None:

@@ -122,7 +122,8 @@ class ServeConfig:
         "auto",
         "model",
         TEXT,
-        "engine; auto takes the fastest for the device, null makes vectors without a model",
+        "engine; auto takes what `fletcher tune` measured here, else the device's usual best; "
+        "null makes vectors without a model",
         choices=("auto", "onnxruntime", "openvino", "null"),
     )
     precision: str = _option(

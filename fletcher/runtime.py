@@ -20,7 +20,7 @@ from fletcher.errors import ConfigError
 from fletcher.flight.auth import read_tokens
 from fletcher.flight.server import FlightConfig, FlightServer
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import HostInfo, detect_host, resolve
+from fletcher.inference.devices import HostInfo, detect_host
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.registry import Registry
 from fletcher.pipeline.cache import EmbeddingCache, MemoryShelf
@@ -30,11 +30,13 @@ from fletcher.pipeline.intake import IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.pressure import Grade, Pressure, Signals
 from fletcher.pipeline.service import Calls, Service
-from fletcher.planning.planner import plan
+from fletcher.planning.planner import MAX_BATCH_ROWS, plan
 from fletcher.ports import check_port
 from fletcher.stores.address import open_store
 from fletcher.telemetry import Telemetry, configure
 from fletcher.tokenization.tokenizer import Tokenizer
+from fletcher.tuning.candidates import Asked
+from fletcher.tuning.decision import decide
 from fletcher.workers.messages import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,6 @@ _COMMIT_ROWS = 50_000
 _SEGMENT_BYTES = 128 << 20
 # Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
 _WINDOW_RUNS = 64
-_MAX_BATCH_ROWS = 1024
 _SHUTDOWN_S = 2.0
 # Clients give up after 600 s without an answer (TransferOptions.stall_timeout_s): a tenth of it.
 _STARVING_S = 60.0
@@ -201,16 +202,8 @@ class Runtime:
         # A flipped bit in the weights makes plausible vectors that are wrong for good.
         bundle = registry.verify(config.model)
         host = detect_host()
-        resolution = resolve(
-            config.device,
-            config.backend,
-            config.precision,
-            config.threads,
-            host,
-            bundle.folder,
-            config.max_batch_tokens,
-        )
-        log.info("%s: %s", bundle.qualified_name, resolution.reason)
+        decision = decide(config.home, Asked.of(config), host, bundle)
+        log.info("%s: %s", bundle.qualified_name, decision.reason)
         self._budget = budget = MemoryBudget(
             int(config.max_memory * _BUDGET_SHARE), config.max_streams
         )
@@ -220,10 +213,11 @@ class Runtime:
             telemetry,
             on_change=lambda grade: budget.spare(half=grade is Grade.SEVERE),
         )
-        embedder = _embedder(config, bundle, host, resolution.configs, budget, telemetry, pressure)
+        embedder = _embedder(config, bundle, host, decision.configs, budget, telemetry, pressure)
         self._service = Service(
             model=bundle,
             embedder=embedder,
+            engine=decision.describe(),
             delivery=delivery,
             calls=calls,
             answers=Answers(config.compression),
@@ -270,7 +264,7 @@ def _embedder(
         plan=lambda lengths, num_runners: plan(
             lengths,
             max_batch_tokens=max_batch_tokens,
-            max_batch_rows=_MAX_BATCH_ROWS,
+            max_batch_rows=MAX_BATCH_ROWS,
             num_runners=num_runners,
         ),
         tokenize=Tokenizer.load(bundle.folder).encode,

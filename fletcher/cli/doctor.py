@@ -28,7 +28,10 @@ NEEDED_DISK_BYTES = 1 * GIB
 # What the process itself takes besides `max_memory`: interpreter, libraries, one model.
 OWN_MEMORY_BYTES = 1 * GIB
 
-_OPTIONS = ("store", "model", "device", "backend", "precision", "threads", "home", "max_memory")
+_OPTIONS = (
+    *("store", "model", "device", "backend", "precision", "threads", "max_batch_tokens", "home"),
+    "max_memory",
+)
 
 State = Literal["ok", "note", "broken"]
 MARKS: dict[State, str] = {"ok": "ok", "note": "note", "broken": "BROKEN"}
@@ -214,28 +217,29 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
 
 def _engine(config: ServeConfig) -> Iterator[Finding]:
     """Loads the model as a server would: installed is not the same as working."""
-    from fletcher.inference.devices import detect_host, resolve
+    from fletcher.inference.devices import detect_host
     from fletcher.models.registry import Registry
+    from fletcher.tuning.candidates import Asked
+    from fletcher.tuning.decision import decide
 
     registry = Registry(config.home / "models")
     if config.model not in registry.names():
         return
     try:
-        chosen = resolve(
-            config.device,
-            config.backend,
-            config.precision,
-            config.threads,
-            detect_host(),
-            registry.get(config.model).folder,
-            config.max_batch_tokens,
-        )
+        bundle = registry.get(config.model)
+        chosen = decide(config.home, Asked.of(config), detect_host(), bundle)
         engine = import_module(f"fletcher.inference.{chosen.configs[0].backend}")
         about = engine.load(chosen.configs[0]).describe()
     except FletcherError as error:
         yield Finding("engine", config.model, "broken", error.message)
         return
     yield Finding("engine", config.model, "ok", chosen.reason)
+    if chosen.measured is not None:
+        value = f"by measurement, {chosen.measured.measured_at}"
+        yield Finding("engine", "chosen", "ok", value)
+    elif config.backend != "null":
+        fix = "fletcher tune measures what is fastest here, in about a minute for a small model"
+        yield Finding("engine", "chosen", "note", "by rule", fix)
     for name, value in about.items():
         yield Finding("engine", name, "ok", value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,10 +102,14 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything a call needs."""
+    """Everything a call needs.
+
+    `engine` is what `stats` says of how the replicas' engine was chosen.
+    """
 
     model: ModelBundle
     embedder: Embedder
+    engine: Mapping[str, Any]
     delivery: Delivery
     calls: Calls
     answers: Answers
@@ -181,6 +185,7 @@ class Service:
         """The `stats` action's answer: instruments, stores and workers."""
         return {
             "model": self.model.qualified_name,
+            "engine": dict(self.engine),
             "draining": self.calls.draining.is_set(),
             "pressure": self.pressure.statistics(),
             "stores": self.delivery.statistics(),

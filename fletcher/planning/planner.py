@@ -14,6 +14,9 @@ from fletcher.batches import Int32Array, Int64Array
 # in float32), ONNX Runtime 2.
 RUN_COST_TOKENS = 16
 
+# Rows in a run at most, however short they are.
+MAX_BATCH_ROWS = 1024
+
 
 def padded_length(lengths: npt.NDArray[np.integer], length_grid: int) -> Int64Array:
     """Lengths rounded up to the grid, so that shapes repeat and engines reuse what they compiled.

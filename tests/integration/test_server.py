@@ -235,6 +235,7 @@ def test_actions(server: Runtime, client: flight.FlightClient) -> None:
     assert np.array(answer["embeddings"]).shape == (2, 32)
     stats = action(client, "stats")
     assert stats["fletcher.texts.received"] >= 2
+    assert stats["engine"]["chosen_by"] == "rule"
     assert all(one["state"] == "ready" for one in stats["replicas"] + stats["tokenizers"])
     assert {one.type for one in client.list_actions()} >= {"health", "stats", "embed"}
 

@@ -9,8 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.contenders import missing
+from benchmarks.engines import ENGINES, title
+from benchmarks.flops import Architecture
+from benchmarks.plots import draw
 from fletcher.models.bundle import ModelBundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +47,7 @@ def run(home: Path, *argv: str) -> tuple[str, dict[str, Any]]:
         command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=150
     )
     assert done.returncode == 0, done.stderr
-    (written,) = out.iterdir()
+    (written,) = out.glob("*.json")
     return done.stdout, json.loads(written.read_text(encoding="utf-8"))
 
 
@@ -50,6 +57,9 @@ def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
     assert list(rows) == [
         "sentence-transformers float32",
         "sentence-transformers bfloat16",
+        "sentence-transformers on ONNX Runtime",
+        "sentence-transformers on OpenVINO",
+        "fastembed, Fletcher's graph",
         "bare ONNX Runtime float32, ready tokens",
         "bare OpenVINO float32, ready tokens",
         "bare OpenVINO bfloat16, ready tokens",
@@ -57,7 +67,7 @@ def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
     ]
     lines = printed.splitlines()
     assert all(any(line.startswith(name) for line in lines) for name in rows)
-    assert [row.get("skipped") for row in rows.values()][:2] == ["--no-peers"] * 2
+    assert [row.get("skipped") for row in rows.values()][:5] == ["--no-peers"] * 5
     assert result["sample"]["texts"] == 100
     assert result["reference"] == "bare ONNX Runtime float32, ready tokens"
     assert result["ratio_to_own_engine"] > 0
@@ -68,6 +78,14 @@ def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
             # Rows in another order, or of another text, would be far below.
             assert 0.98 < row["cosine_lowest"] <= row["cosine_mean"] < 1.000001
     assert rows["Fletcher, DoPut to rows in LanceDB"]["details"]["memory"]["peak"] > 1 << 20
+
+
+def test_a_peer_without_its_libraries_is_said_to_lack_them() -> None:
+    here = Path(sys.executable)
+    assert missing(here, ("json", "email.message")) == ""
+    # A package that is not there has no modules either.
+    assert missing(here, ("json", "no_such", "no_such.part")) == "lacks no_such, no_such.part"
+    assert missing(Path("/no/such/python"), ()).startswith("cannot be run: ")
 
 
 def test_overhead_reports_rows_and_memory_over_time(home: Path) -> None:
@@ -103,6 +121,116 @@ def test_latency_reports_idle_and_loaded(home: Path) -> None:
         assert len(row["ms"]) == 20
         assert 0 < row["p50"] <= row["p95"] <= row["p99"]
     assert "aims: " in printed
+
+
+def test_operations_of_a_forward_pass_are_those_of_its_products(tiny_bundle: ModelBundle) -> None:
+    pytest.importorskip("onnx")
+    assert Architecture.of(tiny_bundle) == Architecture(32, 64, 2, last_first_only=False)
+    one = Architecture(hidden=2, intermediate=8, num_layers=1, last_first_only=False)
+    tokens, width, inner = 3, 2, 8
+    projections = 4 * 2 * tokens * width * width  # queries, keys, values and the output
+    feed_forward = 2 * 2 * tokens * width * inner
+    attention = 2 * 2 * tokens * tokens * width  # scores, and the mixed values
+    assert one.forward(np.array([tokens])) == projections + feed_forward + attention
+    assert one.forward(np.array([tokens, tokens])) == 2 * one.forward(np.array([tokens]))
+    # With `cls` pooling, keys and values alone are there for every token of the last layer.
+    first = Architecture(hidden=2, intermediate=8, num_layers=1, last_first_only=True)
+    assert first.forward(np.array([1])) == one.forward(np.array([1]))
+    keys_and_values = 2 * 2 * tokens * width * width
+    others = 2 * 2 * width * width + 2 * 2 * width * inner + 2 * 2 * tokens * width
+    assert first.forward(np.array([tokens])) == keys_and_values + others
+
+
+def test_roofline_compares_engines_with_plain_products(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    uneven = tmp_path / "uneven.parquet"
+    pq.write_table(pa.table({"title": [""] * 20, "body": ["a", "a b " * 50] * 10}), uneven)
+    flags = ("--corpus", str(uneven), "--repeats", "1", "--seconds", "0.01")
+    printed, result = run(home, "roofline", *flags)
+    names = [row["name"] for row in result["rows"]]
+    assert sorted([*names, *result["skipped"]]) == sorted(title(*one) for one in ENGINES)
+    assert names
+    for row in result["rows"]:
+        # Padding is computed, and is no use.
+        assert 0 < row["useful_flops_per_s"] < row["padded_flops_per_s"]
+        assert row["ratio"] == row["useful_flops_per_s"] / row["gemm_flops_per_s"]
+        assert list(row["turns"][0]["gemm_by_shape"]) == ["32 x 96", "32 x 32", "32 x 64"]
+    assert "plain products" in printed
+
+
+def test_stages_are_measured_alone_and_add_up(home: Path) -> None:
+    printed, result = run(
+        home, "stages", "--texts", "60", "--batch-rows", "20", "--repeats", "1", "--cores", "1"
+    )
+    engine = f"inference, {result['engine']}, ready tokens"
+    alone = ["Flight and intake", "tokenization, 1 processes, with transfer", "planning", engine]
+    alone.append("assembly and delivery into LanceDB")
+    in_sum = [row for row in result["rows"] if row["in_sum"]]
+    assert [row["name"] for row in in_sum] == alone
+    assert result["rows"][-1]["name"] == "end to end, DoPut to rows in LanceDB"
+    assert all(row["rows_per_s"] > 0 for row in result["rows"])
+    cost = sum(row["cpu_ms_per_row"] for row in in_sum)
+    assert result["sum"]["cpu_ms_per_row"] == cost > 0
+    assert "tokenization, 1 processes, without transfer" in printed
+
+
+def test_scaling_has_a_point_for_every_value(home: Path) -> None:
+    flags = ("--texts", "40", "--repeats", "1", "--backend", "null", "--batch-rows", "20")
+    values = ("--tokenizer-workers", "1", "--replicas", "2,1", "--budgets", "256")
+    printed, result = run(home, "scaling", *flags, *values)
+    curves = {curve["name"]: curve["points"] for curve in result["curves"]}
+    asked = {name: [point["value"] for point in points] for name, points in curves.items()}
+    assert asked == {
+        "tokenizer processes, end to end": [1],
+        "replicas sharing the cores, ready tokens": [1, 2],
+        "max_batch_tokens, end to end": [256],
+    }
+    assert all(point["rows_per_s"] > 0 for points in curves.values() for point in points)
+    assert "replicas sharing the cores" in printed
+
+
+HARDWARE = {"cpu": "some processor", "cores": 2}
+TIMES = {"texts_per_s": 10.0, "rows_per_s": 10.0, "seconds": [1.0, 1.5]}
+RESULTS: list[dict[str, Any]] = [
+    {
+        "benchmark": "throughput",
+        "sample": {"texts": 12},
+        "rows": [{"name": "one", **TIMES}, {"name": "other", "skipped": "not here"}],
+    },
+    {"benchmark": "latency", "rows": [{"name": "idle", "ms": [3.0, 1.0, 2.0]}]},
+    {
+        "benchmark": "overhead",
+        "moments": [
+            {"seconds": float(second), "front_bytes": 1 << 20, "worker_bytes": 2 << 20}
+            for second in range(3)
+        ],
+    },
+    {
+        "benchmark": "scaling",
+        "curves": [
+            {"name": name, "points": [{"value": value, **TIMES} for value in (1, 2)]}
+            for name in ("tokenizers, end to end", "replicas")
+        ],
+    },
+]
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["benchmark"])
+def test_results_are_drawn(result: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plot.png"
+    assert draw({"model": "tiny@0", "hardware": HARDWARE, **result}, path) == f"drawn to {path}"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_line_says_that_nothing_was_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    path = tmp_path / "plot.png"
+    assert draw(RESULTS[0], path).startswith("not drawn: matplotlib is not installed")
+    assert not path.exists()
 
 
 def test_arguments_out_of_range_and_servers_that_fail_are_errors_in_one_line(home: Path) -> None:

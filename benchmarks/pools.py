@@ -1,0 +1,112 @@
+"""Fletcher's own worker pools by themselves: payloads in, answers thrown away."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bare import Timing
+from benchmarks.hardware import cpu_seconds
+from benchmarks.jobs import JobError
+from fletcher.batches import TextBatch
+from fletcher.tokenization.tokenizer import Tokenizer
+from fletcher.workers.messages import WorkerSpec
+from fletcher.workers.pool import Job, WorkerPool
+
+
+class _Jobs:
+    """A source that holds jobs until a pool asks."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
+
+    def put(self, job: Job) -> None:
+        self._queue.put(job)
+
+    def next_job(self, timeout_s: float) -> Job | None:
+        try:
+            return self._queue.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+
+def through_pool(specs: Sequence[WorkerSpec], payloads: Sequence[Any]) -> Timing:
+    """Has workers do everything twice and times the second time.
+
+    Returns:
+        Seconds; CPU seconds of the workers and of this process, which feeds them.
+
+    Raises:
+        JobError: A job failed.
+        FletcherError: A worker could not load.
+    """
+    source = _Jobs()
+    pool = WorkerPool("benchmark", specs, source)
+    pool.start()
+    try:
+        _do_all(source, payloads)
+        workers = pool.process_ids()
+        started, cpu_started = time.perf_counter(), time.process_time() + cpu_seconds(workers)
+        _do_all(source, payloads)
+        seconds = time.perf_counter() - started
+        return Timing(seconds, time.process_time() + cpu_seconds(workers) - cpu_started)
+    finally:
+        pool.close()
+
+
+def _do_all(source: _Jobs, payloads: Sequence[Any]) -> None:
+    errors: list[Exception] = []
+    left = threading.Semaphore(0)
+
+    def done(_: Any, error: Exception | None) -> None:
+        if error is not None:
+            errors.append(error)
+        left.release()
+
+    for payload in payloads:
+        source.put(Job(payload, done))
+    for _ in payloads:
+        left.acquire()
+    if errors:
+        raise JobError(f"a worker failed: {errors[0]}")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a tokenizer has with it from the start.
+
+    Attributes:
+        bundle: The model's folder.
+        texts: That `run` is asked for by their places.
+    """
+
+    bundle: str
+    texts: tuple[TextBatch, ...]
+
+
+class HoldingTokenizer:
+    """A tokenizer whose texts need not come and whose tokens need not go."""
+
+    concurrency = 1
+
+    def __init__(self, held: Held) -> None:
+        self._tokenizer = Tokenizer.load(Path(held.bundle))
+        self._texts = held.texts
+
+    def run(self, place: int) -> int:
+        """Tokenizes the texts at a place; how many tokens they have."""
+        return len(self._tokenizer.encode(self._texts[place]).input_ids)
+
+    def describe(self) -> dict[str, str]:
+        """Nothing of interest."""
+        return {}
+
+
+def hold(held: Held) -> HoldingTokenizer:
+    """Factory for a worker's spec."""
+    return HoldingTokenizer(held)

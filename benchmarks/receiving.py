@@ -1,0 +1,60 @@
+"""A server that takes texts in as Fletcher's does, and drops them: a process of its own.
+
+    python -m benchmarks.receiving
+
+Prints `listening on ADDRESS`. `DoPut` answers with the number of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyarrow import flight
+
+from fletcher.options import EmbedOptions
+from fletcher.pipeline.intake import Intake, IntakeLimits
+
+# Of a server with its default options and a model of 384 dims.
+LIMITS = IntakeLimits(
+    max_message_bytes=64 << 20,
+    max_row_bytes=16 << 20,
+    piece_rows=157,
+    piece_bytes=128 << 10,
+    table_values=21_845,
+    bytes_per_row=3328,
+)
+
+
+class Receiver(flight.FlightServerBase):
+    """Reads, checks and cuts up whatever comes."""
+
+    def do_put(self, _context: Any, _descriptor: Any, reader: Any, writer: Any) -> None:
+        """Answers with the number of rows in the pieces."""
+        source = intake(reader.schema)
+        num_rows = 0
+        for chunk in reader:
+            for piece in source.pieces(chunk.data, 0, num_rows):
+                num_rows += piece.num_rows
+        writer.write(str(num_rows).encode())
+
+
+def intake(schema: Any) -> Intake:
+    """The intake of an upload."""
+    return Intake(
+        schema,
+        EmbedOptions(dataset="bench"),
+        prompt="",
+        limits=LIMITS,
+        carry_text=True,
+        small_is_interactive=False,
+    )
+
+
+def main() -> None:
+    server = Receiver("grpc://127.0.0.1:0")
+    print(f"listening on grpc://127.0.0.1:{server.port}", flush=True)
+    server.serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""`fletcher tune`: measures what runs a model fastest here; servers then take that."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fletcher.cli.logs import set_up_logging
+from fletcher.cli.parser import add_options, read_config
+
+if TYPE_CHECKING:
+    from fletcher.tuning.race import Trial
+    from fletcher.tuning.tuner import Report
+
+_OPTIONS = ("model", "device", "backend", "precision", "threads", "max_batch_tokens", "home")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `tune`."""
+    parser = subparsers.add_parser(
+        "tune",
+        help="measure what runs a model fastest here",
+        description="Tries engines, precisions, numbers of processes and sizes of runs on real "
+        "texts, refuses those whose vectors are not right, and keeps the fastest: servers started "
+        "with the same options take it from then on. Takes about a minute for a small model, and "
+        "a quiet machine.",
+        example="fletcher tune --model all-MiniLM-L6-v2",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(parser, _OPTIONS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, keeps the winner and prints a table."""
+    from fletcher.inference.devices import detect_host
+    from fletcher.models.registry import Registry
+    from fletcher.tuning.candidates import Asked
+    from fletcher.tuning.tuner import tune
+
+    set_up_logging("error", "text")
+    config = read_config(args, os.environ, _OPTIONS).config
+    registry = Registry(config.home / "models")
+    registry.ensure(config.model, _progress)
+    bundle = registry.verify(config.model)
+    report = tune(config.home, Asked.of(config), detect_host(), bundle, _progress)
+    if args.json:
+        print(json.dumps(_as_json(report), indent=2))
+    else:
+        _print(report)
+    return 0
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print(report: Report) -> None:
+    chosen = report.chosen
+    rows: list[tuple[str, ...]] = [
+        ("engine", "replicas", "tokens/run", "texts/s", "turns", "cosine", "")
+    ]
+    for trials in (report.engines, report.arrangements):
+        rows += [_row(trial, "chosen" if trial is chosen else trial.out) for trial in trials]
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    for index, row in enumerate(rows):
+        if index == 1 + len(report.engines):
+            print()  # the two races: figures of one do not compare with the other's
+        cells = [
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        print("  ".join([*cells, row[6]]).rstrip())
+    print(f"\nchosen: {chosen.candidate}")
+    print(f"why: {_why(report)}")
+    print(f"kept in {report.path}")
+
+
+def _row(trial: Trial, note: str) -> tuple[str, ...]:
+    candidate = trial.candidate
+    turns = f"{min(trial.turns):.0f}-{max(trial.turns):.0f}" if trial.turns else "-"
+    return (
+        candidate.engine,
+        candidate.replicas,
+        str(candidate.max_batch_tokens),
+        f"{trial.texts_per_s:.0f}" if trial.turns else "-",
+        turns,
+        "-" if trial.lowest_cosine is None else f"{trial.lowest_cosine:.6f}",
+        note,
+    )
+
+
+def _why(report: Report) -> str:
+    ran = [trial for trial in report.arrangements if trial.turns]
+    fastest = max(ran, key=lambda trial: trial.texts_per_s)
+    if fastest is not report.chosen:
+        return "no other was faster in every turn"
+    if report.chosen is ran[0]:
+        return f"the fastest of {len(ran)} arrangements of the fastest engine"
+    gain = report.chosen.texts_per_s / ran[0].texts_per_s
+    return f"faster in every turn, {gain:.2f} times the first of its arrangements"
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    def about(trial: Trial) -> dict[str, Any]:
+        candidate = trial.candidate
+        return {
+            "backend": candidate.configs[0].backend,
+            "precision": candidate.configs[0].precision,
+            "replicas": [
+                {"device": one.device, "threads": one.threads} for one in candidate.configs
+            ],
+            "max_batch_tokens": candidate.max_batch_tokens,
+            "texts_per_s": round(trial.texts_per_s, 1),
+            "turns": [round(turn, 1) for turn in trial.turns],
+            "lowest_cosine": trial.lowest_cosine,
+            "out": trial.out,
+        }
+
+    return {
+        "chosen": about(report.chosen),
+        "why": _why(report),
+        "measured_at": report.record.measured_at,
+        "path": str(report.path),
+        "engines": [about(trial) for trial in report.engines],
+        "arrangements": [about(trial) for trial in report.arrangements],
+    }

@@ -1,0 +1,131 @@
+"""What could run a model on a host: the few arrangements that are worth measuring."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fletcher.config import ServeConfig
+from fletcher.errors import BackendError
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.devices import HostInfo, Resolution, resolve
+
+# What `auto` may become. An arithmetic in which a row's vector depends on the rows beside it, such
+# as int8 with ranges taken at run time, is for those who name it.
+BACKENDS = ("openvino", "onnxruntime")
+PRECISIONS = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the options fix; `auto` and 0 leave it open. Fields as those of ServeConfig."""
+
+    device: str = "auto"
+    backend: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+    max_batch_tokens: int = 0
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> Asked:
+        """Those options of a server's configuration."""
+        return cls(**{spec.name: getattr(config, spec.name) for spec in dataclasses.fields(cls)})
+
+    def by_rule(self, host: HostInfo, bundle_folder: Path) -> Resolution:
+        """What the rules make of it. Raises as `fletcher.inference.devices.resolve`."""
+        return resolve(host=host, bundle_folder=bundle_folder, **dataclasses.asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a model.
+
+    Attributes:
+        configs: One for each replica; all have the same `max_batch_tokens`.
+    """
+
+    configs: tuple[BackendConfig, ...]
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Padded tokens in one run at most."""
+        return self.configs[0].max_batch_tokens
+
+    @property
+    def processes(self) -> tuple[BackendConfig, ...]:
+        """The replicas alone: candidates that share them differ in their `max_batch_tokens`."""
+        return tuple(dataclasses.replace(one, max_batch_tokens=0) for one in self.configs)
+
+    def with_tokens(self, max_batch_tokens: int) -> Candidate:
+        """The same replicas with another `max_batch_tokens`."""
+        configs = (
+            dataclasses.replace(one, max_batch_tokens=max_batch_tokens) for one in self.configs
+        )
+        return Candidate(tuple(configs))
+
+    @property
+    def engine(self) -> str:
+        """Backend and precision."""
+        return f"{self.configs[0].backend} {self.configs[0].precision}"
+
+    @property
+    def replicas(self) -> str:
+        """The processes, in words: `cpu: 8+8 cores`, `cuda:0, cuda:1`."""
+        cores = [str(one.threads) for one in self.configs if one.device == "cpu"]
+        if cores:
+            return f"cpu: {'+'.join(cores)} core{'s' if cores != ['1'] else ''}"
+        return ", ".join(one.device for one in self.configs)
+
+    def __str__(self) -> str:
+        return f"{self.engine} on {self.replicas}, {self.max_batch_tokens} tokens a run"
+
+
+def engines(asked: Asked, host: HostInfo, bundle_folder: Path) -> list[Candidate]:
+    """Every device, backend and precision that may be had, arranged by rule; the rules' own first.
+
+    Raises:
+        ConfigError: As `resolve`.
+        BackendError: As `resolve`: nothing can run what was asked.
+    """
+    found = [asked.by_rule(host, bundle_folder)]
+    for device in ("cuda", "cpu") if asked.device == "auto" else (asked.device,):
+        for backend in BACKENDS if asked.backend == "auto" else (asked.backend,):
+            for precision in PRECISIONS if asked.precision == "auto" else (asked.precision,):
+                one = dataclasses.replace(
+                    asked, device=device, backend=backend, precision=precision
+                )
+                with contextlib.suppress(BackendError):  # not to be had here
+                    found.append(one.by_rule(host, bundle_folder))
+    return list(dict.fromkeys(Candidate(tuple(one.configs)) for one in found))
+
+
+def arrangements(engine: Candidate, asked: Asked) -> list[Candidate]:
+    """One engine in fewer or more processes, with smaller or larger runs; as it is first."""
+    tokens = engine.max_batch_tokens
+    budgets = (tokens,) if asked.max_batch_tokens else (tokens, tokens // 2, tokens * 2)
+    return [
+        Candidate(configs).with_tokens(budget)
+        for configs in _processes(engine.configs)
+        for budget in budgets
+    ]
+
+
+def _processes(configs: tuple[BackendConfig, ...]) -> Iterator[tuple[BackendConfig, ...]]:
+    yield configs
+    first = configs[0]
+    if first.device != "cpu":
+        # A small model leaves a GPU idle between two runs of one process.
+        yield tuple(one for one in configs for _ in range(2))
+        return
+    cores = sum(one.threads for one in configs)
+    for number in (len(configs) // 2, len(configs) * 2):
+        if 1 <= number <= cores:
+            yield tuple(dataclasses.replace(first, threads=one) for one in shares(cores, number))
+
+
+def shares(cores: int, number: int) -> Sequence[int]:
+    """Cores of each of some processes, as even as whole cores are."""
+    return [cores // number + (n < cores % number) for n in range(number)]

@@ -1,0 +1,50 @@
+"""Tuning from the question to the record, with fakes for the processes."""
+
+import pytest
+
+from fletcher.cli.tune import _print
+from fletcher.errors import BackendError, ConfigError
+from fletcher.tuning import record as records
+from fletcher.tuning.candidates import Asked
+from fletcher.tuning.tuner import tune
+
+
+def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fake_crew, capsys):
+    started = []
+
+    def start(configs):
+        started.append((configs[0].backend, configs[0].precision, len(configs)))
+        slow = configs[0].precision == "bfloat16" or len(configs) == 1
+        return fake_crew(configs[0].precision, seconds=(0.02 if slow else 0.01,))
+
+    report = tune(tmp_path, Asked(), host, tiny_bundle, lambda line: None, start)
+    assert started[0] == ("onnxruntime", "float32", 1)  # the reference
+    assert len(report.engines) == 3
+    # Equally fast engines: the rules' own stays; two of its processes are as slow as one.
+    assert report.chosen.candidate.engine == "openvino bfloat16"
+    assert report.chosen.candidate.replicas == "cpu: 4 cores"
+    key = records.Key.of(Asked(), host, tiny_bundle)
+    kept = records.load(tmp_path, key, tiny_bundle)
+    assert kept == report.record
+
+    again = tune(tmp_path, Asked(precision="float32"), host, tiny_bundle, lambda line: None, start)
+    assert again.chosen.candidate.replicas == "cpu: 2+2 cores"
+    assert again.path != report.path
+    _print(again)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == "engine replicas tokens/run texts/s turns cosine".split()
+    assert [line for line in table if line.endswith("  chosen")]
+    assert "why: faster in every turn, 2.00 times the first of its arrangements" in table
+    assert table[-1] == f"kept in {again.path}"
+
+
+def test_nothing_right_is_nothing_chosen(tmp_path, host, tiny_bundle, fake_crew):
+    crews = iter([fake_crew(), *(fake_crew(noise=1.0) for _ in range(3))])
+    with pytest.raises(BackendError, match=r"nothing that runs here is right.*refused: cosine"):
+        tune(tmp_path, Asked(), host, tiny_bundle, lambda line: None, lambda _: next(crews))
+    assert not (tmp_path / "tune").exists()
+
+
+def test_null_is_refused(tmp_path, host, tiny_bundle):
+    with pytest.raises(ConfigError, match="`backend` is 'null'"):
+        tune(tmp_path, Asked(backend="null"), host, tiny_bundle, print)
