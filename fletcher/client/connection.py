@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -237,3 +238,10 @@ def _pem(path: str | Path | bytes | None) -> bytes | None:
         raise InvalidCommandError(
             f"`tls`: cannot read {path}: {error.strerror}", field="tls"
         ) from None
+
+
+def pause_s(transfer: TransferOptions, failures: int, error: UnavailableError) -> float:
+    """Before a call is made again: exponential, half of it random, not before the server said."""
+    pause = min(transfer.max_backoff_s, transfer.backoff_s * 2.0 ** (failures - 1))
+    pause *= 0.5 + random.random() / 2  # noqa: S311 - not for secrets
+    return float(max(pause, (error.retry_after_ms or 0) / 1000))

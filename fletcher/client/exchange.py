@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.client.connection import Connection, descriptor
-from fletcher.client.messages import RowError, as_batches, messages, row_errors
+from fletcher.client.connection import Connection, descriptor, pause_s
+from fletcher.client.messages import Message, RowError, as_batches, messages, row_errors
 from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
@@ -32,6 +32,9 @@ from fletcher.options import EmbedOptions
 _MAX_WAITING = 4
 _MAX_WAITING_BYTES = 16 << 20
 _CLOSE_TIMEOUT_S = 5.0
+# How long a thread may take to leave a call that failed, for another to begin; one that is in the
+# caller's input may never.
+_LEAVE_TIMEOUT_S = 2.0
 
 
 class _WriteError(Exception):
@@ -48,6 +51,9 @@ class Exchange:
     or at the end of `with`, cancels the call. When the server fails, answers that it sent shortly
     before may be lost: gRPC drops them.
 
+    Where the server refuses for now, or goes, before its first answer, the exchange begins anew, up
+    to `max_retries` times: until then what was sent is kept, if it is no more than `window_bytes`.
+
     Attributes:
         errors: Why rows of the batch last returned have a null vector, in the order of rows; at
             most the first 1,000 of each piece.
@@ -61,10 +67,22 @@ class Exchange:
     def __init__(self, connection: Connection, data: Any, options: EmbedOptions) -> None:
         self.errors: tuple[RowError, ...] = ()
         self._connection = connection
-        self._input_schema, self._input = as_batches(data)
+        self._options = options
+        self._input_schema, batches = as_batches(data)
+        self._messages: Iterator[Message] = messages(
+            batches, max_bytes=connection.transfer.message_bytes
+        )
+        self._kept: list[Message] | None = []  # to be sent again; None: the call cannot begin anew
+        self._kept_bytes = 0
+        self._num_retries = 0
         self._changed = threading.Condition()
         self._waiting: deque[tuple[pa.RecordBatch, tuple[RowError, ...]]] = deque()
         self._schema: pa.Schema | None = None
+        self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begins the call."""
         self._last_pieces: set[int] = set()  # `batch_id`s on the wire that end a batch of the input
         self._rows_sent = 0
         self._rows_answered = 0
@@ -72,11 +90,10 @@ class Exchange:
         self._written = False  # the writing thread is done, whether it sent all or not
         self._failure: BaseException | None = None
         self._read_all = False
-        self._closed = False
         self._last_activity = time.monotonic()
-        with connection.errors():
-            self._writer, self._reader = connection.flight.do_exchange(
-                descriptor(options), connection.stream_options()
+        with self._connection.errors():
+            self._writer, self._reader = self._connection.flight.do_exchange(
+                descriptor(self._options), self._connection.stream_options()
             )
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
@@ -147,15 +164,42 @@ class Exchange:
             self._closed = True
             self._changed.notify_all()
             finished = self._read_all and self._all_sent
-        if not finished:
+        self._end(_CLOSE_TIMEOUT_S, cancel=not finished)
+
+    def _end(self, timeout_s: float, *, cancel: bool) -> bool:
+        """Ends the call; False where a thread of it has not ended, such as one in the input."""
+        if cancel:
             self._reader.cancel()
-        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if not any(thread.is_alive() for thread in self._threads):
-            # Else pyarrow does it on deletion, and prints what the call ended with.
-            with suppress(FletcherError), self._connection.errors():
-                self._writer.close()
+        if any(thread.is_alive() for thread in self._threads):
+            return False
+        # Else pyarrow does it on deletion, and prints what the call ended with.
+        with suppress(FletcherError), self._connection.errors():
+            self._writer.close()
+        return True
+
+    def _begin_anew(self, failure: BaseException) -> bool:
+        """Whether the call begins again, after a pause: it failed for now and gave no answer."""
+        transfer = self._connection.transfer
+        if not isinstance(failure, UnavailableError) or self._num_retries >= transfer.max_retries:
+            return False
+        with self._changed:
+            if self._kept is None or self._closed:
+                return False
+        if not self._end(_LEAVE_TIMEOUT_S, cancel=True):
+            return False
+        self._num_retries += 1
+        with self._changed:
+            if self._kept is None or self._changed.wait_for(
+                lambda: self._closed, pause_s(transfer, self._num_retries, failure)
+            ):
+                return False
+            self._messages = itertools.chain(self._kept, self._messages)
+            self._kept, self._kept_bytes = [], 0
+        self._begin()
+        return True
 
     def _wait(self, done: Callable[[], bool]) -> None:
         """Waits until `done`, or the call has ended; raises what ended it."""
@@ -178,15 +222,17 @@ class Exchange:
                         # Woken by every change; by the clock while an answer is owed.
                         self._changed.wait(left if owes else timeout_s)
                         continue
-            self.close()
-            raise failure
+            if not self._begin_anew(failure):
+                self.close()
+                raise failure
 
     def _write(self) -> None:
         try:
             write = self._connection.write_options(self._first_batch())
             self._call(lambda: self._writer.begin(self._input_schema, options=write))
-            for message in messages(self._input, max_bytes=self._connection.transfer.message_bytes):
+            for message in self._messages:
                 with self._changed:
+                    self._keep(message)
                     if self._closed:
                         break
                     if self._rows_answered == self._rows_sent:
@@ -208,6 +254,8 @@ class Exchange:
                 self._changed.wait_for(lambda: self._read_all, _CLOSE_TIMEOUT_S)
             self._fail(failed.error)
         except BaseException as error:  # noqa: BLE001 - the caller's input raised: it gets it back
+            with self._changed:
+                self._kept = None
             self._fail(error)
             self._reader.cancel()
         with self._changed:
@@ -218,9 +266,19 @@ class Exchange:
         """What the call will begin with, where its compression depends on that."""
         if not self._connection.measures:
             return None
-        first = next(self._input, None)
-        self._input = itertools.chain([] if first is None else [first], self._input)
-        return first
+        first = next(self._messages, None)
+        if first is None:
+            return None
+        self._messages = itertools.chain([first], self._messages)
+        return first.batch
+
+    def _keep(self, message: Message) -> None:
+        """Keeps what is sent, in case that the call begins anew; the lock is held."""
+        if self._kept is not None:
+            self._kept.append(message)
+            self._kept_bytes += message.num_bytes
+            if self._kept_bytes > self._connection.transfer.window_bytes:
+                self._kept = None
 
     def _call(self, write: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -267,6 +325,7 @@ class Exchange:
             parts.append(chunk.data)
             errors += found
             with self._changed:
+                self._kept = None
                 self._rows_answered += chunk.data.num_rows
                 self._last_activity = time.monotonic()
                 whole = expected in self._last_pieces

@@ -7,7 +7,6 @@ reads acknowledgements. So the caller is never stuck inside a call that cannot b
 from __future__ import annotations
 
 import itertools
-import random
 import threading
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fletcher.client.connection import Connection, TransferOptions, descriptor
+from fletcher.client.connection import Connection, descriptor, pause_s
 from fletcher.client.messages import (
     Ack,
     Message,
@@ -106,7 +105,7 @@ class Upload:
                 if failures > self._transfer.max_retries:
                     raise
                 known = False
-                time.sleep(_pause_s(self._transfer, failures, error))
+                time.sleep(pause_s(self._transfer, failures, error))
 
     def _ask(self) -> list[tuple[int, int]]:
         """Row ranges that the server has; forgets those that were kept to be sent again."""
@@ -373,10 +372,3 @@ class _PutCall:
 
 def _covered(ranges: list[tuple[int, int]], first: int, last: int) -> bool:
     return any(low <= first and last <= high for low, high in ranges)
-
-
-def _pause_s(transfer: TransferOptions, failures: int, error: UnavailableError) -> float:
-    """Exponential, half of it random, and not before the server said."""
-    pause = min(transfer.max_backoff_s, transfer.backoff_s * 2.0 ** (failures - 1))
-    pause *= 0.5 + random.random() / 2  # noqa: S311 - not for secrets
-    return float(max(pause, (error.retry_after_ms or 0) / 1000))

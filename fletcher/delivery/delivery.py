@@ -165,10 +165,12 @@ class Delivery:
             stored: _Ranges = []
             unsent: _Ranges = []
             failed = self._uploads.get(key)
-            if options.upload_id is not None and store.dataset(dataset) is not None:
-                if failed is not None:
-                    # What was being sent when it failed must have arrived, or not, before we look.
-                    self._open(route, schema, "append")
+            if failed is not None:
+                # What was on its way when it failed must have arrived, or not, before we look.
+                if not route.wait_written(_OPENING_S):
+                    raise StoreUnavailableError("the journal does not answer; try again later")
+                self._open(route, schema, "append")
+            if options.upload_id is not None:
                 stored, unsent = self._settled(store, dataset, upload_id)
             if mode == "overwrite" and (stored or unsent or failed is not None):
                 mode = "append"
@@ -341,9 +343,10 @@ class Delivery:
             if self._closed:
                 raise StoreUnavailableError("the server is shutting down")
             route = self._routes.get((name, dataset))
-            if route is None:
-                route = self._routes[name, dataset] = self._new_route(name, dataset, store)
-            route.users += 1
+            if route is not None:
+                route.users += 1
+                return route
+            route = self._routes[name, dataset] = self._new_route(name, dataset, store)
             return route
 
     def _new_route(self, name: str, dataset: str, store: Store) -> Route:

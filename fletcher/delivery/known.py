@@ -218,7 +218,8 @@ class Known:
         if not kinds:
             return
         batch = rows.load()
-        entries = {kind: _entries(kind, batch, rows.unsent) for kind in kinds}
+        left_out = rows.left_out(null_vectors=self._store.capabilities.null_vectors)
+        entries = {kind: _entries(kind, batch, left_out) for kind in kinds}
         with self._lock:
             for kind in kinds:
                 index = self._indexes.get(kind)
@@ -284,8 +285,9 @@ class Known:
     def _read(self, index: _Index) -> None:
         # The journal first: what leaves it meanwhile has come to the store.
         journaled: dict[bytes, bytes] = {}
+        null_vectors = self._store.capabilities.null_vectors
         for group in self._journal.waiting() if self._journal is not None else []:
-            journaled.update(_journaled_entries(index.kind, group))
+            journaled.update(_journaled_entries(index.kind, group, null_vectors=null_vectors))
         columns = _COLUMNS[index.kind]
         info = self._store.dataset(self._dataset)
         if info is not None:
@@ -350,9 +352,12 @@ def keys_of(kind: str, group: Sequence[Rows]) -> set[bytes]:
     return {key for rows in group for key in _entries(kind, rows.load(), rows.unsent)}
 
 
-def _journaled_entries(kind: str, group: JournaledGroup) -> dict[bytes, bytes]:
+def _journaled_entries(
+    kind: str, group: JournaledGroup, *, null_vectors: bool
+) -> dict[bytes, bytes]:
+    left_out = (*group.info.unsent, *(() if null_vectors else group.info.failed))
     try:
-        return _entries(kind, group.load(), group.info.unsent)
+        return _entries(kind, group.load(), left_out)
     except FletcherError:
         if group.settled:  # and its file deleted, just now
             return {}

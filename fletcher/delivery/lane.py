@@ -400,17 +400,28 @@ class Lane:
             for key in set(doubtful).difference(writer.missing_keys(doubtful)):
                 del wanted[key]
         rows = {key: group.batch(null_vectors=null_vectors) for key, group in wanted.items()}
-        self._note_unsent([key for key, batch in rows.items() if not batch.num_rows])
         batches = [batch for batch in rows.values() if batch.num_rows]
         num_rows = sum(batch.num_rows for batch in batches)
         with (
             self._telemetry.stage_duration.time(stage="append"),
             self._telemetry.span("append", rows=num_rows, groups=len(batches)),
         ):
-            return bool(batches) and writer.append(batches)
+            slow_down = bool(batches) and writer.append(batches)
+        self._note_unsent(
+            [key for key, group in wanted.items() if not self._told(group, rows[key].num_rows)]
+        )
+        return slow_down
+
+    def _told(self, group: Group, num_stored: int) -> bool:
+        """Whether the store can tell later that it has a group, of which it got so many rows."""
+        if group.rows[0].upload.upsert:  # others may replace them all, and the key goes with them
+            return False
+        return num_stored > 0 and not (
+            num_stored < group.num_rows and self.store.capabilities.counts_groups
+        )
 
     def _note_unsent(self, keys: Sequence[str]) -> None:
-        """The store will know nothing of these, but that they are settled must outlive us."""
+        """The store may know nothing of these, but that they are settled must outlive us."""
         if keys and self._unsent is not None:
             try:
                 self._unsent.add(keys)

@@ -65,6 +65,7 @@ class Outbox:
         self._changed = threading.Condition()
         self._pending: deque[Rows] = deque()
         self._writing = False
+        self._journaling = threading.Lock()  # from the choice of what is wanted till it is on disk
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None  # from the first group on
 
@@ -81,6 +82,13 @@ class Outbox:
                     self._thread.start()
         if closing:
             self._give_up([group], _shutting_down())
+
+    def wait_written(self, timeout_s: float) -> bool:
+        """Waits until nothing comes any more of uploads that failed before; False: it still may."""
+        written = self._journaling.acquire(timeout=timeout_s)
+        if written:
+            self._journaling.release()
+        return written
 
     @property
     def idle(self) -> bool:
@@ -152,14 +160,15 @@ class Outbox:
         while True:
             try:
                 has_room = self._space.wait_for_room(_FULL_POLL_S)
-                # Each time: this may take long, and who sends them again be here already.
-                taken[:] = self._wanted(taken)
-                if not taken:
-                    return
-                if not has_room:
-                    raise self._space.full()
-                with self._known.deciding(taken, wait_s=_FULL_POLL_S) as decided:
-                    self._journal_all(decided)
+                with self._journaling:
+                    # Each time: this may take long, and who sends them again be here already.
+                    taken[:] = self._wanted(taken)
+                    if not taken:
+                        return
+                    if not has_room:
+                        raise self._space.full()
+                    with self._known.deciding(taken, wait_s=_FULL_POLL_S) as decided:
+                        self._journal_all(decided)
             except (JournalFullError, StoreUnavailableError):
                 if self._closing.is_set() or time.monotonic() > deadline:
                     raise

@@ -65,7 +65,8 @@ class Route:
         space: JournalSpace | None,
         known_space: KnownSpace,
     ) -> None:
-        self.users = 0  # guarded by Delivery
+        # Guarded by Delivery. Who makes it is the first: the lane may ask before this is done.
+        self.users = 1
         self.journal = journal
         self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
         self.known = Known(store, dataset, journal, known_space, telemetry)
@@ -104,6 +105,10 @@ class Route:
             self._outboxes[rows.upload.known_by is not None].put(rows)
         else:
             self.lane.put(rows)
+
+    def wait_written(self, timeout_s: float) -> bool:
+        """Waits until nothing is journaled any more of uploads that failed before."""
+        return all(outbox.wait_written(timeout_s) for outbox in self._outboxes)
 
     def hurry(self) -> None:
         """Somebody waits for the rows that are here: don't wait for more."""

@@ -1,7 +1,9 @@
-"""Groups that are settled though the store got none of their rows: all duplicates, or all failed.
+"""Groups that are settled and of which the store cannot tell later.
 
-The store cannot tell of them, so a file beside the dataset's journal does, and a client whose rows
-were acknowledged finds them so after a restart. Batch keys, a line each.
+It got none of their rows: all were duplicates, or all failed. Or not all, and it counts them. Or
+they replace others by id, and may be replaced: a group that went so, sent again, would replace what
+replaced it. So a file beside the dataset's journal tells of them, and a client whose rows were
+acknowledged finds them so after a restart. Batch keys, a line each.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Upload:
         known_by: It leaves out rows that the dataset holds, known by `id`, `text` or both
             (`delta`); None: it does not.
         stored: Row ranges that the store holds already.
-        unsent: Row ranges that are settled, and of which the store has nothing.
+        unsent: Row ranges that are settled, and of which the store cannot tell.
     """
 
     def __init__(

@@ -28,6 +28,8 @@ class StoreCapabilities:
         upsert: It can replace rows by id.
         drops_repeated_keys: A group sent again under its `batch_key` is recognised by the store.
         durable: What `append` returned for survives a crash of the store's process.
+        counts_groups: It holds a group if it has as many rows of it as its key says: it cannot tell
+            of one whose rows it did not all get.
     """
 
     dtypes: tuple[str, ...]
@@ -35,6 +37,7 @@ class StoreCapabilities:
     upsert: bool
     drops_repeated_keys: bool
     durable: bool
+    counts_groups: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -299,7 +299,8 @@ class _Committer:
         except RequestError:
             # Somebody's rows are refused: find whose, so that the others are not.
             for job, rows in accepted:
-                for batch in rows:
+                counted = not job.whole and job.mode != "upsert"
+                for batch in rows if counted else ():
                     job.stream.rows.subtract(_keys(batch))
                 self._commit_alone(job)
         except Exception as error:  # noqa: BLE001 - theirs, and the thread goes on

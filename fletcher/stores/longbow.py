@@ -21,6 +21,7 @@ CAPABILITIES = StoreCapabilities(
     upsert=False,
     drops_repeated_keys=False,
     durable=False,
+    counts_groups=True,
 )
 _TIMESTAMP = pa.timestamp("ns")
 

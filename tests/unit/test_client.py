@@ -210,6 +210,125 @@ def test_a_refusal_arrives_as_it_was_meant(when):
         assert list(answers) == []
 
 
+class Refusing(Embedding):
+    """Refuses calls, each with the next error, when it has read the next number of batches, or all.
+
+    Not while the client writes: pyarrow may abort where a call ends under a thread that writes.
+    """
+
+    def __init__(self, *refusals):
+        super().__init__()
+        self.refusals = list(refusals)
+
+    def do_exchange(self, context, descriptor, reader, writer):
+        if not self.refusals:
+            return super().do_exchange(context, descriptor, reader, writer)
+        num_read, error = self.refusals.pop(0)
+        for _, _ in zip(range(num_read), reader, strict=False):
+            pass
+        self.commands.append(None)
+        raise to_flight_error(error)
+
+
+ALL = 1000
+AGAIN = {"backoff_s": 0.01, "stall_timeout_s": 20}
+
+
+@pytest.mark.parametrize("compression", ["none", "auto"])
+def test_an_exchange_that_is_refused_before_its_first_answer_comes_again(compression):
+    overloaded = errors.OverloadedError("too much", retry_after_ms=300)
+    refusals = [(1, overloaded), (2, errors.DrainingError("going down")), (ALL, overloaded)]
+    lengths = [[number, number + 1] for number in range(1, 100)]
+
+    def data():
+        # Read once: what was sent in vain must not be asked of it again.
+        for number, one in enumerate(lengths):
+            yield from table_of(one).to_batches()
+            if number < 2:
+                assert refused[number].wait(30)
+
+    refused = [threading.Event(), threading.Event()]
+    transfer = TransferOptions(message_bytes=100, compression=compression, **AGAIN)
+    with Refusing(*refusals) as server, connect(server.uri, transfer=transfer) as client:
+        exchange = client.exchange(data())
+        fail = exchange._fail
+
+        def failed(error):
+            fail(error)
+            refused[min(len(server.commands), 2) - 1].set()
+
+        exchange._fail = failed
+        started = time.monotonic()
+        got = [[row[0] for row in one.column("vector").to_pylist()] for one in exchange]
+        assert got == lengths
+        assert time.monotonic() - started >= 0.6, "not before the server said"
+        assert len(server.commands) == 4
+
+
+@pytest.mark.parametrize(
+    ("refusals", "options", "num_calls"),
+    [
+        ([(ALL, errors.OverloadedError("no"))] * 9, {"max_retries": 2}, 3),
+        ([(ALL, errors.OverloadedError("no"))], {"window_bytes": 50}, 1),
+        ([(ALL, errors.ColumnTypeError("no"))], {}, 1),
+        ([(ALL, errors.InternalError("no"))], {}, 1),
+    ],
+)
+def test_an_exchange_does_not_come_again_for_ever_nor_in_vain(refusals, options, num_calls):
+    transfer = TransferOptions(**AGAIN, **options)
+    with Refusing(*refusals) as server, connect(server.uri, transfer=transfer) as client:
+        with pytest.raises(errors.FletcherError, match="no") as caught:
+            list(client.exchange(table_of([100])))
+        assert type(caught.value) is type(refusals[0][1])
+        assert len(server.commands) == num_calls
+
+
+def test_an_exchange_that_answered_does_not_come_again():
+    class Full(Embedding):
+        def answer(self, context, writer, batch, fields, dtype):
+            if fields["batch_id"] == 1:
+                raise to_flight_error(errors.OverloadedError("no"))
+            super().answer(context, writer, batch, fields, dtype)
+
+    def data():
+        yield from table_of([1]).to_batches()
+        assert answered.wait(30)
+        yield from table_of([2]).to_batches()
+
+    answered = threading.Event()
+    transfer = TransferOptions(**AGAIN)
+    with Full() as server, connect(server.uri, transfer=transfer) as client:
+        exchange = client.exchange(data())
+        assert next(exchange).num_rows == 1
+        answered.set()
+        with pytest.raises(errors.OverloadedError, match="no"):
+            next(exchange)
+        assert len(server.commands) == 1
+
+
+def test_an_exchange_whose_input_is_busy_is_told_of_the_refusal(monkeypatch):
+    monkeypatch.setattr(exchange_module, "_LEAVE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(exchange_module, "_CLOSE_TIMEOUT_S", 0.1)
+    go_on = threading.Event()
+
+    def data():
+        yield from table_of([1]).to_batches()
+        assert go_on.wait(30)
+
+    refusals = [(1, errors.OverloadedError("too much"))]
+    with (
+        Refusing(*refusals) as server,
+        connect(server.uri, transfer=TransferOptions(**AGAIN)) as client,
+    ):
+        exchange = client.exchange(data())
+        with pytest.raises(errors.OverloadedError, match="too much"):
+            next(exchange)
+        go_on.set()
+        for thread in exchange._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
 def test_a_failure_that_is_told_before_the_calls_end_is_raised_at_once(monkeypatch):
     monkeypatch.setattr(exchange_module, "_CLOSE_TIMEOUT_S", 0.1)
     heard = threading.Event()

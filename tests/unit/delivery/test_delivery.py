@@ -12,8 +12,9 @@ import pytest
 
 from fletcher.delivery import delivery as delivery_module
 from fletcher.delivery import lane as lane_module
+from fletcher.delivery import route as route_module
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.lane import DeliveryConfig
+from fletcher.delivery.lane import DeliveryConfig, Lane
 from fletcher.delivery.route import Route
 from fletcher.delivery.rows import Rows
 from fletcher.delivery.upload import Upload
@@ -524,6 +525,29 @@ def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: 
             delivery.close(upload, route)
             route.lane.thread.join(30)
             assert has_writer == [False]
+
+
+def test_a_route_is_in_use_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a machine that stood still for a while its lane asked too early, and failed for good.
+    monkeypatch.setattr(lane_module, "_LINGER_S", 0.01)
+    asked, may_end = threading.Event(), Route._may_end
+
+    def asks(route: Route) -> bool:
+        try:
+            return may_end(route)
+        finally:
+            asked.set()
+
+    def slow(*arguments: Any, **fields: Any) -> Lane:
+        lane = Lane(*arguments, **fields)
+        assert asked.wait(30)
+        return lane
+
+    monkeypatch.setattr(Route, "_may_end", asks)
+    monkeypatch.setattr(route_module, "Lane", slow)
+    with delivering(MemoryStore()) as delivery:
+        _, route = delivery.open(options(), SCHEMA)
+        assert route.lane.thread.is_alive()
 
 
 def test_rows_that_cannot_be_let_go_leave_the_others_of_their_append_alone() -> None:

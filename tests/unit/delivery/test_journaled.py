@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     ColumnTypeError,
     ConfigError,
+    InternalError,
     InvalidCommandError,
     JournalFullError,
     StoreUnavailableError,
@@ -526,3 +529,34 @@ def test_an_upload_found_in_the_journal_cannot_go_on_in_another_mode(tmp_path: P
         upload, _ = delivery.open(options(mode="upsert"), SCHEMA)
         assert upload.claim(0, 9) == []
         assert upload.connections == 1  # the refused one is gone
+
+
+def test_rows_that_were_being_journaled_when_their_upload_failed_are_not_taken_in_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # They were journaled twice, and stored twice: nobody waited for the first ones.
+    begun, go_on = threading.Event(), threading.Event()
+    append = Journal.append
+
+    def slow(self: Journal, *arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return append(self, *arguments)
+
+    monkeypatch.setattr(Journal, "append", slow)
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery, ThreadPoolExecutor(1) as pool:
+        failed, route = delivery.open(options(), SCHEMA)
+        send(route, failed, 0, 5)
+        assert begun.wait(30)
+        failed.fail(InternalError("a worker failed"))
+        delivery.close(failed, route)
+        opening = pool.submit(delivery.open, options(), SCHEMA)
+        early, _ = concurrent.futures.wait([opening], timeout=0.1)
+        go_on.set()
+        upload, route = opening.result(30)
+        assert not early
+        assert upload.claim(0, 9) == [(5, 9)]
+        assert upload.counts()["rows_durable"] == 5
+        assert delivery.flush(30)
+        assert ids(store) == list(range(5))

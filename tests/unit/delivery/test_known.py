@@ -423,6 +423,39 @@ def test_a_row_that_failed_is_not_stored_and_may_come_again(tmp_path: Path, jour
         assert upload.counts()["rows_durable"] == 3
 
 
+@journaled
+def test_a_row_that_failed_into_a_store_without_null_vectors_is_not_known(
+    tmp_path: Path, journal: bool
+) -> None:
+    # The upload that sent it drops no duplicates, and the store did not get it.
+    store = MemoryStore(null_vectors=False)
+    with delivering(store, where(tmp_path, journal)) as delivery:
+        asking, route = delivery.open(options("two"), SCHEMA)
+        upload, _ = delivery.open(options("one", dedupe="off"), SCHEMA)
+        send(route, upload, 0, ("a", None), ("b", "fine"))
+        wait(upload)
+        send(route, asking, 0, ("a", "repaired"), ("b", "again"))
+        wait(asking)
+        assert stored(delivery, store) == [("b", "fine"), ("a", "repaired")]
+
+
+def test_what_failed_in_the_journal_of_an_earlier_process_is_not_known(tmp_path: Path) -> None:
+    store = MemoryStore(null_vectors=False)
+    store.down = outage()
+    with delivering(store, tmp_path) as delivery:
+        upload, route = delivery.open(options("one", dedupe="off"), SCHEMA)
+        send(route, upload, 0, ("a", None), ("b", "fine"))
+        wait(upload)
+    store.gate.clear()
+    store.down = None
+    with delivering(store, tmp_path) as delivery:
+        asking, route = delivery.open(options("two"), SCHEMA)
+        send(route, asking, 0, ("a", "repaired"), ("b", "again"))
+        wait(asking)
+        store.gate.set()
+        assert stored(delivery, store) == [("b", "fine"), ("a", "repaired")]
+
+
 def test_duplicates_that_were_on_their_way_when_an_upload_failed_count_once() -> None:
     # They counted when they were found, and again when they were sent again.
     store = MemoryStore()

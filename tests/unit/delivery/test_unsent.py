@@ -72,6 +72,25 @@ def test_a_client_finds_its_dropped_rows_durable_after_a_restart(
         assert stored(delivery, store) == [("a", "1"), ("b", "2"), ("c", "4")]
 
 
+@pytest.mark.parametrize("durability", ["journal", "store"])
+def test_rows_that_were_all_replaced_are_not_wanted_again_after_a_restart(
+    tmp_path: Path, durability: str
+) -> None:
+    # Their key went with them; sent again, they would have replaced the newer ones.
+    store = MemoryStore()
+    again = options("again", dedupe="off", mode="upsert", durability=durability)
+    with delivering(store, tmp_path) as delivery:
+        upload, route = delivery.open(again, SCHEMA)
+        send(route, upload, 0, ("a", "old"), ("b", "old"))
+        wait(upload)
+        assert delivery.flush(30)
+    store.batches["d"].clear()
+    with delivering(store, tmp_path) as delivery:
+        assert delivery.status(again)["rows_durable"] == 2
+        upload, _ = delivery.open(again, SCHEMA)
+        assert upload.claim(0, 1) == []
+
+
 def test_a_dataset_that_is_emptied_forgets_them(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:

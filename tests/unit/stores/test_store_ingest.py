@@ -107,3 +107,32 @@ def test_a_commit_in_doubt_does_not_harm_its_neighbours(
     assert jobs[2].result(30) == 10
     assert submit(ingest, rows.batch(10, 10)).result(30) == 0
     assert num_rows(store) == 30
+
+
+def test_a_group_is_known_again_after_its_neighbours_rows_were_refused(
+    store: LanceStore, ingest: Ingest
+) -> None:
+    # Its rows were taken back from a count that they had never been in; then it was no repeat.
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        held.set()
+        assert go_on.wait(30)
+
+    holder = threading.Thread(target=ingest.call, args=("d", hold))
+    holder.start()
+    assert held.wait(30)
+    stream = Stream()
+
+    def send() -> Future[int]:
+        batches = [rows.batch(10, 10)]
+        return ingest.submit("d", batches, mode="append", whole=True, stream=stream)
+
+    first, refused = send(), submit(ingest, nan(20, 4))
+    go_on.set()
+    holder.join(30)
+    assert first.result(30) == 10
+    with pytest.raises(RequestError, match="NaN"):
+        refused.result(30)
+    assert send().result(30) == 0
+    assert num_rows(store) == 20
