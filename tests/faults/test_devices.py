@@ -16,9 +16,9 @@ import fletcher.runtime
 from fletcher import errors
 from fletcher.flight.status import from_flight_error
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import Resolution
 from fletcher.models.bundle import ModelBundle
 from fletcher.runtime import Runtime
+from fletcher.tuning.decision import Decision
 from fletcher.workers.slot import Slot
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import TIMEOUT, action, command, exchange
@@ -31,18 +31,16 @@ BATCH_ROWS = 500
 
 @pytest.fixture(scope="module")
 def server(start_server: StartServer) -> Runtime:
-    def three_devices(*args: object) -> Resolution:
-        folder = args[5]
-        assert isinstance(folder, Path)
-        dim = ModelBundle.load(folder).dim
+    def three_devices(_home: Path, _asked: object, _host: object, bundle: ModelBundle) -> Decision:
+        folder = str(bundle.folder)
         configs = [
-            BackendConfig("null", f"cuda:{n}", str(folder), max_batch_tokens=256, dim=dim)
+            BackendConfig("null", f"cuda:{n}", folder, max_batch_tokens=256, dim=bundle.dim)
             for n in range(3)
         ]
-        return Resolution(configs, "three devices")
+        return Decision(configs, "three devices")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fletcher.runtime, "resolve", three_devices)
+        patch.setattr(fletcher.runtime, "decide", three_devices)
         # In turn: every device has work, however quick it seems on a busy machine.
         return start_server(tokenizer_workers=1, dispatch="round-robin")
 

@@ -26,8 +26,8 @@ def test_a_server_runs_what_was_measured(
     save(tmp_path, Key.of(asked, detect_host(), tiny_bundle), tiny_bundle, record)
     stats = start_server(**options).service.describe()
     assert [(one["backend"], one["state"]) for one in stats["replicas"]] == [
-        ("onnxruntime", "ready"),
-        ("onnxruntime", "ready"),
+        ("onnxruntime", "healthy"),
+        ("onnxruntime", "healthy"),
     ]
     assert stats["engine"]["chosen_by"] == "measurement"
     assert stats["engine"]["measured_at"] == record.measured_at

@@ -10,7 +10,7 @@ from fletcher.config import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.inference.devices import HostInfo
 from fletcher.models.bundle import ModelBundle
-from fletcher.runtime import _replicas
+from fletcher.runtime import _decide
 
 
 def host(num_cuda_devices: int) -> HostInfo:
@@ -29,8 +29,9 @@ def host(num_cuda_devices: int) -> HostInfo:
 
 def devices(bundle: ModelBundle, num_cuda: int, **options: str) -> tuple[list[str], list[str]]:
     config = ServeConfig(home=Path("/nonexistent"), **options)  # type: ignore[arg-type]
-    replicas, standby = _replicas(config, bundle, host(num_cuda))
-    return [one.device for one in replicas], [f"{one.device} {one.precision}" for one in standby]
+    decision, standby = _decide(config, bundle, host(num_cuda))
+    running = [one.device for one in decision.configs]
+    return running, [f"{one.device} {one.precision}" for one in standby]
 
 
 def test_the_cpu_stands_by_only_where_asked_and_only_for_gpus(tiny_bundle: ModelBundle) -> None:
