@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -177,6 +178,7 @@ class Slot:
             self.wanted.wait()
             if closing.is_set():
                 return
+            lived_s = 0.0
             try:
                 connection = self._start()
             except Exception as error:  # noqa: BLE001 - reported by the pool, and tried again
@@ -192,11 +194,16 @@ class Slot:
                     self._owner.review(self)
                 self.settled.set()
                 self._failures += 1  # until it answers
+                started = time.monotonic()
                 self._read(connection)
                 self._clear(connection)
+                lived_s = time.monotonic() - started
             # A first death may be anything; one after the other is a reason to wait.
             num_failures = self._failures if self.failure else self._failures - 1
-            closing.wait(backoff_s(num_failures, self._rng))
+            pause_s = backoff_s(num_failures, self._rng)
+            if lived_s > pause_s:  # it may have had nothing to answer
+                pause_s, self._failures = 0.0, 0
+            closing.wait(pause_s)
 
     def _start(self) -> Connection:
         ours, theirs = socket.socketpair()
