@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from fletcher.delivery.journal import journals
 from fletcher.delivery.segment import REJECTED, WAITING, Segment, read_segments
+from fletcher.delivery.unsent import Unsent
 
 SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "n": pa.int64()})
 MAX_ROW_BYTES = 1024
@@ -119,7 +120,8 @@ class Ledger:
 
     Attributes:
         may_give_up: Workers died more than once: work that may have killed them fails alone.
-        num_given_up: Good rows that the last look found without a vector.
+        num_given_up: Good rows that the last look found without a vector, or settled and, where
+            a store takes no such rows, not there.
         may_double: The store appends whatever comes, and may have been at it still when it was
             asked what it had.
         num_doubled: Rows that the last check found more than once.
@@ -185,6 +187,8 @@ class Ledger:
             table = self._read_store(dataset)
             if table is not None:
                 self._count(dataset, table, stored)
+        for upload in uploads:
+            self.num_given_up += int(self._given_up(upload, stored[upload.number]).sum())
         return Holdings(durable, journaled, stored)
 
     def check(self) -> Holdings:
@@ -264,8 +268,23 @@ class Ledger:
         """Rows that the store lacks and could have."""
         if self._null_vectors:
             return stored == 0
+        return self._absent(upload, stored) & ~self._given_up(upload, stored)
+
+    def _absent(self, upload: Upload, stored: np.ndarray) -> np.ndarray:
+        """Good rows that a store without null vectors lacks."""
         flawed = [upload.is_flawed(row) for row in range(upload.num_rows)]
         return (stored == 0) & ~np.array(flawed, bool)
+
+    def _given_up(self, upload: Upload, stored: np.ndarray) -> np.ndarray:
+        """Those of them that are settled: their workers died more than once."""
+        rows = np.zeros(upload.num_rows, bool)
+        if self._null_vectors or not self.may_give_up:
+            return rows
+        for _, dataset, folder in journals(self._home / "journal"):
+            if dataset == upload.dataset:
+                for first, last in Unsent(folder).ranges(upload.upload_id):
+                    rows[first : last + 1] = True
+        return rows & self._absent(upload, stored)
 
     def _assert_none(self, upload: Upload, rows: np.ndarray, what: str) -> None:
         wrong = np.flatnonzero(rows)
