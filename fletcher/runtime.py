@@ -34,6 +34,7 @@ from fletcher.planning.planner import MAX_BATCH_ROWS, plan
 from fletcher.ports import check_port
 from fletcher.stores.address import open_store
 from fletcher.telemetry import Telemetry, configure
+from fletcher.tokenization.null import NullTokenizer
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.tuning.candidates import Asked
 from fletcher.tuning.decision import Decision, decide
@@ -270,6 +271,9 @@ def _embedder(
 ) -> Embedder:
     num_tokenizers = config.tokenizer_workers or _tokenizers(host.cores, replicas)
     folder = str(bundle.folder)
+    null = config.tokenizer == "null"
+    tokenizer = (NullTokenizer if null else Tokenizer).load(bundle.folder)
+    tokenizer_factory = f"fletcher.tokenization.{'null' if null else 'worker'}:load"
     max_batch_tokens = replicas[0].max_batch_tokens
     specs = [
         WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)
@@ -278,7 +282,7 @@ def _embedder(
     return Embedder(
         EmbedderConfig(
             tokenizers=[
-                WorkerSpec(f"tokenizer-{n}", "fletcher.tokenization.worker:load", folder)
+                WorkerSpec(f"tokenizer-{n}", tokenizer_factory, folder)
                 for n in range(num_tokenizers)
             ],
             replicas=specs[: len(replicas)],
@@ -295,7 +299,7 @@ def _embedder(
             max_batch_rows=MAX_BATCH_ROWS,
             num_runners=num_runners,
         ),
-        tokenize=Tokenizer.load(bundle.folder).encode,
+        tokenize=tokenizer.encode,
         budget=budget,
         telemetry=telemetry,
         crowded=lambda: pressure.grade is not Grade.NORMAL,
