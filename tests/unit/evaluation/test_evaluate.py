@@ -233,7 +233,6 @@ def test_table_json_and_plot(run, tmp_path):
     assert [row["dims"] for row in rows] == [16, 4, 16]
     assert rows[0]["recall"]["10"] == 1
     assert rows[0]["backend"] == "exact"
-    pytest.importorskip("matplotlib")
     plot.check()
     plot.draw(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
