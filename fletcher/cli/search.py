@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from fletcher.cli.connection import add_connection, local_config, open_client, without_store
 from fletcher.cli.parser import check_server, given_flags
-from fletcher.cli.prompts import QUERY_PROMPTS, default_prompt, served_model
+from fletcher.client.prompts import QUERY_PROMPTS, default_prompt, served_model
 from fletcher.cli.table import columns, cut, padded, printable, terminal_width
 from fletcher.config import nearest
 from fletcher.errors import (

@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fletcher.batches import FloatArray, Int64Array
+from fletcher.client.prompts import (
+    DOCUMENT_PROMPTS,
+    QUERY_PROMPTS,
+    default_prompt,
+    served_model,
+)
 from fletcher.evaluation import metrics
 from fletcher.evaluation.metrics import Float64Array
 from fletcher.evaluation.pairs import Pairs
 from fletcher.evaluation.search import search
 from fletcher.evaluation.variants import Engine, Variant, check, usual
-from fletcher.evaluation.vectors import (
-    DOCUMENT_PROMPTS,
-    QUERY_PROMPTS,
-    Embedded,
-    embed,
-    prompt_of,
-    served_model,
-)
+from fletcher.evaluation.vectors import Embedded, embed
 
 if TYPE_CHECKING:
     from fletcher.client import Client
@@ -186,8 +185,10 @@ def _embed(
         options["layers"] = None
     if variant.dims == model["dim"]:
         options["dims"] = None
-    queries = embed(client, pairs.queries, prompt=prompt_of(model, QUERY_PROMPTS), **options)
-    documents = embed(client, pairs.documents, prompt=prompt_of(model, DOCUMENT_PROMPTS), **options)
+    queries = embed(client, pairs.queries, prompt=default_prompt(model, QUERY_PROMPTS), **options)
+    documents = embed(
+        client, pairs.documents, prompt=default_prompt(model, DOCUMENT_PROMPTS), **options
+    )
     return queries, documents
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.batches import FloatArray
-from fletcher.errors import BY_CODE, InternalError, UnknownModelError
+from fletcher.errors import BY_CODE, InternalError
 from fletcher.options import EmbedOptions
 
 if TYPE_CHECKING:
     from fletcher.client import Client
 
 _BATCH_ROWS = 1024
-# Names under which models have the prompts of the two sides of a search.
-QUERY_PROMPTS = ("query",)
-DOCUMENT_PROMPTS = ("passage", "document")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +35,6 @@ class Embedded:
     bytes_per_vector: int
     num_truncated: int
     texts_per_s: float | None
-
-
-def served_model(client: Client, name: str | None) -> dict[str, Any]:
-    """ModelInfo of the model of that name, or of the server's default.
-
-    Raises:
-        UnknownModelError: It is not served.
-    """
-    models = client.list_models()
-    for model in models:
-        if model["name"] == name or (name is None and model.get("is_default")):
-            return model
-    known = [str(model["name"]) for model in models]
-    raise UnknownModelError(
-        f"`model` is {name!r}, but the server runs {', '.join(known)}", field="model", allowed=known
-    )
-
-
-def prompt_of(model: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of some prompts' names that a model has; None where it has none of them."""
-    return next((name for name in names if name in model["prompts"]), None)
 
 
 def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
