@@ -20,6 +20,7 @@ from fletcher.models.bundle import ModelBundle
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.models import Model, Models
 from fletcher.pipeline.pressure import Grade, Pressure
+from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
 from fletcher.schema import VectorSpec
 from fletcher.telemetry import Telemetry
 
@@ -121,7 +122,7 @@ class Service:
 
         Raises:
             DimensionMismatchError: `dims` that the model does not declare.
-            InvalidCommandError: `layers` or `dtype` that cannot be had.
+            InvalidCommandError: `layers`, `dtype` or `prompt` that cannot be had.
         """
         if options.dims is not None and options.dims not in model.dims:
             raise DimensionMismatchError(
@@ -152,8 +153,10 @@ class Service:
             pooling=model.pooling,
             normalized=model.normalize if options.normalize is None else options.normalize,
         )
-        prompt = options.prompt if options.prompt is not None else model.default_prompt or ""
-        return Request(options, spec, model.prompts.get(prompt, prompt))
+        prompt = resolve_prompt(model, options.prompt)
+        if prompt:
+            prompt_tokens(model, prompt, self.embedder.num_tokens)
+        return Request(options, spec, prompt)
 
     def admit(self, model: Model, *, bulk: bool) -> AbstractContextManager[None]:
         """A place for a stream, held in `with`; who has one is slowed, never refused any more.
