@@ -70,7 +70,7 @@ def _exchange(
     writer: Any,
     trace: Trace,
 ) -> None:
-    request = service.resolve(model.bundle, options, dtypes=tuple(ELEMENT_TYPES))
+    request = service.resolve(model, options, dtypes=tuple(ELEMENT_TYPES))
     schema = read_schema(reader)
     source = intake(model, schema, request, carry_text=False, interactive=True)
     output = output_schema(

@@ -69,7 +69,7 @@ def _put(
     writer: Any,
     trace: Trace,
 ) -> None:
-    request = service.resolve(model.bundle, options, dtypes=store.capabilities.dtypes)
+    request = service.resolve(model, options, dtypes=store.capabilities.dtypes)
     schema = read_schema(reader)
     source = intake(model, schema, request, carry_text=True, interactive=False)
     if not source.has_ids and (options.dedupe == "id" or options.mode == "delta"):

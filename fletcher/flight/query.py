@@ -47,7 +47,7 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
 def _embed(
     service: Service, model: Model, options: EmbedOptions, texts: list[str], trace: Trace
 ) -> dict[str, Any]:
-    request = service.resolve(model.bundle, options, dtypes=("float32", "float16"))
+    request = service.resolve(model, options, dtypes=("float32", "float16"))
     try:
         batch = pa.record_batch({"text": pa.array(texts, pa.utf8())})
     except UnicodeEncodeError:

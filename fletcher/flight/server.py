@@ -127,8 +127,8 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             options = parse_descriptor(descriptor)
             if options.dataset is not None:
                 return flight.SchemaResult(self._dataset(descriptor).schema)
-            bundle = self._service.models.find(options.model)
-            request = self._service.resolve(bundle, options, dtypes=tuple(ELEMENT_TYPES))
+            with self._service.models.lease(options.model) as model:
+                request = self._service.resolve(model, options, dtypes=tuple(ELEMENT_TYPES))
             text = bool(options.include_text)
             return flight.SchemaResult(output_schema(request.spec, id_type=pa.utf8(), text=text))
 

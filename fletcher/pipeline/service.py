@@ -16,7 +16,6 @@ from fletcher.errors import (
     InvalidCommandError,
     OverloadedError,
 )
-from fletcher.models.bundle import ModelBundle
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.models import Model, Models
 from fletcher.pipeline.pressure import Grade, Pressure
@@ -110,13 +109,11 @@ class Service:
     pressure: Pressure
     telemetry: Telemetry
 
-    def resolve(
-        self, model: ModelBundle, options: EmbedOptions, *, dtypes: tuple[str, ...]
-    ) -> Request:
+    def resolve(self, running: Model, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
         """A command as this server will carry it out.
 
         Args:
-            model: The model that does it.
+            running: The model that does it.
             options: What was asked.
             dtypes: Element types that the destination takes.
 
@@ -124,6 +121,7 @@ class Service:
             DimensionMismatchError: `dims` that the model does not declare.
             InvalidCommandError: `layers`, `dtype` or `prompt` that cannot be had.
         """
+        model = running.bundle
         if options.dims is not None and options.dims not in model.dims:
             raise DimensionMismatchError(
                 f"`dims` is {options.dims}, but {model.name} declares "
@@ -155,7 +153,7 @@ class Service:
         )
         prompt = resolve_prompt(model, options.prompt)
         if prompt:
-            prompt_tokens(model, prompt, self.embedder.num_tokens)
+            prompt_tokens(model, prompt, running.embedder.num_tokens)
         return Request(options, spec, prompt)
 
     def admit(self, model: Model, *, bulk: bool) -> AbstractContextManager[None]:
