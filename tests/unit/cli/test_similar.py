@@ -86,7 +86,7 @@ def test_candidates_of_a_file(call, server, tmp_path):
         expected = cosines[TEXTS.index(one["text"])]
         assert one["cosine"] == pytest.approx(expected[one["row"]], abs=1e-6)
         assert one["cosine"] == pytest.approx(np.sort(expected)[-one["rank"]], abs=1e-6)
-    assert max(one["row"] for one in found) >= 5000
+    assert max(one["row"] for one in found) >= 4096  # found in a second batch
     printed_lines = call(*TEXTS[:2], *words).out.splitlines()
     assert len(printed_lines) == 8
     assert printed_lines[0] == TEXTS[0]
