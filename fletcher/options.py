@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fletcher.chunking import Chunking
 from fletcher.errors import InvalidCommandError, UnknownFieldError
 
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -24,7 +25,6 @@ MAX_NUMBER = 1_000_000
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "float16"),
     "truncate": ("end", "start", "error"),
-    "chunking": ("none",),
     "on_error": ("continue", "abort"),
     "mode": ("append", "upsert", "overwrite", "delta"),
     "dedupe": ("off", "text", "id"),
@@ -36,7 +36,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # None: whatever is not in CHOICES.
 NOT_SUPPORTED: dict[str, tuple[str, ...] | None] = {
     "dtype": ("int8", "ubinary"),
-    "chunking": None,
 }
 
 
@@ -59,7 +58,8 @@ class EmbedOptions:
             stores that take nothing else).
         normalize: L2-normalise; None: as the model says.
         truncate: What to do with texts over the model's length.
-        chunking: How long texts are cut into pieces; only `none`.
+        chunking: How long texts are cut into chunks, and what becomes of their vectors:
+            `METHOD[:SIZE[/OVERLAP]][:AGGREGATION]` (see `fletcher.chunking`), or `none`.
         columns: Input columns to carry through to the output.
         include_text: Carry the text itself; None: true for stores, false for DoExchange.
         on_error: `continue` reports a failed row and goes on; `abort` ends the call with its error.
@@ -128,6 +128,7 @@ class EmbedOptions:
                     f"`{name}` is {_shown(value)}, expected 1 to {MAX_NUMBER}", field=name
                 )
         _check_columns(self.columns)
+        self._check_chunking()
         self._check_duplicates()
 
     @classmethod
@@ -146,6 +147,17 @@ class EmbedOptions:
                     allowed=FIELD_NAMES,
                 )
         return cls(**fields)
+
+    def _check_chunking(self) -> None:
+        if self.chunking is None or Chunking.parse(self.chunking) is None:
+            return
+        if self.truncate != "end":
+            raise InvalidCommandError(
+                f"`truncate` is {self.truncate} and `chunking` is {self.chunking}, which cuts "
+                "nothing off; leave one of them out",
+                field="truncate",
+                allowed=["end"],
+            )
 
     def _check_duplicates(self) -> None:
         if self.dedupe != "off" and self.mode not in ("append", "overwrite"):

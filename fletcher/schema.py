@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fletcher.chunking import Chunking
 from fletcher.errors import InvalidCommandError
 
 ELEMENT_TYPES: dict[str, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
@@ -26,6 +27,7 @@ class VectorSpec:
         layers: Exit layer that the vectors come from.
         pooling: `cls`, `mean` or `last_token`.
         normalized: L2 norm is 1.
+        chunking: How texts are cut into chunks; None: not at all.
     """
 
     model: str
@@ -34,6 +36,7 @@ class VectorSpec:
     layers: int
     pooling: str
     normalized: bool
+    chunking: Chunking | None = None
 
     @property
     def arrow_type(self) -> pa.DataType:
@@ -50,6 +53,7 @@ class VectorSpec:
             "fletcher.normalized": "true" if self.normalized else "false",
             "fletcher.dtype": self.dtype,
             "longbow.vector_type": self.dtype,
+            **({} if self.chunking is None else {"fletcher.chunking": str(self.chunking)}),
         }
 
 

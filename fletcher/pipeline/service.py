@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from fletcher.chunking import Chunking
 from fletcher.compression import Answers
 from fletcher.delivery.delivery import Delivery
 from fletcher.errors import (
@@ -128,7 +129,7 @@ class Service:
         Raises:
             UnknownModelError: Another model than the one that is served.
             DimensionMismatchError: `dims` that the model does not declare.
-            InvalidCommandError: `layers`, `dtype` or `prompt` that cannot be had.
+            InvalidCommandError: `layers`, `dtype`, `prompt` or `chunking` that cannot be had.
         """
         model = self.model
         if options.model not in (None, model.name, model.qualified_name):
@@ -158,6 +159,11 @@ class Service:
                 field="dtype",
                 allowed=dtypes,
             )
+        prompt = resolve_prompt(model, options.prompt)
+        chunking = Chunking.parse(options.chunking or "none")
+        if prompt or chunking is not None:
+            taken = prompt_tokens(model, prompt, self.embedder.num_tokens)
+            chunking = chunking and chunking.fitted(model.max_length, taken)
         spec = VectorSpec(
             model=model.qualified_name,
             dims=options.dims or model.dim,
@@ -165,10 +171,8 @@ class Service:
             layers=model.num_layers,
             pooling=model.pooling,
             normalized=model.normalize if options.normalize is None else options.normalize,
+            chunking=chunking,
         )
-        prompt = resolve_prompt(model, options.prompt)
-        if prompt:
-            prompt_tokens(model, prompt, self.embedder.num_tokens)
         return Request(options, spec, prompt)
 
     def admit(self, *, bulk: bool) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ import tokenizers
 from fletcher.batches import BoolArray, Int32Array, TextBatch, TokenBatch, Truncate
 from fletcher.errors import FletcherError, InvalidCommandError, ModelError, RowTooLargeError
 from fletcher.models.bundle import ModelBundle
+from fletcher.tokenization.chunker import cut
 from fletcher.tokenization.shorten import Shortener
 
 # Bytes of a long text that are tokenized first, per token wanted. English takes about 5 bytes a
@@ -68,11 +69,14 @@ class Tokenizer:
         """Tokenizes all texts of a batch.
 
         A text of more than `max_length` tokens loses its last (`truncate="end"`) or first
-        (`"start"`, the prompt among them) tokens, or gets a RowTooLargeError (`"error"`).
+        (`"start"`, the prompt among them) tokens, or gets a RowTooLargeError (`"error"`). With
+        `chunking` it becomes several rows, and loses nothing.
 
         Raises:
             InvalidCommandError: `max_length` leaves no room beside the special tokens.
         """
+        if batch.chunking is not None:
+            return self._cut(batch)
         limit = min(batch.max_length or self.max_length, self.max_length)
         room = limit - self.num_special_tokens
         if room < 1:
@@ -92,6 +96,15 @@ class Tokenizer:
                 )
             truncated = np.zeros(len(rows), dtype=np.bool_)
         return self._assemble(rows, room, batch.truncate, truncated, errors)
+
+    def _cut(self, batch: TextBatch) -> TokenBatch:
+        """Tokenizes all texts, and cuts them into chunks."""
+        texts = [str(text, "utf-8") for text in _texts(batch)]
+        encodings = self._tokenizer.encode_batch_fast(
+            [*texts, batch.prompt], add_special_tokens=False
+        )
+        *ids, prompt_ids = (np.array(encoding.ids, np.int32) for encoding in encodings)
+        return cut(batch, ids, prompt_ids, (self._prefix, self._suffix))
 
     def _tokenize(
         self, texts: list[memoryview], room: int, truncate: Truncate
@@ -163,7 +176,9 @@ def _texts(batch: TextBatch) -> list[memoryview]:
     if not batch.prompt:
         return views
     prompt = batch.prompt.encode()
-    return [memoryview(prompt + bytes(view)) for view in views]
+    # Where a text goes on, its prompt was in the part before.
+    begin = 0 if batch.carry is None else 1
+    return views[:begin] + [memoryview(prompt + bytes(view)) for view in views[begin:]]
 
 
 def _special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:

@@ -70,7 +70,7 @@ def test_a_wrong_choice_is_answered_with_the_right_ones(field):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("chunking", "sentences"), *((f, v) for f, vs in NOT_SUPPORTED.items() for v in vs or ())],
+    [(f, v) for f, vs in NOT_SUPPORTED.items() for v in vs or ()],
 )
 def test_what_only_the_contract_has_is_refused_as_not_supported(field, value):
     with pytest.raises(InvalidCommandError, match="does not support") as caught:
