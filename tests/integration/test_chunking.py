@@ -39,7 +39,7 @@ def client(server: Runtime) -> Iterator[fletcher.Client]:
 @pytest.fixture(scope="module")
 def whole(server: Runtime) -> Tokenizer:
     """The model's tokenizer for texts of any length."""
-    tokenizer = Tokenizer.load(server.service.model.folder)
+    tokenizer = Tokenizer.load(server.service.models.default.bundle.folder)
     return Tokenizer(tokenizer._tokenizer, max_length=10_000_000)
 
 
