@@ -28,10 +28,14 @@ def cut(
         ids: The tokens of each, without special ones, with the prompt's where it does not go on.
         prompt_ids: The prompt's own tokens.
         special: Tokens that go before and after every chunk.
+
+    Raises:
+        InvalidCommandError: A chunk has no room for text beside the overlap.
     """
     assert batch.chunking is not None
     before, after = np.array(special[0], np.int32), np.array(special[1], np.int32)
     room = batch.chunking.size - len(prompt_ids) - len(before) - len(after)
+    batch.chunking.fitted(batch.chunking.size, batch.chunking.size - room)  # else it never ends
     rows: list[Int32Array] = []
     index: list[int] = []
     num_tokens: list[int] = []

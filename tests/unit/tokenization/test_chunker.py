@@ -64,9 +64,9 @@ def test_windows_are_full_and_end_with_the_text(room: int, overlap: int) -> None
         assert found[-1][1] == num_tokens
 
 
-@pytest.mark.parametrize("how", ["tokens:8/0", "tokens:12/5", "tokens:32/29", "tokens:32"])
+@pytest.mark.parametrize("how", ["tokens:8/0", "tokens:20/5", "tokens:32/29", "tokens:32"])
 def test_chunks_are_windows_over_the_tokens_of_the_text(tokenizer: Tokenizer, how: str) -> None:
-    prompt = "22 use: " if "12" in how else ""
+    prompt = "22 use: " if "20" in how else ""
     whole = batch(["of", TEXT, "", "a b"], how, prompt)
     tokens = tokenizer.encode(whole)
     assert tokens.chunks is not None
@@ -150,3 +150,9 @@ def test_a_chunk_must_have_room_and_fit_the_model() -> None:
         with pytest.raises(InvalidCommandError, match="cannot be") as caught:
             Chunking("tokens", size, overlap).fitted(32, taken)
         assert caught.value.field == "chunking"
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Tokenizer) -> None:
+    # It ended in no memory: windows that do not move on have no end.
+    with pytest.raises(InvalidCommandError, match="cannot be"):
+        tokenizer.encode(batch([TEXT], "tokens:8/4", "22 use: "))
