@@ -13,8 +13,8 @@ from fletcher.errors import BackendError, RowTooLargeError
 class EchoWorker:
     """Answers with what it got; some payloads are orders."""
 
-    def __init__(self, concurrency: int = 1) -> None:
-        self.concurrency = concurrency
+    def __init__(self, concurrency: int = 1, express: int = 0) -> None:
+        self.concurrency, self.express = concurrency, express
 
     def run(self, payload: Any) -> Any:
         match payload:
@@ -56,6 +56,11 @@ class Unreadable:
 
 def load_echo(concurrency: int) -> EchoWorker:
     return EchoWorker(concurrency)
+
+
+def load_express(_: Any) -> EchoWorker:
+    """One run at a time, and one more for what is urgent."""
+    return EchoWorker(1, 1)
 
 
 def load_broken(message: str) -> EchoWorker:

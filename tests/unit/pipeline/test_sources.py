@@ -30,6 +30,7 @@ def make(plan: Any) -> InferenceSource:
         window_tokens=100,
         max_queue_delay_s=0,
         more_coming=lambda: False,
+        hurry=lambda: None,
         telemetry=Telemetry(),
     )
 
@@ -92,6 +93,7 @@ def test_windows_grow_with_what_waits_where_it_is_crowded(
         crowded=lambda: crowded,
         max_queue_delay_s=0,
         more_coming=lambda: False,
+        hurry=lambda: None,
         telemetry=Telemetry(),
     )
     streams = []
