@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fletcher.cli.connection import add_connection, local_config, open_client, refuse_local_flags
 from fletcher.cli.parser import check_server, given_flags
 from fletcher.cli.progress import Progress, Sample, Total
+from fletcher.cli.prompts import DOCUMENT_PROMPTS, default_prompt, served_model
 from fletcher.cli.table import cut, printable, terminal_width
 from fletcher.errors import ConfigError, FletcherError
 from fletcher.options import CHOICES, EmbedOptions
@@ -84,7 +85,11 @@ def add_parser(subparsers: Any) -> None:
         "--dtype", choices=CHOICES["dtype"], help="float16 takes half the room (store's choice)"
     )
     group.add_argument("--dims", type=int, metavar="N", help="leading dimensions to keep")
-    group.add_argument("--prompt", help="a prompt of the model, or text to put before each text")
+    group.add_argument(
+        "--prompt",
+        help="a prompt of the model, or text to put before each text; '' for none (default: the "
+        "model's prompt for documents, if it has one)",
+    )
     group.add_argument(
         "--truncate",
         choices=CHOICES["truncate"],
@@ -121,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
     with open_client(args, config) as client:
         started_s = time.monotonic()
+        options = _with_prompt(client, options)
         try:
             summary = _upload(client, source, options, local=not args.server, limit=args.limit)
         except KeyboardInterrupt:
@@ -155,6 +161,13 @@ def _options(args: argparse.Namespace) -> EmbedOptions:
         include_text=False if args.no_text else None,
         durability="store",  # the summary tells what the store has
     )
+
+
+def _with_prompt(client: Client, options: EmbedOptions) -> EmbedOptions:
+    if options.prompt is not None:
+        return options
+    prompt = default_prompt(served_model(client, options.model), DOCUMENT_PROMPTS)
+    return dataclasses.replace(options, prompt=prompt)
 
 
 def _store_name(args: argparse.Namespace) -> str | None:

@@ -183,6 +183,13 @@ class Embedder:
             stream.close()
         return stream
 
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a text as the model sees it, special ones included; at most its length."""
+        data = text.encode()
+        with self._tokenizing:
+            tokens = self._tokenize(TextBatch(data, np.array([0, len(data)], np.int64)))
+        return len(tokens.input_ids)
+
     def queued_windows(self) -> float:
         """Tokens that wait to be planned, in windows."""
         return self._inference.depth() / max(1, self._window_tokens)

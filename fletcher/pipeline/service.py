@@ -22,6 +22,7 @@ from fletcher.options import EmbedOptions
 from fletcher.pipeline.embedder import Embedder
 from fletcher.pipeline.intake import IntakeLimits
 from fletcher.pipeline.pressure import Grade, Pressure
+from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
 from fletcher.schema import VectorSpec
 from fletcher.telemetry import Telemetry
 
@@ -127,7 +128,7 @@ class Service:
         Raises:
             UnknownModelError: Another model than the one that is served.
             DimensionMismatchError: `dims` that the model does not declare.
-            InvalidCommandError: `layers` or `dtype` that cannot be had.
+            InvalidCommandError: `layers`, `dtype` or `prompt` that cannot be had.
         """
         model = self.model
         if options.model not in (None, model.name, model.qualified_name):
@@ -165,8 +166,10 @@ class Service:
             pooling=model.pooling,
             normalized=model.normalize if options.normalize is None else options.normalize,
         )
-        prompt = options.prompt if options.prompt is not None else model.default_prompt or ""
-        return Request(options, spec, model.prompts.get(prompt, prompt))
+        prompt = resolve_prompt(model, options.prompt)
+        if prompt:
+            prompt_tokens(model, prompt, self.embedder.num_tokens)
+        return Request(options, spec, prompt)
 
     def admit(self, *, bulk: bool) -> AbstractContextManager[None]:
         """A place for a stream, held in `with`; who has one is slowed, never refused any more.
