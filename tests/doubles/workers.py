@@ -35,6 +35,8 @@ class EchoWorker:
                 return Unreadable()
             case "pid":
                 return os.getpid()
+            case ("pause", seconds):
+                time.sleep(seconds)
             case ("wait for", path):
                 deadline = time.monotonic() + 30
                 while not os.path.exists(path):  # noqa: PTH110
