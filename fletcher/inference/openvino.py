@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,27 @@ class OpenVinoBackend:
         Raises:
             BackendError: OpenVINO failed.
         """
+        with self._request() as request:
+            return self._run(request, batch)
+
+    def warm_up(self, batches: Iterable[MicroBatch]) -> None:
+        """Compiles what these batches need, in both copies.
+
+        Raises:
+            BackendError: OpenVINO failed.
+        """
+        for batch in batches:
+            for request in (*self._streams, *self._express):
+                self._run(request, batch)
+
+    def _run(self, request: Any, batch: MicroBatch) -> InferenceResult:
         inputs, mask = self._io.feeds(batch)
         try:
-            with self._request() as request:
-                started = time.perf_counter()
-                request.infer(inputs, share_inputs=True)
-                compute_s = time.perf_counter() - started
-                # Copied: the request's own tensors are written again by the next run.
-                outputs = [request.get_tensor(name).data.copy() for name in self._io.outputs]
+            started = time.perf_counter()
+            request.infer(inputs, share_inputs=True)
+            compute_s = time.perf_counter() - started
+            # Copied: the request's own tensors are written again by the next run.
+            outputs = [request.get_tensor(name).data.copy() for name in self._io.outputs]
         except Exception as error:
             raise BackendError(f"OpenVINO failed on {mask.shape} tokens: {error}") from error
         return InferenceResult(*self._io.finish(outputs, mask), compute_s)
@@ -124,8 +137,7 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         },
     )
     try:
-        for batch in io.warm_up_batches(config.max_batch_tokens):
-            backend.run(batch)
+        backend.warm_up(io.warm_up_batches(config.max_batch_tokens))
     except ValueError as error:
         raise ModelError(f"`model` {bundle.name} does not run: {error}", field="model") from error
     return backend
