@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from fletcher.cli.connection import add_connection, local_config, open_client, refuse_local_flags
 from fletcher.cli.parser import check_server, given_flags
 from fletcher.cli.progress import Progress, Sample, Total
-from fletcher.cli.prompts import DOCUMENT_PROMPTS, default_prompt, served_model
 from fletcher.cli.table import cut, printable, terminal_width
 from fletcher.errors import ConfigError, FletcherError
 from fletcher.options import CHOICES, EmbedOptions
@@ -164,6 +163,8 @@ def _options(args: argparse.Namespace) -> EmbedOptions:
 
 
 def _with_prompt(client: Client, options: EmbedOptions) -> EmbedOptions:
+    from fletcher.client.prompts import DOCUMENT_PROMPTS, default_prompt, served_model
+
     if options.prompt is not None:
         return options
     prompt = default_prompt(served_model(client, options.model), DOCUMENT_PROMPTS)

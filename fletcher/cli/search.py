@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from fletcher.cli.connection import add_connection, local_config, open_client, without_store
 from fletcher.cli.parser import check_server, given_flags
-from fletcher.cli.prompts import QUERY_PROMPTS, default_prompt, served_model
 from fletcher.cli.table import columns, cut, padded, printable, terminal_width
 from fletcher.config import nearest
 from fletcher.errors import (
@@ -139,6 +138,8 @@ def _shown_columns(info: DatasetInfo, asked: Sequence[str]) -> list[str]:
 
 
 def _embed_query(args: argparse.Namespace, config: ServeConfig, info: DatasetInfo) -> Any:
+    from fletcher.client.prompts import QUERY_PROMPTS, default_prompt, served_model
+
     metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
     model = given_flags(args).get("model")

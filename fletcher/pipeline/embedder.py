@@ -170,8 +170,6 @@ class Embedder:
             streams = list(self._streams)
         for stream in streams:
             stream.close()
-        if self._cache is not None:
-            self._cache.close()
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """A way through the pipeline for one client call; close it in the end."""

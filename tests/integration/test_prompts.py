@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fletcher
-from fletcher.cli.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
+from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.errors import InvalidCommandError, ModelMismatchError
 from fletcher.runtime import Runtime
 

@@ -1,4 +1,4 @@
-"""The prompt that a command takes where none is given: that of the model, for its purpose."""
+"""The prompt to take where none is given: that of the model, for its purpose."""
 
 from __future__ import annotations
 
