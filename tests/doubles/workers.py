@@ -38,6 +38,7 @@ class EchoWorker:
             case ("pause", seconds):
                 time.sleep(seconds)
             case ("wait for", path):
+                open(f"{path}.begun", "w").close()  # noqa: PTH123
                 deadline = time.monotonic() + 30
                 while not os.path.exists(path):  # noqa: PTH110
                     if time.monotonic() > deadline:

@@ -211,7 +211,7 @@ def test_urgent_jobs_overtake_what_waits_in_a_worker_without_room_for_more(tmp_p
     ends: list[str] = []
     with running_both("load_echo") as (pool, submit):
         first = submit(("wait for", str(gate)))
-        eventually(lambda: pool.statistics()[0]["in_flight"] == 1, "it has begun")
+        eventually(Path(f"{gate}.begun").exists, "it has begun")
         second, urgent = submit("other"), submit("urgent", urgent=True)
         for answer in (second, urgent):
             note_end(answer, ends)
