@@ -30,6 +30,7 @@ from fletcher.pipeline.intake import IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.pressure import Grade, Pressure, Signals
 from fletcher.pipeline.service import Calls, Service
+from fletcher.pipeline.vectorspec import OutputRules
 from fletcher.planning.planner import MAX_BATCH_ROWS, plan
 from fletcher.ports import check_port
 from fletcher.stores.address import open_store
@@ -225,6 +226,7 @@ class Runtime:
             pressure=pressure,
             limits=_limits(config, bundle.dim, self._budget.reserve_bytes),
             telemetry=telemetry,
+            outputs=OutputRules(allow_undeclared=config.allow_undeclared, int8=config.int8),
         )
         embedder.start()
         pressure.watch()

@@ -19,7 +19,7 @@ COMMANDS = {
     "ingest": "embed files or standard input into a store",
     "embed": "print the vectors of texts",
     "search": "find the rows nearest to a text",
-    "model": "add, list, verify and remove models",
+    "model": "add, list, verify, calibrate and remove models",
     "tune": "measure what runs a model fastest here",
     "journal": "show and replay rows that wait for their stores",
     "store": "serve a folder of vectors over Arrow Flight",

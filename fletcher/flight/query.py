@@ -12,7 +12,7 @@ from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.service import Service
-from fletcher.schema import output_schema
+from fletcher.schema import ELEMENT_TYPES, output_schema
 
 MAX_TEXTS = 256
 _UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe")
@@ -20,6 +20,8 @@ _UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "data
 
 def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, Any]:
     """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
+
+    For int8 with a scale a row there is `scale`, too.
 
     Raises:
         BatchTooLargeError: More than MAX_TEXTS texts; DoExchange takes any number.
@@ -40,7 +42,7 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         if name in fields:
             raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
     options = EmbedOptions.from_mapping(fields)
-    request = service.resolve(options, dtypes=("float32", "float16"))
+    request = service.resolve(options, dtypes=tuple(ELEMENT_TYPES))
     try:
         batch = pa.record_batch({"text": pa.array(texts, pa.utf8())})
     except UnicodeEncodeError:
@@ -60,6 +62,7 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         "embeddings": [],
         "token_count": [],
         "truncated": [],
+        **({"scale": []} if request.spec.scaled else {}),
     }
     with service.admit(bulk=False), service.telemetry.span("embed", trace) as span:
         stream = service.embedder.open_stream(span)
@@ -74,8 +77,8 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
                 if errors:
                     raise errors[min(errors)]
                 answer["embeddings"] += output.column("vector").to_pylist()
-                answer["token_count"] += output.column("token_count").to_pylist()
-                answer["truncated"] += output.column("truncated").to_pylist()
+                for name in {"token_count", "truncated", "scale"} & answer.keys():
+                    answer[name] += output.column(name).to_pylist()
         finally:
             stream.close()
     return answer

@@ -11,9 +11,7 @@ from typing import Any
 from fletcher.compression import Answers
 from fletcher.delivery.delivery import Delivery
 from fletcher.errors import (
-    DimensionMismatchError,
     DrainingError,
-    InvalidCommandError,
     OverloadedError,
     UnknownModelError,
 )
@@ -22,6 +20,7 @@ from fletcher.options import EmbedOptions
 from fletcher.pipeline.embedder import Embedder
 from fletcher.pipeline.intake import IntakeLimits
 from fletcher.pipeline.pressure import Grade, Pressure
+from fletcher.pipeline.vectorspec import OutputRules, vector_spec
 from fletcher.schema import VectorSpec
 from fletcher.telemetry import Telemetry
 
@@ -104,7 +103,8 @@ class Calls:
 class Service:
     """Everything a call needs.
 
-    `engine` is what `stats` says of how the replicas' engine was chosen.
+    `engine` is what `stats` says of how the replicas' engine was chosen, `outputs` what vectors may
+    be asked for.
     """
 
     model: ModelBundle
@@ -116,6 +116,7 @@ class Service:
     pressure: Pressure
     limits: IntakeLimits
     telemetry: Telemetry
+    outputs: OutputRules
 
     def resolve(self, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
         """A command as this server will carry it out.
@@ -126,8 +127,7 @@ class Service:
 
         Raises:
             UnknownModelError: Another model than the one that is served.
-            DimensionMismatchError: `dims` that the model does not declare.
-            InvalidCommandError: `layers` or `dtype` that cannot be had.
+            DimensionMismatchError, InvalidCommandError: Vectors that cannot be had.
         """
         model = self.model
         if options.model not in (None, model.name, model.qualified_name):
@@ -136,35 +136,7 @@ class Service:
                 field="model",
                 allowed=[model.name, model.qualified_name],
             )
-        if options.dims is not None and options.dims not in model.dims:
-            raise DimensionMismatchError(
-                f"`dims` is {options.dims}, but {model.name} declares "
-                f"{', '.join(map(str, model.dims))}",
-                field="dims",
-                allowed=[str(dims) for dims in model.dims],
-            )
-        if options.layers not in (None, model.num_layers):
-            raise InvalidCommandError(
-                f"`layers` is {options.layers}, but {model.name} has its only exit after layer "
-                f"{model.num_layers}",
-                field="layers",
-                allowed=[str(model.num_layers)],
-            )
-        dtype = options.dtype or ("float16" if "float16" in dtypes else dtypes[0])
-        if dtype not in dtypes:
-            raise InvalidCommandError(
-                f"`dtype` is {dtype}, which the store does not take",
-                field="dtype",
-                allowed=dtypes,
-            )
-        spec = VectorSpec(
-            model=model.qualified_name,
-            dims=options.dims or model.dim,
-            dtype=dtype,
-            layers=model.num_layers,
-            pooling=model.pooling,
-            normalized=model.normalize if options.normalize is None else options.normalize,
-        )
+        spec = vector_spec(model, options, dtypes, self.outputs)
         prompt = options.prompt if options.prompt is not None else model.default_prompt or ""
         return Request(options, spec, model.prompts.get(prompt, prompt))
 
