@@ -148,7 +148,7 @@ def _write_jsonl(batches: Iterable[pa.RecordBatch], output: IO[bytes]) -> None:
 
 def _numbers(vector: npt.NDArray[Any]) -> list[Any]:
     if vector.dtype.kind != "f":
-        return vector.tolist()
+        return list(vector.tolist())
     # `str` of a float32 is the shortest text that reads back as the same float32.
     return [float(str(value)) for value in vector]
 

@@ -40,9 +40,7 @@ def test_declared_dims_are_given(model):
 
 @pytest.mark.parametrize("dims", [8, 17, 31])
 def test_undeclared_dims_are_refused_or_let_through(model, dims):
-    with pytest.raises(
-        DimensionMismatchError, match=r"declares 16, 32; .*--allow-und"
-    ) as no:
+    with pytest.raises(DimensionMismatchError, match=r"declares 16, 32; .*--allow-und") as no:
         ask(model, dims=dims)
     assert (no.value.field, no.value.allowed) == ("dims", ["16", "32"])
     assert ask(model, LAX, dims=dims).dims == dims
@@ -81,9 +79,7 @@ def test_missing_ranges_are_refused_where_a_server_wants_them(model):
     with pytest.raises(InvalidCommandError, match=r"no ranges for 16 dims.*are: 32 dims") as no:
         ask(model, rules, dtype="int8", dims=16)
     assert (no.value.field, no.value.allowed) == ("dtype", ["float32", "float16", "ubinary"])
-    with pytest.raises(
-        InvalidCommandError, match=r"there are: none.*model calibrate tiny"
-    ):
+    with pytest.raises(InvalidCommandError, match=r"there are: none.*model calibrate tiny"):
         ask(replace(model, calibration=Calibration()), rules, dtype="int8")
     assert ask(model, rules, dtype="float16", dims=16).dims == 16
 
