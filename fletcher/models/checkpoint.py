@@ -120,7 +120,7 @@ class Checkpoint:
         if "Pooling" in modules:
             pooling = _pooling(read_json(folder / modules["Pooling"] / "config.json"))
         _check_lowercase(inner, tokenizer)
-        prompts, default_prompt = _prompts(folder)
+        prompts, default_prompt = _prompts(folder, config)
         return cls(
             folder=inner,
             tokenizer=tokenizer,
@@ -250,7 +250,12 @@ def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
     return min(known)
 
 
-def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+# What Nomic's models are trained with, and say in their model cards alone
+# (https://huggingface.co/nomic-ai/nomic-embed-text-v1.5, Task instruction prefixes).
+_NOMIC_TASKS = ("search_document", "search_query", "clustering", "classification")
+
+
+def _prompts(folder: Path, model: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
     path = folder / "config_sentence_transformers.json"
     config = read_json(path) if path.is_file() else {}
     prompts = config.get("prompts") or {}
@@ -258,6 +263,8 @@ def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     valid = isinstance(prompts, dict) and all(isinstance(one, str) for one in prompts.values())
     if not valid or not (default is None or default in prompts):
         raise ModelError(f"{path.name}: `prompts` or `default_prompt_name` is not valid")
+    if not any(prompts.values()) and model.get("model_type") == "nomic_bert":
+        prompts = {task: f"{task}: " for task in _NOMIC_TASKS}
     return dict(prompts), default
 
 

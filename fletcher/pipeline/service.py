@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,11 @@ from fletcher.delivery.delivery import Delivery
 from fletcher.errors import (
     DrainingError,
     OverloadedError,
-    UnknownModelError,
 )
-from fletcher.models.bundle import ModelBundle
 from fletcher.options import EmbedOptions
-from fletcher.pipeline.embedder import Embedder
-from fletcher.pipeline.intake import IntakeLimits
+from fletcher.pipeline.models import Model, Models
 from fletcher.pipeline.pressure import Grade, Pressure
+from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
 from fletcher.pipeline.vectorspec import OutputRules, vector_spec
 from fletcher.schema import VectorSpec
 from fletcher.telemetry import Telemetry
@@ -101,53 +99,42 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything a call needs.
+    """Everything a call needs; `outputs` says what vectors may be asked for."""
 
-    `engine` is what `stats` says of how the replicas' engine was chosen, `outputs` what vectors may
-    be asked for.
-    """
-
-    model: ModelBundle
-    embedder: Embedder
-    engine: Mapping[str, Any]
+    models: Models
     delivery: Delivery
     calls: Calls
     answers: Answers
     pressure: Pressure
-    limits: IntakeLimits
     telemetry: Telemetry
     outputs: OutputRules
 
-    def resolve(self, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
+    def resolve(self, running: Model, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
         """A command as this server will carry it out.
 
         Args:
+            running: The model that does it.
             options: What was asked.
             dtypes: Element types that the destination takes.
 
         Raises:
-            UnknownModelError: Another model than the one that is served.
-            DimensionMismatchError, InvalidCommandError: Vectors that cannot be had.
+            DimensionMismatchError, InvalidCommandError: Vectors or a prompt that cannot be had.
         """
-        model = self.model
-        if options.model not in (None, model.name, model.qualified_name):
-            raise UnknownModelError(
-                f"`model` is {options.model!r}, but this server runs {model.qualified_name}",
-                field="model",
-                allowed=[model.name, model.qualified_name],
-            )
+        model = running.bundle
         spec = vector_spec(model, options, dtypes, self.outputs)
-        prompt = options.prompt if options.prompt is not None else model.default_prompt or ""
-        return Request(options, spec, model.prompts.get(prompt, prompt))
+        prompt = resolve_prompt(model, options.prompt)
+        if prompt:
+            prompt_tokens(model, prompt, running.embedder.num_tokens)
+        return Request(options, spec, prompt)
 
-    def admit(self, *, bulk: bool) -> AbstractContextManager[None]:
+    def admit(self, model: Model, *, bulk: bool) -> AbstractContextManager[None]:
         """A place for a stream, held in `with`; who has one is slowed, never refused any more.
 
         Raises:
             OverloadedError: All places are taken, no workers are left, or this is no time for bulk
                 work.
         """
-        self.embedder.check()
+        model.embedder.check()
         if bulk and self.pressure.observe() is Grade.SEVERE:
             raise OverloadedError(
                 f"the server takes no new bulk work now: {self.pressure.reason}; try again later",
@@ -157,12 +144,13 @@ class Service:
 
     def describe(self) -> dict[str, Any]:
         """The `stats` action's answer: instruments, stores and workers."""
+        model = self.models.default
         return {
-            "model": self.model.qualified_name,
-            "engine": dict(self.engine),
+            "model": model.bundle.qualified_name,
+            "engine": dict(model.engine),
             "draining": self.calls.draining.is_set(),
             "pressure": self.pressure.statistics(),
             "stores": self.delivery.statistics(),
             **self.telemetry.snapshot(),
-            **self.embedder.statistics(),
+            **model.embedder.statistics(),
         }
