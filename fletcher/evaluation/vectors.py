@@ -12,6 +12,7 @@ import pyarrow as pa
 from fletcher.batches import FloatArray
 from fletcher.errors import BY_CODE, InternalError
 from fletcher.options import EmbedOptions
+from fletcher.quantization import VectorReader
 
 if TYPE_CHECKING:
     from fletcher.client import Client
@@ -61,19 +62,13 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
                 raise kind(f"text {error.row}: {error.message}")
             batches.append(batch)
     elapsed_s = time.perf_counter() - started
+    reader = VectorReader.of(batches[0].schema)
     return Embedded(
-        vectors=np.concatenate([read_vectors(batch) for batch in batches]),
+        vectors=np.concatenate([reader.vectors(batch) for batch in batches]),
         bytes_per_vector=_bytes_per_vector(batches[0].schema),
         num_truncated=sum(batch.column("truncated").true_count for batch in batches),
         texts_per_s=None if _cache_hits(client) > hits else len(texts) / elapsed_s,
     )
-
-
-def read_vectors(batch: pa.RecordBatch) -> FloatArray:
-    """float32 [num_rows, dims] of a batch without null vectors."""
-    column = batch.column("vector")
-    values = np.asarray(column.flatten(), np.float32)
-    return values.reshape(len(column), column.type.list_size)
 
 
 def _bytes_per_vector(schema: pa.Schema) -> int:
