@@ -62,13 +62,17 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
                 raise kind(f"text {error.row}: {error.message}")
             batches.append(batch)
     elapsed_s = time.perf_counter() - started
-    reader = VectorReader.of(batches[0].schema)
     return Embedded(
-        vectors=np.concatenate([reader.vectors(batch) for batch in batches]),
+        vectors=np.concatenate([read_vectors(batch) for batch in batches]),
         bytes_per_vector=_bytes_per_vector(batches[0].schema),
         num_truncated=sum(batch.column("truncated").true_count for batch in batches),
         texts_per_s=None if _cache_hits(client) > hits else len(texts) / elapsed_s,
     )
+
+
+def read_vectors(batch: pa.RecordBatch) -> FloatArray:
+    """float32 [num_rows, dims] of a batch, whatever its vectors' type; NaN where one is null."""
+    return VectorReader.of(batch.schema).vectors(batch)
 
 
 def _bytes_per_vector(schema: pa.Schema) -> int:
