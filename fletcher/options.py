@@ -51,7 +51,8 @@ class EmbedOptions:
         model: A model's name; None: the server's default.
         text_column: Input column that holds the text.
         id_column: Input column that holds the id; used if present.
-        prompt: A prompt's name in the bundle (`query`, ...) or literal text put before each text.
+        prompt: A prompt's name in the bundle (`query`, ...), or literal text put before each text:
+            anything that is no single word.
         dims: Leading dimensions to keep (Matryoshka), re-normalised; None: all.
         layers: Exit layer; None: all layers.
         dtype: Element type of `vector`; None: the server's choice (float16; float32 for

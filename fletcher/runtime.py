@@ -16,28 +16,20 @@ from fletcher.config import ServeConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.route import JournalConfig
-from fletcher.errors import BackendError, ConfigError
+from fletcher.errors import ConfigError
 from fletcher.flight.auth import read_tokens
 from fletcher.flight.server import FlightConfig, FlightServer
-from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import HostInfo, detect_host, resolve
-from fletcher.models.bundle import ModelBundle
+from fletcher.inference.devices import detect_host
+from fletcher.loading import Loader, open_shelf
 from fletcher.models.registry import Registry
-from fletcher.pipeline.cache import EmbeddingCache, MemoryShelf
-from fletcher.pipeline.disk_shelf import DiskShelf
-from fletcher.pipeline.embedder import Embedder, EmbedderConfig
-from fletcher.pipeline.intake import IntakeLimits
+from fletcher.pipeline.cache import Shelf
 from fletcher.pipeline.memory import MemoryBudget
+from fletcher.pipeline.models import Models
 from fletcher.pipeline.pressure import Grade, Pressure, Signals
 from fletcher.pipeline.service import Calls, Service
-from fletcher.planning.planner import MAX_BATCH_ROWS, plan
 from fletcher.ports import check_port
 from fletcher.stores.address import open_store
 from fletcher.telemetry import Telemetry, configure
-from fletcher.tokenization.tokenizer import Tokenizer
-from fletcher.tuning.candidates import Asked
-from fletcher.tuning.decision import Decision, decide
-from fletcher.workers.messages import WorkerSpec
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +40,6 @@ _BUDGET_SHARE = 0.5
 _KNOWN_SHARE = 0.125
 _COMMIT_ROWS = 50_000
 _SEGMENT_BYTES = 128 << 20
-# Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
-_WINDOW_RUNS = 64
 _SHUTDOWN_S = 2.0
 # Clients give up after 600 s without an answer (TransferOptions.stall_timeout_s): a tenth of it.
 _STARVING_S = 60.0
@@ -73,6 +63,7 @@ class Runtime:
         self._service: Service | None = None
         self._server: FlightServer | None = None
         self._budget: MemoryBudget | None = None
+        self._shelf: Shelf | None = None
 
     def __enter__(self) -> Runtime:
         self.start()
@@ -149,8 +140,11 @@ class Runtime:
             self._pressure.stop()
         service, self._service = self._service, None
         if service is not None:
-            service.embedder.close()
+            service.models.close()
             service.delivery.shut_down()
+        shelf, self._shelf = self._shelf, None
+        if shelf is not None:
+            shelf.close()
         if self._telemetry is not None:
             self._telemetry.close()
         self._closed.set()
@@ -199,113 +193,40 @@ class Runtime:
             log.info("journal: %d rows of an earlier run go to their stores", left_behind)
         registry = Registry(config.home / "models")
         registry.ensure(config.model, self._progress)
-        # A flipped bit in the weights makes plausible vectors that are wrong for good.
-        bundle = registry.verify(config.model)
-        host = detect_host()
-        decision, standby = _decide(config, bundle, host)
         self._budget = budget = MemoryBudget(
             int(config.max_memory * _BUDGET_SHARE), config.max_streams
         )
         calls = Calls(config.max_streams, telemetry)
         self._pressure = pressure = Pressure(
-            lambda: _signals(budget, calls, delivery, embedder),
+            lambda: _signals(budget, calls, delivery, models),
             telemetry,
             on_change=lambda grade: budget.spare(half=grade is Grade.SEVERE),
         )
-        embedder = _embedder(
-            config, bundle, host, decision.configs, standby, budget, telemetry, pressure
+        self._shelf = open_shelf(config)
+        loader = Loader(
+            config,
+            registry,
+            detect_host(),
+            budget,
+            telemetry,
+            crowded=lambda: pressure.grade is not Grade.NORMAL,
+            shelf=self._shelf,
         )
+        models = Models(loader.load(config.model))
         self._service = Service(
-            model=bundle,
-            embedder=embedder,
-            engine=decision.describe(),
+            models=models,
             delivery=delivery,
             calls=calls,
             answers=Answers(config.compression),
             pressure=pressure,
-            limits=_limits(config, bundle.dim, self._budget.reserve_bytes),
             telemetry=telemetry,
         )
-        embedder.start()
         pressure.watch()
         self._server = _listen(self._service, flight_config)
         self.address = self._server.address
 
 
-def _decide(
-    config: ServeConfig, bundle: ModelBundle, host: HostInfo
-) -> tuple[Decision, list[BackendConfig]]:
-    """What runs, and what stands by for when no GPU is left."""
-    try:
-        decision = decide(config.home, Asked.of(config), host, bundle)
-    except BackendError as error:
-        if config.device_fallback == "none" or not config.device.startswith("cuda"):
-            raise
-        log.warning("%s; the CPU takes over", error)
-        return _on_cpu(config, bundle, host), []
-    log.info("%s: %s", bundle.qualified_name, decision.reason)
-    on_gpu = any(one.device.startswith("cuda") for one in decision.configs)
-    if not (on_gpu and config.device_fallback == "cpu"):
-        return decision, []
-    return decision, _on_cpu(config, bundle, host).configs
-
-
-def _on_cpu(config: ServeConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
-    """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
-    backend = "null" if config.backend == "null" else "auto"
-    rule = resolve("cpu", backend, "float32", config.threads, host, bundle.folder)
-    log.info("%s, when no GPU is left: %s", bundle.qualified_name, rule.reason)
-    return Decision(rule.configs, rule.reason)
-
-
-def _embedder(
-    config: ServeConfig,
-    bundle: ModelBundle,
-    host: HostInfo,
-    replicas: list[BackendConfig],
-    standby: list[BackendConfig],
-    budget: MemoryBudget,
-    telemetry: Telemetry,
-    pressure: Pressure,
-) -> Embedder:
-    num_tokenizers = config.tokenizer_workers or _tokenizers(host.cores, replicas)
-    folder = str(bundle.folder)
-    max_batch_tokens = replicas[0].max_batch_tokens
-    specs = [
-        WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)
-        for n, one in enumerate([*replicas, *standby])
-    ]
-    return Embedder(
-        EmbedderConfig(
-            tokenizers=[
-                WorkerSpec(f"tokenizer-{n}", "fletcher.tokenization.worker:load", folder)
-                for n in range(num_tokenizers)
-            ],
-            replicas=specs[: len(replicas)],
-            standby=specs[len(replicas) :],
-            dim=bundle.dim,
-            window_tokens=_WINDOW_RUNS * max_batch_tokens,
-            max_queue_delay_s=config.max_queue_delay_ms / 1000,
-            dispatch=config.dispatch,
-            worker_timeout_s=config.worker_timeout_s,
-        ),
-        plan=lambda lengths, num_runners: plan(
-            lengths,
-            max_batch_tokens=max_batch_tokens,
-            max_batch_rows=MAX_BATCH_ROWS,
-            num_runners=num_runners,
-        ),
-        tokenize=Tokenizer.load(bundle.folder).encode,
-        budget=budget,
-        telemetry=telemetry,
-        crowded=lambda: pressure.grade is not Grade.NORMAL,
-        cache=_cache(config, bundle, [*replicas, *standby], telemetry)
-        if config.embedding_cache
-        else None,
-    )
-
-
-def _signals(budget: MemoryBudget, calls: Calls, delivery: Delivery, embedder: Embedder) -> Signals:
+def _signals(budget: MemoryBudget, calls: Calls, delivery: Delivery, models: Models) -> Signals:
     """How full the house is, read from its parts."""
     num_starving = budget.starving(_STARVING_S)
     return Signals(
@@ -314,42 +235,7 @@ def _signals(budget: MemoryBudget, calls: Calls, delivery: Delivery, embedder: E
         starving=num_starving / max(1, calls.num_open) if num_starving > 1 else 0.0,
         journal=delivery.journal_share,
         store_away=delivery.store_away,
-        queue=embedder.queued_windows(),
-    )
-
-
-def _cache(
-    config: ServeConfig, bundle: ModelBundle, replicas: list[BackendConfig], telemetry: Telemetry
-) -> EmbeddingCache:
-    # Engines and precisions give vectors that differ in their last digits.
-    engines = {f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas}
-    folder, max_bytes = config.embedding_cache_dir, config.embedding_cache
-    return EmbeddingCache(
-        [bundle.qualified_name, *sorted(engines)],
-        bundle.dim,
-        MemoryShelf(max_bytes) if folder is None else DiskShelf(folder, max_bytes),
-        telemetry,
-    )
-
-
-def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
-    """A core tokenizes some 8,000 texts/s: one feeds any CPU's model, a GPU wants all there are."""
-    on_gpu = any(one.device.startswith("cuda") for one in replicas)
-    return max(1, cores - 1) if on_gpu else max(1, cores // 8)
-
-
-def _limits(config: ServeConfig, dim: int, reserve_bytes: int) -> IntakeLimits:
-    """Pieces that fit a stream's reserve, so that no stream waits for another's memory."""
-    # In the window and as output, float32 each, and the small columns.
-    bytes_per_row = 8 * dim + 256
-    piece_bytes = reserve_bytes // 8  # a text is held up to three times: 3/8 of the reserve
-    return IntakeLimits(
-        max_message_bytes=config.max_message_bytes,
-        max_row_bytes=config.max_row_bytes,
-        piece_rows=max(16, min(1024, reserve_bytes // 2 // bytes_per_row)),
-        piece_bytes=max(4096, piece_bytes),
-        table_values=32 * 2**20 // (4 * dim),
-        bytes_per_row=bytes_per_row,
+        queue=models.queued_windows(),
     )
 
 

@@ -92,12 +92,13 @@ class _Texts:
         self._given = given
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        texts = _stdin_lines() if self._given == ["-"] else iter(self._given)
+        texts = stdin_lines() if self._given == ["-"] else iter(self._given)
         while chunk := list(itertools.islice(texts, BATCH_TEXTS)):
             yield pa.record_batch([pa.array(chunk, pa.utf8())], schema=self.schema)
 
 
-def _stdin_lines() -> Iterator[str]:
+def stdin_lines() -> Iterator[str]:
+    """The lines of standard input. Raises InvalidCommandError for what is not UTF-8."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.rstrip(b"\r\n").decode()

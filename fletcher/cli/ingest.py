@@ -84,7 +84,11 @@ def add_parser(subparsers: Any) -> None:
         "--dtype", choices=CHOICES["dtype"], help="float16 takes half the room (store's choice)"
     )
     group.add_argument("--dims", type=int, metavar="N", help="leading dimensions to keep")
-    group.add_argument("--prompt", help="a prompt of the model, or text to put before each text")
+    group.add_argument(
+        "--prompt",
+        help="a prompt of the model, or text to put before each text; '' for none (default: the "
+        "model's prompt for documents, if it has one)",
+    )
     group.add_argument(
         "--truncate",
         choices=CHOICES["truncate"],
@@ -121,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
     with open_client(args, config) as client:
         started_s = time.monotonic()
+        options = _with_prompt(client, options)
         try:
             summary = _upload(client, source, options, local=not args.server, limit=args.limit)
         except KeyboardInterrupt:
@@ -155,6 +160,15 @@ def _options(args: argparse.Namespace) -> EmbedOptions:
         include_text=False if args.no_text else None,
         durability="store",  # the summary tells what the store has
     )
+
+
+def _with_prompt(client: Client, options: EmbedOptions) -> EmbedOptions:
+    from fletcher.client.prompts import DOCUMENT_PROMPTS, default_prompt, served_model
+
+    if options.prompt is not None:
+        return options
+    prompt = default_prompt(served_model(client, options.model), DOCUMENT_PROMPTS)
+    return dataclasses.replace(options, prompt=prompt)
 
 
 def _store_name(args: argparse.Namespace) -> str | None:

@@ -24,7 +24,6 @@ from fletcher.errors import (
 from fletcher.options import check_dataset
 
 if TYPE_CHECKING:
-    from fletcher.client import Client
     from fletcher.config import ServeConfig
     from fletcher.stores.base import DatasetInfo, Filter, Store
 
@@ -57,7 +56,9 @@ def add_parser(subparsers: Any) -> None:
         "--columns", type=_names, default=(), metavar="NAME,...", help="further columns to show"
     )
     parser.add_argument(
-        "--prompt", help="a prompt of the model, or text to put before the query (default: query)"
+        "--prompt",
+        help="a prompt of the model, or text to put before the query; '' for none "
+        "(default: the model's prompt for queries, if it has one)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     add_connection(parser, ("store", "model"))
@@ -137,6 +138,8 @@ def _shown_columns(info: DatasetInfo, asked: Sequence[str]) -> list[str]:
 
 
 def _embed_query(args: argparse.Namespace, config: ServeConfig, info: DatasetInfo) -> Any:
+    from fletcher.client.prompts import QUERY_PROMPTS, default_prompt, served_model
+
     metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
     model = given_flags(args).get("model")
@@ -145,7 +148,7 @@ def _embed_query(args: argparse.Namespace, config: ServeConfig, info: DatasetInf
     if not args.server and model is not None:
         config = local_config(args, model=model)
     with open_client(args, without_store(config)) as client:
-        known = _model(client, model)
+        known = served_model(client, model)
         qualified = f"{known['name']}@{known['hash']}"
         if stored is not None and stored != qualified:
             raise ModelMismatchError(
@@ -155,8 +158,8 @@ def _embed_query(args: argparse.Namespace, config: ServeConfig, info: DatasetInf
                 allowed=[stored],
             )
         prompt = args.prompt
-        if prompt is None and "query" in known.get("prompts", {}):
-            prompt = "query"
+        if prompt is None:
+            prompt = default_prompt(known, QUERY_PROMPTS)
         dims = int(metadata.get("fletcher.dims", 0)) or None
         vectors = client.embed(
             [args.query],
@@ -166,19 +169,6 @@ def _embed_query(args: argparse.Namespace, config: ServeConfig, info: DatasetInf
             dtype="float32",
         )
     return vectors[0]
-
-
-def _model(client: Client, name: str | None) -> dict[str, Any]:
-    models: list[dict[str, Any]] = client.list_models()
-    for model in models:
-        if model["name"] == name or (name is None and model.get("is_default")):
-            return model
-    known = [model["name"] for model in models]
-    raise ModelMismatchError(
-        f"`model` {name!r} is not served; there are {', '.join(known)}",
-        field="model",
-        allowed=known,
-    )
 
 
 def _parse_filter(text: str, schema: pa.Schema) -> Filter:

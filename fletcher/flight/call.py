@@ -17,7 +17,8 @@ from fletcher.errors import ColumnTypeError, FletcherError, InternalError
 from fletcher.flight.messages import BatchMetadata, parse_batch_metadata
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.intake import Intake
-from fletcher.pipeline.service import Request, Service
+from fletcher.pipeline.models import Model
+from fletcher.pipeline.service import Request
 
 # The caller's trace, as `Telemetry.extract` found it in the headers.
 Trace = Any
@@ -91,7 +92,7 @@ def read_schema(reader: Any) -> pa.Schema:
 
 
 def intake(
-    service: Service, schema: pa.Schema, request: Request, *, carry_text: bool, interactive: bool
+    model: Model, schema: pa.Schema, request: Request, *, carry_text: bool, interactive: bool
 ) -> Intake:
     """The checks and cuts for one call's input."""
     options: EmbedOptions = request.options
@@ -99,7 +100,7 @@ def intake(
         schema,
         options,
         prompt=request.prompt,
-        limits=service.limits,
+        limits=model.limits,
         carry_text=options.include_text if options.include_text is not None else carry_text,
         small_is_interactive=interactive,
     )

@@ -29,6 +29,7 @@ from fletcher.flight.status import to_flight_error
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Piece
+from fletcher.pipeline.models import Model
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.service import Service
 from fletcher.pipeline.stream import EmbedStream
@@ -56,9 +57,22 @@ def exchange(
             "no dataset; use DoPut, or leave it out",
             field=field,
         )
-    request = service.resolve(options, dtypes=tuple(ELEMENT_TYPES))
+    with service.models.lease(options.model) as model:
+        _exchange(service, model, options, context, reader, writer, trace)
+
+
+def _exchange(
+    service: Service,
+    model: Model,
+    options: EmbedOptions,
+    context: Any,
+    reader: Any,
+    writer: Any,
+    trace: Trace,
+) -> None:
+    request = service.resolve(model, options, dtypes=tuple(ELEMENT_TYPES))
     schema = read_schema(reader)
-    source = intake(service, schema, request, carry_text=False, interactive=True)
+    source = intake(model, schema, request, carry_text=False, interactive=True)
     output = output_schema(
         request.spec,
         id_type=source.id_type,
@@ -72,8 +86,8 @@ def exchange(
     writer.begin(output, options=writing_as.options)
     messages, first = started(read_messages(reader, context))  # who sends nothing takes no place
     bulk = first is not None and first.batch is not None and source.is_bulk(first.batch)
-    with service.admit(bulk=bulk), service.telemetry.span("do_exchange", trace) as span:
-        stream = service.embedder.open_stream(span)
+    with service.admit(model, bulk=bulk), service.telemetry.span("do_exchange", trace) as span:
+        stream = model.embedder.open_stream(span)
         try:
             assembler = Assembler(output, request.spec, upload_id)
             answers = _Answers(service, stream, assembler, writer, options, writing_as)

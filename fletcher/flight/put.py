@@ -29,11 +29,13 @@ from fletcher.flight.call import (
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.models import Model
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.service import Request, Service
 from fletcher.pipeline.sources import as_fletcher_error
 from fletcher.pipeline.stream import EmbedStream
 from fletcher.schema import output_schema
+from fletcher.stores.base import Store
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +55,23 @@ def put(
             field="mode",
             allowed=["append", "overwrite"],
         )
-    request = service.resolve(options, dtypes=store.capabilities.dtypes)
+    with service.models.lease(options.model) as model:
+        _put(service, model, store, options, context, reader, writer, trace)
+
+
+def _put(
+    service: Service,
+    model: Model,
+    store: Store,
+    options: EmbedOptions,
+    context: Any,
+    reader: Any,
+    writer: Any,
+    trace: Trace,
+) -> None:
+    request = service.resolve(model, options, dtypes=store.capabilities.dtypes)
     schema = read_schema(reader)
-    source = intake(service, schema, request, carry_text=True, interactive=False)
+    source = intake(model, schema, request, carry_text=True, interactive=False)
     if not source.has_ids and (options.dedupe == "id" or options.mode == "delta"):
         asked = "`dedupe` is id" if options.dedupe == "id" else "`mode` is delta"
         raise InvalidCommandError(
@@ -71,10 +87,10 @@ def put(
     )
     messages, _ = started(read_messages(reader, context))  # who sends nothing takes no place
     bulk = options.priority != "interactive"
-    with service.admit(bulk=bulk), service.telemetry.span("do_put", trace) as span:
+    with service.admit(model, bulk=bulk), service.telemetry.span("do_put", trace) as span:
         upload, route = service.delivery.open(options, output)
         span.set(dataset=upload.dataset, upload_id=upload.upload_id)
-        stream = service.embedder.open_stream(span)
+        stream = model.embedder.open_stream(span)
         try:
             _Put(service, request, source, output, upload, route, stream).run(messages, writer)
         finally:

@@ -11,6 +11,7 @@ from fletcher.flight.call import Trace
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake
+from fletcher.pipeline.models import Model
 from fletcher.pipeline.service import Service
 from fletcher.schema import output_schema
 
@@ -27,7 +28,6 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         FletcherError: The first text that has no vector, why.
     """
     service.calls.check()
-    service.embedder.check()
     texts = fields.pop("texts", None)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InvalidCommandError("`texts` is not a list of strings", field="texts")
@@ -40,7 +40,14 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         if name in fields:
             raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
     options = EmbedOptions.from_mapping(fields)
-    request = service.resolve(options, dtypes=("float32", "float16"))
+    with service.models.lease(options.model) as model:
+        return _embed(service, model, options, texts, trace)
+
+
+def _embed(
+    service: Service, model: Model, options: EmbedOptions, texts: list[str], trace: Trace
+) -> dict[str, Any]:
+    request = service.resolve(model, options, dtypes=("float32", "float16"))
     try:
         batch = pa.record_batch({"text": pa.array(texts, pa.utf8())})
     except UnicodeEncodeError:
@@ -49,7 +56,7 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         batch.schema,
         options,
         prompt=request.prompt,
-        limits=service.limits,
+        limits=model.limits,
         carry_text=False,
         small_is_interactive=True,
     )
@@ -61,8 +68,8 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         "token_count": [],
         "truncated": [],
     }
-    with service.admit(bulk=False), service.telemetry.span("embed", trace) as span:
-        stream = service.embedder.open_stream(span)
+    with service.admit(model, bulk=False), service.telemetry.span("embed", trace) as span:
+        stream = model.embedder.open_stream(span)
         try:
             for piece in source.pieces(batch, 0, 0):
                 stream.submit(

@@ -127,7 +127,8 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             options = parse_descriptor(descriptor)
             if options.dataset is not None:
                 return flight.SchemaResult(self._dataset(descriptor).schema)
-            request = self._service.resolve(options, dtypes=tuple(ELEMENT_TYPES))
+            with self._service.models.lease(options.model) as model:
+                request = self._service.resolve(model, options, dtypes=tuple(ELEMENT_TYPES))
             text = bool(options.include_text)
             return flight.SchemaResult(output_schema(request.spec, id_type=pa.utf8(), text=text))
 
@@ -157,14 +158,15 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         return _json({"status": "ok"})
 
     def _ready(self, body: bytes) -> bytes:
-        ready = self._service.embedder.ready and not self._service.calls.draining.is_set()
-        return _json({"ready": ready, "model": self._service.model.qualified_name})
+        model = self._service.models.default
+        ready = model.embedder.ready and not self._service.calls.draining.is_set()
+        return _json({"ready": ready, "model": model.bundle.qualified_name})
 
     def _stats(self, body: bytes) -> bytes:
         return _json(self._service.describe())
 
     def _list_models(self, body: bytes) -> bytes:
-        model = self._service.model
+        model = self._service.models.default.bundle
         return encode_models([model], default=model.name, format_name=parse_list_models(body))
 
     def _embed(self, body: bytes, trace: Any) -> bytes:

@@ -163,7 +163,7 @@ class Checkpoint:
             pooling = _pooling(read_json(folder / modules["Pooling"][0] / "config.json"))
         _check_lowercase(inner, tokenizer)
         settings = _settings(folder)
-        prompts, default_prompt = _prompts(settings)
+        prompts, default_prompt = _prompts(settings, config)
         hidden = config.get("hidden_size", config.get("dim", config.get("n_embd")))
         if not isinstance(hidden, int) or hidden < 1:
             raise ModelError(f"config.json: `hidden_size` is {hidden!r}, expected at least 1")
@@ -341,12 +341,21 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _prompts(settings: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+# What Nomic's models are trained with, and say in their model cards alone
+# (https://huggingface.co/nomic-ai/nomic-embed-text-v1.5, Task instruction prefixes).
+_NOMIC_TASKS = ("search_document", "search_query", "clustering", "classification")
+
+
+def _prompts(
+    settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, str], str | None]:
     prompts = settings.get("prompts") or {}
     default = settings.get("default_prompt_name")
     valid = isinstance(prompts, dict) and all(isinstance(one, str) for one in prompts.values())
     if not valid or not (default is None or default in prompts):
         raise ModelError(f"{_SETTINGS}: `prompts` or `default_prompt_name` is not valid")
+    if not any(prompts.values()) and config.get("model_type") == "nomic_bert":
+        prompts = {task: f"{task}: " for task in _NOMIC_TASKS}
     return dict(prompts), default
 
 

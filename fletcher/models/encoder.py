@@ -88,20 +88,11 @@ class Encoder:
 
     def product(self, value: str, name: str) -> str:
         """`value` times the weight of `name`, and its bias added where it has one."""
-        return self.products(value, name.rpartition(".")[0], (name.rpartition(".")[2],), name)
-
-    def products(self, value: str, layer: str, parts: tuple[str, ...], name: str) -> str:
-        """Several products of one value as one, side by side, called `name`."""
-
-        def joined(kind: str) -> str:
-            tensors = [self.tensors.get(f"{layer}.{part}.{kind}") for part in parts]
-            array = np.concatenate(tensors, axis=-1) if len(tensors) > 1 else tensors[0]
-            return self.graph.constant(f"{name}.{kind}", array)
-
-        if not set(parts) & set(self.style.biases):
-            return self.graph.node("MatMul", (value, joined("weight")), name)
-        product = self.graph.node("MatMul", (value, joined("weight")), f"{name}.product")
-        return self.graph.node("Add", (product, joined("bias")), name)
+        graph, weight = self.graph, self.weight(f"{name}.weight")
+        if name.rpartition(".")[2] not in self.style.biases:
+            return graph.node("MatMul", (value, weight), name)
+        product = graph.node("MatMul", (value, weight), f"{name}.product")
+        return graph.node("Add", (product, self.weight(f"{name}.bias")), name)
 
     def norm(self, value: str, name: str) -> str:
         """The model's norm over the last axis."""
@@ -146,15 +137,12 @@ class Encoder:
     def mlp(self, layer: str, value: str) -> str:
         """The two or three products of a layer's MLP, [..., H]."""
         graph, activation = self.graph, self.style.activation
+        wide = self.product(value, f"{layer}.wide")
         if self.style.gated:
-            both = self.products(value, layer, ("gate", "wide"), f"{layer}.both")
-            gate, wide = graph.nodes(
-                "Split", (both,), (f"{layer}.gate", f"{layer}.wide"), axis=-1, num_outputs=2
-            )
+            gate = self.product(value, f"{layer}.gate")
             active = self.activate(gate, f"{layer}.active", activation)
             active = graph.node("Mul", (active, wide), f"{layer}.gated")
         else:
-            wide = self.product(value, f"{layer}.wide")
             active = self.activate(wide, f"{layer}.active", activation)
         return self.product(active, f"{layer}.narrow")
 

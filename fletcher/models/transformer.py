@@ -1,8 +1,10 @@
 """Writes the padded graph of a transformer of any family, layer by layer.
 
-What exporters' graphs lack and this one has: pooling, dense layers and normalisation inside, one
-product for queries, keys and values, the attention's scale in the query weights, masks made once
+What the exporters' graphs lack and this one has: pooling, dense layers and normalisation inside,
+positions and token types in one table, the attention's scale in the query weights, norms and
+activations as operators that engines know, attention in the form that they fuse, masks made once
 for all layers, and for `cls` pooling a last layer that computes only that token.
+docs/performance.md has the figures of this and of other forms for BERT.
 """
 
 from __future__ import annotations
@@ -140,20 +142,14 @@ class TransformerWriter:
     def _attention(self, index: int, hidden: str, mask: str, *, only_first: bool) -> str:
         """Self-attention, [B, L or 1, heads x width]."""
         graph, name = self.graph, f"layer.{index}"
-        if only_first:
-            queries = self.encoder.product(self._first(hidden, f"{name}.asking", 1), f"{name}.q")
-            keys, values = self._products(hidden, name, "kv")
-        else:
-            queries, keys, values = self._products(hidden, name, "qkv")
+        asking = self._first(hidden, f"{name}.asking", 1) if only_first else hidden
         # A rotation by position 0 changes nothing.
-        theta = self._rotation(index)
-        queries = self._heads(queries, self.head_shape, f"{name}.q", () if only_first else theta)
-        keys = self._repeated(self._heads(keys, self.kv_shape, f"{name}.k", theta))
-        values = graph.node("Reshape", (values, self.kv_shape), f"{name}.v.split")
-        values = self._repeated(values)
-        queries = graph.node("Transpose", (queries,), f"{name}.q.heads", perm=(0, 2, 1, 3))
-        keys = graph.node("Transpose", (keys,), f"{name}.k.heads", perm=(0, 2, 3, 1))
-        values = graph.node("Transpose", (values,), f"{name}.v.heads", perm=(0, 2, 1, 3))
+        rotation = self._rotation(index)
+        queries = self._heads(asking, f"{name}.q", () if only_first else rotation)
+        keys = self._heads(hidden, f"{name}.k", rotation)
+        values = self._heads(hidden, f"{name}.v", ())
+        # Apart from the transpose before: engines make this one a flag of the product.
+        keys = graph.node("Transpose", (keys,), f"{name}.k.columns", perm=(0, 1, 3, 2))
         scores = graph.node("MatMul", (queries, keys), f"{name}.scores")
         for number, term in enumerate(self._terms(index, mask, only_first=only_first)):
             scores = graph.node("Add", (scores, term), f"{name}.scores.{number}")
@@ -162,24 +158,22 @@ class TransformerWriter:
         rows = graph.node("Transpose", (mixed,), f"{name}.mixed.rows", perm=(0, 2, 1, 3))
         return graph.node("Reshape", (rows, self.flat_shape), f"{name}.attended")
 
-    def _products(self, hidden: str, name: str, parts: str) -> Sequence[str]:
-        architecture = self.architecture
-        fused = self.encoder.products(hidden, name, tuple(parts), f"{name}.{parts}")
-        widths = [architecture.shape(part)[0] for part in parts]
-        sizes = self._once(f"widths.{parts}", lambda at: self.graph.constant(at, widths))
-        return self.graph.nodes(
-            "Split", (fused, sizes), [f"{name}.{part}" for part in parts], axis=2
-        )
-
-    def _heads(self, value: str, shape: str, name: str, rotation: Sequence[str]) -> str:
-        """Queries or keys as [B, L, heads, width], normalised and rotated as the model has it."""
-        graph = self.graph
-        value = graph.node("Reshape", (value, shape), f"{name}.split")
-        if self.architecture.head_norm:
+    def _heads(self, value: str, name: str, rotation: Sequence[str]) -> str:
+        """Queries, keys or values, [B, heads, L, width], normalised and rotated as they are."""
+        graph, architecture = self.graph, self.architecture
+        part = name[-1]
+        shape = self.head_shape if part == "q" else self.kv_shape
+        value = graph.node("Reshape", (self.encoder.product(value, name), shape), f"{name}.split")
+        if architecture.head_norm and part != "v":
             value = self.encoder.rms_norm(value, f"{name}.norm")
-        if not rotation:
-            return value
-        cosines, sines = rotation
+        if rotation:
+            value = self._rotated(value, name, *rotation)
+        if part != "q":
+            value = self._repeated(value)
+        return graph.node("Transpose", (value,), f"{name}.heads", perm=(0, 2, 1, 3))
+
+    def _rotated(self, value: str, name: str, cosines: str, sines: str) -> str:
+        graph = self.graph
         halves = graph.nodes(
             "Split", (value,), (f"{name}.left", f"{name}.right"), axis=-1, num_outputs=2
         )

@@ -137,10 +137,6 @@ class EmbeddingCache:
         raw, size = records.tobytes(), self._record.itemsize
         self._shelf.put(keys, [raw[n * size : (n + 1) * size] for n in range(len(keys))])
 
-    def close(self) -> None:
-        """Lets the shelf go. Idempotent."""
-        self._shelf.close()
-
     def _keys(self, texts: TextBatch) -> list[bytes]:
         treatment = [*self._scope, texts.prompt, texts.truncate, texts.max_length]
         common = blake2b(json.dumps(treatment).encode() + b"\0", digest_size=_KEY_BYTES)

@@ -165,8 +165,6 @@ class Embedder:
             streams = list(self._streams)
         for stream in streams:
             stream.close()
-        if self._cache is not None:
-            self._cache.close()
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """A way through the pipeline for one client call; close it in the end."""
@@ -177,6 +175,13 @@ class Embedder:
         if closed:
             stream.close()
         return stream
+
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a text as the model sees it, special ones included; at most its length."""
+        data = text.encode()
+        with self._tokenizing:
+            tokens = self._tokenize(TextBatch(data, np.array([0, len(data)], np.int64)))
+        return len(tokens.input_ids)
 
     def queued_windows(self) -> float:
         """Tokens that wait to be planned, in windows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,11 @@ from fletcher.errors import (
     DrainingError,
     InvalidCommandError,
     OverloadedError,
-    UnknownModelError,
 )
-from fletcher.models.bundle import ModelBundle
 from fletcher.options import EmbedOptions
-from fletcher.pipeline.embedder import Embedder
-from fletcher.pipeline.intake import IntakeLimits
+from fletcher.pipeline.models import Model, Models
 from fletcher.pipeline.pressure import Grade, Pressure
+from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
 from fletcher.schema import VectorSpec
 from fletcher.telemetry import Telemetry
 
@@ -102,40 +100,28 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything a call needs.
+    """Everything a call needs."""
 
-    `engine` is what `stats` says of how the replicas' engine was chosen.
-    """
-
-    model: ModelBundle
-    embedder: Embedder
-    engine: Mapping[str, Any]
+    models: Models
     delivery: Delivery
     calls: Calls
     answers: Answers
     pressure: Pressure
-    limits: IntakeLimits
     telemetry: Telemetry
 
-    def resolve(self, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
+    def resolve(self, running: Model, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
         """A command as this server will carry it out.
 
         Args:
+            running: The model that does it.
             options: What was asked.
             dtypes: Element types that the destination takes.
 
         Raises:
-            UnknownModelError: Another model than the one that is served.
             DimensionMismatchError: `dims` that the model does not declare.
-            InvalidCommandError: `layers` or `dtype` that cannot be had.
+            InvalidCommandError: `layers`, `dtype` or `prompt` that cannot be had.
         """
-        model = self.model
-        if options.model not in (None, model.name, model.qualified_name):
-            raise UnknownModelError(
-                f"`model` is {options.model!r}, but this server runs {model.qualified_name}",
-                field="model",
-                allowed=[model.name, model.qualified_name],
-            )
+        model = running.bundle
         if options.dims is not None and options.dims not in model.dims:
             raise DimensionMismatchError(
                 f"`dims` is {options.dims}, but {model.name} declares "
@@ -165,17 +151,19 @@ class Service:
             pooling=model.pooling,
             normalized=model.normalize if options.normalize is None else options.normalize,
         )
-        prompt = options.prompt if options.prompt is not None else model.default_prompt or ""
-        return Request(options, spec, model.prompts.get(prompt, prompt))
+        prompt = resolve_prompt(model, options.prompt)
+        if prompt:
+            prompt_tokens(model, prompt, running.embedder.num_tokens)
+        return Request(options, spec, prompt)
 
-    def admit(self, *, bulk: bool) -> AbstractContextManager[None]:
+    def admit(self, model: Model, *, bulk: bool) -> AbstractContextManager[None]:
         """A place for a stream, held in `with`; who has one is slowed, never refused any more.
 
         Raises:
             OverloadedError: All places are taken, no workers are left, or this is no time for bulk
                 work.
         """
-        self.embedder.check()
+        model.embedder.check()
         if bulk and self.pressure.observe() is Grade.SEVERE:
             raise OverloadedError(
                 f"the server takes no new bulk work now: {self.pressure.reason}; try again later",
@@ -185,12 +173,13 @@ class Service:
 
     def describe(self) -> dict[str, Any]:
         """The `stats` action's answer: instruments, stores and workers."""
+        model = self.models.default
         return {
-            "model": self.model.qualified_name,
-            "engine": dict(self.engine),
+            "model": model.bundle.qualified_name,
+            "engine": dict(model.engine),
             "draining": self.calls.draining.is_set(),
             "pressure": self.pressure.statistics(),
             "stores": self.delivery.statistics(),
             **self.telemetry.snapshot(),
-            **self.embedder.statistics(),
+            **model.embedder.statistics(),
         }

@@ -217,7 +217,6 @@ RESULTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["benchmark"])
 def test_results_are_drawn(result: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"
     assert draw({"model": "tiny@0", "hardware": HARDWARE, **result}, path) == f"drawn to {path}"
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.checkpoint import _prompts
 from fletcher.models.registry import Registry
 from fletcher.models.safetensors import SafetensorsFile
 
@@ -134,6 +135,14 @@ def test_what_changes_vectors_changes_the_hash(
     checkpoint: EditCheckpoint, tmp_path: Path, tiny_bundle: ModelBundle, edits: dict[str, Any]
 ) -> None:
     assert add(checkpoint(**edits), tmp_path / "models").hash != tiny_bundle.hash
+
+
+def test_nomic_models_have_their_tasks_as_prompts() -> None:
+    settings = {"prompts": {"query": ""}}
+    nomic, _ = _prompts(settings, {"model_type": "nomic_bert"})
+    assert nomic["search_query"] == "search_query: "
+    assert set(nomic) == {"search_document", "search_query", "clustering", "classification"}
+    assert _prompts(settings, {"model_type": "bert"}) == ({"query": ""}, None)
 
 
 def test_a_shard_outside_the_folder_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) -> None:

@@ -141,18 +141,20 @@ def test_many_threads() -> None:
 def test_on_disk_it_outlives_its_owner(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
     batch = texts("a", "b", "long and cut")
-    cache = cache_of(DiskShelf(tmp_path / "cache", 64 * MIB))
+    shelf = DiskShelf(tmp_path / "cache", 64 * MIB)
+    cache = cache_of(shelf)
     recall = cache.recall(batch)
     assert not recall.known.any()
     check(recall.complete(vectors(batch)), vectors(batch))
-    cache.close()
-    cache.close()
+    shelf.close()
+    shelf.close()
     assert not cache.recall(batch).known.any()  # closed, it knows nothing, and says so quietly
-    cache = cache_of(DiskShelf(tmp_path / "cache", 64 * MIB))
+    shelf = DiskShelf(tmp_path / "cache", 64 * MIB)
+    cache = cache_of(shelf)
     recall = cache.recall(texts("c", "a", "long and cut"))
     assert words_of(recall.missing) == ["c"]
     check(recall.complete(vectors(recall.missing)), vectors(texts("c", "a", "long and cut")))
-    cache.close()
+    shelf.close()
 
 
 def test_on_disk_the_bound_holds_and_what_is_used_stays(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the composition root chooses to run."""
+"""What is chosen to run a model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from fletcher.config import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.inference.devices import HostInfo
+from fletcher.loading import _decide
 from fletcher.models.bundle import ModelBundle
-from fletcher.runtime import _decide
 
 
 def host(num_cuda_devices: int) -> HostInfo:

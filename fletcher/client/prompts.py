@@ -1,0 +1,44 @@
+"""The prompt to take where none is given: that of the model, for its purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fletcher.errors import ModelMismatchError
+
+if TYPE_CHECKING:
+    from fletcher.client import Client
+
+# As sentence-transformers looks for them in encode_query and encode_document, then Nomic's tasks.
+QUERY_PROMPTS = ("query", "search_query")
+DOCUMENT_PROMPTS = ("document", "passage", "corpus", "search_document")
+
+
+def served_model(client: Client, name: str | None) -> dict[str, Any]:
+    """What a server says of one of its models.
+
+    Args:
+        client: Of that server.
+        name: The model, `name` or `name@hash`; None: the server's default.
+
+    Raises:
+        ModelMismatchError: It does not serve that.
+    """
+    models: list[dict[str, Any]] = client.list_models()
+    for model in models:
+        names = (model["name"], f"{model['name']}@{model['hash']}")
+        if name in names or (name is None and model.get("is_default")):
+            return model
+    known = [model["name"] for model in models]
+    raise ModelMismatchError(
+        f"`model` {name!r} is not served; there are {', '.join(known)}",
+        field="model",
+        allowed=known,
+    )
+
+
+def default_prompt(model: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of these prompts that a model has, by its name; None: it has none of them."""
+    prompts = model.get("prompts", {})
+    return next((name for name in names if name in prompts), None)

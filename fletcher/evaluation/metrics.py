@@ -1,0 +1,163 @@
+"""What vectors are good for, in numbers: pure functions of whole arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.batches import FloatArray, Int64Array
+
+Float64Array = npt.NDArray[np.float64]
+
+
+def unit(vectors: FloatArray) -> FloatArray:
+    """Rows scaled to an L2 norm of 1; rows of zeros stay.
+
+    Args:
+        vectors: float32 [n, dims].
+    """
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(norms > 0, norms, 1), np.float32)
+
+
+def cosines(vectors: FloatArray, reference: FloatArray) -> Float64Array:
+    """The cosine of each vector to the reference's of the same row.
+
+    Args:
+        vectors: float32 [n, dims]. Fewer dims than the reference's are taken for its leading ones,
+            the rest for zeros.
+        reference: float32 [n, dim], dim >= dims.
+
+    Returns:
+        float64 [n]; 0 where a vector is zero.
+    """
+    ours, right = vectors.astype(np.float64), reference.astype(np.float64)
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(right, axis=1)
+    products = np.einsum("nd,nd->n", ours, right[:, : ours.shape[1]])
+    return np.asarray(products / np.where(norms > 0, norms, 1))
+
+
+def ranks(found: Int64Array, relevant: Int64Array) -> Int64Array:
+    """The place, from 1, of each query's one relevant document; 0 where it was not found.
+
+    Args:
+        found: int64 [num_queries, k], documents, best first.
+        relevant: int64 [num_queries].
+    """
+    hits = found == relevant[:, None]
+    return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0).astype(np.int64)
+
+
+def recall(places: Int64Array, k: int) -> float:
+    """The share of queries whose relevant document is among the first `k`.
+
+    Args:
+        places: int64 [num_queries], as from `ranks`.
+        k: How many are looked at.
+    """
+    return float(((places >= 1) & (places <= k)).mean())
+
+
+def ndcg(places: Int64Array, k: int) -> Float64Array:
+    """Normalised discounted cumulative gain of each query, which has one relevant document.
+
+    The ideal is that document in the first place, whose gain is 1: 1 / log2(1 + place) is left
+    (https://doi.org/10.1145/582415.582418).
+
+    Args:
+        places: int64 [num_queries], as from `ranks`.
+        k: How many are looked at.
+
+    Returns:
+        float64 [num_queries].
+    """
+    seen = (places >= 1) & (places <= k)
+    return np.where(seen, 1 / np.log2(1 + np.maximum(places, 1)), 0.0)
+
+
+def loss(gains: Float64Array, reference: Float64Array) -> tuple[float, float]:
+    """What is lost against the reference on average, and half the width of its 95% interval.
+
+    The same queries were asked of both, so the interval is that of paired differences: it is far
+    narrower than that of either average.
+
+    Args:
+        gains: float64 [num_queries].
+        reference: float64 [num_queries].
+    """
+    lost = reference - gains
+    deviation = float(lost.std(ddof=1)) if len(lost) > 1 else 0.0
+    return float(lost.mean()), float(1.96 * deviation / np.sqrt(len(lost)))
+
+
+def shared(found: Int64Array, right: Int64Array) -> float:
+    """The share of the right documents that were found, on average over the queries.
+
+    Args:
+        found: int64 [num_queries, any].
+        right: int64 [num_queries, k].
+    """
+    return float((right[:, :, None] == found[:, None, :]).any(axis=2).mean())
+
+
+def spearman(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> float:
+    """Spearman's rank correlation; equal values share the mean of their ranks.
+
+    Args:
+        ours: Numbers [n].
+        theirs: Numbers [n].
+
+    Returns:
+        From -1 to 1; NaN where all values of one side are equal.
+    """
+    first, second = _mean_ranks(np.asarray(ours)), _mean_ranks(np.asarray(theirs))
+    first, second = first - first.mean(), second - second.mean()
+    product = np.sqrt((first @ first) * (second @ second))
+    return float(first @ second / product) if product > 0 else float("nan")
+
+
+def _mean_ranks(values: npt.NDArray[np.generic]) -> Float64Array:
+    _, group, size = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(size)
+    return np.asarray((last - (size - 1) / 2)[group], np.float64)
+
+
+def alignment(queries: FloatArray, documents: FloatArray) -> float:
+    """How far pairs that belong together are from each other: less is better.
+
+    The mean squared distance of normalised vectors, from 0 to 4
+    (https://arxiv.org/abs/2005.10242, with its default alpha = 2).
+
+    Args:
+        queries: float32 [n, dims], norm 1.
+        documents: float32 [n, dims], norm 1, of the same rows.
+    """
+    return float(((queries - documents).astype(np.float64) ** 2).sum(axis=1).mean())
+
+
+def uniformity(first: FloatArray, second: FloatArray) -> float:
+    """How evenly vectors fill the sphere: less is better.
+
+    log E exp(-2 d^2) over pairs drawn at random; 0 where all vectors are one, about -4 where they
+    have every direction in many dims (https://arxiv.org/abs/2005.10242, with its default t = 2).
+
+    Args:
+        first: float32 [num_pairs, dims], norm 1.
+        second: float32 [num_pairs, dims], norm 1.
+    """
+    distances = ((first - second).astype(np.float64) ** 2).sum(axis=1)
+    return float(np.log(np.exp(-2 * distances).mean()))
+
+
+def num_alike(vectors: npt.NDArray[np.generic]) -> int:
+    """Rows that are, bit for bit, also the vector of another row.
+
+    Args:
+        vectors: Any numbers [n, dims].
+    """
+    if not len(vectors):
+        return 0
+    rows = np.ascontiguousarray(vectors)
+    whole = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).reshape(-1)
+    _, counts = np.unique(whole, return_counts=True)
+    return int(counts[counts > 1].sum())

@@ -1,0 +1,88 @@
+"""Quality against cost, as a PNG."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from fletcher.errors import ConfigError
+from fletcher.evaluation.evaluate import Report, Row
+
+_INCHES = (9, 4)
+_LEAST_SPAN = 0.05  # of NDCG
+
+
+def check() -> None:
+    """Refuses before the work begins. Raises ConfigError where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "`plot` needs matplotlib, which is not installed: pip install "
+            "'longbow-fletcher[plot]'; or leave --plot out, the table needs nothing",
+            field="plot",
+        )
+
+
+def draw(report: Report, path: Path) -> None:
+    """NDCG@10 over bytes per vector, and over texts per second.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_INCHES, layout="constrained")  # of its own: pyplot wants a display
+    left, right = figure.subplots(1, 2, sharey=True)
+    _sizes(left, report)
+    _speeds(right, report)
+    figure.suptitle(
+        f"{report.model['name']}: {len(report.pairs.queries):,} queries, "
+        f"{len(report.pairs.documents):,} documents",
+        fontsize=10,
+    )
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"`plot` {str(path)!r} cannot be written: {error}", field="plot"
+        ) from None
+
+
+def _sizes(axes: Any, report: Report) -> None:
+    """A line for each engine, depth and type, over its widths."""
+    lines: dict[str, list[Row]] = defaultdict(list)
+    depths = {row.variant.layers for row in report.rows}
+    for row in report.rows:
+        one = row.variant
+        depth = f", {one.layers} layers" if len(depths) > 1 else ""
+        lines[f"{one.engine}{depth}, {one.dtype}"].append(row)
+    for label, rows in lines.items():
+        rows.sort(key=lambda row: row.bytes_per_vector)
+        sizes = [row.bytes_per_vector for row in rows]
+        axes.plot(sizes, [row.ndcg for row in rows], marker="o", markersize=4, label=label)
+    axes.set(xlabel="bytes per vector", ylabel="NDCG@10")
+    lowest = min(row.ndcg for row in report.rows)
+    highest = max(row.ndcg for row in report.rows)
+    # Or differences that mean nothing would fill the picture.
+    middle, height = (lowest + highest) / 2, max(_LEAST_SPAN, 1.2 * (highest - lowest))
+    axes.set_ylim(middle - height / 2, middle + height / 2)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def _speeds(axes: Any, report: Report) -> None:
+    """A point for each engine and depth, at its best."""
+    best: dict[tuple[str, int | None], Row] = {}
+    for row in report.rows:
+        key = str(row.variant.engine), row.variant.layers
+        if row.texts_per_s is not None and (key not in best or row.ndcg > best[key].ndcg):
+            best[key] = row
+    for (engine, layers), row in best.items():
+        axes.plot([row.texts_per_s], [row.ndcg], "o", label=f"{engine}, {layers} layers")
+    axes.set_xlabel("texts/s")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)

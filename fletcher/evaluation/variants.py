@@ -1,0 +1,162 @@
+"""What is compared: engines, depths, widths and types, named in lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fletcher.config import nearest
+from fletcher.errors import InvalidCommandError
+from fletcher.options import CHOICES
+
+KEYS = ("backend", "precision", "layers", "dims", "dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What runs the model: a backend, its arithmetic and `cpu` or `cuda`, as options name them."""
+
+    backend: str
+    precision: str
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.backend} {self.precision}{where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to make vectors.
+
+    Attributes:
+        engine: What runs the model.
+        layers: Exit layer; None: all layers.
+        dims: Leading dimensions; None: all.
+        dtype: Element type.
+    """
+
+    engine: Engine
+    layers: int | None = None
+    dims: int | None = None
+    dtype: str = "float32"
+
+    def options(self) -> dict[str, Any]:
+        """The fields of EmbedOptions that ask a server for it."""
+        return {"layers": self.layers, "dims": self.dims, "dtype": self.dtype}
+
+    def of(self, model: Mapping[str, Any]) -> Variant:
+        """The same with `layers` and `dims` as numbers, as the server's ModelInfo has them."""
+        return dataclasses.replace(
+            self, layers=self.layers or model["num_layers"], dims=self.dims or model["dim"]
+        )
+
+
+def parse(text: str, default: Engine) -> list[Variant]:
+    """Every combination of the values of a list such as `backend=openvino dims=384,128`.
+
+    Args:
+        text: `KEY=VALUE,...` with spaces between; keys are KEYS, and one that is not there leaves
+            the default.
+        default: Where a list names no engine.
+
+    Raises:
+        InvalidCommandError: A key or a value that is none.
+    """
+    lists: dict[str, Sequence[str]] = {
+        "backend": [default.backend],
+        "precision": [default.precision],
+        "layers": [""],
+        "dims": [""],
+        "dtype": ["float32"],
+    }
+    for word in text.split():
+        key, equals, values = word.partition("=")
+        if key not in KEYS:
+            raise InvalidCommandError(
+                f"`variants` has {word!r}{nearest(key, KEYS)}; expected KEY=VALUE,... with the "
+                f"keys {', '.join(KEYS)}",
+                field="variants",
+                allowed=KEYS,
+            )
+        if not equals or not all(values.split(",")):
+            raise InvalidCommandError(
+                f"`variants` has {word!r}, which leaves out a value", field="variants"
+            )
+        lists[key] = values.split(",")
+    for dtype in lists["dtype"]:
+        if dtype not in CHOICES["dtype"]:
+            raise InvalidCommandError(
+                f"`dtype` is {dtype!r} in `variants`, expected one of "
+                f"{', '.join(CHOICES['dtype'])}",
+                field="dtype",
+                allowed=CHOICES["dtype"],
+            )
+    return [
+        Variant(
+            Engine(backend, precision, default.device),
+            _number("layers", layers),
+            _number("dims", dims),
+            dtype,
+        )
+        for backend, precision, layers, dims, dtype in itertools.product(
+            *(lists[key] for key in KEYS)
+        )
+    ]
+
+
+def usual(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[Variant]:
+    """What is worth a look where nobody says what: each choice alone, and width with type.
+
+    Args:
+        engines: Those that can be had, the one that a server would take first.
+        model: ModelInfo; only depths and widths that it declares.
+    """
+    first = engines[0]
+    layers = [one for one in model["layers"] if one != model["num_layers"]]
+    dims = sorted(model["dims"], reverse=True)
+    return [
+        *(Variant(engine).of(model) for engine in engines),
+        *(Variant(first, one).of(model) for one in layers),
+        *(
+            Variant(first, None, *both).of(model)
+            for both in itertools.product(dims, CHOICES["dtype"])
+        ),
+    ]
+
+
+def check(variants: Iterable[Variant], model: Mapping[str, Any], *, undeclared: bool) -> None:
+    """Refuses before hours of work what the server would refuse after some of them.
+
+    Args:
+        variants: Some.
+        model: ModelInfo.
+        undeclared: Depths and widths that the model does not declare may be asked for.
+
+    Raises:
+        InvalidCommandError: A depth or a width that cannot be had.
+    """
+    for variant in variants:
+        for name, most in (("layers", "num_layers"), ("dims", "dim")):
+            value, declared = getattr(variant, name), sorted({*model[name], model[most]})
+            possible = undeclared and name == "dims" and value is not None and value <= model["dim"]
+            if value is not None and value not in declared and not possible:
+                raise InvalidCommandError(
+                    f"`{name}` is {value} in `variants`, but {model['name']} declares "
+                    f"{', '.join(map(str, declared))}",
+                    field=name,
+                    allowed=[str(one) for one in declared],
+                )
+
+
+def _number(key: str, text: str) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise InvalidCommandError(
+            f"`{key}` is {text!r} in `variants`, expected a whole number above 0", field=key
+        )
+    return int(text)

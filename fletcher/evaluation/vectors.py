@@ -1,0 +1,86 @@
+"""Texts to vectors through a server, and what it took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.batches import FloatArray
+from fletcher.errors import BY_CODE, InternalError
+from fletcher.options import EmbedOptions
+
+if TYPE_CHECKING:
+    from fletcher.client import Client
+
+_BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The vectors of some texts.
+
+    Attributes:
+        vectors: float32 [num_texts, dims], as a reader of the server's columns gets them.
+        bytes_per_vector: What a vector takes as it came, a scale of its own included.
+        num_truncated: Texts whose end the model did not see.
+        texts_per_s: From the first text sent to the last vector received; None where the server
+            had some of them in its cache.
+    """
+
+    vectors: FloatArray
+    bytes_per_vector: int
+    num_truncated: int
+    texts_per_s: float | None
+
+
+def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
+    """Sends texts and takes their vectors back.
+
+    Args:
+        client: Of the server.
+        texts: utf8 [num_texts].
+        **options: Fields of EmbedOptions; None leaves the default.
+
+    Raises:
+        FletcherError: The server refused or failed, or a text has no vector.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    wanted = EmbedOptions(priority="bulk", include_text=False, **given)
+    table = pa.table({"text": texts})
+    hits = _cache_hits(client)
+    started = time.perf_counter()
+    batches = []
+    with client.exchange(iter(table.to_batches(_BATCH_ROWS)), wanted) as exchange:
+        for batch in exchange:
+            for error in exchange.errors:
+                kind = BY_CODE.get(error.code, InternalError)
+                raise kind(f"text {error.row}: {error.message}")
+            batches.append(batch)
+    elapsed_s = time.perf_counter() - started
+    return Embedded(
+        vectors=np.concatenate([read_vectors(batch) for batch in batches]),
+        bytes_per_vector=_bytes_per_vector(batches[0].schema),
+        num_truncated=sum(batch.column("truncated").true_count for batch in batches),
+        texts_per_s=None if _cache_hits(client) > hits else len(texts) / elapsed_s,
+    )
+
+
+def read_vectors(batch: pa.RecordBatch) -> FloatArray:
+    """float32 [num_rows, dims] of a batch without null vectors."""
+    column = batch.column("vector")
+    values = np.asarray(column.flatten(), np.float32)
+    return values.reshape(len(column), column.type.list_size)
+
+
+def _bytes_per_vector(schema: pa.Schema) -> int:
+    vector = schema.field("vector").type
+    scale = schema.field("scale").type.bit_width if "scale" in schema.names else 0
+    return int(vector.list_size * vector.value_type.bit_width + scale) // 8
+
+
+def _cache_hits(client: Client) -> float:
+    return float(client.stats().get("fletcher.cache.hits", 0))

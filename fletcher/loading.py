@@ -1,0 +1,175 @@
+"""From a bundle to a model that runs: which engine, how many workers, how much at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fletcher.config import ServeConfig
+from fletcher.errors import BackendError
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.devices import HostInfo, resolve
+from fletcher.models.bundle import ModelBundle
+from fletcher.models.registry import Registry
+from fletcher.pipeline.cache import EmbeddingCache, MemoryShelf, Shelf
+from fletcher.pipeline.disk_shelf import DiskShelf
+from fletcher.pipeline.embedder import Embedder, EmbedderConfig
+from fletcher.pipeline.intake import IntakeLimits
+from fletcher.pipeline.memory import MemoryBudget
+from fletcher.pipeline.models import Model
+from fletcher.planning.planner import MAX_BATCH_ROWS, plan
+from fletcher.telemetry import Telemetry
+from fletcher.tokenization.tokenizer import Tokenizer
+from fletcher.tuning.candidates import Asked
+from fletcher.tuning.decision import Decision, decide
+from fletcher.workers.messages import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+# Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
+_WINDOW_RUNS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Starts models, each with workers of its own.
+
+    Attributes:
+        config: How models are run.
+        registry: Where they are.
+        host: What there is to run them.
+        budget: Memory for the streams of all of them.
+        telemetry: Where counts, durations and spans go.
+        crowded: Whether there is so much to do that windows should be larger.
+        shelf: Where vectors of texts embedded before are kept; None: they are not.
+    """
+
+    config: ServeConfig
+    registry: Registry
+    host: HostInfo
+    budget: MemoryBudget
+    telemetry: Telemetry
+    crowded: Callable[[], bool]
+    shelf: Shelf | None
+
+    def load(self, name: str) -> Model:
+        """Starts and warms a model.
+
+        Raises:
+            FletcherError: It is not there, is damaged or does not run here; nothing is left.
+        """
+        # A flipped bit in the weights makes plausible vectors that are wrong for good.
+        bundle = self.registry.verify(name)
+        decision, standby = _decide(self.config, bundle, self.host)
+        embedder = self._embedder(bundle, decision.configs, standby)
+        embedder.start()
+        limits = _limits(self.config, bundle.dim, self.budget.reserve_bytes)
+        return Model(bundle, embedder, decision.describe(), limits)
+
+    def _embedder(
+        self, bundle: ModelBundle, replicas: list[BackendConfig], standby: list[BackendConfig]
+    ) -> Embedder:
+        config = self.config
+        num_tokenizers = config.tokenizer_workers or _tokenizers(self.host.cores, replicas)
+        folder = str(bundle.folder)
+        max_batch_tokens = replicas[0].max_batch_tokens
+        specs = [
+            WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)
+            for n, one in enumerate([*replicas, *standby])
+        ]
+        return Embedder(
+            EmbedderConfig(
+                tokenizers=[
+                    WorkerSpec(f"tokenizer-{n}", "fletcher.tokenization.worker:load", folder)
+                    for n in range(num_tokenizers)
+                ],
+                replicas=specs[: len(replicas)],
+                standby=specs[len(replicas) :],
+                dim=bundle.dim,
+                window_tokens=_WINDOW_RUNS * max_batch_tokens,
+                max_queue_delay_s=config.max_queue_delay_ms / 1000,
+                dispatch=config.dispatch,
+                worker_timeout_s=config.worker_timeout_s,
+            ),
+            plan=lambda lengths, num_runners: plan(
+                lengths,
+                max_batch_tokens=max_batch_tokens,
+                max_batch_rows=MAX_BATCH_ROWS,
+                num_runners=num_runners,
+            ),
+            tokenize=Tokenizer.load(bundle.folder).encode,
+            budget=self.budget,
+            telemetry=self.telemetry,
+            crowded=self.crowded,
+            cache=self._cache(bundle, [*replicas, *standby]),
+        )
+
+    def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
+        if self.shelf is None:
+            return None
+        # Engines and precisions give vectors that differ in their last digits.
+        engines = {
+            f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas
+        }
+        scope = [bundle.qualified_name, *sorted(engines)]
+        return EmbeddingCache(scope, bundle.dim, self.shelf, self.telemetry)
+
+
+def open_shelf(config: ServeConfig) -> Shelf | None:
+    """Where the vectors of all models are kept for texts that come again; None: not at all.
+
+    Raises:
+        ConfigError: The folder cannot be used.
+    """
+    if not config.embedding_cache:
+        return None
+    folder, max_bytes = config.embedding_cache_dir, config.embedding_cache
+    return MemoryShelf(max_bytes) if folder is None else DiskShelf(folder, max_bytes)
+
+
+def _decide(
+    config: ServeConfig, bundle: ModelBundle, host: HostInfo
+) -> tuple[Decision, list[BackendConfig]]:
+    """What runs, and what stands by for when no GPU is left."""
+    try:
+        decision = decide(config.home, Asked.of(config), host, bundle)
+    except BackendError as error:
+        if config.device_fallback == "none" or not config.device.startswith("cuda"):
+            raise
+        log.warning("%s; the CPU takes over", error)
+        return _on_cpu(config, bundle, host), []
+    log.info("%s: %s", bundle.qualified_name, decision.reason)
+    on_gpu = any(one.device.startswith("cuda") for one in decision.configs)
+    if not (on_gpu and config.device_fallback == "cpu"):
+        return decision, []
+    return decision, _on_cpu(config, bundle, host).configs
+
+
+def _on_cpu(config: ServeConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
+    """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
+    backend = "null" if config.backend == "null" else "auto"
+    rule = resolve("cpu", backend, "float32", config.threads, host, bundle.folder)
+    log.info("%s, when no GPU is left: %s", bundle.qualified_name, rule.reason)
+    return Decision(rule.configs, rule.reason)
+
+
+def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
+    """A core tokenizes some 8,000 texts/s: one feeds any CPU's model, a GPU wants all there are."""
+    on_gpu = any(one.device.startswith("cuda") for one in replicas)
+    return max(1, cores - 1) if on_gpu else max(1, cores // 8)
+
+
+def _limits(config: ServeConfig, dim: int, reserve_bytes: int) -> IntakeLimits:
+    """Pieces that fit a stream's reserve, so that no stream waits for another's memory."""
+    # In the window and as output, float32 each, and the small columns.
+    bytes_per_row = 8 * dim + 256
+    piece_bytes = reserve_bytes // 8  # a text is held up to three times: 3/8 of the reserve
+    return IntakeLimits(
+        max_message_bytes=config.max_message_bytes,
+        max_row_bytes=config.max_row_bytes,
+        piece_rows=max(16, min(1024, reserve_bytes // 2 // bytes_per_row)),
+        piece_bytes=max(4096, piece_bytes),
+        table_values=32 * 2**20 // (4 * dim),
+        bytes_per_row=bytes_per_row,
+    )

@@ -1,0 +1,106 @@
+"""`fletcher eval` with a real server in its process, and with one elsewhere."""
+
+import importlib.util
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fletcher.cli import main
+from fletcher.config import ServeConfig
+from fletcher.runtime import Runtime
+
+
+@pytest.fixture
+def argv(tmp_path, tiny_bundle, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("FLETCHER_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "models").symlink_to(tiny_bundle.folder.parent)
+    words = [f"word{number} and {number * 7}" for number in range(60)]
+    table = pa.table({"title": words, "body": [f"about {word}" for word in words]})
+    pq.write_table(table, tmp_path / "corpus.parquet")
+    columns = ["--query", "title", "--document", "body", "--queries", "20"]
+    return ["eval", str(tmp_path / "corpus.parquet"), *columns]
+
+
+@pytest.fixture
+def local(tmp_path, tiny_bundle):
+    return ["--home", str(tmp_path), "--model", tiny_bundle.name, "--device", "cpu"]
+
+
+def test_engines_and_types_side_by_side(argv, local, tmp_path, capsys):
+    argv += [*local, "--backend", "onnxruntime", "--threads", "1", "--documents", "50", "--json"]
+    argv += ["--output", str(tmp_path / "report.json")]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    report = json.loads(out)
+    assert (tmp_path / "report.json").read_text() == out
+    assert report["corpus"] | {"documents_truncated": 0} == {
+        "rows": 60,
+        "rows_empty": 0,
+        "rows_repeated": 0,
+        "documents": 50,
+        "queries": 20,
+        "documents_truncated": 0,
+    }
+    first, half = report["rows"]
+    assert (first["backend"], first["precision"], first["dtype"]) == (
+        "onnxruntime",
+        "float32",
+        "float32",
+    )
+    assert (first["dims"], first["layers"], first["bytes_per_vector"]) == (32, 2, 128)
+    assert first["ndcg_loss"] == 0
+    assert first["texts_per_s"] > 0
+    assert (half["dtype"], half["bytes_per_vector"]) == ("float16", 64)
+    assert half["cosine"]["min"] > 0.9999
+    # Of the same run of the model: the second came from the cache.
+    assert half["texts_per_s"] == first["texts_per_s"]
+
+
+def test_a_server_elsewhere(argv, tmp_path, tiny_bundle, capsys):
+    config = ServeConfig(
+        port=0, home=tmp_path, model=tiny_bundle.name, backend="null", stores=("none",)
+    )
+    with Runtime(config) as server:
+        assert main([*argv, "--server", server.address]) == 0
+        table = capsys.readouterr().out.splitlines()
+        assert [line.split()[:5] for line in table[1:3]] == [
+            ["null", "float32", "2", "32", "float32"],
+            ["null", "float32", "2", "32", "float16"],
+        ]
+        refused = [*argv, "--server", server.address, "--variants", "backend=openvino"]
+        assert main(refused) == 2
+        error = capsys.readouterr().err
+        assert "`variants` asks for openvino float32, but" in error
+        assert "runs null float32" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--variants", "dims=3"], "`dims` is 3 in `variants`, but tiny declares 32"),
+        (["--variants", "precision=float16"], "`precision` float16 is for CUDA"),
+        (["--variants", "layer=3"], "did you mean layers"),
+        (["--queries", "1"], "`queries` is 1, expected 2 or more"),
+        (["--plot", "/nowhere/plot.png"], "`plot` is '/nowhere/plot.png', which cannot be written"),
+        (["--query", "heading"], "has no column `heading`"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_work(argv, local, capsys, words, expected):
+    backend = [] if "precision=float16" in words else ["--backend", "null"]
+    assert main([*argv, *local, *backend, *words]) in (1, 2)
+    assert expected in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_kindly(argv, local, monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    assert main([*argv, *local, "--plot", str(tmp_path / "plot.png")]) == 2
+    error = capsys.readouterr().err
+    assert "`plot` needs matplotlib" in error
+    assert "pip install 'longbow-fletcher[plot]'" in error

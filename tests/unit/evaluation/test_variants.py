@@ -1,0 +1,63 @@
+"""Lists of variants, as people write them."""
+
+import pytest
+
+from fletcher.errors import InvalidCommandError
+from fletcher.evaluation.variants import Engine, Variant, check, parse, usual
+from fletcher.options import CHOICES
+
+OWN, OTHER = Engine("openvino", "bfloat16"), Engine("onnxruntime", "float32")
+MODEL = {"name": "m", "num_layers": 6, "layers": [3, 6], "dim": 384, "dims": [128, 384]}
+
+
+def test_a_list_is_every_combination():
+    assert parse("dims=384,128 dtype=float32,float16", OWN) == [
+        Variant(OWN, None, 384, "float32"),
+        Variant(OWN, None, 384, "float16"),
+        Variant(OWN, None, 128, "float32"),
+        Variant(OWN, None, 128, "float16"),
+    ]
+    assert parse("backend=onnxruntime precision=float32 layers=3", OWN) == [Variant(OTHER, 3)]
+    assert parse("", OWN) == [Variant(OWN)]
+    on_gpu = Engine("onnxruntime", "float16", "cuda")
+    assert parse("precision=float32", on_gpu) == [Variant(Engine("onnxruntime", "float32", "cuda"))]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("dim=384", "did you mean dims.*backend, precision, layers, dims, dtype"),
+        ("dims=", "'dims=', which leaves out a value"),
+        ("dims=384,", "leaves out a value"),
+        ("dims", "leaves out a value"),
+        ("layers=six", "`layers` is 'six'"),
+        ("dims=0", "`dims` is '0'"),
+        ("dtype=float64", "`dtype` is 'float64'.*float32, float16"),
+    ],
+)
+def test_what_is_no_list_is_refused_by_name(text, words):
+    with pytest.raises(InvalidCommandError, match=words):
+        parse(text, OWN)
+
+
+def test_the_usual_variants_are_each_choice_alone_and_widths_with_types():
+    found = usual([OWN, OTHER], MODEL)
+    assert found[:3] == [
+        Variant(OWN, 6, 384, "float32"),
+        Variant(OTHER, 6, 384, "float32"),
+        Variant(OWN, 3, 384, "float32"),
+    ]
+    assert {(one.dims, one.dtype) for one in found[3:]} == {
+        (dims, dtype) for dims in (128, 384) for dtype in CHOICES["dtype"]
+    }
+
+
+def test_what_the_model_does_not_declare_is_refused_before_the_work():
+    check(usual([OWN], MODEL), MODEL, undeclared=False)
+    check([Variant(OWN, None, 200)], MODEL, undeclared=True)
+    with pytest.raises(InvalidCommandError, match=r"`dims` is 200.*128, 384"):
+        check([Variant(OWN, None, 200)], MODEL, undeclared=False)
+    with pytest.raises(InvalidCommandError, match="`dims` is 385"):
+        check([Variant(OWN, None, 385)], MODEL, undeclared=True)
+    with pytest.raises(InvalidCommandError, match=r"`layers` is 7.*3, 6"):
+        check([Variant(OWN, 7)], MODEL, undeclared=True)
