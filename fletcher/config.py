@@ -45,6 +45,8 @@ NO_STORE = "none"
 # Of what is sent over a connection; the client's `compression` takes the same words.
 COMPRESSIONS = ("none", "lz4", "zstd", "auto")
 DISPATCHES = ("throughput-weighted", "least-loaded", "round-robin", "random")
+# What int8 vectors are multiples of: `fletcher.quantization`.
+INT8_KINDS = ("auto", "row", "ranges")
 _NAMED_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 
 
@@ -148,6 +150,14 @@ class ServeConfig:
     tokenizer_workers: int = _option(
         0, "model", WHOLE, "tokenizer processes, 0: from the cores; each takes memory", maximum=1024
     )
+    tokenizer: str = _option(
+        "model",
+        "model",
+        TEXT,
+        "model: its own; null takes bytes for tokens, to measure what surrounds the model, and "
+        "needs --backend null",
+        choices=("model", "null"),
+    )
     max_batch_tokens: int = _option(
         0, "model", WHOLE, "tokens in one run, 0: the engine's best; more: throughput, latency"
     )
@@ -198,6 +208,21 @@ class ServeConfig:
     )
     max_queue_delay_ms: float = _option(
         5, "model", MILLISECONDS, "wait to fill a run; more: fuller runs, later answers"
+    )
+    allow_undeclared: bool = _option(
+        False,
+        "model",
+        SWITCH,
+        "give dims that the model does not declare, at a loss of quality that nobody has measured",
+    )
+    int8: str = _option(
+        "auto",
+        "model",
+        TEXT,
+        "row: each vector has a scale, 4 bytes more, and nothing is clipped; ranges: as `fletcher "
+        "model calibrate` found them, what lies outside is clipped; auto: ranges where the model "
+        "has them",
+        choices=INT8_KINDS,
     )
     stores: tuple[str, ...] = _option(
         (),
@@ -276,6 +301,13 @@ class ServeConfig:
         for option in OPTIONS.values():
             option.check(getattr(self, option.field))
         self._check_network()
+        if self.tokenizer == "null" and self.backend != "null":
+            raise ConfigError(
+                f"`tokenizer` is null, whose tokens no model knows, and `backend` is "
+                f"{self.backend!r}; give --backend null with it",
+                field="tokenizer",
+                allowed=["model"],
+            )
         if self.max_row_bytes > self.max_message_bytes:
             raise ConfigError(
                 f"`max_row_bytes` is {self.max_row_bytes}, more than `max_message_bytes` "
