@@ -151,6 +151,7 @@ def test_types_and_widths_are_asked_for_and_measured(run):
         (4, "float16", 8),
         (16, "float16", 32),
     ]
+    assert {options.dtype for _, options in log if options.prompt == "query"} == {"float32"}
     # What is as usual is not asked for: servers without a choice refuse the question.
     assert {(options.dims, options.layers) for _, options in log} == {(None, None), (4, None)}
     small, half = found.rows[1:]
