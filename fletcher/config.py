@@ -150,6 +150,14 @@ class ServeConfig:
     tokenizer_workers: int = _option(
         0, "model", WHOLE, "tokenizer processes, 0: from the cores; each takes memory", maximum=1024
     )
+    tokenizer: str = _option(
+        "model",
+        "model",
+        TEXT,
+        "model: its own; null takes bytes for tokens, to measure what surrounds the model, and "
+        "needs --backend null",
+        choices=("model", "null"),
+    )
     max_batch_tokens: int = _option(
         0, "model", WHOLE, "tokens in one run, 0: the engine's best; more: throughput, latency"
     )
@@ -293,6 +301,13 @@ class ServeConfig:
         for option in OPTIONS.values():
             option.check(getattr(self, option.field))
         self._check_network()
+        if self.tokenizer == "null" and self.backend != "null":
+            raise ConfigError(
+                f"`tokenizer` is null, whose tokens no model knows, and `backend` is "
+                f"{self.backend!r}; give --backend null with it",
+                field="tokenizer",
+                allowed=["model"],
+            )
         if self.max_row_bytes > self.max_message_bytes:
             raise ConfigError(
                 f"`max_row_bytes` is {self.max_row_bytes}, more than `max_message_bytes` "

@@ -20,6 +20,7 @@ from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.models import Model
 from fletcher.planning.planner import MAX_BATCH_ROWS, plan
 from fletcher.telemetry import Telemetry
+from fletcher.tokenization.null import NullTokenizer
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.tuning.candidates import Asked
 from fletcher.tuning.decision import Decision, decide
@@ -73,6 +74,9 @@ class Loader:
         config = self.config
         num_tokenizers = config.tokenizer_workers or _tokenizers(self.host.cores, replicas)
         folder = str(bundle.folder)
+        null = config.tokenizer == "null"
+        tokenizer = (NullTokenizer if null else Tokenizer).load(bundle.folder)
+        tokenizer_factory = f"fletcher.tokenization.{'null' if null else 'worker'}:load"
         max_batch_tokens = replicas[0].max_batch_tokens
         specs = [
             WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)
@@ -81,7 +85,7 @@ class Loader:
         return Embedder(
             EmbedderConfig(
                 tokenizers=[
-                    WorkerSpec(f"tokenizer-{n}", "fletcher.tokenization.worker:load", folder)
+                    WorkerSpec(f"tokenizer-{n}", tokenizer_factory, folder)
                     for n in range(num_tokenizers)
                 ],
                 replicas=specs[: len(replicas)],
@@ -98,7 +102,7 @@ class Loader:
                 max_batch_rows=MAX_BATCH_ROWS,
                 num_runners=num_runners,
             ),
-            tokenize=Tokenizer.load(bundle.folder).encode,
+            tokenize=tokenizer.encode,
             budget=self.budget,
             telemetry=self.telemetry,
             crowded=self.crowded,
@@ -112,7 +116,7 @@ class Loader:
         engines = {
             f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas
         }
-        scope = [bundle.qualified_name, *sorted(engines)]
+        scope = [bundle.qualified_name, self.config.tokenizer, *sorted(engines)]
         return EmbeddingCache(scope, bundle.dim, self.shelf, self.telemetry)
 
 

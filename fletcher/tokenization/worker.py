@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from fletcher.batches import TextBatch, TokenBatch
 from fletcher.tokenization.tokenizer import Tokenizer
+
+
+class Encoder(Protocol):
+    """What makes tokens of texts; `max_length` of them at most."""
+
+    max_length: int
+
+    def encode(self, batch: TextBatch) -> TokenBatch:
+        """Tokenizes all texts of a batch."""
+        ...
 
 
 class TokenizerWorker:
     """One core, one request at a time."""
 
     concurrency = 1
+    express = 0
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Encoder) -> None:
         self._tokenizer = tokenizer
 
     def run(self, batch: TextBatch) -> TokenBatch:
