@@ -45,6 +45,8 @@ NO_STORE = "none"
 # Of what is sent over a connection; the client's `compression` takes the same words.
 COMPRESSIONS = ("none", "lz4", "zstd", "auto")
 DISPATCHES = ("throughput-weighted", "least-loaded", "round-robin", "random")
+# What int8 vectors are multiples of: `fletcher.quantization`.
+INT8_KINDS = ("auto", "row", "ranges")
 _NAMED_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 
 
@@ -206,6 +208,21 @@ class ServeConfig:
     )
     max_queue_delay_ms: float = _option(
         5, "model", MILLISECONDS, "wait to fill a run; more: fuller runs, later answers"
+    )
+    allow_undeclared: bool = _option(
+        False,
+        "model",
+        SWITCH,
+        "give dims that the model does not declare, at a loss of quality that nobody has measured",
+    )
+    int8: str = _option(
+        "auto",
+        "model",
+        TEXT,
+        "row: each vector has a scale, 4 bytes more, and nothing is clipped; ranges: as `fletcher "
+        "model calibrate` found them, what lies outside is clipped; auto: ranges where the model "
+        "has them",
+        choices=INT8_KINDS,
     )
     stores: tuple[str, ...] = _option(
         (),

@@ -20,7 +20,7 @@ COMMANDS = {
     "embed": "print the vectors of texts",
     "search": "find the rows nearest to a text",
     "similar": "compare texts, or find those most like them in a file",
-    "model": "add, list, verify and remove models",
+    "model": "add, list, verify, calibrate and remove models",
     "eval": "measure what precision, depth, width and type cost in quality",
     "tune": "measure what runs a model fastest here",
     "journal": "show and replay rows that wait for their stores",

@@ -50,7 +50,8 @@ def add_parser(subparsers: Any) -> None:
         "--dtype",
         choices=CHOICES["dtype"],
         default="float32",
-        help="of the vectors (default: float32)",
+        help="of the vectors: float16 halves them, int8 quarters them, ubinary keeps a bit a "
+        "dimension, each at some loss (default: float32)",
     )
     parser.add_argument("--prompt", help="a prompt of the model, or text to put before each text")
     parser.add_argument(
@@ -58,6 +59,13 @@ def add_parser(subparsers: Any) -> None:
         choices=CHOICES["truncate"],
         default="end",
         help="long texts: cut there, or fail (default: end)",
+    )
+    parser.add_argument(
+        "--chunking",
+        default="none",
+        metavar="HOW",
+        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]; tokens:256/32:mean gives "
+        "a text the mean of its chunks' vectors, which take their time each (default: none)",
     )
     add_connection(parser, ("model",))
 
@@ -75,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         prompt=args.prompt,
         truncate=args.truncate,
+        chunking=None if args.chunking == "none" else args.chunking,
         include_text=True,
     )
     config = local_config(args, store=NO_STORE)
@@ -109,15 +118,16 @@ def stdin_lines() -> Iterator[str]:
 
 
 def _embedded(client: Client, texts: _Texts, options: EmbedOptions) -> Iterator[pa.RecordBatch]:
-    """Batches of text and vector. Raises what a text without a vector failed by."""
+    """Batches of text, vector and its scale. Raises what a text without a vector failed by."""
     with client.exchange(texts, options) as exchange:
-        yield pa.RecordBatch.from_pylist([], exchange.schema).select(["text", "vector"])
+        names = [name for name in ("text", "vector", "scale") if name in exchange.schema.names]
+        yield pa.RecordBatch.from_pylist([], exchange.schema).select(names)
         for batch in exchange:
             for error in exchange.errors:
                 kind = BY_CODE.get(error.code, InternalError)
                 number = "" if error.row is None else f" {error.row + 1}"
                 raise kind(f"text{number}: {error.message}")
-            yield batch.select(["text", "vector"])
+            yield batch.select(names)
 
 
 def _open_output(path: Path | None) -> IO[bytes]:
@@ -138,11 +148,18 @@ def _vectors(batch: pa.RecordBatch) -> npt.NDArray[Any]:
 
 def _write_jsonl(batches: Iterable[pa.RecordBatch], output: IO[bytes]) -> None:
     for batch in batches:
-        for text, vector in zip(batch.column("text").to_pylist(), _vectors(batch), strict=True):
-            # `str` of a float32 is the shortest text that reads back as the same float32.
-            row = {"text": text, "vector": [float(str(value)) for value in vector]}
+        others = batch.drop_columns("vector").to_pylist()
+        for fields, vector in zip(others, _vectors(batch), strict=True):
+            row = {"text": fields.pop("text"), "vector": _numbers(vector), **fields}
             output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         output.flush()
+
+
+def _numbers(vector: npt.NDArray[Any]) -> list[Any]:
+    if vector.dtype.kind != "f":
+        return list(vector.tolist())
+    # `str` of a float32 is the shortest text that reads back as the same float32.
+    return [float(str(value)) for value in vector]
 
 
 def _write_npy(batches: Iterable[pa.RecordBatch], output: IO[bytes]) -> None:

@@ -92,7 +92,7 @@ def _exchange(
             assembler = Assembler(output, request.spec, upload_id)
             answers = _Answers(service, stream, assembler, writer, options, writing_as)
             helper = Helper("exchange-writer", answers.run, answers.fail)
-            row_bytes = request.spec.dims * ELEMENT_TYPES[request.spec.dtype].bit_width // 8
+            row_bytes = request.spec.num_bytes
             refusal: Exception | None = None
             try:
                 for message in messages:
@@ -169,7 +169,10 @@ class _Answers:
                 self._writer.write_metadata(told)
 
     def _take(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> None:
-        batch, errors = self._assembler.assemble(piece, outcome)
+        assembled = self._assembler.assemble(piece, outcome)
+        if assembled is None:
+            return
+        batch, errors = assembled
         if ending := ends_call(errors, abort=self._abort):
             raise ending
         for error in errors.values():

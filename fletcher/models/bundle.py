@@ -4,6 +4,7 @@ fletcher.json     what the model is, where it comes from, size and SHA-256 of ev
 tokenizer.json    as the `tokenizers` library reads it
 model.onnx        the graph
 model.weights     its weights, mapped into memory by the engine
+calibration.json  ranges for int8, where `fletcher model calibrate` found some
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fletcher.errors import ModelError
+from fletcher.models.calibration import CALIBRATION, Calibration
 from fletcher.models.files import check_name, is_inside, read_json, sha256
 
 FORMAT = 1
 MANIFEST = "fletcher.json"
 TOKENIZER = "tokenizer.json"
 POOLINGS = ("mean", "cls", "last_token")
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 GRAPH_OUTPUTS = ("embedding", "token_embeddings")
 GRAPH_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 Pooling = Literal["mean", "cls", "last_token"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 GraphOutput = Literal["embedding", "token_embeddings"]
 
 
@@ -35,7 +39,8 @@ class ModelSpec:
     """What a source says of a model: the part of fletcher.json that describes it.
 
     Attributes:
-        family: Architecture the graph was written for (`bert`); `onnx` for somebody else's graph.
+        family: Architecture the graph was written for (`bert`, `roberta`, ...); `onnx` for somebody
+            else's graph.
         dim: Width of an embedding.
         max_length: Tokens per text at most, special tokens included.
         pooling: How token embeddings become one.
@@ -45,6 +50,8 @@ class ModelSpec:
         dims: Matryoshka dims that the model was trained for, ascending; the last is `dim`.
         prompts: Text put before each input, by name.
         default_prompt: The name of the prompt for requests that name none.
+        similarity: How two embeddings are compared: `cosine`, `dot`, `euclidean` or `manhattan`;
+            bundles that do not say it mean `cosine`.
         pad_token_id: Id of the padding token.
         graph: File name of the ONNX graph.
         graph_output: `embedding`: the graph pools (float32 [B, dim]); `token_embeddings`: it does
@@ -76,6 +83,7 @@ class ModelSpec:
     licence: str
     source: str
     weights_sha256: str
+    similarity: Similarity = "cosine"
 
     def __post_init__(self) -> None:
         for name in ("dim", "max_length"):
@@ -83,6 +91,8 @@ class ModelSpec:
         for name in ("num_layers", "pad_token_id"):
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _expect(self.pooling in POOLINGS, "pooling", self.pooling, " or ".join(POOLINGS))
+        known = self.similarity in SIMILARITIES
+        _expect(known, "similarity", self.similarity, " or ".join(SIMILARITIES))
         _expect(
             self.graph_output in GRAPH_OUTPUTS,
             "graph_output",
@@ -127,6 +137,7 @@ class ModelBundle:
         graph: Path of the ONNX file.
         tokenizer: Path of tokenizer.json.
         num_bytes: Size of all files.
+        calibration: Ranges for int8.
     """
 
     folder: Path
@@ -142,6 +153,7 @@ class ModelBundle:
     dims: tuple[int, ...]
     prompts: dict[str, str]
     default_prompt: str | None
+    similarity: Similarity
     pad_token_id: int
     graph: Path
     graph_output: GraphOutput
@@ -151,6 +163,7 @@ class ModelBundle:
     licence: str
     source: str
     num_bytes: int
+    calibration: Calibration
 
     @property
     def qualified_name(self) -> str:
@@ -202,6 +215,9 @@ class ModelBundle:
             hash=actual_hash,
             tokenizer=folder / TOKENIZER,
             num_bytes=num_bytes,
+            calibration=Calibration.load(folder / CALIBRATION)
+            if CALIBRATION in files
+            else Calibration(),
             **values,
         )
 
@@ -262,7 +278,10 @@ def _spec(manifest: Mapping[str, Any]) -> ModelSpec:
         if name not in known:
             raise ModelError(f"{MANIFEST} has an unknown field `{name}`", field=name)
     values: dict[str, Any] = {}
-    for name in (one.name for one in _SPEC_FIELDS):
+    for one in _SPEC_FIELDS:
+        name = one.name
+        if one.default is not dataclasses.MISSING and name not in manifest:
+            continue  # the field is newer than the bundle
         if name == "default_prompt" and manifest.get(name, "") is None:
             values[name] = None
             continue

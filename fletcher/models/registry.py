@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fletcher.errors import ModelError, UnknownModelError
 from fletcher.models.bundle import MANIFEST, ModelBundle, ModelSpec, write_manifest
+from fletcher.models.calibration import Calibration
 from fletcher.models.files import MODEL_NAME, check_name, locked
 from fletcher.models.sources import hub, package
 from fletcher.models.sources.folder import Progress, build_from_folder
@@ -129,6 +130,18 @@ class Registry:
         name = check_name(name or parsed.name)
         with self._locked(name):
             return self._add(parsed, name, progress)
+
+    def calibrate(self, name: str, calibration: Calibration) -> ModelBundle:
+        """Freezes ranges in a bundle; a running server keeps what it has loaded.
+
+        Raises:
+            UnknownModelError: There is none of that name.
+            ModelError: It is damaged.
+        """
+        self._known(name)
+        with self._locked(name):
+            calibration.save(self.get(name).folder, MANIFEST)
+            return self.get(name)
 
     def remove(self, name: str) -> None:
         """Deletes a bundle, damaged or not. Raises UnknownModelError."""

@@ -103,9 +103,12 @@ class Embedder:
             crowded=crowded,
             max_queue_delay_s=config.max_queue_delay_s,
             more_coming=lambda: self._tokenization.busy,
+            hurry=self._hurry_replicas,
             telemetry=telemetry,
         )
-        self._tokenization = TokenizationSource(telemetry, self._inference.put)
+        self._tokenization = TokenizationSource(
+            telemetry, self._inference.put, hurry=self._hurry_tokenizers
+        )
 
         def restarted(worker: str) -> None:
             telemetry.worker_restarts.add(worker=worker)
@@ -117,6 +120,7 @@ class Embedder:
             "tokenizer",
             config.tokenizers,
             self._tokenization,
+            urgent=self._tokenization.urgent_job,
             answer_timeout_s=config.worker_timeout_s,
             on_restart=restarted,
             on_state=changed,
@@ -125,6 +129,7 @@ class Embedder:
             "replica",
             config.replicas,
             self._inference,
+            urgent=self._inference.urgent_job,
             standby=config.standby,
             dispatch=config.dispatch,
             answer_timeout_s=config.worker_timeout_s,
@@ -210,22 +215,32 @@ class Embedder:
             "memory": self._budget.statistics(),
         }
 
+    def _hurry_tokenizers(self) -> None:
+        self.tokenizers.hurry()
+
+    def _hurry_replicas(self) -> None:
+        self.replicas.hurry()
+
     def _enqueue(self, ticket: Ticket) -> None:
-        if self._cache is not None and ticket.texts.num_texts:
+        whole = ticket.texts.chunking is None  # else its vectors are chunks', and not kept
+        if self._cache is not None and whole and ticket.texts.num_texts:
             recall = self._cache.recall(ticket.texts)
             ticket.texts, ticket.complete = recall.missing, recall.complete
         texts = ticket.texts
         if not texts.num_texts:
             ticket.finish(self._nothing)
             return
-        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES
+        # Parts of a text go on one from another: many, perhaps, each within the one before.
+        part = texts.continued or texts.carry is not None
+        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES and not part
         if not (small and ticket.priority == "interactive"):
             self._tokenization.put(ticket)
             return
         try:
             with self._tokenizing:
-                ticket.tokens = self._tokenize(texts)
+                tokens = self._tokenize(texts)
         except Exception as error:  # noqa: BLE001 - as a worker would report it
-            ticket.finish(as_fletcher_error(error))
+            ticket.tokenized(as_fletcher_error(error))
         else:
+            ticket.tokenized(tokens)
             self._inference.put(ticket)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from fletcher.chunking import Chunking
 from fletcher.compression import Answers
 from fletcher.delivery.delivery import Delivery
 from fletcher.errors import (
-    DimensionMismatchError,
     DrainingError,
-    InvalidCommandError,
     OverloadedError,
 )
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.models import Model, Models
 from fletcher.pipeline.pressure import Grade, Pressure
 from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
+from fletcher.pipeline.vectorspec import OutputRules, vector_spec
 from fletcher.schema import VectorSpec
 from fletcher.telemetry import Telemetry
 
@@ -100,7 +100,7 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything a call needs."""
+    """Everything a call needs; `outputs` says what vectors may be asked for."""
 
     models: Models
     delivery: Delivery
@@ -108,6 +108,7 @@ class Service:
     answers: Answers
     pressure: Pressure
     telemetry: Telemetry
+    outputs: OutputRules
 
     def resolve(self, running: Model, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
         """A command as this server will carry it out.
@@ -118,42 +119,16 @@ class Service:
             dtypes: Element types that the destination takes.
 
         Raises:
-            DimensionMismatchError: `dims` that the model does not declare.
-            InvalidCommandError: `layers`, `dtype` or `prompt` that cannot be had.
+            DimensionMismatchError, InvalidCommandError: Vectors, a prompt or chunks that cannot be.
         """
         model = running.bundle
-        if options.dims is not None and options.dims not in model.dims:
-            raise DimensionMismatchError(
-                f"`dims` is {options.dims}, but {model.name} declares "
-                f"{', '.join(map(str, model.dims))}",
-                field="dims",
-                allowed=[str(dims) for dims in model.dims],
-            )
-        if options.layers not in (None, model.num_layers):
-            raise InvalidCommandError(
-                f"`layers` is {options.layers}, but {model.name} has its only exit after layer "
-                f"{model.num_layers}",
-                field="layers",
-                allowed=[str(model.num_layers)],
-            )
-        dtype = options.dtype or ("float16" if "float16" in dtypes else dtypes[0])
-        if dtype not in dtypes:
-            raise InvalidCommandError(
-                f"`dtype` is {dtype}, which the store does not take",
-                field="dtype",
-                allowed=dtypes,
-            )
-        spec = VectorSpec(
-            model=model.qualified_name,
-            dims=options.dims or model.dim,
-            dtype=dtype,
-            layers=model.num_layers,
-            pooling=model.pooling,
-            normalized=model.normalize if options.normalize is None else options.normalize,
-        )
+        spec = vector_spec(model, options, dtypes, self.outputs)
         prompt = resolve_prompt(model, options.prompt)
-        if prompt:
-            prompt_tokens(model, prompt, running.embedder.num_tokens)
+        chunking = Chunking.parse(options.chunking or "none")
+        if prompt or chunking is not None:
+            taken = prompt_tokens(model, prompt, running.embedder.num_tokens)
+            chunking = chunking and chunking.fitted(model.max_length, taken)
+            spec = replace(spec, chunking=chunking)
         return Request(options, spec, prompt)
 
     def admit(self, model: Model, *, bulk: bool) -> AbstractContextManager[None]:
