@@ -216,6 +216,9 @@ class Instruments:
             "device.padded_tokens", "{token}", "Tokens computed, padding included", "device"
         )
         self.device_busy = Counter("device.busy", "s", "Time spent computing", "device")
+        self.device_busy_share = Gauge(
+            "device.busy_share", "1", "Share of the last 10 s that a device computed", "device"
+        )
         self.device_budget = Gauge(
             "device.budget",
             "{token}",

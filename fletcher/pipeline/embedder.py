@@ -144,6 +144,7 @@ class Embedder:
         for name in self.replicas.names:
             telemetry.device_rate.watch(partial(self.replicas.rate, name), device=name)
             telemetry.device_budget.watch(partial(self._inference.budget, name), device=name)
+            telemetry.device_busy_share.watch(partial(self._busy_share, name), device=name)
         telemetry.queue_depth.watch(self._tokenization.depth, stage="texts")
         telemetry.queue_depth.watch(self._inference.depth, stage="tokens")
         telemetry.queue_depth.watch(self._inference.planned, stage="micro_batches")
@@ -211,8 +212,23 @@ class Embedder:
         """Workers as they are now."""
         return {
             "tokenizers": self.tokenizers.statistics(),
-            "replicas": self.replicas.statistics(),
+            "replicas": [
+                one | self._busy(one["name"], one["concurrency"])
+                for one in self.replicas.statistics()
+            ],
             "memory": self._budget.statistics(),
+        }
+
+    def _busy_share(self, device: str) -> float:
+        return self._inference.busy(device).recent(self.replicas.concurrency_of(device))
+
+    def _busy(self, device: str, concurrency: int) -> dict[str, float]:
+        busy = self._inference.busy(device)
+        load, load_s = busy.load(concurrency)
+        return {
+            "busy": round(busy.recent(concurrency), 3),
+            "busy_load": round(load, 3),
+            "load_s": round(load_s, 1),
         }
 
     def _hurry_tokenizers(self) -> None:
