@@ -261,7 +261,8 @@ class Intake:
             else:
                 places = np.searchsorted(new, values).astype(np.int32)
                 values = np.where(values >= 0, places, -1).astype(np.int32)
-            texts = words.take(pa.array(new))
+            # Distinct and ascending: where they are as many as there are, they are all of them.
+            texts = words if len(new) == len(words) else words.take(pa.array(new))
             piece = Piece(
                 batch_id=batch_id,
                 row_first=row_first + first,
