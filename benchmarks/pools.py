@@ -117,6 +117,7 @@ class HoldingLibrary:
     """The tokenizer's library with texts as it takes them, as fast as it goes in one thread."""
 
     concurrency = 1
+    express = 0
 
     def __init__(self, held: Held) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
