@@ -22,14 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fletcher.aliases import Alias
 from fletcher.errors import ConfigError
 from fletcher.settings import (
+    ALIASES,
     DAY_S,
     FILE,
     FOLDER,
     GIB,
     MIB,
     MILLISECONDS,
+    NAMES,
     SECONDS,
     SIZE,
     STORES,
@@ -111,6 +114,27 @@ class ServeConfig:
         choices=COMPRESSIONS,
     )
     model: str = _option("all-MiniLM-L6-v2", "model", TEXT, "model used where a caller names none")
+    models: tuple[str, ...] = _option(
+        (),
+        "model",
+        NAMES,
+        "models served beside --model, repeatable, as NAME or NAME@HASH; each has processes and "
+        "memory of its own, and all share the cores",
+    )
+    model_aliases: tuple[str, ...] = _option(
+        (),
+        "model",
+        ALIASES,
+        "NAME=MODEL:WEIGHT,MODEL:WEIGHT, repeatable: calls for NAME are divided among models; an "
+        "alias `default` divides those that name no model",
+    )
+    max_model_memory: int = _option(
+        0,
+        "model",
+        SIZE,
+        "bytes that the processes of all models may take, 0: all there is; beyond it the model not "
+        "used for longest is unloaded, and the next call for it waits until it is loaded again",
+    )
     device: str = _option(
         "auto",
         "model",
@@ -294,7 +318,7 @@ class ServeConfig:
                 "`embedding_cache_dir`",
                 field="embedding_cache",
             )
-        _ = self.store_addresses
+        _ = self.store_addresses, self.aliases
 
     def _check_network(self) -> None:
         if not (self.insecure or self.token_file or is_loopback(self.host)):
@@ -313,6 +337,20 @@ class ServeConfig:
             path: Path | None = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ConfigError(f"`{name}` is {str(path)!r}, which is no file", field=name)
+
+    @property
+    def aliases(self) -> tuple[Alias, ...]:
+        """What `model_aliases` says."""
+        aliases = tuple(Alias.parse(text) for text in self.model_aliases)
+        taken = [name.partition("@")[0] for name in (self.model, *self.models)]
+        for alias in aliases:
+            if alias.name in taken:
+                raise ConfigError(
+                    f"`model_alias` gives the name {alias.name!r} twice, or a model has it",
+                    field="model_alias",
+                )
+            taken.append(alias.name)
+        return aliases
 
     @property
     def store_addresses(self) -> dict[str, str]:
@@ -340,7 +378,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _name(field: str) -> str:
-    return {"stores": "store"}.get(field, field.removesuffix("_s"))
+    return {"stores": "store", "model_aliases": "model_alias"}.get(field, field.removesuffix("_s"))
 
 
 OPTIONS: dict[str, Option] = {

@@ -140,6 +140,7 @@ class InferenceSource:
         max_queue_delay_s: What a bulk ticket may wait for company.
         more_coming: Whether tokenization still has work.
         telemetry: Where counts, durations and spans go.
+        model: Whose it is, for the counts.
     """
 
     def __init__(
@@ -152,7 +153,9 @@ class InferenceSource:
         max_queue_delay_s: float,
         more_coming: Callable[[], bool],
         telemetry: Telemetry,
+        model: str = "",
     ) -> None:
+        self._model = model
         self._dim = dim
         self._plan = plan
         self._window_tokens = window_tokens
@@ -280,10 +283,12 @@ class InferenceSource:
     def _count(self, job: Job, lengths: Any, result: InferenceResult) -> None:
         device = job.worker
         self._telemetry.stage_duration.record(result.compute_s, stage="inference")
-        self._telemetry.device_batches.add(1, device=device)
-        self._telemetry.device_tokens.add(int(lengths.sum()), device=device)
-        self._telemetry.device_padded_tokens.add(int(lengths.max()) * len(lengths), device=device)
-        self._telemetry.device_busy.add(result.compute_s, device=device)
+        self._telemetry.device_batches.add(1, model=self._model, device=device)
+        self._telemetry.device_tokens.add(int(lengths.sum()), model=self._model, device=device)
+        self._telemetry.device_padded_tokens.add(
+            int(lengths.max()) * len(lengths), model=self._model, device=device
+        )
+        self._telemetry.device_busy.add(result.compute_s, model=self._model, device=device)
         before, self._budgets[device] = self.budget(device), result.budget_tokens
         if result.budget_tokens < before:
             log.warning(

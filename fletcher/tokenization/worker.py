@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.batches import TextBatch, TokenBatch
+from fletcher.models.bundle import version_folder
 from fletcher.tokenization.tokenizer import Tokenizer
 
 
@@ -25,6 +27,27 @@ class TokenizerWorker:
         return {"max_length": str(self._tokenizer.max_length)}
 
 
-def load(folder: str) -> TokenizerWorker:
-    """Factory for a worker's spec: the tokenizer of the bundle in `folder`."""
-    return TokenizerWorker(Tokenizer.load(Path(folder)))
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """Whose tokenizer a process loads; picklable.
+
+    Attributes:
+        bundle: The bundle's folder.
+        version: Its hash: what the folder must hold, or the one kept beside it; empty: whatever is
+            there.
+    """
+
+    bundle: str
+    version: str = ""
+
+
+def load(config: TokenizerConfig) -> TokenizerWorker:
+    """Factory for a worker's spec: a bundle's tokenizer.
+
+    Raises:
+        ModelError: The bundle is gone or damaged.
+    """
+    folder = Path(config.bundle)
+    if config.version:
+        folder = version_folder(folder, config.version)
+    return TokenizerWorker(Tokenizer.load(folder))
