@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _ALIAS = re.compile(rf"({MODEL_NAME})=(.+)", re.DOTALL)
-_TARGET = re.compile(rf"({MODEL_NAME}(?:@[0-9a-f]{{12}})?)(?::([0-9.]+))?")
+_TARGET = re.compile(rf"({MODEL_NAME}(?:@[0-9a-f]+)?)(?::([0-9.]+))?")
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,10 +74,8 @@ class Loader:
         config = self.config
         num_tokenizers = config.tokenizer_workers or _tokenizers(self.host.cores, replicas)
         tokenizer = TokenizerConfig(str(bundle.folder), bundle.hash)
-        replicas, standby = (
-            [replace(one, version=bundle.hash) for one in configs]
-            for configs in (replicas, standby)
-        )
+        replicas = [replace(one, version=bundle.hash) for one in replicas]
+        standby = [replace(one, version=bundle.hash) for one in standby]
         max_batch_tokens = replicas[0].max_batch_tokens
         specs = [
             WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)

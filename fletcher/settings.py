@@ -22,7 +22,7 @@ _SIZE_UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "k": 1 << 10, "m": MIB, "g": GIB, "kib": 1 << 10, "mib": MIB, "gib": GIB, "tib": 1 << 40,
 }  # fmt: skip
-_MODEL = re.compile(rf"{MODEL_NAME}(?:@[0-9a-f]{{12}})?")
+_MODEL = re.compile(rf"{MODEL_NAME}(?:@[0-9a-f]+)?")
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 

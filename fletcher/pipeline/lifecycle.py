@@ -94,7 +94,7 @@ class Lifecycle:
                     raise version.failure
                 self._begin(version)
                 name = f"load {version.name}"
-                threading.Thread(target=self._load, args=(version,), name=name, daemon=True).start()
+                threading.Thread(target=self._come, args=(version,), name=name, daemon=True).start()
             if version.state == "loading":
                 seen_loading = version
             if given_up() or self.clock() >= deadline:
@@ -119,6 +119,9 @@ class Lifecycle:
             self._load(version)
             if version.cause is not None:
                 raise version.cause
+            if index and self._used() > self._most_bytes:  # its files told less than the truth
+                with self.changed:
+                    self.retire(version, keep=True)
         if self._max_bytes:
             threading.Thread(target=self._watch, name="models", daemon=True).start()
 
@@ -170,6 +173,10 @@ class Lifecycle:
     def _begin(self, version: Version) -> None:
         version.state, version.failure, version.cause = "loading", None, None
 
+    def _come(self, version: Version) -> None:
+        self._load(version)
+        self.balance()
+
     def _load(self, version: Version) -> None:
         """Makes a version ready, or says why it is not; never raises."""
         model: Model | None = None
@@ -194,7 +201,6 @@ class Lifecycle:
         else:
             seconds, size = self.clock() - started, version.memory_bytes / 1e6
             log.info("%s is ready after %.1f s, it takes %.0f MB", version.name, seconds, size)
-            self.balance()
 
     def _failed(self, version: Version, error: Exception) -> None:
         told: FletcherError

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from fletcher.aliases import Alias
-from fletcher.errors import InvalidCommandError, UnknownModelError
+from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
 from fletcher.models.bundle import ModelBundle
-from fletcher.pipeline.lifecycle import PATIENCE_S, GivenUp, Lifecycle
+from fletcher.pipeline.lifecycle import PATIENCE_S, RETRY_MS, GivenUp, Lifecycle
 from fletcher.pipeline.versions import Model, Source, Version
 
 __all__ = ["DEFAULT_ALIAS", "Model", "Models", "Source"]
@@ -170,12 +170,19 @@ class Models:
         Raises:
             UnknownModelError: It is not there.
             InvalidCommandError: It is the default, or an alias sends calls to it.
+            OverloadedError: It is being loaded.
         """
         with self._changed:
             version = self._current.get(name) or self._life.versions.get(name)
             if version is None:
                 raise self._unknown(name)
             self._check_unneeded(version)
+            if version.state == "loading":
+                raise OverloadedError(
+                    f"`model` {version.name} is being loaded; unload it when it is ready",
+                    field="model",
+                    retry_after_ms=RETRY_MS,
+                )
             if self._current.get(version.bundle.name) is version:
                 del self._current[version.bundle.name]
             self._life.retire(version, keep=False)
