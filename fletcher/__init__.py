@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         TlsOptions,
         TransferOptions,
         connect,
+        dequantize,
+        rescore,
     )
     from fletcher.errors import (
         BatchTooLargeError,
@@ -83,7 +85,9 @@ __all__ = [
     "UploadConflictError",
     "__version__",
     "connect",
+    "dequantize",
     "open_source",
+    "rescore",
 ]
 
 _HOMES = {

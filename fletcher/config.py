@@ -13,10 +13,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
-import json
 import os
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +46,8 @@ NO_STORE = "none"
 # Of what is sent over a connection; the client's `compression` takes the same words.
 COMPRESSIONS = ("none", "lz4", "zstd", "auto")
 DISPATCHES = ("throughput-weighted", "least-loaded", "round-robin", "random")
+# What int8 vectors are multiples of: `fletcher.quantization`.
+INT8_KINDS = ("auto", "row", "ranges")
 _NAMED_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 
 
@@ -172,6 +172,14 @@ class ServeConfig:
     tokenizer_workers: int = _option(
         0, "model", WHOLE, "tokenizer processes, 0: from the cores; each takes memory", maximum=1024
     )
+    tokenizer: str = _option(
+        "model",
+        "model",
+        TEXT,
+        "model: its own; null takes bytes for tokens, to measure what surrounds the model, and "
+        "needs --backend null",
+        choices=("model", "null"),
+    )
     max_batch_tokens: int = _option(
         0, "model", WHOLE, "tokens in one run, 0: the engine's best; more: throughput, latency"
     )
@@ -222,6 +230,21 @@ class ServeConfig:
     )
     max_queue_delay_ms: float = _option(
         5, "model", MILLISECONDS, "wait to fill a run; more: fuller runs, later answers"
+    )
+    allow_undeclared: bool = _option(
+        False,
+        "model",
+        SWITCH,
+        "give dims that the model does not declare, at a loss of quality that nobody has measured",
+    )
+    int8: str = _option(
+        "auto",
+        "model",
+        TEXT,
+        "row: each vector has a scale, 4 bytes more, and nothing is clipped; ranges: as `fletcher "
+        "model calibrate` found them, what lies outside is clipped; auto: ranges where the model "
+        "has them",
+        choices=INT8_KINDS,
     )
     stores: tuple[str, ...] = _option(
         (),
@@ -300,6 +323,13 @@ class ServeConfig:
         for option in OPTIONS.values():
             option.check(getattr(self, option.field))
         self._check_network()
+        if self.tokenizer == "null" and self.backend != "null":
+            raise ConfigError(
+                f"`tokenizer` is null, whose tokens no model knows, and `backend` is "
+                f"{self.backend!r}; give --backend null with it",
+                field="tokenizer",
+                allowed=["model"],
+            )
         if self.max_row_bytes > self.max_message_bytes:
             raise ConfigError(
                 f"`max_row_bytes` is {self.max_row_bytes}, more than `max_message_bytes` "
@@ -387,108 +417,7 @@ OPTIONS: dict[str, Option] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """A configuration and where each of its values came from.
-
-    Attributes:
-        config: The options.
-        sources: By option name: a flag, a variable, the file, or `default`.
-        warnings: Variables that look like misspelt options.
-    """
-
-    config: ServeConfig
-    sources: Mapping[str, str]
-    warnings: tuple[str, ...] = ()
-
-    def to_toml(self) -> str:
-        """The options as a TOML file, the source of each in a comment."""
-        lines = []
-        for name, option in OPTIONS.items():
-            value = getattr(self.config, option.field)
-            if value is None:
-                lines.append(f"# {name} is not set")
-            else:
-                lines.append(f"{name} = {_toml(value)}  # {self.sources.get(name, 'default')}")
-        return "\n".join(lines) + "\n"
-
-
-def resolve(
-    flags: Mapping[str, Any],
-    environ: Mapping[str, str],
-    file: Path | None = None,
-    *,
-    only: Collection[str] | None = None,
-) -> Resolved:
-    """The configuration that flags, environment and file make together.
-
-    Args:
-        flags: By option name, the text given (a list of texts for a repeated flag).
-        environ: The environment.
-        file: A TOML file; None: the one that FLETCHER_CONFIG names, if it is set.
-        only: Names of the options to take; others keep their defaults wherever they are set.
-
-    Raises:
-        ConfigError: Names the option, its source, the value and what is allowed.
-    """
-    if file is None and environ.get("FLETCHER_CONFIG"):
-        file = Path(environ["FLETCHER_CONFIG"]).expanduser()
-    in_file = {} if file is None else _read_file(file)
-    values: dict[str, Any] = {"home": fletcher_home(environ)}
-    sources: dict[str, str] = {}
-    for name, option in OPTIONS.items():
-        if only is not None and name not in only:
-            continue
-        if name in flags:
-            given, source = flags[name], option.flag
-        elif environ.get(option.variable):
-            given, source = environ[option.variable], option.variable
-        elif name in in_file:
-            given, source = in_file[name], str(file)
-        else:
-            continue
-        values[option.field] = option.read(given, source)
-        sources[name] = source
-    return Resolved(ServeConfig(**values), sources, _misspelt(environ))
-
-
 def nearest(word: str, known: Collection[str]) -> str:
     """`; did you mean X?`, or nothing where no known word is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(
-            f"`config` is {str(path)!r}, which cannot be read: {error.strerror}", field="config"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"`config` {str(path)!r} is not TOML: {error}", field="config") from None
-    for key in values:
-        if key not in OPTIONS:
-            raise ConfigError(
-                f"`{key}` in {str(path)!r} is not an option{nearest(key, OPTIONS)}",
-                field=key,
-                allowed=sorted(OPTIONS),
-            )
-    return values
-
-
-def _misspelt(environ: Mapping[str, str]) -> tuple[str, ...]:
-    # Only near misses: other programs may have FLETCHER_ variables of their own.
-    known = {option.variable for option in OPTIONS.values()} | {"FLETCHER_CONFIG"}
-    strange = sorted(name for name in environ if name.startswith("FLETCHER_") and name not in known)
-    return tuple(
-        f"{name} is not an option{hint}" for name in strange if (hint := nearest(name, known))
-    )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # JSON's strings, numbers and booleans are TOML's too.
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

@@ -20,6 +20,7 @@ from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.models import Model
 from fletcher.planning.planner import MAX_BATCH_ROWS, plan
 from fletcher.telemetry import Telemetry
+from fletcher.tokenization.null import NullTokenizer
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.tokenization.worker import TokenizerConfig
 from fletcher.tuning.candidates import Asked
@@ -73,7 +74,10 @@ class Loader:
     ) -> Embedder:
         config = self.config
         num_tokenizers = config.tokenizer_workers or _tokenizers(self.host.cores, replicas)
-        tokenizer = TokenizerConfig(str(bundle.folder), bundle.hash)
+        null = config.tokenizer == "null"
+        tokenizer = (NullTokenizer if null else Tokenizer).load(bundle.folder)
+        tokenizer_factory = f"fletcher.tokenization.{'null' if null else 'worker'}:load"
+        tokenizer_config = TokenizerConfig(str(bundle.folder), bundle.hash)
         replicas = [replace(one, version=bundle.hash) for one in replicas]
         standby = [replace(one, version=bundle.hash) for one in standby]
         max_batch_tokens = replicas[0].max_batch_tokens
@@ -84,7 +88,7 @@ class Loader:
         return Embedder(
             EmbedderConfig(
                 tokenizers=[
-                    WorkerSpec(f"tokenizer-{n}", "fletcher.tokenization.worker:load", tokenizer)
+                    WorkerSpec(f"tokenizer-{n}", tokenizer_factory, tokenizer_config)
                     for n in range(num_tokenizers)
                 ],
                 replicas=specs[: len(replicas)],
@@ -102,7 +106,7 @@ class Loader:
                 max_batch_rows=MAX_BATCH_ROWS,
                 num_runners=num_runners,
             ),
-            tokenize=Tokenizer.load(bundle.folder).encode,
+            tokenize=tokenizer.encode,
             budget=self.budget,
             telemetry=self.telemetry,
             crowded=self.crowded,
@@ -116,7 +120,7 @@ class Loader:
         engines = {
             f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas
         }
-        scope = [bundle.qualified_name, *sorted(engines)]
+        scope = [bundle.qualified_name, self.config.tokenizer, *sorted(engines)]
         return EmbeddingCache(scope, bundle.dim, self.shelf, self.telemetry)
 
 

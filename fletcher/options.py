@@ -22,7 +22,7 @@ MAX_COLUMNS = 1024
 MAX_NUMBER = 1_000_000
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": ("float32", "float16"),
+    "dtype": ("float32", "float16", "int8", "ubinary"),
     "truncate": ("end", "start", "error"),
     "chunking": ("none",),
     "on_error": ("continue", "abort"),
@@ -35,7 +35,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # Values that the contract has and this server has not: refused as such, not as a misspelling.
 # None: whatever is not in CHOICES.
 NOT_SUPPORTED: dict[str, tuple[str, ...] | None] = {
-    "dtype": ("int8", "ubinary"),
     "chunking": None,
 }
 

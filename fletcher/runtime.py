@@ -28,6 +28,7 @@ from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.models import Models
 from fletcher.pipeline.pressure import Grade, Pressure, Signals
 from fletcher.pipeline.service import Calls, Service
+from fletcher.pipeline.vectorspec import OutputRules
 from fletcher.ports import check_port
 from fletcher.stores.address import open_store
 from fletcher.telemetry import Telemetry, configure
@@ -225,6 +226,7 @@ class Runtime:
             answers=Answers(config.compression),
             pressure=pressure,
             telemetry=telemetry,
+            outputs=OutputRules(allow_undeclared=config.allow_undeclared, int8=config.int8),
         )
         models.start(config.models, config.aliases)
         pressure.watch()

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from fletcher.errors import InvalidCommandError
+from fletcher.quantization import QUANTIZATION, ROW, Ranges, pack_signs, quantize_rows
 
-ELEMENT_TYPES: dict[str, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
+ELEMENT_TYPES: dict[str, pa.DataType] = {
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "int8": pa.int8(),
+    "ubinary": pa.uint8(),
+}
 TIMESTAMP = pa.timestamp("ns", tz="UTC")
 
 
@@ -26,6 +33,7 @@ class VectorSpec:
         layers: Exit layer that the vectors come from.
         pooling: `cls`, `mean` or `last_token`.
         normalized: L2 norm is 1.
+        ranges: How int8 is made; None: by a scale a row.
     """
 
     model: str
@@ -34,14 +42,30 @@ class VectorSpec:
     layers: int
     pooling: str
     normalized: bool
+    ranges: Ranges | None = None
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """FixedSizeList<dtype>[dims]."""
-        return pa.list_(pa.field("item", ELEMENT_TYPES[self.dtype]), self.dims)
+        """FixedSizeList<dtype>[dims]; for `ubinary` FixedSizeList<uint8>[dims / 8]."""
+        width = self.dims // 8 if self.dtype == "ubinary" else self.dims
+        return pa.list_(pa.field("item", ELEMENT_TYPES[self.dtype]), width)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether each vector has a `scale`."""
+        return self.dtype == "int8" and self.ranges is None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one vector."""
+        kind = self.arrow_type
+        return int(kind.list_size * kind.value_type.bit_width // 8) + 4 * self.scaled
 
     def metadata(self) -> dict[str, str]:
         """Schema metadata that lets a reader understand the vectors without the server."""
+        quantization = {}
+        if self.dtype == "int8":
+            quantization = self.ranges.metadata() if self.ranges else {QUANTIZATION: ROW}
         return {
             "fletcher.model": self.model,
             "fletcher.dims": str(self.dims),
@@ -50,6 +74,7 @@ class VectorSpec:
             "fletcher.normalized": "true" if self.normalized else "false",
             "fletcher.dtype": self.dtype,
             "longbow.vector_type": self.dtype,
+            **quantization,
         }
 
 
@@ -64,8 +89,8 @@ def output_schema(
 ) -> pa.Schema:
     """The schema of a stream's output.
 
-    Columns in order: id, vector, timestamp, token_count, truncated, [text], [metadata], carried...,
-    [batch_key].
+    Columns in order: id, vector, [scale], timestamp, token_count, truncated, [text], [metadata],
+    carried..., [batch_key].
 
     Raises:
         InvalidCommandError: A carried column has the name of one of Fletcher's.
@@ -73,6 +98,7 @@ def output_schema(
     fields = [
         pa.field("id", id_type),
         pa.field("vector", spec.arrow_type),
+        *([pa.field("scale", pa.float32())] if spec.scaled else []),
         pa.field("timestamp", TIMESTAMP),
         pa.field("token_count", pa.int32()),
         pa.field("truncated", pa.bool_()),
@@ -95,19 +121,30 @@ def output_schema(
     return pa.schema(fields, metadata=spec.metadata())
 
 
-def vector_array(
+def vector_columns(
     embeddings: npt.NDArray[np.float32], spec: VectorSpec, null_rows: npt.NDArray[np.bool_] | None
-) -> pa.Array:
-    """A FixedSizeList array over whole buffers.
+) -> dict[str, pa.Array]:
+    """`vector`, a FixedSizeList array over whole buffers, and `scale` where the spec has one.
 
     Args:
         embeddings: float32 [num_rows, dims].
         null_rows: bool [num_rows], True where the vector is null; None: no nulls.
     """
-    values = np.ascontiguousarray(embeddings, dtype=np.dtype(spec.dtype))
-    flat = pa.array(values.reshape(-1), type=ELEMENT_TYPES[spec.dtype])
     mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
-    return pa.FixedSizeListArray.from_arrays(flat, type=spec.arrow_type, mask=mask)
+    columns = {}
+    values: npt.NDArray[Any]
+    if spec.scaled:
+        values, scale = quantize_rows(embeddings)
+        columns["scale"] = pa.array(scale, mask=null_rows)
+    elif spec.dtype == "int8" and spec.ranges is not None:
+        values = spec.ranges.quantize(embeddings)
+    elif spec.dtype == "ubinary":
+        values = pack_signs(embeddings)
+    else:
+        values = np.ascontiguousarray(embeddings, dtype=np.dtype(spec.dtype))
+    flat = pa.array(values.reshape(-1), type=ELEMENT_TYPES[spec.dtype])
+    vector = pa.FixedSizeListArray.from_arrays(flat, type=spec.arrow_type, mask=mask)
+    return {"vector": vector, **columns}
 
 
 def batch_key(upload_id: str, first: int, last: int) -> str:

@@ -31,6 +31,8 @@ LOCAL_OPTIONS = (
     "store",
     "tokenizer_workers",
     "max_batch_tokens",
+    "allow_undeclared",
+    "int8",
     "max_queue_delay_ms",
     "group_rows",
     "group_delay_ms",

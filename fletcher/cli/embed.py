@@ -50,7 +50,8 @@ def add_parser(subparsers: Any) -> None:
         "--dtype",
         choices=CHOICES["dtype"],
         default="float32",
-        help="of the vectors (default: float32)",
+        help="of the vectors: float16 halves them, int8 quarters them, ubinary keeps a bit a "
+        "dimension, each at some loss (default: float32)",
     )
     parser.add_argument("--prompt", help="a prompt of the model, or text to put before each text")
     parser.add_argument(
@@ -92,12 +93,13 @@ class _Texts:
         self._given = given
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        texts = _stdin_lines() if self._given == ["-"] else iter(self._given)
+        texts = stdin_lines() if self._given == ["-"] else iter(self._given)
         while chunk := list(itertools.islice(texts, BATCH_TEXTS)):
             yield pa.record_batch([pa.array(chunk, pa.utf8())], schema=self.schema)
 
 
-def _stdin_lines() -> Iterator[str]:
+def stdin_lines() -> Iterator[str]:
+    """The lines of standard input. Raises InvalidCommandError for what is not UTF-8."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             yield line.rstrip(b"\r\n").decode()
@@ -108,15 +110,16 @@ def _stdin_lines() -> Iterator[str]:
 
 
 def _embedded(client: Client, texts: _Texts, options: EmbedOptions) -> Iterator[pa.RecordBatch]:
-    """Batches of text and vector. Raises what a text without a vector failed by."""
+    """Batches of text, vector and its scale. Raises what a text without a vector failed by."""
     with client.exchange(texts, options) as exchange:
-        yield pa.RecordBatch.from_pylist([], exchange.schema).select(["text", "vector"])
+        names = [name for name in ("text", "vector", "scale") if name in exchange.schema.names]
+        yield pa.RecordBatch.from_pylist([], exchange.schema).select(names)
         for batch in exchange:
             for error in exchange.errors:
                 kind = BY_CODE.get(error.code, InternalError)
                 number = "" if error.row is None else f" {error.row + 1}"
                 raise kind(f"text{number}: {error.message}")
-            yield batch.select(["text", "vector"])
+            yield batch.select(names)
 
 
 def _open_output(path: Path | None) -> IO[bytes]:
@@ -137,11 +140,18 @@ def _vectors(batch: pa.RecordBatch) -> npt.NDArray[Any]:
 
 def _write_jsonl(batches: Iterable[pa.RecordBatch], output: IO[bytes]) -> None:
     for batch in batches:
-        for text, vector in zip(batch.column("text").to_pylist(), _vectors(batch), strict=True):
-            # `str` of a float32 is the shortest text that reads back as the same float32.
-            row = {"text": text, "vector": [float(str(value)) for value in vector]}
+        others = batch.drop_columns("vector").to_pylist()
+        for fields, vector in zip(others, _vectors(batch), strict=True):
+            row = {"text": fields.pop("text"), "vector": _numbers(vector), **fields}
             output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         output.flush()
+
+
+def _numbers(vector: npt.NDArray[Any]) -> list[Any]:
+    if vector.dtype.kind != "f":
+        return list(vector.tolist())
+    # `str` of a float32 is the shortest text that reads back as the same float32.
+    return [float(str(value)) for value in vector]
 
 
 def _write_npy(batches: Iterable[pa.RecordBatch], output: IO[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""`fletcher model`: add, list, show, verify and remove model bundles."""
+"""`fletcher model`: add, list, show, verify, calibrate and remove model bundles."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fletcher.cli import calibrate
 from fletcher.cli.parser import Formatter
 from fletcher.config import fletcher_home
 from fletcher.errors import ModelError
@@ -31,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Adds `model` and its own commands."""
     parser = subparsers.add_parser(
         "model",
-        help="add, list, verify and remove models",
+        help="add, list, verify, calibrate and remove models",
         description="Model bundles of this machine: FLETCHER_HOME/models.",
     )
     commands = parser.add_subparsers(dest="model_command", metavar="COMMAND", required=True)
@@ -55,6 +56,15 @@ def add_parser(subparsers: Subparsers) -> None:
     ):
         one = commands.add_parser(command, help=text)
         one.add_argument("name", nargs="?" if command == "verify" else None, help="the model")
+    calibrating = commands.add_parser(
+        "calibrate",
+        help="find the ranges of int8 in a sample of texts",
+        description="Finds the range of each dimension in the vectors of a sample of texts and "
+        "freezes it in the bundle. int8 vectors are made by these ranges then, instead of a scale "
+        "a row (see serve's --int8); a dataset keeps to what its first rows were made by.",
+        example="fletcher model calibrate all-MiniLM-L6-v2 articles.parquet --text body",
+    )
+    calibrate.add_arguments(calibrating)
     for one in commands.choices.values():
         one.add_argument("--json", action="store_true", help="print JSON, for machines")
 
@@ -62,9 +72,14 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs one of the model commands; 1 where `verify` or `list` met a damaged bundle."""
     registry = Registry(fletcher_home() / "models")
-    return {"add": _add, "list": _list, "show": _show, "verify": _verify, "remove": _remove}[
-        args.model_command
-    ](registry, args)
+    return {
+        "add": _add,
+        "list": _list,
+        "show": _show,
+        "verify": _verify,
+        "calibrate": _calibrate,
+        "remove": _remove,
+    }[args.model_command](registry, args)
 
 
 def _add(registry: Registry, args: argparse.Namespace) -> int:
@@ -122,6 +137,11 @@ def _verify(registry: Registry, args: argparse.Namespace) -> int:
     return 1 if damaged else 0
 
 
+def _calibrate(_: Registry, args: argparse.Namespace) -> int:
+    _print(_describe(calibrate.calibrate(args)), as_json=args.json)
+    return 0
+
+
 def _remove(registry: Registry, args: argparse.Namespace) -> int:
     registry.remove(args.name)
     _print({"removed": args.name}, as_json=args.json)
@@ -130,6 +150,7 @@ def _remove(registry: Registry, args: argparse.Namespace) -> int:
 
 def _describe(bundle: ModelBundle) -> dict[str, Any]:
     fields = {name: getattr(bundle, name) for name in ModelBundle.__slots__}
+    fields["calibration"] = [str(cut) for cut in sorted(bundle.calibration.ranges)]
     return {
         name: str(value) if isinstance(value, Path) else value for name, value in fields.items()
     }

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fletcher.config import OPTIONS, Resolved, ServeConfig, nearest, resolve
+from fletcher.config import OPTIONS, ServeConfig, nearest
+from fletcher.resolution import Resolved, resolve
 from fletcher.settings import SIZE, SWITCH, Option
 
 GROUPS = {

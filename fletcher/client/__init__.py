@@ -6,6 +6,7 @@ from fletcher.client.client import Client, connect
 from fletcher.client.connection import TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
 from fletcher.client.messages import Ack, PutSummary, RowError
+from fletcher.client.quantized import dequantize, rescore
 
 __all__ = [
     "Ack",
@@ -16,4 +17,6 @@ __all__ = [
     "TlsOptions",
     "TransferOptions",
     "connect",
+    "dequantize",
+    "rescore",
 ]

@@ -169,7 +169,8 @@ class Client:
                 unless given).
 
         Returns:
-            [len(texts), dims] of `dtype`.
+            [len(texts), dims] of `dtype`; for `ubinary` uint8 [len(texts), dims / 8]. What int8
+            means takes the rows' `scale` or the schema's ranges: `exchange` gives both.
 
         Raises:
             FletcherError: A text has no vector; the message says which and why.

@@ -43,14 +43,26 @@ class Nearest:
     @property
     def found(self) -> Int64Array:
         """int64 [num_queries, min(k, documents that came)], documents, best first."""
-        best = -np.sort(-self._keys, axis=1)
-        return np.asarray(0xFFFFFFFF - (best & 0xFFFFFFFF), np.int64)
+        return np.asarray(0xFFFFFFFF - (self._best & 0xFFFFFFFF), np.int64)
+
+    @property
+    def scores(self) -> FloatArray:
+        """float32, those of `found`."""
+        return _swapped((self._best >> 32).astype(np.int32)).view(np.float32)
+
+    @property
+    def _best(self) -> npt.NDArray[np.int64]:
+        return -np.sort(-self._keys, axis=1)
 
 
 def _ordered(scores: FloatArray) -> npt.NDArray[np.int64]:
     """Whole numbers in the scores' order: IEEE 754 floats sort by their bits, but for the sign."""
-    bits = (scores + np.float32(0)).view(np.int32)  # -0.0 becomes 0.0
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+    return _swapped((scores + np.float32(0)).view(np.int32)).astype(np.int64)  # no -0.0
+
+
+def _swapped(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """The order of negative numbers turned round; twice, as it was."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def search(queries: FloatArray, documents: FloatArray, k: int) -> Int64Array:

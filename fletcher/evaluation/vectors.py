@@ -12,6 +12,7 @@ import pyarrow as pa
 from fletcher.batches import FloatArray
 from fletcher.errors import BY_CODE, InternalError
 from fletcher.options import EmbedOptions
+from fletcher.quantization import VectorReader
 
 if TYPE_CHECKING:
     from fletcher.client import Client
@@ -70,10 +71,8 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
 
 
 def read_vectors(batch: pa.RecordBatch) -> FloatArray:
-    """float32 [num_rows, dims] of a batch without null vectors."""
-    column = batch.column("vector")
-    values = np.asarray(column.flatten(), np.float32)
-    return values.reshape(len(column), column.type.list_size)
+    """float32 [num_rows, dims] of a batch, whatever its vectors' type; NaN where one is null."""
+    return VectorReader.of(batch.schema).vectors(batch)
 
 
 def _bytes_per_vector(schema: pa.Schema) -> int:

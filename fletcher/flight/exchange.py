@@ -93,7 +93,7 @@ def _exchange(
             assembler = Assembler(output, request.spec, upload_id)
             answers = _Answers(service, stream, assembler, writer, options, writing_as)
             helper = Helper("exchange-writer", answers.run, answers.fail)
-            row_bytes = request.spec.dims * ELEMENT_TYPES[request.spec.dtype].bit_width // 8
+            row_bytes = request.spec.num_bytes
             refusal: Exception | None = None
             try:
                 for message in messages:

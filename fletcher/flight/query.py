@@ -13,7 +13,7 @@ from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.models import Model
 from fletcher.pipeline.service import Service
-from fletcher.schema import output_schema
+from fletcher.schema import ELEMENT_TYPES, output_schema
 
 MAX_TEXTS = 256
 _UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe")
@@ -21,6 +21,8 @@ _UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "data
 
 def embed(service: Service, fields: dict[str, Any], context: Any, trace: Trace) -> dict[str, Any]:
     """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
+
+    For int8 with a scale a row there is `scale`, too.
 
     Raises:
         BatchTooLargeError: More than MAX_TEXTS texts; DoExchange takes any number.
@@ -48,7 +50,7 @@ def embed(service: Service, fields: dict[str, Any], context: Any, trace: Trace) 
 def _embed(
     service: Service, model: Model, options: EmbedOptions, texts: list[str], trace: Trace
 ) -> dict[str, Any]:
-    request = service.resolve(model, options, dtypes=("float32", "float16"))
+    request = service.resolve(model, options, dtypes=tuple(ELEMENT_TYPES))
     try:
         batch = pa.record_batch({"text": pa.array(texts, pa.utf8())})
     except UnicodeEncodeError:
@@ -68,6 +70,7 @@ def _embed(
         "embeddings": [],
         "token_count": [],
         "truncated": [],
+        **({"scale": []} if request.spec.scaled else {}),
     }
     with service.admit(model, bulk=False), service.telemetry.span("embed", trace) as span:
         stream = model.embedder.open_stream(span)
@@ -82,8 +85,8 @@ def _embed(
                 if errors:
                     raise errors[min(errors)]
                 answer["embeddings"] += output.column("vector").to_pylist()
-                answer["token_count"] += output.column("token_count").to_pylist()
-                answer["truncated"] += output.column("truncated").to_pylist()
+                for name in {"token_count", "truncated", "scale"} & answer.keys():
+                    answer[name] += output.column(name).to_pylist()
         finally:
             stream.close()
     return answer

@@ -107,7 +107,8 @@ def _null(device: str, bundle_folder: Path, max_batch_tokens: int) -> Resolution
         backend="null",
         device="cpu",
         bundle=str(bundle_folder),
-        max_batch_tokens=max_batch_tokens or CPU_BATCH_TOKENS,
+        # What is measured with it is what a fast device leaves to be done.
+        max_batch_tokens=max_batch_tokens or CUDA_BATCH_TOKENS,
         dim=ModelBundle.load(bundle_folder).dim,
     )
     return Resolution([config], "null backend: vectors without a model, as asked")

@@ -33,7 +33,7 @@ class NullBackend:
     def __init__(self, dim: int = DEFAULT_DIM, seed: int = 0) -> None:
         self.dim = dim
         self.seed = seed
-        self.concurrency = 2
+        self.concurrency, self.express = 2, 1
 
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Vectors as `null_embeddings` makes them; norms are 1."""
@@ -76,12 +76,14 @@ def null_embeddings(
     position = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
     tokens = _mix(input_ids.astype(_UINT64) * _UINT64(1 << 32) + position.astype(_UINT64))
     rows = np.add.reduceat(tokens, starts) if len(starts) else tokens[:0]
-    columns = _mix(np.arange(1, dim + 1, dtype=_UINT64)) ^ _mix(np.full(dim, seed, _UINT64))
-    bits = _mix(rows[:, None] ^ columns[None, :])
-    # The upper 24 bits are a float32 exactly; centred, so that two rows are nearly orthogonal.
-    values = (bits >> _UINT64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)
-    norms = np.linalg.norm(values, axis=1, keepdims=True)
-    return np.asarray(values / np.maximum(norms, np.float32(1e-12)), dtype=np.float32)
+    rows = rows ^ _mix(np.array([seed], _UINT64))
+    # Each column is a linear hash of both halves of a row's; integers that wrap are centred at 0.
+    first, second = _mix(np.arange(2 * dim, dtype=_UINT64)).astype(np.uint32).reshape(2, dim) | 1
+    low, high = rows.astype(np.uint32), (rows >> _UINT64(32)).astype(np.uint32)
+    values = (low[:, None] * first + high[:, None] * second).view(np.int32).astype(np.float32)
+    norms = np.sqrt(np.einsum("ij,ij->i", values, values))
+    values /= np.maximum(norms, np.float32(1e-12))[:, None]
+    return np.asarray(values)
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,27 @@ _DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32}
 
 
 class OpenVinoBackend:
-    """A compiled model; use `load`."""
+    """A model, compiled twice; use `load`.
+
+    OpenVINO has as many streams as cores at most, and a run that comes when they are taken waits
+    for one to end. So a second copy of the model, of a single stream, takes such runs, and shares
+    the cores with the others.
+
+    Args:
+        streams: A request for each stream.
+        express: Requests of the second copy.
+        io: The graph's inputs and outputs.
+        description: For `describe`.
+    """
 
     def __init__(
-        self, compiled: Any, io: GraphIO, *, concurrency: int, description: dict[str, str]
+        self, streams: list[Any], express: list[Any], io: GraphIO, description: dict[str, str]
     ) -> None:
-        self.concurrency = concurrency
-        self._compiled = compiled
+        self.concurrency, self.express = len(streams), len(express)
         self._io = io
-        # A request holds one run's tensors, so each thread that runs has its own.
-        self._local = threading.local()
+        # A request holds one run's tensors: these are free.
+        self._streams, self._express = streams, express
+        self._changed = threading.Condition()
         self._description = description
 
     def run(self, batch: MicroBatch) -> InferenceResult:
@@ -41,11 +54,22 @@ class OpenVinoBackend:
         Raises:
             BackendError: OpenVINO failed.
         """
+        with self._request() as request:
+            return self._run(request, batch)
+
+    def warm_up(self, batches: Iterable[MicroBatch]) -> None:
+        """Compiles what these batches need, in both copies.
+
+        Raises:
+            BackendError: OpenVINO failed.
+        """
+        for batch in batches:
+            for request in (*self._streams, *self._express):
+                self._run(request, batch)
+
+    def _run(self, request: Any, batch: MicroBatch) -> InferenceResult:
         inputs, mask = self._io.feeds(batch)
         try:
-            if not hasattr(self._local, "request"):
-                self._local.request = self._compiled.create_infer_request()
-            request = self._local.request
             started = time.perf_counter()
             request.infer(inputs, share_inputs=True)
             compute_s = time.perf_counter() - started
@@ -55,12 +79,27 @@ class OpenVinoBackend:
             raise BackendError(f"OpenVINO failed on {mask.shape} tokens: {error}") from error
         return InferenceResult(*self._io.finish(outputs, mask), compute_s)
 
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[Any]:
+        """A request that nobody else has, of a stream if one is free."""
+        with self._changed:
+            while not (self._streams or self._express):
+                self._changed.wait()
+            free = self._streams or self._express
+            request = free.pop()
+        try:
+            yield request
+        finally:
+            with self._changed:
+                free.append(request)
+                self._changed.notify()
+
     def describe(self) -> dict[str, str]:
         return dict(self._description)
 
 
 def load(config: BackendConfig) -> OpenVinoBackend:
-    """Compiles and warms up a bundle's graph, one stream a core.
+    """Compiles and warms up a bundle's graph, one stream a core and one beside them.
 
     Raises:
         BackendError: OpenVINO is not there, or cannot do that precision here.
@@ -77,7 +116,7 @@ def load(config: BackendConfig) -> OpenVinoBackend:
             allowed=sorted(PRECISION_HINTS) if hint is None else ["cpu"],
         )
     num_streams = config.threads or len(os.sched_getaffinity(0))
-    compiled = _compile(openvino, bundle, hint, num_streams)
+    compiled, beside = _compile(openvino, bundle, hint, num_streams)
     input_dtypes = {
         one.get_any_name(): _DTYPES.get(one.get_element_type().get_type_name(), np.int64)
         for one in compiled.inputs
@@ -86,10 +125,10 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         bundle, input_dtypes, [name for one in compiled.outputs for name in one.get_names()]
     )
     backend = OpenVinoBackend(
-        compiled,
+        [compiled.create_infer_request() for _ in range(num_streams)],
+        [beside.create_infer_request()],
         io,
-        concurrency=num_streams,
-        description={
+        {
             "backend": "openvino",
             "version": openvino.__version__.partition("-")[0],
             "device": "cpu",
@@ -98,8 +137,7 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         },
     )
     try:
-        for batch in io.warm_up_batches(config.max_batch_tokens):
-            backend.run(batch)
+        backend.warm_up(io.warm_up_batches(config.max_batch_tokens))
     except ValueError as error:
         raise ModelError(f"`model` {bundle.name} does not run: {error}", field="model") from error
     return backend
@@ -129,7 +167,8 @@ def _import() -> Any:
     return openvino
 
 
-def _compile(openvino: Any, bundle: ModelBundle, hint: str, num_streams: int) -> Any:
+def _compile(openvino: Any, bundle: ModelBundle, hint: str, num_streams: int) -> tuple[Any, Any]:
+    """The graph for `num_streams` runs at a time, and for one more."""
     core = openvino.Core()
     try:
         model = core.read_model(str(bundle.graph))
@@ -143,13 +182,16 @@ def _compile(openvino: Any, bundle: ModelBundle, hint: str, num_streams: int) ->
     options = {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": hint,
-        "NUM_STREAMS": num_streams,
-        "INFERENCE_NUM_THREADS": num_streams,
         # Every process would pin to the same first cores, and Fletcher runs several.
         "ENABLE_CPU_PINNING": False,
     }
+
+    def compile_for(streams: int) -> Any:
+        cores = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams}
+        return core.compile_model(model, "CPU", options | cores)
+
     try:
-        compiled = core.compile_model(model, "CPU", options)
+        compiled, beside = compile_for(num_streams), compile_for(1)
         actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     except Exception as error:
         raise BackendError(
@@ -164,4 +206,4 @@ def _compile(openvino: Any, bundle: ModelBundle, hint: str, num_streams: int) ->
             field="precision",
             allowed=["float32"],
         )
-    return compiled
+    return compiled, beside

@@ -1,8 +1,10 @@
 """Writes the ONNX graph of a BERT-family checkpoint from its weights, without PyTorch.
 
-What the exporters' graphs lack and this one has: pooling and normalisation inside, one product for
-queries, keys and values, positions and token types folded into one table, the attention scale
-folded into the query weights, and for `cls` pooling a last layer that computes only that token.
+What the exporters' graphs lack and this one has: pooling and normalisation inside, positions and
+token types folded into one table, the attention scale folded into the query weights, layer norm and
+activation as one operator each, attention in the form that engines fuse, and for `cls` pooling a
+last layer that computes only that token. docs/performance.md has the figures of this and of other
+forms.
 """
 
 from __future__ import annotations
@@ -259,19 +261,11 @@ class _BertWriter:
             asking = graph.node(
                 "Slice", (hidden, self.first, self.second, self.second), f"{name}.first"
             )
-            queries = self.encoder.product(asking, f"{name}.q")
-            both = self._fused(hidden, name, "kv")
-            keys, values = graph.nodes(
-                "Split", (both,), (f"{name}.k", f"{name}.v"), axis=2, num_outputs=2
-            )
-        else:
-            fused = self._fused(hidden, name, "qkv")
-            queries, keys, values = graph.nodes(
-                "Split", (fused,), (f"{name}.q", f"{name}.k", f"{name}.v"), axis=2, num_outputs=3
-            )
-        queries = self._split_heads(queries, (0, 2, 1, 3))
-        keys = self._split_heads(keys, (0, 2, 3, 1))
-        values = self._split_heads(values, (0, 2, 1, 3))
+        queries = self._heads(asking, f"{name}.q")
+        keys = self._heads(hidden, f"{name}.k")
+        values = self._heads(hidden, f"{name}.v")
+        # Apart from the transpose before: engines make this one a flag of the product.
+        keys = graph.node("Transpose", (keys,), f"{name}.k.columns", perm=(0, 1, 3, 2))
         product = graph.node("MatMul", (queries, keys), f"{name}.scores")
         masked = graph.node("Add", (product, scores), f"{name}.scores.masked")
         shares = graph.node("Softmax", (masked,), f"{name}.shares", axis=-1)
@@ -279,20 +273,11 @@ class _BertWriter:
         rows = graph.node("Transpose", (mixed,), f"{name}.mixed.rows", perm=(0, 2, 1, 3))
         return graph.node("Reshape", (rows, self.flat_shape), f"{name}.attended"), asking
 
-    def _split_heads(self, value: str, order: tuple[int, ...]) -> str:
-        heads = self.graph.node("Reshape", (value, self.head_shape), f"{value}.split")
-        return self.graph.node("Transpose", (heads,), f"{value}.heads", perm=order)
-
-    def _fused(self, value: str, layer: str, parts: str) -> str:
-        """Several products of one value as one, side by side: `kv` is those of `k` and `v`."""
-        graph, name = self.graph, f"{layer}.{parts}"
-
-        def joined(kind: str) -> str:
-            tensors = [self.tensors.get(f"{layer}.{part}.{kind}") for part in parts]
-            return graph.constant(f"{name}.{kind}", np.concatenate(tensors, axis=-1))
-
-        product = graph.node("MatMul", (value, joined("weight")), f"{name}.product")
-        return graph.node("Add", (product, joined("bias")), name)
+    def _heads(self, value: str, name: str) -> str:
+        """Queries, keys or values, [B, heads, L, width of a head]."""
+        rows = self.encoder.product(value, name)
+        heads = self.graph.node("Reshape", (rows, self.head_shape), f"{name}.split")
+        return self.graph.node("Transpose", (heads,), f"{name}.heads", perm=(0, 2, 1, 3))
 
     def _mean(self, hidden: str, mask: str, name: str) -> None:
         """Mean over the tokens of each row, as a matrix product with the mask."""

@@ -4,6 +4,7 @@ fletcher.json     what the model is, where it comes from, size and SHA-256 of ev
 tokenizer.json    as the `tokenizers` library reads it
 model.onnx        the graph
 model.weights     its weights, mapped into memory by the engine
+calibration.json  ranges for int8, where `fletcher model calibrate` found some
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fletcher.errors import ModelError
+from fletcher.models.calibration import CALIBRATION, Calibration
 from fletcher.models.files import check_name, is_inside, read_json, sha256
 
 FORMAT = 1
@@ -128,6 +130,7 @@ class ModelBundle:
         graph: Path of the ONNX file.
         tokenizer: Path of tokenizer.json.
         num_bytes: Size of all files.
+        calibration: Ranges for int8.
     """
 
     folder: Path
@@ -152,6 +155,7 @@ class ModelBundle:
     licence: str
     source: str
     num_bytes: int
+    calibration: Calibration
 
     @property
     def qualified_name(self) -> str:
@@ -203,6 +207,9 @@ class ModelBundle:
             hash=actual_hash,
             tokenizer=folder / TOKENIZER,
             num_bytes=num_bytes,
+            calibration=Calibration.load(folder / CALIBRATION)
+            if CALIBRATION in files
+            else Calibration(),
             **values,
         )
 

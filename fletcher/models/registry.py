@@ -18,6 +18,7 @@ from fletcher.models.bundle import (
     version_folder,
     write_manifest,
 )
+from fletcher.models.calibration import Calibration
 from fletcher.models.files import VERSION_NAME, check_name, locked
 from fletcher.models.sources import hub, package
 from fletcher.models.sources.folder import Progress, build_from_folder
@@ -137,6 +138,18 @@ class Registry:
         name = check_name(name or parsed.name)
         with self._locked(name):
             return self._add(parsed, name, progress, replace=replace)
+
+    def calibrate(self, name: str, calibration: Calibration) -> ModelBundle:
+        """Freezes ranges in a bundle; a running server keeps what it has loaded.
+
+        Raises:
+            UnknownModelError: There is none of that name.
+            ModelError: It is damaged.
+        """
+        self._find(name)
+        with self._locked(name.partition("@")[0]):
+            calibration.save(self.get(name).folder, MANIFEST)
+            return self.get(name)
 
     def remove(self, name: str) -> None:
         """Deletes a bundle or a kept version, damaged or not. Raises UnknownModelError."""

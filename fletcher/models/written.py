@@ -58,7 +58,7 @@ class WrittenBert:
     def get(self, name: str) -> Array:
         if name in self._tensors:
             return self._read(name)
-        # Queries, keys and values lie side by side in one tensor, or the last two of them.
+        # Graphs of before had queries, keys and values side by side in one tensor, or the last two.
         layer, part, kind = name.rsplit(".", 2)
         joined = f"{layer}.qkv.{kind}"
         if joined in self._tensors:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array
 from fletcher.errors import FletcherError
 from fletcher.pipeline.intake import Piece
-from fletcher.schema import VectorSpec, vector_array
+from fletcher.schema import VectorSpec, vector_columns
 from fletcher.vectors.finish import finish
 
 
@@ -45,7 +45,7 @@ class Assembler:
         missing[list(errors)] = True
         columns: dict[str, Any] = {
             "id": self._ids(piece),
-            "vector": vector_array(table.embeddings[values], self._spec, missing),
+            **vector_columns(table.embeddings[values], self._spec, missing),
             "timestamp": pa.array(np.full(num_rows, piece.timestamp_ns), self._type("timestamp")),
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),

@@ -11,9 +11,7 @@ from typing import Any
 from fletcher.compression import Answers
 from fletcher.delivery.delivery import Delivery
 from fletcher.errors import (
-    DimensionMismatchError,
     DrainingError,
-    InvalidCommandError,
     OverloadedError,
 )
 from fletcher.options import EmbedOptions
@@ -21,6 +19,7 @@ from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.models import Model, Models
 from fletcher.pipeline.pressure import Grade, Pressure
 from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
+from fletcher.pipeline.vectorspec import OutputRules, vector_spec
 from fletcher.schema import VectorSpec
 from fletcher.telemetry import Telemetry
 
@@ -101,7 +100,7 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything a call needs."""
+    """Everything a call needs; `outputs` says what vectors may be asked for."""
 
     models: Models
     budget: MemoryBudget
@@ -110,6 +109,7 @@ class Service:
     answers: Answers
     pressure: Pressure
     telemetry: Telemetry
+    outputs: OutputRules
 
     def resolve(self, running: Model, options: EmbedOptions, *, dtypes: tuple[str, ...]) -> Request:
         """A command as this server will carry it out.
@@ -120,39 +120,10 @@ class Service:
             dtypes: Element types that the destination takes.
 
         Raises:
-            DimensionMismatchError: `dims` that the model does not declare.
-            InvalidCommandError: `layers`, `dtype` or `prompt` that cannot be had.
+            DimensionMismatchError, InvalidCommandError: Vectors or a prompt that cannot be had.
         """
         model = running.bundle
-        if options.dims is not None and options.dims not in model.dims:
-            raise DimensionMismatchError(
-                f"`dims` is {options.dims}, but {model.name} declares "
-                f"{', '.join(map(str, model.dims))}",
-                field="dims",
-                allowed=[str(dims) for dims in model.dims],
-            )
-        if options.layers not in (None, model.num_layers):
-            raise InvalidCommandError(
-                f"`layers` is {options.layers}, but {model.name} has its only exit after layer "
-                f"{model.num_layers}",
-                field="layers",
-                allowed=[str(model.num_layers)],
-            )
-        dtype = options.dtype or ("float16" if "float16" in dtypes else dtypes[0])
-        if dtype not in dtypes:
-            raise InvalidCommandError(
-                f"`dtype` is {dtype}, which the store does not take",
-                field="dtype",
-                allowed=dtypes,
-            )
-        spec = VectorSpec(
-            model=model.qualified_name,
-            dims=options.dims or model.dim,
-            dtype=dtype,
-            layers=model.num_layers,
-            pooling=model.pooling,
-            normalized=model.normalize if options.normalize is None else options.normalize,
-        )
+        spec = vector_spec(model, options, dtypes, self.outputs)
         prompt = resolve_prompt(model, options.prompt)
         if prompt:
             prompt_tokens(model, prompt, running.embedder.num_tokens)

@@ -21,6 +21,7 @@ from fletcher.errors import (
     UnknownDatasetError,
 )
 from fletcher.options import DATASET_PATTERN, check_dataset
+from fletcher.quantization import VectorReader
 from fletcher.stores import wire
 from fletcher.stores.base import Filter
 from fletcher.stores.filters import parse_filters, quoted, quoted_name
@@ -190,7 +191,7 @@ class Actions:
         info = self._store.dataset(query.dataset)
         if info is None:
             raise unknown_dataset(query.dataset)
-        check_query(query.dataset, info.schema, vector, query.k)
+        reader = check_query(query.dataset, info.schema, vector, query.k)
         if "text" not in info.schema.names:
             raise ColumnTypeError(
                 f"dataset `{query.dataset}` has no column `text` to search for words; leave "
@@ -200,10 +201,9 @@ class Actions:
         read = list(dict.fromkeys([*columns, "text", "vector"]))
         return nearest(
             self._store.scan(query.dataset, columns=read, filters=query.filters),
-            vector,
+            _mixed(cosine(vector, reader), query.text_query, query.alpha),
             k=query.k,
             columns=columns,
-            scores=_mixed(vector, query.text_query, query.alpha),
         )
 
     def _search_by_id(self, body: Body) -> list[bytes]:
@@ -213,7 +213,8 @@ class Actions:
         rows = self._store.scan(dataset, columns=["vector"], filters=[same], limit=1).read_all()
         if not rows.num_rows or not rows["vector"][0].is_valid:
             raise RequestError(f"dataset `{dataset}` has no vector under that `id`", field="id")
-        vector = rows["vector"][0].as_py()
+        column = rows["vector"].combine_chunks()
+        vector = VectorReader.of(schema).directions(column)[0].tolist()
         found = self.search(Query.from_json({**body, "vector": vector, "vectors": None}))
         answer = {"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()}
         return [json.dumps(answer).encode()]
@@ -353,10 +354,9 @@ class _Namespaces:
         os.replace(temporary, self._path)  # noqa: PTH105
 
 
-def _mixed(vector: npt.NDArray[np.float32], words: str, alpha: float) -> Scores:
+def _mixed(dense: Scores, words: str, alpha: float) -> Scores:
     """Alpha * cosine + (1 - alpha) * share of the query's words that the text has."""
     asked = set(words.casefold().split())
-    dense = cosine(vector)
 
     def scores(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
         texts = (text or "" for text in batch.column("text").to_pylist())

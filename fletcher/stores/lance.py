@@ -21,14 +21,15 @@ from fletcher.errors import (
     StoreUnavailableError,
 )
 from fletcher.options import check_dataset
+from fletcher.quantization import VectorReader, pack_signs
 from fletcher.ranges import RangeSet
-from fletcher.schema import parse_batch_key
+from fletcher.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lance_repair import set_torn_versions_aside
 from fletcher.stores.lance_writer import LanceWriter, broken, distinct_keys
 from fletcher.stores.lock import WriterLock
-from fletcher.stores.nearest import check_query, unknown_dataset
+from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, new_fields
 from fletcher.stores.sync import make_folder
 
@@ -39,6 +40,13 @@ SCAN_BUFFER_BYTES = 64 << 20
 
 # A table may have columns as wide as 64 Ki numbers; a batch of a scan stays near 2 MiB.
 SCAN_BATCH_BYTES = 2 << 20
+
+# Signs against signs tell less than a float32 query against signs: rows that are read by Hamming
+# distance for each one asked for, to find the nearest among them. all-MiniLM-L6-v2, 6,000 texts,
+# 1,000 queries, share of float32's first 10 among 40: 0.882 by Hamming alone, 0.944 with 2 rows
+# each, 0.963 with 4, 0.967 with 8, and 0.968 with all.
+HAMMING_CANDIDATES = 8
+MAX_HAMMING_CANDIDATES = 10_000
 
 
 def _lancedb() -> Any:
@@ -70,7 +78,7 @@ class LanceStore:
     """
 
     capabilities = StoreCapabilities(
-        dtypes=("float32", "float16"),
+        dtypes=tuple(ELEMENT_TYPES),
         null_vectors=True,
         upsert=True,
         drops_repeated_keys=False,
@@ -198,20 +206,56 @@ class LanceStore:
     ) -> pa.Table:
         """See `Store.search`. `columns=None` gives all of the dataset's."""
         table = self._table(dataset)
-        check_query(dataset, table.schema, vector, k)
+        reader = check_query(dataset, table.schema, vector, k)
         wanted = list(columns) if columns is not None else table.schema.names
-        query = table.search(np.asarray(vector, np.float32), vector_column_name="vector")
-        query = query.distance_type("cosine")
-        try:
-            found = self._query(
-                dataset, table, query, columns=[*wanted, "_distance"], filters=filters, limit=k
-            ).to_arrow()
-        except (ValueError, RuntimeError, OSError) as error:
-            raise broken(dataset, error) from error
+        asked = np.asarray(vector, np.float32)
+        if reader.dtype in ("int8", "ubinary"):
+            rows = self._candidates(dataset, table, reader, asked, k, wanted, filters)
+            return nearest(rows, cosine(asked, reader), k=k, columns=wanted)
+        query = table.search(asked, vector_column_name="vector").distance_type("cosine")
+        found = self._found(dataset, table, query, wanted, filters, k)
         distance = found.column("_distance").to_numpy()
         # Rounding lets a vector's distance to itself fall a little below 0.
         score = pa.array(np.clip(1.0 - distance, -1.0, 1.0).astype(np.float32))
         return found.select(wanted).append_column("score", score)
+
+    def _candidates(
+        self,
+        dataset: str,
+        table: Any,
+        reader: VectorReader,
+        vector: npt.NDArray[np.float32],
+        k: int,
+        columns: list[str],
+        filters: Sequence[Filter],
+    ) -> pa.RecordBatchReader:
+        """Rows among which the nearest are, with `vector` and `columns`.
+
+        LanceDB stores int8 and cannot search it: those are all rows.
+        """
+        read = list(dict.fromkeys([*columns, "vector"]))
+        if reader.dtype == "int8":
+            return self.scan(dataset, columns=read, filters=filters)
+        query = table.search(pack_signs(vector), vector_column_name="vector")
+        query = query.distance_type("hamming")
+        limit = max(k, min(k * HAMMING_CANDIDATES, MAX_HAMMING_CANDIDATES))
+        return self._found(dataset, table, query, read, filters, limit).to_reader()
+
+    def _found(
+        self,
+        dataset: str,
+        table: Any,
+        query: Any,
+        columns: list[str],
+        filters: Sequence[Filter],
+        k: int,
+    ) -> pa.Table:
+        try:
+            return self._query(
+                dataset, table, query, columns=[*columns, "_distance"], filters=filters, limit=k
+            ).to_arrow()
+        except (ValueError, RuntimeError, OSError) as error:
+            raise broken(dataset, error) from error
 
     def delete_dataset(self, name: str) -> None:
         """See `Store.delete_dataset`."""

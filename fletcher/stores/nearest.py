@@ -15,6 +15,7 @@ from fletcher.errors import (
     InvalidCommandError,
     UnknownDatasetError,
 )
+from fletcher.quantization import VectorReader
 
 MAX_K = 100_000
 Scores = Callable[[pa.RecordBatch], npt.NDArray[np.float32]]
@@ -27,26 +28,25 @@ def unknown_dataset(name: str) -> UnknownDatasetError:
     )
 
 
-def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> None:
-    """Refuses what cannot be searched.
+def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> VectorReader:
+    """Refuses what cannot be searched; how the dataset's vectors are read.
 
     Raises:
         DimensionMismatchError: `vector` is not float [dim].
-        ColumnTypeError: The dataset's vectors are no floats.
+        ColumnTypeError: The dataset's vectors are none that Fletcher writes.
         InvalidCommandError: `k` is out of range, or `vector` is zero or holds NaN or infinity.
     """
-    kind = schema.field("vector").type if "vector" in schema.names else pa.null()
-    if not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type):
+    try:
+        reader = VectorReader.of(schema)
+    except ColumnTypeError as error:
         raise ColumnTypeError(
-            f"dataset `{dataset}` cannot be searched: its `vector` is {kind}, expected a fixed "
-            "size list of float32 or float16",
-            field="vector",
-        )
-    if vector.ndim != 1 or len(vector) != kind.list_size:
+            f"dataset `{dataset}` cannot be searched: {error.message}", field="vector"
+        ) from None
+    if vector.ndim != 1 or len(vector) != reader.dims:
         raise DimensionMismatchError(
-            f"`vector` has {vector.size} dimensions, dataset `{dataset}` has {kind.list_size}",
+            f"`vector` has {vector.size} dimensions, dataset `{dataset}` has {reader.dims}",
             field="vector",
-            allowed=[str(kind.list_size)],
+            allowed=[str(reader.dims)],
         )
     if not 1 <= k <= MAX_K:
         raise InvalidCommandError(f"`k` is {k}, expected 1 to {MAX_K}", field="k")
@@ -55,21 +55,20 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
             "`vector` is zero or holds NaN or infinity; its cosine to anything is undefined",
             field="vector",
         )
+    return reader
 
 
-def cosine(vector: npt.NDArray[np.float32]) -> Scores:
+def cosine(vector: npt.NDArray[np.float32], reader: VectorReader) -> Scores:
     """A function from a batch to the cosines of its `vector`s to this one.
 
-    The result is float32 [num_rows]; -inf where the row's vector is null or zero.
+    The query stays float32 whatever the rows are: signs against signs would tell half as much. The
+    result is float32 [num_rows]; -inf where the row's vector is null or zero.
     """
     query = vector / np.linalg.norm(vector)
 
     def scores(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
         column = batch.column("vector")
-        # `flatten` would drop null rows and `values` ignores slices; this does neither.
-        first, width = column.offset * len(query), len(column) * len(query)
-        rows = column.values.slice(first, width).to_numpy(zero_copy_only=False)
-        rows = rows.astype(np.float32).reshape(-1, len(query))
+        rows = reader.directions(column)
         norms = np.linalg.norm(rows, axis=1)
         valid = (norms > 0) & np.asarray(column.is_valid())
         out = np.full(len(column), -np.inf, np.float32)
@@ -81,26 +80,23 @@ def cosine(vector: npt.NDArray[np.float32]) -> Scores:
 
 def nearest(
     batches: Iterable[pa.RecordBatch],
-    vector: npt.NDArray[np.float32],
+    scores: Scores,
     *,
     k: int,
     columns: Sequence[str],
-    scores: Scores | None = None,
 ) -> pa.Table:
     """The k best rows of a stream, best first, holding no more than k rows and one batch.
 
     Args:
         batches: Rows with `vector` and `columns`, at least one batch or a reader.
-        vector: float32 [dim].
+        scores: How to score a batch; -inf keeps a row out.
         k: Rows to answer at most.
         columns: Columns to answer; `score` float32 is added.
-        scores: How to score a batch; cosine to `vector` if not given.
     """
-    score = scores or cosine(vector)
     best: pa.Table | None = None
     best_scores = np.empty(0, np.float32)
     for batch in batches:
-        values = score(batch)
+        values = scores(batch)
         rows = pa.Table.from_batches([batch.select(list(columns))])
         best = rows if best is None else pa.concat_tables([best, rows])
         values = np.concatenate([best_scores, values])

@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from fletcher.errors import ColumnTypeError, RequestError, StoreError, StoreUnavailableError
 from fletcher.options import check_dataset
 from fletcher.ranges import RangeSet
-from fletcher.schema import parse_batch_key
+from fletcher.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lock import WriterLock
-from fletcher.stores.nearest import check_query, nearest, unknown_dataset
+from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, conform
 from fletcher.stores.sync import make_folder, sync_path
 
@@ -45,7 +45,7 @@ class ParquetStore:
     """
 
     capabilities = StoreCapabilities(
-        dtypes=("float32", "float16"),
+        dtypes=tuple(ELEMENT_TYPES),
         null_vectors=True,
         upsert=False,
         drops_repeated_keys=True,
@@ -159,12 +159,11 @@ class ParquetStore:
     ) -> pa.Table:
         """See `Store.search`. `columns=None` gives all of the dataset's."""
         schema = self._schema(dataset)
-        check_query(dataset, schema, vector, k)
+        reader = check_query(dataset, schema, vector, k)
         wanted = list(columns) if columns is not None else schema.names
         read = list(dict.fromkeys([*wanted, "vector"]))
-        return nearest(
-            self.scan(dataset, columns=read, filters=filters), vector, k=k, columns=wanted
-        )
+        rows = self.scan(dataset, columns=read, filters=filters)
+        return nearest(rows, cosine(vector, reader), k=k, columns=wanted)
 
     def delete_dataset(self, name: str) -> None:
         """See `Store.delete_dataset`."""

@@ -11,9 +11,16 @@ from fletcher.errors import (
     ModelMismatchError,
     UnknownColumnError,
 )
+from fletcher.quantization import QUANTIZATION
 
 # What must be the same for two vectors to be comparable, by the schema metadata that says it.
-_MODEL_KEYS = ("fletcher.model", "fletcher.layers", "fletcher.pooling", "fletcher.normalized")
+_MODEL_KEYS = (
+    "fletcher.model",
+    "fletcher.layers",
+    "fletcher.pooling",
+    "fletcher.normalized",
+    QUANTIZATION,
+)
 
 
 def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
@@ -50,6 +57,8 @@ def _check_width(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
     have, came = stored.field("vector").type, offered.field("vector").type
     if not (pa.types.is_fixed_size_list(have) and pa.types.is_fixed_size_list(came)):
         return
+    if have.value_type != came.value_type:
+        return  # told as such: bits are packed, so that their width says nothing
     if have.list_size != came.list_size:
         raise DimensionMismatchError(
             f"schema mismatch: `vector` has {came.list_size} dimensions, dataset `{dataset}` has "

@@ -43,7 +43,7 @@ _WHITESPACE = b" \t\n\r"
 _NO_BOUNDARIES = np.zeros(256, dtype=np.bool_)
 _NO_BOUNDARIES.flags.writeable = False
 # Below this the library is quicker than the search.
-_MIN_BYTES_FOR_RUNS = 2048
+MIN_BYTES_FOR_RUNS = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,7 +98,7 @@ class Shortener:
                 piece = text[:0]
             else:
                 piece = window[found[0] :] if from_end else window[: found[-1]]
-        if self.run is not None and len(piece) > _MIN_BYTES_FOR_RUNS:
+        if self.run is not None and len(piece) > MIN_BYTES_FOR_RUNS:
             piece = memoryview(self.run.sub(_kept, bytes(piece)))
         return piece, is_cut
 

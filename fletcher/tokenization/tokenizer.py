@@ -7,18 +7,21 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import tokenizers
 
-from fletcher.batches import BoolArray, Int32Array, TextBatch, TokenBatch, Truncate
-from fletcher.errors import FletcherError, InvalidCommandError, ModelError, RowTooLargeError
+from fletcher.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
+from fletcher.errors import InvalidCommandError, ModelError
 from fletcher.models.bundle import ModelBundle
-from fletcher.tokenization.shorten import Shortener
+from fletcher.tokenization.flat import FlatTokens, prompted
+from fletcher.tokenization.shorten import MIN_BYTES_FOR_RUNS, Shortener
+from fletcher.tokenization.words import Words
 
 # Bytes of a long text that are tokenized first, per token wanted. English takes about 5 bytes a
 # token, so a first try of 8 nearly always suffices; each further try takes 4 times as many.
 _FIRST_BYTES_PER_TOKEN = 8
 _GROWTH = 4
+# Below this the library is quicker than the many steps of `Words`.
+_MIN_BYTES_FOR_WORDS = 512
 
 
 class Tokenizer:
@@ -37,6 +40,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._prefix, self._suffix = _special_tokens(tokenizer)
         self._shortener = Shortener.of(tokenizer.to_str())
+        boundaries = self._shortener.boundaries
+        self._words = Words(self._library, boundaries) if boundaries.any() else None
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -81,89 +86,69 @@ class Tokenizer:
                 f"{self.max_length}: {self.num_special_tokens} are special tokens",
                 field="max_length",
             )
-        rows, total, exact = self._tokenize(_texts(batch), room, batch.truncate)
-        truncated = total > room
-        errors: dict[int, FletcherError] = {}
-        if batch.truncate == "error":
-            for row in np.flatnonzero(truncated).tolist():
-                rows[row] = []
-                errors[row] = _too_long(
-                    int(total[row]) + self.num_special_tokens, bool(exact[row]), limit
-                )
-            truncated = np.zeros(len(rows), dtype=np.bool_)
-        return self._assemble(rows, room, batch.truncate, truncated, errors)
+        tokens = self._tokenize(prompted(batch), room)
+        return tokens.framed(batch, limit, self._prefix, self._suffix)
 
-    def _tokenize(
-        self, texts: list[memoryview], room: int, truncate: Truncate
-    ) -> tuple[list[list[int]], npt.NDArray[np.int64], BoolArray]:
-        """Ids without special tokens of every text, at least `room` of them where it has so many.
+    def _tokenize(self, batch: TextBatch, room: int) -> FlatTokens:
+        """The tokens of every text, more than `room` of them where it has so many."""
+        starts, totals = np.zeros((2, batch.num_texts), np.int64)
+        exact = np.ones(batch.num_texts, np.bool_)
+        found: list[Int32Array] = []
+        rows, data, offsets = np.arange(batch.num_texts), batch.data, batch.offsets
+        size = room * _FIRST_BYTES_PER_TOKEN
+        while rows.size:
+            pieces, bounds, is_cut = self._shortened(data, offsets, size, batch.truncate == "start")
+            ids, ends = self._ids(pieces, bounds)
+            starts[rows] = sum(map(len, found)) + ends[:-1]
+            totals[rows] = np.diff(ends)
+            exact[rows] = ~is_cut
+            found.append(ids)
+            again = is_cut & (np.diff(ends) <= room)
+            rows, size = rows[again], size * _GROWTH
+            data, offsets = _taken(data, offsets, again)
+        return FlatTokens(np.concatenate([np.zeros(0, np.int32), *found]), starts, totals, exact)
 
-        Returns:
-            The ids by row; int64 [num_texts] their number; bool [num_texts], True where that is
-            the number of the whole text and not just of the part that was enough.
-        """
-        rows: list[list[int]] = [[] for _ in texts]
-        exact = np.ones(len(texts), dtype=np.bool_)
-        pending = list(range(len(texts)))
-        size: int = room * _FIRST_BYTES_PER_TOKEN
-        while pending:
-            pieces, cut = [], []
-            for row in pending:
-                piece, is_cut = self._shortener.shorten(texts[row], size, truncate == "start")
-                pieces.append(str(piece, "utf-8"))
-                cut.append(is_cut)
-            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-            again = []
-            for row, encoding, is_cut in zip(pending, encodings, cut, strict=True):
-                ids = encoding.ids
-                if is_cut and len(ids) <= room:
-                    again.append(row)
-                else:
-                    rows[row] = ids
-                    exact[row] = not is_cut
-            pending, size = again, size * _GROWTH
-        total = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        return rows, total, exact
-
-    def _assemble(
-        self,
-        rows: list[list[int]],
-        room: int,
-        truncate: Truncate,
-        truncated: BoolArray,
-        errors: dict[int, FletcherError],
-    ) -> TokenBatch:
-        for row in np.flatnonzero(truncated).tolist():
-            rows[row] = rows[row][-room:] if truncate == "start" else rows[row][:room]
-        prefix, suffix = self._prefix, self._suffix
-        parts = (
-            part
-            for row, ids in enumerate(rows)
-            if row not in errors
-            for part in (prefix, ids, suffix)
-        )
-        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        lengths += self.num_special_tokens
-        lengths[list(errors)] = 0
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
+    def _ids(self, data: bytes | memoryview, offsets: Int64Array) -> tuple[Int32Array, Int64Array]:
+        """As `Words.tokens`, also for a little text and for tokenizers that look beyond words."""
+        if self._words is not None and len(data) > _MIN_BYTES_FOR_WORDS:
+            return self._words.tokens(data, offsets)
+        view, bounds = memoryview(data), pairwise(offsets.tolist())
+        ids = self._library([str(view[first:last], "utf-8") for first, last in bounds])
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         # The library hands ids over as Python lists, 2 of 120 microseconds a text; one fromiter
         # over all of them is the cheapest way from there into an array.
-        input_ids: Int32Array = np.fromiter(
-            chain.from_iterable(parts), dtype=np.int32, count=int(offsets[-1])
-        )
-        return TokenBatch(input_ids, offsets, truncated, errors)
+        flat: Int32Array = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+        return flat, np.append(0, np.cumsum(lengths))
+
+    def _library(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _shortened(
+        self, data: bytes | memoryview, offsets: Int64Array, size: int, from_end: bool
+    ) -> tuple[bytes | memoryview, Int64Array, BoolArray]:
+        """Texts of `size` bytes at most, and which may have fewer tokens than they had."""
+        is_cut = np.zeros(len(offsets) - 1, np.bool_)
+        is_long = np.diff(offsets) > min(size, MIN_BYTES_FOR_RUNS)
+        if not is_long.any():
+            return data, offsets, is_cut
+        view, parts, lengths = memoryview(data), [], np.diff(offsets)
+        done = 0
+        for row in np.flatnonzero(is_long).tolist():
+            first, last = int(offsets[row]), int(offsets[row + 1])
+            piece, is_cut[row] = self._shortener.shorten(view[first:last], size, from_end)
+            parts += [view[done:first], piece]
+            lengths[row], done = len(piece), last
+        return b"".join([*parts, view[done:]]), np.append(0, np.cumsum(lengths)), is_cut
 
 
-def _texts(batch: TextBatch) -> list[memoryview]:
-    """The UTF-8 bytes of each text, prompt included; views where there is no prompt."""
-    data = memoryview(batch.data)
-    bounds = batch.offsets.tolist()
-    views = [data[first:last] for first, last in pairwise(bounds)]
-    if not batch.prompt:
-        return views
-    prompt = batch.prompt.encode()
-    return [memoryview(prompt + bytes(view)) for view in views]
+def _taken(
+    data: bytes | memoryview, offsets: Int64Array, wanted: BoolArray
+) -> tuple[bytes | memoryview, Int64Array]:
+    """Some of the texts."""
+    view, lengths = memoryview(data), np.diff(offsets)[wanted]
+    bounds = zip(offsets[:-1][wanted].tolist(), offsets[1:][wanted].tolist(), strict=True)
+    return b"".join(view[first:last] for first, last in bounds), np.append(0, np.cumsum(lengths))
 
 
 def _special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
@@ -177,14 +162,4 @@ def _special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[in
         "`model`: tokenizer.json changes a text's tokens when it adds special tokens, "
         "which is not supported",
         field="model",
-    )
-
-
-def _too_long(num_tokens: int, exact: bool, limit: int) -> RowTooLargeError:
-    count = str(num_tokens) if exact else f"at least {num_tokens}"
-    return RowTooLargeError(
-        f"the text has {count} tokens, at most {limit} are allowed; shorten it or ask for "
-        "`truncate` end or start",
-        field="truncate",
-        allowed=["end", "start"],
     )

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from fletcher.batches import TextBatch, TokenBatch
 from fletcher.models.bundle import version_folder
 from fletcher.tokenization.tokenizer import Tokenizer
 
 
+class Encoder(Protocol):
+    """What makes tokens of texts; `max_length` of them at most."""
+
+    max_length: int
+
+    def encode(self, batch: TextBatch) -> TokenBatch:
+        """Tokenizes all texts of a batch."""
+        ...
+
+
 class TokenizerWorker:
     """One core, one request at a time."""
 
     concurrency = 1
+    express = 0
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Encoder) -> None:
         self._tokenizer = tokenizer
 
     def run(self, batch: TextBatch) -> TokenBatch:
@@ -40,6 +52,12 @@ class TokenizerConfig:
     bundle: str
     version: str = ""
 
+    @property
+    def folder(self) -> Path:
+        """Where that is now. Raises ModelError where it is no more."""
+        folder = Path(self.bundle)
+        return version_folder(folder, self.version) if self.version else folder
+
 
 def load(config: TokenizerConfig) -> TokenizerWorker:
     """Factory for a worker's spec: a bundle's tokenizer.
@@ -47,7 +65,4 @@ def load(config: TokenizerConfig) -> TokenizerWorker:
     Raises:
         ModelError: The bundle is gone or damaged.
     """
-    folder = Path(config.bundle)
-    if config.version:
-        folder = version_folder(folder, config.version)
-    return TokenizerWorker(Tokenizer.load(folder))
+    return TokenizerWorker(Tokenizer.load(config.folder))

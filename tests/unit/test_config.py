@@ -18,9 +18,9 @@ from fletcher.config import (
     fletcher_home,
     is_loopback,
     nearest,
-    resolve,
 )
 from fletcher.errors import ConfigError
+from fletcher.resolution import resolve
 from fletcher.settings import parse_milliseconds, parse_seconds, parse_size
 
 
@@ -221,6 +221,8 @@ def test_options_that_need_each_other(tmp_path: Path) -> None:
         ServeConfig(max_message_bytes=1 << 20)
     with pytest.raises(ConfigError, match="`max_message_bytes`"):
         ServeConfig(max_memory=1 << 20)
+    with pytest.raises(ConfigError, match=r"`tokenizer` is null.*give --backend null"):
+        ServeConfig(tokenizer="null")
 
 
 def test_values_are_checked_without_resolve_too() -> None:

@@ -280,6 +280,17 @@ def test_embed_writes_arrays_and_arrow(place: Place, call: Call, server: tuple[s
     assert np.array_equal(np.array(table.column("vector").to_pylist(), np.float32), array)
 
 
+def test_embed_gives_int8_with_its_scale_and_bits(call: Call, server: tuple[str, str]) -> None:
+    whole, int8, bits = (
+        json.loads(call("embed", "a", "--dtype", dtype, *at(server)).out)
+        for dtype in ("float32", "int8", "ubinary")
+    )
+    assert list(int8) == ["text", "vector", "scale"]
+    scaled = np.array(int8["vector"]) * int8["scale"]
+    assert scaled == pytest.approx(np.array(whole["vector"]), abs=int8["scale"])
+    assert (len(bits["vector"]), all(type(one) is int for one in bits["vector"])) == (4, True)
+
+
 def test_a_text_that_fails_is_named(call: Call, server: tuple[str, str]) -> None:
     argv = ("embed", "short", "word " * 50, "--truncate", "error", *at(server))
     done = call(*argv)

@@ -45,7 +45,7 @@ def test_engines_and_types_side_by_side(argv, local, tmp_path, capsys):
         "queries": 20,
         "documents_truncated": 0,
     }
-    first, half = report["rows"]
+    first, half, int8, bits = report["rows"]
     assert (first["backend"], first["precision"], first["dtype"]) == (
         "onnxruntime",
         "float32",
@@ -56,6 +56,9 @@ def test_engines_and_types_side_by_side(argv, local, tmp_path, capsys):
     assert first["texts_per_s"] > 0
     assert (half["dtype"], half["bytes_per_vector"]) == ("float16", 64)
     assert half["cosine"]["min"] > 0.9999
+    assert (int8["dtype"], int8["bytes_per_vector"]) == ("int8", 36)
+    assert int8["cosine"]["min"] > 0.999
+    assert (bits["dtype"], bits["bytes_per_vector"]) == ("ubinary", 4)
     # Of the same run of the model: the second came from the cache.
     assert half["texts_per_s"] == first["texts_per_s"]
 
@@ -67,9 +70,9 @@ def test_a_server_elsewhere(argv, tmp_path, tiny_bundle, capsys):
     with Runtime(config) as server:
         assert main([*argv, "--server", server.address]) == 0
         table = capsys.readouterr().out.splitlines()
-        assert [line.split()[:5] for line in table[1:3]] == [
-            ["null", "float32", "2", "32", "float32"],
-            ["null", "float32", "2", "32", "float16"],
+        assert [line.split()[:5] for line in table[1:5]] == [
+            ["null", "float32", "2", "32", dtype]
+            for dtype in ("float32", "float16", "int8", "ubinary")
         ]
         refused = [*argv, "--server", server.address, "--variants", "backend=openvino"]
         assert main(refused) == 2

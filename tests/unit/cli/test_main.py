@@ -215,7 +215,7 @@ def test_bash_completion_works(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["completion", "bash"]) == 0
     script = tmp_path / "completion"
     script.write_text(capsys.readouterr().out, encoding="utf-8")
-    assert complete(script, "fletcher", "s") == {"serve", "search", "store"}
+    assert complete(script, "fletcher", "s") == {"serve", "search", "similar", "store"}
     assert complete(script, "fletcher", "serve", "--max-s") == {"--max-streams"}
     assert complete(script, "fletcher-serve", "--max-s") == {"--max-streams"}
     assert complete(script, "fletcher", "completion", "") >= {"bash", "zsh", "fish"}

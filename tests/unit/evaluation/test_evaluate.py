@@ -12,6 +12,7 @@ from fletcher.evaluation import plot, report
 from fletcher.evaluation.evaluate import evaluate
 from fletcher.evaluation.pairs import choose
 from fletcher.evaluation.variants import Engine, Variant
+from fletcher.schema import VectorSpec, vector_columns
 
 EXACT, NOISY, TURNED = (Engine(name, "float32") for name in ("exact", "noisy", "turned"))
 DIM, NUM = 16, 300
@@ -68,17 +69,17 @@ class Server:
         key = (options.prompt, options.layers)
         self.hits += key in self.seen
         self.seen.add(key)
-        vector = pa.list_(getattr(pa, options.dtype)(), options.dims or DIM)
+        spec = VectorSpec("m@0", options.dims or DIM, options.dtype, 6, "mean", normalized=False)
         answers = []
         for batch in data:
             numbers = [int(text) for text in batch.column("text").to_pylist()]
             rows = self.table[numbers, : options.dims]
             if self.engine == TURNED and options.prompt == "passage":
                 rows = np.roll(self.table, -1, axis=0)[numbers, : options.dims]
-            flat = pa.array(rows.astype(options.dtype).reshape(-1))
-            column = pa.FixedSizeListArray.from_arrays(flat, type=vector)
+            columns = vector_columns(rows, spec, None)
             cut = pa.array([number % 100 == 0 for number in numbers])
-            answers.append(pa.record_batch({"vector": column, "truncated": cut}))
+            answer = pa.record_batch({**columns, "truncated": cut})
+            answers.append(answer.replace_schema_metadata(spec.metadata()))
         return Answers(answers)
 
 

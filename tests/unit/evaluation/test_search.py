@@ -24,6 +24,8 @@ def test_scores_of_both_signs_and_zeros_are_in_order():
     nearest.add(np.array([[-0.0, 1e-38, -1e-38, 3]], np.float32))
     nearest.add(np.array([[0.0, -3, 2.5, -np.inf]], np.float32))
     assert nearest.found.tolist() == [[3, 6, 1, 0, 4, 2, 5, 7]]
+    expected = np.array([[3, 2.5, 1e-38, 0, 0, -1e-38, -3, -np.inf]], np.float32)
+    assert np.array_equal(nearest.scores, expected)
 
 
 def test_nothing_to_find():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from fletcher.schema import VectorSpec, output_schema, vector_array
+from fletcher.schema import VectorSpec, output_schema, vector_columns
 
 
 def spec(dims: int = 8, dtype: str = "float16", model: str = "mini@abc") -> VectorSpec:
@@ -51,7 +51,7 @@ def batch(
     return pa.record_batch(
         [
             pa.array(ids or [f"id{row}" for row in numbers]),
-            vector_array(vectors(first, count, dims), spec(dims, dtype, model), nulls),
+            *vector_columns(vectors(first, count, dims), spec(dims, dtype, model), nulls).values(),
             pa.array(
                 [1_700_000_000_000_000_000 + row for row in numbers], pa.timestamp("ns", "UTC")
             ),

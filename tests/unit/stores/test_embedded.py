@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import store_rows as rows
 
+from fletcher.client import dequantize
 from fletcher.errors import (
     ColumnTypeError,
     ConfigError,
@@ -25,6 +26,7 @@ from fletcher.errors import (
     UnknownColumnError,
     UnknownDatasetError,
 )
+from fletcher.quantization import Ranges
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Filter, Store
 
@@ -65,6 +67,43 @@ def test_search_answers_cosines_best_first(store, dtype):
     assert found.column("id").to_pylist() == [f"id{row}" for row in best]
     assert found.schema.field("score").type == pa.float32()
     np.testing.assert_allclose(found.column("score").to_numpy(), cosines[best], atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "ubinary"])
+def test_quantized_rows_are_searched_with_the_query_in_float32(store, dtype):
+    sent = rows.batch(0, 300, dims=64, dtype=dtype, null_rows=(7,))
+    fill(store, sent)
+    assert store.scan("d").read_all().combine_chunks() == pa.Table.from_batches([sent])
+    vectors = rows.vectors(0, 300, 64)
+    kept = dequantize(sent)
+    cosines = kept @ vectors[42] / np.linalg.norm(kept, axis=1)
+    cosines[7] = -np.inf
+    best = np.argsort(-cosines)[:5]
+    found = store.search("d", vectors[42] * 3, k=5, columns=["id"])
+    assert found.column_names == ["id", "score"]
+    assert found.column("id").to_pylist() == [f"id{row}" for row in best]
+    np.testing.assert_allclose(found.column("score").to_numpy(), cosines[best], atol=1e-5)
+    only = [Filter("id", "=", "id3")]
+    assert store.search("d", vectors[42], k=5, filters=only).column("id").to_pylist() == ["id3"]
+    assert store.search("d", vectors[0], k=1000, columns=["id"]).num_rows == 299
+    with pytest.raises(DimensionMismatchError, match=r"8 dimensions.*has 64"):
+        store.search("d", np.ones(8, np.float32), k=5)
+
+
+def test_vectors_that_are_read_in_another_way_are_refused(store):
+    by_row = rows.batch(0, 3, dtype="int8")
+    fill(store, by_row)
+    ranges = Ranges.between(np.full(8, -1, np.float32), np.ones(8, np.float32))
+    said = {name.encode(): text.encode() for name, text in ranges.metadata().items()}
+    by_range = by_row.drop_columns("scale").replace_schema_metadata(
+        {**by_row.schema.metadata, **said}
+    )
+    with pytest.raises(ModelMismatchError, match=r"`fletcher\.quantization` is ranges@.* with row"):
+        store.open_writer("d", by_range.schema, "append")
+    for dtype in ("float16", "ubinary"):
+        with pytest.raises(ColumnTypeError, match=r"`vector` is .* dataset `d` has .*int8"):
+            store.open_writer("d", rows.schema(dtype=dtype), "append")
+    store.open_writer("d", rows.schema(dtype="int8"), "append").close()
 
 
 def test_rows_without_a_vector_are_kept_and_never_found(store):

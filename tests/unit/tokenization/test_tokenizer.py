@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from fletcher.batches import TextBatch
 from fletcher.errors import InvalidCommandError, ModelError, RowTooLargeError
 from fletcher.models.bundle import ModelSpec, write_manifest
+from fletcher.tokenization import tokenizer as tokenizer_module
 from fletcher.tokenization.shorten import Shortener
 from fletcher.tokenization.tokenizer import Tokenizer
 
@@ -104,6 +105,14 @@ ALPHABET = [
     ),
 ]
 TEXT = st.lists(st.sampled_from(ALPHABET), max_size=120).map("".join)
+
+
+@pytest.fixture(params=[0, 512], autouse=True, scope="module")
+def few_bytes(request):
+    """Texts put together from words, however little they are, and as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "_MIN_BYTES_FOR_WORDS", request.param)
+        yield
 
 
 @settings(deadline=None, max_examples=300)

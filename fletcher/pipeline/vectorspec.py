@@ -1,0 +1,120 @@
+"""Which vectors a command asks for, and whether a model can give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fletcher.config import INT8_KINDS
+from fletcher.errors import DimensionMismatchError, InvalidCommandError
+from fletcher.models.bundle import ModelBundle
+from fletcher.models.calibration import Cut
+from fletcher.options import EmbedOptions
+from fletcher.quantization import Ranges
+from fletcher.schema import VectorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRules:
+    """What a server lets be asked for.
+
+    Attributes:
+        allow_undeclared: Dims that a model was not trained for.
+        int8: Which ranges int8 has; one of `fletcher.config.INT8_KINDS`.
+    """
+
+    allow_undeclared: bool = False
+    int8: str = INT8_KINDS[0]
+
+
+def vector_spec(
+    model: ModelBundle, options: EmbedOptions, dtypes: tuple[str, ...], rules: OutputRules
+) -> VectorSpec:
+    """The vectors that `options` ask of `model`.
+
+    Args:
+        dtypes: Element types that the destination takes.
+
+    Raises:
+        DimensionMismatchError: `dims` that cannot be had.
+        InvalidCommandError: `layers` or `dtype` that cannot be had.
+    """
+    dims = model.dim if options.dims is None else options.dims
+    _check_dims(model, dims, rules)
+    if options.layers not in (None, model.num_layers):
+        raise InvalidCommandError(
+            f"`layers` is {options.layers}, but {model.name} has its only exit after layer "
+            f"{model.num_layers}",
+            field="layers",
+            allowed=[str(model.num_layers)],
+        )
+    cut = Cut(
+        layers=model.num_layers,
+        dims=dims,
+        normalized=model.normalize if options.normalize is None else options.normalize,
+    )
+    dtype = _dtype(options.dtype, dims, dtypes)
+    return VectorSpec(
+        model=model.qualified_name,
+        dims=dims,
+        dtype=dtype,
+        layers=cut.layers,
+        pooling=model.pooling,
+        normalized=cut.normalized,
+        ranges=_ranges(model, cut, dtypes, rules) if dtype == "int8" else None,
+    )
+
+
+def _check_dims(model: ModelBundle, dims: int, rules: OutputRules) -> None:
+    if dims in model.dims:
+        return
+    declared = ", ".join(map(str, model.dims))
+    if dims > model.dim:
+        raise DimensionMismatchError(
+            f"`dims` is {dims}, but {model.name} has {model.dim}; it declares {declared}",
+            field="dims",
+            allowed=[str(one) for one in model.dims],
+        )
+    if not rules.allow_undeclared:
+        raise DimensionMismatchError(
+            f"`dims` is {dims}, but {model.name} declares {declared}; a server with "
+            "--allow-undeclared gives any, at a loss that nobody has measured",
+            field="dims",
+            allowed=[str(one) for one in model.dims],
+        )
+
+
+def _dtype(asked: str | None, dims: int, dtypes: tuple[str, ...]) -> str:
+    dtype = asked or ("float16" if "float16" in dtypes else dtypes[0])
+    if dtype not in dtypes:
+        raise InvalidCommandError(
+            f"`dtype` is {dtype}, which the store does not take; it takes {', '.join(dtypes)}",
+            field="dtype",
+            allowed=dtypes,
+        )
+    if dtype == "ubinary" and dims % 8:
+        others = [one for one in dtypes if one != dtype]
+        raise InvalidCommandError(
+            f"`dtype` is ubinary, which packs 8 dimensions into a byte, and `dims` is {dims}; ask "
+            f"for `dims` that 8 divides, or for {', '.join(others)}",
+            field="dtype",
+            allowed=others,
+        )
+    return dtype
+
+
+def _ranges(
+    model: ModelBundle, cut: Cut, dtypes: tuple[str, ...], rules: OutputRules
+) -> Ranges | None:
+    known = model.calibration.ranges
+    if rules.int8 == "row" or (rules.int8 == "auto" and cut not in known):
+        return None
+    if cut in known:
+        return known[cut]
+    have = "; ".join(map(str, sorted(known))) or "none"
+    raise InvalidCommandError(
+        f"`dtype` is int8, by ranges on this server, and {model.name} has no ranges for {cut}; "
+        f"there are: {have}. `fletcher model calibrate {model.name}` makes those of all that the "
+        "model declares, and a server with --int8 auto or row scales each row",
+        field="dtype",
+        allowed=[one for one in dtypes if one != "int8"],
+    )

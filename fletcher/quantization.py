@@ -1,0 +1,201 @@
+"""Vectors as int8 or as bits, and back: what writes them, and what reads them by their schema.
+
+`int8` comes in two kinds, which the schema's `fletcher.quantization` tells apart:
+
+- `row`: symmetric, a scale a row: `x = q * scale`, where `scale` is a column of its own.
+- `ranges@HASH`: a range a dimension, from a sample of texts, the same for all rows:
+  `x = start + (q + 128.5) * step`, where `fletcher.ranges` holds both as JSON. That is
+  sentence-transformers' `quantize_embeddings`, read back at the middle of each step.
+
+`ubinary` keeps the signs: bit 1 for `x > 0`, the first dimension in the highest bit of the first
+byte (`numpy.packbits`); read back it is +1 or -1, scaled to length 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fletcher.errors import ColumnTypeError
+
+FloatArray = npt.NDArray[np.float32]
+
+QUANTIZATION = "fletcher.quantization"
+RANGES = "fletcher.ranges"
+ROW = "row"
+_TINY = np.finfo(np.float32).tiny
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranges:
+    """A range of values a dimension, cut into 256 steps.
+
+    Attributes:
+        start: float32 [dims], the least value that int8 can tell.
+        step: float32 [dims], all above 0.
+    """
+
+    start: FloatArray
+    step: FloatArray
+
+    @classmethod
+    def between(cls, lowest: FloatArray, highest: FloatArray) -> Ranges:
+        """Ranges from the least to the greatest value of each dimension, both float32 [dims]."""
+        step = np.maximum((highest - lowest) / np.float32(255), _TINY)
+        return cls(lowest.astype(np.float32), step.astype(np.float32))
+
+    @property
+    def hash(self) -> str:
+        """First 12 hex digits of a SHA-256 over the numbers."""
+        return hashlib.sha256(self.start.tobytes() + self.step.tobytes()).hexdigest()[:12]
+
+    def quantize(self, embeddings: FloatArray) -> npt.NDArray[np.int8]:
+        """int8 [n, dims]; what lies outside of the ranges becomes their nearest end."""
+        steps = np.floor((embeddings - self.start) / self.step)
+        return np.asarray(np.clip(steps, 0, 255) - 128, np.int8)
+
+    def dequantize(self, values: npt.NDArray[np.int8]) -> FloatArray:
+        """float32 [n, dims], the middles of the steps."""
+        return np.asarray(self.start + (values + np.float32(128.5)) * self.step, np.float32)
+
+    def metadata(self) -> dict[str, str]:
+        """What a schema says, so that its rows can be read."""
+        return {QUANTIZATION: f"ranges@{self.hash}", RANGES: json.dumps(self.to_json())}
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Both arrays as lists; float32 comes back exactly."""
+        return {"start": self.start.tolist(), "step": self.step.tolist()}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Ranges:
+        """From `to_json`'s object. Raises ValueError where it is none."""
+        try:
+            start, step = (np.asarray(fields[name], np.float32) for name in ("start", "step"))
+        except (KeyError, TypeError) as error:
+            raise ValueError("no `start` and `step`") from error
+        if start.ndim != 1 or start.shape != step.shape or not (step > 0).all():
+            raise ValueError("`start` and `step` are no ranges")
+        return cls(start, step)
+
+
+def quantize_rows(embeddings: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]:
+    """Symmetric int8, each row by its own largest value: `x = q * scale`.
+
+    Args:
+        embeddings: float32 [n, dims].
+
+    Returns:
+        int8 [n, dims] from -127 to 127, and float32 [n], the scales; 0 for rows of zeros.
+    """
+    scale = np.abs(embeddings).max(axis=1, initial=0).astype(np.float32) / np.float32(127)
+    values = np.rint(embeddings / np.maximum(scale, _TINY)[:, None])
+    return np.asarray(values, np.int8), scale
+
+
+def pack_signs(embeddings: FloatArray) -> npt.NDArray[np.uint8]:
+    """uint8 [n, dims / 8]: a bit a dimension, 1 where the value is above 0."""
+    return np.packbits(embeddings > 0, axis=-1)
+
+
+def unpack_signs(values: npt.NDArray[np.uint8]) -> FloatArray:
+    """float32 [n, 8 * bytes] of length 1, from `pack_signs`."""
+    bits = np.unpackbits(values, axis=-1).astype(np.float32)
+    return np.asarray((2 * bits - 1) / np.sqrt(np.float32(bits.shape[-1])), np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorReader:
+    """How the vectors of a schema become float32 again.
+
+    Attributes:
+        dtype: `float32`, `float16`, `int8` or `ubinary`.
+        dims: Dimensions of a vector.
+        scaled: Each row is a multiple of its `scale`.
+    """
+
+    dtype: str
+    dims: int
+    scaled: bool
+    _read: Callable[[npt.NDArray[Any]], FloatArray]
+
+    @classmethod
+    def of(cls, schema: pa.Schema) -> VectorReader:
+        """A reader for the column `vector`.
+
+        Raises:
+            ColumnTypeError: It is not there, or its type is not one that Fletcher writes, or the
+                metadata does not say what its numbers mean.
+        """
+        kind = schema.field("vector").type if "vector" in schema.names else pa.null()
+        said = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        if not pa.types.is_fixed_size_list(kind):
+            raise _unreadable(kind)
+        width, item = kind.list_size, kind.value_type
+        if pa.types.is_floating(item):
+            dtype = {pa.float16(): "float16", pa.float32(): "float32"}.get(item, str(item))
+            return cls(dtype, width, False, _floats)
+        if item == pa.uint8() and said.get("fletcher.dtype") == "ubinary":
+            return cls("ubinary", width * 8, False, unpack_signs)
+        quantization = said.get(QUANTIZATION, "")
+        if item == pa.int8() and quantization == ROW:
+            return cls("int8", width, True, _floats)
+        if item == pa.int8() and RANGES in said:
+            try:
+                ranges = Ranges.from_json(json.loads(said[RANGES]))
+            except ValueError:
+                raise _unreadable(kind) from None
+            if len(ranges.start) != width:
+                raise _unreadable(kind)
+            return cls("int8", width, False, ranges.dequantize)
+        raise _unreadable(kind)
+
+    def raw(self, column: pa.Array) -> npt.NDArray[Any]:
+        """[num_rows, width] as stored; what stands in null rows means nothing."""
+        # `flatten` would drop null rows and `values` ignores slices; this does neither.
+        width = column.type.list_size
+        values = column.values.slice(column.offset * width, len(column) * width)
+        if values.null_count:  # what Parquet puts under null rows; NumPy would make floats of all
+            values = values.fill_null(0)
+        return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(-1, width)
+
+    def directions(self, column: pa.Array) -> FloatArray:
+        """float32 [num_rows, dims]: the vectors, without their scales."""
+        return self._read(self.raw(column))
+
+    def vectors(self, batch: pa.RecordBatch) -> FloatArray:
+        """float32 [num_rows, dims]; NaN where the vector is null.
+
+        Raises:
+            ColumnTypeError: The rows' column `scale` is not there.
+        """
+        column = batch.column("vector")
+        out = self.directions(column)
+        if self.scaled:
+            if "scale" not in batch.schema.names:
+                raise ColumnTypeError(
+                    "`scale` is missing: int8 vectors are multiples of it; read that column, too",
+                    field="scale",
+                )
+            out *= batch.column("scale").to_numpy(zero_copy_only=False)[:, None]
+        if column.null_count:
+            out[np.asarray(column.is_null())] = np.nan
+        return out
+
+
+def _floats(values: npt.NDArray[Any]) -> FloatArray:
+    return values.astype(np.float32)
+
+
+def _unreadable(kind: pa.DataType) -> ColumnTypeError:
+    return ColumnTypeError(
+        f"`vector` is {kind}, expected a fixed size list of float32 or float16, or of int8 or "
+        "uint8 with the schema metadata that Fletcher writes",
+        field="vector",
+    )

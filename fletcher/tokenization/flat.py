@@ -1,0 +1,99 @@
+"""Texts and their tokens as flat arrays: what tokenizers have in common before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fletcher.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
+from fletcher.errors import FletcherError, RowTooLargeError
+
+
+@dataclass(frozen=True, slots=True)
+class FlatTokens:
+    """Tokens of texts without special ones, before anything is cut off.
+
+    Attributes:
+        input_ids: int32, at any rate as many of each text as may be kept.
+        starts: int64 [num_texts], where a text's tokens begin in `input_ids`.
+        totals: int64 [num_texts], how many it has there.
+        exact: bool [num_texts], that is the number of the whole text's tokens; else it has more.
+    """
+
+    input_ids: Int32Array
+    starts: Int64Array
+    totals: Int64Array
+    exact: BoolArray
+
+    def framed(
+        self,
+        batch: TextBatch,
+        limit: int,
+        prefix: list[int] | None = None,
+        suffix: list[int] | None = None,
+    ) -> TokenBatch:
+        """What a model is given: cut to `limit` as the batch wants it, special tokens around.
+
+        Args:
+            batch: The texts.
+            limit: Tokens of a text at most, special ones included; more than these.
+            prefix: Put before every text's tokens.
+            suffix: And behind them.
+        """
+        prefix, suffix = prefix or [], suffix or []
+        num_special = len(prefix) + len(suffix)
+        room = limit - num_special
+        truncated: BoolArray = self.totals > room
+        kept = np.minimum(self.totals, room)
+        errors: dict[int, FletcherError] = {}
+        there = np.arange(len(kept))  # texts that have tokens
+        lengths = kept + num_special
+        if batch.truncate == "error" and truncated.any():
+            for row in np.flatnonzero(truncated).tolist():
+                total = int(self.totals[row]) + num_special
+                errors[row] = _too_long(total, bool(self.exact[row]), limit)
+            kept[truncated] = lengths[truncated] = 0
+            there, truncated = np.flatnonzero(~truncated), np.zeros_like(truncated)
+        starts = self.starts + (self.totals - kept if batch.truncate == "start" else 0)
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        input_ids = np.empty(offsets[-1], np.int32)
+        firsts, ends = offsets[:-1][there], offsets[1:][there]
+        for place, token in enumerate(prefix):
+            input_ids[firsts + place] = token
+        for place, token in enumerate(reversed(suffix), start=1):
+            input_ids[ends - place] = token
+        position = np.arange(int(kept.sum()))
+        before = np.cumsum(kept) - kept
+        target = position + np.repeat(offsets[:-1] + len(prefix) - before, kept)
+        input_ids[target] = self.input_ids[position + np.repeat(starts - before, kept)]
+        return TokenBatch(input_ids, offsets, truncated, errors)
+
+
+def prompted(batch: TextBatch) -> TextBatch:
+    """The same texts with the prompt in them, one after the other from 0 on."""
+    if batch.prompt:
+        buffers = pa.py_buffer(batch.offsets), pa.py_buffer(batch.data)
+        texts = pa.LargeStringArray.from_buffers(batch.num_texts, *buffers)
+        prompt, nothing = (pa.scalar(one, pa.large_utf8()) for one in (batch.prompt, ""))
+        texts = pc.binary_join_element_wise(prompt, texts, nothing)
+        _, ends, data = texts.buffers()
+        offsets = np.frombuffer(ends, np.int64)[: batch.num_texts + 1]
+        return replace(batch, data=memoryview(data or b""), offsets=offsets, prompt="")
+    first, last = int(batch.offsets[0]), int(batch.offsets[-1])
+    if first == 0 and last == len(batch.data):
+        return batch
+    return replace(batch, data=memoryview(batch.data)[first:last], offsets=batch.offsets - first)
+
+
+def _too_long(num_tokens: int, exact: bool, limit: int) -> RowTooLargeError:
+    count = str(num_tokens) if exact else f"at least {num_tokens}"
+    return RowTooLargeError(
+        f"the text has {count} tokens, at most {limit} are allowed; shorten it or ask for "
+        "`truncate` end or start",
+        field="truncate",
+        allowed=["end", "start"],
+    )
