@@ -24,7 +24,7 @@ from fletcher.options import EmbedOptions
 from fletcher.runtime import Runtime
 from tests.doubles.bundles import another
 from tests.integration.flight_calls import TIMEOUT, action, command, exchange, put
-from tests.integration.processes import eventually
+from tests.integration.processes import eventually, is_alive
 
 TEXTS = [f"word{n} and {n * 7} more" for n in range(40)]
 BATCH = pa.record_batch({"text": TEXTS})
@@ -156,11 +156,13 @@ def test_a_call_ends_with_the_version_it_began_with(
 def test_an_unloaded_model_is_unknown_and_its_processes_are_gone(
     server: Runtime, client: fletcher.Client
 ) -> None:
-    mine = psutil.Process()
-    before = len(mine.children())
+    (b,) = [one for one in server.service.models.running() if one.bundle.name == "b"]
+    pools = (b.model.embedder.tokenizers, b.model.embedder.replicas)
+    workers = [pid for pool in pools for pid in pool.process_ids()]
+    assert len(workers) == 2
     name = client.unload_model("b")
     eventually(lambda: name not in states(client), "it is gone")
-    assert len(mine.children()) == before - 2  # a tokenizer and a replica
+    assert not any(is_alive(pid) for pid in workers)
     with pytest.raises(UnknownModelError, match="this server runs a@"):
         client.embed(["x"], model="b")
     assert client.load_model("b") == name
@@ -227,10 +229,6 @@ def test_an_alias_divides_calls_and_says_which_it_was(
 def test_a_killed_replica_is_its_own_models_affair(
     server: Runtime, client: fletcher.Client
 ) -> None:
-    def workers() -> dict[str, list[int]]:
-        rows = client.stats()["replicas"]
-        return {one["model"]: [one["restarts"] for one in rows] for one in rows}
-
     before = client.stats()["replicas"]
     pools = {one.name: one.model.embedder.replicas for one in server.service.models.running()}
     a, b = version_of(client, "a"), version_of(client, "b")
