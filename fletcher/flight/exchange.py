@@ -170,7 +170,10 @@ class _Answers:
                 self._writer.write_metadata(told)
 
     def _take(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> None:
-        batch, errors = self._assembler.assemble(piece, outcome)
+        assembled = self._assembler.assemble(piece, outcome)
+        if assembled is None:
+            return
+        batch, errors = assembled
         if ending := ends_call(errors, abort=self._abort):
             raise ending
         for error in errors.values():

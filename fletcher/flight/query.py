@@ -16,7 +16,10 @@ from fletcher.pipeline.service import Service
 from fletcher.schema import ELEMENT_TYPES, output_schema
 
 MAX_TEXTS = 256
-_UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe")
+_UNUSED = (
+    *("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe"),
+    "chunking",  # of long texts, which DoExchange takes as they come
+)
 
 
 def embed(service: Service, fields: dict[str, Any], context: Any, trace: Trace) -> dict[str, Any]:
@@ -81,7 +84,9 @@ def _embed(
                 )
             stream.end()
             for result in stream.results():
-                output, errors = assembler.assemble(result.context, result.embeddings)
+                assembled = assembler.assemble(result.context, result.embeddings)
+                assert assembled is not None  # no text is cut
+                output, errors = assembled
                 if errors:
                     raise errors[min(errors)]
                 answer["embeddings"] += output.column("vector").to_pylist()

@@ -247,21 +247,25 @@ class Embedder:
         self.replicas.hurry()
 
     def _enqueue(self, ticket: Ticket) -> None:
-        if self._cache is not None and ticket.texts.num_texts:
+        whole = ticket.texts.chunking is None  # else its vectors are chunks', and not kept
+        if self._cache is not None and whole and ticket.texts.num_texts:
             recall = self._cache.recall(ticket.texts)
             ticket.texts, ticket.complete = recall.missing, recall.complete
         texts = ticket.texts
         if not texts.num_texts:
             ticket.finish(self._nothing)
             return
-        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES
+        # Parts of a text go on one from another: many, perhaps, each within the one before.
+        part = texts.continued or texts.carry is not None
+        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES and not part
         if not (small and ticket.priority == "interactive"):
             self._tokenization.put(ticket)
             return
         try:
             with self._tokenizing:
-                ticket.tokens = self._tokenize(texts)
+                tokens = self._tokenize(texts)
         except Exception as error:  # noqa: BLE001 - as a worker would report it
-            ticket.finish(as_fletcher_error(error))
+            ticket.tokenized(as_fletcher_error(error))
         else:
+            ticket.tokenized(tokens)
             self._inference.put(ticket)

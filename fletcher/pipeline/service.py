@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from fletcher.chunking import Chunking
 from fletcher.compression import Answers
 from fletcher.delivery.delivery import Delivery
 from fletcher.errors import (
@@ -120,13 +121,16 @@ class Service:
             dtypes: Element types that the destination takes.
 
         Raises:
-            DimensionMismatchError, InvalidCommandError: Vectors or a prompt that cannot be had.
+            DimensionMismatchError, InvalidCommandError: Vectors, a prompt or chunks that cannot be.
         """
         model = running.bundle
         spec = vector_spec(model, options, dtypes, self.outputs)
         prompt = resolve_prompt(model, options.prompt)
-        if prompt:
-            prompt_tokens(model, prompt, running.embedder.num_tokens)
+        chunking = Chunking.parse(options.chunking or "none")
+        if prompt or chunking is not None:
+            taken = prompt_tokens(model, prompt, running.embedder.num_tokens)
+            chunking = chunking and chunking.fitted(model.max_length, taken)
+            spec = replace(spec, chunking=chunking)
         return Request(options, spec, prompt)
 
     def admit(self, model: Model, *, bulk: bool) -> AbstractContextManager[None]:

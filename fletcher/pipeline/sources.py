@@ -107,9 +107,9 @@ class TokenizationSource:
                 self._outstanding -= 1
             if tokens is None:
                 assert error is not None
-                ticket.finish(as_fletcher_error(error))
+                ticket.tokenized(as_fletcher_error(error))
                 return
-            ticket.tokens = tokens
+            ticket.tokenized(tokens)
             self._tokenized(ticket)
 
         cost = texts.num_texts + len(texts.data)

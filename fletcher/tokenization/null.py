@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fletcher.batches import Int32Array, TextBatch, TokenBatch
+from fletcher.errors import InvalidCommandError
 from fletcher.models.bundle import ModelBundle
 from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.worker import TokenizerConfig, TokenizerWorker
@@ -37,7 +38,16 @@ class NullTokenizer:
         """Makes ids of all texts of a batch; see `Tokenizer.encode` for what becomes of long ones.
 
         A text's last token has what is left of it, 0 to 3 bytes, so each has at least one.
+
+        Raises:
+            InvalidCommandError: Texts shall be cut into chunks.
         """
+        if batch.chunking is not None:
+            raise InvalidCommandError(
+                "`chunking` needs a tokenizer, and this server runs with --tokenizer null",
+                field="chunking",
+                allowed=["none"],
+            )
         batch = prompted(batch)
         lengths = np.diff(batch.offsets)
         totals = lengths // _BYTES_PER_TOKEN + 1
