@@ -234,6 +234,13 @@ class Instruments:
             "device",
         )
         self.device_busy = Counter("device.busy", "s", "Time spent computing", "model", "device")
+        self.device_busy_share = Gauge(
+            "device.busy_share",
+            "1",
+            "Share of the last 10 s that a device computed",
+            "model",
+            "device",
+        )
         self.device_budget = Gauge(
             "device.budget",
             "{token}",

@@ -218,7 +218,22 @@ class Embedder:
         """Workers as they are now."""
         return {
             "tokenizers": self.tokenizers.statistics(),
-            "replicas": self.replicas.statistics(),
+            "replicas": [
+                one | self._busy(one["name"], one["concurrency"])
+                for one in self.replicas.statistics()
+            ],
+        }
+
+    def _busy_share(self, device: str) -> float:
+        return self._inference.busy(device).recent(self.replicas.concurrency_of(device))
+
+    def _busy(self, device: str, concurrency: int) -> dict[str, float]:
+        busy = self._inference.busy(device)
+        load, load_s = busy.load(concurrency)
+        return {
+            "busy": round(busy.recent(concurrency), 3),
+            "busy_load": round(load, 3),
+            "load_s": round(load_s, 1),
         }
 
     def memory_bytes(self) -> int:
@@ -237,6 +252,7 @@ class Embedder:
             ends += [
                 telemetry.device_rate.watch(partial(self.replicas.rate, name), **labels),
                 telemetry.device_budget.watch(partial(self._inference.budget, name), **labels),
+                telemetry.device_busy_share.watch(partial(self._busy_share, name), **labels),
             ]
         return ends
 

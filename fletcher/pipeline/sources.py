@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fletcher.batches import InferenceResult, Int64Array, TextBatch, TokenBatch
 from fletcher.errors import FletcherError, InternalError
+from fletcher.pipeline.busy import Busy
 from fletcher.pipeline.fair import FairQueue
 from fletcher.pipeline.stream import Ticket
 from fletcher.pipeline.window import Plan, Window
@@ -170,6 +171,7 @@ class InferenceSource:
         self._ready_bulk: deque[_Planned] = deque()
         self._changed = threading.Condition()
         self._budgets: dict[str, int] = {}
+        self._busy: defaultdict[str, Busy] = defaultdict(Busy)
 
     def put(self, ticket: Ticket) -> None:
         """Queues a tokenized ticket; never blocks."""
@@ -199,6 +201,10 @@ class InferenceSource:
     def budget(self, device: str) -> int:
         """Padded tokens that a device takes in one run, as it last said; 0 before that."""
         return self._budgets.get(device, 0)
+
+    def busy(self, device: str) -> Busy:
+        """How much of its time a device computes."""
+        return self._busy[device]
 
     def next_job(self, timeout_s: float) -> Job | None:
         """The next bulk micro-batch. Called by one thread, the pool's dispatcher."""
@@ -305,6 +311,7 @@ class InferenceSource:
             int(lengths.max()) * len(lengths), model=self._model, device=device
         )
         self._telemetry.device_busy.add(result.compute_s, model=self._model, device=device)
+        self._busy[device].ran(result.compute_s)
         before, self._budgets[device] = self.budget(device), result.budget_tokens
         if result.budget_tokens < before:
             log.warning(
