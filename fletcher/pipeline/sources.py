@@ -139,6 +139,7 @@ class InferenceSource:
         more_coming: Whether tokenization still has work.
         hurry: Called when there is interactive work.
         telemetry: Where counts, durations and spans go.
+        model: Whose it is, for the counts.
     """
 
     def __init__(
@@ -152,7 +153,9 @@ class InferenceSource:
         more_coming: Callable[[], bool],
         hurry: Callable[[], None],
         telemetry: Telemetry,
+        model: str = "",
     ) -> None:
+        self._model = model
         self._dim = dim
         self._plan = plan
         self._window_tokens = window_tokens
@@ -302,10 +305,12 @@ class InferenceSource:
     def _count(self, job: Job, lengths: Any, result: InferenceResult) -> None:
         device = job.worker
         self._telemetry.stage_duration.record(result.compute_s, stage="inference")
-        self._telemetry.device_batches.add(1, device=device)
-        self._telemetry.device_tokens.add(int(lengths.sum()), device=device)
-        self._telemetry.device_padded_tokens.add(int(lengths.max()) * len(lengths), device=device)
-        self._telemetry.device_busy.add(result.compute_s, device=device)
+        self._telemetry.device_batches.add(1, model=self._model, device=device)
+        self._telemetry.device_tokens.add(int(lengths.sum()), model=self._model, device=device)
+        self._telemetry.device_padded_tokens.add(
+            int(lengths.max()) * len(lengths), model=self._model, device=device
+        )
+        self._telemetry.device_busy.add(result.compute_s, model=self._model, device=device)
         self._busy[device].ran(result.compute_s)
         before, self._budgets[device] = self.budget(device), result.budget_tokens
         if result.budget_tokens < before:
