@@ -28,8 +28,8 @@ from fletcher.models.registry import Registry
 
 SAMPLE_INTERVAL_S = 0.25
 MAX_LINES = 12
-# Of these a tokenizer alone does this many, each turn.
-BARE_ROWS = 40_000
+# Of these a tokenizer alone does so many each turn.
+MAX_BARE_ROWS = 40_000
 _DATASET = "bench"
 
 
@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     corpus = Corpus.load(args.corpus)
     bundle = Registry(args.home / "models").ensure(args.model, print)
     cores = machine["cores"]
-    texts = list(corpus.recombined(BARE_ROWS, batch_rows=args.batch_rows))
+    bare_rows = min(args.rows, MAX_BARE_ROWS)
+    texts = list(corpus.recombined(bare_rows, batch_rows=args.batch_rows))
     load = alone.Load.of(bundle, texts, np.zeros(0, np.int64))
     null = partial(_serve, args, corpus, bundle.name, "--tokenizer", "null")
     served = {
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     for _ in range(args.repeats):
         _take_turns(served, turns, lambda turn: args.rows / turn.seconds)
         _take_turns(
-            {name: partial(_bare_rate, measure) for name, measure in bare.items()},
+            {name: partial(_bare_rate, measure, bare_rows) for name, measure in bare.items()},
             bare_rates,
             lambda rate: rate,
         )
@@ -163,8 +164,8 @@ def _take_turns(
         print(f"{name}: {rate(done[name][-1]):,.0f} rows/s", file=sys.stderr)
 
 
-def _bare_rate(measure: Callable[[], alone.Timing]) -> float:
-    return BARE_ROWS / measure().seconds
+def _bare_rate(measure: Callable[[], alone.Timing], num_rows: int) -> float:
+    return num_rows / measure().seconds
 
 
 def _serve(args: argparse.Namespace, corpus: Corpus, model: str, *options: str) -> Turn:
