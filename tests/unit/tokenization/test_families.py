@@ -51,3 +51,15 @@ def test_truncated_texts_have_the_librarys_tokens(name: str, truncate: str) -> N
     tokens = tokenizer.encode(text_batch(texts(), truncate))
     actual = np.split(tokens.input_ids, tokens.offsets[1:-1])
     assert [ids.tolist() for ids in actual] == expected
+
+
+def test_a_text_without_tokens_has_the_padding_token() -> None:
+    bare = tokenizers.Tokenizer.from_file(str(FAMILIES / "qwen3" / "tokenizer.json"))
+    bare.post_processor = None
+    tokenizer = Tokenizer(bare, max_length=MAX_LENGTH, pad_token_id=1)
+    tokens = tokenizer.encode(text_batch(["", "a", "a" * 99, "", "b"], "error"))
+    assert list(tokens.errors) == [2]
+    assert np.diff(tokens.offsets).tolist() == [1, 1, 0, 1, 1]
+    (letter,) = bare.encode("a").ids
+    assert tokens.input_ids[:3].tolist() == [1, letter, 1]
+    assert tokens.input_ids.dtype == np.int32
