@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array
 from fletcher.errors import FletcherError
-from fletcher.pipeline.intake import Piece
+from fletcher.pipeline.intake import INTERACTIVE_ROWS, Piece
 from fletcher.schema import VectorSpec, vector_columns
 from fletcher.vectors.aggregation import Aggregation
 from fletcher.vectors.finish import finish
@@ -54,7 +54,7 @@ class Assembler:
         columns: dict[str, Any] = {
             "id": self._ids(piece),
             **vector_columns(table.embeddings[values], self._spec, missing),
-            "timestamp": pa.array(np.full(num_rows, piece.timestamp_ns), self._type("timestamp")),
+            "timestamp": self._timestamps(piece.timestamp_ns, num_rows),
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),
         }
@@ -98,10 +98,17 @@ class Assembler:
     def _ids(self, piece: Piece) -> pa.Array:
         if "id" in piece.rows.schema.names:
             return piece.rows.column("id")
+        if piece.num_rows <= INTERACTIVE_ROWS:  # Arrow's functions take longer to begin
+            first, last = piece.row_first, piece.row_first + piece.num_rows
+            return pa.array([f"{self._upload_id}:{row}" for row in range(first, last)], pa.utf8())
         offsets = np.arange(piece.row_first, piece.row_first + piece.num_rows, dtype=np.int64)
         return pc.binary_join_element_wise(
             f"{self._upload_id}:", pa.array(offsets).cast(pa.utf8()), ""
         )
+
+    def _timestamps(self, timestamp_ns: int, num_rows: int) -> pa.Array:
+        values = pa.py_buffer(np.full(num_rows, timestamp_ns, np.int64))
+        return pa.Array.from_buffers(self._type("timestamp"), num_rows, [None, values])
 
     def _carried(self, piece: Piece, name: str) -> pa.Array:
         if name in ("text", "metadata"):

@@ -98,6 +98,17 @@ def test_every_string_type_and_slices(kind: pa.DataType) -> None:
     assert not errors
 
 
+@pytest.mark.parametrize("kind", [pa.utf8(), pa.large_utf8(), pa.string_view()])
+@pytest.mark.parametrize("text", ["alone", "", None])
+def test_a_batch_of_a_single_row(text: str | None, kind: pa.DataType) -> None:
+    array = pa.array(["before", text, "after"], kind)
+    batch = pa.record_batch({"text": array}).slice(1, 1)
+    table, errors, embedded = embed(make(batch.schema), batch)
+    check(table, [text])
+    assert sorted(errors) == ([0] if text is None else [])
+    assert embedded == ([] if text is None else [text])
+
+
 def test_a_repeated_text_is_embedded_once_a_piece() -> None:
     texts = ["b", "a", "b", "b", "a", "c", "a", "a"]
     batch = pa.record_batch({"text": texts})
