@@ -13,7 +13,7 @@ import tokenizers
 from fletcher.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
 from fletcher.errors import InvalidCommandError, ModelError
 from fletcher.models.bundle import ModelBundle
-from fletcher.tokenization.chunker import cut
+from fletcher.tokenization.chunker import TextTokens, cut
 from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.shorten import MIN_BYTES_FOR_RUNS, Shortener
 from fletcher.tokenization.words import Words
@@ -96,12 +96,28 @@ class Tokenizer:
 
     def _cut(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts, and cuts them into chunks."""
+        assert batch.chunking is not None
         # Of a text that goes on, the prompt was before its first part.
-        begun = prompted(batch if batch.carry is None else replace(batch, prompt=""))
-        ids, ends = self._ids(begun.data, begun.offsets)
+        begun = batch if batch.carry is None else replace(batch, prompt="")
+        if batch.chunking.rows:
+            view, bounds = memoryview(batch.data), pairwise(batch.offsets.tolist())
+            given = [str(view[first:last], "utf-8") for first, last in bounds]
+            texts = self._with_places(given, begun.prompt)
+        else:
+            begun = prompted(begun)
+            ids, ends = self._ids(begun.data, begun.offsets)
+            texts = [TextTokens.without_places(one) for one in np.split(ids, ends[1:-1])]
         (prompt_ids,) = self._library([batch.prompt])
-        texts = np.split(ids, ends[1:-1])
         return cut(batch, texts, np.array(prompt_ids, np.int32), (self._prefix, self._suffix))
+
+    def _with_places(self, texts: list[str], prompt: str) -> list[TextTokens]:
+        encodings = self._tokenizer.encode_batch(
+            [prompt + text for text in texts], add_special_tokens=False
+        )
+        return [
+            TextTokens.at(one.ids, one.offsets, prompt, text)
+            for one, text in zip(encodings, texts, strict=True)
+        ]
 
     def _tokenize(self, batch: TextBatch, room: int) -> FlatTokens:
         """The tokens of every text, more than `room` of them where it has so many."""
