@@ -234,7 +234,8 @@ class Intake:
         errors = RowErrors(used, sizes, self._limits.max_row_bytes)
         held_bytes = self._held_bytes(batch, used)
         shared = new_table = False
-        if dictionary is not None and len(dictionary) <= self._limits.table_values:
+        rows = self._chunking is not None and self._chunking.rows  # any number a value: no table
+        if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
         bounds = _cuts(sizes, self._limits.piece_rows, self._limits.piece_bytes)

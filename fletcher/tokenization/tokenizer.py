@@ -13,7 +13,7 @@ import tokenizers
 from fletcher.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
 from fletcher.errors import InvalidCommandError, ModelError
 from fletcher.models.bundle import ModelBundle
-from fletcher.tokenization.chunker import cut
+from fletcher.tokenization.chunker import TextTokens, cut
 from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.shorten import MIN_BYTES_FOR_RUNS, Shortener
 from fletcher.tokenization.words import Words
@@ -35,12 +35,17 @@ class Tokenizer:
         tokenizer: The model's own. Its padding and truncation are switched off: both are done here
             on whole arrays, and truncation there builds an object for every overflowing piece.
         max_length: Tokens per text at most, special tokens included.
+        pad_token_id: What stands for a text without any token; only tokenizers that add no special
+            tokens know such texts.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, *, max_length: int, pad_token_id: int = 0
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.max_length = max_length
+        self._pad_token_id = pad_token_id
         self._tokenizer = tokenizer
         self._prefix, self._suffix = _special_tokens(tokenizer)
         self._shortener = Shortener.of(tokenizer.to_str())
@@ -66,7 +71,7 @@ class Tokenizer:
                 f"`fletcher model verify {bundle.name}` tells what is damaged",
                 field="model",
             ) from error
-        return cls(tokenizer, max_length=bundle.max_length)
+        return cls(tokenizer, max_length=bundle.max_length, pad_token_id=bundle.pad_token_id)
 
     @property
     def num_special_tokens(self) -> int:
@@ -84,7 +89,7 @@ class Tokenizer:
             InvalidCommandError: `max_length` leaves no room beside the special tokens.
         """
         if batch.chunking is not None:
-            return self._cut(batch)
+            return self._with_tokens(self._cut(batch))
         limit = min(batch.max_length or self.max_length, self.max_length)
         room = limit - self.num_special_tokens
         if room < 1:
@@ -97,7 +102,17 @@ class Tokenizer:
         if few is not None:
             return few
         tokens = self._tokenize(prompted(batch), room)
-        return tokens.framed(batch, limit, self._prefix, self._suffix)
+        return self._with_tokens(tokens.framed(batch, limit, self._prefix, self._suffix))
+
+    def _with_tokens(self, batch: TokenBatch) -> TokenBatch:
+        """The same, with a token in every row: a vector of none would depend on its company."""
+        empty = np.diff(batch.offsets) == 0
+        empty[list(batch.errors)] = False
+        if not empty.any():
+            return batch
+        ids = np.insert(batch.input_ids, batch.offsets[:-1][empty], self._pad_token_id)
+        offsets = batch.offsets + np.append(0, np.cumsum(empty))
+        return replace(batch, input_ids=ids, offsets=offsets)
 
     def _few(self, batch: TextBatch, room: int) -> TokenBatch | None:
         """A little text, as a search sends it, by the shortest way; None: it is not that little.
@@ -118,12 +133,28 @@ class Tokenizer:
 
     def _cut(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts, and cuts them into chunks."""
+        assert batch.chunking is not None
         # Of a text that goes on, the prompt was before its first part.
-        begun = prompted(batch if batch.carry is None else replace(batch, prompt=""))
-        ids, ends = self._ids(begun.data, begun.offsets)
+        begun = batch if batch.carry is None else replace(batch, prompt="")
+        if batch.chunking.rows:
+            view, bounds = memoryview(batch.data), pairwise(batch.offsets.tolist())
+            given = [str(view[first:last], "utf-8") for first, last in bounds]
+            texts = self._with_places(given, begun.prompt)
+        else:
+            begun = prompted(begun)
+            ids, ends = self._ids(begun.data, begun.offsets)
+            texts = [TextTokens.without_places(one) for one in np.split(ids, ends[1:-1])]
         (prompt_ids,) = self._library([batch.prompt])
-        texts = np.split(ids, ends[1:-1])
         return cut(batch, texts, np.array(prompt_ids, np.int32), (self._prefix, self._suffix))
+
+    def _with_places(self, texts: list[str], prompt: str) -> list[TextTokens]:
+        encodings = self._tokenizer.encode_batch(
+            [prompt + text for text in texts], add_special_tokens=False
+        )
+        return [
+            TextTokens.at(one.ids, one.offsets, prompt, text)
+            for one, text in zip(encodings, texts, strict=True)
+        ]
 
     def _tokenize(self, batch: TextBatch, room: int) -> FlatTokens:
         """The tokens of every text, more than `room` of them where it has so many."""
