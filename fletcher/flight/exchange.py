@@ -58,7 +58,8 @@ def exchange(
             "no dataset; use DoPut, or leave it out",
             field=field,
         )
-    with service.models.lease(options.model) as model:
+    key, given_up = options.upload_id or "", context.is_cancelled
+    with service.models.lease(options.model, key=key, given_up=given_up) as model:
         _exchange(service, model, options, context, reader, writer, trace)
 
 

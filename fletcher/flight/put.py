@@ -56,7 +56,11 @@ def put(
             field="mode",
             allowed=["append", "overwrite"],
         )
-    with service.models.lease(options.model) as model:
+    # A dataset has vectors of one model: an alias divides datasets, not their uploads and resumes.
+    held = _model_of(store, options.dataset) if service.models.splits(options.model) else None
+    with service.models.lease(
+        options.model, key=options.dataset, held=held, given_up=context.is_cancelled
+    ) as model:
         _put(service, model, store, options, context, reader, writer, trace)
 
 
@@ -105,6 +109,13 @@ def _put(
         finally:
             stream.close()
             service.delivery.close(upload, route)
+
+
+def _model_of(store: Store, dataset: str) -> str | None:
+    """`name@hash` of the model whose vectors a dataset has; None where that is not known."""
+    info = store.dataset(dataset)
+    name = (info.schema.metadata or {}).get(b"fletcher.model") if info is not None else None
+    return None if name is None else name.decode()
 
 
 class _Put:

@@ -22,7 +22,7 @@ _UNUSED = (
 )
 
 
-def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, Any]:
+def embed(service: Service, fields: dict[str, Any], context: Any, trace: Trace) -> dict[str, Any]:
     """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
 
     For int8 with a scale a row there is `scale`, too.
@@ -45,7 +45,8 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         if name in fields:
             raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
     options = EmbedOptions.from_mapping(fields)
-    with service.models.lease(options.model) as model:
+    key, given_up = options.upload_id or "", context.is_cancelled
+    with service.models.lease(options.model, key=key, given_up=given_up) as model:
         return _embed(service, model, options, texts, trace)
 
 

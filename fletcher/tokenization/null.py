@@ -14,7 +14,7 @@ from fletcher.batches import Int32Array, TextBatch, TokenBatch
 from fletcher.errors import InvalidCommandError
 from fletcher.models.bundle import ModelBundle
 from fletcher.tokenization.flat import FlatTokens, prompted
-from fletcher.tokenization.worker import TokenizerWorker
+from fletcher.tokenization.worker import TokenizerConfig, TokenizerWorker
 
 _BYTES_PER_TOKEN = 4
 
@@ -64,6 +64,6 @@ class NullTokenizer:
         return tokens.framed(batch, min(batch.max_length or self.max_length, self.max_length))
 
 
-def load(folder: str) -> TokenizerWorker:
-    """Factory for a worker's spec: as the tokenizer of the bundle in `folder`, without it."""
-    return TokenizerWorker(NullTokenizer.load(Path(folder)))
+def load(config: TokenizerConfig) -> TokenizerWorker:
+    """Factory for a worker's spec: as a bundle's tokenizer, without it."""
+    return TokenizerWorker(NullTokenizer.load(config.folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,14 @@ def text_of(num_words: int, seed: int = 7) -> str:
     return " ".join(WORDS[n * seed % len(WORDS)] for n in range(num_words))
 
 
+@dataclass(frozen=True)
+class Whole:
+    """How the server's model sees texts, whatever their length."""
+
+    tokenizer: Tokenizer
+    seed: int
+
+
 @pytest.fixture(scope="module")
 def server(start_server: StartServer) -> Runtime:
     # A stream's reserve is 64 KiB: texts over some 2 kB come in parts.
@@ -39,28 +48,27 @@ def client(server: Runtime) -> Iterator[fletcher.Client]:
 
 
 @pytest.fixture(scope="module")
-def whole(server: Runtime) -> Tokenizer:
-    """The model's tokenizer for texts of any length."""
-    tokenizer = Tokenizer.load(server.service.models.default.bundle.folder)
-    return Tokenizer(tokenizer._tokenizer, max_length=10_000_000)
+def whole(server: Runtime) -> Whole:
+    bundle = server.service.models.default.bundle
+    return Whole(Tokenizer.load(bundle.folder), int(bundle.hash, 16))
 
 
-def chunk_vectors(whole: Tokenizer, text: str, how: str) -> np.ndarray:
+def chunk_vectors(whole: Whole, text: str, how: str) -> np.ndarray:
     """The vectors of a text's chunks, each embedded alone."""
     chunking = Chunking.parse(how)
     assert chunking is not None
-    ids = np.array(whole._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
+    ids = np.array(whole.tokenizer._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
     found, _ = windows(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
     rows = [np.concatenate((ids[:1], ids[1:-1][a:b], ids[-1:])) for a, b in found]
     lengths = np.array([len(row) for row in rows], np.int32)
-    return null_embeddings(np.concatenate(rows), lengths, 32)
+    return null_embeddings(np.concatenate(rows), lengths, 32, whole.seed)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
 
 
-def test_a_text_gets_the_mean_of_its_chunks(client: fletcher.Client, whole: Tokenizer) -> None:
+def test_a_text_gets_the_mean_of_its_chunks(client: fletcher.Client, whole: Whole) -> None:
     texts = [text_of(n, n + 1) for n in (5, 900, 0, 40, 8000, 3)]
     found = client.embed(texts, chunking="tokens:16/4")
     for text, vector in zip(texts, found, strict=True):
@@ -69,7 +77,7 @@ def test_a_text_gets_the_mean_of_its_chunks(client: fletcher.Client, whole: Toke
     assert np.array_equal(found[[2, 5]], client.embed([texts[2], texts[5]]))  # one chunk each
 
 
-def test_dims_come_before_the_mean(client: fletcher.Client, whole: Tokenizer) -> None:
+def test_dims_come_before_the_mean(client: fletcher.Client, whole: Whole) -> None:
     text = text_of(300)
     largest = chunk_vectors(whole, text, "tokens:8/2").max(axis=0)
     found = client.embed([text], chunking="tokens:8/2:max")
@@ -139,9 +147,7 @@ def chunk_rows(
 
 
 @pytest.mark.parametrize(("how", "overlap"), [("tokens:16/0:none", 0), ("tokens:20/7:none", 7)])
-def test_each_chunk_is_a_row(
-    client: fletcher.Client, whole: Tokenizer, how: str, overlap: int
-) -> None:
+def test_each_chunk_is_a_row(client: fletcher.Client, whole: Whole, how: str, overlap: int) -> None:
     texts = [text_of(3), MIXED * 200, "", None, text_of(2000), "  ", MIXED]
     found = chunk_rows(client, texts, how, columns=["n"])
     for text, rows in zip(texts, found, strict=True):
