@@ -32,6 +32,7 @@ class Carry:
         end: The text's last characters so far.
         size: int64 [2], characters and bytes of the text so far.
         num_chunks: Chunks so far.
+        num_covered: Of these tokens, how many at the beginning are in the last of those chunks.
     """
 
     prompt_ids: Int32Array
@@ -41,6 +42,7 @@ class Carry:
     end: str
     size: Int64Array
     num_chunks: int
+    num_covered: int
 
 
 @dataclass(frozen=True, slots=True)

