@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fletcher.chunking import AGGREGATIONS, Chunking
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
 from fletcher.client.messages import PutSummary, RowError
@@ -178,6 +179,13 @@ class Client:
         if isinstance(texts, str):
             raise InvalidCommandError("`texts` is one string, expected a list of them")
         wanted = EmbedOptions.from_mapping({"dtype": "float32", **options})
+        chunking = Chunking.parse(wanted.chunking or "none")
+        if chunking is not None and chunking.rows:
+            raise InvalidCommandError(
+                f"`chunking` is {chunking}, which gives a text several vectors; use `exchange`",
+                field="chunking",
+                allowed=AGGREGATIONS[:-1],
+            )
         try:
             column = pa.array(texts, pa.utf8())
         except (pa.ArrowException, TypeError, UnicodeError):
