@@ -221,8 +221,12 @@ class Client:
         return self._connection.action("stats")
 
     def list_models(self) -> list[dict[str, Any]]:
-        """The models that the server runs: the fields of ModelInfo."""
+        """The versions of models that the server has: the fields of ModelInfo."""
         return list(self._connection.action("list_models").get("models", []))
+
+    def aliases(self) -> dict[str, str]:
+        """Names that stand for several models, and their shares: `{"search": "a:0.9,b:0.1"}`."""
+        return dict(self._connection.action("list_models").get("aliases", {}))
 
     def load_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
         """Has the server load a model that is installed there.
