@@ -29,6 +29,7 @@ class TextBatch:
         truncate: What to do with a text longer than `max_length` tokens.
         prompt: Put before every text; counted in its tokens.
         max_length: Tokens per text at most, special tokens included; None: the model's own.
+        layers: The exit layer that their vectors come from; 0: the last.
     """
 
     data: bytes | memoryview
@@ -36,6 +37,7 @@ class TextBatch:
     truncate: Truncate = "end"
     prompt: str = ""
     max_length: int | None = None
+    layers: int = 0
 
     @property
     def num_texts(self) -> int:
@@ -75,10 +77,12 @@ class MicroBatch:
     Attributes:
         input_ids: int32 [total_tokens].
         lengths: int32 [num_rows], each at least 1.
+        layers: The exit layer that all of them leave after; 0: the last.
     """
 
     input_ids: Int32Array
     lengths: Int32Array
+    layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from fletcher.inference.binding import Binding, Pin, cuda_pin
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.packed_io import PackedIO
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.graph import HANDED_ON
 from fletcher.models.packed import write_packed
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -41,11 +43,11 @@ _DTYPES: dict[str, npt.DTypeLike] = {"tensor(int64)": np.int64, "tensor(int32)":
 
 
 class OnnxRuntimeBackend:
-    """A loaded session; use `load`."""
+    """A loaded session a segment; use `load`."""
 
     def __init__(
         self,
-        session: Any,
+        sessions: Sequence[Any],
         io: GraphIO,
         *,
         concurrency: int,
@@ -53,7 +55,7 @@ class OnnxRuntimeBackend:
         pin: Pin | None = None,
     ) -> None:
         self.concurrency = concurrency
-        self._session = session
+        self._sessions = sessions
         self._io = io
         self._outputs = list(io.outputs)
         self._description = description
@@ -71,7 +73,7 @@ class OnnxRuntimeBackend:
         started = time.perf_counter()
         try:
             if self._pin is None:
-                outputs = self._session.run(self._outputs, inputs)
+                outputs = self._run(inputs, batch.layers)
             else:
                 outputs = self._binding(self._pin).run(inputs, len(batch.lengths))
         except Exception as error:
@@ -79,9 +81,17 @@ class OnnxRuntimeBackend:
         compute_s = time.perf_counter() - started
         return InferenceResult(*self._io.finish(outputs, mask), compute_s)
 
+    def _run(self, inputs: dict[str, Any], layers: int) -> list[npt.NDArray[Any]]:
+        *before, last = self._sessions[: self._io.num_segments(layers)]
+        for session in before:
+            (hidden,) = session.run([HANDED_ON], inputs)
+            inputs = self._io.next_feeds(inputs, hidden)
+        outputs: list[npt.NDArray[Any]] = last.run(self._outputs, inputs)
+        return outputs
+
     def _binding(self, pin: Pin) -> Binding:
         if not hasattr(self._local, "binding"):
-            self._local.binding = Binding(self._session, self._io.dim, self._outputs, pin)
+            self._local.binding = Binding(self._sessions[0], self._io.dim, self._outputs, pin)
         binding: Binding = self._local.binding
         return binding
 
@@ -110,12 +120,13 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
             return _load_packed(ort, bundle, config, place, "packed", cuda_pin())
     else:
         place = _Place(CPU_PROVIDER, {}, config.threads or len(os.sched_getaffinity(0)))
-    session = _session(ort, bundle, bundle.graph, place)
-    input_dtypes = {one.name: _DTYPES.get(one.type, np.int64) for one in session.get_inputs()}
-    io = GraphIO.of(bundle, input_dtypes, [one.name for one in session.get_outputs()])
-    description = _describe(ort, session, config, "tf32" if kind == "cuda" else "float32")
+    sessions = [_session(ort, bundle, graph, place) for graph in bundle.segments]
+    first, last = sessions[0], sessions[-1]
+    input_dtypes = {one.name: _DTYPES.get(one.type, np.int64) for one in first.get_inputs()}
+    io = GraphIO.of(bundle, input_dtypes, [one.name for one in last.get_outputs()])
+    description = _describe(ort, last, config, "tf32" if kind == "cuda" else "float32")
     backend = OnnxRuntimeBackend(
-        session, io, concurrency=place.concurrency, description=description
+        sessions, io, concurrency=place.concurrency, description=description
     )
     return _warmed_up(backend, io, bundle, config)
 
@@ -167,7 +178,7 @@ def _load_packed(
         ) from error
     io = PackedIO.packed(bundle)
     backend = OnnxRuntimeBackend(
-        session,
+        [session],
         io,
         concurrency=place.concurrency,
         description=_describe(ort, session, config, precision) | {"graph": "without padding"},
@@ -264,7 +275,7 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
         if provider == CUDA_PROVIDER and "CUDA" in str(error):
             raise BackendError(f"`device` cuda cannot be used: {error}", field="device") from error
         raise ModelError(
-            f"`model` {bundle.name}: {bundle.graph.name} cannot be loaded, it is damaged or made "
+            f"`model` {bundle.name}: {graph.name} cannot be loaded, it is damaged or made "
             f"for another ONNX Runtime ({_first_line(error)}); `fletcher model verify "
             f"{bundle.name}` tells, adding the model again repairs it",
             field="model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.graph import HANDED_ON
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -23,10 +25,10 @@ _DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32}
 
 
 class OpenVinoBackend:
-    """A compiled model; use `load`."""
+    """A compiled model a segment; use `load`."""
 
     def __init__(
-        self, compiled: Any, io: GraphIO, *, concurrency: int, description: dict[str, str]
+        self, compiled: Sequence[Any], io: GraphIO, *, concurrency: int, description: dict[str, str]
     ) -> None:
         self.concurrency = concurrency
         self._compiled = compiled
@@ -43,14 +45,18 @@ class OpenVinoBackend:
         """
         inputs, mask = self._io.feeds(batch)
         try:
-            if not hasattr(self._local, "request"):
-                self._local.request = self._compiled.create_infer_request()
-            request = self._local.request
+            if not hasattr(self._local, "requests"):
+                self._local.requests = [one.create_infer_request() for one in self._compiled]
+            *before, last = self._local.requests[: self._io.num_segments(batch.layers)]
             started = time.perf_counter()
-            request.infer(inputs, share_inputs=True)
+            feeds: dict[str, Any] = inputs
+            for request in before:
+                request.infer(feeds, share_inputs=True)
+                feeds = self._io.next_feeds(feeds, request.get_tensor(HANDED_ON))
+            last.infer(feeds, share_inputs=True)
             compute_s = time.perf_counter() - started
             # Copied: the request's own tensors are written again by the next run.
-            outputs = [request.get_tensor(name).data.copy() for name in self._io.outputs]
+            outputs = [last.get_tensor(name).data.copy() for name in self._io.outputs]
         except Exception as error:
             raise BackendError(f"OpenVINO failed on {mask.shape} tokens: {error}") from error
         return InferenceResult(*self._io.finish(outputs, mask), compute_s)
@@ -77,13 +83,15 @@ def load(config: BackendConfig) -> OpenVinoBackend:
             allowed=sorted(PRECISION_HINTS) if hint is None else ["cpu"],
         )
     num_streams = config.threads or len(os.sched_getaffinity(0))
-    compiled = _compile(openvino, bundle, hint, num_streams)
+    core = openvino.Core()
+    compiled = [_compile(core, bundle, graph, hint, num_streams) for graph in bundle.segments]
+    first, last = compiled[0], compiled[-1]
     input_dtypes = {
         one.get_any_name(): _DTYPES.get(one.get_element_type().get_type_name(), np.int64)
-        for one in compiled.inputs
+        for one in first.inputs
     }
     io = GraphIO.of(
-        bundle, input_dtypes, [name for one in compiled.outputs for name in one.get_names()]
+        bundle, input_dtypes, [name for one in last.outputs for name in one.get_names()]
     )
     backend = OpenVinoBackend(
         compiled,
@@ -94,7 +102,7 @@ def load(config: BackendConfig) -> OpenVinoBackend:
             "version": openvino.__version__.partition("-")[0],
             "device": "cpu",
             "precision": config.precision,
-            "provider": ", ".join(compiled.get_property("EXECUTION_DEVICES")),
+            "provider": ", ".join(last.get_property("EXECUTION_DEVICES")),
         },
     )
     try:
@@ -129,13 +137,12 @@ def _import() -> Any:
     return openvino
 
 
-def _compile(openvino: Any, bundle: ModelBundle, hint: str, num_streams: int) -> Any:
-    core = openvino.Core()
+def _compile(core: Any, bundle: ModelBundle, graph: Path, hint: str, num_streams: int) -> Any:
     try:
-        model = core.read_model(str(bundle.graph))
+        model = core.read_model(str(graph))
     except Exception as error:
         raise ModelError(
-            f"`model` {bundle.name}: {bundle.graph.name} cannot be read by OpenVINO, it is damaged "
+            f"`model` {bundle.name}: {graph.name} cannot be read by OpenVINO, it is damaged "
             f"or uses what OpenVINO lacks; `fletcher model verify {bundle.name}` tells, adding the "
             "model again repairs it, `backend` onnxruntime may run it",
             field="model",

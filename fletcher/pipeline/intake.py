@@ -121,6 +121,7 @@ class Intake:
         schema: Of the input stream.
         options: The command.
         prompt: Literal text put before every text.
+        layers: The exit layer that vectors come from; 0: the last.
         limits: Bounds.
         carry_text: The text is carried to the output.
         small_is_interactive: Batches of a few short rows overtake bulk work.
@@ -136,12 +137,14 @@ class Intake:
         options: EmbedOptions,
         *,
         prompt: str,
+        layers: int = 0,
         limits: IntakeLimits,
         carry_text: bool,
         small_is_interactive: bool,
     ) -> None:
         self._limits = limits
         self._prompt = prompt
+        self._layers = layers
         self._truncate: Truncate = options.truncate  # type: ignore[assignment]
         self._priority = options.priority
         self._small_is_interactive = small_is_interactive
@@ -308,7 +311,8 @@ class Intake:
         first, last = int(offsets[0]), int(offsets[-1])
         data = texts.buffers()[2]
         raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
-        return TextBatch(raw, offsets - first, self._truncate, self._prompt)
+        offsets = offsets - first
+        return TextBatch(raw, offsets, self._truncate, self._prompt, layers=self._layers)
 
     def is_bulk(self, batch: pa.RecordBatch) -> bool:
         """Whether a call that begins with this batch, unchecked yet, is here for bulk work."""

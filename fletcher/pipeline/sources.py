@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,12 +228,12 @@ class InferenceSource:
             if taken and tickets is self._bulk:
                 self._oldest_bulk = now
         # Planning takes milliseconds: not under the lock that every tokenizer's reader needs.
-        if taken:
+        for tickets_of_exit in _by_exit(taken):
             try:
-                window = Window(taken, self._dim, self._plan)
+                window = Window(tickets_of_exit, self._dim, self._plan)
             except Exception as error:  # raised, it would end the dispatcher
                 log.exception("a window cannot be planned")
-                for ticket in taken:
+                for ticket in tickets_of_exit:
                     ticket.finish(as_fletcher_error(error))
             else:
                 ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
@@ -290,6 +290,14 @@ class InferenceSource:
                 "%s has too little memory for %d tokens in one run; it gets %d, and slowly more",
                 *(device, before, result.budget_tokens),
             )
+
+
+def _by_exit(tickets: Iterable[Ticket]) -> Iterable[list[Ticket]]:
+    """Tickets that leave the model after the same layer, together."""
+    exits: dict[int, list[Ticket]] = {}
+    for ticket in tickets:
+        exits.setdefault(ticket.texts.layers, []).append(ticket)
+    return exits.values()
 
 
 def _take(queue: FairQueue[Ticket], max_tokens: int | None) -> list[Ticket]:
