@@ -26,10 +26,12 @@ FORMAT = 1
 MANIFEST = "fletcher.json"
 TOKENIZER = "tokenizer.json"
 POOLINGS = ("mean", "cls", "last_token")
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 GRAPH_OUTPUTS = ("embedding", "token_embeddings")
 GRAPH_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 Pooling = Literal["mean", "cls", "last_token"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 GraphOutput = Literal["embedding", "token_embeddings"]
 
 
@@ -38,7 +40,8 @@ class ModelSpec:
     """What a source says of a model: the part of fletcher.json that describes it.
 
     Attributes:
-        family: Architecture the graph was written for (`bert`); `onnx` for somebody else's graph.
+        family: Architecture the graph was written for (`bert`, `roberta`, ...); `onnx` for somebody
+            else's graph.
         dim: Width of an embedding.
         max_length: Tokens per text at most, special tokens included.
         pooling: How token embeddings become one.
@@ -49,6 +52,8 @@ class ModelSpec:
         dims: Matryoshka dims that the model was trained for, ascending; the last is `dim`.
         prompts: Text put before each input, by name.
         default_prompt: The name of the prompt for requests that name none.
+        similarity: How two embeddings are compared: `cosine`, `dot`, `euclidean` or `manhattan`;
+            bundles that do not say it mean `cosine`.
         pad_token_id: Id of the padding token.
         graph: File name of the ONNX graph.
         graph_output: `embedding`: the graph pools (float32 [B, dim]); `token_embeddings`: it does
@@ -80,6 +85,7 @@ class ModelSpec:
     licence: str
     source: str
     weights_sha256: str
+    similarity: Similarity = "cosine"
 
     def __post_init__(self) -> None:
         for name in ("dim", "max_length"):
@@ -87,6 +93,8 @@ class ModelSpec:
         for name in ("num_layers", "pad_token_id"):
             _expect(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _expect(self.pooling in POOLINGS, "pooling", self.pooling, " or ".join(POOLINGS))
+        known = self.similarity in SIMILARITIES
+        _expect(known, "similarity", self.similarity, " or ".join(SIMILARITIES))
         _expect(
             self.graph_output in GRAPH_OUTPUTS,
             "graph_output",
@@ -148,6 +156,7 @@ class ModelBundle:
     dims: tuple[int, ...]
     prompts: dict[str, str]
     default_prompt: str | None
+    similarity: Similarity
     pad_token_id: int
     graph: Path
     graph_output: GraphOutput
@@ -294,7 +303,10 @@ def _spec(manifest: Mapping[str, Any]) -> ModelSpec:
         if name not in known:
             raise ModelError(f"{MANIFEST} has an unknown field `{name}`", field=name)
     values: dict[str, Any] = {}
-    for name in (one.name for one in _SPEC_FIELDS):
+    for one in _SPEC_FIELDS:
+        name = one.name
+        if one.default is not dataclasses.MISSING and name not in manifest:
+            continue  # the field is newer than the bundle
         if name == "default_prompt" and manifest.get(name, "") is None:
             values[name] = None
             continue

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import TOKENIZER, Pooling
+from fletcher.models.bundle import SIMILARITIES, TOKENIZER, Pooling, Similarity
 from fletcher.models.files import is_inside, read_json
 from fletcher.models.safetensors import SafetensorsFile
 
 _NO_LIMIT = 10**9  # transformers writes 1e30 for tokenizers that know no limit
+_SETTINGS = "config_sentence_transformers.json"
+_ORDER = re.compile(r"Transformer( Pooling( Dense)*( Normalize)?)?")
+# By the name of their torch class.
+_DENSE_ACTIVATIONS = {
+    "Identity": "",
+    "Tanh": "tanh",
+    "GELU": "gelu",
+    "ReLU": "relu",
+    "SiLU": "silu",
+}
 _POOLING_NAMES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last_token"}
 _OLD_POOLING_NAMES: dict[str, Pooling] = {
     "pooling_mode_mean_tokens": "mean",
@@ -44,6 +55,14 @@ class Weights:
             for stored in tensors.names():
                 self._places[_canonical(stored, prefixes)] = (tensors, stored)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._places
+
+    def unread(self) -> list[str]:
+        """Names of tensors that nobody has asked for, sorted."""
+        return sorted(self._places.keys() - self._digests.keys())
+
     def get(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """float32 tensor of the given shape.
 
@@ -59,16 +78,36 @@ class Weights:
                 f"tensor `{stored}` has shape {list(tensor.shape)}, config.json asks for "
                 f"{list(shape)}"
             )
-        if not np.isfinite(tensor).all():
-            raise ModelError(f"tensor `{stored}` holds NaN or infinity; get the checkpoint again")
-        digest = hashlib.sha256(np.ascontiguousarray(tensor).data.cast("B")).hexdigest()
-        self._digests[name] = digest
+        if name not in self._digests:
+            if not np.isfinite(tensor).all():
+                raise ModelError(
+                    f"tensor `{stored}` holds NaN or infinity; get the checkpoint again"
+                )
+            digest = hashlib.sha256(np.ascontiguousarray(tensor).data.cast("B")).hexdigest()
+            self._digests[name] = digest
         return tensor
 
     def digest(self, architecture: Mapping[str, Any]) -> str:
         """SHA-256 over all tensors read so far and the numbers that say how they are used."""
         parts = json.dumps([self._digests, architecture], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class DenseModule:
+    """A linear layer after pooling, sentence-transformers' module Dense.
+
+    Attributes:
+        folder: Its weights, `linear.weight` [to, from] and `linear.bias` [to].
+        shape: (to, from).
+        bias: Whether it has a bias.
+        activation: One of `encoder.ACTIVATIONS`; empty: none.
+    """
+
+    folder: Path
+    shape: tuple[int, int]
+    bias: bool
+    activation: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +118,10 @@ class Checkpoint:
         folder: Where config.json and the weights are.
         tokenizer: Path of its tokenizer.json.
         config: config.json.
-        max_length, pooling, normalize, prompts, default_prompt, dims: As in ModelSpec; what a
-            plain Hugging Face folder does not say is what sentence-transformers takes: mean
+        max_length, pooling, normalize, prompts, default_prompt, similarity, dims: As in ModelSpec;
+            what a plain Hugging Face folder does not say is what sentence-transformers takes: mean
             pooling, no normalisation.
+        dense: Linear layers between pooling and normalisation.
         licence: From the model card's front matter; empty where it says nothing.
     """
 
@@ -93,6 +133,8 @@ class Checkpoint:
     normalize: bool
     prompts: dict[str, str]
     default_prompt: str | None
+    similarity: Similarity
+    dense: tuple[DenseModule, ...]
     dims: tuple[int, ...]
     licence: str
 
@@ -108,7 +150,7 @@ class Checkpoint:
             ModelError: A file is missing, or the model does something a bundle cannot express.
         """
         modules = _modules(folder)
-        inner = folder / modules.pop("Transformer")
+        inner = folder / modules["Transformer"][0]
         config = read_json(inner / "config.json")
         tokenizer = tokenizer or inner / TOKENIZER
         if not tokenizer.is_file():
@@ -118,9 +160,15 @@ class Checkpoint:
             )
         pooling: Pooling = "mean"
         if "Pooling" in modules:
-            pooling = _pooling(read_json(folder / modules["Pooling"] / "config.json"))
+            pooling = _pooling(read_json(folder / modules["Pooling"][0] / "config.json"))
         _check_lowercase(inner, tokenizer)
-        prompts, default_prompt = _prompts(folder, config)
+        settings = _settings(folder)
+        prompts, default_prompt = _prompts(settings, config)
+        hidden = config.get("hidden_size", config.get("dim", config.get("n_embd")))
+        if not isinstance(hidden, int) or hidden < 1:
+            raise ModelError(f"config.json: `hidden_size` is {hidden!r}, expected at least 1")
+        dense = _dense([folder / place for place in modules.get("Dense", [])], hidden)
+        dim = dense[-1].shape[0] if dense else hidden
         return cls(
             folder=inner,
             tokenizer=tokenizer,
@@ -130,7 +178,9 @@ class Checkpoint:
             normalize="Normalize" in modules,
             prompts=prompts,
             default_prompt=default_prompt,
-            dims=_dims(config),
+            similarity=_similarity(settings),
+            dense=dense,
+            dims=_dims(config, settings, dim),
             licence=read_licence(folder),
         )
 
@@ -174,27 +224,63 @@ def _canonical(name: str, prefixes: Iterable[str]) -> str:
     return f"{stem}{dot}{ {'gamma': 'weight', 'beta': 'bias'}.get(last, last) }"
 
 
-def _modules(folder: Path) -> dict[str, str]:
-    """Folder of each sentence-transformers module by its class name, in their order."""
+def _modules(folder: Path) -> dict[str, list[str]]:
+    """Folders of sentence-transformers' modules by their class names."""
     path = folder / "modules.json"
     if not path.is_file():
-        return {"Transformer": ""}
+        return {"Transformer": [""]}
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        modules = {str(one["type"]).rpartition(".")[2]: str(one["path"]) for one in listed}
+        modules = [(str(one["type"]).rpartition(".")[2], str(one["path"])) for one in listed]
     except (ValueError, KeyError, TypeError):
         raise ModelError("modules.json is not a list of sentence-transformers modules") from None
-    expected = ["Transformer", "Pooling", "Normalize"]
-    if list(modules) not in ([*expected], expected[:2], expected[:1]) or len(listed) > len(modules):
+    names = [name for name, _ in modules]
+    if not _ORDER.fullmatch(" ".join(names)):
         raise ModelError(
-            f"modules.json lists {', '.join(modules)}: expected Transformer, Pooling and perhaps "
-            "Normalize; other modules are not supported yet",
-            allowed=expected,
+            f"modules.json lists {', '.join(names)}: expected Transformer, Pooling, any number of "
+            "Dense and perhaps Normalize; others are not supported",
+            allowed=["Transformer", "Pooling", "Dense", "Normalize"],
         )
-    for name, place in modules.items():
+    places: dict[str, list[str]] = {}
+    for name, place in modules:
         if place and not is_inside(place):
             raise ModelError(f"modules.json: `path` of {name} leads out of the model's folder")
-    return modules
+        places.setdefault(name, []).append(place)
+    return places
+
+
+def _dense(folders: Iterable[Path], width: int) -> tuple[DenseModule, ...]:
+    modules = []
+    for folder in folders:
+        config = read_json(folder / "config.json")
+        name = f"{folder.name}/config.json"
+        entering, leaving = config.get("in_features"), config.get("out_features")
+        if entering != width or not isinstance(leaving, int) or leaving < 1:
+            raise ModelError(
+                f"{name}: `in_features` and `out_features` are {entering!r} and {leaving!r}, "
+                f"expected {width} and at least 1",
+                field="in_features",
+            )
+        for key in ("module_input_name", "module_output_name"):
+            if config.get(key) not in (None, "sentence_embedding"):
+                raise ModelError(
+                    f"{name}: `{key}` is {config[key]!r}, expected sentence_embedding", field=key
+                )
+        if config.get("use_residual"):
+            raise ModelError(f"{name}: `use_residual` is not supported", field="use_residual")
+        function = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        activation = _DENSE_ACTIVATIONS.get(function.rpartition(".")[2])
+        if activation is None:
+            raise ModelError(
+                f"{name}: `activation_function` is {function}, expected one of "
+                f"{', '.join(_DENSE_ACTIVATIONS)}",
+                field="activation_function",
+                allowed=list(_DENSE_ACTIVATIONS),
+            )
+        bias = bool(config.get("bias", True))
+        modules.append(DenseModule(folder, (leaving, width), bias, activation))
+        width = leaving
+    return tuple(modules)
 
 
 def _pooling(config: Mapping[str, Any]) -> Pooling:
@@ -250,27 +336,46 @@ def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
     return min(known)
 
 
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / _SETTINGS
+    return read_json(path) if path.is_file() else {}
+
+
 # What Nomic's models are trained with, and say in their model cards alone
 # (https://huggingface.co/nomic-ai/nomic-embed-text-v1.5, Task instruction prefixes).
 _NOMIC_TASKS = ("search_document", "search_query", "clustering", "classification")
 
 
-def _prompts(folder: Path, model: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
-    path = folder / "config_sentence_transformers.json"
-    config = read_json(path) if path.is_file() else {}
-    prompts = config.get("prompts") or {}
-    default = config.get("default_prompt_name")
+def _prompts(
+    settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, str], str | None]:
+    prompts = settings.get("prompts") or {}
+    default = settings.get("default_prompt_name")
     valid = isinstance(prompts, dict) and all(isinstance(one, str) for one in prompts.values())
     if not valid or not (default is None or default in prompts):
-        raise ModelError(f"{path.name}: `prompts` or `default_prompt_name` is not valid")
-    if not any(prompts.values()) and model.get("model_type") == "nomic_bert":
+        raise ModelError(f"{_SETTINGS}: `prompts` or `default_prompt_name` is not valid")
+    if not any(prompts.values()) and config.get("model_type") == "nomic_bert":
         prompts = {task: f"{task}: " for task in _NOMIC_TASKS}
     return dict(prompts), default
 
 
-def _dims(config: Mapping[str, Any]) -> tuple[int, ...]:
-    dim = config.get("hidden_size")
-    if not isinstance(dim, int) or dim < 1:
-        raise ModelError(f"config.json: `hidden_size` is {dim!r}, expected at least 1")
-    smaller = config.get("matryoshka_dimensions") or []
+def _similarity(settings: Mapping[str, Any]) -> Similarity:
+    name = settings.get("similarity_fn_name") or "cosine"
+    if name not in SIMILARITIES:
+        raise ModelError(
+            f"{_SETTINGS}: `similarity_fn_name` is {name!r}, expected one of "
+            f"{', '.join(SIMILARITIES)}",
+            field="similarity_fn_name",
+            allowed=SIMILARITIES,
+        )
+    return cast("Similarity", name)
+
+
+def _dims(config: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> tuple[int, ...]:
+    """`dim` and the smaller ones that a checkpoint declares."""
+    smaller = [
+        *(config.get("matryoshka_dimensions") or []),
+        *(settings.get("matryoshka_dimensions") or []),
+        settings.get("truncate_dim") or dim,
+    ]
     return tuple(sorted({int(one) for one in smaller if 0 < int(one) < dim} | {dim}))

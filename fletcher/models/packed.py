@@ -20,13 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fletcher.errors import ModelError
-from fletcher.models.bert import MASKED_SCORE, MIN_NORM
+from fletcher.models.architecture import Style
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.encoder import Array, Encoder
 from fletcher.models.graph import GRAPH_FILE, MICROSOFT, GraphBuilder
+from fletcher.models.transformer import MASKED_SCORE, MIN_NORM
 from fletcher.models.written import WrittenBert
 
-FAMILIES = ("bert",)
+# Those that compute what BERT does, whatever their tensors are called.
+FAMILIES = ("bert", "distilbert", "roberta")
 INPUTS = ("input_ids", "position_ids", "token_offset", "cumulative_sequence_length")
 
 Attention = Literal["packed", "standard"]
@@ -112,12 +114,10 @@ class _PackedWriter:
         self.bundle = bundle
         self.precision = precision
         self.num_heads = written.num_heads
-        self.encoder = Encoder(
-            graph,
-            _Rounded(written, precision),
-            epsilon=written.epsilon,
-            activation=written.activation,
-        )
+        self.width = written.hidden
+        self.dense = written.dense
+        style = Style(epsilon=written.epsilon, activation=written.activation)
+        self.encoder = Encoder(graph, _Rounded(written, precision), style)
         self.attend = self._packed_attention if attention == "packed" else self._twin_attention
         self.first = graph.constant("axis.first", [0])
         self.second = graph.constant("axis.second", [1])
@@ -135,12 +135,16 @@ class _PackedWriter:
             name = f"layer.{index}"
             parts = [self.encoder.product(hidden, f"{name}.{part}") for part in "qkv"]
             attended = self.attend(name, *parts)
-            if bundle.pooling == "cls" and index == bundle.num_layers - 1:
-                # From here on tokens no longer see each other, and only the first of each is read.
-                attended = graph.node("Gather", (attended, starts), f"{name}.attended.first")
-                hidden = graph.node("Gather", (hidden, starts), f"{name}.first")
+            if bundle.pooling != "mean" and index == bundle.num_layers - 1:
+                # From here on tokens no longer see each other, and only one of each text is read.
+                token = starts if bundle.pooling == "cls" else self._ends()
+                attended = graph.node("Gather", (attended, token), f"{name}.attended.one")
+                hidden = graph.node("Gather", (hidden, token), f"{name}.one")
             hidden = self.encoder.after_attention(name, attended, hidden)
-        pooled = self._float32(hidden, "tokens") if bundle.pooling == "cls" else self._mean(hidden)
+        pool = self._mean if bundle.pooling == "mean" else self._float32
+        pooled = pool(hidden, "pooled")
+        for number, dense in enumerate(self.dense):
+            pooled = self.encoder.dense(pooled, dense, f"dense.{number}")
         if bundle.normalize:
             norm = graph.node("ReduceL2", (pooled, self.second), "norm", keepdims=1)
             least = graph.constant("norm.least", np.array([MIN_NORM], np.float32))
@@ -158,13 +162,23 @@ class _PackedWriter:
             "Slice", ("cumulative_sequence_length", self.first, self.last, self.first), "starts"
         )
 
+    def _ends(self) -> str:
+        """int32 [B]: the last token of each text."""
+        graph = self.graph
+        end = graph.constant("text.end", [np.iinfo(np.int64).max])
+        ends = graph.node(
+            "Slice", ("cumulative_sequence_length", self.second, end, self.first), "text.ends"
+        )
+        one = graph.constant("text.one", np.array([1], np.int32))
+        return graph.node("Sub", (ends, one), "text.last")
+
     def _embeddings(self, input_ids: str, positions: str) -> str:
         graph = self.graph
         tables = [self.encoder.weight(f"embeddings.{one}") for one in ("words", "positions")]
         word = graph.node("Gather", (tables[0], input_ids), "embeddings.word", axis=0)
         position = graph.node("Gather", (tables[1], positions), "embeddings.position", axis=0)
         total = graph.node("Add", (word, position), "embeddings.sum")
-        return self.encoder.layer_norm(total, "embeddings.norm")
+        return self.encoder.norm(total, "embeddings.norm")
 
     def _packed_attention(self, name: str, queries: str, keys: str, values: str) -> str:
         return self.graph.node(
@@ -196,7 +210,7 @@ class _PackedWriter:
 
     def _twin_places(self) -> None:
         """Where tokens stand in the padded batch [B, S], and which of its places are padding."""
-        graph, width, heads = self.graph, self.bundle.dim, self.num_heads
+        graph, width, heads = self.graph, self.width, self.num_heads
         graph.constant("twin.flat", [-1, width])
         zero = graph.constant("twin.zero", np.zeros(1, self.precision))
         tail = graph.constant("twin.tail", [heads, width // heads])
@@ -243,7 +257,7 @@ class _PackedWriter:
         longest = graph.node("Shape", ("token_offset",), f"{prefix}.longest", start=1, end=2)
         return graph.node("Slice", (every, self.first, longest, self.first), f"{prefix}.slots")
 
-    def _mean(self, hidden: str) -> str:
+    def _mean(self, hidden: str, name: str) -> str:
         """float32 [B, H]: the mean over each text's tokens, as a product with a mask.
 
         Tokens are laid out padded once more. Sums by scattering would be in another order at each
@@ -265,7 +279,7 @@ class _PackedWriter:
         total = graph.node("MatMul", (row, self._float32(padded, "pool.padded")), "pool.sum")
         total = graph.node("Squeeze", (total, self.second), "pool.sum.flat")
         count = graph.node("Cast", (lengths,), "pool.count", to=_ONNX_TYPES["float32"])
-        return graph.node("Div", (total, count), "pooled")
+        return graph.node("Div", (total, count), name)
 
     def _float32(self, value: str, name: str) -> str:
         return self.graph.node("Cast", (value,), f"{name}.float32", to=_ONNX_TYPES["float32"])

@@ -1,13 +1,15 @@
-"""Reads back the graph that `bert.write_bert` wrote: its weights and the numbers that shape it."""
+"""Reads back a BERT graph that Fletcher wrote: its weights and the numbers that shape it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from fletcher.errors import ModelError
-from fletcher.models.encoder import ACTIVATIONS, Array
+from fletcher.models.encoder import ACTIVATIONS, Array, Dense
 from fletcher.models.files import is_inside
 from fletcher.models.protowire import Message, WireError
 
@@ -31,9 +33,11 @@ class WrittenBert:
         epsilon: Of layer norms.
         activation: One of ACTIVATIONS.
         num_heads: Attention heads.
+        hidden: Width of hidden states.
+        dense: Linear layers after pooling.
 
     Raises:
-        ModelError: The file is not one that `write_bert` wrote.
+        ModelError: The file is not one that `write_model` wrote for one of `packed.FAMILIES`.
     """
 
     def __init__(self, graph: Path) -> None:
@@ -48,7 +52,9 @@ class WrittenBert:
                 _ATTRIBUTE_FLOAT
             )
             self.activation = _activation(nodes["layer.0.active"])
-            self.num_heads = int(self._integers("shape.heads")[2])
+            self.num_heads, width = self._integers("shape.heads")[2:]
+            self.hidden = self.num_heads * width
+            self.dense = [self._dense(name, nodes) for name in self._dense_names()]
         except (OSError, WireError, KeyError, IndexError, ValueError) as error:
             raise ModelError(
                 f"{graph.name} is no BERT graph that this Fletcher wrote "
@@ -58,12 +64,23 @@ class WrittenBert:
     def get(self, name: str) -> Array:
         if name in self._tensors:
             return self._read(name)
-        # Queries, keys and values lie side by side in one tensor, or the last two of them.
+        # Graphs of before had queries, keys and values side by side in one tensor, or the last two.
         layer, part, kind = name.rsplit(".", 2)
         joined = f"{layer}.qkv.{kind}"
         if joined in self._tensors:
             return np.split(self._read(joined), 3, axis=-1)[_FUSED[part]]
         return np.split(self._read(f"{layer}.kv.{kind}"), 2, axis=-1)[_FUSED[part] - 1]
+
+    def _dense_names(self) -> Iterator[str]:
+        for index in count():
+            if f"dense.{index}.weight" not in self._tensors:
+                return
+            yield f"dense.{index}"
+
+    def _dense(self, name: str, nodes: Mapping[str, Message]) -> Dense:
+        bias = self._read(f"{name}.bias") if f"{name}.bias" in self._tensors else None
+        active = _activation(nodes[name]) if name in nodes else ""
+        return Dense(self._read(f"{name}.weight"), bias, active)
 
     def _read(self, name: str) -> Array:
         try:

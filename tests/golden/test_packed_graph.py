@@ -150,7 +150,7 @@ def test_the_packed_graph_is_the_twin_but_for_attention(tmp_path: Path, pooling:
             and not node.output[0].startswith("twin.")
             and not (
                 any(node.output[0].startswith(name) for name in inner)
-                and not node.output[0].endswith(".attended.first")
+                and not node.output[0].endswith(".attended.one")
             )
             and not (node.output[0].startswith("layer.") and node.output[0].endswith(ends))
         ]
@@ -179,9 +179,9 @@ def test_products_are_over_tokens_and_their_weights_in_float16(tmp_path: Path) -
 def test_for_cls_the_last_layer_goes_on_with_one_token_a_text(tmp_path: Path) -> None:
     model = write(add_tiny(tmp_path, "cls"), tmp_path / "packed", "packed")
     inputs = {node.output[0]: list(node.input) for node in model.graph.node}
-    assert inputs["layer.1.projected.product"][0] == "layer.1.attended.first"
+    assert inputs["layer.1.projected.product"][0] == "layer.1.attended.one"
     assert inputs["layer.0.projected.product"][0] == "layer.0.attended"
-    assert inputs["layer.1.attended.first"] == ["layer.1.attended", "starts"]
+    assert inputs["layer.1.attended.one"] == ["layer.1.attended", "starts"]
 
 
 def test_other_families_and_damaged_graphs_are_refused(tmp_path: Path) -> None:

@@ -5,23 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from fletcher.errors import ModelError
-from fletcher.models.bert import write_bert
 from fletcher.models.bundle import TOKENIZER, ModelSpec
 from fletcher.models.checkpoint import Checkpoint
+from fletcher.models.writer import write_model
 
 Progress = Callable[[str], None]
-
-
-class GraphWriter(Protocol):
-    """Writes a family's graph into a folder and says what it wrote."""
-
-    def __call__(self, checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSpec: ...
-
-
-WRITERS: dict[str, GraphWriter] = {"bert": write_bert}  # by `model_type` of config.json
 
 
 def build_from_folder(folder: Path, staging: Path, *, source: str, progress: Progress) -> ModelSpec:
@@ -36,15 +26,6 @@ def build_from_folder(folder: Path, staging: Path, *, source: str, progress: Pro
             "checkpoint"
         )
     checkpoint = Checkpoint.read(folder)
-    family = checkpoint.config.get("model_type")
-    writer = WRITERS.get(str(family))
-    if writer is None:
-        raise ModelError(
-            f"config.json: `model_type` is {family!r}, graphs are written for "
-            f"{', '.join(sorted(WRITERS))}; export the model to ONNX and add that file instead",
-            field="model_type",
-            allowed=sorted(WRITERS),
-        )
-    progress(f"writing the {family} graph")
+    progress("writing the graph")
     shutil.copyfile(checkpoint.tokenizer, staging / TOKENIZER)
-    return writer(checkpoint, staging, source=source)
+    return write_model(checkpoint, staging, source=source)

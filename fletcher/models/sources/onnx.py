@@ -62,6 +62,11 @@ def build_from_onnx(
             f"{file.name}: output `{output.name}` is {dim} wide, config.json says `hidden_size` "
             f"{checkpoint.dims[-1]}"
         )
+    if checkpoint.dense and not pooled:
+        raise ModelError(
+            f"{file.name} ends at token embeddings, but modules.json lists Dense after pooling; "
+            "export the whole model, or add the checkpoint's folder"
+        )
     graph_output: GraphOutput = "embedding" if pooled else "token_embeddings"
     digests = {"graph": sha256(file)}
     shutil.copyfile(file, staging / file.name)
@@ -84,6 +89,7 @@ def build_from_onnx(
         dims=(*(one for one in checkpoint.dims[:-1] if one < dim), dim),
         prompts=checkpoint.prompts,
         default_prompt=checkpoint.default_prompt,
+        similarity=checkpoint.similarity,
         pad_token_id=int(checkpoint.config.get("pad_token_id") or 0),
         graph=file.name,
         graph_output=graph_output,

@@ -1,0 +1,58 @@
+"""BERT and those that compute the same: BGE, GTE, E5, MiniLM, Snowflake Arctic, RoBERTa, XLM-R."""
+
+from __future__ import annotations
+
+from fletcher.models.architecture import Architecture
+from fletcher.models.config_json import Config, activation, heads, only, positive
+from fletcher.models.families.family import Family, Layout
+
+LAYOUT = Layout(
+    layers="encoder.layer.{}.",
+    model={
+        "embeddings.words": "embeddings.word_embeddings",
+        "embeddings.positions": "embeddings.position_embeddings",
+        "embeddings.types": "embeddings.token_type_embeddings",
+        "embeddings.norm": "embeddings.LayerNorm",
+    },
+    layer={
+        "q": "attention.self.query",
+        "k": "attention.self.key",
+        "v": "attention.self.value",
+        "projected": "attention.output.dense",
+        "attention.norm": "attention.output.LayerNorm",
+        "wide": "intermediate.dense",
+        "narrow": "output.dense",
+        "norm": "output.LayerNorm",
+    },
+)
+
+
+def _read_bert(config: Config) -> Architecture:
+    return _read(config, position_offset=0)
+
+
+def _read_roberta(config: Config) -> Architecture:
+    # The padding token has a position of its own, and texts begin after it.
+    return _read(config, position_offset=int(config.get("pad_token_id", 1)) + 1)
+
+
+def _read(config: Config, *, position_offset: int) -> Architecture:
+    only(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    hidden = positive(config, "hidden_size")
+    return Architecture(
+        vocab_size=positive(config, "vocab_size"),
+        type_vocab_size=positive(config, "type_vocab_size"),
+        max_length=positive(config, "max_position_embeddings") - position_offset,
+        position_offset=position_offset,
+        hidden=hidden,
+        intermediate=positive(config, "intermediate_size"),
+        num_heads=heads(config, hidden, "num_attention_heads"),
+        num_layers=positive(config, "num_hidden_layers"),
+        epsilon=float(config.get("layer_norm_eps", 1e-12)),
+        activation=activation(config, "hidden_act", "gelu"),
+        pad_token_id=int(config.get("pad_token_id") or 0),
+    )
+
+
+BERT = Family("bert", _read_bert, ("bert.",), (LAYOUT,))
+ROBERTA = Family("roberta", _read_roberta, ("roberta.",), (LAYOUT,))

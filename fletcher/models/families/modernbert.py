@@ -1,0 +1,85 @@
+"""ModernBERT: local and global layers, rotary positions of two thetas, norms first, gated MLP."""
+
+from __future__ import annotations
+
+from fletcher.errors import ModelError
+from fletcher.models.architecture import Architecture
+from fletcher.models.config_json import Config, activation, heads, positive, theta
+from fletcher.models.families.family import Family, Layout
+
+_GLOBAL, _LOCAL = "full_attention", "sliding_attention"
+
+
+def _read(config: Config) -> Architecture:
+    hidden = positive(config, "hidden_size")
+    kinds = _layer_kinds(config, positive(config, "num_hidden_layers"))
+    thetas = {
+        _GLOBAL: theta(config, 160_000.0, "global_rope_theta", layers=_GLOBAL),
+        _LOCAL: theta(config, 10_000.0, "local_rope_theta", layers=_LOCAL),
+    }
+    both_sides = positive({"local_attention": 128, **config}, "local_attention")
+    reach = {_GLOBAL: 0, _LOCAL: both_sides // 2}
+    biases = ("q", "k", "v", "projected") if config.get("attention_bias", False) else ()
+    if config.get("mlp_bias", False):
+        biases = (*biases, "wide", "gate", "narrow")
+    return Architecture(
+        vocab_size=positive(config, "vocab_size"),
+        max_length=positive(config, "max_position_embeddings"),
+        learned_positions=False,
+        rotary=tuple(thetas[kind] for kind in kinds),
+        windows=tuple(reach[kind] for kind in kinds),
+        hidden=hidden,
+        intermediate=positive(config, "intermediate_size"),
+        num_heads=heads(config, hidden, "num_attention_heads"),
+        num_layers=len(kinds),
+        epsilon=float(config.get("norm_eps", 1e-5)),
+        norm_first=True,
+        norm_of_first=False,
+        norm_bias=bool(config.get("norm_bias", False)),
+        gated=True,
+        activation=activation(config, "hidden_activation", "gelu"),
+        biases=biases,
+        pad_token_id=int(config.get("pad_token_id") or 0),
+    )
+
+
+def _layer_kinds(config: Config, num_layers: int) -> list[str]:
+    every = positive({"global_attn_every_n_layers": 3, **config}, "global_attn_every_n_layers")
+    kinds = config.get("layer_types")
+    kinds = kinds or [_LOCAL if index % every else _GLOBAL for index in range(num_layers)]
+    if len(kinds) != num_layers or not set(kinds) <= {_GLOBAL, _LOCAL}:
+        raise ModelError(
+            f"config.json: `layer_types` is {str(kinds)[:200]}, expected {num_layers} of "
+            f"{_GLOBAL} and {_LOCAL}",
+            field="layer_types",
+            allowed=[_GLOBAL, _LOCAL],
+        )
+    return list(kinds)
+
+
+MODERNBERT = Family(
+    "modernbert",
+    _read,
+    ("model.",),
+    (
+        Layout(
+            layers="layers.{}.",
+            model={
+                "embeddings.words": "embeddings.tok_embeddings",
+                "embeddings.norm": "embeddings.norm",
+                "final.norm": "final_norm",
+            },
+            layer={
+                "q": ("attn.Wqkv", 0, 3),
+                "k": ("attn.Wqkv", 1, 3),
+                "v": ("attn.Wqkv", 2, 3),
+                "projected": "attn.Wo",
+                "attention.norm": "attn_norm",
+                "gate": ("mlp.Wi", 0, 2),
+                "wide": ("mlp.Wi", 1, 2),
+                "narrow": "mlp.Wo",
+                "norm": "mlp_norm",
+            },
+        ),
+    ),
+)

@@ -1,0 +1,92 @@
+"""NomicBERT: BERT with rotary positions and a gated MLP."""
+
+from __future__ import annotations
+
+from fletcher.errors import ModelError
+from fletcher.models.architecture import Architecture
+from fletcher.models.config_json import Config, activation, heads, only, positive, theta
+from fletcher.models.families.family import Family, Layout
+
+
+def _read(config: Config) -> Architecture:
+    only(
+        config,
+        prenorm=False,
+        rotary_emb_fraction=1.0,
+        rotary_emb_interleaved=False,
+        rotary_emb_scale_base=None,
+        num_experts=0,
+        use_rms_norm=None,
+    )
+    if config.get("rotary_scaling_factor") is not None:
+        raise ModelError(
+            f"config.json: `rotary_scaling_factor` is {config['rotary_scaling_factor']!r}: such "
+            "positions depend on the longest text of a batch, which no vector here does; null "
+            "takes them unscaled",
+            field="rotary_scaling_factor",
+            allowed=["null"],
+        )
+    hidden = positive(config, "hidden_size", "n_embd")
+    num_layers = positive(config, "num_hidden_layers", "n_layer")
+    biases: list[str] = []
+    if config.get("qkv_proj_bias"):
+        biases += ["q", "k", "v", "projected"]
+    if config.get("mlp_fc1_bias"):
+        biases += ["wide", "gate"]
+    if config.get("mlp_fc2_bias"):
+        biases += ["narrow"]
+    key = "activation_function" if "activation_function" in config else "hidden_act"
+    return Architecture(
+        vocab_size=positive(config, "vocab_size"),
+        type_vocab_size=positive(config, "type_vocab_size"),
+        max_length=positive(config, "max_position_embeddings", "n_positions"),
+        learned_positions=False,
+        rotary=(theta(config, 1000.0, "rotary_emb_base"),) * num_layers,
+        hidden=hidden,
+        intermediate=positive(config, "intermediate_size", "n_inner"),
+        num_heads=heads(config, hidden, "num_attention_heads", "n_head"),
+        num_layers=num_layers,
+        epsilon=float(config.get("layer_norm_eps", config.get("layer_norm_epsilon", 1e-12))),
+        gated=True,
+        activation=activation(config, key, "silu", swiglu="silu", geglu="gelu"),
+        biases=tuple(biases),
+        pad_token_id=int(config.get("pad_token_id") or 0),
+    )
+
+
+_PUBLISHED = Layout(
+    layers="encoder.layers.{}.",
+    model={
+        "embeddings.words": "embeddings.word_embeddings",
+        "embeddings.types": "embeddings.token_type_embeddings",
+        "embeddings.norm": "emb_ln",
+    },
+    layer={
+        "q": ("attn.Wqkv", 0, 3),
+        "k": ("attn.Wqkv", 1, 3),
+        "v": ("attn.Wqkv", 2, 3),
+        "projected": "attn.out_proj",
+        "attention.norm": "norm1",
+        "wide": "mlp.fc11",
+        "gate": "mlp.fc12",
+        "narrow": "mlp.fc2",
+        "norm": "norm2",
+    },
+)
+_TRANSFORMERS = Layout(
+    layers="layers.{}.",
+    model={**_PUBLISHED.model, "embeddings.norm": "embeddings.LayerNorm"},
+    layer={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "projected": "self_attn.o_proj",
+        "attention.norm": "post_attention_layernorm",
+        "wide": "mlp.up_proj",
+        "gate": "mlp.gate_proj",
+        "narrow": "mlp.down_proj",
+        "norm": "post_mlp_layernorm",
+    },
+)
+
+NOMIC_BERT = Family("nomic_bert", _read, ("nomic_bert.", "bert."), (_PUBLISHED, _TRANSFORMERS))

@@ -1,0 +1,72 @@
+"""Writes the graph of a checkpoint, of whatever family it is, without PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fletcher.models.bundle import ModelSpec
+from fletcher.models.checkpoint import Checkpoint, DenseModule, Weights
+from fletcher.models.encoder import Dense
+from fletcher.models.families import family_of
+from fletcher.models.families.family import CheckpointTensors
+from fletcher.models.graph import GRAPH_FILE, GraphBuilder
+from fletcher.models.transformer import TransformerWriter
+
+
+def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSpec:
+    """Writes graph and weights of a checkpoint into `folder`.
+
+    Inputs `input_ids` and `attention_mask`, int64 [B, L]; outputs `embedding`, float32 [B, dim],
+    and where the model normalises `norm`, float32 [B, 1].
+
+    Raises:
+        ModelError: The checkpoint is of no family in `families`, or computes what its family's
+            graph cannot.
+    """
+    family = family_of(checkpoint.config)
+    architecture = family.read(checkpoint.config)
+    weights = Weights(checkpoint.folder, family.prefixes)
+    tensors = CheckpointTensors(weights, architecture, family)
+    dense_weights = [Weights(module.folder, ()) for module in checkpoint.dense]
+    dense = [_dense(*one) for one in zip(checkpoint.dense, dense_weights, strict=True)]
+    with GraphBuilder(folder, family.name) as graph:
+        writer = TransformerWriter(graph, architecture, tensors)
+        writer.write(checkpoint.pooling, dense, normalize=checkpoint.normalize)
+        graph.save()
+    tensors.check_all_read()
+    identity = architecture.identity()
+    if dense:
+        identity["dense"] = [
+            one.digest({"activation": module.activation})
+            for one, module in zip(dense_weights, checkpoint.dense, strict=True)
+        ]
+    num_layers = architecture.num_layers
+    return ModelSpec(
+        family=family.name,
+        dim=checkpoint.dims[-1],
+        max_length=min(checkpoint.max_length, architecture.max_length),
+        pooling=checkpoint.pooling,
+        normalize=checkpoint.normalize,
+        num_layers=num_layers,
+        layers=(num_layers,),
+        dims=checkpoint.dims,
+        prompts=checkpoint.prompts,
+        default_prompt=checkpoint.default_prompt,
+        similarity=checkpoint.similarity,
+        pad_token_id=architecture.pad_token_id,
+        graph=GRAPH_FILE,
+        graph_output="embedding",
+        inputs=("input_ids", "attention_mask"),
+        outputs=("embedding", "norm") if checkpoint.normalize else ("embedding",),
+        licence=checkpoint.licence,
+        source=source,
+        weights_sha256=weights.digest(identity),
+    )
+
+
+def _dense(module: DenseModule, weights: Weights) -> Dense:
+    weight = np.asarray(weights.get("linear.weight", module.shape).T)
+    bias = weights.get("linear.bias", module.shape[:1]) if module.bias else None
+    return Dense(weight, bias, module.activation)
