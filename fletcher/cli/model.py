@@ -48,6 +48,14 @@ def add_parser(subparsers: Subparsers) -> None:
     add.add_argument(
         "--tokenizer", metavar="FILE", help="tokenizer.json of an ONNX file; default: beside it"
     )
+    add.add_argument(
+        "--exits",
+        type=_layers,
+        default=(),
+        metavar="N,...",
+        help="layers after which vectors can be had, too, by a request's `layers`: faster the "
+        "fewer, for models that were trained for it; all layers take a few percent longer then",
+    )
     commands.add_parser("list", help="list the bundles")
     for command, text in (
         ("show", "show what a bundle says of its model"),
@@ -87,6 +95,7 @@ def _add(registry: Registry, args: argparse.Namespace) -> int:
         args.source,
         name=args.name,
         tokenizer=args.tokenizer,
+        exits=args.exits,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     _print(_describe(bundle), as_json=args.json)
@@ -146,6 +155,13 @@ def _remove(registry: Registry, args: argparse.Namespace) -> int:
     registry.remove(args.name)
     _print({"removed": args.name}, as_json=args.json)
     return 0
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(one) for one in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 3,6,9") from None
 
 
 def _describe(bundle: ModelBundle) -> dict[str, Any]:

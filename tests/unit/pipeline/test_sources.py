@@ -34,11 +34,12 @@ def make(plan: Any) -> InferenceSource:
     )
 
 
-def tokenized(num_tokens: int = 2) -> tuple[EmbedStream, Ticket]:
+def tokenized(num_tokens: int = 2, layers: int = 0) -> tuple[EmbedStream, Ticket]:
     """A ticket of one text with some tokens, waiting in its stream."""
     tickets: list[Ticket] = []
     stream = EmbedStream(MemoryBudget(1 << 20, 1).open(), tickets.append)
-    stream.submit(TextBatch(b"hi", np.array([0, 2])), None, num_bytes=10)
+    texts = TextBatch(b"hi", np.array([0, 2]), layers=layers)
+    stream.submit(texts, None, num_bytes=10)
     stream.end()
     tokens = TokenBatch(
         np.ones(num_tokens, np.int32), np.array([0, num_tokens]), np.zeros(1, np.bool_)
@@ -55,6 +56,21 @@ def test_a_window_that_cannot_be_planned_fails_its_tickets_alone() -> None:
     assert source.next_job(0) is None
     (result,) = stream.results()
     assert isinstance(result.embeddings, InternalError)
+
+
+def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them() -> None:
+    source = make(one_run)
+    exits = [3, 0, 6, 3, 0, 3]
+    held = []
+    for num_tokens, layers in enumerate(exits, 1):
+        stream, ticket = tokenized(num_tokens, layers)
+        held.append(stream)
+        source.put(ticket)
+    runs = {}
+    while (job := source.next_job(0)) is not None:
+        assert job.payload.layers not in runs
+        runs[job.payload.layers] = sorted(job.payload.lengths.tolist())
+    assert runs == {3: [1, 4, 6], 0: [2, 5], 6: [3]}
 
 
 @pytest.mark.parametrize("norms", [None, np.ones(7, np.float32)])
