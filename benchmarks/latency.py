@@ -1,33 +1,34 @@
-"""Milliseconds of one short text over an open DoExchange, idle and under bulk load."""
+"""Milliseconds of one short text over an open DoExchange, idle and under bulk load.
+
+Under load requests come at their own times, whether earlier ones are answered or not, and a time
+counts from when its request was due. Windows with and without requests take turns, so that what
+they cost the bulk load is measured beside them.
+"""
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import flight
 
 from benchmarks import hardware, report
-from benchmarks.arguments import add_common, as_options, positive
+from benchmarks.arguments import add_common, as_options, positive, seconds
 from benchmarks.corpus import ROOT, Corpus
 from benchmarks.engines import configure, run_bare, save_tokens
+from benchmarks.interactive import Window, alone, beside, one_by_one
 from benchmarks.jobs import JobError, clean_environment
 from benchmarks.serving import serve
-from fletcher import EmbedOptions
 from fletcher.models.registry import Registry
 
 DIFFERENT_TEXTS = 64
-WARM_UP_REQUESTS = 20
 PERCENTILES = (50, 95, 99)
 BARE, IDLE, LOADED = "bare engine, ready tokens", "Fletcher, idle", "Fletcher, under bulk load"
 
@@ -35,7 +36,22 @@ BARE, IDLE, LOADED = "bare engine, ready tokens", "Fletcher, idle", "Fletcher, u
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this benchmark."""
     parser.add_argument(
-        "--requests", type=positive, default=500, help="of each kind (default: 500)"
+        "--requests",
+        type=positive,
+        default=500,
+        help="of the bare engine and of the idle server (default: 500)",
+    )
+    parser.add_argument(
+        "--rate", type=positive, default=20, help="requests/s under bulk load (default: 20)"
+    )
+    parser.add_argument(
+        "--windows",
+        type=positive,
+        default=3,
+        help="of bulk load with requests, and as many without (default: 3)",
+    )
+    parser.add_argument(
+        "--window-s", type=seconds, default=15.0, help="length of a window (default: 15)"
     )
     add_common(parser)
 
@@ -52,15 +68,18 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(scratch)
         tokens = folder / "tokens.npz"
         num_tokens = save_tokens(bundle, texts, tokens)
-        bare = run_bare(own, {"tokens": str(tokens), "requests": args.requests}, folder)
-    if "skipped" in bare:
-        raise JobError(bare["skipped"])
-    times = {BARE: bare["ms"]}
-    with serve(args.home, bundle.name, "--device", "cpu", arguments=args.serve_args) as served:
-        times[IDLE] = exchange_times(served.address, texts, args.requests)
-        with _bulk_load(served.address, args.corpus):
-            times[LOADED] = exchange_times(served.address, texts, args.requests)
+        job = {"tokens": str(tokens), "requests": args.requests}
+        bare = run_bare(own, job, folder)
+        if "skipped" in bare:
+            raise JobError(bare["skipped"])
+        with serve(args.home, bundle.name, "--device", "cpu", arguments=args.serve_args) as served:
+            idle = one_by_one(served.address, texts, args.requests)
+            with _bulk_load(served.address, args.corpus):
+                windows = _loaded(served.address, texts, args)
+    loaded = [ms for _, one in windows for ms in one.ms]
+    times = {BARE: bare["ms"], IDLE: idle, LOADED: loaded}
     rows = [{"name": name, **percentiles(some), "ms": some} for name, some in times.items()]
+    bulk = [{"alone": one.bulk_rate, "beside": two.bulk_rate} for one, two in windows]
     result = {
         "benchmark": "latency",
         "hardware": machine,
@@ -69,40 +88,32 @@ def run(args: argparse.Namespace) -> int:
         "model": bundle.qualified_name,
         "engine": bare["engine"],
         "rows": rows,
+        "bulk_tokens_per_s": bulk,
     }
     print(report.heading(machine, versions))
     print(
         f"{bundle.qualified_name}, {own.backend} {own.precision}; one text a request, "
-        f"{num_tokens / len(texts):.0f} tokens on average, {args.requests} requests\n"
+        f"{num_tokens / len(texts):.0f} tokens on average; {args.requests} requests one after the "
+        f"other, {len(loaded)} under load at {args.rate}/s\n"
     )
     print(_table(rows))
+    print(_loss(bulk))
     print("\n" + report.publish(args.out, result))
     return 0
 
 
-def exchange_times(address: str, texts: list[str], num_requests: int) -> list[float]:
-    """Milliseconds from writing one text to having read its vector, one after the other.
-
-    Plain pyarrow: the Client has threads, whose switches are no part of the server's time.
-    """
-    batches = [pa.record_batch({"text": pa.array([text], pa.utf8())}) for text in texts]
-    command = EmbedOptions(priority="interactive", dtype="float32").to_json()
-    times = []
-    with flight.connect(address) as client:
-        descriptor = flight.FlightDescriptor.for_command(command)
-        writer, reader = client.do_exchange(descriptor)
-        writer.begin(batches[0].schema)
-        total = WARM_UP_REQUESTS + num_requests
-        for batch in itertools.islice(itertools.cycle(batches), total):
-            started = time.perf_counter()
-            writer.write_batch(batch)
-            answer = reader.read_chunk().data
-            times.append((time.perf_counter() - started) * 1000)
-            if answer is None or answer.column("vector").null_count:
-                raise JobError("the server answered without a vector")
-        writer.done_writing()
-        writer.close()
-    return times[WARM_UP_REQUESTS:]
+def _loaded(
+    address: str, texts: list[str], args: argparse.Namespace
+) -> list[tuple[Window, Window]]:
+    """Windows of bulk load without requests and with them, in turn."""
+    rng = np.random.default_rng(0)
+    return [
+        (
+            alone(address, args.window_s),
+            beside(address, texts, args.window_s, args.rate, rng),
+        )
+        for _ in range(args.windows)
+    ]
 
 
 def percentiles(times: list[float]) -> dict[str, float]:
@@ -133,6 +144,15 @@ def _bulk_load(address: str, corpus: Path | None) -> Iterator[None]:
             raise JobError(f"the bulk load ended early, with {process.returncode}")
     finally:
         process.communicate()
+
+
+def _loss(bulk: list[dict[str, float]]) -> str:
+    rates = {name: statistics.median(one[name] for one in bulk) for name in ("alone", "beside")}
+    return (
+        f"bulk load, medians of {len(bulk)} windows: {rates['alone']:,.0f} tokens/s alone, "
+        f"{rates['beside']:,.0f} beside the requests, a loss of "
+        f"{1 - rates['beside'] / rates['alone']:.1%} (aim: 15% at most)"
+    )
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

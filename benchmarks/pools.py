@@ -93,6 +93,7 @@ class HoldingTokenizer:
     """A tokenizer whose texts need not come and whose tokens need not go."""
 
     concurrency = 1
+    express = 0
 
     def __init__(self, held: Held) -> None:
         self._tokenizer = Tokenizer.load(Path(held.bundle))

@@ -78,7 +78,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw quality against cost there, as a PNG"
     )
-    add_connection(parser, ("model",))
+    add_connection(parser, ("model", "allow_undeclared", "int8"))
 
 
 def run(args: argparse.Namespace) -> int:

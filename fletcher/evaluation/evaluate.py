@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from fletcher.batches import FloatArray, Int64Array
 from fletcher.client.prompts import (
@@ -20,7 +21,7 @@ from fletcher.evaluation import metrics
 from fletcher.evaluation.metrics import Float64Array
 from fletcher.evaluation.pairs import Pairs
 from fletcher.evaluation.search import search
-from fletcher.evaluation.variants import Engine, Variant, check, usual
+from fletcher.evaluation.variants import Engine, Variant, usual
 from fletcher.evaluation.vectors import Embedded, embed
 
 if TYPE_CHECKING:
@@ -114,13 +115,15 @@ class Report:
                 "vectors point one way (anisotropy), so a cosine says little by itself; rank by "
                 "it, and use no threshold of another model"
             )
+        least = 0
         for row in self.rows:
-            if row.num_alike:
+            if row.num_alike > least:
                 one = row.variant
                 yield (
                     f"{one.engine}, {one.layers} layers, {one.dims} dims, {one.dtype}: "
                     f"{row.num_alike:,} documents share their vector with another"
                 )
+            least = max(least, first.num_alike)  # of others, what they add
 
 
 def evaluate(
@@ -132,7 +135,6 @@ def evaluate(
     progress: Callable[[str], None],
     *,
     model_name: str | None = None,
-    undeclared: bool = False,
 ) -> Report:
     """Embeds a corpus in several ways and compares what comes of it.
 
@@ -144,7 +146,6 @@ def evaluate(
         open_client: Brings up a server that runs an engine, for as long as it is entered.
         progress: Gets a line now and then.
         model_name: The model; None: the server's default.
-        undeclared: Widths that the model does not declare may be asked for.
 
     Raises:
         FletcherError: A server cannot be brought up, refused or failed.
@@ -160,8 +161,8 @@ def evaluate(
             model = served_model(client, model_name)
             if reference is None:
                 more = usual(engines, model) if variants is None else variants
-                check(more, model, undeclared=undeclared)
                 todo = list(dict.fromkeys(one.of(model) for one in (*todo, *more)))
+                _try(client, model, todo)
             rates: dict[int | None, float] = {}
             for variant in [one for one in todo if one.engine == engine]:
                 progress(f"{engine}, {variant.layers} layers, {variant.dims} dims, {variant.dtype}")
@@ -177,15 +178,29 @@ def evaluate(
     return Report(model, pairs, list(rows.values()), num_truncated)
 
 
+def _try(client: Client, model: Mapping[str, Any], variants: Iterable[Variant]) -> None:
+    """Has the server refuse now what it would refuse after much work."""
+    for variant in variants:
+        embed(client, pa.array(["a text"]), **_options(variant, model))
+
+
+def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of EmbedOptions; what is as usual is not asked for."""
+    return {
+        "model": model["name"],
+        "layers": variant.layers if variant.layers != model["num_layers"] else None,
+        "dims": variant.dims if variant.dims != model["dim"] else None,
+        "dtype": variant.dtype,
+    }
+
+
 def _embed(
     client: Client, model: Mapping[str, Any], variant: Variant, pairs: Pairs
 ) -> tuple[Embedded, Embedded]:
-    options = {"model": model["name"], **variant.options()}
-    if variant.layers == model["num_layers"]:
-        options["layers"] = None
-    if variant.dims == model["dim"]:
-        options["dims"] = None
-    queries = embed(client, pairs.queries, prompt=default_prompt(model, QUERY_PROMPTS), **options)
+    """Queries and documents; queries stay float32, as those of searches are."""
+    options = _options(variant, model)
+    asked = {**options, "dtype": "float32"}
+    queries = embed(client, pairs.queries, prompt=default_prompt(model, QUERY_PROMPTS), **asked)
     documents = embed(
         client, pairs.documents, prompt=default_prompt(model, DOCUMENT_PROMPTS), **options
     )

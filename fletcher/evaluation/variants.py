@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,6 @@ class Variant:
     layers: int | None = None
     dims: int | None = None
     dtype: str = "float32"
-
-    def options(self) -> dict[str, Any]:
-        """The fields of EmbedOptions that ask a server for it."""
-        return {"layers": self.layers, "dims": self.dims, "dtype": self.dtype}
 
     def of(self, model: Mapping[str, Any]) -> Variant:
         """The same with `layers` and `dims` as numbers, as the server's ModelInfo has them."""
@@ -117,39 +113,16 @@ def usual(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[Variant]:
     """
     first = engines[0]
     layers = [one for one in model["layers"] if one != model["num_layers"]]
-    dims = sorted(model["dims"], reverse=True)
+    both = itertools.product(sorted(model["dims"], reverse=True), CHOICES["dtype"])
     return [
         *(Variant(engine).of(model) for engine in engines),
         *(Variant(first, one).of(model) for one in layers),
         *(
-            Variant(first, None, *both).of(model)
-            for both in itertools.product(dims, CHOICES["dtype"])
+            Variant(first, None, dims, dtype).of(model)
+            for dims, dtype in both
+            if dtype != "ubinary" or dims % 8 == 0  # eight dimensions are a byte
         ),
     ]
-
-
-def check(variants: Iterable[Variant], model: Mapping[str, Any], *, undeclared: bool) -> None:
-    """Refuses before hours of work what the server would refuse after some of them.
-
-    Args:
-        variants: Some.
-        model: ModelInfo.
-        undeclared: Depths and widths that the model does not declare may be asked for.
-
-    Raises:
-        InvalidCommandError: A depth or a width that cannot be had.
-    """
-    for variant in variants:
-        for name, most in (("layers", "num_layers"), ("dims", "dim")):
-            value, declared = getattr(variant, name), sorted({*model[name], model[most]})
-            possible = undeclared and name == "dims" and value is not None and value <= model["dim"]
-            if value is not None and value not in declared and not possible:
-                raise InvalidCommandError(
-                    f"`{name}` is {value} in `variants`, but {model['name']} declares "
-                    f"{', '.join(map(str, declared))}",
-                    field=name,
-                    allowed=[str(one) for one in declared],
-                )
 
 
 def _number(key: str, text: str) -> int | None:

@@ -36,10 +36,12 @@ class BackendConfig:
 class Backend(Protocol):
     """A loaded model on one device.
 
-    `run` may be called from as many threads at once as `concurrency` says.
+    `run` may be called from as many threads at once as `concurrency` says, and from `express` more
+    for urgent runs that would else wait for the end of another.
     """
 
     concurrency: int
+    express: int
 
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Embeds one micro-batch.

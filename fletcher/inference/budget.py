@@ -35,7 +35,7 @@ class BudgetedBackend:
     """
 
     def __init__(self, backend: Backend, max_batch_tokens: int) -> None:
-        self.concurrency = backend.concurrency
+        self.concurrency, self.express = backend.concurrency, backend.express
         self._backend = backend
         self._most = max_batch_tokens
         self._budget = max_batch_tokens

@@ -30,7 +30,7 @@ class NullBackend:
 
     def __init__(self, dim: int = DEFAULT_DIM) -> None:
         self.dim = dim
-        self.concurrency = 2
+        self.concurrency, self.express = 2, 1
 
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Vectors as `null_embeddings` makes them; norms are 1."""

@@ -51,10 +51,11 @@ class OnnxRuntimeBackend:
         io: GraphIO,
         *,
         concurrency: int,
+        express: int,
         description: dict[str, str],
         pin: Pin | None = None,
     ) -> None:
-        self.concurrency = concurrency
+        self.concurrency, self.express = concurrency, express
         self._sessions = sessions
         self._io = io
         self._outputs = list(io.outputs)
@@ -119,14 +120,17 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
         if config.precision == "float16":
             return _load_packed(ort, bundle, config, place, "packed", cuda_pin())
     else:
-        place = _Place(CPU_PROVIDER, {}, config.threads or len(os.sched_getaffinity(0)))
+        place = _cpu(config)
     sessions = [_session(ort, bundle, graph, place) for graph in bundle.segments]
     first, last = sessions[0], sessions[-1]
     input_dtypes = {one.name: _DTYPES.get(one.type, np.int64) for one in first.get_inputs()}
     io = GraphIO.of(bundle, input_dtypes, [one.name for one in last.get_outputs()])
-    description = _describe(ort, last, config, "tf32" if kind == "cuda" else "float32")
     backend = OnnxRuntimeBackend(
-        sessions, io, concurrency=place.concurrency, description=description
+        sessions,
+        io,
+        concurrency=place.concurrency,
+        express=place.express,
+        description=_describe(ort, last, config, "tf32" if kind == "cuda" else "float32"),
     )
     return _warmed_up(backend, io, bundle, config)
 
@@ -140,7 +144,7 @@ def load_twin(config: BackendConfig) -> OnnxRuntimeBackend:
         BackendError, ModelError: As `load`.
     """
     ort = _import()
-    place = _Place(CPU_PROVIDER, {}, config.threads or len(os.sched_getaffinity(0)))
+    place = _cpu(config)
     config = replace(config, device="cpu", precision="float32")
     bundle = ModelBundle.load(Path(config.bundle))
     return _load_packed(ort, bundle, config, place, "standard", lambda _address, _size: None)
@@ -153,6 +157,13 @@ class _Place:
     provider: str
     options: dict[str, str]
     concurrency: int
+    express: int = 0  # a GPU's runs end soon, and one more would take as much of its memory
+
+
+def _cpu(config: BackendConfig) -> _Place:
+    # Each run has its own thread: one more shares the cores with the others.
+    cores = config.threads or len(os.sched_getaffinity(0))
+    return _Place(CPU_PROVIDER, {}, cores, express=1)
 
 
 def _load_packed(
@@ -181,6 +192,7 @@ def _load_packed(
         [session],
         io,
         concurrency=place.concurrency,
+        express=place.express,
         description=_describe(ort, session, config, precision) | {"graph": "without padding"},
         pin=pin,
     )

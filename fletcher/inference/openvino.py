@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,31 @@ _DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32}
 
 
 class OpenVinoBackend:
-    """A compiled model a segment; use `load`."""
+    """A model, compiled twice; use `load`.
+
+    OpenVINO has as many streams as cores at most, and a run that comes when they are taken waits
+    for one to end. So a second copy of the model, of a single stream, takes such runs, and shares
+    the cores with the others.
+
+    Args:
+        streams: A request for each stream, of each of the model's segments.
+        express: The same of the second copy.
+        io: The graph's inputs and outputs.
+        description: For `describe`.
+    """
 
     def __init__(
-        self, compiled: Sequence[Any], io: GraphIO, *, concurrency: int, description: dict[str, str]
+        self,
+        streams: list[list[Any]],
+        express: list[list[Any]],
+        io: GraphIO,
+        description: dict[str, str],
     ) -> None:
-        self.concurrency = concurrency
-        self._compiled = compiled
+        self.concurrency, self.express = len(streams), len(express)
         self._io = io
-        # A request holds one run's tensors, so each thread that runs has its own.
-        self._local = threading.local()
+        # A request holds one run's tensors: these are free.
+        self._streams, self._express = streams, express
+        self._changed = threading.Condition()
         self._description = description
 
     def run(self, batch: MicroBatch) -> InferenceResult:
@@ -43,12 +59,24 @@ class OpenVinoBackend:
         Raises:
             BackendError: OpenVINO failed.
         """
+        with self._requests() as requests:
+            return self._run(requests, batch)
+
+    def warm_up(self, batches: Iterable[MicroBatch]) -> None:
+        """Compiles what these batches need, in both copies.
+
+        Raises:
+            BackendError: OpenVINO failed.
+        """
+        for batch in batches:
+            for requests in (*self._streams, *self._express):
+                self._run(requests, batch)
+
+    def _run(self, requests: list[Any], batch: MicroBatch) -> InferenceResult:
         inputs, mask = self._io.feeds(batch)
         try:
-            if not hasattr(self._local, "requests"):
-                self._local.requests = [one.create_infer_request() for one in self._compiled]
-            *before, last = self._local.requests[: self._io.num_segments(batch.layers)]
             started = time.perf_counter()
+            *before, last = requests[: self._io.num_segments(batch.layers)]
             feeds: dict[str, Any] = inputs
             for request in before:
                 request.infer(feeds, share_inputs=True)
@@ -61,12 +89,27 @@ class OpenVinoBackend:
             raise BackendError(f"OpenVINO failed on {mask.shape} tokens: {error}") from error
         return InferenceResult(*self._io.finish(outputs, mask), compute_s)
 
+    @contextlib.contextmanager
+    def _requests(self) -> Iterator[list[Any]]:
+        """A request of each segment that nobody else has, of a stream if one is free."""
+        with self._changed:
+            while not (self._streams or self._express):
+                self._changed.wait()
+            free = self._streams or self._express
+            requests = free.pop()
+        try:
+            yield requests
+        finally:
+            with self._changed:
+                free.append(requests)
+                self._changed.notify()
+
     def describe(self) -> dict[str, str]:
         return dict(self._description)
 
 
 def load(config: BackendConfig) -> OpenVinoBackend:
-    """Compiles and warms up a bundle's graph, one stream a core.
+    """Compiles and warms up a bundle's graph, one stream a core and one beside them.
 
     Raises:
         BackendError: OpenVINO is not there, or cannot do that precision here.
@@ -84,7 +127,8 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         )
     num_streams = config.threads or len(os.sched_getaffinity(0))
     core = openvino.Core()
-    compiled = [_compile(core, bundle, graph, hint, num_streams) for graph in bundle.segments]
+    pairs = [_compile(core, bundle, graph, hint, num_streams) for graph in bundle.segments]
+    compiled, beside = zip(*pairs, strict=True)
     first, last = compiled[0], compiled[-1]
     input_dtypes = {
         one.get_any_name(): _DTYPES.get(one.get_element_type().get_type_name(), np.int64)
@@ -94,10 +138,10 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         bundle, input_dtypes, [name for one in last.outputs for name in one.get_names()]
     )
     backend = OpenVinoBackend(
-        compiled,
+        [[one.create_infer_request() for one in compiled] for _ in range(num_streams)],
+        [[one.create_infer_request() for one in beside]],
         io,
-        concurrency=num_streams,
-        description={
+        {
             "backend": "openvino",
             "version": openvino.__version__.partition("-")[0],
             "device": "cpu",
@@ -106,8 +150,7 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         },
     )
     try:
-        for batch in io.warm_up_batches(config.max_batch_tokens):
-            backend.run(batch)
+        backend.warm_up(io.warm_up_batches(config.max_batch_tokens))
     except ValueError as error:
         raise ModelError(f"`model` {bundle.name} does not run: {error}", field="model") from error
     return backend
@@ -137,7 +180,10 @@ def _import() -> Any:
     return openvino
 
 
-def _compile(core: Any, bundle: ModelBundle, graph: Path, hint: str, num_streams: int) -> Any:
+def _compile(
+    core: Any, bundle: ModelBundle, graph: Path, hint: str, num_streams: int
+) -> tuple[Any, Any]:
+    """A graph for `num_streams` runs at a time, and for one more."""
     try:
         model = core.read_model(str(graph))
     except Exception as error:
@@ -150,13 +196,16 @@ def _compile(core: Any, bundle: ModelBundle, graph: Path, hint: str, num_streams
     options = {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": hint,
-        "NUM_STREAMS": num_streams,
-        "INFERENCE_NUM_THREADS": num_streams,
         # Every process would pin to the same first cores, and Fletcher runs several.
         "ENABLE_CPU_PINNING": False,
     }
+
+    def compile_for(streams: int) -> Any:
+        cores = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams}
+        return core.compile_model(model, "CPU", options | cores)
+
     try:
-        compiled = core.compile_model(model, "CPU", options)
+        compiled, beside = compile_for(num_streams), compile_for(1)
         actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     except Exception as error:
         raise BackendError(
@@ -171,4 +220,4 @@ def _compile(core: Any, bundle: ModelBundle, graph: Path, hint: str, num_streams
             field="precision",
             allowed=["float32"],
         )
-    return compiled
+    return compiled, beside

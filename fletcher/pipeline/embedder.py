@@ -103,9 +103,12 @@ class Embedder:
             crowded=crowded,
             max_queue_delay_s=config.max_queue_delay_s,
             more_coming=lambda: self._tokenization.busy,
+            hurry=self._hurry_replicas,
             telemetry=telemetry,
         )
-        self._tokenization = TokenizationSource(telemetry, self._inference.put)
+        self._tokenization = TokenizationSource(
+            telemetry, self._inference.put, hurry=self._hurry_tokenizers
+        )
 
         def restarted(worker: str) -> None:
             telemetry.worker_restarts.add(worker=worker)
@@ -117,6 +120,7 @@ class Embedder:
             "tokenizer",
             config.tokenizers,
             self._tokenization,
+            urgent=self._tokenization.urgent_job,
             answer_timeout_s=config.worker_timeout_s,
             on_restart=restarted,
             on_state=changed,
@@ -125,6 +129,7 @@ class Embedder:
             "replica",
             config.replicas,
             self._inference,
+            urgent=self._inference.urgent_job,
             standby=config.standby,
             dispatch=config.dispatch,
             answer_timeout_s=config.worker_timeout_s,
@@ -209,6 +214,12 @@ class Embedder:
             "replicas": self.replicas.statistics(),
             "memory": self._budget.statistics(),
         }
+
+    def _hurry_tokenizers(self) -> None:
+        self.tokenizers.hurry()
+
+    def _hurry_replicas(self) -> None:
+        self.replicas.hurry()
 
     def _enqueue(self, ticket: Ticket) -> None:
         if self._cache is not None and ticket.texts.num_texts:

@@ -1,7 +1,7 @@
 """What the worker pools are to do next: texts to tokenize, micro-batches to run.
 
-Both sources serve interactive work before bulk work, streams in turn, and let bulk work pass now
-and then when interactive work never ends.
+Both sources have two queues, in which streams take turns: pools ask for bulk work when they have
+room, and are told when there is interactive work.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
 
-# Bulk work gets every ninth turn, however much interactive work there is.
-_INTERACTIVE_TURNS = 8
 # Windows at most this much larger where there is plenty to do: a third of the padding is left
 # (docs/operations.md, Pressure).
 _CROWDED = 4
@@ -38,45 +36,36 @@ def as_fletcher_error(error: Exception) -> FletcherError:
     return InternalError(f"{type(error).__name__} while working on this batch; the log has more")
 
 
-class _TwoClasses:
-    """Turns between interactive and bulk work."""
-
-    def __init__(self) -> None:
-        self._turns = 0
-
-    def interactive_first(self, interactive: object, bulk: object) -> bool:
-        """Whether an interactive item goes next, given what waits in each class."""
-        if interactive and bulk:
-            self._turns = (self._turns + 1) % (_INTERACTIVE_TURNS + 1)
-            return self._turns != 0
-        self._turns = 0
-        return bool(interactive)
-
-
 class TokenizationSource:
     """Tickets that wait for their tokens.
 
     Args:
         telemetry: Where counts, durations and spans go.
         tokenized: Called with each ticket once it has tokens; must not block.
+        hurry: Called when there is interactive work.
     """
 
-    def __init__(self, telemetry: Telemetry, tokenized: Callable[[Ticket], None]) -> None:
+    def __init__(
+        self, telemetry: Telemetry, tokenized: Callable[[Ticket], None], hurry: Callable[[], None]
+    ) -> None:
         self._telemetry = telemetry
         self._tokenized = tokenized
+        self._hurry = hurry
         self._interactive: FairQueue[Ticket] = FairQueue()
         self._bulk: FairQueue[Ticket] = FairQueue()
-        self._turn = _TwoClasses()
         self._changed = threading.Condition()
         self._outstanding = 0
 
     def put(self, ticket: Ticket) -> None:
         """Queues a ticket; never blocks, the streams' allowances bound what can be here."""
+        interactive = ticket.priority == "interactive"
         with self._changed:
-            queue = self._interactive if ticket.priority == "interactive" else self._bulk
+            queue = self._interactive if interactive else self._bulk
             queue.put(ticket.stream, ticket, ticket.texts.num_texts)
             self._outstanding += 1
             self._changed.notify()
+        if interactive:
+            self._hurry()
 
     @property
     def busy(self) -> bool:
@@ -88,15 +77,22 @@ class TokenizationSource:
         return self._interactive.weight + self._bulk.weight
 
     def next_job(self, timeout_s: float) -> Job | None:
-        """The next texts to tokenize."""
+        """The next bulk texts to tokenize."""
         with self._changed:
-            self._changed.wait_for(lambda: self._interactive or self._bulk, timeout_s)
-            while self._interactive or self._bulk:
-                first = self._turn.interactive_first(self._interactive, self._bulk)
-                ticket = (self._interactive if first else self._bulk).get()
-                if not ticket.stream.closed:
-                    return self._job(ticket)
-                self._outstanding -= 1
+            self._changed.wait_for(lambda: self._bulk, timeout_s)
+            return self._next_of(self._bulk)
+
+    def urgent_job(self) -> Job | None:
+        """The next interactive texts to tokenize, if there are any."""
+        with self._changed:
+            return self._next_of(self._interactive)
+
+    def _next_of(self, queue: FairQueue[Ticket]) -> Job | None:
+        while queue:
+            ticket = queue.get()
+            if not ticket.stream.closed:
+                return self._job(ticket)
+            self._outstanding -= 1
         return None
 
     def _job(self, ticket: Ticket) -> Job:
@@ -116,7 +112,8 @@ class TokenizationSource:
             ticket.tokens = tokens
             self._tokenized(ticket)
 
-        return Job(texts, done, cost=texts.num_texts + len(texts.data))
+        cost = texts.num_texts + len(texts.data)
+        return Job(texts, done, cost=cost, urgent=ticket.priority == "interactive")
 
 
 @dataclass(slots=True)
@@ -129,8 +126,8 @@ class _Planned:
 class InferenceSource:
     """Tickets with tokens, made into windows and micro-batches when a device has room.
 
-    Bulk work waits up to `max_queue_delay_s` for a full window while more tokens are on their way;
-    interactive work never waits.
+    Bulk work waits up to `max_queue_delay_s` for a full window while more tokens are on their way.
+    Interactive work waits for room at most, and what waits together runs together.
 
     Args:
         dim: Width of a vector.
@@ -139,6 +136,7 @@ class InferenceSource:
         crowded: Whether there is so much to do that windows should be larger.
         max_queue_delay_s: What a bulk ticket may wait for company.
         more_coming: Whether tokenization still has work.
+        hurry: Called when there is interactive work.
         telemetry: Where counts, durations and spans go.
     """
 
@@ -151,6 +149,7 @@ class InferenceSource:
         crowded: Callable[[], bool] = lambda: False,
         max_queue_delay_s: float,
         more_coming: Callable[[], bool],
+        hurry: Callable[[], None],
         telemetry: Telemetry,
     ) -> None:
         self._dim = dim
@@ -159,13 +158,13 @@ class InferenceSource:
         self._crowded = crowded
         self._max_queue_delay_s = max_queue_delay_s
         self._more_coming = more_coming
+        self._hurry = hurry
         self._telemetry = telemetry
         self._interactive: FairQueue[Ticket] = FairQueue()
         self._bulk: FairQueue[Ticket] = FairQueue()
         self._oldest_bulk = 0.0
         self._ready_interactive: deque[_Planned] = deque()
         self._ready_bulk: deque[_Planned] = deque()
-        self._turn = _TwoClasses()
         self._changed = threading.Condition()
         self._budgets: dict[str, int] = {}
 
@@ -175,13 +174,15 @@ class InferenceSource:
         num_tokens = len(ticket.tokens.input_ids)
         self._telemetry.texts_received.add(ticket.tokens.num_texts)
         self._telemetry.tokens_received.add(num_tokens)
-        with self._changed:
-            if ticket.priority == "interactive":
+        if ticket.priority == "interactive":
+            with self._changed:
                 self._interactive.put(ticket.stream, ticket, num_tokens)
-            else:
-                if not self._bulk:
-                    self._oldest_bulk = time.monotonic()
-                self._bulk.put(ticket.stream, ticket, num_tokens)
+            self._hurry()
+            return
+        with self._changed:
+            if not self._bulk:
+                self._oldest_bulk = time.monotonic()
+            self._bulk.put(ticket.stream, ticket, num_tokens)
             self._changed.notify()
 
     def depth(self) -> int:
@@ -197,49 +198,63 @@ class InferenceSource:
         return self._budgets.get(device, 0)
 
     def next_job(self, timeout_s: float) -> Job | None:
-        """The next micro-batch. Called by one thread, the pool's dispatcher."""
+        """The next bulk micro-batch. Called by one thread, the pool's dispatcher."""
         deadline = time.monotonic() + timeout_s
         while True:
-            planned = self._next_planned(deadline)
-            if planned is None:
-                return None
-            if not planned.window.abandoned:
-                return self._job(planned)
+            if not self._ready_bulk:
+                with self._changed:
+                    if not self._wait_for_window(deadline):
+                        return None
+                    taken = _take(self._bulk, self._next_window_tokens())
+                    self._oldest_bulk = time.monotonic()
+                self._plan_window(taken, self._ready_bulk)
+            job = self._next_ready(self._ready_bulk, urgent=False)
+            if job is not None:
+                return job
 
-    def _next_planned(self, deadline: float) -> _Planned | None:
-        with self._changed:
-            while True:
-                interactive = bool(self._ready_interactive or self._interactive)
-                window_due, due_in = self._bulk_window_due()
-                bulk = bool(self._ready_bulk) or window_due
-                now = time.monotonic()
-                if interactive or bulk:
-                    break
-                if now >= deadline:
+    def urgent_job(self) -> Job | None:
+        """The next interactive micro-batch, if there is one. Called by one thread at a time."""
+        while True:
+            if not self._ready_interactive:
+                with self._changed:
+                    taken = _take(self._interactive, None)
+                if not taken:
                     return None
-                self._changed.wait(min(deadline - now, due_in))
-            if self._turn.interactive_first(interactive, bulk):
-                ready, tickets = self._ready_interactive, self._interactive
-                budget = None if not self._ready_interactive else 0
-            else:
-                ready, tickets = self._ready_bulk, self._bulk
-                budget = self._next_window_tokens() if not self._ready_bulk else 0
-            taken = [] if budget == 0 else _take(tickets, budget)
-            if taken and tickets is self._bulk:
-                self._oldest_bulk = now
-        # Planning takes milliseconds: not under the lock that every tokenizer's reader needs.
-        for tickets_of_exit in _by_exit(taken):
+                self._plan_window(taken, self._ready_interactive)
+            job = self._next_ready(self._ready_interactive, urgent=True)
+            if job is not None:
+                return job
+
+    def _wait_for_window(self, deadline: float) -> bool:
+        """Waits until bulk tickets are due to be planned; False: not in time."""
+        while True:
+            due, due_in = self._bulk_window_due()
+            now = time.monotonic()
+            if due or now >= deadline:
+                return due
+            self._changed.wait(min(deadline - now, due_in))
+
+    def _plan_window(self, taken: list[Ticket], ready: deque[_Planned]) -> None:
+        """Takes milliseconds: not under the lock that every tokenizer's reader needs."""
+        now = time.monotonic()
+        for tickets in _by_exit(taken):
             try:
-                window = Window(tickets_of_exit, self._dim, self._plan)
+                window = Window(tickets, self._dim, self._plan)
             except Exception as error:  # raised, it would end the dispatcher
                 log.exception("a window cannot be planned")
-                for ticket in tickets_of_exit:
+                for ticket in tickets:
                     ticket.finish(as_fletcher_error(error))
-            else:
-                ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
-                if not window.row_sets:
-                    window.finish()
-        return ready.popleft() if ready else self._next_planned(deadline)
+                continue
+            ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
+            if not window.row_sets:
+                window.finish()
+
+    def _next_ready(self, ready: deque[_Planned], *, urgent: bool) -> Job | None:
+        while ready:
+            planned = ready.popleft()
+            if not planned.window.abandoned:
+                return self._job(planned, urgent=urgent)
+        return None
 
     def _next_window_tokens(self) -> int:
         if not self._crowded():
@@ -249,14 +264,14 @@ class InferenceSource:
 
     def _bulk_window_due(self) -> tuple[bool, float]:
         """Whether waiting bulk tickets should be planned now; else in how many seconds."""
-        if self._ready_bulk or not self._bulk:
-            return False, float("inf") if not self._bulk else self._max_queue_delay_s
+        if not self._bulk:
+            return False, float("inf")
         age = time.monotonic() - self._oldest_bulk
         full = self._bulk.weight >= self._window_tokens
         due = full or age >= self._max_queue_delay_s or not self._more_coming()
         return due, max(0.0, self._max_queue_delay_s - age)
 
-    def _job(self, planned: _Planned) -> Job:
+    def _job(self, planned: _Planned, *, urgent: bool) -> Job:
         batch = planned.window.micro_batch(planned.rows)
         started = time.monotonic()
         self._telemetry.stage_duration.record(started - planned.queued, stage="queue")
@@ -274,7 +289,7 @@ class InferenceSource:
             self._count(job, batch.lengths, result)
             planned.window.settle(planned.rows, result)
 
-        job = Job(batch, done, cost=num_tokens)
+        job = Job(batch, done, cost=num_tokens, urgent=urgent)
         return job
 
     def _count(self, job: Job, lengths: Any, result: InferenceResult) -> None:

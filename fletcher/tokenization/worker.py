@@ -23,6 +23,7 @@ class TokenizerWorker:
     """One core, one request at a time."""
 
     concurrency = 1
+    express = 0
 
     def __init__(self, tokenizer: Encoder) -> None:
         self._tokenizer = tokenizer

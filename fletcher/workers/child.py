@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import importlib
 import os
-import queue
 import signal
 import sys
 import threading
@@ -21,15 +20,21 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from fletcher.errors import FletcherError, InternalError
-from fletcher.workers.messages import Failure, Ready, Request, Response, WorkerSpec, encode, receive
+from fletcher.workers.messages import Failure, Ready, Response, WorkerSpec, encode, receive
+from fletcher.workers.turns import Turns
 
 _PR_SET_PDEATHSIG = 1
 
 
 class Worker(Protocol):
-    """What a factory returns. `run` is called from `concurrency` threads at once."""
+    """What a factory returns.
+
+    `run` is called from `concurrency` threads at once, and from `express` more, which are there so
+    that urgent work need not wait for the end of what runs.
+    """
 
     concurrency: int
+    express: int
 
     def run(self, payload: Any) -> Any:
         """Answers one request."""
@@ -59,18 +64,18 @@ def serve(connection: Connection) -> None:
     try:
         module, _, function = spec.factory.partition(":")
         worker: Worker = getattr(importlib.import_module(module), function)(spec.config)
-        ready = Ready(worker.concurrency, worker.describe())
+        ready = Ready(worker.concurrency, worker.express, worker.describe())
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
         connection.send_bytes(encode(_failure(-1, error)))
         return
     connection.send_bytes(encode(ready))
 
     sending = threading.Lock()
-    requests: queue.SimpleQueue[Request] = queue.SimpleQueue()  # bounded by the parent's slots
+    requests = Turns(worker.concurrency)  # bounded by the parent's slots
 
     def work() -> None:
         while True:
-            request = requests.get()
+            request = requests.take()
             try:
                 started = time.perf_counter()
                 answer = worker.run(request.payload)
@@ -78,10 +83,11 @@ def serve(connection: Connection) -> None:
                 message = encode(Response(request.job_id, answer, seconds))
             except Exception as error:  # noqa: BLE001
                 message = encode(_failure(request.job_id, error))
+            requests.done(request)
             with sending:
                 connection.send_bytes(message)
 
-    for _ in range(worker.concurrency):
+    for _ in range(worker.concurrency + worker.express):
         threading.Thread(target=work, daemon=True).start()
     while True:
         requests.put(receive(connection))

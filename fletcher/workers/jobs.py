@@ -21,6 +21,7 @@ class Job:
         done: Called once, on a thread of the pool, with (result, None) or (None, error). Must be
             quick and must not raise.
         cost: How much work it is, in any unit that is the same for all jobs of a pool.
+        urgent: It overtakes what is not, until the moment that it runs.
         attempts: Workers that died of it or failed on it so far.
         worker: The name of the worker that has it, or had it last.
         probe: Sent to see whether a worker works; belongs to that worker alone.
@@ -30,6 +31,7 @@ class Job:
     payload: Any
     done: Done
     cost: int = 1
+    urgent: bool = False
     attempts: int = 0
     worker: str = ""
     probe: bool = False
@@ -44,7 +46,7 @@ class Job:
 
 
 class JobSource(Protocol):
-    """Where a pool gets its work."""
+    """Where a pool gets its work that is not urgent."""
 
     def next_job(self, timeout_s: float) -> Job | None:
         """The job to do next; None if there is none within the time."""

@@ -30,9 +30,13 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker is loaded and warm; `concurrency` requests may run in it at once."""
+    """The worker is loaded and warm; `concurrency` requests may run in it at once.
+
+    `express` more may, of urgent ones.
+    """
 
     concurrency: int
+    express: int
     description: dict[str, str]
 
 
@@ -40,6 +44,7 @@ class Ready:
 class Request:
     job_id: int
     payload: Any
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

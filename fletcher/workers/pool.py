@@ -1,9 +1,11 @@
 """A pool of worker processes that pulls its work from a source, one job for each free slot.
 
-A worker has `concurrency` requests running and `prefetch` more waiting in its pipe, so that it
-never idles between two; everything else stays with the source, where urgent work can still overtake
-it. A worker that dies is started again and its jobs are done once more elsewhere; a job whose
-worker died or failed `max_attempts` times fails alone.
+A worker has `concurrency` requests running and `prefetch` more waiting in it, so that it never
+idles between two; everything else stays with the source. Urgent work has room of its own in a
+worker, where it overtakes what waits; it is given by the thread that brings it, or by the one that
+brings the answer that made room, without a change of threads. A worker that dies is started again
+and its jobs are done once more elsewhere; a job whose worker died or failed `max_attempts` times
+fails alone.
 
 A worker that fails at one job after the other is ejected: it gets a probe instead of work, and
 comes back or is replaced. One that says nothing for too long is replaced. Where no worker is left,
@@ -42,6 +44,7 @@ class WorkerPool:
         name: For logs.
         specs: One for each worker.
         source: Asked for a job whenever a slot is free.
+        urgent: Asked for an urgent job by `hurry`; by one thread at a time, and must not block.
         standby: Workers that are started when none of `specs` is left, and ended when one is back.
         dispatch: Which of several free workers gets a job; one of `STRATEGIES`.
         prefetch: Requests a worker holds beyond those it is running.
@@ -59,6 +62,7 @@ class WorkerPool:
         specs: Sequence[WorkerSpec],
         source: JobSource,
         *,
+        urgent: Callable[[], Job | None] = lambda: None,
         standby: Sequence[WorkerSpec] = (),
         dispatch: str = STRATEGIES[0],
         prefetch: int = 1,
@@ -74,6 +78,8 @@ class WorkerPool:
         self.closing = threading.Event()
         self.probe = probe
         self._source = source
+        self._urgent = urgent
+        self._hurrying = threading.Lock()
         self._chooser = Chooser(dispatch)
         self._max_attempts = max_attempts
         self._answer_timeout_s = answer_timeout_s
@@ -178,6 +184,27 @@ class WorkerPool:
                 slot.process.pid for slot in self._slots.values() if slot.alive and slot.process
             ]
 
+    def hurry(self) -> None:
+        """Gives urgent jobs to workers as long as there are some and there is room.
+
+        To be called when there is a new one. Those that find no room are given later, from here.
+        """
+        with self._hurrying:
+            while not self.closing.is_set():
+                with self.changed:
+                    # What is done again waits for an empty worker: nothing goes in between.
+                    slot = None if self._retries else self._choose(urgent=True)
+                    gone = slot is None and self.gone
+                if slot is None and not gone:
+                    return
+                job = self._urgent()
+                if job is None:
+                    return
+                if slot is None:
+                    job.finish(None, self.error())
+                else:
+                    self._give(slot, job)
+
     # The dispatcher: a slot first, then the job for it, so that the choice of job is made late.
 
     def _dispatch(self) -> None:
@@ -195,11 +222,15 @@ class WorkerPool:
             if slot is None or not slot.usable:
                 self._retries.appendleft(job)
                 continue
-            try:
-                slot.give(job)
-            except Exception as error:
-                log.exception("%s: a job cannot be sent", self.name)
-                job.finish(None, InternalError(f"{type(error).__name__}; the log has more"))
+            self._give(slot, job)
+
+    def _give(self, slot: Slot, job: Job) -> None:
+        try:
+            slot.give(job)
+        except Exception as error:
+            log.exception("%s: a job cannot be sent", self.name)
+            job.finish(None, InternalError(f"{type(error).__name__}; the log has more"))
+        with self.changed:
             rate = slot.rate or mean_rate([one.rate for one in self._slots.values()])
             self._chooser.given(slot.spec.name, job.cost, rate)
 
@@ -212,17 +243,23 @@ class WorkerPool:
         with self.changed:
             while not self.closing.is_set():
                 alone = bool(self._retries)
-                usable = [slot for slot in self._slots.values() if slot.usable]
-                if alone:
-                    last = self._retries[0].worker
-                    usable = [slot for slot in usable if slot.spec.name != last] or usable
-                free = [slot for slot in usable if slot.has_room(alone=alone)]
-                if free:
-                    return free[self._chooser.choose([_candidate(slot) for slot in free])], alone
+                slot = self._choose(again=self._retries[0] if alone else None)
+                if slot is not None:
+                    return slot, alone
                 if self.gone:
                     return None, alone
                 self.changed.wait()
             return None, False
+
+    def _choose(self, *, again: Job | None = None, urgent: bool = False) -> Slot | None:
+        """A worker with room; called with `changed` held."""
+        usable = [slot for slot in self._slots.values() if slot.usable]
+        if again is not None:
+            usable = [slot for slot in usable if slot.spec.name != again.worker] or usable
+        free = [one for one in usable if one.has_room(alone=again is not None, urgent=urgent)]
+        if not free:
+            return None
+        return free[self._chooser.choose([_candidate(slot) for slot in free])]
 
     # What the slots ask of their owner.
 
@@ -287,6 +324,7 @@ class WorkerPool:
                     self._look_after(slot, elapsed_s)
                 self._call_standby()
                 self.changed.notify_all()
+            self.hurry()
 
     def _look_after(self, slot: Slot, elapsed_s: float) -> None:
         for job in slot.running():

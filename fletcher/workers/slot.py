@@ -51,6 +51,10 @@ class Owner(Protocol):
         """A job comes back to be tried once more, or to fail with `error`."""
         ...
 
+    def hurry(self) -> None:
+        """There may be room for urgent work."""
+        ...
+
 
 class Slot:
     """One worker's place.
@@ -85,6 +89,7 @@ class Slot:
             self.wanted.set()
         self.description: dict[str, str] = {}
         self.concurrency = 1  # until the worker says otherwise
+        self.express = 0
         self.load = 0
         self.process: subprocess.Popen[bytes] | None = None
         self.thread = threading.Thread(target=self._run, name=f"{spec.name}-reader", daemon=True)
@@ -118,15 +123,24 @@ class Slot:
         """Cost it gets done in a second when all its runs are busy; None: not measured."""
         return None if self.health.rate is None else self.health.rate * self.concurrency
 
-    def has_room(self, *, alone: bool) -> bool:
-        """Whether another job fits; `alone`: a job that wants no company."""
-        suspect = any(job.attempts for job in self._jobs.values())
-        most = 1 if alone or suspect else self.concurrency + self._prefetch
-        return len(self._jobs) < most
+    def has_room(self, *, alone: bool = False, urgent: bool = False) -> bool:
+        """Whether another job fits.
+
+        Args:
+            alone: A job that wants no company.
+            urgent: A job that overtakes others: only those of its kind are in its way.
+        """
+        if alone or any(job.attempts for job in self._jobs.values()):
+            return not self._jobs
+        # Urgent ones that wait are better joined into one run: none is fetched ahead.
+        most = self.concurrency + (self.express if urgent else self._prefetch)
+        return sum(job.urgent == urgent for job in self._jobs.values()) < most
 
     def running(self) -> Sequence[Job]:
-        """Jobs that have begun: a worker takes them in order."""
-        return list(self._jobs.values())[: self.concurrency]
+        """Jobs that have begun or may have: a worker takes urgent ones first, else in order."""
+        jobs = list(self._jobs.values())
+        others = [job for job in jobs if not job.urgent]
+        return [job for job in jobs if job.urgent] + others[: self.concurrency]
 
     @property
     def idle(self) -> bool:
@@ -151,7 +165,7 @@ class Slot:
         """
         with self._owner.changed:
             job_id, self._next_id = self._next_id, self._next_id + 1
-        request = encode(Request(job_id, job.payload))
+        request = encode(Request(job_id, job.payload, job.urgent))
         with self._owner.changed:
             connection = self._connection
             if connection is not None:
@@ -193,6 +207,7 @@ class Slot:
                     self.health.restarted()
                     self._owner.review(self)
                 self.settled.set()
+                self._owner.hurry()
                 self._failures += 1  # until it answers
                 started = time.monotonic()
                 self._read(connection)
@@ -237,7 +252,7 @@ class Slot:
             raise
         assert isinstance(message, Ready)
         self.description = message.description
-        self.concurrency = message.concurrency
+        self.concurrency, self.express = message.concurrency, message.express
         return connection
 
     def _read(self, connection: Connection) -> None:
@@ -272,6 +287,7 @@ class Slot:
                 self._owner.again(job, message.error)
             else:
                 job.finish(None, message.error)
+            self._owner.hurry()
             self._probe()
 
     def _probe(self) -> None:
@@ -294,7 +310,8 @@ class Slot:
         with self._owner.changed:
             self.alive, self._connection = False, None
             running = self.running()
-            waiting = list(self._jobs.values())[len(running) :]
+            begun = {id(job) for job in running}
+            waiting = [job for job in self._jobs.values() if id(job) not in begun]
             self._jobs, self.load = {}, 0
             self._owner.review(self)
         self._reap(connection)

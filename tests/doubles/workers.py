@@ -13,8 +13,8 @@ from fletcher.errors import BackendError, RowTooLargeError
 class EchoWorker:
     """Answers with what it got; some payloads are orders."""
 
-    def __init__(self, concurrency: int = 1) -> None:
-        self.concurrency = concurrency
+    def __init__(self, concurrency: int = 1, express: int = 0) -> None:
+        self.concurrency, self.express = concurrency, express
 
     def run(self, payload: Any) -> Any:
         match payload:
@@ -35,7 +35,10 @@ class EchoWorker:
                 return Unreadable()
             case "pid":
                 return os.getpid()
+            case ("pause", seconds):
+                time.sleep(seconds)
             case ("wait for", path):
+                open(f"{path}.begun", "w").close()  # noqa: PTH123
                 deadline = time.monotonic() + 30
                 while not os.path.exists(path):  # noqa: PTH110
                     if time.monotonic() > deadline:
@@ -56,6 +59,11 @@ class Unreadable:
 
 def load_echo(concurrency: int) -> EchoWorker:
     return EchoWorker(concurrency)
+
+
+def load_express(_: Any) -> EchoWorker:
+    """One run at a time, and one more for what is urgent."""
+    return EchoWorker(1, 1)
 
 
 def load_broken(message: str) -> EchoWorker:

@@ -111,7 +111,9 @@ def test_delivery_compares_what_promises_cost(home: Path) -> None:
 
 
 def test_latency_reports_idle_and_loaded(home: Path) -> None:
-    printed, result = run(home, "latency", "--requests", "20")
+    printed, result = run(
+        home, "latency", "--requests", "20", "--windows", "2", "--window-s", "0.5"
+    )
     assert [row["name"] for row in result["rows"]] == [
         "bare engine, ready tokens",
         "Fletcher, idle",
@@ -120,7 +122,9 @@ def test_latency_reports_idle_and_loaded(home: Path) -> None:
     for row in result["rows"]:
         assert len(row["ms"]) == 20
         assert 0 < row["p50"] <= row["p95"] <= row["p99"]
+    assert len(result["bulk_tokens_per_s"]) == 2
     assert "aims: " in printed
+    assert "a loss of " in printed
 
 
 def test_operations_of_a_forward_pass_are_those_of_its_products(tiny_bundle: ModelBundle) -> None:

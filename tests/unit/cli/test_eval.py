@@ -84,7 +84,7 @@ def test_a_server_elsewhere(argv, tmp_path, tiny_bundle, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--variants", "dims=3"], "`dims` is 3 in `variants`, but tiny declares 32"),
+        (["--variants", "dims=3"], "`dims` is 3, but tiny declares 32"),
         (["--variants", "precision=float16"], "`precision` float16 is for CUDA"),
         (["--variants", "layer=3"], "did you mean layers"),
         (["--queries", "1"], "`queries` is 1, expected 2 or more"),

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fletcher.errors import InvalidCommandError, RowTooLargeError
+from fletcher.errors import DimensionMismatchError, RowTooLargeError
 from fletcher.evaluation import plot, report
 from fletcher.evaluation.evaluate import evaluate
 from fletcher.evaluation.pairs import choose
@@ -66,13 +66,16 @@ class Server:
 
     def exchange(self, data, options):
         self.log.append((self.engine, options))
+        if options.dims == 5:
+            raise DimensionMismatchError("`dims` is 5")
         key = (options.prompt, options.layers)
         self.hits += key in self.seen
         self.seen.add(key)
         spec = VectorSpec("m@0", options.dims or DIM, options.dtype, 6, "mean", normalized=False)
         answers = []
         for batch in data:
-            numbers = [int(text) for text in batch.column("text").to_pylist()]
+            texts = batch.column("text").to_pylist()
+            numbers = [int(text) if text.isdigit() else 0 for text in texts]
             rows = self.table[numbers, : options.dims]
             if self.engine == TURNED and options.prompt == "passage":
                 rows = np.roll(self.table, -1, axis=0)[numbers, : options.dims]
@@ -116,7 +119,7 @@ def test_the_reference_is_first_and_loses_nothing(run):
     # Of a sphere in d dims log E exp(-4 + 4 cos) is about -4 + 8 / d.
     assert first.uniformity == pytest.approx(-3.5, abs=0.05)
     assert abs(first.mean_cosine) < 0.02
-    assert {options.prompt for _, options in log} == {"query", "passage"}
+    assert {options.prompt for _, options in log} == {None, "query", "passage"}
     assert found.num_truncated == 3
 
 
@@ -142,12 +145,13 @@ def test_documents_that_are_not_found(run):
 
 def test_types_and_widths_are_asked_for_and_measured(run):
     variants = [Variant(EXACT, None, dims, dtype) for dims in (4, 16) for dtype in ("float16",)]
-    found, log = run(variants, undeclared=True)
+    found, log = run(variants)
     assert [(row.variant.dims, row.variant.dtype, row.bytes_per_vector) for row in found.rows] == [
         (16, "float32", 64),
         (4, "float16", 8),
         (16, "float16", 32),
     ]
+    assert {options.dtype for _, options in log if options.prompt == "query"} == {"float32"}
     # What is as usual is not asked for: servers without a choice refuse the question.
     assert {(options.dims, options.layers) for _, options in log} == {(None, None), (4, None)}
     small, half = found.rows[1:]
@@ -197,9 +201,16 @@ def test_a_text_without_a_vector_ends_it(pairs):
         evaluate(pairs, EXACT, [EXACT], None, open_client, print)
 
 
-def test_undeclared_widths_are_refused_before_anything_is_embedded(run):
-    with pytest.raises(InvalidCommandError, match="`dims` is 4"):
-        run([Variant(EXACT, None, 4)])
+def test_what_a_server_refuses_is_known_before_the_work(pairs):
+    log, variants = [], [Variant(EXACT), Variant(NOISY, None, 5)]
+
+    @contextlib.contextmanager
+    def open_client(engine):
+        yield Server(engine, log)
+
+    with pytest.raises(DimensionMismatchError, match="`dims` is 5"):
+        evaluate(pairs, EXACT, [EXACT], variants, open_client, print)
+    assert [(engine, options.dims) for engine, options in log] == [(EXACT, None), (EXACT, 5)]
 
 
 def test_warnings_say_what_makes_rows_doubtful(pairs):
@@ -221,7 +232,7 @@ def test_warnings_say_what_makes_rows_doubtful(pairs):
 
 
 def test_table_json_and_plot(run, tmp_path):
-    found, _ = run([Variant(EXACT, None, dims, "float16") for dims in (4, 16)], undeclared=True)
+    found, _ = run([Variant(EXACT, None, dims, "float16") for dims in (4, 16)])
     lines = report.table(found)
     assert [line.split()[:5] for line in lines[1:4]] == [
         ["exact", "float32", "6", "16", "float32"],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fletcher.batches import EmbeddingBatch, InferenceResult, TextBatch, TokenBatch
+from fletcher.batches import EmbeddingBatch, InferenceResult, Priority, TextBatch, TokenBatch
 from fletcher.errors import InternalError
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource
@@ -23,23 +24,26 @@ def broken(lengths: Any) -> list[Any]:
     raise ZeroDivisionError
 
 
-def make(plan: Any) -> InferenceSource:
+def make(plan: Any, hurry: Callable[[], None] = lambda: None) -> InferenceSource:
     return InferenceSource(
         dim=2,
         plan=plan,
         window_tokens=100,
         max_queue_delay_s=0,
         more_coming=lambda: False,
+        hurry=hurry,
         telemetry=Telemetry(),
     )
 
 
-def tokenized(num_tokens: int = 2, layers: int = 0) -> tuple[EmbedStream, Ticket]:
+def tokenized(
+    num_tokens: int = 2, priority: Priority = "bulk", layers: int = 0
+) -> tuple[EmbedStream, Ticket]:
     """A ticket of one text with some tokens, waiting in its stream."""
     tickets: list[Ticket] = []
     stream = EmbedStream(MemoryBudget(1 << 20, 1).open(), tickets.append)
     texts = TextBatch(b"hi", np.array([0, 2]), layers=layers)
-    stream.submit(texts, None, num_bytes=10)
+    stream.submit(texts, None, num_bytes=10, priority=priority)
     stream.end()
     tokens = TokenBatch(
         np.ones(num_tokens, np.int32), np.array([0, num_tokens]), np.zeros(1, np.bool_)
@@ -60,10 +64,9 @@ def test_a_window_that_cannot_be_planned_fails_its_tickets_alone() -> None:
 
 def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them() -> None:
     source = make(one_run)
-    exits = [3, 0, 6, 3, 0, 3]
     held = []
-    for num_tokens, layers in enumerate(exits, 1):
-        stream, ticket = tokenized(num_tokens, layers)
+    for num_tokens, layers in enumerate([3, 0, 6, 3, 0, 3], 1):
+        stream, ticket = tokenized(num_tokens, layers=layers)
         held.append(stream)
         source.put(ticket)
     runs = {}
@@ -108,6 +111,7 @@ def test_windows_grow_with_what_waits_where_it_is_crowded(
         crowded=lambda: crowded,
         max_queue_delay_s=0,
         more_coming=lambda: False,
+        hurry=lambda: None,
         telemetry=Telemetry(),
     )
     streams = []
@@ -117,3 +121,33 @@ def test_windows_grow_with_what_waits_where_it_is_crowded(
         source.put(ticket)
     source.next_job(0)
     assert windows == [taken]
+
+
+def test_interactive_work_that_waits_together_runs_together() -> None:
+    hurried: list[None] = []
+    source = make(one_run, hurry=lambda: hurried.append(None))
+    streams = []
+    for priority in ("interactive", "bulk", "interactive"):
+        stream, ticket = tokenized(priority=priority)
+        streams.append(stream)
+        source.put(ticket)
+    assert len(hurried) == 2
+    job = source.urgent_job()
+    assert job is not None
+    assert job.urgent
+    assert len(job.payload.lengths) == 2
+    assert source.urgent_job() is None
+    job = source.next_job(0)
+    assert job is not None
+    assert not job.urgent
+    assert len(job.payload.lengths) == 1
+    assert source.next_job(0) is None
+
+
+def test_interactive_work_that_cannot_be_planned_fails_alone() -> None:
+    source = make(broken)
+    stream, ticket = tokenized(priority="interactive")
+    source.put(ticket)
+    assert source.urgent_job() is None
+    (result,) = stream.results()
+    assert isinstance(result.embeddings, InternalError)

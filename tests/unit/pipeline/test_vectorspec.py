@@ -85,9 +85,7 @@ def test_missing_ranges_are_refused_where_a_server_wants_them(model):
 
 
 def test_an_exit_that_is_not_there_is_refused(model):
-    with pytest.raises(
-        InvalidCommandError, match=r"`layers` is 7.* only .* layer 2$"
-    ) as no:
+    with pytest.raises(InvalidCommandError, match=r"`layers` is 7.* only .* layer 2$") as no:
         ask(model, layers=7)
     assert (no.value.field, no.value.allowed) == ("layers", ["2"])
     with pytest.raises(InvalidCommandError, match=r"`layers` is 1.* with --exits makes others"):

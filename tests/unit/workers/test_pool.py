@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from fletcher.errors import BackendError, InternalError, RowTooLargeError
 from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
+from tests.integration.processes import eventually
 
 
 class QueueSource:
@@ -37,12 +39,12 @@ class QueueSource:
 class Answer:
     """A job and its outcome."""
 
-    def __init__(self, payload: Any) -> None:
+    def __init__(self, payload: Any, *, urgent: bool = False) -> None:
         self._settled = threading.Event()
         self.result: Any = None
         self.error: Exception | None = None
         self.calls = 0
-        self.job = Job(payload, self._done)
+        self.job = Job(payload, self._done, urgent=urgent)
 
     def _done(self, result: Any, error: Exception | None) -> None:
         self.calls += 1
@@ -153,6 +155,116 @@ def test_requests_run_at_once_up_to_the_workers_concurrency(tmp_path: Path) -> N
         assert submit("passes").wait() == "passes"
         gate.touch()
         blocked.wait()
+
+
+class UrgentSource(QueueSource):
+    """A pool's source of both kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.urgent: deque[Job] = deque()
+
+    def urgent_job(self) -> Job | None:
+        return self.urgent.popleft() if self.urgent else None
+
+
+@contextmanager
+def running_both(
+    factory: str = "load_express", **options: Any
+) -> Iterator[tuple[WorkerPool, Callable[..., Answer]]]:
+    """A pool, and a function that submits jobs of both kinds to it."""
+    source = UrgentSource()
+    spec = WorkerSpec("echo-0", f"tests.doubles.workers:{factory}", 1)
+    pool = WorkerPool("echo", [spec], source, urgent=source.urgent_job, **options)
+    pool.start()
+
+    def submit(payload: Any, *, urgent: bool = False) -> Answer:
+        answer = Answer(payload, urgent=urgent)
+        if urgent:
+            source.urgent.append(answer.job)
+            pool.hurry()
+        else:
+            source.jobs.put(answer.job)
+        return answer
+
+    try:
+        yield pool, submit
+    finally:
+        pool.close()
+
+
+def test_urgent_jobs_run_beside_a_worker_that_is_full(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with running_both() as (pool, submit):
+        blocked = [submit(("wait for", str(gate))) for _ in range(3)]
+        eventually(lambda: pool.statistics()[0]["in_flight"] == 2, "it is full")
+        urgent = [submit(n, urgent=True) for n in range(20)]
+        assert [one.wait() for one in urgent] == list(range(20))
+        assert not any(one.calls for one in blocked)
+        gate.touch()
+        for one in blocked:
+            one.wait()
+
+
+def test_urgent_jobs_overtake_what_waits_in_a_worker_without_room_for_more(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    ends: list[str] = []
+    with running_both("load_echo") as (pool, submit):
+        first = submit(("wait for", str(gate)))
+        eventually(Path(f"{gate}.begun").exists, "it has begun")
+        second, urgent = submit("other"), submit("urgent", urgent=True)
+        for answer in (second, urgent):
+            note_end(answer, ends)
+        eventually(lambda: pool.statistics()[0]["in_flight"] == 3, "it has all")
+        gate.touch()
+        for answer in (first, second, urgent):
+            answer.wait()
+        assert ends == ["urgent", "other"]
+
+
+def test_other_jobs_go_on_under_a_flood_of_urgent_ones() -> None:
+    with running_both("load_echo") as (_, submit):
+        ends: list[str] = []
+        others = [submit(f"other {n}") for n in range(5)]
+        stop = threading.Event()
+
+        def flood() -> None:
+            answers = [submit(("pause", 0.001), urgent=True) for _ in range(4)]
+            while not stop.is_set():
+                answers.pop(0).wait()
+                answers.append(submit(("pause", 0.001), urgent=True))
+            for answer in answers:
+                answer.wait()
+
+        for answer in others:
+            note_end(answer, ends)
+        flooding = threading.Thread(target=flood)
+        flooding.start()
+        try:
+            assert [answer.wait() for answer in others] == [f"other {n}" for n in range(5)]
+        finally:
+            stop.set()
+            flooding.join(30)
+
+
+def test_urgent_jobs_survive_their_worker(tmp_path: Path) -> None:
+    with running_both() as (pool, submit):
+        doomed = submit(("die once", str(tmp_path / "flag")), urgent=True)
+        behind = [submit(n, urgent=True) for n in range(5)]
+        assert doomed.wait() == "survived"
+        assert [one.wait() for one in behind] == list(range(5))
+        assert sum(one["restarts"] for one in pool.statistics()) == 1
+
+
+def note_end(answer: Answer, ends: list[str]) -> None:
+    """Has a job's result noted when it comes."""
+    done = answer.job.done
+
+    def noted(result: Any, error: Exception | None) -> None:
+        ends.append(result)
+        done(result, error)
+
+    answer.job.done = noted
 
 
 def test_a_worker_that_cannot_load_stops_the_start_with_its_reason() -> None:
