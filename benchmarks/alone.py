@@ -32,6 +32,7 @@ from fletcher.planning.planner import plan
 from fletcher.schema import VectorSpec, output_schema
 from fletcher.stores.address import open_store
 from fletcher.telemetry import Telemetry
+from fletcher.tokenization.worker import TokenizerConfig
 from fletcher.workers.messages import WorkerSpec
 
 # As the server plans: windows of so many full runs.
@@ -105,7 +106,7 @@ def tokenize(load: Load, num_workers: int, *, transfer: bool) -> Timing:
     """Tokenizer processes; `transfer`: texts go to them and tokens come back, as in a server."""
     folder = str(load.bundle.folder)
     texts = tuple(piece.texts for piece in load.pieces)
-    factory, config = "fletcher.tokenization.worker:load", folder
+    factory, config = "fletcher.tokenization.worker:load", TokenizerConfig(folder)
     held = Held(folder, texts)
     specs = [
         WorkerSpec(f"tokenizer-{n}", factory, config)

@@ -10,7 +10,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +33,14 @@ class Window:
     Attributes:
         seconds: How long it was.
         bulk_tokens: That the bulk load had computed in it.
+        busy: Share of the time that the devices computed, by their counters.
         ms: Of each request, from when it was due until its vector was read; none were sent where
             empty.
     """
 
     seconds: float
     bulk_tokens: float
+    busy: float
     ms: list[float]
 
     @property
@@ -62,10 +64,9 @@ def one_by_one(address: str, texts: list[str], num_requests: int) -> list[float]
 def alone(address: str, seconds: float) -> Window:
     """The bulk load by itself."""
     with flight.connect(address) as client:
-        started, before = time.perf_counter(), _device_tokens(client)
+        before, started = _devices(client), time.perf_counter()
         time.sleep(seconds)
-        tokens = _device_tokens(client) - before
-        return Window(time.perf_counter() - started, tokens, [])
+        return _window(client, before, started)
 
 
 def beside(
@@ -89,7 +90,7 @@ def beside(
             except Exception as error:  # noqa: BLE001 - raised where it is waited for
                 answers.put(error)
 
-        before, started = _device_tokens(client), time.perf_counter()
+        before, started = _devices(client), time.perf_counter()
         threading.Thread(target=read, daemon=True).start()
         for due, batch in zip(due_s.tolist(), batches, strict=True):
             time.sleep(max(0.0, started + due - time.perf_counter()))
@@ -101,8 +102,28 @@ def beside(
                 raise answer
             times.append((answer[0] - started - due) * 1000)
             own_tokens += answer[1]
-        elapsed = time.perf_counter() - started
-        return Window(elapsed, _device_tokens(client) - before - own_tokens, times)
+        return _window(client, before, started, own_tokens, times)
+
+
+def busy_load(address: str) -> float:
+    """The share of the load's time that the server says its devices computed, the least of them."""
+    with flight.connect(address) as client:
+        return float(min(one["busy_load"] for one in _stats(client)["replicas"]))
+
+
+def _window(
+    client: flight.FlightClient,
+    before: tuple[float, float],
+    started: float,
+    own_tokens: int = 0,
+    times: Sequence[float] = (),
+) -> Window:
+    """From what the counters said at its start, and say now."""
+    tokens, busy_s = _devices(client)
+    elapsed = time.perf_counter() - started
+    runs = sum(one["concurrency"] for one in _stats(client)["replicas"])
+    busy = (busy_s - before[1]) / (elapsed * runs)
+    return Window(elapsed, tokens - before[0] - own_tokens, busy, list(times))
 
 
 @contextmanager
@@ -128,7 +149,14 @@ def _tokens_of(answer: pa.RecordBatch | None) -> int:
     return int(answer.column("token_count")[0].as_py())
 
 
-def _device_tokens(client: flight.FlightClient) -> float:
-    """Tokens that the server's devices have computed so far."""
+def _devices(client: flight.FlightClient) -> tuple[float, float]:
+    """Tokens that the server's devices have computed so far, and seconds that it took them."""
+    stats = _stats(client)
+    return sum(stats["fletcher.device.tokens"].values()), sum(
+        stats["fletcher.device.busy"].values()
+    )
+
+
+def _stats(client: flight.FlightClient) -> dict[str, Any]:
     (answer,) = client.do_action(flight.Action("stats", b""))
-    return float(sum(json.loads(answer.body.to_pybytes())["fletcher.device.tokens"].values()))
+    return dict(json.loads(answer.body.to_pybytes()))

@@ -23,7 +23,7 @@ from benchmarks import hardware, report
 from benchmarks.arguments import add_common, as_options, positive, seconds
 from benchmarks.corpus import ROOT, Corpus
 from benchmarks.engines import configure, run_bare, save_tokens
-from benchmarks.interactive import Window, alone, beside, one_by_one
+from benchmarks.interactive import Window, alone, beside, busy_load, one_by_one
 from benchmarks.jobs import JobError, clean_environment
 from benchmarks.serving import serve
 from fletcher.models.registry import Registry
@@ -76,10 +76,16 @@ def run(args: argparse.Namespace) -> int:
             idle = one_by_one(served.address, texts, args.requests)
             with _bulk_load(served.address, args.corpus):
                 windows = _loaded(served.address, texts, args)
+                by_stats = busy_load(served.address)
     loaded = [ms for _, one in windows for ms in one.ms]
     times = {BARE: bare["ms"], IDLE: idle, LOADED: loaded}
     rows = [{"name": name, **percentiles(some), "ms": some} for name, some in times.items()]
     bulk = [{"alone": one.bulk_rate, "beside": two.bulk_rate} for one, two in windows]
+    busy = {
+        "alone": statistics.median(one.busy for one, _ in windows),
+        "beside": statistics.median(two.busy for _, two in windows),
+        "stats": by_stats,
+    }
     result = {
         "benchmark": "latency",
         "hardware": machine,
@@ -89,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         "engine": bare["engine"],
         "rows": rows,
         "bulk_tokens_per_s": bulk,
+        "busy": busy,
     }
     print(report.heading(machine, versions))
     print(
@@ -98,6 +105,11 @@ def run(args: argparse.Namespace) -> int:
     )
     print(_table(rows))
     print(_loss(bulk))
+    print(
+        f"device busy, by its counters: {busy['alone']:.2f} of the time alone, "
+        f"{busy['beside']:.2f} beside the requests; `stats` says "
+        f"{busy['stats']:.2f} for all of it (aim: 0.9)"
+    )
     print("\n" + report.publish(args.out, result))
     return 0
 

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fletcher.chunking import Chunking
 from fletcher.errors import FletcherError
 
 Int32Array = npt.NDArray[np.int32]
@@ -20,6 +21,37 @@ Priority = Literal["bulk", "interactive"]
 
 
 @dataclass(frozen=True, slots=True)
+class Carry:
+    """What is left when one part of a text has been cut into chunks, for the next part.
+
+    Attributes:
+        prompt_ids: int32 [n], tokens that go before the text of each chunk.
+        input_ids: int32 [n], tokens at the end, of which a chunk is still to come.
+        num_chunks: Chunks so far.
+    """
+
+    prompt_ids: Int32Array
+    input_ids: Int32Array
+    num_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Which rows of a batch are chunks of which text.
+
+    Attributes:
+        offsets: int64 [num_texts + 1], rows of text i are offsets[i] to offsets[i + 1]; a part of a
+            text may have none.
+        index: int32 [num_rows], 0 for a text's first chunk.
+        num_tokens: int32 [num_rows], tokens of the text itself.
+    """
+
+    offsets: Int64Array
+    index: Int32Array
+    num_tokens: Int32Array
+
+
+@dataclass(frozen=True, slots=True)
 class TextBatch:
     """Texts as they leave the front process for a tokenizer, in Arrow's own layout.
 
@@ -29,6 +61,9 @@ class TextBatch:
         truncate: What to do with a text longer than `max_length` tokens.
         prompt: Put before every text; counted in its tokens.
         max_length: Tokens per text at most, special tokens included; None: the model's own.
+        chunking: How texts are cut into chunks, each a row of the TokenBatch; None: not at all.
+        continued: These are parts of one text, and more of it comes in the next batch.
+        carry: What the batch before left of the text that goes on here.
         layers: The exit layer that their vectors come from; 0: the last.
     """
 
@@ -37,6 +72,9 @@ class TextBatch:
     truncate: Truncate = "end"
     prompt: str = ""
     max_length: int | None = None
+    chunking: Chunking | None = None
+    continued: bool = False
+    carry: Carry | None = None
     layers: int = 0
 
     @property
@@ -46,19 +84,23 @@ class TextBatch:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Tokenized texts, flat.
+    """Tokenized texts, flat. Where texts are cut into chunks, each of these is a text here.
 
     Attributes:
         input_ids: int32 [total_tokens], all texts one after the other, special tokens included.
         offsets: int64 [num_texts + 1] into `input_ids`, from 0.
         truncated: bool [num_texts], True where tokens were cut off.
         errors: By text index, why a text has no tokens (it then has length 0): truncate="error".
+        chunks: Whose chunks these are; None: texts were not cut.
+        carry: What is left for the text's next part.
     """
 
     input_ids: Int32Array
     offsets: Int64Array
     truncated: BoolArray
     errors: dict[int, FletcherError] = field(default_factory=dict)
+    chunks: Chunks | None = None
+    carry: Carry | None = None
 
     @property
     def num_texts(self) -> int:
@@ -112,6 +154,7 @@ class EmbeddingBatch:
         token_count: int32 [num_texts].
         truncated: bool [num_texts].
         errors: By text index, why a text has no vector.
+        chunks: Whose chunks these are, each a text here; None: texts were not cut.
     """
 
     embeddings: FloatArray
@@ -119,3 +162,4 @@ class EmbeddingBatch:
     token_count: Int32Array
     truncated: BoolArray
     errors: dict[int, FletcherError] = field(default_factory=dict)
+    chunks: Chunks | None = None

@@ -13,23 +13,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
-import json
 import os
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fletcher.aliases import Alias
 from fletcher.errors import ConfigError
 from fletcher.settings import (
+    ALIASES,
     DAY_S,
     FILE,
     FOLDER,
     GIB,
     MIB,
     MILLISECONDS,
+    NAMES,
     SECONDS,
     SIZE,
     STORES,
@@ -113,6 +114,27 @@ class ServeConfig:
         choices=COMPRESSIONS,
     )
     model: str = _option("all-MiniLM-L6-v2", "model", TEXT, "model used where a caller names none")
+    models: tuple[str, ...] = _option(
+        (),
+        "model",
+        NAMES,
+        "models served beside --model, repeatable, as NAME or NAME@HASH; each has processes and "
+        "memory of its own, and all share the cores",
+    )
+    model_aliases: tuple[str, ...] = _option(
+        (),
+        "model",
+        ALIASES,
+        "NAME=MODEL:WEIGHT,MODEL:WEIGHT, repeatable: calls for NAME are divided among models; an "
+        "alias `default` divides those that name no model",
+    )
+    max_model_memory: int = _option(
+        0,
+        "model",
+        SIZE,
+        "bytes that the processes of all models may take, 0: all there is; beyond it the model not "
+        "used for longest is unloaded, and the next call for it waits until it is loaded again",
+    )
     device: str = _option(
         "auto",
         "model",
@@ -326,7 +348,7 @@ class ServeConfig:
                 "`embedding_cache_dir`",
                 field="embedding_cache",
             )
-        _ = self.store_addresses
+        _ = self.store_addresses, self.aliases
 
     def _check_network(self) -> None:
         if not (self.insecure or self.token_file or is_loopback(self.host)):
@@ -345,6 +367,20 @@ class ServeConfig:
             path: Path | None = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ConfigError(f"`{name}` is {str(path)!r}, which is no file", field=name)
+
+    @property
+    def aliases(self) -> tuple[Alias, ...]:
+        """What `model_aliases` says."""
+        aliases = tuple(Alias.parse(text) for text in self.model_aliases)
+        taken = [name.partition("@")[0] for name in (self.model, *self.models)]
+        for alias in aliases:
+            if alias.name in taken:
+                raise ConfigError(
+                    f"`model_alias` gives the name {alias.name!r} twice, or a model has it",
+                    field="model_alias",
+                )
+            taken.append(alias.name)
+        return aliases
 
     @property
     def store_addresses(self) -> dict[str, str]:
@@ -372,7 +408,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _name(field: str) -> str:
-    return {"stores": "store"}.get(field, field.removesuffix("_s"))
+    return {"stores": "store", "model_aliases": "model_alias"}.get(field, field.removesuffix("_s"))
 
 
 OPTIONS: dict[str, Option] = {
@@ -381,108 +417,7 @@ OPTIONS: dict[str, Option] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """A configuration and where each of its values came from.
-
-    Attributes:
-        config: The options.
-        sources: By option name: a flag, a variable, the file, or `default`.
-        warnings: Variables that look like misspelt options.
-    """
-
-    config: ServeConfig
-    sources: Mapping[str, str]
-    warnings: tuple[str, ...] = ()
-
-    def to_toml(self) -> str:
-        """The options as a TOML file, the source of each in a comment."""
-        lines = []
-        for name, option in OPTIONS.items():
-            value = getattr(self.config, option.field)
-            if value is None:
-                lines.append(f"# {name} is not set")
-            else:
-                lines.append(f"{name} = {_toml(value)}  # {self.sources.get(name, 'default')}")
-        return "\n".join(lines) + "\n"
-
-
-def resolve(
-    flags: Mapping[str, Any],
-    environ: Mapping[str, str],
-    file: Path | None = None,
-    *,
-    only: Collection[str] | None = None,
-) -> Resolved:
-    """The configuration that flags, environment and file make together.
-
-    Args:
-        flags: By option name, the text given (a list of texts for a repeated flag).
-        environ: The environment.
-        file: A TOML file; None: the one that FLETCHER_CONFIG names, if it is set.
-        only: Names of the options to take; others keep their defaults wherever they are set.
-
-    Raises:
-        ConfigError: Names the option, its source, the value and what is allowed.
-    """
-    if file is None and environ.get("FLETCHER_CONFIG"):
-        file = Path(environ["FLETCHER_CONFIG"]).expanduser()
-    in_file = {} if file is None else _read_file(file)
-    values: dict[str, Any] = {"home": fletcher_home(environ)}
-    sources: dict[str, str] = {}
-    for name, option in OPTIONS.items():
-        if only is not None and name not in only:
-            continue
-        if name in flags:
-            given, source = flags[name], option.flag
-        elif environ.get(option.variable):
-            given, source = environ[option.variable], option.variable
-        elif name in in_file:
-            given, source = in_file[name], str(file)
-        else:
-            continue
-        values[option.field] = option.read(given, source)
-        sources[name] = source
-    return Resolved(ServeConfig(**values), sources, _misspelt(environ))
-
-
 def nearest(word: str, known: Collection[str]) -> str:
     """`; did you mean X?`, or nothing where no known word is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(
-            f"`config` is {str(path)!r}, which cannot be read: {error.strerror}", field="config"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"`config` {str(path)!r} is not TOML: {error}", field="config") from None
-    for key in values:
-        if key not in OPTIONS:
-            raise ConfigError(
-                f"`{key}` in {str(path)!r} is not an option{nearest(key, OPTIONS)}",
-                field=key,
-                allowed=sorted(OPTIONS),
-            )
-    return values
-
-
-def _misspelt(environ: Mapping[str, str]) -> tuple[str, ...]:
-    # Only near misses: other programs may have FLETCHER_ variables of their own.
-    known = {option.variable for option in OPTIONS.values()} | {"FLETCHER_CONFIG"}
-    strange = sorted(name for name in environ if name.startswith("FLETCHER_") and name not in known)
-    return tuple(
-        f"{name} is not an option{hint}" for name in strange if (hint := nearest(name, known))
-    )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # JSON's strings, numbers and booleans are TOML's too.
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

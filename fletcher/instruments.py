@@ -87,14 +87,24 @@ class Gauge(_Instrument):
         super().__init__(name, unit, text, *labels)
         self._watched: dict[Key, Callable[[], float]] = {}
 
-    def watch(self, read: Callable[[], float], **attributes: str) -> None:
+    def watch(self, read: Callable[[], float], **attributes: str) -> Callable[[], None]:
         """Asks `read` from now on, in place of an earlier one with the same labels.
 
         `read` is called from any thread, must not raise and must not block.
+
+        Returns:
+            What ends it, unless another came in its place.
         """
         key = self._key(attributes)
         with self._lock:
             self._watched[key] = read
+
+        def end() -> None:
+            with self._lock:
+                if self._watched.get(key) is read:
+                    del self._watched[key]
+
+        return end
 
     def snapshot(self) -> Any:
         """The value, or values by label; None where an unlabelled gauge watches nothing."""
@@ -210,20 +220,40 @@ class Instruments:
         self.known_memory = Gauge(
             "known.memory", "By", "Memory of what is known of datasets' rows, to drop duplicates"
         )
-        self.device_batches = Counter("device.batches", "{batch}", "Runs of the model", "device")
-        self.device_tokens = Counter("device.tokens", "{token}", "Tokens computed", "device")
-        self.device_padded_tokens = Counter(
-            "device.padded_tokens", "{token}", "Tokens computed, padding included", "device"
+        self.device_batches = Counter(
+            "device.batches", "{batch}", "Runs of the model", "model", "device"
         )
-        self.device_busy = Counter("device.busy", "s", "Time spent computing", "device")
+        self.device_tokens = Counter(
+            "device.tokens", "{token}", "Tokens computed", "model", "device"
+        )
+        self.device_padded_tokens = Counter(
+            "device.padded_tokens",
+            "{token}",
+            "Tokens computed, padding included",
+            "model",
+            "device",
+        )
+        self.device_busy = Counter("device.busy", "s", "Time spent computing", "model", "device")
+        self.device_busy_share = Gauge(
+            "device.busy_share",
+            "1",
+            "Share of the last 10 s that a device computed",
+            "model",
+            "device",
+        )
         self.device_budget = Gauge(
             "device.budget",
             "{token}",
             "Padded tokens in one run; less after a device was out of memory",
+            "model",
             "device",
         )
         self.device_rate = Gauge(
-            "device.rate", "{token}/s", "Tokens that a device computes in a second", "device"
+            "device.rate",
+            "{token}/s",
+            "Tokens that a device computes in a second",
+            "model",
+            "device",
         )
         self.queue_depth = Gauge("queue.depth", "{item}", "Items waiting for a stage", "stage")
         self.stage_duration = Histogram(
@@ -233,17 +263,22 @@ class Instruments:
         )
         self.errors = Counter("errors", "{error}", "Calls and rows that failed", "code")
         self.worker_restarts = Counter(
-            "worker.restarts", "{restart}", "Processes started again after they died", "worker"
+            "worker.restarts",
+            "{restart}",
+            "Processes started again after they died",
+            "model",
+            "worker",
         )
         self.worker_states = Counter(
             "worker.states",
             "{change}",
             "Changes of a worker's state, by the new one",
+            "model",
             "worker",
             "state",
         )
         self.worker_usable = Gauge(
-            "worker.usable", "1", "1 while a worker takes work, else 0", "worker"
+            "worker.usable", "1", "1 while a worker takes work, else 0", "model", "worker"
         )
         self.store_retries = Counter("store.retries", "{retry}", "Appends to the store tried again")
         self.store_away = Gauge("store.away", "1", "1 while a store is away, else 0", "store")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fletcher.config import ServeConfig
 from fletcher.errors import BackendError
@@ -22,6 +22,7 @@ from fletcher.planning.planner import MAX_BATCH_ROWS, plan
 from fletcher.telemetry import Telemetry
 from fletcher.tokenization.null import NullTokenizer
 from fletcher.tokenization.tokenizer import Tokenizer
+from fletcher.tokenization.worker import TokenizerConfig
 from fletcher.tuning.candidates import Asked
 from fletcher.tuning.decision import Decision, decide
 from fletcher.workers.messages import WorkerSpec
@@ -54,14 +55,14 @@ class Loader:
     crowded: Callable[[], bool]
     shelf: Shelf | None
 
-    def load(self, name: str) -> Model:
-        """Starts and warms a model.
+    def look(self, name: str) -> ModelBundle:
+        """See `fletcher.pipeline.versions.Source`."""
+        return self.registry.get(name)
 
-        Raises:
-            FletcherError: It is not there, is damaged or does not run here; nothing is left.
-        """
+    def load(self, bundle: ModelBundle) -> Model:
+        """See `fletcher.pipeline.versions.Source`."""
         # A flipped bit in the weights makes plausible vectors that are wrong for good.
-        bundle = self.registry.verify(name)
+        bundle = self.registry.verify(bundle.qualified_name)
         decision, standby = _decide(self.config, bundle, self.host)
         embedder = self._embedder(bundle, decision.configs, standby)
         embedder.start()
@@ -73,10 +74,12 @@ class Loader:
     ) -> Embedder:
         config = self.config
         num_tokenizers = config.tokenizer_workers or _tokenizers(self.host.cores, replicas)
-        folder = str(bundle.folder)
         null = config.tokenizer == "null"
         tokenizer = (NullTokenizer if null else Tokenizer).load(bundle.folder)
         tokenizer_factory = f"fletcher.tokenization.{'null' if null else 'worker'}:load"
+        tokenizer_config = TokenizerConfig(str(bundle.folder), bundle.hash)
+        replicas = [replace(one, version=bundle.hash) for one in replicas]
+        standby = [replace(one, version=bundle.hash) for one in standby]
         max_batch_tokens = replicas[0].max_batch_tokens
         specs = [
             WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)
@@ -85,7 +88,7 @@ class Loader:
         return Embedder(
             EmbedderConfig(
                 tokenizers=[
-                    WorkerSpec(f"tokenizer-{n}", tokenizer_factory, folder)
+                    WorkerSpec(f"tokenizer-{n}", tokenizer_factory, tokenizer_config)
                     for n in range(num_tokenizers)
                 ],
                 replicas=specs[: len(replicas)],
@@ -95,6 +98,7 @@ class Loader:
                 max_queue_delay_s=config.max_queue_delay_ms / 1000,
                 dispatch=config.dispatch,
                 worker_timeout_s=config.worker_timeout_s,
+                model=bundle.qualified_name,
             ),
             plan=lambda lengths, num_runners: plan(
                 lengths,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fletcher.chunking import Chunking
 from fletcher.errors import InvalidCommandError, UnknownFieldError
 
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -24,18 +25,11 @@ MAX_NUMBER = 1_000_000
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "float16", "int8", "ubinary"),
     "truncate": ("end", "start", "error"),
-    "chunking": ("none",),
     "on_error": ("continue", "abort"),
     "mode": ("append", "upsert", "overwrite", "delta"),
     "dedupe": ("off", "text", "id"),
     "durability": ("journal", "store", "memory"),
     "priority": ("bulk", "interactive"),
-}
-
-# Values that the contract has and this server has not: refused as such, not as a misspelling.
-# None: whatever is not in CHOICES.
-NOT_SUPPORTED: dict[str, tuple[str, ...] | None] = {
-    "chunking": None,
 }
 
 
@@ -58,7 +52,8 @@ class EmbedOptions:
             stores that take nothing else).
         normalize: L2-normalise; None: as the model says.
         truncate: What to do with texts over the model's length.
-        chunking: How long texts are cut into pieces; only `none`.
+        chunking: How long texts are cut into chunks, and what becomes of their vectors:
+            `METHOD[:SIZE[/OVERLAP]][:AGGREGATION]` (see `fletcher.chunking`), or `none`.
         columns: Input columns to carry through to the output.
         include_text: Carry the text itself; None: true for stores, false for DoExchange.
         on_error: `continue` reports a failed row and goes on; `abort` ends the call with its error.
@@ -127,6 +122,7 @@ class EmbedOptions:
                     f"`{name}` is {_shown(value)}, expected 1 to {MAX_NUMBER}", field=name
                 )
         _check_columns(self.columns)
+        self._check_chunking()
         self._check_duplicates()
 
     @classmethod
@@ -145,6 +141,17 @@ class EmbedOptions:
                     allowed=FIELD_NAMES,
                 )
         return cls(**fields)
+
+    def _check_chunking(self) -> None:
+        if self.chunking is None or Chunking.parse(self.chunking) is None:
+            return
+        if self.truncate != "end":
+            raise InvalidCommandError(
+                f"`truncate` is {self.truncate} and `chunking` is {self.chunking}, which cuts "
+                "nothing off; leave one of them out",
+                field="truncate",
+                allowed=["end"],
+            )
 
     def _check_duplicates(self) -> None:
         if self.dedupe != "off" and self.mode not in ("append", "overwrite"):
@@ -228,14 +235,10 @@ def _check_choice(name: str, value: str | None) -> None:
     allowed = CHOICES[name]
     if value is None or value in allowed:
         return
-    known = NOT_SUPPORTED.get(name, ())
-    problem = (
-        "which this server does not support; allowed: "
-        if known is None or value in known
-        else "expected one of "
-    )
     raise InvalidCommandError(
-        f"`{name}` is {_shown(value)}, {problem}{', '.join(allowed)}", field=name, allowed=allowed
+        f"`{name}` is {_shown(value)}, expected one of {', '.join(allowed)}",
+        field=name,
+        allowed=allowed,
     )
 
 

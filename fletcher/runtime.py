@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -193,7 +194,8 @@ class Runtime:
         if left_behind:
             log.info("journal: %d rows of an earlier run go to their stores", left_behind)
         registry = Registry(config.home / "models")
-        registry.ensure(config.model, self._progress)
+        for name in (config.model, *config.models):
+            registry.ensure(name, self._progress)
         self._budget = budget = MemoryBudget(
             int(config.max_memory * _BUDGET_SHARE), config.max_streams
         )
@@ -213,9 +215,12 @@ class Runtime:
             crowded=lambda: pressure.grade is not Grade.NORMAL,
             shelf=self._shelf,
         )
-        models = Models(loader.load(config.model))
+        models = Models(loader, config.model, max_bytes=config.max_model_memory)
+        for stage in ("texts", "tokens", "micro_batches"):
+            telemetry.queue_depth.watch(partial(models.queued, stage), stage=stage)
         self._service = Service(
             models=models,
+            budget=budget,
             delivery=delivery,
             calls=calls,
             answers=Answers(config.compression),
@@ -223,6 +228,7 @@ class Runtime:
             telemetry=telemetry,
             outputs=OutputRules(allow_undeclared=config.allow_undeclared, int8=config.int8),
         )
+        models.start(config.models, config.aliases)
         pressure.watch()
         self._server = _listen(self._service, flight_config)
         self.address = self._server.address

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fletcher.chunking import Chunking
 from fletcher.errors import InvalidCommandError
 from fletcher.quantization import QUANTIZATION, ROW, Ranges, pack_signs, quantize_rows
 
@@ -34,6 +35,7 @@ class VectorSpec:
         pooling: `cls`, `mean` or `last_token`.
         normalized: L2 norm is 1.
         ranges: How int8 is made; None: by a scale a row.
+        chunking: How texts are cut into chunks; None: not at all.
     """
 
     model: str
@@ -43,6 +45,7 @@ class VectorSpec:
     pooling: str
     normalized: bool
     ranges: Ranges | None = None
+    chunking: Chunking | None = None
 
     @property
     def arrow_type(self) -> pa.DataType:
@@ -75,6 +78,7 @@ class VectorSpec:
             "fletcher.dtype": self.dtype,
             "longbow.vector_type": self.dtype,
             **quantization,
+            **({} if self.chunking is None else {"fletcher.chunking": str(self.chunking)}),
         }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fletcher.aliases import MODEL_NAME, Alias
 from fletcher.errors import ConfigError
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -21,6 +22,7 @@ _SIZE_UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "k": 1 << 10, "m": MIB, "g": GIB, "kib": 1 << 10, "mib": MIB, "gib": GIB, "tib": 1 << 40,
 }  # fmt: skip
+_MODEL = re.compile(rf"{MODEL_NAME}(?:@[0-9a-f]+)?")
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -58,6 +60,21 @@ def _stores(text: str) -> tuple[str, ...]:
     return tuple(name for part in parts if (name := part.strip()))
 
 
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name for part in text.split(",") if (name := part.strip()))
+    if not all(_MODEL.fullmatch(name) for name in names):
+        raise ValueError(text)
+    return names
+
+
+def _aliases(text: str) -> tuple[str, ...]:
+    # A comma parts two aliases only where another `NAME=` follows.
+    parts = tuple(part.strip() for part in re.split(r",(?=[^,=]*=)", text) if part.strip())
+    for part in parts:
+        Alias.parse(part)
+    return parts
+
+
 def _file(text: str) -> Path:
     if not text:
         raise ValueError(text)
@@ -88,6 +105,8 @@ SECONDS = Kind("SECONDS", "seconds, or a time such as 200ms or 2m", parse_second
 MILLISECONDS = Kind("MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float))
 SWITCH = Kind("BOOL", "true or false", _switch, (bool,))
 STORES = Kind("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _stores, (list,))
+NAMES = Kind("MODEL", "names of models, separated by commas", _names, (list,))
+ALIASES = Kind("ALIAS", "NAME=MODEL:WEIGHT,MODEL:WEIGHT", _aliases, (list,))
 FILE = Kind("FILE", "a path", _file)
 FOLDER = Kind("FOLDER", "a path", _file)
 

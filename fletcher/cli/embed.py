@@ -63,6 +63,13 @@ def add_parser(subparsers: Any) -> None:
         default="end",
         help="long texts: cut there, or fail (default: end)",
     )
+    parser.add_argument(
+        "--chunking",
+        default="none",
+        metavar="HOW",
+        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]; tokens:256/32:mean gives "
+        "a text the mean of its chunks' vectors, which take their time each (default: none)",
+    )
     add_connection(parser, ("model",))
 
 
@@ -80,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         prompt=args.prompt,
         truncate=args.truncate,
+        chunking=None if args.chunking == "none" else args.chunking,
         include_text=True,
     )
     config = local_config(args, store=NO_STORE)

@@ -102,6 +102,13 @@ def add_parser(subparsers: Any) -> None:
         help="long texts: cut there, or fail (default: end)",
     )
     group.add_argument(
+        "--chunking",
+        default="none",
+        metavar="HOW",
+        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]; tokens:256/32:mean gives "
+        "a text the mean of its chunks' vectors, which take their time each (default: none)",
+    )
+    group.add_argument(
         "--no-text", action="store_true", help="store vectors and ids without the texts"
     )
     group.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -164,6 +171,7 @@ def _options(args: argparse.Namespace) -> EmbedOptions:
         layers=args.layers,
         prompt=args.prompt,
         truncate=args.truncate,
+        chunking=None if args.chunking == "none" else args.chunking,
         include_text=False if args.no_text else None,
         durability="store",  # the summary tells what the store has
     )

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fletcher.config import OPTIONS, Resolved, ServeConfig, nearest, resolve
-from fletcher.settings import SIZE, STORES, SWITCH, Option
+from fletcher.config import OPTIONS, ServeConfig, nearest
+from fletcher.resolution import Resolved, resolve
+from fletcher.settings import SIZE, SWITCH, Option
 
 GROUPS = {
     "network": "network",
@@ -95,7 +96,7 @@ def _add(group: Any, option: Option, default: Any) -> None:
     }
     if option.kind is SWITCH:
         group.add_argument(option.flag, action="store_const", const="true", **common)
-    elif option.kind is STORES:
+    elif list in option.kind.toml:
         group.add_argument(option.flag, action="append", metavar=option.kind.metavar, **common)
     else:
         # Choices are checked where the environment's and the file's are, for the same message.

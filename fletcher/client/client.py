@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,8 @@ from fletcher.options import EmbedOptions
 from fletcher.readers import Source, open_source
 
 DEFAULT_TIMEOUT_S = 20.0
+# A large model takes its time to be read, compiled and warmed up.
+LOAD_TIMEOUT_S = 300.0
 _EMBED_ROWS = 4096
 
 
@@ -213,6 +215,51 @@ class Client:
     def list_models(self) -> list[dict[str, Any]]:
         """The models that the server runs: the fields of ModelInfo."""
         return list(self._connection.action("list_models").get("models", []))
+
+    def load_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
+        """Has the server load a model that is installed there.
+
+        Args:
+            model: Its name, or one version as `name@hash`.
+            timeout_s: Longest wait until it is ready.
+
+        Returns:
+            `name@hash` of what is ready now.
+        """
+        return str(self._connection.action("load_model", {"model": model}, timeout_s)["model"])
+
+    def swap_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
+        """Has a name stand for the version that is installed under it now, or for `name@hash`.
+
+        Calls that run end with the version that they began with.
+
+        Returns:
+            `name@hash` of what new calls get.
+        """
+        return str(self._connection.action("swap_model", {"model": model}, timeout_s)["model"])
+
+    def unload_model(self, model: str, *, force: bool = False) -> str:
+        """Takes a model out of service; `force` cuts off the calls that hold it.
+
+        Returns:
+            `name@hash` of what retires.
+        """
+        body = {"model": model, "force": force}
+        return str(self._connection.action("unload_model", body)["model"])
+
+    def set_alias(self, alias: str, models: Mapping[str, float] | None) -> dict[str, str]:
+        """Divides calls for a name among models, by weight.
+
+        Args:
+            alias: What callers ask for; `default` is for those that name no model.
+            models: Weights by model; none: the alias goes.
+
+        Returns:
+            All aliases.
+        """
+        shares = ",".join(f"{name}:{weight:.12g}" for name, weight in (models or {}).items())
+        answer = self._connection.action("set_alias", {"alias": alias, "models": shares})
+        return dict(answer["aliases"])
 
     def health(self) -> dict[str, Any]:
         """Answers if the server's process is alive."""

@@ -149,10 +149,18 @@ class Connection:
         except InvalidCommandError:
             return  # it listens, and has no such action
 
-    def action(self, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Calls an action with a JSON body and gives its JSON answer."""
+    def action(
+        self, name: str, body: dict[str, Any] | None = None, timeout_s: float | None = None
+    ) -> dict[str, Any]:
+        """Calls an action with a JSON body and gives its JSON answer.
+
+        Args:
+            name: The action.
+            body: Its body; None: empty.
+            timeout_s: Longest wait; None: the connection's.
+        """
         raw = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
-        results = self._act(name, raw)
+        results = self._act(name, raw, timeout_s)
         try:
             answer = json.loads(results[0].body.to_pybytes())
         except (IndexError, ValueError):
@@ -179,9 +187,10 @@ class Connection:
         """
         return flight.FlightCallOptions(write_options=write, headers=self._headers)
 
-    def _act(self, name: str, body: bytes) -> list[Any]:
+    def _act(self, name: str, body: bytes, timeout_s: float | None = None) -> list[Any]:
         with self.errors():
-            options = flight.FlightCallOptions(timeout=self._timeout_s, headers=self._headers)
+            timeout_s = self._timeout_s if timeout_s is None else timeout_s
+            options = flight.FlightCallOptions(timeout=timeout_s, headers=self._headers)
             return list(self.flight.do_action(flight.Action(name, body), options))
 
     def close(self) -> None:

@@ -104,6 +104,7 @@ def intake(
         limits=model.limits,
         carry_text=options.include_text if options.include_text is not None else carry_text,
         small_is_interactive=interactive,
+        chunking=request.spec.chunking,
     )
 
 

@@ -163,22 +163,34 @@ def parse_list_models(body: bytes) -> str:
     return str(format_name)
 
 
-def encode_models(models: Sequence[Model], *, default: str, format_name: str = "json") -> bytes:
+def encode_models(
+    models: Sequence[tuple[Model, Mapping[str, Any]]],
+    aliases: Mapping[str, str],
+    *,
+    format_name: str = "json",
+) -> bytes:
     """The answer of `list_models`.
 
     Args:
-        models: Bundles that are served.
-        default: Name of the one used where a command names none.
-        format_name: `json`: `{"models": [{...ModelInfo}]}`; `protobuf`: a ListModelsResult.
+        models: Bundles that are served, each with `is_default`, `state`, `is_current`, `calls` and
+            `memory_bytes` among what is known of it.
+        aliases: What each stands for.
+        format_name: `json`: `{"models": [{...ModelInfo}], "aliases": {...}}`; `protobuf`: a
+            ListModelsResult.
     """
-    infos = [_model_info(model, is_default=model.name == default) for model in models]
+    infos = [_model_info(model) | {name: run[name] for name in _RUNNING} for model, run in models]
     if format_name == "protobuf":
-        result = embed_pb2.ListModelsResult(models=[embed_pb2.ModelInfo(**info) for info in infos])
+        result = embed_pb2.ListModelsResult(
+            models=[embed_pb2.ModelInfo(**info) for info in infos], aliases=aliases
+        )
         return bytes(result.SerializeToString())
-    return json.dumps({"models": infos}, ensure_ascii=False).encode()
+    return json.dumps({"models": infos, "aliases": dict(aliases)}, ensure_ascii=False).encode()
 
 
-def _model_info(model: Model, *, is_default: bool) -> dict[str, Any]:
+_RUNNING = ("is_default", "state", "is_current", "calls", "memory_bytes")
+
+
+def _model_info(model: Model) -> dict[str, Any]:
     return {
         "name": model.name,
         "hash": model.hash,
@@ -191,7 +203,6 @@ def _model_info(model: Model, *, is_default: bool) -> dict[str, Any]:
         "layers": list(model.layers),
         "dims": list(model.dims),
         "prompts": dict(model.prompts),
-        "is_default": is_default,
     }
 
 

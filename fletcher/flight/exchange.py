@@ -57,7 +57,8 @@ def exchange(
             "no dataset; use DoPut, or leave it out",
             field=field,
         )
-    with service.models.lease(options.model) as model:
+    key, given_up = options.upload_id or "", context.is_cancelled
+    with service.models.lease(options.model, key=key, given_up=given_up) as model:
         _exchange(service, model, options, context, reader, writer, trace)
 
 
@@ -169,7 +170,10 @@ class _Answers:
                 self._writer.write_metadata(told)
 
     def _take(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> None:
-        batch, errors = self._assembler.assemble(piece, outcome)
+        assembled = self._assembler.assemble(piece, outcome)
+        if assembled is None:
+            return
+        batch, errors = assembled
         if ending := ends_call(errors, abort=self._abort):
             raise ending
         for error in errors.values():

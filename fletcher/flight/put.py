@@ -55,7 +55,11 @@ def put(
             field="mode",
             allowed=["append", "overwrite"],
         )
-    with service.models.lease(options.model) as model:
+    # A dataset has vectors of one model: an alias divides datasets, not their uploads and resumes.
+    held = _model_of(store, options.dataset) if service.models.splits(options.model) else None
+    with service.models.lease(
+        options.model, key=options.dataset, held=held, given_up=context.is_cancelled
+    ) as model:
         _put(service, model, store, options, context, reader, writer, trace)
 
 
@@ -98,6 +102,13 @@ def _put(
             service.delivery.close(upload, route)
 
 
+def _model_of(store: Store, dataset: str) -> str | None:
+    """`name@hash` of the model whose vectors a dataset has; None where that is not known."""
+    info = store.dataset(dataset)
+    name = (info.schema.metadata or {}).get(b"fletcher.model") if info is not None else None
+    return None if name is None else name.decode()
+
+
 class _Put:
     """One connection that feeds an upload.
 
@@ -125,6 +136,7 @@ class _Put:
         self._skip = Screen(route.known, upload).skip if upload.known_by is not None else None
         self._assembler = Assembler(output, request.spec, upload.upload_id)
         self._unacknowledged: deque[tuple[int, int, int]] = deque()
+        self._new: list[tuple[int, int]] = []  # rows of the piece at hand that were not here yet
         self._ended = False
         self._client_gone = False
 
@@ -186,11 +198,13 @@ class _Put:
             self._upload.announce(message.metadata.rows)
 
     def _submit(self, piece: Piece) -> None:
-        last = piece.row_first + piece.num_rows - 1
-        new = self._upload.claim(piece.row_first, last)
-        num_known = piece.num_rows - sum(last - first + 1 for first, last in new)
-        if num_known:
-            self._service.telemetry.rows_deduplicated.add(num_known)
+        if piece.part == 0:
+            last = piece.row_first + piece.num_rows - 1
+            self._new = self._upload.claim(piece.row_first, last)
+            num_known = piece.num_rows - sum(last - first + 1 for first, last in self._new)
+            if num_known:
+                self._service.telemetry.rows_deduplicated.add(num_known)
+        new = self._new
         # Later pieces may need this one's dictionary values even where its rows are there already.
         if new or piece.new_values is not None:
             self._stream.submit(
@@ -200,7 +214,11 @@ class _Put:
     def _deliver(self) -> None:
         for result in self._stream.results():
             piece, new = result.context
-            batch, errors = self._assembler.assemble(piece, result.embeddings)
+            assembled = self._assembler.assemble(piece, result.embeddings)
+            if assembled is None:
+                self._stream.release(result.num_bytes)
+                continue
+            batch, errors = assembled
             if error := ends_call(errors, abort=self._options.on_error == "abort"):
                 raise error
             ids = batch.column("id")

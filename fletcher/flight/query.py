@@ -16,10 +16,13 @@ from fletcher.pipeline.service import Service
 from fletcher.schema import ELEMENT_TYPES, output_schema
 
 MAX_TEXTS = 256
-_UNUSED = ("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe")
+_UNUSED = (
+    *("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe"),
+    "chunking",  # of long texts, which DoExchange takes as they come
+)
 
 
-def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, Any]:
+def embed(service: Service, fields: dict[str, Any], context: Any, trace: Trace) -> dict[str, Any]:
     """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
 
     For int8 with a scale a row there is `scale`, too.
@@ -42,7 +45,8 @@ def embed(service: Service, fields: dict[str, Any], trace: Trace) -> dict[str, A
         if name in fields:
             raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
     options = EmbedOptions.from_mapping(fields)
-    with service.models.lease(options.model) as model:
+    key, given_up = options.upload_id or "", context.is_cancelled
+    with service.models.lease(options.model, key=key, given_up=given_up) as model:
         return _embed(service, model, options, texts, trace)
 
 
@@ -81,7 +85,9 @@ def _embed(
                 )
             stream.end()
             for result in stream.results():
-                output, errors = assembler.assemble(result.context, result.embeddings)
+                assembled = assembler.assemble(result.context, result.embeddings)
+                assert assembled is not None  # no text is cut
+                output, errors = assembled
                 if errors:
                     raise errors[min(errors)]
                 answer["embeddings"] += output.column("vector").to_pylist()

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
+from fletcher.flight.admin import load_model, set_alias, swap_model, unload_model
 from fletcher.flight.auth import TokenFactory
 from fletcher.flight.commands import encode_models, parse_descriptor, parse_json, parse_list_models
 from fletcher.flight.exchange import exchange
@@ -21,6 +22,7 @@ from fletcher.flight.query import embed
 from fletcher.flight.status import handler_errors
 from fletcher.flight.trace import TraceFactory, caller_trace
 from fletcher.options import EmbedOptions, check_dataset
+from fletcher.pipeline.models import Models
 from fletcher.pipeline.service import Service
 from fletcher.schema import ELEMENT_TYPES, output_schema
 from fletcher.stores.base import DatasetInfo
@@ -34,6 +36,10 @@ ACTIONS = {
     "list_models": 'The models. Body: empty or {"format": "json"|"protobuf"}',
     "embed": 'Vectors of a few texts. Body: {"texts": [...], ...EmbedCommand}. Result: JSON',
     "upload_status": 'What is durable. Body: {"upload_id", "dataset"?, "store"?}. Result: JSON',
+    "load_model": 'Loads an installed model; answers when it is ready. Body: {"model"}',
+    "swap_model": 'Puts the installed version in place of the one that runs. Body: {"model"}',
+    "unload_model": 'Takes a model out of service. Body: {"model", "force"?}',
+    "set_alias": 'Divides calls. Body: {"alias", "models": "a:0.9,b:0.1"}; no models: removes it',
 }
 
 
@@ -88,13 +94,18 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         with self._handling():
+            models = self._service.models
             handlers: dict[str, Callable[[bytes], bytes]] = {
                 "health": self._health,
                 "ready": self._ready,
                 "stats": self._stats,
                 "list_models": self._list_models,
-                "embed": lambda body: self._embed(body, caller_trace(context)),
+                "embed": lambda body: self._embed(body, context),
                 "upload_status": self._upload_status,
+                "load_model": lambda body: self._load(load_model, body, context),
+                "swap_model": lambda body: self._load(swap_model, body, context),
+                "unload_model": lambda body: _json(unload_model(models, parse_json(body))),
+                "set_alias": lambda body: _json(set_alias(models, parse_json(body))),
             }
             if action.type not in handlers:
                 raise InvalidCommandError(
@@ -127,7 +138,8 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             options = parse_descriptor(descriptor)
             if options.dataset is not None:
                 return flight.SchemaResult(self._dataset(descriptor).schema)
-            with self._service.models.lease(options.model) as model:
+            given_up = context.is_cancelled
+            with self._service.models.lease(options.model, given_up=given_up) as model:
                 request = self._service.resolve(model, options, dtypes=tuple(ELEMENT_TYPES))
             text = bool(options.include_text)
             return flight.SchemaResult(output_schema(request.spec, id_type=pa.utf8(), text=text))
@@ -158,19 +170,35 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         return _json({"status": "ok"})
 
     def _ready(self, body: bytes) -> bytes:
-        model = self._service.models.default
-        ready = model.embedder.ready and not self._service.calls.draining.is_set()
-        return _json({"ready": ready, "model": model.bundle.qualified_name})
+        models = self._service.models
+        ready = models.serves and not self._service.calls.draining.is_set()
+        return _json({"ready": ready, "model": models.default.name})
 
     def _stats(self, body: bytes) -> bytes:
         return _json(self._service.describe())
 
     def _list_models(self, body: bytes) -> bytes:
-        model = self._service.models.default.bundle
-        return encode_models([model], default=model.name, format_name=parse_list_models(body))
+        format_name = parse_list_models(body)
+        models = self._service.models
+        bundles = models.bundles()
+        entries = [
+            (bundle, one)
+            for one in models.describe()
+            if (bundle := bundles.get(f"{one['name']}@{one['hash']}")) is not None
+        ]
+        return encode_models(entries, models.aliases(), format_name=format_name)
 
-    def _embed(self, body: bytes, trace: Any) -> bytes:
-        return _json(embed(self._service, parse_json(body), trace))
+    def _embed(self, body: bytes, context: Any) -> bytes:
+        return _json(embed(self._service, parse_json(body), context, caller_trace(context)))
+
+    def _load(
+        self,
+        load: Callable[[Models, dict[str, Any], Callable[[], bool]], dict[str, Any]],
+        body: bytes,
+        context: Any,
+    ) -> bytes:
+        self._service.calls.check()
+        return _json(load(self._service.models, parse_json(body), context.is_cancelled))
 
     def _upload_status(self, body: bytes) -> bytes:
         options = EmbedOptions.from_mapping(parse_json(body))

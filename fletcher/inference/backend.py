@@ -20,6 +20,8 @@ class BackendConfig:
         threads: Cores this replica may use; 0: all it sees. CPU only.
         max_batch_tokens: Padded tokens in one run at most; warm-up covers it.
         gpu_memory: Bytes of the GPU that this replica may take; 0: all that is free. CUDA only.
+        version: The bundle's hash: what the folder must hold, or the one kept beside it; empty:
+            whatever is there.
         dim: Width of a vector, for `null`, which loads nothing.
     """
 
@@ -30,6 +32,7 @@ class BackendConfig:
     threads: int = 0
     max_batch_tokens: int = 1024
     gpu_memory: int = 0
+    version: str = ""
     dim: int = 0
 
 

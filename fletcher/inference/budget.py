@@ -6,12 +6,14 @@ import re
 import threading
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 
 from fletcher.batches import InferenceResult, Int32Array, MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference.backend import Backend, BackendConfig
+from fletcher.models.bundle import version_folder
 
 # Words of ONNX Runtime's arenas, CUDA, cuBLAS and OpenVINO, which have no exception for it.
 _OUT_OF_MEMORY = re.compile(
@@ -91,6 +93,9 @@ def load(config: BackendConfig) -> BudgetedBackend:
     Raises:
         FletcherError: As the engine's own `load`.
     """
+    if config.version:  # a replica that is started again must not get what came there since
+        folder = version_folder(Path(config.bundle), config.version)
+        config = replace(config, bundle=str(folder))
     engine = import_module(f"fletcher.inference.{config.backend}")
     return BudgetedBackend(engine.load(config), config.max_batch_tokens)
 

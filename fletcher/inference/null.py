@@ -1,7 +1,8 @@
 """A backend without a model: quick, repeatable vectors that tell rows apart.
 
 For tests and for measuring everything around the model. A row's vector depends on its token ids and
-on nothing else, so a row that was lost, doubled or swapped on the way shows.
+the model's hash and on nothing else, so a row that was lost, doubled or swapped on the way shows,
+and so does one of another model.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ class NullBackend:
 
     Args:
         dim: Width of a vector.
+        seed: Tells models apart.
     """
 
-    def __init__(self, dim: int = DEFAULT_DIM) -> None:
+    def __init__(self, dim: int = DEFAULT_DIM, seed: int = 0) -> None:
         self.dim = dim
+        self.seed = seed
         self.concurrency, self.express = 2, 1
 
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Vectors as `null_embeddings` makes them; norms are 1."""
         started = time.perf_counter()
-        embeddings = null_embeddings(batch.input_ids, batch.lengths, self.dim)
+        embeddings = null_embeddings(batch.input_ids, batch.lengths, self.dim, self.seed)
         # As other layers give other vectors.
         embeddings = np.roll(embeddings, batch.layers, axis=1) if batch.layers else embeddings
         norms = np.ones(len(batch.lengths), dtype=np.float32)
@@ -53,11 +56,11 @@ class NullBackend:
 
 def load(config: BackendConfig) -> NullBackend:
     """The null backend; needs no bundle, takes the width of its vectors from `dim`."""
-    return NullBackend(config.dim or DEFAULT_DIM)
+    return NullBackend(config.dim or DEFAULT_DIM, int(config.version or "0", 16))
 
 
 def null_embeddings(
-    input_ids: Int32Array, lengths: Int32Array, dim: int
+    input_ids: Int32Array, lengths: Int32Array, dim: int, seed: int = 0
 ) -> npt.NDArray[np.float32]:
     """The vectors of the null backend.
 
@@ -65,6 +68,7 @@ def null_embeddings(
         input_ids: int32 [total_tokens], rows one after the other.
         lengths: int32 [num_rows], each at least 1.
         dim: Width of a vector.
+        seed: Another gives other vectors; below 2^64.
 
     Returns:
         float32 [num_rows, dim], L2-normalised.
@@ -74,6 +78,7 @@ def null_embeddings(
     position = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
     tokens = _mix(input_ids.astype(_UINT64) * _UINT64(1 << 32) + position.astype(_UINT64))
     rows = np.add.reduceat(tokens, starts) if len(starts) else tokens[:0]
+    rows = rows ^ _mix(np.array([seed], _UINT64))
     # Each column is a linear hash of both halves of a row's; integers that wrap are centred at 0.
     first, second = _mix(np.arange(2 * dim, dtype=_UINT64)).astype(np.uint32).reshape(2, dim) | 1
     low, high = rows.astype(np.uint32), (rows >> _UINT64(32)).astype(np.uint32)

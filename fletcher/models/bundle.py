@@ -10,6 +10,7 @@ calibration.json  ranges for int8, where `fletcher model calibrate` found some
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -245,6 +246,23 @@ class ModelBundle:
 def segment_file(layers: int) -> str:
     """The graph whose last layer is this one, of a model with exits."""
     return f"model.{layers}.onnx"
+
+
+def version_folder(folder: Path, version: str) -> Path:
+    """Where a version of a model is: in the model's folder, or kept since another came there.
+
+    Args:
+        folder: Where it was.
+        version: Its hash.
+
+    Raises:
+        ModelError: It is in neither.
+    """
+    for place in (folder, folder.with_name(f"{folder.name}@{version}")):
+        with contextlib.suppress(ModelError):
+            if ModelBundle.load(place).hash == version:
+                return place
+    raise ModelError(f"{folder.name}@{version} is here no more: it was removed or damaged")
 
 
 def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:

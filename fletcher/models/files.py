@@ -14,6 +14,8 @@ from typing import Any
 from fletcher.errors import ModelError
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# A model's name, or one version of it.
+VERSION_NAME = re.compile(rf"({MODEL_NAME.pattern})(?:@([0-9a-f]{{12}}))?")
 
 
 def check_name(name: str) -> str:

@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.errors import ModelError, UnknownModelError
-from fletcher.models.bundle import MANIFEST, ModelBundle, ModelSpec, write_manifest
+from fletcher.models.bundle import (
+    MANIFEST,
+    ModelBundle,
+    ModelSpec,
+    version_folder,
+    write_manifest,
+)
 from fletcher.models.calibration import Calibration
-from fletcher.models.files import MODEL_NAME, check_name, locked
+from fletcher.models.files import VERSION_NAME, check_name, locked
 from fletcher.models.sources import hub, package
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
 from fletcher.models.sources.onnx import build_from_onnx
@@ -46,13 +52,13 @@ class Registry:
         self._folder = models_folder
 
     def names(self) -> list[str]:
-        """Names of all bundles, damaged ones included, sorted."""
+        """Names of all bundles, damaged ones included, sorted; kept versions as `name@hash`."""
         if not self._folder.is_dir():
             return []
         return sorted(
             one.name
             for one in self._folder.iterdir()
-            if MODEL_NAME.fullmatch(one.name) and one.is_dir()
+            if VERSION_NAME.fullmatch(one.name) and one.is_dir()
         )
 
     def list(self) -> list[ModelBundle]:
@@ -64,7 +70,7 @@ class Registry:
         return bundles
 
     def get(self, name: str) -> ModelBundle:
-        """The bundle of that name.
+        """The bundle of that name, or of a `name@hash`.
 
         Raises:
             UnknownModelError: There is none.
@@ -73,7 +79,7 @@ class Registry:
         return self._load(name, verify=False)
 
     def verify(self, name: str) -> ModelBundle:
-        """The bundle of that name, all its checksums compared.
+        """The bundle of that name, or of a `name@hash`, all its checksums compared.
 
         Raises:
             UnknownModelError: There is none.
@@ -113,6 +119,7 @@ class Registry:
         name: str | None = None,
         tokenizer: str | None = None,
         exits: Sequence[int] = (),
+        replace: bool = False,
         progress: Progress,
     ) -> ModelBundle:
         """Makes a bundle of a source; adding the same model again changes nothing.
@@ -123,6 +130,7 @@ class Registry:
             name: The model's name; None: from the source.
             tokenizer: For an ONNX file, its tokenizer.json; None: the one beside it.
             exits: Layers after which vectors can be had, beside the last.
+            replace: It may take the name of another version, which is kept as `name@hash`.
             progress: Gets a line now and then.
 
         Raises:
@@ -131,7 +139,7 @@ class Registry:
         parsed = _parse(source, tokenizer)
         name = check_name(name or parsed.name)
         with self._locked(name):
-            return self._add(parsed, name, exits, progress)
+            return self._add(parsed, name, exits, progress, replace=replace)
 
     def calibrate(self, name: str, calibration: Calibration) -> ModelBundle:
         """Freezes ranges in a bundle; a running server keeps what it has loaded.
@@ -140,27 +148,26 @@ class Registry:
             UnknownModelError: There is none of that name.
             ModelError: It is damaged.
         """
-        self._known(name)
-        with self._locked(name):
+        self._find(name)
+        with self._locked(name.partition("@")[0]):
             calibration.save(self.get(name).folder, MANIFEST)
             return self.get(name)
 
     def remove(self, name: str) -> None:
-        """Deletes a bundle, damaged or not. Raises UnknownModelError."""
-        self._known(name)
-        with self._locked(name):
-            self._known(name)
-            self._discard(self._folder / name)
+        """Deletes a bundle or a kept version, damaged or not. Raises UnknownModelError."""
+        self._find(name)
+        with self._locked(name.partition("@")[0]):
+            self._discard(self._find(name))
 
     def _load(self, name: str, *, verify: bool) -> ModelBundle:
-        self._known(name)
+        folder = self._find(name)
         try:
-            bundle = ModelBundle.load(self._folder / name, verify=verify)
+            bundle = ModelBundle.load(folder, verify=verify)
         except ModelError as error:
             raise ModelError(
                 f"model {name}: {error.message}", field=error.field, allowed=error.allowed
             ) from None
-        if bundle.name != name:
+        if name not in (bundle.name, bundle.qualified_name):
             raise ModelError(
                 f"model {name}: {MANIFEST} says its `name` is {bundle.name!r}; a bundle's folder "
                 "has the bundle's name",
@@ -168,18 +175,30 @@ class Registry:
             )
         return bundle
 
-    def _known(self, name: str) -> None:
-        if not MODEL_NAME.fullmatch(name) or not (self._folder / name).is_dir():
-            known = self.names()
-            raise UnknownModelError(
-                f"`model` is {name[:200]!r}, here are: {', '.join(known) or 'none'}; "
-                "`fletcher model add` brings others",
-                field="model",
-                allowed=known,
-            )
+    def _find(self, name: str) -> Path:
+        """The folder of a name, or of a version, whether that is kept or the one that is in use."""
+        match = VERSION_NAME.fullmatch(name)
+        if match and (self._folder / name).is_dir():
+            return self._folder / name
+        if match and match[2]:
+            with contextlib.suppress(ModelError):
+                return version_folder(self._folder / match[1], match[2])
+        known = self.names()
+        raise UnknownModelError(
+            f"`model` is {name[:200]!r}, here are: {', '.join(known) or 'none'}; "
+            "`fletcher model add` brings others",
+            field="model",
+            allowed=known,
+        )
 
     def _add(
-        self, source: _Source, name: str, exits: Sequence[int], progress: Progress
+        self,
+        source: _Source,
+        name: str,
+        exits: Sequence[int],
+        progress: Progress,
+        *,
+        replace: bool = False,
     ) -> ModelBundle:
         for abandoned in self._folder.glob(f".staging-{name}~*"):
             shutil.rmtree(abandoned, ignore_errors=True)
@@ -189,11 +208,13 @@ class Registry:
             write_manifest(staging, name, spec)
             _make_durable(staging)
             bundle = ModelBundle.load(staging)
-            return self._place(staging, name, bundle, progress)
+            return self._place(staging, name, bundle, progress, replace=replace)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
-    def _place(self, staging: Path, name: str, new: ModelBundle, progress: Progress) -> ModelBundle:
+    def _place(
+        self, staging: Path, name: str, new: ModelBundle, progress: Progress, *, replace: bool
+    ) -> ModelBundle:
         target = self._folder / name
         if target.exists():
             try:
@@ -204,20 +225,35 @@ class Registry:
             else:
                 if (present.hash, present.layers) == (new.hash, new.layers):
                     return present
-                other = f"another model ({present.hash}, the new one is {new.hash})"
                 if present.hash == new.hash:
                     exits = ", ".join(map(str, present.layers))
-                    other = f"the same model with exits after layers {exits} alone"
-                raise ModelError(
-                    f"`name` {name} is taken by {other}; choose another with --name, or remove it "
-                    f"first: `fletcher model remove {name}`",
-                    field="name",
-                )
+                    raise ModelError(
+                        f"`name` {name} is taken by the same model with exits after layers {exits} "
+                        "alone; choose another with --name, or remove it first: `fletcher model "
+                        f"remove {name}`",
+                        field="name",
+                    )
+                if not replace:
+                    raise ModelError(
+                        f"`name` {name} is taken by another model ({present.hash}, the new one is "
+                        f"{new.hash}); choose another with --name, keep both versions with "
+                        f"--replace, or remove it first: `fletcher model remove {name}`",
+                        field="name",
+                    )
+                self._keep(target, present, progress)
         staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
         staging.rename(target)
         bundle = self.get(name)
         progress(f"model {bundle.qualified_name} is ready")
         return bundle
+
+    def _keep(self, folder: Path, bundle: ModelBundle, progress: Progress) -> None:
+        """Makes room for a new version of a model."""
+        kept = self._folder / bundle.qualified_name
+        if kept.exists():
+            self._discard(kept)
+        folder.rename(kept)
+        progress(f"the version before stays as {bundle.qualified_name}")
 
     def _discard(self, folder: Path) -> None:
         """Takes a bundle away by one rename, so that nobody sees half of it; then deletes it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array
 from fletcher.errors import FletcherError
 from fletcher.pipeline.intake import Piece
 from fletcher.schema import VectorSpec, vector_columns
+from fletcher.vectors.aggregation import Aggregation
 from fletcher.vectors.finish import finish
 
 
@@ -29,11 +31,17 @@ class Assembler:
         self._spec = spec
         self._upload_id = upload_id
         self._table = _Table(0, spec.dims)
+        method = "mean" if spec.chunking is None else spec.chunking.aggregation
+        self._aggregation = Aggregation(method, normalized=spec.normalized)
 
     def assemble(
         self, piece: Piece, outcome: EmbeddingBatch | FletcherError
-    ) -> tuple[pa.RecordBatch, dict[int, FletcherError]]:
-        """The output of a piece, and by its row why a vector is null."""
+    ) -> tuple[pa.RecordBatch, dict[int, FletcherError]] | None:
+        """The output of a piece, and by its row why a vector is null; None: its text goes on."""
+        finished = self._finished(piece, outcome)
+        if finished is None:
+            return None
+        outcome = finished
         num_rows = piece.num_rows
         table, values = self._vectors(piece, outcome)
         errors = dict(piece.errors)
@@ -56,6 +64,20 @@ class Assembler:
         arrays = [columns[name] for name in self.schema.names]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema), errors
 
+    def _finished(
+        self, piece: Piece, outcome: EmbeddingBatch | FletcherError
+    ) -> EmbeddingBatch | FletcherError | None:
+        """Vectors of texts as they were asked for; None: of the piece's text more comes."""
+        if not isinstance(outcome, FletcherError):
+            spec = self._spec
+            embeddings = finish(
+                outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
+            )
+            outcome = replace(outcome, embeddings=embeddings)
+        if piece.texts.chunking is None or not piece.texts.num_texts:
+            return outcome
+        return self._aggregation.take(outcome, continued=piece.texts.continued)
+
     def _vectors(
         self, piece: Piece, outcome: EmbeddingBatch | FletcherError
     ) -> tuple[_Table, Int32Array]:
@@ -63,12 +85,12 @@ class Assembler:
         num_texts = piece.texts.num_texts
         if piece.new_values is None:
             table = _Table(num_texts, self._spec.dims)
-            table.fill(np.arange(num_texts, dtype=np.int32), outcome, self._spec)
+            table.fill(np.arange(num_texts, dtype=np.int32), outcome)
         else:
             if piece.new_table:
                 self._table = _Table(piece.table_size, self._spec.dims)
             table = self._table
-            table.fill(piece.new_values, outcome, self._spec)
+            table.fill(piece.new_values, outcome)
         if len(table.embeddings) == 0:  # no row of the piece has a text
             table = _Table(1, self._spec.dims)
         return table, np.maximum(piece.values, 0)
@@ -103,15 +125,11 @@ class _Table:
         self.truncated: BoolArray = np.zeros(size, np.bool_)
         self.errors: dict[int, FletcherError] = {}
 
-    def fill(
-        self, places: Int32Array, outcome: EmbeddingBatch | FletcherError, spec: VectorSpec
-    ) -> None:
+    def fill(self, places: Int32Array, outcome: EmbeddingBatch | FletcherError) -> None:
         if isinstance(outcome, FletcherError):
             self.errors.update(dict.fromkeys(places.tolist(), outcome))
             return
-        self.embeddings[places] = finish(
-            outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
-        )
+        self.embeddings[places] = outcome.embeddings
         self.token_count[places] = outcome.token_count
         self.truncated[places] = outcome.truncated
         for index, error in outcome.errors.items():

@@ -25,6 +25,7 @@ from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource, TokenizationSource, as_fletcher_error
 from fletcher.pipeline.stream import EmbedStream, Ticket
 from fletcher.telemetry import Span, Telemetry
+from fletcher.workers.memory import memory_bytes
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
 
@@ -42,6 +43,7 @@ class EmbedderConfig:
         replicas: A spec for each replica process.
         standby: Replicas that take over when none of `replicas` is left.
         dim: Width of the graph's output.
+        model: What counts and gauges are labelled with.
         window_tokens: Bulk tokens planned together.
         max_queue_delay_s: What bulk work may wait for company.
         dispatch: Which replica gets the next micro-batch; one of `fletcher.config.DISPATCHES`.
@@ -56,6 +58,7 @@ class EmbedderConfig:
     dispatch: str = DISPATCHES[0]
     worker_timeout_s: float = 120.0
     standby: Sequence[WorkerSpec] = ()
+    model: str = ""
 
 
 class Embedder:
@@ -105,16 +108,17 @@ class Embedder:
             more_coming=lambda: self._tokenization.busy,
             hurry=self._hurry_replicas,
             telemetry=telemetry,
+            model=config.model,
         )
         self._tokenization = TokenizationSource(
             telemetry, self._inference.put, hurry=self._hurry_tokenizers
         )
 
         def restarted(worker: str) -> None:
-            telemetry.worker_restarts.add(worker=worker)
+            telemetry.worker_restarts.add(model=config.model, worker=worker)
 
         def changed(worker: str, state: str) -> None:
-            telemetry.worker_states.add(worker=worker, state=state)
+            telemetry.worker_states.add(model=config.model, worker=worker, state=state)
 
         self.tokenizers = WorkerPool(
             "tokenizer",
@@ -138,15 +142,7 @@ class Embedder:
             on_restart=restarted,
             on_state=changed,
         )
-        for pool in (self.tokenizers, self.replicas):
-            for name in pool.names:
-                telemetry.worker_usable.watch(partial(pool.is_usable, name), worker=name)
-        for name in self.replicas.names:
-            telemetry.device_rate.watch(partial(self.replicas.rate, name), device=name)
-            telemetry.device_budget.watch(partial(self._inference.budget, name), device=name)
-        telemetry.queue_depth.watch(self._tokenization.depth, stage="texts")
-        telemetry.queue_depth.watch(self._inference.depth, stage="tokens")
-        telemetry.queue_depth.watch(self._inference.planned, stage="micro_batches")
+        self._end_watching = self._watch(telemetry, config.model)
 
     def start(self) -> None:
         """Starts and warms all workers.
@@ -163,6 +159,8 @@ class Embedder:
 
     def close(self) -> None:
         """Ends all workers and closes all streams: what was in flight has no result. Idempotent."""
+        for end in self._end_watching:
+            end()
         self.tokenizers.close()
         self.replicas.close()
         with self._opening:
@@ -188,6 +186,15 @@ class Embedder:
             tokens = self._tokenize(TextBatch(data, np.array([0, len(data)], np.int64)))
         return len(tokens.input_ids)
 
+    def queued(self, stage: str) -> int:
+        """What waits for a stage: `texts` and `tokens` for their workers, or `micro_batches`."""
+        depths = {
+            "texts": self._tokenization.depth,
+            "tokens": self._inference.depth,
+            "micro_batches": self._inference.planned,
+        }
+        return depths[stage]()
+
     def queued_windows(self) -> float:
         """Tokens that wait to be planned, in windows."""
         return self._inference.depth() / max(1, self._window_tokens)
@@ -211,9 +218,43 @@ class Embedder:
         """Workers as they are now."""
         return {
             "tokenizers": self.tokenizers.statistics(),
-            "replicas": self.replicas.statistics(),
-            "memory": self._budget.statistics(),
+            "replicas": [
+                one | self._busy(one["name"], one["concurrency"])
+                for one in self.replicas.statistics()
+            ],
         }
+
+    def _busy_share(self, device: str) -> float:
+        return self._inference.busy(device).recent(self.replicas.concurrency_of(device))
+
+    def _busy(self, device: str, concurrency: int) -> dict[str, float]:
+        busy = self._inference.busy(device)
+        load, load_s = busy.load(concurrency)
+        return {
+            "busy": round(busy.recent(concurrency), 3),
+            "busy_load": round(load, 3),
+            "load_s": round(load_s, 1),
+        }
+
+    def memory_bytes(self) -> int:
+        """What its processes take of the machine's memory now."""
+        return memory_bytes([*self.tokenizers.process_ids(), *self.replicas.process_ids()])
+
+    def _watch(self, telemetry: Telemetry, model: str) -> list[Callable[[], None]]:
+        """Shows each worker's state and rate, until what it returns is called."""
+        ends = [
+            telemetry.worker_usable.watch(partial(pool.is_usable, name), model=model, worker=name)
+            for pool in (self.tokenizers, self.replicas)
+            for name in pool.names
+        ]
+        for name in self.replicas.names:
+            labels = {"model": model, "device": name}
+            ends += [
+                telemetry.device_rate.watch(partial(self.replicas.rate, name), **labels),
+                telemetry.device_budget.watch(partial(self._inference.budget, name), **labels),
+                telemetry.device_busy_share.watch(partial(self._busy_share, name), **labels),
+            ]
+        return ends
 
     def _hurry_tokenizers(self) -> None:
         self.tokenizers.hurry()
@@ -222,21 +263,25 @@ class Embedder:
         self.replicas.hurry()
 
     def _enqueue(self, ticket: Ticket) -> None:
-        if self._cache is not None and ticket.texts.num_texts:
+        whole = ticket.texts.chunking is None  # else its vectors are chunks', and not kept
+        if self._cache is not None and whole and ticket.texts.num_texts:
             recall = self._cache.recall(ticket.texts)
             ticket.texts, ticket.complete = recall.missing, recall.complete
         texts = ticket.texts
         if not texts.num_texts:
             ticket.finish(self._nothing)
             return
-        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES
+        # Parts of a text go on one from another: many, perhaps, each within the one before.
+        part = texts.continued or texts.carry is not None
+        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES and not part
         if not (small and ticket.priority == "interactive"):
             self._tokenization.put(ticket)
             return
         try:
             with self._tokenizing:
-                ticket.tokens = self._tokenize(texts)
+                tokens = self._tokenize(texts)
         except Exception as error:  # noqa: BLE001 - as a worker would report it
-            ticket.finish(as_fletcher_error(error))
+            ticket.tokenized(as_fletcher_error(error))
         else:
+            ticket.tokenized(tokens)
             self._inference.put(ticket)

@@ -7,9 +7,11 @@ and cuts the rest into `Piece`s: the distinct texts to embed, and which row take
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,7 @@ from fletcher.batches import (
     TextBatch,
     Truncate,
 )
+from fletcher.chunking import Chunking
 from fletcher.errors import (
     BatchTooLargeError,
     ColumnTypeError,
@@ -38,6 +41,7 @@ from fletcher.pipeline.arrays import (
     viewed_bytes,
     without_views,
 )
+from fletcher.pipeline.parts import part_ends
 from fletcher.pipeline.row_errors import RowErrors
 
 INTERACTIVE_ROWS = 32
@@ -45,6 +49,11 @@ INTERACTIVE_BYTES = 32 * 1024
 
 # What a row takes here at least, whatever its size on the wire: offsets, lengths, masks.
 _ROW_BYTES = 16
+
+# A chunk's tokens are here twice, 4 bytes each: as they come from a tokenizer and in a window.
+_TOKEN_BYTES = 8
+# Less is more work for each part than for its texts.
+_MIN_PART_BYTES = 1024
 
 # From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
 Skip = Callable[[pa.RecordBatch, int], BoolArray]
@@ -62,6 +71,7 @@ class IntakeLimits:
         table_values: Distinct dictionary values whose vectors are kept for a whole dictionary;
             larger dictionaries are looked up piece by piece.
         bytes_per_row: What a row's vectors hold while in the house.
+        bytes_per_byte: What a byte of text holds: it is there up to three times.
     """
 
     max_message_bytes: int
@@ -70,6 +80,21 @@ class IntakeLimits:
     piece_bytes: int
     table_values: int
     bytes_per_row: int
+    bytes_per_byte: int = 3
+
+    def for_chunks(self, chunking: Chunking) -> IntakeLimits:
+        """The same where texts are cut into chunks: a token has a byte at least, a chunk is a row.
+
+        Pieces become smaller, so that the vectors of their chunks take no more than those of rows.
+        """
+        stride = max(1, chunking.size - chunking.overlap)
+        per_byte = -(-(self.bytes_per_row + _TOKEN_BYTES * chunking.size) // stride)
+        part_bytes = self.piece_rows * self.bytes_per_row // per_byte
+        return dataclasses.replace(
+            self,
+            piece_bytes=max(_MIN_PART_BYTES, min(self.piece_bytes, part_bytes)),
+            bytes_per_byte=self.bytes_per_byte + per_byte,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +115,7 @@ class Piece:
         skipped: bool [num_rows], rows that were not wanted: they have no vector, and no error.
         timestamp_ns: When the batch was received, ns since the epoch.
         last: It ends its batch.
+        part: Of a long text that is cut into chunks, which part; the texts say whether more follow.
         num_bytes: Memory that it will hold at most on its way.
         priority: Its class.
     """
@@ -108,6 +134,7 @@ class Piece:
     last: bool
     num_bytes: int
     priority: Priority
+    part: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -125,6 +152,7 @@ class Intake:
         limits: Bounds.
         carry_text: The text is carried to the output.
         small_is_interactive: Batches of a few short rows overtake bulk work.
+        chunking: How texts are cut into chunks; None: not at all.
 
     Raises:
         UnknownColumnError: A named column is not there.
@@ -141,10 +169,12 @@ class Intake:
         limits: IntakeLimits,
         carry_text: bool,
         small_is_interactive: bool,
+        chunking: Chunking | None = None,
     ) -> None:
-        self._limits = limits
+        self._limits = limits if chunking is None else limits.for_chunks(chunking)
         self._prompt = prompt
         self._layers = layers
+        self._chunking = chunking
         self._truncate: Truncate = options.truncate  # type: ignore[assignment]
         self._priority = options.priority
         self._small_is_interactive = small_is_interactive
@@ -235,7 +265,7 @@ class Intake:
                 places = np.searchsorted(new, values).astype(np.int32)
                 values = np.where(values >= 0, places, -1).astype(np.int32)
             texts = words.take(pa.array(new))
-            yield Piece(
+            piece = Piece(
                 batch_id=batch_id,
                 row_first=row_first + first,
                 rows=rows,
@@ -248,10 +278,33 @@ class Intake:
                 skipped=skipped,
                 timestamp_ns=timestamp_ns,
                 last=index == len(bounds) - 1,
-                num_bytes=3 * int(sizes[first:last].sum())
+                num_bytes=self._limits.bytes_per_byte * int(sizes[first:last].sum())
                 + (last - first) * self._limits.bytes_per_row
                 + held_bytes * (last - first) // max(1, batch.num_rows),
                 priority=priority,
+            )
+            yield from self._parts(piece)
+
+    def _parts(self, piece: Piece) -> Iterator[Piece]:
+        """The piece, or one for each part of its only text, which is long and cut into chunks."""
+        data = piece.texts.data
+        if self._chunking is None or piece.texts.num_texts != 1:
+            yield piece
+            return
+        ends = part_ends(bytes(data), self._limits.piece_bytes)
+        for part, (first, last) in enumerate(pairwise([0, *ends])):
+            texts = dataclasses.replace(
+                piece.texts,
+                data=data[first:last],
+                offsets=np.array([0, last - first], np.int64),
+                continued=last < len(data),
+            )
+            yield dataclasses.replace(
+                piece,
+                texts=texts,
+                last=piece.last and not texts.continued,
+                num_bytes=max(1, piece.num_bytes * (last - first) // max(1, len(data))),
+                part=part,
             )
 
     def _used_columns(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -311,8 +364,14 @@ class Intake:
         first, last = int(offsets[0]), int(offsets[-1])
         data = texts.buffers()[2]
         raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
-        offsets = offsets - first
-        return TextBatch(raw, offsets, self._truncate, self._prompt, layers=self._layers)
+        return TextBatch(
+            raw,
+            offsets - first,
+            self._truncate,
+            self._prompt,
+            chunking=self._chunking,
+            layers=self._layers,
+        )
 
     def is_bulk(self, batch: pa.RecordBatch) -> bool:
         """Whether a call that begins with this batch, unchecked yet, is here for bulk work."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from fletcher.chunking import Chunking
 from fletcher.compression import Answers
 from fletcher.delivery.delivery import Delivery
 from fletcher.errors import (
@@ -15,6 +16,7 @@ from fletcher.errors import (
     OverloadedError,
 )
 from fletcher.options import EmbedOptions
+from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.models import Model, Models
 from fletcher.pipeline.pressure import Grade, Pressure
 from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
@@ -107,6 +109,7 @@ class Service:
     """Everything a call needs; `outputs` says what vectors may be asked for."""
 
     models: Models
+    budget: MemoryBudget
     delivery: Delivery
     calls: Calls
     answers: Answers
@@ -123,13 +126,16 @@ class Service:
             dtypes: Element types that the destination takes.
 
         Raises:
-            DimensionMismatchError, InvalidCommandError: Vectors or a prompt that cannot be had.
+            DimensionMismatchError, InvalidCommandError: Vectors, a prompt or chunks that cannot be.
         """
         model = running.bundle
         spec = vector_spec(model, options, dtypes, self.outputs)
         prompt = resolve_prompt(model, options.prompt)
-        if prompt:
-            prompt_tokens(model, prompt, running.embedder.num_tokens)
+        chunking = Chunking.parse(options.chunking or "none")
+        if prompt or chunking is not None:
+            taken = prompt_tokens(model, prompt, running.embedder.num_tokens)
+            chunking = chunking and chunking.fitted(model.max_length, taken)
+            spec = replace(spec, chunking=chunking)
         layers = 0 if spec.layers == model.num_layers else spec.layers
         return Request(options, spec, prompt, layers)
 
@@ -150,13 +156,30 @@ class Service:
 
     def describe(self) -> dict[str, Any]:
         """The `stats` action's answer: instruments, stores and workers."""
-        model = self.models.default
+        default = self.models.default
+        running = [(one.name, one.model) for one in self.models.running()]
+        engines = {name: dict(model.engine) for name, model in running if model is not None}
         return {
-            "model": model.bundle.qualified_name,
-            "engine": dict(model.engine),
+            "model": default.name,
+            "models": self.models.describe(),
+            "aliases": self.models.aliases(),
+            "engine": engines.get(default.name, {}),
+            "engines": engines,
             "draining": self.calls.draining.is_set(),
             "pressure": self.pressure.statistics(),
             "stores": self.delivery.statistics(),
             **self.telemetry.snapshot(),
-            **model.embedder.statistics(),
+            "memory": self.budget.statistics(),
+            "tokenizers": _of_all(running, "tokenizers"),
+            "replicas": _of_all(running, "replicas"),
         }
+
+
+def _of_all(running: Iterable[tuple[str, Model | None]], workers: str) -> list[dict[str, Any]]:
+    """Workers of one kind, of all models."""
+    return [
+        {"model": name, **worker}
+        for name, model in running
+        if model is not None
+        for worker in model.embedder.statistics()[workers]
+    ]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from fletcher.batches import InferenceResult, Int64Array, TextBatch, TokenBatch
 from fletcher.errors import FletcherError, InternalError
+from fletcher.pipeline.busy import Busy
 from fletcher.pipeline.fair import FairQueue
 from fletcher.pipeline.stream import Ticket
 from fletcher.pipeline.window import Plan, Window
@@ -107,9 +108,9 @@ class TokenizationSource:
                 self._outstanding -= 1
             if tokens is None:
                 assert error is not None
-                ticket.finish(as_fletcher_error(error))
+                ticket.tokenized(as_fletcher_error(error))
                 return
-            ticket.tokens = tokens
+            ticket.tokenized(tokens)
             self._tokenized(ticket)
 
         cost = texts.num_texts + len(texts.data)
@@ -138,6 +139,7 @@ class InferenceSource:
         more_coming: Whether tokenization still has work.
         hurry: Called when there is interactive work.
         telemetry: Where counts, durations and spans go.
+        model: Whose it is, for the counts.
     """
 
     def __init__(
@@ -151,7 +153,9 @@ class InferenceSource:
         more_coming: Callable[[], bool],
         hurry: Callable[[], None],
         telemetry: Telemetry,
+        model: str = "",
     ) -> None:
+        self._model = model
         self._dim = dim
         self._plan = plan
         self._window_tokens = window_tokens
@@ -167,6 +171,7 @@ class InferenceSource:
         self._ready_bulk: deque[_Planned] = deque()
         self._changed = threading.Condition()
         self._budgets: dict[str, int] = {}
+        self._busy: defaultdict[str, Busy] = defaultdict(Busy)
 
     def put(self, ticket: Ticket) -> None:
         """Queues a tokenized ticket; never blocks."""
@@ -196,6 +201,10 @@ class InferenceSource:
     def budget(self, device: str) -> int:
         """Padded tokens that a device takes in one run, as it last said; 0 before that."""
         return self._budgets.get(device, 0)
+
+    def busy(self, device: str) -> Busy:
+        """How much of its time a device computes."""
+        return self._busy[device]
 
     def next_job(self, timeout_s: float) -> Job | None:
         """The next bulk micro-batch. Called by one thread, the pool's dispatcher."""
@@ -295,10 +304,13 @@ class InferenceSource:
     def _count(self, job: Job, lengths: Any, result: InferenceResult) -> None:
         device = job.worker
         self._telemetry.stage_duration.record(result.compute_s, stage="inference")
-        self._telemetry.device_batches.add(1, device=device)
-        self._telemetry.device_tokens.add(int(lengths.sum()), device=device)
-        self._telemetry.device_padded_tokens.add(int(lengths.max()) * len(lengths), device=device)
-        self._telemetry.device_busy.add(result.compute_s, device=device)
+        self._telemetry.device_batches.add(1, model=self._model, device=device)
+        self._telemetry.device_tokens.add(int(lengths.sum()), model=self._model, device=device)
+        self._telemetry.device_padded_tokens.add(
+            int(lengths.max()) * len(lengths), model=self._model, device=device
+        )
+        self._telemetry.device_busy.add(result.compute_s, model=self._model, device=device)
+        self._busy[device].ran(result.compute_s)
         before, self._budgets[device] = self.budget(device), result.budget_tokens
         if result.budget_tokens < before:
             log.warning(

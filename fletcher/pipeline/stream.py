@@ -6,10 +6,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fletcher.batches import EmbeddingBatch, Priority, TextBatch, TokenBatch
+from fletcher.batches import Carry, EmbeddingBatch, Priority, TextBatch, TokenBatch
 from fletcher.errors import DrainingError, FletcherError, InternalError
 from fletcher.pipeline.memory import Allowance
 from fletcher.telemetry import Span
@@ -27,6 +27,8 @@ class Ticket:
         tokens: Set by tokenization.
         result: Set when all its vectors are there, or when it failed as a whole.
         complete: Adds to the vectors of `texts` those that were known before.
+        carry: What tokenization left of a text for its next part, or why there is nothing.
+        follower: The ticket of that part, if it waits for this.
     """
 
     stream: EmbedStream
@@ -40,6 +42,18 @@ class Ticket:
     complete: Callable[[EmbeddingBatch | FletcherError], EmbeddingBatch | FletcherError] = (
         lambda result: result
     )
+    carry: Carry | FletcherError | None = None
+    follower: Ticket | None = None
+
+    def tokenized(self, tokens: TokenBatch | FletcherError) -> None:
+        """Takes the tokens, or why there are none, and lets the text's next part go on."""
+        if isinstance(tokens, FletcherError):
+            self.finish(tokens)
+        else:
+            self.tokens = tokens
+        if self.texts.continued:
+            left = tokens if isinstance(tokens, FletcherError) else tokens.carry
+            self.stream._go_on(self, left)
 
     def finish(self, result: EmbeddingBatch | FletcherError) -> None:
         """Records the result and wakes whoever waits for it."""
@@ -80,6 +94,7 @@ class EmbedStream:
         self._ended = False
         self.closed = False
         self._cut_off = False  # closed before its end
+        self._unfinished: Ticket | None = None  # the last one, where its text goes on
         self._changed = threading.Condition()
 
     def submit(
@@ -88,7 +103,7 @@ class EmbedStream:
         """Hands texts in; blocks while the stream holds as much as it may.
 
         Args:
-            texts: The texts; may be none.
+            texts: The texts; may be none. Parts of one text come one after the other.
             context: Comes back with the result.
             num_bytes: Memory that this submission will hold until released.
             priority: Whether it overtakes bulk work.
@@ -100,7 +115,13 @@ class EmbedStream:
         ticket = Ticket(self, texts, context, num_bytes, priority)
         with self._changed:
             self._tickets.append(ticket)
-        self._enqueue(ticket)
+            before, self._unfinished = self._unfinished, ticket if texts.continued else None
+            if before is not None:
+                before.follower = ticket
+        if before is None:
+            self._enqueue(ticket)
+        elif before.carry is not None:
+            self._go_on(before, before.carry)
 
     def end(self) -> None:
         """Nothing more will be submitted; `results` ends after the last one."""
@@ -146,6 +167,23 @@ class EmbedStream:
     def num_pending(self) -> int:
         """Submissions whose results were not taken yet."""
         return len(self._tickets)
+
+    def _go_on(self, ticket: Ticket, carry: Carry | FletcherError | None) -> None:
+        """A part of a text was cut, or failed: the next part follows, or all that are here fail."""
+        while True:
+            with self._changed:
+                ticket.carry = carry
+                follower, ticket.follower = ticket.follower, None
+            if follower is None:
+                return
+            if not isinstance(carry, FletcherError):
+                follower.texts = replace(follower.texts, carry=carry)
+                self._enqueue(follower)
+                return
+            follower.finish(carry)
+            if not follower.texts.continued:
+                return
+            ticket = follower
 
     def _head_settled(self) -> bool:
         if self.closed:

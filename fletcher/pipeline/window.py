@@ -103,6 +103,7 @@ class Window:
                     token_count=self._lengths[first:last],
                     truncated=truncated,
                     errors={**tokens.errors, **errors},
+                    chunks=tokens.chunks,
                 )
             )
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from fletcher.batches import Int32Array, TextBatch, TokenBatch
+from fletcher.errors import InvalidCommandError
 from fletcher.models.bundle import ModelBundle
 from fletcher.tokenization.flat import FlatTokens, prompted
-from fletcher.tokenization.worker import TokenizerWorker
+from fletcher.tokenization.worker import TokenizerConfig, TokenizerWorker
 
 _BYTES_PER_TOKEN = 4
 
@@ -37,7 +38,16 @@ class NullTokenizer:
         """Makes ids of all texts of a batch; see `Tokenizer.encode` for what becomes of long ones.
 
         A text's last token has what is left of it, 0 to 3 bytes, so each has at least one.
+
+        Raises:
+            InvalidCommandError: Texts shall be cut into chunks.
         """
+        if batch.chunking is not None:
+            raise InvalidCommandError(
+                "`chunking` needs a tokenizer, and this server runs with --tokenizer null",
+                field="chunking",
+                allowed=["none"],
+            )
         batch = prompted(batch)
         lengths = np.diff(batch.offsets)
         totals = lengths // _BYTES_PER_TOKEN + 1
@@ -54,6 +64,6 @@ class NullTokenizer:
         return tokens.framed(batch, min(batch.max_length or self.max_length, self.max_length))
 
 
-def load(folder: str) -> TokenizerWorker:
-    """Factory for a worker's spec: as the tokenizer of the bundle in `folder`, without it."""
-    return TokenizerWorker(NullTokenizer.load(Path(folder)))
+def load(config: TokenizerConfig) -> TokenizerWorker:
+    """Factory for a worker's spec: as a bundle's tokenizer, without it."""
+    return TokenizerWorker(NullTokenizer.load(config.folder))

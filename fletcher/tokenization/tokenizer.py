@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import tokenizers
 from fletcher.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
 from fletcher.errors import InvalidCommandError, ModelError
 from fletcher.models.bundle import ModelBundle
+from fletcher.tokenization.chunker import cut
 from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.shorten import MIN_BYTES_FOR_RUNS, Shortener
 from fletcher.tokenization.words import Words
@@ -73,11 +75,14 @@ class Tokenizer:
         """Tokenizes all texts of a batch.
 
         A text of more than `max_length` tokens loses its last (`truncate="end"`) or first
-        (`"start"`, the prompt among them) tokens, or gets a RowTooLargeError (`"error"`).
+        (`"start"`, the prompt among them) tokens, or gets a RowTooLargeError (`"error"`). With
+        `chunking` it becomes several rows, and loses nothing.
 
         Raises:
             InvalidCommandError: `max_length` leaves no room beside the special tokens.
         """
+        if batch.chunking is not None:
+            return self._cut(batch)
         limit = min(batch.max_length or self.max_length, self.max_length)
         room = limit - self.num_special_tokens
         if room < 1:
@@ -88,6 +93,15 @@ class Tokenizer:
             )
         tokens = self._tokenize(prompted(batch), room)
         return tokens.framed(batch, limit, self._prefix, self._suffix)
+
+    def _cut(self, batch: TextBatch) -> TokenBatch:
+        """Tokenizes all texts, and cuts them into chunks."""
+        # Of a text that goes on, the prompt was before its first part.
+        begun = prompted(batch if batch.carry is None else replace(batch, prompt=""))
+        ids, ends = self._ids(begun.data, begun.offsets)
+        (prompt_ids,) = self._library([batch.prompt])
+        texts = np.split(ids, ends[1:-1])
+        return cut(batch, texts, np.array(prompt_ids, np.int32), (self._prefix, self._suffix))
 
     def _tokenize(self, batch: TextBatch, room: int) -> FlatTokens:
         """The tokens of every text, more than `room` of them where it has so many."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from fletcher.batches import TextBatch, TokenBatch
+from fletcher.models.bundle import version_folder
 from fletcher.tokenization.tokenizer import Tokenizer
 
 
@@ -37,6 +39,30 @@ class TokenizerWorker:
         return {"max_length": str(self._tokenizer.max_length)}
 
 
-def load(folder: str) -> TokenizerWorker:
-    """Factory for a worker's spec: the tokenizer of the bundle in `folder`."""
-    return TokenizerWorker(Tokenizer.load(Path(folder)))
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """Whose tokenizer a process loads; picklable.
+
+    Attributes:
+        bundle: The bundle's folder.
+        version: Its hash: what the folder must hold, or the one kept beside it; empty: whatever is
+            there.
+    """
+
+    bundle: str
+    version: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where that is now. Raises ModelError where it is no more."""
+        folder = Path(self.bundle)
+        return version_folder(folder, self.version) if self.version else folder
+
+
+def load(config: TokenizerConfig) -> TokenizerWorker:
+    """Factory for a worker's spec: a bundle's tokenizer.
+
+    Raises:
+        ModelError: The bundle is gone or damaged.
+    """
+    return TokenizerWorker(Tokenizer.load(config.folder))

@@ -57,7 +57,7 @@ class ListModelsCommand(_message.Message):
     def __init__(self, format: _Optional[str] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "hash", "family", "dim", "max_length", "pooling", "normalize", "num_layers", "layers", "dims", "prompts", "is_default")
+    __slots__ = ("name", "hash", "family", "dim", "max_length", "pooling", "normalize", "num_layers", "layers", "dims", "prompts", "is_default", "state", "is_current", "calls", "memory_bytes")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,10 @@ class ModelInfo(_message.Message):
     DIMS_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    IS_CURRENT_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     hash: str
     family: str
@@ -89,10 +93,23 @@ class ModelInfo(_message.Message):
     dims: _containers.RepeatedScalarFieldContainer[int]
     prompts: _containers.ScalarMap[str, str]
     is_default: bool
-    def __init__(self, name: _Optional[str] = ..., hash: _Optional[str] = ..., family: _Optional[str] = ..., dim: _Optional[int] = ..., max_length: _Optional[int] = ..., pooling: _Optional[str] = ..., normalize: bool = ..., num_layers: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., dims: _Optional[_Iterable[int]] = ..., prompts: _Optional[_Mapping[str, str]] = ..., is_default: bool = ...) -> None: ...
+    state: str
+    is_current: bool
+    calls: int
+    memory_bytes: int
+    def __init__(self, name: _Optional[str] = ..., hash: _Optional[str] = ..., family: _Optional[str] = ..., dim: _Optional[int] = ..., max_length: _Optional[int] = ..., pooling: _Optional[str] = ..., normalize: bool = ..., num_layers: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., dims: _Optional[_Iterable[int]] = ..., prompts: _Optional[_Mapping[str, str]] = ..., is_default: bool = ..., state: _Optional[str] = ..., is_current: bool = ..., calls: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
 class ListModelsResult(_message.Message):
-    __slots__ = ("models",)
+    __slots__ = ("models", "aliases")
+    class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[ModelInfo]
-    def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
+    aliases: _containers.ScalarMap[str, str]
+    def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...

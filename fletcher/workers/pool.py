@@ -177,6 +177,10 @@ class WorkerPool:
         """Cost that a worker gets done in a second when it is busy; 0 before it is measured."""
         return self._slots[name].rate or 0.0
 
+    def concurrency_of(self, name: str) -> int:
+        """Jobs that a worker runs at the same time, beside urgent ones."""
+        return self._slots[name].concurrency
+
     def process_ids(self) -> list[int]:
         """The live workers' process ids."""
         with self.changed:

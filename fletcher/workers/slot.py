@@ -151,6 +151,7 @@ class Slot:
             "name": self.spec.name,
             "state": self.state,
             "in_flight": len(self._jobs),
+            "concurrency": self.concurrency,
             "load": self.load,
             "rate": None if self.rate is None else round(self.rate, 1),
             "restarts": self._restarts,

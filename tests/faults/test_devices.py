@@ -47,7 +47,7 @@ def server(start_server: StartServer) -> Runtime:
 
 def all_work(server: Runtime) -> bool:
     # Degraded is a matter of timing, and stays while there is nothing to do.
-    replicas = server.service.models.default.embedder.replicas.statistics()
+    replicas = server.service.models.default.model.embedder.replicas.statistics()
     return all(one["state"] in ("healthy", "degraded") for one in replicas)
 
 
@@ -61,7 +61,7 @@ def vectors_of(table: pa.Table | pa.RecordBatch) -> np.ndarray:
 def test_a_killed_device_in_the_middle_of_10_000_rows_loses_and_changes_none(
     server: Runtime,
 ) -> None:
-    pool = server.service.models.default.embedder.replicas
+    pool = server.service.models.default.model.embedder.replicas
     with flight.connect(server.address) as client:
         undisturbed = vectors_of(
             exchange(client, [rows(0, NUM_ROWS)], SCHEMA, dtype="float32")[0][0]
@@ -97,7 +97,7 @@ def test_a_killed_device_in_the_middle_of_10_000_rows_loses_and_changes_none(
 def test_all_devices_gone_is_an_error_that_passes_and_nothing_is_lost(
     server: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = server.service.models.default.embedder.replicas
+    pool = server.service.models.default.model.embedder.replicas
     start = Slot._start
 
     def no_device(slot: Slot) -> object:

@@ -71,7 +71,7 @@ def killed(pool: WorkerPool, num_workers: int) -> Iterator[None]:
 
 
 def pool_of(server: Runtime, kind: str) -> WorkerPool:
-    embedder = server.service.models.default.embedder
+    embedder = server.service.models.default.model.embedder
     return {"tokenizer": embedder.tokenizers, "replica": embedder.replicas}[kind]
 
 

@@ -18,9 +18,9 @@ from fletcher.config import (
     fletcher_home,
     is_loopback,
     nearest,
-    resolve,
 )
 from fletcher.errors import ConfigError
+from fletcher.resolution import resolve
 from fletcher.settings import parse_milliseconds, parse_seconds, parse_size
 
 

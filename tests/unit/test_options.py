@@ -68,13 +68,6 @@ def test_a_wrong_choice_is_answered_with_the_right_ones(field):
         assert getattr(EmbedOptions(**{field: choice}), field) == choice
 
 
-@pytest.mark.parametrize(("field", "value"), [("chunking", "sentences")])
-def test_what_only_the_contract_has_is_refused_as_not_supported(field, value):
-    with pytest.raises(InvalidCommandError, match="does not support") as caught:
-        EmbedOptions(**{field: value})
-    assert caught.value.allowed == list(CHOICES[field])
-
-
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [

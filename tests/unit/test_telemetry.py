@@ -194,7 +194,7 @@ def test_counting_is_near_free() -> None:
 def _seconds_for(telemetry: Telemetry, times: int) -> float:
     started = time.perf_counter()
     for _ in range(times):
-        telemetry.device_tokens.add(512, device="cpu:0")
+        telemetry.device_tokens.add(512, model="m", device="cpu:0")
     return time.perf_counter() - started
 
 
@@ -229,8 +229,8 @@ def test_export_of_spans_carries_the_callers_trace(collector: Collector) -> None
 def test_export_of_metrics_agrees_with_the_snapshot(collector: Collector) -> None:
     telemetry = configure(collector.address, **{"instance.id": "north-1"})
     telemetry.rows_received.add(500)
-    telemetry.device_tokens.add(40, device="cpu:0")
-    telemetry.device_tokens.add(2, device="cpu:1")
+    telemetry.device_tokens.add(40, model="m", device="cpu:0")
+    telemetry.device_tokens.add(2, model="m", device="cpu:1")
     telemetry.queue_depth.watch(lambda: 6, stage="inference")
     telemetry.stage_duration.record(0.25, stage="append")
     snapshot = telemetry.snapshot()
@@ -243,10 +243,10 @@ def test_export_of_metrics_agrees_with_the_snapshot(collector: Collector) -> Non
     assert (rows.unit, rows.sum.is_monotonic) == ("{row}", True)
     assert rows.sum.data_points[0].as_int == snapshot["fletcher.rows.received"] == 500
     tokens = {
-        point.attributes[0].value.string_value: point.as_int
+        ",".join(sorted(one.value.string_value for one in point.attributes)[::-1]): point.as_int
         for point in metrics["fletcher.device.tokens"].sum.data_points
     }
-    assert tokens == snapshot["fletcher.device.tokens"] == {"cpu:0": 40, "cpu:1": 2}
+    assert tokens == snapshot["fletcher.device.tokens"] == {"m,cpu:0": 40, "m,cpu:1": 2}
     assert metrics["fletcher.queue.depth"].gauge.data_points[0].as_int == 6
     (durations,) = metrics["fletcher.stage.duration"].histogram.data_points
     assert (durations.count, durations.sum) == (1, 0.25)

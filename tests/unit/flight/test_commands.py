@@ -133,13 +133,19 @@ MODEL = SimpleNamespace(
 
 
 def test_models_in_both_formats():
-    as_json = json.loads(encode_models([MODEL], default="m"))
+    running = {"is_default": True, "state": "ready", "is_current": True, "calls": 2}
+    models, aliases = [(MODEL, {**running, "memory_bytes": 3, "more": 1})], {"both": "m:1,n:2"}
+    as_json = json.loads(encode_models(models, aliases))
     as_binary = embed_pb2.ListModelsResult.FromString(
-        encode_models([MODEL], default="m", format_name="protobuf")
+        encode_models(models, aliases, format_name="protobuf")
     )
     assert as_json["models"][0]["dim"] == 384
     assert as_json["models"][0]["is_default"] is True
-    assert MessageToDict(as_binary, preserving_proto_field_name=True) == as_json
+    assert as_json["aliases"] == aliases
+    assert as_json["models"][0].pop("memory_bytes") == 3  # protobuf's JSON has texts for int64
+    in_binary = MessageToDict(as_binary, preserving_proto_field_name=True)
+    assert in_binary["models"][0].pop("memory_bytes") == "3"
+    assert in_binary == as_json
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""How a long text is cut into chunks, and what becomes of their vectors: the field `chunking`.
+
+In a command it is one string, the same in JSON, protobuf and flags:
+`METHOD[:SIZE[/OVERLAP]][:AGGREGATION]`, such as `tokens:256/32:mean`. What is left out takes its
+default.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from fletcher.errors import InvalidCommandError
+
+METHODS = ("tokens",)
+AGGREGATIONS = ("mean", "weighted", "max")
+MAX_SIZE = 1_000_000
+
+_SIZES = re.compile(r"([0-9]{1,7})(?:/([0-9]{1,7}))?")
+_FORM = "METHOD[:SIZE[/OVERLAP]][:AGGREGATION], such as tokens:256/32:mean"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunking:
+    """One way to cut texts.
+
+    Attributes:
+        method: Where a text may be cut. `tokens`: after any token.
+        size: Tokens of a chunk at most, the prompt's and special ones included, as the model sees
+            it; 0: as many as the model reads.
+        overlap: Tokens of its text that a chunk has in common with the one before.
+        aggregation: What a text gets. `mean` of its chunks' vectors; `weighted` mean, by tokens and
+            position; `max` of each dimension.
+    """
+
+    method: str
+    size: int = 0
+    overlap: int = 0
+    aggregation: str = "mean"
+
+    @classmethod
+    def parse(cls, text: str) -> Chunking | None:
+        """The way that a command's `chunking` names; None for `none`.
+
+        Raises:
+            InvalidCommandError: It is not of the form, or names something that there is not.
+        """
+        method, *parts = text.split(":")
+        if method == "none" and not parts:
+            return None
+        if method not in METHODS:
+            raise _refusal(text, f"{method[:50]!r} is no method", ["none", *METHODS])
+        found = cls(method)
+        if parts and (sizes := _SIZES.fullmatch(parts[0])):
+            found = replace(found, size=int(sizes[1]), overlap=int(sizes[2] or 0))
+            if not 1 <= found.size <= MAX_SIZE:
+                raise _refusal(text, f"SIZE is {sizes[1]}", [f"1 to {MAX_SIZE}"])
+            if found.overlap >= found.size:
+                raise _refusal(
+                    text, f"OVERLAP {found.overlap} is not below SIZE", [f"0 to {found.size - 1}"]
+                )
+            parts = parts[1:]
+        if len(parts) > 1 or (parts and parts[0] not in AGGREGATIONS):
+            raise _refusal(text, f"{parts[0][:50]!r} is no aggregation", AGGREGATIONS)
+        return replace(found, aggregation=parts[0]) if parts else found
+
+    def fitted(self, max_length: int, taken: int) -> Chunking:
+        """The same with its size settled.
+
+        Args:
+            max_length: Tokens that the model reads.
+            taken: Of each chunk, tokens that are not the text's: the prompt's and special ones.
+
+        Raises:
+            InvalidCommandError: A chunk is longer than the model reads, or has no room for text, or
+                none beside the overlap.
+        """
+        size = self.size or max_length
+        least = taken + self.overlap + 1
+        if not least <= size <= max_length:
+            raise _refusal(
+                str(self),
+                f"a chunk of {size} tokens, of which {taken} are the prompt's and special ones, "
+                f"with {self.overlap} of the one before, cannot be: SIZE is from {least} to the "
+                f"{max_length} that the model reads",
+                [f"{least} to {max_length}"] if least <= max_length else ["a smaller OVERLAP"],
+            )
+        return replace(self, size=size)
+
+    def __str__(self) -> str:
+        sizes = f":{self.size}/{self.overlap}" if self.size else ""
+        return f"{self.method}{sizes}:{self.aggregation}"
+
+
+def _refusal(text: str, problem: str, allowed: list[str] | tuple[str, ...]) -> InvalidCommandError:
+    return InvalidCommandError(
+        f"`chunking` is {text[:200]!r}: {problem}; expected none or {_FORM}",
+        field="chunking",
+        allowed=allowed,
+    )

@@ -1,0 +1,320 @@
+"""Several models on one server: swaps under load, divided traffic, memory and its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from pyarrow import flight
+
+import fletcher
+from fletcher.config import ServeConfig
+from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
+from fletcher.models.bundle import ModelBundle
+from fletcher.options import EmbedOptions
+from fletcher.runtime import Runtime
+from tests.doubles.bundles import another
+from tests.integration.flight_calls import TIMEOUT, action, command, exchange, put
+from tests.integration.processes import eventually, is_alive
+
+TEXTS = [f"word{n} and {n * 7} more" for n in range(40)]
+BATCH = pa.record_batch({"text": TEXTS})
+
+
+@pytest.fixture(scope="module")
+def home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLETCHER_HOME with `a` in two versions, the older one kept, and `b`."""
+    home = tmp_path_factory.mktemp("home")
+    models = home / "models"
+    models.mkdir()
+    older = another(tiny_bundle, models / "older", "a", "one")
+    older.folder.rename(models / older.qualified_name)
+    another(tiny_bundle, models / "a", "a", "two")
+    another(tiny_bundle, models / "b", "b", "three")
+    return home
+
+
+@contextmanager
+def serving(home: Path, **options: Any) -> Iterator[Runtime]:
+    fields = {"port": 0, "backend": "null", "model": "a", "max_journal": 0, "group_delay_ms": 20}
+    stores = (f"lance:{home / 'vectors'}",)
+    with Runtime(ServeConfig(**{"home": home, "stores": stores, **fields, **options})) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(home: Path) -> Iterator[Runtime]:
+    with serving(home, models=("b",)) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Runtime) -> Iterator[fletcher.Client]:
+    with fletcher.connect(server.address) as client:
+        yield client
+
+
+def states(client: fletcher.Client) -> dict[str, str]:
+    return {f"{one['name']}@{one['hash']}": one["state"] for one in client.list_models()}
+
+
+def version_of(client: fletcher.Client, name: str) -> str:
+    (one,) = [one for one in client.list_models() if one["name"] == name and one["is_current"]]
+    return f"{name}@{one['hash']}"
+
+
+def vectors(batch: pa.RecordBatch) -> np.ndarray:
+    column = batch.column("vector")
+    return column.flatten().to_numpy().reshape(len(column), -1).astype(np.float32)
+
+
+def installed(home: Path) -> tuple[str, str]:
+    """Both versions of `a`: the kept one, and the one in use."""
+    (kept,) = [path.name for path in (home / "models").glob("a@*")]
+    return kept, ModelBundle.load(home / "models" / "a").qualified_name
+
+
+def test_swaps_under_load_fail_no_call_and_mix_no_batch(home: Path, server: Runtime) -> None:
+    versions = installed(home)
+    with fletcher.connect(server.address) as client:
+        expected = {}
+        for name in versions:
+            client.load_model(name)
+            expected[name] = client.embed(TEXTS, model=name, dtype="float16").astype(np.float32)
+        assert not np.array_equal(*expected.values())
+        client.unload_model(versions[0])
+        done = threading.Event()
+        failures: list[BaseException] = []
+        served: list[str] = []
+
+        def load(number: int) -> None:
+            try:
+                with fletcher.connect(server.address) as mine:
+                    while not done.is_set():
+                        batches = [BATCH.slice(n % 3) for n in range(number % 4 + 1)]
+                        with mine.exchange(batches, EmbedOptions(model="a")) as answers:
+                            count = 0
+                            for n, batch in enumerate(answers):
+                                model = answers.schema.metadata[b"fletcher.model"].decode()
+                                assert np.array_equal(vectors(batch), expected[model][n % 3 :])
+                                count += 1
+                            assert count == len(batches)
+                        served.append(model)
+            except BaseException as error:  # noqa: BLE001
+                failures.append(error)
+
+        threads = [threading.Thread(target=load, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        try:
+            for n in range(4):
+                before = len(served)
+                assert client.swap_model(versions[n % 2]) == versions[n % 2]
+                eventually(lambda: len(served) > before + 16 or failures, "calls go on")  # noqa: B023
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join(60)
+        assert failures == []
+        assert set(served) == set(versions)
+        eventually(lambda: versions[0] not in states(client), "the old one is gone")
+        assert states(client)[versions[1]] == "ready"
+
+
+def test_a_call_ends_with_the_version_it_began_with(
+    home: Path, server: Runtime, client: fletcher.Client
+) -> None:
+    kept, current = installed(home)
+    expected = client.embed(TEXTS, model="a", dtype="float16").astype(np.float32)
+    with flight.connect(server.address) as plain:
+        writer, reader = plain.do_exchange(command(model="a", upload_id="u"), TIMEOUT)
+        writer.begin(BATCH.schema)
+        writer.write_batch(BATCH)
+        assert np.array_equal(vectors(reader.read_chunk().data), expected)
+        assert client.swap_model(kept) == kept
+        assert states(client)[current] == "retiring"
+        assert not np.array_equal(client.embed(TEXTS, model="a", dtype="float16"), expected)
+        with pytest.raises(UnknownModelError):
+            client.embed(["x"], model=current)
+        writer.write_batch(BATCH)
+        assert np.array_equal(vectors(reader.read_chunk().data), expected)
+        writer.done_writing()
+        writer.close()
+    eventually(lambda: current not in states(client), "the old one is gone")
+    assert client.swap_model("a") == current  # what is installed under the name
+
+
+def test_an_unloaded_model_is_unknown_and_its_processes_are_gone(
+    server: Runtime, client: fletcher.Client
+) -> None:
+    (b,) = [one for one in server.service.models.running() if one.bundle.name == "b"]
+    pools = (b.model.embedder.tokenizers, b.model.embedder.replicas)
+    workers = [pid for pool in pools for pid in pool.process_ids()]
+    assert len(workers) == 2
+    name = client.unload_model("b")
+    eventually(lambda: name not in states(client), "it is gone")
+    assert not any(is_alive(pid) for pid in workers)
+    with pytest.raises(UnknownModelError, match="this server runs a@"):
+        client.embed(["x"], model="b")
+    assert client.load_model("b") == name
+    assert client.embed(["x"], model="b").shape == (1, 32)
+    taken = {one["name"]: one["memory_bytes"] for one in client.list_models()}
+    assert 20e6 < taken["b"] < 300e6
+
+
+def test_names_only_of_what_is_installed(client: fletcher.Client, home: Path) -> None:
+    names = ["nobody", str(home / "models" / "b"), "../models/b", "grpc://host:1", "b@000000000000"]
+    for name in names:
+        with pytest.raises(UnknownModelError, match="here are"):
+            client.load_model(name)
+        with pytest.raises(UnknownModelError):
+            client.swap_model(name)
+    with pytest.raises(InvalidCommandError, match="needed: callers get it who name no model"):
+        client.unload_model("a")
+    with flight.connect(client.address) as plain:
+        for body in ({"path": "x"}, {"model": 1}, {}, {"model": "b", "force": "yes"}):
+            with pytest.raises(flight.FlightServerError):
+                action(plain, "unload_model", body)
+
+
+def test_an_alias_divides_calls_and_says_which_it_was(
+    server: Runtime, client: fletcher.Client
+) -> None:
+    both = {version_of(client, "a"), version_of(client, "b")}
+    assert client.set_alias("search", {"a": 3, "b": 1}) == {"search": "a:3,b:1"}
+    with flight.connect(server.address) as plain:
+
+        def served(**fields: Any) -> str:
+            body = {"texts": ["x"], "model": "search", **fields}
+            return str(action(plain, "embed", body)["model"])
+
+        first = [served(upload_id=f"u{n}") for n in range(24)]
+        assert set(first) == both
+        assert [served(upload_id=f"u{n}") for n in range(24)] == first
+        writer, reader = plain.do_exchange(command(model="search", upload_id="u0"), TIMEOUT)
+        writer.begin(BATCH.schema)
+        assert reader.schema.metadata[b"fletcher.model"].decode() == first[0]
+        writer.close()
+
+        # A dataset has vectors of one model, whatever the weights and whoever writes.
+        def put_into(dataset: str, upload_id: str) -> str:
+            options = {"model": "search", "dataset": dataset, "upload_id": upload_id}
+            answers = put(plain, [BATCH], BATCH.schema, end=BATCH.num_rows, **options)
+            assert answers[-1]["complete"]
+            return str(answers[-1]["model"])
+
+        chosen = {f"split{n}": put_into(f"split{n}", "u1") for n in range(4)}
+        client.set_alias("search", {"a": 1, "b": 3})
+        assert {name: put_into(name, "u2") for name in chosen} == chosen
+        for other in ("a", "b"):
+            client.set_alias("search", {other: 1})
+            for dataset, model in chosen.items():
+                if not model.startswith(other):
+                    with pytest.raises(flight.FlightServerError, match="model"):
+                        put_into(dataset, "u3")
+    assert client.set_alias("search", None) == {}
+    with pytest.raises(UnknownModelError):
+        client.embed(["x"], model="search")
+
+
+def test_a_killed_replica_is_its_own_models_affair(
+    server: Runtime, client: fletcher.Client
+) -> None:
+    before = client.stats()["replicas"]
+    pools = {one.name: one.model.embedder.replicas for one in server.service.models.running()}
+    a, b = version_of(client, "a"), version_of(client, "b")
+    os.kill(pools[b].process_ids()[0], signal.SIGKILL)
+    assert client.embed(["x"], model="a").shape == (1, 32)
+    assert client.embed(["x"], model="b").shape == (1, 32)
+    after = {one["model"]: one for one in client.stats()["replicas"]}
+    restarts = {one["model"]: one["restarts"] for one in before}
+    assert after[a]["restarts"] == restarts[a]
+    assert after[b]["restarts"] == restarts[b] + 1
+    assert client.stats()["fletcher.worker.usable"][f"{a},cpu-0"] == 1
+
+
+def test_a_replica_that_starts_again_does_not_take_what_came_there_since(
+    home: Path, tiny_bundle: ModelBundle
+) -> None:
+    with serving(home, model="b") as server, fletcher.connect(server.address) as client:
+        expected = client.embed(TEXTS)
+        models = home / "models"
+        kept = models / ModelBundle.load(models / "b").qualified_name
+        (models / "b").rename(kept)  # as `fletcher model add --replace` does
+        another(tiny_bundle, models / "b", "b", "four")
+        try:
+            (running,) = server.service.models.running()
+            for pool in (running.model.embedder.replicas, running.model.embedder.tokenizers):
+                os.kill(pool.process_ids()[0], signal.SIGKILL)
+            assert np.array_equal(client.embed(TEXTS), expected)
+            assert client.swap_model("b") != kept.name
+            assert not np.array_equal(client.embed(TEXTS), expected)
+        finally:
+            (models / "b").rename(models.parent / "away")
+            kept.rename(models / "b")
+
+
+def test_models_that_were_not_used_make_room(home: Path) -> None:
+    with serving(home, models=("b",)) as server, fletcher.connect(server.address) as client:
+        taken = [one["memory_bytes"] for one in client.list_models()]
+    bound = int(max(taken) * 1.5)
+    strangers = set(psutil.Process().children())
+    with (
+        serving(home, models=("b",), max_model_memory=bound) as server,
+        fletcher.connect(server.address) as client,
+    ):
+        a, b = version_of(client, "a"), version_of(client, "b")
+        eventually(lambda: states(client) == {a: "ready", b: "configured"}, "one fits")
+        children = set(psutil.Process().children()) - strangers
+        for model, other in [("b", a), ("a", b)] * 2:
+            assert client.embed(["x"], model=model).shape == (1, 32)
+            assert states(client)[other] == "configured"
+            now = set(psutil.Process().children()) - strangers
+            assert len(now) == len(children) == 2
+            assert now & children == set()  # the processes of the other are gone
+            children = now
+            assert client.ready()
+            assert sum(one["memory_bytes"] for one in client.list_models()) < bound
+        # What is in use stays: others are told to come again, and get their turn in the end.
+        with flight.connect(server.address) as plain:
+            writer, reader = plain.do_exchange(command(model="a"), TIMEOUT)
+            writer.begin(BATCH.schema)
+            writer.write_batch(BATCH)
+            assert reader.read_chunk().data.num_rows == len(TEXTS)
+            with pytest.raises(flight.FlightError):
+                list(
+                    exchange(
+                        plain,
+                        [BATCH],
+                        BATCH.schema,
+                        model="b",
+                        options=flight.FlightCallOptions(timeout=0.5),
+                    )
+                )
+            writer.done_writing()
+            writer.close()
+        assert client.embed(["x"], model="b").shape == (1, 32)
+
+
+def test_a_damaged_model_does_not_take_the_others_place(home: Path, client: Any) -> None:
+    models = home / "models"
+    kept, current = installed(home)
+    weights = models / kept / "model.weights"
+    good = weights.read_bytes()
+    weights.write_bytes(bytes(len(good)))
+    try:
+        with pytest.raises(OverloadedError, match="cannot be loaded") as caught:
+            client.swap_model(kept)
+        assert str(home) not in caught.value.message
+        assert version_of(client, "a") == current
+    finally:
+        weights.write_bytes(good)

@@ -1,0 +1,344 @@
+"""Names, leases, and models that come and go; with models that are nothing but names."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fletcher.aliases import Alias
+from fletcher.errors import (
+    BackendError,
+    DrainingError,
+    InvalidCommandError,
+    OverloadedError,
+    UnknownModelError,
+)
+from fletcher.pipeline.models import Model, Models
+from tests.integration.processes import eventually
+
+
+class FakeSource:
+    """Installed are the versions in `hashes`; loading waits while `gate` is closed."""
+
+    def __init__(self, **hashes: str) -> None:
+        self.hashes = hashes
+        self.sizes: dict[str, int] = {}
+        self.broken: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.loaded: list[str] = []
+        self.closed: list[str] = []
+
+    def look(self, name: str) -> Any:
+        short, _, version = name.partition("@")
+        if short not in self.hashes:
+            raise UnknownModelError("not installed")
+        version = version or self.hashes[short]
+        return SimpleNamespace(
+            name=short, hash=version, qualified_name=f"{short}@{version}", num_bytes=100
+        )
+
+    def load(self, bundle: Any) -> Model:
+        name = bundle.qualified_name
+        assert self.gate.wait(30)
+        if name in self.broken:
+            raise BackendError("it does not run: /a/path")
+        self.loaded.append(name)
+        embedder = SimpleNamespace(
+            close=lambda: self.closed.append(name),
+            memory_bytes=lambda: self.sizes.get(name, 100),
+            queued=lambda stage: 2,
+            queued_windows=lambda: 0.5,
+            ready=True,
+        )
+        return Model(bundle, embedder, {}, None)  # type: ignore[arg-type]
+
+
+Start = Callable[..., Models]
+
+
+@pytest.fixture
+def source() -> FakeSource:
+    return FakeSource(a="1", b="1", c="1")
+
+
+@pytest.fixture
+def start(source: FakeSource) -> Iterator[Start]:
+    with ExitStack() as running:
+
+        def make(*names: str, aliases: tuple[str, ...] = (), **options: Any) -> Models:
+            models = Models(source, names[0], **options)
+            running.callback(models.close)
+            models.start(names[1:], [Alias.parse(text) for text in aliases])
+            return models
+
+        yield make
+
+
+def states(models: Models) -> dict[str, str]:
+    return {f"{one['name']}@{one['hash']}": one["state"] for one in models.describe()}
+
+
+def leased(models: Models, wanted: str | None = None, **options: Any) -> str:
+    with models.lease(wanted, **options) as model:
+        return model.bundle.qualified_name
+
+
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except Exception as error:  # noqa: BLE001
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, outcome
+
+
+def test_a_name_a_version_and_no_name(start: Start, source: FakeSource) -> None:
+    models = start("a", "b")
+    assert source.loaded == ["a@1", "b@1"]
+    assert [leased(models, name) for name in (None, "a", "b", "b@1")] == [
+        *("a@1", "a@1", "b@1", "b@1")
+    ]
+    with pytest.raises(UnknownModelError) as caught:
+        leased(models, "c")  # installed, and not served
+    assert list(caught.value.allowed) == ["a", "b", "a@1", "b@1"]
+    assert models.queued("texts") == 4
+    assert models.queued_windows() == 1.0
+
+
+def test_a_swap_waits_for_the_new_and_then_for_the_olds_calls(
+    start: Start, source: FakeSource
+) -> None:
+    models = start("a")
+    with models.lease("a") as old:
+        source.hashes["a"] = "2"
+        source.gate.clear()
+        thread, swapped = in_thread(lambda: models.swap("a"))
+        eventually(lambda: states(models).get("a@2") == "loading", "the new one is loaded")
+        assert leased(models, "a") == "a@1"
+        source.gate.set()
+        thread.join(30)
+        assert swapped == ["a@2"]
+        assert leased(models) == leased(models, "a") == "a@2"
+        assert old.bundle.qualified_name == "a@1"
+        assert states(models) == {"a@1": "retiring", "a@2": "ready"}
+        with pytest.raises(UnknownModelError):
+            leased(models, "a@1")
+        assert source.closed == []
+    eventually(lambda: states(models) == {"a@2": "ready"}, "the old one is gone")
+    assert source.closed == ["a@1"]
+    assert models.swap("a") == "a@2"  # nothing to do
+    assert source.loaded == ["a@1", "a@2"]
+
+
+def test_a_swap_that_fails_changes_nothing(start: Start, source: FakeSource) -> None:
+    models = start("a")
+    source.hashes["a"] = "2"
+    source.broken.add("a@2")
+    with pytest.raises(OverloadedError) as caught:
+        models.swap("a")
+    assert "path" not in caught.value.message
+    assert leased(models) == "a@1"
+    source.broken.clear()
+    assert models.swap("a") == "a@2"
+
+
+def test_versions_are_side_by_side_until_one_is_unloaded(start: Start, source: FakeSource) -> None:
+    models = start("a", "b")
+    source.hashes["b"] = "2"
+    assert models.load("b") == "b@2"
+    assert [leased(models, name) for name in ("b", "b@1", "b@2")] == ["b@1", "b@1", "b@2"]
+    assert models.unload("b@2") == "b@2"
+    eventually(lambda: "b@2" not in states(models), "it is gone")
+    assert models.unload("b") == "b@1"
+    eventually(lambda: states(models) == {"a@1": "ready"}, "the other one, too")
+    assert models.load("c") == "c@1"
+    assert leased(models, "c") == "c@1"
+
+
+def test_what_calls_are_sent_to_is_not_unloaded(start: Start) -> None:
+    models = start("a", "b", "c", aliases=("search=b:1,c@1:1",))
+    for name in ("a", "a@1", "b", "c"):
+        with pytest.raises(InvalidCommandError, match="needed"):
+            models.unload(name)
+    models.remove_alias("search")
+    assert models.unload("c") == "c@1"
+    with pytest.raises(InvalidCommandError, match="which is none"):
+        models.remove_alias("search")
+
+
+def test_a_swap_leaves_a_version_that_an_alias_names(start: Start, source: FakeSource) -> None:
+    models = start("a", "b", aliases=("search=b@1:1",))
+    source.hashes["b"] = "2"
+    assert models.swap("b") == "b@2"
+    assert leased(models, "search") == "b@1"
+    assert leased(models, "b") == "b@2"
+
+
+def test_an_alias_divides_and_a_dataset_keeps_its_model(start: Start) -> None:
+    models = start("a", "b", aliases=("search=a:1,b:1", "default=b"))
+    keys = [f"key-{n}" for n in range(50)]
+    first = [leased(models, "search", key=key) for key in keys]
+    assert set(first) == {"a@1", "b@1"}
+    assert [leased(models, "search", key=key) for key in keys] == first
+    assert {leased(models, "search") for _ in range(50)} == {"a@1", "b@1"}
+    assert {leased(models, "search", key=key, held="b@1") for key in keys} == {"b@1"}
+    # Of another model the dataset's rows cannot be, whatever the alias says: delivery refuses it.
+    assert [leased(models, "search", key=key, held="z@1") for key in keys] == first
+    assert leased(models) == models.default.name == "b@1"
+    assert models.splits("search")
+    assert not models.splits(None)
+    with pytest.raises(UnknownModelError):
+        models.set_alias(Alias.parse("other=a,nobody"))
+    with pytest.raises(InvalidCommandError, match="a model's name"):
+        models.set_alias(Alias.parse("a=b"))
+    with pytest.raises(InvalidCommandError, match="is an alias"):
+        models.load("search")
+
+
+def test_the_least_recently_used_makes_room_and_comes_again(
+    start: Start, source: FakeSource
+) -> None:
+    models = start("a", "b", "c", max_bytes=250)
+    assert states(models) == {"a@1": "ready", "b@1": "ready", "c@1": "configured"}
+    leased(models, "a")
+    assert leased(models, "c") == "c@1"
+    assert states(models) == {"a@1": "ready", "b@1": "configured", "c@1": "ready"}
+    assert source.closed == ["b@1"]
+    assert leased(models, "b") == "b@1"
+    assert states(models) == {"a@1": "configured", "b@1": "ready", "c@1": "ready"}
+    memory = {one["name"]: one["memory_bytes"] for one in models.describe()}
+    assert memory == {"a": 0, "b": 100, "c": 100}
+
+
+def test_at_the_start_none_makes_room_for_a_later_one(start: Start, source: FakeSource) -> None:
+    source.sizes["c@1"] = 160  # its files have 100
+    models = start("a", "b", "c", max_bytes=350)
+    eventually(lambda: states(models)["c@1"] == "configured", "the last one is unloaded")
+    assert source.closed == ["c@1"]
+    assert leased(models, "c") == "c@1"
+    assert states(models) == {"a@1": "configured", "b@1": "ready", "c@1": "ready"}
+
+
+def test_a_model_in_use_is_not_unloaded_for_another(
+    start: Start, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fletcher.pipeline.lifecycle.PATIENCE_S", 0.2)
+    models = start("a", "b", max_bytes=150)
+    with models.lease("a"):
+        with pytest.raises(OverloadedError, match="in use") as caught:
+            leased(models, "b")
+        assert caught.value.retry_after_ms
+        thread, outcome = in_thread(lambda: leased(models, "b"))
+        eventually(lambda: states(models)["b@1"] == "loading", "it waits for room")
+    thread.join(30)
+    assert outcome == ["b@1"]
+
+
+def test_a_model_larger_than_all_memory_is_refused(start: Start, source: FakeSource) -> None:
+    source.sizes["b@1"] = 1000
+    with pytest.raises(UnknownModelError, match="takes 1,000 bytes"):
+        start("a", "b", max_bytes=500)
+    models = start("a", max_bytes=500)
+    for _ in range(2):
+        with pytest.raises(UnknownModelError, match="takes 1,000 bytes"):
+            models.load("b")
+    assert source.loaded.count("b@1") == 2  # by two servers: once measured, it is not tried again
+    assert source.closed.count("b@1") == 2
+    assert leased(models) == "a@1"
+
+
+def test_memory_that_grows_is_taken_from_the_idle(start: Start, source: FakeSource) -> None:
+    now = [0.0]
+    models = start("a", "b", max_bytes=250, clock=lambda: now[0])
+    source.sizes["b@1"] = 200
+    now[0] += 60
+    leased(models, "b")
+    models._life.balance()
+    eventually(lambda: states(models)["a@1"] == "configured", "the other one is unloaded")
+    source.sizes["b@1"] = 300
+    now[0] += 60
+    models._life.balance()
+    assert states(models)["b@1"] == "ready"  # unloaded and loaded again it would take as much
+
+
+def test_a_caller_waits_or_is_told_to_come_again(
+    start: Start, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = start("a", "b", max_bytes=150)
+    source.gate.clear()
+    gone = threading.Event()
+    thread, outcome = in_thread(lambda: leased(models, "b", given_up=gone.is_set))
+    eventually(lambda: states(models)["b@1"] == "loading", "it is loaded")
+    gone.set()
+    thread.join(30)
+    (error,) = outcome
+    assert isinstance(error, OverloadedError)
+    assert error.retry_after_ms
+    thread, outcome = in_thread(lambda: leased(models, "b"))
+    source.gate.set()
+    thread.join(30)
+    assert outcome == ["b@1"]
+
+
+def test_what_does_not_load_is_not_tried_by_every_call(start: Start, source: FakeSource) -> None:
+    now = [0.0]
+    models = start("a", "b", max_bytes=150, clock=lambda: now[0])
+    source.broken.add("b@1")
+    tried = []
+    load = source.load
+    source.load = lambda bundle: tried.append(bundle.name) or load(bundle)  # type: ignore
+    for _ in range(3):
+        with pytest.raises(OverloadedError, match="cannot be loaded"):
+            leased(models, "b")
+    assert tried == ["b"]
+    assert models.serves
+    source.broken.clear()
+    now[0] += 31
+    assert leased(models, "b") == "b@1"
+
+
+def test_force_cuts_off_the_calls(start: Start, source: FakeSource) -> None:
+    models = start("a", "b")
+    with models.lease("b"):
+        models.unload("b", force=True)
+        assert source.closed == ["b@1"]
+        assert states(models)["b@1"] == "retiring"
+    eventually(lambda: "b@1" not in states(models), "it is gone")
+
+
+def test_what_is_loaded_is_not_unloaded_meanwhile(start: Start, source: FakeSource) -> None:
+    models = start("a")
+    source.gate.clear()
+    thread, outcome = in_thread(lambda: models.load("b"))
+    eventually(lambda: states(models).get("b@1") == "loading", "it is loaded")
+    with pytest.raises(OverloadedError, match="being loaded"):
+        models.unload("b@1")
+    source.gate.set()
+    thread.join(30)
+    assert outcome == ["b@1"]
+
+
+def test_the_end_comes_to_all_also_to_those_who_wait(start: Start, source: FakeSource) -> None:
+    models = start("a", "b")
+    source.gate.clear()
+    thread, outcome = in_thread(lambda: models.load("c"))
+    eventually(lambda: states(models).get("c@1") == "loading", "it is loaded")
+    closing, _ = in_thread(models.close)
+    thread.join(30)
+    assert isinstance(outcome[0], DrainingError)
+    source.gate.set()
+    closing.join(30)
+    eventually(lambda: sorted(source.closed) == ["a@1", "b@1", "c@1"], "all are closed")
+    with pytest.raises(DrainingError):
+        leased(models)

@@ -1,0 +1,158 @@
+"""Texts cut into chunks of tokens, whole and in parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fletcher.batches import TextBatch, TokenBatch
+from fletcher.chunking import Chunking
+from fletcher.errors import InvalidCommandError
+from fletcher.models.bundle import ModelBundle
+from fletcher.pipeline.parts import part_ends
+from fletcher.tokenization.chunker import windows
+from fletcher.tokenization.tokenizer import Tokenizer
+
+WORDS = "the programs, that people use; packages (debian) hold 1 or 22 of them.".split()
+TEXT = " ".join(WORDS[n * 7 % len(WORDS)] for n in range(400)) + "\n\n  the end "
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bundle: ModelBundle) -> Tokenizer:
+    return Tokenizer.load(tiny_bundle.folder)
+
+
+def batch(texts: list[str], how: str, prompt: str = "") -> TextBatch:
+    data = [text.encode() for text in texts]
+    chunking = Chunking.parse(how)
+    assert chunking is not None
+    return TextBatch(
+        b"".join(data), np.cumsum([0, *map(len, data)]), prompt=prompt, chunking=chunking
+    )
+
+
+def rows(tokens: TokenBatch) -> list[list[int]]:
+    return [one.tolist() for one in np.split(tokens.input_ids, tokens.offsets[1:-1])]
+
+
+def in_parts(tokenizer: Tokenizer, whole: TextBatch, max_bytes: int) -> list[TokenBatch]:
+    data, found, first, carry = bytes(whole.data), [], 0, None
+    for last in part_ends(data, max_bytes):
+        part = replace(
+            whole,
+            data=data[first:last],
+            offsets=np.array([0, last - first]),
+            continued=last < len(data),
+            carry=carry,
+        )
+        found.append(tokenizer.encode(part))
+        first, carry = last, found[-1].carry
+    assert carry is None
+    return found
+
+
+@pytest.mark.parametrize(("room", "overlap"), [(4, 0), (4, 1), (4, 3), (1, 0), (7, 2)])
+def test_windows_are_full_and_end_with_the_text(room: int, overlap: int) -> None:
+    for num_tokens in range(40):
+        found, _ = windows(num_tokens, room, overlap, continued=False)
+        count = 1 if num_tokens <= room else 1 + -(-(num_tokens - room) // (room - overlap))
+        assert len(found) == count
+        assert [last - first for first, last in found[:-1]] == [room] * (count - 1)
+        assert [first for first, _ in found] == [n * (room - overlap) for n in range(count)]
+        assert found[-1][1] == num_tokens
+
+
+@pytest.mark.parametrize("how", ["tokens:8/0", "tokens:20/5", "tokens:32/29", "tokens:32"])
+def test_chunks_are_windows_over_the_tokens_of_the_text(tokenizer: Tokenizer, how: str) -> None:
+    prompt = "22 use: " if "20" in how else ""
+    whole = batch(["of", TEXT, "", "a b"], how, prompt)
+    tokens = tokenizer.encode(whole)
+    assert tokens.chunks is not None
+    assert whole.chunking is not None
+    long = replace(whole, chunking=None, max_length=None)
+    head = rows(Tokenizer(tokenizer._tokenizer, max_length=10_000).encode(long))
+    start = head[2][:-1]  # of the text that is empty: [CLS] and the prompt
+    assert head[1][: len(start)] == start
+    text = head[1][len(start) : -1]
+    room = whole.chunking.size - len(start) - 1
+    expected, _ = windows(len(text), room, whole.chunking.overlap, continued=False)
+    found = rows(tokens)
+    first, last = tokens.chunks.offsets[1:3]
+    assert found[first:last] == [[*start, *text[a:b], head[1][-1]] for a, b in expected]
+    assert tokens.chunks.index[first:last].tolist() == list(range(len(expected)))
+    assert tokens.chunks.num_tokens[first:last].tolist() == [b - a for a, b in expected]
+    assert max(map(len, found)) == whole.chunking.size
+    # A text of one chunk is what it is without chunking.
+    assert [found[0], found[-2]] == [head[0], head[2]]
+
+
+@pytest.mark.parametrize("max_bytes", [12, 50, 333, 5000])
+@pytest.mark.parametrize("prompt", ["", "22 use: "])
+def test_in_parts_a_text_has_the_same_chunks(
+    tokenizer: Tokenizer, max_bytes: int, prompt: str
+) -> None:
+    whole = batch([TEXT], "tokens:13/4", prompt)
+    parts = in_parts(tokenizer, whole, max_bytes)
+    assert len(parts) >= len(TEXT) // max_bytes
+    together = [row for part in parts if part.num_texts for row in rows(part)]
+    assert together == rows(tokenizer.encode(whole))
+    index = [one for part in parts if part.chunks for one in part.chunks.index]
+    assert index == list(range(len(together)))
+
+
+def test_parts_end_before_words_or_else_between_characters() -> None:
+    assert part_ends(b"one two, three", 8) == [3, 8, 14]
+    assert part_ends(b"one two three", 100) == [13]
+    assert part_ends("三四五六七".encode(), 7) == [6, 12, 15]
+    assert part_ends(b"a, b. c", 4) == [2, 5, 7]
+    for size in range(4, 40):
+        data = (TEXT + "ä三🙂" * 30).encode()
+        ends = part_ends(data, size)
+        assert ends[-1] == len(data)
+        assert all(0 < b - a <= size for a, b in zip([0, *ends], ends, strict=False))
+        for end in ends:
+            data[:end].decode()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("words:3", "no method"),
+        ("tokens:8/8", "OVERLAP 8 is not below SIZE"),
+        ("tokens:0", "SIZE is 0"),
+        ("tokens:8:sum", "no aggregation"),
+        ("tokens:8:mean:9", "no aggregation"),
+        ("tokens:mean:8", "no aggregation"),
+        ("none:mean", "no method"),
+        ("", "no method"),
+    ],
+)
+def test_what_is_no_chunking_is_refused(text: str, said: str) -> None:
+    with pytest.raises(InvalidCommandError, match=said) as caught:
+        Chunking.parse(text)
+    assert caught.value.field == "chunking"
+    assert caught.value.allowed
+
+
+def test_a_chunking_reads_as_it_is_written() -> None:
+    for text in ("tokens:256/32:mean", "tokens:8/0:max", "tokens:weighted"):
+        assert str(Chunking.parse(text)) == text
+    assert Chunking.parse("tokens") == Chunking("tokens", 0, 0, "mean")
+    assert Chunking.parse("none") is None
+
+
+def test_a_chunk_must_have_room_and_fit_the_model() -> None:
+    assert Chunking("tokens").fitted(32, 2).size == 32
+    assert Chunking("tokens", 8, 5).fitted(32, 2).size == 8
+    for size, overlap, taken in ((33, 0, 2), (8, 6, 2), (8, 0, 8), (0, 30, 2)):
+        with pytest.raises(InvalidCommandError, match="cannot be") as caught:
+            Chunking("tokens", size, overlap).fitted(32, taken)
+        assert caught.value.field == "chunking"
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Tokenizer) -> None:
+    # It ended in no memory: windows that do not move on have no end.
+    with pytest.raises(InvalidCommandError, match="cannot be"):
+        tokenizer.encode(batch([TEXT], "tokens:8/4", "22 use: "))
