@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,11 @@ from fletcher.vectors.pooling import normalize, pool
 # Padded lengths are multiples of this, so that few shapes occur and all of them often: engines keep
 # memory plans and compiled kernels by shape. The planner counts its budget on the same grid.
 LENGTH_GRID = 16
+
+# Engines are warmed up with rows of so many tokens at most: longer ones are rare, and a model's
+# longest can take minutes. And with runs that take about so long at most.
+_WARM_UP_LENGTH = 512
+_WARM_UP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +164,30 @@ class GraphIO:
         norms = np.asarray(outputs[1], dtype=np.float32).reshape(-1) if self.has_norms else None
         return embeddings, norms
 
-    def warm_up_batches(self, max_batch_tokens: int) -> Iterator[MicroBatch]:
-        """Full micro-batches of a few lengths up to the longest, the largest memory first.
+    def warm_up_batches(
+        self, max_batch_tokens: int, clock: Callable[[], float] = time.perf_counter
+    ) -> Iterator[MicroBatch]:
+        """Micro-batches of a few lengths up to a long text's, the largest memory first.
 
-        Each segment pools, too, so that all layers warm up all exits.
+        They are full ones where these take no more than some seconds, by the time that the caller
+        needed for a short one; a large model on one core would be minutes at them. Each segment
+        pools, too, so that all layers warm up all exits.
         """
-        length = self.max_length
+        shortest = _zeros(1, min(LENGTH_GRID, self.max_length))
+        yield shortest
+        started = clock()
+        yield shortest
+        most = max_batch_tokens
+        if elapsed_s := clock() - started:
+            most = min(most, int(LENGTH_GRID / elapsed_s * _WARM_UP_S))
+        length = min(self.max_length, _WARM_UP_LENGTH)
         while length >= LENGTH_GRID:
-            num_rows = max(1, max_batch_tokens // length)
-            lengths = np.full(num_rows, length, dtype=np.int32)
-            yield MicroBatch(np.zeros(num_rows * length, dtype=np.int32), lengths)
+            if length <= most:
+                yield _zeros(most // length, length)
             length //= 2
-        yield MicroBatch(np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.int32))
+        yield _zeros(1, 1)
+
+
+def _zeros(num_rows: int, length: int) -> MicroBatch:
+    lengths = np.full(num_rows, length, dtype=np.int32)
+    return MicroBatch(np.zeros(num_rows * length, dtype=np.int32), lengths)

@@ -318,7 +318,7 @@ def _check_lowercase(folder: Path, tokenizer: Path) -> None:
 
 def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
     """Tokens per text, as sentence-transformers takes it: its own setting, else the tokenizer's."""
-    candidates: list[Any] = [config.get("max_position_embeddings")]
+    candidates: list[Any] = [config.get("max_position_embeddings", config.get("n_positions"))]
     for name, key in (
         ("sentence_bert_config.json", "max_seq_length"),
         ("tokenizer_config.json", "model_max_length"),

@@ -25,13 +25,13 @@ def positive(config: Config, *keys: str) -> int:
 
 
 def only(config: Config, **wanted: Any) -> None:
-    """Checks settings that change what a model computes, where they are given.
+    """Checks settings that change what a model computes, where they are given and not null.
 
     Raises:
         ModelError: One has another value than the one that is supported.
     """
     for key, value in wanted.items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             raise ModelError(
                 f"config.json: `{key}` is {config[key]!r}, expected {value!r}; such models are not "
                 "supported: export one to ONNX and add that file",

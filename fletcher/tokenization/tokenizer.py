@@ -33,12 +33,17 @@ class Tokenizer:
         tokenizer: The model's own. Its padding and truncation are switched off: both are done here
             on whole arrays, and truncation there builds an object for every overflowing piece.
         max_length: Tokens per text at most, special tokens included.
+        pad_token_id: What stands for a text without any token; only tokenizers that add no special
+            tokens know such texts.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, *, max_length: int, pad_token_id: int = 0
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.max_length = max_length
+        self._pad_token_id = pad_token_id
         self._tokenizer = tokenizer
         self._prefix, self._suffix = _special_tokens(tokenizer)
         self._shortener = Shortener.of(tokenizer.to_str())
@@ -64,7 +69,7 @@ class Tokenizer:
                 f"`fletcher model verify {bundle.name}` tells what is damaged",
                 field="model",
             ) from error
-        return cls(tokenizer, max_length=bundle.max_length)
+        return cls(tokenizer, max_length=bundle.max_length, pad_token_id=bundle.pad_token_id)
 
     @property
     def num_special_tokens(self) -> int:
@@ -82,7 +87,7 @@ class Tokenizer:
             InvalidCommandError: `max_length` leaves no room beside the special tokens.
         """
         if batch.chunking is not None:
-            return self._cut(batch)
+            return self._with_tokens(self._cut(batch))
         limit = min(batch.max_length or self.max_length, self.max_length)
         room = limit - self.num_special_tokens
         if room < 1:
@@ -92,7 +97,17 @@ class Tokenizer:
                 field="max_length",
             )
         tokens = self._tokenize(prompted(batch), room)
-        return tokens.framed(batch, limit, self._prefix, self._suffix)
+        return self._with_tokens(tokens.framed(batch, limit, self._prefix, self._suffix))
+
+    def _with_tokens(self, batch: TokenBatch) -> TokenBatch:
+        """The same, with a token in every row: a vector of none would depend on its company."""
+        empty = np.diff(batch.offsets) == 0
+        empty[list(batch.errors)] = False
+        if not empty.any():
+            return batch
+        ids = np.insert(batch.input_ids, batch.offsets[:-1][empty], self._pad_token_id)
+        offsets = batch.offsets + np.append(0, np.cumsum(empty))
+        return replace(batch, input_ids=ids, offsets=offsets)
 
     def _cut(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts, and cuts them into chunks."""

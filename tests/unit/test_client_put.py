@@ -467,7 +467,9 @@ def test_the_public_names():
         "UploadConflictError",
         "__version__",
         "connect",
+        "dequantize",
         "open_source",
+        "rescore",
     ]
     for name in fletcher.__all__:
         assert getattr(fletcher, name) is not None

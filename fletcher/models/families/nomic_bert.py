@@ -11,12 +11,14 @@ from fletcher.models.families.family import Family, Layout
 def _read(config: Config) -> Architecture:
     only(
         config,
+        causal=False,
+        num_experts=0,
+        parallel_block=False,
         prenorm=False,
         rotary_emb_fraction=1.0,
         rotary_emb_interleaved=False,
-        rotary_emb_scale_base=None,
-        num_experts=0,
-        use_rms_norm=None,
+        rotary_emb_scale_base=False,
+        use_rms_norm=False,
     )
     if config.get("rotary_scaling_factor") is not None:
         raise ModelError(

@@ -82,6 +82,122 @@ def test_what_a_family_cannot_compute_is_refused_by_name(
         add(family(name, config=config))
 
 
+# What checkpoints on the hub say, in the words of their time.
+PUBLISHED = {
+    "nomic_bert": {
+        "activation_function": "swiglu",
+        "causal": False,
+        "layer_norm_epsilon": 1e-12,
+        "mlp_fc1_bias": False,
+        "mlp_fc2_bias": False,
+        "n_embd": 32,
+        "n_head": 4,
+        "n_inner": 48,
+        "n_layer": 2,
+        "n_positions": 130,
+        "parallel_block": False,
+        "prenorm": False,
+        "qkv_proj_bias": False,
+        "rotary_emb_base": 1000,
+        "rotary_emb_fraction": 1.0,
+        "rotary_emb_interleaved": False,
+        "rotary_emb_scale_base": None,
+        "rotary_scaling_factor": None,
+        "type_vocab_size": 2,
+        "use_rms_norm": False,
+    },
+    "modernbert": {
+        "attention_bias": False,
+        "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160000.0,
+        "hidden_activation": "gelu",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "local_attention": 16,
+        "local_rope_theta": 10000.0,
+        "max_position_embeddings": 130,
+        "mlp_bias": False,
+        "norm_bias": False,
+        "norm_eps": 1e-05,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "position_embedding_type": "absolute",
+    },
+    "qwen3": {
+        "attention_bias": False,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "max_position_embeddings": 130,
+        "max_window_layers": 28,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_of_before_say_the_same(family: Edit, name: str) -> None:
+    folder = family(name)
+    plain = add(folder)
+    config = folder / "config.json"
+    new = json.loads(config.read_text())
+    same = {key: new[key] for key in ("model_type", "vocab_size", "pad_token_id")}
+    dims = {"matryoshka_dimensions": new.get("matryoshka_dimensions")}
+    config.write_text(json.dumps({**same, **dims, **PUBLISHED[name]}))
+    again = folder.rename(folder.with_name("published"))
+    assert add(again).hash == plain.hash
+
+
+def test_theta_is_read_wherever_it_stands(family: Edit) -> None:
+    hashes = [
+        add(family("qwen3", config=config)).hash
+        for config in (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            {"rope_parameters": None, "rope_theta": 500_000},
+            {"rope_parameters": None, "rope_theta": 500_000, "rope_scaling": {"type": "default"}},
+            {"rope_parameters": None},
+        )
+    ]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+
+
+def test_both_layouts_of_nomic_checkpoints_give_the_same_graph(family: Edit) -> None:
+    folder, other = family("nomic_bert"), family("nomic_bert")
+    renamed = {}
+    for published, tensor in safetensors.numpy.load_file(folder / "model.safetensors").items():
+        name = published
+        for old, new in (
+            ("encoder.layers", "layers"),
+            ("emb_ln", "embeddings.LayerNorm"),
+            ("attn.out_proj", "self_attn.o_proj"),
+            ("fc11", "up_proj"),
+            ("fc12", "gate_proj"),
+            ("fc2", "down_proj"),
+            ("norm1", "post_attention_layernorm"),
+            ("norm2", "post_mlp_layernorm"),
+        ):
+            name = name.replace(old, new)
+        if "Wqkv" not in name:
+            renamed[f"nomic_bert.{name}"] = tensor
+            continue
+        for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
+            stored = name.replace("attn.Wqkv", f"self_attn.{part}_proj")
+            renamed[f"nomic_bert.{stored}"] = np.ascontiguousarray(rows)
+    safetensors.numpy.save_file(renamed, other / "model.safetensors")
+    first, second = add(folder), add(other)
+    assert first.graph.read_bytes() == second.graph.read_bytes()
+    weights = [bundle.graph.with_name("model.weights") for bundle in (first, second)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [
