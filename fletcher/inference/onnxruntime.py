@@ -6,12 +6,13 @@ float32 means the bundle's own graph, with TF32 products.
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +122,8 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
             return _load_packed(ort, bundle, config, place, "packed", cuda_pin())
     else:
         place = _cpu(config)
+    if bundle.has_exits and kind == "cpu":
+        place = replace(place, config=_one_arena())
     sessions = [_session(ort, bundle, graph, place) for graph in bundle.segments]
     first, last = sessions[0], sessions[-1]
     input_dtypes = {one.name: _DTYPES.get(one.type, np.int64) for one in first.get_inputs()}
@@ -157,6 +160,7 @@ class _Place:
     provider: str
     options: dict[str, str]
     concurrency: int
+    config: Mapping[str, str] = field(default_factory=dict)
     express: int = 0  # a GPU's runs end soon, and one more would take as much of its memory
 
 
@@ -164,6 +168,24 @@ def _cpu(config: BackendConfig) -> _Place:
     # Each run has its own thread: one more shares the cores with the others.
     cores = config.threads or len(os.sched_getaffinity(0))
     return _Place(CPU_PROVIDER, {}, cores, express=1)
+
+
+@functools.cache
+def _one_arena() -> Mapping[str, str]:
+    """What makes all sessions of this process take and give back the same memory for their runs.
+
+    Segments run one after the other, and each would keep an arena as large as a whole model's.
+    """
+    ort = _import()
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(memory, None)
+    return {
+        "session.use_env_allocators": "1",
+        # Weights stay for good: the arena would round their sizes up.
+        "session.use_device_allocator_for_initializers": "1",
+    }
 
 
 def _load_packed(
@@ -280,6 +302,8 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
     # Plans are kept by shape; shapes come on a grid, but there are still hundreds.
     session_options.enable_mem_pattern = False
     session_options.log_severity_level = 3
+    for name, value in place.config.items():
+        session_options.add_session_config_entry(name, value)
     try:
         session = ort.InferenceSession(str(graph), session_options, providers=[(provider, options)])
     except Exception as error:
