@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fletcher.errors import InvalidCommandError
 
 METHODS = ("tokens",)
-AGGREGATIONS = ("mean", "weighted", "max")
+AGGREGATIONS = ("mean", "weighted", "max", "none")
 MAX_SIZE = 1_000_000
 
 _SIZES = re.compile(r"([0-9]{1,7})(?:/([0-9]{1,7}))?")
@@ -30,7 +30,7 @@ class Chunking:
             it; 0: as many as the model reads.
         overlap: Tokens of its text that a chunk has in common with the one before.
         aggregation: What a text gets. `mean` of its chunks' vectors; `weighted` mean, by tokens and
-            position; `max` of each dimension.
+            position; `max` of each dimension; `none` of them: each chunk is a row.
     """
 
     method: str
@@ -86,6 +86,11 @@ class Chunking:
                 [f"{least} to {max_length}"] if least <= max_length else ["a smaller OVERLAP"],
             )
         return replace(self, size=size)
+
+    @property
+    def rows(self) -> bool:
+        """Each chunk is a row of the output."""
+        return self.aggregation == "none"
 
     def __str__(self) -> str:
         sizes = f":{self.size}/{self.overlap}" if self.size else ""

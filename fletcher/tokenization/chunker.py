@@ -7,17 +7,58 @@ to the next, so that a document of any length is cut as if it had come whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from fletcher.batches import Carry, Chunks, Int32Array, TextBatch, TokenBatch
+from fletcher.batches import Carry, Chunks, Int32Array, Int64Array, TextBatch, TokenBatch
 
 _NO_IDS = np.zeros(0, np.int32)
 
 
+@dataclass(frozen=True, slots=True)
+class TextTokens:
+    """One text, or the part at hand.
+
+    Attributes:
+        ids: int32 [n], its tokens without special ones, with the prompt's where the text begins.
+        starts: int64 [n, 2], where in this part each begins, character and byte; the prompt's at 0.
+        size: int64 [2], characters and bytes of the part.
+    """
+
+    ids: Int32Array
+    starts: Int64Array
+    size: Int64Array
+
+    @classmethod
+    def without_places(cls, ids: Int32Array) -> TextTokens:
+        """Where nobody asks where chunks are."""
+        return cls(ids, np.broadcast_to(np.int64(0), (len(ids), 2)), np.zeros(2, np.int64))
+
+    @classmethod
+    def at(
+        cls, ids: Sequence[int], places: Sequence[tuple[int, int]], prompt: str, text: str
+    ) -> TextTokens:
+        """From what the library says of the prompt and the text.
+
+        Args:
+            ids: The tokens.
+            places: First character of each, and the last one, in both together.
+            prompt: Comes first.
+            text: Behind it.
+        """
+        firsts = np.fromiter((place[0] for place in places), np.int64, len(places))
+        # Tokens of one character may come in any order.
+        characters = np.maximum.accumulate(np.maximum(firsts - len(prompt), 0))
+        data = np.frombuffer(text.encode(), np.uint8)
+        begins = np.append(np.flatnonzero((data & 0xC0) != 0x80), len(data))
+        starts = np.stack((characters, begins[characters]), axis=1)
+        return cls(np.array(ids, np.int32), starts, np.array([len(text), len(data)], np.int64))
+
+
 def cut(
     batch: TextBatch,
-    ids: Sequence[Int32Array],
+    texts: Sequence[TextTokens],
     prompt_ids: Int32Array,
     special: tuple[Sequence[int], Sequence[int]],
 ) -> TokenBatch:
@@ -25,7 +66,7 @@ def cut(
 
     Args:
         batch: The texts; `chunking` is set, and its size.
-        ids: The tokens of each, without special ones, with the prompt's where it does not go on.
+        texts: The tokens of each.
         prompt_ids: The prompt's own tokens.
         special: Tokens that go before and after every chunk.
 
@@ -40,22 +81,32 @@ def cut(
     index: list[int] = []
     num_tokens: list[int] = []
     ends = [0]
+    spans: list[Int64Array] = []
     carry: Carry | None = None
-    for text, own in enumerate(ids):
-        if text == 0 and batch.carry is not None:
-            carry, tokens = batch.carry, np.concatenate((batch.carry.input_ids, own))
-        else:
-            carry = _begun(own, prompt_ids)
-            tokens = own[len(carry.prompt_ids) :]
-        continued = batch.continued and text == len(ids) - 1
+    for number, text in enumerate(texts):
+        carry = batch.carry if number == 0 else None
+        if carry is None:
+            carry = _begun(text.ids, prompt_ids)
+        skipped = 0 if carry is batch.carry else len(carry.prompt_ids)
+        tokens = np.concatenate((carry.input_ids, text.ids[skipped:]))
+        size = carry.size + text.size
+        starts = np.concatenate((carry.starts, text.starts[skipped:] + carry.size, [size]))
+        begins = starts.copy()
+        if carry.num_chunks == 0:  # what is before the first token belongs to it
+            begins[0] = 0
+        continued = batch.continued and number == len(texts) - 1
         found, rest = windows(len(tokens), room, batch.chunking.overlap, continued=continued)
+        bounds = np.array(found, np.int64).reshape(-1, 2)
+        spans.append(np.stack((begins[bounds[:, 0]], starts[bounds[:, 1]]), axis=2).reshape(-1, 4))
         head = np.concatenate((before, carry.prompt_ids))
         for first, last in found:
             rows += (head, tokens[first:last], after)
             num_tokens.append(last - first)
         index += range(carry.num_chunks, carry.num_chunks + len(found))
         ends.append(len(index))
-        carry = Carry(carry.prompt_ids, tokens[rest:], carry.num_chunks + len(found))
+        carry = Carry(
+            carry.prompt_ids, tokens[rest:], starts[rest:-1], size, carry.num_chunks + len(found)
+        )
     input_ids = np.concatenate(rows) if rows else _NO_IDS
     lengths = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 3).sum(axis=1)
     offsets = np.zeros(len(index) + 1, np.int64)
@@ -65,7 +116,10 @@ def cut(
         offsets,
         np.zeros(len(index), np.bool_),
         chunks=Chunks(
-            np.array(ends, np.int64), np.array(index, np.int32), np.array(num_tokens, np.int32)
+            np.array(ends, np.int64),
+            np.array(index, np.int32),
+            np.array(num_tokens, np.int32),
+            np.concatenate([np.zeros((0, 4), np.int64), *spans]),
         ),
         carry=carry if batch.continued else None,
     )
@@ -104,4 +158,4 @@ def _begun(ids: Int32Array, prompt_ids: Int32Array) -> Carry:
     length = min(len(ids), len(prompt_ids))
     same = ids[:length] == prompt_ids[:length]
     length = length if same.all() else int(np.argmin(same))
-    return Carry(prompt_ids[:length], _NO_IDS, 0)
+    return Carry(prompt_ids[:length], _NO_IDS, np.zeros((0, 2), np.int64), np.zeros(2, np.int64), 0)
