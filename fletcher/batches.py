@@ -28,15 +28,21 @@ class Carry:
         prompt_ids: int32 [n], tokens that go before the text of each chunk.
         input_ids: int32 [n], tokens at the end, of which a chunk is still to come.
         starts: int64 [n, 2], where in the text these begin: character and byte.
+        levels: int8 [n], what begins with these, as `fletcher.tokenization.sentences` says it.
+        end: The text's last characters so far.
         size: int64 [2], characters and bytes of the text so far.
         num_chunks: Chunks so far.
+        num_covered: Of these tokens, how many at the beginning are in the last of those chunks.
     """
 
     prompt_ids: Int32Array
     input_ids: Int32Array
     starts: Int64Array
+    levels: npt.NDArray[np.int8]
+    end: str
     size: Int64Array
     num_chunks: int
+    num_covered: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from fletcher.errors import InvalidCommandError
 
-METHODS = ("tokens",)
+METHODS = ("tokens", "sentences", "paragraphs")
 AGGREGATIONS = ("mean", "weighted", "max", "none")
 MAX_SIZE = 1_000_000
 
@@ -25,7 +25,9 @@ class Chunking:
     """One way to cut texts.
 
     Attributes:
-        method: Where a text may be cut. `tokens`: after any token.
+        method: Where a text is cut. `tokens`: after any token; `sentences`: where a sentence ends,
+            as many of them together as `size` allows; `paragraphs`: where a paragraph ends, else a
+            sentence. What is longer than `size` by itself is cut after any token.
         size: Tokens of a chunk at most, the prompt's and special ones included, as the model sees
             it; 0: as many as the model reads.
         overlap: Tokens of its text that a chunk has in common with the one before.
@@ -86,6 +88,11 @@ class Chunking:
                 [f"{least} to {max_length}"] if least <= max_length else ["a smaller OVERLAP"],
             )
         return replace(self, size=size)
+
+    @property
+    def needs_places(self) -> bool:
+        """It matters where in its text a token is."""
+        return self.rows or self.method != "tokens"
 
     @property
     def rows(self) -> bool:

@@ -136,10 +136,13 @@ class Tokenizer:
         assert batch.chunking is not None
         # Of a text that goes on, the prompt was before its first part.
         begun = batch if batch.carry is None else replace(batch, prompt="")
-        if batch.chunking.rows:
+        if batch.chunking.needs_places:
             view, bounds = memoryview(batch.data), pairwise(batch.offsets.tolist())
             given = [str(view[first:last], "utf-8") for first, last in bounds]
-            texts = self._with_places(given, begun.prompt)
+            before = None
+            if batch.chunking.method != "tokens":
+                before = "" if batch.carry is None else batch.carry.end
+            texts = self._with_places(given, begun.prompt, before)
         else:
             begun = prompted(begun)
             ids, ends = self._ids(begun.data, begun.offsets)
@@ -147,12 +150,12 @@ class Tokenizer:
         (prompt_ids,) = self._library([batch.prompt])
         return cut(batch, texts, np.array(prompt_ids, np.int32), (self._prefix, self._suffix))
 
-    def _with_places(self, texts: list[str], prompt: str) -> list[TextTokens]:
+    def _with_places(self, texts: list[str], prompt: str, before: str | None) -> list[TextTokens]:
         encodings = self._tokenizer.encode_batch(
             [prompt + text for text in texts], add_special_tokens=False
         )
         return [
-            TextTokens.at(one.ids, one.offsets, prompt, text)
+            TextTokens.at(one.ids, one.offsets, prompt, text, before)
             for one, text in zip(encodings, texts, strict=True)
         ]
 

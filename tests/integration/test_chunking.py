@@ -58,7 +58,7 @@ def chunk_vectors(whole: Whole, text: str, how: str) -> np.ndarray:
     chunking = Chunking.parse(how)
     assert chunking is not None
     ids = np.array(whole.tokenizer._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
-    found, _ = windows(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
+    found, *_ = windows(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
     rows = [np.concatenate((ids[:1], ids[1:-1][a:b], ids[-1:])) for a, b in found]
     lengths = np.array([len(row) for row in rows], np.int32)
     return null_embeddings(np.concatenate(rows), lengths, 32, whole.seed)
@@ -244,3 +244,14 @@ def test_what_cannot_be_is_refused_with_what_can(
     with pytest.raises(InvalidCommandError, match=said) as caught:
         client.embed(["a"], **options)
     assert caught.value.allowed
+
+
+def test_rows_are_whole_sentences(client: fletcher.Client) -> None:
+    text = "Use it. Hold on! Go. " * 900 + "Go on."
+    (rows,) = chunk_rows(client, [text], "sentences:32/6:none")
+    assert len(rows) > 100
+    assert all(row["text"].startswith(("Use it.", "Hold on!", "Go.")) for row in rows[:-1])
+    assert (rows[0]["chunk_start"], rows[-1]["chunk_end"]) == (0, len(text))
+    mean = client.embed([text], chunking="sentences:32/6")[0]
+    vectors = np.array([row["vector"] for row in rows], np.float32)
+    np.testing.assert_allclose(mean, unit(vectors.mean(axis=0)), atol=1e-5)
