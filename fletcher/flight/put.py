@@ -74,6 +74,12 @@ def _put(
     trace: Trace,
 ) -> None:
     request = service.resolve(model, options, dtypes=store.capabilities.dtypes)
+    if request.spec.output != "dense":
+        raise InvalidCommandError(
+            f"`model` {model.bundle.name} gives {request.spec.output} vectors, which stores do not "
+            "take; DoExchange gives them back",
+            field="model",
+        )
     schema = read_schema(reader)
     source = intake(model, schema, request, carry_text=True, interactive=False)
     if not source.has_ids and (options.dedupe == "id" or options.mode == "delta"):

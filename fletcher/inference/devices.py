@@ -10,7 +10,7 @@ from fletcher.errors import BackendError, ConfigError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.host import HostInfo, detect_host
 from fletcher.models.bundle import ModelBundle
-from fletcher.models.packed import FAMILIES
+from fletcher.models.packed import FAMILIES, can_pack
 
 __all__ = ["HostInfo", "Resolution", "detect_host", "resolve"]
 
@@ -103,13 +103,21 @@ def _null(device: str, bundle_folder: Path, max_batch_tokens: int) -> Resolution
             field="device",
             allowed=["auto", "cpu"],
         )
+    bundle = ModelBundle.load(bundle_folder)
+    if bundle.output != "dense":
+        raise BackendError(
+            f"`backend` null makes dense vectors, {bundle.name} gives {bundle.output}; ask for "
+            "auto",
+            field="backend",
+            allowed=["auto", "onnxruntime", "openvino"],
+        )
     config = BackendConfig(
         backend="null",
         device="cpu",
         bundle=str(bundle_folder),
         # What is measured with it is what a fast device leaves to be done.
         max_batch_tokens=max_batch_tokens or CUDA_BATCH_TOKENS,
-        dim=ModelBundle.load(bundle_folder).dim,
+        dim=bundle.dim,
     )
     return Resolution([config], "null backend: vectors without a model, as asked")
 
@@ -187,9 +195,11 @@ def _cuda(
 
 def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
     """What to run on a GPU, and how to say it."""
-    why = f"graphs without padding are written for {', '.join(FAMILIES)} alone, {bundle.name} is "
-    why += f"of family {bundle.family}"
-    if precision == "float16" and bundle.family not in FAMILIES:
+    why = (
+        f"graphs without padding are written for dense models of {', '.join(FAMILIES)} alone, "
+        f"{bundle.name} is {bundle.output} and of family {bundle.family}"
+    )
+    if precision == "float16" and not can_pack(bundle):
         raise BackendError(
             f"`precision` is float16, but {why}; ask for float32, which runs as TF32 there",
             field="precision",
@@ -197,7 +207,7 @@ def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
         )
     if precision == "float32":
         return "float32", "float32 (TF32)"
-    if bundle.family not in FAMILIES:
+    if not can_pack(bundle):
         return "float32", f"float32 (TF32; {why})"
     return "float16", "float16 without padding"
 

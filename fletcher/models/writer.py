@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fletcher.models.bundle import ModelSpec
+from fletcher.models.architecture import Architecture
+from fletcher.models.bundle import ModelSpec, Skipped
 from fletcher.models.checkpoint import Checkpoint, DenseModule, Weights
-from fletcher.models.encoder import Dense
+from fletcher.models.encoder import Dense, Tensors
 from fletcher.models.families import family_of
 from fletcher.models.families.family import CheckpointTensors
 from fletcher.models.graph import GRAPH_FILE, GraphBuilder
+from fletcher.models.heads import MaskedHead, SparseWriter, TokenWriter
 from fletcher.models.transformer import TransformerWriter
 
 
@@ -25,6 +27,7 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
         ModelError: The checkpoint is of no family in `families`, or computes what its family's
             graph cannot.
     """
+    kind = checkpoint.kind
     family = family_of(checkpoint.config)
     architecture = family.read(checkpoint.config)
     weights = Weights(checkpoint.folder, family.prefixes)
@@ -32,7 +35,7 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
     dense_weights = [Weights(module.folder, ()) for module in checkpoint.dense]
     dense = [_dense(*one) for one in zip(checkpoint.dense, dense_weights, strict=True)]
     with GraphBuilder(folder, family.name) as graph:
-        writer = TransformerWriter(graph, architecture, tensors)
+        writer = _writer(kind.output, graph, architecture, tensors, weights)
         writer.write(checkpoint.pooling, dense, normalize=checkpoint.normalize)
         graph.save()
     tensors.check_all_read()
@@ -43,6 +46,8 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
             for one, module in zip(dense_weights, checkpoint.dense, strict=True)
         ]
     num_layers = architecture.num_layers
+    has_norms = checkpoint.normalize and kind.output == "dense"
+    skipped = kind.skipped or Skipped(0, ())
     return ModelSpec(
         family=family.name,
         dim=checkpoint.dims[-1],
@@ -59,11 +64,27 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
         graph=GRAPH_FILE,
         graph_output="embedding",
         inputs=("input_ids", "attention_mask"),
-        outputs=("embedding", "norm") if checkpoint.normalize else ("embedding",),
+        outputs=("embedding", "norm") if has_norms else ("embedding",),
         licence=checkpoint.licence,
         source=source,
         weights_sha256=weights.digest(identity),
+        output=kind.output,
+        skip_marker=skipped.marker,
+        skip_tokens=skipped.tokens,
     )
+
+
+def _writer(
+    output: str,
+    graph: GraphBuilder,
+    architecture: Architecture,
+    tensors: Tensors,
+    weights: Weights,
+) -> TransformerWriter:
+    if output == "sparse":
+        head = MaskedHead.read(weights, architecture, tensors.get("embeddings.words"))
+        return SparseWriter(graph, architecture, tensors, head)
+    return (TokenWriter if output == "multi" else TransformerWriter)(graph, architecture, tensors)
 
 
 def _dense(module: DenseModule, weights: Weights) -> Dense:

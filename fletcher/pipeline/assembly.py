@@ -15,6 +15,7 @@ from fletcher.pipeline.intake import Piece
 from fletcher.schema import VectorSpec, vector_columns
 from fletcher.vectors.aggregation import Aggregation
 from fletcher.vectors.finish import finish
+from fletcher.vectors.ragged import gathered
 
 
 class Assembler:
@@ -30,7 +31,7 @@ class Assembler:
         self.schema = schema
         self._spec = spec
         self._upload_id = upload_id
-        self._table = _Table(0, spec.dims)
+        self._table = _Table(0, spec.width)
         method = "mean" if spec.chunking is None else spec.chunking.aggregation
         self._aggregation = Aggregation(method, normalized=spec.normalized)
 
@@ -51,9 +52,10 @@ class Assembler:
                     errors.setdefault(row, table.errors[value])
         missing: BoolArray = piece.values < 0
         missing[list(errors)] = True
+        vectors, counts = table.vectors(values, missing)
         columns: dict[str, Any] = {
             "id": self._ids(piece),
-            **vector_columns(table.embeddings[values], self._spec, missing),
+            **vector_columns(vectors, self._spec, missing, counts),
             "timestamp": pa.array(np.full(num_rows, piece.timestamp_ns), self._type("timestamp")),
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),
@@ -68,7 +70,7 @@ class Assembler:
         self, piece: Piece, outcome: EmbeddingBatch | FletcherError
     ) -> EmbeddingBatch | FletcherError | None:
         """Vectors of texts as they were asked for; None: of the piece's text more comes."""
-        if not isinstance(outcome, FletcherError):
+        if not isinstance(outcome, FletcherError) and outcome.counts is None:
             spec = self._spec
             embeddings = finish(
                 outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
@@ -84,15 +86,15 @@ class Assembler:
         """The table and, for each row, its place there (any place for rows without a vector)."""
         num_texts = piece.texts.num_texts
         if piece.new_values is None:
-            table = _Table(num_texts, self._spec.dims)
+            table = _Table(num_texts, self._spec.width)
             table.fill(np.arange(num_texts, dtype=np.int32), outcome)
         else:
             if piece.new_table:
-                self._table = _Table(piece.table_size, self._spec.dims)
+                self._table = _Table(piece.table_size, self._spec.width)
             table = self._table
             table.fill(piece.new_values, outcome)
-        if len(table.embeddings) == 0:  # no row of the piece has a text
-            table = _Table(1, self._spec.dims)
+        if len(table.token_count) == 0:  # no row of the piece has a text
+            table = _Table(1, self._spec.width)
         return table, np.maximum(piece.values, 0)
 
     def _ids(self, piece: Piece) -> pa.Array:
@@ -124,12 +126,26 @@ class _Table:
         self.token_count: Int32Array = np.zeros(size, np.int32)
         self.truncated: BoolArray = np.zeros(size, np.bool_)
         self.errors: dict[int, FletcherError] = {}
+        self._counts: Int32Array | None = None
+
+    def vectors(self, rows: Int32Array, missing: BoolArray) -> tuple[FloatArray, Int32Array | None]:
+        """The vectors of rows, and how many each has; None: one. Missing ones have some or none."""
+        if self._counts is None:
+            return self.embeddings[rows], None
+        wanted = np.flatnonzero(~missing)
+        vectors, counts = gathered(self.embeddings, self._counts, rows[wanted])
+        spread = np.zeros(len(rows), np.int32)
+        spread[wanted] = counts
+        return vectors, spread
 
     def fill(self, places: Int32Array, outcome: EmbeddingBatch | FletcherError) -> None:
         if isinstance(outcome, FletcherError):
             self.errors.update(dict.fromkeys(places.tolist(), outcome))
             return
-        self.embeddings[places] = outcome.embeddings
+        if outcome.counts is None:
+            self.embeddings[places] = outcome.embeddings
+        else:  # dictionaries of such models are never kept, so these are all that there are
+            self.embeddings, self._counts = outcome.embeddings, outcome.counts
         self.token_count[places] = outcome.token_count
         self.truncated[places] = outcome.truncated
         for index, error in outcome.errors.items():
