@@ -27,12 +27,22 @@ class Carry:
     Attributes:
         prompt_ids: int32 [n], tokens that go before the text of each chunk.
         input_ids: int32 [n], tokens at the end, of which a chunk is still to come.
+        starts: int64 [n, 2], where in the text these begin: character and byte.
+        levels: int8 [n], what begins with these, as `fletcher.tokenization.sentences` says it.
+        end: The text's last characters so far.
+        size: int64 [2], characters and bytes of the text so far.
         num_chunks: Chunks so far.
+        num_covered: Of these tokens, how many at the beginning are in the last of those chunks.
     """
 
     prompt_ids: Int32Array
     input_ids: Int32Array
+    starts: Int64Array
+    levels: npt.NDArray[np.int8]
+    end: str
+    size: Int64Array
     num_chunks: int
+    num_covered: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +54,15 @@ class Chunks:
             text may have none.
         index: int32 [num_rows], 0 for a text's first chunk.
         num_tokens: int32 [num_rows], tokens of the text itself.
+        spans: int64 [num_rows, 4], where in the text a chunk begins and ends: first and last
+            character (this not included), first and last byte; zeros where nobody asked for rows.
+            Spans leave nothing of the text out.
     """
 
     offsets: Int64Array
     index: Int32Array
     num_tokens: Int32Array
+    spans: Int64Array
 
 
 @dataclass(frozen=True, slots=True)

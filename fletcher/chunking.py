@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from fletcher.errors import InvalidCommandError
 
-METHODS = ("tokens",)
-AGGREGATIONS = ("mean", "weighted", "max")
+METHODS = ("tokens", "sentences", "paragraphs")
+AGGREGATIONS = ("mean", "weighted", "max", "none")
 MAX_SIZE = 1_000_000
 
 _SIZES = re.compile(r"([0-9]{1,7})(?:/([0-9]{1,7}))?")
@@ -25,12 +25,14 @@ class Chunking:
     """One way to cut texts.
 
     Attributes:
-        method: Where a text may be cut. `tokens`: after any token.
+        method: Where a text is cut. `tokens`: after any token; `sentences`: where a sentence ends,
+            as many of them together as `size` allows; `paragraphs`: where a paragraph ends, else a
+            sentence. What is longer than `size` by itself is cut after any token.
         size: Tokens of a chunk at most, the prompt's and special ones included, as the model sees
             it; 0: as many as the model reads.
         overlap: Tokens of its text that a chunk has in common with the one before.
         aggregation: What a text gets. `mean` of its chunks' vectors; `weighted` mean, by tokens and
-            position; `max` of each dimension.
+            position; `max` of each dimension; `none` of them: each chunk is a row.
     """
 
     method: str
@@ -86,6 +88,16 @@ class Chunking:
                 [f"{least} to {max_length}"] if least <= max_length else ["a smaller OVERLAP"],
             )
         return replace(self, size=size)
+
+    @property
+    def needs_places(self) -> bool:
+        """It matters where in its text a token is."""
+        return self.rows or self.method != "tokens"
+
+    @property
+    def rows(self) -> bool:
+        """Each chunk is a row of the output."""
+        return self.aggregation == "none"
 
     def __str__(self) -> str:
         sizes = f":{self.size}/{self.overlap}" if self.size else ""

@@ -54,7 +54,8 @@ class EmbedOptions:
         normalize: L2-normalise; None: as the model says.
         truncate: What to do with texts over the model's length.
         chunking: How long texts are cut into chunks, and what becomes of their vectors:
-            `METHOD[:SIZE[/OVERLAP]][:AGGREGATION]` (see `fletcher.chunking`), or `none`.
+            `METHOD[:SIZE[/OVERLAP]][:AGGREGATION]` (see `fletcher.chunking`), or `none`. With the
+            aggregation `none` each chunk is a row.
         columns: Input columns to carry through to the output.
         include_text: Carry the text itself; None: true for stores, false for DoExchange.
         on_error: `continue` reports a failed row and goes on; `abort` ends the call with its error.
@@ -148,8 +149,18 @@ class EmbedOptions:
         return cls(**fields)
 
     def _check_chunking(self) -> None:
-        if self.chunking is None or Chunking.parse(self.chunking) is None:
+        chunking = Chunking.parse(self.chunking or "none")
+        if chunking is None:
             return
+        if chunking.rows and (self.dedupe != "off" or self.mode in ("upsert", "delta")):
+            field = "mode" if self.dedupe == "off" else "dedupe"
+            raise InvalidCommandError(
+                f"`{field}` is {getattr(self, field)}, which takes rows of one id or text for one, "
+                f"and `chunking` is {self.chunking}, which gives a text several rows of its id; "
+                "leave one of them out",
+                field=field,
+                allowed=["append", "overwrite"] if field == "mode" else ["off"],
+            )
         if self.truncate != "end":
             raise InvalidCommandError(
                 f"`truncate` is {self.truncate} and `chunking` is {self.chunking}, which cuts "

@@ -23,6 +23,12 @@ ELEMENT_TYPES: dict[str, pa.DataType] = {
 }
 SPARSE_WIDTH = 2  # a dimension and its weight: `fletcher.vectors.ragged`
 TIMESTAMP = pa.timestamp("ns", tz="UTC")
+# Of rows that are chunks: which of its text, its first character and the first one behind it.
+CHUNK_FIELDS = (
+    pa.field("chunk_index", pa.int32()),
+    pa.field("chunk_start", pa.int64()),
+    pa.field("chunk_end", pa.int64()),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +127,8 @@ def output_schema(
 ) -> pa.Schema:
     """The schema of a stream's output.
 
-    Columns in order: id, vector, [scale], timestamp, token_count, truncated, [text], [metadata],
-    carried..., [batch_key].
+    Columns in order: id, vector, [scale], timestamp, token_count, truncated, [chunk_index,
+    chunk_start, chunk_end], [text], [metadata], carried..., [batch_key].
 
     Raises:
         InvalidCommandError: A carried column has the name of one of Fletcher's.
@@ -134,6 +140,7 @@ def output_schema(
         pa.field("timestamp", TIMESTAMP),
         pa.field("token_count", pa.int32()),
         pa.field("truncated", pa.bool_()),
+        *(CHUNK_FIELDS if spec.chunking is not None and spec.chunking.rows else ()),
     ]
     if text:
         fields.append(pa.field("text", pa.utf8()))

@@ -53,21 +53,31 @@ def add_connection(parser: argparse.ArgumentParser, options: Sequence[str] = ())
     Args:
         options: Options of ServeConfig that get a flag besides LOCAL_FLAGS.
     """
-    group = parser.add_argument_group("a server elsewhere")
-    group.add_argument("--server", metavar="URI", help="grpc://HOST:PORT, or grpc+tls://HOST:PORT")
-    group.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="file with the server's bearer token"
-    )
-    group.add_argument(
-        "--tls-ca", type=Path, metavar="FILE", help="PEM CA of the server's certificate"
-    )
-    group.add_argument(
+    add_server(parser).add_argument(
         "--compression",
         choices=COMPRESSIONS,
         default="auto",
         help="of what is sent there; auto measures the text and the connection (default: auto)",
     )
     add_options(parser, (*options, *LOCAL_FLAGS))
+
+
+def add_server(parser: argparse.ArgumentParser, *, required: bool = False) -> Any:
+    """Adds the flags of a server elsewhere alone, and gives their group."""
+    group = parser.add_argument_group("a server elsewhere")
+    group.add_argument(
+        "--server",
+        metavar="URI",
+        required=required,
+        help="grpc://HOST:PORT, or grpc+tls://HOST:PORT",
+    )
+    group.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="file with the server's bearer token"
+    )
+    group.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="PEM CA of the server's certificate"
+    )
+    return group
 
 
 def local_config(args: argparse.Namespace, *, own_store: bool = False, **flags: Any) -> ServeConfig:
@@ -104,23 +114,12 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
     Raises:
         FletcherError: The server cannot be reached or started.
     """
-    from fletcher.client import TlsOptions, TransferOptions, connect
-
     if args.server:
         refuse_local_flags(args)
-        token = _read_token(args.token_file) if args.token_file else None
-        tls = TlsOptions(ca=args.tls_ca) if args.tls_ca else None
-        try:
-            client = connect(args.server, token=token, tls=tls, compression=args.compression)
-        except UnauthenticatedError as error:
-            raise UnauthenticatedError(
-                f"{args.server} does not let us in: "
-                + ("the token is not valid; check" if token else "it asks for a token; give")
-                + " --token-file"
-            ) from error
-        with client:
+        with open_server(args, compression=args.compression) as client:
             yield client
         return
+    from fletcher.client import TransferOptions, connect
     from fletcher.runtime import Runtime
 
     leave_in_time()
@@ -144,6 +143,26 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
             ) as client,
         ):
             yield client
+
+
+def open_server(args: argparse.Namespace, compression: str | None = None) -> Client:
+    """A client of the server elsewhere; close it in the end.
+
+    Raises:
+        FletcherError: It cannot be reached, or does not let us in.
+    """
+    from fletcher.client import TlsOptions, connect
+
+    token = _read_token(args.token_file) if args.token_file else None
+    tls = TlsOptions(ca=args.tls_ca) if args.tls_ca else None
+    try:
+        return connect(args.server, token=token, tls=tls, compression=compression)
+    except UnauthenticatedError as error:
+        raise UnauthenticatedError(
+            f"{args.server} does not let us in: "
+            + ("the token is not valid; check" if token else "it asks for a token; give")
+            + " --token-file"
+        ) from error
 
 
 def without_store(config: ServeConfig) -> ServeConfig:

@@ -102,8 +102,9 @@ def add_parser(subparsers: Any) -> None:
         "--chunking",
         default="none",
         metavar="HOW",
-        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]; tokens:256/32:mean gives "
-        "a text the mean of its chunks' vectors, which take their time each (default: none)",
+        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]: tokens, sentences or paragraphs; "
+        "mean, weighted, max, or none for a row a chunk; nothing of a long text is lost, and each "
+        "chunk takes the time of a text (default: none)",
     )
     group.add_argument(
         "--no-text", action="store_true", help="store vectors and ids without the texts"

@@ -1,4 +1,4 @@
-"""`fletcher model`: add, list, show, verify, calibrate and remove model bundles."""
+"""`fletcher model`: add, list, show, verify, calibrate and remove bundles; models of servers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli import calibrate
+from fletcher.cli import calibrate, running
 from fletcher.cli.parser import Formatter
 from fletcher.config import fletcher_home
 from fletcher.errors import ModelError
@@ -32,8 +32,9 @@ def add_parser(subparsers: Subparsers) -> None:
     """Adds `model` and its own commands."""
     parser = subparsers.add_parser(
         "model",
-        help="add, list, verify, calibrate and remove models",
-        description="Model bundles of this machine: FLETCHER_HOME/models.",
+        help="add, list, verify, calibrate and remove models; load and swap them on servers",
+        description="Model bundles of this machine, FLETCHER_HOME/models; and what a running "
+        "server has of them, with --server.",
     )
     commands = parser.add_subparsers(dest="model_command", metavar="COMMAND", required=True)
     add = commands.add_parser(
@@ -47,6 +48,12 @@ def add_parser(subparsers: Subparsers) -> None:
     add.add_argument("--name", help="the model's name; default: from the source")
     add.add_argument(
         "--tokenizer", metavar="FILE", help="tokenizer.json of an ONNX file; default: beside it"
+    )
+    add.add_argument(
+        "--replace",
+        action="store_true",
+        help="take the name of another version, which stays as NAME@HASH; `swap` has a running "
+        "server follow",
     )
     commands.add_parser("list", help="list the bundles")
     for command, text in (
@@ -65,12 +72,15 @@ def add_parser(subparsers: Subparsers) -> None:
         example="fletcher model calibrate all-MiniLM-L6-v2 articles.parquet --text body",
     )
     calibrate.add_arguments(calibrating)
+    running.add_parsers(commands)
     for one in commands.choices.values():
         one.add_argument("--json", action="store_true", help="print JSON, for machines")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs one of the model commands; 1 where `verify` or `list` met a damaged bundle."""
+    if args.model_command in running.COMMANDS:
+        return running.run(args)
     registry = Registry(fletcher_home() / "models")
     return {
         "add": _add,
@@ -87,6 +97,7 @@ def _add(registry: Registry, args: argparse.Namespace) -> int:
         args.source,
         name=args.name,
         tokenizer=args.tokenizer,
+        replace=args.replace,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     _print(_describe(bundle), as_json=args.json)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fletcher.chunking import AGGREGATIONS, Chunking
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
 from fletcher.client.messages import PutSummary, RowError
@@ -178,6 +179,13 @@ class Client:
         if isinstance(texts, str):
             raise InvalidCommandError("`texts` is one string, expected a list of them")
         wanted = EmbedOptions.from_mapping({"dtype": "float32", **options})
+        chunking = Chunking.parse(wanted.chunking or "none")
+        if chunking is not None and chunking.rows:
+            raise InvalidCommandError(
+                f"`chunking` is {chunking}, which gives a text several vectors; use `exchange`",
+                field="chunking",
+                allowed=AGGREGATIONS[:-1],
+            )
         try:
             column = pa.array(texts, pa.utf8())
         except (pa.ArrowException, TypeError, UnicodeError):
@@ -218,8 +226,12 @@ class Client:
         return self._connection.action("stats")
 
     def list_models(self) -> list[dict[str, Any]]:
-        """The models that the server runs: the fields of ModelInfo."""
+        """The versions of models that the server has: the fields of ModelInfo."""
         return list(self._connection.action("list_models").get("models", []))
+
+    def aliases(self) -> dict[str, str]:
+        """Names that stand for several models, and their shares: `{"search": "a:0.9,b:0.1"}`."""
+        return dict(self._connection.action("list_models").get("aliases", {}))
 
     def load_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
         """Has the server load a model that is installed there.

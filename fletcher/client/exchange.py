@@ -84,6 +84,7 @@ class Exchange:
     def _begin(self) -> None:
         """Begins the call."""
         self._last_pieces: set[int] = set()  # `batch_id`s on the wire that end a batch of the input
+        self._num_rows: dict[int, int] = {}  # of messages that wait for their answer, by `batch_id`
         self._rows_sent = 0
         self._rows_answered = 0
         self._all_sent = False
@@ -238,6 +239,7 @@ class Exchange:
                     if self._rows_answered == self._rows_sent:
                         self._last_activity = time.monotonic()
                     self._rows_sent += message.batch.num_rows
+                    self._num_rows[message.batch_id] = message.batch.num_rows
                     if message.last:
                         self._last_pieces.add(message.batch_id)
                     self._changed.notify_all()
@@ -317,7 +319,7 @@ class Exchange:
             if chunk.data is None:
                 _raise_failure(chunk.app_metadata)
                 continue
-            batch_id, found = _answer(chunk.app_metadata)
+            batch_id, found, last = _answer(chunk.app_metadata)
             if batch_id not in (None, expected):
                 raise InternalError(
                     f"the server answered batch {batch_id} where batch {expected} was due"
@@ -326,11 +328,14 @@ class Exchange:
             errors += found
             with self._changed:
                 self._kept = None
-                self._rows_answered += chunk.data.num_rows
                 self._last_activity = time.monotonic()
-                whole = expected in self._last_pieces
-                self._last_pieces.discard(expected)
-            expected += 1
+                whole = False
+                if last is not False:
+                    num_rows = self._num_rows.pop(expected, 0)
+                    self._rows_answered += chunk.data.num_rows if last is None else num_rows
+                    whole = expected in self._last_pieces
+                    self._last_pieces.discard(expected)
+                    expected += 1
             if whole:
                 batch = pa.concat_batches(parts) if len(parts) > 1 else parts[0]
                 parts = []
@@ -363,12 +368,16 @@ def _raise_failure(metadata: pa.Buffer | None) -> None:
         raise failure
 
 
-def _answer(metadata: pa.Buffer | None) -> tuple[int | None, tuple[RowError, ...]]:
-    """The `batch_id` and errors that came with a batch."""
+def _answer(metadata: pa.Buffer | None) -> tuple[int | None, tuple[RowError, ...], bool | None]:
+    """The `batch_id` and errors that came with a batch; whether it ends its batch, if it may not.
+
+    Where rows are chunks, a batch is answered by any number of messages.
+    """
     if metadata is None:
-        return None, ()
+        return None, (), None
     try:
         fields = json.loads(metadata.to_pybytes())
-        return fields.get("batch_id"), row_errors(fields.get("errors", []))
+        found = row_errors(fields.get("errors", []))
+        return fields.get("batch_id"), found, fields.get("last")
     except (ValueError, AttributeError):
         raise InternalError("the server sent a batch with metadata that is not JSON") from None

@@ -20,22 +20,33 @@ def served_model(client: Client, name: str | None) -> dict[str, Any]:
 
     Args:
         client: Of that server.
-        name: The model, `name` or `name@hash`; None: the server's default.
+        name: The model, `name` or `name@hash`; None: the server's default. Of an alias, the first
+            of its models.
 
     Raises:
         ModelMismatchError: It does not serve that.
     """
     models: list[dict[str, Any]] = client.list_models()
-    for model in models:
-        names = (model["name"], f"{model['name']}@{model['hash']}")
-        if name in names or (name is None and model.get("is_default")):
-            return model
+    found = _of_name(models, name)
+    if found is None and name is not None:
+        found = _of_name(models, client.aliases().get(name, "").partition(":")[0])
+    if found is not None:
+        return found
     known = [model["name"] for model in models]
     raise ModelMismatchError(
         f"`model` {name!r} is not served; there are {', '.join(known)}",
         field="model",
         allowed=known,
     )
+
+
+def _of_name(models: Sequence[dict[str, Any]], name: str | None) -> dict[str, Any] | None:
+    for model in models:
+        current = model["name"] if model.get("is_current", True) else None
+        names = (current, f"{model['name']}@{model['hash']}")
+        if model.get("is_default") if name is None else name in names:
+            return model
+    return None
 
 
 def default_prompt(model: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -24,9 +24,9 @@ class Rows:
     Attributes:
         schema: Of the output columns, without `batch_key`.
         first: Offset of the first row in the upload.
-        num_rows: How many.
+        num_rows: How many; each may be several rows of the store, its chunks.
         num_bytes: What they take in memory.
-        failed: Places of rows with a null vector.
+        failed: Places of rows with a null vector, one for each that failed.
         unsent: Places of rows that the store does not get: duplicates, and failed rows of uploads
             that drop duplicates, for a repaired one must not be taken for one.
         num_dropped: How many of these are duplicates.
@@ -62,13 +62,14 @@ class Rows:
         failed: tuple[int, ...],
         released: Callable[[], None],
         duplicates: tuple[int, ...] = (),
+        num_rows: int | None = None,
     ) -> Rows:
-        """Rows in memory."""
+        """Rows in memory, as many as `batch` has where `num_rows` says nothing else."""
         return cls(
             upload,
             batch.schema,
             first,
-            int(batch.num_rows),
+            int(batch.num_rows) if num_rows is None else num_rows,
             int(batch.nbytes),
             failed,
             lambda: batch,

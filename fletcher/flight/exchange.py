@@ -28,6 +28,7 @@ from fletcher.flight.messages import MAX_REPORTED_ERRORS, row_errors
 from fletcher.flight.status import to_flight_error
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
+from fletcher.pipeline.chunk_rows import ChunkAssembler, assembler
 from fletcher.pipeline.intake import Piece
 from fletcher.pipeline.models import Model
 from fletcher.pipeline.row_errors import ends_call
@@ -90,8 +91,8 @@ def _exchange(
     with service.admit(model, bulk=bulk), service.telemetry.span("do_exchange", trace) as span:
         stream = model.embedder.open_stream(span)
         try:
-            assembler = Assembler(output, request.spec, upload_id)
-            answers = _Answers(service, stream, assembler, writer, options, writing_as)
+            assembling = assembler(output, request.spec, upload_id, whole_rows=False)
+            answers = _Answers(service, stream, assembling, writer, options, writing_as)
             helper = Helper("exchange-writer", answers.run, answers.fail)
             row_bytes = request.spec.num_bytes
             refusal: Exception | None = None
@@ -147,6 +148,8 @@ class _Answers:
         self._assembler = assembler
         self._writer = writer
         self._abort = options.on_error == "abort"
+        # Of these a batch may have any number: they leave piece by piece.
+        self._chunk_rows = isinstance(assembler, ChunkAssembler)
         self._parts: list[pa.RecordBatch] = []
         self._errors: list[dict[str, Any]] = []
 
@@ -170,25 +173,27 @@ class _Answers:
                 self._writer.write_metadata(told)
 
     def _take(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> None:
-        assembled = self._assembler.assemble(piece, outcome)
-        if assembled is None:
+        output = self._assembler.assemble(piece, outcome)
+        if output is None:
             return
-        batch, errors = assembled
+        errors = output.errors
         if ending := ends_call(errors, abort=self._abort):
             raise ending
         for error in errors.values():
             self._telemetry.rows_failed.add()
             self._telemetry.errors.add(code=error.code)
-        self._parts.append(batch)
+        self._parts.append(output.batch)
         self._errors += row_errors(
             errors,
-            batch.column("id"),
+            output.ids(),
             row_first=piece.row_first,
             limit=MAX_REPORTED_ERRORS - len(self._errors),
         )
-        if piece.last:
+        if piece.last or (self._chunk_rows and output.batch.num_rows):
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
-            metadata = {"batch_id": piece.batch_id, "errors": self._errors}
+            metadata: dict[str, Any] = {"batch_id": piece.batch_id, "errors": self._errors}
+            if self._chunk_rows:
+                metadata["last"] = piece.last
             self._parts, self._errors = [], []
             started_s = time.perf_counter()
             with writing():

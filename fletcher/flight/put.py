@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.chunking import AGGREGATIONS
 from fletcher.delivery.route import Route
 from fletcher.delivery.rows import Rows
 from fletcher.delivery.screen import Screen
@@ -27,7 +28,7 @@ from fletcher.flight.call import (
     started,
 )
 from fletcher.options import EmbedOptions
-from fletcher.pipeline.assembly import Assembler
+from fletcher.pipeline.chunk_rows import assembler
 from fletcher.pipeline.intake import Intake, Piece
 from fletcher.pipeline.models import Model
 from fletcher.pipeline.row_errors import ends_call
@@ -79,6 +80,14 @@ def _put(
             f"`model` {model.bundle.name} gives {request.spec.output} vectors, which stores do not "
             "take; DoExchange gives them back",
             field="model",
+        )
+    chunking = request.spec.chunking
+    if chunking is not None and chunking.rows and store.capabilities.counts_groups:
+        raise InvalidCommandError(
+            f"`chunking` is {chunking}, but this store knows by the number of rows what it has, "
+            "and a text is several; give each text one vector",
+            field="chunking",
+            allowed=[one for one in AGGREGATIONS if one != chunking.aggregation],
         )
     schema = read_schema(reader)
     source = intake(model, schema, request, carry_text=True, interactive=False)
@@ -140,7 +149,7 @@ class _Put:
         self._route = route
         self._stream = stream
         self._skip = Screen(route.known, upload).skip if upload.known_by is not None else None
-        self._assembler = Assembler(output, request.spec, upload.upload_id)
+        self._assembler = assembler(output, request.spec, upload.upload_id, whole_rows=True)
         self._unacknowledged: deque[tuple[int, int, int]] = deque()
         self._new: list[tuple[int, int]] = []  # rows of the piece at hand that were not here yet
         self._ended = False
@@ -220,33 +229,35 @@ class _Put:
     def _deliver(self) -> None:
         for result in self._stream.results():
             piece, new = result.context
-            assembled = self._assembler.assemble(piece, result.embeddings)
-            if assembled is None:
+            output = self._assembler.assemble(piece, result.embeddings)
+            if output is None:
                 self._stream.release(result.num_bytes)
                 continue
-            batch, errors = assembled
+            errors, ids = output.errors, output.ids()
             if error := ends_call(errors, abort=self._options.on_error == "abort"):
                 raise error
-            ids = batch.column("id")
             if not new:
                 self._stream.release(result.num_bytes)
             for index, (first, last) in enumerate(new):
                 low, high = first - piece.row_first, last - piece.row_first
-                failed = tuple(sorted(row - low for row in errors if low <= row <= high))
+                failed = sorted(row for row in errors if low <= row <= high)
                 for row in failed:
                     self._service.telemetry.rows_failed.add()
-                    self._service.telemetry.errors.add(code=errors[low + row].code)
-                    self._upload.report(first + row, ids[low + row].as_py(), errors[low + row])
+                    self._service.telemetry.errors.add(code=errors[row].code)
+                    self._upload.report(piece.row_first + row, ids[row].as_py(), errors[row])
+                begin, end = output.place(low), output.place(high + 1)
                 # The piece's memory is free once its last part is stored.
                 num_bytes = result.num_bytes if index == len(new) - 1 else 0
                 self._route.put(
                     Rows.of(
                         self._upload,
-                        batch.slice(low, high - low + 1),
+                        output.batch.slice(begin, end - begin),
                         first,
-                        failed,
+                        tuple(output.place(row) - begin for row in failed),
                         lambda num_bytes=num_bytes: self._stream.release(num_bytes),  # type: ignore[misc]
+                        # Of rows that are several chunks, none is asked about.
                         tuple(np.flatnonzero(piece.skipped[low : high + 1]).tolist()),
+                        num_rows=last - first + 1,
                     )
                 )
         self._route.hurry()

@@ -84,14 +84,13 @@ def _embed(
                 )
             stream.end()
             for result in stream.results():
-                assembled = assembler.assemble(result.context, result.embeddings)
-                assert assembled is not None  # no text is cut
-                output, errors = assembled
-                if errors:
-                    raise errors[min(errors)]
-                answer["embeddings"] += output.column("vector").to_pylist()
+                output = assembler.assemble(result.context, result.embeddings)
+                assert output is not None  # no text is cut
+                if output.errors:
+                    raise output.errors[min(output.errors)]
+                answer["embeddings"] += output.batch.column("vector").to_pylist()
                 for name in {"token_count", "truncated", "scale"} & answer.keys():
-                    answer[name] += output.column(name).to_pylist()
+                    answer[name] += output.batch.column(name).to_pylist()
         finally:
             stream.close()
     return answer

@@ -293,11 +293,12 @@ def version_folder(folder: Path, version: str) -> Path:
     Raises:
         ModelError: It is in neither.
     """
-    for place in (folder, folder.with_name(f"{folder.name}@{version}")):
+    name = folder.name.partition("@")[0]
+    for place in (folder.with_name(name), folder.with_name(f"{name}@{version}")):
         with contextlib.suppress(ModelError):
             if ModelBundle.load(place).hash == version:
                 return place
-    raise ModelError(f"{folder.name}@{version} is here no more: it was removed or damaged")
+    raise ModelError(f"{name}@{version} is here no more: it was removed or damaged")
 
 
 def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:

@@ -227,6 +227,8 @@ class Registry:
                 self._keep(target, present, progress)
         staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
         staging.rename(target)
+        if (again := self._folder / f"{name}@{new_hash}").exists():  # no longer the one before
+            self._discard(again)
         bundle = self.get(name)
         progress(f"model {bundle.qualified_name} is ready")
         return bundle

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array
+from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array, Int64Array
 from fletcher.errors import FletcherError
-from fletcher.pipeline.intake import Piece
+from fletcher.pipeline.intake import INTERACTIVE_ROWS, Piece
 from fletcher.schema import VectorSpec, vector_columns
 from fletcher.vectors.aggregation import Aggregation
 from fletcher.vectors.finish import finish
 from fletcher.vectors.ragged import gathered
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What has become of a piece.
+
+    Attributes:
+        batch: Its rows with their vectors.
+        errors: By row of the piece, why it has no vector.
+        offsets: int64 [num_rows + 1], row i of the piece became rows offsets[i] to offsets[i + 1]
+            of the batch: one, but where chunks are rows. A failed row is one.
+    """
+
+    batch: pa.RecordBatch
+    errors: dict[int, FletcherError]
+    offsets: Int64Array
+
+    def place(self, row: int) -> int:
+        """Where in the batch a row of the piece begins."""
+        return int(self.offsets[row])
+
+    def ids(self) -> dict[int, pa.Scalar]:
+        """Of the failed rows."""
+        ids = self.batch.column("id")
+        return {row: ids[self.place(row)] for row in self.errors}
 
 
 class Assembler:
@@ -35,10 +60,8 @@ class Assembler:
         method = "mean" if spec.chunking is None else spec.chunking.aggregation
         self._aggregation = Aggregation(method, normalized=spec.normalized)
 
-    def assemble(
-        self, piece: Piece, outcome: EmbeddingBatch | FletcherError
-    ) -> tuple[pa.RecordBatch, dict[int, FletcherError]] | None:
-        """The output of a piece, and by its row why a vector is null; None: its text goes on."""
+    def assemble(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> Output | None:
+        """The output of a piece; None: its text goes on."""
         finished = self._finished(piece, outcome)
         if finished is None:
             return None
@@ -56,7 +79,7 @@ class Assembler:
         columns: dict[str, Any] = {
             "id": self._ids(piece),
             **vector_columns(vectors, self._spec, missing, counts),
-            "timestamp": pa.array(np.full(num_rows, piece.timestamp_ns), self._type("timestamp")),
+            "timestamp": self._timestamps(piece.timestamp_ns, num_rows),
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),
         }
@@ -64,21 +87,26 @@ class Assembler:
             if name not in columns:
                 columns[name] = self._carried(piece, name)
         arrays = [columns[name] for name in self.schema.names]
-        return pa.RecordBatch.from_arrays(arrays, schema=self.schema), errors
+        batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+        return Output(batch, errors, np.arange(num_rows + 1))
 
     def _finished(
         self, piece: Piece, outcome: EmbeddingBatch | FletcherError
     ) -> EmbeddingBatch | FletcherError | None:
         """Vectors of texts as they were asked for; None: of the piece's text more comes."""
-        if not isinstance(outcome, FletcherError) and outcome.counts is None:
-            spec = self._spec
-            embeddings = finish(
-                outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
-            )
-            outcome = replace(outcome, embeddings=embeddings)
+        outcome = self._finish(outcome)
         if piece.texts.chunking is None or not piece.texts.num_texts:
             return outcome
         return self._aggregation.take(outcome, continued=piece.texts.continued)
+
+    def _finish(self, outcome: EmbeddingBatch | FletcherError) -> EmbeddingBatch | FletcherError:
+        if isinstance(outcome, FletcherError) or outcome.counts is not None:
+            return outcome
+        spec = self._spec
+        embeddings = finish(
+            outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
+        )
+        return replace(outcome, embeddings=embeddings)
 
     def _vectors(
         self, piece: Piece, outcome: EmbeddingBatch | FletcherError
@@ -100,10 +128,17 @@ class Assembler:
     def _ids(self, piece: Piece) -> pa.Array:
         if "id" in piece.rows.schema.names:
             return piece.rows.column("id")
+        if piece.num_rows <= INTERACTIVE_ROWS:  # Arrow's functions take longer to begin
+            first, last = piece.row_first, piece.row_first + piece.num_rows
+            return pa.array([f"{self._upload_id}:{row}" for row in range(first, last)], pa.utf8())
         offsets = np.arange(piece.row_first, piece.row_first + piece.num_rows, dtype=np.int64)
         return pc.binary_join_element_wise(
             f"{self._upload_id}:", pa.array(offsets).cast(pa.utf8()), ""
         )
+
+    def _timestamps(self, timestamp_ns: int, num_rows: int) -> pa.Array:
+        values = pa.py_buffer(np.full(num_rows, timestamp_ns, np.int64))
+        return pa.Array.from_buffers(self._type("timestamp"), num_rows, [None, values])
 
     def _carried(self, piece: Piece, name: str) -> pa.Array:
         if name in ("text", "metadata"):

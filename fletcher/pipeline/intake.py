@@ -35,6 +35,7 @@ from fletcher.errors import (
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.arrays import (
     decoded_bytes,
+    distinct,
     large_utf8,
     text_offsets,
     validate,
@@ -233,7 +234,8 @@ class Intake:
         errors = RowErrors(used, sizes, self._limits.max_row_bytes)
         held_bytes = self._held_bytes(batch, used)
         shared = new_table = False
-        if dictionary is not None and len(dictionary) <= self._limits.table_values:
+        rows = self._chunking is not None and self._chunking.rows  # any number a value: no table
+        if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
         bounds = _cuts(sizes, self._limits.piece_rows, self._limits.piece_bytes)
@@ -247,21 +249,24 @@ class Intake:
             if skip is not None:
                 skipped = wanted & skip(rows, row_first + first)
                 wanted &= ~skipped
+            own_codes: Int32Array | Int64Array
             if dictionary is None:  # made one, so that a repeated text is embedded once
-                encoded = text.slice(first, last - first).dictionary_encode()
-                own_codes, words = _codes(encoded), encoded.dictionary
+                own_codes, words = distinct(text.slice(first, last - first))
             else:
                 own_codes, words = codes[first:last], dictionary
-            values = np.where(wanted, own_codes, -1).astype(np.int32)
-            new = np.unique(values[values >= 0])
             new_values: Int32Array | None = None
-            if shared:
-                new = new_values = new[~self._seen[new]]
-                self._seen[new] = True
+            if dictionary is None and wanted.all():  # so is every word
+                values, texts = own_codes.astype(np.int32, copy=False), words
             else:
-                places = np.searchsorted(new, values).astype(np.int32)
-                values = np.where(values >= 0, places, -1).astype(np.int32)
-            texts = words.take(pa.array(new))
+                values = np.where(wanted, own_codes, -1).astype(np.int32)
+                new = np.unique(values[values >= 0])
+                if shared:
+                    new = new_values = new[~self._seen[new]]
+                    self._seen[new] = True
+                else:
+                    places = np.searchsorted(new, values).astype(np.int32)
+                    values = np.where(values >= 0, places, -1).astype(np.int32)
+                texts = words.take(pa.array(new))
             piece = Piece(
                 batch_id=batch_id,
                 row_first=row_first + first,

@@ -58,8 +58,8 @@ def plan(
         One array of row indices for each micro-batch; every row is in exactly one.
     """
     num_rows = len(lengths)
-    if num_rows == 0:
-        return []
+    if num_rows <= 1:
+        return [np.arange(1)] * num_rows
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     padded = padded_length(lengths[order], length_grid)
     share = -(-int(padded.sum()) // max(num_runners, 1))

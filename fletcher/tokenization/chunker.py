@@ -7,17 +7,81 @@ to the next, so that a document of any length is cut as if it had come whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from fletcher.batches import Carry, Chunks, Int32Array, TextBatch, TokenBatch
+from fletcher.batches import Carry, Chunks, Int32Array, Int64Array, TextBatch, TokenBatch
+from fletcher.tokenization.sentences import CONTEXT, PARAGRAPH, SENTENCE, Levels, levels
 
 _NO_IDS = np.zeros(0, np.int32)
+_LEVELS = {"tokens": (), "sentences": (SENTENCE,), "paragraphs": (PARAGRAPH, SENTENCE)}
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokens:
+    """One text, or the part at hand.
+
+    Attributes:
+        ids: int32 [n], its tokens without special ones, with the prompt's where the text begins.
+        starts: int64 [n, 2], where in this part each begins, character and byte; the prompt's at 0.
+        levels: int8 [n], whether a sentence or a paragraph begins there.
+        end: The last characters of the text so far.
+        size: int64 [2], characters and bytes of the part.
+    """
+
+    ids: Int32Array
+    starts: Int64Array
+    levels: Levels
+    end: str
+    size: Int64Array
+
+    @classmethod
+    def without_places(cls, ids: Int32Array) -> TextTokens:
+        """Where nobody asks where chunks are."""
+        nothing = np.zeros(len(ids), np.int8)
+        starts = np.broadcast_to(np.int64(0), (len(ids), 2))
+        return cls(ids, starts, nothing, "", np.zeros(2, np.int64))
+
+    @classmethod
+    def at(
+        cls,
+        ids: Sequence[int],
+        places: Sequence[tuple[int, int]],
+        prompt: str,
+        text: str,
+        before: str | None,
+    ) -> TextTokens:
+        """From what the library says of the prompt and the text.
+
+        Args:
+            ids: The tokens.
+            places: First character of each, and the last one, in both together.
+            prompt: Comes first.
+            text: Behind it.
+            before: The end of the text before this part; None: nobody asks what begins where.
+        """
+        flat = np.fromiter(chain.from_iterable(places), np.int64, 2 * len(places))
+        # Tokens of one character may come in any order.
+        bounds = np.maximum(flat.reshape(-1, 2) - len(prompt), 0)
+        characters, ends = np.maximum.accumulate(bounds, axis=0).T
+        begun = levels(before, text, ends) if before is not None else np.zeros(len(ids), np.int8)
+        data = np.frombuffer(text.encode(), np.uint8)
+        begins = np.append(np.flatnonzero((data & 0xC0) != 0x80), len(data))
+        starts = np.stack((characters, begins[characters]), axis=1)
+        return cls(
+            np.array(ids, np.int32),
+            starts,
+            begun,
+            ((before or "") + text)[-CONTEXT:],
+            np.array([len(text), len(data)], np.int64),
+        )
 
 
 def cut(
     batch: TextBatch,
-    ids: Sequence[Int32Array],
+    texts: Sequence[TextTokens],
     prompt_ids: Int32Array,
     special: tuple[Sequence[int], Sequence[int]],
 ) -> TokenBatch:
@@ -25,7 +89,7 @@ def cut(
 
     Args:
         batch: The texts; `chunking` is set, and its size.
-        ids: The tokens of each, without special ones, with the prompt's where it does not go on.
+        texts: The tokens of each.
         prompt_ids: The prompt's own tokens.
         special: Tokens that go before and after every chunk.
 
@@ -40,22 +104,49 @@ def cut(
     index: list[int] = []
     num_tokens: list[int] = []
     ends = [0]
+    spans: list[Int64Array] = []
     carry: Carry | None = None
-    for text, own in enumerate(ids):
-        if text == 0 and batch.carry is not None:
-            carry, tokens = batch.carry, np.concatenate((batch.carry.input_ids, own))
-        else:
-            carry = _begun(own, prompt_ids)
-            tokens = own[len(carry.prompt_ids) :]
-        continued = batch.continued and text == len(ids) - 1
-        found, rest = windows(len(tokens), room, batch.chunking.overlap, continued=continued)
+    for number, text in enumerate(texts):
+        carry = batch.carry if number == 0 else None
+        if carry is None:
+            carry = _begun(text.ids, prompt_ids)
+        skipped = 0 if carry is batch.carry else len(carry.prompt_ids)
+        tokens = np.concatenate((carry.input_ids, text.ids[skipped:]))
+        size = carry.size + text.size
+        starts = np.concatenate((carry.starts, text.starts[skipped:] + carry.size, [size]))
+        begins = starts.copy()
+        if carry.num_chunks == 0:  # what is before the first token belongs to it
+            begins[0] = 0
+        continued = batch.continued and number == len(texts) - 1
+        begun = np.concatenate((carry.levels, text.levels[skipped:]))
+        kinds = _LEVELS[batch.chunking.method]
+        breaks = [np.flatnonzero(begun >= level) for level in kinds]
+        found, rest, covered = windows(
+            len(tokens),
+            room,
+            batch.chunking.overlap,
+            breaks,
+            covered=carry.num_covered,
+            continued=continued,
+        )
+        bounds = np.array(found, np.int64).reshape(-1, 2)
+        spans.append(np.stack((begins[bounds[:, 0]], starts[bounds[:, 1]]), axis=2).reshape(-1, 4))
         head = np.concatenate((before, carry.prompt_ids))
         for first, last in found:
             rows += (head, tokens[first:last], after)
             num_tokens.append(last - first)
         index += range(carry.num_chunks, carry.num_chunks + len(found))
         ends.append(len(index))
-        carry = Carry(carry.prompt_ids, tokens[rest:], carry.num_chunks + len(found))
+        carry = Carry(
+            carry.prompt_ids,
+            tokens[rest:],
+            starts[rest:-1],
+            begun[rest:],
+            text.end,
+            size,
+            carry.num_chunks + len(found),
+            covered,
+        )
     input_ids = np.concatenate(rows) if rows else _NO_IDS
     lengths = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 3).sum(axis=1)
     offsets = np.zeros(len(index) + 1, np.int64)
@@ -65,35 +156,71 @@ def cut(
         offsets,
         np.zeros(len(index), np.bool_),
         chunks=Chunks(
-            np.array(ends, np.int64), np.array(index, np.int32), np.array(num_tokens, np.int32)
+            np.array(ends, np.int64),
+            np.array(index, np.int32),
+            np.array(num_tokens, np.int32),
+            np.concatenate([np.zeros((0, 4), np.int64), *spans]),
         ),
         carry=carry if batch.continued else None,
     )
 
 
 def windows(
-    num_tokens: int, room: int, overlap: int, *, continued: bool
-) -> tuple[list[tuple[int, int]], int]:
+    num_tokens: int,
+    room: int,
+    overlap: int,
+    breaks: Sequence[Int64Array] = (),
+    *,
+    covered: int = 0,
+    continued: bool,
+) -> tuple[list[tuple[int, int]], int, int]:
     """Where chunks begin and end.
 
     Args:
         num_tokens: How many there are to be cut.
         room: Tokens that a chunk takes.
-        overlap: Tokens that it has in common with the one before, fewer than `room`.
+        overlap: Tokens that it has in common with the one before, fewer than `room`. Where there
+            are breaks it is the most, so that a chunk begins with one.
+        breaks: Tokens before which a text is better cut, ascending, the best kind first; each kind
+            has all of the kind before.
+        covered: The first of them that are in the chunk before.
         continued: More come. A chunk is complete when there is a token behind it.
 
     Returns:
         First token of each chunk and the first behind it; the first token of what is left, which is
-        all behind the last chunk and its overlap.
+        all behind the last chunk and its overlap; how many of what is left are in that chunk.
     """
     found = []
     first = 0
     while first + room < num_tokens:
-        found.append((first, first + room))
-        first += room - overlap
+        last = _last_break(breaks, first, first + room) or first + room
+        if last <= covered:  # what comes does not fit behind the overlap, and does without
+            first = covered
+            continue
+        found.append((first, last))
+        covered = last
+        first = _first_break(breaks, max(last - overlap, first + 1), last) or last - overlap
     if not continued:
         found.append((first, num_tokens))
-    return found, first
+    return found, first, covered - first
+
+
+def _last_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | None:
+    """Behind `first`, up to `limit`: the last break of the best kind that has one there."""
+    for one in breaks:
+        place = int(np.searchsorted(one, limit, side="right")) - 1
+        if place >= 0 and one[place] > first:
+            return int(one[place])
+    return None
+
+
+def _first_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | None:
+    """From `first` to `limit`: the first break of any kind."""
+    if not breaks:
+        return None
+    place = int(np.searchsorted(breaks[-1], first))
+    found = place < len(breaks[-1]) and breaks[-1][place] <= limit
+    return int(breaks[-1][place]) if found else None
 
 
 def _begun(ids: Int32Array, prompt_ids: Int32Array) -> Carry:
@@ -104,4 +231,7 @@ def _begun(ids: Int32Array, prompt_ids: Int32Array) -> Carry:
     length = min(len(ids), len(prompt_ids))
     same = ids[:length] == prompt_ids[:length]
     length = length if same.all() else int(np.argmin(same))
-    return Carry(prompt_ids[:length], _NO_IDS, 0)
+    nothing = np.zeros((0, 2), np.int64)
+    return Carry(
+        prompt_ids[:length], _NO_IDS, nothing, np.zeros(0, np.int8), "", np.zeros(2, np.int64), 0, 0
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import tokenizers
 from fletcher.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
 from fletcher.errors import InvalidCommandError, ModelError
 from fletcher.models.bundle import ModelBundle
-from fletcher.tokenization.chunker import cut
+from fletcher.tokenization.chunker import TextTokens, cut
 from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.shorten import MIN_BYTES_FOR_RUNS, Shortener
 from fletcher.tokenization.words import Words
@@ -24,6 +24,8 @@ _FIRST_BYTES_PER_TOKEN = 8
 _GROWTH = 4
 # Below this the library is quicker than the many steps of `Words`.
 _MIN_BYTES_FOR_WORDS = 512
+# Below this nothing is gained by steps over whole arrays.
+_FEW_BYTES = 512
 
 
 class Tokenizer:
@@ -96,6 +98,9 @@ class Tokenizer:
                 f"{self.max_length}: {self.num_special_tokens} are special tokens",
                 field="max_length",
             )
+        few = self._few(batch, room)
+        if few is not None:
+            return few
         tokens = self._tokenize(prompted(batch), room)
         return self._with_tokens(tokens.framed(batch, limit, self._prefix, self._suffix))
 
@@ -109,14 +114,50 @@ class Tokenizer:
         offsets = batch.offsets + np.append(0, np.cumsum(empty))
         return replace(batch, input_ids=ids, offsets=offsets)
 
+    def _few(self, batch: TextBatch, room: int) -> TokenBatch | None:
+        """A little text, as a search sends it, by the shortest way; None: it is not that little.
+
+        The same steps for many texts take a multiple of the time, most of it to begin.
+        """
+        if len(batch.data) + len(batch.prompt) * batch.num_texts > _FEW_BYTES:
+            return None
+        view, bounds = memoryview(batch.data), pairwise(batch.offsets.tolist())
+        texts = [batch.prompt + str(view[first:last], "utf-8") for first, last in bounds]
+        found = self._library(texts)
+        if any(len(ids) > room for ids in found):
+            return None
+        rows = [[*self._prefix, *ids, *self._suffix] for ids in found]
+        offsets = np.array([0, *accumulate(map(len, rows))], np.int64)
+        input_ids = np.array(list(chain.from_iterable(rows)), np.int32)
+        return TokenBatch(input_ids, offsets, np.zeros(len(rows), np.bool_))
+
     def _cut(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts, and cuts them into chunks."""
+        assert batch.chunking is not None
         # Of a text that goes on, the prompt was before its first part.
-        begun = prompted(batch if batch.carry is None else replace(batch, prompt=""))
-        ids, ends = self._ids(begun.data, begun.offsets)
+        begun = batch if batch.carry is None else replace(batch, prompt="")
+        if batch.chunking.needs_places:
+            view, bounds = memoryview(batch.data), pairwise(batch.offsets.tolist())
+            given = [str(view[first:last], "utf-8") for first, last in bounds]
+            before = None
+            if batch.chunking.method != "tokens":
+                before = "" if batch.carry is None else batch.carry.end
+            texts = self._with_places(given, begun.prompt, before)
+        else:
+            begun = prompted(begun)
+            ids, ends = self._ids(begun.data, begun.offsets)
+            texts = [TextTokens.without_places(one) for one in np.split(ids, ends[1:-1])]
         (prompt_ids,) = self._library([batch.prompt])
-        texts = np.split(ids, ends[1:-1])
         return cut(batch, texts, np.array(prompt_ids, np.int32), (self._prefix, self._suffix))
+
+    def _with_places(self, texts: list[str], prompt: str, before: str | None) -> list[TextTokens]:
+        encodings = self._tokenizer.encode_batch(
+            [prompt + text for text in texts], add_special_tokens=False
+        )
+        return [
+            TextTokens.at(one.ids, one.offsets, prompt, text, before)
+            for one, text in zip(encodings, texts, strict=True)
+        ]
 
     def _tokenize(self, batch: TextBatch, room: int) -> FlatTokens:
         """The tokens of every text, more than `room` of them where it has so many."""

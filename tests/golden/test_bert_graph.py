@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
@@ -66,6 +67,19 @@ def test_a_row_does_not_depend_on_padding_or_company(tmp_path: Path, pooling: st
     together = run_graph(bundle.graph, rows, width=40)["embedding"]
     alone = np.concatenate([run_graph(bundle.graph, [row])["embedding"] for row in rows])
     assert np.abs(together - alone).max() < 1e-6
+
+
+def test_for_cls_the_last_layer_goes_on_with_one_token_a_text(tmp_path: Path) -> None:
+    model = onnx.load(str(add_tiny(tmp_path, pooling="cls").graph))
+    expected = {"layer.0.wide": 7, "layer.1.k": 7}
+    expected |= {f"layer.1.{part}": 1 for part in ("q", "projected", "wide", "narrow")}
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in expected)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    ids = np.ones((3, 7), np.int64)
+    values = session.run(list(expected), {"input_ids": ids, "attention_mask": ids})
+    assert {name: value.shape[1] for name, value in zip(expected, values, strict=True)} == expected
 
 
 def test_graph_is_valid_onnx_with_mappable_weights(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +27,14 @@ def text_of(num_words: int, seed: int = 7) -> str:
     return " ".join(WORDS[n * seed % len(WORDS)] for n in range(num_words))
 
 
+@dataclass(frozen=True)
+class Whole:
+    """How the server's model sees texts, whatever their length."""
+
+    tokenizer: Tokenizer
+    seed: int
+
+
 @pytest.fixture(scope="module")
 def server(start_server: StartServer) -> Runtime:
     # A stream's reserve is 64 KiB: texts over some 2 kB come in parts.
@@ -37,28 +48,27 @@ def client(server: Runtime) -> Iterator[fletcher.Client]:
 
 
 @pytest.fixture(scope="module")
-def whole(server: Runtime) -> Tokenizer:
-    """The model's tokenizer for texts of any length."""
-    tokenizer = Tokenizer.load(server.service.models.default.bundle.folder)
-    return Tokenizer(tokenizer._tokenizer, max_length=10_000_000)
+def whole(server: Runtime) -> Whole:
+    bundle = server.service.models.default.bundle
+    return Whole(Tokenizer.load(bundle.folder), int(bundle.hash, 16))
 
 
-def chunk_vectors(whole: Tokenizer, text: str, how: str) -> np.ndarray:
+def chunk_vectors(whole: Whole, text: str, how: str) -> np.ndarray:
     """The vectors of a text's chunks, each embedded alone."""
     chunking = Chunking.parse(how)
     assert chunking is not None
-    ids = np.array(whole._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
-    found, _ = windows(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
+    ids = np.array(whole.tokenizer._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
+    found, *_ = windows(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
     rows = [np.concatenate((ids[:1], ids[1:-1][a:b], ids[-1:])) for a, b in found]
     lengths = np.array([len(row) for row in rows], np.int32)
-    return null_embeddings(np.concatenate(rows), lengths, 32)
+    return null_embeddings(np.concatenate(rows), lengths, 32, whole.seed)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
 
 
-def test_a_text_gets_the_mean_of_its_chunks(client: fletcher.Client, whole: Tokenizer) -> None:
+def test_a_text_gets_the_mean_of_its_chunks(client: fletcher.Client, whole: Whole) -> None:
     texts = [text_of(n, n + 1) for n in (5, 900, 0, 40, 8000, 3)]
     found = client.embed(texts, chunking="tokens:16/4")
     for text, vector in zip(texts, found, strict=True):
@@ -67,7 +77,7 @@ def test_a_text_gets_the_mean_of_its_chunks(client: fletcher.Client, whole: Toke
     assert np.array_equal(found[[2, 5]], client.embed([texts[2], texts[5]]))  # one chunk each
 
 
-def test_dims_come_before_the_mean(client: fletcher.Client, whole: Tokenizer) -> None:
+def test_dims_come_before_the_mean(client: fletcher.Client, whole: Whole) -> None:
     text = text_of(300)
     largest = chunk_vectors(whole, text, "tokens:8/2").max(axis=0)
     found = client.embed([text], chunking="tokens:8/2:max")
@@ -119,6 +129,105 @@ def test_stored_rows_are_texts(server: Runtime, client: fletcher.Client) -> None
         client.put(table, fletcher.EmbedOptions(dataset="texts", upload_id="u", dtype="float32"))
 
 
+MIXED = "Grüße, 世界! 🙂 use “packages” \n\n and  hold  them. "
+
+
+def chunk_rows(
+    client: fletcher.Client, texts: list[str | None], how: str, **options: Any
+) -> list[list[dict[str, Any]]]:
+    """The rows of each text, by its place."""
+    table = pa.table({"id": pa.array(range(len(texts)), pa.int64()), "text": texts})
+    table = table.append_column("n", table.column("id"))
+    wanted = fletcher.EmbedOptions(chunking=how, include_text=True, dtype="float32", **options)
+    with client.exchange(table, wanted) as exchange:
+        table = pa.Table.from_batches(list(exchange), exchange.schema)
+    found = table.drop_columns(["timestamp"]).to_pylist()
+    assert [row["id"] for row in found] == sorted(row["id"] for row in found)
+    return [[row for row in found if row["id"] == number] for number in range(len(texts))]
+
+
+@pytest.mark.parametrize(("how", "overlap"), [("tokens:16/0:none", 0), ("tokens:20/7:none", 7)])
+def test_each_chunk_is_a_row(client: fletcher.Client, whole: Whole, how: str, overlap: int) -> None:
+    texts = [text_of(3), MIXED * 200, "", None, text_of(2000), "  ", MIXED]
+    found = chunk_rows(client, texts, how, columns=["n"])
+    for text, rows in zip(texts, found, strict=True):
+        if text is None:
+            assert [row["vector"] for row in rows] == [row["chunk_index"] for row in rows] == [None]
+            continue
+        assert [row["chunk_index"] for row in rows] == list(range(len(rows)))
+        expected = chunk_vectors(whole, text, how)
+        assert np.array_equal(np.array([row["vector"] for row in rows], np.float32), expected)
+        spans = [(row["chunk_start"], row["chunk_end"]) for row in rows]
+        assert [text[a:b] for a, b in spans] == [row["text"] for row in rows]
+        assert (spans[0][0], spans[-1][1]) == (0, len(text))
+        for (_, end), (start, _) in pairwise(spans):
+            assert start <= end
+            assert overlap or start == end  # they are the text, put together
+        assert {row["n"] for row in rows} == {row["id"] for row in rows}
+    assert found[4][0]["token_count"] == int(how[7:9])
+
+
+def test_chunks_with_a_prompt_have_their_text_alone(client: fletcher.Client) -> None:
+    (rows,) = chunk_rows(client, [MIXED * 3], "tokens:30:none", prompt="22 use: ")
+    assert "".join(row["text"] for row in rows) == MIXED * 3
+    assert {row["token_count"] for row in rows[:-1]} == {30}
+
+
+def test_dictionaries_and_batches_stay_as_they_are(client: fletcher.Client) -> None:
+    column = pa.array([MIXED * 90, "of", MIXED * 90, None, "of"]).dictionary_encode()
+    batches = [pa.record_batch({"text": column.slice(n, 2)}) for n in (0, 1, 2, 3)]
+    options = fletcher.EmbedOptions(chunking="tokens:30/3:none", include_text=True)
+    with client.exchange(batches, options) as exchange:
+        found = [(batch, exchange.errors) for batch in exchange]
+    assert len(found) == 4
+    long = found[0][0].column("text").to_pylist()[:-1]
+    assert len(long) > 50
+    texts = [batch.column("text").to_pylist() for batch, _ in found]
+    assert texts == [[*long, "of"], ["of", *long], [*long, None], [None, "of"]]
+    assert [[error.row for error in errors] for _, errors in found] == [[], [], [5], [6]]
+    vectors = found[1][0].column("vector").slice(1)
+    assert vectors.equals(found[0][0].column("vector").slice(0, len(long)))
+
+
+def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> None:
+    # With a journal, whose groups have more rows than their extent says.
+    server = start_server(max_memory=64 << 20, max_message_bytes=32 << 20, max_journal=64 << 20)
+    texts = [MIXED * (n % 40) if n % 9 else None for n in range(200)]
+    table = pa.table({"id": pa.array(range(200), pa.int64()), "text": texts})
+    options = fletcher.EmbedOptions(dataset="chunks", upload_id="u", chunking="tokens:32/4:none")
+    with fletcher.connect(server.address) as client:
+        summary = client.put(table.slice(0, 150), options, end=False)
+        failed = sum(text is None for text in texts[:150])
+        assert (summary.rows_received, summary.rows_failed) == (150, failed)
+        assert client.upload_status("u", "chunks")["rows_durable"] == 150
+        summary = client.put(table, options)
+        assert (summary.complete, summary.rows_received) == (True, 200)
+        assert summary.rows_deduplicated == 150
+        rows = chunk_rows(client, texts, "tokens:32/4:none")
+        assert server.service.delivery.flush(30)
+        status = client.upload_status("u", "chunks")
+        assert status == {"rows_durable": 200, "ranges": [[0, 199]], "complete": True}
+    stored = server.service.delivery.stores["default"].scan("chunks").read_all()
+    stored = stored.sort_by([("id", "ascending"), ("chunk_index", "ascending")])
+    expected = [row for chunks in rows for row in chunks]
+    for name in ("id", "text", "chunk_index", "chunk_start", "chunk_end"):
+        assert stored.column(name).to_pylist() == [row[name] for row in expected]
+    # All chunks of a row are in one group.
+    keys = stored.group_by("id").aggregate([("batch_key", "count_distinct")])
+    assert set(keys.column("batch_key_count_distinct").to_pylist()) == {1}
+
+
+@pytest.mark.parametrize("fields", [{"mode": "upsert"}, {"mode": "delta"}, {"dedupe": "id"}])
+def test_rows_of_one_id_cannot_replace_each_other(fields: dict[str, str]) -> None:
+    with pytest.raises(InvalidCommandError, match="several rows of its id"):
+        fletcher.EmbedOptions(dataset="d", chunking="tokens:none", **fields)
+
+
+def test_embed_gives_each_text_one_vector(client: fletcher.Client) -> None:
+    with pytest.raises(InvalidCommandError, match="several vectors"):
+        client.embed(["a"], chunking="tokens:none")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -135,3 +244,14 @@ def test_what_cannot_be_is_refused_with_what_can(
     with pytest.raises(InvalidCommandError, match=said) as caught:
         client.embed(["a"], **options)
     assert caught.value.allowed
+
+
+def test_rows_are_whole_sentences(client: fletcher.Client) -> None:
+    text = "Use it. Hold on! Go. " * 900 + "Go on."
+    (rows,) = chunk_rows(client, [text], "sentences:32/6:none")
+    assert len(rows) > 100
+    assert all(row["text"].startswith(("Use it.", "Hold on!", "Go.")) for row in rows[:-1])
+    assert (rows[0]["chunk_start"], rows[-1]["chunk_end"]) == (0, len(text))
+    mean = client.embed([text], chunking="sentences:32/6")[0]
+    vectors = np.array([row["vector"] for row in rows], np.float32)
+    np.testing.assert_allclose(mean, unit(vectors.mean(axis=0)), atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -17,6 +18,8 @@ import pytest
 from pyarrow import flight
 
 import fletcher
+from fletcher.cli import main
+from fletcher.client.prompts import served_model
 from fletcher.config import ServeConfig
 from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
 from fletcher.models.bundle import ModelBundle
@@ -303,6 +306,33 @@ def test_models_that_were_not_used_make_room(home: Path) -> None:
             writer.done_writing()
             writer.close()
         assert client.embed(["x"], model="b").shape == (1, 32)
+
+
+def test_from_the_command_line(
+    home: Path, server: Runtime, client: fletcher.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*argv: str, code: int = 0) -> str:
+        assert main(["model", *argv, "--server", server.address]) == code
+        captured = capsys.readouterr()
+        return captured.err if code else captured.out
+
+    kept, current = installed(home)
+    b = version_of(client, "b")
+    assert f"{current}  ready  0 calls" in run("running")
+    assert run("load", kept) == f"{kept}  ready\n"
+    assert f"{kept}  ready  0 calls" in (listed := run("running"))
+    assert "as NAME@HASH alone" in listed
+    assert json.loads(run("swap", kept, "--json")) == {"model": kept, "state": "ready"}
+    assert run("swap", "a") == f"{current}  ready\n"
+    assert run("alias", "both", "a:0.5", "b") == "both  a:0.5,b:1\n"
+    assert served_model(client, "both") == served_model(client, "a")
+    assert "needed: alias both" in run("unload", "b", code=2)
+    assert "expected MODEL:WEIGHT" in run("alias", "both", "a:0", code=2)
+    assert run("alias", "both") == ""
+    assert run("unload", "b", "--force") == f"{b}  retiring\n"
+    eventually(lambda: b not in states(client), "it is gone")
+    assert "here are: a, a@" in run("load", "nobody", code=1)
+    assert run("load", "b") == f"{b}  ready\n"
 
 
 def test_a_damaged_model_does_not_take_the_others_place(home: Path, client: Any) -> None:

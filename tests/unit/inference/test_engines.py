@@ -75,6 +75,29 @@ def test_several_threads_do_not_mix_up_their_rows(backend):
     assert np.array_equal(np.concatenate(results), np.concatenate(expected))
 
 
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16")],
+)
+def test_the_same_batches_give_the_same_bits_in_every_run_and_process(
+    tiny_bundle, engine, precision
+):
+    rows = random_rows([32, 5, 17, 1, 30, 30, 2, 11], 20)
+    batches = [micro_batch(rows), micro_batch(rows[:3]), micro_batch(rows[3:])]
+    found = []
+    for _ in range(2):  # loaded anew, as after a restart
+        try:
+            loaded = load(engine, tiny_bundle.folder, precision=precision)
+        except BackendError as error:
+            pytest.skip(error.message)
+        with ThreadPoolExecutor(loaded.concurrency) as threads:
+            found += [list(threads.map(loaded.run, batches)) for _ in range(3)]
+    for again in found[1:]:
+        for one, other in zip(found[0], again, strict=True):
+            assert np.array_equal(one.embeddings, other.embeddings)
+            assert np.array_equal(one.norms, other.norms)
+
+
 def test_results_outlive_the_next_run(backend):
     first, second = (micro_batch([row]) for row in random_rows([6, 7], 20))
     kept = backend.run(first).embeddings

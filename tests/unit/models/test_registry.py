@@ -11,7 +11,7 @@ import pytest
 
 from fletcher.errors import ModelError, UnknownModelError
 from fletcher.models import registry as registry_module
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle import ModelBundle, version_folder
 from fletcher.models.registry import DEFAULT_MODEL, Registry
 from fletcher.models.sources import package
 
@@ -78,6 +78,34 @@ def test_a_name_is_not_taken_over(tmp_path: Path, checkpoint: EditCheckpoint) ->
         registry.add(str(other), name="tiny", progress=ignore)
     assert registry.verify("tiny") == first
     assert visible(tmp_path / "models") == ["tiny"]
+
+
+def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditCheckpoint) -> None:
+    registry = Registry(tmp_path / "models")
+    first = registry.add(TINY, progress=ignore)
+    other = str(checkpoint(config={"hidden_act": "relu"}))
+    lines: list[str] = []
+    second = registry.add(other, name="tiny", replace=True, progress=lines.append)
+    assert f"the version before stays as {first.qualified_name}" in lines
+    names = ["tiny", first.qualified_name]
+    assert registry.names() == visible(tmp_path / "models") == names
+    assert registry.get("tiny") == registry.verify(second.qualified_name) == second
+    assert registry.verify(first.qualified_name).hash == first.hash
+    assert version_folder(first.folder, first.hash) == tmp_path / "models" / names[1]
+    assert version_folder(first.folder, second.hash) == first.folder
+    # Back again: each version is there once.
+    assert registry.add(TINY, replace=True, progress=ignore).hash == first.hash
+    assert registry.names() == ["tiny", second.qualified_name]
+    assert version_folder(tmp_path / "models" / names[1], first.hash) == first.folder
+    assert registry.add(other, name="tiny", replace=True, progress=ignore).hash == second.hash
+    assert registry.names() == names
+    for name in (f"tiny@{'0' * 12}", "tiny@..", f"..@{first.hash}"):
+        with pytest.raises(UnknownModelError, match="here are: tiny, tiny@"):
+            registry.get(name)
+    registry.remove(first.qualified_name)
+    assert registry.names() == ["tiny"]
+    with pytest.raises(ModelError, match="here no more"):
+        version_folder(first.folder, first.hash)
 
 
 def test_a_damaged_bundle_is_shown_and_replaced(tmp_path: Path) -> None:

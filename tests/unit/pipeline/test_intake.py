@@ -13,6 +13,7 @@ from fletcher.batches import EmbeddingBatch
 from fletcher.errors import (
     BatchTooLargeError,
     ColumnTypeError,
+    FletcherError,
     InvalidCommandError,
     InvalidUtf8Error,
     RowTooLargeError,
@@ -57,6 +58,14 @@ def texts_of(piece: Piece) -> list[str]:
     return [data[a:b].decode() for a, b in pairwise(offsets)]
 
 
+def assembled(
+    assembler: Assembler, piece: Piece, outcome: EmbeddingBatch | FletcherError
+) -> tuple[pa.RecordBatch, dict[int, FletcherError]]:
+    output = assembler.assemble(piece, outcome)
+    assert output is not None
+    return output.batch, output.errors
+
+
 def embed(intake: Intake, *batches: pa.RecordBatch) -> tuple[pa.Table, dict[int, str], list[str]]:
     """Runs batches through intake and assembly; output, errors by row, and texts embedded."""
     schema = output_schema(
@@ -74,7 +83,7 @@ def embed(intake: Intake, *batches: pa.RecordBatch) -> tuple[pa.Table, dict[int,
                 token_count=np.array([len(text) for text in texts], np.int32),
                 truncated=np.zeros(len(texts), np.bool_),
             )
-            part, bad = assembler.assemble(piece, outcome)
+            part, bad = assembled(assembler, piece, outcome)
             parts.append(part)
             errors |= {piece.row_first + one: error.code for one, error in bad.items()}
         row += batch.num_rows
@@ -98,6 +107,17 @@ def test_every_string_type_and_slices(kind: pa.DataType) -> None:
     assert not errors
 
 
+@pytest.mark.parametrize("kind", [pa.utf8(), pa.large_utf8(), pa.string_view()])
+@pytest.mark.parametrize("text", ["alone", "", None])
+def test_a_batch_of_a_single_row(text: str | None, kind: pa.DataType) -> None:
+    array = pa.array(["before", text, "after"], kind)
+    batch = pa.record_batch({"text": array}).slice(1, 1)
+    table, errors, embedded = embed(make(batch.schema), batch)
+    check(table, [text])
+    assert sorted(errors) == ([0] if text is None else [])
+    assert embedded == ([] if text is None else [text])
+
+
 def test_a_repeated_text_is_embedded_once_a_piece() -> None:
     texts = ["b", "a", "b", "b", "a", "c", "a", "a"]
     batch = pa.record_batch({"text": texts})
@@ -118,7 +138,7 @@ def test_a_repeated_text_that_fails_fails_every_row_of_it() -> None:
         truncated=np.zeros(2, np.bool_),
         errors={1: RowTooLargeError("too long")},
     )
-    output, errors = assembler.assemble(piece, outcome)
+    output, errors = assembled(assembler, piece, outcome)
     assert sorted(errors) == [1, 3]
     assert output.column("vector").to_pylist() == [[1, 2], None, [1, 2], None]
 
@@ -142,9 +162,9 @@ def test_rows_that_are_not_wanted_are_not_embedded_and_have_no_error(encoded: bo
         [True, False],
     ]
     assembler = Assembler(output_schema(SPEC, id_type=pa.utf8(), text=True), SPEC, "u")
-    _, errors = assembler.assemble(pieces[0], RowTooLargeError("too long"))
+    _, errors = assembled(assembler, pieces[0], RowTooLargeError("too long"))
     assert sorted(errors) == [1, 2]
-    output, errors = assembler.assemble(pieces[1], RowTooLargeError("too long"))
+    output, errors = assembled(assembler, pieces[1], RowTooLargeError("too long"))
     assert (sorted(errors), output.column("vector").null_count) == ([1], 2)
 
 
@@ -257,7 +277,7 @@ def test_a_row_keeps_its_own_error_beside_a_text_that_fails() -> None:
     intake = make(batch.schema)
     (piece,) = intake.pieces(batch, 0, 0)
     assembler = Assembler(output_schema(SPEC, id_type=pa.utf8(), text=True), SPEC, "u")
-    _, errors = assembler.assemble(piece, RowTooLargeError("too long"))
+    _, errors = assembled(assembler, piece, RowTooLargeError("too long"))
     assert {row: error.code for row, error in errors.items()} == {
         0: "row_too_large",
         1: "invalid_command",

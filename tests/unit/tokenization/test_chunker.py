@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,10 +14,17 @@ from fletcher.errors import InvalidCommandError
 from fletcher.models.bundle import ModelBundle
 from fletcher.pipeline.parts import part_ends
 from fletcher.tokenization.chunker import windows
+from fletcher.tokenization.sentences import levels
 from fletcher.tokenization.tokenizer import Tokenizer
 
 WORDS = "the programs, that people use; packages (debian) hold 1 or 22 of them.".split()
 TEXT = " ".join(WORDS[n * 7 % len(WORDS)] for n in range(400)) + "\n\n  the end "
+
+BEGINNINGS = ("The use", "It is", "Programs hold", "Grüße", "世界")
+PROSE = (
+    "The use of it, e.g. 22 of them, is on. It is so! Programs hold on. 世界。Grüße to Mr. Hold. "
+    "Programs hold 1.\n\nGrüße. "
+) * 9 + "The use"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +64,7 @@ def in_parts(tokenizer: Tokenizer, whole: TextBatch, max_bytes: int) -> list[Tok
 @pytest.mark.parametrize(("room", "overlap"), [(4, 0), (4, 1), (4, 3), (1, 0), (7, 2)])
 def test_windows_are_full_and_end_with_the_text(room: int, overlap: int) -> None:
     for num_tokens in range(40):
-        found, _ = windows(num_tokens, room, overlap, continued=False)
+        found, *_ = windows(num_tokens, room, overlap, continued=False)
         count = 1 if num_tokens <= room else 1 + -(-(num_tokens - room) // (room - overlap))
         assert len(found) == count
         assert [last - first for first, last in found[:-1]] == [room] * (count - 1)
@@ -77,7 +85,7 @@ def test_chunks_are_windows_over_the_tokens_of_the_text(tokenizer: Tokenizer, ho
     assert head[1][: len(start)] == start
     text = head[1][len(start) : -1]
     room = whole.chunking.size - len(start) - 1
-    expected, _ = windows(len(text), room, whole.chunking.overlap, continued=False)
+    expected, *_ = windows(len(text), room, whole.chunking.overlap, continued=False)
     found = rows(tokens)
     first, last = tokens.chunks.offsets[1:3]
     assert found[first:last] == [[*start, *text[a:b], head[1][-1]] for a, b in expected]
@@ -100,6 +108,82 @@ def test_in_parts_a_text_has_the_same_chunks(
     assert together == rows(tokenizer.encode(whole))
     index = [one for part in parts if part.chunks for one in part.chunks.index]
     assert index == list(range(len(together)))
+
+
+@pytest.mark.parametrize("max_bytes", [25, 50, 333])
+@pytest.mark.parametrize("how", ["sentences:20/8", "paragraphs:25/5:none", "sentences:16:none"])
+def test_in_parts_sentences_are_the_same(tokenizer: Tokenizer, how: str, max_bytes: int) -> None:
+    whole = batch([PROSE], how)
+    parts = in_parts(tokenizer, whole, max_bytes)
+    expected = tokenizer.encode(whole)
+    assert [row for part in parts if part.num_texts for row in rows(part)] == rows(expected)
+    spans = [part.chunks.spans for part in parts if part.chunks is not None]
+    assert expected.chunks is not None
+    assert np.concatenate(spans).tolist() == expected.chunks.spans.tolist()
+
+
+def pieces(tokenizer: Tokenizer, text: str, how: str) -> list[str]:
+    chunks = tokenizer.encode(batch([text], how)).chunks
+    assert chunks is not None
+    data = text.encode()
+    assert [text[a:b] for a, b in chunks.spans[:, :2]] == [
+        data[a:b].decode() for a, b in chunks.spans[:, 2:]
+    ]
+    return [text[a:b] for a, b in chunks.spans[:, :2].tolist()]
+
+
+def test_chunks_begin_with_sentences(tokenizer: Tokenizer) -> None:
+    found = pieces(tokenizer, PROSE, "sentences:32:none")
+    assert "".join(found) == PROSE
+    assert all(one.startswith(BEGINNINGS) for one in found)
+    assert max(one.count(".") for one in found) > 1  # several that fit go together
+    found = pieces(tokenizer, PROSE, "sentences:32/12:none")
+    assert all(one.startswith(BEGINNINGS) for one in found)
+    assert any(a.endswith(b[: b.index(".") + 2]) for a, b in pairwise(found))
+    chunks = tokenizer.encode(batch([PROSE], "sentences:32/12:none")).chunks
+    assert chunks is not None
+    assert (np.diff(chunks.spans[:, 1]) > 0).all()  # each has something new
+
+
+def test_chunks_are_whole_paragraphs_where_they_fit(tokenizer: Tokenizer) -> None:
+    text = "Go on.\n\nUse it. Or not.\n \nThe end"
+    assert pieces(tokenizer, text, "paragraphs:16:none") == [
+        "Go on.\n\n",
+        "Use it. Or not.\n \n",
+        "The end",
+    ]
+    assert pieces(tokenizer, text, "paragraphs:10:none")[1:3] == ["Use it. ", "Or not.\n \n"]
+
+
+def test_a_long_sentence_is_cut_anywhere(tokenizer: Tokenizer) -> None:
+    text = "On it. " + "1 2 3 4 5 6 " * 9 + "7. On it."
+    found = pieces(tokenizer, text, "sentences:12:none")
+    assert "".join(found) == text
+    assert found[0] == "On it. "
+    assert found[1] == "1 2 3 4 5 6 1 2 3 4 "
+
+
+@pytest.mark.parametrize(
+    ("text", "beginnings"),
+    [
+        ("One. Two! Three? “Four.” Five… Six", ["Two", "Three", "“Four", "Five", "Six"]),
+        ("Mr. Smith, e.g. A. B. Smith, has 3.14. Yes", ["Yes"]),
+        ("it ended. but went on", []),
+        ("一。二。「三。」四", ["二", "「三", "四"]),
+        ("One\n\nTwo\n three", ["Two"]),
+        ("One.Two", []),
+        ("One. ", []),
+    ],
+)
+def test_where_sentences_begin(text: str, beginnings: list[str]) -> None:
+    found = levels("", text, np.arange(1, len(text) + 1))
+    places = np.flatnonzero(found).tolist()
+    assert [
+        text[place:].startswith(one) for place, one in zip(places, beginnings, strict=True)
+    ] == [True] * len(beginnings)
+    for cut_at in range(len(text)):  # and in two parts
+        second = levels(text[:cut_at], text[cut_at:], np.arange(1, len(text) - cut_at + 1))
+        assert second.tolist() == found[cut_at:].tolist()
 
 
 def test_parts_end_before_words_or_else_between_characters() -> None:

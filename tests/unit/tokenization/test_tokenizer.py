@@ -173,12 +173,31 @@ def test_truncation_agrees_with_the_librarys_own():
         assert rows(tokens) == [tokenizer.encode(text).ids]
 
 
+@pytest.fixture(params=["few", "many"])
+def _few_or_many(request, monkeypatch):
+    """A little text goes a shorter way: both must give the same."""
+    if request.param == "many":
+        monkeypatch.setattr(tokenizer_module, "_FEW_BYTES", -1)
+
+
+@pytest.mark.usefixtures("_few_or_many")
 def test_offsets_need_not_start_at_zero():
     batch = TextBatch(b"xxgo play", np.array([2, 4, 9], dtype=np.int64))
     assert rows(TOKENIZER.encode(batch)) == [
         reference("go", "end")[0],
         reference(" play", "end")[0],
     ]
+
+
+@pytest.mark.usefixtures("_few_or_many")
+@pytest.mark.parametrize("texts", [["go"], ["go", "", "play the computer"], ["the " * 11]])
+def test_a_little_text_with_and_without_a_prompt(texts):
+    for prompt in ("", "play: "):
+        tokens = TOKENIZER.encode(text_batch(texts, prompt=prompt))
+        expected = [reference(prompt + text, "end") for text in texts]
+        assert rows(tokens) == [ids for ids, _ in expected]
+        assert tokens.truncated.tolist() == [truncated for _, truncated in expected]
+        assert (tokens.input_ids.dtype, tokens.offsets.dtype) == (np.int32, np.int64)
 
 
 def test_a_prompt_goes_before_every_text_and_counts():

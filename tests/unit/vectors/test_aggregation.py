@@ -19,7 +19,10 @@ def batch(counts: list[int], first_index: int = 0) -> EmbeddingBatch:
     index = [n for count in counts for n in range(count)]
     tokens = RNG.integers(1, 9, rows).astype(np.int32)
     chunks = Chunks(
-        np.cumsum([0, *counts]), np.array(index, np.int32) + np.int32(first_index), tokens
+        np.cumsum([0, *counts]),
+        np.array(index, np.int32) + np.int32(first_index),
+        tokens,
+        np.zeros((rows, 4), np.int64),
     )
     return EmbeddingBatch(
         vectors, None, tokens + np.int32(2), np.zeros(rows, np.bool_), chunks=chunks
@@ -71,7 +74,10 @@ def test_in_parts_a_text_gets_the_same(method: str, parts: list[int]) -> None:
             given.token_count[rows],
             given.truncated[rows],
             chunks=Chunks(
-                np.array([0, count]), given.chunks.index[rows], given.chunks.num_tokens[rows]
+                np.array([0, count]),
+                given.chunks.index[rows],
+                given.chunks.num_tokens[rows],
+                given.chunks.spans[rows],
             ),
         )
         assert found is None

@@ -1,0 +1,184 @@
+"""Output batches whose rows are chunks of texts: `chunking` without aggregation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fletcher.batches import BoolArray, Chunks, EmbeddingBatch, Int64Array
+from fletcher.errors import FletcherError
+from fletcher.pipeline.arrays import large_utf8, text_offsets
+from fletcher.pipeline.assembly import Assembler, Output
+from fletcher.pipeline.intake import Piece
+from fletcher.schema import CHUNK_FIELDS, VectorSpec, vector_columns
+
+
+def assembler(
+    schema: pa.Schema, spec: VectorSpec, upload_id: str, *, whole_rows: bool
+) -> Assembler:
+    """The one for a call; the arguments are those of `ChunkAssembler`."""
+    if spec.chunking is None or not spec.chunking.rows:
+        return Assembler(schema, spec, upload_id)
+    return ChunkAssembler(schema, spec, upload_id, whole_rows=whole_rows)
+
+
+class ChunkAssembler(Assembler):
+    """Builds one call's output batches; a row whose chunks failed is one row without a vector.
+
+    Args:
+        schema: The output's, without `batch_key`.
+        spec: What the vectors are.
+        upload_id: For rows that came without an id.
+        whole_rows: A text that comes in parts is kept until all its chunks are there; else the
+            chunks of each part leave as they come.
+    """
+
+    def __init__(
+        self, schema: pa.Schema, spec: VectorSpec, upload_id: str, *, whole_rows: bool
+    ) -> None:
+        super().__init__(schema, spec, upload_id)
+        self._whole_rows = whole_rows
+        self._kept: list[EmbeddingBatch | FletcherError] = []
+        self._lost = False  # a part of the row at hand failed, and that was said
+
+    def assemble(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> Output | None:
+        """See `Assembler.assemble`."""
+        outcome = self._finish(outcome)
+        self._lost = self._lost and piece.part > 0
+        if self._whole_rows:
+            self._kept.append(outcome)
+            if piece.texts.continued:
+                return None
+            outcome, self._kept = _joined(self._kept), []
+        errors = dict(piece.errors)
+        if isinstance(outcome, FletcherError):
+            failed = outcome
+            errors |= dict.fromkeys(np.flatnonzero(piece.values >= 0).tolist(), failed)
+            outcome = _nothing(piece.texts.num_texts, self._spec.dims)
+        chunks = outcome.chunks or _nothing(piece.texts.num_texts, self._spec.dims).chunks
+        assert chunks is not None
+        for chunk in sorted(outcome.errors):
+            text = int(np.searchsorted(chunks.offsets, chunk, side="right")) - 1
+            for row in np.flatnonzero(piece.values == text).tolist():
+                errors.setdefault(row, outcome.errors[chunk])
+        missing: BoolArray = piece.values < 0
+        missing[list(errors)] = True
+        texts = np.where(missing, 0, piece.values)
+        counts = np.where(missing, 1, np.append(np.diff(chunks.offsets), 0)[texts])
+        if self._lost:
+            errors, counts = {}, np.zeros_like(counts)
+        self._lost = self._lost or bool(errors)
+        offsets = np.append(0, np.cumsum(counts))
+        rows = np.repeat(np.arange(piece.num_rows), counts)
+        places = chunks.offsets[texts][rows] + np.arange(len(rows)) - offsets[rows]
+        return Output(
+            self._batch(piece, outcome, chunks, rows, places, missing[rows]), errors, offsets
+        )
+
+    def _batch(
+        self,
+        piece: Piece,
+        outcome: EmbeddingBatch,
+        chunks: Chunks,
+        rows: Int64Array,
+        places: Int64Array,
+        missing: BoolArray,
+    ) -> pa.RecordBatch:
+        """The output.
+
+        Args:
+            rows: int64 [n], of which row of the piece each is.
+            places: int64 [n], which chunk it is; any for rows without a vector.
+            missing: bool [n], it has no vector.
+        """
+        if not len(chunks.index):  # somewhere that rows without a vector can point to
+            outcome, chunks = _nothing(0, self._spec.dims, 1), _no_chunks(0, 1)
+        places = np.where(missing, 0, places)
+        spans = np.where(missing[:, None], 0, chunks.spans[places])
+        taken = pa.array(rows)
+        columns: dict[str, Any] = {
+            "id": self._ids(piece).take(taken),
+            **vector_columns(outcome.embeddings[places], self._spec, missing),
+            "timestamp": pa.array(np.full(len(rows), piece.timestamp_ns), self._type("timestamp")),
+            "token_count": pa.array(np.where(missing, 0, outcome.token_count[places]), pa.int32()),
+            "truncated": pa.array(np.zeros(len(rows), np.bool_)),
+        }
+        for field, values in zip(
+            CHUNK_FIELDS, (chunks.index[places], spans[:, 0], spans[:, 1]), strict=True
+        ):
+            columns[field.name] = pa.array(values, field.type, mask=missing)
+        for name in self.schema.names:
+            if name == "text":
+                columns[name] = self._texts(piece, rows, spans, missing)
+            elif name not in columns:
+                columns[name] = self._carried(piece, name).take(taken)
+        arrays = [columns[name] for name in self.schema.names]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+    def _texts(
+        self, piece: Piece, rows: Int64Array, spans: Int64Array, missing: BoolArray
+    ) -> pa.Array:
+        """The chunks' own texts."""
+        column = piece.rows.column("text")
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        column = large_utf8(column)
+        firsts = text_offsets(column)[:-1][rows] + spans[:, 2]
+        lengths = spans[:, 3] - spans[:, 2]
+        ends = np.append(0, np.cumsum(lengths))
+        data = column.buffers()[2]
+        held = np.frombuffer(b"" if data is None else data, np.uint8)
+        found = held[np.arange(ends[-1]) + np.repeat(firsts - ends[:-1], lengths)]
+        texts = pa.LargeStringArray.from_buffers(
+            len(rows), pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(found))
+        )
+        nothing = pa.scalar(None, pa.large_utf8())
+        if missing.any():
+            texts = pc.if_else(pa.array(missing), nothing, texts)
+        return texts.cast(self._type("text"))
+
+
+def _joined(parts: list[EmbeddingBatch | FletcherError]) -> EmbeddingBatch | FletcherError:
+    """A text's chunks out of those of its parts; its error where one failed."""
+    good = []
+    for part in parts:
+        if isinstance(part, FletcherError):
+            return part
+        good.append(part)
+    if len(good) == 1:
+        return good[0]
+    chunks = [part.chunks for part in good if part.chunks is not None]
+    errors = [part.errors[min(part.errors)] for part in good if part.errors]
+    return EmbeddingBatch(
+        np.concatenate([part.embeddings for part in good]),
+        None,
+        np.concatenate([part.token_count for part in good]),
+        np.concatenate([part.truncated for part in good]),
+        dict(enumerate(errors[:1])),
+        Chunks(
+            np.array([0, sum(len(one.index) for one in chunks)], np.int64),
+            np.concatenate([one.index for one in chunks]),
+            np.concatenate([one.num_tokens for one in chunks]),
+            np.concatenate([one.spans for one in chunks]),
+        ),
+    )
+
+
+def _nothing(num_texts: int, dims: int, num_chunks: int = 0) -> EmbeddingBatch:
+    return EmbeddingBatch(
+        np.zeros((num_chunks, dims), np.float32),
+        None,
+        np.zeros(num_chunks, np.int32),
+        np.zeros(num_chunks, np.bool_),
+        chunks=_no_chunks(num_texts, num_chunks),
+    )
+
+
+def _no_chunks(num_texts: int, num_chunks: int) -> Chunks:
+    numbers = np.zeros(num_chunks, np.int32)
+    return Chunks(
+        np.zeros(num_texts + 1, np.int64), numbers, numbers, np.zeros((num_chunks, 4), np.int64)
+    )

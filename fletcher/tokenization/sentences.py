@@ -1,0 +1,58 @@
+"""Where sentences and paragraphs of a text begin, by its punctuation and white space alone."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.batches import Int64Array
+
+Levels = npt.NDArray[np.int8]
+
+SENTENCE, PARAGRAPH = 1, 2
+# Of the text before a part, what may tell whether the part begins with a sentence.
+CONTEXT = 64
+
+_PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*(?=\S)")
+# What ends a sentence, with quotation marks and brackets that close behind it. Western sentences
+# end before white space, Chinese and Japanese ones anywhere.
+_SENTENCE = re.compile(
+    r"""(?:[.!?\u2026]+["'\u201d\u2019\u00bb)\]]*\s+|[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\uff09\u201d\u2019]*\s*)(?=\S)"""
+)
+# Words before a full stop that ends no sentence; so do single letters.
+_ABBREVIATIONS = re.compile(
+    r"mrs?|ms|dr|prof|st|vs|etc|e\.g|i\.e|cf|al|vol|figs?|eq|sec|pp|approx|ca|bzw|z\.b|d\.h|[^\W\d_]",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"[\w.]+$")
+
+
+def levels(before: str, text: str, ends: Int64Array) -> Levels:
+    """What begins with each token: int8 [n], 0 for nothing, SENTENCE or PARAGRAPH.
+
+    Args:
+        before: The text before this part, its last CONTEXT characters at least, or all.
+        text: The part.
+        ends: int64 [n], the last character of each token (not included), ascending.
+    """
+    found: Levels = np.zeros(len(ends), np.int8)
+    whole = before + text
+    sentences = [match.end() for match in _SENTENCE.finditer(whole) if _ends(whole, match)]
+    paragraphs = [match.end() for match in _PARAGRAPH.finditer(whole)]
+    for level, places in ((SENTENCE, sentences), (PARAGRAPH, paragraphs)):
+        own = np.array(places, np.int64) - len(before)
+        tokens = np.searchsorted(ends, own[own >= 0], side="right")
+        found[tokens[tokens < len(ends)]] = level
+    return found
+
+
+def _ends(text: str, match: re.Match[str]) -> bool:
+    """Whether this punctuation ends a sentence."""
+    if text[match.end()].islower():
+        return False
+    if text[match.start()] != ".":
+        return True
+    word = _WORD.search(text, max(0, match.start() - CONTEXT), match.start())
+    return word is None or not _ABBREVIATIONS.fullmatch(word[0])
