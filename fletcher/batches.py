@@ -177,5 +177,5 @@ class EmbeddingBatch:
     token_count: Int32Array
     truncated: BoolArray
     errors: dict[int, FletcherError] = field(default_factory=dict)
-    counts: Int32Array | None = None
     chunks: Chunks | None = None
+    counts: Int32Array | None = None
