@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-import fletcher.runtime
+import fletcher.loading
 from fletcher import errors
 from fletcher.flight.status import from_flight_error
 from fletcher.inference.backend import BackendConfig
@@ -40,7 +40,7 @@ def server(start_server: StartServer) -> Runtime:
         return Decision(configs, "three devices")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fletcher.runtime, "decide", three_devices)
+        patch.setattr(fletcher.loading, "decide", three_devices)
         # In turn: every device has work, however quick it seems on a busy machine.
         return start_server(tokenizer_workers=1, dispatch="round-robin")
 
