@@ -25,6 +25,8 @@ PROSE = (
     "The use of it, e.g. 22 of them, is on. It is so! Programs hold on. 世界。Grüße to Mr. Hold. "
     "Programs hold 1.\n\nGrüße. "
 ) * 9 + "The use"
+# Parts of this end where sentences do: what ends there is told by the part before.
+SHORT = "  Is! Of. It? Hold. \n\nIt. " * 30
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,16 @@ def test_windows_are_full_and_end_with_the_text(room: int, overlap: int) -> None
         assert found[-1][1] == num_tokens
 
 
+def test_a_sentence_that_does_not_fit_behind_the_overlap_does_without() -> None:
+    breaks = [np.array([3, 4, 13])]
+    found, *_ = windows(20, 9, 3, breaks, continued=False)
+    assert found == [(0, 4), (4, 13), (13, 20)]
+    found, rest, covered = windows(10, 9, 3, breaks, continued=True)
+    assert (found, rest, covered) == ([(0, 4)], 3, 1)
+    later = [breaks[0][1:] - 3]
+    assert windows(17, 9, 3, later, covered=1, continued=False)[0] == [(1, 10), (10, 17)]
+
+
 @pytest.mark.parametrize("how", ["tokens:8/0", "tokens:20/5", "tokens:32/29", "tokens:32"])
 def test_chunks_are_windows_over_the_tokens_of_the_text(tokenizer: Tokenizer, how: str) -> None:
     prompt = "22 use: " if "20" in how else ""
@@ -110,10 +122,10 @@ def test_in_parts_a_text_has_the_same_chunks(
     assert index == list(range(len(together)))
 
 
-@pytest.mark.parametrize("max_bytes", [25, 50, 333])
+@pytest.mark.parametrize("max_bytes", [8, 25, 50, 333])
 @pytest.mark.parametrize("how", ["sentences:20/8", "paragraphs:25/5:none", "sentences:16:none"])
 def test_in_parts_sentences_are_the_same(tokenizer: Tokenizer, how: str, max_bytes: int) -> None:
-    whole = batch([PROSE], how)
+    whole = batch([PROSE if max_bytes > 20 else SHORT], how)
     parts = in_parts(tokenizer, whole, max_bytes)
     expected = tokenizer.encode(whole)
     assert [row for part in parts if part.num_texts for row in rows(part)] == rows(expected)
@@ -146,6 +158,7 @@ def test_chunks_begin_with_sentences(tokenizer: Tokenizer) -> None:
 
 
 def test_chunks_are_whole_paragraphs_where_they_fit(tokenizer: Tokenizer) -> None:
+    assert pieces(tokenizer, " \n Go on. ", "paragraphs:16:none") == [" \n Go on. "]
     text = "Go on.\n\nUse it. Or not.\n \nThe end"
     assert pieces(tokenizer, text, "paragraphs:16:none") == [
         "Go on.\n\n",

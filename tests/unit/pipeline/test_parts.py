@@ -1,0 +1,135 @@
+"""Texts that pass in parts: each waits for the one before, and fails with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.batches import Carry, Chunks, EmbeddingBatch, TextBatch, TokenBatch
+from fletcher.chunking import Chunking
+from fletcher.errors import FletcherError, InternalError
+from fletcher.options import EmbedOptions
+from fletcher.pipeline.chunk_rows import ChunkAssembler
+from fletcher.pipeline.intake import Intake, IntakeLimits, Piece
+from fletcher.pipeline.memory import MemoryBudget
+from fletcher.pipeline.stream import EmbedStream, Ticket
+from fletcher.schema import VectorSpec, output_schema
+
+HOW = Chunking("tokens", 8, 2, "none")
+NOTHING = np.zeros(0, np.int32)
+PLACES = np.zeros((0, 2), np.int64)
+ERROR = InternalError("lost")
+
+
+def carry(number: int) -> Carry:
+    return Carry(
+        NOTHING, NOTHING, PLACES, np.zeros(0, np.int8), "", np.zeros(2, np.int64), number, 0
+    )
+
+
+def tokens(number: int) -> TokenBatch:
+    return TokenBatch(NOTHING, np.zeros(1, np.int64), np.zeros(0, np.bool_), carry=carry(number))
+
+
+def stream() -> tuple[EmbedStream, list[Ticket]]:
+    begun: list[Ticket] = []
+    return EmbedStream(MemoryBudget(1 << 20, 2).open(), begun.append), begun
+
+
+def part(*, continued: bool) -> TextBatch:
+    return TextBatch(b"text", np.array([0, 4]), chunking=HOW, continued=continued)
+
+
+def test_a_part_goes_on_where_the_one_before_ended() -> None:
+    one, begun = stream()
+    for number in range(4):
+        one.submit(part(continued=number < 3), number, num_bytes=1)
+    one.submit(part(continued=False), "other", num_bytes=1)
+    assert [ticket.context for ticket in begun] == [0, "other"]
+    begun[0].tokenized(tokens(7))
+    assert begun[2].context == 1
+    assert begun[2].texts.carry is not None
+    assert begun[2].texts.carry.num_chunks == 7
+    begun[2].tokenized(tokens(8))
+    begun[3].tokenized(tokens(9))
+    assert begun[4].context == 3
+    begun[4].tokenized(replace(tokens(0), carry=None))
+    assert len(begun) == 5
+    # And when it is there already before the next part comes.
+    one.submit(part(continued=True), 5, num_bytes=1)
+    begun[5].tokenized(tokens(3))
+    one.submit(part(continued=False), 6, num_bytes=1)
+    carried = begun[6].texts.carry
+    assert carried is not None
+    assert carried.num_chunks == 3
+
+
+def test_all_parts_fail_with_one_however_many() -> None:
+    one, begun = stream()
+    for number in range(3000):  # more than Python's stack is deep
+        one.submit(part(continued=number < 2999), number, num_bytes=1)
+    one.submit(part(continued=False), "other", num_bytes=1)
+    begun[0].tokenized(ERROR)
+    assert [ticket.context for ticket in begun] == [0, "other"]
+    begun[1].finish(ERROR)
+    one.end()
+    assert [result.embeddings for result in one.results()] == [ERROR] * 3001
+    # Parts that come when it failed already.
+    one, begun = stream()
+    for number in range(3):
+        one.submit(part(continued=number < 2), number, num_bytes=1)
+        if number == 0:
+            begun[0].tokenized(ERROR)
+    one.end()
+    assert [result.embeddings for result in one.results()] == [ERROR] * 3
+
+
+def pieces_of(texts: list[str | None]) -> tuple[list[Piece], pa.Schema, VectorSpec]:
+    spec = VectorSpec("m@0", 2, "float32", 1, "mean", normalized=False, chunking=HOW)
+    batch = pa.record_batch({"text": pa.array(texts, pa.utf8())})
+    limits = IntakeLimits(1 << 20, 1 << 20, 4, 1 << 20, 8, 100)
+    intake = Intake(
+        *(batch.schema, EmbedOptions()),
+        prompt="",
+        limits=limits,
+        carry_text=True,
+        small_is_interactive=False,
+        chunking=HOW,
+    )
+    schema = output_schema(spec, id_type=pa.utf8(), text=True)
+    return list(intake.pieces(batch, 0, 0)), schema, spec
+
+
+def one_chunk(first: int, last: int, index: int) -> EmbeddingBatch:
+    spans = np.array([[first, last, first, last]], np.int64)
+    chunks = Chunks(np.array([0, 1]), np.array([index], np.int32), np.ones(1, np.int32), spans)
+    return EmbeddingBatch(
+        np.ones((1, 2), np.float32), None, np.ones(1, np.int32), np.zeros(1, np.bool_), {}, chunks
+    )
+
+
+def test_a_text_that_lost_a_part_is_said_to_fail_once() -> None:
+    text = "word " * 1000
+    pieces, schema, spec = pieces_of([text, None, "last"])
+    parts = [piece for piece in pieces if piece.row_first == 0]
+    assert len(parts) == 5
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert b"".join(bytes(piece.texts.data) for piece in parts) == text.encode()
+    for whole_rows in (False, True):
+        assembler = ChunkAssembler(schema, spec, "u", whole_rows=whole_rows)
+        found: list[tuple[list[str | None], list[int]]] = []
+        for number, piece in enumerate(parts):
+            outcome: EmbeddingBatch | FletcherError = one_chunk(number, number + 5, number)
+            output = assembler.assemble(piece, ERROR if number in (1, 3) else outcome)
+            if output is not None:
+                found.append((output.batch.column("text").to_pylist(), sorted(output.errors)))
+        if whole_rows:
+            assert found == [([None], [0])]
+        else:
+            assert found == [(["word "], []), ([None], [0]), ([], []), ([], []), ([], [])]
+        output = assembler.assemble(pieces[-1], one_chunk(0, 4, 0))
+        assert output is not None
+        assert output.batch.column("text").to_pylist() == [None, "last"]
+        assert (sorted(output.errors), output.offsets.tolist()) == ([0], [0, 1, 2])
