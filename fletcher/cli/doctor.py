@@ -30,7 +30,7 @@ OWN_MEMORY_BYTES = 1 * GIB
 
 _OPTIONS = (
     *("store", "model", "device", "backend", "precision", "threads", "max_batch_tokens", "home"),
-    "max_memory",
+    *("max_memory", "models"),
 )
 
 State = Literal["ok", "note", "broken"]
@@ -208,11 +208,13 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
         else:
             value = f"{bundle.qualified_name}, {bundle.dim} dimensions, checksums right"
             yield Finding("models", name, "ok", value)
-    if config.model not in names:
-        fetched = config.model == DEFAULT_MODEL
+    for name in dict.fromkeys((config.model, *config.models)):
+        if name in names or any(name == bundle.qualified_name for bundle in registry.list()):
+            continue
+        fetched = name == DEFAULT_MODEL
         fix = "it is fetched on first use" if fetched else "fletcher model add SOURCE"
         state: State = "note" if fetched else "broken"
-        yield Finding("models", config.model, state, "not there", fix)
+        yield Finding("models", name, state, "not there", fix)
 
 
 def _engine(config: ServeConfig) -> Iterator[Finding]:

@@ -195,11 +195,15 @@ def _cuda(
 
 def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
     """What to run on a GPU, and how to say it."""
+    kind = "" if bundle.output == "dense" else f"gives {bundle.output} vectors and "
     why = (
         f"graphs without padding are written for dense models of {', '.join(FAMILIES)} alone, "
-        f"{bundle.name} is {bundle.output} and of family {bundle.family}"
+        f"{bundle.name} {kind}is of family {bundle.family}"
     )
-    if precision == "float16" and not can_pack(bundle):
+    if bundle.has_exits:
+        why = f"graphs without padding have no exits, {bundle.name} has some"
+    padded = bundle.has_exits or not can_pack(bundle)
+    if precision == "float16" and padded:
         raise BackendError(
             f"`precision` is float16, but {why}; ask for float32, which runs as TF32 there",
             field="precision",
@@ -207,7 +211,7 @@ def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
         )
     if precision == "float32":
         return "float32", "float32 (TF32)"
-    if not can_pack(bundle):
+    if padded:
         return "float32", f"float32 (TF32; {why})"
     return "float16", "float16 without padding"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.bundle import ModelSpec, Skipped
+from fletcher.models.bundle import ModelSpec, Skipped, segment_file
 from fletcher.models.checkpoint import Checkpoint, DenseModule, Weights
 from fletcher.models.encoder import Dense, Tensors
 from fletcher.models.families import family_of
@@ -17,15 +19,23 @@ from fletcher.models.heads import MaskedHead, SparseWriter, TokenWriter
 from fletcher.models.transformer import TransformerWriter
 
 
-def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSpec:
-    """Writes graph and weights of a checkpoint into `folder`.
+def write_model(
+    checkpoint: Checkpoint, folder: Path, *, source: str, exits: Sequence[int] = ()
+) -> ModelSpec:
+    """Writes graph and weights of a checkpoint into `folder`, one of each or a segment an exit.
 
     Inputs `input_ids` and `attention_mask`, int64 [B, L]; outputs `embedding`, float32 [B, dim],
     and where the model normalises `norm`, float32 [B, 1].
 
+    Args:
+        checkpoint: What is written.
+        folder: Where to.
+        source: As in ModelSpec.
+        exits: Layers after which vectors can be had; the last is always one of them.
+
     Raises:
-        ModelError: The checkpoint is of no family in `families`, or computes what its family's
-            graph cannot.
+        ModelError: `exits` has a layer that is not there, the checkpoint is of no family in
+            `families`, or computes what its family's graph cannot.
     """
     kind = checkpoint.kind
     family = family_of(checkpoint.config)
@@ -34,10 +44,17 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
     tensors = CheckpointTensors(weights, architecture, family)
     dense_weights = [Weights(module.folder, ()) for module in checkpoint.dense]
     dense = [_dense(*one) for one in zip(checkpoint.dense, dense_weights, strict=True)]
-    with GraphBuilder(folder, family.name) as graph:
-        writer = _writer(kind.output, graph, architecture, tensors, weights)
-        writer.write(checkpoint.pooling, dense, normalize=checkpoint.normalize)
-        graph.save()
+    layers = _exits(exits, architecture.num_layers, kind.output)
+    files = [segment_file(one) for one in layers] if len(layers) > 1 else [GRAPH_FILE]
+    for file, first, last in zip(files, (0, *layers), layers, strict=False):
+        with GraphBuilder(folder, family.name, file) as graph:
+            _writer(kind.output, graph, architecture, tensors, weights).write(
+                checkpoint.pooling,
+                dense,
+                normalize=checkpoint.normalize,
+                layers=range(first, last),
+            )
+            graph.save()
     tensors.check_all_read()
     identity = architecture.identity()
     if dense:
@@ -45,7 +62,6 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
             one.digest({"activation": module.activation})
             for one, module in zip(dense_weights, checkpoint.dense, strict=True)
         ]
-    num_layers = architecture.num_layers
     has_norms = checkpoint.normalize and kind.output == "dense"
     skipped = kind.skipped or Skipped(0, ())
     return ModelSpec(
@@ -54,14 +70,14 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
         max_length=min(checkpoint.max_length, architecture.max_length),
         pooling=checkpoint.pooling,
         normalize=checkpoint.normalize,
-        num_layers=num_layers,
-        layers=(num_layers,),
+        num_layers=architecture.num_layers,
+        layers=layers,
         dims=checkpoint.dims,
         prompts=checkpoint.prompts,
         default_prompt=checkpoint.default_prompt,
         similarity=checkpoint.similarity,
         pad_token_id=architecture.pad_token_id,
-        graph=GRAPH_FILE,
+        graph=files[-1],
         graph_output="embedding",
         inputs=("input_ids", "attention_mask"),
         outputs=("embedding", "norm") if has_norms else ("embedding",),
@@ -85,6 +101,24 @@ def _writer(
         head = MaskedHead.read(weights, architecture, tensors.get("embeddings.words"))
         return SparseWriter(graph, architecture, tensors, head)
     return (TokenWriter if output == "multi" else TransformerWriter)(graph, architecture, tensors)
+
+
+def _exits(asked: Sequence[int], num_layers: int, output: str) -> tuple[int, ...]:
+    if asked and output != "dense":
+        raise ModelError(
+            f"`exits` is given, but the model gives {output} vectors, which come from its last "
+            "layer alone; leave it out",
+            field="exits",
+        )
+    for one in asked:
+        if not 1 <= one <= num_layers:
+            raise ModelError(
+                f"`exits` has {one}, expected layers from 1 to {num_layers}: the model has "
+                f"{num_layers}",
+                field="exits",
+                allowed=[str(layer) for layer in range(1, num_layers + 1)],
+            )
+    return tuple(sorted({*asked, num_layers}))
 
 
 def _dense(module: DenseModule, weights: Weights) -> Dense:

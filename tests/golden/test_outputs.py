@@ -136,6 +136,11 @@ def test_what_is_for_dense_vectors_refuses_others(
         tune(tmp_path, Asked(), host, bundle, print)
 
 
+def test_such_vectors_come_from_the_last_layer_alone(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="`exits` is given, but the model gives sparse vectors"):
+        Registry(tmp_path).add(str(OUTPUTS / "splade"), exits=(1,), progress=print)
+
+
 @pytest.mark.parametrize(
     ("name", "file", "change", "words"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -112,7 +112,7 @@ def test_a_dictionary_and_failed_rows(client: fletcher.Client) -> None:
 
 
 def test_stored_rows_are_texts(server: Runtime, client: fletcher.Client) -> None:
-    texts = [text_of(n * 20, n + 1) for n in range(120)]
+    texts = [text_of(n * 6, n + 1) for n in range(120)]
     table = pa.table({"id": pa.array(range(120), pa.int64()), "text": texts})
     options = fletcher.EmbedOptions(
         dataset="texts", upload_id="u", chunking="tokens:20/3", dtype="float32"
@@ -255,3 +255,25 @@ def test_rows_are_whole_sentences(client: fletcher.Client) -> None:
     mean = client.embed([text], chunking="sentences:32/6")[0]
     vectors = np.array([row["vector"] for row in rows], np.float32)
     np.testing.assert_allclose(mean, unit(vectors.mean(axis=0)), atol=1e-5)
+
+
+def test_a_document_may_be_larger_than_the_budget(
+    server: Runtime, client: fletcher.Client, whole: Whole
+) -> None:
+    # A part holds some 32 times its bytes here: all at once would be over what streams may hold.
+    text = text_of(120_000)
+    assert 32 * len(text) > 20 << 20
+    ids = whole.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+    num_chunks = -(-len(ids) // 30)
+    table = pa.table({"id": pa.array([7], pa.int64()), "text": [text]})
+    options = fletcher.EmbedOptions(chunking="tokens:32:none", dtype="float16")
+    with client.exchange(table, options) as exchange:
+        found = pa.Table.from_batches(list(exchange))
+    assert found.column("chunk_index").to_pylist() == list(range(num_chunks))
+    ends = found.column("chunk_end").to_pylist()
+    assert found.column("chunk_start").to_pylist() == [0, *ends[:-1]]
+    assert ends[-1] == len(text)
+    summary = client.put(table, replace(options, dataset="large"))
+    assert (summary.complete, summary.rows_stored) == (True, 1)
+    stored = server.service.delivery.stores["default"].scan("large", columns=["text"]).read_all()
+    assert "".join(stored.column("text").to_pylist()) == text

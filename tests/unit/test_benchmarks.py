@@ -271,6 +271,20 @@ def test_the_gpu_check_runs_its_whole_way_on_the_twin(home: Path) -> None:
     assert "absent: its checkpoint is not here" in printed
 
 
+def test_exits_have_a_row_each_and_one_for_the_model_without(home: Path) -> None:
+    printed, result = run(
+        *(home, "exits", "--exits", "1", "--repeats", "1", "--seconds", "0.01", "--cores", "1"),
+        *("--random-model", "32,2,4,64"),
+    )
+    assert {row["name"].partition(", ")[2] for row in result["rows"]} == {"no exits", "1", "2"}
+    for row in result["rows"]:
+        assert row["tokens_per_s"] > 0
+        assert row["rss_bytes"] > row["weights_bytes"] > 0
+        if row["name"].endswith(", 2"):
+            assert row["ratio"] == 1
+    assert "x all layers" in printed
+
+
 def test_the_gpu_check_without_cuda_says_so_in_one_line() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "gpu_check"), "--quick"]
     environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}

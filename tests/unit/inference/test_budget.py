@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from fletcher.batches import InferenceResult, MicroBatch
-from fletcher.errors import BackendError
-from fletcher.inference.budget import BudgetedBackend, is_out_of_memory
+from fletcher.errors import BackendError, ModelError
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.budget import BudgetedBackend, is_out_of_memory, load
 from fletcher.inference.null import NullBackend
+from fletcher.models.bundle import ModelBundle
+from fletcher.tokenization.worker import TokenizerConfig
+from tests.doubles.bundles import another
 
 
 class SmallDevice(NullBackend):
@@ -91,3 +97,26 @@ def test_engines_words_for_it_are_known(said: str) -> None:
     assert is_out_of_memory(BackendError(f"ONNX Runtime failed on (4, 8) tokens: {said}"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(BackendError("invalid argument"))
+
+
+def test_a_replica_loads_the_version_that_it_is_meant_to(
+    tiny_bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Started again after another version had come there, it would have made that one's vectors.
+    folder = tmp_path / "m"
+    first = another(tiny_bundle, folder, "m", "one")
+    kept = folder.rename(tmp_path / first.qualified_name)
+    second = another(tiny_bundle, folder, "m", "two")
+    loaded: list[str] = []
+
+    def load_null(config: BackendConfig) -> NullBackend:
+        loaded.append(config.bundle)
+        return NullBackend(4)
+
+    monkeypatch.setattr("fletcher.inference.null.load", load_null)
+    for version in (first.hash, second.hash, ""):
+        load(BackendConfig("null", "cpu", str(folder), version=version))
+    assert loaded == [str(kept), str(folder), str(folder)]
+    assert TokenizerConfig(str(folder), first.hash).folder == kept
+    with pytest.raises(ModelError, match="here no more"):
+        load(BackendConfig("null", "cpu", str(folder), version="0" * 12))
