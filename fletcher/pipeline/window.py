@@ -63,7 +63,7 @@ class Window:
     def micro_batch(self, rows: Int64Array) -> MicroBatch:
         """The tokens of some rows, flat."""
         if len(self._lengths) == 1:
-            return MicroBatch(self._input_ids, self._lengths)
+            return MicroBatch(self._input_ids, self._lengths, self._layers)
         lengths = self._lengths[rows]
         ends = np.cumsum(lengths)
         # Position i of the output comes from start of its row + i - where its row begins there.
