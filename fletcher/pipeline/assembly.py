@@ -75,7 +75,7 @@ class Assembler:
                     errors.setdefault(row, table.errors[value])
         missing: BoolArray = piece.values < 0
         missing[list(errors)] = True
-        vectors, counts = table.vectors(values, missing)
+        vectors, counts = table.vectors(values, missing, self._spec)
         columns: dict[str, Any] = {
             "id": self._ids(piece),
             **vector_columns(vectors, self._spec, missing, counts),
@@ -113,7 +113,9 @@ class Assembler:
     ) -> tuple[_Table, Int32Array]:
         """The table and, for each row, its place there (any place for rows without a vector)."""
         num_texts = piece.texts.num_texts
-        if piece.new_values is None:
+        if piece.new_values is None and not isinstance(outcome, FletcherError):
+            table = _Table.of(outcome)
+        elif piece.new_values is None:
             table = _Table(num_texts, self._spec.width)
             table.fill(np.arange(num_texts, dtype=np.int32), outcome)
         else:
@@ -173,15 +175,24 @@ class _Table:
         spread[wanted] = counts
         return vectors, spread
 
+    @classmethod
+    def of(cls, outcome: EmbeddingBatch) -> _Table:
+        """The vectors of texts that no other piece has."""
+        table = cls(0, 0)
+        table.embeddings, table.errors = outcome.embeddings, dict(outcome.errors)
+        table.token_count, table.truncated = outcome.token_count, outcome.truncated
+        return table
+
     def fill(self, places: Int32Array, outcome: EmbeddingBatch | FletcherError) -> None:
         if isinstance(outcome, FletcherError):
             self.errors.update(dict.fromkeys(places.tolist(), outcome))
             return
-        if outcome.counts is None:
-            self.embeddings[places] = outcome.embeddings
-        else:  # dictionaries of such models are never kept, so these are all that there are
-            self.embeddings, self._counts = outcome.embeddings, outcome.counts
+        self.embeddings[places] = outcome.embeddings
         self.token_count[places] = outcome.token_count
         self.truncated[places] = outcome.truncated
         for index, error in outcome.errors.items():
             self.errors[int(places[index])] = error
+
+
+def _is_all_in_order(values: Int32Array, size: int) -> bool:
+    return len(values) == size and np.array_equal(values, np.arange(size))
