@@ -165,23 +165,29 @@ class _Table:
         self.errors: dict[int, FletcherError] = {}
         self._counts: Int32Array | None = None
 
-    def vectors(self, rows: Int32Array, missing: BoolArray) -> tuple[FloatArray, Int32Array | None]:
-        """The vectors of rows, and how many each has; None: one. Missing ones have some or none."""
-        if self._counts is None:
-            return self.embeddings[rows], None
-        wanted = np.flatnonzero(~missing)
-        vectors, counts = gathered(self.embeddings, self._counts, rows[wanted])
-        spread = np.zeros(len(rows), np.int32)
-        spread[wanted] = counts
-        return vectors, spread
-
     @classmethod
     def of(cls, outcome: EmbeddingBatch) -> _Table:
         """The vectors of texts that no other piece has."""
         table = cls(0, 0)
         table.embeddings, table.errors = outcome.embeddings, dict(outcome.errors)
         table.token_count, table.truncated = outcome.token_count, outcome.truncated
+        table._counts = outcome.counts
         return table
+
+    def vectors(
+        self, rows: Int32Array, missing: BoolArray, spec: VectorSpec
+    ) -> tuple[FloatArray, Int32Array | None]:
+        """The vectors of rows, and how many each has; None: one. Missing ones have some or none."""
+        if self._counts is None:
+            # Of float32 a copy is needed: else all of a window is kept for the sake of some rows.
+            if spec.dtype == "float32" or not _is_all_in_order(rows, len(self.embeddings)):
+                return self.embeddings[rows], None
+            return self.embeddings, None
+        wanted = np.flatnonzero(~missing)
+        vectors, counts = gathered(self.embeddings, self._counts, rows[wanted])
+        spread = np.zeros(len(rows), np.int32)
+        spread[wanted] = counts
+        return vectors, spread
 
     def fill(self, places: Int32Array, outcome: EmbeddingBatch | FletcherError) -> None:
         if isinstance(outcome, FletcherError):
