@@ -9,7 +9,17 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from benchmarks import delivery, gpu, latency, overhead, roofline, scaling, stages, throughput
+from benchmarks import (
+    delivery,
+    exits,
+    gpu,
+    latency,
+    overhead,
+    roofline,
+    scaling,
+    stages,
+    throughput,
+)
 from benchmarks.jobs import JobError
 from fletcher.errors import FletcherError
 
@@ -21,6 +31,7 @@ COMMANDS = {
     "roofline": roofline,
     "stages": stages,
     "scaling": scaling,
+    "exits": exits,
     "gpu": gpu,
 }
 

@@ -117,6 +117,16 @@ def tokenize(load: Load, num_workers: int, *, transfer: bool) -> Timing:
     return through_pool(specs, texts if transfer else range(len(texts)))
 
 
+def library(load: Load, num_workers: int) -> Timing:
+    """The tokenizer's library by itself in processes that have the texts."""
+    held = Held(str(load.bundle.folder), tuple(piece.texts for piece in load.pieces))
+    specs = [
+        WorkerSpec(f"tokenizer-{n}", "benchmarks.pools:hold_library", held)
+        for n in range(num_workers)
+    ]
+    return through_pool(specs, range(len(held.texts)))
+
+
 def plan_windows(load: Load, max_batch_tokens: int, num_runners: int) -> Timing:
     """Planning of all texts, window by window in the order of their arrival."""
     window = np.cumsum(load.lengths) // (WINDOW_RUNS * max_batch_tokens)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import statistics
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from benchmarks import hardware, report
+from benchmarks import alone, hardware, report
 from benchmarks.arguments import add_common, as_options, positive
 from benchmarks.corpus import Corpus
 from benchmarks.jobs import JobError
@@ -23,6 +28,8 @@ from fletcher.models.registry import Registry
 
 SAMPLE_INTERVAL_S = 0.25
 MAX_LINES = 12
+# Of these a tokenizer alone does so many each turn.
+MAX_BARE_ROWS = 40_000
 _DATASET = "bench"
 
 
@@ -41,6 +48,25 @@ class Moment:
     rows: int
     front_bytes: int
     worker_bytes: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One upload.
+
+    Attributes:
+        seconds: From the first write to rows readable.
+        text_bytes: That were sent.
+        cpu_seconds: By whom: `client`, which makes the texts, too, `front`, `workers`.
+        front_bytes: Resident set of the front process: `start`, `peak`, `end`.
+        moments: On the way.
+    """
+
+    seconds: float
+    text_bytes: int
+    cpu_seconds: dict[str, float]
+    front_bytes: dict[str, int]
+    moments: list[Moment]
 
 
 class _Progress:
@@ -63,21 +89,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this benchmark."""
     parser.add_argument("--rows", type=positive, default=200_000, help="how many (default: 200000)")
     parser.add_argument("--batch-rows", type=positive, default=2000, help="rows of a batch sent")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns of everything")
     add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the table, writes the JSON."""
+    """Measures, prints the tables, writes the JSON."""
     hardware.limit_cores(args.cores)
     machine, versions = hardware.facts(), hardware.versions()
     corpus = Corpus.load(args.corpus)
     bundle = Registry(args.home / "models").ensure(args.model, print)
-    with serve(args.home, bundle.name, "--backend", "null", arguments=args.serve_args) as served:
-        start = served.memory()["now"]
-        moments, seconds, text_bytes = _upload(served, corpus, args.rows, args.batch_rows)
-        end = served.memory()
-        if (stored := served.count(_DATASET)) != args.rows:
-            raise JobError(f"{stored} of {args.rows} rows are in the store")
+    cores = machine["cores"]
+    bare_rows = min(args.rows, MAX_BARE_ROWS)
+    texts = list(corpus.recombined(bare_rows, batch_rows=args.batch_rows))
+    load = alone.Load.of(bundle, texts, np.zeros(0, np.int64))
+    null = partial(_serve, args, corpus, bundle.name, "--tokenizer", "null")
+    served = {
+        "no model, no tokenizer": null,
+        "no model": partial(_serve, args, corpus, bundle.name),
+    }
+    bare = {
+        f"tokenizers library alone, {cores} processes": partial(alone.library, load, cores),
+        f"Fletcher's tokenizer alone, {cores} processes": partial(
+            alone.tokenize, load, cores, transfer=False
+        ),
+    }
+    turns: dict[str, list[Turn]] = {name: [] for name in served}
+    bare_rates: dict[str, list[float]] = {name: [] for name in bare}
+    for _ in range(args.repeats):
+        _take_turns(served, turns, lambda turn: args.rows / turn.seconds)
+        _take_turns(
+            {name: partial(_bare_rate, measure, bare_rows) for name, measure in bare.items()},
+            bare_rates,
+            lambda rate: rate,
+        )
+    rows = [_row(name, args.rows, turns[name]) for name in turns]
+    rows += [
+        {"name": name, "rows_per_s": statistics.median(rates), "turns": rates}
+        for name, rates in bare_rates.items()
+    ]
     result: dict[str, Any] = {
         "benchmark": "overhead",
         "hardware": machine,
@@ -85,45 +135,70 @@ def run(args: argparse.Namespace) -> int:
         "options": as_options(args),
         "model": bundle.qualified_name,
         "corpus": corpus.name,
-        "rows": args.rows,
-        "text_bytes": text_bytes,
-        "seconds": seconds,
-        "rows_per_s": args.rows / seconds,
-        "front_bytes": {"start": start, "peak": end["peak"], "end": end["now"]},
-        "moments": [asdict(moment) for moment in moments],
+        "num_rows": args.rows,
+        "text_bytes": turns["no model"][0].text_bytes,
+        "rows": rows,
+        "uploads": [
+            {"name": name, "moments": [asdict(moment) for moment in ones[0].moments]}
+            for name, ones in turns.items()
+        ],
     }
     print(report.heading(machine, versions))
     print(
-        f"null backend, {args.rows:,} rows ({text_bytes / 2**20:,.0f} MiB of text) recombined "
-        f"from {corpus.name}, DoPut to rows in LanceDB\n"
+        f"null backend, {args.rows:,} rows ({result['text_bytes'] / 2**20:,.0f} MiB of text) "
+        f"recombined from {corpus.name}, DoPut to rows in LanceDB; "
+        f"medians of {args.repeats} turns\n"
     )
-    print(_table(moments))
-    print(
-        f"\n{args.rows / seconds:,.0f} rows/s, {text_bytes / 2**20 / seconds:,.1f} MiB/s of text"
-        f"\nfront process: {_mib(start)} MiB at the start, {_mib(end['peak'])} at its peak, "
-        f"{_mib(end['now'])} at the end"
-    )
+    print(_table(rows) + "\n")
+    for name, ones in turns.items():
+        print(_over_time(name, ones[0]) + "\n")
     print(report.publish(args.out, result))
     return 0
 
 
-def _upload(
-    served: Served, corpus: Corpus, num_rows: int, batch_rows: int
-) -> tuple[list[Moment], float, int]:
+def _take_turns(
+    measures: dict[str, Callable[[], Any]], done: dict[str, list[Any]], rate: Callable[[Any], float]
+) -> None:
+    for name, measure in measures.items():
+        done[name].append(measure())
+        print(f"{name}: {rate(done[name][-1]):,.0f} rows/s", file=sys.stderr)
+
+
+def _bare_rate(measure: Callable[[], alone.Timing], num_rows: int) -> float:
+    return num_rows / measure().seconds
+
+
+def _serve(args: argparse.Namespace, corpus: Corpus, model: str, *options: str) -> Turn:
+    """One upload to a server of its own."""
+    arguments = ("--backend", "null", *options)
+    with serve(args.home, model, *arguments, arguments=args.serve_args) as served:
+        start = served.memory()["now"]
+        batches = corpus.recombined(args.rows, batch_rows=args.batch_rows)
+        batches = chain([next(batches)], batches)  # the first takes longer
+        before = _cpu_seconds(served)
+        moments, seconds, text_bytes = _upload(served, batches)
+        spent = {who: cpu - before[who] for who, cpu in _cpu_seconds(served).items()}
+        end = served.memory()
+        if (stored := served.count(_DATASET)) != args.rows:
+            raise JobError(f"{stored} of {args.rows} rows are in the store")
+    front_bytes = {"start": start, "peak": end["peak"], "end": end["now"]}
+    return Turn(seconds, text_bytes, spent, front_bytes, moments)
+
+
+def _cpu_seconds(served: Served) -> dict[str, float]:
+    front = hardware.cpu_seconds([served.pid])
+    workers = served.cpu_seconds() - front
+    return {"client": time.process_time(), "front": front, "workers": workers}
+
+
+def _upload(served: Served, batches: Iterator[pa.RecordBatch]) -> tuple[list[Moment], float, int]:
     """Memory over time, seconds from the first write to rows readable, bytes of text sent."""
     progress = _Progress()
-    batches = corpus.recombined(num_rows, batch_rows=batch_rows)
-    first = next(batches)
-
-    def rows() -> Iterator[pa.RecordBatch]:
-        yield first
-        yield from batches
-
     with connect(served.address) as client:
         started = time.perf_counter()
         with _sampled(served, progress, started) as moments:
             client.put(
-                progress.count(rows()),
+                progress.count(batches),
                 EmbedOptions(dataset=_DATASET, durability="store"),
                 on_ack=progress.on_ack,
             )
@@ -158,7 +233,45 @@ def _sampled(served: Served, progress: _Progress, started: float) -> Iterator[li
     look()
 
 
-def _table(moments: list[Moment]) -> str:
+def _row(name: str, num_rows: int, turns: list[Turn]) -> dict[str, Any]:
+    """The medians of an upload's turns."""
+    cpu = {
+        who: statistics.median(1e6 * turn.cpu_seconds[who] / num_rows for turn in turns)
+        for who in turns[0].cpu_seconds
+    }
+    return {
+        "name": name,
+        "rows_per_s": num_rows / statistics.median(turn.seconds for turn in turns),
+        "cpu_us_per_row": cpu,
+        "front_bytes": [turn.front_bytes for turn in turns],
+        "turns": [num_rows / turn.seconds for turn in turns],
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    *_, real, library, own = rows
+    lines = []
+    for row in rows:
+        rate = row["rows_per_s"]
+        of_bare = [f"{rate / one['rows_per_s']:.2f}" for one in (library, own)]
+        cpu = [f"{one:.1f}" for one in row.get("cpu_us_per_row", {}).values()]
+        lines.append(
+            [
+                row["name"],
+                f"{rate:,.0f}",
+                f"{min(row['turns']):,.0f} - {max(row['turns']):,.0f}",
+                *(of_bare if row in (real, library, own) else ["", ""]),
+                *(cpu or ["", "", ""]),
+            ]
+        )
+    header = ["", "rows/s", "slowest - fastest", "of the library", "of our tokenizer"]
+    cpu_header = ["client", "front", "workers: CPU us a row"]
+    return report.table([*header, *cpu_header], lines)
+
+
+def _over_time(name: str, turn: Turn) -> str:
+    """Memory while an upload went on."""
+    moments = turn.moments
     step = max(1, -(-len(moments) // MAX_LINES))
     # The last line stands for the time since the last regular one, not for a moment after it.
     shown = [*moments[: -1 - step // 2 : step], moments[-1]]
@@ -177,8 +290,13 @@ def _table(moments: list[Moment]) -> str:
             ]
         )
         before = moment
-    header = ["seconds", "rows stored", "rows/s since", "front MiB", "workers MiB"]
-    return report.table(header, lines)
+    header = [f"{name}: seconds", "rows stored", "rows/s since", "front MiB", "workers MiB"]
+    front = turn.front_bytes
+    return (
+        f"{report.table(header, lines)}\n"
+        f"front process: {_mib(front['start'])} MiB at the start, {_mib(front['peak'])} at its "
+        f"peak, {_mib(front['end'])} at the end"
+    )
 
 
 def _mib(num_bytes: int) -> str:

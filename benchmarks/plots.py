@@ -57,14 +57,17 @@ def _latency(result: dict[str, Any], figure: Any) -> None:
 
 
 def _overhead(result: dict[str, Any], figure: Any) -> None:
-    """Memory over time."""
-    moments = result["moments"]
-    seconds = [moment["seconds"] for moment in moments]
-    axes = figure.subplots()
-    for field, label in (("front_bytes", "front process"), ("worker_bytes", "workers")):
-        axes.plot(seconds, [moment[field] / 2**20 for moment in moments], label=label)
-    axes.set(xlabel="s", ylabel="MiB resident", ylim=(0, None))
-    axes.legend()
+    """Memory over time, a panel for each upload."""
+    uploads = result["uploads"]
+    for axes, upload in zip(
+        figure.subplots(1, len(uploads), squeeze=False)[0], uploads, strict=True
+    ):
+        moments = upload["moments"]
+        seconds = [moment["seconds"] for moment in moments]
+        for field, label in (("front_bytes", "front process"), ("worker_bytes", "workers")):
+            axes.plot(seconds, [moment[field] / 2**20 for moment in moments], label=label)
+        axes.set(title=upload["name"], xlabel="s", ylabel="MiB resident", ylim=(0, None))
+        axes.legend()
 
 
 def _scaling(result: dict[str, Any], figure: Any) -> None:

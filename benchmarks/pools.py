@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from benchmarks.bare import Timing
 from benchmarks.hardware import cpu_seconds
 from benchmarks.jobs import JobError
 from fletcher.batches import TextBatch
+from fletcher.models.bundle import ModelBundle
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import Job, WorkerPool
@@ -106,6 +111,39 @@ class HoldingTokenizer:
     def describe(self) -> dict[str, str]:
         """Nothing of interest."""
         return {}
+
+
+class HoldingLibrary:
+    """The tokenizer's library with texts as it takes them, as fast as it goes in one thread."""
+
+    concurrency = 1
+    express = 0
+
+    def __init__(self, held: Held) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        bundle = ModelBundle.load(Path(held.bundle))
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
+        self._tokenizer.enable_truncation(bundle.max_length)
+        self._tokenizer.no_padding()
+        self._texts = [_strings(texts) for texts in held.texts]
+
+    def run(self, place: int) -> int:
+        """Tokenizes the texts at a place; how many tokens they have."""
+        return sum(len(one.ids) for one in self._tokenizer.encode_batch_fast(self._texts[place]))
+
+    def describe(self) -> dict[str, str]:
+        """Nothing of interest."""
+        return {}
+
+
+def hold_library(held: Held) -> HoldingLibrary:
+    """Factory for a worker's spec."""
+    return HoldingLibrary(held)
+
+
+def _strings(texts: TextBatch) -> list[str]:
+    view = memoryview(texts.data)
+    return [str(view[first:last], "utf-8") for first, last in pairwise(texts.offsets.tolist())]
 
 
 def hold(held: Held) -> HoldingTokenizer:

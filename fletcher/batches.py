@@ -78,6 +78,7 @@ class TextBatch:
         chunking: How texts are cut into chunks, each a row of the TokenBatch; None: not at all.
         continued: These are parts of one text, and more of it comes in the next batch.
         carry: What the batch before left of the text that goes on here.
+        layers: The exit layer that their vectors come from; 0: the last.
     """
 
     data: bytes | memoryview
@@ -88,6 +89,7 @@ class TextBatch:
     chunking: Chunking | None = None
     continued: bool = False
     carry: Carry | None = None
+    layers: int = 0
 
     @property
     def num_texts(self) -> int:
@@ -131,10 +133,12 @@ class MicroBatch:
     Attributes:
         input_ids: int32 [total_tokens].
         lengths: int32 [num_rows], each at least 1.
+        layers: The exit layer that all of them leave after; 0: the last.
     """
 
     input_ids: Int32Array
     lengths: Int32Array
+    layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)

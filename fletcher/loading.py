@@ -163,7 +163,7 @@ def _on_cpu(config: ServeConfig, bundle: ModelBundle, host: HostInfo) -> Decisio
 
 
 def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
-    """A core tokenizes some 8,000 texts/s: one feeds any CPU's model, a GPU wants all there are."""
+    """The slowest do 8,000 texts/s on a core: one feeds a CPU's model, a GPU wants them all."""
     on_gpu = any(one.device.startswith("cuda") for one in replicas)
     return max(1, cores - 1) if on_gpu else max(1, cores // 8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -90,16 +91,15 @@ def calibrate(args: argparse.Namespace) -> ModelBundle:
 
 
 def _measured(client: Client, source: Source, bundle: ModelBundle, limit: int) -> Calibration:
-    num_texts = 0
+    num_texts = num_rows = 0
     bounds: dict[Cut, _Bounds] = {}
-    options = EmbedOptions(
-        text_column=source.selection.text, dtype="float32", normalize=bundle.normalize
-    )
-    with Progress(lambda: Sample(rows=num_texts), Total(rows=limit)):
-        for vectors in _vectors(client, source, options):
-            num_texts += len(vectors)
+    progress = Progress(lambda: Sample(rows=num_rows), Total(rows=limit * len(bundle.layers)))
+    with progress:
+        for layers, vectors in _vectors(client, source, bundle):
+            num_rows += len(vectors)
+            num_texts += len(vectors) if layers == bundle.num_layers else 0
             for dims in bundle.dims:
-                cut = Cut(layers=bundle.num_layers, dims=dims, normalized=bundle.normalize)
+                cut = Cut(layers=layers, dims=dims, normalized=bundle.normalize)
                 bounds.setdefault(cut, _Bounds()).add(
                     finish(vectors, None, dims=dims, normalized=bundle.normalize)
                 )
@@ -113,11 +113,19 @@ def _measured(client: Client, source: Source, bundle: ModelBundle, limit: int) -
     )
 
 
-def _vectors(client: Client, source: Source, options: EmbedOptions) -> Iterator[FloatArray]:
-    with client.exchange(source, options) as exchange:
-        for batch in exchange:
-            column = batch.column("vector")
-            yield column.flatten().to_numpy().reshape(-1, column.type.list_size)
+def _vectors(
+    client: Client, source: Source, bundle: ModelBundle
+) -> Iterator[tuple[int, FloatArray]]:
+    """The texts' vectors after each exit layer, and which that is."""
+    options = EmbedOptions(
+        text_column=source.selection.text, dtype="float32", normalize=bundle.normalize
+    )
+    for layers in bundle.layers:
+        wanted = dataclasses.replace(options, layers=layers or None)
+        with client.exchange(source, wanted) as exchange:
+            for batch in exchange:
+                column = batch.column("vector")
+                yield layers, column.flatten().to_numpy().reshape(-1, column.type.list_size)
 
 
 class _Bounds:

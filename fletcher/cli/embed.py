@@ -47,6 +47,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--dims", type=int, metavar="N", help="leading dimensions to keep")
     parser.add_argument(
+        "--layers", type=int, metavar="N", help="exit layer; fewer: faster, at some loss"
+    )
+    parser.add_argument(
         "--dtype",
         choices=CHOICES["dtype"],
         default="float32",
@@ -81,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     options = EmbedOptions(
         model=given_flags(args).get("model") if args.server else None,
         dims=args.dims,
+        layers=args.layers,
         dtype=args.dtype,
         prompt=args.prompt,
         truncate=args.truncate,

@@ -88,6 +88,9 @@ def add_parser(subparsers: Any) -> None:
     )
     group.add_argument("--dims", type=int, metavar="N", help="leading dimensions to keep")
     group.add_argument(
+        "--layers", type=int, metavar="N", help="exit layer; fewer: faster, at some loss"
+    )
+    group.add_argument(
         "--prompt",
         help="a prompt of the model, or text to put before each text; '' for none (default: the "
         "model's prompt for documents, if it has one)",
@@ -166,6 +169,7 @@ def _options(args: argparse.Namespace) -> EmbedOptions:
         dedupe=args.dedupe,
         dtype=args.dtype,
         dims=args.dims,
+        layers=args.layers,
         prompt=args.prompt,
         truncate=args.truncate,
         chunking=None if args.chunking == "none" else args.chunking,

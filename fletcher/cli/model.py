@@ -50,6 +50,14 @@ def add_parser(subparsers: Subparsers) -> None:
         "--tokenizer", metavar="FILE", help="tokenizer.json of an ONNX file; default: beside it"
     )
     add.add_argument(
+        "--exits",
+        type=_layers,
+        default=(),
+        metavar="N,...",
+        help="layers after which vectors can be had, too, by a request's `layers`: faster the "
+        "fewer, for models that were trained for it; all layers take a few percent longer then",
+    )
+    add.add_argument(
         "--replace",
         action="store_true",
         help="take the name of another version, which stays as NAME@HASH; `swap` has a running "
@@ -97,6 +105,7 @@ def _add(registry: Registry, args: argparse.Namespace) -> int:
         args.source,
         name=args.name,
         tokenizer=args.tokenizer,
+        exits=args.exits,
         replace=args.replace,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -157,6 +166,13 @@ def _remove(registry: Registry, args: argparse.Namespace) -> int:
     registry.remove(args.name)
     _print({"removed": args.name}, as_json=args.json)
     return 0
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(one) for one in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 3,6,9") from None
 
 
 def _describe(bundle: ModelBundle) -> dict[str, Any]:

@@ -161,11 +161,13 @@ def _embed_query(args: argparse.Namespace, config: ServeConfig, info: DatasetInf
         if prompt is None:
             prompt = default_prompt(known, QUERY_PROMPTS)
         dims = int(metadata.get("fletcher.dims", 0)) or None
+        layers = int(metadata.get("fletcher.layers", 0)) or None
         vectors = client.embed(
             [args.query],
             model=known["name"],
             prompt=prompt,
             dims=None if dims == known["dim"] else dims,
+            layers=None if layers == known["num_layers"] else layers,
             dtype="float32",
         )
     return vectors[0]

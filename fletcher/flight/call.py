@@ -100,6 +100,7 @@ def intake(
         schema,
         options,
         prompt=request.prompt,
+        layers=request.layers,
         limits=model.limits,
         carry_text=options.include_text if options.include_text is not None else carry_text,
         small_is_interactive=interactive,

@@ -62,6 +62,7 @@ def _embed(
         batch.schema,
         options,
         prompt=request.prompt,
+        layers=request.layers,
         limits=model.limits,
         carry_text=False,
         small_is_interactive=True,

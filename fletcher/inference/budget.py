@@ -122,7 +122,7 @@ def _cut(batch: MicroBatch, budget: int) -> list[MicroBatch]:
     ends = np.cumsum(batch.lengths)
     ids = np.split(batch.input_ids, ends[np.array(edges[1:], np.int64) - 1])
     lengths = np.split(batch.lengths, edges[1:])
-    return [MicroBatch(*part) for part in zip(ids, lengths, strict=True)]
+    return [MicroBatch(*part, batch.layers) for part in zip(ids, lengths, strict=True)]
 
 
 def _joined(parts: list[InferenceResult]) -> InferenceResult:

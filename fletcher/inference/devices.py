@@ -189,7 +189,10 @@ def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
     """What to run on a GPU, and how to say it."""
     why = f"graphs without padding are written for {', '.join(FAMILIES)} alone, {bundle.name} is "
     why += f"of family {bundle.family}"
-    if precision == "float16" and bundle.family not in FAMILIES:
+    if bundle.has_exits:
+        why = f"graphs without padding have no exits, {bundle.name} has some"
+    padded = bundle.has_exits or bundle.family not in FAMILIES
+    if precision == "float16" and padded:
         raise BackendError(
             f"`precision` is float16, but {why}; ask for float32, which runs as TF32 there",
             field="precision",
@@ -197,7 +200,7 @@ def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
         )
     if precision == "float32":
         return "float32", "float32 (TF32)"
-    if bundle.family not in FAMILIES:
+    if padded:
         return "float32", f"float32 (TF32; {why})"
     return "float16", "float16 without padding"
 

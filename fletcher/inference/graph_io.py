@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fletcher.batches import BoolArray, FloatArray, MicroBatch
 from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.graph import HIDDEN
 from fletcher.vectors.pooling import normalize, pool
 
 # Padded lengths are multiples of this, so that few shapes occur and all of them often: engines keep
@@ -39,6 +40,7 @@ class GraphIO:
         pooling: Pooling to do here; None where the graph did it.
         normalize: L2-normalise here; False where the graph did it or the model does not.
         has_norms: The second output is the L2 norms, float32 [B, 1].
+        exits: Layers that the model's segments end after.
     """
 
     inputs: tuple[str, ...]
@@ -50,6 +52,7 @@ class GraphIO:
     pooling: str | None
     normalize: bool
     has_norms: bool
+    exits: tuple[int, ...]
 
     @classmethod
     def of(
@@ -62,8 +65,8 @@ class GraphIO:
 
         Args:
             bundle: What the graph should be.
-            input_dtypes: The type of each of the graph's inputs.
-            output_names: The graph's outputs.
+            input_dtypes: The type of each input of the graph, or of its first segment.
+            output_names: The outputs of the graph, or of its last segment.
 
         Raises:
             ModelError: The graph has other inputs or lacks an output.
@@ -92,7 +95,21 @@ class GraphIO:
             pooling=bundle.pooling if bundle.graph_output == "token_embeddings" else None,
             normalize=bundle.normalize and not bundle.graph_normalizes,
             has_norms=bundle.graph_normalizes,
+            exits=bundle.layers,
         )
+
+    def num_segments(self, layers: int) -> int:
+        """How many segments run for vectors after a layer, 0 for the last.
+
+        Raises:
+            ValueError: None ends there.
+        """
+        return self.exits.index(layers) + 1 if layers else len(self.exits)
+
+    def next_feeds(self, feeds: Mapping[str, Any], hidden: Any) -> dict[str, Any]:
+        """The inputs of a segment from those of the one before and what that handed on."""
+        rest = {name: value for name, value in feeds.items() if name not in ("input_ids", HIDDEN)}
+        return {HIDDEN: hidden, **rest}
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
         """The graph's inputs, [num_rows, padded length] each, and the mask of real tokens.
@@ -153,7 +170,8 @@ class GraphIO:
         """Micro-batches of a few lengths up to a long text's, the largest memory first.
 
         They are full ones where these take no more than some seconds, by the time that the caller
-        needed for a short one; a large model on one core would be minutes at them.
+        needed for a short one; a large model on one core would be minutes at them. Each segment
+        pools, too, so that all layers warm up all exits.
         """
         shortest = _zeros(1, min(LENGTH_GRID, self.max_length))
         yield shortest

@@ -39,6 +39,8 @@ class NullBackend:
         """Vectors as `null_embeddings` makes them; norms are 1."""
         started = time.perf_counter()
         embeddings = null_embeddings(batch.input_ids, batch.lengths, self.dim, self.seed)
+        # As other layers give other vectors.
+        embeddings = np.roll(embeddings, batch.layers, axis=1) if batch.layers else embeddings
         norms = np.ones(len(batch.lengths), dtype=np.float32)
         return InferenceResult(embeddings, norms, time.perf_counter() - started)
 

@@ -6,11 +6,13 @@ float32 means the bundle's own graph, with TF32 products.
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from fletcher.inference.binding import Binding, Pin, cuda_pin
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.packed_io import PackedIO
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.graph import HANDED_ON
 from fletcher.models.packed import write_packed
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -41,11 +44,11 @@ _DTYPES: dict[str, npt.DTypeLike] = {"tensor(int64)": np.int64, "tensor(int32)":
 
 
 class OnnxRuntimeBackend:
-    """A loaded session; use `load`."""
+    """A loaded session a segment; use `load`."""
 
     def __init__(
         self,
-        session: Any,
+        sessions: Sequence[Any],
         io: GraphIO,
         *,
         concurrency: int,
@@ -54,7 +57,7 @@ class OnnxRuntimeBackend:
         pin: Pin | None = None,
     ) -> None:
         self.concurrency, self.express = concurrency, express
-        self._session = session
+        self._sessions = sessions
         self._io = io
         self._outputs = list(io.outputs)
         self._description = description
@@ -72,7 +75,7 @@ class OnnxRuntimeBackend:
         started = time.perf_counter()
         try:
             if self._pin is None:
-                outputs = self._session.run(self._outputs, inputs)
+                outputs = self._run(inputs, batch.layers)
             else:
                 outputs = self._binding(self._pin).run(inputs, len(batch.lengths))
         except Exception as error:
@@ -80,9 +83,17 @@ class OnnxRuntimeBackend:
         compute_s = time.perf_counter() - started
         return InferenceResult(*self._io.finish(outputs, mask), compute_s)
 
+    def _run(self, inputs: dict[str, Any], layers: int) -> list[npt.NDArray[Any]]:
+        *before, last = self._sessions[: self._io.num_segments(layers)]
+        for session in before:
+            (hidden,) = session.run([HANDED_ON], inputs)
+            inputs = self._io.next_feeds(inputs, hidden)
+        outputs: list[npt.NDArray[Any]] = last.run(self._outputs, inputs)
+        return outputs
+
     def _binding(self, pin: Pin) -> Binding:
         if not hasattr(self._local, "binding"):
-            self._local.binding = Binding(self._session, self._io.dim, self._outputs, pin)
+            self._local.binding = Binding(self._sessions[0], self._io.dim, self._outputs, pin)
         binding: Binding = self._local.binding
         return binding
 
@@ -111,12 +122,18 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
             return _load_packed(ort, bundle, config, place, "packed", cuda_pin())
     else:
         place = _cpu(config)
-    session = _session(ort, bundle, bundle.graph, place)
-    input_dtypes = {one.name: _DTYPES.get(one.type, np.int64) for one in session.get_inputs()}
-    io = GraphIO.of(bundle, input_dtypes, [one.name for one in session.get_outputs()])
-    description = _describe(ort, session, config, "tf32" if kind == "cuda" else "float32")
+    if bundle.has_exits and kind == "cpu":
+        place = replace(place, config=_one_arena())
+    sessions = [_session(ort, bundle, graph, place) for graph in bundle.segments]
+    first, last = sessions[0], sessions[-1]
+    input_dtypes = {one.name: _DTYPES.get(one.type, np.int64) for one in first.get_inputs()}
+    io = GraphIO.of(bundle, input_dtypes, [one.name for one in last.get_outputs()])
     backend = OnnxRuntimeBackend(
-        session, io, concurrency=place.concurrency, express=place.express, description=description
+        sessions,
+        io,
+        concurrency=place.concurrency,
+        express=place.express,
+        description=_describe(ort, last, config, "tf32" if kind == "cuda" else "float32"),
     )
     return _warmed_up(backend, io, bundle, config)
 
@@ -143,6 +160,7 @@ class _Place:
     provider: str
     options: dict[str, str]
     concurrency: int
+    config: Mapping[str, str] = field(default_factory=dict)
     express: int = 0  # a GPU's runs end soon, and one more would take as much of its memory
 
 
@@ -150,6 +168,24 @@ def _cpu(config: BackendConfig) -> _Place:
     # Each run has its own thread: one more shares the cores with the others.
     cores = config.threads or len(os.sched_getaffinity(0))
     return _Place(CPU_PROVIDER, {}, cores, express=1)
+
+
+@functools.cache
+def _one_arena() -> Mapping[str, str]:
+    """What makes all sessions of this process take and give back the same memory for their runs.
+
+    Segments run one after the other, and each would keep an arena as large as a whole model's.
+    """
+    ort = _import()
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(memory, None)
+    return {
+        "session.use_env_allocators": "1",
+        # Weights stay for good: the arena would round their sizes up.
+        "session.use_device_allocator_for_initializers": "1",
+    }
 
 
 def _load_packed(
@@ -175,7 +211,7 @@ def _load_packed(
         ) from error
     io = PackedIO.packed(bundle)
     backend = OnnxRuntimeBackend(
-        session,
+        [session],
         io,
         concurrency=place.concurrency,
         express=place.express,
@@ -266,6 +302,8 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
     # Plans are kept by shape; shapes come on a grid, but there are still hundreds.
     session_options.enable_mem_pattern = False
     session_options.log_severity_level = 3
+    for name, value in place.config.items():
+        session_options.add_session_config_entry(name, value)
     try:
         session = ort.InferenceSession(str(graph), session_options, providers=[(provider, options)])
     except Exception as error:
@@ -273,7 +311,7 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
         if provider == CUDA_PROVIDER and "CUDA" in str(error):
             raise BackendError(f"`device` cuda cannot be used: {error}", field="device") from error
         raise ModelError(
-            f"`model` {bundle.name}: {bundle.graph.name} cannot be loaded, it is damaged or made "
+            f"`model` {bundle.name}: {graph.name} cannot be loaded, it is damaged or made "
             f"for another ONNX Runtime ({_first_line(error)}); `fletcher model verify "
             f"{bundle.name}` tells, adding the model again repairs it",
             field="model",

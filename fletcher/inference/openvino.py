@@ -18,6 +18,7 @@ from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.graph import HANDED_ON
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -32,14 +33,18 @@ class OpenVinoBackend:
     the cores with the others.
 
     Args:
-        streams: A request for each stream.
-        express: Requests of the second copy.
+        streams: A request for each stream, of each of the model's segments.
+        express: The same of the second copy.
         io: The graph's inputs and outputs.
         description: For `describe`.
     """
 
     def __init__(
-        self, streams: list[Any], express: list[Any], io: GraphIO, description: dict[str, str]
+        self,
+        streams: list[list[Any]],
+        express: list[list[Any]],
+        io: GraphIO,
+        description: dict[str, str],
     ) -> None:
         self.concurrency, self.express = len(streams), len(express)
         self._io = io
@@ -54,8 +59,8 @@ class OpenVinoBackend:
         Raises:
             BackendError: OpenVINO failed.
         """
-        with self._request() as request:
-            return self._run(request, batch)
+        with self._requests() as requests:
+            return self._run(requests, batch)
 
     def warm_up(self, batches: Iterable[MicroBatch]) -> None:
         """Compiles what these batches need, in both copies.
@@ -64,34 +69,39 @@ class OpenVinoBackend:
             BackendError: OpenVINO failed.
         """
         for batch in batches:
-            for request in (*self._streams, *self._express):
-                self._run(request, batch)
+            for requests in (*self._streams, *self._express):
+                self._run(requests, batch)
 
-    def _run(self, request: Any, batch: MicroBatch) -> InferenceResult:
+    def _run(self, requests: list[Any], batch: MicroBatch) -> InferenceResult:
         inputs, mask = self._io.feeds(batch)
         try:
             started = time.perf_counter()
-            request.infer(inputs, share_inputs=True)
+            *before, last = requests[: self._io.num_segments(batch.layers)]
+            feeds: dict[str, Any] = inputs
+            for request in before:
+                request.infer(feeds, share_inputs=True)
+                feeds = self._io.next_feeds(feeds, request.get_tensor(HANDED_ON))
+            last.infer(feeds, share_inputs=True)
             compute_s = time.perf_counter() - started
             # Copied: the request's own tensors are written again by the next run.
-            outputs = [request.get_tensor(name).data.copy() for name in self._io.outputs]
+            outputs = [last.get_tensor(name).data.copy() for name in self._io.outputs]
         except Exception as error:
             raise BackendError(f"OpenVINO failed on {mask.shape} tokens: {error}") from error
         return InferenceResult(*self._io.finish(outputs, mask), compute_s)
 
     @contextlib.contextmanager
-    def _request(self) -> Iterator[Any]:
-        """A request that nobody else has, of a stream if one is free."""
+    def _requests(self) -> Iterator[list[Any]]:
+        """A request of each segment that nobody else has, of a stream if one is free."""
         with self._changed:
             while not (self._streams or self._express):
                 self._changed.wait()
             free = self._streams or self._express
-            request = free.pop()
+            requests = free.pop()
         try:
-            yield request
+            yield requests
         finally:
             with self._changed:
-                free.append(request)
+                free.append(requests)
                 self._changed.notify()
 
     def describe(self) -> dict[str, str]:
@@ -116,24 +126,27 @@ def load(config: BackendConfig) -> OpenVinoBackend:
             allowed=sorted(PRECISION_HINTS) if hint is None else ["cpu"],
         )
     num_streams = config.threads or len(os.sched_getaffinity(0))
-    compiled, beside = _compile(openvino, bundle, hint, num_streams)
+    core = openvino.Core()
+    pairs = [_compile(core, bundle, graph, hint, num_streams) for graph in bundle.segments]
+    compiled, beside = zip(*pairs, strict=True)
+    first, last = compiled[0], compiled[-1]
     input_dtypes = {
         one.get_any_name(): _DTYPES.get(one.get_element_type().get_type_name(), np.int64)
-        for one in compiled.inputs
+        for one in first.inputs
     }
     io = GraphIO.of(
-        bundle, input_dtypes, [name for one in compiled.outputs for name in one.get_names()]
+        bundle, input_dtypes, [name for one in last.outputs for name in one.get_names()]
     )
     backend = OpenVinoBackend(
-        [compiled.create_infer_request() for _ in range(num_streams)],
-        [beside.create_infer_request()],
+        [[one.create_infer_request() for one in compiled] for _ in range(num_streams)],
+        [[one.create_infer_request() for one in beside]],
         io,
         {
             "backend": "openvino",
             "version": openvino.__version__.partition("-")[0],
             "device": "cpu",
             "precision": config.precision,
-            "provider": ", ".join(compiled.get_property("EXECUTION_DEVICES")),
+            "provider": ", ".join(last.get_property("EXECUTION_DEVICES")),
         },
     )
     try:
@@ -167,14 +180,15 @@ def _import() -> Any:
     return openvino
 
 
-def _compile(openvino: Any, bundle: ModelBundle, hint: str, num_streams: int) -> tuple[Any, Any]:
-    """The graph for `num_streams` runs at a time, and for one more."""
-    core = openvino.Core()
+def _compile(
+    core: Any, bundle: ModelBundle, graph: Path, hint: str, num_streams: int
+) -> tuple[Any, Any]:
+    """A graph for `num_streams` runs at a time, and for one more."""
     try:
-        model = core.read_model(str(bundle.graph))
+        model = core.read_model(str(graph))
     except Exception as error:
         raise ModelError(
-            f"`model` {bundle.name}: {bundle.graph.name} cannot be read by OpenVINO, it is damaged "
+            f"`model` {bundle.name}: {graph.name} cannot be read by OpenVINO, it is damaged "
             f"or uses what OpenVINO lacks; `fletcher model verify {bundle.name}` tells, adding the "
             "model again repairs it, `backend` onnxruntime may run it",
             field="model",

@@ -29,6 +29,7 @@ class PackedIO(GraphIO):
             pooling=None,
             normalize=False,
             has_norms=bundle.normalize,
+            exits=bundle.layers,
         )
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:

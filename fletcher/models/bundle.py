@@ -4,6 +4,7 @@ fletcher.json     what the model is, where it comes from, size and SHA-256 of ev
 tokenizer.json    as the `tokenizers` library reads it
 model.onnx        the graph
 model.weights     its weights, mapped into memory by the engine
+model.N.*         both in segments where the model has exits: each ends after layer N
 calibration.json  ranges for int8, where `fletcher model calibrate` found some
 """
 
@@ -47,7 +48,8 @@ class ModelSpec:
         pooling: How token embeddings become one.
         normalize: Embeddings have L2 norm 1.
         num_layers: Transformer layers in the graph; 0 where unknown.
-        layers: Exit layers that the graph offers.
+        layers: Exit layers that the graph offers, ascending; the last is `num_layers`. Where there
+            are several, the graph is in as many segments, and `graph` is the last of them.
         dims: Matryoshka dims that the model was trained for, ascending; the last is `dim`.
         prompts: Text put before each input, by name.
         default_prompt: The name of the prompt for requests that name none.
@@ -107,11 +109,12 @@ class ModelSpec:
             self.dims,
             "ascending widths that end with `dim`",
         )
+        exits = tuple(sorted(set(self.layers)))
         _expect(
-            bool(self.layers) and all(0 <= one <= self.num_layers for one in self.layers),
+            self.layers == exits and exits[-1:] == (self.num_layers,) and min(exits) >= 0,
             "layers",
             self.layers,
-            f"layers from 1 to {self.num_layers}",
+            f"ascending layers from 1 that end with {self.num_layers}",
         )
         _expect(
             "input_ids" in self.inputs and set(self.inputs) <= set(GRAPH_INPUTS),
@@ -172,6 +175,22 @@ class ModelBundle:
         return f"{self.name}@{self.hash}"
 
     @property
+    def has_exits(self) -> bool:
+        """Whether vectors can be had after fewer than all layers."""
+        return len(self.layers) > 1
+
+    @property
+    def segments(self) -> list[Path]:
+        """The graphs that make up the model, in their order, one an exit layer.
+
+        Each but the first takes `hidden`, float32 [B, L, H], which the one before gives as
+        `handed_on`, in place of `input_ids`.
+        """
+        if not self.has_exits:
+            return [self.graph]
+        return [self.folder / segment_file(layers) for layers in self.layers]
+
+    @property
     def graph_normalizes(self) -> bool:
         """Whether the graph's embeddings have L2 norm 1 already, their norms in output `norm`."""
         return "norm" in self.outputs
@@ -198,7 +217,8 @@ class ModelBundle:
         recorded_hash = _typed(manifest, "hash", str)
         files = _typed(manifest, "files", dict)
         spec = _spec({key: manifest[key] for key in manifest if key not in _NOT_IN_SPEC})
-        for needed in (TOKENIZER, spec.graph):
+        segments = map(segment_file, spec.layers) if len(spec.layers) > 1 else (spec.graph,)
+        for needed in (TOKENIZER, *segments):
             _expect(needed in files, "files", sorted(files), f"an entry for {needed}")
         num_bytes = sum(_check_file(folder, *entry, verify=verify) for entry in files.items())
         actual_hash = vector_hash(spec, files[TOKENIZER]["sha256"])
@@ -221,6 +241,11 @@ class ModelBundle:
             else Calibration(),
             **values,
         )
+
+
+def segment_file(layers: int) -> str:
+    """The graph whose last layer is this one, of a model with exits."""
+    return f"model.{layers}.onnx"
 
 
 def version_folder(folder: Path, version: str) -> Path:

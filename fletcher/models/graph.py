@@ -21,6 +21,8 @@ OPSET = 20  # the first with Gelu as one operator
 MICROSOFT = "com.microsoft"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.weights"
+# Between the segments of a model with exits: what one gives and the next takes.
+HANDED_ON, HIDDEN = "handed_on", "hidden"
 ALIGNMENT = 4096  # a page: engines map the weights into memory instead of copying them
 
 _EXTERNAL_FROM_BYTES = 1024  # smaller tensors (shapes, scalars) are read faster in the graph itself
@@ -39,12 +41,13 @@ class GraphBuilder:
     """Collects nodes and weights of one graph; weights go to disk as they come.
 
     Args:
-        folder: Where GRAPH_FILE and WEIGHTS_FILE are written.
+        folder: Where the graph and its weights are written.
         name: The graph's name.
+        file: Its file's name; that of the weights differs in the suffix.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, name: str, file: str = GRAPH_FILE) -> None:
+        self._path = folder / file
         self._name = name
         self._nodes: list[bytes] = []
         self._tensors: list[bytes] = []
@@ -52,7 +55,8 @@ class GraphBuilder:
         self._outputs: list[bytes] = []
         self._names: set[str] = set()
         self._domains: set[str] = set()
-        self._weights: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
+        self._weights_path = self._path.with_suffix(Path(WEIGHTS_FILE).suffix)
+        self._weights: BinaryIO = self._weights_path.open("wb")
 
     def __enter__(self) -> GraphBuilder:
         return self
@@ -79,7 +83,11 @@ class GraphBuilder:
             message += bytes_field(9, array.tobytes())
         else:
             offset = self._append(array)
-            place = {"location": WEIGHTS_FILE, "offset": str(offset), "length": str(array.nbytes)}
+            place = {
+                "location": self._weights_path.name,
+                "offset": str(offset),
+                "length": str(array.nbytes),
+            }
             for key, text in place.items():
                 message += bytes_field(13, bytes_field(1, key) + bytes_field(2, text))
             message += int_field(14, 1)  # data_location: EXTERNAL
@@ -135,7 +143,7 @@ class GraphBuilder:
         model += bytes_field(8, int_field(2, OPSET))
         for domain in sorted(self._domains):
             model += bytes_field(8, bytes_field(1, domain) + int_field(2, 1))
-        (self._folder / GRAPH_FILE).write_bytes(model)
+        self._path.write_bytes(model)
 
     def _append(self, array: AnyArray) -> int:
         offset = self._weights.tell()

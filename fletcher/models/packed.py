@@ -73,6 +73,12 @@ def write_packed(
             f"written for {', '.join(FAMILIES)}",
             field="model",
         )
+    if bundle.has_exits:
+        raise ModelError(
+            f"`model` {bundle.name} has exits, and graphs without padding have none; add it again "
+            "without --exits, or ask for precision float32",
+            field="model",
+        )
     written = WrittenBert(bundle.graph)
     with GraphBuilder(folder, "bert-packed") as graph:
         writer = _PackedWriter(graph, bundle, written, precision, attention)

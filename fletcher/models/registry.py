@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from fletcher.models.bundle import (
 from fletcher.models.calibration import Calibration
 from fletcher.models.files import VERSION_NAME, check_name, locked
 from fletcher.models.sources import hub, package
-from fletcher.models.sources.folder import Progress, build_from_folder
+from fletcher.models.sources.folder import Build, Progress, build_from_folder
 from fletcher.models.sources.onnx import build_from_onnx
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
@@ -35,7 +35,7 @@ class _Source:
     """A parsed source: the name it suggests, and what writes its files into a folder."""
 
     name: str
-    build: Callable[[Path, Progress], ModelSpec]
+    build: Build
 
 
 class Registry:
@@ -103,7 +103,7 @@ class Registry:
             failures = []
             for source in (package.DEFAULT_SOURCE, DEFAULT_HUB_SOURCE):
                 try:
-                    return self._add(_parse(source, None), name, progress)
+                    return self._add(_parse(source, None), name, (), progress)
                 except ModelError as error:
                     failures.append(f"{source}: {error.message}")
             raise ModelError(
@@ -118,6 +118,7 @@ class Registry:
         *,
         name: str | None = None,
         tokenizer: str | None = None,
+        exits: Sequence[int] = (),
         replace: bool = False,
         progress: Progress,
     ) -> ModelBundle:
@@ -128,6 +129,7 @@ class Registry:
                 `hub:ORG/NAME[@REVISION]`.
             name: The model's name; None: from the source.
             tokenizer: For an ONNX file, its tokenizer.json; None: the one beside it.
+            exits: Layers after which vectors can be had, beside the last.
             replace: It may take the name of another version, which is kept as `name@hash`.
             progress: Gets a line now and then.
 
@@ -137,7 +139,7 @@ class Registry:
         parsed = _parse(source, tokenizer)
         name = check_name(name or parsed.name)
         with self._locked(name):
-            return self._add(parsed, name, progress, replace=replace)
+            return self._add(parsed, name, exits, progress, replace=replace)
 
     def calibrate(self, name: str, calibration: Calibration) -> ModelBundle:
         """Freezes ranges in a bundle; a running server keeps what it has loaded.
@@ -190,22 +192,28 @@ class Registry:
         )
 
     def _add(
-        self, source: _Source, name: str, progress: Progress, *, replace: bool = False
+        self,
+        source: _Source,
+        name: str,
+        exits: Sequence[int],
+        progress: Progress,
+        *,
+        replace: bool = False,
     ) -> ModelBundle:
         for abandoned in self._folder.glob(f".staging-{name}~*"):
             shutil.rmtree(abandoned, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=f".staging-{name}~", dir=self._folder))
         try:
-            spec = source.build(staging, progress)
+            spec = source.build(staging, exits, progress)
             write_manifest(staging, name, spec)
             _make_durable(staging)
             bundle = ModelBundle.load(staging)
-            return self._place(staging, name, bundle.hash, progress, replace=replace)
+            return self._place(staging, name, bundle, progress, replace=replace)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _place(
-        self, staging: Path, name: str, new_hash: str, progress: Progress, *, replace: bool
+        self, staging: Path, name: str, new: ModelBundle, progress: Progress, *, replace: bool
     ) -> ModelBundle:
         target = self._folder / name
         if target.exists():
@@ -215,19 +223,27 @@ class Registry:
                 progress(f"model {name} is damaged: replacing it")
                 self._discard(target)
             else:
-                if present.hash == new_hash:
+                if (present.hash, present.layers) == (new.hash, new.layers):
                     return present
+                if present.hash == new.hash:
+                    exits = ", ".join(map(str, present.layers))
+                    raise ModelError(
+                        f"`name` {name} is taken by the same model with exits after layers {exits} "
+                        "alone; choose another with --name, or remove it first: `fletcher model "
+                        f"remove {name}`",
+                        field="name",
+                    )
                 if not replace:
                     raise ModelError(
                         f"`name` {name} is taken by another model ({present.hash}, the new one is "
-                        f"{new_hash}); choose another with --name, keep both versions with "
+                        f"{new.hash}); choose another with --name, keep both versions with "
                         f"--replace, or remove it first: `fletcher model remove {name}`",
                         field="name",
                     )
                 self._keep(target, present, progress)
         staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
         staging.rename(target)
-        if (again := self._folder / f"{name}@{new_hash}").exists():  # no longer the one before
+        if (again := self._folder / f"{name}@{new.hash}").exists():  # no longer the one before
             self._discard(again)
         bundle = self.get(name)
         progress(f"model {bundle.qualified_name} is ready")
@@ -288,14 +304,21 @@ def _parse(source: str, tokenizer: str | None) -> _Source:
 
 
 def _from_folder(path: Path) -> _Source:
-    def build(staging: Path, progress: Progress) -> ModelSpec:
-        return build_from_folder(path, staging, source=f"folder:{path.name}", progress=progress)
+    def build(staging: Path, exits: Sequence[int], progress: Progress) -> ModelSpec:
+        return build_from_folder(
+            path, staging, source=f"folder:{path.name}", exits=exits, progress=progress
+        )
 
     return _Source(path.name, build)
 
 
 def _from_onnx(path: Path, tokenizer: Path | None) -> _Source:
-    def build(staging: Path, progress: Progress) -> ModelSpec:
+    def build(staging: Path, exits: Sequence[int], progress: Progress) -> ModelSpec:
+        if exits:
+            raise ModelError(
+                "`exits` is given, but an .onnx file is taken as it is; add the model's checkpoint",
+                field="exits",
+            )
         return build_from_onnx(
             path, staging, tokenizer=tokenizer, source=f"onnx:{path.name}", progress=progress
         )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fletcher.models.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.bundle import Pooling
 from fletcher.models.encoder import Array, Dense, Encoder, Tensors
-from fletcher.models.graph import GraphBuilder
+from fletcher.models.graph import HANDED_ON, HIDDEN, GraphBuilder
 
 # Added to the scores of tokens that are not seen: exp of it is 0 in float32, and float16 and
 # bfloat16 can hold it.
@@ -51,20 +51,46 @@ class TransformerWriter:
         self.second = graph.constant("index.second", [1])
         self._made: dict[str, str] = {}
 
-    def write(self, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool) -> None:
-        """Writes the whole model.
+    def write(
+        self,
+        pooling: Pooling,
+        dense: Sequence[Dense],
+        *,
+        normalize: bool,
+        layers: range | None = None,
+    ) -> None:
+        """Writes the whole model, or a segment of it that ends at an exit.
 
         Inputs are `input_ids` and `attention_mask`, int64 [B, L], rows padded at their ends;
         outputs are `embedding`, float32 [B, dim], and where the model normalises `norm`, float32
-        [B, 1].
+        [B, 1]. Between two segments float32 [B, L, H] goes: the output `handed_on` of one, the
+        input `hidden` in place of `input_ids` of the next.
+
+        Args:
+            pooling: How token embeddings become one, at each exit.
+            dense: Products after that.
+            normalize: Divide by the norm, and give it too.
+            layers: Those of the segment, counted from 0; None: all.
         """
-        architecture = self.architecture
-        input_ids = self.graph.input("input_ids", np.int64, ("batch", "length"))
-        mask = self.mask()
-        hidden = self.embeddings(input_ids)
-        last = architecture.num_layers - 1
-        for index in range(architecture.num_layers):
-            hidden = self.layer(index, hidden, mask, only_first=pooling == "cls" and index == last)
+        graph, architecture = self.graph, self.architecture
+        layers = layers or range(architecture.num_layers)
+        states = ("batch", "length", architecture.hidden)
+        if layers.start:
+            mask = self.mask()
+            hidden = graph.input(HIDDEN, np.float32, states)
+        else:
+            input_ids = graph.input("input_ids", np.int64, ("batch", "length"))
+            mask = self.mask()
+            hidden = self.embeddings(input_ids)
+        only_first = False
+        for index in layers:
+            only_first = pooling == "cls" and index == architecture.num_layers - 1
+            hidden = self.layer(index, hidden, mask, only_first=only_first)
+        if layers.stop < architecture.num_layers:
+            graph.node("Identity", (hidden,), HANDED_ON)
+            graph.output(HANDED_ON, np.float32, states)
+        if pooling == "cls" and not only_first:
+            hidden = self._first(hidden, "exit.first", 1)
         self.head(self.final_norm(hidden), mask, pooling, dense, normalize=normalize)
 
     def mask(self) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fletcher.models.bundle import ModelSpec
+from fletcher.errors import ModelError
+from fletcher.models.bundle import ModelSpec, segment_file
 from fletcher.models.checkpoint import Checkpoint, DenseModule, Weights
 from fletcher.models.encoder import Dense
 from fletcher.models.families import family_of
@@ -15,15 +17,23 @@ from fletcher.models.graph import GRAPH_FILE, GraphBuilder
 from fletcher.models.transformer import TransformerWriter
 
 
-def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSpec:
-    """Writes graph and weights of a checkpoint into `folder`.
+def write_model(
+    checkpoint: Checkpoint, folder: Path, *, source: str, exits: Sequence[int] = ()
+) -> ModelSpec:
+    """Writes graph and weights of a checkpoint into `folder`, one of each or a segment an exit.
 
     Inputs `input_ids` and `attention_mask`, int64 [B, L]; outputs `embedding`, float32 [B, dim],
     and where the model normalises `norm`, float32 [B, 1].
 
+    Args:
+        checkpoint: What is written.
+        folder: Where to.
+        source: As in ModelSpec.
+        exits: Layers after which vectors can be had; the last is always one of them.
+
     Raises:
-        ModelError: The checkpoint is of no family in `families`, or computes what its family's
-            graph cannot.
+        ModelError: `exits` has a layer that is not there, the checkpoint is of no family in
+            `families`, or computes what its family's graph cannot.
     """
     family = family_of(checkpoint.config)
     architecture = family.read(checkpoint.config)
@@ -31,10 +41,17 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
     tensors = CheckpointTensors(weights, architecture, family)
     dense_weights = [Weights(module.folder, ()) for module in checkpoint.dense]
     dense = [_dense(*one) for one in zip(checkpoint.dense, dense_weights, strict=True)]
-    with GraphBuilder(folder, family.name) as graph:
-        writer = TransformerWriter(graph, architecture, tensors)
-        writer.write(checkpoint.pooling, dense, normalize=checkpoint.normalize)
-        graph.save()
+    layers = _exits(exits, architecture.num_layers)
+    files = [segment_file(one) for one in layers] if len(layers) > 1 else [GRAPH_FILE]
+    for file, first, last in zip(files, (0, *layers), layers, strict=False):
+        with GraphBuilder(folder, family.name, file) as graph:
+            TransformerWriter(graph, architecture, tensors).write(
+                checkpoint.pooling,
+                dense,
+                normalize=checkpoint.normalize,
+                layers=range(first, last),
+            )
+            graph.save()
     tensors.check_all_read()
     identity = architecture.identity()
     if dense:
@@ -42,21 +59,20 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
             one.digest({"activation": module.activation})
             for one, module in zip(dense_weights, checkpoint.dense, strict=True)
         ]
-    num_layers = architecture.num_layers
     return ModelSpec(
         family=family.name,
         dim=checkpoint.dims[-1],
         max_length=min(checkpoint.max_length, architecture.max_length),
         pooling=checkpoint.pooling,
         normalize=checkpoint.normalize,
-        num_layers=num_layers,
-        layers=(num_layers,),
+        num_layers=architecture.num_layers,
+        layers=layers,
         dims=checkpoint.dims,
         prompts=checkpoint.prompts,
         default_prompt=checkpoint.default_prompt,
         similarity=checkpoint.similarity,
         pad_token_id=architecture.pad_token_id,
-        graph=GRAPH_FILE,
+        graph=files[-1],
         graph_output="embedding",
         inputs=("input_ids", "attention_mask"),
         outputs=("embedding", "norm") if checkpoint.normalize else ("embedding",),
@@ -64,6 +80,18 @@ def write_model(checkpoint: Checkpoint, folder: Path, *, source: str) -> ModelSp
         source=source,
         weights_sha256=weights.digest(identity),
     )
+
+
+def _exits(asked: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    for one in asked:
+        if not 1 <= one <= num_layers:
+            raise ModelError(
+                f"`exits` has {one}, expected layers from 1 to {num_layers}: the model has "
+                f"{num_layers}",
+                field="exits",
+                allowed=[str(layer) for layer in range(1, num_layers + 1)],
+            )
+    return tuple(sorted({*asked, num_layers}))
 
 
 def _dense(module: DenseModule, weights: Weights) -> Dense:

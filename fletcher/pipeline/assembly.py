@@ -74,9 +74,13 @@ class Assembler:
                     errors.setdefault(row, table.errors[value])
         missing: BoolArray = piece.values < 0
         missing[list(errors)] = True
+        embeddings = table.embeddings
+        # Of float32 a copy is needed: else all of a window is kept for the sake of some rows.
+        if self._spec.dtype == "float32" or not _is_all_in_order(values, len(embeddings)):
+            embeddings = embeddings[values]
         columns: dict[str, Any] = {
             "id": self._ids(piece),
-            **vector_columns(table.embeddings[values], self._spec, missing),
+            **vector_columns(embeddings, self._spec, missing),
             "timestamp": self._timestamps(piece.timestamp_ns, num_rows),
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),
@@ -111,7 +115,9 @@ class Assembler:
     ) -> tuple[_Table, Int32Array]:
         """The table and, for each row, its place there (any place for rows without a vector)."""
         num_texts = piece.texts.num_texts
-        if piece.new_values is None:
+        if piece.new_values is None and not isinstance(outcome, FletcherError):
+            table = _Table.of(outcome)
+        elif piece.new_values is None:
             table = _Table(num_texts, self._spec.dims)
             table.fill(np.arange(num_texts, dtype=np.int32), outcome)
         else:
@@ -160,6 +166,14 @@ class _Table:
         self.truncated: BoolArray = np.zeros(size, np.bool_)
         self.errors: dict[int, FletcherError] = {}
 
+    @classmethod
+    def of(cls, outcome: EmbeddingBatch) -> _Table:
+        """The vectors of texts that no other piece has."""
+        table = cls(0, 0)
+        table.embeddings, table.errors = outcome.embeddings, dict(outcome.errors)
+        table.token_count, table.truncated = outcome.token_count, outcome.truncated
+        return table
+
     def fill(self, places: Int32Array, outcome: EmbeddingBatch | FletcherError) -> None:
         if isinstance(outcome, FletcherError):
             self.errors.update(dict.fromkeys(places.tolist(), outcome))
@@ -169,3 +183,7 @@ class _Table:
         self.truncated[places] = outcome.truncated
         for index, error in outcome.errors.items():
             self.errors[int(places[index])] = error
+
+
+def _is_all_in_order(values: Int32Array, size: int) -> bool:
+    return len(values) == size and np.array_equal(values, np.arange(size))

@@ -138,7 +138,7 @@ class EmbeddingCache:
         self._shelf.put(keys, [raw[n * size : (n + 1) * size] for n in range(len(keys))])
 
     def _keys(self, texts: TextBatch) -> list[bytes]:
-        treatment = [*self._scope, texts.prompt, texts.truncate, texts.max_length]
+        treatment = [*self._scope, texts.prompt, texts.truncate, texts.max_length, texts.layers]
         common = blake2b(json.dumps(treatment).encode() + b"\0", digest_size=_KEY_BYTES)
         view = memoryview(texts.data)
         offsets = texts.offsets.tolist()

@@ -149,6 +149,7 @@ class Intake:
         schema: Of the input stream.
         options: The command.
         prompt: Literal text put before every text.
+        layers: The exit layer that vectors come from; 0: the last.
         limits: Bounds.
         carry_text: The text is carried to the output.
         small_is_interactive: Batches of a few short rows overtake bulk work.
@@ -165,6 +166,7 @@ class Intake:
         options: EmbedOptions,
         *,
         prompt: str,
+        layers: int = 0,
         limits: IntakeLimits,
         carry_text: bool,
         small_is_interactive: bool,
@@ -172,6 +174,7 @@ class Intake:
     ) -> None:
         self._limits = limits if chunking is None else limits.for_chunks(chunking)
         self._prompt = prompt
+        self._layers = layers
         self._chunking = chunking
         self._truncate: Truncate = options.truncate  # type: ignore[assignment]
         self._priority = options.priority
@@ -367,7 +370,12 @@ class Intake:
         data = texts.buffers()[2]
         raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
         return TextBatch(
-            raw, offsets - first, self._truncate, self._prompt, chunking=self._chunking
+            raw,
+            offsets - first,
+            self._truncate,
+            self._prompt,
+            chunking=self._chunking,
+            layers=self._layers,
         )
 
     def is_bulk(self, batch: pa.RecordBatch) -> bool:

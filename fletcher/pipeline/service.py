@@ -31,11 +31,16 @@ DRAIN_RETRY_MS = 5000
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A command, resolved against the model: nothing is left open."""
+    """A command, resolved against the model: nothing is left open.
+
+    `layers` is the exit to leave by, 0 where that is the last: however it was asked for, all such
+    work runs together.
+    """
 
     options: EmbedOptions
     spec: VectorSpec
     prompt: str
+    layers: int
 
 
 class Calls:
@@ -131,7 +136,8 @@ class Service:
             taken = prompt_tokens(model, prompt, running.embedder.num_tokens)
             chunking = chunking and chunking.fitted(model.max_length, taken)
             spec = replace(spec, chunking=chunking)
-        return Request(options, spec, prompt)
+        layers = 0 if spec.layers == model.num_layers else spec.layers
+        return Request(options, spec, prompt, layers)
 
     def admit(self, model: Model, *, bulk: bool) -> AbstractContextManager[None]:
         """A place for a stream, held in `with`; who has one is slowed, never refused any more.

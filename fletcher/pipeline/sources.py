@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,19 +245,18 @@ class InferenceSource:
 
     def _plan_window(self, taken: list[Ticket], ready: deque[_Planned]) -> None:
         """Takes milliseconds: not under the lock that every tokenizer's reader needs."""
-        if not taken:
-            return
         now = time.monotonic()
-        try:
-            window = Window(taken, self._dim, self._plan)
-        except Exception as error:  # raised, it would end the dispatcher
-            log.exception("a window cannot be planned")
-            for ticket in taken:
-                ticket.finish(as_fletcher_error(error))
-            return
-        ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
-        if not window.row_sets:
-            window.finish()
+        for tickets in _by_exit(taken):
+            try:
+                window = Window(tickets, self._dim, self._plan)
+            except Exception as error:  # raised, it would end the dispatcher
+                log.exception("a window cannot be planned")
+                for ticket in tickets:
+                    ticket.finish(as_fletcher_error(error))
+                continue
+            ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
+            if not window.row_sets:
+                window.finish()
 
     def _next_ready(self, ready: deque[_Planned], *, urgent: bool) -> Job | None:
         while ready:
@@ -318,6 +317,14 @@ class InferenceSource:
                 "%s has too little memory for %d tokens in one run; it gets %d, and slowly more",
                 *(device, before, result.budget_tokens),
             )
+
+
+def _by_exit(tickets: Iterable[Ticket]) -> Iterable[list[Ticket]]:
+    """Tickets that leave the model after the same layer, together."""
+    exits: dict[int, list[Ticket]] = {}
+    for ticket in tickets:
+        exits.setdefault(ticket.texts.layers, []).append(ticket)
+    return exits.values()
 
 
 def _take(queue: FairQueue[Ticket], max_tokens: int | None) -> list[Ticket]:

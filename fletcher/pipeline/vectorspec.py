@@ -40,15 +40,10 @@ def vector_spec(
     """
     dims = model.dim if options.dims is None else options.dims
     _check_dims(model, dims, rules)
-    if options.layers not in (None, model.num_layers):
-        raise InvalidCommandError(
-            f"`layers` is {options.layers}, but {model.name} has its only exit after layer "
-            f"{model.num_layers}",
-            field="layers",
-            allowed=[str(model.num_layers)],
-        )
+    layers = model.num_layers if options.layers is None else options.layers
+    _check_layers(model, layers)
     cut = Cut(
-        layers=model.num_layers,
+        layers=layers,
         dims=dims,
         normalized=model.normalize if options.normalize is None else options.normalize,
     )
@@ -81,6 +76,26 @@ def _check_dims(model: ModelBundle, dims: int, rules: OutputRules) -> None:
             field="dims",
             allowed=[str(one) for one in model.dims],
         )
+
+
+def _check_layers(model: ModelBundle, layers: int) -> None:
+    """Unlike dims, other layers cannot be let through: no segment of the graph ends there."""
+    exits = ", ".join(map(str, model.layers))
+    if layers in model.layers:
+        return
+    if not model.has_exits:
+        declares = f"has its only exit after layer {exits}"
+    else:
+        declares = f"has exits after layers {exits}"
+    if 0 < layers < model.num_layers:
+        remedy = "; `fletcher model add` with --exits makes others from a checkpoint"
+    else:
+        remedy = ""
+    raise InvalidCommandError(
+        f"`layers` is {layers}, but {model.name} {declares}{remedy}",
+        field="layers",
+        allowed=[str(one) for one in model.layers],
+    )
 
 
 def _dtype(asked: str | None, dims: int, dtypes: tuple[str, ...]) -> str:

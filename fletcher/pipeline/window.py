@@ -31,7 +31,7 @@ class Window:
     """Tickets whose texts are planned together.
 
     Args:
-        tickets: Tokenized tickets of one model.
+        tickets: Tokenized tickets of one model and one exit layer.
         dim: Width of a vector.
         plan: From lengths to row sets; rows of length 0 (failed texts) are not given to it.
     """
@@ -40,6 +40,7 @@ class Window:
         token_batches = [ticket.tokens for ticket in tickets if ticket.tokens is not None]
         assert len(token_batches) == len(tickets)
         self.tickets = tickets
+        self._layers = tickets[0].texts.layers
         self._dim = dim
         self._input_ids: Int32Array = np.concatenate([tokens.input_ids for tokens in token_batches])
         lengths = np.concatenate([np.diff(tokens.offsets) for tokens in token_batches])
@@ -65,7 +66,7 @@ class Window:
         ends = np.cumsum(lengths)
         # Position i of the output comes from start of its row + i - where its row begins there.
         shift = np.repeat(self._starts[rows] - (ends - lengths), lengths)
-        return MicroBatch(self._input_ids[np.arange(ends[-1]) + shift], lengths)
+        return MicroBatch(self._input_ids[np.arange(ends[-1]) + shift], lengths, self._layers)
 
     @property
     def abandoned(self) -> bool:

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from fletcher.errors import FletcherError, InternalError
-from fletcher.workers.messages import Failure, Ready, Response, WorkerSpec, encode, receive
+from fletcher.workers.messages import Failure, Ready, Response, WorkerSpec, encode, receive, send
 from fletcher.workers.turns import Turns
 
 _PR_SET_PDEATHSIG = 1
@@ -66,9 +66,9 @@ def serve(connection: Connection) -> None:
         worker: Worker = getattr(importlib.import_module(module), function)(spec.config)
         ready = Ready(worker.concurrency, worker.express, worker.describe())
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
-        connection.send_bytes(encode(_failure(-1, error)))
+        send(connection, encode(_failure(-1, error)))
         return
-    connection.send_bytes(encode(ready))
+    send(connection, encode(ready))
 
     sending = threading.Lock()
     requests = Turns(worker.concurrency)  # bounded by the parent's slots
@@ -85,7 +85,7 @@ def serve(connection: Connection) -> None:
                 message = encode(_failure(request.job_id, error))
             requests.done(request)
             with sending:
-                connection.send_bytes(message)
+                send(connection, message)
 
     for _ in range(worker.concurrency + worker.express):
         threading.Thread(target=work, daemon=True).start()

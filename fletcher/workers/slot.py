@@ -17,7 +17,16 @@ from typing import Any, Protocol
 from fletcher.errors import BackendError, InternalError
 from fletcher.workers.health import Health, backoff_s
 from fletcher.workers.jobs import Job
-from fletcher.workers.messages import Failure, Ready, Request, Response, WorkerSpec, encode, receive
+from fletcher.workers.messages import (
+    Failure,
+    Ready,
+    Request,
+    Response,
+    WorkerSpec,
+    encode,
+    receive,
+    send,
+)
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +187,7 @@ class Slot:
             return
         try:
             with self._sending:
-                connection.send_bytes(request)
+                send(connection, request)
         except OSError:
             pass  # the worker is gone: the reader notices and passes the job on
 
@@ -235,7 +244,7 @@ class Slot:
         try:
             if self._owner.closing.is_set():  # `close` may have killed what was there before
                 self.kill()
-            connection.send_bytes(encode(self.spec))
+            send(connection, encode(self.spec))
             if not connection.poll(self._start_timeout_s):
                 raise BackendError(f"{self.spec.name} was not ready in {self._start_timeout_s:g} s")
             message = receive(connection)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,16 @@ from pyarrow import flight
 
 import fletcher
 from fletcher import EmbedOptions
+from fletcher.batches import MicroBatch, TextBatch
 from fletcher.cli import main
 from fletcher.config import ServeConfig
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.onnxruntime import load
 from fletcher.models.registry import Registry
 from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
 from fletcher.stores.server import StoreServer
+from fletcher.tokenization.tokenizer import Tokenizer
 from tests.conftest import GOLDEN
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, exchange
@@ -125,6 +131,55 @@ def test_undeclared_dims_by_leave_of_the_server(
         assert cosines(short, exact[:, :12]).min() >= 1 - 1e-6
         with pytest.raises(fletcher.InvalidCommandError, match="ubinary, which packs 8"):
             client.embed(TEXTS, dims=12, dtype="ubinary")
+
+
+def test_exits_run_beside_each_other_and_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLETCHER_HOME", str(tmp_path))
+    registry = Registry(tmp_path / "models")
+    assert main(["model", "add", str(GOLDEN / "tiny"), "--exits", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == [1, 2]
+    store = f"lance:{tmp_path / 'rows'}"
+    fields = {
+        "port": 0,
+        "home": tmp_path,
+        "model": "tiny",
+        "device": "cpu",
+        "backend": "onnxruntime",
+        "threads": 1,
+        "stores": (store,),
+        "max_journal": 0,
+        "embedding_cache": 1 << 20,
+    }
+    backend = load(BackendConfig("onnxruntime", "cpu", str(registry.get("tiny").folder)))
+    tokens = Tokenizer.load(registry.get("tiny").folder).encode(_texts(TEXTS[:40]))
+    batch = MicroBatch(tokens.input_ids, tokens.token_count)
+    expected = {one: backend.run(replace(batch, layers=one)).embeddings for one in (1, 2)}
+    with Runtime(ServeConfig(**fields)) as server, fletcher.connect(server.address) as client:
+
+        def one(layers: int | None) -> np.ndarray:
+            return np.asarray(client.embed(TEXTS[:40], layers=layers))
+
+        with ThreadPoolExecutor(8) as pool:
+            asked = [1, 2, None] * 8
+            for layers, vectors in zip(asked, pool.map(one, asked), strict=True):
+                np.testing.assert_allclose(vectors, expected[layers or 2], atol=1e-5)
+        with pytest.raises(fletcher.InvalidCommandError, match="exits after layers 1, 2"):
+            one(7)
+        client.put(ROWS, EmbedOptions(dataset="d", layers=1, durability="store"))
+        with pytest.raises(fletcher.ModelMismatchError, match=r"`fletcher\.layers` is 2"):
+            client.put(ROWS, EmbedOptions(dataset="d", durability="store"))
+        # The query, too, leaves after the dataset's layer: it is as near as can be to its own row.
+        asked = ["--store", store, "--server", server.address, "--json", "--prompt", ""]
+        assert main(["search", TEXTS[3], "--dataset", "d", *asked, "--k", "1"]) == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert row["score"] == pytest.approx(1, abs=1e-3)
+
+
+def _texts(texts: list[str]) -> TextBatch:
+    data = [text.encode() for text in texts]
+    return TextBatch(b"".join(data), np.cumsum([0, *map(len, data)]).astype(np.int64))
 
 
 def test_ranges_are_calibrated_once_and_kept_to(

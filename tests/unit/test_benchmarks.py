@@ -89,12 +89,19 @@ def test_a_peer_without_its_libraries_is_said_to_lack_them() -> None:
 
 
 def test_overhead_reports_rows_and_memory_over_time(home: Path) -> None:
-    printed, result = run(home, "overhead", "--rows", "3000", "--batch-rows", "700")
-    assert result["rows_per_s"] > 0
-    assert result["moments"][0]["rows"] == 0
-    assert result["moments"][-1]["rows"] == 3000
-    front = result["front_bytes"]
-    assert 1 << 20 < front["start"] <= front["peak"]
+    options = ("--rows", "3000", "--batch-rows", "700", "--repeats", "1")
+    printed, result = run(home, "overhead", *options)
+    uploads = {upload["name"]: upload["moments"] for upload in result["uploads"]}
+    assert list(uploads) == ["no model, no tokenizer", "no model"]
+    for moments in uploads.values():
+        assert moments[0]["rows"] == 0
+        assert moments[-1]["rows"] == 3000
+    served, bare = result["rows"][:2], result["rows"][2:]
+    assert len(bare) == 2
+    assert all(row["rows_per_s"] > 0 for row in result["rows"])
+    for row in served:
+        assert 1 << 20 < row["front_bytes"][0]["start"] <= row["front_bytes"][0]["peak"]
+        assert row["cpu_us_per_row"]["front"] > 0
     assert "front process: " in printed
 
 
@@ -204,9 +211,15 @@ RESULTS: list[dict[str, Any]] = [
     {"benchmark": "latency", "rows": [{"name": "idle", "ms": [3.0, 1.0, 2.0]}]},
     {
         "benchmark": "overhead",
-        "moments": [
-            {"seconds": float(second), "front_bytes": 1 << 20, "worker_bytes": 2 << 20}
-            for second in range(3)
+        "uploads": [
+            {
+                "name": name,
+                "moments": [
+                    {"seconds": float(second), "front_bytes": 1 << 20, "worker_bytes": 2 << 20}
+                    for second in range(3)
+                ],
+            }
+            for name in ("one", "other")
         ],
     },
     {
@@ -269,6 +282,20 @@ def test_the_gpu_check_runs_its_whole_way_on_the_twin(home: Path) -> None:
         assert "absent" in peer
     assert "parity holds on 60 golden texts" in printed
     assert "absent: its checkpoint is not here" in printed
+
+
+def test_exits_have_a_row_each_and_one_for_the_model_without(home: Path) -> None:
+    printed, result = run(
+        *(home, "exits", "--exits", "1", "--repeats", "1", "--seconds", "0.01", "--cores", "1"),
+        *("--random-model", "32,2,4,64"),
+    )
+    assert {row["name"].partition(", ")[2] for row in result["rows"]} == {"no exits", "1", "2"}
+    for row in result["rows"]:
+        assert row["tokens_per_s"] > 0
+        assert row["rss_bytes"] > row["weights_bytes"] > 0
+        if row["name"].endswith(", 2"):
+            assert row["ratio"] == 1
+    assert "x all layers" in printed
 
 
 def test_the_gpu_check_without_cuda_says_so_in_one_line() -> None:

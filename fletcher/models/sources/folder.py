@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fletcher.errors import ModelError
@@ -12,10 +12,14 @@ from fletcher.models.checkpoint import Checkpoint
 from fletcher.models.writer import write_model
 
 Progress = Callable[[str], None]
+# Writes a bundle's files into a folder, with exits after layers.
+Build = Callable[[Path, Sequence[int], Progress], ModelSpec]
 
 
-def build_from_folder(folder: Path, staging: Path, *, source: str, progress: Progress) -> ModelSpec:
-    """Writes a bundle's files for a checkpoint folder into `staging`.
+def build_from_folder(
+    folder: Path, staging: Path, *, source: str, exits: Sequence[int], progress: Progress
+) -> ModelSpec:
+    """Writes a bundle's files for a checkpoint folder into `staging`, with exits after layers.
 
     Raises:
         ModelError: The folder is no checkpoint, or its family is not supported.
@@ -28,4 +32,4 @@ def build_from_folder(folder: Path, staging: Path, *, source: str, progress: Pro
     checkpoint = Checkpoint.read(folder)
     progress("writing the graph")
     shutil.copyfile(checkpoint.tokenizer, staging / TOKENIZER)
-    return write_model(checkpoint, staging, source=source)
+    return write_model(checkpoint, staging, source=source, exits=exits)

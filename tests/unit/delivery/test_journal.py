@@ -89,6 +89,16 @@ def test_what_was_appended_is_recovered_in_order(tmp_path: Path) -> None:
     assert groups[0].schema.metadata == SCHEMA.metadata
 
 
+def test_rows_that_are_several_chunks_are_recovered(tmp_path: Path) -> None:
+    first = journal(tmp_path)
+    first.append([(info(0, 2), rows(0, 7)), (info(2, 1), rows(7, 1))], SCHEMA)
+    groups = journal(tmp_path).recover()
+    assert [(group.info, group.load().num_rows) for group in groups] == [
+        (info(0, 2), 7),
+        (info(2, 1), 1),
+    ]
+
+
 def test_a_segment_goes_when_all_its_groups_are_stored(tmp_path: Path) -> None:
     one = fill(tmp_path, 3)
     groups = one._segments[-1].groups

@@ -14,6 +14,7 @@ IO = GraphIO(
     pooling=None,
     normalize=False,
     has_norms=False,
+    exits=(1,),
 )
 
 

@@ -36,11 +36,13 @@ def make(plan: Any, hurry: Callable[[], None] = lambda: None) -> InferenceSource
     )
 
 
-def tokenized(num_tokens: int = 2, priority: Priority = "bulk") -> tuple[EmbedStream, Ticket]:
+def tokenized(
+    num_tokens: int = 2, priority: Priority = "bulk", layers: int = 0
+) -> tuple[EmbedStream, Ticket]:
     """A ticket of one text with some tokens, waiting in its stream."""
     tickets: list[Ticket] = []
     stream = EmbedStream(MemoryBudget(1 << 20, 1).open(), tickets.append)
-    texts = TextBatch(b"hi", np.array([0, 2]))
+    texts = TextBatch(b"hi", np.array([0, 2]), layers=layers)
     stream.submit(texts, None, num_bytes=10, priority=priority)
     stream.end()
     tokens = TokenBatch(
@@ -58,6 +60,20 @@ def test_a_window_that_cannot_be_planned_fails_its_tickets_alone() -> None:
     assert source.next_job(0) is None
     (result,) = stream.results()
     assert isinstance(result.embeddings, InternalError)
+
+
+def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them() -> None:
+    source = make(one_run)
+    held = []
+    for num_tokens, layers in enumerate([3, 0, 6, 3, 0, 3], 1):
+        stream, ticket = tokenized(num_tokens, layers=layers)
+        held.append(stream)
+        source.put(ticket)
+    runs = {}
+    while (job := source.next_job(0)) is not None:
+        assert job.payload.layers not in runs
+        runs[job.payload.layers] = sorted(job.payload.lengths.tolist())
+    assert runs == {3: [1, 4, 6], 0: [2, 5], 6: [3]}
 
 
 @pytest.mark.parametrize("norms", [None, np.ones(7, np.float32)])

@@ -85,6 +85,16 @@ def test_missing_ranges_are_refused_where_a_server_wants_them(model):
 
 
 def test_an_exit_that_is_not_there_is_refused(model):
-    with pytest.raises(InvalidCommandError, match=r"`layers` is 7.* after layer 2") as no:
+    with pytest.raises(InvalidCommandError, match=r"`layers` is 7.* only .* layer 2$") as no:
         ask(model, layers=7)
     assert (no.value.field, no.value.allowed) == ("layers", ["2"])
+    with pytest.raises(InvalidCommandError, match=r"`layers` is 1.* with --exits makes others"):
+        ask(model, LAX, layers=1)
+
+
+def test_an_exit_that_is_there_is_given(model):
+    deep = replace(model, num_layers=6, layers=(2, 4, 6))
+    assert [ask(deep, layers=one).layers for one in (None, 2, 4, 6)] == [6, 2, 4, 6]
+    with pytest.raises(InvalidCommandError, match=r"`layers` is 7.* after layers 2, 4, 6$") as no:
+        ask(deep, layers=7)
+    assert (no.value.field, no.value.allowed) == ("layers", ["2", "4", "6"])

@@ -1,0 +1,63 @@
+"""What crosses the pipe arrives as it was, large arrays and small ones."""
+
+from __future__ import annotations
+
+import threading
+from multiprocessing import Pipe
+
+import numpy as np
+import pytest
+
+from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.workers.messages import Request, Response, encode, receive, send
+
+
+def through(message):
+    ours, theirs = Pipe()
+    with ours, theirs:
+        # More than a pipe holds: the other end has to read meanwhile.
+        writer = threading.Thread(target=send, args=(ours, encode(message)))
+        writer.start()
+        answer = receive(theirs)
+        writer.join(10)
+        assert not writer.is_alive()
+    return answer
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 2000])
+def test_arrays_arrive_as_they_were(num_rows):
+    ids = np.arange(num_rows * 7, dtype=np.int32)
+    lengths = np.full(num_rows, 7, np.int32)
+    request = through(Request(5, MicroBatch(ids, lengths)))
+    assert request.job_id == 5
+    assert np.array_equal(request.payload.input_ids, ids)
+    assert request.payload.input_ids.dtype == np.int32
+    vectors = np.random.default_rng(0).random((num_rows, 384), np.float32)
+    answer = through(Response(6, InferenceResult(vectors, lengths.astype(np.float32), 0.5), 1.0))
+    assert np.array_equal(answer.payload.embeddings, vectors)
+    assert answer.payload.embeddings.shape == (num_rows, 384)
+    assert answer.seconds == 1.0
+
+
+def test_large_arrays_are_not_copied_into_the_pickle():
+    vectors = np.zeros((1000, 384), np.float32)
+    encoded = encode(vectors)
+    assert len(encoded.head) < 1000
+    assert np.shares_memory(np.frombuffer(encoded.arrays[0], np.float32), vectors)
+    assert not encode(np.zeros(8)).arrays
+
+
+def test_slices_and_other_orders_arrive_too():
+    whole = np.arange(200_000, dtype=np.int64).reshape(400, 500)
+    for array in (whole[::2], whole.T, whole[:, :7]):
+        assert np.array_equal(through(array), array)
+
+
+def test_a_peer_that_goes_in_the_middle_of_an_array_is_gone():
+    ours, theirs = Pipe()
+    with theirs:
+        encoded = encode(np.zeros(100_000))
+        ours.send_bytes(encoded.head)
+        ours.close()
+        with pytest.raises(EOFError):
+            receive(theirs)
