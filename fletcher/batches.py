@@ -146,16 +146,19 @@ class InferenceResult:
     """What a replica answers to a MicroBatch.
 
     Attributes:
-        embeddings: float32 [num_rows, dim], pooled and, where the bundle says so, L2-normalised.
+        embeddings: float32 [num_rows, dim], pooled and, where the bundle says so, L2-normalised;
+            of models with several vectors a row all of them, [num_vectors, width].
         norms: float32 [num_rows], the L2 norm before normalisation; None where not normalised.
         compute_s: Seconds the device was computing.
         budget_tokens: Padded tokens that the replica takes in one run now; 0: not said.
+        counts: int32 [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one each.
     """
 
     embeddings: FloatArray
     norms: FloatArray | None
     compute_s: float
     budget_tokens: int = 0
+    counts: Int32Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +166,13 @@ class EmbeddingBatch:
     """The vectors of one TextBatch, in its order.
 
     Attributes:
-        embeddings: float32 [num_texts, dim]; rows in `errors` hold zeros.
+        embeddings: float32 [num_texts, dim]; rows in `errors` hold zeros. With `counts` float32
+            [num_vectors, width].
         norms: float32 [num_texts] or None, as in InferenceResult.
         token_count: int32 [num_texts].
         truncated: bool [num_texts].
         errors: By text index, why a text has no vector.
+        counts: As in InferenceResult.
         chunks: Whose chunks these are, each a text here; None: texts were not cut.
     """
 
@@ -177,3 +182,4 @@ class EmbeddingBatch:
     truncated: BoolArray
     errors: dict[int, FletcherError] = field(default_factory=dict)
     chunks: Chunks | None = None
+    counts: Int32Array | None = None

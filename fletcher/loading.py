@@ -66,7 +66,7 @@ class Loader:
         decision, standby = _decide(self.config, bundle, self.host)
         embedder = self._embedder(bundle, decision.configs, standby)
         embedder.start()
-        limits = _limits(self.config, bundle.dim, self.budget.reserve_bytes)
+        limits = _limits(self.config, bundle, self.budget.reserve_bytes)
         return Model(bundle, embedder, decision.describe(), limits)
 
     def _embedder(
@@ -93,7 +93,7 @@ class Loader:
                 ],
                 replicas=specs[: len(replicas)],
                 standby=specs[len(replicas) :],
-                dim=bundle.dim,
+                dim=bundle.width,
                 window_tokens=_WINDOW_RUNS * max_batch_tokens,
                 max_queue_delay_s=config.max_queue_delay_ms / 1000,
                 dispatch=config.dispatch,
@@ -114,7 +114,7 @@ class Loader:
         )
 
     def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
-        if self.shelf is None:
+        if self.shelf is None or bundle.output != "dense":  # entries are of one size
             return None
         # Engines and precisions give vectors that differ in their last digits.
         engines = {
@@ -168,16 +168,17 @@ def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
     return max(1, cores - 1) if on_gpu else max(1, cores // 8)
 
 
-def _limits(config: ServeConfig, dim: int, reserve_bytes: int) -> IntakeLimits:
+def _limits(config: ServeConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
     """Pieces that fit a stream's reserve, so that no stream waits for another's memory."""
     # In the window and as output, float32 each, and the small columns.
-    bytes_per_row = 8 * dim + 256
+    bytes_per_row = 8 * bundle.width * bundle.max_vectors + 256
     piece_bytes = reserve_bytes // 8  # a text is held up to three times: 3/8 of the reserve
     return IntakeLimits(
         max_message_bytes=config.max_message_bytes,
         max_row_bytes=config.max_row_bytes,
         piece_rows=max(16, min(1024, reserve_bytes // 2 // bytes_per_row)),
         piece_bytes=max(4096, piece_bytes),
-        table_values=32 * 2**20 // (4 * dim),
+        # Where rows have several vectors there is no table of them to look rows up in.
+        table_values=32 * 2**20 // (4 * bundle.dim) if bundle.output == "dense" else 0,
         bytes_per_row=bytes_per_row,
     )

@@ -24,6 +24,7 @@ MAX_NUMBER = 1_000_000
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "float16", "int8", "ubinary"),
+    "output": ("dense", "sparse", "multi"),
     "truncate": ("end", "start", "error"),
     "on_error": ("continue", "abort"),
     "mode": ("append", "upsert", "overwrite", "delta"),
@@ -67,6 +68,9 @@ class EmbedOptions:
             durable); None: `journal` where the server has one, else `store`.
         priority: `interactive` goes before `bulk`; None: small exchanges are interactive.
         store: A store's name from the server's configuration; None: its default.
+        output: What the model has to give, else it is refused: `dense`, a vector a text; `sparse`,
+            weights of some tokens of the vocabulary; `multi`, a vector a token; None: whatever it
+            gives.
     """
 
     dataset: str | None = None
@@ -89,6 +93,7 @@ class EmbedOptions:
     durability: str | None = None
     priority: str | None = None
     store: str | None = None
+    output: str | None = None
 
     def __post_init__(self) -> None:
         columns: Any = self.columns

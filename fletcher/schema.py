@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ ELEMENT_TYPES: dict[str, pa.DataType] = {
     "int8": pa.int8(),
     "ubinary": pa.uint8(),
 }
+SPARSE_WIDTH = 2  # a dimension and its weight: `fletcher.vectors.ragged`
 TIMESTAMP = pa.timestamp("ns", tz="UTC")
 # Of rows that are chunks: which of its text, its first character and the first one behind it.
 CHUNK_FIELDS = (
@@ -40,7 +42,9 @@ class VectorSpec:
         layers: Exit layer that the vectors come from.
         pooling: `cls`, `mean` or `last_token`.
         normalized: L2 norm is 1.
-        ranges: How int8 is made; None: by a scale a row.
+        ranges: How int8 is made; None: by a scale a vector.
+        output: `dense`, `sparse` or `multi`, as in ModelBundle.
+        max_vectors: Vectors of a row at most.
         chunking: How texts are cut into chunks; None: not at all.
     """
 
@@ -51,13 +55,33 @@ class VectorSpec:
     pooling: str
     normalized: bool
     ranges: Ranges | None = None
+    output: str = "dense"
+    max_vectors: int = 1
     chunking: Chunking | None = None
 
     @property
     def arrow_type(self) -> pa.DataType:
-        """FixedSizeList<dtype>[dims]; for `ubinary` FixedSizeList<uint8>[dims / 8]."""
+        """FixedSizeList<dtype>[dims]; for `ubinary` FixedSizeList<uint8>[dims / 8].
+
+        For `multi` List<FixedSizeList<dtype>[dims]>, for `sparse` List<Struct<index: int32, value:
+        dtype>> by ascending index.
+        """
+        item = ELEMENT_TYPES[self.dtype]
+        if self.output == "sparse":
+            return pa.list_(pa.struct([("index", pa.int32()), ("value", item)]))
         width = self.dims // 8 if self.dtype == "ubinary" else self.dims
-        return pa.list_(pa.field("item", ELEMENT_TYPES[self.dtype]), width)
+        one = pa.list_(pa.field("item", item), width)
+        return pa.list_(one) if self.output == "multi" else one
+
+    @property
+    def scale_type(self) -> pa.DataType:
+        """float32, of the column `scale`; of `multi` a list of them."""
+        return pa.list_(pa.float32()) if self.output == "multi" else pa.float32()
+
+    @property
+    def width(self) -> int:
+        """Numbers in each vector of a row, on the way through the house."""
+        return SPARSE_WIDTH if self.output == "sparse" else self.dims
 
     @property
     def scaled(self) -> bool:
@@ -66,9 +90,12 @@ class VectorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Of one vector."""
-        kind = self.arrow_type
-        return int(kind.list_size * kind.value_type.bit_width // 8) + 4 * self.scaled
+        """Of one row's vectors at most."""
+        bits: int = ELEMENT_TYPES[self.dtype].bit_width
+        if self.output == "sparse":
+            return self.max_vectors * (4 + bits // 8)
+        width = self.dims // 8 if self.dtype == "ubinary" else self.dims
+        return self.max_vectors * (width * bits // 8 + 4 * self.scaled)
 
     def metadata(self) -> dict[str, str]:
         """Schema metadata that lets a reader understand the vectors without the server."""
@@ -84,6 +111,7 @@ class VectorSpec:
             "fletcher.dtype": self.dtype,
             "longbow.vector_type": self.dtype,
             **quantization,
+            **({} if self.output == "dense" else {"fletcher.output": self.output}),
             **({} if self.chunking is None else {"fletcher.chunking": str(self.chunking)}),
         }
 
@@ -108,7 +136,7 @@ def output_schema(
     fields = [
         pa.field("id", id_type),
         pa.field("vector", spec.arrow_type),
-        *([pa.field("scale", pa.float32())] if spec.scaled else []),
+        *([pa.field("scale", spec.scale_type)] if spec.scaled else []),
         pa.field("timestamp", TIMESTAMP),
         pa.field("token_count", pa.int32()),
         pa.field("truncated", pa.bool_()),
@@ -133,14 +161,22 @@ def output_schema(
 
 
 def vector_columns(
-    embeddings: npt.NDArray[np.float32], spec: VectorSpec, null_rows: npt.NDArray[np.bool_] | None
+    embeddings: npt.NDArray[np.float32],
+    spec: VectorSpec,
+    null_rows: npt.NDArray[np.bool_] | None,
+    counts: npt.NDArray[np.int32] | None = None,
 ) -> dict[str, pa.Array]:
-    """`vector`, a FixedSizeList array over whole buffers, and `scale` where the spec has one.
+    """`vector`, an array of the spec's type over whole buffers, and `scale` where it has one.
 
     Args:
-        embeddings: float32 [num_rows, dims].
+        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width].
+        spec: What they are.
         null_rows: bool [num_rows], True where the vector is null; None: no nulls.
+        counts: int32 [num_rows], vectors of each row, 0 where it is null; None: one each, or none
+            at all where the spec's rows may have several.
     """
+    if spec.output != "dense":
+        return _list_columns(embeddings, spec, null_rows, counts)
     mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
     columns = {}
     values: npt.NDArray[Any]
@@ -156,6 +192,31 @@ def vector_columns(
     flat = pa.array(values.reshape(-1), type=ELEMENT_TYPES[spec.dtype])
     vector = pa.FixedSizeListArray.from_arrays(flat, type=spec.arrow_type, mask=mask)
     return {"vector": vector, **columns}
+
+
+def _list_columns(
+    vectors: npt.NDArray[np.float32],
+    spec: VectorSpec,
+    null_rows: npt.NDArray[np.bool_] | None,
+    counts: npt.NDArray[np.int32] | None,
+) -> dict[str, pa.Array]:
+    """As `vector_columns`, of rows with several vectors each."""
+    if counts is None:
+        vectors, counts = vectors[:0], np.zeros(len(vectors), np.int32)
+    offsets = pa.array(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
+    mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+    if spec.output == "sparse":
+        index = pa.array(vectors[:, 0].astype(np.int32))
+        value = pa.array(np.ascontiguousarray(vectors[:, 1], np.dtype(spec.dtype)))
+        items = {"vector": pa.StructArray.from_arrays([index, value], ["index", "value"])}
+    else:
+        one = dataclasses.replace(spec, output="dense")
+        items = vector_columns(vectors, one, None)
+    types = {"vector": spec.arrow_type, "scale": spec.scale_type}
+    return {
+        name: pa.ListArray.from_arrays(offsets, array, type=types[name], mask=mask)
+        for name, array in items.items()
+    }
 
 
 def batch_key(upload_id: str, first: int, last: int) -> str:

@@ -76,6 +76,12 @@ def calibrate(args: argparse.Namespace) -> ModelBundle:
     config = local_config(args, model=args.name, store=NO_STORE)
     registry = Registry(config.home / "models")
     bundle = registry.get(args.name)
+    if bundle.output != "dense":
+        raise ModelError(
+            f"model {args.name} gives {bundle.output} vectors, and ranges are for dense ones; int8 "
+            "of others has a scale a vector",
+            field="name",
+        )
     if bundle.calibration.ranges and not args.replace:
         raise ModelError(
             f"model {args.name} has ranges from {bundle.calibration.num_texts:,} texts, which "

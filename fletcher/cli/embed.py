@@ -148,14 +148,23 @@ def _open_output(path: Path | None) -> IO[bytes]:
 
 def _vectors(batch: pa.RecordBatch) -> npt.NDArray[Any]:
     column = batch.column("vector")
+    if not pa.types.is_fixed_size_list(column.type):
+        raise ConfigError(
+            f"`format` npy is for one vector a text, and the model gives {column.type}; ask for "
+            "arrow or jsonl",
+            field="format",
+            allowed=["jsonl", "arrow"],
+        )
     return np.asarray(column.flatten()).reshape(len(column), column.type.list_size)
 
 
 def _write_jsonl(batches: Iterable[pa.RecordBatch], output: IO[bytes]) -> None:
     for batch in batches:
         others = batch.drop_columns("vector").to_pylist()
-        for fields, vector in zip(others, _vectors(batch), strict=True):
-            row = {"text": fields.pop("text"), "vector": _numbers(vector), **fields}
+        one_each = pa.types.is_fixed_size_list(batch.schema.field("vector").type)
+        vectors = map(_numbers, _vectors(batch)) if one_each else batch.column("vector").to_pylist()
+        for fields, vector in zip(others, vectors, strict=True):
+            row = {"text": fields.pop("text"), "vector": vector, **fields}
             output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         output.flush()
 

@@ -198,6 +198,11 @@ class Client:
                 if exchange.errors:
                     raise _row_failure(exchange.errors[0])
                 vectors = batch.column("vector")
+                if not pa.types.is_fixed_size_list(vectors.type):
+                    raise InvalidCommandError(
+                        f"the model gives {vectors.type} for each text, which is no array; "
+                        "`exchange` gives such vectors"
+                    )
                 if vectors.null_count:
                     raise InternalError("the server left out a vector and did not say why")
                 parts.append(vectors.flatten().to_numpy().reshape(len(vectors), -1))

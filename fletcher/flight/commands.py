@@ -59,6 +59,8 @@ class Model(Protocol):
     def dims(self) -> Sequence[int]: ...
     @property
     def prompts(self) -> Mapping[str, str]: ...
+    @property
+    def output(self) -> str: ...
 
 
 def parse_descriptor(descriptor: Descriptor) -> EmbedOptions:
@@ -203,6 +205,7 @@ def _model_info(model: Model) -> dict[str, Any]:
         "layers": list(model.layers),
         "dims": list(model.dims),
         "prompts": dict(model.prompts),
+        "output": model.output,
     }
 
 

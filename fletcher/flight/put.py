@@ -75,6 +75,12 @@ def _put(
     trace: Trace,
 ) -> None:
     request = service.resolve(model, options, dtypes=store.capabilities.dtypes)
+    if request.spec.output != "dense":
+        raise InvalidCommandError(
+            f"`model` {model.bundle.name} gives {request.spec.output} vectors, which stores do not "
+            "take; DoExchange gives them back",
+            field="model",
+        )
     chunking = request.spec.chunking
     if chunking is not None and chunking.rows and store.capabilities.counts_groups:
         raise InvalidCommandError(

@@ -129,8 +129,10 @@ def _joined(parts: list[InferenceResult]) -> InferenceResult:
     if len(parts) == 1:
         return parts[0]
     norms = [part.norms for part in parts if part.norms is not None]
+    counts = [part.counts for part in parts if part.counts is not None]
     return InferenceResult(
         np.concatenate([part.embeddings for part in parts]),
         np.concatenate(norms) if norms else None,
         sum(part.compute_s for part in parts),
+        counts=np.concatenate(counts) if counts else None,
     )

@@ -10,7 +10,7 @@ from fletcher.errors import BackendError, ConfigError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.host import HostInfo, detect_host
 from fletcher.models.bundle import ModelBundle
-from fletcher.models.packed import FAMILIES
+from fletcher.models.packed import FAMILIES, can_pack
 
 __all__ = ["HostInfo", "Resolution", "detect_host", "resolve"]
 
@@ -103,13 +103,21 @@ def _null(device: str, bundle_folder: Path, max_batch_tokens: int) -> Resolution
             field="device",
             allowed=["auto", "cpu"],
         )
+    bundle = ModelBundle.load(bundle_folder)
+    if bundle.output != "dense":
+        raise BackendError(
+            f"`backend` null makes dense vectors, {bundle.name} gives {bundle.output}; ask for "
+            "auto",
+            field="backend",
+            allowed=["auto", "onnxruntime", "openvino"],
+        )
     config = BackendConfig(
         backend="null",
         device="cpu",
         bundle=str(bundle_folder),
         # What is measured with it is what a fast device leaves to be done.
         max_batch_tokens=max_batch_tokens or CUDA_BATCH_TOKENS,
-        dim=ModelBundle.load(bundle_folder).dim,
+        dim=bundle.dim,
     )
     return Resolution([config], "null backend: vectors without a model, as asked")
 
@@ -187,11 +195,14 @@ def _cuda(
 
 def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
     """What to run on a GPU, and how to say it."""
-    why = f"graphs without padding are written for {', '.join(FAMILIES)} alone, {bundle.name} is "
-    why += f"of family {bundle.family}"
+    kind = "" if bundle.output == "dense" else f"gives {bundle.output} vectors and "
+    why = (
+        f"graphs without padding are written for dense models of {', '.join(FAMILIES)} alone, "
+        f"{bundle.name} {kind}is of family {bundle.family}"
+    )
     if bundle.has_exits:
         why = f"graphs without padding have no exits, {bundle.name} has some"
-    padded = bundle.has_exits or bundle.family not in FAMILIES
+    padded = bundle.has_exits or not can_pack(bundle)
     if precision == "float16" and padded:
         raise BackendError(
             f"`precision` is float16, but {why}; ask for float32, which runs as TF32 there",

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import BoolArray, FloatArray, MicroBatch
+from fletcher.batches import BoolArray, FloatArray, InferenceResult, MicroBatch
 from fletcher.errors import ModelError
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle import ModelBundle, Skipped
 from fletcher.models.graph import HIDDEN
 from fletcher.vectors.pooling import normalize, pool
+from fletcher.vectors.ragged import sparse
 
 # Padded lengths are multiples of this, so that few shapes occur and all of them often: engines keep
 # memory plans and compiled kernels by shape. The planner counts its budget on the same grid.
@@ -41,6 +42,8 @@ class GraphIO:
         normalize: L2-normalise here; False where the graph did it or the model does not.
         has_norms: The second output is the L2 norms, float32 [B, 1].
         exits: Layers that the model's segments end after.
+        output: What a text becomes, as in ModelBundle.
+        skipped: Which tokens have no vector, as in ModelBundle.
     """
 
     inputs: tuple[str, ...]
@@ -53,6 +56,8 @@ class GraphIO:
     normalize: bool
     has_norms: bool
     exits: tuple[int, ...]
+    output: str = "dense"
+    skipped: Skipped | None = None
 
     @classmethod
     def of(
@@ -96,6 +101,8 @@ class GraphIO:
             normalize=bundle.normalize and not bundle.graph_normalizes,
             has_norms=bundle.graph_normalizes,
             exits=bundle.layers,
+            output=bundle.output,
+            skipped=bundle.skipped,
         )
 
     def num_segments(self, layers: int) -> int:
@@ -141,6 +148,50 @@ class GraphIO:
             raise ValueError(f"a row has {longest} tokens, the model takes {self.max_length}")
         return np.arange(length, dtype=np.int32) < batch.lengths[:, None]
 
+    def result(
+        self,
+        batch: MicroBatch,
+        mask: BoolArray,
+        outputs: Sequence[npt.NDArray[Any]],
+        compute_s: float,
+    ) -> InferenceResult:
+        """What a replica answers.
+
+        Args:
+            batch: What was run.
+            mask: As from `feeds`.
+            outputs: The graph's, in the order of `self.outputs`.
+            compute_s: Seconds that it took.
+
+        Raises:
+            ModelError: As `finish`.
+        """
+        if self.output == "multi":
+            return self._token_vectors(batch, mask, np.asarray(outputs[0], np.float32), compute_s)
+        embeddings, norms = self.finish(outputs, mask)
+        if self.output == "dense":
+            return InferenceResult(embeddings, norms, compute_s)
+        pairs, counts = sparse(embeddings)
+        return InferenceResult(pairs, None, compute_s, counts=counts)
+
+    def _token_vectors(
+        self, batch: MicroBatch, mask: BoolArray, vectors: FloatArray, compute_s: float
+    ) -> InferenceResult:
+        self._check_shape(vectors, (*mask.shape, self.dim))
+        kept = mask.copy()
+        if self.skipped is not None:
+            kept[mask] = ~self.skipped.places(batch.input_ids, batch.lengths)
+        counts = kept.sum(axis=1).astype(np.int32)
+        return InferenceResult(vectors[kept], None, compute_s, counts=counts)
+
+    def _check_shape(self, array: FloatArray, expected: tuple[int, ...]) -> None:
+        if array.shape != expected:
+            raise ModelError(
+                f"`model`: the graph's output has shape {array.shape}, fletcher.json says "
+                f"{expected}; add the model again with the right `dim`",
+                field="model",
+            )
+
     def finish(
         self, outputs: Sequence[npt.NDArray[Any]], mask: BoolArray
     ) -> tuple[FloatArray, FloatArray | None]:
@@ -150,13 +201,8 @@ class GraphIO:
             ModelError: The graph's output has not the shape that the bundle promises.
         """
         embeddings = np.asarray(outputs[0], dtype=np.float32)
-        expected = (*(mask.shape if self.pooling else mask.shape[:1]), self.dim)
-        if embeddings.shape != expected:
-            raise ModelError(
-                f"`model`: the graph's output has shape {embeddings.shape}, fletcher.json says "
-                f"{expected}; add the model again with the right `dim`",
-                field="model",
-            )
+        shape = mask.shape if self.pooling else mask.shape[:1]
+        self._check_shape(embeddings, (*shape, self.dim))
         if self.pooling:
             embeddings = pool(embeddings, mask, self.pooling)
         if self.normalize:

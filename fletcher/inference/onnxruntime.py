@@ -81,7 +81,7 @@ class OnnxRuntimeBackend:
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed on {mask.shape} tokens: {error}") from error
         compute_s = time.perf_counter() - started
-        return InferenceResult(*self._io.finish(outputs, mask), compute_s)
+        return self._io.result(batch, mask, outputs, compute_s)
 
     def _run(self, inputs: dict[str, Any], layers: int) -> list[npt.NDArray[Any]]:
         *before, last = self._sessions[: self._io.num_segments(layers)]

@@ -87,7 +87,7 @@ class OpenVinoBackend:
             outputs = [last.get_tensor(name).data.copy() for name in self._io.outputs]
         except Exception as error:
             raise BackendError(f"OpenVINO failed on {mask.shape} tokens: {error}") from error
-        return InferenceResult(*self._io.finish(outputs, mask), compute_s)
+        return self._io.result(batch, mask, outputs, compute_s)
 
     @contextlib.contextmanager
     def _requests(self) -> Iterator[list[Any]]:

@@ -19,21 +19,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from fletcher.errors import ModelError
 from fletcher.models.calibration import CALIBRATION, Calibration
 from fletcher.models.files import check_name, is_inside, read_json, sha256
+from fletcher.schema import SPARSE_WIDTH
 
 FORMAT = 1
 MANIFEST = "fletcher.json"
 TOKENIZER = "tokenizer.json"
 POOLINGS = ("mean", "cls", "last_token")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+OUTPUTS = ("dense", "sparse", "multi")
 GRAPH_OUTPUTS = ("embedding", "token_embeddings")
 GRAPH_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 Pooling = Literal["mean", "cls", "last_token"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 GraphOutput = Literal["embedding", "token_embeddings"]
+Output = Literal["dense", "sparse", "multi"]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Tokens whose vectors a token-vector model leaves out of documents, such as punctuation.
+
+    Attributes:
+        marker: The token that stands second in a document.
+        tokens: Those left out there.
+    """
+
+    marker: int
+    tokens: tuple[int, ...]
+
+    def places(
+        self, input_ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.bool_]:
+        """Bool [total_tokens], True where a token's vector is left out.
+
+        Args:
+            input_ids: int32 [total_tokens], row after row.
+            lengths: int32 [num_rows].
+        """
+        seconds = np.minimum(np.cumsum(lengths) - lengths + 1, len(input_ids) - 1)
+        documents = (input_ids[seconds] == self.marker) & (lengths > 1)
+        skipped: npt.NDArray[np.bool_] = np.isin(input_ids, self.tokens)
+        found: npt.NDArray[np.bool_] = skipped & np.repeat(documents, lengths)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +100,10 @@ class ModelSpec:
         licence: SPDX name, where the source says it.
         source: Where it came from, as `fletcher model add` would take it; no local path.
         weights_sha256: Of what the weights are, whatever file they came in.
+        output: What a text becomes: `dense`, a vector of `dim`; `sparse`, weights of some of `dim`
+            dimensions, each a token of the vocabulary; `multi`, a vector of `dim` for each token.
+            Bundles that do not say it are `dense`.
+        skip_marker, skip_tokens: As in Skipped; no tokens: none are left out.
     """
 
     family: str
@@ -87,6 +125,9 @@ class ModelSpec:
     source: str
     weights_sha256: str
     similarity: Similarity = "cosine"
+    output: Output = "dense"
+    skip_marker: int = 0
+    skip_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("dim", "max_length"):
@@ -122,6 +163,7 @@ class ModelSpec:
             self.inputs,
             f"`input_ids` and any of {', '.join(GRAPH_INPUTS)}",
         )
+        _expect(self.output in OUTPUTS, "output", self.output, " or ".join(OUTPUTS))
         _expect(bool(self.outputs), "outputs", self.outputs, "at least one name")
         known = self.default_prompt is None or self.default_prompt in self.prompts
         _expect(known, "default_prompt", self.default_prompt, "a name in `prompts`")
@@ -158,6 +200,9 @@ class ModelBundle:
     prompts: dict[str, str]
     default_prompt: str | None
     similarity: Similarity
+    output: Output
+    skip_marker: int
+    skip_tokens: tuple[int, ...]
     pad_token_id: int
     graph: Path
     graph_output: GraphOutput
@@ -173,6 +218,21 @@ class ModelBundle:
     def qualified_name(self) -> str:
         """`name@hash`."""
         return f"{self.name}@{self.hash}"
+
+    @property
+    def width(self) -> int:
+        """Numbers in each vector of a row, on the way through the house."""
+        return SPARSE_WIDTH if self.output == "sparse" else self.dim
+
+    @property
+    def max_vectors(self) -> int:
+        """Vectors of a row at most."""
+        return {"dense": 1, "sparse": self.dim, "multi": self.max_length}[self.output]
+
+    @property
+    def skipped(self) -> Skipped | None:
+        """Which tokens have no vector; None: all have."""
+        return Skipped(self.skip_marker, self.skip_tokens) if self.skip_tokens else None
 
     @property
     def has_exits(self) -> bool:
@@ -302,14 +362,16 @@ def vector_hash(spec: ModelSpec, tokenizer_sha256: str) -> str:
         "normalize": spec.normalize,
         "default_prompt": spec.prompts.get(spec.default_prompt or "", ""),
     }
+    if spec.output != "dense":
+        parts |= {"output": spec.output, "skipped": [spec.skip_marker, *spec.skip_tokens]}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 _SPEC_FIELDS = dataclasses.fields(ModelSpec)
 _NOT_IN_SPEC = ("name", "hash", "files")
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("dim", "max_length", "num_layers", "pad_token_id"), int),
-    **dict.fromkeys(("layers", "dims", "inputs", "outputs"), list),
+    **dict.fromkeys(("dim", "max_length", "num_layers", "pad_token_id", "skip_marker"), int),
+    **dict.fromkeys(("layers", "dims", "inputs", "outputs", "skip_tokens"), list),
     "normalize": bool,
     "prompts": dict,
 }
@@ -331,7 +393,7 @@ def _spec(manifest: Mapping[str, Any]) -> ModelSpec:
             continue
         value = _typed(manifest, name, _KINDS.get(name, str))
         if isinstance(value, list):
-            item = int if name in ("layers", "dims") else str
+            item = int if name in ("layers", "dims", "skip_tokens") else str
             _expect(all(type(one) is item for one in value), name, value, f"a list of {item}")
             value = tuple(value)
         elif isinstance(value, dict):

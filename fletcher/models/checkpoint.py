@@ -16,11 +16,14 @@ import numpy.typing as npt
 from fletcher.errors import ModelError
 from fletcher.models.bundle import SIMILARITIES, TOKENIZER, Pooling, Similarity
 from fletcher.models.files import is_inside, read_json
+from fletcher.models.kinds import Kind, read_kind
 from fletcher.models.safetensors import SafetensorsFile
 
 _NO_LIMIT = 10**9  # transformers writes 1e30 for tokenizers that know no limit
 _SETTINGS = "config_sentence_transformers.json"
-_ORDER = re.compile(r"Transformer( Pooling( Dense)*( Normalize)?)?")
+_ORDER = re.compile(
+    r"Transformer( Pooling( Dense)*( Normalize)?|( Dense)+)?|(MLM)?Transformer SpladePooling"
+)
 # By the name of their torch class.
 _DENSE_ACTIVATIONS = {
     "Identity": "",
@@ -122,6 +125,7 @@ class Checkpoint:
             what a plain Hugging Face folder does not say is what sentence-transformers takes: mean
             pooling, no normalisation.
         dense: Linear layers between pooling and normalisation.
+        kind: What a text becomes, where that is not a dense vector.
         licence: From the model card's front matter; empty where it says nothing.
     """
 
@@ -136,6 +140,7 @@ class Checkpoint:
     similarity: Similarity
     dense: tuple[DenseModule, ...]
     dims: tuple[int, ...]
+    kind: Kind
     licence: str
 
     @classmethod
@@ -150,7 +155,7 @@ class Checkpoint:
             ModelError: A file is missing, or the model does something a bundle cannot express.
         """
         modules = _modules(folder)
-        inner = folder / modules["Transformer"][0]
+        inner = folder / modules.get("MLMTransformer", modules.get("Transformer", [""]))[0]
         config = read_json(inner / "config.json")
         tokenizer = tokenizer or inner / TOKENIZER
         if not tokenizer.is_file():
@@ -163,24 +168,33 @@ class Checkpoint:
             pooling = _pooling(read_json(folder / modules["Pooling"][0] / "config.json"))
         _check_lowercase(inner, tokenizer)
         settings = _settings(folder)
+        kind = read_kind(folder, modules, settings, tokenizer)
         prompts, default_prompt = _prompts(settings, config)
+        if kind.prompts is not None:
+            prompts, default_prompt = {**prompts, **kind.prompts}, "document"
         hidden = config.get("hidden_size", config.get("dim", config.get("n_embd")))
         if not isinstance(hidden, int) or hidden < 1:
             raise ModelError(f"config.json: `hidden_size` is {hidden!r}, expected at least 1")
         dense = _dense([folder / place for place in modules.get("Dense", [])], hidden)
+        if kind.linear:
+            dense = (DenseModule(inner, (kind.linear, hidden), bias=False, activation=""),)
         dim = dense[-1].shape[0] if dense else hidden
+        dims = _dims(config, settings, dim)
+        if kind.output != "dense":
+            dims = (int(config["vocab_size"]) if kind.output == "sparse" else dim,)
         return cls(
             folder=inner,
             tokenizer=tokenizer,
             config=config,
-            max_length=_max_length(inner, config),
+            max_length=min(_max_length(inner, config), kind.max_length or _NO_LIMIT),
             pooling=pooling,
-            normalize="Normalize" in modules,
+            normalize="Normalize" in modules or kind.output == "multi",
             prompts=prompts,
             default_prompt=default_prompt,
             similarity=_similarity(settings),
             dense=dense,
-            dims=_dims(config, settings, dim),
+            dims=dims,
+            kind=kind,
             licence=read_licence(folder),
         )
 
@@ -238,7 +252,8 @@ def _modules(folder: Path) -> dict[str, list[str]]:
     if not _ORDER.fullmatch(" ".join(names)):
         raise ModelError(
             f"modules.json lists {', '.join(names)}: expected Transformer, Pooling, any number of "
-            "Dense and perhaps Normalize; others are not supported",
+            "Dense and perhaps Normalize; Transformer and Dense, of token vectors; or "
+            "MLMTransformer and SpladePooling; others are not supported",
             allowed=["Transformer", "Pooling", "Dense", "Normalize"],
         )
     places: dict[str, list[str]] = {}

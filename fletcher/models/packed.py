@@ -29,6 +29,13 @@ from fletcher.models.written import WrittenBert
 
 # Those that compute what BERT does, whatever their tensors are called.
 FAMILIES = ("bert", "distilbert", "roberta")
+
+
+def can_pack(bundle: ModelBundle) -> bool:
+    """Whether there is a graph without padding of a model."""
+    return bundle.family in FAMILIES and bundle.output == "dense"
+
+
 INPUTS = ("input_ids", "position_ids", "token_offset", "cumulative_sequence_length")
 
 Attention = Literal["packed", "standard"]

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import ModelSpec, segment_file
+from fletcher.models.architecture import Architecture
+from fletcher.models.bundle import ModelSpec, Skipped, segment_file
 from fletcher.models.checkpoint import Checkpoint, DenseModule, Weights
-from fletcher.models.encoder import Dense
+from fletcher.models.encoder import Dense, Tensors
 from fletcher.models.families import family_of
 from fletcher.models.families.family import CheckpointTensors
 from fletcher.models.graph import GRAPH_FILE, GraphBuilder
+from fletcher.models.heads import MaskedHead, SparseWriter, TokenWriter
 from fletcher.models.transformer import TransformerWriter
 
 
@@ -35,17 +37,18 @@ def write_model(
         ModelError: `exits` has a layer that is not there, the checkpoint is of no family in
             `families`, or computes what its family's graph cannot.
     """
+    kind = checkpoint.kind
     family = family_of(checkpoint.config)
     architecture = family.read(checkpoint.config)
     weights = Weights(checkpoint.folder, family.prefixes)
     tensors = CheckpointTensors(weights, architecture, family)
     dense_weights = [Weights(module.folder, ()) for module in checkpoint.dense]
     dense = [_dense(*one) for one in zip(checkpoint.dense, dense_weights, strict=True)]
-    layers = _exits(exits, architecture.num_layers)
+    layers = _exits(exits, architecture.num_layers, kind.output)
     files = [segment_file(one) for one in layers] if len(layers) > 1 else [GRAPH_FILE]
     for file, first, last in zip(files, (0, *layers), layers, strict=False):
         with GraphBuilder(folder, family.name, file) as graph:
-            TransformerWriter(graph, architecture, tensors).write(
+            _writer(kind.output, graph, architecture, tensors, weights).write(
                 checkpoint.pooling,
                 dense,
                 normalize=checkpoint.normalize,
@@ -59,6 +62,8 @@ def write_model(
             one.digest({"activation": module.activation})
             for one, module in zip(dense_weights, checkpoint.dense, strict=True)
         ]
+    has_norms = checkpoint.normalize and kind.output == "dense"
+    skipped = kind.skipped or Skipped(0, ())
     return ModelSpec(
         family=family.name,
         dim=checkpoint.dims[-1],
@@ -75,14 +80,36 @@ def write_model(
         graph=files[-1],
         graph_output="embedding",
         inputs=("input_ids", "attention_mask"),
-        outputs=("embedding", "norm") if checkpoint.normalize else ("embedding",),
+        outputs=("embedding", "norm") if has_norms else ("embedding",),
         licence=checkpoint.licence,
         source=source,
         weights_sha256=weights.digest(identity),
+        output=kind.output,
+        skip_marker=skipped.marker,
+        skip_tokens=skipped.tokens,
     )
 
 
-def _exits(asked: Sequence[int], num_layers: int) -> tuple[int, ...]:
+def _writer(
+    output: str,
+    graph: GraphBuilder,
+    architecture: Architecture,
+    tensors: Tensors,
+    weights: Weights,
+) -> TransformerWriter:
+    if output == "sparse":
+        head = MaskedHead.read(weights, architecture, tensors.get("embeddings.words"))
+        return SparseWriter(graph, architecture, tensors, head)
+    return (TokenWriter if output == "multi" else TransformerWriter)(graph, architecture, tensors)
+
+
+def _exits(asked: Sequence[int], num_layers: int, output: str) -> tuple[int, ...]:
+    if asked and output != "dense":
+        raise ModelError(
+            f"`exits` is given, but the model gives {output} vectors, which come from its last "
+            "layer alone; leave it out",
+            field="exits",
+        )
     for one in asked:
         if not 1 <= one <= num_layers:
             raise ModelError(

@@ -15,6 +15,7 @@ from fletcher.pipeline.intake import INTERACTIVE_ROWS, Piece
 from fletcher.schema import VectorSpec, vector_columns
 from fletcher.vectors.aggregation import Aggregation
 from fletcher.vectors.finish import finish
+from fletcher.vectors.ragged import gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Assembler:
         self.schema = schema
         self._spec = spec
         self._upload_id = upload_id
-        self._table = _Table(0, spec.dims)
+        self._table = _Table(0, spec.width)
         method = "mean" if spec.chunking is None else spec.chunking.aggregation
         self._aggregation = Aggregation(method, normalized=spec.normalized)
 
@@ -74,9 +75,10 @@ class Assembler:
                     errors.setdefault(row, table.errors[value])
         missing: BoolArray = piece.values < 0
         missing[list(errors)] = True
+        vectors, counts = table.vectors(values, missing, self._spec)
         columns: dict[str, Any] = {
             "id": self._ids(piece),
-            **vector_columns(table.embeddings[values], self._spec, missing),
+            **vector_columns(vectors, self._spec, missing, counts),
             "timestamp": self._timestamps(piece.timestamp_ns, num_rows),
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),
@@ -98,7 +100,7 @@ class Assembler:
         return self._aggregation.take(outcome, continued=piece.texts.continued)
 
     def _finish(self, outcome: EmbeddingBatch | FletcherError) -> EmbeddingBatch | FletcherError:
-        if isinstance(outcome, FletcherError):
+        if isinstance(outcome, FletcherError) or outcome.counts is not None:
             return outcome
         spec = self._spec
         embeddings = finish(
@@ -111,16 +113,18 @@ class Assembler:
     ) -> tuple[_Table, Int32Array]:
         """The table and, for each row, its place there (any place for rows without a vector)."""
         num_texts = piece.texts.num_texts
-        if piece.new_values is None:
-            table = _Table(num_texts, self._spec.dims)
+        if not isinstance(outcome, FletcherError) and outcome.counts is not None:
+            table = _Table.of(outcome)
+        elif piece.new_values is None:
+            table = _Table(num_texts, self._spec.width)
             table.fill(np.arange(num_texts, dtype=np.int32), outcome)
         else:
             if piece.new_table:
-                self._table = _Table(piece.table_size, self._spec.dims)
+                self._table = _Table(piece.table_size, self._spec.width)
             table = self._table
             table.fill(piece.new_values, outcome)
-        if len(table.embeddings) == 0:  # no row of the piece has a text
-            table = _Table(1, self._spec.dims)
+        if len(table.token_count) == 0:  # no row of the piece has a text
+            table = _Table(1, self._spec.width)
         return table, np.maximum(piece.values, 0)
 
     def _ids(self, piece: Piece) -> pa.Array:
@@ -159,6 +163,31 @@ class _Table:
         self.token_count: Int32Array = np.zeros(size, np.int32)
         self.truncated: BoolArray = np.zeros(size, np.bool_)
         self.errors: dict[int, FletcherError] = {}
+        self._counts: Int32Array | None = None
+
+    @classmethod
+    def of(cls, outcome: EmbeddingBatch) -> _Table:
+        """The vectors of texts that no other piece has."""
+        table = cls(0, 0)
+        table.embeddings, table.errors = outcome.embeddings, dict(outcome.errors)
+        table.token_count, table.truncated = outcome.token_count, outcome.truncated
+        table._counts = outcome.counts
+        return table
+
+    def vectors(
+        self, rows: Int32Array, missing: BoolArray, spec: VectorSpec
+    ) -> tuple[FloatArray, Int32Array | None]:
+        """The vectors of rows, and how many each has; None: one. Missing ones have some or none."""
+        if self._counts is None:
+            # Of float32 a copy is needed: else all of a window is kept for the sake of some rows.
+            if spec.dtype == "float32" or not _is_all_in_order(rows, len(self.embeddings)):
+                return self.embeddings[rows], None
+            return self.embeddings, None
+        wanted = np.flatnonzero(~missing)
+        vectors, counts = gathered(self.embeddings, self._counts, rows[wanted])
+        spread = np.zeros(len(rows), np.int32)
+        spread[wanted] = counts
+        return vectors, spread
 
     def fill(self, places: Int32Array, outcome: EmbeddingBatch | FletcherError) -> None:
         if isinstance(outcome, FletcherError):
@@ -169,3 +198,7 @@ class _Table:
         self.truncated[places] = outcome.truncated
         for index, error in outcome.errors.items():
             self.errors[int(places[index])] = error
+
+
+def _is_all_in_order(values: Int32Array, size: int) -> bool:
+    return len(values) == size and np.array_equal(values, np.arange(size))

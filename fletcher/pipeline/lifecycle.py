@@ -175,6 +175,8 @@ class Lifecycle:
 
     def _come(self, version: Version) -> None:
         self._load(version)
+        if version.cause is not None:  # at the start whoever called says it
+            log.error("%s cannot be loaded: %s", version.name, version.cause)
         self.balance()
 
     def _load(self, version: Version) -> None:
@@ -207,7 +209,6 @@ class Lifecycle:
         if isinstance(error, (OverloadedError, DrainingError, UnknownModelError)):
             told, pause_s = error, 0.0
         else:
-            log.error("%s cannot be loaded: %s", version.name, error)
             pause_s = _FAILED_S
             told = OverloadedError(
                 f"`model` {version.name} cannot be loaded now; the server's log says why",

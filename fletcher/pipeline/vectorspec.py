@@ -12,6 +12,10 @@ from fletcher.options import EmbedOptions
 from fletcher.quantization import Ranges
 from fletcher.schema import VectorSpec
 
+# What vectors of several to a row can be, and what their schema says in place of a pooling.
+_DTYPES = {"sparse": ("float32", "float16"), "multi": ("float32", "float16", "int8")}
+_POOLINGS = {"sparse": "max", "multi": "none"}
+
 
 @dataclass(frozen=True, slots=True)
 class OutputRules:
@@ -38,6 +42,7 @@ def vector_spec(
         DimensionMismatchError: `dims` that cannot be had.
         InvalidCommandError: `layers` or `dtype` that cannot be had.
     """
+    dtypes = _check_output(model, options, dtypes)
     dims = model.dim if options.dims is None else options.dims
     _check_dims(model, dims, rules)
     layers = model.num_layers if options.layers is None else options.layers
@@ -53,10 +58,49 @@ def vector_spec(
         dims=dims,
         dtype=dtype,
         layers=cut.layers,
-        pooling=model.pooling,
+        pooling=_POOLINGS.get(model.output, model.pooling),
         normalized=cut.normalized,
         ranges=_ranges(model, cut, dtypes, rules) if dtype == "int8" else None,
+        output=model.output,
+        max_vectors=model.max_vectors,
     )
+
+
+def _check_output(
+    model: ModelBundle, options: EmbedOptions, dtypes: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Refuses what a model's kind of output cannot be; the dtypes that are left."""
+    if options.output not in (None, model.output):
+        raise InvalidCommandError(
+            f"`output` is {options.output}, but {model.name} gives {model.output}; a model gives "
+            f"what it was trained for: leave `output` out, or ask a model that gives "
+            f"{options.output}",
+            field="output",
+            allowed=[model.output],
+        )
+    if model.output == "dense":
+        return dtypes
+    for name, given, own in (
+        ("dims", options.dims, model.dim),
+        ("normalize", options.normalize, model.normalize),
+        ("chunking", options.chunking, "none"),
+    ):
+        if given not in (None, own):
+            raise InvalidCommandError(
+                f"`{name}` is {given}, but {model.name} gives {model.output} vectors as they are; "
+                "leave it out",
+                field=name,
+                allowed=[str(own)],
+            )
+    possible = tuple(one for one in _DTYPES[model.output] if one in dtypes)
+    if options.dtype not in (None, *possible):
+        raise InvalidCommandError(
+            f"`dtype` is {options.dtype}, but {model.name} gives {model.output} vectors, which are "
+            f"{', '.join(possible)}",
+            field="dtype",
+            allowed=possible,
+        )
+    return possible
 
 
 def _check_dims(model: ModelBundle, dims: int, rules: OutputRules) -> None:

@@ -23,6 +23,7 @@ from fletcher.batches import (
 )
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import Ticket
+from fletcher.vectors.ragged import scattered
 
 Plan = Callable[[Int32Array], list[Int64Array]]
 
@@ -32,7 +33,7 @@ class Window:
 
     Args:
         tickets: Tokenized tickets of one model and one exit layer.
-        dim: Width of a vector.
+        dim: Numbers in a vector.
         plan: From lengths to row sets; rows of length 0 (failed texts) are not given to it.
     """
 
@@ -54,6 +55,7 @@ class Window:
         self.row_sets: list[Int64Array] = [present[rows] for rows in row_sets]
         self._embeddings: FloatArray | None = None
         self._norms: FloatArray | None = None
+        self._parts: list[tuple[Int64Array, FloatArray, Int32Array]] = []  # several vectors a row
         self._errors: dict[int, FletcherError] = {}
         self._remaining = len(self.row_sets)
         self._lock = threading.Lock()
@@ -61,7 +63,7 @@ class Window:
     def micro_batch(self, rows: Int64Array) -> MicroBatch:
         """The tokens of some rows, flat."""
         if len(self._lengths) == 1:
-            return MicroBatch(self._input_ids, self._lengths)
+            return MicroBatch(self._input_ids, self._lengths, self._layers)
         lengths = self._lengths[rows]
         ends = np.cumsum(lengths)
         # Position i of the output comes from start of its row + i - where its row begins there.
@@ -86,8 +88,12 @@ class Window:
 
     def finish(self) -> None:
         """Gives every ticket its slice."""
-        if self._embeddings is None:
-            self._embeddings = np.zeros((len(self._lengths), self._dim), np.float32)
+        embeddings, counts, ends = self._embeddings, None, np.arange(len(self._lengths) + 1)
+        if self._parts:
+            embeddings, counts = scattered(len(self._lengths), self._dim, self._parts)
+            ends = np.concatenate(([0], np.cumsum(counts)))
+        elif embeddings is None:
+            embeddings = np.zeros((len(self._lengths), self._dim), np.float32)
         for index, ticket in enumerate(self.tickets):
             first, last = self._first_rows[index], self._first_rows[index + 1]
             tokens = ticket.tokens
@@ -100,17 +106,20 @@ class Window:
             truncated: BoolArray = tokens.truncated
             ticket.finish(
                 EmbeddingBatch(
-                    embeddings=self._embeddings[first:last],
+                    embeddings=embeddings[ends[first] : ends[last]],
                     norms=None if self._norms is None else self._norms[first:last],
                     token_count=self._lengths[first:last],
                     truncated=truncated,
                     errors={**tokens.errors, **errors},
+                    counts=None if counts is None else counts[first:last],
                     chunks=tokens.chunks,
                 )
             )
 
     def _store(self, rows: Int64Array, result: InferenceResult) -> FletcherError | None:
         """Puts vectors in their places; an error where they are not what the model promises."""
+        if result.counts is not None:
+            return self._store_ragged(rows, result.embeddings, result.counts)
         expected = (len(rows), self._dim)
         norms = len(rows) if result.norms is None else result.norms.size
         if result.embeddings.shape != expected or norms != len(rows):
@@ -125,4 +134,17 @@ class Window:
             if self._norms is None:
                 self._norms = np.zeros(len(self._lengths), np.float32)
             self._norms[rows] = result.norms.reshape(-1)
+        return None
+
+    def _store_ragged(
+        self, rows: Int64Array, vectors: FloatArray, counts: Int32Array
+    ) -> FletcherError | None:
+        """Keeps vectors until all are there: only then is it known where each row begins."""
+        expected = (int(counts.sum()), self._dim)
+        if len(counts) != len(rows) or vectors.shape != expected:
+            return InternalError(
+                f"a replica answered with vectors of shape {vectors.shape} for {len(counts)} rows, "
+                f"expected {expected} for {len(rows)}"
+            )
+        self._parts.append((rows, vectors, counts))
         return None

@@ -65,6 +65,12 @@ def tune(
     """
     if asked.backend == "null":
         raise ConfigError("`backend` is 'null', which runs no model to tune", field="backend")
+    if bundle.output != "dense":
+        raise ConfigError(
+            f"`model` {bundle.name} gives {bundle.output} vectors, and engines are compared by "
+            "dense ones; serve it without tuning",
+            field="model",
+        )
     candidates = engines(asked, host, bundle.folder)
     probe = Probe.of(bundle)
     reference = _reference(host, bundle, probe, start, progress)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EmbedCommand(_message.Message):
-    __slots__ = ("dataset", "upload_id", "model", "text_column", "id_column", "prompt", "dims", "layers", "dtype", "normalize", "truncate", "chunking", "columns", "include_text", "on_error", "mode", "dedupe", "durability", "priority", "store")
+    __slots__ = ("dataset", "upload_id", "model", "text_column", "id_column", "prompt", "dims", "layers", "dtype", "normalize", "truncate", "chunking", "columns", "include_text", "on_error", "mode", "dedupe", "durability", "priority", "store", "output")
     DATASET_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class EmbedCommand(_message.Message):
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
     dataset: str
     upload_id: str
     model: str
@@ -48,7 +49,8 @@ class EmbedCommand(_message.Message):
     durability: str
     priority: str
     store: str
-    def __init__(self, dataset: _Optional[str] = ..., upload_id: _Optional[str] = ..., model: _Optional[str] = ..., text_column: _Optional[str] = ..., id_column: _Optional[str] = ..., prompt: _Optional[str] = ..., dims: _Optional[int] = ..., layers: _Optional[int] = ..., dtype: _Optional[str] = ..., normalize: bool = ..., truncate: _Optional[str] = ..., chunking: _Optional[str] = ..., columns: _Optional[_Iterable[str]] = ..., include_text: bool = ..., on_error: _Optional[str] = ..., mode: _Optional[str] = ..., dedupe: _Optional[str] = ..., durability: _Optional[str] = ..., priority: _Optional[str] = ..., store: _Optional[str] = ...) -> None: ...
+    output: str
+    def __init__(self, dataset: _Optional[str] = ..., upload_id: _Optional[str] = ..., model: _Optional[str] = ..., text_column: _Optional[str] = ..., id_column: _Optional[str] = ..., prompt: _Optional[str] = ..., dims: _Optional[int] = ..., layers: _Optional[int] = ..., dtype: _Optional[str] = ..., normalize: bool = ..., truncate: _Optional[str] = ..., chunking: _Optional[str] = ..., columns: _Optional[_Iterable[str]] = ..., include_text: bool = ..., on_error: _Optional[str] = ..., mode: _Optional[str] = ..., dedupe: _Optional[str] = ..., durability: _Optional[str] = ..., priority: _Optional[str] = ..., store: _Optional[str] = ..., output: _Optional[str] = ...) -> None: ...
 
 class ListModelsCommand(_message.Message):
     __slots__ = ("format",)
@@ -57,7 +59,7 @@ class ListModelsCommand(_message.Message):
     def __init__(self, format: _Optional[str] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("name", "hash", "family", "dim", "max_length", "pooling", "normalize", "num_layers", "layers", "dims", "prompts", "is_default", "state", "is_current", "calls", "memory_bytes")
+    __slots__ = ("name", "hash", "family", "dim", "max_length", "pooling", "normalize", "num_layers", "layers", "dims", "prompts", "is_default", "state", "is_current", "calls", "memory_bytes", "output")
     class PromptsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +83,7 @@ class ModelInfo(_message.Message):
     IS_CURRENT_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
     name: str
     hash: str
     family: str
@@ -97,7 +100,8 @@ class ModelInfo(_message.Message):
     is_current: bool
     calls: int
     memory_bytes: int
-    def __init__(self, name: _Optional[str] = ..., hash: _Optional[str] = ..., family: _Optional[str] = ..., dim: _Optional[int] = ..., max_length: _Optional[int] = ..., pooling: _Optional[str] = ..., normalize: bool = ..., num_layers: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., dims: _Optional[_Iterable[int]] = ..., prompts: _Optional[_Mapping[str, str]] = ..., is_default: bool = ..., state: _Optional[str] = ..., is_current: bool = ..., calls: _Optional[int] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    output: str
+    def __init__(self, name: _Optional[str] = ..., hash: _Optional[str] = ..., family: _Optional[str] = ..., dim: _Optional[int] = ..., max_length: _Optional[int] = ..., pooling: _Optional[str] = ..., normalize: bool = ..., num_layers: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., dims: _Optional[_Iterable[int]] = ..., prompts: _Optional[_Mapping[str, str]] = ..., is_default: bool = ..., state: _Optional[str] = ..., is_current: bool = ..., calls: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., output: _Optional[str] = ...) -> None: ...
 
 class ListModelsResult(_message.Message):
     __slots__ = ("models", "aliases")

@@ -27,6 +27,7 @@ FULL = {
     "durability": "memory",
     "priority": "interactive",
     "store": "s",
+    "output": "dense",
 }
 
 

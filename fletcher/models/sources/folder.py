@@ -9,6 +9,7 @@ from pathlib import Path
 from fletcher.errors import ModelError
 from fletcher.models.bundle import TOKENIZER, ModelSpec
 from fletcher.models.checkpoint import Checkpoint
+from fletcher.models.kinds import with_markers
 from fletcher.models.writer import write_model
 
 Progress = Callable[[str], None]
@@ -31,5 +32,9 @@ def build_from_folder(
         )
     checkpoint = Checkpoint.read(folder)
     progress("writing the graph")
-    shutil.copyfile(checkpoint.tokenizer, staging / TOKENIZER)
+    if checkpoint.kind.markers:
+        content = with_markers(checkpoint.tokenizer, checkpoint.kind.markers)
+        (staging / TOKENIZER).write_text(content, encoding="utf-8")
+    else:
+        shutil.copyfile(checkpoint.tokenizer, staging / TOKENIZER)
     return write_model(checkpoint, staging, source=source, exits=exits)

@@ -129,6 +129,7 @@ MODEL = SimpleNamespace(
     layers=(6,),
     dims=(384,),
     prompts={"query": "query: "},
+    output="dense",
 )
 
 

@@ -1,0 +1,162 @@
+"""SPLADE's weights and ColBERT's token vectors are those of their references, on both engines.
+
+Checkpoints and references are tests/golden/outputs, made by scripts/make_golden_outputs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pyarrow.parquet as pq
+import pytest
+
+from fletcher.batches import InferenceResult, MicroBatch, TextBatch
+from fletcher.errors import BackendError, ConfigError, ModelError
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.budget import BudgetedBackend
+from fletcher.inference.devices import detect_host, resolve
+from fletcher.models.bundle import ModelBundle
+from fletcher.models.packed import can_pack
+from fletcher.models.registry import Registry
+from fletcher.tokenization.tokenizer import Tokenizer
+from fletcher.tuning.candidates import Asked
+from fletcher.tuning.tuner import tune
+
+OUTPUTS = Path(__file__).parent / "outputs"
+ENGINES = ["onnxruntime", "openvino"]
+MAX_ERROR = 1e-4
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelBundle]:
+    registry = Registry(tmp_path_factory.mktemp("models"))
+    return {
+        name: registry.add(str(OUTPUTS / name), progress=print)
+        for name in ("splade", "colbert", "pylate")
+    }
+
+
+def run(
+    bundle: ModelBundle,
+    engine: str,
+    texts: list[str],
+    prompt: str = "",
+    max_run_tokens: int = 10_000,
+) -> InferenceResult:
+    """All texts in one run, so that most are padded, or in runs of so many tokens."""
+    module = importlib.import_module(f"fletcher.inference.{engine}")
+    config = BackendConfig(
+        backend=engine, bundle=str(bundle.folder), threads=1, max_batch_tokens=64, device="cpu"
+    )
+    data = [text.encode() for text in texts]
+    offsets = np.cumsum([0, *map(len, data)]).astype(np.int64)
+    tokens = Tokenizer.load(bundle.folder).encode(
+        TextBatch(b"".join(data), offsets, prompt=bundle.prompts.get(prompt, ""))
+    )
+    backend = BudgetedBackend(module.load(config), max_run_tokens)
+    return backend.run(MicroBatch(tokens.input_ids, tokens.token_count))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_splade(bundles: dict[str, ModelBundle], engine: str) -> None:
+    bundle = bundles["splade"]
+    onnx.checker.check_model(str(bundle.graph), full_check=True)
+    assert (bundle.output, bundle.dims) == ("sparse", (bundle.dim,))
+    table = pq.read_table(OUTPUTS / "splade.parquet")
+    expected = np.array(table["weights"].to_pylist(), np.float32)
+    result = run(bundle, engine, table["text"].to_pylist())
+    assert result.counts is not None
+    rows = np.repeat(np.arange(len(expected)), result.counts)
+    actual = np.zeros_like(expected)
+    actual[rows, result.embeddings[:, 0].astype(int)] = result.embeddings[:, 1]
+    assert np.abs(actual - expected).max() <= MAX_ERROR
+    assert (result.embeddings[:, 1] > 0).all()
+    assert 0 < len(rows) < expected.size
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["colbert", "pylate"])
+def test_colbert(bundles: dict[str, ModelBundle], name: str, engine: str) -> None:
+    bundle = bundles[name]
+    onnx.checker.check_model(str(bundle.graph), full_check=True)
+    assert (bundle.output, bundle.dim, bundle.max_length) == ("multi", 8, 32)
+    assert bundle.default_prompt == "document"
+    rows = pq.read_table(OUTPUTS / f"{name}.parquet").to_pylist()
+    counts = {}
+    for prompt in ("query", "document"):
+        wanted = [row for row in rows if row["prompt"] == prompt]
+        result = run(bundle, engine, [row["text"] for row in wanted], prompt)
+        assert result.counts is not None
+        assert result.counts.tolist() == [len(row["vectors"]) for row in wanted]
+        expected = np.concatenate([np.array(row["vectors"], np.float32) for row in wanted])
+        assert np.abs(result.embeddings - expected).max() <= MAX_ERROR
+        counts[prompt] = result.counts
+    # The same texts; documents leave out what punctuation the tokenizer knows.
+    assert (counts["query"] - counts["document"]).tolist() == [0, 0, 1, 2, 0]
+
+
+def test_outputs_are_part_of_what_a_model_is(
+    bundles: dict[str, ModelBundle], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "colbert"
+    shutil.copytree(OUTPUTS / "colbert", checkpoint)
+    path = checkpoint / "artifact.metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_punctuation": False}))
+    other = Registry(tmp_path / "models").add(str(checkpoint), progress=print)
+    assert other.skipped is None
+    assert other.hash != bundles["colbert"].hash
+
+
+@pytest.mark.parametrize("name", ["splade", "colbert"])
+def test_a_batch_cut_for_want_of_memory_gives_the_same(
+    bundles: dict[str, ModelBundle], name: str
+) -> None:
+    texts = pq.read_table(OUTPUTS / f"{name}.parquet")["text"].to_pylist()
+    whole = run(bundles[name], "onnxruntime", texts)
+    cut = run(bundles[name], "onnxruntime", texts, max_run_tokens=40)
+    assert whole.counts is not None
+    assert np.array_equal(whole.counts, cut.counts)
+    assert np.abs(whole.embeddings - cut.embeddings).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["splade", "colbert"])
+def test_what_is_for_dense_vectors_refuses_others(
+    bundles: dict[str, ModelBundle], name: str, tmp_path: Path
+) -> None:
+    bundle, host = bundles[name], detect_host()
+    assert not can_pack(bundle)
+    with pytest.raises(BackendError, match=f"null makes dense vectors, {name} gives"):
+        resolve("cpu", "null", "auto", 0, host, bundle.folder)
+    with pytest.raises(ConfigError, match=f"`model` {name} gives {bundle.output} vectors"):
+        tune(tmp_path, Asked(), host, bundle, print)
+
+
+def test_such_vectors_come_from_the_last_layer_alone(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="`exits` is given, but the model gives sparse vectors"):
+        Registry(tmp_path).add(str(OUTPUTS / "splade"), exits=(1,), progress=print)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "words"),
+    [
+        ("splade", "1_SpladePooling/config.json", {"pooling_strategy": "sum"}, "expected max"),
+        ("colbert", "artifact.metadata", {"doc_token_id": "[D]"}, "`doc_token_id` '.D.'"),
+        ("colbert", "artifact.metadata", {"dim": 9}, r"shape \[8, 16\], config.json asks"),
+        ("pylate", "config_sentence_transformers.json", {"query_prefix": None}, "no Pooling"),
+        ("splade", "config.json", {"model_type": "roberta"}, "no tensor"),
+    ],
+)
+def test_what_is_not_supported_is_refused(
+    tmp_path: Path, name: str, file: str, change: dict[str, object], words: str
+) -> None:
+    checkpoint = tmp_path / name
+    shutil.copytree(OUTPUTS / name, checkpoint)
+    path = checkpoint / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=words):
+        Registry(tmp_path / "models").add(str(checkpoint), progress=print)

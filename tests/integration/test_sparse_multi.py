@@ -1,0 +1,160 @@
+"""Sparse weights and token vectors by DoExchange, and what cannot be had of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import fletcher
+from fletcher.cli import main
+from fletcher.client import Client
+from fletcher.config import ServeConfig
+from fletcher.errors import FletcherError
+from fletcher.models.registry import Registry
+from fletcher.options import EmbedOptions
+from fletcher.runtime import Runtime
+
+OUTPUTS = Path(__file__).parents[1] / "golden" / "outputs"
+
+
+@pytest.fixture(scope="module", params=["splade", "colbert"])
+def client(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
+    home = tmp_path_factory.mktemp("home")
+    Registry(home / "models").add(str(OUTPUTS / request.param), progress=print)
+    config = ServeConfig(
+        port=0,
+        home=home,
+        model=request.param,
+        backend="onnxruntime",
+        device="cpu",
+        stores=(f"lance:{tmp_path_factory.mktemp('vectors')}",),
+        max_journal=0,
+        embedding_cache=1 << 20,
+    )
+    with Runtime(config) as runtime, fletcher.connect(runtime.address) as client:
+        yield client
+
+
+def kind(client: Client) -> str:
+    return str(client.list_models()[0]["output"])
+
+
+def expected(name: str) -> dict[str, list[object]]:
+    """By text, what a document's `vector` is."""
+    rows = pq.read_table(OUTPUTS / f"{name}.parquet").to_pylist()
+    if name == "colbert":
+        return {row["text"]: row["vectors"] for row in rows if row["prompt"] == "document"}
+    return {
+        row["text"]: [
+            {"index": index, "value": value} for index, value in enumerate(row["weights"]) if value
+        ]
+        for row in rows
+    }
+
+
+def assert_alike(actual: object, wanted: object, error: float = 1e-4) -> None:
+    if isinstance(wanted, dict):
+        assert isinstance(actual, dict)
+        assert actual["index"] == wanted["index"]
+        assert actual["value"] == pytest.approx(wanted["value"], abs=error)
+    else:
+        assert actual == pytest.approx(wanted, abs=error)
+
+
+def exchanged(client: Client, data: object, **options: object) -> pa.Table:
+    with client.exchange(data, EmbedOptions.from_mapping(options)) as exchange:
+        return pa.Table.from_batches(list(exchange), exchange.schema)
+
+
+def test_texts_in_any_order_repeated_and_missing(client: Client) -> None:
+    name = client.list_models()[0]["name"]
+    right = expected(name)
+    texts = [*right, None, *reversed(list(right)), None, *right] * 3
+    table = pa.table({"text": pa.array(texts, pa.utf8())})
+    plain = exchanged(client, iter(table.to_batches(7)), dtype="float32")
+    encoded = pa.table({"text": table["text"].combine_chunks().dictionary_encode()})
+    for found in (plain, exchanged(client, encoded, dtype="float32")):
+        assert found.schema.metadata[b"fletcher.output"].decode() == kind(client)
+        vectors = found["vector"].to_pylist()
+        assert len(vectors) == len(texts)
+        for text, vector in zip(texts, vectors, strict=True):
+            if text is None:
+                assert vector is None
+                continue
+            assert len(vector) == len(right[text])
+            for one, wanted in zip(vector, right[text], strict=True):
+                assert_alike(one, wanted)
+
+
+def test_types(client: Client) -> None:
+    texts = list(expected(client.list_models()[0]["name"]))
+    exact = exchanged(client, pa.table({"text": texts}), dtype="float32")["vector"]
+    halved = exchanged(client, pa.table({"text": texts}), dtype="float16")
+    item = halved.schema.field("vector").type.value_type
+    if kind(client) == "sparse":
+        assert item == pa.struct([("index", pa.int32()), ("value", pa.float16())])
+    else:
+        assert item == pa.list_(pa.float16(), 8)
+        small = exchanged(client, pa.table({"text": texts}), dtype="int8")
+        assert small.schema.field("scale").type == pa.list_(pa.float32())
+        for vectors, scales, right in zip(
+            small["vector"].to_pylist(), small["scale"].to_pylist(), exact.to_pylist(), strict=True
+        ):
+            restored = np.array(vectors, np.float32) * np.array(scales, np.float32)[:, None]
+            assert np.abs(restored - np.array(right)).max() <= 0.5 / 127 + 1e-6
+    for vector, right in zip(halved["vector"].to_pylist(), exact.to_pylist(), strict=True):
+        for one, wanted in zip(vector, right, strict=True):
+            assert_alike(one, wanted, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"output": "dense"}, "output"),
+        ({"dims": 4}, "dims"),
+        ({"dtype": "ubinary"}, "dtype"),
+        ({"chunking": "tokens:8"}, "chunking"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_name(
+    client: Client, options: dict[str, object], field: str
+) -> None:
+    with pytest.raises(FletcherError) as refused:
+        exchanged(client, pa.table({"text": ["vector"]}), **options)
+    assert refused.value.field == field
+    assert kind(client) in str(refused.value)
+
+
+def test_the_command_prints_them(
+    client: Client, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    argv = ["embed", "vector", "--server", client.address]
+    assert main(argv) == 0
+    (row,) = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
+    (right,) = exchanged(client, pa.table({"text": ["vector"]}), dtype="float32")[
+        "vector"
+    ].to_pylist()
+    assert row == {"text": "vector", "vector": right}
+    assert main([*argv, "--format", "npy", "--output", str(tmp_path / "vectors.npy")]) == 2
+    assert b"`format` npy is for one vector a text" in capfdbinary.readouterr().err
+
+
+def test_stores_and_arrays_are_for_dense_vectors(client: Client) -> None:
+    with pytest.raises(FletcherError, match="which stores do not take") as refused:
+        client.put(pa.table({"text": ["vector"]}), "dataset")
+    assert refused.value.field == "model"
+    with pytest.raises(FletcherError, match="`exchange` gives such vectors"):
+        client.embed(["vector"])
+
+
+def test_a_model_gives_its_own_kind_where_it_is_named(client: Client) -> None:
+    found = exchanged(client, pa.table({"text": ["vector"]}), output=kind(client))
+    assert found.num_rows == 1
