@@ -113,8 +113,8 @@ class Assembler:
     ) -> tuple[_Table, Int32Array]:
         """The table and, for each row, its place there (any place for rows without a vector)."""
         num_texts = piece.texts.num_texts
-        failed = isinstance(outcome, FletcherError)
-        if piece.new_values is None and not failed and outcome.counts is not None:
+        own = piece.new_values is None
+        if own and not isinstance(outcome, FletcherError) and outcome.counts is not None:
             table = _Table.of(outcome)
         elif piece.new_values is None:
             table = _Table(num_texts, self._spec.width)
