@@ -172,7 +172,7 @@ def deliver(load: Load) -> Timing:
             upload, route = delivery.open(EmbedOptions(dataset="bench", durability="store"), schema)
             assembler = Assembler(schema, spec, upload.upload_id)
             for piece, outcome in zip(load.pieces, outcomes, strict=True):
-                batch, _ = assembler.assemble(piece, outcome)
+                batch = assembler.assemble(piece, outcome).batch
                 upload.claim(piece.row_first, piece.row_first + piece.num_rows - 1)
                 route.put(Rows.of(upload, batch, piece.row_first, (), lambda: None))
             route.hurry()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,15 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     """Two layers of random weights, dim 32, max_length 32: mean pooling, normalised."""
     registry = Registry(tmp_path_factory.mktemp("models"))
     return registry.add(str(GOLDEN / "tiny"), progress=print)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Commands set up logging for a process of their own; tests put it back."""
+    root, own = logging.getLogger(), logging.getLogger("fletcher")
+    handlers, levels = root.handlers[:], (root.level, own.level)
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
