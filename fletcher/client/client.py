@@ -198,16 +198,13 @@ class Client:
                 if exchange.errors:
                     raise _row_failure(exchange.errors[0])
                 vectors = batch.column("vector")
-                if not pa.types.is_fixed_size_list(vectors.type):
-                    raise InvalidCommandError(
-                        f"the model gives {vectors.type} for each text, which is no array; "
-                        "`exchange` gives such vectors"
-                    )
+                _check_one_each(vectors.type)
                 if vectors.null_count:
                     raise InternalError("the server left out a vector and did not say why")
                 parts.append(vectors.flatten().to_numpy().reshape(len(vectors), -1))
             if not parts:
                 kind = exchange.schema.field("vector").type
+                _check_one_each(kind)
                 return np.zeros((0, kind.list_size), kind.value_type.to_pandas_dtype())
         embeddings = np.concatenate(parts)
         if len(embeddings) != len(texts):
@@ -326,6 +323,15 @@ def _with_upload_id(options: EmbedOptions) -> EmbedOptions:
     if options.upload_id is not None:
         return options
     return replace(options, upload_id=uuid.uuid4().hex)
+
+
+def _check_one_each(kind: pa.DataType) -> None:
+    """Refuses sparse weights and several vectors a text."""
+    if not pa.types.is_fixed_size_list(kind):
+        raise InvalidCommandError(
+            f"the model gives {kind} for each text, which is no array; "
+            "`exchange` gives such vectors"
+        )
 
 
 def _row_failure(error: RowError) -> Exception:

@@ -29,6 +29,7 @@ from fletcher.delivery.upload import Upload, conflict
 from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.options import EmbedOptions
 from fletcher.stores.base import Store, WriteMode
+from fletcher.stores.schemas import check_one_row_each
 from fletcher.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -319,6 +320,9 @@ class Delivery:
         except TimeoutError:
             ready.cancel()
             raise StoreUnavailableError("the store does not answer; try again later") from None
+        info = route.lane.store.dataset(route.lane.dataset) if mode == "upsert" else None
+        if info is not None:
+            check_one_row_each(info.name, info.schema)
 
     def _look_up(self, upload: Upload, store: Store) -> None:
         upload.found(*self._settled(store, upload.dataset, upload.upload_id))

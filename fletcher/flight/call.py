@@ -105,6 +105,7 @@ def intake(
         carry_text=options.include_text if options.include_text is not None else carry_text,
         small_is_interactive=interactive,
         chunking=request.spec.chunking,
+        taken=request.taken,
     )
 
 

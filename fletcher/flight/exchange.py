@@ -94,7 +94,8 @@ def _exchange(
             assembling = assembler(output, request.spec, upload_id, whole_rows=False)
             answers = _Answers(service, stream, assembling, writer, options, writing_as)
             helper = Helper("exchange-writer", answers.run, answers.fail)
-            row_bytes = request.spec.num_bytes
+            # Of sparse and token vectors that is the most: what they really take is counted later.
+            row_bytes = request.spec.num_bytes if request.spec.output == "dense" else 0
             refusal: Exception | None = None
             try:
                 for message in messages:
@@ -103,10 +104,7 @@ def _exchange(
                     if batch is None:
                         continue
                     if batch.num_rows * row_bytes > _MAX_OUTPUT_BYTES:
-                        raise BatchTooLargeError(
-                            f"a batch of {batch.num_rows} rows makes more than {_MAX_OUTPUT_BYTES} "
-                            "bytes of vectors; send smaller batches"
-                        )
+                        raise _too_large(batch.num_rows)
                     service.telemetry.rows_received.add(batch.num_rows)
                     service.telemetry.bytes_received.add(batch.get_total_buffer_size())
                     for piece in source.pieces(
@@ -151,6 +149,7 @@ class _Answers:
         # Of these a batch may have any number: they leave piece by piece.
         self._chunk_rows = isinstance(assembler, ChunkAssembler)
         self._parts: list[pa.RecordBatch] = []
+        self._parts_bytes = 0
         self._errors: list[dict[str, Any]] = []
 
     def run(self) -> None:
@@ -183,6 +182,9 @@ class _Answers:
             self._telemetry.rows_failed.add()
             self._telemetry.errors.add(code=error.code)
         self._parts.append(output.batch)
+        self._parts_bytes += output.batch.column("vector").nbytes
+        if self._parts_bytes > _MAX_OUTPUT_BYTES:
+            raise _too_large(sum(part.num_rows for part in self._parts))
         self._errors += row_errors(
             errors,
             output.ids(),
@@ -194,10 +196,18 @@ class _Answers:
             metadata: dict[str, Any] = {"batch_id": piece.batch_id, "errors": self._errors}
             if self._chunk_rows:
                 metadata["last"] = piece.last
-            self._parts, self._errors = [], []
+            self._parts, self._parts_bytes, self._errors = [], 0, []
             started_s = time.perf_counter()
             with writing():
                 self._writer.write_with_metadata(
                     whole, json.dumps(metadata, ensure_ascii=False).encode()
                 )
             self._writing_as.written(whole, time.perf_counter() - started_s)
+
+
+def _too_large(num_rows: int) -> BatchTooLargeError:
+    return BatchTooLargeError(
+        f"{num_rows} rows of a batch make more than {_MAX_OUTPUT_BYTES} bytes of vectors; send "
+        "smaller batches",
+        allowed=[f"<= {_MAX_OUTPUT_BYTES} bytes of vectors"],
+    )

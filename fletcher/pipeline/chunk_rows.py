@@ -9,11 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fletcher.batches import BoolArray, Chunks, EmbeddingBatch, Int64Array
-from fletcher.errors import FletcherError
+from fletcher.errors import FletcherError, RowTooLargeError
 from fletcher.pipeline.arrays import large_utf8, text_offsets
 from fletcher.pipeline.assembly import Assembler, Output
 from fletcher.pipeline.intake import Piece
 from fletcher.schema import CHUNK_FIELDS, VectorSpec, vector_columns
+
+# Vectors, places and texts of one row's chunks, where they are kept until all are there.
+_MAX_KEPT_BYTES = 256 << 20
 
 
 def assembler(
@@ -42,6 +45,7 @@ class ChunkAssembler(Assembler):
         super().__init__(schema, spec, upload_id)
         self._whole_rows = whole_rows
         self._kept: list[EmbeddingBatch | FletcherError] = []
+        self._kept_bytes = 0
         self._lost = False  # a part of the row at hand failed, and that was said
 
     def assemble(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> Output | None:
@@ -49,10 +53,10 @@ class ChunkAssembler(Assembler):
         outcome = self._finish(outcome)
         self._lost = self._lost and piece.part > 0
         if self._whole_rows:
-            self._kept.append(outcome)
+            self._keep(outcome)
             if piece.texts.continued:
                 return None
-            outcome, self._kept = _joined(self._kept), []
+            outcome, self._kept, self._kept_bytes = _joined(self._kept), [], 0
         errors = dict(piece.errors)
         if isinstance(outcome, FletcherError):
             failed = outcome
@@ -77,6 +81,27 @@ class ChunkAssembler(Assembler):
         return Output(
             self._batch(piece, outcome, chunks, rows, places, missing[rows]), errors, offsets
         )
+
+    def _keep(self, outcome: EmbeddingBatch | FletcherError) -> None:
+        """Keeps a part's chunks; of a row that has too many or lost a part, only the error."""
+        if self._kept and isinstance(self._kept[0], FletcherError):
+            return
+        if not isinstance(outcome, FletcherError) and outcome.chunks is not None:
+            spans = outcome.chunks.spans
+            self._kept_bytes += outcome.embeddings.nbytes + spans.nbytes
+            if "text" in self.schema.names:
+                self._kept_bytes += int((spans[:, 3] - spans[:, 2]).sum())
+            if self._kept and self._kept_bytes > _MAX_KEPT_BYTES:
+                outcome = RowTooLargeError(
+                    f"the chunks of `text` take {self._kept_bytes} bytes or more, at most "
+                    f"{_MAX_KEPT_BYTES} are stored of one row; take larger chunks with less "
+                    "overlap, a shorter text, or DoExchange, which gives chunks as they come",
+                    field="chunking",
+                    allowed=[f"<= {_MAX_KEPT_BYTES} bytes of chunks"],
+                )
+        if isinstance(outcome, FletcherError):
+            self._kept.clear()
+        self._kept.append(outcome)
 
     def _batch(
         self,
@@ -130,11 +155,10 @@ class ChunkAssembler(Assembler):
         lengths = spans[:, 3] - spans[:, 2]
         ends = np.append(0, np.cumsum(lengths))
         data = column.buffers()[2]
-        held = np.frombuffer(b"" if data is None else data, np.uint8)
-        found = held[np.arange(ends[-1]) + np.repeat(firsts - ends[:-1], lengths)]
-        texts = pa.LargeStringArray.from_buffers(
-            len(rows), pa.py_buffer(ends), pa.py_buffer(np.ascontiguousarray(found))
-        )
+        held = memoryview(b"" if data is None else data)
+        bounds = zip(firsts.tolist(), (firsts + lengths).tolist(), strict=True)
+        found = b"".join([held[first:last] for first, last in bounds])
+        texts = pa.LargeStringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(found))
         nothing = pa.scalar(None, pa.large_utf8())
         if missing.any():
             texts = pc.if_else(pa.array(missing), nothing, texts)

@@ -271,9 +271,9 @@ class Embedder:
         if not texts.num_texts:
             ticket.finish(self._nothing)
             return
-        # Parts of a text go on one from another: many, perhaps, each within the one before.
-        part = texts.continued or texts.carry is not None
-        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES and not part
+        # Chunks are work for more than a moment, and parts of a text go on one from another: many,
+        # perhaps, each within the one before.
+        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES and whole
         if not (small and ticket.priority == "interactive"):
             self._tokenization.put(ticket)
             return

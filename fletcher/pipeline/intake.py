@@ -83,12 +83,13 @@ class IntakeLimits:
     bytes_per_row: int
     bytes_per_byte: int = 3
 
-    def for_chunks(self, chunking: Chunking) -> IntakeLimits:
+    def for_chunks(self, chunking: Chunking, taken: int) -> IntakeLimits:
         """The same where texts are cut into chunks: a token has a byte at least, a chunk is a row.
 
         Pieces become smaller, so that the vectors of their chunks take no more than those of rows.
+        `taken` are each chunk's tokens that are not the text's.
         """
-        stride = max(1, chunking.size - chunking.overlap)
+        stride = max(1, chunking.size - taken - chunking.overlap)
         per_byte = -(-(self.bytes_per_row + _TOKEN_BYTES * chunking.size) // stride)
         part_bytes = self.piece_rows * self.bytes_per_row // per_byte
         return dataclasses.replace(
@@ -154,6 +155,7 @@ class Intake:
         carry_text: The text is carried to the output.
         small_is_interactive: Batches of a few short rows overtake bulk work.
         chunking: How texts are cut into chunks; None: not at all.
+        taken: Of each chunk, tokens that are not the text's: the prompt's and special ones.
 
     Raises:
         UnknownColumnError: A named column is not there.
@@ -171,8 +173,9 @@ class Intake:
         carry_text: bool,
         small_is_interactive: bool,
         chunking: Chunking | None = None,
+        taken: int = 0,
     ) -> None:
-        self._limits = limits if chunking is None else limits.for_chunks(chunking)
+        self._limits = limits if chunking is None else limits.for_chunks(chunking, taken)
         self._prompt = prompt
         self._layers = layers
         self._chunking = chunking
@@ -245,8 +248,7 @@ class Intake:
         priority = self._class_of(batch.num_rows, int(sizes.sum()) if len(sizes) else 0)
         for index, (first, last) in enumerate(bounds):
             rows = used.slice(first, last - first)
-            own_errors = errors.of(first, last)
-            wanted = np.ones(last - first, np.bool_)
+            own_errors, wanted = errors.of(first, last), np.ones(last - first, np.bool_)
             wanted[list(own_errors)] = False
             skipped = np.zeros(last - first, np.bool_)
             if skip is not None:
@@ -270,6 +272,8 @@ class Intake:
                     places = np.searchsorted(new, values).astype(np.int32)
                     values = np.where(values >= 0, places, -1).astype(np.int32)
                 texts = words.take(pa.array(new))
+            text_bytes = int(sizes[first:last].sum())
+            rows_bytes = text_bytes + held_bytes * (last - first) // max(1, batch.num_rows)
             piece = Piece(
                 batch_id=batch_id,
                 row_first=row_first + first,
@@ -283,20 +287,24 @@ class Intake:
                 skipped=skipped,
                 timestamp_ns=timestamp_ns,
                 last=index == len(bounds) - 1,
-                num_bytes=self._limits.bytes_per_byte * int(sizes[first:last].sum())
+                num_bytes=(self._limits.bytes_per_byte - 1) * text_bytes
                 + (last - first) * self._limits.bytes_per_row
-                + held_bytes * (last - first) // max(1, batch.num_rows),
+                + rows_bytes,
                 priority=priority,
             )
-            yield from self._parts(piece)
+            yield from self._parts(piece, rows_bytes)
 
-    def _parts(self, piece: Piece) -> Iterator[Piece]:
-        """The piece, or one for each part of its only text, which is long and cut into chunks."""
+    def _parts(self, piece: Piece, rows_bytes: int) -> Iterator[Piece]:
+        """The piece, or one for each part of its only text, which is long and cut into chunks.
+
+        The rows, `rows_bytes`, are there until the last part is done, which counts them.
+        """
         data = piece.texts.data
         if self._chunking is None or piece.texts.num_texts != 1:
             yield piece
             return
         ends = part_ends(bytes(data), self._limits.piece_bytes)
+        parts_bytes = piece.num_bytes - rows_bytes
         for part, (first, last) in enumerate(pairwise([0, *ends])):
             texts = dataclasses.replace(
                 piece.texts,
@@ -308,7 +316,8 @@ class Intake:
                 piece,
                 texts=texts,
                 last=piece.last and not texts.continued,
-                num_bytes=max(1, piece.num_bytes * (last - first) // max(1, len(data))),
+                num_bytes=max(1, parts_bytes * (last - first) // max(1, len(data)))
+                + (0 if texts.continued else rows_bytes),
                 part=part,
             )
 

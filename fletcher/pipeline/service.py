@@ -34,13 +34,15 @@ class Request:
     """A command, resolved against the model: nothing is left open.
 
     `layers` is the exit to leave by, 0 where that is the last: however it was asked for, all such
-    work runs together.
+    work runs together. `taken` are the tokens of the prompt and special ones in each chunk; 0
+    where there is neither prompt nor chunking.
     """
 
     options: EmbedOptions
     spec: VectorSpec
     prompt: str
     layers: int
+    taken: int = 0
 
 
 class Calls:
@@ -132,12 +134,13 @@ class Service:
         spec = vector_spec(model, options, dtypes, self.outputs)
         prompt = resolve_prompt(model, options.prompt)
         chunking = Chunking.parse(options.chunking or "none")
+        taken = 0
         if prompt or chunking is not None:
             taken = prompt_tokens(model, prompt, running.embedder.num_tokens)
             chunking = chunking and chunking.fitted(model.max_length, taken)
             spec = replace(spec, chunking=chunking)
         layers = 0 if spec.layers == model.num_layers else spec.layers
-        return Request(options, spec, prompt, layers)
+        return Request(options, spec, prompt, layers, taken)
 
     def admit(self, model: Model, *, bulk: bool) -> AbstractContextManager[None]:
         """A place for a stream, held in `with`; who has one is slowed, never refused any more.

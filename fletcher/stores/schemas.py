@@ -8,10 +8,12 @@ import pyarrow as pa
 from fletcher.errors import (
     ColumnTypeError,
     DimensionMismatchError,
+    InvalidCommandError,
     ModelMismatchError,
     UnknownColumnError,
 )
 from fletcher.quantization import QUANTIZATION
+from fletcher.schema import CHUNK_FIELDS
 
 # What must be the same for two vectors to be comparable, by the schema metadata that says it.
 _MODEL_KEYS = (
@@ -49,6 +51,25 @@ def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> Non
                 field=field.name,
                 allowed=[str(have)],
             )
+
+
+def check_one_row_each(dataset: str, stored: pa.Schema) -> None:
+    """Refuses to replace rows by id where an id has several, one a chunk of its text.
+
+    Args:
+        dataset: Its name, for the message.
+        stored: What the first write fixed, with what was added.
+
+    Raises:
+        InvalidCommandError: The dataset has rows that are chunks.
+    """
+    if {field.name for field in CHUNK_FIELDS} <= set(stored.names):
+        raise InvalidCommandError(
+            f"`mode` replaces rows by id, and dataset `{dataset}` has several of one id, one a "
+            "chunk; append to it, overwrite it, or write to another dataset",
+            field="mode",
+            allowed=["append", "overwrite"],
+        )
 
 
 def _check_width(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:

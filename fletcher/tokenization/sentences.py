@@ -15,11 +15,13 @@ SENTENCE, PARAGRAPH = 1, 2
 # Of the text before a part, what may tell whether the part begins with a sentence.
 CONTEXT = 64
 
-_PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*(?=\S)")
+# Nothing here tries a place twice, so that it takes no more than a time in proportion to the text.
+_PARAGRAPH = re.compile(r"\n[^\S\n]*+\n\s*+(?=\S)")
 # What ends a sentence, with quotation marks and brackets that close behind it. Western sentences
 # end before white space, Chinese and Japanese ones anywhere.
 _SENTENCE = re.compile(
-    r"""(?:[.!?\u2026]+["'\u201d\u2019\u00bb)\]]*\s+|[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\uff09\u201d\u2019]*\s*)(?=\S)"""
+    r"""(?:(?<![.!?\u2026])[.!?\u2026]++["'\u201d\u2019\u00bb)\]]*+\s++"""
+    r"""|(?<![\u3002\uff01\uff1f\uff61])[\u3002\uff01\uff1f\uff61]++[\u300d\u300f\uff09\u201d\u2019]*+\s*+)(?=\S)"""
 )
 # Words before a full stop that ends no sentence; so do single letters.
 _ABBREVIATIONS = re.compile(
@@ -40,7 +42,9 @@ def levels(before: str, text: str, ends: Int64Array) -> Levels:
     found: Levels = np.zeros(len(ends), np.int8)
     whole = before + text
     sentences = [match.end() for match in _SENTENCE.finditer(whole) if _ends(whole, match)]
-    paragraphs = [match.end() for match in _PARAGRAPH.finditer(whole)]
+    # White space at the end is before nothing: else each line of it would be read to the end.
+    text_end = len(whole.rstrip())
+    paragraphs = [match.end() for match in _PARAGRAPH.finditer(whole, 0, text_end)]
     for level, places in ((SENTENCE, sentences), (PARAGRAPH, paragraphs)):
         own = np.array(places, np.int64) - len(before)
         tokens = np.searchsorted(ends, own[own >= 0], side="right")

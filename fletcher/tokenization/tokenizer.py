@@ -129,7 +129,7 @@ class Tokenizer:
         rows = [[*self._prefix, *ids, *self._suffix] for ids in found]
         offsets = np.array([0, *accumulate(map(len, rows))], np.int64)
         input_ids = np.array(list(chain.from_iterable(rows)), np.int32)
-        return TokenBatch(input_ids, offsets, np.zeros(len(rows), np.bool_))
+        return self._with_tokens(TokenBatch(input_ids, offsets, np.zeros(len(rows), np.bool_)))
 
     def _cut(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts, and cuts them into chunks."""

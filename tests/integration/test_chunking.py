@@ -212,6 +212,14 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
     expected = [row for chunks in rows for row in chunks]
     for name in ("id", "text", "chunk_index", "chunk_start", "chunk_end"):
         assert stored.column(name).to_pylist() == [row[name] for row in expected]
+    for mode in ("upsert", "delta"):
+        again = fletcher.EmbedOptions(dataset="chunks", mode=mode)
+        with (
+            fletcher.connect(server.address) as client,
+            pytest.raises(InvalidCommandError, match="several of one id") as caught,
+        ):
+            client.put(table.slice(0, 2), again)
+        assert caught.value.allowed == ["append", "overwrite"]
     # All chunks of a row are in one group.
     keys = stored.group_by("id").aggregate([("batch_key", "count_distinct")])
     assert set(keys.column("batch_key_count_distinct").to_pylist()) == {1}

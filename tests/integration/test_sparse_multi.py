@@ -15,7 +15,7 @@ import fletcher
 from fletcher.cli import main
 from fletcher.client import Client
 from fletcher.config import ServeConfig
-from fletcher.errors import FletcherError
+from fletcher.errors import BatchTooLargeError, FletcherError
 from fletcher.models.registry import Registry
 from fletcher.options import EmbedOptions
 from fletcher.runtime import Runtime
@@ -92,6 +92,19 @@ def test_texts_in_any_order_repeated_and_missing(client: Client) -> None:
             assert len(vector) == len(right[text])
             for one, wanted in zip(vector, right[text], strict=True):
                 assert_alike(one, wanted)
+
+
+def test_a_batch_is_refused_by_what_it_makes(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pa.table({"text": ["a"] * 11})
+    made = exchanged(client, table.slice(0, 10), dtype="float16").combine_chunks()
+    # Less than ten texts could make at most.
+    limit = made["vector"].nbytes
+    monkeypatch.setattr("fletcher.flight.exchange._MAX_OUTPUT_BYTES", limit)
+    assert exchanged(client, table.slice(0, 10), dtype="float16").num_rows == 10
+    with pytest.raises(BatchTooLargeError, match=f"11 rows of a batch make more than {limit} b"):
+        exchanged(client, table, dtype="float16")
 
 
 def test_types(client: Client) -> None:

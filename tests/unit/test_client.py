@@ -163,6 +163,23 @@ def test_embed_gives_an_array():
     assert server.commands[0] == {"prompt": "query", "dims": DIM, "dtype": "float32"}
 
 
+@pytest.mark.parametrize("texts", [[], ["a"]])
+def test_embed_refuses_what_is_no_array(texts):
+    class Sparse(Embedding):
+        def do_exchange(self, context, descriptor, reader, writer):
+            kind = pa.list_(pa.struct([("index", pa.int32()), ("value", pa.float32())]))
+            writer.begin(pa.schema([("vector", kind)]))
+            for chunk in reader:
+                fields = json.loads(chunk.app_metadata.to_pybytes())
+                batch = pa.record_batch({"vector": pa.array([[]] * chunk.data.num_rows, kind)})
+                metadata = {"batch_id": fields["batch_id"], "errors": []}
+                writer.write_with_metadata(batch, json.dumps(metadata).encode())
+
+    refused = pytest.raises(errors.InvalidCommandError, match="`exchange` gives such vectors")
+    with Sparse() as server, connect(server.uri) as client, refused:
+        client.embed(texts)
+
+
 @pytest.mark.parametrize("texts", ["a text", [1], [b"\xff"], ["\ud800"]])
 def test_embed_wants_a_list_of_texts(texts):
     with Embedding() as server, connect(server.uri) as client:

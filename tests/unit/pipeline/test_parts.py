@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from fletcher.batches import Carry, Chunks, EmbeddingBatch, TextBatch, TokenBatch
 from fletcher.chunking import Chunking
-from fletcher.errors import FletcherError, InternalError
+from fletcher.errors import FletcherError, InternalError, RowTooLargeError
 from fletcher.options import EmbedOptions
+from fletcher.pipeline import chunk_rows
 from fletcher.pipeline.chunk_rows import ChunkAssembler
 from fletcher.pipeline.intake import Intake, IntakeLimits, Piece
 from fletcher.pipeline.memory import MemoryBudget
@@ -86,7 +88,7 @@ def test_all_parts_fail_with_one_however_many() -> None:
     assert [result.embeddings for result in one.results()] == [ERROR] * 3
 
 
-def pieces_of(texts: list[str | None]) -> tuple[list[Piece], pa.Schema, VectorSpec]:
+def pieces_of(texts: list[str | None], taken: int = 0) -> tuple[list[Piece], pa.Schema, VectorSpec]:
     spec = VectorSpec("m@0", 2, "float32", 1, "mean", normalized=False, chunking=HOW)
     batch = pa.record_batch({"text": pa.array(texts, pa.utf8())})
     limits = IntakeLimits(1 << 20, 1 << 20, 4, 1 << 20, 8, 100)
@@ -97,6 +99,7 @@ def pieces_of(texts: list[str | None]) -> tuple[list[Piece], pa.Schema, VectorSp
         carry_text=True,
         small_is_interactive=False,
         chunking=HOW,
+        taken=taken,
     )
     schema = output_schema(spec, id_type=pa.utf8(), text=True)
     return list(intake.pieces(batch, 0, 0)), schema, spec
@@ -133,3 +136,53 @@ def test_a_text_that_lost_a_part_is_said_to_fail_once() -> None:
         assert output is not None
         assert output.batch.column("text").to_pylist() == [None, "last"]
         assert (sorted(output.errors), output.offsets.tolist()) == ([0], [0, 1, 2])
+
+
+def test_the_last_part_counts_what_the_rows_hold() -> None:
+    text = "word " * 1000
+    pieces, *_ = pieces_of([text])
+    assert len(pieces) == 5
+    assert pieces[-1].num_bytes > len(text)
+    whole = sum(piece.num_bytes for piece in pieces)
+    per_byte = -(-(100 + 8 * 8) // (8 - 2)) + 3
+    assert per_byte * len(text) <= whole + len(pieces) <= per_byte * len(text) + 300
+
+
+def test_parts_are_smaller_where_a_prompt_takes_of_each_chunk() -> None:
+    text = "word " * 4000
+    plain, *_ = pieces_of([text])
+    prompted, *_ = pieces_of([text], taken=4)
+    assert sum(piece.num_bytes for piece in prompted) > 2 * sum(p.num_bytes for p in plain)
+
+
+def test_a_row_with_more_chunks_than_are_kept_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of each part 8 bytes of vectors, 32 of places and 5 of the text.
+    monkeypatch.setattr(chunk_rows, "_MAX_KEPT_BYTES", 3 * 45)
+    text = "word " * 1000
+    pieces, schema, spec = pieces_of([text, "last", text[:2000]])
+    assembler = ChunkAssembler(schema, spec, "u", whole_rows=True)
+    found = []
+    for number, piece in enumerate(pieces):
+        first = 0 if piece.texts.num_texts and piece.part == 0 else number
+        output = assembler.assemble(piece, one_chunk(first, first + 5, number))
+        assert len(assembler._kept) <= 4
+        if output is not None:
+            found.append((output.batch.column("text").to_pylist(), output.errors))
+    assert found[0][0] == [None]
+    error = found[0][1][0]
+    assert isinstance(error, RowTooLargeError)
+    assert "at most 135" in error.message
+    assert all(not errors for _, errors in found[1:])  # and the next are counted from nothing
+
+
+def test_the_texts_of_chunks_are_those_of_their_rows() -> None:
+    pieces, schema, spec = pieces_of(["one two", None, "Grüße"])
+    (piece,) = pieces
+    spans = np.array([[0, 4, 0, 4], [3, 7, 3, 7], [0, 3, 0, 4], [3, 5, 4, 7]], np.int64)
+    numbers = np.array([0, 1, 0, 1], np.int32)
+    chunks = Chunks(np.array([0, 2, 4]), numbers, np.ones(4, np.int32), spans)
+    none = np.zeros(4, np.bool_)
+    outcome = EmbeddingBatch(np.ones((4, 2), np.float32), None, numbers, none, {}, chunks)
+    output = ChunkAssembler(schema, spec, "u", whole_rows=True).assemble(piece, outcome)
+    assert output is not None
+    assert output.batch.column("text").to_pylist() == ["one ", " two", None, "Grü", "ße"]

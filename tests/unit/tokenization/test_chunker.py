@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import time
 from dataclasses import replace
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from fletcher.errors import InvalidCommandError
 from fletcher.models.bundle import ModelBundle
 from fletcher.pipeline.parts import part_ends
 from fletcher.tokenization.chunker import windows
-from fletcher.tokenization.sentences import levels
+from fletcher.tokenization.sentences import _ends, levels
 from fletcher.tokenization.tokenizer import Tokenizer
 
 WORDS = "the programs, that people use; packages (debian) hold 1 or 22 of them.".split()
@@ -197,6 +200,36 @@ def test_where_sentences_begin(text: str, beginnings: list[str]) -> None:
     for cut_at in range(len(text)):  # and in two parts
         second = levels(text[:cut_at], text[cut_at:], np.arange(1, len(text) - cut_at + 1))
         assert second.tolist() == found[cut_at:].tolist()
+
+
+# As they are most plainly written, where time does not matter and a text does not end with them.
+PLAIN_SENTENCE = re.compile(
+    r"""(?:[.!?…]+["'”’»)\]]*\s+|[。！？｡]+[」』）”’]*\s*)(?=\S)"""  # noqa: RUF001
+)
+PLAIN_PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*(?=\S)")
+
+
+def test_sentences_and_paragraphs_are_those_of_plain_patterns() -> None:
+    random = Random(5)
+    for _ in range(5000):
+        text = "".join(random.choices('.!…。？」”)"\n\n  \tAb', k=random.randrange(14)))  # noqa: RUF001
+        text += random.choice(("A", " A", "\n\nA"))
+        expected = np.zeros(len(text), np.int8)
+        for pattern, level in ((PLAIN_SENTENCE, 1), (PLAIN_PARAGRAPH, 2)):
+            for match in pattern.finditer(text):
+                if level == 2 or _ends(text, match):
+                    expected[match.end()] = level
+        found = levels("", text, np.arange(1, len(text) + 1))
+        assert found.tolist() == expected.tolist(), repr(text)
+
+
+@pytest.mark.parametrize("text", [".", "\n", "\n \n", "。", ".)", " .", "\n\t"])
+def test_no_text_takes_a_time_beyond_its_length(text: str) -> None:
+    started_s = time.process_time()
+    for end in ("", "a", " "):
+        levels("", text * 100_000 + end, np.arange(1, 2))
+    # With every place tried again it is a minute or more.
+    assert time.process_time() - started_s < 10
 
 
 def test_parts_end_before_words_or_else_between_characters() -> None:

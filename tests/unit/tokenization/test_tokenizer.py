@@ -207,6 +207,14 @@ def test_a_prompt_goes_before_every_text_and_counts():
     assert tokens.truncated.tolist() == [False, False, True]
 
 
+def test_a_text_without_tokens_is_the_same_alone_and_in_company():
+    library = bert_tokenizer()
+    library.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer = Tokenizer(library, max_length=MAX_LENGTH, pad_token_id=7)
+    assert rows(tokenizer.encode(text_batch([""]))) == [[7]]
+    assert rows(tokenizer.encode(text_batch(["", "go " * 300])))[0] == [7]
+
+
 def test_too_many_tokens_are_an_error_of_that_row_alone():
     texts = ["go", "go " * 11, "go " * 10, "go " * 5000]
     tokens = TOKENIZER.encode(text_batch(texts, truncate="error"))
