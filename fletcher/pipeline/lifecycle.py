@@ -199,6 +199,7 @@ class Lifecycle:
                     if version.state != "loading" or self._closed.is_set():
                         raise DrainingError("nobody wants it any more", retry_after_ms=RETRY_MS)
                     version.model, version.state = model, "ready"
+                    version.bundle = model.bundle  # as it is on the disk now
                     version.last_used = self.clock()
                     self.changed.notify_all()
         except Exception as error:  # noqa: BLE001 - told to whoever waits for it

@@ -135,11 +135,12 @@ class Models:
 
         Raises:
             UnknownModelError: It is not installed, or takes more memory than it may.
+            InvalidCommandError: It is an alias, or runs with exits or int8 ranges of before.
             OverloadedError: It cannot be loaded now.
         """
         bundle = self._look(name)
         with self._changed:
-            version = self._life.ready(lambda: self._life.known(bundle), given_up, insist=True)
+            version = self._installed(bundle, given_up)
             self._current.setdefault(bundle.name, version)
             return version.name
 
@@ -154,7 +155,7 @@ class Models:
         """
         bundle = self._look(name)
         with self._changed:
-            version = self._life.ready(lambda: self._life.known(bundle), given_up, insist=True)
+            version = self._installed(bundle, given_up)
             old = self._current.get(bundle.name)
             self._current[bundle.name] = version
             if old is not None and old is not version:
@@ -327,6 +328,16 @@ class Models:
                 f"`model` is {name!r}, but {short} is an alias; name a model", field="model"
             )
         return self._source.look(name)
+
+    def _installed(self, bundle: ModelBundle, given_up: GivenUp) -> Version:
+        """The version of an installed bundle, once it is ready, for operators."""
+        if self._life.known(bundle).is_outdated(bundle):
+            raise InvalidCommandError(
+                f"`model` {bundle.qualified_name} runs, with other exit layers or int8 ranges than "
+                "are installed by now; unload it first, or start the server again",
+                field="model",
+            )
+        return self._life.ready(lambda: self._life.known(bundle), given_up, insist=True)
 
     def _needed(self) -> dict[str, str]:
         """Names that calls are sent to without asking for them, and why."""

@@ -28,6 +28,8 @@ class FakeSource:
     def __init__(self, **hashes: str) -> None:
         self.hashes = hashes
         self.sizes: dict[str, int] = {}
+        self.layers: tuple[int, ...] = (6,)
+        self.ranges: dict[str, Any] = {}
         self.broken: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
@@ -40,11 +42,17 @@ class FakeSource:
             raise UnknownModelError("not installed")
         version = version or self.hashes[short]
         return SimpleNamespace(
-            name=short, hash=version, qualified_name=f"{short}@{version}", num_bytes=100
+            name=short,
+            hash=version,
+            qualified_name=f"{short}@{version}",
+            num_bytes=100,
+            layers=self.layers,
+            calibration=SimpleNamespace(ranges=dict(self.ranges)),
         )
 
     def load(self, bundle: Any) -> Model:
         name = bundle.qualified_name
+        bundle = self.look(name)
         assert self.gate.wait(30)
         if name in self.broken:
             raise BackendError("it does not run: /a/path")
@@ -361,6 +369,34 @@ def test_a_swap_back_while_the_old_one_is_held(start: Start, source: FakeSource)
     assert leased(models, "a") == "a@1"
     assert source.loaded == ["a@1", "a@2"]
     assert source.closed == ["a@2"]
+
+
+def test_a_version_with_other_exits_or_ranges_is_not_taken_for_the_same(
+    start: Start, source: FakeSource
+) -> None:
+    models = start("a", "b")
+    source.layers = (3, 6)
+    for change in (models.swap, models.load):
+        with pytest.raises(InvalidCommandError, match="other exit layers"):
+            change("b")
+    assert leased(models, "b") == "b@1"
+    models.unload("b", force=True)
+    assert models.load("b") == "b@1"
+    assert models.bundles()["b@1"].layers == (3, 6)
+    source.ranges = {"cut": SimpleNamespace(hash="1")}
+    with pytest.raises(InvalidCommandError, match="int8 ranges"):
+        models.swap("b@1")
+    assert source.loaded == ["a@1", "b@1", "b@1"]
+
+
+def test_a_model_loaded_on_demand_is_described_as_it_is_by_then(
+    start: Start, source: FakeSource
+) -> None:
+    models = start("a", "b", max_bytes=150)
+    source.layers = (3, 6)
+    leased(models, "b")
+    assert models.bundles()["b@1"].layers == (3, 6)
+    assert models.swap("b") == "b@1"
 
 
 def test_what_cannot_be_measured_counts_with_its_files(start: Start, source: FakeSource) -> None:
