@@ -98,9 +98,12 @@ def _run(argv: Sequence[str]) -> int:
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
+        known = flags_of(parser)
+        # Of a command's commands, another one may have it.
+        hint = " here" if flag in known else nearest(flag, known)
         raise UsageError(
             f"fletcher {command}".strip(),
-            f"{flag!r} is not understood{nearest(flag, flags_of(parser))}",
+            f"{flag!r} is not understood{hint}",
         )
     if args.version:
         print("fletcher", _version())

@@ -135,13 +135,23 @@ class _Engines:
     """
 
     def __init__(self, args: argparse.Namespace, config: ServeConfig) -> None:
+        from fletcher.client.prompts import served_model
         from fletcher.evaluation.variants import Engine
 
         self._args, self._config = args, config
         self.num_texts = 0
         if args.server:
             with open_client(args, config) as client:
-                about = client.stats()["replicas"][0]
+                model = served_model(client, given_flags(args).get("model"))
+                name = f"{model['name']}@{model['hash']}"
+                replicas = [one for one in client.stats()["replicas"] if one["model"] == name]
+            if not replicas:
+                raise ConfigError(
+                    f"`model` {name} is not loaded now by {args.server}; "
+                    f"`fletcher model load {name} --server {args.server}` does that",
+                    field="model",
+                )
+            about = replicas[0]
             own = Engine(about["backend"], about["precision"], about["device"].partition(":")[0])
             self.reference, self.usual = own, [own]
             return

@@ -55,7 +55,7 @@ def write_model(
                 layers=range(first, last),
             )
             graph.save()
-    tensors.check_all_read()
+    tensors.check_all_read(kind.output)
     identity = architecture.identity()
     if dense:
         identity["dense"] = [

@@ -161,13 +161,14 @@ class Embedder:
         """Ends all workers and closes all streams: what was in flight has no result. Idempotent."""
         for end in self._end_watching:
             end()
-        self.tokenizers.close()
-        self.replicas.close()
+        # First, so that what the workers drop on the way is nobody's failed row.
         with self._opening:
             self._closed = True
             streams = list(self._streams)
         for stream in streams:
             stream.close()
+        self.tokenizers.close()
+        self.replicas.close()
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """A way through the pipeline for one client call; close it in the end."""

@@ -86,6 +86,8 @@ class Lifecycle:
             version = choose()
             if self._closed.is_set():
                 raise DrainingError("the server is shutting down", retry_after_ms=RETRY_MS)
+            if version.state == "retiring" and not version.closing:  # its last call goes on
+                version.state = "ready"
             if version.state == "ready":
                 return version
             if version.state == "configured":
@@ -125,14 +127,15 @@ class Lifecycle:
         if self._max_bytes:
             threading.Thread(target=self._watch, name="models", daemon=True).start()
 
-    def retire(self, version: Version, *, keep: bool) -> None:
-        """No new calls; called with `changed` held."""
+    def retire(self, version: Version, *, keep: bool, force: bool = False) -> None:
+        """No new calls, and with `force` an end to those that hold it; `changed` is held."""
         version.state, version.keep = "retiring", keep
-        self.settle(version)
+        self.settle(version, force=force)
 
-    def settle(self, version: Version) -> None:
+    def settle(self, version: Version, *, force: bool = False) -> None:
         """A call has ended, or something has changed; called with `changed` held."""
-        if version.state == "retiring" and not version.num_calls and not version.closing:
+        unheld = force or not version.num_calls
+        if version.state == "retiring" and unheld and not version.closing:
             version.closing = True
             name = f"close {version.name}"
             threading.Thread(target=self._close, args=(version,), name=name, daemon=True).start()
@@ -185,6 +188,8 @@ class Lifecycle:
         started = self.clock()
         try:
             with self._loading:
+                if self._closed.is_set():  # while others were loaded
+                    raise DrainingError("the server is shutting down", retry_after_ms=RETRY_MS)
                 self._make_room(version)
                 model = self._source.load(version.bundle)
                 version.memory_bytes = model.embedder.memory_bytes()
@@ -194,6 +199,7 @@ class Lifecycle:
                     if version.state != "loading" or self._closed.is_set():
                         raise DrainingError("nobody wants it any more", retry_after_ms=RETRY_MS)
                     version.model, version.state = model, "ready"
+                    version.bundle = model.bundle  # as it is on the disk now
                     version.last_used = self.clock()
                     self.changed.notify_all()
         except Exception as error:  # noqa: BLE001 - told to whoever waits for it
@@ -237,9 +243,9 @@ class Lifecycle:
         return self._max_bytes or float("inf")
 
     def _used(self, *, closing: bool = True) -> int:
-        """Bytes of what runs, as last measured; with or without what is being ended."""
+        """Bytes of what runs, as `Version.needed_bytes`; with or without what is being ended."""
         return sum(
-            one.memory_bytes
+            one.needed_bytes
             for one in self.versions.values()
             if one.model is not None and (closing or not one.closing)
         )

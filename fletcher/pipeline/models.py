@@ -66,11 +66,14 @@ class Models:
         versions = []
         for name in dict.fromkeys((self._default, *names)):
             version = self._life.known(self._source.look(name))
-            self._current.setdefault(version.bundle.name, version)
+            if "@" in name:
+                self._current.setdefault(version.bundle.name, version)
+            else:
+                self._current[name] = version
             versions.append(version)
         for alias in aliases:
             self.set_alias(alias)
-        self._life.load_now(versions)
+        self._life.load_now(dict.fromkeys(versions))
 
     def close(self) -> None:
         """Ends all models. Idempotent."""
@@ -132,11 +135,12 @@ class Models:
 
         Raises:
             UnknownModelError: It is not installed, or takes more memory than it may.
+            InvalidCommandError: It is an alias, or runs with exits or int8 ranges of before.
             OverloadedError: It cannot be loaded now.
         """
         bundle = self._look(name)
         with self._changed:
-            version = self._life.ready(lambda: self._life.known(bundle), given_up, insist=True)
+            version = self._installed(bundle, given_up)
             self._current.setdefault(bundle.name, version)
             return version.name
 
@@ -151,7 +155,7 @@ class Models:
         """
         bundle = self._look(name)
         with self._changed:
-            version = self._life.ready(lambda: self._life.known(bundle), given_up, insist=True)
+            version = self._installed(bundle, given_up)
             old = self._current.get(bundle.name)
             self._current[bundle.name] = version
             if old is not None and old is not version:
@@ -165,7 +169,8 @@ class Models:
 
         Args:
             name: A `name`, or a version as `name@hash`.
-            force: Calls that hold it are cut off; their clients are told to come again.
+            force: Calls that hold it are cut off, and their clients are told to come again; it is
+                gone when this answers.
 
         Raises:
             UnknownModelError: It is not there.
@@ -185,11 +190,10 @@ class Models:
                 )
             if self._current.get(version.bundle.name) is version:
                 del self._current[version.bundle.name]
-            self._life.retire(version, keep=False)
-            model = version.model
-        if force and model is not None:
-            model.embedder.close()
-        return version.name
+            self._life.retire(version, keep=False, force=force)
+            if force:
+                self._changed.wait_for(lambda: version.state == "gone")
+            return version.name
 
     def set_alias(self, alias: Alias) -> None:
         """Divides calls that ask for a name among models, in place of what it said before.
@@ -318,11 +322,22 @@ class Models:
 
     def _look(self, name: str) -> ModelBundle:
         """An installed bundle, for operators."""
-        if name in self._aliases:
+        short = name.partition("@")[0]
+        if short in self._aliases:  # of a version, too: the name would stand for two things
             raise InvalidCommandError(
-                f"`model` is {name!r}, which is an alias; name a model", field="model"
+                f"`model` is {name!r}, but {short} is an alias; name a model", field="model"
             )
         return self._source.look(name)
+
+    def _installed(self, bundle: ModelBundle, given_up: GivenUp) -> Version:
+        """The version of an installed bundle, once it is ready, for operators."""
+        if self._life.known(bundle).is_outdated(bundle):
+            raise InvalidCommandError(
+                f"`model` {bundle.qualified_name} runs, with other exit layers or int8 ranges than "
+                "are installed by now; unload it first, or start the server again",
+                field="model",
+            )
+        return self._life.ready(lambda: self._life.known(bundle), given_up, insist=True)
 
     def _needed(self) -> dict[str, str]:
         """Names that calls are sent to without asking for them, and why."""

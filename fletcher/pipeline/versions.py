@@ -94,7 +94,21 @@ class Version:
         """It runs and nobody holds it."""
         return self.state == "ready" and not self.num_calls
 
+    def is_outdated(self, installed: ModelBundle) -> bool:
+        """Whether it runs with other exits or int8 ranges than the same version has by now."""
+        running = self.model
+        return (
+            running is not None
+            and not self.closing
+            and _beside_hash(running.bundle) != _beside_hash(installed)
+        )
+
     @property
     def needed_bytes(self) -> int:
         """What it takes, or at least: as measured, and before that the size of its files."""
         return self.memory_bytes or self.bundle.num_bytes
+
+
+def _beside_hash(bundle: ModelBundle) -> tuple[object, ...]:
+    """What can change while a bundle's hash, which is of its whole vectors, stays."""
+    return bundle.layers, {cut: one.hash for cut, one in bundle.calibration.ranges.items()}

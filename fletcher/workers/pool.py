@@ -80,6 +80,7 @@ class WorkerPool:
         self._source = source
         self._urgent = urgent
         self._hurrying = threading.Lock()
+        self._hurried = False  # since the holder last looked
         self._chooser = Chooser(dispatch)
         self._max_attempts = max_attempts
         self._answer_timeout_s = answer_timeout_s
@@ -193,21 +194,30 @@ class WorkerPool:
 
         To be called when there is a new one. Those that find no room are given later, from here.
         """
-        with self._hurrying:
-            while not self.closing.is_set():
-                with self.changed:
-                    # What is done again waits for an empty worker: nothing goes in between.
-                    slot = None if self._retries else self._choose(urgent=True)
-                    gone = slot is None and self.gone
-                if slot is None and not gone:
-                    return
-                job = self._urgent()
-                if job is None:
-                    return
-                if slot is None:
-                    job.finish(None, self.error())
-                else:
-                    self._give(slot, job)
+        self._hurried = True
+        while self._hurried and self._hurrying.acquire(blocking=False):
+            # Who finds it taken does not wait: the holder comes round again.
+            try:
+                self._hurried = False
+                self._give_urgent()
+            finally:
+                self._hurrying.release()
+
+    def _give_urgent(self) -> None:
+        while not self.closing.is_set():
+            with self.changed:
+                # What is done again waits for an empty worker: nothing goes in between.
+                slot = None if self._retries else self._choose(urgent=True)
+                gone = slot is None and self.gone
+            if slot is None and not gone:
+                return
+            job = self._urgent()
+            if job is None:
+                return
+            if slot is None:
+                job.finish(None, self.error())
+            else:
+                self._give(slot, job)
 
     # The dispatcher: a slot first, then the job for it, so that the choice of job is made late.
 
@@ -227,6 +237,7 @@ class WorkerPool:
                 self._retries.appendleft(job)
                 continue
             self._give(slot, job)
+            self.hurry()  # for what was passed over while this was sent
 
     def _give(self, slot: Slot, job: Job) -> None:
         try:
@@ -328,7 +339,9 @@ class WorkerPool:
                     self._look_after(slot, elapsed_s)
                 self._call_standby()
                 self.changed.notify_all()
-            self.hurry()
+                gone = self.gone
+            if gone:  # else it might wait for a worker that it should end
+                self.hurry()
 
     def _look_after(self, slot: Slot, elapsed_s: float) -> None:
         for job in slot.running():

@@ -141,6 +141,8 @@ class Slot:
         """
         if alone or any(job.attempts for job in self._jobs.values()):
             return not self._jobs
+        if urgent and self._sending.locked():  # it may be long about reading what it is sent
+            return False
         # Urgent ones that wait are better joined into one run: none is fetched ahead.
         most = self.concurrency + (self.express if urgent else self._prefetch)
         return sum(job.urgent == urgent for job in self._jobs.values()) < most

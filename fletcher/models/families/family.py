@@ -11,9 +11,11 @@ import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import NUM_BUCKETS, Architecture
+from fletcher.models.bundle import Output
 from fletcher.models.checkpoint import Weights
 from fletcher.models.config_json import Config
 from fletcher.models.encoder import Array
+from fletcher.models.kinds import COLBERT
 
 # A tensor of a checkpoint, or as many equal parts of its rows: the name, which part, of how many.
 Stored = str | tuple[str, int, int]
@@ -21,6 +23,8 @@ Stored = str | tuple[str, int, int]
 _LAYER_TENSOR = re.compile(r"layer\.(\d+)\.(.+)\.(weight|scale|bias)")
 # Buffers that old checkpoints hold beside their weights.
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq")
+# A ColBERT's product after the last layer, by the names that its libraries give it.
+_PROJECTION = re.compile(r"\w*(linear|proj|projection)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +104,28 @@ class CheckpointTensors:
                 return np.asarray(table + self.get("embeddings.types"), dtype=np.float32)
         return table
 
-    def check_all_read(self) -> None:
-        """Raises ModelError where layers or embeddings have a tensor that no graph was made of."""
+    def check_all_read(self, output: Output) -> None:
+        """Raises ModelError where a tensor that changes `output` is in no graph.
+
+        Those are all of layers and embeddings, and projections after the last layer. Heads for
+        other tasks, such as those for masked tokens and for classes, are left out on purpose.
+        """
         layers = self._layout.layers.partition("{}")[0]
-        left = [
-            name
-            for name in self._weights.unread()
-            if name.startswith((layers, "embeddings.")) and not name.endswith(_BUFFERS)
-        ]
-        if left:
-            raise ModelError(
-                f"the checkpoint has a tensor `{left[0]}` that its config.json does not ask for: "
-                "it computes more than graphs of its family do here; export it to ONNX and add "
-                "that file"
-            )
+        for name in self._weights.unread():
+            if name.startswith((layers, "embeddings.")) and not name.endswith(_BUFFERS):
+                raise ModelError(
+                    f"the checkpoint has a tensor `{name}` that its config.json does not ask for: "
+                    "it computes more than graphs of its family do here; export it to ONNX and "
+                    "add that file"
+                )
+            # What token vectors are projected by was read as a Dense layer.
+            if output != "multi" and _PROJECTION.fullmatch(name):
+                raise ModelError(
+                    f"the checkpoint has a tensor `{name}`, as models of token vectors have it "
+                    f"after the last layer, but no file says so, and {output} vectors would be "
+                    f"made without it; put its {COLBERT} beside it, or a modules.json that lists "
+                    "it as Dense"
+                )
 
     def _norm(self, name: str, kind: str) -> Array:
         stored = f"{self._layout.model[name]}.{'bias' if kind == 'bias' else 'weight'}"

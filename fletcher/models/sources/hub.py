@@ -13,17 +13,19 @@ from typing import Any
 from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelSpec
 from fletcher.models.files import locked, sha256
+from fletcher.models.kinds import COLBERT
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
 
 # What a checkpoint is read from: JSON, safetensors, the model card; nothing that runs or unpickles.
+# Its parts are in folders such as 0_Transformer, 1_Pooling, 2_Dense, or at the top.
 _WANTED = re.compile(
-    r"(0_Transformer/)?"
-    r"(config|sentence_bert_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json"
-    r"|(0_Transformer/)?model(-\d+-of-\d+)?\.safetensors"
-    r"|modules\.json|config_sentence_transformers\.json|\d+_[A-Za-z]+/config\.json|README\.md"
+    r"(\d+_[A-Za-z]+/)?"
+    r"((config|sentence_bert_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json"
+    r"|model(-\d+-of-\d+)?\.safetensors)"
+    rf"|modules\.json|config_sentence_transformers\.json|README\.md|{re.escape(COLBERT)}"
 )
 
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fletcher.cli import main
+from fletcher.client import Client
 from fletcher.config import ServeConfig
 from fletcher.runtime import Runtime
 
@@ -79,6 +80,27 @@ def test_a_server_elsewhere(argv, tmp_path, tiny_bundle, capsys):
         error = capsys.readouterr().err
         assert "`variants` asks for openvino float32, but" in error
         assert "runs null float32" in error
+
+
+def test_the_engine_is_that_of_the_model_asked_for(
+    argv, tmp_path, tiny_bundle, monkeypatch, capsys
+):
+    other = {"model": "other@1", "backend": "openvino", "precision": "bfloat16", "device": "cpu"}
+    stats = Client.stats
+    config = ServeConfig(
+        port=0, home=tmp_path, model=tiny_bundle.name, backend="null", stores=("none",)
+    )
+    with Runtime(config) as server:
+        argv += ["--server", server.address, "--model", tiny_bundle.name, "--variants", "dims=32"]
+        monkeypatch.setattr(
+            Client, "stats", lambda self: {"replicas": [other, *stats(self)["replicas"]]}
+        )
+        assert main(argv) == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["null", "float32"]
+        monkeypatch.setattr(Client, "stats", lambda self: {"replicas": [other]})
+        assert main(argv) == 2
+        expected = f"`model` {tiny_bundle.qualified_name} is not loaded"
+        assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,19 @@ def test_heads_and_buffers_that_no_vector_needs_are_no_reason_to_refuse(family: 
     assert add(other).hash == plain
 
 
+@pytest.mark.parametrize("tensor", ["linear.weight", "bert.custom_text_proj.weight"])
+def test_a_colbert_without_its_metadata_is_refused(tmp_path: Path, tensor: str) -> None:
+    folder = tmp_path / "colbert"
+    shutil.copytree(FAMILIES.parent / "outputs" / "colbert", folder)
+    (folder / "artifact.metadata").unlink()
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    weights[tensor] = weights.pop("linear.weight")
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    name = tensor.removeprefix("bert.")
+    with pytest.raises(ModelError, match=f"`{name}`.*dense vectors would.*artifact.metadata"):
+        add(folder)
+
+
 def test_a_choice_that_no_weight_shows_changes_the_hash(family: Edit) -> None:
     plain = add(family("modernbert")).hash
     assert add(family("modernbert", config={"local_attention": 32})).hash != plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.registry import Registry
 
-from .conftest import EditCheckpoint
+from .conftest import GOLDEN, EditCheckpoint
 from .hub_server import COMMIT, REPOSITORY, HubServer, serve
 
 
@@ -61,6 +62,46 @@ def test_a_model_comes_from_the_hub_and_stays(
     Registry(tmp_path / "models").verify("tiny")
     left = [one.name for one in (tmp_path / "models").iterdir()]
     assert [name for name in left if not name.endswith(".lock")] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    ["families/distilbert", "outputs/colbert", "outputs/pylate", "outputs/splade"],
+)
+def test_a_folder_and_the_hub_give_the_same_bundle(checkpoint: str, tmp_path: Path) -> None:
+    local = Registry(tmp_path / "local").add(str(GOLDEN / checkpoint), name="tiny", progress=print)
+    with serve(HubServer(GOLDEN / checkpoint)) as running:
+        done = add(running, tmp_path, f"hub:{REPOSITORY}")
+    assert done.returncode == 0, done.stderr
+    assert _content(tmp_path / "models" / "tiny") == _content(local.folder)
+
+
+def test_parts_in_folders_of_their_own_are_fetched(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "outputs" / "splade", folder)
+    listed = json.loads((folder / "modules.json").read_text())
+    listed[0]["path"] = "0_MLMTransformer"
+    (folder / "modules.json").write_text(json.dumps(listed))
+    top = {"modules.json", "config_sentence_transformers.json"}
+    (folder / "0_MLMTransformer").mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file() and path.name not in top]:
+        path.rename(folder / "0_MLMTransformer" / path.name)
+    with serve(HubServer(folder)) as running:
+        done = add(running, tmp_path, f"hub:{REPOSITORY}")
+    assert done.returncode == 0, done.stderr
+    assert Registry(tmp_path / "models").get("tiny").output == "sparse"
+
+
+def _content(bundle: Path) -> dict[str, object]:
+    """All files of a bundle, without what says where it came from."""
+    files = {
+        path.relative_to(bundle).as_posix(): path.read_bytes()
+        for path in bundle.rglob("*")
+        if path.is_file()
+    }
+    manifest = json.loads(files.pop("fletcher.json"))
+    assert manifest.pop("source")
+    return {**files, "fletcher.json": manifest}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

@@ -28,6 +28,8 @@ class FakeSource:
     def __init__(self, **hashes: str) -> None:
         self.hashes = hashes
         self.sizes: dict[str, int] = {}
+        self.layers: tuple[int, ...] = (6,)
+        self.ranges: dict[str, Any] = {}
         self.broken: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
@@ -40,11 +42,17 @@ class FakeSource:
             raise UnknownModelError("not installed")
         version = version or self.hashes[short]
         return SimpleNamespace(
-            name=short, hash=version, qualified_name=f"{short}@{version}", num_bytes=100
+            name=short,
+            hash=version,
+            qualified_name=f"{short}@{version}",
+            num_bytes=100,
+            layers=self.layers,
+            calibration=SimpleNamespace(ranges=dict(self.ranges)),
         )
 
     def load(self, bundle: Any) -> Model:
         name = bundle.qualified_name
+        bundle = self.look(name)
         assert self.gate.wait(30)
         if name in self.broken:
             raise BackendError("it does not run: /a/path")
@@ -185,7 +193,7 @@ def test_a_swap_leaves_a_version_that_an_alias_names(start: Start, source: FakeS
     assert leased(models, "b") == "b@2"
 
 
-def test_an_alias_divides_and_a_dataset_keeps_its_model(start: Start) -> None:
+def test_an_alias_divides_and_a_dataset_keeps_its_model(start: Start, source: FakeSource) -> None:
     models = start("a", "b", aliases=("search=a:1,b:1", "default=b"))
     keys = [f"key-{n}" for n in range(50)]
     first = [leased(models, "search", key=key) for key in keys]
@@ -204,6 +212,10 @@ def test_an_alias_divides_and_a_dataset_keeps_its_model(start: Start) -> None:
         models.set_alias(Alias.parse("a=b"))
     with pytest.raises(InvalidCommandError, match="is an alias"):
         models.load("search")
+    source.hashes["search"] = "1"
+    for change in (models.load, models.swap):
+        with pytest.raises(InvalidCommandError, match="is an alias"):
+            change("search@1")
 
 
 def test_the_least_recently_used_makes_room_and_comes_again(
@@ -313,8 +325,109 @@ def test_force_cuts_off_the_calls(start: Start, source: FakeSource) -> None:
     with models.lease("b"):
         models.unload("b", force=True)
         assert source.closed == ["b@1"]
-        assert states(models)["b@1"] == "retiring"
-    eventually(lambda: "b@1" not in states(models), "it is gone")
+        assert states(models) == {"a@1": "ready"}
+    assert states(models) == {"a@1": "ready"}
+
+
+def test_what_was_cut_off_takes_no_memory_and_comes_again(start: Start, source: FakeSource) -> None:
+    models = start("a", "b", max_bytes=250)
+    with models.lease("b"):  # by a client that never hears of it
+        models.unload("b", force=True)
+        thread, outcome = in_thread(lambda: models.load("b"))
+        thread.join(5)
+        assert outcome == ["b@1"]
+        with models.lease("a"), models.lease("b"):
+            pass
+    assert leased(models, "b") == "b@1"
+    assert source.loaded == ["a@1", "b@1", "b@1"]
+    assert source.closed == ["b@1"]
+
+
+def test_a_version_given_twice_is_loaded_once(start: Start, source: FakeSource) -> None:
+    start("a", "a@1", "b", "b@1").close()
+    assert source.loaded == ["a@1", "b@1"]
+    assert sorted(source.closed) == source.loaded
+
+
+@pytest.mark.parametrize("names", [("b@0", "b"), ("b", "b@0"), ("a", "b@0", "b")])
+def test_a_plain_name_is_what_is_installed(start: Start, names: tuple[str, ...]) -> None:
+    models = start(*names)
+    assert leased(models, "b") == "b@1"
+    assert leased(models, "b@0") == "b@0"
+
+
+def test_a_swap_back_while_the_old_one_is_held(start: Start, source: FakeSource) -> None:
+    models = start("a")
+    with models.lease("a"):
+        source.hashes["a"] = "2"
+        assert models.swap("a") == "a@2"
+        assert states(models)["a@1"] == "retiring"
+        thread, outcome = in_thread(lambda: models.swap("a@1"))
+        thread.join(5)
+        assert outcome == ["a@1"]
+        eventually(lambda: states(models) == {"a@1": "ready"}, "the other one is gone")
+    assert leased(models, "a") == "a@1"
+    assert source.loaded == ["a@1", "a@2"]
+    assert source.closed == ["a@2"]
+
+
+def test_a_version_with_other_exits_or_ranges_is_not_taken_for_the_same(
+    start: Start, source: FakeSource
+) -> None:
+    models = start("a", "b")
+    source.layers = (3, 6)
+    for change in (models.swap, models.load):
+        with pytest.raises(InvalidCommandError, match="other exit layers"):
+            change("b")
+    assert leased(models, "b") == "b@1"
+    models.unload("b", force=True)
+    assert models.load("b") == "b@1"
+    assert models.bundles()["b@1"].layers == (3, 6)
+    source.ranges = {"cut": SimpleNamespace(hash="1")}
+    with pytest.raises(InvalidCommandError, match="int8 ranges"):
+        models.swap("b@1")
+    assert source.loaded == ["a@1", "b@1", "b@1"]
+
+
+def test_a_model_loaded_on_demand_is_described_as_it_is_by_then(
+    start: Start, source: FakeSource
+) -> None:
+    models = start("a", "b", max_bytes=150)
+    source.layers = (3, 6)
+    leased(models, "b")
+    assert models.bundles()["b@1"].layers == (3, 6)
+    assert models.swap("b") == "b@1"
+
+
+def test_what_cannot_be_measured_counts_with_its_files(start: Start, source: FakeSource) -> None:
+    source.sizes = dict.fromkeys(("a@1", "b@1", "c@1"), 0)
+    models = start("a", "b", "c", max_bytes=250)
+    assert states(models) == {"a@1": "ready", "b@1": "ready", "c@1": "configured"}
+    leased(models, "a")
+    assert leased(models, "c") == "c@1"
+    assert states(models) == {"a@1": "ready", "b@1": "configured", "c@1": "ready"}
+
+
+def test_the_end_stops_loads_that_wait_for_others(start: Start, source: FakeSource) -> None:
+    models = start("a")
+    tried = []
+    load = source.load
+    source.load = lambda bundle: tried.append(bundle.name) or load(bundle)  # type: ignore
+    source.gate.clear()
+    first, _ = in_thread(lambda: models.load("b"))
+    eventually(lambda: tried == ["b"], "one is loaded")
+    second, outcome = in_thread(lambda: models.load("c"))
+    eventually(lambda: states(models).get("c@1") == "loading", "another one waits")
+    loaders = [one for one in threading.enumerate() if one.name.startswith("load ")]
+    closing, _ = in_thread(models.close)
+    second.join(30)
+    assert isinstance(outcome[0], DrainingError)
+    source.gate.set()
+    for thread in (first, closing, *loaders):
+        thread.join(30)
+    assert len(loaders) == 2
+    assert tried == ["b"]
+    assert sorted(source.closed) == ["a@1", "b@1"]
 
 
 def test_what_is_loaded_is_not_unloaded_meanwhile(start: Start, source: FakeSource) -> None:

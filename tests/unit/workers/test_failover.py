@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from fletcher.errors import BackendError, InternalError, OverloadedError
+from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
 from fletcher.workers.slot import Slot
@@ -135,6 +137,23 @@ def test_a_worker_that_hangs_is_replaced_and_its_jobs_go_elsewhere() -> None:
         assert [answer.wait() for answer in answers] == list(range(20))
         eventually(lambda: len(pool.process_ids()) == 2, "it is replaced")
         assert hung not in pool.process_ids()
+
+
+def test_urgent_work_does_not_wait_for_a_worker_that_reads_nothing() -> None:
+    urgent: deque[Job] = deque()
+    options = {"urgent": lambda: urgent.popleft() if urgent else None, "answer_timeout_s": 2.0}
+    with running([spec("cuda-0", "load_echo", 1)], **options) as (pool, submit):
+        os.kill(pool.process_ids()[0], signal.SIGSTOP)
+        large = submit(b"x" * (4 << 20))  # more than a pipe holds
+        eventually(lambda: pool.statistics()[0]["in_flight"] == 1, "it is being sent")
+        answers = [Answer(n, urgent=True) for n in range(3)]
+        for answer in answers:
+            urgent.append(answer.job)
+            before = time.monotonic()
+            pool.hurry()
+            assert time.monotonic() - before < 1.0
+        assert [answer.wait() for answer in answers] == [0, 1, 2]
+        assert len(large.wait()) == 4 << 20
 
 
 def test_with_all_workers_gone_jobs_fail_clearly_and_recover(tmp_path: Path) -> None:
