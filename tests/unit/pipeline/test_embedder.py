@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fletcher.batches import TextBatch, TokenBatch
+from fletcher.chunking import Chunking
 from fletcher.errors import DrainingError, FletcherError
 from fletcher.inference.null import null_embeddings
 from fletcher.pipeline.embedder import Embedder, EmbedderConfig
@@ -38,6 +39,19 @@ def test_streams_end_with_the_embedder_also_those_that_come_after() -> None:
         with pytest.raises(DrainingError):
             stream.submit(texts, None, num_bytes=10)
     assert list(done.results()) == []
+
+
+def test_chunks_are_not_tokenized_in_the_callers_thread() -> None:
+    embedder = Embedder(
+        EmbedderConfig([], [], dim=2, window_tokens=100, max_queue_delay_s=0),
+        plan=lambda lengths, num_runners: [],
+        tokenize=lambda texts: pytest.fail("other callers wait meanwhile"),
+        budget=MemoryBudget(1 << 20, 2),
+        telemetry=Telemetry(),
+    )
+    texts = TextBatch(b"hi", np.array([0, 2]), chunking=Chunking("tokens", 8))
+    embedder.open_stream().submit(texts, None, num_bytes=10, priority="interactive")
+    embedder.close()
 
 
 @pytest.mark.parametrize("outcome", ["die", "fail"])
