@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fletcher.cli.connection import add_connection, local_config, open_client
-from fletcher.cli.parser import check_server, given_flags
+from fletcher.cli.parser import add_long_texts, check_server, given_flags
 from fletcher.config import NO_STORE
 from fletcher.errors import BY_CODE, ConfigError, InternalError, InvalidCommandError
 from fletcher.options import CHOICES, EmbedOptions
@@ -57,20 +57,7 @@ def add_parser(subparsers: Any) -> None:
         "dimension, each at some loss (default: float32)",
     )
     parser.add_argument("--prompt", help="a prompt of the model, or text to put before each text")
-    parser.add_argument(
-        "--truncate",
-        choices=CHOICES["truncate"],
-        default="end",
-        help="long texts: cut there, or fail (default: end)",
-    )
-    parser.add_argument(
-        "--chunking",
-        default="none",
-        metavar="HOW",
-        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]: tokens, sentences or paragraphs; "
-        "mean, weighted, max, or none for a row a chunk; nothing of a long text is lost, and each "
-        "chunk takes the time of a text (default: none)",
-    )
+    add_long_texts(parser)
     add_connection(parser, ("model",))
 
 

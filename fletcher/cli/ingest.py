@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.connection import add_connection, local_config, open_client, refuse_local_flags
-from fletcher.cli.parser import check_server, given_flags
+from fletcher.cli.parser import add_long_texts, check_server, given_flags
 from fletcher.cli.progress import Progress, Sample, Total
 from fletcher.cli.table import cut, printable, terminal_width
 from fletcher.errors import ConfigError, FletcherError
@@ -95,20 +95,7 @@ def add_parser(subparsers: Any) -> None:
         help="a prompt of the model, or text to put before each text; '' for none (default: the "
         "model's prompt for documents, if it has one)",
     )
-    group.add_argument(
-        "--truncate",
-        choices=CHOICES["truncate"],
-        default="end",
-        help="long texts: cut there, or fail (default: end)",
-    )
-    group.add_argument(
-        "--chunking",
-        default="none",
-        metavar="HOW",
-        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]: tokens, sentences or paragraphs; "
-        "mean, weighted, max, or none for a row a chunk; nothing of a long text is lost, and each "
-        "chunk takes the time of a text (default: none)",
-    )
+    add_long_texts(group)
     group.add_argument(
         "--no-text", action="store_true", help="store vectors and ids without the texts"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fletcher.config import OPTIONS, ServeConfig, nearest
+from fletcher.options import CHOICES
 from fletcher.resolution import Resolved, resolve
 from fletcher.settings import SIZE, SWITCH, Option
 
@@ -84,6 +85,24 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
         _add(groups[option.group], option, defaults[option.field])
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file of options; flags go before it"
+    )
+
+
+def add_long_texts(group: Any) -> None:
+    """Adds the flags that say what becomes of texts longer than the model takes."""
+    group.add_argument(
+        "--truncate",
+        choices=CHOICES["truncate"],
+        default="end",
+        help="long texts: cut there, or fail (default: end)",
+    )
+    group.add_argument(
+        "--chunking",
+        default="none",
+        metavar="HOW",
+        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]: tokens, sentences or paragraphs; "
+        "mean, weighted, max, or none for a row a chunk; nothing of a long text is lost, and each "
+        "chunk takes the time of a text (default: none)",
     )
 
 
