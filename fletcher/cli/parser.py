@@ -100,9 +100,10 @@ def add_long_texts(group: Any) -> None:
         "--chunking",
         default="none",
         metavar="HOW",
-        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]: tokens, sentences or paragraphs; "
-        "mean, weighted, max, or none for a row a chunk; nothing of a long text is lost, and each "
-        "chunk takes the time of a text (default: none)",
+        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]: tokens, sentences, paragraphs, "
+        "each-sentence or each-paragraph; mean, weighted, max, hierarchical (sentences, then "
+        "paragraphs), or none for a row a chunk; nothing of a long text is lost, and each chunk "
+        "takes the time of a text (default: none)",
     )
 
 
