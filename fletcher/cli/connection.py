@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Flags of every command that can embed in its own process.
 LOCAL_FLAGS = ("device", "backend", "precision", "threads", "home", "log_level")
+# Of these and others, those that a server elsewhere has decided.
+_SERVERS_OWN = {"device", "backend", "precision", "threads", "allow_undeclared", "int8"}
 # What such a process takes from the environment and the file: all but the network's options.
 LOCAL_OPTIONS = (
     *LOCAL_FLAGS,
@@ -171,8 +173,8 @@ def without_store(config: ServeConfig) -> ServeConfig:
 
 
 def refuse_local_flags(args: argparse.Namespace) -> None:
-    """Refuses flags about devices where a server elsewhere does the work. Raises ConfigError."""
-    for name in sorted(given_flags(args).keys() & {"device", "backend", "precision", "threads"}):
+    """Refuses flags of servers where one elsewhere does the work. Raises ConfigError."""
+    for name in sorted(given_flags(args).keys() & _SERVERS_OWN):
         raise ConfigError(
             f"`{name}` has no meaning with --server, which has its own; leave one out", field=name
         )

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         plot.check()
     config = local_config(args, store=NO_STORE)
     engines = _Engines(args, config)
-    lists = args.variants and [parse(text, engines.usual[0]) for text in args.variants]
+    lists = args.variants and [parse(text, engines.usual) for text in args.variants]
     variants = [one for some in lists for one in some] if lists else None
     engines.check(variants or ())
     pairs = read_pairs(
