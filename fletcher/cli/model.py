@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli import calibrate, running
 from fletcher.cli.parser import Formatter
+from fletcher.cli.table import say
 from fletcher.config import fletcher_home
 from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelBundle
@@ -107,7 +107,7 @@ def _add(registry: Registry, args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         exits=args.exits,
         replace=args.replace,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=say,
     )
     _print(_describe(bundle), as_json=args.json)
     return 0

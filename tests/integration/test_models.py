@@ -348,3 +348,17 @@ def test_a_damaged_model_does_not_take_the_others_place(home: Path, client: Any)
         assert version_of(client, "a") == current
     finally:
         weights.write_bytes(good)
+
+
+def test_search_asks_in_the_version_that_a_dataset_has(
+    home: Path, server: Runtime, client: fletcher.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, current = installed(home)
+    client.load_model(kept)
+    for name, version in (("newer", current), ("older", kept)):
+        client.put(BATCH, EmbedOptions(dataset=name, model=version, durability="store"))
+        argv = ["search", TEXTS[7], "--dataset", name, "--store", f"lance:{home / 'vectors'}"]
+        for elsewhere in (["--server", server.address], ["--home", str(home), "--backend", "null"]):
+            capsys.readouterr()
+            assert main([*argv, *elsewhere, "--prompt", "", "--json", "--k", "1"]) == 0
+            assert json.loads(capsys.readouterr().out)["text"] == TEXTS[7]
