@@ -55,7 +55,8 @@ def add_parser(subparsers: Subparsers) -> None:
         default=(),
         metavar="N,...",
         help="layers after which vectors can be had, too, by a request's `layers`: faster the "
-        "fewer, for models that were trained for it; all layers take a few percent longer then",
+        "fewer, for models that were trained for it; all layers took 3 to 13%% longer with three "
+        "of them, and the process up to 150 MB more",
     )
     add.add_argument(
         "--replace",
