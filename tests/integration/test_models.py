@@ -174,13 +174,18 @@ def test_an_unloaded_model_is_unknown_and_its_processes_are_gone(
     assert 20e6 < taken["b"] < 300e6
 
 
-def test_names_only_of_what_is_installed(client: fletcher.Client, home: Path) -> None:
+def test_names_only_of_what_is_configured_and_installed(
+    client: fletcher.Client, home: Path
+) -> None:
     names = ["nobody", str(home / "models" / "b"), "../models/b", "grpc://host:1", "b@000000000000"]
     for name in names:
-        with pytest.raises(UnknownModelError, match="here are"):
-            client.load_model(name)
-        with pytest.raises(UnknownModelError):
-            client.swap_model(name)
+        refused = "here are" if name.startswith("b@") else "this server may load a, b; its option"
+        for change in (client.load_model, client.swap_model):
+            with pytest.raises(UnknownModelError, match=refused):
+                change(name)
+    with serving(home, loadable_models=("*",)) as server, fletcher.connect(server.address) as other:
+        assert [one["name"] for one in other.list_models()] == ["a"]
+        assert other.load_model("b").startswith("b@")
     with pytest.raises(InvalidCommandError, match="needed: callers get it who name no model"):
         client.unload_model("a")
     with flight.connect(client.address) as plain:
@@ -331,7 +336,7 @@ def test_from_the_command_line(
     assert run("alias", "both") == ""
     assert run("unload", "b", "--force") == f"{b}  retiring\n"
     eventually(lambda: b not in states(client), "it is gone")
-    assert "here are: a, a@" in run("load", "nobody", code=1)
+    assert "may load a, b; its option --loadable-models" in run("load", "nobody", code=1)
     assert run("load", "b") == f"{b}  ready\n"
 
 
