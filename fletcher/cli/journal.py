@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.config import fletcher_home
+from fletcher.cli.parser import add_options, read_config
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Compares checksums and row counts, and names the rows of what is damaged. "
         "Changes nothing, and may run beside a server. Exits with 1 where something is damaged.",
     )
+    for command in commands.choices.values():
+        add_options(command, ("home",))
     for command in (status, verify):
         command.add_argument("--json", action="store_true", help="print JSON, for machines")
     commands.add_parser(
@@ -46,7 +48,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows, checks or replays; 1 where something is damaged."""
-    root = fletcher_home() / "journal"
+    root = read_config(args, os.environ, ("home",)).config.home / "journal"
     if args.journal_command == "replay":
         return _replay(root)
     return _show(root, as_json=args.json, closely=args.journal_command == "verify")

@@ -49,6 +49,19 @@ def test_the_life_of_a_model(capsys: pytest.CaptureFixture[str], home: Path) -> 
     assert json.loads(capsys.readouterr().out) == []
 
 
+def test_the_models_of_another_home(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    # A server with `home` in its file served others than these commands showed.
+    file = home / "fletcher.toml"
+    file.write_text(f'home = "{home / "other"}"\n')
+    assert main(["model", "add", TINY, "--home", str(home / "other")]) == 0
+    for place in (["--home", str(home / "other")], ["--config", str(file)]):
+        capsys.readouterr()
+        assert main(["model", "list", *place]) == 0
+        assert capsys.readouterr().out.startswith("tiny@")
+    assert main(["model", "list"]) == 0
+    assert "no models yet" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
