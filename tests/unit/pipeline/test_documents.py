@@ -182,8 +182,9 @@ def test_chunks_are_those_of_the_joined_text(name: str) -> None:
     random = Random(name)
     tokenizer = of_family(name)
     hows = ["tokens:12/3:none", "sentences:24/8:none", "paragraphs:32:none", "tokens:9:none"]
-    for number in range(8):
-        how, prompt = hows[number % 4], "query: " if number % 3 == 0 else ""
+    hows.append("each-sentence:24:none")
+    for number in range(10):
+        how, prompt = hows[number % 5], "query: " if number % 3 == 0 else ""
         texts = [document(random, random.randrange(1, 60)) for _ in range(3)]
         run = Run(tokenizer, how, prompt)
         sent = [
