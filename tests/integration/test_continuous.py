@@ -189,7 +189,7 @@ def test_what_makes_no_sense_is_refused(
         call.writer.write_with_metadata(batch(("a", "of")), metadata)
         call.writer.done_writing()
         while True:
-            call.read()
+            call.reader.read_chunk()
     assert said in error_of(caught.value)["message"]
 
 
