@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 
 from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array, Int64Array
 from fletcher.errors import FletcherError
+from fletcher.pipeline.arrays import few_texts
 from fletcher.pipeline.intake import INTERACTIVE_ROWS, Piece
-from fletcher.schema import VectorSpec, vector_columns
+from fletcher.schema import TIMESTAMP, VectorSpec, bits, column, vector_columns
 from fletcher.vectors.aggregation import Aggregation
 from fletcher.vectors.finish import finish
 from fletcher.vectors.ragged import gathered
@@ -54,6 +55,7 @@ class Assembler:
 
     def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
         self.schema = schema
+        self._names = schema.names
         self._spec = spec
         self._upload_id = upload_id
         self._table = _Table(0, spec.width)
@@ -74,19 +76,22 @@ class Assembler:
                 if value in table.errors:
                     errors.setdefault(row, table.errors[value])
         missing: BoolArray = piece.values < 0
-        missing[list(errors)] = True
+        if errors:
+            missing[list(errors)] = True
         vectors, counts = table.vectors(values, missing, self._spec)
         columns: dict[str, Any] = {
             "id": self._ids(piece),
             **vector_columns(vectors, self._spec, missing, counts),
-            "timestamp": self._timestamps(piece.timestamp_ns, num_rows),
-            "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
-            "truncated": pa.array(table.truncated[values] & ~missing),
+            "timestamp": column(np.full(num_rows, piece.timestamp_ns, np.int64), TIMESTAMP),
+            "token_count": column(
+                np.where(missing, np.int32(0), table.token_count[values]), pa.int32()
+            ),
+            "truncated": bits(table.truncated[values] & ~missing),
         }
-        for name in self.schema.names:
+        for name in self._names:
             if name not in columns:
                 columns[name] = self._carried(piece, name)
-        arrays = [columns[name] for name in self.schema.names]
+        arrays = [columns[name] for name in self._names]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
         return Output(batch, errors, np.arange(num_rows + 1))
 
@@ -114,7 +119,7 @@ class Assembler:
         """The table and, for each row, its place there (any place for rows without a vector)."""
         num_texts = piece.texts.num_texts
         own = piece.new_values is None
-        if own and not isinstance(outcome, FletcherError) and outcome.counts is not None:
+        if own and not isinstance(outcome, FletcherError):
             table = _Table.of(outcome)
         elif piece.new_values is None:
             table = _Table(num_texts, self._spec.width)
@@ -133,15 +138,11 @@ class Assembler:
             return piece.rows.column("id")
         if piece.num_rows <= INTERACTIVE_ROWS:  # Arrow's functions take longer to begin
             first, last = piece.row_first, piece.row_first + piece.num_rows
-            return pa.array([f"{self._upload_id}:{row}" for row in range(first, last)], pa.utf8())
+            return few_texts([f"{self._upload_id}:{row}" for row in range(first, last)])
         offsets = np.arange(piece.row_first, piece.row_first + piece.num_rows, dtype=np.int64)
         return pc.binary_join_element_wise(
             f"{self._upload_id}:", pa.array(offsets).cast(pa.utf8()), ""
         )
-
-    def _timestamps(self, timestamp_ns: int, num_rows: int) -> pa.Array:
-        values = pa.py_buffer(np.full(num_rows, timestamp_ns, np.int64))
-        return pa.Array.from_buffers(self._type("timestamp"), num_rows, [None, values])
 
     def _carried(self, piece: Piece, name: str) -> pa.Array:
         if name in ("text", "metadata"):
