@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -72,14 +71,6 @@ def only_text(texts: pa.Array) -> bytes:
     pair = _LARGE_PAIR if pa.types.is_large_string(texts.type) else _PAIR
     first, last = pair.unpack_from(offsets, texts.offset * pair.size // 2)
     return bytes(memoryview(data)[first:last]) if last > first else b""
-
-
-def few_texts(texts: list[str]) -> pa.Array:
-    """A utf8 array; for many texts Arrow's own way is the shorter one."""
-    encoded = [text.encode() for text in texts]
-    ends = np.array([0, *accumulate(map(len, encoded))], np.int32)
-    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
-    return pa.Array.from_buffers(pa.utf8(), len(texts), buffers)
 
 
 def null_mask(array: pa.Array) -> BoolArray:

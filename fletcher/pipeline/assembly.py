@@ -11,9 +11,8 @@ import pyarrow.compute as pc
 
 from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array, Int64Array
 from fletcher.errors import FletcherError
-from fletcher.pipeline.arrays import few_texts
 from fletcher.pipeline.intake import INTERACTIVE_ROWS, Piece
-from fletcher.schema import TIMESTAMP, VectorSpec, bits, column, vector_columns
+from fletcher.schema import TIMESTAMP, VectorSpec, column, vector_columns
 from fletcher.vectors.aggregation import Aggregation
 from fletcher.vectors.finish import finish
 from fletcher.vectors.ragged import gathered
@@ -58,7 +57,7 @@ class Assembler:
         self._names = schema.names
         self._spec = spec
         self._upload_id = upload_id
-        self._table = _Table(0, spec.width)
+        self._table = _Table.of_size(0, spec.width)
         method = "mean" if spec.chunking is None else spec.chunking.aggregation
         self._aggregation = Aggregation(method, normalized=spec.normalized)
 
@@ -83,10 +82,8 @@ class Assembler:
             "id": self._ids(piece),
             **vector_columns(vectors, self._spec, missing, counts),
             "timestamp": column(np.full(num_rows, piece.timestamp_ns, np.int64), TIMESTAMP),
-            "token_count": column(
-                np.where(missing, np.int32(0), table.token_count[values]), pa.int32()
-            ),
-            "truncated": bits(table.truncated[values] & ~missing),
+            "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
+            "truncated": pa.array(table.truncated[values] & ~missing),
         }
         for name in self._names:
             if name not in columns:
@@ -111,6 +108,8 @@ class Assembler:
         embeddings = finish(
             outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
         )
+        if embeddings is outcome.embeddings:
+            return outcome
         return replace(outcome, embeddings=embeddings)
 
     def _vectors(
@@ -120,17 +119,17 @@ class Assembler:
         num_texts = piece.texts.num_texts
         own = piece.new_values is None
         if own and not isinstance(outcome, FletcherError):
-            table = _Table.of(outcome)
+            table = _Table(outcome)
         elif piece.new_values is None:
-            table = _Table(num_texts, self._spec.width)
+            table = _Table.of_size(num_texts, self._spec.width)
             table.fill(np.arange(num_texts, dtype=np.int32), outcome)
         else:
             if piece.new_table:
-                self._table = _Table(piece.table_size, self._spec.width)
+                self._table = _Table.of_size(piece.table_size, self._spec.width)
             table = self._table
             table.fill(piece.new_values, outcome)
         if len(table.token_count) == 0:  # no row of the piece has a text
-            table = _Table(1, self._spec.width)
+            table = _Table.of_size(1, self._spec.width)
         return table, np.maximum(piece.values, 0)
 
     def _ids(self, piece: Piece) -> pa.Array:
@@ -138,7 +137,7 @@ class Assembler:
             return piece.rows.column("id")
         if piece.num_rows <= INTERACTIVE_ROWS:  # Arrow's functions take longer to begin
             first, last = piece.row_first, piece.row_first + piece.num_rows
-            return few_texts([f"{self._upload_id}:{row}" for row in range(first, last)])
+            return pa.array([f"{self._upload_id}:{row}" for row in range(first, last)], pa.utf8())
         offsets = np.arange(piece.row_first, piece.row_first + piece.num_rows, dtype=np.int64)
         return pc.binary_join_element_wise(
             f"{self._upload_id}:", pa.array(offsets).cast(pa.utf8()), ""
@@ -160,21 +159,18 @@ class Assembler:
 class _Table:
     """Vectors that rows point to."""
 
-    def __init__(self, size: int, dims: int) -> None:
-        self.embeddings: FloatArray = np.zeros((size, dims), np.float32)
-        self.token_count: Int32Array = np.zeros(size, np.int32)
-        self.truncated: BoolArray = np.zeros(size, np.bool_)
-        self.errors: dict[int, FletcherError] = {}
-        self._counts: Int32Array | None = None
+    def __init__(self, outcome: EmbeddingBatch) -> None:
+        """The vectors of texts that no other piece has."""
+        self.embeddings, self.errors = outcome.embeddings, dict(outcome.errors)
+        self.token_count, self.truncated = outcome.token_count, outcome.truncated
+        self._counts = outcome.counts
 
     @classmethod
-    def of(cls, outcome: EmbeddingBatch) -> _Table:
-        """The vectors of texts that no other piece has."""
-        table = cls(0, 0)
-        table.embeddings, table.errors = outcome.embeddings, dict(outcome.errors)
-        table.token_count, table.truncated = outcome.token_count, outcome.truncated
-        table._counts = outcome.counts
-        return table
+    def of_size(cls, size: int, width: int) -> _Table:
+        """To be filled."""
+        vectors = np.zeros((size, width), np.float32)
+        num_tokens, truncated = np.zeros(size, np.int32), np.zeros(size, np.bool_)
+        return cls(EmbeddingBatch(vectors, None, num_tokens, truncated))
 
     def vectors(
         self, rows: Int32Array, missing: BoolArray, spec: VectorSpec
