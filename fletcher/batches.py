@@ -57,12 +57,14 @@ class Chunks:
         spans: int64 [num_rows, 4], where in the text a chunk begins and ends: first and last
             character (this not included), first and last byte; zeros where nobody asked for rows.
             Spans leave nothing of the text out.
+        begins: bool [num_rows], a paragraph begins with it, or its text; of `tokens` only that.
     """
 
     offsets: Int64Array
     index: Int32Array
     num_tokens: Int32Array
     spans: Int64Array
+    begins: BoolArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 
 from fletcher.errors import InvalidCommandError
 
-METHODS = ("tokens", "sentences", "paragraphs")
-AGGREGATIONS = ("mean", "weighted", "max", "none")
+# Those whose chunks are each one sentence or paragraph.
+ALONE = ("each-sentence", "each-paragraph")
+METHODS = ("tokens", "sentences", "paragraphs", *ALONE)
+AGGREGATIONS = ("mean", "weighted", "max", "hierarchical", "none")
 MAX_SIZE = 1_000_000
 
 _SIZES = re.compile(r"([0-9]{1,7})(?:/([0-9]{1,7}))?")
@@ -27,12 +29,14 @@ class Chunking:
     Attributes:
         method: Where a text is cut. `tokens`: after any token; `sentences`: where a sentence ends,
             as many of them together as `size` allows; `paragraphs`: where a paragraph ends, else a
-            sentence. What is longer than `size` by itself is cut after any token.
+            sentence; `each-sentence`, `each-paragraph`: after each of them. What is longer than
+            `size` by itself is cut after any token.
         size: Tokens of a chunk at most, the prompt's and special ones included, as the model sees
             it; 0: as many as the model reads.
         overlap: Tokens of its text that a chunk has in common with the one before.
         aggregation: What a text gets. `mean` of its chunks' vectors; `weighted` mean, by tokens and
-            position; `max` of each dimension; `none` of them: each chunk is a row.
+            position; `max` of each dimension; `hierarchical`: mean of its paragraphs' vectors,
+            which are means of their chunks'; `none` of them: each chunk is a row.
     """
 
     method: str
@@ -61,10 +65,19 @@ class Chunking:
                 raise _refusal(
                     text, f"OVERLAP {found.overlap} is not below SIZE", [f"0 to {found.size - 1}"]
                 )
+            if found.overlap and found.alone:
+                raise _refusal(
+                    text, f"OVERLAP is {found.overlap}, but {method} has none in common", ["0"]
+                )
             parts = parts[1:]
         if len(parts) > 1 or (parts and parts[0] not in AGGREGATIONS):
             raise _refusal(text, f"{parts[0][:50]!r} is no aggregation", AGGREGATIONS)
-        return replace(found, aggregation=parts[0]) if parts else found
+        found = replace(found, aggregation=parts[0]) if parts else found
+        if found.aggregation == "hierarchical" and not found.alone:
+            raise _refusal(
+                text, f"chunks of {method} may be of several paragraphs, not hierarchical", ALONE
+            )
+        return found
 
     def fitted(self, max_length: int, taken: int) -> Chunking:
         """The same with its size settled.
@@ -88,6 +101,11 @@ class Chunking:
                 [f"{least} to {max_length}"] if least <= max_length else ["a smaller OVERLAP"],
             )
         return replace(self, size=size)
+
+    @property
+    def alone(self) -> bool:
+        """Each sentence or paragraph is a chunk by itself, however short."""
+        return self.method in ALONE
 
     @property
     def needs_places(self) -> bool:

@@ -3,12 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypedDict
 
 from fletcher.errors import ModelError
 from fletcher.models.encoder import ACTIVATIONS
 
 Config = Mapping[str, Any]
+
+
+class Sizes(TypedDict):
+    """The numbers of an `Architecture` that every config.json has."""
+
+    vocab_size: int
+    max_length: int
+    position_offset: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    pad_token_id: int
+
+
+def sizes(
+    config: Config,
+    names: Mapping[str, str] = MappingProxyType({}),
+    *,
+    position_offset: int = 0,
+    head_dim: int = 0,
+) -> Sizes:
+    """The numbers that families differ in by name alone.
+
+    Args:
+        config: config.json.
+        names: What the family calls some of them, such as `dim` for `hidden_size`; the common name
+            is taken where that is not there.
+        position_offset: The row of the table of positions which is the first token's.
+        head_dim: A head's width where config.json says none; 0: the family divides `hidden_size`
+            into heads.
+
+    Raises:
+        ModelError: One is missing, or `hidden_size` does not divide into heads.
+    """
+
+    def number(name: str) -> int:
+        return positive(config, *((names[name], name) if name in names else (name,)))
+
+    hidden, num_heads = number("hidden_size"), number("num_attention_heads")
+    if head_dim:
+        head_dim = positive({"head_dim": head_dim, **config}, "head_dim")
+    elif hidden % num_heads:
+        heads = names.get("num_attention_heads", "num_attention_heads")
+        raise ModelError(
+            f"config.json: `hidden_size` {hidden} is no multiple of `{heads}` {num_heads}",
+            field="hidden_size",
+        )
+    return {
+        "vocab_size": number("vocab_size"),
+        "max_length": number("max_position_embeddings") - position_offset,
+        "position_offset": position_offset,
+        "hidden": hidden,
+        "intermediate": number("intermediate_size"),
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "num_layers": number("num_hidden_layers"),
+        "pad_token_id": int(config.get("pad_token_id") or 0),
+    }
 
 
 def positive(config: Config, *keys: str) -> int:
@@ -56,21 +117,6 @@ def activation(config: Config, key: str, default: str, **names: str) -> str:
             allowed=allowed,
         )
     return str(value)
-
-
-def heads(config: Config, hidden: int, *keys: str) -> int:
-    """The number of heads that `hidden` is divided into.
-
-    Raises:
-        ModelError: It does not divide.
-    """
-    number = positive(config, *keys)
-    if hidden % number:
-        raise ModelError(
-            f"config.json: `hidden_size` {hidden} is no multiple of `{keys[0]}` {number}",
-            field="hidden_size",
-        )
-    return number
 
 
 def theta(config: Config, default: float, *keys: str, layers: str = "") -> float:

@@ -13,7 +13,7 @@ from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array, 
 from fletcher.errors import FletcherError
 from fletcher.pipeline.intake import INTERACTIVE_ROWS, Piece
 from fletcher.schema import TIMESTAMP, VectorSpec, column, vector_columns
-from fletcher.vectors.aggregation import Aggregation
+from fletcher.vectors.aggregation import aggregation
 from fletcher.vectors.finish import finish
 from fletcher.vectors.ragged import gathered
 
@@ -59,7 +59,7 @@ class Assembler:
         self._upload_id = upload_id
         self._table = _Table.of_size(0, spec.width)
         method = "mean" if spec.chunking is None else spec.chunking.aggregation
-        self._aggregation = Aggregation(method, normalized=spec.normalized)
+        self._aggregation = aggregation(method, normalized=spec.normalized)
 
     def assemble(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> Output | None:
         """The output of a piece; None: its text goes on."""

@@ -187,6 +187,7 @@ def _joined(parts: list[EmbeddingBatch | FletcherError]) -> EmbeddingBatch | Fle
             np.concatenate([one.index for one in chunks]),
             np.concatenate([one.num_tokens for one in chunks]),
             np.concatenate([one.spans for one in chunks]),
+            np.concatenate([one.begins for one in chunks]),
         ),
     )
 
@@ -204,5 +205,9 @@ def _nothing(num_texts: int, dims: int, num_chunks: int = 0) -> EmbeddingBatch:
 def _no_chunks(num_texts: int, num_chunks: int) -> Chunks:
     numbers = np.zeros(num_chunks, np.int32)
     return Chunks(
-        np.zeros(num_texts + 1, np.int64), numbers, numbers, np.zeros((num_chunks, 4), np.int64)
+        np.zeros(num_texts + 1, np.int64),
+        numbers,
+        numbers,
+        np.zeros((num_chunks, 4), np.int64),
+        np.zeros(num_chunks, np.bool_),
     )

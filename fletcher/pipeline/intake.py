@@ -53,6 +53,8 @@ _ROW_BYTES = 16
 
 # A chunk's tokens are here twice, 4 bytes each: as they come from a tokenizer and in a window.
 _TOKEN_BYTES = 8
+# A mark that ends it and the space behind.
+_MIN_SENTENCE_BYTES = 2
 # Less is more work for each part than for its texts.
 _MIN_PART_BYTES = 1024
 
@@ -90,7 +92,10 @@ class IntakeLimits:
         `taken` are each chunk's tokens that are not the text's.
         """
         stride = max(1, chunking.size - taken - chunking.overlap)
-        per_byte = -(-(self.bytes_per_row + _TOKEN_BYTES * chunking.size) // stride)
+        if chunking.alone:
+            stride = min(stride, _MIN_SENTENCE_BYTES)
+        num_tokens = stride + chunking.overlap + taken
+        per_byte = -(-(self.bytes_per_row + _TOKEN_BYTES * num_tokens) // stride)
         part_bytes = self.piece_rows * self.bytes_per_row // per_byte
         return dataclasses.replace(
             self,

@@ -12,11 +12,25 @@ from itertools import chain
 
 import numpy as np
 
-from fletcher.batches import Carry, Chunks, Int32Array, Int64Array, TextBatch, TokenBatch
+from fletcher.batches import (
+    BoolArray,
+    Carry,
+    Chunks,
+    Int32Array,
+    Int64Array,
+    TextBatch,
+    TokenBatch,
+)
 from fletcher.tokenization.sentences import CONTEXT, PARAGRAPH, SENTENCE, Levels, levels
 
 _NO_IDS = np.zeros(0, np.int32)
-_LEVELS = {"tokens": (), "sentences": (SENTENCE,), "paragraphs": (PARAGRAPH, SENTENCE)}
+_LEVELS = {
+    "tokens": (),
+    "sentences": (SENTENCE,),
+    "paragraphs": (PARAGRAPH, SENTENCE),
+    "each-sentence": (SENTENCE,),
+    "each-paragraph": (PARAGRAPH, SENTENCE),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +119,7 @@ def cut(
     num_tokens: list[int] = []
     ends = [0]
     spans: list[Int64Array] = []
+    begins_there: list[BoolArray] = []
     carry: Carry | None = None
     for number, text in enumerate(texts):
         carry = batch.carry if number == 0 else None
@@ -126,10 +141,14 @@ def cut(
             room,
             batch.chunking.overlap,
             breaks,
+            alone=batch.chunking.alone,
             covered=carry.num_covered,
             continued=continued,
         )
         bounds = np.array(found, np.int64).reshape(-1, 2)
+        begins_there.append(np.append(begun, 0)[bounds[:, 0]] >= PARAGRAPH)
+        if found and carry.num_chunks == 0:
+            begins_there[-1][0] = True
         spans.append(np.stack((begins[bounds[:, 0]], starts[bounds[:, 1]]), axis=2).reshape(-1, 4))
         head = np.concatenate((before, carry.prompt_ids))
         for first, last in found:
@@ -160,6 +179,7 @@ def cut(
             np.array(index, np.int32),
             np.array(num_tokens, np.int32),
             np.concatenate([np.zeros((0, 4), np.int64), *spans]),
+            np.concatenate([np.zeros(0, np.bool_), *begins_there]),
         ),
         carry=carry if batch.continued else None,
     )
@@ -171,6 +191,7 @@ def windows(
     overlap: int,
     breaks: Sequence[Int64Array] = (),
     *,
+    alone: bool = False,
     covered: int = 0,
     continued: bool,
 ) -> tuple[list[tuple[int, int]], int, int]:
@@ -183,6 +204,7 @@ def windows(
             are breaks it is the most, so that a chunk begins with one.
         breaks: Tokens before which a text is better cut, ascending, the best kind first; each kind
             has all of the kind before.
+        alone: A chunk ends at the first break of the best kind, not at the last that fits.
         covered: The first of them that are in the chunk before.
         continued: More come. A chunk is complete when there is a token behind it.
 
@@ -192,8 +214,12 @@ def windows(
     """
     found = []
     first = 0
-    while first + room < num_tokens:
-        last = _last_break(breaks, first, first + room) or first + room
+    while True:
+        last = _first_break(breaks[:1], first + 1, first + room) if alone else None
+        if last is None:
+            if first + room >= num_tokens:
+                break
+            last = _last_break(breaks, first, first + room) or first + room
         if last <= covered:  # what comes does not fit behind the overlap, and does without
             first = covered
             continue

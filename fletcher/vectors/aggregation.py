@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,37 @@ def weights(chunks: Chunks) -> _Floats:
     return np.asarray(np.maximum(chunks.num_tokens, 1) / np.log2(chunks.index + 2.0))
 
 
+class Joins(Protocol):
+    """Makes vectors of texts; keeps of a text only what does not depend on its length."""
+
+    def take(
+        self, batch: EmbeddingBatch | FletcherError, *, continued: bool
+    ) -> EmbeddingBatch | FletcherError | None:
+        """The vectors of texts out of those of their chunks.
+
+        Args:
+            batch: Chunks with their final width and norm; or why there are none.
+            continued: More of the last text comes.
+
+        Returns:
+            The same of texts that are complete, whose `token_count` is that of their chunks
+            together; None: there is none.
+        """
+        ...
+
+
+def aggregation(method: str, *, normalized: bool) -> Joins:
+    """What makes one vector a text, by a name of `fletcher.chunking.AGGREGATIONS`; not `none`.
+
+    Args:
+        method: `mean`, `weighted`, `max` or `hierarchical`.
+        normalized: The vectors get norm 1 (zeros stay). A text of one chunk has its vector.
+    """
+    if method == "hierarchical":
+        return Hierarchical(normalized=normalized)
+    return Aggregation(method, normalized=normalized)
+
+
 @dataclass(slots=True)
 class _Part:
     """What is known of a text of which more comes."""
@@ -37,12 +68,7 @@ class _Part:
 
 
 class Aggregation:
-    """Makes vectors of texts; keeps of a text only what does not depend on its length.
-
-    Args:
-        method: `mean`, `weighted` or `max`.
-        normalized: The vectors get norm 1 (zeros stay). A text of one chunk has its vector.
-    """
+    """All chunks of a text at once, see `aggregation`."""
 
     def __init__(self, method: str, *, normalized: bool) -> None:
         self._weighted = method == "weighted"
@@ -54,16 +80,7 @@ class Aggregation:
     def take(
         self, batch: EmbeddingBatch | FletcherError, *, continued: bool
     ) -> EmbeddingBatch | FletcherError | None:
-        """The vectors of texts out of those of their chunks.
-
-        Args:
-            batch: Chunks with their final width and norm; or why there are none.
-            continued: More of the only text comes.
-
-        Returns:
-            The same of texts, whose `token_count` is that of their chunks together; None: of the
-            only text more comes.
-        """
+        """See `Joins.take`."""
         before, self._part = self._part, None
         if isinstance(batch, FletcherError):
             if before is None and not continued:
@@ -72,11 +89,17 @@ class Aggregation:
             now.error = now.error or batch
             self._part = now if continued else None
             return None if continued else now.error
-        return self._join(batch, before, continued=continued)
+        found = self._join(batch, before, continued=continued)
+        return None if continued and not len(found.embeddings) else found
+
+    @property
+    def waits(self) -> bool:
+        """More of a text comes."""
+        return self._part is not None
 
     def _join(
         self, batch: EmbeddingBatch, before: _Part | None, *, continued: bool
-    ) -> EmbeddingBatch | None:
+    ) -> EmbeddingBatch:
         chunks = batch.chunks
         assert chunks is not None
         num_chunks = np.diff(chunks.offsets)
@@ -101,10 +124,16 @@ class Aggregation:
             text = int(np.searchsorted(chunks.offsets, row, side="right")) - 1
             errors.setdefault(text, batch.errors[row])
         if continued:
+            last = len(num_chunks) - 1
             self._part = _Part(
-                total[0], weight[0], int(num_chunks[0]), int(num_tokens[0]), errors.get(0)
+                total[last],
+                weight[last],
+                int(num_chunks[last]),
+                int(num_tokens[last]),
+                errors.pop(last, None),
             )
-            return None
+            total, weight = total[:last], weight[:last]
+            num_chunks, num_tokens = num_chunks[:last], num_tokens[:last]
         if self._combine is np.add:
             total /= weight[:, None]
         embeddings = total.astype(np.float32)
@@ -118,3 +147,45 @@ class Aggregation:
             truncated=np.zeros(len(num_chunks), np.bool_),
             errors=errors,
         )
+
+
+class Hierarchical:
+    """Chunks make their paragraph's vector, and paragraphs the text's, each time by the mean.
+
+    So paragraphs count alike, however many chunks they have.
+
+    Args:
+        normalized: As of `aggregation`; paragraphs get norm 1, too.
+    """
+
+    def __init__(self, *, normalized: bool) -> None:
+        self._paragraphs = Aggregation("mean", normalized=normalized)
+        self._texts = Aggregation("mean", normalized=normalized)
+
+    def take(
+        self, batch: EmbeddingBatch | FletcherError, *, continued: bool
+    ) -> EmbeddingBatch | FletcherError | None:
+        """See `Joins.take`."""
+        if isinstance(batch, FletcherError):
+            self._paragraphs.take(batch, continued=False)
+            return self._texts.take(batch, continued=continued)
+        chunks = batch.chunks
+        assert chunks is not None
+        starts = np.flatnonzero(chunks.begins)
+        # One that goes on from the part before is the first, even if nothing more of it is here.
+        if self._paragraphs.waits or (len(chunks.begins) and not chunks.begins[0]):
+            starts = np.append(0, starts)
+        paragraphs = EmbeddingBatch(
+            batch.embeddings[:0], None, batch.token_count[:0], batch.truncated[:0]
+        )
+        if len(starts):
+            bounds = replace(chunks, offsets=np.append(starts, len(chunks.index)))
+            joined = self._paragraphs.take(replace(batch, chunks=bounds), continued=continued)
+            assert not isinstance(joined, FletcherError)
+            paragraphs = joined or paragraphs
+        ends = np.searchsorted(starts, chunks.offsets[1:])
+        ends[-1] = len(paragraphs.token_count)
+        ones = np.ones(len(paragraphs.token_count), np.int32)
+        offsets = np.append(0, ends).astype(np.int64)
+        of_texts = replace(chunks, offsets=offsets, index=ones, num_tokens=ones)
+        return self._texts.take(replace(paragraphs, chunks=of_texts), continued=continued)

@@ -265,6 +265,18 @@ def test_rows_are_whole_sentences(client: fletcher.Client) -> None:
     np.testing.assert_allclose(mean, unit(vectors.mean(axis=0)), atol=1e-5)
 
 
+def test_sentences_make_paragraphs_and_these_the_document(client: fletcher.Client) -> None:
+    sentences = [[f"The use of {n} {m}. " for m in range(n % 7 + 1)] for n in range(60)]
+    text = "\n\n".join("".join(one) for one in sentences)
+    assert len(text) > 4000  # so it comes in parts
+    vectors = client.embed([one for paragraph in sentences for one in paragraph])
+    ends = np.cumsum([len(one) for one in sentences])[:-1]
+    paragraphs = unit(np.array([one.mean(axis=0) for one in np.split(vectors, ends)]))
+    for how, expected in (("mean", vectors), ("hierarchical", paragraphs)):
+        (found,) = client.embed([text], chunking=f"each-sentence:{how}")
+        np.testing.assert_allclose(found, unit(expected.mean(axis=0)), atol=1e-5)
+
+
 def test_a_document_may_be_larger_than_the_budget(
     server: Runtime, client: fletcher.Client, whole: Whole
 ) -> None:

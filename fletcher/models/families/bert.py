@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, heads, only, positive
+from fletcher.models.config_json import Config, activation, only, positive, sizes
 from fletcher.models.families.family import Family, Layout
 
 LAYOUT = Layout(
@@ -38,19 +38,11 @@ def _read_roberta(config: Config) -> Architecture:
 
 def _read(config: Config, *, position_offset: int) -> Architecture:
     only(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
-    hidden = positive(config, "hidden_size")
     return Architecture(
-        vocab_size=positive(config, "vocab_size"),
+        **sizes(config, position_offset=position_offset),
         type_vocab_size=positive(config, "type_vocab_size"),
-        max_length=positive(config, "max_position_embeddings") - position_offset,
-        position_offset=position_offset,
-        hidden=hidden,
-        intermediate=positive(config, "intermediate_size"),
-        num_heads=heads(config, hidden, "num_attention_heads"),
-        num_layers=positive(config, "num_hidden_layers"),
         epsilon=float(config.get("layer_norm_eps", 1e-12)),
         activation=activation(config, "hidden_act", "gelu"),
-        pad_token_id=int(config.get("pad_token_id") or 0),
     )
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, heads, positive
+from fletcher.models.config_json import Config, activation, sizes
 from fletcher.models.families.family import Family, Layout
+
+_NAMES = {
+    "hidden_size": "dim",
+    "intermediate_size": "hidden_dim",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+}
 
 
 def _read(config: Config) -> Architecture:
-    hidden = positive(config, "dim")
     return Architecture(
-        vocab_size=positive(config, "vocab_size"),
-        max_length=positive(config, "max_position_embeddings"),
-        hidden=hidden,
-        intermediate=positive(config, "hidden_dim"),
-        num_heads=heads(config, hidden, "n_heads"),
-        num_layers=positive(config, "n_layers"),
+        **sizes(config, _NAMES),
         epsilon=1e-12,
         activation=activation(config, "activation", "gelu"),
-        pad_token_id=int(config.get("pad_token_id") or 0),
     )
 
 

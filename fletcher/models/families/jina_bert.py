@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, heads, only, positive
+from fletcher.models.config_json import Config, activation, only, positive, sizes
 from fletcher.models.families.bert import LAYOUT
 from fletcher.models.families.family import Family, Layout
 
 
 def _read(config: Config) -> Architecture:
     only(config, position_embedding_type="alibi", is_decoder=False, add_cross_attention=False)
-    hidden = positive(config, "hidden_size")
     return Architecture(
-        vocab_size=positive(config, "vocab_size"),
+        **sizes(config),
         type_vocab_size=positive(config, "type_vocab_size"),
-        max_length=positive(config, "max_position_embeddings"),
         learned_positions=False,
         distance_bias="alibi",
-        hidden=hidden,
-        intermediate=positive(config, "intermediate_size"),
-        num_heads=heads(config, hidden, "num_attention_heads"),
-        num_layers=positive(config, "num_hidden_layers"),
         epsilon=float(config.get("layer_norm_eps", 1e-12)),
         gated=True,
         # Whatever `hidden_act` says: JinaBERT's gate has its own.
         activation=activation(config, "feed_forward_type", "", geglu="gelu", reglu="relu"),
         biases=("q", "k", "v", "projected", "narrow"),
-        pad_token_id=int(config.get("pad_token_id") or 0),
     )
 
 

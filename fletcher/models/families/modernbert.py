@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, heads, positive, theta
+from fletcher.models.config_json import Config, activation, positive, sizes, theta
 from fletcher.models.families.family import Family, Layout
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 
 
 def _read(config: Config) -> Architecture:
-    hidden = positive(config, "hidden_size")
-    kinds = _layer_kinds(config, positive(config, "num_hidden_layers"))
+    numbers = sizes(config)
+    kinds = _layer_kinds(config, numbers["num_layers"])
     thetas = {
         _GLOBAL: theta(config, 160_000.0, "global_rope_theta", layers=_GLOBAL),
         _LOCAL: theta(config, 10_000.0, "local_rope_theta", layers=_LOCAL),
@@ -23,15 +23,10 @@ def _read(config: Config) -> Architecture:
     if config.get("mlp_bias", False):
         biases = (*biases, "wide", "gate", "narrow")
     return Architecture(
-        vocab_size=positive(config, "vocab_size"),
-        max_length=positive(config, "max_position_embeddings"),
+        **numbers,
         learned_positions=False,
         rotary=tuple(thetas[kind] for kind in kinds),
         windows=tuple(reach[kind] for kind in kinds),
-        hidden=hidden,
-        intermediate=positive(config, "intermediate_size"),
-        num_heads=heads(config, hidden, "num_attention_heads"),
-        num_layers=len(kinds),
         epsilon=float(config.get("norm_eps", 1e-5)),
         norm_first=True,
         norm_of_first=False,
@@ -39,7 +34,6 @@ def _read(config: Config) -> Architecture:
         gated=True,
         activation=activation(config, "hidden_activation", "gelu"),
         biases=biases,
-        pad_token_id=int(config.get("pad_token_id") or 0),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, heads, only, positive
+from fletcher.models.config_json import Config, activation, only, sizes
 from fletcher.models.families.family import Family, Layout
 
 # Position 0 and padding's position 1 are never a text's, whatever config.json calls its padding.
@@ -12,19 +12,11 @@ _POSITION_OFFSET = 2
 
 def _read(config: Config) -> Architecture:
     only(config, relative_attention_num_buckets=32)
-    hidden = positive(config, "hidden_size")
     return Architecture(
-        vocab_size=positive(config, "vocab_size"),
-        max_length=positive(config, "max_position_embeddings") - _POSITION_OFFSET,
-        position_offset=_POSITION_OFFSET,
+        **sizes(config, position_offset=_POSITION_OFFSET),
         distance_bias="buckets",
-        hidden=hidden,
-        intermediate=positive(config, "intermediate_size"),
-        num_heads=heads(config, hidden, "num_attention_heads"),
-        num_layers=positive(config, "num_hidden_layers"),
         epsilon=float(config.get("layer_norm_eps", 1e-12)),
         activation=activation(config, "hidden_act", "gelu"),
-        pad_token_id=int(config.get("pad_token_id") or 0),
     )
 
 

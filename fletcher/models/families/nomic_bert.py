@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, heads, only, positive, theta
+from fletcher.models.config_json import Config, activation, only, positive, sizes, theta
 from fletcher.models.families.family import Family, Layout
+
+# GPT-2's, which the published checkpoints have; transformers writes the common ones.
+_NAMES = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
 
 
 def _read(config: Config) -> Architecture:
@@ -28,8 +37,7 @@ def _read(config: Config) -> Architecture:
             field="rotary_scaling_factor",
             allowed=["null"],
         )
-    hidden = positive(config, "hidden_size", "n_embd")
-    num_layers = positive(config, "num_hidden_layers", "n_layer")
+    numbers = sizes(config, _NAMES)
     biases: list[str] = []
     if config.get("qkv_proj_bias"):
         biases += ["q", "k", "v", "projected"]
@@ -39,20 +47,14 @@ def _read(config: Config) -> Architecture:
         biases += ["narrow"]
     key = "activation_function" if "activation_function" in config else "hidden_act"
     return Architecture(
-        vocab_size=positive(config, "vocab_size"),
+        **numbers,
         type_vocab_size=positive(config, "type_vocab_size"),
-        max_length=positive(config, "max_position_embeddings", "n_positions"),
         learned_positions=False,
-        rotary=(theta(config, 1000.0, "rotary_emb_base"),) * num_layers,
-        hidden=hidden,
-        intermediate=positive(config, "intermediate_size", "n_inner"),
-        num_heads=heads(config, hidden, "num_attention_heads", "n_head"),
-        num_layers=num_layers,
+        rotary=(theta(config, 1000.0, "rotary_emb_base"),) * numbers["num_layers"],
         epsilon=float(config.get("layer_norm_eps", config.get("layer_norm_epsilon", 1e-12))),
         gated=True,
         activation=activation(config, key, "silu", swiglu="silu", geglu="gelu"),
         biases=tuple(biases),
-        pad_token_id=int(config.get("pad_token_id") or 0),
     )
 
 

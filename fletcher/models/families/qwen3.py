@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, only, positive, theta
+from fletcher.models.config_json import Config, activation, only, positive, sizes, theta
 from fletcher.models.families.family import Family, Layout
 
 
 def _read(config: Config) -> Architecture:
     only(config, use_sliding_window=False)
-    num_layers = positive(config, "num_hidden_layers")
+    numbers = sizes(config, head_dim=128)
     kinds = config.get("layer_types") or []
     if set(kinds) - {"full_attention"}:
         raise ModelError(
@@ -19,7 +19,7 @@ def _read(config: Config) -> Architecture:
             field="layer_types",
             allowed=["full_attention"],
         )
-    num_heads = positive(config, "num_attention_heads")
+    num_heads = numbers["num_heads"]
     num_kv_heads = positive({"num_key_value_heads": num_heads, **config}, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise ModelError(
@@ -28,26 +28,19 @@ def _read(config: Config) -> Architecture:
             field="num_key_value_heads",
         )
     return Architecture(
-        vocab_size=positive(config, "vocab_size"),
-        max_length=positive(config, "max_position_embeddings"),
+        **numbers,
         learned_positions=False,
         embedding_norm=False,
-        rotary=(theta(config, 10_000.0, "rope_theta"),) * num_layers,
+        rotary=(theta(config, 10_000.0, "rope_theta"),) * numbers["num_layers"],
         causal=True,
-        hidden=positive(config, "hidden_size"),
-        intermediate=positive(config, "intermediate_size"),
-        num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=positive({"head_dim": 128, **config}, "head_dim"),
         head_norm=True,
-        num_layers=num_layers,
         epsilon=float(config.get("rms_norm_eps", 1e-6)),
         norm_first=True,
         rms_norm=True,
         gated=True,
         activation=activation(config, "hidden_act", "silu"),
         biases=("q", "k", "v", "projected") if config.get("attention_bias", False) else (),
-        pad_token_id=int(config.get("pad_token_id") or 0),
     )
 
 

@@ -107,7 +107,8 @@ def pieces_of(texts: list[str | None], taken: int = 0) -> tuple[list[Piece], pa.
 
 def one_chunk(first: int, last: int, index: int) -> EmbeddingBatch:
     spans = np.array([[first, last, first, last]], np.int64)
-    chunks = Chunks(np.array([0, 1]), np.array([index], np.int32), np.ones(1, np.int32), spans)
+    one, begins = np.ones(1, np.int32), np.array([index == 0])
+    chunks = Chunks(np.array([0, 1]), np.array([index], np.int32), one, spans, begins)
     return EmbeddingBatch(
         np.ones((1, 2), np.float32), None, np.ones(1, np.int32), np.zeros(1, np.bool_), {}, chunks
     )
@@ -181,7 +182,8 @@ def test_the_texts_of_chunks_are_those_of_their_rows() -> None:
     (piece,) = pieces
     spans = np.array([[0, 4, 0, 4], [3, 7, 3, 7], [0, 3, 0, 4], [3, 5, 4, 7]], np.int64)
     numbers = np.array([0, 1, 0, 1], np.int32)
-    chunks = Chunks(np.array([0, 2, 4]), numbers, np.ones(4, np.int32), spans)
+    ones = np.ones(4, np.int32)
+    chunks = Chunks(np.array([0, 2, 4]), numbers, ones, spans, numbers == 0)
     none = np.zeros(4, np.bool_)
     outcome = EmbeddingBatch(np.ones((4, 2), np.float32), None, numbers, none, {}, chunks)
     output = ChunkAssembler(schema, spec, "u", whole_rows=True).assemble(piece, outcome)

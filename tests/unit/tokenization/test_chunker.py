@@ -126,7 +126,16 @@ def test_in_parts_a_text_has_the_same_chunks(
 
 
 @pytest.mark.parametrize("max_bytes", [8, 25, 50, 333])
-@pytest.mark.parametrize("how", ["sentences:20/8", "paragraphs:25/5:none", "sentences:16:none"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "sentences:20/8",
+        "paragraphs:25/5:none",
+        "sentences:16:none",
+        "each-sentence:12:hierarchical",
+        "each-paragraph:20:none",
+    ],
+)
 def test_in_parts_sentences_are_the_same(tokenizer: Tokenizer, how: str, max_bytes: int) -> None:
     whole = batch([PROSE if max_bytes > 20 else SHORT], how)
     parts = in_parts(tokenizer, whole, max_bytes)
@@ -135,6 +144,8 @@ def test_in_parts_sentences_are_the_same(tokenizer: Tokenizer, how: str, max_byt
     spans = [part.chunks.spans for part in parts if part.chunks is not None]
     assert expected.chunks is not None
     assert np.concatenate(spans).tolist() == expected.chunks.spans.tolist()
+    begins = [part.chunks.begins for part in parts if part.chunks is not None]
+    assert np.concatenate(begins).tolist() == expected.chunks.begins.tolist()
 
 
 def pieces(tokenizer: Tokenizer, text: str, how: str) -> list[str]:
@@ -169,6 +180,21 @@ def test_chunks_are_whole_paragraphs_where_they_fit(tokenizer: Tokenizer) -> Non
         "The end",
     ]
     assert pieces(tokenizer, text, "paragraphs:10:none")[1:3] == ["Use it. ", "Or not.\n \n"]
+
+
+def test_each_sentence_or_paragraph_is_a_chunk_by_itself(tokenizer: Tokenizer) -> None:
+    text = "Go on. It is. 1.\n\nUse it. Or not.\n \nThe end"
+    sentences = ["Go on. ", "It is. ", "1.\n\n", "Use it. ", "Or not.\n \n", "The end"]
+    assert pieces(tokenizer, text, "each-sentence:32:none") == sentences
+    paragraphs = ["Go on. It is. 1.\n\n", "Use it. Or not.\n \n", "The end"]
+    assert pieces(tokenizer, text, "each-paragraph:32:none") == paragraphs
+    # What is too long: a paragraph between sentences, a sentence anywhere.
+    found = pieces(tokenizer, text, "each-paragraph:11:none")
+    assert found == ["Go on. It is. ", "1.\n\n", "Use it. ", "Or not.\n \n", "The end"]
+    assert pieces(tokenizer, text, "each-sentence:5:none")[:2] == ["Go o", "n. "]
+    chunks = tokenizer.encode(batch([text, "On it. 1"], "each-sentence:32")).chunks
+    assert chunks is not None
+    assert np.flatnonzero(chunks.begins).tolist() == [0, 3, 5, 6]
 
 
 def test_a_long_sentence_is_cut_anywhere(tokenizer: Tokenizer) -> None:
@@ -256,6 +282,8 @@ def test_parts_end_before_words_or_else_between_characters() -> None:
         ("tokens:8:mean:9", "no aggregation"),
         ("tokens:mean:8", "no aggregation"),
         ("none:mean", "no method"),
+        ("each-sentence:16/4", "OVERLAP is 4"),
+        ("sentences:16:hierarchical", "may be of several paragraphs"),
         ("", "no method"),
     ],
 )
@@ -267,7 +295,7 @@ def test_what_is_no_chunking_is_refused(text: str, said: str) -> None:
 
 
 def test_a_chunking_reads_as_it_is_written() -> None:
-    for text in ("tokens:256/32:mean", "tokens:8/0:max", "tokens:weighted"):
+    for text in ("tokens:256/32:mean", "tokens:8/0:max", "each-sentence:hierarchical"):
         assert str(Chunking.parse(text)) == text
     assert Chunking.parse("tokens") == Chunking("tokens", 0, 0, "mean")
     assert Chunking.parse("none") is None
