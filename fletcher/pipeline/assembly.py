@@ -113,8 +113,7 @@ class Assembler:
     ) -> tuple[_Table, Int32Array]:
         """The table and, for each row, its place there (any place for rows without a vector)."""
         num_texts = piece.texts.num_texts
-        own = piece.new_values is None
-        if own and not isinstance(outcome, FletcherError) and outcome.counts is not None:
+        if piece.new_values is None and not isinstance(outcome, FletcherError):
             table = _Table.of(outcome)
         elif piece.new_values is None:
             table = _Table(num_texts, self._spec.width)
