@@ -105,6 +105,13 @@ def test_overhead_reports_rows_and_memory_over_time(home: Path) -> None:
     assert "front process: " in printed
 
 
+def test_overhead_alone_needs_no_tokenizer(home: Path) -> None:
+    options = ("--rows", "700", "--batch-rows", "700", "--repeats", "1", "--without-tokenizer")
+    printed, result = run(home, "overhead", *options)
+    assert [row["name"] for row in result["rows"]] == ["no model, no tokenizer"]
+    assert "library alone" not in printed
+
+
 def test_delivery_compares_what_promises_cost(home: Path) -> None:
     printed, result = run(home, "delivery", "--rows", "2000", "--repeats", "1")
     assert [row["name"] for row in result["rows"]] == [
