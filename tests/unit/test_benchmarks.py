@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> 
 def run(home: Path, *argv: str) -> tuple[str, dict[str, Any]]:
     """What a benchmark printed and what it wrote; on the shipped sample with the tiny model."""
     name, *rest = argv
-    out = home / "results" / name
+    out = Path(tempfile.mkdtemp(prefix=name, dir=home))
     sample = ROOT / "examples" / "data" / "debian-sample.parquet"
     command = [sys.executable, "-m", "benchmarks", name, "--home", str(home), "--model", "tiny"]
     command += ["--corpus", str(sample), "--out", str(out), *rest]
