@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,8 +44,8 @@ class Window:
         self.tickets = tickets
         self._layers = tickets[0].texts.layers
         self._dim = dim
-        self._input_ids: Int32Array = np.concatenate([tokens.input_ids for tokens in token_batches])
-        lengths = np.concatenate([np.diff(tokens.offsets) for tokens in token_batches])
+        self._input_ids: Int32Array = _joined([tokens.input_ids for tokens in token_batches])
+        lengths = _joined([np.diff(tokens.offsets) for tokens in token_batches])
         self._lengths: Int32Array = lengths.astype(np.int32)
         self._starts: Int64Array = np.concatenate(([0], np.cumsum(lengths)))
         self._first_rows: Int64Array = np.cumsum(
@@ -127,6 +128,9 @@ class Window:
                 f"a replica answered with vectors of shape {result.embeddings.shape} and {norms} "
                 f"norms, expected {expected}"
             )
+        if len(self._lengths) == 1:
+            self._embeddings, self._norms = result.embeddings, result.norms
+            return None
         if self._embeddings is None:
             self._embeddings = np.zeros((len(self._lengths), self._dim), np.float32)
         self._embeddings[rows] = result.embeddings
@@ -148,3 +152,8 @@ class Window:
             )
         self._parts.append((rows, vectors, counts))
         return None
+
+
+def _joined(arrays: list[Any]) -> Any:
+    """The same, not copied where there is one."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
