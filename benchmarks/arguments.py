@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.corpus import ROOT
+from benchmarks.random_model import Shape
 from fletcher.config import fletcher_home
 from fletcher.models.registry import DEFAULT_MODEL
 
@@ -24,6 +25,28 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--home", type=absolute, default=fletcher_home(), help="FLETCHER_HOME")
     parser.add_argument(
         "--out", type=absolute, default=ROOT / "results", help="folder for the JSON"
+    )
+
+
+def add_max_batch_tokens(parser: argparse.ArgumentParser) -> None:
+    """Adds `--max-batch-tokens`."""
+    parser.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=0,
+        help="tokens in one run, of Fletcher and of bare engines (default: 0, the engine's best)",
+    )
+
+
+def add_random_model(parser: argparse.ArgumentParser, default: Shape, like: str) -> None:
+    """Adds `--random-model`; `like` says which model has the default's shape."""
+    parser.add_argument(
+        "--random-model",
+        type=Shape.parse,
+        default=default,
+        metavar="HIDDEN,LAYERS,HEADS,INTERMEDIATE",
+        help="a model of random weights to measure "
+        f"(default: {','.join(map(str, vars(default).values()))}, {like})",
     )
 
 
@@ -57,11 +80,13 @@ def seconds(text: str) -> float:
 
 def as_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags' values for a result's JSON."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name != "run"
-    }
+    return {name: _plain(value) for name, value in vars(args).items() if name != "run"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Shape):
+        return vars(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def absolute(text: str) -> Path:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import hardware, report
-from benchmarks.arguments import add_common, as_options, positive
+from benchmarks import report
+from benchmarks.arguments import add_common, positive
 from benchmarks.corpus import Corpus
 from benchmarks.jobs import JobError
 from benchmarks.serving import Served, serve
+from benchmarks.setting import Setting
 from fletcher import EmbedOptions, connect
-from fletcher.models.registry import Registry
 
 _DATASET = "bench"
 _STORED_TIMEOUT_S = 600.0
@@ -61,10 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON."""
-    hardware.limit_cores(args.cores)
-    machine, versions = hardware.facts(), hardware.versions()
-    corpus = Corpus.load(args.corpus)
-    bundle = Registry(args.home / "models").ensure(args.model, print)
+    setting = Setting.of(args)
+    corpus, bundle = setting.corpus, setting.bundle
     seconds: dict[str, list[float]] = {way.name: [] for way in WAYS}
     peaks: dict[str, int] = dict.fromkeys(seconds, 0)
     for turn in range(args.repeats):
@@ -94,15 +92,12 @@ def run(args: argparse.Namespace) -> int:
         for name, some in seconds.items()
     ]
     result = {
-        "benchmark": "delivery",
-        "hardware": machine,
-        "versions": versions,
-        "options": as_options(args),
+        **setting.about("delivery"),
         "model": bundle.qualified_name,
         "corpus": corpus.name,
         "rows": rows,
     }
-    print(report.heading(machine, versions))
+    print(setting.heading())
     print(
         f"{args.backend} backend, {args.rows:,} rows recombined from {corpus.name}, from the first "
         f"write until the store's folder has every row; medians of {args.repeats} turns\n"

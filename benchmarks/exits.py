@@ -20,11 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import hardware, report
-from benchmarks.arguments import add_common, as_options, positive, seconds, several
+from benchmarks import report
+from benchmarks.arguments import (
+    add_common,
+    add_random_model,
+    positive,
+    seconds,
+    several,
+)
 from benchmarks.engines import ENGINES, configure, title
 from benchmarks.jobs import run_job
 from benchmarks.random_model import Shape, write_checkpoint
+from benchmarks.setting import Setting
 from fletcher.batches import MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference.backend import Backend, BackendConfig
@@ -41,25 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=seconds, default=1.0, help="of each turn of each exit (default: 1)"
     )
-    parser.add_argument(
-        "--random-model",
-        type=Shape.parse,
-        default=Shape(384, 12, 12, 1536),
-        metavar="HIDDEN,LAYERS,HEADS,INTERMEDIATE",
-        help="default: 384,12,12,1536, as MiniLM-L12",
-    )
+    add_random_model(parser, Shape(384, 12, 12, 1536), "as MiniLM-L12")
     add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON."""
-    hardware.limit_cores(args.cores)
-    machine, versions = hardware.facts(), hardware.versions()
+    setting = Setting.of(args)
     rows, skipped = [], {}
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
         folder = Path(scratch)
-        tokenizer = Registry(args.home / "models").ensure(args.model, print).tokenizer
-        write_checkpoint(folder / "checkpoint", args.random_model, tokenizer)
+        write_checkpoint(folder / "checkpoint", args.random_model, setting.bundle.tokenizer)
         registry = Registry(folder / "models")
         whole, exits = (
             registry.add(str(folder / "checkpoint"), name=name, exits=layers, progress=print)
@@ -71,14 +70,11 @@ def run(args: argparse.Namespace) -> int:
             except BackendError as error:
                 skipped[title(backend, precision)] = error.message
     result = {
-        "benchmark": "exits",
-        "hardware": machine,
-        "versions": versions,
-        "options": as_options(args) | {"random_model": vars(args.random_model)},
+        **setting.about("exits"),
         "rows": rows,
         "skipped": skipped,
     }
-    print(report.heading(machine, versions))
+    print(setting.heading())
     print(
         f"random weights, {args.random_model}; rows of {_ROW_TOKENS} tokens; medians of "
         f"{args.repeats} turns, times as fast as all layers of the same segments in the same turn\n"

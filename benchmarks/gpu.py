@@ -25,12 +25,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import contenders, hardware, report
-from benchmarks.arguments import absolute, add_common, as_options, positive
+from benchmarks.arguments import (
+    absolute,
+    add_common,
+    add_max_batch_tokens,
+    add_random_model,
+    positive,
+)
 from benchmarks.corpus import ROOT, Corpus, numbered
 from benchmarks.engines import run_bare, save_tokens
 from benchmarks.jobs import JobError, run_job
 from benchmarks.random_model import Shape, write_checkpoint
 from benchmarks.serving import serve
+from benchmarks.setting import Setting
 from fletcher import EmbedOptions, connect
 from fletcher.errors import FletcherError
 from fletcher.inference.backend import BackendConfig
@@ -100,20 +107,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--texts", type=positive, help=f"how many (default: {TEXTS})")
     parser.add_argument("--repeats", type=positive, default=3, help="turns (default: 3)")
-    parser.add_argument(
-        "--random-model",
-        type=Shape.parse,
-        default=Shape(768, 12, 12, 3072),
-        metavar="HIDDEN,LAYERS,HEADS,INTERMEDIATE",
-        help="the second model, of random weights (default: 768,12,12,3072, as bge-base)",
-    )
+    add_random_model(parser, Shape(768, 12, 12, 3072), "as bge-base")
     parser.add_argument(
         "--peer-python",
         type=absolute,
         default=Path(sys.executable),
         help="the Python that has PyTorch (default: this one)",
     )
-    parser.add_argument("--max-batch-tokens", type=int, default=0, help="tokens in one run")
+    add_max_batch_tokens(parser)
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -124,34 +125,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks and measures, prints the table, writes the JSON; 1: wrong vectors, 2: no CUDA."""
+    setting = Setting.of(args)
     host = detect_host()
     if args.device != "cpu" and (missing := _missing(host)):
         print(f"gpu_check: no CUDA provider: {missing}", file=sys.stderr)
         return NO_CUDA
-    machine, versions = hardware.facts(), hardware.versions()
     deadline = time.monotonic() + QUICK_S if args.quick else math.inf
     num_texts = args.texts or (QUICK_TEXTS if args.quick else TEXTS)
-    corpus = Corpus.load(args.corpus)
     result: dict[str, Any] = {
-        "benchmark": "gpu-check",
-        "hardware": machine | {"gpus": hardware.gpus()},
-        "versions": versions,
-        "options": as_options(args) | {"random_model": vars(args.random_model)},
+        **setting.about("gpu-check"),
+        "hardware": setting.machine | {"gpus": hardware.gpus()},
         "models": [],
     }
     with tempfile.TemporaryDirectory(prefix="fletcher-gpu-check-") as scratch:
         folder = Path(scratch)
         for bundle, checkpoint in _models(args, folder):
             share = 1 if not result["models"] else RANDOM_SHARE
-            texts = _texts(corpus, max(1, num_texts // share))
+            texts = _texts(setting.corpus, max(1, num_texts // share))
             subject = _subject(args, host, bundle, checkpoint, texts, folder)
             try:
-                model = _examine(subject, args.peer_python, versions, deadline)
+                model = _examine(subject, args.peer_python, setting.versions, deadline)
             except NoDeviceError as error:
                 print(f"gpu_check: no CUDA provider: {error}", file=sys.stderr)
                 return NO_CUDA
             result["models"].append(model)
-    print(report.heading(machine, versions))
+    print(setting.heading())
     print("\n".join(result["hardware"]["gpus"]) or "no NVIDIA GPU: a twin on the CPU")
     for model in result["models"]:
         print("\n" + _text(model))
@@ -175,7 +173,8 @@ def _models(args: argparse.Namespace, folder: Path) -> list[tuple[ModelBundle, P
     models = folder / "home" / "models"
     registry = Registry(models)
     if args.model_folder is not None:
-        bundle, checkpoint = registry.add(str(args.model_folder), progress=_say), args.model_folder
+        checkpoint = args.model_folder
+        bundle = registry.add(str(checkpoint), progress=report.say)
     else:
         # Of the machine's own models only this one is shown to servers, and only to read.
         present = Registry(args.home / "models").get(args.model)
@@ -185,7 +184,7 @@ def _models(args: argparse.Namespace, folder: Path) -> list[tuple[ModelBundle, P
         checkpoint = contenders.kept_checkpoint(args.home, args.model)
     random = folder / "random-bert"
     write_checkpoint(random, args.random_model, bundle.tokenizer)
-    return [(bundle, checkpoint), (registry.add(str(random), progress=_say), random)]
+    return [(bundle, checkpoint), (registry.add(str(random), progress=report.say), random)]
 
 
 def _texts(corpus: Corpus, num_texts: int) -> list[str]:
@@ -230,7 +229,8 @@ def _subject(
 def _examine(
     subject: Subject, peer_python: Path, versions: dict[str, str], deadline: float
 ) -> dict[str, Any]:
-    _say(f"{subject.bundle.name}: {len(subject.texts):,} texts, {subject.num_tokens:,} tokens")
+    amount = f"{len(subject.texts):,} texts, {subject.num_tokens:,} tokens"
+    report.say(f"{subject.bundle.name}: {amount}")
     parity = _parity(subject)
     rows = []
     peer = f"PyTorch {'float32' if subject.device == 'cpu' else 'float16'}, SDPA, sorted"
@@ -239,7 +239,7 @@ def _examine(
         ("Fletcher, end to end", lambda: _end_to_end(subject)),
         (peer, lambda: _peer(subject, peer_python, versions)),
     ):
-        _say(f"{subject.bundle.name}: {name}")
+        report.say(f"{subject.bundle.name}: {name}")
         if time.monotonic() > deadline:
             rows.append({"name": name, "absent": f"--quick: {QUICK_S} s were over"})
             continue
@@ -405,7 +405,3 @@ def _text(model: dict[str, Any]) -> str:
         for row in model["rows"]
     ]
     return "\n".join(lines) + report.table(["", "texts/s", "tokens/s", "note"], cells)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

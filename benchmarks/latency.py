@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import hardware, report
-from benchmarks.arguments import add_common, as_options, positive, seconds
-from benchmarks.corpus import ROOT, Corpus
+from benchmarks import report
+from benchmarks.arguments import add_common, positive, seconds
+from benchmarks.corpus import ROOT
 from benchmarks.engines import configure, run_bare, save_tokens
 from benchmarks.interactive import Window, alone, beside, busy_load, one_by_one
 from benchmarks.jobs import JobError, clean_environment
 from benchmarks.serving import serve
-from fletcher.models.registry import Registry
+from benchmarks.setting import Setting
 
 DIFFERENT_TEXTS = 64
 PERCENTILES = (50, 95, 99)
@@ -58,11 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON."""
-    hardware.limit_cores(args.cores)
-    machine, versions = hardware.facts(), hardware.versions()
-    corpus = Corpus.load(args.corpus)
+    setting = Setting.of(args)
+    corpus, bundle = setting.corpus, setting.bundle
     texts = corpus.sample_titles(DIFFERENT_TEXTS)
-    bundle = Registry(args.home / "models").ensure(args.model, print)
     own = configure(bundle, "auto", "auto", 0)
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
         folder = Path(scratch)
@@ -87,17 +85,14 @@ def run(args: argparse.Namespace) -> int:
         "stats": by_stats,
     }
     result = {
-        "benchmark": "latency",
-        "hardware": machine,
-        "versions": versions,
-        "options": as_options(args),
+        **setting.about("latency"),
         "model": bundle.qualified_name,
         "engine": bare["engine"],
         "rows": rows,
         "bulk_tokens_per_s": bulk,
         "busy": busy,
     }
-    print(report.heading(machine, versions))
+    print(setting.heading())
     print(
         f"{bundle.qualified_name}, {own.backend} {own.precision}; one text a request, "
         f"{num_tokens / len(texts):.0f} tokens on average; {args.requests} requests one after the "

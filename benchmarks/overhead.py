@@ -18,13 +18,13 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks import alone, hardware, report
-from benchmarks.arguments import add_common, as_options, positive
+from benchmarks.arguments import add_common, positive
 from benchmarks.corpus import Corpus
 from benchmarks.jobs import JobError
 from benchmarks.serving import Served, serve
+from benchmarks.setting import Setting
 from fletcher import EmbedOptions, connect
 from fletcher.client import Ack
-from fletcher.models.registry import Registry
 
 SAMPLE_INTERVAL_S = 0.25
 MAX_LINES = 12
@@ -95,11 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON."""
-    hardware.limit_cores(args.cores)
-    machine, versions = hardware.facts(), hardware.versions()
-    corpus = Corpus.load(args.corpus)
-    bundle = Registry(args.home / "models").ensure(args.model, print)
-    cores = machine["cores"]
+    setting = Setting.of(args)
+    corpus, bundle = setting.corpus, setting.bundle
+    cores = setting.machine["cores"]
     bare_rows = min(args.rows, MAX_BARE_ROWS)
     texts = list(corpus.recombined(bare_rows, batch_rows=args.batch_rows))
     load = alone.Load.of(bundle, texts, np.zeros(0, np.int64))
@@ -129,10 +127,7 @@ def run(args: argparse.Namespace) -> int:
         for name, rates in bare_rates.items()
     ]
     result: dict[str, Any] = {
-        "benchmark": "overhead",
-        "hardware": machine,
-        "versions": versions,
-        "options": as_options(args),
+        **setting.about("overhead"),
         "model": bundle.qualified_name,
         "corpus": corpus.name,
         "num_rows": args.rows,
@@ -143,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
             for name, ones in turns.items()
         ],
     }
-    print(report.heading(machine, versions))
+    print(setting.heading())
     print(
         f"null backend, {args.rows:,} rows ({result['text_bytes'] / 2**20:,.0f} MiB of text) "
         f"recombined from {corpus.name}, DoPut to rows in LanceDB; "

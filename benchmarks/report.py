@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,3 +46,8 @@ def publish(folder: Path, result: dict[str, Any]) -> str:
     path = folder / f"{result['benchmark']}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return f"written to {path}\n{draw(result, path.with_suffix('.png'))}"
+
+
+def say(line: str) -> None:
+    """How far it is, on standard error: standard output is for the table."""
+    print(line, file=sys.stderr, flush=True)

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks import hardware, report
-from benchmarks.arguments import add_common, as_options, positive, seconds
-from benchmarks.corpus import Corpus
+from benchmarks import report
+from benchmarks.arguments import add_common, add_max_batch_tokens, positive, seconds
 from benchmarks.engines import ENGINES, configure, run_bare, save_tokens, title
 from benchmarks.flops import Architecture
 from benchmarks.jobs import JobError, run_job
+from benchmarks.setting import Setting
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
-from fletcher.models.registry import Registry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,18 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=seconds, default=3.0, help="of each shape of product (default: 3)"
     )
-    parser.add_argument(
-        "--max-batch-tokens", type=int, default=0, help="default: 0, the engine's best"
-    )
+    add_max_batch_tokens(parser)
     add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON."""
-    hardware.limit_cores(args.cores)
-    machine, versions = hardware.facts(), hardware.versions()
-    corpus = Corpus.load(args.corpus)
-    bundle = Registry(args.home / "models").ensure(args.model, print)
+    setting = Setting.of(args)
+    corpus, bundle = setting.corpus, setting.bundle
     architecture = Architecture.of(bundle)
     texts = corpus.sample(args.texts)
     skipped: dict[str, str] = {}
@@ -66,17 +61,14 @@ def run(args: argparse.Namespace) -> int:
         raise JobError(f"no engine runs here: {skipped}")
     rows = [_median(name, some) for name, some in turns.items()]
     result = {
-        "benchmark": "roofline",
-        "hardware": machine,
-        "versions": versions,
-        "options": as_options(args),
+        **setting.about("roofline"),
         "model": bundle.qualified_name,
         "architecture": asdict(architecture),
         "sample": {"corpus": corpus.name, "texts": len(texts), "tokens": num_tokens},
         "rows": rows,
         "skipped": skipped,
     }
-    print(report.heading(machine, versions))
+    print(setting.heading())
     print(
         f"{bundle.qualified_name}, {len(texts):,} texts ({num_tokens:,} tokens) of {corpus.name}; "
         f"medians of {args.repeats} turns\n"

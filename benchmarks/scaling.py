@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import contenders, hardware, report
-from benchmarks.arguments import add_common, as_options, doublings, positive, several
+from benchmarks import contenders, report
+from benchmarks.arguments import add_common, doublings, positive, several
 from benchmarks.bare import planned
 from benchmarks.contenders import Task
-from benchmarks.corpus import Corpus
 from benchmarks.engines import configure
 from benchmarks.jobs import JobError
 from benchmarks.pools import through_pool
+from benchmarks.setting import Setting
 from fletcher.inference.backend import BackendConfig
-from fletcher.models.registry import Registry
 from fletcher.workers.messages import WorkerSpec
 
 BUDGETS = (256, 512, 1024, 2048, 4096)
@@ -71,13 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON."""
-    hardware.limit_cores(args.cores)
-    machine, versions = hardware.facts(), hardware.versions()
-    corpus = Corpus.load(args.corpus)
-    bundle = Registry(args.home / "models").ensure(args.model, print)
+    setting = Setting.of(args)
+    corpus, bundle = setting.corpus, setting.bundle
     texts = corpus.sample(args.texts)
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
-        task = Task.of(args, bundle, texts, Path(scratch), machine["cores"])
+        task = Task.of(args, bundle, texts, Path(scratch), setting.machine["cores"])
         task = replace(task, serve_args=["--backend", args.backend, *args.serve_args])
         curves = _curves(task, args)
         for turn in range(args.repeats):
@@ -88,10 +85,7 @@ def run(args: argparse.Namespace) -> int:
                     line = f"turn {turn + 1}, {name}, {point.value}: {rate:,.0f} rows/s"
                     print(line, file=sys.stderr)
     result = {
-        "benchmark": "scaling",
-        "hardware": machine,
-        "versions": versions,
-        "options": as_options(args),
+        **setting.about("scaling"),
         "model": bundle.qualified_name,
         "sample": {"corpus": corpus.name, "texts": len(texts), "tokens": task.num_tokens},
         "curves": [
@@ -99,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             for name, points in curves.items()
         ],
     }
-    print(report.heading(machine, versions))
+    print(setting.heading())
     print(
         f"{bundle.qualified_name}, {args.backend} backend, {len(texts):,} texts "
         f"({task.num_tokens:,} tokens) of {corpus.name}; medians of {args.repeats} turns\n"

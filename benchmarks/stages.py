@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import alone, contenders, hardware, report
+from benchmarks import alone, contenders, report
 from benchmarks.alone import Load
-from benchmarks.arguments import add_common, as_options, doublings, positive
+from benchmarks.arguments import add_common, add_max_batch_tokens, doublings, positive
 from benchmarks.bare import Timing
 from benchmarks.contenders import Task
-from benchmarks.corpus import Corpus, numbered
+from benchmarks.corpus import numbered
 from benchmarks.engines import configure, run_bare, title
 from benchmarks.jobs import JobError
+from benchmarks.setting import Setting
 from fletcher.inference.backend import BackendConfig
-from fletcher.models.registry import Registry
 
 TOGETHER = "end to end, DoPut to rows in LanceDB"
 
@@ -50,22 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=positive, default=4000, help="how many (default: 4000)")
     parser.add_argument("--repeats", type=positive, default=3, help="turns of every stage")
     parser.add_argument("--batch-rows", type=positive, default=500, help="rows of a batch sent")
-    parser.add_argument(
-        "--max-batch-tokens", type=int, default=0, help="default: 0, the engine's best"
-    )
+    add_max_batch_tokens(parser)
     add_common(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON."""
-    hardware.limit_cores(args.cores)
-    machine, versions = hardware.facts(), hardware.versions()
-    corpus = Corpus.load(args.corpus)
-    bundle = Registry(args.home / "models").ensure(args.model, print)
+    setting = Setting.of(args)
+    corpus, bundle = setting.corpus, setting.bundle
     config = configure(bundle, "auto", "auto", args.max_batch_tokens)
     texts = corpus.sample(args.texts)
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
-        task = Task.of(args, bundle, texts, Path(scratch), machine["cores"])
+        task = Task.of(args, bundle, texts, Path(scratch), setting.machine["cores"])
         lengths = np.diff(np.load(task.tokens_path)["offsets"])
         load = Load.of(bundle, numbered(texts, batch_rows=args.batch_rows), lengths)
         stages = _stages(load, task, config)
@@ -77,17 +73,14 @@ def run(args: argparse.Namespace) -> int:
                 print(f"turn {turn + 1}, {stage.name}: {rate:,.0f} rows/s", file=sys.stderr)
     rows = [_row(stage, len(texts), task.num_tokens) for stage in stages]
     result = {
-        "benchmark": "stages",
-        "hardware": machine,
-        "versions": versions,
-        "options": as_options(args),
+        **setting.about("stages"),
         "model": bundle.qualified_name,
         "engine": title(config.backend, config.precision),
         "sample": {"corpus": corpus.name, "texts": len(texts), "tokens": task.num_tokens},
         "rows": rows,
-        "sum": _sum(rows, machine["cores"]),
+        "sum": _sum(rows, setting.machine["cores"]),
     }
-    print(report.heading(machine, versions))
+    print(setting.heading())
     print(
         f"{bundle.qualified_name}, {len(texts):,} texts ({task.num_tokens:,} tokens) of "
         f"{corpus.name}; medians of {args.repeats} turns\n"

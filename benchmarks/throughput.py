@@ -20,13 +20,13 @@ if __package__ in (None, ""):  # run as a script: its own folder is on the path,
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks import contenders, hardware, report
-from benchmarks.arguments import absolute, add_common, as_options, positive
+from benchmarks import contenders, report
+from benchmarks.arguments import absolute, add_common, add_max_batch_tokens, positive
 from benchmarks.contenders import Measure, Measurement, Skipped, Task
-from benchmarks.corpus import Corpus
 from benchmarks.engines import ENGINES, configure, title
+from benchmarks.setting import Setting
 from fletcher.errors import ModelError
-from fletcher.models.registry import DEFAULT_MODEL, Registry
+from fletcher.models.registry import DEFAULT_MODEL
 
 QUICK_TEXTS = 200
 FLETCHER = "Fletcher, DoPut to rows in LanceDB"
@@ -54,12 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help=f"{QUICK_TEXTS} texts, one turn: does it work at all"
     )
     parser.add_argument("--batch-rows", type=positive, default=500, help="rows of a batch sent")
-    parser.add_argument(
-        "--max-batch-tokens",
-        type=int,
-        default=0,
-        help="for Fletcher and the bare engines (default: 0, the engine's best)",
-    )
+    add_max_batch_tokens(parser)
     parser.add_argument("--no-peers", action="store_true", help="without the libraries of others")
     parser.add_argument(
         "--peer-python",
@@ -73,21 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON."""
-    hardware.limit_cores(args.cores)
-    machine, versions = hardware.facts(), hardware.versions()
+    setting = Setting.of(args)
     num_texts = min(args.texts, QUICK_TEXTS) if args.quick else args.texts
-    corpus = Corpus.load(args.corpus)
-    bundle = Registry(args.home / "models").ensure(args.model, _say)
+    corpus, bundle = setting.corpus, setting.bundle
     texts = corpus.sample(num_texts, seed=args.seed)
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
-        task = Task.of(args, bundle, texts, Path(scratch), machine["cores"])
+        task = Task.of(args, bundle, texts, Path(scratch), setting.machine["cores"])
         rows = _rows(task, args)
         for turn in range(1 if args.quick else args.repeats):
             for row in rows:
                 _take_turn(row, turn, len(texts))
     for row in rows:
         if row.last is not None and "versions" in row.last.details:
-            versions |= row.last.details["versions"]
+            setting.versions.update(row.last.details["versions"])
     own = configure(bundle, "auto", "auto", args.max_batch_tokens)
     own_name = _engine_name(own.backend, own.precision)
     sample = {
@@ -97,15 +90,12 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
     }
     result = {
-        "benchmark": "throughput",
-        "hardware": machine,
-        "versions": versions,
-        "options": as_options(args),
+        **setting.about("throughput"),
         "sample": sample,
         "model": bundle.qualified_name,
         **_results(rows, own_name, len(texts), task.num_tokens),
     }
-    print(report.heading(machine, versions))
+    print(setting.heading())
     print(
         f"{bundle.qualified_name}, {len(texts):,} texts ({task.num_tokens:,} tokens) of "
         f"{corpus.name}; medians of {max(len(row.seconds) for row in rows)} turns\n"
@@ -160,11 +150,11 @@ def _take_turn(row: Row, turn: int, num_texts: int) -> None:
     outcome = row.measure()
     if isinstance(outcome, Skipped):
         row.skipped = outcome.reason
-        _say(f"{row.name}: skipped, {outcome.reason}")
+        report.say(f"{row.name}: skipped, {outcome.reason}")
         return
     row.seconds.append(outcome.seconds)
     row.last = outcome
-    _say(f"turn {turn + 1}, {row.name}: {num_texts / outcome.seconds:,.0f} texts/s")
+    report.say(f"turn {turn + 1}, {row.name}: {num_texts / outcome.seconds:,.0f} texts/s")
 
 
 def _results(rows: list[Row], own_name: str, num_texts: int, num_tokens: int) -> dict[str, Any]:
@@ -244,10 +234,6 @@ def _table(result: dict[str, Any]) -> str:
 
 def _engine_name(backend: str, precision: str) -> str:
     return f"bare {title(backend, precision)}, ready tokens"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

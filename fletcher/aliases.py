@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from hashlib import blake2b
 
+# Where names of models are listed: all that are installed.
+ANY_MODEL = "*"
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _ALIAS = re.compile(rf"({MODEL_NAME})=(.+)", re.DOTALL)
 _TARGET = re.compile(rf"({MODEL_NAME}(?:@[0-9a-f]+)?)(?::([0-9.]+))?")

@@ -28,6 +28,7 @@ from fletcher.settings import (
     FILE,
     FOLDER,
     GIB,
+    LOADABLE,
     MIB,
     MILLISECONDS,
     NAMES,
@@ -120,6 +121,13 @@ class ServeConfig:
         NAMES,
         "models served beside --model, repeatable, as NAME or NAME@HASH; each has processes and "
         "memory of its own, and all share the cores",
+    )
+    loadable_models: tuple[str, ...] = _option(
+        (),
+        "model",
+        LOADABLE,
+        "models that callers may have loaded and swapped beside --model and --models, repeatable; "
+        "*: all that are installed; each takes memory, and whoever may call may load",
     )
     model_aliases: tuple[str, ...] = _option(
         (),

@@ -251,7 +251,7 @@ class Instruments:
         self.device_rate = Gauge(
             "device.rate",
             "{token}/s",
-            "Tokens that a device computes in a second",
+            "Tokens that a device takes through all layers in a second",
             "model",
             "device",
         )

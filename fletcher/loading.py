@@ -98,6 +98,7 @@ class Loader:
                 max_queue_delay_s=config.max_queue_delay_ms / 1000,
                 dispatch=config.dispatch,
                 worker_timeout_s=config.worker_timeout_s,
+                num_layers=bundle.num_layers,
                 model=bundle.qualified_name,
             ),
             plan=lambda lengths, num_runners: plan(

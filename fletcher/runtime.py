@@ -215,7 +215,12 @@ class Runtime:
             crowded=lambda: pressure.grade is not Grade.NORMAL,
             shelf=self._shelf,
         )
-        models = Models(loader, config.model, max_bytes=config.max_model_memory)
+        models = Models(
+            loader,
+            config.model,
+            loadable=config.loadable_models,
+            max_bytes=config.max_model_memory,
+        )
         for stage in ("texts", "tokens", "micro_batches"):
             telemetry.queue_depth.watch(partial(models.queued, stage), stage=stage)
         self._service = Service(

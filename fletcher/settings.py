@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fletcher.aliases import MODEL_NAME, Alias
+from fletcher.aliases import ANY_MODEL, MODEL_NAME, Alias
 from fletcher.errors import ConfigError
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -23,6 +23,7 @@ _SIZE_UNITS = {
     "k": 1 << 10, "m": MIB, "g": GIB, "kib": 1 << 10, "mib": MIB, "gib": GIB, "tib": 1 << 40,
 }  # fmt: skip
 _MODEL = re.compile(rf"{MODEL_NAME}(?:@[0-9a-f]+)?")
+_LOADABLE = re.compile(rf"{MODEL_NAME}|{re.escape(ANY_MODEL)}")
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -60,11 +61,14 @@ def _stores(text: str) -> tuple[str, ...]:
     return tuple(name for part in parts if (name := part.strip()))
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name for part in text.split(",") if (name := part.strip()))
-    if not all(_MODEL.fullmatch(name) for name in names):
-        raise ValueError(text)
-    return names
+def _listed(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(name for part in text.split(",") if (name := part.strip()))
+        if not all(pattern.fullmatch(name) for name in names):
+            raise ValueError(text)
+        return names
+
+    return parse
 
 
 def _aliases(text: str) -> tuple[str, ...]:
@@ -105,7 +109,8 @@ SECONDS = Kind("SECONDS", "seconds, or a time such as 200ms or 2m", parse_second
 MILLISECONDS = Kind("MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float))
 SWITCH = Kind("BOOL", "true or false", _switch, (bool,))
 STORES = Kind("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _stores, (list,))
-NAMES = Kind("MODEL", "names of models, separated by commas", _names, (list,))
+NAMES = Kind("MODEL", "names of models, separated by commas", _listed(_MODEL), (list,))
+LOADABLE = Kind("MODEL", "names of models without @HASH, or *", _listed(_LOADABLE), (list,))
 ALIASES = Kind("ALIAS", "NAME=MODEL:WEIGHT,MODEL:WEIGHT", _aliases, (list,))
 FILE = Kind("FILE", "a path", _file)
 FOLDER = Kind("FOLDER", "a path", _file)

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fletcher.cli.leaving import leave_in_time
 from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, given_flags, read_config
+from fletcher.cli.table import say
 from fletcher.config import COMPRESSIONS, NO_STORE, ServeConfig
 from fletcher.errors import ConfigError, UnauthenticatedError
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Flags of every command that can embed in its own process.
 LOCAL_FLAGS = ("device", "backend", "precision", "threads", "home", "log_level")
+# Of these and others, those that a server elsewhere has decided.
+_SERVERS_OWN = {"device", "backend", "precision", "threads", "allow_undeclared", "int8"}
 # What such a process takes from the environment and the file: all but the network's options.
 LOCAL_OPTIONS = (
     *LOCAL_FLAGS,
@@ -136,7 +138,7 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
             max_journal=0,  # rows are acknowledged when the store has them, and nothing is left
         )
         with (
-            Runtime(private, progress=_say) as runtime,
+            Runtime(private, progress=say) as runtime,
             # It tries a failing store for --store-retry itself: the client need not again.
             connect(
                 runtime.address, token=token, transfer=TransferOptions(max_retries=0)
@@ -171,8 +173,8 @@ def without_store(config: ServeConfig) -> ServeConfig:
 
 
 def refuse_local_flags(args: argparse.Namespace) -> None:
-    """Refuses flags about devices where a server elsewhere does the work. Raises ConfigError."""
-    for name in sorted(given_flags(args).keys() & {"device", "backend", "precision", "threads"}):
+    """Refuses flags of servers where one elsewhere does the work. Raises ConfigError."""
+    for name in sorted(given_flags(args).keys() & _SERVERS_OWN):
         raise ConfigError(
             f"`{name}` has no meaning with --server, which has its own; leave one out", field=name
         )
@@ -189,7 +191,3 @@ def _read_token(path: Path) -> str:
     if not words:
         raise ConfigError(f"`token_file` {str(path)!r} holds no token", field="token_file")
     return words[0]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

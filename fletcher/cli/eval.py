@@ -6,16 +6,15 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.connection import add_connection, local_config, open_client, without_store
-from fletcher.cli.parser import check_server, given_flags
+from fletcher.cli.parser import add_format, add_paths, check_server, given_flags
+from fletcher.cli.table import say
 from fletcher.config import NO_STORE, ServeConfig
 from fletcher.errors import ConfigError
-from fletcher.readers import FORMATS
 
 if TYPE_CHECKING:
     from fletcher.client import Client
@@ -40,14 +39,14 @@ def add_parser(subparsers: Any) -> None:
         example="fletcher eval corpus.parquet --query title --document body --documents 5000 "
         "--queries 1000",
     )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="a file, a folder of them, or -")
+    add_paths(parser)
     parser.add_argument(
         "--query", required=True, metavar="COLUMN", help="what is asked, such as a title"
     )
     parser.add_argument(
         "--document", required=True, metavar="COLUMN", help="what should be found, such as a body"
     )
-    parser.add_argument("--format", choices=FORMATS, help="of the files (default: from name)")
+    add_format(parser, "of the files")
     parser.add_argument(
         "--documents",
         type=int,
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         plot.check()
     config = local_config(args, store=NO_STORE)
     engines = _Engines(args, config)
-    lists = args.variants and [parse(text, engines.usual[0]) for text in args.variants]
+    lists = args.variants and [parse(text, engines.usual) for text in args.variants]
     variants = [one for some in lists for one in some] if lists else None
     engines.check(variants or ())
     pairs = read_pairs(
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         format_name=args.format,
         num_documents=args.documents,
         num_queries=args.queries,
-        notice=_say,
+        notice=say,
     )
     engines.num_texts = len(pairs.documents) + len(pairs.queries)
     found = evaluate(
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         engines.usual,
         variants,
         engines.open,
-        _say,
+        say,
         model_name=given_flags(args).get("model") if args.server else None,
     )
     _print(found, args)
@@ -160,7 +159,7 @@ class _Engines:
         from fletcher.tuning.candidates import Asked, Candidate, engines
         from fletcher.tuning.decision import decide
 
-        self._bundle = Registry(config.home / "models").ensure(config.model, _say)
+        self._bundle = Registry(config.home / "models").ensure(config.model, say)
         self._host, self._asked = detect_host(), Asked.of(config)
         decision = decide(config.home, self._asked, self._host, self._bundle)
         found = engines(self._asked, self._host, self._bundle.folder)
@@ -226,7 +225,7 @@ def _print(found: Report, args: argparse.Namespace) -> None:
     else:
         print("\n".join(report.table(found)))
         for warning in found.warnings():
-            _say(f"note: {warning}")
+            say(f"note: {warning}")
     if args.output:
         try:
             args.output.write_text(text + "\n", encoding="utf-8")
@@ -244,7 +243,3 @@ def _check_folder(name: str, path: Path | None) -> None:
 
 def _unwritable(name: str, path: Path, reason: str | None) -> ConfigError:
     return ConfigError(f"`{name}` is {str(path)!r}, which cannot be written: {reason}", field=name)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

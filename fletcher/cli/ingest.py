@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.connection import add_connection, local_config, open_client, refuse_local_flags
-from fletcher.cli.parser import add_long_texts, check_server, given_flags
+from fletcher.cli.parser import add_format, add_long_texts, add_paths, check_server, given_flags
 from fletcher.cli.progress import Progress, Sample, Total
-from fletcher.cli.table import cut, printable, terminal_width
+from fletcher.cli.table import cut, printable, say, terminal_width
 from fletcher.errors import ConfigError, FletcherError
 from fletcher.options import CHOICES, EmbedOptions
 
@@ -37,15 +37,9 @@ def add_parser(subparsers: Any) -> None:
         "store. The same command again goes on where it was stopped and stores nothing twice.",
         example="fletcher ingest articles.parquet --text body --id slug --dataset articles",
     )
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="file, folder, or - for standard input"
-    )
+    add_paths(parser)
     group = parser.add_argument_group("input")
-    group.add_argument(
-        "--format",
-        metavar="NAME",
-        help="parquet, csv, tsv, jsonl, arrow or text (default: by name, else by content)",
-    )
+    add_format(group, "of the files")
     group.add_argument(
         "--text", default="text", metavar="COLUMN", help="column of texts (default: text)"
     )
@@ -274,7 +268,7 @@ def _print(report: Mapping[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"fletcher ingest: {printable(line)}", file=sys.stderr)
+    say(f"fletcher ingest: {line}")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli import calibrate, running
 from fletcher.cli.parser import Formatter
+from fletcher.cli.table import say
 from fletcher.config import fletcher_home
 from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelBundle
@@ -55,7 +55,8 @@ def add_parser(subparsers: Subparsers) -> None:
         default=(),
         metavar="N,...",
         help="layers after which vectors can be had, too, by a request's `layers`: faster the "
-        "fewer, for models that were trained for it; all layers take a few percent longer then",
+        "fewer, for models that were trained for it; all layers took 3 to 13%% longer with three "
+        "of them, and the process up to 150 MB more",
     )
     add.add_argument(
         "--replace",
@@ -107,7 +108,7 @@ def _add(registry: Registry, args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         exits=args.exits,
         replace=args.replace,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=say,
     )
     _print(_describe(bundle), as_json=args.json)
     return 0

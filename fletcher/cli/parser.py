@@ -88,6 +88,22 @@ def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     )
 
 
+def add_paths(parser: argparse.ArgumentParser) -> None:
+    """Adds the files that a command reads."""
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="a file, a folder of them, or - for standard input"
+    )
+
+
+def add_format(group: Any, what: str) -> None:
+    """Adds `--format`, of `what` a command reads; readers check it, which import Arrow."""
+    group.add_argument(
+        "--format",
+        metavar="NAME",
+        help=f"{what}: parquet, csv, tsv, jsonl, arrow or text (default: by name, else by content)",
+    )
+
+
 def add_long_texts(group: Any) -> None:
     """Adds the flags that say what becomes of texts longer than the model takes."""
     group.add_argument(

@@ -30,8 +30,9 @@ def add_parsers(commands: Any) -> None:
     load = commands.add_parser(
         "load",
         help="have a running server load a model",
-        description="Has a running server load a model that is installed there; ends when it is "
-        "ready. Another version of the name runs on beside it.",
+        description="Has a running server load a model that is installed there, and that its "
+        "--models or --loadable-models name; ends when it is ready. Another version of the name "
+        "runs on beside it.",
         example="fletcher model load bge-small --server grpc://localhost:8815",
     )
     swap = commands.add_parser(

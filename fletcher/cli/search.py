@@ -143,8 +143,8 @@ def _embed_query(args: argparse.Namespace, config: ServeConfig, info: DatasetInf
     metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
     model = given_flags(args).get("model")
-    if model is None and stored is not None:
-        model = stored.partition("@")[0]
+    if model is None:
+        model = stored  # that version, whatever its name stands for by now
     if not args.server and model is not None:
         config = local_config(args, model=model)
     with open_client(args, without_store(config)) as client:
@@ -164,7 +164,7 @@ def _embed_query(args: argparse.Namespace, config: ServeConfig, info: DatasetInf
         layers = int(metadata.get("fletcher.layers", 0)) or None
         vectors = client.embed(
             [args.query],
-            model=known["name"],
+            model=qualified,
             prompt=prompt,
             dims=None if dims == known["dim"] else dims,
             layers=None if layers == known["num_layers"] else layers,

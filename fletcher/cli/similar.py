@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.connection import add_connection, local_config, open_client
 from fletcher.cli.embed import stdin_lines
-from fletcher.cli.parser import check_server, given_flags
-from fletcher.cli.table import cut, printable, terminal_width
+from fletcher.cli.parser import add_format, check_server, given_flags
+from fletcher.cli.table import cut, printable, say, terminal_width
 from fletcher.config import NO_STORE
 from fletcher.errors import ConfigError
-from fletcher.readers import FORMATS
 
 if TYPE_CHECKING:
     from fletcher.batches import FloatArray
@@ -42,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--text", default="text", metavar="COLUMN", help="of the candidates (default: text)"
     )
-    parser.add_argument("--format", choices=FORMATS, help="of the candidates (default: from name)")
+    add_format(parser, "of the candidates")
     parser.add_argument(
         "--k", type=int, metavar="N", help="lines to print for each text (default: 5; all pairs)"
     )
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     source = None
     if args.candidates:
         source = open_source(
-            args.candidates, text_column=args.text, format_name=args.format, notice=_say
+            args.candidates, text_column=args.text, format_name=args.format, notice=say
         )
     model = given_flags(args).get("model") if args.server else None
     with open_client(args, local_config(args, store=NO_STORE)) as client:
@@ -124,12 +122,8 @@ def _print_found(texts: Sequence[str], found: Found, args: argparse.Namespace) -
                 line_of = f"{rank:>{len(str(len(best)))}}  {cosine:7.4f}  {printable(candidate)}"
                 print(cut(line_of, terminal_width()))
     if found.num_failed:
-        _say(f"note: {found.num_failed} of {found.num_candidates} candidates have no vector")
+        say(f"note: {found.num_failed} of {found.num_candidates} candidates have no vector")
 
 
 def _json_line(fields: dict[str, Any]) -> None:
     print(json.dumps(fields, ensure_ascii=False))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import unicodedata
 
 
@@ -14,6 +15,11 @@ def terminal_width() -> int:
 def printable(text: object) -> str:
     """One line of text without control characters: stored text must not steer a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def say(line: str) -> None:
+    """What is no result, on standard error."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def cut(text: str, width: int) -> str:

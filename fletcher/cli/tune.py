@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, read_config
+from fletcher.cli.table import say
 
 if TYPE_CHECKING:
     from fletcher.tuning.race import Trial
@@ -43,18 +43,14 @@ def run(args: argparse.Namespace) -> int:
     set_up_logging("error", "text")
     config = read_config(args, os.environ, _OPTIONS).config
     registry = Registry(config.home / "models")
-    registry.ensure(config.model, _progress)
+    registry.ensure(config.model, say)
     bundle = registry.verify(config.model)
-    report = tune(config.home, Asked.of(config), detect_host(), bundle, _progress)
+    report = tune(config.home, Asked.of(config), detect_host(), bundle, say)
     if args.json:
         print(json.dumps(_as_json(report), indent=2))
     else:
         _print(report)
     return 0
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _print(report: Report) -> None:

@@ -105,7 +105,7 @@ class Exchange:
 
     @property
     def schema(self) -> pa.Schema:
-        """The output's schema; waits for the server to send it."""
+        """The output's schema; waits for the first answer."""
         self._wait(lambda: self._schema is not None)
         if self._schema is None:
             raise InternalError(f"{self._connection.address} ended the exchange without a schema")
@@ -164,7 +164,7 @@ class Exchange:
                 return
             self._closed = True
             self._changed.notify_all()
-            finished = self._read_all and self._all_sent
+            finished = self._read_all and self._all_sent and self._failure is None
         self._end(_CLOSE_TIMEOUT_S, cancel=not finished)
 
     def _end(self, timeout_s: float, *, cancel: bool) -> bool:
@@ -234,7 +234,7 @@ class Exchange:
             for message in self._messages:
                 with self._changed:
                     self._keep(message)
-                    if self._closed:
+                    if self._closed or self._failure is not None:
                         break
                     if self._rows_answered == self._rows_sent:
                         self._last_activity = time.monotonic()
@@ -299,15 +299,6 @@ class Exchange:
             self._changed.notify_all()
 
     def _read_batches(self) -> None:
-        try:
-            schema = self._reader.schema
-        except flight.FlightInternalError as error:
-            if str(error).startswith("Server never sent a data message"):
-                return  # it ended the call well and without an answer
-            raise
-        with self._changed:
-            self._schema = schema
-            self._changed.notify_all()
         expected = 0
         parts: list[pa.RecordBatch] = []
         errors: tuple[RowError, ...] = ()
@@ -315,10 +306,14 @@ class Exchange:
             try:
                 chunk = self._reader.read_chunk()
             except StopIteration:
+                if self._schema is None:
+                    self._learn_schema()
                 return
             if chunk.data is None:
                 _raise_failure(chunk.app_metadata)
                 continue
+            if self._schema is None:
+                self._learn_schema()
             batch_id, found, last = _answer(chunk.app_metadata)
             if batch_id not in (None, expected):
                 raise InternalError(
@@ -343,6 +338,21 @@ class Exchange:
                     return
                 errors = ()
 
+    def _learn_schema(self) -> None:
+        """Takes the output's schema.
+
+        Not before the first message: asking for it would pass over what says that the call failed.
+        """
+        try:
+            schema = self._reader.schema
+        except flight.FlightInternalError as error:
+            if str(error).startswith("Server never sent a data message"):
+                return  # it ended the call well and without an answer
+            raise
+        with self._changed:
+            self._schema = schema
+            self._changed.notify_all()
+
     def _hand_over(self, batch: pa.RecordBatch, errors: tuple[RowError, ...]) -> bool:
         """Queues a batch for the caller, and waits for room for the next; False: it left."""
         with self._changed:
@@ -362,7 +372,11 @@ class Exchange:
 
 
 def _raise_failure(metadata: pa.Buffer | None) -> None:
-    """Raises what a message without a batch tells: the call's end may wait for us to send."""
+    """Raises what a message without a batch tells, before the call ends.
+
+    It may wait for us to send; and pyarrow may abort the process where a call that one thread reads
+    ends while another writes. Here it is cancelled, when the thread that reads has left it.
+    """
     failure = from_json(metadata.to_pybytes()) if metadata is not None else None
     if failure is not None:
         raise failure

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import os
 import threading
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,8 @@ from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.outbox import from_journal
 from fletcher.delivery.route import JournalConfig, Route
 from fletcher.delivery.unsent import Unsent
-from fletcher.delivery.upload import Upload, conflict
+from fletcher.delivery.upload import Upload
+from fletcher.delivery.uploads import Key, Uploads
 from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.options import EmbedOptions
 from fletcher.stores.base import Store, WriteMode
@@ -35,8 +34,6 @@ from fletcher.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 _Ranges = list[tuple[int, int]]
-# Finished uploads are remembered for `upload_status`; older ones are read from the store.
-_REMEMBERED_UPLOADS = 1000
 # A lane that waits for its store opens nothing; new uploads need not wait as long as old ones.
 _OPENING_S = 60.0
 
@@ -69,11 +66,9 @@ class Delivery:
         self._known_space = KnownSpace(config.max_known_bytes)
         telemetry.known_memory.watch(lambda: self._known_space.used_bytes)
         self._telemetry = telemetry
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._routes: dict[tuple[str, str], Route] = {}
-        self._uploads: OrderedDict[tuple[str, str, str], Upload] = OrderedDict()
-        self._opened = threading.Condition()
-        self._opening: set[tuple[str, str, str]] = set()
+        self._uploads = Uploads(self._lock, lambda place: place in self._routes)
         self._closed = False
         self._breakers = {name: Breaker(name) for name in stores}
         telemetry.queue_depth.watch(self._depth, stage="rows")
@@ -120,25 +115,11 @@ class Delivery:
         assert dataset is not None
         upload_id = options.upload_id or uuid.uuid4().hex
         key = (name, dataset, upload_id)
-        with self._alone(key):
+        with self._uploads.alone(key, _OPENING_S):
             return self._open_upload(key, store, options, schema)
 
-    @contextlib.contextmanager
-    def _alone(self, key: tuple[str, str, str]) -> Iterator[None]:
-        """One opening of an upload at a time: the first may empty the dataset, the others join."""
-        with self._opened:
-            if not self._opened.wait_for(lambda: key not in self._opening, _OPENING_S):
-                raise StoreUnavailableError("the store does not answer; try again later")
-            self._opening.add(key)
-        try:
-            yield
-        finally:
-            with self._opened:
-                self._opening.remove(key)
-                self._opened.notify_all()
-
     def _open_upload(
-        self, key: tuple[str, str, str], store: Store, options: EmbedOptions, schema: pa.Schema
+        self, key: Key, store: Store, options: EmbedOptions, schema: pa.Schema
     ) -> tuple[Upload, Route]:
         name, dataset, upload_id = key
         durability = self._durability(options)
@@ -149,7 +130,7 @@ class Delivery:
         route = self._enter(key, store)
         upload = None
         try:
-            upload = self._join(key, fingerprint)
+            upload = self._uploads.join(key, fingerprint)
             if upload is not None:
                 if upload.fingerprint is None:
                     self._look_up(upload, store)
@@ -177,7 +158,7 @@ class Delivery:
                 mode = "append"
             self._open(route, schema, mode)
             if mode == "overwrite":
-                self._forget_dataset(name, dataset)
+                self._uploads.forget_dataset(name, dataset)
             if known_by is not None:
                 route.known.load(known_by)
             new = Upload(
@@ -192,7 +173,7 @@ class Delivery:
             )
             if failed is not None:
                 failed.succeed(new)
-            return self._join(key, fingerprint, new) or new, route
+            return self._uploads.join(key, fingerprint, new) or new, route
         except BaseException:
             self._leave(route, upload)
             raise
@@ -208,14 +189,7 @@ class Delivery:
         name, store = self.store(options.store)
         if options.upload_id is None:
             raise InvalidCommandError("`upload_id` is missing", field="upload_id")
-        with self._lock:
-            matching = [
-                one
-                for (one_name, dataset, upload_id), one in self._uploads.items()
-                if (one_name, upload_id) == (name, options.upload_id)
-                and options.dataset in (None, dataset)
-            ]
-        upload = matching[0] if matching else None
+        upload = self._uploads.find(name, options.dataset, options.upload_id)
         if upload is not None:
             if upload.fingerprint is None:
                 # Of an upload found in the journal, the store may have an earlier part.
@@ -341,7 +315,7 @@ class Delivery:
         assert self._journal is not None
         return self._journal.folder / _folder_of(store) / dataset
 
-    def _enter(self, key: tuple[str, str, str], store: Store) -> Route:
+    def _enter(self, key: Key, store: Store) -> Route:
         name, dataset, _ = key
         with self._lock:
             if self._closed:
@@ -376,16 +350,7 @@ class Delivery:
         )
         for group in route.left_behind:
             info = group.info
-            key = (name, dataset, info.upload_id)
-            upload = self._uploads.get(key)
-            if upload is None:
-                upload = self._uploads[key] = Upload(
-                    dataset,
-                    info.upload_id,
-                    fingerprint=None,
-                    durability="journal",
-                    upsert=info.upsert,
-                )
+            upload = self._uploads.found(name, dataset, info.upload_id, upsert=info.upsert)
             upload.secure(info.first, info.last)
             assert journal is not None
             if not group.settled:
@@ -396,46 +361,7 @@ class Delivery:
         with self._lock:
             route.users -= 1
             if upload is not None:
-                upload.connections -= 1
-
-    def _join(
-        self, key: tuple[str, str, str], fingerprint: tuple[Any, ...], new: Upload | None = None
-    ) -> Upload | None:
-        """The upload in progress, or `new` where there is none (or a failed one that all left)."""
-        with self._lock:
-            upload = self._uploads.get(key)
-            if upload is None or (upload.failure is not None and not upload.connections):
-                if new is None:
-                    return None
-                upload = self._uploads[key] = new
-            elif upload.fingerprint not in (None, fingerprint):
-                raise conflict(key[1], key[2])
-            upload.connections += 1
-            self._uploads.move_to_end(key)
-            self._forget()
-            return upload
-
-    def _forget(self) -> None:
-        """Lets go of uploads beyond those remembered, the longest unused first.
-
-        One that has rows on their way stays: its client may come back before the store can tell
-        of them. Where a dataset has no route, nothing is on its way.
-        """
-        too_many = max(0, len(self._uploads) - _REMEMBERED_UPLOADS)
-        done = (
-            key
-            for key, one in self._uploads.items()
-            if not one.connections and not (one.pending and key[:2] in self._routes)
-        )
-        for key in list(itertools.islice(done, too_many)):
-            del self._uploads[key]
-
-    def _forget_dataset(self, name: str, dataset: str) -> None:
-        """The dataset was emptied: what earlier uploads stored is there no more."""
-        with self._lock:
-            for key, one in list(self._uploads.items()):
-                if key[:2] == (name, dataset) and not one.connections:
-                    del self._uploads[key]
+                self._uploads.leave(upload)
 
     def _retire(self, route: Route) -> bool:
         """Lets an idle route go. Called by its lane's thread."""

@@ -187,7 +187,7 @@ def _try(client: Client, model: Mapping[str, Any], variants: Iterable[Variant]) 
 def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of EmbedOptions; what is as usual is not asked for."""
     return {
-        "model": model["name"],
+        "model": f"{model['name']}@{model['hash']}",  # whatever the name may stand for by now
         "layers": variant.layers if variant.layers != model["num_layers"] else None,
         "dims": variant.dims if variant.dims != model["dim"] else None,
         "dtype": variant.dtype,

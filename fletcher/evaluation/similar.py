@@ -86,6 +86,7 @@ def find(
     num_rows = 0
     options = EmbedOptions(
         model=model,
+        output="dense",
         text_column=candidates.selection.text,
         id_column=candidates.selection.id or "id",
         prompt=document,

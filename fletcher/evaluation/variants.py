@@ -51,20 +51,23 @@ class Variant:
         )
 
 
-def parse(text: str, default: Engine) -> list[Variant]:
+def parse(text: str, engines: Sequence[Engine]) -> list[Variant]:
     """Every combination of the values of a list such as `backend=openvino dims=384,128`.
 
     Args:
         text: `KEY=VALUE,...` with spaces between; keys are KEYS, and one that is not there leaves
             the default.
-        default: Where a list names no engine.
+        engines: Those that can be had, the one that a server would take first: the default, and
+            of a backend without a precision the first with that backend.
 
     Raises:
         InvalidCommandError: A key or a value that is none.
     """
+    default = engines[0]
+    usual_precision = {one.backend: one.precision for one in reversed(engines)}
     lists: dict[str, Sequence[str]] = {
         "backend": [default.backend],
-        "precision": [default.precision],
+        "precision": [""],
         "layers": [""],
         "dims": [""],
         "dtype": ["float32"],
@@ -93,7 +96,11 @@ def parse(text: str, default: Engine) -> list[Variant]:
             )
     return [
         Variant(
-            Engine(backend, precision, default.device),
+            Engine(
+                backend,
+                precision or usual_precision.get(backend, default.precision),
+                default.device,
+            ),
             _number("layers", layers),
             _number("dims", dims),
             dtype,

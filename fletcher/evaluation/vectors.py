@@ -47,10 +47,11 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
         **options: Fields of EmbedOptions; None leaves the default.
 
     Raises:
-        FletcherError: The server refused or failed, or a text has no vector.
+        FletcherError: The server refused or failed, the model's vectors are not dense, or a text
+            has no vector.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    wanted = EmbedOptions(priority="bulk", include_text=False, **given)
+    wanted = EmbedOptions(output="dense", priority="bulk", include_text=False, **given)
     table = pa.table({"text": texts})
     hits = _cache_hits(client)
     started = time.perf_counter()

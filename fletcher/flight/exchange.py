@@ -6,16 +6,15 @@ import json
 import logging
 import time
 import uuid
-from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import flight
 
 from fletcher.batches import EmbeddingBatch
 from fletcher.compression import AnswerWriting
 from fletcher.errors import BatchTooLargeError, FletcherError, InvalidCommandError
 from fletcher.flight.call import (
+    Ending,
     Helper,
     Trace,
     intake,
@@ -43,7 +42,13 @@ _MAX_OUTPUT_BYTES = 1 << 30
 
 
 def exchange(
-    service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any, trace: Trace
+    service: Service,
+    options: EmbedOptions,
+    context: Any,
+    reader: Any,
+    writer: Any,
+    trace: Trace,
+    ending: Ending,
 ) -> None:
     """Answers one DoExchange call."""
     if options.store is not None:
@@ -60,7 +65,7 @@ def exchange(
         )
     key, given_up = options.upload_id or "", context.is_cancelled
     with service.models.lease(options.model, key=key, given_up=given_up) as model:
-        _exchange(service, model, options, context, reader, writer, trace)
+        _exchange(service, model, options, context, reader, writer, trace, ending)
 
 
 def _exchange(
@@ -71,6 +76,7 @@ def _exchange(
     reader: Any,
     writer: Any,
     trace: Trace,
+    ending: Ending,
 ) -> None:
     request = service.resolve(model, options, dtypes=tuple(ELEMENT_TYPES))
     schema = read_schema(reader)
@@ -92,7 +98,7 @@ def _exchange(
         stream = model.embedder.open_stream(span)
         try:
             assembling = assembler(output, request.spec, upload_id, whole_rows=False)
-            answers = _Answers(service, stream, assembling, writer, options, writing_as)
+            answers = _Answers(service, stream, assembling, writer, ending, options, writing_as)
             helper = Helper("exchange-writer", answers.run, answers.fail)
             # Of sparse and token vectors that is the most: what they really take is counted later.
             row_bytes = request.spec.num_bytes if request.spec.output == "dense" else 0
@@ -137,6 +143,7 @@ class _Answers:
         stream: EmbedStream,
         assembler: Assembler,
         writer: Any,
+        ending: Ending,
         options: EmbedOptions,
         writing_as: AnswerWriting,
     ) -> None:
@@ -145,6 +152,7 @@ class _Answers:
         self._stream = stream
         self._assembler = assembler
         self._writer = writer
+        self._ending = ending
         self._abort = options.on_error == "abort"
         # Of these a batch may have any number: they leave piece by piece.
         self._chunk_rows = isinstance(assembler, ChunkAssembler)
@@ -166,10 +174,7 @@ class _Answers:
         would wait for that: a client that waits for its vectors would never hear.
         """
         self._stream.close()
-        told = to_flight_error(error, log).extra_info
-        if told:
-            with suppress(flight.FlightError, pa.ArrowException, OSError):  # the client is gone
-                self._writer.write_metadata(told)
+        self._ending.tell(to_flight_error(error, log))
 
     def _take(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> None:
         output = self._assembler.assemble(piece, outcome)

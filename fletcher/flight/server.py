@@ -15,6 +15,7 @@ from pyarrow import flight
 from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
 from fletcher.flight.admin import load_model, set_alias, swap_model, unload_model
 from fletcher.flight.auth import TokenFactory
+from fletcher.flight.call import Ending
 from fletcher.flight.commands import encode_models, parse_descriptor, parse_json, parse_list_models
 from fletcher.flight.exchange import exchange
 from fletcher.flight.put import put
@@ -87,10 +88,10 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             put(self._service, options, context, reader, writer, trace)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with self._handling():
+        with Ending(context, writer) as ending, self._handling():
             self._service.calls.check()
             options, trace = parse_descriptor(descriptor), caller_trace(context)
-            exchange(self._service, options, context, reader, writer, trace)
+            exchange(self._service, options, context, reader, writer, trace, ending)
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         with self._handling():

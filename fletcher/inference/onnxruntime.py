@@ -314,7 +314,7 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
         raise ModelError(
             f"`model` {bundle.name}: {graph.name} cannot be loaded, it is damaged or made "
             f"for another ONNX Runtime ({_first_line(error)}); `fletcher model verify "
-            f"{bundle.name}` tells, adding the model again repairs it",
+            f"{bundle.qualified_name}` tells, adding the model again repairs it",
             field="model",
         ) from error
     loaded = session.get_providers()

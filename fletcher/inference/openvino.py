@@ -189,8 +189,9 @@ def _compile(
     except Exception as error:
         raise ModelError(
             f"`model` {bundle.name}: {graph.name} cannot be read by OpenVINO, it is damaged "
-            f"or uses what OpenVINO lacks; `fletcher model verify {bundle.name}` tells, adding the "
-            "model again repairs it, `backend` onnxruntime may run it",
+            "or uses what OpenVINO lacks; `fletcher model verify "
+            f"{bundle.qualified_name}` tells, adding the model again repairs it, `backend` "
+            "onnxruntime may run it",
             field="model",
         ) from error
     options = {

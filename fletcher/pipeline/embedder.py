@@ -43,6 +43,7 @@ class EmbedderConfig:
         replicas: A spec for each replica process.
         standby: Replicas that take over when none of `replicas` is left.
         dim: Width of the graph's output.
+        num_layers: The model's layers; 0: unknown.
         model: What counts and gauges are labelled with.
         window_tokens: Bulk tokens planned together.
         max_queue_delay_s: What bulk work may wait for company.
@@ -58,6 +59,7 @@ class EmbedderConfig:
     dispatch: str = DISPATCHES[0]
     worker_timeout_s: float = 120.0
     standby: Sequence[WorkerSpec] = ()
+    num_layers: int = 0
     model: str = ""
 
 
@@ -109,6 +111,7 @@ class Embedder:
             hurry=self._hurry_replicas,
             telemetry=telemetry,
             model=config.model,
+            num_layers=config.num_layers,
         )
         self._tokenization = TokenizationSource(
             telemetry, self._inference.put, hurry=self._hurry_tokenizers

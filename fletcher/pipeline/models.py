@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fletcher.aliases import Alias
+from fletcher.aliases import ANY_MODEL, Alias
 from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
 from fletcher.models.bundle import ModelBundle
 from fletcher.pipeline.lifecycle import PATIENCE_S, RETRY_MS, GivenUp, Lifecycle
@@ -38,6 +38,7 @@ class Models:
     Args:
         source: Where they come from.
         default: Name of the one for commands that name none.
+        loadable: Names that operators may have loaded beside those of the start; ANY_MODEL: all.
         max_bytes: Memory that the processes of all of them may take; 0: all there is.
         clock: Seconds that only grow.
     """
@@ -47,11 +48,13 @@ class Models:
         source: Source,
         default: str,
         *,
+        loadable: Collection[str] = (),
         max_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
         self._default = default
+        self._loadable = set(loadable)
         self._life = Lifecycle(source, max_bytes, clock)
         self._changed = self._life.changed  # guards all of this, too
         self._current: dict[str, Version] = {}
@@ -66,6 +69,7 @@ class Models:
         versions = []
         for name in dict.fromkeys((self._default, *names)):
             version = self._life.known(self._source.look(name))
+            self._loadable.add(version.bundle.name)
             if "@" in name:
                 self._current.setdefault(version.bundle.name, version)
             else:
@@ -134,7 +138,8 @@ class Models:
         Where its name stands for another version already, it is ready beside that.
 
         Raises:
-            UnknownModelError: It is not installed, or takes more memory than it may.
+            UnknownModelError: It may not be loaded, is not installed, or takes more memory than it
+                may.
             InvalidCommandError: It is an alias, or runs with exits or int8 ranges of before.
             OverloadedError: It cannot be loaded now.
         """
@@ -321,11 +326,19 @@ class Models:
         )
 
     def _look(self, name: str) -> ModelBundle:
-        """An installed bundle, for operators."""
+        """An installed bundle, for operators; any version of a name that may be loaded."""
         short = name.partition("@")[0]
         if short in self._aliases:  # of a version, too: the name would stand for two things
             raise InvalidCommandError(
                 f"`model` is {name!r}, but {short} is an alias; name a model", field="model"
+            )
+        if short not in self._loadable and ANY_MODEL not in self._loadable:
+            allowed = sorted(self._loadable)
+            raise UnknownModelError(
+                f"`model` is {name[:200]!r}, but this server may load {', '.join(allowed)}; its "
+                "option --loadable-models lets it load others",
+                field="model",
+                allowed=allowed,
             )
         return self._source.look(name)
 

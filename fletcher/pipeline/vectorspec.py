@@ -196,8 +196,8 @@ def _ranges(
     have = "; ".join(map(str, sorted(known))) or "none"
     raise InvalidCommandError(
         f"`dtype` is int8, by ranges on this server, and {model.name} has no ranges for {cut}; "
-        f"there are: {have}. `fletcher model calibrate {model.name}` makes those of all that the "
-        "model declares, and a server with --int8 auto or row scales each row",
+        f"there are: {have}. `fletcher model calibrate {model.qualified_name}` makes those of all "
+        "that the model declares, and a server with --int8 auto or row scales each row",
         field="dtype",
         allowed=[one for one in dtypes if one != "int8"],
     )

@@ -68,7 +68,7 @@ class Tokenizer:
         except Exception as error:
             raise ModelError(
                 f"`model` {bundle.name}: tokenizer.json cannot be read ({error}); "
-                f"`fletcher model verify {bundle.name}` tells what is damaged",
+                f"`fletcher model verify {bundle.qualified_name}` tells what is damaged",
                 field="model",
             ) from error
         return cls(tokenizer, max_length=bundle.max_length, pad_token_id=bundle.pad_token_id)

@@ -87,16 +87,16 @@ class Key:
             },
         )
 
-    def path(self, home: Path, model: str) -> Path:
-        """Where the measurement of a model is kept."""
+    def path(self, home: Path, bundle: ModelBundle) -> Path:
+        """Where the measurement of a model is kept; that of a kept version beside the others."""
         question = json.dumps([self.host, self.asked], sort_keys=True)
         digest = hashlib.sha256(question.encode()).hexdigest()[:12]
-        return home / "tune" / f"{model}-{digest}.json"
+        return home / "tune" / f"{bundle.folder.name}-{digest}.json"
 
 
 def load(home: Path, key: Key, bundle: ModelBundle) -> Record | None:
     """What was measured, if it was and still holds; otherwise the log has a line that says why."""
-    path = key.path(home, bundle.name)
+    path = key.path(home, bundle)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -122,7 +122,7 @@ def save(home: Path, key: Key, bundle: ModelBundle, record: Record) -> Path:
     Raises:
         ConfigError: The folder cannot be written.
     """
-    path = key.path(home, bundle.name)
+    path = key.path(home, bundle)
     content = {
         "format": FORMAT,
         **dataclasses.asdict(key),

@@ -174,13 +174,18 @@ def test_an_unloaded_model_is_unknown_and_its_processes_are_gone(
     assert 20e6 < taken["b"] < 300e6
 
 
-def test_names_only_of_what_is_installed(client: fletcher.Client, home: Path) -> None:
+def test_names_only_of_what_is_configured_and_installed(
+    client: fletcher.Client, home: Path
+) -> None:
     names = ["nobody", str(home / "models" / "b"), "../models/b", "grpc://host:1", "b@000000000000"]
     for name in names:
-        with pytest.raises(UnknownModelError, match="here are"):
-            client.load_model(name)
-        with pytest.raises(UnknownModelError):
-            client.swap_model(name)
+        refused = "here are" if name.startswith("b@") else "this server may load a, b; its option"
+        for change in (client.load_model, client.swap_model):
+            with pytest.raises(UnknownModelError, match=refused):
+                change(name)
+    with serving(home, loadable_models=("*",)) as server, fletcher.connect(server.address) as other:
+        assert [one["name"] for one in other.list_models()] == ["a"]
+        assert other.load_model("b").startswith("b@")
     with pytest.raises(InvalidCommandError, match="needed: callers get it who name no model"):
         client.unload_model("a")
     with flight.connect(client.address) as plain:
@@ -331,7 +336,7 @@ def test_from_the_command_line(
     assert run("alias", "both") == ""
     assert run("unload", "b", "--force") == f"{b}  retiring\n"
     eventually(lambda: b not in states(client), "it is gone")
-    assert "here are: a, a@" in run("load", "nobody", code=1)
+    assert "may load a, b; its option --loadable-models" in run("load", "nobody", code=1)
     assert run("load", "b") == f"{b}  ready\n"
 
 
@@ -348,3 +353,17 @@ def test_a_damaged_model_does_not_take_the_others_place(home: Path, client: Any)
         assert version_of(client, "a") == current
     finally:
         weights.write_bytes(good)
+
+
+def test_search_asks_in_the_version_that_a_dataset_has(
+    home: Path, server: Runtime, client: fletcher.Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, current = installed(home)
+    client.load_model(kept)
+    for name, version in (("newer", current), ("older", kept)):
+        client.put(BATCH, EmbedOptions(dataset=name, model=version, durability="store"))
+        argv = ["search", TEXTS[7], "--dataset", name, "--store", f"lance:{home / 'vectors'}"]
+        for elsewhere in (["--server", server.address], ["--home", str(home), "--backend", "null"]):
+            capsys.readouterr()
+            assert main([*argv, *elsewhere, "--prompt", "", "--json", "--k", "1"]) == 0
+            assert json.loads(capsys.readouterr().out)["text"] == TEXTS[7]

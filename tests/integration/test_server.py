@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -145,17 +146,23 @@ def test_rows_fail_alone_and_are_named(server: Runtime, client: flight.FlightCli
     assert error_of(caught.value)["field"] == "text"
 
 
-def test_an_exchange_that_fails_says_so_to_a_client_that_waits(client: flight.FlightClient) -> None:
-    # It said so when the client sent again: one that waited for its vectors never heard.
+@pytest.mark.parametrize(
+    ("fields", "field"), [({"on_error": "abort"}, "text"), ({"dims": 7}, "dims")]
+)
+def test_an_exchange_that_fails_says_so_to_a_client_that_waits(
+    client: flight.FlightClient, fields: dict[str, Any], field: str
+) -> None:
+    # It said so when the client sent again: one that waited for its vectors never heard. And
+    # pyarrow aborts the process of a client that writes while its other thread reads the end.
     batch = pa.record_batch({"text": pa.array([None], pa.utf8())})
     options = flight.FlightCallOptions(timeout=20)
-    writer, reader = client.do_exchange(command(on_error="abort"), options)
+    writer, reader = client.do_exchange(command(**fields), options)
     writer.begin(batch.schema)
     writer.write_batch(batch)
     told = reader.read_chunk()
     assert told.data is None
     told_error = json.loads(told.app_metadata.to_pybytes())
-    assert told_error["field"] == "text"
+    assert told_error["field"] == field
     writer.done_writing()
     with pytest.raises(flight.FlightServerError) as caught:
         reader.read_chunk()

@@ -11,6 +11,7 @@ from pyarrow import flight
 from fletcher import EmbedOptions, TlsOptions, TransferOptions, connect, errors, open_source
 from fletcher.client import exchange as exchange_module
 from fletcher.client.client import ingest_id
+from fletcher.flight.call import Ending
 from fletcher.flight.status import to_flight_error
 from tests.unit.client_servers import Behaving, Waiting
 
@@ -40,9 +41,10 @@ class Embedding(Waiting):
         dtype = command.get("dtype", "float16")
         empty = pa.record_batch({"text": pa.array([], pa.utf8())})
         writer.begin(vectors_of(empty, dtype).schema)
-        for chunk in reader:
-            fields = json.loads(chunk.app_metadata.to_pybytes())
-            self.answer(context, writer, chunk.data, fields, dtype)
+        with Ending(context, writer):
+            for chunk in reader:
+                fields = json.loads(chunk.app_metadata.to_pybytes())
+                self.answer(context, writer, chunk.data, fields, dtype)
 
     def answer(self, context, writer, batch, fields, dtype):
         metadata = {"batch_id": fields["batch_id"], "errors": []}
@@ -211,7 +213,8 @@ def test_a_refusal_arrives_as_it_was_meant(when):
     class Refusing(Embedding):
         def do_exchange(self, context, descriptor, reader, writer):
             if when == "at once":
-                raise to_flight_error(errors.UnknownModelError("no such model", field="model"))
+                with Ending(context, writer):
+                    raise to_flight_error(errors.UnknownModelError("no such model", field="model"))
             super().do_exchange(context, descriptor, reader, writer)
 
         def answer(self, context, writer, batch, fields, dtype):
@@ -228,10 +231,7 @@ def test_a_refusal_arrives_as_it_was_meant(when):
 
 
 class Refusing(Embedding):
-    """Refuses calls, each with the next error, when it has read the next number of batches, or all.
-
-    Not while the client writes: pyarrow may abort where a call ends under a thread that writes.
-    """
+    """Refuses calls, each with the next error, when it has read the next number of batches."""
 
     def __init__(self, *refusals):
         super().__init__()
@@ -244,7 +244,8 @@ class Refusing(Embedding):
         for _, _ in zip(range(num_read), reader, strict=False):
             pass
         self.commands.append(None)
-        raise to_flight_error(error)
+        with Ending(context, writer):
+            raise to_flight_error(error)
 
 
 ALL = 1000
@@ -252,7 +253,7 @@ AGAIN = {"backoff_s": 0.01, "stall_timeout_s": 20}
 
 
 @pytest.mark.parametrize("compression", ["none", "auto"])
-def test_an_exchange_that_is_refused_before_its_first_answer_comes_again(compression):
+def test_an_exchange_that_is_refused_before_its_first_answer_comes_again(monkeypatch, compression):
     overloaded = errors.OverloadedError("too much", retry_after_ms=300)
     refusals = [(1, overloaded), (2, errors.DrainingError("going down")), (ALL, overloaded)]
     lengths = [[number, number + 1] for number in range(1, 100)]
@@ -266,15 +267,15 @@ def test_an_exchange_that_is_refused_before_its_first_answer_comes_again(compres
 
     refused = [threading.Event(), threading.Event()]
     transfer = TransferOptions(message_bytes=100, compression=compression, **AGAIN)
+    fail = exchange_module.Exchange._fail
+
+    def failed(exchange, error):
+        fail(exchange, error)
+        refused[min(len(server.commands), 2) - 1].set()
+
+    monkeypatch.setattr(exchange_module.Exchange, "_fail", failed)
     with Refusing(*refusals) as server, connect(server.uri, transfer=transfer) as client:
         exchange = client.exchange(data())
-        fail = exchange._fail
-
-        def failed(error):
-            fail(error)
-            refused[min(len(server.commands), 2) - 1].set()
-
-        exchange._fail = failed
         started = time.monotonic()
         got = [[row[0] for row in one.column("vector").to_pylist()] for one in exchange]
         assert got == lengths

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from fletcher.cli import main
 from fletcher.client import Client
 from fletcher.config import ServeConfig
+from fletcher.models.registry import Registry
 from fletcher.runtime import Runtime
 
 
@@ -64,6 +67,40 @@ def test_engines_and_types_side_by_side(argv, local, tmp_path, capsys):
     assert half["texts_per_s"] == first["texts_per_s"]
 
 
+def test_exits_by_engines_widths_and_types(argv, tmp_path, tiny_bundle, capsys):
+    home = tmp_path / "home"
+    checkpoint = Path(__file__).parents[2] / "golden" / "tiny"
+    Registry(home / "models").add(str(checkpoint), name="deep", exits=(1,), progress=print)
+    argv += ["--home", str(home), "--model", "deep", "--device", "cpu", "--threads", "1"]
+    lists = [
+        "backend=onnxruntime,openvino precision=float32 layers=1 dims=16,32 dtype=float32,int8"
+    ]
+    argv += ["--variants", *lists, "--allow-undeclared"]
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    reference, *rows = report["rows"]
+    assert (reference["layers"], reference["dims"]) == (2, 32)
+    assert [(row["backend"], row["layers"], row["dims"], row["dtype"]) for row in rows] == [
+        (backend, 1, dims, dtype)
+        for backend in ("onnxruntime", "openvino")
+        for dims in (16, 32)
+        for dtype in ("float32", "int8")
+    ]
+    # Two layers less one are other vectors, and both engines agree on them.
+    assert all(row["cosine"]["mean"] < 0.999 for row in rows)
+    ours, theirs = ([row["cosine"]["mean"] for row in half] for half in (rows[:4], rows[4:]))
+    assert np.allclose(ours, theirs, atol=1e-4)
+    # An exit has a rate of its own, and its widths and types share it.
+    assert len({row["texts_per_s"] for row in rows[:4]}) == 1
+    for words, expected in (
+        ("layers=3", "`layers` is 3, but deep has exits after layers 1, 2"),
+        ("layers=1 dims=64", "`dims` is 64, but deep has 32"),
+    ):
+        assert main([*argv, "--variants", words]) in (1, 2)
+        assert expected in capsys.readouterr().err
+
+
 def test_a_server_elsewhere(argv, tmp_path, tiny_bundle, capsys):
     config = ServeConfig(
         port=0, home=tmp_path, model=tiny_bundle.name, backend="null", stores=("none",)
@@ -112,6 +149,7 @@ def test_the_engine_is_that_of_the_model_asked_for(
         (["--queries", "1"], "`queries` is 1, expected 2 or more"),
         (["--plot", "/nowhere/plot.png"], "`plot` is '/nowhere/plot.png', which cannot be written"),
         (["--query", "heading"], "has no column `heading`"),
+        (["--server", "grpc://127.0.0.1:1", "--allow-undeclared"], "`allow_undeclared` has no mea"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_work(argv, local, capsys, words, expected):

@@ -436,7 +436,7 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Forgotten as soon as they were journaled: its client sent them again, and they came twice.
-    monkeypatch.setattr("fletcher.delivery.delivery._REMEMBERED_UPLOADS", 2)
+    monkeypatch.setattr("fletcher.delivery.uploads._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         upload, route = delivery.open(options(), SCHEMA)
@@ -450,13 +450,13 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
         assert delivery.flush(10)
         assert ids(store) == list(range(10))
         open_others(delivery, "de")
-        assert [key[2] for key in delivery._uploads] == ["d", "e"]
+        assert [key[2] for key in delivery._uploads._all] == ["d", "e"]
 
 
 def test_uploads_found_in_the_journal_are_remembered_however_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fletcher.delivery.delivery._REMEMBERED_UPLOADS", 2)
+    monkeypatch.setattr("fletcher.delivery.uploads._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         for upload_id in "uvw":

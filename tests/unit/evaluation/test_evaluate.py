@@ -152,6 +152,8 @@ def test_types_and_widths_are_asked_for_and_measured(run):
         (16, "float16", 32),
     ]
     assert {options.dtype for _, options in log if options.prompt == "query"} == {"float32"}
+    # That very version, even if its name stands for another one meanwhile.
+    assert {options.model for _, options in log} == {"m@0"}
     # What is as usual is not asked for: servers without a choice refuse the question.
     assert {(options.dims, options.layers) for _, options in log} == {(None, None), (4, None)}
     small, half = found.rows[1:]

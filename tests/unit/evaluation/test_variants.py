@@ -11,16 +11,28 @@ MODEL = {"name": "m", "num_layers": 6, "layers": [3, 6], "dim": 384, "dims": [12
 
 
 def test_a_list_is_every_combination():
-    assert parse("dims=384,128 dtype=float32,float16", OWN) == [
+    assert parse("dims=384,128 dtype=float32,float16", [OWN]) == [
         Variant(OWN, None, 384, "float32"),
         Variant(OWN, None, 384, "float16"),
         Variant(OWN, None, 128, "float32"),
         Variant(OWN, None, 128, "float16"),
     ]
-    assert parse("backend=onnxruntime precision=float32 layers=3", OWN) == [Variant(OTHER, 3)]
-    assert parse("", OWN) == [Variant(OWN)]
+    assert parse("backend=onnxruntime precision=float32 layers=3", [OWN]) == [Variant(OTHER, 3)]
+    assert parse("", [OWN]) == [Variant(OWN)]
     on_gpu = Engine("onnxruntime", "float16", "cuda")
-    assert parse("precision=float32", on_gpu) == [Variant(Engine("onnxruntime", "float32", "cuda"))]
+    assert parse("precision=float32", [on_gpu]) == [
+        Variant(Engine("onnxruntime", "float32", "cuda"))
+    ]
+
+
+def test_a_backend_without_a_precision_has_its_usual_one():
+    both = [OWN, OTHER, Engine("openvino", "float32")]
+    assert parse("backend=openvino,onnxruntime layers=3", both) == [
+        Variant(OWN, 3),
+        Variant(OTHER, 3),
+    ]
+    # What cannot be had is asked for as it is, and refused with what can.
+    assert parse("backend=null", both) == [Variant(Engine("null", "bfloat16"))]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +49,7 @@ def test_a_list_is_every_combination():
 )
 def test_what_is_no_list_is_refused_by_name(text, words):
     with pytest.raises(InvalidCommandError, match=words):
-        parse(text, OWN)
+        parse(text, [OWN])
 
 
 def test_the_usual_variants_are_each_choice_alone_and_widths_with_types():

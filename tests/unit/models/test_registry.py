@@ -213,6 +213,9 @@ def test_ensure_fetches_the_default_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert first.name == DEFAULT_MODEL
     assert lines[0] == f"model {DEFAULT_MODEL} is not here yet: fetching it once"
     assert registry.ensure(DEFAULT_MODEL, ignore) == first
+    assert registry.ensure(first.qualified_name, ignore) == first
+    with pytest.raises(UnknownModelError):
+        registry.ensure(f"{DEFAULT_MODEL}@{'0' * 12}", ignore)
     assert asked == [package.DEFAULT_SOURCE]
 
 

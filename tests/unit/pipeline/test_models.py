@@ -162,7 +162,7 @@ def test_a_swap_that_fails_changes_nothing(start: Start, source: FakeSource) -> 
 
 
 def test_versions_are_side_by_side_until_one_is_unloaded(start: Start, source: FakeSource) -> None:
-    models = start("a", "b")
+    models = start("a", "b", loadable=["c"])
     source.hashes["b"] = "2"
     assert models.load("b") == "b@2"
     assert [leased(models, name) for name in ("b", "b@1", "b@2")] == ["b@1", "b@1", "b@2"]
@@ -172,6 +172,24 @@ def test_versions_are_side_by_side_until_one_is_unloaded(start: Start, source: F
     eventually(lambda: states(models) == {"a@1": "ready"}, "the other one, too")
     assert models.load("c") == "c@1"
     assert leased(models, "c") == "c@1"
+
+
+def test_what_may_be_loaded_is_what_the_operator_configured(
+    start: Start, source: FakeSource
+) -> None:
+    # Callers could load whatever was installed, and with it fill the memory.
+    models = start("a", "b@1", loadable=["c"])
+    source.hashes |= {"b": "2", "d": "1"}
+    for change in (models.load, models.swap):
+        for name in ("d", "d@1"):
+            with pytest.raises(UnknownModelError, match="may load a, b, c; its option --load"):
+                change(name)
+        # Another version of a name needs no leave of its own, nor does what was unloaded.
+        assert [change(name) for name in ("b", "c@2", "a@3")] == ["b@2", "c@2", "a@3"]
+    models.unload("b")
+    assert models.load("b") == "b@2"
+    anything = start("a", loadable=["*"])
+    assert anything.load("d") == "d@1"
 
 
 def test_what_calls_are_sent_to_is_not_unloaded(start: Start) -> None:
@@ -261,7 +279,7 @@ def test_a_model_larger_than_all_memory_is_refused(start: Start, source: FakeSou
     source.sizes["b@1"] = 1000
     with pytest.raises(UnknownModelError, match="takes 1,000 bytes"):
         start("a", "b", max_bytes=500)
-    models = start("a", max_bytes=500)
+    models = start("a", max_bytes=500, loadable=["b"])
     for _ in range(2):
         with pytest.raises(UnknownModelError, match="takes 1,000 bytes"):
             models.load("b")
@@ -409,7 +427,7 @@ def test_what_cannot_be_measured_counts_with_its_files(start: Start, source: Fak
 
 
 def test_the_end_stops_loads_that_wait_for_others(start: Start, source: FakeSource) -> None:
-    models = start("a")
+    models = start("a", loadable=["b", "c"])
     tried = []
     load = source.load
     source.load = lambda bundle: tried.append(bundle.name) or load(bundle)  # type: ignore
@@ -431,7 +449,7 @@ def test_the_end_stops_loads_that_wait_for_others(start: Start, source: FakeSour
 
 
 def test_what_is_loaded_is_not_unloaded_meanwhile(start: Start, source: FakeSource) -> None:
-    models = start("a")
+    models = start("a", loadable=["b"])
     source.gate.clear()
     thread, outcome = in_thread(lambda: models.load("b"))
     eventually(lambda: states(models).get("b@1") == "loading", "it is loaded")
@@ -443,7 +461,7 @@ def test_what_is_loaded_is_not_unloaded_meanwhile(start: Start, source: FakeSour
 
 
 def test_the_end_comes_to_all_also_to_those_who_wait(start: Start, source: FakeSource) -> None:
-    models = start("a", "b")
+    models = start("a", "b", loadable=["c"])
     source.gate.clear()
     thread, outcome = in_thread(lambda: models.load("c"))
     eventually(lambda: states(models).get("c@1") == "loading", "it is loaded")

@@ -23,6 +23,7 @@ from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource
 from fletcher.pipeline.stream import EmbedStream, Ticket
 from fletcher.telemetry import Telemetry
+from fletcher.workers.health import Health
 
 
 def one_run(lengths: Any) -> list[Any]:
@@ -33,7 +34,9 @@ def broken(lengths: Any) -> list[Any]:
     raise ZeroDivisionError
 
 
-def make(plan: Any, hurry: Callable[[], None] = lambda: None) -> InferenceSource:
+def make(
+    plan: Any, hurry: Callable[[], None] = lambda: None, num_layers: int = 0
+) -> InferenceSource:
     return InferenceSource(
         dim=2,
         plan=plan,
@@ -42,6 +45,7 @@ def make(plan: Any, hurry: Callable[[], None] = lambda: None) -> InferenceSource
         more_coming=lambda: False,
         hurry=hurry,
         telemetry=Telemetry(),
+        num_layers=num_layers,
     )
 
 
@@ -72,7 +76,7 @@ def test_a_window_that_cannot_be_planned_fails_its_tickets_alone() -> None:
 
 
 def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them() -> None:
-    source = make(one_run)
+    source = make(one_run, num_layers=12)
     held = []
     for num_tokens, layers in enumerate([3, 0, 6, 3, 0, 3], 1):
         stream, ticket = tokenized(num_tokens, layers=layers)
@@ -219,3 +223,39 @@ def test_interactive_work_that_cannot_be_planned_fails_alone() -> None:
     assert source.urgent_job() is None
     (result,) = stream.results()
     assert isinstance(result.embeddings, InternalError)
+
+
+def test_a_batch_that_leaves_early_costs_its_share_of_the_layers() -> None:
+    source = make(one_run, num_layers=12)
+    for layers, cost in ((0, 4096), (3, 1024), (12, 4096), (9, 3072)):
+        stream, ticket = tokenized(4096, layers=layers)
+        source.put(ticket)
+        job = source.next_job(0)
+        assert job is not None
+        assert (job.cost, len(job.payload.input_ids), stream.closed) == (cost, 4096, False)
+    stream, ticket = tokenized(1, layers=3)
+    source.put(ticket)
+    job = source.next_job(0)
+    assert job is not None
+    assert (job.cost, stream.closed) == (1, False)
+
+
+def test_a_device_is_not_slow_because_its_texts_leave_later_than_before() -> None:
+    source = make(one_run, num_layers=12)
+    health, others = Health(), 1.0  # of a device that had no such change
+
+    def run(layers: int, number: int) -> None:
+        for _ in range(number):
+            stream, ticket = tokenized(4096, layers=layers)
+            source.put(ticket)
+            job = source.next_job(0)
+            assert job is not None
+            health.answered(job.cost, 0.01 * (layers or 12), others)
+            stream.close()
+
+    run(0, 20)
+    rate = health.rate
+    run(3, 100)
+    run(0, 20)
+    assert health.state == "healthy"
+    assert health.rate == pytest.approx(rate)

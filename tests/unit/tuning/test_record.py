@@ -10,6 +10,7 @@ from fletcher.tuning import record as records
 from fletcher.tuning.candidates import Asked, Candidate
 from fletcher.tuning.decision import decide
 from fletcher.tuning.record import Key, Record, load, save
+from tests.doubles.bundles import another
 
 
 @pytest.fixture
@@ -32,6 +33,14 @@ def test_servers_take_what_was_measured_for_the_same_question(tmp_path, host, ti
     about = decision.describe()
     assert (about["chosen_by"], about["texts_per_s"]) == ("measurement", 123.4)
     assert about["measured_at"] == winner.measured_at
+
+
+def test_versions_of_a_model_are_measured_each_for_itself(tmp_path, host, tiny_bundle, winner):
+    kept = another(tiny_bundle, tmp_path / "models" / "tiny@0", tiny_bundle.name, "another")
+    for bundle in (tiny_bundle, kept):
+        save(tmp_path, Key.of(Asked(), host, bundle), bundle, winner)
+    for bundle in (tiny_bundle, kept):
+        assert load(tmp_path, Key.of(Asked(), host, bundle), bundle) is not None
 
 
 @pytest.mark.parametrize(
