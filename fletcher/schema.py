@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,12 +67,7 @@ class VectorSpec:
         For `multi` List<FixedSizeList<dtype>[dims]>, for `sparse` List<Struct<index: int32, value:
         dtype>> by ascending index.
         """
-        item = ELEMENT_TYPES[self.dtype]
-        if self.output == "sparse":
-            return pa.list_(pa.struct([("index", pa.int32()), ("value", item)]))
-        width = self.dims // 8 if self.dtype == "ubinary" else self.dims
-        one = pa.list_(pa.field("item", item), width)
-        return pa.list_(one) if self.output == "multi" else one
+        return _vector_type(self.output, self.dtype, self.dims)
 
     @property
     def scale_type(self) -> pa.DataType:
@@ -114,6 +110,15 @@ class VectorSpec:
             **({} if self.output == "dense" else {"fletcher.output": self.output}),
             **({} if self.chunking is None else {"fletcher.chunking": str(self.chunking)}),
         }
+
+
+@functools.lru_cache
+def _vector_type(output: str, dtype: str, dims: int) -> pa.DataType:
+    item = ELEMENT_TYPES[dtype]
+    if output == "sparse":
+        return pa.list_(pa.struct([("index", pa.int32()), ("value", item)]))
+    one = pa.list_(pa.field("item", item), dims // 8 if dtype == "ubinary" else dims)
+    return pa.list_(one) if output == "multi" else one
 
 
 def output_schema(
@@ -189,9 +194,21 @@ def vector_columns(
         values = pack_signs(embeddings)
     else:
         values = np.ascontiguousarray(embeddings, dtype=np.dtype(spec.dtype))
-    flat = pa.array(values.reshape(-1), type=ELEMENT_TYPES[spec.dtype])
-    vector = pa.FixedSizeListArray.from_arrays(flat, type=spec.arrow_type, mask=mask)
+    flat = column(values.reshape(-1), ELEMENT_TYPES[spec.dtype])
+    kind = spec.arrow_type
+    if mask is None:
+        vector = pa.Array.from_buffers(kind, len(embeddings), [None], children=[flat])
+    else:
+        vector = pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
     return {"vector": vector, **columns}
+
+
+def column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """An array without nulls over the very memory of `values`, whose elements are as `kind`'s.
+
+    For a few rows `pa.array` takes several times as long.
+    """
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
 def _list_columns(

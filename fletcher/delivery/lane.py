@@ -25,15 +25,15 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from fletcher.delivery.appender import Appender
 from fletcher.delivery.backlog import Backlog
 from fletcher.delivery.breaker import PASSING, Breaker
 from fletcher.delivery.known import Known
 from fletcher.delivery.pace import Pace
-from fletcher.delivery.rows import Group, Rows, WriterKind, writer_kind
+from fletcher.delivery.rows import Group, Rows
 from fletcher.delivery.turn import Turn
-from fletcher.delivery.unsent import Unsent
 from fletcher.errors import FletcherError, InternalError, OverloadedError, StoreUnavailableError
-from fletcher.stores.base import DatasetWriter, Store, WriteMode
+from fletcher.stores.base import Store, WriteMode
 from fletcher.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -87,9 +87,8 @@ class Lane:
         breaker: The store's.
         telemetry: Where counts, durations and spans go.
         known: What the dataset holds.
+        appender: The dataset's; the lane's thread alone uses it.
         on_idle: Asked when the lane has had nothing to do for a while; True lets it end.
-        on_empty: Called before the dataset is emptied.
-        unsent: Where groups are noted that the store cannot tell of; None: nowhere.
     """
 
     def __init__(
@@ -100,9 +99,8 @@ class Lane:
         breaker: Breaker,
         telemetry: Telemetry,
         known: Known,
+        appender: Appender,
         on_idle: Callable[[], bool],
-        on_empty: Callable[[], None],
-        unsent: Unsent | None,
     ) -> None:
         self.store = store
         self.dataset = dataset
@@ -111,17 +109,14 @@ class Lane:
         self._breaker = breaker
         self._telemetry = telemetry
         self._known = known
+        self._appender = appender
         self._on_idle = on_idle
-        self._on_empty = on_empty
-        self._unsent = unsent
         self._changed = threading.Condition()
         self._backlog = Backlog()
         self._in_append = False
         self._hurried = False
         self._openings: deque[_Opening] = deque()
         self._closing = threading.Event()
-        self._writer: DatasetWriter | None = None
-        self._written: WriterKind | None = None  # what the writer was opened for
         self._failing: tuple[float, FletcherError] | None = None  # since when, and why last
         self._was_away = False
         self._turn = Turn(known)
@@ -197,7 +192,7 @@ class Lane:
         self._give_up(self._take_all(), _shutting_down())
         with self._changed:
             self._turn.keep(self._backlog.sent)
-        self.close_writer()
+        self._appender.close()
 
     def _step(self) -> bool:
         """Does the next thing there is to do; False ends the thread."""
@@ -325,7 +320,7 @@ class Lane:
         try:
             self._breaker.check(self)
             with self._breaker.call(self, proof=False):
-                self._use(opening.schema, opening.mode)
+                self._appender.use(opening.schema, opening.mode)
         except FletcherError as error:
             ready.set_exception(error)
         except Exception:
@@ -333,19 +328,6 @@ class Lane:
             ready.set_exception(InternalError(f"`{self.dataset}` cannot be opened"))
         else:
             ready.set_result(None)
-
-    def _use(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
-        wanted = writer_kind(schema, upsert=mode == "upsert")
-        if self._writer is None or self._written != wanted or mode == "overwrite":
-            self.close_writer()
-            if mode == "overwrite":
-                self._on_empty()
-            stored = schema.append(pa.field("batch_key", pa.utf8()))
-            self._writer = self.store.open_writer(self.dataset, stored, mode)
-            self._written = wanted
-            if mode == "overwrite":
-                self._known.doubt()
-        return self._writer
 
     def _store(self, groups: Sequence[Group], *, full: bool) -> None:
         started, taken = time.monotonic(), groups
@@ -359,10 +341,10 @@ class Lane:
         try:
             with self._breaker.call(self):
                 groups = self._decide(taken) if asking else taken
-                slow_down = self._append(groups)
+                slow_down = self._appender.append(groups)
         except PASSING as error:
             self._telemetry.store_retries.add()
-            self.close_writer()
+            self._appender.close()
             self._failed(groups, error, started)
             return
         except FletcherError as error:
@@ -384,49 +366,6 @@ class Lane:
             with self._changed:
                 self._backlog.put_back(groups[len(going) :])
         return going
-
-    def _append(self, groups: Sequence[Group]) -> bool:
-        """Stores the groups, of those in doubt what is not there; whether to slow down.
-
-        Rows that replace others all go again: a key may be gone because later rows replaced its
-        rows, and these go again, too, in the same order.
-        """
-        (schema, _, upsert), _ = groups[0].rows[0].kind
-        null_vectors = self.store.capabilities.null_vectors
-        writer = self._use(schema, "upsert" if upsert else "append")
-        wanted = {group.key: group for group in groups}
-        doubtful = [key for key, group in wanted.items() if group.doubtful and not upsert]
-        if doubtful:
-            for key in set(doubtful).difference(writer.missing_keys(doubtful)):
-                del wanted[key]
-        rows = {key: group.batch(null_vectors=null_vectors) for key, group in wanted.items()}
-        batches = [batch for batch in rows.values() if batch.num_rows]
-        num_rows = sum(batch.num_rows for batch in batches)
-        with (
-            self._telemetry.stage_duration.time(stage="append"),
-            self._telemetry.span("append", rows=num_rows, groups=len(batches)),
-        ):
-            slow_down = bool(batches) and writer.append(batches)
-        self._note_unsent(
-            [key for key, group in wanted.items() if not self._told(group, rows[key].num_rows)]
-        )
-        return slow_down
-
-    def _told(self, group: Group, num_stored: int) -> bool:
-        """Whether the store can tell later that it has a group, of which it got so many rows."""
-        if group.rows[0].upload.upsert:  # others may replace them all, and the key goes with them
-            return False
-        return num_stored > 0 and not (
-            num_stored < group.num_rows and self.store.capabilities.counts_groups
-        )
-
-    def _note_unsent(self, keys: Sequence[str]) -> None:
-        """The store may know nothing of these, but that they are settled must outlive us."""
-        if keys and self._unsent is not None:
-            try:
-                self._unsent.add(keys)
-            except OSError as error:
-                raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from None
 
     def _failed(self, groups: Sequence[Group], error: FletcherError, started: float) -> None:
         """The store may have taken the groups, or not: they go again when it is back."""
@@ -484,15 +423,6 @@ class Lane:
                 rows.upload.fail(error)
                 rows.released()
                 self._known.doubt()  # it may have been sent
-
-    def close_writer(self) -> None:
-        """Lets the dataset go; called by the lane's thread alone, which opens it where need be."""
-        writer, self._writer, self._written = self._writer, None, None
-        if writer is not None:
-            try:
-                writer.close()
-            except Exception:
-                log.exception("closing `%s`", self.dataset)
 
 
 def _shutting_down() -> StoreUnavailableError:

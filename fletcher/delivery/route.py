@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fletcher.delivery.appender import Appender
 from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.journal import Journal, JournalSpace
 from fletcher.delivery.known import Known, KnownSpace
@@ -72,6 +73,9 @@ class Route:
         self.known = Known(store, dataset, journal, known_space, telemetry)
         self._unsent = Unsent(journal.folder) if journal is not None else None
         self._on_idle = on_idle
+        self._appender = Appender(
+            store, dataset, telemetry, self.known, on_empty=self._forget, unsent=self._unsent
+        )
         self.lane = Lane(
             store,
             dataset,
@@ -79,9 +83,8 @@ class Route:
             breaker,
             telemetry,
             self.known,
+            self._appender,
             on_idle=self._may_end,
-            on_empty=self._forget,
-            unsent=self._unsent,
         )
         # Two threads: rows of uploads that may have to wait for the store, to be told from those
         # that are in doubt there, hold up no others.
@@ -128,7 +131,7 @@ class Route:
         if self.users:  # seen without a lock: whoever comes from now on is seen by `on_idle`
             return False
         # Before the route is forgotten, for another one may open the dataset from then on.
-        self.lane.close_writer()
+        self._appender.close()
         if self.journal is not None:
             self.journal.sweep()
         return self._on_idle(self)

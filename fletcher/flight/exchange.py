@@ -26,7 +26,7 @@ from fletcher.flight.call import (
 from fletcher.flight.messages import MAX_REPORTED_ERRORS, row_errors
 from fletcher.flight.status import to_flight_error
 from fletcher.options import EmbedOptions
-from fletcher.pipeline.assembly import Assembler
+from fletcher.pipeline.assembly import Assembler, Output
 from fletcher.pipeline.chunk_rows import ChunkAssembler, assembler
 from fletcher.pipeline.intake import Piece
 from fletcher.pipeline.models import Model
@@ -36,6 +36,8 @@ from fletcher.pipeline.stream import EmbedStream
 from fletcher.schema import ELEMENT_TYPES, output_schema
 
 log = logging.getLogger(__name__)
+
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 # Arrow cannot send a batch of 2 GiB; half of that leaves room for the other columns.
 _MAX_OUTPUT_BYTES = 1 << 30
@@ -181,21 +183,12 @@ class _Answers:
         if output is None:
             return
         errors = output.errors
-        if ending := ends_call(errors, abort=self._abort):
-            raise ending
-        for error in errors.values():
-            self._telemetry.rows_failed.add()
-            self._telemetry.errors.add(code=error.code)
+        if errors:
+            self._note(errors, output, piece.row_first)
         self._parts.append(output.batch)
         self._parts_bytes += output.batch.column("vector").nbytes
         if self._parts_bytes > _MAX_OUTPUT_BYTES:
             raise _too_large(sum(part.num_rows for part in self._parts))
-        self._errors += row_errors(
-            errors,
-            output.ids(),
-            row_first=piece.row_first,
-            limit=MAX_REPORTED_ERRORS - len(self._errors),
-        )
         if piece.last or (self._chunk_rows and output.batch.num_rows):
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
             metadata: dict[str, Any] = {"batch_id": piece.batch_id, "errors": self._errors}
@@ -204,10 +197,18 @@ class _Answers:
             self._parts, self._parts_bytes, self._errors = [], 0, []
             started_s = time.perf_counter()
             with writing():
-                self._writer.write_with_metadata(
-                    whole, json.dumps(metadata, ensure_ascii=False).encode()
-                )
+                self._writer.write_with_metadata(whole, _to_json(metadata).encode())
             self._writing_as.written(whole, time.perf_counter() - started_s)
+
+    def _note(self, errors: dict[int, FletcherError], output: Output, row_first: int) -> None:
+        """Counts a piece's errors, and keeps them for the answer, unless one ends the call."""
+        if ending := ends_call(errors, abort=self._abort):
+            raise ending
+        for error in errors.values():
+            self._telemetry.rows_failed.add()
+            self._telemetry.errors.add(code=error.code)
+        limit = MAX_REPORTED_ERRORS - len(self._errors)
+        self._errors += row_errors(errors, output.ids(), row_first=row_first, limit=limit)
 
 
 def _too_large(num_rows: int) -> BatchTooLargeError:

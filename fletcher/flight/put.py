@@ -75,10 +75,10 @@ def _put(
     trace: Trace,
 ) -> None:
     request = service.resolve(model, options, dtypes=store.capabilities.dtypes)
-    if request.spec.output != "dense":
+    if request.spec.output not in store.capabilities.outputs:
         raise InvalidCommandError(
-            f"`model` {model.bundle.name} gives {request.spec.output} vectors, which stores do not "
-            "take; DoExchange gives them back",
+            f"`model` {model.bundle.name} gives {request.spec.output} vectors, which this store "
+            "does not take; `lance:` and `parquet:` stores do, and DoExchange gives them back",
             field="model",
         )
     chunking = request.spec.chunking

@@ -29,19 +29,19 @@ from fletcher.errors import (
     BatchTooLargeError,
     ColumnTypeError,
     FletcherError,
-    InvalidCommandError,
-    UnknownColumnError,
 )
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.arrays import (
     decoded_bytes,
     distinct,
     large_utf8,
+    only_text,
     text_offsets,
     validate,
     viewed_bytes,
     without_views,
 )
+from fletcher.pipeline.columns import check_text, column, is_flat_text, optional_utf8, plain
 from fletcher.pipeline.parts import part_ends
 from fletcher.pipeline.row_errors import RowErrors
 
@@ -189,14 +189,17 @@ class Intake:
         self._truncate: Truncate = options.truncate  # type: ignore[assignment]
         self._priority = options.priority
         self._small_is_interactive = small_is_interactive
-        self._text = _column(schema, options.text_column, "text_column")
-        _check_text(schema.field(self._text))
+        self._text = column(schema, options.text_column, "text_column")
+        kind = check_text(schema.field(self._text))
         self._id = self._find_id(schema, options)
-        self._metadata = _optional_utf8(schema, "metadata")
-        self._carried = [_column(schema, name, "columns") for name in options.columns]
+        self._metadata = optional_utf8(schema, "metadata")
+        self._carried = [column(schema, name, "columns") for name in options.columns]
         self.carry_text = carry_text
         self.id_type = pa.utf8() if self._id is None else schema.field(self._id).type
-        self.carried_fields = [_plain(schema.field(index)) for index in self._carried]
+        self.carried_fields = [plain(schema.field(index)) for index in self._carried]
+        # Nothing but texts, as a search sends them; named as in a piece's rows.
+        others = self._id is not None or self._carried or chunking
+        self._is_plain = schema.names == ["text"] and is_flat_text(kind) and not others
         self._dictionary: pa.Array | None = None
         self._seen = np.zeros(0, np.bool_)
 
@@ -233,6 +236,21 @@ class Intake:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
             InvalidUtf8Error, ColumnTypeError: Its arrays are not valid; nothing of it was used.
         """
+        single = None
+        if self._is_plain and batch.num_rows == 1 and skip is None:
+            single = self._single(batch, batch_id, row_first)
+        if single is not None:
+            return iter((single,))
+        return self._pieces(batch, batch_id, row_first, keep, skip)
+
+    def _pieces(
+        self,
+        batch: pa.RecordBatch,
+        batch_id: int,
+        row_first: int,
+        keep: Callable[[int], bool],
+        skip: Skip | None,
+    ) -> Iterator[Piece]:
         timestamp_ns = time.time_ns()
         used = self._used_columns(batch)
         text = used.column("text")
@@ -300,6 +318,36 @@ class Intake:
                 priority=priority,
             )
             yield from self._parts(piece, rows_bytes)
+
+    def _single(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> Piece | None:
+        """The piece of a single text; None: there is something to say about it.
+
+        What is done for many rows takes three times as long for one, most of it to begin.
+        """
+        text = batch.column(self._text)
+        validate(text, "text")
+        size = batch.get_total_buffer_size()
+        if text.null_count or size > self._limits.max_message_bytes:
+            return None
+        data = only_text(text)
+        if len(data) > self._limits.max_row_bytes:
+            return None
+        return Piece(
+            batch_id=batch_id,
+            row_first=row_first,
+            rows=batch,
+            texts=self._texts(data, np.array([0, len(data)], np.int64)),
+            values=np.zeros(1, np.int32),
+            new_values=None,
+            table_size=0,
+            new_table=False,
+            errors={},
+            skipped=np.zeros(1, np.bool_),
+            timestamp_ns=time.time_ns(),
+            last=True,
+            num_bytes=self._limits.bytes_per_byte * len(data) + self._limits.bytes_per_row,
+            priority=self._class_of(1, len(data)),
+        )
 
     def _parts(self, piece: Piece, rows_bytes: int) -> Iterator[Piece]:
         """The piece, or one for each part of its only text, which is long and cut into chunks.
@@ -385,9 +433,12 @@ class Intake:
         first, last = int(offsets[0]), int(offsets[-1])
         data = texts.buffers()[2]
         raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
+        return self._texts(raw, offsets - first)
+
+    def _texts(self, data: bytes, offsets: Int64Array) -> TextBatch:
         return TextBatch(
-            raw,
-            offsets - first,
+            data,
+            offsets,
             self._truncate,
             self._prompt,
             chunking=self._chunking,
@@ -408,7 +459,7 @@ class Intake:
     def _find_id(schema: pa.Schema, options: EmbedOptions) -> int | None:
         if options.id_column == "id" and options.id_column not in schema.names:
             return None
-        index = _column(schema, options.id_column, "id_column")
+        index = column(schema, options.id_column, "id_column")
         kind = schema.field(index).type
         if not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
             raise ColumnTypeError(
@@ -423,52 +474,6 @@ def _codes(texts: pa.DictionaryArray) -> Int64Array:
     """int64 [n], a dictionary's codes; -1 where null."""
     codes: Int64Array = texts.indices.cast(pa.int64()).fill_null(-1).to_numpy()
     return codes
-
-
-def _column(schema: pa.Schema, name: str, field: str) -> int:
-    indices = schema.get_all_field_indices(name)
-    if len(indices) == 1:
-        return int(indices[0])
-    if indices:
-        raise InvalidCommandError(
-            f"`{field}` is {name!r}, a name that {len(indices)} input columns have", field=field
-        )
-    raise UnknownColumnError(
-        f"`{field}` is {name!r}, but the input has no such column; it has "
-        f"{', '.join(schema.names[:50]) or 'none'}",
-        field=field,
-        allowed=schema.names[:50],
-    )
-
-
-def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
-    indices = schema.get_all_field_indices(name)
-    if len(indices) == 1 and pa.types.is_string(schema.field(indices[0]).type):
-        return int(indices[0])
-    return None
-
-
-def _check_text(field: pa.Field) -> None:
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if not _is_text(kind):
-        raise ColumnTypeError(
-            f"`text_column` {field.name!r} is {field.type}, expected utf8, large_utf8, "
-            "utf8_view or a dictionary of one",
-            field="text_column",
-            allowed=["utf8", "large_utf8", "utf8_view", "dictionary of one of these"],
-        )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
-
-
-def _plain(field: pa.Field) -> pa.Field:
-    """Dictionaries leave as what they stand for: stores read plain columns."""
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    return pa.field(field.name, kind)
 
 
 def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,14 +47,15 @@ class Window:
         self.tickets = tickets
         self._layers = tickets[0].texts.layers
         self._dim = dim
-        self._input_ids: Int32Array = np.concatenate([tokens.input_ids for tokens in token_batches])
-        lengths = np.concatenate([np.diff(tokens.offsets) for tokens in token_batches])
+        self._input_ids: Int32Array = _joined([tokens.input_ids for tokens in token_batches])
+        lengths = _joined([np.diff(tokens.offsets) for tokens in token_batches])
         self._lengths: Int32Array = lengths.astype(np.int32)
         self._starts: Int64Array = np.concatenate(([0], np.cumsum(lengths)))
         self._first_rows: Int64Array = np.cumsum(
             [0, *(tokens.num_texts for tokens in token_batches)]
         )
-        self._segments = _joined([tokens.segments for tokens in token_batches])
+        late = [tokens.segments for tokens in token_batches if tokens.segments is not None]
+        self._segments = _all_segments(late)
         # Where a row's vectors begin, of which it has one or one for each segment.
         self._slots: Int64Array = np.arange(len(lengths) + 1)
         if self._segments is not None:
@@ -177,6 +179,9 @@ class Window:
                 f"a replica answered with vectors of shape {result.embeddings.shape} and {norms} "
                 f"norms, expected {expected}"
             )
+        if len(self._lengths) == 1:
+            self._embeddings, self._norms = result.embeddings, result.norms
+            return None
         if self._embeddings is None:
             self._embeddings = np.zeros((self._slots[-1], self._dim), np.float32)
         self._embeddings[slots] = result.embeddings
@@ -200,10 +205,12 @@ class Window:
         return None
 
 
-def _joined(parts: Sequence[Segments | None]) -> Segments | None:
-    found = [one for one in parts if one is not None]
-    if not found:
+def _joined(arrays: list[Any]) -> Any:
+    """The same, not copied where there is one."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _all_segments(parts: list[Segments]) -> Segments | None:
+    if not parts:
         return None
-    return Segments(
-        np.concatenate([one.counts for one in found]), np.concatenate([one.bounds for one in found])
-    )
+    return Segments(_joined([one.counts for one in parts]), _joined([one.bounds for one in parts]))

@@ -24,6 +24,8 @@ def finish(
     """
     if norms is not None and not normalized:
         return (embeddings * norms[:, None])[:, :dims]
+    if norms is not None and dims == embeddings.shape[1]:
+        return embeddings
     kept = embeddings[:, :dims]
     if normalized and (norms is None or dims < embeddings.shape[1]):
         lengths = np.linalg.norm(kept, axis=1, keepdims=True)

@@ -511,7 +511,7 @@ def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: 
     asked, retire = threading.Event(), Delivery._retire
 
     def asks(delivery: Delivery, route: Route) -> bool:
-        has_writer.append(route.lane._writer is not None)
+        has_writer.append(route._appender.is_open)
         asked.set()
         return retire(delivery, route)
 
@@ -520,7 +520,7 @@ def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: 
         upload, route = delivery.open(options(), SCHEMA)
         if in_use:
             assert not asked.wait(0.3)
-            assert route.lane._writer is not None
+            assert route._appender.is_open
         else:
             delivery.close(upload, route)
             route.lane.thread.join(30)

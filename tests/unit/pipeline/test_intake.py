@@ -118,6 +118,26 @@ def test_a_batch_of_a_single_row(text: str | None, kind: pa.DataType) -> None:
     assert embedded == ([] if text is None else [text])
 
 
+@pytest.mark.parametrize("kind", [pa.utf8(), pa.large_utf8()])
+@pytest.mark.parametrize("text", ["alone", "", "fünf", "x" * 1000, "x" * 1001, None])
+def test_the_short_way_of_a_single_row_makes_the_same_piece(
+    text: str | None, kind: pa.DataType
+) -> None:
+    batch = pa.record_batch({"text": pa.array(["before", text, "after"], kind)}).slice(1, 1)
+    intake = make(batch.schema, truncate="start")
+    (short,) = intake.pieces(batch, 7, 70)
+    (long,) = intake.pieces(batch, 7, 70, skip=lambda rows, _: np.zeros(rows.num_rows, np.bool_))
+    assert texts_of(short) == texts_of(long)
+    assert short.values.tolist() == long.values.tolist()
+    assert short.rows.equals(long.rows)
+    assert short.texts.truncate == long.texts.truncate == "start"
+    for name in ("batch_id", "row_first", "last", "num_bytes", "priority", "table_size"):
+        assert getattr(short, name) == getattr(long, name), name
+    assert {row: one.code for row, one in short.errors.items()} == {
+        row: one.code for row, one in long.errors.items()
+    }
+
+
 def test_a_repeated_text_is_embedded_once_a_piece() -> None:
     texts = ["b", "a", "b", "b", "a", "c", "a", "a"]
     batch = pa.record_batch({"text": texts})
@@ -383,6 +403,23 @@ def test_invalid_utf8_and_bad_offsets_are_refused_before_use() -> None:
         batch = pa.record_batch({"text": wild})
         with pytest.raises((ColumnTypeError, InvalidUtf8Error)):
             list(make(batch.schema).pieces(batch, 0, 0))
+
+
+@pytest.mark.parametrize("offsets", [[0, 1 << 30], [0, -5], [2, 1], [-1, 2], [1, 3]])
+def test_a_single_row_is_checked_in_full(offsets: list[int]) -> None:
+    data = pa.py_buffer(b"a\xff\xfe")
+    # Between good ones: pyarrow looks at the first and the last when it makes an array.
+    buffer = pa.py_buffer(np.array([0, *offsets, 3], np.int32))
+    wild = pa.StringArray.from_buffers(3, buffer, data)
+    batch = pa.record_batch({"text": wild}).slice(1, 1)
+    with pytest.raises((ColumnTypeError, InvalidUtf8Error)):
+        list(make(batch.schema).pieces(batch, 0, 0))
+
+
+def test_a_single_row_over_the_limit_is_refused() -> None:
+    batch = pa.record_batch({"text": ["x" * (1 << 20)]})
+    with pytest.raises(BatchTooLargeError, match="smaller batches"):
+        list(make(batch.schema).pieces(batch, 0, 0))
 
 
 def test_dictionary_codes_out_of_range_are_refused() -> None:
