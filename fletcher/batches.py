@@ -15,6 +15,7 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
+VectorArray = npt.NDArray[np.float32 | np.float16]
 
 Truncate = Literal["end", "start", "error"]
 Priority = Literal["bulk", "interactive"]
@@ -81,6 +82,7 @@ class TextBatch:
         continued: These are parts of one text, and more of it comes in the next batch.
         carry: What the batch before left of the text that goes on here.
         layers: The exit layer that their vectors come from; 0: the last.
+        half: Their vectors are wanted in float16, and otherwise as the graph gives them.
     """
 
     data: bytes | memoryview
@@ -92,6 +94,7 @@ class TextBatch:
     continued: bool = False
     carry: Carry | None = None
     layers: int = 0
+    half: bool = False
 
     @property
     def num_texts(self) -> int:
@@ -136,11 +139,13 @@ class MicroBatch:
         input_ids: int32 [total_tokens].
         lengths: int32 [num_rows], each at least 1.
         layers: The exit layer that all of them leave after; 0: the last.
+        half: Their vectors are to come back in float16: half as much to send, and no more to do.
     """
 
     input_ids: Int32Array
     lengths: Int32Array
     layers: int = 0
+    half: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +153,16 @@ class InferenceResult:
     """What a replica answers to a MicroBatch.
 
     Attributes:
-        embeddings: float32 [num_rows, dim], pooled and, where the bundle says so, L2-normalised;
-            of models with several vectors a row all of them, [num_vectors, width].
+        embeddings: float32 [num_rows, dim] (float16 where the MicroBatch says so), pooled and,
+            where the bundle says so, L2-normalised; of models with several vectors a row all of
+            them, [num_vectors, width].
         norms: float32 [num_rows], the L2 norm before normalisation; None where not normalised.
         compute_s: Seconds the device was computing.
         budget_tokens: Padded tokens that the replica takes in one run now; 0: not said.
         counts: int32 [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one each.
     """
 
-    embeddings: FloatArray
+    embeddings: VectorArray
     norms: FloatArray | None
     compute_s: float
     budget_tokens: int = 0
@@ -168,8 +174,8 @@ class EmbeddingBatch:
     """The vectors of one TextBatch, in its order.
 
     Attributes:
-        embeddings: float32 [num_texts, dim]; rows in `errors` hold zeros. With `counts` float32
-            [num_vectors, width].
+        embeddings: float32 [num_texts, dim], or float16 where the TextBatch says so; rows in
+            `errors` hold zeros. With `counts` float32 [num_vectors, width].
         norms: float32 [num_texts] or None, as in InferenceResult.
         token_count: int32 [num_texts].
         truncated: bool [num_texts].
@@ -178,7 +184,7 @@ class EmbeddingBatch:
         chunks: Whose chunks these are, each a text here; None: texts were not cut.
     """
 
-    embeddings: FloatArray
+    embeddings: VectorArray
     norms: FloatArray | None
     token_count: Int32Array
     truncated: BoolArray

@@ -52,8 +52,11 @@ class BudgetedBackend:
         """
         if len(batch.lengths) == 0:
             return self._backend.run(batch)
-        parts = [self._run(part) for part in _cut(batch, self._budget)]
-        return replace(_joined(parts), budget_tokens=self._budget)
+        result = _joined([self._run(part) for part in _cut(batch, self._budget)])
+        embeddings = result.embeddings
+        if batch.half:
+            embeddings = embeddings.astype(np.float16, copy=False)
+        return replace(result, embeddings=embeddings, budget_tokens=self._budget)
 
     def describe(self) -> dict[str, str]:
         return self._backend.describe()
@@ -122,7 +125,7 @@ def _cut(batch: MicroBatch, budget: int) -> list[MicroBatch]:
     ends = np.cumsum(batch.lengths)
     ids = np.split(batch.input_ids, ends[np.array(edges[1:], np.int64) - 1])
     lengths = np.split(batch.lengths, edges[1:])
-    return [MicroBatch(*part, batch.layers) for part in zip(ids, lengths, strict=True)]
+    return [MicroBatch(*part, batch.layers, batch.half) for part in zip(ids, lengths, strict=True)]
 
 
 def _joined(parts: list[InferenceResult]) -> InferenceResult:

@@ -21,6 +21,7 @@ from fletcher.batches import (
     Int32Array,
     Int64Array,
     MicroBatch,
+    VectorArray,
 )
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import Ticket
@@ -33,7 +34,7 @@ class Window:
     """Tickets whose texts are planned together.
 
     Args:
-        tickets: Tokenized tickets of one model and one exit layer.
+        tickets: Tokenized tickets of one model, one exit layer and one type of vectors.
         dim: Numbers in a vector.
         plan: From lengths to row sets; rows of length 0 (failed texts) are not given to it.
     """
@@ -43,6 +44,8 @@ class Window:
         assert len(token_batches) == len(tickets)
         self.tickets = tickets
         self._layers = tickets[0].texts.layers
+        self._half = tickets[0].texts.half
+        self._dtype = np.dtype(np.float16 if self._half else np.float32)
         self._dim = dim
         self._input_ids: Int32Array = _joined([tokens.input_ids for tokens in token_batches])
         lengths = _joined([np.diff(tokens.offsets) for tokens in token_batches])
@@ -54,7 +57,7 @@ class Window:
         present = np.flatnonzero(self._lengths)
         row_sets = plan(self._lengths[present]) if len(present) else []
         self.row_sets: list[Int64Array] = [present[rows] for rows in row_sets]
-        self._embeddings: FloatArray | None = None
+        self._embeddings: VectorArray | None = None
         self._norms: FloatArray | None = None
         self._parts: list[tuple[Int64Array, FloatArray, Int32Array]] = []  # several vectors a row
         self._errors: dict[int, FletcherError] = {}
@@ -64,12 +67,13 @@ class Window:
     def micro_batch(self, rows: Int64Array) -> MicroBatch:
         """The tokens of some rows, flat."""
         if len(self._lengths) == 1:
-            return MicroBatch(self._input_ids, self._lengths, self._layers)
+            return MicroBatch(self._input_ids, self._lengths, self._layers, self._half)
         lengths = self._lengths[rows]
         ends = np.cumsum(lengths)
         # Position i of the output comes from start of its row + i - where its row begins there.
         shift = np.repeat(self._starts[rows] - (ends - lengths), lengths)
-        return MicroBatch(self._input_ids[np.arange(ends[-1]) + shift], lengths, self._layers)
+        input_ids = self._input_ids[np.arange(ends[-1]) + shift]
+        return MicroBatch(input_ids, lengths, self._layers, self._half)
 
     @property
     def abandoned(self) -> bool:
@@ -94,7 +98,7 @@ class Window:
             embeddings, counts = scattered(len(self._lengths), self._dim, self._parts)
             ends = np.concatenate(([0], np.cumsum(counts)))
         elif embeddings is None:
-            embeddings = np.zeros((len(self._lengths), self._dim), np.float32)
+            embeddings = np.zeros((len(self._lengths), self._dim), self._dtype)
         for index, ticket in enumerate(self.tickets):
             first, last = self._first_rows[index], self._first_rows[index + 1]
             tokens = ticket.tokens
@@ -120,7 +124,8 @@ class Window:
     def _store(self, rows: Int64Array, result: InferenceResult) -> FletcherError | None:
         """Puts vectors in their places; an error where they are not what the model promises."""
         if result.counts is not None:
-            return self._store_ragged(rows, result.embeddings, result.counts)
+            vectors = np.asarray(result.embeddings, np.float32)
+            return self._store_ragged(rows, vectors, result.counts)
         expected = (len(rows), self._dim)
         norms = len(rows) if result.norms is None else result.norms.size
         if result.embeddings.shape != expected or norms != len(rows):
@@ -132,7 +137,7 @@ class Window:
             self._embeddings, self._norms = result.embeddings, result.norms
             return None
         if self._embeddings is None:
-            self._embeddings = np.zeros((len(self._lengths), self._dim), np.float32)
+            self._embeddings = np.zeros((len(self._lengths), self._dim), self._dtype)
         self._embeddings[rows] = result.embeddings
         if result.norms is not None:
             if self._norms is None:
