@@ -335,11 +335,13 @@ class InferenceSource:
 
 
 def _alike(tickets: Iterable[Ticket]) -> Iterable[list[Ticket]]:
-    """Tickets together that leave the model after the same layer and in the same type."""
-    kinds: dict[tuple[int, bool], list[Ticket]] = {}
+    """Tickets that the same graphs are run for and whose vectors are of one type, together."""
+    found: dict[tuple[int, bool, bool], list[Ticket]] = {}
     for ticket in tickets:
-        kinds.setdefault((ticket.texts.layers, ticket.texts.half), []).append(ticket)
-    return kinds.values()
+        texts = ticket.texts
+        late = texts.chunking is not None and texts.chunking.late
+        found.setdefault((texts.layers, late, texts.half), []).append(ticket)
+    return found.values()
 
 
 def _take(queue: FairQueue[Ticket], max_tokens: int | None) -> list[Ticket]:
