@@ -32,7 +32,8 @@ class Carry:
         end: The text's last characters so far.
         size: int64 [2], characters and bytes of the text so far.
         num_chunks: Chunks so far.
-        num_covered: Of these tokens, how many at the beginning are in the last of those chunks.
+        num_covered: Of the tokens of the next chunk, how many at the beginning are in the last one.
+        num_before: Of these tokens, how many at the beginning are only read with the next chunk.
     """
 
     prompt_ids: Int32Array
@@ -43,6 +44,7 @@ class Carry:
     size: Int64Array
     num_chunks: int
     num_covered: int
+    num_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,20 @@ class TextBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Segments:
+    """Parts of rows that get a vector each, while the model reads all of the row.
+
+    Attributes:
+        counts: int32 [num_rows], parts of each row, one at least.
+        bounds: int32 [num_segments, 2], row after row: a part's first token, counted in its row,
+            and the first one behind it.
+    """
+
+    counts: Int32Array
+    bounds: Int32Array
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Tokenized texts, flat. Where texts are cut into chunks, each of these is a text here.
 
@@ -109,6 +125,7 @@ class TokenBatch:
         errors: By text index, why a text has no tokens (it then has length 0): truncate="error".
         chunks: Whose chunks these are; None: texts were not cut.
         carry: What is left for the text's next part.
+        segments: Which part of which row each chunk is; None: each chunk is a row.
     """
 
     input_ids: Int32Array
@@ -117,6 +134,7 @@ class TokenBatch:
     errors: dict[int, FletcherError] = field(default_factory=dict)
     chunks: Chunks | None = None
     carry: Carry | None = None
+    segments: Segments | None = None
 
     @property
     def num_texts(self) -> int:
@@ -136,11 +154,13 @@ class MicroBatch:
         input_ids: int32 [total_tokens].
         lengths: int32 [num_rows], each at least 1.
         layers: The exit layer that all of them leave after; 0: the last.
+        segments: What gets a vector in place of a row; None: rows do.
     """
 
     input_ids: Int32Array
     lengths: Int32Array
     layers: int = 0
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +169,13 @@ class InferenceResult:
 
     Attributes:
         embeddings: float32 [num_rows, dim], pooled and, where the bundle says so, L2-normalised;
-            of models with several vectors a row all of them, [num_vectors, width].
+            of models with several vectors a row all of them, [num_vectors, width]; where the batch
+            has segments theirs, as pooled, [num_segments, dim].
         norms: float32 [num_rows], the L2 norm before normalisation; None where not normalised.
         compute_s: Seconds the device was computing.
         budget_tokens: Padded tokens that the replica takes in one run now; 0: not said.
-        counts: int32 [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one each.
+        counts: int32 [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one each,
+            or each segment's.
     """
 
     embeddings: FloatArray

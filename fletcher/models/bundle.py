@@ -5,6 +5,7 @@ tokenizer.json    as the `tokenizers` library reads it
 model.onnx        the graph
 model.weights     its weights, mapped into memory by the engine
 model.N.*         both in segments where the model has exits: each ends after layer N
+late.onnx         where the model pools by mean: the graph that pools parts of rows, same weights
 calibration.json  ranges for int8, where `fletcher model calibrate` found some
 """
 
@@ -28,6 +29,7 @@ from fletcher.schema import SPARSE_WIDTH
 FORMAT = 1
 MANIFEST = "fletcher.json"
 TOKENIZER = "tokenizer.json"
+LATE_GRAPH = "late.onnx"
 POOLINGS = ("mean", "cls", "last_token")
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 OUTPUTS = ("dense", "sparse", "multi")
@@ -158,6 +160,7 @@ class ModelBundle:
             machine and after every re-adding.
         graph: Path of the ONNX file.
         tokenizer: Path of tokenizer.json.
+        late: Path of the graph for late chunking; None: there is none.
         num_bytes: Size of all files.
         calibration: Ranges for int8.
     """
@@ -189,6 +192,7 @@ class ModelBundle:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     tokenizer: Path
+    late: Path | None
     licence: str
     source: str
     num_bytes: int
@@ -283,6 +287,7 @@ class ModelBundle:
             name=name,
             hash=actual_hash,
             tokenizer=folder / TOKENIZER,
+            late=folder / LATE_GRAPH if LATE_GRAPH in files else None,
             num_bytes=num_bytes,
             calibration=Calibration.load(folder / CALIBRATION)
             if CALIBRATION in files

@@ -53,6 +53,8 @@ _ROW_BYTES = 16
 
 # A chunk's tokens are here twice, 4 bytes each: as they come from a tokenizer and in a window.
 _TOKEN_BYTES = 8
+# Of late chunks, how often a token is read: frames overlap, most where chunks are nearly as large.
+_MAX_FRAMES = 4
 # A mark that ends it and the space behind.
 _MIN_SENTENCE_BYTES = 2
 # Less is more work for each part than for its texts.
@@ -94,7 +96,7 @@ class IntakeLimits:
         stride = max(1, chunking.size - taken - chunking.overlap)
         if chunking.alone:
             stride = min(stride, _MIN_SENTENCE_BYTES)
-        num_tokens = stride + chunking.overlap + taken
+        num_tokens = (stride + chunking.overlap + taken) * (_MAX_FRAMES if chunking.late else 1)
         per_byte = -(-(self.bytes_per_row + _TOKEN_BYTES * num_tokens) // stride)
         part_bytes = self.piece_rows * self.bytes_per_row // per_byte
         return dataclasses.replace(

@@ -127,7 +127,12 @@ class Tokenizer:
             return batch
         ids = np.insert(batch.input_ids, batch.offsets[:-1][empty], self._pad_token_id)
         offsets = batch.offsets + np.append(0, np.cumsum(empty))
-        return replace(batch, input_ids=ids, offsets=offsets)
+        segments = batch.segments
+        if segments is not None:  # of a row without tokens there is one, without tokens
+            firsts, lasts = segments.bounds.T
+            bounds = np.stack((firsts, np.maximum(lasts, firsts + 1)), axis=1)
+            segments = replace(segments, bounds=bounds)
+        return replace(batch, input_ids=ids, offsets=offsets, segments=segments)
 
     def _few(self, batch: TextBatch, room: int) -> TokenBatch | None:
         """A little text, as a search sends it, by the shortest way; None: it is not that little.
@@ -163,7 +168,8 @@ class Tokenizer:
             ids, ends = self._ids(begun.data, begun.offsets)
             texts = [TextTokens.without_places(one) for one in np.split(ids, ends[1:-1])]
         (prompt_ids,) = self._library([batch.prompt])
-        return cut(batch, texts, np.array(prompt_ids, np.int32), (self._prefix, self._suffix))
+        special = (self._prefix, self._suffix)
+        return cut(batch, texts, np.array(prompt_ids, np.int32), special, self.max_length)
 
     def _with_places(self, texts: list[str], prompt: str, before: str | None) -> list[TextTokens]:
         encodings = self._tokenizer.encode_batch(

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fletcher.batches import FloatArray, Int32Array, Int64Array
+from fletcher.batches import FloatArray, Int32Array, Int64Array, Segments
 
 
 def places(starts: Int64Array, counts: Int32Array) -> Int64Array:
@@ -44,6 +44,12 @@ def gathered(
     """
     chosen = counts[rows]
     return vectors[places(starts_of(counts)[rows], chosen)], chosen
+
+
+def segments_of(segments: Segments, rows: Int64Array) -> Segments:
+    """Those of some rows, in their order."""
+    counts = segments.counts[rows]
+    return Segments(counts, segments.bounds[places(starts_of(segments.counts)[rows], counts)])
 
 
 def scattered(

@@ -138,7 +138,7 @@ def _short(message: Any) -> bytes | None:
     """A run of a few rows, or its answer; None: it is something else."""
     if isinstance(message, Request) and isinstance(message.payload, MicroBatch):
         batch = message.payload
-        if batch.input_ids.nbytes >= _MIN_ASIDE_BYTES:
+        if batch.input_ids.nbytes >= _MIN_ASIDE_BYTES or batch.segments is not None:
             return None
         head = _RUN_HEAD.pack(
             *(_RUN, message.job_id, message.urgent, batch.layers),
