@@ -39,6 +39,17 @@ def test_arrays_arrive_as_they_were(num_rows):
     assert answer.seconds == 1.0
 
 
+@pytest.mark.parametrize("num_rows", [1, 2000])
+def test_float16_arrives_as_such(num_rows):
+    ids, lengths = np.arange(num_rows, dtype=np.int32), np.ones(num_rows, np.int32)
+    request = through(Request(5, MicroBatch(ids, lengths, half=True)))
+    assert request.payload.half
+    vectors = np.random.default_rng(0).random((num_rows, 384)).astype(np.float16)
+    answer = through(Response(6, InferenceResult(vectors, lengths.astype(np.float32), 0.5), 1.0))
+    assert answer.payload.embeddings.dtype == np.float16
+    assert np.array_equal(answer.payload.embeddings, vectors)
+
+
 @pytest.mark.parametrize("num_tokens", [7, 9000])
 def test_segments_arrive_with_their_rows(num_tokens):
     ids, one = np.arange(num_tokens, dtype=np.int32), np.ones(1, np.int32)
