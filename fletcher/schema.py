@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,12 +67,7 @@ class VectorSpec:
         For `multi` List<FixedSizeList<dtype>[dims]>, for `sparse` List<Struct<index: int32, value:
         dtype>> by ascending index.
         """
-        item = ELEMENT_TYPES[self.dtype]
-        if self.output == "sparse":
-            return pa.list_(pa.struct([("index", pa.int32()), ("value", item)]))
-        width = self.dims // 8 if self.dtype == "ubinary" else self.dims
-        one = pa.list_(pa.field("item", item), width)
-        return pa.list_(one) if self.output == "multi" else one
+        return _vector_type(self.output, self.dtype, self.dims)
 
     @property
     def scale_type(self) -> pa.DataType:
@@ -114,6 +110,15 @@ class VectorSpec:
             **({} if self.output == "dense" else {"fletcher.output": self.output}),
             **({} if self.chunking is None else {"fletcher.chunking": str(self.chunking)}),
         }
+
+
+@functools.lru_cache
+def _vector_type(output: str, dtype: str, dims: int) -> pa.DataType:
+    item = ELEMENT_TYPES[dtype]
+    if output == "sparse":
+        return pa.list_(pa.struct([("index", pa.int32()), ("value", item)]))
+    one = pa.list_(pa.field("item", item), dims // 8 if dtype == "ubinary" else dims)
+    return pa.list_(one) if output == "multi" else one
 
 
 def output_schema(
@@ -161,7 +166,7 @@ def output_schema(
 
 
 def vector_columns(
-    embeddings: npt.NDArray[np.float32],
+    embeddings: npt.NDArray[np.float32 | np.float16],
     spec: VectorSpec,
     null_rows: npt.NDArray[np.bool_] | None,
     counts: npt.NDArray[np.int32] | None = None,
@@ -169,7 +174,8 @@ def vector_columns(
     """`vector`, an array of the spec's type over whole buffers, and `scale` where it has one.
 
     Args:
-        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width].
+        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width]; float16 where
+            that is what they are to be.
         spec: What they are.
         null_rows: bool [num_rows], True where the vector is null; None: no nulls.
         counts: int32 [num_rows], vectors of each row, 0 where it is null; None: one each, or none
@@ -180,22 +186,36 @@ def vector_columns(
     mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
     columns = {}
     values: npt.NDArray[Any]
-    if spec.scaled:
-        values, scale = quantize_rows(embeddings)
-        columns["scale"] = pa.array(scale, mask=null_rows)
-    elif spec.dtype == "int8" and spec.ranges is not None:
-        values = spec.ranges.quantize(embeddings)
-    elif spec.dtype == "ubinary":
-        values = pack_signs(embeddings)
-    else:
+    if spec.dtype in ("float32", "float16"):
         values = np.ascontiguousarray(embeddings, dtype=np.dtype(spec.dtype))
-    flat = pa.array(values.reshape(-1), type=ELEMENT_TYPES[spec.dtype])
-    vector = pa.FixedSizeListArray.from_arrays(flat, type=spec.arrow_type, mask=mask)
+    else:
+        exact = np.asarray(embeddings, np.float32)
+        if spec.dtype == "ubinary":
+            values = pack_signs(exact)
+        elif spec.ranges is not None:
+            values = spec.ranges.quantize(exact)
+        else:
+            values, scale = quantize_rows(exact)
+            columns["scale"] = pa.array(scale, mask=null_rows)
+    flat = column(values.reshape(-1), ELEMENT_TYPES[spec.dtype])
+    kind = spec.arrow_type
+    if mask is None:
+        vector = pa.Array.from_buffers(kind, len(embeddings), [None], children=[flat])
+    else:
+        vector = pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
     return {"vector": vector, **columns}
 
 
+def column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """An array without nulls over the very memory of `values`, whose elements are as `kind`'s.
+
+    For a few rows `pa.array` takes several times as long.
+    """
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
 def _list_columns(
-    vectors: npt.NDArray[np.float32],
+    vectors: npt.NDArray[np.float32 | np.float16],
     spec: VectorSpec,
     null_rows: npt.NDArray[np.bool_] | None,
     counts: npt.NDArray[np.int32] | None,

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.client.connection import Connection, descriptor, pause_s
-from fletcher.client.messages import Message, RowError, as_batches, messages, row_errors
+from fletcher.client.messages import Message, RowError, row_errors
 from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
@@ -35,6 +35,7 @@ _CLOSE_TIMEOUT_S = 5.0
 # How long a thread may take to leave a call that failed, for another to begin; one that is in the
 # caller's input may never.
 _LEAVE_TIMEOUT_S = 2.0
+_LOOK_S = 0.05
 
 
 class _WriteError(Exception):
@@ -47,9 +48,10 @@ class Exchange:
     """An iterator over batches with vectors: one for each batch that was sent, in their order.
 
     Batches larger than `TransferOptions.message_bytes` travel in pieces, which are joined again: a
-    whole batch of vectors is held. Batches without rows are left out. Leaving it early, by `close`
-    or at the end of `with`, cancels the call. When the server fails, answers that it sent shortly
-    before may be lost: gRPC drops them.
+    whole batch of vectors is held. Batches without rows are left out. With
+    `EmbedOptions.continuous` there is a batch whenever chunks are complete instead. Leaving it
+    early, by `close` or at the end of `with`, cancels the call. When the server fails, answers that
+    it sent shortly before may be lost: gRPC drops them.
 
     Where the server refuses for now, or goes, before its first answer, the exchange begins anew, up
     to `max_retries` times: until then what was sent is kept, if it is no more than `window_bytes`.
@@ -60,18 +62,24 @@ class Exchange:
 
     Args:
         connection: To the server.
-        data: See `as_batches`; read in a thread of its own.
+        schema: Of what is sent.
+        outgoing: What is sent; read in a thread of its own.
         options: What to do with the text.
     """
 
-    def __init__(self, connection: Connection, data: Any, options: EmbedOptions) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        schema: pa.Schema,
+        outgoing: Iterator[Message],
+        options: EmbedOptions,
+    ) -> None:
         self.errors: tuple[RowError, ...] = ()
         self._connection = connection
         self._options = options
-        self._input_schema, batches = as_batches(data)
-        self._messages: Iterator[Message] = messages(
-            batches, max_bytes=connection.transfer.message_bytes
-        )
+        self._input_schema = schema
+        self._messages = outgoing
+        self._in_input = False
         self._kept: list[Message] | None = []  # to be sent again; None: the call cannot begin anew
         self._kept_bytes = 0
         self._num_retries = 0
@@ -165,15 +173,21 @@ class Exchange:
             self._closed = True
             self._changed.notify_all()
             finished = self._read_all and self._all_sent and self._failure is None
-        self._end(_CLOSE_TIMEOUT_S, cancel=not finished)
+        self._end(_CLOSE_TIMEOUT_S, cancel=not finished, leave_input=True)
 
-    def _end(self, timeout_s: float, *, cancel: bool) -> bool:
-        """Ends the call; False where a thread of it has not ended, such as one in the input."""
+    def _end(self, timeout_s: float, *, cancel: bool, leave_input: bool = False) -> bool:
+        """Ends the call; False where a thread of it has not ended, such as one in the input.
+
+        With `leave_input` that one is not waited for: it ends when the input has something for it.
+        """
         if cancel:
             self._reader.cancel()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            while thread.is_alive() and time.monotonic() < deadline:
+                if leave_input and self._in_input and thread is self._threads[0]:
+                    break
+                thread.join(min(_LOOK_S, max(0.0, deadline - time.monotonic())))
         if any(thread.is_alive() for thread in self._threads):
             return False
         # Else pyarrow does it on deletion, and prints what the call ended with.
@@ -213,7 +227,7 @@ class Exchange:
                     return
                 failure = self._failure
                 if failure is None:
-                    owes = self._rows_answered < self._rows_sent or self._all_sent
+                    owes = bool(self._num_rows) or self._all_sent
                     left = self._last_activity + timeout_s - time.monotonic()
                     if owes and left <= 0:
                         failure = self._failure = DeadlineExceededError(
@@ -231,12 +245,12 @@ class Exchange:
         try:
             write = self._connection.write_options(self._first_batch())
             self._call(lambda: self._writer.begin(self._input_schema, options=write))
-            for message in self._messages:
+            for message in iter(self._next, None):
                 with self._changed:
                     self._keep(message)
                     if self._closed or self._failure is not None:
                         break
-                    if self._rows_answered == self._rows_sent:
+                    if not self._num_rows:
                         self._last_activity = time.monotonic()
                     self._rows_sent += message.batch.num_rows
                     self._num_rows[message.batch_id] = message.batch.num_rows
@@ -264,11 +278,19 @@ class Exchange:
             self._written = True
             self._changed.notify_all()
 
+    def _next(self) -> Message | None:
+        """The next of what is sent; waits for the caller's input."""
+        self._in_input = True
+        try:
+            return next(self._messages, None)
+        finally:
+            self._in_input = False
+
     def _first_batch(self) -> pa.RecordBatch | None:
         """What the call will begin with, where its compression depends on that."""
         if not self._connection.measures:
             return None
-        first = next(self._messages, None)
+        first = self._next()
         if first is None:
             return None
         self._messages = itertools.chain([first], self._messages)
@@ -325,13 +347,14 @@ class Exchange:
                 self._kept = None
                 self._last_activity = time.monotonic()
                 whole = False
-                if last is not False:
-                    num_rows = self._num_rows.pop(expected, 0)
+                # Of none that waits is what the end of the input completed.
+                if last is not False and expected in self._num_rows:
+                    num_rows = self._num_rows.pop(expected)
                     self._rows_answered += chunk.data.num_rows if last is None else num_rows
                     whole = expected in self._last_pieces
                     self._last_pieces.discard(expected)
                     expected += 1
-            if whole:
+            if whole or (self._options.continuous and chunk.data.num_rows):
                 batch = pa.concat_batches(parts) if len(parts) > 1 else parts[0]
                 parts = []
                 if not self._hand_over(batch, errors):

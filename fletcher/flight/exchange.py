@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -26,8 +27,9 @@ from fletcher.flight.call import (
 from fletcher.flight.messages import MAX_REPORTED_ERRORS, row_errors
 from fletcher.flight.status import to_flight_error
 from fletcher.options import EmbedOptions
-from fletcher.pipeline.assembly import Assembler
+from fletcher.pipeline.assembly import Assembler, Output
 from fletcher.pipeline.chunk_rows import ChunkAssembler, assembler
+from fletcher.pipeline.document_rows import DocumentAssembler
 from fletcher.pipeline.intake import Piece
 from fletcher.pipeline.models import Model
 from fletcher.pipeline.row_errors import ends_call
@@ -36,6 +38,8 @@ from fletcher.pipeline.stream import EmbedStream
 from fletcher.schema import ELEMENT_TYPES, output_schema
 
 log = logging.getLogger(__name__)
+
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 # Arrow cannot send a batch of 2 GiB; half of that leaves room for the other columns.
 _MAX_OUTPUT_BYTES = 1 << 30
@@ -92,12 +96,16 @@ def _exchange(
     # Before the first batch, so that a client that waits for the schema need not send.
     writing_as = service.answers.open(context.peer(), output)
     writer.begin(output, options=writing_as.options)
-    messages, first = started(read_messages(reader, context))  # who sends nothing takes no place
+    received = read_messages(reader, context, continuous=options.continuous)
+    messages, first = started(received)  # who sends nothing takes no place
     bulk = first is not None and first.batch is not None and source.is_bulk(first.batch)
     with service.admit(model, bulk=bulk), service.telemetry.span("do_exchange", trace) as span:
         stream = model.embedder.open_stream(span)
         try:
-            assembling = assembler(output, request.spec, upload_id, whole_rows=False)
+            if options.continuous:
+                assembling: Assembler = DocumentAssembler(output, request.spec, upload_id)
+            else:
+                assembling = assembler(output, request.spec, upload_id, whole_rows=False)
             answers = _Answers(service, stream, assembling, writer, ending, options, writing_as)
             helper = Helper("exchange-writer", answers.run, answers.fail)
             # Of sparse and token vectors that is the most: what they really take is counted later.
@@ -113,15 +121,16 @@ def _exchange(
                         raise _too_large(batch.num_rows)
                     service.telemetry.rows_received.add(batch.num_rows)
                     service.telemetry.bytes_received.add(batch.get_total_buffer_size())
-                    for piece in source.pieces(
-                        batch, message.batch_id, message.row_first, keep=stream.keep
-                    ):
-                        stream.submit(
-                            piece.texts,
-                            piece,
-                            num_bytes=piece.num_bytes,
-                            priority=piece.priority,
-                        )
+                    pieces = source.pieces(
+                        batch,
+                        message.batch_id,
+                        message.row_first,
+                        keep=stream.keep,
+                        ends=message.metadata.document_end,
+                    )
+                    _submit(stream, pieces)
+                if not context.is_cancelled():
+                    _submit(stream, source.rest())
             except Exception as error:  # noqa: BLE001 - raised once earlier batches are answered
                 refusal = error
             if context.is_cancelled():
@@ -132,6 +141,11 @@ def _exchange(
                 raise refusal
         finally:
             stream.close()
+
+
+def _submit(stream: EmbedStream, pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
+        stream.submit(piece.texts, piece, num_bytes=piece.num_bytes, priority=piece.priority)
 
 
 class _Answers:
@@ -166,6 +180,7 @@ class _Answers:
             # A batch that is joined from pieces must not wait for its own memory (see the docs'
             # memory bound: an exchange may hold one output batch beside its allowance).
             self._stream.release(result.num_bytes)
+            del result  # the next may be long in coming
 
     def fail(self, error: Exception) -> None:
         """Frees the handler if it waits for memory, and tells the client at once.
@@ -181,21 +196,12 @@ class _Answers:
         if output is None:
             return
         errors = output.errors
-        if ending := ends_call(errors, abort=self._abort):
-            raise ending
-        for error in errors.values():
-            self._telemetry.rows_failed.add()
-            self._telemetry.errors.add(code=error.code)
+        if errors:
+            self._note(errors, output, piece.row_first)
         self._parts.append(output.batch)
         self._parts_bytes += output.batch.column("vector").nbytes
         if self._parts_bytes > _MAX_OUTPUT_BYTES:
             raise _too_large(sum(part.num_rows for part in self._parts))
-        self._errors += row_errors(
-            errors,
-            output.ids(),
-            row_first=piece.row_first,
-            limit=MAX_REPORTED_ERRORS - len(self._errors),
-        )
         if piece.last or (self._chunk_rows and output.batch.num_rows):
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
             metadata: dict[str, Any] = {"batch_id": piece.batch_id, "errors": self._errors}
@@ -204,10 +210,18 @@ class _Answers:
             self._parts, self._parts_bytes, self._errors = [], 0, []
             started_s = time.perf_counter()
             with writing():
-                self._writer.write_with_metadata(
-                    whole, json.dumps(metadata, ensure_ascii=False).encode()
-                )
+                self._writer.write_with_metadata(whole, _to_json(metadata).encode())
             self._writing_as.written(whole, time.perf_counter() - started_s)
+
+    def _note(self, errors: dict[int, FletcherError], output: Output, row_first: int) -> None:
+        """Counts a piece's errors, and keeps them for the answer, unless one ends the call."""
+        if ending := ends_call(errors, abort=self._abort):
+            raise ending
+        for error in errors.values():
+            self._telemetry.rows_failed.add()
+            self._telemetry.errors.add(code=error.code)
+        limit = MAX_REPORTED_ERRORS - len(self._errors)
+        self._errors += row_errors(errors, output.ids(), row_first=row_first, limit=limit)
 
 
 def _too_large(num_rows: int) -> BatchTooLargeError:

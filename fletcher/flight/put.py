@@ -49,6 +49,13 @@ def put(
     """Answers one DoPut call."""
     if options.dataset is None:
         raise InvalidCommandError("`dataset` is missing", field="dataset")
+    if options.continuous:
+        raise InvalidCommandError(
+            "`continuous` is true, but what is stored, counted and resumed are rows that are whole "
+            "texts; use DoExchange, or leave it out",
+            field="continuous",
+            allowed=["false"],
+        )
     _, store = service.delivery.store(options.store)
     if options.mode in ("upsert", "delta") and not store.capabilities.upsert:
         raise InvalidCommandError(
@@ -75,10 +82,10 @@ def _put(
     trace: Trace,
 ) -> None:
     request = service.resolve(model, options, dtypes=store.capabilities.dtypes)
-    if request.spec.output != "dense":
+    if request.spec.output not in store.capabilities.outputs:
         raise InvalidCommandError(
-            f"`model` {model.bundle.name} gives {request.spec.output} vectors, which stores do not "
-            "take; DoExchange gives them back",
+            f"`model` {model.bundle.name} gives {request.spec.output} vectors, which this store "
+            "does not take; `lance:` and `parquet:` stores do, and DoExchange gives them back",
             field="model",
         )
     chunking = request.spec.chunking

@@ -17,24 +17,30 @@ from fletcher.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
+from fletcher.inference.late import graph_io, graphs
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.graph import HANDED_ON
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
+# Of a run that is alone. More have not been measured.
+_THREADS_ALONE = 2
+
 _DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32}
 
 
 class OpenVinoBackend:
-    """A model, compiled twice; use `load`.
+    """A model, compiled up to three times; use `load`.
 
     OpenVINO has as many streams as cores at most, and a run that comes when they are taken waits
     for one to end. So a second copy of the model, of a single stream, takes such runs, and shares
-    the cores with the others.
+    the cores with the others. A third one, whose stream has two cores, takes a run that comes when
+    there is no other: streams of a core each would leave the second one idle.
 
     Args:
         streams: A request for each stream, of each of the model's segments.
         express: The same of the second copy.
+        alone: The same of the third, where there is one.
         io: The graph's inputs and outputs.
         description: For `describe`.
     """
@@ -43,13 +49,15 @@ class OpenVinoBackend:
         self,
         streams: list[list[Any]],
         express: list[list[Any]],
+        alone: list[list[Any]],
         io: GraphIO,
         description: dict[str, str],
     ) -> None:
         self.concurrency, self.express = len(streams), len(express)
         self._io = io
         # A request holds one run's tensors: these are free.
-        self._streams, self._express = streams, express
+        self._streams, self._express, self._alone = streams, express, alone
+        self._num_running = 0
         self._changed = threading.Condition()
         self._description = description
 
@@ -63,13 +71,13 @@ class OpenVinoBackend:
             return self._run(requests, batch)
 
     def warm_up(self, batches: Iterable[MicroBatch]) -> None:
-        """Compiles what these batches need, in both copies.
+        """Compiles what these batches need, in all copies.
 
         Raises:
             BackendError: OpenVINO failed.
         """
         for batch in batches:
-            for requests in (*self._streams, *self._express):
+            for requests in (*self._streams, *self._express, *self._alone):
                 self._run(requests, batch)
 
     def _run(self, requests: list[Any], batch: MicroBatch) -> InferenceResult:
@@ -96,12 +104,16 @@ class OpenVinoBackend:
             while not (self._streams or self._express):
                 self._changed.wait()
             free = self._streams or self._express
+            if self._alone and not self._num_running:
+                free = self._alone
+            self._num_running += 1
             requests = free.pop()
         try:
             yield requests
         finally:
             with self._changed:
                 free.append(requests)
+                self._num_running -= 1
                 self._changed.notify()
 
     def describe(self) -> dict[str, str]:
@@ -109,7 +121,7 @@ class OpenVinoBackend:
 
 
 def load(config: BackendConfig) -> OpenVinoBackend:
-    """Compiles and warms up a bundle's graph, one stream a core and one beside them.
+    """Compiles and warms up a bundle's graph, one stream a core and others for single runs.
 
     Raises:
         BackendError: OpenVINO is not there, or cannot do that precision here.
@@ -127,19 +139,19 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         )
     num_streams = config.threads or len(os.sched_getaffinity(0))
     core = openvino.Core()
-    pairs = [_compile(core, bundle, graph, hint, num_streams) for graph in bundle.segments]
-    compiled, beside = zip(*pairs, strict=True)
+    copies = [_compile(core, bundle, graph, hint, num_streams) for graph in graphs(bundle, config)]
+    compiled, beside, alone = zip(*copies, strict=True)
     first, last = compiled[0], compiled[-1]
     input_dtypes = {
         one.get_any_name(): _DTYPES.get(one.get_element_type().get_type_name(), np.int64)
         for one in first.inputs
     }
-    io = GraphIO.of(
-        bundle, input_dtypes, [name for one in last.outputs for name in one.get_names()]
-    )
+    names = [name for one in last.outputs for name in one.get_names()]
+    io = graph_io(bundle, config, input_dtypes, names)
     backend = OpenVinoBackend(
         [[one.create_infer_request() for one in compiled] for _ in range(num_streams)],
         [[one.create_infer_request() for one in beside]],
+        [[one.create_infer_request() for one in alone]] if num_streams > 1 else [],
         io,
         {
             "backend": "openvino",
@@ -182,8 +194,11 @@ def _import() -> Any:
 
 def _compile(
     core: Any, bundle: ModelBundle, graph: Path, hint: str, num_streams: int
-) -> tuple[Any, Any]:
-    """A graph for `num_streams` runs at a time, and for one more."""
+) -> tuple[Any, Any, Any]:
+    """A graph for `num_streams` runs at a time, for one more, and for one that is alone.
+
+    The last two are the same where there is one core.
+    """
     try:
         model = core.read_model(str(graph))
     except Exception as error:
@@ -201,12 +216,13 @@ def _compile(
         "ENABLE_CPU_PINNING": False,
     }
 
-    def compile_for(streams: int) -> Any:
-        cores = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams}
+    def compile_for(streams: int, threads: int) -> Any:
+        cores = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
         return core.compile_model(model, "CPU", options | cores)
 
     try:
-        compiled, beside = compile_for(num_streams), compile_for(1)
+        compiled, beside = compile_for(num_streams, num_streams), compile_for(1, 1)
+        alone = compile_for(1, _THREADS_ALONE) if num_streams > 1 else beside
         actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     except Exception as error:
         raise BackendError(
@@ -221,4 +237,4 @@ def _compile(
             field="precision",
             allowed=["float32"],
         )
-    return compiled, beside
+    return compiled, beside, alone

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array, Int64Array
+from fletcher.batches import BoolArray, EmbeddingBatch, Int32Array, Int64Array, VectorArray
 from fletcher.errors import FletcherError
 from fletcher.pipeline.intake import INTERACTIVE_ROWS, Piece
-from fletcher.schema import VectorSpec, vector_columns
+from fletcher.schema import TIMESTAMP, VectorSpec, column, vector_columns
 from fletcher.vectors.aggregation import aggregation
 from fletcher.vectors.finish import finish
 from fletcher.vectors.ragged import gathered
@@ -58,9 +58,10 @@ class Assembler:
     def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
         self.schema = schema
         self.kept_bytes = 0
+        self._names = schema.names
         self._spec = spec
         self._upload_id = upload_id
-        self._table = _Table(0, spec.width)
+        self._table = _Table.of_size(0, spec.width)
         method = "mean" if spec.chunking is None else spec.chunking.aggregation
         self._aggregation = aggregation(method, normalized=spec.normalized)
 
@@ -78,19 +79,20 @@ class Assembler:
                 if value in table.errors:
                     errors.setdefault(row, table.errors[value])
         missing: BoolArray = piece.values < 0
-        missing[list(errors)] = True
+        if errors:
+            missing[list(errors)] = True
         vectors, counts = table.vectors(values, missing, self._spec)
         columns: dict[str, Any] = {
             "id": self._ids(piece),
             **vector_columns(vectors, self._spec, missing, counts),
-            "timestamp": self._timestamps(piece.timestamp_ns, num_rows),
+            "timestamp": column(np.full(num_rows, piece.timestamp_ns, np.int64), TIMESTAMP),
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),
         }
-        for name in self.schema.names:
+        for name in self._names:
             if name not in columns:
                 columns[name] = self._carried(piece, name)
-        arrays = [columns[name] for name in self.schema.names]
+        arrays = [columns[name] for name in self._names]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
         return Output(batch, errors, np.arange(num_rows + 1))
 
@@ -110,6 +112,8 @@ class Assembler:
         embeddings = finish(
             outcome.embeddings, outcome.norms, dims=spec.dims, normalized=spec.normalized
         )
+        if embeddings is outcome.embeddings:
+            return outcome
         return replace(outcome, embeddings=embeddings)
 
     def _vectors(
@@ -118,18 +122,18 @@ class Assembler:
         """The table and, for each row, its place there (any place for rows without a vector)."""
         num_texts = piece.texts.num_texts
         own = piece.new_values is None
-        if own and not isinstance(outcome, FletcherError) and outcome.counts is not None:
-            table = _Table.of(outcome)
+        if own and not isinstance(outcome, FletcherError):
+            table = _Table(outcome)
         elif piece.new_values is None:
-            table = _Table(num_texts, self._spec.width)
+            table = _Table.of_size(num_texts, self._spec.width)
             table.fill(np.arange(num_texts, dtype=np.int32), outcome)
         else:
             if piece.new_table:
-                self._table = _Table(piece.table_size, self._spec.width)
+                self._table = _Table.of_size(piece.table_size, self._spec.width)
             table = self._table
             table.fill(piece.new_values, outcome)
         if len(table.token_count) == 0:  # no row of the piece has a text
-            table = _Table(1, self._spec.width)
+            table = _Table.of_size(1, self._spec.width)
         return table, np.maximum(piece.values, 0)
 
     def _ids(self, piece: Piece) -> pa.Array:
@@ -142,10 +146,6 @@ class Assembler:
         return pc.binary_join_element_wise(
             f"{self._upload_id}:", pa.array(offsets).cast(pa.utf8()), ""
         )
-
-    def _timestamps(self, timestamp_ns: int, num_rows: int) -> pa.Array:
-        values = pa.py_buffer(np.full(num_rows, timestamp_ns, np.int64))
-        return pa.Array.from_buffers(self._type("timestamp"), num_rows, [None, values])
 
     def _carried(self, piece: Piece, name: str) -> pa.Array:
         if name in ("text", "metadata"):
@@ -163,29 +163,27 @@ class Assembler:
 class _Table:
     """Vectors that rows point to."""
 
-    def __init__(self, size: int, dims: int) -> None:
-        self.embeddings: FloatArray = np.zeros((size, dims), np.float32)
-        self.token_count: Int32Array = np.zeros(size, np.int32)
-        self.truncated: BoolArray = np.zeros(size, np.bool_)
-        self.errors: dict[int, FletcherError] = {}
-        self._counts: Int32Array | None = None
+    def __init__(self, outcome: EmbeddingBatch) -> None:
+        """The vectors of texts that no other piece has."""
+        self.embeddings, self.errors = outcome.embeddings, dict(outcome.errors)
+        self.token_count, self.truncated = outcome.token_count, outcome.truncated
+        self._counts = outcome.counts
 
     @classmethod
-    def of(cls, outcome: EmbeddingBatch) -> _Table:
-        """The vectors of texts that no other piece has."""
-        table = cls(0, 0)
-        table.embeddings, table.errors = outcome.embeddings, dict(outcome.errors)
-        table.token_count, table.truncated = outcome.token_count, outcome.truncated
-        table._counts = outcome.counts
-        return table
+    def of_size(cls, size: int, width: int) -> _Table:
+        """To be filled."""
+        vectors = np.zeros((size, width), np.float32)
+        num_tokens, truncated = np.zeros(size, np.int32), np.zeros(size, np.bool_)
+        return cls(EmbeddingBatch(vectors, None, num_tokens, truncated))
 
     def vectors(
         self, rows: Int32Array, missing: BoolArray, spec: VectorSpec
-    ) -> tuple[FloatArray, Int32Array | None]:
+    ) -> tuple[VectorArray, Int32Array | None]:
         """The vectors of rows, and how many each has; None: one. Missing ones have some or none."""
         if self._counts is None:
-            # Of float32 a copy is needed: else all of a window is kept for the sake of some rows.
-            if spec.dtype == "float32" or not _is_all_in_order(rows, len(self.embeddings)):
+            # What is not converted is copied: else some rows would keep all of their window.
+            as_it_is = self.embeddings.dtype.name == spec.dtype
+            if as_it_is or not _is_all_in_order(rows, len(self.embeddings)):
                 return self.embeddings[rows], None
             return self.embeddings, None
         wanted = np.flatnonzero(~missing)

@@ -29,19 +29,20 @@ from fletcher.errors import (
     BatchTooLargeError,
     ColumnTypeError,
     FletcherError,
-    InvalidCommandError,
-    UnknownColumnError,
 )
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.arrays import (
     decoded_bytes,
     distinct,
     large_utf8,
+    only_text,
     text_offsets,
     validate,
     viewed_bytes,
     without_views,
 )
+from fletcher.pipeline.columns import check_text, column, is_flat_text, optional_utf8, plain
+from fletcher.pipeline.limits import IntakeLimits
 from fletcher.pipeline.parts import part_ends
 from fletcher.pipeline.row_errors import RowErrors
 
@@ -51,57 +52,8 @@ INTERACTIVE_BYTES = 32 * 1024
 # What a row takes here at least, whatever its size on the wire: offsets, lengths, masks.
 _ROW_BYTES = 16
 
-# A chunk's tokens are here twice, 4 bytes each: as they come from a tokenizer and in a window.
-_TOKEN_BYTES = 8
-# A mark that ends it and the space behind.
-_MIN_SENTENCE_BYTES = 2
-# Less is more work for each part than for its texts.
-_MIN_PART_BYTES = 1024
-
 # From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
 Skip = Callable[[pa.RecordBatch, int], BoolArray]
-
-
-@dataclass(frozen=True, slots=True)
-class IntakeLimits:
-    """Bounds on what is taken in, and on the pieces it is cut into.
-
-    Attributes:
-        max_message_bytes: Decoded size of one RecordBatch.
-        max_row_bytes: UTF-8 bytes of one text.
-        piece_rows: Rows of one piece.
-        piece_bytes: Text bytes of one piece; a single longer text makes its own piece.
-        table_values: Distinct dictionary values whose vectors are kept for a whole dictionary;
-            larger dictionaries are looked up piece by piece.
-        bytes_per_row: What a row's vectors hold while in the house.
-        bytes_per_byte: What a byte of text holds: it is there up to three times.
-    """
-
-    max_message_bytes: int
-    max_row_bytes: int
-    piece_rows: int
-    piece_bytes: int
-    table_values: int
-    bytes_per_row: int
-    bytes_per_byte: int = 3
-
-    def for_chunks(self, chunking: Chunking, taken: int) -> IntakeLimits:
-        """The same where texts are cut into chunks: a token has a byte at least, a chunk is a row.
-
-        Pieces become smaller, so that the vectors of their chunks take no more than those of rows.
-        `taken` are each chunk's tokens that are not the text's.
-        """
-        stride = max(1, chunking.size - taken - chunking.overlap)
-        if chunking.alone:
-            stride = min(stride, _MIN_SENTENCE_BYTES)
-        num_tokens = stride + chunking.overlap + taken
-        per_byte = -(-(self.bytes_per_row + _TOKEN_BYTES * num_tokens) // stride)
-        part_bytes = self.piece_rows * self.bytes_per_row // per_byte
-        return dataclasses.replace(
-            self,
-            piece_bytes=max(_MIN_PART_BYTES, min(self.piece_bytes, part_bytes)),
-            bytes_per_byte=self.bytes_per_byte + per_byte,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +61,8 @@ class Piece:
     """Consecutive rows of one batch.
 
     Attributes:
-        batch_id: The client's number for the batch, or its position in the call.
+        batch_id: The client's number for the batch, or its position in the call; None: it is of
+            none, but of the call's end.
         row_first: Offset of the first row in the upload.
         rows: The used columns of these rows.
         texts: Texts to embed for the first time, each once.
@@ -127,7 +80,7 @@ class Piece:
         priority: Its class.
     """
 
-    batch_id: int
+    batch_id: int | None
     row_first: int
     rows: pa.RecordBatch
     texts: TextBatch
@@ -161,6 +114,7 @@ class Intake:
         small_is_interactive: Batches of a few short rows overtake bulk work.
         chunking: How texts are cut into chunks; None: not at all.
         taken: Of each chunk, tokens that are not the text's: the prompt's and special ones.
+        half: Vectors of bulk work are float16 from the graph on.
 
     Raises:
         UnknownColumnError: A named column is not there.
@@ -179,22 +133,28 @@ class Intake:
         small_is_interactive: bool,
         chunking: Chunking | None = None,
         taken: int = 0,
+        half: bool = False,
     ) -> None:
         self._limits = limits if chunking is None else limits.for_chunks(chunking, taken)
+        self._half = half
+        self._bulk_limits = self._limits.for_float16() if half else self._limits
         self._prompt = prompt
         self._layers = layers
         self._chunking = chunking
         self._truncate: Truncate = options.truncate  # type: ignore[assignment]
         self._priority = options.priority
         self._small_is_interactive = small_is_interactive
-        self._text = _column(schema, options.text_column, "text_column")
-        _check_text(schema.field(self._text))
+        self._text = column(schema, options.text_column, "text_column")
+        kind = check_text(schema.field(self._text))
         self._id = self._find_id(schema, options)
-        self._metadata = _optional_utf8(schema, "metadata")
-        self._carried = [_column(schema, name, "columns") for name in options.columns]
+        self._metadata = optional_utf8(schema, "metadata")
+        self._carried = [column(schema, name, "columns") for name in options.columns]
         self.carry_text = carry_text
         self.id_type = pa.utf8() if self._id is None else schema.field(self._id).type
-        self.carried_fields = [_plain(schema.field(index)) for index in self._carried]
+        self.carried_fields = [plain(schema.field(index)) for index in self._carried]
+        # Nothing but texts, as a search sends them; named as in a piece's rows.
+        others = self._id is not None or self._carried or chunking
+        self._is_plain = schema.names == ["text"] and is_flat_text(kind) and not others
         self._dictionary: pa.Array | None = None
         self._seen = np.zeros(0, np.bool_)
 
@@ -216,6 +176,7 @@ class Intake:
         *,
         keep: Callable[[int], bool] = lambda _: True,
         skip: Skip | None = None,
+        ends: bool = False,  # noqa: ARG002 - every row is a whole text
     ) -> Iterator[Piece]:
         """Checks a batch and cuts it up; an empty batch gives one empty piece.
 
@@ -226,11 +187,27 @@ class Intake:
             keep: Asked whether the vectors of a dictionary may be kept, so many bytes, for batches
                 to come.
             skip: Tells which rows of a piece are not wanted; None: all are.
+            ends: A text ends with the last row; here with every one.
 
         Raises:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
             InvalidUtf8Error, ColumnTypeError: Its arrays are not valid; nothing of it was used.
         """
+        single = None
+        if self._is_plain and batch.num_rows == 1 and skip is None:
+            single = self._single(batch, batch_id, row_first)
+        if single is not None:
+            return iter((single,))
+        return self._pieces(batch, batch_id, row_first, keep, skip)
+
+    def _pieces(
+        self,
+        batch: pa.RecordBatch,
+        batch_id: int,
+        row_first: int,
+        keep: Callable[[int], bool],
+        skip: Skip | None,
+    ) -> Iterator[Piece]:
         timestamp_ns = time.time_ns()
         used = self._used_columns(batch)
         text = used.column("text")
@@ -249,8 +226,9 @@ class Intake:
         if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
-        bounds = _cuts(sizes, self._limits.piece_rows, self._limits.piece_bytes)
         priority = self._class_of(batch.num_rows, int(sizes.sum()) if len(sizes) else 0)
+        limits = self._bulk_limits if priority == "bulk" else self._limits
+        bounds = _cuts(sizes, limits.piece_rows, limits.piece_bytes)
         for index, (first, last) in enumerate(bounds):
             rows = used.slice(first, last - first)
             own_errors, wanted = errors.of(first, last), np.ones(last - first, np.bool_)
@@ -283,7 +261,7 @@ class Intake:
                 batch_id=batch_id,
                 row_first=row_first + first,
                 rows=rows,
-                texts=self._text_batch(texts),
+                texts=self._text_batch(texts, half=self._half and priority == "bulk"),
                 values=values,
                 new_values=new_values,
                 table_size=len(dictionary) if shared and dictionary is not None else 0,
@@ -292,12 +270,46 @@ class Intake:
                 skipped=skipped,
                 timestamp_ns=timestamp_ns,
                 last=index == len(bounds) - 1,
-                num_bytes=(self._limits.bytes_per_byte - 1) * text_bytes
-                + (last - first) * self._limits.bytes_per_row
+                num_bytes=(limits.bytes_per_byte - 1) * text_bytes
+                + (last - first) * limits.bytes_per_row
                 + rows_bytes,
                 priority=priority,
             )
             yield from self._parts(piece, rows_bytes)
+
+    def rest(self) -> Iterator[Piece]:
+        """What is left where the call ends; here nothing."""
+        return iter(())
+
+    def _single(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> Piece | None:
+        """The piece of a single text; None: there is something to say about it.
+
+        What is done for many rows takes three times as long for one, most of it to begin.
+        """
+        text = batch.column(self._text)
+        validate(text, "text")
+        size = batch.get_total_buffer_size()
+        if text.null_count or size > self._limits.max_message_bytes:
+            return None
+        data = only_text(text)
+        if len(data) > self._limits.max_row_bytes:
+            return None
+        return Piece(
+            batch_id=batch_id,
+            row_first=row_first,
+            rows=batch,
+            texts=self._texts(data, np.array([0, len(data)], np.int64)),
+            values=np.zeros(1, np.int32),
+            new_values=None,
+            table_size=0,
+            new_table=False,
+            errors={},
+            skipped=np.zeros(1, np.bool_),
+            timestamp_ns=time.time_ns(),
+            last=True,
+            num_bytes=self._limits.bytes_per_byte * len(data) + self._limits.bytes_per_row,
+            priority=self._class_of(1, len(data)),
+        )
 
     def _parts(self, piece: Piece, rows_bytes: int) -> Iterator[Piece]:
         """The piece, or one for each part of its only text, which is long and cut into chunks.
@@ -342,11 +354,12 @@ class Intake:
                 self._check_size(viewed_bytes(array), "`text` holds views of")
                 arrays[name] = without_views(array)
             elif pa.types.is_dictionary(array.type):
-                self._check_size(
-                    decoded_bytes(array), f"column `{name.removeprefix('carried:')}` stands for"
-                )
-                arrays[name] = array.dictionary_decode()
+                arrays[name] = self._decoded(array, name.removeprefix("carried:"))
         return pa.RecordBatch.from_pydict(arrays)
+
+    def _decoded(self, array: pa.DictionaryArray, name: str) -> pa.Array:
+        self._check_size(decoded_bytes(array), f"column `{name}` stands for")
+        return array.dictionary_decode()
 
     def _check_size(self, num_bytes: int, what: str) -> None:
         if num_bytes > self._limits.max_message_bytes:
@@ -378,18 +391,22 @@ class Intake:
         self._seen = np.zeros(len(dictionary), np.bool_)
         return kept
 
-    def _text_batch(self, texts: pa.Array) -> TextBatch:
+    def _text_batch(self, texts: pa.Array, *, half: bool) -> TextBatch:
         offsets = text_offsets(texts)
         first, last = int(offsets[0]), int(offsets[-1])
         data = texts.buffers()[2]
         raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
+        return self._texts(raw, offsets - first, half=half)
+
+    def _texts(self, data: bytes, offsets: Int64Array, *, half: bool = False) -> TextBatch:
         return TextBatch(
-            raw,
-            offsets - first,
+            data,
+            offsets,
             self._truncate,
             self._prompt,
             chunking=self._chunking,
             layers=self._layers,
+            half=half,
         )
 
     def is_bulk(self, batch: pa.RecordBatch) -> bool:
@@ -406,7 +423,7 @@ class Intake:
     def _find_id(schema: pa.Schema, options: EmbedOptions) -> int | None:
         if options.id_column == "id" and options.id_column not in schema.names:
             return None
-        index = _column(schema, options.id_column, "id_column")
+        index = column(schema, options.id_column, "id_column")
         kind = schema.field(index).type
         if not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
             raise ColumnTypeError(
@@ -421,52 +438,6 @@ def _codes(texts: pa.DictionaryArray) -> Int64Array:
     """int64 [n], a dictionary's codes; -1 where null."""
     codes: Int64Array = texts.indices.cast(pa.int64()).fill_null(-1).to_numpy()
     return codes
-
-
-def _column(schema: pa.Schema, name: str, field: str) -> int:
-    indices = schema.get_all_field_indices(name)
-    if len(indices) == 1:
-        return int(indices[0])
-    if indices:
-        raise InvalidCommandError(
-            f"`{field}` is {name!r}, a name that {len(indices)} input columns have", field=field
-        )
-    raise UnknownColumnError(
-        f"`{field}` is {name!r}, but the input has no such column; it has "
-        f"{', '.join(schema.names[:50]) or 'none'}",
-        field=field,
-        allowed=schema.names[:50],
-    )
-
-
-def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
-    indices = schema.get_all_field_indices(name)
-    if len(indices) == 1 and pa.types.is_string(schema.field(indices[0]).type):
-        return int(indices[0])
-    return None
-
-
-def _check_text(field: pa.Field) -> None:
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if not _is_text(kind):
-        raise ColumnTypeError(
-            f"`text_column` {field.name!r} is {field.type}, expected utf8, large_utf8, "
-            "utf8_view or a dictionary of one",
-            field="text_column",
-            allowed=["utf8", "large_utf8", "utf8_view", "dictionary of one of these"],
-        )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
-
-
-def _plain(field: pa.Field) -> pa.Field:
-    """Dictionaries leave as what they stand for: stores read plain columns."""
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    return pa.field(field.name, kind)
 
 
 def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:

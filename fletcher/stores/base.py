@@ -30,6 +30,8 @@ class StoreCapabilities:
         durable: What `append` returned for survives a crash of the store's process.
         counts_groups: It holds a group if it has as many rows of it as its key says: it cannot tell
             of one whose rows it did not all get.
+        outputs: What `vector` may be, as in VectorSpec; all but dense ones are stored and not
+            searched.
     """
 
     dtypes: tuple[str, ...]
@@ -38,6 +40,7 @@ class StoreCapabilities:
     drops_repeated_keys: bool
     durable: bool
     counts_groups: bool = False
+    outputs: tuple[str, ...] = ("dense",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fletcher.allocator import return_large_blocks
+from fletcher.allocator import keep_large_blocks
 from fletcher.errors import (
     ColumnTypeError,
     InvalidCommandError,
     StoreError,
     StoreUnavailableError,
 )
-from fletcher.options import check_dataset
+from fletcher.options import CHOICES, check_dataset
 from fletcher.quantization import VectorReader, pack_signs
 from fletcher.ranges import RangeSet
 from fletcher.schema import ELEMENT_TYPES, parse_batch_key
@@ -40,6 +40,8 @@ SCAN_BUFFER_BYTES = 64 << 20
 
 # A table may have columns as wide as 64 Ki numbers; a batch of a scan stays near 2 MiB.
 SCAN_BATCH_BYTES = 2 << 20
+# Of rows that have several vectors, some kilobytes to a hundred each.
+LIST_SCAN_ROWS = 256
 
 # Signs against signs tell less than a float32 query against signs: rows that are read by Hamming
 # distance for each one asked for, to find the nearest among them. all-MiniLM-L6-v2, 6,000 texts,
@@ -60,7 +62,7 @@ def _lancedb() -> Any:
             "pip install 'longbow-fletcher[lance]'",
             field="store",
         ) from error
-    return_large_blocks()
+    keep_large_blocks()
     return lancedb
 
 
@@ -83,6 +85,7 @@ class LanceStore:
         upsert=True,
         drops_repeated_keys=False,
         durable=True,
+        outputs=CHOICES["output"],
     )
 
     def __init__(self, folder: Path) -> None:
@@ -364,6 +367,8 @@ def _check_offered(schema: pa.Schema, mode: WriteMode) -> None:
 
 def _scan_rows(schema: pa.Schema) -> int:
     kind = schema.field("vector").type if "vector" in schema.names else pa.null()
+    if pa.types.is_list(kind):
+        return LIST_SCAN_ROWS
     if not pa.types.is_fixed_size_list(kind):
         return 8192
     row_bytes = kind.list_size * kind.value_type.bit_width // 8 + 512

@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from fletcher.errors import ColumnTypeError, RequestError, StoreError, StoreUnavailableError
-from fletcher.options import check_dataset
+from fletcher.options import CHOICES, check_dataset
 from fletcher.ranges import RangeSet
 from fletcher.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.stores import filters as conditions
@@ -50,6 +50,7 @@ class ParquetStore:
         upsert=False,
         drops_repeated_keys=True,
         durable=True,
+        outputs=CHOICES["output"],
     )
 
     def __init__(self, folder: Path) -> None:

@@ -104,9 +104,11 @@ def _check_model(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
 
 
 def _same_type(one: pa.DataType, other: pa.DataType) -> bool:
+    # The name and nullability of the items' field differ by who wrote them.
     if pa.types.is_fixed_size_list(one) and pa.types.is_fixed_size_list(other):
-        # The name and nullability of the items' field differ by who wrote them.
-        return bool(one.list_size == other.list_size and one.value_type == other.value_type)
+        return one.list_size == other.list_size and _same_type(one.value_type, other.value_type)
+    if pa.types.is_list(one) and pa.types.is_list(other):
+        return _same_type(one.value_type, other.value_type)
     return bool(one == other)
 
 

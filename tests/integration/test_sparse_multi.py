@@ -19,13 +19,20 @@ from fletcher.errors import BatchTooLargeError, FletcherError
 from fletcher.models.registry import Registry
 from fletcher.options import EmbedOptions
 from fletcher.runtime import Runtime
+from fletcher.stores.address import open_store
 
 OUTPUTS = Path(__file__).parents[1] / "golden" / "outputs"
 
 
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's store."""
+    return tmp_path_factory.mktemp("vectors")
+
+
 @pytest.fixture(scope="module", params=["splade", "colbert"])
 def client(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vectors: Path
 ) -> Iterator[Client]:
     home = tmp_path_factory.mktemp("home")
     Registry(home / "models").add(str(OUTPUTS / request.param), progress=print)
@@ -35,7 +42,7 @@ def client(
         model=request.param,
         backend="onnxruntime",
         device="cpu",
-        stores=(f"lance:{tmp_path_factory.mktemp('vectors')}",),
+        stores=(f"lance:{vectors}", "far=grpc://127.0.0.1:1?profile=longbow"),
         max_journal=0,
         embedding_cache=1 << 20,
     )
@@ -160,10 +167,28 @@ def test_the_command_prints_them(
     assert b"`format` npy is for one vector a text" in capfdbinary.readouterr().err
 
 
-def test_stores_and_arrays_are_for_dense_vectors(client: Client) -> None:
-    with pytest.raises(FletcherError, match="which stores do not take") as refused:
-        client.put(pa.table({"text": ["vector"]}), "dataset")
+@pytest.mark.parametrize("mode", ["append", "upsert", "delta"])
+def test_stores_of_ones_own_take_them(client: Client, vectors: Path, mode: str) -> None:
+    texts = list(expected(client.list_models()[0]["name"]))
+    dataset = f"{kind(client)}-{mode}"
+    data = pa.table({"id": [str(n) for n in range(len(texts))], "text": texts})
+    for _ in range(2):
+        summary = client.put(data, EmbedOptions(dataset=dataset, mode=mode, durability="store"))
+        assert summary.complete
+    stored = open_store(f"lance:{vectors}").scan(dataset).read_all()
+    assert stored.num_rows == len(texts) * (2 if mode == "append" else 1)
+    right = exchanged(client, data, dtype="float16")["vector"].to_pylist()
+    for number, vector in zip(stored["id"].to_pylist(), stored["vector"].to_pylist(), strict=True):
+        assert vector == right[int(number)]
+
+
+def test_a_store_that_takes_dense_vectors_alone_says_so(client: Client) -> None:
+    with pytest.raises(FletcherError, match="which this store does not take; `lance:`") as refused:
+        client.put(pa.table({"text": ["vector"]}), EmbedOptions(dataset="d", store="far"))
     assert refused.value.field == "model"
+
+
+def test_arrays_are_for_dense_vectors(client: Client) -> None:
     with pytest.raises(FletcherError, match="`exchange` gives such vectors"):
         client.embed(["vector"])
 

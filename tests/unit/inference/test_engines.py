@@ -2,8 +2,11 @@
 
 import dataclasses
 import importlib
+import queue
 import shutil
 import sys
+import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from fletcher.batches import MicroBatch
 from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
+from fletcher.inference.graph_io import GraphIO
+from fletcher.inference.openvino import OpenVinoBackend
 from fletcher.models.bundle import ModelSpec, write_manifest
 
 ENGINES = ["onnxruntime", "openvino"]
@@ -73,6 +78,51 @@ def test_several_threads_do_not_mix_up_their_rows(backend):
         results = [result.embeddings for result in threads.map(backend.run, batches)]
     assert (backend.concurrency, backend.express) == (2, 1)
     assert np.array_equal(np.concatenate(results), np.concatenate(expected))
+
+
+class Stream:
+    """A request of a copy of the model: says that it runs, and ends when it may."""
+
+    def __init__(self, name, began):
+        self.name, self._began = name, began
+        self.may_end = threading.Semaphore(0)
+
+    def infer(self, _feeds, share_inputs):
+        assert share_inputs
+        self._began.put(self.name)
+        assert self.may_end.acquire(timeout=30)
+
+    def get_tensor(self, _name):
+        return types.SimpleNamespace(data=np.ones((1, DIM), np.float32))
+
+
+def test_a_run_that_is_alone_gets_the_copy_for_that(tiny_bundle):
+    began = queue.SimpleQueue()
+    streams = {name: Stream(name, began) for name in ("one", "two", "express", "alone")}
+    one, two, express, alone = ([stream] for stream in streams.values())
+    io = GraphIO.of(tiny_bundle, dict.fromkeys(tiny_bundle.inputs, np.int64), tiny_bundle.outputs)
+    io = dataclasses.replace(io, dim=DIM, has_norms=False)
+    engine = OpenVinoBackend([one, two], [express], [alone], io, {})
+    runs = {}
+
+    def begin(threads):
+        run = threads.submit(engine.run, micro_batch([[1, 2, 3]]))
+        name = began.get(timeout=30)
+        runs[name] = run
+        return name
+
+    def end(name):
+        streams[name].may_end.release()
+        runs[name].result(timeout=30)
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(2):
+            assert begin(threads) == "alone"
+            assert {begin(threads), begin(threads)} == {"one", "two"}
+            end("alone")
+            assert begin(threads) == "express"
+            for name in ("one", "two", "express"):
+                end(name)
 
 
 @pytest.mark.parametrize(

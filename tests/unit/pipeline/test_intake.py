@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,8 @@ from fletcher.errors import (
 )
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
-from fletcher.pipeline.intake import Intake, IntakeLimits, Piece
+from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.limits import COLUMN_BYTES, IntakeLimits
 from fletcher.schema import VectorSpec, output_schema
 
 LIMITS = IntakeLimits(
@@ -116,6 +118,26 @@ def test_a_batch_of_a_single_row(text: str | None, kind: pa.DataType) -> None:
     check(table, [text])
     assert sorted(errors) == ([0] if text is None else [])
     assert embedded == ([] if text is None else [text])
+
+
+@pytest.mark.parametrize("kind", [pa.utf8(), pa.large_utf8()])
+@pytest.mark.parametrize("text", ["alone", "", "fünf", "x" * 1000, "x" * 1001, None])
+def test_the_short_way_of_a_single_row_makes_the_same_piece(
+    text: str | None, kind: pa.DataType
+) -> None:
+    batch = pa.record_batch({"text": pa.array(["before", text, "after"], kind)}).slice(1, 1)
+    intake = make(batch.schema, truncate="start")
+    (short,) = intake.pieces(batch, 7, 70)
+    (long,) = intake.pieces(batch, 7, 70, skip=lambda rows, _: np.zeros(rows.num_rows, np.bool_))
+    assert texts_of(short) == texts_of(long)
+    assert short.values.tolist() == long.values.tolist()
+    assert short.rows.equals(long.rows)
+    assert short.texts.truncate == long.texts.truncate == "start"
+    for name in ("batch_id", "row_first", "last", "num_bytes", "priority", "table_size"):
+        assert getattr(short, name) == getattr(long, name), name
+    assert {row: one.code for row, one in short.errors.items()} == {
+        row: one.code for row, one in long.errors.items()
+    }
 
 
 def test_a_repeated_text_is_embedded_once_a_piece() -> None:
@@ -385,6 +407,23 @@ def test_invalid_utf8_and_bad_offsets_are_refused_before_use() -> None:
             list(make(batch.schema).pieces(batch, 0, 0))
 
 
+@pytest.mark.parametrize("offsets", [[0, 1 << 30], [0, -5], [2, 1], [-1, 2], [1, 3]])
+def test_a_single_row_is_checked_in_full(offsets: list[int]) -> None:
+    data = pa.py_buffer(b"a\xff\xfe")
+    # Between good ones: pyarrow looks at the first and the last when it makes an array.
+    buffer = pa.py_buffer(np.array([0, *offsets, 3], np.int32))
+    wild = pa.StringArray.from_buffers(3, buffer, data)
+    batch = pa.record_batch({"text": wild}).slice(1, 1)
+    with pytest.raises((ColumnTypeError, InvalidUtf8Error)):
+        list(make(batch.schema).pieces(batch, 0, 0))
+
+
+def test_a_single_row_over_the_limit_is_refused() -> None:
+    batch = pa.record_batch({"text": ["x" * (1 << 20)]})
+    with pytest.raises(BatchTooLargeError, match="smaller batches"):
+        list(make(batch.schema).pieces(batch, 0, 0))
+
+
 def test_dictionary_codes_out_of_range_are_refused() -> None:
     codes = pa.array([0, 99], pa.int32())
     wild = pa.DictionaryArray.from_arrays(codes, pa.array(["a"]), safe=False)
@@ -417,3 +456,26 @@ def test_small_batches_are_interactive_where_asked() -> None:
     assert priority(33) == "bulk"
     assert priority(1, priority="bulk") == "bulk"
     assert priority(33, priority="interactive") == "interactive"
+
+
+@pytest.mark.parametrize(("priority", "sizes"), [("bulk", [6, 4]), ("interactive", [4, 4, 2])])
+def test_more_rows_fit_a_piece_of_bulk_work_whose_vectors_are_float16(
+    priority: str, sizes: list[int]
+) -> None:
+    limits = dataclasses.replace(LIMITS, bytes_per_row=2 * 512 + COLUMN_BYTES)
+    intake = Intake(
+        pa.schema({"text": pa.utf8()}),
+        EmbedOptions(priority=priority),
+        prompt="",
+        limits=limits,
+        carry_text=True,
+        small_is_interactive=False,
+        half=True,
+    )
+    batch = pa.record_batch({"text": TEXTS})
+    pieces = list(intake.pieces(batch, 0, 0))
+    assert [piece.num_rows for piece in pieces] == sizes
+    assert all(piece.texts.half == (priority == "bulk") for piece in pieces)
+    # The vectors of a piece take no more than those of a piece in float32.
+    most = limits.piece_rows * limits.bytes_per_row
+    assert all(piece.num_bytes - 6 * len(piece.texts.data) <= most for piece in pieces)

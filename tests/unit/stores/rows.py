@@ -32,6 +32,23 @@ def vectors(first: int, count: int, dims: int = 8) -> np.ndarray:
     return out / np.linalg.norm(out, axis=1, keepdims=True)
 
 
+def list_batch(first: int, count: int, output: str, dtype: str) -> pa.RecordBatch:
+    """Rows of several vectors each, every seventh of none, in a group of their own."""
+    draw = np.random.default_rng(first)
+    counts = draw.integers(1, 9, count).astype(np.int32)
+    nulls = np.arange(count) % 7 == 6
+    counts[nulls] = 0
+    own = VectorSpec("m@0", 8, dtype, 2, "none", normalized=True, output=output, max_vectors=9)
+    values = draw.random((int(counts.sum()), own.width)).astype(np.float32)
+    if output == "sparse":
+        values[:, 0] = draw.integers(0, 30_000, len(values))
+    plain = batch(first, count)
+    columns = {name: plain.column(name) for name in plain.schema.names if name != "vector"}
+    columns |= vector_columns(values, own, nulls, counts)
+    names = output_schema(own, id_type=pa.utf8(), text=True, batch_key=True)
+    return pa.RecordBatch.from_arrays([columns[name] for name in names.names], schema=names)
+
+
 def batch(
     first: int,
     count: int,

@@ -106,6 +106,48 @@ def test_vectors_that_are_read_in_another_way_are_refused(store):
     store.open_writer("d", rows.schema(dtype="int8"), "append").close()
 
 
+@pytest.mark.parametrize(
+    ("output", "dtype"),
+    [("sparse", "float32"), ("sparse", "float16"), ("multi", "float16"), ("multi", "int8")],
+)
+def test_sparse_and_token_vectors_come_back_as_they_were_sent(store, output, dtype):
+    batches = [rows.list_batch(first, 30, output, dtype) for first in (0, 30, 60)]
+    fill(store, *batches[:2])
+    fill(store, batches[2])  # what the store has, it reads back as another type by name
+    sent = pa.Table.from_batches(batches).sort_by("id")
+    found = store.scan("d").read_all().sort_by("id")
+    assert found.schema.metadata[b"fletcher.output"].decode() == output
+    for name in {*sent.schema.names} - {"timestamp"}:
+        assert found[name].to_pylist() == sent[name].to_pylist(), name
+    assert found["vector"].null_count == 12
+    assert store.stored_ranges("d", "u") == [(0, 89)]
+    with pytest.raises(ColumnTypeError, match="cannot be searched: `vector` is list"):
+        store.search("d", np.ones(8, np.float32), k=3)
+    for other, kind in (("sparse", "float32"), ("multi", "float32")):
+        if (other, kind) != (output, dtype):
+            with pytest.raises(ColumnTypeError, match="schema mismatch: `vector` is list"):
+                fill(store, rows.list_batch(90, 1, other, kind))
+    with pytest.raises(ColumnTypeError, match="schema mismatch: `vector` is fixed_size_list"):
+        fill(store, rows.batch(90, 1).replace_schema_metadata(None))
+
+
+@pytest.mark.parametrize("output", ["sparse", "multi"])
+def test_rows_of_several_vectors_are_replaced_and_compacted(tmp_path, output):
+    store = open_store(f"lance:{tmp_path}")
+    writer = store.open_writer("d", rows.list_batch(0, 1, output, "float16").schema, "append")
+    for first in range(0, 350, 5):
+        writer.append([rows.list_batch(first, 5, output, "float16")])
+    writer.close()
+    again = rows.list_batch(0, 50, output, "float16")
+    fill(store, again, mode="upsert")
+    found = store.scan("d").read_all()
+    assert found.num_rows == 350
+    assert store._open("d").stats()["fragment_stats"]["num_fragments"] < 40
+    vectors = dict(zip(found["id"].to_pylist(), found["vector"].to_pylist(), strict=True))
+    for name, vector in zip(again["id"].to_pylist(), again["vector"].to_pylist(), strict=True):
+        assert vectors[name] == vector
+
+
 def test_rows_without_a_vector_are_kept_and_never_found(store):
     fill(store, rows.batch(0, 4, null_rows=(0, 1)))
     found = store.search("d", rows.vectors(0, 1)[0], k=10, columns=["id"])
