@@ -33,8 +33,6 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Compares checksums and row counts, and names the rows of what is damaged. "
         "Changes nothing, and may run beside a server. Exits with 1 where something is damaged.",
     )
-    for command in commands.choices.values():
-        add_options(command, ("home",))
     for command in (status, verify):
         command.add_argument("--json", action="store_true", help="print JSON, for machines")
     commands.add_parser(
@@ -44,6 +42,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "that a store refused. The server must be stopped; its next start sends them. What the "
         "store holds under its batch_key is not stored twice.",
     )
+    for command in commands.choices.values():
+        add_options(command, ("home",))
 
 
 def run(args: argparse.Namespace) -> int:
