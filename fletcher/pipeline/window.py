@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,8 @@ class Window:
         lengths = _joined([np.diff(tokens.offsets) for tokens in token_batches])
         self._lengths: Int32Array = lengths.astype(np.int32)
         self._starts: Int64Array = np.concatenate(([0], np.cumsum(lengths)))
-        self._first_rows: Int64Array = np.cumsum(
-            [0, *(tokens.num_texts for tokens in token_batches)]
-        )
+        num_texts = (tokens.num_texts for tokens in token_batches)
+        self._first_rows = list(accumulate(num_texts, initial=0))
         present = np.flatnonzero(self._lengths)
         row_sets = plan(self._lengths[present]) if len(present) else []
         self.row_sets: list[Int64Array] = [present[rows] for rows in row_sets]
@@ -89,7 +89,8 @@ class Window:
 
     def finish(self) -> None:
         """Gives every ticket its slice."""
-        embeddings, counts, ends = self._embeddings, None, np.arange(len(self._lengths) + 1)
+        embeddings, counts = self._embeddings, None
+        ends: Sequence[int] | Int64Array = range(len(self._lengths) + 1)
         if self._parts:
             embeddings, counts = scattered(len(self._lengths), self._dim, self._parts)
             ends = np.concatenate(([0], np.cumsum(counts)))
@@ -100,9 +101,7 @@ class Window:
             tokens = ticket.tokens
             assert tokens is not None
             errors = {
-                row - int(first): error
-                for row, error in self._errors.items()
-                if first <= row < last
+                row - first: error for row, error in self._errors.items() if first <= row < last
             }
             truncated: BoolArray = tokens.truncated
             ticket.finish(
