@@ -90,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=positive, default=200_000, help="how many (default: 200000)")
     parser.add_argument("--batch-rows", type=positive, default=2000, help="rows of a batch sent")
     parser.add_argument("--repeats", type=positive, default=3, help="turns of everything")
+    parser.add_argument(
+        "--without-tokenizer", action="store_true", help="only the row without model and tokenizer"
+    )
     add_common(parser)
 
 
@@ -99,19 +102,19 @@ def run(args: argparse.Namespace) -> int:
     corpus, bundle = setting.corpus, setting.bundle
     cores = setting.machine["cores"]
     bare_rows = min(args.rows, MAX_BARE_ROWS)
-    texts = list(corpus.recombined(bare_rows, batch_rows=args.batch_rows))
-    load = alone.Load.of(bundle, texts, np.zeros(0, np.int64))
     null = partial(_serve, args, corpus, bundle.name, "--tokenizer", "null")
-    served = {
-        "no model, no tokenizer": null,
-        "no model": partial(_serve, args, corpus, bundle.name),
-    }
-    bare = {
-        f"tokenizers library alone, {cores} processes": partial(alone.library, load, cores),
-        f"Fletcher's tokenizer alone, {cores} processes": partial(
-            alone.tokenize, load, cores, transfer=False
-        ),
-    }
+    served = {"no model, no tokenizer": null}
+    bare = {}
+    if not args.without_tokenizer:
+        texts = list(corpus.recombined(bare_rows, batch_rows=args.batch_rows))
+        load = alone.Load.of(bundle, texts, np.zeros(0, np.int64))
+        served["no model"] = partial(_serve, args, corpus, bundle.name)
+        bare = {
+            f"tokenizers library alone, {cores} processes": partial(alone.library, load, cores),
+            f"Fletcher's tokenizer alone, {cores} processes": partial(
+                alone.tokenize, load, cores, transfer=False
+            ),
+        }
     turns: dict[str, list[Turn]] = {name: [] for name in served}
     bare_rates: dict[str, list[float]] = {name: [] for name in bare}
     for _ in range(args.repeats):
@@ -131,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         "model": bundle.qualified_name,
         "corpus": corpus.name,
         "num_rows": args.rows,
-        "text_bytes": turns["no model"][0].text_bytes,
+        "text_bytes": turns["no model, no tokenizer"][0].text_bytes,
         "rows": rows,
         "uploads": [
             {"name": name, "moments": [asdict(moment) for moment in ones[0].moments]}
@@ -244,18 +247,19 @@ def _row(name: str, num_rows: int, turns: list[Turn]) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    *_, real, library, own = rows
     lines = []
     for row in rows:
         rate = row["rows_per_s"]
-        of_bare = [f"{rate / one['rows_per_s']:.2f}" for one in (library, own)]
+        # The last two are what a tokenizer does alone; the first has none.
+        with_tokenizer = row is not rows[0]
+        of_bare = [f"{rate / one['rows_per_s']:.2f}" for one in rows[-2:]]
         cpu = [f"{one:.1f}" for one in row.get("cpu_us_per_row", {}).values()]
         lines.append(
             [
                 row["name"],
                 f"{rate:,.0f}",
                 f"{min(row['turns']):,.0f} - {max(row['turns']):,.0f}",
-                *(of_bare if row in (real, library, own) else ["", ""]),
+                *(of_bare if with_tokenizer else ["", ""]),
                 *(cpu or ["", "", ""]),
             ]
         )

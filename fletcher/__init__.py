@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fletcher.client import (
         Ack,
+        Chunk,
         Client,
         Exchange,
         PutSummary,
         RowError,
+        Stream,
         TlsOptions,
         TransferOptions,
         connect,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Ack",
     "BatchTooLargeError",
+    "Chunk",
     "Client",
     "ColumnTypeError",
     "DeadlineExceededError",
@@ -73,6 +76,7 @@ __all__ = [
     "RowError",
     "RowTooLargeError",
     "StoreUnavailableError",
+    "Stream",
     "TlsOptions",
     "TransferOptions",
     "UnauthenticatedError",

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fletcher.chunking import Chunking
+from fletcher.chunking import METHODS, Chunking
 from fletcher.errors import InvalidCommandError, UnknownFieldError
 
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
@@ -68,6 +68,9 @@ class EmbedOptions:
             durable); None: `journal` where the server has one, else `store`.
         priority: `interactive` goes before `bulk`; None: small exchanges are interactive.
         store: A store's name from the server's configuration; None: its default.
+        continuous: Rows of one id, one after the other, are pieces of one document, whose chunks
+            come back as they are complete; goes with `chunking` of the aggregation `none`, in
+            DoExchange.
         output: What the model has to give, else it is refused: `dense`, a vector a text; `sparse`,
             weights of some tokens of the vocabulary; `multi`, a vector a token; None: whatever it
             gives.
@@ -93,6 +96,7 @@ class EmbedOptions:
     durability: str | None = None
     priority: str | None = None
     store: str | None = None
+    continuous: bool = False
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +154,13 @@ class EmbedOptions:
 
     def _check_chunking(self) -> None:
         chunking = Chunking.parse(self.chunking or "none")
+        if self.continuous and (chunking is None or not chunking.rows):
+            raise InvalidCommandError(
+                f"`continuous` is true and `chunking` is {self.chunking or 'none'}, but a document "
+                "that comes in pieces leaves as rows, one a chunk; end `chunking` with :none",
+                field="continuous",
+                allowed=[f"chunking {method}[:SIZE[/OVERLAP]]:none" for method in METHODS],
+            )
         if chunking is None:
             return
         if chunking.rows and (self.dedupe != "off" or self.mode in ("upsert", "delta")):
@@ -217,6 +228,7 @@ _TYPES: dict[str, type] = {
     "layers": int,
     "normalize": bool,
     "include_text": bool,
+    "continuous": bool,
     "columns": tuple,
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fletcher.allocator import return_large_blocks
+from fletcher.allocator import Returning, keep_large_blocks
 from fletcher.compression import Answers
 from fletcher.config import ServeConfig
 from fletcher.delivery.delivery import Delivery
@@ -66,6 +66,7 @@ class Runtime:
         self._server: FlightServer | None = None
         self._budget: MemoryBudget | None = None
         self._shelf: Shelf | None = None
+        self._returning: Returning | None = None
 
     def __enter__(self) -> Runtime:
         self.start()
@@ -86,7 +87,7 @@ class Runtime:
         Raises:
             FletcherError: Something configured is not there or does not work; nothing is left.
         """
-        return_large_blocks()
+        keep_large_blocks()
         try:
             self._start()
         except BaseException:
@@ -140,6 +141,8 @@ class Runtime:
             ended = not shutdown.is_alive()
         if self._pressure is not None:
             self._pressure.stop()
+        if self._returning is not None:
+            self._returning.stop()
         service, self._service = self._service, None
         if service is not None:
             service.models.close()
@@ -235,6 +238,8 @@ class Runtime:
         )
         models.start(config.models, config.aliases)
         pressure.watch()
+        self._returning = Returning(lambda: int(budget.statistics()["used_bytes"]))
+        self._returning.watch()
         self._server = _listen(self._service, flight_config)
         self.address = self._server.address
 

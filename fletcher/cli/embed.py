@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,16 @@ from fletcher.cli.parser import add_long_texts, check_server, given_flags
 from fletcher.config import NO_STORE
 from fletcher.errors import BY_CODE, ConfigError, InternalError, InvalidCommandError
 from fletcher.options import CHOICES, EmbedOptions
+from fletcher.schema import CHUNK_FIELDS
 
 if TYPE_CHECKING:
+    from io import BufferedIOBase
+
     from fletcher.client import Client
 
 BATCH_TEXTS = 1024
+_PIECE_BYTES = 1 << 16
+_COLUMNS = ("text", "vector", "scale", *(field.name for field in CHUNK_FIELDS))
 
 
 def add_parser(subparsers: Any) -> None:
@@ -58,6 +64,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--prompt", help="a prompt of the model, or text to put before each text")
     add_long_texts(parser)
+    parser.add_argument(
+        "--continuous",
+        action="store_true",
+        help="standard input is one text that goes on, such as tail -f gives: each chunk is "
+        "printed when it is complete, so with --chunking ...:none; the last one comes with the end",
+    )
     add_connection(parser, ("model",))
 
 
@@ -68,6 +80,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"`format` {args.format} is not for a terminal; give --output FILE", field="format"
         )
+    if args.continuous and args.texts != ["-"]:
+        raise ConfigError(
+            "`continuous` goes with -, which is standard input, and texts were given; leave one of "
+            "them out",
+            field="continuous",
+        )
     options = EmbedOptions(
         model=given_flags(args).get("model") if args.server else None,
         dims=args.dims,
@@ -77,10 +95,12 @@ def run(args: argparse.Namespace) -> int:
         truncate=args.truncate,
         chunking=None if args.chunking == "none" else args.chunking,
         include_text=True,
+        continuous=args.continuous,
     )
+    texts = _Pieces() if args.continuous else _Texts(args.texts)
     config = local_config(args, store=NO_STORE)
     with _open_output(args.output) as output, open_client(args, config) as client:
-        _WRITERS[args.format](_embedded(client, _Texts(args.texts), options), output)
+        _WRITERS[args.format](_embedded(client, texts, options), output)
     return 0
 
 
@@ -98,6 +118,28 @@ class _Texts:
             yield pa.record_batch([pa.array(chunk, pa.utf8())], schema=self.schema)
 
 
+class _Pieces:
+    """Standard input as pieces of one text, as they come."""
+
+    schema = _Texts.schema
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        stdin = cast("BufferedIOBase", sys.stdin.buffer)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        more = True
+        while more:
+            data = stdin.read1(_PIECE_BYTES)
+            more = bool(data)
+            try:
+                piece = decoder.decode(data, final=not more)
+            except UnicodeDecodeError:
+                raise InvalidCommandError(
+                    "standard input is not UTF-8; convert it with iconv"
+                ) from None
+            if piece:
+                yield pa.record_batch([pa.array([piece], pa.utf8())], schema=self.schema)
+
+
 def stdin_lines() -> Iterator[str]:
     """The lines of standard input. Raises InvalidCommandError for what is not UTF-8."""
     for number, line in enumerate(sys.stdin.buffer, 1):
@@ -109,10 +151,15 @@ def stdin_lines() -> Iterator[str]:
             ) from None
 
 
-def _embedded(client: Client, texts: _Texts, options: EmbedOptions) -> Iterator[pa.RecordBatch]:
-    """Batches of text, vector and its scale. Raises what a text without a vector failed by."""
+def _embedded(
+    client: Client, texts: _Texts | _Pieces, options: EmbedOptions
+) -> Iterator[pa.RecordBatch]:
+    """Batches of text, vector and its scale, and of chunks their places.
+
+    Raises what a text without a vector failed by.
+    """
     with client.exchange(texts, options) as exchange:
-        names = [name for name in ("text", "vector", "scale") if name in exchange.schema.names]
+        names = [name for name in _COLUMNS if name in exchange.schema.names]
         yield pa.RecordBatch.from_pylist([], exchange.schema).select(names)
         for batch in exchange:
             for error in exchange.errors:

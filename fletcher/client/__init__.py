@@ -7,13 +7,16 @@ from fletcher.client.connection import TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
 from fletcher.client.messages import Ack, PutSummary, RowError
 from fletcher.client.quantized import dequantize, rescore
+from fletcher.client.stream import Chunk, Stream
 
 __all__ = [
     "Ack",
+    "Chunk",
     "Client",
     "Exchange",
     "PutSummary",
     "RowError",
+    "Stream",
     "TlsOptions",
     "TransferOptions",
     "connect",

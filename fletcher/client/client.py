@@ -17,8 +17,9 @@ import pyarrow as pa
 from fletcher.chunking import AGGREGATIONS, Chunking
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
-from fletcher.client.messages import PutSummary, RowError
+from fletcher.client.messages import PutSummary, RowError, as_batches, messages
 from fletcher.client.put import OnAck, Upload
+from fletcher.client.stream import Stream
 from fletcher.errors import BY_CODE, InternalError, InvalidCommandError
 from fletcher.options import EmbedOptions
 from fletcher.readers import Source, open_source
@@ -157,9 +158,34 @@ class Client:
 
         Args:
             data: As for `put`.
-            options: What to do; None: the server's defaults.
+            options: What to do; None: the server's defaults. With `continuous` rows are pieces of
+                documents, and batches of chunks come as these are complete.
         """
-        return Exchange(self._connection, data, options or EmbedOptions())
+        schema, batches = as_batches(data)
+        outgoing = messages(batches, max_bytes=self._connection.transfer.message_bytes)
+        return Exchange(self._connection, schema, outgoing, options or EmbedOptions())
+
+    def stream(
+        self,
+        pieces: Iterable[str | tuple[str, str] | None],
+        *,
+        chunking: str = "sentences:none",
+        **options: Any,
+    ) -> Stream:
+        """Cuts documents that come in pieces into chunks, and gives each when it is complete.
+
+        Args:
+            pieces: Texts, cut anywhere, that are joined; None ends the document at hand, and so
+                does the end. In place of a text (ID, text), where another ID begins another
+                document; without, documents are called "0", "1", and so on. Each travels as soon
+                as it is there, by itself: where there are many, join some.
+            chunking: How documents are cut; its aggregation is `none`.
+            **options: Fields of EmbedOptions, such as `model`, `prompt`, `dtype` (float32 unless
+                given), or `include_text` (true unless given).
+        """
+        given = {"dtype": "float32", "include_text": True, **options, "chunking": chunking}
+        wanted = EmbedOptions.from_mapping({**given, "continuous": True})
+        return Stream(self._connection, pieces, wanted)
 
     def embed(self, texts: Sequence[str], **options: Any) -> npt.NDArray[Any]:
         """Vectors of some texts.

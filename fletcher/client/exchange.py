@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.client.connection import Connection, descriptor, pause_s
-from fletcher.client.messages import Message, RowError, as_batches, messages, row_errors
+from fletcher.client.messages import Message, RowError, row_errors
 from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
@@ -47,9 +47,10 @@ class Exchange:
     """An iterator over batches with vectors: one for each batch that was sent, in their order.
 
     Batches larger than `TransferOptions.message_bytes` travel in pieces, which are joined again: a
-    whole batch of vectors is held. Batches without rows are left out. Leaving it early, by `close`
-    or at the end of `with`, cancels the call. When the server fails, answers that it sent shortly
-    before may be lost: gRPC drops them.
+    whole batch of vectors is held. Batches without rows are left out. With
+    `EmbedOptions.continuous` there is a batch whenever chunks are complete instead. Leaving it
+    early, by `close` or at the end of `with`, cancels the call. When the server fails, answers that
+    it sent shortly before may be lost: gRPC drops them.
 
     Where the server refuses for now, or goes, before its first answer, the exchange begins anew, up
     to `max_retries` times: until then what was sent is kept, if it is no more than `window_bytes`.
@@ -60,18 +61,23 @@ class Exchange:
 
     Args:
         connection: To the server.
-        data: See `as_batches`; read in a thread of its own.
+        schema: Of what is sent.
+        outgoing: What is sent; read in a thread of its own.
         options: What to do with the text.
     """
 
-    def __init__(self, connection: Connection, data: Any, options: EmbedOptions) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        schema: pa.Schema,
+        outgoing: Iterator[Message],
+        options: EmbedOptions,
+    ) -> None:
         self.errors: tuple[RowError, ...] = ()
         self._connection = connection
         self._options = options
-        self._input_schema, batches = as_batches(data)
-        self._messages: Iterator[Message] = messages(
-            batches, max_bytes=connection.transfer.message_bytes
-        )
+        self._input_schema = schema
+        self._messages = outgoing
         self._kept: list[Message] | None = []  # to be sent again; None: the call cannot begin anew
         self._kept_bytes = 0
         self._num_retries = 0
@@ -213,7 +219,7 @@ class Exchange:
                     return
                 failure = self._failure
                 if failure is None:
-                    owes = self._rows_answered < self._rows_sent or self._all_sent
+                    owes = bool(self._num_rows) or self._all_sent
                     left = self._last_activity + timeout_s - time.monotonic()
                     if owes and left <= 0:
                         failure = self._failure = DeadlineExceededError(
@@ -236,7 +242,7 @@ class Exchange:
                     self._keep(message)
                     if self._closed or self._failure is not None:
                         break
-                    if self._rows_answered == self._rows_sent:
+                    if not self._num_rows:
                         self._last_activity = time.monotonic()
                     self._rows_sent += message.batch.num_rows
                     self._num_rows[message.batch_id] = message.batch.num_rows
@@ -325,13 +331,14 @@ class Exchange:
                 self._kept = None
                 self._last_activity = time.monotonic()
                 whole = False
-                if last is not False:
-                    num_rows = self._num_rows.pop(expected, 0)
+                # Of none that waits is what the end of the input completed.
+                if last is not False and expected in self._num_rows:
+                    num_rows = self._num_rows.pop(expected)
                     self._rows_answered += chunk.data.num_rows if last is None else num_rows
                     whole = expected in self._last_pieces
                     self._last_pieces.discard(expected)
                     expected += 1
-            if whole:
+            if whole or (self._options.continuous and chunk.data.num_rows):
                 batch = pa.concat_batches(parts) if len(parts) > 1 else parts[0]
                 parts = []
                 if not self._hand_over(batch, errors):

@@ -107,6 +107,7 @@ class Message:
         row_first: Offset of its first row in the upload.
         num_bytes: What the batch takes on the wire, uncompressed and without dictionaries.
         last: It ends a batch of the input.
+        document_end: It ends a document, where rows are pieces of some.
     """
 
     batch: pa.RecordBatch
@@ -114,6 +115,7 @@ class Message:
     row_first: int
     num_bytes: int
     last: bool
+    document_end: bool = False
 
     @property
     def row_last(self) -> int:
@@ -121,7 +123,10 @@ class Message:
 
     def metadata(self) -> bytes:
         """The batch's `app_metadata`."""
-        return json.dumps({"batch_id": self.batch_id, "row_offset": self.row_first}).encode()
+        fields = {"batch_id": self.batch_id, "row_offset": self.row_first}
+        if self.document_end:
+            fields["document_end"] = True
+        return json.dumps(fields).encode()
 
 
 def end_marker(num_rows: int) -> bytes:

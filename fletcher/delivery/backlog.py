@@ -16,10 +16,11 @@ class Backlog:
 
     Attributes:
         num_rows: How many wait.
+        num_bytes: What they take in memory, or as they are read from the journal.
     """
 
     def __init__(self) -> None:
-        self.num_rows = 0
+        self.num_rows = self.num_bytes = 0
         self._num_in_memory = 0  # entries, of those that are not journaled
         self._sent: deque[Group] = deque()
         self._new: deque[Rows] = deque()
@@ -146,4 +147,5 @@ class Backlog:
     def _count(self, entries: Iterable[Rows], sign: int) -> None:
         for rows in entries:
             self.num_rows += sign * rows.num_rows
+            self.num_bytes += sign * rows.num_bytes
             self._num_in_memory += 0 if rows.journaled else sign

@@ -254,8 +254,8 @@ class Lane:
         if not self._backlog:
             self._hurried = False
             return math.inf
-        limit = self.pace.limit(self._config.commit_rows)
-        full = self._backlog.num_rows >= limit
+        rows, size = self.pace.limit(self._config.commit_rows), self.pace.limit(_COMMIT_BYTES)
+        full = self._backlog.num_rows >= rows or self._backlog.num_bytes >= size
         if self._hurried or self._openings or full or self._backlog.again:
             return self._delay_s()
         filled = self._backlog.oldest + self._config.group_delay_s - time.monotonic()

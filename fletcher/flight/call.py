@@ -15,9 +15,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.errors import ColumnTypeError, FletcherError, InternalError
+from fletcher.errors import ColumnTypeError, FletcherError, InternalError, InvalidCommandError
 from fletcher.flight.messages import BatchMetadata, parse_batch_metadata
 from fletcher.options import EmbedOptions
+from fletcher.pipeline.documents import DocumentIntake
 from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.models import Model
 from fletcher.pipeline.service import Request
@@ -48,8 +49,13 @@ class Incoming:
     metadata: BatchMetadata
 
 
-def read_messages(reader: Any, context: Any) -> Iterator[Incoming]:
+def read_messages(reader: Any, context: Any, *, continuous: bool = False) -> Iterator[Incoming]:
     """A client's messages until it ends or goes away.
+
+    Args:
+        reader: The call's.
+        context: The call's.
+        continuous: Rows are pieces of documents, so that a batch may end one.
 
     Raises:
         ColumnTypeError: A message that Arrow cannot decode.
@@ -71,6 +77,14 @@ def read_messages(reader: Any, context: Any) -> Iterator[Incoming]:
             raise ColumnTypeError(f"a message cannot be decoded: {str(error)[:300]}") from None
         raw = chunk.app_metadata
         metadata = parse_batch_metadata(None if raw is None else raw.to_pybytes())
+        if metadata.document_end and (chunk.data is None or not continuous):
+            raise InvalidCommandError(
+                "`document_end` came without a batch; send it with one, which may have no rows"
+                if continuous
+                else "`document_end` is given, but every row is a document by itself; set "
+                "`continuous` in the command of a DoExchange, or leave it out",
+                field="document_end",
+            )
         batch_id = batch_id if metadata.batch_id is None else metadata.batch_id
         row_first = row_next if metadata.row_offset is None else metadata.row_offset
         yield Incoming(chunk.data, batch_id, row_first, metadata)
@@ -101,7 +115,7 @@ def intake(
 ) -> Intake:
     """The checks and cuts for one call's input."""
     options: EmbedOptions = request.options
-    return Intake(
+    return (DocumentIntake if options.continuous else Intake)(
         schema,
         options,
         prompt=request.prompt,

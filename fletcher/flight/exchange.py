@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +29,7 @@ from fletcher.flight.status import to_flight_error
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler, Output
 from fletcher.pipeline.chunk_rows import ChunkAssembler, assembler
+from fletcher.pipeline.document_rows import DocumentAssembler
 from fletcher.pipeline.intake import Piece
 from fletcher.pipeline.models import Model
 from fletcher.pipeline.row_errors import ends_call
@@ -94,12 +96,16 @@ def _exchange(
     # Before the first batch, so that a client that waits for the schema need not send.
     writing_as = service.answers.open(context.peer(), output)
     writer.begin(output, options=writing_as.options)
-    messages, first = started(read_messages(reader, context))  # who sends nothing takes no place
+    received = read_messages(reader, context, continuous=options.continuous)
+    messages, first = started(received)  # who sends nothing takes no place
     bulk = first is not None and first.batch is not None and source.is_bulk(first.batch)
     with service.admit(model, bulk=bulk), service.telemetry.span("do_exchange", trace) as span:
         stream = model.embedder.open_stream(span)
         try:
-            assembling = assembler(output, request.spec, upload_id, whole_rows=False)
+            if options.continuous:
+                assembling: Assembler = DocumentAssembler(output, request.spec, upload_id)
+            else:
+                assembling = assembler(output, request.spec, upload_id, whole_rows=False)
             answers = _Answers(service, stream, assembling, writer, ending, options, writing_as)
             helper = Helper("exchange-writer", answers.run, answers.fail)
             # Of sparse and token vectors that is the most: what they really take is counted later.
@@ -115,15 +121,16 @@ def _exchange(
                         raise _too_large(batch.num_rows)
                     service.telemetry.rows_received.add(batch.num_rows)
                     service.telemetry.bytes_received.add(batch.get_total_buffer_size())
-                    for piece in source.pieces(
-                        batch, message.batch_id, message.row_first, keep=stream.keep
-                    ):
-                        stream.submit(
-                            piece.texts,
-                            piece,
-                            num_bytes=piece.num_bytes,
-                            priority=piece.priority,
-                        )
+                    pieces = source.pieces(
+                        batch,
+                        message.batch_id,
+                        message.row_first,
+                        keep=stream.keep,
+                        ends=message.metadata.document_end,
+                    )
+                    _submit(stream, pieces)
+                if not context.is_cancelled():
+                    _submit(stream, source.rest())
             except Exception as error:  # noqa: BLE001 - raised once earlier batches are answered
                 refusal = error
             if context.is_cancelled():
@@ -134,6 +141,11 @@ def _exchange(
                 raise refusal
         finally:
             stream.close()
+
+
+def _submit(stream: EmbedStream, pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
+        stream.submit(piece.texts, piece, num_bytes=piece.num_bytes, priority=piece.priority)
 
 
 class _Answers:
@@ -168,6 +180,7 @@ class _Answers:
             # A batch that is joined from pieces must not wait for its own memory (see the docs'
             # memory bound: an exchange may hold one output batch beside its allowance).
             self._stream.release(result.num_bytes)
+            del result  # the next may be long in coming
 
     def fail(self, error: Exception) -> None:
         """Frees the handler if it waits for memory, and tells the client at once.

@@ -22,12 +22,17 @@ class BatchMetadata:
         row_offset: Offset of the batch's first row in the upload.
         end: This is the last message.
         rows: With `end`: rows of the whole upload.
+        document_end: The last row ends its document; of a `continuous` exchange.
     """
 
     batch_id: int | None = None
     row_offset: int | None = None
     end: bool = False
     rows: int | None = None
+    document_end: bool = False
+
+
+_FIELDS = ("batch_id", "row_offset", "end", "rows", "document_end")
 
 
 def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
@@ -47,18 +52,20 @@ def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
             '`app_metadata` of a batch is not a JSON object like {"batch_id": 0, "row_offset": 0}',
             field="app_metadata",
         )
-    unknown = sorted(set(fields) - {"batch_id", "row_offset", "end", "rows"})
+    unknown = sorted(set(fields) - set(_FIELDS))
     if unknown:
         raise InvalidCommandError(
             f"`app_metadata` of a batch has the unknown field `{unknown[0][:200]}`",
             field="app_metadata",
-            allowed=["batch_id", "row_offset", "end", "rows"],
+            allowed=_FIELDS,
         )
-    end = fields.get("end", False)
-    if not isinstance(end, bool):
-        raise InvalidCommandError("`end` is not true or false", field="end")
+    end = _flag(fields, "end")
     metadata = BatchMetadata(
-        _whole(fields, "batch_id"), _whole(fields, "row_offset"), end, _whole(fields, "rows")
+        _whole(fields, "batch_id"),
+        _whole(fields, "row_offset"),
+        end,
+        _whole(fields, "rows"),
+        _flag(fields, "document_end"),
     )
     if end and metadata.rows is None:
         raise InvalidCommandError('`rows` is missing beside `"end": true`', field="rows")
@@ -78,6 +85,13 @@ def row_errors(
         }
         for row, error in sorted(errors.items())[:limit]
     ]
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise InvalidCommandError(f"`{name}` is not true or false", field=name)
+    return value
 
 
 def _whole(fields: Mapping[str, Any], name: str) -> int | None:

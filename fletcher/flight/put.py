@@ -49,6 +49,13 @@ def put(
     """Answers one DoPut call."""
     if options.dataset is None:
         raise InvalidCommandError("`dataset` is missing", field="dataset")
+    if options.continuous:
+        raise InvalidCommandError(
+            "`continuous` is true, but what is stored, counted and resumed are rows that are whole "
+            "texts; use DoExchange, or leave it out",
+            field="continuous",
+            allowed=["false"],
+        )
     _, store = service.delivery.store(options.store)
     if options.mode in ("upsert", "delta") and not store.capabilities.upsert:
         raise InvalidCommandError(

@@ -18,7 +18,7 @@ from fletcher.schema import ELEMENT_TYPES, output_schema
 MAX_TEXTS = 256
 _UNUSED = (
     *("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe"),
-    "chunking",  # of long texts, which DoExchange takes as they come
+    *("chunking", "continuous"),  # of long texts, which DoExchange takes as they come
 )
 
 

@@ -147,15 +147,10 @@ class ChunkAssembler(Assembler):
         self, piece: Piece, rows: Int64Array, spans: Int64Array, missing: BoolArray
     ) -> pa.Array:
         """The chunks' own texts."""
-        column = piece.rows.column("text")
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        column = large_utf8(column)
-        firsts = text_offsets(column)[:-1][rows] + spans[:, 2]
+        held, begins = self._source(piece, rows)
+        firsts = begins + spans[:, 2]
         lengths = spans[:, 3] - spans[:, 2]
         ends = np.append(0, np.cumsum(lengths))
-        data = column.buffers()[2]
-        held = memoryview(b"" if data is None else data)
         bounds = zip(firsts.tolist(), (firsts + lengths).tolist(), strict=True)
         found = b"".join([held[first:last] for first, last in bounds])
         texts = pa.LargeStringArray.from_buffers(len(rows), pa.py_buffer(ends), pa.py_buffer(found))
@@ -163,6 +158,15 @@ class ChunkAssembler(Assembler):
         if missing.any():
             texts = pc.if_else(pa.array(missing), nothing, texts)
         return texts.cast(self._type("text"))
+
+    def _source(self, piece: Piece, rows: Int64Array) -> tuple[memoryview, Int64Array]:
+        """UTF-8, and for each row of the output the place there at which its text begins."""
+        column = piece.rows.column("text")
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        column = large_utf8(column)
+        data = column.buffers()[2]
+        return memoryview(b"" if data is None else data), text_offsets(column)[:-1][rows]
 
 
 def _joined(parts: list[EmbeddingBatch | FletcherError]) -> EmbeddingBatch | FletcherError:

@@ -109,7 +109,8 @@ class Piece:
     """Consecutive rows of one batch.
 
     Attributes:
-        batch_id: The client's number for the batch, or its position in the call.
+        batch_id: The client's number for the batch, or its position in the call; None: it is of
+            none, but of the call's end.
         row_first: Offset of the first row in the upload.
         rows: The used columns of these rows.
         texts: Texts to embed for the first time, each once.
@@ -127,7 +128,7 @@ class Piece:
         priority: Its class.
     """
 
-    batch_id: int
+    batch_id: int | None
     row_first: int
     rows: pa.RecordBatch
     texts: TextBatch
@@ -219,6 +220,7 @@ class Intake:
         *,
         keep: Callable[[int], bool] = lambda _: True,
         skip: Skip | None = None,
+        ends: bool = False,  # noqa: ARG002 - every row is a whole text
     ) -> Iterator[Piece]:
         """Checks a batch and cuts it up; an empty batch gives one empty piece.
 
@@ -229,6 +231,7 @@ class Intake:
             keep: Asked whether the vectors of a dictionary may be kept, so many bytes, for batches
                 to come.
             skip: Tells which rows of a piece are not wanted; None: all are.
+            ends: A text ends with the last row; here with every one.
 
         Raises:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
@@ -317,6 +320,10 @@ class Intake:
             )
             yield from self._parts(piece, rows_bytes)
 
+    def rest(self) -> Iterator[Piece]:
+        """What is left where the call ends; here nothing."""
+        return iter(())
+
     def _single(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> Piece | None:
         """The piece of a single text; None: there is something to say about it.
 
@@ -390,11 +397,12 @@ class Intake:
                 self._check_size(viewed_bytes(array), "`text` holds views of")
                 arrays[name] = without_views(array)
             elif pa.types.is_dictionary(array.type):
-                self._check_size(
-                    decoded_bytes(array), f"column `{name.removeprefix('carried:')}` stands for"
-                )
-                arrays[name] = array.dictionary_decode()
+                arrays[name] = self._decoded(array, name.removeprefix("carried:"))
         return pa.RecordBatch.from_pydict(arrays)
+
+    def _decoded(self, array: pa.DictionaryArray, name: str) -> pa.Array:
+        self._check_size(decoded_bytes(array), f"column `{name}` stands for")
+        return array.dictionary_decode()
 
     def _check_size(self, num_bytes: int, what: str) -> None:
         if num_bytes > self._limits.max_message_bytes:

@@ -18,6 +18,22 @@ _RETRY_MS = 5000
 
 
 @dataclass(slots=True, eq=False)
+class Seam:
+    """Between two parts of a text: what there is of the one before, for the one behind.
+
+    It knows no ticket but the one that waits, so that of a text whose next part is long in coming
+    nothing is here but this.
+
+    Attributes:
+        carry: What tokenization left of the text, or why there is nothing; None: not yet known.
+        follower: The ticket of the part behind, if it waits.
+    """
+
+    carry: Carry | FletcherError | None = None
+    follower: Ticket | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Ticket:
     """A TextBatch on its way, and what the stages have made of it so far.
 
@@ -27,8 +43,7 @@ class Ticket:
         tokens: Set by tokenization.
         result: Set when all its vectors are there, or when it failed as a whole.
         complete: Adds to the vectors of `texts` those that were known before.
-        carry: What tokenization left of a text for its next part, or why there is nothing.
-        follower: The ticket of that part, if it waits for this.
+        seam: Where its text goes on in the next ticket; None: it does not.
     """
 
     stream: EmbedStream
@@ -42,8 +57,7 @@ class Ticket:
     complete: Callable[[EmbeddingBatch | FletcherError], EmbeddingBatch | FletcherError] = (
         lambda result: result
     )
-    carry: Carry | FletcherError | None = None
-    follower: Ticket | None = None
+    seam: Seam | None = None
 
     def tokenized(self, tokens: TokenBatch | FletcherError) -> None:
         """Takes the tokens, or why there are none, and lets the text's next part go on."""
@@ -51,9 +65,9 @@ class Ticket:
             self.finish(tokens)
         else:
             self.tokens = tokens
-        if self.texts.continued:
+        if self.seam is not None:
             left = tokens if isinstance(tokens, FletcherError) else tokens.carry
-            self.stream._go_on(self, left)
+            self.stream._go_on(self.seam, left)
 
     def finish(self, result: EmbeddingBatch | FletcherError) -> None:
         """Records the result and wakes whoever waits for it."""
@@ -94,7 +108,7 @@ class EmbedStream:
         self._ended = False
         self.closed = False
         self._cut_off = False  # closed before its end
-        self._unfinished: Ticket | None = None  # the last one, where its text goes on
+        self._seam: Seam | None = None  # where the text that was submitted last goes on
         self._changed = threading.Condition()
 
     def submit(
@@ -103,7 +117,8 @@ class EmbedStream:
         """Hands texts in; blocks while the stream holds as much as it may.
 
         Args:
-            texts: The texts; may be none. Parts of one text come one after the other.
+            texts: The texts; may be none. Parts of one text come one after the other, at most with
+                submissions of no texts between them.
             context: Comes back with the result.
             num_bytes: Memory that this submission will hold until released.
             priority: Whether it overtakes bulk work.
@@ -113,9 +128,12 @@ class EmbedStream:
         """
         self._allowance.acquire(num_bytes, bulk=priority == "bulk")
         ticket = Ticket(self, texts, context, num_bytes, priority)
+        before = None
         with self._changed:
             self._tickets.append(ticket)
-            before, self._unfinished = self._unfinished, ticket if texts.continued else None
+            if texts.num_texts:
+                before, self._seam = self._seam, Seam() if texts.continued else None
+                ticket.seam = self._seam
             if before is not None:
                 before.follower = ticket
         if before is None:
@@ -144,7 +162,10 @@ class EmbedStream:
                     return
                 ticket = self._tickets.popleft()
             assert ticket.result is not None
-            yield Result(ticket.context, ticket.result, ticket.num_bytes)
+            result = Result(ticket.context, ticket.result, ticket.num_bytes)
+            del ticket  # the next may be long in coming
+            yield result
+            del result
 
     def release(self, num_bytes: int) -> None:
         """Gives memory back: the data has left the house."""
@@ -168,12 +189,12 @@ class EmbedStream:
         """Submissions whose results were not taken yet."""
         return len(self._tickets)
 
-    def _go_on(self, ticket: Ticket, carry: Carry | FletcherError | None) -> None:
+    def _go_on(self, seam: Seam, carry: Carry | FletcherError | None) -> None:
         """A part of a text was cut, or failed: the next part follows, or all that are here fail."""
         while True:
             with self._changed:
-                ticket.carry = carry
-                follower, ticket.follower = ticket.follower, None
+                seam.carry = carry
+                follower, seam.follower = seam.follower, None
             if follower is None:
                 return
             if not isinstance(carry, FletcherError):
@@ -181,9 +202,9 @@ class EmbedStream:
                 self._enqueue(follower)
                 return
             follower.finish(carry)
-            if not follower.texts.continued:
+            if follower.seam is None:
                 return
-            ticket = follower
+            seam = follower.seam
 
     def _head_settled(self) -> bool:
         if self.closed:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fletcher.allocator import return_large_blocks
+from fletcher.allocator import keep_large_blocks
 from fletcher.errors import (
     ColumnTypeError,
     InvalidCommandError,
@@ -62,7 +62,7 @@ def _lancedb() -> Any:
             "pip install 'longbow-fletcher[lance]'",
             field="store",
         ) from error
-    return_large_blocks()
+    keep_large_blocks()
     return lancedb
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from fletcher.allocator import give_back
 from fletcher.errors import FletcherError, RequestError, StoreUnavailableError
 from fletcher.stores.filters import quoted
 from fletcher.stores.lock import WriterLock
@@ -167,6 +168,7 @@ class LanceWriter:
         finally:
             self._lock.release()
             self._on_close(self)
+            give_back()
 
     @property
     def _compacting(self) -> bool:

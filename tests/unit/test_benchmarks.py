@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> 
 def run(home: Path, *argv: str) -> tuple[str, dict[str, Any]]:
     """What a benchmark printed and what it wrote; on the shipped sample with the tiny model."""
     name, *rest = argv
-    out = home / "results" / name
+    out = Path(tempfile.mkdtemp(prefix=name, dir=home))
     sample = ROOT / "examples" / "data" / "debian-sample.parquet"
     command = [sys.executable, "-m", "benchmarks", name, "--home", str(home), "--model", "tiny"]
     command += ["--corpus", str(sample), "--out", str(out), *rest]
@@ -103,6 +104,13 @@ def test_overhead_reports_rows_and_memory_over_time(home: Path) -> None:
         assert 1 << 20 < row["front_bytes"][0]["start"] <= row["front_bytes"][0]["peak"]
         assert row["cpu_us_per_row"]["front"] > 0
     assert "front process: " in printed
+
+
+def test_overhead_alone_needs_no_tokenizer(home: Path) -> None:
+    options = ("--rows", "700", "--batch-rows", "700", "--repeats", "1", "--without-tokenizer")
+    printed, result = run(home, "overhead", *options)
+    assert [row["name"] for row in result["rows"]] == ["no model, no tokenizer"]
+    assert "library alone" not in printed
 
 
 def test_delivery_compares_what_promises_cost(home: Path) -> None:

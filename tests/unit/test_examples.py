@@ -27,6 +27,8 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("put.py", [], "usage: "),
         ("put.py", ["a", "b", "c", "d"], "usage: "),
         ("put.py", [SAMPLE, "d", NOBODY], f"nobody answers at {NOBODY}"),
+        ("stream.py", ["a", "b"], "usage: "),
+        ("stream.py", [NOBODY], f"nobody answers at {NOBODY}"),
         ("search.py", [], "usage: "),
         ("search.py", ["d", "what?", NOBODY, NOBODY], f"nobody answers at {NOBODY}"),
     ],

@@ -28,6 +28,7 @@ FULL = {
     "priority": "interactive",
     "store": "s",
     "output": "dense",
+    "continuous": False,
 }
 
 
@@ -40,7 +41,9 @@ def test_a_mapping_goes_there_and_back():
     again = EmbedOptions.from_mapping(json.loads(options.to_json()))
     assert again == options
     assert options.columns == ("a", "b")
-    assert options.to_mapping() == {k: v for k, v in FULL.items() if k != "dedupe"}
+    assert options.to_mapping() == {
+        k: v for k, v in FULL.items() if k not in ("dedupe", "continuous")
+    }
     assert EmbedOptions().to_mapping() == {}
 
 

@@ -256,6 +256,25 @@ def test_embed_prints_a_line_a_text(place: Place, server: tuple[str, str]) -> No
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1], abs=1e-5)
 
 
+def test_embed_prints_chunks_of_a_text_that_goes_on(
+    place: Place, call: Call, server: tuple[str, str]
+) -> None:
+    how = ("--chunking", "tokens:8:none")
+    text = "Grüße, 世界!\n\n of them \r\n" * 40
+    done = place.run("embed", "-", "--continuous", *how, *at(server), stdin=text)
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert "".join(row["text"] for row in rows) == text
+    assert [row["chunk_index"] for row in rows] == list(range(len(rows)))
+    assert (rows[-1]["chunk_end"], len(rows[0]["vector"])) == (len(text), 32)
+    done = call("embed", "-", "--continuous", *at(server))
+    assert (done.code, done.out) == (2, "")
+    assert "end `chunking` with :none" in done.err
+    done = call("embed", "x", "--continuous", *how, *at(server))
+    assert (done.code, done.out) == (2, "")
+    assert "`continuous` goes with -" in done.err
+
+
 def test_what_is_sent_is_compressed_as_asked(call: Call, server: tuple[str, str]) -> None:
     address, token = server
     sizes = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -259,6 +260,18 @@ def test_an_append_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert settled(upload)
         assert ids(store) == list(range(12))
         assert [sum(batch.num_rows for batch in one) for one in store.appends] == [3, 6, 3]
+
+
+def test_rows_that_fill_an_append_by_their_bytes_wait_for_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Only their number counted: with long texts or wide vectors every append waited for its delay.
+    monkeypatch.setattr("fletcher.delivery.lane._COMMIT_BYTES", 100)
+    store = MemoryStore()
+    with delivering(store, dataclasses.replace(CONFIG, group_delay_s=60)) as delivery:
+        upload, lane = delivery.open(options(), SCHEMA)
+        send(lane, upload, 0, 7)
+        assert settled(upload)
 
 
 def test_rows_of_a_failed_upload_leave_at_once_though_the_store_is_away() -> None:

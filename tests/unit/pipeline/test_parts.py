@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -66,6 +67,28 @@ def test_a_part_goes_on_where_the_one_before_ended() -> None:
     carried = begun[6].texts.carry
     assert carried is not None
     assert carried.num_chunks == 3
+
+
+def test_a_text_goes_on_behind_submissions_of_none() -> None:
+    one, begun = stream()
+    nothing = TextBatch(b"", np.zeros(1, np.int64), chunking=HOW)
+    one.submit(part(continued=True), 0, num_bytes=1)
+    one.submit(nothing, 1, num_bytes=1)
+    one.submit(part(continued=False), 2, num_bytes=1)
+    assert [ticket.context for ticket in begun] == [0, 1]
+    begun[0].tokenized(tokens(7))
+    assert begun[2].texts.carry is not None
+    assert begun[1].texts.carry is None
+    # Of a text whose next part is long in coming only what that needs is kept.
+    one.submit(part(continued=True), 3, num_bytes=1)
+    for ticket in begun:
+        ticket.finish(ERROR)
+    results = one.results()
+    assert [next(results).context for _ in range(4)] == [0, 1, 2, 3]
+    forgotten = weakref.ref(begun[3].tokens or begun[3].texts.offsets)
+    begun.clear()
+    del ticket
+    assert forgotten() is None
 
 
 def test_all_parts_fail_with_one_however_many() -> None:

@@ -263,6 +263,8 @@ def test_parts_end_before_words_or_else_between_characters() -> None:
     assert part_ends(b"one two three", 100) == [13]
     assert part_ends("三四五六七".encode(), 7) == [6, 12, 15]
     assert part_ends(b"a, b. c", 4) == [2, 5, 7]
+    assert part_ends("да ты но!".encode(), 7) == [4, 9, 15]
+    assert part_ends("e\u0301 a b".encode(), 6) == [5, 7]  # no letter, but a mark, is before it
     for size in range(4, 40):
         data = (TEXT + "ä三🙂" * 30).encode()
         ends = part_ends(data, size)

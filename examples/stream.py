@@ -1,0 +1,68 @@
+"""Text in chunks as it comes, with plain pyarrow: tail -f FILE | python examples/stream.py [URI].
+
+Standard input is a document in pieces, its lines, and an empty line ends it. Each chunk is printed
+as soon as no text behind it can change it. With --whole all of a document is one row, and the
+exchange an ordinary one of texts that are cut into chunks: these are the same, and come later.
+"""
+
+import json
+import sys
+import threading
+
+import pyarrow as pa
+from pyarrow import flight
+
+whole = "--whole" in sys.argv
+arguments = [one for one in sys.argv[1:] if one != "--whole"]
+if len(arguments) > 1:
+    sys.exit("usage: python examples/stream.py [--whole] [grpc://HOST:PORT] < FILE")
+address = arguments[0] if arguments else "grpc://127.0.0.1:8815"
+command = {
+    "chunking": "sentences:32:none",  # none: no mean of their vectors, each chunk is a row
+    "include_text": True,
+    "continuous": not whole,  # rows of one id, one after the other, are pieces of a document
+}
+schema = pa.schema([("id", pa.int64()), ("text", pa.utf8())])
+client = flight.connect(address)
+try:
+    writer, reader = client.do_exchange(
+        flight.FlightDescriptor.for_command(json.dumps(command).encode())
+    )
+except flight.FlightUnavailableError:
+    sys.exit(f"nobody answers at {address}; start a server: fletcher-serve")
+
+
+def send(document: int, text: str, metadata: dict[str, bool]) -> None:
+    batch = pa.RecordBatch.from_pydict({"id": [document], "text": [text]}, schema)
+    writer.write_with_metadata(batch, json.dumps(metadata).encode())
+
+
+def write() -> None:
+    writer.begin(schema)
+    document, text = 0, ""
+    for line in sys.stdin:
+        if whole:
+            text += line
+        else:  # another id or the end of the exchange end a document, too
+            send(document, line, {"document_end": not line.strip()})
+        if not line.strip():
+            if whole:
+                send(document, text, {})
+            document, text = document + 1, ""
+    if text:
+        send(document, text, {})
+    writer.done_writing()
+
+
+thread = threading.Thread(target=write)
+thread.start()
+columns = ["id", "chunk_index", "chunk_start", "chunk_end", "text"]
+for chunk in reader:  # any number for a batch written; the last of them says "last": true
+    if chunk.data is None:
+        break  # the call failed; `close` raises why
+    for error in json.loads(chunk.app_metadata.to_pybytes())["errors"]:
+        print("document", error["id"], "failed:", error["message"])
+    for row in chunk.data.select(columns).to_pylist():
+        print(*row.values(), flush=True)
+thread.join()
+writer.close()

@@ -1,0 +1,151 @@
+"""Documents that come in pieces, and their chunks as each is complete."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fletcher.client.connection import Connection
+from fletcher.client.exchange import Exchange
+from fletcher.client.messages import Message, RowError, wire_bytes
+from fletcher.errors import InvalidCommandError
+from fletcher.options import EmbedOptions
+
+_MAX_UTF8_BYTES = 4  # of a character
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """A part of a document.
+
+    Attributes:
+        id: The document's.
+        index: Its place among the document's chunks, from 0.
+        start: Its first character (Unicode code point) in the whole document.
+        end: The first character behind it.
+        text: Itself; None where `include_text` is false.
+        vector: [dims] of the asked `dtype`.
+        scale: What int8 is multiplied by; None for other vectors.
+        token_count: Tokens that the model saw.
+        error: Why the rest of the document has no chunks: of this row all but `id` means nothing.
+    """
+
+    id: str
+    index: int
+    start: int
+    end: int
+    text: str | None
+    vector: npt.NDArray[Any]
+    scale: float | None
+    token_count: int
+    error: RowError | None = None
+
+
+class Stream:
+    """An iterator over chunks, in their order; made by `Client.stream`.
+
+    Pieces are taken in a thread of its own. It waits as long as the next piece takes to come, and
+    raises what an `Exchange` raises. Leaving it early, by `close` or at the end of `with`, cancels
+    the call.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        pieces: Iterable[str | tuple[str, str] | None],
+        options: EmbedOptions,
+    ) -> None:
+        self._schema = pa.schema([(options.id_column, pa.utf8()), (options.text_column, pa.utf8())])
+        outgoing = _messages(pieces, self._schema, connection.transfer.message_bytes)
+        self._exchange = Exchange(connection, self._schema, outgoing, options)
+        self._waiting: deque[Chunk] = deque()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        while not self._waiting:
+            batch = next(self._exchange)
+            self._waiting += _chunks(batch, self._exchange.errors)
+        return self._waiting.popleft()
+
+    def close(self) -> None:
+        """Ends the call, cancelling what is not done. Idempotent."""
+        self._exchange.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _messages(
+    pieces: Iterable[str | tuple[str, str] | None], schema: pa.Schema, max_bytes: int
+) -> Iterator[Message]:
+    """A message for each piece, or for some of a large one; and one for each end."""
+    batch_id = row = number = 0
+    size = max(1, max_bytes // _MAX_UTF8_BYTES)
+    for piece in pieces:
+        name, text = piece if isinstance(piece, tuple) else (str(number), piece)
+        rows: list[list[tuple[str, str]]] = [[]]
+        if text is None:
+            number += 1
+        elif isinstance(text, str):
+            rows = [[(name, text[n : n + size])] for n in range(0, max(1, len(text)), size)]
+        else:
+            raise _refusal(text)
+        for one in rows:
+            batch = _batch(one, schema)
+            yield Message(
+                batch, batch_id, row, wire_bytes(batch), last=True, document_end=piece is None
+            )
+            batch_id, row = batch_id + 1, row + len(one)
+
+
+def _batch(rows: Sequence[tuple[str, str]], schema: pa.Schema) -> pa.RecordBatch:
+    columns: tuple[Any, ...] = tuple(zip(*rows, strict=True)) or ((), ())
+    try:
+        arrays = [pa.array(column, pa.utf8()) for column in columns]
+    except (pa.ArrowException, TypeError, UnicodeError):
+        raise _refusal(rows[0]) from None
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _refusal(piece: Any) -> InvalidCommandError:
+    return InvalidCommandError(
+        f"`pieces` yields {str(piece)[:100]!r} of type {type(piece).__name__}, expected Unicode "
+        "text, (ID, text), or None at the end of a document"
+    )
+
+
+def _chunks(batch: pa.RecordBatch, errors: Sequence[RowError]) -> Iterator[Chunk]:
+    vectors = batch.column("vector")
+    found = iter(np.asarray(vectors.flatten()).reshape(-1, vectors.type.list_size))
+    nothing = np.zeros(0, vectors.type.value_type.to_pandas_dtype())
+    failures = iter(errors)
+    for row in batch.drop_columns(["vector", "timestamp"]).to_pylist():
+        failed = row["chunk_index"] is None
+        yield Chunk(
+            row["id"],
+            -1 if failed else row["chunk_index"],
+            -1 if failed else row["chunk_start"],
+            -1 if failed else row["chunk_end"],
+            row.get("text"),
+            nothing if failed else next(found),
+            row.get("scale"),
+            row["token_count"],
+            next(failures, None) if failed else None,
+        )
