@@ -15,6 +15,7 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
+VectorArray = npt.NDArray[np.float32 | np.float16]
 
 Truncate = Literal["end", "start", "error"]
 Priority = Literal["bulk", "interactive"]
@@ -32,7 +33,8 @@ class Carry:
         end: The text's last characters so far.
         size: int64 [2], characters and bytes of the text so far.
         num_chunks: Chunks so far.
-        num_covered: Of these tokens, how many at the beginning are in the last of those chunks.
+        num_covered: Of the tokens of the next chunk, how many at the beginning are in the last one.
+        num_before: Of these tokens, how many at the beginning are only read with the next chunk.
     """
 
     prompt_ids: Int32Array
@@ -43,6 +45,7 @@ class Carry:
     size: Int64Array
     num_chunks: int
     num_covered: int
+    num_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class TextBatch:
         continued: These are parts of one text, and more of it comes in the next batch.
         carry: What the batch before left of the text that goes on here.
         layers: The exit layer that their vectors come from; 0: the last.
+        half: Their vectors are wanted in float16, and otherwise as the graph gives them.
     """
 
     data: bytes | memoryview
@@ -92,10 +96,25 @@ class TextBatch:
     continued: bool = False
     carry: Carry | None = None
     layers: int = 0
+    half: bool = False
 
     @property
     def num_texts(self) -> int:
         return len(self.offsets) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Parts of rows that get a vector each, while the model reads all of the row.
+
+    Attributes:
+        counts: int32 [num_rows], parts of each row, one at least.
+        bounds: int32 [num_segments, 2], row after row: a part's first token, counted in its row,
+            and the first one behind it.
+    """
+
+    counts: Int32Array
+    bounds: Int32Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +128,7 @@ class TokenBatch:
         errors: By text index, why a text has no tokens (it then has length 0): truncate="error".
         chunks: Whose chunks these are; None: texts were not cut.
         carry: What is left for the text's next part.
+        segments: Which part of which row each chunk is; None: each chunk is a row.
     """
 
     input_ids: Int32Array
@@ -117,6 +137,7 @@ class TokenBatch:
     errors: dict[int, FletcherError] = field(default_factory=dict)
     chunks: Chunks | None = None
     carry: Carry | None = None
+    segments: Segments | None = None
 
     @property
     def num_texts(self) -> int:
@@ -136,11 +157,15 @@ class MicroBatch:
         input_ids: int32 [total_tokens].
         lengths: int32 [num_rows], each at least 1.
         layers: The exit layer that all of them leave after; 0: the last.
+        segments: What gets a vector in place of a row; None: rows do.
+        half: Their vectors are to come back in float16: half as much to send, and no more to do.
     """
 
     input_ids: Int32Array
     lengths: Int32Array
     layers: int = 0
+    segments: Segments | None = None
+    half: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +173,18 @@ class InferenceResult:
     """What a replica answers to a MicroBatch.
 
     Attributes:
-        embeddings: float32 [num_rows, dim], pooled and, where the bundle says so, L2-normalised;
-            of models with several vectors a row all of them, [num_vectors, width].
+        embeddings: float32 [num_rows, dim] (float16 where the MicroBatch says so), pooled and,
+            where the bundle says so, L2-normalised; of models with several vectors a row all of
+            them, [num_vectors, width]; where the batch has segments theirs, as pooled,
+            [num_segments, dim].
         norms: float32 [num_rows], the L2 norm before normalisation; None where not normalised.
         compute_s: Seconds the device was computing.
         budget_tokens: Padded tokens that the replica takes in one run now; 0: not said.
-        counts: int32 [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one each.
+        counts: int32 [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one each,
+            or each segment's.
     """
 
-    embeddings: FloatArray
+    embeddings: VectorArray
     norms: FloatArray | None
     compute_s: float
     budget_tokens: int = 0
@@ -168,8 +196,8 @@ class EmbeddingBatch:
     """The vectors of one TextBatch, in its order.
 
     Attributes:
-        embeddings: float32 [num_texts, dim]; rows in `errors` hold zeros. With `counts` float32
-            [num_vectors, width].
+        embeddings: float32 [num_texts, dim], or float16 where the TextBatch says so; rows in
+            `errors` hold zeros. With `counts` float32 [num_vectors, width].
         norms: float32 [num_texts] or None, as in InferenceResult.
         token_count: int32 [num_texts].
         truncated: bool [num_texts].
@@ -178,7 +206,7 @@ class EmbeddingBatch:
         chunks: Whose chunks these are, each a text here; None: texts were not cut.
     """
 
-    embeddings: FloatArray
+    embeddings: VectorArray
     norms: FloatArray | None
     token_count: Int32Array
     truncated: BoolArray

@@ -1,8 +1,8 @@
 """How a long text is cut into chunks, and what becomes of their vectors: the field `chunking`.
 
 In a command it is one string, the same in JSON, protobuf and flags:
-`METHOD[:SIZE[/OVERLAP]][:AGGREGATION]`, such as `tokens:256/32:mean`. What is left out takes its
-default.
+`METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]`, such as `tokens:256/32:mean`. What is left out takes
+its default.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AGGREGATIONS = ("mean", "weighted", "max", "hierarchical", "none")
 MAX_SIZE = 1_000_000
 
 _SIZES = re.compile(r"([0-9]{1,7})(?:/([0-9]{1,7}))?")
-_FORM = "METHOD[:SIZE[/OVERLAP]][:AGGREGATION], such as tokens:256/32:mean"
+_FORM = "METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late], such as tokens:256/32:mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,14 @@ class Chunking:
         aggregation: What a text gets. `mean` of its chunks' vectors; `weighted` mean, by tokens and
             position; `max` of each dimension; `hierarchical`: mean of its paragraphs' vectors,
             which are means of their chunks'; `none` of them: each chunk is a row.
+        late: The model reads all of a text before chunks become vectors, or as much as it can.
     """
 
     method: str
     size: int = 0
     overlap: int = 0
     aggregation: str = "mean"
+    late: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Chunking | None:
@@ -56,7 +58,8 @@ class Chunking:
             return None
         if method not in METHODS:
             raise _refusal(text, f"{method[:50]!r} is no method", ["none", *METHODS])
-        found = cls(method)
+        found = cls(method, late=parts[-1:] == ["late"])
+        parts = parts[: len(parts) - found.late]
         if parts and (sizes := _SIZES.fullmatch(parts[0])):
             found = replace(found, size=int(sizes[1]), overlap=int(sizes[2] or 0))
             if not 1 <= found.size <= MAX_SIZE:
@@ -76,6 +79,12 @@ class Chunking:
         if found.aggregation == "hierarchical" and not found.alone:
             raise _refusal(
                 text, f"chunks of {method} may be of several paragraphs, not hierarchical", ALONE
+            )
+        if found.late and not (found.size or found.alone):
+            raise _refusal(
+                text,
+                "late chunks of all that the model reads have nothing around them; name a SIZE",
+                [f"{method}:SIZE:{found.aggregation}:late"],
             )
         return found
 
@@ -119,7 +128,7 @@ class Chunking:
 
     def __str__(self) -> str:
         sizes = f":{self.size}/{self.overlap}" if self.size else ""
-        return f"{self.method}{sizes}:{self.aggregation}"
+        return f"{self.method}{sizes}:{self.aggregation}{':late' * self.late}"
 
 
 def _refusal(text: str, problem: str, allowed: list[str] | tuple[str, ...]) -> InvalidCommandError:

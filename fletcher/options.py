@@ -54,8 +54,8 @@ class EmbedOptions:
         normalize: L2-normalise; None: as the model says.
         truncate: What to do with texts over the model's length.
         chunking: How long texts are cut into chunks, and what becomes of their vectors:
-            `METHOD[:SIZE[/OVERLAP]][:AGGREGATION]` (see `fletcher.chunking`), or `none`. With the
-            aggregation `none` each chunk is a row.
+            `METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]` (see `fletcher.chunking`), or `none`.
+            With the aggregation `none` each chunk is a row.
         columns: Input columns to carry through to the output.
         include_text: Carry the text itself; None: true for stores, false for DoExchange.
         on_error: `continue` reports a failed row and goes on; `abort` ends the call with its error.

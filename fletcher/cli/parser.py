@@ -116,10 +116,11 @@ def add_long_texts(group: Any) -> None:
         "--chunking",
         default="none",
         metavar="HOW",
-        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION]: tokens, sentences, paragraphs, "
-        "each-sentence or each-paragraph; mean, weighted, max, hierarchical (sentences, then "
-        "paragraphs), or none for a row a chunk; nothing of a long text is lost, and each chunk "
-        "takes the time of a text (default: none)",
+        help="cut texts, METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]: tokens, sentences, "
+        "paragraphs, each-sentence or each-paragraph; mean, weighted, max, hierarchical "
+        "(sentences, then paragraphs), or none for a row a chunk; nothing of a long text is lost, "
+        "and each chunk takes the time of a text; late: chunks know what is around them, for the "
+        "memory of a second graph (default: none)",
     )
 
 

@@ -23,6 +23,7 @@ class BackendConfig:
         version: The bundle's hash: what the folder must hold, or the one kept beside it; empty:
             whatever is there.
         dim: Width of a vector, for `null`, which loads nothing.
+        late: The graph for late chunking, not that of whole rows.
     """
 
     backend: str
@@ -34,6 +35,7 @@ class BackendConfig:
     gpu_memory: int = 0
     version: str = ""
     dim: int = 0
+    late: bool = False
 
 
 class Backend(Protocol):

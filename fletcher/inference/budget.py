@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fletcher.batches import InferenceResult, Int32Array, MicroBatch
+from fletcher.batches import InferenceResult, Int32Array, MicroBatch, Segments
 from fletcher.errors import BackendError
 from fletcher.inference.backend import Backend, BackendConfig
+from fletcher.inference.late import LateBackend
 from fletcher.models.bundle import version_folder
+from fletcher.vectors.ragged import segments_of
 
 # Words of ONNX Runtime's arenas, CUDA, cuBLAS and OpenVINO, which have no exception for it.
 _OUT_OF_MEMORY = re.compile(
@@ -52,8 +54,11 @@ class BudgetedBackend:
         """
         if len(batch.lengths) == 0:
             return self._backend.run(batch)
-        parts = [self._run(part) for part in _cut(batch, self._budget)]
-        return replace(_joined(parts), budget_tokens=self._budget)
+        result = _joined([self._run(part) for part in _cut(batch, self._budget)])
+        embeddings = result.embeddings
+        if batch.half:
+            embeddings = embeddings.astype(np.float16, copy=False)
+        return replace(result, embeddings=embeddings, budget_tokens=self._budget)
 
     def describe(self) -> dict[str, str]:
         return self._backend.describe()
@@ -93,11 +98,17 @@ def load(config: BackendConfig) -> BudgetedBackend:
     Raises:
         FletcherError: As the engine's own `load`.
     """
+    backend = LateBackend(_load(config), lambda: _load(replace(config, late=True)))
+    return BudgetedBackend(backend, config.max_batch_tokens)
+
+
+def _load(config: BackendConfig) -> Backend:
     if config.version:  # a replica that is started again must not get what came there since
         folder = version_folder(Path(config.bundle), config.version)
         config = replace(config, bundle=str(folder))
     engine = import_module(f"fletcher.inference.{config.backend}")
-    return BudgetedBackend(engine.load(config), config.max_batch_tokens)
+    loaded: Backend = engine.load(config)
+    return loaded
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -122,7 +133,12 @@ def _cut(batch: MicroBatch, budget: int) -> list[MicroBatch]:
     ends = np.cumsum(batch.lengths)
     ids = np.split(batch.input_ids, ends[np.array(edges[1:], np.int64) - 1])
     lengths = np.split(batch.lengths, edges[1:])
-    return [MicroBatch(*part, batch.layers) for part in zip(ids, lengths, strict=True)]
+    segments: list[Segments | None] = [None] * len(edges)
+    if batch.segments is not None:
+        rows = np.split(np.arange(len(batch.lengths)), edges[1:])
+        segments = [segments_of(batch.segments, one) for one in rows]
+    parts = zip(ids, lengths, segments, strict=True)
+    return [MicroBatch(own, length, batch.layers, part, batch.half) for own, length, part in parts]
 
 
 def _joined(parts: list[InferenceResult]) -> InferenceResult:

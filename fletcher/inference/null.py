@@ -12,8 +12,9 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import InferenceResult, Int32Array, MicroBatch
+from fletcher.batches import InferenceResult, Int32Array, MicroBatch, Segments
 from fletcher.inference.backend import BackendConfig
+from fletcher.vectors.ragged import places, starts_of
 
 DEFAULT_DIM = 384
 
@@ -38,10 +39,12 @@ class NullBackend:
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Vectors as `null_embeddings` makes them; norms are 1."""
         started = time.perf_counter()
+        if batch.segments is not None:
+            batch = _cut_out(batch, batch.segments)
         embeddings = null_embeddings(batch.input_ids, batch.lengths, self.dim, self.seed)
         # As other layers give other vectors.
         embeddings = np.roll(embeddings, batch.layers, axis=1) if batch.layers else embeddings
-        norms = np.ones(len(batch.lengths), dtype=np.float32)
+        norms = np.ones(len(embeddings), dtype=np.float32)
         return InferenceResult(embeddings, norms, time.perf_counter() - started)
 
     def describe(self) -> dict[str, str]:
@@ -57,6 +60,15 @@ class NullBackend:
 def load(config: BackendConfig) -> NullBackend:
     """The null backend; needs no bundle, takes the width of its vectors from `dim`."""
     return NullBackend(config.dim or DEFAULT_DIM, int(config.version or "0", 16))
+
+
+def _cut_out(batch: MicroBatch, segments: Segments) -> MicroBatch:
+    """Segments as rows: their vectors depend on their own tokens alone."""
+    rows = np.repeat(starts_of(batch.lengths), segments.counts)
+    firsts, lasts = segments.bounds.T
+    return MicroBatch(
+        batch.input_ids[places(rows + firsts, lasts - firsts)], lasts - firsts, batch.layers
+    )
 
 
 def null_embeddings(

@@ -24,6 +24,7 @@ from fletcher.errors import BackendError, FletcherError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.binding import Binding, Pin, cuda_pin
 from fletcher.inference.graph_io import GraphIO
+from fletcher.inference.late import graph_io, graphs
 from fletcher.inference.packed_io import PackedIO
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.graph import HANDED_ON
@@ -118,16 +119,16 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
     if kind == "cuda":
         options = _cuda_options(ort, int(index or 0), config.gpu_memory)
         place = _Place(CUDA_PROVIDER, options, CUDA_CONCURRENCY)
-        if config.precision == "float16":
+        if config.precision == "float16" and not config.late:
             return _load_packed(ort, bundle, config, place, "packed", cuda_pin())
     else:
         place = _cpu(config)
     if bundle.has_exits and kind == "cpu":
         place = replace(place, config=_one_arena())
-    sessions = [_session(ort, bundle, graph, place) for graph in bundle.segments]
+    sessions = [_session(ort, bundle, graph, place) for graph in graphs(bundle, config)]
     first, last = sessions[0], sessions[-1]
     input_dtypes = {one.name: _DTYPES.get(one.type, np.int64) for one in first.get_inputs()}
-    io = GraphIO.of(bundle, input_dtypes, [one.name for one in last.get_outputs()])
+    io = graph_io(bundle, config, input_dtypes, [one.name for one in last.get_outputs()])
     backend = OnnxRuntimeBackend(
         sessions,
         io,

@@ -17,6 +17,7 @@ from fletcher.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
+from fletcher.inference.late import graph_io, graphs
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.graph import HANDED_ON
 
@@ -138,16 +139,15 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         )
     num_streams = config.threads or len(os.sched_getaffinity(0))
     core = openvino.Core()
-    copies = [_compile(core, bundle, graph, hint, num_streams) for graph in bundle.segments]
+    copies = [_compile(core, bundle, graph, hint, num_streams) for graph in graphs(bundle, config)]
     compiled, beside, alone = zip(*copies, strict=True)
     first, last = compiled[0], compiled[-1]
     input_dtypes = {
         one.get_any_name(): _DTYPES.get(one.get_element_type().get_type_name(), np.int64)
         for one in first.inputs
     }
-    io = GraphIO.of(
-        bundle, input_dtypes, [name for one in last.outputs for name in one.get_names()]
-    )
+    names = [name for one in last.outputs for name in one.get_names()]
+    io = graph_io(bundle, config, input_dtypes, names)
     backend = OpenVinoBackend(
         [[one.create_infer_request() for one in compiled] for _ in range(num_streams)],
         [[one.create_infer_request() for one in beside]],

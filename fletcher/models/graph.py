@@ -5,6 +5,7 @@ Field numbers are those of https://github.com/onnx/onnx/blob/main/onnx/onnx.prot
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,11 +50,13 @@ class GraphBuilder:
     def __init__(self, folder: Path, name: str, file: str = GRAPH_FILE) -> None:
         self._path = folder / file
         self._name = name
-        self._nodes: list[bytes] = []
+        self._nodes: list[tuple[Sequence[str], bytes]] = []  # each with what it gives
         self._tensors: list[bytes] = []
         self._inputs: list[bytes] = []
         self._outputs: list[bytes] = []
         self._names: set[str] = set()
+        self._inherited: frozenset[str] = frozenset()
+        self._constants: list[str] = []
         self._domains: set[str] = set()
         self._weights_path = self._path.with_suffix(Path(WEIGHTS_FILE).suffix)
         self._weights: BinaryIO = self._weights_path.open("wb")
@@ -63,6 +66,25 @@ class GraphBuilder:
 
     def __exit__(self, *_: object) -> None:
         self._weights.close()
+
+    def fork(self, file: str, last: str) -> GraphBuilder:
+        """Another graph, which goes on behind one of this one's nodes, on the same weights.
+
+        It is to be written while this one is open. A constant that this one has is the same there.
+
+        Args:
+            file: The other's file in the same folder.
+            last: What the last node gives that they have in common.
+        """
+        fork = copy.copy(self)
+        fork._path = self._path.with_name(file)
+        place = [last in outputs for outputs, _ in self._nodes].index(True) + 1
+        fork._nodes = self._nodes[:place]
+        left = {name for outputs, _ in self._nodes[place:] for name in outputs}
+        fork._names = self._names - left
+        fork._inherited = frozenset(self._constants)
+        fork._tensors, fork._inputs, fork._outputs = self._tensors[:], self._inputs[:], []
+        return fork
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
         """Declares an input; a string in `shape` is a dimension known only at run time."""
@@ -75,6 +97,8 @@ class GraphBuilder:
 
     def constant(self, name: str, value: AnyArray | Sequence[int]) -> str:
         """A weight or a small constant; a sequence of integers becomes int64."""
+        if name in self._inherited:
+            return name
         integers = not isinstance(value, np.ndarray)
         array = np.ascontiguousarray(value, dtype=np.int64 if integers else None)
         message = b"".join(int_field(1, size) for size in array.shape)
@@ -92,6 +116,7 @@ class GraphBuilder:
                 message += bytes_field(13, bytes_field(1, key) + bytes_field(2, text))
             message += int_field(14, 1)  # data_location: EXTERNAL
         self._tensors.append(message)
+        self._constants.append(name)
         return self._unique(name)
 
     def node(
@@ -128,13 +153,13 @@ class GraphBuilder:
         if domain:
             message += bytes_field(7, domain)
             self._domains.add(domain)
-        self._nodes.append(message)
+        self._nodes.append((outputs, message))
         return outputs
 
     def save(self) -> None:
         """Writes the graph; the same calls give the same bytes on every machine."""
         self._weights.flush()
-        graph = b"".join(bytes_field(1, node) for node in self._nodes)
+        graph = b"".join(bytes_field(1, node) for _, node in self._nodes)
         graph += bytes_field(2, self._name)
         graph += b"".join(bytes_field(5, tensor) for tensor in self._tensors)
         graph += b"".join(bytes_field(11, one) for one in self._inputs)

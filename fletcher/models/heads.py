@@ -1,4 +1,4 @@
-"""What comes after the last layer where a text becomes more than one dense vector."""
+"""What comes after the last layer where a text becomes something else than one dense vector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
 from fletcher.models.bundle import Pooling
 from fletcher.models.checkpoint import Weights
-from fletcher.models.encoder import Array, Dense, Tensors
+from fletcher.models.encoder import Array, Dense, Encoder, Tensors
 from fletcher.models.graph import GraphBuilder
 from fletcher.models.transformer import MASKED_SCORE, MIN_NORM, TransformerWriter
 
@@ -128,3 +128,38 @@ class TokenWriter(TransformerWriter):
         norm = graph.node("Max", (norm, least), "tokens.norm.bounded")
         graph.node("Div", (value, norm), "embedding")
         graph.output("embedding", np.float32, ("batch", "length", width))
+
+
+def write_late(
+    graph: GraphBuilder,
+    architecture: Architecture,
+    tensors: Tensors,
+    hidden: str,
+    dense: Sequence[Dense],
+) -> None:
+    """Ends in `embedding`, float32 [B x S, dim]: means over some of a row's tokens each.
+
+    That is late chunking (https://arxiv.org/abs/2409.04701): the model reads all of a row before
+    parts of it are pooled. Which tokens these have says the input `segments`, float32 [B, S, L], 1
+    for each of them, else 0. Vectors are as pooled, not normalised; one of no tokens is of no use.
+
+    Args:
+        graph: Has what comes before.
+        architecture, tensors: As of TransformerWriter.
+        hidden: Token embeddings, [B, L, H].
+        dense: Products after pooling.
+    """
+    encoder, width = Encoder(graph, tensors, architecture), architecture.hidden
+    segments = graph.input("segments", np.float32, ("batch", "segments", "length"))
+    total = graph.node("MatMul", (segments, hidden), "segments.sum")
+    last = graph.constant("segments.axis", [2])
+    count = graph.node("ReduceSum", (segments, last), "segments.count", keepdims=1)
+    count = graph.node("Max", (count, encoder.scalar("one", 1)), "segments.count.least")
+    value = graph.node("Div", (total, count), "segments.mean")
+    flat = graph.constant("segments.flat", [-1, width])
+    value = graph.node("Reshape", (value, flat), "pooled")
+    for index, one in enumerate(dense):
+        value = encoder.dense(value, one, f"dense.{index}")
+        width = one.weight.shape[1]
+    graph.node("Identity", (value,), "embedding")
+    graph.output("embedding", np.float32, ("vectors", width))

@@ -58,7 +58,7 @@ class TransformerWriter:
         *,
         normalize: bool,
         layers: range | None = None,
-    ) -> None:
+    ) -> str:
         """Writes the whole model, or a segment of it that ends at an exit.
 
         Inputs are `input_ids` and `attention_mask`, int64 [B, L], rows padded at their ends;
@@ -71,6 +71,9 @@ class TransformerWriter:
             dense: Products after that.
             normalize: Divide by the norm, and give it too.
             layers: Those of the segment, counted from 0; None: all.
+
+        Returns:
+            What is pooled, [B, L, H], or [B, 1, H] for `cls`.
         """
         graph, architecture = self.graph, self.architecture
         layers = layers or range(architecture.num_layers)
@@ -91,7 +94,9 @@ class TransformerWriter:
             graph.output(HANDED_ON, np.float32, states)
         if pooling == "cls" and not only_first:
             hidden = self._first(hidden, "exit.first", 1)
-        self.head(self.final_norm(hidden), mask, pooling, dense, normalize=normalize)
+        hidden = self.final_norm(hidden)
+        self.head(hidden, mask, pooling, dense, normalize=normalize)
+        return hidden
 
     def mask(self) -> str:
         """The input `attention_mask` and what is made of it; float32 [B, L]."""

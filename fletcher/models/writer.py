@@ -9,13 +9,14 @@ import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.bundle import ModelSpec, Skipped, segment_file
+from fletcher.models.bundle import LATE_GRAPH, ModelSpec, segment_file
 from fletcher.models.checkpoint import Checkpoint, DenseModule, Weights
 from fletcher.models.encoder import Dense, Tensors
 from fletcher.models.families import family_of
 from fletcher.models.families.family import CheckpointTensors
 from fletcher.models.graph import GRAPH_FILE, GraphBuilder
-from fletcher.models.heads import MaskedHead, SparseWriter, TokenWriter
+from fletcher.models.heads import MaskedHead, SparseWriter, TokenWriter, write_late
+from fletcher.models.markers import Queries, Skipped
 from fletcher.models.transformer import TransformerWriter
 
 
@@ -23,6 +24,8 @@ def write_model(
     checkpoint: Checkpoint, folder: Path, *, source: str, exits: Sequence[int] = ()
 ) -> ModelSpec:
     """Writes graph and weights of a checkpoint into `folder`, one of each or a segment an exit.
+
+    Beside a graph that takes the mean, and has no exits, there is one for late chunking.
 
     Inputs `input_ids` and `attention_mask`, int64 [B, L]; outputs `embedding`, float32 [B, dim],
     and where the model normalises `norm`, float32 [B, 1].
@@ -48,13 +51,17 @@ def write_model(
     files = [segment_file(one) for one in layers] if len(layers) > 1 else [GRAPH_FILE]
     for file, first, last in zip(files, (0, *layers), layers, strict=False):
         with GraphBuilder(folder, family.name, file) as graph:
-            _writer(kind.output, graph, architecture, tensors, weights).write(
+            hidden = _writer(kind.output, graph, architecture, tensors, weights).write(
                 checkpoint.pooling,
                 dense,
                 normalize=checkpoint.normalize,
                 layers=range(first, last),
             )
             graph.save()
+            if kind.output == "dense" and checkpoint.pooling == "mean" and len(layers) == 1:
+                late = graph.fork(LATE_GRAPH, hidden)
+                write_late(late, architecture, tensors, hidden, dense)
+                late.save()
     tensors.check_all_read(kind.output)
     identity = architecture.identity()
     if dense:
@@ -64,10 +71,12 @@ def write_model(
         ]
     has_norms = checkpoint.normalize and kind.output == "dense"
     skipped = kind.skipped or Skipped(0, ())
+    queries = kind.queries or Queries(0, 0)
+    max_length = min(checkpoint.max_length, architecture.max_length)
     return ModelSpec(
         family=family.name,
         dim=checkpoint.dims[-1],
-        max_length=min(checkpoint.max_length, architecture.max_length),
+        max_length=max_length,
         pooling=checkpoint.pooling,
         normalize=checkpoint.normalize,
         num_layers=architecture.num_layers,
@@ -87,6 +96,10 @@ def write_model(
         output=kind.output,
         skip_marker=skipped.marker,
         skip_tokens=skipped.tokens,
+        query_marker=queries.marker,
+        query_length=min(queries.length, max_length),
+        query_filler=-1 if queries.filler is None else queries.filler,
+        fillers_attended=queries.attended,
     )
 
 

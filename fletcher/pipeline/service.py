@@ -20,7 +20,7 @@ from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.models import Model, Models
 from fletcher.pipeline.pressure import Grade, Pressure
 from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
-from fletcher.pipeline.vectorspec import OutputRules, vector_spec
+from fletcher.pipeline.vectorspec import OutputRules, check_late, vector_spec
 from fletcher.schema import VectorSpec
 from fletcher.telemetry import Telemetry
 
@@ -135,6 +135,8 @@ class Service:
         prompt = resolve_prompt(model, options.prompt)
         chunking = Chunking.parse(options.chunking or "none")
         taken = 0
+        if chunking is not None:
+            check_late(model, chunking, spec.layers)
         if prompt or chunking is not None:
             taken = prompt_tokens(model, prompt, running.embedder.num_tokens)
             chunking = chunking and chunking.fitted(model.max_length, taken)

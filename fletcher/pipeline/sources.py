@@ -250,7 +250,7 @@ class InferenceSource:
     def _plan_window(self, taken: list[Ticket], ready: deque[_Planned]) -> None:
         """Takes milliseconds: not under the lock that every tokenizer's reader needs."""
         now = time.monotonic()
-        for tickets in _by_exit(taken):
+        for tickets in _alike(taken):
             try:
                 window = Window(tickets, self._dim, self._plan)
             except Exception as error:  # raised, it would end the dispatcher
@@ -334,12 +334,14 @@ class InferenceSource:
             )
 
 
-def _by_exit(tickets: Iterable[Ticket]) -> Iterable[list[Ticket]]:
-    """Tickets that leave the model after the same layer, together."""
-    exits: dict[int, list[Ticket]] = {}
+def _alike(tickets: Iterable[Ticket]) -> Iterable[list[Ticket]]:
+    """Tickets that the same graphs are run for and whose vectors are of one type, together."""
+    found: dict[tuple[int, bool, bool], list[Ticket]] = {}
     for ticket in tickets:
-        exits.setdefault(ticket.texts.layers, []).append(ticket)
-    return exits.values()
+        texts = ticket.texts
+        late = texts.chunking is not None and texts.chunking.late
+        found.setdefault((texts.layers, late, texts.half), []).append(ticket)
+    return found.values()
 
 
 def _take(queue: FairQueue[Ticket], max_tokens: int | None) -> list[Ticket]:

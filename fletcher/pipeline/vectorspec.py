@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fletcher.chunking import Chunking
 from fletcher.config import INT8_KINDS
 from fletcher.errors import DimensionMismatchError, InvalidCommandError
 from fletcher.models.bundle import ModelBundle
@@ -63,6 +64,29 @@ def vector_spec(
         ranges=_ranges(model, cut, dtypes, rules) if dtype == "int8" else None,
         output=model.output,
         max_vectors=model.max_vectors,
+    )
+
+
+def check_late(model: ModelBundle, chunking: Chunking, layers: int) -> None:
+    """Refuses late chunking where there is no graph for it.
+
+    Raises:
+        InvalidCommandError: The model pools otherwise, leaves early, or is of before.
+    """
+    if not chunking.late or (model.late is not None and layers == model.num_layers):
+        return
+    if model.pooling != "mean":
+        why = f"{model.name} pools by {model.pooling}, and only means can be taken of parts"
+    elif model.family == "onnx":
+        why = f"{model.name} has a graph of others, and Fletcher's own is needed"
+    elif model.has_exits:
+        why = f"{model.name} has exits; add it again without --exits"
+    else:
+        why = f"{model.name} was added by a Fletcher that had none; add it again"
+    raise InvalidCommandError(
+        f"`chunking` is {chunking}: {why}, or leave `late` out",
+        field="chunking",
+        allowed=[str(replace(chunking, late=False))],
     )
 
 

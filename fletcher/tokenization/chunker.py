@@ -18,9 +18,12 @@ from fletcher.batches import (
     Chunks,
     Int32Array,
     Int64Array,
+    Segments,
     TextBatch,
     TokenBatch,
 )
+from fletcher.chunking import Chunking
+from fletcher.tokenization.frames import context, frames
 from fletcher.tokenization.sentences import CONTEXT, PARAGRAPH, SENTENCE, Levels, levels
 
 _NO_IDS = np.zeros(0, np.int32)
@@ -98,6 +101,7 @@ def cut(
     texts: Sequence[TextTokens],
     prompt_ids: Int32Array,
     special: tuple[Sequence[int], Sequence[int]],
+    max_length: int,
 ) -> TokenBatch:
     """The chunks of a batch of texts.
 
@@ -105,7 +109,8 @@ def cut(
         batch: The texts; `chunking` is set, and its size.
         texts: The tokens of each.
         prompt_ids: The prompt's own tokens.
-        special: Tokens that go before and after every chunk.
+        special: Tokens that go before and after every row.
+        max_length: Tokens that the model reads.
 
     Raises:
         InvalidCommandError: A chunk has no room for text beside the overlap.
@@ -118,6 +123,8 @@ def cut(
     index: list[int] = []
     num_tokens: list[int] = []
     ends = [0]
+    counts: list[int] = []
+    places: list[Int64Array] = []
     spans: list[Int64Array] = []
     begins_there: list[BoolArray] = []
     carry: Carry | None = None
@@ -134,46 +141,44 @@ def cut(
             begins[0] = 0
         continued = batch.continued and number == len(texts) - 1
         begun = np.concatenate((carry.levels, text.levels[skipped:]))
-        kinds = _LEVELS[batch.chunking.method]
-        breaks = [np.flatnonzero(begun >= level) for level in kinds]
-        found, rest, covered = windows(
-            len(tokens),
-            room,
-            batch.chunking.overlap,
-            breaks,
-            alone=batch.chunking.alone,
-            covered=carry.num_covered,
-            continued=continued,
-        )
-        bounds = np.array(found, np.int64).reshape(-1, 2)
-        begins_there.append(np.append(begun, 0)[bounds[:, 0]] >= PARAGRAPH)
-        if found and carry.num_chunks == 0:
-            begins_there[-1][0] = True
-        spans.append(np.stack((begins[bounds[:, 0]], starts[bounds[:, 1]]), axis=2).reshape(-1, 4))
+        cuts = _cuts(batch.chunking, carry, begun, room, max_length, continued=continued)
+        bounds = np.array(cuts.chunks, np.int64).reshape(-1, 2)
         head = np.concatenate((before, carry.prompt_ids))
-        for first, last in found:
+        places.append(cuts.places(len(head), 0 if continued else len(after)))
+        begins_there.append(np.append(begun, 0)[bounds[:, 0]] >= PARAGRAPH)
+        if carry.num_chunks == 0:
+            begins_there[-1][:1] = True
+            places[-1][:1, 0] = 0
+        spans.append(np.stack((begins[bounds[:, 0]], starts[bounds[:, 1]]), axis=2).reshape(-1, 4))
+        for first, last in cuts.rows:
             rows += (head, tokens[first:last], after)
-            num_tokens.append(last - first)
-        index += range(carry.num_chunks, carry.num_chunks + len(found))
+        counts += cuts.counts
+        num_tokens += (last - first for first, last in cuts.chunks)
+        index += range(carry.num_chunks, carry.num_chunks + len(bounds))
         ends.append(len(index))
         carry = Carry(
             carry.prompt_ids,
-            tokens[rest:],
-            starts[rest:-1],
-            begun[rest:],
+            tokens[cuts.kept :],
+            starts[cuts.kept : -1],
+            begun[cuts.kept :],
             text.end,
             size,
-            carry.num_chunks + len(found),
-            covered,
+            carry.num_chunks + len(bounds),
+            cuts.covered,
+            cuts.first - cuts.kept,
         )
     input_ids = np.concatenate(rows) if rows else _NO_IDS
     lengths = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 3).sum(axis=1)
-    offsets = np.zeros(len(index) + 1, np.int64)
+    offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
+    segments = None
+    if batch.chunking.late:
+        bounds = np.concatenate([np.zeros((0, 2), np.int64), *places])
+        segments = Segments(np.array(counts, np.int32), bounds.astype(np.int32))
     return TokenBatch(
         input_ids,
         offsets,
-        np.zeros(len(index), np.bool_),
+        np.zeros(len(lengths), np.bool_),
         chunks=Chunks(
             np.array(ends, np.int64),
             np.array(index, np.int32),
@@ -182,7 +187,80 @@ def cut(
             np.concatenate([np.zeros(0, np.bool_), *begins_there]),
         ),
         carry=carry if batch.continued else None,
+        segments=segments,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """Where the tokens at hand are cut.
+
+    Attributes:
+        chunks: Each chunk's first token and the first behind it.
+        rows: The same of what the model reads at once: a chunk, or a frame of late ones.
+        counts: Chunks in each of these.
+        kept: The first token that is kept for the text's next part.
+        first: The first token of the next chunk.
+        covered: How many of that chunk's tokens are in the one before.
+    """
+
+    chunks: list[tuple[int, int]]
+    rows: list[tuple[int, int]]
+    counts: list[int]
+    kept: int
+    first: int
+    covered: int
+
+    def places(self, before: int, after: int) -> Int64Array:
+        """int64 [num_chunks, 2], the chunks' tokens counted in their rows.
+
+        Args:
+            before: Tokens that come first in each row.
+            after: Tokens behind the text's end, which belong to its last chunk.
+        """
+        firsts = np.array([first for first, _ in self.rows], np.int64) - before
+        bounds = np.array(self.chunks, np.int64).reshape(-1, 2)
+        places: Int64Array = bounds - np.repeat(firsts, self.counts)[:, None]
+        places[-1:, 1] += after
+        return places
+
+
+def _cuts(
+    chunking: Chunking, carry: Carry, begun: Levels, room: int, max_length: int, *, continued: bool
+) -> _Cuts:
+    """Cuts tokens.
+
+    Args:
+        chunking: How.
+        carry: What the part before left; its tokens are the first of them.
+        begun: int8 [num_tokens], what begins with each.
+        room: Tokens of a chunk.
+        max_length: Tokens that the model reads.
+        continued: More of the text comes.
+    """
+    done = carry.num_before + carry.num_covered
+    found, first, covered = windows(
+        len(begun),
+        room,
+        chunking.overlap,
+        [np.flatnonzero(begun >= level) for level in _LEVELS[chunking.method]],
+        alone=chunking.alone,
+        first=carry.num_before,
+        covered=done,
+        continued=continued,
+    )
+    if not chunking.late:
+        return _Cuts(found, found, [1] * len(found), first, first, covered)
+    most = max_length - chunking.size + room
+    framed = frames(found, len(begun), most, room, continued=continued)
+    counts = [count for *_, count in framed]
+    num_done = sum(counts)
+    if num_done < len(found):
+        done = found[num_done - 1][1] if num_done else done
+        first = found[num_done][0]
+        covered = done - first
+    rows = [(begin, end) for begin, end, _ in framed]
+    return _Cuts(found[:num_done], rows, counts, max(0, first - context(most)), first, covered)
 
 
 def windows(
@@ -192,6 +270,7 @@ def windows(
     breaks: Sequence[Int64Array] = (),
     *,
     alone: bool = False,
+    first: int = 0,
     covered: int = 0,
     continued: bool,
 ) -> tuple[list[tuple[int, int]], int, int]:
@@ -205,6 +284,7 @@ def windows(
         breaks: Tokens before which a text is better cut, ascending, the best kind first; each kind
             has all of the kind before.
         alone: A chunk ends at the first break of the best kind, not at the last that fits.
+        first: Where the next chunk begins.
         covered: The first of them that are in the chunk before.
         continued: More come. A chunk is complete when there is a token behind it.
 
@@ -213,7 +293,6 @@ def windows(
         all behind the last chunk and its overlap; how many of what is left are in that chunk.
     """
     found = []
-    first = 0
     while True:
         last = _first_break(breaks[:1], first + 1, first + room) if alone else None
         if last is None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fletcher.batches import FloatArray, Int32Array, Int64Array
+from fletcher.batches import FloatArray, Int32Array, Int64Array, Segments, VectorArray
 
 
 def places(starts: Int64Array, counts: Int32Array) -> Int64Array:
@@ -33,8 +33,8 @@ def starts_of(counts: Int32Array) -> Int64Array:
 
 
 def gathered(
-    vectors: FloatArray, counts: Int32Array, rows: Int32Array | Int64Array
-) -> tuple[FloatArray, Int32Array]:
+    vectors: VectorArray, counts: Int32Array, rows: Int32Array | Int64Array
+) -> tuple[VectorArray, Int32Array]:
     """The vectors of some rows, in their order, and how many each has.
 
     Args:
@@ -44,6 +44,12 @@ def gathered(
     """
     chosen = counts[rows]
     return vectors[places(starts_of(counts)[rows], chosen)], chosen
+
+
+def segments_of(segments: Segments, rows: Int64Array) -> Segments:
+    """Those of some rows, in their order."""
+    counts = segments.counts[rows]
+    return Segments(counts, segments.bounds[places(starts_of(segments.counts)[rows], counts)])
 
 
 def scattered(

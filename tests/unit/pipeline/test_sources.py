@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fletcher.batches import EmbeddingBatch, InferenceResult, Priority, TextBatch, TokenBatch
+from fletcher.batches import (
+    EmbeddingBatch,
+    InferenceResult,
+    Priority,
+    Segments,
+    TextBatch,
+    TokenBatch,
+)
+from fletcher.chunking import Chunking
 from fletcher.errors import InternalError
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.sources import InferenceSource
@@ -41,12 +50,12 @@ def make(
 
 
 def tokenized(
-    num_tokens: int = 2, priority: Priority = "bulk", layers: int = 0
+    num_tokens: int = 2, priority: Priority = "bulk", layers: int = 0, *, half: bool = False
 ) -> tuple[EmbedStream, Ticket]:
     """A ticket of one text with some tokens, waiting in its stream."""
     tickets: list[Ticket] = []
     stream = EmbedStream(MemoryBudget(1 << 20, 1).open(), tickets.append)
-    texts = TextBatch(b"hi", np.array([0, 2]), layers=layers)
+    texts = TextBatch(b"hi", np.array([0, 2]), layers=layers, half=half)
     stream.submit(texts, None, num_bytes=10, priority=priority)
     stream.end()
     tokens = TokenBatch(
@@ -78,6 +87,83 @@ def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them()
         assert job.payload.layers not in runs
         runs[job.payload.layers] = sorted(job.payload.lengths.tolist())
     assert runs == {3: [1, 4, 6], 0: [2, 5], 6: [3]}
+
+
+def test_vectors_wanted_in_float16_come_and_go_as_such_beside_others() -> None:
+    source = make(one_run)
+    streams = {}
+    for half in (True, False):
+        streams[half], ticket = tokenized(half=half)
+        source.put(ticket)
+    while (job := source.next_job(0)) is not None:
+        kind = np.float16 if job.payload.half else np.float32
+        vectors = np.full((len(job.payload.lengths), 2), 0.1, kind)
+        job.done(InferenceResult(vectors, None, 0.0), None)
+    for half, stream in streams.items():
+        (result,) = stream.results()
+        assert isinstance(result.embeddings, EmbeddingBatch)
+        kind = np.float16 if half else np.float32
+        assert result.embeddings.embeddings.dtype == kind
+        assert np.array_equal(result.embeddings.embeddings, np.full((1, 2), 0.1, kind))
+
+
+def late(counts: list[int]) -> tuple[EmbedStream, Ticket]:
+    """A ticket of rows of 4 tokens, each with parts of one token."""
+    stream, ticket = tokenized()
+    ticket.texts = replace(ticket.texts, chunking=Chunking("tokens", 8, late=True))
+    bounds = np.array([(n, n + 1) for count in counts for n in range(count)], np.int32)
+    ticket.tokens = TokenBatch(
+        np.ones(4 * len(counts), np.int32),
+        np.arange(len(counts) + 1) * 4,
+        np.zeros(len(counts), np.bool_),
+        segments=Segments(np.array(counts, np.int32), bounds),
+    )
+    return stream, ticket
+
+
+def test_parts_of_rows_are_texts_from_there_on_and_share_no_run_with_rows() -> None:
+    source = make(lambda lengths: [np.arange(len(lengths))[n::2][::-1] for n in range(2)])
+    first, rows, second = late([1, 3]), tokenized(4), late([2, 1, 1])
+    for _, ticket in (first, rows, second):
+        source.put(ticket)
+    jobs = []
+    while (job := source.next_job(0)) is not None:
+        jobs.append(job)
+    parts = [job.payload.segments for job in jobs]
+    assert [None if one is None else one.counts.tolist() for one in parts] == [
+        [1, 2, 1],
+        [1, 3],
+        None,
+        None,
+    ]
+    for number, job in enumerate(jobs[:2]):
+        vectors = np.arange(2 * len(parts[number].bounds), dtype=np.float32).reshape(-1, 2)
+        job.done(InferenceResult(vectors + 100 * number, None, 0.0), None)
+    found = [next(stream.results()).embeddings for stream, _ in (first, second)]
+    # Rows 0, 2 and 4 of the window ran in the first job, the last of them first.
+    expected = [[6, 102, 104, 106], [2, 4, 100, 0]]
+    for one, column in zip(found, expected, strict=True):
+        assert isinstance(one, EmbeddingBatch)
+        assert one.embeddings[:, 0].tolist() == column
+        assert one.token_count.tolist() == [1] * len(column)
+        assert (one.counts, one.norms, one.truncated.any()) == (None, None, False)
+
+
+def test_a_failed_row_fails_all_its_parts() -> None:
+    source = make(lambda lengths: [np.array([n]) for n in range(len(lengths))])
+    stream, ticket = late([1, 3, 2])
+    source.put(ticket)
+    error = InternalError("lost")
+    for number in range(3):
+        job = source.next_job(0)
+        assert job is not None
+        count = len(job.payload.segments.bounds)
+        result = InferenceResult(np.ones((count, 2), np.float32), None, 0.0)
+        job.done(None if number == 1 else result, error if number == 1 else None)
+    (found,) = stream.results()
+    assert isinstance(found.embeddings, EmbeddingBatch)
+    assert found.embeddings.errors == {1: error, 2: error, 3: error}
+    assert found.embeddings.embeddings[:, 0].tolist() == [1, 0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("norms", [None, np.ones(7, np.float32)])

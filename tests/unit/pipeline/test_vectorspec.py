@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fletcher.chunking import Chunking
 from fletcher.errors import DimensionMismatchError, InvalidCommandError
 from fletcher.models.calibration import Calibration, Cut
 from fletcher.options import EmbedOptions
-from fletcher.pipeline.vectorspec import OutputRules, vector_spec
+from fletcher.pipeline.vectorspec import OutputRules, check_late, vector_spec
 from fletcher.quantization import Ranges
 
 ALL = ("float32", "float16", "int8", "ubinary")
@@ -98,3 +99,22 @@ def test_an_exit_that_is_there_is_given(model):
     with pytest.raises(InvalidCommandError, match=r"`layers` is 7.* after layers 2, 4, 6$") as no:
         ask(deep, layers=7)
     assert (no.value.field, no.value.allowed) == ("layers", ["2", "4", "6"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"pooling": "cls"}, "pools by cls, and only means"),
+        ({"family": "onnx"}, "a graph of others"),
+        ({"layers": (1, 2)}, "without --exits"),
+        ({}, "add it again"),
+    ],
+)
+def test_late_chunking_is_refused_where_there_is_no_graph_for_it(model, fields, said):
+    late = Chunking("tokens", 8, aggregation="none", late=True)
+    check_late(model, late, 2)
+    without = replace(model, late=None, **fields)
+    check_late(without, replace(late, late=False), 2)
+    with pytest.raises(InvalidCommandError, match=said) as no:
+        check_late(without, late, 2)
+    assert (no.value.field, no.value.allowed) == ("chunking", ["tokens:8/0:none"])

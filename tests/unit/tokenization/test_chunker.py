@@ -10,6 +10,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import tokenizers
 
 from fletcher.batches import TextBatch, TokenBatch
 from fletcher.chunking import Chunking
@@ -197,6 +198,70 @@ def test_each_sentence_or_paragraph_is_a_chunk_by_itself(tokenizer: Tokenizer) -
     assert np.flatnonzero(chunks.begins).tolist() == [0, 3, 5, 6]
 
 
+LATE = ["tokens:12/2:none:late", "sentences:14/4:late", "each-paragraph:late", "tokens:32:late"]
+
+
+@pytest.mark.parametrize("how", LATE)
+def test_late_chunks_are_the_same_read_with_what_is_around_them(
+    tokenizer: Tokenizer, how: str
+) -> None:
+    texts = ["1", PROSE, "", "Go on. 1\n\nOf it."]
+    given = batch(texts, how, "22 use: ")
+    assert given.chunking is not None
+    chunking = given.chunking.fitted(32, 6)
+    given = replace(given, chunking=chunking)
+    found = tokenizer.encode(given)
+    early = tokenizer.encode(replace(given, chunking=replace(chunking, late=False)))
+    assert found.chunks is not None
+    assert early.chunks is not None
+    for name in ("offsets", "index", "num_tokens", "spans", "begins"):
+        assert np.array_equal(getattr(found.chunks, name), getattr(early.chunks, name))
+    segments = found.segments
+    assert segments is not None
+    read, alone = rows(found), rows(early)
+    head = len(alone[-1]) - 1 - int(early.chunks.num_tokens[-1])
+    row_of = np.repeat(np.arange(len(read)), segments.counts)
+    assert max(map(len, read)) <= 32
+    first_ones, last_ones = early.chunks.offsets[:-1], early.chunks.offsets[1:] - 1
+    for chunk, (row, (a, b)) in enumerate(zip(row_of, segments.bounds, strict=True)):
+        # With the text's first and last chunk go the tokens that are not the text's.
+        skipped = 0 if chunk in first_ones else head
+        behind = 0 if chunk in last_ones else 1
+        assert read[row][a:b] == alone[chunk][skipped : len(alone[chunk]) - behind]
+    # A text that fits is one row, and one of one chunk is what it is without chunking.
+    assert segments.counts[-1] == len(early.chunks.spans[early.chunks.offsets[-2] :])
+    (whole,) = rows(tokenizer.encode(replace(batch(texts[:1], how, "22 use: "), chunking=None)))
+    assert read[0] == whole
+    assert segments.bounds[0].tolist() == [0, len(whole)]
+
+
+@pytest.mark.parametrize("max_bytes", [8, 25, 120])
+@pytest.mark.parametrize("how", LATE)
+def test_in_parts_late_chunks_are_the_same(tokenizer: Tokenizer, how: str, max_bytes: int) -> None:
+    whole = batch([PROSE if max_bytes > 20 else SHORT], how)
+    assert whole.chunking is not None
+    whole = replace(whole, chunking=whole.chunking.fitted(32, 2))
+    expected, parts = tokenizer.encode(whole), in_parts(tokenizer, whole, max_bytes)
+    assert expected.chunks is not None
+    assert expected.segments is not None
+    assert [row for part in parts if part.num_texts for row in rows(part)] == rows(expected)
+    for name in ("counts", "bounds"):
+        found = [getattr(part.segments, name) for part in parts]
+        assert np.concatenate(found).tolist() == getattr(expected.segments, name).tolist()
+    spans = [part.chunks.spans for part in parts if part.chunks is not None]
+    assert np.concatenate(spans).tolist() == expected.chunks.spans.tolist()
+    carried = [len(part.carry.input_ids) for part in parts if part.carry is not None]
+    assert max(carried) < 4 * 32
+
+
+def test_a_text_without_tokens_has_a_late_chunk() -> None:
+    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 1, "[UNK]": 2}, "[UNK]"))
+    found = Tokenizer(bare, max_length=8, pad_token_id=3).encode(batch(["", "a"], "tokens:4:late"))
+    assert found.input_ids.tolist() == [3, 1]
+    assert found.segments is not None
+    assert found.segments.bounds.tolist() == [[0, 1], [0, 1]]
+
+
 def test_a_long_sentence_is_cut_anywhere(tokenizer: Tokenizer) -> None:
     text = "On it. " + "1 2 3 4 5 6 " * 9 + "7. On it."
     found = pieces(tokenizer, text, "sentences:12:none")
@@ -286,6 +351,9 @@ def test_parts_end_before_words_or_else_between_characters() -> None:
         ("none:mean", "no method"),
         ("each-sentence:16/4", "OVERLAP is 4"),
         ("sentences:16:hierarchical", "may be of several paragraphs"),
+        ("tokens:late", "name a SIZE"),
+        ("late", "no method"),
+        ("tokens:8:late:mean", "no aggregation"),
         ("", "no method"),
     ],
 )
@@ -297,7 +365,7 @@ def test_what_is_no_chunking_is_refused(text: str, said: str) -> None:
 
 
 def test_a_chunking_reads_as_it_is_written() -> None:
-    for text in ("tokens:256/32:mean", "tokens:8/0:max", "each-sentence:hierarchical"):
+    for text in ("tokens:256/32:mean", "tokens:8/0:max", "each-sentence:hierarchical:late"):
         assert str(Chunking.parse(text)) == text
     assert Chunking.parse("tokens") == Chunking("tokens", 0, 0, "mean")
     assert Chunking.parse("none") is None

@@ -8,7 +8,7 @@ from multiprocessing import Pipe
 import numpy as np
 import pytest
 
-from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.batches import InferenceResult, MicroBatch, Segments
 from fletcher.workers.messages import Request, Response, encode, receive, send
 
 
@@ -37,6 +37,28 @@ def test_arrays_arrive_as_they_were(num_rows):
     assert np.array_equal(answer.payload.embeddings, vectors)
     assert answer.payload.embeddings.shape == (num_rows, 384)
     assert answer.seconds == 1.0
+
+
+@pytest.mark.parametrize("num_rows", [1, 2000])
+def test_float16_arrives_as_such(num_rows):
+    ids, lengths = np.arange(num_rows, dtype=np.int32), np.ones(num_rows, np.int32)
+    request = through(Request(5, MicroBatch(ids, lengths, half=True)))
+    assert request.payload.half
+    vectors = np.random.default_rng(0).random((num_rows, 384)).astype(np.float16)
+    answer = through(Response(6, InferenceResult(vectors, lengths.astype(np.float32), 0.5), 1.0))
+    assert answer.payload.embeddings.dtype == np.float16
+    assert np.array_equal(answer.payload.embeddings, vectors)
+
+
+@pytest.mark.parametrize("num_tokens", [7, 9000])
+def test_segments_arrive_with_their_rows(num_tokens):
+    ids, one = np.arange(num_tokens, dtype=np.int32), np.ones(1, np.int32)
+    segments = Segments(one * 2, np.array([[0, 3], [3, num_tokens]], np.int32))
+    batch = MicroBatch(ids, one * num_tokens, segments=segments)
+    found = through(Request(5, batch)).payload
+    assert np.array_equal(found.input_ids, ids)
+    assert np.array_equal(found.segments.counts, segments.counts)
+    assert np.array_equal(found.segments.bounds, segments.bounds)
 
 
 def test_large_arrays_are_not_copied_into_the_pickle():

@@ -1,0 +1,153 @@
+"""Late chunking: parts of rows are pooled when the model has read all of the row.
+
+It has a graph of its own on the same weights, so that the one for whole rows is what it is without.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.batches import BoolArray, InferenceResult, MicroBatch, Segments
+from fletcher.errors import ModelError
+from fletcher.inference.backend import Backend, BackendConfig
+from fletcher.inference.graph_io import GraphIO
+from fletcher.models.bundle import ModelBundle
+from fletcher.vectors.ragged import starts_of
+
+SEGMENTS = "segments"
+
+
+class LateBackend:
+    """Runs either graph; that for late chunking is loaded when it is first needed.
+
+    It takes the memory of a model once more, which most servers never need.
+
+    Args:
+        backend: The engine, for whole rows.
+        load: The same engine with the other graph.
+    """
+
+    def __init__(self, backend: Backend, load: Callable[[], Backend]) -> None:
+        self.concurrency, self.express = backend.concurrency, backend.express
+        self._backend = backend
+        self._load = load
+        self._late: Backend | None = None
+        self._loading = threading.Lock()
+
+    def run(self, batch: MicroBatch) -> InferenceResult:
+        """Embeds one micro-batch.
+
+        Raises:
+            FletcherError: The engine failed, or could not load the graph.
+        """
+        if batch.segments is None:
+            return self._backend.run(batch)
+        with self._loading:
+            late = self._late = self._late or self._load()
+        return late.run(batch)
+
+    def describe(self) -> dict[str, str]:
+        return self._backend.describe()
+
+
+class LateIO(GraphIO):
+    """GraphIO of the graph of `models.heads.write_late`."""
+
+    def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
+        """As GraphIO, and which tokens are each segment's, float32 [num_rows, most, length]."""
+        arrays, mask = super().feeds(batch)
+        segments = _segments(batch)
+        rows = np.repeat(np.arange(len(mask)), segments.counts)
+        tokens = np.arange(mask.shape[1], dtype=np.int32)
+        bounds = segments.bounds
+        shape = (len(mask), int(segments.counts.max()), mask.shape[1])
+        arrays[SEGMENTS] = np.zeros(shape, np.float32)
+        inside = (tokens >= bounds[:, :1]) & (tokens < bounds[:, 1:])
+        arrays[SEGMENTS][rows, _places(segments)] = inside
+        return arrays, mask
+
+    def result(
+        self,
+        batch: MicroBatch,
+        mask: BoolArray,
+        outputs: Sequence[npt.NDArray[Any]],
+        compute_s: float,
+    ) -> InferenceResult:
+        """What a replica answers: a vector for each segment.
+
+        Raises:
+            ModelError: The graph's output has not the shape that the bundle promises.
+        """
+        segments = _segments(batch)
+        most = int(segments.counts.max())
+        vectors = np.asarray(outputs[0], np.float32)
+        self._check_shape(vectors, (len(mask) * most, self.dim))
+        rows = np.repeat(np.arange(len(mask)), segments.counts)
+        return InferenceResult(vectors[rows * most + _places(segments)], None, compute_s)
+
+
+def graphs(bundle: ModelBundle, config: BackendConfig) -> list[Path]:
+    """What an engine loads, one after the other.
+
+    Raises:
+        ModelError: The bundle has no graph for late chunking.
+    """
+    if not config.late:
+        return bundle.segments
+    if bundle.late is None:
+        raise ModelError(
+            f"`model` {bundle.name} has no graph for late chunking; add it again with "
+            "`fletcher model add`",
+            field="model",
+        )
+    return [bundle.late]
+
+
+def graph_io(
+    bundle: ModelBundle,
+    config: BackendConfig,
+    input_dtypes: Mapping[str, npt.DTypeLike],
+    output_names: Sequence[str],
+) -> GraphIO:
+    """What these take and give; see `GraphIO.of`.
+
+    Raises:
+        ModelError: As `GraphIO.of`.
+    """
+    if not config.late:
+        return GraphIO.of(bundle, input_dtypes, output_names)
+    return LateIO(
+        inputs=bundle.inputs,
+        dtypes=input_dtypes,
+        outputs=("embedding",),
+        pad_token_id=bundle.pad_token_id,
+        max_length=bundle.max_length,
+        dim=bundle.dim,
+        pooling=None,
+        normalize=False,
+        has_norms=False,
+        exits=bundle.layers,
+    )
+
+
+def _segments(batch: MicroBatch) -> Segments:
+    """Those of a batch; each row is one where it has none, as in those for warming up."""
+    if batch.segments is not None:
+        return batch.segments
+    bounds = np.stack([np.zeros_like(batch.lengths), batch.lengths], axis=1)
+    return Segments(np.ones_like(batch.lengths), bounds)
+
+
+def _places(segments: Segments) -> npt.NDArray[np.int64]:
+    """int64 [num_segments], which of its row's each is."""
+    starts = starts_of(segments.counts)
+    place: npt.NDArray[np.int64] = np.arange(len(segments.bounds)) - np.repeat(
+        starts, segments.counts
+    )
+    return place
