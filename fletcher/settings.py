@@ -109,7 +109,7 @@ SECONDS = Kind("SECONDS", "seconds, or a time such as 200ms or 2m", parse_second
 MILLISECONDS = Kind("MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float))
 SWITCH = Kind("BOOL", "true or false", _switch, (bool,))
 STORES = Kind("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _stores, (list,))
-NAMES = Kind("MODEL", "names of models, separated by commas", _listed(_MODEL), (list,))
+NAMES = Kind("MODEL", "NAME or NAME@HASH, separated by commas", _listed(_MODEL), (list,))
 LOADABLE = Kind("MODEL", "names of models without @HASH, or *", _listed(_LOADABLE), (list,))
 ALIASES = Kind("ALIAS", "NAME=MODEL:WEIGHT,MODEL:WEIGHT", _aliases, (list,))
 FILE = Kind("FILE", "a path", _file)

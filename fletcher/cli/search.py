@@ -66,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Searches and prints."""
-    from fletcher.stores.address import open_store
+    from fletcher.stores.address import folder_of, open_store
 
     check_server(args)
     check_dataset(args.dataset)
@@ -78,6 +78,12 @@ def run(args: argparse.Namespace) -> int:
     addresses = list(config.store_addresses.values())
     if not addresses:
         raise ConfigError("`store` is none, which holds no rows", field="store")
+    folder = folder_of(addresses[0])
+    if folder is not None and not folder.is_dir():  # else a misspelt path would become a folder
+        raise UnknownDatasetError(
+            f"there is no dataset {args.dataset!r} in {addresses[0]}: there is no such folder",
+            field="dataset",
+        )
     store = open_store(addresses[0], timeout_s=config.store_timeout_s)
     try:
         info = _find_dataset(store, args.dataset)

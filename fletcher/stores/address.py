@@ -26,9 +26,9 @@ def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "non
         ConfigError: The address is none of these.
         StoreError: The folder cannot be used, or LanceDB is not there.
     """
-    scheme, colon, rest = address.partition(":")
-    if colon and rest and scheme in ("lance", "parquet"):
-        folder = Path(rest).expanduser().absolute()
+    scheme, colon, _ = address.partition(":")
+    folder = folder_of(address)
+    if folder is not None:
         if scheme == "lance":
             from fletcher.stores.lance import LanceStore
 
@@ -39,6 +39,13 @@ def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "non
     if colon and scheme in ("grpc", "grpcs"):
         return _flight(address, timeout_s, compression)
     raise _bad(address)
+
+
+def folder_of(address: str) -> Path | None:
+    """Where an embedded store is, which opening it makes; None: the address names no folder."""
+    scheme, _, rest = address.partition(":")
+    embedded = rest and scheme in ("lance", "parquet")
+    return Path(rest).expanduser().absolute() if embedded else None
 
 
 def _flight(address: str, timeout_s: float, compression: str) -> Store:

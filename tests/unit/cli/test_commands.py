@@ -216,6 +216,14 @@ def test_searches_that_cannot_be(
     assert done.err.count("\n") == 1
 
 
+def test_a_search_makes_no_folder_of_a_misspelt_one(call: Call, tmp_path: Path) -> None:
+    for scheme in ("lance", "parquet"):
+        done = call("search", "x", "--dataset", "rows", "--store", f"{scheme}:{tmp_path / 'typo'}")
+        assert (done.code, done.out) == (1, "")
+        assert "typo: there is no such folder" in done.err
+    assert not (tmp_path / "typo").exists()
+
+
 def test_with_a_server_elsewhere_the_default_store_is_not_searched_silently(
     call: Call, server: tuple[str, str]
 ) -> None:
