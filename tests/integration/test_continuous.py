@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -239,6 +241,26 @@ def test_a_client_that_goes_leaves_nothing(server: Runtime) -> None:
     assert held_bytes(server) == 0
 
 
+def test_no_tokenizer_knows_anything_of_a_document(
+    start_server: StartServer,
+) -> None:
+    server = start_server()
+    (running,) = server.service.models.running()
+    assert running.model is not None
+    tokenizers = running.model.embedder.tokenizers
+    with fletcher.connect(server.address) as client:
+        expected = whole_rows(client, {"a": TEXT})
+    with calling(server) as call:
+        found = []
+        for number, piece in enumerate(cut(TEXT, 9, 6)):
+            found += call.send(("a", piece))[1]
+            if number in (1, 3):
+                for one in tokenizers.process_ids():
+                    os.kill(one, signal.SIGKILL)
+        found += [row for _, rows in call.end() for row in rows]
+    assert found == expected
+
+
 def test_a_client_that_never_reads_is_stopped(server: Runtime) -> None:
     rows = 0
     stopped = threading.Event()
@@ -292,6 +314,19 @@ def test_the_client_gives_chunks_while_it_takes_pieces(
         assert [(one.id, one.text) for one in stream] == [("1", "of it"), ("x", "so")]
     vectors = client.embed([first.text or "", "so"])
     np.testing.assert_array_equal(first.vector, vectors[0])
+
+
+def test_who_leaves_does_not_wait_for_the_next_piece(
+    client: fletcher.Client, server: Runtime
+) -> None:
+    pieces: queue.Queue[str] = queue.Queue()
+    with client.stream(iter(pieces.get, "END"), chunking="tokens:8:none") as stream:
+        pieces.put("of them it is " * 10)
+        next(stream)
+        started_s = time.monotonic()
+    assert time.monotonic() - started_s < 4  # it waits 5 s for a thread that may end by itself
+    wait_until(lambda: server.service.calls.num_open == 0)
+    pieces.put("END")
 
 
 def test_the_example_prints_the_same_chunks_of_lines_and_of_texts(server: Runtime) -> None:
