@@ -53,10 +53,14 @@ class Assembler:
         schema: The output's, without `batch_key`.
         spec: What the vectors are.
         upload_id: For rows that came without an id.
+
+    Attributes:
+        kept_bytes: What is kept of a text of which more comes, where that grows with it.
     """
 
     def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
         self.schema = schema
+        self.kept_bytes = 0
         self._names = schema.names
         plain = ["id", "vector", "timestamp", "token_count", "truncated"]
         dense = spec.output == "dense" and spec.dtype == "float32"
