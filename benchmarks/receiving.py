@@ -12,7 +12,8 @@ from typing import Any
 from pyarrow import flight
 
 from fletcher.options import EmbedOptions
-from fletcher.pipeline.intake import Intake, IntakeLimits
+from fletcher.pipeline.intake import Intake
+from fletcher.pipeline.limits import IntakeLimits
 
 # Of a server with its default options and a model of 384 dims.
 LIMITS = IntakeLimits(

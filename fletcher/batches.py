@@ -15,6 +15,7 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
+VectorArray = npt.NDArray[np.float32 | np.float16]
 
 Truncate = Literal["end", "start", "error"]
 Priority = Literal["bulk", "interactive"]
@@ -83,6 +84,7 @@ class TextBatch:
         continued: These are parts of one text, and more of it comes in the next batch.
         carry: What the batch before left of the text that goes on here.
         layers: The exit layer that their vectors come from; 0: the last.
+        half: Their vectors are wanted in float16, and otherwise as the graph gives them.
     """
 
     data: bytes | memoryview
@@ -94,6 +96,7 @@ class TextBatch:
     continued: bool = False
     carry: Carry | None = None
     layers: int = 0
+    half: bool = False
 
     @property
     def num_texts(self) -> int:
@@ -155,12 +158,14 @@ class MicroBatch:
         lengths: int32 [num_rows], each at least 1.
         layers: The exit layer that all of them leave after; 0: the last.
         segments: What gets a vector in place of a row; None: rows do.
+        half: Their vectors are to come back in float16: half as much to send, and no more to do.
     """
 
     input_ids: Int32Array
     lengths: Int32Array
     layers: int = 0
     segments: Segments | None = None
+    half: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +173,10 @@ class InferenceResult:
     """What a replica answers to a MicroBatch.
 
     Attributes:
-        embeddings: float32 [num_rows, dim], pooled and, where the bundle says so, L2-normalised;
-            of models with several vectors a row all of them, [num_vectors, width]; where the batch
-            has segments theirs, as pooled, [num_segments, dim].
+        embeddings: float32 [num_rows, dim] (float16 where the MicroBatch says so), pooled and,
+            where the bundle says so, L2-normalised; of models with several vectors a row all of
+            them, [num_vectors, width]; where the batch has segments theirs, as pooled,
+            [num_segments, dim].
         norms: float32 [num_rows], the L2 norm before normalisation; None where not normalised.
         compute_s: Seconds the device was computing.
         budget_tokens: Padded tokens that the replica takes in one run now; 0: not said.
@@ -178,7 +184,7 @@ class InferenceResult:
             or each segment's.
     """
 
-    embeddings: FloatArray
+    embeddings: VectorArray
     norms: FloatArray | None
     compute_s: float
     budget_tokens: int = 0
@@ -190,8 +196,8 @@ class EmbeddingBatch:
     """The vectors of one TextBatch, in its order.
 
     Attributes:
-        embeddings: float32 [num_texts, dim]; rows in `errors` hold zeros. With `counts` float32
-            [num_vectors, width].
+        embeddings: float32 [num_texts, dim], or float16 where the TextBatch says so; rows in
+            `errors` hold zeros. With `counts` float32 [num_vectors, width].
         norms: float32 [num_texts] or None, as in InferenceResult.
         token_count: int32 [num_texts].
         truncated: bool [num_texts].
@@ -200,7 +206,7 @@ class EmbeddingBatch:
         chunks: Whose chunks these are, each a text here; None: texts were not cut.
     """
 
-    embeddings: FloatArray
+    embeddings: VectorArray
     norms: FloatArray | None
     token_count: Int32Array
     truncated: BoolArray

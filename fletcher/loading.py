@@ -15,7 +15,7 @@ from fletcher.models.registry import Registry
 from fletcher.pipeline.cache import EmbeddingCache, MemoryShelf, Shelf
 from fletcher.pipeline.disk_shelf import DiskShelf
 from fletcher.pipeline.embedder import Embedder, EmbedderConfig
-from fletcher.pipeline.intake import IntakeLimits
+from fletcher.pipeline.limits import COLUMN_BYTES, MAX_PIECE_ROWS, IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.models import Model
 from fletcher.planning.planner import MAX_BATCH_ROWS, plan
@@ -172,12 +172,12 @@ def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
 def _limits(config: ServeConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
     """Pieces that fit a stream's reserve, so that no stream waits for another's memory."""
     # In the window and as output, float32 each, and the small columns.
-    bytes_per_row = 8 * bundle.width * bundle.max_vectors + 256
+    bytes_per_row = 8 * bundle.width * bundle.max_vectors + COLUMN_BYTES
     piece_bytes = reserve_bytes // 8  # a text is held up to three times: 3/8 of the reserve
     return IntakeLimits(
         max_message_bytes=config.max_message_bytes,
         max_row_bytes=config.max_row_bytes,
-        piece_rows=max(16, min(1024, reserve_bytes // 2 // bytes_per_row)),
+        piece_rows=max(16, min(MAX_PIECE_ROWS, reserve_bytes // 2 // bytes_per_row)),
         piece_bytes=max(4096, piece_bytes),
         # Where rows have several vectors there is no table of them to look rows up in.
         table_values=32 * 2**20 // (4 * bundle.dim) if bundle.output == "dense" else 0,

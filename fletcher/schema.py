@@ -166,7 +166,7 @@ def output_schema(
 
 
 def vector_columns(
-    embeddings: npt.NDArray[np.float32],
+    embeddings: npt.NDArray[np.float32 | np.float16],
     spec: VectorSpec,
     null_rows: npt.NDArray[np.bool_] | None,
     counts: npt.NDArray[np.int32] | None = None,
@@ -174,7 +174,8 @@ def vector_columns(
     """`vector`, an array of the spec's type over whole buffers, and `scale` where it has one.
 
     Args:
-        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width].
+        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width]; float16 where
+            that is what they are to be.
         spec: What they are.
         null_rows: bool [num_rows], True where the vector is null; None: no nulls.
         counts: int32 [num_rows], vectors of each row, 0 where it is null; None: one each, or none
@@ -185,15 +186,17 @@ def vector_columns(
     mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
     columns = {}
     values: npt.NDArray[Any]
-    if spec.scaled:
-        values, scale = quantize_rows(embeddings)
-        columns["scale"] = pa.array(scale, mask=null_rows)
-    elif spec.dtype == "int8" and spec.ranges is not None:
-        values = spec.ranges.quantize(embeddings)
-    elif spec.dtype == "ubinary":
-        values = pack_signs(embeddings)
-    else:
+    if spec.dtype in ("float32", "float16"):
         values = np.ascontiguousarray(embeddings, dtype=np.dtype(spec.dtype))
+    else:
+        exact = np.asarray(embeddings, np.float32)
+        if spec.dtype == "ubinary":
+            values = pack_signs(exact)
+        elif spec.ranges is not None:
+            values = spec.ranges.quantize(exact)
+        else:
+            values, scale = quantize_rows(exact)
+            columns["scale"] = pa.array(scale, mask=null_rows)
     flat = column(values.reshape(-1), ELEMENT_TYPES[spec.dtype])
     kind = spec.arrow_type
     if mask is None:
@@ -212,7 +215,7 @@ def column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _list_columns(
-    vectors: npt.NDArray[np.float32],
+    vectors: npt.NDArray[np.float32 | np.float16],
     spec: VectorSpec,
     null_rows: npt.NDArray[np.bool_] | None,
     counts: npt.NDArray[np.int32] | None,

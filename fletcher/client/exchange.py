@@ -35,6 +35,7 @@ _CLOSE_TIMEOUT_S = 5.0
 # How long a thread may take to leave a call that failed, for another to begin; one that is in the
 # caller's input may never.
 _LEAVE_TIMEOUT_S = 2.0
+_LOOK_S = 0.05
 
 
 class _WriteError(Exception):
@@ -78,6 +79,7 @@ class Exchange:
         self._options = options
         self._input_schema = schema
         self._messages = outgoing
+        self._in_input = False
         self._kept: list[Message] | None = []  # to be sent again; None: the call cannot begin anew
         self._kept_bytes = 0
         self._num_retries = 0
@@ -171,15 +173,21 @@ class Exchange:
             self._closed = True
             self._changed.notify_all()
             finished = self._read_all and self._all_sent and self._failure is None
-        self._end(_CLOSE_TIMEOUT_S, cancel=not finished)
+        self._end(_CLOSE_TIMEOUT_S, cancel=not finished, leave_input=True)
 
-    def _end(self, timeout_s: float, *, cancel: bool) -> bool:
-        """Ends the call; False where a thread of it has not ended, such as one in the input."""
+    def _end(self, timeout_s: float, *, cancel: bool, leave_input: bool = False) -> bool:
+        """Ends the call; False where a thread of it has not ended, such as one in the input.
+
+        With `leave_input` that one is not waited for: it ends when the input has something for it.
+        """
         if cancel:
             self._reader.cancel()
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            while thread.is_alive() and time.monotonic() < deadline:
+                if leave_input and self._in_input and thread is self._threads[0]:
+                    break
+                thread.join(min(_LOOK_S, max(0.0, deadline - time.monotonic())))
         if any(thread.is_alive() for thread in self._threads):
             return False
         # Else pyarrow does it on deletion, and prints what the call ended with.
@@ -237,7 +245,7 @@ class Exchange:
         try:
             write = self._connection.write_options(self._first_batch())
             self._call(lambda: self._writer.begin(self._input_schema, options=write))
-            for message in self._messages:
+            for message in iter(self._next, None):
                 with self._changed:
                     self._keep(message)
                     if self._closed or self._failure is not None:
@@ -270,11 +278,19 @@ class Exchange:
             self._written = True
             self._changed.notify_all()
 
+    def _next(self) -> Message | None:
+        """The next of what is sent; waits for the caller's input."""
+        self._in_input = True
+        try:
+            return next(self._messages, None)
+        finally:
+            self._in_input = False
+
     def _first_batch(self) -> pa.RecordBatch | None:
         """What the call will begin with, where its compression depends on that."""
         if not self._connection.measures:
             return None
-        first = next(self._messages, None)
+        first = self._next()
         if first is None:
             return None
         self._messages = itertools.chain([first], self._messages)

@@ -125,6 +125,7 @@ def intake(
         small_is_interactive=interactive,
         chunking=request.spec.chunking,
         taken=request.taken,
+        half=model.half(request.spec),
     )
 
 

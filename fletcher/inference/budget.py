@@ -54,8 +54,11 @@ class BudgetedBackend:
         """
         if len(batch.lengths) == 0:
             return self._backend.run(batch)
-        parts = [self._run(part) for part in _cut(batch, self._budget)]
-        return replace(_joined(parts), budget_tokens=self._budget)
+        result = _joined([self._run(part) for part in _cut(batch, self._budget)])
+        embeddings = result.embeddings
+        if batch.half:
+            embeddings = embeddings.astype(np.float16, copy=False)
+        return replace(result, embeddings=embeddings, budget_tokens=self._budget)
 
     def describe(self) -> dict[str, str]:
         return self._backend.describe()
@@ -135,7 +138,7 @@ def _cut(batch: MicroBatch, budget: int) -> list[MicroBatch]:
         rows = np.split(np.arange(len(batch.lengths)), edges[1:])
         segments = [segments_of(batch.segments, one) for one in rows]
     parts = zip(ids, lengths, segments, strict=True)
-    return [MicroBatch(own, length, batch.layers, part) for own, length, part in parts]
+    return [MicroBatch(own, length, batch.layers, part, batch.half) for own, length, part in parts]
 
 
 def _joined(parts: list[InferenceResult]) -> InferenceResult:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import BoolArray, FloatArray, InferenceResult, MicroBatch
+from fletcher.batches import BoolArray, FloatArray, InferenceResult, Int32Array, MicroBatch
 from fletcher.errors import ModelError
-from fletcher.models.bundle import ModelBundle, Skipped
+from fletcher.models.bundle import ModelBundle
 from fletcher.models.graph import HIDDEN
+from fletcher.models.markers import Queries, Skipped
 from fletcher.vectors.pooling import normalize, pool
 from fletcher.vectors.ragged import sparse
 
@@ -43,7 +44,7 @@ class GraphIO:
         has_norms: The second output is the L2 norms, float32 [B, 1].
         exits: Layers that the model's segments end after.
         output: What a text becomes, as in ModelBundle.
-        skipped: Which tokens have no vector, as in ModelBundle.
+        skipped, queries: Which tokens have a vector, as in ModelBundle.
     """
 
     inputs: tuple[str, ...]
@@ -58,6 +59,7 @@ class GraphIO:
     exits: tuple[int, ...]
     output: str = "dense"
     skipped: Skipped | None = None
+    queries: Queries | None = None
 
     @classmethod
     def of(
@@ -103,6 +105,7 @@ class GraphIO:
             exits=bundle.layers,
             output=bundle.output,
             skipped=bundle.skipped,
+            queries=bundle.queries,
         )
 
     def num_segments(self, layers: int) -> int:
@@ -125,7 +128,9 @@ class GraphIO:
             ValueError: A row is longer than `max_length`.
         """
         # The last grid point may lie beyond the positions that the model has.
-        on_grid = -(-int(batch.lengths.max()) // LENGTH_GRID) * LENGTH_GRID
+        filled = self._filled(batch)
+        longest = int((batch.lengths if filled is None else filled).max())
+        on_grid = -(-longest // LENGTH_GRID) * LENGTH_GRID
         mask = self._mask(batch, min(on_grid, self.max_length))
         shape, length = mask.shape, mask.shape[1]
         arrays: dict[str, npt.NDArray[Any]] = {}
@@ -140,13 +145,24 @@ class GraphIO:
                 arrays[name] = np.tile(np.arange(length, dtype=dtype), (shape[0], 1))
             else:  # token_type_ids: one sequence
                 arrays[name] = np.zeros(shape, dtype=dtype)
+        if filled is not None and self.queries is not None:
+            fillers = _places(filled, length) & ~mask
+            arrays["input_ids"][fillers] = self.queries.filler
+            if self.queries.attended:
+                arrays["attention_mask"][fillers] = 1
         return arrays, mask
 
     def _mask(self, batch: MicroBatch, length: int) -> BoolArray:
         longest = int(batch.lengths.max())
         if longest > self.max_length:
             raise ValueError(f"a row has {longest} tokens, the model takes {self.max_length}")
-        return np.arange(length, dtype=np.int32) < batch.lengths[:, None]
+        return _places(batch.lengths, length)
+
+    def _filled(self, batch: MicroBatch) -> Int32Array | None:
+        """int32 [num_rows], tokens with those that fill queries; None: nothing does."""
+        if self.queries is None or self.queries.filler is None:
+            return None
+        return self.queries.filled(batch.input_ids, batch.lengths)
 
     def result(
         self,
@@ -181,6 +197,8 @@ class GraphIO:
         kept = mask.copy()
         if self.skipped is not None:
             kept[mask] = ~self.skipped.places(batch.input_ids, batch.lengths)
+        if (filled := self._filled(batch)) is not None:
+            kept |= _places(filled, mask.shape[1]) & ~mask
         counts = kept.sum(axis=1).astype(np.int32)
         return InferenceResult(vectors[kept], None, compute_s, counts=counts)
 
@@ -232,6 +250,12 @@ class GraphIO:
                 yield _zeros(most // length, length)
             length //= 2
         yield _zeros(1, 1)
+
+
+def _places(lengths: Int32Array, width: int) -> BoolArray:
+    """Bool [num_rows, width], True in the first `lengths` places of each row."""
+    places: BoolArray = np.arange(width, dtype=np.int32) < lengths[:, None]
+    return places
 
 
 def _zeros(num_rows: int, length: int) -> MicroBatch:

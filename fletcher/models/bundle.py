@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from fletcher.errors import ModelError
 from fletcher.models.calibration import CALIBRATION, Calibration
 from fletcher.models.files import check_name, is_inside, read_json, sha256
+from fletcher.models.markers import Queries, Skipped
 from fletcher.schema import SPARSE_WIDTH
 
 FORMAT = 1
@@ -42,34 +40,6 @@ Pooling = Literal["mean", "cls", "last_token"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 GraphOutput = Literal["embedding", "token_embeddings"]
 Output = Literal["dense", "sparse", "multi"]
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Tokens whose vectors a token-vector model leaves out of documents, such as punctuation.
-
-    Attributes:
-        marker: The token that stands second in a document.
-        tokens: Those left out there.
-    """
-
-    marker: int
-    tokens: tuple[int, ...]
-
-    def places(
-        self, input_ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.bool_]:
-        """Bool [total_tokens], True where a token's vector is left out.
-
-        Args:
-            input_ids: int32 [total_tokens], row after row.
-            lengths: int32 [num_rows].
-        """
-        seconds = np.minimum(np.cumsum(lengths) - lengths + 1, len(input_ids) - 1)
-        documents = (input_ids[seconds] == self.marker) & (lengths > 1)
-        skipped: npt.NDArray[np.bool_] = np.isin(input_ids, self.tokens)
-        found: npt.NDArray[np.bool_] = skipped & np.repeat(documents, lengths)
-        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +76,8 @@ class ModelSpec:
             dimensions, each a token of the vocabulary; `multi`, a vector of `dim` for each token.
             Bundles that do not say it are `dense`.
         skip_marker, skip_tokens: As in Skipped; no tokens: none are left out.
+        query_marker, query_length, query_filler, fillers_attended: As in Queries; no length: they
+            are read as documents, a filler below 0: there is none.
     """
 
     family: str
@@ -130,6 +102,10 @@ class ModelSpec:
     output: Output = "dense"
     skip_marker: int = 0
     skip_tokens: tuple[int, ...] = ()
+    query_marker: int = 0
+    query_length: int = 0
+    query_filler: int = -1
+    fillers_attended: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dim", "max_length"):
@@ -206,6 +182,10 @@ class ModelBundle:
     output: Output
     skip_marker: int
     skip_tokens: tuple[int, ...]
+    query_marker: int
+    query_length: int
+    query_filler: int
+    fillers_attended: bool
     pad_token_id: int
     graph: Path
     graph_output: GraphOutput
@@ -237,6 +217,14 @@ class ModelBundle:
     def skipped(self) -> Skipped | None:
         """Which tokens have no vector; None: all have."""
         return Skipped(self.skip_marker, self.skip_tokens) if self.skip_tokens else None
+
+    @property
+    def queries(self) -> Queries | None:
+        """How queries are read; None: as documents."""
+        if not self.query_length:
+            return None
+        filler = self.query_filler if self.query_filler >= 0 else None
+        return Queries(self.query_marker, self.query_length, filler, self.fillers_attended)
 
     @property
     def has_exits(self) -> bool:
@@ -369,6 +357,10 @@ def vector_hash(spec: ModelSpec, tokenizer_sha256: str) -> str:
     }
     if spec.output != "dense":
         parts |= {"output": spec.output, "skipped": [spec.skip_marker, *spec.skip_tokens]}
+    if spec.query_length:
+        parts["queries"] = [
+            *(spec.query_marker, spec.query_length, spec.query_filler, spec.fillers_attended)
+        ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -376,8 +368,9 @@ _SPEC_FIELDS = dataclasses.fields(ModelSpec)
 _NOT_IN_SPEC = ("name", "hash", "files")
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("dim", "max_length", "num_layers", "pad_token_id", "skip_marker"), int),
+    **dict.fromkeys(("query_marker", "query_length", "query_filler"), int),
     **dict.fromkeys(("layers", "dims", "inputs", "outputs", "skip_tokens"), list),
-    "normalize": bool,
+    **dict.fromkeys(("normalize", "fillers_attended"), bool),
     "prompts": dict,
 }
 _WORDS = {str: "text", int: "an integer", bool: "true or false", list: "a list", dict: "an object"}

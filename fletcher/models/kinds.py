@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import Output, Skipped
+from fletcher.models.bundle import Output
 from fletcher.models.files import read_json
+from fletcher.models.markers import Queries, Skipped
 
 # What the first ColBERT's own library writes beside a model.
 COLBERT = "artifact.metadata"
@@ -25,6 +26,7 @@ class Kind:
         output: As in ModelSpec.
         prompts: Markers of queries and documents, as prompts; documents get theirs by default.
         skipped: Tokens that documents leave out.
+        queries: How queries are read; None: as documents.
         max_length: Tokens of a document; None: the checkpoint's own rule.
         markers: Words that the tokenizer must take for one token.
         linear: Width of a product in the model's own weights after the last layer; 0: there is
@@ -34,6 +36,7 @@ class Kind:
     output: Output = "dense"
     prompts: Mapping[str, str] | None = None
     skipped: Skipped | None = None
+    queries: Queries | None = None
     max_length: int | None = None
     markers: tuple[str, ...] = ()
     linear: int = 0
@@ -111,7 +114,13 @@ def _colbert(config: Mapping[str, Any], tokenizer: Path) -> Kind:
         "multi",
         prompts={"query": f"{query} ", "document": f"{document} "},
         skipped=_skipped(str(document), list(skipped), vocabulary),
-        max_length=config.get("doc_maxlen"),
+        queries=Queries(
+            vocabulary[str(query)],
+            _length(config, "query_maxlen", 32),
+            _filler(tokenizer, vocabulary),
+            bool(config.get("attend_to_mask_tokens")),
+        ),
+        max_length=_length(config, "doc_maxlen", 220),
         markers=(str(query), str(document)),
         linear=width,
     )
@@ -127,18 +136,50 @@ def _pylate(settings: Mapping[str, Any], tokenizer: Path) -> Kind:
             f"`document_prefix` {document!r}, expected two tokens of {tokenizer.name}",
             field="query_prefix",
         )
-    words = [str(one) for one in settings.get("skiplist_words") or []]
+    words = settings.get("skiplist_words")
+    words = list(string.punctuation) if words is None else [str(one) for one in words]
+    filled = settings.get("do_query_expansion") is not False
     return Kind(
         "multi",
         prompts={"query": str(query), "document": str(document)},
         skipped=_skipped(str(document), words, vocabulary),
-        max_length=settings.get("document_length"),
+        queries=Queries(
+            vocabulary[str(query)],
+            _length(settings, "query_length", 32),
+            _filler(tokenizer, vocabulary) if filled else None,
+            filled and bool(settings.get("attend_to_expansion_tokens")),
+        ),
+        max_length=_length(settings, "document_length", 180),
     )
 
 
 def _skipped(marker: str, words: Sequence[str], vocabulary: Mapping[str, int]) -> Skipped | None:
     tokens = sorted({vocabulary[word] for word in words if word in vocabulary})
     return Skipped(vocabulary[marker], tuple(tokens)) if tokens else None
+
+
+def _length(config: Mapping[str, Any], key: str, default: int) -> int:
+    """Tokens, as the library that wrote the checkpoint takes them."""
+    length = config.get(key)
+    length = default if length is None else length
+    if type(length) is not int or length < 4:
+        raise ModelError(f"`{key}` is {length!r}, expected at least 4 tokens", field=key)
+    return length
+
+
+def _filler(tokenizer: Path, vocabulary: Mapping[str, int]) -> int:
+    """The mask token, by which queries are filled up."""
+    path = tokenizer.with_name("tokenizer_config.json")
+    named = read_json(path).get("mask_token") if path.is_file() else None
+    word = named.get("content") if isinstance(named, dict) else named
+    for known in (str(word), "[MASK]", "<mask>"):
+        if known in vocabulary:
+            return vocabulary[known]
+    raise ModelError(
+        f"{tokenizer.name} has no mask token, and queries are filled up with it; name it in "
+        "tokenizer_config.json as `mask_token`",
+        field="mask_token",
+    )
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], name: str) -> dict[str, int]:

@@ -9,13 +9,14 @@ import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.bundle import LATE_GRAPH, ModelSpec, Skipped, segment_file
+from fletcher.models.bundle import LATE_GRAPH, ModelSpec, segment_file
 from fletcher.models.checkpoint import Checkpoint, DenseModule, Weights
 from fletcher.models.encoder import Dense, Tensors
 from fletcher.models.families import family_of
 from fletcher.models.families.family import CheckpointTensors
 from fletcher.models.graph import GRAPH_FILE, GraphBuilder
 from fletcher.models.heads import MaskedHead, SparseWriter, TokenWriter, write_late
+from fletcher.models.markers import Queries, Skipped
 from fletcher.models.transformer import TransformerWriter
 
 
@@ -70,10 +71,12 @@ def write_model(
         ]
     has_norms = checkpoint.normalize and kind.output == "dense"
     skipped = kind.skipped or Skipped(0, ())
+    queries = kind.queries or Queries(0, 0)
+    max_length = min(checkpoint.max_length, architecture.max_length)
     return ModelSpec(
         family=family.name,
         dim=checkpoint.dims[-1],
-        max_length=min(checkpoint.max_length, architecture.max_length),
+        max_length=max_length,
         pooling=checkpoint.pooling,
         normalize=checkpoint.normalize,
         num_layers=architecture.num_layers,
@@ -93,6 +96,10 @@ def write_model(
         output=kind.output,
         skip_marker=skipped.marker,
         skip_tokens=skipped.tokens,
+        query_marker=queries.marker,
+        query_length=min(queries.length, max_length),
+        query_filler=-1 if queries.filler is None else queries.filler,
+        fillers_attended=queries.attended,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.batches import BoolArray, EmbeddingBatch, FloatArray, Int32Array, Int64Array
+from fletcher.batches import BoolArray, EmbeddingBatch, Int32Array, Int64Array, VectorArray
 from fletcher.errors import FletcherError
 from fletcher.pipeline.intake import INTERACTIVE_ROWS, Piece
 from fletcher.schema import TIMESTAMP, VectorSpec, column, vector_columns
@@ -174,11 +174,12 @@ class _Table:
 
     def vectors(
         self, rows: Int32Array, missing: BoolArray, spec: VectorSpec
-    ) -> tuple[FloatArray, Int32Array | None]:
+    ) -> tuple[VectorArray, Int32Array | None]:
         """The vectors of rows, and how many each has; None: one. Missing ones have some or none."""
         if self._counts is None:
-            # Of float32 a copy is needed: else all of a window is kept for the sake of some rows.
-            if spec.dtype == "float32" or not _is_all_in_order(rows, len(self.embeddings)):
+            # What is not converted is copied: else some rows would keep all of their window.
+            as_it_is = self.embeddings.dtype.name == spec.dtype
+            if as_it_is or not _is_all_in_order(rows, len(self.embeddings)):
                 return self.embeddings[rows], None
             return self.embeddings, None
         wanted = np.flatnonzero(~missing)

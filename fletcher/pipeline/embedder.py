@@ -204,6 +204,11 @@ class Embedder:
         return self._inference.depth() / max(1, self._window_tokens)
 
     @property
+    def keeps_vectors(self) -> bool:
+        """It keeps vectors of texts, which are float32, as the network gives them."""
+        return self._cache is not None
+
+    @property
     def ready(self) -> bool:
         """Whether there are workers of both kinds now."""
         return self.tokenizers.usable and self.replicas.usable

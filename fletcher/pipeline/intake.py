@@ -42,6 +42,7 @@ from fletcher.pipeline.arrays import (
     without_views,
 )
 from fletcher.pipeline.columns import check_text, column, is_flat_text, optional_utf8, plain
+from fletcher.pipeline.limits import IntakeLimits
 from fletcher.pipeline.parts import part_ends
 from fletcher.pipeline.row_errors import RowErrors
 
@@ -51,59 +52,8 @@ INTERACTIVE_BYTES = 32 * 1024
 # What a row takes here at least, whatever its size on the wire: offsets, lengths, masks.
 _ROW_BYTES = 16
 
-# A chunk's tokens are here twice, 4 bytes each: as they come from a tokenizer and in a window.
-_TOKEN_BYTES = 8
-# Of late chunks, how often a token is read: frames overlap, most where chunks are nearly as large.
-_MAX_FRAMES = 4
-# A mark that ends it and the space behind.
-_MIN_SENTENCE_BYTES = 2
-# Less is more work for each part than for its texts.
-_MIN_PART_BYTES = 1024
-
 # From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
 Skip = Callable[[pa.RecordBatch, int], BoolArray]
-
-
-@dataclass(frozen=True, slots=True)
-class IntakeLimits:
-    """Bounds on what is taken in, and on the pieces it is cut into.
-
-    Attributes:
-        max_message_bytes: Decoded size of one RecordBatch.
-        max_row_bytes: UTF-8 bytes of one text.
-        piece_rows: Rows of one piece.
-        piece_bytes: Text bytes of one piece; a single longer text makes its own piece.
-        table_values: Distinct dictionary values whose vectors are kept for a whole dictionary;
-            larger dictionaries are looked up piece by piece.
-        bytes_per_row: What a row's vectors hold while in the house.
-        bytes_per_byte: What a byte of text holds: it is there up to three times.
-    """
-
-    max_message_bytes: int
-    max_row_bytes: int
-    piece_rows: int
-    piece_bytes: int
-    table_values: int
-    bytes_per_row: int
-    bytes_per_byte: int = 3
-
-    def for_chunks(self, chunking: Chunking, taken: int) -> IntakeLimits:
-        """The same where texts are cut into chunks: a token has a byte at least, a chunk is a row.
-
-        Pieces become smaller, so that the vectors of their chunks take no more than those of rows.
-        `taken` are each chunk's tokens that are not the text's.
-        """
-        stride = max(1, chunking.size - taken - chunking.overlap)
-        if chunking.alone:
-            stride = min(stride, _MIN_SENTENCE_BYTES)
-        num_tokens = (stride + chunking.overlap + taken) * (_MAX_FRAMES if chunking.late else 1)
-        per_byte = -(-(self.bytes_per_row + _TOKEN_BYTES * num_tokens) // stride)
-        part_bytes = self.piece_rows * self.bytes_per_row // per_byte
-        return dataclasses.replace(
-            self,
-            piece_bytes=max(_MIN_PART_BYTES, min(self.piece_bytes, part_bytes)),
-            bytes_per_byte=self.bytes_per_byte + per_byte,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +114,7 @@ class Intake:
         small_is_interactive: Batches of a few short rows overtake bulk work.
         chunking: How texts are cut into chunks; None: not at all.
         taken: Of each chunk, tokens that are not the text's: the prompt's and special ones.
+        half: Vectors of bulk work are float16 from the graph on.
 
     Raises:
         UnknownColumnError: A named column is not there.
@@ -182,8 +133,11 @@ class Intake:
         small_is_interactive: bool,
         chunking: Chunking | None = None,
         taken: int = 0,
+        half: bool = False,
     ) -> None:
         self._limits = limits if chunking is None else limits.for_chunks(chunking, taken)
+        self._half = half
+        self._bulk_limits = self._limits.for_float16() if half else self._limits
         self._prompt = prompt
         self._layers = layers
         self._chunking = chunking
@@ -275,8 +229,9 @@ class Intake:
         if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
-        bounds = _cuts(sizes, self._limits.piece_rows, self._limits.piece_bytes)
         priority = self._class_of(batch.num_rows, num_bytes)
+        limits = self._bulk_limits if priority == "bulk" else self._limits
+        bounds = _cuts(sizes, limits.piece_rows, limits.piece_bytes)
         for index, (first, last) in enumerate(bounds):
             rows = used.slice(first, last - first)
             own_errors, wanted = errors.of(first, last), np.ones(last - first, np.bool_)
@@ -309,7 +264,7 @@ class Intake:
                 batch_id=batch_id,
                 row_first=row_first + first,
                 rows=rows,
-                texts=self._text_batch(texts),
+                texts=self._text_batch(texts, half=self._half and priority == "bulk"),
                 values=values,
                 new_values=new_values,
                 table_size=len(dictionary) if shared and dictionary is not None else 0,
@@ -318,8 +273,8 @@ class Intake:
                 skipped=skipped,
                 timestamp_ns=timestamp_ns,
                 last=index == len(bounds) - 1,
-                num_bytes=(self._limits.bytes_per_byte - 1) * text_bytes
-                + (last - first) * self._limits.bytes_per_row
+                num_bytes=(limits.bytes_per_byte - 1) * text_bytes
+                + (last - first) * limits.bytes_per_row
                 + rows_bytes,
                 priority=priority,
             )
@@ -441,14 +396,14 @@ class Intake:
         self._seen = np.zeros(len(dictionary), np.bool_)
         return kept
 
-    def _text_batch(self, texts: pa.Array) -> TextBatch:
+    def _text_batch(self, texts: pa.Array, *, half: bool) -> TextBatch:
         offsets = text_offsets(texts)
         first, last = int(offsets[0]), int(offsets[-1])
         data = texts.buffers()[2]
         raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
-        return self._texts(raw, offsets - first)
+        return self._texts(raw, offsets - first, half=half)
 
-    def _texts(self, data: bytes, offsets: Int64Array) -> TextBatch:
+    def _texts(self, data: bytes, offsets: Int64Array, *, half: bool = False) -> TextBatch:
         return TextBatch(
             data,
             offsets,
@@ -456,6 +411,7 @@ class Intake:
             self._prompt,
             chunking=self._chunking,
             layers=self._layers,
+            half=half,
         )
 
     def is_bulk(self, batch: pa.RecordBatch) -> bool:

@@ -335,12 +335,12 @@ class InferenceSource:
 
 
 def _alike(tickets: Iterable[Ticket]) -> Iterable[list[Ticket]]:
-    """Tickets that the same graphs are run for, together."""
-    found: dict[tuple[int, bool], list[Ticket]] = {}
+    """Tickets that the same graphs are run for and whose vectors are of one type, together."""
+    found: dict[tuple[int, bool, bool], list[Ticket]] = {}
     for ticket in tickets:
         texts = ticket.texts
         late = texts.chunking is not None and texts.chunking.late
-        found.setdefault((texts.layers, late), []).append(ticket)
+        found.setdefault((texts.layers, late, texts.half), []).append(ticket)
     return found.values()
 
 

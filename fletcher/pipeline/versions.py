@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol
 from fletcher.errors import FletcherError
 from fletcher.models.bundle import ModelBundle
 from fletcher.pipeline.embedder import Embedder
-from fletcher.pipeline.intake import IntakeLimits
+from fletcher.pipeline.limits import IntakeLimits
+from fletcher.schema import VectorSpec
 
 State = Literal["configured", "loading", "ready", "retiring", "gone"]
 
@@ -29,6 +30,16 @@ class Model:
     embedder: Embedder
     engine: Mapping[str, Any]
     limits: IntakeLimits
+
+    def half(self, spec: VectorSpec) -> bool:
+        """Whether such vectors can be float16 all the way: nothing is done to them here."""
+        return (
+            spec.dtype == "float16"
+            and spec.output == "dense"
+            and spec.chunking is None
+            and (spec.dims, spec.normalized) == (self.bundle.dim, self.bundle.normalize)
+            and not self.embedder.keeps_vectors
+        )
 
 
 class Source(Protocol):

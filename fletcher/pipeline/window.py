@@ -23,6 +23,7 @@ from fletcher.batches import (
     MicroBatch,
     Segments,
     TokenBatch,
+    VectorArray,
 )
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import Ticket
@@ -35,8 +36,8 @@ class Window:
     """Tickets whose texts are planned together.
 
     Args:
-        tickets: Tokenized tickets of one model and one exit layer, all with segments or
-            all without.
+        tickets: Tokenized tickets of one model, one exit layer and one type of vectors, all with
+            segments or all without.
         dim: Numbers in a vector.
         plan: From lengths to row sets; rows of length 0 (failed texts) are not given to it.
     """
@@ -46,6 +47,8 @@ class Window:
         assert len(token_batches) == len(tickets)
         self.tickets = tickets
         self._layers = tickets[0].texts.layers
+        self._half = tickets[0].texts.half
+        self._dtype = np.dtype(np.float16 if self._half else np.float32)
         self._dim = dim
         self._input_ids: Int32Array = _joined([tokens.input_ids for tokens in token_batches])
         lengths = _joined([np.diff(tokens.offsets) for tokens in token_batches])
@@ -63,7 +66,7 @@ class Window:
         present = np.flatnonzero(self._lengths)
         row_sets = plan(self._lengths[present]) if len(present) else []
         self.row_sets: list[Int64Array] = [present[rows] for rows in row_sets]
-        self._embeddings: FloatArray | None = None
+        self._embeddings: VectorArray | None = None
         self._norms: FloatArray | None = None
         self._parts: list[tuple[Int64Array, FloatArray, Int32Array]] = []  # several vectors a row
         self._errors: dict[int, FletcherError] = {}
@@ -73,14 +76,16 @@ class Window:
     def micro_batch(self, rows: Int64Array) -> MicroBatch:
         """The tokens of some rows, flat."""
         if len(self._lengths) == 1:
-            return MicroBatch(self._input_ids, self._lengths, self._layers, self._segments)
+            return MicroBatch(
+                self._input_ids, self._lengths, self._layers, self._segments, self._half
+            )
         lengths = self._lengths[rows]
         ends = np.cumsum(lengths)
         # Position i of the output comes from start of its row + i - where its row begins there.
         shift = np.repeat(self._starts[rows] - (ends - lengths), lengths)
         segments = None if self._segments is None else segments_of(self._segments, rows)
         input_ids = self._input_ids[np.arange(ends[-1]) + shift]
-        return MicroBatch(input_ids, lengths, self._layers, segments)
+        return MicroBatch(input_ids, lengths, self._layers, segments, self._half)
 
     @property
     def abandoned(self) -> bool:
@@ -106,7 +111,7 @@ class Window:
             embeddings, counts = scattered(len(self._lengths), self._dim, self._parts)
             slots = np.concatenate(([0], np.cumsum(counts)))
         elif embeddings is None:
-            embeddings = np.zeros((slots[-1], self._dim), np.float32)
+            embeddings = np.zeros((slots[-1], self._dim), self._dtype)
         for index, ticket in enumerate(self.tickets):
             first, last = self._first_rows[index], self._first_rows[index + 1]
             begin, end = slots[first], slots[last]
@@ -136,7 +141,7 @@ class Window:
     def _of_segments(
         self,
         tokens: TokenBatch,
-        embeddings: FloatArray,
+        embeddings: VectorArray,
         errors: Mapping[int, FletcherError],
         begin: int,
     ) -> EmbeddingBatch:
@@ -168,7 +173,8 @@ class Window:
     def _store(self, rows: Int64Array, result: InferenceResult) -> FletcherError | None:
         """Puts vectors in their places; an error where they are not what the model promises."""
         if result.counts is not None:
-            return self._store_ragged(rows, result.embeddings, result.counts)
+            vectors = np.asarray(result.embeddings, np.float32)
+            return self._store_ragged(rows, vectors, result.counts)
         slots = rows
         if self._segments is not None:
             slots = places(self._slots[rows], self._segments.counts[rows])
@@ -183,7 +189,7 @@ class Window:
             self._embeddings, self._norms = result.embeddings, result.norms
             return None
         if self._embeddings is None:
-            self._embeddings = np.zeros((self._slots[-1], self._dim), np.float32)
+            self._embeddings = np.zeros((self._slots[-1], self._dim), self._dtype)
         self._embeddings[slots] = result.embeddings
         if result.norms is not None:
             if self._norms is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -37,14 +38,21 @@ class Tokenizer:
         max_length: Tokens per text at most, special tokens included.
         pad_token_id: What stands for a text without any token; only tokenizers that add no special
             tokens know such texts.
+        limits: By prompt, tokens per text at most where that is less.
     """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, *, max_length: int, pad_token_id: int = 0
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        max_length: int,
+        pad_token_id: int = 0,
+        limits: Mapping[str, int] | None = None,
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.max_length = max_length
+        self._limits = limits or {}
         self._pad_token_id = pad_token_id
         self._tokenizer = tokenizer
         self._prefix, self._suffix = _special_tokens(tokenizer)
@@ -71,7 +79,13 @@ class Tokenizer:
                 f"`fletcher model verify {bundle.qualified_name}` tells what is damaged",
                 field="model",
             ) from error
-        return cls(tokenizer, max_length=bundle.max_length, pad_token_id=bundle.pad_token_id)
+        queries = bundle.queries
+        return cls(
+            tokenizer,
+            max_length=bundle.max_length,
+            pad_token_id=bundle.pad_token_id,
+            limits=None if queries is None else {bundle.prompts["query"]: queries.length},
+        )
 
     @property
     def num_special_tokens(self) -> int:
@@ -90,7 +104,8 @@ class Tokenizer:
         """
         if batch.chunking is not None:
             return self._with_tokens(self._cut(batch))
-        limit = min(batch.max_length or self.max_length, self.max_length)
+        most = self._limits.get(batch.prompt, self.max_length)
+        limit = min(batch.max_length or most, most)
         room = limit - self.num_special_tokens
         if room < 1:
             raise InvalidCommandError(

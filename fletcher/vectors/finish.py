@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
-from fletcher.batches import FloatArray
+from fletcher.batches import FloatArray, VectorArray
+
+_Vectors = TypeVar("_Vectors", FloatArray, VectorArray)
 
 
 def finish(
-    embeddings: FloatArray, norms: FloatArray | None, *, dims: int, normalized: bool
-) -> FloatArray:
+    embeddings: _Vectors, norms: FloatArray | None, *, dims: int, normalized: bool
+) -> _Vectors:
     """Applies `dims` and `normalize` to a graph's output.
 
     Args:
-        embeddings: float32 [n, dim]; L2-normalised where `norms` is given.
+        embeddings: float32 [n, dim], or float16 where nothing is to be done; L2-normalised where
+            `norms` is given.
         norms: float32 [n], what normalisation divided by; None: the vectors are as pooled.
         dims: Leading dimensions to keep.
         normalized: Whether the result has norm 1 (a zero vector stays zero).
 
     Returns:
-        float32 [n, dims]. Slicing comes before normalisation, as Matryoshka models are trained
-        (https://arxiv.org/abs/2205.13147).
+        [n, dims] of the same type. Slicing comes before normalisation, as Matryoshka models are
+        trained (https://arxiv.org/abs/2205.13147).
     """
     if norms is not None and not normalized:
         return (embeddings * norms[:, None])[:, :dims]

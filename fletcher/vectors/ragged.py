@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fletcher.batches import FloatArray, Int32Array, Int64Array, Segments
+from fletcher.batches import FloatArray, Int32Array, Int64Array, Segments, VectorArray
 
 
 def places(starts: Int64Array, counts: Int32Array) -> Int64Array:
@@ -33,8 +33,8 @@ def starts_of(counts: Int32Array) -> Int64Array:
 
 
 def gathered(
-    vectors: FloatArray, counts: Int32Array, rows: Int32Array | Int64Array
-) -> tuple[FloatArray, Int32Array]:
+    vectors: VectorArray, counts: Int32Array, rows: Int32Array | Int64Array
+) -> tuple[VectorArray, Int32Array]:
     """The vectors of some rows, in their order, and how many each has.
 
     Args:

@@ -146,7 +146,8 @@ def _short(message: Any) -> bytes | None:
 
 def _short_run(request: Request, batch: MicroBatch) -> bytes | None:
     ids, lengths = batch.input_ids, batch.lengths
-    if batch.segments is not None or not ids.dtype == lengths.dtype == np.int32:
+    plain = batch.segments is None and not batch.half
+    if not plain or not ids.dtype == lengths.dtype == np.int32:
         return None
     if ids.nbytes >= _MIN_ASIDE_BYTES:
         return None

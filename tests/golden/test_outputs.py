@@ -96,8 +96,62 @@ def test_colbert(bundles: dict[str, ModelBundle], name: str, engine: str) -> Non
         expected = np.concatenate([np.array(row["vectors"], np.float32) for row in wanted])
         assert np.abs(result.embeddings - expected).max() <= MAX_ERROR
         counts[prompt] = result.counts
-    # The same texts; documents leave out what punctuation the tokenizer knows.
-    assert (counts["query"] - counts["document"]).tolist() == [0, 0, 1, 2, 0]
+    # Documents leave out what punctuation the tokenizer knows; queries are filled up, or cut.
+    assert counts["document"].tolist() == [3, 4, 6, 10, 32]
+    assert counts["query"].tolist() == [16] * 5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["colbert", "pylate"])
+def test_queries_and_documents_in_one_run(
+    bundles: dict[str, ModelBundle], name: str, engine: str
+) -> None:
+    bundle = bundles[name]
+    rows = pq.read_table(OUTPUTS / f"{name}.parquet").to_pylist()
+    rows = [rows[index] for index in np.random.default_rng(1).permutation(len(rows))]
+    # The markers are tokens wherever they stand, so they can be put before texts by hand.
+    texts = [bundle.prompts[row["prompt"]] + row["text"] for row in rows]
+    short = [n for n, row in enumerate(rows) if len(row["text"]) < 100]
+    result = run(bundle, engine, [texts[n] for n in short])
+    assert result.counts is not None
+    parts = np.split(result.embeddings, np.cumsum(result.counts)[:-1])
+    for n, vectors in zip(short, parts, strict=True):
+        assert np.abs(vectors - np.array(rows[n]["vectors"], np.float32)).max() <= MAX_ERROR
+
+
+def test_what_a_checkpoint_says_of_queries_is_done(tmp_path: Path) -> None:
+    def added(name: str, file: str, **change: object) -> ModelBundle:
+        checkpoint = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(OUTPUTS / name, checkpoint)
+        path = checkpoint / file
+        fields = json.loads(path.read_text()) | change
+        path.write_text(json.dumps({key: one for key, one in fields.items() if one is not None}))
+        return Registry(tmp_path / "models").add(str(checkpoint), progress=print)
+
+    settings = "config_sentence_transformers.json"
+    plain = added("pylate", settings, do_query_expansion=False)
+    assert plain.queries is not None
+    assert (plain.queries.length, plain.queries.filler) == (16, None)
+    counts = run(plain, "onnxruntime", ["vector", "search " * 40], "query").counts
+    assert counts is not None
+    assert counts.tolist() == [4, 16]
+    # What is not said is as the library takes it, within what the model reads.
+    usual = added("pylate", settings, query_length=None, document_length=None, skiplist_words=None)
+    assert usual.queries is not None
+    assert (usual.queries.length, usual.max_length) == (32, 32)
+    assert usual.skipped is not None
+    seen = added("colbert", "artifact.metadata", attend_to_mask_tokens=True)
+    assert seen.queries is not None
+    assert seen.queries.attended
+    same = added("colbert", "artifact.metadata")
+    assert len({plain.hash, usual.hash, seen.hash, same.hash}) == 4
+    nameless = tmp_path / "nameless"
+    shutil.copytree(OUTPUTS / "colbert", nameless)
+    (nameless / "tokenizer_config.json").write_text("{}")
+    words = (nameless / "tokenizer.json").read_text().replace('"[MASK]"', '"[OTHER]"')
+    (nameless / "tokenizer.json").write_text(words)
+    with pytest.raises(ModelError, match="has no mask token, and queries are filled up with it"):
+        Registry(tmp_path / "models").add(str(nameless), progress=print)
 
 
 def test_outputs_are_part_of_what_a_model_is(
@@ -146,6 +200,7 @@ def test_such_vectors_come_from_the_last_layer_alone(tmp_path: Path) -> None:
     [
         ("splade", "1_SpladePooling/config.json", {"pooling_strategy": "sum"}, "expected max"),
         ("colbert", "artifact.metadata", {"doc_token_id": "[D]"}, "`doc_token_id` '.D.'"),
+        ("colbert", "artifact.metadata", {"query_maxlen": "x"}, "`query_maxlen` is 'x'"),
         ("colbert", "artifact.metadata", {"dim": 9}, r"shape \[8, 16\], config.json asks"),
         ("pylate", "config_sentence_transformers.json", {"query_prefix": None}, "no Pooling"),
         ("splade", "config.json", {"model_type": "roberta"}, "no tensor"),

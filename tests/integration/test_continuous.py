@@ -294,6 +294,19 @@ def test_the_client_gives_chunks_while_it_takes_pieces(
     np.testing.assert_array_equal(first.vector, vectors[0])
 
 
+def test_who_leaves_does_not_wait_for_the_next_piece(
+    client: fletcher.Client, server: Runtime
+) -> None:
+    pieces: queue.Queue[str] = queue.Queue()
+    with client.stream(iter(pieces.get, "END"), chunking="tokens:8:none") as stream:
+        pieces.put("of them it is " * 10)
+        next(stream)
+        started_s = time.monotonic()
+    assert time.monotonic() - started_s < 4  # it waits 5 s for a thread that may end by itself
+    wait_until(lambda: server.service.calls.num_open == 0)
+    pieces.put("END")
+
+
 def test_the_example_prints_the_same_chunks_of_lines_and_of_texts(server: Runtime) -> None:
     text = (TEXT + "\n") * 3 + "\n" + "One more\nof them.\n"
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,14 @@ def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_vectors() -> N
     assert len(result.norms) == 61
     assert 50 <= result.budget_tokens <= 100
     assert max(device.runs) <= 100
+
+
+def test_vectors_wanted_in_float16_are_the_same_rounded_once() -> None:
+    batch = dataclasses.replace(batch_of(*[20] * 30, *[7] * 31), half=True)
+    result = BudgetedBackend(SmallDevice(100), 1000).run(batch)
+    expected = NullBackend(dim=16).run(batch).embeddings
+    assert result.embeddings.dtype == np.float16
+    assert np.array_equal(result.embeddings, expected.astype(np.float16))
 
 
 def test_the_budget_stays_small_and_grows_slowly_to_what_it_was() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,8 @@ from fletcher.errors import (
 )
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
-from fletcher.pipeline.intake import Intake, IntakeLimits, Piece
+from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.limits import COLUMN_BYTES, IntakeLimits
 from fletcher.schema import VectorSpec, output_schema
 
 LIMITS = IntakeLimits(
@@ -465,3 +467,26 @@ def test_small_batches_are_interactive_where_asked() -> None:
     assert priority(33) == "bulk"
     assert priority(1, priority="bulk") == "bulk"
     assert priority(33, priority="interactive") == "interactive"
+
+
+@pytest.mark.parametrize(("priority", "sizes"), [("bulk", [6, 4]), ("interactive", [4, 4, 2])])
+def test_more_rows_fit_a_piece_of_bulk_work_whose_vectors_are_float16(
+    priority: str, sizes: list[int]
+) -> None:
+    limits = dataclasses.replace(LIMITS, bytes_per_row=2 * 512 + COLUMN_BYTES)
+    intake = Intake(
+        pa.schema({"text": pa.utf8()}),
+        EmbedOptions(priority=priority),
+        prompt="",
+        limits=limits,
+        carry_text=True,
+        small_is_interactive=False,
+        half=True,
+    )
+    batch = pa.record_batch({"text": TEXTS})
+    pieces = list(intake.pieces(batch, 0, 0))
+    assert [piece.num_rows for piece in pieces] == sizes
+    assert all(piece.texts.half == (priority == "bulk") for piece in pieces)
+    # The vectors of a piece take no more than those of a piece in float32.
+    most = limits.piece_rows * limits.bytes_per_row
+    assert all(piece.num_bytes - 6 * len(piece.texts.data) <= most for piece in pieces)

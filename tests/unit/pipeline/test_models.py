@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from fletcher.aliases import Alias
+from fletcher.chunking import Chunking
 from fletcher.errors import (
     BackendError,
     DrainingError,
@@ -19,6 +21,7 @@ from fletcher.errors import (
     UnknownModelError,
 )
 from fletcher.pipeline.models import Model, Models
+from fletcher.schema import VectorSpec
 from tests.integration.processes import eventually
 
 
@@ -473,3 +476,25 @@ def test_the_end_comes_to_all_also_to_those_who_wait(start: Start, source: FakeS
     eventually(lambda: sorted(source.closed) == ["a@1", "b@1", "c@1"], "all are closed")
     with pytest.raises(DrainingError):
         leased(models)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "half"),
+    [
+        ({}, False, True),
+        ({}, True, False),  # what is kept of a text serves those who ask for float32, too
+        ({"dtype": "float32"}, False, False),
+        ({"dtype": "int8"}, False, False),
+        ({"dims": 4}, False, False),
+        ({"normalized": False}, False, False),
+        ({"output": "multi"}, False, False),
+        ({"chunking": Chunking.parse("tokens:8/2:mean")}, False, False),
+    ],
+)
+def test_vectors_are_float16_from_the_graph_on_where_nothing_else_is_done_to_them(
+    asked: dict[str, Any], kept: bool, half: bool
+) -> None:
+    bundle, embedder = SimpleNamespace(dim=8, normalize=True), SimpleNamespace(keeps_vectors=kept)
+    model = Model(bundle, embedder, {}, None)  # type: ignore[arg-type]
+    spec = VectorSpec("m@1", 8, "float16", 1, "mean", normalized=True)
+    assert model.half(dataclasses.replace(spec, **asked)) == half

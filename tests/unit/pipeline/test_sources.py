@@ -50,12 +50,12 @@ def make(
 
 
 def tokenized(
-    num_tokens: int = 2, priority: Priority = "bulk", layers: int = 0
+    num_tokens: int = 2, priority: Priority = "bulk", layers: int = 0, *, half: bool = False
 ) -> tuple[EmbedStream, Ticket]:
     """A ticket of one text with some tokens, waiting in its stream."""
     tickets: list[Ticket] = []
     stream = EmbedStream(MemoryBudget(1 << 20, 1).open(), tickets.append)
-    texts = TextBatch(b"hi", np.array([0, 2]), layers=layers)
+    texts = TextBatch(b"hi", np.array([0, 2]), layers=layers, half=half)
     stream.submit(texts, None, num_bytes=10, priority=priority)
     stream.end()
     tokens = TokenBatch(
@@ -87,6 +87,24 @@ def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them()
         assert job.payload.layers not in runs
         runs[job.payload.layers] = sorted(job.payload.lengths.tolist())
     assert runs == {3: [1, 4, 6], 0: [2, 5], 6: [3]}
+
+
+def test_vectors_wanted_in_float16_come_and_go_as_such_beside_others() -> None:
+    source = make(one_run)
+    streams = {}
+    for half in (True, False):
+        streams[half], ticket = tokenized(half=half)
+        source.put(ticket)
+    while (job := source.next_job(0)) is not None:
+        kind = np.float16 if job.payload.half else np.float32
+        vectors = np.full((len(job.payload.lengths), 2), 0.1, kind)
+        job.done(InferenceResult(vectors, None, 0.0), None)
+    for half, stream in streams.items():
+        (result,) = stream.results()
+        assert isinstance(result.embeddings, EmbeddingBatch)
+        kind = np.float16 if half else np.float32
+        assert result.embeddings.embeddings.dtype == kind
+        assert np.array_equal(result.embeddings.embeddings, np.full((1, 2), 0.1, kind))
 
 
 def late(counts: list[int]) -> tuple[EmbedStream, Ticket]:
