@@ -220,16 +220,13 @@ class Intake:
             text = large_utf8(text)
             sizes = np.diff(text_offsets(text))
         errors = RowErrors(used, sizes, self._limits.max_row_bytes)
-        num_bytes = int(sizes.sum())
-        held_bytes = self._held_bytes(
-            batch, used, num_bytes if dictionary is None else batch.column(self._text).nbytes
-        )
+        held_bytes = self._held_bytes(batch, used, int(sizes.sum()))
         shared = new_table = False
         rows = self._chunking is not None and self._chunking.rows  # any number a value: no table
         if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
-        priority = self._class_of(batch.num_rows, num_bytes)
+        priority = self._class_of(batch.num_rows, int(sizes.sum()))
         limits = self._bulk_limits if priority == "bulk" else self._limits
         bounds = _cuts(sizes, limits.piece_rows, limits.piece_bytes)
         for index, (first, last) in enumerate(bounds):
@@ -380,6 +377,9 @@ class Intake:
         Used columns or not: a column that came over Flight keeps its whole message, and its buffers
         may hold more than its rows refer to.
         """
+        text = batch.column(self._text)
+        if pa.types.is_dictionary(text.type):
+            text_bytes = text.nbytes
         decoded = sum(
             used.column(f"carried:{batch.schema.field(index).name}").nbytes
             for index in self._carried
