@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.arguments import add_common, positive, seconds
+from benchmarks.bare import PAUSE_S
 from benchmarks.corpus import ROOT
 from benchmarks.engines import configure, run_bare, save_tokens
 from benchmarks.interactive import Window, alone, beside, busy_load, one_by_one
@@ -30,7 +31,8 @@ from benchmarks.setting import Setting
 
 DIFFERENT_TEXTS = 64
 PERCENTILES = (50, 95, 99)
-BARE, IDLE, LOADED = "bare engine, ready tokens", "Fletcher, idle", "Fletcher, under bulk load"
+BARE, PACED = "bare engine, ready tokens", f"the same, {PAUSE_S * 1000:g} ms pause before each"
+IDLE, LOADED = "Fletcher, idle", "Fletcher, under bulk load"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
                 windows = _loaded(served.address, texts, args)
                 by_stats = busy_load(served.address)
     loaded = [ms for _, one in windows for ms in one.ms]
-    times = {BARE: bare["ms"], IDLE: idle, LOADED: loaded}
+    times = {BARE: bare["ms"], PACED: bare["paced_ms"], IDLE: idle, LOADED: loaded}
     rows = [{"name": name, **percentiles(some), "ms": some} for name, some in times.items()]
     bulk = [{"alone": one.bulk_rate, "beside": two.bulk_rate} for one, two in windows]
     busy = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.config import fletcher_home
+from fletcher.cli.parser import add_options, read_config
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "that a store refused. The server must be stopped; its next start sends them. What the "
         "store holds under its batch_key is not stored twice.",
     )
+    for command in commands.choices.values():
+        add_options(command, ("home",))
 
 
 def run(args: argparse.Namespace) -> int:
     """Shows, checks or replays; 1 where something is damaged."""
-    root = fletcher_home() / "journal"
+    root = read_config(args, os.environ, ("home",)).config.home / "journal"
     if args.journal_command == "replay":
         return _replay(root)
     return _show(root, as_json=args.json, closely=args.journal_command == "verify")

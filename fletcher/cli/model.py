@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli import calibrate, running
-from fletcher.cli.parser import Formatter
+from fletcher.cli.parser import Formatter, add_options, read_config
 from fletcher.cli.table import say
-from fletcher.config import fletcher_home
 from fletcher.errors import ModelError
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.registry import DEFAULT_MODEL, Registry
@@ -72,6 +72,8 @@ def add_parser(subparsers: Subparsers) -> None:
     ):
         one = commands.add_parser(command, help=text)
         one.add_argument("name", nargs="?" if command == "verify" else None, help="the model")
+    for one in commands.choices.values():
+        add_options(one, ("home",))
     calibrating = commands.add_parser(
         "calibrate",
         help="find the ranges of int8 in a sample of texts",
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs one of the model commands; 1 where `verify` or `list` met a damaged bundle."""
     if args.model_command in running.COMMANDS:
         return running.run(args)
-    registry = Registry(fletcher_home() / "models")
+    registry = Registry(read_config(args, os.environ, ("home",)).config.home / "models")
     return {
         "add": _add,
         "list": _list,

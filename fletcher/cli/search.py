@@ -67,6 +67,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Searches and prints."""
     from fletcher.stores.address import open_store
+    from fletcher.stores.nearest import vector_reader
 
     check_server(args)
     check_dataset(args.dataset)
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     store = open_store(addresses[0], timeout_s=config.store_timeout_s)
     try:
         info = _find_dataset(store, args.dataset)
+        if b"fletcher.output" in (info.schema.metadata or {}):  # which says: not dense
+            vector_reader(args.dataset, info.schema)  # before a model is loaded for the query
         shown = _shown_columns(info, args.columns)
         filters = [_parse_filter(text, info.schema) for text in args.filter]
         vector = _embed_query(args, config, info)

@@ -156,7 +156,13 @@ class _Put:
         self._route = route
         self._stream = stream
         self._skip = Screen(route.known, upload).skip if upload.known_by is not None else None
-        self._assembler = assembler(output, request.spec, upload.upload_id, whole_rows=True)
+        self._assembler = assembler(
+            output,
+            request.spec,
+            upload.upload_id,
+            whole_rows=True,
+            max_kept_bytes=stream.max_row_bytes,
+        )
         self._unacknowledged: deque[tuple[int, int, int]] = deque()
         self._new: list[tuple[int, int]] = []  # rows of the piece at hand that were not here yet
         self._ended = False
@@ -238,13 +244,15 @@ class _Put:
             piece, new = result.context
             output = self._assembler.assemble(piece, result.embeddings)
             if output is None:
+                self._stream.grow(self._assembler.kept_bytes)
                 self._stream.release(result.num_bytes)
                 continue
+            row_bytes = self._stream.whole()
             errors, ids = output.errors, output.ids()
             if error := ends_call(errors, abort=self._options.on_error == "abort"):
                 raise error
             if not new:
-                self._stream.release(result.num_bytes)
+                self._stream.release(result.num_bytes, row_bytes)
             for index, (first, last) in enumerate(new):
                 low, high = first - piece.row_first, last - piece.row_first
                 failed = sorted(row for row in errors if low <= row <= high)
@@ -254,14 +262,14 @@ class _Put:
                     self._upload.report(piece.row_first + row, ids[row].as_py(), errors[row])
                 begin, end = output.place(low), output.place(high + 1)
                 # The piece's memory is free once its last part is stored.
-                num_bytes = result.num_bytes if index == len(new) - 1 else 0
+                left = (result.num_bytes, row_bytes) if index == len(new) - 1 else (0, 0)
                 self._route.put(
                     Rows.of(
                         self._upload,
                         output.batch.slice(begin, end - begin),
                         first,
                         tuple(output.place(row) - begin for row in failed),
-                        lambda num_bytes=num_bytes: self._stream.release(num_bytes),  # type: ignore[misc]
+                        lambda left=left: self._stream.release(*left),  # type: ignore[misc]
                         # Of rows that are several chunks, none is asked about.
                         tuple(np.flatnonzero(piece.skipped[low : high + 1]).tolist()),
                         num_rows=last - first + 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from fletcher.schema import TIMESTAMP, VectorSpec, column, vector_columns
 from fletcher.vectors.aggregation import aggregation
 from fletcher.vectors.finish import finish
 from fletcher.vectors.ragged import gathered
+
+_PAIR, _INT, _LONG = struct.Struct("<2i"), struct.Struct("<i"), struct.Struct("<q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,18 @@ class Assembler:
         schema: The output's, without `batch_key`.
         spec: What the vectors are.
         upload_id: For rows that came without an id.
+
+    Attributes:
+        kept_bytes: What is kept of a text of which more comes, where that grows with it.
     """
 
     def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
         self.schema = schema
+        self.kept_bytes = 0
         self._names = schema.names
+        plain = ["id", "vector", "timestamp", "token_count", "truncated"]
+        dense = spec.output == "dense" and spec.dtype == "float32"
+        self._is_plain = self._names == plain and dense
         self._spec = spec
         self._upload_id = upload_id
         self._table = _Table.of_size(0, spec.width)
@@ -68,6 +78,9 @@ class Assembler:
             return None
         outcome = finished
         num_rows = piece.num_rows
+        single = self._single(piece, outcome) if self._is_plain and num_rows == 1 else None
+        if single is not None:
+            return Output(single, {}, np.arange(2))
         table, values = self._vectors(piece, outcome)
         errors = dict(piece.errors)
         if table.errors:
@@ -91,6 +104,30 @@ class Assembler:
         arrays = [columns[name] for name in self._names]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
         return Output(batch, errors, np.arange(num_rows + 1))
+
+    def _single(
+        self, piece: Piece, outcome: EmbeddingBatch | FletcherError
+    ) -> pa.RecordBatch | None:
+        """The output of a single text, without functions that are for many; None: it is not that.
+
+        Most of what those take for one row they take to begin.
+        """
+        if isinstance(outcome, FletcherError) or len(outcome.embeddings) != 1:
+            return None
+        given = piece.new_values is not None or "id" in piece.rows.schema.names
+        if given or outcome.errors or piece.values[0]:
+            return None
+        identifier = f"{self._upload_id}:{piece.row_first}".encode()
+        vector = outcome.embeddings
+        numbers = _of_one(pa.float32(), vector.tobytes(), length=vector.size)
+        arrays = [
+            _of_one(pa.utf8(), _PAIR.pack(0, len(identifier)), identifier),
+            pa.Array.from_buffers(self._spec.arrow_type, 1, [None], children=[numbers]),
+            _of_one(TIMESTAMP, _LONG.pack(piece.timestamp_ns)),
+            _of_one(pa.int32(), _INT.pack(outcome.token_count[0])),
+            _of_one(pa.bool_(), b"\1" if outcome.truncated[0] else b"\0"),
+        ]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def _finished(
         self, piece: Piece, outcome: EmbeddingBatch | FletcherError
@@ -197,6 +234,10 @@ class _Table:
         self.truncated[places] = outcome.truncated
         for index, error in outcome.errors.items():
             self.errors[int(places[index])] = error
+
+
+def _of_one(kind: pa.DataType, *buffers: bytes, length: int = 1) -> pa.Array:
+    return pa.Array.from_buffers(kind, length, [None, *map(pa.py_buffer, buffers)])
 
 
 def _is_all_in_order(values: Int32Array, size: int) -> bool:

@@ -20,12 +20,19 @@ _MAX_KEPT_BYTES = 256 << 20
 
 
 def assembler(
-    schema: pa.Schema, spec: VectorSpec, upload_id: str, *, whole_rows: bool
+    schema: pa.Schema,
+    spec: VectorSpec,
+    upload_id: str,
+    *,
+    whole_rows: bool,
+    max_kept_bytes: int = _MAX_KEPT_BYTES,
 ) -> Assembler:
     """The one for a call; the arguments are those of `ChunkAssembler`."""
     if spec.chunking is None or not spec.chunking.rows:
         return Assembler(schema, spec, upload_id)
-    return ChunkAssembler(schema, spec, upload_id, whole_rows=whole_rows)
+    return ChunkAssembler(
+        schema, spec, upload_id, whole_rows=whole_rows, max_kept_bytes=max_kept_bytes
+    )
 
 
 class ChunkAssembler(Assembler):
@@ -37,15 +44,22 @@ class ChunkAssembler(Assembler):
         upload_id: For rows that came without an id.
         whole_rows: A text that comes in parts is kept until all its chunks are there; else the
             chunks of each part leave as they come.
+        max_kept_bytes: How much is kept of a text, at most 256 MiB.
     """
 
     def __init__(
-        self, schema: pa.Schema, spec: VectorSpec, upload_id: str, *, whole_rows: bool
+        self,
+        schema: pa.Schema,
+        spec: VectorSpec,
+        upload_id: str,
+        *,
+        whole_rows: bool,
+        max_kept_bytes: int = _MAX_KEPT_BYTES,
     ) -> None:
         super().__init__(schema, spec, upload_id)
         self._whole_rows = whole_rows
+        self._max_kept_bytes = min(max_kept_bytes, _MAX_KEPT_BYTES)
         self._kept: list[EmbeddingBatch | FletcherError] = []
-        self._kept_bytes = 0
         self._lost = False  # a part of the row at hand failed, and that was said
 
     def assemble(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> Output | None:
@@ -56,7 +70,7 @@ class ChunkAssembler(Assembler):
             self._keep(outcome)
             if piece.texts.continued:
                 return None
-            outcome, self._kept, self._kept_bytes = _joined(self._kept), [], 0
+            outcome, self._kept, self.kept_bytes = _joined(self._kept), [], 0
         errors = dict(piece.errors)
         if isinstance(outcome, FletcherError):
             failed = outcome
@@ -88,19 +102,21 @@ class ChunkAssembler(Assembler):
             return
         if not isinstance(outcome, FletcherError) and outcome.chunks is not None:
             spans = outcome.chunks.spans
-            self._kept_bytes += outcome.embeddings.nbytes + spans.nbytes
+            self.kept_bytes += outcome.embeddings.nbytes + spans.nbytes
             if "text" in self.schema.names:
-                self._kept_bytes += int((spans[:, 3] - spans[:, 2]).sum())
-            if self._kept and self._kept_bytes > _MAX_KEPT_BYTES:
+                self.kept_bytes += int((spans[:, 3] - spans[:, 2]).sum())
+            if self._kept and self.kept_bytes > self._max_kept_bytes:
                 outcome = RowTooLargeError(
-                    f"the chunks of `text` take {self._kept_bytes} bytes or more, at most "
-                    f"{_MAX_KEPT_BYTES} are stored of one row; take larger chunks with less "
-                    "overlap, a shorter text, or DoExchange, which gives chunks as they come",
+                    f"the chunks of `text` take {self.kept_bytes} bytes or more, at most "
+                    f"{self._max_kept_bytes} are stored of one row; take larger chunks with less "
+                    "overlap, a shorter text, or DoExchange, which gives chunks as they come; a "
+                    "server with a larger --max-memory takes more, up to 256 MiB",
                     field="chunking",
-                    allowed=[f"<= {_MAX_KEPT_BYTES} bytes of chunks"],
+                    allowed=[f"<= {self._max_kept_bytes} bytes of chunks"],
                 )
         if isinstance(outcome, FletcherError):
             self._kept.clear()
+            self.kept_bytes = 0
         self._kept.append(outcome)
 
     def _batch(

@@ -167,9 +167,22 @@ class EmbedStream:
             yield result
             del result
 
-    def release(self, num_bytes: int) -> None:
-        """Gives memory back: the data has left the house."""
-        self._allowance.release(num_bytes)
+    def release(self, num_bytes: int, row_bytes: int = 0) -> None:
+        """Gives memory back, that of a row, too: the data has left the house."""
+        self._allowance.release(num_bytes, row_bytes)
+
+    @property
+    def max_row_bytes(self) -> int:
+        """What may be kept of a row; see `Allowance.grow`."""
+        return self._allowance.max_row_bytes
+
+    def grow(self, num_bytes: int) -> None:
+        """Waits until so much may be kept of the row at hand; see `Allowance.grow`."""
+        self._allowance.grow(num_bytes)
+
+    def whole(self) -> int:
+        """What the row at hand takes, of which nothing more comes; see `Allowance.whole`."""
+        return self._allowance.whole()
 
     def keep(self, num_bytes: int) -> bool:
         """Whether the stream may keep this much to its end; see `Allowance.keep`."""

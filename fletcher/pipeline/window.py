@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,8 @@ class Window:
         lengths = _joined([np.diff(tokens.offsets) for tokens in token_batches])
         self._lengths: Int32Array = lengths.astype(np.int32)
         self._starts: Int64Array = np.concatenate(([0], np.cumsum(lengths)))
-        self._first_rows: Int64Array = np.cumsum(
-            [0, *(tokens.num_texts for tokens in token_batches)]
-        )
+        num_texts = (tokens.num_texts for tokens in token_batches)
+        self._first_rows = list(accumulate(num_texts, initial=0))
         late = [tokens.segments for tokens in token_batches if tokens.segments is not None]
         self._segments = _all_segments(late)
         # Where a row's vectors begin, of which it has one or one for each segment.
@@ -118,9 +118,7 @@ class Window:
             tokens = ticket.tokens
             assert tokens is not None
             errors = {
-                row - int(first): error
-                for row, error in self._errors.items()
-                if first <= row < last
+                row - first: error for row, error in self._errors.items() if first <= row < last
             }
             if tokens.segments is not None:
                 ticket.finish(self._of_segments(tokens, embeddings[begin:end], errors, begin))

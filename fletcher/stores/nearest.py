@@ -28,6 +28,20 @@ def unknown_dataset(name: str) -> UnknownDatasetError:
     )
 
 
+def vector_reader(dataset: str, schema: pa.Schema) -> VectorReader:
+    """How a dataset's vectors are read to be searched.
+
+    Raises:
+        ColumnTypeError: They are not dense, or none that Fletcher writes.
+    """
+    try:
+        return VectorReader.of(schema)
+    except ColumnTypeError as error:
+        raise ColumnTypeError(
+            f"dataset `{dataset}` cannot be searched: {error.message}", field="vector"
+        ) from None
+
+
 def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> VectorReader:
     """Refuses what cannot be searched; how the dataset's vectors are read.
 
@@ -36,12 +50,7 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
         ColumnTypeError: The dataset's vectors are none that Fletcher writes.
         InvalidCommandError: `k` is out of range, or `vector` is zero or holds NaN or infinity.
     """
-    try:
-        reader = VectorReader.of(schema)
-    except ColumnTypeError as error:
-        raise ColumnTypeError(
-            f"dataset `{dataset}` cannot be searched: {error.message}", field="vector"
-        ) from None
+    reader = vector_reader(dataset, schema)
     if vector.ndim != 1 or len(vector) != reader.dims:
         raise DimensionMismatchError(
             f"`vector` has {vector.size} dimensions, dataset `{dataset}` has {reader.dims}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ import fletcher
 from fletcher.chunking import Chunking
 from fletcher.errors import InvalidCommandError
 from fletcher.inference.null import null_embeddings
+from fletcher.pipeline.memory import Allowance
 from fletcher.runtime import Runtime
 from fletcher.tokenization.chunker import windows
 from fletcher.tokenization.tokenizer import Tokenizer
@@ -343,3 +345,40 @@ def test_a_document_may_be_larger_than_the_budget(
     assert (summary.complete, summary.rows_stored) == (True, 1)
     stored = server.service.delivery.stores["default"].scan("large", columns=["text"]).read_all()
     assert "".join(stored.column("text").to_pylist()) == text
+
+
+def test_rows_of_many_chunks_share_the_memory_that_there_is(
+    server: Runtime, client: fletcher.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every stream kept as much as it liked, beside the budget.
+    peaks = [0]
+    add = Allowance._add_row
+
+    def counted(allowance: Allowance, num_bytes: int) -> None:
+        add(allowance, num_bytes)
+        peaks.append(max(peaks.pop(), allowance._budget._rows_used))
+
+    monkeypatch.setattr(Allowance, "_add_row", counted)
+    texts = [text_of(70_000, seed) for seed in (3, 7)]
+    table = pa.table({"id": pa.array(range(2), pa.int64()), "text": texts})
+    options = fletcher.EmbedOptions(chunking="tokens:16:none", dtype="float16", durability="store")
+
+    def put(number: int) -> fletcher.PutSummary:
+        return client.put(table, replace(options, dataset=f"many{number}"))
+
+    executor = ThreadPoolExecutor(4)
+    try:
+        summaries = list(executor.map(put, range(4), timeout=60))
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+    assert [(one.complete, one.rows_stored) for one in summaries] == [(True, 2)] * 4
+    # One row takes more than half of the room for all of them, which is 3/16 of the budget.
+    budget = server.service.budget
+    assert budget.max_row_bytes * 3 // 4 < peaks[0] <= budget.total_bytes * 3 // 16
+    assert budget.statistics()["used_bytes"] == 0
+    stored = server.service.delivery.stores["default"].scan("many3", columns=["text"]).read_all()
+    assert "".join(stored.column("text").to_pylist()) == "".join(texts)
+    whole = pa.table({"text": [text_of(100_000)]})
+    summary = client.put(whole, replace(options, dataset="more"))
+    assert [(one.code, one.row) for one in summary.errors] == [("row_too_large", 0)]
+    assert f"at most {budget.max_row_bytes} are stored of one row" in summary.errors[0].message

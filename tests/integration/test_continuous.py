@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -237,6 +239,26 @@ def test_a_client_that_goes_leaves_nothing(server: Runtime) -> None:
         call.send(("a", TEXT))
     wait_until(lambda: server.service.calls.num_open == 0)
     assert held_bytes(server) == 0
+
+
+def test_no_tokenizer_knows_anything_of_a_document(
+    start_server: StartServer,
+) -> None:
+    server = start_server()
+    (running,) = server.service.models.running()
+    assert running.model is not None
+    tokenizers = running.model.embedder.tokenizers
+    with fletcher.connect(server.address) as client:
+        expected = whole_rows(client, {"a": TEXT})
+    with calling(server) as call:
+        found = []
+        for number, piece in enumerate(cut(TEXT, 9, 6)):
+            found += call.send(("a", piece))[1]
+            if number in (1, 3):
+                for one in tokenizers.process_ids():
+                    os.kill(one, signal.SIGKILL)
+        found += [row for _, rows in call.end() for row in rows]
+    assert found == expected
 
 
 def test_a_client_that_never_reads_is_stopped(server: Runtime) -> None:

@@ -168,7 +168,9 @@ def test_the_command_prints_them(
 
 
 @pytest.mark.parametrize("mode", ["append", "upsert", "delta"])
-def test_stores_of_ones_own_take_them(client: Client, vectors: Path, mode: str) -> None:
+def test_stores_of_ones_own_take_them(
+    client: Client, vectors: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = list(expected(client.list_models()[0]["name"]))
     dataset = f"{kind(client)}-{mode}"
     data = pa.table({"id": [str(n) for n in range(len(texts))], "text": texts})
@@ -180,6 +182,9 @@ def test_stores_of_ones_own_take_them(client: Client, vectors: Path, mode: str) 
     right = exchanged(client, data, dtype="float16")["vector"].to_pylist()
     for number, vector in zip(stored["id"].to_pylist(), stored["vector"].to_pylist(), strict=True):
         assert vector == right[int(number)]
+    argv = ["search", "vector", "--dataset", dataset, "--store", f"lance:{vectors}"]
+    assert main([*argv, "--server", client.address]) != 0
+    assert "cannot be searched: `vector` is list<" in capsys.readouterr().err
 
 
 def test_a_store_that_takes_dense_vectors_alone_says_so(client: Client) -> None:

@@ -131,6 +131,7 @@ def test_latency_reports_idle_and_loaded(home: Path) -> None:
     )
     assert [row["name"] for row in result["rows"]] == [
         "bare engine, ready tokens",
+        "the same, 2 ms pause before each",
         "Fletcher, idle",
         "Fletcher, under bulk load",
     ]

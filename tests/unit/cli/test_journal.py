@@ -43,6 +43,15 @@ def test_an_empty_journal(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "there is no journal" in capsys.readouterr().err
 
 
+def test_the_journal_of_another_home(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(folder)
+    monkeypatch.setenv("FLETCHER_HOME", str(folder))
+    assert main(["journal", "status", "--home", str(folder.parents[2])]) == 0
+    assert "10 rows" in capsys.readouterr().out
+
+
 def test_what_waits_was_sent_or_is_damaged(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

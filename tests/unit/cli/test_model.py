@@ -27,7 +27,7 @@ def test_the_life_of_a_model(capsys: pytest.CaptureFixture[str], home: Path) -> 
     assert (added["name"], added["dim"], added["source"]) == ("tiny", 32, "folder:tiny")
 
     assert main(["model", "show", "tiny"]) == 0
-    assert f"hash            {added['hash']}\n" in capsys.readouterr().out
+    assert ["hash", added["hash"]] in map(str.split, capsys.readouterr().out.splitlines())
     assert main(["model", "list"]) == 0
     assert f"tiny@{added['hash']}" in capsys.readouterr().out
     assert main(["model", "verify"]) == 0
@@ -47,6 +47,22 @@ def test_the_life_of_a_model(capsys: pytest.CaptureFixture[str], home: Path) -> 
     assert json.loads(capsys.readouterr().out) == {"removed": "tiny"}
     assert main(["model", "list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+
+
+def test_the_models_of_another_home(
+    capsys: pytest.CaptureFixture[str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A server with `home` in its file served others than these commands showed.
+    file = home / "fletcher.toml"
+    file.write_text(f'home = "{home / "other"}"\n')
+    assert main(["model", "add", TINY, "--home", str(home / "other")]) == 0
+    capsys.readouterr()
+    assert main(["model", "list"]) == 0
+    assert "no models yet" in capsys.readouterr().out
+    monkeypatch.delenv("FLETCHER_HOME")
+    for place in (["--home", str(home / "other")], ["--config", str(file)]):
+        assert main(["model", "list", *place]) == 0
+        assert capsys.readouterr().out.startswith("tiny@")
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,58 @@ def test_the_short_way_of_a_single_row_makes_the_same_piece(
     }
 
 
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("text", ["alone", None])
+def test_the_short_way_of_a_single_row_makes_the_same_output(
+    text: str | None, truncated: bool
+) -> None:
+    batch = pa.record_batch({"text": pa.array([text], pa.utf8())})
+    (piece,) = make(batch.schema).pieces(batch, 0, 41)
+    outcome = EmbeddingBatch(
+        embeddings=np.array([[0.25, -1.5]] * piece.texts.num_texts, np.float32).reshape(-1, 2),
+        norms=None,
+        token_count=np.full(piece.texts.num_texts, 7, np.int32),
+        truncated=np.full(piece.texts.num_texts, truncated),
+    )
+    # A column more is not plain.
+    schemas = [output_schema(SPEC, id_type=pa.utf8(), text=more) for more in (False, True)]
+    (short, errors), (long, _) = (
+        assembled(Assembler(schema, SPEC, "u"), piece, outcome) for schema in schemas
+    )
+    short.validate(full=True)
+    assert short.equals(long.drop_columns("text"))
+    assert sorted(errors) == ([0] if text is None else [])
+    assert short.column("vector").to_pylist() == [None if text is None else [0.25, -1.5]]
+
+
+def test_a_single_row_keeps_the_id_that_came_with_it() -> None:
+    batch = pa.record_batch({"text": ["alone"], "id": ["mine"]})
+    (piece,) = make(batch.schema).pieces(batch, 0, 0)
+    outcome = EmbeddingBatch(
+        np.ones((1, 2), np.float32), None, np.ones(1, np.int32), np.zeros(1, np.bool_)
+    )
+    assembler = Assembler(output_schema(SPEC, id_type=pa.utf8()), SPEC, "u")
+    assert assembled(assembler, piece, outcome)[0].column("id").to_pylist() == ["mine"]
+
+
+def test_a_single_text_that_failed_is_a_null_beside_its_error() -> None:
+    batch = pa.record_batch({"text": ["alone"]})
+    (piece,) = make(batch.schema).pieces(batch, 0, 0)
+    failure = RowTooLargeError("too long", field="truncate")
+    empty = EmbeddingBatch(
+        np.zeros((1, 2), np.float32),
+        None,
+        np.zeros(1, np.int32),
+        np.zeros(1, np.bool_),
+        {0: failure},
+    )
+    assembler = Assembler(output_schema(SPEC, id_type=pa.utf8()), SPEC, "u")
+    for outcome in (failure, empty):
+        output, errors = assembled(assembler, piece, outcome)
+        assert output.column("vector").to_pylist() == [None]
+        assert errors == {0: failure}
+
+
 def test_a_repeated_text_is_embedded_once_a_piece() -> None:
     texts = ["b", "a", "b", "b", "a", "c", "a", "a"]
     batch = pa.record_batch({"text": texts})

@@ -110,3 +110,42 @@ def test_a_peer_that_goes_in_the_middle_of_an_array_is_gone():
         ours.close()
         with pytest.raises(EOFError):
             receive(theirs)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("num_rows", [0, 1, 3])
+def test_short_runs_arrive_whole_and_are_no_pickles(num_rows, normed):
+    ids, lengths = np.arange(num_rows * 5, dtype=np.int32), np.full(num_rows, 5, np.int32)
+    request = Request(2**40, MicroBatch(ids, lengths, 6), urgent=True)
+    assert b"MicroBatch" not in encode(request).head
+    arrived = through(request)
+    assert (arrived.job_id, arrived.urgent, arrived.payload.layers) == (2**40, True, 6)
+    assert np.array_equal(arrived.payload.input_ids, ids)
+    assert np.array_equal(arrived.payload.lengths, lengths)
+    vectors = np.random.default_rng(0).random((num_rows, 9), np.float32)
+    norms = np.arange(num_rows, dtype=np.float32) if normed else None
+    response = Response(3, InferenceResult(vectors, norms, 0.25, 512), 0.5)
+    assert b"InferenceResult" not in encode(response).head
+    arrived = through(response)
+    assert (arrived.job_id, arrived.seconds) == (3, 0.5)
+    assert (arrived.payload.compute_s, arrived.payload.budget_tokens) == (0.25, 512)
+    assert np.array_equal(arrived.payload.embeddings, vectors)
+    assert arrived.payload.embeddings.shape == vectors.shape
+    assert (arrived.payload.norms is None) == (not normed)
+    assert not normed or np.array_equal(arrived.payload.norms, norms)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        InferenceResult(np.ones((3, 2), np.float32), None, 0.0, counts=np.array([1, 2], np.int32)),
+        InferenceResult(np.ones(4, np.float32), None, 0.0),
+        InferenceResult(np.ones((2, 2), np.float32), np.ones((2, 1), np.float32), 0.0),
+    ],
+)
+def test_answers_of_another_shape_arrive_as_they_were(result):
+    arrived = through(Response(1, result, 0.0)).payload
+    for name in ("embeddings", "norms", "counts"):
+        one, other = getattr(result, name), getattr(arrived, name)
+        assert (one is None) == (other is None)
+        assert one is None or (one.shape == other.shape and np.array_equal(one, other))
