@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from fletcher.options import CHOICES, EmbedOptions
 from fletcher.schema import CHUNK_FIELDS
 
 if TYPE_CHECKING:
-    from io import BufferedIOBase
+    from io import BufferedReader
 
     from fletcher.client import Client
 
@@ -113,7 +113,7 @@ class _Texts:
         self._given = given
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        texts = stdin_lines() if self._given == ["-"] else iter(self._given)
+        texts = lines(_standard_input()) if self._given == ["-"] else iter(self._given)
         while chunk := list(itertools.islice(texts, BATCH_TEXTS)):
             yield pa.record_batch([pa.array(chunk, pa.utf8())], schema=self.schema)
 
@@ -124,7 +124,7 @@ class _Pieces:
     schema = _Texts.schema
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        stdin = cast("BufferedIOBase", sys.stdin.buffer)
+        stdin = _standard_input()
         decoder = codecs.getincrementaldecoder("utf-8")()
         more = True
         while more:
@@ -140,9 +140,17 @@ class _Pieces:
                 yield pa.record_batch([pa.array([piece], pa.utf8())], schema=self.schema)
 
 
-def stdin_lines() -> Iterator[str]:
+def _standard_input() -> BufferedReader:
+    """Standard input for a thread that may still wait in it when the process ends.
+
+    Python takes the lock of `sys.stdin` then, and aborts where a thread has it.
+    """
+    return open(sys.stdin.fileno(), "rb", closefd=False)
+
+
+def lines(stdin: Iterable[bytes]) -> Iterator[str]:
     """The lines of standard input. Raises InvalidCommandError for what is not UTF-8."""
-    for number, line in enumerate(sys.stdin.buffer, 1):
+    for number, line in enumerate(stdin, 1):
         try:
             yield line.rstrip(b"\r\n").decode()
         except UnicodeDecodeError:

@@ -67,8 +67,8 @@ def add_parser(subparsers: Any) -> None:
         metavar="LIST",
         help="what to compare: 'backend=openvino precision=bfloat16,float32 dims=384,128 "
         "dtype=float32,float16' is every combination; keys: backend, precision, layers, dims, "
-        "dtype; repeatable (default: every engine here, and the depths, widths and types that the "
-        "model declares)",
+        "dtype, chunking (of documents, one vector each); repeatable (default: every engine here, "
+        "and the depths, widths and types that the model declares)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
     parser.add_argument(

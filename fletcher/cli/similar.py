@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.connection import add_connection, local_config, open_client
-from fletcher.cli.embed import stdin_lines
+from fletcher.cli.embed import lines
 from fletcher.cli.parser import add_format, check_server, given_flags
 from fletcher.cli.table import cut, printable, say, terminal_width
 from fletcher.config import NO_STORE
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             "`candidates` is -, and so is the text: standard input can be one of them",
             field="candidates",
         )
-    texts = list(stdin_lines()) if args.texts == ["-"] else args.texts
+    texts = list(lines(sys.stdin.buffer)) if args.texts == ["-"] else args.texts
     _check_number(texts, 1 if args.candidates else 2)
     source = None
     if args.candidates:

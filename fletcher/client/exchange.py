@@ -80,6 +80,7 @@ class Exchange:
         self._input_schema = schema
         self._messages = outgoing
         self._in_input = False
+        self._left = False  # by a caller who does not wait for the input
         self._kept: list[Message] | None = []  # to be sent again; None: the call cannot begin anew
         self._kept_bytes = 0
         self._num_retries = 0
@@ -186,14 +187,19 @@ class Exchange:
         for thread in self._threads:
             while thread.is_alive() and time.monotonic() < deadline:
                 if leave_input and self._in_input and thread is self._threads[0]:
+                    with self._changed:
+                        self._left = not self._written
                     break
                 thread.join(min(_LOOK_S, max(0.0, deadline - time.monotonic())))
         if any(thread.is_alive() for thread in self._threads):
             return False
-        # Else pyarrow does it on deletion, and prints what the call ended with.
+        self._close_writer()
+        return True
+
+    def _close_writer(self) -> None:
+        """Else pyarrow does it on deletion, and prints what the call ended with."""
         with suppress(FletcherError), self._connection.errors():
             self._writer.close()
-        return True
 
     def _begin_anew(self, failure: BaseException) -> bool:
         """Whether the call begins again, after a pause: it failed for now and gave no answer."""
@@ -277,6 +283,8 @@ class Exchange:
         with self._changed:
             self._written = True
             self._changed.notify_all()
+        if self._left:
+            self._close_writer()
 
     def _next(self) -> Message | None:
         """The next of what is sent; waits for the caller's input."""

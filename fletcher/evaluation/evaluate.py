@@ -118,10 +118,8 @@ class Report:
         least = 0
         for row in self.rows:
             if row.num_alike > least:
-                one = row.variant
                 yield (
-                    f"{one.engine}, {one.layers} layers, {one.dims} dims, {one.dtype}: "
-                    f"{row.num_alike:,} documents share their vector with another"
+                    f"{row.variant}: {row.num_alike:,} documents share their vector with another"
                 )
             least = max(least, first.num_alike)  # of others, what they add
 
@@ -163,17 +161,19 @@ def evaluate(
                 more = usual(engines, model) if variants is None else variants
                 todo = list(dict.fromkeys(one.of(model) for one in (*todo, *more)))
                 _try(client, model, todo)
-            rates: dict[int | None, float] = {}
+            rates: dict[tuple[int | None, str | None], float] = {}
             for variant in [one for one in todo if one.engine == engine]:
-                progress(f"{engine}, {variant.layers} layers, {variant.dims} dims, {variant.dtype}")
+                progress(str(variant))
                 queries, documents = _embed(client, model, variant, pairs)
+                run = (variant.layers, variant.chunking)
                 if documents.texts_per_s is not None:
-                    rates[variant.layers] = documents.texts_per_s
+                    rates[run] = documents.texts_per_s
                 if reference is None:
                     reference = _Reference.of(queries.vectors, documents.vectors, pairs)
                     num_truncated = documents.num_truncated
-                rate = rates.get(variant.layers)
-                rows[variant] = _compare(variant, queries, documents, pairs, reference, rate)
+                rows[variant] = _compare(
+                    variant, queries, documents, pairs, reference, rates.get(run)
+                )
         todo = [one for one in todo if one.engine != engine]
     return Report(model, pairs, list(rows.values()), num_truncated)
 
@@ -181,7 +181,8 @@ def evaluate(
 def _try(client: Client, model: Mapping[str, Any], variants: Iterable[Variant]) -> None:
     """Has the server refuse now what it would refuse after much work."""
     for variant in variants:
-        embed(client, pa.array(["a text"]), **_options(variant, model))
+        options = _options(variant, model)
+        embed(client, pa.array(["a text"]), chunking=variant.chunking, **options)
 
 
 def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,13 +198,12 @@ def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
 def _embed(
     client: Client, model: Mapping[str, Any], variant: Variant, pairs: Pairs
 ) -> tuple[Embedded, Embedded]:
-    """Queries and documents; queries stay float32, as those of searches are."""
+    """Queries and documents; queries stay float32, and whole, as those of searches are."""
     options = _options(variant, model)
     asked = {**options, "dtype": "float32"}
     queries = embed(client, pairs.queries, prompt=default_prompt(model, QUERY_PROMPTS), **asked)
-    documents = embed(
-        client, pairs.documents, prompt=default_prompt(model, DOCUMENT_PROMPTS), **options
-    )
+    prompt = default_prompt(model, DOCUMENT_PROMPTS)
+    documents = embed(client, pairs.documents, prompt=prompt, chunking=variant.chunking, **options)
     return queries, documents
 
 

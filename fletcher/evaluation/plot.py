@@ -50,13 +50,13 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _sizes(axes: Any, report: Report) -> None:
-    """A line for each engine, depth and type, over its widths."""
+    """A line for each engine, depth, type and way to cut, over its widths."""
     lines: dict[str, list[Row]] = defaultdict(list)
     depths = {row.variant.layers for row in report.rows}
     for row in report.rows:
         one = row.variant
         depth = f", {one.layers} layers" if len(depths) > 1 else ""
-        lines[f"{one.engine}{depth}, {one.dtype}"].append(row)
+        lines[f"{one.engine}{depth}, {one.dtype}{_cut(row)}"].append(row)
     for label, rows in lines.items():
         rows.sort(key=lambda row: row.bytes_per_vector)
         sizes = [row.bytes_per_vector for row in rows]
@@ -74,15 +74,20 @@ def _sizes(axes: Any, report: Report) -> None:
 
 
 def _speeds(axes: Any, report: Report) -> None:
-    """A point for each engine and depth, at its best."""
-    best: dict[tuple[str, int | None], Row] = {}
+    """A point for each engine, depth and way to cut, at its best."""
+    best: dict[tuple[str, int | None, str], Row] = {}
     for row in report.rows:
-        key = str(row.variant.engine), row.variant.layers
+        key = str(row.variant.engine), row.variant.layers, _cut(row)
         if row.texts_per_s is not None and (key not in best or row.ndcg > best[key].ndcg):
             best[key] = row
-    for (engine, layers), row in best.items():
-        axes.plot([row.texts_per_s], [row.ndcg], "o", label=f"{engine}, {layers} layers")
+    for (engine, layers, cut), row in best.items():
+        axes.plot([row.texts_per_s], [row.ndcg], "o", label=f"{engine}, {layers} layers{cut}")
     axes.set_xlabel("texts/s")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+
+
+def _cut(row: Row) -> str:
+    chunking = row.variant.chunking
+    return "" if chunking is None else f", {chunking}"

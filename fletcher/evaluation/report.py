@@ -7,20 +7,22 @@ from typing import Any
 
 from fletcher.evaluation.evaluate import Report, Row
 
-_HEADS = ("engine", "layers", "dims", "dtype")
+_HEADS = ("engine", "layers", "dims", "dtype", "chunking")
 _SEARCH = ("R@1", "R@10", "R@100", "NDCG@10", "lost", "top 10", "of 40")
 _VECTORS = ("cosine", "p1", "min", "Spearman", "align", "uniform", "texts/s", "bytes")
 
 
 def table(report: Report) -> list[str]:
     """Lines for a terminal: what was found, then what the vectors are like."""
-    heads = [_head(row) for row in report.rows]
+    # Most look at none: their table is wide enough.
+    width = len(_HEADS) - all(row.variant.chunking is None for row in report.rows)
+    heads = [_head(row)[:width] for row in report.rows]
     found = [_searched(row) for row in report.rows]
     vectors = [_described(row) for row in report.rows]
     return [
-        *_columns([_HEADS, *heads], [_SEARCH, *found]),
+        *_columns([_HEADS[:width], *heads], [_SEARCH, *found]),
         "",
-        *_columns([_HEADS, *heads], [_VECTORS, *vectors]),
+        *_columns([_HEADS[:width], *heads], [_VECTORS, *vectors]),
     ]
 
 
@@ -51,7 +53,7 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 def _head(row: Row) -> tuple[str, ...]:
     one = row.variant
-    return str(one.engine), str(one.layers), str(one.dims), one.dtype
+    return str(one.engine), str(one.layers), str(one.dims), one.dtype, one.chunking or "none"
 
 
 def _searched(row: Row) -> tuple[str, ...]:
@@ -77,10 +79,11 @@ def _described(row: Row) -> tuple[str, ...]:
 
 def _columns(left: list[tuple[str, ...]], right: list[tuple[str, ...]]) -> list[str]:
     rows = [(*first, *second) for first, second in zip(left, right, strict=True)]
+    words = [0, *range(3, len(left[0]))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.ljust(width) if column in (0, 3) else cell.rjust(width)
+            cell.ljust(width) if column in words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

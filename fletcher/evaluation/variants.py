@@ -1,4 +1,4 @@
-"""What is compared: engines, depths, widths and types, named in lists."""
+"""What is compared: engines, depths, widths, types and ways to cut, named in lists."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fletcher.chunking import AGGREGATIONS, Chunking
 from fletcher.config import nearest
 from fletcher.errors import InvalidCommandError
 from fletcher.options import CHOICES
 
-KEYS = ("backend", "precision", "layers", "dims", "dtype")
+KEYS = ("backend", "precision", "layers", "dims", "dtype", "chunking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,18 @@ class Variant:
         layers: Exit layer; None: all layers.
         dims: Leading dimensions; None: all.
         dtype: Element type.
+        chunking: How documents are cut, and their chunks made one vector; None: not at all.
     """
 
     engine: Engine
     layers: int | None = None
     dims: int | None = None
     dtype: str = "float32"
+    chunking: str | None = None
+
+    def __str__(self) -> str:
+        cut = "" if self.chunking is None else f", {self.chunking}"
+        return f"{self.engine}, {self.layers} layers, {self.dims} dims, {self.dtype}{cut}"
 
     def of(self, model: Mapping[str, Any]) -> Variant:
         """The same with `layers` and `dims` as numbers, as the server's ModelInfo has them."""
@@ -71,6 +78,7 @@ def parse(text: str, engines: Sequence[Engine]) -> list[Variant]:
         "layers": [""],
         "dims": [""],
         "dtype": ["float32"],
+        "chunking": ["none"],
     }
     for word in text.split():
         key, equals, values = word.partition("=")
@@ -104,8 +112,9 @@ def parse(text: str, engines: Sequence[Engine]) -> list[Variant]:
             _number("layers", layers),
             _number("dims", dims),
             dtype,
+            _chunking(chunking),
         )
-        for backend, precision, layers, dims, dtype in itertools.product(
+        for backend, precision, layers, dims, dtype, chunking in itertools.product(
             *(lists[key] for key in KEYS)
         )
     ]
@@ -130,6 +139,18 @@ def usual(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[Variant]:
             if dtype != "ubinary" or dims % 8 == 0  # eight dimensions are a byte
         ),
     ]
+
+
+def _chunking(text: str) -> str | None:
+    chunking = Chunking.parse(text)
+    if chunking is not None and chunking.rows:
+        raise InvalidCommandError(
+            f"`chunking` is {text!r} in `variants`, which gives a document several vectors; ask "
+            "for one that makes one of them",
+            field="chunking",
+            allowed=[one for one in AGGREGATIONS if one != chunking.aggregation],
+        )
+    return None if chunking is None else str(chunking)
 
 
 def _number(key: str, text: str) -> int | None:

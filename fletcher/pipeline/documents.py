@@ -119,13 +119,15 @@ class DocumentIntake(Intake):
             if document is None or first or not document.goes_on(ids):
                 yield from self._end()
                 document = self._document = _Document(_row(used, first), row_first + first)
-            failures = {} if document.failed else errors.of(first, last)
-            if failures:
+            if document.failed:
+                continue
+            bad = errors.first(first, last)
+            end = last if bad is None else bad
+            yield from self._go_on(document, view[offsets[first] : offsets[end]])
+            if bad is not None:
                 document.failed = True
                 # It ends the text so far, too: what comes would go on from there.
-                yield _Part(document, b"", error=failures[min(failures)])
-            if not document.failed:
-                yield from self._go_on(document, view[offsets[first] : offsets[last]])
+                yield _Part(document, b"", error=errors.of(bad, bad + 1)[0])
         if ends:
             yield from self._end()
 

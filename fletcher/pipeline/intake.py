@@ -220,13 +220,13 @@ class Intake:
             text = large_utf8(text)
             sizes = np.diff(text_offsets(text))
         errors = RowErrors(used, sizes, self._limits.max_row_bytes)
-        held_bytes = self._held_bytes(batch, used)
+        held_bytes = self._held_bytes(batch, used, int(sizes.sum()))
         shared = new_table = False
         rows = self._chunking is not None and self._chunking.rows  # any number a value: no table
         if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
-        priority = self._class_of(batch.num_rows, int(sizes.sum()) if len(sizes) else 0)
+        priority = self._class_of(batch.num_rows, int(sizes.sum()))
         limits = self._bulk_limits if priority == "bulk" else self._limits
         bounds = _cuts(sizes, limits.piece_rows, limits.piece_bytes)
         for index, (first, last) in enumerate(bounds):
@@ -307,7 +307,9 @@ class Intake:
             skipped=np.zeros(1, np.bool_),
             timestamp_ns=time.time_ns(),
             last=True,
-            num_bytes=self._limits.bytes_per_byte * len(data) + self._limits.bytes_per_row,
+            num_bytes=(self._limits.bytes_per_byte - 1) * len(data)
+            + self._limits.bytes_per_row
+            + size,
             priority=self._class_of(1, len(data)),
         )
 
@@ -369,18 +371,21 @@ class Intake:
                 allowed=[f"<= {self._limits.max_message_bytes} bytes"],
             )
 
-    def _held_bytes(self, batch: pa.RecordBatch, used: pa.RecordBatch) -> int:
-        """What a batch keeps in memory beside its texts.
+    def _held_bytes(self, batch: pa.RecordBatch, used: pa.RecordBatch, text_bytes: int) -> int:
+        """What a batch keeps in memory beside its texts, of so many bytes.
 
-        Used columns or not: a column that came over Flight keeps its whole message.
+        Used columns or not: a column that came over Flight keeps its whole message, and its buffers
+        may hold more than its rows refer to.
         """
-        texts = batch.column(self._text).get_total_buffer_size()
+        text = batch.column(self._text)
+        if pa.types.is_dictionary(text.type):
+            text_bytes = text.nbytes
         decoded = sum(
             used.column(f"carried:{batch.schema.field(index).name}").nbytes
             for index in self._carried
             if pa.types.is_dictionary(batch.schema.field(index).type)
         )
-        return int(max(0, batch.get_total_buffer_size() - texts) + decoded)
+        return int(max(0, batch.get_total_buffer_size() - text_bytes) + decoded)
 
     def _remember(self, dictionary: pa.Array, keep: Callable[[int], bool]) -> bool:
         """Keeps a dictionary for a table of its vectors, if there is room for that."""

@@ -9,8 +9,12 @@ that at a character: the word there may then have other tokens than it has whole
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
+# Greedy: the last one. There may be any number of other spaces behind it.
+_BETWEEN_WORDS = re.compile(r".* (?<=[^\W_] )(?=[^\W_])", re.DOTALL)
 _SPACE = np.zeros(256, np.bool_)
 _SPACE[list(b" \t\n\r")] = True
 
@@ -65,8 +69,7 @@ def _between_words(text: bytes, limit: int | None = None) -> int:
     The text may end within a character.
     """
     words = text.decode(errors="ignore")
-    place = len(words) if limit is None else len(text[:limit].decode(errors="ignore")) + 1
-    while (place := words.rfind(" ", 1, place)) > 0:
-        if words[place - 1].isalnum() and words[place + 1 : place + 2].isalnum():
-            return len(words[:place].encode())
-    return 0
+    # Up to the limit, the space behind it, and one character more.
+    end = len(words) if limit is None else len(text[:limit].decode(errors="ignore")) + 2
+    found = _BETWEEN_WORDS.match(words, 0, end)
+    return 0 if found is None else len(found[0].encode()) - 1

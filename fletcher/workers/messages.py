@@ -25,11 +25,12 @@ _MIN_ASIDE_BYTES = 16 << 10
 
 # In the place of the number of arrays: what follows is no pickle.
 _RUN, _RAN = 2**64 - 1, 2**64 - 2
+# Heads are whole words, so that the arrays behind them are aligned.
 # That, the job, whether it is urgent, layers, rows, tokens; then tokens and lengths.
-_RUN_HEAD = struct.Struct("<Qq?3q")
+_RUN_HEAD = struct.Struct("<Qq4q")
 # That, the job, seconds in the worker and of the device, its budget, rows, columns, whether there
 # are norms; then vectors and norms.
-_RAN_HEAD = struct.Struct("<Qqdd3q?")
+_RAN_HEAD = struct.Struct("<Qqdd4q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,29 +138,38 @@ def receive(connection: Connection) -> Any:
 def _short(message: Any) -> bytes | None:
     """A run of a few rows, or its answer; None: it is something else."""
     if isinstance(message, Request) and isinstance(message.payload, MicroBatch):
-        batch = message.payload
-        plain = batch.segments is None and not batch.half
-        if batch.input_ids.nbytes >= _MIN_ASIDE_BYTES or not plain:
-            return None
-        head = _RUN_HEAD.pack(
-            *(_RUN, message.job_id, message.urgent, batch.layers),
-            *(len(batch.lengths), len(batch.input_ids)),
-        )
-        return head + batch.input_ids.tobytes() + batch.lengths.tobytes()
+        return _short_run(message, message.payload)
     if isinstance(message, Response) and isinstance(message.payload, InferenceResult):
-        result = message.payload
-        vectors, norms = result.embeddings, result.norms
-        plain = vectors.ndim == 2 and vectors.dtype == np.float32 and result.counts is None
-        if vectors.nbytes >= _MIN_ASIDE_BYTES or not plain:
-            return None
-        if norms is not None and norms.shape != vectors.shape[:1]:
-            return None
-        head = _RAN_HEAD.pack(
-            *(_RAN, message.job_id, message.seconds, result.compute_s, result.budget_tokens),
-            *(*vectors.shape, norms is not None),
-        )
-        return head + vectors.tobytes() + (b"" if norms is None else norms.tobytes())
+        return _short_answer(message, message.payload)
     return None
+
+
+def _short_run(request: Request, batch: MicroBatch) -> bytes | None:
+    ids, lengths = batch.input_ids, batch.lengths
+    plain = batch.segments is None and not batch.half
+    if not plain or not ids.dtype == lengths.dtype == np.int32:
+        return None
+    if ids.nbytes >= _MIN_ASIDE_BYTES:
+        return None
+    head = _RUN_HEAD.pack(
+        _RUN, request.job_id, request.urgent, batch.layers, len(lengths), len(ids)
+    )
+    return head + ids.tobytes() + lengths.tobytes()
+
+
+def _short_answer(response: Response, result: InferenceResult) -> bytes | None:
+    vectors, norms = result.embeddings, result.norms
+    if result.counts is not None or vectors.ndim != 2 or vectors.dtype != np.float32:
+        return None
+    if norms is not None and (norms.shape != vectors.shape[:1] or norms.dtype != np.float32):
+        return None
+    if vectors.nbytes >= _MIN_ASIDE_BYTES:
+        return None
+    head = _RAN_HEAD.pack(
+        *(_RAN, response.job_id, response.seconds, result.compute_s, result.budget_tokens),
+        *(*vectors.shape, norms is not None),
+    )
+    return head + vectors.tobytes() + (b"" if norms is None else norms.tobytes())
 
 
 def _run(head: memoryview) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -317,7 +318,7 @@ def test_the_client_gives_chunks_while_it_takes_pieces(
 
 
 def test_who_leaves_does_not_wait_for_the_next_piece(
-    client: fletcher.Client, server: Runtime
+    client: fletcher.Client, server: Runtime, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pieces: queue.Queue[str] = queue.Queue()
     with client.stream(iter(pieces.get, "END"), chunking="tokens:8:none") as stream:
@@ -326,7 +327,14 @@ def test_who_leaves_does_not_wait_for_the_next_piece(
         started_s = time.monotonic()
     assert time.monotonic() - started_s < 4  # it waits 5 s for a thread that may end by itself
     wait_until(lambda: server.service.calls.num_open == 0)
-    pieces.put("END")
+    writing = stream._exchange._threads[0]
+    del stream
+    pieces.put("and then")
+    writing.join(30)
+    assert not writing.is_alive()
+    del writing
+    gc.collect()
+    assert "Close() failed" not in capfd.readouterr().err
 
 
 def test_the_example_prints_the_same_chunks_of_lines_and_of_texts(server: Runtime) -> None:

@@ -283,6 +283,20 @@ def test_embed_prints_chunks_of_a_text_that_goes_on(
     assert "`continuous` goes with -" in done.err
 
 
+@pytest.mark.parametrize("how", [("--continuous", "--chunking", "tokens:8:none"), ()])
+def test_a_refusal_is_told_while_more_may_come(
+    place: Place, server: tuple[str, str], how: tuple[str, ...]
+) -> None:
+    argv = place.command("embed", "-", "--dims", "33", *how, *at(server))
+    with subprocess.Popen(
+        argv, env=place.environ, text=True, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()  # to the process's end: nothing was written, nor the end
+    assert (process.returncode, said.count("\n")) == (1, 1), said
+    assert "`dims` is 33" in said
+
+
 def test_what_is_sent_is_compressed_as_asked(call: Call, server: tuple[str, str]) -> None:
     address, token = server
     sizes = []

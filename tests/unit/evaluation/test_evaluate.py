@@ -68,7 +68,7 @@ class Server:
         self.log.append((self.engine, options))
         if options.dims == 5:
             raise DimensionMismatchError("`dims` is 5")
-        key = (options.prompt, options.layers)
+        key = (options.prompt, options.layers, options.chunking)
         self.hits += key in self.seen
         self.seen.add(key)
         spec = VectorSpec("m@0", options.dims or DIM, options.dtype, 6, "mean", normalized=False)
@@ -231,6 +231,18 @@ def test_warnings_say_what_makes_rows_doubtful(pairs):
     assert "3 of 300 documents are longer than 8 tokens" in warnings
     assert "anisotropy" in warnings
     assert "exact float32, 6 layers, 16 dims, float32: 10 documents share their vector" in warnings
+
+
+def test_documents_are_cut_and_queries_are_not(run, tmp_path):
+    found, log = run([Variant(EXACT), Variant(EXACT, chunking="tokens:8/0:mean")])
+    asked = {(options.prompt, options.chunking) for _, options in log}
+    cut = ("passage", "tokens:8/0:mean")
+    # Without a prompt: what is refused is known before.
+    assert asked == {("query", None), ("passage", None), cut, (None, None), (None, cut[1])}
+    lines = report.table(found)
+    assert [line.split()[5] for line in lines[:3]] == ["R@1", "none", "tokens:8/0:mean"]
+    assert found.rows[1].texts_per_s is not None
+    plot.draw(found, tmp_path / "plot.png")
 
 
 def test_table_json_and_plot(run, tmp_path):

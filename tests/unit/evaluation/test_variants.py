@@ -19,6 +19,11 @@ def test_a_list_is_every_combination():
     ]
     assert parse("backend=onnxruntime precision=float32 layers=3", [OWN]) == [Variant(OTHER, 3)]
     assert parse("", [OWN]) == [Variant(OWN)]
+    assert parse("chunking=none,tokens:8/2:max,each-sentence:late", [OWN]) == [
+        Variant(OWN),
+        Variant(OWN, chunking="tokens:8/2:max"),
+        Variant(OWN, chunking="each-sentence:mean:late"),
+    ]
     on_gpu = Engine("onnxruntime", "float16", "cuda")
     assert parse("precision=float32", [on_gpu]) == [
         Variant(Engine("onnxruntime", "float32", "cuda"))
@@ -38,12 +43,14 @@ def test_a_backend_without_a_precision_has_its_usual_one():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("dim=384", "did you mean dims.*backend, precision, layers, dims, dtype"),
+        ("dim=384", "did you mean dims.*backend, precision, layers, dims, dtype, chunking"),
         ("dims=", "'dims=', which leaves out a value"),
         ("dims=384,", "leaves out a value"),
         ("dims", "leaves out a value"),
         ("layers=six", "`layers` is 'six'"),
         ("dims=0", "`dims` is '0'"),
+        ("chunking=tokens:8:none", "several vectors"),
+        ("chunking=words:8", "'words' is no method"),
         ("dtype=float64", "`dtype` is 'float64'.*float32, float16"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -292,6 +293,28 @@ def test_a_piece_that_cannot_be_read_fails_its_document(
         ("b", "another", False),
     ]
     assert [(row, error.code) for row, error in run.errors] == [(1, code)]
+
+
+def test_what_came_before_the_mistake_goes_on_in_whatever_batch(tokenizer: Tokenizer) -> None:
+    rows = [("a", "one two three four five six seven eight "), ("a", "nine"), ("a", None)]
+    together, apart = Run(tokenizer), Run(tokenizer)
+    found = together.send(*rows)
+    assert [row["chunk_index"] for row in found[:2]] == [0, 1]
+    assert found[-1]["chunk_index"] is None
+    assert [row for one in rows for row in apart.send(one)] == found
+    assert [row for row, _ in together.errors] == [row for row, _ in apart.errors] == [0]
+
+
+def test_one_mistake_of_a_document_is_enough(tokenizer: Tokenizer) -> None:
+    run = Run(tokenizer, schema=pa.schema([("text", pa.utf8())]))
+    nothing = pa.record_batch([pa.nulls(20_000, pa.utf8())], run.schema)
+    tracemalloc.start()
+    try:
+        assert len(run.send_batch(nothing)) == 1
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 100 * 20_000  # an error takes 400
 
 
 def test_a_row_whose_id_is_null_fails_alone(tokenizer: Tokenizer) -> None:

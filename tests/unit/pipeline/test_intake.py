@@ -120,6 +120,17 @@ def test_a_batch_of_a_single_row(text: str | None, kind: pa.DataType) -> None:
     assert embedded == ([] if text is None else [text])
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_buffers_count_in_full_however_little_of_them_is_used(num_rows: int) -> None:
+    data, end = b"x" * 500_000, np.full(num_rows + 1, 500_000, np.int32)
+    end[0] -= 5
+    buffers = [None, pa.py_buffer(end), pa.py_buffer(data)]
+    batch = pa.record_batch({"text": pa.Array.from_buffers(pa.utf8(), num_rows, buffers)})
+    (piece,) = make(batch.schema).pieces(batch, 0, 0)
+    assert texts_of(piece)[0] == "xxxxx"
+    assert piece.num_bytes > 500_000
+
+
 @pytest.mark.parametrize("kind", [pa.utf8(), pa.large_utf8()])
 @pytest.mark.parametrize("text", ["alone", "", "fünf", "x" * 1000, "x" * 1001, None])
 def test_the_short_way_of_a_single_row_makes_the_same_piece(

@@ -39,6 +39,33 @@ def test_arrays_arrive_as_they_were(num_rows):
     assert answer.seconds == 1.0
 
 
+def test_short_arrays_arrive_aligned_for_what_reads_their_memory():
+    batch = through(Request(5, MicroBatch(np.arange(7, dtype=np.int32), np.ones(7, np.int32))))
+    result = InferenceResult(np.ones((2, 3), np.float32), np.ones(2, np.float32), 0.5)
+    answer = through(Response(6, result, 1.0))
+    for array in (
+        *(batch.payload.input_ids, batch.payload.lengths),
+        *(answer.payload.embeddings, answer.payload.norms),
+    ):
+        assert array.flags.aligned
+
+
+def test_arrays_of_other_types_arrive_as_they_were():
+    vectors = np.random.default_rng(0).random((2, 4))
+    for result in (
+        InferenceResult(vectors, None, 0.5),
+        InferenceResult(vectors.astype(np.float32), vectors[:, 0], 0.5),
+    ):
+        found = through(Response(6, result, 1.0)).payload
+        for name in ("embeddings", "norms"):
+            ours, theirs = getattr(result, name), getattr(found, name)
+            assert np.array_equal(ours, theirs)
+            assert ours is None or ours.dtype == theirs.dtype
+    ids = np.arange(7, dtype=np.int64)
+    batch = through(Request(5, MicroBatch(ids, np.full(1, 7, np.int32)))).payload
+    assert np.array_equal(batch.input_ids, ids)
+
+
 @pytest.mark.parametrize("num_rows", [1, 2000])
 def test_float16_arrives_as_such(num_rows):
     ids, lengths = np.arange(num_rows, dtype=np.int32), np.ones(num_rows, np.int32)
