@@ -362,7 +362,9 @@ class Exchange:
                     whole = expected in self._last_pieces
                     self._last_pieces.discard(expected)
                     expected += 1
-            if whole or (self._options.continuous and chunk.data.num_rows):
+            if self._options.continuous:
+                parts, whole = [chunk.data], chunk.data.num_rows > 0
+            if whole:
                 batch = pa.concat_batches(parts) if len(parts) > 1 else parts[0]
                 parts = []
                 if not self._hand_over(batch, errors):

@@ -101,12 +101,12 @@ def _messages(
     for piece in pieces:
         name, text = piece if isinstance(piece, tuple) else (str(number), piece)
         rows: list[list[tuple[str, str]]] = [[]]
-        if text is None:
+        if piece is None:
             number += 1
         elif isinstance(text, str):
             rows = [[(name, text[n : n + size])] for n in range(0, max(1, len(text)), size)]
         else:
-            raise _refusal(text)
+            raise _refusal(piece)
         for one in rows:
             batch = _batch(one, schema)
             yield Message(

@@ -356,6 +356,13 @@ def test_the_example_prints_the_same_chunks_of_lines_and_of_texts(server: Runtim
     assert "\n1 0 0 " in found[0]
 
 
+def test_batches_of_an_exchange_have_rows(client: fletcher.Client) -> None:
+    pieces = [batch(("a", piece)) for piece in ("of", " them", " it", "")]
+    options = fletcher.EmbedOptions(**HOW, continuous=True)
+    with client.exchange(pieces, options) as exchange:
+        assert [one.column("text").to_pylist() for one in exchange] == [["of them it"]]
+
+
 def test_the_client_waits_for_pieces_and_not_for_answers_that_are_owed(server: Runtime) -> None:
     patient = fletcher.TransferOptions(stall_timeout_s=0.5)
     pieces: queue.Queue[str | None] = queue.Queue()
@@ -380,8 +387,10 @@ def test_the_client_takes_large_pieces_and_tells_of_failed_documents(server: Run
         assert "".join(one.text or "" for one in found) == text + "so"
         assert found[0].vector.dtype == np.int8
         assert found[0].scale is not None
-        with (
-            client.stream(["of", 7], chunking="tokens:8:none") as stream,
-            pytest.raises(InvalidCommandError, match="expected Unicode text"),
-        ):
-            list(stream)
+        wrong: list[Any] = [7, ("a", None), ("a", b"of")]
+        for piece in wrong:
+            with (
+                client.stream(["of", piece], chunking="tokens:8:none") as stream,
+                pytest.raises(InvalidCommandError, match="expected Unicode text"),
+            ):
+                list(stream)
