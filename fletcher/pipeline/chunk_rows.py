@@ -86,6 +86,9 @@ class ChunkAssembler(Assembler):
         missing[list(errors)] = True
         texts = np.where(missing, 0, piece.values)
         counts = np.where(missing, 1, np.append(np.diff(chunks.offsets), 0)[texts])
+        for row, num_bytes in _too_much(piece.rows, counts).items():
+            errors[row] = _carries_too_much(num_bytes)
+            missing[row], counts[row] = True, 1
         if self._lost:
             errors, counts = {}, np.zeros_like(counts)
         self._lost = self._lost or bool(errors)
@@ -183,6 +186,30 @@ class ChunkAssembler(Assembler):
         column = large_utf8(column)
         data = column.buffers()[2]
         return memoryview(b"" if data is None else data), text_offsets(column)[:-1][rows]
+
+
+def _too_much(rows: pa.RecordBatch, counts: Int64Array) -> dict[int, int]:
+    """Rows whose columns, once for each chunk, make too much of a piece, and how many bytes.
+
+    A few kilobytes of text have a thousand chunks, and each has all that the row carries.
+    """
+    carried = rows.select([name for name in rows.schema.names if name != "text"])
+    if carried.nbytes * int(counts.max(initial=0)) <= _MAX_KEPT_BYTES:
+        return {}
+    sizes = counts * [carried.slice(row, 1).nbytes for row in range(len(counts))]
+    if sizes.sum() <= _MAX_KEPT_BYTES:
+        return {}
+    found = np.flatnonzero((sizes > _MAX_KEPT_BYTES // len(sizes)) & (counts > 1))
+    return {row: int(sizes[row]) for row in found.tolist()}
+
+
+def _carries_too_much(num_bytes: int) -> RowTooLargeError:
+    return RowTooLargeError(
+        f"what goes with each chunk of `text` takes {num_bytes} bytes in all, at most "
+        f"{_MAX_KEPT_BYTES} are given at once; carry less, or take larger chunks",
+        field="columns",
+        allowed=[f"<= {_MAX_KEPT_BYTES} bytes"],
+    )
 
 
 def _joined(parts: list[EmbeddingBatch | FletcherError]) -> EmbeddingBatch | FletcherError:

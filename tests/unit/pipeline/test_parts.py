@@ -213,3 +213,35 @@ def test_the_texts_of_chunks_are_those_of_their_rows() -> None:
     output = ChunkAssembler(schema, spec, "u", whole_rows=True).assemble(piece, outcome)
     assert output is not None
     assert output.batch.column("text").to_pylist() == ["one ", " two", None, "Grü", "ße"]
+
+
+def test_what_rows_carry_is_not_given_to_any_number_of_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunk_rows, "_MAX_KEPT_BYTES", 5000)
+    schema = pa.schema([("id", pa.utf8()), ("text", pa.utf8())])
+    intake = Intake(
+        schema,
+        EmbedOptions(),
+        prompt="",
+        limits=IntakeLimits(1 << 20, 1 << 20, 4, 1 << 20, 8, 100),
+        carry_text=False,
+        small_is_interactive=False,
+        chunking=HOW,
+    )
+    spec = VectorSpec("m@0", 2, "float32", 1, "mean", normalized=False, chunking=HOW)
+    assembler = ChunkAssembler(output_schema(spec, id_type=pa.utf8()), spec, "u", whole_rows=False)
+    numbers = np.zeros(40, np.int32)
+    chunks = Chunks(
+        np.array([0, 1, 20, 40]), numbers, numbers, np.zeros((40, 4), np.int64), numbers > 0
+    )
+    outcome = EmbeddingBatch(np.ones((40, 2), np.float32), None, numbers, numbers > 0, {}, chunks)
+    for size, failed in ((20, []), (300, [2])):
+        ids = ["x" * 4000, "b", "x" * size]
+        (piece,) = intake.pieces(pa.record_batch([ids, ["one", "two", "three"]], schema), 0, 0)
+        output = assembler.assemble(piece, outcome)
+        assert output is not None
+        assert list(output.errors) == failed
+        assert all(error.code == "row_too_large" for error in output.errors.values())
+        assert output.batch.num_rows == (21 if failed else 40)
+        assert output.batch.column("vector").null_count == len(failed)
