@@ -68,7 +68,7 @@ def sizes(
         "num_heads": num_heads,
         "head_dim": head_dim,
         "num_layers": number("num_hidden_layers"),
-        "pad_token_id": int(config.get("pad_token_id") or 0),
+        "pad_token_id": pad_token_id(config, 0),
     }
 
 
@@ -83,6 +83,51 @@ def positive(config: Config, *keys: str) -> int:
     if type(value) is not int or value < 1:
         raise ModelError(f"config.json: `{key}` is {value!r}, expected at least 1", field=key)
     return value
+
+
+def pad_token_id(config: Config, default: int) -> int:
+    """The token of padding; `default` where it is not given or null.
+
+    Raises:
+        ModelError: It is something else.
+    """
+    value = default if config.get("pad_token_id") is None else config["pad_token_id"]
+    if type(value) is not int or value < 0:
+        raise ModelError(
+            f"config.json: `pad_token_id` is {value!r}, expected a token", field="pad_token_id"
+        )
+    return value
+
+
+def epsilon(config: Config, default: float, *keys: str) -> float:
+    """What norms add to a variance: the number under the first of `keys` that is not null.
+
+    Raises:
+        ModelError: It is something else.
+    """
+    key = next((one for one in keys if config.get(one) is not None), "")
+    value = config[key] if key else default
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ModelError(f"config.json: `{key}` is {value!r}, expected 0 to 1", field=key)
+    return float(value)
+
+
+def layer_types(config: Config, default: list[str], *allowed: str) -> list[str]:
+    """Each layer's kind; `default` where config.json does not say it.
+
+    Raises:
+        ModelError: They are not as many as `default`, or one is none of `allowed`.
+    """
+    kinds = config.get("layer_types") or default
+    known = isinstance(kinds, list) and all(kind in allowed for kind in kinds)
+    if not known or len(kinds) != len(default):
+        raise ModelError(
+            f"config.json: `layer_types` is {str(kinds)[:200]}, expected {len(default)} of "
+            f"{' and '.join(allowed)}",
+            field="layer_types",
+            allowed=list(allowed),
+        )
+    return list(kinds)
 
 
 def only(config: Config, **wanted: Any) -> None:
@@ -108,15 +153,15 @@ def activation(config: Config, key: str, default: str, **names: str) -> str:
         ModelError: It is another.
     """
     value = config.get(key, default)
-    value = names.get(value, value)
-    if value not in ACTIVATIONS:
+    value = names.get(str(value), value)
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         allowed = [*ACTIVATIONS, *names]
         raise ModelError(
             f"config.json: `{key}` is {value!r}, expected one of {', '.join(allowed)}",
             field=key,
             allowed=allowed,
         )
-    return str(value)
+    return value
 
 
 def theta(config: Config, default: float, *keys: str, layers: str = "") -> float:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, only, positive, sizes
+from fletcher.models.config_json import (
+    Config,
+    activation,
+    epsilon,
+    only,
+    pad_token_id,
+    positive,
+    sizes,
+)
 from fletcher.models.families.family import Family, Layout
 
 LAYOUT = Layout(
@@ -33,7 +41,7 @@ def _read_bert(config: Config) -> Architecture:
 
 def _read_roberta(config: Config) -> Architecture:
     # The padding token has a position of its own, and texts begin after it.
-    return _read(config, position_offset=int(config.get("pad_token_id", 1)) + 1)
+    return _read(config, position_offset=pad_token_id(config, 1) + 1)
 
 
 def _read(config: Config, *, position_offset: int) -> Architecture:
@@ -41,7 +49,7 @@ def _read(config: Config, *, position_offset: int) -> Architecture:
     return Architecture(
         **sizes(config, position_offset=position_offset),
         type_vocab_size=positive(config, "type_vocab_size"),
-        epsilon=float(config.get("layer_norm_eps", 1e-12)),
+        epsilon=epsilon(config, 1e-12, "layer_norm_eps"),
         activation=activation(config, "hidden_act", "gelu"),
     )
 

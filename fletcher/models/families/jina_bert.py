@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, only, positive, sizes
+from fletcher.models.config_json import Config, activation, epsilon, only, positive, sizes
 from fletcher.models.families.bert import LAYOUT
 from fletcher.models.families.family import Family, Layout
 
@@ -15,7 +15,7 @@ def _read(config: Config) -> Architecture:
         type_vocab_size=positive(config, "type_vocab_size"),
         learned_positions=False,
         distance_bias="alibi",
-        epsilon=float(config.get("layer_norm_eps", 1e-12)),
+        epsilon=epsilon(config, 1e-12, "layer_norm_eps"),
         gated=True,
         # Whatever `hidden_act` says: JinaBERT's gate has its own.
         activation=activation(config, "feed_forward_type", "", geglu="gelu", reglu="relu"),

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, positive, sizes, theta
+from fletcher.models.config_json import (
+    Config,
+    activation,
+    epsilon,
+    layer_types,
+    positive,
+    sizes,
+    theta,
+)
 from fletcher.models.families.family import Family, Layout
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
@@ -27,7 +34,7 @@ def _read(config: Config) -> Architecture:
         learned_positions=False,
         rotary=tuple(thetas[kind] for kind in kinds),
         windows=tuple(reach[kind] for kind in kinds),
-        epsilon=float(config.get("norm_eps", 1e-5)),
+        epsilon=epsilon(config, 1e-5, "norm_eps"),
         norm_first=True,
         norm_of_first=False,
         norm_bias=bool(config.get("norm_bias", False)),
@@ -39,16 +46,8 @@ def _read(config: Config) -> Architecture:
 
 def _layer_kinds(config: Config, num_layers: int) -> list[str]:
     every = positive({"global_attn_every_n_layers": 3, **config}, "global_attn_every_n_layers")
-    kinds = config.get("layer_types")
-    kinds = kinds or [_LOCAL if index % every else _GLOBAL for index in range(num_layers)]
-    if len(kinds) != num_layers or not set(kinds) <= {_GLOBAL, _LOCAL}:
-        raise ModelError(
-            f"config.json: `layer_types` is {str(kinds)[:200]}, expected {num_layers} of "
-            f"{_GLOBAL} and {_LOCAL}",
-            field="layer_types",
-            allowed=[_GLOBAL, _LOCAL],
-        )
-    return list(kinds)
+    kinds = [_LOCAL if index % every else _GLOBAL for index in range(num_layers)]
+    return layer_types(config, kinds, _GLOBAL, _LOCAL)
 
 
 MODERNBERT = Family(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, only, sizes
+from fletcher.models.config_json import Config, activation, epsilon, only, sizes
 from fletcher.models.families.family import Family, Layout
 
 # Position 0 and padding's position 1 are never a text's, whatever config.json calls its padding.
@@ -15,7 +15,7 @@ def _read(config: Config) -> Architecture:
     return Architecture(
         **sizes(config, position_offset=_POSITION_OFFSET),
         distance_bias="buckets",
-        epsilon=float(config.get("layer_norm_eps", 1e-12)),
+        epsilon=epsilon(config, 1e-12, "layer_norm_eps"),
         activation=activation(config, "hidden_act", "gelu"),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, only, positive, sizes, theta
+from fletcher.models.config_json import Config, activation, epsilon, only, positive, sizes, theta
 from fletcher.models.families.family import Family, Layout
 
 # GPT-2's, which the published checkpoints have; transformers writes the common ones.
@@ -51,7 +51,7 @@ def _read(config: Config) -> Architecture:
         type_vocab_size=positive(config, "type_vocab_size"),
         learned_positions=False,
         rotary=(theta(config, 1000.0, "rotary_emb_base"),) * numbers["num_layers"],
-        epsilon=float(config.get("layer_norm_eps", config.get("layer_norm_epsilon", 1e-12))),
+        epsilon=epsilon(config, 1e-12, "layer_norm_eps", "layer_norm_epsilon"),
         gated=True,
         activation=activation(config, key, "silu", swiglu="silu", geglu="gelu"),
         biases=tuple(biases),

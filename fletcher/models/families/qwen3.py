@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.config_json import Config, activation, only, positive, sizes, theta
+from fletcher.models.config_json import (
+    Config,
+    activation,
+    epsilon,
+    layer_types,
+    only,
+    positive,
+    sizes,
+    theta,
+)
 from fletcher.models.families.family import Family, Layout
 
 
 def _read(config: Config) -> Architecture:
     only(config, use_sliding_window=False)
     numbers = sizes(config, head_dim=128)
-    kinds = config.get("layer_types") or []
-    if set(kinds) - {"full_attention"}:
-        raise ModelError(
-            f"config.json: `layer_types` has {', '.join(sorted(set(kinds)))}, expected "
-            "full_attention alone",
-            field="layer_types",
-            allowed=["full_attention"],
-        )
+    full = "full_attention"
+    layer_types(config, [full] * numbers["num_layers"], full)
     num_heads = numbers["num_heads"]
     num_kv_heads = positive({"num_key_value_heads": num_heads, **config}, "num_key_value_heads")
     if num_heads % num_kv_heads:
@@ -35,7 +38,7 @@ def _read(config: Config) -> Architecture:
         causal=True,
         num_kv_heads=num_kv_heads,
         head_norm=True,
-        epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        epsilon=epsilon(config, 1e-6, "rms_norm_eps"),
         norm_first=True,
         rms_norm=True,
         gated=True,

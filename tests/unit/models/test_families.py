@@ -65,11 +65,13 @@ def add(folder: Path) -> ModelBundle:
         ("qwen3", {"rope_scaling": {"rope_type": "yarn"}}, "`rope_scaling` is of type 'yarn'"),
         ("qwen3", {"rope_parameters": {"rope_type": "dynamic"}}, "`rope_parameters` is of type"),
         ("qwen3", {"use_sliding_window": True}, "`use_sliding_window` is True"),
-        (
-            "qwen3",
-            {"layer_types": ["sliding_attention"] * 3},
-            "`layer_types` has sliding_attention",
-        ),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "expected 3 of full_attention"),
+        ("qwen3", {"layer_types": 3}, "`layer_types` is 3"),
+        ("modernbert", {"layer_types": 4}, "`layer_types` is 4"),
+        ("roberta", {"layer_norm_eps": "x"}, "`layer_norm_eps` is 'x'"),
+        ("roberta", {"pad_token_id": "x"}, "`pad_token_id` is 'x'"),
+        ("jina_bert", {"pad_token_id": "x"}, "`pad_token_id` is 'x'"),
+        ("roberta", {"hidden_act": ["gelu"]}, r"`hidden_act` is \['gelu'\]"),
         ("qwen3", {"num_key_value_heads": 3}, "no multiple of `num_key_value_heads` 3"),
         ("qwen3", {"head_dim": 8}, r"`layers.0.self_attn.q_proj.weight` has shape \[64, 32\]"),
         ("jina_bert", {"feed_forward_type": "original"}, "`feed_forward_type` is 'original'"),
@@ -80,6 +82,11 @@ def test_what_a_family_cannot_compute_is_refused_by_name(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         add(family(name, config=config))
+
+
+def test_an_epsilon_of_null_is_the_usual_one(family: Edit) -> None:
+    usual, null = (add(family("roberta", config={"layer_norm_eps": one})) for one in (1e-12, None))
+    assert usual.hash == null.hash
 
 
 # What checkpoints on the hub say, in the words of their time.
