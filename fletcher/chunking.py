@@ -73,8 +73,11 @@ class Chunking:
                     text, f"OVERLAP is {found.overlap}, but {method} has none in common", ["0"]
                 )
             parts = parts[1:]
-        if len(parts) > 1 or (parts and parts[0] not in AGGREGATIONS):
+        if parts and parts[0] not in AGGREGATIONS:
             raise _refusal(text, f"{parts[0][:50]!r} is no aggregation", AGGREGATIONS)
+        if len(parts) > 1:
+            kept = str(replace(found, aggregation=parts[0]))
+            raise _refusal(text, f"{parts[1][:50]!r} is one part too many", [kept])
         found = replace(found, aggregation=parts[0]) if parts else found
         if found.aggregation == "hierarchical" and not found.alone:
             raise _refusal(
