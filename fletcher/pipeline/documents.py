@@ -123,7 +123,8 @@ class DocumentIntake(Intake):
                 continue
             bad = errors.first(first, last)
             end = last if bad is None else bad
-            yield from self._go_on(document, view[offsets[first] : offsets[end]])
+            complete = bad is None and (ends or last < len(texts))
+            yield from self._go_on(document, view[offsets[first] : offsets[end]], ends=complete)
             if bad is not None:
                 document.failed = True
                 # It ends the text so far, too: what comes would go on from there.
@@ -131,22 +132,26 @@ class DocumentIntake(Intake):
         if ends:
             yield from self._end()
 
-    def _go_on(self, document: _Document, text: memoryview) -> Iterator[_Part]:
-        """What of the document's text may leave, with that which is held."""
+    def _go_on(self, document: _Document, text: memoryview, *, ends: bool) -> Iterator[_Part]:
+        """What of the document's text may leave, with that which is held; all where it `ends`."""
         if document.held:
             text = memoryview(document.held + text)
         max_bytes = self._limits.piece_bytes
-        ends = [0, *part_ends(text, max_bytes)]
-        ends[-1] = ends[-2] + last_end(text[ends[-2] :], min(max_bytes, _MAX_HELD_BYTES))
-        document.held = bytes(text[ends[-1] :])
-        for first, last in pairwise(ends):
-            if first < last:
-                yield _Part(document, bytes(text[first:last]), continued=True)
+        places = [0, *part_ends(text, max_bytes)]
+        if ends:
+            self._document = None
+        else:
+            places[-1] = places[-2] + last_end(text[places[-2] :], min(max_bytes, _MAX_HELD_BYTES))
+            document.held = bytes(text[places[-1] :])
+        for first, last in pairwise(places):
+            if ends or first < last:
+                continued = not ends or last < len(text)
+                yield _Part(document, bytes(text[first:last]), continued)
 
     def _end(self) -> Iterator[_Part]:
         document, self._document = self._document, None
         if document is not None and not document.failed:
-            yield _Part(document, document.held)
+            yield from self._go_on(document, memoryview(b""), ends=True)
 
     def _made(
         self,

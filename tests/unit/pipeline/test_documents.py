@@ -233,6 +233,15 @@ def test_documents_end_with_another_id_or_where_it_is_said(tokenizer: Tokenizer)
     assert run.rest() == []
 
 
+def test_a_document_that_is_all_there_is_one_part(tokenizer: Tokenizer) -> None:
+    run = Run(tokenizer)
+    ids, texts = ["a", "b", "b", "c", "d"], ["of it", "", "one of them", "", "it is"]
+    pieces = [*run.intake.pieces(pa.record_batch([ids, texts], run.schema), 0, 0, ends=True)]
+    found = [(piece.texts.data, piece.texts.continued, piece.part) for piece in pieces]
+    assert found == [(text, False, 0) for text in (b"of it", b"one of them", b"", b"it is")]
+    assert [*run.intake.rest()] == []
+
+
 def test_without_ids_all_is_one_document_until_it_ends(tokenizer: Tokenizer) -> None:
     run = Run(tokenizer, schema=pa.schema([("text", pa.large_utf8())]))
     batch = pa.record_batch([pa.array(["on", "e t"], pa.large_utf8())], run.schema)
