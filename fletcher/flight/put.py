@@ -34,7 +34,7 @@ from fletcher.pipeline.models import Model
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.service import Request, Service
 from fletcher.pipeline.sources import as_fletcher_error
-from fletcher.pipeline.stream import EmbedStream
+from fletcher.pipeline.stream import EmbedStream, Result
 from fletcher.schema import output_schema
 from fletcher.stores.base import Store
 
@@ -241,41 +241,46 @@ class _Put:
 
     def _deliver(self) -> None:
         for result in self._stream.results():
-            piece, new = result.context
-            output = self._assembler.assemble(piece, result.embeddings)
-            if output is None:
-                self._stream.grow(self._assembler.kept_bytes)
-                self._stream.release(result.num_bytes)
-                continue
-            row_bytes = self._stream.whole()
-            errors, ids = output.errors, output.ids()
-            if error := ends_call(errors, abort=self._options.on_error == "abort"):
-                raise error
-            if not new:
-                self._stream.release(result.num_bytes, row_bytes)
-            for index, (first, last) in enumerate(new):
-                low, high = first - piece.row_first, last - piece.row_first
-                failed = sorted(row for row in errors if low <= row <= high)
-                for row in failed:
-                    self._service.telemetry.rows_failed.add()
-                    self._service.telemetry.errors.add(code=errors[row].code)
-                    self._upload.report(piece.row_first + row, ids[row].as_py(), errors[row])
-                begin, end = output.place(low), output.place(high + 1)
-                # The piece's memory is free once its last part is stored.
-                left = (result.num_bytes, row_bytes) if index == len(new) - 1 else (0, 0)
-                self._route.put(
-                    Rows.of(
-                        self._upload,
-                        output.batch.slice(begin, end - begin),
-                        first,
-                        tuple(output.place(row) - begin for row in failed),
-                        lambda left=left: self._stream.release(*left),  # type: ignore[misc]
-                        # Of rows that are several chunks, none is asked about.
-                        tuple(np.flatnonzero(piece.skipped[low : high + 1]).tolist()),
-                        num_rows=last - first + 1,
-                    )
-                )
+            self._hand_over(result)
+            del result  # the next may be long in coming
         self._route.hurry()
+
+    def _hand_over(self, result: Result) -> None:
+        """Takes a piece's vectors to the dataset's lane."""
+        piece, new = result.context
+        output = self._assembler.assemble(piece, result.embeddings)
+        if output is None:
+            self._stream.grow(self._assembler.kept_bytes)
+            self._stream.release(result.num_bytes)
+            return
+        row_bytes = self._stream.whole()
+        errors, ids = output.errors, output.ids()
+        if error := ends_call(errors, abort=self._options.on_error == "abort"):
+            raise error
+        if not new:
+            self._stream.release(result.num_bytes, row_bytes)
+        for index, (first, last) in enumerate(new):
+            low, high = first - piece.row_first, last - piece.row_first
+            failed = sorted(row for row in errors if low <= row <= high)
+            for row in failed:
+                self._service.telemetry.rows_failed.add()
+                self._service.telemetry.errors.add(code=errors[row].code)
+                self._upload.report(piece.row_first + row, ids[row].as_py(), errors[row])
+            begin, end = output.place(low), output.place(high + 1)
+            # The piece's memory is free once its last part is stored.
+            left = (result.num_bytes, row_bytes) if index == len(new) - 1 else (0, 0)
+            self._route.put(
+                Rows.of(
+                    self._upload,
+                    output.batch.slice(begin, end - begin),
+                    first,
+                    tuple(output.place(row) - begin for row in failed),
+                    lambda left=left: self._stream.release(*left),  # type: ignore[misc]
+                    # Of rows that are several chunks, none is asked about.
+                    tuple(np.flatnonzero(piece.skipped[low : high + 1]).tolist()),
+                    num_rows=last - first + 1,
+                )
+            )
 
     def _acknowledge(self, writer: Any, deliver: Helper) -> None:
         """Sends an acknowledgement whenever batches have settled, and the summary at the end.
