@@ -74,7 +74,7 @@ def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_o
 
     def upload(name: str) -> None:
         data = pa.RecordBatchReader.from_batches(SCHEMA, batches(ROWS))
-        transfer = fletcher.TransferOptions(max_retries=100)
+        transfer = fletcher.TransferOptions(max_retries=1000, max_backoff_s=0.2)
         with fletcher.connect(server.address, transfer=transfer) as client:
             summaries[name] = client.put(data, "d")
 
@@ -98,7 +98,8 @@ def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_o
         assert answer.column("vector").null_count == 0
         assert len(action(client, "embed", {"texts": ["a", "b"]})["embeddings"]) == 2
 
-        # The library comes again by itself, and gets in when the store is back.
+        # The library comes again by itself, and gets in when the store is back. Between refusals
+        # it asks what is stored, which the store that is away refuses, too, but for its trials.
         refused = server.service.telemetry.errors.snapshot()["overloaded"]
         late = threading.Thread(target=upload, args=("late",))
         late.start()

@@ -436,6 +436,7 @@ def test_the_public_names():
     assert fletcher.__all__ == [
         "Ack",
         "BatchTooLargeError",
+        "Chunk",
         "Client",
         "ColumnTypeError",
         "DeadlineExceededError",
@@ -455,6 +456,7 @@ def test_the_public_names():
         "RowError",
         "RowTooLargeError",
         "StoreUnavailableError",
+        "Stream",
         "TlsOptions",
         "TransferOptions",
         "UnauthenticatedError",

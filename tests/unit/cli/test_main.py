@@ -75,7 +75,7 @@ def test_serve_has_a_flag_for_every_option() -> None:
         (["xyz"], "'xyz' is not a command; there are serve, ingest"),
         (["serve", "--max-stream", "3"], "'--max-stream' is not understood; did you mean --max-st"),
         (["serve", "--hosst=x"], "'--hosst' is not understood; did you mean --host?"),
-        (["model", "list", "--home", "x"], "'--home' is not understood here; see"),
+        (["model", "list", "--exits", "3"], "'--exits' is not understood here; see"),
         (["serve", "--port"], "--port: expected one argument; see fletcher serve --help"),
         (["completion", "bsh"], "did you mean bash?"),
         (["search", "x"], "--dataset"),
