@@ -5,8 +5,10 @@ batch in them is a group of rows of one upload, whose extent is frozen by being 
 custom metadata says which upload and rows, and a CRC-32 over it all. Groups are synced
 before they are acknowledged, several at a time; a segment is deleted when all its groups are
 stored. Until then notes beside it say which are: sent again, they would replace newer rows, or come
-back into a dataset that was emptied since. The notes outlive a kill as they are; before a later
-segment goes, or a dataset is emptied, they are synced.
+back into a dataset that was emptied since. The notes outlive a kill as they are. They are synced
+before anything outlives a power loss that what they note, sent again, would undo: before a later
+segment goes or has a note of its own of rows that replace others, before such rows go to the store
+from memory, and before a dataset is emptied.
 
 After a crash the last segment may end in half a group, which was never acknowledged: it is cut off,
 and kept in case that it was not the crash.
@@ -205,26 +207,31 @@ class Journal:
             segment.unsettled -= 1
             group.settled = True
             done = segment.unsettled == 0
-            try:
-                segment.note(group)
-            except OSError as error:
-                log.warning("journal: %s cannot be written: %s", segment.notes, error)
+            segment.note(group)
+        try:
+            if group.info.upsert:  # a disk may keep these notes and not those written before
+                self.sync_notes(before=segment)
+            with self._lock:
+                segment.write_notes()
+        except OSError as error:
+            log.warning("journal: %s cannot be written: %s", segment.notes, error)
         if done:
             self.sweep()
 
-    def forget_settled(self) -> None:
+    def sync_notes(self, before: Segment | None = None) -> None:
         """Afterwards nothing that is settled comes back, whatever dies.
+
+        Args:
+            before: Only what is in earlier segments.
 
         Raises:
             OSError: The disk does not take the notes.
         """
-        self.close()
-        self.sweep()
         with self._sweeping:
             with self._lock:
-                segments = list(self._segments)
+                place = None if before is None else self._segments.index(before)
+                segments = self._segments[:place]
             self._sync_notes(segments)
-            sync_path(str(self.folder))
 
     def sweep(self) -> None:
         """Deletes the segments of which nothing waits, but the open one; the oldest first."""
@@ -305,15 +312,15 @@ class Journal:
 
     def _dispose(self, segment: Segment, retention_s: float) -> None:
         with self._lock:
-            place = self._segments.index(segment)
-            earlier = self._segments[:place]
-            del self._segments[place]
-        self._space.add(-segment.num_bytes)
+            earlier = self._segments[: self._segments.index(segment)]
         now = time.time()
         # What it replaced may be in earlier ones: they must not be sent again without it.
         self._sync_notes(earlier)
         _dispose(segment, kept=retention_s > 0)
         sync_path(str(self.folder))
+        with self._lock:  # only now: what failed is tried again
+            self._segments.remove(segment)
+        self._space.add(-segment.num_bytes)
         segment.notes.unlink(missing_ok=True)
         for path in self.folder.glob(f"*{SENT}"):
             with contextlib.suppress(FileNotFoundError):
@@ -321,11 +328,18 @@ class Journal:
                     path.unlink()
 
     def _sync_notes(self, segments: Sequence[Segment]) -> None:
+        synced: list[tuple[Segment, int]] = []
         for segment in segments:
             with self._lock:
                 segment.write_notes()
-            if segment.notes.exists():
+                num_notes = segment.num_notes
+            if segment.num_synced < num_notes:
                 sync_path(str(segment.notes))
+                synced.append((segment, num_notes))
+        if synced:
+            sync_path(str(self.folder))  # the names, too
+        for segment, num_notes in synced:
+            segment.num_synced = num_notes
 
     def _undo(self) -> None:
         """Cuts off what was written of groups that will not be acknowledged."""
@@ -396,10 +410,11 @@ def _cut(segment: Segment, torn: Damage) -> None:
 def _dispose(segment: Segment, *, kept: bool) -> None:
     """What becomes of a segment of which nothing waits any more."""
     path = segment.path
-    if segment.damage:
-        path.rename(path.with_suffix(DAMAGED))
-    elif kept and segment.groups:
-        path.rename(path.with_suffix(SENT))
-        os.utime(path.with_suffix(SENT))
-    else:
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # it was done before, and something else failed
+        if segment.damage:
+            path.rename(path.with_suffix(DAMAGED))
+        elif kept and segment.groups:
+            path.rename(path.with_suffix(SENT))
+            os.utime(path.with_suffix(SENT))
+        else:
+            path.unlink()
