@@ -25,12 +25,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,7 +50,11 @@ from fletcher.delivery.segment import (
     mend_notes,
     read_segments,
 )
-from fletcher.errors import ConfigError, FletcherError, JournalFullError
+from fletcher.errors import (
+    FletcherError,
+    JournalFullError,
+    StoreUnavailableError,
+)
 from fletcher.stores.sync import make_folder, sync_path
 
 log = logging.getLogger(__name__)
@@ -101,6 +104,9 @@ class Journal:
         segment_bytes: Size at which a new segment begins.
         retention_s: Tells how long segments are kept after they were sent; 0: not at all, for
             stores that are durable when they acknowledge.
+
+    Raises:
+        JournalFullError, StoreUnavailableError: The disk is full, or fails otherwise.
     """
 
     def __init__(
@@ -122,7 +128,10 @@ class Journal:
         self._file: BinaryIO | None = None  # of the last segment, while it is written
         self._writer: Any = None
         self._next_number = 0
-        make_folder(folder)
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise _disk_error(error) from None
 
     def recover(self) -> list[JournaledGroup]:
         """Reads what an earlier process left; call it before the first `append`.
@@ -143,7 +152,10 @@ class Journal:
             for one in segment.damage:
                 log.error("journal: %s is damaged, and lost %s", path, one)
             if segment.torn is not None:
-                _cut(segment, segment.torn)
+                try:
+                    _cut(segment, segment.torn)
+                except OSError as error:  # a full disk: it is not read, so it may stay
+                    log.warning("journal: %s ends in half a group: %s", path, error)
             if not segment.groups:
                 _dispose(segment, kept=False)
                 continue
@@ -176,9 +188,7 @@ class Journal:
             except Exception as error:
                 self._undo()
                 if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                    raise JournalFullError(
-                        "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
-                    ) from None
+                    raise _disk_error(error) from None
                 raise
 
     def _append(
@@ -275,6 +285,10 @@ class Journal:
         with self._appending:
             self._roll()
 
+    def leave(self) -> None:
+        """The journal is closed and used no more: who opens it again counts what is left."""
+        self._space.add(-self.num_bytes)
+
     @property
     def num_bytes(self) -> int:
         """Bytes on disk."""
@@ -349,52 +363,15 @@ class Journal:
         self._roll()  # which may write what is buffered still
         with contextlib.suppress(OSError):
             os.truncate(segment.path, segment.num_bytes)
+            sync_path(str(segment.path))
 
 
-def journals(root: Path) -> Iterator[tuple[str, str, Path]]:
-    """Store's folder, dataset and folder of each journal under `root`."""
-    for store in sorted(path for path in root.glob("*") if path.is_dir()):
-        for folder in sorted(path for path in store.glob("*") if path.is_dir()):
-            yield store.name, folder.name, folder
-
-
-def revive(folder: Path) -> int:
-    """Makes sent and rejected segments wait again, as new ones behind the others; how many."""
-    used = [int(path.stem.partition("-")[0]) for path in folder.glob("0*")]
-    number = max(used, default=-1) + 1
-    again = sorted(path for path in folder.iterdir() if path.suffix in (SENT, REJECTED))
-    for path in again:
-        path.rename(folder / f"{number:012d}{WAITING}")
-        number += 1
-    sync_path(str(folder))
-    return len(again)
-
-
-def lock_journal(folder: Path) -> int:
-    """Takes the journal for this process until the descriptor that is returned is closed.
-
-    Raises:
-        ConfigError: The folder cannot be used, or another process has it.
-    """
-    try:
-        make_folder(folder)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"the journal's folder {str(folder)!r} cannot be written: {error.strerror}; give "
-            "another `home`, or `--max-journal 0` to go without a journal",
-            field="home",
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise ConfigError(
-            f"another server uses the journal in {str(folder)!r}; give each its own `home`, or "
-            "`--max-journal 0` to go without a journal",
-            field="home",
-        ) from None
-    return descriptor
+def _disk_error(error: OSError) -> FletcherError:
+    if error.errno in _NO_ROOM:
+        return JournalFullError(
+            "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
+        )
+    return StoreUnavailableError(f"the journal's disk fails: {error.strerror}")
 
 
 def _cut(segment: Segment, torn: Damage) -> None:

@@ -163,6 +163,12 @@ class Route:
             self.journal.close()
         self.known.close()
 
+    def leave(self) -> None:
+        """`release`, and what is left on disk is counted by the dataset's next route."""
+        self.release()
+        if self.journal is not None:
+            self.journal.leave()
+
     def close(self) -> None:
         """Ends the threads: what is in memory is given up, what is journaled stays on disk."""
         self.release()

@@ -19,6 +19,7 @@ from fletcher.delivery.route import JournalConfig
 from fletcher.delivery.rows import Rows
 from fletcher.options import EmbedOptions
 from fletcher.stores.address import open_store
+from fletcher.stores.sync import sync_path
 from fletcher.telemetry import Telemetry
 from tests.faults.powerloss import lose_power, record_syncs
 
@@ -143,6 +144,26 @@ def test_rows_that_a_store_took(notes: Path, disk: Path, kind: str) -> None:
     again = open_store(address)
     assert again.scan("d").read_all().column("id").to_pylist() == list(range(10))
     again.close()
+    writer.close()
+    store.close()
+
+
+def test_a_parquet_file_whose_writer_died_before_its_name_was_synced(
+    notes: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Found there, it was taken for stored, and the rows left the journal.
+    store = open_store(f"parquet:{disk / 'vectors'}")
+    store.open_writer("d", ROWS.schema, "append").close()
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "fsync", lambda _: None)
+        writer = store.open_writer("d", ROWS.schema, "append")
+        writer.append([ROWS])
+        writer.close()
+    sync_path(str(disk / "vectors" / "d" / "u:0-9.parquet"))  # that was done
+    writer = store.open_writer("d", ROWS.schema, "append")
+    assert writer.missing_keys(["u:0-9"]) == []
+    lose_power(notes, [disk])
+    assert store.scan("d").read_all().num_rows == 10
     writer.close()
     store.close()
 
