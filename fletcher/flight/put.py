@@ -249,8 +249,9 @@ class _Put:
         """Takes a piece's vectors to the dataset's lane."""
         piece, new = result.context
         output = self._assembler.assemble(piece, result.embeddings)
-        if output is None:
+        if self._assembler.kept_bytes or output is None:
             self._stream.grow(self._assembler.kept_bytes)
+        if output is None:
             self._stream.release(result.num_bytes)
             return
         row_bytes = self._stream.whole()

@@ -55,7 +55,8 @@ class Assembler:
         upload_id: For rows that came without an id.
 
     Attributes:
-        kept_bytes: What is kept of a text of which more comes, where that grows with it.
+        kept_bytes: What the last piece left in memory that it does not count itself: what is kept
+            of a text of which more comes, and what chunks have of their row once more each.
     """
 
     def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:

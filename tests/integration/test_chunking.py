@@ -382,3 +382,38 @@ def test_rows_of_many_chunks_share_the_memory_that_there_is(
     summary = client.put(whole, replace(options, dataset="more"))
     assert [(one.code, one.row) for one in summary.errors] == [("row_too_large", 0)]
     assert f"at most {budget.max_row_bytes} are stored of one row" in summary.errors[0].message
+
+
+def test_what_chunks_have_of_their_rows_is_in_the_memory_that_there_is(
+    server: Runtime, client: fletcher.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A row's columns came once for each of its chunks, and were counted once.
+    peaks = [0]
+    add = Allowance._add_row
+
+    def counted(allowance: Allowance, num_bytes: int) -> None:
+        add(allowance, num_bytes)
+        peaks.append(max(peaks.pop(), allowance._budget._rows_used))
+
+    monkeypatch.setattr(Allowance, "_add_row", counted)
+    columns = {"text": [text_of(300)] * 30, "note": ["n" * 12_000] * 30}
+    table = pa.table(columns | {"id": pa.array(range(30), pa.int64())})
+    options = fletcher.EmbedOptions(
+        chunking="tokens:16:none", dtype="float16", durability="store", columns=("note",)
+    )
+
+    def put(number: int) -> fletcher.PutSummary:
+        return client.put(table, replace(options, dataset=f"notes{number}"))
+
+    with ThreadPoolExecutor(3) as executor:
+        summaries = list(executor.map(put, range(3), timeout=60))
+    assert [(one.complete, one.rows_failed) for one in summaries] == [(True, 0)] * 3
+    stored = server.service.delivery.stores["default"].scan("notes2", columns=["note"]).read_all()
+    budget = server.service.budget
+    assert stored.nbytes > budget.total_bytes * 3 // 16
+    assert budget.max_row_bytes // 2 < peaks[0] <= budget.total_bytes * 3 // 16
+    assert budget.statistics()["used_bytes"] == 0
+    large = pa.table({"text": [text_of(3000)], "note": ["n" * 100_000]})
+    summary = client.put(large, replace(options, dataset="notes"))
+    assert [(one.code, one.row) for one in summary.errors] == [("row_too_large", 0)]
+    assert "are kept at once" in summary.errors[0].message
