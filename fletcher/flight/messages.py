@@ -19,7 +19,7 @@ _MAX_ID_CHARACTERS = 1024
 
 @dataclass(frozen=True, slots=True)
 class BatchMetadata:
-    """What a client said with a batch; see contract.md, Input.
+    """What a client said with a batch; see docs/wire.md, Input.
 
     Attributes:
         batch_id: Its number for the batch.
