@@ -23,6 +23,7 @@ from fletcher.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, FletcherError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.binding import Binding, Pin, cuda_pin
+from fletcher.inference.budget import is_out_of_memory
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
 from fletcher.inference.packed_io import PackedIO
@@ -117,10 +118,13 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
     kind, _, index = config.device.partition(":")
     _check_precision(config.precision, kind)
     if kind == "cuda":
-        options = _cuda_options(ort, int(index or 0), config.gpu_memory)
+        device_id = int(index or 0)
+        options = _cuda_options(ort, device_id, config.gpu_memory)
         place = _Place(CUDA_PROVIDER, options, CUDA_CONCURRENCY)
         if config.precision == "float16" and not config.late:
-            return _load_packed(ort, bundle, config, place, "packed", cuda_pin())
+            # What the graph without padding does in float32 is little, and is to stay that.
+            place = replace(place, options=options | {"use_tf32": "0"})
+            return _load_packed(ort, bundle, config, place, "packed", cuda_pin(device_id))
     else:
         place = _cpu(config)
     if bundle.has_exits and kind == "cpu":
@@ -309,6 +313,13 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
         session = ort.InferenceSession(str(graph), session_options, providers=[(provider, options)])
     except Exception as error:
         # Whatever is wrong, it says so in C++ exceptions of a dozen kinds.
+        if is_out_of_memory(error):
+            raise BackendError(
+                f"`model` {bundle.name} does not fit the device's memory that it may take; where "
+                "they are set, raise `gpu_memory` or lower `replicas_per_device`, else make room "
+                f"there ({_first_line(error)})",
+                field="model",
+            ) from error
         if provider == CUDA_PROVIDER and "CUDA" in str(error):
             raise BackendError(f"`device` cuda cannot be used: {error}", field="device") from error
         raise ModelError(

@@ -83,8 +83,8 @@ class ParquetStore:
         lock = self._lock(dataset)
         folder = self._folder / dataset
         try:
-            if mode == "overwrite":
-                shutil.rmtree(folder, ignore_errors=True)
+            if mode == "overwrite" and folder.exists():
+                shutil.rmtree(folder)
             folder.mkdir(exist_ok=True)
             for leftover in folder.glob(".*.tmp"):  # of a writer that was killed
                 leftover.unlink()
@@ -94,6 +94,8 @@ class ParquetStore:
             else:
                 stored = schema
                 _write(folder / _SCHEMA_FILE, partial(pq.write_metadata, schema))
+            # The files that are found there count: whoever made them may have died before that.
+            sync_path(str(folder))
             sync_path(str(self._folder))
         except OSError as error:
             lock.release()

@@ -12,6 +12,7 @@ import pytest
 
 from fletcher.batches import MicroBatch
 from fletcher.errors import BackendError
+from fletcher.inference import binding as binding_module
 from fletcher.inference import onnxruntime as backend_module
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.binding import Buffer, cuda_pin
@@ -132,7 +133,33 @@ def test_memory_is_locked_once_for_a_size_and_unlocked_when_nobody_looks(monkeyp
 
 
 def test_without_cuda_memory_stays_as_it_is():
-    assert cuda_pin()(0, 4096) is None
+    assert cuda_pin(0)(0, 4096) is None
+
+
+class Runtime:
+    """Stands in for libcudart: notes what is called, and begins devices as that does."""
+
+    def __init__(self, answer):
+        self.answer, self.device, self.calls = answer, 0, []
+
+    def cudaSetDevice(self, device):
+        self.device = device.value
+
+    def cudaHostRegister(self, address, size, flags):
+        self.calls.append(("register", self.device, address.value, size.value, flags))
+        return self.answer
+
+    def cudaHostUnregister(self, address):
+        self.calls.append(("unregister", address.value))
+
+
+def test_memory_is_locked_for_the_replicas_own_device(monkeypatch):
+    runtime = Runtime(answer=0)
+    monkeypatch.setattr(binding_module, "_cuda_runtime", lambda: runtime)
+    cuda_pin(3)(8192, 4096)()
+    assert runtime.calls == [("register", 3, 8192, 4096, 0), ("unregister", 8192)]
+    monkeypatch.setattr(binding_module, "_cuda_runtime", lambda: Runtime(answer=2))
+    assert cuda_pin(3)(8192, 4096) is None
 
 
 class RecordingSession:
@@ -188,7 +215,7 @@ def test_float16_on_cuda_takes_the_graph_without_padding(tiny_bundle, monkeypatc
         "CUDAExecutionProvider": {
             "device_id": "1",
             "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": "1",
+            "use_tf32": "0",
             "gpu_mem_limit": str(1 << 30),
         }
     }
@@ -203,3 +230,20 @@ def test_float16_on_cuda_takes_the_graph_without_padding(tiny_bundle, monkeypatc
     batch = micro_batch([4, 30, 1])
     expected = backend_module.load_twin(config(tiny_bundle)).run(batch).embeddings
     assert (backend.run(batch).embeddings * expected).sum(axis=1).min() >= 0.999
+
+
+def test_a_model_that_the_device_has_no_room_for_is_not_called_damaged(tiny_bundle, monkeypatch):
+    class Full(PretendedCuda):
+        @staticmethod
+        def InferenceSession(*args, **options):
+            # ONNX Runtime 1.31 under `gpu_mem_limit`.
+            raise RuntimeError(
+                "Exception during initialization: /onnxruntime_src/bfc_arena.cc:360 "
+                "Available memory of 19496192 is smaller than requested bytes of 23440896"
+            )
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", Full())
+    for precision in ("float16", "float32"):
+        asked = config(tiny_bundle, device="cuda:0", precision=precision, gpu_memory=20 << 20)
+        with pytest.raises(BackendError, match=r"raise `gpu_memory` .*requested bytes of 23440896"):
+            backend_module.load(asked)
