@@ -14,7 +14,7 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 │   ├── DimensionMismatchError     dimension_mismatch
 │   ├── ModelMismatchError         model_mismatch
 │   └── UploadConflictError        upload_conflict
-├── UnavailableError               the same request may succeed later
+├── UnavailableError               the same request may succeed later; unavailable: nobody answers
 │   ├── OverloadedError            overloaded
 │   ├── DrainingError              draining
 │   ├── StoreUnavailableError      store_unavailable
@@ -24,10 +24,10 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 ├── UnauthorizedError              unauthorized
 ├── InternalError                  internal
 └── SetupError                     this process cannot start or run as configured (code internal)
-├── ConfigError                an option, an environment variable or the config file
-├── ModelError                 a model bundle: missing, damaged, not supported
-├── BackendError               an engine or a device that is not there or refused the model
-└── StoreError                 a store address or folder that cannot be used
+    ├── ConfigError                an option, an environment variable or the config file
+    ├── ModelError                 a model bundle: missing, damaged, not supported
+    ├── BackendError               an engine or a device that is not there or refused the model
+    └── StoreError                 a store address or folder that cannot be used
 """
 
 from __future__ import annotations
@@ -148,9 +148,13 @@ class UploadConflictError(RequestError):
 
 
 class UnavailableError(FletcherError):
-    """The same request may succeed later."""
+    """The same request may succeed later.
 
-    code = "overloaded"
+    By itself: nobody answers, or the connection broke. Only a client tells that, so its code does
+    not cross the wire.
+    """
+
+    code = "unavailable"
 
 
 class OverloadedError(UnavailableError):

@@ -15,7 +15,7 @@ MAX_REPORTED_ERRORS = 1000
 
 @dataclass(frozen=True, slots=True)
 class BatchMetadata:
-    """What a client said with a batch; see contract.md, Input.
+    """What a client said with a batch; see docs/wire.md, Input.
 
     Attributes:
         batch_id: Its number for the batch.

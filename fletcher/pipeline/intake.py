@@ -293,14 +293,14 @@ class Intake:
         arrays = {name: batch.column(index) for name, index in columns.items() if index is not None}
         for index in self._carried:
             arrays[f"carried:{batch.schema.field(index).name}"] = batch.column(index)
-        for name, array in arrays.items():
-            validate(array, name.removeprefix("carried:"))
+        for key, array in arrays.items():
+            name = key.removeprefix("carried:")
+            validate(array, name)
             # A few bytes may stand for many: those are counted before they are written out.
-            if name == "text":
-                self._check_size(viewed_bytes(array), "`text` holds views of")
-                arrays[name] = without_views(array)
-            elif pa.types.is_dictionary(array.type):
-                arrays[name] = self._decoded(array, name.removeprefix("carried:"))
+            self._check_size(viewed_bytes(array), f"`{name}` holds views of")
+            arrays[key] = without_views(array)
+            if key != "text" and pa.types.is_dictionary(array.type):
+                arrays[key] = self._decoded(arrays[key], name)
         return pa.RecordBatch.from_pydict(arrays)
 
     def _decoded(self, array: pa.DictionaryArray, name: str) -> pa.Array:
@@ -326,8 +326,8 @@ class Intake:
             text_bytes = text.nbytes
         decoded = sum(
             used.column(f"carried:{batch.schema.field(index).name}").nbytes
-            for index in self._carried
-            if pa.types.is_dictionary(batch.schema.field(index).type)
+            for index, field in zip(self._carried, self.carried_fields, strict=True)
+            if batch.schema.field(index).type != field.type
         )
         return int(max(0, batch.get_total_buffer_size() - text_bytes) + decoded)
 
