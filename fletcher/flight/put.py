@@ -26,6 +26,7 @@ from fletcher.flight.call import (
     read_schema,
     started,
 )
+from fletcher.flight.messages import reported_id
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.chunk_rows import assembler
 from fletcher.pipeline.intake import Intake
@@ -265,7 +266,7 @@ class _Put:
             for row in failed:
                 self._service.telemetry.rows_failed.add()
                 self._service.telemetry.errors.add(code=errors[row].code)
-                self._upload.report(piece.row_first + row, ids[row].as_py(), errors[row])
+                self._upload.report(piece.row_first + row, reported_id(ids[row]), errors[row])
             begin, end = output.place(low), output.place(high + 1)
             # The piece's memory is free once its last part is stored.
             left = (result.num_bytes, row_bytes) if index == len(new) - 1 else (0, 0)
