@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
@@ -30,8 +29,9 @@ from fletcher.flight.call import (
 from fletcher.flight.messages import reported_id
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.chunk_rows import assembler
-from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.models import Model
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.service import Request, Service
 from fletcher.pipeline.sources import as_fletcher_error
@@ -279,7 +279,7 @@ class _Put:
                     tuple(output.place(row) - begin for row in failed),
                     lambda left=left: self._stream.release(*left),  # type: ignore[misc]
                     # Of rows that are several chunks, none is asked about.
-                    tuple(np.flatnonzero(piece.skipped[low : high + 1]).tolist()),
+                    tuple(row - low for row in piece.skipped.tolist() if low <= row <= high),
                     num_rows=last - first + 1,
                 )
             )

@@ -12,7 +12,7 @@ from fletcher.batches import BoolArray, Chunks, EmbeddingBatch, Int64Array
 from fletcher.errors import FletcherError, RowTooLargeError
 from fletcher.pipeline.arrays import large_utf8, text_offsets
 from fletcher.pipeline.assembly import Assembler, Output
-from fletcher.pipeline.intake import Piece
+from fletcher.pipeline.piece import Piece
 from fletcher.schema import CHUNK_FIELDS, VectorSpec, vector_columns
 
 # Vectors, places and texts of one row's chunks, where they are kept until all are there.

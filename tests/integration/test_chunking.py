@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,8 +19,9 @@ from fletcher.pipeline.memory import Allowance
 from fletcher.runtime import Runtime
 from fletcher.tokenization.chunker import windows
 from fletcher.tokenization.tokenizer import Tokenizer
-from tests.integration.conftest import StartServer
+from tests.integration.conftest import SMALL_PARTS, StartServer
 
+SERVER_OPTIONS = SMALL_PARTS
 WORDS = "the programs, that people use; packages (debian) hold 1 or 22 of them.".split()
 
 
@@ -35,18 +35,6 @@ class Whole:
 
     tokenizer: Tokenizer
     seed: int
-
-
-@pytest.fixture(scope="module")
-def server(start_server: StartServer) -> Runtime:
-    # A stream's reserve is 64 KiB: texts over some 2 kB come in parts.
-    return start_server(max_memory=64 << 20, max_message_bytes=32 << 20, max_streams=128)
-
-
-@pytest.fixture(scope="module")
-def client(server: Runtime) -> Iterator[fletcher.Client]:
-    with fletcher.connect(server.address) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +181,7 @@ def test_dictionaries_and_batches_stay_as_they_are(client: fletcher.Client) -> N
 
 def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> None:
     # With a journal, whose groups have more rows than their extent says.
-    server = start_server(max_memory=64 << 20, max_message_bytes=32 << 20, max_journal=64 << 20)
+    server = start_server(**SMALL_PARTS, max_journal=64 << 20)
     texts = [MIXED * (n % 40) if n % 9 else None for n in range(200)]
     table = pa.table({"id": pa.array(range(200), pa.int64()), "text": texts})
     options = fletcher.EmbedOptions(dataset="chunks", upload_id="u", chunking="tokens:32/4:none")

@@ -15,9 +15,10 @@ from fletcher.errors import FletcherError, InternalError, RowTooLargeError
 from fletcher.options import EmbedOptions
 from fletcher.pipeline import chunk_rows
 from fletcher.pipeline.chunk_rows import ChunkAssembler
-from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.limits import IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.stream import EmbedStream, Ticket
 from fletcher.schema import VectorSpec, output_schema
 
