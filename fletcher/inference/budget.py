@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,13 +103,32 @@ def load(config: BackendConfig) -> BudgetedBackend:
     return BudgetedBackend(backend, config.max_batch_tokens)
 
 
-def _load(config: BackendConfig) -> Backend:
-    if config.version:  # a replica that is started again must not get what came there since
-        folder = version_folder(Path(config.bundle), config.version)
-        config = replace(config, bundle=str(folder))
-    engine = import_module(f"fletcher.inference.{config.backend}")
-    loaded: Backend = engine.load(config)
+def load_inline(config: BackendConfig) -> Backend | None:
+    """The same for this process, one small run at a time; None where the engine is not for that.
+
+    Raises:
+        FletcherError: As the engine's own `load_inline`.
+    """
+    load = getattr(_engine(config), "load_inline", None)
+    loaded: Backend | None = load and load(_versioned(config))
     return loaded
+
+
+def _load(config: BackendConfig) -> Backend:
+    loaded: Backend = _engine(config).load(_versioned(config))
+    return loaded
+
+
+def _engine(config: BackendConfig) -> Any:
+    return import_module(f"fletcher.inference.{config.backend}")
+
+
+def _versioned(config: BackendConfig) -> BackendConfig:
+    """A replica that is started again must not get what came there since."""
+    if not config.version:
+        return config
+    folder = version_folder(Path(config.bundle), config.version)
+    return replace(config, bundle=str(folder))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
