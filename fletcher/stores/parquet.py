@@ -24,7 +24,7 @@ from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
-from fletcher.stores.schemas import check_columns, check_compatible, conform
+from fletcher.stores.schemas import check_columns, check_compatible, check_storable, conform
 from fletcher.stores.sync import make_folder, sync_path
 
 # The schema of the first write, in the file that Parquet's readers know for it.
@@ -80,6 +80,7 @@ class ParquetStore:
             raise ColumnTypeError(
                 "`batch_key` is missing: it names the Parquet file of a group", field="batch_key"
             )
+        check_storable(schema)
         lock = self._lock(dataset)
         folder = self._folder / dataset
         try:
