@@ -58,9 +58,10 @@ class FletcherError(Exception):
         allowed: Sequence[str] | None = None,
         retry_after_ms: int | None = None,
     ) -> None:
+        message = _encodable(message)
         super().__init__(message)
         self.message = message
-        self.field = field
+        self.field = None if field is None else _encodable(field)
         self.allowed = list(allowed) if allowed is not None else None
         self.retry_after_ms = retry_after_ms
 
@@ -82,6 +83,11 @@ class FletcherError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions with keyword-only arguments do not pickle by themselves; workers send them.
         return _rebuild, (type(self), self.to_dict())
+
+
+def _encodable(text: str) -> str:
+    """Text that came in JSON may hold half a surrogate pair, which no UTF-8 has."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _rebuild(kind: type[FletcherError], fields: dict[str, Any]) -> FletcherError:
