@@ -14,7 +14,7 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 │   ├── DimensionMismatchError     dimension_mismatch
 │   ├── ModelMismatchError         model_mismatch
 │   └── UploadConflictError        upload_conflict
-├── UnavailableError               the same request may succeed later
+├── UnavailableError               the same request may succeed later; unavailable: nobody answers
 │   ├── OverloadedError            overloaded
 │   ├── DrainingError              draining
 │   ├── StoreUnavailableError      store_unavailable
@@ -24,10 +24,10 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 ├── UnauthorizedError              unauthorized
 ├── InternalError                  internal
 └── SetupError                     this process cannot start or run as configured (code internal)
-├── ConfigError                an option, an environment variable or the config file
-├── ModelError                 a model bundle: missing, damaged, not supported
-├── BackendError               an engine or a device that is not there or refused the model
-└── StoreError                 a store address or folder that cannot be used
+    ├── ConfigError                an option, an environment variable or the config file
+    ├── ModelError                 a model bundle: missing, damaged, not supported
+    ├── BackendError               an engine or a device that is not there or refused the model
+    └── StoreError                 a store address or folder that cannot be used
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class FletcherError(Exception):
         allowed: Sequence[str] | None = None,
         retry_after_ms: int | None = None,
     ) -> None:
+        message = _encodable(message)
         super().__init__(message)
         self.message = message
-        self.field = field
+        self.field = None if field is None else _encodable(field)
         self.allowed = list(allowed) if allowed is not None else None
         self.retry_after_ms = retry_after_ms
 
@@ -82,6 +83,11 @@ class FletcherError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions with keyword-only arguments do not pickle by themselves; workers send them.
         return _rebuild, (type(self), self.to_dict())
+
+
+def _encodable(text: str) -> str:
+    """Text that came in JSON may hold half a surrogate pair, which no UTF-8 has."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _rebuild(kind: type[FletcherError], fields: dict[str, Any]) -> FletcherError:
@@ -148,9 +154,13 @@ class UploadConflictError(RequestError):
 
 
 class UnavailableError(FletcherError):
-    """The same request may succeed later."""
+    """The same request may succeed later.
 
-    code = "overloaded"
+    By itself: nobody answers, or the connection broke. Only a client tells that, so its code does
+    not cross the wire.
+    """
+
+    code = "unavailable"
 
 
 class OverloadedError(UnavailableError):

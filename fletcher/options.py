@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedOptions:
-    """One embedding request's options; field names are those on the wire (contract.md, Commands).
+    """One embedding request's options; field names are those on the wire (docs/wire.md, Commands).
 
     Attributes:
         dataset: Where vectors go; required for DoPut, refused nowhere. `[A-Za-z0-9][A-Za-z0-9_-]*`,

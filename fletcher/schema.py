@@ -1,4 +1,4 @@
-"""Output columns and their schema metadata (contract.md, Output columns)."""
+"""Output columns and their schema metadata (docs/wire.md, Output)."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _findings(file: dict[str, Any]) -> Iterator[str]:
 
 
 def _files(root: Path) -> Iterator[dict[str, Any]]:
-    from fletcher.delivery.journal import journals
+    from fletcher.delivery.journals import journals
     from fletcher.delivery.segment import SETTLED, read_segments
     from fletcher.delivery.unsent import UNSENT
 
@@ -136,7 +136,7 @@ def _describe(path: Path, segment: Segment | Damage) -> dict[str, Any]:
 
 
 def _is_served(root: Path) -> bool:
-    from fletcher.delivery.journal import lock_journal
+    from fletcher.delivery.journals import lock_journal
 
     if not (root / ".lock").exists():
         return False
@@ -148,7 +148,7 @@ def _is_served(root: Path) -> bool:
 
 
 def _replay(root: Path) -> int:
-    from fletcher.delivery.journal import journals, lock_journal, revive
+    from fletcher.delivery.journals import journals, lock_journal, revive
 
     if not root.is_dir():
         raise ConfigError(f"there is no journal in {str(root)!r}", field="home")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -81,6 +81,9 @@ class Client:
         """Where the server is, as given to `connect`."""
         return self._connection.address
 
+    def __repr__(self) -> str:
+        return f"<fletcher.Client of {self.address}>"
+
     def put(
         self,
         data: Any,
@@ -97,8 +100,8 @@ class Client:
         not acknowledged yet is kept in memory for this, up to `TransferOptions.window_bytes`.
 
         Args:
-            data: A RecordBatch, Table, RecordBatchReader, `fletcher.readers.Source`, or an
-                iterable of RecordBatches; columns as `options` names them.
+            data: A RecordBatch, Table, RecordBatchReader, `fletcher.readers.Source`, DataFrame of
+                pandas or Polars, or an iterable of RecordBatches; columns as `options` names them.
             options: What to do, or just the dataset's name.
             row_offset: Offset of the first row in the upload, where this is not its beginning.
             end: These are the last rows of the upload: it can be complete.
@@ -187,7 +190,7 @@ class Client:
         wanted = EmbedOptions.from_mapping({**given, "continuous": True})
         return Stream(self._connection, pieces, wanted)
 
-    def embed(self, texts: Sequence[str], **options: Any) -> npt.NDArray[Any]:
+    def embed(self, texts: Iterable[str], **options: Any) -> npt.NDArray[Any]:
         """Vectors of some texts.
 
         Args:
@@ -203,7 +206,9 @@ class Client:
             FletcherError: A text has no vector; the message says which and why.
         """
         if isinstance(texts, str):
-            raise InvalidCommandError("`texts` is one string, expected a list of them")
+            raise InvalidCommandError(
+                "`texts` is one string, expected a list of them", field="texts"
+            )
         wanted = EmbedOptions.from_mapping({"dtype": "float32", **options})
         chunking = Chunking.parse(wanted.chunking or "none")
         if chunking is not None and chunking.rows:
@@ -215,7 +220,9 @@ class Client:
         try:
             column = pa.array(texts, pa.utf8())
         except (pa.ArrowException, TypeError, UnicodeError):
-            raise InvalidCommandError("`texts` holds something that is no Unicode text") from None
+            raise InvalidCommandError(
+                "`texts` holds something that is no Unicode text", field="texts"
+            ) from None
         table = pa.table({wanted.text_column: column})
         batches = table.to_batches(max_chunksize=_EMBED_ROWS)
         parts = []
@@ -233,8 +240,8 @@ class Client:
                 _check_one_each(kind)
                 return np.zeros((0, kind.list_size), kind.value_type.to_pandas_dtype())
         embeddings = np.concatenate(parts)
-        if len(embeddings) != len(texts):
-            raise InternalError(f"{len(embeddings)} vectors came back for {len(texts)} texts")
+        if len(embeddings) != len(column):
+            raise InternalError(f"{len(embeddings)} vectors came back for {len(column)} texts")
         return embeddings
 
     def upload_status(self, upload_id: str, dataset: str | None = None) -> dict[str, Any]:

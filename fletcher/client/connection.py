@@ -33,6 +33,22 @@ _SCHEMES = {
 }
 
 
+# A channel that was refused waits longer each time, up to two minutes, and refuses by itself
+# meanwhile: a server that is back would go unnoticed.
+# https://github.com/grpc/grpc/blob/master/doc/connection-backoff.md
+_GRPC_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+# What to do about a connection that does not come about, by what gRPC says of it.
+_REMEDIES = (
+    ("certificate verify failed", "name the CA of its certificate (`tls`, --tls-ca)"),
+    ("wrong version number", "it does not encrypt: its address begins with grpc://"),
+    ("Failed parsing HTTP/2", "it speaks another protocol: check the port"),
+    ("Socket closed", "if it encrypts, its address begins with grpc+tls://"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
     """Certificates: files of PEM, or their contents as bytes.
@@ -120,7 +136,9 @@ class Connection:
                 "private_key": _pem(tls.key),
             }
         with self.errors():
-            self.flight = flight.FlightClient(location, **credentials)
+            self.flight = flight.FlightClient(
+                location, generic_options=_GRPC_OPTIONS, **credentials
+            )
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -137,7 +155,8 @@ class Connection:
         """Makes sure that somebody listens, who lets us in.
 
         Raises:
-            UnavailableError: Nobody listens.
+            UnavailableError: Nobody listens, or speaks Flight.
+            InvalidCommandError: It is another kind of Flight server, such as a store.
             UnauthenticatedError, UnauthorizedError: The token is missing or wrong.
         """
         try:
@@ -146,8 +165,17 @@ class Connection:
             raise UnavailableError(
                 f"{self.address} did not answer within {self._timeout_s:g} s; check the address"
             ) from None
-        except InvalidCommandError:
-            return  # it listens, and has no such action
+        except UnavailableError as error:
+            for sign, remedy in _REMEDIES:
+                if sign in error.message:
+                    raise UnavailableError(f"{error.message}; {remedy}") from None
+            raise
+        except InvalidCommandError as error:
+            raise InvalidCommandError(
+                f"`uri` is {self.address}, which is no server of Fletcher's: {error.message}; a "
+                "store has an address of its own",
+                field="uri",
+            ) from None
 
     def action(
         self, name: str, body: dict[str, Any] | None = None, timeout_s: float | None = None

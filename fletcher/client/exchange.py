@@ -53,8 +53,9 @@ class Exchange:
     early, by `close` or at the end of `with`, cancels the call. When the server fails, answers that
     it sent shortly before may be lost: gRPC drops them.
 
-    Where the server refuses for now, or goes, before its first answer, the exchange begins anew, up
-    to `max_retries` times: until then what was sent is kept, if it is no more than `window_bytes`.
+    Where the server refuses for now, goes, or is away, before its first answer, the exchange begins
+    anew, up to `max_retries` times: until then what was sent is kept, if it is no more than
+    `window_bytes`.
 
     Attributes:
         errors: Why rows of the batch last returned have a null vector, in the order of rows; at
@@ -101,10 +102,18 @@ class Exchange:
         self._failure: BaseException | None = None
         self._read_all = False
         self._last_activity = time.monotonic()
-        with self._connection.errors():
-            self._writer, self._reader = self._connection.flight.do_exchange(
-                descriptor(self._options), self._connection.stream_options()
-            )
+        self._writer: Any = None
+        self._reader: Any = None
+        self._threads: list[threading.Thread] = []
+        try:
+            with self._connection.errors():
+                self._writer, self._reader = self._connection.flight.do_exchange(
+                    descriptor(self._options), self._connection.stream_options()
+                )
+        except UnavailableError as error:  # nobody is there now: a call that gave no answer
+            self._failure = error
+            self._written = self._read_all = True
+            return
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (("exchange-write", self._write), ("exchange-read", self._read))
@@ -181,6 +190,8 @@ class Exchange:
 
         With `leave_input` that one is not waited for: it ends when the input has something for it.
         """
+        if self._reader is None:
+            return True
         if cancel:
             self._reader.cancel()
         deadline = time.monotonic() + timeout_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -173,8 +173,8 @@ def as_batches(data: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """The schema and batches of whatever holds some.
 
     Args:
-        data: A RecordBatch, Table, RecordBatchReader, `fletcher.readers.Source`, or an iterable of
-            RecordBatches of one schema.
+        data: A RecordBatch, Table, RecordBatchReader, `fletcher.readers.Source`, a DataFrame that
+            Arrow can read (`__arrow_c_stream__`), or an iterable of RecordBatches of one schema.
 
     Raises:
         InvalidCommandError: It is none of these.
@@ -187,26 +187,36 @@ def as_batches(data: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         schema, batches = data.schema, iter(data)
     elif hasattr(data, "batches") and hasattr(data, "schema"):
         schema, batches = data.schema, data.batches()
+    elif hasattr(data, "__arrow_c_stream__"):  # of pandas, Polars, DuckDB
+        reader = pa.RecordBatchReader.from_stream(data)
+        schema, batches = reader.schema, iter(reader)
     else:
-        try:
-            batches = iter(data)
-        except TypeError:
-            raise InvalidCommandError(
-                f"`data` is a {type(data).__name__}, expected a RecordBatch, a Table, a "
-                "RecordBatchReader or an iterable of RecordBatches"
-            ) from None
+        batches = iter(data) if isinstance(data, Iterable) else iter(())
         first = next(batches, None)
         if not isinstance(first, pa.RecordBatch):
-            found = "nothing" if first is None else f"a {type(first).__name__}"
-            raise InvalidCommandError(
-                f"`data` yields {found}, expected RecordBatches (an empty Table has a schema, "
-                "an empty list has none)"
-            )
+            raise InvalidCommandError(_no_batches(data, first), field="data")
         schema, batches = first.schema, chain([first], batches)
     plain = _without_views(schema)
     if plain is schema:
         return schema, batches
     return plain, (_cast(batch, plain) for batch in batches)
+
+
+def _no_batches(data: Any, first: Any) -> str:
+    found = f"`data` is a {type(data).__name__}"
+    if isinstance(data, Mapping):
+        remedy = "pyarrow.table(data) makes a Table of columns"
+    elif isinstance(first, Mapping):
+        found += f" of a {type(first).__name__}"
+        remedy = "pyarrow.Table.from_pylist(data) makes a Table of rows"
+    else:
+        if isinstance(data, Iterable):
+            found += f" of {'nothing' if first is None else f'a {type(first).__name__}'}"
+        remedy = "an empty Table has a schema, an empty list has none"
+    return (
+        f"{found}, expected a RecordBatch, a Table, a RecordBatchReader, a DataFrame or an "
+        f"iterable of RecordBatches; {remedy}"
+    )
 
 
 def _without_views(schema: pa.Schema) -> pa.Schema:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 
@@ -25,7 +26,8 @@ class Appender:
         dataset: The dataset's name.
         telemetry: Where durations and spans go.
         known: What the dataset holds.
-        on_empty: Called before the dataset is emptied.
+        on_empty: Called before the dataset is emptied. May raise OSError.
+        on_replace: Called before rows that are not journaled replace others. May raise OSError.
         unsent: Where groups are noted that the store cannot tell of; None: nowhere.
     """
 
@@ -36,6 +38,7 @@ class Appender:
         telemetry: Telemetry,
         known: Known,
         on_empty: Callable[[], None],
+        on_replace: Callable[[], None],
         unsent: Unsent | None,
     ) -> None:
         self._store = store
@@ -43,6 +46,7 @@ class Appender:
         self._telemetry = telemetry
         self._known = known
         self._on_empty = on_empty
+        self._on_replace = on_replace
         self._unsent = unsent
         self._writer: DatasetWriter | None = None
         self._written: WriterKind | None = None  # what the writer was opened for
@@ -62,7 +66,8 @@ class Appender:
         if self._writer is None or self._written != wanted or mode == "overwrite":
             self.close()
             if mode == "overwrite":
-                self._on_empty()
+                with _journals_disk():
+                    self._on_empty()
             stored = schema.append(pa.field("batch_key", pa.utf8()))
             self._writer = self._store.open_writer(self._dataset, stored, mode)
             self._written = wanted
@@ -79,7 +84,7 @@ class Appender:
         Raises:
             FletcherError: As the writer's `append`, and where the journal's disk fails.
         """
-        (schema, _, upsert), _ = groups[0].rows[0].kind
+        (schema, _, upsert), journaled = groups[0].rows[0].kind
         null_vectors = self._store.capabilities.null_vectors
         writer = self.use(schema, "upsert" if upsert else "append")
         wanted = {group.key: group for group in groups}
@@ -90,6 +95,9 @@ class Appender:
         rows = {key: group.batch(null_vectors=null_vectors) for key, group in wanted.items()}
         batches = [batch for batch in rows.values() if batch.num_rows]
         num_rows = sum(batch.num_rows for batch in batches)
+        if upsert and not journaled:  # journaled ones would go again behind those that they replace
+            with _journals_disk():
+                self._on_replace()
         with (
             self._telemetry.stage_duration.time(stage="append"),
             self._telemetry.span("append", rows=num_rows, groups=len(batches)),
@@ -120,7 +128,14 @@ class Appender:
     def _note_unsent(self, keys: Sequence[str]) -> None:
         """The store may know nothing of these, but that they are settled must outlive us."""
         if keys and self._unsent is not None:
-            try:
+            with _journals_disk():
                 self._unsent.add(keys)
-            except OSError as error:
-                raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _journals_disk() -> Iterator[None]:
+    """Says of a disk that fails that it is the journal's, for it passes."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from None

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from fletcher.delivery.breaker import PASSING, Breaker
-from fletcher.delivery.journal import Journal, JournalSpace, journals, lock_journal
+from fletcher.delivery.journal import Journal, JournalSpace
+from fletcher.delivery.journals import journals, lock_journal
 from fletcher.delivery.known import KnownSpace
 from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.outbox import from_journal
@@ -368,7 +369,7 @@ class Delivery:
         with self._lock:
             if route.users or not route.idle:
                 return False
-            route.release()
+            route.leave()
             for key, one in list(self._routes.items()):
                 if one is route:
                     del self._routes[key]

@@ -5,8 +5,10 @@ batch in them is a group of rows of one upload, whose extent is frozen by being 
 custom metadata says which upload and rows, and a CRC-32 over it all. Groups are synced
 before they are acknowledged, several at a time; a segment is deleted when all its groups are
 stored. Until then notes beside it say which are: sent again, they would replace newer rows, or come
-back into a dataset that was emptied since. The notes outlive a kill as they are; before a later
-segment goes, or a dataset is emptied, they are synced.
+back into a dataset that was emptied since. The notes outlive a kill as they are. They are synced
+before anything outlives a power loss that what they note, sent again, would undo: before a later
+segment goes or has a note of its own of rows that replace others, before such rows go to the store
+from memory, and before a dataset is emptied.
 
 After a crash the last segment may end in half a group, which was never acknowledged: it is cut off,
 and kept in case that it was not the crash.
@@ -23,12 +25,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,7 +50,11 @@ from fletcher.delivery.segment import (
     mend_notes,
     read_segments,
 )
-from fletcher.errors import ConfigError, FletcherError, JournalFullError
+from fletcher.errors import (
+    FletcherError,
+    JournalFullError,
+    StoreUnavailableError,
+)
 from fletcher.stores.sync import make_folder, sync_path
 
 log = logging.getLogger(__name__)
@@ -99,6 +104,9 @@ class Journal:
         segment_bytes: Size at which a new segment begins.
         retention_s: Tells how long segments are kept after they were sent; 0: not at all, for
             stores that are durable when they acknowledge.
+
+    Raises:
+        JournalFullError, StoreUnavailableError: The disk is full, or fails otherwise.
     """
 
     def __init__(
@@ -120,7 +128,10 @@ class Journal:
         self._file: BinaryIO | None = None  # of the last segment, while it is written
         self._writer: Any = None
         self._next_number = 0
-        make_folder(folder)
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise _disk_error(error) from None
 
     def recover(self) -> list[JournaledGroup]:
         """Reads what an earlier process left; call it before the first `append`.
@@ -141,7 +152,10 @@ class Journal:
             for one in segment.damage:
                 log.error("journal: %s is damaged, and lost %s", path, one)
             if segment.torn is not None:
-                _cut(segment, segment.torn)
+                try:
+                    _cut(segment, segment.torn)
+                except OSError as error:  # a full disk: it is not read, so it may stay
+                    log.warning("journal: %s ends in half a group: %s", path, error)
             if not segment.groups:
                 _dispose(segment, kept=False)
                 continue
@@ -174,9 +188,7 @@ class Journal:
             except Exception as error:
                 self._undo()
                 if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                    raise JournalFullError(
-                        "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
-                    ) from None
+                    raise _disk_error(error) from None
                 raise
 
     def _append(
@@ -205,26 +217,31 @@ class Journal:
             segment.unsettled -= 1
             group.settled = True
             done = segment.unsettled == 0
-            try:
-                segment.note(group)
-            except OSError as error:
-                log.warning("journal: %s cannot be written: %s", segment.notes, error)
+            segment.note(group)
+        try:
+            if group.info.upsert:  # a disk may keep these notes and not those written before
+                self.sync_notes(before=segment)
+            with self._lock:
+                segment.write_notes()
+        except OSError as error:
+            log.warning("journal: %s cannot be written: %s", segment.notes, error)
         if done:
             self.sweep()
 
-    def forget_settled(self) -> None:
+    def sync_notes(self, before: Segment | None = None) -> None:
         """Afterwards nothing that is settled comes back, whatever dies.
+
+        Args:
+            before: Only what is in earlier segments.
 
         Raises:
             OSError: The disk does not take the notes.
         """
-        self.close()
-        self.sweep()
         with self._sweeping:
             with self._lock:
-                segments = list(self._segments)
+                place = None if before is None else self._segments.index(before)
+                segments = self._segments[:place]
             self._sync_notes(segments)
-            sync_path(str(self.folder))
 
     def sweep(self) -> None:
         """Deletes the segments of which nothing waits, but the open one; the oldest first."""
@@ -268,6 +285,10 @@ class Journal:
         with self._appending:
             self._roll()
 
+    def leave(self) -> None:
+        """The journal is closed and used no more: who opens it again counts what is left."""
+        self._space.add(-self.num_bytes)
+
     @property
     def num_bytes(self) -> int:
         """Bytes on disk."""
@@ -305,15 +326,15 @@ class Journal:
 
     def _dispose(self, segment: Segment, retention_s: float) -> None:
         with self._lock:
-            place = self._segments.index(segment)
-            earlier = self._segments[:place]
-            del self._segments[place]
-        self._space.add(-segment.num_bytes)
+            earlier = self._segments[: self._segments.index(segment)]
         now = time.time()
         # What it replaced may be in earlier ones: they must not be sent again without it.
         self._sync_notes(earlier)
         _dispose(segment, kept=retention_s > 0)
         sync_path(str(self.folder))
+        with self._lock:  # only now: what failed is tried again
+            self._segments.remove(segment)
+        self._space.add(-segment.num_bytes)
         segment.notes.unlink(missing_ok=True)
         for path in self.folder.glob(f"*{SENT}"):
             with contextlib.suppress(FileNotFoundError):
@@ -321,11 +342,18 @@ class Journal:
                     path.unlink()
 
     def _sync_notes(self, segments: Sequence[Segment]) -> None:
+        synced: list[tuple[Segment, int]] = []
         for segment in segments:
             with self._lock:
                 segment.write_notes()
-            if segment.notes.exists():
+                num_notes = segment.num_notes
+            if segment.num_synced < num_notes:
                 sync_path(str(segment.notes))
+                synced.append((segment, num_notes))
+        if synced:
+            sync_path(str(self.folder))  # the names, too
+        for segment, num_notes in synced:
+            segment.num_synced = num_notes
 
     def _undo(self) -> None:
         """Cuts off what was written of groups that will not be acknowledged."""
@@ -335,52 +363,15 @@ class Journal:
         self._roll()  # which may write what is buffered still
         with contextlib.suppress(OSError):
             os.truncate(segment.path, segment.num_bytes)
+            sync_path(str(segment.path))
 
 
-def journals(root: Path) -> Iterator[tuple[str, str, Path]]:
-    """Store's folder, dataset and folder of each journal under `root`."""
-    for store in sorted(path for path in root.glob("*") if path.is_dir()):
-        for folder in sorted(path for path in store.glob("*") if path.is_dir()):
-            yield store.name, folder.name, folder
-
-
-def revive(folder: Path) -> int:
-    """Makes sent and rejected segments wait again, as new ones behind the others; how many."""
-    used = [int(path.stem.partition("-")[0]) for path in folder.glob("0*")]
-    number = max(used, default=-1) + 1
-    again = sorted(path for path in folder.iterdir() if path.suffix in (SENT, REJECTED))
-    for path in again:
-        path.rename(folder / f"{number:012d}{WAITING}")
-        number += 1
-    sync_path(str(folder))
-    return len(again)
-
-
-def lock_journal(folder: Path) -> int:
-    """Takes the journal for this process until the descriptor that is returned is closed.
-
-    Raises:
-        ConfigError: The folder cannot be used, or another process has it.
-    """
-    try:
-        make_folder(folder)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError(
-            f"the journal's folder {str(folder)!r} cannot be written: {error.strerror}; give "
-            "another `home`, or `--max-journal 0` to go without a journal",
-            field="home",
-        ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise ConfigError(
-            f"another server uses the journal in {str(folder)!r}; give each its own `home`, or "
-            "`--max-journal 0` to go without a journal",
-            field="home",
-        ) from None
-    return descriptor
+def _disk_error(error: OSError) -> FletcherError:
+    if error.errno in _NO_ROOM:
+        return JournalFullError(
+            "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
+        )
+    return StoreUnavailableError(f"the journal's disk fails: {error.strerror}")
 
 
 def _cut(segment: Segment, torn: Damage) -> None:
@@ -396,10 +387,11 @@ def _cut(segment: Segment, torn: Damage) -> None:
 def _dispose(segment: Segment, *, kept: bool) -> None:
     """What becomes of a segment of which nothing waits any more."""
     path = segment.path
-    if segment.damage:
-        path.rename(path.with_suffix(DAMAGED))
-    elif kept and segment.groups:
-        path.rename(path.with_suffix(SENT))
-        os.utime(path.with_suffix(SENT))
-    else:
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # it was done before, and something else failed
+        if segment.damage:
+            path.rename(path.with_suffix(DAMAGED))
+        elif kept and segment.groups:
+            path.rename(path.with_suffix(SENT))
+            os.utime(path.with_suffix(SENT))
+        else:
+            path.unlink()

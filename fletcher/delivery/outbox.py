@@ -195,9 +195,10 @@ class Outbox:
             )
         for group, on_disk in zip(groups, journaled, strict=True):
             self._known.add(group)
+            # Before it is acknowledged: what its client sends then goes to the store behind it.
+            self._lane.put(from_journal(group.upload, on_disk, self._journal))
             group.upload.secure(group.first, group.last)
             group.released()
-            self._lane.put(from_journal(group.upload, on_disk, self._journal))
 
     def _give_up(self, groups: Sequence[Rows], error: FletcherError) -> None:
         for group in groups:

@@ -74,7 +74,13 @@ class Route:
         self._unsent = Unsent(journal.folder) if journal is not None else None
         self._on_idle = on_idle
         self._appender = Appender(
-            store, dataset, telemetry, self.known, on_empty=self._forget, unsent=self._unsent
+            store,
+            dataset,
+            telemetry,
+            self.known,
+            on_empty=self._forget,
+            on_replace=self._keep_settled,
+            unsent=self._unsent,
         )
         self.lane = Lane(
             store,
@@ -139,8 +145,15 @@ class Route:
     def _forget(self) -> None:
         """The dataset is about to be emptied. Raises OSError."""
         if self.journal is not None and self._unsent is not None:
-            self.journal.forget_settled()
+            self.journal.close()
+            self.journal.sweep()
+            self.journal.sync_notes()
             self._unsent.clear()
+
+    def _keep_settled(self) -> None:
+        """Rows that are in no journal are about to replace others. Raises OSError."""
+        if self.journal is not None:
+            self.journal.sync_notes()
 
     def release(self) -> None:
         """Closes the journal of a route that is idle and will not be used again."""
@@ -149,6 +162,12 @@ class Route:
         if self.journal is not None:
             self.journal.close()
         self.known.close()
+
+    def leave(self) -> None:
+        """`release`, and what is left on disk is counted by the dataset's next route."""
+        self.release()
+        if self.journal is not None:
+            self.journal.leave()
 
     def close(self) -> None:
         """Ends the threads: what is in memory is given up, what is journaled stays on disk."""

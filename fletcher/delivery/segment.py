@@ -136,6 +136,8 @@ class Segment:
         damage: What else is in it.
         torn: Its end, where that is a group that was not written to its end: never acknowledged.
         unnoted: What is still to be written to the notes of what is settled.
+        num_notes: How many there are, written or not.
+        num_synced: How many of them survive a power loss.
     """
 
     path: Path
@@ -146,6 +148,8 @@ class Segment:
     damage: list[Damage] = field(default_factory=list)
     torn: Damage | None = None
     unnoted: bytes = b""
+    num_notes: int = 0
+    num_synced: int = 0
 
     @property
     def notes(self) -> Path:
@@ -153,16 +157,16 @@ class Segment:
         return self.path.with_suffix(SETTLED)
 
     def note(self, group: JournaledGroup) -> None:
-        """Notes that a group is settled; that is not synced.
-
-        Raises:
-            OSError: It could not be written, and will be with the next one.
-        """
+        """Notes that a group is settled, for `write_notes`."""
         self.unnoted += _NOTE.pack(group.end)
-        self.write_notes()
+        self.num_notes += 1
 
     def write_notes(self) -> None:
-        """Writes what of the notes is not written. Raises OSError."""
+        """Writes what of the notes is not written, and does not sync it.
+
+        Raises:
+            OSError: It could not be written, and will be the next time.
+        """
         if self.unnoted:
             with self.notes.open("ab", buffering=0) as file:
                 self.unnoted = self.unnoted[file.write(self.unnoted) :]
@@ -239,6 +243,7 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
         _scan(found, data, start)
         if found.groups:
             ends = set(read_notes(found.notes))
+            found.num_notes = len(ends)  # not known to be synced
             for group in found.groups:
                 group.settled = group.end in ends
             break

@@ -70,11 +70,13 @@ def read_messages(reader: Any, context: Any, *, continuous: bool = False) -> Ite
         except (flight.FlightError, OSError) as error:
             if isinstance(error, flight.FlightCancelledError) or context.is_cancelled():
                 return
-            raise
+            if isinstance(error, flight.FlightError):
+                raise
+            raise _undecodable(error) from None
         except pa.ArrowException as error:
             if context.is_cancelled():
                 return
-            raise ColumnTypeError(f"a message cannot be decoded: {str(error)[:300]}") from None
+            raise _undecodable(error) from None
         raw = chunk.app_metadata
         metadata = parse_batch_metadata(None if raw is None else raw.to_pybytes())
         if metadata.document_end and (chunk.data is None or not continuous):
@@ -106,8 +108,14 @@ def read_schema(reader: Any) -> pa.Schema:
     """
     try:
         return reader.schema
-    except pa.ArrowException as error:
+    except flight.FlightError:
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise ColumnTypeError(f"the stream's schema cannot be read: {str(error)[:300]}") from None
+
+
+def _undecodable(error: Exception) -> ColumnTypeError:
+    return ColumnTypeError(f"a message cannot be decoded: {str(error)[:300]}")
 
 
 def intake(

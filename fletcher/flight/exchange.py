@@ -30,8 +30,8 @@ from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler, Output
 from fletcher.pipeline.chunk_rows import ChunkAssembler, assembler
 from fletcher.pipeline.document_rows import DocumentAssembler
-from fletcher.pipeline.intake import Piece
 from fletcher.pipeline.models import Model
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.service import Service
 from fletcher.pipeline.stream import EmbedStream
@@ -199,7 +199,9 @@ class _Answers:
         if errors:
             self._note(errors, output, piece.row_first)
         self._parts.append(output.batch)
-        self._parts_bytes += output.batch.column("vector").nbytes
+        # Of columns that are there, these alone may be more than the message that they came in.
+        for name in {"vector", "text"} & set(output.batch.schema.names):
+            self._parts_bytes += output.batch.column(name).nbytes
         if self._parts_bytes > _MAX_OUTPUT_BYTES:
             raise _too_large(sum(part.num_rows for part in self._parts))
         if piece.last or (self._chunk_rows and output.batch.num_rows):
@@ -226,7 +228,7 @@ class _Answers:
 
 def _too_large(num_rows: int) -> BatchTooLargeError:
     return BatchTooLargeError(
-        f"{num_rows} rows of a batch make more than {_MAX_OUTPUT_BYTES} bytes of vectors; send "
-        "smaller batches",
-        allowed=[f"<= {_MAX_OUTPUT_BYTES} bytes of vectors"],
+        f"{num_rows} rows of a batch make more than {_MAX_OUTPUT_BYTES} bytes of vectors and text; "
+        "send smaller batches",
+        allowed=[f"<= {_MAX_OUTPUT_BYTES} bytes"],
     )

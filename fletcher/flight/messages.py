@@ -11,11 +11,15 @@ from fletcher.errors import FletcherError, InvalidCommandError
 
 MAX_ROW_OFFSET = 2**53 - 1  # what JSON readers in any language keep exact
 MAX_REPORTED_ERRORS = 1000
+# Of a batch's `app_metadata`, which takes a hundred; Python's objects are many times the JSON.
+MAX_METADATA_BYTES = 64 << 10
+# Of an id in a report: what a thousand errors hold does not depend on what was sent.
+_MAX_ID_CHARACTERS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class BatchMetadata:
-    """What a client said with a batch; see contract.md, Input.
+    """What a client said with a batch; see docs/wire.md, Input.
 
     Attributes:
         batch_id: Its number for the batch.
@@ -43,6 +47,11 @@ def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
     """
     if not raw:
         return BatchMetadata()
+    if len(raw) > MAX_METADATA_BYTES:
+        raise InvalidCommandError(
+            f"`app_metadata` of a batch has {len(raw)} bytes, at most {MAX_METADATA_BYTES}",
+            field="app_metadata",
+        )
     try:
         fields = json.loads(raw)
     except (ValueError, RecursionError):
@@ -79,12 +88,18 @@ def row_errors(
     return [
         {
             "row": row_first + row,
-            "id": ids[row].as_py(),
+            "id": reported_id(ids[row]),
             "code": error.code,
             "message": error.message,
         }
         for row, error in sorted(errors.items())[:limit]
     ]
+
+
+def reported_id(identifier: Any) -> str | int | None:
+    """An id as errors name it: text is cut after its first 1,024 characters."""
+    value: str | int | None = identifier.as_py()
+    return value[:_MAX_ID_CHARACTERS] if isinstance(value, str) else value
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:

@@ -20,7 +20,7 @@ from fletcher.flight.commands import encode_models, parse_descriptor, parse_json
 from fletcher.flight.exchange import exchange
 from fletcher.flight.put import put
 from fletcher.flight.query import embed
-from fletcher.flight.status import handler_errors
+from fletcher.flight.status import handler_errors, without_traceback
 from fletcher.flight.trace import TraceFactory, caller_trace
 from fletcher.options import EmbedOptions, check_dataset
 from fletcher.pipeline.models import Models
@@ -135,6 +135,20 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def get_schema(self, context: Any, descriptor: Any) -> Any:
         """A dataset's schema; for a command without a dataset, that of its DoExchange output."""
+        try:
+            return self._schema(context, descriptor)
+        except flight.FlightError as error:
+            raise without_traceback(error) from None
+
+    def do_get(self, context: Any, ticket: Any) -> Any:
+        """Nothing; pyarrow's own refusal is a traceback."""
+        with self._handling():
+            raise InvalidCommandError(
+                "there is nothing to get: DoExchange gives vectors, and datasets are read from "
+                "their store"
+            )
+
+    def _schema(self, context: Any, descriptor: Any) -> Any:
         with self._handling():
             options = parse_descriptor(descriptor)
             if options.dataset is not None:

@@ -110,6 +110,21 @@ def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> fl
     return flight_error_type(error)(error.message, extra_info=error.to_json())
 
 
+def without_traceback(error: flight.FlightError) -> Exception:
+    """A refusal for `get_schema`, in which pyarrow takes Flight errors for any other exception.
+
+    It sends the message, but neither code nor `extra_info`; and the traceback, unless this cannot
+    be written in UTF-8: then it says the exception's name alone.
+    """
+    refusal = RefusalError(str(error))
+    refusal.add_note("\udc80")  # half a surrogate pair, which Python shows below a traceback
+    return refusal
+
+
+class RefusalError(ValueError):
+    """What pyarrow sends as INVALID_ARGUMENT."""
+
+
 @contextmanager
 def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
     """Turns whatever leaves a handler into a Flight error; as `with` or as a decorator.

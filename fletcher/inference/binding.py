@@ -96,8 +96,8 @@ class Binding:
         return self._buffers[name].view(shape, dtype)
 
 
-def cuda_pin() -> Pin:
-    """Locks memory through the CUDA runtime that this process has loaded.
+def cuda_pin(device_id: int) -> Pin:
+    """Locks memory for a device, through the CUDA runtime that this process has loaded.
 
     Where that fails, for instance because of a limit on locked memory, memory stays as it is: runs
     are right, and a little slower.
@@ -108,6 +108,8 @@ def cuda_pin() -> Pin:
 
     def pin(address: int, size: int) -> Callable[[], None] | None:
         # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
+        # A thread that names no device begins one on the first, some hundred megabytes of it.
+        runtime.cudaSetDevice(ctypes.c_int(device_id))
         if runtime.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) != 0:
             return None
         return lambda: runtime.cudaHostUnregister(ctypes.c_void_p(address))

@@ -21,8 +21,10 @@ import numpy.typing as npt
 
 from fletcher.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, FletcherError, ModelError
-from fletcher.inference.backend import BackendConfig
+from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.binding import Binding, Pin, cuda_pin
+from fletcher.inference.budget import is_out_of_memory
+from fletcher.inference.cuda_graphs import captured
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
 from fletcher.inference.packed_io import PackedIO
@@ -102,7 +104,7 @@ class OnnxRuntimeBackend:
         return dict(self._description)
 
 
-def load(config: BackendConfig) -> OnnxRuntimeBackend:
+def load(config: BackendConfig) -> Backend:
     """Loads and warms up a bundle's graph.
 
     On the CPU each run has one core, and as many runs go on at once. Two cores were as fast
@@ -117,10 +119,13 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
     kind, _, index = config.device.partition(":")
     _check_precision(config.precision, kind)
     if kind == "cuda":
-        options = _cuda_options(ort, int(index or 0), config.gpu_memory)
+        device_id = int(index or 0)
+        options = _cuda_options(ort, device_id, config.gpu_memory)
         place = _Place(CUDA_PROVIDER, options, CUDA_CONCURRENCY)
         if config.precision == "float16" and not config.late:
-            return _load_packed(ort, bundle, config, place, "packed", cuda_pin())
+            # What the graph without padding does in float32 is little, and is to stay that.
+            place = replace(place, options=options | {"use_tf32": "0"})
+            return _load_packed(ort, bundle, config, place, "packed", cuda_pin(device_id))
     else:
         place = _cpu(config)
     if bundle.has_exits and kind == "cpu":
@@ -139,7 +144,7 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
     return _warmed_up(backend, io, bundle, config)
 
 
-def load_twin(config: BackendConfig) -> OnnxRuntimeBackend:
+def load_twin(config: BackendConfig) -> Backend:
     """Loads the CPU's twin of the graph without padding, in float32, fed as on a GPU.
 
     To check that graph and its inputs where there is no GPU; slower than `load`.
@@ -196,30 +201,38 @@ def _load_packed(
     place: _Place,
     attention: Literal["packed", "standard"],
     pin: Pin,
-) -> OnnxRuntimeBackend:
+) -> Backend:
     precision: Literal["float16", "float32"] = (
         "float16" if config.precision == "float16" else "float32"
     )
-    # ONNX Runtime holds what it needs of these files when the session is there.
+    io = PackedIO.packed(bundle)
+    # ONNX Runtime holds what it needs of these files when the sessions are there.
     try:
         with tempfile.TemporaryDirectory(prefix="fletcher-graph-") as folder:
             graph = write_packed(bundle, Path(folder), precision=precision, attention=attention)
             session = _session(ort, bundle, graph, place)
+            description = _describe(ort, session, config, precision) | {"graph": "without padding"}
+            backend = OnnxRuntimeBackend(
+                [session],
+                io,
+                concurrency=place.concurrency,
+                express=place.express,
+                description=description,
+                pin=pin,
+            )
+            _warmed_up(backend, io, bundle, config)
+            if not config.cuda_graphs:
+                return backend
+            if place.provider == CUDA_PROVIDER:
+                place = replace(place, options=place.options | {"enable_cuda_graph": "1"})
+            return captured(
+                backend, io, ort, lambda: _session(ort, bundle, graph, place), config.device
+            )
     except OSError as error:
         raise BackendError(
             f"`model` {bundle.name}: its {precision} graph cannot be written to the folder for "
             f"temporary files ({error.strerror}); make room there, or set TMPDIR"
         ) from error
-    io = PackedIO.packed(bundle)
-    backend = OnnxRuntimeBackend(
-        [session],
-        io,
-        concurrency=place.concurrency,
-        express=place.express,
-        description=_describe(ort, session, config, precision) | {"graph": "without padding"},
-        pin=pin,
-    )
-    return _warmed_up(backend, io, bundle, config)
 
 
 def _describe(ort: Any, session: Any, config: BackendConfig, precision: str) -> dict[str, str]:
@@ -309,6 +322,13 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
         session = ort.InferenceSession(str(graph), session_options, providers=[(provider, options)])
     except Exception as error:
         # Whatever is wrong, it says so in C++ exceptions of a dozen kinds.
+        if is_out_of_memory(error):
+            raise BackendError(
+                f"`model` {bundle.name} does not fit the device's memory that it may take; where "
+                "they are set, raise `gpu_memory` or lower `replicas_per_device`, else make room "
+                f"there ({_first_line(error)})",
+                field="model",
+            ) from error
         if provider == CUDA_PROVIDER and "CUDA" in str(error):
             raise BackendError(f"`device` cuda cannot be used: {error}", field="device") from error
         raise ModelError(

@@ -159,7 +159,11 @@ class _PackedWriter:
         for number, dense in enumerate(self.dense):
             pooled = self.encoder.dense(pooled, dense, f"dense.{number}")
         if bundle.normalize:
-            norm = graph.node("ReduceL2", (pooled, self.second), "norm", keepdims=1)
+            # ReduceL2 is cuDNN's on CUDA, these are ONNX Runtime's own.
+            squares = graph.node(
+                "ReduceSumSquare", (pooled, self.second), "norm.square", keepdims=1
+            )
+            norm = graph.node("Sqrt", (squares,), "norm")
             least = graph.constant("norm.least", np.array([MIN_NORM], np.float32))
             bounded = graph.node("Max", (norm, least), "norm.bounded")
             pooled = graph.node("Div", (pooled, bounded), "embedding.float32")

@@ -33,14 +33,14 @@ def validate(array: pa.Array, name: str) -> None:
         ) from None
 
 
-def without_views(texts: pa.Array) -> pa.Array:
-    """Arrow has few functions for string views: they become utf8 with offsets."""
-    if pa.types.is_string_view(texts.type):
-        return texts.cast(pa.large_utf8())
-    if pa.types.is_dictionary(texts.type) and pa.types.is_string_view(texts.type.value_type):
-        dictionary = texts.dictionary.cast(pa.large_utf8())
-        return pa.DictionaryArray.from_arrays(texts.indices, dictionary)
-    return texts
+def without_views(array: pa.Array) -> pa.Array:
+    """Arrow has few functions for views: they become texts, or bytes, with offsets."""
+    if pa.types.is_dictionary(array.type) and _is_view(array.type.value_type):
+        return pa.DictionaryArray.from_arrays(array.indices, without_views(array.dictionary))
+    if not _is_view(array.type):
+        return array
+    is_text = pa.types.is_string_view(array.type)
+    return array.cast(pa.large_utf8() if is_text else pa.large_binary())
 
 
 def large_utf8(texts: pa.Array) -> pa.Array:
@@ -80,10 +80,10 @@ def null_mask(array: pa.Array) -> BoolArray:
     return np.asarray(pc.is_null(array).to_numpy(zero_copy_only=False))
 
 
-def viewed_bytes(texts: pa.Array) -> int:
-    """Bytes that the views of a text column, or of its dictionary, stand for."""
-    values = texts.dictionary if pa.types.is_dictionary(texts.type) else texts
-    if not pa.types.is_string_view(values.type) or len(values) == 0:
+def viewed_bytes(array: pa.Array) -> int:
+    """Bytes that the views of a column, or of its dictionary, stand for."""
+    values = array.dictionary if pa.types.is_dictionary(array.type) else array
+    if not _is_view(values.type) or len(values) == 0:
         return 0
     # A view is 16 bytes, of which the first 4 are the length.
     lengths = np.frombuffer(values.buffers()[1], np.int32)[::4]
@@ -92,8 +92,22 @@ def viewed_bytes(texts: pa.Array) -> int:
 
 
 def decoded_bytes(array: pa.DictionaryArray) -> int:
-    """Bytes that a dictionary's codes stand for."""
+    """Bytes that a dictionary's codes stand for; of lists and structs, at most."""
     values = array.dictionary
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+    if any(has_lengths(values.type) for has_lengths in _WITH_LENGTHS):
         return pc.sum(pc.binary_length(values).take(array.indices)).as_py() or 0
-    return len(array) * int(values.nbytes) // max(1, len(values))
+    # A long list among many short ones may be what all codes stand for.
+    share = 1 if pa.types.is_nested(values.type) else max(1, len(values))
+    return len(array) * int(values.nbytes) // share
+
+
+_WITH_LENGTHS = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+)
+
+
+def _is_view(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string_view(kind) or pa.types.is_binary_view(kind))

@@ -64,6 +64,9 @@ def is_flat_text(kind: pa.DataType) -> bool:
 
 
 def plain(field: pa.Field) -> pa.Field:
-    """Dictionaries leave as what they stand for: stores read plain columns."""
+    """Dictionaries and views leave as what they stand for: stores read plain columns."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    return pa.field(field.name, kind)
+    return pa.field(field.name, _UNVIEWED.get(kind, kind))
+
+
+_UNVIEWED = {pa.string_view(): pa.utf8(), pa.binary_view(): pa.binary()}

@@ -33,7 +33,7 @@ from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMo
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight_writer import FletcherWriter, LongbowWriter
 from fletcher.stores.nearest import unknown_dataset
-from fletcher.stores.schemas import check_columns, check_compatible
+from fletcher.stores.schemas import check_columns, check_compatible, check_storable
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ class FlightStore:
     ) -> FletcherWriter | LongbowWriter:
         """See `Store.open_writer`. A Longbow refuses `upsert`."""
         check_dataset(dataset)
+        check_storable(schema)
         if self._is_fletcher:
             writer = FletcherWriter(self, dataset, schema, mode)
             writer.begin()

@@ -19,7 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.errors import DrainingError, FletcherError, InternalError, RequestError
+from fletcher.errors import (
+    DrainingError,
+    FletcherError,
+    InternalError,
+    RequestError,
+    StoreUnavailableError,
+)
 from fletcher.schema import parse_batch_key
 from fletcher.stores.base import WriteMode
 from fletcher.stores.lance import LanceStore
@@ -90,6 +96,7 @@ class Ingest:
         mode: WriteMode,
         whole: bool,
         stream: Stream,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> Future[int]:
         """Hands rows over to be stored in one commit; blocks while too much is pending.
 
@@ -100,15 +107,18 @@ class Ingest:
             whole: The rows are all there is of their batch keys, so a known key is a repeat.
                 Otherwise the same stream may bring more rows of a key it has begun.
             stream: The call they came by.
+            given_up: Whether the client waits no longer. It may have sent these again, and others
+                that replaced them: rows that replace, or empty the dataset, are then left out.
 
         Returns:
             The rows that were stored, repeats not counted, once they are on disk.
 
         Raises:
             DrainingError: The server is shutting down.
+            StoreUnavailableError: The client waits no longer.
         """
         job = _Job(list(batches), mode, whole, stream)
-        self._committer(dataset).put(job)
+        self._committer(dataset).put(job, given_up if mode != "append" else lambda: False)
         return job.done
 
     def call(self, dataset: str, run: Callable[[_Committer], Any]) -> Any:
@@ -164,7 +174,7 @@ class _Committer:
     def pressure(self) -> float:
         return self._pending_bytes / MAX_PENDING_BYTES
 
-    def put(self, item: _Job | _Call) -> None:
+    def put(self, item: _Job | _Call, given_up: Callable[[], bool] = lambda: False) -> None:
         size = item.num_bytes if isinstance(item, _Job) else 0
         with self._changed:
             self._changed.wait_for(
@@ -177,6 +187,8 @@ class _Committer:
             )
             if self._stopped:
                 raise _draining()
+            if given_up():  # asked here: from now on all goes in its order
+                raise StoreUnavailableError("the client of these rows waits no longer")
             self._queue.append(item)
             self._pending_bytes += size
             self._pending_rows += item.num_rows if isinstance(item, _Job) else 0

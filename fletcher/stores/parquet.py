@@ -24,7 +24,7 @@ from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
-from fletcher.stores.schemas import check_columns, check_compatible, conform
+from fletcher.stores.schemas import check_columns, check_compatible, check_storable, conform
 from fletcher.stores.sync import make_folder, sync_path
 
 # The schema of the first write, in the file that Parquet's readers know for it.
@@ -80,11 +80,12 @@ class ParquetStore:
             raise ColumnTypeError(
                 "`batch_key` is missing: it names the Parquet file of a group", field="batch_key"
             )
+        check_storable(schema)
         lock = self._lock(dataset)
         folder = self._folder / dataset
         try:
-            if mode == "overwrite":
-                shutil.rmtree(folder, ignore_errors=True)
+            if mode == "overwrite" and folder.exists():
+                shutil.rmtree(folder)
             folder.mkdir(exist_ok=True)
             for leftover in folder.glob(".*.tmp"):  # of a writer that was killed
                 leftover.unlink()
@@ -94,6 +95,8 @@ class ParquetStore:
             else:
                 stored = schema
                 _write(folder / _SCHEMA_FILE, partial(pq.write_metadata, schema))
+            # The files that are found there count: whoever made them may have died before that.
+            sync_path(str(folder))
             sync_path(str(self._folder))
         except OSError as error:
             lock.release()

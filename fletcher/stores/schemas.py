@@ -24,6 +24,24 @@ _MODEL_KEYS = (
     QUANTIZATION,
 )
 
+# The types that stores take without a look inside.
+_NUMBERS = (
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_boolean,
+    pa.types.is_temporal,
+)
+_OTHERS = (
+    pa.types.is_null,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_fixed_size_binary,
+    pa.types.is_decimal128,
+    pa.types.is_decimal256,
+)
+
 
 def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
     """Refuses rows that do not belong into a dataset. Columns may be added or left out.
@@ -50,6 +68,26 @@ def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> Non
                 "send that type or write to another dataset",
                 field=field.name,
                 allowed=[str(have)],
+            )
+
+
+def check_storable(schema: pa.Schema) -> None:
+    """Refuses columns of types that a store cannot write.
+
+    A store fails on them only when there are rows, which would then be tried again for ever, and
+    hold up all its datasets. What is accepted was written, replaced and read with LanceDB 0.40.
+
+    Raises:
+        ColumnTypeError: A column is none of numbers, texts, bytes, times, or lists, structs and
+            maps of these.
+    """
+    for field in schema:
+        if not _is_storable(field.type):
+            raise ColumnTypeError(
+                f"`{field.name}` is {str(field.type)[:200]}, which stores do not take; send "
+                "numbers, texts, bytes, times, or lists, structs and maps of these, with nothing "
+                "dictionary-encoded inside",
+                field=field.name,
             )
 
 
@@ -112,6 +150,34 @@ def _same_type(one: pa.DataType, other: pa.DataType) -> bool:
     return bool(one == other)
 
 
+def _is_storable(kind: pa.DataType) -> bool:
+    types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        # Lance gives JSON back as bytes of its own.
+        return kind.extension_name != "arrow.json" and _is_storable(kind.storage_type)
+    if types.is_fixed_size_list(kind):
+        inner = kind.value_type
+        nested = types.is_fixed_size_list(inner) and _is_storable(inner)
+        return kind.list_size > 0 and (nested or _is_number(inner))
+    if types.is_struct(kind):
+        fields = [kind.field(index) for index in range(kind.num_fields)]
+        names = {one.name for one in fields}
+        plain = len(names) == len(fields) > 0 and not any("\0" in name for name in names)
+        return plain and all(
+            _is_storable(one.type) and not types.is_null(one.type) for one in fields
+        )
+    if types.is_map(kind):
+        return not kind.keys_sorted and _is_storable(kind.key_type) and _is_storable(kind.item_type)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _is_storable(kind.value_type)
+    return _is_number(kind) or any(is_one(kind) for is_one in _OTHERS)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    """Whether it is of numbers, truth values or times, but no interval of months and days."""
+    return not pa.types.is_interval(kind) and any(is_one(kind) for is_one in _NUMBERS)
+
+
 def new_fields(stored: pa.Schema, offered: pa.Schema) -> list[pa.Field]:
     """The fields of `offered` that `stored` lacks, nullable."""
     return [field.with_nullable(True) for field in offered if field.name not in stored.names]
@@ -133,15 +199,22 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, copied if one of its buffers starts at an odd address.
+    """The batch, copied if one of its buffers starts at an odd address, or a struct is a slice.
 
-    Buffers that came over Flight point into a gRPC message; Lance (Rust) panics on misaligned ones.
+    Buffers that came over Flight point into a gRPC message; Lance (Rust) panics on misaligned ones,
+    and on slices of structs within structs.
     """
-    if not any(
+    odd = any(
         buffer is not None and buffer.address % 16
         for column in batch.columns
         for buffer in column.buffers()
-    ):
+    )
+    kinds = [getattr(one.type, "storage_type", one.type) for one in batch.columns]
+    sliced = any(
+        pa.types.is_struct(kind) and one.offset
+        for kind, one in zip(kinds, batch.columns, strict=True)
+    )
+    if not (odd or sliced):
         return batch
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:

@@ -72,6 +72,7 @@ class Upload:
                 mode=mode,
                 whole=group_rows is not None,
                 stream=self._stream,
+                given_up=context.is_cancelled,
             )
             for batch_id, rows in waiting:
                 yield batch_id, rows, done

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.delivery.journal import journals
+from fletcher.delivery.journals import journals
 from fletcher.delivery.segment import REJECTED, WAITING, Segment, read_segments
 from fletcher.delivery.unsent import Unsent
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from fletcher.delivery import outbox
+from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.journal import GroupInfo, Journal, JournalSpace
+from fletcher.delivery.lane import DeliveryConfig
+from fletcher.delivery.route import JournalConfig
+from fletcher.delivery.rows import Rows
+from fletcher.options import EmbedOptions
 from fletcher.stores.address import open_store
+from fletcher.stores.sync import sync_path
+from fletcher.telemetry import Telemetry
 from tests.faults.powerloss import lose_power, record_syncs
 
 ROWS = pa.record_batch(
@@ -94,7 +105,8 @@ def test_what_was_settled_before_a_dataset_is_emptied(notes: Path, disk: Path) -
     stored, waiting = GroupInfo("u", 0, 9), GroupInfo("u", 10, 19)
     first, _ = one.append([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
     one.settle(first)
-    one.forget_settled()
+    one.close()
+    one.sync_notes()
     lose_power(notes, [disk])
     assert infos(disk) == [waiting]
 
@@ -136,6 +148,26 @@ def test_rows_that_a_store_took(notes: Path, disk: Path, kind: str) -> None:
     store.close()
 
 
+def test_a_parquet_file_whose_writer_died_before_its_name_was_synced(
+    notes: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Found there, it was taken for stored, and the rows left the journal.
+    store = open_store(f"parquet:{disk / 'vectors'}")
+    store.open_writer("d", ROWS.schema, "append").close()
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "fsync", lambda _: None)
+        writer = store.open_writer("d", ROWS.schema, "append")
+        writer.append([ROWS])
+        writer.close()
+    sync_path(str(disk / "vectors" / "d" / "u:0-9.parquet"))  # that was done
+    writer = store.open_writer("d", ROWS.schema, "append")
+    assert writer.missing_keys(["u:0-9"]) == []
+    lose_power(notes, [disk])
+    assert store.scan("d").read_all().num_rows == 10
+    writer.close()
+    store.close()
+
+
 def test_a_table_whose_creation_was_cut_off(disk: Path) -> None:
     (disk / "d.lance" / "_versions").mkdir(parents=True)
     store = open_store(f"lance:{disk}")
@@ -147,3 +179,70 @@ def test_a_table_whose_creation_was_cut_off(disk: Path) -> None:
     assert info is not None
     assert info.num_rows == 10
     store.close()
+
+
+def test_what_was_settled_before_later_rows_of_another_file_that_replaced_it(
+    notes: Path, disk: Path
+) -> None:
+    # A disk may write the later file's notes and lose the earlier one's.
+    one = journal(disk)
+    stored, waiting = GroupInfo("u", 0, 9), GroupInfo("u", 10, 19)
+    first, _ = one.append([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
+    replacing, behind = (GroupInfo("v", first, first + 9, upsert=True) for first in (0, 10))
+    second, _ = one.append([(replacing, ROWS), (behind, ROWS)], ROWS.schema)
+    one.settle(first)
+    one.settle(second)
+    written = second.segment.notes.read_bytes()
+    lose_power(notes, [disk])
+    second.segment.notes.write_bytes(written)
+    assert infos(disk) == [waiting, behind]
+    one.close()
+
+
+@contextmanager
+def delivering(disk: Path, vectors: Path) -> Iterator[Delivery]:
+    config = DeliveryConfig(
+        group_rows=10, commit_rows=100, group_delay_s=0, store_retry_s=30, slow_append_s=15
+    )
+    journals = JournalConfig(disk / "home", 1 << 30, 1 << 20, 0.0)
+    store = open_store(f"lance:{vectors}")
+    delivery = Delivery({"default": store}, config, Telemetry(), journals)
+    delivery.recover()
+    try:
+        yield delivery
+    finally:
+        delivery.shut_down()
+
+
+def put(delivery: Delivery, text: str, **options: str) -> None:
+    """Rows with these texts are acknowledged, and stored."""
+    batch = ROWS.drop_columns(["batch_key"]).append_column("text", pa.array([text] * 10))
+    command = EmbedOptions(dataset="d", upload_id=text, **options)
+    upload, route = delivery.open(command, batch.schema)
+    upload.claim(0, 9)
+    released = threading.Event()
+    route.put(Rows.of(upload, batch, 0, (), released.set))
+    with upload.changed:
+        assert upload.changed.wait_for(lambda: upload.counts()["rows_durable"] == 10, 30)
+    delivery.close(upload, route)
+    assert delivery.flush(30)
+
+
+@pytest.mark.parametrize("durability", ["store", "journal"])
+@pytest.mark.parametrize("mode", ["append", "upsert"])
+def test_journaled_rows_that_were_replaced(
+    notes: Path, disk: Path, monkeypatch: pytest.MonkeyPatch, mode: str, durability: str
+) -> None:
+    # The note that they had left the journal was not synced: they were sent again, over newer ones.
+    vectors = disk.parent / "vectors"
+    with monkeypatch.context() as patched:
+        patched.setattr(outbox, "_IDLE_S", 600.0)  # their file stays open
+        with delivering(disk, vectors) as delivery:
+            put(delivery, "old", mode=mode)
+            put(delivery, "new", mode="upsert", durability=durability)
+            patched.setattr(Journal, "sweep", lambda _: None)  # the power fails here
+        lose_power(notes, [disk])
+    with delivering(disk, vectors) as delivery:
+        assert delivery.flush(30)
+        rows = delivery.stores["default"].scan("d").read_all()
+        assert rows.column("text").to_pylist() == ["new"] * 10

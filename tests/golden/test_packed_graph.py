@@ -176,6 +176,20 @@ def test_products_are_over_tokens_and_their_weights_in_float16(tmp_path: Path) -
     assert {tuple(shapes[f"layer.0.{part}"]) for part in "qkv"} == {("tokens", 32)}
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_onnx_runtime_lacks_nothing_of_the_packed_graph_but_the_kernel(
+    tmp_path: Path, pooling: str, precision: Precision
+) -> None:
+    # It checks operators, types and shapes first, and knows PackedMultiHeadAttention there.
+    path = write_packed(add_tiny(tmp_path, pooling), tmp_path, precision=precision)
+    with pytest.raises(Exception, match=r"for (com\.microsoft\.)?PackedMultiHeadAttention"):
+        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    # On CUDA these are cuDNN's, which is not to be had everywhere; seen with ONNX Runtime 1.31.
+    operators = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+    assert not operators & {"ReduceL2", "ReduceMax", "ReduceMin", "ReduceProd", "Conv"}
+
+
 def test_for_cls_the_last_layer_goes_on_with_one_token_a_text(tmp_path: Path) -> None:
     model = write(add_tiny(tmp_path, "cls"), tmp_path / "packed", "packed")
     inputs = {node.output[0]: list(node.input) for node in model.graph.node}

@@ -346,6 +346,59 @@ def test_bad_app_metadata(client: flight.FlightClient) -> None:
         assert error_of(caught.value)["code"] == "invalid_command"
 
 
+@pytest.mark.parametrize(
+    ("raw", "said"), [(b'{"\\ud800": 1}', "ud800"), (b" " * 70_000 + b"{}", "70002 bytes")]
+)
+def test_app_metadata_that_is_hard_to_say_no_to(
+    client: flight.FlightClient, raw: bytes, said: str
+) -> None:
+    # Half a surrogate pair could not be repeated in UTF-8: the error came without `extra_info`.
+    writer, reader = client.do_put(command(dataset=next(names)), SCHEMA, TIMEOUT)
+    with pytest.raises(flight.FlightServerError) as caught, writer:
+        writer.write_with_metadata(rows(0, 1), raw)
+        writer.done_writing()
+        while reader.read() is not None:
+            pass
+    assert error_of(caught.value)["field"] == "app_metadata"
+    assert said in error_of(caught.value)["message"]
+
+
+def test_refusals_of_calls_that_pyarrow_answers_its_own_way(client: flight.FlightClient) -> None:
+    # pyarrow sends tracebacks: for a call that is not there, and for any error of GetSchema.
+    with pytest.raises(flight.FlightServerError) as caught:
+        client.do_get(flight.Ticket(b"x"), TIMEOUT).read_all()
+    assert error_of(caught.value)["code"] == "invalid_command"
+    for descriptor, said in ((command(dims=7), "`dims`"), (command(dataset="none"), "'none'")):
+        with pytest.raises(pa.ArrowInvalid, match=said) as refused:
+            client.get_schema(descriptor, TIMEOUT)
+        for leak in ("Traceback", "File", ".py"):
+            assert leak not in str(caught.value)
+            assert leak not in str(refused.value)
+
+
+def test_an_error_names_an_id_as_far_as_it_is_needed(client: flight.FlightClient) -> None:
+    # 100 of them were kept for each of 1,000 uploads, whatever their size.
+    batch = pa.record_batch({"id": ["\u00fc" * 100_000, "b"], "text": pa.array([None, "x"])})
+    summary = put(client, [batch], batch.schema, end=2, dataset=next(names))[-1]
+    ((_, metadata),) = exchange(client, [batch], batch.schema)
+    for errors in (summary["errors"], metadata["errors"]):
+        assert [(one["row"], one["id"]) for one in errors] == [(0, "\u00fc" * 1024)]
+
+
+def test_texts_that_come_back_count_in_the_answer(
+    client: flight.FlightClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 300 codes of one long text are a small batch, and were written out without a bound.
+    monkeypatch.setattr("fletcher.flight.exchange._MAX_OUTPUT_BYTES", 1 << 20)
+    codes = pa.array([0] * 300, pa.int32())
+    texts = pa.DictionaryArray.from_arrays(codes, pa.array(["x" * 10_000]))
+    batch = pa.record_batch({"text": texts})
+    assert len(exchange(client, [batch], batch.schema)) == 1
+    with pytest.raises(flight.FlightServerError) as caught:
+        exchange(client, [batch], batch.schema, include_text=True)
+    assert error_of(caught.value)["code"] == "batch_too_large"
+
+
 def test_another_model_or_width_cannot_be_mixed_into_a_dataset(
     client: flight.FlightClient,
 ) -> None:

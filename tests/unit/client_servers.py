@@ -29,8 +29,8 @@ def ack(upload_id, batch_id, first, last, durable):
 class Behaving(flight.FlightServerBase):
     """Stores texts by row offset, as the contract wants it; subclasses misbehave."""
 
-    def __init__(self, **options):
-        super().__init__("grpc://127.0.0.1:0", **options)
+    def __init__(self, location="grpc://127.0.0.1:0", **options):
+        super().__init__(location, **options)
         self.uri = f"grpc://127.0.0.1:{self.port}"
         self.rows = {}
         self.calls = 0
@@ -113,8 +113,8 @@ class Behaving(flight.FlightServerBase):
 class Waiting(Behaving):
     """Holds calls until `released`, or until the client is gone."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.released = threading.Event()
 
     def hold(self, context):

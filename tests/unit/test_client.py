@@ -1,5 +1,6 @@
 import io
 import json
+import socket
 import threading
 import time
 
@@ -29,8 +30,8 @@ def vectors_of(batch, dtype, *, failed=()):
 class Embedding(Waiting):
     """Answers every batch with the lengths of its texts; subclasses misbehave."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **options):
+        super().__init__(**options)
         self.commands = []
         self.stalled = threading.Event()
         self.cancelled = threading.Event()
@@ -159,6 +160,7 @@ def test_embed_gives_an_array():
         assert vectors.dtype == np.float32
         assert vectors.tolist() == [[1.0] * DIM, [2.0] * DIM, [3.0] * DIM]
         assert client.embed([]).shape == (0, DIM)
+        assert client.embed(text for text in ("a", "bb"))[:, 0].tolist() == [1, 2]
         assert client.embed(["a"], dtype="float16").dtype == np.float16
         many = client.embed(["x" * (n % 7) for n in range(10_000)])
         assert many[:, 0].tolist() == [n % 7 for n in range(10_000)]
@@ -299,6 +301,33 @@ def test_an_exchange_does_not_come_again_for_ever_nor_in_vain(refusals, options,
             list(client.exchange(table_of([100])))
         assert type(caught.value) is type(refusals[0][1])
         assert len(server.commands) == num_calls
+
+
+def test_an_exchange_waits_for_a_server_that_is_started_again(monkeypatch):
+    starting = {}
+
+    def pause(transfer, failures, error):
+        if failures == 2:
+            starting["server"] = Embedding(location=uri)
+        return 0.05
+
+    with Embedding() as server:
+        uri = server.uri
+        client = connect(uri, transfer=TransferOptions(stall_timeout_s=20))
+        assert client.embed(["a"]).tolist() == [[1] * DIM]
+    monkeypatch.setattr(exchange_module, "pause_s", pause)
+    try:
+        assert client.embed(["bb"]).tolist() == [[2] * DIM]
+    finally:
+        client.close()
+        starting["server"].shutdown()
+
+
+def test_an_exchange_with_a_server_that_is_gone_ends():
+    with Embedding() as server:
+        client = connect(server.uri, transfer=TransferOptions(max_retries=2, **AGAIN))
+    with client, pytest.raises(errors.UnavailableError, match="nothing listens"):
+        client.embed(["a"])
 
 
 def test_an_exchange_that_answered_does_not_come_again():
@@ -459,6 +488,7 @@ class Actions(Behaving):
 def test_actions():
     with Actions() as server, connect(server.uri) as client:
         assert client.address == server.uri
+        assert repr(client) == f"<fletcher.Client of {server.uri}>"
         assert client.health() == {"status": "ok"}
         assert client.ready() is False
         assert client.stats() == {"rows": 3}
@@ -476,11 +506,26 @@ def test_an_answer_that_is_none_is_an_error(answer):
         connect(server.uri)
 
 
-def test_any_flight_server_can_be_connected_to():
-    with flight.FlightServerBase("grpc://127.0.0.1:0") as server:
-        said = pytest.raises(errors.InvalidCommandError, match="does not offer")
-        with connect(f"grpc://127.0.0.1:{server.port}") as client, said:
-            client.stats()
+def test_another_flight_server_is_told_from_fletcher():
+    said = pytest.raises(errors.InvalidCommandError, match=r"no server of Fletcher's.* a store has")
+    with flight.FlightServerBase("grpc://127.0.0.1:0") as server, said:
+        connect(f"grpc://127.0.0.1:{server.port}")
+
+
+def test_another_protocol_is_told_from_flight():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(errors.UnavailableError, match=f"{port}.*check the port") as caught:
+            connect(f"grpc://127.0.0.1:{port}", timeout_s=10)
+    assert caught.value.code == "unavailable"
 
 
 def test_nobody_there_is_said_with_the_address():

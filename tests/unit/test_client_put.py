@@ -54,6 +54,19 @@ def test_small_and_empty_uploads_end_too(rows):
         assert (summary.complete, summary.rows_stored, summary.upload_id) == (True, rows, "u")
 
 
+class Frame:
+    """What pandas and Polars have in common: iterated over, it gives its columns' names."""
+
+    def __init__(self, table):
+        self._table = table
+
+    def __iter__(self):
+        return iter(self._table.column_names)
+
+    def __arrow_c_stream__(self, requested_schema=None):
+        return self._table.__arrow_c_stream__(requested_schema)
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -63,6 +76,7 @@ def test_small_and_empty_uploads_end_too(rows):
         lambda table: table.to_batches(max_chunksize=7),
         lambda table: (batch for batch in table.to_batches(max_chunksize=7)),
         lambda table: pa.table({"text": table["text"].cast(pa.string_view())}),
+        Frame,
     ],
 )
 def test_whatever_holds_batches_can_be_put(shape):
@@ -71,7 +85,16 @@ def test_whatever_holds_batches_can_be_put(shape):
         assert stored(server, 100)
 
 
-@pytest.mark.parametrize(("data", "said"), [(3, "int"), ([], "nothing"), (["a"], "str")])
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (3, "`data` is a int, "),
+        ([], "a list of nothing, .* an empty Table has a schema"),
+        (["a"], "a list of a str, "),
+        ({"text": ["a"]}, r"a dict, .* pyarrow.table\(data\)"),
+        ([{"text": "a"}], r"a list of a dict, .* pyarrow.Table.from_pylist\(data\)"),
+    ],
+)
 def test_what_holds_none_is_refused(data, said):
     with Behaving() as server, connect(server.uri) as client:
         with pytest.raises(errors.InvalidCommandError, match=said):

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from fletcher.cli import main
-from fletcher.delivery.journal import Journal, JournalSpace, lock_journal
+from fletcher.delivery.journal import Journal, JournalSpace
+from fletcher.delivery.journals import lock_journal
 from fletcher.delivery.segment import GroupInfo
 from fletcher.delivery.unsent import Unsent
 

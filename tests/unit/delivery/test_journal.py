@@ -414,6 +414,76 @@ def test_a_note_that_could_not_be_written_goes_with_the_next(
     assert firsts(tmp_path) == [20]
 
 
+def test_a_segment_that_could_not_be_deleted_is_deleted_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # It was forgotten, with the room that it takes and its notes, which later ones' deletion syncs.
+    one = journal(tmp_path, segment_bytes=1)
+    for pair in [0, 20, 40]:
+        groups = [(info(first, 10), rows(first, 10)) for first in (pair, pair + 10)]
+        one.append(groups, SCHEMA)
+    first, second, third = one._segments
+    num_bytes = one.num_bytes
+    first.notes.mkdir()
+    for group in [first.groups[0], *second.groups]:
+        one.settle(group)
+    assert "cannot be deleted" in caplog.text
+    assert one.num_bytes == num_bytes
+    first.notes.rmdir()
+    one.sweep()
+    assert one._segments == [first, third]
+    assert not second.path.exists()
+    assert firsts(tmp_path) == [10, 40, 50]
+
+
+@pytest.mark.parametrize("retention_s", [0.0, 3600.0])
+def test_a_deletion_that_failed_half_way_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, retention_s: float
+) -> None:
+    one = fill(tmp_path, 1, retention_s=retention_s)
+    one.close()
+    with monkeypatch.context() as failing:
+        failing.setattr("fletcher.delivery.journal.sync_path", fails(errno.EIO))
+        one.settle(one._segments[0].groups[0])
+    assert one.num_bytes
+    one.sweep()
+    assert one.num_bytes == 0
+    assert [path.suffix for path in tmp_path.iterdir()] == ([".sent"] if retention_s else [])
+
+
+def test_a_torn_end_stays_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The server did not start.
+    fill(tmp_path, 3)
+    (path,) = tmp_path.glob("*.arrow")
+    os.truncate(path, path.stat().st_size - 8)
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", fails(errno.ENOSPC))
+        assert firsts(tmp_path) == [0, 10]
+    assert "half a group" in caplog.text
+    assert firsts(tmp_path) == [0, 10]
+    assert len(list(tmp_path.glob("*.torn"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ENOSPC, JournalFullError), (errno.EIO, StoreUnavailableError)]
+)
+def test_a_disk_without_room_for_a_journal_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(Path, "mkdir", fails(number))
+    with pytest.raises(error):
+        journal(tmp_path / "d")
+
+
+def fails(number: int) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def test_a_segment_that_was_settled_by_a_killed_process_goes_when_the_store_is_there(
     tmp_path: Path,
 ) -> None:

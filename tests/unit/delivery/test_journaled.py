@@ -427,6 +427,54 @@ def test_an_outbox_that_ends_gives_up_all_that_it_has_and_what_comes(
         assert late.failure is not None
 
 
+def test_rows_are_in_the_lane_before_they_are_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows that replace them, sent by who had seen that, could have come before them.
+    waiting: list[int] = []
+    secure = Upload.secure
+
+    def watched(self: Upload, first: int, last: int) -> None:
+        waiting.append(route.lane.depth())
+        secure(self, first, last)
+
+    monkeypatch.setattr(Upload, "secure", watched)
+    with delivering(MemoryStore(), tmp_path, SLOW) as delivery:
+        upload, route = delivery.open(options(), SCHEMA)
+        send(route, upload, 0, 10)
+        assert durable(upload, 10)
+    assert waiting == [10]
+
+
+def test_what_is_left_in_a_journal_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With each route to the dataset it was counted again, until the journal was full of it.
+    monkeypatch.setattr("fletcher.delivery.lane._LINGER_S", 0.01)
+    tried = threading.Semaphore(0)
+
+    def fails(*_: Any) -> None:
+        tried.release()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "reject", fails)
+    store = MemoryStore()
+    store.refuse = lambda batches: ColumnTypeError("not this")
+    with delivering(store, tmp_path) as delivery:
+        for _ in range(3):
+            upload, route = delivery.open(options(), SCHEMA)
+            if not upload.counts()["rows_durable"]:
+                send(route, upload, 0, 10)
+            assert tried.acquire(timeout=30)
+            delivery.close(upload, route)
+            route.lane.thread.join(30)
+            assert delivery._space is not None
+            assert delivery._space.used_bytes == 0
+        (path,) = tmp_path.glob("*/d/*.arrow")
+        delivery.open(options(), SCHEMA)
+        assert delivery._space.used_bytes == path.stat().st_size
+
+
 def open_others(delivery: Delivery, upload_ids: str) -> None:
     for upload_id in upload_ids:
         delivery.close(*delivery.open(options(dataset="other", upload_id=upload_id), SCHEMA))

@@ -12,12 +12,14 @@ import pytest
 
 from fletcher.batches import MicroBatch
 from fletcher.errors import BackendError
+from fletcher.inference import binding as binding_module
 from fletcher.inference import onnxruntime as backend_module
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.binding import Buffer, cuda_pin
 from fletcher.inference.packed_io import PackedIO
 from fletcher.models.packed import INPUTS
 from fletcher.models.registry import Registry
+from tests.doubles.cuda import PretendedCuda, PretendedSession
 
 TINY = Path(__file__).parents[2] / "golden" / "tiny"
 
@@ -132,42 +134,33 @@ def test_memory_is_locked_once_for_a_size_and_unlocked_when_nobody_looks(monkeyp
 
 
 def test_without_cuda_memory_stays_as_it_is():
-    assert cuda_pin()(0, 4096) is None
+    assert cuda_pin(0)(0, 4096) is None
 
 
-class RecordingSession:
-    """Stands in for CUDA: notes the options and computes with the twin's graph on the CPU."""
+class Runtime:
+    """Stands in for libcudart: notes what is called, and begins devices as that does."""
 
-    options = None
+    def __init__(self, answer):
+        self.answer, self.device, self.calls = answer, 0, []
 
-    def __init__(self, path, session_options, providers):
-        type(self).options = dict(providers)
-        self._session = onnxruntime.InferenceSession(
-            path, session_options, providers=["CPUExecutionProvider"]
-        )
+    def cudaSetDevice(self, device):
+        self.device = device.value
 
-    def get_providers(self):
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    def cudaHostRegister(self, address, size, flags):
+        self.calls.append(("register", self.device, address.value, size.value, flags))
+        return self.answer
 
-    def __getattr__(self, name):
-        return getattr(self._session, name)
+    def cudaHostUnregister(self, address):
+        self.calls.append(("unregister", address.value))
 
 
-class PretendedCuda:
-    """ONNX Runtime with a CUDA provider that is the CPU's."""
-
-    __version__ = onnxruntime.__version__
-    SessionOptions = onnxruntime.SessionOptions
-    InferenceSession = RecordingSession
-    preloaded = False
-
-    @staticmethod
-    def get_available_providers():
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-    @classmethod
-    def preload_dlls(cls):
-        cls.preloaded = True
+def test_memory_is_locked_for_the_replicas_own_device(monkeypatch):
+    runtime = Runtime(answer=0)
+    monkeypatch.setattr(binding_module, "_cuda_runtime", lambda: runtime)
+    cuda_pin(3)(8192, 4096)()
+    assert runtime.calls == [("register", 3, 8192, 4096, 0), ("unregister", 8192)]
+    monkeypatch.setattr(binding_module, "_cuda_runtime", lambda: Runtime(answer=2))
+    assert cuda_pin(3)(8192, 4096) is None
 
 
 def test_float16_on_cuda_takes_the_graph_without_padding(tiny_bundle, monkeypatch):
@@ -179,18 +172,18 @@ def test_float16_on_cuda_takes_the_graph_without_padding(tiny_bundle, monkeypatc
         return write(bundle, folder, precision=precision, attention="standard")
 
     monkeypatch.setattr(backend_module, "write_packed", write_twin)
-    monkeypatch.setitem(sys.modules, "onnxruntime", PretendedCuda())
+    cuda = PretendedCuda()
+    monkeypatch.setitem(sys.modules, "onnxruntime", cuda)
     asked = config(tiny_bundle, device="cuda:1", precision="float16", gpu_memory=1 << 30)
     backend = backend_module.load(asked)
     assert written == {"precision": "float16", "attention": "packed"}
-    assert PretendedCuda.preloaded
-    assert RecordingSession.options == {
-        "CUDAExecutionProvider": {
-            "device_id": "1",
-            "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": "1",
-            "gpu_mem_limit": str(1 << 30),
-        }
+    assert cuda.preloaded
+    (session,) = PretendedSession.all
+    assert session.options == {
+        "device_id": "1",
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0",
+        "gpu_mem_limit": str(1 << 30),
     }
     assert backend.describe() == {
         "backend": "onnxruntime",
@@ -203,3 +196,20 @@ def test_float16_on_cuda_takes_the_graph_without_padding(tiny_bundle, monkeypatc
     batch = micro_batch([4, 30, 1])
     expected = backend_module.load_twin(config(tiny_bundle)).run(batch).embeddings
     assert (backend.run(batch).embeddings * expected).sum(axis=1).min() >= 0.999
+
+
+def test_a_model_that_the_device_has_no_room_for_is_not_called_damaged(tiny_bundle, monkeypatch):
+    class Full(PretendedCuda):
+        @staticmethod
+        def InferenceSession(*args, **options):
+            # ONNX Runtime 1.31 under `gpu_mem_limit`.
+            raise RuntimeError(
+                "Exception during initialization: /onnxruntime_src/bfc_arena.cc:360 "
+                "Available memory of 19496192 is smaller than requested bytes of 23440896"
+            )
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", Full())
+    for precision in ("float16", "float32"):
+        asked = config(tiny_bundle, device="cuda:0", precision=precision, gpu_memory=20 << 20)
+        with pytest.raises(BackendError, match=r"raise `gpu_memory` .*requested bytes of 23440896"):
+            backend_module.load(asked)

@@ -15,7 +15,7 @@ import store_rows as rows
 
 from fletcher.errors import RequestError, StoreUnavailableError
 from fletcher.stores import lance_writer
-from fletcher.stores.base import Store
+from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.ingest import Ingest, Stream
 from fletcher.stores.lance import LanceStore
 
@@ -81,6 +81,20 @@ def test_rows_that_were_stored_though_their_commit_failed_are_repeats(
     assert submit(ingest, rows.batch(10, 10)).result(30) == 0
     assert submit(ingest, rows.batch(20, 10)).result(30) == 10
     assert num_rows(store) == 30
+
+
+@pytest.mark.parametrize("mode", ["upsert", "overwrite"])
+def test_rows_whose_client_waits_no_longer_replace_nothing(
+    store: LanceStore, ingest: Ingest, mode: WriteMode
+) -> None:
+    # It has sent them again, perhaps, and newer ones since, which these would replace.
+    late = {"batches": [rows.batch(0, 5)], "whole": True, "given_up": lambda: True}
+    with pytest.raises(StoreUnavailableError):
+        ingest.submit("d", mode=mode, stream=Stream(), **late)
+    assert submit(ingest, rows.batch(10, 10)).result(30) == 10
+    assert num_rows(store) == 20
+    late["batches"] = [rows.batch(20, 10)]
+    assert ingest.submit("d", mode="append", stream=Stream(), **late).result(30) == 10
 
 
 def test_a_commit_in_doubt_does_not_harm_its_neighbours(
