@@ -206,6 +206,14 @@ class ServeConfig:
         "bytes of a GPU that one copy of the model may take, 0: all; less leaves room for others, "
         "and runs that need more fail",
     )
+    cuda_graphs: bool = _option(
+        False,
+        "model",
+        SWITCH,
+        "on GPUs, in float16: a text of up to 63 tokens that runs alone is one launch, to answer "
+        "sooner; takes the model's memory once more, beside --gpu-memory, and longer to start; not "
+        "tried on a GPU yet",
+    )
     embedding_cache: int = _option(
         0,
         "model",
@@ -235,6 +243,13 @@ class ServeConfig:
         "longest run before its process is replaced and the work goes elsewhere; less: hangs end "
         "sooner, slow devices may be taken for hung",
         minimum=1,
+    )
+    isolate_engine: bool = _option(
+        False,
+        "model",
+        SWITCH,
+        "keep engines out of the server's own process, where one answers short texts that come "
+        "when nothing else runs: these take longer, but no failure of an engine ends the server",
     )
     max_queue_delay_ms: float = _option(
         5, "model", MILLISECONDS, "wait to fill a run; more: fuller runs, later answers"
