@@ -60,7 +60,8 @@ def put(
     _, store = service.delivery.store(options.store)
     if options.mode in ("upsert", "delta") and not store.capabilities.upsert:
         raise InvalidCommandError(
-            f"`mode` is {options.mode}, which this store cannot do",
+            f"`mode` is {options.mode}, which takes a store that replaces rows, such as `lance:`; "
+            "this one takes append and overwrite",
             field="mode",
             allowed=["append", "overwrite"],
         )
