@@ -167,24 +167,14 @@ class Intake:
             if skip is not None:
                 unwanted = np.flatnonzero(wanted & skip(rows, row_first + first))
                 wanted[unwanted] = False
-            own_codes: Int32Array | Int64Array
-            if dictionary is None:  # made one, so that a repeated text is embedded once
-                own_codes, words = distinct(text.slice(first, last - first))
-            else:
-                own_codes, words = codes[first:last], dictionary
             new_values: Int32Array | None = None
-            if dictionary is None and wanted.all():  # so is every word
-                values, texts = own_codes.astype(np.int32, copy=False), words
-            else:
-                values = np.where(wanted, own_codes, -1).astype(np.int32)
-                new = np.unique(values[values >= 0])
-                if shared:
-                    new = new_values = new[~self._seen[new]]
-                    self._seen[new] = True
-                else:
-                    places = np.searchsorted(new, values).astype(np.int32)
-                    values = np.where(values >= 0, places, -1).astype(np.int32)
-                texts = words.take(pa.array(new))
+            if dictionary is not None:
+                found = self._wanted(codes[first:last], dictionary, wanted, shared=shared)
+                values, texts, new_values = found
+            else:  # made one, so that a repeated text is embedded once
+                values, texts = distinct(text.slice(first, last - first))
+                if not wanted.all():
+                    values, texts, _ = self._wanted(values, texts, wanted, shared=False)
             text_bytes = int(sizes[first:last].sum())
             rows_bytes = text_bytes + held_bytes * (last - first) // max(1, batch.num_rows)
             piece = Piece(
@@ -205,6 +195,30 @@ class Intake:
                 new_table=len(self._seen) if shared and new_table and index == 0 else None,
             )
             yield from self._parts(piece, rows_bytes)
+
+    def _wanted(
+        self, codes: Int32Array | Int64Array, words: pa.Array, wanted: BoolArray, *, shared: bool
+    ) -> tuple[Int32Array, pa.Array, Int32Array | None]:
+        """The words that wanted rows have, each once.
+
+        Args:
+            codes: [num_rows], which of `words` each row has; any where it is not wanted.
+            words: All different.
+            wanted: bool [num_rows].
+            shared: They are the dictionary whose vectors are kept: those that are there are left
+                out.
+
+        Returns:
+            `values`, `texts` and `new_values` of a piece.
+        """
+        values = np.where(wanted, codes, -1).astype(np.int32)
+        new = np.unique(values[values >= 0])
+        if shared:
+            new = new[~self._seen[new]]
+            self._seen[new] = True
+            return values, words.take(pa.array(new)), new
+        places = np.searchsorted(new, values).astype(np.int32)
+        return np.where(values >= 0, places, -1).astype(np.int32), words.take(pa.array(new)), None
 
     def rest(self) -> Iterator[Piece]:
         """What is left where the call ends; here nothing."""
