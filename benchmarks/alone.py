@@ -27,7 +27,7 @@ from fletcher.delivery.rows import Rows
 from fletcher.models.bundle import ModelBundle
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
-from fletcher.pipeline.intake import Piece
+from fletcher.pipeline.piece import Piece
 from fletcher.planning.planner import plan
 from fletcher.schema import VectorSpec, output_schema
 from fletcher.stores.address import open_store

@@ -54,12 +54,13 @@ def write() -> None:
     writer.done_writing()
 
 
-thread = threading.Thread(target=write)
+thread = threading.Thread(target=write, daemon=True)  # else it keeps a failed call from ending
 thread.start()
 columns = ["id", "chunk_index", "chunk_start", "chunk_end", "text"]
 for chunk in reader:  # any number for a batch written; the last of them says "last": true
     if chunk.data is None:
-        break  # the call failed; `close` raises why
+        reader.cancel()
+        sys.exit("the call failed: " + json.loads(chunk.app_metadata.to_pybytes())["message"])
     for error in json.loads(chunk.app_metadata.to_pybytes())["errors"]:
         print("document", error["id"], "failed:", error["message"])
     for row in chunk.data.select(columns).to_pylist():

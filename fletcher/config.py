@@ -206,6 +206,14 @@ class ServeConfig:
         "bytes of a GPU that one copy of the model may take, 0: all; less leaves room for others, "
         "and runs that need more fail",
     )
+    cuda_graphs: bool = _option(
+        False,
+        "model",
+        SWITCH,
+        "on GPUs, in float16: a text of up to 63 tokens that runs alone is one launch, to answer "
+        "sooner; takes the model's memory once more, beside --gpu-memory, and longer to start; not "
+        "tried on a GPU yet",
+    )
     embedding_cache: int = _option(
         0,
         "model",

@@ -88,10 +88,13 @@ def _read_file(path: Path) -> dict[str, Any]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"`config` {str(path)!r} is not TOML: {error}", field="config") from None
-    for key in values:
+    for key, value in values.items():
         if key not in OPTIONS:
+            hint = nearest(key, OPTIONS)
+            if isinstance(value, dict):
+                hint = "; the file has no tables: write options as NAME = VALUE"
             raise ConfigError(
-                f"`{key}` in {str(path)!r} is not an option{nearest(key, OPTIONS)}",
+                f"`{key}` in {str(path)!r} is not an option{hint}",
                 field=key,
                 allowed=sorted(OPTIONS),
             )

@@ -13,6 +13,8 @@ imported.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
 EXPORT_TIMEOUT_S = 5.0
+COMPLAINT_S = 300.0
 
 
 class Span:
@@ -85,6 +88,23 @@ class _RecordedSpan(Span):
             self._span.record_exception(error)
             self._span.set_status(Status(StatusCode.ERROR, str(error)))
         self._span.end()
+
+
+class _Sparing(logging.Filter):
+    """Lets a record through, and the next one `COMPLAINT_S` later.
+
+    A collector that is away would otherwise be told of in three lines an export.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._quiet_until = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.created < self._quiet_until:
+            return False
+        self._quiet_until = record.created + COMPLAINT_S
+        return True
 
 
 class Telemetry(Instruments):
@@ -195,6 +215,10 @@ def configure(
             "pip install 'longbow-fletcher[otlp]'",
             field="otlp_endpoint",
         ) from error
+    for exporter in (OTLPMetricExporter, OTLPSpanExporter):
+        logger = logging.getLogger(exporter.__module__)
+        if not any(isinstance(one, _Sparing) for one in logger.filters):
+            logger.addFilter(_Sparing())
     base = otlp_endpoint.rstrip("/")
     own_version = _own_version()
     resource = Resource.create(

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from fletcher.cli.leaving import leave_with
 from fletcher.cli.parser import Parser, UsageError, flags_of
-from fletcher.config import nearest
+from fletcher.config import OPTIONS, nearest
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
 
 # Each module has `add_parser(subparsers)` and `run(args) -> int`; it is imported when it is called.
@@ -26,6 +26,7 @@ COMMANDS = {
     "journal": "show and replay rows that wait for their stores",
     "store": "serve a folder of vectors over Arrow Flight",
     "doctor": "show what this machine has, and what to fix",
+    "stats": "show how a running server is doing",
     "completion": "print completions for a shell",
 }
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 for a failure; 2 for a command line or a configuration that cannot be used; 130 when
         interrupted; 141 when the reader of our output went away.
     """
+    # gRPC's own lines about failed connections say what our message says, and are no JSON.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     argv = sys.argv[1:] if argv is None else list(argv)
     name = f"fletcher {argv[0]}" if argv and argv[0] in COMMANDS else "fletcher"
     try:
@@ -100,7 +103,7 @@ def _run(argv: Sequence[str]) -> int:
         flag = unknown[0].partition("=")[0]
         known = flags_of(parser)
         # Of a command's commands, another one may have it.
-        hint = " here" if flag in known else nearest(flag, known)
+        hint = " here" if flag in known else _elsewhere(flag, command) or nearest(flag, known)
         raise UsageError(
             f"fletcher {command}".strip(),
             f"{flag!r} is not understood{hint}",
@@ -112,6 +115,18 @@ def _run(argv: Sequence[str]) -> int:
         parser.print_help()
         return 0
     return int(import_module(f"fletcher.cli.{command}").run(args))
+
+
+def _elsewhere(flag: str, command: str) -> str:
+    """Where an option of servers is set for a command that has no flag for it."""
+    from fletcher.cli.connection import LOCAL_OPTIONS
+
+    option = next((one for one in OPTIONS.values() if one.flag == flag), None)
+    if option is None or command not in ("ingest", "embed", "search", "similar"):
+        return ""
+    if option.name not in LOCAL_OPTIONS:
+        return " here: it is for fletcher serve"
+    return f" here; set {option.variable}, or {option.name} in the file of --config"
 
 
 def _complain(message: str) -> None:

@@ -251,9 +251,13 @@ def _print(report: Mapping[str, Any]) -> None:
     state = "" if report["complete"] else "INCOMPLETE: "
     there = report["rows_deduplicated"] + report["rows_skipped"]
     already = f", {there:,} were there already" if there else ""
+    # Stores that take a null vector have the failed rows, too, among those stored.
+    settled = report["rows_stored"] + report["rows_failed"] + report["rows_deduplicated"]
+    both = settled - report["rows_received"]
+    without = " (stored without a vector)" if 0 < both == report["rows_failed"] else ""
     print(
         f"{state}{report['rows_received']:,} rows received, {report['rows_stored']:,} stored, "
-        f"{report['rows_failed']:,} failed{already}"
+        f"{report['rows_failed']:,} failed{without}{already}"
     )
     print(f"{report['seconds']:,.1f} s, {report['rows_per_s']:,.0f} rows/s")
     for name in ("dataset", "store", "model", "upload_id"):

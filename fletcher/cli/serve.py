@@ -15,6 +15,7 @@ from typing import Any
 from fletcher.cli.leaving import leave_in_time
 from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, read_config
+from fletcher.cli.table import say
 from fletcher.config import OPTIONS, ServeConfig
 
 # Beyond the drain, what closing workers and ports may take before the process ends regardless.
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, then drains; 0 when all accepted rows were stored."""
     resolved = read_config(args, os.environ)
     if args.print_config:
+        for warning in resolved.warnings:
+            say(f"fletcher serve: {warning}")
         print(resolved.to_toml(), end="")
         return 0
     set_up_logging(resolved.config.log_level, resolved.config.log_format)

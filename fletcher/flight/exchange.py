@@ -30,8 +30,8 @@ from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler, Output
 from fletcher.pipeline.chunk_rows import ChunkAssembler, assembler
 from fletcher.pipeline.document_rows import DocumentAssembler
-from fletcher.pipeline.intake import Piece
 from fletcher.pipeline.models import Model
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.service import Service
 from fletcher.pipeline.stream import EmbedStream

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
@@ -30,8 +29,9 @@ from fletcher.flight.call import (
 from fletcher.flight.messages import reported_id
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.chunk_rows import assembler
-from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.models import Model
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.service import Request, Service
 from fletcher.pipeline.sources import as_fletcher_error
@@ -60,7 +60,8 @@ def put(
     _, store = service.delivery.store(options.store)
     if options.mode in ("upsert", "delta") and not store.capabilities.upsert:
         raise InvalidCommandError(
-            f"`mode` is {options.mode}, which this store cannot do",
+            f"`mode` is {options.mode}, which takes a store that replaces rows, such as `lance:`; "
+            "this one takes append and overwrite",
             field="mode",
             allowed=["append", "overwrite"],
         )
@@ -250,8 +251,9 @@ class _Put:
         """Takes a piece's vectors to the dataset's lane."""
         piece, new = result.context
         output = self._assembler.assemble(piece, result.embeddings)
-        if output is None:
+        if self._assembler.kept_bytes or output is None:
             self._stream.grow(self._assembler.kept_bytes)
+        if output is None:
             self._stream.release(result.num_bytes)
             return
         row_bytes = self._stream.whole()
@@ -278,7 +280,7 @@ class _Put:
                     tuple(output.place(row) - begin for row in failed),
                     lambda left=left: self._stream.release(*left),  # type: ignore[misc]
                     # Of rows that are several chunks, none is asked about.
-                    tuple(np.flatnonzero(piece.skipped[low : high + 1]).tolist()),
+                    tuple(row - low for row in piece.skipped.tolist() if low <= row <= high),
                     num_rows=last - first + 1,
                 )
             )

@@ -23,6 +23,7 @@ class BackendConfig:
         version: The bundle's hash: what the folder must hold, or the one kept beside it; empty:
             whatever is there.
         dim: Width of a vector, for `null`, which loads nothing.
+        cuda_graphs: Single short texts run by captured CUDA graphs. CUDA and `float16` only.
         late: The graph for late chunking, not that of whole rows.
     """
 
@@ -35,6 +36,7 @@ class BackendConfig:
     gpu_memory: int = 0
     version: str = ""
     dim: int = 0
+    cuda_graphs: bool = False
     late: bool = False
 
 

@@ -14,7 +14,8 @@ from fletcher.batches import InferenceResult, Int32Array, MicroBatch, Segments
 from fletcher.errors import BackendError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.late import LateBackend
-from fletcher.models.bundle import version_folder
+from fletcher.models.bundle import ModelBundle, version_folder
+from fletcher.models.markers import Queries
 from fletcher.vectors.ragged import segments_of
 
 # Words of ONNX Runtime's arenas, CUDA, cuBLAS and OpenVINO, which have no exception for it.
@@ -36,13 +37,17 @@ class BudgetedBackend:
     Args:
         backend: The engine.
         max_batch_tokens: The budget at first and at most.
+        queries: How queries are read: they count with what fills them.
     """
 
-    def __init__(self, backend: Backend, max_batch_tokens: int) -> None:
+    def __init__(
+        self, backend: Backend, max_batch_tokens: int, queries: Queries | None = None
+    ) -> None:
         self.concurrency, self.express = backend.concurrency, backend.express
         self._backend = backend
         self._most = max_batch_tokens
         self._budget = max_batch_tokens
+        self._queries = queries
         self._good_runs = 0
         self._lock = threading.Lock()
 
@@ -54,7 +59,7 @@ class BudgetedBackend:
         """
         if len(batch.lengths) == 0:
             return self._backend.run(batch)
-        result = _joined([self._run(part) for part in _cut(batch, self._budget)])
+        result = _joined([self._run(part) for part in self._cut(batch)])
         embeddings = result.embeddings
         if batch.half:
             embeddings = embeddings.astype(np.float16, copy=False)
@@ -69,13 +74,22 @@ class BudgetedBackend:
         except (BackendError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._shrink(_padded(part.lengths))
+            self._shrink(_padded(self._lengths(part)))
             if len(part.lengths) == 1:
                 raise BackendError(f"too little memory for {part.lengths[0]} tokens") from error
         else:
-            self._grow(_padded(part.lengths))
+            self._grow(_padded(self._lengths(part)))
             return result
         return self.run(part)  # outside `except`: the traceback holds the failed run's arrays
+
+    def _lengths(self, batch: MicroBatch) -> Int32Array:
+        """int32 [num_rows], tokens as they are run."""
+        if self._queries is None:
+            return batch.lengths
+        return self._queries.filled(batch.input_ids, batch.lengths)
+
+    def _cut(self, batch: MicroBatch) -> list[MicroBatch]:
+        return _cut(batch, self._lengths(batch), self._budget)
 
     def _shrink(self, num_tokens: int) -> None:
         with self._lock:
@@ -99,13 +113,18 @@ def load(config: BackendConfig) -> BudgetedBackend:
         FletcherError: As the engine's own `load`.
     """
     backend = LateBackend(_load(config), lambda: _load(replace(config, late=True)))
-    return BudgetedBackend(backend, config.max_batch_tokens)
+    queries = None if config.backend == "null" else ModelBundle.load(_folder(config)).queries
+    return BudgetedBackend(backend, config.max_batch_tokens, queries)
+
+
+def _folder(config: BackendConfig) -> Path:
+    if config.version:  # a replica that is started again must not get what came there since
+        return version_folder(Path(config.bundle), config.version)
+    return Path(config.bundle)
 
 
 def _load(config: BackendConfig) -> Backend:
-    if config.version:  # a replica that is started again must not get what came there since
-        folder = version_folder(Path(config.bundle), config.version)
-        config = replace(config, bundle=str(folder))
+    config = replace(config, bundle=str(_folder(config)))
     engine = import_module(f"fletcher.inference.{config.backend}")
     loaded: Backend = engine.load(config)
     return loaded
@@ -120,12 +139,12 @@ def _padded(lengths: Int32Array) -> int:
     return int(lengths.max()) * len(lengths)
 
 
-def _cut(batch: MicroBatch, budget: int) -> list[MicroBatch]:
+def _cut(batch: MicroBatch, run_lengths: Int32Array, budget: int) -> list[MicroBatch]:
     """Neighbouring rows together, each part within the budget or a single row."""
-    if _padded(batch.lengths) <= budget:
+    if _padded(run_lengths) <= budget:
         return [batch]
     edges, longest = [0], 0
-    for row, length in enumerate(batch.lengths.tolist()):
+    for row, length in enumerate(run_lengths.tolist()):
         longest = max(longest, length)
         if row > edges[-1] and longest * (row + 1 - edges[-1]) > budget:
             edges.append(row)

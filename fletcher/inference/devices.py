@@ -60,6 +60,7 @@ def resolve(
     *,
     replicas_per_device: int = 0,
     gpu_memory: int = 0,
+    cuda_graphs: bool = False,
 ) -> Resolution:
     """Turns what was asked into what runs.
 
@@ -78,6 +79,7 @@ def resolve(
         max_batch_tokens: Padded tokens in one run at most; 0: the device's best.
         replicas_per_device: Replicas on each GPU; 0: one.
         gpu_memory: Bytes of its GPU that each of them may take; 0: all.
+        cuda_graphs: Whether replicas on GPUs capture CUDA graphs for short texts.
 
     Raises:
         ConfigError: A value that is none of the above.
@@ -92,7 +94,7 @@ def resolve(
         return _null(device, bundle_folder, max_batch_tokens)
     if device.startswith("cuda") or (device == "auto" and _can_cuda(backend, precision, host)):
         resolution = _cuda(device, backend, precision, host, bundle_folder, max_batch_tokens)
-        return _shared(resolution, replicas_per_device or 1, gpu_memory)
+        return _shared(resolution, replicas_per_device or 1, gpu_memory, cuda_graphs)
     return _cpu(backend, precision, threads, host, bundle_folder, max_batch_tokens)
 
 
@@ -216,15 +218,20 @@ def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
     return "float16", "float16 without padding"
 
 
-def _shared(resolution: Resolution, num_replicas: int, gpu_memory: int) -> Resolution:
+def _shared(
+    resolution: Resolution, num_replicas: int, gpu_memory: int, cuda_graphs: bool
+) -> Resolution:
     """The same with several replicas on each GPU."""
+    captures = cuda_graphs and resolution.configs[0].precision == "float16"
     configs = [
-        replace(one, gpu_memory=gpu_memory)
+        replace(one, gpu_memory=gpu_memory, cuda_graphs=captures)
         for one in resolution.configs
         for _ in range(num_replicas)
     ]
-    times = f", {num_replicas} replicas each" if num_replicas > 1 else ""
-    return Resolution(configs, resolution.reason + times)
+    reason = resolution.reason + (f", {num_replicas} replicas each" if num_replicas > 1 else "")
+    if cuda_graphs:
+        reason += ", CUDA graphs" if captures else "; CUDA graphs are for float16 alone"
+    return Resolution(configs, reason)
 
 
 def _cpu(

@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from fletcher.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, FletcherError, ModelError
-from fletcher.inference.backend import BackendConfig
+from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.binding import Binding, Pin, cuda_pin
 from fletcher.inference.budget import is_out_of_memory
+from fletcher.inference.cuda_graphs import captured
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
 from fletcher.inference.packed_io import PackedIO
@@ -103,7 +104,7 @@ class OnnxRuntimeBackend:
         return dict(self._description)
 
 
-def load(config: BackendConfig) -> OnnxRuntimeBackend:
+def load(config: BackendConfig) -> Backend:
     """Loads and warms up a bundle's graph.
 
     On the CPU each run has one core, and as many runs go on at once. Two cores were as fast
@@ -143,7 +144,7 @@ def load(config: BackendConfig) -> OnnxRuntimeBackend:
     return _warmed_up(backend, io, bundle, config)
 
 
-def load_twin(config: BackendConfig) -> OnnxRuntimeBackend:
+def load_twin(config: BackendConfig) -> Backend:
     """Loads the CPU's twin of the graph without padding, in float32, fed as on a GPU.
 
     To check that graph and its inputs where there is no GPU; slower than `load`.
@@ -200,30 +201,38 @@ def _load_packed(
     place: _Place,
     attention: Literal["packed", "standard"],
     pin: Pin,
-) -> OnnxRuntimeBackend:
+) -> Backend:
     precision: Literal["float16", "float32"] = (
         "float16" if config.precision == "float16" else "float32"
     )
-    # ONNX Runtime holds what it needs of these files when the session is there.
+    io = PackedIO.packed(bundle)
+    # ONNX Runtime holds what it needs of these files when the sessions are there.
     try:
         with tempfile.TemporaryDirectory(prefix="fletcher-graph-") as folder:
             graph = write_packed(bundle, Path(folder), precision=precision, attention=attention)
             session = _session(ort, bundle, graph, place)
+            description = _describe(ort, session, config, precision) | {"graph": "without padding"}
+            backend = OnnxRuntimeBackend(
+                [session],
+                io,
+                concurrency=place.concurrency,
+                express=place.express,
+                description=description,
+                pin=pin,
+            )
+            _warmed_up(backend, io, bundle, config)
+            if not config.cuda_graphs:
+                return backend
+            if place.provider == CUDA_PROVIDER:
+                place = replace(place, options=place.options | {"enable_cuda_graph": "1"})
+            return captured(
+                backend, io, ort, lambda: _session(ort, bundle, graph, place), config.device
+            )
     except OSError as error:
         raise BackendError(
             f"`model` {bundle.name}: its {precision} graph cannot be written to the folder for "
             f"temporary files ({error.strerror}); make room there, or set TMPDIR"
         ) from error
-    io = PackedIO.packed(bundle)
-    backend = OnnxRuntimeBackend(
-        [session],
-        io,
-        concurrency=place.concurrency,
-        express=place.express,
-        description=_describe(ort, session, config, precision) | {"graph": "without padding"},
-        pin=pin,
-    )
-    return _warmed_up(backend, io, bundle, config)
 
 
 def _describe(ort: Any, session: Any, config: BackendConfig, precision: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import BoolArray, MicroBatch
+from fletcher.batches import BoolArray, Int32Array, MicroBatch
 from fletcher.inference.graph_io import GraphIO
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.packed import INPUTS
@@ -39,6 +39,20 @@ class PackedIO(GraphIO):
             ValueError: A row is longer than `max_length`.
         """
         mask = self._mask(batch, int(batch.lengths.max()))
+        return self._arrays(batch, mask), mask
+
+    def filled(self, input_ids: Int32Array, num_tokens: int) -> dict[str, npt.NDArray[Any]]:
+        """The four inputs of one text and a row of padding: `num_tokens` together, at least 1 each.
+
+        Their shapes depend on `num_tokens` alone.
+        """
+        rest = num_tokens - len(input_ids)
+        padding = np.full(rest, self.pad_token_id, np.int32)
+        lengths = np.array([len(input_ids), rest], np.int32)
+        batch = MicroBatch(np.concatenate([input_ids, padding]), lengths)
+        return self._arrays(batch, self._mask(batch, num_tokens))
+
+    def _arrays(self, batch: MicroBatch, mask: BoolArray) -> dict[str, npt.NDArray[Any]]:
         ends = np.zeros(len(batch.lengths) + 1, dtype=np.int32)
         np.cumsum(batch.lengths, out=ends[1:])
         places = np.arange(len(batch.input_ids), dtype=np.int32)
@@ -50,4 +64,4 @@ class PackedIO(GraphIO):
             offsets.astype(np.int32).reshape(mask.shape),
             ends,
         )
-        return dict(zip(self.inputs, arrays, strict=True)), mask
+        return dict(zip(self.inputs, arrays, strict=True))

@@ -60,6 +60,8 @@ class Queries:
             input_ids: int32 [total_tokens], row after row.
             lengths: int32 [num_rows].
         """
+        if self.filler is None:
+            return lengths
         queries = _marked(self.marker, input_ids, lengths)
         filled: Int32Array = np.where(queries, np.maximum(lengths, self.length), lengths)
         return filled

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from fletcher.batches import BoolArray, EmbeddingBatch, Int32Array, Int64Array, VectorArray
 from fletcher.errors import FletcherError
-from fletcher.pipeline.intake import INTERACTIVE_ROWS, Piece
+from fletcher.pipeline.limits import INTERACTIVE_ROWS
+from fletcher.pipeline.piece import Piece
 from fletcher.schema import TIMESTAMP, VectorSpec, column, vector_columns
 from fletcher.vectors.aggregation import aggregation
 from fletcher.vectors.finish import finish
@@ -55,7 +56,8 @@ class Assembler:
         upload_id: For rows that came without an id.
 
     Attributes:
-        kept_bytes: What is kept of a text of which more comes, where that grows with it.
+        kept_bytes: What the last piece left in memory that it does not count itself: what is kept
+            of a text of which more comes, and what chunks have of their row once more each.
     """
 
     def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
@@ -161,8 +163,8 @@ class Assembler:
             table = _Table.of_size(num_texts, self._spec.width)
             table.fill(np.arange(num_texts, dtype=np.int32), outcome)
         else:
-            if piece.new_table:
-                self._table = _Table.of_size(piece.table_size, self._spec.width)
+            if piece.new_table is not None:
+                self._table = _Table.of_size(piece.new_table, self._spec.width)
             table = self._table
             table.fill(piece.new_values, outcome)
         if len(table.token_count) == 0:  # no row of the piece has a text

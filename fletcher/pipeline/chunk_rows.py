@@ -12,7 +12,7 @@ from fletcher.batches import BoolArray, Chunks, EmbeddingBatch, Int64Array
 from fletcher.errors import FletcherError, RowTooLargeError
 from fletcher.pipeline.arrays import large_utf8, text_offsets
 from fletcher.pipeline.assembly import Assembler, Output
-from fletcher.pipeline.intake import Piece
+from fletcher.pipeline.piece import Piece
 from fletcher.schema import CHUNK_FIELDS, VectorSpec, vector_columns
 
 # Vectors, places and texts of one row's chunks, where they are kept until all are there.
@@ -44,7 +44,8 @@ class ChunkAssembler(Assembler):
         upload_id: For rows that came without an id.
         whole_rows: A text that comes in parts is kept until all its chunks are there; else the
             chunks of each part leave as they come.
-        max_kept_bytes: How much is kept of a text, at most 256 MiB.
+        max_kept_bytes: How much is kept of a text, and what its row carries, once for each of its
+            chunks, at most 256 MiB.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class ChunkAssembler(Assembler):
         """See `Assembler.assemble`."""
         outcome = self._finish(outcome)
         self._lost = self._lost and piece.part > 0
+        before = self.kept_bytes = self.kept_bytes if self._kept else 0
         if self._whole_rows:
             self._keep(outcome)
             if piece.texts.continued:
                 return None
-            outcome, self._kept, self.kept_bytes = _joined(self._kept), [], 0
+            outcome, self._kept = _joined(self._kept), []
         errors = dict(piece.errors)
         if isinstance(outcome, FletcherError):
             failed = outcome
@@ -86,8 +88,9 @@ class ChunkAssembler(Assembler):
         missing[list(errors)] = True
         texts = np.where(missing, 0, piece.values)
         counts = np.where(missing, 1, np.append(np.diff(chunks.offsets), 0)[texts])
-        for row, num_bytes in _too_much(piece.rows, counts).items():
-            errors[row] = _carries_too_much(num_bytes)
+        most = self._max_kept_bytes - before
+        for row, num_bytes in _too_much(piece.rows, counts, most).items():
+            errors[row] = _carries_too_much(num_bytes, most)
             missing[row], counts[row] = True, 1
         if self._lost:
             errors, counts = {}, np.zeros_like(counts)
@@ -95,9 +98,9 @@ class ChunkAssembler(Assembler):
         offsets = np.append(0, np.cumsum(counts))
         rows = np.repeat(np.arange(piece.num_rows), counts)
         places = chunks.offsets[texts][rows] + np.arange(len(rows)) - offsets[rows]
-        return Output(
-            self._batch(piece, outcome, chunks, rows, places, missing[rows]), errors, offsets
-        )
+        batch = self._batch(piece, outcome, chunks, rows, places, missing[rows])
+        self.kept_bytes = min(before + _added(piece.rows, batch), self._max_kept_bytes)
+        return Output(batch, errors, offsets)
 
     def _keep(self, outcome: EmbeddingBatch | FletcherError) -> None:
         """Keeps a part's chunks; of a row that has too many or lost a part, only the error."""
@@ -188,27 +191,36 @@ class ChunkAssembler(Assembler):
         return memoryview(b"" if data is None else data), text_offsets(column)[:-1][rows]
 
 
-def _too_much(rows: pa.RecordBatch, counts: Int64Array) -> dict[int, int]:
+def _added(rows: pa.RecordBatch, batch: pa.RecordBatch) -> int:
+    """What the rows' columns take more in the output, where they are there once for each chunk."""
+    carried = [name for name in rows.schema.names if name != "text"]
+    columns = (batch.column(name.removeprefix("carried:")) for name in carried)
+    repeated = sum(int(column.nbytes) for column in columns)
+    return max(0, repeated - int(rows.select(carried).nbytes))
+
+
+def _too_much(rows: pa.RecordBatch, counts: Int64Array, most: int) -> dict[int, int]:
     """Rows whose columns, once for each chunk, make too much of a piece, and how many bytes.
 
     A few kilobytes of text have a thousand chunks, and each has all that the row carries.
     """
     carried = rows.select([name for name in rows.schema.names if name != "text"])
-    if carried.nbytes * int(counts.max(initial=0)) <= _MAX_KEPT_BYTES:
+    if carried.nbytes * int(counts.max(initial=0)) <= most:
         return {}
     sizes = counts * [carried.slice(row, 1).nbytes for row in range(len(counts))]
-    if sizes.sum() <= _MAX_KEPT_BYTES:
+    if sizes.sum() <= most:
         return {}
-    found = np.flatnonzero((sizes > _MAX_KEPT_BYTES // len(sizes)) & (counts > 1))
+    found = np.flatnonzero((sizes > most // len(sizes)) & (counts > 1))
     return {row: int(sizes[row]) for row in found.tolist()}
 
 
-def _carries_too_much(num_bytes: int) -> RowTooLargeError:
+def _carries_too_much(num_bytes: int, most: int) -> RowTooLargeError:
     return RowTooLargeError(
-        f"what goes with each chunk of `text` takes {num_bytes} bytes in all, at most "
-        f"{_MAX_KEPT_BYTES} are given at once; carry less, or take larger chunks",
+        f"what goes with each chunk of `text` takes {num_bytes} bytes in all, at most {most} are "
+        "kept at once; carry less, or take larger chunks; a server with a larger --max-memory "
+        "takes more, up to 256 MiB",
         field="columns",
-        allowed=[f"<= {_MAX_KEPT_BYTES} bytes"],
+        allowed=[f"<= {most} bytes"],
     )
 
 

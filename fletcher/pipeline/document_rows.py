@@ -9,7 +9,7 @@ from fletcher.batches import EmbeddingBatch, Int64Array
 from fletcher.errors import FletcherError, RowTooLargeError
 from fletcher.pipeline.assembly import Output
 from fletcher.pipeline.chunk_rows import ChunkAssembler
-from fletcher.pipeline.intake import Piece
+from fletcher.pipeline.piece import Piece
 from fletcher.schema import VectorSpec
 
 # Of a document's text, what chunks that are to come may have: one of 1,000 tokens has some 5 kB,

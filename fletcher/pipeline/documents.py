@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 from fletcher.batches import Priority
 from fletcher.errors import FletcherError
 from fletcher.pipeline.arrays import large_utf8, text_offsets
-from fletcher.pipeline.intake import Intake, Piece, Skip
+from fletcher.pipeline.intake import Intake, Skip
 from fletcher.pipeline.parts import last_end, part_ends
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.row_errors import RowErrors
 
 # Text that has no space between words, such as Chinese, goes on in parts of this size.
@@ -168,15 +169,10 @@ class DocumentIntake(Intake):
             rows=rows.slice(0, 0),
             texts=self._texts(b"", np.zeros(1, np.int64)),
             values=np.zeros(0, np.int32),
-            new_values=None,
-            table_size=0,
-            new_table=False,
-            errors={},
-            skipped=np.zeros(0, np.bool_),
             timestamp_ns=time.time_ns(),
-            last=False,
             num_bytes=self._limits.bytes_per_row,
             priority=priority,
+            last=False,
             # Of the document that goes on, so that what is known of it stays so.
             part=self._document.num_parts if self._document else 0,
         )
@@ -198,7 +194,6 @@ class DocumentIntake(Intake):
             texts=replace(texts, continued=part.continued),
             values=np.zeros(1, np.int32),
             errors={} if part.error is None else {0: part.error},
-            skipped=np.zeros(1, np.bool_),
             num_bytes=self._limits.bytes_per_byte * size + self._limits.bytes_per_row,
             part=document.num_parts - 1,
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -28,7 +27,6 @@ from fletcher.chunking import Chunking
 from fletcher.errors import (
     BatchTooLargeError,
     ColumnTypeError,
-    FletcherError,
 )
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.arrays import (
@@ -42,63 +40,16 @@ from fletcher.pipeline.arrays import (
     without_views,
 )
 from fletcher.pipeline.columns import check_text, column, is_flat_text, optional_utf8, plain
-from fletcher.pipeline.limits import IntakeLimits
+from fletcher.pipeline.limits import INTERACTIVE_BYTES, INTERACTIVE_ROWS, IntakeLimits
 from fletcher.pipeline.parts import part_ends
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.row_errors import RowErrors
-
-INTERACTIVE_ROWS = 32
-INTERACTIVE_BYTES = 32 * 1024
 
 # What a row takes here at least, whatever its size on the wire: offsets, lengths, masks.
 _ROW_BYTES = 16
 
 # From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
 Skip = Callable[[pa.RecordBatch, int], BoolArray]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Consecutive rows of one batch.
-
-    Attributes:
-        batch_id: The client's number for the batch, or its position in the call; None: it is of
-            none, but of the call's end.
-        row_first: Offset of the first row in the upload.
-        rows: The used columns of these rows.
-        texts: Texts to embed for the first time, each once.
-        values: int32 [num_rows], which vector of the table a row takes, -1 for none.
-        new_values: int32 [num_texts], places in the table of the vectors of `texts`; None: the
-            table is these vectors.
-        table_size: Vectors in the table that `new_values` points into; a new table where
-            `new_table` is set.
-        errors: By row in the piece, why it has no vector.
-        skipped: bool [num_rows], rows that were not wanted: they have no vector, and no error.
-        timestamp_ns: When the batch was received, ns since the epoch.
-        last: It ends its batch.
-        part: Of a long text that is cut into chunks, which part; the texts say whether more follow.
-        num_bytes: Memory that it will hold at most on its way.
-        priority: Its class.
-    """
-
-    batch_id: int | None
-    row_first: int
-    rows: pa.RecordBatch
-    texts: TextBatch
-    values: Int32Array
-    new_values: Int32Array | None
-    table_size: int
-    new_table: bool
-    errors: dict[int, FletcherError]
-    skipped: BoolArray
-    timestamp_ns: int
-    last: bool
-    num_bytes: int
-    priority: Priority
-    part: int = 0
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.rows.num_rows)
 
 
 class Intake:
@@ -233,10 +184,10 @@ class Intake:
             rows = used.slice(first, last - first)
             own_errors, wanted = errors.of(first, last), np.ones(last - first, np.bool_)
             wanted[list(own_errors)] = False
-            skipped = np.zeros(last - first, np.bool_)
+            unwanted = np.zeros(0, np.int64)
             if skip is not None:
-                skipped = wanted & skip(rows, row_first + first)
-                wanted &= ~skipped
+                unwanted = np.flatnonzero(wanted & skip(rows, row_first + first))
+                wanted[unwanted] = False
             own_codes: Int32Array | Int64Array
             if dictionary is None:  # made one, so that a repeated text is embedded once
                 own_codes, words = distinct(text.slice(first, last - first))
@@ -263,17 +214,16 @@ class Intake:
                 rows=rows,
                 texts=self._text_batch(texts, half=self._half and priority == "bulk"),
                 values=values,
-                new_values=new_values,
-                table_size=len(dictionary) if shared and dictionary is not None else 0,
-                new_table=shared and new_table and index == 0,
-                errors=own_errors,
-                skipped=skipped,
                 timestamp_ns=timestamp_ns,
-                last=index == len(bounds) - 1,
                 num_bytes=(limits.bytes_per_byte - 1) * text_bytes
                 + (last - first) * limits.bytes_per_row
                 + rows_bytes,
                 priority=priority,
+                last=index == len(bounds) - 1,
+                errors=own_errors,
+                skipped=unwanted,
+                new_values=new_values,
+                new_table=len(self._seen) if shared and new_table and index == 0 else None,
             )
             yield from self._parts(piece, rows_bytes)
 
@@ -300,13 +250,7 @@ class Intake:
             rows=batch,
             texts=self._texts(data, np.array([0, len(data)], np.int64)),
             values=np.zeros(1, np.int32),
-            new_values=None,
-            table_size=0,
-            new_table=False,
-            errors={},
-            skipped=np.zeros(1, np.bool_),
             timestamp_ns=time.time_ns(),
-            last=True,
             num_bytes=(self._limits.bytes_per_byte - 1) * len(data)
             + self._limits.bytes_per_row
             + size,

@@ -11,6 +11,10 @@ from fletcher.chunking import Chunking
 COLUMN_BYTES = 256
 MAX_PIECE_ROWS = 1024
 
+# A batch of no more is interactive, where the command says nothing else.
+INTERACTIVE_ROWS = 32
+INTERACTIVE_BYTES = 32 * 1024
+
 # A chunk's tokens are here twice, 4 bytes each: as they come from a tokenizer and in a window.
 _TOKEN_BYTES = 8
 # Of late chunks, how often a token is read: frames overlap, most where chunks are nearly as large.

@@ -92,6 +92,8 @@ def _bad(address: str) -> ConfigError:
         hint = f"; for a folder, lance:{address[:200]}"
     elif colon and scheme in ("grpc", "grpcs"):
         hint = ", and after it at most ?meta=PORT&profile=auto, longbow or fletcher"
+    elif scheme in ("lance", "parquet"):
+        hint = f"; a folder is missing: {scheme}:./vectors"
     elif colon:
         hint = nearest(scheme, ("lance", "parquet", "grpc", "grpcs"))
     return ConfigError(

@@ -30,6 +30,7 @@ class Asked:
     max_batch_tokens: int = 0
     replicas_per_device: int = 0
     gpu_memory: int = 0
+    cuda_graphs: bool = False
 
     @classmethod
     def of(cls, config: ServeConfig) -> Asked:

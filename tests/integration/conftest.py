@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+import fletcher
 from fletcher.config import ServeConfig
 from fletcher.models.bundle import ModelBundle
 from fletcher.runtime import Runtime
 
 StartServer = Callable[..., Runtime]
+
+# A stream's reserve is 64 KiB then: texts come in parts of some 2 kB, or less with small chunks.
+SMALL_PARTS = {"max_memory": 64 << 20, "max_message_bytes": 32 << 20, "max_streams": 128}
 
 
 @pytest.fixture(scope="session")
@@ -49,5 +53,13 @@ def start_server(
 
 
 @pytest.fixture(scope="module")
-def server(start_server: StartServer) -> Runtime:
-    return start_server()
+def server(start_server: StartServer, request: pytest.FixtureRequest) -> Runtime:
+    """The module's server, with its `SERVER_OPTIONS` if it has any."""
+    return start_server(**getattr(request.module, "SERVER_OPTIONS", {}))
+
+
+@pytest.fixture(scope="module")
+def client(server: Runtime) -> Iterator[fletcher.Client]:
+    """For the module's server."""
+    with fletcher.connect(server.address) as client:
+        yield client

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,8 +19,9 @@ from fletcher.pipeline.memory import Allowance
 from fletcher.runtime import Runtime
 from fletcher.tokenization.chunker import windows
 from fletcher.tokenization.tokenizer import Tokenizer
-from tests.integration.conftest import StartServer
+from tests.integration.conftest import SMALL_PARTS, StartServer
 
+SERVER_OPTIONS = SMALL_PARTS
 WORDS = "the programs, that people use; packages (debian) hold 1 or 22 of them.".split()
 
 
@@ -35,18 +35,6 @@ class Whole:
 
     tokenizer: Tokenizer
     seed: int
-
-
-@pytest.fixture(scope="module")
-def server(start_server: StartServer) -> Runtime:
-    # A stream's reserve is 64 KiB: texts over some 2 kB come in parts.
-    return start_server(max_memory=64 << 20, max_message_bytes=32 << 20, max_streams=128)
-
-
-@pytest.fixture(scope="module")
-def client(server: Runtime) -> Iterator[fletcher.Client]:
-    with fletcher.connect(server.address) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +181,7 @@ def test_dictionaries_and_batches_stay_as_they_are(client: fletcher.Client) -> N
 
 def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> None:
     # With a journal, whose groups have more rows than their extent says.
-    server = start_server(max_memory=64 << 20, max_message_bytes=32 << 20, max_journal=64 << 20)
+    server = start_server(**SMALL_PARTS, max_journal=64 << 20)
     texts = [MIXED * (n % 40) if n % 9 else None for n in range(200)]
     table = pa.table({"id": pa.array(range(200), pa.int64()), "text": texts})
     options = fletcher.EmbedOptions(dataset="chunks", upload_id="u", chunking="tokens:32/4:none")
@@ -382,3 +370,38 @@ def test_rows_of_many_chunks_share_the_memory_that_there_is(
     summary = client.put(whole, replace(options, dataset="more"))
     assert [(one.code, one.row) for one in summary.errors] == [("row_too_large", 0)]
     assert f"at most {budget.max_row_bytes} are stored of one row" in summary.errors[0].message
+
+
+def test_what_chunks_have_of_their_rows_is_in_the_memory_that_there_is(
+    server: Runtime, client: fletcher.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A row's columns came once for each of its chunks, and were counted once.
+    peaks = [0]
+    add = Allowance._add_row
+
+    def counted(allowance: Allowance, num_bytes: int) -> None:
+        add(allowance, num_bytes)
+        peaks.append(max(peaks.pop(), allowance._budget._rows_used))
+
+    monkeypatch.setattr(Allowance, "_add_row", counted)
+    columns = {"text": [text_of(300)] * 30, "note": ["n" * 12_000] * 30}
+    table = pa.table(columns | {"id": pa.array(range(30), pa.int64())})
+    options = fletcher.EmbedOptions(
+        chunking="tokens:16:none", dtype="float16", durability="store", columns=("note",)
+    )
+
+    def put(number: int) -> fletcher.PutSummary:
+        return client.put(table, replace(options, dataset=f"notes{number}"))
+
+    with ThreadPoolExecutor(3) as executor:
+        summaries = list(executor.map(put, range(3), timeout=60))
+    assert [(one.complete, one.rows_failed) for one in summaries] == [(True, 0)] * 3
+    stored = server.service.delivery.stores["default"].scan("notes2", columns=["note"]).read_all()
+    budget = server.service.budget
+    assert stored.nbytes > budget.total_bytes * 3 // 16
+    assert budget.max_row_bytes // 2 < peaks[0] <= budget.total_bytes * 3 // 16
+    assert budget.statistics()["used_bytes"] == 0
+    large = pa.table({"text": [text_of(3000)], "note": ["n" * 100_000]})
+    summary = client.put(large, replace(options, dataset="notes"))
+    assert [(one.code, one.row) for one in summary.errors] == [("row_too_large", 0)]
+    assert "are kept at once" in summary.errors[0].message

@@ -26,25 +26,14 @@ import fletcher
 from fletcher.errors import InvalidCommandError
 from fletcher.flight.commands import encode_command
 from fletcher.runtime import Runtime
-from tests.integration.conftest import StartServer
+from tests.integration.conftest import SMALL_PARTS, StartServer
 from tests.integration.flight_calls import TIMEOUT, command, error_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "stream.py"
+SERVER_OPTIONS = SMALL_PARTS
 SCHEMA = pa.schema([("id", pa.utf8()), ("text", pa.utf8())])
 HOW = {"chunking": "sentences:24:none", "include_text": True, "dtype": "float32"}
 TEXT = "The use of it, e.g. 22 of them. It is so! Programs hold on. 世界。Grüße to Mr. Hold. " * 9
-
-
-@pytest.fixture(scope="module")
-def server(start_server: StartServer) -> Runtime:
-    # A stream's reserve is 64 KiB: some hundred bytes are a part.
-    return start_server(max_memory=64 << 20, max_message_bytes=32 << 20, max_streams=128)
-
-
-@pytest.fixture(scope="module")
-def client(server: Runtime) -> Iterator[fletcher.Client]:
-    with fletcher.connect(server.address) as client:
-        yield client
 
 
 def batch(*rows: tuple[str | None, str | None]) -> pa.RecordBatch:

@@ -60,12 +60,6 @@ def server(home: Path) -> Iterator[Runtime]:
         yield server
 
 
-@pytest.fixture
-def client(server: Runtime) -> Iterator[fletcher.Client]:
-    with fletcher.connect(server.address) as client:
-        yield client
-
-
 def states(client: fletcher.Client) -> dict[str, str]:
     return {f"{one['name']}@{one['hash']}": one["state"] for one in client.list_models()}
 

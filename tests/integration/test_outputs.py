@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +30,6 @@ from tests.integration.flight_calls import action, error_of, exchange
 
 TEXTS = [f"text number {number}" for number in range(500)]
 ROWS = pa.table({"id": [f"n{number}" for number in range(500)], "text": TEXTS})
-
-
-@pytest.fixture(scope="module")
-def client(server: Runtime) -> Iterator[fletcher.Client]:
-    with fletcher.connect(server.address) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,6 @@ import pytest
 import fletcher
 from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.errors import InvalidCommandError, ModelMismatchError
-from fletcher.runtime import Runtime
-
-
-@pytest.fixture
-def client(server: Runtime) -> fletcher.Client:
-    return fletcher.connect(server.address)
 
 
 def test_a_name_stands_for_its_text(client: fletcher.Client) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -64,3 +65,30 @@ def test_search_prints_what_is_found() -> None:
         done = run("search.py", "d", "what?", uri, NOBODY)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"nobody answers at {NOBODY}")
+
+
+class _Failing(flight.FlightServerBase):
+    def do_exchange(
+        self, context: Any, descriptor: Any, reader: Any, writer: flight.MetadataRecordBatchWriter
+    ) -> None:
+        assert reader.schema.names == ["id", "text"]  # from here on it waits for its input
+        told = json.dumps({"code": "internal", "message": "out of luck"}).encode()
+        writer.write_metadata(told)
+        with pytest.raises(flight.FlightCancelledError):
+            reader.read_chunk()  # as Fletcher does, it gives the client time to leave
+        raise flight.FlightServerError("out of luck", told)
+
+
+def test_a_call_that_fails_ends_the_stream_though_more_text_may_come() -> None:
+    with _Failing("grpc://127.0.0.1:0") as server:
+        command = [sys.executable, str(EXAMPLES / "stream.py"), f"grpc://127.0.0.1:{server.port}"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, **pipes, text=True) as running:
+            try:
+                assert running.wait(20) == 1  # its input is open all the while
+                assert running.stdout is not None
+                assert running.stderr is not None
+                assert running.stdout.read() == ""
+                assert running.stderr.read() == "the call failed: out of luck\n"
+            finally:
+                running.kill()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import logging
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter as Counts
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -284,6 +286,26 @@ def test_closing_twice_and_with_no_collector_ends_soon(monkeypatch: pytest.Monke
     with telemetry.span("after"):
         telemetry.rows_received.add(1)
     assert telemetry.snapshot()["fletcher.rows.received"] == 2
+
+
+def test_a_collector_that_is_away_is_told_of_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fletcher.telemetry.EXPORT_TIMEOUT_S", 1.0)
+    gone = Collector()
+    gone.close()
+    for one in ("metric_exporter", "trace_exporter"):
+        monkeypatch.setattr(
+            logging.getLogger(f"opentelemetry.exporter.otlp.proto.http.{one}"), "filters", []
+        )
+    telemetry = configure(gone.address)
+    configure(gone.address).close()  # another server of this process
+    with telemetry.span("do_put"):
+        telemetry.rows_received.add(1)
+    telemetry.close()
+    by_exporter = Counts(record.name for record in caplog.records)
+    assert set(by_exporter.values()) == {1}
+    assert len(by_exporter) == 2
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "grpc://127.0.0.1:4317", ""])

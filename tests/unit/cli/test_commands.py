@@ -163,6 +163,35 @@ def test_the_same_again_stores_nothing_twice(
     assert store["value"].endswith("1 datasets, 300 rows")
 
 
+def test_failed_rows_are_told_from_those_without_a_vector(
+    call: Call, server: tuple[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"id": "a", "text": "x"}\n{"id": "b", "text": null}\n', encoding="utf-8")
+    argv = ("ingest", str(file), "--dataset", "some", *at(server))
+    done = call(*argv)
+    assert done.code == 0
+    assert done.out.startswith("2 rows received, 2 stored, 1 failed (stored without a vector)\n")
+    assert "row 1 (id b): invalid_command: `text` is null" in done.out
+    assert "2 stored, 1 failed (stored without a vector), 2 were there al" in call(*argv).out
+    done = call(*argv, "--mode", "delta")
+    assert done.out.startswith("2 rows received, 0 stored, 1 failed, 1 were there already\n")
+
+
+@pytest.mark.usefixtures("ingested")
+def test_stats_of_a_server(place: Place, call: Call, server: tuple[str, str]) -> None:
+    done = call("stats", *at(server))
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("server    takes calls, 0 streams open\npressure  normal for ")
+    assert f"\nmodels    {place.environ['FLETCHER_MODEL']}@" in done.out
+    assert "\nstores    default: there, 0 outages, pace 100%\n" in done.out
+    assert ": healthy, 0 in flight, 0 restarts, busy " in done.out
+    assert "\n          inference, " in done.out
+    stats = json.loads(call("stats", "--json", *at(server)).out)
+    assert stats["fletcher.rows.received"] >= 300
+    assert f"\nrows      {stats['fletcher.rows.received']:,} received, " in done.out
+
+
 @pytest.mark.usefixtures("ingested")
 def test_search_finds_a_row_by_its_text(place: Place, call: Call, server: tuple[str, str]) -> None:
     argv = ("search", TEXTS[7], "--dataset", "rows", "--store", place.store, *at(server))

@@ -74,6 +74,15 @@ def test_serve_has_a_flag_for_every_option() -> None:
         (["sevre"], "'sevre' is not a command; did you mean serve?"),
         (["xyz"], "'xyz' is not a command; there are serve, ingest"),
         (["serve", "--max-stream", "3"], "'--max-stream' is not understood; did you mean --max-st"),
+        (
+            ["ingest", "x", "--dataset", "d", "--store-retry", "3"],
+            "not understood here; set FLETCHER_STORE_RETRY, or ",
+        ),
+        (
+            ["search", "x", "--dataset", "d", "--max-streams", "3"],
+            "not understood here: it is for fletcher serve",
+        ),
+        (["stats"], "--server"),
         (["serve", "--hosst=x"], "'--hosst' is not understood; did you mean --host?"),
         (["model", "list", "--exits", "3"], "'--exits' is not understood here; see"),
         (["serve", "--port"], "--port: expected one argument; see fletcher serve --help"),
@@ -185,9 +194,12 @@ def test_print_config_shows_the_source_of_each_value(
     file = tmp_path / "some.toml"
     file.write_text("max_streams = 9\n", encoding="utf-8")
     monkeypatch.setenv("FLETCHER_DEVICE", "cpu")
+    monkeypatch.setenv("FLETCHER_MAX_STREEMS", "8")
     argv = ["serve", "--print-config", "--port", "0", "--config", str(file), "--insecure"]
     assert main(argv) == 0
-    out = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    assert "FLETCHER_MAX_STREEMS is not an option; did you mean" in captured.err
+    out = captured.out.splitlines()
     assert "port = 0  # --port" in out
     assert 'device = "cpu"  # FLETCHER_DEVICE' in out
     assert f"max_streams = 9  # {file}" in out
@@ -216,7 +228,7 @@ def test_bash_completion_works(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["completion", "bash"]) == 0
     script = tmp_path / "completion"
     script.write_text(capsys.readouterr().out, encoding="utf-8")
-    assert complete(script, "fletcher", "s") == {"serve", "search", "similar", "store"}
+    assert complete(script, "fletcher", "s") == {"serve", "search", "similar", "stats", "store"}
     assert complete(script, "fletcher", "serve", "--max-s") == {"--max-streams"}
     assert complete(script, "fletcher-serve", "--max-s") == {"--max-streams"}
     assert complete(script, "fletcher", "completion", "") >= {"bash", "zsh", "fish"}

@@ -14,6 +14,7 @@ from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import BudgetedBackend, is_out_of_memory, load
 from fletcher.inference.null import NullBackend
 from fletcher.models.bundle import ModelBundle
+from fletcher.models.markers import Queries
 from fletcher.tokenization.worker import TokenizerConfig
 from tests.doubles.bundles import another
 
@@ -49,6 +50,19 @@ def test_a_batch_that_does_not_fit_is_run_in_halves_with_the_same_vectors() -> N
     assert len(result.norms) == 61
     assert 50 <= result.budget_tokens <= 100
     assert max(device.runs) <= 100
+
+
+def test_queries_count_with_what_fills_them() -> None:
+    # A run of many short ones took as much memory as one of their full length, over the budget.
+    device = SmallDevice(1000)
+    ids = np.array([[0, 7, 5, 2]] * 6 + [[0, 8, 5, 2]] * 2, np.int32).ravel()
+    batch = MicroBatch(ids, np.full(8, 4, np.int32))
+    result = BudgetedBackend(device, 64, Queries(marker=7, length=32, filler=9)).run(batch)
+    assert device.runs == [8, 8, 8, 8]
+    assert np.array_equal(result.embeddings, NullBackend(dim=16).run(batch).embeddings)
+    device.runs.clear()
+    BudgetedBackend(device, 64, Queries(marker=7, length=32)).run(batch)
+    assert device.runs == [32]
 
 
 def test_vectors_wanted_in_float16_are_the_same_rounded_once() -> None:

@@ -73,6 +73,19 @@ def test_a_gpu_may_have_several_replicas_with_a_share_of_its_memory(tiny_bundle)
 
 
 @pytest.mark.parametrize(
+    ("precision", "captures", "reason"),
+    [("auto", True, ", CUDA graphs"), ("float32", False, "; CUDA graphs are for float16 alone")],
+)
+def test_graphs_are_captured_in_float16(tiny_bundle, precision, captures, reason):
+    resolution = resolve(
+        *("cuda:0", "auto", precision, 0, GPUS, tiny_bundle.folder), cuda_graphs=True
+    )
+    assert [one.cuda_graphs for one in resolution.configs] == [captures]
+    assert resolution.reason.endswith(reason)
+    assert not any(one.cuda_graphs for one in ask(tiny_bundle.folder, GPUS, "cuda").configs)
+
+
+@pytest.mark.parametrize(
     ("family", "asked", "precision", "reason"),
     [
         ("bert", "auto", "float16", "float16 without padding"),

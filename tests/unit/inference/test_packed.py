@@ -19,6 +19,7 @@ from fletcher.inference.binding import Buffer, cuda_pin
 from fletcher.inference.packed_io import PackedIO
 from fletcher.models.packed import INPUTS
 from fletcher.models.registry import Registry
+from tests.doubles.cuda import PretendedCuda, PretendedSession
 
 TINY = Path(__file__).parents[2] / "golden" / "tiny"
 
@@ -162,41 +163,6 @@ def test_memory_is_locked_for_the_replicas_own_device(monkeypatch):
     assert cuda_pin(3)(8192, 4096) is None
 
 
-class RecordingSession:
-    """Stands in for CUDA: notes the options and computes with the twin's graph on the CPU."""
-
-    options = None
-
-    def __init__(self, path, session_options, providers):
-        type(self).options = dict(providers)
-        self._session = onnxruntime.InferenceSession(
-            path, session_options, providers=["CPUExecutionProvider"]
-        )
-
-    def get_providers(self):
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-    def __getattr__(self, name):
-        return getattr(self._session, name)
-
-
-class PretendedCuda:
-    """ONNX Runtime with a CUDA provider that is the CPU's."""
-
-    __version__ = onnxruntime.__version__
-    SessionOptions = onnxruntime.SessionOptions
-    InferenceSession = RecordingSession
-    preloaded = False
-
-    @staticmethod
-    def get_available_providers():
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-    @classmethod
-    def preload_dlls(cls):
-        cls.preloaded = True
-
-
 def test_float16_on_cuda_takes_the_graph_without_padding(tiny_bundle, monkeypatch):
     written = {}
     write = backend_module.write_packed
@@ -206,18 +172,18 @@ def test_float16_on_cuda_takes_the_graph_without_padding(tiny_bundle, monkeypatc
         return write(bundle, folder, precision=precision, attention="standard")
 
     monkeypatch.setattr(backend_module, "write_packed", write_twin)
-    monkeypatch.setitem(sys.modules, "onnxruntime", PretendedCuda())
+    cuda = PretendedCuda()
+    monkeypatch.setitem(sys.modules, "onnxruntime", cuda)
     asked = config(tiny_bundle, device="cuda:1", precision="float16", gpu_memory=1 << 30)
     backend = backend_module.load(asked)
     assert written == {"precision": "float16", "attention": "packed"}
-    assert PretendedCuda.preloaded
-    assert RecordingSession.options == {
-        "CUDAExecutionProvider": {
-            "device_id": "1",
-            "arena_extend_strategy": "kSameAsRequested",
-            "use_tf32": "0",
-            "gpu_mem_limit": str(1 << 30),
-        }
+    assert cuda.preloaded
+    (session,) = PretendedSession.all
+    assert session.options == {
+        "device_id": "1",
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0",
+        "gpu_mem_limit": str(1 << 30),
     }
     assert backend.describe() == {
         "backend": "onnxruntime",

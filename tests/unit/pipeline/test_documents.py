@@ -21,8 +21,9 @@ from fletcher.options import EmbedOptions
 from fletcher.pipeline import document_rows
 from fletcher.pipeline.document_rows import DocumentAssembler
 from fletcher.pipeline.documents import DocumentIntake
-from fletcher.pipeline.intake import IntakeLimits, Piece
+from fletcher.pipeline.limits import IntakeLimits
 from fletcher.pipeline.parts import last_end
+from fletcher.pipeline.piece import Piece
 from fletcher.schema import VectorSpec, output_schema
 from fletcher.tokenization.tokenizer import Tokenizer
 

@@ -22,8 +22,9 @@ from fletcher.errors import (
 )
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
-from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.limits import COLUMN_BYTES, IntakeLimits
+from fletcher.pipeline.piece import Piece
 from fletcher.schema import VectorSpec, output_schema
 
 LIMITS = IntakeLimits(
@@ -152,7 +153,7 @@ def test_the_short_way_of_a_single_row_makes_the_same_piece(
     assert short.values.tolist() == long.values.tolist()
     assert short.rows.equals(long.rows)
     assert short.texts.truncate == long.texts.truncate == "start"
-    for name in ("batch_id", "row_first", "last", "num_bytes", "priority", "table_size"):
+    for name in ("batch_id", "row_first", "last", "num_bytes", "priority", "new_table"):
         assert getattr(short, name) == getattr(long, name), name
     assert {row: one.code for row, one in short.errors.items()} == {
         row: one.code for row, one in long.errors.items()
@@ -250,10 +251,7 @@ def test_rows_that_are_not_wanted_are_not_embedded_and_have_no_error(encoded: bo
     assert seen == [(10, 4), (14, 2)]
     assert [texts_of(piece) for piece in pieces] == [["b"], ["bad"]]
     # A row that fails says so, wanted or not.
-    assert [piece.skipped.tolist() for piece in pieces] == [
-        [True, False, False, True],
-        [True, False],
-    ]
+    assert [piece.skipped.tolist() for piece in pieces] == [[0, 3], [0]]
     assembler = Assembler(output_schema(SPEC, id_type=pa.utf8(), text=True), SPEC, "u")
     _, errors = assembled(assembler, pieces[0], RowTooLargeError("too long"))
     assert sorted(errors) == [1, 2]
@@ -314,7 +312,7 @@ def test_a_dictionary_without_room_for_its_table_is_looked_up_piece_by_piece() -
         *(["a", "b", "c"], []),
         *([], []),
     ]
-    assert [piece.new_table for piece in pieces] == [False, False, True, False, False, False]
+    assert [piece.new_table for piece in pieces] == [None, None, 3, None, None, None]
     assert len(asked) == 2
 
 

@@ -15,9 +15,10 @@ from fletcher.errors import FletcherError, InternalError, RowTooLargeError
 from fletcher.options import EmbedOptions
 from fletcher.pipeline import chunk_rows
 from fletcher.pipeline.chunk_rows import ChunkAssembler
-from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.limits import IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.stream import EmbedStream, Ticket
 from fletcher.schema import VectorSpec, output_schema
 
@@ -213,6 +214,29 @@ def test_the_texts_of_chunks_are_those_of_their_rows() -> None:
     output = ChunkAssembler(schema, spec, "u", whole_rows=True).assemble(piece, outcome)
     assert output is not None
     assert output.batch.column("text").to_pylist() == ["one ", " two", None, "Grü", "ße"]
+
+
+def test_what_chunks_have_of_their_row_once_more_each_is_counted() -> None:
+    pieces, schema, spec = pieces_of(["one two", "three"])
+    (piece,) = pieces
+    assembler = ChunkAssembler(schema, spec, "u", whole_rows=True)
+    assembler.assemble(piece, several_chunks([1, 3]))
+    assert assembler.kept_bytes == 0  # these have nothing but what each row has
+    schema = schema.insert(1, pa.field("metadata", pa.utf8()))
+    rows = piece.rows.append_column("metadata", pa.array(["a", "b" * 1000]))
+    for counts, repeated in (([1, 1], 0), ([1, 3], 2000), ([1, 21], 20_000)):
+        assembler = ChunkAssembler(schema, spec, "u", whole_rows=True)
+        assert assembler.assemble(replace(piece, rows=rows), several_chunks(counts)) is not None
+        assert repeated <= assembler.kept_bytes <= repeated + 8 * sum(counts)
+
+
+def several_chunks(counts: list[int]) -> EmbeddingBatch:
+    """Of each text so many."""
+    numbers = np.zeros(sum(counts), np.int32)
+    places = np.zeros((len(numbers), 4), np.int64)
+    chunks = Chunks(np.append(0, np.cumsum(counts)), numbers, numbers, places, numbers == 0)
+    vectors = np.ones((len(numbers), 2), np.float32)
+    return EmbeddingBatch(vectors, None, numbers, numbers > 0, {}, chunks)
 
 
 def test_what_rows_carry_is_not_given_to_any_number_of_chunks(

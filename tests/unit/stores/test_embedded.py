@@ -448,6 +448,7 @@ def test_bad_addresses_are_refused_with_what_is_allowed(address):
     [
         ("/data", "lance:/data"),
         ("lanc:data", "did you mean lance?"),
+        ("lance:", "a folder is missing: lance:./vectors"),
         ("grpc://host", r"expected .*grpc://HOST:PORT"),
         ("grpc://host:1?color=red", r"\?meta=PORT"),
     ],
