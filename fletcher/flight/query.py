@@ -11,7 +11,8 @@ from fletcher.errors import BatchTooLargeError, InvalidCommandError
 from fletcher.flight.call import Helper, Trace
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
-from fletcher.pipeline.intake import Intake, Piece
+from fletcher.pipeline.intake import Intake
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.models import Model
 from fletcher.pipeline.service import Service
 from fletcher.pipeline.stream import EmbedStream
