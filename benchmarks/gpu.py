@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from benchmarks.arguments import (
 from benchmarks.corpus import ROOT, Corpus, numbered
 from benchmarks.engines import run_bare, save_tokens
 from benchmarks.jobs import JobError, run_job
+from benchmarks.latency import percentiles
 from benchmarks.random_model import Shape, write_checkpoint
 from benchmarks.serving import serve
 from benchmarks.setting import Setting
@@ -49,6 +50,7 @@ from fletcher.models.registry import Registry
 GOLDEN = ROOT / "tests" / "golden" / "minilm.parquet"
 QUICK_TEXTS, TEXTS = 2000, 20_000
 QUICK_S = 60
+QUICK_QUERIES, QUERIES, DIFFERENT_QUERIES = 100, 200, 50
 # The random model is for speed alone: an eighth of the texts keeps it to about the same time.
 RANDOM_SHARE = 8
 BATCH_ROWS = 500
@@ -60,6 +62,12 @@ NO_CUDA, WRONG = 2, 1
 _DEBUG = {"ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"}
 _KERNEL = re.compile(r"SdpaKernel=(\w+)")
 _DATASET = "gpu-check"
+_COLUMNS = {
+    "texts/s": ("texts_per_s", "{:,.0f}"),
+    "tokens/s": ("tokens_per_s", "{:,.0f}"),
+    "p50 ms": ("p50", "{:.2f}"),
+    "p99 ms": ("p99", "{:.2f}"),
+}
 
 
 class NoDeviceError(Exception):
@@ -77,7 +85,7 @@ class Subject:
         device: `cpu` or `cuda:N`.
         config: How its graph without padding is loaded.
         loader: What loads it.
-        texts: To measure with.
+        texts: To measure with; `num_queries` runs of one title each are measured, too.
         num_tokens: Of these texts.
         folder: For files on the way.
         repeats: Turns; the median counts.
@@ -93,6 +101,7 @@ class Subject:
     num_tokens: int
     folder: Path
     repeats: int
+    num_queries: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
             share = 1 if not result["models"] else RANDOM_SHARE
             texts = _texts(setting.corpus, max(1, num_texts // share))
             subject = _subject(args, host, bundle, checkpoint, texts, folder)
+            titles = setting.corpus.sample_titles(DIFFERENT_QUERIES)
+            save_tokens(bundle, titles, subject.folder / "titles.npz")
             try:
                 model = _examine(subject, args.peer_python, setting.versions, deadline)
             except NoDeviceError as error:
@@ -223,6 +234,7 @@ def _subject(
         num_tokens=save_tokens(bundle, texts, place / "tokens.npz"),
         folder=place,
         repeats=1 if args.quick else args.repeats,
+        num_queries=QUICK_QUERIES if args.quick else QUERIES,
     )
 
 
@@ -236,6 +248,8 @@ def _examine(
     peer = f"PyTorch {'float32' if subject.device == 'cpu' else 'float16'}, SDPA, sorted"
     for name, measure in (
         ("Fletcher's engine, ready tokens", lambda: _engine(subject)),
+        ("one title after the other", lambda: _queries(subject, cuda_graphs=False)),
+        ("the same with CUDA graphs", lambda: _queries(subject, cuda_graphs=True)),
         ("Fletcher, end to end", lambda: _end_to_end(subject)),
         (peer, lambda: _peer(subject, peer_python, versions)),
     ):
@@ -302,9 +316,29 @@ def _engine(subject: Subject) -> dict[str, Any]:
         "embeddings": str(subject.folder / "embeddings.npy"),
         "loader": subject.loader,
     }
-    answers = [run_bare(subject.config, job, subject.folder) for _ in range(subject.repeats)]
+    answers = [_measured(subject, subject.config, job) for _ in range(subject.repeats)]
     note = f"{subject.config.max_batch_tokens} tokens a run"
     return {"seconds": [answer["seconds"] for answer in answers], "note": note}
+
+
+def _measured(subject: Subject, config: BackendConfig, job: dict[str, Any]) -> dict[str, Any]:
+    answer = run_bare(config, job, subject.folder)
+    if "skipped" in answer:
+        raise JobError(answer["skipped"])
+    return answer
+
+
+def _queries(subject: Subject, *, cuda_graphs: bool) -> dict[str, Any]:
+    """The engine's own time for a title, as a query to an idle server has it: after a pause."""
+    job = {
+        "tokens": str(subject.folder / "titles.npz"),
+        "requests": subject.num_queries,
+        "loader": subject.loader,
+    }
+    config = replace(subject.config, cuda_graphs=cuda_graphs)
+    answer = _measured(subject, config, job)
+    note = answer["engine"].get("cuda_graphs", "a launch for each kernel")
+    return {**percentiles(answer["paced_ms"]), "ms": answer["paced_ms"], "note": note}
 
 
 def _end_to_end(subject: Subject) -> dict[str, Any]:
@@ -394,14 +428,11 @@ def _text(model: dict[str, Any]) -> str:
         "",
     ]
     cells = [
-        [row["name"], "-", "-", f"absent: {row['absent']}"]
-        if "absent" in row
-        else [
+        [
             row["name"],
-            f"{row['texts_per_s']:,.0f}",
-            f"{row['tokens_per_s']:,.0f}",
-            row["note"],
+            *(form.format(row[key]) if key in row else "-" for key, form in _COLUMNS.values()),
+            f"absent: {row['absent']}" if "absent" in row else row["note"],
         ]
         for row in model["rows"]
     ]
-    return "\n".join(lines) + report.table(["", "texts/s", "tokens/s", "note"], cells)
+    return "\n".join(lines) + report.table(["", *_COLUMNS, "note"], cells)

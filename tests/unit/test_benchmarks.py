@@ -283,7 +283,11 @@ def test_the_gpu_check_runs_its_whole_way_on_the_twin(home: Path) -> None:
         assert 0.99999 <= parity["lowest"] <= parity["mean"] < 1.00001
         assert parity["engine"]["graph"] == "without padding"
         assert parity["texts"] == 60
-        engine, server, peer = model["rows"]
+        engine, plain, captured, server, peer = model["rows"]
+        assert 0 < plain["p50"] <= plain["p99"]
+        assert plain["note"] == "a launch for each kernel"
+        assert len(captured["ms"]) == 200
+        assert captured["note"].startswith("single texts of up to ")
         assert engine["texts_per_s"] == pytest.approx(num_texts / engine["seconds"][0])
         assert engine["tokens_per_s"] > 0
         assert server["note"] == "DoPut to rows in LanceDB"
