@@ -12,8 +12,8 @@ from fletcher.flight.call import Helper, Trace
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake
-from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.models import Model
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.service import Service
 from fletcher.pipeline.stream import EmbedStream
 from fletcher.schema import ELEMENT_TYPES, output_schema
