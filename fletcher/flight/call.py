@@ -109,11 +109,11 @@ def read_schema(reader: Any) -> pa.Schema:
     try:
         schema = reader.schema
         _ = schema.names  # Arrow hands over names that are no UTF-8
-        return schema
     except flight.FlightError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ColumnTypeError(f"the stream's schema cannot be read: {str(error)[:300]}") from None
+    return schema
 
 
 def _undecodable(error: Exception) -> ColumnTypeError:
