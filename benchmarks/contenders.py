@@ -10,17 +10,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from benchmarks.corpus import ROOT, numbered
 from benchmarks.engines import configure, run_bare, save_tokens
 from benchmarks.jobs import JobError, run_job
-from benchmarks.serving import serve
+from benchmarks.serving import Served, serve
 from fletcher import EmbedOptions, connect
 from fletcher.errors import BackendError, ModelError
 from fletcher.models.bundle import ModelBundle
@@ -144,12 +146,19 @@ class Peer:
 
 
 _TORCH = ("numpy", "torch", "sentence_transformers")
+_INFINITY = (*_TORCH, "infinity_emb")
+_SERVER = (*_INFINITY, "fastapi", "uvicorn", "typer")
 PEERS = (
     Peer("sentence-transformers float32", "torch", _TORCH, "float32"),
     Peer("sentence-transformers bfloat16", "torch", _TORCH, "bfloat16"),
     Peer("sentence-transformers on ONNX Runtime", "onnx", (*_TORCH, "optimum.onnxruntime")),
     Peer("sentence-transformers on OpenVINO", "openvino", (*_TORCH, "optimum.intel")),
     Peer("fastembed, Fletcher's graph", "fastembed", ("fastembed",), checkpoint=False),
+    Peer("Infinity float32", "infinity", _INFINITY, "float32"),
+    Peer("Infinity bfloat16", "infinity", _INFINITY, "bfloat16"),
+    Peer("Infinity on ONNX Runtime", "infinity-onnx", (*_INFINITY, "optimum.onnxruntime")),
+    Peer("Infinity's server float32, HTTP", "infinity-server", _SERVER, "float32"),
+    Peer("Infinity's server bfloat16, HTTP", "infinity-server", _SERVER, "bfloat16"),
 )
 
 
@@ -166,6 +175,7 @@ def peer(task: Task, one: Peer, python: Path, checkpoint: Path | None) -> Measur
             "kind": one.kind,
             "checkpoint": str(checkpoint),
             "precision": one.precision,
+            "pooling": bundle.pooling,
             "bundle": str(bundle.folder),
             "graph": bundle.graph.name,
             "dim": bundle.dim,
@@ -212,13 +222,8 @@ def fletcher(task: Task) -> Measure:
     """A fresh server; from a client's first write to the rows readable in LanceDB."""
 
     def measure() -> Measurement:
-        options = ("--device", "cpu", "--max-batch-tokens", str(task.max_batch_tokens))
-        batches = numbered(task.texts, batch_rows=task.batch_rows)
-        with (
-            serve(task.home, task.bundle.name, *options, arguments=task.serve_args) as served,
-            connect(served.address) as client,
-        ):
-            warm_up = numbered(task.texts[:WARM_UP_TEXTS], batch_rows=task.batch_rows)
+        warm_up, batches = _batches(task)
+        with _serving(task) as served, connect(served.address) as client:
             client.put(warm_up, EmbedOptions(dataset="warm-up", durability="store"))
             started = time.perf_counter()
             cpu_started = time.process_time() + served.cpu_seconds()
@@ -235,6 +240,40 @@ def fletcher(task: Task) -> Measure:
         return Measurement(seconds, embeddings, note, details)
 
     return measure
+
+
+def fletcher_exchange(task: Task) -> Measure:
+    """A fresh server without a store; from a client's first write until it has read all vectors."""
+
+    def measure() -> Measurement:
+        asked = EmbedOptions(dtype="float32", priority="bulk")
+        warm_up, batches = _batches(task)
+        with _serving(task, with_store=False) as served, connect(served.address) as client:
+            list(client.exchange(warm_up, asked))
+            started = time.perf_counter()
+            answers = list(client.exchange(batches, asked))
+            seconds = time.perf_counter() - started
+        vectors = [answer["vector"].flatten().to_numpy() for answer in answers]
+        embeddings = np.concatenate(vectors).reshape(len(task.texts), -1)
+        return Measurement(seconds, embeddings, f"{task.batch_rows} texts a batch")
+
+    return measure
+
+
+def _serving(task: Task, *, with_store: bool = True) -> AbstractContextManager[Served]:
+    return serve(
+        *(task.home, task.bundle.name, "--device", "cpu"),
+        *("--max-batch-tokens", str(task.max_batch_tokens)),
+        arguments=task.serve_args,
+        with_store=with_store,
+    )
+
+
+def _batches(task: Task) -> tuple[list[pa.RecordBatch], list[pa.RecordBatch]]:
+    """What warms a server up, and what is measured."""
+    texts = task.texts[:WARM_UP_TEXTS], task.texts
+    warm_up, batches = (numbered(some, batch_rows=task.batch_rows) for some in texts)
+    return warm_up, batches
 
 
 def stored_vectors(vectors: Path, dataset: str) -> npt.NDArray[np.float32]:

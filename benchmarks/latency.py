@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(scratch)
         tokens = folder / "tokens.npz"
         num_tokens = save_tokens(bundle, texts, tokens)
-        job = {"tokens": str(tokens), "requests": args.requests}
+        inline = own.backend == "openvino" and own.threads > 1  # what an idle server runs
+        loader = "load_inline" if inline else "load"
+        job = {"tokens": str(tokens), "requests": args.requests, "loader": loader}
         bare = run_bare(own, job, folder)
         if "skipped" in bare:
             raise JobError(bare["skipped"])

@@ -4,8 +4,9 @@
 
 Imports nothing of Fletcher. The job (JSON) has `kind` (a key of LOADERS), `max_length`, `threads`,
 `texts` (a JSON file), `batch_size` (null: try `batch_sizes` on a part), `embeddings` (a .npy file
-to write) and `result`; for sentence-transformers and transformers `checkpoint`, `precision` and
-`device` (`cpu` where absent), for fastembed `bundle`, `graph`, `dim` and `pad_token_id`.
+to write) and `result`; for sentence-transformers, transformers and Infinity `checkpoint`,
+`precision` and `device` (`cpu` where absent), for Infinity `pooling` as well, for fastembed
+`bundle`, `graph`, `dim` and `pad_token_id`.
 """
 
 from __future__ import annotations
@@ -16,20 +17,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):  # run as a script: its own folder is on the path, not the root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
+
+from benchmarks import infinity
+from benchmarks.infinity import Encode
 
 WARM_UP_TEXTS = 32
 NUM_BLOCKS = 4
 TUNING_PASSES = 2
 _PYTORCH = ("sentence-transformers", "transformers", "torch")
-PACKAGES = (*_PYTORCH, "fastembed", "onnxruntime", "openvino")
-
-# From texts and a batch size to their embeddings, [num_texts, dim].
-Encode = Callable[[list[str], int], Any]
+PACKAGES = (*_PYTORCH, "infinity-emb", "fastembed", "optimum", "onnxruntime", "openvino")
+# These sort the texts themselves, all of them; the others see what comes next, or a window of it.
+_SORTING = ("torch", "transformers", "onnx", "openvino")
 
 
 def main() -> None:
@@ -51,21 +58,26 @@ def versions() -> dict[str, str]:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     texts = json.loads(Path(job["texts"]).read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
-        encode = LOADERS[job["kind"]](job, Path(scratch))
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="fletcher-bench-"))
+        return _measure(job, texts, LOADERS[job["kind"]](job, Path(scratch), stack))
 
+
+def _measure(job: dict[str, Any], texts: list[str], encode: Encode) -> dict[str, Any]:
     def timed(some: list[str], batch_size: int) -> tuple[float, Any]:
         started = time.perf_counter()
         embeddings = encode(some, batch_size)
         return time.perf_counter() - started, embeddings
 
-    encode(texts[:WARM_UP_TEXTS], WARM_UP_TEXTS)
     batch_size = job["batch_size"]
+    for size in [batch_size] if batch_size else job["batch_sizes"]:
+        encode(texts[:WARM_UP_TEXTS], size)
     tried: dict[int, float] = {}
     if batch_size is None:
-        # fastembed takes texts as they come, the others sort them by length.
-        ordered = texts if job["kind"] == "fastembed" else sorted(texts, key=len)
-        blocks = tuning_blocks(ordered, max(job["batch_sizes"]))
+        block_size = max(job["batch_sizes"])
+        blocks = [texts[: NUM_BLOCKS * block_size]]
+        if job["kind"] in _SORTING:
+            blocks = tuning_blocks(sorted(texts, key=len), block_size)
         num_texts = sum(map(len, blocks))
         for _ in range(TUNING_PASSES):
             for size in job["batch_sizes"]:
@@ -114,7 +126,7 @@ def _device(job: dict[str, Any]) -> str:
     return str(job.get("device", "cpu"))
 
 
-def _torch(job: dict[str, Any], _: Path) -> Encode:
+def _torch(job: dict[str, Any], *_: object) -> Encode:
     import torch
 
     model = _sentence_transformers(job, "torch")
@@ -122,7 +134,7 @@ def _torch(job: dict[str, Any], _: Path) -> Encode:
     return _encode_with(model)
 
 
-def _transformers(job: dict[str, Any], _: Path) -> Encode:
+def _transformers(job: dict[str, Any], *_: object) -> Encode:
     """What sentence-transformers does, without it: sorted by length, PyTorch's attention."""
     import torch
     import transformers
@@ -157,17 +169,17 @@ def _transformers(job: dict[str, Any], _: Path) -> Encode:
     return encode
 
 
-def _onnx(job: dict[str, Any], _: Path) -> Encode:
+def _onnx(job: dict[str, Any], *_: object) -> Encode:
     """With the graph that Optimum exports."""
     return _encode_with(_sentence_transformers(job, "onnx", provider="CPUExecutionProvider"))
 
 
-def _openvino(job: dict[str, Any], _: Path) -> Encode:
+def _openvino(job: dict[str, Any], *_: object) -> Encode:
     """With the graph that Optimum exports, in the precision that OpenVINO chooses."""
     return _encode_with(_sentence_transformers(job, "openvino"))
 
 
-def _fastembed(job: dict[str, Any], folder: Path) -> Encode:
+def _fastembed(job: dict[str, Any], folder: Path, _: ExitStack) -> Encode:
     """fastembed with Fletcher's own graph, which pools and normalises."""
     import tokenizers
     from fastembed import TextEmbedding
@@ -197,12 +209,15 @@ def _fastembed(job: dict[str, Any], folder: Path) -> Encode:
     return lambda some, batch_size: np.stack(list(model.embed(some, batch_size=batch_size)))
 
 
-LOADERS: dict[str, Callable[[dict[str, Any], Path], Encode]] = {
+LOADERS: dict[str, Callable[[dict[str, Any], Path, ExitStack], Encode]] = {
     "torch": _torch,
     "transformers": _transformers,
     "onnx": _onnx,
     "openvino": _openvino,
     "fastembed": _fastembed,
+    "infinity": infinity.torch_engine,
+    "infinity-onnx": infinity.onnx_engine,
+    "infinity-server": infinity.server,
 }
 
 if __name__ == "__main__":

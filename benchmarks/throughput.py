@@ -24,12 +24,14 @@ from benchmarks import contenders, report
 from benchmarks.arguments import absolute, add_common, add_max_batch_tokens, positive
 from benchmarks.contenders import Measure, Measurement, Skipped, Task
 from benchmarks.engines import ENGINES, configure, title
+from benchmarks.jobs import JobError
 from benchmarks.setting import Setting
 from fletcher.errors import ModelError
 from fletcher.models.registry import DEFAULT_MODEL
 
 QUICK_TEXTS = 200
 FLETCHER = "Fletcher, DoPut to rows in LanceDB"
+EXCHANGE = "Fletcher, DoExchange of float32 vectors"
 
 
 @dataclass
@@ -55,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-rows", type=positive, default=500, help="rows of a batch sent")
     add_max_batch_tokens(parser)
+    parser.add_argument(
+        "--only",
+        type=_words,
+        default=[""],
+        metavar="WORDS",
+        help="rows whose name has one of these, between commas (default: all): shorter, but "
+        "ratios and cosines are to the first of these",
+    )
     parser.add_argument("--no-peers", action="store_true", help="without the libraries of others")
     parser.add_argument(
         "--peer-python",
@@ -64,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", type=absolute, help="the model's folder, for the peers")
     add_common(parser)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip().lower() for word in text.split(",") if word.strip()]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,10 +120,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
+    def wanted(name: str) -> bool:
+        return any(word in name.lower() for word in args.only)
+
     rows = []
     # Fetched for who takes it only, and once.
     checkpoints = functools.cache(lambda: _checkpoint(args))
     for one in contenders.PEERS:
+        if not wanted(one.name):
+            continue
         row = Row(one.name)
         checkpoint = None
         row.skipped = "--no-peers" if args.no_peers else _lacking(args.peer_python, one)
@@ -123,7 +142,11 @@ def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
     for backend, precision in ENGINES:
         name = _engine_name(backend, precision)
         rows.append(Row(name, contenders.engine(task, backend, precision)))
-    return [*rows, Row(FLETCHER, contenders.fletcher(task))]
+    rows += [
+        Row(EXCHANGE, contenders.fletcher_exchange(task)),
+        Row(FLETCHER, contenders.fletcher(task)),
+    ]
+    return [row for row in rows if wanted(row.name)]
 
 
 def _lacking(python: Path, one: contenders.Peer) -> str:
@@ -159,8 +182,10 @@ def _take_turn(row: Row, turn: int, num_texts: int) -> None:
 
 def _results(rows: list[Row], own_name: str, num_texts: int, num_tokens: int) -> dict[str, Any]:
     """Rates, ratios and cosines. The first float32 that ran is what others are compared with."""
-    reference = next(row for row in rows if row.last is not None)
-    assert reference.last is not None
+    reference = next((row for row in rows if row.last is not None), None)
+    if reference is None or reference.last is None:
+        reasons = "; ".join(f"{row.name}: {row.skipped}" for row in rows)
+        raise JobError(f"nobody was measured: {reasons or '`--only` is in no name'}")
     medians = {row.name: statistics.median(row.seconds) for row in rows if row.seconds}
     entries = []
     for row in rows:
@@ -180,7 +205,8 @@ def _results(rows: list[Row], own_name: str, num_texts: int, num_tokens: int) ->
                 "details": row.last.details,
             }
         entries.append(entry)
-    ratio = medians[own_name] / medians[FLETCHER] if own_name in medians else None
+    both = own_name in medians and FLETCHER in medians
+    ratio = medians[own_name] / medians[FLETCHER] if both else None
     return {
         "reference": reference.name,
         "own_engine": own_name,

@@ -244,6 +244,13 @@ class ServeConfig:
         "sooner, slow devices may be taken for hung",
         minimum=1,
     )
+    isolate_engine: bool = _option(
+        False,
+        "model",
+        SWITCH,
+        "keep engines out of the server's own process, where one answers short texts that come "
+        "when nothing else runs: these take longer, but no failure of an engine ends the server",
+    )
     max_queue_delay_ms: float = _option(
         5, "model", MILLISECONDS, "wait to fill a run; more: fuller runs, later answers"
     )

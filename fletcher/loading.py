@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fletcher.config import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
+from fletcher.inference.budget import load_inline
 from fletcher.inference.devices import HostInfo, resolve
 from fletcher.models.bundle import ModelBundle
 from fletcher.models.registry import Registry
 from fletcher.pipeline.cache import EmbeddingCache, MemoryShelf, Shelf
 from fletcher.pipeline.disk_shelf import DiskShelf
-from fletcher.pipeline.embedder import Embedder, EmbedderConfig
+from fletcher.pipeline.embedder import Embedder, EmbedderConfig, Run
 from fletcher.pipeline.limits import COLUMN_BYTES, MAX_PIECE_ROWS, IntakeLimits
 from fletcher.pipeline.memory import MemoryBudget
 from fletcher.pipeline.models import Model
@@ -110,9 +112,15 @@ class Loader:
             tokenize=tokenizer.encode,
             budget=self.budget,
             telemetry=self.telemetry,
+            load_inline=partial(self._load_inline, replicas[0]),
             crowded=self.crowded,
             cache=self._cache(bundle, [*replicas, *standby]),
         )
+
+    def _load_inline(self, replica: BackendConfig) -> Run | None:
+        """What runs a model in this process, as a replica does."""
+        backend = None if self.config.isolate_engine else load_inline(replica)
+        return None if backend is None else backend.run
 
     def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
         if self.shelf is None or bundle.output != "dense":  # entries are of one size

@@ -136,6 +136,7 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
             port=0,
             token_file=Path(file.name),
             max_journal=0,  # rows are acknowledged when the store has them, and nothing is left
+            isolate_engine=True,  # a model in this process, too, is for many single texts
         )
         with (
             Runtime(private, progress=say) as runtime,

@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -123,11 +124,24 @@ def _folder(config: BackendConfig) -> Path:
     return Path(config.bundle)
 
 
-def _load(config: BackendConfig) -> Backend:
-    config = replace(config, bundle=str(_folder(config)))
-    engine = import_module(f"fletcher.inference.{config.backend}")
-    loaded: Backend = engine.load(config)
+def load_inline(config: BackendConfig) -> Backend | None:
+    """The same for this process, one small run at a time; None where the engine is not for that.
+
+    Raises:
+        FletcherError: As the engine's own `load_inline`.
+    """
+    load = getattr(_engine(config), "load_inline", None)
+    loaded: Backend | None = load and load(replace(config, bundle=str(_folder(config))))
     return loaded
+
+
+def _load(config: BackendConfig) -> Backend:
+    loaded: Backend = _engine(config).load(replace(config, bundle=str(_folder(config))))
+    return loaded
+
+
+def _engine(config: BackendConfig) -> Any:
+    return import_module(f"fletcher.inference.{config.backend}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,21 @@ from fletcher.models.graph import HANDED_ON
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
-# Of a run that is alone. More have not been measured.
-_THREADS_ALONE = 2
-
 _DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32}
 
 
 class OpenVinoBackend:
-    """A model, compiled up to three times; use `load`.
+    """A compiled model, or two copies of it; use `load` or `load_inline`.
 
     OpenVINO has as many streams as cores at most, and a run that comes when they are taken waits
     for one to end. So a second copy of the model, of a single stream, takes such runs, and shares
-    the cores with the others. A third one, whose stream has two cores, takes a run that comes when
-    there is no other: streams of a core each would leave the second one idle.
+    the cores with the others.
 
     Args:
         streams: A request for each stream, of each of the model's segments.
         express: The same of the second copy.
-        alone: The same of the third, where there is one.
         io: The graph's inputs and outputs.
+        tensor: OpenVINO's class.
         description: For `describe`.
     """
 
@@ -49,15 +45,15 @@ class OpenVinoBackend:
         self,
         streams: list[list[Any]],
         express: list[list[Any]],
-        alone: list[list[Any]],
         io: GraphIO,
+        tensor: Callable[..., Any],
         description: dict[str, str],
     ) -> None:
         self.concurrency, self.express = len(streams), len(express)
         self._io = io
+        self._tensor = tensor
         # A request holds one run's tensors: these are free.
-        self._streams, self._express, self._alone = streams, express, alone
-        self._num_running = 0
+        self._streams, self._express = streams, express
         self._changed = threading.Condition()
         self._description = description
 
@@ -77,7 +73,7 @@ class OpenVinoBackend:
             BackendError: OpenVINO failed.
         """
         for batch in batches:
-            for requests in (*self._streams, *self._express, *self._alone):
+            for requests in (*self._streams, *self._express):
                 self._run(requests, batch)
 
     def _run(self, requests: list[Any], batch: MicroBatch) -> InferenceResult:
@@ -85,11 +81,13 @@ class OpenVinoBackend:
         try:
             started = time.perf_counter()
             *before, last = requests[: self._io.num_segments(batch.layers)]
-            feeds: dict[str, Any] = inputs
+            feeds: dict[str, Any] = {
+                name: self._tensor(array, shared_memory=True) for name, array in inputs.items()
+            }
             for request in before:
-                request.infer(feeds, share_inputs=True)
+                _infer(request, feeds)
                 feeds = self._io.next_feeds(feeds, request.get_tensor(HANDED_ON))
-            last.infer(feeds, share_inputs=True)
+            _infer(last, feeds)
             compute_s = time.perf_counter() - started
             # Copied: the request's own tensors are written again by the next run.
             outputs = [last.get_tensor(name).data.copy() for name in self._io.outputs]
@@ -104,16 +102,12 @@ class OpenVinoBackend:
             while not (self._streams or self._express):
                 self._changed.wait()
             free = self._streams or self._express
-            if self._alone and not self._num_running:
-                free = self._alone
-            self._num_running += 1
             requests = free.pop()
         try:
             yield requests
         finally:
             with self._changed:
                 free.append(requests)
-                self._num_running -= 1
                 self._changed.notify()
 
     def describe(self) -> dict[str, str]:
@@ -121,12 +115,33 @@ class OpenVinoBackend:
 
 
 def load(config: BackendConfig) -> OpenVinoBackend:
-    """Compiles and warms up a bundle's graph, one stream a core and others for single runs.
+    """Compiles and warms up a bundle's graph, one stream a core and another for urgent runs.
 
     Raises:
         BackendError: OpenVINO is not there, or cannot do that precision here.
         ModelError: The bundle or its graph is missing, damaged or of another shape.
     """
+    cores = config.threads or len(os.sched_getaffinity(0))
+    return _load(config, streams=(cores, cores), express=(1, 1))
+
+
+def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
+    """The same for runs that come one at a time when there is no other: they have two cores each.
+
+    None where there is one core. Streams of a core each would leave the second one idle. More than
+    two have not been measured.
+
+    Raises:
+        BackendError, ModelError: As `load`.
+    """
+    cores = config.threads or len(os.sched_getaffinity(0))
+    return _load(config, streams=(1, 2)) if cores > 1 else None
+
+
+def _load(
+    config: BackendConfig, *, streams: tuple[int, int], express: tuple[int, int] | None = None
+) -> OpenVinoBackend:
+    """Copies of a model, each of so many streams on so many cores."""
     openvino = _import()
     bundle = ModelBundle.load(Path(config.bundle))
     hint = PRECISION_HINTS.get(config.precision)
@@ -137,22 +152,25 @@ def load(config: BackendConfig) -> OpenVinoBackend:
             field="precision" if hint is None else "device",
             allowed=sorted(PRECISION_HINTS) if hint is None else ["cpu"],
         )
-    num_streams = config.threads or len(os.sched_getaffinity(0))
     core = openvino.Core()
-    copies = [_compile(core, bundle, graph, hint, num_streams) for graph in graphs(bundle, config)]
-    compiled, beside, alone = zip(*copies, strict=True)
-    first, last = compiled[0], compiled[-1]
+    sizes = [streams] if express is None else [streams, express]
+    copies = [_compile(core, bundle, graph, hint, sizes) for graph in graphs(bundle, config)]
+    first, last = copies[0][0], copies[-1][0]
     input_dtypes = {
         one.get_any_name(): _DTYPES.get(one.get_element_type().get_type_name(), np.int64)
         for one in first.inputs
     }
     names = [name for one in last.outputs for name in one.get_names()]
     io = graph_io(bundle, config, input_dtypes, names)
+    requests = [
+        [[one.create_infer_request() for one in segments] for _ in range(num_streams)]
+        for segments, (num_streams, _) in zip(zip(*copies, strict=True), sizes, strict=True)
+    ]
     backend = OpenVinoBackend(
-        [[one.create_infer_request() for one in compiled] for _ in range(num_streams)],
-        [[one.create_infer_request() for one in beside]],
-        [[one.create_infer_request() for one in alone]] if num_streams > 1 else [],
+        requests[0],
+        requests[1] if express else [],
         io,
+        openvino.Tensor,
         {
             "backend": "openvino",
             "version": openvino.__version__.partition("-")[0],
@@ -192,13 +210,21 @@ def _import() -> Any:
     return openvino
 
 
-def _compile(
-    core: Any, bundle: ModelBundle, graph: Path, hint: str, num_streams: int
-) -> tuple[Any, Any, Any]:
-    """A graph for `num_streams` runs at a time, for one more, and for one that is alone.
+def _infer(request: Any, feeds: Mapping[str, Any]) -> None:
+    """As `request.infer`, which looks at all that inputs might be, and copies outputs.
 
-    The last two are the same where there is one core.
+    That takes a tenth of a short text's time.
     """
+    for name, tensor in feeds.items():
+        request.set_tensor(name, tensor)
+    request.start_async()
+    request.wait()
+
+
+def _compile(
+    core: Any, bundle: ModelBundle, graph: Path, hint: str, sizes: Sequence[tuple[int, int]]
+) -> list[Any]:
+    """Copies of a graph, each for so many runs at a time on so many cores."""
     try:
         model = core.read_model(str(graph))
     except Exception as error:
@@ -215,15 +241,12 @@ def _compile(
         # Every process would pin to the same first cores, and Fletcher runs several.
         "ENABLE_CPU_PINNING": False,
     }
-
-    def compile_for(streams: int, threads: int) -> Any:
-        cores = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
-        return core.compile_model(model, "CPU", options | cores)
-
     try:
-        compiled, beside = compile_for(num_streams, num_streams), compile_for(1, 1)
-        alone = compile_for(1, _THREADS_ALONE) if num_streams > 1 else beside
-        actual = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        copies = []
+        for streams, threads in sizes:
+            cores = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
+            copies.append(core.compile_model(model, "CPU", options | cores))
+        actual = copies[0].get_property("INFERENCE_PRECISION_HINT").get_type_name()
     except Exception as error:
         raise BackendError(
             f"`backend` openvino cannot compile {bundle.name} for this CPU: {error}",
@@ -237,4 +260,4 @@ def _compile(
             field="precision",
             allowed=["float32"],
         )
-    return compiled, beside, alone
+    return copies

@@ -13,6 +13,7 @@ import numpy as np
 
 from fletcher.batches import (
     EmbeddingBatch,
+    InferenceResult,
     Int32Array,
     Int64Array,
     MicroBatch,
@@ -32,6 +33,8 @@ from fletcher.workers.pool import WorkerPool
 # A sentence or two tokenizes in a fraction of a millisecond, less than a trip to a worker and back.
 _INLINE_TEXTS = 4
 _INLINE_BYTES = 4096
+
+Run = Callable[[MicroBatch], InferenceResult]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class Embedder:
         config: Workers and windows.
         plan: From lengths, and runs that go on at the same time, to micro-batches.
         tokenize: Tokenizes a few short texts in this process.
+        load_inline: Loads what runs the model in this process for a text that comes when nothing
+            else does; None: texts go to replicas all the same.
         budget: Memory for all streams.
         telemetry: Where counts, durations and spans go.
         crowded: Whether there is so much to do that windows should be larger.
@@ -84,6 +89,7 @@ class Embedder:
         tokenize: Callable[[TextBatch], TokenBatch],
         budget: MemoryBudget,
         telemetry: Telemetry,
+        load_inline: Callable[[], Run | None] = lambda: None,
         crowded: Callable[[], bool] = lambda: False,
         cache: EmbeddingCache | None = None,
     ) -> None:
@@ -91,6 +97,7 @@ class Embedder:
         self._window_tokens = config.window_tokens
         self._cache = cache
         self._tokenize = tokenize
+        self._load_inline = load_inline
         self._tokenizing = threading.Lock()
         self._streams: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
         self._opening = threading.Lock()
@@ -154,7 +161,7 @@ class Embedder:
             FletcherError: One could not load; nothing is left running.
         """
         try:
-            self.replicas.start()
+            self.replicas.start(self._load_inline)
             self.tokenizers.start()
         except BaseException:
             self.close()

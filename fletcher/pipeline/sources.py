@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 # (docs/operations.md, Pressure).
 _CROWDED = 4
 
+# A run of more in the front process would hold its memory for good, and nobody watches it there.
+_LENT_TOKENS = 1024
+
 
 def as_fletcher_error(error: Exception) -> FletcherError:
     """The error itself if it is one of ours, else an InternalError that gives nothing away."""
@@ -302,7 +305,10 @@ class InferenceSource:
             self._count(job, batch.lengths, result)
             planned.window.settle(planned.rows, result)
 
-        job = Job(batch, done, cost=self._cost(batch), urgent=urgent)
+        tickets = planned.window.tickets
+        small = urgent and len(tickets) == 1 and num_tokens <= _LENT_TOKENS
+        lend = tickets[0].stream.lend if small and batch.segments is None else None
+        job = Job(batch, done, cost=self._cost(batch), urgent=urgent, lend=lend)
         return job
 
     def _cost(self, batch: MicroBatch) -> int:
@@ -326,6 +332,8 @@ class InferenceSource:
         )
         self._telemetry.device_busy.add(result.compute_s, model=self._model, device=device)
         self._busy[device].ran(result.compute_s)
+        if not result.budget_tokens:
+            return
         before, self._budgets[device] = self.budget(device), result.budget_tokens
         if result.budget_tokens < before:
             log.warning(

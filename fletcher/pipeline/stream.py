@@ -109,6 +109,8 @@ class EmbedStream:
         self.closed = False
         self._cut_off = False  # closed before its end
         self._seam: Seam | None = None  # where the text that was submitted last goes on
+        self._waiting = False  # a thread, in `results`
+        self._work: Callable[[], None] | None = None  # what it is to do meanwhile
         self._changed = threading.Condition()
 
     def submit(
@@ -155,7 +157,14 @@ class EmbedStream:
         """
         while True:
             with self._changed:
-                self._changed.wait_for(self._head_settled)
+                self._waiting = True
+                self._changed.wait_for(lambda: self._work or self._head_settled())
+                self._waiting = False
+                work, self._work = self._work, None
+            if work is not None:
+                work()
+                continue
+            with self._changed:
                 if self._cut_off:
                     raise DrainingError("the server stopped", retry_after_ms=_RETRY_MS)
                 if not self._tickets:
@@ -166,6 +175,22 @@ class EmbedStream:
             del ticket  # the next may be long in coming
             yield result
             del result
+
+    def lend(self, work: Callable[[], None]) -> bool:
+        """Has the thread in `results` do something, if all that it waits for comes of that.
+
+        Args:
+            work: Gives the only ticket its result. Must not raise.
+
+        Returns:
+            False: That thread is not waiting, or for more.
+        """
+        with self._changed:
+            if not self._waiting or self._work is not None or len(self._tickets) != 1:
+                return False
+            self._work = work
+            self._changed.notify_all()
+            return True
 
     def release(self, num_bytes: int, row_bytes: int = 0) -> None:
         """Gives memory back, that of a row, too: the data has left the house."""

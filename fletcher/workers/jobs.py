@@ -22,6 +22,8 @@ class Job:
             quick and must not raise.
         cost: How much work it is, in any unit that is the same for all jobs of a pool.
         urgent: It overtakes what is not, until the moment that it runs.
+        lend: Has a thread that does nothing but wait for the result do what it is given; False:
+            there is none. None: nobody waits for this alone.
         attempts: Workers that died of it or failed on it so far.
         worker: The name of the worker that has it, or had it last.
         probe: Sent to see whether a worker works; belongs to that worker alone.
@@ -32,6 +34,7 @@ class Job:
     done: Done
     cost: int = 1
     urgent: bool = False
+    lend: Callable[[Callable[[], None]], bool] | None = None
     attempts: int = 0
     worker: str = ""
     probe: bool = False

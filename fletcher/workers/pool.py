@@ -79,6 +79,8 @@ class WorkerPool:
         self.probe = probe
         self._source = source
         self._urgent = urgent
+        self._inline: Callable[[Any], Any] | None = None
+        self._running_inline = threading.Lock()
         self._hurrying = threading.Lock()
         self._hurried = False  # since the holder last looked
         self._chooser = Chooser(dispatch)
@@ -96,16 +98,26 @@ class WorkerPool:
         self._dispatcher = threading.Thread(target=self._dispatch, name=f"{name}-pool", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name=f"{name}-watch", daemon=True)
 
-    def start(self) -> None:
+    def start(self, load_inline: Callable[[], Callable[[Any], Any] | None] = lambda: None) -> None:
         """Starts all workers at once and waits until each is warm.
 
         Where none can start, those that stand by are started.
+
+        Args:
+            load_inline: Called meanwhile; gives what does a job's work in this process, as a worker
+                would: one at a time, and only where no worker has anything to do and a thread is
+                lent for it.
 
         Raises:
             FletcherError: A worker could not load; nothing is left running.
         """
         for slot in self._slots.values():
             slot.thread.start()
+        try:
+            self._inline = load_inline()
+        except BaseException:
+            self.close()
+            raise
         failed = _failures(self._regular)
         if failed and len(failed) == len(self._regular) and self._standby:
             log.warning("%s: none can start: %s", self.name, failed[0])
@@ -216,8 +228,34 @@ class WorkerPool:
                 return
             if slot is None:
                 job.finish(None, self.error())
-            else:
+            elif not self._lend(slot, job):
                 self._give(slot, job)
+
+    def _lend(self, slot: Slot, job: Job) -> bool:
+        """Has a job done in this process, in the name of a worker; False: it goes to that one."""
+        inline, lend = self._inline, job.lend
+        if inline is None or lend is None or not all(one.idle for one in self._slots.values()):
+            return False
+        if not self._running_inline.acquire(blocking=False):
+            return False
+
+        def work() -> None:
+            try:
+                result = inline(job.payload)
+            except Exception as error:
+                log.exception("%s: a job failed in this process; a worker gets it", self.name)
+                self._running_inline.release()
+                job.attempts += 1
+                self.again(job, error)
+            else:
+                self._running_inline.release()
+                job.finish(result, None)
+
+        job.worker = slot.spec.name
+        if not lend(work):
+            self._running_inline.release()
+            return False
+        return True
 
     # The dispatcher: a slot first, then the job for it, so that the choice of job is made late.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.faults.ledger import Upload
+from tests.faults.rewrites import Rewrites
 
 STORES = ("lance", "fletcher", "longbow")
 _FAULTS = {
@@ -49,6 +50,7 @@ class Schedule:
     events: tuple[Event, ...]
     model: str = "tiny"
     backend: str = "null"
+    rewrites: Rewrites | None = None
 
 
 def with_model(schedule: Schedule, model: str) -> Schedule:
@@ -114,7 +116,14 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
             Event(chance.choice([0.0, 0.02, 0.1, 0.2]), kind, chance.randrange(1 << 16))
             for kind in kinds
         ),
+        # A Longbow replaces nothing.
+        rewrites=None if store == "longbow" else _rewrites(chance),
     )
+
+
+def _rewrites(chance: random.Random) -> Rewrites:
+    durabilities = chance.choices(["journal", "store"], k=chance.randint(2, 8))
+    return Rewrites(round(10 ** chance.uniform(0.3, 2.3)), tuple(durabilities))
 
 
 def _some(most_rows: int, chance: random.Random) -> int:

@@ -17,11 +17,13 @@ from fletcher.errors import FletcherError, UnavailableError
 from fletcher.options import EmbedOptions
 from tests.faults.ledger import SCHEMA, Diary, Upload
 from tests.faults.powerloss import record_syncs
+from tests.faults.rewrites import DATASET, Rewrites
 
 
 def play(role: str, **arguments: Any) -> int:
     """Plays a role to its end; the exit status."""
-    return {"serve": serve, "store": store, "upload": upload}[role](**arguments)
+    roles = {"serve": serve, "store": store, "upload": upload, "rewrite": rewrite}
+    return roles[role](**arguments)
 
 
 def serve(argv: Sequence[str], constants: dict[str, int], syncs: str | None = None) -> int:
@@ -90,6 +92,32 @@ def upload(
         return 1
     book.write(prefix=summary.rows_durable)
     book.write(summary=_fields(summary))
+    return 0
+
+
+def rewrite(address: str, diary: str, plan: dict[str, Any], transfer: dict[str, Any]) -> int:
+    """Uploads version after version, each until it is acknowledged to its end."""
+    rewrites = Rewrites(plan["num_rows"], tuple(plan["durabilities"]))
+    first = len(Path(diary).read_text().splitlines())
+    book = Diary(Path(diary))
+    for version, durability in list(enumerate(rewrites.durabilities))[first:]:
+        options = EmbedOptions(
+            dataset=DATASET,
+            upload_id=rewrites.upload_id(version),
+            mode="upsert",
+            columns=("n",),
+            durability=durability,
+            dtype="float32",
+        )
+        while True:
+            try:
+                with _connected(address, TransferOptions(**transfer)) as client:
+                    batch = rewrites.batch(version)
+                    if client.put(pa.table(batch), options, resume=True).complete:
+                        break
+            except FletcherError:
+                time.sleep(0.05)
+        book.write(acknowledged=version)
     return 0
 
 

@@ -26,6 +26,7 @@ from tests.faults.launching import Launcher, Process
 from tests.faults.ledger import MAX_ROW_BYTES, Ledger, Upload, entries
 from tests.faults.plans import Event, Schedule
 from tests.faults.powerloss import lose_power
+from tests.faults.rewrites import Rewritten
 from tests.integration.longbow_double import LongbowDouble
 from tests.integration.processes import eventually
 
@@ -137,7 +138,15 @@ class Play:
             home=self._home,
             read_store=self._read_store,
             null_vectors=schedule.store != "longbow",
+            rewritten=schedule.rewrites
+            and Rewritten(
+                schedule.rewrites,
+                diaries / "rewrites",
+                home=self._home,
+                read_store=self._read_store,
+            ),
         )
+        self._rewriter: Process | None = None
         self.clients: dict[int, list[Process]] = {one.number: [] for one in schedule.uploads}
 
     def __enter__(self) -> Play:
@@ -156,6 +165,7 @@ class Play:
     def run(self) -> Report:
         for upload in self._plan.uploads:
             self.upload(upload)
+        self._rewrite()
         for event in self._plan.events:
             time.sleep(event.pause_s)
             upload = self._plan.uploads[event.number % len(self._plan.uploads)]
@@ -208,6 +218,7 @@ class Play:
             case "kill a client":
                 for client in self.clients[upload.number]:
                     client.kill()
+                self._rewrite()
             case "resume":
                 self.upload(upload, resume=True)
             case "send again":
@@ -242,6 +253,8 @@ class Play:
             for client in self.clients[upload.number]:
                 if not client.wait(_SETTLE_S):
                     raise AssertionError(f"a client of {upload} does not end")
+        if self._rewriter is not None:
+            assert self._rewriter.wait(_SETTLE_S), "not all versions are acknowledged"
         for upload in self._plan.uploads:
             summary = self._resume(upload)
             self._check_summary(upload, summary)
@@ -290,6 +303,23 @@ class Play:
         )
         self.clients[upload.number].append(client)
         return diary
+
+    def _rewrite(self) -> None:
+        """Starts the client that replaces rows; kills the one that is there."""
+        rewritten = self.ledger.rewritten
+        if rewritten is None:
+            return
+        if self._rewriter is not None:
+            self._rewriter.kill()
+        rewritten.diary.touch()
+        self._rewriter = self._launcher.start(
+            "rewrite",
+            self._folder / "clients.log",
+            address=self.address,
+            diary=str(rewritten.diary),
+            plan=rewritten.plan.as_dict(),
+            transfer=self._plan.transfer,
+        )
 
     def _start_server(self) -> Process:
         argv = [

@@ -26,7 +26,7 @@ def launcher() -> Iterator[Launcher]:
     ("store", "power", "seed"),
     [
         *(("lance", False, seed) for seed in (17, 20, 23)),
-        *(("lance", True, seed) for seed in (4, 18)),
+        *(("lance", True, seed) for seed in (4, 18, 36)),
         *(("fletcher", False, seed) for seed in (4, 20)),
         *(("fletcher", True, seed) for seed in (4,)),
         *(("longbow", False, seed) for seed in (22,)),

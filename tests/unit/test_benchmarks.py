@@ -61,14 +61,20 @@ def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
         "sentence-transformers on ONNX Runtime",
         "sentence-transformers on OpenVINO",
         "fastembed, Fletcher's graph",
+        "Infinity float32",
+        "Infinity bfloat16",
+        "Infinity on ONNX Runtime",
+        "Infinity's server float32, HTTP",
+        "Infinity's server bfloat16, HTTP",
         "bare ONNX Runtime float32, ready tokens",
         "bare OpenVINO float32, ready tokens",
         "bare OpenVINO bfloat16, ready tokens",
+        "Fletcher, DoExchange of float32 vectors",
         "Fletcher, DoPut to rows in LanceDB",
     ]
     lines = printed.splitlines()
     assert all(any(line.startswith(name) for line in lines) for name in rows)
-    assert [row.get("skipped") for row in rows.values()][:5] == ["--no-peers"] * 5
+    assert [row.get("skipped") for row in rows.values()][:10] == ["--no-peers"] * 10
     assert result["sample"]["texts"] == 100
     assert result["reference"] == "bare ONNX Runtime float32, ready tokens"
     assert result["ratio_to_own_engine"] > 0
@@ -79,6 +85,22 @@ def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
             # Rows in another order, or of another text, would be far below.
             assert 0.98 < row["cosine_lowest"] <= row["cosine_mean"] < 1.000001
     assert rows["Fletcher, DoPut to rows in LanceDB"]["details"]["memory"]["peak"] > 1 << 20
+
+
+def test_throughput_of_some_rows_only(home: Path) -> None:
+    flags = ("--quick", "--texts", "20", "--only", "DoExchange, no-such")
+    printed, result = run(home, "throughput", *flags)
+    (row,) = result["rows"]
+    assert row["name"] == result["reference"] == "Fletcher, DoExchange of float32 vectors"
+    assert "to its own engine" not in printed
+    command = [sys.executable, "-m", "benchmarks", "throughput", "--home", str(home)]
+    command += ["--model", "tiny", "--only", "fastembed", "--no-peers"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "nobody was measured: fastembed, Fletcher's graph: --no-peers" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_peer_without_its_libraries_is_said_to_lack_them() -> None:

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fletcher.batches import MicroBatch
 from fletcher.errors import BackendError, ModelError
+from fletcher.inference import openvino
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.openvino import OpenVinoBackend
@@ -87,22 +88,26 @@ class Stream:
         self.name, self._began = name, began
         self.may_end = threading.Semaphore(0)
 
-    def infer(self, _feeds, share_inputs):
-        assert share_inputs
+    def set_tensor(self, name, tensor):
+        pass
+
+    def start_async(self):
         self._began.put(self.name)
+
+    def wait(self):
         assert self.may_end.acquire(timeout=30)
 
     def get_tensor(self, _name):
         return types.SimpleNamespace(data=np.ones((1, DIM), np.float32))
 
 
-def test_a_run_that_is_alone_gets_the_copy_for_that(tiny_bundle):
+def test_a_run_that_finds_all_streams_taken_gets_the_copy_beside_them(tiny_bundle):
     began = queue.SimpleQueue()
-    streams = {name: Stream(name, began) for name in ("one", "two", "express", "alone")}
-    one, two, express, alone = ([stream] for stream in streams.values())
+    streams = {name: Stream(name, began) for name in ("one", "two", "express")}
+    one, two, express = ([stream] for stream in streams.values())
     io = GraphIO.of(tiny_bundle, dict.fromkeys(tiny_bundle.inputs, np.int64), tiny_bundle.outputs)
     io = dataclasses.replace(io, dim=DIM, has_norms=False)
-    engine = OpenVinoBackend([one, two], [express], [alone], io, {})
+    engine = OpenVinoBackend([one, two], [express], io, lambda array, shared_memory: array, {})
     runs = {}
 
     def begin(threads):
@@ -117,12 +122,21 @@ def test_a_run_that_is_alone_gets_the_copy_for_that(tiny_bundle):
 
     with ThreadPoolExecutor(4) as threads:
         for _ in range(2):
-            assert begin(threads) == "alone"
             assert {begin(threads), begin(threads)} == {"one", "two"}
-            end("alone")
             assert begin(threads) == "express"
             for name in ("one", "two", "express"):
                 end(name)
+
+
+def test_inline_a_model_gives_the_same_bits_and_takes_one_run(tiny_bundle):
+    config = BackendConfig("openvino", "cpu", str(tiny_bundle.folder), threads=2)
+    inline = openvino.load_inline(config)
+    assert (inline.concurrency, inline.express) == (1, 0)
+    replica = openvino.load(config)
+    for row in random_rows([1, 9, 16, 17, 32], 20):
+        one, other = inline.run(micro_batch([row])), replica.run(micro_batch([row]))
+        assert np.array_equal(one.embeddings, other.embeddings)
+    assert openvino.load_inline(dataclasses.replace(config, threads=1)) is None
 
 
 @pytest.mark.parametrize(

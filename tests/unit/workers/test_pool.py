@@ -39,12 +39,12 @@ class QueueSource:
 class Answer:
     """A job and its outcome."""
 
-    def __init__(self, payload: Any, *, urgent: bool = False) -> None:
+    def __init__(self, payload: Any, *, urgent: bool = False, **fields: Any) -> None:
         self._settled = threading.Event()
         self.result: Any = None
         self.error: Exception | None = None
         self.calls = 0
-        self.job = Job(payload, self._done, urgent=urgent)
+        self.job = Job(payload, self._done, urgent=urgent, **fields)
 
     def _done(self, result: Any, error: Exception | None) -> None:
         self.calls += 1
@@ -170,16 +170,18 @@ class UrgentSource(QueueSource):
 
 @contextmanager
 def running_both(
-    factory: str = "load_express", **options: Any
+    factory: str = "load_express",
+    inline: Callable[[Any], Any] | None = None,
+    **options: Any,
 ) -> Iterator[tuple[WorkerPool, Callable[..., Answer]]]:
     """A pool, and a function that submits jobs of both kinds to it."""
     source = UrgentSource()
     spec = WorkerSpec("echo-0", f"tests.doubles.workers:{factory}", 1)
     pool = WorkerPool("echo", [spec], source, urgent=source.urgent_job, **options)
-    pool.start()
+    pool.start(lambda: inline)
 
-    def submit(payload: Any, *, urgent: bool = False) -> Answer:
-        answer = Answer(payload, urgent=urgent)
+    def submit(payload: Any, *, urgent: bool = False, **fields: Any) -> Answer:
+        answer = Answer(payload, urgent=urgent, **fields)
         if urgent:
             source.urgent.append(answer.job)
             pool.hurry()
@@ -356,3 +358,67 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+class Lent:
+    """A thread that waits, and does what it is given when it may."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+
+    def lend(self, work: Callable[[], None]) -> bool:
+        self.work.append(work)
+        return True
+
+
+def pid(_: Any) -> int:
+    return os.getpid()
+
+
+def test_a_lent_thread_does_urgent_work_where_no_worker_has_any(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    lent = Lent()
+    with running_both(inline=pid) as (pool, submit):
+        here = submit("pid", urgent=True, lend=lent.lend)
+        assert pool.statistics()[0]["in_flight"] == 0
+        # It is taken: another goes to a worker, at once.
+        assert submit("pid", urgent=True, lend=lent.lend).wait() in pool.process_ids()
+        lent.work.pop()()
+        assert here.wait() == os.getpid()
+        assert here.job.worker == "echo-0"  # in whose name it is counted
+        # So do those that nobody waits for alone, and those beside other work.
+        assert submit("pid", urgent=True).wait() in pool.process_ids()
+        assert submit("pid", urgent=True, lend=lambda _: False).wait() in pool.process_ids()
+        other = submit(("wait for", str(gate)))
+        eventually(Path(f"{gate}.begun").exists, "it has begun")
+        assert submit("pid", urgent=True, lend=lent.lend).wait() in pool.process_ids()
+        gate.touch()
+        other.wait()
+        here = submit("pid", urgent=True, lend=lent.lend)
+        lent.work.pop()()
+        assert here.wait() == os.getpid()
+        assert not lent.work
+
+
+def test_what_fails_in_this_process_is_done_by_a_worker() -> None:
+    def fails(_: Any) -> Any:
+        raise BackendError("no memory")
+
+    lent = Lent()
+    with running_both(inline=fails) as (pool, submit):
+        for _ in range(2):
+            answer = submit("pid", urgent=True, lend=lent.lend)
+            lent.work.pop()()
+            assert answer.wait() in pool.process_ids()
+            assert answer.calls == 1
+
+
+def test_a_pool_does_not_start_where_its_inline_worker_cannot_load() -> None:
+    def broken() -> None:
+        raise BackendError("no such model")
+
+    spec = WorkerSpec("echo-0", "tests.doubles.workers:load_express", 1)
+    pool = WorkerPool("echo", [spec], QueueSource())
+    with pytest.raises(BackendError, match="no such model"):
+        pool.start(broken)
+    assert pool.process_ids() == []

@@ -1,0 +1,118 @@
+"""Versions of the same rows, one after the other: nothing older comes back over what is newer.
+
+Each version is an upload of its own that replaces the one before by id, and is sent once that one
+is acknowledged to its end, some by way of the journal and some straight to the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.delivery.journals import journals
+from fletcher.delivery.segment import WAITING, Segment, read_segments
+
+DATASET = "rewritten"
+SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "n": pa.int64()})
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """All versions.
+
+    Attributes:
+        num_rows: Of each, whose ids are their offsets.
+        durabilities: Of each, as in the command.
+    """
+
+    num_rows: int
+    durabilities: tuple[str, ...]
+
+    def upload_id(self, version: int) -> str:
+        return f"version-{version}"
+
+    def batch(self, version: int) -> pa.RecordBatch:
+        texts = [f"row {row} as of {version}" for row in range(self.num_rows)]
+        return pa.record_batch(
+            {"id": range(self.num_rows), "text": texts, "n": [version] * self.num_rows}, SCHEMA
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Rewritten:
+    """What became of them.
+
+    Args:
+        plan: The versions.
+        diary: Where the client notes which are acknowledged.
+        home: Of the server, for its journal.
+        read_store: The dataset as it is in the store now; None: there is none.
+    """
+
+    def __init__(
+        self,
+        plan: Rewrites,
+        diary: Path,
+        *,
+        home: Path,
+        read_store: Callable[[str], pa.Table | None],
+    ) -> None:
+        self.plan = plan
+        self.diary = diary
+        self._home = home
+        self._read_store = read_store
+
+    def check(self) -> None:
+        """Each row is there once, and what waits leaves it as new as was acknowledged, or newer.
+
+        Raises:
+            AssertionError: It is not so.
+        """
+        acknowledged = self.num_acknowledged - 1
+        versions = self._waiting()
+        stored = self._stored()
+        versions = np.where(versions < 0, stored, versions)
+        older = np.flatnonzero(versions < acknowledged)
+        assert not len(older), (
+            f"rows {older.tolist()[:8]} are or will be of version {versions[older].tolist()[:8]}, "
+            f"acknowledged is {acknowledged}"
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """The store has the last version of all rows."""
+        return bool((self._stored() == len(self.plan.durabilities) - 1).all())
+
+    @property
+    def num_acknowledged(self) -> int:
+        """How many versions are."""
+        lines = self.diary.read_text().splitlines() if self.diary.exists() else []
+        return len(lines)
+
+    def _waiting(self) -> np.ndarray:
+        """By row the version that the journal brings to the store in the end, -1 for none."""
+        versions = np.full(self.plan.num_rows, -1)
+        for _, dataset, folder in journals(self._home / "journal"):
+            for _, segment in read_segments(folder.glob(f"*{WAITING}")):
+                groups = segment.groups if isinstance(segment, Segment) else ()
+                for info in (group.info for group in groups if not group.settled):
+                    if dataset == DATASET:
+                        version = int(info.upload_id.rpartition("-")[2])
+                        versions[info.first : info.last + 1] = version
+        return versions
+
+    def _stored(self) -> np.ndarray:
+        versions = np.full(self.plan.num_rows, -1)
+        table = self._read_store(DATASET)
+        if table is not None:
+            ids = table.column("id").to_numpy()
+            assert len(set(ids.tolist())) == len(ids), f"ids of `{DATASET}` are there twice"
+            versions[ids] = table.column("n").to_numpy()
+        return versions
