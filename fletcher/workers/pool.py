@@ -240,19 +240,16 @@ class WorkerPool:
             return False
 
         def work() -> None:
-            result, failure = None, None
             try:
                 result = inline(job.payload)
             except Exception as error:
                 log.exception("%s: a job failed in this process; a worker gets it", self.name)
-                failure = error
-            finally:
                 self._running_inline.release()
-            if failure is None:
-                job.finish(result, None)
-            else:
                 job.attempts += 1
-                self.again(job, failure)
+                self.again(job, error)
+            else:
+                self._running_inline.release()
+                job.finish(result, None)
 
         job.worker = slot.spec.name
         if not lend(work):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -168,6 +169,17 @@ def test_a_parquet_file_whose_writer_died_before_its_name_was_synced(
     store.close()
 
 
+@pytest.mark.parametrize("kind", ["lance", "parquet"])
+def test_a_dataset_that_was_deleted(notes: Path, disk: Path, kind: str) -> None:
+    store = open_store(f"{kind}:{disk}")
+    store.open_writer("d", ROWS.schema, "append").close()
+    store.delete_dataset("d")
+    store.close()
+    synced = [json.loads(line) for line in notes.read_text().splitlines()]
+    last = [note["names"] for note in synced if note["inode"] == disk.stat().st_ino][-1]
+    assert list(last) == [".d.lock"]
+
+
 def test_a_table_whose_creation_was_cut_off(disk: Path) -> None:
     (disk / "d.lance" / "_versions").mkdir(parents=True)
     store = open_store(f"lance:{disk}")
@@ -192,6 +204,7 @@ def test_what_was_settled_before_later_rows_of_another_file_that_replaced_it(
     second, _ = one.append([(replacing, ROWS), (behind, ROWS)], ROWS.schema)
     one.settle(first)
     one.settle(second)
+    assert [one._segments[0].num_synced, one._segments[1].num_synced] == [1, 0]
     written = second.segment.notes.read_bytes()
     lose_power(notes, [disk])
     second.segment.notes.write_bytes(written)

@@ -250,6 +250,20 @@ def test_actions(server: Runtime, client: flight.FlightClient) -> None:
     assert {one.type for one in client.list_actions()} >= {"health", "stats", "embed"}
 
 
+def test_embed_waits_for_nobody_elses_memory(server: Runtime, client: flight.FlightClient) -> None:
+    # It handed in all texts before it took the first vectors: beyond its own reserve, it waited
+    # for ever where streams that nobody reads have the rest.
+    hog = server.service.budget.open()
+    hog.acquire(server.service.budget.total_bytes)
+    try:
+        texts = [f"{n} " + "x y " * 900 for n in range(256)]
+        answer = action(client, "embed", {"texts": texts})
+    finally:
+        hog.close()
+    assert len(answer["embeddings"]) == 256
+    assert server.service.budget.statistics()["used_bytes"] == 0
+
+
 BAD_UTF8 = pa.StringArray.from_buffers(
     2, pa.py_buffer(np.array([0, 1, 3], np.int32)), pa.py_buffer(b"a\xff\xfe")
 )

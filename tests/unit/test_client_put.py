@@ -478,6 +478,7 @@ def test_the_public_names():
         "RequestError",
         "RowError",
         "RowTooLargeError",
+        "Source",
         "StoreUnavailableError",
         "Stream",
         "TlsOptions",

@@ -178,6 +178,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path) -> None
         resolve({}, {}, write(tmp_path, "max_stream = 1"))
 
 
+def test_the_file_to_begin_with_is_one() -> None:
+    config = resolve({}, {}, Path(__file__).parents[2] / "deploy" / "fletcher.toml").config
+    assert config.log_format == "json"
+
+
 def test_a_table_in_the_file_is_refused_as_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`server` in .* the file has no tables"):
         resolve({}, {}, write(tmp_path, "[server]\nport = 1"))

@@ -132,9 +132,11 @@ def test_notes_of_what_is_stored_are_no_file_of_rows(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave(folder)
+    (folder / "groups.tmp").write_text("u:0-9\n")  # whose writer was killed
     journal = Journal(folder, JournalSpace(1 << 30), segment_bytes=1, retention_s=lambda: 0.0)
     (waiting,) = journal.recover()
     waiting.segment.note(waiting)
+    waiting.segment.write_notes()
     Unsent(folder).add(["u:20-29"])
     assert main(["journal", "verify"]) == 0
     assert "1 files, 10 rows: all right" in capsys.readouterr().out

@@ -414,6 +414,24 @@ def test_a_note_that_could_not_be_written_goes_with_the_next(
     assert firsts(tmp_path) == [20]
 
 
+def test_a_segment_stays_until_its_last_group_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another thread may delete it as soon as nothing in it waits.
+    one = journal(tmp_path)
+    (group,) = one.append([(info(0, 10, upsert=True), rows(0, 10))], SCHEMA)
+    one.close()
+    sync_notes = Journal.sync_notes
+
+    def swept(self: Journal, before: Segment | None = None) -> None:
+        self.sweep()
+        sync_notes(self, before)
+
+    monkeypatch.setattr(Journal, "sync_notes", swept)
+    one.settle(group)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_segment_that_could_not_be_deleted_is_deleted_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

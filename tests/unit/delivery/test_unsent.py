@@ -46,6 +46,19 @@ def test_the_file_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert one.ranges("u0") == []
 
 
+def test_a_file_that_cannot_be_shortened_stays_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # What was noted and synced went again, and was noted once more each time.
+    monkeypatch.setattr(unsent_module, "_MAX_BYTES", 0)
+    one = Unsent(tmp_path)
+    (tmp_path / "groups.tmp").mkdir()
+    one.add(["u:0-9"])
+    one.add(["u:20-29"])
+    assert "cannot be shortened" in caplog.text
+    assert one.ranges("u") == [(0, 9), (20, 29)]
+
+
 @pytest.mark.parametrize("durability", ["journal", "store"])
 def test_a_client_finds_its_dropped_rows_durable_after_a_restart(
     tmp_path: Path, durability: str

@@ -52,7 +52,7 @@ def test_nothing_is_kept_of_a_piece_while_the_next_is_to_come() -> None:
     put, stream = object.__new__(_Put), Stream()
     fields: dict[str, Any] = {
         "_stream": stream,
-        "_assembler": SimpleNamespace(assemble=assemble),
+        "_assembler": SimpleNamespace(assemble=assemble, kept_bytes=0),
         "_options": SimpleNamespace(on_error="continue"),
         "_route": SimpleNamespace(hurry=lambda: None),
     }

@@ -519,6 +519,16 @@ def test_a_single_row_over_the_limit_is_refused() -> None:
         list(make(batch.schema).pieces(batch, 0, 0))
 
 
+@pytest.mark.parametrize("columns", [(), ("big",)])
+def test_views_that_point_nowhere_are_refused(columns: tuple[str, ...]) -> None:
+    # Arrow says IndexError of these alone, which was an internal error.
+    good = views_of("x" * 50, 2)
+    wild = pa.Array.from_buffers(good.type, 2, [*good.buffers()[:2], pa.py_buffer(b"short")])
+    batch = pa.record_batch({"text": ["a", "b"] if columns else wild, "big": wild})
+    with pytest.raises(ColumnTypeError, match="View at slot 0"):
+        next(make(batch.schema, columns=columns).pieces(batch, 0, 0))
+
+
 def test_dictionary_codes_out_of_range_are_refused() -> None:
     codes = pa.array([0, 99], pa.int32())
     wild = pa.DictionaryArray.from_arrays(codes, pa.array(["a"]), safe=False)

@@ -107,6 +107,21 @@ def test_vectors_wanted_in_float16_come_and_go_as_such_beside_others() -> None:
         assert np.array_equal(result.embeddings.embeddings, np.full((1, 2), 0.1, kind))
 
 
+def test_a_run_that_says_no_budget_leaves_the_devices_own(caplog: pytest.LogCaptureFixture) -> None:
+    # One in the front process does not: it looked as if the device's memory were out.
+    source = make(one_run)
+    for budget in (1024, 0):
+        stream, ticket = tokenized()
+        source.put(ticket)
+        job = source.next_job(0)
+        assert job is not None
+        job.worker = "cpu-0"
+        job.done(InferenceResult(np.zeros((1, 2), np.float32), None, 0.0, budget), None)
+        assert len(list(stream.results())) == 1
+        assert source.budget("cpu-0") == 1024
+    assert not caplog.records
+
+
 def late(counts: list[int]) -> tuple[EmbedStream, Ticket]:
     """A ticket of rows of 4 tokens, each with parts of one token."""
     stream, ticket = tokenized()

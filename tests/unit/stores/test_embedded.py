@@ -352,6 +352,18 @@ def test_columns_may_be_added_and_left_out_in_lance(tmp_path):
     assert table["text"].to_pylist()[-1] is None
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "ubinary"])
+def test_upsert_takes_null_vectors(tmp_path, dtype):
+    store = open_store(f"lance:{tmp_path}")
+    fill(store, rows.batch(0, 4, dtype=dtype), mode="upsert")
+    again = rows.batch(3, 4, dtype=dtype, null_rows=(0, 2))
+    fill(store, again, mode="upsert")
+    table = store.scan("d", columns=["id", "vector"]).read_all().sort_by("id")
+    nulls = [vector is None for vector in table["vector"].to_pylist()]
+    assert table["id"].to_pylist() == [f"id{row}" for row in range(7)]
+    assert nulls == [False] * 3 + [True, False, True, False]
+
+
 def test_upsert_replaces_by_id_and_the_last_row_wins(tmp_path):
     store = open_store(f"lance:{tmp_path}")
     fill(store, rows.batch(0, 4), mode="upsert")
@@ -382,9 +394,10 @@ def test_parquet_says_that_it_cannot_upsert_or_do_without_keys(tmp_path):
     assert names == ["_common_metadata", "u:0-4.parquet", "u:5-9.parquet"]
 
 
-def test_a_nan_is_refused_and_the_table_stays_whole(tmp_path):
+@pytest.mark.parametrize("mode", ["append", "upsert"])
+def test_a_nan_is_refused_and_the_table_stays_whole(tmp_path, mode):
     store = open_store(f"lance:{tmp_path}")
-    writer = store.open_writer("d", rows.schema(), "append")
+    writer = store.open_writer("d", rows.schema(), mode)
     good = rows.batch(0, 2)
     values = np.full(16, np.nan, np.float16)
     field = good.schema.field("vector")

@@ -1,0 +1,36 @@
+"""The documents' Python, run as it stands beside a server."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fletcher.runtime import Runtime
+
+ROOT = Path(__file__).parents[2]
+# The tiny model reads 32 tokens.
+FITTING = {"sentences:128:none": "sentences:16:none"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
+def test_python_runs(
+    name: str, server: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for shown, here in {"grpc://127.0.0.1:8815": server.address, **FITTING}.items():
+        text = text.replace(shown, here)
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    assert len(blocks) > 2
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], str(ROOT / name), "exec"), names)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
