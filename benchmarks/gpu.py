@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,12 @@ def run(args: argparse.Namespace) -> int:
                 print(f"gpu_check: no CUDA provider: {error}", file=sys.stderr)
                 return NO_CUDA
             result["models"].append(model)
+            if time.monotonic() > deadline:
+                report.say(f"--quick: {QUICK_S} s are over, nothing else begins")
+                break
     print(setting.heading())
-    print("\n".join(result["hardware"]["gpus"]) or "no NVIDIA GPU: a twin on the CPU")
+    twin = args.device == "cpu"
+    print("a twin on the CPU" if twin else "\n".join(result["hardware"]["gpus"]) or args.device)
     for model in result["models"]:
         print("\n" + _text(model))
     print("\n" + report.publish(args.out, result))
@@ -179,8 +184,11 @@ def _missing(host: HostInfo) -> str:
     return ""
 
 
-def _models(args: argparse.Namespace, folder: Path) -> list[tuple[ModelBundle, Path | None]]:
-    """Both models, in a FLETCHER_HOME of their own, with the folders that PyTorch can load."""
+def _models(args: argparse.Namespace, folder: Path) -> Iterator[tuple[ModelBundle, Path | None]]:
+    """Both models, in a FLETCHER_HOME of their own, with the folders that PyTorch can load.
+
+    The second one, which takes time to make, is made when the first one has been measured.
+    """
     models = folder / "home" / "models"
     registry = Registry(models)
     if args.model_folder is not None:
@@ -193,9 +201,10 @@ def _models(args: argparse.Namespace, folder: Path) -> list[tuple[ModelBundle, P
         (models / present.name).symlink_to(present.folder)
         bundle = registry.get(present.name)
         checkpoint = contenders.kept_checkpoint(args.home, args.model)
+    yield bundle, checkpoint
     random = folder / "random-bert"
     write_checkpoint(random, args.random_model, bundle.tokenizer)
-    return [(bundle, checkpoint), (registry.add(str(random), progress=report.say), random)]
+    yield registry.add(str(random), progress=report.say), random
 
 
 def _texts(corpus: Corpus, num_texts: int) -> list[str]:

@@ -102,11 +102,6 @@ def parse_command(command: bytes) -> EmbedOptions:
     return EmbedOptions.from_mapping(fields)
 
 
-def encode_command(options: EmbedOptions) -> bytes:
-    """The options as a binary EmbedCommand; fields at their default are left out."""
-    return bytes(embed_pb2.EmbedCommand(**options.to_mapping()).SerializeToString())
-
-
 def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object as a command or an action's body must be: UTF-8, each field once.
 

@@ -98,6 +98,8 @@ def _exchange(
     writer.begin(output, options=writing_as.options)
     received = read_messages(reader, context, continuous=options.continuous)
     messages, first = started(received)  # who sends nothing takes no place
+    if first is None and context.is_cancelled():
+        return
     bulk = first is not None and first.batch is not None and source.is_bulk(first.batch)
     with service.admit(model, bulk=bulk), service.telemetry.span("do_exchange", trace) as span:
         stream = model.embedder.open_stream(span)

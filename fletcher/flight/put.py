@@ -113,7 +113,9 @@ def _put(
         text=source.carry_text,
         metadata_column=source.has_metadata,
     )
-    messages, _ = started(read_messages(reader, context))  # who sends nothing takes no place
+    messages, first = started(read_messages(reader, context))  # who sends nothing takes no place
+    if first is None and context.is_cancelled():
+        return  # nor makes a dataset
     bulk = options.priority != "interactive"
     with service.admit(model, bulk=bulk), service.telemetry.span("do_put", trace) as span:
         upload, route = service.delivery.open(options, output)

@@ -82,14 +82,13 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         self.address = f"{scheme}://{_bracketed(config.host)}:{self.port}"
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with self._handling():
-            self._service.calls.check()
+        with self._handling(), self._service.calls.begun():
             options, trace = parse_descriptor(descriptor), caller_trace(context)
             put(self._service, options, context, reader, writer, trace)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with Ending(context, writer) as ending, self._handling():
-            self._service.calls.check()
+        ending, calls = Ending(context, writer), self._service.calls
+        with ending, self._handling(), calls.begun():
             options, trace = parse_descriptor(descriptor), caller_trace(context)
             exchange(self._service, options, context, reader, writer, trace, ending)
 

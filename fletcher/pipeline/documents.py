@@ -85,11 +85,8 @@ class DocumentIntake(Intake):
         are those of `Intake.pieces`; with `ends` the document at hand ends with this batch.
         """
         assert skip is None  # rows are left out where they are stored
-        used = self._used_columns(batch)
-        texts = used.column("text")
-        if pa.types.is_dictionary(texts.type):
-            texts = self._decoded(texts, "text")
-        texts = large_utf8(texts)
+        used = self._columns.checked(batch)
+        texts = large_utf8(self._columns.decoded(used.column("text"), "text"))
         sizes = np.diff(text_offsets(texts))
         errors = RowErrors(used, sizes, self._limits.max_row_bytes)
         priority = self._class_of(batch.num_rows, int(sizes.sum()))

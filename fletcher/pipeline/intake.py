@@ -24,29 +24,19 @@ from fletcher.batches import (
     Truncate,
 )
 from fletcher.chunking import Chunking
-from fletcher.errors import (
-    BatchTooLargeError,
-    ColumnTypeError,
-)
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.arrays import (
-    decoded_bytes,
     distinct,
     large_utf8,
     only_text,
     text_offsets,
     validate,
-    viewed_bytes,
-    without_views,
 )
-from fletcher.pipeline.columns import check_text, column, is_flat_text, optional_utf8, plain
+from fletcher.pipeline.columns import InputColumns
 from fletcher.pipeline.limits import INTERACTIVE_BYTES, INTERACTIVE_ROWS, IntakeLimits
 from fletcher.pipeline.parts import part_ends
 from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.row_errors import RowErrors
-
-# What a row takes here at least, whatever its size on the wire: offsets, lengths, masks.
-_ROW_BYTES = 16
 
 # From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
 Skip = Callable[[pa.RecordBatch, int], BoolArray]
@@ -67,9 +57,14 @@ class Intake:
         taken: Of each chunk, tokens that are not the text's: the prompt's and special ones.
         half: Vectors of bulk work are float16 from the graph on.
 
-    Raises:
-        UnknownColumnError: A named column is not there.
-        ColumnTypeError: The text or id column is of no accepted type.
+    Attributes:
+        has_ids: There is a column of ids.
+        id_type: Theirs; utf8 where there is none.
+        has_metadata: There is a `metadata` column of strings.
+        carried_fields: Of columns that are carried through, as they leave.
+        carry_text: As given.
+
+    Raises: As `InputColumns`.
     """
 
     def __init__(
@@ -95,29 +90,12 @@ class Intake:
         self._truncate: Truncate = options.truncate  # type: ignore[assignment]
         self._priority = options.priority
         self._small_is_interactive = small_is_interactive
-        self._text = column(schema, options.text_column, "text_column")
-        kind = check_text(schema.field(self._text))
-        self._id = self._find_id(schema, options)
-        self._metadata = optional_utf8(schema, "metadata")
-        self._carried = [column(schema, name, "columns") for name in options.columns]
-        self.carry_text = carry_text
-        self.id_type = pa.utf8() if self._id is None else schema.field(self._id).type
-        self.carried_fields = [plain(schema.field(index)) for index in self._carried]
-        # Nothing but texts, as a search sends them; named as in a piece's rows.
-        others = self._id is not None or self._carried or chunking
-        self._is_plain = schema.names == ["text"] and is_flat_text(kind) and not others
+        self._columns = InputColumns(schema, options, limits.max_message_bytes)
+        self.has_ids, self.id_type = self._columns.has_ids, self._columns.id_type
+        self.has_metadata = self._columns.has_metadata
+        self.carried_fields, self.carry_text = self._columns.carried, carry_text
         self._dictionary: pa.Array | None = None
         self._seen = np.zeros(0, np.bool_)
-
-    @property
-    def has_ids(self) -> bool:
-        """The input has an id column."""
-        return self._id is not None
-
-    @property
-    def has_metadata(self) -> bool:
-        """The input has a `metadata` column of strings."""
-        return self._metadata is not None
 
     def pieces(
         self,
@@ -145,7 +123,8 @@ class Intake:
             InvalidUtf8Error, ColumnTypeError: Its arrays are not valid; nothing of it was used.
         """
         single = None
-        if self._is_plain and batch.num_rows == 1 and skip is None:
+        plain = self._columns.only_texts and self._chunking is None
+        if plain and batch.num_rows == 1 and skip is None:
             single = self._single(batch, batch_id, row_first)
         if single is not None:
             return iter((single,))
@@ -160,7 +139,7 @@ class Intake:
         skip: Skip | None,
     ) -> Iterator[Piece]:
         timestamp_ns = time.time_ns()
-        used = self._used_columns(batch)
+        used = self._columns.checked(batch)
         text = used.column("text")
         dictionary = None
         if pa.types.is_dictionary(text.type):
@@ -171,7 +150,7 @@ class Intake:
             text = large_utf8(text)
             sizes = np.diff(text_offsets(text))
         errors = RowErrors(used, sizes, self._limits.max_row_bytes)
-        held_bytes = self._held_bytes(batch, used, int(sizes.sum()))
+        held_bytes = self._columns.held_bytes(batch, used, int(sizes.sum()))
         shared = new_table = False
         rows = self._chunking is not None and self._chunking.rows  # any number a value: no table
         if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
@@ -188,24 +167,14 @@ class Intake:
             if skip is not None:
                 unwanted = np.flatnonzero(wanted & skip(rows, row_first + first))
                 wanted[unwanted] = False
-            own_codes: Int32Array | Int64Array
-            if dictionary is None:  # made one, so that a repeated text is embedded once
-                own_codes, words = distinct(text.slice(first, last - first))
-            else:
-                own_codes, words = codes[first:last], dictionary
             new_values: Int32Array | None = None
-            if dictionary is None and wanted.all():  # so is every word
-                values, texts = own_codes.astype(np.int32, copy=False), words
-            else:
-                values = np.where(wanted, own_codes, -1).astype(np.int32)
-                new = np.unique(values[values >= 0])
-                if shared:
-                    new = new_values = new[~self._seen[new]]
-                    self._seen[new] = True
-                else:
-                    places = np.searchsorted(new, values).astype(np.int32)
-                    values = np.where(values >= 0, places, -1).astype(np.int32)
-                texts = words.take(pa.array(new))
+            if dictionary is not None:
+                found = self._wanted(codes[first:last], dictionary, wanted, shared=shared)
+                values, texts, new_values = found
+            else:  # made one, so that a repeated text is embedded once
+                values, texts = distinct(text.slice(first, last - first))
+                if not wanted.all():
+                    values, texts, _ = self._wanted(values, texts, wanted, shared=False)
             text_bytes = int(sizes[first:last].sum())
             rows_bytes = text_bytes + held_bytes * (last - first) // max(1, batch.num_rows)
             piece = Piece(
@@ -227,6 +196,30 @@ class Intake:
             )
             yield from self._parts(piece, rows_bytes)
 
+    def _wanted(
+        self, codes: Int32Array | Int64Array, words: pa.Array, wanted: BoolArray, *, shared: bool
+    ) -> tuple[Int32Array, pa.Array, Int32Array | None]:
+        """The words that wanted rows have, each once.
+
+        Args:
+            codes: [num_rows], which of `words` each row has; any where it is not wanted.
+            words: All different.
+            wanted: bool [num_rows].
+            shared: They are the dictionary whose vectors are kept: those that are there are left
+                out.
+
+        Returns:
+            `values`, `texts` and `new_values` of a piece.
+        """
+        values = np.where(wanted, codes, -1).astype(np.int32)
+        new = np.unique(values[values >= 0])
+        if shared:
+            new = new[~self._seen[new]]
+            self._seen[new] = True
+            return values, words.take(pa.array(new)), new
+        places = np.searchsorted(new, values).astype(np.int32)
+        return np.where(values >= 0, places, -1).astype(np.int32), words.take(pa.array(new)), None
+
     def rest(self) -> Iterator[Piece]:
         """What is left where the call ends; here nothing."""
         return iter(())
@@ -236,7 +229,7 @@ class Intake:
 
         What is done for many rows takes three times as long for one, most of it to begin.
         """
-        text = batch.column(self._text)
+        text = batch.column(self._columns.text)
         validate(text, "text")
         size = batch.get_total_buffer_size()
         if text.null_count or size > self._limits.max_message_bytes:
@@ -284,53 +277,6 @@ class Intake:
                 part=part,
             )
 
-    def _used_columns(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        self._check_size(
-            max(batch.get_total_buffer_size(), _ROW_BYTES * batch.num_rows),
-            f"a batch has {batch.num_rows} rows and",
-        )
-        columns = {"text": self._text, "id": self._id, "metadata": self._metadata}
-        arrays = {name: batch.column(index) for name, index in columns.items() if index is not None}
-        for index in self._carried:
-            arrays[f"carried:{batch.schema.field(index).name}"] = batch.column(index)
-        for key, array in arrays.items():
-            name = key.removeprefix("carried:")
-            validate(array, name)
-            # A few bytes may stand for many: those are counted before they are written out.
-            self._check_size(viewed_bytes(array), f"`{name}` holds views of")
-            arrays[key] = without_views(array)
-            if key != "text" and pa.types.is_dictionary(array.type):
-                arrays[key] = self._decoded(arrays[key], name)
-        return pa.RecordBatch.from_pydict(arrays)
-
-    def _decoded(self, array: pa.DictionaryArray, name: str) -> pa.Array:
-        self._check_size(decoded_bytes(array), f"column `{name}` stands for")
-        return array.dictionary_decode()
-
-    def _check_size(self, num_bytes: int, what: str) -> None:
-        if num_bytes > self._limits.max_message_bytes:
-            raise BatchTooLargeError(
-                f"{what} {num_bytes} bytes, at most {self._limits.max_message_bytes} are "
-                "accepted; send smaller batches",
-                allowed=[f"<= {self._limits.max_message_bytes} bytes"],
-            )
-
-    def _held_bytes(self, batch: pa.RecordBatch, used: pa.RecordBatch, text_bytes: int) -> int:
-        """What a batch keeps in memory beside its texts, of so many bytes.
-
-        Used columns or not: a column that came over Flight keeps its whole message, and its buffers
-        may hold more than its rows refer to.
-        """
-        text = batch.column(self._text)
-        if pa.types.is_dictionary(text.type):
-            text_bytes = text.nbytes
-        decoded = sum(
-            used.column(f"carried:{batch.schema.field(index).name}").nbytes
-            for index, field in zip(self._carried, self.carried_fields, strict=True)
-            if batch.schema.field(index).type != field.type
-        )
-        return int(max(0, batch.get_total_buffer_size() - text_bytes) + decoded)
-
     def _remember(self, dictionary: pa.Array, keep: Callable[[int], bool]) -> bool:
         """Keeps a dictionary for a table of its vectors, if there is room for that."""
         # A value takes there half of what a row takes on its whole way.
@@ -367,20 +313,6 @@ class Intake:
             return self._priority  # type: ignore[return-value]
         small = num_rows <= INTERACTIVE_ROWS and num_bytes <= INTERACTIVE_BYTES
         return "interactive" if self._small_is_interactive and small else "bulk"
-
-    @staticmethod
-    def _find_id(schema: pa.Schema, options: EmbedOptions) -> int | None:
-        if options.id_column == "id" and options.id_column not in schema.names:
-            return None
-        index = column(schema, options.id_column, "id_column")
-        kind = schema.field(index).type
-        if not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
-            raise ColumnTypeError(
-                f"`id_column` {options.id_column!r} is {kind}, expected utf8 or an integer type",
-                field="id_column",
-                allowed=["utf8", "integers"],
-            )
-        return index
 
 
 def _codes(texts: pa.DictionaryArray) -> Int64Array:

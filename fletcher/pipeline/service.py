@@ -27,6 +27,9 @@ from fletcher.telemetry import Telemetry
 OVERLOAD_RETRY_MS = 1000
 SEVERE_RETRY_MS = 5000
 DRAIN_RETRY_MS = 5000
+# Calls that have begun, for each stream that may be open: one that is silent takes a thread and
+# some 90 kB.
+_BEGUN_PER_STREAM = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Calls:
     def __init__(self, max_streams: int, telemetry: Telemetry) -> None:
         self.draining = threading.Event()
         self._max_streams = max_streams
-        self._num_open = 0
+        self._num_open = self._num_begun = 0
         self._changed = threading.Condition()
         telemetry.streams_open.watch(lambda: self._num_open)
 
@@ -71,6 +74,29 @@ class Calls:
     def share(self) -> float:
         """Of all places for streams, how much is taken."""
         return self._num_open / self._max_streams
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """A DoPut or DoExchange, which has no place as a stream as long as it sends nothing.
+
+        Raises:
+            DrainingError: The server is shutting down.
+            OverloadedError: So many are there that their threads alone would take too much.
+        """
+        self.check()
+        with self._changed:
+            if self._num_begun >= _BEGUN_PER_STREAM * self._max_streams:
+                raise OverloadedError(
+                    f"{self._num_begun} calls have begun, most of which send nothing; "
+                    "try again later",
+                    retry_after_ms=OVERLOAD_RETRY_MS,
+                )
+            self._num_begun += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_begun -= 1
 
     @contextmanager
     def stream(self) -> Iterator[None]:

@@ -309,6 +309,41 @@ def test_an_idle_client_holds_nobody_up(
     assert_rows(stored(place.vectors, dataset), numbers)
 
 
+def test_calls_that_only_begin_are_not_any_number_and_make_no_dataset(
+    place: Place, client: flight.FlightClient
+) -> None:
+    # Their threads had no bound; and a DoPut whose client went without a word took a place and
+    # made a dataset.
+    def num_begun(client: flight.FlightClient) -> int:
+        return int(sum(one["calls"] for one in action(client, "stats")["models"]))
+
+    dataset = next(names)
+    short = flight.FlightCallOptions(timeout=1)
+    silent = client.do_put(command(dataset=dataset), SCHEMA, short)
+    eventually(lambda: num_begun(client) == 1, "a DoPut has begun")
+    eventually(lambda: num_begun(client) == 0, "it has ended")
+    del silent
+    with pytest.raises(flight.FlightServerError) as missing:
+        client.get_flight_info(flight.FlightDescriptor.for_path(dataset))
+    assert error_of(missing.value)["code"] == "unknown_dataset"
+
+    with (
+        serving(place.argv("--max-streams", "1")) as server,
+        flight.connect(server.address) as crowd,
+    ):
+        calls = [crowd.do_exchange(command(), TIMEOUT) for _ in range(8)]
+        for writer, _ in calls:
+            writer.begin(SCHEMA)
+        eventually(lambda: num_begun(crowd) == 8, "8 calls have begun")
+        with pytest.raises(flight.FlightUnavailableError, match="have begun") as refused:
+            exchange(crowd, [rows(0, 1)], SCHEMA)
+        assert error_of(refused.value)["retry_after_ms"] > 0
+        for _, reader in calls:
+            reader.cancel()
+        eventually(lambda: num_begun(crowd) == 0, "they have ended")
+        assert len(exchange(crowd, [rows(0, 1)], SCHEMA)) == 1
+
+
 def test_two_hundred_clients_are_served_alike_and_leave_nothing_behind(
     server: ServerProcess, place: Place, client: flight.FlightClient
 ) -> None:

@@ -24,8 +24,8 @@ from pyarrow import flight
 
 import fletcher
 from fletcher.errors import InvalidCommandError
-from fletcher.flight.commands import encode_command
 from fletcher.runtime import Runtime
+from fletcher.v1.embed_pb2 import EmbedCommand
 from tests.integration.conftest import SMALL_PARTS, StartServer
 from tests.integration.flight_calls import TIMEOUT, command, error_of
 
@@ -128,7 +128,7 @@ def test_chunks_are_those_of_whole_texts(
 
 
 def test_a_chunk_comes_before_the_next_piece_is_sent(server: Runtime) -> None:
-    binary = encode_command(fletcher.EmbedOptions(**HOW, continuous=True))
+    binary = EmbedCommand(**HOW, continuous=True).SerializeToString()
     with calling(server, flight.FlightDescriptor.for_command(binary)) as call:
         said, found = call.send(("a", "It is so! Programs"))
         assert (said, found) == ([{"batch_id": 0, "errors": [], "last": True}], [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -94,6 +95,7 @@ def call(place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
         monkeypatch.setenv(name, place.environ[name])
 
     def run(*argv: str) -> Done:
+        gc.collect()  # a call that an earlier test left open says so when it is deleted
         capfd.readouterr()
         code = main(argv)
         return Done(code, *capfd.readouterr())

@@ -12,7 +12,6 @@ from pyarrow import flight
 from fletcher.errors import InvalidCommandError, UnknownFieldError
 from fletcher.flight.commands import (
     MAX_COMMAND_BYTES,
-    encode_command,
     encode_models,
     parse_command,
     parse_descriptor,
@@ -41,6 +40,10 @@ FULL = EmbedOptions(
     priority="interactive",
     store="s",
 )
+
+
+def encode_command(options):
+    return embed_pb2.EmbedCommand(**options.to_mapping()).SerializeToString()
 
 
 def test_message_and_options_have_the_same_fields():
