@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -94,6 +95,7 @@ def call(place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
         monkeypatch.setenv(name, place.environ[name])
 
     def run(*argv: str) -> Done:
+        gc.collect()  # a call that an earlier test left open says so when it is deleted
         capfd.readouterr()
         code = main(argv)
         return Done(code, *capfd.readouterr())
@@ -467,3 +469,10 @@ def test_doctor_names_what_is_broken(call: Call) -> None:
     assert done.code == 1
     assert "2 to fix" in done.out
     assert "Traceback" not in done.out + done.err
+
+
+def test_doctor_makes_no_store(call: Call, tmp_path: Path) -> None:
+    done = call("doctor", "--store", f"lance:{tmp_path / 'typo'}")
+    assert done.code == 0
+    assert "typo: not there yet" in done.out
+    assert not (tmp_path / "typo").exists()
