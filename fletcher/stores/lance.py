@@ -101,8 +101,8 @@ class LanceStore:
             make_folder(folder)
         except OSError as error:
             raise StoreError(
-                f"the store's folder {folder} cannot be made: {error.strerror}; give a folder "
-                "that can be written",
+                f"the store's folder {folder} cannot be made: {error.strerror}; give `store` "
+                "or `home` a folder that can be written",
                 field="store",
             ) from error
         if not os.access(folder, os.W_OK | os.X_OK):
