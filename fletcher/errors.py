@@ -232,6 +232,8 @@ def from_json(extra_info: bytes | str) -> FletcherError | None:
     try:
         fields = json.loads(extra_info)
         kind = BY_CODE[fields["code"]]
+        if not isinstance(fields.get("retry_after_ms") or 0, (int, float)):
+            return None
         return _rebuild(kind, fields)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None

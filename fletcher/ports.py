@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from fletcher.errors import ConfigError
@@ -28,8 +29,9 @@ def check_port(host: str, port: int, *, field: str = "port") -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
+        remedy = f"choose another `{field}`, 0 takes a free one"
+        if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+            remedy = "`host` is no address of this machine; 0.0.0.0 is all that it has"
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another `{field}`, "
-            "0 takes a free one",
-            field=field,
+            f"cannot listen on {host}:{port}: {error.strerror}; {remedy}", field=field
         ) from None

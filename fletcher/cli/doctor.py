@@ -252,9 +252,14 @@ def _engine(config: ServeConfig) -> Iterator[Finding]:
 
 
 def _stores(config: ServeConfig) -> Iterator[Finding]:
-    from fletcher.stores.address import open_store
+    from fletcher.stores.address import folder_of, open_store
 
     for name, address in config.store_addresses.items():
+        folder = folder_of(address)
+        if folder is not None and not folder.exists():
+            fix = "the first rows make it; if it should hold some, correct the address"
+            yield Finding("stores", name, "note", f"{address}: not there yet", fix)
+            continue
         try:
             store = open_store(address, timeout_s=10.0)
             try:

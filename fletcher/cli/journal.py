@@ -49,9 +49,16 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Shows, checks or replays; 1 where something is damaged."""
     root = read_config(args, os.environ, ("home",)).config.home / "journal"
-    if args.journal_command == "replay":
-        return _replay(root)
-    return _show(root, as_json=args.json, closely=args.journal_command == "verify")
+    try:
+        if args.journal_command == "replay":
+            return _replay(root)
+        return _show(root, as_json=args.json, closely=args.journal_command == "verify")
+    except PermissionError as error:
+        raise ConfigError(
+            f"the journal in {str(root)!r} cannot be read: {error.strerror}; run this as the user "
+            "that the server runs as",
+            field="home",
+        ) from None
 
 
 def _show(root: Path, *, as_json: bool, closely: bool) -> int:

@@ -268,6 +268,8 @@ def providers() -> list[str]:
 
 
 def _import() -> Any:
+    # Read when it is imported: it tells its maker of its use over the network unless told not to.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

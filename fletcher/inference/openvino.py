@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -200,6 +201,8 @@ def devices() -> dict[str, list[str]]:
 
 
 def _import() -> Any:
+    # It tells its maker of each import over the network, unless the module that does is missing.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino
     except ImportError as error:

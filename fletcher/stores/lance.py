@@ -27,10 +27,15 @@ from fletcher.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lance_repair import set_torn_versions_aside
-from fletcher.stores.lance_writer import LanceWriter, broken, distinct_keys
+from fletcher.stores.lance_writer import (
+    LanceWriter,
+    broken,
+    check_columns_to_be,
+    distinct_keys,
+)
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
-from fletcher.stores.schemas import check_columns, check_compatible, check_storable, new_fields
+from fletcher.stores.schemas import check_columns, check_compatible, new_fields
 from fletcher.stores.sync import make_folder, sync_path
 
 # LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata, 2 GiB read ahead a scan) suit a
@@ -96,8 +101,8 @@ class LanceStore:
             make_folder(folder)
         except OSError as error:
             raise StoreError(
-                f"the store's folder {folder} cannot be made: {error.strerror}; give a folder "
-                "that can be written",
+                f"the store's folder {folder} cannot be made: {error.strerror}; give `store` "
+                "or `home` a folder that can be written",
                 field="store",
             ) from error
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -118,7 +123,7 @@ class LanceStore:
         """See `Store.open_writer`. Columns that the dataset lacks are added to it, null so far."""
         check_dataset(dataset)
         _check_offered(schema, mode)
-        check_storable(schema)
+        check_columns_to_be(schema)
         lock = self._lock(dataset)
         try:
             self._mend(dataset)
@@ -365,14 +370,6 @@ def _check_offered(schema: pa.Schema, mode: WriteMode) -> None:
         raise InvalidCommandError(
             "`mode` is upsert and the rows have no `id` to replace by", field="mode"
         )
-    for name in schema.names:
-        # Lance takes some of these, and then does not find the column again.
-        if not name or any(character in name for character in ".`\0"):
-            raise InvalidCommandError(
-                f"a column is called {name[:200]!r}, which LanceDB cannot store: it has no name, "
-                "or a dot, a backtick or a zero in it; rename it",
-                field="columns",
-            )
 
 
 def _scan_rows(schema: pa.Schema) -> int:

@@ -16,10 +16,21 @@ import pyarrow as pa
 from pyarrow import types
 
 from fletcher.allocator import give_back
-from fletcher.errors import FletcherError, RequestError, StoreUnavailableError
+from fletcher.errors import (
+    FletcherError,
+    InvalidCommandError,
+    RequestError,
+    StoreUnavailableError,
+)
 from fletcher.stores.filters import quoted
 from fletcher.stores.lock import WriterLock
-from fletcher.stores.schemas import aligned, check_compatible, conform, last_of_each_id
+from fletcher.stores.schemas import (
+    aligned,
+    check_compatible,
+    check_storable,
+    conform,
+    last_of_each_id,
+)
 from fletcher.stores.sync import sync_path
 
 _log = logging.getLogger(__name__)
@@ -136,7 +147,8 @@ class LanceWriter:
             raise broken(self._dataset, error) from error
 
     def add_columns(self, fields: Sequence[pa.Field]) -> None:
-        """Adds columns, null in all rows so far."""
+        """Adds columns, null in all rows so far. Raises as `check_columns_to_be`."""
+        check_columns_to_be(pa.schema(list(fields)))
         self._join_compaction()
         try:
             self._table.add_columns(pa.schema(list(fields)))
@@ -252,6 +264,24 @@ class _SyncedFolder:
             if not self._known:
                 sync_path(str(self._folder.parent))
             self._known = present if settled else self._known & present
+
+
+def check_columns_to_be(schema: pa.Schema) -> None:
+    """Refuses columns that LanceDB cannot write, or not find again.
+
+    Raises:
+        ColumnTypeError: Of their type.
+        InvalidCommandError: Of their name.
+    """
+    check_storable(schema)
+    for name in schema.names:
+        # Lance takes some of these, and then does not find the column again.
+        if not name or any(character in name for character in ".`\0"):
+            raise InvalidCommandError(
+                f"a column is called {name[:200]!r}, which LanceDB cannot store: it has no name, "
+                "or a dot, a backtick or a zero in it; rename it",
+                field="columns",
+            )
 
 
 def distinct_keys(table: Any, condition: str | None = None) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,7 @@ from fletcher.config import (
     nearest,
 )
 from fletcher.errors import ConfigError
+from fletcher.ports import check_port
 from fletcher.resolution import resolve
 from fletcher.settings import parse_milliseconds, parse_seconds, parse_size
 
@@ -300,3 +302,12 @@ def test_the_environment_is_not_read_at_import() -> None:
         env=dict(os.environ),
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_a_host_that_is_not_here_is_told_from_a_port_that_is_taken(host: str) -> None:
+    with pytest.raises(ConfigError, match="`host` is no address of this machine"):
+        check_port(host, 8815)
+    said = pytest.raises(ConfigError, match="choose another `port`, 0")
+    with socket.create_server(("127.0.0.1", 0)) as taken, said:
+        check_port("127.0.0.1", taken.getsockname()[1])

@@ -469,3 +469,10 @@ def test_doctor_names_what_is_broken(call: Call) -> None:
     assert done.code == 1
     assert "2 to fix" in done.out
     assert "Traceback" not in done.out + done.err
+
+
+def test_doctor_makes_no_store(call: Call, tmp_path: Path) -> None:
+    done = call("doctor", "--store", f"lance:{tmp_path / 'typo'}")
+    assert done.code == 0
+    assert "typo: not there yet" in done.out
+    assert not (tmp_path / "typo").exists()

@@ -71,6 +71,7 @@ def test_the_models_of_another_home(
         (["show", "absent"], 1, "here are: none"),
         (["remove", "absent"], 1, "here are: none"),
         (["add", "/no/such/folder"], 1, "no such folder"),
+        (["add", "org/name"], 1, "did you mean hub:org/name?"),
         (["add"], 2, "source"),
         ([], 2, "COMMAND"),
     ],

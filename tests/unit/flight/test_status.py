@@ -74,6 +74,31 @@ def test_what_nobody_meant_to_send_stays_in_the_log(exc, caplog):
     assert "/srv" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"[]",
+        b'{"code": "nothing", "message": "m"}',
+        b'{"code": ["internal"], "message": "m"}',
+        b'{"code": "internal", "message": 5}',
+        b'{"code": "internal", "message": "m", "field": 5}',
+        b'{"code": "internal", "message": "m", "allowed": 5}',
+        b'{"code": "overloaded", "message": "m", "retry_after_ms": "soon"}',
+    ],
+)
+def test_what_is_no_error_of_ours_is_none(raw):
+    # Another server's `extra_info` is not to fail a client in the midst of telling its error.
+    assert errors.from_json(raw) is None
+
+
+def test_half_a_surrogate_pair_is_named_and_crosses_the_wire():
+    received = from_flight_error(
+        over_the_wire(errors.UnknownFieldError("`\ud800`", field="\ud800"))
+    )
+    assert (received.message, received.field) == ("`\\ud800`", "\\ud800")
+
+
 def test_a_flight_error_passes_through():
     raised = flight.FlightUnavailableError("x", extra_info=b"y")
     assert to_flight_error(raised) is raised

@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import os
 import queue
 import shutil
+import subprocess
 import sys
 import threading
 import types
@@ -355,3 +357,16 @@ def test_a_row_over_the_models_length_is_refused(backend, tiny_bundle):
     batch = micro_batch(random_rows([tiny_bundle.max_length + 1], 20))
     with pytest.raises(ValueError, match="the model takes 32"):
         backend.run(batch)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_tell_nobody_of_their_use(engine):
+    code = (
+        "import os, sys\n"
+        f"from fletcher.inference.{engine} import _import\n"
+        f"assert _import().__name__ == {engine!r}\n"
+        "assert sys.modules.get('openvino_telemetry') is None\n"
+        f"assert {engine!r} == 'openvino' or os.environ['ORT_DISABLE_TELEMETRY'] == '1'\n"
+    )
+    environ = {name: text for name, text in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environ, timeout=60)

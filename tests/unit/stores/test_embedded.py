@@ -268,6 +268,11 @@ def test_names_that_lance_cannot_find_again_are_refused(tmp_path, name):
     with pytest.raises(InvalidCommandError, match="rename it"):
         store.open_writer("d", rows.schema().append(pa.field(name, pa.int8())), "append")
     assert store.dataset("d") is None
+    writer = store.open_writer("d", rows.schema(), "append")
+    with pytest.raises(InvalidCommandError, match="rename it"):  # as `fletcher store` adds them
+        writer.add_columns([pa.field(name, pa.int8())])
+    writer.append([rows.batch(0, 2)])
+    writer.close()
 
 
 @pytest.mark.parametrize("mode", ["append", "upsert"])
