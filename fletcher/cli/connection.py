@@ -110,15 +110,20 @@ def local_config(args: argparse.Namespace, *, own_store: bool = False, **flags: 
 
 
 @contextlib.contextmanager
-def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Client]:
+def open_client(
+    args: argparse.Namespace, config: ServeConfig, *, max_retries: int | None = None
+) -> Iterator[Client]:
     """A client of the server that was asked for, or of one in this process until it is left.
+
+    Args:
+        max_retries: Of calls to a server elsewhere; None: the client's default.
 
     Raises:
         FletcherError: The server cannot be reached or started.
     """
     if args.server:
         refuse_local_flags(args)
-        with open_server(args, compression=args.compression) as client:
+        with open_server(args, args.compression, max_retries) as client:
             yield client
         return
     from fletcher.client import TransferOptions, connect
@@ -148,18 +153,23 @@ def open_client(args: argparse.Namespace, config: ServeConfig) -> Iterator[Clien
             yield client
 
 
-def open_server(args: argparse.Namespace, compression: str | None = None) -> Client:
+def open_server(
+    args: argparse.Namespace, compression: str | None = None, max_retries: int | None = None
+) -> Client:
     """A client of the server elsewhere; close it in the end.
 
     Raises:
         FletcherError: It cannot be reached, or does not let us in.
     """
-    from fletcher.client import TlsOptions, connect
+    from fletcher.client import TlsOptions, TransferOptions, connect
 
+    transfer = None if max_retries is None else TransferOptions(max_retries=max_retries)
     token = _read_token(args.token_file) if args.token_file else None
     tls = TlsOptions(ca=args.tls_ca) if args.tls_ca else None
     try:
-        return connect(args.server, token=token, tls=tls, compression=compression)
+        return connect(
+            args.server, token=token, tls=tls, transfer=transfer, compression=compression
+        )
     except UnauthenticatedError as error:
         raise UnauthenticatedError(
             f"{args.server} does not let us in: "

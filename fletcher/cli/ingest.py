@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fletcher.readers import Source
 
 SHOWN_ERRORS = 5
+# Some four minutes: a server elsewhere that is started again loads its model before it answers.
+MAX_RETRIES = 35
 
 
 def add_parser(subparsers: Any) -> None:
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         notice=_say,
     )
     started_s = time.monotonic()
-    with open_client(args, config) as client:
+    with open_client(args, config, max_retries=MAX_RETRIES) as client:
         started_s = time.monotonic()
         options = _with_prompt(client, options)
         try:

@@ -7,6 +7,7 @@ reads acknowledgements. So the caller is never stuck inside a call that cannot b
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -36,6 +37,8 @@ from fletcher.errors import (
 )
 from fletcher.flight.status import from_flight_error
 from fletcher.options import EmbedOptions
+
+_log = logging.getLogger(__name__)
 
 OnAck = Callable[[Ack], None]
 # How long a call that is being given up may take to end before it is left to its threads.
@@ -105,6 +108,8 @@ class Upload:
                 if failures > self._transfer.max_retries:
                     raise
                 known = False
+                if failures == 1:
+                    _log.warning("upload %s: %s; trying again", self._options.upload_id, error)
                 time.sleep(pause_s(self._transfer, failures, error))
 
     def _ask(self) -> list[tuple[int, int]]:

@@ -179,7 +179,7 @@ def test_a_server_that_never_acknowledges_is_given_up(monkeypatch):
 
 
 @pytest.mark.parametrize("lost", ["before", "after"])
-def test_a_broken_connection_is_resumed_where_the_server_is(lost):
+def test_a_broken_connection_is_resumed_where_the_server_is(lost, caplog):
     class Breaking(Behaving):
         broken = 0
 
@@ -200,6 +200,7 @@ def test_a_broken_connection_is_resumed_where_the_server_is(lost):
         assert stored(server, 500)
         assert server.calls == 3
         assert len({command["upload_id"] for command in server.commands}) == 1
+    assert f"upload {summary.upload_id}: gone; trying again" in caplog.text
 
 
 def test_a_call_that_ends_early_without_a_summary_is_resumed():
