@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import SIMILARITIES, TOKENIZER, Pooling, Similarity
+from fletcher.models.bundle import TOKENIZER
 from fletcher.models.files import is_inside, read_json
 from fletcher.models.kinds import Kind, read_kind
 from fletcher.models.safetensors import SafetensorsFile
+from fletcher.models.spec import SIMILARITIES, Pooling, Similarity
 
 _NO_LIMIT = 10**9  # transformers writes 1e30 for tokenizers that know no limit
 _SETTINGS = "config_sentence_transformers.json"

@@ -9,10 +9,10 @@ import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.bundle import Pooling
 from fletcher.models.checkpoint import Weights
 from fletcher.models.encoder import Array, Dense, Encoder, Tensors
 from fletcher.models.graph import GraphBuilder
+from fletcher.models.spec import Pooling
 from fletcher.models.transformer import MASKED_SCORE, MIN_NORM, TransformerWriter
 
 _STORED = "cls.predictions."

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import Output
 from fletcher.models.files import read_json
 from fletcher.models.markers import Queries, Skipped
+from fletcher.models.spec import Output
 
 # What the first ColBERT's own library writes beside a model.
 COLBERT = "artifact.metadata"

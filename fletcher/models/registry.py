@@ -11,18 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.errors import ModelError, UnknownModelError
-from fletcher.models.bundle import (
-    MANIFEST,
-    ModelBundle,
-    ModelSpec,
-    version_folder,
-    write_manifest,
-)
+from fletcher.models.bundle import ModelBundle, version_folder, write_manifest
 from fletcher.models.calibration import Calibration
 from fletcher.models.files import VERSION_NAME, check_name, locked
 from fletcher.models.sources import hub, package
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
 from fletcher.models.sources.onnx import build_from_onnx
+from fletcher.models.spec import MANIFEST, ModelSpec
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_HUB_SOURCE = "hub:sentence-transformers/all-MiniLM-L6-v2"

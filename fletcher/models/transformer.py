@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fletcher.models.architecture import NUM_BUCKETS, Architecture
-from fletcher.models.bundle import Pooling
 from fletcher.models.encoder import Array, Dense, Encoder, Tensors
 from fletcher.models.graph import HANDED_ON, HIDDEN, GraphBuilder
+from fletcher.models.spec import Pooling
 
 # Added to the scores of tokens that are not seen: exp of it is 0 in float32, and float16 and
 # bfloat16 can hold it.

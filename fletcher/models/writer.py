@@ -9,7 +9,7 @@ import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import Architecture
-from fletcher.models.bundle import LATE_GRAPH, ModelSpec, segment_file
+from fletcher.models.bundle import LATE_GRAPH, segment_file
 from fletcher.models.checkpoint import Checkpoint, DenseModule, Weights
 from fletcher.models.encoder import Dense, Tensors
 from fletcher.models.families import family_of
@@ -17,6 +17,7 @@ from fletcher.models.families.family import CheckpointTensors
 from fletcher.models.graph import GRAPH_FILE, GraphBuilder
 from fletcher.models.heads import MaskedHead, SparseWriter, TokenWriter, write_late
 from fletcher.models.markers import Queries, Skipped
+from fletcher.models.spec import ModelSpec
 from fletcher.models.transformer import TransformerWriter
 
 

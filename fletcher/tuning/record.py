@@ -19,7 +19,8 @@ from typing import Any
 from fletcher.errors import ConfigError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo
-from fletcher.models.bundle import MANIFEST, ModelBundle
+from fletcher.models.bundle import ModelBundle
+from fletcher.models.spec import MANIFEST
 from fletcher.tuning.candidates import BACKENDS, PRECISIONS, Asked, Candidate
 
 log = logging.getLogger(__name__)

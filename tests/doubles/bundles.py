@@ -7,7 +7,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from fletcher.models.bundle import MANIFEST, ModelBundle, _spec, write_manifest
+from fletcher.models.bundle import ModelBundle, write_manifest
+from fletcher.models.spec import MANIFEST, ModelSpec
 
 
 def another(bundle: ModelBundle, folder: Path, name: str, weights: str) -> ModelBundle:
@@ -16,5 +17,5 @@ def another(bundle: ModelBundle, folder: Path, name: str, weights: str) -> Model
     manifest = json.loads((folder / MANIFEST).read_text())
     for field in ("format", "name", "hash", "files"):
         del manifest[field]
-    write_manifest(folder, name, replace(_spec(manifest), weights_sha256=weights))
+    write_manifest(folder, name, replace(ModelSpec.parse(manifest), weights_sha256=weights))
     return ModelBundle.load(folder)

@@ -11,11 +11,11 @@ import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.architecture import NUM_BUCKETS, Architecture
-from fletcher.models.bundle import Output
 from fletcher.models.checkpoint import Weights
 from fletcher.models.config_json import Config
 from fletcher.models.encoder import Array
 from fletcher.models.kinds import COLBERT
+from fletcher.models.spec import Output
 
 # A tensor of a checkpoint, or as many equal parts of its rows: the name, which part, of how many.
 Stored = str | tuple[str, int, int]

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import TOKENIZER, ModelSpec
+from fletcher.models.bundle import TOKENIZER
 from fletcher.models.checkpoint import Checkpoint
 from fletcher.models.kinds import with_markers
+from fletcher.models.spec import ModelSpec
 from fletcher.models.writer import write_model
 
 Progress = Callable[[str], None]

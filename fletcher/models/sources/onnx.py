@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import GRAPH_INPUTS, MANIFEST, TOKENIZER, GraphOutput, ModelSpec
+from fletcher.models.bundle import TOKENIZER
 from fletcher.models.checkpoint import Checkpoint
 from fletcher.models.files import is_inside, sha256
 from fletcher.models.protowire import Message, WireError
 from fletcher.models.sources.folder import Progress
+from fletcher.models.spec import GRAPH_INPUTS, MANIFEST, GraphOutput, ModelSpec
 
 # Field numbers of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 _MODEL_GRAPH, _MODEL_FUNCTIONS, _FUNCTION_NODE = 7, 25, 7

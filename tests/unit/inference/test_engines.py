@@ -22,7 +22,8 @@ from fletcher.inference import openvino
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.openvino import OpenVinoBackend
-from fletcher.models.bundle import ModelSpec, write_manifest
+from fletcher.models.bundle import write_manifest
+from fletcher.models.spec import ModelSpec
 
 ENGINES = ["onnxruntime", "openvino"]
 VOCABULARY, DIM = 50, 4

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import MANIFEST
 from fletcher.models.calibration import CALIBRATION, Calibration, Cut
 from fletcher.models.registry import Registry
+from fletcher.models.spec import MANIFEST
 from fletcher.quantization import Ranges
 from tests.conftest import GOLDEN
 

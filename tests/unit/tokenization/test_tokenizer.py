@@ -13,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 
 from fletcher.batches import TextBatch
 from fletcher.errors import InvalidCommandError, ModelError, RowTooLargeError
-from fletcher.models.bundle import ModelSpec, write_manifest
+from fletcher.models.bundle import write_manifest
+from fletcher.models.spec import ModelSpec
 from fletcher.tokenization import tokenizer as tokenizer_module
 from fletcher.tokenization.shorten import Shortener
 from fletcher.tokenization.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from fletcher.errors import ConfigError
-from fletcher.models.bundle import MANIFEST
+from fletcher.models.spec import MANIFEST
 from fletcher.tuning import record as records
 from fletcher.tuning.candidates import Asked, Candidate
 from fletcher.tuning.decision import decide
