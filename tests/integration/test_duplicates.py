@@ -124,6 +124,19 @@ def test_a_text_is_stored_once(client: flight.FlightClient, served: Served) -> N
     assert served.rows(fields["dataset"]).column("id").to_pylist() == [*range(150), 900]
 
 
+def test_duplicates_behind_rows_that_are_sent_again(
+    client: flight.FlightClient, served: Served
+) -> None:
+    """Of one piece, whose places are counted from its first new row on."""
+    fields = {"dataset": next(names), "upload_id": "u", "store": served.name, "dedupe": "id"}
+    put(client, [rows(0, 50)], SCHEMA, durability="store", **fields)
+    ids = [*range(50), *range(30, 80)]
+    batch = pa.record_batch({"id": ids, "text": [text_of(one) for one in ids]}, SCHEMA)
+    summary = put(client, [batch], SCHEMA, end=100, durability="store", **fields)[-1]
+    assert (summary["complete"], summary["rows_deduplicated"]) == (True, 50 + 20)
+    assert served.rows(fields["dataset"]).column("id").to_pylist() == list(range(80))
+
+
 def test_delta_replaces_what_changed_or_is_refused_in_its_own_name(
     client: flight.FlightClient, served: Served
 ) -> None:
