@@ -364,11 +364,19 @@ class Lent:
     """A thread that waits, and does what it is given when it may."""
 
     def __init__(self) -> None:
-        self.work: list[Callable[[], None]] = []
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def lend(self, work: Callable[[], None]) -> bool:
-        self.work.append(work)
+        self._work.put(work)
         return True
+
+    def take(self) -> Callable[[], None]:
+        """What it is given, perhaps by another thread of the pool, which was about giving."""
+        return self._work.get(timeout=30)
+
+    @property
+    def is_free(self) -> bool:
+        return self._work.empty()
 
 
 def pid(_: Any) -> int:
@@ -380,10 +388,11 @@ def test_a_lent_thread_does_urgent_work_where_no_worker_has_any(tmp_path: Path) 
     lent = Lent()
     with running_both(inline=pid) as (pool, submit):
         here = submit("pid", urgent=True, lend=lent.lend)
+        work = lent.take()
         assert pool.statistics()[0]["in_flight"] == 0
         # It is taken: another goes to a worker, at once.
         assert submit("pid", urgent=True, lend=lent.lend).wait() in pool.process_ids()
-        lent.work.pop()()
+        work()
         assert here.wait() == os.getpid()
         assert here.job.worker == "echo-0"  # in whose name it is counted
         # So do those that nobody waits for alone, and those beside other work.
@@ -395,9 +404,9 @@ def test_a_lent_thread_does_urgent_work_where_no_worker_has_any(tmp_path: Path) 
         gate.touch()
         other.wait()
         here = submit("pid", urgent=True, lend=lent.lend)
-        lent.work.pop()()
+        lent.take()()
         assert here.wait() == os.getpid()
-        assert not lent.work
+        assert lent.is_free
 
 
 def test_what_fails_in_this_process_is_done_by_a_worker() -> None:
@@ -408,7 +417,7 @@ def test_what_fails_in_this_process_is_done_by_a_worker() -> None:
     with running_both(inline=fails) as (pool, submit):
         for _ in range(2):
             answer = submit("pid", urgent=True, lend=lent.lend)
-            lent.work.pop()()
+            lent.take()()
             assert answer.wait() in pool.process_ids()
             assert answer.calls == 1
 
