@@ -222,11 +222,6 @@ class EmbedStream:
             self._changed.notify_all()
         self._allowance.close()
 
-    @property
-    def num_pending(self) -> int:
-        """Submissions whose results were not taken yet."""
-        return len(self._tickets)
-
     def _go_on(self, seam: Seam, carry: Carry | FletcherError | None) -> None:
         """A part of a text was cut, or failed: the next part follows, or all that are here fail."""
         while True:
