@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,9 @@ from fletcher.options import EmbedOptions
 from fletcher.pipeline.documents import DocumentIntake
 from fletcher.pipeline.intake import Intake
 from fletcher.pipeline.models import Model
+from fletcher.pipeline.piece import Piece
 from fletcher.pipeline.service import Request
+from fletcher.pipeline.stream import EmbedStream
 
 # The caller's trace, as `Telemetry.extract` found it in the headers.
 Trace = Any
@@ -137,6 +139,12 @@ def intake(
         taken=request.taken,
         half=model.half(request.spec),
     )
+
+
+def submit(stream: EmbedStream, pieces: Iterable[Piece]) -> None:
+    """Hands pieces in, each to come back with its vectors; blocks as `EmbedStream.submit` does."""
+    for piece in pieces:
+        stream.submit(piece.texts, piece, num_bytes=piece.num_bytes, priority=piece.priority)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from fletcher.flight.call import (
     read_messages,
     read_schema,
     started,
+    submit,
     writing,
 )
 from fletcher.flight.messages import MAX_REPORTED_ERRORS, row_errors
@@ -130,9 +130,9 @@ def _exchange(
                         keep=stream.keep,
                         ends=message.metadata.document_end,
                     )
-                    _submit(stream, pieces)
+                    submit(stream, pieces)
                 if not context.is_cancelled():
-                    _submit(stream, source.rest())
+                    submit(stream, source.rest())
             except Exception as error:  # noqa: BLE001 - raised once earlier batches are answered
                 refusal = error
             if context.is_cancelled():
@@ -143,11 +143,6 @@ def _exchange(
                 raise refusal
         finally:
             stream.close()
-
-
-def _submit(stream: EmbedStream, pieces: Iterable[Piece]) -> None:
-    for piece in pieces:
-        stream.submit(piece.texts, piece, num_bytes=piece.num_bytes, priority=piece.priority)
 
 
 class _Answers:

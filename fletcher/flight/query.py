@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
-from fletcher.flight.call import Helper, Trace
+from fletcher.flight.call import Helper, Trace, submit
 from fletcher.options import EmbedOptions
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.intake import Intake
@@ -84,9 +84,9 @@ def _embed(
         try:
             pieces = list(source.pieces(batch, 0, 0))
             if len(pieces) == 1:
-                _submit(stream, pieces)
+                _send(stream, pieces)
             else:  # the last may find room when the first have left, and not before
-                Helper("embed-submit", partial(_submit, stream, pieces), lambda _: stream.close())
+                Helper("embed-submit", partial(_send, stream, pieces), lambda _: stream.close())
             for result in stream.results():
                 output = assembler.assemble(result.context, result.embeddings)
                 assert output is not None  # no text is cut
@@ -101,7 +101,6 @@ def _embed(
     return answer
 
 
-def _submit(stream: EmbedStream, pieces: list[Piece]) -> None:
-    for piece in pieces:
-        stream.submit(piece.texts, piece, num_bytes=piece.num_bytes, priority=piece.priority)
+def _send(stream: EmbedStream, pieces: list[Piece]) -> None:
+    submit(stream, pieces)
     stream.end()

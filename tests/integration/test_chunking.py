@@ -335,10 +335,9 @@ def test_a_document_may_be_larger_than_the_budget(
     assert "".join(stored.column("text").to_pylist()) == text
 
 
-def test_rows_of_many_chunks_share_the_memory_that_there_is(
-    server: Runtime, client: fletcher.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Every stream kept as much as it liked, beside the budget.
+@pytest.fixture
+def peaks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The most that rows have taken of the memory budget so far, its only item."""
     peaks = [0]
     add = Allowance._add_row
 
@@ -347,6 +346,13 @@ def test_rows_of_many_chunks_share_the_memory_that_there_is(
         peaks.append(max(peaks.pop(), allowance._budget._rows_used))
 
     monkeypatch.setattr(Allowance, "_add_row", counted)
+    return peaks
+
+
+def test_rows_of_many_chunks_share_the_memory_that_there_is(
+    server: Runtime, client: fletcher.Client, peaks: list[int]
+) -> None:
+    # Every stream kept as much as it liked, beside the budget.
     texts = [text_of(70_000, seed) for seed in (3, 7)]
     table = pa.table({"id": pa.array(range(2), pa.int64()), "text": texts})
     options = fletcher.EmbedOptions(chunking="tokens:16:none", dtype="float16", durability="store")
@@ -373,17 +379,9 @@ def test_rows_of_many_chunks_share_the_memory_that_there_is(
 
 
 def test_what_chunks_have_of_their_rows_is_in_the_memory_that_there_is(
-    server: Runtime, client: fletcher.Client, monkeypatch: pytest.MonkeyPatch
+    server: Runtime, client: fletcher.Client, peaks: list[int]
 ) -> None:
     # A row's columns came once for each of its chunks, and were counted once.
-    peaks = [0]
-    add = Allowance._add_row
-
-    def counted(allowance: Allowance, num_bytes: int) -> None:
-        add(allowance, num_bytes)
-        peaks.append(max(peaks.pop(), allowance._budget._rows_used))
-
-    monkeypatch.setattr(Allowance, "_add_row", counted)
     columns = {"text": [text_of(300)] * 30, "note": ["n" * 12_000] * 30}
     table = pa.table(columns | {"id": pa.array(range(30), pa.int64())})
     options = fletcher.EmbedOptions(

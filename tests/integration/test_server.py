@@ -349,15 +349,20 @@ def test_a_zstd_batch_that_decodes_to_1_5_gb_is_refused(client: flight.FlightCli
     put(client, [rows(0, 3)], SCHEMA, dataset=next(names))
 
 
+def refused_metadata(client: flight.FlightClient, raw: bytes) -> dict[str, Any]:
+    """The error of a DoPut whose batch comes with this."""
+    writer, reader = client.do_put(command(dataset=next(names)), SCHEMA, TIMEOUT)
+    with pytest.raises(flight.FlightServerError) as caught, writer:
+        writer.write_with_metadata(rows(0, 1), raw)
+        writer.done_writing()
+        while reader.read() is not None:
+            pass
+    return error_of(caught.value)
+
+
 def test_bad_app_metadata(client: flight.FlightClient) -> None:
     for raw in (b"nonsense", b"[1]", b'{"row_offset": -1}', b'{"end": true}', b'{"what": 1}'):
-        writer, reader = client.do_put(command(dataset=next(names)), SCHEMA, TIMEOUT)
-        with pytest.raises(flight.FlightServerError) as caught, writer:
-            writer.write_with_metadata(rows(0, 1), raw)
-            writer.done_writing()
-            while reader.read() is not None:
-                pass
-        assert error_of(caught.value)["code"] == "invalid_command"
+        assert refused_metadata(client, raw)["code"] == "invalid_command"
 
 
 @pytest.mark.parametrize(
@@ -367,14 +372,9 @@ def test_app_metadata_that_is_hard_to_say_no_to(
     client: flight.FlightClient, raw: bytes, said: str
 ) -> None:
     # Half a surrogate pair could not be repeated in UTF-8: the error came without `extra_info`.
-    writer, reader = client.do_put(command(dataset=next(names)), SCHEMA, TIMEOUT)
-    with pytest.raises(flight.FlightServerError) as caught, writer:
-        writer.write_with_metadata(rows(0, 1), raw)
-        writer.done_writing()
-        while reader.read() is not None:
-            pass
-    assert error_of(caught.value)["field"] == "app_metadata"
-    assert said in error_of(caught.value)["message"]
+    error = refused_metadata(client, raw)
+    assert error["field"] == "app_metadata"
+    assert said in error["message"]
 
 
 def test_refusals_of_calls_that_pyarrow_answers_its_own_way(client: flight.FlightClient) -> None:
