@@ -19,19 +19,19 @@ from benchmarks.jobs import JobError
 from benchmarks.pools import Held, through_pool
 from benchmarks.receiving import intake
 from benchmarks.serving import listening
-from fletcher.batches import EmbeddingBatch
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
+from fletcher.core.batches import EmbeddingBatch
+from fletcher.core.command import EmbedCommand
+from fletcher.core.schema import VectorSpec, output_schema
+from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.lane import DeliveryConfig
 from fletcher.delivery.rows import Rows
-from fletcher.models.bundle import ModelBundle
-from fletcher.options import EmbedOptions
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.pipeline.assembly import Assembler
-from fletcher.pipeline.piece import Piece
-from fletcher.planning.planner import plan
-from fletcher.schema import VectorSpec, output_schema
+from fletcher.pipeline.input.row_slice import RowSlice
+from fletcher.pipeline.planner import plan
 from fletcher.stores.address import open_store
-from fletcher.telemetry import Telemetry
+from fletcher.telemetry.tracing import Telemetry
 from fletcher.tokenization.worker import TokenizerConfig
 from fletcher.workers.messages import WorkerSpec
 
@@ -54,7 +54,7 @@ class Load:
 
     bundle: ModelBundle
     batches: list[pa.RecordBatch]
-    pieces: list[Piece]
+    row_slices: list[RowSlice]
     lengths: npt.NDArray[np.int64]
 
     @classmethod
@@ -63,12 +63,12 @@ class Load:
     ) -> Load:
         """Cuts batches into pieces."""
         source = intake(batches[0].schema)
-        pieces: list[Piece] = []
+        row_slices: list[RowSlice] = []
         row_first = 0
         for index, batch in enumerate(batches):
-            pieces += source.pieces(batch, index, row_first)
+            row_slices += source.row_slices(batch, index, row_first)
             row_first += batch.num_rows
-        return cls(bundle, batches, pieces, lengths)
+        return cls(bundle, batches, row_slices, lengths)
 
     @property
     def num_rows(self) -> int:
@@ -105,7 +105,7 @@ def _send(client: flight.FlightClient, batches: Sequence[pa.RecordBatch]) -> int
 def tokenize(load: Load, num_workers: int, *, transfer: bool) -> Timing:
     """Tokenizer processes; `transfer`: texts go to them and tokens come back, as in a server."""
     folder = str(load.bundle.folder)
-    texts = tuple(piece.texts for piece in load.pieces)
+    texts = tuple(row_slice.texts for row_slice in load.row_slices)
     factory, config = "fletcher.tokenization.worker:load", TokenizerConfig(folder)
     held = Held(folder, texts)
     specs = [
@@ -119,7 +119,7 @@ def tokenize(load: Load, num_workers: int, *, transfer: bool) -> Timing:
 
 def library(load: Load, num_workers: int) -> Timing:
     """The tokenizer's library by itself in processes that have the texts."""
-    held = Held(str(load.bundle.folder), tuple(piece.texts for piece in load.pieces))
+    held = Held(str(load.bundle.folder), tuple(row_slice.texts for row_slice in load.row_slices))
     specs = [
         WorkerSpec(f"tokenizer-{n}", "benchmarks.pools:hold_library", held)
         for n in range(num_workers)
@@ -163,25 +163,25 @@ def deliver(load: Load) -> Timing:
         bundle.normalize,
     )
     schema = output_schema(spec, id_type=pa.int64(), text=True)
-    outcomes = [_vectors(piece, bundle.dim) for piece in load.pieces]
+    outcomes = [_vectors(row_slice, bundle.dim) for row_slice in load.row_slices]
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
         store = open_store(f"lance:{scratch}")
         delivery = Delivery({"default": store}, config, Telemetry())
         try:
             started, cpu_started = time.perf_counter(), time.process_time()
-            upload, route = delivery.open(EmbedOptions(dataset="bench", durability="store"), schema)
+            upload, sink = delivery.open(EmbedCommand(dataset="bench", durability="store"), schema)
             assembler = Assembler(schema, spec, upload.upload_id)
-            for piece, outcome in zip(load.pieces, outcomes, strict=True):
-                batch = assembler.assemble(piece, outcome).batch
-                upload.claim(piece.row_first, piece.row_first + piece.num_rows - 1)
-                route.put(Rows.of(upload, batch, piece.row_first, (), lambda: None))
-            route.hurry()
+            for row_slice, outcome in zip(load.row_slices, outcomes, strict=True):
+                batch = assembler.assemble(row_slice, outcome).batch
+                upload.claim(row_slice.row_first, row_slice.row_first + row_slice.num_rows - 1)
+                sink.put(Rows.of(upload, batch, row_slice.row_first, (), lambda: None))
+            sink.hurry()
             with upload.changed:
                 upload.changed.wait_for(
                     lambda: upload.in_flight == 0 or upload.failure is not None, _STORED_TIMEOUT_S
                 )
             timing = Timing(time.perf_counter() - started, time.process_time() - cpu_started)
-            delivery.close(upload, route)
+            delivery.close(upload, sink)
             info = store.dataset("bench")
             if info is None or info.num_rows != load.num_rows:
                 raise JobError(f"not all of {load.num_rows} rows were stored: {upload.failure}")
@@ -190,9 +190,9 @@ def deliver(load: Load) -> Timing:
     return timing
 
 
-def _vectors(piece: Piece, dim: int) -> EmbeddingBatch:
+def _vectors(row_slice: RowSlice, dim: int) -> EmbeddingBatch:
     """Any vectors of length 1."""
-    num_texts = piece.texts.num_texts
+    num_texts = row_slice.texts.num_texts
     vectors = np.random.default_rng(0).standard_normal((num_texts, dim), dtype=np.float32)
     norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
     return EmbeddingBatch(

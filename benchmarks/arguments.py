@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.corpus import ROOT
 from benchmarks.random_model import Shape
-from fletcher.config import fletcher_home
-from fletcher.models.registry import DEFAULT_MODEL
+from fletcher.config.server import fletcher_home
+from fletcher.models.bundle.registry import DEFAULT_MODEL
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import MicroBatch
+from fletcher.core.batches import MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.graph_io import LENGTH_GRID
-from fletcher.planning.planner import plan
+from fletcher.pipeline.planner import plan
 
 # As the server plans, but for all texts at once.
 MAX_BATCH_ROWS = 1024

@@ -23,10 +23,10 @@ from benchmarks.corpus import ROOT, numbered
 from benchmarks.engines import configure, run_bare, save_tokens
 from benchmarks.jobs import JobError, run_job
 from benchmarks.serving import Served, serve
-from fletcher import EmbedOptions, connect
+from fletcher import EmbedCommand, connect
 from fletcher.errors import BackendError, ModelError
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import DEFAULT_MODEL
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import DEFAULT_MODEL
 from fletcher.models.sources import package
 
 BATCH_SIZES = (16, 32, 64)
@@ -224,10 +224,10 @@ def fletcher(task: Task) -> Measure:
     def measure() -> Measurement:
         warm_up, batches = _batches(task)
         with _serving(task) as served, connect(served.address) as client:
-            client.put(warm_up, EmbedOptions(dataset="warm-up", durability="store"))
+            client.put(warm_up, EmbedCommand(dataset="warm-up", durability="store"))
             started = time.perf_counter()
             cpu_started = time.process_time() + served.cpu_seconds()
-            summary = client.put(batches, EmbedOptions(dataset=_DATASET, durability="store"))
+            summary = client.put(batches, EmbedCommand(dataset=_DATASET, durability="store"))
             num_rows = served.count(_DATASET)
             seconds = time.perf_counter() - started
             cpu_seconds = time.process_time() + served.cpu_seconds() - cpu_started
@@ -246,7 +246,7 @@ def fletcher_exchange(task: Task) -> Measure:
     """A fresh server without a store; from a client's first write until it has read all vectors."""
 
     def measure() -> Measurement:
-        asked = EmbedOptions(dtype="float32", priority="bulk")
+        asked = EmbedCommand(dtype="float32", priority="bulk")
         warm_up, batches = _batches(task)
         with _serving(task, with_store=False) as served, connect(served.address) as client:
             list(client.exchange(warm_up, asked))

@@ -16,7 +16,7 @@ from benchmarks.corpus import Corpus
 from benchmarks.jobs import JobError
 from benchmarks.serving import Served, serve
 from benchmarks.setting import Setting
-from fletcher import EmbedOptions, connect
+from fletcher import EmbedCommand, connect
 
 _DATASET = "bench"
 _STORED_TIMEOUT_S = 600.0
@@ -112,7 +112,7 @@ def _upload(served: Served, corpus: Corpus, way: Way, num_rows: int, batch_rows:
     batches = list(corpus.recombined(num_rows, batch_rows=batch_rows))
     with connect(served.address) as client:
         started = time.perf_counter()
-        client.put(iter(batches), EmbedOptions(dataset=_DATASET, durability=way.durability))
+        client.put(iter(batches), EmbedCommand(dataset=_DATASET, durability=way.durability))
         while (stored := served.count(_DATASET)) < num_rows:
             if time.perf_counter() - started > _STORED_TIMEOUT_S:
                 raise JobError(f"{way.name}: {stored} of {num_rows} rows are in the store")

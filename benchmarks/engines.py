@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.jobs import run_job
-from fletcher.batches import TextBatch
+from fletcher.core.batches import TextBatch
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import resolve
 from fletcher.inference.host import detect_host
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tokenization.tokenizer import Tokenizer
 
 # Backends and precisions that are measured by themselves, where they can run.

@@ -32,11 +32,11 @@ from benchmarks.engines import ENGINES, configure, title
 from benchmarks.jobs import run_job
 from benchmarks.random_model import Shape, write_checkpoint
 from benchmarks.setting import Setting
-from fletcher.batches import MicroBatch
+from fletcher.core.batches import MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference.backend import Backend, BackendConfig
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
 
 _ROW_TOKENS = 64
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from benchmarks.bare import run_all
 from fletcher.inference.backend import BackendConfig
-from fletcher.models.graph import GRAPH_FILE, GraphBuilder
+from fletcher.models.onnx.graph import GRAPH_FILE, GraphBuilder
 
 Run = Callable[[npt.NDArray[np.float32]], None]
 

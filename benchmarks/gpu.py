@@ -40,13 +40,13 @@ from benchmarks.latency import percentiles
 from benchmarks.random_model import Shape, write_checkpoint
 from benchmarks.serving import serve
 from benchmarks.setting import Setting
-from fletcher import EmbedOptions, connect
+from fletcher import EmbedCommand, connect
 from fletcher.errors import FletcherError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
 from fletcher.inference.host import HostInfo, detect_host
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
 
 GOLDEN = ROOT / "tests" / "golden" / "minilm.parquet"
 QUICK_TEXTS, TEXTS = 2000, 20_000
@@ -365,10 +365,10 @@ def _end_to_end(subject: Subject) -> dict[str, Any]:
             started = time.perf_counter()
             if with_store:
                 dataset = f"{_DATASET}-{turn}"
-                client.put(batches, EmbedOptions(dataset=dataset, durability="store"))
+                client.put(batches, EmbedCommand(dataset=dataset, durability="store"))
                 num_rows = served.count(dataset)
             else:
-                exchange = client.exchange(batches, EmbedOptions(dtype="float16"))
+                exchange = client.exchange(batches, EmbedCommand(dtype="float16"))
                 num_rows = sum(batch.num_rows for batch in exchange)
             seconds.append(time.perf_counter() - started)
             if num_rows != len(subject.texts):

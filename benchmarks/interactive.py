@@ -20,14 +20,14 @@ import pyarrow as pa
 from pyarrow import flight
 
 from benchmarks.jobs import JobError
-from fletcher import EmbedOptions
+from fletcher import EmbedCommand
 
 WARM_UP_REQUESTS = 20
 _ANSWER_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
-class Window:
+class BatchWindow:
     """What happened in some seconds of bulk load.
 
     Attributes:
@@ -61,7 +61,7 @@ def one_by_one(address: str, texts: list[str], num_requests: int) -> list[float]
     return times[WARM_UP_REQUESTS:]
 
 
-def alone(address: str, seconds: float) -> Window:
+def alone(address: str, seconds: float) -> BatchWindow:
     """The bulk load by itself."""
     with flight.connect(address) as client:
         before, started = _devices(client), time.perf_counter()
@@ -71,7 +71,7 @@ def alone(address: str, seconds: float) -> Window:
 
 def beside(
     address: str, texts: list[str], seconds: float, per_second: float, rng: np.random.Generator
-) -> Window:
+) -> BatchWindow:
     """Requests beside the bulk load, one at a random moment of each 1 / `per_second` seconds."""
     num_requests = max(1, round(seconds * per_second))
     due_s = (np.arange(num_requests) + rng.random(num_requests)) / per_second
@@ -117,18 +117,18 @@ def _window(
     started: float,
     own_tokens: int = 0,
     times: Sequence[float] = (),
-) -> Window:
+) -> BatchWindow:
     """From what the counters said at its start, and say now."""
     tokens, busy_s = _devices(client)
     elapsed = time.perf_counter() - started
     runs = sum(one["concurrency"] for one in _stats(client)["replicas"])
     busy = (busy_s - before[1]) / (elapsed * runs)
-    return Window(elapsed, tokens - before[0] - own_tokens, busy, list(times))
+    return BatchWindow(elapsed, tokens - before[0] - own_tokens, busy, list(times))
 
 
 @contextmanager
 def _exchange(address: str) -> Iterator[tuple[Any, Any]]:
-    command = EmbedOptions(priority="interactive", dtype="float32").to_json()
+    command = EmbedCommand(priority="interactive", dtype="float32").to_json()
     with flight.connect(address) as client:
         writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(command))
         writer.begin(pa.schema([("text", pa.utf8())]))

@@ -24,7 +24,7 @@ from benchmarks.arguments import add_common, positive, seconds
 from benchmarks.bare import PAUSE_S
 from benchmarks.corpus import ROOT
 from benchmarks.engines import configure, run_bare, save_tokens
-from benchmarks.interactive import Window, alone, beside, busy_load, one_by_one
+from benchmarks.interactive import BatchWindow, alone, beside, busy_load, one_by_one
 from benchmarks.jobs import JobError, clean_environment
 from benchmarks.serving import serve
 from benchmarks.setting import Setting
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _loaded(
     address: str, texts: list[str], args: argparse.Namespace
-) -> list[tuple[Window, Window]]:
+) -> list[tuple[BatchWindow, BatchWindow]]:
     """Windows of bulk load without requests and with them, in turn."""
     rng = np.random.default_rng(0)
     return [

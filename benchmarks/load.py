@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from benchmarks.corpus import Corpus
-from fletcher import EmbedOptions, connect
+from fletcher import EmbedCommand, connect
 from fletcher.client import Ack
 
 BATCH_ROWS = 1000
@@ -37,7 +37,7 @@ def main() -> None:
 
     rows = Corpus.load(Path(corpus[0]) if corpus else None).recombined(None, batch_rows=BATCH_ROWS)
     with connect(address) as client:
-        client.put(rows, EmbedOptions(dataset="load", durability="store"), on_ack=on_ack)
+        client.put(rows, EmbedCommand(dataset="load", durability="store"), on_ack=on_ack)
 
 
 if __name__ == "__main__":

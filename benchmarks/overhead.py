@@ -23,7 +23,7 @@ from benchmarks.corpus import Corpus
 from benchmarks.jobs import JobError
 from benchmarks.serving import Served, serve
 from benchmarks.setting import Setting
-from fletcher import EmbedOptions, connect
+from fletcher import EmbedCommand, connect
 from fletcher.client import Ack
 
 SAMPLE_INTERVAL_S = 0.25
@@ -51,7 +51,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Turn:
+class DedupeDecision:
     """One upload.
 
     Attributes:
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
                 alone.tokenize, load, cores, transfer=False
             ),
         }
-    turns: dict[str, list[Turn]] = {name: [] for name in served}
+    turns: dict[str, list[DedupeDecision]] = {name: [] for name in served}
     bare_rates: dict[str, list[float]] = {name: [] for name in bare}
     for _ in range(args.repeats):
         _take_turns(served, turns, lambda turn: args.rows / turn.seconds)
@@ -166,7 +166,7 @@ def _bare_rate(measure: Callable[[], alone.Timing], num_rows: int) -> float:
     return num_rows / measure().seconds
 
 
-def _serve(args: argparse.Namespace, corpus: Corpus, model: str, *options: str) -> Turn:
+def _serve(args: argparse.Namespace, corpus: Corpus, model: str, *options: str) -> DedupeDecision:
     """One upload to a server of its own."""
     arguments = ("--backend", "null", *options)
     with serve(args.home, model, *arguments, arguments=args.serve_args) as served:
@@ -180,7 +180,7 @@ def _serve(args: argparse.Namespace, corpus: Corpus, model: str, *options: str) 
         if (stored := served.count(_DATASET)) != args.rows:
             raise JobError(f"{stored} of {args.rows} rows are in the store")
     front_bytes = {"start": start, "peak": end["peak"], "end": end["now"]}
-    return Turn(seconds, text_bytes, spent, front_bytes, moments)
+    return DedupeDecision(seconds, text_bytes, spent, front_bytes, moments)
 
 
 def _cpu_seconds(served: Served) -> dict[str, float]:
@@ -197,7 +197,7 @@ def _upload(served: Served, batches: Iterator[pa.RecordBatch]) -> tuple[list[Mom
         with _sampled(served, progress, started) as moments:
             client.put(
                 progress.count(batches),
-                EmbedOptions(dataset=_DATASET, durability="store"),
+                EmbedCommand(dataset=_DATASET, durability="store"),
                 on_ack=progress.on_ack,
             )
             served.count(_DATASET)
@@ -231,7 +231,7 @@ def _sampled(served: Served, progress: _Progress, started: float) -> Iterator[li
     look()
 
 
-def _row(name: str, num_rows: int, turns: list[Turn]) -> dict[str, Any]:
+def _row(name: str, num_rows: int, turns: list[DedupeDecision]) -> dict[str, Any]:
     """The medians of an upload's turns."""
     cpu = {
         who: statistics.median(1e6 * turn.cpu_seconds[who] / num_rows for turn in turns)
@@ -268,7 +268,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return report.table([*header, *cpu_header], lines)
 
 
-def _over_time(name: str, turn: Turn) -> str:
+def _over_time(name: str, turn: DedupeDecision) -> str:
     """Memory while an upload went on."""
     moments = turn.moments
     step = max(1, -(-len(moments) // MAX_LINES))

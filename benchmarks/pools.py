@@ -17,8 +17,8 @@ import tokenizers
 from benchmarks.bare import Timing
 from benchmarks.hardware import cpu_seconds
 from benchmarks.jobs import JobError
-from fletcher.batches import TextBatch
-from fletcher.models.bundle import ModelBundle
+from fletcher.core.batches import TextBatch
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import Job, WorkerPool

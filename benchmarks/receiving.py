@@ -11,16 +11,16 @@ from typing import Any
 
 from pyarrow import flight
 
-from fletcher.options import EmbedOptions
-from fletcher.pipeline.intake import Intake
-from fletcher.pipeline.limits import IntakeLimits
+from fletcher.core.command import EmbedCommand
+from fletcher.pipeline.input.intake import Intake
+from fletcher.pipeline.input.limits import IntakeLimits
 
 # Of a server with its default options and a model of 384 dims.
 LIMITS = IntakeLimits(
     max_message_bytes=64 << 20,
     max_row_bytes=16 << 20,
-    piece_rows=157,
-    piece_bytes=128 << 10,
+    slice_rows=157,
+    slice_bytes=128 << 10,
     table_values=21_845,
     bytes_per_row=3328,
 )
@@ -34,8 +34,8 @@ class Receiver(flight.FlightServerBase):
         source = intake(reader.schema)
         num_rows = 0
         for chunk in reader:
-            for piece in source.pieces(chunk.data, 0, num_rows):
-                num_rows += piece.num_rows
+            for row_slice in source.row_slices(chunk.data, 0, num_rows):
+                num_rows += row_slice.num_rows
         writer.write(str(num_rows).encode())
 
 
@@ -43,7 +43,7 @@ def intake(schema: Any) -> Intake:
     """The intake of an upload."""
     return Intake(
         schema,
-        EmbedOptions(dataset="bench"),
+        EmbedCommand(dataset="bench"),
         prompt="",
         limits=LIMITS,
         carry_text=True,

@@ -10,8 +10,8 @@ from typing import Any
 from benchmarks import hardware, report
 from benchmarks.arguments import as_options
 from benchmarks.corpus import Corpus
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
 
 
 @dataclass(frozen=True)

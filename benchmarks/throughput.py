@@ -27,7 +27,7 @@ from benchmarks.engines import ENGINES, configure, title
 from benchmarks.jobs import JobError
 from benchmarks.setting import Setting
 from fletcher.errors import ModelError
-from fletcher.models.registry import DEFAULT_MODEL
+from fletcher.models.bundle.registry import DEFAULT_MODEL
 
 QUICK_TEXTS = 200
 FLETCHER = "Fletcher, DoPut to rows in LanceDB"

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
         Ack,
         Chunk,
         Client,
+        DocumentStream,
         Exchange,
         PutSummary,
         RowError,
-        Stream,
         TlsOptions,
         TransferOptions,
         connect,
         dequantize,
         rescore,
     )
+    from fletcher.core.command import EmbedCommand
     from fletcher.errors import (
         BatchTooLargeError,
         ColumnTypeError,
@@ -53,8 +54,7 @@ if TYPE_CHECKING:
         UnknownModelError,
         UploadConflictError,
     )
-    from fletcher.options import EmbedOptions
-    from fletcher.readers import Source, open_source
+    from fletcher.readers import TextSource, open_source
 
     __version__: str
 
@@ -66,8 +66,9 @@ __all__ = [
     "ColumnTypeError",
     "DeadlineExceededError",
     "DimensionMismatchError",
+    "DocumentStream",
     "DrainingError",
-    "EmbedOptions",
+    "EmbedCommand",
     "Exchange",
     "FletcherError",
     "InternalError",
@@ -80,9 +81,8 @@ __all__ = [
     "RequestError",
     "RowError",
     "RowTooLargeError",
-    "Source",
     "StoreUnavailableError",
-    "Stream",
+    "TextSource",
     "TlsOptions",
     "TransferOptions",
     "UnauthenticatedError",
@@ -101,8 +101,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EmbedOptions": "fletcher.options",
-    **dict.fromkeys(("Source", "open_source"), "fletcher.readers"),
+    "EmbedCommand": "fletcher.core.command",
+    **dict.fromkeys(("TextSource", "open_source"), "fletcher.readers"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "fletcher.errors"),
     "RowError": "fletcher.client",
 }

@@ -11,27 +11,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fletcher.allocator import Returning, keep_large_blocks
-from fletcher.compression import Answers
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
+from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.lane import DeliveryConfig
-from fletcher.delivery.route import JournalConfig
+from fletcher.delivery.sink import JournalConfig
 from fletcher.errors import ConfigError
 from fletcher.flight.auth import read_tokens
 from fletcher.flight.server import FlightConfig, FlightServer
 from fletcher.inference.devices import detect_host
-from fletcher.loading import Loader, open_shelf
-from fletcher.models.registry import Registry
-from fletcher.pipeline.cache import Shelf
-from fletcher.pipeline.memory import MemoryBudget
-from fletcher.pipeline.models import Models
-from fletcher.pipeline.pressure import Grade, Pressure, Signals
-from fletcher.pipeline.service import Calls, Service
-from fletcher.pipeline.vectorspec import OutputRules
-from fletcher.ports import check_port
+from fletcher.models.bundle.registry import Registry
+from fletcher.net.compression import Answers
+from fletcher.net.ports import check_port
+from fletcher.pipeline.cache import CacheBackend
+from fletcher.pipeline.memory_budget import MemoryBudget
+from fletcher.pipeline.vector_spec import OutputRules
+from fletcher.serving.load_level import LoadLevel, LoadMonitor, Signals
+from fletcher.serving.model_loader import ModelLoader, open_cache_backend
+from fletcher.serving.model_manager import ModelManager
+from fletcher.serving.service import Calls, Service
 from fletcher.stores.address import open_store
-from fletcher.telemetry import Telemetry, configure
+from fletcher.telemetry.tracing import Telemetry, configure
+from fletcher.util.allocator import Returning, keep_large_blocks
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _BUDGET_SHARE = 0.5
 # And what is known of datasets' rows, to drop duplicates: by default some
 # 15 million ids (17 bytes each), or 8 million with their texts (32).
-_KNOWN_SHARE = 0.125
+_DEDUPE_SHARE = 0.125
 _COMMIT_ROWS = 50_000
 _SEGMENT_BYTES = 128 << 20
 _SHUTDOWN_S = 2.0
@@ -61,11 +61,11 @@ class Runtime:
         self._progress = progress or log.info
         self._closed = threading.Event()
         self._telemetry: Telemetry | None = None
-        self._pressure: Pressure | None = None
+        self._pressure: LoadMonitor | None = None
         self._service: Service | None = None
         self._server: FlightServer | None = None
         self._budget: MemoryBudget | None = None
-        self._shelf: Shelf | None = None
+        self._backend: CacheBackend | None = None
         self._returning: Returning | None = None
 
     def __enter__(self) -> Runtime:
@@ -147,9 +147,9 @@ class Runtime:
         if service is not None:
             service.models.close()
             service.delivery.shut_down()
-        shelf, self._shelf = self._shelf, None
-        if shelf is not None:
-            shelf.close()
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
         if self._telemetry is not None:
             self._telemetry.close()
         self._closed.set()
@@ -181,7 +181,7 @@ class Runtime:
                 store_retry_s=config.store_retry_s,
                 # Four times as slow is cut off.
                 slow_append_s=config.store_timeout_s / 4,
-                max_known_bytes=int(config.max_memory * _KNOWN_SHARE),
+                max_dedupe_bytes=int(config.max_memory * _DEDUPE_SHARE),
             ),
             telemetry,
             JournalConfig(
@@ -203,22 +203,22 @@ class Runtime:
             int(config.max_memory * _BUDGET_SHARE), config.max_streams
         )
         calls = Calls(config.max_streams, telemetry)
-        self._pressure = pressure = Pressure(
+        self._pressure = pressure = LoadMonitor(
             lambda: _signals(budget, calls, delivery, models),
             telemetry,
-            on_change=lambda grade: budget.spare(half=grade is Grade.SEVERE),
+            on_change=lambda grade: budget.spare(half=grade is LoadLevel.SEVERE),
         )
-        self._shelf = open_shelf(config)
-        loader = Loader(
+        self._backend = open_cache_backend(config)
+        loader = ModelLoader(
             config,
             registry,
             detect_host(),
             budget,
             telemetry,
-            crowded=lambda: pressure.grade is not Grade.NORMAL,
-            shelf=self._shelf,
+            crowded=lambda: pressure.grade is not LoadLevel.NORMAL,
+            backend=self._backend,
         )
-        models = Models(
+        models = ModelManager(
             loader,
             config.model,
             loadable=config.loadable_models,
@@ -244,7 +244,9 @@ class Runtime:
         self.address = self._server.address
 
 
-def _signals(budget: MemoryBudget, calls: Calls, delivery: Delivery, models: Models) -> Signals:
+def _signals(
+    budget: MemoryBudget, calls: Calls, delivery: Delivery, models: ModelManager
+) -> Signals:
     """How full the house is, read from its parts."""
     num_starving = budget.starving(_STARVING_S)
     return Signals(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fletcher.config import fletcher_home
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import DEFAULT_MODEL, Registry
+from fletcher.config.server import fletcher_home
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import DEFAULT_MODEL, Registry
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -8,9 +8,9 @@ import traceback
 from collections.abc import Collection, Sequence
 from importlib import import_module
 
-from fletcher.cli.leaving import leave_with
 from fletcher.cli.parser import Parser, UsageError, flags_of
-from fletcher.config import OPTIONS, nearest
+from fletcher.cli.shutdown import leave_with
+from fletcher.config.server import OPTIONS, nearest
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
 
 # Each module has `add_parser(subparsers)` and `run(args) -> int`; it is imported when it is called.

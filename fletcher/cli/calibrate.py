@@ -12,19 +12,19 @@ import numpy as np
 from fletcher.cli.connection import LOCAL_FLAGS, local_config, open_client
 from fletcher.cli.parser import add_options
 from fletcher.cli.progress import Progress, Sample, Total
-from fletcher.config import NO_STORE
+from fletcher.config.server import NO_STORE
+from fletcher.core.command import EmbedCommand
+from fletcher.core.quantization import Ranges
 from fletcher.errors import ConfigError, ModelError
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.calibration import Calibration, Cut
-from fletcher.models.registry import Registry
-from fletcher.options import EmbedOptions
-from fletcher.quantization import Ranges
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.calibration import Calibration, Cut
+from fletcher.models.bundle.registry import Registry
 from fletcher.vectors.finish import finish
 
 if TYPE_CHECKING:
-    from fletcher.batches import FloatArray
     from fletcher.client import Client
-    from fletcher.readers import Source
+    from fletcher.core.batches import FloatArray
+    from fletcher.readers import TextSource
 
 # Below this the least and the greatest value of a dimension say little of those to come.
 MIN_TEXTS = 100
@@ -96,7 +96,7 @@ def calibrate(args: argparse.Namespace) -> ModelBundle:
     return registry.calibrate(args.name, calibration)
 
 
-def _measured(client: Client, source: Source, bundle: ModelBundle, limit: int) -> Calibration:
+def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: int) -> Calibration:
     num_texts = num_rows = 0
     bounds: dict[Cut, _Bounds] = {}
     progress = Progress(lambda: Sample(rows=num_rows), Total(rows=limit * len(bundle.layers)))
@@ -120,10 +120,10 @@ def _measured(client: Client, source: Source, bundle: ModelBundle, limit: int) -
 
 
 def _vectors(
-    client: Client, source: Source, bundle: ModelBundle
+    client: Client, source: TextSource, bundle: ModelBundle
 ) -> Iterator[tuple[int, FloatArray]]:
     """The texts' vectors after each exit layer, and which that is."""
-    options = EmbedOptions(
+    options = EmbedCommand(
         text_column=source.selection.text, dtype="float32", normalize=bundle.normalize
     )
     for layers in bundle.layers:

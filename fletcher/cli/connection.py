@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.leaving import leave_in_time
-from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, given_flags, read_config
-from fletcher.cli.table import say
-from fletcher.config import COMPRESSIONS, NO_STORE, ServeConfig
+from fletcher.cli.shutdown import leave_in_time
+from fletcher.cli.terminal import say
+from fletcher.config.server import COMPRESSIONS, NO_STORE, ServeConfig
 from fletcher.errors import ConfigError, UnauthenticatedError
+from fletcher.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
     from fletcher.client import Client
@@ -91,7 +91,7 @@ def local_config(args: argparse.Namespace, *, own_store: bool = False, **flags: 
         flags: Texts of options, by name, in place of flags.
 
     Raises:
-        ConfigError: As `fletcher.config.resolve`.
+        ConfigError: As `fletcher.config.server.resolve`.
     """
     resolved = read_config(args, os.environ, LOCAL_OPTIONS, **flags)
     config = resolved.config

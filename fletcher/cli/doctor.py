@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any, Literal
 
-from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, read_config
 from fletcher.cli.progress import human
-from fletcher.cli.table import printable
-from fletcher.config import ServeConfig
+from fletcher.cli.terminal import printable
+from fletcher.config.option import GIB
+from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
-from fletcher.settings import GIB
+from fletcher.telemetry.logs import set_up_logging
 
 # A model, its graph and the files that hold it while it is made.
 NEEDED_DISK_BYTES = 1 * GIB
@@ -195,7 +195,7 @@ def _home(config: ServeConfig) -> Iterator[Finding]:
 
 
 def _models(config: ServeConfig) -> Iterator[Finding]:
-    from fletcher.models.registry import DEFAULT_MODEL, Registry
+    from fletcher.models.bundle.registry import DEFAULT_MODEL, Registry
 
     registry = Registry(config.home / "models")
     names = registry.names()
@@ -220,7 +220,7 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
 def _engine(config: ServeConfig) -> Iterator[Finding]:
     """Loads the model as a server would: installed is not the same as working."""
     from fletcher.inference.devices import detect_host
-    from fletcher.models.registry import Registry
+    from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.candidates import Asked
     from fletcher.tuning.decision import decide
 

@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from fletcher.cli.connection import add_connection, local_config, open_client
 from fletcher.cli.parser import add_long_texts, check_server, given_flags
-from fletcher.config import NO_STORE
+from fletcher.config.server import NO_STORE
+from fletcher.core.command import CHOICES, EmbedCommand
+from fletcher.core.schema import CHUNK_FIELDS
 from fletcher.errors import BY_CODE, ConfigError, InternalError, InvalidCommandError
-from fletcher.options import CHOICES, EmbedOptions
-from fletcher.schema import CHUNK_FIELDS
 
 if TYPE_CHECKING:
     from io import BufferedReader
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fletcher.client import Client
 
 BATCH_TEXTS = 1024
-_PIECE_BYTES = 1 << 16
+_SLICE_BYTES = 1 << 16
 _COLUMNS = ("text", "vector", "scale", *(field.name for field in CHUNK_FIELDS))
 
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             "them out",
             field="continuous",
         )
-    options = EmbedOptions(
+    options = EmbedCommand(
         model=given_flags(args).get("model") if args.server else None,
         dims=args.dims,
         layers=args.layers,
@@ -128,7 +128,7 @@ class _Pieces:
         decoder = codecs.getincrementaldecoder("utf-8")()
         more = True
         while more:
-            data = stdin.read1(_PIECE_BYTES)
+            data = stdin.read1(_SLICE_BYTES)
             more = bool(data)
             try:
                 piece = decoder.decode(data, final=not more)
@@ -160,7 +160,7 @@ def lines(stdin: Iterable[bytes]) -> Iterator[str]:
 
 
 def _embedded(
-    client: Client, texts: _Texts | _Pieces, options: EmbedOptions
+    client: Client, texts: _Texts | _Pieces, options: EmbedCommand
 ) -> Iterator[pa.RecordBatch]:
     """Batches of text, vector and its scale, and of chunks their places.
 

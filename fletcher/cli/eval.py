@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.connection import add_connection, local_config, open_client, without_store
 from fletcher.cli.parser import add_format, add_paths, check_server, given_flags
-from fletcher.cli.table import say
-from fletcher.config import NO_STORE, ServeConfig
+from fletcher.cli.terminal import say
+from fletcher.config.server import NO_STORE, ServeConfig
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
     from fletcher.client import Client
-    from fletcher.evaluation.evaluate import Report
+    from fletcher.evaluation.evaluate import EvaluationReport
     from fletcher.evaluation.variants import Engine, Variant
     from fletcher.tuning.candidates import Asked
 
@@ -155,15 +155,15 @@ class _Engines:
             self.reference, self.usual = own, [own]
             return
         from fletcher.inference.devices import detect_host
-        from fletcher.models.registry import Registry
-        from fletcher.tuning.candidates import Asked, Candidate, engines
+        from fletcher.models.bundle.registry import Registry
+        from fletcher.tuning.candidates import Asked, TuningCandidate, engines
         from fletcher.tuning.decision import decide
 
         self._bundle = Registry(config.home / "models").ensure(config.model, say)
         self._host, self._asked = detect_host(), Asked.of(config)
         decision = decide(config.home, self._asked, self._host, self._bundle)
         found = engines(self._asked, self._host, self._bundle.folder)
-        candidates = [Candidate(tuple(decision.configs)), *found]
+        candidates = [TuningCandidate(tuple(decision.configs)), *found]
         firsts = [one.configs[0] for one in candidates]
         self.usual = list(
             dict.fromkeys(
@@ -216,7 +216,7 @@ class _Engines:
         )
 
 
-def _print(found: Report, args: argparse.Namespace) -> None:
+def _print(found: EvaluationReport, args: argparse.Namespace) -> None:
     from fletcher.evaluation import plot, report
 
     text = json.dumps(report.as_json(found), indent=2, ensure_ascii=False)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from fletcher.cli.connection import add_connection, local_config, open_client, refuse_local_flags
 from fletcher.cli.parser import add_format, add_long_texts, add_paths, check_server, given_flags
 from fletcher.cli.progress import Progress, Sample, Total
-from fletcher.cli.table import cut, printable, say, terminal_width
+from fletcher.cli.terminal import cut, printable, say, terminal_width
+from fletcher.core.command import CHOICES, EmbedCommand
 from fletcher.errors import ConfigError, FletcherError
-from fletcher.options import CHOICES, EmbedOptions
 
 if TYPE_CHECKING:
     from fletcher.client import Ack, Client, PutSummary
-    from fletcher.config import ServeConfig
-    from fletcher.readers import Source
+    from fletcher.config.server import ServeConfig
+    from fletcher.readers import TextSource
 
 SHOWN_ERRORS = 5
 # Some four minutes: a server elsewhere that is started again loads its model before it answers.
@@ -139,8 +139,8 @@ def run(args: argparse.Namespace) -> int:
     return 0 if summary.complete else 1
 
 
-def _options(args: argparse.Namespace) -> EmbedOptions:
-    return EmbedOptions(
+def _options(args: argparse.Namespace) -> EmbedCommand:
+    return EmbedCommand(
         dataset=args.dataset,
         upload_id=args.upload_id,
         model=given_flags(args).get("model") if args.server else None,
@@ -161,7 +161,7 @@ def _options(args: argparse.Namespace) -> EmbedOptions:
     )
 
 
-def _with_prompt(client: Client, options: EmbedOptions) -> EmbedOptions:
+def _with_prompt(client: Client, options: EmbedCommand) -> EmbedCommand:
     if options.prompt is not None:
         return options
     return dataclasses.replace(options, prompt=client.prompt_for("document", options.model))
@@ -181,7 +181,7 @@ def _store_name(args: argparse.Namespace) -> str | None:
 
 
 def _upload(
-    client: Client, source: Source, options: EmbedOptions, *, local: bool, limit: int | None
+    client: Client, source: TextSource, options: EmbedCommand, *, local: bool, limit: int | None
 ) -> PutSummary:
     meter = _Meter(client, source, local=local)
     with Progress(meter.sample, Total(rows=limit, num_bytes=source.total_bytes)):
@@ -191,7 +191,7 @@ def _upload(
 class _Meter:
     """How far an upload is: what was acknowledged, and what the server says of its stages."""
 
-    def __init__(self, client: Client, source: Source, *, local: bool) -> None:
+    def __init__(self, client: Client, source: TextSource, *, local: bool) -> None:
         self._client = client
         self._source = source
         self._local = local

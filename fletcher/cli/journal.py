@@ -13,7 +13,7 @@ from fletcher.cli.parser import add_options, read_config
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fletcher.delivery.segment import Damage, JournaledGroup, Segment
+    from fletcher.delivery.journal.segment import Damage, JournaledGroup, Segment
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -97,8 +97,8 @@ def _findings(file: dict[str, Any]) -> Iterator[str]:
 
 
 def _files(root: Path) -> Iterator[dict[str, Any]]:
-    from fletcher.delivery.journals import journals
-    from fletcher.delivery.segment import (
+    from fletcher.delivery.journal.folders import journals
+    from fletcher.delivery.journal.segment import (
         DAMAGED,
         REJECTED,
         SENT,
@@ -116,7 +116,7 @@ def _files(root: Path) -> Iterator[dict[str, Any]]:
 
 
 def _describe(path: Path, segment: Segment | Damage) -> dict[str, Any]:
-    from fletcher.delivery.segment import DAMAGED, REJECTED, SENT, TORN, Damage
+    from fletcher.delivery.journal.segment import DAMAGED, REJECTED, SENT, TORN, Damage
 
     states = {SENT: "sent", REJECTED: "refused", DAMAGED: "damaged", TORN: "torn"}
     state = states.get(path.suffix, "waits")
@@ -150,7 +150,7 @@ def _describe(path: Path, segment: Segment | Damage) -> dict[str, Any]:
 
 
 def _is_served(root: Path) -> bool:
-    from fletcher.delivery.journals import lock_journal
+    from fletcher.delivery.journal.folders import lock_journal
 
     if not (root / ".lock").exists():
         return False
@@ -162,7 +162,7 @@ def _is_served(root: Path) -> bool:
 
 
 def _replay(root: Path) -> int:
-    from fletcher.delivery.journals import journals, lock_journal, revive
+    from fletcher.delivery.journal.folders import journals, lock_journal, revive
 
     if not root.is_dir():
         raise ConfigError(f"there is no journal in {str(root)!r}", field="home")

@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli import calibrate, running
+from fletcher.cli import calibrate
+from fletcher.cli import served_models as running
 from fletcher.cli.parser import Formatter, add_options, read_config
-from fletcher.cli.table import say
+from fletcher.cli.terminal import say
 from fletcher.errors import ModelError
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import DEFAULT_MODEL, Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import DEFAULT_MODEL, Registry
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

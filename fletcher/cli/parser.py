@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fletcher.config import OPTIONS, ServeConfig, nearest
-from fletcher.options import CHOICES
-from fletcher.resolution import Resolved, resolve
-from fletcher.settings import SIZE, SWITCH, Option
+from fletcher.config.option import SIZE, SWITCH, Option
+from fletcher.config.resolution import Resolved, resolve
+from fletcher.config.server import OPTIONS, ServeConfig, nearest
+from fletcher.core.command import CHOICES
 
 GROUPS = {
     "network": "network",
@@ -183,7 +183,7 @@ def read_config(
         flags: By option name, texts that stand in for flags.
 
     Raises:
-        ConfigError: As `fletcher.config.resolve`.
+        ConfigError: As `fletcher.config.server.resolve`.
     """
     given = {**given_flags(args), **flags}
     return resolve(given, environ, args.config, only=None if only is None else set(only))

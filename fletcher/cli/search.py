@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from fletcher.cli.connection import add_connection, local_config, open_client, without_store
 from fletcher.cli.parser import check_server, given_flags
-from fletcher.cli.table import columns, cut, padded, printable, terminal_width
-from fletcher.config import nearest
+from fletcher.cli.terminal import columns, cut, padded, printable, terminal_width
+from fletcher.config.server import nearest
+from fletcher.core.command import check_dataset
 from fletcher.errors import (
     ConfigError,
     InvalidCommandError,
@@ -21,10 +22,9 @@ from fletcher.errors import (
     UnknownColumnError,
     UnknownDatasetError,
 )
-from fletcher.options import check_dataset
 
 if TYPE_CHECKING:
-    from fletcher.config import ServeConfig
+    from fletcher.config.server import ServeConfig
     from fletcher.stores.base import DatasetInfo, Filter, Store
 
 MAX_K = 10_000

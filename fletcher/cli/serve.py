@@ -12,11 +12,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from fletcher.cli.leaving import leave_in_time
-from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, read_config
-from fletcher.cli.table import say
-from fletcher.config import OPTIONS, ServeConfig
+from fletcher.cli.shutdown import leave_in_time
+from fletcher.cli.terminal import say
+from fletcher.config.server import OPTIONS, ServeConfig
+from fletcher.telemetry.logs import set_up_logging
 
 # Beyond the drain, what closing workers and ports may take before the process ends regardless.
 CLOSE_S = 5.0

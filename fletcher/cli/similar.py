@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from fletcher.cli.connection import add_connection, local_config, open_client
 from fletcher.cli.embed import lines
 from fletcher.cli.parser import add_format, check_server, given_flags
-from fletcher.cli.table import cut, printable, say, terminal_width
-from fletcher.config import NO_STORE
+from fletcher.cli.terminal import cut, printable, say, terminal_width
+from fletcher.config.server import NO_STORE
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fletcher.batches import FloatArray
+    from fletcher.core.batches import FloatArray
     from fletcher.evaluation.similar import Found
 
 MAX_TEXTS = 1000

@@ -10,7 +10,7 @@ from typing import Any
 from fletcher.cli.connection import add_server, open_server
 from fletcher.cli.parser import check_server
 from fletcher.cli.progress import human
-from fletcher.cli.table import printable
+from fletcher.cli.terminal import printable
 
 # Of `fletcher.rows.*`, in the order in which a row meets them.
 _ROWS = ("received", "stored", "failed", "deduplicated")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fletcher.errors import ConfigError
-from fletcher.stores.server import StoreServer
+from fletcher.storeserver.server import StoreServer
 
 # What was received is committed in well under a second; a disk may be slower than that.
 SHUTDOWN_S = 10.0

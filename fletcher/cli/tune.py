@@ -7,13 +7,13 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.logs import set_up_logging
 from fletcher.cli.parser import add_options, read_config
-from fletcher.cli.table import say
+from fletcher.cli.terminal import say
+from fletcher.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
-    from fletcher.tuning.race import Trial
-    from fletcher.tuning.tuner import Report
+    from fletcher.tuning.trials import CandidateTrial
+    from fletcher.tuning.tuner import TuningReport
 
 _OPTIONS = ("model", "device", "backend", "precision", "threads", "max_batch_tokens", "home")
 
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, keeps the winner and prints a table."""
     from fletcher.inference.devices import detect_host
-    from fletcher.models.registry import Registry
+    from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.candidates import Asked
     from fletcher.tuning.tuner import tune
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(report: Report) -> None:
+def _print(report: TuningReport) -> None:
     chosen = report.chosen
     rows: list[tuple[str, ...]] = [
         ("engine", "replicas", "tokens/run", "texts/s", "turns", "cosine", "")
@@ -74,7 +74,7 @@ def _print(report: Report) -> None:
     print(f"kept in {report.path}")
 
 
-def _row(trial: Trial, note: str) -> tuple[str, ...]:
+def _row(trial: CandidateTrial, note: str) -> tuple[str, ...]:
     candidate = trial.candidate
     turns = f"{min(trial.turns):.0f}-{max(trial.turns):.0f}" if trial.turns else "-"
     return (
@@ -88,7 +88,7 @@ def _row(trial: Trial, note: str) -> tuple[str, ...]:
     )
 
 
-def _why(report: Report) -> str:
+def _why(report: TuningReport) -> str:
     ran = [trial for trial in report.arrangements if trial.turns]
     fastest = max(ran, key=lambda trial: trial.texts_per_s)
     if fastest is not report.chosen:
@@ -99,8 +99,8 @@ def _why(report: Report) -> str:
     return f"faster in every turn, {gain:.2f} times the first of its arrangements"
 
 
-def _as_json(report: Report) -> dict[str, Any]:
-    def about(trial: Trial) -> dict[str, Any]:
+def _as_json(report: TuningReport) -> dict[str, Any]:
+    def about(trial: CandidateTrial) -> dict[str, Any]:
         candidate = trial.candidate
         return {
             "backend": candidate.configs[0].backend,

@@ -7,16 +7,16 @@ from fletcher.client.connection import TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
 from fletcher.client.messages import Ack, PutSummary, RowError
 from fletcher.client.quantized import dequantize, rescore
-from fletcher.client.stream import Chunk, Stream
+from fletcher.client.stream import Chunk, DocumentStream
 
 __all__ = [
     "Ack",
     "Chunk",
     "Client",
+    "DocumentStream",
     "Exchange",
     "PutSummary",
     "RowError",
-    "Stream",
     "TlsOptions",
     "TransferOptions",
     "connect",

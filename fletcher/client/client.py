@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fletcher.chunking import AGGREGATIONS, Chunking
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
 from fletcher.client.messages import PutSummary, RowError, as_batches, messages
@@ -24,11 +23,12 @@ from fletcher.client.prompts import (
     default_prompt,
     served_model,
 )
-from fletcher.client.put import OnAck, Upload
-from fletcher.client.stream import Stream
+from fletcher.client.put import OnAck, UploadSession
+from fletcher.client.stream import DocumentStream
+from fletcher.core.chunking import AGGREGATIONS, Chunking
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import BY_CODE, InternalError, InvalidCommandError
-from fletcher.options import EmbedOptions
-from fletcher.readers import Source, open_source
+from fletcher.readers import TextSource, open_source
 
 DEFAULT_TIMEOUT_S = 20.0
 # A large model takes its time to be read, compiled and warmed up.
@@ -93,7 +93,7 @@ class Client:
     def put(
         self,
         data: Any,
-        options: EmbedOptions | str,
+        options: EmbedCommand | str,
         *,
         row_offset: int = 0,
         end: bool = True,
@@ -106,7 +106,7 @@ class Client:
         not acknowledged yet is kept in memory for this, up to `TransferOptions.window_bytes`.
 
         Args:
-            data: A RecordBatch, Table, RecordBatchReader, `fletcher.readers.Source`, DataFrame of
+            data: A RecordBatch, Table, RecordBatchReader, `fletcher.TextSource`, DataFrame of
                 pandas or Polars, or an iterable of RecordBatches; columns as `options` names them.
             options: What to do, or just the dataset's name.
             row_offset: Offset of the first row in the upload, where this is not its beginning.
@@ -120,15 +120,15 @@ class Client:
         options = _with_upload_id(_as_options(options))
         if row_offset < 0:
             raise InvalidCommandError(f"`row_offset` is {row_offset}, expected 0 or more")
-        upload = Upload(
+        upload = UploadSession(
             self._connection, data, options, row_offset=row_offset, end=end, on_ack=on_ack
         )
         return upload.run(ask_first=resume)
 
     def ingest(
         self,
-        source: Source | str | Path | Iterable[str | Path],
-        options: EmbedOptions | str,
+        source: TextSource | str | Path | Iterable[str | Path],
+        options: EmbedCommand | str,
         *,
         on_ack: OnAck | None = None,
     ) -> PutSummary:
@@ -144,7 +144,7 @@ class Client:
             on_ack: As in `put`.
         """
         options = _as_options(options)
-        if not isinstance(source, Source):
+        if not isinstance(source, TextSource):
             source = open_source(
                 source,
                 text_column=options.text_column,
@@ -162,7 +162,7 @@ class Client:
             options = replace(options, upload_id=ingest_id(source, options))
         return self.put(source, options, resume=True, on_ack=on_ack)
 
-    def exchange(self, data: Any, options: EmbedOptions | None = None) -> Exchange:
+    def exchange(self, data: Any, options: EmbedCommand | None = None) -> Exchange:
         """Embeds text and gives the vectors back: a batch for each batch with rows, in order.
 
         Args:
@@ -172,7 +172,7 @@ class Client:
         """
         schema, batches = as_batches(data)
         outgoing = messages(batches, max_bytes=self._connection.transfer.message_bytes)
-        return Exchange(self._connection, schema, outgoing, options or EmbedOptions())
+        return Exchange(self._connection, schema, outgoing, options or EmbedCommand())
 
     def stream(
         self,
@@ -180,7 +180,7 @@ class Client:
         *,
         chunking: str = "sentences:none",
         **options: Any,
-    ) -> Stream:
+    ) -> DocumentStream:
         """Cuts documents that come in pieces into chunks, and gives each when it is complete.
 
         Args:
@@ -189,19 +189,19 @@ class Client:
                 document; without, documents are called "0", "1", and so on. Each travels as soon
                 as it is there, by itself: where there are many, join some.
             chunking: How documents are cut; its aggregation is `none`.
-            **options: Fields of EmbedOptions, such as `model`, `prompt`, `dtype` (float32 unless
+            **options: Fields of EmbedCommand, such as `model`, `prompt`, `dtype` (float32 unless
                 given), or `include_text` (true unless given).
         """
         given = {"dtype": "float32", "include_text": True, **options, "chunking": chunking}
-        wanted = EmbedOptions.from_mapping({**given, "continuous": True})
-        return Stream(self._connection, pieces, wanted)
+        wanted = EmbedCommand.from_mapping({**given, "continuous": True})
+        return DocumentStream(self._connection, pieces, wanted)
 
     def embed(self, texts: Iterable[str], **options: Any) -> npt.NDArray[Any]:
         """Vectors of some texts.
 
         Args:
             texts: The texts.
-            **options: Fields of EmbedOptions, such as `model`, `prompt`, `dims`, `dtype` (float32
+            **options: Fields of EmbedCommand, such as `model`, `prompt`, `dims`, `dtype` (float32
                 unless given).
 
         Returns:
@@ -215,7 +215,7 @@ class Client:
             raise InvalidCommandError(
                 "`texts` is one string, expected a list of them", field="texts"
             )
-        wanted = EmbedOptions.from_mapping({"dtype": "float32", **options})
+        wanted = EmbedCommand.from_mapping({"dtype": "float32", **options})
         chunking = Chunking.parse(wanted.chunking or "none")
         if chunking is not None and chunking.rows:
             raise InvalidCommandError(
@@ -279,7 +279,7 @@ class Client:
             model: As in `embed`; None: the server's default.
 
         Returns:
-            What `embed` and EmbedOptions take as `prompt`; None: the model has none for it.
+            What `embed` and EmbedCommand take as `prompt`; None: the model has none for it.
 
         Raises:
             ModelMismatchError: The server does not serve that model.
@@ -356,7 +356,7 @@ class Client:
         self.close()
 
 
-def ingest_id(source: Source, options: EmbedOptions) -> str:
+def ingest_id(source: TextSource, options: EmbedCommand) -> str:
     """The `upload_id` of files with options: the same for the same, random where unrepeatable.
 
     A delta asks of every row anyway what is stored. Under one name, files that were changed and
@@ -369,14 +369,14 @@ def ingest_id(source: Source, options: EmbedOptions) -> str:
     return digest.hexdigest()[:40]
 
 
-def _as_options(options: EmbedOptions | str) -> EmbedOptions:
-    options = EmbedOptions(dataset=options) if isinstance(options, str) else options
+def _as_options(options: EmbedCommand | str) -> EmbedCommand:
+    options = EmbedCommand(dataset=options) if isinstance(options, str) else options
     if options.dataset is None:
         raise InvalidCommandError("`dataset` is missing", field="dataset")
     return options
 
 
-def _with_upload_id(options: EmbedOptions) -> EmbedOptions:
+def _with_upload_id(options: EmbedCommand) -> EmbedCommand:
     if options.upload_id is not None:
         return options
     return replace(options, upload_id=uuid.uuid4().hex)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.compression import Sender
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
@@ -22,8 +22,8 @@ from fletcher.errors import (
     InvalidCommandError,
     UnavailableError,
 )
-from fletcher.flight.status import from_flight_error
-from fletcher.options import EmbedOptions
+from fletcher.net.compression import Sender
+from fletcher.net.flight_errors import from_flight_error
 
 _SCHEMES = {
     "grpc": "grpc",
@@ -226,7 +226,7 @@ class Connection:
         self.flight.close()
 
 
-def descriptor(options: EmbedOptions) -> flight.FlightDescriptor:
+def descriptor(options: EmbedCommand) -> flight.FlightDescriptor:
     """The descriptor that asks for these options."""
     return flight.FlightDescriptor.for_command(options.to_json())
 

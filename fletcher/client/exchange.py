@@ -17,6 +17,7 @@ from pyarrow import flight
 
 from fletcher.client.connection import Connection, descriptor, pause_s
 from fletcher.client.messages import Message, RowError, row_errors
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
@@ -24,8 +25,7 @@ from fletcher.errors import (
     UnavailableError,
     from_json,
 )
-from fletcher.flight.status import from_flight_error
-from fletcher.options import EmbedOptions
+from fletcher.net.flight_errors import from_flight_error
 
 # What waits for the caller, besides one batch of any size; more waits in the server, which stops
 # reading then.
@@ -49,7 +49,7 @@ class Exchange:
 
     Batches larger than `TransferOptions.message_bytes` travel in pieces, which are joined again: a
     whole batch of vectors is held. Batches without rows are left out. With
-    `EmbedOptions.continuous` there is a batch whenever chunks are complete instead. Leaving it
+    `EmbedCommand.continuous` there is a batch whenever chunks are complete instead. Leaving it
     early, by `close` or at the end of `with`, cancels the call. When the server fails, answers that
     it sent shortly before may be lost: gRPC drops them.
 
@@ -73,7 +73,7 @@ class Exchange:
         connection: Connection,
         schema: pa.Schema,
         outgoing: Iterator[Message],
-        options: EmbedOptions,
+        options: EmbedCommand,
     ) -> None:
         self.errors: tuple[RowError, ...] = ()
         self._connection = connection

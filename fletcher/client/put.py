@@ -27,6 +27,7 @@ from fletcher.client.messages import (
     messages,
     parse_reply,
 )
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import (
     DeadlineExceededError,
     FletcherError,
@@ -35,8 +36,7 @@ from fletcher.errors import (
     UnknownDatasetError,
     UploadConflictError,
 )
-from fletcher.flight.status import from_flight_error
-from fletcher.options import EmbedOptions
+from fletcher.net.flight_errors import from_flight_error
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ OnAck = Callable[[Ack], None]
 _CLOSE_TIMEOUT_S = 1.0
 
 
-class Upload:
+class UploadSession:
     """One upload over as many connections as it takes.
 
     Args:
@@ -61,7 +61,7 @@ class Upload:
         self,
         connection: Connection,
         data: Any,
-        options: EmbedOptions,
+        options: EmbedCommand,
         *,
         row_offset: int,
         end: bool,
@@ -200,13 +200,13 @@ class _PutCall:
     def __init__(
         self,
         connection: Connection,
-        options: EmbedOptions,
+        options: EmbedCommand,
         schema: pa.Schema,
         first: pa.RecordBatch | None,
     ) -> None:
         self._connection = connection
         self._changed = threading.Condition()
-        self._outbox: deque[Message | bytes | None] = deque()
+        self._journal_writer: deque[Message | bytes | None] = deque()
         self._in_window: deque[Message] = deque()
         self._window_bytes = 0
         self._ack: Ack | None = None
@@ -241,7 +241,7 @@ class _PutCall:
                 self._last_activity = time.monotonic()
             self._in_window.append(message)
             self._window_bytes += message.num_bytes
-            self._outbox.append(message)
+            self._journal_writer.append(message)
             self._changed.notify_all()
 
     def end(self, marker: bytes | None) -> None:
@@ -249,8 +249,8 @@ class _PutCall:
         with self._changed:
             self._last_activity = time.monotonic()
             if marker is not None:
-                self._outbox.append(marker)
-            self._outbox.append(None)
+                self._journal_writer.append(marker)
+            self._journal_writer.append(None)
             self._changed.notify_all()
 
     def result(self, stall_timeout_s: float, tick: Callable[[], None]) -> PutSummary:
@@ -339,8 +339,8 @@ class _PutCall:
         server may be reading, and ends the call once writing has ended.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._outbox or self._over)
-            return None if self._over else self._outbox.popleft()
+            self._changed.wait_for(lambda: self._journal_writer or self._over)
+            return None if self._over else self._journal_writer.popleft()
 
     @property
     def _over(self) -> bool:

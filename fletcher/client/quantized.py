@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fletcher.core.quantization import VectorReader
 from fletcher.errors import DimensionMismatchError, InvalidCommandError
-from fletcher.quantization import VectorReader
 
 
 def dequantize(rows: pa.Table | pa.RecordBatch) -> npt.NDArray[np.float32]:

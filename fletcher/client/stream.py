@@ -15,8 +15,8 @@ import pyarrow as pa
 from fletcher.client.connection import Connection
 from fletcher.client.exchange import Exchange
 from fletcher.client.messages import Message, RowError, wire_bytes
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import InvalidCommandError
-from fletcher.options import EmbedOptions
 
 _MAX_UTF8_BYTES = 4  # of a character
 
@@ -48,7 +48,7 @@ class Chunk:
     error: RowError | None = None
 
 
-class Stream:
+class DocumentStream:
     """An iterator over chunks, in their order; made by `Client.stream`.
 
     Pieces are taken in a thread of its own. It waits as long as the next piece takes to come, and
@@ -60,7 +60,7 @@ class Stream:
         self,
         connection: Connection,
         pieces: Iterable[str | tuple[str, str] | None],
-        options: EmbedOptions,
+        options: EmbedCommand,
     ) -> None:
         self._schema = pa.schema([(options.id_column, pa.utf8()), (options.text_column, pa.utf8())])
         outgoing = _messages(pieces, self._schema, connection.transfer.message_bytes)
@@ -80,7 +80,7 @@ class Stream:
         """Ends the call, cancelling what is not done. Idempotent."""
         self._exchange.close()
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> DocumentStream:
         return self
 
     def __exit__(

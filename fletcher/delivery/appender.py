@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 
-from fletcher.delivery.known import Known
+from fletcher.delivery.dedupe.index import DedupeIndex
+from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.rows import Group, WriterKind, writer_kind
-from fletcher.delivery.unsent import Unsent
 from fletcher.errors import StoreUnavailableError
 from fletcher.stores.base import DatasetWriter, Store, WriteMode
-from fletcher.telemetry import Telemetry
+from fletcher.telemetry.tracing import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ class Appender:
         store: Store,
         dataset: str,
         telemetry: Telemetry,
-        known: Known,
+        known: DedupeIndex,
         on_empty: Callable[[], None],
         on_replace: Callable[[], None],
-        unsent: Unsent | None,
+        unsent: SettledGroups | None,
     ) -> None:
         self._store = store
         self._dataset = dataset

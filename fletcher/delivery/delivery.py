@@ -16,21 +16,21 @@ from typing import Any
 
 import pyarrow as pa
 
+from fletcher.core.command import EmbedCommand
 from fletcher.delivery.breaker import PASSING, Breaker
-from fletcher.delivery.journal import Journal, JournalSpace
-from fletcher.delivery.journals import journals, lock_journal
-from fletcher.delivery.known import KnownSpace
-from fletcher.delivery.lane import DeliveryConfig
-from fletcher.delivery.outbox import from_journal
-from fletcher.delivery.route import JournalConfig, Route
-from fletcher.delivery.unsent import Unsent
+from fletcher.delivery.committer import DeliveryConfig
+from fletcher.delivery.dedupe.index import DedupeMemory
+from fletcher.delivery.journal.folders import journals, lock_journal
+from fletcher.delivery.journal.journal import Journal, JournalSpace
+from fletcher.delivery.journal.settled_groups import SettledGroups
+from fletcher.delivery.journal.writer import from_journal
+from fletcher.delivery.sink import DatasetSink, JournalConfig
 from fletcher.delivery.upload import Upload
 from fletcher.delivery.uploads import Key, Uploads
 from fletcher.errors import InvalidCommandError, StoreUnavailableError
-from fletcher.options import EmbedOptions
 from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.schemas import check_one_row_each
-from fletcher.telemetry import Telemetry
+from fletcher.telemetry.tracing import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +64,12 @@ class Delivery:
         self._space = JournalSpace(journal.max_bytes) if journal is not None else None
         self._journal_lock = lock_journal(journal.folder) if journal is not None else None
         self._config = config
-        self._known_space = KnownSpace(config.max_known_bytes)
-        telemetry.known_memory.watch(lambda: self._known_space.used_bytes)
+        self._dedupe_memory = DedupeMemory(config.max_dedupe_bytes)
+        telemetry.dedupe_index_memory.watch(lambda: self._dedupe_memory.used_bytes)
         self._telemetry = telemetry
         self._lock = threading.RLock()
-        self._routes: dict[tuple[str, str], Route] = {}
-        self._uploads = Uploads(self._lock, lambda place: place in self._routes)
+        self._sinks: dict[tuple[str, str], DatasetSink] = {}
+        self._uploads = Uploads(self._lock, lambda place: place in self._sinks)
         self._closed = False
         self._breakers = {name: Breaker(name) for name in stores}
         telemetry.queue_depth.watch(self._depth, stage="rows")
@@ -98,7 +98,7 @@ class Delivery:
             )
         return name, self.stores[name]
 
-    def open(self, options: EmbedOptions, schema: pa.Schema) -> tuple[Upload, Route]:
+    def open(self, options: EmbedCommand, schema: pa.Schema) -> tuple[Upload, DatasetSink]:
         """Opens or resumes an upload; `close` it for each `open`.
 
         Args:
@@ -120,15 +120,15 @@ class Delivery:
             return self._open_upload(key, store, options, schema)
 
     def _open_upload(
-        self, key: Key, store: Store, options: EmbedOptions, schema: pa.Schema
-    ) -> tuple[Upload, Route]:
+        self, key: Key, store: Store, options: EmbedCommand, schema: pa.Schema
+    ) -> tuple[Upload, DatasetSink]:
         name, dataset, upload_id = key
         durability = self._durability(options)
         fingerprint = (schema, schema.metadata, options.mode, options.dedupe, durability)
         mode = _write_mode(options)
-        known_by = _known_by(options)
+        dedupe_by = _dedupe_by(options)
         self._breakers[name].check(None)  # else each caller waits for its own deadline
-        route = self._enter(key, store)
+        sink = self._enter(key, store)
         upload = None
         try:
             upload = self._uploads.join(key, fingerprint)
@@ -139,53 +139,53 @@ class Delivery:
                         fingerprint,
                         durability=durability,
                         upsert=mode == "upsert",
-                        known_by=known_by,
+                        dedupe_by=dedupe_by,
                     )
-                self._open(route, schema, "append" if mode == "overwrite" else mode)
-                if known_by is not None:
-                    route.known.load(known_by)
-                return upload, route
+                self._open(sink, schema, "append" if mode == "overwrite" else mode)
+                if dedupe_by is not None:
+                    sink.known.load(dedupe_by)
+                return upload, sink
             stored: _Ranges = []
             unsent: _Ranges = []
             failed = self._uploads.get(key)
             if failed is not None:
                 # What was on its way when it failed must have arrived, or not, before we look.
-                if not route.wait_written(_OPENING_S):
+                if not sink.wait_written(_OPENING_S):
                     raise StoreUnavailableError("the journal does not answer; try again later")
-                self._open(route, schema, "append")
+                self._open(sink, schema, "append")
             if options.upload_id is not None:
                 stored, unsent = self._settled(store, dataset, upload_id)
             if mode == "overwrite" and (stored or unsent or failed is not None):
                 mode = "append"
-            self._open(route, schema, mode)
+            self._open(sink, schema, mode)
             if mode == "overwrite":
                 self._uploads.forget_dataset(name, dataset)
-            if known_by is not None:
-                route.known.load(known_by)
+            if dedupe_by is not None:
+                sink.known.load(dedupe_by)
             new = Upload(
                 dataset,
                 upload_id,
                 fingerprint=fingerprint,
                 durability=durability,
                 upsert=mode == "upsert",
-                known_by=known_by,
+                dedupe_by=dedupe_by,
                 stored=stored,
                 unsent=unsent,
             )
             if failed is not None:
                 failed.succeed(new)
-            return self._uploads.join(key, fingerprint, new) or new, route
+            return self._uploads.join(key, fingerprint, new) or new, sink
         except BaseException:
-            self._leave(route, upload)
+            self._leave(sink, upload)
             raise
 
-    def close(self, upload: Upload, route: Route) -> None:
+    def close(self, upload: Upload, sink: DatasetSink) -> None:
         """One connection of an upload has ended."""
         if upload.failure is not None:
-            route.lane.drop_failed()
-        self._leave(route, upload)
+            sink.committer.drop_failed()
+        self._leave(sink, upload)
 
-    def status(self, options: EmbedOptions) -> dict[str, Any]:
+    def status(self, options: EmbedCommand) -> dict[str, Any]:
         """What is known of an upload: from memory, else from the store."""
         name, store = self.store(options.store)
         if options.upload_id is None:
@@ -232,9 +232,9 @@ class Delivery:
                     )
                 continue
             name = names[folder_name]
-            route = self._enter((name, dataset, ""), self.stores[name])
-            num_rows += sum(group.info.num_rows for group in route.left_behind if not group.settled)
-            self._leave(route)
+            sink = self._enter((name, dataset, ""), self.stores[name])
+            num_rows += sum(group.info.num_rows for group in sink.left_behind if not group.settled)
+            self._leave(sink)
         return num_rows
 
     def statistics(self) -> dict[str, Any]:
@@ -247,12 +247,12 @@ class Delivery:
     def flush(self, timeout_s: float) -> bool:
         """Stores what is here now; False if it did not get done in time."""
         deadline = time.monotonic() + timeout_s
-        routes = self._all_routes()
-        for route in routes:
-            route.hurry()
-        for route in routes:
-            route.wait_idle(max(0.0, deadline - time.monotonic()))
-        return all(route.idle for route in routes)
+        sinks = self._all_sinks()
+        for sink in sinks:
+            sink.hurry()
+        for sink in sinks:
+            sink.wait_idle(max(0.0, deadline - time.monotonic()))
+        return all(sink.idle for sink in sinks)
 
     @property
     def store_away(self) -> bool:
@@ -269,15 +269,15 @@ class Delivery:
         """Ends all routes and closes the stores. Idempotent."""
         with self._lock:
             self._closed = True
-        for route in self._all_routes():
-            route.close()
+        for sink in self._all_sinks():
+            sink.close()
         for store in self.stores.values():
             store.close()
         if self._journal_lock is not None:
             os.close(self._journal_lock)
             self._journal_lock = None
 
-    def _durability(self, options: EmbedOptions) -> str:
+    def _durability(self, options: EmbedCommand) -> str:
         if options.durability is None:
             return "store" if self._journal is None else "journal"
         if options.durability == "journal" and self._journal is None:
@@ -288,14 +288,14 @@ class Delivery:
             )
         return options.durability
 
-    def _open(self, route: Route, schema: pa.Schema, mode: WriteMode) -> None:
-        ready = route.lane.open(schema, mode)
+    def _open(self, sink: DatasetSink, schema: pa.Schema, mode: WriteMode) -> None:
+        ready = sink.committer.open(schema, mode)
         try:
             ready.result(_OPENING_S)
         except TimeoutError:
             ready.cancel()
             raise StoreUnavailableError("the store does not answer; try again later") from None
-        info = route.lane.store.dataset(route.lane.dataset) if mode == "upsert" else None
+        info = sink.committer.store.dataset(sink.committer.dataset) if mode == "upsert" else None
         if info is not None:
             check_one_row_each(info.name, info.schema)
 
@@ -309,26 +309,26 @@ class Delivery:
         stored = store.stored_ranges(dataset, upload_id)
         if self._journal is None:
             return stored, []
-        return stored, Unsent(self._folder(store, dataset)).ranges(upload_id)
+        return stored, SettledGroups(self._folder(store, dataset)).ranges(upload_id)
 
     def _folder(self, store: Store, dataset: str) -> Path:
         """Of a dataset's journal."""
         assert self._journal is not None
         return self._journal.folder / _folder_of(store) / dataset
 
-    def _enter(self, key: Key, store: Store) -> Route:
+    def _enter(self, key: Key, store: Store) -> DatasetSink:
         name, dataset, _ = key
         with self._lock:
             if self._closed:
                 raise StoreUnavailableError("the server is shutting down")
-            route = self._routes.get((name, dataset))
-            if route is not None:
-                route.users += 1
-                return route
-            route = self._routes[name, dataset] = self._new_route(name, dataset, store)
-            return route
+            sink = self._sinks.get((name, dataset))
+            if sink is not None:
+                sink.users += 1
+                return sink
+            sink = self._sinks[name, dataset] = self._new_sink(name, dataset, store)
+            return sink
 
-    def _new_route(self, name: str, dataset: str, store: Store) -> Route:
+    def _new_sink(self, name: str, dataset: str, store: Store) -> DatasetSink:
         journal = None
         if self._journal is not None and self._space is not None:
             retention_s = self._journal.retention_s
@@ -338,7 +338,7 @@ class Delivery:
                 segment_bytes=self._journal.segment_bytes,
                 retention_s=lambda: 0.0 if store.capabilities.durable else retention_s,
             )
-        route = Route(
+        sink = DatasetSink(
             store,
             dataset,
             self._config,
@@ -347,54 +347,56 @@ class Delivery:
             self._retire,
             journal=journal,
             space=self._space,
-            known_space=self._known_space,
+            dedupe_memory=self._dedupe_memory,
         )
-        for group in route.left_behind:
+        for group in sink.left_behind:
             info = group.info
             upload = self._uploads.found(name, dataset, info.upload_id, upsert=info.upsert)
             upload.secure(info.first, info.last)
             assert journal is not None
             if not group.settled:
-                route.lane.put(from_journal(upload, group, journal, doubtful=True))
-        return route
+                sink.committer.put(from_journal(upload, group, journal, doubtful=True))
+        return sink
 
-    def _leave(self, route: Route, upload: Upload | None = None) -> None:
+    def _leave(self, sink: DatasetSink, upload: Upload | None = None) -> None:
         with self._lock:
-            route.users -= 1
+            sink.users -= 1
             if upload is not None:
                 self._uploads.leave(upload)
 
-    def _retire(self, route: Route) -> bool:
+    def _retire(self, sink: DatasetSink) -> bool:
         """Lets an idle route go. Called by its lane's thread."""
         with self._lock:
-            if route.users or not route.idle:
+            if sink.users or not sink.idle:
                 return False
-            route.leave()
-            for key, one in list(self._routes.items()):
-                if one is route:
-                    del self._routes[key]
+            sink.leave()
+            for key, one in list(self._sinks.items()):
+                if one is sink:
+                    del self._sinks[key]
             return True
 
-    def _all_routes(self) -> list[Route]:
+    def _all_sinks(self) -> list[DatasetSink]:
         with self._lock:
-            return list(self._routes.values())
+            return list(self._sinks.values())
 
     def _pace(self, name: str) -> float:
         """The share of a full append that the store bears, in its most burdened dataset."""
         with self._lock:
-            shares = [one.lane.pace.share for key, one in self._routes.items() if key[0] == name]
+            shares = [
+                one.committer.pace.share for key, one in self._sinks.items() if key[0] == name
+            ]
         return min(shares, default=1.0)
 
     def _depth(self) -> int:
-        return sum(route.lane.depth() for route in self._all_routes())
+        return sum(sink.committer.depth() for sink in self._all_sinks())
 
 
-def _write_mode(options: EmbedOptions) -> WriteMode:
+def _write_mode(options: EmbedCommand) -> WriteMode:
     """What rows do in the store: those of a delta that are new or changed replace by id."""
     return "upsert" if options.mode == "delta" else options.mode  # type: ignore[return-value]
 
 
-def _known_by(options: EmbedOptions) -> str | None:
+def _dedupe_by(options: EmbedCommand) -> str | None:
     """By what an upload knows rows that are there already; None: it does not ask."""
     if options.mode == "delta":
         return "delta"

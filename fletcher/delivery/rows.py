@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from fletcher.core.schema import batch_key
 from fletcher.delivery.upload import Upload
-from fletcher.schema import batch_key
 
 # What a writer is opened for: a schema with its metadata (which pyarrow does not compare), and
 # whether rows replace those of the same id.
@@ -143,9 +143,9 @@ class Group:
         return batch_key(self.rows[0].upload.upload_id, self.first, self.last)
 
     @property
-    def known_by(self) -> str | None:
+    def dedupe_by(self) -> str | None:
         """By what duplicates among them are known; None: they are not asked about."""
-        return self.rows[0].upload.known_by
+        return self.rows[0].upload.dedupe_by
 
     def batch(self, *, null_vectors: bool) -> pa.RecordBatch:
         """The rows with their `batch_key`, without those that the store does not get."""

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+from fletcher.core.ranges import RangeSet
 from fletcher.errors import FletcherError, UploadConflictError
-from fletcher.ranges import RangeSet
 
 MAX_ERRORS = 100
 
@@ -42,7 +42,7 @@ class Upload:
         fingerprint: tuple[Any, ...] | None,
         durability: str,
         upsert: bool = False,
-        known_by: str | None = None,
+        dedupe_by: str | None = None,
         stored: Iterable[tuple[int, int]] = (),
         unsent: Iterable[tuple[int, int]] = (),
     ) -> None:
@@ -51,7 +51,7 @@ class Upload:
         self.fingerprint = fingerprint
         self.upsert = upsert
         self._durability = durability
-        self.known_by = known_by
+        self.dedupe_by = dedupe_by
         self.changed = threading.Condition(threading.RLock())
         self.failure: FletcherError | None = None
         self.connections = 0
@@ -232,7 +232,7 @@ class Upload:
         *,
         durability: str,
         upsert: bool,
-        known_by: str | None,
+        dedupe_by: str | None,
     ) -> None:
         """An upload known from the journal alone is resumed, and its client says what it is.
 
@@ -244,7 +244,7 @@ class Upload:
             if upsert != self.upsert:
                 raise conflict(self.dataset, self.upload_id)
             self._durability = durability
-            self.known_by = known_by
+            self.dedupe_by = dedupe_by
             self.fingerprint = fingerprint
 
     def found(self, stored: Iterable[tuple[int, int]], unsent: Iterable[tuple[int, int]]) -> None:

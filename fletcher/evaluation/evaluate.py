@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.batches import FloatArray, Int64Array
 from fletcher.client.prompts import (
     DOCUMENT_PROMPTS,
     QUERY_PROMPTS,
     default_prompt,
     served_model,
 )
+from fletcher.core.batches import FloatArray, Int64Array
 from fletcher.evaluation import metrics
 from fletcher.evaluation.metrics import Float64Array
 from fletcher.evaluation.pairs import Pairs
@@ -81,7 +81,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class EvaluationReport:
     """What came of an evaluation.
 
     Attributes:
@@ -133,7 +133,7 @@ def evaluate(
     progress: Callable[[str], None],
     *,
     model_name: str | None = None,
-) -> Report:
+) -> EvaluationReport:
     """Embeds a corpus in several ways and compares what comes of it.
 
     Args:
@@ -175,7 +175,7 @@ def evaluate(
                     variant, queries, documents, pairs, reference, rates.get(run)
                 )
         todo = [one for one in todo if one.engine != engine]
-    return Report(model, pairs, list(rows.values()), num_truncated)
+    return EvaluationReport(model, pairs, list(rows.values()), num_truncated)
 
 
 def _try(client: Client, model: Mapping[str, Any], variants: Iterable[Variant]) -> None:
@@ -186,7 +186,7 @@ def _try(client: Client, model: Mapping[str, Any], variants: Iterable[Variant]) 
 
 
 def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EmbedOptions; what is as usual is not asked for."""
+    """Fields of EmbedCommand; what is as usual is not asked for."""
     return {
         "model": f"{model['name']}@{model['hash']}",  # whatever the name may stand for by now
         "layers": variant.layers if variant.layers != model["num_layers"] else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import FloatArray, Int64Array
+from fletcher.core.batches import FloatArray, Int64Array
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.batches import Int64Array
+from fletcher.core.batches import Int64Array
 from fletcher.errors import InvalidCommandError
 from fletcher.readers import open_source
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fletcher.errors import ConfigError
-from fletcher.evaluation.evaluate import Report, Row
+from fletcher.evaluation.evaluate import EvaluationReport, Row
 
 _INCHES = (9, 4)
 _LEAST_SPAN = 0.05  # of NDCG
@@ -24,7 +24,7 @@ def check() -> None:
         )
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: EvaluationReport, path: Path) -> None:
     """NDCG@10 over bytes per vector, and over texts per second.
 
     Raises:
@@ -49,7 +49,7 @@ def draw(report: Report, path: Path) -> None:
         ) from None
 
 
-def _sizes(axes: Any, report: Report) -> None:
+def _sizes(axes: Any, report: EvaluationReport) -> None:
     """A line for each engine, depth, type and way to cut, over its widths."""
     lines: dict[str, list[Row]] = defaultdict(list)
     depths = {row.variant.layers for row in report.rows}
@@ -73,7 +73,7 @@ def _sizes(axes: Any, report: Report) -> None:
     axes.legend(fontsize=7)
 
 
-def _speeds(axes: Any, report: Report) -> None:
+def _speeds(axes: Any, report: EvaluationReport) -> None:
     """A point for each engine, depth and way to cut, at its best."""
     best: dict[tuple[str, int | None, str], Row] = {}
     for row in report.rows:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fletcher.evaluation.evaluate import Report, Row
+from fletcher.evaluation.evaluate import EvaluationReport, Row
 
 _HEADS = ("engine", "layers", "dims", "dtype", "chunking")
 _SEARCH = ("R@1", "R@10", "R@100", "NDCG@10", "lost", "top 10", "of 40")
 _VECTORS = ("cosine", "p1", "min", "Spearman", "align", "uniform", "texts/s", "bytes")
 
 
-def table(report: Report) -> list[str]:
+def table(report: EvaluationReport) -> list[str]:
     """Lines for a terminal: what was found, then what the vectors are like."""
     # Most look at none: their table is wide enough.
     width = len(_HEADS) - all(row.variant.chunking is None for row in report.rows)
@@ -26,7 +26,7 @@ def table(report: Report) -> list[str]:
     ]
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: EvaluationReport) -> dict[str, Any]:
     """The report as one object; numbers as they were measured."""
     pairs = report.pairs
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import FloatArray, Int64Array
+from fletcher.core.batches import FloatArray, Int64Array
 
 # Scores of a block, float32, and the keys made of them: 24 MiB.
 _BLOCK_QUERIES, _BLOCK_DOCUMENTS = 256, 8192

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.batches import FloatArray
 from fletcher.client.prompts import (
     DOCUMENT_PROMPTS,
     QUERY_PROMPTS,
     default_prompt,
     served_model,
 )
+from fletcher.core.batches import FloatArray
+from fletcher.core.command import EmbedCommand
 from fletcher.evaluation.metrics import unit
 from fletcher.evaluation.search import Nearest
 from fletcher.evaluation.vectors import embed, read_vectors
-from fletcher.options import EmbedOptions
-from fletcher.readers import Source
+from fletcher.readers import TextSource
 
 if TYPE_CHECKING:
     from fletcher.client import Client
@@ -61,7 +61,12 @@ def compare(client: Client, texts: Sequence[str], *, model: str | None = None) -
 
 
 def find(
-    client: Client, texts: Sequence[str], candidates: Source, k: int, *, model: str | None = None
+    client: Client,
+    texts: Sequence[str],
+    candidates: TextSource,
+    k: int,
+    *,
+    model: str | None = None,
 ) -> Found:
     """The candidates most like each text; all of them are looked at, a batch at a time.
 
@@ -84,7 +89,7 @@ def find(
     queries, nearest = unit(asked.vectors), Nearest(len(texts), k)
     kept: dict[int, tuple[int, str]] = {}
     num_rows = 0
-    options = EmbedOptions(
+    options = EmbedCommand(
         model=model,
         output="dense",
         text_column=candidates.selection.text,

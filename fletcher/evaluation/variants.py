@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fletcher.chunking import AGGREGATIONS, Chunking
-from fletcher.config import nearest
+from fletcher.config.server import nearest
+from fletcher.core.chunking import AGGREGATIONS, Chunking
+from fletcher.core.command import CHOICES
 from fletcher.errors import InvalidCommandError
-from fletcher.options import CHOICES
 
 KEYS = ("backend", "precision", "layers", "dims", "dtype", "chunking")
 

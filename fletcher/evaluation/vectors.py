@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.batches import FloatArray
+from fletcher.core.batches import FloatArray
+from fletcher.core.command import EmbedCommand
+from fletcher.core.quantization import VectorReader
 from fletcher.errors import BY_CODE, InternalError
-from fletcher.options import EmbedOptions
-from fletcher.quantization import VectorReader
 
 if TYPE_CHECKING:
     from fletcher.client import Client
@@ -44,14 +44,14 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
     Args:
         client: Of the server.
         texts: utf8 [num_texts].
-        **options: Fields of EmbedOptions; None leaves the default.
+        **options: Fields of EmbedCommand; None leaves the default.
 
     Raises:
         FletcherError: The server refused or failed, the model's vectors are not dense, or a text
             has no vector.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    wanted = EmbedOptions(output="dense", priority="bulk", include_text=False, **given)
+    wanted = EmbedCommand(output="dense", priority="bulk", include_text=False, **given)
     table = pa.table({"text": texts})
     hits = _cache_hits(client)
     started = time.perf_counter()

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fletcher.aliases import Alias
+from fletcher.config.model_alias import Alias
 from fletcher.errors import InvalidCommandError, UnknownFieldError
-from fletcher.pipeline.models import Models
+from fletcher.serving.model_manager import ModelManager
 
 GivenUp = Callable[[], bool]
 
 
-def load_model(models: Models, fields: Mapping[str, Any], given_up: GivenUp) -> dict[str, Any]:
+def load_model(
+    models: ModelManager, fields: Mapping[str, Any], given_up: GivenUp
+) -> dict[str, Any]:
     """`{"model": name}`: loads an installed model; answers when it is ready.
 
     Raises:
@@ -22,7 +24,9 @@ def load_model(models: Models, fields: Mapping[str, Any], given_up: GivenUp) -> 
     return {"model": models.load(_name(fields, "model"), given_up)}
 
 
-def swap_model(models: Models, fields: Mapping[str, Any], given_up: GivenUp) -> dict[str, Any]:
+def swap_model(
+    models: ModelManager, fields: Mapping[str, Any], given_up: GivenUp
+) -> dict[str, Any]:
     """`{"model": name}`: what is installed under a name takes its place; answers when it has.
 
     Raises:
@@ -32,7 +36,7 @@ def swap_model(models: Models, fields: Mapping[str, Any], given_up: GivenUp) -> 
     return {"model": models.swap(_name(fields, "model"), given_up)}
 
 
-def unload_model(models: Models, fields: Mapping[str, Any]) -> dict[str, Any]:
+def unload_model(models: ModelManager, fields: Mapping[str, Any]) -> dict[str, Any]:
     """`{"model": name, "force": bool}`: takes a model out of service.
 
     Raises:
@@ -45,7 +49,7 @@ def unload_model(models: Models, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": models.unload(_name(fields, "model"), force=force)}
 
 
-def set_alias(models: Models, fields: Mapping[str, Any]) -> dict[str, Any]:
+def set_alias(models: ModelManager, fields: Mapping[str, Any]) -> dict[str, Any]:
     """`{"alias": name, "models": "a:0.9,b:0.1"}`: divides calls; no models: the alias goes.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from pyarrow import flight
 
 from fletcher.errors import ConfigError, UnauthenticatedError
-from fletcher.flight.status import to_flight_error
+from fletcher.net.flight_errors import to_flight_error
 
 
 def read_tokens(path: Path) -> tuple[str, ...]:

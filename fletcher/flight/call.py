@@ -15,15 +15,15 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import ColumnTypeError, FletcherError, InternalError, InvalidCommandError
 from fletcher.flight.messages import BatchMetadata, parse_batch_metadata
-from fletcher.options import EmbedOptions
-from fletcher.pipeline.documents import DocumentIntake
-from fletcher.pipeline.intake import Intake
-from fletcher.pipeline.models import Model
-from fletcher.pipeline.piece import Piece
-from fletcher.pipeline.service import Request
+from fletcher.pipeline.input.documents import DocumentIntake
+from fletcher.pipeline.input.intake import Intake
+from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.stream import EmbedStream
+from fletcher.serving.model_manager import ServedModel
+from fletcher.serving.service import EmbedRequest
 
 # The caller's trace, as `Telemetry.extract` found it in the headers.
 Trace = Any
@@ -123,10 +123,15 @@ def _undecodable(error: Exception) -> ColumnTypeError:
 
 
 def intake(
-    model: Model, schema: pa.Schema, request: Request, *, carry_text: bool, interactive: bool
+    model: ServedModel,
+    schema: pa.Schema,
+    request: EmbedRequest,
+    *,
+    carry_text: bool,
+    interactive: bool,
 ) -> Intake:
     """The checks and cuts for one call's input."""
-    options: EmbedOptions = request.options
+    options: EmbedCommand = request.options
     return (DocumentIntake if options.continuous else Intake)(
         schema,
         options,
@@ -141,10 +146,12 @@ def intake(
     )
 
 
-def submit(stream: EmbedStream, pieces: Iterable[Piece]) -> None:
+def submit(stream: EmbedStream, row_slices: Iterable[RowSlice]) -> None:
     """Hands pieces in, each to come back with its vectors; blocks as `EmbedStream.submit` does."""
-    for piece in pieces:
-        stream.submit(piece.texts, piece, num_bytes=piece.num_bytes, priority=piece.priority)
+    for row_slice in row_slices:
+        stream.submit(
+            row_slice.texts, row_slice, num_bytes=row_slice.num_bytes, priority=row_slice.priority
+        )
 
 
 @contextlib.contextmanager

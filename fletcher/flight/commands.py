@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 from google.protobuf import unknown_fields
 from google.protobuf.message import DecodeError, Message
 
+from fletcher.core.command import FIELD_NAMES, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnknownFieldError
-from fletcher.options import FIELD_NAMES, EmbedOptions
 from fletcher.v1 import embed_pb2
 
 MAX_COMMAND_BYTES = 1 << 20
@@ -34,7 +34,7 @@ class Descriptor(Protocol):
     def command(self) -> Any: ...
 
 
-class Model(Protocol):
+class ListedModel(Protocol):
     """The part of a model bundle that clients are told."""
 
     @property
@@ -63,7 +63,7 @@ class Model(Protocol):
     def output(self) -> str: ...
 
 
-def parse_descriptor(descriptor: Descriptor) -> EmbedOptions:
+def parse_descriptor(descriptor: Descriptor) -> EmbedCommand:
     """The options that a PATH `[dataset]` or a CMD `EmbedCommand` asks for.
 
     Raises:
@@ -87,19 +87,19 @@ def parse_descriptor(descriptor: Descriptor) -> EmbedOptions:
         dataset = path[0].decode()
     except UnicodeDecodeError:
         raise InvalidCommandError("`dataset` is not UTF-8", field="dataset") from None
-    return EmbedOptions(dataset=dataset)
+    return EmbedCommand(dataset=dataset)
 
 
-def parse_command(command: bytes) -> EmbedOptions:
+def parse_command(command: bytes) -> EmbedCommand:
     """The options of an EmbedCommand, JSON or binary. Raises as `parse_descriptor` does."""
     if _is_json(command):
-        return EmbedOptions.from_mapping(parse_json(command))
+        return EmbedCommand.from_mapping(parse_json(command))
     message = _decode(embed_pb2.EmbedCommand(), command)
     fields = {
         spec.name: list(value) if spec.is_repeated else value
         for spec, value in message.ListFields()
     }
-    return EmbedOptions.from_mapping(fields)
+    return EmbedCommand.from_mapping(fields)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def parse_list_models(body: bytes) -> str:
 
 
 def encode_models(
-    models: Sequence[tuple[Model, Mapping[str, Any]]],
+    models: Sequence[tuple[ListedModel, Mapping[str, Any]]],
     aliases: Mapping[str, str],
     *,
     format_name: str = "json",
@@ -187,7 +187,7 @@ def encode_models(
 _RUNNING = ("is_default", "state", "is_current", "calls", "memory_bytes")
 
 
-def _model_info(model: Model) -> dict[str, Any]:
+def _model_info(model: ListedModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "hash": model.hash,

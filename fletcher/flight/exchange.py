@@ -10,8 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from fletcher.batches import EmbeddingBatch
-from fletcher.compression import AnswerWriting
+from fletcher.core.batches import EmbeddingBatch
+from fletcher.core.command import EmbedCommand
+from fletcher.core.schema import ELEMENT_TYPES, output_schema
 from fletcher.errors import BatchTooLargeError, FletcherError, InvalidCommandError
 from fletcher.flight.call import (
     Ending,
@@ -25,17 +26,16 @@ from fletcher.flight.call import (
     writing,
 )
 from fletcher.flight.messages import MAX_REPORTED_ERRORS, row_errors
-from fletcher.flight.status import to_flight_error
-from fletcher.options import EmbedOptions
+from fletcher.net.compression import AnswerWriting
+from fletcher.net.flight_errors import to_flight_error
 from fletcher.pipeline.assembly import Assembler, Output
-from fletcher.pipeline.chunk_rows import ChunkAssembler, assembler
-from fletcher.pipeline.document_rows import DocumentAssembler
-from fletcher.pipeline.models import Model
-from fletcher.pipeline.piece import Piece
+from fletcher.pipeline.chunk_assembly import ChunkAssembler, assembler
+from fletcher.pipeline.document_assembly import DocumentAssembler
+from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.row_errors import ends_call
-from fletcher.pipeline.service import Service
 from fletcher.pipeline.stream import EmbedStream
-from fletcher.schema import ELEMENT_TYPES, output_schema
+from fletcher.serving.model_manager import ServedModel
+from fletcher.serving.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _MAX_OUTPUT_BYTES = 1 << 30
 
 def exchange(
     service: Service,
-    options: EmbedOptions,
+    options: EmbedCommand,
     context: Any,
     reader: Any,
     writer: Any,
@@ -74,8 +74,8 @@ def exchange(
 
 def _exchange(
     service: Service,
-    model: Model,
-    options: EmbedOptions,
+    model: ServedModel,
+    options: EmbedCommand,
     context: Any,
     reader: Any,
     writer: Any,
@@ -123,14 +123,14 @@ def _exchange(
                         raise _too_large(batch.num_rows)
                     service.telemetry.rows_received.add(batch.num_rows)
                     service.telemetry.bytes_received.add(batch.get_total_buffer_size())
-                    pieces = source.pieces(
+                    row_slices = source.row_slices(
                         batch,
                         message.batch_id,
                         message.row_first,
                         keep=stream.keep,
                         ends=message.metadata.document_end,
                     )
-                    submit(stream, pieces)
+                    submit(stream, row_slices)
                 if not context.is_cancelled():
                     submit(stream, source.rest())
             except Exception as error:  # noqa: BLE001 - raised once earlier batches are answered
@@ -155,7 +155,7 @@ class _Answers:
         assembler: Assembler,
         writer: Any,
         ending: Ending,
-        options: EmbedOptions,
+        options: EmbedCommand,
         writing_as: AnswerWriting,
     ) -> None:
         self._writing_as = writing_as
@@ -188,24 +188,24 @@ class _Answers:
         self._stream.close()
         self._ending.tell(to_flight_error(error, log))
 
-    def _take(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> None:
-        output = self._assembler.assemble(piece, outcome)
+    def _take(self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError) -> None:
+        output = self._assembler.assemble(row_slice, outcome)
         if output is None:
             return
         errors = output.errors
         if errors:
-            self._note(errors, output, piece.row_first)
+            self._note(errors, output, row_slice.row_first)
         self._parts.append(output.batch)
         # Of columns that are there, these alone may be more than the message that they came in.
         for name in {"vector", "text"} & set(output.batch.schema.names):
             self._parts_bytes += output.batch.column(name).nbytes
         if self._parts_bytes > _MAX_OUTPUT_BYTES:
             raise _too_large(sum(part.num_rows for part in self._parts))
-        if piece.last or (self._chunk_rows and output.batch.num_rows):
+        if row_slice.last or (self._chunk_rows and output.batch.num_rows):
             whole = pa.concat_batches(self._parts) if len(self._parts) > 1 else self._parts[0]
-            metadata: dict[str, Any] = {"batch_id": piece.batch_id, "errors": self._errors}
+            metadata: dict[str, Any] = {"batch_id": row_slice.batch_id, "errors": self._errors}
             if self._chunk_rows:
-                metadata["last"] = piece.last
+                metadata["last"] = row_slice.last
             self._parts, self._parts_bytes, self._errors = [], 0, []
             started_s = time.perf_counter()
             with writing():

@@ -11,10 +11,12 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.chunking import AGGREGATIONS
-from fletcher.delivery.route import Route
+from fletcher.core.chunking import AGGREGATIONS
+from fletcher.core.command import EmbedCommand
+from fletcher.core.schema import output_schema
+from fletcher.delivery.dedupe.prefilter import DedupePrefilter
 from fletcher.delivery.rows import Rows
-from fletcher.delivery.screen import Screen
+from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import DrainingError, FletcherError, InvalidCommandError
 from fletcher.flight.call import (
@@ -27,16 +29,14 @@ from fletcher.flight.call import (
     started,
 )
 from fletcher.flight.messages import reported_id
-from fletcher.options import EmbedOptions
-from fletcher.pipeline.chunk_rows import assembler
-from fletcher.pipeline.intake import Intake
-from fletcher.pipeline.models import Model
-from fletcher.pipeline.piece import Piece
+from fletcher.pipeline.chunk_assembly import assembler
+from fletcher.pipeline.input.intake import Intake
+from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.row_errors import ends_call
-from fletcher.pipeline.service import Request, Service
-from fletcher.pipeline.sources import as_fletcher_error
+from fletcher.pipeline.scheduler import as_fletcher_error
 from fletcher.pipeline.stream import EmbedStream, Result
-from fletcher.schema import output_schema
+from fletcher.serving.model_manager import ServedModel
+from fletcher.serving.service import EmbedRequest, Service
 from fletcher.stores.base import Store
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ _POLL_S = 0.5
 
 
 def put(
-    service: Service, options: EmbedOptions, context: Any, reader: Any, writer: Any, trace: Trace
+    service: Service, options: EmbedCommand, context: Any, reader: Any, writer: Any, trace: Trace
 ) -> None:
     """Answers one DoPut call."""
     if options.dataset is None:
@@ -75,9 +75,9 @@ def put(
 
 def _put(
     service: Service,
-    model: Model,
+    model: ServedModel,
     store: Store,
-    options: EmbedOptions,
+    options: EmbedCommand,
     context: Any,
     reader: Any,
     writer: Any,
@@ -118,14 +118,14 @@ def _put(
         return  # nor makes a dataset
     bulk = options.priority != "interactive"
     with service.admit(model, bulk=bulk), service.telemetry.span("do_put", trace) as span:
-        upload, route = service.delivery.open(options, output)
+        upload, sink = service.delivery.open(options, output)
         span.set(dataset=upload.dataset, upload_id=upload.upload_id)
         stream = model.embedder.open_stream(span)
         try:
-            _Put(service, request, source, output, upload, route, stream).run(messages, writer)
+            _Put(service, request, source, output, upload, sink, stream).run(messages, writer)
         finally:
             stream.close()
-            service.delivery.close(upload, route)
+            service.delivery.close(upload, sink)
 
 
 def _model_of(store: Store, dataset: str) -> str | None:
@@ -145,11 +145,11 @@ class _Put:
     def __init__(
         self,
         service: Service,
-        request: Request,
+        request: EmbedRequest,
         source: Intake,
         output: pa.Schema,
         upload: Upload,
-        route: Route,
+        sink: DatasetSink,
         stream: EmbedStream,
     ) -> None:
         self._service = service
@@ -157,9 +157,11 @@ class _Put:
         self._model = request.spec.model
         self._source = source
         self._upload = upload
-        self._route = route
+        self._sink = sink
         self._stream = stream
-        self._skip = Screen(route.known, upload).skip if upload.known_by is not None else None
+        self._skip = (
+            DedupePrefilter(sink.known, upload).skip if upload.dedupe_by is not None else None
+        )
         self._assembler = assembler(
             output,
             request.spec,
@@ -216,12 +218,12 @@ class _Put:
             self._service.telemetry.bytes_received.add(batch.get_total_buffer_size())
             row_first, row_last = message.row_first, message.row_first + num_rows - 1
             # Cutting first checks the batch as a whole: a bad one is refused before it is claimed.
-            pieces = self._source.pieces(
+            row_slices = self._source.row_slices(
                 batch, message.batch_id, row_first, keep=self._stream.keep, skip=self._skip
             )
-            for piece in pieces:
-                if piece.num_rows:
-                    self._submit(piece)
+            for row_slice in row_slices:
+                if row_slice.num_rows:
+                    self._submit(row_slice)
             if num_rows:
                 with self._upload.changed:
                     self._unacknowledged.append((message.batch_id, row_first, row_last))
@@ -229,30 +231,33 @@ class _Put:
         if message.metadata.end and message.metadata.rows is not None:
             self._upload.announce(message.metadata.rows)
 
-    def _submit(self, piece: Piece) -> None:
-        if piece.part == 0:
-            last = piece.row_first + piece.num_rows - 1
-            self._new = self._upload.claim(piece.row_first, last)
-            num_known = piece.num_rows - sum(last - first + 1 for first, last in self._new)
+    def _submit(self, row_slice: RowSlice) -> None:
+        if row_slice.part == 0:
+            last = row_slice.row_first + row_slice.num_rows - 1
+            self._new = self._upload.claim(row_slice.row_first, last)
+            num_known = row_slice.num_rows - sum(last - first + 1 for first, last in self._new)
             if num_known:
                 self._service.telemetry.rows_deduplicated.add(num_known)
         new = self._new
         # Later pieces may need this one's dictionary values even where its rows are there already.
-        if new or piece.new_values is not None:
+        if new or row_slice.new_values is not None:
             self._stream.submit(
-                piece.texts, (piece, new), num_bytes=piece.num_bytes, priority=piece.priority
+                row_slice.texts,
+                (row_slice, new),
+                num_bytes=row_slice.num_bytes,
+                priority=row_slice.priority,
             )
 
     def _deliver(self) -> None:
         for result in self._stream.results():
             self._hand_over(result)
             del result  # the next may be long in coming
-        self._route.hurry()
+        self._sink.hurry()
 
     def _hand_over(self, result: Result) -> None:
         """Takes a piece's vectors to the dataset's lane."""
-        piece, new = result.context
-        output = self._assembler.assemble(piece, result.embeddings)
+        row_slice, new = result.context
+        output = self._assembler.assemble(row_slice, result.embeddings)
         if self._assembler.kept_bytes or output is None:
             self._stream.grow(self._assembler.kept_bytes)
         if output is None:
@@ -265,16 +270,16 @@ class _Put:
         if not new:
             self._stream.release(result.num_bytes, row_bytes)
         for index, (first, last) in enumerate(new):
-            low, high = first - piece.row_first, last - piece.row_first
+            low, high = first - row_slice.row_first, last - row_slice.row_first
             failed = sorted(row for row in errors if low <= row <= high)
             for row in failed:
                 self._service.telemetry.rows_failed.add()
                 self._service.telemetry.errors.add(code=errors[row].code)
-                self._upload.report(piece.row_first + row, reported_id(ids[row]), errors[row])
+                self._upload.report(row_slice.row_first + row, reported_id(ids[row]), errors[row])
             begin, end = output.place(low), output.place(high + 1)
             # The piece's memory is free once its last part is stored.
             left = (result.num_bytes, row_bytes) if index == len(new) - 1 else (0, 0)
-            self._route.put(
+            self._sink.put(
                 Rows.of(
                     self._upload,
                     output.batch.slice(begin, end - begin),
@@ -282,7 +287,7 @@ class _Put:
                     tuple(output.place(row) - begin for row in failed),
                     lambda left=left: self._stream.release(*left),  # type: ignore[misc]
                     # Of rows that are several chunks, none is asked about.
-                    tuple(row - low for row in piece.skipped.tolist() if low <= row <= high),
+                    tuple(row - low for row in row_slice.skipped.tolist() if low <= row <= high),
                     num_rows=last - first + 1,
                 )
             )
@@ -313,7 +318,7 @@ class _Put:
                 }
                 self._write(writer, ack)
             if self._service.calls.draining.is_set():
-                self._route.hurry()
+                self._sink.hurry()
         self._write(writer, self._upload.summary(self._model))
 
     def _news(self, in_memory: bool) -> bool:

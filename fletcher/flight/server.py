@@ -12,20 +12,20 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.core.command import EmbedCommand, check_dataset
+from fletcher.core.schema import ELEMENT_TYPES, output_schema
 from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
 from fletcher.flight.admin import load_model, set_alias, swap_model, unload_model
 from fletcher.flight.auth import TokenFactory
 from fletcher.flight.call import Ending
 from fletcher.flight.commands import encode_models, parse_descriptor, parse_json, parse_list_models
+from fletcher.flight.embed_action import embed
 from fletcher.flight.exchange import exchange
 from fletcher.flight.put import put
-from fletcher.flight.query import embed
-from fletcher.flight.status import handler_errors, without_traceback
 from fletcher.flight.trace import TraceFactory, caller_trace
-from fletcher.options import EmbedOptions, check_dataset
-from fletcher.pipeline.models import Models
-from fletcher.pipeline.service import Service
-from fletcher.schema import ELEMENT_TYPES, output_schema
+from fletcher.net.flight_errors import handler_errors, without_traceback
+from fletcher.serving.model_manager import ModelManager
+from fletcher.serving.service import Service
 from fletcher.stores.base import DatasetInfo
 
 log = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def _load(
         self,
-        load: Callable[[Models, dict[str, Any], Callable[[], bool]], dict[str, Any]],
+        load: Callable[[ModelManager, dict[str, Any], Callable[[], bool]], dict[str, Any]],
         body: bytes,
         context: Any,
     ) -> bytes:
@@ -215,7 +215,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         return _json(load(self._service.models, parse_json(body), context.is_cancelled))
 
     def _upload_status(self, body: bytes) -> bytes:
-        options = EmbedOptions.from_mapping(parse_json(body))
+        options = EmbedCommand.from_mapping(parse_json(body))
         return _json(self._service.delivery.status(options))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pyarrow import flight
 
-from fletcher.telemetry import Telemetry
+from fletcher.telemetry.tracing import Telemetry
 
 
 class _Trace(flight.ServerMiddleware):  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.core.batches import InferenceResult, MicroBatch
 
 
 @dataclass(frozen=True, slots=True)

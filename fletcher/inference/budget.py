@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from fletcher.batches import InferenceResult, Int32Array, MicroBatch, Segments
+from fletcher.core.batches import InferenceResult, Int32Array, MicroBatch, Segments
 from fletcher.errors import BackendError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.late import LateBackend
-from fletcher.models.bundle import ModelBundle, version_folder
-from fletcher.models.markers import Queries
+from fletcher.models.bundle.bundle import ModelBundle, version_folder
+from fletcher.models.checkpoint.markers import Queries
 from fletcher.vectors.ragged import segments_of
 
 # Words of ONNX Runtime's arenas, CUDA, cuBLAS and OpenVINO, which have no exception for it.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import InferenceResult, Int32Array, MicroBatch
+from fletcher.core.batches import InferenceResult, Int32Array, MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference.backend import Backend
 from fletcher.inference.packed_io import PackedIO

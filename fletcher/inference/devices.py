@@ -9,8 +9,8 @@ from pathlib import Path
 from fletcher.errors import BackendError, ConfigError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.host import HostInfo, detect_host
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.packed import FAMILIES, can_pack
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.onnx.packed import FAMILIES, can_pack
 
 __all__ = ["HostInfo", "Resolution", "detect_host", "resolve"]
 

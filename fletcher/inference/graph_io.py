@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import BoolArray, FloatArray, InferenceResult, Int32Array, MicroBatch
+from fletcher.core.batches import BoolArray, FloatArray, InferenceResult, Int32Array, MicroBatch
 from fletcher.errors import ModelError
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.graph import HIDDEN
-from fletcher.models.markers import Queries, Skipped
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.checkpoint.markers import Queries, Skipped
+from fletcher.models.onnx.graph import HIDDEN
 from fletcher.vectors.pooling import normalize, pool
 from fletcher.vectors.ragged import sparse
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import BoolArray, InferenceResult, MicroBatch, Segments
+from fletcher.core.batches import BoolArray, InferenceResult, MicroBatch, Segments
 from fletcher.errors import ModelError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.graph_io import GraphIO
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.vectors.ragged import starts_of
 
 SEGMENTS = "segments"

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import InferenceResult, Int32Array, MicroBatch, Segments
+from fletcher.core.batches import InferenceResult, Int32Array, MicroBatch, Segments
 from fletcher.inference.backend import BackendConfig
 from fletcher.vectors.ragged import places, starts_of
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.core.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, FletcherError, ModelError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.binding import Binding, Pin, cuda_pin
@@ -28,9 +28,9 @@ from fletcher.inference.cuda_graphs import captured
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
 from fletcher.inference.packed_io import PackedIO
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.graph import HANDED_ON
-from fletcher.models.packed import write_packed
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.onnx.graph import HANDED_ON
+from fletcher.models.onnx.packed import write_packed
 
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"

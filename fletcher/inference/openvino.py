@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.core.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.graph import HANDED_ON
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.onnx.graph import HANDED_ON
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 

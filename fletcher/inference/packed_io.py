@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import BoolArray, Int32Array, MicroBatch
+from fletcher.core.batches import BoolArray, Int32Array, MicroBatch
 from fletcher.inference.graph_io import GraphIO
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.packed import INPUTS
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.onnx.packed import INPUTS
 
 
 class PackedIO(GraphIO):

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.batches import BoolArray, EmbeddingBatch, Int32Array, Int64Array, VectorArray
+from fletcher.core.batches import BoolArray, EmbeddingBatch, Int32Array, Int64Array, VectorArray
+from fletcher.core.schema import TIMESTAMP, VectorSpec, column, vector_columns
 from fletcher.errors import FletcherError
-from fletcher.pipeline.limits import INTERACTIVE_ROWS
-from fletcher.pipeline.piece import Piece
-from fletcher.schema import TIMESTAMP, VectorSpec, column, vector_columns
+from fletcher.pipeline.input.limits import INTERACTIVE_ROWS
+from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.vectors.aggregation import aggregation
 from fletcher.vectors.finish import finish
 from fletcher.vectors.ragged import gathered
@@ -73,42 +73,44 @@ class Assembler:
         method = "mean" if spec.chunking is None else spec.chunking.aggregation
         self._aggregation = aggregation(method, normalized=spec.normalized)
 
-    def assemble(self, piece: Piece, outcome: EmbeddingBatch | FletcherError) -> Output | None:
+    def assemble(
+        self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
+    ) -> Output | None:
         """The output of a piece; None: its text goes on."""
-        finished = self._finished(piece, outcome)
+        finished = self._finished(row_slice, outcome)
         if finished is None:
             return None
         outcome = finished
-        num_rows = piece.num_rows
-        single = self._single(piece, outcome) if self._is_plain and num_rows == 1 else None
+        num_rows = row_slice.num_rows
+        single = self._single(row_slice, outcome) if self._is_plain and num_rows == 1 else None
         if single is not None:
             return Output(single, {}, np.arange(2))
-        table, values = self._vectors(piece, outcome)
-        errors = dict(piece.errors)
+        table, values = self._vectors(row_slice, outcome)
+        errors = dict(row_slice.errors)
         if table.errors:
-            for row, value in enumerate(piece.values.tolist()):
+            for row, value in enumerate(row_slice.values.tolist()):
                 if value in table.errors:
                     errors.setdefault(row, table.errors[value])
-        missing: BoolArray = piece.values < 0
+        missing: BoolArray = row_slice.values < 0
         if errors:
             missing[list(errors)] = True
         vectors, counts = table.vectors(values, missing, self._spec)
         columns: dict[str, Any] = {
-            "id": self._ids(piece),
+            "id": self._ids(row_slice),
             **vector_columns(vectors, self._spec, missing, counts),
-            "timestamp": column(np.full(num_rows, piece.timestamp_ns, np.int64), TIMESTAMP),
+            "timestamp": column(np.full(num_rows, row_slice.timestamp_ns, np.int64), TIMESTAMP),
             "token_count": pa.array(np.where(missing, 0, table.token_count[values]), pa.int32()),
             "truncated": pa.array(table.truncated[values] & ~missing),
         }
         for name in self._names:
             if name not in columns:
-                columns[name] = self._carried(piece, name)
+                columns[name] = self._carried(row_slice, name)
         arrays = [columns[name] for name in self._names]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
         return Output(batch, errors, np.arange(num_rows + 1))
 
     def _single(
-        self, piece: Piece, outcome: EmbeddingBatch | FletcherError
+        self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> pa.RecordBatch | None:
         """The output of a single text, without functions that are for many; None: it is not that.
 
@@ -116,29 +118,29 @@ class Assembler:
         """
         if isinstance(outcome, FletcherError) or len(outcome.embeddings) != 1:
             return None
-        given = piece.new_values is not None or "id" in piece.rows.schema.names
-        if given or outcome.errors or piece.values[0]:
+        given = row_slice.new_values is not None or "id" in row_slice.rows.schema.names
+        if given or outcome.errors or row_slice.values[0]:
             return None
-        identifier = f"{self._upload_id}:{piece.row_first}".encode()
+        identifier = f"{self._upload_id}:{row_slice.row_first}".encode()
         vector = outcome.embeddings
         numbers = _of_one(pa.float32(), vector.tobytes(), length=vector.size)
         arrays = [
             _of_one(pa.utf8(), _PAIR.pack(0, len(identifier)), identifier),
             pa.Array.from_buffers(self._spec.arrow_type, 1, [None], children=[numbers]),
-            _of_one(TIMESTAMP, _LONG.pack(piece.timestamp_ns)),
+            _of_one(TIMESTAMP, _LONG.pack(row_slice.timestamp_ns)),
             _of_one(pa.int32(), _INT.pack(outcome.token_count[0])),
             _of_one(pa.bool_(), b"\1" if outcome.truncated[0] else b"\0"),
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def _finished(
-        self, piece: Piece, outcome: EmbeddingBatch | FletcherError
+        self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> EmbeddingBatch | FletcherError | None:
         """Vectors of texts as they were asked for; None: of the piece's text more comes."""
         outcome = self._finish(outcome)
-        if piece.texts.chunking is None or not piece.texts.num_texts:
+        if row_slice.texts.chunking is None or not row_slice.texts.num_texts:
             return outcome
-        return self._aggregation.take(outcome, continued=piece.texts.continued)
+        return self._aggregation.take(outcome, continued=row_slice.texts.continued)
 
     def _finish(self, outcome: EmbeddingBatch | FletcherError) -> EmbeddingBatch | FletcherError:
         if isinstance(outcome, FletcherError) or outcome.counts is not None:
@@ -152,41 +154,43 @@ class Assembler:
         return replace(outcome, embeddings=embeddings)
 
     def _vectors(
-        self, piece: Piece, outcome: EmbeddingBatch | FletcherError
+        self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> tuple[_Table, Int32Array]:
         """The table and, for each row, its place there (any place for rows without a vector)."""
-        num_texts = piece.texts.num_texts
-        own = piece.new_values is None
+        num_texts = row_slice.texts.num_texts
+        own = row_slice.new_values is None
         if own and not isinstance(outcome, FletcherError):
             table = _Table(outcome)
-        elif piece.new_values is None:
+        elif row_slice.new_values is None:
             table = _Table.of_size(num_texts, self._spec.width)
             table.fill(np.arange(num_texts, dtype=np.int32), outcome)
         else:
-            if piece.new_table is not None:
-                self._table = _Table.of_size(piece.new_table, self._spec.width)
+            if row_slice.new_table is not None:
+                self._table = _Table.of_size(row_slice.new_table, self._spec.width)
             table = self._table
-            table.fill(piece.new_values, outcome)
+            table.fill(row_slice.new_values, outcome)
         if len(table.token_count) == 0:  # no row of the piece has a text
             table = _Table.of_size(1, self._spec.width)
-        return table, np.maximum(piece.values, 0)
+        return table, np.maximum(row_slice.values, 0)
 
-    def _ids(self, piece: Piece) -> pa.Array:
-        if "id" in piece.rows.schema.names:
-            return piece.rows.column("id")
-        if piece.num_rows <= INTERACTIVE_ROWS:  # Arrow's functions take longer to begin
-            first, last = piece.row_first, piece.row_first + piece.num_rows
+    def _ids(self, row_slice: RowSlice) -> pa.Array:
+        if "id" in row_slice.rows.schema.names:
+            return row_slice.rows.column("id")
+        if row_slice.num_rows <= INTERACTIVE_ROWS:  # Arrow's functions take longer to begin
+            first, last = row_slice.row_first, row_slice.row_first + row_slice.num_rows
             return pa.array([f"{self._upload_id}:{row}" for row in range(first, last)], pa.utf8())
-        offsets = np.arange(piece.row_first, piece.row_first + piece.num_rows, dtype=np.int64)
+        offsets = np.arange(
+            row_slice.row_first, row_slice.row_first + row_slice.num_rows, dtype=np.int64
+        )
         return pc.binary_join_element_wise(
             f"{self._upload_id}:", pa.array(offsets).cast(pa.utf8()), ""
         )
 
-    def _carried(self, piece: Piece, name: str) -> pa.Array:
+    def _carried(self, row_slice: RowSlice, name: str) -> pa.Array:
         if name in ("text", "metadata"):
-            array = piece.rows.column(name)
+            array = row_slice.rows.column(name)
         else:
-            array = piece.rows.column(f"carried:{name}")
+            array = row_slice.rows.column(f"carried:{name}")
         if pa.types.is_dictionary(array.type):
             array = array.dictionary_decode()
         return array if array.type == self._type(name) else array.cast(self._type(name))

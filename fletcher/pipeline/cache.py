@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fletcher.batches import EmbeddingBatch, TextBatch
+from fletcher.core.batches import EmbeddingBatch, TextBatch
 from fletcher.errors import FletcherError
-from fletcher.telemetry import Telemetry
+from fletcher.telemetry.tracing import Telemetry
 
 _KEY_BYTES = 16
 # What an entry takes beside its value: two bytes objects, a key, a place in an OrderedDict, as
@@ -29,7 +29,7 @@ _KEY_BYTES = 16
 _ENTRY_BYTES = 190
 
 
-class Shelf(Protocol):
+class CacheBackend(Protocol):
     """Keeps values of one size by key, the least recently used go first. Thread-safe."""
 
     @property
@@ -50,8 +50,8 @@ class Shelf(Protocol):
         ...
 
 
-class MemoryShelf:
-    """See `Shelf`.
+class MemoryCache:
+    """See `CacheBackend`.
 
     Args:
         max_bytes: Values, keys and what Python needs for them.
@@ -65,11 +65,11 @@ class MemoryShelf:
 
     @property
     def num_bytes(self) -> int:
-        """See `Shelf`."""
+        """See `CacheBackend`."""
         return self._num_bytes
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """See `Shelf`."""
+        """See `CacheBackend`."""
         with self._lock:
             found = [self._values.get(key) for key in keys]
             for key, value in zip(keys, found, strict=True):
@@ -78,7 +78,7 @@ class MemoryShelf:
             return found
 
     def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """See `Shelf`."""
+        """See `CacheBackend`."""
         with self._lock:
             for key, value in zip(keys, values, strict=True):
                 if key not in self._values:
@@ -90,7 +90,7 @@ class MemoryShelf:
                 self._num_bytes -= len(value) + _ENTRY_BYTES
 
     def close(self) -> None:
-        """See `Shelf`."""
+        """See `CacheBackend`."""
         with self._lock:
             self._values.clear()
             self._num_bytes = 0
@@ -106,9 +106,11 @@ class EmbeddingCache:
         telemetry: Where hits and misses are counted.
     """
 
-    def __init__(self, scope: Sequence[str], dim: int, shelf: Shelf, telemetry: Telemetry) -> None:
+    def __init__(
+        self, scope: Sequence[str], dim: int, backend: CacheBackend, telemetry: Telemetry
+    ) -> None:
         self._scope = list(scope)
-        self._shelf = shelf
+        self._backend = backend
         self._telemetry = telemetry
         self._record = np.dtype(
             [
@@ -118,12 +120,12 @@ class EmbeddingCache:
                 ("truncated", "?"),
             ]
         )
-        telemetry.cache_memory.watch(lambda: shelf.num_bytes)
+        telemetry.cache_memory.watch(lambda: backend.num_bytes)
 
     def recall(self, texts: TextBatch) -> Recall:
         """What is known of some texts."""
         keys = self._keys(texts)
-        values = self._shelf.get(keys)
+        values = self._backend.get(keys)
         known = np.array([value is not None for value in values], np.bool_)
         num_known = int(known.sum())
         self._telemetry.cache_hits.add(num_known)
@@ -135,7 +137,7 @@ class EmbeddingCache:
     def remember(self, keys: Sequence[bytes], records: Any) -> None:
         """Keeps new vectors."""
         raw, size = records.tobytes(), self._record.itemsize
-        self._shelf.put(keys, [raw[n * size : (n + 1) * size] for n in range(len(keys))])
+        self._backend.put(keys, [raw[n * size : (n + 1) * size] for n in range(len(keys))])
 
     def _keys(self, texts: TextBatch) -> list[bytes]:
         treatment = [*self._scope, texts.prompt, texts.truncate, texts.max_length, texts.layers]

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fletcher.batches import (
+from fletcher.config.server import DISPATCHES
+from fletcher.core.batches import (
     EmbeddingBatch,
     InferenceResult,
     Int32Array,
@@ -20,15 +21,14 @@ from fletcher.batches import (
     TextBatch,
     TokenBatch,
 )
-from fletcher.config import DISPATCHES
 from fletcher.pipeline.cache import EmbeddingCache
-from fletcher.pipeline.memory import MemoryBudget
-from fletcher.pipeline.sources import InferenceSource, TokenizationSource, as_fletcher_error
-from fletcher.pipeline.stream import EmbedStream, Ticket
-from fletcher.telemetry import Span, Telemetry
-from fletcher.workers.memory import memory_bytes
+from fletcher.pipeline.memory_budget import MemoryBudget
+from fletcher.pipeline.scheduler import InferenceScheduler, TokenizationScheduler, as_fletcher_error
+from fletcher.pipeline.stream import EmbedStream, StreamTicket
+from fletcher.telemetry.tracing import Span, Telemetry
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
+from fletcher.workers.process_memory import memory_bytes
 
 # A sentence or two tokenizes in a fraction of a millisecond, less than a trip to a worker and back.
 _INLINE_TEXTS = 4
@@ -50,7 +50,7 @@ class EmbedderConfig:
         model: What counts and gauges are labelled with.
         window_tokens: Bulk tokens planned together.
         max_queue_delay_s: What bulk work may wait for company.
-        dispatch: Which replica gets the next micro-batch; one of `fletcher.config.DISPATCHES`.
+        dispatch: Which replica gets the next micro-batch; one of `config.server.DISPATCHES`.
         worker_timeout_s: How long a run may take before its process is replaced.
     """
 
@@ -108,7 +108,7 @@ class Embedder:
             token_count=np.zeros(0, np.int32),
             truncated=np.zeros(0, np.bool_),
         )
-        self._inference = InferenceSource(
+        self._inference = InferenceScheduler(
             dim=config.dim,
             plan=lambda lengths: plan(lengths, self.replicas.concurrency),
             window_tokens=config.window_tokens,
@@ -120,7 +120,7 @@ class Embedder:
             model=config.model,
             num_layers=config.num_layers,
         )
-        self._tokenization = TokenizationSource(
+        self._tokenization = TokenizationScheduler(
             telemetry, self._inference.put, hurry=self._hurry_tokenizers
         )
 
@@ -278,7 +278,7 @@ class Embedder:
     def _hurry_replicas(self) -> None:
         self.replicas.hurry()
 
-    def _enqueue(self, ticket: Ticket) -> None:
+    def _enqueue(self, ticket: StreamTicket) -> None:
         whole = ticket.texts.chunking is None  # else its vectors are chunks', and not kept
         if self._cache is not None and whole and ticket.texts.num_texts:
             recall = self._cache.recall(ticket.texts)

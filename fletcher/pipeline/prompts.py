@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from fletcher.errors import InvalidCommandError
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 
 # Prompts end in a colon, a space or a full sentence ("query: ", "Represent this sentence for
 # searching relevant passages: "); names are single words.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from fletcher.batches import Int64Array
+from fletcher.core.batches import Int64Array
 from fletcher.errors import (
     FletcherError,
     InvalidCommandError,
     RowTooLargeError,
     UnavailableError,
 )
-from fletcher.pipeline.arrays import null_mask
+from fletcher.pipeline.input.arrays import null_mask
 
 
 def ends_call(errors: dict[int, FletcherError], *, abort: bool) -> FletcherError | None:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fletcher.batches import Carry, EmbeddingBatch, Priority, TextBatch, TokenBatch
+from fletcher.core.batches import Carry, EmbeddingBatch, Priority, TextBatch, TokenBatch
 from fletcher.errors import DrainingError, FletcherError, InternalError
-from fletcher.pipeline.memory import Allowance
-from fletcher.telemetry import Span
+from fletcher.pipeline.memory_budget import Allowance
+from fletcher.telemetry.tracing import Span
 
 _RETRY_MS = 5000
 
@@ -30,11 +30,11 @@ class Seam:
     """
 
     carry: Carry | FletcherError | None = None
-    follower: Ticket | None = None
+    follower: StreamTicket | None = None
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class StreamTicket:
     """A TextBatch on its way, and what the stages have made of it so far.
 
     Attributes:
@@ -99,12 +99,15 @@ class EmbedStream:
     """
 
     def __init__(
-        self, allowance: Allowance, enqueue: Callable[[Ticket], None], trace: Span | None = None
+        self,
+        allowance: Allowance,
+        enqueue: Callable[[StreamTicket], None],
+        trace: Span | None = None,
     ) -> None:
         self.trace = trace
         self._allowance = allowance
         self._enqueue = enqueue
-        self._tickets: deque[Ticket] = deque()
+        self._tickets: deque[StreamTicket] = deque()
         self._ended = False
         self.closed = False
         self._cut_off = False  # closed before its end
@@ -129,7 +132,7 @@ class EmbedStream:
             DrainingError: The stream was closed.
         """
         self._allowance.acquire(num_bytes, bulk=priority == "bulk")
-        ticket = Ticket(self, texts, context, num_bytes, priority)
+        ticket = StreamTicket(self, texts, context, num_bytes, priority)
         before = None
         with self._changed:
             self._tickets.append(ticket)
@@ -246,7 +249,7 @@ class EmbedStream:
             return self._ended
         return self._tickets[0].result is not None
 
-    def _finished(self, ticket: Ticket, result: EmbeddingBatch | FletcherError) -> None:
+    def _finished(self, ticket: StreamTicket, result: EmbeddingBatch | FletcherError) -> None:
         with self._changed:
             if ticket.result is not None:
                 raise InternalError("a ticket was finished twice")

@@ -6,6 +6,6 @@ Depends on pyarrow and Fletcher's errors alone; the client library and `fletcher
 from __future__ import annotations
 
 from fletcher.readers.files import FORMATS
-from fletcher.readers.source import Source, open_source
+from fletcher.readers.source import TextSource, open_source
 
-__all__ = ["FORMATS", "Source", "open_source"]
+__all__ = ["FORMATS", "TextSource", "open_source"]

@@ -35,7 +35,7 @@ def open_source(
     limit: int | None = None,
     stdin: BinaryIO | None = None,
     notice: Callable[[str], None] = log.info,
-) -> Source:
+) -> TextSource:
     """Opens files, folders or standard input (`-`) for reading as one stream.
 
     Reads Parquet, CSV and TSV with a header, JSON lines, Arrow IPC (file and stream) and plain text
@@ -66,10 +66,10 @@ def open_source(
     listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
     selection = Selection(text_column, id_column, tuple(columns))
     files = find_files(listed, format_name, notice)
-    return Source(files, selection, batch_rows, limit, stdin, notice)
+    return TextSource(files, selection, batch_rows, limit, stdin, notice)
 
 
-class Source:
+class TextSource:
     """Text to embed, out of files: batches of id, text and carried columns, in one schema.
 
     Attributes:

@@ -1,7 +1,7 @@
 """What Fletcher asks of a vector store, and nothing more.
 
-Output batches have the columns of `fletcher.schema.output_schema`; `batch_key` names the group a
-row was sent in: `upload_id:first-last`, both offsets inclusive, unique within a dataset.
+Output batches have the columns of `core.schema.output_schema`; `batch_key` names the group a row
+was sent in: `upload_id:first-last`, both offsets inclusive, unique within a dataset.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class StoreCapabilities:
 
 @dataclass(frozen=True, slots=True)
 class DatasetInfo:
-    """A dataset as the store has it. `schema` includes the metadata of `fletcher.schema`."""
+    """A dataset as the store has it. `schema` includes the metadata of `fletcher.core.schema`."""
 
     name: str
     schema: pa.Schema

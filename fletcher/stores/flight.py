@@ -15,7 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.compression import Sender
+from fletcher.core.command import check_dataset
+from fletcher.core.ranges import RangeSet
+from fletcher.core.schema import parse_batch_key
 from fletcher.errors import (
     FletcherError,
     RequestError,
@@ -25,9 +27,7 @@ from fletcher.errors import (
     UnavailableError,
     UnknownDatasetError,
 )
-from fletcher.options import check_dataset
-from fletcher.ranges import RangeSet
-from fletcher.schema import parse_batch_key
+from fletcher.net.compression import Sender
 from fletcher.stores import longbow, wire
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.filters import to_json

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.core.schema import parse_batch_key
 from fletcher.errors import (
     InternalError,
     StoreUnavailableError,
     from_json,
 )
-from fletcher.schema import parse_batch_key
 from fletcher.stores import wire
 from fletcher.stores.base import Filter, WriteMode
 from fletcher.stores.longbow import longbow_batch, without_stored

@@ -13,17 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fletcher.allocator import keep_large_blocks
+from fletcher.core.command import CHOICES, check_dataset
+from fletcher.core.quantization import VectorReader, pack_signs
+from fletcher.core.ranges import RangeSet
+from fletcher.core.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.errors import (
     ColumnTypeError,
     InvalidCommandError,
     StoreError,
     StoreUnavailableError,
 )
-from fletcher.options import CHOICES, check_dataset
-from fletcher.quantization import VectorReader, pack_signs
-from fletcher.ranges import RangeSet
-from fletcher.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lance_repair import set_torn_versions_aside
@@ -36,7 +35,8 @@ from fletcher.stores.lance_writer import (
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, new_fields
-from fletcher.stores.sync import make_folder, sync_path
+from fletcher.util.allocator import keep_large_blocks
+from fletcher.util.durable import make_folder, sync_path
 
 # LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata, 2 GiB read ahead a scan) suit a
 # machine of its own. Here they share the memory that `--max-memory` promises.

@@ -20,7 +20,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from fletcher.stores.sync import sync_path
+from fletcher.util.durable import sync_path
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import types
 
-from fletcher.allocator import give_back
 from fletcher.errors import (
     FletcherError,
     InvalidCommandError,
@@ -31,7 +30,8 @@ from fletcher.stores.schemas import (
     conform,
     last_of_each_id,
 )
-from fletcher.stores.sync import sync_path
+from fletcher.util.allocator import give_back
+from fletcher.util.durable import sync_path
 
 _log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fletcher.ranges import RangeSet
-from fletcher.schema import parse_batch_key
+from fletcher.core.ranges import RangeSet
+from fletcher.core.schema import parse_batch_key
 
 
 class KeyLedger:

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fletcher.core.quantization import VectorReader
 from fletcher.errors import (
     ColumnTypeError,
     DimensionMismatchError,
     InvalidCommandError,
     UnknownDatasetError,
 )
-from fletcher.quantization import VectorReader
 
 MAX_K = 100_000
 Scores = Callable[[pa.RecordBatch], npt.NDArray[np.float32]]

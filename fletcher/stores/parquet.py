@@ -16,16 +16,16 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from fletcher.core.command import CHOICES, check_dataset
+from fletcher.core.ranges import RangeSet
+from fletcher.core.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.errors import ColumnTypeError, RequestError, StoreError, StoreUnavailableError
-from fletcher.options import CHOICES, check_dataset
-from fletcher.ranges import RangeSet
-from fletcher.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.lock import WriterLock
 from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, check_storable, conform
-from fletcher.stores.sync import make_folder, sync_path
+from fletcher.util.durable import make_folder, sync_path
 
 # The schema of the first write, in the file that Parquet's readers know for it.
 _SCHEMA_FILE = "_common_metadata"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from fletcher.core.quantization import QUANTIZATION
+from fletcher.core.schema import CHUNK_FIELDS
 from fletcher.errors import (
     ColumnTypeError,
     DimensionMismatchError,
@@ -12,8 +14,6 @@ from fletcher.errors import (
     ModelMismatchError,
     UnknownColumnError,
 )
-from fletcher.quantization import QUANTIZATION
-from fletcher.schema import CHUNK_FIELDS
 
 # What must be the same for two vectors to be comparable, by the schema metadata that says it.
 _MODEL_KEYS = (

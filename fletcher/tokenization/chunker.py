@@ -12,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 
-from fletcher.batches import (
+from fletcher.core.batches import (
     BoolArray,
     Carry,
     Chunks,
@@ -22,7 +22,7 @@ from fletcher.batches import (
     TextBatch,
     TokenBatch,
 )
-from fletcher.chunking import Chunking
+from fletcher.core.chunking import Chunking
 from fletcher.tokenization.frames import context, frames
 from fletcher.tokenization.sentences import CONTEXT, PARAGRAPH, SENTENCE, Levels, levels
 

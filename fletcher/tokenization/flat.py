@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
+from fletcher.core.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
 from fletcher.errors import FletcherError, RowTooLargeError
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fletcher.batches import Int32Array, TextBatch, TokenBatch
+from fletcher.core.batches import Int32Array, TextBatch, TokenBatch
 from fletcher.errors import InvalidCommandError
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.worker import TokenizerConfig, TokenizerWorker
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import Int64Array
+from fletcher.core.batches import Int64Array
 
 Levels = npt.NDArray[np.int8]
 

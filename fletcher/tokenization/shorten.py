@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from fletcher.batches import BoolArray
+from fletcher.core.batches import BoolArray
 
 _WHITESPACE = b" \t\n\r"
 _NO_BOUNDARIES = np.zeros(256, dtype=np.bool_)

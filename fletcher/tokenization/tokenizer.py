@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from fletcher.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
+from fletcher.core.batches import BoolArray, Int32Array, Int64Array, TextBatch, TokenBatch
 from fletcher.errors import InvalidCommandError, ModelError
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tokenization.chunker import TextTokens, cut
 from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.shorten import MIN_BYTES_FOR_RUNS, Shortener

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fletcher.batches import BoolArray, Int32Array, Int64Array
+from fletcher.core.batches import BoolArray, Int32Array, Int64Array
 
 # 57 bytes each: 15 MB. Of texts with 107,000 different words, 70 in each, so many places lack a
 # third of a word a text; half as many lack one.

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from fletcher.batches import TextBatch, TokenBatch
-from fletcher.models.bundle import version_folder
+from fletcher.core.batches import TextBatch, TokenBatch
+from fletcher.models.bundle.bundle import version_folder
 from fletcher.tokenization.tokenizer import Tokenizer
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """What makes tokens of texts; `max_length` of them at most."""
 
     max_length: int
@@ -27,7 +27,7 @@ class TokenizerWorker:
     concurrency = 1
     express = 0
 
-    def __init__(self, tokenizer: Encoder) -> None:
+    def __init__(self, tokenizer: TextEncoder) -> None:
         self._tokenizer = tokenizer
 
     def run(self, batch: TextBatch) -> TokenBatch:

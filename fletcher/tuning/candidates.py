@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo, Resolution, resolve
@@ -43,7 +43,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class TuningCandidate:
     """One way to run a model.
 
     Attributes:
@@ -62,12 +62,12 @@ class Candidate:
         """The replicas alone: candidates that share them differ in their `max_batch_tokens`."""
         return tuple(dataclasses.replace(one, max_batch_tokens=0) for one in self.configs)
 
-    def with_tokens(self, max_batch_tokens: int) -> Candidate:
+    def with_tokens(self, max_batch_tokens: int) -> TuningCandidate:
         """The same replicas with another `max_batch_tokens`."""
         configs = (
             dataclasses.replace(one, max_batch_tokens=max_batch_tokens) for one in self.configs
         )
-        return Candidate(tuple(configs))
+        return TuningCandidate(tuple(configs))
 
     @property
     def engine(self) -> str:
@@ -86,7 +86,7 @@ class Candidate:
         return f"{self.engine} on {self.replicas}, {self.max_batch_tokens} tokens a run"
 
 
-def engines(asked: Asked, host: HostInfo, bundle_folder: Path) -> list[Candidate]:
+def engines(asked: Asked, host: HostInfo, bundle_folder: Path) -> list[TuningCandidate]:
     """Every device, backend and precision that may be had, arranged by rule; the rules' own first.
 
     Raises:
@@ -102,15 +102,15 @@ def engines(asked: Asked, host: HostInfo, bundle_folder: Path) -> list[Candidate
                 )
                 with contextlib.suppress(BackendError):  # not to be had here
                     found.append(one.by_rule(host, bundle_folder))
-    return list(dict.fromkeys(Candidate(tuple(one.configs)) for one in found))
+    return list(dict.fromkeys(TuningCandidate(tuple(one.configs)) for one in found))
 
 
-def arrangements(engine: Candidate, asked: Asked) -> list[Candidate]:
+def arrangements(engine: TuningCandidate, asked: Asked) -> list[TuningCandidate]:
     """One engine in fewer or more processes, with smaller or larger runs; as it is first."""
     tokens = engine.max_batch_tokens
     budgets = (tokens,) if asked.max_batch_tokens else (tokens, tokens // 2, tokens * 2)
     return [
-        Candidate(configs).with_tokens(budget)
+        TuningCandidate(configs).with_tokens(budget)
         for configs in _processes(engine.configs, asked)
         for budget in budgets
     ]

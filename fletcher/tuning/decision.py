@@ -8,7 +8,7 @@ from typing import Any
 
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tuning import record
 from fletcher.tuning.candidates import Asked
 

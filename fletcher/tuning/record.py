@@ -19,9 +19,9 @@ from typing import Any
 from fletcher.errors import ConfigError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.spec import MANIFEST
-from fletcher.tuning.candidates import BACKENDS, PRECISIONS, Asked, Candidate
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.spec import MANIFEST
+from fletcher.tuning.candidates import BACKENDS, PRECISIONS, Asked, TuningCandidate
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Record:
         texts_per_s: Its median turn.
     """
 
-    candidate: Candidate
+    candidate: TuningCandidate
     measured_at: str
     texts_per_s: float
 
@@ -163,7 +163,9 @@ def _read(content: Mapping[str, Any], bundle_folder: Path) -> Record:
     if type(tokens) is not int or tokens < 1 or not content["replicas"]:
         raise ValueError(content)
     configs = tuple(_replica(one, bundle_folder, tokens) for one in content["replicas"])
-    return Record(Candidate(configs), str(content["measured_at"]), float(content["texts_per_s"]))
+    return Record(
+        TuningCandidate(configs), str(content["measured_at"]), float(content["texts_per_s"])
+    )
 
 
 def _replica(fields: Mapping[str, Any], bundle_folder: Path, tokens: int) -> BackendConfig:

@@ -6,19 +6,27 @@ import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
 
-from fletcher.batches import FloatArray
+from fletcher.core.batches import FloatArray
 from fletcher.errors import BackendError, ConfigError
 from fletcher.inference.devices import HostInfo
-from fletcher.models.bundle import ModelBundle
-from fletcher.tuning.candidates import Asked, Candidate, arrangements, engines
-from fletcher.tuning.crew import ReplicaCrew
-from fletcher.tuning.probe import Probe
-from fletcher.tuning.race import LOOK_TEXTS, Progress, StartCrew, Trial, choose, embed, race
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.tuning.candidates import Asked, TuningCandidate, arrangements, engines
 from fletcher.tuning.record import Key, Record, save
+from fletcher.tuning.replica_group import ProcessReplicaGroup
+from fletcher.tuning.sample_texts import SampleTexts
+from fletcher.tuning.trials import (
+    LOOK_TEXTS,
+    CandidateTrial,
+    Progress,
+    StartCrew,
+    choose,
+    embed,
+    race,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class TuningReport:
     """What came of a tuning.
 
     Attributes:
@@ -30,9 +38,9 @@ class Report:
         path: Where.
     """
 
-    engines: list[Trial]
-    arrangements: list[Trial]
-    chosen: Trial
+    engines: list[CandidateTrial]
+    arrangements: list[CandidateTrial]
+    chosen: CandidateTrial
     record: Record
     path: Path
 
@@ -43,8 +51,8 @@ def tune(
     host: HostInfo,
     bundle: ModelBundle,
     progress: Progress,
-    start: StartCrew = ReplicaCrew,
-) -> Report:
+    start: StartCrew = ProcessReplicaGroup,
+) -> TuningReport:
     """Measures what could run a model here and keeps the winner for servers to come.
 
     Two small races instead of one of all combinations, which would take several times as long and
@@ -72,7 +80,7 @@ def tune(
             field="model",
         )
     candidates = engines(asked, host, bundle.folder)
-    probe = Probe.of(bundle)
+    probe = SampleTexts.of(bundle)
     reference = _reference(host, bundle, probe, start, progress)
     first = race(candidates, probe, reference, start, progress)
     engine = choose(first)
@@ -85,11 +93,11 @@ def tune(
     now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     record = Record(chosen.candidate, now, chosen.texts_per_s)
     path = save(home, Key.of(asked, host, bundle), bundle, record)
-    return Report(first, second, chosen, record, path)
+    return TuningReport(first, second, chosen, record, path)
 
 
 def _reference(
-    host: HostInfo, bundle: ModelBundle, probe: Probe, start: StartCrew, progress: Progress
+    host: HostInfo, bundle: ModelBundle, probe: SampleTexts, start: StartCrew, progress: Progress
 ) -> FloatArray:
     """float32 [LOOK_TEXTS, dim]: ONNX Runtime's float32 on the CPU, OpenVINO's without that.
 
@@ -99,14 +107,14 @@ def _reference(
     """
     backend = "onnxruntime" if host.onnxruntime else "openvino"
     asked = Asked(device="cpu", backend=backend, precision="float32")
-    candidate = Candidate(tuple(asked.by_rule(host, bundle.folder).configs))
+    candidate = TuningCandidate(tuple(asked.by_rule(host, bundle.folder).configs))
     progress(f"reference: {candidate.engine} on {candidate.replicas}")
-    crew = start(candidate.configs)
+    group = start(candidate.configs)
     try:
-        return embed(crew, probe, LOOK_TEXTS, candidate.max_batch_tokens)[0]
+        return embed(group, probe, LOOK_TEXTS, candidate.max_batch_tokens)[0]
     finally:
-        crew.close()
+        group.close()
 
 
-def _told(trial: Trial) -> str:
+def _told(trial: CandidateTrial) -> str:
     return f"{trial.candidate.engine} {trial.out}"

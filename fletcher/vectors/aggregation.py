@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import Chunks, EmbeddingBatch
+from fletcher.core.batches import Chunks, EmbeddingBatch
 from fletcher.errors import FletcherError
 from fletcher.vectors.pooling import normalize
 
@@ -45,7 +45,7 @@ class Joins(Protocol):
 
 
 def aggregation(method: str, *, normalized: bool) -> Joins:
-    """What makes one vector a text, by a name of `fletcher.chunking.AGGREGATIONS`; not `none`.
+    """What makes one vector a text, by a name of `fletcher.core.chunking.AGGREGATIONS`; not `none`.
 
     Args:
         method: `mean`, `weighted`, `max` or `hierarchical`.

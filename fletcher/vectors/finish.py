@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fletcher.batches import FloatArray, VectorArray
+from fletcher.core.batches import FloatArray, VectorArray
 
 _Vectors = TypeVar("_Vectors", FloatArray, VectorArray)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.batches import BoolArray, FloatArray
+from fletcher.core.batches import BoolArray, FloatArray
 
 # torch.nn.functional.normalize
 MIN_NORM = 1e-12

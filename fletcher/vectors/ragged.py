@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fletcher.batches import FloatArray, Int32Array, Int64Array, Segments, VectorArray
+from fletcher.core.batches import FloatArray, Int32Array, Int64Array, Segments, VectorArray
 
 
 def places(starts: Int64Array, counts: Int32Array) -> Int64Array:

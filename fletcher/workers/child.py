@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from fletcher.errors import FletcherError, InternalError
 from fletcher.workers.messages import Failure, Ready, Response, WorkerSpec, encode, receive, send
-from fletcher.workers.turns import Turns
+from fletcher.workers.request_queue import RequestQueue
 
 _PR_SET_PDEATHSIG = 1
 
@@ -71,7 +71,7 @@ def serve(connection: Connection) -> None:
     send(connection, encode(ready))
 
     sending = threading.Lock()
-    requests = Turns(worker.concurrency)  # bounded by the parent's slots
+    requests = RequestQueue(worker.concurrency)  # bounded by the parent's slots
 
     def work() -> None:
         while True:

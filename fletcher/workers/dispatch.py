@@ -6,13 +6,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fletcher.config import DISPATCHES
+from fletcher.config.server import DISPATCHES
 
 STRATEGIES = DISPATCHES
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class DispatchCandidate:
     """A worker with room for a job.
 
     Attributes:
@@ -28,7 +28,7 @@ class Candidate:
     degraded: bool = False
 
 
-class Chooser:
+class WorkerChooser:
     """Chooses workers by one of `STRATEGIES`; not thread-safe.
 
     `throughput-weighted` takes the worker that will be free first. Idle ones share by virtual time
@@ -52,7 +52,7 @@ class Chooser:
         self._turn: dict[str, int] = {}
         self._turns = 0
 
-    def choose(self, candidates: Sequence[Candidate]) -> int:
+    def choose(self, candidates: Sequence[DispatchCandidate]) -> int:
         """The index of the worker to give the next job.
 
         Args:
@@ -91,7 +91,7 @@ class Chooser:
         begun = max(self._given_s.get(name, 0.0), self._now_s)
         self._given_s[name] = begun + (cost / rate if rate else 0.0)
 
-    def _virtual(self, one: Candidate) -> float:
+    def _virtual(self, one: DispatchCandidate) -> float:
         return max(self._given_s.get(one.name, 0.0), self._now_s)
 
 
@@ -101,6 +101,6 @@ def mean_rate(rates: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _rates(candidates: Sequence[Candidate]) -> list[float]:
+def _rates(candidates: Sequence[DispatchCandidate]) -> list[float]:
     mean = mean_rate([one.rate for one in candidates]) or 1.0
     return [one.rate or mean for one in candidates]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.core.batches import InferenceResult, MicroBatch
 
 _SIZE = struct.Struct("<Q")
 # Smaller arrays are cheaper to copy than to read by themselves.
@@ -62,7 +62,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class WorkerRequest:
     job_id: int
     payload: Any
     urgent: bool = False
@@ -137,14 +137,14 @@ def receive(connection: Connection) -> Any:
 
 def _short(message: Any) -> bytes | None:
     """A run of a few rows, or its answer; None: it is something else."""
-    if isinstance(message, Request) and isinstance(message.payload, MicroBatch):
+    if isinstance(message, WorkerRequest) and isinstance(message.payload, MicroBatch):
         return _short_run(message, message.payload)
     if isinstance(message, Response) and isinstance(message.payload, InferenceResult):
         return _short_answer(message, message.payload)
     return None
 
 
-def _short_run(request: Request, batch: MicroBatch) -> bytes | None:
+def _short_run(request: WorkerRequest, batch: MicroBatch) -> bytes | None:
     ids, lengths = batch.input_ids, batch.lengths
     plain = batch.segments is None and not batch.half
     if not plain or not ids.dtype == lengths.dtype == np.int32:
@@ -172,10 +172,12 @@ def _short_answer(response: Response, result: InferenceResult) -> bytes | None:
     return head + vectors.tobytes() + (b"" if norms is None else norms.tobytes())
 
 
-def _run(head: memoryview) -> Request:
+def _run(head: memoryview) -> WorkerRequest:
     _, job_id, urgent, layers, num_rows, num_tokens = _RUN_HEAD.unpack_from(head)
     numbers = np.frombuffer(head, np.int32, num_tokens + num_rows, _RUN_HEAD.size)
-    return Request(job_id, MicroBatch(numbers[:num_tokens], numbers[num_tokens:], layers), urgent)
+    return WorkerRequest(
+        job_id, MicroBatch(numbers[:num_tokens], numbers[num_tokens:], layers), urgent
+    )
 
 
 def _ran(head: memoryview) -> Response:

@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fletcher.errors import InternalError, OverloadedError
-from fletcher.workers.dispatch import STRATEGIES, Candidate, Chooser, mean_rate
+from fletcher.workers.dispatch import STRATEGIES, DispatchCandidate, WorkerChooser, mean_rate
 from fletcher.workers.jobs import Job, JobSource
 from fletcher.workers.messages import WorkerSpec
-from fletcher.workers.slot import Slot
+from fletcher.workers.worker_handle import WorkerHandle
 
 log = logging.getLogger(__name__)
 
@@ -83,15 +83,15 @@ class WorkerPool:
         self._running_inline = threading.Lock()
         self._hurrying = threading.Lock()
         self._hurried = False  # since the holder last looked
-        self._chooser = Chooser(dispatch)
+        self._chooser = WorkerChooser(dispatch)
         self._max_attempts = max_attempts
         self._answer_timeout_s = answer_timeout_s
         self._on_restart = on_restart
         self._on_state = on_state
         self._retries: deque[Job] = deque()
         limits: dict[str, Any] = {"prefetch": prefetch, "start_timeout_s": start_timeout_s}
-        self._regular = [Slot(spec, self, **limits) for spec in specs]
-        self._standby = [Slot(spec, self, **limits, wanted=False) for spec in standby]
+        self._regular = [WorkerHandle(spec, self, **limits) for spec in specs]
+        self._standby = [WorkerHandle(spec, self, **limits, wanted=False) for spec in standby]
         self._slots = {slot.spec.name: slot for slot in (*self._regular, *self._standby)}
         self._states = {name: slot.state for name, slot in self._slots.items()}
         self._alone_s = 0.0  # how long there has been no usable worker
@@ -231,7 +231,7 @@ class WorkerPool:
             elif not self._lend(slot, job):
                 self._give(slot, job)
 
-    def _lend(self, slot: Slot, job: Job) -> bool:
+    def _lend(self, slot: WorkerHandle, job: Job) -> bool:
         """Has a job done in this process, in the name of a worker; False: it goes to that one."""
         inline, lend = self._inline, job.lend
         if inline is None or lend is None or not all(one.idle for one in self._slots.values()):
@@ -277,7 +277,7 @@ class WorkerPool:
             self._give(slot, job)
             self.hurry()  # for what was passed over while this was sent
 
-    def _give(self, slot: Slot, job: Job) -> None:
+    def _give(self, slot: WorkerHandle, job: Job) -> None:
         try:
             slot.give(job)
         except Exception as error:
@@ -287,7 +287,7 @@ class WorkerPool:
             rate = slot.rate or mean_rate([one.rate for one in self._slots.values()])
             self._chooser.given(slot.spec.name, job.cost, rate)
 
-    def _free_slot(self) -> tuple[Slot | None, bool]:
+    def _free_slot(self) -> tuple[WorkerHandle | None, bool]:
         """A worker with room, and whether it is for a job that is done again.
 
         No worker where none is alive and none will be soon. A job whose worker died or failed gets
@@ -304,7 +304,7 @@ class WorkerPool:
                 self.changed.wait()
             return None, False
 
-    def _choose(self, *, again: Job | None = None, urgent: bool = False) -> Slot | None:
+    def _choose(self, *, again: Job | None = None, urgent: bool = False) -> WorkerHandle | None:
         """A worker with room; called with `changed` held."""
         usable = [slot for slot in self._slots.values() if slot.usable]
         if again is not None:
@@ -316,7 +316,7 @@ class WorkerPool:
 
     # What the slots ask of their owner.
 
-    def review(self, slot: Slot) -> None:
+    def review(self, slot: WorkerHandle) -> None:
         """A slot's jobs or state have changed; called with `changed` held."""
         if slot.health.state == "ejected" and self.probe is None:
             slot.health.readmit()
@@ -333,12 +333,12 @@ class WorkerPool:
                 log.info("%s is healthy again, it was %s", name, before)
         self.changed.notify_all()
 
-    def least_slowness(self, slot: Slot) -> float | None:
+    def least_slowness(self, slot: WorkerHandle) -> float | None:
         """Of the workers besides this one, how much slower than usual the soundest is."""
         others = [one.health for one in self._slots.values() if one.usable and one is not slot]
         return min((health.slowness for health in others), default=None)
 
-    def died(self, slot: Slot) -> None:
+    def died(self, slot: WorkerHandle) -> None:
         """A worker's process has ended."""
         self._on_restart(slot.spec.name)
 
@@ -381,7 +381,7 @@ class WorkerPool:
             if gone:  # else it might wait for a worker that it should end
                 self.hurry()
 
-    def _look_after(self, slot: Slot, elapsed_s: float) -> None:
+    def _look_after(self, slot: WorkerHandle, elapsed_s: float) -> None:
         for job in slot.running():
             job.running_s += elapsed_s
             if job.running_s > self._answer_timeout_s:
@@ -392,13 +392,13 @@ class WorkerPool:
                 return
 
 
-def _failures(slots: Sequence[Slot]) -> list[Exception]:
+def _failures(slots: Sequence[WorkerHandle]) -> list[Exception]:
     """Why slots could not start, once each has started or failed."""
     for slot in slots:
         slot.settled.wait()
     return [slot.failure for slot in slots if slot.failure is not None]
 
 
-def _candidate(slot: Slot) -> Candidate:
+def _candidate(slot: WorkerHandle) -> DispatchCandidate:
     degraded = slot.health.state == "degraded"
-    return Candidate(slot.spec.name, slot.load, slot.rate, degraded)
+    return DispatchCandidate(slot.spec.name, slot.load, slot.rate, degraded)

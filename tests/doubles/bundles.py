@@ -7,8 +7,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from fletcher.models.bundle import ModelBundle, write_manifest
-from fletcher.models.spec import MANIFEST, ModelSpec
+from fletcher.models.bundle.bundle import ModelBundle, write_manifest
+from fletcher.models.bundle.spec import MANIFEST, ModelSpec
 
 
 def another(bundle: ModelBundle, folder: Path, name: str, weights: str) -> ModelBundle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.core.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference.null import NullBackend
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from fletcher.core.ranges import RangeSet
+from fletcher.core.schema import parse_batch_key
 from fletcher.errors import FletcherError, OverloadedError, StoreUnavailableError
-from fletcher.ranges import RangeSet
-from fletcher.schema import parse_batch_key
 from fletcher.stores.base import DatasetInfo, StoreCapabilities, WriteMode
 
 Fault = Callable[[], None]

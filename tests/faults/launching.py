@@ -234,7 +234,7 @@ def _fork_on_request(descriptor: int) -> None:
     import fletcher.runtime
     import fletcher.stores.flight
     import fletcher.stores.lance
-    import fletcher.stores.server
+    import fletcher.storeserver.server
     import fletcher.tokenization.worker
     import fletcher.workers.child  # noqa: F401
     from tests.faults import roles

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.delivery.journals import journals
-from fletcher.delivery.segment import REJECTED, WAITING, Segment, read_segments
-from fletcher.delivery.unsent import Unsent
+from fletcher.delivery.journal.folders import journals
+from fletcher.delivery.journal.segment import REJECTED, WAITING, Segment, read_segments
+from fletcher.delivery.journal.settled_groups import SettledGroups
 from tests.faults.rewrites import DATASET, SCHEMA, Rewritten
 
 MAX_ROW_BYTES = 1024
@@ -289,7 +289,7 @@ class Ledger:
             return rows
         for _, dataset, folder in journals(self._home / "journal"):
             if dataset == upload.dataset:
-                for first, last in Unsent(folder).ranges(upload.upload_id):
+                for first, last in SettledGroups(folder).ranges(upload.upload_id):
                     rows[first : last + 1] = True
         return rows & self._absent(upload, stored)
 

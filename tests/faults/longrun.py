@@ -17,7 +17,7 @@ import pyarrow as pa
 from benchmarks import hardware
 from fletcher.client import connect
 from fletcher.errors import FletcherError
-from fletcher.models.registry import DEFAULT_MODEL
+from fletcher.models.bundle.registry import DEFAULT_MODEL
 from tests.faults.launching import Spawning
 from tests.faults.ledger import Upload, entries
 from tests.faults.plans import Event, Schedule

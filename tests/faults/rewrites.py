@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.delivery.journals import journals
-from fletcher.delivery.segment import WAITING, Segment, read_segments
+from fletcher.delivery.journal.folders import journals
+from fletcher.delivery.journal.segment import WAITING, Segment, read_segments
 
 DATASET = "rewritten"
 SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "n": pa.int64()})

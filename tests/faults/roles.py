@@ -13,8 +13,8 @@ import pyarrow as pa
 from fletcher import cli
 from fletcher.client import TransferOptions, connect
 from fletcher.client.messages import Ack, PutSummary
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import FletcherError, UnavailableError
-from fletcher.options import EmbedOptions
 from tests.faults.ledger import SCHEMA, Diary, Upload
 from tests.faults.powerloss import record_syncs
 from tests.faults.rewrites import DATASET, Rewrites
@@ -71,7 +71,7 @@ def upload(
     def note(ack: Ack) -> None:
         book.write(prefix=ack.rows_durable, range=[ack.row_first, ack.row_last + 1])
 
-    options = EmbedOptions(
+    options = EmbedCommand(
         dataset=rows.dataset,
         upload_id=rows.upload_id,
         columns=("n",),
@@ -101,7 +101,7 @@ def rewrite(address: str, diary: str, plan: dict[str, Any], transfer: dict[str, 
     first = len(Path(diary).read_text().splitlines())
     book = Diary(Path(diary))
     for version, durability in list(enumerate(rewrites.durabilities))[first:]:
-        options = EmbedOptions(
+        options = EmbedCommand(
             dataset=DATASET,
             upload_id=rewrites.upload_id(version),
             mode="upsert",

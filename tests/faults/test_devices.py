@@ -12,14 +12,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-import fletcher.loading
+import fletcher.serving.model_loader
 from fletcher import errors
-from fletcher.flight.status import from_flight_error
 from fletcher.inference.backend import BackendConfig
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.net.flight_errors import from_flight_error
 from fletcher.runtime import Runtime
 from fletcher.tuning.decision import Decision
-from fletcher.workers.slot import Slot
+from fletcher.workers.worker_handle import WorkerHandle
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import TIMEOUT, action, command, exchange
 from tests.integration.numbered import SCHEMA, batches, rows
@@ -40,7 +40,7 @@ def server(start_server: StartServer) -> Runtime:
         return Decision(configs, "three devices")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fletcher.loading, "decide", three_devices)
+        patch.setattr(fletcher.serving.model_loader, "decide", three_devices)
         # In turn: every device has work, however quick it seems on a busy machine.
         return start_server(tokenizer_workers=1, dispatch="round-robin")
 
@@ -98,9 +98,9 @@ def test_all_devices_gone_is_an_error_that_passes_and_nothing_is_lost(
     server: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = server.service.models.default.model.embedder.replicas
-    start = Slot._start
+    start = WorkerHandle._start
 
-    def no_device(slot: Slot) -> object:
+    def no_device(slot: WorkerHandle) -> object:
         if slot.spec.name.startswith("cuda"):
             raise errors.BackendError("no such device")
         return start(slot)
@@ -112,7 +112,7 @@ def test_all_devices_gone_is_an_error_that_passes_and_nothing_is_lost(
         writer.write_batch(rows(0, 1000))
         while json.loads(reader.read().to_pybytes())["rows_durable"] < 1000:
             pass
-        monkeypatch.setattr(Slot, "_start", no_device)
+        monkeypatch.setattr(WorkerHandle, "_start", no_device)
         for pid in pool.process_ids():
             os.kill(pid, signal.SIGKILL)
         eventually(lambda: pool.gone, "all are gone")
@@ -133,7 +133,7 @@ def test_all_devices_gone_is_an_error_that_passes_and_nothing_is_lost(
         assert action(client, "ready")["ready"] is False
         assert {one["state"] for one in action(client, "stats")["replicas"]} == {"down"}
 
-        monkeypatch.setattr(Slot, "_start", start)
+        monkeypatch.setattr(WorkerHandle, "_start", start)
         eventually(lambda: action(client, "ready")["ready"], "they are back")
         writer, reader = client.do_put(command(**options), SCHEMA, TIMEOUT)
         writer.write_batch(rows(0, 2000))

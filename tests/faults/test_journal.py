@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from fletcher.delivery.segment import Segment, read_segment
+from fletcher.delivery.journal.segment import Segment, read_segment
 from tests.integration.flight_calls import TIMEOUT, action, command, error_of, put
 from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, batches, text_of

@@ -12,16 +12,16 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from fletcher.delivery import outbox
+from fletcher.core.command import EmbedCommand
+from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.journal import GroupInfo, Journal, JournalSpace
-from fletcher.delivery.lane import DeliveryConfig
-from fletcher.delivery.route import JournalConfig
+from fletcher.delivery.journal import writer as journal_writer
+from fletcher.delivery.journal.journal import GroupInfo, Journal, JournalSpace
 from fletcher.delivery.rows import Rows
-from fletcher.options import EmbedOptions
+from fletcher.delivery.sink import JournalConfig
 from fletcher.stores.address import open_store
-from fletcher.stores.sync import sync_path
-from fletcher.telemetry import Telemetry
+from fletcher.telemetry.tracing import Telemetry
+from fletcher.util.durable import sync_path
 from tests.faults.powerloss import lose_power, record_syncs
 
 ROWS = pa.record_batch(
@@ -230,14 +230,14 @@ def delivering(disk: Path, vectors: Path) -> Iterator[Delivery]:
 def put(delivery: Delivery, text: str, **options: str) -> None:
     """Rows with these texts are acknowledged, and stored."""
     batch = ROWS.drop_columns(["batch_key"]).append_column("text", pa.array([text] * 10))
-    command = EmbedOptions(dataset="d", upload_id=text, **options)
-    upload, route = delivery.open(command, batch.schema)
+    command = EmbedCommand(dataset="d", upload_id=text, **options)
+    upload, sink = delivery.open(command, batch.schema)
     upload.claim(0, 9)
     released = threading.Event()
-    route.put(Rows.of(upload, batch, 0, (), released.set))
+    sink.put(Rows.of(upload, batch, 0, (), released.set))
     with upload.changed:
         assert upload.changed.wait_for(lambda: upload.counts()["rows_durable"] == 10, 30)
-    delivery.close(upload, route)
+    delivery.close(upload, sink)
     assert delivery.flush(30)
 
 
@@ -249,7 +249,7 @@ def test_journaled_rows_that_were_replaced(
     # The note that they had left the journal was not synced: they were sent again, over newer ones.
     vectors = disk.parent / "vectors"
     with monkeypatch.context() as patched:
-        patched.setattr(outbox, "_IDLE_S", 600.0)  # their file stays open
+        patched.setattr(journal_writer, "_IDLE_S", 600.0)  # their file stays open
         with delivering(disk, vectors) as delivery:
             put(delivery, "old", mode=mode)
             put(delivery, "new", mode="upsert", durability=durability)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 from tests.faults.launching import Forking, Launcher
 from tests.faults.plans import draw
 from tests.faults.schedules import run

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
 
 from .onnx_session import cosines, run_graph
 

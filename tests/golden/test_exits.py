@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 import pytest
 
-from fletcher.batches import MicroBatch
+from fletcher.core.batches import MicroBatch
 from fletcher.errors import ModelError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.devices import detect_host, resolve
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
 
 from .onnx_session import Array, cosines
 

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fletcher.batches import MicroBatch, TextBatch
+from fletcher.core.batches import MicroBatch, TextBatch
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.onnxruntime import load_twin
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.packed import FAMILIES as PACKED_FAMILIES
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
+from fletcher.models.onnx.packed import FAMILIES as PACKED_FAMILIES
 from fletcher.tokenization.tokenizer import Tokenizer
 
 from .onnx_session import Array, cosines

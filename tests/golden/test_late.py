@@ -14,13 +14,13 @@ import onnx
 import pyarrow.parquet as pq
 import pytest
 
-from fletcher.batches import MicroBatch, Segments, TextBatch
-from fletcher.chunking import Chunking
+from fletcher.core.batches import MicroBatch, Segments, TextBatch
+from fletcher.core.chunking import Chunking
 from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import Backend, BackendConfig
-from fletcher.models import writer
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
+from fletcher.models.onnx import writer
 from fletcher.tokenization.tokenizer import Tokenizer
 
 from .onnx_session import Array

@@ -15,14 +15,14 @@ import onnx
 import pyarrow.parquet as pq
 import pytest
 
-from fletcher.batches import InferenceResult, MicroBatch, TextBatch
+from fletcher.core.batches import InferenceResult, MicroBatch, TextBatch
 from fletcher.errors import BackendError, ConfigError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import BudgetedBackend
 from fletcher.inference.devices import detect_host, resolve
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.packed import can_pack
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
+from fletcher.models.onnx.packed import can_pack
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.tuning.candidates import Asked
 from fletcher.tuning.tuner import tune

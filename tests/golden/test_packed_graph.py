@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from fletcher.batches import MicroBatch
+from fletcher.core.batches import MicroBatch
 from fletcher.errors import ModelError
 from fletcher.inference.packed_io import PackedIO
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.packed import INPUTS, Attention, Precision, write_packed
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
+from fletcher.models.onnx.packed import INPUTS, Attention, Precision, write_packed
 
 from .onnx_session import cosines, run_graph
 

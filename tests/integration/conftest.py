@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import fletcher
-from fletcher.config import ServeConfig
-from fletcher.models.bundle import ModelBundle
+from fletcher.config.server import ServeConfig
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.runtime import Runtime
 
 StartServer = Callable[..., Runtime]

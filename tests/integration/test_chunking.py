@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 
 import fletcher
-from fletcher.chunking import Chunking
+from fletcher.core.chunking import Chunking
 from fletcher.errors import InvalidCommandError
 from fletcher.inference.null import null_embeddings
-from fletcher.pipeline.memory import Allowance
+from fletcher.pipeline.memory_budget import Allowance
 from fletcher.runtime import Runtime
 from fletcher.tokenization.chunker import windows
 from fletcher.tokenization.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def test_a_dictionary_and_failed_rows(client: fletcher.Client) -> None:
     texts = [text_of(3000), None, text_of(4), text_of(3000)]
     column = pa.array(texts).dictionary_encode()
     batch = pa.record_batch({"text": column})
-    options = fletcher.EmbedOptions(chunking="tokens:32/8", dtype="float32")
+    options = fletcher.EmbedCommand(chunking="tokens:32/8", dtype="float32")
     with client.exchange([batch, batch], options) as exchange:
         first, second = list(exchange)
     assert first.column("vector").null_count == 1
@@ -104,7 +104,7 @@ def test_a_dictionary_and_failed_rows(client: fletcher.Client) -> None:
 def test_stored_rows_are_texts(server: Runtime, client: fletcher.Client) -> None:
     texts = [text_of(n * 6, n + 1) for n in range(120)]
     table = pa.table({"id": pa.array(range(120), pa.int64()), "text": texts})
-    options = fletcher.EmbedOptions(
+    options = fletcher.EmbedCommand(
         dataset="texts", upload_id="u", chunking="tokens:20/3", dtype="float32"
     )
     summary = client.put(table, options)
@@ -116,7 +116,7 @@ def test_stored_rows_are_texts(server: Runtime, client: fletcher.Client) -> None
     again = client.put(table, options)
     assert (again.rows_stored, again.rows_deduplicated) == (120, 120)
     with pytest.raises(fletcher.errors.UploadConflictError):
-        client.put(table, fletcher.EmbedOptions(dataset="texts", upload_id="u", dtype="float32"))
+        client.put(table, fletcher.EmbedCommand(dataset="texts", upload_id="u", dtype="float32"))
 
 
 MIXED = "Grüße, 世界! 🙂 use “packages” \n\n and  hold  them. "
@@ -128,7 +128,7 @@ def chunk_rows(
     """The rows of each text, by its place."""
     table = pa.table({"id": pa.array(range(len(texts)), pa.int64()), "text": texts})
     table = table.append_column("n", table.column("id"))
-    wanted = fletcher.EmbedOptions(chunking=how, include_text=True, dtype="float32", **options)
+    wanted = fletcher.EmbedCommand(chunking=how, include_text=True, dtype="float32", **options)
     with client.exchange(table, wanted) as exchange:
         table = pa.Table.from_batches(list(exchange), exchange.schema)
     found = table.drop_columns(["timestamp"]).to_pylist()
@@ -166,7 +166,7 @@ def test_chunks_with_a_prompt_have_their_text_alone(client: fletcher.Client) -> 
 def test_dictionaries_and_batches_stay_as_they_are(client: fletcher.Client) -> None:
     column = pa.array([MIXED * 90, "of", MIXED * 90, None, "of"]).dictionary_encode()
     batches = [pa.record_batch({"text": column.slice(n, 2)}) for n in (0, 1, 2, 3)]
-    options = fletcher.EmbedOptions(chunking="tokens:30/3:none", include_text=True)
+    options = fletcher.EmbedCommand(chunking="tokens:30/3:none", include_text=True)
     with client.exchange(batches, options) as exchange:
         found = [(batch, exchange.errors) for batch in exchange]
     assert len(found) == 4
@@ -184,7 +184,7 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
     server = start_server(**SMALL_PARTS, max_journal=64 << 20)
     texts = [MIXED * (n % 40) if n % 9 else None for n in range(200)]
     table = pa.table({"id": pa.array(range(200), pa.int64()), "text": texts})
-    options = fletcher.EmbedOptions(dataset="chunks", upload_id="u", chunking="tokens:32/4:none")
+    options = fletcher.EmbedCommand(dataset="chunks", upload_id="u", chunking="tokens:32/4:none")
     with fletcher.connect(server.address) as client:
         summary = client.put(table.slice(0, 150), options, end=False)
         failed = sum(text is None for text in texts[:150])
@@ -203,7 +203,7 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
     for name in ("id", "text", "chunk_index", "chunk_start", "chunk_end"):
         assert stored.column(name).to_pylist() == [row[name] for row in expected]
     for mode in ("upsert", "delta"):
-        again = fletcher.EmbedOptions(dataset="chunks", mode=mode)
+        again = fletcher.EmbedCommand(dataset="chunks", mode=mode)
         with (
             fletcher.connect(server.address) as client,
             pytest.raises(InvalidCommandError, match="several of one id") as caught,
@@ -218,7 +218,7 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
 @pytest.mark.parametrize("fields", [{"mode": "upsert"}, {"mode": "delta"}, {"dedupe": "id"}])
 def test_rows_of_one_id_cannot_replace_each_other(fields: dict[str, str]) -> None:
     with pytest.raises(InvalidCommandError, match="several rows of its id"):
-        fletcher.EmbedOptions(dataset="d", chunking="tokens:none", **fields)
+        fletcher.EmbedCommand(dataset="d", chunking="tokens:none", **fields)
 
 
 def test_embed_gives_each_text_one_vector(client: fletcher.Client) -> None:
@@ -322,7 +322,7 @@ def test_a_document_may_be_larger_than_the_budget(
     ids = whole.tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
     num_chunks = -(-len(ids) // 30)
     table = pa.table({"id": pa.array([7], pa.int64()), "text": [text]})
-    options = fletcher.EmbedOptions(chunking="tokens:32:none", dtype="float16")
+    options = fletcher.EmbedCommand(chunking="tokens:32:none", dtype="float16")
     with client.exchange(table, options) as exchange:
         found = pa.Table.from_batches(list(exchange))
     assert found.column("chunk_index").to_pylist() == list(range(num_chunks))
@@ -355,7 +355,7 @@ def test_rows_of_many_chunks_share_the_memory_that_there_is(
     # Every stream kept as much as it liked, beside the budget.
     texts = [text_of(70_000, seed) for seed in (3, 7)]
     table = pa.table({"id": pa.array(range(2), pa.int64()), "text": texts})
-    options = fletcher.EmbedOptions(chunking="tokens:16:none", dtype="float16", durability="store")
+    options = fletcher.EmbedCommand(chunking="tokens:16:none", dtype="float16", durability="store")
 
     def put(number: int) -> fletcher.PutSummary:
         return client.put(table, replace(options, dataset=f"many{number}"))
@@ -384,7 +384,7 @@ def test_what_chunks_have_of_their_rows_is_in_the_memory_that_there_is(
     # A row's columns came once for each of its chunks, and were counted once.
     columns = {"text": [text_of(300)] * 30, "note": ["n" * 12_000] * 30}
     table = pa.table(columns | {"id": pa.array(range(30), pa.int64())})
-    options = fletcher.EmbedOptions(
+    options = fletcher.EmbedCommand(
         chunking="tokens:16:none", dtype="float16", durability="store", columns=("note",)
     )
 

@@ -13,10 +13,10 @@ import pytest
 from pyarrow import flight
 
 import fletcher
-from fletcher import compression
-from fletcher.options import EmbedOptions
+from fletcher.core.command import EmbedCommand
+from fletcher.net import compression
 from fletcher.runtime import Runtime
-from fletcher.stores.server import StoreServer
+from fletcher.storeserver.server import StoreServer
 from tests.doubles.proxy import Proxy
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import exchange
@@ -113,9 +113,9 @@ def test_auto_measures_a_slow_connection_and_compresses(
     monkeypatch.setattr(compression, "is_loopback", lambda _: False)
     monkeypatch.setattr(compression, "_PROBE_BYTES", 1 << 18)
     data = long_rows()
-    options = EmbedOptions(include_text=False)
+    options = EmbedCommand(include_text=False)
     with Proxy(port(server), bytes_per_s=4e6) as proxy, fletcher.connect(uri(proxy)) as client:
-        with caplog.at_level(logging.INFO, "fletcher.compression"):
+        with caplog.at_level(logging.INFO, "fletcher.net.compression"):
             summary = client.put(data, next(names))
             with client.exchange(data, options) as answers:
                 assert sum(batch.num_rows for batch in answers) == NUM_ROWS

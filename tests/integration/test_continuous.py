@@ -105,7 +105,7 @@ def whole_rows(
     client: fletcher.Client, texts: dict[str, str], how: dict[str, Any] = HOW
 ) -> list[dict[str, Any]]:
     """The ordinary chunk rows of whole texts."""
-    options = fletcher.EmbedOptions(**how)
+    options = fletcher.EmbedCommand(**how)
     with client.exchange([batch(*texts.items())], options) as exchange:
         table = pa.Table.from_batches(list(exchange), exchange.schema)
     return list(table.drop_columns(["timestamp"]).to_pylist())
@@ -204,7 +204,7 @@ def test_the_end_of_a_document_stands_on_a_batch(server: Runtime) -> None:
 
 
 def test_it_is_for_exchanges(server: Runtime, client: fletcher.Client) -> None:
-    options = fletcher.EmbedOptions(dataset="d", continuous=True, chunking="tokens:none")
+    options = fletcher.EmbedCommand(dataset="d", continuous=True, chunking="tokens:none")
     with pytest.raises(InvalidCommandError, match="use DoExchange"):
         client.put(batch(("a", "of")), options)
 
@@ -347,7 +347,7 @@ def test_the_example_prints_the_same_chunks_of_lines_and_of_texts(server: Runtim
 
 def test_batches_of_an_exchange_have_rows(client: fletcher.Client) -> None:
     pieces = [batch(("a", piece)) for piece in ("of", " them", " it", "")]
-    options = fletcher.EmbedOptions(**HOW, continuous=True)
+    options = fletcher.EmbedCommand(**HOW, continuous=True)
     with client.exchange(pieces, options) as exchange:
         assert [one.column("text").to_pylist() for one in exchange] == [["of them it"]]
 

@@ -14,13 +14,13 @@ import pytest
 from pyarrow import flight
 
 import fletcher
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import UnavailableError
-from fletcher.models.bundle import ModelBundle
-from fletcher.options import EmbedOptions
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
-from fletcher.stores.server import StoreServer
+from fletcher.storeserver.server import StoreServer
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, put
 from tests.integration.longbow_double import LongbowDouble
@@ -198,7 +198,7 @@ def test_kill_9_amid_an_upload_leaves_each_id_once(
     total = len(ids)
     delay = "60s" if in_journal else "20ms"
     argv = place.argv("--max-journal", "64MiB", "--group-delay-ms", delay)
-    wanted = EmbedOptions(dataset="d", upload_id="u", dedupe="id")
+    wanted = EmbedCommand(dataset="d", upload_id="u", dedupe="id")
     body = {"upload_id": "u", "dataset": "d"}
 
     with serving(argv) as server, flight.connect(server.address) as plain:

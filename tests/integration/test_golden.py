@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import flight
 
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.runtime import Runtime
 from tests.integration.flight_calls import exchange
 

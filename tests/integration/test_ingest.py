@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import flight
 
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 from tests.integration.flight_calls import TIMEOUT, action
 from tests.integration.numbered import stored
 from tests.integration.processes import FLETCHER, Place, clean_environ, eventually, serving

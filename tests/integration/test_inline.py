@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.core.batches import InferenceResult, MicroBatch
 from fletcher.runtime import Runtime
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, exchange

@@ -20,10 +20,10 @@ from pyarrow import flight
 import fletcher
 from fletcher.cli import main
 from fletcher.client.prompts import served_model
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
-from fletcher.models.bundle import ModelBundle
-from fletcher.options import EmbedOptions
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.runtime import Runtime
 from tests.doubles.bundles import another
 from tests.integration.flight_calls import TIMEOUT, action, command, exchange, put
@@ -98,7 +98,7 @@ def test_swaps_under_load_fail_no_call_and_mix_no_batch(home: Path, server: Runt
                 with fletcher.connect(server.address) as mine:
                     while not done.is_set():
                         batches = [BATCH.slice(n % 3) for n in range(number % 4 + 1)]
-                        with mine.exchange(batches, EmbedOptions(model="a")) as answers:
+                        with mine.exchange(batches, EmbedCommand(model="a")) as answers:
                             count = 0
                             for n, batch in enumerate(answers):
                                 model = answers.schema.metadata[b"fletcher.model"].decode()
@@ -355,7 +355,7 @@ def test_search_asks_in_the_version_that_a_dataset_has(
     kept, current = installed(home)
     client.load_model(kept)
     for name, version in (("newer", current), ("older", kept)):
-        client.put(BATCH, EmbedOptions(dataset=name, model=version, durability="store"))
+        client.put(BATCH, EmbedCommand(dataset=name, model=version, durability="store"))
         argv = ["search", TEXTS[7], "--dataset", name, "--store", f"lance:{home / 'vectors'}"]
         for elsewhere in (["--server", server.address], ["--home", str(home), "--backend", "null"]):
             capsys.readouterr()

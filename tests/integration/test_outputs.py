@@ -13,16 +13,16 @@ import pytest
 from pyarrow import flight
 
 import fletcher
-from fletcher import EmbedOptions
-from fletcher.batches import MicroBatch, TextBatch
+from fletcher import EmbedCommand
 from fletcher.cli import main
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
+from fletcher.core.batches import MicroBatch, TextBatch
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.onnxruntime import load
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.registry import Registry
 from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
-from fletcher.stores.server import StoreServer
+from fletcher.storeserver.server import StoreServer
 from fletcher.tokenization.tokenizer import Tokenizer
 from tests.conftest import GOLDEN
 from tests.integration.conftest import StartServer
@@ -39,7 +39,7 @@ def exact(client: fletcher.Client) -> np.ndarray:
 
 
 def embedded(client: fletcher.Client, **options: object) -> pa.Table:
-    with client.exchange(ROWS, EmbedOptions(**options)) as answers:
+    with client.exchange(ROWS, EmbedCommand(**options)) as answers:
         return pa.Table.from_batches(list(answers), answers.schema)
 
 
@@ -59,7 +59,7 @@ def test_an_exchange_gives_int8_and_bits(client: fletcher.Client, exact: np.ndar
 
 def test_a_row_that_failed_has_neither_vector_nor_scale(client: fletcher.Client) -> None:
     rows = pa.table({"text": ["one", None]})
-    with client.exchange(rows, EmbedOptions(dtype="int8")) as answers:
+    with client.exchange(rows, EmbedCommand(dtype="int8")) as answers:
         (batch,) = answers
     assert batch.column("vector").is_valid().to_pylist() == [True, False]
     assert batch.column("scale").is_valid().to_pylist() == [True, False]
@@ -87,7 +87,7 @@ def test_every_store_of_ours_takes_and_finds_them(
         address = server.address
     runtime = start_server(stores=(address,))
     with fletcher.connect(runtime.address) as client:
-        summary = client.put(ROWS, EmbedOptions(dataset="d", dtype=dtype, durability="store"))
+        summary = client.put(ROWS, EmbedCommand(dataset="d", dtype=dtype, durability="store"))
     assert (summary.complete, summary.rows_stored) == (True, 500)
     store = open_store(address)
     wanted = ["id", "vector", "scale"] if dtype == "int8" else ["id", "vector"]
@@ -98,7 +98,7 @@ def test_every_store_of_ours_takes_and_finds_them(
         fletcher.connect(runtime.address) as client,
         pytest.raises(fletcher.ColumnTypeError, match="schema mismatch"),
     ):
-        client.put(ROWS, EmbedOptions(dataset="d", dtype="float32"))
+        client.put(ROWS, EmbedCommand(dataset="d", dtype="float32"))
     store.close()
     if server is not None:
         runtime.close()
@@ -160,9 +160,9 @@ def test_exits_run_beside_each_other_and_are_told_apart(
                 np.testing.assert_allclose(vectors, expected[layers or 2], atol=1e-5)
         with pytest.raises(fletcher.InvalidCommandError, match="exits after layers 1, 2"):
             one(7)
-        client.put(ROWS, EmbedOptions(dataset="d", layers=1, durability="store"))
+        client.put(ROWS, EmbedCommand(dataset="d", layers=1, durability="store"))
         with pytest.raises(fletcher.ModelMismatchError, match=r"`fletcher\.layers` is 2"):
-            client.put(ROWS, EmbedOptions(dataset="d", durability="store"))
+            client.put(ROWS, EmbedCommand(dataset="d", durability="store"))
         # The query, too, leaves after the dataset's layer: it is as near as can be to its own row.
         asked = ["--store", store, "--server", server.address, "--json", "--prompt", ""]
         assert main(["search", TEXTS[3], "--dataset", "d", *asked, "--k", "1"]) == 0
@@ -214,11 +214,11 @@ def test_ranges_are_calibrated_once_and_kept_to(
         assert "scale" not in by_range.schema.names
         exact = client.embed(TEXTS, dtype="float32")
         assert cosines(fletcher.dequantize(by_range), exact).min() >= 0.998
-        client.put(ROWS, EmbedOptions(dataset="d", dtype="int8", durability="store"))
+        client.put(ROWS, EmbedCommand(dataset="d", dtype="int8", durability="store"))
     with (
         Runtime(ServeConfig(**{**fields, "int8": "row"})) as server,
         fletcher.connect(server.address) as client,
     ):
         assert "scale" in embedded(client, dtype="int8").schema.names
         with pytest.raises(fletcher.ModelMismatchError, match=r"fletcher\.quantization` is row"):
-            client.put(ROWS, EmbedOptions(dataset="d", dtype="int8", durability="store"))
+            client.put(ROWS, EmbedCommand(dataset="d", dtype="int8", durability="store"))

@@ -13,8 +13,9 @@ from pyarrow import flight
 import fletcher
 from fletcher.client import PutSummary
 from fletcher.delivery import breaker
-from fletcher.pipeline import pressure, service
 from fletcher.runtime import Runtime
+from fletcher.serving import load_level as pressure
+from fletcher.serving import service
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, exchange, put
 from tests.integration.longbow_double import LongbowDouble

@@ -14,10 +14,10 @@ import pytest
 import fletcher
 from fletcher.cli import main
 from fletcher.client import Client
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, FletcherError
-from fletcher.models.registry import Registry
-from fletcher.options import EmbedOptions
+from fletcher.models.bundle.registry import Registry
 from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
 
@@ -77,7 +77,7 @@ def assert_alike(actual: object, wanted: object, error: float = 1e-4) -> None:
 
 
 def exchanged(client: Client, data: object, **options: object) -> pa.Table:
-    with client.exchange(data, EmbedOptions.from_mapping(options)) as exchange:
+    with client.exchange(data, EmbedCommand.from_mapping(options)) as exchange:
         return pa.Table.from_batches(list(exchange), exchange.schema)
 
 
@@ -175,7 +175,7 @@ def test_stores_of_ones_own_take_them(
     dataset = f"{kind(client)}-{mode}"
     data = pa.table({"id": [str(n) for n in range(len(texts))], "text": texts})
     for _ in range(2):
-        summary = client.put(data, EmbedOptions(dataset=dataset, mode=mode, durability="store"))
+        summary = client.put(data, EmbedCommand(dataset=dataset, mode=mode, durability="store"))
         assert summary.complete
     stored = open_store(f"lance:{vectors}").scan(dataset).read_all()
     assert stored.num_rows == len(texts) * (2 if mode == "append" else 1)
@@ -189,7 +189,7 @@ def test_stores_of_ones_own_take_them(
 
 def test_a_store_that_takes_dense_vectors_alone_says_so(client: Client) -> None:
     with pytest.raises(FletcherError, match="which this store does not take; `lance:`") as refused:
-        client.put(pa.table({"text": ["vector"]}), EmbedOptions(dataset="d", store="far"))
+        client.put(pa.table({"text": ["vector"]}), EmbedCommand(dataset="d", store="far"))
     assert refused.value.field == "model"
 
 

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
+from fletcher.core.command import EmbedCommand
+from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.lane import DeliveryConfig
-from fletcher.delivery.route import JournalConfig, Route
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.sink import DatasetSink, JournalConfig
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     FletcherError,
@@ -28,10 +29,9 @@ from fletcher.errors import (
     StoreUnavailableError,
     UnauthorizedError,
 )
-from fletcher.options import EmbedOptions
 from fletcher.stores.address import open_store
-from fletcher.stores.server import StoreServer
-from fletcher.telemetry import Telemetry
+from fletcher.storeserver.server import StoreServer
+from fletcher.telemetry.tracing import Telemetry
 from tests.doubles.proxy import Proxy
 from tests.doubles.refusals import Refusals
 
@@ -111,14 +111,14 @@ def delivering(address: str, journal: Path, timeout_s: float = 20) -> Iterator[D
         delivery.shut_down()
 
 
-def open_(delivery: Delivery, **fields: Any) -> tuple[Upload, Route]:
-    return delivery.open(EmbedOptions(**{"dataset": "d", "upload_id": "u", **fields}), SCHEMA)
+def open_(delivery: Delivery, **fields: Any) -> tuple[Upload, DatasetSink]:
+    return delivery.open(EmbedCommand(**{"dataset": "d", "upload_id": "u", **fields}), SCHEMA)
 
 
-def send(route: Route, upload: Upload, first: int, num_rows: int) -> None:
+def send(sink: DatasetSink, upload: Upload, first: int, num_rows: int) -> None:
     batch = rows.batch(first, num_rows)
     assert upload.claim(first, first + num_rows - 1)
-    route.put(Rows.of(upload, batch.select(SCHEMA.names).cast(SCHEMA), first, (), lambda: None))
+    sink.put(Rows.of(upload, batch.select(SCHEMA.names).cast(SCHEMA), first, (), lambda: None))
 
 
 def stored(upload: Upload, num_rows: int, timeout_s: float = 30) -> bool:
@@ -142,13 +142,13 @@ def expected(num_rows: int) -> list[str]:
 
 def test_a_store_that_dies_and_comes_back_has_each_row_once(served: Served, tmp_path: Path) -> None:
     with delivering(served.address, tmp_path / "journal") as delivery:
-        upload, route = open_(delivery)
+        upload, sink = open_(delivery)
         for first in range(0, 200, 50):
-            send(route, upload, first, 50)
+            send(sink, upload, first, 50)
         served.proxy.up = False
         served.proxy.cut()  # in the midst of whatever is under way
         for first in range(200, 400, 50):
-            send(route, upload, first, 50)
+            send(sink, upload, first, 50)
         state = delivery.statistics
         until(lambda: state()["default"]["state"] != "there")
         assert upload.failure is None
@@ -164,11 +164,11 @@ def test_a_store_that_took_the_rows_and_died_before_it_said_so(
     served: Served, tmp_path: Path
 ) -> None:
     with delivering(served.address, tmp_path / "journal") as delivery:
-        upload, route = open_(delivery)
-        send(route, upload, 0, 50)
+        upload, sink = open_(delivery)
+        send(sink, upload, 0, 50)
         assert stored(upload, 50)
         served.proxy.answering = False
-        send(route, upload, 50, 50)
+        send(sink, upload, 50, 50)
         until(lambda: len(served.ids()) == 100)
         served.proxy.cut()
         served.proxy.answering = True
@@ -181,15 +181,15 @@ def test_after_an_outage_and_a_restart_of_ours_each_row_is_there_once(
     served: Served, tmp_path: Path
 ) -> None:
     with delivering(served.address, tmp_path / "journal") as delivery:
-        upload, route = open_(delivery)
-        send(route, upload, 0, 50)
+        upload, sink = open_(delivery)
+        send(sink, upload, 0, 50)
         assert stored(upload, 50)
         served.proxy.answering = False
-        send(route, upload, 50, 50)
+        send(sink, upload, 50, 50)
         until(lambda: len(served.ids()) == 100)  # in the store, and still in the journal
         served.proxy.up = False
         served.proxy.cut()
-        send(route, upload, 100, 50)
+        send(sink, upload, 100, 50)
         until(lambda: upload.counts()["rows_durable"] == 150)
     served.proxy.up = served.proxy.answering = True
     with delivering(served.address, tmp_path / "journal") as delivery:
@@ -211,9 +211,9 @@ def test_after_an_outage_and_a_restart_of_ours_each_row_is_there_once(
 def test_what_passes_by_itself_is_waited_for(error: Exception, tmp_path: Path) -> None:
     for one in _longbow(exchange=True):
         with delivering(one.address, tmp_path) as delivery:
-            upload, route = open_(delivery, durability="store")
+            upload, sink = open_(delivery, durability="store")
             one.double.fail_with = error
-            send(route, upload, 0, 50)
+            send(sink, upload, 0, 50)
             until(lambda: delivery.statistics()["default"]["state"] != "there")
             one.double.fail_with = None
             assert stored(upload, 50)
@@ -224,9 +224,9 @@ def test_what_passes_by_itself_is_waited_for(error: Exception, tmp_path: Path) -
 def test_a_stall_is_cut_off_and_what_follows_is_smaller(tmp_path: Path) -> None:
     for one in _longbow(exchange=True):
         with delivering(one.address, tmp_path, timeout_s=0.5) as delivery:
-            upload, route = open_(delivery)
+            upload, sink = open_(delivery)
             one.double.stall = threading.Event()
-            send(route, upload, 0, 50)
+            send(sink, upload, 0, 50)
             until(lambda: delivery._telemetry.store_retries.values().get((), 0) >= 1)
             one.double.stall.set()
             assert stored(upload, 50)
@@ -236,9 +236,9 @@ def test_a_stall_is_cut_off_and_what_follows_is_smaller(tmp_path: Path) -> None:
 def test_a_refusal_is_not_retried_and_its_rows_are_kept(tmp_path: Path) -> None:
     for one in _longbow(exchange=True):
         with delivering(one.address, tmp_path) as delivery:
-            upload, route = open_(delivery)
+            upload, sink = open_(delivery)
             one.double.fail_with = pa.ArrowInvalid("schema mismatch: vector")
-            send(route, upload, 0, 50)
+            send(sink, upload, 0, 50)
             assert stored(upload, 50)
             assert isinstance(upload.failure, RequestError)
             assert "schema mismatch" in upload.failure.message

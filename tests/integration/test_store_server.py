@@ -31,7 +31,7 @@ from fletcher.errors import (
 from fletcher.stores import wire
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Filter
-from fletcher.stores.server import StoreServer
+from fletcher.storeserver.server import StoreServer
 
 _path = Path(__file__).parents[1] / "unit" / "stores" / "rows.py"
 _spec = importlib.util.spec_from_file_location("store_rows", _path)

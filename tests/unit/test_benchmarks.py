@@ -19,7 +19,7 @@ from benchmarks.contenders import missing
 from benchmarks.engines import ENGINES, title
 from benchmarks.flops import Architecture
 from benchmarks.plots import draw
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,13 +21,19 @@ PACKAGE = ROOT / "fletcher"
 
 # Which modules may import a third-party engine: a full stop at the end allows a package's modules.
 ENGINES = {
-    "pyarrow.flight": ("fletcher.flight.", "fletcher.client.", "fletcher.stores."),
+    "pyarrow.flight": (
+        "fletcher.flight.",
+        "fletcher.net.",
+        "fletcher.client.",
+        "fletcher.stores.",
+        "fletcher.storeserver.",
+    ),
     "onnxruntime": ("fletcher.inference.onnxruntime", "fletcher.inference.devices"),
     "openvino": ("fletcher.inference.openvino", "fletcher.inference.devices"),
     "tokenizers": ("fletcher.tokenization.tokenizer",),
-    "lmdb": ("fletcher.pipeline.disk_shelf",),
-    "lancedb": ("fletcher.stores.",),
-    "opentelemetry": ("fletcher.telemetry",),
+    "lmdb": ("fletcher.pipeline.disk_cache",),
+    "lancedb": ("fletcher.stores.", "fletcher.storeserver."),
+    "opentelemetry": ("fletcher.telemetry.tracing",),
     "google.protobuf": ("fletcher.v1.", "fletcher.flight.commands", "fletcher.stores.lance_repair"),
     "huggingface_hub": ("fletcher.models.sources.hub",),
     "onnx": (),

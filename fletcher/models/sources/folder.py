@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import TOKENIZER
-from fletcher.models.checkpoint import Checkpoint
-from fletcher.models.kinds import with_markers
-from fletcher.models.spec import ModelSpec
-from fletcher.models.writer import write_model
+from fletcher.models.bundle.bundle import TOKENIZER
+from fletcher.models.bundle.spec import ModelSpec
+from fletcher.models.checkpoint.checkpoint import Checkpoint
+from fletcher.models.checkpoint.output_kind import with_markers
+from fletcher.models.onnx.writer import write_model
 
 Progress = Callable[[str], None]
 # Writes a bundle's files into a folder, with exits after layers.

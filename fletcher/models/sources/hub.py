@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fletcher.errors import ModelError
-from fletcher.models.files import locked, sha256
-from fletcher.models.kinds import COLBERT
+from fletcher.models.bundle.files import locked, sha256
+from fletcher.models.bundle.spec import ModelSpec
+from fletcher.models.checkpoint.output_kind import COLBERT
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
-from fletcher.models.spec import ModelSpec
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import TOKENIZER
-from fletcher.models.checkpoint import Checkpoint
-from fletcher.models.files import is_inside, sha256
-from fletcher.models.protowire import Message, WireError
+from fletcher.models.bundle.bundle import TOKENIZER
+from fletcher.models.bundle.files import is_inside, sha256
+from fletcher.models.bundle.spec import GRAPH_INPUTS, MANIFEST, GraphOutput, ModelSpec
+from fletcher.models.checkpoint.checkpoint import Checkpoint
+from fletcher.models.onnx.protowire import WireError, WireMessage
 from fletcher.models.sources.folder import Progress
-from fletcher.models.spec import GRAPH_INPUTS, MANIFEST, GraphOutput, ModelSpec
 
 # Field numbers of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
 _MODEL_GRAPH, _MODEL_FUNCTIONS, _FUNCTION_NODE = 7, 25, 7
@@ -115,7 +115,7 @@ def _checkpoint_folder(file: Path) -> Path:
 def _inspect(file: Path) -> tuple[tuple[str, ...], _Value, list[str]]:
     """Names of a model's inputs, the output to read, and the locations of its external data."""
     try:
-        model = Message(memoryview(file.read_bytes()))
+        model = WireMessage(memoryview(file.read_bytes()))
         graphs = model.messages(_MODEL_GRAPH)
         if len(graphs) != 1:
             raise WireError("it holds no graph")
@@ -165,7 +165,7 @@ def _choose_output(file: Path, outputs: list[_Value]) -> _Value:
     return min(usable, key=lambda one: ranks.get(one.name, len(ranks)))
 
 
-def _value(message: Message) -> _Value:
+def _value(message: WireMessage) -> _Value:
     for kind in message.messages(2):
         for tensor in kind.messages(1):
             shape = [
@@ -176,7 +176,7 @@ def _value(message: Message) -> _Value:
     return _Value(message.text(1), 0, ())
 
 
-def _tensors(graph: Message) -> Iterator[Message]:
+def _tensors(graph: WireMessage) -> Iterator[WireMessage]:
     """Every tensor of a graph and of the graphs inside it."""
     yield from graph.messages(_GRAPH_INITIALIZER)
     for sparse in graph.messages(_GRAPH_SPARSE_INITIALIZER):
@@ -184,7 +184,7 @@ def _tensors(graph: Message) -> Iterator[Message]:
     yield from _tensors_of_nodes(graph.messages(_GRAPH_NODE))
 
 
-def _tensors_of_nodes(nodes: list[Message]) -> Iterator[Message]:
+def _tensors_of_nodes(nodes: list[WireMessage]) -> Iterator[WireMessage]:
     for node in nodes:
         for attribute in node.messages(_NODE_ATTRIBUTE):
             for number in _ATTRIBUTE_TENSORS:
@@ -197,7 +197,7 @@ def _tensors_of_nodes(nodes: list[Message]) -> Iterator[Message]:
                     yield from _tensors(graph)
 
 
-def _locations(file: Path, tensors: list[Message]) -> set[str]:
+def _locations(file: Path, tensors: list[WireMessage]) -> set[str]:
     """Files that tensors lie in; all of them are inside the model's own folder and long enough."""
     locations = set()
     for tensor in tensors:

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from fletcher.errors import ModelError
-from fletcher.models.files import is_inside, sha256
+from fletcher.models.bundle.files import is_inside, sha256
+from fletcher.models.bundle.spec import ModelSpec
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
-from fletcher.models.spec import ModelSpec
 
 DOWNLOAD_TIMEOUT_S = 900
 MAX_UNPACKED_BYTES = 20 << 30

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fletcher.cli import main
-from fletcher.models.bundle import ModelBundle
-from fletcher.schema import VectorSpec, output_schema
+from fletcher.core.schema import VectorSpec, output_schema
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.stores.address import open_store
 from tests.doubles.proxy import Proxy
 

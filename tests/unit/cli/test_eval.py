@@ -12,8 +12,8 @@ import pytest
 
 from fletcher.cli import main
 from fletcher.client import Client
-from fletcher.config import ServeConfig
-from fletcher.models.registry import Registry
+from fletcher.config.server import ServeConfig
+from fletcher.models.bundle.registry import Registry
 from fletcher.runtime import Runtime
 
 

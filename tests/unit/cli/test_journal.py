@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 
 from fletcher.cli import main
-from fletcher.delivery.journal import Journal, JournalSpace
-from fletcher.delivery.journals import lock_journal
-from fletcher.delivery.segment import GroupInfo
-from fletcher.delivery.unsent import Unsent
+from fletcher.delivery.journal.folders import lock_journal
+from fletcher.delivery.journal.journal import Journal, JournalSpace
+from fletcher.delivery.journal.segment import GroupInfo
+from fletcher.delivery.journal.settled_groups import SettledGroups
 
 SCHEMA = pa.schema({"id": pa.int64()})
 
@@ -137,6 +137,6 @@ def test_notes_of_what_is_stored_are_no_file_of_rows(
     (waiting,) = journal.recover()
     waiting.segment.note(waiting)
     waiting.segment.write_notes()
-    Unsent(folder).add(["u:20-29"])
+    SettledGroups(folder).add(["u:20-29"])
     assert main(["journal", "verify"]) == 0
     assert "1 files, 10 rows: all right" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 import fletcher.cli
 from fletcher.cli import COMMANDS, build_parser, main
 from fletcher.cli.parser import flags_of
-from fletcher.config import OPTIONS
+from fletcher.config.server import OPTIONS
 from fletcher.errors import ConfigError, InvalidCommandError, StoreUnavailableError
 
 BUG = "fletcher doctor: unexpected ZeroDivisionError: by zero; FLETCHER_LOG_LEVEL=debug shows where"

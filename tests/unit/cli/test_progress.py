@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from fletcher.cli.logs import JsonFormatter, TextFormatter
 from fletcher.cli.progress import Meter, Progress, Sample, Total, clock, human
-from fletcher.cli.table import columns, cut, padded, printable
+from fletcher.cli.terminal import columns, cut, padded, printable
+from fletcher.telemetry.logs import JsonFormatter, TextFormatter
 
 
 class Terminal(io.StringIO):

@@ -10,7 +10,7 @@ import pytest
 
 import fletcher
 from fletcher.cli import main
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
 from fletcher.runtime import Runtime
 
 TEXTS = ["vector store", "arrow flight and more", "fast", "text search"]

@@ -4,7 +4,7 @@ import json
 import os
 
 from fletcher.cli import main
-from fletcher.tuning import race as races
+from fletcher.tuning import trials as races
 
 
 def test_the_command_measures_and_doctor_knows(tmp_path, tiny_bundle, monkeypatch, capsys):

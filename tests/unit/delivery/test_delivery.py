@@ -11,13 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.core.command import EmbedCommand
+from fletcher.delivery import committer as committer_module
 from fletcher.delivery import delivery as delivery_module
-from fletcher.delivery import lane as lane_module
-from fletcher.delivery import route as route_module
+from fletcher.delivery import sink as sink_module
+from fletcher.delivery.committer import Committer, DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.lane import DeliveryConfig, Lane
-from fletcher.delivery.route import Route
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     ColumnTypeError,
@@ -27,8 +28,7 @@ from fletcher.errors import (
     StoreUnavailableError,
     UploadConflictError,
 )
-from fletcher.options import EmbedOptions
-from fletcher.telemetry import Telemetry
+from fletcher.telemetry.tracing import Telemetry
 from tests.doubles.stores import MemoryStore, outage
 
 SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
@@ -47,12 +47,12 @@ def delivering(store: MemoryStore, config: DeliveryConfig = CONFIG) -> Iterator[
         delivery.shut_down()
 
 
-def options(**fields: Any) -> EmbedOptions:
-    return EmbedOptions(**{"dataset": "d", "upload_id": "u", **fields})
+def options(**fields: Any) -> EmbedCommand:
+    return EmbedCommand(**{"dataset": "d", "upload_id": "u", **fields})
 
 
 def send(
-    lane: Route, upload: Upload, first: int, num_rows: int, failed: tuple[int, ...] = ()
+    committer: DatasetSink, upload: Upload, first: int, num_rows: int, failed: tuple[int, ...] = ()
 ) -> threading.Event:
     """Claims and queues rows whose ids are their offsets."""
     assert upload.claim(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
@@ -65,7 +65,7 @@ def send(
         schema=SCHEMA,
     )
     released = threading.Event()
-    lane.put(Rows.of(upload, batch, first, failed, released.set))
+    committer.put(Rows.of(upload, batch, first, failed, released.set))
     return released
 
 
@@ -84,8 +84,8 @@ def test_rows_of_an_upload_are_joined_into_keyed_groups() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
-        released = [send(lane, upload, first, 4) for first in (0, 4, 8, 12)]
+        upload, committer = delivery.open(options(), SCHEMA)
+        released = [send(committer, upload, first, 4) for first in (0, 4, 8, 12)]
         store.gate.set()
         assert settled(upload)
         assert all(one.wait(5) for one in released)
@@ -109,9 +109,9 @@ def test_an_outage_neither_loses_nor_doubles(when: str) -> None:
     store = MemoryStore()
     store.faults.extend([(when, outage()), None, (when, outage()), (when, outage())])
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open(options(), SCHEMA)
         for first in range(0, 60, 5):
-            send(lane, upload, first, 5)
+            send(committer, upload, first, 5)
         assert settled(upload)
         assert sorted(ids(store)) == list(range(60))
         assert upload.failure is None
@@ -123,19 +123,19 @@ def test_an_outage_that_outlasts_the_patience_fails_the_upload_and_can_be_resume
         group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0, slow_append_s=15
     )
     with delivering(store, config) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
-        send(lane, upload, 0, 5)
+        upload, committer = delivery.open(options(), SCHEMA)
+        send(committer, upload, 0, 5)
         assert settled(upload)
         # The rows arrive, the answer does not: the client cannot know, the store can.
         store.faults.append(("after", outage()))
-        released = send(lane, upload, 5, 5)
+        released = send(committer, upload, 5, 5)
         assert settled(upload)
         assert released.wait(5)
         assert isinstance(upload.failure, StoreUnavailableError)
         assert upload.summary("m")["complete"] is False
-        delivery.close(upload, lane)
+        delivery.close(upload, committer)
 
-        again, lane = delivery.open(options(), SCHEMA)
+        again, committer = delivery.open(options(), SCHEMA)
         assert again.failure is None
         assert again.counts()["rows_durable"] == 10
         assert again.claim(0, 11) == [(10, 11)]
@@ -145,16 +145,16 @@ def test_an_upsert_stays_one_over_an_outage_and_beside_other_uploads() -> None:
     # The mode was the writer's, and forgotten with it: the retry appended, and ids came twice.
     store = MemoryStore()
     with delivering(store) as delivery:
-        upsert, lane = delivery.open(options(upload_id="one", mode="upsert"), SCHEMA)
+        upsert, committer = delivery.open(options(upload_id="one", mode="upsert"), SCHEMA)
         store.faults.append(("before", outage()))
-        send(lane, upsert, 0, 5)
+        send(committer, upsert, 0, 5)
         assert settled(upsert)
         assert store.opened == ["upsert", "upsert"]
         plain, _ = delivery.open(options(upload_id="other"), SCHEMA)
-        send(lane, upsert, 5, 5)
+        send(committer, upsert, 5, 5)
         assert settled(upsert)
         assert store.opened[2:] == ["append", "upsert"]
-        send(lane, plain, 0, 5)
+        send(committer, plain, 0, 5)
         assert settled(plain)
         assert store.opened[4:] == ["append"]
 
@@ -175,10 +175,10 @@ def test_one_uploads_refusal_leaves_others_alone() -> None:
     )
     store.gate.clear()
     with delivering(store) as delivery:
-        good, lane = delivery.open(options(upload_id="good"), SCHEMA)
+        good, committer = delivery.open(options(upload_id="good"), SCHEMA)
         bad, _ = delivery.open(options(upload_id="bad"), SCHEMA)
-        send(lane, good, 100, 3)
-        send(lane, bad, 7, 1)
+        send(committer, good, 100, 3)
+        send(committer, bad, 7, 1)
         store.gate.set()
         assert settled(good)
         assert settled(bad)
@@ -197,10 +197,10 @@ def test_a_store_that_breaks_after_it_stored_does_not_get_the_rows_twice() -> No
     store.gate.clear()
     store.faults.append(("after", ZeroDivisionError("a defect of the store's client")))
     with delivering(store) as delivery:
-        one, lane = delivery.open(options(upload_id="one"), SCHEMA)
+        one, committer = delivery.open(options(upload_id="one"), SCHEMA)
         two, _ = delivery.open(options(upload_id="two"), SCHEMA)
-        send(lane, one, 0, 3)
-        send(lane, two, 3, 3)
+        send(committer, one, 0, 3)
+        send(committer, two, 3, 3)
         store.gate.set()
         assert settled(one)
         assert settled(two)
@@ -212,14 +212,14 @@ def test_rows_that_cannot_be_prepared_fail_their_upload_and_leave_the_dataset_us
     # its uploads never settled, and every later opening waited for ever.
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open(options(), SCHEMA)
         upload.claim(0, 1)
-        lane.put(Rows.of(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]
+        committer.put(Rows.of(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]
         assert settled(upload)
         assert upload.failure is not None
-        delivery.close(upload, lane)
-        other, lane = delivery.open(options(upload_id="other"), SCHEMA)
-        send(lane, other, 0, 5)
+        delivery.close(upload, committer)
+        other, committer = delivery.open(options(upload_id="other"), SCHEMA)
+        send(committer, other, 0, 5)
         assert settled(other)
         assert ids(store) == list(range(5))
 
@@ -235,27 +235,29 @@ class _Broken:
 def test_a_lane_that_has_ended_refuses_at_once() -> None:
     store = MemoryStore()
     delivery = Delivery({"default": store}, CONFIG, Telemetry())
-    upload, lane = delivery.open(options(), SCHEMA)
+    upload, committer = delivery.open(options(), SCHEMA)
     delivery.shut_down()
-    released = send(lane, upload, 0, 5)
+    released = send(committer, upload, 0, 5)
     assert released.wait(5)
     assert isinstance(upload.failure, StoreUnavailableError)
-    assert isinstance(lane.lane.open(SCHEMA, "append").exception(5), StoreUnavailableError)
+    assert isinstance(
+        committer.committer.open(SCHEMA, "append").exception(5), StoreUnavailableError
+    )
     with pytest.raises(StoreUnavailableError):
         delivery.open(options(upload_id="late"), SCHEMA)
 
 
 def test_an_append_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Joined texts of 2 GiB overflow the offsets of utf8.
-    monkeypatch.setattr("fletcher.delivery.lane._COMMIT_BYTES", 100)
+    monkeypatch.setattr("fletcher.delivery.committer._COMMIT_BYTES", 100)
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open(options(), SCHEMA)
         store.gate.clear()
-        send(lane, upload, 0, 3)
+        send(committer, upload, 0, 3)
         assert store.waiting.wait(5)
         for first in range(3, 12, 3):
-            send(lane, upload, first, 3)
+            send(committer, upload, first, 3)
         store.gate.set()
         assert settled(upload)
         assert ids(store) == list(range(12))
@@ -266,11 +268,11 @@ def test_rows_that_fill_an_append_by_their_bytes_wait_for_no_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Only their number counted: with long texts or wide vectors every append waited for its delay.
-    monkeypatch.setattr("fletcher.delivery.lane._COMMIT_BYTES", 100)
+    monkeypatch.setattr("fletcher.delivery.committer._COMMIT_BYTES", 100)
     store = MemoryStore()
     with delivering(store, dataclasses.replace(CONFIG, group_delay_s=60)) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
-        send(lane, upload, 0, 7)
+        upload, committer = delivery.open(options(), SCHEMA)
+        send(committer, upload, 0, 7)
         assert settled(upload)
 
 
@@ -278,15 +280,15 @@ def test_rows_of_a_failed_upload_leave_at_once_though_the_store_is_away() -> Non
     # They left when their turn came: uploads that failed one after the other filled the memory.
     store = MemoryStore()
     with delivering(store) as delivery:
-        going, lane = delivery.open(options(upload_id="going"), SCHEMA)
+        going, committer = delivery.open(options(upload_id="going"), SCHEMA)
         failing, _ = delivery.open(options(upload_id="failing"), SCHEMA)
         store.gate.clear()
-        send(lane, going, 0, 5)
+        send(committer, going, 0, 5)
         assert store.waiting.wait(5)
-        released = send(lane, failing, 0, 5)
-        kept = send(lane, going, 5, 5)
+        released = send(committer, failing, 0, 5)
+        kept = send(committer, going, 5, 5)
         failing.fail(RequestError("a bad row"))
-        delivery.close(failing, lane)
+        delivery.close(failing, committer)
         assert released.is_set()
         assert not kept.is_set()
         store.gate.set()
@@ -298,8 +300,8 @@ def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> No
     for null_vectors, expected in ((False, [0, 2]), (True, [0, 1, 2])):
         store = MemoryStore(null_vectors=null_vectors)
         with delivering(store) as delivery:
-            upload, lane = delivery.open(options(), SCHEMA)
-            send(lane, upload, 0, 3, failed=(1,))
+            upload, committer = delivery.open(options(), SCHEMA)
+            send(committer, upload, 0, 3, failed=(1,))
             upload.report(1, 1, InvalidCommandError("`text` is null"))
             assert settled(upload)
             assert ids(store) == expected
@@ -312,10 +314,10 @@ def test_a_reconnected_client_does_not_send_twice_what_is_on_its_way() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
-        send(lane, upload, 0, 5)
+        upload, committer = delivery.open(options(), SCHEMA)
+        send(committer, upload, 0, 5)
         assert store.waiting.wait(5)
-        delivery.close(upload, lane)
+        delivery.close(upload, committer)
         opening: list[Upload] = []
         # The lane opens nothing while it stores, so that the store can be asked what arrived.
         reopen = threading.Thread(
@@ -331,13 +333,13 @@ def test_a_reconnected_client_does_not_send_twice_what_is_on_its_way() -> None:
 def test_after_a_restart_the_store_tells_what_is_there() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
-        send(lane, upload, 0, 25)
+        upload, committer = delivery.open(options(), SCHEMA)
+        send(committer, upload, 0, 25)
         assert settled(upload)
     with delivering(store) as delivery:
         status = delivery.status(options())
         assert status == {"rows_durable": 25, "ranges": [[0, 24]], "complete": False}
-        upload, lane = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open(options(), SCHEMA)
         assert upload.claim(0, 30) == [(25, 30)]
         assert upload.counts()["rows_stored"] == 25
 
@@ -345,15 +347,15 @@ def test_after_a_restart_the_store_tells_what_is_there() -> None:
 def test_overwrite_empties_once_and_a_resumed_overwrite_does_not() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(upload_id="old"), SCHEMA)
-        send(lane, upload, 0, 3)
+        upload, committer = delivery.open(options(upload_id="old"), SCHEMA)
+        send(committer, upload, 0, 3)
         assert settled(upload)
-        upload, lane = delivery.open(options(mode="overwrite"), SCHEMA)
-        send(lane, upload, 0, 4)
+        upload, committer = delivery.open(options(mode="overwrite"), SCHEMA)
+        send(committer, upload, 0, 4)
         assert settled(upload)
-        delivery.close(upload, lane)
-        upload, lane = delivery.open(options(mode="overwrite"), SCHEMA)
-        send(lane, upload, 4, 4)
+        delivery.close(upload, committer)
+        upload, committer = delivery.open(options(mode="overwrite"), SCHEMA)
+        send(committer, upload, 4, 4)
         assert settled(upload)
         assert ids(store) == list(range(8))
     with delivering(store) as delivery:
@@ -363,7 +365,7 @@ def test_overwrite_empties_once_and_a_resumed_overwrite_does_not() -> None:
 
 def test_two_openings_of_one_overwrite_empty_the_dataset_once() -> None:
     store = MemoryStore()
-    opened: list[tuple[Upload, Route]] = []
+    opened: list[tuple[Upload, DatasetSink]] = []
     emptying, go_on, looked = threading.Event(), threading.Event(), threading.Semaphore(0)
     open_writer, dataset = store.open_writer, store.dataset
 
@@ -403,10 +405,10 @@ def test_rows_that_an_overwrite_removed_can_be_sent_again() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
         for upload_id, mode in (("a", "append"), ("b", "overwrite"), ("a", "append")):
-            upload, lane = delivery.open(options(upload_id=upload_id, mode=mode), SCHEMA)
-            send(lane, upload, 0, 3)
+            upload, committer = delivery.open(options(upload_id=upload_id, mode=mode), SCHEMA)
+            send(committer, upload, 0, 3)
             assert settled(upload)
-            delivery.close(upload, lane)
+            delivery.close(upload, committer)
         assert ids(store) == [0, 1, 2, 0, 1, 2]
 
 
@@ -422,8 +424,8 @@ def test_one_upload_id_cannot_mean_two_things() -> None:
 def test_memory_durability_never_claims_to_be_durable() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(durability="memory"), SCHEMA)
-        send(lane, upload, 0, 5)
+        upload, committer = delivery.open(options(durability="memory"), SCHEMA)
+        send(committer, upload, 0, 5)
         assert settled(upload)
         assert upload.counts()["rows_durable"] == 0
         assert upload.counts()["rows_stored"] == 5
@@ -432,12 +434,12 @@ def test_memory_durability_never_claims_to_be_durable() -> None:
 def test_complete_needs_the_announced_number_and_no_gap() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
-        send(lane, upload, 5, 5)
+        upload, committer = delivery.open(options(), SCHEMA)
+        send(committer, upload, 5, 5)
         assert settled(upload)
         upload.announce(10)
         assert not upload.complete
-        send(lane, upload, 0, 5)
+        send(committer, upload, 0, 5)
         assert settled(upload)
         assert upload.complete
         upload.announce(11)
@@ -467,13 +469,13 @@ def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
     store = MemoryStore()
     store.gate.clear()
     delivery = Delivery({"default": store}, CONFIG, Telemetry())
-    upload, lane = delivery.open(options(), SCHEMA)
-    send(lane, upload, 0, 5)
+    upload, committer = delivery.open(options(), SCHEMA)
+    send(committer, upload, 0, 5)
     assert store.waiting.wait(5)
-    released = send(lane, upload, 5, 5)
+    released = send(committer, upload, 5, 5)
     closer = threading.Thread(target=delivery.shut_down)
     closer.start()
-    lane.lane._closing.wait(5)
+    committer.committer._closing.wait(5)
     store.gate.set()
     closer.join(30)
     assert released.wait(5)
@@ -486,11 +488,11 @@ def test_an_overwrite_does_not_wait_for_what_comes_after_it() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(), SCHEMA)
-        send(lane, upload, 0, 5)
+        upload, committer = delivery.open(options(), SCHEMA)
+        send(committer, upload, 0, 5)
         assert store.waiting.wait(5)
-        emptied = lane.lane.open(SCHEMA, "overwrite")
-        send(lane, upload, 5, 5)
+        emptied = committer.committer.open(SCHEMA, "overwrite")
+        send(committer, upload, 5, 5)
         store.gate.set()
         assert emptied.result(30) is None
         assert settled(upload)
@@ -505,72 +507,72 @@ def test_an_overwrite_that_nobody_waits_for_any_more_does_not_happen(
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, lane = delivery.open(options(upload_id="old"), SCHEMA)
-        send(lane, upload, 0, 5)
+        upload, committer = delivery.open(options(upload_id="old"), SCHEMA)
+        send(committer, upload, 0, 5)
         assert store.waiting.wait(5)
         with pytest.raises(StoreUnavailableError):
             delivery.open(options(mode="overwrite"), SCHEMA)
         store.gate.set()
         assert settled(upload)
-        assert lane.lane.open(SCHEMA, "append").result(30) is None
+        assert committer.committer.open(SCHEMA, "append").result(30) is None
         assert ids(store) == list(range(5))
 
 
 @pytest.mark.parametrize("in_use", [True, False])
 def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: bool) -> None:
     # Another route could open the dataset while the writer had its lock still.
-    monkeypatch.setattr(lane_module, "_LINGER_S", 0.05)
+    monkeypatch.setattr(committer_module, "_LINGER_S", 0.05)
     has_writer: list[bool] = []
     asked, retire = threading.Event(), Delivery._retire
 
-    def asks(delivery: Delivery, route: Route) -> bool:
-        has_writer.append(route._appender.is_open)
+    def asks(delivery: Delivery, sink: DatasetSink) -> bool:
+        has_writer.append(sink._appender.is_open)
         asked.set()
-        return retire(delivery, route)
+        return retire(delivery, sink)
 
     monkeypatch.setattr(Delivery, "_retire", asks)
     with delivering(MemoryStore()) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open(options(), SCHEMA)
         if in_use:
             assert not asked.wait(0.3)
-            assert route._appender.is_open
+            assert sink._appender.is_open
         else:
-            delivery.close(upload, route)
-            route.lane.thread.join(30)
+            delivery.close(upload, sink)
+            sink.committer.thread.join(30)
             assert has_writer == [False]
 
 
 def test_a_route_is_in_use_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a machine that stood still for a while its lane asked too early, and failed for good.
-    monkeypatch.setattr(lane_module, "_LINGER_S", 0.01)
-    asked, may_end = threading.Event(), Route._may_end
+    monkeypatch.setattr(committer_module, "_LINGER_S", 0.01)
+    asked, may_end = threading.Event(), DatasetSink._may_end
 
-    def asks(route: Route) -> bool:
+    def asks(sink: DatasetSink) -> bool:
         try:
-            return may_end(route)
+            return may_end(sink)
         finally:
             asked.set()
 
-    def slow(*arguments: Any, **fields: Any) -> Lane:
-        lane = Lane(*arguments, **fields)
+    def slow(*arguments: Any, **fields: Any) -> Committer:
+        committer = Committer(*arguments, **fields)
         assert asked.wait(30)
-        return lane
+        return committer
 
-    monkeypatch.setattr(Route, "_may_end", asks)
-    monkeypatch.setattr(route_module, "Lane", slow)
+    monkeypatch.setattr(DatasetSink, "_may_end", asks)
+    monkeypatch.setattr(sink_module, "Committer", slow)
     with delivering(MemoryStore()) as delivery:
-        _, route = delivery.open(options(), SCHEMA)
-        assert route.lane.thread.is_alive()
+        _, sink = delivery.open(options(), SCHEMA)
+        assert sink.committer.thread.is_alive()
 
 
 def test_rows_that_cannot_be_let_go_leave_the_others_of_their_append_alone() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        first, lane = delivery.open(options(upload_id="first"), SCHEMA)
+        first, committer = delivery.open(options(upload_id="first"), SCHEMA)
         bad, _ = delivery.open(options(upload_id="bad"), SCHEMA)
         good, _ = delivery.open(options(upload_id="good"), SCHEMA)
-        send(lane, first, 0, 1)
+        send(committer, first, 0, 1)
         assert store.waiting.wait(5)
 
         def fails() -> None:
@@ -580,8 +582,8 @@ def test_rows_that_cannot_be_let_go_leave_the_others_of_their_append_alone() -> 
         batch = pa.record_batch(
             [pa.array([1], pa.int64()), pa.array([[1, 0]], SCHEMA[1].type)], schema=SCHEMA
         )
-        lane.put(Rows.of(bad, batch, 0, (), fails))
-        released = send(lane, good, 2, 3)
+        committer.put(Rows.of(bad, batch, 0, (), fails))
+        released = send(committer, good, 2, 3)
         store.gate.set()
         assert settled(good)
         assert released.wait(30)

@@ -16,13 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from fletcher.delivery import outbox as outbox_module
+from fletcher.core.command import EmbedCommand
+from fletcher.delivery.committer import DeliveryConfig
+from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.journal import Journal, JournalSpace
-from fletcher.delivery.known import Known
-from fletcher.delivery.lane import DeliveryConfig
-from fletcher.delivery.route import JournalConfig, Route
+from fletcher.delivery.journal import writer as journal_writer_module
+from fletcher.delivery.journal.journal import Journal, JournalSpace
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.sink import DatasetSink, JournalConfig
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     ColumnTypeError,
@@ -33,8 +34,7 @@ from fletcher.errors import (
     StoreUnavailableError,
     UploadConflictError,
 )
-from fletcher.options import EmbedOptions
-from fletcher.telemetry import Telemetry
+from fletcher.telemetry.tracing import Telemetry
 from tests.doubles.stores import MemoryStore, outage
 
 SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
@@ -60,17 +60,17 @@ def delivering(
         delivery.shut_down()
 
 
-def options(**fields: Any) -> EmbedOptions:
-    return EmbedOptions(**{"dataset": "d", "upload_id": "u", **fields})
+def options(**fields: Any) -> EmbedCommand:
+    return EmbedCommand(**{"dataset": "d", "upload_id": "u", **fields})
 
 
-def send(route: Route, upload: Upload, first: int, num_rows: int) -> threading.Event:
+def send(sink: DatasetSink, upload: Upload, first: int, num_rows: int) -> threading.Event:
     assert upload.claim(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
     ids = pa.array(range(first, first + num_rows), pa.int64())
     vectors = pa.array([[1.0, 0.0]] * num_rows, SCHEMA.field("vector").type)
     released = threading.Event()
     batch = pa.record_batch([ids, vectors], schema=SCHEMA)
-    route.put(Rows.of(upload, batch, first, (), released.set))
+    sink.put(Rows.of(upload, batch, first, (), released.set))
     return released
 
 
@@ -99,8 +99,8 @@ def test_rows_are_durable_before_they_are_stored_and_their_memory_is_free(tmp_pa
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        released = [send(route, upload, first, 5) for first in range(0, 50, 5)]
+        upload, sink = delivery.open(options(), SCHEMA)
+        released = [send(sink, upload, first, 5) for first in range(0, 50, 5)]
         assert durable(upload, 50)
         assert all(one.wait(5) for one in released)
         assert upload.counts()["rows_stored"] == 0
@@ -116,17 +116,17 @@ def test_after_a_crash_what_was_acknowledged_reaches_the_store_once(tmp_path: Pa
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 30)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 30)
         assert durable(upload, 30)
         # The first append hangs; closing is as good as a crash for what is on disk.
-        for one in delivery._all_routes():
-            one.lane._closing.set()
+        for one in delivery._all_sinks():
+            one.committer._closing.set()
     before = ids(store)
     with delivering(store, tmp_path) as delivery:
         status = delivery.status(options())
         assert status["rows_durable"] == 30
-        upload, route = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open(options(), SCHEMA)
         assert upload.claim(0, 39) == [(30, 39)]
         assert stored(upload, 30)
         assert ids(store) == list(range(30))
@@ -141,16 +141,16 @@ def test_a_crash_between_the_stores_commit_and_the_journals_knowledge(tmp_path: 
     )
     store.faults.append(("after", outage()))
     with delivering(store, tmp_path, patience) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 10)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 10)
         assert durable(upload, 10)
         while not store.appends:
             time.sleep(0.001)
-        for one in delivery._all_routes():
-            one.lane.close()
+        for one in delivery._all_sinks():
+            one.committer.close()
     assert ids(store) == list(range(10))
     with delivering(store, tmp_path) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open(options(), SCHEMA)
         assert upload.counts()["rows_durable"] == 10
         assert delivery.flush(10)
         assert upload.counts()["rows_stored"] == 10
@@ -165,9 +165,9 @@ def test_an_outage_costs_no_error_however_long(tmp_path: Path) -> None:
     )
     store.faults.extend([("before", outage()), ("after", outage()), ("before", outage())])
     with delivering(store, tmp_path, patience) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open(options(), SCHEMA)
         for first in range(0, 40, 10):
-            send(route, upload, first, 10)
+            send(sink, upload, first, 10)
         assert stored(upload, 40)
         assert upload.failure is None
         assert ids(store) == list(range(40))
@@ -180,18 +180,18 @@ def test_a_full_journal_holds_clients_back_then_says_so(tmp_path: Path) -> None:
         group_rows=10, commit_rows=10, group_delay_s=0, store_retry_s=0.3, slow_append_s=15
     )
     with delivering(store, tmp_path, patience, max_bytes=1000, segment_bytes=1) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 40)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 40)
         assert durable(upload, 40)
-        released = send(route, upload, 40, 10)
+        released = send(sink, upload, 40, 10)
         assert wait(upload, lambda: upload.failure is not None)
         assert isinstance(upload.failure, JournalFullError)
         assert upload.failure.retry_after_ms is not None
         assert released.wait(5)
-        delivery.close(upload, route)
+        delivery.close(upload, sink)
         store.gate.set()
         assert delivery.flush(10)
-        again, route = delivery.open(options(), SCHEMA)
+        again, sink = delivery.open(options(), SCHEMA)
         assert again.claim(0, 49) == [(40, 49)]
         assert again.counts()["rows_stored"] == 40
 
@@ -199,12 +199,12 @@ def test_a_full_journal_holds_clients_back_then_says_so(tmp_path: Path) -> None:
 def test_an_open_segment_does_not_keep_the_room_of_rows_that_are_stored(tmp_path: Path) -> None:
     # The journal was full for ever: of groups that the store had.
     with delivering(MemoryStore(), tmp_path, max_bytes=1000) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open(options(), SCHEMA)
         for first in range(0, 300, 100):
-            send(route, upload, first, 100)
+            send(sink, upload, first, 100)
             assert durable(upload, first + 100)
-        other, route = delivery.open(options(dataset="other"), SCHEMA)
-        send(route, other, 0, 100)
+        other, sink = delivery.open(options(dataset="other"), SCHEMA)
+        send(sink, other, 0, 100)
         assert durable(other, 100)
         assert upload.failure is other.failure is None
 
@@ -213,8 +213,8 @@ def test_rows_that_the_store_refuses_are_kept_for_a_person(tmp_path: Path) -> No
     store = MemoryStore()
     store.refuse = lambda batches: ColumnTypeError("not this")
     with delivering(store, tmp_path) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 10)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 10)
         assert wait(upload, lambda: upload.failure is not None)
         assert delivery.flush(10)
     assert files(tmp_path) == [".rejected"]
@@ -224,8 +224,8 @@ def test_an_overwrite_comes_after_what_was_accepted_before_it(tmp_path: Path) ->
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path) as delivery:
-        old, route = delivery.open(options(upload_id="old"), SCHEMA)
-        send(route, old, 0, 10)
+        old, sink = delivery.open(options(upload_id="old"), SCHEMA)
+        send(sink, old, 0, 10)
         assert durable(old, 10)
         opened: list[Any] = []
         opening = threading.Thread(
@@ -235,8 +235,8 @@ def test_an_overwrite_comes_after_what_was_accepted_before_it(tmp_path: Path) ->
         opening.join(0.1)
         store.gate.set()
         opening.join(30)
-        ((new, route),) = opened
-        send(route, new, 100, 3)
+        ((new, sink),) = opened
+        send(sink, new, 100, 3)
         assert stored(new, 3)
         assert ids(store) == [100, 101, 102]
 
@@ -264,8 +264,8 @@ def test_store_durability_passes_the_journal_by(tmp_path: Path) -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path) as delivery:
-        upload, route = delivery.open(options(durability="store"), SCHEMA)
-        send(route, upload, 0, 10)
+        upload, sink = delivery.open(options(durability="store"), SCHEMA)
+        send(sink, upload, 0, 10)
         assert store.waiting.wait(5)
         assert upload.counts()["rows_durable"] == 0
         store.gate.set()
@@ -278,11 +278,11 @@ def test_rows_of_one_store_never_go_to_another(tmp_path: Path) -> None:
     other.address = "memory:elsewhere"
     one.gate.clear()
     with delivering(one, tmp_path) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 10)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 10)
         assert durable(upload, 10)
         one.faults.append(("before", outage()))
-        route.lane.close()
+        sink.committer.close()
     with delivering(other, tmp_path) as delivery:
         assert delivery.flush(5)
         assert other.batches == {}
@@ -294,7 +294,7 @@ def test_rows_of_one_store_never_go_to_another(tmp_path: Path) -> None:
 @pytest.fixture
 def _long_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment is not ended for being idle."""
-    monkeypatch.setattr(outbox_module, "_IDLE_S", 600.0)
+    monkeypatch.setattr(journal_writer_module, "_IDLE_S", 600.0)
 
 
 @pytest.mark.usefixtures("_long_segments")
@@ -303,9 +303,9 @@ def test_after_a_kill_what_was_stored_is_not_sent_again(tmp_path: Path) -> None:
     # were lost.
     store = MemoryStore()
     with delivering(store, tmp_path / "home") as delivery:
-        upload, route = delivery.open(options(mode="upsert"), SCHEMA)
-        send(route, upload, 0, 5)
-        send(route, upload, 5, 5)
+        upload, sink = delivery.open(options(mode="upsert"), SCHEMA)
+        send(sink, upload, 0, 5)
+        send(sink, upload, 5, 5)
         assert stored(upload, 10)
         assert delivery.flush(10)
         shutil.copytree(tmp_path / "home", tmp_path / "killed")
@@ -322,9 +322,9 @@ def test_after_a_kill_rows_that_replace_others_all_go_again_in_their_order(tmp_p
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path / "home") as delivery:
-        upload, route = delivery.open(options(mode="upsert"), SCHEMA)
-        send(route, upload, 0, 5)
-        send(route, upload, 5, 5)
+        upload, sink = delivery.open(options(mode="upsert"), SCHEMA)
+        send(sink, upload, 0, 5)
+        send(sink, upload, 5, 5)
         assert durable(upload, 10)
         shutil.copytree(tmp_path / "home", tmp_path / "killed")
         store.gate.set()
@@ -341,8 +341,8 @@ def test_after_a_kill_rows_that_replace_others_all_go_again_in_their_order(tmp_p
 def test_no_journaled_row_comes_back_into_a_dataset_that_was_emptied(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
-        old, route = delivery.open(options(upload_id="old"), SCHEMA)
-        send(route, old, 0, 10)
+        old, sink = delivery.open(options(upload_id="old"), SCHEMA)
+        send(sink, old, 0, 10)
         assert stored(old, 10)
         assert ".arrow" in files(tmp_path)
         delivery.open(options(mode="overwrite"), SCHEMA)
@@ -364,10 +364,10 @@ def test_rows_of_an_upload_that_failed_while_the_journal_was_full_are_not_journa
 
     monkeypatch.setattr(JournalSpace, "full", tells)
     with delivering(store, tmp_path, max_bytes=1000, segment_bytes=1) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 40)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 40)
         assert durable(upload, 40)
-        released = send(route, upload, 40, 10)
+        released = send(sink, upload, 40, 10)
         assert was_full.wait(30)
         upload.fail(StoreUnavailableError("its connection is gone"))
         store.gate.set()
@@ -383,12 +383,12 @@ def test_rows_that_cannot_be_learned_are_journaled_and_stored(
     def fails(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Known, "_learn", fails)
+    monkeypatch.setattr(DedupeIndex, "_learn", fails)
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 5)
-        send(route, upload, 5, 5)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 5)
+        send(sink, upload, 5, 5)
         assert stored(upload, 10)
         assert upload.failure is None
 
@@ -406,24 +406,24 @@ def test_an_outbox_that_ends_gives_up_all_that_it_has_and_what_comes(
 
     monkeypatch.setattr(Journal, "append", stalls)
     with delivering(MemoryStore(), tmp_path) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        released = [send(route, upload, 0, 5)]
+        upload, sink = delivery.open(options(), SCHEMA)
+        released = [send(sink, upload, 0, 5)]
         assert begun.wait(30)
-        released.append(send(route, upload, 5, 5))
+        released.append(send(sink, upload, 5, 5))
         other = pa.record_batch({"id": ["a"]})
         upload.claim(10, 10)
         released.append(threading.Event())
-        route.put(Rows.of(upload, other, 10, (), released[-1].set))
-        (outbox, _) = route._outboxes
-        ending = threading.Thread(target=outbox.close)
+        sink.put(Rows.of(upload, other, 10, (), released[-1].set))
+        (journal_writer, _) = sink._outboxes
+        ending = threading.Thread(target=journal_writer.close)
         ending.start()
-        assert outbox._closing.wait(30)
+        assert journal_writer._closing.wait(30)
         go_on.set()
         ending.join(30)
         assert [one.is_set() for one in released] == [True, True, True]
-        assert outbox.idle
+        assert journal_writer.idle
         late, _ = delivery.open(options(upload_id="late"), SCHEMA)
-        assert send(route, late, 0, 5).is_set()
+        assert send(sink, late, 0, 5).is_set()
         assert late.failure is not None
 
 
@@ -435,13 +435,13 @@ def test_rows_are_in_the_lane_before_they_are_acknowledged(
     secure = Upload.secure
 
     def watched(self: Upload, first: int, last: int) -> None:
-        waiting.append(route.lane.depth())
+        waiting.append(sink.committer.depth())
         secure(self, first, last)
 
     monkeypatch.setattr(Upload, "secure", watched)
     with delivering(MemoryStore(), tmp_path, SLOW) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 10)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 10)
         assert durable(upload, 10)
     assert waiting == [10]
 
@@ -450,7 +450,7 @@ def test_what_is_left_in_a_journal_is_counted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With each route to the dataset it was counted again, until the journal was full of it.
-    monkeypatch.setattr("fletcher.delivery.lane._LINGER_S", 0.01)
+    monkeypatch.setattr("fletcher.delivery.committer._LINGER_S", 0.01)
     tried = threading.Semaphore(0)
 
     def fails(*_: Any) -> None:
@@ -462,12 +462,12 @@ def test_what_is_left_in_a_journal_is_counted_once(
     store.refuse = lambda batches: ColumnTypeError("not this")
     with delivering(store, tmp_path) as delivery:
         for _ in range(3):
-            upload, route = delivery.open(options(), SCHEMA)
+            upload, sink = delivery.open(options(), SCHEMA)
             if not upload.counts()["rows_durable"]:
-                send(route, upload, 0, 10)
+                send(sink, upload, 0, 10)
             assert tried.acquire(timeout=30)
-            delivery.close(upload, route)
-            route.lane.thread.join(30)
+            delivery.close(upload, sink)
+            sink.committer.thread.join(30)
             assert delivery._space is not None
             assert delivery._space.used_bytes == 0
         (path,) = tmp_path.glob("*/d/*.arrow")
@@ -487,14 +487,14 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
     monkeypatch.setattr("fletcher.delivery.uploads._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 10)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 10)
         assert durable(upload, 10)
-        delivery.close(upload, route)
+        delivery.close(upload, sink)
         open_others(delivery, "abc")
-        again, route = delivery.open(options(), SCHEMA)
+        again, sink = delivery.open(options(), SCHEMA)
         assert again.claim(0, 9) == []
-        delivery.close(again, route)
+        delivery.close(again, sink)
         assert delivery.flush(10)
         assert ids(store) == list(range(10))
         open_others(delivery, "de")
@@ -508,8 +508,8 @@ def test_uploads_found_in_the_journal_are_remembered_however_many(
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         for upload_id in "uvw":
-            upload, route = delivery.open(options(upload_id=upload_id), SCHEMA)
-            send(route, upload, 0, 10)
+            upload, sink = delivery.open(options(upload_id=upload_id), SCHEMA)
+            send(sink, upload, 0, 10)
             assert durable(upload, 10)
     with delivering(store, tmp_path, SLOW) as delivery:
         open_others(delivery, "abc")
@@ -521,16 +521,16 @@ def test_rows_that_are_stored_while_their_failed_upload_is_resumed_count(tmp_pat
     # They were durable, and never in `rows_stored`: the store had been asked before.
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
-        failed, route = delivery.open(options(), SCHEMA)
-        send(route, failed, 0, 10)
+        failed, sink = delivery.open(options(), SCHEMA)
+        send(sink, failed, 0, 10)
         assert durable(failed, 10)
         failed.fail(StoreUnavailableError("its connection is gone"))
-        delivery.close(failed, route)
+        delivery.close(failed, sink)
         look = store.stored_ranges
 
         def look_too_early(dataset: str, upload_id: str) -> list[tuple[int, int]]:
             found = look(dataset, upload_id)
-            route.hurry()
+            sink.hurry()
             assert stored(failed, 10)
             return found
 
@@ -547,15 +547,15 @@ def test_an_upload_found_in_the_journal_goes_on_with_the_durability_that_is_aske
     # It went on through the journal, and was acknowledged before it was stored.
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
-        upload, route = delivery.open(options(), SCHEMA)
-        send(route, upload, 0, 10)
+        upload, sink = delivery.open(options(), SCHEMA)
+        send(sink, upload, 0, 10)
         assert durable(upload, 10)
     with delivering(store, tmp_path) as delivery:
-        upload, route = delivery.open(options(durability="store"), SCHEMA)
+        upload, sink = delivery.open(options(durability="store"), SCHEMA)
         assert stored(upload, 10)
         store.gate.clear()
         store.waiting.clear()
-        send(route, upload, 10, 10)
+        send(sink, upload, 10, 10)
         assert store.waiting.wait(30)
         assert upload.counts()["rows_durable"] == 10
         store.gate.set()
@@ -567,8 +567,8 @@ def test_an_upload_found_in_the_journal_goes_on_with_the_durability_that_is_aske
 def test_an_upload_found_in_the_journal_cannot_go_on_in_another_mode(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
-        upload, route = delivery.open(options(mode="upsert"), SCHEMA)
-        send(route, upload, 0, 10)
+        upload, sink = delivery.open(options(mode="upsert"), SCHEMA)
+        send(sink, upload, 0, 10)
         assert durable(upload, 10)
     with delivering(store, tmp_path) as delivery:
         with pytest.raises(UploadConflictError) as caught:
@@ -594,15 +594,15 @@ def test_rows_that_were_being_journaled_when_their_upload_failed_are_not_taken_i
     monkeypatch.setattr(Journal, "append", slow)
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery, ThreadPoolExecutor(1) as pool:
-        failed, route = delivery.open(options(), SCHEMA)
-        send(route, failed, 0, 5)
+        failed, sink = delivery.open(options(), SCHEMA)
+        send(sink, failed, 0, 5)
         assert begun.wait(30)
         failed.fail(InternalError("a worker failed"))
-        delivery.close(failed, route)
+        delivery.close(failed, sink)
         opening = pool.submit(delivery.open, options(), SCHEMA)
         early, _ = concurrent.futures.wait([opening], timeout=0.1)
         go_on.set()
-        upload, route = opening.result(30)
+        upload, sink = opening.result(30)
         assert not early
         assert upload.claim(0, 9) == [(5, 9)]
         assert upload.counts()["rows_durable"] == 5

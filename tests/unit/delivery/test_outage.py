@@ -13,14 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.core.command import EmbedCommand
+from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.lane import DeliveryConfig
-from fletcher.delivery.route import JournalConfig, Route
 from fletcher.delivery.rows import Rows
+from fletcher.delivery.sink import DatasetSink, JournalConfig
 from fletcher.delivery.upload import Upload
 from fletcher.errors import OverloadedError, StoreUnavailableError
-from fletcher.options import EmbedOptions
-from fletcher.telemetry import Telemetry
+from fletcher.telemetry.tracing import Telemetry
 from tests.doubles.stores import MemoryStore, outage
 
 SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
@@ -50,17 +50,17 @@ def delivering(
         delivery.shut_down()
 
 
-def open_(delivery: Delivery, dataset: str = "d", **fields: Any) -> tuple[Upload, Route]:
-    options = EmbedOptions(**{"dataset": dataset, "upload_id": "u", **fields})
+def open_(delivery: Delivery, dataset: str = "d", **fields: Any) -> tuple[Upload, DatasetSink]:
+    options = EmbedCommand(**{"dataset": dataset, "upload_id": "u", **fields})
     return delivery.open(options, SCHEMA)
 
 
-def send(route: Route, upload: Upload, first: int, num_rows: int) -> None:
+def send(sink: DatasetSink, upload: Upload, first: int, num_rows: int) -> None:
     assert upload.claim(first, first + num_rows - 1)
     ids = pa.array(range(first, first + num_rows), pa.int64())
     vectors = pa.array([[1.0, 0.0]] * num_rows, SCHEMA.field("vector").type)
     batch = pa.record_batch([ids, vectors], schema=SCHEMA)
-    route.put(Rows.of(upload, batch, first, (), lambda: None))
+    sink.put(Rows.of(upload, batch, first, (), lambda: None))
 
 
 def wait(upload: Upload, condition: Callable[[], bool]) -> bool:
@@ -91,8 +91,8 @@ def test_all_datasets_wait_together_and_the_log_tells_it_once(
     with delivering(store) as delivery:
         opened = [open_(delivery, name) for name in "abcd"]
         store.down = outage()
-        for upload, route in opened:
-            send(route, upload, 0, 5)
+        for upload, sink in opened:
+            send(sink, upload, 0, 5)
         state = delivery.statistics
         until(lambda: state()["default"]["state"] == "away")
         assert delivery._telemetry.store_away.values() == {("default",): 1.0}
@@ -115,13 +115,13 @@ def test_all_datasets_wait_together_and_the_log_tells_it_once(
 def test_a_dataset_in_trouble_of_its_own_does_not_stop_the_others() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        locked, locked_route = open_(delivery, "locked")
-        free, free_route = open_(delivery, "free")
+        locked, locked_sink = open_(delivery, "locked")
+        free, free_sink = open_(delivery, "free")
         store.locked = {"locked"}
-        send(locked_route, locked, 0, 5)
+        send(locked_sink, locked, 0, 5)
         until(lambda: delivery.statistics()["default"]["outages"] > 0)
         for first in range(0, 50, 10):
-            send(free_route, free, first, 10)
+            send(free_sink, free, first, 10)
             assert stored(free, first + 10)
         assert locked.counts()["rows_stored"] == 0
         store.locked = set()
@@ -133,11 +133,11 @@ def test_what_is_too_much_at_once_goes_in_parts_with_the_same_keys() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, route = open_(delivery)
-        send(route, upload, 0, 10)
+        upload, sink = open_(delivery)
+        send(sink, upload, 0, 10)
         assert store.waiting.wait(5)
         for first in range(10, 200, 10):
-            send(route, upload, first, 10)
+            send(sink, upload, first, 10)
         store.most_rows = 30
         store.gate.set()
         assert stored(upload, 200)
@@ -153,17 +153,17 @@ def test_a_store_that_asks_to_slow_down_gets_a_rest() -> None:
     store = MemoryStore()
     store.slow_down = True
     with delivering(store) as delivery:
-        upload, route = open_(delivery)
+        upload, sink = open_(delivery)
         for first in range(0, 40, 10):
-            send(route, upload, first, 10)
+            send(sink, upload, first, 10)
             assert stored(upload, first + 10)
-        rest = route.lane.pace._rest_s
+        rest = sink.committer.pace._rest_s
         assert rest >= 0.4
         store.slow_down = False
         for first in range(40, 80, 10):
-            send(route, upload, first, 10)
+            send(sink, upload, first, 10)
             assert stored(upload, first + 10)
-        assert route.lane.pace._rest_s < rest / 4
+        assert sink.committer.pace._rest_s < rest / 4
 
 
 def test_rows_in_memory_are_given_up_though_rows_of_the_journal_wait_before_them(
@@ -172,12 +172,12 @@ def test_rows_in_memory_are_given_up_though_rows_of_the_journal_wait_before_them
     # They stood behind those for as long as the store was away, and their client heard nothing.
     store = MemoryStore()
     with delivering(store, tmp_path, store_retry_s=0.2) as delivery:
-        kept, route = open_(delivery, upload_id="kept")
+        kept, sink = open_(delivery, upload_id="kept")
         plain, _ = open_(delivery, upload_id="plain", durability="store")
         store.down = outage()
-        send(route, kept, 0, 10)
+        send(sink, kept, 0, 10)
         until(lambda: store.num_tries > 0)
-        send(route, plain, 0, 10)
+        send(sink, plain, 0, 10)
         assert wait(plain, lambda: plain.failure is not None)
         assert isinstance(plain.failure, StoreUnavailableError)
         store.down = None
@@ -191,19 +191,19 @@ def test_rows_are_tried_before_they_are_given_up_however_short_the_patience() ->
     with delivering(store, store_retry_s=0.0) as delivery:
         for number in range(5):
             store.faults.append(("before", outage()))
-            upload, route = _patiently(delivery, f"u{number}")
-            send(route, upload, 0, 5)
+            upload, sink = _patiently(delivery, f"u{number}")
+            send(sink, upload, 0, 5)
             assert wait(upload, lambda one=upload: one.failure is not None)
-            delivery.close(upload, route)
+            delivery.close(upload, sink)
         store.faults.clear()
-        upload, route = _patiently(delivery, "last")
-        send(route, upload, 0, 5)
+        upload, sink = _patiently(delivery, "last")
+        send(sink, upload, 0, 5)
         wait(upload, lambda: not upload.in_flight or upload.failure is not None)
         assert upload.failure is None
         assert ids(store) == list(range(5))
 
 
-def _patiently(delivery: Delivery, upload_id: str) -> tuple[Upload, Route]:
+def _patiently(delivery: Delivery, upload_id: str) -> tuple[Upload, DatasetSink]:
     while True:
         try:
             return open_(delivery, upload_id=upload_id)
@@ -214,9 +214,9 @@ def _patiently(delivery: Delivery, upload_id: str) -> tuple[Upload, Route]:
 def test_an_upload_that_is_given_up_for_overload_says_so() -> None:
     store = MemoryStore()
     with delivering(store, store_retry_s=0.2) as delivery:
-        upload, route = open_(delivery)
+        upload, sink = open_(delivery)
         store.most_rows = 3
-        send(route, upload, 0, 10)
+        send(sink, upload, 0, 10)
         assert wait(upload, lambda: upload.failure is not None)
         assert isinstance(upload.failure, OverloadedError)
 
@@ -227,14 +227,14 @@ def test_nobody_asks_a_store_that_is_away_about_an_upload(monkeypatch: pytest.Mo
     asked: list[str] = []
     monkeypatch.setattr(store, "dataset", asked.append)
     with delivering(store) as delivery:
-        upload, route = open_(delivery)
+        upload, sink = open_(delivery)
         store.down = outage()
-        send(route, upload, 0, 5)
+        send(sink, upload, 0, 5)
         until(lambda: delivery.statistics()["default"]["state"] == "away")
         asked.clear()
         with pytest.raises(StoreUnavailableError, match="the store is out") as caught:
-            delivery.status(EmbedOptions(dataset="d", upload_id="unknown"))
+            delivery.status(EmbedCommand(dataset="d", upload_id="unknown"))
         assert caught.value.retry_after_ms is not None
-        assert delivery.status(EmbedOptions(dataset="d", upload_id="u"))["rows_durable"] == 0
+        assert delivery.status(EmbedCommand(dataset="d", upload_id="u"))["rows_durable"] == 0
         assert asked == []
         store.down = None

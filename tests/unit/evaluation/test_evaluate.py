@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from fletcher.core.schema import VectorSpec, vector_columns
 from fletcher.errors import DimensionMismatchError, RowTooLargeError
 from fletcher.evaluation import plot, report
 from fletcher.evaluation.evaluate import evaluate
 from fletcher.evaluation.pairs import choose
 from fletcher.evaluation.variants import Engine, Variant
-from fletcher.schema import VectorSpec, vector_columns
 
 EXACT, NOISY, TURNED = (Engine(name, "float32") for name in ("exact", "noisy", "turned"))
 DIM, NUM = 16, 300

@@ -2,9 +2,9 @@
 
 import pytest
 
+from fletcher.core.command import CHOICES
 from fletcher.errors import InvalidCommandError
 from fletcher.evaluation.variants import Engine, Variant, parse, usual
-from fletcher.options import CHOICES
 
 OWN, OTHER = Engine("openvino", "bfloat16"), Engine("onnxruntime", "float32")
 MODEL = {"name": "m", "num_layers": 6, "layers": [3, 6], "dim": 384, "dims": [128, 384]}

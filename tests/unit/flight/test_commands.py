@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from pyarrow import flight
 
+from fletcher.core.command import FIELD_NAMES, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnknownFieldError
 from fletcher.flight.commands import (
     MAX_COMMAND_BYTES,
@@ -17,10 +18,9 @@ from fletcher.flight.commands import (
     parse_descriptor,
     parse_list_models,
 )
-from fletcher.options import FIELD_NAMES, EmbedOptions
 from fletcher.v1 import embed_pb2
 
-FULL = EmbedOptions(
+FULL = EmbedCommand(
     dataset="d",
     upload_id="u-1",
     model="m",
@@ -50,7 +50,7 @@ def test_message_and_options_have_the_same_fields():
     assert {spec.name for spec in embed_pb2.EmbedCommand.DESCRIPTOR.fields} == set(FIELD_NAMES)
 
 
-@pytest.mark.parametrize("options", [FULL, EmbedOptions(), EmbedOptions(dataset="x")])
+@pytest.mark.parametrize("options", [FULL, EmbedCommand(), EmbedCommand(dataset="x")])
 def test_both_encodings_say_the_same(options):
     assert parse_command(encode_command(options)) == options
     assert parse_command(options.to_json()) == options
@@ -63,13 +63,13 @@ def test_a_binary_command_never_looks_like_json():
 
 
 def test_presence_survives_the_binary_form():
-    assert parse_command(encode_command(EmbedOptions(normalize=False))).normalize is False
-    assert parse_command(encode_command(EmbedOptions())).normalize is None
+    assert parse_command(encode_command(EmbedCommand(normalize=False))).normalize is False
+    assert parse_command(encode_command(EmbedCommand())).normalize is None
 
 
 def test_descriptors():
     path = flight.FlightDescriptor.for_path("corpus")
-    assert parse_descriptor(path) == EmbedOptions(dataset="corpus")
+    assert parse_descriptor(path) == EmbedCommand(dataset="corpus")
     command = flight.FlightDescriptor.for_command(FULL.to_json())
     assert parse_descriptor(command) == FULL
 

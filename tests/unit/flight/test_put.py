@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.batches import EmbeddingBatch
+from fletcher.core.batches import EmbeddingBatch
 from fletcher.flight.put import _Put
 from fletcher.pipeline.assembly import Output
 from fletcher.pipeline.stream import Result
@@ -54,7 +54,7 @@ def test_nothing_is_kept_of_a_piece_while_the_next_is_to_come() -> None:
         "_stream": stream,
         "_assembler": SimpleNamespace(assemble=assemble, kept_bytes=0),
         "_options": SimpleNamespace(on_error="continue"),
-        "_route": SimpleNamespace(hurry=lambda: None),
+        "_sink": SimpleNamespace(hurry=lambda: None),
     }
     for name, value in fields.items():
         setattr(put, name, value)

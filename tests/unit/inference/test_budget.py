@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fletcher.batches import InferenceResult, MicroBatch
+from fletcher.core.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import BudgetedBackend, is_out_of_memory, load
 from fletcher.inference.null import NullBackend
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.markers import Queries
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.checkpoint.markers import Queries
 from fletcher.tokenization.worker import TokenizerConfig
 from tests.doubles.bundles import another
 

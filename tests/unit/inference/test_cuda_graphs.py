@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fletcher.batches import MicroBatch
+from fletcher.core.batches import MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference import onnxruntime as backend_module
 from fletcher.inference.backend import BackendConfig

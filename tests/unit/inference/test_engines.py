@@ -16,14 +16,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fletcher.batches import MicroBatch
+from fletcher.core.batches import MicroBatch
 from fletcher.errors import BackendError, ModelError
 from fletcher.inference import openvino
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.openvino import OpenVinoBackend
-from fletcher.models.bundle import write_manifest
-from fletcher.models.spec import ModelSpec
+from fletcher.models.bundle.bundle import write_manifest
+from fletcher.models.bundle.spec import ModelSpec
 
 ENGINES = ["onnxruntime", "openvino"]
 VOCABULARY, DIM = 50, 4

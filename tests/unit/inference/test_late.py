@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from fletcher.batches import InferenceResult, MicroBatch, Segments
+from fletcher.core.batches import InferenceResult, MicroBatch, Segments
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import BudgetedBackend, load
 from fletcher.inference.late import LateBackend
 from fletcher.inference.null import NullBackend, null_embeddings
-from fletcher.models.bundle import ModelBundle
+from fletcher.models.bundle.bundle import ModelBundle
 
 
 def batch(lengths: list[int], bounds: list[list[tuple[int, int]]]) -> MicroBatch:

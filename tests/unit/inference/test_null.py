@@ -1,6 +1,6 @@
 import numpy as np
 
-from fletcher.batches import MicroBatch
+from fletcher.core.batches import MicroBatch
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.null import load
 

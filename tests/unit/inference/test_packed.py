@@ -10,15 +10,15 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from fletcher.batches import MicroBatch
+from fletcher.core.batches import MicroBatch
 from fletcher.errors import BackendError
 from fletcher.inference import binding as binding_module
 from fletcher.inference import onnxruntime as backend_module
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.binding import Buffer, cuda_pin
 from fletcher.inference.packed_io import PackedIO
-from fletcher.models.packed import INPUTS
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.registry import Registry
+from fletcher.models.onnx.packed import INPUTS
 from tests.doubles.cuda import PretendedCuda, PretendedSession
 
 TINY = Path(__file__).parents[2] / "golden" / "tiny"

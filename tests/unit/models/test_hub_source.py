@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle import ModelBundle
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
 
 from .conftest import GOLDEN, EditCheckpoint
 from .hub_server import COMMIT, REPOSITORY, HubServer, serve

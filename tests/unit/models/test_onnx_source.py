@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fletcher.errors import ModelError
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.registry import Registry
 
 from .conftest import EditCheckpoint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fletcher.errors import ModelError
-from fletcher.models.registry import Registry
+from fletcher.models.bundle.registry import Registry
 from fletcher.models.sources import package
 from fletcher.models.sources.package import PinnedWheel
 

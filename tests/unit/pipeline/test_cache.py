@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fletcher.batches import EmbeddingBatch, TextBatch
+from fletcher.core.batches import EmbeddingBatch, TextBatch
 from fletcher.errors import ConfigError, RowTooLargeError
-from fletcher.pipeline.cache import _ENTRY_BYTES, EmbeddingCache, MemoryShelf
-from fletcher.pipeline.disk_shelf import DiskShelf
-from fletcher.telemetry import Telemetry
+from fletcher.pipeline.cache import _ENTRY_BYTES, EmbeddingCache, MemoryCache
+from fletcher.pipeline.disk_cache import DiskCache
+from fletcher.telemetry.tracing import Telemetry
 
 MIB = 1 << 20
 
@@ -44,8 +44,8 @@ def vectors(batch: TextBatch, *, norms: bool = True) -> EmbeddingBatch:
     )
 
 
-def cache_of(shelf: Any = None, *scope: str) -> EmbeddingCache:
-    return EmbeddingCache(scope or ("m@1",), 4, shelf or MemoryShelf(MIB), Telemetry())
+def cache_of(backend: Any = None, *scope: str) -> EmbeddingCache:
+    return EmbeddingCache(scope or ("m@1",), 4, backend or MemoryCache(MIB), Telemetry())
 
 
 def check(got: Any, expected: EmbeddingBatch) -> None:
@@ -56,7 +56,7 @@ def check(got: Any, expected: EmbeddingBatch) -> None:
 @pytest.mark.parametrize("norms", [True, False])
 def test_a_text_is_embedded_once_and_found_bit_by_bit(norms: bool) -> None:
     telemetry = Telemetry()
-    cache = EmbeddingCache(["m@1"], 4, MemoryShelf(MIB), telemetry)
+    cache = EmbeddingCache(["m@1"], 4, MemoryCache(MIB), telemetry)
     for words, missing in (
         (("a", "", "long and cut"), ["a", "", "long and cut"]),
         (("b", "a", "c", ""), ["b", "c"]),
@@ -72,14 +72,14 @@ def test_a_text_is_embedded_once_and_found_bit_by_bit(norms: bool) -> None:
 
 
 def test_whatever_changes_a_vector_is_in_its_key() -> None:
-    shelf = MemoryShelf(MIB)
+    backend = MemoryCache(MIB)
     first = texts("a")
-    cache_of(shelf).recall(first).complete(vectors(first))
-    assert cache_of(shelf).recall(first).known.all()
+    cache_of(backend).recall(first).complete(vectors(first))
+    assert cache_of(backend).recall(first).known.all()
     for fields in ({"prompt": "q: "}, {"truncate": "start"}, {"max_length": 7}):
-        assert not cache_of(shelf).recall(texts("a", **fields)).known.any()
-    assert not cache_of(shelf, "m@2").recall(first).known.any()
-    assert not cache_of(shelf, "m@1", "openvino cpu bfloat16").recall(first).known.any()
+        assert not cache_of(backend).recall(texts("a", **fields)).known.any()
+    assert not cache_of(backend, "m@2").recall(first).known.any()
+    assert not cache_of(backend, "m@1", "openvino cpu bfloat16").recall(first).known.any()
 
 
 def test_a_text_that_failed_is_not_remembered_and_leaves_the_others() -> None:
@@ -103,21 +103,21 @@ def test_a_text_that_failed_is_not_remembered_and_leaves_the_others() -> None:
 
 def test_the_least_recently_used_go_first_and_the_bound_holds() -> None:
     value = b"v" * 100
-    shelf = MemoryShelf(3 * (_ENTRY_BYTES + 100))
+    backend = MemoryCache(3 * (_ENTRY_BYTES + 100))
     keys = [bytes([n]) * 16 for n in range(5)]
-    shelf.put(keys[:3], [value] * 3)
-    assert shelf.get(keys[:1]) == [value]  # used
-    shelf.put(keys[3:4], [value])
-    assert [one is not None for one in shelf.get(keys)] == [True, False, True, True, False]
-    shelf.put(keys * 3, [value] * 15)
-    assert shelf.num_bytes <= 3 * (_ENTRY_BYTES + 100)
-    small = MemoryShelf(10)
+    backend.put(keys[:3], [value] * 3)
+    assert backend.get(keys[:1]) == [value]  # used
+    backend.put(keys[3:4], [value])
+    assert [one is not None for one in backend.get(keys)] == [True, False, True, True, False]
+    backend.put(keys * 3, [value] * 15)
+    assert backend.num_bytes <= 3 * (_ENTRY_BYTES + 100)
+    small = MemoryCache(10)
     small.put(keys, [value] * 5)
     assert (small.num_bytes, small.get(keys)) == (0, [None] * 5)
 
 
 def test_many_threads() -> None:
-    cache = cache_of(MemoryShelf(50 * (_ENTRY_BYTES + 25)))
+    cache = cache_of(MemoryCache(50 * (_ENTRY_BYTES + 25)))
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -141,55 +141,55 @@ def test_many_threads() -> None:
 def test_on_disk_it_outlives_its_owner(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
     batch = texts("a", "b", "long and cut")
-    shelf = DiskShelf(tmp_path / "cache", 64 * MIB)
-    cache = cache_of(shelf)
+    backend = DiskCache(tmp_path / "cache", 64 * MIB)
+    cache = cache_of(backend)
     recall = cache.recall(batch)
     assert not recall.known.any()
     check(recall.complete(vectors(batch)), vectors(batch))
-    shelf.close()
-    shelf.close()
+    backend.close()
+    backend.close()
     assert not cache.recall(batch).known.any()  # closed, it knows nothing, and says so quietly
-    shelf = DiskShelf(tmp_path / "cache", 64 * MIB)
-    cache = cache_of(shelf)
+    backend = DiskCache(tmp_path / "cache", 64 * MIB)
+    cache = cache_of(backend)
     recall = cache.recall(texts("c", "a", "long and cut"))
     assert words_of(recall.missing) == ["c"]
     check(recall.complete(vectors(recall.missing)), vectors(texts("c", "a", "long and cut")))
-    shelf.close()
+    backend.close()
 
 
 def test_on_disk_the_bound_holds_and_what_is_used_stays(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
     bound = 8 * MIB
-    shelf = DiskShelf(tmp_path, bound)
+    backend = DiskCache(tmp_path, bound)
     favourite = b"f" * 16
-    shelf.put([favourite], [b"x" * 1500])
+    backend.put([favourite], [b"x" * 1500])
     deadline = time.monotonic() + 30
     for n in range(60):
         keys = [n.to_bytes(8, "big") + bytes([k]) * 8 for k in range(100)]
-        shelf.put(keys, [bytes(1500)] * 100)
-        while shelf.get(keys[-1:]) == [None]:
+        backend.put(keys, [bytes(1500)] * 100)
+        while backend.get(keys[-1:]) == [None]:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        shelf.get([favourite])
-        assert 0 < shelf.num_bytes <= bound
-    assert shelf.get([favourite]) == [b"x" * 1500]
-    assert shelf.get([bytes(8) + bytes(8)]) == [None]
+        backend.get([favourite])
+        assert 0 < backend.num_bytes <= bound
+    assert backend.get([favourite]) == [b"x" * 1500]
+    assert backend.get([bytes(8) + bytes(8)]) == [None]
     assert (tmp_path / "data.mdb").stat().st_size <= bound
-    shelf.close()
+    backend.close()
 
 
 def test_a_damaged_value_on_disk_is_none(tmp_path: Path) -> None:
     lmdb = pytest.importorskip("lmdb")
-    shelf = DiskShelf(tmp_path, 64 * MIB)
-    shelf.put([b"k" * 16], [b"value"])
-    shelf.close()
+    backend = DiskCache(tmp_path, 64 * MIB)
+    backend.put([b"k" * 16], [b"value"])
+    backend.close()
     with lmdb.open(str(tmp_path), max_dbs=3) as env, env.begin(write=True) as transaction:
         values = env.open_db(b"values", txn=transaction)
         stored = transaction.get(b"k" * 16, db=values)
         transaction.put(b"k" * 16, stored[:-1] + b"!", db=values)
-    shelf = DiskShelf(tmp_path, 64 * MIB)
-    assert shelf.get([b"k" * 16]) == [None]
-    shelf.close()
+    backend = DiskCache(tmp_path, 64 * MIB)
+    assert backend.get([b"k" * 16]) == [None]
+    backend.close()
 
 
 def test_without_lmdb_the_command_that_installs_it_is_named(
@@ -197,11 +197,11 @@ def test_without_lmdb_the_command_that_installs_it_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(ConfigError, match=r"pip install 'longbow-fletcher\[cache\]'"):
-        DiskShelf(tmp_path, 64 * MIB)
+        DiskCache(tmp_path, 64 * MIB)
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="embedding_cache_dir"):
-        DiskShelf(tmp_path / "file", 64 * MIB)
+        DiskCache(tmp_path / "file", 64 * MIB)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fletcher.batches import TextBatch, TokenBatch
-from fletcher.chunking import Chunking
+from fletcher.core.batches import TextBatch, TokenBatch
+from fletcher.core.chunking import Chunking
 from fletcher.errors import DrainingError, FletcherError
 from fletcher.inference.null import null_embeddings
 from fletcher.pipeline.embedder import Embedder, EmbedderConfig
-from fletcher.pipeline.memory import MemoryBudget
-from fletcher.telemetry import Telemetry
+from fletcher.pipeline.memory_budget import MemoryBudget
+from fletcher.telemetry.tracing import Telemetry
 from fletcher.workers.messages import WorkerSpec
 from tests.doubles.replicas import POISON
 

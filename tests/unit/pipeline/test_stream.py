@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fletcher.batches import EmbeddingBatch, TextBatch
+from fletcher.core.batches import EmbeddingBatch, TextBatch
 from fletcher.errors import DrainingError
-from fletcher.pipeline.memory import MemoryBudget
-from fletcher.pipeline.stream import EmbedStream, Ticket
+from fletcher.pipeline.memory_budget import MemoryBudget
+from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from tests.integration.processes import eventually
 
 TEXTS = TextBatch(b"hi", np.array([0, 2]))
@@ -26,14 +26,14 @@ class Reader:
     """A stream, its tickets, and a thread that iterates over its results."""
 
     def __init__(self) -> None:
-        self.tickets: list[Ticket] = []
+        self.tickets: list[StreamTicket] = []
         self.stream = EmbedStream(MemoryBudget(1 << 20, 2).open(), self.tickets.append)
         self.contexts: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.go_on = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
-    def submit(self, context: Any) -> Ticket:
+    def submit(self, context: Any) -> StreamTicket:
         self.stream.submit(TEXTS, context, num_bytes=10)
         return self.tickets[-1]
 
@@ -65,7 +65,7 @@ def test_the_thread_that_waits_makes_its_own_result(reader: Reader) -> None:
         ticket = reader.submit(context)
         seen: list[threading.Thread] = []
 
-        def work(ticket: Ticket = ticket, seen: list[threading.Thread] = seen) -> None:
+        def work(ticket: StreamTicket = ticket, seen: list[threading.Thread] = seen) -> None:
             seen.append(threading.current_thread())
             ticket.finish(VECTORS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from fletcher.schema import VectorSpec, output_schema, vector_columns
+from fletcher.core.schema import VectorSpec, output_schema, vector_columns
 
 
 def spec(dims: int = 8, dtype: str = "float16", model: str = "mini@abc") -> VectorSpec:

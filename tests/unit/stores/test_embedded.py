@@ -14,6 +14,7 @@ import pytest
 import store_rows as rows
 
 from fletcher.client import dequantize
+from fletcher.core.quantization import Ranges
 from fletcher.errors import (
     ColumnTypeError,
     ConfigError,
@@ -26,7 +27,6 @@ from fletcher.errors import (
     UnknownColumnError,
     UnknownDatasetError,
 )
-from fletcher.quantization import Ranges
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Filter, Store
 

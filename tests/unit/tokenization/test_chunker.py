@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from fletcher.batches import TextBatch, TokenBatch
-from fletcher.chunking import Chunking
+from fletcher.core.batches import TextBatch, TokenBatch
+from fletcher.core.chunking import Chunking
 from fletcher.errors import InvalidCommandError
-from fletcher.models.bundle import ModelBundle
-from fletcher.pipeline.parts import part_ends
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.pipeline.input.text_parts import part_ends
 from fletcher.tokenization.chunker import windows
 from fletcher.tokenization.sentences import _ends, levels
 from fletcher.tokenization.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from fletcher.batches import TextBatch
+from fletcher.core.batches import TextBatch
 from fletcher.tokenization.tokenizer import Tokenizer
 
 FAMILIES = Path(__file__).parents[2] / "golden" / "families"

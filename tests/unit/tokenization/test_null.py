@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fletcher.batches import TextBatch
+from fletcher.core.batches import TextBatch
 from fletcher.errors import RowTooLargeError
 from fletcher.tokenization.null import NullTokenizer
 

@@ -11,10 +11,10 @@ from tokenizers.normalizers import BertNormalizer, Lowercase
 from tokenizers.pre_tokenizers import BertPreTokenizer, Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from fletcher.batches import TextBatch
+from fletcher.core.batches import TextBatch
 from fletcher.errors import InvalidCommandError, ModelError, RowTooLargeError
-from fletcher.models.bundle import write_manifest
-from fletcher.models.spec import ModelSpec
+from fletcher.models.bundle.bundle import write_manifest
+from fletcher.models.bundle.spec import ModelSpec
 from fletcher.tokenization import tokenizer as tokenizer_module
 from fletcher.tokenization.shorten import Shortener
 from fletcher.tokenization.tokenizer import Tokenizer

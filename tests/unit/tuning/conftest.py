@@ -4,11 +4,11 @@ import itertools
 import numpy as np
 import pytest
 
-from fletcher.batches import InferenceResult
+from fletcher.core.batches import InferenceResult
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo
-from fletcher.tuning.candidates import Candidate
+from fletcher.tuning.candidates import TuningCandidate
 
 HOST = HostInfo(
     cores=4,
@@ -38,7 +38,9 @@ def candidate():
     """Makes a candidate of one process."""
 
     def make(backend="openvino", precision="bfloat16", threads=4, tokens=1024):
-        return Candidate((BackendConfig(backend, "cpu", "folder", precision, threads, tokens),))
+        return TuningCandidate(
+            (BackendConfig(backend, "cpu", "folder", precision, threads, tokens),)
+        )
 
     return make
 
@@ -77,5 +79,5 @@ class FakeCrew:
 
 
 @pytest.fixture
-def fake_crew():
+def fake_group():
     return FakeCrew

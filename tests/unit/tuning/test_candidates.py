@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fletcher.config import ServeConfig
+from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.tuning.candidates import BACKENDS, PRECISIONS, Asked, arrangements, engines
 

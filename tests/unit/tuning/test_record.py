@@ -5,9 +5,9 @@ import logging
 import pytest
 
 from fletcher.errors import ConfigError
-from fletcher.models.spec import MANIFEST
+from fletcher.models.bundle.spec import MANIFEST
 from fletcher.tuning import record as records
-from fletcher.tuning.candidates import Asked, Candidate
+from fletcher.tuning.candidates import Asked, TuningCandidate
 from fletcher.tuning.decision import decide
 from fletcher.tuning.record import Key, Record, load, save
 from tests.doubles.bundles import another
@@ -18,7 +18,7 @@ def winner(candidate, tiny_bundle):
     configs = candidate("onnxruntime", "float32", threads=2, tokens=512).configs * 2
     folder = str(tiny_bundle.folder)
     configs = tuple(dataclasses.replace(one, bundle=folder) for one in configs)
-    return Record(Candidate(configs), "2026-01-02T03:04:05+00:00", 123.4)
+    return Record(TuningCandidate(configs), "2026-01-02T03:04:05+00:00", 123.4)
 
 
 def test_servers_take_what_was_measured_for_the_same_question(tmp_path, host, tiny_bundle, winner):

@@ -9,13 +9,13 @@ from fletcher.tuning.candidates import Asked
 from fletcher.tuning.tuner import tune
 
 
-def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fake_crew, capsys):
+def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fake_group, capsys):
     started = []
 
     def start(configs):
         started.append((configs[0].backend, configs[0].precision, len(configs)))
         slow = configs[0].precision == "bfloat16" or len(configs) == 1
-        return fake_crew(configs[0].precision, seconds=(0.02 if slow else 0.01,))
+        return fake_group(configs[0].precision, seconds=(0.02 if slow else 0.01,))
 
     report = tune(tmp_path, Asked(), host, tiny_bundle, lambda line: None, start)
     assert started[0] == ("onnxruntime", "float32", 1)  # the reference
@@ -38,10 +38,10 @@ def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fa
     assert table[-1] == f"kept in {again.path}"
 
 
-def test_nothing_right_is_nothing_chosen(tmp_path, host, tiny_bundle, fake_crew):
-    crews = iter([fake_crew(), *(fake_crew(noise=1.0) for _ in range(3))])
+def test_nothing_right_is_nothing_chosen(tmp_path, host, tiny_bundle, fake_group):
+    groups = iter([fake_group(), *(fake_group(noise=1.0) for _ in range(3))])
     with pytest.raises(BackendError, match=r"nothing that runs here is right.*refused: cosine"):
-        tune(tmp_path, Asked(), host, tiny_bundle, lambda line: None, lambda _: next(crews))
+        tune(tmp_path, Asked(), host, tiny_bundle, lambda line: None, lambda _: next(groups))
     assert not (tmp_path / "tune").exists()
 
 

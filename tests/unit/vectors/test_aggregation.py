@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fletcher.batches import Chunks, EmbeddingBatch
+from fletcher.core.batches import Chunks, EmbeddingBatch
 from fletcher.errors import FletcherError, InternalError
 from fletcher.vectors.aggregation import Aggregation, Joins, aggregation
 

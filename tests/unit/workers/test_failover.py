@@ -19,7 +19,7 @@ from fletcher.errors import BackendError, InternalError, OverloadedError
 from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
-from fletcher.workers.slot import Slot
+from fletcher.workers.worker_handle import WorkerHandle
 from tests.integration.processes import eventually
 from tests.unit.workers.test_pool import Answer, QueueSource
 
@@ -216,11 +216,11 @@ def test_a_worker_that_dies_at_every_start_causes_no_storm_of_restarts(
                 return wait(0 if not enough.is_set() else timeout)
             return wait(timeout)
 
-        def cannot_start(slot: Slot) -> Any:
+        def cannot_start(slot: WorkerHandle) -> Any:
             raise BackendError("no such device")
 
         monkeypatch.setattr(pool.closing, "wait", waited)
-        monkeypatch.setattr(Slot, "_start", cannot_start)
+        monkeypatch.setattr(WorkerHandle, "_start", cannot_start)
         kill_all(pool)
         assert enough.wait(30)
     assert waits[0] == 0

@@ -8,8 +8,8 @@ from multiprocessing import Pipe
 import numpy as np
 import pytest
 
-from fletcher.batches import InferenceResult, MicroBatch, Segments
-from fletcher.workers.messages import Request, Response, encode, receive, send
+from fletcher.core.batches import InferenceResult, MicroBatch, Segments
+from fletcher.workers.messages import Response, WorkerRequest, encode, receive, send
 
 
 def through(message):
@@ -28,7 +28,7 @@ def through(message):
 def test_arrays_arrive_as_they_were(num_rows):
     ids = np.arange(num_rows * 7, dtype=np.int32)
     lengths = np.full(num_rows, 7, np.int32)
-    request = through(Request(5, MicroBatch(ids, lengths)))
+    request = through(WorkerRequest(5, MicroBatch(ids, lengths)))
     assert request.job_id == 5
     assert np.array_equal(request.payload.input_ids, ids)
     assert request.payload.input_ids.dtype == np.int32
@@ -40,7 +40,9 @@ def test_arrays_arrive_as_they_were(num_rows):
 
 
 def test_short_arrays_arrive_aligned_for_what_reads_their_memory():
-    batch = through(Request(5, MicroBatch(np.arange(7, dtype=np.int32), np.ones(7, np.int32))))
+    batch = through(
+        WorkerRequest(5, MicroBatch(np.arange(7, dtype=np.int32), np.ones(7, np.int32)))
+    )
     result = InferenceResult(np.ones((2, 3), np.float32), np.ones(2, np.float32), 0.5)
     answer = through(Response(6, result, 1.0))
     for array in (
@@ -62,14 +64,14 @@ def test_arrays_of_other_types_arrive_as_they_were():
             assert np.array_equal(ours, theirs)
             assert ours is None or ours.dtype == theirs.dtype
     ids = np.arange(7, dtype=np.int64)
-    batch = through(Request(5, MicroBatch(ids, np.full(1, 7, np.int32)))).payload
+    batch = through(WorkerRequest(5, MicroBatch(ids, np.full(1, 7, np.int32)))).payload
     assert np.array_equal(batch.input_ids, ids)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2000])
 def test_float16_arrives_as_such(num_rows):
     ids, lengths = np.arange(num_rows, dtype=np.int32), np.ones(num_rows, np.int32)
-    request = through(Request(5, MicroBatch(ids, lengths, half=True)))
+    request = through(WorkerRequest(5, MicroBatch(ids, lengths, half=True)))
     assert request.payload.half
     vectors = np.random.default_rng(0).random((num_rows, 384)).astype(np.float16)
     answer = through(Response(6, InferenceResult(vectors, lengths.astype(np.float32), 0.5), 1.0))
@@ -82,7 +84,7 @@ def test_segments_arrive_with_their_rows(num_tokens):
     ids, one = np.arange(num_tokens, dtype=np.int32), np.ones(1, np.int32)
     segments = Segments(one * 2, np.array([[0, 3], [3, num_tokens]], np.int32))
     batch = MicroBatch(ids, one * num_tokens, segments=segments)
-    found = through(Request(5, batch)).payload
+    found = through(WorkerRequest(5, batch)).payload
     assert np.array_equal(found.input_ids, ids)
     assert np.array_equal(found.segments.counts, segments.counts)
     assert np.array_equal(found.segments.bounds, segments.bounds)
@@ -116,7 +118,7 @@ def test_a_peer_that_goes_in_the_middle_of_an_array_is_gone():
 @pytest.mark.parametrize("num_rows", [0, 1, 3])
 def test_short_runs_arrive_whole_and_are_no_pickles(num_rows, normed):
     ids, lengths = np.arange(num_rows * 5, dtype=np.int32), np.full(num_rows, 5, np.int32)
-    request = Request(2**40, MicroBatch(ids, lengths, 6), urgent=True)
+    request = WorkerRequest(2**40, MicroBatch(ids, lengths, 6), urgent=True)
     assert b"MicroBatch" not in encode(request).head
     arrived = through(request)
     assert (arrived.job_id, arrived.urgent, arrived.payload.layers) == (2**40, True, 6)

@@ -1,0 +1,216 @@
+"""What an option is: its name, type, limits and help; how a value of it is read and checked.
+
+`fletcher.config.server` gives the options themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fletcher.config.model_alias import ANY_MODEL, MODEL_NAME, Alias
+from fletcher.errors import ConfigError
+
+MIB, GIB = 1 << 20, 1 << 30
+DAY_S = 86400
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_SIZE_UNITS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "k": 1 << 10, "m": MIB, "g": GIB, "kib": 1 << 10, "mib": MIB, "gib": GIB, "tib": 1 << 40,
+}  # fmt: skip
+_MODEL = re.compile(rf"{MODEL_NAME}(?:@[0-9a-f]+)?")
+_LOADABLE = re.compile(rf"{MODEL_NAME}|{re.escape(ANY_MODEL)}")
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `512MiB`, `1GB` or `4096`. Raises ValueError."""
+    return round(_quantity(text, _SIZE_UNITS))
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds in `30`, `1.5s`, `200ms`, `2m` or `1h`. Raises ValueError."""
+    return _quantity(text, {"": 1, **_SECONDS})
+
+
+def parse_milliseconds(text: str) -> float:
+    """Milliseconds in `5`, `0.5ms` or `2s`. Raises ValueError."""
+    return 1000 * _quantity(text, {"": 0.001, **_SECONDS})
+
+
+def _quantity(text: str, units: Mapping[str, float]) -> float:
+    match = _QUANTITY.fullmatch(text.strip())
+    if not match or match[2].lower() not in units:
+        raise ValueError(text)
+    return float(match[1]) * units[match[2].lower()]
+
+
+def _switch(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True}
+    words |= {"0": False, "false": False, "no": False, "off": False}
+    return words[text.strip().lower()]
+
+
+def _stores(text: str) -> tuple[str, ...]:
+    # A comma parts two addresses only where another address follows: paths may hold commas.
+    parts = re.split(r",(?=\s*(?:[A-Za-z0-9][\w-]*=)?[a-z]+:)", text)
+    return tuple(name for part in parts if (name := part.strip()))
+
+
+def _listed(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(name for part in text.split(",") if (name := part.strip()))
+        if not all(pattern.fullmatch(name) for name in names):
+            raise ValueError(text)
+        return names
+
+    return parse
+
+
+def _aliases(text: str) -> tuple[str, ...]:
+    # A comma parts two aliases only where another `NAME=` follows.
+    parts = tuple(part.strip() for part in re.split(r",(?=[^,=]*=)", text) if part.strip())
+    for part in parts:
+        Alias.parse(part)
+    return parts
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise ValueError(text)
+    return Path(text).expanduser()
+
+
+@dataclass(frozen=True, slots=True)
+class OptionType:
+    """A type of option value.
+
+    Attributes:
+        metavar: Stands for the value in help.
+        expected: What a value looks like, for error messages.
+        parse: From the text of a flag, a variable or a TOML string; raises ValueError or KeyError.
+        toml: TOML types taken as they are, besides strings.
+    """
+
+    metavar: str
+    expected: str
+    parse: Callable[[str], Any]
+    toml: tuple[type, ...] = ()
+
+
+TEXT = OptionType("TEXT", "text, not empty", str)
+WHOLE = OptionType("N", "a whole number", int, (int,))
+SIZE = OptionType("SIZE", "a size such as 512MiB or 1GB", parse_size, (int,))
+SECONDS = OptionType(
+    "SECONDS", "seconds, or a time such as 200ms or 2m", parse_seconds, (int, float)
+)
+MILLISECONDS = OptionType(
+    "MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float)
+)
+SWITCH = OptionType("BOOL", "true or false", _switch, (bool,))
+STORES = OptionType("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _stores, (list,))
+NAMES = OptionType("MODEL", "NAME or NAME@HASH, separated by commas", _listed(_MODEL), (list,))
+LOADABLE = OptionType("MODEL", "names of models without @HASH, or *", _listed(_LOADABLE), (list,))
+ALIASES = OptionType("ALIAS", "NAME=MODEL:WEIGHT,MODEL:WEIGHT", _aliases, (list,))
+FILE = OptionType("FILE", "a path", _file)
+FOLDER = OptionType("FOLDER", "a path", _file)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is to be known of one option besides its default.
+
+    Attributes:
+        field: The field of ServeConfig.
+        group: Heading in the help.
+        kind: The value's type.
+        help: What it does and what it trades.
+        name: The TOML key; flag and variable derive from it.
+        choices: All allowed values.
+        pattern: What a value must match in full, where the choices have no end; `expected` says it.
+        expected: What a value looks like, where the kind does not say enough.
+        minimum: Least number allowed.
+        maximum: Greatest number allowed.
+    """
+
+    field: str
+    group: str
+    kind: OptionType
+    help: str
+    name: str
+    choices: tuple[str, ...] = ()
+    pattern: str = ""
+    expected: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "FLETCHER_" + self.name.upper()
+
+    @property
+    def allowed(self) -> str:
+        """What a value may be, in words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        words = self.expected or self.kind.expected
+        if self.minimum is not None and self.maximum is not None:
+            words += f", from {self.minimum:.12g} to {self.maximum:.12g}"
+        elif self.minimum is not None:
+            words += f", at least {self.minimum:.12g}"
+        return words
+
+    def read(self, value: Any, source: str) -> Any:
+        """A value from a flag, a variable (text) or the file (TOML's types), checked.
+
+        Raises:
+            ConfigError: Names the option, the source, what came and what is allowed.
+        """
+        try:
+            if isinstance(value, str):
+                parsed = self.kind.parse(value)
+            elif isinstance(value, list) and list in self.kind.toml:
+                parsed = tuple(item for text in value for item in self.kind.parse(text) or ("",))
+            elif type(value) in self.kind.toml:
+                parsed = value
+            else:
+                raise ValueError(value)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self._refusal(value, source) from None
+        if not self._fits(parsed):
+            raise self._refusal(value, source)
+        return parsed
+
+    def check(self, value: Any) -> None:
+        """Refuses a value out of range that a program gave. Raises ConfigError."""
+        if not self._fits(value):
+            raise self._refusal(value, "the program")
+
+    def _fits(self, value: Any) -> bool:
+        if value is None:
+            return True
+        if isinstance(value, tuple):
+            return all(value)
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, str):
+            return bool(re.fullmatch(self.pattern or ".+", value))
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low = -math.inf if self.minimum is None else self.minimum
+            return low <= value <= (math.inf if self.maximum is None else self.maximum)
+        return True
+
+    def _refusal(self, value: Any, source: str) -> ConfigError:
+        return ConfigError(
+            f"`{self.name}` is {value!r} (from {source}), expected {self.allowed}",
+            field=self.name,
+            allowed=self.choices or [self.allowed],
+        )

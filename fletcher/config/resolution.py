@@ -1,0 +1,117 @@
+"""What flags, environment and file say of the options, and where each value came from."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fletcher.config.server import OPTIONS, ServeConfig, fletcher_home, nearest
+from fletcher.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration and where each of its values came from.
+
+    Attributes:
+        config: The options.
+        sources: By option name: a flag, a variable, the file, or `default`.
+        warnings: Variables that look like misspelt options.
+    """
+
+    config: ServeConfig
+    sources: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+    def to_toml(self) -> str:
+        """The options as a TOML file, the source of each in a comment."""
+        lines = []
+        for name, option in OPTIONS.items():
+            value = getattr(self.config, option.field)
+            if value is None:
+                lines.append(f"# {name} is not set")
+            else:
+                lines.append(f"{name} = {_toml(value)}  # {self.sources.get(name, 'default')}")
+        return "\n".join(lines) + "\n"
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    file: Path | None = None,
+    *,
+    only: Collection[str] | None = None,
+) -> Resolved:
+    """The configuration that flags, environment and file make together.
+
+    Args:
+        flags: By option name, the text given (a list of texts for a repeated flag).
+        environ: The environment.
+        file: A TOML file; None: the one that FLETCHER_CONFIG names, if it is set.
+        only: Names of the options to take; others keep their defaults wherever they are set.
+
+    Raises:
+        ConfigError: Names the option, its source, the value and what is allowed.
+    """
+    if file is None and environ.get("FLETCHER_CONFIG"):
+        file = Path(environ["FLETCHER_CONFIG"]).expanduser()
+    in_file = {} if file is None else _read_file(file)
+    values: dict[str, Any] = {"home": fletcher_home(environ)}
+    sources: dict[str, str] = {}
+    for name, option in OPTIONS.items():
+        if only is not None and name not in only:
+            continue
+        if name in flags:
+            given, source = flags[name], option.flag
+        elif environ.get(option.variable):
+            given, source = environ[option.variable], option.variable
+        elif name in in_file:
+            given, source = in_file[name], str(file)
+        else:
+            continue
+        values[option.field] = option.read(given, source)
+        sources[name] = source
+    return Resolved(ServeConfig(**values), sources, _misspelt(environ))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(
+            f"`config` is {str(path)!r}, which cannot be read: {error.strerror}", field="config"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"`config` {str(path)!r} is not TOML: {error}", field="config") from None
+    for key, value in values.items():
+        if key not in OPTIONS:
+            hint = nearest(key, OPTIONS)
+            if isinstance(value, dict):
+                hint = "; the file has no tables: write options as NAME = VALUE"
+            raise ConfigError(
+                f"`{key}` in {str(path)!r} is not an option{hint}",
+                field=key,
+                allowed=sorted(OPTIONS),
+            )
+    return values
+
+
+def _misspelt(environ: Mapping[str, str]) -> tuple[str, ...]:
+    # Only near misses: other programs may have FLETCHER_ variables of their own.
+    known = {option.variable for option in OPTIONS.values()} | {"FLETCHER_CONFIG"}
+    strange = sorted(name for name in environ if name.startswith("FLETCHER_") and name not in known)
+    return tuple(
+        f"{name} is not an option{hint}" for name in strange if (hint := nearest(name, known))
+    )
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    # JSON's strings, numbers and booleans are TOML's too.
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

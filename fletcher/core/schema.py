@@ -1,0 +1,253 @@
+"""Output columns and their schema metadata (docs/wire.md, Output)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fletcher.core.chunking import Chunking
+from fletcher.core.quantization import QUANTIZATION, ROW, Ranges, pack_signs, quantize_rows
+from fletcher.errors import InvalidCommandError
+
+ELEMENT_TYPES: dict[str, pa.DataType] = {
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "int8": pa.int8(),
+    "ubinary": pa.uint8(),
+}
+SPARSE_WIDTH = 2  # a dimension and its weight: `fletcher.vectors.ragged`
+TIMESTAMP = pa.timestamp("ns", tz="UTC")
+# Of rows that are chunks: which of its text, its first character and the first one behind it.
+CHUNK_FIELDS = (
+    pa.field("chunk_index", pa.int32()),
+    pa.field("chunk_start", pa.int64()),
+    pa.field("chunk_end", pa.int64()),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSpec:
+    """What the vectors of one stream are: the part of a schema that must never change.
+
+    Attributes:
+        model: `name@hash`.
+        dims: Width of a vector.
+        dtype: Element type's name, a key of ELEMENT_TYPES.
+        layers: Exit layer that the vectors come from.
+        pooling: `cls`, `mean` or `last_token`.
+        normalized: L2 norm is 1.
+        ranges: How int8 is made; None: by a scale a vector.
+        output: `dense`, `sparse` or `multi`, as in ModelBundle.
+        max_vectors: Vectors of a row at most.
+        chunking: How texts are cut into chunks; None: not at all.
+    """
+
+    model: str
+    dims: int
+    dtype: str
+    layers: int
+    pooling: str
+    normalized: bool
+    ranges: Ranges | None = None
+    output: str = "dense"
+    max_vectors: int = 1
+    chunking: Chunking | None = None
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """FixedSizeList<dtype>[dims]; for `ubinary` FixedSizeList<uint8>[dims / 8].
+
+        For `multi` List<FixedSizeList<dtype>[dims]>, for `sparse` List<Struct<index: int32, value:
+        dtype>> by ascending index.
+        """
+        return _vector_type(self.output, self.dtype, self.dims)
+
+    @property
+    def scale_type(self) -> pa.DataType:
+        """float32, of the column `scale`; of `multi` a list of them."""
+        return pa.list_(pa.float32()) if self.output == "multi" else pa.float32()
+
+    @property
+    def width(self) -> int:
+        """Numbers in each vector of a row, on the way through the house."""
+        return SPARSE_WIDTH if self.output == "sparse" else self.dims
+
+    @property
+    def scaled(self) -> bool:
+        """Whether each vector has a `scale`."""
+        return self.dtype == "int8" and self.ranges is None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one row's vectors at most."""
+        bits: int = ELEMENT_TYPES[self.dtype].bit_width
+        if self.output == "sparse":
+            return self.max_vectors * (4 + bits // 8)
+        width = self.dims // 8 if self.dtype == "ubinary" else self.dims
+        return self.max_vectors * (width * bits // 8 + 4 * self.scaled)
+
+    def metadata(self) -> dict[str, str]:
+        """Schema metadata that lets a reader understand the vectors without the server."""
+        quantization = {}
+        if self.dtype == "int8":
+            quantization = self.ranges.metadata() if self.ranges else {QUANTIZATION: ROW}
+        return {
+            "fletcher.model": self.model,
+            "fletcher.dims": str(self.dims),
+            "fletcher.layers": str(self.layers),
+            "fletcher.pooling": self.pooling,
+            "fletcher.normalized": "true" if self.normalized else "false",
+            "fletcher.dtype": self.dtype,
+            "longbow.vector_type": self.dtype,
+            **quantization,
+            **({} if self.output == "dense" else {"fletcher.output": self.output}),
+            **({} if self.chunking is None else {"fletcher.chunking": str(self.chunking)}),
+        }
+
+
+@functools.lru_cache
+def _vector_type(output: str, dtype: str, dims: int) -> pa.DataType:
+    item = ELEMENT_TYPES[dtype]
+    if output == "sparse":
+        return pa.list_(pa.struct([("index", pa.int32()), ("value", item)]))
+    one = pa.list_(pa.field("item", item), dims // 8 if dtype == "ubinary" else dims)
+    return pa.list_(one) if output == "multi" else one
+
+
+def output_schema(
+    spec: VectorSpec,
+    *,
+    id_type: pa.DataType,
+    carried: Sequence[pa.Field] = (),
+    text: bool = False,
+    metadata_column: bool = False,
+    batch_key: bool = False,
+) -> pa.Schema:
+    """The schema of a stream's output.
+
+    Columns in order: id, vector, [scale], timestamp, token_count, truncated, [chunk_index,
+    chunk_start, chunk_end], [text], [metadata], carried..., [batch_key].
+
+    Raises:
+        InvalidCommandError: A carried column has the name of one of Fletcher's.
+    """
+    fields = [
+        pa.field("id", id_type),
+        pa.field("vector", spec.arrow_type),
+        *([pa.field("scale", spec.scale_type)] if spec.scaled else []),
+        pa.field("timestamp", TIMESTAMP),
+        pa.field("token_count", pa.int32()),
+        pa.field("truncated", pa.bool_()),
+        *(CHUNK_FIELDS if spec.chunking is not None and spec.chunking.rows else ()),
+    ]
+    if text:
+        fields.append(pa.field("text", pa.utf8()))
+    if metadata_column:
+        fields.append(pa.field("metadata", pa.utf8()))
+    names = {one.name for one in fields} | {"batch_key", "scale", "score", "text", "metadata"}
+    for column in carried:
+        if column.name in names:
+            raise InvalidCommandError(
+                f"`columns` asks for `{column.name}`, which is the name of an output column; "
+                "rename it in the input",
+                field="columns",
+            )
+        fields.append(column)
+    if batch_key:
+        fields.append(pa.field("batch_key", pa.utf8()))
+    return pa.schema(fields, metadata=spec.metadata())
+
+
+def vector_columns(
+    embeddings: npt.NDArray[np.float32 | np.float16],
+    spec: VectorSpec,
+    null_rows: npt.NDArray[np.bool_] | None,
+    counts: npt.NDArray[np.int32] | None = None,
+) -> dict[str, pa.Array]:
+    """`vector`, an array of the spec's type over whole buffers, and `scale` where it has one.
+
+    Args:
+        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width]; float16 where
+            that is what they are to be.
+        spec: What they are.
+        null_rows: bool [num_rows], True where the vector is null; None: no nulls.
+        counts: int32 [num_rows], vectors of each row, 0 where it is null; None: one each, or none
+            at all where the spec's rows may have several.
+    """
+    if spec.output != "dense":
+        return _list_columns(embeddings, spec, null_rows, counts)
+    mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+    columns = {}
+    values: npt.NDArray[Any]
+    if spec.dtype in ("float32", "float16"):
+        values = np.ascontiguousarray(embeddings, dtype=np.dtype(spec.dtype))
+    else:
+        exact = np.asarray(embeddings, np.float32)
+        if spec.dtype == "ubinary":
+            values = pack_signs(exact)
+        elif spec.ranges is not None:
+            values = spec.ranges.quantize(exact)
+        else:
+            values, scale = quantize_rows(exact)
+            columns["scale"] = pa.array(scale, mask=null_rows)
+    flat = column(values.reshape(-1), ELEMENT_TYPES[spec.dtype])
+    kind = spec.arrow_type
+    if mask is None:
+        vector = pa.Array.from_buffers(kind, len(embeddings), [None], children=[flat])
+    else:
+        vector = pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
+    return {"vector": vector, **columns}
+
+
+def column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """An array without nulls over the very memory of `values`, whose elements are as `kind`'s.
+
+    For a few rows `pa.array` takes several times as long.
+    """
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _list_columns(
+    vectors: npt.NDArray[np.float32 | np.float16],
+    spec: VectorSpec,
+    null_rows: npt.NDArray[np.bool_] | None,
+    counts: npt.NDArray[np.int32] | None,
+) -> dict[str, pa.Array]:
+    """As `vector_columns`, of rows with several vectors each."""
+    if counts is None:
+        vectors, counts = vectors[:0], np.zeros(len(vectors), np.int32)
+    offsets = pa.array(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
+    mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+    if spec.output == "sparse":
+        index = pa.array(vectors[:, 0].astype(np.int32))
+        value = pa.array(np.ascontiguousarray(vectors[:, 1], np.dtype(spec.dtype)))
+        items = {"vector": pa.StructArray.from_arrays([index, value], ["index", "value"])}
+    else:
+        one = dataclasses.replace(spec, output="dense")
+        items = vector_columns(vectors, one, None)
+    types = {"vector": spec.arrow_type, "scale": spec.scale_type}
+    return {
+        name: pa.ListArray.from_arrays(offsets, array, type=types[name], mask=mask)
+        for name, array in items.items()
+    }
+
+
+def batch_key(upload_id: str, first: int, last: int) -> str:
+    """The key of a group of rows: `upload_id:first-last`, both inclusive."""
+    return f"{upload_id}:{first}-{last}"
+
+
+def parse_batch_key(key: str) -> tuple[str, int, int] | None:
+    """(upload_id, first, last) of a batch key; None where the text is none."""
+    upload_id, colon, extent = key.rpartition(":")
+    first, dash, last = extent.partition("-")
+    if not (colon and dash and upload_id and first.isdecimal() and last.isdecimal()):
+        return None
+    return (upload_id, int(first), int(last)) if int(first) <= int(last) else None

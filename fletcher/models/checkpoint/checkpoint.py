@@ -1,0 +1,397 @@
+"""A sentence-transformers or plain Hugging Face checkpoint folder, read without either library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.errors import ModelError
+from fletcher.models.bundle.bundle import TOKENIZER
+from fletcher.models.bundle.files import is_inside, read_json
+from fletcher.models.bundle.spec import SIMILARITIES, Pooling, Similarity
+from fletcher.models.checkpoint.output_kind import OutputKind, read_kind
+from fletcher.models.checkpoint.safetensors import SafetensorsFile
+
+_NO_LIMIT = 10**9  # transformers writes 1e30 for tokenizers that know no limit
+_SETTINGS = "config_sentence_transformers.json"
+_ORDER = re.compile(
+    r"Transformer( Pooling( Dense)*( Normalize)?|( Dense)+)?|(MLM)?Transformer SpladePooling"
+)
+# By the name of their torch class.
+_DENSE_ACTIVATIONS = {
+    "Identity": "",
+    "Tanh": "tanh",
+    "GELU": "gelu",
+    "ReLU": "relu",
+    "SiLU": "silu",
+}
+_POOLING_NAMES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last_token"}
+_OLD_POOLING_NAMES: dict[str, Pooling] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last_token",
+}
+
+
+class Weights:
+    """All tensors of a checkpoint under canonical names, in one file or in shards.
+
+    A prefix such as `bert.` is stripped; TensorFlow's `gamma` is `weight`, its `beta` is `bias`.
+
+    Args:
+        folder: Holds model.safetensors, or model.safetensors.index.json and its shards.
+        prefixes: Prefixes to strip.
+    """
+
+    def __init__(self, folder: Path, prefixes: Iterable[str]) -> None:
+        self._places: dict[str, tuple[SafetensorsFile, str]] = {}
+        self._digests: dict[str, str] = {}
+        for file in _weight_files(folder):
+            tensors = SafetensorsFile(folder / file)
+            for stored in tensors.names():
+                self._places[_canonical(stored, prefixes)] = (tensors, stored)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._places
+
+    def unread(self) -> list[str]:
+        """Names of tensors that nobody has asked for, sorted."""
+        return sorted(self._places.keys() - self._digests.keys())
+
+    def get(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """float32 tensor of the given shape.
+
+        Raises:
+            ModelError: It is not there, has another shape or holds NaN or infinity.
+        """
+        if name not in self._places:
+            raise ModelError(f"the checkpoint has no tensor `{name}`; is it of another family?")
+        file, stored = self._places[name]
+        tensor = file.float32(stored)
+        if tensor.shape != shape:
+            raise ModelError(
+                f"tensor `{stored}` has shape {list(tensor.shape)}, config.json asks for "
+                f"{list(shape)}"
+            )
+        if name not in self._digests:
+            if not np.isfinite(tensor).all():
+                raise ModelError(
+                    f"tensor `{stored}` holds NaN or infinity; get the checkpoint again"
+                )
+            digest = hashlib.sha256(np.ascontiguousarray(tensor).data.cast("B")).hexdigest()
+            self._digests[name] = digest
+        return tensor
+
+    def digest(self, architecture: Mapping[str, Any]) -> str:
+        """SHA-256 over all tensors read so far and the numbers that say how they are used."""
+        parts = json.dumps([self._digests, architecture], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class DenseModule:
+    """A linear layer after pooling, sentence-transformers' module Dense.
+
+    Attributes:
+        folder: Its weights, `linear.weight` [to, from] and `linear.bias` [to].
+        shape: (to, from).
+        bias: Whether it has a bias.
+        activation: One of `encoder.ACTIVATIONS`; empty: none.
+    """
+
+    folder: Path
+    shape: tuple[int, int]
+    bias: bool
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint folder says of its model, weights apart.
+
+    Attributes:
+        folder: Where config.json and the weights are.
+        tokenizer: Path of its tokenizer.json.
+        config: config.json.
+        max_length, pooling, normalize, prompts, default_prompt, similarity, dims: As in ModelSpec;
+            what a plain Hugging Face folder does not say is what sentence-transformers takes: mean
+            pooling, no normalisation.
+        dense: Linear layers between pooling and normalisation.
+        kind: What a text becomes, where that is not a dense vector.
+        licence: From the model card's front matter; empty where it says nothing.
+    """
+
+    folder: Path
+    tokenizer: Path
+    config: dict[str, Any]
+    max_length: int
+    pooling: Pooling
+    normalize: bool
+    prompts: dict[str, str]
+    default_prompt: str | None
+    similarity: Similarity
+    dense: tuple[DenseModule, ...]
+    dims: tuple[int, ...]
+    kind: OutputKind
+    licence: str
+
+    @classmethod
+    def read(cls, folder: Path, *, tokenizer: Path | None = None) -> Checkpoint:
+        """Reads a folder.
+
+        Args:
+            folder: The checkpoint's.
+            tokenizer: A tokenizer.json to take; None: the one in the folder.
+
+        Raises:
+            ModelError: A file is missing, or the model does something a bundle cannot express.
+        """
+        modules = _modules(folder)
+        inner = folder / modules.get("MLMTransformer", modules.get("Transformer", [""]))[0]
+        config = read_json(inner / "config.json")
+        tokenizer = tokenizer or inner / TOKENIZER
+        if not tokenizer.is_file():
+            raise ModelError(
+                f"{tokenizer.name} is missing; save it there with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)"
+            )
+        pooling: Pooling = "mean"
+        if "Pooling" in modules:
+            pooling = _pooling(read_json(folder / modules["Pooling"][0] / "config.json"))
+        _check_lowercase(inner, tokenizer)
+        settings = _settings(folder)
+        kind = read_kind(folder, modules, settings, tokenizer)
+        prompts, default_prompt = _prompts(settings, config)
+        if kind.prompts is not None:
+            prompts, default_prompt = {**prompts, **kind.prompts}, "document"
+        hidden = config.get("hidden_size", config.get("dim", config.get("n_embd")))
+        if not isinstance(hidden, int) or hidden < 1:
+            raise ModelError(f"config.json: `hidden_size` is {hidden!r}, expected at least 1")
+        dense = _dense([folder / place for place in modules.get("Dense", [])], hidden)
+        if kind.linear:
+            dense = (DenseModule(inner, (kind.linear, hidden), bias=False, activation=""),)
+        dim = dense[-1].shape[0] if dense else hidden
+        dims = _dims(config, settings, dim)
+        if kind.output != "dense":
+            dims = (int(config["vocab_size"]) if kind.output == "sparse" else dim,)
+        return cls(
+            folder=inner,
+            tokenizer=tokenizer,
+            config=config,
+            max_length=min(_max_length(inner, config), kind.max_length or _NO_LIMIT),
+            pooling=pooling,
+            normalize="Normalize" in modules or kind.output == "multi",
+            prompts=prompts,
+            default_prompt=default_prompt,
+            similarity=_similarity(settings),
+            dense=dense,
+            dims=dims,
+            kind=kind,
+            licence=read_licence(folder),
+        )
+
+
+def read_licence(folder: Path) -> str:
+    """The `license:` line of a model card's front matter; empty where there is none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if lines[:1] != ["---"]:
+        return ""
+    for line in lines[1:]:
+        if line == "---":
+            break
+        if line.startswith("license:"):
+            return line.removeprefix("license:").strip().strip("'\"")[:100]
+    return ""
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if not is_inside(name) or not (folder / name).is_file():
+                raise ModelError(f"{index.name} names {name}, which is not there")
+        return names
+    raise ModelError(
+        "model.safetensors is missing; a checkpoint in another format (pytorch_model.bin) has to "
+        "be saved once with transformers' save_pretrained, which writes safetensors"
+    )
+
+
+def _canonical(name: str, prefixes: Iterable[str]) -> str:
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    stem, dot, last = name.rpartition(".")
+    return f"{stem}{dot}{ {'gamma': 'weight', 'beta': 'bias'}.get(last, last) }"
+
+
+def _modules(folder: Path) -> dict[str, list[str]]:
+    """Folders of sentence-transformers' modules by their class names."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return {"Transformer": [""]}
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        modules = [(str(one["type"]).rpartition(".")[2], str(one["path"])) for one in listed]
+    except (ValueError, KeyError, TypeError):
+        raise ModelError("modules.json is not a list of sentence-transformers modules") from None
+    names = [name for name, _ in modules]
+    if not _ORDER.fullmatch(" ".join(names)):
+        raise ModelError(
+            f"modules.json lists {', '.join(names)}: expected Transformer, Pooling, any number of "
+            "Dense and perhaps Normalize; Transformer and Dense, of token vectors; or "
+            "MLMTransformer and SpladePooling; others are not supported",
+            allowed=["Transformer", "Pooling", "Dense", "Normalize"],
+        )
+    places: dict[str, list[str]] = {}
+    for name, place in modules:
+        if place and not is_inside(place):
+            raise ModelError(f"modules.json: `path` of {name} leads out of the model's folder")
+        places.setdefault(name, []).append(place)
+    return places
+
+
+def _dense(folders: Iterable[Path], width: int) -> tuple[DenseModule, ...]:
+    modules = []
+    for folder in folders:
+        config = read_json(folder / "config.json")
+        name = f"{folder.name}/config.json"
+        entering, leaving = config.get("in_features"), config.get("out_features")
+        if entering != width or not isinstance(leaving, int) or leaving < 1:
+            raise ModelError(
+                f"{name}: `in_features` and `out_features` are {entering!r} and {leaving!r}, "
+                f"expected {width} and at least 1",
+                field="in_features",
+            )
+        for key in ("module_input_name", "module_output_name"):
+            if config.get(key) not in (None, "sentence_embedding"):
+                raise ModelError(
+                    f"{name}: `{key}` is {config[key]!r}, expected sentence_embedding", field=key
+                )
+        if config.get("use_residual"):
+            raise ModelError(f"{name}: `use_residual` is not supported", field="use_residual")
+        function = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        activation = _DENSE_ACTIVATIONS.get(function.rpartition(".")[2])
+        if activation is None:
+            raise ModelError(
+                f"{name}: `activation_function` is {function}, expected one of "
+                f"{', '.join(_DENSE_ACTIVATIONS)}",
+                field="activation_function",
+                allowed=list(_DENSE_ACTIVATIONS),
+            )
+        bias = bool(config.get("bias", True))
+        modules.append(DenseModule(folder, (leaving, width), bias, activation))
+        width = leaving
+    return tuple(modules)
+
+
+def _pooling(config: Mapping[str, Any]) -> Pooling:
+    if config.get("include_prompt", True) is False:
+        raise ModelError("1_Pooling/config.json: `include_prompt` false is not supported yet")
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        names = [_OLD_POOLING_NAMES.get(mode) for mode in modes]
+    else:
+        modes = [modes] if isinstance(modes, str) else list(modes)
+        names = [_POOLING_NAMES.get(mode) for mode in modes]
+    if len(names) != 1 or names[0] is None:
+        raise ModelError(
+            f"1_Pooling/config.json: pooling is {', '.join(map(str, modes)) or 'absent'}, "
+            "expected one of mean, cls, lasttoken",
+            field="pooling_mode",
+            allowed=list(_POOLING_NAMES),
+        )
+    return names[0]
+
+
+def _check_lowercase(folder: Path, tokenizer: Path) -> None:
+    """sentence-transformers can lower-case texts itself; a bundle leaves that to its tokenizer."""
+    path = folder / "sentence_bert_config.json"
+    if not path.is_file() or not read_json(path).get("do_lower_case"):
+        return
+    normalizer = json.dumps(read_json(tokenizer).get("normalizer"))
+    if '"lowercase": true' not in normalizer and '"type": "Lowercase"' not in normalizer:
+        raise ModelError(
+            f"sentence_bert_config.json asks for `do_lower_case`, but {tokenizer.name} does not "
+            "lower-case; add a Lowercase normalizer to it"
+        )
+
+
+def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
+    """Tokens per text, as sentence-transformers takes it: its own setting, else the tokenizer's."""
+    candidates: list[Any] = [config.get("max_position_embeddings", config.get("n_positions"))]
+    for name, key in (
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+    ):
+        path = folder / name
+        value = read_json(path).get(key) if path.is_file() else None
+        if value is not None and not isinstance(value, (int, float)):
+            raise ModelError(f"{name}: `{key}` is {value!r}, expected an integer", field=key)
+        if value is not None and value < _NO_LIMIT:
+            candidates.append(value)
+            break
+    known = [int(one) for one in candidates if one is not None]
+    if not known or min(known) < 2:
+        raise ModelError("config.json: `max_position_embeddings` is missing or below 2")
+    return min(known)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / _SETTINGS
+    return read_json(path) if path.is_file() else {}
+
+
+# What Nomic's models are trained with, and say in their model cards alone
+# (https://huggingface.co/nomic-ai/nomic-embed-text-v1.5, Task instruction prefixes).
+_NOMIC_TASKS = ("search_document", "search_query", "clustering", "classification")
+
+
+def _prompts(
+    settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[dict[str, str], str | None]:
+    prompts = settings.get("prompts") or {}
+    default = settings.get("default_prompt_name")
+    valid = isinstance(prompts, dict) and all(isinstance(one, str) for one in prompts.values())
+    if not valid or not (default is None or default in prompts):
+        raise ModelError(f"{_SETTINGS}: `prompts` or `default_prompt_name` is not valid")
+    if not any(prompts.values()) and config.get("model_type") == "nomic_bert":
+        prompts = {task: f"{task}: " for task in _NOMIC_TASKS}
+    return dict(prompts), default
+
+
+def _similarity(settings: Mapping[str, Any]) -> Similarity:
+    name = settings.get("similarity_fn_name") or "cosine"
+    if name not in SIMILARITIES:
+        raise ModelError(
+            f"{_SETTINGS}: `similarity_fn_name` is {name!r}, expected one of "
+            f"{', '.join(SIMILARITIES)}",
+            field="similarity_fn_name",
+            allowed=SIMILARITIES,
+        )
+    return cast("Similarity", name)
+
+
+def _dims(config: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> tuple[int, ...]:
+    """`dim` and the smaller ones that a checkpoint declares."""
+    smaller = [
+        *(config.get("matryoshka_dimensions") or []),
+        *(settings.get("matryoshka_dimensions") or []),
+        settings.get("truncate_dim") or dim,
+    ]
+    return tuple(sorted({int(one) for one in smaller if 0 < int(one) < dim} | {dim}))

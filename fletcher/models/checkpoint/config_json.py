@@ -1,0 +1,196 @@
+"""Reads the numbers of a config.json; what is not as expected is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TypedDict
+
+from fletcher.errors import ModelError
+from fletcher.models.onnx.encoder import ACTIVATIONS
+
+Config = Mapping[str, Any]
+
+
+class Sizes(TypedDict):
+    """The numbers of an `Architecture` that every config.json has."""
+
+    vocab_size: int
+    max_length: int
+    position_offset: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    pad_token_id: int
+
+
+def sizes(
+    config: Config,
+    names: Mapping[str, str] = MappingProxyType({}),
+    *,
+    position_offset: int = 0,
+    head_dim: int = 0,
+) -> Sizes:
+    """The numbers that families differ in by name alone.
+
+    Args:
+        config: config.json.
+        names: What the family calls some of them, such as `dim` for `hidden_size`; the common name
+            is taken where that is not there.
+        position_offset: The row of the table of positions which is the first token's.
+        head_dim: A head's width where config.json says none; 0: the family divides `hidden_size`
+            into heads.
+
+    Raises:
+        ModelError: One is missing, or `hidden_size` does not divide into heads.
+    """
+
+    def number(name: str) -> int:
+        return positive(config, *((names[name], name) if name in names else (name,)))
+
+    hidden, num_heads = number("hidden_size"), number("num_attention_heads")
+    if head_dim:
+        head_dim = positive({"head_dim": head_dim, **config}, "head_dim")
+    elif hidden % num_heads:
+        heads = names.get("num_attention_heads", "num_attention_heads")
+        raise ModelError(
+            f"config.json: `hidden_size` {hidden} is no multiple of `{heads}` {num_heads}",
+            field="hidden_size",
+        )
+    return {
+        "vocab_size": number("vocab_size"),
+        "max_length": number("max_position_embeddings") - position_offset,
+        "position_offset": position_offset,
+        "hidden": hidden,
+        "intermediate": number("intermediate_size"),
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "num_layers": number("num_hidden_layers"),
+        "pad_token_id": pad_token_id(config, 0),
+    }
+
+
+def positive(config: Config, *keys: str) -> int:
+    """An integer of at least 1 under the first of `keys` that is there.
+
+    Raises:
+        ModelError: It is missing or something else.
+    """
+    key = next((one for one in keys if config.get(one) is not None), keys[0])
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise ModelError(f"config.json: `{key}` is {value!r}, expected at least 1", field=key)
+    return value
+
+
+def pad_token_id(config: Config, default: int) -> int:
+    """The token of padding; `default` where it is not given or null.
+
+    Raises:
+        ModelError: It is something else.
+    """
+    value = default if config.get("pad_token_id") is None else config["pad_token_id"]
+    if type(value) is not int or value < 0:
+        raise ModelError(
+            f"config.json: `pad_token_id` is {value!r}, expected a token", field="pad_token_id"
+        )
+    return value
+
+
+def epsilon(config: Config, default: float, *keys: str) -> float:
+    """What norms add to a variance: the number under the first of `keys` that is not null.
+
+    Raises:
+        ModelError: It is something else.
+    """
+    key = next((one for one in keys if config.get(one) is not None), "")
+    value = config[key] if key else default
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ModelError(f"config.json: `{key}` is {value!r}, expected 0 to 1", field=key)
+    return float(value)
+
+
+def layer_types(config: Config, default: list[str], *allowed: str) -> list[str]:
+    """Each layer's kind; `default` where config.json does not say it.
+
+    Raises:
+        ModelError: They are not as many as `default`, or one is none of `allowed`.
+    """
+    kinds = config.get("layer_types") or default
+    known = isinstance(kinds, list) and all(kind in allowed for kind in kinds)
+    if not known or len(kinds) != len(default):
+        raise ModelError(
+            f"config.json: `layer_types` is {str(kinds)[:200]}, expected {len(default)} of "
+            f"{' and '.join(allowed)}",
+            field="layer_types",
+            allowed=list(allowed),
+        )
+    return list(kinds)
+
+
+def only(config: Config, **wanted: Any) -> None:
+    """Checks settings that change what a model computes, where they are given and not null.
+
+    Raises:
+        ModelError: One has another value than the one that is supported.
+    """
+    for key, value in wanted.items():
+        if config.get(key) not in (None, value):
+            raise ModelError(
+                f"config.json: `{key}` is {config[key]!r}, expected {value!r}; such models are not "
+                "supported: export one to ONNX and add that file",
+                field=key,
+                allowed=[value],
+            )
+
+
+def activation(config: Config, key: str, default: str, **names: str) -> str:
+    """One of ACTIVATIONS; `names` are what a family calls them beside.
+
+    Raises:
+        ModelError: It is another.
+    """
+    value = config.get(key, default)
+    value = names.get(str(value), value)
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        allowed = [*ACTIVATIONS, *names]
+        raise ModelError(
+            f"config.json: `{key}` is {value!r}, expected one of {', '.join(allowed)}",
+            field=key,
+            allowed=allowed,
+        )
+    return value
+
+
+def theta(config: Config, default: float, *keys: str, layers: str = "") -> float:
+    """Theta of rotary positions.
+
+    Args:
+        config: config.json.
+        default: Where it is not given.
+        keys: Where checkpoints keep it outside of `rope_parameters`.
+        layers: The kind of layers, where `rope_parameters` has some for each kind.
+
+    Raises:
+        ModelError: Positions are scaled, or only a part of each head is rotated.
+    """
+    value = next((config[key] for key in keys if config.get(key) is not None), default)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        rope = rope.get(layers, rope) if isinstance(rope, dict) else {"rope_type": rope}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ModelError(
+                f"config.json: `{key}` is of type {kind!r}, expected default; rotary positions "
+                "are not scaled here: export the model to ONNX and add that file",
+                field=key,
+                allowed=["default"],
+            )
+        only(rope, partial_rotary_factor=1.0)
+        value = rope.get("rope_theta", value)
+    only(config, partial_rotary_factor=1.0)
+    if type(value) not in (int, float) or value <= 0:
+        raise ModelError(f"config.json: theta of rotary positions is {value!r}", field="rope_theta")
+    return float(value)

@@ -1,0 +1,191 @@
+"""What a checkpoint's text becomes: a dense vector, sparse weights, or a vector a token."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fletcher.errors import ModelError
+from fletcher.models.bundle.files import read_json
+from fletcher.models.bundle.spec import Output
+from fletcher.models.checkpoint.markers import Queries, Skipped
+
+# What the first ColBERT's own library writes beside a model.
+COLBERT = "artifact.metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputKind:
+    """What is special of a model that does not give dense vectors; every default is a dense one's.
+
+    Attributes:
+        output: As in ModelSpec.
+        prompts: Markers of queries and documents, as prompts; documents get theirs by default.
+        skipped: Tokens that documents leave out.
+        queries: How queries are read; None: as documents.
+        max_length: Tokens of a document; None: the checkpoint's own rule.
+        markers: Words that the tokenizer must take for one token.
+        linear: Width of a product in the model's own weights after the last layer; 0: there is
+            none.
+    """
+
+    output: Output = "dense"
+    prompts: Mapping[str, str] | None = None
+    skipped: Skipped | None = None
+    queries: Queries | None = None
+    max_length: int | None = None
+    markers: tuple[str, ...] = ()
+    linear: int = 0
+
+
+def read_kind(
+    folder: Path, modules: Mapping[str, Sequence[str]], settings: Mapping[str, Any], tokenizer: Path
+) -> OutputKind:
+    """What a checkpoint says of its output.
+
+    Args:
+        folder: The checkpoint's.
+        modules: Folders of sentence-transformers' modules by their class names.
+        settings: config_sentence_transformers.json.
+        tokenizer: Its tokenizer.json.
+
+    Raises:
+        ModelError: It says something that is not supported.
+    """
+    if "SpladePooling" in modules:
+        return _splade(folder / modules["SpladePooling"][0] / "config.json")
+    if (folder / COLBERT).is_file():
+        return _colbert(read_json(folder / COLBERT), tokenizer)
+    if "Dense" in modules and "Pooling" not in modules:
+        return _pylate(settings, tokenizer)
+    return OutputKind()
+
+
+def with_markers(tokenizer: Path, markers: Sequence[str]) -> str:
+    """A tokenizer.json that takes words of its vocabulary for one token wherever they stand."""
+    content = read_json(tokenizer)
+    vocabulary = _vocabulary(content, tokenizer.name)
+    known = {one["content"] for one in content.get("added_tokens", [])}
+    added = [
+        {
+            "id": vocabulary[marker],
+            "content": marker,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for marker in markers
+        if marker not in known
+    ]
+    content["added_tokens"] = sorted(
+        [*content.get("added_tokens", []), *added], key=lambda one: int(one["id"])
+    )
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _splade(path: Path) -> OutputKind:
+    config = read_json(path)
+    for key, wanted in (("pooling_strategy", "max"), ("activation_function", "relu")):
+        if config.get(key, wanted) != wanted:
+            raise ModelError(
+                f"{path.parent.name}/config.json: `{key}` is {config[key]!r}, expected {wanted}",
+                field=key,
+                allowed=[wanted],
+            )
+    return OutputKind("sparse")
+
+
+def _colbert(config: Mapping[str, Any], tokenizer: Path) -> OutputKind:
+    width, query, document = (config.get(key) for key in ("dim", "query_token_id", "doc_token_id"))
+    vocabulary = _vocabulary(read_json(tokenizer), tokenizer.name)
+    if type(width) is not int or width < 1 or not {query, document} <= vocabulary.keys():
+        raise ModelError(
+            f"{COLBERT}: `dim` is {width!r}, `query_token_id` {query!r} and `doc_token_id` "
+            f"{document!r}, expected a width and two tokens of {tokenizer.name}"
+        )
+    skipped = string.punctuation if config.get("mask_punctuation") else ""
+    return OutputKind(
+        "multi",
+        prompts={"query": f"{query} ", "document": f"{document} "},
+        skipped=_skipped(str(document), list(skipped), vocabulary),
+        queries=Queries(
+            vocabulary[str(query)],
+            _length(config, "query_maxlen", 32),
+            _filler(tokenizer, vocabulary),
+            bool(config.get("attend_to_mask_tokens")),
+        ),
+        max_length=_length(config, "doc_maxlen", 220),
+        markers=(str(query), str(document)),
+        linear=width,
+    )
+
+
+def _pylate(settings: Mapping[str, Any], tokenizer: Path) -> OutputKind:
+    query, document = settings.get("query_prefix"), settings.get("document_prefix")
+    vocabulary = _vocabulary(read_json(tokenizer), tokenizer.name)
+    if not {query, document} <= vocabulary.keys():
+        raise ModelError(
+            "modules.json lists a Dense layer and no Pooling, as token-vector models have it, but "
+            f"config_sentence_transformers.json has `query_prefix` {query!r} and "
+            f"`document_prefix` {document!r}, expected two tokens of {tokenizer.name}",
+            field="query_prefix",
+        )
+    words = settings.get("skiplist_words")
+    words = list(string.punctuation) if words is None else [str(one) for one in words]
+    filled = settings.get("do_query_expansion") is not False
+    return OutputKind(
+        "multi",
+        prompts={"query": str(query), "document": str(document)},
+        skipped=_skipped(str(document), words, vocabulary),
+        queries=Queries(
+            vocabulary[str(query)],
+            _length(settings, "query_length", 32),
+            _filler(tokenizer, vocabulary) if filled else None,
+            filled and bool(settings.get("attend_to_expansion_tokens")),
+        ),
+        max_length=_length(settings, "document_length", 180),
+    )
+
+
+def _skipped(marker: str, words: Sequence[str], vocabulary: Mapping[str, int]) -> Skipped | None:
+    tokens = sorted({vocabulary[word] for word in words if word in vocabulary})
+    return Skipped(vocabulary[marker], tuple(tokens)) if tokens else None
+
+
+def _length(config: Mapping[str, Any], key: str, default: int) -> int:
+    """Tokens, as the library that wrote the checkpoint takes them."""
+    length = config.get(key)
+    length = default if length is None else length
+    if type(length) is not int or length < 4:
+        raise ModelError(f"`{key}` is {length!r}, expected at least 4 tokens", field=key)
+    return length
+
+
+def _filler(tokenizer: Path, vocabulary: Mapping[str, int]) -> int:
+    """The mask token, by which queries are filled up."""
+    path = tokenizer.with_name("tokenizer_config.json")
+    named = read_json(path).get("mask_token") if path.is_file() else None
+    word = named.get("content") if isinstance(named, dict) else named
+    for known in (str(word), "[MASK]", "<mask>"):
+        if known in vocabulary:
+            return vocabulary[known]
+    raise ModelError(
+        f"{tokenizer.name} has no mask token, and queries are filled up with it; name it in "
+        "tokenizer_config.json as `mask_token`",
+        field="mask_token",
+    )
+
+
+def _vocabulary(tokenizer: Mapping[str, Any], name: str) -> dict[str, int]:
+    model = tokenizer.get("model", {})
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict):
+        raise ModelError(f"{name} has no table of words, which markers of queries are looked up in")
+    added = {str(one["content"]): int(one["id"]) for one in tokenizer.get("added_tokens", [])}
+    return {**vocabulary, **added}

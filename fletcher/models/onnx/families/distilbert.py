@@ -1,0 +1,49 @@
+"""DistilBERT: BERT without token types, under other names."""
+
+from __future__ import annotations
+
+from fletcher.models.checkpoint.config_json import Config, activation, sizes
+from fletcher.models.onnx.architecture import Architecture
+from fletcher.models.onnx.families.family import Family, Layout
+
+_NAMES = {
+    "hidden_size": "dim",
+    "intermediate_size": "hidden_dim",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+}
+
+
+def _read(config: Config) -> Architecture:
+    return Architecture(
+        **sizes(config, _NAMES),
+        epsilon=1e-12,
+        activation=activation(config, "activation", "gelu"),
+    )
+
+
+DISTILBERT = Family(
+    "distilbert",
+    _read,
+    ("distilbert.",),
+    (
+        Layout(
+            layers="transformer.layer.{}.",
+            model={
+                "embeddings.words": "embeddings.word_embeddings",
+                "embeddings.positions": "embeddings.position_embeddings",
+                "embeddings.norm": "embeddings.LayerNorm",
+            },
+            layer={
+                "q": "attention.q_lin",
+                "k": "attention.k_lin",
+                "v": "attention.v_lin",
+                "projected": "attention.out_lin",
+                "attention.norm": "sa_layer_norm",
+                "wide": "ffn.lin1",
+                "narrow": "ffn.lin2",
+                "norm": "output_layer_norm",
+            },
+        ),
+    ),
+)

@@ -1,0 +1,50 @@
+"""JinaBERT v2: BERT with ALiBi instead of positions and a gated MLP."""
+
+from __future__ import annotations
+
+from fletcher.models.checkpoint.config_json import (
+    Config,
+    activation,
+    epsilon,
+    only,
+    positive,
+    sizes,
+)
+from fletcher.models.onnx.architecture import Architecture
+from fletcher.models.onnx.families.bert import LAYOUT
+from fletcher.models.onnx.families.family import Family, Layout
+
+
+def _read(config: Config) -> Architecture:
+    only(config, position_embedding_type="alibi", is_decoder=False, add_cross_attention=False)
+    return Architecture(
+        **sizes(config),
+        type_vocab_size=positive(config, "type_vocab_size"),
+        learned_positions=False,
+        distance_bias="alibi",
+        epsilon=epsilon(config, 1e-12, "layer_norm_eps"),
+        gated=True,
+        # Whatever `hidden_act` says: JinaBERT's gate has its own.
+        activation=activation(config, "feed_forward_type", "", geglu="gelu", reglu="relu"),
+        biases=("q", "k", "v", "projected", "narrow"),
+    )
+
+
+JINA_BERT = Family(
+    "jina_bert",
+    _read,
+    ("bert.",),
+    (
+        Layout(
+            layers=LAYOUT.layers,
+            model=LAYOUT.model,
+            layer={
+                **LAYOUT.layer,
+                "gate": ("mlp.gated_layers", 0, 2),
+                "wide": ("mlp.gated_layers", 1, 2),
+                "narrow": "mlp.wo",
+                "norm": "mlp.layernorm",
+            },
+        ),
+    ),
+)

@@ -1,0 +1,48 @@
+"""MPNet: BERT with learned biases for buckets of distances, as T5 has them."""
+
+from __future__ import annotations
+
+from fletcher.models.checkpoint.config_json import Config, activation, epsilon, only, sizes
+from fletcher.models.onnx.architecture import Architecture
+from fletcher.models.onnx.families.family import Family, Layout
+
+# Position 0 and padding's position 1 are never a text's, whatever config.json calls its padding.
+_POSITION_OFFSET = 2
+
+
+def _read(config: Config) -> Architecture:
+    only(config, relative_attention_num_buckets=32)
+    return Architecture(
+        **sizes(config, position_offset=_POSITION_OFFSET),
+        distance_bias="buckets",
+        epsilon=epsilon(config, 1e-12, "layer_norm_eps"),
+        activation=activation(config, "hidden_act", "gelu"),
+    )
+
+
+MPNET = Family(
+    "mpnet",
+    _read,
+    ("mpnet.",),
+    (
+        Layout(
+            layers="encoder.layer.{}.",
+            model={
+                "embeddings.words": "embeddings.word_embeddings",
+                "embeddings.positions": "embeddings.position_embeddings",
+                "embeddings.norm": "embeddings.LayerNorm",
+                "distances": "encoder.relative_attention_bias",
+            },
+            layer={
+                "q": "attention.attn.q",
+                "k": "attention.attn.k",
+                "v": "attention.attn.v",
+                "projected": "attention.attn.o",
+                "attention.norm": "attention.LayerNorm",
+                "wide": "intermediate.dense",
+                "narrow": "output.dense",
+                "norm": "output.LayerNorm",
+            },
+        ),
+    ),
+)

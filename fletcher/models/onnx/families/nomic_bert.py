@@ -1,0 +1,104 @@
+"""NomicBERT: BERT with rotary positions and a gated MLP."""
+
+from __future__ import annotations
+
+from fletcher.errors import ModelError
+from fletcher.models.checkpoint.config_json import (
+    Config,
+    activation,
+    epsilon,
+    only,
+    positive,
+    sizes,
+    theta,
+)
+from fletcher.models.onnx.architecture import Architecture
+from fletcher.models.onnx.families.family import Family, Layout
+
+# GPT-2's, which the published checkpoints have; transformers writes the common ones.
+_NAMES = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+
+
+def _read(config: Config) -> Architecture:
+    only(
+        config,
+        causal=False,
+        num_experts=0,
+        parallel_block=False,
+        prenorm=False,
+        rotary_emb_fraction=1.0,
+        rotary_emb_interleaved=False,
+        rotary_emb_scale_base=False,
+        use_rms_norm=False,
+    )
+    if config.get("rotary_scaling_factor") is not None:
+        raise ModelError(
+            f"config.json: `rotary_scaling_factor` is {config['rotary_scaling_factor']!r}: such "
+            "positions depend on the longest text of a batch, which no vector here does; null "
+            "takes them unscaled",
+            field="rotary_scaling_factor",
+            allowed=["null"],
+        )
+    numbers = sizes(config, _NAMES)
+    biases: list[str] = []
+    if config.get("qkv_proj_bias"):
+        biases += ["q", "k", "v", "projected"]
+    if config.get("mlp_fc1_bias"):
+        biases += ["wide", "gate"]
+    if config.get("mlp_fc2_bias"):
+        biases += ["narrow"]
+    key = "activation_function" if "activation_function" in config else "hidden_act"
+    return Architecture(
+        **numbers,
+        type_vocab_size=positive(config, "type_vocab_size"),
+        learned_positions=False,
+        rotary=(theta(config, 1000.0, "rotary_emb_base"),) * numbers["num_layers"],
+        epsilon=epsilon(config, 1e-12, "layer_norm_eps", "layer_norm_epsilon"),
+        gated=True,
+        activation=activation(config, key, "silu", swiglu="silu", geglu="gelu"),
+        biases=tuple(biases),
+    )
+
+
+_PUBLISHED = Layout(
+    layers="encoder.layers.{}.",
+    model={
+        "embeddings.words": "embeddings.word_embeddings",
+        "embeddings.types": "embeddings.token_type_embeddings",
+        "embeddings.norm": "emb_ln",
+    },
+    layer={
+        "q": ("attn.Wqkv", 0, 3),
+        "k": ("attn.Wqkv", 1, 3),
+        "v": ("attn.Wqkv", 2, 3),
+        "projected": "attn.out_proj",
+        "attention.norm": "norm1",
+        "wide": "mlp.fc11",
+        "gate": "mlp.fc12",
+        "narrow": "mlp.fc2",
+        "norm": "norm2",
+    },
+)
+_TRANSFORMERS = Layout(
+    layers="layers.{}.",
+    model={**_PUBLISHED.model, "embeddings.norm": "embeddings.LayerNorm"},
+    layer={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "projected": "self_attn.o_proj",
+        "attention.norm": "post_attention_layernorm",
+        "wide": "mlp.up_proj",
+        "gate": "mlp.gate_proj",
+        "narrow": "mlp.down_proj",
+        "norm": "post_mlp_layernorm",
+    },
+)
+
+NOMIC_BERT = Family("nomic_bert", _read, ("nomic_bert.", "bert."), (_PUBLISHED, _TRANSFORMERS))

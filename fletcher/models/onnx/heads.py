@@ -1,0 +1,165 @@
+"""What comes after the last layer where a text becomes something else than one dense vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fletcher.errors import ModelError
+from fletcher.models.bundle.spec import Pooling
+from fletcher.models.checkpoint.checkpoint import Weights
+from fletcher.models.onnx.architecture import Architecture
+from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
+from fletcher.models.onnx.graph import GraphBuilder
+from fletcher.models.onnx.transformer import MASKED_SCORE, MIN_NORM, TransformerWriter
+
+_STORED = "cls.predictions."
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedHead:
+    """BERT's head for masked tokens: what each token of the vocabulary weighs at each place.
+
+    Attributes:
+        transform: The product before the norm.
+        scale, bias: float32 [H], of the norm.
+        words: float32 [vocab, H].
+        words_bias: float32 [vocab].
+    """
+
+    transform: Dense
+    scale: Array
+    bias: Array
+    words: Array
+    words_bias: Array
+
+    @classmethod
+    def read(cls, weights: Weights, architecture: Architecture, words: Array) -> MaskedHead:
+        """Reads it from a checkpoint; its last product is tied to the token embeddings, `words`.
+
+        Raises:
+            ModelError: The checkpoint has no such head.
+        """
+        width = architecture.hidden
+        if not weights.has(f"{_STORED}transform.dense.weight"):
+            raise ModelError(
+                f"the checkpoint has no tensor `{_STORED}transform.dense.weight`: sparse vectors "
+                "are made by BERT's head for masked tokens, which other families have not here"
+            )
+        untied = f"{_STORED}decoder.weight"
+        if weights.has(untied):
+            words = weights.get(untied, words.shape)
+        return cls(
+            transform=Dense(
+                np.asarray(weights.get(f"{_STORED}transform.dense.weight", (width, width)).T),
+                weights.get(f"{_STORED}transform.dense.bias", (width,)),
+                architecture.activation,
+            ),
+            scale=weights.get(f"{_STORED}transform.LayerNorm.weight", (width,)),
+            bias=weights.get(f"{_STORED}transform.LayerNorm.bias", (width,)),
+            words=words,
+            words_bias=weights.get(f"{_STORED}bias", (len(words),)),
+        )
+
+
+class SparseWriter(TransformerWriter):
+    """Ends in `embedding`, float32 [B, vocab]: SPLADE's weights, none below 0.
+
+    The greatest of log(1 + relu(weight)) over a text's tokens (https://arxiv.org/abs/2109.10086).
+
+    Args:
+        graph, architecture, tensors: As of TransformerWriter.
+        masked: The head.
+    """
+
+    def __init__(
+        self, graph: GraphBuilder, architecture: Architecture, tensors: Tensors, masked: MaskedHead
+    ) -> None:
+        super().__init__(graph, architecture, tensors)
+        self.masked = masked
+
+    def head(
+        self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
+    ) -> None:
+        graph, masked = self.graph, self.masked
+        value = self.encoder.dense(hidden, masked.transform, "weights.transform")
+        parts = [
+            graph.constant(f"weights.norm.{name}", getattr(masked, name))
+            for name in ("scale", "bias")
+        ]
+        epsilon = self.architecture.epsilon
+        value = graph.node(
+            "LayerNormalization", (value, *parts), "weights.norm", axis=-1, epsilon=epsilon
+        )
+        words = graph.constant("weights.words", masked.words)
+        words = graph.node("Transpose", (words,), "weights.words.columns", perm=(1, 0))
+        value = graph.node("MatMul", (value, words), "weights.product")
+        bias = graph.constant("weights.bias", masked.words_bias)
+        value = graph.node("Add", (value, bias), "weights.each")
+        # Neither relu nor log changes which is the greatest: they can wait until it is known.
+        padding = graph.node("Sub", (self.encoder.scalar("one", 1), mask), "weights.padding")
+        least = self.encoder.scalar("masked", MASKED_SCORE)
+        padding = graph.node("Mul", (padding, least), "weights.padding.scores")
+        last = graph.constant("weights.axis", [2])
+        padding = graph.node("Unsqueeze", (padding, last), "weights.padding.each")
+        value = graph.node("Add", (value, padding), "weights.seen")
+        value = graph.node("ReduceMax", (value, self.second), "weights.greatest", keepdims=0)
+        value = graph.node("Relu", (value,), "weights.positive")
+        value = graph.node("Add", (value, self.encoder.scalar("one", 1)), "weights.more")
+        graph.node("Log", (value,), "embedding")
+        graph.output("embedding", np.float32, ("batch", len(masked.words)))
+
+
+class TokenWriter(TransformerWriter):
+    """Ends in `embedding`, float32 [B, L, dim]: ColBERT's vector of each token, of norm 1."""
+
+    def head(
+        self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
+    ) -> None:
+        graph, value, width = self.graph, hidden, self.architecture.hidden
+        for index, one in enumerate(dense):
+            value = self.encoder.dense(value, one, f"dense.{index}")
+            width = one.weight.shape[1]
+        last = graph.constant("tokens.axis", [2])
+        norm = graph.node("ReduceL2", (value, last), "tokens.norm", keepdims=1)
+        least = self.encoder.scalar("norm.least", MIN_NORM)
+        norm = graph.node("Max", (norm, least), "tokens.norm.bounded")
+        graph.node("Div", (value, norm), "embedding")
+        graph.output("embedding", np.float32, ("batch", "length", width))
+
+
+def write_late(
+    graph: GraphBuilder,
+    architecture: Architecture,
+    tensors: Tensors,
+    hidden: str,
+    dense: Sequence[Dense],
+) -> None:
+    """Ends in `embedding`, float32 [B x S, dim]: means over some of a row's tokens each.
+
+    That is late chunking (https://arxiv.org/abs/2409.04701): the model reads all of a row before
+    parts of it are pooled. Which tokens these have says the input `segments`, float32 [B, S, L], 1
+    for each of them, else 0. Vectors are as pooled, not normalised; one of no tokens is of no use.
+
+    Args:
+        graph: Has what comes before.
+        architecture, tensors: As of TransformerWriter.
+        hidden: Token embeddings, [B, L, H].
+        dense: Products after pooling.
+    """
+    encoder, width = EncoderLayers(graph, tensors, architecture), architecture.hidden
+    segments = graph.input("segments", np.float32, ("batch", "segments", "length"))
+    total = graph.node("MatMul", (segments, hidden), "segments.sum")
+    last = graph.constant("segments.axis", [2])
+    count = graph.node("ReduceSum", (segments, last), "segments.count", keepdims=1)
+    count = graph.node("Max", (count, encoder.scalar("one", 1)), "segments.count.least")
+    value = graph.node("Div", (total, count), "segments.mean")
+    flat = graph.constant("segments.flat", [-1, width])
+    value = graph.node("Reshape", (value, flat), "pooled")
+    for index, one in enumerate(dense):
+        value = encoder.dense(value, one, f"dense.{index}")
+        width = one.weight.shape[1]
+    graph.node("Identity", (value,), "embedding")
+    graph.output("embedding", np.float32, ("vectors", width))

@@ -1,0 +1,302 @@
+"""Writes a BERT graph without padding, for GPUs: all texts of a run one after the other.
+
+Every product is over T tokens, the sum of all texts' lengths, and nothing is computed for padding.
+Only attention knows where a text begins and ends: ONNX Runtime's PackedMultiHeadAttention, with
+queries, keys and values apart, which is the form that takes FlashAttention at every length. ONNX
+Runtime has that operator on CUDA alone, so the same graph can be written with standard operators in
+its place, the *twin*, and be compared with others on a CPU.
+
+Layer norm and the addition before it stay apart: ONNX Runtime's CUDA kernel for LayerNormalization
+sums float16 in float32, that of the fused SkipLayerNormalization in float16, as its source reads
+(contrib_ops/cuda/bert/skip_layer_norm_impl.cu).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.errors import ModelError
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.onnx.architecture import Style
+from fletcher.models.onnx.encoder import Array, EncoderLayers
+from fletcher.models.onnx.graph import GRAPH_FILE, MICROSOFT, GraphBuilder
+from fletcher.models.onnx.transformer import MASKED_SCORE, MIN_NORM
+from fletcher.models.onnx.written import WrittenBert
+
+# Those that compute what BERT does, whatever their tensors are called.
+FAMILIES = ("bert", "distilbert", "roberta")
+
+
+def can_pack(bundle: ModelBundle) -> bool:
+    """Whether there is a graph without padding of a model."""
+    return bundle.family in FAMILIES and bundle.output == "dense"
+
+
+INPUTS = ("input_ids", "position_ids", "token_offset", "cumulative_sequence_length")
+
+Attention = Literal["packed", "standard"]
+Precision = Literal["float16", "float32"]
+
+_ONNX_TYPES = {"float32": 1, "float16": 10}
+_INT64 = 7
+
+
+def write_packed(
+    bundle: ModelBundle,
+    folder: Path,
+    *,
+    precision: Precision = "float16",
+    attention: Attention = "packed",
+    output: Precision = "float32",
+) -> Path:
+    """Writes graph and weights of a bundle into `folder`.
+
+    Inputs, all int32: `input_ids` and `position_ids` [T]; `token_offset` [B, S], where in the
+    padded [B, S] each of the T tokens would stand, then the padding's places; and
+    `cumulative_sequence_length` [B + 1], where texts begin, and T. Outputs: `embedding` [B, dim]
+    and, where the model normalises, `norm`, float32 [B, 1].
+
+    Args:
+        bundle: The model, of one of FAMILIES.
+        folder: For GRAPH_FILE and WEIGHTS_FILE.
+        precision: Of weights and arithmetic; sums of layer norms, pooling and normalisation are
+            float32 in any case.
+        attention: `packed` for CUDA, `standard` for the twin.
+        output: Type of `embedding`.
+
+    Returns:
+        The graph's path.
+
+    Raises:
+        ModelError: The bundle is of another family or damaged, or its weights are beyond float16.
+    """
+    if bundle.family not in FAMILIES:
+        raise ModelError(
+            f"`model` {bundle.name} is of family {bundle.family}; graphs without padding are "
+            f"written for {', '.join(FAMILIES)}",
+            field="model",
+        )
+    if bundle.has_exits:
+        raise ModelError(
+            f"`model` {bundle.name} has exits, and graphs without padding have none; add it again "
+            "without --exits, or ask for precision float32",
+            field="model",
+        )
+    written = WrittenBert(bundle.graph)
+    with GraphBuilder(folder, "bert-packed") as graph:
+        writer = _PackedWriter(graph, bundle, written, precision, attention)
+        writer.write(output)
+        graph.save()
+    return folder / GRAPH_FILE
+
+
+class _Rounded:
+    """Tensors in the graph's precision."""
+
+    def __init__(self, written: WrittenBert, precision: Precision) -> None:
+        self._written = written
+        self._precision = precision
+
+    def get(self, name: str) -> Array:
+        tensor = self._written.get(name)
+        with np.errstate(over="ignore"):
+            rounded: npt.NDArray[np.floating] = tensor.astype(self._precision)
+        if not np.isfinite(rounded).all():
+            raise ModelError(
+                f"`precision` is {self._precision}, which cannot hold the weights of `{name}`; "
+                "ask for float32",
+                field="precision",
+            )
+        return rounded
+
+
+class _PackedWriter:
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        bundle: ModelBundle,
+        written: WrittenBert,
+        precision: Precision,
+        attention: Attention,
+    ) -> None:
+        self.graph = graph
+        self.bundle = bundle
+        self.precision = precision
+        self.num_heads = written.num_heads
+        self.width = written.hidden
+        self.dense = written.dense
+        style = Style(epsilon=written.epsilon, activation=written.activation)
+        self.encoder = EncoderLayers(graph, _Rounded(written, precision), style)
+        self.attend = self._packed_attention if attention == "packed" else self._twin_attention
+        self.first = graph.constant("axis.first", [0])
+        self.second = graph.constant("axis.second", [1])
+        self.last = graph.constant("axis.last", [-1])
+
+    def write(self, output: Precision) -> None:
+        graph, bundle = self.graph, self.bundle
+        input_ids = graph.input("input_ids", np.int32, ("tokens",))
+        positions = graph.input("position_ids", np.int32, ("tokens",))
+        graph.input("token_offset", np.int32, ("batch", "longest"))
+        graph.input("cumulative_sequence_length", np.int32, ("batch + 1",))
+        starts = self._starts()
+        hidden = self._embeddings(input_ids, positions)
+        for index in range(bundle.num_layers):
+            name = f"layer.{index}"
+            parts = [self.encoder.product(hidden, f"{name}.{part}") for part in "qkv"]
+            attended = self.attend(name, *parts)
+            if bundle.pooling != "mean" and index == bundle.num_layers - 1:
+                # From here on tokens no longer see each other, and only one of each text is read.
+                token = starts if bundle.pooling == "cls" else self._ends()
+                attended = graph.node("Gather", (attended, token), f"{name}.attended.one")
+                hidden = graph.node("Gather", (hidden, token), f"{name}.one")
+            hidden = self.encoder.after_attention(name, attended, hidden)
+        pool = self._mean if bundle.pooling == "mean" else self._float32
+        pooled = pool(hidden, "pooled")
+        for number, dense in enumerate(self.dense):
+            pooled = self.encoder.dense(pooled, dense, f"dense.{number}")
+        if bundle.normalize:
+            # ReduceL2 is cuDNN's on CUDA, these are ONNX Runtime's own.
+            squares = graph.node(
+                "ReduceSumSquare", (pooled, self.second), "norm.square", keepdims=1
+            )
+            norm = graph.node("Sqrt", (squares,), "norm")
+            least = graph.constant("norm.least", np.array([MIN_NORM], np.float32))
+            bounded = graph.node("Max", (norm, least), "norm.bounded")
+            pooled = graph.node("Div", (pooled, bounded), "embedding.float32")
+        graph.node("Cast", (pooled,), "embedding", to=_ONNX_TYPES[output])
+        graph.output("embedding", output, ("batch", bundle.dim))
+        if bundle.normalize:
+            graph.output("norm", np.float32, ("batch", 1))
+
+    def _starts(self) -> str:
+        """int32 [B]: where each text begins."""
+        graph = self.graph
+        return graph.node(
+            "Slice", ("cumulative_sequence_length", self.first, self.last, self.first), "starts"
+        )
+
+    def _ends(self) -> str:
+        """int32 [B]: the last token of each text."""
+        graph = self.graph
+        end = graph.constant("text.end", [np.iinfo(np.int64).max])
+        ends = graph.node(
+            "Slice", ("cumulative_sequence_length", self.second, end, self.first), "text.ends"
+        )
+        one = graph.constant("text.one", np.array([1], np.int32))
+        return graph.node("Sub", (ends, one), "text.last")
+
+    def _embeddings(self, input_ids: str, positions: str) -> str:
+        graph = self.graph
+        tables = [self.encoder.weight(f"embeddings.{one}") for one in ("words", "positions")]
+        word = graph.node("Gather", (tables[0], input_ids), "embeddings.word", axis=0)
+        position = graph.node("Gather", (tables[1], positions), "embeddings.position", axis=0)
+        total = graph.node("Add", (word, position), "embeddings.sum")
+        return self.encoder.norm(total, "embeddings.norm")
+
+    def _packed_attention(self, name: str, queries: str, keys: str, values: str) -> str:
+        return self.graph.node(
+            "PackedMultiHeadAttention",
+            (queries, keys, values, "", "token_offset", "cumulative_sequence_length"),
+            f"{name}.attended",
+            domain=MICROSOFT,
+            num_heads=self.num_heads,
+            scale=1.0,  # it is in the weights of the queries
+        )
+
+    def _twin_attention(self, name: str, queries: str, keys: str, values: str) -> str:
+        """The same with standard operators: tokens are padded, and taken out again."""
+        graph = self.graph
+        if name == "layer.0":
+            self._twin_places()
+        heads = []
+        for value, order in ((queries, (0, 2, 1, 3)), (keys, (0, 2, 3, 1)), (values, (0, 2, 1, 3))):
+            padded = graph.node("ScatterND", ("twin.zeros", "twin.places", value), f"{value}.flat")
+            split = graph.node("Reshape", (padded, "twin.heads"), f"{value}.padded")
+            heads.append(graph.node("Transpose", (split,), f"{value}.heads", perm=order))
+        product = graph.node("MatMul", heads[:2], f"{name}.attended.scores")
+        masked = graph.node("Add", (product, "twin.scores"), f"{name}.attended.masked")
+        shares = graph.node("Softmax", (masked,), f"{name}.attended.shares", axis=-1)
+        mixed = graph.node("MatMul", (shares, heads[2]), f"{name}.attended.mixed")
+        rows = graph.node("Transpose", (mixed,), f"{name}.attended.rows", perm=(0, 2, 1, 3))
+        flat = graph.node("Reshape", (rows, "twin.flat"), f"{name}.attended.flat")
+        return graph.node("GatherND", (flat, "twin.places"), f"{name}.attended")
+
+    def _twin_places(self) -> None:
+        """Where tokens stand in the padded batch [B, S], and which of its places are padding."""
+        graph, width, heads = self.graph, self.width, self.num_heads
+        graph.constant("twin.flat", [-1, width])
+        zero = graph.constant("twin.zero", np.zeros(1, self.precision))
+        tail = graph.constant("twin.tail", [heads, width // heads])
+        columns = graph.constant("twin.width", [width])
+        graph.node("Shape", ("token_offset",), "twin.shape")
+        graph.node("Concat", ("twin.shape", tail), "twin.heads", axis=0)
+        graph.node("ReduceProd", ("twin.shape",), "twin.size", keepdims=1)
+        graph.node("Concat", ("twin.size", columns), "twin.zeros.shape", axis=0)
+        graph.node("Expand", (zero, "twin.zeros.shape"), "twin.zeros")
+        graph.node("Reshape", ("token_offset", self.last), "twin.offsets")
+        graph.node("Shape", ("input_ids",), "twin.tokens")
+        start = graph.constant("twin.start", [0])
+        graph.node("Slice", ("twin.offsets", start, "twin.tokens"), "twin.offsets.tokens")
+        graph.node("Unsqueeze", ("twin.offsets.tokens", self.second), "twin.offsets.column")
+        graph.node("Cast", ("twin.offsets.column",), "twin.places", to=_INT64)
+        minus = graph.constant("twin.masked", np.array([MASKED_SCORE], self.precision))
+        none = graph.constant("twin.none", np.zeros(1, self.precision))
+        lengths, slots = self._lengths("twin"), self._slots("twin")
+        graph.node("Less", (slots, lengths), "twin.real")
+        graph.node("Where", ("twin.real", none, minus), "twin.scores.rows")
+        axes = graph.constant("twin.axes", [1, 2])
+        graph.node("Unsqueeze", ("twin.scores.rows", axes), "twin.scores")
+
+    def _lengths(self, prefix: str) -> str:
+        """int32 [B, 1]: tokens of each text."""
+        graph = self.graph
+        end = graph.constant(f"{prefix}.end", [np.iinfo(np.int64).max])
+        ends = graph.node(
+            "Slice",
+            ("cumulative_sequence_length", self.second, end, self.first),
+            f"{prefix}.ends",
+        )
+        lengths = graph.node("Sub", (ends, "starts"), f"{prefix}.lengths")
+        return graph.node("Unsqueeze", (lengths, self.second), f"{prefix}.lengths.column")
+
+    def _slots(self, prefix: str) -> str:
+        """int32 [S]: 0, 1, ... up to the longest text.
+
+        Cut from a constant: made by Range, its limit would have to come from the device.
+        """
+        graph = self.graph
+        numbers = np.arange(self.bundle.max_length, dtype=np.int32)
+        every = graph.constant(f"{prefix}.slots.all", numbers)
+        longest = graph.node("Shape", ("token_offset",), f"{prefix}.longest", start=1, end=2)
+        return graph.node("Slice", (every, self.first, longest, self.first), f"{prefix}.slots")
+
+    def _mean(self, hidden: str, name: str) -> str:
+        """float32 [B, H]: the mean over each text's tokens, as a product with a mask.
+
+        Tokens are laid out padded once more. Sums by scattering would be in another order at each
+        run, and differences of running sums lose digits to all texts before.
+        """
+        graph = self.graph
+        lengths, slots = self._lengths("pool"), self._slots("pool")
+        begin = graph.node("Unsqueeze", ("starts", self.second), "pool.starts")
+        places = graph.node("Add", (begin, slots), "pool.places.all")
+        # Past the last text there is nothing: what is read twice instead is multiplied by 0.
+        one = graph.constant("pool.one", np.array([1], np.int32))
+        total = graph.node("Slice", ("pool.ends", self.last, "pool.end", self.first), "pool.tokens")
+        last = graph.node("Sub", (total, one), "pool.last")
+        places = graph.node("Min", (places, last), "pool.places")
+        padded = graph.node("Gather", (hidden, places), "pool.padded", axis=0)
+        real = graph.node("Less", (slots, lengths), "pool.real")
+        mask = graph.node("Cast", (real,), "pool.mask", to=_ONNX_TYPES["float32"])
+        row = graph.node("Unsqueeze", (mask, self.second), "pool.mask.row")
+        total = graph.node("MatMul", (row, self._float32(padded, "pool.padded")), "pool.sum")
+        total = graph.node("Squeeze", (total, self.second), "pool.sum.flat")
+        count = graph.node("Cast", (lengths,), "pool.count", to=_ONNX_TYPES["float32"])
+        return graph.node("Div", (total, count), name)
+
+    def _float32(self, value: str, name: str) -> str:
+        return self.graph.node("Cast", (value,), f"{name}.float32", to=_ONNX_TYPES["float32"])

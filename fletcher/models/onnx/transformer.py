@@ -1,0 +1,393 @@
+"""Writes the padded graph of a transformer of any family, layer by layer.
+
+What the exporters' graphs lack and this one has: pooling, dense layers and normalisation inside,
+positions and token types in one table, the attention's scale in the query weights, norms and
+activations as operators that engines know, attention in the form that they fuse, masks made once
+for all layers, and for `cls` pooling a last layer that computes only that token.
+docs/performance.md has the figures of this and of other forms for BERT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.models.bundle.spec import Pooling
+from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
+from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
+from fletcher.models.onnx.graph import HANDED_ON, HIDDEN, GraphBuilder
+
+# Added to the scores of tokens that are not seen: exp of it is 0 in float32, and float16 and
+# bfloat16 can hold it.
+MASKED_SCORE = -10_000.0
+MIN_NORM = 1e-12  # torch.nn.functional.normalize
+
+_MAX_DISTANCE = 128  # where the last of NUM_BUCKETS begins
+
+
+class TransformerWriter:
+    """Writes one model's padded graph: its embeddings, its layers, what comes after them.
+
+    Args:
+        graph: To write to.
+        architecture: What the model computes.
+        tensors: Its weights.
+    """
+
+    def __init__(self, graph: GraphBuilder, architecture: Architecture, tensors: Tensors) -> None:
+        self.graph = graph
+        self.architecture = architecture
+        self.encoder = EncoderLayers(graph, tensors, architecture)
+        width = architecture.head_width
+        self.head_shape = graph.constant("shape.heads", [0, 0, architecture.num_heads, width])
+        self.kv_shape = self.head_shape
+        if architecture.kv_heads != architecture.num_heads:
+            self.kv_shape = graph.constant("shape.kv", [0, 0, architecture.kv_heads, width])
+        self.flat_shape = graph.constant("shape.flat", [0, 0, architecture.num_heads * width])
+        self.first = graph.constant("index.first", [0])
+        self.second = graph.constant("index.second", [1])
+        self._made: dict[str, str] = {}
+
+    def write(
+        self,
+        pooling: Pooling,
+        dense: Sequence[Dense],
+        *,
+        normalize: bool,
+        layers: range | None = None,
+    ) -> str:
+        """Writes the whole model, or a segment of it that ends at an exit.
+
+        Inputs are `input_ids` and `attention_mask`, int64 [B, L], rows padded at their ends;
+        outputs are `embedding`, float32 [B, dim], and where the model normalises `norm`, float32
+        [B, 1]. Between two segments float32 [B, L, H] goes: the output `handed_on` of one, the
+        input `hidden` in place of `input_ids` of the next.
+
+        Args:
+            pooling: How token embeddings become one, at each exit.
+            dense: Products after that.
+            normalize: Divide by the norm, and give it too.
+            layers: Those of the segment, counted from 0; None: all.
+
+        Returns:
+            What is pooled, [B, L, H], or [B, 1, H] for `cls`.
+        """
+        graph, architecture = self.graph, self.architecture
+        layers = layers or range(architecture.num_layers)
+        states = ("batch", "length", architecture.hidden)
+        if layers.start:
+            mask = self.mask()
+            hidden = graph.input(HIDDEN, np.float32, states)
+        else:
+            input_ids = graph.input("input_ids", np.int64, ("batch", "length"))
+            mask = self.mask()
+            hidden = self.embeddings(input_ids)
+        only_first = False
+        for index in layers:
+            only_first = pooling == "cls" and index == architecture.num_layers - 1
+            hidden = self.layer(index, hidden, mask, only_first=only_first)
+        if layers.stop < architecture.num_layers:
+            graph.node("Identity", (hidden,), HANDED_ON)
+            graph.output(HANDED_ON, np.float32, states)
+        if pooling == "cls" and not only_first:
+            hidden = self._first(hidden, "exit.first", 1)
+        hidden = self.final_norm(hidden)
+        self.head(hidden, mask, pooling, dense, normalize=normalize)
+        return hidden
+
+    def mask(self) -> str:
+        """The input `attention_mask` and what is made of it; float32 [B, L]."""
+        mask = self.graph.input("attention_mask", np.int64, ("batch", "length"))
+        self.graph.node("Shape", (mask,), "input.length", start=1, end=2)
+        return self.graph.node("Cast", (mask,), "mask", to=1)
+
+    def embeddings(self, input_ids: str) -> str:
+        """float32 [B, L, H]: what enters the first layer."""
+        graph, architecture = self.graph, self.architecture
+        words = self.encoder.weight("embeddings.words")
+        total = graph.node("Gather", (words, input_ids), "embeddings.word", axis=0)
+        if architecture.learned_positions:
+            position = self._cut("embeddings.position", self.encoder.weight("embeddings.positions"))
+            total = graph.node("Add", (total, position), "embeddings.sum")
+        elif architecture.type_vocab_size:
+            kind = self.encoder.weight("embeddings.types")
+            total = graph.node("Add", (total, kind), "embeddings.sum")
+        return self.encoder.norm(total, "embeddings.norm") if architecture.embedding_norm else total
+
+    def layer(self, index: int, hidden: str, mask: str, *, only_first: bool = False) -> str:
+        """One layer, [B, L, H] to the same; `only_first` gives the first token of each row alone.
+
+        Args:
+            index: Its number, from 0.
+            hidden: What enters it.
+            mask: As from `mask`.
+            only_first: Whether the other tokens are still needed.
+        """
+        name, architecture = f"layer.{index}", self.architecture
+        entering = hidden
+        if architecture.norm_first and (index or architecture.norm_of_first):
+            entering = self.encoder.norm(hidden, f"{name}.attention.norm")
+        attended = self._attention(index, entering, mask, only_first=only_first)
+        if only_first:
+            hidden = self._first(hidden, f"{name}.first", 1)
+        return self.encoder.after_attention(name, attended, hidden)
+
+    def final_norm(self, hidden: str) -> str:
+        """The norm after the last layer, where the model has one."""
+        return self.encoder.norm(hidden, "final.norm") if self.architecture.norm_first else hidden
+
+    def head(
+        self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
+    ) -> None:
+        """From token embeddings to the graph's outputs.
+
+        Args:
+            hidden: [B, L, H], or [B, 1, H] for `cls`.
+            mask: As from `mask`.
+            pooling: How they become one.
+            dense: Products after that.
+            normalize: Divide by the norm, and give it too.
+        """
+        graph = self.graph
+        value = {"cls": self._cls, "mean": self._mean, "last_token": self._last}[pooling](
+            hidden, mask
+        )
+        width = self.architecture.hidden
+        for index, one in enumerate(dense):
+            value = self.encoder.dense(value, one, f"dense.{index}")
+            width = one.weight.shape[1]
+        if not normalize:
+            graph.node("Identity", (value,), "embedding")
+            graph.output("embedding", np.float32, ("batch", width))
+            return
+        graph.node("ReduceL2", (value, self.second), "norm", keepdims=1)
+        least = self.encoder.scalar("norm.least", MIN_NORM)
+        graph.node("Max", ("norm", least), "norm.bounded")
+        graph.node("Div", (value, "norm.bounded"), "embedding")
+        graph.output("embedding", np.float32, ("batch", width))
+        graph.output("norm", np.float32, ("batch", 1))
+
+    def _attention(self, index: int, hidden: str, mask: str, *, only_first: bool) -> str:
+        """Self-attention, [B, L or 1, heads x width]."""
+        graph, name = self.graph, f"layer.{index}"
+        asking = self._first(hidden, f"{name}.asking", 1) if only_first else hidden
+        # A rotation by position 0 changes nothing.
+        rotation = self._rotation(index)
+        queries = self._heads(asking, f"{name}.q", () if only_first else rotation)
+        keys = self._heads(hidden, f"{name}.k", rotation)
+        values = self._heads(hidden, f"{name}.v", ())
+        # Apart from the transpose before: engines make this one a flag of the product.
+        keys = graph.node("Transpose", (keys,), f"{name}.k.columns", perm=(0, 1, 3, 2))
+        scores = graph.node("MatMul", (queries, keys), f"{name}.scores")
+        for number, term in enumerate(self._terms(index, mask, only_first=only_first)):
+            scores = graph.node("Add", (scores, term), f"{name}.scores.{number}")
+        shares = graph.node("Softmax", (scores,), f"{name}.shares", axis=-1)
+        mixed = graph.node("MatMul", (shares, values), f"{name}.mixed")
+        rows = graph.node("Transpose", (mixed,), f"{name}.mixed.rows", perm=(0, 2, 1, 3))
+        return graph.node("Reshape", (rows, self.flat_shape), f"{name}.attended")
+
+    def _heads(self, value: str, name: str, rotation: Sequence[str]) -> str:
+        """Queries, keys or values, [B, heads, L, width], normalised and rotated as they are."""
+        graph, architecture = self.graph, self.architecture
+        part = name[-1]
+        shape = self.head_shape if part == "q" else self.kv_shape
+        value = graph.node("Reshape", (self.encoder.product(value, name), shape), f"{name}.split")
+        if architecture.head_norm and part != "v":
+            value = self.encoder.rms_norm(value, f"{name}.norm")
+        if rotation:
+            value = self._rotated(value, name, *rotation)
+        if part != "q":
+            value = self._repeated(value)
+        return graph.node("Transpose", (value,), f"{name}.heads", perm=(0, 2, 1, 3))
+
+    def _rotated(self, value: str, name: str, cosines: str, sines: str) -> str:
+        graph = self.graph
+        halves = graph.nodes(
+            "Split", (value,), (f"{name}.left", f"{name}.right"), axis=-1, num_outputs=2
+        )
+        swapped = graph.node("Concat", (halves[1], halves[0]), f"{name}.swapped", axis=-1)
+        straight = graph.node("Mul", (value, cosines), f"{name}.straight")
+        across = graph.node("Mul", (swapped, sines), f"{name}.across")
+        return graph.node("Add", (straight, across), f"{name}.rotated")
+
+    def _repeated(self, value: str) -> str:
+        """Each head of keys or values as often as heads of queries share it."""
+        graph, architecture = self.graph, self.architecture
+        kv_heads, width = architecture.kv_heads, architecture.head_width
+        if kv_heads == architecture.num_heads:
+            return value
+        group = architecture.num_heads // kv_heads
+        apart = self._once(
+            "shape.apart", lambda name: graph.constant(name, [0, 0, kv_heads, 1, width])
+        )
+        copies = self._once("shape.copies", lambda name: graph.constant(name, [1, 1, 1, group, 1]))
+        alone = graph.node("Reshape", (value, apart), f"{value}.alone")
+        many = graph.node("Expand", (alone, copies), f"{value}.many")
+        return graph.node("Reshape", (many, self.head_shape), f"{value}.repeated")
+
+    def _rotation(self, index: int) -> Sequence[str]:
+        """Cosines and sines, [L, 1, width], of the angles of a layer's rotary positions.
+
+        The second half of a head is rotated against the first: (a, b) becomes (a cos - b sin,
+        b cos + a sin), so the first half of the sines is negative.
+        """
+        architecture = self.architecture
+        if not architecture.rotary:
+            return ()
+        theta = architecture.rotary[index]
+        width = architecture.head_width
+        name = f"rotary.{theta:g}"
+        if name not in self._made:
+            # In float32 as PyTorch computes them, so that late positions have the same angles.
+            powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+            frequencies = np.float32(1) / np.float32(theta) ** powers
+            positions = np.arange(architecture.max_length, dtype=np.float32)
+            angles = (positions[:, None] * frequencies)[:, None, :]
+            cosines, sines = np.cos(angles), np.sin(angles)
+            for part, halves in (("cos", (cosines, cosines)), ("sin", (-sines, sines))):
+                table = self.graph.constant(f"{name}.{part}.all", np.concatenate(halves, axis=-1))
+                self._cut(f"{name}.{part}", table)
+            self._made[name] = name
+        return f"{name}.cos", f"{name}.sin"
+
+    def _terms(self, index: int, mask: str, *, only_first: bool) -> list[str]:
+        """What is added to a layer's scores, one after the other; made once for all layers.
+
+        Padding comes after a row's tokens, so a causal model never sees it.
+        """
+        architecture = self.architecture
+        window = architecture.windows[index] if architecture.windows else 0
+        terms = []
+        if architecture.distance_bias:
+            terms.append(self._once(f"bias.{architecture.distance_bias}", self._distance_bias))
+        if architecture.causal or window:
+            reach = "before" if architecture.causal else "around"
+            name = f"seen.{reach}.{window}"
+            terms.append(self._once(name, lambda name: self._seen(name, window)))
+        if only_first:
+            terms = [self._first(term, f"{term}.first", -2) for term in terms]
+        if not architecture.causal:
+            padding = self._once("padding", lambda name: self._padding(mask, name))
+            if window:
+                name = f"{terms[-1]}.padding"
+                both = (terms.pop(), padding)
+                padding = self._once(name, lambda name: self.graph.node("Add", both, name))
+            terms.append(padding)
+        return terms
+
+    def _padding(self, mask: str, name: str) -> str:
+        """float32 [B, 1, 1, L]: 0 for tokens, MASKED_SCORE for padding."""
+        graph = self.graph
+        axes = graph.constant("axes.heads", [1, 2])
+        padding = graph.node("Sub", (self.encoder.scalar("one", 1), mask), "padding.is")
+        masked = self.encoder.scalar("masked", MASKED_SCORE)
+        scores = graph.node("Mul", (padding, masked), "padding.scores")
+        return graph.node("Unsqueeze", (scores, axes), name)
+
+    def _seen(self, name: str, window: int) -> str:
+        """float32 [L, L]: 0 where the row's token sees the column's, else MASKED_SCORE."""
+        graph = self.graph
+        distance = self._once("distance", self._distance)
+        unseen = []
+        if self.architecture.causal:
+            zero = self.encoder.scalar("zero", 0)
+            unseen.append(graph.node("Greater", (distance, zero), f"{name}.later"))
+        if window:
+            reach = self.encoder.scalar(f"{name}.reach", window)
+            away = graph.node("Abs", (distance,), f"{name}.away")
+            unseen.append(graph.node("Greater", (away, reach), f"{name}.far"))
+        either = graph.node("Or", unseen, f"{name}.not") if len(unseen) > 1 else unseen[0]
+        masked = self.encoder.scalar("masked", MASKED_SCORE)
+        return graph.node("Where", (either, masked, self.encoder.scalar("zero", 0)), name)
+
+    def _distance(self, name: str) -> str:
+        """float32 [L, L]: the column's position less the row's."""
+        graph = self.graph
+        every = np.arange(self.architecture.max_length, dtype=np.float32)
+        places = self._cut(f"{name}.places", graph.constant(f"{name}.places.all", every))
+        rows = graph.node("Unsqueeze", (places, self.second), f"{name}.rows")
+        return graph.node("Sub", (places, rows), name)
+
+    def _distance_bias(self, name: str) -> str:
+        """float32 [heads, L, L]."""
+        graph, architecture = self.graph, self.architecture
+        distance = self._once("distance", self._distance)
+        if architecture.distance_bias == "alibi":
+            slopes = graph.constant(f"{name}.slopes", alibi_slopes(architecture.num_heads))
+            away = graph.node("Abs", (distance,), f"{name}.away")
+            return graph.node("Mul", (away, slopes), name)
+        farthest = architecture.max_length - 1
+        buckets = distance_buckets(np.arange(-farthest, farthest + 1))
+        table = np.ascontiguousarray(self.encoder.tensors.get("distances").T[:, buckets])
+        shift = self.encoder.scalar(f"{name}.shift", farthest)
+        index = graph.node("Add", (distance, shift), f"{name}.index.float")
+        index = graph.node("Cast", (index,), f"{name}.index", to=7)
+        return graph.node("Gather", (graph.constant("distances", table), index), name, axis=1)
+
+    def _cut(self, name: str, table: str) -> str:
+        """As many first rows of a table as the batch is long."""
+        return self.graph.node("Slice", (table, self.first, "input.length", self.first), name)
+
+    def _first(self, value: str, name: str, axis: int) -> str:
+        axes = self._once(f"axis.{axis}", lambda name: self.graph.constant(name, [axis]))
+        return self.graph.node("Slice", (value, self.first, self.second, axes), name)
+
+    def _cls(self, hidden: str, _mask: str) -> str:
+        return self.graph.node("Squeeze", (hidden, self.second), "pooled")
+
+    def _mean(self, hidden: str, mask: str) -> str:
+        """Mean over the tokens of each row, as a matrix product with the mask."""
+        graph = self.graph
+        row = graph.node("Unsqueeze", (mask, self.second), "mask.row")
+        total = graph.node("MatMul", (row, hidden), "tokens.sum")
+        total = graph.node("Squeeze", (total, self.second), "tokens.sum.flat")
+        count = graph.node("ReduceSum", (mask, self.second), "tokens.count", keepdims=1)
+        return graph.node("Div", (total, count), "pooled")
+
+    def _last(self, hidden: str, mask: str) -> str:
+        graph = self.graph
+        count = graph.node("ReduceSum", (mask, self.second), "tokens.count", keepdims=1)
+        index = graph.node("Sub", (count, self.encoder.scalar("one", 1)), "last.index.float")
+        index = graph.node("Cast", (index,), "last.index", to=7)
+        return graph.node("GatherND", (hidden, index), "pooled", batch_dims=1)
+
+    def _once(self, name: str, make: Callable[[str], str]) -> str:
+        """What `make` writes under a name, written when it is first asked for."""
+        if name not in self._made:
+            self._made[name] = make(name)
+        return self._made[name]
+
+
+def alibi_slopes(num_heads: int) -> Array:
+    """float32 [heads, 1, 1]: what a token of distance costs, by head; negative.
+
+    For a number of heads that is no power of 2, every second slope of twice as many is added
+    (https://github.com/ofirpress/attention_with_linear_biases, `get_slopes`).
+    """
+
+    def slopes(number: int) -> list[float]:
+        return [2.0 ** (-8 * (index + 1) / number) for index in range(number)]
+
+    power = 2 ** int(math.log2(num_heads))
+    found = slopes(power) + slopes(2 * power)[0::2][: num_heads - power]
+    return -np.array(found, np.float32)[:, None, None]
+
+
+def distance_buckets(distances: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The bucket of each distance: half of them behind, half ahead, exact near, logarithmic far.
+
+    As in T5 (https://arxiv.org/abs/1910.10683, section 2.1), both directions.
+    """
+    half, exact = NUM_BUCKETS // 2, NUM_BUCKETS // 4
+    away = np.abs(distances)
+    # In float32 and cut off like PyTorch, so that distances at an edge fall into the same bucket.
+    ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(
+        math.log(_MAX_DISTANCE / exact)
+    )
+    far = exact + (ratio * np.float32(half - exact)).astype(np.int64)
+    bucket = np.where(away < exact, away, np.minimum(far, half - 1))
+    buckets: npt.NDArray[np.int64] = bucket + half * (distances > 0)
+    return buckets

@@ -1,0 +1,220 @@
+"""A window of tokenized texts, planned into micro-batches, and the vectors that come back.
+
+All texts of a window lie in one flat array of token ids; micro-batches are sets of its rows, and
+their vectors are written to the rows' places in one array, of which every ticket then gets its
+slice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from fletcher.core.batches import (
+    BoolArray,
+    EmbeddingBatch,
+    FloatArray,
+    InferenceResult,
+    Int32Array,
+    Int64Array,
+    MicroBatch,
+    Segments,
+    TokenBatch,
+    VectorArray,
+)
+from fletcher.errors import FletcherError, InternalError
+from fletcher.pipeline.stream import StreamTicket
+from fletcher.vectors.ragged import places, scattered, segments_of, starts_of
+
+Plan = Callable[[Int32Array], list[Int64Array]]
+
+
+class BatchWindow:
+    """Tickets whose texts are planned together.
+
+    Args:
+        tickets: Tokenized tickets of one model, one exit layer and one type of vectors, all with
+            segments or all without.
+        dim: Numbers in a vector.
+        plan: From lengths to row sets; rows of length 0 (failed texts) are not given to it.
+    """
+
+    def __init__(self, tickets: Sequence[StreamTicket], dim: int, plan: Plan) -> None:
+        token_batches = [ticket.tokens for ticket in tickets if ticket.tokens is not None]
+        assert len(token_batches) == len(tickets)
+        self.tickets = tickets
+        self._layers = tickets[0].texts.layers
+        self._half = tickets[0].texts.half
+        self._dtype = np.dtype(np.float16 if self._half else np.float32)
+        self._dim = dim
+        self._input_ids: Int32Array = _joined([tokens.input_ids for tokens in token_batches])
+        lengths = _joined([np.diff(tokens.offsets) for tokens in token_batches])
+        self._lengths: Int32Array = lengths.astype(np.int32)
+        self._starts: Int64Array = np.concatenate(([0], np.cumsum(lengths)))
+        num_texts = (tokens.num_texts for tokens in token_batches)
+        self._first_rows = list(accumulate(num_texts, initial=0))
+        late = [tokens.segments for tokens in token_batches if tokens.segments is not None]
+        self._segments = _all_segments(late)
+        # Where a row's vectors begin, of which it has one or one for each segment.
+        self._slots: Int64Array = np.arange(len(lengths) + 1)
+        if self._segments is not None:
+            self._slots = np.concatenate(([0], np.cumsum(self._segments.counts)))
+        present = np.flatnonzero(self._lengths)
+        row_sets = plan(self._lengths[present]) if len(present) else []
+        self.row_sets: list[Int64Array] = [present[rows] for rows in row_sets]
+        self._embeddings: VectorArray | None = None
+        self._norms: FloatArray | None = None
+        self._parts: list[tuple[Int64Array, FloatArray, Int32Array]] = []  # several vectors a row
+        self._errors: dict[int, FletcherError] = {}
+        self._remaining = len(self.row_sets)
+        self._lock = threading.Lock()
+
+    def micro_batch(self, rows: Int64Array) -> MicroBatch:
+        """The tokens of some rows, flat."""
+        if len(self._lengths) == 1:
+            return MicroBatch(
+                self._input_ids, self._lengths, self._layers, self._segments, self._half
+            )
+        lengths = self._lengths[rows]
+        ends = np.cumsum(lengths)
+        # Position i of the output comes from start of its row + i - where its row begins there.
+        shift = np.repeat(self._starts[rows] - (ends - lengths), lengths)
+        segments = None if self._segments is None else segments_of(self._segments, rows)
+        input_ids = self._input_ids[np.arange(ends[-1]) + shift]
+        return MicroBatch(input_ids, lengths, self._layers, segments, self._half)
+
+    @property
+    def abandoned(self) -> bool:
+        """Nobody waits for any of it."""
+        return all(ticket.stream.closed for ticket in self.tickets)
+
+    def settle(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
+        """Takes a micro-batch's vectors, or why it has none; the last one finishes the tickets."""
+        with self._lock:
+            error = result if isinstance(result, FletcherError) else self._store(rows, result)
+            if error is not None:
+                self._errors.update(dict.fromkeys(rows.tolist(), error))
+            self._remaining -= 1
+            if self._remaining:
+                return
+        self.finish()
+
+    def finish(self) -> None:
+        """Gives every ticket its slice."""
+        slots, counts = self._slots, None
+        embeddings = self._embeddings
+        if self._parts:
+            embeddings, counts = scattered(len(self._lengths), self._dim, self._parts)
+            slots = np.concatenate(([0], np.cumsum(counts)))
+        elif embeddings is None:
+            embeddings = np.zeros((slots[-1], self._dim), self._dtype)
+        for index, ticket in enumerate(self.tickets):
+            first, last = self._first_rows[index], self._first_rows[index + 1]
+            begin, end = slots[first], slots[last]
+            tokens = ticket.tokens
+            assert tokens is not None
+            errors = {
+                row - first: error for row, error in self._errors.items() if first <= row < last
+            }
+            if tokens.segments is not None:
+                ticket.finish(self._of_segments(tokens, embeddings[begin:end], errors, begin))
+                continue
+            truncated: BoolArray = tokens.truncated
+            ticket.finish(
+                EmbeddingBatch(
+                    embeddings=embeddings[begin:end],
+                    norms=None if self._norms is None else self._norms[first:last],
+                    token_count=self._lengths[first:last],
+                    truncated=truncated,
+                    errors={**tokens.errors, **errors},
+                    counts=None if counts is None else counts[first:last],
+                    chunks=tokens.chunks,
+                )
+            )
+
+    def _of_segments(
+        self,
+        tokens: TokenBatch,
+        embeddings: VectorArray,
+        errors: Mapping[int, FletcherError],
+        begin: int,
+    ) -> EmbeddingBatch:
+        """Vectors of a ticket's segments, each of which is a text from here on.
+
+        Args:
+            tokens: The ticket's.
+            embeddings: float32 [num_segments, dim].
+            errors: By row.
+            begin: The first segment's place in the window.
+        """
+        assert tokens.segments is not None
+        counts, bounds = tokens.segments.counts, tokens.segments.bounds
+        starts = starts_of(counts)
+        lost = {
+            place: error
+            for row, error in errors.items()
+            for place in range(int(starts[row]), int(starts[row] + counts[row]))
+        }
+        return EmbeddingBatch(
+            embeddings=embeddings,
+            norms=None if self._norms is None else self._norms[begin : begin + len(bounds)],
+            token_count=bounds[:, 1] - bounds[:, 0],
+            truncated=np.zeros(len(bounds), np.bool_),
+            errors=lost,
+            chunks=tokens.chunks,
+        )
+
+    def _store(self, rows: Int64Array, result: InferenceResult) -> FletcherError | None:
+        """Puts vectors in their places; an error where they are not what the model promises."""
+        if result.counts is not None:
+            vectors = np.asarray(result.embeddings, np.float32)
+            return self._store_ragged(rows, vectors, result.counts)
+        slots = rows
+        if self._segments is not None:
+            slots = places(self._slots[rows], self._segments.counts[rows])
+        expected = (len(slots), self._dim)
+        norms = len(slots) if result.norms is None else result.norms.size
+        if result.embeddings.shape != expected or norms != len(slots):
+            return InternalError(
+                f"a replica answered with vectors of shape {result.embeddings.shape} and {norms} "
+                f"norms, expected {expected}"
+            )
+        if len(self._lengths) == 1:
+            self._embeddings, self._norms = result.embeddings, result.norms
+            return None
+        if self._embeddings is None:
+            self._embeddings = np.zeros((self._slots[-1], self._dim), self._dtype)
+        self._embeddings[slots] = result.embeddings
+        if result.norms is not None:
+            if self._norms is None:
+                self._norms = np.zeros(self._slots[-1], np.float32)
+            self._norms[slots] = result.norms.reshape(-1)
+        return None
+
+    def _store_ragged(
+        self, rows: Int64Array, vectors: FloatArray, counts: Int32Array
+    ) -> FletcherError | None:
+        """Keeps vectors until all are there: only then is it known where each row begins."""
+        expected = (int(counts.sum()), self._dim)
+        if len(counts) != len(rows) or vectors.shape != expected:
+            return InternalError(
+                f"a replica answered with vectors of shape {vectors.shape} for {len(counts)} rows, "
+                f"expected {expected} for {len(rows)}"
+            )
+        self._parts.append((rows, vectors, counts))
+        return None
+
+
+def _joined(arrays: list[Any]) -> Any:
+    """The same, not copied where there is one."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _all_segments(parts: list[Segments]) -> Segments | None:
+    if not parts:
+        return None
+    return Segments(_joined([one.counts for one in parts]), _joined([one.bounds for one in parts]))

@@ -1,0 +1,61 @@
+"""Output batches whose rows are chunks of documents that come in pieces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.core.batches import EmbeddingBatch, Int64Array
+from fletcher.core.schema import VectorSpec
+from fletcher.errors import FletcherError, RowTooLargeError
+from fletcher.pipeline.assembly import Output
+from fletcher.pipeline.chunk_assembly import ChunkAssembler
+from fletcher.pipeline.input.row_slice import RowSlice
+
+# Of a document's text, what chunks that are to come may have: one of 1,000 tokens has some 5 kB,
+# but white space has no tokens.
+_MAX_TEXT_BYTES = 1 << 20
+
+
+class DocumentAssembler(ChunkAssembler):
+    """Builds one call's output batches; arguments are those of `ChunkAssembler`.
+
+    Where chunks have their texts, a document's text is kept from its last chunk on.
+    """
+
+    def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
+        super().__init__(schema, spec, upload_id, whole_rows=False)
+        self._kept_text = b""
+        self._dropped_bytes = 0  # of the document, before that
+
+    def assemble(
+        self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
+    ) -> Output | None:
+        """See `Assembler.assemble`."""
+        if "text" not in self.schema.names or not row_slice.texts.num_texts:
+            return super().assemble(row_slice, outcome)
+        if row_slice.part == 0:
+            self._kept_text, self._dropped_bytes = b"", 0
+        if len(self._kept_text) > _MAX_TEXT_BYTES:
+            outcome = RowTooLargeError(
+                f"a chunk's text has more than {_MAX_TEXT_BYTES} bytes, of which it has few "
+                "tokens; send less white space, or leave `include_text` out",
+                field="text",
+                allowed=[f"<= {_MAX_TEXT_BYTES} bytes a chunk"],
+            )
+        if not self._lost or row_slice.part == 0:
+            self._kept_text += row_slice.texts.data
+        output = super().assemble(row_slice, outcome)
+        if isinstance(outcome, EmbeddingBatch) and outcome.chunks is not None:
+            # The next chunk begins behind the beginning of the last one.
+            for first in outcome.chunks.spans[-1:, 2].tolist():
+                self._kept_text = self._kept_text[first - self._dropped_bytes :]
+                self._dropped_bytes = first
+        return output
+
+    def _source(
+        self,
+        row_slice: RowSlice,  # noqa: ARG002 - of an earlier one, too
+        rows: Int64Array,
+    ) -> tuple[memoryview, Int64Array]:
+        return memoryview(self._kept_text), np.full(len(rows), -self._dropped_bytes)

@@ -1,0 +1,113 @@
+"""Arrays as clients send them: checked in full, measured, brought to one layout."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fletcher.core.batches import BoolArray, Int32Array, Int64Array
+from fletcher.errors import ColumnTypeError, InvalidUtf8Error
+
+# Two offsets of utf8, and of large_utf8.
+_PAIR, _LARGE_PAIR = struct.Struct("<2i"), struct.Struct("<2q")
+
+
+def validate(array: pa.Array, name: str) -> None:
+    try:
+        array.validate(full=True)
+        if pa.types.is_dictionary(array.type):
+            array.dictionary.validate(full=True)
+    except pa.ArrowException as error:  # of a view that points nowhere it is an IndexError, too
+        text = str(error)
+        if "UTF8" in text or "UTF-8" in text:
+            raise InvalidUtf8Error(
+                f"column `{name}` holds invalid UTF-8: {text}; nothing of this batch was used",
+                field=name,
+            ) from None
+        raise ColumnTypeError(
+            f"column `{name}` is not a valid Arrow array: {text}; nothing of this batch was used",
+            field=name,
+        ) from None
+
+
+def without_views(array: pa.Array) -> pa.Array:
+    """Arrow has few functions for views: they become texts, or bytes, with offsets."""
+    if pa.types.is_dictionary(array.type) and _is_view(array.type.value_type):
+        return pa.DictionaryArray.from_arrays(array.indices, without_views(array.dictionary))
+    if not _is_view(array.type):
+        return array
+    is_text = pa.types.is_string_view(array.type)
+    return array.cast(pa.large_utf8() if is_text else pa.large_binary())
+
+
+def large_utf8(texts: pa.Array) -> pa.Array:
+    """utf8 with 64-bit offsets: one layout from here on."""
+    return texts if pa.types.is_large_string(texts.type) else texts.cast(pa.large_utf8())
+
+
+def distinct(texts: pa.Array) -> tuple[Int32Array, pa.Array]:
+    """int32 [n], each text's place among the different ones (any where null), and these."""
+    if len(texts) == 1:  # an interactive request; Arrow's functions take a tenth of a millisecond
+        return np.zeros(1, np.int32), texts
+    encoded = texts.dictionary_encode()
+    codes = encoded.indices.fill_null(-1) if encoded.null_count else encoded.indices
+    return codes.to_numpy(), encoded.dictionary
+
+
+def text_offsets(texts: pa.Array) -> Int64Array:
+    """int64 [n + 1] offsets of a large_utf8 array's own slice."""
+    if len(texts) == 0:
+        return np.zeros(1, np.int64)
+    buffer = texts.buffers()[1]
+    return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+
+
+def only_text(texts: pa.Array) -> bytes:
+    """The UTF-8 bytes of an array of a single text, utf8 or large_utf8 and not null."""
+    _, offsets, data = texts.buffers()
+    pair = _LARGE_PAIR if pa.types.is_large_string(texts.type) else _PAIR
+    first, last = pair.unpack_from(offsets, texts.offset * pair.size // 2)
+    return bytes(memoryview(data)[first:last]) if last > first else b""
+
+
+def null_mask(array: pa.Array) -> BoolArray:
+    """True where null; a code of a null value in a dictionary is one, too."""
+    if array.null_count == 0 and not pa.types.is_dictionary(array.type):
+        return np.zeros(len(array), np.bool_)
+    return np.asarray(pc.is_null(array).to_numpy(zero_copy_only=False))
+
+
+def viewed_bytes(array: pa.Array) -> int:
+    """Bytes that the views of a column, or of its dictionary, stand for."""
+    values = array.dictionary if pa.types.is_dictionary(array.type) else array
+    if not _is_view(values.type) or len(values) == 0:
+        return 0
+    # A view is 16 bytes, of which the first 4 are the length.
+    lengths = np.frombuffer(values.buffers()[1], np.int32)[::4]
+    lengths = lengths[values.offset : values.offset + len(values)]
+    return int(lengths[~null_mask(values)].sum(dtype=np.int64))
+
+
+def decoded_bytes(array: pa.DictionaryArray) -> int:
+    """Bytes that a dictionary's codes stand for; of lists and structs, at most."""
+    values = array.dictionary
+    if any(has_lengths(values.type) for has_lengths in _WITH_LENGTHS):
+        return pc.sum(pc.binary_length(values).take(array.indices)).as_py() or 0
+    # A long list among many short ones may be what all codes stand for.
+    share = 1 if pa.types.is_nested(values.type) else max(1, len(values))
+    return len(array) * int(values.nbytes) // share
+
+
+_WITH_LENGTHS = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+)
+
+
+def _is_view(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string_view(kind) or pa.types.is_binary_view(kind))

@@ -1,0 +1,213 @@
+"""Documents that come in pieces: rows whose texts, joined, are the document (`continuous`).
+
+Rows of one id, one after the other, are pieces of one document, wherever batches end. What of its
+text can be tokenized already leaves as parts of one long text do (`pipeline.input.text_parts`);
+what more text may still change, mostly the last word, is held. So chunks are those of the joined
+text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fletcher.core.batches import Priority
+from fletcher.errors import FletcherError
+from fletcher.pipeline.input.arrays import large_utf8, text_offsets
+from fletcher.pipeline.input.intake import Intake, Skip
+from fletcher.pipeline.input.row_slice import RowSlice
+from fletcher.pipeline.input.text_parts import last_end, part_ends
+from fletcher.pipeline.row_errors import RowErrors
+
+# Text that has no space between words, such as Chinese, goes on in parts of this size.
+_MAX_HELD_BYTES = 4096
+
+
+@dataclass(slots=True)
+class _Document:
+    """One whose end has not come.
+
+    Attributes:
+        row: Its first row; the text is empty.
+        row_first: That row's offset in the stream.
+        held: The end of its text, which may still change with what comes.
+        num_parts: Parts so far.
+        failed: Why was said; what comes of it is dropped.
+    """
+
+    row: pa.RecordBatch
+    row_first: int
+    held: bytes = b""
+    num_parts: int = 0
+    failed: bool = False
+
+    def goes_on(self, ids: pa.Array | None) -> bool:
+        """Whether rows that have these ids begin with more of it."""
+        if ids is None:
+            return True
+        found = ids[0].as_py()
+        return found is not None and found == self.row.column("id")[0].as_py()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What goes on of a document: some text, the last of it unless `continued`, or its failure."""
+
+    document: _Document
+    text: bytes
+    continued: bool = False
+    error: FletcherError | None = None
+
+
+class DocumentIntake(Intake):
+    """One call's input where rows are pieces of documents; arguments are those of `Intake`."""
+
+    _document: _Document | None = None
+
+    def row_slices(
+        self,
+        batch: pa.RecordBatch,
+        batch_id: int,
+        row_first: int,
+        *,
+        keep: Callable[[int], bool] = lambda _: True,  # noqa: ARG002 - here are no tables
+        skip: Skip | None = None,
+        ends: bool = False,
+    ) -> Iterator[RowSlice]:
+        """Checks a batch and gives what of its documents can go on; if nothing, one empty piece.
+
+        A piece is a part of a document, and has one row, the document's first. Arguments and errors
+        are those of `Intake.pieces`; with `ends` the document at hand ends with this batch.
+        """
+        assert skip is None  # rows are left out where they are stored
+        used = self._columns.checked(batch)
+        texts = large_utf8(self._columns.decoded(used.column("text"), "text"))
+        sizes = np.diff(text_offsets(texts))
+        errors = RowErrors(used, sizes, self._limits.max_row_bytes)
+        priority = self._class_of(batch.num_rows, int(sizes.sum()))
+        found = self._parts_of(used, texts, errors, row_first, ends=ends)
+        yield from self._made(found, used, batch_id, priority)
+
+    def rest(self) -> Iterator[RowSlice]:
+        """The end of the document at hand, if there is one."""
+        document = self._document
+        if document is not None:
+            priority = self._class_of(1, len(document.held))
+            yield from self._made(self._end(), document.row, None, priority)
+
+    def _parts_of(
+        self,
+        used: pa.RecordBatch,
+        texts: pa.Array,
+        errors: RowErrors,
+        row_first: int,
+        *,
+        ends: bool,
+    ) -> Iterator[_Part]:
+        ids = used.column("id") if self.has_ids else None
+        offsets, data = text_offsets(texts), texts.buffers()[2]
+        view = memoryview(b"" if data is None else data)
+        for first, last in _runs(ids, len(texts)):
+            document = self._document
+            if document is None or first or not document.goes_on(ids):
+                yield from self._end()
+                document = self._document = _Document(_row(used, first), row_first + first)
+            if document.failed:
+                continue
+            bad = errors.first(first, last)
+            end = last if bad is None else bad
+            complete = bad is None and (ends or last < len(texts))
+            yield from self._go_on(document, view[offsets[first] : offsets[end]], ends=complete)
+            if bad is not None:
+                document.failed = True
+                # It ends the text so far, too: what comes would go on from there.
+                yield _Part(document, b"", error=errors.of(bad, bad + 1)[0])
+        if ends:
+            yield from self._end()
+
+    def _go_on(self, document: _Document, text: memoryview, *, ends: bool) -> Iterator[_Part]:
+        """What of the document's text may leave, with that which is held; all where it `ends`."""
+        if document.held:
+            text = memoryview(document.held + text)
+        max_bytes = self._limits.slice_bytes
+        places = [0, *part_ends(text, max_bytes)]
+        if ends:
+            self._document = None
+        else:
+            places[-1] = places[-2] + last_end(text[places[-2] :], min(max_bytes, _MAX_HELD_BYTES))
+            document.held = bytes(text[places[-1] :])
+        for first, last in pairwise(places):
+            if ends or first < last:
+                continued = not ends or last < len(text)
+                yield _Part(document, bytes(text[first:last]), continued)
+
+    def _end(self) -> Iterator[_Part]:
+        document, self._document = self._document, None
+        if document is not None and not document.failed:
+            yield from self._go_on(document, memoryview(b""), ends=True)
+
+    def _made(
+        self,
+        parts: Iterable[_Part],
+        rows: pa.RecordBatch,
+        batch_id: int | None,
+        priority: Priority,
+    ) -> Iterator[RowSlice]:
+        """Pieces, of which the last says so; there is one, though it were empty."""
+        # Every batch has an answer to come, for which it pays.
+        row_slice = RowSlice(
+            batch_id=batch_id,
+            row_first=0,
+            rows=rows.slice(0, 0),
+            texts=self._texts(b"", np.zeros(1, np.int64)),
+            values=np.zeros(0, np.int32),
+            timestamp_ns=time.time_ns(),
+            num_bytes=self._limits.bytes_per_row,
+            priority=priority,
+            last=False,
+            # Of the document that goes on, so that what is known of it stays so.
+            part=self._document.num_parts if self._document else 0,
+        )
+        nothing = row_slice
+        for number, part in enumerate(parts):
+            if number:
+                yield row_slice
+            row_slice = self._row_slice(nothing, part)
+        yield replace(row_slice, last=True)
+
+    def _row_slice(self, nothing: RowSlice, part: _Part) -> RowSlice:
+        document, size = part.document, len(part.text)
+        texts = self._texts(part.text, np.array([0, size], np.int64))
+        document.num_parts += 1
+        return replace(
+            nothing,
+            row_first=document.row_first,
+            rows=document.row,
+            texts=replace(texts, continued=part.continued),
+            values=np.zeros(1, np.int32),
+            errors={} if part.error is None else {0: part.error},
+            num_bytes=self._limits.bytes_per_byte * size + self._limits.bytes_per_row,
+            part=document.num_parts - 1,
+        )
+
+
+def _runs(ids: pa.Array | None, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Rows of the same id, one after the other; a row whose id is null is by itself."""
+    if ids is None or num_rows < 2:
+        return iter([(0, num_rows)] if num_rows else [])
+    others = pc.fill_null(pc.not_equal(ids[1:], ids[:-1]), True)
+    places = np.flatnonzero(others.to_numpy(zero_copy_only=False)) + 1
+    return pairwise([0, *places.tolist(), num_rows])
+
+
+def _row(used: pa.RecordBatch, row: int) -> pa.RecordBatch:
+    """One row without its text, which keeps nothing else of its batch."""
+    one = pa.array([row])
+    columns = {name: used.column(name).take(one) for name in used.schema.names if name != "text"}
+    return pa.RecordBatch.from_pydict({**columns, "text": pa.array([""], pa.large_utf8())})

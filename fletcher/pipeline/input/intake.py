@@ -1,0 +1,335 @@
+"""What a client sent, checked in full and cut into pieces that the pipeline can hold.
+
+`Intake` knows one call's input schema. It validates every batch before anything reads it (Arrow
+hands over bad offsets and invalid UTF-8 without a word), finds the rows that cannot be embedded,
+and cuts the rest into `RowSlice`s: the distinct texts to embed, and which row takes which vector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from fletcher.core.batches import (
+    BoolArray,
+    Int32Array,
+    Int64Array,
+    Priority,
+    TextBatch,
+    Truncate,
+)
+from fletcher.core.chunking import Chunking
+from fletcher.core.command import EmbedCommand
+from fletcher.pipeline.input.arrays import (
+    distinct,
+    large_utf8,
+    only_text,
+    text_offsets,
+    validate,
+)
+from fletcher.pipeline.input.columns import InputColumns
+from fletcher.pipeline.input.limits import INTERACTIVE_BYTES, INTERACTIVE_ROWS, IntakeLimits
+from fletcher.pipeline.input.row_slice import RowSlice
+from fletcher.pipeline.input.text_parts import part_ends
+from fletcher.pipeline.row_errors import RowErrors
+
+# From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
+Skip = Callable[[pa.RecordBatch, int], BoolArray]
+
+
+class Intake:
+    """One call's input.
+
+    Args:
+        schema: Of the input stream.
+        options: The command.
+        prompt: Literal text put before every text.
+        layers: The exit layer that vectors come from; 0: the last.
+        limits: Bounds.
+        carry_text: The text is carried to the output.
+        small_is_interactive: Batches of a few short rows overtake bulk work.
+        chunking: How texts are cut into chunks; None: not at all.
+        taken: Of each chunk, tokens that are not the text's: the prompt's and special ones.
+        half: Vectors of bulk work are float16 from the graph on.
+
+    Attributes:
+        has_ids: There is a column of ids.
+        id_type: Theirs; utf8 where there is none.
+        has_metadata: There is a `metadata` column of strings.
+        carried_fields: Of columns that are carried through, as they leave.
+        carry_text: As given.
+
+    Raises: As `InputColumns`.
+    """
+
+    def __init__(
+        self,
+        schema: pa.Schema,
+        options: EmbedCommand,
+        *,
+        prompt: str,
+        layers: int = 0,
+        limits: IntakeLimits,
+        carry_text: bool,
+        small_is_interactive: bool,
+        chunking: Chunking | None = None,
+        taken: int = 0,
+        half: bool = False,
+    ) -> None:
+        self._limits = limits if chunking is None else limits.for_chunks(chunking, taken)
+        self._half = half
+        self._bulk_limits = self._limits.for_float16() if half else self._limits
+        self._prompt = prompt
+        self._layers = layers
+        self._chunking = chunking
+        self._truncate: Truncate = options.truncate  # type: ignore[assignment]
+        self._priority = options.priority
+        self._small_is_interactive = small_is_interactive
+        self._columns = InputColumns(schema, options, limits.max_message_bytes)
+        self.has_ids, self.id_type = self._columns.has_ids, self._columns.id_type
+        self.has_metadata = self._columns.has_metadata
+        self.carried_fields, self.carry_text = self._columns.carried, carry_text
+        self._dictionary: pa.Array | None = None
+        self._seen = np.zeros(0, np.bool_)
+
+    def row_slices(
+        self,
+        batch: pa.RecordBatch,
+        batch_id: int,
+        row_first: int,
+        *,
+        keep: Callable[[int], bool] = lambda _: True,
+        skip: Skip | None = None,
+        ends: bool = False,  # noqa: ARG002 - every row is a whole text
+    ) -> Iterator[RowSlice]:
+        """Checks a batch and cuts it up; an empty batch gives one empty piece.
+
+        Args:
+            batch: As received.
+            batch_id: Its number.
+            row_first: Offset of its first row in the upload.
+            keep: Asked whether the vectors of a dictionary may be kept, so many bytes, for batches
+                to come.
+            skip: Tells which rows of a piece are not wanted; None: all are.
+            ends: A text ends with the last row; here with every one.
+
+        Raises:
+            BatchTooLargeError: The batch is larger than `max_message_bytes`.
+            InvalidUtf8Error, ColumnTypeError: Its arrays are not valid; nothing of it was used.
+        """
+        single = None
+        plain = self._columns.only_texts and self._chunking is None
+        if plain and batch.num_rows == 1 and skip is None:
+            single = self._single(batch, batch_id, row_first)
+        if single is not None:
+            return iter((single,))
+        return self._row_slices(batch, batch_id, row_first, keep, skip)
+
+    def _row_slices(
+        self,
+        batch: pa.RecordBatch,
+        batch_id: int,
+        row_first: int,
+        keep: Callable[[int], bool],
+        skip: Skip | None,
+    ) -> Iterator[RowSlice]:
+        timestamp_ns = time.time_ns()
+        used = self._columns.checked(batch)
+        text = used.column("text")
+        dictionary = None
+        if pa.types.is_dictionary(text.type):
+            dictionary = large_utf8(text.dictionary)
+            codes = _codes(text)
+            sizes = np.append(np.diff(text_offsets(dictionary)), 0)[codes]  # code -1 takes the 0
+        else:
+            text = large_utf8(text)
+            sizes = np.diff(text_offsets(text))
+        errors = RowErrors(used, sizes, self._limits.max_row_bytes)
+        held_bytes = self._columns.held_bytes(batch, used, int(sizes.sum()))
+        shared = new_table = False
+        rows = self._chunking is not None and self._chunking.rows  # any number a value: no table
+        if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
+            new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
+            shared = not new_table or self._remember(dictionary, keep)
+        priority = self._class_of(batch.num_rows, int(sizes.sum()))
+        limits = self._bulk_limits if priority == "bulk" else self._limits
+        bounds = _cuts(sizes, limits.slice_rows, limits.slice_bytes)
+        for index, (first, last) in enumerate(bounds):
+            rows = used.slice(first, last - first)
+            own_errors, wanted = errors.of(first, last), np.ones(last - first, np.bool_)
+            wanted[list(own_errors)] = False
+            unwanted = np.zeros(0, np.int64)
+            if skip is not None:
+                unwanted = np.flatnonzero(wanted & skip(rows, row_first + first))
+                wanted[unwanted] = False
+            new_values: Int32Array | None = None
+            if dictionary is not None:
+                found = self._wanted(codes[first:last], dictionary, wanted, shared=shared)
+                values, texts, new_values = found
+            else:  # made one, so that a repeated text is embedded once
+                values, texts = distinct(text.slice(first, last - first))
+                if not wanted.all():
+                    values, texts, _ = self._wanted(values, texts, wanted, shared=False)
+            text_bytes = int(sizes[first:last].sum())
+            rows_bytes = text_bytes + held_bytes * (last - first) // max(1, batch.num_rows)
+            row_slice = RowSlice(
+                batch_id=batch_id,
+                row_first=row_first + first,
+                rows=rows,
+                texts=self._text_batch(texts, half=self._half and priority == "bulk"),
+                values=values,
+                timestamp_ns=timestamp_ns,
+                num_bytes=(limits.bytes_per_byte - 1) * text_bytes
+                + (last - first) * limits.bytes_per_row
+                + rows_bytes,
+                priority=priority,
+                last=index == len(bounds) - 1,
+                errors=own_errors,
+                skipped=unwanted,
+                new_values=new_values,
+                new_table=len(self._seen) if shared and new_table and index == 0 else None,
+            )
+            yield from self._parts(row_slice, rows_bytes)
+
+    def _wanted(
+        self, codes: Int32Array | Int64Array, words: pa.Array, wanted: BoolArray, *, shared: bool
+    ) -> tuple[Int32Array, pa.Array, Int32Array | None]:
+        """The words that wanted rows have, each once.
+
+        Args:
+            codes: [num_rows], which of `words` each row has; any where it is not wanted.
+            words: All different.
+            wanted: bool [num_rows].
+            shared: They are the dictionary whose vectors are kept: those that are there are left
+                out.
+
+        Returns:
+            `values`, `texts` and `new_values` of a piece.
+        """
+        values = np.where(wanted, codes, -1).astype(np.int32)
+        new = np.unique(values[values >= 0])
+        if shared:
+            new = new[~self._seen[new]]
+            self._seen[new] = True
+            return values, words.take(pa.array(new)), new
+        places = np.searchsorted(new, values).astype(np.int32)
+        return np.where(values >= 0, places, -1).astype(np.int32), words.take(pa.array(new)), None
+
+    def rest(self) -> Iterator[RowSlice]:
+        """What is left where the call ends; here nothing."""
+        return iter(())
+
+    def _single(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> RowSlice | None:
+        """The piece of a single text; None: there is something to say about it.
+
+        What is done for many rows takes three times as long for one, most of it to begin.
+        """
+        text = batch.column(self._columns.text)
+        validate(text, "text")
+        size = batch.get_total_buffer_size()
+        if text.null_count or size > self._limits.max_message_bytes:
+            return None
+        data = only_text(text)
+        if len(data) > self._limits.max_row_bytes:
+            return None
+        return RowSlice(
+            batch_id=batch_id,
+            row_first=row_first,
+            rows=batch,
+            texts=self._texts(data, np.array([0, len(data)], np.int64)),
+            values=np.zeros(1, np.int32),
+            timestamp_ns=time.time_ns(),
+            num_bytes=(self._limits.bytes_per_byte - 1) * len(data)
+            + self._limits.bytes_per_row
+            + size,
+            priority=self._class_of(1, len(data)),
+        )
+
+    def _parts(self, row_slice: RowSlice, rows_bytes: int) -> Iterator[RowSlice]:
+        """The piece, or one for each part of its only text, which is long and cut into chunks.
+
+        The rows, `rows_bytes`, are there until the last part is done, which counts them.
+        """
+        data = row_slice.texts.data
+        if self._chunking is None or row_slice.texts.num_texts != 1:
+            yield row_slice
+            return
+        ends = part_ends(bytes(data), self._limits.slice_bytes)
+        parts_bytes = row_slice.num_bytes - rows_bytes
+        for part, (first, last) in enumerate(pairwise([0, *ends])):
+            texts = dataclasses.replace(
+                row_slice.texts,
+                data=data[first:last],
+                offsets=np.array([0, last - first], np.int64),
+                continued=last < len(data),
+            )
+            yield dataclasses.replace(
+                row_slice,
+                texts=texts,
+                last=row_slice.last and not texts.continued,
+                num_bytes=max(1, parts_bytes * (last - first) // max(1, len(data)))
+                + (0 if texts.continued else rows_bytes),
+                part=part,
+            )
+
+    def _remember(self, dictionary: pa.Array, keep: Callable[[int], bool]) -> bool:
+        """Keeps a dictionary for a table of its vectors, if there is room for that."""
+        # A value takes there half of what a row takes on its whole way.
+        num_bytes = int(dictionary.nbytes) + len(dictionary) * self._limits.bytes_per_row // 2
+        kept = keep(num_bytes)
+        self._dictionary = dictionary if kept else None
+        self._seen = np.zeros(len(dictionary), np.bool_)
+        return kept
+
+    def _text_batch(self, texts: pa.Array, *, half: bool) -> TextBatch:
+        offsets = text_offsets(texts)
+        first, last = int(offsets[0]), int(offsets[-1])
+        data = texts.buffers()[2]
+        raw = b"" if data is None else data.slice(first, last - first).to_pybytes()
+        return self._texts(raw, offsets - first, half=half)
+
+    def _texts(self, data: bytes, offsets: Int64Array, *, half: bool = False) -> TextBatch:
+        return TextBatch(
+            data,
+            offsets,
+            self._truncate,
+            self._prompt,
+            chunking=self._chunking,
+            layers=self._layers,
+            half=half,
+        )
+
+    def is_bulk(self, batch: pa.RecordBatch) -> bool:
+        """Whether a call that begins with this batch, unchecked yet, is here for bulk work."""
+        return self._class_of(batch.num_rows, 0) == "bulk"
+
+    def _class_of(self, num_rows: int, num_bytes: int) -> Priority:
+        if self._priority is not None:
+            return self._priority  # type: ignore[return-value]
+        small = num_rows <= INTERACTIVE_ROWS and num_bytes <= INTERACTIVE_BYTES
+        return "interactive" if self._small_is_interactive and small else "bulk"
+
+
+def _codes(texts: pa.DictionaryArray) -> Int64Array:
+    """int64 [n], a dictionary's codes; -1 where null."""
+    codes: Int64Array = texts.indices.cast(pa.int64()).fill_null(-1).to_numpy()
+    return codes
+
+
+def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:
+    """Row ranges of at most `max_rows` rows and `max_bytes` bytes, but of one row at least."""
+    if len(sizes) == 0:
+        return [(0, 0)]
+    ends = np.cumsum(sizes)
+    cuts, first, before = [], 0, 0
+    while first < len(sizes):
+        last = int(np.searchsorted(ends, before + max_bytes, side="right"))
+        last = min(max(last, first + 1), first + max_rows, len(sizes))
+        cuts.append((first, last))
+        first, before = last, int(ends[last - 1])
+    return cuts

@@ -1,0 +1,203 @@
+"""Which vectors a command asks for, and whether a model can give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fletcher.config.server import INT8_KINDS
+from fletcher.core.chunking import Chunking
+from fletcher.core.command import EmbedCommand
+from fletcher.core.quantization import Ranges
+from fletcher.core.schema import VectorSpec
+from fletcher.errors import DimensionMismatchError, InvalidCommandError
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.calibration import Cut
+
+# What vectors of several to a row can be, and what their schema says in place of a pooling.
+_DTYPES = {"sparse": ("float32", "float16"), "multi": ("float32", "float16", "int8")}
+_POOLINGS = {"sparse": "max", "multi": "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRules:
+    """What a server lets be asked for.
+
+    Attributes:
+        allow_undeclared: Dims that a model was not trained for.
+        int8: Which ranges int8 has; one of `fletcher.config.server.INT8_KINDS`.
+    """
+
+    allow_undeclared: bool = False
+    int8: str = INT8_KINDS[0]
+
+
+def vector_spec(
+    model: ModelBundle, options: EmbedCommand, dtypes: tuple[str, ...], rules: OutputRules
+) -> VectorSpec:
+    """The vectors that `options` ask of `model`.
+
+    Args:
+        dtypes: Element types that the destination takes.
+
+    Raises:
+        DimensionMismatchError: `dims` that cannot be had.
+        InvalidCommandError: `layers` or `dtype` that cannot be had.
+    """
+    dtypes = _check_output(model, options, dtypes)
+    dims = model.dim if options.dims is None else options.dims
+    _check_dims(model, dims, rules)
+    layers = model.num_layers if options.layers is None else options.layers
+    _check_layers(model, layers)
+    cut = Cut(
+        layers=layers,
+        dims=dims,
+        normalized=model.normalize if options.normalize is None else options.normalize,
+    )
+    dtype = _dtype(options.dtype, dims, dtypes)
+    return VectorSpec(
+        model=model.qualified_name,
+        dims=dims,
+        dtype=dtype,
+        layers=cut.layers,
+        pooling=_POOLINGS.get(model.output, model.pooling),
+        normalized=cut.normalized,
+        ranges=_ranges(model, cut, dtypes, rules) if dtype == "int8" else None,
+        output=model.output,
+        max_vectors=model.max_vectors,
+    )
+
+
+def check_late(model: ModelBundle, chunking: Chunking, layers: int) -> None:
+    """Refuses late chunking where there is no graph for it.
+
+    Raises:
+        InvalidCommandError: The model pools otherwise, leaves early, or is of before.
+    """
+    if not chunking.late or (model.late is not None and layers == model.num_layers):
+        return
+    if model.pooling != "mean":
+        why = f"{model.name} pools by {model.pooling}, and only means can be taken of parts"
+    elif model.family == "onnx":
+        why = f"{model.name} has a graph of others, and Fletcher's own is needed"
+    elif model.has_exits:
+        why = f"{model.name} has exits; add it again without --exits"
+    else:
+        why = f"{model.name} was added by a Fletcher that had none; add it again"
+    raise InvalidCommandError(
+        f"`chunking` is {chunking}: {why}, or leave `late` out",
+        field="chunking",
+        allowed=[str(replace(chunking, late=False))],
+    )
+
+
+def _check_output(
+    model: ModelBundle, options: EmbedCommand, dtypes: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Refuses what a model's kind of output cannot be; the dtypes that are left."""
+    if options.output not in (None, model.output):
+        raise InvalidCommandError(
+            f"`output` is {options.output}, but {model.name} gives {model.output}; a model gives "
+            f"what it was trained for: leave `output` out, or ask a model that gives "
+            f"{options.output}",
+            field="output",
+            allowed=[model.output],
+        )
+    if model.output == "dense":
+        return dtypes
+    for name, given, own in (
+        ("dims", options.dims, model.dim),
+        ("normalize", options.normalize, model.normalize),
+        ("chunking", options.chunking, "none"),
+    ):
+        if given not in (None, own):
+            raise InvalidCommandError(
+                f"`{name}` is {given}, but {model.name} gives {model.output} vectors as they are; "
+                "leave it out",
+                field=name,
+                allowed=[str(own)],
+            )
+    possible = tuple(one for one in _DTYPES[model.output] if one in dtypes)
+    if options.dtype not in (None, *possible):
+        raise InvalidCommandError(
+            f"`dtype` is {options.dtype}, but {model.name} gives {model.output} vectors, which are "
+            f"{', '.join(possible)}",
+            field="dtype",
+            allowed=possible,
+        )
+    return possible
+
+
+def _check_dims(model: ModelBundle, dims: int, rules: OutputRules) -> None:
+    if dims in model.dims:
+        return
+    declared = ", ".join(map(str, model.dims))
+    if dims > model.dim:
+        raise DimensionMismatchError(
+            f"`dims` is {dims}, but {model.name} has {model.dim}; it declares {declared}",
+            field="dims",
+            allowed=[str(one) for one in model.dims],
+        )
+    if not rules.allow_undeclared:
+        raise DimensionMismatchError(
+            f"`dims` is {dims}, but {model.name} declares {declared}; a server with "
+            "--allow-undeclared gives any, at a loss that nobody has measured",
+            field="dims",
+            allowed=[str(one) for one in model.dims],
+        )
+
+
+def _check_layers(model: ModelBundle, layers: int) -> None:
+    """Unlike dims, other layers cannot be let through: no segment of the graph ends there."""
+    exits = ", ".join(map(str, model.layers))
+    if layers in model.layers:
+        return
+    if not model.has_exits:
+        declares = f"has its only exit after layer {exits}"
+    else:
+        declares = f"has exits after layers {exits}"
+    if 0 < layers < model.num_layers:
+        remedy = "; `fletcher model add` with --exits makes others from a checkpoint"
+    else:
+        remedy = ""
+    raise InvalidCommandError(
+        f"`layers` is {layers}, but {model.name} {declares}{remedy}",
+        field="layers",
+        allowed=[str(one) for one in model.layers],
+    )
+
+
+def _dtype(asked: str | None, dims: int, dtypes: tuple[str, ...]) -> str:
+    dtype = asked or ("float16" if "float16" in dtypes else dtypes[0])
+    if dtype not in dtypes:
+        raise InvalidCommandError(
+            f"`dtype` is {dtype}, which the store does not take; it takes {', '.join(dtypes)}",
+            field="dtype",
+            allowed=dtypes,
+        )
+    if dtype == "ubinary" and dims % 8:
+        others = [one for one in dtypes if one != dtype]
+        raise InvalidCommandError(
+            f"`dtype` is ubinary, which packs 8 dimensions into a byte, and `dims` is {dims}; ask "
+            f"for `dims` that 8 divides, or for {', '.join(others)}",
+            field="dtype",
+            allowed=others,
+        )
+    return dtype
+
+
+def _ranges(
+    model: ModelBundle, cut: Cut, dtypes: tuple[str, ...], rules: OutputRules
+) -> Ranges | None:
+    known = model.calibration.ranges
+    if rules.int8 == "row" or (rules.int8 == "auto" and cut not in known):
+        return None
+    if cut in known:
+        return known[cut]
+    have = "; ".join(map(str, sorted(known))) or "none"
+    raise InvalidCommandError(
+        f"`dtype` is int8, by ranges on this server, and {model.name} has no ranges for {cut}; "
+        f"there are: {have}. `fletcher model calibrate {model.qualified_name}` makes those of all "
+        "that the model declares, and a server with --int8 auto or row scales each row",
+        field="dtype",
+        allowed=[one for one in dtypes if one != "int8"],
+    )

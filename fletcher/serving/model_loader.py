@@ -1,0 +1,193 @@
+"""From a bundle to a model that runs: which engine, how many workers, how much at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from fletcher.config.server import ServeConfig
+from fletcher.errors import BackendError
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.budget import load_inline
+from fletcher.inference.devices import HostInfo, resolve
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.registry import Registry
+from fletcher.pipeline.cache import CacheBackend, EmbeddingCache, MemoryCache
+from fletcher.pipeline.disk_cache import DiskCache
+from fletcher.pipeline.embedder import Embedder, EmbedderConfig, Run
+from fletcher.pipeline.input.limits import COLUMN_BYTES, MAX_SLICE_ROWS, IntakeLimits
+from fletcher.pipeline.memory_budget import MemoryBudget
+from fletcher.pipeline.planner import MAX_BATCH_ROWS, plan
+from fletcher.serving.model_manager import ServedModel
+from fletcher.telemetry.tracing import Telemetry
+from fletcher.tokenization.null import NullTokenizer
+from fletcher.tokenization.tokenizer import Tokenizer
+from fletcher.tokenization.worker import TokenizerConfig
+from fletcher.tuning.candidates import Asked
+from fletcher.tuning.decision import Decision, decide
+from fletcher.workers.messages import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+# Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
+_WINDOW_RUNS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoader:
+    """Starts models, each with workers of its own.
+
+    Attributes:
+        config: How models are run.
+        registry: Where they are.
+        host: What there is to run them.
+        budget: Memory for the streams of all of them.
+        telemetry: Where counts, durations and spans go.
+        crowded: Whether there is so much to do that windows should be larger.
+        shelf: Where vectors of texts embedded before are kept; None: they are not.
+    """
+
+    config: ServeConfig
+    registry: Registry
+    host: HostInfo
+    budget: MemoryBudget
+    telemetry: Telemetry
+    crowded: Callable[[], bool]
+    backend: CacheBackend | None
+
+    def look(self, name: str) -> ModelBundle:
+        """See `fletcher.serving.model_versions.Source`."""
+        return self.registry.get(name)
+
+    def load(self, bundle: ModelBundle) -> ServedModel:
+        """See `fletcher.serving.model_versions.Source`."""
+        # A flipped bit in the weights makes plausible vectors that are wrong for good.
+        bundle = self.registry.verify(bundle.qualified_name)
+        decision, standby = _decide(self.config, bundle, self.host)
+        embedder = self._embedder(bundle, decision.configs, standby)
+        embedder.start()
+        limits = _limits(self.config, bundle, self.budget.reserve_bytes)
+        return ServedModel(bundle, embedder, decision.describe(), limits)
+
+    def _embedder(
+        self, bundle: ModelBundle, replicas: list[BackendConfig], standby: list[BackendConfig]
+    ) -> Embedder:
+        config = self.config
+        num_tokenizers = config.tokenizer_workers or _tokenizers(self.host.cores, replicas)
+        null = config.tokenizer == "null"
+        tokenizer = (NullTokenizer if null else Tokenizer).load(bundle.folder)
+        tokenizer_factory = f"fletcher.tokenization.{'null' if null else 'worker'}:load"
+        tokenizer_config = TokenizerConfig(str(bundle.folder), bundle.hash)
+        replicas = [replace(one, version=bundle.hash) for one in replicas]
+        standby = [replace(one, version=bundle.hash) for one in standby]
+        max_batch_tokens = replicas[0].max_batch_tokens
+        specs = [
+            WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)
+            for n, one in enumerate([*replicas, *standby])
+        ]
+        return Embedder(
+            EmbedderConfig(
+                tokenizers=[
+                    WorkerSpec(f"tokenizer-{n}", tokenizer_factory, tokenizer_config)
+                    for n in range(num_tokenizers)
+                ],
+                replicas=specs[: len(replicas)],
+                standby=specs[len(replicas) :],
+                dim=bundle.width,
+                window_tokens=_WINDOW_RUNS * max_batch_tokens,
+                max_queue_delay_s=config.max_queue_delay_ms / 1000,
+                dispatch=config.dispatch,
+                worker_timeout_s=config.worker_timeout_s,
+                num_layers=bundle.num_layers,
+                model=bundle.qualified_name,
+            ),
+            plan=lambda lengths, num_runners: plan(
+                lengths,
+                max_batch_tokens=max_batch_tokens,
+                max_batch_rows=MAX_BATCH_ROWS,
+                num_runners=num_runners,
+            ),
+            tokenize=tokenizer.encode,
+            budget=self.budget,
+            telemetry=self.telemetry,
+            load_inline=partial(self._load_inline, replicas[0]),
+            crowded=self.crowded,
+            cache=self._cache(bundle, [*replicas, *standby]),
+        )
+
+    def _load_inline(self, replica: BackendConfig) -> Run | None:
+        """What runs a model in this process, as a replica does."""
+        backend = None if self.config.isolate_engine else load_inline(replica)
+        return None if backend is None else backend.run
+
+    def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
+        if self.backend is None or bundle.output != "dense":  # entries are of one size
+            return None
+        # Engines and precisions give vectors that differ in their last digits.
+        engines = {
+            f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas
+        }
+        scope = [bundle.qualified_name, self.config.tokenizer, *sorted(engines)]
+        return EmbeddingCache(scope, bundle.dim, self.backend, self.telemetry)
+
+
+def open_cache_backend(config: ServeConfig) -> CacheBackend | None:
+    """Where the vectors of all models are kept for texts that come again; None: not at all.
+
+    Raises:
+        ConfigError: The folder cannot be used.
+    """
+    if not config.embedding_cache:
+        return None
+    folder, max_bytes = config.embedding_cache_dir, config.embedding_cache
+    return MemoryCache(max_bytes) if folder is None else DiskCache(folder, max_bytes)
+
+
+def _decide(
+    config: ServeConfig, bundle: ModelBundle, host: HostInfo
+) -> tuple[Decision, list[BackendConfig]]:
+    """What runs, and what stands by for when no GPU is left."""
+    try:
+        decision = decide(config.home, Asked.of(config), host, bundle)
+    except BackendError as error:
+        if config.device_fallback == "none" or not config.device.startswith("cuda"):
+            raise
+        log.warning("%s; the CPU takes over", error)
+        return _on_cpu(config, bundle, host), []
+    log.info("%s: %s", bundle.qualified_name, decision.reason)
+    on_gpu = any(one.device.startswith("cuda") for one in decision.configs)
+    if not (on_gpu and config.device_fallback == "cpu"):
+        return decision, []
+    return decision, _on_cpu(config, bundle, host).configs
+
+
+def _on_cpu(config: ServeConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
+    """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
+    backend = "null" if config.backend == "null" else "auto"
+    rule = resolve("cpu", backend, "float32", config.threads, host, bundle.folder)
+    log.info("%s, when no GPU is left: %s", bundle.qualified_name, rule.reason)
+    return Decision(rule.configs, rule.reason)
+
+
+def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
+    """The slowest do 8,000 texts/s on a core: one feeds a CPU's model, a GPU wants them all."""
+    on_gpu = any(one.device.startswith("cuda") for one in replicas)
+    return max(1, cores - 1) if on_gpu else max(1, cores // 8)
+
+
+def _limits(config: ServeConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
+    """Pieces that fit a stream's reserve, so that no stream waits for another's memory."""
+    # In the window and as output, float32 each, and the small columns.
+    bytes_per_row = 8 * bundle.width * bundle.max_vectors + COLUMN_BYTES
+    slice_bytes = reserve_bytes // 8  # a text is held up to three times: 3/8 of the reserve
+    return IntakeLimits(
+        max_message_bytes=config.max_message_bytes,
+        max_row_bytes=config.max_row_bytes,
+        slice_rows=max(16, min(MAX_SLICE_ROWS, reserve_bytes // 2 // bytes_per_row)),
+        slice_bytes=max(4096, slice_bytes),
+        # Where rows have several vectors there is no table of them to look rows up in.
+        table_values=32 * 2**20 // (4 * bundle.dim) if bundle.output == "dense" else 0,
+        bytes_per_row=bytes_per_row,
+    )

@@ -1,0 +1,351 @@
+"""`fletcher store`: a folder of LanceDB tables behind Longbow's Flight calls."""
+
+# ruff: noqa: ARG002 - Flight gives every handler its context
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from pyarrow import flight
+
+from fletcher.core.command import check_dataset
+from fletcher.errors import (
+    ConfigError,
+    FletcherError,
+    InternalError,
+    InvalidCommandError,
+    SetupError,
+    UnknownColumnError,
+)
+from fletcher.net.ports import check_port
+from fletcher.stores import wire
+from fletcher.stores.base import DatasetInfo
+from fletcher.stores.lance import LanceStore
+from fletcher.stores.lock import ServerLock
+from fletcher.stores.nearest import unknown_dataset
+from fletcher.storeserver.actions import Actions, DoGetTicket, Query
+from fletcher.storeserver.group_commit import Ingest
+from fletcher.storeserver.upload_call import Acks, UploadCall
+
+_log = logging.getLogger(__name__)
+_Handler = TypeVar("_Handler", bound=Callable[..., Any])
+
+SLOW_DOWN_AT = 0.8
+# Once all is committed, calls get this long to end by themselves; then their clients see it.
+END_CALLS_S = 1.0
+
+
+def _guarded(handler: _Handler) -> _Handler:
+    """Lets only Flight errors of ours out: pyarrow sends the traceback of any other exception."""
+
+    @functools.wraps(handler)
+    def call(*arguments: Any) -> Any:
+        try:
+            return handler(*arguments)
+        except Exception as error:  # noqa: BLE001
+            raise _flight_error(error) from None
+
+    return call  # type: ignore[return-value]
+
+
+def _flight_error(error: Exception) -> flight.FlightError:
+    if isinstance(error, FletcherError):
+        return wire.to_flight(error)
+    if isinstance(error, pa.ArrowInvalid):
+        # What could not be decoded; Arrow's words name no file.
+        return wire.to_flight(InvalidCommandError(f"the stream cannot be read: {str(error)[:300]}"))
+    _log.error("a store call failed", exc_info=error)
+    return wire.to_flight(InternalError("the store failed; its log says why"))
+
+
+class StoreServer:
+    """A store server on two ports, listening from construction to `close`.
+
+    An acknowledgement is sent, and a DoPut ends, when the rows are committed and synced to disk.
+
+    Args:
+        folder: The LanceDB folder; created if absent. No other process may write to it.
+        host: Address to bind.
+        port: Data port; 0 takes a free one.
+        meta_port: Port of ListFlights, GetFlightInfo and the namespaces; 0 takes a free one.
+
+    Raises:
+        ConfigError: A port is taken, or both are the same.
+        StoreError: The folder cannot be used, or another server serves it.
+        SetupError: A port was taken just now.
+    """
+
+    def __init__(self, folder: Path, *, host: str, port: int, meta_port: int) -> None:
+        if port == meta_port != 0:
+            raise ConfigError(
+                f"`port` and `meta_port` are both {port}; give each its own", field="meta_port"
+            )
+        check_port(host, port)
+        check_port(host, meta_port, field="meta_port")
+        self._store = LanceStore(folder)
+        self._lock = ServerLock(folder)
+        try:
+            self._start(folder, host, port, meta_port)
+        except BaseException:
+            self._store.close()
+            self._lock.release()
+            raise
+
+    def _start(self, folder: Path, host: str, port: int, meta_port: int) -> None:
+        self._ingest = Ingest(self._store)
+        actions = Actions(self._store, self._ingest, folder)
+        self._data = _listen(
+            host, port, lambda at: _DataServer(at, self._store, self._ingest, actions)
+        )
+        self.port = self._data.port
+        self.address = _address(host, self.port)
+        try:
+            self._meta = _listen(
+                host, meta_port, lambda at: _MetaServer(at, self._store, actions, self.address)
+            )
+        except SetupError:
+            self._data.shutdown()
+            raise
+        self.meta_port = self._meta.port
+        self.meta_address = _address(host, self.meta_port)
+        actions.meta_port = self.meta_port
+
+    def close(self, timeout_s: float) -> bool:
+        """Commits what was received, refuses the rest, stops listening.
+
+        Returns:
+            False where commits took longer than `timeout_s`, or a client keeps its call open;
+            every acknowledged row is stored in any case.
+        """
+        committed = self._ingest.close(timeout_s)
+        # `shutdown` waits for open streams without a limit, so it gets a thread and a limit.
+        threads = [
+            threading.Thread(target=server.shutdown, name="shutdown", daemon=True)
+            for server in (self._data, self._meta)
+        ]
+        deadline = time.monotonic() + END_CALLS_S
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        self._store.close()
+        self._lock.release()
+        return committed and not any(thread.is_alive() for thread in threads)
+
+
+class _Server(flight.FlightServerBase):  # type: ignore[misc]
+    """What both ports answer."""
+
+    def __init__(self, location: str, store: LanceStore, actions: Actions) -> None:
+        self._store = store
+        self._actions = actions
+        self._handlers = actions.data
+        super().__init__(location)
+
+    @_guarded
+    def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> list[Any]:
+        handler = self._handlers.get(action.type)
+        if handler is None:
+            raise InvalidCommandError(
+                f"there is no action {action.type[:100]!r}; there are {', '.join(self._handlers)}",
+                field="action",
+                allowed=list(self._handlers),
+            )
+        body = wire.decode_object(action.body.to_pybytes(), f"the action {action.type}")
+        return [flight.Result(result) for result in handler[1](body)]
+
+    @_guarded
+    def list_actions(self, context: flight.ServerCallContext) -> list[tuple[str, str]]:
+        return [(name, about) for name, (about, _) in self._handlers.items()]
+
+    @_guarded
+    def do_get(
+        self, context: flight.ServerCallContext, ticket: flight.DoGetTicket
+    ) -> flight.FlightDataStream:
+        asked = DoGetTicket.parse(ticket.ticket)
+        if asked.search is not None:
+            found = self._actions.search(asked.search)
+            return flight.RecordBatchStream(found)
+        rows = self._store.scan(
+            asked.dataset, columns=asked.columns, filters=asked.filters, limit=asked.limit
+        )
+        return flight.GeneratorStream(rows.schema, _guarded_batches(rows))
+
+
+class _DataServer(_Server):
+    """The data port: DoPut, DoExchange, DoGet, DoAction."""
+
+    def __init__(self, location: str, store: LanceStore, ingest: Ingest, actions: Actions) -> None:
+        self._ingest = ingest
+        super().__init__(location, store, actions)
+
+    @_guarded
+    def do_put(
+        self,
+        context: flight.ServerCallContext,
+        descriptor: flight.FlightDescriptor,
+        reader: flight.MetadataRecordBatchReader,
+        writer: flight.FlightMetadataWriter,
+    ) -> None:
+        if not descriptor.path:
+            raise InvalidCommandError("missing flight descriptor path", field="dataset")
+        dataset = descriptor.path[0].decode(errors="replace")
+        check_dataset(dataset)
+        if self._ingest.pressure(dataset) > SLOW_DOWN_AT:
+            notice = {"status": "slow_down", "reason": "wal_pressure"}
+            writer.write(json.dumps(notice).encode())
+        pending: list[Future[int]] = []
+        upload = UploadCall(self._ingest, dataset)
+        for _, _, done in upload.read(reader, context):
+            pending.append(done)
+            while pending and pending[0].done():
+                pending.pop(0).result()
+        for done in pending:
+            done.result()
+
+    @_guarded
+    def do_exchange(
+        self,
+        context: flight.ServerCallContext,
+        descriptor: flight.FlightDescriptor,
+        reader: flight.MetadataRecordBatchReader,
+        writer: flight.MetadataRecordBatchWriter,
+    ) -> None:
+        path = [part.decode(errors="replace") for part in descriptor.path or ()]
+        if len(path) == 2 and path[0] == wire.INGEST:
+            check_dataset(path[1])
+            self._exchange_ingest(context, path[1], reader, writer)
+        elif descriptor.command == b"VectorSearch":
+            self._exchange_search(reader, writer)
+        else:
+            raise InvalidCommandError(
+                "this DoExchange names nothing to do; give the path "
+                f"[{wire.INGEST!r}, dataset] or the command VectorSearch",
+                field="descriptor",
+                allowed=[wire.INGEST, "VectorSearch"],
+            )
+
+    def _exchange_ingest(
+        self,
+        context: flight.ServerCallContext,
+        dataset: str,
+        reader: flight.MetadataRecordBatchReader,
+        writer: flight.MetadataRecordBatchWriter,
+    ) -> None:
+        acks = Acks(writer)
+        try:
+            for batch_id, rows, done in UploadCall(self._ingest, dataset).read(reader, context):
+                acks.put(batch_id, rows, done)
+        finally:
+            acks.close()
+        if acks.error is not None:
+            raise acks.error
+
+    def _exchange_search(
+        self, reader: flight.MetadataRecordBatchReader, writer: flight.MetadataRecordBatchWriter
+    ) -> None:
+        begun = False
+        for chunk in reader:
+            if chunk.data is None:
+                continue
+            for query in _queries(chunk.data):
+                found = self._actions.search(query).combine_chunks()
+                if not begun:
+                    writer.begin(found.schema)
+                    begun = True
+                batches = found.to_batches() or [
+                    pa.RecordBatch.from_pylist([], schema=found.schema)
+                ]
+                for batch in batches:
+                    writer.write_batch(batch)
+
+
+class _MetaServer(_Server):
+    """The meta port: ListFlights, GetFlightInfo, DoGet, DoAction and the namespaces."""
+
+    def __init__(
+        self, location: str, store: LanceStore, actions: Actions, data_address: str
+    ) -> None:
+        self._data_address = data_address
+        super().__init__(location, store, actions)
+        self._handlers = actions.meta
+
+    @_guarded
+    def list_flights(
+        self, context: flight.ServerCallContext, criteria: bytes
+    ) -> Iterator[flight.FlightInfo]:
+        return iter([self._info(info) for info in self._store.datasets()])
+
+    @_guarded
+    def get_flight_info(
+        self, context: flight.ServerCallContext, descriptor: flight.FlightDescriptor
+    ) -> flight.FlightInfo:
+        name = descriptor.path[0] if descriptor.path else descriptor.command or b""
+        info = self._store.dataset(name.decode(errors="replace"))
+        if info is None:
+            raise unknown_dataset(name.decode(errors="replace"))
+        return self._info(info)
+
+    def _info(self, info: DatasetInfo) -> flight.FlightInfo:
+        return flight.FlightInfo(
+            info.schema,
+            flight.FlightDescriptor.for_path(info.name),
+            [flight.FlightEndpoint(info.name.encode(), [self._data_address])],
+            total_records=info.num_rows,
+            total_bytes=info.num_bytes or -1,
+        )
+
+
+def _queries(batch: pa.RecordBatch) -> Iterator[Query]:
+    """The searches of a VectorSearch batch, one a row."""
+    for name in ("dataset", "query_vector"):
+        if name not in batch.schema.names:
+            raise UnknownColumnError(
+                f"VectorSearch needs the column `{name}`; it came with "
+                f"{', '.join(batch.schema.names)[:300]}",
+                field=name,
+                allowed=["dataset", "k", "ef", "query_vector"],
+            )
+    for row in batch.to_pylist():
+        yield Query.from_json(
+            {
+                "dataset": row["dataset"],
+                "vector": row["query_vector"],
+                **({"k": row["k"]} if row.get("k") is not None else {}),
+            }
+        )
+
+
+def _guarded_batches(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from rows
+    except Exception as error:  # noqa: BLE001
+        raise _flight_error(error) from None
+
+
+def _listen(host: str, port: int, make: Callable[[str], Any]) -> Any:
+    try:
+        return make(_location(host, port))
+    except (pa.ArrowException, OSError) as error:
+        raise SetupError(
+            f"`port` {port} on {host} cannot be listened on: it is taken, or the address is not "
+            "this machine's; give another, or 0 for a free one",
+            field="port",
+        ) from error
+
+
+def _location(host: str, port: int) -> str:
+    return f"grpc+tcp://[{host}]:{port}" if ":" in host else f"grpc+tcp://{host}:{port}"
+
+
+def _address(host: str, port: int) -> str:
+    return _location(host, port).replace("grpc+tcp", "grpc")

@@ -1,0 +1,77 @@
+"""Real texts to measure with, tokenized and cut into micro-batches as a server does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+
+from fletcher.core.batches import Int64Array, MicroBatch, TextBatch, TokenBatch
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.pipeline.planner import MAX_BATCH_ROWS, plan
+from fletcher.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTexts:
+    """Tokenized texts.
+
+    Attributes:
+        tokens: The texts' tokens.
+        order: int64 [num_texts], the texts from the shortest to the longest.
+    """
+
+    tokens: TokenBatch
+    order: Int64Array
+
+    @classmethod
+    def of(cls, bundle: ModelBundle) -> SampleTexts:
+        """The shipped texts as a model's tokenizer sees them, its default prompt before each.
+
+        Raises:
+            ModelError: The bundle or its tokenizer is missing or damaged.
+        """
+        texts = [text.encode() for text in shipped_texts()]
+        offsets = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum([len(text) for text in texts], out=offsets[1:])
+        prompt = bundle.prompts.get(bundle.default_prompt or "", "")
+        tokens = Tokenizer.load(bundle.folder).encode(
+            TextBatch(b"".join(texts), offsets, prompt=prompt)
+        )
+        return cls(tokens, np.argsort(tokens.token_count, kind="stable").astype(np.int64))
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a text on average."""
+        return float(self.tokens.token_count.mean())
+
+    def rows(self, number: int) -> Int64Array:
+        """int64 [number], texts of the same spread of lengths; some come twice if there are few."""
+        places = np.linspace(0, len(self.order) - 1, number).round().astype(np.int64)
+        return np.asarray(self.order[places], dtype=np.int64)
+
+    def cut(
+        self, rows: Int64Array, *, max_batch_tokens: int, num_runners: int
+    ) -> tuple[list[Int64Array], list[MicroBatch]]:
+        """Micro-batches of some texts, and which places of `rows` are in each."""
+        lengths = self.tokens.token_count[rows]
+        places = plan(
+            lengths,
+            max_batch_tokens=max_batch_tokens,
+            max_batch_rows=MAX_BATCH_ROWS,
+            num_runners=num_runners,
+        )
+        return places, [MicroBatch(self._ids(rows[one]), lengths[one]) for one in places]
+
+    def _ids(self, rows: Int64Array) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        ids, offsets = self.tokens.input_ids, self.tokens.offsets
+        return np.concatenate([ids[offsets[row] : offsets[row + 1]] for row in rows.tolist()])
+
+
+def shipped_texts() -> Sequence[str]:
+    """The texts that come with Fletcher; `scripts/sample` chose them."""
+    lines = files("fletcher.tuning").joinpath("sample_texts.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in lines.split("\n") if line]

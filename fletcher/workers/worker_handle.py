@@ -1,0 +1,350 @@
+"""One worker's place in a pool: its process, started again as often as needed, and its jobs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from fletcher.errors import BackendError, InternalError
+from fletcher.workers.health import Health, backoff_s
+from fletcher.workers.jobs import Job
+from fletcher.workers.messages import (
+    Failure,
+    Ready,
+    Response,
+    WorkerRequest,
+    WorkerSpec,
+    encode,
+    receive,
+    send,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """What a slot needs of its pool.
+
+    Attributes:
+        changed: Guards all slots' jobs and states; notified by `review`.
+        closing: The pool ends.
+        probe: A payload that every sound worker answers; None: there is none.
+    """
+
+    changed: threading.Condition
+    closing: threading.Event
+    probe: Any
+
+    def review(self, slot: WorkerHandle) -> None:
+        """A slot's jobs or state have changed; called with `changed` held."""
+        ...
+
+    def least_slowness(self, slot: WorkerHandle) -> float | None:
+        """Of the workers besides this one; None: there are none."""
+        ...
+
+    def died(self, slot: WorkerHandle) -> None:
+        """A worker's process has ended."""
+        ...
+
+    def again(self, job: Job, error: Exception) -> None:
+        """A job comes back to be tried once more, or to fail with `error`."""
+        ...
+
+    def hurry(self) -> None:
+        """There may be room for urgent work."""
+        ...
+
+
+class WorkerHandle:
+    """One worker's place.
+
+    Its thread starts the process, so that the thread lives as long as the process should: the
+    kernel sends PR_SET_PDEATHSIG when the *thread* that started a child ends.
+
+    Args:
+        spec: How to make the worker.
+        owner: The pool.
+        prefetch: Requests the worker holds beyond those it is running.
+        start_timeout_s: How long it may take to load and warm up.
+        wanted: Whether it starts with the pool; else it stands by until `wanted` is set.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        owner: Owner,
+        *,
+        prefetch: int,
+        start_timeout_s: float,
+        wanted: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.health = Health()
+        self.alive = False
+        self.failure: Exception | None = None  # why the last start failed
+        self.settled = threading.Event()  # the first start succeeded or failed
+        self.wanted = threading.Event()
+        if wanted:
+            self.wanted.set()
+        self.description: dict[str, str] = {}
+        self.concurrency = 1  # until the worker says otherwise
+        self.express = 0
+        self.load = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.thread = threading.Thread(target=self._run, name=f"{spec.name}-reader", daemon=True)
+        self._owner = owner
+        self._prefetch = prefetch
+        self._start_timeout_s = start_timeout_s
+        self._connection: Connection | None = None
+        self._jobs: dict[int, Job] = {}
+        self._next_id = 0
+        self._sending = threading.Lock()
+        self._restarts = 0
+        self._failures = 0  # starts and lives in a row without an answer
+        self._rng = random.Random()  # noqa: S311 - for jitter
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be given work."""
+        return self.alive and self.wanted.is_set() and self.health.state != "ejected"
+
+    @property
+    def state(self) -> str:
+        """`standby`, `starting`, `down` (cannot start), or its health."""
+        if self.alive:
+            return self.health.state
+        if not self.wanted.is_set():
+            return "standby"
+        return "down" if self.failure is not None else "starting"
+
+    @property
+    def rate(self) -> float | None:
+        """Cost it gets done in a second when all its runs are busy; None: not measured."""
+        return None if self.health.rate is None else self.health.rate * self.concurrency
+
+    def has_room(self, *, alone: bool = False, urgent: bool = False) -> bool:
+        """Whether another job fits.
+
+        Args:
+            alone: A job that wants no company.
+            urgent: A job that overtakes others: only those of its kind are in its way.
+        """
+        if alone or any(job.attempts for job in self._jobs.values()):
+            return not self._jobs
+        if urgent and self._sending.locked():  # it may be long about reading what it is sent
+            return False
+        # Urgent ones that wait are better joined into one run: none is fetched ahead.
+        most = self.concurrency + (self.express if urgent else self._prefetch)
+        return sum(job.urgent == urgent for job in self._jobs.values()) < most
+
+    def running(self) -> Sequence[Job]:
+        """Jobs that have begun or may have: a worker takes urgent ones first, else in order."""
+        jobs = list(self._jobs.values())
+        others = [job for job in jobs if not job.urgent]
+        return [job for job in jobs if job.urgent] + others[: self.concurrency]
+
+    @property
+    def idle(self) -> bool:
+        return not self._jobs
+
+    def statistics(self) -> dict[str, Any]:
+        return {
+            "name": self.spec.name,
+            "state": self.state,
+            "in_flight": len(self._jobs),
+            "concurrency": self.concurrency,
+            "load": self.load,
+            "rate": None if self.rate is None else round(self.rate, 1),
+            "restarts": self._restarts,
+            **self.description,
+        }
+
+    def give(self, job: Job) -> None:
+        """Sends a job to the worker; if it just died, the job goes to another.
+
+        Raises:
+            Exception: The job cannot be pickled; the worker knows nothing of it.
+        """
+        with self._owner.changed:
+            job_id, self._next_id = self._next_id, self._next_id + 1
+        request = encode(WorkerRequest(job_id, job.payload, job.urgent))
+        with self._owner.changed:
+            connection = self._connection
+            if connection is not None:
+                self._jobs[job_id] = job
+                self.load += job.cost
+                job.worker, job.running_s = self.spec.name, 0.0
+        if connection is None:
+            self._owner.again(job, InternalError("the server is shutting down"))
+            return
+        try:
+            with self._sending:
+                send(connection, request)
+        except OSError:
+            pass  # the worker is gone: the reader notices and passes the job on
+
+    def kill(self) -> None:
+        process = self.process
+        if process is not None and process.poll() is None:
+            process.kill()
+
+    def _run(self) -> None:
+        closing = self._owner.closing
+        while True:
+            self.wanted.wait()
+            if closing.is_set():
+                return
+            lived_s = 0.0
+            try:
+                connection = self._start()
+            except Exception as error:  # noqa: BLE001 - reported by the pool, and tried again
+                self._failures += 1
+                with self._owner.changed:
+                    self.failure = error
+                    self._owner.review(self)
+                self.settled.set()
+            else:
+                with self._owner.changed:
+                    self._connection, self.alive, self.failure = connection, True, None
+                    self.health.restarted()
+                    self._owner.review(self)
+                self.settled.set()
+                self._owner.hurry()
+                self._failures += 1  # until it answers
+                started = time.monotonic()
+                self._read(connection)
+                self._clear(connection)
+                lived_s = time.monotonic() - started
+            # A first death may be anything; one after the other is a reason to wait.
+            num_failures = self._failures if self.failure else self._failures - 1
+            pause_s = backoff_s(num_failures, self._rng)
+            if lived_s > pause_s:  # it may have had nothing to answer
+                pause_s, self._failures = 0.0, 0
+            closing.wait(pause_s)
+
+    def _start(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "fletcher.workers.child"]
+            self.process = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        connection = Connection(ours.detach())
+        try:
+            if self._owner.closing.is_set():  # `close` may have killed what was there before
+                self.kill()
+            send(connection, encode(self.spec))
+            if not connection.poll(self._start_timeout_s):
+                raise BackendError(f"{self.spec.name} was not ready in {self._start_timeout_s:g} s")
+            message = receive(connection)
+            if isinstance(message, Failure):
+                if isinstance(message.error, InternalError):
+                    log.error("%s: %s", self.spec.name, message.traceback)
+                raise message.error
+        except (EOFError, OSError):
+            self._reap(connection)
+            raise BackendError(
+                f"{self.spec.name} ended while it loaded (exit status {self.process.returncode})"
+            ) from None
+        except BaseException:
+            self._reap(connection)
+            raise
+        assert isinstance(message, Ready)
+        self.description = message.description
+        self.concurrency, self.express = message.concurrency, message.express
+        return connection
+
+    def _read(self, connection: Connection) -> None:
+        """Hands results to their jobs until the worker is gone."""
+        while True:
+            try:
+                message = receive(connection)
+            except (EOFError, OSError):
+                return
+            except Exception:
+                log.exception("%s answered what cannot be read", self.spec.name)
+                return
+            # Not the request's fault: another worker may do better.
+            failed = isinstance(message, Failure) and isinstance(
+                message.error, (InternalError, BackendError)
+            )
+            with self._owner.changed:
+                job = self._jobs.pop(message.job_id)
+                self.load -= job.cost
+                if failed:
+                    self.health.failed()
+                elif isinstance(message, Response) and not job.probe:
+                    self._failures = 0
+                    others = self._owner.least_slowness(self)
+                    self.health.answered(job.cost, message.seconds, others)
+                self._owner.review(self)
+            if isinstance(message, Response):
+                job.finish(message.payload, None)
+            elif failed:
+                log.error("%s: %s", self.spec.name, message.traceback)
+                job.attempts += 1
+                self._owner.again(job, message.error)
+            else:
+                job.finish(None, message.error)
+            self._owner.hurry()
+            self._probe()
+
+    def _probe(self) -> None:
+        """Asks an ejected worker for what any sound one can do: back to work, or a new process."""
+        if self.health.state != "ejected" or any(job.probe for job in self._jobs.values()):
+            return
+
+        def probed(_: Any, error: Exception | None) -> None:
+            if error is not None:
+                log.warning("%s fails at everything; replacing it", self.spec.name)
+                self.kill()
+                return
+            with self._owner.changed:
+                self.health.readmit()
+                self._owner.review(self)
+
+        self.give(Job(self._owner.probe, probed, probe=True))
+
+    def _clear(self, connection: Connection) -> None:
+        with self._owner.changed:
+            self.alive, self._connection = False, None
+            running = self.running()
+            begun = {id(job) for job in running}
+            waiting = [job for job in self._jobs.values() if id(job) not in begun]
+            self._jobs, self.load = {}, 0
+            self._owner.review(self)
+        self._reap(connection)
+        if not self._owner.closing.is_set() and self.wanted.is_set():
+            self._restarts += 1
+            log.warning(
+                "%s died (exit status %s) with %d jobs; restarting it",
+                self.spec.name,
+                self.process.returncode if self.process else None,
+                len(running) + len(waiting),
+            )
+            self._owner.died(self)
+        for job in running:
+            job.attempts += 1
+        for job in (*running, *waiting):
+            reason = f"a worker died {job.attempts} times while working on this"
+            self._owner.again(job, InternalError(reason))
+
+    def _reap(self, connection: Connection) -> None:
+        self.kill()
+        with self._sending:  # a closed descriptor's number may be reused under a writer
+            connection.close()
+        if self.process is not None:
+            self.process.wait()

@@ -1,0 +1,143 @@
+"""Settled groups that the store knows nothing of are known after a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fletcher.delivery.journal import settled_groups as unsent_module
+from fletcher.delivery.journal.settled_groups import SettledGroups
+from tests.doubles.stores import MemoryStore
+from tests.unit.delivery.dedupe.test_index import SCHEMA, delivering, options, send, stored, wait
+
+
+def test_ranges_are_found_by_upload(tmp_path: Path) -> None:
+    one = SettledGroups(tmp_path)
+    assert one.ranges("u") == []
+    one.add(["u:0-9", "u:20-29"])
+    one.add(["u:10-19", "other:0-4"])
+    assert SettledGroups(tmp_path).ranges("u") == [(0, 29)]
+    assert SettledGroups(tmp_path).ranges("other") == [(0, 4)]
+    one.clear()
+    one.clear()
+    assert one.ranges("u") == []
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    SettledGroups(tmp_path).add(["u:0-9"])
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes() + b"u:10\xff")
+    SettledGroups(tmp_path).add(["u:20-29"])
+    assert SettledGroups(tmp_path).ranges("u") == [(0, 9), (20, 29)]
+
+
+def test_the_file_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsent_module, "_MAX_BYTES", 2000)
+    monkeypatch.setattr(unsent_module, "_KEPT_UPLOADS", 10)
+    one = SettledGroups(tmp_path)
+    for number in range(100):
+        one.add([f"steady:{number}-{number}", f"u{number}:0-9"])
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size < 2200
+    assert one.ranges("steady") == [(0, 99)]
+    assert one.ranges("u99") == [(0, 9)]
+    assert one.ranges("u0") == []
+
+
+def test_a_file_that_cannot_be_shortened_stays_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # What was noted and synced went again, and was noted once more each time.
+    monkeypatch.setattr(unsent_module, "_MAX_BYTES", 0)
+    one = SettledGroups(tmp_path)
+    (tmp_path / "groups.tmp").mkdir()
+    one.add(["u:0-9"])
+    one.add(["u:20-29"])
+    assert "cannot be shortened" in caplog.text
+    assert one.ranges("u") == [(0, 9), (20, 29)]
+
+
+@pytest.mark.parametrize("durability", ["journal", "store"])
+def test_a_client_finds_its_dropped_rows_durable_after_a_restart(
+    tmp_path: Path, durability: str
+) -> None:
+    # It was told that they were, then that they were not: a conflict, though nothing was lost.
+    store = MemoryStore()
+    again = options("again", durability=durability)
+    with delivering(store, tmp_path) as delivery:
+        first, sink = delivery.open(options("first"), SCHEMA)
+        send(sink, first, 0, ("a", "1"), ("b", "2"))
+        wait(first)
+        upload, sink = delivery.open(again, SCHEMA)
+        send(sink, upload, 0, ("a", "1"), ("b", "3"))
+        wait(upload)
+        assert delivery.flush(30)
+        assert upload.counts()["rows_durable"] == 2
+    with delivering(store, tmp_path) as delivery:
+        assert delivery.status(again)["rows_durable"] == 2
+        upload, sink = delivery.open(again, SCHEMA)
+        assert upload.claim(0, 1) == []
+        assert (upload.counts()["rows_stored"], upload.counts()["rows_durable"]) == (0, 2)
+        send(sink, upload, 2, ("c", "4"))
+        wait(upload)
+        assert stored(delivery, store) == [("a", "1"), ("b", "2"), ("c", "4")]
+
+
+@pytest.mark.parametrize("durability", ["journal", "store"])
+def test_rows_that_were_all_replaced_are_not_wanted_again_after_a_restart(
+    tmp_path: Path, durability: str
+) -> None:
+    # Their key went with them; sent again, they would have replaced the newer ones.
+    store = MemoryStore()
+    again = options("again", dedupe="off", mode="upsert", durability=durability)
+    with delivering(store, tmp_path) as delivery:
+        upload, sink = delivery.open(again, SCHEMA)
+        send(sink, upload, 0, ("a", "old"), ("b", "old"))
+        wait(upload)
+        assert delivery.flush(30)
+    store.batches["d"].clear()
+    with delivering(store, tmp_path) as delivery:
+        assert delivery.status(again)["rows_durable"] == 2
+        upload, _ = delivery.open(again, SCHEMA)
+        assert upload.claim(0, 1) == []
+
+
+def test_a_dataset_that_is_emptied_forgets_them(tmp_path: Path) -> None:
+    store = MemoryStore()
+    with delivering(store, tmp_path) as delivery:
+        for upload_id in ("first", "again"):
+            upload, sink = delivery.open(options(upload_id), SCHEMA)
+            send(sink, upload, 0, ("a", "1"))
+            wait(upload)
+            assert delivery.flush(30)
+            delivery.close(upload, sink)
+        delivery.open(options("new", mode="overwrite"), SCHEMA)
+    with delivering(store, tmp_path) as delivery:
+        assert delivery.status(options("again"))["rows_durable"] == 0
+
+
+def test_they_are_not_acknowledged_before_that_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    seen: list[int] = []
+    add = SettledGroups.add
+
+    def fails_once(self: SettledGroups, keys: Any) -> None:
+        seen.append(upload.counts()["rows_durable"])
+        if len(seen) == 1:
+            raise OSError(28, "No space left on device")
+        add(self, keys)
+
+    monkeypatch.setattr(SettledGroups, "add", fails_once)
+    with delivering(store, tmp_path) as delivery:
+        first, sink = delivery.open(options("first"), SCHEMA)
+        send(sink, first, 0, ("a", "1"))
+        wait(first)
+        upload, sink = delivery.open(options("again", durability="store"), SCHEMA)
+        send(sink, upload, 0, ("a", "2"))
+        wait(upload)
+        assert upload.failure is None
+    assert seen == [0, 0]

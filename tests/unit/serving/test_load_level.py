@@ -1,0 +1,127 @@
+"""Grades of pressure: what counts as severe, hysteresis by a clock that the test turns."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import pytest
+
+from fletcher.pipeline.memory_budget import MemoryBudget
+from fletcher.serving.load_level import LoadLevel, LoadMonitor, Signals, judge
+from fletcher.telemetry.tracing import Telemetry
+
+
+class House:
+    """Signals that a test sets, a clock that it turns, and the grades that were announced."""
+
+    def __init__(self) -> None:
+        self.signals = Signals()
+        self.now = 100.0
+        self.telemetry = Telemetry()
+        self.announced: list[LoadLevel] = []
+        self.pressure = LoadMonitor(
+            lambda: self.signals, self.telemetry, self.announced.append, lambda: self.now
+        )
+
+    def after(self, seconds: float, **signals: Any) -> LoadLevel:
+        self.now += seconds
+        self.signals = Signals(**signals)
+        return self.pressure.observe()
+
+
+@pytest.mark.parametrize(
+    ("signals", "grade"),
+    [
+        (Signals(), LoadLevel.NORMAL),
+        # One upload at full speed, or many: the memory is full, and all is well.
+        (Signals(memory=1.0, queue=500.0, streams=0.8, journal=0.5), LoadLevel.MODERATE),
+        # The store is slower than the clients, but works: they wait, and a new one may, too.
+        (Signals(memory=1.0, journal=1.0), LoadLevel.MODERATE),
+        # The store is away, and the journal has room for hours.
+        (Signals(memory=1.0, journal=0.5, store_away=True), LoadLevel.MODERATE),
+        (Signals(journal=0.0, store_away=True), LoadLevel.NORMAL),
+        (Signals(journal=0.9, store_away=True), LoadLevel.SEVERE),
+        # Without a journal the memory holds what the store does not take.
+        (Signals(memory=0.9, store_away=True), LoadLevel.SEVERE),
+        (Signals(memory=0.95), LoadLevel.MODERATE),
+        (Signals(streams=0.9), LoadLevel.SEVERE),
+        (Signals(starving=0.5), LoadLevel.SEVERE),
+        (Signals(queue=8.0), LoadLevel.MODERATE),
+    ],
+)
+def test_what_each_signal_means(signals: Signals, grade: LoadLevel) -> None:
+    assert judge(signals)[0] is grade
+
+
+def test_a_grade_is_entered_at_once_and_left_with_hesitation() -> None:
+    house = House()
+    assert house.after(1, streams=0.95) is LoadLevel.SEVERE
+    for _ in range(2):
+        assert house.after(60, streams=0.80) is LoadLevel.SEVERE, "lower, but not far enough"
+    assert house.after(1, streams=0.5) is LoadLevel.SEVERE, "calm, but not for long"
+    assert house.after(2, streams=0.95) is LoadLevel.SEVERE
+    assert house.after(2, streams=0.5) is LoadLevel.SEVERE, "the calm begins anew"
+    assert house.after(2.9, streams=0.5) is LoadLevel.SEVERE
+    assert house.after(0.2, streams=0.5) is LoadLevel.NORMAL
+    assert house.announced == [LoadLevel.SEVERE, LoadLevel.NORMAL]
+
+
+def test_severe_falls_to_the_grade_that_still_holds() -> None:
+    house = House()
+    house.after(1, memory=1.0, store_away=True)
+    house.after(1, memory=1.0)
+    assert house.after(4, memory=1.0) is LoadLevel.MODERATE
+
+
+def test_transitions_are_logged_once_and_time_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    house = House()
+    with caplog.at_level(logging.INFO, "fletcher.serving.load_level"):
+        for _ in range(10):
+            house.after(1, streams=1.0)
+        for _ in range(10):
+            house.after(1)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "severe after normal: 100% of the streams are open" in caplog.messages[0]
+    assert "normal after severe" in caplog.messages[1]
+    snapshot = house.telemetry.snapshot()
+    # The second that ended in severe was normal's; leaving it took three.
+    assert snapshot["fletcher.pressure.time"] == {"normal": 7.0, "severe": 13.0}
+    assert snapshot["fletcher.pressure.grade"] == 0
+    statistics = house.pressure.statistics()
+    assert (statistics["grade"], statistics["for_s"]) == ("normal", 6.0)
+
+
+def test_bulk_work_leaves_half_of_the_common_memory_where_it_is_told_to() -> None:
+    budget = MemoryBudget(4000, max_streams=10)  # 100 bytes of reserve each, 1750 in common
+    bulk, interactive = budget.open(), budget.open()
+    budget.spare(half=True)
+    bulk.acquire(925)
+    call = threading.Thread(target=bulk.acquire, args=(200,))
+    call.start()
+    call.join(0.05)
+    assert call.is_alive(), "more than half of the common part"
+    interactive.acquire(925, bulk=False)
+    interactive.close()
+    budget.spare(half=False)
+    call.join(5)
+    assert not call.is_alive()
+
+
+def test_streams_that_wait_long_for_memory_starve() -> None:
+    now = [0.0]
+    budget = MemoryBudget(4000, max_streams=10, clock=lambda: now[0])
+    first, second = budget.open(), budget.open()
+    first.acquire(1850)
+    call = threading.Thread(target=second.acquire, args=(200,))
+    call.start()
+    call.join(0.05)
+    assert budget.starving(60) == 0
+    now[0] = 61.0
+    assert budget.starving(60) == 1
+    first.close()
+    call.join(5)
+    assert budget.starving(60) == 0

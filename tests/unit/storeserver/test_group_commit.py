@@ -1,0 +1,152 @@
+"""The store server's group commits where a commit fails in doubt."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import store_rows as rows
+
+from fletcher.errors import RequestError, StoreUnavailableError
+from fletcher.stores import lance_writer
+from fletcher.stores.base import Store, WriteMode
+from fletcher.stores.lance import LanceStore
+from fletcher.storeserver.group_commit import CommitStream, Ingest
+
+pytest.importorskip("lancedb")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[LanceStore]:
+    opened = LanceStore(tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def ingest(store: LanceStore) -> Iterator[Ingest]:
+    """Rows 0 to 9 are stored."""
+    opened = Ingest(store)
+    assert submit(opened, rows.batch(0, 10)).result(30) == 10
+    yield opened
+    assert opened.close(30)
+
+
+@pytest.fixture
+def fail_next_sync(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """While it is set, the next sync fails, and clears it."""
+    armed = threading.Event()
+    sync = lance_writer._SyncedFolder.sync
+
+    def failing(self: Any, *, settled: bool) -> None:
+        if armed.is_set():
+            armed.clear()
+            raise OSError(5, "Input/output error")
+        sync(self, settled=settled)
+
+    monkeypatch.setattr(lance_writer._SyncedFolder, "sync", failing)
+    return armed
+
+
+def submit(ingest: Ingest, batch: pa.RecordBatch) -> Future[int]:
+    return ingest.submit("d", [batch], mode="append", whole=True, stream=CommitStream())
+
+
+def num_rows(store: Store) -> int:
+    info = store.dataset("d")
+    assert info is not None
+    return info.num_rows
+
+
+def nan(first: int, count: int) -> pa.RecordBatch:
+    batch = rows.batch(first, count)
+    field = batch.schema.field("vector")
+    values = pa.array(np.full(count * field.type.list_size, np.nan, np.float16))
+    return batch.set_column(1, field, pa.FixedSizeListArray.from_arrays(values, type=field.type))
+
+
+def test_rows_that_were_stored_though_their_commit_failed_are_repeats(
+    store: LanceStore, ingest: Ingest, fail_next_sync: threading.Event
+) -> None:
+    fail_next_sync.set()
+    with pytest.raises(StoreUnavailableError):
+        submit(ingest, rows.batch(10, 10)).result(30)
+    assert not fail_next_sync.is_set()
+    assert submit(ingest, rows.batch(10, 10)).result(30) == 0
+    assert submit(ingest, rows.batch(20, 10)).result(30) == 10
+    assert num_rows(store) == 30
+
+
+@pytest.mark.parametrize("mode", ["upsert", "overwrite"])
+def test_rows_whose_client_waits_no_longer_replace_nothing(
+    store: LanceStore, ingest: Ingest, mode: WriteMode
+) -> None:
+    # It has sent them again, perhaps, and newer ones since, which these would replace.
+    late = {"batches": [rows.batch(0, 5)], "whole": True, "given_up": lambda: True}
+    with pytest.raises(StoreUnavailableError):
+        ingest.submit("d", mode=mode, stream=CommitStream(), **late)
+    assert submit(ingest, rows.batch(10, 10)).result(30) == 10
+    assert num_rows(store) == 20
+    late["batches"] = [rows.batch(20, 10)]
+    assert ingest.submit("d", mode="append", stream=CommitStream(), **late).result(30) == 10
+
+
+def test_a_commit_in_doubt_does_not_harm_its_neighbours(
+    store: LanceStore, ingest: Ingest, fail_next_sync: threading.Event
+) -> None:
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        held.set()
+        assert go_on.wait(30)
+
+    holder = threading.Thread(target=ingest.call, args=("d", hold))
+    holder.start()
+    assert held.wait(30)
+    # One commit, which the second refuses: each is tried alone, and the first fails in doubt.
+    jobs = [submit(ingest, one) for one in (rows.batch(10, 10), nan(20, 4), rows.batch(30, 10))]
+    fail_next_sync.set()
+    go_on.set()
+    holder.join(30)
+    with pytest.raises(StoreUnavailableError):
+        jobs[0].result(30)
+    with pytest.raises(RequestError, match="NaN"):
+        jobs[1].result(30)
+    assert jobs[2].result(30) == 10
+    assert submit(ingest, rows.batch(10, 10)).result(30) == 0
+    assert num_rows(store) == 30
+
+
+def test_a_group_is_known_again_after_its_neighbours_rows_were_refused(
+    store: LanceStore, ingest: Ingest
+) -> None:
+    # Its rows were taken back from a count that they had never been in; then it was no repeat.
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        held.set()
+        assert go_on.wait(30)
+
+    holder = threading.Thread(target=ingest.call, args=("d", hold))
+    holder.start()
+    assert held.wait(30)
+    stream = CommitStream()
+
+    def send() -> Future[int]:
+        batches = [rows.batch(10, 10)]
+        return ingest.submit("d", batches, mode="append", whole=True, stream=stream)
+
+    first, refused = send(), submit(ingest, nan(20, 4))
+    go_on.set()
+    holder.join(30)
+    assert first.result(30) == 10
+    with pytest.raises(RequestError, match="NaN"):
+        refused.result(30)
+    assert send().result(30) == 0
+    assert num_rows(store) == 20
