@@ -67,7 +67,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Searches and prints."""
     from fletcher.stores.address import folder_of, open_store
-    from fletcher.stores.nearest import vector_reader
+    from fletcher.stores.exact_search import vector_reader
 
     check_server(args)
     check_dataset(args.dataset)

@@ -30,7 +30,7 @@ def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "non
     folder = folder_of(address)
     if folder is not None:
         if scheme == "lance":
-            from fletcher.stores.lance import LanceStore
+            from fletcher.stores.lance.store import LanceStore
 
             return LanceStore(folder)
         from fletcher.stores.parquet import ParquetStore
@@ -49,7 +49,7 @@ def folder_of(address: str) -> Path | None:
 
 
 def _flight(address: str, timeout_s: float, compression: str) -> Store:
-    from fletcher.stores.flight import FlightStore
+    from fletcher.stores.flight.store import FlightStore
 
     try:
         parts = urlsplit(address)

@@ -22,8 +22,8 @@ from fletcher.core.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.errors import ColumnTypeError, RequestError, StoreError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
+from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.lock import WriterLock
-from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, check_storable, conform
 from fletcher.util.durable import make_folder, sync_path
 

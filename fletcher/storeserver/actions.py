@@ -22,11 +22,18 @@ from fletcher.errors import (
     RequestError,
     UnknownDatasetError,
 )
-from fletcher.stores import wire
+from fletcher.stores import protocol as wire
 from fletcher.stores.base import Filter
+from fletcher.stores.exact_search import (
+    MAX_K,
+    Scores,
+    check_query,
+    cosine,
+    nearest,
+    unknown_dataset,
+)
 from fletcher.stores.filters import parse_filters, quoted, quoted_name
-from fletcher.stores.lance import LanceStore
-from fletcher.stores.nearest import MAX_K, Scores, check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.group_commit import Ingest
 from fletcher.util.durable import sync_path
 

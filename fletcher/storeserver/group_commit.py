@@ -28,10 +28,10 @@ from fletcher.errors import (
     StoreUnavailableError,
 )
 from fletcher.stores.base import WriteMode
-from fletcher.stores.lance import LanceStore
-from fletcher.stores.lance_writer import LanceWriter
-from fletcher.stores.ledger import KeyLedger
+from fletcher.stores.lance.store import LanceStore
+from fletcher.stores.lance.writer import LanceWriter
 from fletcher.stores.schemas import check_compatible, new_fields
+from fletcher.storeserver.key_ledger import KeyLedger
 
 _log = logging.getLogger(__name__)
 

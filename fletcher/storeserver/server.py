@@ -27,11 +27,11 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.net.ports import check_port
-from fletcher.stores import wire
+from fletcher.stores import protocol as wire
 from fletcher.stores.base import DatasetInfo
-from fletcher.stores.lance import LanceStore
+from fletcher.stores.exact_search import unknown_dataset
+from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.lock import ServerLock
-from fletcher.stores.nearest import unknown_dataset
 from fletcher.storeserver.actions import Actions, DoGetTicket, Query
 from fletcher.storeserver.group_commit import Ingest
 from fletcher.storeserver.upload_call import Acks, UploadCall

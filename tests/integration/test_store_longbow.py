@@ -20,7 +20,7 @@ from fletcher.errors import (
     UnauthorizedError,
     UnknownDatasetError,
 )
-from fletcher.stores import wire
+from fletcher.stores import protocol as wire
 from fletcher.stores.address import open_store
 
 

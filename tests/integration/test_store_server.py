@@ -28,7 +28,7 @@ from fletcher.errors import (
     StoreUnavailableError,
     UnknownDatasetError,
 )
-from fletcher.stores import wire
+from fletcher.stores import protocol as wire
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Filter
 from fletcher.storeserver.server import StoreServer

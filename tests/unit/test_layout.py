@@ -34,7 +34,7 @@ ENGINES = {
     "lmdb": ("fletcher.pipeline.disk_cache",),
     "lancedb": ("fletcher.stores.", "fletcher.storeserver."),
     "opentelemetry": ("fletcher.telemetry.tracing",),
-    "google.protobuf": ("fletcher.v1.", "fletcher.flight.commands", "fletcher.stores.lance_repair"),
+    "google.protobuf": ("fletcher.v1.", "fletcher.flight.commands", "fletcher.stores.lance.repair"),
     "huggingface_hub": ("fletcher.models.sources.hub",),
     "onnx": (),
     "torch": (),

@@ -13,7 +13,7 @@ import store_rows as rows
 from fletcher.errors import StoreUnavailableError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Store
-from fletcher.stores.lance_repair import _torn
+from fletcher.stores.lance.repair import _torn
 from fletcher.stores.lock import WriterLock
 
 pytest.importorskip("lancedb")

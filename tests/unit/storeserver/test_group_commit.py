@@ -14,9 +14,9 @@ import pytest
 import store_rows as rows
 
 from fletcher.errors import RequestError, StoreUnavailableError
-from fletcher.stores import lance_writer
 from fletcher.stores.base import Store, WriteMode
-from fletcher.stores.lance import LanceStore
+from fletcher.stores.lance import writer as lance_writer
+from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.group_commit import CommitStream, Ingest
 
 pytest.importorskip("lancedb")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fletcher.stores.ledger import KeyLedger
+from fletcher.storeserver.key_ledger import KeyLedger
 
 extents = st.tuples(st.integers(0, 60), st.integers(0, 8)).map(lambda one: (one[0], sum(one)))
 

@@ -18,9 +18,9 @@ from fletcher.errors import (
     StoreUnavailableError,
     from_json,
 )
-from fletcher.stores import wire
+from fletcher.stores import protocol as wire
 from fletcher.stores.base import Filter, WriteMode
-from fletcher.stores.longbow import longbow_batch, without_stored
+from fletcher.stores.flight.longbow import longbow_batch, without_stored
 from fletcher.stores.schemas import check_compatible, conform
 
 _log = logging.getLogger(__name__)

@@ -28,11 +28,12 @@ from fletcher.errors import (
     UnknownDatasetError,
 )
 from fletcher.net.compression import Sender
-from fletcher.stores import longbow, wire
+from fletcher.stores import protocol as wire
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
+from fletcher.stores.exact_search import unknown_dataset
 from fletcher.stores.filters import to_json
-from fletcher.stores.flight_writer import FletcherWriter, LongbowWriter
-from fletcher.stores.nearest import unknown_dataset
+from fletcher.stores.flight import longbow
+from fletcher.stores.flight.writers import FletcherWriter, LongbowWriter
 from fletcher.stores.schemas import check_columns, check_compatible, check_storable
 
 _log = logging.getLogger(__name__)

@@ -25,15 +25,15 @@ from fletcher.errors import (
 )
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
-from fletcher.stores.lance_repair import set_torn_versions_aside
-from fletcher.stores.lance_writer import (
+from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.lance.repair import set_torn_versions_aside
+from fletcher.stores.lance.writer import (
     LanceWriter,
     broken,
     check_columns_to_be,
     distinct_keys,
 )
 from fletcher.stores.lock import WriterLock
-from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, new_fields
 from fletcher.util.allocator import keep_large_blocks
 from fletcher.util.durable import make_folder, sync_path
