@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 from fletcher.config.server import nearest
 from fletcher.errors import ConfigError
 from fletcher.stores.base import Store
 
+if TYPE_CHECKING:
+    from fletcher.stores.flight.connection import FlightAddress
+
 FORMS = ("lance:PATH", "parquet:PATH", "grpc://HOST:PORT", "grpcs://HOST:PORT")
 PROFILES = ("auto", "longbow", "fletcher")
 
 
-def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "none") -> Store:
-    """The store at an address. A Flight store is connected to when it is first used.
+def open_store(
+    address: str,
+    *,
+    timeout_s: float = 60.0,
+    compression: str = "none",
+    message_bytes: int | None = None,
+) -> Store:
+    """Opens the store at an address. A Flight store connects on first use.
 
     Args:
         address: One of FORMS.
         timeout_s: Deadline of one call to a Flight store: long enough for a group of rows, short
             enough that a stalled store is noticed.
-        compression: Of what a Flight store is sent: one of `fletcher.config.server.COMPRESSIONS`.
+        compression: Compression of rows sent to a Flight store; one of
+            `fletcher.config.server.COMPRESSIONS`.
+        message_bytes: Approximate size of a message to a Flight store; None: its default.
 
     Raises:
         ConfigError: The address is none of these.
@@ -37,7 +49,15 @@ def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "non
 
         return ParquetStore(folder)
     if colon and scheme in ("grpc", "grpcs"):
-        return _flight(address, timeout_s, compression)
+        from fletcher.stores.flight.connection import MESSAGE_BYTES
+        from fletcher.stores.flight.store import FlightStore
+
+        return FlightStore(
+            _flight_address(address),
+            timeout_s=timeout_s,
+            compression=compression,
+            message_bytes=message_bytes or MESSAGE_BYTES,
+        )
     raise _bad(address)
 
 
@@ -48,8 +68,8 @@ def folder_of(address: str) -> Path | None:
     return Path(rest).expanduser().absolute() if embedded else None
 
 
-def _flight(address: str, timeout_s: float, compression: str) -> Store:
-    from fletcher.stores.flight.store import FlightStore
+def _flight_address(address: str) -> FlightAddress:
+    from fletcher.stores.flight.connection import FlightAddress
 
     try:
         parts = urlsplit(address)
@@ -74,14 +94,11 @@ def _flight(address: str, timeout_s: float, compression: str) -> Store:
         )
     scheme = "grpc+tls" if parts.scheme == "grpcs" else "grpc+tcp"
     shown = f"[{host}]" if ":" in host else host
-    return FlightStore(
-        address,
+    return FlightAddress(
+        text=address,
         data_uri=f"{scheme}://{shown}:{port}",
         meta_uri=f"{scheme}://{shown}:{meta}" if meta is not None else None,
-        default_meta_uri=f"{scheme}://{shown}:{port + 1}",
         profile=profile,
-        timeout_s=timeout_s,
-        compression=compression,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,13 @@ from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.lock import WriterLock
-from fletcher.stores.schemas import check_columns, check_compatible, check_storable, conform
+from fletcher.stores.schemas import (
+    check_columns,
+    check_compatible,
+    check_storable,
+    conform,
+    limited,
+)
 from fletcher.util.durable import make_folder, sync_path
 
 # The schema of the first write, in the file that Parquet's readers know for it.
@@ -150,7 +156,7 @@ class ParquetStore:
             columns=wanted, filter=condition, batch_size=8192
         )
         out = pa.schema([schema.field(name) for name in wanted], metadata=schema.metadata)
-        return pa.RecordBatchReader.from_batches(out, _limited(rows.to_batches(), out, limit))
+        return pa.RecordBatchReader.from_batches(out, limited(rows.to_batches(), out, limit))
 
     def search(
         self,
@@ -284,19 +290,6 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_path(str(path.parent))
-
-
-def _limited(
-    batches: Iterator[pa.RecordBatch], schema: pa.Schema, limit: int | None
-) -> Iterator[pa.RecordBatch]:
-    left = limit
-    for batch in batches:
-        if left is not None and left <= 0:
-            return
-        part = batch if left is None else batch.slice(0, left)
-        left = None if left is None else left - part.num_rows
-        if part.num_rows:
-            yield pa.RecordBatch.from_arrays(part.columns, schema=schema)
 
 
 def _unavailable(dataset: str, error: OSError) -> StoreUnavailableError:

@@ -28,7 +28,6 @@ from fletcher.errors import (
     StoreUnavailableError,
     UnknownDatasetError,
 )
-from fletcher.stores import protocol as wire
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Filter
 from fletcher.storeserver.server import StoreServer
@@ -459,8 +458,8 @@ def sink(server):
     store.close()
 
 
-def test_the_sink_keeps_types_keys_and_nulls(sink, name, monkeypatch):
-    monkeypatch.setattr(wire, "MESSAGE_BYTES", 2048)
+def test_the_sink_keeps_types_keys_and_nulls(server, name):
+    sink = open_store(server.address, timeout_s=30, message_bytes=2048)
     assert sink.capabilities.drops_repeated_keys
     assert sink.capabilities.durable
     writer = sink.open_writer(name, rows.schema(), "append")
@@ -493,6 +492,7 @@ def test_the_sink_keeps_types_keys_and_nulls(sink, name, monkeypatch):
         "score",
     ]
     assert sink.scan(name, columns=["id"], limit=3).read_all().num_rows == 3
+    sink.close()
 
 
 def test_the_sink_passes_the_stores_refusals_on(sink, name):

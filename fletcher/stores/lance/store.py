@@ -145,8 +145,7 @@ class LanceStore:
                 folder=self._folder / f"{dataset}.lance",
                 dataset=dataset,
                 lock=lock,
-                upsert=mode == "upsert",
-                replaced=mode == "overwrite",
+                mode=mode,
                 on_close=self._forget,
             )
         except (ValueError, RuntimeError, OSError) as error:
