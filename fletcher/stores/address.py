@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlsplit
 
 from fletcher.config.server import nearest
 from fletcher.errors import ConfigError
+from fletcher.net.address import FlightAddress
 from fletcher.stores.base import Store
 
 if TYPE_CHECKING:
-    from fletcher.stores.flight.connection import FlightAddress
+    from fletcher.stores.flight.connection import FlightStoreAddress
 
 FORMS = ("lance:PATH", "parquet:PATH", "grpc://HOST:PORT", "grpcs://HOST:PORT")
 PROFILES = ("auto", "longbow", "fletcher")
@@ -68,22 +68,17 @@ def folder_of(address: str) -> Path | None:
     return Path(rest).expanduser().absolute() if embedded else None
 
 
-def _flight_address(address: str) -> FlightAddress:
-    from fletcher.stores.flight.connection import FlightAddress
+def _flight_address(address: str) -> FlightStoreAddress:
+    from fletcher.stores.flight.connection import FlightStoreAddress
 
     try:
-        parts = urlsplit(address)
-        host, port = parts.hostname, parts.port
-        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-        options = dict(query)
+        data = FlightAddress.from_uri(address)
+        options = dict(data.options)
         meta = int(options.pop("meta")) if "meta" in options else None
     except ValueError:
         raise _bad(address) from None
     profile = options.pop("profile", "auto")
-    extra = parts.path not in ("", "/") or parts.username is not None or parts.fragment
-    if not host or not port or options or extra or len(query) != len(set(dict(query))):
-        raise _bad(address)
-    if meta is not None and not 0 < meta < 65536:
+    if options or (meta is not None and not 0 < meta < 65536):
         raise _bad(address)
     if profile not in PROFILES:
         raise ConfigError(
@@ -92,12 +87,10 @@ def _flight_address(address: str) -> FlightAddress:
             field="store",
             allowed=PROFILES,
         )
-    scheme = "grpc+tls" if parts.scheme == "grpcs" else "grpc+tcp"
-    shown = f"[{host}]" if ":" in host else host
-    return FlightAddress(
+    return FlightStoreAddress(
         text=address,
-        data_uri=f"{scheme}://{shown}:{port}",
-        meta_uri=f"{scheme}://{shown}:{meta}" if meta is not None else None,
+        data=data,
+        meta=data.with_port(meta) if meta is not None else None,
         profile=profile,
     )
 

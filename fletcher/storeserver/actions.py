@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from fletcher.storeserver.requests import (
     decode_request,
     to_filters,
 )
-from fletcher.util.durable import sync_path
+from fletcher.util.durable import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,10 +276,7 @@ class _Namespaces:
             return []
 
     def _write(self, names: list[str]) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(names))
-        sync_path(str(temporary))
-        os.replace(temporary, self._path)  # noqa: PTH105
+        write_atomically(self._path, json.dumps(names))
 
 
 def answer_action(actions: dict[str, Action], name: str, body: bytes) -> list[bytes]:

@@ -22,6 +22,7 @@ from fletcher.errors import (
     ConfigError,
     InvalidCommandError,
     SetupError,
+    StoreError,
     UnknownColumnError,
 )
 from fletcher.net.flight_errors import to_flight_error
@@ -30,7 +31,6 @@ from fletcher.stores import protocol
 from fletcher.stores.base import DatasetInfo
 from fletcher.stores.exact_search import unknown_dataset
 from fletcher.stores.lance.store import LanceStore
-from fletcher.stores.lock import ServerLock
 from fletcher.storeserver.actions import Actions, answer_action
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import (
@@ -40,6 +40,7 @@ from fletcher.storeserver.requests import (
     to_filters,
 )
 from fletcher.storeserver.upload_call import AckWriter, read_groups
+from fletcher.util.locks import FileLock
 
 _log = logging.getLogger(__name__)
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
@@ -94,7 +95,7 @@ class StoreServer:
         check_port(host, port)
         check_port(host, meta_port, field="meta_port")
         self._store = LanceStore(folder)
-        self._lock = ServerLock(folder)
+        self._lock = _lock_folder(folder)
         try:
             self._start(folder, host, port, meta_port)
         except BaseException:
@@ -316,6 +317,22 @@ def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
         if row.get("k") is not None:
             fields["k"] = row["k"]
         yield convert_request(SearchRequest, fields, "a row of VectorSearch")
+
+
+def _lock_folder(folder: Path) -> FileLock:
+    """Takes the right to serve a folder; a writer of one of its datasets has its own lock."""
+    try:
+        return FileLock(folder / ".lock")  # no dataset's lock, since a dataset has a name
+    except BlockingIOError:
+        raise StoreError(
+            f"the folder {folder} is served by another `fletcher store`; use that one, or "
+            "give this one a `path` of its own",
+            field="path",
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"the folder {folder} cannot be locked: {error.strerror}", field="path"
+        ) from None
 
 
 def _guarded_batches(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:

@@ -3,61 +3,74 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.net.address import FlightAddress
+from fletcher.net.channel import connect
 from fletcher.net.compression import Sender
-from fletcher.stores.flight.errors import FAILURES, from_store_failure, store_call
+from fletcher.net.flight_errors import from_store_error
 
 # A Flight client blocks after 4-7 MiB that the server has not read; 1-4 MiB keep it flowing.
 MESSAGE_BYTES = 2 << 20
+FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
-_GRPC_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # By default gRPC waits up to two minutes before it reconnects after a long outage.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 5000),
-]
+
+@contextmanager
+def store_call(what: str) -> Iterator[None]:
+    """Turns what a Flight call raises into a `FletcherError`; see `from_store_error`.
+
+    Args:
+        what: The action, for the message, such as "writing to dataset `d`".
+
+    Raises:
+        RequestError, UnauthenticatedError, UnauthorizedError: The store refuses the call.
+        StoreUnavailableError, OverloadedError: The store failed or stalled; retry later.
+    """
+    try:
+        yield
+    except FAILURES as error:
+        raise from_store_error(error, what) from error
 
 
 @dataclass(frozen=True, slots=True)
-class FlightAddress:
+class FlightStoreAddress:
     """Address of a Flight store.
 
     Attributes:
         text: As the user wrote it.
-        data_uri: Port of rows and searches.
-        meta_uri: Port of the dataset list. None: the one that the store's capabilities name, else
-            the port after `data_uri`'s, as Longbow does by default.
+        data: Port of rows and searches.
+        meta: Port of the dataset list; None: the one that the store's capabilities name, else the
+            port after `data`'s, as Longbow has it by default.
         profile: `auto`, `longbow` or `fletcher`.
     """
 
     text: str
-    data_uri: str
-    meta_uri: str | None
+    data: FlightAddress
+    meta: FlightAddress | None
     profile: str
 
-    def with_meta_port(self, port: int) -> FlightAddress:
-        """The address with `meta_uri` on the data port's host."""
-        return replace(self, meta_uri=_at_port(self.data_uri, port))
+    def with_meta_port(self, port: int) -> FlightStoreAddress:
+        """The address with `meta` on the data port's host."""
+        return replace(self, meta=self.data.with_port(port))
 
     @property
-    def effective_meta_uri(self) -> str:
-        """`meta_uri`, or the default where it is not set."""
-        return self.meta_uri or _at_port(self.data_uri, (urlsplit(self.data_uri).port or 0) + 1)
+    def meta_uri(self) -> str:
+        """Address of the port of the dataset list."""
+        return (self.meta or self.data.with_port(self.data.port + 1)).uri
 
 
 class FlightConnection:
     """Clients of a store's ports, one each, with a deadline per call. Thread-safe.
 
     Args:
-        address: Of the store. `meta_uri` may be set later.
+        address: Of the store; replaced once the capabilities name its meta port.
         timeout_s: Deadline of one call; an append is one call.
         compression: Compression of sent rows; one of `fletcher.config.server.COMPRESSIONS`.
         message_bytes: Approximate size of a message of rows.
@@ -65,7 +78,7 @@ class FlightConnection:
 
     def __init__(
         self,
-        address: FlightAddress,
+        address: FlightStoreAddress,
         *,
         timeout_s: float,
         compression: str = "none",
@@ -76,7 +89,7 @@ class FlightConnection:
         self._timeout_s = timeout_s
         self._sender = Sender(
             compression,
-            host=urlsplit(address.data_uri).hostname or "",
+            host=address.data.host,
             peer=address.text,
             probe=lambda body: self.run_action("check_readiness", body),
         )
@@ -86,12 +99,12 @@ class FlightConnection:
     @property
     def data_client(self) -> flight.FlightClient:
         """Client of the data port. Raises StoreUnavailableError for an unknown host."""
-        return self._client(self.address.data_uri)
+        return self._client(self.address.data.uri)
 
     @property
     def meta_client(self) -> flight.FlightClient:
         """Client of the meta port. Raises StoreUnavailableError for an unknown host."""
-        return self._client(self.address.effective_meta_uri)
+        return self._client(self.address.meta_uri)
 
     def call_options(self, write: pa.ipc.IpcWriteOptions | None = None) -> flight.FlightCallOptions:
         """Options of one call: its deadline and, for DoPut, the options of its rows.
@@ -135,7 +148,7 @@ class FlightConnection:
         except FAILURES as error:
             if type(error) is pa.ArrowInvalid and "schema" in str(error).lower():
                 return None
-            raise from_store_failure(error, what) from error
+            raise from_store_error(error, what) from error
 
     def close(self) -> None:
         """Closes the clients. Idempotent."""
@@ -148,11 +161,5 @@ class FlightConnection:
         with self._mutex:
             if uri not in self._clients:
                 with store_call(f"connecting to {self.address.text}"):
-                    self._clients[uri] = flight.FlightClient(uri, generic_options=_GRPC_OPTIONS)
+                    self._clients[uri] = connect(uri)
             return self._clients[uri]
-
-
-def _at_port(uri: str, port: int) -> str:
-    parts = urlsplit(uri)
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}:{port}"

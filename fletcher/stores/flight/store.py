@@ -30,8 +30,12 @@ from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMo
 from fletcher.stores.exact_search import unknown_dataset
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight import longbow
-from fletcher.stores.flight.connection import MESSAGE_BYTES, FlightAddress, FlightConnection
-from fletcher.stores.flight.errors import is_unknown_action, store_call
+from fletcher.stores.flight.connection import (
+    MESSAGE_BYTES,
+    FlightConnection,
+    FlightStoreAddress,
+    store_call,
+)
 from fletcher.stores.flight.writers import FletcherWriter, LongbowWriter
 from fletcher.stores.schemas import (
     check_columns,
@@ -61,7 +65,7 @@ class FlightStore:
 
     def __init__(
         self,
-        address: FlightAddress,
+        address: FlightStoreAddress,
         *,
         timeout_s: float,
         compression: str = "none",
@@ -117,7 +121,7 @@ class FlightStore:
     def datasets(self) -> list[DatasetInfo]:
         """See `Store.datasets`. A Longbow counts batches where `num_rows` says rows."""
         assert self.capabilities  # may name the meta port
-        meta = self._connection.address.effective_meta_uri
+        meta = self._connection.address.meta_uri
         with store_call(
             f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
         ):
@@ -287,7 +291,7 @@ class FlightStore:
             )
         except UnavailableError as error:
             # Longbow calls an unknown action an internal error, so ask whether it is up.
-            unknown = is_unknown_action(error.__cause__)
+            unknown = _is_unknown_action(error.__cause__)
             if self._profile == "fletcher" or not unknown or not self._is_up():
                 refused = "connection refused" in error.message.lower()
                 raise StoreUnavailableError(
@@ -309,7 +313,7 @@ class FlightStore:
                 ) from error
         else:
             address = self._connection.address
-            if address.meta_uri is None and can.meta_port:
+            if address.meta is None and can.meta_port:
                 self._connection.address = address.with_meta_port(can.meta_port)
             return StoreCapabilities(
                 dtypes=can.dtypes,
@@ -335,3 +339,12 @@ def _info(one: flight.FlightInfo) -> DatasetInfo:
     name = one.descriptor.path[0].decode() if one.descriptor.path else ""
     size = one.total_bytes if one.total_bytes and one.total_bytes > 0 else None
     return DatasetInfo(name, one.schema, max(one.total_records, 0), size)
+
+
+def _is_unknown_action(error: BaseException | None) -> bool:
+    """Whether a server without an action may have raised this: UNKNOWN or INTERNAL.
+
+    `fletcher store` sends `extra_info` with all its errors, so an error that has it does not count.
+    """
+    kinds = (flight.FlightServerError, flight.FlightInternalError, pa.ArrowException)
+    return type(error) in kinds and not getattr(error, "extra_info", b"")

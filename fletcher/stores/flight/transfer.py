@@ -11,9 +11,9 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.errors import InternalError, StoreUnavailableError, from_json
+from fletcher.net.flight_errors import store_error
 from fletcher.stores import protocol
-from fletcher.stores.flight.connection import FlightConnection
-from fletcher.stores.flight.errors import FAILURES, from_store_answer, store_call
+from fletcher.stores.flight.connection import FAILURES, FlightConnection, store_call
 
 
 class NotIngestError(Exception):
@@ -139,7 +139,7 @@ def _await_acks(reader: Any, sent: list[int], what: str) -> None:
             ) from None
         if answer.get("status") == "error":
             error = from_json(json.dumps(answer)) or InternalError("it gave no reason")
-            raise from_store_answer(error, what)
+            raise store_error(error, what)
         if answer.get("status") != "acked":
             raise NotIngestError
         if answer.get("rows") != rows:

@@ -23,7 +23,6 @@ from fletcher.errors import (
 )
 from fletcher.stores.base import WriteMode
 from fletcher.stores.filters import quoted
-from fletcher.stores.lock import WriterLock
 from fletcher.stores.schemas import (
     aligned,
     check_compatible,
@@ -33,6 +32,7 @@ from fletcher.stores.schemas import (
 )
 from fletcher.util.allocator import give_back
 from fletcher.util.durable import sync_path
+from fletcher.util.locks import FileLock
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class LanceWriter:
         *,
         folder: Path,
         dataset: str,
-        lock: WriterLock,
+        lock: FileLock,
         mode: WriteMode,
         on_close: Callable[[LanceWriter], None],
     ) -> None:
@@ -262,7 +262,7 @@ class _SyncedFolder:
             for folder in changed:
                 sync_path(folder)
             if not self._known:
-                sync_path(str(self._folder.parent))
+                sync_path(self._folder.parent)
             self._known = present if settled else self._known & present
 
 
