@@ -17,10 +17,10 @@ from fletcher.core.command import EmbedCommand
 from fletcher.net import compression
 from fletcher.runtime import Runtime
 from fletcher.storeserver.server import StoreServer
+from tests.doubles.longbow import LongbowDouble
 from tests.doubles.proxy import Proxy
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import exchange
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, rows
 
 NUM_ROWS = 300

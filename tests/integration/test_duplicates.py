@@ -21,9 +21,9 @@ from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
 from fletcher.storeserver.server import StoreServer
+from tests.doubles.longbow import LongbowDouble
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, put
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, assert_every_row_once, rows, stored, text_of
 from tests.integration.processes import Place, eventually, serving
 

@@ -16,9 +16,9 @@ from fletcher.delivery import breaker
 from fletcher.runtime import Runtime
 from fletcher.serving import load_level as pressure
 from fletcher.serving import service
+from tests.doubles.longbow import LongbowDouble
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, exchange, put
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, rows
 from tests.integration.processes import eventually
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,18 +21,8 @@ from fletcher.errors import (
 from fletcher.net.flight_errors import to_flight_error
 from fletcher.stores.address import open_store
 from fletcher.stores.protocol import CAPABILITIES
-
-
-def _load(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-rows = _load("store_rows", HERE.parent / "unit" / "stores" / "rows.py")
-LongbowDouble = _load("longbow_double", HERE / "longbow_double.py").LongbowDouble
+from tests.doubles import store_rows as rows
+from tests.doubles.longbow import LongbowDouble
 
 
 @pytest.fixture(params=["exchange", "put"])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import grpc
@@ -32,22 +30,11 @@ from fletcher.errors import (
 from fletcher.stores.address import open_store
 from fletcher.storeserver.server import StoreServer
 from fletcher.telemetry.tracing import Telemetry
+from tests.doubles import store_rows as rows
+from tests.doubles.longbow import LongbowDouble
 from tests.doubles.proxy import Proxy
 from tests.doubles.refusals import Refusals
 
-
-def _load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-rows = _load("store_rows", HERE.parent / "unit" / "stores" / "rows.py")
-LongbowDouble = _load("longbow_double", HERE / "longbow_double.py").LongbowDouble
 SCHEMA = pa.schema(list(rows.schema())[:-1], metadata=rows.schema().metadata)
 
 

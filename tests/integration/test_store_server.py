@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import signal
@@ -31,11 +30,7 @@ from fletcher.errors import (
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Filter
 from fletcher.storeserver.server import StoreServer
-
-_path = Path(__file__).parents[1] / "unit" / "stores" / "rows.py"
-_spec = importlib.util.spec_from_file_location("store_rows", _path)
-rows = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(rows)
+from tests.doubles import store_rows as rows
 
 MAIN = "import sys; from fletcher.cli import main; sys.exit(main())"
 COMMAND = [sys.executable, "-c", MAIN, "store"]

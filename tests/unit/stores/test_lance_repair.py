@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import store_rows as rows
 
 from fletcher.errors import StoreUnavailableError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Store
 from fletcher.stores.lance.repair import _torn
 from fletcher.stores.lock import lock_dataset
+from tests.doubles import store_rows as rows
 
 pytest.importorskip("lancedb")
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import store_rows as rows
 
 from fletcher.errors import RequestError, StoreUnavailableError
 from fletcher.stores.base import Store, WriteMode
@@ -19,6 +18,7 @@ from fletcher.stores.lance import writer as lance_writer
 from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.group_committer import CommitStream
 from fletcher.storeserver.ingest import Ingest
+from tests.doubles import store_rows as rows
 
 pytest.importorskip("lancedb")
 
