@@ -34,7 +34,11 @@ ENGINES = {
     "lmdb": ("fletcher.pipeline.disk_cache",),
     "lancedb": ("fletcher.stores.", "fletcher.storeserver."),
     "opentelemetry": ("fletcher.telemetry.tracing",),
-    "google.protobuf": ("fletcher.v1.", "fletcher.flight.commands", "fletcher.stores.lance_repair"),
+    "google.protobuf": (
+        "fletcher.flight.commands",
+        "fletcher.models.onnx.graph",
+        "fletcher.stores.lance_repair",
+    ),
     "huggingface_hub": ("fletcher.models.sources.hub",),
     "onnx": (),
     "torch": (),
@@ -48,7 +52,9 @@ def _module(path: Path) -> str:
     return name.removesuffix(".__init__")
 
 
-MODULES = {_module(path): path for path in sorted(PACKAGE.rglob("*.py")) if "v1" not in path.parts}
+MODULES = {
+    _module(path): path for path in sorted(PACKAGE.rglob("*.py")) if not path.stem.endswith("_pb2")
+}
 
 
 def _imports(path: Path) -> set[str]:
