@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from fletcher.config.server import nearest
+from fletcher.config.option import nearest
 from fletcher.errors import ConfigError
 from fletcher.stores.base import Store
 
@@ -20,7 +20,7 @@ def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "non
         address: One of FORMS.
         timeout_s: Deadline of one call to a Flight store: long enough for a group of rows, short
             enough that a stalled store is noticed.
-        compression: Of what a Flight store is sent: one of `fletcher.config.server.COMPRESSIONS`.
+        compression: Of what a Flight store is sent: one of `fletcher.config.network.COMPRESSIONS`.
 
     Raises:
         ConfigError: The address is none of these.
