@@ -38,7 +38,11 @@ ENGINES = {
     "lmdb": ("fletcher.pipeline.disk_cache",),
     "lancedb": ("fletcher.stores.", "fletcher.storeserver."),
     "opentelemetry": ("fletcher.telemetry.tracing",),
-    "google.protobuf": ("fletcher.v1.", "fletcher.flight.commands", "fletcher.stores.lance_repair"),
+    "google.protobuf": (
+        "fletcher.flight.commands",
+        "fletcher.models.onnx.graph",
+        "fletcher.stores.lance_repair",
+    ),
     "huggingface_hub": ("fletcher.models.sources.hub",),
     "onnx": (),
     "torch": (),
