@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fletcher.config.server import nearest
+from fletcher.config.option import nearest
 from fletcher.errors import ConfigError
 from fletcher.net.address import FlightAddress
 from fletcher.stores.base import Store
@@ -31,7 +31,7 @@ def open_store(
         timeout_s: Deadline of one call to a Flight store: long enough for a group of rows, short
             enough that a stalled store is noticed.
         compression: Compression of rows sent to a Flight store; one of
-            `fletcher.config.server.COMPRESSIONS`.
+            `fletcher.config.network.COMPRESSIONS`.
         message_bytes: Approximate size of a message to a Flight store; None: its default.
 
     Raises:

@@ -94,7 +94,7 @@ def test_rows_reach_flight_stores_compressed(
         with Proxy(int(target.rpartition(":")[2])) as proxy:
             query = query or f"meta={store.meta_port}"
             server = start_server(
-                stores=(f"{uri(proxy)}?{query}&profile={profile}",), store_compression=codec
+                store=(f"{uri(proxy)}?{query}&profile={profile}",), store_compression=codec
             )
             with fletcher.connect(server.address) as client:
                 assert client.put(data, "d").complete

@@ -67,7 +67,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serve
 
 def config(stores: dict[str, Served], home: Path, **options: Any) -> dict[str, Any]:
     given = tuple(f"{one.name}={one.address}" for one in stores.values())
-    return {"stores": given, "home": home, "max_journal": 64 << 20, **options}
+    return {"store": given, "home": home, "max_journal": 64 << 20, **options}
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +169,18 @@ def test_what_was_acknowledged_is_durable_after_a_restart(
     def of(served: Served) -> dict[str, Any]:
         return {**upload, "store": served.name}
 
-    with Runtime(ServeConfig(**options)) as server, flight.connect(server.address) as client:
+    with (
+        Runtime(ServeConfig.from_options(**options)) as server,
+        flight.connect(server.address) as client,
+    ):
         for served in stores.values():
             assert (
                 put(client, batches, SCHEMA, dedupe="id", **of(served))[-1]["rows_durable"] == 900
             )
-    with Runtime(ServeConfig(**options)) as server, flight.connect(server.address) as client:
+    with (
+        Runtime(ServeConfig.from_options(**options)) as server,
+        flight.connect(server.address) as client,
+    ):
         for served in stores.values():
             assert action(client, "upload_status", of(served))["ranges"] == [[0, 899]]
             summary = put(client, batches, SCHEMA, end=900, dedupe="id", **of(served))[-1]

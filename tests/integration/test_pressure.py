@@ -51,9 +51,9 @@ def server(store: Away, start_server: StartServer, tiny_home: Path, tmp_path: Pa
     (tmp_path / "models").symlink_to(tiny_home / "models")
     return start_server(
         home=tmp_path,
-        stores=(f"{store.address}&profile=longbow",),
+        store=(f"{store.address}&profile=longbow",),
         max_journal=MAX_JOURNAL,
-        store_retry_s=60,
+        store_retry=60,
     )
 
 

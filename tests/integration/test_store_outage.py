@@ -14,11 +14,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
+from fletcher.config.delivery import DeliveryConfig
+from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
-from fletcher.delivery.sink import DatasetSink, JournalConfig
+from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     FletcherError,
@@ -87,7 +88,7 @@ def _fletcher(folder: Path) -> Iterator[Served]:
 @contextmanager
 def delivering(address: str, journal: Path, timeout_s: float = 20) -> Iterator[Delivery]:
     config = DeliveryConfig(
-        group_rows=50, commit_rows=500, group_delay_s=0.01, store_retry_s=60, slow_append_s=5
+        group_rows=50, commit_rows=500, group_delay_ms=10, store_retry_s=60, store_timeout_s=20
     )
     kept = JournalConfig(folder=journal, max_bytes=1 << 30, segment_bytes=1 << 20, retention_s=0)
     store = open_store(address, timeout_s=timeout_s)

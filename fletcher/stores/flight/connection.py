@@ -72,7 +72,7 @@ class FlightConnection:
     Args:
         address: Of the store; replaced once the capabilities name its meta port.
         timeout_s: Deadline of one call; an append is one call.
-        compression: Compression of sent rows; one of `fletcher.config.server.COMPRESSIONS`.
+        compression: Compression of sent rows; one of `fletcher.config.network.COMPRESSIONS`.
         message_bytes: Approximate size of a message of rows.
     """
 
