@@ -155,7 +155,7 @@ def _is_served(root: Path) -> bool:
     if not (root / ".lock").exists():
         return False
     try:
-        os.close(lock_journal(root))
+        lock_journal(root).release()
     except ConfigError:
         return True
     return False
@@ -170,6 +170,6 @@ def _replay(root: Path) -> int:
     try:
         num_files = sum(revive_segments(folder) for _, _, folder in journal_folders(root))
     finally:
-        os.close(lock)
+        lock.release()
     print(f"{num_files} files wait again; the next start of the server sends them")
     return 0

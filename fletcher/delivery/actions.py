@@ -87,7 +87,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class CloseSegment:
-    """End the open journal segment; `flush`: the store shall take what is journaled, to make room."""
+    """End the open journal segment; `flush`: send journaled rows to the store, to make room."""
 
     flush: bool = False
 

@@ -272,9 +272,7 @@ class CommitQueue:
 
     def _next_action(self, now: float) -> Action:
         if self.stopped:
-            openings = tuple(self._openings)
-            self._openings.clear()
-            return Stop(self.waiting.remove_all(), openings)
+            return self._stop()
         if self._rejected is not None:
             rejected, self._rejected = self._rejected, None
             return rejected
@@ -283,21 +281,30 @@ class CommitQueue:
         if self._overdue_at() <= now < self._ready_at(now):  # what may be tried now is tried
             return self._give_up_overdue(now)
         due_at = self._due_at(now)
-        if due_at <= now:
-            abandoned, in_doubt = self.remove_abandoned()
-            if abandoned:
-                return Release(abandoned, in_doubt)
-            groups = self.waiting.take_groups(
-                max_rows=self._append_size.limit(self._config.commit_rows),
-                max_bytes=self._append_size.limit(_COMMIT_BYTES),
-                group_rows=self._config.group_rows,
-            )
-            return Append(groups, full=bool(self.waiting))
+        return self._append_due() if due_at <= now else self._wait(due_at, now)
+
+    def _stop(self) -> Stop:
+        rejected = self._rejected.group.rows if self._rejected is not None else []
+        openings, self._rejected = tuple(self._openings), None
+        self._openings.clear()
+        return Stop([*rejected, *self.waiting.remove_all()], openings)
+
+    def _append_due(self) -> Append | Release:
+        abandoned, in_doubt = self.remove_abandoned()
+        if abandoned:
+            return Release(abandoned, in_doubt)
+        groups = self.waiting.take_groups(
+            max_rows=self._append_size.limit(self._config.commit_rows),
+            max_bytes=self._append_size.limit(_COMMIT_BYTES),
+            group_rows=self._config.group_rows,
+        )
+        return Append(groups, full=bool(self.waiting))
+
+    def _wait(self, due_at: float, now: float) -> Wait | Rest:
         if self.waiting:
             overdue_at = self._overdue_at()
-            return Wait(
-                min(due_at, overdue_at if overdue_at > now else math.inf, now + self._linger_s)
-            )
+            next_at = min(due_at, overdue_at) if overdue_at > now else due_at
+            return Wait(min(next_at, now + self._linger_s))
         if self._idle_since is None:
             self._idle_since = now
         rest_at = self._idle_since + self._linger_s

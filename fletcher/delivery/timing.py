@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from fletcher.util.backoff import Backoff
 
+_RETRY = Backoff(first_s=0.1, longest_s=10.0, jitter=1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class DeliveryTiming:
@@ -26,7 +28,7 @@ class DeliveryTiming:
         close_timeout_s: Wait for a committer's last append when its sink is closed.
     """
 
-    retry: Backoff = Backoff(first_s=0.1, longest_s=10.0, jitter=1.0)
+    retry: Backoff = _RETRY
     opening_timeout_s: float = 60.0
     committer_linger_s: float = 5.0
     decision_wait_s: float = 0.2

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fletcher.core.ranges import RangeSet
 from fletcher.errors import FletcherError, StoreUnavailableError, UploadConflictError
+from fletcher.stores.base import WriteMode
 
 MAX_ERRORS = 100
 # Finished uploads that are remembered for `upload_status`; older ones are read from the store.
@@ -32,7 +33,7 @@ class UploadTerms:
     Attributes:
         durability: When rows are acknowledged: `journal` (journaled or stored), `store` (stored) or
             `memory` (received; rows never count as durable).
-        upsert: Its rows replace those of the same id.
+        mode: What its rows do in the store; `upsert` replaces rows of the same id.
         dedupe_by: Kind of key by which duplicates are dropped: `id`, `text` or both (`delta`);
             None: they are kept.
         fingerprint: All that must be the same; None: the upload was found in the journal, and its
@@ -40,7 +41,7 @@ class UploadTerms:
     """
 
     durability: str
-    upsert: bool = False
+    mode: WriteMode = "append"
     dedupe_by: str | None = None
     fingerprint: tuple[Any, ...] | None = ()
 
@@ -106,17 +107,12 @@ class Upload:
     @property
     def upsert(self) -> bool:
         """Whether its rows replace those of the same id."""
-        return self.terms.upsert
+        return self.terms.mode == "upsert"
 
     @property
     def dedupe_by(self) -> str | None:
         """Kind of key by which duplicates are dropped; None: they are kept."""
         return self.terms.dedupe_by
-
-    @property
-    def journaled(self) -> bool:
-        """Whether its rows go through the journal."""
-        return self.terms.durability == "journal"
 
     def claim_rows(self, first: int, last: int) -> list[tuple[int, int]]:
         """Take rows in; returns the ranges that were not taken in before."""
@@ -129,9 +125,7 @@ class Upload:
             return new
 
     def settle_rows(self, first: int, last: int, *, stored: int) -> None:
-        """Note that rows first..last are done: `stored` of them are in the store, the rest failed
-        or are duplicates.
-        """
+        """Note that rows first..last are done, and how many of them the store got."""
         with self.changed:
             self._secure(first, last)
             if not self._settled.covers(first, last):  # else the store said so already
@@ -168,13 +162,7 @@ class Upload:
         """End the upload; rows that were not acknowledged may be sent again later."""
         with self.changed:
             self.failure = self.failure or error
-            unsecured = [
-                gap
-                for first, last in self._claimed.ranges()
-                for gap in self._secured.missing(first, last)
-            ]
-            for first, last in unsecured:
-                self._claimed.remove(first, last)
+            self._claimed = RangeSet(self._secured.ranges())
             self.changed.notify_all()
 
     def announce_total(self, num_rows: int) -> None:
@@ -214,7 +202,7 @@ class Upload:
                 "rows_received": self._claimed.count,
                 "rows_stored": self._rows_stored,
                 "rows_failed": self._rows_failed,
-                "rows_durable": self._secured.prefix if self._durable else 0,
+                "rows_durable": 0 if self.terms.durability == "memory" else self._secured.prefix,
             }
 
     def summary(self, model: str) -> dict[str, Any]:
@@ -237,9 +225,10 @@ class Upload:
     def status(self) -> dict[str, Any]:
         """The answer to `upload_status`."""
         with self.changed:
+            durable = [] if self.terms.durability == "memory" else self._secured.ranges()
             return {
                 "rows_durable": self.counts()["rows_durable"],
-                "ranges": [list(one) for one in self._secured.ranges()] if self._durable else [],
+                "ranges": [list(one) for one in durable],
                 "complete": self.complete,
             }
 
@@ -275,7 +264,7 @@ class Upload:
                 not, or the reverse.
         """
         with self.changed:
-            if terms.upsert != self.upsert:
+            if (terms.mode == "upsert") != self.upsert:
                 raise terms_conflict(self.dataset, self.upload_id)
             self.terms = terms
 
@@ -287,10 +276,6 @@ class Upload:
                     self.settle_rows(*new, stored=new[1] - new[0] + 1)
             for first, last in settled.not_stored:
                 self.settle_rows(first, last, stored=0)
-
-    @property
-    def _durable(self) -> bool:
-        return self.terms.durability != "memory"
 
     def _secure(self, first: int, last: int) -> None:
         self._claimed.add(first, last)  # changes nothing unless the upload failed meanwhile
@@ -371,11 +356,9 @@ class UploadRegistry:
                     return one
         return None
 
-    def recover_upload(
-        self, store: str, dataset: str, upload_id: str, *, upsert: bool
-    ) -> Upload:
+    def recover_upload(self, store: str, dataset: str, upload_id: str, *, upsert: bool) -> Upload:
         """The upload of a group that was found in the journal; a new one if need be."""
-        terms = UploadTerms("journal", upsert=upsert, fingerprint=None)
+        terms = UploadTerms("journal", "upsert" if upsert else "append", fingerprint=None)
         with self._lock:
             return self._all.setdefault(
                 (store, dataset, upload_id), Upload(dataset, upload_id, terms)

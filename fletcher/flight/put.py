@@ -160,7 +160,7 @@ class _Put:
         self._sink = sink
         self._stream = stream
         self._skip = (
-            DedupePrefilter(sink.dedupe_index, upload).skip
+            DedupePrefilter(sink.dedupe_index, upload).find_duplicates
             if upload.dedupe_by is not None
             else None
         )

@@ -12,10 +12,10 @@ from pyarrow import flight
 
 import fletcher
 from fletcher.client import PutSummary
-from fletcher.delivery import breaker
 from fletcher.runtime import Runtime
 from fletcher.serving import load_level as pressure
 from fletcher.serving import service
+from fletcher.util.backoff import Backoff
 from tests.doubles.longbow import LongbowDouble
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, exchange, put
@@ -70,7 +70,8 @@ def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_o
 ) -> None:
     monkeypatch.setattr(service, "SEVERE_RETRY_MS", 200)
     monkeypatch.setattr(pressure, "_LEAVE_AFTER_S", 0.2)
-    monkeypatch.setattr(breaker, "_MAX_PAUSE_S", 0.2)
+    (breaker,) = server.service.delivery._breakers.values()
+    monkeypatch.setattr(breaker, "_retry", Backoff(first_s=0.1, longest_s=0.2, jitter=1.0))
     summaries: dict[str, PutSummary] = {}
 
     def upload(name: str) -> None:
