@@ -79,7 +79,6 @@ LONG_MODULES = {
     "fletcher.storeserver.actions",
     "fletcher.storeserver.group_commit",
     "fletcher.workers.pool",
-    "benchmarks.gpu",
 }
 WIDE_CONSTRUCTORS = {
     "Appender",
