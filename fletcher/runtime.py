@@ -225,7 +225,7 @@ class Runtime:
             max_bytes=config.max_model_memory,
         )
         for stage in ("texts", "tokens", "micro_batches"):
-            telemetry.queue_depth.watch(partial(models.queued, stage), stage=stage)
+            telemetry.queue_depth.observe(partial(models.queued, stage), stage=stage)
         self._service = Service(
             models=models,
             budget=budget,

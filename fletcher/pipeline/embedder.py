@@ -259,16 +259,16 @@ class Embedder:
     def _watch(self, telemetry: Telemetry, model: str) -> list[Callable[[], None]]:
         """Shows each worker's state and rate, until what it returns is called."""
         ends = [
-            telemetry.worker_usable.watch(partial(pool.is_usable, name), model=model, worker=name)
+            telemetry.worker_usable.observe(partial(pool.is_usable, name), model=model, worker=name)
             for pool in (self.tokenizers, self.replicas)
             for name in pool.names
         ]
         for name in self.replicas.names:
             labels = {"model": model, "device": name}
             ends += [
-                telemetry.device_rate.watch(partial(self.replicas.rate, name), **labels),
-                telemetry.device_budget.watch(partial(self._inference.budget, name), **labels),
-                telemetry.device_busy_share.watch(partial(self._busy_share, name), **labels),
+                telemetry.device_rate.observe(partial(self.replicas.rate, name), **labels),
+                telemetry.device_budget.observe(partial(self._inference.budget, name), **labels),
+                telemetry.device_busy_share.observe(partial(self._busy_share, name), **labels),
             ]
         return ends
 
