@@ -241,13 +241,13 @@ class Embedder:
         }
 
     def _busy_share(self, device: str) -> float:
-        return self._inference.busy(device).recent(self.replicas.concurrency_of(device))
+        return self._inference.busy(device).recent_share(self.replicas.concurrency_of(device))
 
     def _busy(self, device: str, concurrency: int) -> dict[str, float]:
         busy = self._inference.busy(device)
-        load, load_s = busy.load(concurrency)
+        load, load_s = busy.last_load(concurrency)
         return {
-            "busy": round(busy.recent(concurrency), 3),
+            "busy": round(busy.recent_share(concurrency), 3),
             "busy_load": round(load, 3),
             "load_s": round(load_s, 1),
         }
