@@ -62,7 +62,7 @@ class Calls:
         self._max_streams = max_streams
         self._num_open = self._num_begun = 0
         self._changed = threading.Condition()
-        telemetry.streams_open.watch(lambda: self._num_open)
+        telemetry.streams_open.observe(lambda: self._num_open)
 
     def check(self) -> None:
         """Refuses new calls while draining."""
