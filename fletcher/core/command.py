@@ -128,7 +128,7 @@ class EmbedCommand:
         return cls(**fields)
 
     def _check_chunking(self) -> None:
-        chunking = Chunking.parse(self.chunking or "none")
+        chunking = Chunking.from_text(self.chunking or "none")
         if self.continuous and (chunking is None or not chunking.rows):
             raise InvalidCommandError(
                 f"`continuous` is true and `chunking` is {self.chunking or 'none'}, but a document "
