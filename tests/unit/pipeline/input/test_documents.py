@@ -158,7 +158,9 @@ def whole(
 ) -> tuple[list[list[int]], list[tuple[int, int, int, str]]]:
     """Tokens, index, place and text of a document's chunks."""
     data = text.encode()
-    texts = TextBatch(data, np.array([0, len(data)]), prompt=prompt, chunking=Chunking.from_text(how))
+    texts = TextBatch(
+        data, np.array([0, len(data)]), prompt=prompt, chunking=Chunking.from_text(how)
+    )
     tokens = tokenizer.encode(texts)
     assert tokens.chunks is not None
     spans = tokens.chunks.spans[:, :2].tolist()
