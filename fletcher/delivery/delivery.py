@@ -394,7 +394,7 @@ class Delivery:
 
 def _write_mode(options: EmbedCommand) -> WriteMode:
     """What rows do in the store: those of a delta that are new or changed replace by id."""
-    return "upsert" if options.mode == "delta" else options.mode  # type: ignore[return-value]
+    return "upsert" if options.mode == "delta" else options.mode
 
 
 def _dedupe_by(options: EmbedCommand) -> str | None:

@@ -162,7 +162,7 @@ class Service:
         model = running.bundle
         spec = vector_spec(model, options, dtypes, self.outputs)
         prompt = resolve_prompt(model, options.prompt)
-        chunking = Chunking.parse(options.chunking or "none")
+        chunking = Chunking.from_text(options.chunking or "none")
         taken = 0
         if chunking is not None:
             check_late(model, chunking, spec.layers)
