@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fletcher.config.model import OutputConfig
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec
@@ -19,7 +20,7 @@ from fletcher.errors import (
 from fletcher.net.compression import Answers
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
-from fletcher.pipeline.vector_spec import OutputRules, check_late, vector_spec
+from fletcher.pipeline.vector_spec import check_late, vector_spec
 from fletcher.serving.load_level import LoadLevel, LoadMonitor
 from fletcher.serving.model_manager import ModelManager, ServedModel
 from fletcher.telemetry.tracing import Telemetry
@@ -61,7 +62,7 @@ class Calls:
         self._max_streams = max_streams
         self._num_open = self._num_begun = 0
         self._changed = threading.Condition()
-        telemetry.streams_open.watch(lambda: self._num_open)
+        telemetry.streams_open.observe(lambda: self._num_open)
 
     def check(self) -> None:
         """Refuses new calls while draining."""
@@ -143,7 +144,7 @@ class Service:
     answers: Answers
     pressure: LoadMonitor
     telemetry: Telemetry
-    outputs: OutputRules
+    outputs: OutputConfig
 
     def resolve(
         self, running: ServedModel, options: EmbedCommand, *, dtypes: tuple[str, ...]
@@ -161,7 +162,7 @@ class Service:
         model = running.bundle
         spec = vector_spec(model, options, dtypes, self.outputs)
         prompt = resolve_prompt(model, options.prompt)
-        chunking = Chunking.parse(options.chunking or "none")
+        chunking = Chunking.from_text(options.chunking or "none")
         taken = 0
         if chunking is not None:
             check_late(model, chunking, spec.layers)

@@ -1,12 +1,10 @@
-"""Parquet files, one a group: `PATH/<dataset>/<batch_key>.parquet`."""
+"""Embedded store of Parquet files, one per group: `PATH/<dataset>/<batch_key>.parquet`."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +20,33 @@ from fletcher.core.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.errors import ColumnTypeError, RequestError, StoreError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
-from fletcher.stores.lock import WriterLock
-from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
-from fletcher.stores.schemas import check_columns, check_compatible, check_storable, conform
-from fletcher.util.durable import make_folder, sync_path
+from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.lock import lock_dataset
+from fletcher.stores.schemas import (
+    check_columns,
+    check_compatible,
+    check_storable,
+    conform,
+    limit_rows,
+)
+from fletcher.util.durable import atomic_path, make_folder, sync_path
+from fletcher.util.locks import FileLock
 
-# The schema of the first write, in the file that Parquet's readers know for it.
+# File of the dataset's schema, under the name that Parquet readers expect.
 _SCHEMA_FILE = "_common_metadata"
 _SUFFIX = ".parquet"
 
 
 class ParquetStore:
-    """Folders of Parquet files; a group's file name is its key, so writing it twice is harmless.
+    """Folders of Parquet files. A group's file is named after its key, so a repeat is harmless.
 
-    Search compares every vector with numpy: right for tens of thousands of rows.
+    Search compares every vector with numpy, which suits tens of thousands of rows.
 
     Args:
-        folder: Where the datasets' folders are; created if absent.
+        folder: Of the datasets' folders; created if missing.
 
     Raises:
-        StoreError: The folder cannot be made.
+        StoreError: The folder cannot be created.
     """
 
     capabilities = StoreCapabilities(
@@ -81,23 +86,24 @@ class ParquetStore:
                 "`batch_key` is missing: it names the Parquet file of a group", field="batch_key"
             )
         check_storable(schema)
-        lock = self._lock(dataset)
+        lock = lock_dataset(self._folder, dataset)
         folder = self._folder / dataset
         try:
             if mode == "overwrite" and folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(exist_ok=True)
-            for leftover in folder.glob(".*.tmp"):  # of a writer that was killed
+            for leftover in folder.glob(".*.tmp"):  # of a killed writer
                 leftover.unlink()
             if (folder / _SCHEMA_FILE).exists():
                 stored = pq.read_schema(folder / _SCHEMA_FILE)
                 check_compatible(dataset, stored, schema)
             else:
                 stored = schema
-                _write(folder / _SCHEMA_FILE, partial(pq.write_metadata, schema))
-            # The files that are found there count: whoever made them may have died before that.
-            sync_path(str(folder))
-            sync_path(str(self._folder))
+                with atomic_path(folder / _SCHEMA_FILE) as temporary:
+                    pq.write_metadata(schema, temporary)
+            # The files found here count as stored, so sync them: their writer may have died first.
+            sync_path(folder)
+            sync_path(self._folder)
         except OSError as error:
             lock.release()
             raise _unavailable(dataset, error) from error
@@ -140,7 +146,7 @@ class ParquetStore:
         filters: Sequence[Filter] = (),
         limit: int | None = None,
     ) -> pa.RecordBatchReader:
-        """See `Store.scan`. Rows come in the order of their keys' names."""
+        """See `Store.scan`. Rows are sorted by batch key."""
         schema = self._schema(dataset)
         wanted = list(columns) if columns is not None else schema.names
         check_columns(dataset, schema, wanted)
@@ -150,7 +156,7 @@ class ParquetStore:
             columns=wanted, filter=condition, batch_size=8192
         )
         out = pa.schema([schema.field(name) for name in wanted], metadata=schema.metadata)
-        return pa.RecordBatchReader.from_batches(out, _limited(rows.to_batches(), out, limit))
+        return pa.RecordBatchReader.from_batches(out, limit_rows(rows.to_batches(), out, limit))
 
     def search(
         self,
@@ -161,7 +167,7 @@ class ParquetStore:
         columns: Sequence[str] | None = None,
         filters: Sequence[Filter] = (),
     ) -> pa.Table:
-        """See `Store.search`. `columns=None` gives all of the dataset's."""
+        """See `Store.search`."""
         schema = self._schema(dataset)
         reader = check_query(dataset, schema, vector, k)
         wanted = list(columns) if columns is not None else schema.names
@@ -172,11 +178,11 @@ class ParquetStore:
     def delete_dataset(self, name: str) -> None:
         """See `Store.delete_dataset`."""
         check_dataset(name)
-        lock = self._lock(name)
+        lock = lock_dataset(self._folder, name)
         try:
             self._schema(name)
             shutil.rmtree(self._folder / name)
-            sync_path(str(self._folder))
+            sync_path(self._folder)
         except OSError as error:
             raise _unavailable(name, error) from error
         finally:
@@ -193,12 +199,6 @@ class ParquetStore:
         with self._mutex:
             self._writers.discard(writer)
 
-    def _lock(self, dataset: str) -> WriterLock:
-        try:
-            return WriterLock(self._folder / f".{dataset}.lock", dataset)
-        except OSError as error:
-            raise _unavailable(dataset, error) from error
-
     def _files(self, dataset: str) -> list[Path]:
         return sorted((self._folder / dataset).glob(f"*{_SUFFIX}"))
 
@@ -211,13 +211,13 @@ class ParquetStore:
 
 
 class ParquetWriter:
-    """The one writer of a folder of Parquet files; see `DatasetWriter`. One thread owns it."""
+    """The only writer of a folder of Parquet files; see `DatasetWriter`. One thread owns it."""
 
     def __init__(
         self,
         folder: Path,
         dataset: str,
-        lock: WriterLock,
+        lock: FileLock,
         *,
         schema: pa.Schema,
         on_close: Callable[[ParquetWriter], None],
@@ -230,11 +230,11 @@ class ParquetWriter:
         self._closed = False
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """Writes a file for every key that has none; each is whole or not there.
+        """Writes a file for every key without one; a crash leaves no incomplete file.
 
         Raises:
-            StoreUnavailableError: A file could not be written; those of earlier keys may be there.
-            ColumnTypeError: A row without `batch_key`, or columns of another type.
+            StoreUnavailableError: A file could not be written; files of earlier keys may exist.
+            ColumnTypeError: A row has no `batch_key`, or a column has another type.
         """
         assert not self._closed, "append after close"
         for batch in batches:
@@ -247,7 +247,8 @@ class ParquetWriter:
         for key in self.missing_keys(keys):
             group = table.filter(pc.equal(table.column("batch_key"), key)) if keys[1:] else table
             try:
-                _write(self._path(key), partial(pq.write_table, group))
+                with atomic_path(self._path(key)) as temporary:
+                    pq.write_table(group, temporary)
             except OSError as error:
                 raise _unavailable(self._dataset, error) from error
         return False
@@ -271,32 +272,6 @@ class ParquetWriter:
                 field="batch_key",
             )
         return self._folder / f"{key}{_SUFFIX}"
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file so that it is there in full or not at all, whatever dies when."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        sync_path(str(temporary))
-        os.replace(temporary, path)  # noqa: PTH105 - the three steps read best side by side
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_path(str(path.parent))
-
-
-def _limited(
-    batches: Iterator[pa.RecordBatch], schema: pa.Schema, limit: int | None
-) -> Iterator[pa.RecordBatch]:
-    left = limit
-    for batch in batches:
-        if left is not None and left <= 0:
-            return
-        part = batch if left is None else batch.slice(0, left)
-        left = None if left is None else left - part.num_rows
-        if part.num_rows:
-            yield pa.RecordBatch.from_arrays(part.columns, schema=schema)
 
 
 def _unavailable(dataset: str, error: OSError) -> StoreUnavailableError:

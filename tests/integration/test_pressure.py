@@ -16,9 +16,9 @@ from fletcher.delivery import breaker
 from fletcher.runtime import Runtime
 from fletcher.serving import load_level as pressure
 from fletcher.serving import service
+from tests.doubles.longbow import LongbowDouble
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, exchange, put
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, rows
 from tests.integration.processes import eventually
 
@@ -51,9 +51,9 @@ def server(store: Away, start_server: StartServer, tiny_home: Path, tmp_path: Pa
     (tmp_path / "models").symlink_to(tiny_home / "models")
     return start_server(
         home=tmp_path,
-        stores=(f"{store.address}&profile=longbow",),
+        store=(f"{store.address}&profile=longbow",),
         max_journal=MAX_JOURNAL,
-        store_retry_s=60,
+        store_retry=60,
     )
 
 
@@ -101,11 +101,11 @@ def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_o
 
         # The library comes again by itself, and gets in when the store is back. Between refusals
         # it asks what is stored, which the store that is away refuses, too, but for its trials.
-        refused = server.service.telemetry.errors.snapshot()["overloaded"]
+        refused = server.service.telemetry.errors.values()["overloaded",]
         late = threading.Thread(target=upload, args=("late",))
         late.start()
         eventually(
-            lambda: server.service.telemetry.errors.snapshot()["overloaded"] >= refused + 2,
+            lambda: server.service.telemetry.errors.values()["overloaded",] >= refused + 2,
             "the library was refused and tried again",
         )
         assert accepted.is_alive(), "who is in is slowed, and not refused"

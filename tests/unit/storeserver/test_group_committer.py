@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import store_rows as rows
 
 from fletcher.errors import RequestError, StoreUnavailableError
-from fletcher.stores import lance_writer
 from fletcher.stores.base import Store, WriteMode
-from fletcher.stores.lance import LanceStore
-from fletcher.storeserver.group_commit import CommitStream, Ingest
+from fletcher.stores.lance import writer as lance_writer
+from fletcher.stores.lance.store import LanceStore
+from fletcher.storeserver.group_committer import CommitStream
+from fletcher.storeserver.ingest import Ingest
+from tests.doubles import store_rows as rows
 
 pytest.importorskip("lancedb")
 
@@ -42,7 +43,7 @@ def ingest(store: LanceStore) -> Iterator[Ingest]:
 def fail_next_sync(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """While it is set, the next sync fails, and clears it."""
     armed = threading.Event()
-    sync = lance_writer._SyncedFolder.sync
+    sync = lance_writer._SyncedFolder.sync_new_files
 
     def failing(self: Any, *, settled: bool) -> None:
         if armed.is_set():
@@ -50,12 +51,12 @@ def fail_next_sync(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
             raise OSError(5, "Input/output error")
         sync(self, settled=settled)
 
-    monkeypatch.setattr(lance_writer._SyncedFolder, "sync", failing)
+    monkeypatch.setattr(lance_writer._SyncedFolder, "sync_new_files", failing)
     return armed
 
 
 def submit(ingest: Ingest, batch: pa.RecordBatch) -> Future[int]:
-    return ingest.submit("d", [batch], mode="append", whole=True, stream=CommitStream())
+    return ingest.submit_rows("d", [batch], mode="append", whole=True, stream=CommitStream())
 
 
 def num_rows(store: Store) -> int:
@@ -88,13 +89,13 @@ def test_rows_whose_client_waits_no_longer_replace_nothing(
     store: LanceStore, ingest: Ingest, mode: WriteMode
 ) -> None:
     # It has sent them again, perhaps, and newer ones since, which these would replace.
-    late = {"batches": [rows.batch(0, 5)], "whole": True, "given_up": lambda: True}
+    late = {"batches": [rows.batch(0, 5)], "whole": True, "is_cancelled": lambda: True}
     with pytest.raises(StoreUnavailableError):
-        ingest.submit("d", mode=mode, stream=CommitStream(), **late)
+        ingest.submit_rows("d", mode=mode, stream=CommitStream(), **late)
     assert submit(ingest, rows.batch(10, 10)).result(30) == 10
     assert num_rows(store) == 20
     late["batches"] = [rows.batch(20, 10)]
-    assert ingest.submit("d", mode="append", stream=CommitStream(), **late).result(30) == 10
+    assert ingest.submit_rows("d", mode="append", stream=CommitStream(), **late).result(30) == 10
 
 
 def test_a_commit_in_doubt_does_not_harm_its_neighbours(
@@ -106,7 +107,7 @@ def test_a_commit_in_doubt_does_not_harm_its_neighbours(
         held.set()
         assert go_on.wait(30)
 
-    holder = threading.Thread(target=ingest.call, args=("d", hold))
+    holder = threading.Thread(target=ingest.call_committer, args=("d", hold))
     holder.start()
     assert held.wait(30)
     # One commit, which the second refuses: each is tried alone, and the first fails in doubt.
@@ -133,14 +134,14 @@ def test_a_group_is_known_again_after_its_neighbours_rows_were_refused(
         held.set()
         assert go_on.wait(30)
 
-    holder = threading.Thread(target=ingest.call, args=("d", hold))
+    holder = threading.Thread(target=ingest.call_committer, args=("d", hold))
     holder.start()
     assert held.wait(30)
     stream = CommitStream()
 
     def send() -> Future[int]:
         batches = [rows.batch(10, 10)]
-        return ingest.submit("d", batches, mode="append", whole=True, stream=stream)
+        return ingest.submit_rows("d", batches, mode="append", whole=True, stream=stream)
 
     first, refused = send(), submit(ingest, nan(20, 4))
     go_on.set()
