@@ -165,7 +165,7 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
 def check_server(args: argparse.Namespace) -> None:
     """Refuses a `--server` that is no address, under that name. Raises InvalidCommandError."""
     if args.server:
-        from fletcher.client.connection import parse_address
+        from fletcher.net.address import parse_address
 
         parse_address(args.server, field="server")
 

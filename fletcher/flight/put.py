@@ -15,7 +15,7 @@ from fletcher.core.chunking import AGGREGATIONS
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import output_schema
 from fletcher.delivery.dedupe.prefilter import DedupePrefilter
-from fletcher.delivery.rows import Rows
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import DrainingError, FletcherError, InvalidCommandError
@@ -117,14 +117,14 @@ def _put(
         return  # nor makes a dataset
     bulk = options.priority != "interactive"
     with service.admit(model, bulk=bulk), service.telemetry.span("do_put", trace) as span:
-        upload, sink = service.delivery.open(options, output)
+        upload, sink = service.delivery.open_upload(options, output)
         span.set(dataset=upload.dataset, upload_id=upload.upload_id)
         stream = model.embedder.open_stream(span)
         try:
             _Put(service, request, source, output, upload, sink, stream).run(messages, writer)
         finally:
             stream.close()
-            service.delivery.close(upload, sink)
+            service.delivery.close_upload(upload, sink)
 
 
 def _model_of(store: Store, dataset: str) -> str | None:
@@ -159,7 +159,9 @@ class _Put:
         self._sink = sink
         self._stream = stream
         self._skip = (
-            DedupePrefilter(sink.known, upload).skip if upload.dedupe_by is not None else None
+            DedupePrefilter(sink.dedupe_index, upload).skip
+            if upload.dedupe_by is not None
+            else None
         )
         self._assembler = assembler(
             output,
@@ -228,12 +230,12 @@ class _Put:
                     self._unacknowledged.append((message.batch_id, row_first, row_last))
                     self._upload.changed.notify_all()
         if message.metadata.end and message.metadata.rows is not None:
-            self._upload.announce(message.metadata.rows)
+            self._upload.announce_total(message.metadata.rows)
 
     def _submit(self, row_slice: RowSlice) -> None:
         if row_slice.part == 0:
             last = row_slice.row_first + row_slice.num_rows - 1
-            self._new = self._upload.claim(row_slice.row_first, last)
+            self._new = self._upload.claim_rows(row_slice.row_first, last)
             num_known = row_slice.num_rows - sum(last - first + 1 for first, last in self._new)
             if num_known:
                 self._service.telemetry.rows_deduplicated.add(num_known)
@@ -251,7 +253,7 @@ class _Put:
         for result in self._stream.results():
             self._hand_over(result)
             del result  # the next may be long in coming
-        self._sink.hurry()
+        self._sink.flush()
 
     def _hand_over(self, result: Result) -> None:
         """Takes a piece's vectors to the dataset's lane."""
@@ -274,12 +276,14 @@ class _Put:
             for row in failed:
                 self._service.telemetry.rows_failed.add()
                 self._service.telemetry.errors.add(code=errors[row].code)
-                self._upload.report(row_slice.row_first + row, reported_id(ids[row]), errors[row])
+                self._upload.report_failed_row(
+                    row_slice.row_first + row, reported_id(ids[row]), errors[row]
+                )
             begin, end = output.place(low), output.place(high + 1)
             # The piece's memory is free once its last part is stored.
             left = (result.num_bytes, row_bytes) if index == len(new) - 1 else (0, 0)
-            self._sink.put(
-                Rows.of(
+            self._sink.submit_rows(
+                Rows.from_batch(
                     self._upload,
                     output.batch.slice(begin, end - begin),
                     first,
@@ -317,7 +321,7 @@ class _Put:
                 }
                 self._write(writer, ack)
             if self._service.calls.draining.is_set():
-                self._sink.hurry()
+                self._sink.flush()
         self._write(writer, self._upload.summary(self._model))
 
     def _news(self, in_memory: bool) -> bool:

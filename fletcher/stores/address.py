@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
 
 from fletcher.config.server import nearest
 from fletcher.errors import ConfigError
+from fletcher.net.address import FlightAddress
 from fletcher.stores.base import Store
 
 FORMS = ("lance:PATH", "parquet:PATH", "grpc://HOST:PORT", "grpcs://HOST:PORT")
@@ -52,18 +52,13 @@ def _flight(address: str, timeout_s: float, compression: str) -> Store:
     from fletcher.stores.flight import FlightStore
 
     try:
-        parts = urlsplit(address)
-        host, port = parts.hostname, parts.port
-        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-        options = dict(query)
+        data = FlightAddress.from_uri(address)
+        options = dict(data.options)
         meta = int(options.pop("meta")) if "meta" in options else None
     except ValueError:
         raise _bad(address) from None
     profile = options.pop("profile", "auto")
-    extra = parts.path not in ("", "/") or parts.username is not None or parts.fragment
-    if not host or not port or options or extra or len(query) != len(set(dict(query))):
-        raise _bad(address)
-    if meta is not None and not 0 < meta < 65536:
+    if options or (meta is not None and not 0 < meta < 65536):
         raise _bad(address)
     if profile not in PROFILES:
         raise ConfigError(
@@ -72,13 +67,11 @@ def _flight(address: str, timeout_s: float, compression: str) -> Store:
             field="store",
             allowed=PROFILES,
         )
-    scheme = "grpc+tls" if parts.scheme == "grpcs" else "grpc+tcp"
-    shown = f"[{host}]" if ":" in host else host
     return FlightStore(
         address,
-        data_uri=f"{scheme}://{shown}:{port}",
-        meta_uri=f"{scheme}://{shown}:{meta}" if meta is not None else None,
-        default_meta_uri=f"{scheme}://{shown}:{port + 1}",
+        data_uri=data.uri,
+        meta_uri=data.with_port(meta).uri if meta is not None else None,
+        default_meta_uri=data.with_port(data.port + 1).uri,
         profile=profile,
         timeout_s=timeout_s,
         compression=compression,

@@ -8,7 +8,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,10 @@ from fletcher.errors import (
     UnavailableError,
     UnknownDatasetError,
 )
+from fletcher.net.address import FlightAddress
+from fletcher.net.channel import connect
 from fletcher.net.compression import Sender
+from fletcher.net.flight_errors import from_store_error
 from fletcher.stores import longbow, wire
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.filters import to_json
@@ -38,13 +40,6 @@ from fletcher.stores.schemas import check_columns, check_compatible, check_stora
 _log = logging.getLogger(__name__)
 
 _FAILURES = (pa.ArrowException, flight.FlightError, OSError)
-_GRPC_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # gRPC connects again by its own clock, else up to two minutes after a long outage ended.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 5000),
-]
 
 
 class FlightStore:
@@ -78,7 +73,7 @@ class FlightStore:
     ) -> None:
         self._sender = Sender(
             compression,
-            host=urlsplit(data_uri).hostname or "",
+            host=FlightAddress.from_uri(data_uri).host,
             peer=address,
             probe=lambda body: self._act("check_readiness", body),
         )
@@ -147,7 +142,7 @@ class FlightStore:
         try:
             return _info(self._meta().get_flight_info(descriptor, self.options()))
         except _FAILURES as error:
-            ours = wire.from_flight(error, f"looking for dataset `{name}`")
+            ours = from_store_error(error, f"looking for dataset `{name}`")
             if isinstance(ours, UnknownDatasetError):
                 return None
             raise ours from error
@@ -247,7 +242,7 @@ class FlightStore:
         try:
             found = reader.read_all()
         except _FAILURES as error:
-            raise wire.from_flight(error, what) from error
+            raise from_store_error(error, what) from error
         return found.select([*(wanted if wanted is not None else ["id"]), "score"])
 
     def delete_dataset(self, name: str) -> None:
@@ -274,9 +269,9 @@ class FlightStore:
         with self._mutex:
             if uri not in self._clients:
                 try:
-                    self._clients[uri] = flight.FlightClient(uri, generic_options=_GRPC_OPTIONS)
+                    self._clients[uri] = connect(uri)
                 except (pa.ArrowException, OSError) as error:
-                    raise wire.from_flight(error, f"connecting to {self.address}") from error
+                    raise from_store_error(error, f"connecting to {self.address}") from error
             return self._clients[uri]
 
     def options(self, write: pa.ipc.IpcWriteOptions | None = None) -> flight.FlightCallOptions:
@@ -298,7 +293,7 @@ class FlightStore:
         try:
             results = list(self.client().do_action(flight.Action(name, body), self.options()))
         except _FAILURES as error:
-            raise wire.from_flight(error, f"asking for {name}") from error
+            raise from_store_error(error, f"asking for {name}") from error
         return results[0].body.to_pybytes() if results else b""
 
     def count_keys(self, dataset: str, filters: Sequence[Filter]) -> Counter[str]:
@@ -320,7 +315,7 @@ class FlightStore:
                 return Counter()
             raise
         except _FAILURES as error:
-            raise wire.from_flight(error, what) from error
+            raise from_store_error(error, what) from error
         return counts
 
     @property
@@ -333,9 +328,8 @@ class FlightStore:
         try:
             can = json.loads(self.action(wire.CAPABILITIES, {}))
             if self._meta_uri is None and can.get("meta_port"):
-                parts = urlsplit(self._data_uri)
-                host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-                self._meta_uri = f"{parts.scheme}://{host}:{int(can['meta_port'])}"
+                data = FlightAddress.from_uri(self._data_uri)
+                self._meta_uri = data.with_port(int(can["meta_port"])).uri
             return StoreCapabilities(
                 dtypes=tuple(can["dtypes"]),
                 null_vectors=bool(can["null_vectors"]),
@@ -387,7 +381,7 @@ class FlightStore:
         except _FAILURES as error:
             meta = self._meta_uri or self._default_meta_uri
             what = f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
-            raise wire.from_flight(error, what) from error
+            raise from_store_error(error, what) from error
 
     def _delete_if_there(self, dataset: str) -> None:
         if self.dataset(dataset) is not None:
@@ -403,7 +397,7 @@ class FlightStore:
         except _FAILURES as error:
             if type(error) is pa.ArrowInvalid and "schema" in str(error).lower():
                 return None
-            raise wire.from_flight(error, what) from error
+            raise from_store_error(error, what) from error
 
 
 def _info(one: flight.FlightInfo) -> DatasetInfo:
@@ -423,7 +417,7 @@ def _read(
         except StopIteration:
             return
         except _FAILURES as error:
-            raise wire.from_flight(error, f"reading dataset `{dataset}`") from error
+            raise from_store_error(error, f"reading dataset `{dataset}`") from error
         part = batch if left is None else batch.slice(0, left)
         left = None if left is None else left - part.num_rows
         yield pa.RecordBatch.from_arrays(

@@ -18,6 +18,7 @@ from fletcher.errors import (
     StoreUnavailableError,
     from_json,
 )
+from fletcher.net.flight_errors import from_store_error, store_error
 from fletcher.stores import wire
 from fletcher.stores.base import Filter, WriteMode
 from fletcher.stores.longbow import longbow_batch, without_stored
@@ -83,7 +84,7 @@ class FletcherWriter:
             return list(json.loads(results[0].body.to_pybytes())["missing"])
         except _FAILURES as error:
             what = f"asking what dataset `{self._dataset}` holds"
-            raise wire.from_flight(error, what) from error
+            raise from_store_error(error, what) from error
 
     def close(self) -> None:
         """See `DatasetWriter.close`. Every append was a call of its own, so nothing is open."""
@@ -198,7 +199,7 @@ def exchange(
         write = store.write_options(batches[0])
         writer, reader = store.client().do_exchange(descriptor, store.options())
     except _FAILURES as error:
-        raise wire.from_flight(error, what) from error
+        raise from_store_error(error, what) from error
     try:
         sent: list[int] = []
         acked = 0
@@ -228,7 +229,7 @@ def exchange(
     except pa.ArrowNotImplementedError as error:
         raise NotIngestError from error
     except _FAILURES as error:
-        raise wire.from_flight(error, what) from error
+        raise from_store_error(error, what) from error
     finally:
         _let_go(writer)
 
@@ -245,7 +246,7 @@ def _await_acks(reader: Any, sent: list[int], what: str) -> None:
             ) from None
         if answer.get("status") == "error":
             error = from_json(json.dumps(answer)) or InternalError("it gave no reason")
-            raise wire.from_store(error, what)
+            raise store_error(error, what)
         if answer.get("status") != "acked":
             raise NotIngestError
         if answer.get("rows") != rows:
@@ -283,7 +284,7 @@ def put(store: _Connection, dataset: str, batches: Sequence[pa.RecordBatch]) -> 
             flight.FlightDescriptor.for_path(dataset), batches[0].schema, options
         )
     except _FAILURES as error:
-        raise wire.from_flight(error, what) from error
+        raise from_store_error(error, what) from error
     try:
         broken = slow_down = False
         try:
@@ -298,7 +299,7 @@ def put(store: _Connection, dataset: str, batches: Sequence[pa.RecordBatch]) -> 
         if broken:
             raise StoreUnavailableError(f"the store ended the call while {what}", field="store")
     except _FAILURES as error:
-        raise wire.from_flight(error, what) from error
+        raise from_store_error(error, what) from error
     finally:
         _let_go(writer)
     return slow_down

@@ -20,12 +20,11 @@ from pyarrow import flight
 from fletcher.core.command import check_dataset
 from fletcher.errors import (
     ConfigError,
-    FletcherError,
-    InternalError,
     InvalidCommandError,
     SetupError,
     UnknownColumnError,
 )
+from fletcher.net.flight_errors import to_flight_error
 from fletcher.net.ports import check_port
 from fletcher.stores import wire
 from fletcher.stores.base import DatasetInfo
@@ -58,13 +57,10 @@ def _guarded(handler: _Handler) -> _Handler:
 
 
 def _flight_error(error: Exception) -> flight.FlightError:
-    if isinstance(error, FletcherError):
-        return wire.to_flight(error)
     if isinstance(error, pa.ArrowInvalid):
         # What could not be decoded; Arrow's words name no file.
-        return wire.to_flight(InvalidCommandError(f"the stream cannot be read: {str(error)[:300]}"))
-    _log.error("a store call failed", exc_info=error)
-    return wire.to_flight(InternalError("the store failed; its log says why"))
+        error = InvalidCommandError(f"the stream cannot be read: {str(error)[:300]}")
+    return to_flight_error(error, _log)
 
 
 class StoreServer:

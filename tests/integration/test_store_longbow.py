@@ -20,6 +20,7 @@ from fletcher.errors import (
     UnauthorizedError,
     UnknownDatasetError,
 )
+from fletcher.net.flight_errors import to_flight_error
 from fletcher.stores import wire
 from fletcher.stores.address import open_store
 
@@ -164,7 +165,7 @@ def test_a_store_that_is_not_there_is_unavailable():
         (flight.FlightTimedOutError("too slow"), StoreUnavailableError),
         (flight.FlightUnauthorizedError("not you"), UnauthorizedError),
         (flight.FlightUnauthenticatedError("who are you"), UnauthorizedError),
-        (wire.to_flight(InternalError("broken")), StoreUnavailableError),
+        (to_flight_error(InternalError("broken")), StoreUnavailableError),
     ],
     ids=lambda one: type(one).__name__ if isinstance(one, Exception) else "",
 )
