@@ -108,7 +108,7 @@ class HoldingTokenizer:
     express = 0
 
     def __init__(self, held: Held) -> None:
-        self._tokenizer = Tokenizer.load(Path(held.bundle))
+        self._tokenizer = Tokenizer.from_bundle(Path(held.bundle))
         self._texts = held.texts
 
     def run(self, place: int) -> int:

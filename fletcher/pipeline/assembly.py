@@ -126,7 +126,7 @@ class Assembler:
         outcome = self._finish(outcome)
         if row_slice.texts.chunking is None or not row_slice.texts.num_texts:
             return outcome
-        return self._aggregation.take(outcome, continued=row_slice.texts.continued)
+        return self._aggregation.add_chunks(outcome, continued=row_slice.texts.continued)
 
     def _finish(self, outcome: EmbeddingBatch | FletcherError) -> EmbeddingBatch | FletcherError:
         if isinstance(outcome, FletcherError) or outcome.counts is not None:

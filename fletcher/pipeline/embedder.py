@@ -104,7 +104,7 @@ class Embedder:
             inline or InlineModel(),
             InteractiveHost(
                 idle_device=self._idle_device,
-                schedule=self._scheduler.submit,
+                schedule=self._scheduler.add_ticket,
                 plan=lambda lengths: batching.plan(lengths, 1),
                 dim=model.dim,
             ),
@@ -151,7 +151,7 @@ class Embedder:
             FletcherError: One could not load; nothing is left running.
         """
         try:
-            self.replicas.start(meanwhile=self._interactive.load)
+            self.replicas.start(meanwhile=self._interactive.load_engine)
             self.tokenizers.start()
         except BaseException:
             self.close()
@@ -291,5 +291,5 @@ class Embedder:
             ticket.texts, ticket.complete = recall.missing, recall.complete
         if not ticket.texts.num_texts:
             ticket.finish(self._nothing)
-        elif not self._interactive.submit(ticket):
-            self._scheduler.submit(ticket)
+        elif not self._interactive.run_ticket(ticket):
+            self._scheduler.add_ticket(ticket)

@@ -86,14 +86,14 @@ class Scheduler:
         self.inference = InferenceStage(
             model, batching, usage, telemetry, num_runners, lambda: self.tokenization.busy
         )
-        self.tokenization = TokenizationStage(telemetry, self.inference.submit)
+        self.tokenization = TokenizationStage(telemetry, self.inference.add_ticket)
 
-    def submit(self, ticket: StreamTicket) -> None:
+    def add_ticket(self, ticket: StreamTicket) -> None:
         """Queues a ticket, with or without tokens. Never blocks: allowances bound what is here."""
         if ticket.tokens is None:
-            self.tokenization.submit(ticket)
+            self.tokenization.add_ticket(ticket)
         else:
-            self.inference.submit(ticket)
+            self.inference.add_ticket(ticket)
 
     @property
     def idle(self) -> bool:
@@ -138,12 +138,12 @@ class TokenizationStage(_Stage):
         """Whether tickets wait for tokens or are being tokenized."""
         return self._outstanding > 0
 
-    def submit(self, ticket: StreamTicket) -> None:
+    def add_ticket(self, ticket: StreamTicket) -> None:
         """Queues a ticket."""
         interactive = ticket.priority == "interactive"
         with self._changed:
             queue = self._interactive if interactive else self._bulk
-            queue.put(ticket.stream, ticket, ticket.texts.num_texts)
+            queue.add_item(ticket.stream, ticket, ticket.texts.num_texts)
             self._outstanding += 1
             self._changed.notify()
         if interactive:
@@ -177,7 +177,7 @@ class TokenizationStage(_Stage):
 
     def _next_ticket(self, queue: FairQueue[StreamTicket]) -> StreamTicket | None:
         while queue:
-            ticket = queue.get()
+            ticket = queue.next_item()
             if not ticket.stream.closed:
                 return ticket
             self._outstanding -= 1
@@ -239,7 +239,7 @@ class InferenceStage(_Stage):
         self._ready_interactive: deque[_Planned] = deque()
         self._ready_bulk: deque[_Planned] = deque()
 
-    def submit(self, ticket: StreamTicket) -> None:
+    def add_ticket(self, ticket: StreamTicket) -> None:
         """Queues a ticket."""
         assert ticket.tokens is not None
         num_tokens = len(ticket.tokens.input_ids)
@@ -247,13 +247,13 @@ class InferenceStage(_Stage):
         self._telemetry.tokens_received.add(num_tokens)
         if ticket.priority == "interactive":
             with self._changed:
-                self._interactive.put(ticket.stream, ticket, num_tokens)
+                self._interactive.add_item(ticket.stream, ticket, num_tokens)
             self._dispatch_urgent()
             return
         with self._changed:
             if not self._bulk:
                 self._oldest_bulk = time.monotonic()
-            self._bulk.put(ticket.stream, ticket, num_tokens)
+            self._bulk.add_item(ticket.stream, ticket, num_tokens)
             self._changed.notify()
 
     def planned(self) -> int:
@@ -378,7 +378,7 @@ def _take(queue: FairQueue[StreamTicket], max_tokens: int | None) -> list[Stream
     taken: list[StreamTicket] = []
     target = 0 if max_tokens is None else max(0, queue.weight - max_tokens)
     while queue and (queue.weight > target or not taken):
-        ticket = queue.get()
+        ticket = queue.next_item()
         if not ticket.stream.closed:
             taken.append(ticket)
     return taken

@@ -134,7 +134,7 @@ def _inline_model(bundle: ModelBundle, null: bool, replica: BackendConfig) -> In
         backend = load_inline(replica)
         return None if backend is None else backend.run
 
-    tokenizer = (NullTokenizer if null else Tokenizer).load(bundle.folder)
+    tokenizer = (NullTokenizer if null else Tokenizer).from_bundle(bundle.folder)
     return InlineModel(tokenizer.encode, load)
 
 

@@ -143,7 +143,7 @@ class Roster:
     def charge(self, handle: WorkerHandle, cost: int) -> None:
         """Counts a job's cost for the next choices."""
         rate = handle.rate or mean_rate([one.rate for one in self.by_name.values()])
-        self._chooser.given(handle.spec.name, cost, rate)
+        self._chooser.charge(handle.spec.name, cost, rate)
 
     def idle_worker(self) -> str | None:
         """Name of a usable worker; None if there is none, or if any worker has a job."""

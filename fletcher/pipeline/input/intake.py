@@ -161,7 +161,7 @@ class Intake:
         bounds = _cuts(sizes, limits.slice_rows, limits.slice_bytes)
         for index, (first, last) in enumerate(bounds):
             rows = used.slice(first, last - first)
-            own_errors, wanted = errors.of(first, last), np.ones(last - first, np.bool_)
+            own_errors, wanted = errors.between(first, last), np.ones(last - first, np.bool_)
             wanted[list(own_errors)] = False
             unwanted = np.zeros(0, np.int64)
             if skip is not None:

@@ -83,7 +83,7 @@ class InteractivePath:
         self._tokenizing = threading.Lock()
         self._running = threading.Lock()
 
-    def load(self) -> None:
+    def load_engine(self) -> None:
         """Loads the engine. Raises FletcherError if that fails."""
         self._engine = self._model.load()
 
@@ -99,7 +99,7 @@ class InteractivePath:
         with self._tokenizing:
             return self._model.tokenize(texts)
 
-    def submit(self, ticket: StreamTicket) -> bool:
+    def run_ticket(self, ticket: StreamTicket) -> bool:
         """Embeds a ticket's texts in this process.
 
         Short interactive texts are tokenized here in any case, and run here if nothing else runs.

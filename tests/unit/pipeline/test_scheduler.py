@@ -70,7 +70,7 @@ def test_a_window_that_cannot_be_planned_fails_its_tickets_alone() -> None:
     # The error went on to the pool's dispatcher and ended it, and the tickets were lost.
     stage = make(broken)
     stream, ticket = tokenized()
-    stage.submit(ticket)
+    stage.add_ticket(ticket)
     assert stage.schedule(urgent=False) is None
     (result,) = stream.results()
     assert isinstance(result.embeddings, InternalError)
@@ -82,7 +82,7 @@ def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them()
     for num_tokens, layers in enumerate([3, 0, 6, 3, 0, 3], 1):
         stream, ticket = tokenized(num_tokens, layers=layers)
         held.append(stream)
-        stage.submit(ticket)
+        stage.add_ticket(ticket)
     runs = {}
     while (job := stage.schedule(urgent=False)) is not None:
         assert job.payload.layers not in runs
@@ -95,7 +95,7 @@ def test_vectors_wanted_in_float16_come_and_go_as_such_beside_others() -> None:
     streams = {}
     for half in (True, False):
         streams[half], ticket = tokenized(half=half)
-        stage.submit(ticket)
+        stage.add_ticket(ticket)
     while (job := stage.schedule(urgent=False)) is not None:
         kind = np.float16 if job.payload.half else np.float32
         vectors = np.full((len(job.payload.lengths), 2), 0.1, kind)
@@ -113,7 +113,7 @@ def test_a_run_that_says_no_budget_leaves_the_devices_own(caplog: pytest.LogCapt
     stage = make(one_run)
     for budget in (1024, 0):
         stream, ticket = tokenized()
-        stage.submit(ticket)
+        stage.add_ticket(ticket)
         job = stage.schedule(urgent=False)
         assert job is not None
         job.worker = "cpu-0"
@@ -141,7 +141,7 @@ def test_parts_of_rows_are_texts_from_there_on_and_share_no_run_with_rows() -> N
     stage = make(lambda lengths: [np.arange(len(lengths))[n::2][::-1] for n in range(2)])
     first, rows, second = late([1, 3]), tokenized(4), late([2, 1, 1])
     for _, ticket in (first, rows, second):
-        stage.submit(ticket)
+        stage.add_ticket(ticket)
     jobs = []
     while (job := stage.schedule(urgent=False)) is not None:
         jobs.append(job)
@@ -168,7 +168,7 @@ def test_parts_of_rows_are_texts_from_there_on_and_share_no_run_with_rows() -> N
 def test_a_failed_row_fails_all_its_parts() -> None:
     stage = make(lambda lengths: [np.array([n]) for n in range(len(lengths))])
     stream, ticket = late([1, 3, 2])
-    stage.submit(ticket)
+    stage.add_ticket(ticket)
     error = InternalError("lost")
     for number in range(3):
         job = stage.schedule(urgent=False)
@@ -187,7 +187,7 @@ def test_an_answer_of_the_wrong_shape_fails_its_rows(norms: Any) -> None:
     # Norms of another length were raised out of the callback: the window never finished.
     stage = make(one_run)
     stream, ticket = tokenized()
-    stage.submit(ticket)
+    stage.add_ticket(ticket)
     job = stage.schedule(urgent=False)
     assert job is not None
     width = 3 if norms is None else 2
@@ -215,7 +215,7 @@ def test_windows_grow_with_what_waits_under_pressure(
     for _ in range(waiting):
         stream, ticket = tokenized(num_tokens=1)
         streams.append(stream)  # a ticket whose stream is closed is dropped
-        stage.submit(ticket)
+        stage.add_ticket(ticket)
     stage.schedule(urgent=False)
     assert windows == [taken]
 
@@ -228,7 +228,7 @@ def test_interactive_work_that_waits_together_runs_together() -> None:
     for priority in ("interactive", "bulk", "interactive"):
         stream, ticket = tokenized(priority=priority)
         streams.append(stream)
-        stage.submit(ticket)
+        stage.add_ticket(ticket)
     assert len(dispatched) == 2
     job = stage.schedule(urgent=True)
     assert job is not None
@@ -245,7 +245,7 @@ def test_interactive_work_that_waits_together_runs_together() -> None:
 def test_interactive_work_that_cannot_be_planned_fails_alone() -> None:
     stage = make(broken)
     stream, ticket = tokenized(priority="interactive")
-    stage.submit(ticket)
+    stage.add_ticket(ticket)
     assert stage.schedule(urgent=True) is None
     (result,) = stream.results()
     assert isinstance(result.embeddings, InternalError)
@@ -255,12 +255,12 @@ def test_a_batch_that_leaves_early_costs_its_share_of_the_layers() -> None:
     stage = make(one_run, num_layers=12)
     for layers, cost in ((0, 4096), (3, 1024), (12, 4096), (9, 3072)):
         stream, ticket = tokenized(4096, layers=layers)
-        stage.submit(ticket)
+        stage.add_ticket(ticket)
         job = stage.schedule(urgent=False)
         assert job is not None
         assert (job.cost, len(job.payload.input_ids), stream.closed) == (cost, 4096, False)
     stream, ticket = tokenized(1, layers=3)
-    stage.submit(ticket)
+    stage.add_ticket(ticket)
     job = stage.schedule(urgent=False)
     assert job is not None
     assert (job.cost, stream.closed) == (1, False)
@@ -273,7 +273,7 @@ def test_a_device_is_not_slow_because_its_texts_leave_later_than_before() -> Non
     def run(layers: int, number: int) -> None:
         for _ in range(number):
             stream, ticket = tokenized(4096, layers=layers)
-            stage.submit(ticket)
+            stage.add_ticket(ticket)
             job = stage.schedule(urgent=False)
             assert job is not None
             health.answered(job.cost, 0.01 * (layers or 12), others)

@@ -62,7 +62,7 @@ class Bench:
             self.usage,
             self.telemetry,
         )
-        self.path.load()
+        self.path.load_engine()
 
     def submit(
         self, *texts: bytes, priority: Priority = "interactive", **fields: Any
@@ -80,7 +80,7 @@ class Bench:
         return float(sum(found.values()) if isinstance(found, dict) else found)
 
     def _enqueue(self, ticket: StreamTicket) -> None:
-        if not self.path.submit(ticket):
+        if not self.path.run_ticket(ticket):
             self.scheduled.append(ticket)
 
 
