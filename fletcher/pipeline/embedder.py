@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fletcher.config.server import DISPATCHES
+from fletcher.config.engine import WorkerConfig
 from fletcher.core.batches import EmbeddingBatch, MicroBatch, TextBatch
 from fletcher.errors import FletcherError
 from fletcher.pipeline.cache import EmbeddingCache
@@ -30,23 +30,20 @@ _CACHED_PROMPTS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class WorkersConfig:
+class ModelProcesses:
     """Worker processes of a model.
 
     Attributes:
         tokenizers: One spec for each tokenizer process.
         replicas: One spec for each replica process.
         standby: Replicas that take over when none of `replicas` is left.
-        dispatch: Choice of the replica for the next micro-batch; one of
-            `config.server.DISPATCHES`.
-        timeout_s: Longest run of a job; then its process is replaced.
+        options: How work is divided among them, and how long a run may take.
     """
 
     tokenizers: Sequence[WorkerSpec]
     replicas: Sequence[WorkerSpec]
     standby: Sequence[WorkerSpec] = ()
-    dispatch: str = DISPATCHES[0]
-    timeout_s: float = 120.0
+    options: WorkerConfig = WorkerConfig()  # noqa: RUF009
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ class Embedder:
 
     Args:
         model: The model.
-        workers: Its processes.
+        processes: Its workers.
         batching: How micro-batches are formed.
         shared: Parts of the server.
         inline: Copies of the model in this process, for short texts while nothing else runs.
@@ -78,7 +75,7 @@ class Embedder:
     def __init__(
         self,
         model: ModelShape,
-        workers: WorkersConfig,
+        processes: ModelProcesses,
         batching: BatchingConfig,
         shared: SharedResources,
         inline: InlineModel | None = None,
@@ -121,18 +118,18 @@ class Embedder:
             telemetry.worker_states.add(model=model.name, worker=worker, state=state)
 
         events = PoolEvents(restarted, changed)
-        timing = PoolTiming(answer_timeout_s=workers.timeout_s)
+        timing = PoolTiming(answer_timeout_s=processes.options.worker_timeout_s)
         self.tokenizers = WorkerPool(
-            PoolConfig("tokenizer", workers.tokenizers, timing=timing),
+            PoolConfig("tokenizer", processes.tokenizers, timing=timing),
             self._scheduler.tokenization,
             events,
         )
         self.replicas = WorkerPool(
             PoolConfig(
                 "replica",
-                workers.replicas,
-                standby=workers.standby,
-                dispatch=workers.dispatch,
+                processes.replicas,
+                standby=processes.standby,
+                dispatch=processes.options.dispatch,
                 # Token 0 is in every vocabulary.
                 probe=MicroBatch(np.zeros(1, np.int32), np.ones(1, np.int32)),
                 timing=timing,

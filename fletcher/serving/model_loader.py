@@ -6,6 +6,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from fletcher.config.engine import EngineConfig
+from fletcher.config.limits import LimitsConfig
+from fletcher.config.model import CacheConfig
 from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
@@ -15,7 +18,7 @@ from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 from fletcher.pipeline.cache import CacheBackend, EmbeddingCache, MemoryCache
 from fletcher.pipeline.disk_cache import DiskCache
-from fletcher.pipeline.embedder import Embedder, SharedResources, WorkersConfig
+from fletcher.pipeline.embedder import Embedder, ModelProcesses, SharedResources
 from fletcher.pipeline.input.limits import COLUMN_BYTES, MAX_SLICE_ROWS, IntakeLimits
 from fletcher.pipeline.interactive.path import InlineModel, Run
 from fletcher.pipeline.memory_budget import MemoryBudget
@@ -26,7 +29,6 @@ from fletcher.telemetry.tracing import Telemetry
 from fletcher.tokenization.null import NullTokenizer
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.tokenization.worker import TokenizerConfig
-from fletcher.tuning.candidates import Asked
 from fletcher.tuning.decision import Decision, decide
 from fletcher.workers.messages import WorkerSpec
 
@@ -69,15 +71,15 @@ class ModelLoader:
         decision, standby = _decide(self.config, bundle, self.host)
         embedder = self._embedder(bundle, decision.configs, standby)
         embedder.start()
-        limits = _limits(self.config, bundle, self.budget.reserve_bytes)
+        limits = _limits(self.config.limits, bundle, self.budget.reserve_bytes)
         return ServedModel(bundle, embedder, decision.describe(), limits)
 
     def _embedder(
         self, bundle: ModelBundle, replicas: list[BackendConfig], standby: list[BackendConfig]
     ) -> Embedder:
         config = self.config
-        num_tokenizers = config.tokenizer_workers or _tokenizers(self.host.cores, replicas)
-        null = config.tokenizer == "null"
+        num_tokenizers = config.workers.tokenizer_workers or _tokenizers(self.host.cores, replicas)
+        null, isolated = config.workers.tokenizer == "null", config.workers.isolate_engine
         tokenizer_factory = f"fletcher.tokenization.{'null' if null else 'worker'}:load"
         tokenizer_config = TokenizerConfig(str(bundle.folder), bundle.hash)
         replicas = [replace(one, version=bundle.hash) for one in replicas]
@@ -89,15 +91,14 @@ class ModelLoader:
         ]
         return Embedder(
             ModelShape(bundle.width, bundle.num_layers, bundle.qualified_name),
-            WorkersConfig(
+            ModelProcesses(
                 tokenizers=[
                     WorkerSpec(f"tokenizer-{n}", tokenizer_factory, tokenizer_config)
                     for n in range(num_tokenizers)
                 ],
                 replicas=specs[: len(replicas)],
                 standby=specs[len(replicas) :],
-                dispatch=config.dispatch,
-                timeout_s=config.worker_timeout_s,
+                options=config.workers,
             ),
             BatchingConfig(
                 plan=lambda lengths, num_runners: plan(
@@ -107,13 +108,13 @@ class ModelLoader:
                     num_runners=num_runners,
                 ),
                 window_tokens=_WINDOW_RUNS * max_batch_tokens,
-                max_queue_delay_s=config.max_queue_delay_ms / 1000,
+                max_queue_delay_s=config.workers.max_queue_delay_ms / 1000,
                 under_pressure=self.under_pressure,
             ),
             SharedResources(
                 self.budget, self.telemetry, self._cache(bundle, [*replicas, *standby])
             ),
-            InlineModel() if config.isolate_engine else _inline_model(bundle, null, replicas[0]),
+            InlineModel() if isolated else _inline_model(bundle, null, replicas[0]),
         )
 
     def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
@@ -123,7 +124,7 @@ class ModelLoader:
         engines = {
             f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas
         }
-        scope = [bundle.qualified_name, self.config.tokenizer, *sorted(engines)]
+        scope = [bundle.qualified_name, self.config.workers.tokenizer, *sorted(engines)]
         return EmbeddingCache(scope, bundle.dim, self.backend, self.telemetry)
 
 
@@ -138,16 +139,17 @@ def _inline_model(bundle: ModelBundle, null: bool, replica: BackendConfig) -> In
     return InlineModel(tokenizer.encode, load)
 
 
-def open_cache_backend(config: ServeConfig) -> CacheBackend | None:
+def open_cache_backend(config: CacheConfig) -> CacheBackend | None:
     """Where the vectors of all models are kept for texts that come again; None: not at all.
 
     Raises:
         ConfigError: The folder cannot be used.
     """
-    if not config.embedding_cache:
+    if not config.max_bytes:
         return None
-    folder, max_bytes = config.embedding_cache_dir, config.embedding_cache
-    return MemoryCache(max_bytes) if folder is None else DiskCache(folder, max_bytes)
+    if config.folder is None:
+        return MemoryCache(config.max_bytes)
+    return DiskCache(config.folder, config.max_bytes)
 
 
 def _decide(
@@ -155,20 +157,20 @@ def _decide(
 ) -> tuple[Decision, list[BackendConfig]]:
     """What runs, and what stands by for when no GPU is left."""
     try:
-        decision = decide(config.home, Asked.of(config), host, bundle)
+        decision = decide(config.home, config.engine, host, bundle)
     except BackendError as error:
-        if config.device_fallback == "none" or not config.device.startswith("cuda"):
+        if config.workers.device_fallback == "none" or not config.engine.device.startswith("cuda"):
             raise
         log.warning("%s; the CPU takes over", error)
-        return _on_cpu(config, bundle, host), []
+        return _on_cpu(config.engine, bundle, host), []
     log.info("%s: %s", bundle.qualified_name, decision.reason)
     on_gpu = any(one.device.startswith("cuda") for one in decision.configs)
-    if not (on_gpu and config.device_fallback == "cpu"):
+    if not (on_gpu and config.workers.device_fallback == "cpu"):
         return decision, []
-    return decision, _on_cpu(config, bundle, host).configs
+    return decision, _on_cpu(config.engine, bundle, host).configs
 
 
-def _on_cpu(config: ServeConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
+def _on_cpu(config: EngineConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
     """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
     backend = "null" if config.backend == "null" else "auto"
     rule = resolve("cpu", backend, "float32", config.threads, host, bundle.folder)
@@ -182,7 +184,7 @@ def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
     return max(1, cores - 1) if on_gpu else max(1, cores // 8)
 
 
-def _limits(config: ServeConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
+def _limits(config: LimitsConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
     """Pieces that fit a stream's reserve, so that no stream waits for another's memory."""
     # In the window and as output, float32 each, and the small columns.
     bytes_per_row = 8 * bundle.width * bundle.max_vectors + COLUMN_BYTES

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fletcher.config.model import OutputConfig
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec
@@ -19,7 +20,7 @@ from fletcher.errors import (
 from fletcher.net.compression import Answers
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
-from fletcher.pipeline.vector_spec import OutputRules, check_late, vector_spec
+from fletcher.pipeline.vector_spec import check_late, vector_spec
 from fletcher.serving.load_level import LoadLevel, LoadMonitor
 from fletcher.serving.model_manager import ModelManager, ServedModel
 from fletcher.telemetry.tracing import Telemetry
@@ -143,7 +144,7 @@ class Service:
     answers: Answers
     pressure: LoadMonitor
     telemetry: Telemetry
-    outputs: OutputRules
+    outputs: OutputConfig
 
     def resolve(
         self, running: ServedModel, options: EmbedCommand, *, dtypes: tuple[str, ...]

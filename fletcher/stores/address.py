@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fletcher.config.server import nearest
+from fletcher.config.option import nearest
 from fletcher.errors import ConfigError
 from fletcher.net.address import FlightAddress
 from fletcher.stores.base import Store
+
+if TYPE_CHECKING:
+    from fletcher.stores.flight.connection import FlightStoreAddress
 
 FORMS = ("lance:PATH", "parquet:PATH", "grpc://HOST:PORT", "grpcs://HOST:PORT")
 PROFILES = ("auto", "longbow", "fletcher")
 
 
-def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "none") -> Store:
-    """The store at an address. A Flight store is connected to when it is first used.
+def open_store(
+    address: str,
+    *,
+    timeout_s: float = 60.0,
+    compression: str = "none",
+    message_bytes: int | None = None,
+) -> Store:
+    """Opens the store at an address. A Flight store connects on first use.
 
     Args:
         address: One of FORMS.
         timeout_s: Deadline of one call to a Flight store: long enough for a group of rows, short
             enough that a stalled store is noticed.
-        compression: Of what a Flight store is sent: one of `fletcher.config.server.COMPRESSIONS`.
+        compression: Compression of rows sent to a Flight store; one of
+            `fletcher.config.network.COMPRESSIONS`.
+        message_bytes: Approximate size of a message to a Flight store; None: its default.
 
     Raises:
         ConfigError: The address is none of these.
@@ -30,14 +42,22 @@ def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "non
     folder = folder_of(address)
     if folder is not None:
         if scheme == "lance":
-            from fletcher.stores.lance import LanceStore
+            from fletcher.stores.lance.store import LanceStore
 
             return LanceStore(folder)
         from fletcher.stores.parquet import ParquetStore
 
         return ParquetStore(folder)
     if colon and scheme in ("grpc", "grpcs"):
-        return _flight(address, timeout_s, compression)
+        from fletcher.stores.flight.connection import MESSAGE_BYTES
+        from fletcher.stores.flight.store import FlightStore
+
+        return FlightStore(
+            _flight_address(address),
+            timeout_s=timeout_s,
+            compression=compression,
+            message_bytes=message_bytes or MESSAGE_BYTES,
+        )
     raise _bad(address)
 
 
@@ -48,8 +68,8 @@ def folder_of(address: str) -> Path | None:
     return Path(rest).expanduser().absolute() if embedded else None
 
 
-def _flight(address: str, timeout_s: float, compression: str) -> Store:
-    from fletcher.stores.flight import FlightStore
+def _flight_address(address: str) -> FlightStoreAddress:
+    from fletcher.stores.flight.connection import FlightStoreAddress
 
     try:
         data = FlightAddress.from_uri(address)
@@ -67,14 +87,11 @@ def _flight(address: str, timeout_s: float, compression: str) -> Store:
             field="store",
             allowed=PROFILES,
         )
-    return FlightStore(
-        address,
-        data_uri=data.uri,
-        meta_uri=data.with_port(meta).uri if meta is not None else None,
-        default_meta_uri=data.with_port(data.port + 1).uri,
+    return FlightStoreAddress(
+        text=address,
+        data=data,
+        meta=data.with_port(meta) if meta is not None else None,
         profile=profile,
-        timeout_s=timeout_s,
-        compression=compression,
     )
 
 

@@ -50,7 +50,9 @@ def home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> 
 def serving(home: Path, **options: Any) -> Iterator[Runtime]:
     fields = {"port": 0, "backend": "null", "model": "a", "max_journal": 0, "group_delay_ms": 20}
     stores = (f"lance:{home / 'vectors'}",)
-    with Runtime(ServeConfig(**{"home": home, "stores": stores, **fields, **options})) as server:
+    with Runtime(
+        ServeConfig.from_options(**{"home": home, "store": stores, **fields, **options})
+    ) as server:
         yield server
 
 
@@ -77,7 +79,7 @@ def vectors(batch: pa.RecordBatch) -> np.ndarray:
 def installed(home: Path) -> tuple[str, str]:
     """Both versions of `a`: the kept one, and the one in use."""
     (kept,) = [path.name for path in (home / "models").glob("a@*")]
-    return kept, ModelBundle.load(home / "models" / "a").qualified_name
+    return kept, ModelBundle.from_folder(home / "models" / "a").qualified_name
 
 
 def test_swaps_under_load_fail_no_call_and_mix_no_batch(home: Path, server: Runtime) -> None:
@@ -250,7 +252,7 @@ def test_a_replica_that_starts_again_does_not_take_what_came_there_since(
     with serving(home, model="b") as server, fletcher.connect(server.address) as client:
         expected = client.embed(TEXTS)
         models = home / "models"
-        kept = models / ModelBundle.load(models / "b").qualified_name
+        kept = models / ModelBundle.from_folder(models / "b").qualified_name
         (models / "b").rename(kept)  # as `fletcher model add --replace` does
         another(tiny_bundle, models / "b", "b", "four")
         try:

@@ -41,7 +41,7 @@ ENGINES = {
     "google.protobuf": (
         "fletcher.flight.commands",
         "fletcher.models.onnx.graph",
-        "fletcher.stores.lance_repair",
+        "fletcher.stores.lance.repair",
     ),
     "huggingface_hub": ("fletcher.models.sources.hub",),
     "onnx": (),
@@ -75,18 +75,13 @@ LONG_MODULES = {
     "fletcher.delivery.committer",
     "fletcher.delivery.delivery",
     "fletcher.delivery.journal.journal",
-    "fletcher.stores.flight",
-    "fletcher.storeserver.actions",
-    "fletcher.storeserver.group_commit",
     "benchmarks.gpu",
 }
 WIDE_CONSTRUCTORS = {
     "Appender",
     "Committer",
     "DatasetSink",
-    "FlightStore",
     "Intake",
-    "LanceWriter",
     "Upload",
     "_Answers",
     "_Put",

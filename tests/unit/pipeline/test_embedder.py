@@ -12,7 +12,7 @@ from fletcher.core.batches import TextBatch, TokenBatch
 from fletcher.core.chunking import Chunking
 from fletcher.errors import DrainingError, FletcherError
 from fletcher.inference.null import null_embeddings
-from fletcher.pipeline.embedder import Embedder, SharedResources, WorkersConfig
+from fletcher.pipeline.embedder import Embedder, ModelProcesses, SharedResources
 from fletcher.pipeline.interactive.path import InlineModel
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.scheduler import BatchingConfig, ModelShape
@@ -30,7 +30,7 @@ def make(
 ) -> Embedder:
     return Embedder(
         ModelShape(dim),
-        WorkersConfig([], replicas),
+        ModelProcesses([], replicas),
         BatchingConfig(plan, window_tokens=100, max_queue_delay_s=0),
         SharedResources(MemoryBudget(1 << 20, 2), Telemetry()),
         InlineModel(tokenize),

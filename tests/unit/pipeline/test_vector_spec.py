@@ -1,20 +1,22 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
+from fletcher.config.model import OutputConfig
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.quantization import Ranges
 from fletcher.errors import DimensionMismatchError, InvalidCommandError
 from fletcher.models.bundle.calibration import Calibration, Cut
-from fletcher.pipeline.vector_spec import OutputRules, check_late, vector_spec
+from fletcher.pipeline.vector_spec import check_late, vector_spec
 
 ALL = ("float32", "float16", "int8", "ubinary")
-RULES = OutputRules()
-LAX = OutputRules(allow_undeclared=True)
+RULES = OutputConfig()
+LAX = OutputConfig(allow_undeclared=True)
 
 
 @pytest.fixture
@@ -71,12 +73,12 @@ def test_int8_takes_ranges_where_there_are_some(model):
     assert ask(model, dtype="int8", dims=16).ranges is None
     assert ask(model, dtype="int8", normalize=False).ranges is None
     assert ask(model, dtype="float32").ranges is None
-    assert ask(model, OutputRules(int8="row"), dtype="int8").ranges is None
-    assert ask(model, OutputRules(int8="ranges"), dtype="int8").ranges is not None
+    assert ask(model, OutputConfig(int8="row"), dtype="int8").ranges is None
+    assert ask(model, OutputConfig(int8="ranges"), dtype="int8").ranges is not None
 
 
 def test_missing_ranges_are_refused_where_a_server_wants_them(model):
-    rules = OutputRules(int8="ranges")
+    rules = OutputConfig(int8="ranges")
     with pytest.raises(InvalidCommandError, match=r"no ranges for 16 dims.*are: 32 dims") as no:
         ask(model, rules, dtype="int8", dims=16)
     assert (no.value.field, no.value.allowed) == ("dtype", ["float32", "float16", "ubinary"])
@@ -114,7 +116,7 @@ def test_late_chunking_is_refused_where_there_is_no_graph_for_it(model, fields, 
     late = Chunking("tokens", 8, aggregation="none", late=True)
     check_late(model, late, 2)
     without = replace(model, late=None, **fields)
-    check_late(without, replace(late, late=False), 2)
+    check_late(without, dataclasses.replace(late, late=False), 2)
     with pytest.raises(InvalidCommandError, match=said) as no:
         check_late(without, late, 2)
     assert (no.value.field, no.value.allowed) == ("chunking", ["tokens:8/0:none"])
