@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from fletcher.core.batches import InferenceResult, Int32Array
 from fletcher.telemetry.tracing import Telemetry
-from fletcher.telemetry.utilization import Busy
+from fletcher.telemetry.utilization import Utilization
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ class DeviceUsage:
         self._telemetry = telemetry
         self._model = model
         self._budgets: dict[str, int] = {}
-        self._busy: defaultdict[str, Busy] = defaultdict(Busy)
+        self._busy: defaultdict[str, Utilization] = defaultdict(Utilization)
 
     def budget(self, device: str) -> int:
         """Padded tokens that a device takes in one run, as it last reported; 0 before that."""
         return self._budgets.get(device, 0)
 
-    def busy(self, device: str) -> Busy:
+    def busy(self, device: str) -> Utilization:
         """Share of time that a device computes."""
         return self._busy[device]
 
@@ -48,7 +48,7 @@ class DeviceUsage:
         telemetry.device_tokens.add(int(lengths.sum()), **labels)
         telemetry.device_padded_tokens.add(int(lengths.max()) * len(lengths), **labels)
         telemetry.device_busy.add(result.compute_s, **labels)
-        self._busy[device].ran(result.compute_s)
+        self._busy[device].record_run(result.compute_s)
         if not result.budget_tokens:
             return
         before, self._budgets[device] = self.budget(device), result.budget_tokens

@@ -109,7 +109,7 @@ def test_short_texts_run_on_the_thread_that_brings_them_and_count_as_a_replicas(
     assert bench.counted("fletcher.device.busy") == 1.5
     assert bench.counted("fletcher.texts.received") == 3
     assert bench.counted("fletcher.tokens.received") == 12
-    assert bench.usage.busy("cpu-0").load(1)[1] > 0
+    assert bench.usage.busy("cpu-0").last_load(1)[1] > 0
 
 
 @pytest.mark.parametrize(
