@@ -206,7 +206,7 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
         again = fletcher.EmbedCommand(dataset="chunks", mode=mode)
         with (
             fletcher.connect(server.address) as client,
-            pytest.raises(InvalidCommandError, match="several of one id") as caught,
+            pytest.raises(InvalidCommandError, match="several rows per id") as caught,
         ):
             client.put(table.slice(0, 2), again)
         assert caught.value.allowed == ["append", "overwrite"]
