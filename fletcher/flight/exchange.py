@@ -26,7 +26,7 @@ from fletcher.flight.call import (
     writing,
 )
 from fletcher.flight.messages import MAX_REPORTED_ERRORS, row_errors
-from fletcher.net.compression import AnswerWriting
+from fletcher.net.compression import CallCompression
 from fletcher.net.flight_errors import to_flight_error
 from fletcher.pipeline.assembly import Assembler, Output
 from fletcher.pipeline.chunk_assembly import ChunkAssembler, assembler
@@ -94,7 +94,7 @@ def _exchange(
     )
     upload_id = options.upload_id or uuid.uuid4().hex
     # Before the first batch, so that a client that waits for the schema need not send.
-    writing_as = service.answers.open(context.peer(), output)
+    writing_as = service.answers.for_call(context.peer(), output)
     writer.begin(output, options=writing_as.options)
     received = read_messages(reader, context, continuous=options.continuous)
     messages, first = started(received)  # who sends nothing takes no place
@@ -156,7 +156,7 @@ class _Answers:
         writer: Any,
         ending: Ending,
         options: EmbedCommand,
-        writing_as: AnswerWriting,
+        writing_as: CallCompression,
     ) -> None:
         self._writing_as = writing_as
         self._telemetry = service.telemetry
@@ -210,7 +210,7 @@ class _Answers:
             started_s = time.perf_counter()
             with writing():
                 self._writer.write_with_metadata(whole, _to_json(metadata).encode())
-            self._writing_as.written(whole, time.perf_counter() - started_s)
+            self._writing_as.record_write(whole, time.perf_counter() - started_s)
 
     def _note(self, errors: dict[int, FletcherError], output: Output, row_first: int) -> None:
         """Counts a piece's errors, and keeps them for the answer, unless one ends the call."""

@@ -17,7 +17,7 @@ from fletcher.errors import (
     DrainingError,
     OverloadedError,
 )
-from fletcher.net.compression import Answers
+from fletcher.net.compression import AnswerCompression
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
 from fletcher.pipeline.vector_spec import check_late, vector_spec
@@ -141,7 +141,7 @@ class Service:
     budget: MemoryBudget
     delivery: Delivery
     calls: Calls
-    answers: Answers
+    answers: AnswerCompression
     pressure: LoadMonitor
     telemetry: Telemetry
     outputs: OutputConfig
