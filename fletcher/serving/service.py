@@ -62,7 +62,7 @@ class Calls:
         self._max_streams = max_streams
         self._num_open = self._num_begun = 0
         self._changed = threading.Condition()
-        telemetry.streams_open.watch(lambda: self._num_open)
+        telemetry.streams_open.observe(lambda: self._num_open)
 
     def check(self) -> None:
         """Refuses new calls while draining."""
@@ -162,7 +162,7 @@ class Service:
         model = running.bundle
         spec = vector_spec(model, options, dtypes, self.outputs)
         prompt = resolve_prompt(model, options.prompt)
-        chunking = Chunking.parse(options.chunking or "none")
+        chunking = Chunking.from_text(options.chunking or "none")
         taken = 0
         if chunking is not None:
             check_late(model, chunking, spec.layers)
