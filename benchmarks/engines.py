@@ -56,7 +56,7 @@ def save_tokens(bundle: ModelBundle, texts: list[str], path: Path) -> int:
     """Tokenizes for `benchmarks.bare`; gives the number of tokens, special ones included."""
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    tokens = Tokenizer.load(bundle.folder).encode(TextBatch(b"".join(encoded), offsets))
+    tokens = Tokenizer.from_bundle(bundle.folder).encode(TextBatch(b"".join(encoded), offsets))
     np.savez(path, input_ids=tokens.input_ids, offsets=tokens.offsets)
     return len(tokens.input_ids)
 

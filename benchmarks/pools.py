@@ -20,8 +20,10 @@ from benchmarks.jobs import JobError
 from fletcher.core.batches import TextBatch
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tokenization.tokenizer import Tokenizer
+from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
-from fletcher.workers.pool import Job, WorkerPool
+from fletcher.workers.pool import WorkerPool
+from fletcher.workers.roster import PoolConfig
 
 
 class _Jobs:
@@ -33,11 +35,16 @@ class _Jobs:
     def put(self, job: Job) -> None:
         self._queue.put(job)
 
-    def next_job(self, timeout_s: float) -> Job | None:
+    def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
+        if urgent:
+            return None
         try:
             return self._queue.get(timeout=timeout_s)
         except queue.Empty:
             return None
+
+    def update(self, job: Job, result: Any, error: Exception | None) -> None:
+        job.task(result, error)
 
 
 def through_pool(specs: Sequence[WorkerSpec], payloads: Sequence[Any]) -> Timing:
@@ -51,7 +58,7 @@ def through_pool(specs: Sequence[WorkerSpec], payloads: Sequence[Any]) -> Timing
         FletcherError: A worker could not load.
     """
     source = _Jobs()
-    pool = WorkerPool("benchmark", specs, source)
+    pool = WorkerPool(PoolConfig("benchmark", specs), source)
     pool.start()
     try:
         _do_all(source, payloads)
@@ -74,7 +81,7 @@ def _do_all(source: _Jobs, payloads: Sequence[Any]) -> None:
         left.release()
 
     for payload in payloads:
-        source.put(Job(payload, done))
+        source.put(Job(payload, task=done))
     for _ in payloads:
         left.acquire()
     if errors:
@@ -101,7 +108,7 @@ class HoldingTokenizer:
     express = 0
 
     def __init__(self, held: Held) -> None:
-        self._tokenizer = Tokenizer.load(Path(held.bundle))
+        self._tokenizer = Tokenizer.from_bundle(Path(held.bundle))
         self._texts = held.texts
 
     def run(self, place: int) -> int:

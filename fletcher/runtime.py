@@ -186,7 +186,7 @@ class Runtime:
             detect_host(),
             budget,
             telemetry,
-            crowded=lambda: pressure.grade is not LoadLevel.NORMAL,
+            under_pressure=lambda: pressure.grade is not LoadLevel.NORMAL,
             backend=self._backend,
         )
         models = ModelManager(

@@ -33,8 +33,7 @@ from fletcher.pipeline.chunk_assembly import assembler
 from fletcher.pipeline.input.intake import Intake
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.row_errors import ends_call
-from fletcher.pipeline.scheduler import as_fletcher_error
-from fletcher.pipeline.stream import EmbedStream, Result
+from fletcher.pipeline.stream import EmbedStream, Result, as_fletcher_error
 from fletcher.serving.model_manager import ServedModel
 from fletcher.serving.service import EmbedRequest, Service
 from fletcher.stores.base import Store

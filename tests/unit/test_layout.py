@@ -75,18 +75,14 @@ LONG_MODULES = {
     "fletcher.delivery.committer",
     "fletcher.delivery.delivery",
     "fletcher.delivery.journal.journal",
-    "fletcher.workers.pool",
     "benchmarks.gpu",
 }
 WIDE_CONSTRUCTORS = {
     "Appender",
     "Committer",
     "DatasetSink",
-    "Embedder",
-    "InferenceScheduler",
     "Intake",
     "Upload",
-    "WorkerPool",
     "_Answers",
     "_Put",
 }
@@ -113,17 +109,6 @@ WORDS_LEFT = {
     ("delivery", "pace"),
     ("delivery", "turn"),
     ("delivery", "unsent"),
-    ("pipeline", "crowded"),
-    ("pipeline", "hurry"),
-    ("pipeline", "lend"),
-    ("pipeline", "lent"),
-    ("serving", "crowded"),
-    ("workers", "hurry"),
-    ("workers", "lend"),
-    ("workers", "slot"),
-    ("workers", "slots"),
-    ("workers", "turn"),
-    ("workers", "turns"),
 }
 
 MODULES = code_shape.modules()
