@@ -74,7 +74,6 @@ LONG_MODULES = {
     "fletcher.delivery.committer",
     "fletcher.delivery.delivery",
     "fletcher.delivery.journal.journal",
-    "benchmarks.gpu",
 }
 WIDE_CONSTRUCTORS = {
     "Appender",
@@ -108,11 +107,6 @@ WORDS_LEFT = {
     ("delivery", "pace"),
     ("delivery", "turn"),
     ("delivery", "unsent"),
-    ("tuning", "crew"),
-    ("tuning", "probe"),
-    ("tuning", "race"),
-    ("tuning", "turn"),
-    ("tuning", "turns"),
 }
 
 MODULES = code_shape.modules()
