@@ -12,7 +12,7 @@ from pyarrow import flight
 from fletcher import EmbedCommand, TlsOptions, TransferOptions, connect, errors, open_source
 from fletcher.client import exchange as exchange_module
 from fletcher.client.client import ingest_id
-from fletcher.flight.call import Ending
+from fletcher.flight.ending import Ending
 from fletcher.net.flight_errors import to_flight_error
 from tests.unit.client.client_servers import Behaving, Waiting
 
