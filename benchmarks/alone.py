@@ -25,7 +25,7 @@ from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec, output_schema
 from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.rows import Rows
+from fletcher.delivery.groups import Rows
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.input.row_slice import RowSlice
@@ -169,24 +169,28 @@ def deliver(load: Load) -> Timing:
         delivery = Delivery({"default": store}, config, Telemetry())
         try:
             started, cpu_started = time.perf_counter(), time.process_time()
-            upload, sink = delivery.open(EmbedCommand(dataset="bench", durability="store"), schema)
+            upload, sink = delivery.open_upload(
+                EmbedCommand(dataset="bench", durability="store"), schema
+            )
             assembler = Assembler(schema, spec, upload.upload_id)
             for row_slice, outcome in zip(load.row_slices, outcomes, strict=True):
                 batch = assembler.assemble(row_slice, outcome).batch
-                upload.claim(row_slice.row_first, row_slice.row_first + row_slice.num_rows - 1)
-                sink.put(Rows.of(upload, batch, row_slice.row_first, (), lambda: None))
-            sink.hurry()
+                upload.claim_rows(row_slice.row_first, row_slice.row_first + row_slice.num_rows - 1)
+                sink.submit_rows(
+                    Rows.from_batch(upload, batch, row_slice.row_first, (), lambda: None)
+                )
+            sink.flush()
             with upload.changed:
                 upload.changed.wait_for(
                     lambda: upload.in_flight == 0 or upload.failure is not None, _STORED_TIMEOUT_S
                 )
             timing = Timing(time.perf_counter() - started, time.process_time() - cpu_started)
-            delivery.close(upload, sink)
+            delivery.close_upload(upload, sink)
             info = store.dataset("bench")
             if info is None or info.num_rows != load.num_rows:
                 raise JobError(f"not all of {load.num_rows} rows were stored: {upload.failure}")
         finally:
-            delivery.shut_down()
+            delivery.close()
     return timing
 
 

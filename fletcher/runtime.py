@@ -147,7 +147,7 @@ class Runtime:
         service, self._service = self._service, None
         if service is not None:
             service.models.close()
-            service.delivery.shut_down()
+            service.delivery.close()
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
@@ -255,7 +255,7 @@ def _signals(
         streams=admission.stream_share,
         starving=num_starving / max(1, admission.num_streams) if num_starving > 1 else 0.0,
         journal=delivery.journal_share,
-        store_away=delivery.store_away,
+        store_away=delivery.store_unavailable,
         queue=models.queued_windows(),
     )
 

@@ -97,7 +97,7 @@ def _findings(file: dict[str, Any]) -> Iterator[str]:
 
 
 def _files(root: Path) -> Iterator[dict[str, Any]]:
-    from fletcher.delivery.journal.folders import journals
+    from fletcher.delivery.journal.root import journal_folders
     from fletcher.delivery.journal.segment import (
         DAMAGED,
         REJECTED,
@@ -108,7 +108,7 @@ def _files(root: Path) -> Iterator[dict[str, Any]]:
     )
 
     suffixes = (WAITING, SENT, REJECTED, DAMAGED, TORN)
-    for store, dataset, folder in journals(root):
+    for store, dataset, folder in journal_folders(root):
         paths = (one for one in folder.iterdir() if one.suffix in suffixes)
         found = list(read_segments(paths))
         for path, segment in sorted(found, key=lambda one: one[0]):
@@ -150,7 +150,7 @@ def _describe(path: Path, segment: Segment | Damage) -> dict[str, Any]:
 
 
 def _is_served(root: Path) -> bool:
-    from fletcher.delivery.journal.folders import lock_journal
+    from fletcher.delivery.journal.root import lock_journal
 
     if not (root / ".lock").exists():
         return False
@@ -162,13 +162,13 @@ def _is_served(root: Path) -> bool:
 
 
 def _replay(root: Path) -> int:
-    from fletcher.delivery.journal.folders import journals, lock_journal, revive
+    from fletcher.delivery.journal.root import journal_folders, lock_journal, revive_segments
 
     if not root.is_dir():
         raise ConfigError(f"there is no journal in {str(root)!r}", field="home")
     lock = lock_journal(root)
     try:
-        num_files = sum(revive(folder) for _, _, folder in journals(root))
+        num_files = sum(revive_segments(folder) for _, _, folder in journal_folders(root))
     finally:
         os.close(lock)
     print(f"{num_files} files wait again; the next start of the server sends them")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 
 from fletcher.delivery.dedupe.index import DedupeIndex
+from fletcher.delivery.groups import Group, WriterKind, writer_kind
 from fletcher.delivery.journal.settled_groups import SettledGroups
-from fletcher.delivery.rows import Group, WriterKind, writer_kind
 from fletcher.errors import StoreUnavailableError
 from fletcher.stores.base import DatasetWriter, Store, WriteMode
 from fletcher.telemetry.tracing import Telemetry

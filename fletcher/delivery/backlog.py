@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from fletcher.delivery.rows import Group, Rows, groups_of
+from fletcher.delivery.groups import Group, Rows, groups_of
 
 
 class Backlog:

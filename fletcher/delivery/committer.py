@@ -31,7 +31,7 @@ from fletcher.delivery.backlog import Backlog
 from fletcher.delivery.breaker import PASSING, Breaker
 from fletcher.delivery.dedupe.decision import DedupeDecision
 from fletcher.delivery.dedupe.index import DedupeIndex
-from fletcher.delivery.rows import Group, Rows
+from fletcher.delivery.groups import Group, Rows
 from fletcher.errors import FletcherError, InternalError, OverloadedError, StoreUnavailableError
 from fletcher.stores.base import Store, WriteMode
 from fletcher.telemetry.tracing import Telemetry
@@ -139,7 +139,7 @@ class Committer:
                 self._changed.notify_all()
         return opening.ready
 
-    def put(self, rows: Rows) -> None:
+    def submit_rows(self, rows: Rows) -> None:
         """Queues rows; never blocks, the streams' allowances bound what can be here."""
         with self._changed:
             closing = self._closing.is_set()
@@ -149,7 +149,7 @@ class Committer:
         if closing:
             self._give_up([rows], _shutting_down())
 
-    def hurry(self) -> None:
+    def flush(self) -> None:
         """Somebody waits for the rows that are here: don't wait for more."""
         with self._changed:
             self._hurried = True
@@ -414,7 +414,7 @@ class Committer:
             self._telemetry.rows_stored.add(stored)
             if not rows.journaled:
                 self._known.add(rows)
-            rows.upload.settle(rows.first, rows.last, stored=stored)
+            rows.upload.settle_rows(rows.first, rows.last, stored=stored)
         rows.released()
 
     def _give_up(self, taken: Sequence[Rows], error: FletcherError) -> None:

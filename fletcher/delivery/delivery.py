@@ -20,8 +20,8 @@ from fletcher.core.command import EmbedCommand
 from fletcher.delivery.breaker import PASSING, Breaker
 from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.dedupe.index import DedupeMemory
-from fletcher.delivery.journal.folders import journals, lock_journal
 from fletcher.delivery.journal.journal import Journal, JournalSpace
+from fletcher.delivery.journal.root import journal_folders, lock_journal
 from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.journal.writer import from_journal
 from fletcher.delivery.sink import DatasetSink, JournalConfig
@@ -98,7 +98,7 @@ class Delivery:
             )
         return name, self.stores[name]
 
-    def open(self, options: EmbedCommand, schema: pa.Schema) -> tuple[Upload, DatasetSink]:
+    def open_upload(self, options: EmbedCommand, schema: pa.Schema) -> tuple[Upload, DatasetSink]:
         """Opens or resumes an upload; `close` it for each `open`.
 
         Args:
@@ -143,7 +143,7 @@ class Delivery:
                     )
                 self._open(sink, schema, "append" if mode == "overwrite" else mode)
                 if dedupe_by is not None:
-                    sink.known.load(dedupe_by)
+                    sink.dedupe_index.load(dedupe_by)
                 return upload, sink
             stored: _Ranges = []
             unsent: _Ranges = []
@@ -161,7 +161,7 @@ class Delivery:
             if mode == "overwrite":
                 self._uploads.forget_dataset(name, dataset)
             if dedupe_by is not None:
-                sink.known.load(dedupe_by)
+                sink.dedupe_index.load(dedupe_by)
             new = Upload(
                 dataset,
                 upload_id,
@@ -173,19 +173,19 @@ class Delivery:
                 unsent=unsent,
             )
             if failed is not None:
-                failed.succeed(new)
+                failed.hand_over_to(new)
             return self._uploads.join(key, fingerprint, new) or new, sink
         except BaseException:
             self._leave(sink, upload)
             raise
 
-    def close(self, upload: Upload, sink: DatasetSink) -> None:
+    def close_upload(self, upload: Upload, sink: DatasetSink) -> None:
         """One connection of an upload has ended."""
         if upload.failure is not None:
             sink.committer.drop_failed()
         self._leave(sink, upload)
 
-    def status(self, options: EmbedCommand) -> dict[str, Any]:
+    def upload_status(self, options: EmbedCommand) -> dict[str, Any]:
         """What is known of an upload: from memory, else from the store."""
         name, store = self.store(options.store)
         if options.upload_id is None:
@@ -223,7 +223,7 @@ class Delivery:
             return 0
         num_rows = 0
         names = {_folder_of(store): name for name, store in self.stores.items()}
-        for folder_name, dataset, folder in journals(self._journal.folder):
+        for folder_name, dataset, folder in journal_folders(self._journal.folder):
             if folder_name not in names:
                 if any(folder.glob("*.arrow")):
                     log.error(
@@ -249,13 +249,13 @@ class Delivery:
         deadline = time.monotonic() + timeout_s
         sinks = self._all_sinks()
         for sink in sinks:
-            sink.hurry()
+            sink.flush()
         for sink in sinks:
             sink.wait_idle(max(0.0, deadline - time.monotonic()))
         return all(sink.idle for sink in sinks)
 
     @property
-    def store_away(self) -> bool:
+    def store_unavailable(self) -> bool:
         """A store fails whatever is sent to it."""
         return any(breaker.away_since is not None for breaker in self._breakers.values())
 
@@ -265,7 +265,7 @@ class Delivery:
         space = self._space
         return None if space is None else min(1.0, space.used_bytes / space.max_bytes)
 
-    def shut_down(self) -> None:
+    def close(self) -> None:
         """Ends all routes and closes the stores. Idempotent."""
         with self._lock:
             self._closed = True
@@ -352,10 +352,10 @@ class Delivery:
         for group in sink.left_behind:
             info = group.info
             upload = self._uploads.found(name, dataset, info.upload_id, upsert=info.upsert)
-            upload.secure(info.first, info.last)
+            upload.secure_rows(info.first, info.last)
             assert journal is not None
             if not group.settled:
-                sink.committer.put(from_journal(upload, group, journal, doubtful=True))
+                sink.committer.submit_rows(from_journal(upload, group, journal, doubtful=True))
         return sink
 
     def _leave(self, sink: DatasetSink, upload: Upload | None = None) -> None:

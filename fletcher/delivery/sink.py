@@ -12,11 +12,11 @@ from fletcher.delivery.appender import Appender
 from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.committer import Committer, DeliveryConfig
 from fletcher.delivery.dedupe.index import DedupeIndex, DedupeMemory
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.journal.journal import Journal, JournalSpace
 from fletcher.delivery.journal.segment import JournaledGroup
 from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.journal.writer import JournalWriter
-from fletcher.delivery.rows import Rows
 from fletcher.stores.base import Store
 from fletcher.telemetry.tracing import Telemetry
 
@@ -70,14 +70,14 @@ class DatasetSink:
         self.users = 1
         self.journal = journal
         self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
-        self.known = DedupeIndex(store, dataset, journal, dedupe_memory, telemetry)
+        self.dedupe_index = DedupeIndex(store, dataset, journal, dedupe_memory, telemetry)
         self._unsent = SettledGroups(journal.folder) if journal is not None else None
         self._on_idle = on_idle
         self._appender = Appender(
             store,
             dataset,
             telemetry,
-            self.known,
+            self.dedupe_index,
             on_empty=self._forget,
             on_replace=self._keep_settled,
             unsent=self._unsent,
@@ -88,7 +88,7 @@ class DatasetSink:
             config,
             breaker,
             telemetry,
-            self.known,
+            self.dedupe_index,
             self._appender,
             on_idle=self._may_end,
         )
@@ -101,34 +101,34 @@ class DatasetSink:
                     journal,
                     space,
                     self.committer,
-                    self.known,
+                    self.dedupe_index,
                     patience_s=config.store_retry_s,
                     telemetry=telemetry,
                 )
                 for _ in range(2)
             ]
 
-    def put(self, rows: Rows) -> None:
+    def submit_rows(self, rows: Rows) -> None:
         """Queues rows; never blocks, the streams' allowances bound what can be here."""
         if self._outboxes and rows.upload.journaled:
-            self._outboxes[rows.upload.dedupe_by is not None].put(rows)
+            self._outboxes[rows.upload.dedupe_by is not None].submit_rows(rows)
         else:
-            self.committer.put(rows)
+            self.committer.submit_rows(rows)
 
     def wait_written(self, timeout_s: float) -> bool:
         """Waits until nothing is journaled any more of uploads that failed before."""
         return all(journal_writer.wait_written(timeout_s) for journal_writer in self._outboxes)
 
-    def hurry(self) -> None:
+    def flush(self) -> None:
         """Somebody waits for the rows that are here: don't wait for more."""
-        self.committer.hurry()
+        self.committer.flush()
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Waits until nothing is under way; False where something still is."""
         deadline = time.monotonic() + timeout_s
         waited = threading.Event()
         while not self.idle and time.monotonic() < deadline:
-            self.committer.hurry()
+            self.committer.flush()
             waited.wait(0.02)
         return self.idle
 
@@ -161,7 +161,7 @@ class DatasetSink:
             journal_writer.close()
         if self.journal is not None:
             self.journal.close()
-        self.known.close()
+        self.dedupe_index.close()
 
     def leave(self) -> None:
         """`release`, and what is left on disk is counted by the dataset's next route."""

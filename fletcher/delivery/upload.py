@@ -73,7 +73,7 @@ class Upload:
         self._errors: list[dict[str, Any]] = []
         self._announced: int | None = None
 
-    def claim(self, first: int, last: int) -> list[tuple[int, int]]:
+    def claim_rows(self, first: int, last: int) -> list[tuple[int, int]]:
         """Takes rows in, and returns those parts that were not taken in before."""
         with self.changed:
             new = self._claimed.missing(first, last)
@@ -83,7 +83,7 @@ class Upload:
             self.changed.notify_all()
             return new
 
-    def settle(self, first: int, last: int, *, stored: int) -> None:
+    def settle_rows(self, first: int, last: int, *, stored: int) -> None:
         """Rows first..last are done: `stored` of them are in the store, the others failed."""
         with self.changed:
             self._keep(first, last)
@@ -93,18 +93,18 @@ class Upload:
             self.changed.notify_all()
             successor = self._successor
         if successor is not None:
-            successor.settle(first, last, stored=stored)
+            successor.settle_rows(first, last, stored=stored)
 
-    def secure(self, first: int, last: int) -> None:
+    def secure_rows(self, first: int, last: int) -> None:
         """Rows first..last are in the journal: they will reach the store whatever dies."""
         with self.changed:
             self._keep(first, last)
             self.changed.notify_all()
             successor = self._successor
         if successor is not None:
-            successor.secure(first, last)
+            successor.secure_rows(first, last)
 
-    def report(self, row: int, row_id: Any, error: FletcherError) -> None:
+    def report_failed_row(self, row: int, row_id: Any, error: FletcherError) -> None:
         """Notes why a row has no vector."""
         with self.changed:
             self._rows_failed += 1
@@ -114,7 +114,7 @@ class Upload:
                     {"row": row, "id": row_id, "code": error.code, "message": error.message}
                 )
 
-    def drop(self, first: int, num_rows: int) -> None:
+    def note_duplicates(self, first: int, num_rows: int) -> None:
         """So many rows of the group that begins at `first` are duplicates, if it is secured so."""
         with self.changed:
             self._dropping[first] = num_rows
@@ -127,7 +127,7 @@ class Upload:
                 self._claimed.remove(first, last)
             self.changed.notify_all()
 
-    def announce(self, num_rows: int) -> None:
+    def announce_total(self, num_rows: int) -> None:
         """The client says how many rows the whole upload has."""
         with self.changed:
             self._announced = num_rows
@@ -202,7 +202,7 @@ class Upload:
                 "complete": self.complete,
             }
 
-    def succeed(self, successor: Upload) -> None:
+    def hand_over_to(self, successor: Upload) -> None:
         """This upload failed and is resumed as `successor`, which is new: what is safe counts on.
 
         The store was asked for the successor's rows a moment ago, and more may have settled since.
@@ -215,9 +215,9 @@ class Upload:
                 for gap_first, gap_last in self._settled.missing(first, last)
             )
             for first, last in self._settled.ranges():
-                successor.settle(first, last, stored=0)
+                successor.settle_rows(first, last, stored=0)
             for first, last in self._secured.ranges():
-                successor.secure(first, last)
+                successor.secure_rows(first, last)
             successor._rows_stored = self._rows_stored + found
             successor._rows_deduplicated = self._rows_deduplicated
             successor._rows_failed = self._rows_failed - self._failing.count
@@ -252,9 +252,9 @@ class Upload:
         with self.changed:
             for first, last in stored:
                 for new in self._settled.missing(first, last):
-                    self.settle(*new, stored=new[1] - new[0] + 1)
+                    self.settle_rows(*new, stored=new[1] - new[0] + 1)
             for first, last in unsent:
-                self.settle(first, last, stored=0)
+                self.settle_rows(first, last, stored=0)
 
     def _keep(self, first: int, last: int) -> None:
         self._claimed.add(first, last)  # no news, unless the upload failed meanwhile

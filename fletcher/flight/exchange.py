@@ -67,13 +67,15 @@ def exchange(
         upload_id = command.upload_id or uuid.uuid4().hex
         answers = _Answers(session, upload_id, writer, ending, writing_as)
         expected = (FletcherError, flight.FlightError)
-        answering = BackgroundTask("exchange-writer", answers.run, answers.fail, expected)
+        answering = BackgroundTask(
+            "exchange-writer", answers.write_results, answers.report_failure, expected
+        )
         try:
             for message in messages:
                 service.admission.check_draining()
                 if message.batch is not None:
                     _check_size(message.batch.num_rows, session.spec)
-                    session.submit(
+                    session.submit_batch(
                         message.batch,
                         message.batch_id,
                         message.row_first,
@@ -84,7 +86,7 @@ def exchange(
         finally:  # an error here is raised once earlier batches are answered
             if context.is_cancelled():
                 session.close()  # nobody waits: drop what is queued
-            session.end()
+            session.end_input()
             answering.join()
 
 
@@ -111,12 +113,12 @@ class _Answers:
         self._parts_bytes = 0
         self._errors: list[dict[str, Any]] = []
 
-    def run(self) -> None:
+    def write_results(self) -> None:
         for result in self._session.results(self._upload_id):
             self._append_result(result)
             del result  # the next one may be long in coming
 
-    def fail(self, error: Exception) -> None:
+    def report_failure(self, error: Exception) -> None:
         """Frees the reading thread if it waits for memory, and tells the client at once.
 
         That thread may be in a read that nothing but the client can end, and the call's own end

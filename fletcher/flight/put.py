@@ -14,7 +14,7 @@ from fletcher.errors import DrainingError
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.service import Service
-from fletcher.serving.upload_session import UploadSession
+from fletcher.serving.store_session import StoreSession
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def put(
 
     The call's own thread reads and submits; a second one writes acknowledgements.
     """
-    session = UploadSession(service, command, trace=trace, given_up=context.is_cancelled)
+    session = StoreSession(service, command, trace=trace, given_up=context.is_cancelled)
     with session as upload:
         upload.open_input(read_schema(reader))
         # A client that sends nothing takes no place, nor makes a dataset.
@@ -45,15 +45,15 @@ def put(
                 if upload.failed:
                     break
                 if message.batch is not None:
-                    upload.submit(message.batch, message.batch_id, message.row_first)
+                    upload.submit_batch(message.batch, message.batch_id, message.row_first)
                 if message.metadata.end and message.metadata.rows is not None:
-                    upload.announce(message.metadata.rows)
+                    upload.announce_total(message.metadata.rows)
         except DrainingError as error:
             draining = error
         except Exception as error:  # noqa: BLE001 - raised below, once accepted rows are safe
             refusal = error
         # Rows taken in go to the store whatever became of the connection.
-        upload.end()
+        upload.end_input()
         answering.join()
         if refusal is not None:
             raise refusal
@@ -62,7 +62,7 @@ def put(
             raise draining
 
 
-def _acknowledge(upload: UploadSession, writer: Any) -> None:
+def _acknowledge(upload: StoreSession, writer: Any) -> None:
     """Writes acknowledgements and the summary, as long as the client reads them."""
     client_gone = False
     for message in upload.acknowledgements():

@@ -217,7 +217,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def _upload_status(self, body: bytes) -> bytes:
         options = EmbedCommand.from_mapping(parse_json(body))
-        return _json(self._service.delivery.status(options))
+        return _json(self._service.delivery.upload_status(options))
 
 
 def _bracketed(host: str) -> str:

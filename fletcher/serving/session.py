@@ -5,9 +5,9 @@ A door (`fletcher.flight.put`, `exchange`, `embed_action`) translates a protocol
     with EmbedSession(service, EmbedCall(name="do_exchange", command=command)) as session:
         output_schema = session.open_input(input_schema)
         session.admit(bulk=True)
-        session.submit(batch, batch_id, row_first)   # blocks while the stream's memory is used up
-        session.end()
-        for result in session.results(upload_id):    # on this thread or another
+        session.submit_batch(batch, batch_id, row_first)  # blocks if the stream's memory is used up
+        session.end_input()
+        for result in session.results(upload_id):  # on this thread or another
             ...
 
 The session leases the model, resolves the command against it, checks and cuts the input, takes a
@@ -83,8 +83,8 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     """Embeds for one call; leaving it gives back whatever it took.
 
     Entering leases the model and resolves the command. One thread calls `open_input`, `admit`,
-    `submit` and `end`, in this order; one thread, the same or another, iterates over `results`.
-    `close` may be called on any thread.
+    `submit_batch` and `end_input`, in this order. The same thread or another one iterates over
+    `results`. Any thread may call `close`.
 
     Args:
         service: The server's parts.
@@ -203,7 +203,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         self._exits.callback(self._stream.close)
         return span
 
-    def submit(
+    def submit_batch(
         self,
         batch: pa.RecordBatch,
         batch_id: int,
@@ -240,7 +240,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         """Hands in the end of a document that was not ended; of a `continuous` command."""
         self._submit_slices(self._intake.rest())
 
-    def end(self) -> None:
+    def end_input(self) -> None:
         """Nothing more is submitted: `results` ends after the last one."""
         self._stream.end()
 
@@ -257,13 +257,13 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.keep))
         if len(slices) == 1:
             self._submit_slices(slices)
-            self.end()
+            self.end_input()
             yield from self.results(upload_id)
             return
 
         def submit() -> None:
             self._submit_slices(slices)
-            self.end()
+            self.end_input()
 
         submitting = BackgroundTask(f"{self._call.name}-submit", submit, lambda _: self.close())
         try:
@@ -274,7 +274,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             raise
 
     def results(self, upload_id: str) -> Iterator[SliceResult]:
-        """Results in the order of submission; ends after `end`.
+        """Results in the order of submission; ends after `end_input`.
 
         Args:
             upload_id: Names rows that came without an id.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.delivery.journal.folders import journals
+from fletcher.delivery.journal.root import journal_folders
 from fletcher.delivery.journal.segment import REJECTED, WAITING, Segment, read_segments
 from fletcher.delivery.journal.settled_groups import SettledGroups
 from tests.faults.rewrites import DATASET, SCHEMA, Rewritten
@@ -240,7 +240,7 @@ class Ledger:
 
     def _journaled(self) -> dict[int, np.ndarray]:
         found = {number: np.zeros(upload.num_rows, bool) for number, upload in self.uploads.items()}
-        for _, dataset, folder in journals(self._home / "journal"):
+        for _, dataset, folder in journal_folders(self._home / "journal"):
             # Segments that vanish meanwhile are left out: their rows are stored.
             for _, segment in read_segments(folder.glob(f"*{WAITING}")):
                 for group in segment.groups if isinstance(segment, Segment) else ():
@@ -287,7 +287,7 @@ class Ledger:
         rows = np.zeros(upload.num_rows, bool)
         if self._null_vectors or not self.may_give_up:
             return rows
-        for _, dataset, folder in journals(self._home / "journal"):
+        for _, dataset, folder in journal_folders(self._home / "journal"):
             if dataset == upload.dataset:
                 for first, last in SettledGroups(folder).ranges(upload.upload_id):
                     rows[first : last + 1] = True

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.delivery.journal.folders import journals
+from fletcher.delivery.journal.root import journal_folders
 from fletcher.delivery.journal.segment import WAITING, Segment, read_segments
 
 DATASET = "rewritten"
@@ -99,7 +99,7 @@ class Rewritten:
     def _waiting(self) -> np.ndarray:
         """By row the version that the journal brings to the store in the end, -1 for none."""
         versions = np.full(self.plan.num_rows, -1)
-        for _, dataset, folder in journals(self._home / "journal"):
+        for _, dataset, folder in journal_folders(self._home / "journal"):
             for _, segment in read_segments(folder.glob(f"*{WAITING}")):
                 groups = segment.groups if isinstance(segment, Segment) else ()
                 for info in (group.info for group in groups if not group.settled):

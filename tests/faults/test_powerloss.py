@@ -15,9 +15,9 @@ import pytest
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.journal import writer as journal_writer
 from fletcher.delivery.journal.journal import GroupInfo, Journal, JournalSpace
-from fletcher.delivery.rows import Rows
 from fletcher.delivery.sink import JournalConfig
 from fletcher.stores.address import open_store
 from fletcher.telemetry.tracing import Telemetry
@@ -224,20 +224,20 @@ def delivering(disk: Path, vectors: Path) -> Iterator[Delivery]:
     try:
         yield delivery
     finally:
-        delivery.shut_down()
+        delivery.close()
 
 
 def put(delivery: Delivery, text: str, **options: str) -> None:
     """Rows with these texts are acknowledged, and stored."""
     batch = ROWS.drop_columns(["batch_key"]).append_column("text", pa.array([text] * 10))
     command = EmbedCommand(dataset="d", upload_id=text, **options)
-    upload, sink = delivery.open(command, batch.schema)
-    upload.claim(0, 9)
+    upload, sink = delivery.open_upload(command, batch.schema)
+    upload.claim_rows(0, 9)
     released = threading.Event()
-    sink.put(Rows.of(upload, batch, 0, (), released.set))
+    sink.submit_rows(Rows.from_batch(upload, batch, 0, (), released.set))
     with upload.changed:
         assert upload.changed.wait_for(lambda: upload.counts()["rows_durable"] == 10, 30)
-    delivery.close(upload, sink)
+    delivery.close_upload(upload, sink)
     assert delivery.flush(30)
 
 

@@ -19,7 +19,7 @@ from pyarrow import flight
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.rows import Rows
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink, JournalConfig
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
@@ -108,17 +108,21 @@ def delivering(address: str, journal: Path, timeout_s: float = 20) -> Iterator[D
     try:
         yield delivery
     finally:
-        delivery.shut_down()
+        delivery.close()
 
 
 def open_(delivery: Delivery, **fields: Any) -> tuple[Upload, DatasetSink]:
-    return delivery.open(EmbedCommand(**{"dataset": "d", "upload_id": "u", **fields}), SCHEMA)
+    return delivery.open_upload(
+        EmbedCommand(**{"dataset": "d", "upload_id": "u", **fields}), SCHEMA
+    )
 
 
 def send(sink: DatasetSink, upload: Upload, first: int, num_rows: int) -> None:
     batch = rows.batch(first, num_rows)
-    assert upload.claim(first, first + num_rows - 1)
-    sink.put(Rows.of(upload, batch.select(SCHEMA.names).cast(SCHEMA), first, (), lambda: None))
+    assert upload.claim_rows(first, first + num_rows - 1)
+    sink.submit_rows(
+        Rows.from_batch(upload, batch.select(SCHEMA.names).cast(SCHEMA), first, (), lambda: None)
+    )
 
 
 def stored(upload: Upload, num_rows: int, timeout_s: float = 30) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fletcher.delivery.dedupe.index import DedupeIndex, keys_of
-from fletcher.delivery.rows import Group
+from fletcher.delivery.groups import Group
 
 
 class DedupeDecision:

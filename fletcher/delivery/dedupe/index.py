@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 
 from fletcher.delivery.dedupe.fingerprints import SIZE, FingerprintMap, fingerprints
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.journal.journal import Journal
 from fletcher.delivery.journal.segment import JournaledGroup
-from fletcher.delivery.rows import Rows
 from fletcher.errors import (
     FletcherError,
     InvalidCommandError,
@@ -251,7 +251,7 @@ class DedupeIndex:
                 num_dropped += 1
             else:
                 passed[key] = value
-        rows.upload.drop(rows.first, num_dropped)
+        rows.upload.note_duplicates(rows.first, num_dropped)
         return dataclasses.replace(rows, unsent=tuple(sorted(unsent)), num_dropped=num_dropped)
 
     def _values(self, kind: str, keys: Sequence[bytes | None]) -> list[bytes | None]:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 from fletcher.delivery.committer import Committer
 from fletcher.delivery.dedupe.index import DedupeIndex
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.journal.journal import Journal, JournalSpace
 from fletcher.delivery.journal.segment import GroupInfo, JournaledGroup
-from fletcher.delivery.rows import Rows
 from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InternalError, JournalFullError, StoreUnavailableError
 from fletcher.telemetry.tracing import Telemetry
@@ -69,7 +69,7 @@ class JournalWriter:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None  # from the first group on
 
-    def put(self, group: Rows) -> None:
+    def submit_rows(self, group: Rows) -> None:
         """Queues a group; never blocks, the streams' allowances bound what can be here."""
         with self._changed:
             closing = self._closing.is_set()
@@ -173,7 +173,7 @@ class JournalWriter:
                 if self._closing.is_set() or time.monotonic() > deadline:
                     raise
                 self._journal.close()  # its open segment may be what takes the room
-                self._committer.hurry()
+                self._committer.flush()
                 self._closing.wait(_FULL_POLL_S)
             else:
                 return
@@ -196,8 +196,8 @@ class JournalWriter:
         for group, on_disk in zip(groups, journaled, strict=True):
             self._known.add(group)
             # Before it is acknowledged: what its client sends then goes to the store behind it.
-            self._committer.put(from_journal(group.upload, on_disk, self._journal))
-            group.upload.secure(group.first, group.last)
+            self._committer.submit_rows(from_journal(group.upload, on_disk, self._journal))
+            group.upload.secure_rows(group.first, group.last)
             group.released()
 
     def _give_up(self, groups: Sequence[Rows], error: FletcherError) -> None:

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from fletcher.cli import main
-from fletcher.delivery.journal.folders import lock_journal
 from fletcher.delivery.journal.journal import Journal, JournalSpace
+from fletcher.delivery.journal.root import lock_journal
 from fletcher.delivery.journal.segment import GroupInfo
 from fletcher.delivery.journal.settled_groups import SettledGroups
 

@@ -17,7 +17,7 @@ from fletcher.delivery import delivery as delivery_module
 from fletcher.delivery import sink as sink_module
 from fletcher.delivery.committer import Committer, DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.rows import Rows
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
@@ -44,7 +44,7 @@ def delivering(store: MemoryStore, config: DeliveryConfig = CONFIG) -> Iterator[
         yield delivery
     finally:
         store.gate.set()
-        delivery.shut_down()
+        delivery.close()
 
 
 def options(**fields: Any) -> EmbedCommand:
@@ -55,7 +55,7 @@ def send(
     committer: DatasetSink, upload: Upload, first: int, num_rows: int, failed: tuple[int, ...] = ()
 ) -> threading.Event:
     """Claims and queues rows whose ids are their offsets."""
-    assert upload.claim(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
+    assert upload.claim_rows(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
     vectors = [None if row in failed else [1.0, 0.0] for row in range(num_rows)]
     batch = pa.record_batch(
         {
@@ -65,7 +65,7 @@ def send(
         schema=SCHEMA,
     )
     released = threading.Event()
-    committer.put(Rows.of(upload, batch, first, failed, released.set))
+    committer.submit_rows(Rows.from_batch(upload, batch, first, failed, released.set))
     return released
 
 
@@ -84,7 +84,7 @@ def test_rows_of_an_upload_are_joined_into_keyed_groups() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open_upload(options(), SCHEMA)
         released = [send(committer, upload, first, 4) for first in (0, 4, 8, 12)]
         store.gate.set()
         assert settled(upload)
@@ -109,7 +109,7 @@ def test_an_outage_neither_loses_nor_doubles(when: str) -> None:
     store = MemoryStore()
     store.faults.extend([(when, outage()), None, (when, outage()), (when, outage())])
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open_upload(options(), SCHEMA)
         for first in range(0, 60, 5):
             send(committer, upload, first, 5)
         assert settled(upload)
@@ -123,7 +123,7 @@ def test_an_outage_that_outlasts_the_patience_fails_the_upload_and_can_be_resume
         group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0, slow_append_s=15
     )
     with delivering(store, config) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open_upload(options(), SCHEMA)
         send(committer, upload, 0, 5)
         assert settled(upload)
         # The rows arrive, the answer does not: the client cannot know, the store can.
@@ -133,24 +133,24 @@ def test_an_outage_that_outlasts_the_patience_fails_the_upload_and_can_be_resume
         assert released.wait(5)
         assert isinstance(upload.failure, StoreUnavailableError)
         assert upload.summary("m")["complete"] is False
-        delivery.close(upload, committer)
+        delivery.close_upload(upload, committer)
 
-        again, committer = delivery.open(options(), SCHEMA)
+        again, committer = delivery.open_upload(options(), SCHEMA)
         assert again.failure is None
         assert again.counts()["rows_durable"] == 10
-        assert again.claim(0, 11) == [(10, 11)]
+        assert again.claim_rows(0, 11) == [(10, 11)]
 
 
 def test_an_upsert_stays_one_over_an_outage_and_beside_other_uploads() -> None:
     # The mode was the writer's, and forgotten with it: the retry appended, and ids came twice.
     store = MemoryStore()
     with delivering(store) as delivery:
-        upsert, committer = delivery.open(options(upload_id="one", mode="upsert"), SCHEMA)
+        upsert, committer = delivery.open_upload(options(upload_id="one", mode="upsert"), SCHEMA)
         store.faults.append(("before", outage()))
         send(committer, upsert, 0, 5)
         assert settled(upsert)
         assert store.opened == ["upsert", "upsert"]
-        plain, _ = delivery.open(options(upload_id="other"), SCHEMA)
+        plain, _ = delivery.open_upload(options(upload_id="other"), SCHEMA)
         send(committer, upsert, 5, 5)
         assert settled(upsert)
         assert store.opened[2:] == ["append", "upsert"]
@@ -163,8 +163,12 @@ def test_vectors_of_another_kind_are_shown_to_the_store_though_the_columns_are_t
     # pyarrow compares schemas without metadata: the open writer took rows of another normalisation.
     store = MemoryStore()
     with delivering(store) as delivery:
-        delivery.open(options(upload_id="one"), SCHEMA.with_metadata({"fletcher.normalized": "1"}))
-        delivery.open(options(upload_id="two"), SCHEMA.with_metadata({"fletcher.normalized": "0"}))
+        delivery.open_upload(
+            options(upload_id="one"), SCHEMA.with_metadata({"fletcher.normalized": "1"})
+        )
+        delivery.open_upload(
+            options(upload_id="two"), SCHEMA.with_metadata({"fletcher.normalized": "0"})
+        )
         assert store.opened == ["append", "append"]
 
 
@@ -175,8 +179,8 @@ def test_one_uploads_refusal_leaves_others_alone() -> None:
     )
     store.gate.clear()
     with delivering(store) as delivery:
-        good, committer = delivery.open(options(upload_id="good"), SCHEMA)
-        bad, _ = delivery.open(options(upload_id="bad"), SCHEMA)
+        good, committer = delivery.open_upload(options(upload_id="good"), SCHEMA)
+        bad, _ = delivery.open_upload(options(upload_id="bad"), SCHEMA)
         send(committer, good, 100, 3)
         send(committer, bad, 7, 1)
         store.gate.set()
@@ -197,8 +201,8 @@ def test_a_store_that_breaks_after_it_stored_does_not_get_the_rows_twice() -> No
     store.gate.clear()
     store.faults.append(("after", ZeroDivisionError("a defect of the store's client")))
     with delivering(store) as delivery:
-        one, committer = delivery.open(options(upload_id="one"), SCHEMA)
-        two, _ = delivery.open(options(upload_id="two"), SCHEMA)
+        one, committer = delivery.open_upload(options(upload_id="one"), SCHEMA)
+        two, _ = delivery.open_upload(options(upload_id="two"), SCHEMA)
         send(committer, one, 0, 3)
         send(committer, two, 3, 3)
         store.gate.set()
@@ -212,13 +216,13 @@ def test_rows_that_cannot_be_prepared_fail_their_upload_and_leave_the_dataset_us
     # its uploads never settled, and every later opening waited for ever.
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
-        upload.claim(0, 1)
-        committer.put(Rows.of(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]
+        upload, committer = delivery.open_upload(options(), SCHEMA)
+        upload.claim_rows(0, 1)
+        committer.submit_rows(Rows.from_batch(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]
         assert settled(upload)
         assert upload.failure is not None
-        delivery.close(upload, committer)
-        other, committer = delivery.open(options(upload_id="other"), SCHEMA)
+        delivery.close_upload(upload, committer)
+        other, committer = delivery.open_upload(options(upload_id="other"), SCHEMA)
         send(committer, other, 0, 5)
         assert settled(other)
         assert ids(store) == list(range(5))
@@ -235,8 +239,8 @@ class _Broken:
 def test_a_lane_that_has_ended_refuses_at_once() -> None:
     store = MemoryStore()
     delivery = Delivery({"default": store}, CONFIG, Telemetry())
-    upload, committer = delivery.open(options(), SCHEMA)
-    delivery.shut_down()
+    upload, committer = delivery.open_upload(options(), SCHEMA)
+    delivery.close()
     released = send(committer, upload, 0, 5)
     assert released.wait(5)
     assert isinstance(upload.failure, StoreUnavailableError)
@@ -244,7 +248,7 @@ def test_a_lane_that_has_ended_refuses_at_once() -> None:
         committer.committer.open(SCHEMA, "append").exception(5), StoreUnavailableError
     )
     with pytest.raises(StoreUnavailableError):
-        delivery.open(options(upload_id="late"), SCHEMA)
+        delivery.open_upload(options(upload_id="late"), SCHEMA)
 
 
 def test_an_append_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +256,7 @@ def test_an_append_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fletcher.delivery.committer._COMMIT_BYTES", 100)
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open_upload(options(), SCHEMA)
         store.gate.clear()
         send(committer, upload, 0, 3)
         assert store.waiting.wait(5)
@@ -271,7 +275,7 @@ def test_rows_that_fill_an_append_by_their_bytes_wait_for_no_others(
     monkeypatch.setattr("fletcher.delivery.committer._COMMIT_BYTES", 100)
     store = MemoryStore()
     with delivering(store, dataclasses.replace(CONFIG, group_delay_s=60)) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open_upload(options(), SCHEMA)
         send(committer, upload, 0, 7)
         assert settled(upload)
 
@@ -280,15 +284,15 @@ def test_rows_of_a_failed_upload_leave_at_once_though_the_store_is_away() -> Non
     # They left when their turn came: uploads that failed one after the other filled the memory.
     store = MemoryStore()
     with delivering(store) as delivery:
-        going, committer = delivery.open(options(upload_id="going"), SCHEMA)
-        failing, _ = delivery.open(options(upload_id="failing"), SCHEMA)
+        going, committer = delivery.open_upload(options(upload_id="going"), SCHEMA)
+        failing, _ = delivery.open_upload(options(upload_id="failing"), SCHEMA)
         store.gate.clear()
         send(committer, going, 0, 5)
         assert store.waiting.wait(5)
         released = send(committer, failing, 0, 5)
         kept = send(committer, going, 5, 5)
         failing.fail(RequestError("a bad row"))
-        delivery.close(failing, committer)
+        delivery.close_upload(failing, committer)
         assert released.is_set()
         assert not kept.is_set()
         store.gate.set()
@@ -300,9 +304,9 @@ def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> No
     for null_vectors, expected in ((False, [0, 2]), (True, [0, 1, 2])):
         store = MemoryStore(null_vectors=null_vectors)
         with delivering(store) as delivery:
-            upload, committer = delivery.open(options(), SCHEMA)
+            upload, committer = delivery.open_upload(options(), SCHEMA)
             send(committer, upload, 0, 3, failed=(1,))
-            upload.report(1, 1, InvalidCommandError("`text` is null"))
+            upload.report_failed_row(1, 1, InvalidCommandError("`text` is null"))
             assert settled(upload)
             assert ids(store) == expected
             counts = upload.counts()
@@ -314,52 +318,52 @@ def test_a_reconnected_client_does_not_send_twice_what_is_on_its_way() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open_upload(options(), SCHEMA)
         send(committer, upload, 0, 5)
         assert store.waiting.wait(5)
-        delivery.close(upload, committer)
+        delivery.close_upload(upload, committer)
         opening: list[Upload] = []
         # The lane opens nothing while it stores, so that the store can be asked what arrived.
         reopen = threading.Thread(
-            target=lambda: opening.append(delivery.open(options(), SCHEMA)[0])
+            target=lambda: opening.append(delivery.open_upload(options(), SCHEMA)[0])
         )
         reopen.start()
         store.gate.set()
         reopen.join(30)
         assert opening == [upload]
-        assert upload.claim(0, 9) == [(5, 9)]
+        assert upload.claim_rows(0, 9) == [(5, 9)]
 
 
 def test_after_a_restart_the_store_tells_what_is_there() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open_upload(options(), SCHEMA)
         send(committer, upload, 0, 25)
         assert settled(upload)
     with delivering(store) as delivery:
-        status = delivery.status(options())
+        status = delivery.upload_status(options())
         assert status == {"rows_durable": 25, "ranges": [[0, 24]], "complete": False}
-        upload, committer = delivery.open(options(), SCHEMA)
-        assert upload.claim(0, 30) == [(25, 30)]
+        upload, committer = delivery.open_upload(options(), SCHEMA)
+        assert upload.claim_rows(0, 30) == [(25, 30)]
         assert upload.counts()["rows_stored"] == 25
 
 
 def test_overwrite_empties_once_and_a_resumed_overwrite_does_not() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(upload_id="old"), SCHEMA)
+        upload, committer = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(committer, upload, 0, 3)
         assert settled(upload)
-        upload, committer = delivery.open(options(mode="overwrite"), SCHEMA)
+        upload, committer = delivery.open_upload(options(mode="overwrite"), SCHEMA)
         send(committer, upload, 0, 4)
         assert settled(upload)
-        delivery.close(upload, committer)
-        upload, committer = delivery.open(options(mode="overwrite"), SCHEMA)
+        delivery.close_upload(upload, committer)
+        upload, committer = delivery.open_upload(options(mode="overwrite"), SCHEMA)
         send(committer, upload, 4, 4)
         assert settled(upload)
         assert ids(store) == list(range(8))
     with delivering(store) as delivery:
-        delivery.open(options(mode="overwrite"), SCHEMA)
+        delivery.open_upload(options(mode="overwrite"), SCHEMA)
         assert ids(store) == list(range(8))
 
 
@@ -382,7 +386,9 @@ def test_two_openings_of_one_overwrite_empty_the_dataset_once() -> None:
     with delivering(store) as delivery:
         openings = [
             threading.Thread(
-                target=lambda: opened.append(delivery.open(options(mode="overwrite"), SCHEMA))
+                target=lambda: opened.append(
+                    delivery.open_upload(options(mode="overwrite"), SCHEMA)
+                )
             )
             for _ in range(2)
         ]
@@ -405,26 +411,28 @@ def test_rows_that_an_overwrite_removed_can_be_sent_again() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
         for upload_id, mode in (("a", "append"), ("b", "overwrite"), ("a", "append")):
-            upload, committer = delivery.open(options(upload_id=upload_id, mode=mode), SCHEMA)
+            upload, committer = delivery.open_upload(
+                options(upload_id=upload_id, mode=mode), SCHEMA
+            )
             send(committer, upload, 0, 3)
             assert settled(upload)
-            delivery.close(upload, committer)
+            delivery.close_upload(upload, committer)
         assert ids(store) == [0, 1, 2, 0, 1, 2]
 
 
 def test_one_upload_id_cannot_mean_two_things() -> None:
     with delivering(MemoryStore()) as delivery:
-        delivery.open(options(), SCHEMA)
+        delivery.open_upload(options(), SCHEMA)
         other = SCHEMA.append(pa.field("extra", pa.utf8()))
         with pytest.raises(UploadConflictError) as caught:
-            delivery.open(options(), other)
+            delivery.open_upload(options(), other)
         assert caught.value.field == "upload_id"
 
 
 def test_memory_durability_never_claims_to_be_durable() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(durability="memory"), SCHEMA)
+        upload, committer = delivery.open_upload(options(durability="memory"), SCHEMA)
         send(committer, upload, 0, 5)
         assert settled(upload)
         assert upload.counts()["rows_durable"] == 0
@@ -434,21 +442,21 @@ def test_memory_durability_never_claims_to_be_durable() -> None:
 def test_complete_needs_the_announced_number_and_no_gap() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open_upload(options(), SCHEMA)
         send(committer, upload, 5, 5)
         assert settled(upload)
-        upload.announce(10)
+        upload.announce_total(10)
         assert not upload.complete
         send(committer, upload, 0, 5)
         assert settled(upload)
         assert upload.complete
-        upload.announce(11)
+        upload.announce_total(11)
         assert not upload.complete
 
 
 def test_an_unknown_store_is_named_with_those_there_are() -> None:
     with delivering(MemoryStore()) as delivery, pytest.raises(InvalidCommandError) as caught:
-        delivery.open(options(store="elsewhere"), SCHEMA)
+        delivery.open_upload(options(store="elsewhere"), SCHEMA)
     assert caught.value.allowed == ["default"]
 
 
@@ -461,19 +469,19 @@ def test_a_store_that_refuses_to_open_refuses_the_upload() -> None:
     store.open_writer = refuse  # type: ignore[method-assign]
     with delivering(store) as delivery:
         with pytest.raises(FletcherError, match="nothing there"):
-            delivery.open(options(), SCHEMA)
-        assert delivery.status(options())["rows_durable"] == 0
+            delivery.open_upload(options(), SCHEMA)
+        assert delivery.upload_status(options())["rows_durable"] == 0
 
 
 def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
     store = MemoryStore()
     store.gate.clear()
     delivery = Delivery({"default": store}, CONFIG, Telemetry())
-    upload, committer = delivery.open(options(), SCHEMA)
+    upload, committer = delivery.open_upload(options(), SCHEMA)
     send(committer, upload, 0, 5)
     assert store.waiting.wait(5)
     released = send(committer, upload, 5, 5)
-    closer = threading.Thread(target=delivery.shut_down)
+    closer = threading.Thread(target=delivery.close)
     closer.start()
     committer.committer._closing.wait(5)
     store.gate.set()
@@ -488,7 +496,7 @@ def test_an_overwrite_does_not_wait_for_what_comes_after_it() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(), SCHEMA)
+        upload, committer = delivery.open_upload(options(), SCHEMA)
         send(committer, upload, 0, 5)
         assert store.waiting.wait(5)
         emptied = committer.committer.open(SCHEMA, "overwrite")
@@ -507,11 +515,11 @@ def test_an_overwrite_that_nobody_waits_for_any_more_does_not_happen(
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, committer = delivery.open(options(upload_id="old"), SCHEMA)
+        upload, committer = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(committer, upload, 0, 5)
         assert store.waiting.wait(5)
         with pytest.raises(StoreUnavailableError):
-            delivery.open(options(mode="overwrite"), SCHEMA)
+            delivery.open_upload(options(mode="overwrite"), SCHEMA)
         store.gate.set()
         assert settled(upload)
         assert committer.committer.open(SCHEMA, "append").result(30) is None
@@ -532,12 +540,12 @@ def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: 
 
     monkeypatch.setattr(Delivery, "_retire", asks)
     with delivering(MemoryStore()) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         if in_use:
             assert not asked.wait(0.3)
             assert sink._appender.is_open
         else:
-            delivery.close(upload, sink)
+            delivery.close_upload(upload, sink)
             sink.committer.thread.join(30)
             assert has_writer == [False]
 
@@ -561,7 +569,7 @@ def test_a_route_is_in_use_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(DatasetSink, "_may_end", asks)
     monkeypatch.setattr(sink_module, "Committer", slow)
     with delivering(MemoryStore()) as delivery:
-        _, sink = delivery.open(options(), SCHEMA)
+        _, sink = delivery.open_upload(options(), SCHEMA)
         assert sink.committer.thread.is_alive()
 
 
@@ -569,20 +577,20 @@ def test_rows_that_cannot_be_let_go_leave_the_others_of_their_append_alone() -> 
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        first, committer = delivery.open(options(upload_id="first"), SCHEMA)
-        bad, _ = delivery.open(options(upload_id="bad"), SCHEMA)
-        good, _ = delivery.open(options(upload_id="good"), SCHEMA)
+        first, committer = delivery.open_upload(options(upload_id="first"), SCHEMA)
+        bad, _ = delivery.open_upload(options(upload_id="bad"), SCHEMA)
+        good, _ = delivery.open_upload(options(upload_id="good"), SCHEMA)
         send(committer, first, 0, 1)
         assert store.waiting.wait(5)
 
         def fails() -> None:
             raise ZeroDivisionError
 
-        bad.claim(0, 0)
+        bad.claim_rows(0, 0)
         batch = pa.record_batch(
             [pa.array([1], pa.int64()), pa.array([[1, 0]], SCHEMA[1].type)], schema=SCHEMA
         )
-        committer.put(Rows.of(bad, batch, 0, (), fails))
+        committer.submit_rows(Rows.from_batch(bad, batch, 0, (), fails))
         released = send(committer, good, 2, 3)
         store.gate.set()
         assert settled(good)

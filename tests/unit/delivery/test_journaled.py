@@ -20,9 +20,9 @@ from fletcher.core.command import EmbedCommand
 from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.delivery import Delivery
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.journal import writer as journal_writer_module
 from fletcher.delivery.journal.journal import Journal, JournalSpace
-from fletcher.delivery.rows import Rows
 from fletcher.delivery.sink import DatasetSink, JournalConfig
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
@@ -57,7 +57,7 @@ def delivering(
         yield delivery
     finally:
         store.gate.set()
-        delivery.shut_down()
+        delivery.close()
 
 
 def options(**fields: Any) -> EmbedCommand:
@@ -65,12 +65,12 @@ def options(**fields: Any) -> EmbedCommand:
 
 
 def send(sink: DatasetSink, upload: Upload, first: int, num_rows: int) -> threading.Event:
-    assert upload.claim(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
+    assert upload.claim_rows(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
     ids = pa.array(range(first, first + num_rows), pa.int64())
     vectors = pa.array([[1.0, 0.0]] * num_rows, SCHEMA.field("vector").type)
     released = threading.Event()
     batch = pa.record_batch([ids, vectors], schema=SCHEMA)
-    sink.put(Rows.of(upload, batch, first, (), released.set))
+    sink.submit_rows(Rows.from_batch(upload, batch, first, (), released.set))
     return released
 
 
@@ -99,7 +99,7 @@ def test_rows_are_durable_before_they_are_stored_and_their_memory_is_free(tmp_pa
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         released = [send(sink, upload, first, 5) for first in range(0, 50, 5)]
         assert durable(upload, 50)
         assert all(one.wait(5) for one in released)
@@ -116,7 +116,7 @@ def test_after_a_crash_what_was_acknowledged_reaches_the_store_once(tmp_path: Pa
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 30)
         assert durable(upload, 30)
         # The first append hangs; closing is as good as a crash for what is on disk.
@@ -124,10 +124,10 @@ def test_after_a_crash_what_was_acknowledged_reaches_the_store_once(tmp_path: Pa
             one.committer._closing.set()
     before = ids(store)
     with delivering(store, tmp_path) as delivery:
-        status = delivery.status(options())
+        status = delivery.upload_status(options())
         assert status["rows_durable"] == 30
-        upload, sink = delivery.open(options(), SCHEMA)
-        assert upload.claim(0, 39) == [(30, 39)]
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        assert upload.claim_rows(0, 39) == [(30, 39)]
         assert stored(upload, 30)
         assert ids(store) == list(range(30))
     assert len(before) in (0, 30)
@@ -141,7 +141,7 @@ def test_a_crash_between_the_stores_commit_and_the_journals_knowledge(tmp_path: 
     )
     store.faults.append(("after", outage()))
     with delivering(store, tmp_path, patience) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 10)
         assert durable(upload, 10)
         while not store.appends:
@@ -150,7 +150,7 @@ def test_a_crash_between_the_stores_commit_and_the_journals_knowledge(tmp_path: 
             one.committer.close()
     assert ids(store) == list(range(10))
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         assert upload.counts()["rows_durable"] == 10
         assert delivery.flush(10)
         assert upload.counts()["rows_stored"] == 10
@@ -165,7 +165,7 @@ def test_an_outage_costs_no_error_however_long(tmp_path: Path) -> None:
     )
     store.faults.extend([("before", outage()), ("after", outage()), ("before", outage())])
     with delivering(store, tmp_path, patience) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         for first in range(0, 40, 10):
             send(sink, upload, first, 10)
         assert stored(upload, 40)
@@ -180,7 +180,7 @@ def test_a_full_journal_holds_clients_back_then_says_so(tmp_path: Path) -> None:
         group_rows=10, commit_rows=10, group_delay_s=0, store_retry_s=0.3, slow_append_s=15
     )
     with delivering(store, tmp_path, patience, max_bytes=1000, segment_bytes=1) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 40)
         assert durable(upload, 40)
         released = send(sink, upload, 40, 10)
@@ -188,22 +188,22 @@ def test_a_full_journal_holds_clients_back_then_says_so(tmp_path: Path) -> None:
         assert isinstance(upload.failure, JournalFullError)
         assert upload.failure.retry_after_ms is not None
         assert released.wait(5)
-        delivery.close(upload, sink)
+        delivery.close_upload(upload, sink)
         store.gate.set()
         assert delivery.flush(10)
-        again, sink = delivery.open(options(), SCHEMA)
-        assert again.claim(0, 49) == [(40, 49)]
+        again, sink = delivery.open_upload(options(), SCHEMA)
+        assert again.claim_rows(0, 49) == [(40, 49)]
         assert again.counts()["rows_stored"] == 40
 
 
 def test_an_open_segment_does_not_keep_the_room_of_rows_that_are_stored(tmp_path: Path) -> None:
     # The journal was full for ever: of groups that the store had.
     with delivering(MemoryStore(), tmp_path, max_bytes=1000) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         for first in range(0, 300, 100):
             send(sink, upload, first, 100)
             assert durable(upload, first + 100)
-        other, sink = delivery.open(options(dataset="other"), SCHEMA)
+        other, sink = delivery.open_upload(options(dataset="other"), SCHEMA)
         send(sink, other, 0, 100)
         assert durable(other, 100)
         assert upload.failure is other.failure is None
@@ -213,7 +213,7 @@ def test_rows_that_the_store_refuses_are_kept_for_a_person(tmp_path: Path) -> No
     store = MemoryStore()
     store.refuse = lambda batches: ColumnTypeError("not this")
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 10)
         assert wait(upload, lambda: upload.failure is not None)
         assert delivery.flush(10)
@@ -224,12 +224,12 @@ def test_an_overwrite_comes_after_what_was_accepted_before_it(tmp_path: Path) ->
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path) as delivery:
-        old, sink = delivery.open(options(upload_id="old"), SCHEMA)
+        old, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(sink, old, 0, 10)
         assert durable(old, 10)
         opened: list[Any] = []
         opening = threading.Thread(
-            target=lambda: opened.append(delivery.open(options(mode="overwrite"), SCHEMA))
+            target=lambda: opened.append(delivery.open_upload(options(mode="overwrite"), SCHEMA))
         )
         opening.start()
         opening.join(0.1)
@@ -255,16 +255,16 @@ def test_only_one_server_uses_a_journal(tmp_path: Path) -> None:
 def test_without_a_journal_it_cannot_be_asked_for() -> None:
     delivery = Delivery({"default": MemoryStore()}, CONFIG, Telemetry())
     with pytest.raises(InvalidCommandError) as caught:
-        delivery.open(options(durability="journal"), SCHEMA)
+        delivery.open_upload(options(durability="journal"), SCHEMA)
     assert caught.value.allowed == ["store", "memory"]
-    delivery.shut_down()
+    delivery.close()
 
 
 def test_store_durability_passes_the_journal_by(tmp_path: Path) -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options(durability="store"), SCHEMA)
+        upload, sink = delivery.open_upload(options(durability="store"), SCHEMA)
         send(sink, upload, 0, 10)
         assert store.waiting.wait(5)
         assert upload.counts()["rows_durable"] == 0
@@ -278,7 +278,7 @@ def test_rows_of_one_store_never_go_to_another(tmp_path: Path) -> None:
     other.address = "memory:elsewhere"
     one.gate.clear()
     with delivering(one, tmp_path) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 10)
         assert durable(upload, 10)
         one.faults.append(("before", outage()))
@@ -303,7 +303,7 @@ def test_after_a_kill_what_was_stored_is_not_sent_again(tmp_path: Path) -> None:
     # were lost.
     store = MemoryStore()
     with delivering(store, tmp_path / "home") as delivery:
-        upload, sink = delivery.open(options(mode="upsert"), SCHEMA)
+        upload, sink = delivery.open_upload(options(mode="upsert"), SCHEMA)
         send(sink, upload, 0, 5)
         send(sink, upload, 5, 5)
         assert stored(upload, 10)
@@ -314,7 +314,7 @@ def test_after_a_kill_what_was_stored_is_not_sent_again(tmp_path: Path) -> None:
     store.appends.clear()
     with delivering(store, tmp_path / "killed") as delivery:
         assert delivery.flush(10)
-        assert delivery.status(options())["rows_durable"] == 10
+        assert delivery.upload_status(options())["rows_durable"] == 10
     assert store.appends == []
 
 
@@ -322,7 +322,7 @@ def test_after_a_kill_rows_that_replace_others_all_go_again_in_their_order(tmp_p
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path / "home") as delivery:
-        upload, sink = delivery.open(options(mode="upsert"), SCHEMA)
+        upload, sink = delivery.open_upload(options(mode="upsert"), SCHEMA)
         send(sink, upload, 0, 5)
         send(sink, upload, 5, 5)
         assert durable(upload, 10)
@@ -341,11 +341,11 @@ def test_after_a_kill_rows_that_replace_others_all_go_again_in_their_order(tmp_p
 def test_no_journaled_row_comes_back_into_a_dataset_that_was_emptied(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
-        old, sink = delivery.open(options(upload_id="old"), SCHEMA)
+        old, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(sink, old, 0, 10)
         assert stored(old, 10)
         assert ".arrow" in files(tmp_path)
-        delivery.open(options(mode="overwrite"), SCHEMA)
+        delivery.open_upload(options(mode="overwrite"), SCHEMA)
         assert files(tmp_path) == []
 
 
@@ -364,7 +364,7 @@ def test_rows_of_an_upload_that_failed_while_the_journal_was_full_are_not_journa
 
     monkeypatch.setattr(JournalSpace, "full", tells)
     with delivering(store, tmp_path, max_bytes=1000, segment_bytes=1) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 40)
         assert durable(upload, 40)
         released = send(sink, upload, 40, 10)
@@ -386,7 +386,7 @@ def test_rows_that_cannot_be_learned_are_journaled_and_stored(
     monkeypatch.setattr(DedupeIndex, "_learn", fails)
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 5)
         send(sink, upload, 5, 5)
         assert stored(upload, 10)
@@ -406,14 +406,14 @@ def test_an_outbox_that_ends_gives_up_all_that_it_has_and_what_comes(
 
     monkeypatch.setattr(Journal, "append", stalls)
     with delivering(MemoryStore(), tmp_path) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         released = [send(sink, upload, 0, 5)]
         assert begun.wait(30)
         released.append(send(sink, upload, 5, 5))
         other = pa.record_batch({"id": ["a"]})
-        upload.claim(10, 10)
+        upload.claim_rows(10, 10)
         released.append(threading.Event())
-        sink.put(Rows.of(upload, other, 10, (), released[-1].set))
+        sink.submit_rows(Rows.from_batch(upload, other, 10, (), released[-1].set))
         (journal_writer, _) = sink._outboxes
         ending = threading.Thread(target=journal_writer.close)
         ending.start()
@@ -422,7 +422,7 @@ def test_an_outbox_that_ends_gives_up_all_that_it_has_and_what_comes(
         ending.join(30)
         assert [one.is_set() for one in released] == [True, True, True]
         assert journal_writer.idle
-        late, _ = delivery.open(options(upload_id="late"), SCHEMA)
+        late, _ = delivery.open_upload(options(upload_id="late"), SCHEMA)
         assert send(sink, late, 0, 5).is_set()
         assert late.failure is not None
 
@@ -432,15 +432,15 @@ def test_rows_are_in_the_lane_before_they_are_acknowledged(
 ) -> None:
     # Rows that replace them, sent by who had seen that, could have come before them.
     waiting: list[int] = []
-    secure = Upload.secure
+    secure = Upload.secure_rows
 
     def watched(self: Upload, first: int, last: int) -> None:
         waiting.append(sink.committer.depth())
         secure(self, first, last)
 
-    monkeypatch.setattr(Upload, "secure", watched)
+    monkeypatch.setattr(Upload, "secure_rows", watched)
     with delivering(MemoryStore(), tmp_path, SLOW) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 10)
         assert durable(upload, 10)
     assert waiting == [10]
@@ -462,22 +462,24 @@ def test_what_is_left_in_a_journal_is_counted_once(
     store.refuse = lambda batches: ColumnTypeError("not this")
     with delivering(store, tmp_path) as delivery:
         for _ in range(3):
-            upload, sink = delivery.open(options(), SCHEMA)
+            upload, sink = delivery.open_upload(options(), SCHEMA)
             if not upload.counts()["rows_durable"]:
                 send(sink, upload, 0, 10)
             assert tried.acquire(timeout=30)
-            delivery.close(upload, sink)
+            delivery.close_upload(upload, sink)
             sink.committer.thread.join(30)
             assert delivery._space is not None
             assert delivery._space.used_bytes == 0
         (path,) = tmp_path.glob("*/d/*.arrow")
-        delivery.open(options(), SCHEMA)
+        delivery.open_upload(options(), SCHEMA)
         assert delivery._space.used_bytes == path.stat().st_size
 
 
 def open_others(delivery: Delivery, upload_ids: str) -> None:
     for upload_id in upload_ids:
-        delivery.close(*delivery.open(options(dataset="other", upload_id=upload_id), SCHEMA))
+        delivery.close_upload(
+            *delivery.open_upload(options(dataset="other", upload_id=upload_id), SCHEMA)
+        )
 
 
 def test_an_upload_is_remembered_until_the_store_has_its_rows(
@@ -487,14 +489,14 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
     monkeypatch.setattr("fletcher.delivery.uploads._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 10)
         assert durable(upload, 10)
-        delivery.close(upload, sink)
+        delivery.close_upload(upload, sink)
         open_others(delivery, "abc")
-        again, sink = delivery.open(options(), SCHEMA)
-        assert again.claim(0, 9) == []
-        delivery.close(again, sink)
+        again, sink = delivery.open_upload(options(), SCHEMA)
+        assert again.claim_rows(0, 9) == []
+        delivery.close_upload(again, sink)
         assert delivery.flush(10)
         assert ids(store) == list(range(10))
         open_others(delivery, "de")
@@ -508,34 +510,34 @@ def test_uploads_found_in_the_journal_are_remembered_however_many(
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         for upload_id in "uvw":
-            upload, sink = delivery.open(options(upload_id=upload_id), SCHEMA)
+            upload, sink = delivery.open_upload(options(upload_id=upload_id), SCHEMA)
             send(sink, upload, 0, 10)
             assert durable(upload, 10)
     with delivering(store, tmp_path, SLOW) as delivery:
         open_others(delivery, "abc")
         for upload_id in "uvw":
-            assert delivery.status(options(upload_id=upload_id))["rows_durable"] == 10
+            assert delivery.upload_status(options(upload_id=upload_id))["rows_durable"] == 10
 
 
 def test_rows_that_are_stored_while_their_failed_upload_is_resumed_count(tmp_path: Path) -> None:
     # They were durable, and never in `rows_stored`: the store had been asked before.
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
-        failed, sink = delivery.open(options(), SCHEMA)
+        failed, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, failed, 0, 10)
         assert durable(failed, 10)
         failed.fail(StoreUnavailableError("its connection is gone"))
-        delivery.close(failed, sink)
+        delivery.close_upload(failed, sink)
         look = store.stored_ranges
 
         def look_too_early(dataset: str, upload_id: str) -> list[tuple[int, int]]:
             found = look(dataset, upload_id)
-            sink.hurry()
+            sink.flush()
             assert stored(failed, 10)
             return found
 
         store.stored_ranges = look_too_early  # type: ignore[method-assign]
-        again, _ = delivery.open(options(), SCHEMA)
+        again, _ = delivery.open_upload(options(), SCHEMA)
         assert again is not failed
         assert again.counts()["rows_stored"] == again.counts()["rows_durable"] == 10
         assert again.pending == 0
@@ -547,11 +549,11 @@ def test_an_upload_found_in_the_journal_goes_on_with_the_durability_that_is_aske
     # It went on through the journal, and was acknowledged before it was stored.
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
-        upload, sink = delivery.open(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 10)
         assert durable(upload, 10)
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options(durability="store"), SCHEMA)
+        upload, sink = delivery.open_upload(options(durability="store"), SCHEMA)
         assert stored(upload, 10)
         store.gate.clear()
         store.waiting.clear()
@@ -561,21 +563,21 @@ def test_an_upload_found_in_the_journal_goes_on_with_the_durability_that_is_aske
         store.gate.set()
         assert durable(upload, 20)
         with pytest.raises(UploadConflictError):
-            delivery.open(options(durability="journal"), SCHEMA)
+            delivery.open_upload(options(durability="journal"), SCHEMA)
 
 
 def test_an_upload_found_in_the_journal_cannot_go_on_in_another_mode(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
-        upload, sink = delivery.open(options(mode="upsert"), SCHEMA)
+        upload, sink = delivery.open_upload(options(mode="upsert"), SCHEMA)
         send(sink, upload, 0, 10)
         assert durable(upload, 10)
     with delivering(store, tmp_path) as delivery:
         with pytest.raises(UploadConflictError) as caught:
-            delivery.open(options(), SCHEMA)
+            delivery.open_upload(options(), SCHEMA)
         assert caught.value.field == "upload_id"
-        upload, _ = delivery.open(options(mode="upsert"), SCHEMA)
-        assert upload.claim(0, 9) == []
+        upload, _ = delivery.open_upload(options(mode="upsert"), SCHEMA)
+        assert upload.claim_rows(0, 9) == []
         assert upload.connections == 1  # the refused one is gone
 
 
@@ -594,17 +596,17 @@ def test_rows_that_were_being_journaled_when_their_upload_failed_are_not_taken_i
     monkeypatch.setattr(Journal, "append", slow)
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery, ThreadPoolExecutor(1) as pool:
-        failed, sink = delivery.open(options(), SCHEMA)
+        failed, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, failed, 0, 5)
         assert begun.wait(30)
         failed.fail(InternalError("a worker failed"))
-        delivery.close(failed, sink)
-        opening = pool.submit(delivery.open, options(), SCHEMA)
+        delivery.close_upload(failed, sink)
+        opening = pool.submit(delivery.open_upload, options(), SCHEMA)
         early, _ = concurrent.futures.wait([opening], timeout=0.1)
         go_on.set()
         upload, sink = opening.result(30)
         assert not early
-        assert upload.claim(0, 9) == [(5, 9)]
+        assert upload.claim_rows(0, 9) == [(5, 9)]
         assert upload.counts()["rows_durable"] == 5
         assert delivery.flush(30)
         assert ids(store) == list(range(5))

@@ -16,7 +16,7 @@ import pytest
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.rows import Rows
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink, JournalConfig
 from fletcher.delivery.upload import Upload
 from fletcher.errors import OverloadedError, StoreUnavailableError
@@ -47,20 +47,20 @@ def delivering(
         yield delivery
     finally:
         store.gate.set()
-        delivery.shut_down()
+        delivery.close()
 
 
 def open_(delivery: Delivery, dataset: str = "d", **fields: Any) -> tuple[Upload, DatasetSink]:
     options = EmbedCommand(**{"dataset": dataset, "upload_id": "u", **fields})
-    return delivery.open(options, SCHEMA)
+    return delivery.open_upload(options, SCHEMA)
 
 
 def send(sink: DatasetSink, upload: Upload, first: int, num_rows: int) -> None:
-    assert upload.claim(first, first + num_rows - 1)
+    assert upload.claim_rows(first, first + num_rows - 1)
     ids = pa.array(range(first, first + num_rows), pa.int64())
     vectors = pa.array([[1.0, 0.0]] * num_rows, SCHEMA.field("vector").type)
     batch = pa.record_batch([ids, vectors], schema=SCHEMA)
-    sink.put(Rows.of(upload, batch, first, (), lambda: None))
+    sink.submit_rows(Rows.from_batch(upload, batch, first, (), lambda: None))
 
 
 def wait(upload: Upload, condition: Callable[[], bool]) -> bool:
@@ -194,7 +194,7 @@ def test_rows_are_tried_before_they_are_given_up_however_short_the_patience() ->
             upload, sink = _patiently(delivery, f"u{number}")
             send(sink, upload, 0, 5)
             assert wait(upload, lambda one=upload: one.failure is not None)
-            delivery.close(upload, sink)
+            delivery.close_upload(upload, sink)
         store.faults.clear()
         upload, sink = _patiently(delivery, "last")
         send(sink, upload, 0, 5)
@@ -233,8 +233,8 @@ def test_nobody_asks_a_store_that_is_away_about_an_upload(monkeypatch: pytest.Mo
         until(lambda: delivery.statistics()["default"]["state"] == "away")
         asked.clear()
         with pytest.raises(StoreUnavailableError, match="the store is out") as caught:
-            delivery.status(EmbedCommand(dataset="d", upload_id="unknown"))
+            delivery.upload_status(EmbedCommand(dataset="d", upload_id="unknown"))
         assert caught.value.retry_after_ms is not None
-        assert delivery.status(EmbedCommand(dataset="d", upload_id="u"))["rows_durable"] == 0
+        assert delivery.upload_status(EmbedCommand(dataset="d", upload_id="u"))["rows_durable"] == 0
         assert asked == []
         store.down = None

@@ -17,26 +17,26 @@ def upload(durability: str = "journal", **fields: list[tuple[int, int]]) -> Uplo
 
 def test_rows_are_pending_until_the_store_has_them() -> None:
     one = upload()
-    one.claim(0, 9)
+    one.claim_rows(0, 9)
     assert (one.in_flight, one.pending) == (10, 10)
-    one.secure(0, 9)
+    one.secure_rows(0, 9)
     assert (one.in_flight, one.pending) == (0, 10)
-    one.settle(0, 9, stored=9)
+    one.settle_rows(0, 9, stored=9)
     assert (one.in_flight, one.pending) == (0, 0)
 
 
 @pytest.mark.parametrize("found", [[], [(0, 9)], [(0, 19)], [(0, 29)]])
 def test_what_settled_before_a_failure_counts_as_it_did(found: list[tuple[int, int]]) -> None:
     failed = upload("store")
-    failed.claim(0, 39)
+    failed.claim_rows(0, 39)
     for row in (3, 35):
-        failed.report(row, row, BAD)
-    failed.drop(10, 4)
-    failed.settle(0, 9, stored=9)
-    failed.settle(10, 19, stored=6)
+        failed.report_failed_row(row, row, BAD)
+    failed.note_duplicates(10, 4)
+    failed.settle_rows(0, 9, stored=9)
+    failed.settle_rows(10, 19, stored=6)
     failed.fail(AWAY)
     resumed = upload("store", stored=found)
-    failed.succeed(resumed)
+    failed.hand_over_to(resumed)
     there = 30 if (0, 29) in found else 20  # an answer that was lost
     assert resumed.counts() == {
         "rows_received": there,
@@ -51,17 +51,17 @@ def test_what_settled_before_a_failure_counts_as_it_did(found: list[tuple[int, i
 
 def test_rows_that_are_sent_again_fail_and_are_dropped_once() -> None:
     failed = upload()
-    failed.claim(0, 9)
-    failed.report(2, "x", BAD)
-    failed.drop(0, 3)
+    failed.claim_rows(0, 9)
+    failed.report_failed_row(2, "x", BAD)
+    failed.note_duplicates(0, 3)
     failed.fail(AWAY)
     resumed = upload()
-    failed.succeed(resumed)
-    assert resumed.claim(0, 9) == [(0, 9)]
-    resumed.report(2, "x", BAD)
-    resumed.drop(0, 3)
-    resumed.secure(0, 9)
-    resumed.settle(0, 9, stored=6)
+    failed.hand_over_to(resumed)
+    assert resumed.claim_rows(0, 9) == [(0, 9)]
+    resumed.report_failed_row(2, "x", BAD)
+    resumed.note_duplicates(0, 3)
+    resumed.secure_rows(0, 9)
+    resumed.settle_rows(0, 9, stored=6)
     summary = resumed.summary("m")
     assert (summary["rows_failed"], summary["rows_deduplicated"]) == (1, 3)
     assert len(summary["errors"]) == 1
@@ -70,13 +70,13 @@ def test_rows_that_are_sent_again_fail_and_are_dropped_once() -> None:
 
 def test_what_becomes_of_a_failed_uploads_rows_counts_for_the_resumed_one() -> None:
     failed = upload()
-    failed.claim(0, 19)
-    failed.secure(0, 9)
+    failed.claim_rows(0, 19)
+    failed.secure_rows(0, 9)
     failed.fail(AWAY)
     resumed = upload()
-    failed.succeed(resumed)
-    failed.secure(10, 19)  # it was being journaled
+    failed.hand_over_to(resumed)
+    failed.secure_rows(10, 19)  # it was being journaled
     assert resumed.counts()["rows_durable"] == 20
-    failed.settle(0, 9, stored=10)
+    failed.settle_rows(0, 9, stored=10)
     assert resumed.counts()["rows_stored"] == 10
     assert resumed.pending == 10

@@ -17,7 +17,7 @@ from fletcher.delivery.dedupe.fingerprints import FingerprintMap, fingerprints
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.dedupe.prefilter import DedupePrefilter
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.rows import Rows
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink, JournalConfig
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
@@ -58,7 +58,7 @@ def delivering(
         yield delivery
     finally:
         store.gate.set()
-        delivery.shut_down()
+        delivery.close()
 
 
 def options(upload_id: str, **fields: Any) -> EmbedCommand:
@@ -75,9 +75,9 @@ def batch_of(rows: Sequence[Row]) -> pa.RecordBatch:
 
 
 def send(sink: DatasetSink, upload: Upload, first: int, *rows: Row) -> None:
-    assert upload.claim(first, first + len(rows) - 1)
+    assert upload.claim_rows(first, first + len(rows) - 1)
     failed = tuple(place for place, (_, text) in enumerate(rows) if text is None)
-    sink.put(Rows.of(upload, batch_of(rows), first, failed, lambda: None))
+    sink.submit_rows(Rows.from_batch(upload, batch_of(rows), first, failed, lambda: None))
 
 
 def wait(upload: Upload) -> None:
@@ -96,7 +96,7 @@ def wait_for_doubt(sink: DatasetSink) -> None:
 def try_again(sink: DatasetSink) -> None:
     with sink.committer._changed:
         sink.committer.pace.resume()
-    sink.hurry()
+    sink.flush()
 
 
 def stored(delivery: Delivery, store: MemoryStore) -> list[tuple[str, str]]:
@@ -113,23 +113,23 @@ def where(tmp_path: Path, journal: bool) -> Path | None:
 def test_a_row_is_stored_once_in_an_upload_and_over_uploads(tmp_path: Path, journal: bool) -> None:
     store = MemoryStore()
     with delivering(store, where(tmp_path, journal)) as delivery:
-        upload, sink = delivery.open(options("one"), SCHEMA)
+        upload, sink = delivery.open_upload(options("one"), SCHEMA)
         send(sink, upload, 0, ("a", "1"), ("b", "2"), ("a", "3"))
         send(sink, upload, 3, ("b", "4"), ("c", "5"))
-        upload.announce(5)
+        upload.announce_total(5)
         wait(upload)
         assert upload.complete
         assert stored(delivery, store) == [("a", "1"), ("b", "2"), ("c", "5")]
         counts = upload.summary("m")
         assert (counts["rows_stored"], counts["rows_durable"]) == (3, 5)
         assert (counts["rows_deduplicated"], counts["rows_failed"]) == (2, 0)
-        other, sink = delivery.open(options("two"), SCHEMA)
+        other, sink = delivery.open_upload(options("two"), SCHEMA)
         send(sink, other, 0, ("c", "6"), ("d", "7"))
         wait(other)
         assert stored(delivery, store)[3:] == [("d", "7")]
         assert store.scans == [("d", ("id",))]  # once
     with delivering(store, where(tmp_path, journal)) as delivery:
-        again, sink = delivery.open(options("three"), SCHEMA)
+        again, sink = delivery.open_upload(options("three"), SCHEMA)
         send(sink, again, 0, ("d", "8"), ("e", "9"))
         wait(again)
         assert [one for one, _ in stored(delivery, store)] == ["a", "b", "c", "d", "e"]
@@ -138,7 +138,7 @@ def test_a_row_is_stored_once_in_an_upload_and_over_uploads(tmp_path: Path, jour
 def test_by_text(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options("one", dedupe="text"), SCHEMA)
+        upload, sink = delivery.open_upload(options("one", dedupe="text"), SCHEMA)
         send(sink, upload, 0, ("a", "same"), ("b", "same"), ("c", "other"))
         wait(upload)
         assert stored(delivery, store) == [("a", "same"), ("c", "other")]
@@ -148,8 +148,8 @@ def test_by_text(tmp_path: Path) -> None:
 def test_rows_of_an_upload_that_does_not_ask_are_known_too(tmp_path: Path, journal: bool) -> None:
     store = MemoryStore()
     with delivering(store, where(tmp_path, journal)) as delivery:
-        upload, sink = delivery.open(options("asks"), SCHEMA)
-        plain, _ = delivery.open(options("plain", dedupe="off"), SCHEMA)
+        upload, sink = delivery.open_upload(options("asks"), SCHEMA)
+        plain, _ = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
         send(sink, plain, 0, ("a", "1"), ("a", "2"))
         wait(plain)
         send(sink, upload, 0, ("a", "3"), ("b", "4"))
@@ -161,7 +161,7 @@ def test_rows_of_an_upload_that_does_not_ask_are_known_too(tmp_path: Path, journ
 def test_two_uploads_at_once_do_not_both_store_an_id(tmp_path: Path, journal: bool) -> None:
     store = MemoryStore()
     with delivering(store, where(tmp_path, journal)) as delivery:
-        uploads = [delivery.open(options(f"u{n}"), SCHEMA) for n in range(4)]
+        uploads = [delivery.open_upload(options(f"u{n}"), SCHEMA) for n in range(4)]
         start = threading.Barrier(len(uploads))
 
         def feed(upload: Upload, sink: DatasetSink) -> None:
@@ -188,10 +188,10 @@ def test_a_mix_of_durabilities_does_not_store_an_id_twice(tmp_path: Path) -> Non
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, tmp_path) as delivery:
-        direct, sink = delivery.open(options("direct", durability="store"), SCHEMA)
-        other, _ = delivery.open(options("other"), SCHEMA)
+        direct, sink = delivery.open_upload(options("direct", durability="store"), SCHEMA)
+        other, _ = delivery.open_upload(options("other"), SCHEMA)
         send(sink, direct, 0, ("a", "1"))
-        sink.hurry()
+        sink.flush()
         assert store.waiting.wait(30)
         send(sink, other, 0, ("a", "2"), ("b", "3"))
         with other.changed:  # a moment is enough for what must not happen
@@ -206,8 +206,8 @@ def test_an_acknowledged_duplicate_never_rests_on_a_row_that_is_lost() -> None:
     # The first upload's row did not reach the store: the second's is no duplicate of it.
     store = MemoryStore()
     with delivering(store, None, retry_s=0) as delivery:
-        lost, sink = delivery.open(options("lost"), SCHEMA)
-        kept, _ = delivery.open(options("kept"), SCHEMA)
+        lost, sink = delivery.open_upload(options("lost"), SCHEMA)
+        kept, _ = delivery.open_upload(options("kept"), SCHEMA)
         store.faults.append(("before", outage()))
         send(sink, lost, 0, ("a", "1"))
         wait(lost)
@@ -217,7 +217,7 @@ def test_an_acknowledged_duplicate_never_rests_on_a_row_that_is_lost() -> None:
         assert stored(delivery, store) == [("a", "2")]
         # And one that did, without an answer, is found to be there.
         store.faults.append(("after", outage()))
-        unsure, _ = delivery.open(options("unsure"), SCHEMA)
+        unsure, _ = delivery.open_upload(options("unsure"), SCHEMA)
         send(sink, unsure, 0, ("b", "3"))
         wait(unsure)
         assert unsure.failure is not None
@@ -241,8 +241,8 @@ def test_an_id_in_doubt_is_not_decided_elsewhere(
 
     monkeypatch.setattr(DedupeIndex, "undecided", turns_away)
     with delivering(store, tmp_path) as delivery:
-        direct, sink = delivery.open(options("direct", durability="store"), SCHEMA)
-        other, _ = delivery.open(options("other"), SCHEMA)
+        direct, sink = delivery.open_upload(options("direct", durability="store"), SCHEMA)
+        other, _ = delivery.open_upload(options("other"), SCHEMA)
         store.faults.append((fault, PAUSE))
         send(sink, direct, 0, ("a", "1"), ("b", "1"))
         wait_for_doubt(sink)
@@ -250,7 +250,7 @@ def test_an_id_in_doubt_is_not_decided_elsewhere(
         assert turned_away.wait(30)
         assert not other.covers(0, 1)
         # Meanwhile the lane goes on with what needs no deciding.
-        plain, _ = delivery.open(options("plain", dedupe="off"), SCHEMA)
+        plain, _ = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
         send(sink, plain, 0, ("a", "3"))
         wait(plain)
         assert plain.failure is None
@@ -268,8 +268,8 @@ def test_an_id_in_doubt_is_not_decided_elsewhere(
 def test_of_two_uploads_in_memory_the_second_waits_for_the_first_ones_doubt() -> None:
     store = MemoryStore()
     with delivering(store, None) as delivery:
-        first, sink = delivery.open(options("first"), SCHEMA)
-        second, _ = delivery.open(options("second"), SCHEMA)
+        first, sink = delivery.open_upload(options("first"), SCHEMA)
+        second, _ = delivery.open_upload(options("second"), SCHEMA)
         store.gate.clear()
         store.faults += [("before", outage()), ("after", outage())]
         send(sink, first, 0, ("a", "1"))
@@ -291,9 +291,9 @@ def test_rows_that_are_taken_together_do_not_count_on_each_other(refused: bool) 
     store = MemoryStore()
     store.refuse = refuse
     with delivering(store, None) as delivery:
-        plain, sink = delivery.open(options("plain", dedupe="off"), SCHEMA)
-        bad, _ = delivery.open(options("bad"), SCHEMA)
-        good, _ = delivery.open(options("good"), SCHEMA)
+        plain, sink = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
+        bad, _ = delivery.open_upload(options("bad"), SCHEMA)
+        good, _ = delivery.open_upload(options("good"), SCHEMA)
         store.gate.clear()
         send(sink, plain, 0, ("p", "1"))
         assert store.waiting.wait(30)
@@ -310,10 +310,10 @@ def test_rows_that_are_taken_together_do_not_count_on_each_other(refused: bool) 
 def test_who_cannot_decide_is_told_to_come_again(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path, retry_s=0) as delivery:
-        asks, sink = delivery.open(options("asks"), SCHEMA)
-        direct, _ = delivery.open(options("direct", durability="store"), SCHEMA)
-        plain, _ = delivery.open(options("plain", dedupe="off"), SCHEMA)
-        assert sink.known.acquire(0)
+        asks, sink = delivery.open_upload(options("asks"), SCHEMA)
+        direct, _ = delivery.open_upload(options("direct", durability="store"), SCHEMA)
+        plain, _ = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
+        assert sink.dedupe_index.acquire(0)
         send(sink, asks, 0, ("a", "1"))
         send(sink, plain, 0, ("a", "2"))
         wait(plain)
@@ -323,9 +323,9 @@ def test_who_cannot_decide_is_told_to_come_again(tmp_path: Path) -> None:
             wait(upload)
             assert isinstance(upload.failure, StoreUnavailableError)
             assert upload.failure.field == "dedupe"
-        delivery.open(options("later", dedupe="off"), SCHEMA)
-        sink.known.release()
-        again, _ = delivery.open(options("again"), SCHEMA)
+        delivery.open_upload(options("later", dedupe="off"), SCHEMA)
+        sink.dedupe_index.release()
+        again, _ = delivery.open_upload(options("again"), SCHEMA)
         send(sink, again, 0, ("a", "4"), ("b", "4"))
         wait(again)
         assert stored(delivery, store) == [("a", "2"), ("b", "4")]
@@ -334,8 +334,8 @@ def test_who_cannot_decide_is_told_to_come_again(tmp_path: Path) -> None:
 def test_rows_in_doubt_that_nobody_wants_any_more_let_others_decide(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
-        failed, sink = delivery.open(options("failed", durability="store"), SCHEMA)
-        other, _ = delivery.open(options("other"), SCHEMA)
+        failed, sink = delivery.open_upload(options("failed", durability="store"), SCHEMA)
+        other, _ = delivery.open_upload(options("other"), SCHEMA)
         store.faults.append(("after", PAUSE))
         send(sink, failed, 0, ("a", "1"))
         wait_for_doubt(sink)
@@ -351,7 +351,7 @@ def test_rows_in_doubt_that_nobody_wants_any_more_let_others_decide(tmp_path: Pa
 def test_what_comes_while_the_store_is_read_is_known(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
-        plain, sink = delivery.open(options("plain", dedupe="off"), SCHEMA)
+        plain, sink = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
         read = store.scan
 
         def scan(dataset: str, **fields: Any) -> pa.RecordBatchReader:
@@ -362,7 +362,7 @@ def test_what_comes_while_the_store_is_read_is_known(tmp_path: Path) -> None:
             return snapshot
 
         store.scan = scan  # type: ignore[method-assign]
-        upload, _ = delivery.open(options("one"), SCHEMA)
+        upload, _ = delivery.open_upload(options("one"), SCHEMA)
         send(sink, upload, 0, ("a", "2"), ("b", "2"))
         wait(upload)
         assert stored(delivery, store) == [("a", "1"), ("b", "2")]
@@ -372,18 +372,18 @@ def test_rows_that_an_earlier_process_journaled_are_known(tmp_path: Path) -> Non
     store = MemoryStore()
     store.down = PAUSE
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options("one"), SCHEMA)
+        upload, sink = delivery.open_upload(options("one"), SCHEMA)
         send(sink, upload, 0, ("a", "1"), ("b", "2"), ("a", "3"))
         wait(upload)
     assert not store.batches["d"]
     with delivering(store, tmp_path) as delivery:
-        other, sink = delivery.open(options("two"), SCHEMA)
+        other, sink = delivery.open_upload(options("two"), SCHEMA)
         send(sink, other, 0, ("b", "4"), ("c", "5"))
         wait(other)
-        again, _ = delivery.open(options("one"), SCHEMA)
+        again, _ = delivery.open_upload(options("one"), SCHEMA)
         assert again.counts()["rows_durable"] == 3
         send(sink, again, 3, ("c", "6"), ("d", "7"))
-        again.announce(5)
+        again.announce_total(5)
         wait(again)
         assert again.complete
         store.down = None
@@ -395,30 +395,30 @@ def test_rows_that_an_earlier_process_journaled_are_known(tmp_path: Path) -> Non
 def test_a_group_of_nothing_but_duplicates_settles(tmp_path: Path, journal: bool) -> None:
     store = MemoryStore()
     with delivering(store, where(tmp_path, journal)) as delivery:
-        upload, sink = delivery.open(options("one"), SCHEMA)
+        upload, sink = delivery.open_upload(options("one"), SCHEMA)
         send(sink, upload, 0, ("a", "1"))
         wait(upload)
         assert delivery.flush(30)
         appends = len(store.appends)
         send(sink, upload, 1, ("a", "2"), ("a", "3"))
-        upload.announce(3)
+        upload.announce_total(3)
         wait(upload)
         assert delivery.flush(30)
         assert upload.complete
         assert len(store.appends) == appends
-        delivery.close(upload, sink)
+        delivery.close_upload(upload, sink)
     with delivering(store, where(tmp_path, journal)) as delivery:
-        upload, sink = delivery.open(options("one"), SCHEMA)
+        upload, sink = delivery.open_upload(options("one"), SCHEMA)
         # The store does not know of rows that it never got: without a folder to note them in they
         # come again and go again.
-        assert upload.claim(0, 2) == ([] if journal else [(1, 2)])
+        assert upload.claim_rows(0, 2) == ([] if journal else [(1, 2)])
 
 
 @journaled
 def test_a_row_that_failed_is_not_stored_and_may_come_again(tmp_path: Path, journal: bool) -> None:
     store = MemoryStore()
     with delivering(store, where(tmp_path, journal)) as delivery:
-        upload, sink = delivery.open(options("one"), SCHEMA)
+        upload, sink = delivery.open_upload(options("one"), SCHEMA)
         send(sink, upload, 0, ("a", None), ("a", "repaired"), ("a", "too late"))
         wait(upload)
         assert stored(delivery, store) == [("a", "repaired")]
@@ -432,8 +432,8 @@ def test_a_row_that_failed_into_a_store_without_null_vectors_is_not_known(
     # The upload that sent it drops no duplicates, and the store did not get it.
     store = MemoryStore(null_vectors=False)
     with delivering(store, where(tmp_path, journal)) as delivery:
-        asking, sink = delivery.open(options("two"), SCHEMA)
-        upload, _ = delivery.open(options("one", dedupe="off"), SCHEMA)
+        asking, sink = delivery.open_upload(options("two"), SCHEMA)
+        upload, _ = delivery.open_upload(options("one", dedupe="off"), SCHEMA)
         send(sink, upload, 0, ("a", None), ("b", "fine"))
         wait(upload)
         send(sink, asking, 0, ("a", "repaired"), ("b", "again"))
@@ -445,13 +445,13 @@ def test_what_failed_in_the_journal_of_an_earlier_process_is_not_known(tmp_path:
     store = MemoryStore(null_vectors=False)
     store.down = outage()
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options("one", dedupe="off"), SCHEMA)
+        upload, sink = delivery.open_upload(options("one", dedupe="off"), SCHEMA)
         send(sink, upload, 0, ("a", None), ("b", "fine"))
         wait(upload)
     store.gate.clear()
     store.down = None
     with delivering(store, tmp_path) as delivery:
-        asking, sink = delivery.open(options("two"), SCHEMA)
+        asking, sink = delivery.open_upload(options("two"), SCHEMA)
         send(sink, asking, 0, ("a", "repaired"), ("b", "again"))
         wait(asking)
         store.gate.set()
@@ -462,21 +462,21 @@ def test_duplicates_that_were_on_their_way_when_an_upload_failed_count_once() ->
     # They counted when they were found, and again when they were sent again.
     store = MemoryStore()
     with delivering(store, None) as delivery:
-        first, sink = delivery.open(options("first"), SCHEMA)
+        first, sink = delivery.open_upload(options("first"), SCHEMA)
         send(sink, first, 0, ("a", "1"), ("b", "2"))
         wait(first)
         # The first was found to be known before it was embedded, the second is when it goes.
         rows = batch_of([("a", "3"), ("b", "4"), ("c", "5")])
-        failed, sink = delivery.open(options("again"), SCHEMA)
+        failed, sink = delivery.open_upload(options("again"), SCHEMA)
         store.faults.append(("before", PAUSE))
-        failed.claim(0, 2)
-        sink.put(Rows.of(failed, rows, 0, (), lambda: None, duplicates=(0,)))
+        failed.claim_rows(0, 2)
+        sink.submit_rows(Rows.from_batch(failed, rows, 0, (), lambda: None, duplicates=(0,)))
         wait_for_doubt(sink)
         failed.fail(StoreUnavailableError("its connection is gone"))
-        delivery.close(failed, sink)
-        again, sink = delivery.open(options("again"), SCHEMA)
-        assert again.claim(0, 2) == [(0, 2)]
-        sink.put(Rows.of(again, rows, 0, (), lambda: None, duplicates=(0,)))
+        delivery.close_upload(failed, sink)
+        again, sink = delivery.open_upload(options("again"), SCHEMA)
+        assert again.claim_rows(0, 2) == [(0, 2)]
+        sink.submit_rows(Rows.from_batch(again, rows, 0, (), lambda: None, duplicates=(0,)))
         try_again(sink)
         wait(again)
         summary = again.summary("m")
@@ -487,7 +487,7 @@ def test_an_overwrite_forgets(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
         for name in ("one", "two"):
-            upload, sink = delivery.open(options(name, mode="overwrite"), SCHEMA)
+            upload, sink = delivery.open_upload(options(name, mode="overwrite"), SCHEMA)
             send(sink, upload, 0, ("a", name), ("a", "again"))
             wait(upload)
             assert stored(delivery, store) == [("a", name)]
@@ -498,15 +498,15 @@ def test_delta_sends_what_is_new_or_changed(tmp_path: Path, journal: bool) -> No
     store = MemoryStore()
     with delivering(store, where(tmp_path, journal)) as delivery:
         delta = {"dedupe": "off", "mode": "delta"}
-        upload, sink = delivery.open(options("one", **delta), SCHEMA)
+        upload, sink = delivery.open_upload(options("one", **delta), SCHEMA)
         send(sink, upload, 0, ("a", "1"), ("b", "2"), ("a", "1"), ("a", "3"), ("a", "1"))
         wait(upload)
         # The last row of an id counts, so a change and the change back are both sent.
         sent = [("a", "1"), ("b", "2"), ("a", "3"), ("a", "1")]
         assert stored(delivery, store) == sent
         assert set(store.opened[1:]) <= {"upsert"}
-        other, sink = delivery.open(options("two", **delta), SCHEMA)
-        prefilter = DedupePrefilter(sink.known, other)
+        other, sink = delivery.open_upload(options("two", **delta), SCHEMA)
+        prefilter = DedupePrefilter(sink.dedupe_index, other)
         rows = batch_of([("a", "1"), ("b", "new"), ("b", "2"), ("c", "1")])
         assert prefilter.skip(rows, 0).tolist() == [True, False, False, False]
         # `b` is on its way with another text: what the store has says nothing about later rows.
@@ -522,11 +522,11 @@ def test_delta_sends_what_is_new_or_changed(tmp_path: Path, journal: bool) -> No
 def test_a_dataset_that_does_not_fit_the_memory_is_refused_by_name(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path, known_bytes=1000) as delivery:
-        plain, sink = delivery.open(options("plain", dedupe="off"), SCHEMA)
+        plain, sink = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
         send(sink, plain, 0, *((f"id {n}", "text") for n in range(10)))
         wait(plain)
         with pytest.raises(InvalidCommandError, match="--max-memory"):
-            delivery.open(options("one"), SCHEMA)
+            delivery.open_upload(options("one"), SCHEMA)
         # What was taken up so far is given back, and grows past the bound by nothing later.
         assert delivery._dedupe_memory.used_bytes == 0
 
@@ -534,7 +534,7 @@ def test_a_dataset_that_does_not_fit_the_memory_is_refused_by_name(tmp_path: Pat
 def test_memory_is_given_back_with_the_route(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(options("one"), SCHEMA)
+        upload, sink = delivery.open_upload(options("one"), SCHEMA)
         send(sink, upload, 0, ("a", "1"))
         wait(upload)
         assert delivery._dedupe_memory.used_bytes > 0
@@ -548,7 +548,7 @@ def test_a_dataset_without_texts_cannot_be_compared_by_text(tmp_path: Path) -> N
         delivering(store, tmp_path) as delivery,
         pytest.raises(InvalidCommandError, match="no column `text`"),
     ):
-        delivery.open(options("one", dedupe="text"), SCHEMA)
+        delivery.open_upload(options("one", dedupe="text"), SCHEMA)
 
 
 def test_fingerprints() -> None:

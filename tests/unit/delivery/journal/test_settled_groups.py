@@ -67,18 +67,18 @@ def test_a_client_finds_its_dropped_rows_durable_after_a_restart(
     store = MemoryStore()
     again = options("again", durability=durability)
     with delivering(store, tmp_path) as delivery:
-        first, sink = delivery.open(options("first"), SCHEMA)
+        first, sink = delivery.open_upload(options("first"), SCHEMA)
         send(sink, first, 0, ("a", "1"), ("b", "2"))
         wait(first)
-        upload, sink = delivery.open(again, SCHEMA)
+        upload, sink = delivery.open_upload(again, SCHEMA)
         send(sink, upload, 0, ("a", "1"), ("b", "3"))
         wait(upload)
         assert delivery.flush(30)
         assert upload.counts()["rows_durable"] == 2
     with delivering(store, tmp_path) as delivery:
-        assert delivery.status(again)["rows_durable"] == 2
-        upload, sink = delivery.open(again, SCHEMA)
-        assert upload.claim(0, 1) == []
+        assert delivery.upload_status(again)["rows_durable"] == 2
+        upload, sink = delivery.open_upload(again, SCHEMA)
+        assert upload.claim_rows(0, 1) == []
         assert (upload.counts()["rows_stored"], upload.counts()["rows_durable"]) == (0, 2)
         send(sink, upload, 2, ("c", "4"))
         wait(upload)
@@ -93,29 +93,29 @@ def test_rows_that_were_all_replaced_are_not_wanted_again_after_a_restart(
     store = MemoryStore()
     again = options("again", dedupe="off", mode="upsert", durability=durability)
     with delivering(store, tmp_path) as delivery:
-        upload, sink = delivery.open(again, SCHEMA)
+        upload, sink = delivery.open_upload(again, SCHEMA)
         send(sink, upload, 0, ("a", "old"), ("b", "old"))
         wait(upload)
         assert delivery.flush(30)
     store.batches["d"].clear()
     with delivering(store, tmp_path) as delivery:
-        assert delivery.status(again)["rows_durable"] == 2
-        upload, _ = delivery.open(again, SCHEMA)
-        assert upload.claim(0, 1) == []
+        assert delivery.upload_status(again)["rows_durable"] == 2
+        upload, _ = delivery.open_upload(again, SCHEMA)
+        assert upload.claim_rows(0, 1) == []
 
 
 def test_a_dataset_that_is_emptied_forgets_them(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
         for upload_id in ("first", "again"):
-            upload, sink = delivery.open(options(upload_id), SCHEMA)
+            upload, sink = delivery.open_upload(options(upload_id), SCHEMA)
             send(sink, upload, 0, ("a", "1"))
             wait(upload)
             assert delivery.flush(30)
-            delivery.close(upload, sink)
-        delivery.open(options("new", mode="overwrite"), SCHEMA)
+            delivery.close_upload(upload, sink)
+        delivery.open_upload(options("new", mode="overwrite"), SCHEMA)
     with delivering(store, tmp_path) as delivery:
-        assert delivery.status(options("again"))["rows_durable"] == 0
+        assert delivery.upload_status(options("again"))["rows_durable"] == 0
 
 
 def test_they_are_not_acknowledged_before_that_is_noted(
@@ -133,10 +133,10 @@ def test_they_are_not_acknowledged_before_that_is_noted(
 
     monkeypatch.setattr(SettledGroups, "add", fails_once)
     with delivering(store, tmp_path) as delivery:
-        first, sink = delivery.open(options("first"), SCHEMA)
+        first, sink = delivery.open_upload(options("first"), SCHEMA)
         send(sink, first, 0, ("a", "1"))
         wait(first)
-        upload, sink = delivery.open(options("again", durability="store"), SCHEMA)
+        upload, sink = delivery.open_upload(options("again", durability="store"), SCHEMA)
         send(sink, upload, 0, ("a", "2"))
         wait(upload)
         assert upload.failure is None

@@ -12,14 +12,14 @@ from fletcher.errors import ConfigError
 from fletcher.util.durable import make_folder, sync_path
 
 
-def journals(root: Path) -> Iterator[tuple[str, str, Path]]:
+def journal_folders(root: Path) -> Iterator[tuple[str, str, Path]]:
     """Store's folder, dataset and folder of each journal under `root`."""
     for store in sorted(path for path in root.glob("*") if path.is_dir()):
         for folder in sorted(path for path in store.glob("*") if path.is_dir()):
             yield store.name, folder.name, folder
 
 
-def revive(folder: Path) -> int:
+def revive_segments(folder: Path) -> int:
     """Makes sent and rejected segments wait again, as new ones behind the others; how many."""
     used = [int(path.stem.partition("-")[0]) for path in folder.glob("0*")]
     number = max(used, default=-1) + 1

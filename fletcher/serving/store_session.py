@@ -12,7 +12,7 @@ import pyarrow as pa
 from fletcher.core.chunking import AGGREGATIONS
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.dedupe.prefilter import DedupePrefilter
-from fletcher.delivery.rows import Rows
+from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InvalidCommandError
@@ -28,11 +28,12 @@ from fletcher.stores.base import Store
 _POLL_S = 0.5
 
 
-class UploadSession(AbstractContextManager["UploadSession"]):
+class StoreSession(AbstractContextManager["StoreSession"]):
     """Embeds rows of an upload and takes them to its dataset's sink.
 
-    One thread calls `open_input`, `admit`, `submit`, `announce` and `end`; another one iterates
-    over `acknowledgements` from `admit` on. A thread of the session takes vectors to the sink.
+    One thread calls `open_input`, `admit`, `submit_batch`, `announce_total` and `end_input`; a
+    second one iterates over `acknowledgements` from `admit` on. The session's own thread takes
+    vectors to the sink.
 
     Args:
         service: The server's parts.
@@ -67,7 +68,7 @@ class UploadSession(AbstractContextManager["UploadSession"]):
         self._exits = ExitStack()
         self._ended = False
 
-    def __enter__(self) -> UploadSession:
+    def __enter__(self) -> StoreSession:
         command, service = self._command, self._service
         store = _checked_store(service, command)
         # A dataset has vectors of one model: an alias divides datasets, not uploads to one.
@@ -114,19 +115,19 @@ class UploadSession(AbstractContextManager["UploadSession"]):
 
         Raises:
             OverloadedError, DrainingError: As `EmbedSession.admit`.
-            FletcherError: As `Delivery.open`.
+            FletcherError: As `Delivery.open_upload`.
         """
         service, session = self._service, self._session
         span = session.admit(bulk=self._command.priority != "interactive")
-        self._upload, self._sink = service.delivery.open(self._command, self._output)
+        self._upload, self._sink = service.delivery.open_upload(self._command, self._output)
         upload = self._upload
-        self._exits.callback(service.delivery.close, upload, self._sink)
+        self._exits.callback(service.delivery.close_upload, upload, self._sink)
         span.set(dataset=upload.dataset, upload_id=upload.upload_id)
         in_memory = self._command.durability == "memory"
         self._acks = AckQueue(upload.upload_id, _always if in_memory else upload.covers)
         self._skip = None
         if upload.dedupe_by is not None:
-            self._skip = DedupePrefilter(self._sink.known, upload).skip
+            self._skip = DedupePrefilter(self._sink.dedupe_index, upload).skip
         self._delivering = BackgroundTask("upload-deliver", self._deliver, self._fail)
         self._exits.callback(self._delivering.wait)
         self._exits.callback(session.close)
@@ -141,7 +142,7 @@ class UploadSession(AbstractContextManager["UploadSession"]):
         """Whether all announced rows are durable, or acknowledged for good."""
         return self._upload.complete
 
-    def submit(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> None:
+    def submit_batch(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> None:
         """Hands in a received batch, without the rows that the upload has already.
 
         Blocks while the stream holds as much memory as it may.
@@ -152,21 +153,21 @@ class UploadSession(AbstractContextManager["UploadSession"]):
             row_first: Offset of its first row in the upload.
 
         Raises:
-            FletcherError: As `EmbedSession.submit`.
+            FletcherError: As `EmbedSession.submit_batch`.
         """
-        self._session.submit(batch, batch_id, row_first, skip=self._skip, claim=self._claim)
+        self._session.submit_batch(batch, batch_id, row_first, skip=self._skip, claim=self._claim)
         if batch.num_rows:
             with self._upload.changed:
                 self._acks.append_batch(batch_id, row_first, row_first + batch.num_rows - 1)
                 self._upload.changed.notify_all()
 
-    def announce(self, num_rows: int) -> None:
+    def announce_total(self, num_rows: int) -> None:
         """The client says how many rows the whole upload has."""
-        self._upload.announce(num_rows)
+        self._upload.announce_total(num_rows)
 
-    def end(self) -> None:
+    def end_input(self) -> None:
         """Nothing more is submitted; waits until all vectors are with the sink."""
-        self._session.end()
+        self._session.end_input()
         self._delivering.wait()
         if self._delivering.error is not None:
             self._fail(self._delivering.error)  # rows claimed since the first time, too
@@ -182,7 +183,7 @@ class UploadSession(AbstractContextManager["UploadSession"]):
     def acknowledgements(self) -> Iterator[dict[str, Any]]:
         """Messages to the client as they become due; the last one is the summary.
 
-        Ends when the upload has failed, or after `end` when all its rows are settled. A client that
+        Ends when the upload has failed, or after `end_input` when all its rows are settled. A client that
         is gone changes nothing: until then its rows count in the stream's memory, and a drain
         brings them to their store.
         """
@@ -196,7 +197,7 @@ class UploadSession(AbstractContextManager["UploadSession"]):
             if ack is not None:
                 yield ack
             if draining.is_set():
-                self._sink.hurry()
+                self._sink.flush()
         yield upload.summary(self._session.spec.model)
 
     def close(self) -> None:
@@ -214,7 +215,7 @@ class UploadSession(AbstractContextManager["UploadSession"]):
         num_rows = row_slice.num_rows
         if not num_rows:
             return []
-        new = self._upload.claim(row_slice.row_first, row_slice.row_first + num_rows - 1)
+        new = self._upload.claim_rows(row_slice.row_first, row_slice.row_first + num_rows - 1)
         num_known = num_rows - sum(last - first + 1 for first, last in new)
         if num_known:
             self._service.telemetry.rows_deduplicated.add(num_known)
@@ -224,7 +225,7 @@ class UploadSession(AbstractContextManager["UploadSession"]):
         for result in self._session.results(self._upload.upload_id):
             self._deliver_slice(result)
             del result  # the next one may be long in coming
-        self._sink.hurry()
+        self._sink.flush()
 
     def _deliver_slice(self, result: SliceResult) -> None:
         """Takes the claimed rows of a slice to the sink."""
@@ -234,11 +235,11 @@ class UploadSession(AbstractContextManager["UploadSession"]):
             low, high = first - row_slice.row_first, last - row_slice.row_first
             failed = sorted(row for row in errors if low <= row <= high)
             for row in failed:
-                self._upload.report(row_slice.row_first + row, ids[row], errors[row])
+                self._upload.report_failed_row(row_slice.row_first + row, ids[row], errors[row])
             begin, end = result.place(low), result.place(high + 1)
             is_last = index == len(ranges) - 1
-            self._sink.put(
-                Rows.of(
+            self._sink.submit_rows(
+                Rows.from_batch(
                     self._upload,
                     result.batch.slice(begin, end - begin),
                     first,

@@ -54,7 +54,7 @@ class Rows:
     arrived: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def of(
+    def from_batch(
         cls,
         upload: Upload,
         batch: pa.RecordBatch,
