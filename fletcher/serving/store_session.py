@@ -183,9 +183,9 @@ class StoreSession(AbstractContextManager["StoreSession"]):
     def acknowledgements(self) -> Iterator[dict[str, Any]]:
         """Messages to the client as they become due; the last one is the summary.
 
-        Ends when the upload has failed, or after `end_input` when all its rows are settled. A client that
-        is gone changes nothing: until then its rows count in the stream's memory, and a drain
-        brings them to their store.
+        Ends when the upload has failed, or after `end_input` when all its rows are settled. A
+        client that is gone changes nothing: until then its rows count in the stream's memory, and
+        a drain brings them to their store.
         """
         upload, draining = self._upload, self._service.admission.draining
         finished = False
