@@ -19,11 +19,10 @@ from benchmarks.jobs import JobError
 from benchmarks.pools import Held, through_pool
 from benchmarks.receiving import intake
 from benchmarks.serving import listening
-from fletcher.config.server import ServeConfig
+from fletcher.config.delivery import DeliveryConfig
 from fletcher.core.batches import EmbeddingBatch
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec, output_schema
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
 from fletcher.models.bundle.bundle import ModelBundle
@@ -145,14 +144,7 @@ def plan_windows(load: Load, max_batch_tokens: int, num_runners: int) -> Timing:
 
 def deliver(load: Load) -> Timing:
     """Vectors to output batches, in groups into LanceDB, until every row is settled there."""
-    defaults = ServeConfig()
-    config = DeliveryConfig(
-        group_rows=defaults.group_rows,
-        commit_rows=max(50_000, defaults.group_rows),
-        group_delay_s=defaults.group_delay_ms / 1000,
-        store_retry_s=defaults.store_retry_s,
-        slow_append_s=defaults.store_timeout_s / 4,
-    )
+    config = DeliveryConfig()
     bundle = load.bundle
     spec = VectorSpec(
         bundle.qualified_name,

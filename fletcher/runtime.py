@@ -7,24 +7,21 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fletcher.config.network import NetworkConfig
 from fletcher.config.server import ServeConfig
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.delivery.sink import JournalConfig
 from fletcher.errors import ConfigError
-from fletcher.flight.auth import read_tokens
-from fletcher.flight.server import FlightConfig, FlightServer
+from fletcher.flight.auth import Credentials
+from fletcher.flight.server import FlightServer
 from fletcher.inference.devices import detect_host
 from fletcher.models.bundle.registry import Registry
 from fletcher.net.compression import Answers
 from fletcher.net.ports import check_port
 from fletcher.pipeline.cache import CacheBackend
 from fletcher.pipeline.memory_budget import MemoryBudget
-from fletcher.pipeline.vector_spec import OutputRules
 from fletcher.serving.admission import Admission
 from fletcher.serving.load_level import LoadLevel, LoadMonitor, Signals
 from fletcher.serving.model_loader import ModelLoader, open_cache_backend
@@ -36,13 +33,6 @@ from fletcher.util.allocator import Returning, keep_large_blocks
 
 log = logging.getLogger(__name__)
 
-# Of --max-memory, what data in flight may take; the rest is for code, libraries and their caches.
-_BUDGET_SHARE = 0.5
-# And what is known of datasets' rows, to drop duplicates: by default some
-# 15 million ids (17 bytes each), or 8 million with their texts (32).
-_DEDUPE_SHARE = 0.125
-_COMMIT_ROWS = 50_000
-_SEGMENT_BYTES = 128 << 20
 _SHUTDOWN_S = 2.0
 # Clients give up after 600 s without an answer (TransferOptions.stall_timeout_s): a tenth of it.
 _STARVING_S = 60.0
@@ -79,7 +69,7 @@ class Runtime:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.drain(self.config.drain_timeout_s if kind is None else 0.0)
+        self.drain(self.config.limits.drain_timeout_s if kind is None else 0.0)
         self.close()
 
     def start(self) -> None:
@@ -164,52 +154,33 @@ class Runtime:
 
     def _start(self) -> None:
         config = self.config
-        flight_config = _flight_config(config)
-        check_port(config.host, config.port)
-        self._telemetry = telemetry = configure(config.otlp_endpoint)
+        credentials = Credentials.from_config(config.network)
+        check_port(config.network.host, config.network.port)
+        self._telemetry = telemetry = configure(config.telemetry.otlp_endpoint)
         stores = {
             name: open_store(
-                address, timeout_s=config.store_timeout_s, compression=config.store_compression
+                address,
+                timeout_s=config.delivery.store_timeout_s,
+                compression=config.delivery.store_compression,
             )
             for name, address in config.store_addresses.items()
         }
-        delivery = Delivery(
-            stores,
-            DeliveryConfig(
-                group_rows=config.group_rows,
-                commit_rows=max(_COMMIT_ROWS, config.group_rows),
-                group_delay_s=config.group_delay_ms / 1000,
-                store_retry_s=config.store_retry_s,
-                # Four times as slow is cut off.
-                slow_append_s=config.store_timeout_s / 4,
-                max_dedupe_bytes=int(config.max_memory * _DEDUPE_SHARE),
-            ),
-            telemetry,
-            JournalConfig(
-                folder=config.home / "journal",
-                max_bytes=config.max_journal,
-                segment_bytes=min(_SEGMENT_BYTES, max(1, config.max_journal // 8)),
-                retention_s=config.journal_retention_s,
-            )
-            if config.max_journal and stores
-            else None,
-        )
+        journal = config.journal if config.journal.max_bytes and stores else None
+        delivery = Delivery(stores, config.delivery, telemetry, journal)
         left_behind = delivery.recover()
         if left_behind:
             log.info("journal: %d rows of an earlier run go to their stores", left_behind)
         registry = Registry(config.home / "models")
-        for name in (config.model, *config.models):
+        for name in (config.model.default, *config.model.models):
             registry.ensure(name, self._progress)
-        self._budget = budget = MemoryBudget(
-            int(config.max_memory * _BUDGET_SHARE), config.max_streams
-        )
+        self._budget = budget = MemoryBudget(config.limits.budget_bytes, config.limits.max_streams)
         self._load = load = LoadMonitor(
             lambda: _signals(budget, admission, delivery, models),
             telemetry,
             on_change=lambda level: budget.spare(half=level is LoadLevel.SEVERE),
         )
-        admission = Admission(config.max_streams, load, telemetry)
-        self._backend = open_cache_backend(config)
+        admission = Admission(config.limits.max_streams, load, telemetry)
+        self._backend = open_cache_backend(config.cache)
         loader = ModelLoader(
             config,
             registry,
@@ -221,9 +192,9 @@ class Runtime:
         )
         models = ModelManager(
             loader,
-            config.model,
-            loadable=config.loadable_models,
-            max_bytes=config.max_model_memory,
+            config.model.default,
+            loadable=config.model.loadable_models,
+            max_bytes=config.model.max_model_memory,
         )
         for stage in ("texts", "tokens", "micro_batches"):
             telemetry.queue_depth.watch(partial(models.queued, stage), stage=stage)
@@ -232,16 +203,16 @@ class Runtime:
             budget=budget,
             delivery=delivery,
             admission=admission,
-            answers=Answers(config.compression),
+            answers=Answers(config.network.compression),
             load=load,
             telemetry=telemetry,
-            outputs=OutputRules(allow_undeclared=config.allow_undeclared, int8=config.int8),
+            outputs=config.output,
         )
-        models.start(config.models, config.aliases)
+        models.start(config.model.models, config.model.aliases)
         load.start()
         self._returning = Returning(lambda: int(budget.statistics()["used_bytes"]))
         self._returning.watch()
-        self._server = _listen(self._service, flight_config)
+        self._server = _listen(self._service, config.network, credentials)
         self.address = self._server.address
 
 
@@ -260,28 +231,9 @@ def _signals(
     )
 
 
-def _flight_config(config: ServeConfig) -> FlightConfig:
-    return FlightConfig(
-        host=config.host,
-        port=config.port,
-        tokens=read_tokens(config.token_file) if config.token_file else (),
-        tls=(_read(config.tls_cert, "tls_cert"), _read(config.tls_key, "tls_key"))
-        if config.tls_cert and config.tls_key
-        else None,
-        client_ca=_read(config.tls_client_ca, "tls_client_ca") if config.tls_client_ca else None,
-    )
-
-
-def _read(path: Path, field: str) -> bytes:
+def _listen(service: Service, config: NetworkConfig, credentials: Credentials) -> FlightServer:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"`{field}` cannot be read: {error.strerror}", field=field) from None
-
-
-def _listen(service: Service, config: FlightConfig) -> FlightServer:
-    try:
-        return FlightServer(service, config)
+        return FlightServer(service, config, credentials)
     except Exception as error:  # pyarrow raises several kinds, for a port in use and for bad PEM
         raise ConfigError(
             f"cannot listen on {config.host}:{config.port}: {_reason(error)}; "

@@ -10,7 +10,8 @@ from importlib import import_module
 
 from fletcher.cli.parser import Parser, UsageError, flags_of
 from fletcher.cli.shutdown import leave_with
-from fletcher.config.server import OPTIONS, nearest
+from fletcher.config.option import nearest
+from fletcher.config.server import OPTIONS
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
 
 # Each module has `add_parser(subparsers)` and `run(args) -> int`; it is imported when it is called.

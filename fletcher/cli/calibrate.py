@@ -12,7 +12,7 @@ import numpy as np
 from fletcher.cli.connection import LOCAL_FLAGS, local_config, open_client
 from fletcher.cli.parser import add_options
 from fletcher.cli.progress import Progress, Sample, Total
-from fletcher.config.server import NO_STORE
+from fletcher.config.delivery import NO_STORE
 from fletcher.core.command import EmbedCommand
 from fletcher.core.quantization import Ranges
 from fletcher.errors import ConfigError, ModelError

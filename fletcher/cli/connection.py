@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import secrets
 import tempfile
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from fletcher.cli.parser import add_options, given_flags, read_config
 from fletcher.cli.shutdown import leave_in_time
 from fletcher.cli.terminal import say
-from fletcher.config.server import COMPRESSIONS, NO_STORE, ServeConfig
+from fletcher.config.delivery import NO_STORE
+from fletcher.config.network import COMPRESSIONS
+from fletcher.config.server import ServeConfig
 from fletcher.errors import ConfigError, UnauthenticatedError
 from fletcher.telemetry.logs import set_up_logging
 
@@ -104,8 +105,8 @@ def local_config(args: argparse.Namespace, *, own_store: bool = False, **flags: 
         )
     if "log_level" not in resolved.sources:
         # What a server says in its normal course would only disturb a command's output.
-        config = dataclasses.replace(config, log_level="warning")
-    set_up_logging(config.log_level, config.log_format)
+        config = config.with_options(log_level="warning")
+    set_up_logging(config.telemetry.log_level, config.telemetry.log_format)
     return config
 
 
@@ -135,8 +136,7 @@ def open_client(
     with tempfile.NamedTemporaryFile("w", prefix="fletcher-", encoding="utf-8") as file:
         file.write(token + "\n")
         file.flush()
-        private = dataclasses.replace(
-            config,
+        private = config.with_options(
             host="127.0.0.1",
             port=0,
             token_file=Path(file.name),
@@ -180,7 +180,7 @@ def open_server(
 
 def without_store(config: ServeConfig) -> ServeConfig:
     """The same configuration for vectors that are only sent back."""
-    return dataclasses.replace(config, stores=(NO_STORE,))
+    return config.with_options(store=(NO_STORE,))
 
 
 def refuse_local_flags(args: argparse.Namespace) -> None:

@@ -122,7 +122,7 @@ def _hardware(config: ServeConfig) -> Iterator[Finding]:
 
 def _memory(config: ServeConfig, available: int) -> Finding:
     value = f"{human(available)}B"
-    wanted = config.max_memory + OWN_MEMORY_BYTES
+    wanted = config.limits.max_memory + OWN_MEMORY_BYTES
     if available and available < wanted:
         fitting = max(256, (available - OWN_MEMORY_BYTES) >> 20)
         fix = f"a busy server may take {human(wanted)}B: give --max-memory {fitting}MiB"
@@ -208,7 +208,7 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
         else:
             value = f"{bundle.qualified_name}, {bundle.dim} dimensions, checksums right"
             yield Finding("models", name, "ok", value)
-    for name in dict.fromkeys((config.model, *config.models)):
+    for name in dict.fromkeys((config.model.default, *config.model.models)):
         if name in names or any(name == bundle.qualified_name for bundle in registry.list()):
             continue
         fetched = name == DEFAULT_MODEL
@@ -221,22 +221,23 @@ def _engine(config: ServeConfig) -> Iterator[Finding]:
     """Loads the model as a server would: installed is not the same as working."""
     from fletcher.inference.devices import detect_host
     from fletcher.models.bundle.registry import Registry
-    from fletcher.tuning.candidates import Asked
     from fletcher.tuning.decision import decide
 
     registry = Registry(config.home / "models")
-    if config.model not in registry.names():
+    if config.model.default not in registry.names():
         return
     try:
-        chosen = decide(config.home, Asked.of(config), detect_host(), registry.get(config.model))
+        chosen = decide(
+            config.home, config.engine, detect_host(), registry.get(config.model.default)
+        )
     except FletcherError as error:
-        yield Finding("engine", config.model, "broken", error.message)
+        yield Finding("engine", config.model.default, "broken", error.message)
         return
-    yield Finding("engine", config.model, "ok", chosen.reason)
+    yield Finding("engine", config.model.default, "ok", chosen.reason)
     if chosen.measured is not None:
         value = f"by measurement, {chosen.measured.measured_at}"
         yield Finding("engine", "chosen", "ok", value)
-    elif config.backend != "null":
+    elif config.engine.backend != "null":
         fix = "fletcher tune measures what is fastest here, in about a minute for a small model"
         yield Finding("engine", "chosen", "note", "by rule", fix)
     # One replica a device: those that share one are alike.

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from fletcher.cli.connection import add_connection, local_config, open_client
 from fletcher.cli.parser import add_long_texts, check_server, given_flags
-from fletcher.config.server import NO_STORE
+from fletcher.config.delivery import NO_STORE
 from fletcher.core.command import CHOICES, EmbedCommand
 from fletcher.core.schema import CHUNK_FIELDS
 from fletcher.errors import BY_CODE, ConfigError, InternalError, InvalidCommandError

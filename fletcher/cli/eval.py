@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from fletcher.cli.connection import add_connection, local_config, open_client, without_store
 from fletcher.cli.parser import add_format, add_paths, check_server, given_flags
 from fletcher.cli.terminal import say
-from fletcher.config.server import NO_STORE, ServeConfig
+from fletcher.config.delivery import NO_STORE
+from fletcher.config.server import ServeConfig
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
     from fletcher.client import Client
+    from fletcher.config.engine import EngineConfig
     from fletcher.evaluation.evaluate import EvaluationReport
     from fletcher.evaluation.variants import Engine, Variant
-    from fletcher.tuning.candidates import Asked
 
 # What the vectors of a text take in the embedding cache beside their numbers, with room to spare.
 _CACHE_ENTRY_BYTES = 1024
@@ -156,11 +157,11 @@ class _Engines:
             return
         from fletcher.inference.devices import detect_host
         from fletcher.models.bundle.registry import Registry
-        from fletcher.tuning.candidates import Asked, TuningCandidate, engines
+        from fletcher.tuning.candidates import TuningCandidate, engines
         from fletcher.tuning.decision import decide
 
-        self._bundle = Registry(config.home / "models").ensure(config.model, say)
-        self._host, self._asked = detect_host(), Asked.of(config)
+        self._bundle = Registry(config.home / "models").ensure(config.model.default, say)
+        self._host, self._asked = detect_host(), config.engine
         decision = decide(config.home, self._asked, self._host, self._bundle)
         found = engines(self._asked, self._host, self._bundle.folder)
         candidates = [TuningCandidate(tuple(decision.configs)), *found]
@@ -176,9 +177,11 @@ class _Engines:
 
     def check(self, variants: Sequence[Variant]) -> None:
         """Refuses engines that cannot be had. Raises ConfigError or BackendError."""
+        from fletcher.tuning.candidates import resolve_by_rule
+
         for engine in dict.fromkeys(one.engine for one in variants):
             if not self._args.server:
-                self._question(engine).by_rule(self._host, self._bundle.folder)
+                resolve_by_rule(self._question(engine), self._host, self._bundle.folder)
             elif engine != self.reference:
                 raise ConfigError(
                     f"`variants` asks for {engine}, but {self._args.server} runs {self.reference}; "
@@ -197,16 +200,16 @@ class _Engines:
         if not self._args.server:
             entry = 4 * self._bundle.dim + _CACHE_ENTRY_BYTES
             size = self.num_texts * entry * max(1, len(self._bundle.layers))
-            config = dataclasses.replace(config, embedding_cache=size)
+            config = config.with_options(embedding_cache=size)
             if engine != self.usual[0]:  # which is what the options, and `tune`, make of it
                 asked = self._question(engine)
-                config = dataclasses.replace(
-                    config, device=asked.device, backend=asked.backend, precision=asked.precision
+                config = config.with_options(
+                    device=asked.device, backend=asked.backend, precision=asked.precision
                 )
         with open_client(self._args, config) as client:
             yield client
 
-    def _question(self, engine: Engine) -> Asked:
+    def _question(self, engine: Engine) -> EngineConfig:
         on_cuda = engine.device == "cuda" and self._asked.device.startswith("cuda")
         return dataclasses.replace(
             self._asked,

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fletcher.config.option import SIZE, SWITCH, Option
+from fletcher.config.option import SIZE, SWITCH, Option, nearest
 from fletcher.config.resolution import Resolved, resolve
-from fletcher.config.server import OPTIONS, ServeConfig, nearest
+from fletcher.config.server import OPTIONS, PART_OF
 from fletcher.core.command import CHOICES
 
-GROUPS = {
-    "network": "network",
-    "model": "model and devices",
-    "store": "stores",
-    "limits": "limits",
-    "process": "process",
-}
 _DEST = "option."
 
 
@@ -77,12 +69,11 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Adds the flags of options, and `--config`; `read_config` reads what was given."""
     groups: dict[str, Any] = {}
-    defaults = {spec.name: spec.default for spec in dataclasses.fields(ServeConfig)}
     for name in names:
-        option = OPTIONS[name]
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(GROUPS[option.group])
-        _add(groups[option.group], option, defaults[option.field])
+        part = PART_OF[name] or "files"
+        if part not in groups:
+            groups[part] = parser.add_argument_group(part)
+        _add(groups[part], OPTIONS[name], OPTIONS[name].default)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="TOML file of options; flags go before it"
     )
@@ -142,7 +133,7 @@ def _add(group: Any, option: Option, default: Any) -> None:
 
 
 def _default(option: Option, default: Any) -> str:
-    if default is dataclasses.MISSING or default in (None, (), False):
+    if default in (None, (), False):
         return ""
     if option.kind is SIZE:
         return (
@@ -165,7 +156,7 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
 def check_server(args: argparse.Namespace) -> None:
     """Refuses a `--server` that is no address, under that name. Raises InvalidCommandError."""
     if args.server:
-        from fletcher.client.connection import parse_address
+        from fletcher.net.address import parse_address
 
         parse_address(args.server, field="server")
 

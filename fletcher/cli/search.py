@@ -13,7 +13,7 @@ import pyarrow as pa
 from fletcher.cli.connection import add_connection, local_config, open_client, without_store
 from fletcher.cli.parser import check_server, given_flags
 from fletcher.cli.terminal import columns, cut, padded, printable, terminal_width
-from fletcher.config.server import nearest
+from fletcher.config.option import nearest
 from fletcher.core.command import check_dataset
 from fletcher.errors import (
     ConfigError,
@@ -67,7 +67,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Searches and prints."""
     from fletcher.stores.address import folder_of, open_store
-    from fletcher.stores.nearest import vector_reader
+    from fletcher.stores.exact_search import vector_reader
 
     check_server(args)
     check_dataset(args.dataset)
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             f"there is no dataset {args.dataset!r} in {addresses[0]}: there is no such folder",
             field="dataset",
         )
-    store = open_store(addresses[0], timeout_s=config.store_timeout_s)
+    store = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
     try:
         info = _find_dataset(store, args.dataset)
         if b"fletcher.output" in (info.schema.metadata or {}):  # which says: not dense

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             say(f"fletcher serve: {warning}")
         print(resolved.to_toml(), end="")
         return 0
-    set_up_logging(resolved.config.log_level, resolved.config.log_format)
+    set_up_logging(resolved.config.telemetry.log_level, resolved.config.telemetry.log_format)
     for warning in resolved.warnings:
         _log.warning(warning)
     return _serve(resolved.config)
@@ -74,9 +74,9 @@ def _serve(config: ServeConfig) -> int:
         if signals.received is None:
             _log.error("the server ended by itself")
             return 1
-        _log.info("draining", extra={"timeout_s": config.drain_timeout_s})
-        with _deadline(config.drain_timeout_s + CLOSE_S):
-            drained = runtime.drain(config.drain_timeout_s)
+        _log.info("draining", extra={"timeout_s": config.limits.drain_timeout_s})
+        with _deadline(config.limits.drain_timeout_s + CLOSE_S):
+            drained = runtime.drain(config.limits.drain_timeout_s)
             ended = runtime.close()
     _log.info("stopped")
     code = 0 if drained else 1

@@ -12,7 +12,7 @@ from fletcher.cli.connection import add_connection, local_config, open_client
 from fletcher.cli.embed import lines
 from fletcher.cli.parser import add_format, check_server, given_flags
 from fletcher.cli.terminal import cut, printable, say, terminal_width
-from fletcher.config.server import NO_STORE
+from fletcher.config.delivery import NO_STORE
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -37,15 +37,14 @@ def run(args: argparse.Namespace) -> int:
     """Measures, keeps the winner and prints a table."""
     from fletcher.inference.devices import detect_host
     from fletcher.models.bundle.registry import Registry
-    from fletcher.tuning.candidates import Asked
     from fletcher.tuning.tuner import tune
 
     set_up_logging("error", "text")
     config = read_config(args, os.environ, _OPTIONS).config
     registry = Registry(config.home / "models")
-    registry.ensure(config.model, say)
-    bundle = registry.verify(config.model)
-    report = tune(config.home, Asked.of(config), detect_host(), bundle, say)
+    registry.ensure(config.model.default, say)
+    bundle = registry.verify(config.model.default)
+    report = tune(config.home, config.engine, detect_host(), bundle, say)
     if args.json:
         print(json.dumps(_as_json(report), indent=2))
     else:

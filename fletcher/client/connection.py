@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import flight
@@ -22,24 +21,12 @@ from fletcher.errors import (
     InvalidCommandError,
     UnavailableError,
 )
+from fletcher.net.address import parse_address
+from fletcher.net.channel import connect
 from fletcher.net.compression import Sender
 from fletcher.net.flight_errors import from_flight_error
+from fletcher.util.backoff import Backoff
 
-_SCHEMES = {
-    "grpc": "grpc",
-    "grpc+tcp": "grpc",
-    "grpcs": "grpc+tls",
-    "grpc+tls": "grpc+tls",
-}
-
-
-# A channel that was refused waits longer each time, up to two minutes, and refuses by itself
-# meanwhile: a server that is back would go unnoticed.
-# https://github.com/grpc/grpc/blob/master/doc/connection-backoff.md
-_GRPC_OPTIONS = [
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
 # What to do about a connection that does not come about, by what gRPC says of it.
 _REMEDIES = (
     ("certificate verify failed", "name the CA of its certificate (`tls`, --tls-ca)"),
@@ -117,14 +104,14 @@ class Connection:
         self.transfer = transfer
         self._timeout_s = timeout_s
         self._headers = [(b"authorization", b"Bearer " + token.encode())] if token else []
-        location, secure = parse_address(uri)
+        address = parse_address(uri)
         self._sender = Sender(
             transfer.compression,
-            host=urlsplit(location).hostname or "",
+            host=address.host,
             peer=uri,
             probe=lambda body: self._act("health", body),
         )
-        if tls is not None and not secure:
+        if tls is not None and not address.encrypted:
             raise InvalidCommandError(
                 f"`tls` is given, but {uri} is not encrypted; use grpc+tls://", field="tls"
             )
@@ -136,9 +123,7 @@ class Connection:
                 "private_key": _pem(tls.key),
             }
         with self.errors():
-            self.flight = flight.FlightClient(
-                location, generic_options=_GRPC_OPTIONS, **credentials
-            )
+            self.flight = connect(address.uri, **credentials)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -221,6 +206,12 @@ class Connection:
             options = flight.FlightCallOptions(timeout=timeout_s, headers=self._headers)
             return list(self.flight.do_action(flight.Action(name, body), options))
 
+    def retry_delay_s(self, num_failures: int, error: UnavailableError) -> float:
+        """Seconds to wait before the next attempt, after a number of failures in a row."""
+        backoff = Backoff(self.transfer.backoff_s, self.transfer.max_backoff_s)
+        chance = random.random()  # noqa: S311 - not for secrets
+        return backoff.delay_s(num_failures, chance, at_least_ms=error.retry_after_ms)
+
     def close(self) -> None:
         """Closes the connection. Idempotent."""
         self.flight.close()
@@ -229,41 +220,6 @@ class Connection:
 def descriptor(options: EmbedCommand) -> flight.FlightDescriptor:
     """The descriptor that asks for these options."""
     return flight.FlightDescriptor.for_command(options.to_json())
-
-
-def parse_address(uri: str, *, field: str = "uri") -> tuple[str, bool]:
-    """The address as pyarrow takes it, and whether it is encrypted.
-
-    Args:
-        uri: Of a server.
-        field: What to call it in the message.
-
-    Raises:
-        InvalidCommandError: It is no address of a Flight server.
-    """
-    address = _address(uri)
-    if address is None:
-        meant = f"grpc://{uri}"
-        hint = f"; did you mean {meant[:200]}?" if "://" not in uri and _address(meant) else ""
-        raise InvalidCommandError(
-            f"`{field}` is {uri[:200]!r}, expected grpc://HOST:PORT or grpc+tls://HOST:PORT{hint}",
-            field=field,
-            allowed=sorted(f"{scheme}://HOST:PORT" for scheme in _SCHEMES),
-        )
-    return address
-
-
-def _address(uri: str) -> tuple[str, bool] | None:
-    try:
-        parts = urlsplit(uri)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        return None
-    scheme = _SCHEMES.get(parts.scheme)
-    if scheme is None or not host or not port or parts.path.strip("/") or parts.query:
-        return None
-    bracketed = f"[{host}]" if ":" in host else host
-    return f"{scheme}://{bracketed}:{port}", scheme == "grpc+tls"
 
 
 def _pem(path: str | Path | bytes | None) -> bytes | None:
@@ -275,10 +231,3 @@ def _pem(path: str | Path | bytes | None) -> bytes | None:
         raise InvalidCommandError(
             f"`tls`: cannot read {path}: {error.strerror}", field="tls"
         ) from None
-
-
-def pause_s(transfer: TransferOptions, failures: int, error: UnavailableError) -> float:
-    """Before a call is made again: exponential, half of it random, not before the server said."""
-    pause = min(transfer.max_backoff_s, transfer.backoff_s * 2.0 ** (failures - 1))
-    pause *= 0.5 + random.random() / 2  # noqa: S311 - not for secrets
-    return float(max(pause, (error.retry_after_ms or 0) / 1000))

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.client.connection import Connection, descriptor, pause_s
+from fletcher.client.connection import Connection, descriptor
 from fletcher.client.messages import Message, RowError, row_errors
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import (
@@ -225,7 +225,7 @@ class Exchange:
         self._num_retries += 1
         with self._changed:
             if self._kept is None or self._changed.wait_for(
-                lambda: self._closed, pause_s(transfer, self._num_retries, failure)
+                lambda: self._closed, self._connection.retry_delay_s(self._num_retries, failure)
             ):
                 return False
             self._messages = itertools.chain(self._kept, self._messages)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fletcher.client.connection import Connection, descriptor, pause_s
+from fletcher.client.connection import Connection, descriptor
 from fletcher.client.messages import (
     Ack,
     Message,
@@ -110,7 +110,7 @@ class UploadSession:
                 known = False
                 if failures == 1:
                     _log.warning("upload %s: %s; trying again", self._options.upload_id, error)
-                time.sleep(pause_s(self._transfer, failures, error))
+                time.sleep(self._connection.retry_delay_s(failures, error))
 
     def _ask(self) -> list[tuple[int, int]]:
         """Row ranges that the server has; forgets those that were kept to be sent again."""

@@ -1,13 +1,18 @@
-"""What an option is: its name, type, limits and help; how a value of it is read and checked.
+"""Options: their types, limits and help, and how values are read and checked.
 
-`fletcher.config.server` gives the options themselves.
+Each part of `ServeConfig` is an `OptionGroup`; its fields made by `option` are the options.
 """
+
+# No library does it: click and the settings libraries check a flag, a variable or a TOML value, but
+# none names the option, its source, the value and the allowed values alike for all three.
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,28 +125,28 @@ FILE = OptionType("FILE", "a path", _file)
 FOLDER = OptionType("FOLDER", "a path", _file)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What is to be known of one option besides its default.
+    """One option of the server, apart from its default.
 
     Attributes:
-        field: The field of ServeConfig.
-        group: Heading in the help.
-        kind: The value's type.
-        help: What it does and what it trades.
-        name: The TOML key; flag and variable derive from it.
+        name: TOML key; the flag and the variable derive from it.
+        field: Field of the part that holds the value.
+        kind: Type of the value.
+        default: Value if nothing is given; None where it is not fixed.
+        help: Effect, and when to change it at which cost.
         choices: All allowed values.
-        pattern: What a value must match in full, where the choices have no end; `expected` says it.
-        expected: What a value looks like, where the kind does not say enough.
+        pattern: Regular expression for the whole value, where choices are unlimited.
+        expected: Allowed values in words, where `kind` does not say enough.
         minimum: Least number allowed.
         maximum: Greatest number allowed.
     """
 
-    field: str
-    group: str
-    kind: OptionType
-    help: str
     name: str
+    field: str
+    kind: OptionType
+    default: Any
+    help: str
     choices: tuple[str, ...] = ()
     pattern: str = ""
     expected: str = ""
@@ -214,3 +219,52 @@ class Option:
             field=self.name,
             allowed=self.choices or [self.allowed],
         )
+
+
+def option(default: Any, kind: OptionType, text: str, **limits: Any) -> Any:
+    """Makes a dataclass field that is an option. `limits` are further fields of `Option`."""
+    if kind in (WHOLE, SIZE):
+        limits = {"minimum": 0, **limits}
+    elif kind in (SECONDS, MILLISECONDS):
+        # Longer waits than C's timers take would fail where they are used.
+        limits = {"minimum": 0, "maximum": DAY_S * (1 if kind is SECONDS else 1000), **limits}
+    metadata = {"kind": kind, "help": text, **limits}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def options_of(part: type) -> tuple[Option, ...]:
+    """The options among a dataclass' fields, in their order."""
+    return tuple(
+        Option(
+            field=spec.name,
+            default=None if spec.default is dataclasses.MISSING else spec.default,
+            **{"name": spec.name.removesuffix("_s"), **spec.metadata},
+        )
+        for spec in dataclasses.fields(part)
+        if spec.metadata
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionGroup:
+    """Base of a part of `ServeConfig`; checks all values when it is made.
+
+    Raises:
+        ConfigError: A value out of range, or options that contradict each other.
+    """
+
+    def __post_init__(self) -> None:
+        for one in options_of(type(self)):
+            one.check(getattr(self, one.field))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Checks options that depend on each other. Raises ConfigError."""
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """`; did you mean X?`, or an empty string where no known word is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""

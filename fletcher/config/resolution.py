@@ -1,4 +1,7 @@
-"""What flags, environment and file say of the options, and where each value came from."""
+"""The options that flags, environment and file set, and the source of each value.
+
+A flag wins over the environment, that over the file, that over the default.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fletcher.config.server import OPTIONS, ServeConfig, fletcher_home, nearest
+from fletcher.config.option import nearest
+from fletcher.config.server import OPTIONS, ServeConfig, fletcher_home
 from fletcher.errors import ConfigError
 
 
@@ -30,8 +34,8 @@ class Resolved:
     def to_toml(self) -> str:
         """The options as a TOML file, the source of each in a comment."""
         lines = []
-        for name, option in OPTIONS.items():
-            value = getattr(self.config, option.field)
+        for name in OPTIONS:
+            value = self.config.value_of(name)
             if value is None:
                 lines.append(f"# {name} is not set")
             else:
@@ -73,9 +77,9 @@ def resolve(
             given, source = in_file[name], str(file)
         else:
             continue
-        values[option.field] = option.read(given, source)
+        values[name] = option.read(given, source)
         sources[name] = source
-    return Resolved(ServeConfig(**values), sources, _misspelt(environ))
+    return Resolved(ServeConfig.from_options(**values), sources, _misspelt(environ))
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from fletcher.config.delivery import DeliveryConfig
 from fletcher.delivery.append_size import AppendSize
 from fletcher.delivery.appender import Appender
 from fletcher.delivery.backlog import Backlog
@@ -44,27 +45,6 @@ _TURN_S = 0.2
 # What is joined and encoded for an append is in memory up to four times, beside what the streams'
 # allowances count; utf8 columns hold less than 2 GiB, too.
 _COMMIT_BYTES = 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class DeliveryConfig:
-    """How rows are grouped and how long a store may be away.
-
-    Attributes:
-        group_rows: Rows of one group at most.
-        commit_rows: Rows of one append at most, over all groups in it.
-        group_delay_s: What a row may wait for its group to fill.
-        store_retry_s: How long an append is tried before its uploads get an error.
-        slow_append_s: An append that takes longer is followed by smaller ones.
-        max_known_bytes: Memory for what is known of all datasets' rows, to drop duplicates.
-    """
-
-    group_rows: int
-    commit_rows: int
-    group_delay_s: float
-    store_retry_s: float
-    slow_append_s: float
-    max_dedupe_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)

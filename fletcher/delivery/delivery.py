@@ -16,15 +16,16 @@ from typing import Any
 
 import pyarrow as pa
 
+from fletcher.config.delivery import DeliveryConfig
+from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.breaker import PASSING, Breaker
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.dedupe.index import DedupeMemory
 from fletcher.delivery.journal.journal import Journal, JournalSpace
 from fletcher.delivery.journal.root import journal_folders, lock_journal
 from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.journal.writer import from_journal
-from fletcher.delivery.sink import DatasetSink, JournalConfig
+from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.delivery.uploads import Key, Uploads
 from fletcher.errors import InvalidCommandError, StoreUnavailableError

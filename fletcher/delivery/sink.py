@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
+from fletcher.config.delivery import DeliveryConfig
 from fletcher.delivery.appender import Appender
 from fletcher.delivery.breaker import Breaker
-from fletcher.delivery.committer import Committer, DeliveryConfig
+from fletcher.delivery.committer import Committer
 from fletcher.delivery.dedupe.index import DedupeIndex, DedupeMemory
 from fletcher.delivery.groups import Rows
 from fletcher.delivery.journal.journal import Journal, JournalSpace
@@ -19,23 +18,6 @@ from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.journal.writer import JournalWriter
 from fletcher.stores.base import Store
 from fletcher.telemetry.tracing import Telemetry
-
-
-@dataclass(frozen=True, slots=True)
-class JournalConfig:
-    """Where and how rows are journaled.
-
-    Attributes:
-        folder: Of all journals: `folder/ADDRESS/DATASET`, the address hashed.
-        max_bytes: What they may take together.
-        segment_bytes: Size of one file.
-        retention_s: How long files are kept for stores that acknowledge before they are durable.
-    """
-
-    folder: Path
-    max_bytes: int
-    segment_bytes: int
-    retention_s: float
 
 
 class DatasetSink:

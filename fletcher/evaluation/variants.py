@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fletcher.config.server import nearest
+from fletcher.config.option import nearest
 from fletcher.core.chunking import AGGREGATIONS, Chunking
 from fletcher.core.command import CHOICES
 from fletcher.errors import InvalidCommandError

@@ -1,15 +1,49 @@
-"""Who may call: bearer tokens, compared in constant time."""
+"""Tokens and TLS keys of the server; tokens are compared in constant time."""
 
 from __future__ import annotations
 
 import hmac
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyarrow import flight
 
+from fletcher.config.network import NetworkConfig
 from fletcher.errors import ConfigError, UnauthenticatedError
 from fletcher.net.flight_errors import to_flight_error
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Contents of the files that the network's options name.
+
+    Attributes:
+        tokens: Accepted bearer tokens; empty: every caller is accepted.
+        tls: PEM certificate and key; None: no TLS.
+        client_ca: PEM CA of callers' certificates; None: callers need no certificate.
+    """
+
+    tokens: tuple[str, ...] = ()
+    tls: tuple[bytes, bytes] | None = None
+    client_ca: bytes | None = None
+
+    @classmethod
+    def from_config(cls, config: NetworkConfig) -> Credentials:
+        """Reads the files. Raises ConfigError for one that cannot be read."""
+        cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
+        return cls(
+            tokens=read_tokens(config.token_file) if config.token_file else (),
+            tls=(_read(cert, "tls_cert"), _read(key, "tls_key")) if cert and key else None,
+            client_ca=_read(client_ca, "tls_client_ca") if client_ca else None,
+        )
+
+
+def _read(path: Path, field: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"`{field}` cannot be read: {error.strerror}", field=field) from None
 
 
 def read_tokens(path: Path) -> tuple[str, ...]:

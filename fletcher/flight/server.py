@@ -6,17 +6,17 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import flight
 
+from fletcher.config.network import NetworkConfig
 from fletcher.core.command import EmbedCommand, check_dataset
 from fletcher.core.schema import output_schema
 from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
 from fletcher.flight.admin import load_model, set_alias, swap_model, unload_model
-from fletcher.flight.auth import TokenFactory
+from fletcher.flight.auth import Credentials, TokenFactory
 from fletcher.flight.commands import encode_models, parse_descriptor, parse_json, parse_list_models
 from fletcher.flight.embed_action import embed
 from fletcher.flight.ending import Ending
@@ -45,42 +45,23 @@ ACTIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class FlightConfig:
-    """Where and how to listen.
-
-    Attributes:
-        host: Address.
-        port: TCP port; 0: a free one.
-        tokens: Accepted bearer tokens; none: everybody is let in.
-        tls: PEM certificate and key; None: no TLS.
-        client_ca: PEM CA that callers' certificates must be signed by; None: none are asked for.
-    """
-
-    host: str
-    port: int
-    tokens: tuple[str, ...] = ()
-    tls: tuple[bytes, bytes] | None = None
-    client_ca: bytes | None = None
-
-
 class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """Listens as soon as it is constructed: build it last."""
 
-    def __init__(self, service: Service, config: FlightConfig) -> None:
-        scheme = "grpc+tls" if config.tls else "grpc"
+    def __init__(self, service: Service, network: NetworkConfig, credentials: Credentials) -> None:
+        scheme = "grpc+tls" if credentials.tls else "grpc"
         middleware: dict[str, Any] = {"trace": TraceFactory(service.telemetry)}
-        if config.tokens:
-            middleware["token"] = TokenFactory(config.tokens)
+        if credentials.tokens:
+            middleware["token"] = TokenFactory(credentials.tokens)
         super().__init__(
-            location=f"{scheme}://{_bracketed(config.host)}:{config.port}",
-            tls_certificates=[config.tls] if config.tls else None,
-            verify_client=config.client_ca is not None,
-            root_certificates=config.client_ca,
+            location=f"{scheme}://{_bracketed(network.host)}:{network.port}",
+            tls_certificates=[credentials.tls] if credentials.tls else None,
+            verify_client=credentials.client_ca is not None,
+            root_certificates=credentials.client_ca,
             middleware=middleware,
         )
         self._service = service
-        self.address = f"{scheme}://{_bracketed(config.host)}:{self.port}"
+        self.address = f"{scheme}://{_bracketed(network.host)}:{self.port}"
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         with self._handling(), self._service.admission.begin_call():

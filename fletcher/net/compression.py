@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from fletcher.config.server import COMPRESSIONS, is_loopback
+from fletcher.config.network import COMPRESSIONS, is_loopback
 from fletcher.errors import FletcherError, InvalidCommandError
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The one table between Fletcher's errors and Flight's.
+"""The table between Fletcher's errors and Flight's, in both directions.
 
 Only Flight's own exceptions carry `extra_info`, and any other exception reaches the client with
 the server's traceback in its message, so every handler runs inside `handler_errors`.
@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pyarrow as pa
 from pyarrow import flight
@@ -31,49 +32,67 @@ FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
 }
 
 
-# What pyarrow raises without an error of ours inside; the first row that fits counts.
-_FOREIGN: tuple[tuple[tuple[type[BaseException], ...], type[errors.FletcherError], str], ...] = (
-    (
+@dataclass(frozen=True, slots=True)
+class _Foreign:
+    """One row of the table for errors that no Fletcher raised.
+
+    Attributes:
+        kinds: What pyarrow raises.
+        server: The error if the peer is a Fletcher server, and its words; `{}` is the address.
+        store: The error if the peer is a store, and its words; `{}` is what was tried.
+    """
+
+    kinds: tuple[type[BaseException], ...]
+    server: tuple[type[errors.FletcherError], str]
+    store: tuple[type[errors.FletcherError], str]
+
+
+_REFUSED = (errors.RequestError, "the store refused {}")
+_FAILED = (errors.StoreUnavailableError, "the store failed while {}")
+_CALL_REFUSED = (errors.InvalidCommandError, "the call was refused")
+# The first row that fits counts. INTERNAL and UNKNOWN of a store count as retryable: Longbow
+# answers so when it is overloaded.
+FOREIGN_ERRORS = (
+    _Foreign(
         (flight.FlightUnauthenticatedError,),
-        errors.UnauthenticatedError,
-        "the server{} asks for a token",
+        (errors.UnauthenticatedError, "the server{} asks for a token"),
+        (errors.UnauthorizedError, "the store refused {}"),
     ),
-    (
+    _Foreign(
         (flight.FlightUnauthorizedError,),
-        errors.UnauthorizedError,
-        "the server{} does not allow this",
+        (errors.UnauthorizedError, "the server{} does not allow this"),
+        (errors.UnauthorizedError, "the store refused {}"),
     ),
-    (
+    _Foreign(
         (flight.FlightTimedOutError,),
-        errors.DeadlineExceededError,
-        "the server{} did not answer in time",
+        (errors.DeadlineExceededError, "the server{} did not answer in time"),
+        (errors.StoreUnavailableError, "the store did not answer within the deadline while {}"),
     ),
-    (
+    _Foreign(
         (pa.ArrowNotImplementedError,),
-        errors.InvalidCommandError,
-        "the server{} does not offer this call",
+        (errors.InvalidCommandError, "the server{} does not offer this call"),
+        _REFUSED,
     ),
-    (
+    _Foreign(
         (flight.FlightServerError, flight.FlightInternalError),
-        errors.InternalError,
-        "the server{} failed",
+        (errors.InternalError, "the server{} failed"),
+        _FAILED,
     ),
-    (
+    _Foreign(
         (flight.FlightError, OSError, pa.ArrowCancelled),
-        errors.UnavailableError,
-        "the connection to the server{} failed",
+        (errors.UnavailableError, "the connection to the server{} failed"),
+        _FAILED,
     ),
-    (
-        (pa.ArrowException, ValueError, TypeError),
-        errors.InvalidCommandError,
-        "the call was refused",
-    ),
+    _Foreign((pa.ArrowInvalid, pa.ArrowKeyError), _CALL_REFUSED, _REFUSED),
+    _Foreign((pa.ArrowException, ValueError, TypeError), _CALL_REFUSED, _FAILED),
 )
+# pyarrow has no class for RESOURCE_EXHAUSTED: it raises ArrowInvalid, as for a refusal.
+_EXHAUSTED = "gRPC returned resource exhausted error"
 
 _TAIL = re.compile(
     r"\.? (Detail: \w+|gRPC client debug context: |Client context: |Additionally, could not finish)"
 )
-_LEAD = re.compile(r"^Flight returned [\w ]+ error, with message: |^Flight error: ")
+_LEAD = re.compile(r"^(Flight|gRPC) returned [\w ]+ error, with message: |^Flight error: ")
 
 
 def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError]:
@@ -157,10 +176,42 @@ def from_flight_error(exc: BaseException, address: str | None = None) -> errors.
         )
     if "Destination already closed" in str(exc):  # a write after the call has ended
         return errors.UnavailableError(f"the server{where} ended the call early")
-    for kinds, error, words in _FOREIGN:
-        if isinstance(exc, kinds):
-            return error(f"{words.format(where)}: {clean_message(exc)}")
+    for row in FOREIGN_ERRORS:
+        if isinstance(exc, row.kinds):
+            kind, words = row.server
+            return kind(f"{words.format(where)}: {clean_message(exc)}")
     return errors.InternalError(f"{type(exc).__name__}: {clean_message(exc)}")
+
+
+def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
+    """The error for what pyarrow raised from a call to a store.
+
+    Args:
+        exc: Raised by a pyarrow.flight call.
+        what: What was tried, such as "writing to dataset `d`".
+    """
+    known = errors.from_json(getattr(exc, "extra_info", b"") or b"")
+    if known is not None:
+        return store_error(known, what)
+    text = clean_message(exc)
+    if str(exc).startswith(_EXHAUSTED):
+        return errors.OverloadedError(f"the store is overloaded, {what}: {text}", field="store")
+    kind, words = next((row.store for row in FOREIGN_ERRORS if isinstance(exc, row.kinds)), _FAILED)
+    return kind(f"{words.format(what)}: {text}", field="store")
+
+
+def store_error(error: errors.FletcherError, what: str) -> errors.FletcherError:
+    """The error for one that a `fletcher store` answered: a refusal as it is, else retryable."""
+    refusals = (errors.RequestError, errors.UnauthenticatedError, errors.UnauthorizedError)
+    if isinstance(error, refusals):
+        return error
+    overloaded = isinstance(error, errors.OverloadedError)
+    kind = errors.OverloadedError if overloaded else errors.StoreUnavailableError
+    return kind(
+        f"the store failed while {what}: {error.message}",
+        field="store",
+        retry_after_ms=error.retry_after_ms,
+    )
 
 
 def clean_message(exc: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fletcher.config.server import DISPATCHES
+from fletcher.config.engine import WorkerConfig
 from fletcher.core.batches import (
     EmbeddingBatch,
     InferenceResult,
@@ -49,18 +49,14 @@ class EmbedderConfig:
         num_layers: The model's layers; 0: unknown.
         model: What counts and gauges are labelled with.
         window_tokens: Bulk tokens planned together.
-        max_queue_delay_s: What bulk work may wait for company.
-        dispatch: Which replica gets the next micro-batch; one of `config.server.DISPATCHES`.
-        worker_timeout_s: How long a run may take before its process is replaced.
+        workers: Dispatch among replicas, and their timeouts.
     """
 
     tokenizers: Sequence[WorkerSpec]
     replicas: Sequence[WorkerSpec]
     dim: int
     window_tokens: int
-    max_queue_delay_s: float
-    dispatch: str = DISPATCHES[0]
-    worker_timeout_s: float = 120.0
+    workers: WorkerConfig = WorkerConfig()  # noqa: RUF009
     standby: Sequence[WorkerSpec] = ()
     num_layers: int = 0
     model: str = ""
@@ -113,7 +109,7 @@ class Embedder:
             plan=lambda lengths: plan(lengths, self.replicas.concurrency),
             window_tokens=config.window_tokens,
             crowded=crowded,
-            max_queue_delay_s=config.max_queue_delay_s,
+            max_queue_delay_s=config.workers.max_queue_delay_ms / 1000,
             more_coming=lambda: self._tokenization.busy,
             hurry=self._hurry_replicas,
             telemetry=telemetry,
@@ -135,7 +131,7 @@ class Embedder:
             config.tokenizers,
             self._tokenization,
             urgent=self._tokenization.urgent_job,
-            answer_timeout_s=config.worker_timeout_s,
+            answer_timeout_s=config.workers.worker_timeout_s,
             on_restart=restarted,
             on_state=changed,
         )
@@ -145,8 +141,8 @@ class Embedder:
             self._inference,
             urgent=self._inference.urgent_job,
             standby=config.standby,
-            dispatch=config.dispatch,
-            answer_timeout_s=config.worker_timeout_s,
+            dispatch=config.workers.dispatch,
+            answer_timeout_s=config.workers.worker_timeout_s,
             # Token 0 is in every vocabulary.
             probe=MicroBatch(np.zeros(1, np.int32), np.ones(1, np.int32)),
             on_restart=restarted,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from fletcher.config.server import INT8_KINDS
+from fletcher.config.model import OutputConfig
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.quantization import Ranges
@@ -18,21 +18,8 @@ _DTYPES = {"sparse": ("float32", "float16"), "multi": ("float32", "float16", "in
 _POOLINGS = {"sparse": "max", "multi": "none"}
 
 
-@dataclass(frozen=True, slots=True)
-class OutputRules:
-    """What a server lets be asked for.
-
-    Attributes:
-        allow_undeclared: Dims that a model was not trained for.
-        int8: Which ranges int8 has; one of `fletcher.config.server.INT8_KINDS`.
-    """
-
-    allow_undeclared: bool = False
-    int8: str = INT8_KINDS[0]
-
-
 def vector_spec(
-    model: ModelBundle, options: EmbedCommand, dtypes: tuple[str, ...], rules: OutputRules
+    model: ModelBundle, options: EmbedCommand, dtypes: tuple[str, ...], rules: OutputConfig
 ) -> VectorSpec:
     """The vectors that `options` ask of `model`.
 
@@ -127,7 +114,7 @@ def _check_output(
     return possible
 
 
-def _check_dims(model: ModelBundle, dims: int, rules: OutputRules) -> None:
+def _check_dims(model: ModelBundle, dims: int, rules: OutputConfig) -> None:
     if dims in model.dims:
         return
     declared = ", ".join(map(str, model.dims))
@@ -186,7 +173,7 @@ def _dtype(asked: str | None, dims: int, dtypes: tuple[str, ...]) -> str:
 
 
 def _ranges(
-    model: ModelBundle, cut: Cut, dtypes: tuple[str, ...], rules: OutputRules
+    model: ModelBundle, cut: Cut, dtypes: tuple[str, ...], rules: OutputConfig
 ) -> Ranges | None:
     known = model.calibration.ranges
     if rules.int8 == "row" or (rules.int8 == "auto" and cut not in known):

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from fletcher.config.engine import EngineConfig
+from fletcher.config.limits import LimitsConfig
+from fletcher.config.model import CacheConfig
 from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
@@ -25,7 +28,6 @@ from fletcher.telemetry.tracing import Telemetry
 from fletcher.tokenization.null import NullTokenizer
 from fletcher.tokenization.tokenizer import Tokenizer
 from fletcher.tokenization.worker import TokenizerConfig
-from fletcher.tuning.candidates import Asked
 from fletcher.tuning.decision import Decision, decide
 from fletcher.workers.messages import WorkerSpec
 
@@ -68,15 +70,15 @@ class ModelLoader:
         decision, standby = _decide(self.config, bundle, self.host)
         embedder = self._embedder(bundle, decision.configs, standby)
         embedder.start()
-        limits = _limits(self.config, bundle, self.budget.reserve_bytes)
+        limits = _limits(self.config.limits, bundle, self.budget.reserve_bytes)
         return ServedModel(bundle, embedder, decision.describe(), limits)
 
     def _embedder(
         self, bundle: ModelBundle, replicas: list[BackendConfig], standby: list[BackendConfig]
     ) -> Embedder:
         config = self.config
-        num_tokenizers = config.tokenizer_workers or _tokenizers(self.host.cores, replicas)
-        null = config.tokenizer == "null"
+        num_tokenizers = config.workers.tokenizer_workers or _tokenizers(self.host.cores, replicas)
+        null = config.workers.tokenizer == "null"
         tokenizer = (NullTokenizer if null else Tokenizer).load(bundle.folder)
         tokenizer_factory = f"fletcher.tokenization.{'null' if null else 'worker'}:load"
         tokenizer_config = TokenizerConfig(str(bundle.folder), bundle.hash)
@@ -97,9 +99,7 @@ class ModelLoader:
                 standby=specs[len(replicas) :],
                 dim=bundle.width,
                 window_tokens=_WINDOW_RUNS * max_batch_tokens,
-                max_queue_delay_s=config.max_queue_delay_ms / 1000,
-                dispatch=config.dispatch,
-                worker_timeout_s=config.worker_timeout_s,
+                workers=config.workers,
                 num_layers=bundle.num_layers,
                 model=bundle.qualified_name,
             ),
@@ -119,7 +119,7 @@ class ModelLoader:
 
     def _load_inline(self, replica: BackendConfig) -> Run | None:
         """What runs a model in this process, as a replica does."""
-        backend = None if self.config.isolate_engine else load_inline(replica)
+        backend = None if self.config.workers.isolate_engine else load_inline(replica)
         return None if backend is None else backend.run
 
     def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
@@ -129,20 +129,21 @@ class ModelLoader:
         engines = {
             f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas
         }
-        scope = [bundle.qualified_name, self.config.tokenizer, *sorted(engines)]
+        scope = [bundle.qualified_name, self.config.workers.tokenizer, *sorted(engines)]
         return EmbeddingCache(scope, bundle.dim, self.backend, self.telemetry)
 
 
-def open_cache_backend(config: ServeConfig) -> CacheBackend | None:
+def open_cache_backend(config: CacheConfig) -> CacheBackend | None:
     """Where the vectors of all models are kept for texts that come again; None: not at all.
 
     Raises:
         ConfigError: The folder cannot be used.
     """
-    if not config.embedding_cache:
+    if not config.max_bytes:
         return None
-    folder, max_bytes = config.embedding_cache_dir, config.embedding_cache
-    return MemoryCache(max_bytes) if folder is None else DiskCache(folder, max_bytes)
+    if config.folder is None:
+        return MemoryCache(config.max_bytes)
+    return DiskCache(config.folder, config.max_bytes)
 
 
 def _decide(
@@ -150,20 +151,20 @@ def _decide(
 ) -> tuple[Decision, list[BackendConfig]]:
     """What runs, and what stands by for when no GPU is left."""
     try:
-        decision = decide(config.home, Asked.of(config), host, bundle)
+        decision = decide(config.home, config.engine, host, bundle)
     except BackendError as error:
-        if config.device_fallback == "none" or not config.device.startswith("cuda"):
+        if config.workers.device_fallback == "none" or not config.engine.device.startswith("cuda"):
             raise
         log.warning("%s; the CPU takes over", error)
-        return _on_cpu(config, bundle, host), []
+        return _on_cpu(config.engine, bundle, host), []
     log.info("%s: %s", bundle.qualified_name, decision.reason)
     on_gpu = any(one.device.startswith("cuda") for one in decision.configs)
-    if not (on_gpu and config.device_fallback == "cpu"):
+    if not (on_gpu and config.workers.device_fallback == "cpu"):
         return decision, []
-    return decision, _on_cpu(config, bundle, host).configs
+    return decision, _on_cpu(config.engine, bundle, host).configs
 
 
-def _on_cpu(config: ServeConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
+def _on_cpu(config: EngineConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
     """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
     backend = "null" if config.backend == "null" else "auto"
     rule = resolve("cpu", backend, "float32", config.threads, host, bundle.folder)
@@ -177,7 +178,7 @@ def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
     return max(1, cores - 1) if on_gpu else max(1, cores // 8)
 
 
-def _limits(config: ServeConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
+def _limits(config: LimitsConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
     """Pieces that fit a stream's reserve, so that no stream waits for another's memory."""
     # In the window and as output, float32 each, and the small columns.
     bytes_per_row = 8 * bundle.width * bundle.max_vectors + COLUMN_BYTES

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fletcher.config.model import OutputConfig
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec
 from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
-from fletcher.pipeline.vector_spec import OutputRules, check_late, vector_spec
+from fletcher.pipeline.vector_spec import check_late, vector_spec
 from fletcher.serving.model_versions import ServedModel
 
 
@@ -32,7 +33,7 @@ class ResolvedCommand:
 
 
 def resolve_command(
-    served: ServedModel, command: EmbedCommand, dtypes: tuple[str, ...], rules: OutputRules
+    served: ServedModel, command: EmbedCommand, dtypes: tuple[str, ...], rules: OutputConfig
 ) -> ResolvedCommand:
     """Makes every choice that a command leaves open.
 

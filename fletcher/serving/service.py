@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fletcher.config.model import OutputConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.net.compression import Answers
 from fletcher.pipeline.memory_budget import MemoryBudget
-from fletcher.pipeline.vector_spec import OutputRules
 from fletcher.serving.admission import Admission
 from fletcher.serving.load_level import LoadMonitor
 from fletcher.serving.model_manager import ModelManager
@@ -39,7 +39,7 @@ class Service:
     answers: Answers
     load: LoadMonitor
     telemetry: Telemetry
-    outputs: OutputRules
+    outputs: OutputConfig
 
     def statistics(self) -> dict[str, Any]:
         """The `stats` action's answer: instruments, models, stores and workers."""

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from typing import TYPE_CHECKING
 
-from fletcher.config.server import nearest
+from fletcher.config.option import nearest
 from fletcher.errors import ConfigError
+from fletcher.net.address import FlightAddress
 from fletcher.stores.base import Store
+
+if TYPE_CHECKING:
+    from fletcher.stores.flight.connection import FlightStoreAddress
 
 FORMS = ("lance:PATH", "parquet:PATH", "grpc://HOST:PORT", "grpcs://HOST:PORT")
 PROFILES = ("auto", "longbow", "fletcher")
 
 
-def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "none") -> Store:
-    """The store at an address. A Flight store is connected to when it is first used.
+def open_store(
+    address: str,
+    *,
+    timeout_s: float = 60.0,
+    compression: str = "none",
+    message_bytes: int | None = None,
+) -> Store:
+    """Opens the store at an address. A Flight store connects on first use.
 
     Args:
         address: One of FORMS.
         timeout_s: Deadline of one call to a Flight store: long enough for a group of rows, short
             enough that a stalled store is noticed.
-        compression: Of what a Flight store is sent: one of `fletcher.config.server.COMPRESSIONS`.
+        compression: Compression of rows sent to a Flight store; one of
+            `fletcher.config.network.COMPRESSIONS`.
+        message_bytes: Approximate size of a message to a Flight store; None: its default.
 
     Raises:
         ConfigError: The address is none of these.
@@ -30,14 +42,22 @@ def open_store(address: str, *, timeout_s: float = 60.0, compression: str = "non
     folder = folder_of(address)
     if folder is not None:
         if scheme == "lance":
-            from fletcher.stores.lance import LanceStore
+            from fletcher.stores.lance.store import LanceStore
 
             return LanceStore(folder)
         from fletcher.stores.parquet import ParquetStore
 
         return ParquetStore(folder)
     if colon and scheme in ("grpc", "grpcs"):
-        return _flight(address, timeout_s, compression)
+        from fletcher.stores.flight.connection import MESSAGE_BYTES
+        from fletcher.stores.flight.store import FlightStore
+
+        return FlightStore(
+            _flight_address(address),
+            timeout_s=timeout_s,
+            compression=compression,
+            message_bytes=message_bytes or MESSAGE_BYTES,
+        )
     raise _bad(address)
 
 
@@ -48,22 +68,17 @@ def folder_of(address: str) -> Path | None:
     return Path(rest).expanduser().absolute() if embedded else None
 
 
-def _flight(address: str, timeout_s: float, compression: str) -> Store:
-    from fletcher.stores.flight import FlightStore
+def _flight_address(address: str) -> FlightStoreAddress:
+    from fletcher.stores.flight.connection import FlightStoreAddress
 
     try:
-        parts = urlsplit(address)
-        host, port = parts.hostname, parts.port
-        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-        options = dict(query)
+        data = FlightAddress.from_uri(address)
+        options = dict(data.options)
         meta = int(options.pop("meta")) if "meta" in options else None
     except ValueError:
         raise _bad(address) from None
     profile = options.pop("profile", "auto")
-    extra = parts.path not in ("", "/") or parts.username is not None or parts.fragment
-    if not host or not port or options or extra or len(query) != len(set(dict(query))):
-        raise _bad(address)
-    if meta is not None and not 0 < meta < 65536:
+    if options or (meta is not None and not 0 < meta < 65536):
         raise _bad(address)
     if profile not in PROFILES:
         raise ConfigError(
@@ -72,16 +87,11 @@ def _flight(address: str, timeout_s: float, compression: str) -> Store:
             field="store",
             allowed=PROFILES,
         )
-    scheme = "grpc+tls" if parts.scheme == "grpcs" else "grpc+tcp"
-    shown = f"[{host}]" if ":" in host else host
-    return FlightStore(
-        address,
-        data_uri=f"{scheme}://{shown}:{port}",
-        meta_uri=f"{scheme}://{shown}:{meta}" if meta is not None else None,
-        default_meta_uri=f"{scheme}://{shown}:{port + 1}",
+    return FlightStoreAddress(
+        text=address,
+        data=data,
+        meta=data.with_port(meta) if meta is not None else None,
         profile=profile,
-        timeout_s=timeout_s,
-        compression=compression,
     )
 
 

@@ -1,4 +1,4 @@
-"""Conditions on rows: from Longbow's JSON, to SQL for LanceDB, to expressions for Parquet."""
+"""Conditions on rows, as Longbow's JSON, SQL for LanceDB, and expressions for Parquet."""
 
 from __future__ import annotations
 
@@ -6,72 +6,14 @@ import datetime as dt
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from fletcher.errors import ColumnTypeError, InvalidCommandError
-from fletcher.stores.base import Filter, Operator
+from fletcher.errors import ColumnTypeError
+from fletcher.stores.base import Filter
 from fletcher.stores.schemas import check_columns
-
-OPERATORS: dict[str, Operator] = {
-    **{name: name for name in get_args(Operator)},
-    "==": "=",
-    "eq": "=",
-    "neq": "!=",
-    "gt": ">",
-    "lt": "<",
-    "ge": ">=",
-    "le": "<=",
-}
-MAX_FILTERS = 1000
-MAX_DEPTH = 16
-
-
-def parse_filters(items: Any, depth: int = 0) -> tuple[Filter, ...]:
-    """Filters from decoded JSON: `[{"field", "operator"|"op", "value", "logic", "filters"}]`.
-
-    Raises:
-        InvalidCommandError: Anything else.
-    """
-    if items is None:
-        return ()
-    if not isinstance(items, list) or len(items) > MAX_FILTERS or depth > MAX_DEPTH:
-        raise InvalidCommandError(
-            f"`filters` is {_shown(items)}, expected a list of at most {MAX_FILTERS} objects, "
-            f"nested at most {MAX_DEPTH} deep",
-            field="filters",
-        )
-    return tuple(_parse(item, depth) for item in items)
-
-
-def _parse(item: Any, depth: int) -> Filter:
-    if not isinstance(item, dict):
-        raise InvalidCommandError(
-            f"`filters` holds {_shown(item)}, expected an object with `field`, `operator`, `value`",
-            field="filters",
-        )
-    nested = parse_filters(item.get("filters"), depth + 1)
-    name = item.get("field", "")
-    operator = OPERATORS.get(str(item.get("operator", item.get("op", "="))).lower())
-    logic = str(item.get("logic") or "and").lower()
-    if not isinstance(name, str) or not (name or nested):
-        raise InvalidCommandError("a filter has no `field`; name a column", field="filters")
-    if operator is None:
-        raise InvalidCommandError(
-            f"`operator` is {_shown(item.get('operator', item.get('op')))}, expected one of "
-            f"{', '.join(OPERATORS)}",
-            field="operator",
-            allowed=list(OPERATORS),
-        )
-    if logic not in ("and", "or"):
-        raise InvalidCommandError(
-            f"`logic` is {_shown(logic)}, expected `and` or `or`",
-            field="logic",
-            allowed=["and", "or"],
-        )
-    return Filter(name, operator, item.get("value"), "or" if logic == "or" else "and", nested)
 
 
 def to_json(filters: Sequence[Filter]) -> list[dict[str, Any]]:

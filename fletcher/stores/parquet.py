@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +20,17 @@ from fletcher.core.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.errors import ColumnTypeError, RequestError, StoreError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
-from fletcher.stores.lock import WriterLock
-from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
-from fletcher.stores.schemas import check_columns, check_compatible, check_storable, conform
-from fletcher.util.durable import make_folder, sync_path
+from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.lock import lock_dataset
+from fletcher.stores.schemas import (
+    check_columns,
+    check_compatible,
+    check_storable,
+    conform,
+    limited,
+)
+from fletcher.util.durable import atomic_path, make_folder, sync_path
+from fletcher.util.locks import FileLock
 
 # The schema of the first write, in the file that Parquet's readers know for it.
 _SCHEMA_FILE = "_common_metadata"
@@ -81,7 +86,7 @@ class ParquetStore:
                 "`batch_key` is missing: it names the Parquet file of a group", field="batch_key"
             )
         check_storable(schema)
-        lock = self._lock(dataset)
+        lock = lock_dataset(self._folder, dataset)
         folder = self._folder / dataset
         try:
             if mode == "overwrite" and folder.exists():
@@ -94,10 +99,11 @@ class ParquetStore:
                 check_compatible(dataset, stored, schema)
             else:
                 stored = schema
-                _write(folder / _SCHEMA_FILE, partial(pq.write_metadata, schema))
+                with atomic_path(folder / _SCHEMA_FILE) as temporary:
+                    pq.write_metadata(schema, temporary)
             # The files that are found there count: whoever made them may have died before that.
-            sync_path(str(folder))
-            sync_path(str(self._folder))
+            sync_path(folder)
+            sync_path(self._folder)
         except OSError as error:
             lock.release()
             raise _unavailable(dataset, error) from error
@@ -150,7 +156,7 @@ class ParquetStore:
             columns=wanted, filter=condition, batch_size=8192
         )
         out = pa.schema([schema.field(name) for name in wanted], metadata=schema.metadata)
-        return pa.RecordBatchReader.from_batches(out, _limited(rows.to_batches(), out, limit))
+        return pa.RecordBatchReader.from_batches(out, limited(rows.to_batches(), out, limit))
 
     def search(
         self,
@@ -172,11 +178,11 @@ class ParquetStore:
     def delete_dataset(self, name: str) -> None:
         """See `Store.delete_dataset`."""
         check_dataset(name)
-        lock = self._lock(name)
+        lock = lock_dataset(self._folder, name)
         try:
             self._schema(name)
             shutil.rmtree(self._folder / name)
-            sync_path(str(self._folder))
+            sync_path(self._folder)
         except OSError as error:
             raise _unavailable(name, error) from error
         finally:
@@ -192,12 +198,6 @@ class ParquetStore:
     def _forget(self, writer: ParquetWriter) -> None:
         with self._mutex:
             self._writers.discard(writer)
-
-    def _lock(self, dataset: str) -> WriterLock:
-        try:
-            return WriterLock(self._folder / f".{dataset}.lock", dataset)
-        except OSError as error:
-            raise _unavailable(dataset, error) from error
 
     def _files(self, dataset: str) -> list[Path]:
         return sorted((self._folder / dataset).glob(f"*{_SUFFIX}"))
@@ -217,7 +217,7 @@ class ParquetWriter:
         self,
         folder: Path,
         dataset: str,
-        lock: WriterLock,
+        lock: FileLock,
         *,
         schema: pa.Schema,
         on_close: Callable[[ParquetWriter], None],
@@ -247,7 +247,8 @@ class ParquetWriter:
         for key in self.missing_keys(keys):
             group = table.filter(pc.equal(table.column("batch_key"), key)) if keys[1:] else table
             try:
-                _write(self._path(key), partial(pq.write_table, group))
+                with atomic_path(self._path(key)) as temporary:
+                    pq.write_table(group, temporary)
             except OSError as error:
                 raise _unavailable(self._dataset, error) from error
         return False
@@ -271,32 +272,6 @@ class ParquetWriter:
                 field="batch_key",
             )
         return self._folder / f"{key}{_SUFFIX}"
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file so that it is there in full or not at all, whatever dies when."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        sync_path(str(temporary))
-        os.replace(temporary, path)  # noqa: PTH105 - the three steps read best side by side
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_path(str(path.parent))
-
-
-def _limited(
-    batches: Iterator[pa.RecordBatch], schema: pa.Schema, limit: int | None
-) -> Iterator[pa.RecordBatch]:
-    left = limit
-    for batch in batches:
-        if left is not None and left <= 0:
-            return
-        part = batch if left is None else batch.slice(0, left)
-        left = None if left is None else left - part.num_rows
-        if part.num_rows:
-            yield pa.RecordBatch.from_arrays(part.columns, schema=schema)
 
 
 def _unavailable(dataset: str, error: OSError) -> StoreUnavailableError:

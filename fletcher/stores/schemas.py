@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import pyarrow as pa
 
@@ -247,3 +249,29 @@ def last_of_each_id(table: pa.Table) -> pa.Table:
     if len(last) == table.num_rows:
         return table
     return table.take(np.sort(last.to_numpy()))
+
+
+def limited(
+    batches: Iterable[pa.RecordBatch], schema: pa.Schema, limit: int | None
+) -> Iterator[pa.RecordBatch]:
+    """The first `limit` rows with the columns of `schema`, in its order; None: all rows."""
+    if limit == 0:
+        return
+    for batch in batches:
+        part = batch if limit is None else batch.slice(0, limit)
+        yield pa.RecordBatch.from_arrays(
+            [part.column(name) for name in schema.names], schema=schema
+        )
+        if limit is not None:
+            limit -= part.num_rows
+            if limit == 0:
+                return
+
+
+def count_batch_keys(batch: pa.RecordBatch) -> dict[str, int]:
+    """Number of rows by `batch_key`; empty for a batch without that column."""
+    if "batch_key" not in batch.schema.names:
+        return {}
+    counts = batch.column("batch_key").drop_null().value_counts()
+    keys, numbers = counts.field("values"), counts.field("counts")
+    return dict(zip(keys.to_pylist(), numbers.to_pylist(), strict=True))

@@ -20,21 +20,27 @@ from pyarrow import flight
 from fletcher.core.command import check_dataset
 from fletcher.errors import (
     ConfigError,
-    FletcherError,
-    InternalError,
     InvalidCommandError,
     SetupError,
+    StoreError,
     UnknownColumnError,
 )
+from fletcher.net.flight_errors import to_flight_error
 from fletcher.net.ports import check_port
-from fletcher.stores import wire
+from fletcher.stores import protocol
 from fletcher.stores.base import DatasetInfo
-from fletcher.stores.lance import LanceStore
-from fletcher.stores.lock import ServerLock
-from fletcher.stores.nearest import unknown_dataset
-from fletcher.storeserver.actions import Actions, DoGetTicket, Query
-from fletcher.storeserver.group_commit import Ingest
-from fletcher.storeserver.upload_call import Acks, UploadCall
+from fletcher.stores.exact_search import unknown_dataset
+from fletcher.stores.lance.store import LanceStore
+from fletcher.storeserver.actions import Actions, answer_action
+from fletcher.storeserver.ingest import Ingest
+from fletcher.storeserver.requests import (
+    DoGetRequest,
+    SearchRequest,
+    convert_request,
+    to_filters,
+)
+from fletcher.storeserver.upload_call import AckWriter, read_groups
+from fletcher.util.locks import FileLock
 
 _log = logging.getLogger(__name__)
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
@@ -58,13 +64,10 @@ def _guarded(handler: _Handler) -> _Handler:
 
 
 def _flight_error(error: Exception) -> flight.FlightError:
-    if isinstance(error, FletcherError):
-        return wire.to_flight(error)
     if isinstance(error, pa.ArrowInvalid):
-        # What could not be decoded; Arrow's words name no file.
-        return wire.to_flight(InvalidCommandError(f"the stream cannot be read: {str(error)[:300]}"))
-    _log.error("a store call failed", exc_info=error)
-    return wire.to_flight(InternalError("the store failed; its log says why"))
+        # A stream that cannot be decoded; Arrow's message names no file.
+        error = InvalidCommandError(f"the stream cannot be read: {str(error)[:300]}")
+    return to_flight_error(error, _log)
 
 
 class StoreServer:
@@ -92,7 +95,7 @@ class StoreServer:
         check_port(host, port)
         check_port(host, meta_port, field="meta_port")
         self._store = LanceStore(folder)
-        self._lock = ServerLock(folder)
+        self._lock = _lock_folder(folder)
         try:
             self._start(folder, host, port, meta_port)
         except BaseException:
@@ -153,30 +156,25 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
 
     @_guarded
     def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> list[Any]:
-        handler = self._handlers.get(action.type)
-        if handler is None:
-            raise InvalidCommandError(
-                f"there is no action {action.type[:100]!r}; there are {', '.join(self._handlers)}",
-                field="action",
-                allowed=list(self._handlers),
-            )
-        body = wire.decode_object(action.body.to_pybytes(), f"the action {action.type}")
-        return [flight.Result(result) for result in handler[1](body)]
+        body = action.body.to_pybytes()
+        return [flight.Result(one) for one in answer_action(self._handlers, action.type, body)]
 
     @_guarded
     def list_actions(self, context: flight.ServerCallContext) -> list[tuple[str, str]]:
-        return [(name, about) for name, (about, _) in self._handlers.items()]
+        return [(name, action.about) for name, action in self._handlers.items()]
 
     @_guarded
     def do_get(
         self, context: flight.ServerCallContext, ticket: flight.DoGetTicket
     ) -> flight.FlightDataStream:
-        asked = DoGetTicket.parse(ticket.ticket)
-        if asked.search is not None:
-            found = self._actions.search(asked.search)
-            return flight.RecordBatchStream(found)
+        request = DoGetRequest.from_ticket(ticket.ticket)
+        if request.search is not None:
+            return flight.RecordBatchStream(self._actions.search_rows(request.search))
         rows = self._store.scan(
-            asked.dataset, columns=asked.columns, filters=asked.filters, limit=asked.limit
+            request.dataset,
+            columns=request.columns,
+            filters=to_filters(request.filters),
+            limit=request.limit,
         )
         return flight.GeneratorStream(rows.schema, _guarded_batches(rows))
 
@@ -204,8 +202,7 @@ class _DataServer(_Server):
             notice = {"status": "slow_down", "reason": "wal_pressure"}
             writer.write(json.dumps(notice).encode())
         pending: list[Future[int]] = []
-        upload = UploadCall(self._ingest, dataset)
-        for _, _, done in upload.read(reader, context):
+        for _, _, done in read_groups(self._ingest, dataset, reader, context):
             pending.append(done)
             while pending and pending[0].done():
                 pending.pop(0).result()
@@ -221,7 +218,7 @@ class _DataServer(_Server):
         writer: flight.MetadataRecordBatchWriter,
     ) -> None:
         path = [part.decode(errors="replace") for part in descriptor.path or ()]
-        if len(path) == 2 and path[0] == wire.INGEST:
+        if len(path) == 2 and path[0] == protocol.INGEST:
             check_dataset(path[1])
             self._exchange_ingest(context, path[1], reader, writer)
         elif descriptor.command == b"VectorSearch":
@@ -229,9 +226,9 @@ class _DataServer(_Server):
         else:
             raise InvalidCommandError(
                 "this DoExchange names nothing to do; give the path "
-                f"[{wire.INGEST!r}, dataset] or the command VectorSearch",
+                f"[{protocol.INGEST!r}, dataset] or the command VectorSearch",
                 field="descriptor",
-                allowed=[wire.INGEST, "VectorSearch"],
+                allowed=[protocol.INGEST, "VectorSearch"],
             )
 
     def _exchange_ingest(
@@ -241,10 +238,10 @@ class _DataServer(_Server):
         reader: flight.MetadataRecordBatchReader,
         writer: flight.MetadataRecordBatchWriter,
     ) -> None:
-        acks = Acks(writer)
+        acks = AckWriter(writer)
         try:
-            for batch_id, rows, done in UploadCall(self._ingest, dataset).read(reader, context):
-                acks.put(batch_id, rows, done)
+            for batch_id, rows, done in read_groups(self._ingest, dataset, reader, context):
+                acks.queue_ack(batch_id, rows, done)
         finally:
             acks.close()
         if acks.error is not None:
@@ -257,8 +254,8 @@ class _DataServer(_Server):
         for chunk in reader:
             if chunk.data is None:
                 continue
-            for query in _queries(chunk.data):
-                found = self._actions.search(query).combine_chunks()
+            for request in _search_requests(chunk.data):
+                found = self._actions.search_rows(request).combine_chunks()
                 if not begun:
                     writer.begin(found.schema)
                     begun = True
@@ -305,8 +302,8 @@ class _MetaServer(_Server):
         )
 
 
-def _queries(batch: pa.RecordBatch) -> Iterator[Query]:
-    """The searches of a VectorSearch batch, one a row."""
+def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
+    """The searches of a VectorSearch batch, one per row."""
     for name in ("dataset", "query_vector"):
         if name not in batch.schema.names:
             raise UnknownColumnError(
@@ -316,13 +313,26 @@ def _queries(batch: pa.RecordBatch) -> Iterator[Query]:
                 allowed=["dataset", "k", "ef", "query_vector"],
             )
     for row in batch.to_pylist():
-        yield Query.from_json(
-            {
-                "dataset": row["dataset"],
-                "vector": row["query_vector"],
-                **({"k": row["k"]} if row.get("k") is not None else {}),
-            }
-        )
+        fields = {"dataset": row["dataset"], "vector": row["query_vector"]}
+        if row.get("k") is not None:
+            fields["k"] = row["k"]
+        yield convert_request(SearchRequest, fields, "a row of VectorSearch")
+
+
+def _lock_folder(folder: Path) -> FileLock:
+    """Takes the right to serve a folder; a writer of one of its datasets has its own lock."""
+    try:
+        return FileLock(folder / ".lock")  # no dataset's lock, since a dataset has a name
+    except BlockingIOError:
+        raise StoreError(
+            f"the folder {folder} is served by another `fletcher store`; use that one, or "
+            "give this one a `path` of its own",
+            field="path",
+        ) from None
+    except OSError as error:
+        raise StoreError(
+            f"the folder {folder} cannot be locked: {error.strerror}", field="path"
+        ) from None
 
 
 def _guarded_batches(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import threading
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
@@ -20,8 +20,10 @@ from fletcher.errors import (
     InvalidCommandError,
     UnknownColumnError,
 )
-from fletcher.stores.base import WriteMode
-from fletcher.storeserver.group_commit import CommitStream, Ingest
+from fletcher.stores.protocol import GroupHeader
+from fletcher.storeserver.group_committer import CommitStream
+from fletcher.storeserver.ingest import Ingest
+from fletcher.storeserver.requests import decode_request
 
 _log = logging.getLogger(__name__)
 
@@ -30,63 +32,65 @@ MAX_GROUP_BYTES = 512 << 20
 MAX_UNREAD_ACKS = 1024
 
 
-class UploadCall:
-    """One stream of rows: checked, grouped by what its client says, handed to the ingest."""
+def read_groups(
+    ingest: Ingest,
+    dataset: str,
+    reader: flight.MetadataRecordBatchReader,
+    context: flight.ServerCallContext,
+) -> Iterator[tuple[int, int, Future[int]]]:
+    """Checks the rows of an upload call and submits them to the ingest, group by group.
 
-    def __init__(self, ingest: Ingest, dataset: str) -> None:
-        self._ingest = ingest
-        self._dataset = dataset
-        self._stream = CommitStream()
-        self._group: list[pa.RecordBatch] = []
-        self._group_rows = 0
+    Yields:
+        Every message's number, its number of rows, and the future of its commit. Messages of a
+        group (see `GroupHeader`) share a future and follow once all rows of the group have arrived.
 
-    def read(
-        self, reader: flight.MetadataRecordBatchReader, context: flight.ServerCallContext
-    ) -> Iterator[tuple[int, int, Future[int]]]:
-        """Every message's number, its rows, and the future of its commit.
-
-        Messages of a group (`{"group_rows": N, "mode": ...}` in their metadata) share one future
-        and are given out when all N rows are there. A group that does not get whole is dropped.
-        """
-        waiting: list[tuple[int, int]] = []
-        number = 0
-        for chunk in reader:
-            if chunk.data is None:
-                continue
-            batch = chunk.data
-            _check_rows(batch)
-            group_rows, mode = _group(chunk.app_metadata)
-            self._group.append(batch)
-            self._group_rows += batch.num_rows
-            waiting.append((number, batch.num_rows))
-            number += 1
-            if group_rows is not None and self._group_rows < group_rows:
-                if sum(one.nbytes for one in self._group) > MAX_GROUP_BYTES:
-                    raise BatchTooLargeError(
-                        f"a group of rows is over {MAX_GROUP_BYTES >> 20} MiB; send smaller groups"
-                    )
-                continue
-            done = self._ingest.submit(
-                self._dataset,
-                self._group,
-                mode=mode,
-                whole=group_rows is not None,
-                stream=self._stream,
-                given_up=context.is_cancelled,
-            )
-            for batch_id, rows in waiting:
-                yield batch_id, rows, done
-            self._group, self._group_rows, waiting = [], 0, []
-        if self._group and not context.is_cancelled():
-            raise InvalidCommandError(
-                f"the stream ended within a group: {self._group_rows} rows came of those that "
-                "`group_rows` announced; none of them is stored",
-                field="group_rows",
-            )
+    Raises:
+        InvalidCommandError: Damaged rows, a malformed header, or an incomplete group at the end,
+            of which nothing is stored.
+        BatchTooLargeError: A group is larger than MAX_GROUP_BYTES.
+        FletcherError: As `Ingest.submit_rows`.
+    """
+    stream = CommitStream()
+    group: list[pa.RecordBatch] = []
+    waiting: list[tuple[int, int]] = []
+    number = 0
+    for chunk in reader:
+        if chunk.data is None:
+            continue
+        _check_rows(chunk.data)
+        header = _header(chunk.app_metadata)
+        group.append(chunk.data)
+        waiting.append((number, chunk.data.num_rows))
+        number += 1
+        announced = header.group_rows
+        if announced is not None and sum(rows for _, rows in waiting) < announced:
+            if sum(one.nbytes for one in group) > MAX_GROUP_BYTES:
+                raise BatchTooLargeError(
+                    f"a group of rows is over {MAX_GROUP_BYTES >> 20} MiB; send smaller groups"
+                )
+            continue
+        done = ingest.submit_rows(
+            dataset,
+            group,
+            mode=header.mode,
+            whole=announced is not None,
+            stream=stream,
+            is_cancelled=context.is_cancelled,
+        )
+        for batch_id, num_rows in waiting:
+            yield batch_id, num_rows, done
+        group, waiting = [], []
+    if group and not context.is_cancelled():
+        received = sum(num_rows for _, num_rows in waiting)
+        raise InvalidCommandError(
+            f"the stream ended within a group: {received} rows came of those that `group_rows` "
+            "announced; none of them is stored",
+            field="group_rows",
+        )
 
 
-class Acks:
-    """Writes acknowledgements in order from a thread of its own, as commits end."""
+class AckWriter:
+    """Writes acknowledgements in order, on a thread of its own, as commits end."""
 
     def __init__(self, writer: flight.MetadataRecordBatchWriter) -> None:
         self.error: Exception | None = None
@@ -95,14 +99,14 @@ class Acks:
         self._thread = threading.Thread(target=self._loop, name="acks", daemon=True)
         self._thread.start()
 
-    def put(self, batch_id: int, rows: int, done: Future[int]) -> None:
-        """Promises an acknowledgement; raises what became of an earlier one."""
+    def queue_ack(self, batch_id: int, rows: int, done: Future[int]) -> None:
+        """Queues an acknowledgement; raises the error of an earlier one."""
         if self.error is not None:
             raise self.error
         self._queue.put((batch_id, rows, done))
 
     def close(self) -> None:
-        """Waits until all that was promised is written."""
+        """Waits until all queued acknowledgements are written."""
         self._queue.put(None)
         self._thread.join()
 
@@ -113,26 +117,26 @@ class Acks:
             batch_id, rows, done = item
             try:
                 done.result()
-                self._write({"status": "acked", "batch_id": batch_id, "rows": rows})
+                self._write_ack({"status": "acked", "batch_id": batch_id, "rows": rows})
             except Exception as error:  # noqa: BLE001 - raised by the handler
                 self.error = error
                 if isinstance(error, FletcherError):
-                    # The handler may be blocked in a read; a client that waits for this
-                    # acknowledgement has to hear of it now.
-                    self._refuse(batch_id, error)
+                    # The handler may be blocked in a read, and the client may wait for this
+                    # acknowledgement, so it is told now.
+                    self._write_refusal(batch_id, error)
 
-    def _refuse(self, batch_id: int, error: FletcherError) -> None:
+    def _write_refusal(self, batch_id: int, error: FletcherError) -> None:
         try:
-            self._write({"status": "error", "batch_id": batch_id, **error.to_dict()})
+            self._write_ack({"status": "error", "batch_id": batch_id, **error.to_dict()})
         except pa.ArrowException as gone:
             _log.info("the client of a refused batch is gone: %s", gone)
 
-    def _write(self, ack: dict[str, Any]) -> None:
-        self._writer.write_metadata(json.dumps(ack).encode())
+    def _write_ack(self, ack: dict[str, Any]) -> None:
+        self._writer.write_metadata(msgspec.json.encode(ack))
 
 
 def _check_rows(batch: pa.RecordBatch) -> None:
-    """Refuses rows that no search could find, and arrays that are not what they say."""
+    """Refuses rows that no search could find, and arrays whose buffers are inconsistent."""
     try:
         batch.validate(full=True)
     except pa.ArrowInvalid as error:
@@ -159,25 +163,17 @@ def _check_rows(batch: pa.RecordBatch) -> None:
             f"`vector` is {vector_type}, expected a fixed size list of numbers", field="vector"
         )
     if "batch_key" in names and not pa.types.is_string(batch.schema.field("batch_key").type):
-        raise ColumnTypeError("`batch_key` is no utf8", field="batch_key")
+        kind = batch.schema.field("batch_key").type
+        raise ColumnTypeError(f"`batch_key` is {kind}, expected utf8", field="batch_key")
 
 
-def _group(metadata: pa.Buffer | None) -> tuple[int | None, WriteMode]:
-    """(rows of the group that a message belongs to, mode) of a message's metadata."""
-    if metadata is None or not metadata.size:
-        return None, "append"
+def _header(metadata: pa.Buffer | None) -> GroupHeader:
+    """The header in a message's metadata; metadata without its fields means nothing."""
+    raw = metadata.to_pybytes() if metadata is not None else b""
     try:
-        fields = json.loads(metadata.to_pybytes())
+        fields = msgspec.json.decode(raw)
     except (ValueError, RecursionError):
         fields = None
-    # Longbow reads no metadata, so what is not ours means nothing.
-    if not isinstance(fields, dict):
-        return None, "append"
-    rows, mode = fields.get("group_rows"), fields.get("mode", "append")
-    if mode not in ("append", "upsert", "overwrite"):
-        raise InvalidCommandError(
-            f"`mode` is {str(mode)[:100]!r}",
-            field="mode",
-            allowed=["append", "upsert", "overwrite"],
-        )
-    return (rows if type(rows) is int and rows >= 0 else None), mode
+    if not isinstance(fields, dict) or not fields.keys() & {"group_rows", "mode"}:
+        return GroupHeader()
+    return decode_request(GroupHeader, raw, "the metadata of the rows")

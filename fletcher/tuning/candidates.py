@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fletcher.config.server import ServeConfig
+from fletcher.config.engine import EngineConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo, Resolution, resolve
@@ -19,27 +19,9 @@ BACKENDS = ("openvino", "onnxruntime")
 PRECISIONS = ("bfloat16", "float16", "float32")
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the options fix; `auto` and 0 leave it open. Fields as those of ServeConfig."""
-
-    device: str = "auto"
-    backend: str = "auto"
-    precision: str = "auto"
-    threads: int = 0
-    max_batch_tokens: int = 0
-    replicas_per_device: int = 0
-    gpu_memory: int = 0
-    cuda_graphs: bool = False
-
-    @classmethod
-    def of(cls, config: ServeConfig) -> Asked:
-        """Those options of a server's configuration."""
-        return cls(**{spec.name: getattr(config, spec.name) for spec in dataclasses.fields(cls)})
-
-    def by_rule(self, host: HostInfo, bundle_folder: Path) -> Resolution:
-        """What the rules make of it. Raises as `fletcher.inference.devices.resolve`."""
-        return resolve(host=host, bundle_folder=bundle_folder, **dataclasses.asdict(self))
+def resolve_by_rule(asked: EngineConfig, host: HostInfo, bundle_folder: Path) -> Resolution:
+    """The replicas that the rules make of the options. Raises as `inference.devices.resolve`."""
+    return resolve(host=host, bundle_folder=bundle_folder, **dataclasses.asdict(asked))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +68,14 @@ class TuningCandidate:
         return f"{self.engine} on {self.replicas}, {self.max_batch_tokens} tokens a run"
 
 
-def engines(asked: Asked, host: HostInfo, bundle_folder: Path) -> list[TuningCandidate]:
+def engines(asked: EngineConfig, host: HostInfo, bundle_folder: Path) -> list[TuningCandidate]:
     """Every device, backend and precision that may be had, arranged by rule; the rules' own first.
 
     Raises:
         ConfigError: As `resolve`.
         BackendError: As `resolve`: nothing can run what was asked.
     """
-    found = [asked.by_rule(host, bundle_folder)]
+    found = [resolve_by_rule(asked, host, bundle_folder)]
     for device in ("cuda", "cpu") if asked.device == "auto" else (asked.device,):
         for backend in BACKENDS if asked.backend == "auto" else (asked.backend,):
             for precision in PRECISIONS if asked.precision == "auto" else (asked.precision,):
@@ -101,11 +83,11 @@ def engines(asked: Asked, host: HostInfo, bundle_folder: Path) -> list[TuningCan
                     asked, device=device, backend=backend, precision=precision
                 )
                 with contextlib.suppress(BackendError):  # not to be had here
-                    found.append(one.by_rule(host, bundle_folder))
+                    found.append(resolve_by_rule(one, host, bundle_folder))
     return list(dict.fromkeys(TuningCandidate(tuple(one.configs)) for one in found))
 
 
-def arrangements(engine: TuningCandidate, asked: Asked) -> list[TuningCandidate]:
+def arrangements(engine: TuningCandidate, asked: EngineConfig) -> list[TuningCandidate]:
     """One engine in fewer or more processes, with smaller or larger runs; as it is first."""
     tokens = engine.max_batch_tokens
     budgets = (tokens,) if asked.max_batch_tokens else (tokens, tokens // 2, tokens * 2)
@@ -117,7 +99,7 @@ def arrangements(engine: TuningCandidate, asked: Asked) -> list[TuningCandidate]
 
 
 def _processes(
-    configs: tuple[BackendConfig, ...], asked: Asked
+    configs: tuple[BackendConfig, ...], asked: EngineConfig
 ) -> Iterator[tuple[BackendConfig, ...]]:
     yield configs
     first = configs[0]

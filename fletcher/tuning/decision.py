@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fletcher.config.engine import EngineConfig
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tuning import record
-from fletcher.tuning.candidates import Asked
+from fletcher.tuning.candidates import resolve_by_rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Decision:
         return about
 
 
-def decide(home: Path, asked: Asked, host: HostInfo, bundle: ModelBundle) -> Decision:
+def decide(home: Path, asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Decision:
     """Reads what `fletcher tune` found for the same question; measures nothing itself.
 
     Args:
@@ -52,7 +53,7 @@ def decide(home: Path, asked: Asked, host: HostInfo, bundle: ModelBundle) -> Dec
         ConfigError: As `fletcher.inference.devices.resolve`.
         BackendError: As `fletcher.inference.devices.resolve`.
     """
-    rule = asked.by_rule(host, bundle.folder)
+    rule = resolve_by_rule(asked, host, bundle.folder)
     if asked.backend == "null":
         return Decision(rule.configs, rule.reason)
     found = record.load(home, record.Key.of(asked, host, bundle), bundle)

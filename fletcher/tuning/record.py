@@ -16,12 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fletcher.config.engine import EngineConfig
 from fletcher.errors import ConfigError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.spec import MANIFEST
-from fletcher.tuning.candidates import BACKENDS, PRECISIONS, Asked, TuningCandidate
+from fletcher.tuning.candidates import BACKENDS, PRECISIONS, TuningCandidate
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Key:
     holds: Mapping[str, str]
 
     @classmethod
-    def of(cls, asked: Asked, host: HostInfo, bundle: ModelBundle) -> Key:
+    def of(cls, asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Key:
         """The key of a question that is asked on a host of a model."""
         versions = {"fletcher": "longbow-fletcher", **{name: name for name in _ENGINES}}
         return cls(

@@ -6,11 +6,12 @@ import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
 
+from fletcher.config.engine import EngineConfig
 from fletcher.core.batches import FloatArray
 from fletcher.errors import BackendError, ConfigError
 from fletcher.inference.devices import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.tuning.candidates import Asked, TuningCandidate, arrangements, engines
+from fletcher.tuning.candidates import TuningCandidate, arrangements, engines, resolve_by_rule
 from fletcher.tuning.record import Key, Record, save
 from fletcher.tuning.replica_group import ProcessReplicaGroup
 from fletcher.tuning.sample_texts import SampleTexts
@@ -47,7 +48,7 @@ class TuningReport:
 
 def tune(
     home: Path,
-    asked: Asked,
+    asked: EngineConfig,
     host: HostInfo,
     bundle: ModelBundle,
     progress: Progress,
@@ -106,8 +107,8 @@ def _reference(
         ModelError: The model is damaged.
     """
     backend = "onnxruntime" if host.onnxruntime else "openvino"
-    asked = Asked(device="cpu", backend=backend, precision="float32")
-    candidate = TuningCandidate(tuple(asked.by_rule(host, bundle.folder).configs))
+    asked = EngineConfig(device="cpu", backend=backend, precision="float32")
+    candidate = TuningCandidate(tuple(resolve_by_rule(asked, host, bundle.folder).configs))
     progress(f"reference: {candidate.engine} on {candidate.replicas}")
     group = start(candidate.configs)
     try:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fletcher.config.server import DISPATCHES
+from fletcher.config.engine import DISPATCHES
 
 STRATEGIES = DISPATCHES
 

@@ -6,8 +6,9 @@ All of it is arithmetic on what it is told, without a clock, a thread or a proce
 from __future__ import annotations
 
 import math
-import random
 from typing import Literal
+
+from fletcher.util.backoff import Backoff
 
 State = Literal["healthy", "degraded", "ejected"]
 
@@ -23,8 +24,8 @@ _FAILURES_TO_EJECT = 3
 _SLOW, _NOT_SLOW = 3.0, 1.5
 _FAILING, _NOT_FAILING = 0.3, 0.1
 
-_BACKOFF_FIRST_S = 0.5
-_BACKOFF_LONGEST_S = 30.0
+# Before a worker that failed is started again; the first time at once.
+RESTART_BACKOFF = Backoff(first_s=0.5, longest_s=30.0)
 
 
 class Health:
@@ -100,15 +101,3 @@ class Health:
             self.state = "degraded"
         elif self._failing < _NOT_FAILING and slowness < _NOT_SLOW:
             self.state = "healthy"
-
-
-def backoff_s(num_failures: int, rng: random.Random) -> float:
-    """How long to wait before a worker that failed so often in a row is started again.
-
-    None at first; then doubled each time up to 30 s, less up to half of it by chance, so that
-    workers that failed together do not all load at once.
-    """
-    if num_failures <= 0:
-        return 0.0
-    longest = min(_BACKOFF_FIRST_S * 2.0 ** min(num_failures - 1, 16), _BACKOFF_LONGEST_S)
-    return longest * rng.uniform(0.5, 1.0)

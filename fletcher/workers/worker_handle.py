@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from fletcher.errors import BackendError, InternalError
-from fletcher.workers.health import Health, backoff_s
+from fletcher.workers.health import RESTART_BACKOFF, Health
 from fletcher.workers.jobs import Job
 from fletcher.workers.messages import (
     Failure,
@@ -227,7 +227,7 @@ class WorkerHandle:
                 lived_s = time.monotonic() - started
             # A first death may be anything; one after the other is a reason to wait.
             num_failures = self._failures if self.failure else self._failures - 1
-            pause_s = backoff_s(num_failures, self._rng)
+            pause_s = RESTART_BACKOFF.delay_s(num_failures, self._rng.random())
             if lived_s > pause_s:  # it may have had nothing to answer
                 pause_s, self._failures = 0.0, 0
             closing.wait(pause_s)

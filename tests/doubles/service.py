@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from fletcher.config.model import OutputConfig
 from fletcher.core.batches import EmbeddingBatch
 from fletcher.errors import FletcherError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.pipeline.input.limits import IntakeLimits
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
-from fletcher.pipeline.vector_spec import OutputRules
 from fletcher.serving.admission import Admission
 from fletcher.serving.load_level import LoadMonitor, Signals
 from fletcher.serving.model_versions import ServedModel
@@ -159,7 +159,7 @@ class FakeService:
             answers=SimpleNamespace(),  # type: ignore[arg-type]
             load=load,
             telemetry=self.telemetry,
-            outputs=OutputRules(),
+            outputs=OutputConfig(),
         )
 
     def held(self) -> dict[str, int]:

@@ -232,8 +232,8 @@ def _fork_on_request(descriptor: int) -> None:
     import fletcher.cli.store
     import fletcher.inference.null
     import fletcher.runtime
-    import fletcher.stores.flight
-    import fletcher.stores.lance
+    import fletcher.stores.flight.store
+    import fletcher.stores.lance.store
     import fletcher.storeserver.server
     import fletcher.tokenization.worker
     import fletcher.workers.child  # noqa: F401

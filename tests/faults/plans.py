@@ -101,7 +101,7 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
         constants={
             "fletcher.runtime._COMMIT_ROWS": _some(most_rows, chance),
             "fletcher.delivery.journal.writer._SYNC_ROWS": _some(most_rows, chance),
-            "fletcher.stores.lance_writer.COMPACT_FRAGMENTS": chance.choice([3, 20]),
+            "fletcher.stores.lance.writer.COMPACT_FRAGMENTS": chance.choice([3, 20]),
         },
         transfer={
             "message_bytes": round(10 ** chance.uniform(3, 5)),

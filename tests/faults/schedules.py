@@ -22,12 +22,12 @@ import psutil
 import pyarrow as pa
 
 from fletcher.stores.address import open_store
+from tests.doubles.longbow import LongbowDouble
 from tests.faults.launching import Launcher, Process
 from tests.faults.ledger import MAX_ROW_BYTES, Ledger, Upload, entries
 from tests.faults.plans import Event, Schedule
 from tests.faults.powerloss import lose_power
 from tests.faults.rewrites import Rewritten
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.processes import eventually
 
 _READY = "listening on "

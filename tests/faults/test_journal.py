@@ -17,8 +17,8 @@ import pytest
 from pyarrow import flight
 
 from fletcher.delivery.journal.segment import Segment, read_segment
+from tests.doubles.longbow import LongbowDouble
 from tests.integration.flight_calls import TIMEOUT, action, command, error_of, put
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, batches, text_of
 from tests.integration.processes import Place, ServerProcess, eventually, is_steady, serving
 

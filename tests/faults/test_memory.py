@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
+from tests.doubles.longbow import LongbowDouble
 from tests.integration.flight_calls import action, command, exchange
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, rows
 from tests.integration.processes import Place, eventually, serving
 

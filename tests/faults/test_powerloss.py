@@ -12,13 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from fletcher.config.delivery import DeliveryConfig
+from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
 from fletcher.delivery.journal import writer as journal_writer
 from fletcher.delivery.journal.journal import GroupInfo, Journal, JournalSpace
-from fletcher.delivery.sink import JournalConfig
 from fletcher.stores.address import open_store
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.util.durable import sync_path
@@ -215,9 +215,11 @@ def test_what_was_settled_before_later_rows_of_another_file_that_replaced_it(
 @contextmanager
 def delivering(disk: Path, vectors: Path) -> Iterator[Delivery]:
     config = DeliveryConfig(
-        group_rows=10, commit_rows=100, group_delay_s=0, store_retry_s=30, slow_append_s=15
+        group_rows=10, commit_rows=100, group_delay_ms=0, store_retry_s=30, store_timeout_s=60
     )
-    journals = JournalConfig(disk / "home", 1 << 30, 1 << 20, 0.0)
+    journals = JournalConfig(
+        folder=disk / "home", max_bytes=1 << 30, segment_bytes=1 << 20, retention_s=0
+    )
     store = open_store(f"lance:{vectors}")
     delivery = Delivery({"default": store}, config, Telemetry(), journals)
     delivery.recover()

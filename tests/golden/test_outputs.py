@@ -15,6 +15,7 @@ import onnx
 import pyarrow.parquet as pq
 import pytest
 
+from fletcher.config.engine import EngineConfig
 from fletcher.core.batches import InferenceResult, MicroBatch, TextBatch
 from fletcher.errors import BackendError, ConfigError, ModelError
 from fletcher.inference.backend import BackendConfig
@@ -24,7 +25,6 @@ from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 from fletcher.models.onnx.packed import can_pack
 from fletcher.tokenization.tokenizer import Tokenizer
-from fletcher.tuning.candidates import Asked
 from fletcher.tuning.tuner import tune
 
 OUTPUTS = Path(__file__).parent / "outputs"
@@ -187,7 +187,7 @@ def test_what_is_for_dense_vectors_refuses_others(
     with pytest.raises(BackendError, match=f"null makes dense vectors, {name} gives"):
         resolve("cpu", "null", "auto", 0, host, bundle.folder)
     with pytest.raises(ConfigError, match=f"`model` {name} gives {bundle.output} vectors"):
-        tune(tmp_path, Asked(), host, bundle, print)
+        tune(tmp_path, EngineConfig(), host, bundle, print)
 
 
 def test_such_vectors_come_from_the_last_layer_alone(tmp_path: Path) -> None:

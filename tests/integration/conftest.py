@@ -42,12 +42,12 @@ def start_server(
                 "home": tiny_home,
                 "model": tiny_bundle.name,
                 "backend": "null",
-                "stores": (f"lance:{folder}",),
+                "store": (f"lance:{folder}",),
                 "group_delay_ms": 20,
-                "drain_timeout_s": 5,
+                "drain_timeout": 5,
                 "max_journal": 0,
             }
-            return servers.enter_context(Runtime(ServeConfig(**{**fields, **options})))
+            return servers.enter_context(Runtime(ServeConfig.from_options(**{**fields, **options})))
 
         yield start
 

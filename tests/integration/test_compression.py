@@ -17,10 +17,10 @@ from fletcher.core.command import EmbedCommand
 from fletcher.net import compression
 from fletcher.runtime import Runtime
 from fletcher.storeserver.server import StoreServer
+from tests.doubles.longbow import LongbowDouble
 from tests.doubles.proxy import Proxy
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import exchange
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, rows
 
 NUM_ROWS = 300
@@ -94,7 +94,7 @@ def test_rows_reach_flight_stores_compressed(
         with Proxy(int(target.rpartition(":")[2])) as proxy:
             query = query or f"meta={store.meta_port}"
             server = start_server(
-                stores=(f"{uri(proxy)}?{query}&profile={profile}",), store_compression=codec
+                store=(f"{uri(proxy)}?{query}&profile={profile}",), store_compression=codec
             )
             with fletcher.connect(server.address) as client:
                 assert client.put(data, "d").complete

@@ -21,9 +21,9 @@ from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.runtime import Runtime
 from fletcher.stores.address import open_store
 from fletcher.storeserver.server import StoreServer
+from tests.doubles.longbow import LongbowDouble
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, put
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, assert_every_row_once, rows, stored, text_of
 from tests.integration.processes import Place, eventually, serving
 
@@ -67,7 +67,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serve
 
 def config(stores: dict[str, Served], home: Path, **options: Any) -> dict[str, Any]:
     given = tuple(f"{one.name}={one.address}" for one in stores.values())
-    return {"stores": given, "home": home, "max_journal": 64 << 20, **options}
+    return {"store": given, "home": home, "max_journal": 64 << 20, **options}
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +169,18 @@ def test_what_was_acknowledged_is_durable_after_a_restart(
     def of(served: Served) -> dict[str, Any]:
         return {**upload, "store": served.name}
 
-    with Runtime(ServeConfig(**options)) as server, flight.connect(server.address) as client:
+    with (
+        Runtime(ServeConfig.from_options(**options)) as server,
+        flight.connect(server.address) as client,
+    ):
         for served in stores.values():
             assert (
                 put(client, batches, SCHEMA, dedupe="id", **of(served))[-1]["rows_durable"] == 900
             )
-    with Runtime(ServeConfig(**options)) as server, flight.connect(server.address) as client:
+    with (
+        Runtime(ServeConfig.from_options(**options)) as server,
+        flight.connect(server.address) as client,
+    ):
         for served in stores.values():
             assert action(client, "upload_status", of(served))["ranges"] == [[0, 899]]
             summary = put(client, batches, SCHEMA, end=900, dedupe="id", **of(served))[-1]

@@ -66,14 +66,14 @@ def engine(
     request: pytest.FixtureRequest, default_bundle: ModelBundle
 ) -> Iterator[tuple[Runtime, Tolerance]]:
     backend, precision, tolerance = request.param
-    config = ServeConfig(
+    config = ServeConfig.from_options(
         port=0,
         home=default_bundle.folder.parent.parent,
         model=default_bundle.name,
         backend=backend,
         precision=precision,
         device="cpu",
-        stores=("none",),
+        store=("none",),
     )
     runtime = Runtime(config)
     try:

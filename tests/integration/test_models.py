@@ -50,7 +50,9 @@ def home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> 
 def serving(home: Path, **options: Any) -> Iterator[Runtime]:
     fields = {"port": 0, "backend": "null", "model": "a", "max_journal": 0, "group_delay_ms": 20}
     stores = (f"lance:{home / 'vectors'}",)
-    with Runtime(ServeConfig(**{"home": home, "stores": stores, **fields, **options})) as server:
+    with Runtime(
+        ServeConfig.from_options(**{"home": home, "store": stores, **fields, **options})
+    ) as server:
         yield server
 
 

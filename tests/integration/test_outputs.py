@@ -85,7 +85,7 @@ def test_every_store_of_ours_takes_and_finds_them(
     if kind == "grpc":
         server = StoreServer(tmp_path, host="127.0.0.1", port=0, meta_port=0)
         address = server.address
-    runtime = start_server(stores=(address,))
+    runtime = start_server(store=(address,))
     with fletcher.connect(runtime.address) as client:
         summary = client.put(ROWS, EmbedCommand(dataset="d", dtype=dtype, durability="store"))
     assert (summary.complete, summary.rows_stored) == (True, 500)
@@ -117,7 +117,7 @@ def test_undeclared_dims_by_leave_of_the_server(
         "dims",
         ["32"],
     )
-    lax = start_server(allow_undeclared=True, stores=("none",))
+    lax = start_server(allow_undeclared=True, store=("none",))
     with fletcher.connect(lax.address) as client:
         short = client.embed(TEXTS, dims=12)
         np.testing.assert_allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
@@ -141,7 +141,7 @@ def test_exits_run_beside_each_other_and_are_told_apart(
         "device": "cpu",
         "backend": "onnxruntime",
         "threads": 1,
-        "stores": (store,),
+        "store": (store,),
         "max_journal": 0,
         "embedding_cache": 1 << 20,
     }
@@ -149,7 +149,10 @@ def test_exits_run_beside_each_other_and_are_told_apart(
     tokens = Tokenizer.load(registry.get("tiny").folder).encode(_texts(TEXTS[:40]))
     batch = MicroBatch(tokens.input_ids, tokens.token_count)
     expected = {one: backend.run(replace(batch, layers=one)).embeddings for one in (1, 2)}
-    with Runtime(ServeConfig(**fields)) as server, fletcher.connect(server.address) as client:
+    with (
+        Runtime(ServeConfig.from_options(**fields)) as server,
+        fletcher.connect(server.address) as client,
+    ):
 
         def one(layers: int | None) -> np.ndarray:
             return np.asarray(client.embed(TEXTS[:40], layers=layers))
@@ -189,11 +192,11 @@ def test_ranges_are_calibrated_once_and_kept_to(
         "model": "tiny",
         "backend": "null",
         "int8": "ranges",
-        "stores": (f"lance:{tmp_path / 'rows'}",),
+        "store": (f"lance:{tmp_path / 'rows'}",),
         "max_journal": 0,
     }
     with (
-        Runtime(ServeConfig(**fields)) as server,
+        Runtime(ServeConfig.from_options(**fields)) as server,
         fletcher.connect(server.address) as client,
         pytest.raises(fletcher.InvalidCommandError, match="fletcher model calibrate tiny"),
     ):
@@ -209,14 +212,17 @@ def test_ranges_are_calibrated_once_and_kept_to(
     assert main(["model", "calibrate", "tiny", str(sample)]) == 1
     assert "--replace" in capsys.readouterr().err
 
-    with Runtime(ServeConfig(**fields)) as server, fletcher.connect(server.address) as client:
+    with (
+        Runtime(ServeConfig.from_options(**fields)) as server,
+        fletcher.connect(server.address) as client,
+    ):
         by_range = embedded(client, dtype="int8")
         assert "scale" not in by_range.schema.names
         exact = client.embed(TEXTS, dtype="float32")
         assert cosines(fletcher.dequantize(by_range), exact).min() >= 0.998
         client.put(ROWS, EmbedCommand(dataset="d", dtype="int8", durability="store"))
     with (
-        Runtime(ServeConfig(**{**fields, "int8": "row"})) as server,
+        Runtime(ServeConfig.from_options(**{**fields, "int8": "row"})) as server,
         fletcher.connect(server.address) as client,
     ):
         assert "scale" in embedded(client, dtype="int8").schema.names

@@ -16,9 +16,9 @@ from fletcher.delivery import breaker
 from fletcher.runtime import Runtime
 from fletcher.serving.admission import RetryHints
 from fletcher.serving.load_level import LoadTiming
+from tests.doubles.longbow import LongbowDouble
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, exchange, put
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, rows
 from tests.integration.processes import eventually
 
@@ -51,9 +51,9 @@ def server(store: Away, start_server: StartServer, tiny_home: Path, tmp_path: Pa
     (tmp_path / "models").symlink_to(tiny_home / "models")
     return start_server(
         home=tmp_path,
-        stores=(f"{store.address}&profile=longbow",),
+        store=(f"{store.address}&profile=longbow",),
         max_journal=MAX_JOURNAL,
-        store_retry_s=60,
+        store_retry=60,
     )
 
 

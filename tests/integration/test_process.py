@@ -18,8 +18,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
+from tests.doubles.longbow import LongbowDouble
 from tests.integration.flight_calls import TIMEOUT, action, command, error_of, put
-from tests.integration.longbow_double import LongbowDouble
 from tests.integration.numbered import SCHEMA, assert_every_row_once, batches, rows, stored
 from tests.integration.processes import (
     Place,

@@ -36,13 +36,13 @@ def client(
 ) -> Iterator[Client]:
     home = tmp_path_factory.mktemp("home")
     Registry(home / "models").add(str(OUTPUTS / request.param), progress=print)
-    config = ServeConfig(
+    config = ServeConfig.from_options(
         port=0,
         home=home,
         model=request.param,
         backend="onnxruntime",
         device="cpu",
-        stores=(f"lance:{vectors}", "far=grpc://127.0.0.1:1?profile=longbow"),
+        store=(f"lance:{vectors}", "far=grpc://127.0.0.1:1?profile=longbow"),
         max_journal=0,
         embedding_cache=1 << 20,
     )

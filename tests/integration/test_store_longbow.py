@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,20 +18,11 @@ from fletcher.errors import (
     UnauthorizedError,
     UnknownDatasetError,
 )
-from fletcher.stores import wire
+from fletcher.net.flight_errors import to_flight_error
 from fletcher.stores.address import open_store
-
-
-def _load(name: str, path: Path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-rows = _load("store_rows", HERE.parent / "unit" / "stores" / "rows.py")
-LongbowDouble = _load("longbow_double", HERE / "longbow_double.py").LongbowDouble
+from fletcher.stores.protocol import CAPABILITIES
+from tests.doubles import store_rows as rows
+from tests.doubles.longbow import LongbowDouble
 
 
 @pytest.fixture(params=["exchange", "put"])
@@ -75,8 +64,8 @@ def test_the_acknowledged_ingest_comes_first_and_put_stands_in(double, store):
     assert double.calls == (["exchange"] if double.exchange else ["exchange", "put"])
 
 
-def test_after_a_broken_send_only_the_rest_is_sent(double, store, monkeypatch):
-    monkeypatch.setattr(wire, "MESSAGE_BYTES", 1024)
+def test_after_a_broken_send_only_the_rest_is_sent(double):
+    store = open_store(double.address, timeout_s=20, message_bytes=1024)
     writer = store.open_writer("d", rows.schema(), "append")
     batches = [rows.batch(0, 100), rows.batch(100, 100)]
     double.fail_after = 5
@@ -93,6 +82,7 @@ def test_after_a_broken_send_only_the_rest_is_sent(double, store, monkeypatch):
     assert writer.missing_keys(keys) == []
     assert store.stored_ranges("d", "u") == [(0, 199)]
     assert store.stored_ranges("d", "other") == []
+    store.close()
 
 
 def test_keys_of_a_dataset_that_is_not_there_are_missing(store):
@@ -164,7 +154,7 @@ def test_a_store_that_is_not_there_is_unavailable():
         (flight.FlightTimedOutError("too slow"), StoreUnavailableError),
         (flight.FlightUnauthorizedError("not you"), UnauthorizedError),
         (flight.FlightUnauthenticatedError("who are you"), UnauthorizedError),
-        (wire.to_flight(InternalError("broken")), StoreUnavailableError),
+        (to_flight_error(InternalError("broken")), StoreUnavailableError),
     ],
     ids=lambda one: type(one).__name__ if isinstance(one, Exception) else "",
 )
@@ -175,7 +165,7 @@ def test_a_store_that_failed_once_is_not_taken_for_a_longbow(failure, kind):
             self.failures = [failure]
 
         def do_action(self, context, action):
-            if action.type == wire.CAPABILITIES:
+            if action.type == CAPABILITIES:
                 if self.failures:
                     raise self.failures.pop()
                 flags = ("null_vectors", "upsert", "drops_repeated_keys", "durable")

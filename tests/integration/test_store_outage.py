@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import grpc
@@ -16,11 +14,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
+from fletcher.config.delivery import DeliveryConfig
+from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
-from fletcher.delivery.sink import DatasetSink, JournalConfig
+from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     FletcherError,
@@ -32,22 +31,11 @@ from fletcher.errors import (
 from fletcher.stores.address import open_store
 from fletcher.storeserver.server import StoreServer
 from fletcher.telemetry.tracing import Telemetry
+from tests.doubles import store_rows as rows
+from tests.doubles.longbow import LongbowDouble
 from tests.doubles.proxy import Proxy
 from tests.doubles.refusals import Refusals
 
-
-def _load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-rows = _load("store_rows", HERE.parent / "unit" / "stores" / "rows.py")
-LongbowDouble = _load("longbow_double", HERE / "longbow_double.py").LongbowDouble
 SCHEMA = pa.schema(list(rows.schema())[:-1], metadata=rows.schema().metadata)
 
 
@@ -100,7 +88,7 @@ def _fletcher(folder: Path) -> Iterator[Served]:
 @contextmanager
 def delivering(address: str, journal: Path, timeout_s: float = 20) -> Iterator[Delivery]:
     config = DeliveryConfig(
-        group_rows=50, commit_rows=500, group_delay_s=0.01, store_retry_s=60, slow_append_s=5
+        group_rows=50, commit_rows=500, group_delay_ms=10, store_retry_s=60, store_timeout_s=20
     )
     kept = JournalConfig(folder=journal, max_bytes=1 << 30, segment_bytes=1 << 20, retention_s=0)
     store = open_store(address, timeout_s=timeout_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import signal
@@ -28,15 +27,10 @@ from fletcher.errors import (
     StoreUnavailableError,
     UnknownDatasetError,
 )
-from fletcher.stores import wire
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Filter
 from fletcher.storeserver.server import StoreServer
-
-_path = Path(__file__).parents[1] / "unit" / "stores" / "rows.py"
-_spec = importlib.util.spec_from_file_location("store_rows", _path)
-rows = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(rows)
+from tests.doubles import store_rows as rows
 
 MAIN = "import sys; from fletcher.cli import main; sys.exit(main())"
 COMMAND = [sys.executable, "-c", MAIN, "store"]
@@ -459,8 +453,8 @@ def sink(server):
     store.close()
 
 
-def test_the_sink_keeps_types_keys_and_nulls(sink, name, monkeypatch):
-    monkeypatch.setattr(wire, "MESSAGE_BYTES", 2048)
+def test_the_sink_keeps_types_keys_and_nulls(server, name):
+    sink = open_store(server.address, timeout_s=30, message_bytes=2048)
     assert sink.capabilities.drops_repeated_keys
     assert sink.capabilities.durable
     writer = sink.open_writer(name, rows.schema(), "append")
@@ -493,6 +487,7 @@ def test_the_sink_keeps_types_keys_and_nulls(sink, name, monkeypatch):
         "score",
     ]
     assert sink.scan(name, columns=["id"], limit=3).read_all().num_rows == 3
+    sink.close()
 
 
 def test_the_sink_passes_the_stores_refusals_on(sink, name):

@@ -8,7 +8,7 @@ from fletcher.config.server import ServeConfig
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import detect_host
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.tuning.candidates import Asked, TuningCandidate
+from fletcher.tuning.candidates import TuningCandidate
 from fletcher.tuning.record import Key, Record, save
 from tests.integration.conftest import StartServer
 
@@ -18,13 +18,13 @@ def test_a_server_runs_what_was_measured(
 ) -> None:
     (tmp_path / "models").symlink_to(tiny_bundle.folder.parent)
     options = {"home": tmp_path, "device": "cpu", "backend": "auto", "threads": 2}
-    asked = Asked.of(ServeConfig(**options))
+    asked = ServeConfig.from_options(**options).engine
     folder = str(tmp_path / "models" / tiny_bundle.name)
     one = BackendConfig("onnxruntime", "cpu", folder, "float32", threads=1, max_batch_tokens=96)
     # By rule it would be one process, of OpenVINO.
     record = Record(TuningCandidate((one, one)), "2026-01-02T03:04:05+00:00", 99.0)
     save(tmp_path, Key.of(asked, detect_host(), tiny_bundle), tiny_bundle, record)
-    stats = start_server(**options).service.describe()
+    stats = start_server(**options).service.statistics()
     assert [(one["backend"], one["state"]) for one in stats["replicas"]] == [
         ("onnxruntime", "healthy"),
         ("onnxruntime", "healthy"),

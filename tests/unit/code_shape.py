@@ -10,8 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fletcher"
-# The folder of code that a generator writes, and modules that it writes elsewhere.
-GENERATED = ("v1", "*_pb2.py")
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
             ".__init__"
         ): path
         for path in sorted(package.rglob("*.py"))
-        if not any(part in GENERATED for part in path.parts) and not path.match("*_pb2.py")
+        if not path.match("*_pb2.py")
     }
 
 

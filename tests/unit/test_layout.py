@@ -38,7 +38,11 @@ ENGINES = {
     "lmdb": ("fletcher.pipeline.disk_cache",),
     "lancedb": ("fletcher.stores.", "fletcher.storeserver."),
     "opentelemetry": ("fletcher.telemetry.tracing",),
-    "google.protobuf": ("fletcher.v1.", "fletcher.flight.commands", "fletcher.stores.lance_repair"),
+    "google.protobuf": (
+        "fletcher.flight.commands",
+        "fletcher.models.onnx.graph",
+        "fletcher.stores.lance.repair",
+    ),
     "huggingface_hub": ("fletcher.models.sources.hub",),
     "onnx": (),
     "torch": (),
@@ -71,9 +75,6 @@ LONG_MODULES = {
     "fletcher.delivery.committer",
     "fletcher.delivery.delivery",
     "fletcher.delivery.journal.journal",
-    "fletcher.stores.flight",
-    "fletcher.storeserver.actions",
-    "fletcher.storeserver.group_commit",
     "fletcher.workers.pool",
     "benchmarks.gpu",
 }
@@ -82,10 +83,8 @@ WIDE_CONSTRUCTORS = {
     "Committer",
     "DatasetSink",
     "Embedder",
-    "FlightStore",
     "InferenceScheduler",
     "Intake",
-    "LanceWriter",
     "Upload",
     "WorkerPool",
 }

@@ -1,6 +1,8 @@
-"""A small builder of ONNX graphs, with the weights in one file beside the graph.
+"""Builds ONNX graphs, with the weights in one file beside the graph.
 
-Field numbers are those of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
+The messages are those of `proto/fletcher/models/onnx/onnx.proto`, ONNX's own schema under a package
+name of Fletcher's. The `onnx` package would do the same, but it is large, and needed for nothing
+else at run time.
 """
 
 from __future__ import annotations
@@ -12,8 +14,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import DecodeError
 
-from fletcher.models.onnx.protowire import bytes_field, float_field, int_field
+from fletcher.models.onnx.onnx_pb2 import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    OperatorSetIdProto,
+    TensorProto,
+    ValueInfoProto,
+)
 
 IR_VERSION = 9
 OPSET = 20  # the first with Gelu as one operator
@@ -28,14 +39,29 @@ ALIGNMENT = 4096  # a page: engines map the weights into memory instead of copyi
 
 _EXTERNAL_FROM_BYTES = 1024  # smaller tensors (shapes, scalars) are read faster in the graph itself
 _ELEMENT_TYPES = {
-    np.dtype(np.float32): 1,
-    np.dtype(np.int32): 6,
-    np.dtype(np.int64): 7,
-    np.dtype(np.float16): 10,
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.float16): TensorProto.FLOAT16,
 }
-_ATTRIBUTE_FLOAT, _ATTRIBUTE_INT, _ATTRIBUTE_STRING, _ATTRIBUTE_INTS = 1, 2, 3, 7
 
 AnyArray = npt.NDArray[Any]
+
+
+def read_model(path: Path) -> ModelProto:
+    """Parses an ONNX file.
+
+    Raises:
+        ValueError: The file is no ONNX model, or is cut off.
+        OSError: It cannot be read.
+    """
+    try:
+        model = ModelProto.FromString(path.read_bytes())
+    except DecodeError as error:
+        raise ValueError(str(error)) from None
+    if not model.HasField("graph"):
+        raise ValueError("it holds no graph")
+    return model
 
 
 class GraphBuilder:
@@ -50,10 +76,10 @@ class GraphBuilder:
     def __init__(self, folder: Path, name: str, file: str = GRAPH_FILE) -> None:
         self._path = folder / file
         self._name = name
-        self._nodes: list[tuple[Sequence[str], bytes]] = []  # each with what it gives
-        self._tensors: list[bytes] = []
-        self._inputs: list[bytes] = []
-        self._outputs: list[bytes] = []
+        self._nodes: list[NodeProto] = []
+        self._tensors: list[TensorProto] = []
+        self._inputs: list[ValueInfoProto] = []
+        self._outputs: list[ValueInfoProto] = []
         self._names: set[str] = set()
         self._inherited: frozenset[str] = frozenset()
         self._constants: list[str] = []
@@ -78,9 +104,9 @@ class GraphBuilder:
         """
         fork = copy.copy(self)
         fork._path = self._path.with_name(file)
-        place = [last in outputs for outputs, _ in self._nodes].index(True) + 1
+        place = [last in node.output for node in self._nodes].index(True) + 1
         fork._nodes = self._nodes[:place]
-        left = {name for outputs, _ in self._nodes[place:] for name in outputs}
+        left = {name for node in self._nodes[place:] for name in node.output}
         fork._names = self._names - left
         fork._inherited = frozenset(self._constants)
         fork._tensors, fork._inputs, fork._outputs = self._tensors[:], self._inputs[:], []
@@ -101,21 +127,19 @@ class GraphBuilder:
             return name
         integers = not isinstance(value, np.ndarray)
         array = np.ascontiguousarray(value, dtype=np.int64 if integers else None)
-        message = b"".join(int_field(1, size) for size in array.shape)
-        message += int_field(2, _ELEMENT_TYPES[array.dtype]) + bytes_field(8, name)
+        tensor = TensorProto(dims=array.shape, data_type=_ELEMENT_TYPES[array.dtype], name=name)
         if array.nbytes < _EXTERNAL_FROM_BYTES:
-            message += bytes_field(9, array.tobytes())
+            tensor.raw_data = array.tobytes()
         else:
             offset = self._append(array)
-            place = {
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, text in {
                 "location": self._weights_path.name,
                 "offset": str(offset),
                 "length": str(array.nbytes),
-            }
-            for key, text in place.items():
-                message += bytes_field(13, bytes_field(1, key) + bytes_field(2, text))
-            message += int_field(14, 1)  # data_location: EXTERNAL
-        self._tensors.append(message)
+            }.items():
+                tensor.external_data.add(key=key, value=text)
+        self._tensors.append(tensor)
         self._constants.append(name)
         return self._unique(name)
 
@@ -145,30 +169,38 @@ class GraphBuilder:
         **attributes: float | int | str | Sequence[int],
     ) -> Sequence[str]:
         """Adds a node with the outputs named; returns them."""
-        message = b"".join(bytes_field(1, one) for one in inputs)
-        message += b"".join(bytes_field(2, self._unique(one)) for one in outputs)
-        message += bytes_field(3, outputs[0]) + bytes_field(4, operator)
-        for key, value in attributes.items():
-            message += bytes_field(5, _attribute(key, value))
+        node = NodeProto(
+            input=inputs,
+            output=[self._unique(one) for one in outputs],
+            name=outputs[0],
+            op_type=operator,
+            attribute=[_attribute(key, value) for key, value in attributes.items()],
+        )
         if domain:
-            message += bytes_field(7, domain)
+            node.domain = domain
             self._domains.add(domain)
-        self._nodes.append((outputs, message))
+        self._nodes.append(node)
         return outputs
 
     def save(self) -> None:
         """Writes the graph; the same calls give the same bytes on every machine."""
         self._weights.flush()
-        graph = b"".join(bytes_field(1, node) for _, node in self._nodes)
-        graph += bytes_field(2, self._name)
-        graph += b"".join(bytes_field(5, tensor) for tensor in self._tensors)
-        graph += b"".join(bytes_field(11, one) for one in self._inputs)
-        graph += b"".join(bytes_field(12, one) for one in self._outputs)
-        model = int_field(1, IR_VERSION) + bytes_field(2, "fletcher") + bytes_field(7, graph)
-        model += bytes_field(8, int_field(2, OPSET))
-        for domain in sorted(self._domains):
-            model += bytes_field(8, bytes_field(1, domain) + int_field(2, 1))
-        self._path.write_bytes(model)
+        model = ModelProto(
+            ir_version=IR_VERSION,
+            producer_name="fletcher",
+            graph=GraphProto(
+                node=self._nodes,
+                name=self._name,
+                initializer=self._tensors,
+                input=self._inputs,
+                output=self._outputs,
+            ),
+            opset_import=[
+                OperatorSetIdProto(version=OPSET),
+                *(OperatorSetIdProto(domain=one, version=1) for one in sorted(self._domains)),
+            ],
+        )
+        self._path.write_bytes(model.SerializeToString(deterministic=True))
 
     def _append(self, array: AnyArray) -> int:
         offset = self._weights.tell()
@@ -183,22 +215,23 @@ class GraphBuilder:
         return name
 
 
-def _value_info(name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> bytes:
-    dims = b"".join(
-        bytes_field(1, int_field(1, size) if isinstance(size, int) else bytes_field(2, size))
-        for size in shape
-    )
-    tensor = int_field(1, _ELEMENT_TYPES[np.dtype(dtype)]) + bytes_field(2, dims)
-    return bytes_field(1, name) + bytes_field(2, bytes_field(1, tensor))
+def _value_info(name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> ValueInfoProto:
+    value = ValueInfoProto(name=name)
+    tensor = value.type.tensor_type
+    tensor.elem_type = _ELEMENT_TYPES[np.dtype(dtype)]
+    for size in shape:
+        if isinstance(size, int):
+            tensor.shape.dim.add(dim_value=size)
+        else:
+            tensor.shape.dim.add(dim_param=size)
+    return value
 
 
-def _attribute(name: str, value: float | int | str | Sequence[int]) -> bytes:
+def _attribute(name: str, value: float | int | str | Sequence[int]) -> AttributeProto:
     if isinstance(value, float):
-        body = float_field(2, value) + int_field(20, _ATTRIBUTE_FLOAT)
-    elif isinstance(value, int):
-        body = int_field(3, value) + int_field(20, _ATTRIBUTE_INT)
-    elif isinstance(value, str):
-        body = bytes_field(4, value) + int_field(20, _ATTRIBUTE_STRING)
-    else:
-        body = b"".join(int_field(8, one) for one in value) + int_field(20, _ATTRIBUTE_INTS)
-    return bytes_field(1, name) + body
+        return AttributeProto(name=name, type=AttributeProto.FLOAT, f=value)
+    if isinstance(value, int):
+        return AttributeProto(name=name, type=AttributeProto.INT, i=value)
+    if isinstance(value, str):
+        return AttributeProto(name=name, type=AttributeProto.STRING, s=value.encode())
+    return AttributeProto(name=name, type=AttributeProto.INTS, ints=value)

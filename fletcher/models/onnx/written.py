@@ -11,13 +11,9 @@ import numpy as np
 from fletcher.errors import ModelError
 from fletcher.models.bundle.files import is_inside
 from fletcher.models.onnx.encoder import ACTIVATIONS, Array, Dense
-from fletcher.models.onnx.protowire import WireError, WireMessage
+from fletcher.models.onnx.graph import read_model
+from fletcher.models.onnx.onnx_pb2 import AttributeProto, NodeProto
 
-# Field numbers of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
-_MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER = 7, 1, 5
-_NODE_NAME, _NODE_OPERATOR, _NODE_ATTRIBUTE = 3, 4, 5
-_ATTRIBUTE_NAME, _ATTRIBUTE_FLOAT, _ATTRIBUTE_STRING = 1, 2, 4
-_TENSOR_DIMS, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 8, 9, 13
 _FUSED = {"q": 0, "k": 1, "v": 2}
 
 
@@ -43,19 +39,15 @@ class WrittenBert:
     def __init__(self, graph: Path) -> None:
         self._folder = graph.parent
         try:
-            whole = WireMessage(memoryview(graph.read_bytes())).messages(_MODEL_GRAPH)[0]
-            self._tensors = {
-                one.text(_TENSOR_NAME): one for one in whole.messages(_GRAPH_INITIALIZER)
-            }
-            nodes = {one.text(_NODE_NAME): one for one in whole.messages(_GRAPH_NODE)}
-            self.epsilon = _attributes(nodes["embeddings.norm"])["epsilon"].float32(
-                _ATTRIBUTE_FLOAT
-            )
+            whole = read_model(graph).graph
+            self._tensors = {one.name: one for one in whole.initializer}
+            nodes = {one.name: one for one in whole.node}
+            self.epsilon = _attributes(nodes["embeddings.norm"])["epsilon"].f
             self.activation = _activation(nodes["layer.0.active"])
             self.num_heads, width = self._integers("shape.heads")[2:]
             self.hidden = self.num_heads * width
             self.dense = [self._dense(name, nodes) for name in self._dense_names()]
-        except (OSError, WireError, KeyError, IndexError, ValueError) as error:
+        except (OSError, KeyError, IndexError, ValueError) as error:
             raise ModelError(
                 f"{graph.name} is no BERT graph that this Fletcher wrote "
                 f"({type(error).__name__}: {error}); add the model again with `fletcher model add`"
@@ -77,7 +69,7 @@ class WrittenBert:
                 return
             yield f"dense.{index}"
 
-    def _dense(self, name: str, nodes: Mapping[str, WireMessage]) -> Dense:
+    def _dense(self, name: str, nodes: Mapping[str, NodeProto]) -> Dense:
         bias = self._read(f"{name}.bias") if f"{name}.bias" in self._tensors else None
         active = _activation(nodes[name]) if name in nodes else ""
         return Dense(self._read(f"{name}.weight"), bias, active)
@@ -85,35 +77,31 @@ class WrittenBert:
     def _read(self, name: str) -> Array:
         try:
             tensor = self._tensors[name]
-            shape = tensor.numbers(_TENSOR_DIMS)
-            place = {one.text(1): one.text(2) for one in tensor.messages(_TENSOR_EXTERNAL)}
+            place = {one.key: one.value for one in tensor.external_data}
             if not place:
-                return np.frombuffer(tensor.data(_TENSOR_RAW), np.float32).reshape(shape)
+                return np.frombuffer(tensor.raw_data, np.float32).reshape(tensor.dims)
             if not is_inside(place["location"]):
                 raise ValueError("its weights lie outside the bundle")
             path, offset = self._folder / place["location"], int(place["offset"])
             # Mapped: of a large model only one tensor at a time is in memory.
-            return np.memmap(path, np.float32, "r", offset, tuple(shape))
-        except (OSError, WireError, KeyError, ValueError) as error:
+            return np.memmap(path, np.float32, "r", offset, tuple(tensor.dims))
+        except (OSError, KeyError, ValueError) as error:
             raise ModelError(
                 f"the weights of `{name}` cannot be read ({type(error).__name__}); add the model "
                 "again with `fletcher model add`"
             ) from error
 
     def _integers(self, name: str) -> list[int]:
-        raw = self._tensors[name].data(_TENSOR_RAW)
-        return [int(one) for one in np.frombuffer(raw, np.int64)]
+        return [int(one) for one in np.frombuffer(self._tensors[name].raw_data, np.int64)]
 
 
-def _attributes(node: WireMessage) -> dict[str, WireMessage]:
-    return {one.text(_ATTRIBUTE_NAME): one for one in node.messages(_NODE_ATTRIBUTE)}
+def _attributes(node: NodeProto) -> dict[str, AttributeProto]:
+    return {one.name: one for one in node.attribute}
 
 
-def _activation(node: WireMessage) -> str:
-    texts = {
-        name: attribute.text(_ATTRIBUTE_STRING) for name, attribute in _attributes(node).items()
-    }
+def _activation(node: NodeProto) -> str:
+    texts = {one.name: one.s.decode() for one in node.attribute}
     for name, written in ACTIVATIONS.items():
-        if written == (node.text(_NODE_OPERATOR), texts):
+        if written == (node.op_type, texts):
             return name
-    raise ValueError(f"activation {node.text(_NODE_OPERATOR)}")
+    raise ValueError(f"activation {node.op_type}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +13,15 @@ from fletcher.models.bundle.bundle import TOKENIZER
 from fletcher.models.bundle.files import is_inside, sha256
 from fletcher.models.bundle.spec import GRAPH_INPUTS, MANIFEST, GraphOutput, ModelSpec
 from fletcher.models.checkpoint.checkpoint import Checkpoint
-from fletcher.models.onnx.protowire import WireError, WireMessage
+from fletcher.models.onnx.graph import read_model
+from fletcher.models.onnx.onnx_pb2 import (
+    GraphProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    ValueInfoProto,
+)
 from fletcher.models.sources.folder import Progress
-
-# Field numbers of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto.
-_MODEL_GRAPH, _MODEL_FUNCTIONS, _FUNCTION_NODE = 7, 25, 7
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE_INITIALIZER = 1, 5, 15
-_GRAPH_INPUT, _GRAPH_OUTPUT = 11, 12
-_NODE_ATTRIBUTE = 5
-_ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE_TENSORS = (5, 10), (6, 11), (22, 23)
-_TENSOR_NAME, _TENSOR_EXTERNAL_DATA, _TENSOR_DATA_LOCATION = 8, 13, 14
-_FLOAT32, _INT64, _EXTERNAL = 1, 7, 1
 
 # Outputs that exporters write, best first; a graph with others is taken by the shape of its first.
 _KNOWN_OUTPUTS = ("embedding", "sentence_embedding", "token_embeddings", "last_hidden_state")
@@ -115,19 +113,15 @@ def _checkpoint_folder(file: Path) -> Path:
 def _inspect(file: Path) -> tuple[tuple[str, ...], _Value, list[str]]:
     """Names of a model's inputs, the output to read, and the locations of its external data."""
     try:
-        model = WireMessage(memoryview(file.read_bytes()))
-        graphs = model.messages(_MODEL_GRAPH)
-        if len(graphs) != 1:
-            raise WireError("it holds no graph")
-        graph = graphs[0]
-        stored = {tensor.text(_TENSOR_NAME) for tensor in graph.messages(_GRAPH_INITIALIZER)}
-        inputs = [_value(one) for one in graph.messages(_GRAPH_INPUT)]
-        outputs = [_value(one) for one in graph.messages(_GRAPH_OUTPUT)]
-        tensors = list(_tensors(graph))
-        for function in model.messages(_MODEL_FUNCTIONS):
-            tensors += _tensors_of_nodes(function.messages(_FUNCTION_NODE))
+        model = read_model(file)
+        tensors = list(_tensors(model.graph))
+        for function in model.functions:
+            tensors += _tensors_of_nodes(function.node)
+        stored = {tensor.name for tensor in model.graph.initializer}
+        inputs = [_value(one) for one in model.graph.input]
+        outputs = [_value(one) for one in model.graph.output]
         locations = sorted(_locations(file, tensors))
-    except WireError as error:
+    except ValueError as error:
         raise ModelError(
             f"{file.name} is not a whole ONNX model ({error}); get or export it again"
         ) from None
@@ -144,7 +138,7 @@ def _check_inputs(file: Path, inputs: list[_Value]) -> tuple[str, ...]:
             allowed=GRAPH_INPUTS,
         )
     for one in inputs:
-        if one.element_type != _INT64 or len(one.shape) not in (0, 2):
+        if one.element_type != TensorProto.INT64 or len(one.shape) not in (0, 2):
             raise ModelError(f"{file.name}: input `{one.name}` is not int64 [batch, length]")
         if any(size is not None for size in one.shape):
             raise ModelError(
@@ -155,7 +149,9 @@ def _check_inputs(file: Path, inputs: list[_Value]) -> tuple[str, ...]:
 
 
 def _choose_output(file: Path, outputs: list[_Value]) -> _Value:
-    usable = [one for one in outputs if one.element_type == _FLOAT32 and len(one.shape) in (2, 3)]
+    usable = [
+        one for one in outputs if one.element_type == TensorProto.FLOAT and len(one.shape) in (2, 3)
+    ]
     if not usable:
         raise ModelError(
             f"{file.name} has no output that is float32 [batch, dim] or [batch, length, dim]; "
@@ -165,45 +161,43 @@ def _choose_output(file: Path, outputs: list[_Value]) -> _Value:
     return min(usable, key=lambda one: ranks.get(one.name, len(ranks)))
 
 
-def _value(message: WireMessage) -> _Value:
-    for kind in message.messages(2):
-        for tensor in kind.messages(1):
-            shape = [
-                tuple(dim.number(1) or None for dim in dims.messages(1))
-                for dims in tensor.messages(2)
-            ]
-            return _Value(message.text(1), tensor.number(1), shape[0] if shape else ())
-    return _Value(message.text(1), 0, ())
+def _value(info: ValueInfoProto) -> _Value:
+    tensor = info.type.tensor_type
+    shape = tuple(
+        one.dim_value if one.HasField("dim_value") and one.dim_value else None
+        for one in tensor.shape.dim
+    )
+    return _Value(info.name, tensor.elem_type, shape)
 
 
-def _tensors(graph: WireMessage) -> Iterator[WireMessage]:
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
     """Every tensor of a graph and of the graphs inside it."""
-    yield from graph.messages(_GRAPH_INITIALIZER)
-    for sparse in graph.messages(_GRAPH_SPARSE_INITIALIZER):
-        yield from (*sparse.messages(1), *sparse.messages(2))
-    yield from _tensors_of_nodes(graph.messages(_GRAPH_NODE))
+    yield from graph.initializer
+    yield from _of_sparse(graph.sparse_initializer)
+    yield from _tensors_of_nodes(graph.node)
 
 
-def _tensors_of_nodes(nodes: list[WireMessage]) -> Iterator[WireMessage]:
+def _tensors_of_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
     for node in nodes:
-        for attribute in node.messages(_NODE_ATTRIBUTE):
-            for number in _ATTRIBUTE_TENSORS:
-                yield from attribute.messages(number)
-            for number in _ATTRIBUTE_SPARSE_TENSORS:
-                for sparse in attribute.messages(number):
-                    yield from (*sparse.messages(1), *sparse.messages(2))
-            for number in _ATTRIBUTE_GRAPHS:
-                for graph in attribute.messages(number):
-                    yield from _tensors(graph)
+        for one in node.attribute:
+            yield from (one.t, *one.tensors)
+            yield from _of_sparse([one.sparse_tensor, *one.sparse_tensors])
+            for graph in (one.g, *one.graphs):
+                yield from _tensors(graph)
 
 
-def _locations(file: Path, tensors: list[WireMessage]) -> set[str]:
+def _of_sparse(tensors: Iterable[SparseTensorProto]) -> Iterator[TensorProto]:
+    for one in tensors:
+        yield from (one.values, one.indices)
+
+
+def _locations(file: Path, tensors: Iterable[TensorProto]) -> set[str]:
     """Files that tensors lie in; all of them are inside the model's own folder and long enough."""
     locations = set()
     for tensor in tensors:
-        if tensor.number(_TENSOR_DATA_LOCATION) != _EXTERNAL:
+        if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        place = {entry.text(1): entry.text(2) for entry in tensor.messages(_TENSOR_EXTERNAL_DATA)}
+        place = {entry.key: entry.value for entry in tensor.external_data}
         location = place.get("location", "")
         path = file.parent / location
         inside = is_inside(location) and path.resolve().is_relative_to(file.parent.resolve())
@@ -217,7 +211,7 @@ def _locations(file: Path, tensors: list[WireMessage]) -> set[str]:
         try:
             end = int(place.get("offset", "0")) + int(place.get("length", "0"))
         except ValueError:
-            raise WireError(f"tensor {tensor.text(_TENSOR_NAME)} has no valid place") from None
+            raise ValueError(f"tensor {tensor.name} has no valid place") from None
         if end > path.stat().st_size:
             raise ModelError(f"{location} is cut off: {file.name} needs {end:,} bytes of it")
         locations.add(location)

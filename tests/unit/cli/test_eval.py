@@ -102,8 +102,8 @@ def test_exits_by_engines_widths_and_types(argv, tmp_path, tiny_bundle, capsys):
 
 
 def test_a_server_elsewhere(argv, tmp_path, tiny_bundle, capsys):
-    config = ServeConfig(
-        port=0, home=tmp_path, model=tiny_bundle.name, backend="null", stores=("none",)
+    config = ServeConfig.from_options(
+        port=0, home=tmp_path, model=tiny_bundle.name, backend="null", store=("none",)
     )
     with Runtime(config) as server:
         assert main([*argv, "--server", server.address]) == 0
@@ -124,8 +124,8 @@ def test_the_engine_is_that_of_the_model_asked_for(
 ):
     other = {"model": "other@1", "backend": "openvino", "precision": "bfloat16", "device": "cpu"}
     stats = Client.stats
-    config = ServeConfig(
-        port=0, home=tmp_path, model=tiny_bundle.name, backend="null", stores=("none",)
+    config = ServeConfig.from_options(
+        port=0, home=tmp_path, model=tiny_bundle.name, backend="null", store=("none",)
     )
     with Runtime(config) as server:
         argv += ["--server", server.address, "--model", tiny_bundle.name, "--variants", "dims=32"]

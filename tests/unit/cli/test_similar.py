@@ -20,13 +20,13 @@ TEXTS = ["vector store", "arrow flight and more", "fast", "text search"]
 def server(tmp_path_factory, tiny_bundle):
     home = tmp_path_factory.mktemp("home")
     (home / "models").symlink_to(tiny_bundle.folder.parent)
-    config = ServeConfig(
+    config = ServeConfig.from_options(
         port=0,
         home=home,
         model=tiny_bundle.name,
         backend="onnxruntime",
         device="cpu",
-        stores=("none",),
+        store=("none",),
     )
     with Runtime(config) as runtime:
         yield runtime.address

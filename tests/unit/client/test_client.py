@@ -12,6 +12,7 @@ from pyarrow import flight
 from fletcher import EmbedCommand, TlsOptions, TransferOptions, connect, errors, open_source
 from fletcher.client import exchange as exchange_module
 from fletcher.client.client import ingest_id
+from fletcher.client.connection import Connection
 from fletcher.flight.ending import Ending
 from fletcher.net.flight_errors import to_flight_error
 from tests.unit.client.client_servers import Behaving, Waiting
@@ -306,7 +307,7 @@ def test_an_exchange_does_not_come_again_for_ever_nor_in_vain(refusals, options,
 def test_an_exchange_waits_for_a_server_that_is_started_again(monkeypatch):
     starting = {}
 
-    def pause(transfer, failures, error):
+    def pause(connection, failures, error):
         if failures == 2:
             starting["server"] = Embedding(location=uri)
         return 0.05
@@ -315,7 +316,7 @@ def test_an_exchange_waits_for_a_server_that_is_started_again(monkeypatch):
         uri = server.uri
         client = connect(uri, transfer=TransferOptions(stall_timeout_s=20))
         assert client.embed(["a"]).tolist() == [[1] * DIM]
-    monkeypatch.setattr(exchange_module, "pause_s", pause)
+    monkeypatch.setattr(Connection, "retry_delay_s", pause)
     try:
         assert client.embed(["bb"]).tolist() == [[2] * DIM]
     finally:

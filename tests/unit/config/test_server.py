@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from fletcher.config.option import parse_milliseconds, parse_seconds, parse_size
+from fletcher.config.network import is_loopback
+from fletcher.config.option import nearest, parse_milliseconds, parse_seconds, parse_size
 from fletcher.config.resolution import resolve
 from fletcher.config.server import (
     OPTIONS,
+    PARTS,
     ServeConfig,
     fletcher_home,
-    is_loopback,
-    nearest,
 )
 from fletcher.errors import ConfigError
 from fletcher.net.ports import check_port
@@ -34,20 +34,41 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_are_those_of_the_contract() -> None:
     config = resolve({}, {"HOME": "/nowhere"}).config
-    assert (config.host, config.port, config.model) == ("127.0.0.1", 8815, "all-MiniLM-L6-v2")
-    assert (config.max_streams, config.max_memory) == (256, 2 << 30)
-    assert (config.max_message_bytes, config.max_row_bytes) == (64 << 20, 16 << 20)
-    assert config.stores == ()
-    assert not config.insecure
+    assert (config.network.host, config.network.port) == ("127.0.0.1", 8815)
+    assert config.model.default == "all-MiniLM-L6-v2"
+    assert (config.limits.max_streams, config.limits.max_memory) == (256, 2 << 30)
+    assert (config.limits.max_message_bytes, config.limits.max_row_bytes) == (64 << 20, 16 << 20)
+    assert config.delivery.stores == ()
+    assert not config.network.insecure
 
 
 def test_every_field_is_an_option_with_help_that_fits_a_line_or_two() -> None:
-    assert {option.field for option in OPTIONS.values()} == {
-        spec.name for spec in dataclasses.fields(ServeConfig)
-    }
-    assert len(OPTIONS) == len(dataclasses.fields(ServeConfig))
+    assert {*PARTS, "home"} == {spec.name for spec in dataclasses.fields(ServeConfig)}
+    derived = {"commit_rows", "max_dedupe_bytes", "folder", "segment_bytes"}
+    fields = [spec.name for part in PARTS.values() for spec in dataclasses.fields(part)]
+    assert {one.field for one in OPTIONS.values()} == {*fields, "home"} - derived | {"folder"}
+    assert len(OPTIONS) == len(fields) + 1 - len(derived)
     for option in OPTIONS.values():
-        assert 15 < len(option.help) < 200, option.name
+        assert 15 < len(option.help) < 280, option.name
+        assert option.help.endswith("."), option.name
+
+
+def test_values_are_given_and_read_by_option_name() -> None:
+    config = ServeConfig.from_options(port=0, drain_timeout=5, store=("none",))
+    assert (config.network.port, config.limits.drain_timeout_s) == (0, 5)
+    other = config.with_options(port=1)
+    assert (other.value_of("port"), other.value_of("store")) == (1, ("none",))
+    with pytest.raises(TypeError, match="did you mean drain_timeout"):
+        ServeConfig.from_options(drain_timeout_s=5)
+
+
+def test_what_components_derive_from_options_is_computed_once(tmp_path: Path) -> None:
+    config = ServeConfig.from_options(home=tmp_path, group_rows=60_000, max_journal=800)
+    assert config.journal.folder == tmp_path / "journal"
+    assert config.journal.segment_bytes == 100
+    assert (config.delivery.commit_rows, config.delivery.group_delay_s) == (60_000, 0.5)
+    assert config.delivery.max_dedupe_bytes == (2 << 30) // 8
+    assert config.limits.budget_bytes == 1 << 30
 
 
 def test_names_derive_from_the_field() -> None:
@@ -63,8 +84,12 @@ def test_precedence(tmp_path: Path) -> None:
     environ = {"FLETCHER_PORT": "2", "FLETCHER_MAX_STREAMS": "2"}
     resolved = resolve({"port": "3"}, environ, file)
     config = resolved.config
-    assert (config.port, config.max_streams, config.max_row_bytes) == (3, 2, 1)
-    assert config.max_message_bytes == 64 << 20
+    assert (config.network.port, config.limits.max_streams, config.limits.max_row_bytes) == (
+        3,
+        2,
+        1,
+    )
+    assert config.limits.max_message_bytes == 64 << 20
     assert resolved.sources == {
         "port": "--port",
         "max_streams": "FLETCHER_MAX_STREAMS",
@@ -74,20 +99,20 @@ def test_precedence(tmp_path: Path) -> None:
 
 def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
     file = write(tmp_path, "port = 4")
-    assert resolve({}, {"FLETCHER_CONFIG": str(file)}).config.port == 4
+    assert resolve({}, {"FLETCHER_CONFIG": str(file)}).config.network.port == 4
     other = tmp_path / "other.toml"
     other.write_text("port = 5", encoding="utf-8")
-    assert resolve({}, {"FLETCHER_CONFIG": str(file)}, other).config.port == 5
+    assert resolve({}, {"FLETCHER_CONFIG": str(file)}, other).config.network.port == 5
 
 
 def test_only_takes_the_named_options_and_ignores_the_others() -> None:
     environ = {"FLETCHER_HOST": "0.0.0.0", "FLETCHER_DEVICE": "cpu"}
     config = resolve({}, environ, only={"device"}).config
-    assert (config.host, config.device) == ("127.0.0.1", "cpu")
+    assert (config.network.host, config.engine.device) == ("127.0.0.1", "cpu")
 
 
 def test_an_empty_variable_counts_as_unset() -> None:
-    assert resolve({}, {"FLETCHER_PORT": ""}).config.port == 8815
+    assert resolve({}, {"FLETCHER_PORT": ""}).config.network.port == 8815
 
 
 @pytest.mark.parametrize(
@@ -171,8 +196,8 @@ def test_toml_values_of_the_wrong_type(tmp_path: Path, line: str) -> None:
 def test_toml_types(tmp_path: Path) -> None:
     text = 'max_memory = "1GiB"\ndrain_timeout = 1.5\ninsecure = true\n'
     config = resolve({}, {}, write(tmp_path, text)).config
-    assert (config.max_memory, config.drain_timeout_s) == (1 << 30, 1.5)
-    assert config.insecure is True
+    assert (config.limits.max_memory, config.limits.drain_timeout_s) == (1 << 30, 1.5)
+    assert config.network.insecure is True
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
@@ -182,7 +207,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path) -> None
 
 def test_the_file_to_begin_with_is_one() -> None:
     config = resolve({}, {}, Path(__file__).parents[3] / "deploy" / "fletcher.toml").config
-    assert config.log_format == "json"
+    assert config.telemetry.log_format == "json"
 
 
 def test_a_table_in_the_file_is_refused_as_one(tmp_path: Path) -> None:
@@ -207,10 +232,12 @@ def test_a_misspelt_variable_is_a_warning_and_a_foreign_one_is_not() -> None:
 def test_a_public_host_needs_tokens_or_insecure(tmp_path: Path, host: str) -> None:
     with pytest.raises(ConfigError, match="--token-file"):
         resolve({"host": host}, {})
-    assert resolve({"host": host, "insecure": "true"}, {}).config.host == host
+    assert resolve({"host": host, "insecure": "true"}, {}).config.network.host == host
     tokens = tmp_path / "tokens"
     tokens.write_text("secret\n", encoding="utf-8")
-    assert resolve({"host": host, "token_file": str(tokens)}, {}).config.token_file == tokens
+    assert (
+        resolve({"host": host, "token_file": str(tokens)}, {}).config.network.token_file == tokens
+    )
 
 
 def test_loopback() -> None:
@@ -222,26 +249,26 @@ def test_options_that_need_each_other(tmp_path: Path) -> None:
     pem = tmp_path / "some.pem"
     pem.write_text("x", encoding="utf-8")
     with pytest.raises(ConfigError, match="`tls_cert` needs `tls_key`"):
-        ServeConfig(tls_cert=pem)
+        ServeConfig.from_options(tls_cert=pem)
     with pytest.raises(ConfigError, match="`tls_key` needs `tls_cert`"):
-        ServeConfig(tls_key=pem)
+        ServeConfig.from_options(tls_key=pem)
     with pytest.raises(ConfigError, match="`tls_client_ca` needs"):
-        ServeConfig(tls_client_ca=pem)
-    with pytest.raises(ConfigError, match="which is no file"):
-        ServeConfig(token_file=tmp_path / "none")
+        ServeConfig.from_options(tls_client_ca=pem)
+    with pytest.raises(ConfigError, match="which is not a file"):
+        ServeConfig.from_options(token_file=tmp_path / "none")
     with pytest.raises(ConfigError, match="`max_row_bytes`"):
-        ServeConfig(max_message_bytes=1 << 20)
+        ServeConfig.from_options(max_message_bytes=1 << 20)
     with pytest.raises(ConfigError, match="`max_message_bytes`"):
-        ServeConfig(max_memory=1 << 20)
-    with pytest.raises(ConfigError, match=r"`tokenizer` is null.*give --backend null"):
-        ServeConfig(tokenizer="null")
+        ServeConfig.from_options(max_memory=1 << 20)
+    with pytest.raises(ConfigError, match=r"`tokenizer` is 'null'.*give --backend null"):
+        ServeConfig.from_options(tokenizer="null")
 
 
 def test_values_are_checked_without_resolve_too() -> None:
     with pytest.raises(ConfigError, match="`port` is -1"):
-        ServeConfig(port=-1)
+        ServeConfig.from_options(port=-1)
     with pytest.raises(ConfigError, match="`device`"):
-        ServeConfig(device="tpu")
+        ServeConfig.from_options(device="tpu")
 
 
 def test_stores_have_names_and_addresses_may_hold_commas_and_equals_signs() -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.config.delivery import DeliveryConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery import committer as committer_module
 from fletcher.delivery import delivery as delivery_module
 from fletcher.delivery import sink as sink_module
-from fletcher.delivery.committer import Committer, DeliveryConfig
+from fletcher.delivery.committer import Committer
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
@@ -33,7 +34,7 @@ from tests.doubles.stores import MemoryStore, outage
 
 SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
 CONFIG = DeliveryConfig(
-    group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30, slow_append_s=15
+    group_rows=10, commit_rows=100, group_delay_ms=10, store_retry_s=30, store_timeout_s=60
 )
 
 
@@ -120,7 +121,7 @@ def test_an_outage_neither_loses_nor_doubles(when: str) -> None:
 def test_an_outage_that_outlasts_the_patience_fails_the_upload_and_can_be_resumed() -> None:
     store = MemoryStore()
     config = DeliveryConfig(
-        group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0, slow_append_s=15
+        group_rows=10, commit_rows=100, group_delay_ms=10, store_retry_s=0, store_timeout_s=60
     )
     with delivering(store, config) as delivery:
         upload, committer = delivery.open_upload(options(), SCHEMA)
@@ -274,7 +275,7 @@ def test_rows_that_fill_an_append_by_their_bytes_wait_for_no_others(
     # Only their number counted: with long texts or wide vectors every append waited for its delay.
     monkeypatch.setattr("fletcher.delivery.committer._COMMIT_BYTES", 100)
     store = MemoryStore()
-    with delivering(store, dataclasses.replace(CONFIG, group_delay_s=60)) as delivery:
+    with delivering(store, dataclasses.replace(CONFIG, group_delay_ms=60000)) as delivery:
         upload, committer = delivery.open_upload(options(), SCHEMA)
         send(committer, upload, 0, 7)
         assert settled(upload)

@@ -16,14 +16,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.config.delivery import DeliveryConfig
+from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
 from fletcher.delivery.journal import writer as journal_writer_module
 from fletcher.delivery.journal.journal import Journal, JournalSpace
-from fletcher.delivery.sink import DatasetSink, JournalConfig
+from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     ColumnTypeError,
@@ -39,10 +40,10 @@ from tests.doubles.stores import MemoryStore, outage
 
 SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
 CONFIG = DeliveryConfig(
-    group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30, slow_append_s=15
+    group_rows=10, commit_rows=100, group_delay_ms=10, store_retry_s=30, store_timeout_s=60
 )
 # What is journaled stays in the lane.
-SLOW = dataclasses.replace(CONFIG, group_delay_s=600)
+SLOW = dataclasses.replace(CONFIG, group_delay_ms=600000)
 
 
 @contextmanager
@@ -137,7 +138,7 @@ def test_after_a_crash_what_was_acknowledged_reaches_the_store_once(tmp_path: Pa
 def test_a_crash_between_the_stores_commit_and_the_journals_knowledge(tmp_path: Path) -> None:
     store = MemoryStore()
     patience = DeliveryConfig(
-        group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0, slow_append_s=15
+        group_rows=10, commit_rows=100, group_delay_ms=10, store_retry_s=0, store_timeout_s=60
     )
     store.faults.append(("after", outage()))
     with delivering(store, tmp_path, patience) as delivery:
@@ -161,7 +162,7 @@ def test_a_crash_between_the_stores_commit_and_the_journals_knowledge(tmp_path: 
 def test_an_outage_costs_no_error_however_long(tmp_path: Path) -> None:
     store = MemoryStore()
     patience = DeliveryConfig(
-        group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=0, slow_append_s=15
+        group_rows=10, commit_rows=100, group_delay_ms=10, store_retry_s=0, store_timeout_s=60
     )
     store.faults.extend([("before", outage()), ("after", outage()), ("before", outage())])
     with delivering(store, tmp_path, patience) as delivery:
@@ -177,7 +178,7 @@ def test_a_full_journal_holds_clients_back_then_says_so(tmp_path: Path) -> None:
     store = MemoryStore()
     store.gate.clear()
     patience = DeliveryConfig(
-        group_rows=10, commit_rows=10, group_delay_s=0, store_retry_s=0.3, slow_append_s=15
+        group_rows=10, commit_rows=10, group_delay_ms=0, store_retry_s=0.3, store_timeout_s=60
     )
     with delivering(store, tmp_path, patience, max_bytes=1000, segment_bytes=1) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)

@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.config.delivery import DeliveryConfig
+from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
-from fletcher.delivery.sink import DatasetSink, JournalConfig
+from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import OverloadedError, StoreUnavailableError
 from fletcher.telemetry.tracing import Telemetry
@@ -34,9 +35,9 @@ def delivering(
         **{
             "group_rows": 10,
             "commit_rows": 1000,
-            "group_delay_s": 0.01,
+            "group_delay_ms": 10,
             "store_retry_s": 30.0,
-            "slow_append_s": 15.0,
+            "store_timeout_s": 60,
             **fields,
         }
     )

@@ -5,11 +5,13 @@ import pytest
 from pyarrow import flight
 
 from fletcher import errors
+from fletcher.net import flight_errors
 from fletcher.net.flight_errors import (
     FLIGHT_ERRORS,
     clean_message,
     flight_error_type,
     from_flight_error,
+    from_store_error,
     handler_errors,
     to_flight_error,
 )
@@ -125,6 +127,63 @@ def test_foreign_errors_find_a_place(exc, kind):
     assert type(from_flight_error(exc, "grpc://h:1")) is kind
 
 
+def raised_by_pyarrow():
+    kinds = [*vars(flight).values(), *vars(pa).values()]
+    return [
+        kind
+        for kind in kinds
+        if isinstance(kind, type) and issubclass(kind, (flight.FlightError, pa.ArrowException))
+    ]
+
+
+@pytest.mark.parametrize("kind", raised_by_pyarrow())
+def test_no_error_of_pyarrow_is_left_without_a_row(kind):
+    assert any(issubclass(kind, row.kinds) for row in flight_errors.FOREIGN_ERRORS)
+
+
+@pytest.mark.parametrize(
+    ("exc", "kind", "words"),
+    [
+        (flight.FlightUnavailableError("x"), errors.StoreUnavailableError, "failed while asking"),
+        (flight.FlightTimedOutError("x"), errors.StoreUnavailableError, "within the deadline"),
+        (flight.FlightUnauthenticatedError("x"), errors.UnauthorizedError, "refused asking"),
+        (flight.FlightUnauthorizedError("x"), errors.UnauthorizedError, "refused asking"),
+        (flight.FlightServerError("x"), errors.StoreUnavailableError, "failed while asking"),
+        (flight.FlightInternalError("x"), errors.StoreUnavailableError, "failed while asking"),
+        (flight.FlightCancelledError("x"), errors.StoreUnavailableError, "failed while asking"),
+        (OSError("x"), errors.StoreUnavailableError, "failed while asking"),
+        (pa.ArrowNotImplementedError("x"), errors.RequestError, "refused asking"),
+        (pa.ArrowKeyError("x"), errors.RequestError, "refused asking"),
+        (pa.ArrowInvalid("x"), errors.RequestError, "refused asking"),
+        (
+            pa.ArrowInvalid("gRPC returned resource exhausted error, with message: queue full"),
+            errors.OverloadedError,
+            "overloaded, asking: queue full",
+        ),
+        (pa.ArrowMemoryError("x"), errors.StoreUnavailableError, "failed while asking"),
+    ],
+)
+def test_a_store_is_retried_unless_it_refused(exc, kind, words):
+    error = from_store_error(exc, "asking")
+    assert type(error) is kind
+    assert words in error.message
+    assert error.field == "store"
+
+
+@pytest.mark.parametrize("kind", list(errors.BY_CODE.values()))
+def test_an_error_of_a_fletcher_store_is_a_refusal_or_retryable(kind):
+    sent = kind("`dims` is 3", field="dims", retry_after_ms=70)
+    got = from_store_error(to_flight_error(sent), "asking")
+    if isinstance(sent, errors.UnavailableError):
+        overloaded = isinstance(sent, errors.OverloadedError)
+        assert type(got) is (errors.OverloadedError if overloaded else errors.StoreUnavailableError)
+        assert got.retry_after_ms == 70
+    elif isinstance(sent, (errors.DeadlineExceededError, errors.InternalError)):
+        assert type(got) is errors.StoreUnavailableError
+    else:
+        assert got.to_dict() == sent.to_dict()
+
+
 def test_a_refused_connection_names_the_address():
     with (
         flight.connect("grpc://127.0.0.1:1") as client,
@@ -144,4 +203,5 @@ def test_messages_lose_what_was_added_on_the_way():
     )
     assert clean_message(OSError(text)) == "the message"
     assert clean_message(OSError("the message. Detail: Failed")) == "the message"
+    assert clean_message(OSError("gRPC returned invalid argument error, with message: no")) == "no"
     assert clean_message(OSError("")) == "OSError"

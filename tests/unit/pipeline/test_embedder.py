@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fletcher.config.engine import WorkerConfig
 from fletcher.core.batches import TextBatch, TokenBatch
 from fletcher.core.chunking import Chunking
 from fletcher.errors import DrainingError, FletcherError
@@ -19,7 +20,9 @@ from tests.doubles.replicas import POISON
 def test_streams_end_with_the_embedder_also_those_that_come_after() -> None:
     # A call that came while the server closed waited for ever for workers that had ended.
     embedder = Embedder(
-        EmbedderConfig([], [], dim=2, window_tokens=100, max_queue_delay_s=0),
+        EmbedderConfig(
+            [], [], dim=2, window_tokens=100, workers=WorkerConfig(max_queue_delay_ms=0)
+        ),
         plan=lambda lengths, num_runners: [],
         tokenize=lambda texts: pytest.fail("nothing is tokenized"),
         budget=MemoryBudget(1 << 20, 2),
@@ -43,7 +46,9 @@ def test_streams_end_with_the_embedder_also_those_that_come_after() -> None:
 
 def test_chunks_are_not_tokenized_in_the_callers_thread() -> None:
     embedder = Embedder(
-        EmbedderConfig([], [], dim=2, window_tokens=100, max_queue_delay_s=0),
+        EmbedderConfig(
+            [], [], dim=2, window_tokens=100, workers=WorkerConfig(max_queue_delay_ms=0)
+        ),
         plan=lambda lengths, num_runners: [],
         tokenize=lambda texts: pytest.fail("other callers wait meanwhile"),
         budget=MemoryBudget(1 << 20, 2),
@@ -64,7 +69,9 @@ def test_a_poisoned_batch_fails_its_own_rows_only(outcome: str) -> None:
         WorkerSpec(f"cuda-{n}", "tests.doubles.replicas:load_poisoned", outcome) for n in range(3)
     ]
     embedder = Embedder(
-        EmbedderConfig([], specs, dim=16, window_tokens=100, max_queue_delay_s=0),
+        EmbedderConfig(
+            [], specs, dim=16, window_tokens=100, workers=WorkerConfig(max_queue_delay_ms=0)
+        ),
         plan=lambda lengths, _: np.split(np.arange(len(lengths)), range(4, len(lengths), 4)),
         tokenize=numbers,
         budget=MemoryBudget(1 << 20, 2),

@@ -5,16 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fletcher.config.model import OutputConfig
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.quantization import Ranges
 from fletcher.errors import DimensionMismatchError, InvalidCommandError
 from fletcher.models.bundle.calibration import Calibration, Cut
-from fletcher.pipeline.vector_spec import OutputRules, check_late, vector_spec
+from fletcher.pipeline.vector_spec import check_late, vector_spec
 
 ALL = ("float32", "float16", "int8", "ubinary")
-RULES = OutputRules()
-LAX = OutputRules(allow_undeclared=True)
+RULES = OutputConfig()
+LAX = OutputConfig(allow_undeclared=True)
 
 
 @pytest.fixture
@@ -71,12 +72,12 @@ def test_int8_takes_ranges_where_there_are_some(model):
     assert ask(model, dtype="int8", dims=16).ranges is None
     assert ask(model, dtype="int8", normalize=False).ranges is None
     assert ask(model, dtype="float32").ranges is None
-    assert ask(model, OutputRules(int8="row"), dtype="int8").ranges is None
-    assert ask(model, OutputRules(int8="ranges"), dtype="int8").ranges is not None
+    assert ask(model, OutputConfig(int8="row"), dtype="int8").ranges is None
+    assert ask(model, OutputConfig(int8="ranges"), dtype="int8").ranges is not None
 
 
 def test_missing_ranges_are_refused_where_a_server_wants_them(model):
-    rules = OutputRules(int8="ranges")
+    rules = OutputConfig(int8="ranges")
     with pytest.raises(InvalidCommandError, match=r"no ranges for 16 dims.*are: 32 dims") as no:
         ask(model, rules, dtype="int8", dims=16)
     assert (no.value.field, no.value.allowed) == ("dtype", ["float32", "float16", "ubinary"])

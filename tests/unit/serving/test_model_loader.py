@@ -28,7 +28,7 @@ def host(num_cuda_devices: int) -> HostInfo:
 
 
 def devices(bundle: ModelBundle, num_cuda: int, **options: str) -> tuple[list[str], list[str]]:
-    config = ServeConfig(home=Path("/nonexistent"), **options)  # type: ignore[arg-type]
+    config = ServeConfig.from_options(home=Path("/nonexistent"), **options)  # type: ignore[arg-type]
     decision, standby = _decide(config, bundle, host(num_cuda))
     running = [one.device for one in decision.configs]
     return running, [f"{one.device} {one.precision}" for one in standby]

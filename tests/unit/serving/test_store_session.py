@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.config.delivery import DeliveryConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
 from fletcher.errors import (
@@ -32,9 +32,7 @@ from tests.doubles.stores import MemoryStore
 from tests.integration.processes import eventually
 
 SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8()})
-CONFIG = DeliveryConfig(
-    group_rows=10, commit_rows=100, group_delay_s=0.01, store_retry_s=30, slow_append_s=15
-)
+CONFIG = DeliveryConfig(group_rows=10, group_delay_ms=10)
 
 
 @pytest.fixture

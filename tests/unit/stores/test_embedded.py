@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import store_rows as rows
 
 from fletcher.client import dequantize
 from fletcher.core.quantization import Ranges
@@ -29,6 +28,7 @@ from fletcher.errors import (
 )
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Filter, Store
+from tests.doubles import store_rows as rows
 
 
 @pytest.fixture(params=["lance", "parquet"])

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from fletcher.config.engine import EngineConfig
 from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
-from fletcher.tuning.candidates import BACKENDS, PRECISIONS, Asked, arrangements, engines
+from fletcher.tuning.candidates import BACKENDS, PRECISIONS, arrangements, engines
 
 FOLDER = Path("folder")
 
@@ -15,58 +16,63 @@ def names(candidates):
 
 
 def test_auto_may_become_any_engine_that_is_here_the_rules_own_first(host):
-    found = engines(Asked(), host, FOLDER)
+    found = engines(EngineConfig(), host, FOLDER)
     assert names(found) == ["openvino bfloat16", "openvino float32", "onnxruntime float32"]
     plain = dataclasses.replace(host, isa=frozenset())
-    assert names(engines(Asked(), plain, FOLDER)) == ["openvino float32", "onnxruntime float32"]
+    assert names(engines(EngineConfig(), plain, FOLDER)) == [
+        "openvino float32",
+        "onnxruntime float32",
+    ]
 
 
 def test_what_is_fixed_stays_fixed(host):
-    found = engines(Asked(backend="openvino", precision="float32", threads=2), host, FOLDER)
+    found = engines(EngineConfig(backend="openvino", precision="float32", threads=2), host, FOLDER)
     assert names(found) == ["openvino float32"]
     assert found[0].replicas == "cpu: 2 cores"
     for tokens in (0, 77):
         budgets = [
             one.max_batch_tokens
             for one in arrangements(
-                found[0].with_tokens(tokens or 1024), Asked(max_batch_tokens=tokens)
+                found[0].with_tokens(tokens or 1024), EngineConfig(max_batch_tokens=tokens)
             )
         ]
         assert set(budgets) == ({77} if tokens else {512, 1024, 2048})
 
 
 def test_gpus_and_the_cpu_are_compared_where_the_device_is_open(gpus, tiny_bundle):
-    found = engines(Asked(), gpus, tiny_bundle.folder)
+    found = engines(EngineConfig(), gpus, tiny_bundle.folder)
     assert {one.replicas for one in found} == {"cuda:0, cuda:1", "cpu: 4 cores"}
     assert found[0].engine == "onnxruntime float16"
-    only = engines(Asked(device="cuda:1"), gpus, tiny_bundle.folder)
+    only = engines(EngineConfig(device="cuda:1"), gpus, tiny_bundle.folder)
     assert {one.replicas for one in only} == {"cuda:1"}
-    doubled = {one.replicas for one in arrangements(only[0], Asked())}
+    doubled = {one.replicas for one in arrangements(only[0], EngineConfig())}
     assert doubled == {"cuda:1", "cuda:1, cuda:1"}
-    fixed = arrangements(only[0], Asked(replicas_per_device=1))
+    fixed = arrangements(only[0], EngineConfig(replicas_per_device=1))
     assert {one.replicas for one in fixed} == {"cuda:1"}
 
 
 def test_cores_are_shared_by_fewer_and_more_processes(host):
-    (engine, *_) = engines(Asked(max_batch_tokens=64), host, FOLDER)
-    found = arrangements(engine, Asked(max_batch_tokens=64))
+    (engine, *_) = engines(EngineConfig(max_batch_tokens=64), host, FOLDER)
+    found = arrangements(engine, EngineConfig(max_batch_tokens=64))
     assert [one.replicas for one in found] == ["cpu: 4 cores", "cpu: 2+2 cores"]
-    again = arrangements(found[1], Asked(max_batch_tokens=64))
+    again = arrangements(found[1], EngineConfig(max_batch_tokens=64))
     assert [one.replicas for one in again] == [
         "cpu: 2+2 cores",
         "cpu: 4 cores",
         "cpu: 1+1+1+1 cores",
     ]
     single = dataclasses.replace(host, cores=1)
-    (alone,) = arrangements(engines(Asked(), single, FOLDER)[0], Asked(max_batch_tokens=64))
+    (alone,) = arrangements(
+        engines(EngineConfig(), single, FOLDER)[0], EngineConfig(max_batch_tokens=64)
+    )
     assert alone.replicas == "cpu: 1 core"
 
 
 def test_what_cannot_run_is_said_as_ever(host):
     with pytest.raises(BackendError, match="no NVIDIA device"):
-        engines(Asked(device="cuda"), host, FOLDER)
+        engines(EngineConfig(device="cuda"), host, FOLDER)
 
 
 def test_auto_becomes_nothing_that_options_do_not_name_and_no_int8():
-    assert Asked.of(ServeConfig()) == Asked()
+    assert ServeConfig.from_options().engine == EngineConfig()
     assert not [one for one in (*BACKENDS, *PRECISIONS) if "int8" in one]

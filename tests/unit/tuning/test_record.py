@@ -4,10 +4,11 @@ import logging
 
 import pytest
 
+from fletcher.config.engine import EngineConfig
 from fletcher.errors import ConfigError
 from fletcher.models.bundle.spec import MANIFEST
 from fletcher.tuning import record as records
-from fletcher.tuning.candidates import Asked, TuningCandidate
+from fletcher.tuning.candidates import TuningCandidate, resolve_by_rule
 from fletcher.tuning.decision import decide
 from fletcher.tuning.record import Key, Record, load, save
 from tests.doubles.bundles import another
@@ -22,8 +23,8 @@ def winner(candidate, tiny_bundle):
 
 
 def test_servers_take_what_was_measured_for_the_same_question(tmp_path, host, tiny_bundle, winner):
-    save(tmp_path, Key.of(Asked(), host, tiny_bundle), tiny_bundle, winner)
-    decision = decide(tmp_path, Asked(), host, tiny_bundle)
+    save(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
+    decision = decide(tmp_path, EngineConfig(), host, tiny_bundle)
     assert decision.measured == winner
     assert decision.configs == list(winner.candidate.configs)
     assert decision.reason == (
@@ -38,19 +39,20 @@ def test_servers_take_what_was_measured_for_the_same_question(tmp_path, host, ti
 def test_versions_of_a_model_are_measured_each_for_itself(tmp_path, host, tiny_bundle, winner):
     kept = another(tiny_bundle, tmp_path / "models" / "tiny@0", tiny_bundle.name, "another")
     for bundle in (tiny_bundle, kept):
-        save(tmp_path, Key.of(Asked(), host, bundle), bundle, winner)
+        save(tmp_path, Key.of(EngineConfig(), host, bundle), bundle, winner)
     for bundle in (tiny_bundle, kept):
-        assert load(tmp_path, Key.of(Asked(), host, bundle), bundle) is not None
+        assert load(tmp_path, Key.of(EngineConfig(), host, bundle), bundle) is not None
 
 
 @pytest.mark.parametrize(
-    "asked", [Asked(threads=2), Asked(backend="openvino"), Asked(max_batch_tokens=9)]
+    "asked",
+    [EngineConfig(threads=2), EngineConfig(backend="openvino"), EngineConfig(max_batch_tokens=9)],
 )
 def test_another_question_is_decided_by_rule(tmp_path, host, tiny_bundle, winner, asked):
-    save(tmp_path, Key.of(Asked(), host, tiny_bundle), tiny_bundle, winner)
+    save(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
     decision = decide(tmp_path, asked, host, tiny_bundle)
     assert decision.measured is None
-    assert decision.configs == asked.by_rule(host, tiny_bundle.folder).configs
+    assert decision.configs == resolve_by_rule(asked, host, tiny_bundle.folder).configs
     assert decision.reason.endswith("by rule, `fletcher tune` measures")
     assert decision.describe()["chosen_by"] == "rule"
 
@@ -66,19 +68,19 @@ def test_another_question_is_decided_by_rule(tmp_path, host, tiny_bundle, winner
     ],
 )
 def test_another_host_is_decided_by_rule(tmp_path, host, tiny_bundle, winner, change, caplog):
-    save(tmp_path, Key.of(Asked(), host, tiny_bundle), tiny_bundle, winner)
+    save(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
     other = dataclasses.replace(host, **change)
-    assert load(tmp_path, Key.of(Asked(), other, tiny_bundle), tiny_bundle) is None
+    assert load(tmp_path, Key.of(EngineConfig(), other, tiny_bundle), tiny_bundle) is None
     assert caplog.records == []
     # Homes may be shared: what one host measures leaves the other's alone.
-    save(tmp_path, Key.of(Asked(), other, tiny_bundle), tiny_bundle, winner)
-    assert load(tmp_path, Key.of(Asked(), host, tiny_bundle), tiny_bundle) == winner
+    save(tmp_path, Key.of(EngineConfig(), other, tiny_bundle), tiny_bundle, winner)
+    assert load(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle) == winner
 
 
 def test_another_engine_or_model_makes_it_stale_with_one_line(
     tmp_path, host, tiny_bundle, winner, caplog
 ):
-    key = Key.of(Asked(), host, tiny_bundle)
+    key = Key.of(EngineConfig(), host, tiny_bundle)
     save(tmp_path, key, tiny_bundle, winner)
     for name, line in [
         ("openvino", "out of date (openvino 2031.1 then"),
@@ -95,14 +97,14 @@ def test_another_engine_or_model_makes_it_stale_with_one_line(
 
 
 def test_the_key_follows_the_bundle_and_the_engines(tmp_path, host, tiny_bundle, monkeypatch):
-    key = Key.of(Asked(), host, tiny_bundle)
+    key = Key.of(EngineConfig(), host, tiny_bundle)
     assert key.holds["openvino"]
     assert key.holds["onnxruntime"] or key.holds["onnxruntime-gpu"]
     (tmp_path / MANIFEST).write_text("{}")
     moved = dataclasses.replace(tiny_bundle, folder=tmp_path)
-    assert Key.of(Asked(), host, moved).holds["model"] != key.holds["model"]
+    assert Key.of(EngineConfig(), host, moved).holds["model"] != key.holds["model"]
     monkeypatch.setattr(records.metadata, "version", lambda package: "9")
-    assert Key.of(Asked(), host, tiny_bundle).holds["openvino"] == "9"
+    assert Key.of(EngineConfig(), host, tiny_bundle).holds["openvino"] == "9"
 
 
 def damaged(text):
@@ -127,7 +129,7 @@ def damaged(text):
 
 
 def test_a_corrupt_file_is_ignored_with_one_line(tmp_path, host, tiny_bundle, winner, caplog):
-    key = Key.of(Asked(), host, tiny_bundle)
+    key = Key.of(EngineConfig(), host, tiny_bundle)
     path = save(tmp_path, key, tiny_bundle, winner)
     whole = path.read_text()
     for text in damaged(whole):
@@ -146,7 +148,7 @@ def test_a_corrupt_file_is_ignored_with_one_line(tmp_path, host, tiny_bundle, wi
 def test_a_home_that_cannot_be_written_is_named(tmp_path, host, tiny_bundle, winner):
     (tmp_path / "tune").write_text("a file")
     with pytest.raises(ConfigError, match=r"`home`.*cannot be written"):
-        save(tmp_path, Key.of(Asked(), host, tiny_bundle), tiny_bundle, winner)
+        save(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
 
 
 def test_devices_are_known_by_their_names(tmp_path):
@@ -157,4 +159,4 @@ def test_devices_are_known_by_their_names(tmp_path):
 
 
 def test_the_null_backend_has_nothing_to_measure(tmp_path, host, tiny_bundle):
-    assert "tune" not in decide(tmp_path, Asked(backend="null"), host, tiny_bundle).reason
+    assert "tune" not in decide(tmp_path, EngineConfig(backend="null"), host, tiny_bundle).reason

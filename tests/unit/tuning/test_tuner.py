@@ -3,9 +3,9 @@
 import pytest
 
 from fletcher.cli.tune import _print
+from fletcher.config.engine import EngineConfig
 from fletcher.errors import BackendError, ConfigError
 from fletcher.tuning import record as records
-from fletcher.tuning.candidates import Asked
 from fletcher.tuning.tuner import tune
 
 
@@ -17,17 +17,19 @@ def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fa
         slow = configs[0].precision == "bfloat16" or len(configs) == 1
         return fake_group(configs[0].precision, seconds=(0.02 if slow else 0.01,))
 
-    report = tune(tmp_path, Asked(), host, tiny_bundle, lambda line: None, start)
+    report = tune(tmp_path, EngineConfig(), host, tiny_bundle, lambda line: None, start)
     assert started[0] == ("onnxruntime", "float32", 1)  # the reference
     assert len(report.engines) == 3
     # Equally fast engines: the rules' own stays; two of its processes are as slow as one.
     assert report.chosen.candidate.engine == "openvino bfloat16"
     assert report.chosen.candidate.replicas == "cpu: 4 cores"
-    key = records.Key.of(Asked(), host, tiny_bundle)
+    key = records.Key.of(EngineConfig(), host, tiny_bundle)
     kept = records.load(tmp_path, key, tiny_bundle)
     assert kept == report.record
 
-    again = tune(tmp_path, Asked(precision="float32"), host, tiny_bundle, lambda line: None, start)
+    again = tune(
+        tmp_path, EngineConfig(precision="float32"), host, tiny_bundle, lambda line: None, start
+    )
     assert again.chosen.candidate.replicas == "cpu: 2+2 cores"
     assert again.path != report.path
     _print(again)
@@ -41,10 +43,10 @@ def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fa
 def test_nothing_right_is_nothing_chosen(tmp_path, host, tiny_bundle, fake_group):
     groups = iter([fake_group(), *(fake_group(noise=1.0) for _ in range(3))])
     with pytest.raises(BackendError, match=r"nothing that runs here is right.*refused: cosine"):
-        tune(tmp_path, Asked(), host, tiny_bundle, lambda line: None, lambda _: next(groups))
+        tune(tmp_path, EngineConfig(), host, tiny_bundle, lambda line: None, lambda _: next(groups))
     assert not (tmp_path / "tune").exists()
 
 
 def test_null_is_refused(tmp_path, host, tiny_bundle):
     with pytest.raises(ConfigError, match="`backend` is 'null'"):
-        tune(tmp_path, Asked(backend="null"), host, tiny_bundle, print)
+        tune(tmp_path, EngineConfig(backend="null"), host, tiny_bundle, print)

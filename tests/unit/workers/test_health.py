@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fletcher.workers.health import Health, backoff_s
+from fletcher.workers.health import RESTART_BACKOFF, Health
 
 
 def worked(
@@ -88,8 +88,8 @@ def test_a_new_process_starts_healthy_and_unmeasured() -> None:
 
 def test_restarts_come_later_and_later_and_never_at_the_same_time() -> None:
     rng = random.Random(5)
-    assert backoff_s(0, rng) == 0
+    assert RESTART_BACKOFF.delay_s(0, rng.random()) == 0
     for num_failures, longest in [(1, 0.5), (2, 1), (3, 2), (6, 16), (7, 30), (1000, 30)]:
-        waits = [backoff_s(num_failures, rng) for _ in range(200)]
+        waits = [RESTART_BACKOFF.delay_s(num_failures, rng.random()) for _ in range(200)]
         assert longest / 2 <= min(waits) < 0.6 * longest
         assert 0.9 * longest < max(waits) <= longest

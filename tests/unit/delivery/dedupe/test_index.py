@@ -11,14 +11,15 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from fletcher.config.delivery import DeliveryConfig
+from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.committer import DeliveryConfig
 from fletcher.delivery.dedupe.fingerprints import FingerprintMap, fingerprints
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.dedupe.prefilter import DedupePrefilter
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
-from fletcher.delivery.sink import DatasetSink, JournalConfig
+from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     ColumnTypeError,
@@ -46,12 +47,16 @@ def delivering(
     config = DeliveryConfig(
         group_rows=10,
         commit_rows=100,
-        group_delay_s=0.01,
+        group_delay_ms=10,
         store_retry_s=retry_s,
-        slow_append_s=15,
+        store_timeout_s=60,
         max_dedupe_bytes=known_bytes,
     )
-    where = None if folder is None else JournalConfig(folder, 1 << 30, 1 << 16, 0.0)
+    where = (
+        None
+        if folder is None
+        else JournalConfig(folder=folder, max_bytes=1 << 30, segment_bytes=1 << 16, retention_s=0)
+    )
     delivery = Delivery({"default": store}, config, Telemetry(), where)
     delivery.recover()
     try:

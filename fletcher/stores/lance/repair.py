@@ -52,7 +52,7 @@ def set_torn_versions_aside(folder: Path) -> int:
         num_torn += 1
     if num_torn:
         (folder / "_versions" / _HINT).unlink(missing_ok=True)
-        sync_path(str(folder / "_versions"))
+        sync_path(folder / "_versions")
     return num_torn
 
 

@@ -21,8 +21,8 @@ from fletcher.errors import (
     RequestError,
     StoreUnavailableError,
 )
+from fletcher.stores.base import WriteMode
 from fletcher.stores.filters import quoted
-from fletcher.stores.lock import WriterLock
 from fletcher.stores.schemas import (
     aligned,
     check_compatible,
@@ -32,6 +32,7 @@ from fletcher.stores.schemas import (
 )
 from fletcher.util.allocator import give_back
 from fletcher.util.durable import sync_path
+from fletcher.util.locks import FileLock
 
 _log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ class LanceWriter:
         folder: The table's folder, whose new files are synced.
         dataset: Its name, for messages.
         lock: Held until `close`.
-        upsert: Every append replaces the rows of the same `id`.
-        replaced: The table was emptied, so `close` frees the disk of what was in it before.
+        mode: How the table was opened. `upsert`: every append replaces rows of the same `id`;
+            `overwrite`: the table was emptied, and `close` frees the disk space of its old rows.
         on_close: Called once with the writer.
     """
 
@@ -70,17 +71,16 @@ class LanceWriter:
         *,
         folder: Path,
         dataset: str,
-        lock: WriterLock,
-        upsert: bool,
-        replaced: bool,
+        lock: FileLock,
+        mode: WriteMode,
         on_close: Callable[[LanceWriter], None],
     ) -> None:
         self.schema: pa.Schema = table.schema
         self._table = table
         self._dataset = dataset
         self._lock = lock
-        self._upsert = upsert
-        self._replaced = replaced
+        self._upsert = mode == "upsert"
+        self._replaced = mode == "overwrite"
         self._on_close = on_close
         self._files = _SyncedFolder(folder)
         self._files.sync(settled=True)
@@ -98,10 +98,10 @@ class LanceWriter:
             StoreUnavailableError: The commit failed (a full disk, say); nothing is known.
             RequestError: The rows do not fit the table.
         """
-        self.write(batches, upsert=self._upsert)
+        self.write_rows(batches, upsert=self._upsert)
         return False
 
-    def write(self, batches: Sequence[pa.RecordBatch], *, upsert: bool) -> None:
+    def write_rows(self, batches: Sequence[pa.RecordBatch], *, upsert: bool) -> None:
         """`append` with the mode chosen per call; for the server, which serves many clients."""
         assert not self._closed, "append after close"
         for batch in batches:
@@ -157,7 +157,7 @@ class LanceWriter:
             raise broken(self._dataset, error) from error
         self.schema = self._table.schema
 
-    def delete(self, condition: str) -> int:
+    def delete_rows(self, condition: str) -> int:
         """Removes the rows that meet an SQL condition; answers how many there were."""
         self._join_compaction()
         try:
@@ -262,7 +262,7 @@ class _SyncedFolder:
             for folder in changed:
                 sync_path(folder)
             if not self._known:
-                sync_path(str(self._folder.parent))
+                sync_path(self._folder.parent)
             self._known = present if settled else self._known & present
 
 

@@ -25,15 +25,15 @@ from fletcher.errors import (
 )
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
-from fletcher.stores.lance_repair import set_torn_versions_aside
-from fletcher.stores.lance_writer import (
+from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.lance.repair import set_torn_versions_aside
+from fletcher.stores.lance.writer import (
     LanceWriter,
     broken,
     check_columns_to_be,
     distinct_keys,
 )
-from fletcher.stores.lock import WriterLock
-from fletcher.stores.nearest import check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.lock import lock_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, new_fields
 from fletcher.util.allocator import keep_large_blocks
 from fletcher.util.durable import make_folder, sync_path
@@ -124,7 +124,7 @@ class LanceStore:
         check_dataset(dataset)
         _check_offered(schema, mode)
         check_columns_to_be(schema)
-        lock = self._lock(dataset)
+        lock = lock_dataset(self._folder, dataset)
         try:
             self._mend(dataset)
             table = self._open(dataset)
@@ -145,8 +145,7 @@ class LanceStore:
                 folder=self._folder / f"{dataset}.lance",
                 dataset=dataset,
                 lock=lock,
-                upsert=mode == "upsert",
-                replaced=mode == "overwrite",
+                mode=mode,
                 on_close=self._forget,
             )
         except (ValueError, RuntimeError, OSError) as error:
@@ -269,13 +268,13 @@ class LanceStore:
     def delete_dataset(self, name: str) -> None:
         """See `Store.delete_dataset`."""
         check_dataset(name)
-        lock = self._lock(name)
+        lock = lock_dataset(self._folder, name)
         try:
             self._mend(name)
             if self._open(name) is None:
                 raise unknown_dataset(name)
             self._database.drop_table(name)
-            sync_path(str(self._folder))
+            sync_path(self._folder)
         except (ValueError, RuntimeError, OSError) as error:
             raise broken(name, error) from error
         finally:
@@ -291,15 +290,6 @@ class LanceStore:
     def _forget(self, writer: LanceWriter) -> None:
         with self._mutex:
             self._writers.discard(writer)
-
-    def _lock(self, dataset: str) -> WriterLock:
-        try:
-            return WriterLock(self._folder / f".{dataset}.lock", dataset)
-        except OSError as error:
-            raise StoreUnavailableError(
-                f"dataset `{dataset}` cannot be locked for writing: {error.strerror}",
-                field="dataset",
-            ) from error
 
     def _mend(self, name: str) -> None:
         """Sets aside what a power loss left of the newest commits; the caller has the lock."""
@@ -317,7 +307,7 @@ class LanceStore:
             return None
         if name not in self._mended:
             try:
-                lock = self._lock(name)
+                lock = lock_dataset(self._folder, name)
             except StoreUnavailableError:
                 pass  # somebody writes, who has mended it
             else:

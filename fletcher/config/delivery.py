@@ -1,0 +1,76 @@
+"""Options of the delivery of rows to stores: grouping, retry and timeouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fletcher.config.network import COMPRESSIONS
+from fletcher.config.option import (
+    MILLISECONDS,
+    SECONDS,
+    STORES,
+    TEXT,
+    WHOLE,
+    OptionGroup,
+    option,
+)
+
+DEFAULT_STORE = "default"
+NO_STORE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryConfig(OptionGroup):
+    """Stores, and how rows are grouped, appended and retried.
+
+    Attributes:
+        commit_rows: Most rows of one append, over all its groups; at least `group_rows`.
+        max_dedupe_bytes: Memory for the dedupe indexes of all datasets; `ServeConfig` derives it
+            from `max_memory`.
+    """
+
+    stores: tuple[str, ...] = option(
+        (),
+        STORES,
+        "Store as NAME=ADDRESS or ADDRESS, repeatable; the first is the default. Addresses: "
+        "lance:PATH, parquet:PATH, grpc://HOST:PORT, or none to only send vectors back. Default: "
+        "lance: in the home folder.",
+        name="store",
+    )
+    group_rows: int = option(
+        10_000,
+        WHOLE,
+        "Rows in one write. More makes fewer and larger writes, acknowledged later.",
+        minimum=1,
+    )
+    group_delay_ms: float = option(
+        500, MILLISECONDS, "Longest wait to fill a write. Less acknowledges rows earlier."
+    )
+    store_timeout_s: float = option(
+        60, SECONDS, "Longest wait for one write before it is tried again.", minimum=0.001
+    )
+    store_compression: str = option(
+        "auto",
+        TEXT,
+        "Compression of rows sent to Flight stores. It saves network for CPU time; auto measures "
+        "both.",
+        choices=COMPRESSIONS,
+    )
+    store_retry_s: float = option(
+        300, SECONDS, "How long a failing write is retried before its upload fails."
+    )
+    commit_rows: int = 50_000
+    max_dedupe_bytes: int = 64 << 20
+
+    def _check_together(self) -> None:
+        object.__setattr__(self, "commit_rows", max(self.commit_rows, self.group_rows))
+
+    @property
+    def group_delay_s(self) -> float:
+        """`group_delay_ms` in seconds."""
+        return self.group_delay_ms / 1000
+
+    @property
+    def slow_append_s(self) -> float:
+        """Duration beyond which an append is slow, and the next ones carry fewer rows."""
+        return self.store_timeout_s / 4

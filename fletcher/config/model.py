@@ -1,0 +1,125 @@
+"""Options of the models: which are served, which callers may load, and their outputs."""
+
+# ruff: noqa: RUF009  (`option` makes a dataclass field, no default value)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fletcher.config.model_alias import Alias
+from fletcher.config.option import (
+    ALIASES,
+    FOLDER,
+    LOADABLE,
+    MIB,
+    NAMES,
+    SIZE,
+    SWITCH,
+    TEXT,
+    OptionGroup,
+    option,
+)
+from fletcher.errors import ConfigError
+
+# What int8 vectors are multiples of: `core.quantization`.
+INT8_KINDS = ("auto", "row", "ranges")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(OptionGroup):
+    """The models of a server, their aliases and the memory for all of them."""
+
+    default: str = option(
+        "all-MiniLM-L6-v2", TEXT, "Model for calls that name no model.", name="model"
+    )
+    models: tuple[str, ...] = option(
+        (),
+        NAMES,
+        "Model to serve beside --model, as NAME or NAME@HASH; repeatable. Each has its own "
+        "processes and memory, and all share the cores.",
+    )
+    loadable_models: tuple[str, ...] = option(
+        (),
+        LOADABLE,
+        "Model that callers may load and swap at run time; repeatable, * for all that are "
+        "installed. Every caller may then take that memory.",
+    )
+    model_aliases: tuple[str, ...] = option(
+        (),
+        ALIASES,
+        "Division of the calls for NAME among models by weight; repeatable. An alias `default` "
+        "divides calls that name no model.",
+        name="model_alias",
+    )
+    max_model_memory: int = option(
+        0,
+        SIZE,
+        "Memory for the processes of all models, 0: no limit. Beyond it the least recently used "
+        "model is unloaded, and the next call for it waits until it is loaded again.",
+    )
+
+    def _check_together(self) -> None:
+        _ = self.aliases
+
+    @property
+    def aliases(self) -> tuple[Alias, ...]:
+        """`model_aliases`, parsed. Raises ConfigError for a name given twice."""
+        aliases = tuple(Alias.parse(text) for text in self.model_aliases)
+        taken = [name.partition("@")[0] for name in (self.default, *self.models)]
+        for alias in aliases:
+            if alias.name in taken:
+                raise ConfigError(
+                    f"`model_alias` has the name {alias.name!r} twice, or a model has that name; "
+                    "choose another",
+                    field="model_alias",
+                )
+            taken.append(alias.name)
+        return aliases
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputConfig(OptionGroup):
+    """Which vectors callers may ask for."""
+
+    allow_undeclared: bool = option(
+        False,
+        SWITCH,
+        "Accept `dims` that the model does not declare. The loss of quality is then unknown.",
+    )
+    int8: str = option(
+        INT8_KINDS[0],
+        TEXT,
+        "Scale of int8 vectors. row: one a vector, 4 bytes more, nothing is clipped. ranges: those "
+        "that `fletcher model calibrate` found, values outside are clipped. auto: ranges if the "
+        "model has them.",
+        choices=INT8_KINDS,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig(OptionGroup):
+    """Memory or disk for the vectors of texts that come again."""
+
+    max_bytes: int = option(
+        0,
+        SIZE,
+        "Size of the cache of vectors by text, beside --max-memory; 0: no cache. Worth it where "
+        "texts repeat; elsewhere it costs a hash a text.",
+        name="embedding_cache",
+    )
+    folder: Path | None = option(
+        None,
+        FOLDER,
+        "Keep the embedding cache in a file in this folder, of at least 64MiB. It outlives the "
+        "server, and lookups are slower than in memory.",
+        name="embedding_cache_dir",
+    )
+
+    def _check_together(self) -> None:
+        if self.folder is not None and self.max_bytes < 64 * MIB:
+            raise ConfigError(
+                f"`embedding_cache` is {self.max_bytes}, expected at least 64MiB with "
+                "`embedding_cache_dir`",
+                field="embedding_cache",
+            )

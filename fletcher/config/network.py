@@ -1,0 +1,76 @@
+"""Options of the network: address, tokens, TLS and compression of answers."""
+
+# ruff: noqa: RUF009  (`option` makes a dataclass field, no default value)
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fletcher.config.option import FILE, SWITCH, TEXT, WHOLE, OptionGroup, option
+from fletcher.errors import ConfigError
+
+# Compression of Arrow's IPC bodies; the client's and the stores' take the same words.
+COMPRESSIONS = ("none", "lz4", "zstd", "auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig(OptionGroup):
+    """Where the server listens, who may call it, and how answers are compressed."""
+
+    host: str = option(
+        "127.0.0.1",
+        TEXT,
+        "Address to listen on. 0.0.0.0 accepts other machines, and needs --token-file or "
+        "--insecure.",
+    )
+    port: int = option(
+        8815, WHOLE, "TCP port. 0 picks a free one; the server prints it.", maximum=65535
+    )
+    token_file: Path | None = option(
+        None, FILE, "File of bearer tokens, one a line. Without it every caller is accepted."
+    )
+    tls_cert: Path | None = option(
+        None, FILE, "PEM certificate for TLS, with --tls-key. Encryption costs some CPU time."
+    )
+    tls_key: Path | None = option(None, FILE, "PEM private key of --tls-cert.")
+    tls_client_ca: Path | None = option(
+        None, FILE, "PEM CA. Callers must then show a certificate that it signed."
+    )
+    insecure: bool = option(
+        False, SWITCH, "Accept other machines without tokens. Anyone who reaches --host may call."
+    )
+    compression: str = option(
+        "none",
+        TEXT,
+        "Compression of vectors sent back. Vectors shrink little, texts returned with them much. "
+        "auto measures each caller's connection.",
+        choices=COMPRESSIONS,
+    )
+
+    def _check_together(self) -> None:
+        if not (self.insecure or self.token_file or is_loopback(self.host)):
+            raise ConfigError(
+                f"`host` is {self.host!r}, which other machines can reach, without a "
+                "`token_file`; give --token-file, or --insecure to accept every caller",
+                field="host",
+                allowed=["127.0.0.1", "::1", "localhost"],
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            there, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
+            raise ConfigError(f"`{there}` needs `{missing}` with it", field=missing)
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("`tls_client_ca` needs `tls_cert` and `tls_key`", field="tls_cert")
+        for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca"):
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ConfigError(f"`{name}` is {str(path)!r}, which is not a file", field=name)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

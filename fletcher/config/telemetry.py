@@ -1,0 +1,29 @@
+"""Options of logs, traces and metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fletcher.config.option import TEXT, OptionGroup, option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetryConfig(OptionGroup):
+    """What is logged, how, and where traces and metrics go."""
+
+    log_level: str = option(
+        "info",
+        TEXT,
+        "Least severe level written to standard error.",
+        choices=("debug", "info", "warning", "error"),
+    )
+    log_format: str = option(
+        "text", TEXT, "text for people, json for log collectors.", choices=("text", "json")
+    )
+    otlp_endpoint: str | None = option(
+        None,
+        TEXT,
+        "OTLP/HTTP URL for traces and metrics. Costs a little time a call.",
+        pattern=r"https?://.+",
+        expected="an http:// or https:// URL",
+    )

@@ -1,0 +1,165 @@
+"""Connections to the ports of a Flight store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+from pyarrow import flight
+
+from fletcher.net.address import FlightAddress
+from fletcher.net.channel import connect
+from fletcher.net.compression import Sender
+from fletcher.net.flight_errors import from_store_error
+
+# A Flight client blocks after 4-7 MiB that the server has not read; 1-4 MiB keep it flowing.
+MESSAGE_BYTES = 2 << 20
+FAILURES = (pa.ArrowException, flight.FlightError, OSError)
+
+
+@contextmanager
+def store_call(what: str) -> Iterator[None]:
+    """Turns what a Flight call raises into a `FletcherError`; see `from_store_error`.
+
+    Args:
+        what: The action, for the message, such as "writing to dataset `d`".
+
+    Raises:
+        RequestError, UnauthenticatedError, UnauthorizedError: The store refuses the call.
+        StoreUnavailableError, OverloadedError: The store failed or stalled; retry later.
+    """
+    try:
+        yield
+    except FAILURES as error:
+        raise from_store_error(error, what) from error
+
+
+@dataclass(frozen=True, slots=True)
+class FlightStoreAddress:
+    """Address of a Flight store.
+
+    Attributes:
+        text: As the user wrote it.
+        data: Port of rows and searches.
+        meta: Port of the dataset list; None: the one that the store's capabilities name, else the
+            port after `data`'s, as Longbow has it by default.
+        profile: `auto`, `longbow` or `fletcher`.
+    """
+
+    text: str
+    data: FlightAddress
+    meta: FlightAddress | None
+    profile: str
+
+    def with_meta_port(self, port: int) -> FlightStoreAddress:
+        """The address with `meta` on the data port's host."""
+        return replace(self, meta=self.data.with_port(port))
+
+    @property
+    def meta_uri(self) -> str:
+        """Address of the port of the dataset list."""
+        return (self.meta or self.data.with_port(self.data.port + 1)).uri
+
+
+class FlightConnection:
+    """Clients of a store's ports, one each, with a deadline per call. Thread-safe.
+
+    Args:
+        address: Of the store; replaced once the capabilities name its meta port.
+        timeout_s: Deadline of one call; an append is one call.
+        compression: Compression of sent rows; one of `fletcher.config.network.COMPRESSIONS`.
+        message_bytes: Approximate size of a message of rows.
+    """
+
+    def __init__(
+        self,
+        address: FlightStoreAddress,
+        *,
+        timeout_s: float,
+        compression: str = "none",
+        message_bytes: int = MESSAGE_BYTES,
+    ) -> None:
+        self.address = address
+        self.message_bytes = message_bytes
+        self._timeout_s = timeout_s
+        self._sender = Sender(
+            compression,
+            host=address.data.host,
+            peer=address.text,
+            probe=lambda body: self.run_action("check_readiness", body),
+        )
+        self._mutex = threading.Lock()
+        self._clients: dict[str, flight.FlightClient] = {}
+
+    @property
+    def data_client(self) -> flight.FlightClient:
+        """Client of the data port. Raises StoreUnavailableError for an unknown host."""
+        return self._client(self.address.data.uri)
+
+    @property
+    def meta_client(self) -> flight.FlightClient:
+        """Client of the meta port. Raises StoreUnavailableError for an unknown host."""
+        return self._client(self.address.meta_uri)
+
+    def call_options(self, write: pa.ipc.IpcWriteOptions | None = None) -> flight.FlightCallOptions:
+        """Options of one call: its deadline and, for DoPut, the options of its rows.
+
+        Every call has a deadline because a Longbow under memory pressure stalls.
+        """
+        return flight.FlightCallOptions(timeout=self._timeout_s, write_options=write)
+
+    def write_options(self, first: pa.RecordBatch) -> pa.ipc.IpcWriteOptions:
+        """Compression of a call, chosen by its first batch."""
+        return self._sender.options(first)
+
+    def run_action(self, name: str, body: Any) -> bytes:
+        """Calls an action on the data port.
+
+        Args:
+            name: The action.
+            body: Bytes, or what becomes a JSON object.
+
+        Returns:
+            Its first result; empty if it has none.
+
+        Raises:
+            FletcherError: As `store_call`.
+        """
+        raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
+        with store_call(f"asking for {name}"):
+            action = flight.Action(name, raw)
+            results = list(self.data_client.do_action(action, self.call_options()))
+        return results[0].body.to_pybytes() if results else b""
+
+    def open_stream(self, ticket: dict[str, Any], what: str) -> pa.RecordBatchReader | None:
+        """The rows of a DoGet; None for an answer without a schema.
+
+        Raises:
+            FletcherError: As `store_call`, with `what`.
+        """
+        try:
+            raw = flight.Ticket(msgspec.json.encode(ticket))
+            return self.data_client.do_get(raw, self.call_options()).to_reader()
+        except FAILURES as error:
+            if type(error) is pa.ArrowInvalid and "schema" in str(error).lower():
+                return None
+            raise from_store_error(error, what) from error
+
+    def close(self) -> None:
+        """Closes the clients. Idempotent."""
+        with self._mutex:
+            clients, self._clients = list(self._clients.values()), {}
+        for client in clients:
+            client.close()
+
+    def _client(self, uri: str) -> flight.FlightClient:
+        with self._mutex:
+            if uri not in self._clients:
+                with store_call(f"connecting to {self.address.text}"):
+                    self._clients[uri] = connect(uri)
+            return self._clients[uri]

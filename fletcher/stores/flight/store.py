@@ -1,0 +1,350 @@
+"""Flight store: Longbow, or any server of its contract, such as `fletcher store`."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import flight
+
+from fletcher.core.command import check_dataset
+from fletcher.core.ranges import RangeSet
+from fletcher.core.schema import parse_batch_key
+from fletcher.errors import (
+    FletcherError,
+    RequestError,
+    StoreUnavailableError,
+    UnauthenticatedError,
+    UnauthorizedError,
+    UnavailableError,
+    UnknownDatasetError,
+)
+from fletcher.stores import protocol
+from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
+from fletcher.stores.exact_search import unknown_dataset
+from fletcher.stores.filters import to_json
+from fletcher.stores.flight import longbow
+from fletcher.stores.flight.connection import (
+    MESSAGE_BYTES,
+    FlightConnection,
+    FlightStoreAddress,
+    store_call,
+)
+from fletcher.stores.flight.writers import FletcherWriter, LongbowWriter
+from fletcher.stores.schemas import (
+    check_columns,
+    check_compatible,
+    check_storable,
+    count_batch_keys,
+    limited,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class FlightStore:
+    """A Flight store; connects on first use. Thread-safe, except for its writers.
+
+    The profile decides which promises of the server are relied on. `fletcher`: every dtype, repeats
+    dropped by the server, ids in their type, appends durable. `longbow`: float32, no promise beyond
+    the acknowledgement. `auto` asks the store for its capabilities and takes `longbow` if it has
+    none.
+
+    Args:
+        address: Its ports and profile.
+        timeout_s: Deadline of one call; an append is one call.
+        compression: Compression of sent rows.
+        message_bytes: Approximate size of a message of rows.
+    """
+
+    def __init__(
+        self,
+        address: FlightStoreAddress,
+        *,
+        timeout_s: float,
+        compression: str = "none",
+        message_bytes: int = MESSAGE_BYTES,
+    ) -> None:
+        self.address = address.text
+        self._profile = address.profile
+        self._connection = FlightConnection(
+            address, timeout_s=timeout_s, compression=compression, message_bytes=message_bytes
+        )
+        self._capabilities: StoreCapabilities | None = None
+        self._widening_logged = False
+
+    @property
+    def capabilities(self) -> StoreCapabilities:
+        """What the store can do; the first use asks it.
+
+        Raises:
+            StoreUnavailableError: The store does not answer.
+        """
+        if self._capabilities is None:
+            self._capabilities = self._ask_capabilities()
+        return self._capabilities
+
+    def open_writer(
+        self, dataset: str, schema: pa.Schema, mode: WriteMode
+    ) -> FletcherWriter | LongbowWriter:
+        """See `Store.open_writer`. A Longbow refuses `upsert`."""
+        check_dataset(dataset)
+        check_storable(schema)
+        if self._is_fletcher:
+            writer = FletcherWriter(self._connection, dataset, schema, mode)
+            writer.create_dataset()
+            return writer
+        if mode == "upsert":
+            raise RequestError(
+                "`mode` is upsert, which a Longbow store cannot do: it only appends; use append, "
+                "or a store of Fletcher",
+                field="mode",
+                allowed=["append", "overwrite"],
+            )
+        narrow = longbow.longbow_schema(schema)
+        if narrow.field("vector").type != schema.field("vector").type and not self._widening_logged:
+            self._widening_logged = True
+            _log.info("vectors are widened to float32, the one type that Longbow indexes")
+        info = self.dataset(dataset)
+        if info is not None and mode == "overwrite":
+            self._connection.run_action("delete-dataset", {"dataset": dataset})
+        elif info is not None:
+            check_compatible(dataset, info.schema, narrow)
+        return LongbowWriter(self._connection, dataset, narrow, self._count_keys)
+
+    def datasets(self) -> list[DatasetInfo]:
+        """See `Store.datasets`. A Longbow counts batches where `num_rows` says rows."""
+        assert self.capabilities  # may name the meta port
+        meta = self._connection.address.meta_uri
+        with store_call(
+            f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
+        ):
+            flights = self._connection.meta_client.list_flights(
+                options=self._connection.call_options()
+            )
+            return sorted((_info(one) for one in flights), key=lambda info: info.name)
+
+    def dataset(self, name: str) -> DatasetInfo | None:
+        """See `Store.dataset`. A Longbow counts batches where `num_rows` says rows."""
+        check_dataset(name)
+        if not self._is_fletcher:
+            # Longbow's GetFlightInfo reports an unknown dataset by an error like any other.
+            return next((info for info in self.datasets() if info.name == name), None)
+        descriptor = flight.FlightDescriptor.for_path(name)
+        try:
+            with store_call(f"looking for dataset `{name}`"):
+                return _info(
+                    self._connection.meta_client.get_flight_info(
+                        descriptor, self._connection.call_options()
+                    )
+                )
+        except UnknownDatasetError:
+            return None
+
+    def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
+        """See `Store.stored_ranges`. A Longbow's group counts once all its rows are stored."""
+        check_dataset(dataset)
+        if self._is_fletcher:
+            request = protocol.StoredRangesRequest(dataset, upload_id)
+            try:
+                answer = self._connection.run_action(protocol.STORED_RANGES, request)
+            except UnknownDatasetError:
+                return []
+            return msgspec.json.decode(answer, type=protocol.StoredRangesAnswer).ranges
+        # These two enclose all keys of the upload, and keys of uploads with a longer name.
+        counts = self._count_keys(
+            dataset,
+            (
+                Filter("batch_key", ">=", f"{upload_id}:"),
+                Filter("batch_key", "<=", f"{upload_id};"),
+            ),
+        )
+        stored = []
+        for key, count in counts.items():
+            parsed = parse_batch_key(key)
+            if parsed and parsed[0] == upload_id and count >= parsed[2] - parsed[1] + 1:
+                stored.append(parsed[1:])
+        return RangeSet(stored).ranges()
+
+    def scan(
+        self,
+        dataset: str,
+        *,
+        columns: Sequence[str] | None = None,
+        filters: Sequence[Filter] = (),
+        limit: int | None = None,
+    ) -> pa.RecordBatchReader:
+        """See `Store.scan`. A Longbow sends all columns, whichever are requested."""
+        check_dataset(dataset)
+        ticket: dict[str, Any] = {"name": dataset, "filters": to_json(filters)}
+        if self._is_fletcher:
+            if columns is not None:
+                ticket["columns"] = list(columns)
+            if limit is not None:
+                ticket["limit"] = limit
+        what = f"reading dataset `{dataset}`"
+        reader = self._connection.open_stream(ticket, what)
+        if reader is None:
+            # Longbow answers without a schema for a dataset without rows.
+            raise unknown_dataset(dataset)
+        wanted = list(columns) if columns is not None else reader.schema.names
+        check_columns(dataset, reader.schema, wanted)
+        schema = pa.schema(
+            [reader.schema.field(name) for name in wanted], metadata=reader.schema.metadata
+        )
+
+        def batches() -> Any:
+            with store_call(what):
+                yield from limited(reader, schema, limit)
+
+        return pa.RecordBatchReader.from_batches(schema, batches())
+
+    def search(
+        self,
+        dataset: str,
+        vector: npt.NDArray[np.float32],
+        *,
+        k: int,
+        columns: Sequence[str] | None = None,
+        filters: Sequence[Filter] = (),
+    ) -> pa.Table:
+        """See `Store.search`. A Longbow answers `id` (its own row number for text ids) and `score`.
+
+        Raises:
+            RequestError: Other columns than `id` are requested of a Longbow.
+        """
+        check_dataset(dataset)
+        wanted = list(columns) if columns is not None else None
+        search: dict[str, Any] = {
+            "dataset": dataset,
+            "vector": [float(value) for value in vector],
+            "k": k,
+            "filters": to_json(filters),
+        }
+        if self._is_fletcher:
+            if wanted is None:
+                info = self.dataset(dataset)
+                if info is None:
+                    raise unknown_dataset(dataset)
+                wanted = info.schema.names
+            search["columns"] = wanted
+        elif wanted is not None and set(wanted) - {"id"}:
+            raise RequestError(
+                f"`columns` asks for {', '.join(wanted)}, a Longbow store answers a search with "
+                "`id` and `score` alone; read the rows by their ids",
+                field="columns",
+                allowed=["id"],
+            )
+        what = f"searching dataset `{dataset}`"
+        reader = self._connection.open_stream({"name": dataset, "search": search}, what)
+        if reader is None:
+            raise unknown_dataset(dataset)
+        with store_call(what):
+            found = reader.read_all()
+        return found.select([*(wanted if wanted is not None else ["id"]), "score"])
+
+    def delete_dataset(self, name: str) -> None:
+        """See `Store.delete_dataset`."""
+        check_dataset(name)
+        if not self._is_fletcher and self.dataset(name) is None:
+            raise unknown_dataset(name)
+        self._connection.run_action("delete-dataset", {"dataset": name})
+
+    def close(self) -> None:
+        """Closes the connections. Idempotent."""
+        self._connection.close()
+
+    def _count_keys(self, dataset: str, filters: Sequence[Filter]) -> Counter[str]:
+        """Number of rows that a Longbow has of each batch key, among rows that meet the filters."""
+        ticket = {"name": dataset, "filters": to_json(filters)}
+        what = f"asking what dataset `{dataset}` holds"
+        counts: Counter[str] = Counter()
+        try:
+            with store_call(what):
+                reader = self._connection.open_stream(ticket, what)
+                for batch in reader if reader is not None else ():
+                    counts.update(count_batch_keys(batch))
+        except FletcherError:
+            # Longbow has no error code for an unknown dataset.
+            if self.dataset(dataset) is None:
+                return Counter()
+            raise
+        return counts
+
+    @property
+    def _is_fletcher(self) -> bool:
+        return self.capabilities.drops_repeated_keys
+
+    def _ask_capabilities(self) -> StoreCapabilities:
+        if self._profile == "longbow":
+            return longbow.CAPABILITIES
+        try:
+            can = msgspec.json.decode(
+                self._connection.run_action(protocol.CAPABILITIES, {}),
+                type=protocol.CapabilitiesAnswer,
+            )
+        except UnavailableError as error:
+            # Longbow calls an unknown action an internal error, so ask whether it is up.
+            unknown = _is_unknown_action(error.__cause__)
+            if self._profile == "fletcher" or not unknown or not self._is_up():
+                refused = "connection refused" in error.message.lower()
+                raise StoreUnavailableError(
+                    f"the store {self.address} does not answer: "
+                    f"{'connection refused' if refused else error.message}; check its address and "
+                    "that it runs",
+                    field="store",
+                    retry_after_ms=error.retry_after_ms,
+                ) from error
+            _log.debug("%s has no capabilities: %s", self.address, error)
+        except (UnauthenticatedError, UnauthorizedError):
+            raise
+        except (msgspec.MsgspecError, FletcherError) as error:
+            if self._profile == "fletcher":
+                raise RequestError(
+                    f"the store at {self.address} has no capabilities of Fletcher's; leave "
+                    "`profile=fletcher` out",
+                    field="store",
+                ) from error
+        else:
+            address = self._connection.address
+            if address.meta is None and can.meta_port:
+                self._connection.address = address.with_meta_port(can.meta_port)
+            return StoreCapabilities(
+                dtypes=can.dtypes,
+                null_vectors=can.null_vectors,
+                upsert=can.upsert,
+                drops_repeated_keys=can.drops_repeated_keys,
+                durable=can.durable,
+            )
+        _log.info("%s speaks Longbow's contract", self.address)
+        return longbow.CAPABILITIES
+
+    def _is_up(self) -> bool:
+        try:
+            self._connection.run_action("check_readiness", {})
+        except UnavailableError:
+            return False
+        except FletcherError:
+            return True
+        return True
+
+
+def _info(one: flight.FlightInfo) -> DatasetInfo:
+    name = one.descriptor.path[0].decode() if one.descriptor.path else ""
+    size = one.total_bytes if one.total_bytes and one.total_bytes > 0 else None
+    return DatasetInfo(name, one.schema, max(one.total_records, 0), size)
+
+
+def _is_unknown_action(error: BaseException | None) -> bool:
+    """Whether a server without an action may have raised this: UNKNOWN or INTERNAL.
+
+    `fletcher store` sends `extra_info` with all its errors, so an error that has it does not count.
+    """
+    kinds = (flight.FlightServerError, flight.FlightInternalError, pa.ArrowException)
+    return type(error) in kinds and not getattr(error, "extra_info", b"")

@@ -1,0 +1,170 @@
+"""Sending rows to a Flight store: one call per append, acknowledged where the store can."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import flight
+
+from fletcher.errors import InternalError, StoreUnavailableError, from_json
+from fletcher.net.flight_errors import store_error
+from fletcher.stores import protocol
+from fletcher.stores.flight.connection import FAILURES, FlightConnection, store_call
+
+
+class NotIngestError(Exception):
+    """The store answered a DoExchange without storing: it has no acknowledged ingest."""
+
+
+def exchange_rows(
+    connection: FlightConnection,
+    dataset: str,
+    rows: pa.RecordBatch,
+    metadata: bytes | None,
+    *,
+    await_first: bool = False,
+) -> None:
+    """Sends rows by DoExchange and waits for the acknowledgement of every message.
+
+    Args:
+        connection: To the store.
+        dataset: Receives the rows.
+        rows: Cut into messages.
+        metadata: Sent with every message.
+        await_first: Wait for the first message's acknowledgement before sending the second. A store
+            without acknowledged ingest answers something else and ends the call, and that answer is
+            lost while more is being sent.
+
+    Raises:
+        NotIngestError: The store has no acknowledged ingest; nothing is stored.
+        StoreUnavailableError: The store failed or stalled; some rows may be stored.
+        RequestError: The store refuses the rows.
+    """
+    what = f"writing to dataset `{dataset}`"
+    descriptor = flight.FlightDescriptor.for_path(protocol.INGEST, dataset)
+    with store_call(what):
+        write = connection.write_options(rows)
+        writer, reader = connection.data_client.do_exchange(descriptor, connection.call_options())
+    with store_call(what):
+        try:
+            sent: list[int] = []
+            acked = 0
+            broken = False
+            try:
+                # Unlike DoPut's, this writer takes no options from the call.
+                writer.begin(rows.schema, options=write)
+                for message in _messages(rows, connection.message_bytes):
+                    sent.append(message.num_rows)
+                    if metadata is None:
+                        writer.write_batch(message)
+                    else:
+                        writer.write_with_metadata(message, metadata)
+                    if await_first and not acked:
+                        _await_acks(reader, sent, what)
+                        acked = 1
+                writer.done_writing()
+            except FAILURES:
+                # Says only that the call has ended; the next read says why.
+                broken = True
+            _await_acks(reader, sent[acked:], what)
+            if broken:
+                with contextlib.suppress(StopIteration):
+                    _next_ack(reader)  # if no message was sent, only this says why
+                raise _ended_early(what)
+            writer.close()
+        except pa.ArrowNotImplementedError as error:
+            raise NotIngestError from error
+        finally:
+            _end_call(writer)
+
+
+def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -> bool:
+    """Sends rows by DoPut, whose return promises only that the store received them.
+
+    Returns:
+        Whether the store asks to slow down because its write-ahead log is nearly full.
+
+    Raises:
+        StoreUnavailableError: The store failed or stalled; some rows may be stored.
+        RequestError: The store refuses the rows.
+    """
+    what = f"writing to dataset `{dataset}`"
+    with store_call(what):
+        options = connection.call_options(connection.write_options(rows))
+        descriptor = flight.FlightDescriptor.for_path(dataset)
+        writer, answers = connection.data_client.do_put(descriptor, rows.schema, options)
+    with store_call(what):
+        try:
+            broken = slow_down = False
+            try:
+                for message in _messages(rows, connection.message_bytes):
+                    writer.write_batch(message)
+                writer.done_writing()
+            except FAILURES:
+                broken = True  # `close` says why
+            while (answer := answers.read()) is not None:
+                slow_down = slow_down or b"slow_down" in answer.to_pybytes()
+            writer.close()
+            if broken:
+                raise _ended_early(what)
+        finally:
+            _end_call(writer)
+    return slow_down
+
+
+def _messages(rows: pa.RecordBatch, message_bytes: int) -> Iterator[pa.RecordBatch]:
+    """Slices of about `message_bytes`, without a copy; one empty slice of an empty batch."""
+    if not rows.num_rows:
+        yield rows
+        return
+    step = max(1, rows.num_rows * message_bytes // max(rows.nbytes, 1))
+    for first in range(0, rows.num_rows, step):
+        yield rows.slice(first, step)
+
+
+def _await_acks(reader: Any, sent: list[int], what: str) -> None:
+    """Reads an acknowledgement for each message; `sent` has their numbers of rows."""
+    for number, rows in enumerate(sent):
+        try:
+            answer = _next_ack(reader)
+        except StopIteration:
+            raise StoreUnavailableError(
+                f"the store ended the call while {what}: {number} of {len(sent)} messages were "
+                "acknowledged",
+                field="store",
+            ) from None
+        if answer.get("status") == "error":
+            error = from_json(json.dumps(answer)) or InternalError("it gave no reason")
+            raise store_error(error, what)
+        if answer.get("status") != "acked":
+            raise NotIngestError
+        if answer.get("rows") != rows:
+            raise StoreUnavailableError(
+                f"the store acknowledged {answer.get('rows')} rows of {rows} while {what}",
+                field="store",
+            )
+
+
+def _next_ack(reader: Any) -> dict[str, Any]:
+    while True:
+        chunk = reader.read_chunk()
+        if chunk.app_metadata is not None and chunk.app_metadata.size:
+            try:
+                answer = json.loads(chunk.app_metadata.to_pybytes())
+            except ValueError:
+                answer = {}
+            return answer if isinstance(answer, dict) else {}
+
+
+def _ended_early(what: str) -> StoreUnavailableError:
+    return StoreUnavailableError(f"the store ended the call while {what}", field="store")
+
+
+def _end_call(writer: Any) -> None:
+    """Closes a call that may have failed; Arrow's destructor would write to standard error."""
+    with contextlib.suppress(*FAILURES):
+        writer.close()

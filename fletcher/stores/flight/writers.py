@@ -1,0 +1,147 @@
+"""Dataset writers of a Flight store: one for `fletcher store`, one for Longbow."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import msgspec
+import pyarrow as pa
+
+from fletcher.core.schema import parse_batch_key
+from fletcher.stores import protocol
+from fletcher.stores.base import Filter, WriteMode
+from fletcher.stores.flight.connection import FlightConnection
+from fletcher.stores.flight.longbow import longbow_batch, without_stored
+from fletcher.stores.flight.transfer import NotIngestError, exchange_rows, put_rows
+from fletcher.stores.schemas import check_compatible, conform
+
+_log = logging.getLogger(__name__)
+
+
+class FletcherWriter:
+    """Writes to `fletcher store`; see `DatasetWriter`. One thread owns it.
+
+    An append travels as one group, which the server commits whole or not at all.
+    """
+
+    def __init__(
+        self, connection: FlightConnection, dataset: str, schema: pa.Schema, mode: WriteMode
+    ) -> None:
+        self._connection = connection
+        self._dataset = dataset
+        self._schema = schema
+        self._mode: WriteMode = mode
+
+    def create_dataset(self) -> None:
+        """Creates or, with `overwrite`, empties the dataset; the server checks the schema.
+
+        Raises:
+            RequestError: The dataset does not take rows of this schema.
+            StoreUnavailableError: The store does not answer.
+        """
+        self._send_group(pa.RecordBatch.from_pylist([], schema=self._schema))
+        if self._mode == "overwrite":
+            self._mode = "append"
+
+    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
+        """See `DatasetWriter.append`."""
+        for batch in batches:
+            check_compatible(self._dataset, self._schema, batch.schema)
+        rows = [conform(batch, self._schema) for batch in batches if batch.num_rows]
+        if rows:
+            self._send_group(pa.concat_batches(rows))
+        return False
+
+    def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
+        """See `DatasetWriter.missing_keys`."""
+        request = protocol.MissingKeysRequest(self._dataset, list(batch_keys))
+        answer = self._connection.run_action(protocol.MISSING_KEYS, request)
+        return msgspec.json.decode(answer, type=protocol.MissingKeysAnswer).missing
+
+    def close(self) -> None:
+        """See `DatasetWriter.close`. Does nothing: every append is a call by itself."""
+
+    def _send_group(self, rows: pa.RecordBatch) -> None:
+        header = msgspec.json.encode(protocol.GroupHeader(rows.num_rows, self._mode))
+        exchange_rows(self._connection, self._dataset, rows, header)
+
+
+class LongbowWriter:
+    """Writes to a Longbow; see `DatasetWriter`. One thread owns it.
+
+    Rows go by its acknowledged DoExchange, or by DoPut if the store has none. Longbow appends
+    repeats, so after a doubtful send `missing_keys` counts the stored rows of each key, and the
+    next `append` of that key sends only the rest.
+
+    Args:
+        connection: To the store.
+        dataset: Created by the first append.
+        schema: As `longbow_schema` returns it.
+        count_keys: Counts stored rows by batch key, among rows of a dataset that meet filters.
+    """
+
+    def __init__(
+        self,
+        connection: FlightConnection,
+        dataset: str,
+        schema: pa.Schema,
+        count_keys: Callable[[str, Sequence[Filter]], Counter[str]],
+    ) -> None:
+        self._connection = connection
+        self._dataset = dataset
+        self._schema = schema
+        self._count_keys = count_keys
+        self._stored: Counter[str] = Counter()
+        self._use_put = False
+        self._exchange_proven = False
+
+    def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
+        """See `DatasetWriter.append`. A failure may leave the first rows of a group stored."""
+        stored = self._stored.copy()
+        rows = [
+            longbow_batch(without_stored(batch, stored), self._schema)
+            for batch in batches
+            if batch.num_rows
+        ]
+        rows = [batch for batch in rows if batch.num_rows]
+        slow_down = bool(rows) and self._send_rows(pa.concat_batches(rows))
+        for batch in batches:
+            for key in batch.column("batch_key").unique().to_pylist() if self._stored else ():
+                self._stored.pop(key, None)
+        return slow_down
+
+    def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
+        """See `DatasetWriter.missing_keys`. Reads the rows back, one call per key."""
+        missing = []
+        for key in batch_keys:
+            counts = self._count_keys(self._dataset, [Filter("batch_key", "=", key)])
+            parsed = parse_batch_key(key)
+            # Rows without a vector were never sent, so a group may be whole with fewer rows: it
+            # counts as missing, and its next append sends nothing.
+            if parsed is None or counts[key] < parsed[2] - parsed[1] + 1:
+                self._stored[key] = counts[key]
+                missing.append(key)
+        return missing
+
+    def close(self) -> None:
+        """See `DatasetWriter.close`. Does nothing: every append is a call by itself."""
+
+    def _send_rows(self, rows: pa.RecordBatch) -> bool:
+        if not self._use_put:
+            try:
+                exchange_rows(
+                    self._connection,
+                    self._dataset,
+                    rows,
+                    None,
+                    await_first=not self._exchange_proven,
+                )
+            except NotIngestError:
+                _log.info("the store has no acknowledged ingest; rows go by DoPut")
+                self._use_put = True
+            else:
+                self._exchange_proven = True
+                return False
+        return put_rows(self._connection, self._dataset, rows)

@@ -1,0 +1,70 @@
+"""Protocol of the Flight store and `fletcher store`, beyond the calls that Longbow has.
+
+Bodies are JSON. Unknown fields are ignored, as Longbow ignores them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from fletcher.stores.base import WriteMode
+
+# First segment of the DoExchange path that stores rows and acknowledges them.
+INGEST = "ingest"
+
+# Actions that Longbow lacks. A store that answers `capabilities` has the other two.
+CAPABILITIES = "capabilities"
+MISSING_KEYS = "missing-keys"
+STORED_RANGES = "stored-ranges"
+
+
+class CapabilitiesAnswer(msgspec.Struct, kw_only=True):
+    """Answer of the action `capabilities`; see `StoreCapabilities`."""
+
+    server: str = ""
+    dtypes: tuple[str, ...]
+    null_vectors: bool
+    upsert: bool
+    drops_repeated_keys: bool
+    durable: bool
+    meta_port: int | None = None
+
+
+class MissingKeysRequest(msgspec.Struct):
+    """Body of the action `missing-keys`."""
+
+    dataset: str
+    batch_keys: list[str]
+
+
+class MissingKeysAnswer(msgspec.Struct):
+    """The requested keys that are not stored, in their order."""
+
+    missing: list[str]
+
+
+class StoredRangesRequest(msgspec.Struct):
+    """Body of the action `stored-ranges`."""
+
+    dataset: str
+    upload_id: str
+
+
+class StoredRangesAnswer(msgspec.Struct):
+    """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""
+
+    ranges: list[tuple[int, int]]
+
+
+class GroupHeader(msgspec.Struct):
+    """Metadata of a message of rows.
+
+    Attributes:
+        group_rows: Number of rows in the group that the message belongs to; None: unknown.
+        mode: How the group is written.
+    """
+
+    group_rows: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    mode: WriteMode = "append"

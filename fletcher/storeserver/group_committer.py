@@ -1,0 +1,365 @@
+"""Group commit: many streams write to a dataset, one thread commits what has gathered.
+
+A commit costs 3 to 10 ms whatever its number of rows, and leaves a fragment behind. Batches of all
+streams that arrive during one commit therefore share the next one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fletcher.core.schema import parse_batch_key
+from fletcher.errors import (
+    DrainingError,
+    FletcherError,
+    InternalError,
+    RequestError,
+    StoreUnavailableError,
+)
+from fletcher.stores.base import WriteMode
+from fletcher.stores.lance.store import LanceStore
+from fletcher.stores.lance.writer import LanceWriter
+from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fields
+from fletcher.storeserver.key_ledger import KeyLedger
+
+_log = logging.getLogger(__name__)
+
+# Bound on the rows that wait for their commit, per dataset; a stream that sends more blocks.
+MAX_PENDING_BYTES = 64 << 20
+MAX_COMMIT_ROWS = 65_536
+# A commit this soon after another waits for more rows, unless ENOUGH_ROWS have gathered.
+LINGER_S = 0.02
+ENOUGH_ROWS = 4096
+# A dataset without writes for this long is compacted and its writer closed.
+IDLE_S = 30.0
+
+
+@dataclass
+class CommitStream:
+    """Rows that one upload call has stored so far, by batch key, if it did not announce groups."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class SubmittedRows:
+    """Rows to be committed together; see `Ingest.submit_rows`."""
+
+    batches: list[pa.RecordBatch]
+    mode: WriteMode
+    whole: bool
+    stream: CommitStream
+    done: Future[int] = field(default_factory=Future)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all batches."""
+        return sum(batch.num_rows for batch in self.batches)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all batches."""
+        return sum(batch.nbytes for batch in self.batches)
+
+
+@dataclass
+class _SubmittedCall:
+    function: Callable[[GroupCommitter], Any]
+    done: Future[Any] = field(default_factory=Future)
+    num_rows = num_bytes = 0
+
+
+class GroupCommitter:
+    """One dataset's writer, its ledger of keys, and the thread that owns both.
+
+    Args:
+        store: Of the dataset.
+        dataset: Its name.
+    """
+
+    def __init__(self, store: LanceStore, dataset: str) -> None:
+        self._store = store
+        self._dataset = dataset
+        self._writer: LanceWriter | None = None
+        self._ledger = KeyLedger()
+        self._queue: deque[SubmittedRows | _SubmittedCall] = deque()
+        self._pending_bytes = 0
+        self._pending_rows = 0
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._last_commit = -LINGER_S
+        self._thread = threading.Thread(target=self._loop, name=f"commit-{dataset}", daemon=True)
+        self._thread.start()
+
+    @property
+    def pressure(self) -> float:
+        """Pending bytes as a share of their bound."""
+        return self._pending_bytes / MAX_PENDING_BYTES
+
+    def submit(
+        self,
+        item: SubmittedRows | _SubmittedCall,
+        is_cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Queues rows or a call. Thread-safe; blocks while too many bytes are pending.
+
+        Raises:
+            DrainingError: The committer was stopped.
+            StoreUnavailableError: `is_cancelled` says so.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                # An item larger than the bound is let in alone.
+                lambda: (
+                    self._stopped
+                    or not self._pending_bytes
+                    or self._pending_bytes + item.num_bytes <= MAX_PENDING_BYTES
+                )
+            )
+            if self._stopped:
+                raise draining()
+            if is_cancelled():  # checked last: from here on the queue keeps the order
+                raise StoreUnavailableError("the client of these rows has given up")
+            self._queue.append(item)
+            self._pending_bytes += item.num_bytes
+            self._pending_rows += item.num_rows
+            self._changed.notify_all()
+
+    def submit_call(self, function: Callable[[GroupCommitter], Any]) -> Future[Any]:
+        """Queues a call of `function` on the commit thread. Thread-safe."""
+        call = _SubmittedCall(function)
+        self.submit(call)
+        return call.done
+
+    def stop(self) -> None:
+        """Refuses new items; the thread ends after the queued ones. Thread-safe."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the thread to end; False after the timeout."""
+        self._thread.join(max(timeout_s, 0))
+        return not self._thread.is_alive()
+
+    # Everything below runs on the commit thread.
+
+    def missing_keys(self, keys: Sequence[str]) -> list[str]:
+        """The keys that are not stored, in their order."""
+        self._open_existing()
+        return [key for key in keys if not self._ledger.holds(key)]
+
+    def stored_ranges(self, upload_id: str) -> list[tuple[int, int]]:
+        """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""
+        self._open_existing()
+        return self._ledger.ranges(upload_id)
+
+    def delete_rows(self, condition: str) -> int:
+        """Deletes rows by an SQL condition; their keys stay known, so that repeats stay repeats."""
+        self._open_existing()
+        return self._writer.delete_rows(condition) if self._writer else 0
+
+    def delete_dataset(self) -> None:
+        """Deletes the dataset."""
+        self.close_writer()
+        self._store.delete_dataset(self._dataset)
+
+    def close_writer(self) -> None:
+        """Closes the writer; the next row opens another."""
+        writer, self._writer = self._writer, None
+        self._ledger = KeyLedger()
+        if writer is not None:
+            writer.close()
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._stopped:
+                    if not self._changed.wait(IDLE_S) and not self._queue:
+                        break
+                self._linger()
+                items = self._next_items()
+                if not items and self._stopped:
+                    break
+            if not items:
+                self._close_writer_logged()
+            elif isinstance(items[0], _SubmittedCall):
+                self._answer_call(items[0])
+            else:
+                self._commit([item for item in items if isinstance(item, SubmittedRows)])
+            with self._changed:
+                self._pending_bytes -= sum(item.num_bytes for item in items)
+                self._pending_rows -= sum(item.num_rows for item in items)
+                self._changed.notify_all()
+        self._close_writer_logged()
+
+    def _linger(self) -> None:
+        def is_enough() -> bool:
+            urgent = bool(self._queue) and isinstance(self._queue[0], _SubmittedCall)
+            return urgent or self._pending_rows >= ENOUGH_ROWS or self._stopped
+
+        left = self._last_commit + LINGER_S - time.monotonic()
+        if self._queue and left > 0:
+            self._changed.wait_for(is_enough, left)
+
+    def _next_items(self) -> list[SubmittedRows | _SubmittedCall]:
+        """The next call, or as many row groups of one mode as fit one commit."""
+        items: list[SubmittedRows | _SubmittedCall] = []
+        rows = 0
+        while self._queue:
+            item = self._queue[0]
+            if isinstance(item, _SubmittedCall):
+                return items or [self._queue.popleft()]
+            first = items[0] if items else None
+            if isinstance(first, SubmittedRows) and (
+                item.mode != first.mode
+                or item.mode == "overwrite"
+                or rows + item.num_rows > MAX_COMMIT_ROWS
+            ):
+                break
+            rows += item.num_rows
+            items.append(self._queue.popleft())
+        return items
+
+    def _close_writer_logged(self) -> None:
+        try:
+            self.close_writer()
+        except Exception:  # noqa: BLE001 - the thread goes on
+            _log.exception("the writer of dataset %s could not be closed", self._dataset)
+
+    def _answer_call(self, call: _SubmittedCall) -> None:
+        try:
+            call.done.set_result(call.function(self))
+        except Exception as error:  # noqa: BLE001 - it belongs to the caller
+            call.done.set_exception(_to_fletcher_error(error))
+
+    def _commit(self, groups: list[SubmittedRows]) -> None:
+        accepted: list[tuple[SubmittedRows, list[pa.RecordBatch]]] = []
+        # Keys in this commit, so that a group that two streams send is stored once.
+        taken: set[str] = set()
+        for group in groups:
+            try:
+                self._prepare_writer(group)
+                accepted.append((group, self._new_rows(group, taken)))
+            except Exception as error:  # noqa: BLE001 - the error of one client alone
+                group.done.set_exception(_to_fletcher_error(error))
+        try:
+            self._store_rows(accepted)
+        except RequestError:
+            # One client's rows are refused: commit each group alone to find out which.
+            for group, rows in accepted:
+                counted = not group.whole and group.mode != "upsert"
+                for batch in rows if counted else ():
+                    group.stream.rows.subtract(count_batch_keys(batch))
+                self._commit_alone(group)
+        except Exception as error:  # noqa: BLE001 - belongs to the clients; the thread goes on
+            for group, _ in accepted:
+                group.done.set_exception(_to_fletcher_error(error))
+        self._last_commit = time.monotonic()
+
+    def _commit_alone(self, group: SubmittedRows) -> None:
+        try:
+            self._open_existing()  # the group before may have closed the writer
+            self._store_rows([(group, self._new_rows(group, set()))])
+        except Exception as error:  # noqa: BLE001
+            group.done.set_exception(_to_fletcher_error(error))
+
+    def _store_rows(self, accepted: list[tuple[SubmittedRows, list[pa.RecordBatch]]]) -> None:
+        batches = [batch for _, rows in accepted for batch in rows]
+        if batches:
+            assert self._writer is not None
+            try:
+                self._writer.write_rows(batches, upsert=accepted[0][0].mode == "upsert")
+            except RequestError:
+                raise
+            except Exception:
+                # The rows may be in the table all the same, such as after a failed sync. The next
+                # writer reads the stored keys from the table, and syncs the files it finds.
+                self._close_writer_logged()
+                raise
+            for batch in batches:
+                for key in count_batch_keys(batch):
+                    self._ledger.add_key(key)
+        for group, rows in accepted:
+            group.done.set_result(sum(batch.num_rows for batch in rows))
+
+    def _prepare_writer(self, group: SubmittedRows) -> None:
+        """Opens the writer for the group's schema, or checks the schema against the open one's."""
+        schema = group.batches[0].schema
+        if group.mode == "overwrite":
+            self.close_writer()
+            self._open_writer(schema, "overwrite")
+        elif self._writer is None:
+            self._open_writer(schema, "append")
+        assert self._writer is not None
+        check_compatible(self._dataset, self._writer.schema, schema)
+        added = new_fields(self._writer.schema, schema)
+        if added:
+            self._writer.add_columns(added)
+
+    def _open_writer(self, schema: pa.Schema, mode: WriteMode) -> None:
+        self._writer = self._store.open_writer(self._dataset, schema, mode)
+        self._ledger = KeyLedger(self._writer.stored_keys())
+
+    def _open_existing(self) -> None:
+        if self._writer is None:
+            info = self._store.dataset(self._dataset)
+            if info is not None:
+                self._open_writer(info.schema, "append")
+
+    def _new_rows(self, group: SubmittedRows, taken: set[str]) -> list[pa.RecordBatch]:
+        """The group without rows whose key is stored or in `taken`; adds its keys to `taken`.
+
+        An upsert is idempotent, and its keys vanish with the rows that it replaces.
+        """
+        if group.mode == "upsert":
+            return group.batches
+        new = []
+        begun: set[str] = set()
+        for batch in group.batches:
+            repeats = []
+            for key, count in count_batch_keys(batch).items():
+                if self._is_repeat(group, key, count, taken):
+                    repeats.append(key)
+                else:
+                    begun.add(key)
+                    if not group.whole:
+                        group.stream.rows[key] += count
+            rows = batch
+            if repeats:
+                stored = pc.is_in(batch.column("batch_key"), pa.array(repeats, pa.utf8()))
+                rows = batch.filter(pc.invert(stored))
+            if rows.num_rows:
+                new.append(rows)
+        taken |= begun
+        return new
+
+    def _is_repeat(self, group: SubmittedRows, key: str, count: int, taken: set[str]) -> bool:
+        begun = group.stream.rows[key]
+        if not begun:
+            return key in taken or self._ledger.holds(key)
+        # A plain client sliced a table, so that several batches share a key, until it is complete.
+        parsed = parse_batch_key(key)
+        return parsed is not None and begun + count > parsed[2] - parsed[1] + 1
+
+
+def draining() -> DrainingError:
+    """The error for rows that arrive while the server shuts down."""
+    return DrainingError("the store is shutting down; send again later", retry_after_ms=1000)
+
+
+def _to_fletcher_error(error: Exception) -> FletcherError:
+    if isinstance(error, FletcherError):
+        return error
+    _log.error("a commit failed", exc_info=error)
+    return InternalError("the store failed to keep these rows; its log says why")

@@ -1,0 +1,268 @@
+"""Request bodies of the store server: Longbow's JSON, checked against types.
+
+Unknown fields are ignored, because Longbow's clients send some that mean nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta
+
+from fletcher.core.command import DATASET_PATTERN, check_dataset
+from fletcher.errors import InvalidCommandError
+from fletcher.stores.base import Filter, Operator
+from fletcher.stores.exact_search import MAX_K
+
+DEFAULT_K = 10
+MAX_FILTERS = 1000
+MAX_FILTER_DEPTH = 16
+OPERATORS: dict[str, Operator] = {
+    **{name: name for name in get_args(Operator)},
+    "==": "=",
+    "eq": "=",
+    "neq": "!=",
+    "gt": ">",
+    "lt": "<",
+    "ge": ">=",
+    "le": "<=",
+}
+
+_Request = TypeVar("_Request")
+_KEY = re.compile(r"\.(\w+)|\[(\d+)\]")
+_PLACE = re.compile(r"^(?P<reason>.*?)(?: - at `(?P<path>\$.*)`)?$", re.DOTALL)
+
+
+def decode_request(kind: type[_Request], body: bytes, what: str) -> _Request:
+    """The request in a JSON body; an empty body is an empty object.
+
+    Args:
+        kind: A struct of this module or of `fletcher.stores.protocol`.
+        body: UTF-8.
+        what: The body's place, for the message, such as "the body of the action delete".
+
+    Raises:
+        InvalidCommandError: The body is not a JSON object, or a field is missing or has another
+            type or value.
+    """
+    return _checked(lambda: msgspec.json.decode(body or b"{}", type=kind), body or b"{}", what)
+
+
+def convert_request(kind: type[_Request], fields: dict[str, Any], what: str) -> _Request:
+    """The request in a decoded object. Raises as `decode_request`."""
+    return _checked(lambda: msgspec.convert(fields, kind), fields, what)
+
+
+def _checked(decode: Callable[[], _Request], source: bytes | dict[str, Any], what: str) -> _Request:
+    try:
+        return decode()
+    except msgspec.ValidationError as error:
+        raise _refusal(error, source, what) from None
+    except (ValueError, RecursionError):
+        raise _no_object(source, what) from None
+
+
+def _refusal(
+    error: msgspec.ValidationError, source: bytes | dict[str, Any], what: str
+) -> InvalidCommandError:
+    """The error, with the field that msgspec names by its path and the field's value."""
+    match = _PLACE.match(str(error))
+    assert match is not None
+    reason = match["reason"][0].lower() + match["reason"][1:]
+    missing = re.search(r"missing required field `(\w+)`", reason)
+    if missing:
+        return InvalidCommandError(f"`{missing[1]}` is missing in {what}", field=missing[1])
+    keys = [name or int(index) for name, index in _KEY.findall(match["path"] or "")]
+    if not keys:
+        return _no_object(source, what)
+    try:
+        value: Any = msgspec.json.decode(source) if isinstance(source, bytes) else source
+        for key in keys:
+            value = value[key]
+        shown = json.dumps(value, default=repr, ensure_ascii=False)[:100]
+    except ValueError:
+        shown = "no valid value"
+    field = next(key for key in reversed(keys) if isinstance(key, str))
+    path = match["path"][2:]
+    place = what if path == field else f"{what}, at {path}"
+    return InvalidCommandError(f"`{field}` is {shown} in {place}: {reason}", field=field)
+
+
+def _no_object(source: bytes | dict[str, Any], what: str) -> InvalidCommandError:
+    shown = source[:100].decode(errors="replace") if isinstance(source, bytes) else str(source)
+    return InvalidCommandError(f"{what} is {shown!r}, expected a JSON object")
+
+
+class EmptyRequest(msgspec.Struct):
+    """A body of which nothing is read."""
+
+
+class DatasetRequest(msgspec.Struct):
+    """A body that names a dataset."""
+
+    dataset: str
+
+
+class ReadinessRequest(msgspec.Struct):
+    """Body of `check_readiness`; without a dataset it asks for all of them."""
+
+    dataset: str | None = None
+
+
+class NamespaceRequest(msgspec.Struct):
+    """A body that names a namespace."""
+
+    name: str
+
+
+class DeleteRequest(msgspec.Struct):
+    """Body of `delete`."""
+
+    dataset: str
+    id: Annotated[str, Meta(min_length=1)] | int
+
+
+class DeleteVectorRequest(msgspec.Struct):
+    """Body of `delete-vector`."""
+
+    dataset: str
+    vector_id: int
+
+
+class FilterRequest(msgspec.Struct):
+    """A condition in Longbow's JSON; `op` is another name of `operator`."""
+
+    field: str = ""
+    operator: str | None = None
+    op: str | None = None
+    value: Any = None
+    logic: str | None = None
+    filters: Filters = None
+
+
+Filters = Annotated[list[FilterRequest], Meta(max_length=MAX_FILTERS)] | None
+
+
+class SearchRequest(msgspec.Struct, kw_only=True):
+    """Body of `VectorSearch`; `vectors` counts before `vector`.
+
+    Attributes:
+        text_query: Words to look for in `text`, besides the vector.
+        alpha: Share of the cosine in the score: 0 (words alone) to 1 (vector alone).
+    """
+
+    dataset: str = ""
+    vector: list[float] | None = None
+    vectors: list[list[float]] | None = None
+    k: Annotated[int, Meta(ge=1, le=MAX_K)] = DEFAULT_K
+    filters: Filters = None
+    text_query: str = ""
+    alpha: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    include_vectors: bool = False
+    columns: list[str] | None = None
+
+    @property
+    def query_vectors(self) -> npt.NDArray[np.float32]:
+        """float32 [num_queries, dims].
+
+        Raises:
+            InvalidCommandError: There are none, or they differ in length.
+        """
+        try:
+            rows = self.vectors if self.vectors is not None else [self.vector or []]
+            matrix = np.asarray(rows, np.float32)
+        except ValueError:
+            matrix = np.empty(0, np.float32)
+        if matrix.ndim != 2 or not matrix.size:
+            raise InvalidCommandError(
+                "`vector` is not a list of numbers (or `vectors` a list of such, all of one "
+                "length); give the query's embedding",
+                field="vector",
+            )
+        return matrix
+
+
+class HybridSearchRequest(SearchRequest, kw_only=True):
+    """Body of `HybridSearch`: vector and words count alike by default."""
+
+    alpha: Annotated[float, Meta(ge=0, le=1)] = 0.5
+
+
+class SearchByIdRequest(SearchRequest, kw_only=True):
+    """Body of `VectorSearchByID`, which searches with the vector of a stored row."""
+
+    id: Annotated[str, Meta(min_length=1)] | int
+
+
+class DoGetRequest(msgspec.Struct, kw_only=True):
+    """Ticket of a DoGet: rows of a dataset, or a search in it."""
+
+    name: str | None = None
+    dataset: str = ""
+    filters: Filters = None
+    columns: list[str] | None = None
+    limit: Annotated[int, Meta(ge=0)] | None = None
+    search: SearchRequest | None = None
+
+    @classmethod
+    def from_ticket(cls, ticket: bytes) -> DoGetRequest:
+        """The request in a ticket: a JSON object or the bare name of a dataset.
+
+        Raises:
+            InvalidCommandError: The ticket is neither.
+        """
+        text = ticket.decode(errors="replace").strip()
+        if DATASET_PATTERN.fullmatch(text):
+            return cls(dataset=text)
+        request = decode_request(cls, ticket, "the ticket")
+        request.dataset = request.name if request.name is not None else request.dataset
+        if request.search is not None:
+            request.search.dataset = request.search.dataset or request.dataset
+            if request.search.filters is None:
+                request.search.filters = request.filters
+            request.dataset = request.search.dataset
+        check_dataset(request.dataset)
+        return request
+
+
+def to_filters(requests: Filters, depth: int = 0) -> tuple[Filter, ...]:
+    """The conditions of a request.
+
+    Raises:
+        InvalidCommandError: An unknown operator or logic, no field, or too deep nesting.
+    """
+    if requests and depth > MAX_FILTER_DEPTH:
+        raise InvalidCommandError(
+            f"`filters` are nested more than {MAX_FILTER_DEPTH} deep", field="filters"
+        )
+    return tuple(_to_filter(one, depth) for one in requests or ())
+
+
+def _to_filter(request: FilterRequest, depth: int) -> Filter:
+    given = request.operator or request.op or "="
+    operator = OPERATORS.get(given.lower())
+    logic = (request.logic or "and").lower()
+    nested = to_filters(request.filters, depth + 1)
+    if not request.field and not nested:
+        raise InvalidCommandError("a filter has no `field`; name a column", field="filters")
+    if operator is None:
+        raise InvalidCommandError(
+            f"`operator` is {given[:100]!r}, expected one of {', '.join(OPERATORS)}",
+            field="operator",
+            allowed=list(OPERATORS),
+        )
+    if logic not in ("and", "or"):
+        raise InvalidCommandError(
+            f"`logic` is {logic[:100]!r}, expected `and` or `or`",
+            field="logic",
+            allowed=["and", "or"],
+        )
+    return Filter(
+        request.field, operator, request.value, cast("Literal['and', 'or']", logic), nested
+    )

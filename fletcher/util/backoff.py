@@ -1,0 +1,42 @@
+"""Exponential backoff with jitter.
+
+No library is used: those for retries run the call themselves, and Fletcher's waits belong to
+threads that other events wake.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Delays that double with each failure in a row.
+
+    Full jitter spreads retries best; half jitter guarantees a minimum pause. Source:
+    https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter
+
+    Attributes:
+        first_s: Longest delay after the first failure, in seconds.
+        longest_s: Upper bound of every delay, in seconds.
+        jitter: Share of the delay that is random: 0.5 is half jitter, 1 is full jitter.
+    """
+
+    first_s: float
+    longest_s: float
+    jitter: float = 0.5
+
+    def delay_s(
+        self, num_failures: int, chance: float, *, at_least_ms: float | None = None
+    ) -> float:
+        """Seconds to wait after a number of failures in a row.
+
+        Args:
+            num_failures: Failures so far; 0 or less gives no delay.
+            chance: A random number from 0 to 1, such as `random.random()`.
+            at_least_ms: Lower bound in milliseconds, such as an error's `retry_after_ms`.
+        """
+        if num_failures <= 0:
+            return 0.0
+        longest = min(self.first_s * 2.0 ** min(num_failures - 1, 30), self.longest_s)
+        return max(longest * (1.0 - self.jitter * (1.0 - chance)), (at_least_ms or 0.0) / 1000)

@@ -1,0 +1,105 @@
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fletcher.util.locks import FileLock
+
+HOLD = """
+import sys
+from pathlib import Path
+from fletcher.util.locks import FileLock
+lock = FileLock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / ".lock"
+
+
+def test_one_lock_at_a_time_even_in_one_process(path):
+    lock = FileLock(path)
+    with pytest.raises(BlockingIOError, match=r"\.lock is locked"):
+        FileLock(path)
+    lock.release()
+    lock.release()
+    with FileLock(path):
+        pass
+    with FileLock(path):
+        pass
+
+
+def test_a_refused_lock_leaves_no_descriptor_and_the_holder_its_lock(path):
+    with FileLock(path):
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for _ in range(3):
+            with pytest.raises(BlockingIOError):
+                FileLock(path)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_killed_process_loses_its_lock(path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(BlockingIOError):
+            FileLock(path)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        FileLock(path).release()
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_child_process_does_not_inherit_the_lock(path):
+    lock = FileLock(path)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "print('up', flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        close_fds=False,
+    )
+    try:
+        assert child.stdout.readline() == b"up\n"
+        lock.release()
+        FileLock(path).release()
+    finally:
+        child.communicate(b"\n")
+
+
+def test_waiting_takes_the_lock_when_it_is_released(path):
+    held = FileLock(path)
+    taken = threading.Event()
+
+    def take():
+        with FileLock(path, wait=True):
+            taken.set()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    assert not taken.wait(0.1)
+    held.release()
+    thread.join(10)
+    assert taken.is_set()
+
+
+def test_a_new_file_gets_its_mode_and_a_file_of_others_keeps_its_content(path):
+    FileLock(path, mode=0o600).release()
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text("kept")
+    FileLock(path).release()
+    assert path.read_text() == "kept"
+
+
+def test_a_folder_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        FileLock(tmp_path / "no" / ".lock")
