@@ -121,7 +121,7 @@ class HoldingLibrary:
 
     def __init__(self, held: Held) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        bundle = ModelBundle.load(Path(held.bundle))
+        bundle = ModelBundle.from_folder(Path(held.bundle))
         self._tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
         self._tokenizer.enable_truncation(bundle.max_length)
         self._tokenizer.no_padding()

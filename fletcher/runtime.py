@@ -29,7 +29,7 @@ from fletcher.serving.model_manager import ModelManager
 from fletcher.serving.service import Service
 from fletcher.stores.address import open_store
 from fletcher.telemetry.tracing import Telemetry, configure
-from fletcher.util.allocator import Returning, keep_large_blocks
+from fletcher.util.allocator import IdleTrimmer, keep_large_blocks
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Runtime:
         self._server: FlightServer | None = None
         self._budget: MemoryBudget | None = None
         self._backend: CacheBackend | None = None
-        self._returning: Returning | None = None
+        self._trimmer: IdleTrimmer | None = None
 
     def __enter__(self) -> Runtime:
         self.start()
@@ -132,8 +132,8 @@ class Runtime:
             ended = not shutdown.is_alive()
         if self._load is not None:
             self._load.close()
-        if self._returning is not None:
-            self._returning.stop()
+        if self._trimmer is not None:
+            self._trimmer.stop()
         service, self._service = self._service, None
         if service is not None:
             service.models.close()
@@ -197,7 +197,7 @@ class Runtime:
             max_bytes=config.model.max_model_memory,
         )
         for stage in ("texts", "tokens", "micro_batches"):
-            telemetry.queue_depth.watch(partial(models.queued, stage), stage=stage)
+            telemetry.queue_depth.observe(partial(models.queued, stage), stage=stage)
         self._service = Service(
             models=models,
             budget=budget,
@@ -210,8 +210,8 @@ class Runtime:
         )
         models.start(config.model.models, config.model.aliases)
         load.start()
-        self._returning = Returning(lambda: int(budget.statistics()["used_bytes"]))
-        self._returning.watch()
+        self._trimmer = IdleTrimmer(lambda: int(budget.statistics()["used_bytes"]))
+        self._trimmer.start()
         self._server = _listen(self._service, config.network, credentials)
         self.address = self._server.address
 

@@ -216,7 +216,7 @@ class Client:
                 "`texts` is one string, expected a list of them", field="texts"
             )
         wanted = EmbedCommand.from_mapping({"dtype": "float32", **options})
-        chunking = Chunking.parse(wanted.chunking or "none")
+        chunking = Chunking.from_text(wanted.chunking or "none")
         if chunking is not None and chunking.rows:
             raise InvalidCommandError(
                 f"`chunking` is {chunking}, which gives a text several vectors; use `exchange`",

@@ -142,7 +142,7 @@ def usual(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[Variant]:
 
 
 def _chunking(text: str) -> str | None:
-    chunking = Chunking.parse(text)
+    chunking = Chunking.from_text(text)
     if chunking is not None and chunking.rows:
         raise InvalidCommandError(
             f"`chunking` is {text!r} in `variants`, which gives a document several vectors; ask "

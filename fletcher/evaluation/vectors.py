@@ -73,7 +73,7 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
 
 def read_vectors(batch: pa.RecordBatch) -> FloatArray:
     """float32 [num_rows, dims] of a batch, whatever its vectors' type; NaN where one is null."""
-    return VectorReader.of(batch.schema).vectors(batch)
+    return VectorReader.from_schema(batch.schema).vectors(batch)
 
 
 def _bytes_per_vector(schema: pa.Schema) -> int:

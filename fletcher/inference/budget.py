@@ -114,7 +114,7 @@ def load(config: BackendConfig) -> BudgetedBackend:
         FletcherError: As the engine's own `load`.
     """
     backend = LateBackend(_load(config), lambda: _load(replace(config, late=True)))
-    queries = None if config.backend == "null" else ModelBundle.load(_folder(config)).queries
+    queries = None if config.backend == "null" else ModelBundle.from_folder(_folder(config)).queries
     return BudgetedBackend(backend, config.max_batch_tokens, queries)
 
 

@@ -105,7 +105,7 @@ def _null(device: str, bundle_folder: Path, max_batch_tokens: int) -> Resolution
             field="device",
             allowed=["auto", "cpu"],
         )
-    bundle = ModelBundle.load(bundle_folder)
+    bundle = ModelBundle.from_folder(bundle_folder)
     if bundle.output != "dense":
         raise BackendError(
             f"`backend` null makes dense vectors, {bundle.name} gives {bundle.output}; ask for "
@@ -177,7 +177,7 @@ def _cuda(
                 field="device",
                 allowed=[f"cuda:{one}" for one in range(host.num_cuda_devices)],
             )
-    precision, why = _cuda_precision(precision, ModelBundle.load(bundle_folder))
+    precision, why = _cuda_precision(precision, ModelBundle.from_folder(bundle_folder))
     configs = [
         BackendConfig(
             backend="onnxruntime",

@@ -99,7 +99,7 @@ def graphs(bundle: ModelBundle, config: BackendConfig) -> list[Path]:
         ModelError: The bundle has no graph for late chunking.
     """
     if not config.late:
-        return bundle.segments
+        return bundle.blocks
     if bundle.late is None:
         raise ModelError(
             f"`model` {bundle.name} has no graph for late chunking; add it again with "

@@ -120,7 +120,7 @@ class EmbeddingCache:
                 ("truncated", "?"),
             ]
         )
-        telemetry.cache_memory.watch(lambda: backend.num_bytes)
+        telemetry.cache_memory.observe(lambda: backend.num_bytes)
 
     def recall(self, texts: TextBatch) -> Recall:
         """What is known of some texts."""

@@ -237,13 +237,13 @@ class Embedder:
         }
 
     def _busy_share(self, device: str) -> float:
-        return self._inference.busy(device).recent(self.replicas.concurrency_of(device))
+        return self._inference.busy(device).recent_share(self.replicas.concurrency_of(device))
 
     def _busy(self, device: str, concurrency: int) -> dict[str, float]:
         busy = self._inference.busy(device)
-        load, load_s = busy.load(concurrency)
+        load, load_s = busy.last_load(concurrency)
         return {
-            "busy": round(busy.recent(concurrency), 3),
+            "busy": round(busy.recent_share(concurrency), 3),
             "busy_load": round(load, 3),
             "load_s": round(load_s, 1),
         }
@@ -255,16 +255,16 @@ class Embedder:
     def _watch(self, telemetry: Telemetry, model: str) -> list[Callable[[], None]]:
         """Shows each worker's state and rate, until what it returns is called."""
         ends = [
-            telemetry.worker_usable.watch(partial(pool.is_usable, name), model=model, worker=name)
+            telemetry.worker_usable.observe(partial(pool.is_usable, name), model=model, worker=name)
             for pool in (self.tokenizers, self.replicas)
             for name in pool.names
         ]
         for name in self.replicas.names:
             labels = {"model": model, "device": name}
             ends += [
-                telemetry.device_rate.watch(partial(self.replicas.rate, name), **labels),
-                telemetry.device_budget.watch(partial(self._inference.budget, name), **labels),
-                telemetry.device_busy_share.watch(partial(self._busy_share, name), **labels),
+                telemetry.device_rate.observe(partial(self.replicas.rate, name), **labels),
+                telemetry.device_budget.observe(partial(self._inference.budget, name), **labels),
+                telemetry.device_busy_share.observe(partial(self._busy_share, name), **labels),
             ]
         return ends
 

@@ -20,7 +20,7 @@ from fletcher.pipeline.batch_window import BatchWindow, Plan
 from fletcher.pipeline.fair_queue import FairQueue
 from fletcher.pipeline.stream import StreamTicket
 from fletcher.telemetry.tracing import Telemetry
-from fletcher.telemetry.utilization import Busy
+from fletcher.telemetry.utilization import Utilization
 from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class InferenceScheduler:
         self._ready_bulk: deque[_Planned] = deque()
         self._changed = threading.Condition()
         self._budgets: dict[str, int] = {}
-        self._busy: defaultdict[str, Busy] = defaultdict(Busy)
+        self._busy: defaultdict[str, Utilization] = defaultdict(Utilization)
 
     def put(self, ticket: StreamTicket) -> None:
         """Queues a tokenized ticket; never blocks."""
@@ -212,7 +212,7 @@ class InferenceScheduler:
         """Padded tokens that a device takes in one run, as it last said; 0 before that."""
         return self._budgets.get(device, 0)
 
-    def busy(self, device: str) -> Busy:
+    def busy(self, device: str) -> Utilization:
         """How much of its time a device computes."""
         return self._busy[device]
 
@@ -334,7 +334,7 @@ class InferenceScheduler:
             int(lengths.max()) * len(lengths), model=self._model, device=device
         )
         self._telemetry.device_busy.add(result.compute_s, model=self._model, device=device)
-        self._busy[device].ran(result.compute_s)
+        self._busy[device].record_run(result.compute_s)
         if not result.budget_tokens:
             return
         before, self._budgets[device] = self.budget(device), result.budget_tokens

@@ -57,7 +57,7 @@ class Admission:
         self._load = load
         self._num_streams = self._num_calls = 0
         self._changed = threading.Condition()
-        telemetry.streams_open.watch(lambda: self._num_streams)
+        telemetry.streams_open.observe(lambda: self._num_streams)
 
     @property
     def num_streams(self) -> int:

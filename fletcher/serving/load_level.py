@@ -133,7 +133,7 @@ class LoadMonitor:
         self._since = self._observed = clock()
         self._calm_since: float | None = None
         self._stopped = threading.Event()
-        telemetry.pressure_grade.watch(lambda: self.level)
+        telemetry.pressure_grade.observe(lambda: self.level)
 
     def observe(self) -> LoadLevel:
         """Takes the signals as they are now, and tells the grade that follows."""

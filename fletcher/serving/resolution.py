@@ -50,7 +50,7 @@ def resolve_command(
     model = served.bundle
     spec = vector_spec(model, command, dtypes, rules)
     prompt = resolve_prompt(model, command.prompt)
-    chunking = Chunking.parse(command.chunking or "none")
+    chunking = Chunking.from_text(command.chunking or "none")
     taken = 0
     if chunking is not None:
         check_late(model, chunking, spec.layers)

@@ -35,7 +35,7 @@ def vector_reader(dataset: str, schema: pa.Schema) -> VectorReader:
         ColumnTypeError: They are not dense, or none that Fletcher writes.
     """
     try:
-        return VectorReader.of(schema)
+        return VectorReader.from_schema(schema)
     except ColumnTypeError as error:
         raise ColumnTypeError(
             f"dataset `{dataset}` cannot be searched: {error.message}", field="vector"

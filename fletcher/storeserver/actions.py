@@ -159,7 +159,7 @@ class Actions:
                 f"dataset `{request.dataset}` has no vector under that `id`", field="id"
             )
         column = table["vector"].combine_chunks()
-        vector = VectorReader.of(schema).directions(column)[0].tolist()
+        vector = VectorReader.from_schema(schema).directions(column)[0].tolist()
         found = self.search_rows(replace(request, vector=vector, vectors=None))
         return [_to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
 

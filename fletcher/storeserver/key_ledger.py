@@ -42,7 +42,7 @@ class KeyLedger:
             self._others.add(key)
             return
         upload_id, first, last = parsed
-        self._ranges.setdefault(upload_id, RangeSet()).add(first, last)
+        self._ranges.setdefault(upload_id, RangeSet()).add_range(first, last)
 
     def ranges(self, upload_id: str) -> list[tuple[int, int]]:
         """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""

@@ -1,8 +1,8 @@
-"""Traces, and the export of metrics: the only module that imports OpenTelemetry.
+"""Traces, and the export of metrics and traces by OTLP.
 
 `Telemetry` holds the process's instruments. With an OTLP endpoint they are exported and spans are
-recorded; without one a span is a shared object that does nothing, and OpenTelemetry is not even
-imported.
+recorded. Without one a span is a shared object that does nothing, and neither the tracing SDK nor
+the exporter is imported.
 
     telemetry = configure("http://127.0.0.1:4318")
     telemetry.rows_received.add(500)
@@ -16,16 +16,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import Resource
+
 from fletcher.errors import ConfigError
-from fletcher.telemetry.metrics import BOUNDS_S, Counter, Gauge, Histogram, Instruments
+from fletcher.telemetry.metrics import Instruments, own_version
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.metrics import Meter
-    from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Tracer
 
@@ -108,12 +108,26 @@ class _Sparing(logging.Filter):
 
 
 class Telemetry(Instruments):
-    """The instruments of one process and, where an endpoint is configured, their export."""
+    """The instruments of one process and, if an endpoint is configured, their export.
 
-    def __init__(self) -> None:
-        super().__init__()
+    Args:
+        reader: Exports metrics.
+        tracer_provider: Records and exports spans; without it they do nothing.
+        resource: What both say of this process.
+    """
+
+    def __init__(
+        self,
+        reader: PeriodicExportingMetricReader | None = None,
+        tracer_provider: TracerProvider | None = None,
+        resource: Resource | None = None,
+    ) -> None:
+        super().__init__([reader] if reader is not None else [], resource)
+        self._exporter = reader
+        self._tracer_provider = tracer_provider
         self._tracer: Tracer | None = None
-        self._providers: tuple[TracerProvider, MeterProvider] | None = None
+        if tracer_provider is not None:
+            self._tracer = tracer_provider.get_tracer("fletcher", own_version())
 
     def span(self, name: str, parent: Span | Context | None = None, **attributes: Any) -> Span:
         """A span to be used in a `with` statement; it starts now.
@@ -149,29 +163,14 @@ class Telemetry(Instruments):
 
         Takes about 2 x `EXPORT_TIMEOUT_S` at most where the collector does not answer.
         """
-        providers, self._providers, self._tracer = self._providers, None, None
-        if providers is not None:
-            tracer_provider, meter_provider = providers
+        self._tracer = None
+        tracer_provider, self._tracer_provider = self._tracer_provider, None
+        if tracer_provider is not None:
             tracer_provider.shutdown()
-            meter_provider.shutdown(timeout_millis=EXPORT_TIMEOUT_S * 1000)
-
-    def _export(
-        self, tracer_provider: TracerProvider, meter_provider: MeterProvider, scope_version: str
-    ) -> None:
-        self._providers = (tracer_provider, meter_provider)
-        self._tracer = tracer_provider.get_tracer("fletcher", scope_version)
-        meter = meter_provider.get_meter("fletcher", scope_version)
-        for one in self.all():
-            if isinstance(one, Histogram):
-                exported = meter.create_histogram(
-                    one.name,
-                    one.unit,
-                    one.text,
-                    explicit_bucket_boundaries_advisory=BOUNDS_S[::4],
-                )
-                one.export_to(exported.record)
-            else:
-                _observe(meter, one)
+        # Not the meter provider, which would end `snapshot` as well.
+        exporter, self._exporter = self._exporter, None
+        if exporter is not None:
+            exporter.shutdown(timeout_millis=EXPORT_TIMEOUT_S * 1000)
 
 
 def configure(
@@ -192,9 +191,8 @@ def configure(
     Raises:
         ConfigError: The endpoint is no HTTP address, or the exporter is not installed.
     """
-    telemetry = Telemetry()
     if otlp_endpoint is None:
-        return telemetry
+        return Telemetry()
     if not otlp_endpoint.startswith(("http://", "https://")):
         raise ConfigError(
             f"`otlp_endpoint` is {otlp_endpoint!r}, expected a collector's address such as "
@@ -204,25 +202,22 @@ def configure(
     try:
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.metrics import MeterProvider
-        from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`otlp_endpoint` is set, but {error.name} is not installed; "
             "pip install 'longbow-fletcher[otlp]'",
             field="otlp_endpoint",
         ) from error
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     for exporter in (OTLPMetricExporter, OTLPSpanExporter):
         logger = logging.getLogger(exporter.__module__)
         if not any(isinstance(one, _Sparing) for one in logger.filters):
             logger.addFilter(_Sparing())
     base = otlp_endpoint.rstrip("/")
-    own_version = _own_version()
     resource = Resource.create(
-        {"service.name": "fletcher", "service.version": own_version}
+        {"service.name": "fletcher", "service.version": own_version()}
         | {f"service.{name}": value for name, value in service.items()}
     )
     tracer_provider = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -233,30 +228,9 @@ def configure(
         OTLPMetricExporter(f"{base}/v1/metrics", timeout=EXPORT_TIMEOUT_S),
         export_interval_millis=export_interval_s * 1000,
     )
-    meter_provider = MeterProvider([reader], resource, shutdown_on_exit=False)
-    telemetry._export(tracer_provider, meter_provider, own_version)
-    return telemetry
-
-
-def _observe(meter: Meter, one: Counter | Gauge) -> None:
-    from opentelemetry.metrics import CallbackOptions, Observation
-
-    def observations(_: CallbackOptions) -> list[Observation]:
-        return [Observation(value, one.attributes(key)) for key, value in one.values().items()]
-
-    if isinstance(one, Counter):
-        meter.create_observable_counter(one.name, [observations], one.unit, one.text)
-    else:
-        meter.create_observable_gauge(one.name, [observations], one.unit, one.text)
+    return Telemetry(reader, tracer_provider, resource)
 
 
 def _first(value: str | bytes | Sequence[str | bytes]) -> str:
     one = value if isinstance(value, (str, bytes)) else value[0]
     return one.decode("ascii", "replace") if isinstance(one, bytes) else one
-
-
-def _own_version() -> str:
-    try:
-        return version("longbow-fletcher")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0"

@@ -12,7 +12,7 @@ RECENT_S = 10
 _PAUSE_S = 1.0
 
 
-class Busy:
+class Utilization:
     """One device's share of time; fed with its runs as they end. Thread-safe.
 
     Args:
@@ -27,7 +27,7 @@ class Busy:
         self._began = self._ended = 0.0  # of the last load; nothing has run where they are equal
         self._load_s = 0.0  # that its runs took
 
-    def ran(self, seconds: float) -> None:
+    def record_run(self, seconds: float) -> None:
         """A run has ended that took so long."""
         now = self._clock()
         with self._lock:
@@ -40,7 +40,7 @@ class Busy:
                 before = self._recent.pop()[1]
             self._recent.append((int(now), before + seconds))
 
-    def recent(self, concurrency: int) -> float:
+    def recent_share(self, concurrency: int) -> float:
         """Of the last `RECENT_S` whole seconds, from 0 to 1.
 
         Args:
@@ -51,7 +51,7 @@ class Busy:
             seconds = sum(some for end, some in self._recent if last - RECENT_S <= end < last)
         return min(1.0, seconds / (RECENT_S * concurrency))
 
-    def load(self, concurrency: int) -> tuple[float, float]:
+    def last_load(self, concurrency: int) -> tuple[float, float]:
         """Of the last load, from 0 to 1, and its seconds; it goes on where it ended just now.
 
         A load lasts as long as the device is never without a run for a second.

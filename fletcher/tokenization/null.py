@@ -32,7 +32,7 @@ class NullTokenizer:
     @classmethod
     def load(cls, folder: Path) -> NullTokenizer:
         """One that cuts where the tokenizer of a model bundle does."""
-        return cls(max_length=ModelBundle.load(folder).max_length)
+        return cls(max_length=ModelBundle.from_folder(folder).max_length)
 
     def encode(self, batch: TextBatch) -> TokenBatch:
         """Makes ids of all texts of a batch; see `Tokenizer.encode` for what becomes of long ones.

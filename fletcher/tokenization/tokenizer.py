@@ -70,7 +70,7 @@ class Tokenizer:
             ModelError: The bundle or its tokenizer.json is missing or damaged.
         """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        bundle = ModelBundle.load(Path(folder))
+        bundle = ModelBundle.from_folder(Path(folder))
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
         except Exception as error:

@@ -162,6 +162,10 @@ class FakeService:
             outputs=OutputConfig(),
         )
 
+    def metric(self, name: str) -> Any:
+        """An instrument's value."""
+        return self.telemetry.snapshot()[f"fletcher.{name}"]
+
     def held(self) -> dict[str, int]:
         """Whatever calls hold now."""
         return {

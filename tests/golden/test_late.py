@@ -107,7 +107,7 @@ def test_bfloat16_is_near(tmp_path: Path) -> None:
 def test_from_text_to_vectors(how: str, tmp_path: Path) -> None:
     """The parts of a text longer than the window, each pooled from a row that has it whole."""
     bundle = add("xlm_roberta", tmp_path)
-    chunking = Chunking.parse(how)
+    chunking = Chunking.from_text(how)
     assert chunking is not None
     data = ("A game of boards. It holds 12 players and more! " * 30).encode()
     tokenizer, late = Tokenizer.load(bundle.folder), load_late(bundle, "onnxruntime")

@@ -45,7 +45,7 @@ def whole(server: Runtime) -> Whole:
 
 def chunk_vectors(whole: Whole, text: str, how: str) -> np.ndarray:
     """The vectors of a text's chunks, each embedded alone."""
-    chunking = Chunking.parse(how)
+    chunking = Chunking.from_text(how)
     assert chunking is not None
     ids = np.array(whole.tokenizer._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
     found, *_ = windows(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)

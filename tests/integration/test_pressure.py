@@ -101,11 +101,11 @@ def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_o
 
         # The library comes again by itself, and gets in when the store is back. Between refusals
         # it asks what is stored, which the store that is away refuses, too, but for its trials.
-        refused = server.service.telemetry.errors.snapshot()["overloaded"]
+        refused = server.service.telemetry.errors.values()["overloaded",]
         late = threading.Thread(target=upload, args=("late",))
         late.start()
         eventually(
-            lambda: server.service.telemetry.errors.snapshot()["overloaded"] >= refused + 2,
+            lambda: server.service.telemetry.errors.values()["overloaded",] >= refused + 2,
             "the library was refused and tried again",
         )
         assert accepted.is_alive(), "who is in is slowed, and not refused"

@@ -37,7 +37,7 @@ ENGINES = {
     "tokenizers": ("fletcher.tokenization.tokenizer",),
     "lmdb": ("fletcher.pipeline.disk_cache",),
     "lancedb": ("fletcher.stores.", "fletcher.storeserver."),
-    "opentelemetry": ("fletcher.telemetry.tracing",),
+    "opentelemetry": ("fletcher.telemetry.metrics", "fletcher.telemetry.tracing"),
     "google.protobuf": (
         "fletcher.flight.commands",
         "fletcher.models.onnx.graph",
@@ -116,7 +116,6 @@ WORDS_LEFT = {
     ("pipeline", "lend"),
     ("pipeline", "lent"),
     ("serving", "crowded"),
-    ("telemetry", "pace"),
     ("tuning", "crew"),
     ("tuning", "probe"),
     ("tuning", "race"),

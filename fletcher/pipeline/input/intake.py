@@ -87,7 +87,7 @@ class Intake:
         self._prompt = prompt
         self._layers = layers
         self._chunking = chunking
-        self._truncate: Truncate = options.truncate  # type: ignore[assignment]
+        self._truncate: Truncate = options.truncate
         self._priority = options.priority
         self._small_is_interactive = small_is_interactive
         self._columns = InputColumns(schema, options, limits.max_message_bytes)
@@ -310,7 +310,7 @@ class Intake:
 
     def _class_of(self, num_rows: int, num_bytes: int) -> Priority:
         if self._priority is not None:
-            return self._priority  # type: ignore[return-value]
+            return self._priority
         small = num_rows <= INTERACTIVE_ROWS and num_bytes <= INTERACTIVE_BYTES
         return "interactive" if self._small_is_interactive and small else "bulk"
 

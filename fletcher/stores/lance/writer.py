@@ -30,7 +30,7 @@ from fletcher.stores.schemas import (
     conform,
     last_of_each_id,
 )
-from fletcher.util.allocator import give_back
+from fletcher.util.allocator import trim_heap
 from fletcher.util.durable import sync_path
 from fletcher.util.locks import FileLock
 
@@ -182,7 +182,7 @@ class LanceWriter:
         finally:
             self._lock.release()
             self._on_close(self)
-            give_back()
+            trim_heap()
 
     @property
     def _compacting(self) -> bool:

@@ -1,6 +1,7 @@
 import dataclasses
 import re
 
+import msgspec
 import pytest
 
 from fletcher.errors import BackendError, ConfigError
@@ -98,16 +99,16 @@ def test_graphs_are_captured_in_float16(tiny_bundle, precision, captures, reason
 def test_a_gpu_takes_the_graph_that_there_is(
     tiny_bundle, monkeypatch, family, asked, precision, reason
 ):
-    bundle = dataclasses.replace(tiny_bundle, family=family)
-    monkeypatch.setattr("fletcher.inference.devices.ModelBundle.load", lambda folder: bundle)
+    bundle = msgspec.structs.replace(tiny_bundle, family=family)
+    monkeypatch.setattr("fletcher.inference.devices.ModelBundle.from_folder", lambda folder: bundle)
     resolution = ask(tiny_bundle.folder, GPUS, "cuda:0", precision=asked)
     assert [one.precision for one in resolution.configs] == [precision]
     assert re.search(reason, resolution.reason)
 
 
 def test_float16_on_a_gpu_is_refused_where_there_is_no_such_graph(tiny_bundle, monkeypatch):
-    bundle = dataclasses.replace(tiny_bundle, family="onnx")
-    monkeypatch.setattr("fletcher.inference.devices.ModelBundle.load", lambda folder: bundle)
+    bundle = msgspec.structs.replace(tiny_bundle, family="onnx")
+    monkeypatch.setattr("fletcher.inference.devices.ModelBundle.from_folder", lambda folder: bundle)
     with pytest.raises(BackendError, match=r"`precision` is float16, but .* of family onnx"):
         ask(tiny_bundle.folder, GPUS, precision="float16")
 

@@ -21,10 +21,10 @@ def test_nothing_is_due_before_its_rows_are_safe() -> None:
     upload = Upload()
     assert not upload.acks.is_due
     upload.acks.append_batch(0, 0, 9)
-    upload.safe.add(0, 8)
+    upload.safe.add_range(0, 8)
     assert not upload.acks.is_due
     assert upload.acks.next_ack(upload.counts) is None
-    upload.safe.add(9, 9)
+    upload.safe.add_range(9, 9)
     assert upload.acks.is_due
     assert upload.acks.next_ack(upload.counts) == {
         "type": "ack",
@@ -42,9 +42,9 @@ def test_batches_are_acknowledged_in_the_order_of_receipt() -> None:
     upload = Upload()
     for batch_id, first in ((7, 0), (8, 10), (9, 20)):
         upload.acks.append_batch(batch_id, first, first + 9)
-    upload.safe.add(10, 29)  # the first batch takes longer than the others
+    upload.safe.add_range(10, 29)  # the first batch takes longer than the others
     assert not upload.acks.is_due
-    upload.safe.add(0, 9)
+    upload.safe.add_range(0, 9)
     ack = upload.acks.next_ack(upload.counts)
     assert ack is not None
     assert (ack["batch_id"], ack["row_first"], ack["row_last"]) == (9, 0, 29)
@@ -55,9 +55,9 @@ def test_one_acknowledgement_ends_where_the_next_batch_is_not_safe() -> None:
     upload = Upload()
     for batch_id in range(3):
         upload.acks.append_batch(batch_id, batch_id * 10, batch_id * 10 + 9)
-    upload.safe.add(0, 19)
+    upload.safe.add_range(0, 19)
     first = upload.acks.next_ack(upload.counts)
-    upload.safe.add(20, 29)
+    upload.safe.add_range(20, 29)
     second = upload.acks.next_ack(upload.counts)
     assert first is not None
     assert second is not None
@@ -67,7 +67,7 @@ def test_one_acknowledgement_ends_where_the_next_batch_is_not_safe() -> None:
 
 def test_a_batch_sent_again_is_acknowledged_again() -> None:
     upload = Upload()
-    upload.safe.add(0, 9)
+    upload.safe.add_range(0, 9)
     for _ in range(2):
         upload.acks.append_batch(0, 0, 9)
         ack = upload.acks.next_ack(upload.counts)

@@ -122,7 +122,7 @@ def test_rows_sent_twice_are_embedded_and_stored_once(
         summary = client.finish()
     assert stored(store) == list(range(8))
     assert (summary["rows_received"], summary["rows_deduplicated"]) == (8, 4)
-    assert fakes.telemetry.rows_deduplicated.snapshot() == 4
+    assert fakes.metric("rows.deduplicated") == 4
     table = store.rows("d").sort_by("id")
     vectors = [vector[0] for vector in table.column("vector").to_pylist()]
     assert vectors == [1, 2, 3, 4, 5, 5, 5, 5]

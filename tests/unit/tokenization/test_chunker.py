@@ -40,7 +40,7 @@ def tokenizer(tiny_bundle: ModelBundle) -> Tokenizer:
 
 def batch(texts: list[str], how: str, prompt: str = "") -> TextBatch:
     data = [text.encode() for text in texts]
-    chunking = Chunking.parse(how)
+    chunking = Chunking.from_text(how)
     assert chunking is not None
     return TextBatch(
         b"".join(data), np.cumsum([0, *map(len, data)]), prompt=prompt, chunking=chunking
@@ -360,16 +360,16 @@ def test_parts_end_before_words_or_else_between_characters() -> None:
 )
 def test_what_is_no_chunking_is_refused(text: str, said: str) -> None:
     with pytest.raises(InvalidCommandError, match=said) as caught:
-        Chunking.parse(text)
+        Chunking.from_text(text)
     assert caught.value.field == "chunking"
     assert caught.value.allowed
 
 
 def test_a_chunking_reads_as_it_is_written() -> None:
     for text in ("tokens:256/32:mean", "tokens:8/0:max", "each-sentence:hierarchical:late"):
-        assert str(Chunking.parse(text)) == text
-    assert Chunking.parse("tokens") == Chunking("tokens", 0, 0, "mean")
-    assert Chunking.parse("none") is None
+        assert str(Chunking.from_text(text)) == text
+    assert Chunking.from_text("tokens") == Chunking("tokens", 0, 0, "mean")
+    assert Chunking.from_text("none") is None
 
 
 def test_a_chunk_must_have_room_and_fit_the_model() -> None:

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 
+import msgspec
 import pytest
 
 from fletcher.config.engine import EngineConfig
@@ -101,7 +102,7 @@ def test_the_key_follows_the_bundle_and_the_engines(tmp_path, host, tiny_bundle,
     assert key.holds["openvino"]
     assert key.holds["onnxruntime"] or key.holds["onnxruntime-gpu"]
     (tmp_path / MANIFEST).write_text("{}")
-    moved = dataclasses.replace(tiny_bundle, folder=tmp_path)
+    moved = msgspec.structs.replace(tiny_bundle, folder=tmp_path)
     assert Key.of(EngineConfig(), host, moved).holds["model"] != key.holds["model"]
     monkeypatch.setattr(records.metadata, "version", lambda package: "9")
     assert Key.of(EngineConfig(), host, tiny_bundle).holds["openvino"] == "9"
