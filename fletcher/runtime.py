@@ -187,7 +187,7 @@ class Runtime:
             detect_host(),
             budget,
             telemetry,
-            crowded=lambda: load.level is not LoadLevel.NORMAL,
+            under_pressure=lambda: load.level is not LoadLevel.NORMAL,
             backend=self._backend,
         )
         models = ModelManager(

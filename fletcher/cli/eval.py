@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from fletcher.evaluation import plot
     from fletcher.evaluation.evaluate import evaluate
     from fletcher.evaluation.pairs import read_pairs
-    from fletcher.evaluation.variants import parse
+    from fletcher.evaluation.variants import parse_variants
 
     check_server(args)
     for name in ("documents", "queries"):
@@ -96,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("output", "plot"):
         _check_folder(name, getattr(args, name))
     if args.plot:
-        plot.check()
+        plot.check_matplotlib()
     config = local_config(args, store=NO_STORE)
     engines = _Engines(args, config)
-    lists = args.variants and [parse(text, engines.usual) for text in args.variants]
+    lists = args.variants and [parse_variants(text, engines.usual) for text in args.variants]
     variants = [one for some in lists for one in some] if lists else None
     engines.check(variants or ())
     pairs = read_pairs(
@@ -235,7 +235,7 @@ def _print(found: EvaluationReport, args: argparse.Namespace) -> None:
         except OSError as error:
             raise _unwritable("output", args.output, error.strerror) from None
     if args.plot:
-        plot.draw(found, args.plot)
+        plot.draw_report(found, args.plot)
 
 
 def _check_folder(name: str, path: Path | None) -> None:

@@ -77,6 +77,27 @@ class TransferOptions:
     compression: str = "auto"
 
 
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """Bounds inside one call that no caller needs to change; tests do.
+
+    Attributes:
+        close_s: Longest wait for an exchange's call to end.
+        leave_s: Longest wait for the threads of a failed exchange before it starts again; a thread
+            inside the caller's iterator may never come back.
+        abandon_s: Longest wait for an upload's call to end, before its threads are left alone.
+        max_answers: Batches that wait for the caller at most. More wait in the server, which then
+            stops reading.
+        max_answer_bytes: Their bytes at most; one batch of any size may wait.
+    """
+
+    close_s: float = 5.0
+    leave_s: float = 2.0
+    abandon_s: float = 1.0
+    max_answers: int = 4
+    max_answer_bytes: int = 16 << 20
+
+
 class Connection:
     """A FlightClient, what every call on it needs, and its errors translated.
 
@@ -86,6 +107,7 @@ class Connection:
         tls: Certificates, for `grpc+tls`.
         timeout_s: Longest wait for connecting, and for the answer of an action.
         transfer: How uploads and exchanges use it.
+        limits: Bounds inside a call.
 
     Raises:
         InvalidCommandError: The address is none, or a certificate cannot be read.
@@ -99,9 +121,11 @@ class Connection:
         tls: TlsOptions | None,
         timeout_s: float,
         transfer: TransferOptions,
+        limits: CallLimits = CallLimits(),
     ) -> None:
         self.address = uri
         self.transfer = transfer
+        self.limits = limits
         self._timeout_s = timeout_s
         self._headers = [(b"authorization", b"Bearer " + token.encode())] if token else []
         address = parse_address(uri)
@@ -136,7 +160,7 @@ class Connection:
             # The original is not chained: a kept Flight error keeps its call's memory.
             raise from_flight_error(exc, self.address) from None
 
-    def check(self) -> None:
+    def check_server(self) -> None:
         """Makes sure that somebody listens, who lets us in.
 
         Raises:

@@ -182,7 +182,7 @@ class Actions:
         value = _stored_id(request.id, self._schema(request.dataset))
         literal = quoted(value) if isinstance(value, str) else str(value)
         condition = f"{quoted_name('id')} = {literal}"
-        if not self._ingest.call(request.dataset, lambda one: one.delete_rows(condition)):
+        if not self._ingest.call_committer(request.dataset, lambda one: one.delete_rows(condition)):
             raise RequestError(f"dataset `{request.dataset}` has no row with that `id`", field="id")
         return [b"deleted"]
 
@@ -191,7 +191,7 @@ class Actions:
 
     def _delete_dataset(self, request: DatasetRequest) -> list[bytes]:
         self._schema(request.dataset)
-        self._ingest.call(request.dataset, lambda one: one.delete_dataset())
+        self._ingest.call_committer(request.dataset, lambda one: one.delete_dataset())
         return [b"deleted"]
 
     def _check_readiness(self, request: ReadinessRequest) -> list[bytes]:
@@ -222,13 +222,15 @@ class Actions:
     def _missing_keys(self, request: protocol.MissingKeysRequest) -> list[bytes]:
         self._schema(request.dataset)
         keys = request.batch_keys
-        missing = self._ingest.call(request.dataset, lambda one: one.missing_keys(keys))
+        missing = self._ingest.call_committer(request.dataset, lambda one: one.missing_keys(keys))
         return [_to_json(protocol.MissingKeysAnswer(missing))]
 
     def _stored_ranges(self, request: protocol.StoredRangesRequest) -> list[bytes]:
         self._schema(request.dataset)
         upload_id = request.upload_id
-        ranges = self._ingest.call(request.dataset, lambda one: one.stored_ranges(upload_id))
+        ranges = self._ingest.call_committer(
+            request.dataset, lambda one: one.stored_ranges(upload_id)
+        )
         return [_to_json(protocol.StoredRangesAnswer(ranges))]
 
     def _schema(self, dataset: str) -> pa.Schema:

@@ -66,7 +66,7 @@ class Ingest:
         self._committer(dataset).submit(rows, is_cancelled if mode != "append" else lambda: False)
         return rows.done
 
-    def call(self, dataset: str, function: Callable[[GroupCommitter], Any]) -> Any:
+    def call_committer(self, dataset: str, function: Callable[[GroupCommitter], Any]) -> Any:
         """Calls a function on the dataset's commit thread, after all rows submitted before."""
         return self._committer(dataset).submit_call(function).result()
 

@@ -14,6 +14,7 @@ from fletcher.inference.backend import BackendConfig
 from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
+from fletcher.workers.roster import PoolConfig
 
 # A turn is made to take about a second; who takes so much longer is stuck.
 _RUN_TIMEOUT_S = 300.0
@@ -54,7 +55,7 @@ class ProcessReplicaGroup:
             WorkerSpec(f"tune-{n}", f"fletcher.inference.{one.backend}:load", one)
             for n, one in enumerate(configs)
         ]
-        self._pool = WorkerPool("tune", specs, self)
+        self._pool = WorkerPool(PoolConfig("tune", specs), self)
         self._pool.start()
         self.concurrency = self._pool.concurrency
         self.precision = str(self._pool.statistics()[0].get("precision", configs[0].precision))
@@ -63,12 +64,18 @@ class ProcessReplicaGroup:
         """Ends the processes. Idempotent."""
         self._pool.close()
 
-    def next_job(self, timeout_s: float) -> Job | None:
-        """For the pool: the next micro-batch."""
+    def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
+        """See `JobSource`: the next micro-batch."""
+        if urgent:
+            return None
         try:
             return self._jobs.get(timeout=timeout_s)
         except queue.Empty:
             return None
+
+    def update(self, job: Job, result: Any, error: Exception | None) -> None:
+        """See `JobSource`."""
+        job.task(result, error)
 
     def run(self, batches: Sequence[MicroBatch]) -> tuple[list[InferenceResult], float]:
         """Embeds micro-batches; their results in order, and the seconds that it took.
@@ -90,7 +97,7 @@ class ProcessReplicaGroup:
                 if len(ends) == len(batches):
                     all_done.set()
 
-            return Job(batches[index], done)
+            return Job(batches[index], task=done)
 
         started = time.perf_counter()
         for index in range(len(batches)):

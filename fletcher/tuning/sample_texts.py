@@ -38,7 +38,7 @@ class SampleTexts:
         offsets = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(text) for text in texts], out=offsets[1:])
         prompt = bundle.prompts.get(bundle.default_prompt or "", "")
-        tokens = Tokenizer.load(bundle.folder).encode(
+        tokens = Tokenizer.from_bundle(bundle.folder).encode(
             TextBatch(b"".join(texts), offsets, prompt=prompt)
         )
         return cls(tokens, np.argsort(tokens.token_count, kind="stable").astype(np.int64))

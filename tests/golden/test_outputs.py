@@ -55,7 +55,7 @@ def run(
     )
     data = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, data)]).astype(np.int64)
-    tokens = Tokenizer.load(bundle.folder).encode(
+    tokens = Tokenizer.from_bundle(bundle.folder).encode(
         TextBatch(b"".join(data), offsets, prompt=bundle.prompts.get(prompt, ""))
     )
     backend = BudgetedBackend(module.load(config), max_run_tokens)

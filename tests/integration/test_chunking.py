@@ -40,7 +40,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(server: Runtime) -> Whole:
     bundle = server.service.models.default.bundle
-    return Whole(Tokenizer.load(bundle.folder), int(bundle.hash, 16))
+    return Whole(Tokenizer.from_bundle(bundle.folder), int(bundle.hash, 16))
 
 
 def chunk_vectors(whole: Whole, text: str, how: str) -> np.ndarray:
@@ -206,7 +206,7 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
         again = fletcher.EmbedCommand(dataset="chunks", mode=mode)
         with (
             fletcher.connect(server.address) as client,
-            pytest.raises(InvalidCommandError, match="several of one id") as caught,
+            pytest.raises(InvalidCommandError, match="several rows per id") as caught,
         ):
             client.put(table.slice(0, 2), again)
         assert caught.value.allowed == ["append", "overwrite"]

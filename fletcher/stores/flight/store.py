@@ -1,4 +1,4 @@
-"""Flight store: Longbow, or any server of its contract, such as `fletcher store`."""
+"""Store behind Arrow Flight: Longbow, or a server with its calls, such as `fletcher store`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from fletcher.stores.schemas import (
     check_compatible,
     check_storable,
     count_batch_keys,
-    limited,
+    limit_rows,
 )
 
 _log = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class FlightStore:
 
         def batches() -> Any:
             with store_call(what):
-                yield from limited(reader, schema, limit)
+                yield from limit_rows(reader, schema, limit)
 
         return pa.RecordBatchReader.from_batches(schema, batches())
 
@@ -307,8 +307,8 @@ class FlightStore:
         except (msgspec.MsgspecError, FletcherError) as error:
             if self._profile == "fletcher":
                 raise RequestError(
-                    f"the store at {self.address} has no capabilities of Fletcher's; leave "
-                    "`profile=fletcher` out",
+                    f"`profile` is fletcher, and the store at {self.address} does not answer "
+                    "`capabilities`; leave `profile=fletcher` out",
                     field="store",
                 ) from error
         else:
