@@ -105,11 +105,6 @@ WORDS_LEFT = {
     ("delivery", "pace"),
     ("delivery", "turn"),
     ("delivery", "unsent"),
-    ("tuning", "crew"),
-    ("tuning", "probe"),
-    ("tuning", "race"),
-    ("tuning", "turn"),
-    ("tuning", "turns"),
 }
 
 MODULES = code_shape.modules()
