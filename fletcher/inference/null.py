@@ -62,6 +62,11 @@ def load(config: BackendConfig) -> NullBackend:
     return NullBackend(config.dim or DEFAULT_DIM, int(config.version or "0", 16))
 
 
+def load_inline(config: BackendConfig) -> NullBackend:
+    """The same for the front process; see `fletcher.inference.budget.load_inline`."""
+    return load(config)
+
+
 def _cut_out(batch: MicroBatch, segments: Segments) -> MicroBatch:
     """Segments as rows: their vectors depend on their own tokens alone."""
     rows = np.repeat(starts_of(batch.lengths), segments.counts)

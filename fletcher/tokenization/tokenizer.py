@@ -56,12 +56,12 @@ class Tokenizer:
         self._pad_token_id = pad_token_id
         self._tokenizer = tokenizer
         self._prefix, self._suffix = _special_tokens(tokenizer)
-        self._shortener = Shortener.of(tokenizer.to_str())
+        self._shortener = Shortener.from_json(tokenizer.to_str())
         boundaries = self._shortener.boundaries
         self._words = Words(self._library, boundaries) if boundaries.any() else None
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def from_bundle(cls, folder: Path) -> Tokenizer:
         """The tokenizer of a model bundle.
 
         Switches the library's own threads off for this process: parallelism here is processes.

@@ -110,7 +110,7 @@ def test_from_text_to_vectors(how: str, tmp_path: Path) -> None:
     chunking = Chunking.from_text(how)
     assert chunking is not None
     data = ("A game of boards. It holds 12 players and more! " * 30).encode()
-    tokenizer, late = Tokenizer.load(bundle.folder), load_late(bundle, "onnxruntime")
+    tokenizer, late = Tokenizer.from_bundle(bundle.folder), load_late(bundle, "onnxruntime")
     batch = TextBatch(data, np.array([0, len(data)]), chunking=chunking.fitted(130, 2))
     tokens = tokenizer.encode(batch)
     segments, chunks = tokens.segments, tokens.chunks

@@ -40,7 +40,7 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(server: Runtime) -> Whole:
     bundle = server.service.models.default.bundle
-    return Whole(Tokenizer.load(bundle.folder), int(bundle.hash, 16))
+    return Whole(Tokenizer.from_bundle(bundle.folder), int(bundle.hash, 16))
 
 
 def chunk_vectors(whole: Whole, text: str, how: str) -> np.ndarray:

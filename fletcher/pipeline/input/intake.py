@@ -28,7 +28,6 @@ from fletcher.core.command import EmbedCommand
 from fletcher.pipeline.input.arrays import (
     distinct,
     large_utf8,
-    only_text,
     text_offsets,
     validate,
 )
@@ -36,6 +35,7 @@ from fletcher.pipeline.input.columns import InputColumns
 from fletcher.pipeline.input.limits import INTERACTIVE_BYTES, INTERACTIVE_ROWS, IntakeLimits
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.input.text_parts import part_ends
+from fletcher.pipeline.interactive.single_row import single_text
 from fletcher.pipeline.row_errors import RowErrors
 
 # From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
@@ -161,7 +161,7 @@ class Intake:
         bounds = _cuts(sizes, limits.slice_rows, limits.slice_bytes)
         for index, (first, last) in enumerate(bounds):
             rows = used.slice(first, last - first)
-            own_errors, wanted = errors.of(first, last), np.ones(last - first, np.bool_)
+            own_errors, wanted = errors.between(first, last), np.ones(last - first, np.bool_)
             wanted[list(own_errors)] = False
             unwanted = np.zeros(0, np.int64)
             if skip is not None:
@@ -234,7 +234,7 @@ class Intake:
         size = batch.get_total_buffer_size()
         if text.null_count or size > self._limits.max_message_bytes:
             return None
-        data = only_text(text)
+        data = single_text(text)
         if len(data) > self._limits.max_row_bytes:
             return None
         return RowSlice(

@@ -35,7 +35,7 @@ SHORT = "  Is! Of. It? Hold. \n\nIt. " * 30
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_bundle: ModelBundle) -> Tokenizer:
-    return Tokenizer.load(tiny_bundle.folder)
+    return Tokenizer.from_bundle(tiny_bundle.folder)
 
 
 def batch(texts: list[str], how: str, prompt: str = "") -> TextBatch:
