@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.jobs import run_job
+from fletcher.config.engine import EngineConfig
 from fletcher.core.batches import TextBatch
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import resolve
+from fletcher.inference.devices import resolve_replicas
 from fletcher.inference.host import detect_host
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tokenization.tokenizer import Tokenizer
@@ -39,9 +40,14 @@ def configure(
         BackendError: It is not installed, or this processor lacks the precision.
     """
     host = detect_host()
-    resolution = resolve(
-        "cpu", backend, precision, host.cores, host, bundle.folder, max_batch_tokens
+    asked = EngineConfig(
+        device="cpu",
+        backend=backend,
+        precision=precision,
+        threads=host.cores,
+        max_batch_tokens=max_batch_tokens,
     )
+    resolution = resolve_replicas(asked, host, bundle)
     first = resolution.configs[0]
     return BackendConfig(**{**asdict(first), "threads": host.cores})
 

@@ -81,8 +81,6 @@ WIDE_CONSTRUCTORS = {
     "DatasetSink",
     "Intake",
     "Upload",
-    "_Answers",
-    "_Put",
 }
 COMMON_VERBS = {
     "add",
@@ -107,11 +105,6 @@ WORDS_LEFT = {
     ("delivery", "pace"),
     ("delivery", "turn"),
     ("delivery", "unsent"),
-    ("tuning", "crew"),
-    ("tuning", "probe"),
-    ("tuning", "race"),
-    ("tuning", "turn"),
-    ("tuning", "turns"),
 }
 
 MODULES = code_shape.modules()
