@@ -18,7 +18,7 @@ from fletcher.flight.auth import Credentials
 from fletcher.flight.server import FlightServer
 from fletcher.inference.devices import detect_host
 from fletcher.models.bundle.registry import Registry
-from fletcher.net.compression import Answers
+from fletcher.net.compression import AnswerCompression
 from fletcher.net.ports import check_port
 from fletcher.pipeline.cache import CacheBackend
 from fletcher.pipeline.memory_budget import MemoryBudget
@@ -203,7 +203,7 @@ class Runtime:
             budget=budget,
             delivery=delivery,
             admission=admission,
-            answers=Answers(config.network.compression),
+            answers=AnswerCompression(config.network.compression),
             load=load,
             telemetry=telemetry,
             outputs=config.output,

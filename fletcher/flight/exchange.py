@@ -16,7 +16,7 @@ from fletcher.core.schema import VectorSpec
 from fletcher.errors import BatchTooLargeError, FletcherError, InvalidCommandError
 from fletcher.flight.ending import Ending, writing
 from fletcher.flight.reading import read_messages, read_schema, wait_first
-from fletcher.net.compression import AnswerWriting
+from fletcher.net.compression import CallCompression
 from fletcher.net.flight_errors import to_flight_error
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.service import Service
@@ -56,7 +56,7 @@ def exchange(
     with EmbedSession(service, call) as session:
         output = session.open_input(read_schema(reader))
         # Before the first batch, so that a client that waits for the schema need not send.
-        writing_as = service.answers.open(context.peer(), output)
+        writing_as = service.answers.for_call(context.peer(), output)
         writer.begin(output, options=writing_as.options)
         # A client that sends nothing takes no place.
         messages, first = wait_first(read_messages(reader, context, continuous=command.continuous))
@@ -99,7 +99,7 @@ class _Answers:
         upload_id: str,
         writer: Any,
         ending: Ending,
-        writing_as: AnswerWriting,
+        writing_as: CallCompression,
     ) -> None:
         self._session = session
         self._upload_id = upload_id
@@ -147,7 +147,7 @@ class _Answers:
             started_s = time.perf_counter()
             with writing():
                 self._writer.write_with_metadata(whole, _to_json(metadata).encode())
-            self._writing_as.written(whole, time.perf_counter() - started_s)
+            self._writing_as.record_write(whole, time.perf_counter() - started_s)
 
 
 def _check_command(command: EmbedCommand) -> None:

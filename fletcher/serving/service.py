@@ -8,7 +8,7 @@ from typing import Any
 
 from fletcher.config.model import OutputConfig
 from fletcher.delivery.delivery import Delivery
-from fletcher.net.compression import Answers
+from fletcher.net.compression import AnswerCompression
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.serving.admission import Admission
 from fletcher.serving.load_level import LoadMonitor
@@ -36,7 +36,7 @@ class Service:
     budget: MemoryBudget
     delivery: Delivery
     admission: Admission
-    answers: Answers
+    answers: AnswerCompression
     load: LoadMonitor
     telemetry: Telemetry
     outputs: OutputConfig
