@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from fletcher.evaluation import plot
     from fletcher.evaluation.evaluate import evaluate
     from fletcher.evaluation.pairs import read_pairs
-    from fletcher.evaluation.variants import parse
+    from fletcher.evaluation.variants import parse_variants
 
     check_server(args)
     for name in ("documents", "queries"):
@@ -96,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("output", "plot"):
         _check_folder(name, getattr(args, name))
     if args.plot:
-        plot.check()
+        plot.check_matplotlib()
     config = local_config(args, store=NO_STORE)
     engines = _Engines(args, config)
-    lists = args.variants and [parse(text, engines.usual) for text in args.variants]
+    lists = args.variants and [parse_variants(text, engines.usual) for text in args.variants]
     variants = [one for some in lists for one in some] if lists else None
     engines.check(variants or ())
     pairs = read_pairs(
@@ -163,7 +163,7 @@ class _Engines:
         self._bundle = Registry(config.home / "models").ensure(config.model.default, say)
         self._host, self._asked = detect_host(), config.engine
         decision = decide(config.home, self._asked, self._host, self._bundle)
-        found = engines(self._asked, self._host, self._bundle.folder)
+        found = engines(self._asked, self._host, self._bundle)
         candidates = [TuningCandidate(tuple(decision.configs)), *found]
         firsts = [one.configs[0] for one in candidates]
         self.usual = list(
@@ -177,11 +177,11 @@ class _Engines:
 
     def check(self, variants: Sequence[Variant]) -> None:
         """Refuses engines that cannot be had. Raises ConfigError or BackendError."""
-        from fletcher.tuning.candidates import resolve_by_rule
+        from fletcher.inference.devices import resolve_replicas
 
         for engine in dict.fromkeys(one.engine for one in variants):
             if not self._args.server:
-                resolve_by_rule(self._question(engine), self._host, self._bundle.folder)
+                resolve_replicas(self._question(engine), self._host, self._bundle)
             elif engine != self.reference:
                 raise ConfigError(
                     f"`variants` asks for {engine}, but {self._args.server} runs {self.reference}; "
@@ -235,7 +235,7 @@ def _print(found: EvaluationReport, args: argparse.Namespace) -> None:
         except OSError as error:
             raise _unwritable("output", args.output, error.strerror) from None
     if args.plot:
-        plot.draw(found, args.plot)
+        plot.draw_report(found, args.plot)
 
 
 def _check_folder(name: str, path: Path | None) -> None:

@@ -180,10 +180,9 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _describe(bundle: ModelBundle) -> dict[str, Any]:
-    fields = {name: getattr(bundle, name) for name in ModelBundle.__slots__}
-    fields["calibration"] = [str(cut) for cut in sorted(bundle.calibration.ranges)]
     return {
-        name: str(value) if isinstance(value, Path) else value for name, value in fields.items()
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in bundle.to_dict().items()
     }
 
 

@@ -17,7 +17,7 @@ from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
     from fletcher.core.batches import FloatArray
-    from fletcher.evaluation.similar import Found
+    from fletcher.evaluation.similar import SimilarTexts
 
 MAX_TEXTS = 1000
 MAX_K = 10_000
@@ -51,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compares or finds, and prints."""
-    from fletcher.evaluation.similar import compare, find
+    from fletcher.evaluation.similar import compare_texts, find_similar
     from fletcher.readers import open_source
 
     check_server(args)
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
     model = given_flags(args).get("model") if args.server else None
     with open_client(args, local_config(args, store=NO_STORE)) as client:
         if source is None:
-            _print_pairs(texts, compare(client, texts, model=model), args)
+            _print_pairs(texts, compare_texts(client, texts, model=model), args)
         else:
-            _print_found(texts, find(client, texts, source, args.k or 5, model=model), args)
+            _print_found(texts, find_similar(client, texts, source, args.k or 5, model=model), args)
     return 0
 
 
@@ -111,7 +111,7 @@ def _print_pairs(texts: Sequence[str], cosines: FloatArray, args: argparse.Names
             print(f"{cosine:7.4f}  {both}")
 
 
-def _print_found(texts: Sequence[str], found: Found, args: argparse.Namespace) -> None:
+def _print_found(texts: Sequence[str], found: SimilarTexts, args: argparse.Namespace) -> None:
     for text, best in zip(texts, found.best, strict=True):
         if not args.json and len(texts) > 1:
             print(cut(printable(text), terminal_width()))

@@ -77,11 +77,11 @@ class Delivery:
         self._uploads = UploadRegistry(self._lock, lambda place: place in self._sinks)
         self._closed = False
         self._breakers = {name: Breaker(name, self._timing.retry) for name in stores}
-        telemetry.dedupe_index_memory.watch(lambda: self._dedupe_memory.used_bytes)
-        telemetry.queue_depth.watch(self._num_waiting_rows, stage="rows")
+        telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
+        telemetry.queue_depth.observe(self._num_waiting_rows, stage="rows")
         for name, breaker in self._breakers.items():
-            telemetry.store_away.watch(partial(_unavailability, breaker), store=name)
-            telemetry.store_pace.watch(partial(self._append_share, name), store=name)
+            telemetry.store_away.observe(partial(_unavailability, breaker), store=name)
+            telemetry.store_append_share.observe(partial(self._append_share, name), store=name)
 
     def store(self, name: str | None) -> tuple[str, Store]:
         """A store by its configured name; None: the default.
@@ -239,11 +239,14 @@ class Delivery:
                 field="durability",
                 allowed=["store", "memory"],
             )
-        mode, dedupe_by = options.mode, None if options.dedupe == "off" else options.dedupe
-        if mode == "delta":  # new and changed rows replace by id
-            mode, dedupe_by = "upsert", "delta"
-        fingerprint = (schema, schema.metadata, options.mode, options.dedupe, durability)
-        return UploadTerms(durability, mode, dedupe_by, fingerprint)  # type: ignore[arg-type]
+        delta = options.mode == "delta"
+        return UploadTerms(
+            durability,
+            # New and changed rows of a delta replace by id.
+            mode="upsert" if options.mode == "delta" else options.mode,
+            dedupe_by="delta" if delta else None if options.dedupe == "off" else options.dedupe,
+            fingerprint=(schema, schema.metadata, options.mode, options.dedupe, durability),
+        )
 
     def _resume(
         self, upload: Upload, sink: DatasetSink, schema: pa.Schema, terms: UploadTerms

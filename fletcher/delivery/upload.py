@@ -90,7 +90,7 @@ class Upload:
         self._settled = RangeSet(stored)
         self._rows_stored = self._settled.count
         for one in not_stored:
-            self._settled.add(*one)
+            self._settled.add_range(*one)
         # Acknowledged rows: in the journal or in the store, whichever comes first.
         self._secured = RangeSet(self._settled.ranges())
         self._claimed = RangeSet(self._settled.ranges())
@@ -120,7 +120,7 @@ class Upload:
             new = self._claimed.missing(first, last)
             num_new = sum(one_last - one_first + 1 for one_first, one_last in new)
             self._rows_deduplicated += last - first + 1 - num_new
-            self._claimed.add(first, last)
+            self._claimed.add_range(first, last)
             self.changed.notify_all()
             return new
 
@@ -130,7 +130,7 @@ class Upload:
             self._secure(first, last)
             if not self._settled.covers(first, last):  # else the store said so already
                 self._rows_stored += stored
-            self._settled.add(first, last)
+            self._settled.add_range(first, last)
             self.changed.notify_all()
             successor = self._successor
         if successor is not None:
@@ -149,7 +149,7 @@ class Upload:
         """Note why a row has no vector."""
         with self.changed:
             self._rows_failed += 1
-            self._failing.add(row, row)
+            self._failing.add_range(row, row)
             if len(self._errors) < MAX_ERRORS:
                 self._errors.append({"row": row, "id": row_id, **_brief(error)})
 
@@ -278,9 +278,9 @@ class Upload:
                 self.settle_rows(first, last, stored=0)
 
     def _secure(self, first: int, last: int) -> None:
-        self._claimed.add(first, last)  # changes nothing unless the upload failed meanwhile
-        self._secured.add(first, last)
-        self._failing.remove(first, last)
+        self._claimed.add_range(first, last)  # changes nothing unless the upload failed meanwhile
+        self._secured.add_range(first, last)
+        self._failing.remove_range(first, last)
         self._rows_deduplicated += self._duplicates.pop(first, 0)
 
 

@@ -13,8 +13,8 @@ from pyarrow import flight
 import fletcher
 from fletcher.client import PutSummary
 from fletcher.runtime import Runtime
-from fletcher.serving import load_level as pressure
-from fletcher.serving import service
+from fletcher.serving.admission import RetryHints
+from fletcher.serving.load_level import LoadTiming
 from fletcher.util.backoff import Backoff
 from tests.doubles.longbow import LongbowDouble
 from tests.integration.conftest import StartServer
@@ -66,12 +66,12 @@ def batches(num_rows: int) -> Iterator[pa.RecordBatch]:
 
 
 def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_on(
-    server: Runtime, store: Away, monkeypatch: pytest.MonkeyPatch
+    server: Runtime, store: Away
 ) -> None:
-    monkeypatch.setattr(service, "SEVERE_RETRY_MS", 200)
-    monkeypatch.setattr(pressure, "_LEAVE_AFTER_S", 0.2)
+    server.service.admission.hints = RetryHints(severe_ms=200)
+    server.service.load.timing = LoadTiming(leave_after_s=0.2)
     (breaker,) = server.service.delivery._breakers.values()
-    monkeypatch.setattr(breaker, "_retry", Backoff(first_s=0.1, longest_s=0.2, jitter=1.0))
+    breaker._retry = Backoff(first_s=0.1, longest_s=0.2, jitter=1.0)
     summaries: dict[str, PutSummary] = {}
 
     def upload(name: str) -> None:
@@ -102,11 +102,11 @@ def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_o
 
         # The library comes again by itself, and gets in when the store is back. Between refusals
         # it asks what is stored, which the store that is away refuses, too, but for its trials.
-        refused = server.service.telemetry.errors.snapshot()["overloaded"]
+        refused = server.service.telemetry.errors.values()["overloaded",]
         late = threading.Thread(target=upload, args=("late",))
         late.start()
         eventually(
-            lambda: server.service.telemetry.errors.snapshot()["overloaded"] >= refused + 2,
+            lambda: server.service.telemetry.errors.values()["overloaded",] >= refused + 2,
             "the library was refused and tried again",
         )
         assert accepted.is_alive(), "who is in is slowed, and not refused"
