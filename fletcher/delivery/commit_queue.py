@@ -202,7 +202,7 @@ class CommitQueue:
         """Queue a request to prepare the dataset."""
         self._openings.append(opening)
 
-    def flush(self) -> None:
+    def request_flush(self) -> None:
         """Send the rows that wait now without waiting for more."""
         self._flushing = True
 

@@ -123,7 +123,7 @@ class Committer:
     def flush(self) -> None:
         """Send the rows that wait now without waiting for more."""
         with self._changed:
-            self._queue.flush()
+            self._queue.request_flush()
             self._changed.notify_all()
 
     def drop_abandoned(self) -> None:

@@ -27,13 +27,7 @@ from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.journal.writer import journaled_rows
 from fletcher.delivery.sink import DatasetSink
 from fletcher.delivery.timing import DeliveryTiming
-from fletcher.delivery.upload import (
-    SettledRanges,
-    Upload,
-    UploadKey,
-    UploadRegistry,
-    UploadTerms,
-)
+from fletcher.delivery.upload import SettledRanges, Upload, UploadKey, UploadRegistry, UploadTerms
 from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.schemas import check_one_row_each
@@ -181,10 +175,7 @@ class Delivery:
         for folder_name, dataset, folder in journal_folders(self._journal.folder):
             if folder_name not in names:
                 if any(folder.glob("*.arrow")):
-                    log.error(
-                        "journal: %s has rows for a store that is not configured; left alone",
-                        folder,
-                    )
+                    log.error("journal: %s has rows for an unknown store; left alone", folder)
                 continue
             name = names[folder_name]
             sink = self._enter_sink((name, dataset, ""), self.stores[name])
@@ -370,7 +361,7 @@ class Delivery:
         with self._lock:
             if sink.users or not sink.idle:
                 return False
-            sink.release()
+            sink.retire()
             for key, one in list(self._sinks.items()):
                 if one is sink:
                     del self._sinks[key]

@@ -92,7 +92,7 @@ class DatasetSink:
         """Whether no rows wait, are being journaled or are being stored."""
         return all(writer.idle for writer in self._writers) and self.committer.idle
 
-    def release(self) -> None:
+    def retire(self) -> None:
         """Close all but the committer, which calls this as it ends.
 
         Groups that are left on disk are counted by the dataset's next sink.

@@ -347,7 +347,7 @@ class DedupeIndex:
 
 
 def _journaled_keys(kind: str, group: JournaledGroup, *, null_vectors: bool) -> dict[bytes, bytes]:
-    excluded = (*group.info.unsent, *(() if null_vectors else group.info.failed))
+    excluded = (*group.info.excluded, *(() if null_vectors else group.info.failed))
     try:
         return stored_keys(kind, group.read_batch(), excluded)
     except FletcherError:

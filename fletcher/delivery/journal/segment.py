@@ -48,7 +48,7 @@ _CLAIM = re.compile(rb'\{"upload_id": "([\w-]+)", "first": (\d+), "last": (\d+)'
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """Identity of a group; the fields are written as JSON, so their names are file format.
+    """Identity of a group.
 
     Attributes:
         upload_id: The upload.
@@ -56,7 +56,7 @@ class GroupInfo:
         last: Offset of the last row.
         failed: Places of rows with a null vector.
         upsert: The rows replace others by id.
-        unsent: Places of rows that are not stored, such as duplicates.
+        excluded: Places of rows that are not stored, such as duplicates.
     """
 
     upload_id: str
@@ -64,12 +64,32 @@ class GroupInfo:
     last: int
     failed: tuple[int, ...] = ()
     upsert: bool = False
-    unsent: tuple[int, ...] = ()
+    excluded: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
         """Number of uploaded rows."""
         return self.last - self.first + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields of the file format, in the order on which the checksum depends."""
+        fields = dataclasses.asdict(self)
+        fields["unsent"] = fields.pop("excluded")
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> GroupInfo:
+        """Read what `to_json` returned.
+
+        Raises:
+            TypeError: A field is missing or unknown.
+        """
+        # JSON turns tuples into lists.
+        values: dict[str, Any] = {
+            name: tuple(one) if isinstance(one, list) else one for name, one in fields.items()
+        }
+        excluded = values.pop("unsent", ())
+        return cls(**values, excluded=excluded)
 
     def __str__(self) -> str:
         return f"{self.upload_id}:{self.first}-{self.last}"
@@ -220,7 +240,7 @@ def read_segment(path: Path) -> Segment | Damage:
 
 def group_metadata(info: GroupInfo, batch: pa.RecordBatch) -> dict[bytes, bytes]:
     """Custom metadata of a group's record batch."""
-    fields = {**dataclasses.asdict(info), "crc32": _checksum(info, batch)}
+    fields = {**info.to_json(), "crc32": _checksum(info, batch)}
     return {_KEY: json.dumps(fields).encode()}
 
 
@@ -313,7 +333,7 @@ def _group(schema: pa.Buffer, data: pa.Buffer, offset: int, end: int) -> GroupIn
         fields = json.loads(metadata[_KEY])
         crc = fields.pop("crc32")
         batch.validate(full=True)
-        info = GroupInfo(**{name: _untupled(value) for name, value in fields.items()})
+        info = GroupInfo.from_json(fields)
         # A chunked row is several rows of the batch.
         right = _checksum(info, batch) == crc and info.num_rows <= batch.num_rows
     except (*_UNREADABLE, StopIteration, ValueError, KeyError, TypeError):
@@ -321,14 +341,9 @@ def _group(schema: pa.Buffer, data: pa.Buffer, offset: int, end: int) -> GroupIn
     return info if right else None
 
 
-def _untupled(value: Any) -> Any:
-    """Turn a list, as which JSON returns a tuple, into a tuple again."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _checksum(info: GroupInfo, batch: pa.RecordBatch) -> int:
     """CRC-32 over a group's identity, schema and rows."""
-    head = json.dumps(dataclasses.asdict(info)).encode() + batch.schema.serialize().to_pybytes()
+    head = json.dumps(info.to_json()).encode() + batch.schema.serialize().to_pybytes()
     return zlib.crc32(batch.serialize(), zlib.crc32(head))
 
 

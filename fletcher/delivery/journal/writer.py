@@ -302,7 +302,7 @@ def journaled_rows(
         journaled=True,
         on_refused=functools.partial(journal.reject_group, on_disk),
         in_doubt=in_doubt,
-        excluded=info.unsent,
+        excluded=info.excluded,
     )
 
 

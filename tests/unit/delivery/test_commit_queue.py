@@ -167,11 +167,11 @@ def test_rows_that_fill_an_append_wait_for_no_others(bench: Bench, num_bytes: in
 
 def test_a_flush_lasts_until_nothing_waits(bench: Bench) -> None:
     one = upload()
-    bench.queue.flush()
+    bench.queue.request_flush()
     bench.decide()  # nothing waits
     bench.submit(one, 0, 1)
     assert isinstance(bench.decide(), Wait)
-    bench.queue.flush()
+    bench.queue.request_flush()
     action = bench.decide()
     assert isinstance(action, Append)
     bench.submit(one, 1, 1)
@@ -273,7 +273,7 @@ def test_a_store_that_asks_for_a_rest_gets_it(bench: Bench) -> None:
     bench.submit(one, 0, 1)
     bench.note(bench.append(), Stored(1, 0.1, slow_down=True))
     bench.submit(one, 1, 1)
-    bench.queue.flush()
+    bench.queue.request_flush()
     assert bench.decide() == Wait(bench.now + 0.1)
 
 
@@ -566,7 +566,7 @@ def test_random_outcomes_never_lose_double_or_reorder_rows(chance: random.Random
             submitted[name].append((first, last))
             world.submit(uploads[name], first, last - first + 1, journaled=journaled[name])
         if chance.random() < 0.05:
-            world.bench.queue.flush()
+            world.bench.queue.request_flush()
         world.step(calm=False)
     while not world.bench.queue.idle:
         world.step(calm=True)
