@@ -1,4 +1,4 @@
-"""Fletcher's own worker pools by themselves: payloads in, answers thrown away."""
+"""Fletcher's worker pools alone: payloads in, answers dropped."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from benchmarks.jobs import JobError
 from fletcher.core.batches import TextBatch
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tokenization.tokenizer import Tokenizer
+from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
-from fletcher.workers.pool import Job, WorkerPool
+from fletcher.workers.pool import WorkerPool
+from fletcher.workers.roster import PoolConfig
 
 
 class _Jobs:
-    """A source that holds jobs until a pool asks."""
+    """Job source with a fixed list of jobs."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -33,15 +35,20 @@ class _Jobs:
     def put(self, job: Job) -> None:
         self._queue.put(job)
 
-    def next_job(self, timeout_s: float) -> Job | None:
+    def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
+        if urgent:
+            return None
         try:
             return self._queue.get(timeout=timeout_s)
         except queue.Empty:
             return None
 
+    def update(self, job: Job, result: Any, error: Exception | None) -> None:
+        job.task(result, error)
+
 
 def through_pool(specs: Sequence[WorkerSpec], payloads: Sequence[Any]) -> Timing:
-    """Has workers do everything twice and times the second time.
+    """Runs all payloads through workers twice, and times the second round.
 
     Returns:
         Seconds; CPU seconds of the workers and of this process, which feeds them.
@@ -51,7 +58,7 @@ def through_pool(specs: Sequence[WorkerSpec], payloads: Sequence[Any]) -> Timing
         FletcherError: A worker could not load.
     """
     source = _Jobs()
-    pool = WorkerPool("benchmark", specs, source)
+    pool = WorkerPool(PoolConfig("benchmark", specs), source)
     pool.start()
     try:
         _do_all(source, payloads)
@@ -74,7 +81,7 @@ def _do_all(source: _Jobs, payloads: Sequence[Any]) -> None:
         left.release()
 
     for payload in payloads:
-        source.put(Job(payload, done))
+        source.put(Job(payload, task=done))
     for _ in payloads:
         left.acquire()
     if errors:
@@ -83,11 +90,11 @@ def _do_all(source: _Jobs, payloads: Sequence[Any]) -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """What a tokenizer has with it from the start.
+    """Data that a tokenizer process has from its start.
 
     Attributes:
         bundle: The model's folder.
-        texts: That `run` is asked for by their places.
+        texts: Texts; `run` names one by its place.
     """
 
     bundle: str
@@ -95,49 +102,49 @@ class Held:
 
 
 class HoldingTokenizer:
-    """A tokenizer whose texts need not come and whose tokens need not go."""
+    """Tokenizer process with its texts in memory, which returns no tokens."""
 
     concurrency = 1
     express = 0
 
     def __init__(self, held: Held) -> None:
-        self._tokenizer = Tokenizer.load(Path(held.bundle))
+        self._tokenizer = Tokenizer.from_bundle(Path(held.bundle))
         self._texts = held.texts
 
     def run(self, place: int) -> int:
-        """Tokenizes the texts at a place; how many tokens they have."""
+        """Tokenizes the texts at a place; returns the number of tokens."""
         return len(self._tokenizer.encode(self._texts[place]).input_ids)
 
     def describe(self) -> dict[str, str]:
-        """Nothing of interest."""
+        """Returns an empty description."""
         return {}
 
 
 class HoldingLibrary:
-    """The tokenizer's library with texts as it takes them, as fast as it goes in one thread."""
+    """The tokenizers library in one thread, on texts in memory."""
 
     concurrency = 1
     express = 0
 
     def __init__(self, held: Held) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        bundle = ModelBundle.load(Path(held.bundle))
+        bundle = ModelBundle.from_folder(Path(held.bundle))
         self._tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
         self._tokenizer.enable_truncation(bundle.max_length)
         self._tokenizer.no_padding()
         self._texts = [_strings(texts) for texts in held.texts]
 
     def run(self, place: int) -> int:
-        """Tokenizes the texts at a place; how many tokens they have."""
+        """Tokenizes the texts at a place; returns the number of tokens."""
         return sum(len(one.ids) for one in self._tokenizer.encode_batch_fast(self._texts[place]))
 
     def describe(self) -> dict[str, str]:
-        """Nothing of interest."""
+        """Returns an empty description."""
         return {}
 
 
 def hold_library(held: Held) -> HoldingLibrary:
-    """Factory for a worker's spec."""
+    """Factory named by a worker's spec."""
     return HoldingLibrary(held)
 
 
@@ -147,5 +154,5 @@ def _strings(texts: TextBatch) -> list[str]:
 
 
 def hold(held: Held) -> HoldingTokenizer:
-    """Factory for a worker's spec."""
+    """Factory named by a worker's spec."""
     return HoldingTokenizer(held)

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 import click
 from click.shell_completion import CompletionItem
 
-from fletcher.cli.command_line import Command, Context, Group, argument, command, usage_message
+from fletcher.cli.command_line import (
+    Command,
+    CommandGroup,
+    Context,
+    argument,
+    command,
+    usage_message,
+)
 from fletcher.cli.shutdown import leave_with
 from fletcher.cli.terminal import wants_colour
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
@@ -131,7 +138,7 @@ def _run_root(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-root = Group(
+root = CommandGroup(
     name="fletcher",
     sections=SECTIONS,
     package=__name__,
@@ -162,8 +169,8 @@ def _complete_words(
 ) -> list[CompletionItem]:
     group: click.Command | None = context.find_root().command
     for word in context.params.get("words") or ():
-        group = group.get_command(context, word) if isinstance(group, Group) else None
-    return group.complete_commands(incomplete) if isinstance(group, Group) else []
+        group = group.get_command(context, word) if isinstance(group, CommandGroup) else None
+    return group.complete_commands(incomplete) if isinstance(group, CommandGroup) else []
 
 
 @command("help", "fletcher help ingest", "fletcher help model add")
@@ -173,12 +180,11 @@ def show_help(context: click.Context, words: tuple[str, ...]) -> None:
     """Show the help of a command, or of all."""
     shown: click.Context = context.find_root()
     for index, word in enumerate(words):
-        group = shown.command
-        _, found, _ = (
-            group.resolve_command(shown, [word]) if isinstance(group, Group) else (None, None, [])
-        )
-        if found is None:
+        if not isinstance(shown.command, CommandGroup):
             raise click.UsageError(f"{' '.join(words[:index])!r} has no commands", ctx=context)
+        _, found, _ = shown.command.resolve_command(shown, [word])
+        if found is None:  # an option
+            raise click.UsageError(f"{word!r} is not a command", ctx=context)
         shown = Context(found, info_name=word, parent=shown)
     click.echo(shown.get_help(), color=shown.color)
 

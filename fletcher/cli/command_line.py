@@ -115,7 +115,7 @@ class Command(_Sections):
     """A command; `command` makes it of a function."""
 
 
-class Group(_Sections, click.Group):
+class CommandGroup(_Sections, click.Group):
     """Commands under headings; those of `package` are imported when they are called.
 
     Args:

@@ -108,7 +108,7 @@ def cli(
     from fletcher.evaluation import plot
     from fletcher.evaluation.evaluate import evaluate
     from fletcher.evaluation.pairs import read_pairs
-    from fletcher.evaluation.variants import parse
+    from fletcher.evaluation.variants import parse_variants
 
     for name in ("documents", "queries"):
         value = params[name]
@@ -117,10 +117,10 @@ def cli(
     for name in ("output", "plot"):
         _check_folder(name, params[name])
     if params["plot"]:
-        plot.check()
+        plot.check_matplotlib()
     config = target.resolve(store=NO_STORE)
     engines = _Engines(target, config)
-    asked = [one for text in variants for one in parse(text, engines.usual)]
+    asked = [one for text in variants for one in parse_variants(text, engines.usual)]
     engines.check(asked)
     pairs = read_pairs(
         paths,
@@ -182,7 +182,7 @@ class _Engines:
         self._bundle = Registry(config.home / "models").ensure(config.model.default, say)
         self._host, self._asked = detect_host(), config.engine
         decision = decide(config.home, self._asked, self._host, self._bundle)
-        found = engines(self._asked, self._host, self._bundle.folder)
+        found = engines(self._asked, self._host, self._bundle)
         candidates = [TuningCandidate(tuple(decision.configs)), *found]
         firsts = [one.configs[0] for one in candidates]
         self.usual = list(
@@ -196,11 +196,11 @@ class _Engines:
 
     def check(self, variants: Sequence[Variant]) -> None:
         """Refuses engines that cannot be had. Raises ConfigError or BackendError."""
-        from fletcher.tuning.candidates import resolve_by_rule
+        from fletcher.inference.devices import resolve_replicas
 
         for engine in dict.fromkeys(one.engine for one in variants):
             if not self._target.server:
-                resolve_by_rule(self._question(engine), self._host, self._bundle.folder)
+                resolve_replicas(self._question(engine), self._host, self._bundle)
             elif engine != self.reference:
                 raise ConfigError(
                     f"`variants` asks for {engine}, but {self._target.server.uri} runs "
@@ -257,7 +257,7 @@ def _print(
         except OSError as error:
             raise _unwritable("output", output, error.strerror) from None
     if plot:
-        drawing.draw(found, plot)
+        drawing.draw_report(found, plot)
 
 
 def _check_folder(name: str, path: Path | None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.command_line import Group
+from fletcher.cli.command_line import CommandGroup
 from fletcher.cli.options import ConfigFlags, config_options, json_option
 from fletcher.errors import ConfigError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fletcher.delivery.journal.segment import Damage, JournaledGroup, Segment
 
 
-cli = Group(
+cli = CommandGroup(
     name="journal",
     help="Show, check and replay rows that wait on this machine's disk for their stores.\n\n"
     "The journal is in the home folder, FLETCHER_HOME/journal.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fletcher.cli import served_models
-from fletcher.cli.command_line import Function, Group, argument, option
+from fletcher.cli.command_line import CommandGroup, Function, argument, option
 from fletcher.cli.connection import LOCAL_FLAGS
 from fletcher.cli.options import (
     ConfigFlags,
@@ -37,7 +37,7 @@ Sources:
   hub:ORG/NAME[@REVISION]  the Hugging Face hub (needs the extra `hub`)
 """
 
-cli = Group(
+cli = CommandGroup(
     name="model",
     help="Model bundles of this machine, in FLETCHER_HOME/models, and the models of a running "
     "server.",
@@ -241,12 +241,9 @@ def _summary(row: dict[str, Any]) -> tuple[object, ...]:
 
 
 def _describe(bundle: ModelBundle) -> dict[str, Any]:
-    from fletcher.models.bundle.bundle import ModelBundle
-
-    fields = {name: getattr(bundle, name) for name in ModelBundle.__slots__}
-    fields["calibration"] = [str(cut) for cut in sorted(bundle.calibration.ranges)]
     return {
-        name: str(value) if isinstance(value, Path) else value for name, value in fields.items()
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in bundle.to_dict().items()
     }
 
 

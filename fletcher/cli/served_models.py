@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fletcher.cli.command_line import Group, argument, command, option
+from fletcher.cli.command_line import CommandGroup, argument, command, option
 from fletcher.cli.connection import RemoteServer, server_options
 from fletcher.cli.options import json_option
 from fletcher.cli.progress import human
@@ -25,7 +25,7 @@ SECTION = {
 }
 
 
-def add_commands(group: Group) -> None:
+def add_commands(group: CommandGroup) -> None:
     """Adds the commands to those of `model`."""
     for one in (list_running, load_model, swap_model, unload_model, set_alias):
         group.add_command(one)

@@ -18,7 +18,7 @@ from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
     from fletcher.core.batches import FloatArray
-    from fletcher.evaluation.similar import Found
+    from fletcher.evaluation.similar import SimilarTexts
 
 MAX_TEXTS = 1000
 MAX_K = 10_000
@@ -64,7 +64,7 @@ def cli(
     that are most similar to each text. Nothing is stored.
     """
     from fletcher.cli.embed_io import lines
-    from fletcher.evaluation.similar import compare, find
+    from fletcher.evaluation.similar import compare_texts, find_similar
     from fletcher.readers import open_source
 
     if k is not None and not 1 <= k <= MAX_K:
@@ -85,9 +85,11 @@ def cli(
     model = target.asked_model
     with target.open_client(target.resolve(store=NO_STORE)) as client:
         if source is None:
-            _print_pairs(texts, compare(client, texts, model=model), k, as_json=as_json)
+            _print_pairs(texts, compare_texts(client, texts, model=model), k, as_json=as_json)
         else:
-            _print_found(texts, find(client, texts, source, k or 5, model=model), as_json=as_json)
+            _print_found(
+                texts, find_similar(client, texts, source, k or 5, model=model), as_json=as_json
+            )
 
 
 def _check_number(texts: Sequence[str], least: int) -> None:
@@ -125,7 +127,7 @@ def _print_pairs(
             print(f"{cosine:7.4f}  {both}")
 
 
-def _print_found(texts: Sequence[str], found: Found, *, as_json: bool) -> None:
+def _print_found(texts: Sequence[str], found: SimilarTexts, *, as_json: bool) -> None:
     for text, best in zip(texts, found.best, strict=True):
         if not as_json and len(texts) > 1:
             print(cut(printable(text), terminal_width()))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fletcher.tuning.tuner import TuningReport
 
 _OPTIONS = ("model", "device", "backend", "precision", "threads", "max_batch_tokens", "home")
-_HEADER = ("engine", "replicas", "tokens/run", "texts/s", "turns", "cosine", "")
+_HEADER = ("engine", "replicas", "tokens/run", "texts/s", "rounds", "cosine", "")
 
 
 @command("tune", "fletcher tune --model all-MiniLM-L6-v2", "fletcher tune --device cpu --threads 8")
@@ -48,7 +48,7 @@ def _print(report: TuningReport) -> None:
     chosen = report.chosen
     # The figures of the two rounds do not compare with each other.
     rows = [
-        [_row(trial, "chosen" if trial is chosen else trial.out) for trial in trials]
+        [_row(trial, "chosen" if trial is chosen else trial.rejected) for trial in trials]
         for trials in (report.engines, report.arrangements)
     ]
     print_table([*rows[0], (), *rows[1]], header=_HEADER, right=(2, 3, 4, 5))
@@ -59,27 +59,27 @@ def _print(report: TuningReport) -> None:
 
 def _row(trial: CandidateTrial, note: str) -> tuple[str, ...]:
     candidate = trial.candidate
-    turns = f"{min(trial.turns):.0f}-{max(trial.turns):.0f}" if trial.turns else "-"
+    rounds = f"{min(trial.rounds):.0f}-{max(trial.rounds):.0f}" if trial.rounds else "-"
     return (
         candidate.engine,
         candidate.replicas,
         str(candidate.max_batch_tokens),
-        f"{trial.texts_per_s:.0f}" if trial.turns else "-",
-        turns,
+        f"{trial.texts_per_s:.0f}" if trial.rounds else "-",
+        rounds,
         "-" if trial.lowest_cosine is None else f"{trial.lowest_cosine:.6f}",
         note,
     )
 
 
 def _why(report: TuningReport) -> str:
-    ran = [trial for trial in report.arrangements if trial.turns]
+    ran = [trial for trial in report.arrangements if trial.rounds]
     fastest = max(ran, key=lambda trial: trial.texts_per_s)
     if fastest is not report.chosen:
-        return "no other was faster in every turn"
+        return "no other was faster in every round"
     if report.chosen is ran[0]:
         return f"the fastest of {len(ran)} arrangements of the fastest engine"
     gain = report.chosen.texts_per_s / ran[0].texts_per_s
-    return f"faster in every turn, {gain:.2f} times the first of its arrangements"
+    return f"faster in every round, {gain:.2f} times the first of its arrangements"
 
 
 def _as_json(report: TuningReport) -> dict[str, Any]:
@@ -93,9 +93,9 @@ def _as_json(report: TuningReport) -> dict[str, Any]:
             ],
             "max_batch_tokens": candidate.max_batch_tokens,
             "texts_per_s": round(trial.texts_per_s, 1),
-            "turns": [round(turn, 1) for turn in trial.turns],
+            "turns": [round(rate, 1) for rate in trial.rounds],
             "lowest_cosine": trial.lowest_cosine,
-            "out": trial.out,
+            "out": trial.rejected,
         }
 
     return {

@@ -66,7 +66,7 @@ def connect(
         transfer = replace(transfer, compression=compression)
     connection = Connection(uri, token=token, tls=tls, timeout_s=timeout_s, transfer=transfer)
     try:
-        connection.check()
+        connection.check_server()
     except BaseException:
         connection.close()
         raise
@@ -123,7 +123,7 @@ class Client:
         upload = UploadSession(
             self._connection, data, options, row_offset=row_offset, end=end, on_ack=on_ack
         )
-        return upload.run(ask_first=resume)
+        return upload.send_rows(ask_first=resume)
 
     def ingest(
         self,
@@ -216,7 +216,7 @@ class Client:
                 "`texts` is one string, expected a list of them", field="texts"
             )
         wanted = EmbedCommand.from_mapping({"dtype": "float32", **options})
-        chunking = Chunking.parse(wanted.chunking or "none")
+        chunking = Chunking.from_text(wanted.chunking or "none")
         if chunking is not None and chunking.rows:
             raise InvalidCommandError(
                 f"`chunking` is {chunking}, which gives a text several vectors; use `exchange`",

@@ -24,7 +24,7 @@ def dequantize(rows: pa.Table | pa.RecordBatch) -> npt.NDArray[np.float32]:
     Raises:
         ColumnTypeError: `vector` is not one of Fletcher's, or `scale` is missing.
     """
-    reader = VectorReader.of(rows.schema)
+    reader = VectorReader.from_schema(rows.schema)
     batches = rows.to_batches() if isinstance(rows, pa.Table) else [rows]
     parts = [reader.vectors(batch) for batch in batches]
     return np.concatenate(parts) if parts else np.empty((0, reader.dims), np.float32)

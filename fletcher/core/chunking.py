@@ -47,7 +47,7 @@ class Chunking:
     late: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> Chunking | None:
+    def from_text(cls, text: str) -> Chunking | None:
         """The way that a command's `chunking` names; None for `none`.
 
         Raises:

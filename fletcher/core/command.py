@@ -1,7 +1,7 @@
-"""What a client may ask of one upload or exchange: the fields of `EmbedCommand`, typed and checked.
+"""Options of one upload or exchange: `EmbedCommand`, with types, limits and choices checked.
 
 The client library and the server share this class, so a bad value is refused before it travels
-and once more on arrival.
+and again on arrival. Types, limits and choices are annotations that msgspec checks.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, inspect
 
 from fletcher.core.chunking import METHODS, Chunking
 from fletcher.errors import InvalidCommandError, UnknownFieldError
 
 DATASET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
-MAX_NAME_LENGTH = 128
-MAX_PROMPT_CHARACTERS = 4096
-MAX_COLUMNS = 1024
 MAX_NUMBER = 1_000_000
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": ("float32", "float16", "int8", "ubinary"),
-    "output": ("dense", "sparse", "multi"),
-    "truncate": ("end", "start", "error"),
-    "on_error": ("continue", "abort"),
-    "mode": ("append", "upsert", "overwrite", "delta"),
-    "dedupe": ("off", "text", "id"),
-    "durability": ("journal", "store", "memory"),
-    "priority": ("bulk", "interactive"),
-}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# The end of msgspec's message about an item of a list.
+_ITEM = re.compile(r"`\$\[(\d+)\]`$")
+
+Identifier = Annotated[str, Meta(pattern=rf"^{DATASET_PATTERN.pattern}\Z")]
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Prompt = Annotated[str, Meta(max_length=4096)]
+Number = Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
+Columns = Annotated[tuple[Name, ...], Meta(max_length=1024)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,62 +76,37 @@ class EmbedCommand:
             gives.
     """
 
-    dataset: str | None = None
-    upload_id: str | None = None
-    model: str | None = None
-    text_column: str = "text"
-    id_column: str = "id"
-    prompt: str | None = None
-    dims: int | None = None
-    layers: int | None = None
-    dtype: str | None = None
+    dataset: Identifier | None = None
+    upload_id: Identifier | None = None
+    model: Name | None = None
+    text_column: Name = "text"
+    id_column: Name = "id"
+    prompt: Prompt | None = None
+    dims: Number | None = None
+    layers: Number | None = None
+    dtype: Literal["float32", "float16", "int8", "ubinary"] | None = None
     normalize: bool | None = None
-    truncate: str = "end"
+    truncate: Literal["end", "start", "error"] = "end"
     chunking: str | None = None
-    columns: tuple[str, ...] = ()
+    columns: Columns = ()
     include_text: bool | None = None
-    on_error: str = "continue"
-    mode: str = "append"
-    dedupe: str = "off"
-    durability: str | None = None
-    priority: str | None = None
-    store: str | None = None
+    on_error: Literal["continue", "abort"] = "continue"
+    mode: Literal["append", "upsert", "overwrite", "delta"] = "append"
+    dedupe: Literal["off", "text", "id"] = "off"
+    durability: Literal["journal", "store", "memory"] | None = None
+    priority: Literal["bulk", "interactive"] | None = None
+    store: Name | None = None
     continuous: bool = False
-    output: str | None = None
+    output: Literal["dense", "sparse", "multi"] | None = None
 
     def __post_init__(self) -> None:
-        columns: Any = self.columns
-        if isinstance(columns, list):
-            object.__setattr__(self, "columns", tuple(columns))
-        for spec in dataclasses.fields(self):
-            _check_type(spec, getattr(self, spec.name))
-        if self.dataset is not None:
-            check_dataset(self.dataset)
-        for name in CHOICES:
-            _check_choice(name, getattr(self, name))
-        for name in ("upload_id", "model", "text_column", "id_column", "store"):
+        for name, default in _DEFAULTS:
             value = getattr(self, name)
-            if value is not None:
-                _check_name(name, value)
-        if self.upload_id is not None and not DATASET_PATTERN.fullmatch(self.upload_id):
-            raise InvalidCommandError(
-                f"`upload_id` is {self.upload_id!r}, expected letters, digits, `_` and `-`, "
-                "starting with a letter or digit",
-                field="upload_id",
-                allowed=[DATASET_PATTERN.pattern],
-            )
-        if self.prompt is not None and len(self.prompt) > MAX_PROMPT_CHARACTERS:
-            raise InvalidCommandError(
-                f"`prompt` has {len(self.prompt)} characters, at most {MAX_PROMPT_CHARACTERS}",
-                field="prompt",
-            )
-        for name in ("dims", "layers"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= MAX_NUMBER:
-                raise InvalidCommandError(
-                    f"`{name}` is {_shown(value)}, expected 1 to {MAX_NUMBER}", field=name
-                )
-        _check_columns(self.columns)
+            if value is not default:
+                object.__setattr__(self, name, _checked(name, value))
+        if len(set(self.columns)) != len(self.columns):
+            twice = next(name for name in self.columns if self.columns.count(name) > 1)
+            raise InvalidCommandError(f"`columns` names `{twice}` twice", field="columns")
         self._check_chunking()
         self._check_duplicates()
 
@@ -140,8 +115,8 @@ class EmbedCommand:
         """Options from decoded JSON or TOML.
 
         Raises:
-            UnknownFieldError: A name that is no option.
-            InvalidCommandError: A value of the wrong type or out of range.
+            UnknownFieldError: A name is not an option.
+            InvalidCommandError: A value has the wrong type or is out of range.
         """
         for name in fields:
             if name not in FIELD_NAMES:
@@ -153,7 +128,7 @@ class EmbedCommand:
         return cls(**fields)
 
     def _check_chunking(self) -> None:
-        chunking = Chunking.parse(self.chunking or "none")
+        chunking = Chunking.from_text(self.chunking or "none")
         if self.continuous and (chunking is None or not chunking.rows):
             raise InvalidCommandError(
                 f"`continuous` is true and `chunking` is {self.chunking or 'none'}, but a document "
@@ -199,10 +174,10 @@ class EmbedCommand:
     def to_mapping(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON-ready values."""
         out = {}
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
-            if value != spec.default:
-                out[spec.name] = list(value) if isinstance(value, tuple) else value
+        for name, default in _DEFAULTS:
+            value = getattr(self, name)
+            if value != default:
+                out[name] = list(value) if isinstance(value, tuple) else value
         return out
 
     def to_json(self) -> bytes:
@@ -210,83 +185,80 @@ class EmbedCommand:
         return json.dumps(self.to_mapping(), ensure_ascii=False).encode()
 
 
-def check_dataset(name: str) -> None:
-    """Refuses a dataset name that is not `[A-Za-z0-9][A-Za-z0-9_-]{0,127}`."""
-    if not DATASET_PATTERN.fullmatch(name):
-        raise InvalidCommandError(
-            f"`dataset` is {name[:200]!r}, expected letters, digits, `_` and `-`, at most 128, "
-            "starting with a letter or digit",
-            field="dataset",
-            allowed=[DATASET_PATTERN.pattern],
-        )
+_DEFAULTS = tuple((spec.name, spec.default) for spec in dataclasses.fields(EmbedCommand))
+FIELD_NAMES = tuple(name for name, _ in _DEFAULTS)
+_TYPES = typing.get_type_hints(EmbedCommand, include_extras=True)
 
 
-FIELD_NAMES = tuple(spec.name for spec in dataclasses.fields(EmbedCommand))
+def _described(name: str) -> inspect.Type:
+    """The type of a field, without None."""
+    found = inspect.type_info(_TYPES[name])
+    return found.types[0] if isinstance(found, inspect.UnionType) else found
 
-_TYPES: dict[str, type] = {
-    "dims": int,
-    "layers": int,
-    "normalize": bool,
-    "include_text": bool,
-    "continuous": bool,
-    "columns": tuple,
+
+_DESCRIBED = {name: _described(name) for name in FIELD_NAMES}
+# In the order of declaration, which msgspec's description does not keep.
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: typing.get_args(part)
+    for name, kind in _TYPES.items()
+    for part in (kind, *typing.get_args(kind))
+    if typing.get_origin(part) is Literal
 }
 
 
-def _check_type(spec: dataclasses.Field[Any], value: Any) -> None:
-    if value is None and spec.default is None:
-        return
-    expected = _TYPES.get(spec.name, str)
-    # A bool is an int to isinstance, and must not pass as `dims`.
-    good = type(value) is expected
-    if expected is tuple:
-        good = good and all(isinstance(item, str) for item in value)
-    if not good:
-        words = {
-            str: "a string",
-            int: "an integer",
-            bool: "true or false",
-            tuple: "a list of names",
-        }
-        raise InvalidCommandError(
-            f"`{spec.name}` is {_shown(value)}, expected {words[expected]}", field=spec.name
-        )
-    for text in value if expected is tuple else [value] if expected is str else []:
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+def check_dataset(name: str) -> None:
+    """Refuse a dataset name that is not `[A-Za-z0-9][A-Za-z0-9_-]{0,127}`.
+
+    Raises:
+        InvalidCommandError: See above.
+    """
+    if _checked("dataset", name) is None:
+        raise _refusal("dataset", name, _DESCRIBED["dataset"])
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A field's value in its type: lists become tuples."""
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
             raise InvalidCommandError(
-                f"`{spec.name}` holds half a surrogate pair, expected Unicode text",
-                field=spec.name,
+                f"`{name}` holds half a surrogate pair, expected Unicode text", field=name
             )
+    try:
+        return msgspec.convert(value, _TYPES[name])
+    except msgspec.ValidationError as error:
+        place = _ITEM.search(str(error))
+        kind = _DESCRIBED[name]
+        if isinstance(kind, inspect.VarTupleType) and place is not None:
+            item = value[int(place[1])]
+            if isinstance(item, str):
+                value, kind = item, kind.item_type
+        raise _refusal(name, value, kind) from None
 
 
-def _check_choice(name: str, value: str | None) -> None:
-    allowed = CHOICES[name]
-    if value is None or value in allowed:
-        return
-    raise InvalidCommandError(
-        f"`{name}` is {_shown(value)}, expected one of {', '.join(allowed)}",
-        field=name,
-        allowed=allowed,
-    )
-
-
-def _check_name(field: str, value: str) -> None:
-    if not 1 <= len(value) <= MAX_NAME_LENGTH:
-        raise InvalidCommandError(
-            f"`{field}` has {len(value)} characters, expected 1 to {MAX_NAME_LENGTH}", field=field
-        )
-
-
-def _check_columns(columns: tuple[str, ...]) -> None:
-    if len(columns) > MAX_COLUMNS:
-        raise InvalidCommandError(
-            f"`columns` names {len(columns)} columns, at most {MAX_COLUMNS}", field="columns"
-        )
-    for name in columns:
-        _check_name("columns", name)
-    if len(set(columns)) != len(columns):
-        twice = next(name for name in columns if columns.count(name) > 1)
-        raise InvalidCommandError(f"`columns` names `{twice}` twice", field="columns")
+def _refusal(name: str, value: Any, kind: inspect.Type) -> InvalidCommandError:
+    got = f"is {_shown(value)}"
+    allowed: Sequence[str] | None = None
+    if isinstance(kind, inspect.LiteralType):
+        allowed = CHOICES[name]
+        expected = f"one of {', '.join(allowed)}"
+    elif isinstance(kind, inspect.IntType):
+        expected = f"an integer from {kind.ge} to {kind.le}"
+    elif isinstance(kind, inspect.BoolType):
+        expected = "true or false"
+    elif isinstance(kind, inspect.VarTupleType):
+        expected = f"a list of names, at most {kind.max_length}"
+        if isinstance(value, (list, tuple)) and len(value) > (kind.max_length or 0):
+            got = f"has {len(value)} names"
+    elif isinstance(kind, inspect.StrType) and kind.pattern:
+        expected = "letters, digits, `_` and `-`, at most 128, starting with a letter or digit"
+        allowed = [DATASET_PATTERN.pattern]
+    elif isinstance(kind, inspect.StrType) and kind.max_length:
+        expected = f"a string of {kind.min_length or 0} to {kind.max_length} characters"
+        if isinstance(value, str):
+            got = f"has {len(value)} characters"
+    else:
+        expected = "a string"
+    return InvalidCommandError(f"`{name}` {got}, expected {expected}", field=name, allowed=allowed)
 
 
 def _shown(value: Any) -> str:

@@ -126,7 +126,7 @@ class VectorReader:
     _read: Callable[[npt.NDArray[Any]], FloatArray]
 
     @classmethod
-    def of(cls, schema: pa.Schema) -> VectorReader:
+    def from_schema(cls, schema: pa.Schema) -> VectorReader:
         """A reader for the column `vector`.
 
         Raises:

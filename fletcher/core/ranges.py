@@ -16,9 +16,9 @@ class RangeSet:
         self._ranges: list[tuple[int, int]] = []
         self.count = 0
         for first, last in sorted(ranges):  # in order each comes at the end
-            self.add(first, last)
+            self.add_range(first, last)
 
-    def add(self, first: int, last: int) -> None:
+    def add_range(self, first: int, last: int) -> None:
         """Adds first..last, both included; what is there already stays."""
         left = bisect_left(self._ranges, first, key=lambda one: one[1] + 1)
         right = left
@@ -30,7 +30,7 @@ class RangeSet:
         self._ranges[left:right] = [(first, last)]
         self.count += last - first + 1
 
-    def remove(self, first: int, last: int) -> None:
+    def remove_range(self, first: int, last: int) -> None:
         """Takes first..last out, as far as it is there."""
         kept: list[tuple[int, int]] = []
         for one_first, one_last in self._ranges:

@@ -66,17 +66,17 @@ class Delivery:
         self._journal_lock = lock_journal(journal.folder) if journal is not None else None
         self._config = config
         self._dedupe_memory = DedupeMemory(config.max_dedupe_bytes)
-        telemetry.dedupe_index_memory.watch(lambda: self._dedupe_memory.used_bytes)
+        telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
         self._telemetry = telemetry
         self._lock = threading.RLock()
         self._sinks: dict[tuple[str, str], DatasetSink] = {}
         self._uploads = Uploads(self._lock, lambda place: place in self._sinks)
         self._closed = False
         self._breakers = {name: Breaker(name) for name in stores}
-        telemetry.queue_depth.watch(self._depth, stage="rows")
+        telemetry.queue_depth.observe(self._depth, stage="rows")
         for name, breaker in self._breakers.items():
-            telemetry.store_away.watch(partial(_as_number, breaker), store=name)
-            telemetry.store_pace.watch(partial(self._pace, name), store=name)
+            telemetry.store_away.observe(partial(_as_number, breaker), store=name)
+            telemetry.store_append_share.observe(partial(self._pace, name), store=name)
 
     def store(self, name: str | None) -> tuple[str, Store]:
         """A store by its configured name; None: the default.
@@ -394,7 +394,7 @@ class Delivery:
 
 def _write_mode(options: EmbedCommand) -> WriteMode:
     """What rows do in the store: those of a delta that are new or changed replace by id."""
-    return "upsert" if options.mode == "delta" else options.mode  # type: ignore[return-value]
+    return "upsert" if options.mode == "delta" else options.mode
 
 
 def _dedupe_by(options: EmbedCommand) -> str | None:

@@ -58,7 +58,7 @@ class Upload:
         self._settled = RangeSet(stored)
         rows_stored = self._settled.count
         for one in unsent:
-            self._settled.add(*one)
+            self._settled.add_range(*one)
         # What was acknowledged: rows in the journal or in the store, whichever comes first.
         self._secured = RangeSet(self._settled.ranges())
         self._claimed = RangeSet(self._settled.ranges())
@@ -79,7 +79,7 @@ class Upload:
             new = self._claimed.missing(first, last)
             num_new = sum(one_last - one_first + 1 for one_first, one_last in new)
             self._rows_deduplicated += last - first + 1 - num_new
-            self._claimed.add(first, last)
+            self._claimed.add_range(first, last)
             self.changed.notify_all()
             return new
 
@@ -89,7 +89,7 @@ class Upload:
             self._keep(first, last)
             if not self._settled.covers(first, last):  # else the store told so already
                 self._rows_stored += stored
-            self._settled.add(first, last)
+            self._settled.add_range(first, last)
             self.changed.notify_all()
             successor = self._successor
         if successor is not None:
@@ -108,7 +108,7 @@ class Upload:
         """Notes why a row has no vector."""
         with self.changed:
             self._rows_failed += 1
-            self._failing.add(row, row)
+            self._failing.add_range(row, row)
             if len(self._errors) < MAX_ERRORS:
                 self._errors.append(
                     {"row": row, "id": row_id, "code": error.code, "message": error.message}
@@ -124,7 +124,7 @@ class Upload:
         with self.changed:
             self.failure = self.failure or error
             for first, last in self._unsecured():
-                self._claimed.remove(first, last)
+                self._claimed.remove_range(first, last)
             self.changed.notify_all()
 
     def announce_total(self, num_rows: int) -> None:
@@ -257,9 +257,9 @@ class Upload:
                 self.settle_rows(first, last, stored=0)
 
     def _keep(self, first: int, last: int) -> None:
-        self._claimed.add(first, last)  # no news, unless the upload failed meanwhile
-        self._secured.add(first, last)
-        self._failing.remove(first, last)
+        self._claimed.add_range(first, last)  # no news, unless the upload failed meanwhile
+        self._secured.add_range(first, last)
+        self._failing.remove_range(first, last)
         self._rows_deduplicated += self._dropping.pop(first, 0)
 
     def _unsecured(self) -> list[tuple[int, int]]:

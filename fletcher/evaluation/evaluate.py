@@ -1,4 +1,4 @@
-"""Variants against the reference on a corpus of pairs, one after the other."""
+"""Comparison of variants with a reference on a corpus of pairs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fletcher.evaluation import metrics
 from fletcher.evaluation.metrics import Float64Array
 from fletcher.evaluation.pairs import Pairs
 from fletcher.evaluation.search import search
-from fletcher.evaluation.variants import Engine, Variant, usual
+from fletcher.evaluation.variants import Engine, Variant, usual_variants
 from fletcher.evaluation.vectors import Embedded, embed
 
 if TYPE_CHECKING:
@@ -29,38 +29,40 @@ if TYPE_CHECKING:
 
 OpenClient = Callable[[Engine], AbstractContextManager["Client"]]
 
-_DEPTH = 100  # places that are looked at
+_DEPTH = 100  # documents found per query
 _TOP = 10
 _RESCORED = 4 * _TOP
 _NUM_PAIRS = 20_000
 _SEED = 1
-# Above this, on average between texts that have nothing to do with each other, cosines say little
-# by themselves and thresholds mislead (https://arxiv.org/abs/1909.00512). Search still ranks.
+# Mean cosine of unrelated texts above which a single cosine says little and thresholds mislead
+# (https://arxiv.org/abs/1909.00512). Ranking still works.
 ANISOTROPIC = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What came of a variant.
+    """Result of one variant.
 
     Attributes:
-        variant: It, with its numbers.
+        variant: The variant, with its layers and dimensions as numbers.
         recall: By k, the share of queries whose document is among the first k.
-        ndcg: At 10, the mean.
-        ndcg_loss: Against the reference, the mean over the queries.
+        ndcg: Mean NDCG@10.
+        ndcg_loss: Mean loss of NDCG@10 against the reference, over the queries.
         ndcg_loss_95: Half the width of its 95% interval.
-        top: The share of the reference's own first 10 that is among the first 10.
-        top_rescored: The share of them that is among the first 40: what is found where four times
-            as many candidates are scored anew by their exact vectors.
-        cosine: To the reference's vectors of the documents: mean, p1 (1% are less) and min.
-        spearman: Of the similarities of random queries and documents, to the reference's.
+        top: Share of the reference's first 10 documents that are among the first 10.
+        top_rescored: Share of them that are among the first 40: the result of ranking four times as
+            many candidates again by their exact vectors.
+        cosine: Cosine to the reference's document vectors: mean, p1 (1st percentile) and min.
+        spearman: Rank correlation with the reference of the similarities of random queries and
+            documents.
         alignment: See `metrics.alignment`.
         uniformity: See `metrics.uniformity`, over random documents.
-        mean_cosine: Between random documents.
-        num_alike: Documents that share their vector with another, bit for bit.
-        bytes_per_vector: What a vector takes on the wire and in a store.
-        texts_per_s: Documents, from the first one sent to the last vector received. Width and type
-            are applied after the model has run: where they alone differ, they share one run.
+        mean_cosine: Mean cosine of random documents.
+        num_alike: Number of documents that share their vector with another, bit for bit.
+        bytes_per_vector: Size of a vector on the wire and in a store.
+        texts_per_s: Documents per second, from the first one sent to the last vector received.
+            Variants that differ only in width or type share one run, because both are applied
+            after the model has run.
     """
 
     variant: Variant
@@ -82,13 +84,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """What came of an evaluation.
+    """Result of an evaluation.
 
     Attributes:
         model: ModelInfo.
         pairs: The corpus.
-        rows: A row for each variant; the first is the reference.
-        num_truncated: Documents whose end the model did not see.
+        rows: One per variant; the first is the reference.
+        num_truncated: Number of documents that were truncated.
     """
 
     model: Mapping[str, Any]
@@ -97,23 +99,23 @@ class EvaluationReport:
     num_truncated: int
 
     def warnings(self) -> Iterator[str]:
-        """What one should know before believing the rows, a line each."""
+        """Caveats about the result, one line each."""
         pairs, first = self.pairs, self.rows[0]
         if pairs.num_repeated:
             yield (
-                f"{pairs.num_repeated:,} of {pairs.num_rows:,} rows left out: their query or "
-                "document comes in an earlier row"
+                f"{pairs.num_repeated:,} of {pairs.num_rows:,} rows left out: an earlier row has "
+                "the same query or document"
             )
         if self.num_truncated:
             yield (
                 f"{self.num_truncated:,} of {len(pairs.documents):,} documents are longer than "
-                f"{self.model['max_length']} tokens; their ends were not seen"
+                f"{self.model['max_length']} tokens; their ends were cut off"
             )
         if first.mean_cosine > ANISOTROPIC:
             yield (
                 f"random documents have a cosine of {first.mean_cosine:.2f} on average: all "
-                "vectors point one way (anisotropy), so a cosine says little by itself; rank by "
-                "it, and use no threshold of another model"
+                "vectors point in similar directions (anisotropy), so a single cosine says "
+                "little; use it to rank, and do not reuse another model's threshold"
             )
         least = 0
         for row in self.rows:
@@ -121,7 +123,7 @@ class EvaluationReport:
                 yield (
                     f"{row.variant}: {row.num_alike:,} documents share their vector with another"
                 )
-            least = max(least, first.num_alike)  # of others, what they add
+            least = max(least, first.num_alike)  # other rows only if they add some
 
 
 def evaluate(
@@ -134,19 +136,19 @@ def evaluate(
     *,
     model_name: str | None = None,
 ) -> EvaluationReport:
-    """Embeds a corpus in several ways and compares what comes of it.
+    """Embed a corpus with several variants and compare each with a reference.
 
     Args:
         pairs: The corpus.
-        reference_engine: What makes the reference, at full depth and width, in float32.
-        engines: What can run the model, what a server would take first.
-        variants: What to compare; None: what is usual for the model.
-        open_client: Brings up a server that runs an engine, for as long as it is entered.
-        progress: Gets a line now and then.
+        reference_engine: Engine of the reference, which has all layers and dimensions in float32.
+        engines: Engines that can run the model, a server's first choice first.
+        variants: Variants to compare; None: the usual ones of the model.
+        open_client: Context manager of a client of a server that runs an engine.
+        progress: Called with progress messages.
         model_name: The model; None: the server's default.
 
     Raises:
-        FletcherError: A server cannot be brought up, refused or failed.
+        FletcherError: A server does not start, refuses a call or fails.
     """
     reference: _Reference | None = None
     rows: dict[Variant, Row] = {}
@@ -158,9 +160,9 @@ def evaluate(
         with open_client(engine) as client:
             model = served_model(client, model_name)
             if reference is None:
-                more = usual(engines, model) if variants is None else variants
-                todo = list(dict.fromkeys(one.of(model) for one in (*todo, *more)))
-                _try(client, model, todo)
+                more = usual_variants(engines, model) if variants is None else variants
+                todo = list(dict.fromkeys(one.resolved(model) for one in (*todo, *more)))
+                _check_variants(client, model, todo)
             rates: dict[tuple[int | None, str | None], float] = {}
             for variant in [one for one in todo if one.engine == engine]:
                 progress(str(variant))
@@ -169,7 +171,7 @@ def evaluate(
                 if documents.texts_per_s is not None:
                     rates[run] = documents.texts_per_s
                 if reference is None:
-                    reference = _Reference.of(queries.vectors, documents.vectors, pairs)
+                    reference = _Reference.from_vectors(queries.vectors, documents.vectors, pairs)
                     num_truncated = documents.num_truncated
                 rows[variant] = _compare(
                     variant, queries, documents, pairs, reference, rates.get(run)
@@ -178,17 +180,17 @@ def evaluate(
     return EvaluationReport(model, pairs, list(rows.values()), num_truncated)
 
 
-def _try(client: Client, model: Mapping[str, Any], variants: Iterable[Variant]) -> None:
-    """Has the server refuse now what it would refuse after much work."""
+def _check_variants(client: Client, model: Mapping[str, Any], variants: Iterable[Variant]) -> None:
+    """Embed one text per variant, so that a server refuses a bad variant at once."""
     for variant in variants:
         options = _options(variant, model)
         embed(client, pa.array(["a text"]), chunking=variant.chunking, **options)
 
 
 def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EmbedCommand; what is as usual is not asked for."""
+    """Fields of EmbedCommand; defaults are omitted."""
     return {
-        "model": f"{model['name']}@{model['hash']}",  # whatever the name may stand for by now
+        "model": f"{model['name']}@{model['hash']}",  # the name may be an alias
         "layers": variant.layers if variant.layers != model["num_layers"] else None,
         "dims": variant.dims if variant.dims != model["dim"] else None,
         "dtype": variant.dtype,
@@ -198,7 +200,7 @@ def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
 def _embed(
     client: Client, model: Mapping[str, Any], variant: Variant, pairs: Pairs
 ) -> tuple[Embedded, Embedded]:
-    """Queries and documents; queries stay float32, and whole, as those of searches are."""
+    """Embed queries and documents; queries stay float32 and uncut, as in a search."""
     options = _options(variant, model)
     asked = {**options, "dtype": "float32"}
     queries = embed(client, pairs.queries, prompt=default_prompt(model, QUERY_PROMPTS), **asked)
@@ -209,15 +211,15 @@ def _embed(
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """What all variants are compared with.
+    """Vectors that all variants are compared with.
 
     Attributes:
         documents: float32 [num_documents, dim].
-        found: int64 [num_queries, k], its own first documents.
+        found: int64 [num_queries, k], the first documents of each query.
         gains: float64 [num_queries].
-        drawn: Queries and documents, int64 [num_pairs] each, whose similarities are compared.
-        similarities: float32 [num_pairs], of these.
-        random: Documents, int64 [num_pairs] twice, no one beside itself.
+        drawn: Random queries and documents, int64 [num_pairs] each.
+        similarities: float32 [num_pairs], of `drawn`.
+        random: Random pairs of different documents, int64 [num_pairs] each.
     """
 
     documents: FloatArray
@@ -228,7 +230,7 @@ class _Reference:
     random: tuple[Int64Array, Int64Array]
 
     @classmethod
-    def of(cls, queries: FloatArray, documents: FloatArray, pairs: Pairs) -> _Reference:
+    def from_vectors(cls, queries: FloatArray, documents: FloatArray, pairs: Pairs) -> _Reference:
         draw = np.random.default_rng(_SEED).integers
         num_queries, num_documents = len(queries), len(documents)
         drawn = draw(num_queries, size=_NUM_PAIRS), draw(num_documents, size=_NUM_PAIRS)

@@ -1,4 +1,4 @@
-"""What vectors are good for, in numbers: pure functions of whole arrays."""
+"""Quality metrics of vectors: pure functions of whole arrays."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def unit(vectors: FloatArray) -> FloatArray:
 
 
 def cosines(vectors: FloatArray, reference: FloatArray) -> Float64Array:
-    """The cosine of each vector to the reference's of the same row.
+    """Cosine of each vector to the reference's vector of the same row.
 
     Args:
-        vectors: float32 [n, dims]. Fewer dims than the reference's are taken for its leading ones,
-            the rest for zeros.
+        vectors: float32 [n, dims]. Fewer dims than the reference's count as its leading ones, with
+            zeros for the rest.
         reference: float32 [n, dim], dim >= dims.
 
     Returns:
-        float64 [n]; 0 where a vector is zero.
+        float64 [n]; 0 for a zero vector.
     """
     ours, right = vectors.astype(np.float64), reference.astype(np.float64)
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(right, axis=1)
@@ -38,7 +38,7 @@ def cosines(vectors: FloatArray, reference: FloatArray) -> Float64Array:
 
 
 def ranks(found: Int64Array, relevant: Int64Array) -> Int64Array:
-    """The place, from 1, of each query's one relevant document; 0 where it was not found.
+    """Rank, from 1, of each query's one relevant document; 0 if it was not found.
 
     Args:
         found: int64 [num_queries, k], documents, best first.
@@ -49,24 +49,24 @@ def ranks(found: Int64Array, relevant: Int64Array) -> Int64Array:
 
 
 def recall(places: Int64Array, k: int) -> float:
-    """The share of queries whose relevant document is among the first `k`.
+    """Share of queries whose relevant document is among the first `k`.
 
     Args:
         places: int64 [num_queries], as from `ranks`.
-        k: How many are looked at.
+        k: Number of documents per query.
     """
     return float(((places >= 1) & (places <= k)).mean())
 
 
 def ndcg(places: Int64Array, k: int) -> Float64Array:
-    """Normalised discounted cumulative gain of each query, which has one relevant document.
+    """Normalized discounted cumulative gain of queries with one relevant document.
 
-    The ideal is that document in the first place, whose gain is 1: 1 / log2(1 + place) is left
-    (https://doi.org/10.1145/582415.582418).
+    The ideal ranking has that document first, with a gain of 1, so that the metric is
+    1 / log2(1 + rank) (https://doi.org/10.1145/582415.582418).
 
     Args:
         places: int64 [num_queries], as from `ranks`.
-        k: How many are looked at.
+        k: Number of documents per query.
 
     Returns:
         float64 [num_queries].
@@ -76,10 +76,10 @@ def ndcg(places: Int64Array, k: int) -> Float64Array:
 
 
 def loss(gains: Float64Array, reference: Float64Array) -> tuple[float, float]:
-    """What is lost against the reference on average, and half the width of its 95% interval.
+    """Mean loss against the reference, and half the width of its 95% interval.
 
-    The same queries were asked of both, so the interval is that of paired differences: it is far
-    narrower than that of either average.
+    Both have the same queries, so the interval is that of paired differences. It is far narrower
+    than the interval of either mean.
 
     Args:
         gains: float64 [num_queries].
@@ -91,7 +91,7 @@ def loss(gains: Float64Array, reference: Float64Array) -> tuple[float, float]:
 
 
 def shared(found: Int64Array, right: Int64Array) -> float:
-    """The share of the right documents that were found, on average over the queries.
+    """Share of the right documents that were found, on average over the queries.
 
     Args:
         found: int64 [num_queries, any].
@@ -108,7 +108,7 @@ def spearman(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> float:
         theirs: Numbers [n].
 
     Returns:
-        From -1 to 1; NaN where all values of one side are equal.
+        -1 to 1; NaN if all values of one side are equal.
     """
     first, second = _mean_ranks(np.asarray(ours)), _mean_ranks(np.asarray(theirs))
     first, second = first - first.mean(), second - second.mean()
@@ -123,10 +123,9 @@ def _mean_ranks(values: npt.NDArray[np.generic]) -> Float64Array:
 
 
 def alignment(queries: FloatArray, documents: FloatArray) -> float:
-    """How far pairs that belong together are from each other: less is better.
+    """Mean squared distance of matching pairs: 0 to 4, less is better.
 
-    The mean squared distance of normalised vectors, from 0 to 4
-    (https://arxiv.org/abs/2005.10242, with its default alpha = 2).
+    See https://arxiv.org/abs/2005.10242, with its default alpha = 2.
 
     Args:
         queries: float32 [n, dims], norm 1.
@@ -136,10 +135,10 @@ def alignment(queries: FloatArray, documents: FloatArray) -> float:
 
 
 def uniformity(first: FloatArray, second: FloatArray) -> float:
-    """How evenly vectors fill the sphere: less is better.
+    """Evenness of the vectors' directions: less is better.
 
-    log E exp(-2 d^2) over pairs drawn at random; 0 where all vectors are one, about -4 where they
-    have every direction in many dims (https://arxiv.org/abs/2005.10242, with its default t = 2).
+    log E exp(-2 d^2) over random pairs: 0 if all vectors are equal, about -4 if they have all
+    directions in many dims (https://arxiv.org/abs/2005.10242, with its default t = 2).
 
     Args:
         first: float32 [num_pairs, dims], norm 1.
@@ -150,7 +149,7 @@ def uniformity(first: FloatArray, second: FloatArray) -> float:
 
 
 def num_alike(vectors: npt.NDArray[np.generic]) -> int:
-    """Rows that are, bit for bit, also the vector of another row.
+    """Number of rows that equal another row, bit for bit.
 
     Args:
         vectors: Any numbers [n, dims].

@@ -1,4 +1,4 @@
-"""A corpus of pairs: queries, and the document that each of them should find."""
+"""Corpus of pairs: queries, and the document that each should find."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _SEED = 20200520
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Texts to embed.
+    """Queries and documents to embed.
 
     Attributes:
-        documents: utf8 [num_documents], no two alike.
-        queries: utf8 [num_queries], no two alike.
-        relevant: int64 [num_queries], the document that each query belongs to.
-        num_rows: Rows that were read.
-        num_empty: Of these, rows without a query or a document.
-        num_repeated: Of the others, rows whose document or query came before.
+        documents: utf8 [num_documents], all different.
+        queries: utf8 [num_queries], all different.
+        relevant: int64 [num_queries], the document of each query.
+        num_rows: Number of rows read.
+        num_empty: Number of them without a query or a document.
+        num_repeated: Number of the others whose document or query an earlier row has.
     """
 
     documents: pa.Array
@@ -47,10 +47,19 @@ def read_pairs(
     num_queries: int | None = None,
     notice: Callable[[str], None],
 ) -> Pairs:
-    """Reads pairs from files, as `fletcher.readers.open_source`; all texts are held in memory.
+    """Read pairs from files into memory; see `fletcher.readers.open_source`.
+
+    Args:
+        paths: Files or folders.
+        query_column: Column of the queries.
+        document_column: Column of the documents.
+        format_name: One of `fletcher.readers.FORMATS`; None: by name and content.
+        num_documents: See `choose_pairs`.
+        num_queries: See `choose_pairs`.
+        notice: Called with messages about the files.
 
     Raises:
-        FletcherError: As `open_source`, and of a column that holds no text.
+        FletcherError: As `open_source`, or a column does not hold text.
     """
     source = open_source(
         paths,
@@ -65,7 +74,7 @@ def read_pairs(
             raise InvalidCommandError(
                 f"column `{name}` is {table.schema.field(name).type}, expected text", field=name
             )
-    return choose(
+    return choose_pairs(
         table[query_column],
         table[document_column],
         num_documents=num_documents,
@@ -73,26 +82,26 @@ def read_pairs(
     )
 
 
-def choose(
+def choose_pairs(
     queries: pa.ChunkedArray,
     documents: pa.ChunkedArray,
     *,
     num_documents: int | None = None,
     num_queries: int | None = None,
 ) -> Pairs:
-    """Rows that have both texts, each text once, and of these a fixed random choice.
+    """A reproducible random choice of the rows with both texts, each text once.
 
-    A document or a query that comes again is left out with its row, whatever stands beside it:
-    else a right answer would count as wrong. Texts are compared without the white space around.
+    A row with a repeated document or query is left out, because otherwise a right answer would
+    count as wrong. Texts are compared without surrounding white space.
 
     Args:
         queries: utf8 [n].
         documents: utf8 [n], of the same rows.
-        num_documents: Documents to keep at most; None: all.
-        num_queries: Queries to keep at most, of those whose document was kept; None: all.
+        num_documents: Maximum number of documents; None: all.
+        num_queries: Maximum number of queries, among those of the chosen documents; None: all.
 
     Raises:
-        InvalidCommandError: Fewer than two pairs are left.
+        InvalidCommandError: Fewer than two pairs remain.
     """
     table = pa.table({"query": queries, "document": documents})
     trimmed = [
@@ -105,8 +114,8 @@ def choose(
         rows = rows[_first_of_each(column.take(rows))]
     if len(rows) < 2:
         raise InvalidCommandError(
-            f"{len(queries)} rows hold {len(rows)} pairs of a query and a document that come no "
-            "second time; two are the least that can be told apart"
+            f"{len(queries)} rows hold {len(rows)} pairs of a query and a document without "
+            "repeats, expected at least 2; give more rows"
         )
     chosen = np.random.default_rng(_SEED).permutation(rows)[:num_documents]
     relevant = np.arange(len(chosen), dtype=np.int64)[:num_queries]
@@ -121,7 +130,7 @@ def choose(
 
 
 def _first_of_each(column: pa.ChunkedArray) -> Int64Array:
-    """Places of the values that did not come before, ascending."""
+    """Indices of the first occurrence of each value, ascending."""
     codes = column.combine_chunks().dictionary_encode().indices.to_numpy()
     _, first = np.unique(codes, return_index=True)
     return np.sort(first).astype(np.int64)

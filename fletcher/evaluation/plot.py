@@ -1,4 +1,4 @@
-"""Quality against cost, as a PNG."""
+"""Plot of quality against cost."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _INCHES = (9, 4)
 _LEAST_SPAN = 0.05  # of NDCG
 
 
-def check() -> None:
-    """Refuses before the work begins. Raises ConfigError where matplotlib is not installed."""
+def check_matplotlib() -> None:
+    """Check that matplotlib is installed; raise ConfigError otherwise."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "`plot` needs matplotlib, which is not installed: pip install "
-            "'longbow-fletcher[plot]'; or leave --plot out, the table needs nothing",
+            "'longbow-fletcher[plot]'; or leave --plot out to print only the table",
             field="plot",
         )
 
 
-def draw(report: EvaluationReport, path: Path) -> None:
-    """NDCG@10 over bytes per vector, and over texts per second.
+def draw_report(report: EvaluationReport, path: Path) -> None:
+    """Write a PNG: NDCG@10 over bytes per vector, and over texts per second.
 
     Raises:
         ConfigError: The file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_INCHES, layout="constrained")  # of its own: pyplot wants a display
+    figure = Figure(figsize=_INCHES, layout="constrained")  # pyplot would need a display
     left, right = figure.subplots(1, 2, sharey=True)
     _sizes(left, report)
     _speeds(right, report)
@@ -50,13 +50,13 @@ def draw(report: EvaluationReport, path: Path) -> None:
 
 
 def _sizes(axes: Any, report: EvaluationReport) -> None:
-    """A line for each engine, depth, type and way to cut, over its widths."""
+    """A line per engine, depth, type and chunking, over the dimensions."""
     lines: dict[str, list[Row]] = defaultdict(list)
     depths = {row.variant.layers for row in report.rows}
     for row in report.rows:
         one = row.variant
         depth = f", {one.layers} layers" if len(depths) > 1 else ""
-        lines[f"{one.engine}{depth}, {one.dtype}{_cut(row)}"].append(row)
+        lines[f"{one.engine}{depth}, {one.dtype}{_chunking_label(row)}"].append(row)
     for label, rows in lines.items():
         rows.sort(key=lambda row: row.bytes_per_vector)
         sizes = [row.bytes_per_vector for row in rows]
@@ -64,7 +64,7 @@ def _sizes(axes: Any, report: EvaluationReport) -> None:
     axes.set(xlabel="bytes per vector", ylabel="NDCG@10")
     lowest = min(row.ndcg for row in report.rows)
     highest = max(row.ndcg for row in report.rows)
-    # Or differences that mean nothing would fill the picture.
+    # Without a minimum span, insignificant differences would fill the plot.
     middle, height = (lowest + highest) / 2, max(_LEAST_SPAN, 1.2 * (highest - lowest))
     axes.set_ylim(middle - height / 2, middle + height / 2)
     axes.set_xscale("log", base=2)
@@ -74,10 +74,10 @@ def _sizes(axes: Any, report: EvaluationReport) -> None:
 
 
 def _speeds(axes: Any, report: EvaluationReport) -> None:
-    """A point for each engine, depth and way to cut, at its best."""
+    """The best point per engine, depth and chunking."""
     best: dict[tuple[str, int | None, str], Row] = {}
     for row in report.rows:
-        key = str(row.variant.engine), row.variant.layers, _cut(row)
+        key = str(row.variant.engine), row.variant.layers, _chunking_label(row)
         if row.texts_per_s is not None and (key not in best or row.ndcg > best[key].ndcg):
             best[key] = row
     for (engine, layers, cut), row in best.items():
@@ -88,6 +88,6 @@ def _speeds(axes: Any, report: EvaluationReport) -> None:
     axes.legend(fontsize=7)
 
 
-def _cut(row: Row) -> str:
+def _chunking_label(row: Row) -> str:
     chunking = row.variant.chunking
     return "" if chunking is None else f", {chunking}"

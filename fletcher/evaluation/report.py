@@ -1,4 +1,4 @@
-"""An evaluation for people and for machines."""
+"""An evaluation as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _VECTORS = ("cosine", "p1", "min", "Spearman", "align", "uniform", "texts/s", "b
 
 
 def table(report: EvaluationReport) -> list[str]:
-    """Lines for a terminal: what was found, then what the vectors are like."""
-    # Most look at none: their table is wide enough.
+    """Lines for a terminal: a table of search quality, then one of vector properties."""
+    # The column `chunking` is left out if no variant has one.
     width = len(_HEADS) - all(row.variant.chunking is None for row in report.rows)
     heads = [_head(row)[:width] for row in report.rows]
     found = [_searched(row) for row in report.rows]
@@ -27,7 +27,7 @@ def table(report: EvaluationReport) -> list[str]:
 
 
 def as_json(report: EvaluationReport) -> dict[str, Any]:
-    """The report as one object; numbers as they were measured."""
+    """The report as a JSON object, with unrounded numbers."""
     pairs = report.pairs
     return {
         "model": f"{report.model['name']}@{report.model['hash']}",

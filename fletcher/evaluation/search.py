@@ -1,4 +1,4 @@
-"""Exact search: every query against every document, a block at a time."""
+"""Exact search: every query against every document, block by block."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import numpy.typing as npt
 
 from fletcher.core.batches import FloatArray, Int64Array
 
-# Scores of a block, float32, and the keys made of them: 24 MiB.
+# A block's float32 scores and the keys made of them take 24 MiB.
 _BLOCK_QUERIES, _BLOCK_DOCUMENTS = 256, 8192
 
 
 class Nearest:
-    """The best documents of some queries, of all documents that came by.
+    """The best documents per query over several blocks of documents.
 
-    Equal scores keep the order in which the documents came. Score and document travel as one
-    number, so that the best of several blocks are the greatest numbers of them all.
+    Equal scores keep the order of the documents. Score and document are packed into one integer, so
+    that the best of several blocks are the largest integers.
 
     Args:
-        num_queries: How many.
-        k: Documents to keep of each.
+        num_queries: Number of queries.
+        k: Number of documents to keep per query.
     """
 
     def __init__(self, num_queries: int, k: int) -> None:
@@ -27,11 +27,11 @@ class Nearest:
         self.num_documents = 0
         self._keys = np.empty((num_queries, 0), np.int64)
 
-    def add(self, scores: FloatArray) -> None:
-        """Takes the scores of the next documents.
+    def add_scores(self, scores: FloatArray) -> None:
+        """Add the scores of the next documents.
 
         Args:
-            scores: float32 [num_queries, num_documents]; greater is better, none is NaN.
+            scores: float32 [num_queries, num_documents], without NaN; greater is better.
         """
         places = np.arange(self.num_documents, self.num_documents + scores.shape[1])
         self.num_documents += scores.shape[1]
@@ -42,12 +42,12 @@ class Nearest:
 
     @property
     def found(self) -> Int64Array:
-        """int64 [num_queries, min(k, documents that came)], documents, best first."""
+        """int64 [num_queries, min(k, num_documents)], documents, best first."""
         return np.asarray(0xFFFFFFFF - (self._best & 0xFFFFFFFF), np.int64)
 
     @property
     def scores(self) -> FloatArray:
-        """float32, those of `found`."""
+        """float32, the scores of `found`."""
         return _swapped((self._best >> 32).astype(np.int32)).view(np.float32)
 
     @property
@@ -56,31 +56,31 @@ class Nearest:
 
 
 def _ordered(scores: FloatArray) -> npt.NDArray[np.int64]:
-    """Whole numbers in the scores' order: IEEE 754 floats sort by their bits, but for the sign."""
+    """Integers in the order of the scores, made of the bits of IEEE 754 floats."""
     return _swapped((scores + np.float32(0)).view(np.int32)).astype(np.int64)  # no -0.0
 
 
 def _swapped(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """The order of negative numbers turned round; twice, as it was."""
+    """Reverse the order of negative numbers; applied twice, it changes nothing."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def search(queries: FloatArray, documents: FloatArray, k: int) -> Int64Array:
-    """The k documents of each query with the greatest dot product, best first.
+    """The k documents with the greatest dot product for each query, best first.
 
     Args:
         queries: float32 [num_queries, dims].
         documents: float32 [num_documents, dims].
-        k: How many to find.
+        k: Number of documents per query.
 
     Returns:
-        int64 [num_queries, min(k, num_documents)]; of equal scores the first documents.
+        int64 [num_queries, min(k, num_documents)]; equal scores keep the order of the documents.
     """
     found = []
     for start in range(0, len(queries), _BLOCK_QUERIES):
         block = queries[start : start + _BLOCK_QUERIES]
         nearest = Nearest(len(block), k)
         for first in range(0, len(documents), _BLOCK_DOCUMENTS):
-            nearest.add(block @ documents[first : first + _BLOCK_DOCUMENTS].T)
+            nearest.add_scores(block @ documents[first : first + _BLOCK_DOCUMENTS].T)
         found.append(nearest.found)
     return np.concatenate(found) if found else np.empty((0, min(k, len(documents))), np.int64)

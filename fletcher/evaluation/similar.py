@@ -1,4 +1,4 @@
-"""Texts beside each other, and the texts of a stream that are most like some others."""
+"""Similarity of texts to each other, and to the texts of a stream."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What was found.
+class SimilarTexts:
+    """Result of `find_similar`.
 
     Attributes:
-        best: For each text the candidates most like it, best first: cosine, place among the
+        best: For each text, its most similar candidates, best first: cosine, index among the
             candidates from 0, text.
-        num_candidates: How many there were.
-        num_failed: How many of them have no vector.
+        num_candidates: Number of candidates.
+        num_failed: Number of candidates without a vector.
     """
 
     best: Sequence[Sequence[tuple[float, int, str]]]
@@ -42,49 +42,49 @@ class Found:
     num_failed: int
 
 
-def compare(client: Client, texts: Sequence[str], *, model: str | None = None) -> FloatArray:
-    """The cosine of each text to each.
+def compare_texts(client: Client, texts: Sequence[str], *, model: str | None = None) -> FloatArray:
+    """The cosine of each pair of texts.
 
     Args:
-        client: Of a server.
-        texts: Some, at least one.
-        model: A model's name; None: the server's default.
+        client: Connected to a server.
+        texts: At least one.
+        model: Name of a model; None: the server's default.
 
     Returns:
         float32 [num_texts, num_texts].
 
     Raises:
-        FletcherError: The server refused or failed, or a text has no vector.
+        FletcherError: The server refuses the call or fails, or a text has no vector.
     """
     vectors = unit(embed(client, pa.array(texts, pa.utf8()), model=model, dtype="float32").vectors)
     return np.asarray(vectors @ vectors.T, np.float32)
 
 
-def find(
+def find_similar(
     client: Client,
     texts: Sequence[str],
     candidates: TextSource,
     k: int,
     *,
     model: str | None = None,
-) -> Found:
-    """The candidates most like each text; all of them are looked at, a batch at a time.
+) -> SimilarTexts:
+    """The most similar candidates of each text, among all candidates.
 
-    Texts get the model's prompt for queries and candidates that for documents, where it has some.
+    Texts get the model's prompt for queries and candidates its prompt for documents, if it has any.
 
     Args:
-        client: Of a server.
-        texts: Some, at least one.
-        candidates: Where they are read from.
-        k: How many to find for each text.
-        model: A model's name; None: the server's default.
+        client: Connected to a server.
+        texts: At least one.
+        candidates: Source of the candidates.
+        k: Number of candidates per text.
+        model: Name of a model; None: the server's default.
 
     Raises:
-        FletcherError: The server refused or failed, the candidates cannot be read, or one of
-            `texts` has no vector.
+        FletcherError: The server refuses the call or fails, the candidates cannot be read, or one
+            of `texts` has no vector.
     """
-    known = served_model(client, model)
-    query, document = (default_prompt(known, one) for one in (QUERY_PROMPTS, DOCUMENT_PROMPTS))
+    served = served_model(client, model)
+    query, document = (default_prompt(served, one) for one in (QUERY_PROMPTS, DOCUMENT_PROMPTS))
     asked = embed(client, pa.array(texts, pa.utf8()), model=model, prompt=query, dtype="float32")
     queries, nearest = unit(asked.vectors), Nearest(len(texts), k)
     kept: dict[int, tuple[int, str]] = {}
@@ -105,7 +105,7 @@ def find(
             num_rows += answer.num_rows
             batch = answer.filter(valid)
             first = nearest.num_documents
-            nearest.add(queries @ unit(read_vectors(batch)).T)
+            nearest.add_scores(queries @ unit(read_vectors(batch)).T)
             still = set(nearest.found.reshape(-1).tolist())
             kept = {place: one for place, one in kept.items() if place in still}
             for place in still:
@@ -116,4 +116,4 @@ def find(
         [(score, *kept[place]) for score, place in zip(scores, places, strict=True)]
         for scores, places in zip(nearest.scores.tolist(), nearest.found.tolist(), strict=True)
     ]
-    return Found(best, num_rows, num_rows - nearest.num_documents)
+    return SimilarTexts(best, num_rows, num_rows - nearest.num_documents)

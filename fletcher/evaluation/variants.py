@@ -1,4 +1,4 @@
-"""What is compared: engines, depths, widths, types and ways to cut, named in lists."""
+"""Variants to compare: engines, layers, dimensions, types and chunking."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEYS = ("backend", "precision", "layers", "dims", "dtype", "chunking")
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What runs the model: a backend, its arithmetic and `cpu` or `cuda`, as options name them."""
+    """Backend, precision and device of a model, as the options name them."""
 
     backend: str
     precision: str
@@ -31,14 +31,14 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to make vectors.
+    """One configuration of vectors.
 
     Attributes:
-        engine: What runs the model.
-        layers: Exit layer; None: all layers.
-        dims: Leading dimensions; None: all.
+        engine: Runs the model.
+        layers: Number of layers; None: all.
+        dims: Number of leading dimensions; None: all.
         dtype: Element type.
-        chunking: How documents are cut, and their chunks made one vector; None: not at all.
+        chunking: How documents are cut and their chunks aggregated; None: they are not cut.
     """
 
     engine: Engine
@@ -51,24 +51,23 @@ class Variant:
         cut = "" if self.chunking is None else f", {self.chunking}"
         return f"{self.engine}, {self.layers} layers, {self.dims} dims, {self.dtype}{cut}"
 
-    def of(self, model: Mapping[str, Any]) -> Variant:
-        """The same with `layers` and `dims` as numbers, as the server's ModelInfo has them."""
+    def resolved(self, model: Mapping[str, Any]) -> Variant:
+        """The variant with `layers` and `dims` as numbers, taken from ModelInfo if None."""
         return dataclasses.replace(
             self, layers=self.layers or model["num_layers"], dims=self.dims or model["dim"]
         )
 
 
-def parse(text: str, engines: Sequence[Engine]) -> list[Variant]:
-    """Every combination of the values of a list such as `backend=openvino dims=384,128`.
+def parse_variants(text: str, engines: Sequence[Engine]) -> list[Variant]:
+    """Every combination of a list of values: `backend=openvino dims=384,128`.
 
     Args:
-        text: `KEY=VALUE,...` with spaces between; keys are KEYS, and one that is not there leaves
-            the default.
-        engines: Those that can be had, the one that a server would take first: the default, and
-            of a backend without a precision the first with that backend.
+        text: `KEY=VALUE,...`, separated by spaces; an omitted key has its default. Keys: KEYS.
+        engines: Available engines, a server's first choice first. The first is the default; a
+            backend without `precision` takes the precision of its first engine.
 
     Raises:
-        InvalidCommandError: A key or a value that is none.
+        InvalidCommandError: A key or a value is unknown.
     """
     default = engines[0]
     usual_precision = {one.backend: one.precision for one in reversed(engines)}
@@ -91,7 +90,8 @@ def parse(text: str, engines: Sequence[Engine]) -> list[Variant]:
             )
         if not equals or not all(values.split(",")):
             raise InvalidCommandError(
-                f"`variants` has {word!r}, which leaves out a value", field="variants"
+                f"`variants` has {word!r}, which leaves out a value; expected KEY=VALUE,...",
+                field="variants",
             )
         lists[key] = values.split(",")
     for dtype in lists["dtype"]:
@@ -120,33 +120,33 @@ def parse(text: str, engines: Sequence[Engine]) -> list[Variant]:
     ]
 
 
-def usual(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[Variant]:
-    """What is worth a look where nobody says what: each choice alone, and width with type.
+def usual_variants(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[Variant]:
+    """Variants by default: each engine, each depth, and each width with each type.
 
     Args:
-        engines: Those that can be had, the one that a server would take first.
-        model: ModelInfo; only depths and widths that it declares.
+        engines: Available engines, a server's first choice first.
+        model: ModelInfo, which declares the layers and dimensions.
     """
     first = engines[0]
     layers = [one for one in model["layers"] if one != model["num_layers"]]
     both = itertools.product(sorted(model["dims"], reverse=True), CHOICES["dtype"])
     return [
-        *(Variant(engine).of(model) for engine in engines),
-        *(Variant(first, one).of(model) for one in layers),
+        *(Variant(engine).resolved(model) for engine in engines),
+        *(Variant(first, one).resolved(model) for one in layers),
         *(
-            Variant(first, None, dims, dtype).of(model)
+            Variant(first, None, dims, dtype).resolved(model)
             for dims, dtype in both
-            if dtype != "ubinary" or dims % 8 == 0  # eight dimensions are a byte
+            if dtype != "ubinary" or dims % 8 == 0  # eight dimensions fill a byte
         ),
     ]
 
 
 def _chunking(text: str) -> str | None:
-    chunking = Chunking.parse(text)
+    chunking = Chunking.from_text(text)
     if chunking is not None and chunking.rows:
         raise InvalidCommandError(
-            f"`chunking` is {text!r} in `variants`, which gives a document several vectors; ask "
-            "for one that makes one of them",
+            f"`chunking` is {text!r} in `variants`, which gives a document several vectors; "
+            "choose one that aggregates them",
             field="chunking",
             allowed=[one for one in AGGREGATIONS if one != chunking.aggregation],
         )

@@ -1,4 +1,4 @@
-"""Texts to vectors through a server, and what it took."""
+"""Embedding of texts by a server, with its cost."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _BATCH_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """The vectors of some texts.
+    """Vectors of some texts.
 
     Attributes:
-        vectors: float32 [num_texts, dims], as a reader of the server's columns gets them.
-        bytes_per_vector: What a vector takes as it came, a scale of its own included.
-        num_truncated: Texts whose end the model did not see.
-        texts_per_s: From the first text sent to the last vector received; None where the server
-            had some of them in its cache.
+        vectors: float32 [num_texts, dims], dequantized.
+        bytes_per_vector: Size of a received vector, including its scale.
+        num_truncated: Number of truncated texts.
+        texts_per_s: Texts per second, from the first one sent to the last vector received; None if
+            the server had some of them in its cache.
     """
 
     vectors: FloatArray
@@ -39,16 +39,16 @@ class Embedded:
 
 
 def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
-    """Sends texts and takes their vectors back.
+    """Embed texts by an exchange.
 
     Args:
-        client: Of the server.
+        client: Connected to the server.
         texts: utf8 [num_texts].
-        **options: Fields of EmbedCommand; None leaves the default.
+        **options: Fields of EmbedCommand; None is the default.
 
     Raises:
-        FletcherError: The server refused or failed, the model's vectors are not dense, or a text
-            has no vector.
+        FletcherError: The server refuses the call or fails, the model's vectors are not dense, or a
+            text has no vector.
     """
     given = {name: value for name, value in options.items() if value is not None}
     wanted = EmbedCommand(output="dense", priority="bulk", include_text=False, **given)
@@ -72,8 +72,8 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
 
 
 def read_vectors(batch: pa.RecordBatch) -> FloatArray:
-    """float32 [num_rows, dims] of a batch, whatever its vectors' type; NaN where one is null."""
-    return VectorReader.of(batch.schema).vectors(batch)
+    """float32 [num_rows, dims], dequantized; NaN for a null vector."""
+    return VectorReader.from_schema(batch.schema).vectors(batch)
 
 
 def _bytes_per_vector(schema: pa.Schema) -> int:

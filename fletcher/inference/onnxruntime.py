@@ -115,7 +115,7 @@ def load(config: BackendConfig) -> Backend:
         ModelError: The bundle or its graph is missing, damaged or of another shape.
     """
     ort = _import()
-    bundle = ModelBundle.load(Path(config.bundle))
+    bundle = ModelBundle.from_folder(Path(config.bundle))
     kind, _, index = config.device.partition(":")
     _check_precision(config.precision, kind)
     if kind == "cuda":
@@ -155,7 +155,7 @@ def load_twin(config: BackendConfig) -> Backend:
     ort = _import()
     place = _cpu(config)
     config = replace(config, device="cpu", precision="float32")
-    bundle = ModelBundle.load(Path(config.bundle))
+    bundle = ModelBundle.from_folder(Path(config.bundle))
     return _load_packed(ort, bundle, config, place, "standard", lambda _address, _size: None)
 
 

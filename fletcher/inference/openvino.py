@@ -144,7 +144,7 @@ def _load(
 ) -> OpenVinoBackend:
     """Copies of a model, each of so many streams on so many cores."""
     openvino = _import()
-    bundle = ModelBundle.load(Path(config.bundle))
+    bundle = ModelBundle.from_folder(Path(config.bundle))
     hint = PRECISION_HINTS.get(config.precision)
     if hint is None or config.device != "cpu":
         raise BackendError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +14,10 @@ from fletcher.core.schema import TIMESTAMP, VectorSpec, column, vector_columns
 from fletcher.errors import FletcherError
 from fletcher.pipeline.input.limits import INTERACTIVE_ROWS
 from fletcher.pipeline.input.row_slice import RowSlice
+from fletcher.pipeline.interactive.single_row import is_plain, single_row_batch
 from fletcher.vectors.aggregation import aggregation
 from fletcher.vectors.finish import finish
 from fletcher.vectors.ragged import gathered
-
-_PAIR, _INT, _LONG = struct.Struct("<2i"), struct.Struct("<i"), struct.Struct("<q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +62,7 @@ class Assembler:
         self.schema = schema
         self.kept_bytes = 0
         self._names = schema.names
-        plain = ["id", "vector", "timestamp", "token_count", "truncated"]
-        dense = spec.output == "dense" and spec.dtype == "float32"
-        self._is_plain = self._names == plain and dense
+        self._is_plain = is_plain(schema, spec)
         self._spec = spec
         self._upload_id = upload_id
         self._table = _Table.of_size(0, spec.width)
@@ -82,7 +78,7 @@ class Assembler:
             return None
         outcome = finished
         num_rows = row_slice.num_rows
-        single = self._single(row_slice, outcome) if self._is_plain and num_rows == 1 else None
+        single = self._single_row(row_slice, outcome) if self._is_plain and num_rows == 1 else None
         if single is not None:
             return Output(single, {}, np.arange(2))
         table, values = self._vectors(row_slice, outcome)
@@ -109,29 +105,19 @@ class Assembler:
         batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
         return Output(batch, errors, np.arange(num_rows + 1))
 
-    def _single(
+    def _single_row(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> pa.RecordBatch | None:
-        """The output of a single text, without functions that are for many; None: it is not that.
-
-        Most of what those take for one row they take to begin.
-        """
+        """The output of a single text by the short way; None if it is not that."""
         if isinstance(outcome, FletcherError) or len(outcome.embeddings) != 1:
             return None
         given = row_slice.new_values is not None or "id" in row_slice.rows.schema.names
         if given or outcome.errors or row_slice.values[0]:
             return None
-        identifier = f"{self._upload_id}:{row_slice.row_first}".encode()
-        vector = outcome.embeddings
-        numbers = _of_one(pa.float32(), vector.tobytes(), length=vector.size)
-        arrays = [
-            _of_one(pa.utf8(), _PAIR.pack(0, len(identifier)), identifier),
-            pa.Array.from_buffers(self._spec.arrow_type, 1, [None], children=[numbers]),
-            _of_one(TIMESTAMP, _LONG.pack(row_slice.timestamp_ns)),
-            _of_one(pa.int32(), _INT.pack(outcome.token_count[0])),
-            _of_one(pa.bool_(), b"\1" if outcome.truncated[0] else b"\0"),
-        ]
-        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+        identifier = f"{self._upload_id}:{row_slice.row_first}"
+        return single_row_batch(
+            self.schema, self._spec, identifier, row_slice.timestamp_ns, outcome
+        )
 
     def _finished(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
@@ -140,7 +126,7 @@ class Assembler:
         outcome = self._finish(outcome)
         if row_slice.texts.chunking is None or not row_slice.texts.num_texts:
             return outcome
-        return self._aggregation.take(outcome, continued=row_slice.texts.continued)
+        return self._aggregation.add_chunks(outcome, continued=row_slice.texts.continued)
 
     def _finish(self, outcome: EmbeddingBatch | FletcherError) -> EmbeddingBatch | FletcherError:
         if isinstance(outcome, FletcherError) or outcome.counts is not None:
@@ -240,10 +226,6 @@ class _Table:
         self.truncated[places] = outcome.truncated
         for index, error in outcome.errors.items():
             self.errors[int(places[index])] = error
-
-
-def _of_one(kind: pa.DataType, *buffers: bytes, length: int = 1) -> pa.Array:
-    return pa.Array.from_buffers(kind, length, [None, *map(pa.py_buffer, buffers)])
 
 
 def _is_all_in_order(values: Int32Array, size: int) -> bool:

@@ -37,11 +37,11 @@ class CacheBackend(Protocol):
         """What it takes."""
         ...
 
-    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The value of each key; None where there is none."""
         ...
 
-    def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+    def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """Keeps values, as long as there is room."""
         ...
 
@@ -68,7 +68,7 @@ class MemoryCache:
         """See `CacheBackend`."""
         return self._num_bytes
 
-    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See `CacheBackend`."""
         with self._lock:
             found = [self._values.get(key) for key in keys]
@@ -77,7 +77,7 @@ class MemoryCache:
                     self._values.move_to_end(key)
             return found
 
-    def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+    def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """See `CacheBackend`."""
         with self._lock:
             for key, value in zip(keys, values, strict=True):
@@ -120,12 +120,12 @@ class EmbeddingCache:
                 ("truncated", "?"),
             ]
         )
-        telemetry.cache_memory.watch(lambda: backend.num_bytes)
+        telemetry.cache_memory.observe(lambda: backend.num_bytes)
 
     def recall(self, texts: TextBatch) -> Recall:
         """What is known of some texts."""
         keys = self._keys(texts)
-        values = self._backend.get(keys)
+        values = self._backend.load_values(keys)
         known = np.array([value is not None for value in values], np.bool_)
         num_known = int(known.sum())
         self._telemetry.cache_hits.add(num_known)
@@ -137,7 +137,7 @@ class EmbeddingCache:
     def remember(self, keys: Sequence[bytes], records: Any) -> None:
         """Keeps new vectors."""
         raw, size = records.tobytes(), self._record.itemsize
-        self._backend.put(keys, [raw[n * size : (n + 1) * size] for n in range(len(keys))])
+        self._backend.store_values(keys, [raw[n * size : (n + 1) * size] for n in range(len(keys))])
 
     def _keys(self, texts: TextBatch) -> list[bytes]:
         treatment = [*self._scope, texts.prompt, texts.truncate, texts.max_length, texts.layers]

@@ -76,7 +76,7 @@ class DiskCache:
             return self._used_bytes(transaction)
         return 0
 
-    def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """See `CacheBackend`. A value whose checksum is wrong is none."""
         try:
             with self._env.begin(db=self._values) as transaction:
@@ -89,7 +89,7 @@ class DiskCache:
         )
         return found
 
-    def put(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+    def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """See `CacheBackend`. The values are there a little later."""
         self._enqueue(
             [

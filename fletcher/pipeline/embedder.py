@@ -6,149 +6,140 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from fletcher.config.engine import WorkerConfig
-from fletcher.core.batches import (
-    EmbeddingBatch,
-    InferenceResult,
-    Int32Array,
-    Int64Array,
-    MicroBatch,
-    TextBatch,
-    TokenBatch,
-)
+from fletcher.core.batches import EmbeddingBatch, MicroBatch, TextBatch
+from fletcher.errors import FletcherError
 from fletcher.pipeline.cache import EmbeddingCache
+from fletcher.pipeline.device_usage import DeviceUsage
+from fletcher.pipeline.interactive.path import InlineModel, InteractiveHost, InteractivePath
 from fletcher.pipeline.memory_budget import MemoryBudget
-from fletcher.pipeline.scheduler import InferenceScheduler, TokenizationScheduler, as_fletcher_error
+from fletcher.pipeline.scheduler import BatchingConfig, ModelShape, Scheduler
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.telemetry.tracing import Span, Telemetry
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
 from fletcher.workers.process_memory import memory_bytes
+from fletcher.workers.roster import PoolConfig, PoolEvents, PoolTiming
 
-# A sentence or two tokenizes in a fraction of a millisecond, less than a trip to a worker and back.
-_INLINE_TEXTS = 4
-_INLINE_BYTES = 4096
-
-Run = Callable[[MicroBatch], InferenceResult]
+_CACHED_PROMPTS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class EmbedderConfig:
-    """How a model is run.
+class ModelProcesses:
+    """Worker processes of a model.
 
     Attributes:
-        tokenizers: A spec for each tokenizer process.
-        replicas: A spec for each replica process.
+        tokenizers: One spec for each tokenizer process.
+        replicas: One spec for each replica process.
         standby: Replicas that take over when none of `replicas` is left.
-        dim: Width of the graph's output.
-        num_layers: The model's layers; 0: unknown.
-        model: What counts and gauges are labelled with.
-        window_tokens: Bulk tokens planned together.
-        workers: Dispatch among replicas, and their timeouts.
+        options: How work is divided among them, and how long a run may take.
     """
 
     tokenizers: Sequence[WorkerSpec]
     replicas: Sequence[WorkerSpec]
-    dim: int
-    window_tokens: int
-    workers: WorkerConfig = WorkerConfig()  # noqa: RUF009
     standby: Sequence[WorkerSpec] = ()
-    num_layers: int = 0
-    model: str = ""
+    options: WorkerConfig = WorkerConfig()  # noqa: RUF009
+
+
+@dataclass(frozen=True, slots=True)
+class SharedResources:
+    """Parts of the server that a model's pipeline uses.
+
+    Attributes:
+        budget: Memory for all streams.
+        telemetry: Receives counts, durations and spans.
+        cache: Vectors of texts that were embedded before; None: they are not kept.
+    """
+
+    budget: MemoryBudget
+    telemetry: Telemetry
+    cache: EmbeddingCache | None = None
 
 
 class Embedder:
     """Texts to vectors, for many streams at once.
 
     Args:
-        config: Workers and windows.
-        plan: From lengths, and runs that go on at the same time, to micro-batches.
-        tokenize: Tokenizes a few short texts in this process.
-        load_inline: Loads what runs the model in this process for a text that comes when nothing
-            else does; None: texts go to replicas all the same.
-        budget: Memory for all streams.
-        telemetry: Where counts, durations and spans go.
-        crowded: Whether there is so much to do that windows should be larger.
-        cache: Vectors of texts that were embedded before; None: they are not kept.
+        model: The model.
+        processes: Its workers.
+        batching: How micro-batches are formed.
+        shared: Parts of the server.
+        inline: Copies of the model in this process, for short texts while nothing else runs.
     """
 
     def __init__(
         self,
-        config: EmbedderConfig,
-        *,
-        plan: Callable[[Int32Array, int], list[Int64Array]],
-        tokenize: Callable[[TextBatch], TokenBatch],
-        budget: MemoryBudget,
-        telemetry: Telemetry,
-        load_inline: Callable[[], Run | None] = lambda: None,
-        crowded: Callable[[], bool] = lambda: False,
-        cache: EmbeddingCache | None = None,
+        model: ModelShape,
+        processes: ModelProcesses,
+        batching: BatchingConfig,
+        shared: SharedResources,
+        inline: InlineModel | None = None,
     ) -> None:
-        self._budget = budget
-        self._window_tokens = config.window_tokens
-        self._cache = cache
-        self._tokenize = tokenize
-        self._load_inline = load_inline
-        self._tokenizing = threading.Lock()
+        telemetry = shared.telemetry
+        self._budget = shared.budget
+        self._window_tokens = batching.window_tokens
+        self._cache = shared.cache
         self._streams: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
         self._opening = threading.Lock()
         self._closed = False
         self._nothing = EmbeddingBatch(
-            embeddings=np.zeros((0, config.dim), np.float32),
+            embeddings=np.zeros((0, model.dim), np.float32),
             norms=None,
             token_count=np.zeros(0, np.int32),
             truncated=np.zeros(0, np.bool_),
         )
-        self._inference = InferenceScheduler(
-            dim=config.dim,
-            plan=lambda lengths: plan(lengths, self.replicas.concurrency),
-            window_tokens=config.window_tokens,
-            crowded=crowded,
-            max_queue_delay_s=config.workers.max_queue_delay_ms / 1000,
-            more_coming=lambda: self._tokenization.busy,
-            hurry=self._hurry_replicas,
-            telemetry=telemetry,
-            model=config.model,
-            num_layers=config.num_layers,
+        self._usage = DeviceUsage(telemetry, model.name)
+        self._scheduler = Scheduler(
+            model, batching, self._usage, telemetry, lambda: self.replicas.concurrency
         )
-        self._tokenization = TokenizationScheduler(
-            telemetry, self._inference.put, hurry=self._hurry_tokenizers
+        self._interactive = InteractivePath(
+            inline or InlineModel(),
+            InteractiveHost(
+                idle_device=self._idle_device,
+                schedule=self._scheduler.add_ticket,
+                plan=lambda lengths: batching.plan(lengths, 1),
+                dim=model.dim,
+            ),
+            self._usage,
+            telemetry,
         )
+        # Calls mostly have one of few prompts, and each asks for its number of tokens.
+        self.num_tokens = lru_cache(_CACHED_PROMPTS)(self._num_tokens)
 
         def restarted(worker: str) -> None:
-            telemetry.worker_restarts.add(model=config.model, worker=worker)
+            telemetry.worker_restarts.add(model=model.name, worker=worker)
 
         def changed(worker: str, state: str) -> None:
-            telemetry.worker_states.add(model=config.model, worker=worker, state=state)
+            telemetry.worker_states.add(model=model.name, worker=worker, state=state)
 
+        events = PoolEvents(restarted, changed)
+        timing = PoolTiming(answer_timeout_s=processes.options.worker_timeout_s)
         self.tokenizers = WorkerPool(
-            "tokenizer",
-            config.tokenizers,
-            self._tokenization,
-            urgent=self._tokenization.urgent_job,
-            answer_timeout_s=config.workers.worker_timeout_s,
-            on_restart=restarted,
-            on_state=changed,
+            PoolConfig("tokenizer", processes.tokenizers, timing=timing),
+            self._scheduler.tokenization,
+            events,
         )
         self.replicas = WorkerPool(
-            "replica",
-            config.replicas,
-            self._inference,
-            urgent=self._inference.urgent_job,
-            standby=config.standby,
-            dispatch=config.workers.dispatch,
-            answer_timeout_s=config.workers.worker_timeout_s,
-            # Token 0 is in every vocabulary.
-            probe=MicroBatch(np.zeros(1, np.int32), np.ones(1, np.int32)),
-            on_restart=restarted,
-            on_state=changed,
+            PoolConfig(
+                "replica",
+                processes.replicas,
+                standby=processes.standby,
+                dispatch=processes.options.dispatch,
+                # Token 0 is in every vocabulary.
+                probe=MicroBatch(np.zeros(1, np.int32), np.ones(1, np.int32)),
+                timing=timing,
+            ),
+            self._scheduler.inference,
+            events,
         )
-        self._end_watching = self._watch(telemetry, config.model)
+        self._scheduler.tokenization.connect(self.tokenizers.dispatch_urgent)
+        self._scheduler.inference.connect(self.replicas.dispatch_urgent)
+        self._end_watching = self._watch(telemetry, model.name)
 
     def start(self) -> None:
         """Starts and warms all workers.
@@ -157,7 +148,7 @@ class Embedder:
             FletcherError: One could not load; nothing is left running.
         """
         try:
-            self.replicas.start(self._load_inline)
+            self.replicas.start(meanwhile=self._interactive.load_engine)
             self.tokenizers.start()
         except BaseException:
             self.close()
@@ -186,25 +177,43 @@ class Embedder:
             stream.close()
         return stream
 
-    def num_tokens(self, text: str) -> int:
-        """Tokens of a text as the model sees it, special ones included; at most its length."""
+    def _num_tokens(self, text: str) -> int:
+        """Number of tokens that the model sees of a text, special ones included.
+
+        At most the model's `max_length`. Without a tokenizer in this process, the text is embedded
+        on the ordinary path.
+
+        Raises:
+            FletcherError: That failed.
+        """
         data = text.encode()
-        with self._tokenizing:
-            tokens = self._tokenize(TextBatch(data, np.array([0, len(data)], np.int64)))
-        return len(tokens.input_ids)
+        texts = TextBatch(data, np.array([0, len(data)], np.int64))
+        tokens = self._interactive.tokenize(texts)
+        if tokens is not None:
+            return len(tokens.input_ids)
+        stream = self.open_stream()
+        try:
+            stream.submit(texts, None, num_bytes=0, priority="interactive")
+            stream.end()
+            (result,) = stream.results()
+        finally:
+            stream.close()
+        if isinstance(result.embeddings, FletcherError):
+            raise result.embeddings
+        return int(result.embeddings.token_count[0])
 
     def queued(self, stage: str) -> int:
         """What waits for a stage: `texts` and `tokens` for their workers, or `micro_batches`."""
         depths = {
-            "texts": self._tokenization.depth,
-            "tokens": self._inference.depth,
-            "micro_batches": self._inference.planned,
+            "texts": self._scheduler.tokenization.depth,
+            "tokens": self._scheduler.inference.depth,
+            "micro_batches": self._scheduler.inference.planned,
         }
         return depths[stage]()
 
     def queued_windows(self) -> float:
         """Tokens that wait to be planned, in windows."""
-        return self._inference.depth() / max(1, self._window_tokens)
+        return self._scheduler.inference.depth() / max(1, self._window_tokens)
 
     @property
     def keeps_vectors(self) -> bool:
@@ -237,13 +246,13 @@ class Embedder:
         }
 
     def _busy_share(self, device: str) -> float:
-        return self._inference.busy(device).recent(self.replicas.concurrency_of(device))
+        return self._usage.busy(device).recent_share(self.replicas.concurrency_of(device))
 
     def _busy(self, device: str, concurrency: int) -> dict[str, float]:
-        busy = self._inference.busy(device)
-        load, load_s = busy.load(concurrency)
+        busy = self._usage.busy(device)
+        load, load_s = busy.last_load(concurrency)
         return {
-            "busy": round(busy.recent(concurrency), 3),
+            "busy": round(busy.recent_share(concurrency), 3),
             "busy_load": round(load, 3),
             "load_s": round(load_s, 1),
         }
@@ -255,45 +264,29 @@ class Embedder:
     def _watch(self, telemetry: Telemetry, model: str) -> list[Callable[[], None]]:
         """Shows each worker's state and rate, until what it returns is called."""
         ends = [
-            telemetry.worker_usable.watch(partial(pool.is_usable, name), model=model, worker=name)
+            telemetry.worker_usable.observe(partial(pool.is_usable, name), model=model, worker=name)
             for pool in (self.tokenizers, self.replicas)
             for name in pool.names
         ]
         for name in self.replicas.names:
             labels = {"model": model, "device": name}
             ends += [
-                telemetry.device_rate.watch(partial(self.replicas.rate, name), **labels),
-                telemetry.device_budget.watch(partial(self._inference.budget, name), **labels),
-                telemetry.device_busy_share.watch(partial(self._busy_share, name), **labels),
+                telemetry.device_rate.observe(partial(self.replicas.rate, name), **labels),
+                telemetry.device_budget.observe(partial(self._usage.budget, name), **labels),
+                telemetry.device_busy_share.observe(partial(self._busy_share, name), **labels),
             ]
         return ends
 
-    def _hurry_tokenizers(self) -> None:
-        self.tokenizers.hurry()
-
-    def _hurry_replicas(self) -> None:
-        self.replicas.hurry()
+    def _idle_device(self) -> str | None:
+        return self.replicas.idle_worker() if self._scheduler.idle else None
 
     def _enqueue(self, ticket: StreamTicket) -> None:
-        whole = ticket.texts.chunking is None  # else its vectors are chunks', and not kept
-        if self._cache is not None and whole and ticket.texts.num_texts:
-            recall = self._cache.recall(ticket.texts)
-            ticket.texts, ticket.complete = recall.missing, recall.complete
         texts = ticket.texts
-        if not texts.num_texts:
+        # Vectors of texts in chunks are the chunks', and not kept.
+        if self._cache is not None and texts.chunking is None and texts.num_texts:
+            recall = self._cache.recall(texts)
+            ticket.texts, ticket.complete = recall.missing, recall.complete
+        if not ticket.texts.num_texts:
             ticket.finish(self._nothing)
-            return
-        # Chunks are work for more than a moment, and parts of a text go on one from another: many,
-        # perhaps, each within the one before.
-        small = texts.num_texts <= _INLINE_TEXTS and len(texts.data) <= _INLINE_BYTES and whole
-        if not (small and ticket.priority == "interactive"):
-            self._tokenization.put(ticket)
-            return
-        try:
-            with self._tokenizing:
-                tokens = self._tokenize(texts)
-        except Exception as error:  # noqa: BLE001 - as a worker would report it
-            ticket.tokenized(as_fletcher_error(error))
-        else:
-            ticket.tokenized(tokens)
-            self._inference.put(ticket)
+        elif not self._interactive.run_ticket(ticket):
+            self._scheduler.add_ticket(ticket)

@@ -25,12 +25,12 @@ class FairQueue(Generic[Item]):
     def __len__(self) -> int:
         return sum(len(items) for items in self._owners.values())
 
-    def put(self, owner: Hashable, item: Item, weight: int = 1) -> None:
+    def add_item(self, owner: Hashable, item: Item, weight: int = 1) -> None:
         """Adds an item behind its owner's others."""
         self._owners.setdefault(owner, deque()).append((item, weight))
         self.weight += weight
 
-    def get(self) -> Item:
+    def next_item(self) -> Item:
         """The next owner's oldest item; that owner goes to the end of the line.
 
         Raises:
@@ -45,9 +45,3 @@ class FairQueue(Generic[Item]):
             self._owners[owner] = items
         self.weight -= weight
         return item
-
-    def discard(self, owner: Hashable) -> list[Item]:
-        """Removes and returns an owner's items."""
-        items = self._owners.pop(owner, deque())
-        self.weight -= sum(weight for _, weight in items)
-        return [item for item, _ in items]

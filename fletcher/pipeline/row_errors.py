@@ -38,7 +38,7 @@ class RowErrors:
         self._max_row_bytes = max_row_bytes
         self._no_id = null_mask(rows.column("id")) if "id" in rows.schema.names else None
 
-    def first(self, first: int, last: int) -> int | None:
+    def first_between(self, first: int, last: int) -> int | None:
         """The first of rows first to last, the last not included, that has an error."""
         rows = slice(first, last)
         failed = self._no_text[rows] | (self._sizes[rows] > self._max_row_bytes)
@@ -46,7 +46,7 @@ class RowErrors:
             failed |= self._no_id[rows]
         return first + int(failed.argmax()) if failed.any() else None
 
-    def of(self, first: int, last: int) -> dict[int, FletcherError]:
+    def between(self, first: int, last: int) -> dict[int, FletcherError]:
         """Errors of rows first to last, the last not included, counted from the first."""
         errors: dict[int, FletcherError] = {}
         rows = slice(first, last)

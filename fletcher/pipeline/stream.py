@@ -17,6 +17,13 @@ from fletcher.telemetry.tracing import Span
 _RETRY_MS = 5000
 
 
+def as_fletcher_error(error: Exception) -> FletcherError:
+    """Returns the error if it is one of ours, else an InternalError without details."""
+    if isinstance(error, FletcherError):
+        return error
+    return InternalError(f"{type(error).__name__} while working on this batch; the log has more")
+
+
 @dataclass(slots=True, eq=False)
 class Seam:
     """Between two parts of a text: what there is of the one before, for the one behind.
@@ -112,8 +119,9 @@ class EmbedStream:
         self.closed = False
         self._cut_off = False  # closed before its end
         self._seam: Seam | None = None  # where the text that was submitted last goes on
-        self._waiting = False  # a thread, in `results`
-        self._work: Callable[[], None] | None = None  # what it is to do meanwhile
+        self._reading = False  # a thread has begun `results`
+        self._waiting = False  # and is blocked there
+        self._work: Callable[[], None] | None = None  # for it to run meanwhile
         self._changed = threading.Condition()
 
     def submit(
@@ -160,7 +168,7 @@ class EmbedStream:
         """
         while True:
             with self._changed:
-                self._waiting = True
+                self._reading = self._waiting = True
                 self._changed.wait_for(lambda: self._work or self._head_settled())
                 self._waiting = False
                 work, self._work = self._work, None
@@ -179,21 +187,29 @@ class EmbedStream:
             yield result
             del result
 
-    def lend(self, work: Callable[[], None]) -> bool:
-        """Has the thread in `results` do something, if all that it waits for comes of that.
+    def run_on_waiting_thread(self, work: Callable[[], None]) -> bool:
+        """Runs `work` on the thread blocked in `results`, provided `work` alone unblocks it.
+
+        Before any thread has begun `results`, the calling thread takes its place: a caller that
+        submits and then reads waits for `work` in any case.
 
         Args:
             work: Gives the only ticket its result. Must not raise.
 
         Returns:
-            False: That thread is not waiting, or for more.
+            False: `work` does not run; that thread is busy, or waits for more.
         """
         with self._changed:
-            if not self._waiting or self._work is not None or len(self._tickets) != 1:
+            if len(self._tickets) != 1 or self._work is not None:
                 return False
-            self._work = work
-            self._changed.notify_all()
-            return True
+            if self._reading:
+                if not self._waiting:
+                    return False
+                self._work = work
+                self._changed.notify_all()
+                return True
+        work()
+        return True
 
     def release(self, num_bytes: int, row_bytes: int = 0) -> None:
         """Gives memory back, that of a row, too: the data has left the house."""

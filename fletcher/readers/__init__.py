@@ -1,6 +1,6 @@
 """Text from files, folders and standard input as one stream of batches.
 
-Depends on pyarrow and Fletcher's errors alone; the client library and `fletcher ingest` use it.
+It depends only on pyarrow and Fletcher's errors, because the client library uses it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which columns are read, and the types that they are sent in."""
+"""Selection of columns, and the types in which they are sent."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ DEFAULT_ID_COLUMN = "id"
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The columns to read.
+    """Names of the columns to read.
 
     Attributes:
-        text: The column of the text.
-        id: The column of the id; None: `id` where there is one.
+        text: Column of the text.
+        id: Column of the id; None: `id` if the input has one.
         carried: Further columns.
     """
 
@@ -28,11 +28,15 @@ class Selection:
     id: str | None = None
     carried: tuple[str, ...] = ()
 
-    def of(self, names: Sequence[str], where: str) -> list[str]:
-        """The names to read out of those there are: the id's, the text's, the others.
+    def pick_names(self, names: Sequence[str], where: str) -> list[str]:
+        """The names to read: the id's, the text's, the carried ones.
+
+        Args:
+            names: Columns of the input.
+            where: The input, for the message.
 
         Raises:
-            UnknownColumnError: One of them is not there; names those that are.
+            UnknownColumnError: The input lacks a selected column; the message lists its columns.
         """
         chosen = []
         if self.id is not None:
@@ -56,10 +60,16 @@ class Selection:
 
 
 def sent_type(selection: Selection, name: str, found: pa.DataType, where: str) -> pa.DataType:
-    """The type that a column found as `found` is sent in: plain utf8 for every kind of string.
+    """The type in which a column is sent: utf8 for every kind of string.
+
+    Args:
+        selection: Roles of the columns.
+        name: Of the column.
+        found: Its type in the input.
+        where: The input, for the message.
 
     Raises:
-        ColumnTypeError: The text is no string, or the id neither string nor integer.
+        ColumnTypeError: The text is not a string, or the id neither a string nor an integer.
     """
     value_type = found.value_type if types.is_dictionary(found) else found
     if types.is_null(value_type) or _is_string(value_type):
@@ -76,7 +86,7 @@ def sent_type(selection: Selection, name: str, found: pa.DataType, where: str) -
 
 
 def sent_schema(selection: Selection, found: pa.Schema, where: str) -> pa.Schema:
-    """`sent_type` of every column."""
+    """The schema with every column's `sent_type`."""
     return pa.schema(
         [
             pa.field(field.name, sent_type(selection, field.name, field.type, where))
@@ -88,18 +98,18 @@ def sent_schema(selection: Selection, found: pa.Schema, where: str) -> pa.Schema
 def conformed(
     batch: pa.RecordBatch, schema: pa.Schema, selection: Selection, where: str
 ) -> pa.RecordBatch:
-    """A batch in the schema that the first file set.
+    """The batch converted to the schema of the first file.
 
     Raises:
         ColumnTypeError: A column's values do not fit.
-        UnknownColumnError: A column is not there.
+        UnknownColumnError: A column is missing.
     """
     columns = []
     for field in schema:
         index = batch.schema.get_field_index(field.name)
         if index < 0:
             raise UnknownColumnError(
-                f"{where} has no column `{field.name}`, which files before it have",
+                f"{where} has no column `{field.name}`, which the files before it have",
                 field=field.name,
                 allowed=batch.schema.names,
             )

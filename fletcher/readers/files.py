@@ -1,4 +1,4 @@
-"""Which files to read, in which format, and opening them decompressed."""
+"""Input files: finding them, telling their format, opening them decompressed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FORMATS: tuple[str, ...] = get_args(Format)
 STDIN = "-"
 BUFFER_BYTES = 1 << 20
 SNIFF_BYTES = 64
-MAX_KINDS = 5  # that a message names
-# A first line that is longer names no columns.
+MAX_KINDS = 5  # suffixes that a notice lists
+# A longer first line is not a header.
 FIRST_LINE_BYTES = 64 << 10
 
 _SUFFIXES: dict[str, Format] = {
@@ -49,13 +49,13 @@ _MAGIC: tuple[tuple[bytes, str], ...] = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One thing to read.
+    """One input.
 
     Attributes:
         path: None for standard input.
         name: For messages.
-        size: Bytes on disk; None for what is not a regular file.
-        format: None: to be told from the first bytes.
+        size: Bytes on disk; None unless it is a regular file.
+        format: None: the first bytes tell.
     """
 
     path: Path | None
@@ -69,16 +69,18 @@ def find_files(
     format_name: str | None = None,
     notice: Callable[[str], None] = log.info,
 ) -> list[InputFile]:
-    """The files that paths stand for; those of a folder sorted by path, hidden ones left out.
+    """The input files at some paths.
+
+    A folder's files are sorted by path; hidden ones are left out.
 
     Args:
-        paths: Files, folders, or `-` for standard input (alone or among others, once).
-        format_name: One of FORMATS for all of them; None: by the name, else by the first bytes.
-        notice: Called with a line for people about files that a folder holds and nobody reads.
+        paths: Files, folders, or `-` for standard input (at most once).
+        format_name: One of FORMATS, for all files; None: by file name, else by the first bytes.
+        notice: Called with a message about files of a folder that are skipped.
 
     Raises:
-        InvalidCommandError: A path that is not there, a folder with nothing to read, a format that
-            is none.
+        InvalidCommandError: A path does not exist, a folder has nothing to read, or the format is
+            unknown.
     """
     if format_name is not None and format_name not in FORMATS:
         raise InvalidCommandError(
@@ -94,9 +96,9 @@ def find_files(
         else:
             files += _files_at(Path(path), chosen, notice)
     if not files:
-        raise InvalidCommandError("no file to read was given")
+        raise InvalidCommandError("no file to read was given; name a file, a folder or `-`")
     if sum(file.path is None for file in files) > 1:
-        raise InvalidCommandError("standard input (`-`) was given twice")
+        raise InvalidCommandError("standard input (`-`) was given twice; it can be read once")
     return files
 
 
@@ -121,27 +123,27 @@ def _files_at(path: Path, chosen: Format | None, notice: Callable[[str], None]) 
             found.append(InputFile(file, str(file), file.stat().st_size, chosen or known))
     if not found:
         raise InvalidCommandError(
-            f"the folder {path} holds no file to read; files are known by their names: "
+            f"the folder {path} holds no file to read; expected names that end in "
             f"{', '.join(_SUFFIXES)}, each also with .gz or .zst"
         )
     if unknown:
-        notice(_passed_over(path, unknown))
+        notice(_skipped_files(path, unknown))
     return found
 
 
-def _passed_over(folder: Path, unknown: Counter[str]) -> str:
+def _skipped_files(folder: Path, unknown: Counter[str]) -> str:
     number = unknown.total()
     kinds = [f"{count} {kind or 'without a suffix'}" for kind, count in unknown.most_common()]
     shown = kinds[:MAX_KINDS] + (["others"] if len(kinds) > MAX_KINDS else [])
     return (
         f"{number:,} {'file' if number == 1 else 'files'} of unknown kind in {folder} "
-        f"{'is' if number == 1 else 'are'} passed over ({', '.join(shown)}); "
-        "name such a file, with --format, to read it"
+        f"{'is' if number == 1 else 'are'} skipped ({', '.join(shown)}); "
+        "to read such a file, name it and give --format"
     )
 
 
 def format_of(path: Path) -> Format | None:
-    """The format that a file's name tells, whatever its compression; None where it tells none."""
+    """The format by a file's suffix, before `.gz` or `.zst`; None if unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
@@ -149,7 +151,7 @@ def format_of(path: Path) -> Format | None:
 
 
 class _Decompressed(io.RawIOBase):
-    """A pyarrow stream as a raw Python stream, which can be buffered and peeked into."""
+    """A pyarrow stream as a raw Python stream, which `io.BufferedReader` can wrap."""
 
     def __init__(self, stream: pa.NativeFile) -> None:
         self.stream = stream
@@ -165,12 +167,12 @@ class _Decompressed(io.RawIOBase):
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """An input being read.
+    """An open input.
 
     Attributes:
-        stream: Its bytes, decompressed.
+        stream: Decompressed bytes.
         compression: `gzip`, `zstd` or None.
-        position: Bytes of the file on disk read so far.
+        position: Returns the number of bytes read so far of the file on disk.
     """
 
     stream: io.BufferedReader
@@ -180,7 +182,7 @@ class OpenFile:
 
 @contextmanager
 def open_file(file: InputFile, stdin: BinaryIO | None = None) -> Iterator[OpenFile]:
-    """Opens an input, decompressed if its first bytes say that it is compressed."""
+    """Open an input; gzip and zstd, detected by their first bytes, are decompressed."""
     if file.path is None:
         yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer), lambda: 0)
         return
@@ -192,7 +194,10 @@ def open_file(file: InputFile, stdin: BinaryIO | None = None) -> Iterator[OpenFi
 
 
 class _Pipe(io.RawIOBase):
-    """Standard input or a named pipe, not closed here; the first read is enough to sniff at."""
+    """Standard input or a named pipe.
+
+    The first read returns enough bytes to detect the format.
+    """
 
     def __init__(self, source: BinaryIO | io.FileIO) -> None:
         self.read_some = getattr(source, "read1", source.read)

@@ -1,7 +1,7 @@
-"""JSON lines and plain text, read a line at a time.
+"""Readers of JSON lines and plain text, line by line.
 
-So an error names its line, a row may be as large as the server takes (pyarrow's reader wants it
-within a block), and no more than one batch is in memory.
+pyarrow's JSON reader is not used: its errors name no line, and a row must fit into one of its
+blocks. At most one batch is in memory.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a n
 
 
 def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its end) of every line that is not blank.
+    """(number from 1, text without line end) of every line that is not blank.
 
     Raises:
-        InvalidUtf8Error: A line that is not UTF-8.
-        InvalidCommandError: A line of more than MAX_LINE_BYTES.
+        InvalidUtf8Error: A line is not UTF-8.
+        InvalidCommandError: A line is longer than MAX_LINE_BYTES.
     """
     number = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
@@ -39,7 +39,7 @@ def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, 
         if len(line) > MAX_LINE_BYTES:
             raise InvalidCommandError(
                 f"{name}: line {number} has more than {MAX_LINE_BYTES >> 20} MiB; "
-                "is this file one row a line?"
+                "expected one row per line"
             )
         try:
             text = line.decode().rstrip("\r\n")
@@ -57,9 +57,9 @@ def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, 
 def read_text(
     stream: io.BufferedReader, name: str, selection: Selection, batch_rows: int, batch_bytes: int
 ) -> Iterator[pa.RecordBatch]:
-    """One text a line; blank lines are left out. Text has the one column `selection.text`."""
+    """Batches of plain text: the lines that are not blank, as one column."""
     names = [selection.text]
-    selection.of(names, f"{name} (plain text)")
+    selection.pick_names(names, f"{name} (plain text)")
     for group in _groups(numbered_lines(stream, name), batch_rows, batch_bytes):
         column = pa.array([text for _, text in group], pa.utf8())
         yield pa.RecordBatch.from_arrays([column], names=names)
@@ -68,18 +68,18 @@ def read_text(
 def read_jsonl(
     stream: io.BufferedReader, name: str, selection: Selection, batch_rows: int, batch_bytes: int
 ) -> Iterator[pa.RecordBatch]:
-    """One JSON object a line. The first batch settles the columns and their types.
+    """Batches of JSON lines. The first batch decides the columns and their types.
 
-    Objects and lists in carried columns become JSON text. A field that a row lacks is null.
+    Objects and lists in carried columns become JSON text. A field missing in a row is null.
     """
     schema: pa.Schema | None = None
     for group in _groups(numbered_lines(stream, name), batch_rows, batch_bytes):
         numbers = [number for number, _ in group]
         rows = [_row(text, number, name) for number, text in group]
         if schema is None:
-            schema = _settle(rows, selection, name)
+            schema = _infer_schema(rows, selection, name)
         columns = [
-            _array([_flat(row.get(field.name)) for row in rows], field, numbers, name)
+            _array([_scalar(row.get(field.name)) for row in rows], field, numbers, name)
             for field in schema
         ]
         yield pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -106,36 +106,36 @@ def _row(text: str, number: int, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long"
         hint = (
-            "; expected one object a line, not one array over all of them"
+            "; expected one object per line, not one array over all of them"
             if number == 1 and text.startswith("[")
             else ""
         )
         raise InvalidCommandError(f"{name}: line {number} is not JSON: {reason}{hint}") from None
     if not isinstance(row, dict):
         raise InvalidCommandError(
-            f"{name}: line {number} is not a JSON object, expected one object a line"
+            f"{name}: line {number} is not a JSON object, expected one object per line"
         )
     return row
 
 
-def _settle(rows: Sequence[dict[str, Any]], selection: Selection, name: str) -> pa.Schema:
+def _infer_schema(rows: Sequence[dict[str, Any]], selection: Selection, name: str) -> pa.Schema:
     known = list(dict.fromkeys(key for row in rows for key in row))
     try:
-        chosen = selection.of(known, name)
+        chosen = selection.pick_names(known, name)
     except UnknownColumnError as error:
         error.add_note(f"within the first {len(rows)} rows")
         raise
     fields = []
     for column in chosen:
-        kinds = {type(_flat(row.get(column))) for row in rows} - {type(None)}
+        kinds = {type(_scalar(row.get(column))) for row in rows} - {type(None)}
         if column == selection.text or kinds <= {str}:
             kind = pa.utf8()
         elif kinds in ({int, float}, {float}):
             kind = pa.float64()
         elif kinds == {bool}:
             kind = pa.bool_()
-        else:  # integers; of a mixture, `_array` names the row that differs from the first
-            values = (_flat(row.get(column)) for row in rows)
+        else:  # integers, or a mixture, of which `_array` names the first row that differs
+            values = (_scalar(row.get(column)) for row in rows)
             first = next(value for value in values if value is not None)
             kind = {str: pa.utf8(), bool: pa.bool_(), float: pa.float64()}.get(
                 type(first), pa.int64()
@@ -144,7 +144,7 @@ def _settle(rows: Sequence[dict[str, Any]], selection: Selection, name: str) -> 
     return pa.schema(fields)
 
 
-def _flat(value: Any) -> Any:
+def _scalar(value: Any) -> Any:
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
     return value
@@ -157,8 +157,8 @@ def _array(values: Sequence[Any], field: pa.Field, numbers: Sequence[int], name:
         row = next(index for index, value in enumerate(values) if not _fits(value, field.type))
     if isinstance(values[row], str) and field.type == pa.utf8():
         raise InvalidUtf8Error(
-            f"{name}: line {numbers[row]}: `{field.name}` holds half a surrogate pair, which is "
-            "no Unicode text",
+            f"{name}: line {numbers[row]}: `{field.name}` holds half a surrogate pair, expected "
+            "Unicode text",
             field=field.name,
         )
     found = _KINDS.get(type(values[row]), "something else")

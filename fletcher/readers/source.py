@@ -1,4 +1,4 @@
-"""One stream of batches out of many files, in one schema."""
+"""One stream of batches from many files, in one schema."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fletcher.errors import FletcherError, InvalidCommandError
 from fletcher.readers.columns import Selection, conformed, sent_schema
 from fletcher.readers.files import InputFile, find_files, open_file
 from fletcher.readers.lines import read_jsonl, read_text
-from fletcher.readers.sniff import guessed, sniff
+from fletcher.readers.sniff import guess_notice, sniff
 from fletcher.readers.tables import read_arrow_file, read_arrow_stream, read_csv, read_parquet
 
 log = logging.getLogger(__name__)
@@ -36,28 +36,28 @@ def open_source(
     stdin: BinaryIO | None = None,
     notice: Callable[[str], None] = log.info,
 ) -> TextSource:
-    """Opens files, folders or standard input (`-`) for reading as one stream.
+    """Open files, folders or standard input (`-`) for reading as one stream.
 
-    Reads Parquet, CSV and TSV with a header, JSON lines, Arrow IPC (file and stream) and plain text
-    (one text a line); the texts and Arrow streams also compressed with gzip or zstd.
+    Formats: Parquet, CSV and TSV with a header, JSON lines, Arrow IPC (file and stream) and plain
+    text (a text per line). All except Parquet and Arrow files may be compressed with gzip or zstd.
 
-    Standard input without a `format_name` is what its first line says: JSON, a CSV or TSV header
-    that names the text column, else plain text; a line that may be another header is refused.
+    The format of standard input without a `format_name` follows from its first line: JSON, a CSV or
+    TSV header with the text column, else plain text. A line that may be another header is refused.
 
     Args:
-        paths: Files, folders of them, `-`.
-        text_column: The column of the text; what plain text's only column is called.
-        id_column: The column of the id; None: `id` where there is one.
+        paths: Files, folders, `-`.
+        text_column: Column of the text; also the name of plain text's only column.
+        id_column: Column of the id; None: `id` if the input has one.
         columns: Further columns to read.
-        format_name: One of `fletcher.readers.FORMATS`; None: from name and content.
-        batch_rows: Rows of a batch at most; batches are also kept to about 4 MiB.
-        limit: Rows to read at most; None: all.
-        stdin: Stands in for standard input.
-        notice: Called with a line for people about a format that was guessed, or files passed over.
+        format_name: One of `fletcher.readers.FORMATS`; None: by name and content.
+        batch_rows: Maximum rows of a batch; batches are also limited to about 4 MiB.
+        limit: Maximum rows to read; None: all.
+        stdin: Replaces standard input.
+        notice: Called with a message about a detected format or skipped files.
 
     Raises:
-        InvalidCommandError: A path that cannot be read, or a file that is not what it says.
-        UnknownColumnError, ColumnTypeError, InvalidUtf8Error: What the first rows have wrong.
+        InvalidCommandError: A path cannot be read, or a file does not match its format.
+        UnknownColumnError, ColumnTypeError, InvalidUtf8Error: The first rows do not fit.
     """
     if limit is not None and limit < 0:
         raise InvalidCommandError(f"`limit` is {limit}, expected 0 or more", field="limit")
@@ -70,13 +70,13 @@ def open_source(
 
 
 class TextSource:
-    """Text to embed, out of files: batches of id, text and carried columns, in one schema.
+    """Text from files: batches of id, text and carried columns, in one schema.
 
     Attributes:
-        files: What is read, in order.
+        files: The inputs, in order.
         schema: Of every batch: text utf8, id utf8 or an integer type.
-        total_bytes: Size of all files; None where one is no regular file.
-        bytes_read: How far into `total_bytes` the latest `batches()` has come.
+        total_bytes: Size of all files; None unless all are regular files.
+        bytes_read: Share of `total_bytes` that the latest `batches()` has read.
     """
 
     def __init__(
@@ -98,45 +98,45 @@ class TextSource:
         sizes = [file.size for file in files]
         known = [size for size in sizes if size is not None]
         self.total_bytes: int | None = sum(known) if len(known) == len(sizes) else None
-        # The first batch settles the schema. What it was read from goes on to the first reader.
-        found = self._found()
+        # The first batch decides the schema. The first call of `batches` continues after it.
+        found = self._read_files()
         first = next(found, None)
         if first is None:
             self.schema = pa.schema([pa.field(selection.text, pa.utf8())])
-            self._begun = found
+            self._first_pass = found
         else:
             batch, where = first
             self.schema = sent_schema(selection, batch.schema, where)
-            self._begun = chain([first], found)
-        self._untouched = True
+            self._first_pass = chain([first], found)
+        self._is_unread = True
 
     @property
     def reiterable(self) -> bool:
-        """`batches` can be called again: nothing comes from standard input or a pipe."""
+        """Whether `batches` can be called again: all inputs are regular files."""
         return self.total_bytes is not None
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All batches from the first row on, each at most `batch_rows` rows.
+        """All batches from the first row on, each of at most `batch_rows` rows.
 
         Raises:
-            InvalidCommandError: A file is damaged, or what is read cannot be read twice.
+            InvalidCommandError: A file is damaged, or an input cannot be read twice.
             UnknownColumnError, ColumnTypeError, InvalidUtf8Error: A later file differs.
         """
-        if self._untouched:
-            self._untouched = False
-            return self._conformed(self._begun)
+        if self._is_unread:
+            self._is_unread = False
+            return self._conformed(self._first_pass)
         if not self.reiterable:
-            raise InvalidCommandError("standard input can be read once only")
-        return self._conformed(self._found())
+            raise InvalidCommandError("standard input and pipes can be read only once")
+        return self._conformed(self._read_files())
 
     def content_hash(self) -> str:
-        """SHA-256, in hex, over the files' contents in order, and what is read of them.
+        """SHA-256 in hex of the files' contents and of what is selected of them.
 
         Raises:
-            InvalidCommandError: The source is no regular file, or a file cannot be read.
+            InvalidCommandError: An input is not a regular file, or a file cannot be read.
         """
         if not self.reiterable:
-            raise InvalidCommandError("what comes by standard input has no hash before it is read")
+            raise InvalidCommandError("standard input has no hash before it is read; give a file")
         digest = hashlib.sha256()
         chosen = self.selection
         read = [chosen.text, chosen.id, chosen.carried, self._limit, [f.format for f in self.files]]
@@ -153,20 +153,20 @@ class TextSource:
     def _conformed(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Iterator[pa.RecordBatch]:
         left = self._limit
         for batch, where in found:
-            piece = batch if left is None else batch.slice(0, left)
-            if piece.num_rows:
-                yield conformed(piece, self.schema, self.selection, where)
+            part = batch if left is None else batch.slice(0, left)
+            if part.num_rows:
+                yield conformed(part, self.schema, self.selection, where)
             if left is not None:
-                left -= piece.num_rows
+                left -= part.num_rows
                 if left == 0:
                     return
 
-    def _found(self) -> Iterator[tuple[pa.RecordBatch, str]]:
-        """(batch as found, file's name), keeping `bytes_read`."""
+    def _read_files(self) -> Iterator[tuple[pa.RecordBatch, str]]:
+        """(unconverted batch, file's name); updates `bytes_read`."""
         before = 0
         for file in self.files:
             try:
-                for batch, position in self._read(file):
+                for batch, position in self._read_file(file):
                     self.bytes_read = before + position
                     yield batch, file.name
             except FletcherError:
@@ -177,12 +177,12 @@ class TextSource:
             before += file.size or 0
             self.bytes_read = before
 
-    def _read(self, file: InputFile) -> Iterator[tuple[pa.RecordBatch, int]]:
-        """(batch as found, bytes of the file read so far)."""
+    def _read_file(self, file: InputFile) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """(unconverted batch, bytes of the file read so far)."""
         with open_file(file, self._stdin) as opened:
             kind = sniff(file, opened, self.selection.text)
             if file.path is None and file.format is None:
-                self._notice(guessed(file, kind))
+                self._notice(guess_notice(file, kind))
             stream, name, rows = opened.stream, file.name, self._batch_rows
             is_arrow_file = kind == "arrow" and stream.peek(6).startswith(b"ARROW1")
             batches: Iterator[pa.RecordBatch]
@@ -207,7 +207,7 @@ class TextSource:
         if file.path is None or file.size is None or compression is not None:
             form = "a Parquet file" if kind == "parquet" else "an Arrow file"
             raise InvalidCommandError(
-                f"{file.name} is {form}, which is read from its end: "
+                f"{file.name} is {form}, whose index is at its end: "
                 + (
                     "decompress it first"
                     if compression

@@ -1,4 +1,4 @@
-"""Parquet, Arrow and CSV, read a piece at a time."""
+"""Readers of Parquet, Arrow and CSV, batch by batch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import pyarrow.parquet as pq
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
 from fletcher.readers.columns import Selection
 
-# A row of CSV must fit into one block, and the server takes rows of 16 MiB by default.
+# A CSV row must fit into one block; the server accepts rows of 16 MiB by default.
 CSV_BLOCK_BYTES = 32 << 20
 CSV_HEADER_BYTES = 1 << 20
 MAX_HEADER_LINES = 100
-# The text of the row that `_WithLastRow` adds.
+# Text of the row that `_WithLastRow` appends.
 _END = "(end of file)"
 
 
 def read_parquet(
     path: Path, name: str, selection: Selection, batch_rows: int, batch_bytes: int
 ) -> Iterator[tuple[pa.RecordBatch, float]]:
-    """(batch, share of the file read so far)."""
-    # Buffered reads: without them every column chunk is read as a whole.
+    """(batch, share of the file read so far) of a Parquet file."""
+    # Without buffered reads, pyarrow reads every column chunk as a whole.
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-        chosen = selection.of(file.schema_arrow.names, name)
+        chosen = selection.pick_names(file.schema_arrow.names, name)
         rows = _rows_per_batch(file.metadata, chosen, batch_rows, batch_bytes)
         total, done = max(1, file.metadata.num_rows), 0
         for batch in file.iter_batches(batch_size=rows, columns=chosen, use_threads=False):
@@ -39,7 +39,7 @@ def read_parquet(
 def _rows_per_batch(
     metadata: pq.FileMetaData, chosen: list[str], batch_rows: int, batch_bytes: int
 ) -> int:
-    """Rows that keep a batch near `batch_bytes`, judged by the largest row group's average."""
+    """Rows per batch of about `batch_bytes`, by the largest average row of a group."""
     widest = 1.0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
@@ -56,23 +56,23 @@ def _rows_per_batch(
 def read_arrow_file(
     path: Path, name: str, selection: Selection, batch_rows: int
 ) -> Iterator[tuple[pa.RecordBatch, float]]:
-    """(batch, share of the file read so far) of the IPC file format, mapped into memory."""
+    """(batch, share of the file read so far) of an Arrow IPC file, mapped into memory."""
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
-        chosen = selection.of(file.schema.names, name)
+        chosen = selection.pick_names(file.schema.names, name)
         for index in range(file.num_record_batches):
             batch = file.get_batch(index).select(chosen)
-            for piece in _pieces(batch, batch_rows):
-                yield piece, (index + 1) / file.num_record_batches
+            for part in _slices(batch, batch_rows):
+                yield part, (index + 1) / file.num_record_batches
 
 
 def read_arrow_stream(
     stream: io.BufferedReader, name: str, selection: Selection, batch_rows: int
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of the IPC stream format."""
+    """Batches of an Arrow IPC stream."""
     with pa.ipc.open_stream(stream) as reader:
-        chosen = selection.of(reader.schema.names, name)
+        chosen = selection.pick_names(reader.schema.names, name)
         for batch in reader:
-            yield from _pieces(batch.select(chosen), batch_rows)
+            yield from _slices(batch.select(chosen), batch_rows)
 
 
 def read_csv(
@@ -80,17 +80,17 @@ def read_csv(
 ) -> Iterator[pa.RecordBatch]:
     """Batches of a CSV file with a header.
 
-    Text and id are strings, whatever they look like (an id `007` keeps its zeros); the types of
-    carried columns are settled by the first block. Values may hold line ends inside quotes.
+    Text and id are strings, whatever they look like: an id `007` keeps its zeros. The first block
+    decides the types of carried columns. Quoted values may hold line ends.
 
     Raises:
-        InvalidCommandError: A quote that is never closed: all that follows would be one value.
+        InvalidCommandError: A quote is never closed, so that the rest would be one value.
         InvalidUtf8Error: A value, or the header, is not UTF-8.
     """
     header = _header(stream, name, delimiter)
     if not header:
         return
-    chosen = selection.of(header, name)
+    chosen = selection.pick_names(header, name)
     strings = {one: pa.utf8() for one in chosen if one == selection.text or selection.is_id(one)}
     if not stream.peek(1):
         return
@@ -103,7 +103,7 @@ def read_csv(
             convert_options=pa_csv.ConvertOptions(column_types=strings, include_columns=chosen),
         )
         with reader:
-            yield from _pieces_but_last_row(reader, name, selection.text, batch_rows)
+            yield from _without_last_row(reader, name, selection.text, batch_rows)
     except pa.ArrowInvalid as error:
         if "invalid UTF8" not in str(error):
             raise
@@ -113,7 +113,10 @@ def read_csv(
 
 
 class _WithLastRow:
-    """A stream, and after it a row of ours: pyarrow takes the file's end for a closing quote."""
+    """A stream with an appended row, which shows whether the last quote was closed.
+
+    pyarrow takes the end of a file for a closing quote.
+    """
 
     closed = False
 
@@ -128,24 +131,24 @@ class _WithLastRow:
         return data
 
 
-def _pieces_but_last_row(
+def _without_last_row(
     batches: Iterable[pa.RecordBatch], name: str, text_column: str, batch_rows: int
 ) -> Iterator[pa.RecordBatch]:
     held: pa.RecordBatch | None = None
     rows = 0
     for batch in batches:
         if held is not None:
-            yield from _pieces(held, batch_rows)
+            yield from _slices(held, batch_rows)
         if batch.num_rows:
             held = batch
             rows += batch.num_rows
     if held is None or held.column(text_column)[-1].as_py() != _END:
         raise InvalidCommandError(f"{name}: row {rows} opens a quote that is never closed")
-    yield from _pieces(held.slice(0, held.num_rows - 1), batch_rows)
+    yield from _slices(held.slice(0, held.num_rows - 1), batch_rows)
 
 
 def _header(stream: io.BufferedReader, name: str, delimiter: str) -> list[str]:
-    """The names in the first record, which is taken off the stream; none of an empty file."""
+    """Read the header off the stream; empty for an empty file."""
     text = ""
     for _ in range(MAX_HEADER_LINES):
         line = stream.readline(CSV_HEADER_BYTES)
@@ -166,6 +169,6 @@ def _header(stream: io.BufferedReader, name: str, delimiter: str) -> list[str]:
     return header
 
 
-def _pieces(batch: pa.RecordBatch, batch_rows: int) -> Iterator[pa.RecordBatch]:
+def _slices(batch: pa.RecordBatch, batch_rows: int) -> Iterator[pa.RecordBatch]:
     for start in range(0, batch.num_rows, batch_rows):
         yield batch.slice(start, batch_rows)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 from fletcher.config.engine import EngineConfig
 from fletcher.config.limits import LimitsConfig
@@ -14,15 +13,18 @@ from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import load_inline
-from fletcher.inference.devices import HostInfo, resolve
+from fletcher.inference.devices import resolve_replicas
+from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 from fletcher.pipeline.cache import CacheBackend, EmbeddingCache, MemoryCache
 from fletcher.pipeline.disk_cache import DiskCache
-from fletcher.pipeline.embedder import Embedder, EmbedderConfig, Run
+from fletcher.pipeline.embedder import Embedder, ModelProcesses, SharedResources
 from fletcher.pipeline.input.limits import COLUMN_BYTES, MAX_SLICE_ROWS, IntakeLimits
+from fletcher.pipeline.interactive.path import InlineModel, Run
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.planner import MAX_BATCH_ROWS, plan
+from fletcher.pipeline.scheduler import BatchingConfig, ModelShape
 from fletcher.serving.model_manager import ServedModel
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.tokenization.null import NullTokenizer
@@ -47,8 +49,8 @@ class ModelLoader:
         host: What there is to run them.
         budget: Memory for the streams of all of them.
         telemetry: Where counts, durations and spans go.
-        crowded: Whether there is so much to do that windows should be larger.
-        shelf: Where vectors of texts embedded before are kept; None: they are not.
+        under_pressure: Whether there is so much to do that batch windows should be larger.
+        backend: Where vectors of texts embedded before are kept; None: they are not.
     """
 
     config: ServeConfig
@@ -56,7 +58,7 @@ class ModelLoader:
     host: HostInfo
     budget: MemoryBudget
     telemetry: Telemetry
-    crowded: Callable[[], bool]
+    under_pressure: Callable[[], bool]
     backend: CacheBackend | None
 
     def look(self, name: str) -> ModelBundle:
@@ -78,8 +80,7 @@ class ModelLoader:
     ) -> Embedder:
         config = self.config
         num_tokenizers = config.workers.tokenizer_workers or _tokenizers(self.host.cores, replicas)
-        null = config.workers.tokenizer == "null"
-        tokenizer = (NullTokenizer if null else Tokenizer).load(bundle.folder)
+        null, isolated = config.workers.tokenizer == "null", config.workers.isolate_engine
         tokenizer_factory = f"fletcher.tokenization.{'null' if null else 'worker'}:load"
         tokenizer_config = TokenizerConfig(str(bundle.folder), bundle.hash)
         replicas = [replace(one, version=bundle.hash) for one in replicas]
@@ -90,37 +91,32 @@ class ModelLoader:
             for n, one in enumerate([*replicas, *standby])
         ]
         return Embedder(
-            EmbedderConfig(
+            ModelShape(bundle.width, bundle.num_layers, bundle.qualified_name),
+            ModelProcesses(
                 tokenizers=[
                     WorkerSpec(f"tokenizer-{n}", tokenizer_factory, tokenizer_config)
                     for n in range(num_tokenizers)
                 ],
                 replicas=specs[: len(replicas)],
                 standby=specs[len(replicas) :],
-                dim=bundle.width,
+                options=config.workers,
+            ),
+            BatchingConfig(
+                plan=lambda lengths, num_runners: plan(
+                    lengths,
+                    max_batch_tokens=max_batch_tokens,
+                    max_batch_rows=MAX_BATCH_ROWS,
+                    num_runners=num_runners,
+                ),
                 window_tokens=_WINDOW_RUNS * max_batch_tokens,
-                workers=config.workers,
-                num_layers=bundle.num_layers,
-                model=bundle.qualified_name,
+                max_queue_delay_s=config.workers.max_queue_delay_ms / 1000,
+                under_pressure=self.under_pressure,
             ),
-            plan=lambda lengths, num_runners: plan(
-                lengths,
-                max_batch_tokens=max_batch_tokens,
-                max_batch_rows=MAX_BATCH_ROWS,
-                num_runners=num_runners,
+            SharedResources(
+                self.budget, self.telemetry, self._cache(bundle, [*replicas, *standby])
             ),
-            tokenize=tokenizer.encode,
-            budget=self.budget,
-            telemetry=self.telemetry,
-            load_inline=partial(self._load_inline, replicas[0]),
-            crowded=self.crowded,
-            cache=self._cache(bundle, [*replicas, *standby]),
+            InlineModel() if isolated else _inline_model(bundle, null, replicas[0]),
         )
-
-    def _load_inline(self, replica: BackendConfig) -> Run | None:
-        """What runs a model in this process, as a replica does."""
-        backend = None if self.config.workers.isolate_engine else load_inline(replica)
-        return None if backend is None else backend.run
 
     def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
         if self.backend is None or bundle.output != "dense":  # entries are of one size
@@ -131,6 +127,17 @@ class ModelLoader:
         }
         scope = [bundle.qualified_name, self.config.workers.tokenizer, *sorted(engines)]
         return EmbeddingCache(scope, bundle.dim, self.backend, self.telemetry)
+
+
+def _inline_model(bundle: ModelBundle, null: bool, replica: BackendConfig) -> InlineModel:
+    """Copies of the tokenizer and of a replica's engine for the front process."""
+
+    def load() -> Run | None:
+        backend = load_inline(replica)
+        return None if backend is None else backend.run
+
+    tokenizer = (NullTokenizer if null else Tokenizer).from_bundle(bundle.folder)
+    return InlineModel(tokenizer.encode, load)
 
 
 def open_cache_backend(config: CacheConfig) -> CacheBackend | None:
@@ -167,7 +174,8 @@ def _decide(
 def _on_cpu(config: EngineConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
     """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
     backend = "null" if config.backend == "null" else "auto"
-    rule = resolve("cpu", backend, "float32", config.threads, host, bundle.folder)
+    asked = EngineConfig(device="cpu", backend=backend, precision="float32", threads=config.threads)
+    rule = resolve_replicas(asked, host, bundle)
     log.info("%s, when no GPU is left: %s", bundle.qualified_name, rule.reason)
     return Decision(rule.configs, rule.reason)
 

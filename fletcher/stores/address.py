@@ -1,4 +1,4 @@
-"""Store addresses: `lance:PATH`, `parquet:PATH`, `grpc[s]://host:port?meta=PORT&profile=...`."""
+"""Store addresses: their forms, and opening the store at one."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def open_store(
     compression: str = "none",
     message_bytes: int | None = None,
 ) -> Store:
-    """Opens the store at an address. A Flight store connects on first use.
+    """Open the store at an address. A Flight store connects on first use.
 
     Args:
         address: One of FORMS.
-        timeout_s: Deadline of one call to a Flight store: long enough for a group of rows, short
-            enough that a stalled store is noticed.
+        timeout_s: Deadline of one call to a Flight store. It must suffice for a group of rows; a
+            shorter one notices a stalled store sooner.
         compression: Compression of rows sent to a Flight store; one of
             `fletcher.config.network.COMPRESSIONS`.
         message_bytes: Approximate size of a message to a Flight store; None: its default.
 
     Raises:
-        ConfigError: The address is none of these.
-        StoreError: The folder cannot be used, or LanceDB is not there.
+        ConfigError: The address has another form.
+        StoreError: The folder cannot be used, or LanceDB is not installed.
     """
     scheme, colon, _ = address.partition(":")
     folder = folder_of(address)
@@ -62,7 +62,7 @@ def open_store(
 
 
 def folder_of(address: str) -> Path | None:
-    """Where an embedded store is, which opening it makes; None: the address names no folder."""
+    """Folder of an embedded store; None for other addresses."""
     scheme, _, rest = address.partition(":")
     embedded = rest and scheme in ("lance", "parquet")
     return Path(rest).expanduser().absolute() if embedded else None

@@ -1,7 +1,7 @@
-"""What Fletcher asks of a vector store, and nothing more.
+"""Interface of a vector store.
 
-Output batches have the columns of `core.schema.output_schema`; `batch_key` names the group a row
-was sent in: `upload_id:first-last`, both offsets inclusive, unique within a dataset.
+Batches have the columns of `core.schema.output_schema`. `batch_key` names the group that a row was
+sent in: `upload_id:first-last`, both offsets inclusive, unique within a dataset.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ Operator = Literal["=", "!=", ">", "<", ">=", "<="]
 
 @dataclass(frozen=True, slots=True)
 class StoreCapabilities:
-    """What a store can do.
+    """Capabilities of a store.
 
     Attributes:
-        dtypes: Element types of `vector` that it stores and searches.
-        null_vectors: Rows with a null vector are stored; else they are not sent.
-        upsert: It can replace rows by id.
-        drops_repeated_keys: A group sent again under its `batch_key` is recognised by the store.
-        durable: What `append` returned for survives a crash of the store's process.
-        counts_groups: It holds a group if it has as many rows of it as its key says: it cannot tell
-            of one whose rows it did not all get.
-        outputs: What `vector` may be, as in VectorSpec; all but dense ones are stored and not
-            searched.
+        dtypes: Element types of `vector` that are stored and searched.
+        null_vectors: Rows with a null vector are stored; otherwise they are not sent.
+        upsert: Rows can be replaced by id.
+        drops_repeated_keys: The store recognises a group sent again under its `batch_key`.
+        durable: Rows survive a crash of the store's process once `append` has returned.
+        counts_groups: A group counts as stored if the store has as many rows as the key says. The
+            store cannot confirm a group of which some rows were not sent.
+        outputs: Kinds of `vector`, as in VectorSpec; all but `dense` are stored and not searched.
     """
 
     dtypes: tuple[str, ...]
@@ -45,7 +44,7 @@ class StoreCapabilities:
 
 @dataclass(frozen=True, slots=True)
 class DatasetInfo:
-    """A dataset as the store has it. `schema` includes the metadata of `fletcher.core.schema`."""
+    """A stored dataset. `schema` includes the metadata of `fletcher.core.schema`."""
 
     name: str
     schema: pa.Schema
@@ -55,7 +54,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A condition on one column; `logic` joins it to the one before it."""
+    """A condition on one column; `logic` joins it to the previous one."""
 
     field: str
     operator: Operator
@@ -65,38 +64,39 @@ class Filter:
 
 
 class DatasetWriter(Protocol):
-    """The one writer of a dataset in this process. Not thread-safe: one thread owns it."""
+    """The only writer of a dataset. Not thread-safe: one thread owns it."""
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """Stores all rows of all batches or none.
+        """Store all rows of all batches, or none.
 
         Returns:
             Whether the store asks to slow down.
 
         Raises:
-            StoreUnavailableError: Nothing is known to be stored; ask `missing_keys`, then retry.
-            OverloadedError: The same, and send less at once.
-            RequestError: The store refuses these rows for good.
+            StoreUnavailableError: The rows may or may not be stored; ask `missing_keys`, then
+                retry.
+            OverloadedError: As StoreUnavailableError; retry with fewer rows.
+            RequestError: The store refuses these rows; a retry does not help.
         """
         ...
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
-        """Those of `batch_keys` that the store does not hold, in their order."""
+        """The keys among `batch_keys` that are not stored, in their order."""
         ...
 
     def close(self) -> None:
-        """Lets the dataset go (lock, connection). Idempotent."""
+        """Release the dataset (lock, connection). Idempotent."""
         ...
 
 
 class Store(Protocol):
-    """A vector store at one address. Thread-safe, but for the writers it hands out."""
+    """A vector store at one address. Thread-safe, except for its writers."""
 
     address: str
 
     @property
     def capabilities(self) -> StoreCapabilities:
-        """What it can do. A remote store is asked the first time.
+        """Capabilities of the store; a remote store is asked on first use.
 
         Raises:
             StoreUnavailableError: The store does not answer.
@@ -104,28 +104,28 @@ class Store(Protocol):
         ...
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
-        """Prepares to write rows of `schema`, creating the dataset if it is not there.
+        """Open a dataset for rows of `schema`; create it if it does not exist.
 
-        `mode="overwrite"` empties an existing dataset first; `mode="upsert"` makes every `append`
-        replace rows of the same id.
+        `mode="overwrite"` empties an existing dataset first. With `mode="upsert"`, every `append`
+        replaces rows of the same id.
 
         Raises:
             ModelMismatchError, DimensionMismatchError, ColumnTypeError: The dataset holds vectors
                 of another model, another width, or a column of another type.
-            StoreUnavailableError: The store does not answer, or another process writes to it.
+            StoreUnavailableError: The store does not answer, or the dataset has another writer.
         """
         ...
 
     def datasets(self) -> list[DatasetInfo]:
-        """All datasets, by name."""
+        """All datasets, sorted by name."""
         ...
 
     def dataset(self, name: str) -> DatasetInfo | None:
-        """One dataset; None where it does not exist."""
+        """One dataset; None if it does not exist."""
         ...
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
-        """Row offsets of an upload that are stored: inclusive (first, last), sorted, merged."""
+        """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""
         ...
 
     def scan(
@@ -136,7 +136,13 @@ class Store(Protocol):
         filters: Sequence[Filter] = (),
         limit: int | None = None,
     ) -> pa.RecordBatchReader:
-        """Rows of a dataset.
+        """Rows of a dataset as a stream.
+
+        Args:
+            dataset: Its name.
+            columns: Columns to return; None: all of the dataset's.
+            filters: Conditions that a row must meet.
+            limit: Maximum number of rows; None: all.
 
         Raises:
             UnknownDatasetError, UnknownColumnError.
@@ -152,10 +158,16 @@ class Store(Protocol):
         columns: Sequence[str] | None = None,
         filters: Sequence[Filter] = (),
     ) -> pa.Table:
-        """The k nearest rows by cosine, best first: the asked columns and `score` float32.
+        """The k nearest rows by cosine, best first.
 
         Args:
             vector: float32 [dim].
+            k: Maximum number of rows.
+            columns: Columns to return; None: all of the dataset's.
+            filters: Conditions that a row must meet.
+
+        Returns:
+            `columns` and `score` float32, the cosine.
 
         Raises:
             UnknownDatasetError, UnknownColumnError, DimensionMismatchError.
@@ -163,9 +175,9 @@ class Store(Protocol):
         ...
 
     def delete_dataset(self, name: str) -> None:
-        """Removes a dataset. Raises UnknownDatasetError."""
+        """Delete a dataset. Raises UnknownDatasetError."""
         ...
 
     def close(self) -> None:
-        """Closes writers and connections. Idempotent."""
+        """Close writers and connections. Idempotent."""
         ...

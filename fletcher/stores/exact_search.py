@@ -1,4 +1,4 @@
-"""Exact search with numpy over a stream of rows, and what makes a query a valid one."""
+"""Exact search with numpy over a stream of rows, and the checks of a query."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Scores = Callable[[pa.RecordBatch], npt.NDArray[np.float32]]
 
 
 def unknown_dataset(name: str) -> UnknownDatasetError:
-    """The error for a dataset that is not there."""
+    """The error for a dataset that does not exist."""
     return UnknownDatasetError(
-        f"there is no dataset `{name}`; write to it first or list the datasets", field="dataset"
+        f"there is no dataset `{name}`; write to it first, or list the datasets", field="dataset"
     )
 
 
 def vector_reader(dataset: str, schema: pa.Schema) -> VectorReader:
-    """How a dataset's vectors are read to be searched.
+    """Reader of a dataset's vectors, for a search.
 
     Raises:
-        ColumnTypeError: They are not dense, or none that Fletcher writes.
+        ColumnTypeError: The vectors are not dense, or of a type that Fletcher does not write.
     """
     try:
-        return VectorReader.of(schema)
+        return VectorReader.from_schema(schema)
     except ColumnTypeError as error:
         raise ColumnTypeError(
             f"dataset `{dataset}` cannot be searched: {error.message}", field="vector"
@@ -43,11 +43,17 @@ def vector_reader(dataset: str, schema: pa.Schema) -> VectorReader:
 
 
 def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> VectorReader:
-    """Refuses what cannot be searched; how the dataset's vectors are read.
+    """Check a query and return the reader of the dataset's vectors.
+
+    Args:
+        dataset: Its name, for messages.
+        schema: Of the dataset.
+        vector: float [dim].
+        k: Maximum number of rows.
 
     Raises:
-        DimensionMismatchError: `vector` is not float [dim].
-        ColumnTypeError: The dataset's vectors are none that Fletcher writes.
+        DimensionMismatchError: `vector` has another shape.
+        ColumnTypeError: As `vector_reader`.
         InvalidCommandError: `k` is out of range, or `vector` is zero or holds NaN or infinity.
     """
     reader = vector_reader(dataset, schema)
@@ -68,10 +74,16 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
 
 
 def cosine(vector: npt.NDArray[np.float32], reader: VectorReader) -> Scores:
-    """A function from a batch to the cosines of its `vector`s to this one.
+    """Scoring function: the cosine of each row's `vector` to the query.
 
-    The query stays float32 whatever the rows are: signs against signs would tell half as much. The
-    result is float32 [num_rows]; -inf where the row's vector is null or zero.
+    The query stays float32 whatever the rows' type, because quantizing it too loses precision.
+
+    Args:
+        vector: float32 [dim], the query.
+        reader: Of the rows' vectors.
+
+    Returns:
+        A function from a batch to float32 [num_rows]; -inf for a null or zero vector.
     """
     query = vector / np.linalg.norm(vector)
 
@@ -94,13 +106,15 @@ def nearest(
     k: int,
     columns: Sequence[str],
 ) -> pa.Table:
-    """The k best rows of a stream, best first, holding no more than k rows and one batch.
+    """The k best rows of a stream, best first.
+
+    Holds at most k rows and one batch in memory.
 
     Args:
         batches: Rows with `vector` and `columns`, at least one batch or a reader.
-        scores: How to score a batch; -inf keeps a row out.
-        k: Rows to answer at most.
-        columns: Columns to answer; `score` float32 is added.
+        scores: Scoring function; -inf leaves a row out.
+        k: Maximum number of rows.
+        columns: Columns to return; `score` float32 is added.
     """
     best: pa.Table | None = None
     best_scores = np.empty(0, np.float32)
@@ -109,7 +123,7 @@ def nearest(
         rows = pa.Table.from_batches([batch.select(list(columns))])
         best = rows if best is None else pa.concat_tables([best, rows])
         values = np.concatenate([best_scores, values])
-        # Stable, so that equal scores keep the order of the rows.
+        # A stable sort keeps the order of rows with equal scores.
         order = np.argsort(-values, kind="stable")[:k]
         order = order[np.isfinite(values[order])]
         best, best_scores = best.take(order), values[order]

@@ -1,4 +1,4 @@
-"""Conditions on rows, as Longbow's JSON, SQL for LanceDB, and expressions for Parquet."""
+"""Conditions on rows: Longbow's JSON, SQL for LanceDB, expressions for Parquet."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def to_json(filters: Sequence[Filter]) -> list[dict[str, Any]]:
 
 
 def to_sql(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) -> str | None:
-    """The filters as a condition for LanceDB; None where there are none.
+    """The filters as an SQL condition for LanceDB; None for no filters.
 
-    Names must be columns of the dataset and values fit their types; literals are escaped.
+    Literals are escaped.
 
     Raises:
-        UnknownColumnError, ColumnTypeError.
+        UnknownColumnError: A filter names a column that the dataset lacks.
+        ColumnTypeError: A value does not fit its column's type.
     """
     sql = ""
     for one in filters:
@@ -53,10 +54,10 @@ def to_sql(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) -> str | 
 
 
 def to_expression(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) -> Any:
-    """The filters as a `pyarrow.dataset` expression; None where there are none.
+    """The filters as a `pyarrow.dataset` expression; None for no filters.
 
     Raises:
-        UnknownColumnError, ColumnTypeError.
+        UnknownColumnError, ColumnTypeError: As `to_sql`.
     """
     whole = None
     for one in filters:
@@ -93,7 +94,11 @@ def _expression(one: Filter, kind: pa.DataType) -> Any:
 
 
 def quoted_name(name: str) -> str:
-    """A column's name in Lance's SQL. Backticks cannot be escaped there, so none may be in it."""
+    """A column's name as Lance's SQL quotes it.
+
+    Raises:
+        ColumnTypeError: The name holds a backtick, which Lance's SQL cannot escape.
+    """
     if "`" in name:
         raise ColumnTypeError(
             f"column {name[:200]!r} cannot be filtered: its name holds a backtick", field="filters"
@@ -102,7 +107,7 @@ def quoted_name(name: str) -> str:
 
 
 def quoted(value: str) -> str:
-    """A string literal of SQL."""
+    """A string as an SQL literal."""
     return "'" + value.replace("'", "''") + "'"
 
 
@@ -123,7 +128,7 @@ def _sql_test(one: Filter, kind: pa.DataType) -> str:
 
 
 def _typed(one: Filter, kind: pa.DataType) -> Any:
-    """The filter's value as Python's type for the column's."""
+    """The filter's value in the Python type of its column."""
     value = one.value
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_boolean(values) and isinstance(value, bool):

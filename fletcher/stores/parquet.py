@@ -1,4 +1,4 @@
-"""Parquet files, one a group: `PATH/<dataset>/<batch_key>.parquet`."""
+"""Embedded store of Parquet files: `PATH/<dataset>/<batch_key>.parquet`."""
 
 from __future__ import annotations
 
@@ -26,27 +26,29 @@ from fletcher.stores.schemas import (
     check_columns,
     check_compatible,
     check_storable,
-    conform,
-    limited,
+    conform_batch,
+    limit_rows,
 )
 from fletcher.util.durable import atomic_path, make_folder, sync_path
 from fletcher.util.locks import FileLock
 
-# The schema of the first write, in the file that Parquet's readers know for it.
+# File of the dataset's schema, under the name that Parquet readers expect.
 _SCHEMA_FILE = "_common_metadata"
 _SUFFIX = ".parquet"
 
 
 class ParquetStore:
-    """Folders of Parquet files; a group's file name is its key, so writing it twice is harmless.
+    """Folders of Parquet files, one file per group.
 
-    Search compares every vector with numpy: right for tens of thousands of rows.
+    A group's file is named after its key, so that storing it again changes nothing.
+
+    Search compares every vector with numpy, which suits tens of thousands of rows.
 
     Args:
-        folder: Where the datasets' folders are; created if absent.
+        folder: Of the datasets' folders; created if missing.
 
     Raises:
-        StoreError: The folder cannot be made.
+        StoreError: The folder cannot be created.
     """
 
     capabilities = StoreCapabilities(
@@ -92,7 +94,7 @@ class ParquetStore:
             if mode == "overwrite" and folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(exist_ok=True)
-            for leftover in folder.glob(".*.tmp"):  # of a writer that was killed
+            for leftover in folder.glob(".*.tmp"):  # of a killed writer
                 leftover.unlink()
             if (folder / _SCHEMA_FILE).exists():
                 stored = pq.read_schema(folder / _SCHEMA_FILE)
@@ -101,7 +103,7 @@ class ParquetStore:
                 stored = schema
                 with atomic_path(folder / _SCHEMA_FILE) as temporary:
                     pq.write_metadata(schema, temporary)
-            # The files that are found there count: whoever made them may have died before that.
+            # The files found here count as stored, so sync them: their writer may have died first.
             sync_path(folder)
             sync_path(self._folder)
         except OSError as error:
@@ -146,7 +148,7 @@ class ParquetStore:
         filters: Sequence[Filter] = (),
         limit: int | None = None,
     ) -> pa.RecordBatchReader:
-        """See `Store.scan`. Rows come in the order of their keys' names."""
+        """See `Store.scan`. Rows are sorted by batch key."""
         schema = self._schema(dataset)
         wanted = list(columns) if columns is not None else schema.names
         check_columns(dataset, schema, wanted)
@@ -156,7 +158,7 @@ class ParquetStore:
             columns=wanted, filter=condition, batch_size=8192
         )
         out = pa.schema([schema.field(name) for name in wanted], metadata=schema.metadata)
-        return pa.RecordBatchReader.from_batches(out, limited(rows.to_batches(), out, limit))
+        return pa.RecordBatchReader.from_batches(out, limit_rows(rows.to_batches(), out, limit))
 
     def search(
         self,
@@ -167,7 +169,7 @@ class ParquetStore:
         columns: Sequence[str] | None = None,
         filters: Sequence[Filter] = (),
     ) -> pa.Table:
-        """See `Store.search`. `columns=None` gives all of the dataset's."""
+        """See `Store.search`."""
         schema = self._schema(dataset)
         reader = check_query(dataset, schema, vector, k)
         wanted = list(columns) if columns is not None else schema.names
@@ -189,7 +191,7 @@ class ParquetStore:
             lock.release()
 
     def close(self) -> None:
-        """Closes the writers. Idempotent."""
+        """Close the writers. Idempotent."""
         with self._mutex:
             writers = list(self._writers)
         for writer in writers:
@@ -211,7 +213,7 @@ class ParquetStore:
 
 
 class ParquetWriter:
-    """The one writer of a folder of Parquet files; see `DatasetWriter`. One thread owns it."""
+    """The only writer of a dataset's Parquet files. One thread owns it."""
 
     def __init__(
         self,
@@ -230,18 +232,18 @@ class ParquetWriter:
         self._closed = False
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """Writes a file for every key that has none; each is whole or not there.
+        """Write a file for every key without one; a crash leaves no incomplete file.
 
         Raises:
-            StoreUnavailableError: A file could not be written; those of earlier keys may be there.
-            ColumnTypeError: A row without `batch_key`, or columns of another type.
+            StoreUnavailableError: A file could not be written; files of earlier keys may exist.
+            ColumnTypeError: A row has no `batch_key`, or a column has another type.
         """
         assert not self._closed, "append after close"
         for batch in batches:
             check_compatible(self._dataset, self._schema, batch.schema)
             if "batch_key" not in batch.schema.names or batch.column("batch_key").null_count:
                 raise ColumnTypeError("`batch_key` is missing in some rows", field="batch_key")
-        rows = [conform(batch, self._schema) for batch in batches if batch.num_rows]
+        rows = [conform_batch(batch, self._schema) for batch in batches if batch.num_rows]
         table = pa.Table.from_batches(rows, self._schema)
         keys = table.column("batch_key").unique().to_pylist()
         for key in self.missing_keys(keys):

@@ -1,4 +1,4 @@
-"""What a dataset's schema allows: checks against the first write, and batches brought to it."""
+"""Checks of rows against a dataset's schema, and batches converted to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 
-# What must be the same for two vectors to be comparable, by the schema metadata that says it.
+# Schema metadata that must be equal for two vectors to be comparable.
 _MODEL_KEYS = (
     "fletcher.model",
     "fletcher.layers",
@@ -26,7 +26,7 @@ _MODEL_KEYS = (
     QUANTIZATION,
 )
 
-# The types that stores take without a look inside.
+# Types that stores accept whatever their parameters.
 _NUMBERS = (
     pa.types.is_integer,
     pa.types.is_floating,
@@ -46,12 +46,12 @@ _OTHERS = (
 
 
 def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
-    """Refuses rows that do not belong into a dataset. Columns may be added or left out.
+    """Refuse rows that do not fit a dataset. Columns may be added or left out.
 
     Args:
         dataset: Its name, for the message.
-        stored: What the first write fixed.
-        offered: The schema of the rows that shall be added.
+        stored: Schema of the dataset.
+        offered: Schema of the rows to add.
 
     Raises:
         DimensionMismatchError: `vector` has another width.
@@ -74,13 +74,13 @@ def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> Non
 
 
 def check_storable(schema: pa.Schema) -> None:
-    """Refuses columns of types that a store cannot write.
+    """Refuse columns of types that a store cannot write.
 
-    A store fails on them only when there are rows, which would then be tried again for ever, and
-    hold up all its datasets. What is accepted was written, replaced and read with LanceDB 0.40.
+    A store fails on them only when rows arrive, and then retries would delay all its datasets. All
+    accepted types were written, replaced and read with LanceDB 0.40.
 
     Raises:
-        ColumnTypeError: A column is none of numbers, texts, bytes, times, or lists, structs and
+        ColumnTypeError: A column does not hold numbers, texts, bytes, times, or lists, structs and
             maps of these.
     """
     for field in schema:
@@ -94,18 +94,18 @@ def check_storable(schema: pa.Schema) -> None:
 
 
 def check_one_row_each(dataset: str, stored: pa.Schema) -> None:
-    """Refuses to replace rows by id where an id has several, one a chunk of its text.
+    """Refuse to replace rows by id in a dataset of chunks.
 
     Args:
         dataset: Its name, for the message.
-        stored: What the first write fixed, with what was added.
+        stored: Schema of the dataset.
 
     Raises:
-        InvalidCommandError: The dataset has rows that are chunks.
+        InvalidCommandError: The rows of the dataset are chunks.
     """
     if {field.name for field in CHUNK_FIELDS} <= set(stored.names):
         raise InvalidCommandError(
-            f"`mode` replaces rows by id, and dataset `{dataset}` has several of one id, one a "
+            f"`mode` replaces rows by id, and dataset `{dataset}` has several rows per id, one per "
             "chunk; append to it, overwrite it, or write to another dataset",
             field="mode",
             allowed=["append", "overwrite"],
@@ -115,14 +115,14 @@ def check_one_row_each(dataset: str, stored: pa.Schema) -> None:
 def _check_width(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
     if "vector" not in stored.names or "vector" not in offered.names:
         return
-    have, came = stored.field("vector").type, offered.field("vector").type
-    if not (pa.types.is_fixed_size_list(have) and pa.types.is_fixed_size_list(came)):
+    have, new = stored.field("vector").type, offered.field("vector").type
+    if not (pa.types.is_fixed_size_list(have) and pa.types.is_fixed_size_list(new)):
         return
-    if have.value_type != came.value_type:
-        return  # told as such: bits are packed, so that their width says nothing
-    if have.list_size != came.list_size:
+    if have.value_type != new.value_type:
+        return  # reported as another type: the width of packed bits is no number of dimensions
+    if have.list_size != new.list_size:
         raise DimensionMismatchError(
-            f"schema mismatch: `vector` has {came.list_size} dimensions, dataset `{dataset}` has "
+            f"schema mismatch: `vector` has {new.list_size} dimensions, dataset `{dataset}` has "
             f"{have.list_size}; use the model that wrote it or write to another dataset",
             field="vector",
             allowed=[str(have.list_size)],
@@ -132,11 +132,11 @@ def _check_width(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
 def _check_model(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
     for key in _MODEL_KEYS:
         have = (stored.metadata or {}).get(key.encode())
-        came = (offered.metadata or {}).get(key.encode())
-        # A plain client names no model: its rows are checked by width and type alone.
-        if have is not None and came is not None and have != came:
+        new = (offered.metadata or {}).get(key.encode())
+        # A plain client names no model: only the width and type of its rows are checked.
+        if have is not None and new is not None and have != new:
             raise ModelMismatchError(
-                f"`{key}` is {came.decode(errors='replace')}, dataset `{dataset}` was written with "
+                f"`{key}` is {new.decode(errors='replace')}, dataset `{dataset}` was written with "
                 f"{have.decode(errors='replace')}; use that or write to another dataset",
                 field=key.removeprefix("fletcher."),
                 allowed=[have.decode(errors="replace")],
@@ -144,7 +144,7 @@ def _check_model(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
 
 
 def _same_type(one: pa.DataType, other: pa.DataType) -> bool:
-    # The name and nullability of the items' field differ by who wrote them.
+    # The name and nullability of the items' field differ by writer.
     if pa.types.is_fixed_size_list(one) and pa.types.is_fixed_size_list(other):
         return one.list_size == other.list_size and _same_type(one.value_type, other.value_type)
     if pa.types.is_list(one) and pa.types.is_list(other):
@@ -155,7 +155,7 @@ def _same_type(one: pa.DataType, other: pa.DataType) -> bool:
 def _is_storable(kind: pa.DataType) -> bool:
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
-        # Lance gives JSON back as bytes of its own.
+        # Lance returns JSON in a binary encoding.
         return kind.extension_name != "arrow.json" and _is_storable(kind.storage_type)
     if types.is_fixed_size_list(kind):
         inner = kind.value_type
@@ -176,7 +176,7 @@ def _is_storable(kind: pa.DataType) -> bool:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    """Whether it is of numbers, truth values or times, but no interval of months and days."""
+    """Whether the type is a number, a boolean or a time other than an interval."""
     return not pa.types.is_interval(kind) and any(is_one(kind) for is_one in _NUMBERS)
 
 
@@ -185,8 +185,8 @@ def new_fields(stored: pa.Schema, offered: pa.Schema) -> list[pa.Field]:
     return [field.with_nullable(True) for field in offered if field.name not in stored.names]
 
 
-def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch with exactly the columns of `schema`, in its order; absent ones are null."""
+def conform_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with the columns of `schema`, in its order; missing ones are null."""
     if batch.schema.equals(schema):
         return batch
     columns = []
@@ -200,10 +200,10 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch, copied if one of its buffers starts at an odd address, or a struct is a slice.
+def align_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, copied if a buffer is misaligned or a struct column is a slice.
 
-    Buffers that came over Flight point into a gRPC message; Lance (Rust) panics on misaligned ones,
+    Buffers received by Flight point into a gRPC message. Lance (Rust) panics on misaligned buffers,
     and on slices of structs within structs.
     """
     odd = any(
@@ -227,7 +227,7 @@ def aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def check_columns(dataset: str, schema: pa.Schema, columns: list[str]) -> None:
-    """Refuses names that are no column of the dataset.
+    """Refuse names that are not columns of the dataset.
 
     Raises:
         UnknownColumnError: One of `columns` is not in `schema`.
@@ -243,7 +243,7 @@ def check_columns(dataset: str, schema: pa.Schema, columns: list[str]) -> None:
 
 
 def last_of_each_id(table: pa.Table) -> pa.Table:
-    """The table without the rows whose `id` comes again further down; order is kept."""
+    """The table with only the last row of each `id`; order is kept."""
     numbered = pa.table({"id": table.column("id"), "row": np.arange(table.num_rows)})
     last = numbered.group_by("id").aggregate([("row", "max")]).column("row_max")
     if len(last) == table.num_rows:
@@ -251,10 +251,10 @@ def last_of_each_id(table: pa.Table) -> pa.Table:
     return table.take(np.sort(last.to_numpy()))
 
 
-def limited(
+def limit_rows(
     batches: Iterable[pa.RecordBatch], schema: pa.Schema, limit: int | None
 ) -> Iterator[pa.RecordBatch]:
-    """The first `limit` rows with the columns of `schema`, in its order; None: all rows."""
+    """The first `limit` rows (None: all) with the columns of `schema`."""
     if limit == 0:
         return
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Actions of the store server: searches, deletions, readiness, namespaces, Fletcher's own."""
+"""Actions of the store server."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Actions:
         }
 
     def search_rows(self, request: SearchRequest, index: int = 0) -> pa.Table:
-        """The rows nearest to one of the request's vectors: `id`, `score`, requested columns."""
+        """The rows nearest to one vector of a request: `id`, `score`, requested columns."""
         check_dataset(request.dataset)
         columns = list(request.columns) if request.columns is not None else ["id"]
         if request.include_vectors and "vector" not in columns:
@@ -159,7 +159,7 @@ class Actions:
                 f"dataset `{request.dataset}` has no vector under that `id`", field="id"
             )
         column = table["vector"].combine_chunks()
-        vector = VectorReader.of(schema).directions(column)[0].tolist()
+        vector = VectorReader.from_schema(schema).directions(column)[0].tolist()
         found = self.search_rows(replace(request, vector=vector, vectors=None))
         return [_to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
 
@@ -182,7 +182,7 @@ class Actions:
         value = _stored_id(request.id, self._schema(request.dataset))
         literal = quoted(value) if isinstance(value, str) else str(value)
         condition = f"{quoted_name('id')} = {literal}"
-        if not self._ingest.call(request.dataset, lambda one: one.delete_rows(condition)):
+        if not self._ingest.call_committer(request.dataset, lambda one: one.delete_rows(condition)):
             raise RequestError(f"dataset `{request.dataset}` has no row with that `id`", field="id")
         return [b"deleted"]
 
@@ -191,7 +191,7 @@ class Actions:
 
     def _delete_dataset(self, request: DatasetRequest) -> list[bytes]:
         self._schema(request.dataset)
-        self._ingest.call(request.dataset, lambda one: one.delete_dataset())
+        self._ingest.call_committer(request.dataset, lambda one: one.delete_dataset())
         return [b"deleted"]
 
     def _check_readiness(self, request: ReadinessRequest) -> list[bytes]:
@@ -222,13 +222,15 @@ class Actions:
     def _missing_keys(self, request: protocol.MissingKeysRequest) -> list[bytes]:
         self._schema(request.dataset)
         keys = request.batch_keys
-        missing = self._ingest.call(request.dataset, lambda one: one.missing_keys(keys))
+        missing = self._ingest.call_committer(request.dataset, lambda one: one.missing_keys(keys))
         return [_to_json(protocol.MissingKeysAnswer(missing))]
 
     def _stored_ranges(self, request: protocol.StoredRangesRequest) -> list[bytes]:
         self._schema(request.dataset)
         upload_id = request.upload_id
-        ranges = self._ingest.call(request.dataset, lambda one: one.stored_ranges(upload_id))
+        ranges = self._ingest.call_committer(
+            request.dataset, lambda one: one.stored_ranges(upload_id)
+        )
         return [_to_json(protocol.StoredRangesAnswer(ranges))]
 
     def _schema(self, dataset: str) -> pa.Schema:
@@ -297,7 +299,7 @@ def answer_action(actions: dict[str, Action], name: str, body: bytes) -> list[by
 
 
 def _mixed(dense: Scores, words: str, alpha: float) -> Scores:
-    """Alpha * cosine + (1 - alpha) * share of the query's words that the text contains."""
+    """Scoring function: alpha * cosine + (1 - alpha) * share of the words in the text."""
     asked = set(words.casefold().split())
 
     def scores(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:

@@ -1,6 +1,6 @@
-"""`fletcher store`: a folder of LanceDB tables behind Longbow's Flight calls."""
+"""Server of `fletcher store`: LanceDB tables behind Longbow's Flight calls."""
 
-# ruff: noqa: ARG002 - Flight gives every handler its context
+# ruff: noqa: ARG002 - Flight passes a context to every handler
 
 from __future__ import annotations
 
@@ -46,12 +46,15 @@ _log = logging.getLogger(__name__)
 _Handler = TypeVar("_Handler", bound=Callable[..., Any])
 
 SLOW_DOWN_AT = 0.8
-# Once all is committed, calls get this long to end by themselves; then their clients see it.
+# Time for calls to end by themselves at shutdown, once all rows are committed.
 END_CALLS_S = 1.0
 
 
 def _guarded(handler: _Handler) -> _Handler:
-    """Lets only Flight errors of ours out: pyarrow sends the traceback of any other exception."""
+    """Decorator that turns a handler's exceptions into Flight errors.
+
+    pyarrow would send the traceback of any other exception to the client.
+    """
 
     @functools.wraps(handler)
     def call(*arguments: Any) -> Any:
@@ -71,12 +74,12 @@ def _flight_error(error: Exception) -> flight.FlightError:
 
 
 class StoreServer:
-    """A store server on two ports, listening from construction to `close`.
+    """A store server on two ports. It listens from construction until `close`.
 
-    An acknowledgement is sent, and a DoPut ends, when the rows are committed and synced to disk.
+    Rows are committed and synced to disk before they are acknowledged, and before a DoPut ends.
 
     Args:
-        folder: The LanceDB folder; created if absent. No other process may write to it.
+        folder: Of the LanceDB tables; created if missing. No other process may write to it.
         host: Address to bind.
         port: Data port; 0 takes a free one.
         meta_port: Port of ListFlights, GetFlightInfo and the namespaces; 0 takes a free one.
@@ -84,7 +87,7 @@ class StoreServer:
     Raises:
         ConfigError: A port is taken, or both are the same.
         StoreError: The folder cannot be used, or another server serves it.
-        SetupError: A port was taken just now.
+        SetupError: A port cannot be listened on.
     """
 
     def __init__(self, folder: Path, *, host: str, port: int, meta_port: int) -> None:
@@ -123,14 +126,14 @@ class StoreServer:
         actions.meta_port = self.meta_port
 
     def close(self, timeout_s: float) -> bool:
-        """Commits what was received, refuses the rest, stops listening.
+        """Commit received rows, refuse new ones, stop listening.
 
         Returns:
-            False where commits took longer than `timeout_s`, or a client keeps its call open;
-            every acknowledged row is stored in any case.
+            False if commits take longer than `timeout_s` or a client keeps its call open. Every
+            acknowledged row is stored in either case.
         """
         committed = self._ingest.close(timeout_s)
-        # `shutdown` waits for open streams without a limit, so it gets a thread and a limit.
+        # `shutdown` waits for open streams without a limit, so it runs on a thread.
         threads = [
             threading.Thread(target=server.shutdown, name="shutdown", daemon=True)
             for server in (self._data, self._meta)
@@ -146,7 +149,7 @@ class StoreServer:
 
 
 class _Server(flight.FlightServerBase):  # type: ignore[misc]
-    """What both ports answer."""
+    """Calls that both ports have."""
 
     def __init__(self, location: str, store: LanceStore, actions: Actions) -> None:
         self._store = store
@@ -195,7 +198,9 @@ class _DataServer(_Server):
         writer: flight.FlightMetadataWriter,
     ) -> None:
         if not descriptor.path:
-            raise InvalidCommandError("missing flight descriptor path", field="dataset")
+            raise InvalidCommandError(
+                "missing flight descriptor path: give [dataset]", field="dataset"
+            )
         dataset = descriptor.path[0].decode(errors="replace")
         check_dataset(dataset)
         if self._ingest.pressure(dataset) > SLOW_DOWN_AT:
@@ -225,7 +230,7 @@ class _DataServer(_Server):
             self._exchange_search(reader, writer)
         else:
             raise InvalidCommandError(
-                "this DoExchange names nothing to do; give the path "
+                "`descriptor` names neither an ingest nor a search; expected the path "
                 f"[{protocol.INGEST!r}, dataset] or the command VectorSearch",
                 field="descriptor",
                 allowed=[protocol.INGEST, "VectorSearch"],
@@ -307,7 +312,7 @@ def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
     for name in ("dataset", "query_vector"):
         if name not in batch.schema.names:
             raise UnknownColumnError(
-                f"VectorSearch needs the column `{name}`; it came with "
+                f"VectorSearch needs the column `{name}`; got "
                 f"{', '.join(batch.schema.names)[:300]}",
                 field=name,
                 allowed=["dataset", "k", "ef", "query_vector"],
@@ -320,13 +325,13 @@ def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
 
 
 def _lock_folder(folder: Path) -> FileLock:
-    """Takes the right to serve a folder; a writer of one of its datasets has its own lock."""
+    """Take the right to serve a folder. Writers of its datasets have their own locks."""
     try:
         return FileLock(folder / ".lock")  # no dataset's lock, since a dataset has a name
     except BlockingIOError:
         raise StoreError(
-            f"the folder {folder} is served by another `fletcher store`; use that one, or "
-            "give this one a `path` of its own",
+            f"the folder {folder} is served by another `fletcher store`; use that server, or "
+            "choose another `path`",
             field="path",
         ) from None
     except OSError as error:
@@ -348,7 +353,7 @@ def _listen(host: str, port: int, make: Callable[[str], Any]) -> Any:
     except (pa.ArrowException, OSError) as error:
         raise SetupError(
             f"`port` {port} on {host} cannot be listened on: it is taken, or the address is not "
-            "this machine's; give another, or 0 for a free one",
+            "one of this machine; choose another, or 0 for a free one",
             field="port",
         ) from error
 

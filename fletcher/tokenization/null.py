@@ -30,9 +30,9 @@ class NullTokenizer:
         self.max_length = max_length
 
     @classmethod
-    def load(cls, folder: Path) -> NullTokenizer:
+    def from_bundle(cls, folder: Path) -> NullTokenizer:
         """One that cuts where the tokenizer of a model bundle does."""
-        return cls(max_length=ModelBundle.load(folder).max_length)
+        return cls(max_length=ModelBundle.from_folder(folder).max_length)
 
     def encode(self, batch: TextBatch) -> TokenBatch:
         """Makes ids of all texts of a batch; see `Tokenizer.encode` for what becomes of long ones.
@@ -66,4 +66,4 @@ class NullTokenizer:
 
 def load(config: TokenizerConfig) -> TokenizerWorker:
     """Factory for a worker's spec: as a bundle's tokenizer, without it."""
-    return TokenizerWorker(NullTokenizer.load(config.folder))
+    return TokenizerWorker(NullTokenizer.from_bundle(config.folder))

@@ -59,7 +59,7 @@ class Shortener:
     run: re.Pattern[bytes] | None
 
     @classmethod
-    def of(cls, tokenizer_json: str) -> Shortener:
+    def from_json(cls, tokenizer_json: str) -> Shortener:
         """Reads from a tokenizer.json what the argument above needs to hold."""
         spec = json.loads(tokenizer_json)
         added = [token["content"] for token in spec.get("added_tokens") or []]

@@ -56,12 +56,12 @@ class Tokenizer:
         self._pad_token_id = pad_token_id
         self._tokenizer = tokenizer
         self._prefix, self._suffix = _special_tokens(tokenizer)
-        self._shortener = Shortener.of(tokenizer.to_str())
+        self._shortener = Shortener.from_json(tokenizer.to_str())
         boundaries = self._shortener.boundaries
         self._words = Words(self._library, boundaries) if boundaries.any() else None
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def from_bundle(cls, folder: Path) -> Tokenizer:
         """The tokenizer of a model bundle.
 
         Switches the library's own threads off for this process: parallelism here is processes.
@@ -70,7 +70,7 @@ class Tokenizer:
             ModelError: The bundle or its tokenizer.json is missing or damaged.
         """
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        bundle = ModelBundle.load(Path(folder))
+        bundle = ModelBundle.from_folder(Path(folder))
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
         except Exception as error:
@@ -127,12 +127,12 @@ class Tokenizer:
             return batch
         ids = np.insert(batch.input_ids, batch.offsets[:-1][empty], self._pad_token_id)
         offsets = batch.offsets + np.append(0, np.cumsum(empty))
-        segments = batch.segments
-        if segments is not None:  # of a row without tokens there is one, without tokens
-            firsts, lasts = segments.bounds.T
+        spans = batch.spans
+        if spans is not None:  # of a row without tokens there is one, without tokens
+            firsts, lasts = spans.bounds.T
             bounds = np.stack((firsts, np.maximum(lasts, firsts + 1)), axis=1)
-            segments = replace(segments, bounds=bounds)
-        return replace(batch, input_ids=ids, offsets=offsets, segments=segments)
+            spans = replace(spans, bounds=bounds)
+        return replace(batch, input_ids=ids, offsets=offsets, spans=spans)
 
     def _few(self, batch: TextBatch, room: int) -> TokenBatch | None:
         """A little text, as a search sends it, by the shortest way; None: it is not that little.

@@ -65,4 +65,4 @@ def load(config: TokenizerConfig) -> TokenizerWorker:
     Raises:
         ModelError: The bundle is gone or damaged.
     """
-    return TokenizerWorker(Tokenizer.load(config.folder))
+    return TokenizerWorker(Tokenizer.from_bundle(config.folder))

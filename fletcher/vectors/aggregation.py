@@ -25,10 +25,10 @@ def weights(chunks: Chunks) -> _Floats:
     return np.asarray(np.maximum(chunks.num_tokens, 1) / np.log2(chunks.index + 2.0))
 
 
-class Joins(Protocol):
+class TextAggregation(Protocol):
     """Makes vectors of texts; keeps of a text only what does not depend on its length."""
 
-    def take(
+    def add_chunks(
         self, batch: EmbeddingBatch | FletcherError, *, continued: bool
     ) -> EmbeddingBatch | FletcherError | None:
         """The vectors of texts out of those of their chunks.
@@ -44,7 +44,7 @@ class Joins(Protocol):
         ...
 
 
-def aggregation(method: str, *, normalized: bool) -> Joins:
+def aggregation(method: str, *, normalized: bool) -> TextAggregation:
     """What makes one vector a text, by a name of `fletcher.core.chunking.AGGREGATIONS`; not `none`.
 
     Args:
@@ -77,10 +77,10 @@ class Aggregation:
         self._normalized = normalized
         self._part: _Part | None = None
 
-    def take(
+    def add_chunks(
         self, batch: EmbeddingBatch | FletcherError, *, continued: bool
     ) -> EmbeddingBatch | FletcherError | None:
-        """See `Joins.take`."""
+        """See `TextAggregation.add_chunks`."""
         before, self._part = self._part, None
         if isinstance(batch, FletcherError):
             if before is None and not continued:
@@ -162,13 +162,13 @@ class Hierarchical:
         self._paragraphs = Aggregation("mean", normalized=normalized)
         self._texts = Aggregation("mean", normalized=normalized)
 
-    def take(
+    def add_chunks(
         self, batch: EmbeddingBatch | FletcherError, *, continued: bool
     ) -> EmbeddingBatch | FletcherError | None:
-        """See `Joins.take`."""
+        """See `TextAggregation.add_chunks`."""
         if isinstance(batch, FletcherError):
-            self._paragraphs.take(batch, continued=False)
-            return self._texts.take(batch, continued=continued)
+            self._paragraphs.add_chunks(batch, continued=False)
+            return self._texts.add_chunks(batch, continued=continued)
         chunks = batch.chunks
         assert chunks is not None
         starts = np.flatnonzero(chunks.begins)
@@ -180,7 +180,7 @@ class Hierarchical:
         )
         if len(starts):
             bounds = replace(chunks, offsets=np.append(starts, len(chunks.index)))
-            joined = self._paragraphs.take(replace(batch, chunks=bounds), continued=continued)
+            joined = self._paragraphs.add_chunks(replace(batch, chunks=bounds), continued=continued)
             assert not isinstance(joined, FletcherError)
             paragraphs = joined or paragraphs
         ends = np.searchsorted(starts, chunks.offsets[1:])
@@ -188,4 +188,4 @@ class Hierarchical:
         ones = np.ones(len(paragraphs.token_count), np.int32)
         offsets = np.append(0, ends).astype(np.int64)
         of_texts = replace(chunks, offsets=offsets, index=ones, num_tokens=ones)
-        return self._texts.take(replace(paragraphs, chunks=of_texts), continued=continued)
+        return self._texts.add_chunks(replace(paragraphs, chunks=of_texts), continued=continued)

@@ -75,7 +75,7 @@ def serve(connection: Connection) -> None:
 
     def work() -> None:
         while True:
-            request = requests.take()
+            request = requests.take_request()
             try:
                 started = time.perf_counter()
                 answer = worker.run(request.payload)
@@ -83,14 +83,14 @@ def serve(connection: Connection) -> None:
                 message = encode(Response(request.job_id, answer, seconds))
             except Exception as error:  # noqa: BLE001
                 message = encode(_failure(request.job_id, error))
-            requests.done(request)
+            requests.finish_request(request)
             with sending:
                 send(connection, message)
 
     for _ in range(worker.concurrency + worker.express):
         threading.Thread(target=work, daemon=True).start()
     while True:
-        requests.put(receive(connection))
+        requests.add_request(receive(connection))
 
 
 def _failure(job_id: int, error: Exception) -> Failure:

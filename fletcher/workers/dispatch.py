@@ -49,8 +49,8 @@ class WorkerChooser:
         self._rng = rng or random.Random()  # noqa: S311 - no secret
         self._given_s: dict[str, float] = {}  # virtual time by worker
         self._now_s = 0.0  # virtual time of the last choice
-        self._turn: dict[str, int] = {}
-        self._turns = 0
+        self._last_given: dict[str, int] = {}
+        self._num_given = 0
 
     def choose(self, candidates: Sequence[DispatchCandidate]) -> int:
         """The index of the worker to give the next job.
@@ -65,7 +65,7 @@ class WorkerChooser:
                 key=lambda n: (
                     candidates[n].in_flight / rates[n],
                     self._virtual(candidates[n]),
-                    self._turn.get(candidates[n].name, 0),
+                    self._last_given.get(candidates[n].name, 0),
                 ),
             )
             self._now_s = max(self._now_s, self._virtual(candidates[best]))
@@ -76,9 +76,9 @@ class WorkerChooser:
             return self._rng.choice(eligible)
         if self._strategy == "least-loaded":
             return min(eligible, key=lambda n: candidates[n].in_flight)
-        return min(eligible, key=lambda n: self._turn.get(candidates[n].name, -1))
+        return min(eligible, key=lambda n: self._last_given.get(candidates[n].name, -1))
 
-    def given(self, name: str, cost: int, rate: float | None) -> None:
+    def charge(self, name: str, cost: int, rate: float | None) -> None:
         """A job went to a worker.
 
         Args:
@@ -86,8 +86,8 @@ class WorkerChooser:
             cost: The job's.
             rate: The worker's, or the mean of all where it is not measured; None: none is.
         """
-        self._turns += 1
-        self._turn[name] = self._turns
+        self._num_given += 1
+        self._last_given[name] = self._num_given
         begun = max(self._given_s.get(name, 0.0), self._now_s)
         self._given_s[name] = begun + (cost / rate if rate else 0.0)
 

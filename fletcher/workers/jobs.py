@@ -1,56 +1,49 @@
-"""Work for a pool, and where it comes from."""
+"""Units of work for a worker pool, and the source that they come from."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-log = logging.getLogger(__name__)
-
-Done = Callable[[Any, Exception | None], None]
 
 
 @dataclass(slots=True)
 class Job:
-    """Work for a pool.
+    """One unit of work for a pool.
 
     Attributes:
-        payload: What the worker's `run` gets.
-        done: Called once, on a thread of the pool, with (result, None) or (None, error). Must be
-            quick and must not raise.
-        cost: How much work it is, in any unit that is the same for all jobs of a pool.
-        urgent: It overtakes what is not, until the moment that it runs.
-        lend: Has a thread that does nothing but wait for the result do what it is given; False:
-            there is none. None: nobody waits for this alone.
-        attempts: Workers that died of it or failed on it so far.
-        worker: The name of the worker that has it, or had it last.
-        probe: Sent to see whether a worker works; belongs to that worker alone.
-        running_s: How long it has been running in its worker.
+        payload: Argument of the worker's `run`.
+        task: The source's own record of the job; the pool does not read it.
+        cost: Amount of work, in one unit for all jobs of a pool.
+        urgent: Runs before jobs that are not urgent, unless those have begun.
+        attempts: Workers that died of the job or failed at it so far.
+        worker: Name of the worker that has the job, or had it last.
+        probe: The job tests one worker, and never moves to another.
+        running_s: Seconds since it began in its worker.
     """
 
     payload: Any
-    done: Done
+    task: Any = None
     cost: int = 1
     urgent: bool = False
-    lend: Callable[[Callable[[], None]], bool] | None = None
     attempts: int = 0
     worker: str = ""
     probe: bool = False
     running_s: float = 0.0
 
-    def finish(self, result: Any, error: Exception | None) -> None:
-        """Calls `done`, whatever that does."""
-        try:
-            self.done(result, error)
-        except Exception:
-            log.exception("a completion callback failed")
-
 
 class JobSource(Protocol):
-    """Where a pool gets its work that is not urgent."""
+    """Owner of the work of one pool. Called on the pool's threads."""
 
-    def next_job(self, timeout_s: float) -> Job | None:
-        """The job to do next; None if there is none within the time."""
+    def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
+        """Returns the next job of a kind; None if there is none within the time.
+
+        Args:
+            urgent: Whether an urgent job is wanted. Such calls never block, and come from one
+                thread at a time.
+            timeout_s: Longest wait for a job that is not urgent.
+        """
+        ...
+
+    def update(self, job: Job, result: Any, error: Exception | None) -> None:
+        """Takes a job's result, or its error; called once for each job. Must be quick."""
         ...

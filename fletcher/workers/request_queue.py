@@ -8,7 +8,7 @@ from collections import deque
 from fletcher.workers.messages import WorkerRequest
 
 # Other work gets every ninth turn, however much urgent work there is.
-_URGENT_TURNS = 8
+_MAX_URGENT_IN_ROW = 8
 
 
 class RequestQueue:
@@ -23,30 +23,30 @@ class RequestQueue:
         self._urgent: deque[WorkerRequest] = deque()
         self._others: deque[WorkerRequest] = deque()
         self._num_others = 0  # that run
-        self._turns = 0
+        self._urgent_in_row = 0
         self._changed = threading.Condition()
 
-    def put(self, request: WorkerRequest) -> None:
+    def add_request(self, request: WorkerRequest) -> None:
         """Adds a request."""
         with self._changed:
             (self._urgent if request.urgent else self._others).append(request)
             self._changed.notify()
 
-    def take(self) -> WorkerRequest:
+    def take_request(self) -> WorkerRequest:
         """The next request; waits for one."""
         with self._changed:
             while True:
                 other = bool(self._others) and self._num_others < self._concurrency
-                if self._urgent and (not other or self._turns < _URGENT_TURNS):
-                    self._turns = self._turns + 1 if other else 0
+                if self._urgent and (not other or self._urgent_in_row < _MAX_URGENT_IN_ROW):
+                    self._urgent_in_row = self._urgent_in_row + 1 if other else 0
                     return self._urgent.popleft()
                 if other:
-                    self._turns = 0
+                    self._urgent_in_row = 0
                     self._num_others += 1
                     return self._others.popleft()
                 self._changed.wait()
 
-    def done(self, request: WorkerRequest) -> None:
+    def finish_request(self, request: WorkerRequest) -> None:
         """A request that was taken has run."""
         if not request.urgent:
             with self._changed:

@@ -1,4 +1,4 @@
-"""One worker's place in a pool: its process, started again as often as needed, and its jobs."""
+"""Front end of one worker process: starts it, restarts it, sends jobs, reads answers."""
 
 from __future__ import annotations
 
@@ -32,41 +32,45 @@ log = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
-    """What a slot needs of its pool.
+    """A worker handle's view of its pool.
 
     Attributes:
-        changed: Guards all slots' jobs and states; notified by `review`.
-        closing: The pool ends.
-        probe: A payload that every sound worker answers; None: there is none.
+        changed: Guards the jobs and states of all handles; notified by `review`.
+        closing: Set when the pool ends.
+        probe: Payload that every sound worker answers; None: workers are not probed.
     """
 
     changed: threading.Condition
     closing: threading.Event
     probe: Any
 
-    def review(self, slot: WorkerHandle) -> None:
-        """A slot's jobs or state have changed; called with `changed` held."""
+    def review(self, handle: WorkerHandle) -> None:
+        """Takes note of a handle's new jobs or state; called with `changed` held."""
         ...
 
-    def least_slowness(self, slot: WorkerHandle) -> float | None:
-        """Of the workers besides this one; None: there are none."""
+    def least_slowness(self, handle: WorkerHandle) -> float | None:
+        """Slowness of the soundest other worker; None if there is no other."""
         ...
 
-    def died(self, slot: WorkerHandle) -> None:
-        """A worker's process has ended."""
+    def worker_died(self, handle: WorkerHandle) -> None:
+        """Counts the death of a worker's process."""
         ...
 
-    def again(self, job: Job, error: Exception) -> None:
-        """A job comes back to be tried once more, or to fail with `error`."""
+    def retry_job(self, job: Job, error: Exception) -> None:
+        """Queues a job to run again; fails it with `error` after too many attempts."""
         ...
 
-    def hurry(self) -> None:
-        """There may be room for urgent work."""
+    def finish_job(self, job: Job, result: Any, error: Exception | None) -> None:
+        """Hands a job's result or error to its source."""
+        ...
+
+    def dispatch_urgent(self) -> None:
+        """Sends waiting urgent jobs, for which there may be room now."""
         ...
 
 
 class WorkerHandle:
-    """One worker's place.
+    """The front process' end of one worker.
 
     Its thread starts the process, so that the thread lives as long as the process should: the
     kernel sends PR_SET_PDEATHSIG when the *thread* that started a child ends.
@@ -169,7 +173,7 @@ class WorkerHandle:
             **self.description,
         }
 
-    def give(self, job: Job) -> None:
+    def send_job(self, job: Job) -> None:
         """Sends a job to the worker; if it just died, the job goes to another.
 
         Raises:
@@ -185,7 +189,7 @@ class WorkerHandle:
                 self.load += job.cost
                 job.worker, job.running_s = self.spec.name, 0.0
         if connection is None:
-            self._owner.again(job, InternalError("the server is shutting down"))
+            self._retry(job, InternalError("the server is shutting down"))
             return
         try:
             with self._sending:
@@ -219,7 +223,7 @@ class WorkerHandle:
                     self.health.restarted()
                     self._owner.review(self)
                 self.settled.set()
-                self._owner.hurry()
+                self._owner.dispatch_urgent()
                 self._failures += 1  # until it answers
                 started = time.monotonic()
                 self._read(connection)
@@ -292,31 +296,37 @@ class WorkerHandle:
                     self.health.answered(job.cost, message.seconds, others)
                 self._owner.review(self)
             if isinstance(message, Response):
-                job.finish(message.payload, None)
+                self._finish(job, message.payload, None)
             elif failed:
                 log.error("%s: %s", self.spec.name, message.traceback)
                 job.attempts += 1
-                self._owner.again(job, message.error)
+                self._retry(job, message.error)
             else:
-                job.finish(None, message.error)
-            self._owner.hurry()
-            self._probe()
+                self._finish(job, None, message.error)
+            self._owner.dispatch_urgent()
+            self._send_probe()
 
-    def _probe(self) -> None:
-        """Asks an ejected worker for what any sound one can do: back to work, or a new process."""
-        if self.health.state != "ejected" or any(job.probe for job in self._jobs.values()):
-            return
-
-        def probed(_: Any, error: Exception | None) -> None:
-            if error is not None:
-                log.warning("%s fails at everything; replacing it", self.spec.name)
-                self.kill()
-                return
+    def _finish(self, job: Job, result: Any, error: Exception | None) -> None:
+        if not job.probe:
+            self._owner.finish_job(job, result, error)
+        elif error is None:
             with self._owner.changed:
                 self.health.readmit()
                 self._owner.review(self)
+        else:
+            self._retry(job, error)
 
-        self.give(Job(self._owner.probe, probed, probe=True))
+    def _retry(self, job: Job, error: Exception) -> None:
+        if job.probe:
+            log.warning("%s fails at everything; replacing it", self.spec.name)
+            self.kill()
+        else:
+            self._owner.retry_job(job, error)
+
+    def _send_probe(self) -> None:
+        """Sends an ejected worker a job that any sound one can do: it is readmitted or replaced."""
+        if self.health.state == "ejected" and not any(job.probe for job in self._jobs.values()):
+            self.send_job(Job(self._owner.probe, probe=True))
 
     def _clear(self, connection: Connection) -> None:
         with self._owner.changed:
@@ -335,12 +345,12 @@ class WorkerHandle:
                 self.process.returncode if self.process else None,
                 len(running) + len(waiting),
             )
-            self._owner.died(self)
+            self._owner.worker_died(self)
         for job in running:
             job.attempts += 1
         for job in (*running, *waiting):
             reason = f"a worker died {job.attempts} times while working on this"
-            self._owner.again(job, InternalError(reason))
+            self._retry(job, InternalError(reason))
 
     def _reap(self, connection: Connection) -> None:
         self.kill()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
+
+import msgspec
 
 from fletcher.models.bundle.bundle import ModelBundle, write_manifest
 from fletcher.models.bundle.spec import MANIFEST, ModelSpec
@@ -17,5 +18,6 @@ def another(bundle: ModelBundle, folder: Path, name: str, weights: str) -> Model
     manifest = json.loads((folder / MANIFEST).read_text())
     for field in ("format", "name", "hash", "files"):
         del manifest[field]
-    write_manifest(folder, name, replace(ModelSpec.parse(manifest), weights_sha256=weights))
-    return ModelBundle.load(folder)
+    spec = msgspec.convert({**manifest, "weights_sha256": weights}, ModelSpec)
+    write_manifest(folder, name, spec)
+    return ModelBundle.from_folder(folder)

@@ -15,10 +15,11 @@ import numpy as np
 import onnx
 import pytest
 
+from fletcher.config.engine import EngineConfig
 from fletcher.core.batches import MicroBatch
 from fletcher.errors import ModelError
 from fletcher.inference.backend import Backend, BackendConfig
-from fletcher.inference.devices import detect_host, resolve
+from fletcher.inference.devices import detect_host, resolve_replicas
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 
@@ -102,7 +103,7 @@ def test_an_exit_gives_what_a_model_of_fewer_layers_would(checkpoint: Path, tmp_
 def test_three_segments_hand_on_what_they_have(engine: str, pooling: str, tmp_path: Path) -> None:
     checkpoint = copied(GOLDEN / "families" / "modernbert", tmp_path / "c", pooling=pooling)
     bundle = add(checkpoint, tmp_path / "exits", (1, 3))
-    assert [path.name for path in bundle.segments] == [
+    assert [path.name for path in bundle.blocks] == [
         "model.1.onnx",
         "model.3.onnx",
         "model.4.onnx",
@@ -120,7 +121,7 @@ def test_three_segments_hand_on_what_they_have(engine: str, pooling: str, tmp_pa
 def test_weights_are_there_once_and_graphs_are_sound(tmp_path: Path) -> None:
     whole = add(GOLDEN / "families" / "modernbert", tmp_path / "whole")
     bundle = add(GOLDEN / "families" / "modernbert", tmp_path / "exits", (1, 2, 3))
-    for graph in bundle.segments:
+    for graph in bundle.blocks:
         onnx.checker.check_model(str(graph), full_check=True)
 
     def weights(one: ModelBundle) -> int:
@@ -131,7 +132,7 @@ def test_weights_are_there_once_and_graphs_are_sound(tmp_path: Path) -> None:
     assert weights(bundle) < 1.5 * weights(whole)
     (bundle.folder / "model.2.weights").unlink()
     with pytest.raises(ModelError, match=r"model\.2\.weights is missing"):
-        ModelBundle.load(bundle.folder)
+        ModelBundle.from_folder(bundle.folder)
 
 
 def test_exits_that_cannot_be(tmp_path: Path) -> None:
@@ -150,6 +151,6 @@ def test_exits_that_cannot_be(tmp_path: Path) -> None:
 def test_a_gpu_runs_exits_padded(tmp_path: Path) -> None:
     bundle = add(GOLDEN / "tiny", tmp_path, (1,))
     host = replace(detect_host(), num_cuda_devices=1, cuda_provider=True)
-    chosen = resolve("cuda", "auto", "auto", 0, host, bundle.folder)
+    chosen = resolve_replicas(EngineConfig(device="cuda"), host, bundle)
     assert chosen.configs[0].precision == "float32"
     assert "have no exits" in chosen.reason

@@ -138,6 +138,6 @@ def test_tokens_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
     texts = [row["text"] for row in table if row["text"] is not None]
     data = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, data)])
-    encoded = Tokenizer.load(bundle.folder).encode(TextBatch(b"".join(data), offsets))
+    encoded = Tokenizer.from_bundle(bundle.folder).encode(TextBatch(b"".join(data), offsets))
     actual = np.split(encoded.input_ids, encoded.offsets[1:-1])
     assert [ids.tolist() for ids in actual] == expected

@@ -40,12 +40,12 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(server: Runtime) -> Whole:
     bundle = server.service.models.default.bundle
-    return Whole(Tokenizer.load(bundle.folder), int(bundle.hash, 16))
+    return Whole(Tokenizer.from_bundle(bundle.folder), int(bundle.hash, 16))
 
 
 def chunk_vectors(whole: Whole, text: str, how: str) -> np.ndarray:
     """The vectors of a text's chunks, each embedded alone."""
-    chunking = Chunking.parse(how)
+    chunking = Chunking.from_text(how)
     assert chunking is not None
     ids = np.array(whole.tokenizer._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
     found, *_ = windows(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
@@ -206,7 +206,7 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
         again = fletcher.EmbedCommand(dataset="chunks", mode=mode)
         with (
             fletcher.connect(server.address) as client,
-            pytest.raises(InvalidCommandError, match="several of one id") as caught,
+            pytest.raises(InvalidCommandError, match="several rows per id") as caught,
         ):
             client.put(table.slice(0, 2), again)
         assert caught.value.allowed == ["append", "overwrite"]

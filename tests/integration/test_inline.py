@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from fletcher.core.batches import InferenceResult, MicroBatch
+from fletcher.core.batches import InferenceResult, MicroBatch, TextBatch
+from fletcher.pipeline.interactive.path import InteractivePath
 from fletcher.runtime import Runtime
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, exchange
@@ -48,34 +49,49 @@ def stopped(real: Runtime) -> Iterator[list[int]]:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_single_texts_are_embedded_in_this_process_with_the_same_vectors(
-    real: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replicas = real.service.models.default.model.embedder.replicas
-    inline, lengths = replicas._inline, []
+def path_of(server: Runtime) -> InteractivePath:
+    return server.service.models.default.model.embedder._interactive
+
+
+@pytest.fixture
+def threads(real: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Threads that ran the engine of this process, by name."""
+    path = path_of(real)
+    engine, names = path._engine, []
 
     def noted(batch: MicroBatch) -> InferenceResult:
-        lengths.append(len(batch.lengths))
-        return inline(batch)
+        assert len(batch.lengths) == 1
+        names.append(threading.current_thread().name)
+        return engine(batch)
 
-    monkeypatch.setattr(replicas, "_inline", noted)
+    monkeypatch.setattr(path, "_engine", noted)
+    return names
+
+
+def test_single_texts_are_embedded_in_this_process_with_the_same_vectors(
+    real: Runtime, threads: list[str]
+) -> None:
     words = ["one", "two words", "a text of five words"]
     with flight.connect(real.address) as client:
         company = vectors(client, texts(*(words * 40)))[: len(words)]  # bulk: a replica's
-        assert not lengths
+        assert not threads
         before = action(client, "stats")[BUSY]
-
-        def sent() -> int:
-            """Who answers may not wait yet when a call's first text comes: then a replica does."""
-            for word, expected in zip(words, company, strict=True):
-                assert np.abs(vectors(client, texts(word))[0] - expected).max() < 1e-5
-            return len(lengths)
-
-        eventually(lambda: sent() > 3, "texts run here")
+        for word, expected in zip(words, company, strict=True):
+            assert np.abs(vectors(client, texts(word))[0] - expected).max() < 1e-5
         after = action(client, "stats")[BUSY]
-    assert set(lengths) == {1}
+    assert len(threads) == 3
     # They count as the work of that replica.
-    assert sum(after.values()) - sum(before.values()) >= len(lengths)
+    assert sum(after.values()) - sum(before.values()) == 3
+
+
+def test_the_embed_action_changes_no_thread(real: Runtime, threads: list[str]) -> None:
+    with flight.connect(real.address) as client:
+        answers = [action(client, "embed", {"texts": ["one"]}) for _ in range(5)]
+        stats = action(client, "stats")
+    assert len(threads) == 5
+    assert not any("exchange" in name or "reader" in name for name in threads)
+    assert all(answer == answers[0] for answer in answers)
+    assert stats["memory"]["used_bytes"] == 0
 
 
 def test_what_comes_meanwhile_goes_to_the_replica(real: Runtime, stopped: list[int]) -> None:
@@ -103,6 +119,15 @@ def test_what_comes_meanwhile_goes_to_the_replica(real: Runtime, stopped: list[i
 
 def test_an_isolated_engine_is_in_no_other_process(start_server: StartServer) -> None:
     server = start_server(backend="openvino", precision="float32", threads=2, isolate_engine=True)
-    assert server.service.models.default.model.embedder.replicas._inline is None
+    path = path_of(server)
+    assert not path.has_engine
+    assert path.tokenize(TextBatch(b"hi", np.array([0, 2]))) is None
     with flight.connect(server.address) as client:
         assert vectors(client, texts("one")).shape[0] == 1
+        # Its tokens are counted without a tokenizer in this process, once.
+        prompted = {"prompt": "Some words: ", "texts": ["one"]}
+        answers = [action(client, "embed", prompted) for _ in range(2)]
+        assert answers[0] == answers[1]
+        prompted["prompt"] = "words " * 600
+        with pytest.raises(flight.FlightServerError, match="takes all 32 tokens"):
+            action(client, "embed", prompted)

@@ -79,7 +79,7 @@ def vectors(batch: pa.RecordBatch) -> np.ndarray:
 def installed(home: Path) -> tuple[str, str]:
     """Both versions of `a`: the kept one, and the one in use."""
     (kept,) = [path.name for path in (home / "models").glob("a@*")]
-    return kept, ModelBundle.load(home / "models" / "a").qualified_name
+    return kept, ModelBundle.from_folder(home / "models" / "a").qualified_name
 
 
 def test_swaps_under_load_fail_no_call_and_mix_no_batch(home: Path, server: Runtime) -> None:
@@ -252,7 +252,7 @@ def test_a_replica_that_starts_again_does_not_take_what_came_there_since(
     with serving(home, model="b") as server, fletcher.connect(server.address) as client:
         expected = client.embed(TEXTS)
         models = home / "models"
-        kept = models / ModelBundle.load(models / "b").qualified_name
+        kept = models / ModelBundle.from_folder(models / "b").qualified_name
         (models / "b").rename(kept)  # as `fletcher model add --replace` does
         another(tiny_bundle, models / "b", "b", "four")
         try:

@@ -146,7 +146,7 @@ def test_exits_run_beside_each_other_and_are_told_apart(
         "embedding_cache": 1 << 20,
     }
     backend = load(BackendConfig("onnxruntime", "cpu", str(registry.get("tiny").folder)))
-    tokens = Tokenizer.load(registry.get("tiny").folder).encode(_texts(TEXTS[:40]))
+    tokens = Tokenizer.from_bundle(registry.get("tiny").folder).encode(_texts(TEXTS[:40]))
     batch = MicroBatch(tokens.input_ids, tokens.token_count)
     expected = {one: backend.run(replace(batch, layers=one)).embeddings for one in (1, 2)}
     with (

@@ -456,11 +456,11 @@ def test_delta_embeds_what_changed(server: Runtime, client: flight.FlightClient)
     name = next(names)
     fields = {"dataset": name, "mode": "delta"}
     put(client, [rows(0, 1000)], SCHEMA, end=1000, **fields)
-    tokens = server.service.telemetry.device_tokens.snapshot()
+    tokens = server.service.telemetry.device_tokens.values()
     again = put(client, [rows(0, 1000)], SCHEMA, end=1000, **fields)[-1]
     assert (again["rows_stored"], again["rows_deduplicated"]) == (0, 1000)
     assert again["complete"] is True
-    assert server.service.telemetry.device_tokens.snapshot() == tokens
+    assert server.service.telemetry.device_tokens.values() == tokens
     changed = pa.record_batch({"id": [5, 7, 2000], "text": ["edited", WORDS[0], "new"]}, SCHEMA)
     batches = [rows(0, 10), changed, rows(7, 8)]
     summary = put(client, batches, SCHEMA, end=14, **fields)[-1]

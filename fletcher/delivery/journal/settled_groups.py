@@ -73,7 +73,7 @@ class SettledGroups:
             if parsed is not None:
                 upload_id, first, last = parsed
                 ranges = found.pop(upload_id, RangeSet())
-                ranges.add(first, last)
+                ranges.add_range(first, last)
                 found[upload_id] = ranges
         return found
 

@@ -12,46 +12,48 @@ calibration.json  ranges for int8, where `fletcher model calibrate` found some
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from fletcher.core.schema import SPARSE_WIDTH
 from fletcher.errors import ModelError
 from fletcher.models.bundle.calibration import CALIBRATION, Calibration
-from fletcher.models.bundle.files import check_name, is_inside, read_json, sha256
-from fletcher.models.bundle.spec import (
-    MANIFEST,
-    GraphOutput,
-    ModelSpec,
-    Output,
-    Pooling,
-    Similarity,
-    expect,
-    typed,
-)
+from fletcher.models.bundle.files import check_name, convert_json, is_inside, read_json, sha256
+from fletcher.models.bundle.spec import MANIFEST, ModelSpec, Natural
 from fletcher.models.checkpoint.markers import Queries, Skipped
 
 FORMAT = 1
 TOKENIZER = "tokenizer.json"
 LATE_GRAPH = "late.onnx"
-# Fields of fletcher.json that are the bundle's, beside those of its ModelSpec.
-_NOT_IN_SPEC = ("name", "hash", "files")
+_ADD_AGAIN = "; add the model again with `fletcher model add`"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelBundle:
-    """A bundle on disk, checked as far as `load` was asked to.
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the bundle, as the manifest lists it."""
 
-    Attributes: those of ModelSpec, and
+    bytes: Natural
+    sha256: str
+
+
+class _Manifest(ModelSpec, frozen=True, kw_only=True):
+    """fletcher.json without its `format`."""
+
+    name: str
+    hash: str
+    files: dict[str, Any]
+
+
+class ModelBundle(ModelSpec, frozen=True, kw_only=True):
+    """A model's bundle on disk, checked as far as `from_folder` was asked to.
+
+    Attributes:
         folder: The bundle's folder.
         name: The model's name.
         hash: First 12 hex digits of a SHA-256 over what defines the vectors; the same on every
             machine and after every re-adding.
-        graph: Path of the ONNX file.
-        tokenizer: Path of tokenizer.json.
         late: Path of the graph for late chunking; None: there is none.
         num_bytes: Size of all files.
         calibration: Ranges for int8.
@@ -60,35 +62,19 @@ class ModelBundle:
     folder: Path
     name: str
     hash: str
-    family: str
-    dim: int
-    max_length: int
-    pooling: Pooling
-    normalize: bool
-    num_layers: int
-    layers: tuple[int, ...]
-    dims: tuple[int, ...]
-    prompts: dict[str, str]
-    default_prompt: str | None
-    similarity: Similarity
-    output: Output
-    skip_marker: int
-    skip_tokens: tuple[int, ...]
-    query_marker: int
-    query_length: int
-    query_filler: int
-    fillers_attended: bool
-    pad_token_id: int
-    graph: Path
-    graph_output: GraphOutput
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    tokenizer: Path
     late: Path | None
-    licence: str
-    source: str
     num_bytes: int
     calibration: Calibration
+
+    @property
+    def graph(self) -> Path:
+        """Path of the ONNX file."""
+        return self.folder / self.graph_file
+
+    @property
+    def tokenizer(self) -> Path:
+        """Path of tokenizer.json."""
+        return self.folder / TOKENIZER
 
     @property
     def qualified_name(self) -> str:
@@ -119,12 +105,7 @@ class ModelBundle:
         return Queries(self.query_marker, self.query_length, filler, self.fillers_attended)
 
     @property
-    def has_exits(self) -> bool:
-        """Whether vectors can be had after fewer than all layers."""
-        return len(self.layers) > 1
-
-    @property
-    def segments(self) -> list[Path]:
+    def blocks(self) -> list[Path]:
         """The graphs that make up the model, in their order, one an exit layer.
 
         Each but the first takes `hidden`, float32 [B, L, H], which the one before gives as
@@ -132,15 +113,32 @@ class ModelBundle:
         """
         if not self.has_exits:
             return [self.graph]
-        return [self.folder / segment_file(layers) for layers in self.layers]
+        return [self.folder / block_file(layers) for layers in self.layers]
 
     @property
     def graph_normalizes(self) -> bool:
         """Whether the graph's embeddings have L2 norm 1 already, their norms in output `norm`."""
         return "norm" in self.outputs
 
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and paths by name, for `fletcher model show`."""
+        spec = {
+            one.encode_name: getattr(self, one.name) for one in msgspec.structs.fields(ModelSpec)
+        }
+        return {
+            "folder": self.folder,
+            "name": self.name,
+            "hash": self.hash,
+            **spec,
+            "graph": self.graph,
+            "tokenizer": self.tokenizer,
+            "late": self.late,
+            "num_bytes": self.num_bytes,
+            "calibration": [str(cut) for cut in sorted(self.calibration.ranges)],
+        }
+
     @classmethod
-    def load(cls, folder: Path, *, verify: bool = False) -> ModelBundle:
+    def from_folder(cls, folder: Path, *, verify: bool = False) -> ModelBundle:
         """Reads a bundle and checks that its files are there with their right sizes.
 
         Args:
@@ -151,44 +149,41 @@ class ModelBundle:
             ModelError: No bundle, a missing or odd field, a file missing, of another size, or
                 (`verify`) of another content.
         """
-        manifest = read_json(folder / MANIFEST)
-        if manifest.pop("format", None) != FORMAT:
+        fields = read_json(folder / MANIFEST)
+        if fields.pop("format", None) != FORMAT:
             raise ModelError(
-                f"{MANIFEST} has no `format` {FORMAT}: this Fletcher cannot read it; add the "
-                "model again with `fletcher model add`"
+                f"{MANIFEST} has no `format` {FORMAT}: this Fletcher cannot read it{_ADD_AGAIN}"
             )
-        name = check_name(typed(manifest, "name", str))
-        recorded_hash = typed(manifest, "hash", str)
-        files = typed(manifest, "files", dict)
-        spec = ModelSpec.parse({key: manifest[key] for key in manifest if key not in _NOT_IN_SPEC})
-        segments = map(segment_file, spec.layers) if len(spec.layers) > 1 else (spec.graph,)
-        for needed in (TOKENIZER, *segments):
-            expect(needed in files, "files", sorted(files), f"an entry for {needed}")
+        manifest = convert_json(fields, _Manifest, MANIFEST, _ADD_AGAIN)
+        spec = {name: getattr(manifest, name) for name in ModelSpec.__struct_fields__}
+        files = manifest.files
+        blocks = map(block_file, manifest.layers) if manifest.has_exits else (manifest.graph_file,)
+        for needed in (TOKENIZER, *blocks):
+            if needed not in files:
+                raise ModelError(
+                    f"{MANIFEST}: `files` has no entry for {needed}{_ADD_AGAIN}", field="files"
+                )
         num_bytes = sum(_check_file(folder, *entry, verify=verify) for entry in files.items())
-        actual_hash = spec.vector_hash(files[TOKENIZER]["sha256"])
-        if recorded_hash != actual_hash:
+        actual_hash = manifest.vector_hash(files[TOKENIZER]["sha256"])
+        if manifest.hash != actual_hash:
             raise ModelError(
-                f"{MANIFEST} was changed: `hash` is {recorded_hash!r}, its fields give "
-                f"{actual_hash}; add the model again with `fletcher model add`"
+                f"{MANIFEST} was changed: `hash` is {manifest.hash!r}, its fields give "
+                f"{actual_hash}{_ADD_AGAIN}"
             )
-        values = {one.name: getattr(spec, one.name) for one in dataclasses.fields(spec)}
-        values.pop("weights_sha256")
-        values["graph"] = folder / spec.graph
         return cls(
+            **spec,
             folder=folder,
-            name=name,
+            name=check_name(manifest.name),
             hash=actual_hash,
-            tokenizer=folder / TOKENIZER,
             late=folder / LATE_GRAPH if LATE_GRAPH in files else None,
             num_bytes=num_bytes,
-            calibration=Calibration.load(folder / CALIBRATION)
+            calibration=Calibration.from_file(folder / CALIBRATION)
             if CALIBRATION in files
             else Calibration(),
-            **values,
         )
 
 
-def segment_file(layers: int) -> str:
+def block_file(layers: int) -> str:
     """The graph whose last layer is this one, of a model with exits."""
     return f"model.{layers}.onnx"
 
@@ -206,7 +201,7 @@ def version_folder(folder: Path, version: str) -> Path:
     name = folder.name.partition("@")[0]
     for place in (folder.with_name(name), folder.with_name(f"{name}@{version}")):
         with contextlib.suppress(ModelError):
-            if ModelBundle.load(place).hash == version:
+            if ModelBundle.from_folder(place).hash == version:
                 return place
     raise ModelError(f"{name}@{version} is here no more: it was removed or damaged")
 
@@ -226,7 +221,7 @@ def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:
         "format": FORMAT,
         "name": check_name(name),
         "hash": spec.vector_hash(str(files[TOKENIZER]["sha256"])),
-        **dataclasses.asdict(spec),
+        **msgspec.to_builtins(spec),
         "files": files,
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
@@ -234,18 +229,22 @@ def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:
 
 
 def _check_file(folder: Path, name: str, entry: Any, *, verify: bool) -> int:
-    expect(is_inside(name), "files", name, "names inside the bundle's folder")
-    if not isinstance(entry, dict):
-        raise ModelError(f"{MANIFEST}: `files` says nothing of {name}", field="files")
-    size, checksum = typed(entry, "bytes", int), typed(entry, "sha256", str)
+    if not is_inside(name):
+        raise ModelError(
+            f"{MANIFEST}: `files` has {name[:200]!r}, expected names inside the bundle's folder",
+            field="files",
+        )
+    file = convert_json(entry, _File, f"{MANIFEST}: entry {name} of `files`", _ADD_AGAIN)
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ModelError(f"{name} leads out of the bundle's folder; add the model again")
     if not path.is_file():
         raise ModelError(f"{name} is missing from the bundle; add the model again")
     actual = path.stat().st_size
-    if actual != size:
-        raise ModelError(f"{name} has {actual:,} bytes, expected {size:,}; add the model again")
-    if verify and sha256(path) != checksum:
+    if actual != file.bytes:
+        raise ModelError(
+            f"{name} has {actual:,} bytes, expected {file.bytes:,}; add the model again"
+        )
+    if verify and sha256(path) != file.sha256:
         raise ModelError(f"{name} has a wrong SHA-256: it was changed; add the model again")
     return actual

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fletcher.core.quantization import Ranges
 from fletcher.errors import ModelError
-from fletcher.models.bundle.files import read_json, sha256
+from fletcher.models.bundle.files import convert_json, read_json, sha256
+from fletcher.util.durable import write_atomically
 
 CALIBRATION = "calibration.json"
 
@@ -35,6 +38,23 @@ class Cut:
         return f"{self.dims} dims after {self.layers} layers, {shape}"
 
 
+class _Row(msgspec.Struct, frozen=True):
+    """The ranges of one kind of vectors, as the file has them."""
+
+    layers: int
+    dims: int
+    normalized: bool
+    start: list[float]
+    step: list[float]
+
+
+class _File(msgspec.Struct, frozen=True):
+    """calibration.json."""
+
+    num_texts: int
+    ranges: list[_Row]
+
+
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """Ranges for each kind of vectors that a bundle declares; none where it has no sample yet.
@@ -48,24 +68,22 @@ class Calibration:
     ranges: Mapping[Cut, Ranges] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
+    def from_file(cls, path: Path) -> Calibration:
         """Reads what `save` wrote. Raises ModelError where the file is none."""
-        fields = read_json(path)
+        remedy = "; run `fletcher model calibrate` with --replace"
+        content = convert_json(read_json(path), _File, path.name, remedy)
         try:
             ranges = {
-                Cut(int(one["layers"]), int(one["dims"]), bool(one["normalized"])): (
-                    Ranges.from_json(one)
+                Cut(one.layers, one.dims, one.normalized): Ranges.from_json(
+                    {"start": one.start, "step": one.step}
                 )
-                for one in fields["ranges"]
+                for one in content.ranges
             }
-            num_texts = int(fields["num_texts"])
-            if any(len(one.start) != cut.dims for cut, one in ranges.items()):
-                raise ValueError("ranges of another width")
-        except (KeyError, TypeError, ValueError):
-            raise ModelError(
-                f"{path.name} is damaged; run `fletcher model calibrate` with --replace"
-            ) from None
-        return cls(num_texts, ranges)
+        except ValueError as error:
+            raise ModelError(f"{path.name} is damaged: {error}{remedy}") from None
+        if any(len(one.start) != cut.dims for cut, one in ranges.items()):
+            raise ModelError(f"{path.name} is damaged: ranges of another width{remedy}")
+        return cls(content.num_texts, ranges)
 
     def save(self, folder: Path, manifest: str) -> None:
         """Puts itself into a bundle's folder and under its checksums; the caller has the lock.
@@ -77,22 +95,16 @@ class Calibration:
             manifest: The manifest's name there.
         """
         rows = [
-            {"layers": cut.layers, "dims": cut.dims, "normalized": cut.normalized, **one.to_json()}
-            for cut, one in sorted(self.ranges.items())
+            {**dataclasses.asdict(cut), **one.to_json()} for cut, one in sorted(self.ranges.items())
         ]
         path = folder / CALIBRATION
         fields = read_json(folder / manifest)
         if fields["files"].pop(CALIBRATION, None):
-            _replace(folder / manifest, fields)
-        _replace(path, {"num_texts": self.num_texts, "ranges": rows})
+            _write_json(folder / manifest, fields)
+        _write_json(path, {"num_texts": self.num_texts, "ranges": rows})
         fields["files"][CALIBRATION] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        _replace(folder / manifest, fields)
+        _write_json(folder / manifest, fields)
 
 
-def _replace(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,17 +1,18 @@
-"""Small file work that every part of a bundle needs: JSON, checksums, safe names."""
+"""JSON, checksums and safe names: what every part of a bundle needs of its files."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import msgspec
 
 from fletcher.errors import ModelError
+
+_Type = TypeVar("_Type")
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # A model's name, or one version of it.
@@ -31,20 +32,69 @@ def check_name(name: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        ModelError: There is no such file, or it holds no JSON object.
+        ModelError: The file is missing, or holds no JSON object.
     """
     try:
+        # Not msgspec's reader, which refuses the NaN and Infinity of some checkpoints.
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path.name} is missing") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ModelError(f"{path.name} is not readable JSON") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path.name} holds no JSON object")
     return value
+
+
+def convert_json(value: Any, kind: type[_Type], place: str, remedy: str = "") -> _Type:
+    """Convert a decoded JSON value to a type, usually a struct.
+
+    Args:
+        value: As from `read_json`, or a part of it.
+        kind: What it should be.
+        place: The file's name, for errors.
+        remedy: The end of an error's message.
+
+    Raises:
+        ModelError: A field is unknown, missing, or of another type or range.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error), value, kind, place, remedy) from None
+
+
+def _refusal(text: str, value: Any, kind: Any, place: str, remedy: str) -> ModelError:
+    """Msgspec's error, with the value that came and, for a choice, the values to choose from."""
+    reason, _, path = text.partition(" - at `$")
+    if named := re.fullmatch(r"Object (missing required|contains unknown) field `(.+)`", reason):
+        state = "no" if named[1].startswith("missing") else "an unknown"
+        return ModelError(f"{place} has {state} field `{named[2]}`{remedy}", field=named[2])
+    field = re.split(r"[.\[`]", path.removeprefix("."), maxsplit=1)[0]
+    if not field:
+        return ModelError(f"{place}: {reason[0].lower()}{reason[1:]}{remedy}")
+    allowed = None
+    expected = reason.partition(", got ")[0].removeprefix("Expected ")
+    if reason.startswith("Invalid enum value"):
+        allowed = _choices(kind, field)
+        expected = f"one of {', '.join(allowed)}"
+    return ModelError(
+        f"{place}: `{field}` is {repr(value[field])[:200]}, expected {expected}{remedy}",
+        field=field,
+        allowed=allowed,
+    )
+
+
+def _choices(kind: Any, field: str) -> list[str]:
+    """Allowed values of a struct's field, or of its items."""
+    fields = {one.encode_name: one.type for one in msgspec.structs.fields(kind)}
+    choice = fields[field]
+    while get_origin(choice) is not Literal:
+        choice = get_args(choice)[0]
+    return [str(one) for one in get_args(choice)]
 
 
 def sha256(path: Path) -> str:
@@ -56,11 +106,3 @@ def is_inside(name: str) -> bool:
     """Whether a relative name, `/` between its parts, stays inside the folder it is joined to."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file; one process (and thread) at a time. It goes with its holder."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

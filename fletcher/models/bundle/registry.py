@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,13 @@ from pathlib import Path
 from fletcher.errors import ModelError, UnknownModelError
 from fletcher.models.bundle.bundle import ModelBundle, version_folder, write_manifest
 from fletcher.models.bundle.calibration import Calibration
-from fletcher.models.bundle.files import VERSION_NAME, check_name, locked
+from fletcher.models.bundle.files import VERSION_NAME, check_name
 from fletcher.models.bundle.spec import MANIFEST, ModelSpec
 from fletcher.models.sources import hub, package
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
 from fletcher.models.sources.onnx import build_from_onnx
+from fletcher.util.durable import sync_path
+from fletcher.util.locks import FileLock
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 DEFAULT_HUB_SOURCE = "hub:sentence-transformers/all-MiniLM-L6-v2"
@@ -61,7 +62,7 @@ class Registry:
         bundles = []
         for name in self.names():
             with contextlib.suppress(ModelError):
-                bundles.append(ModelBundle.load(self._folder / name))
+                bundles.append(ModelBundle.from_folder(self._folder / name))
         return bundles
 
     def get(self, name: str) -> ModelBundle:
@@ -169,7 +170,7 @@ class Registry:
     def _load(self, name: str, *, verify: bool) -> ModelBundle:
         folder = self._find(name)
         try:
-            bundle = ModelBundle.load(folder, verify=verify)
+            bundle = ModelBundle.from_folder(folder, verify=verify)
         except ModelError as error:
             raise ModelError(
                 f"model {name}: {error.message}", field=error.field, allowed=error.allowed
@@ -214,7 +215,7 @@ class Registry:
             spec = source.build(staging, exits, progress)
             write_manifest(staging, name, spec)
             _make_durable(staging)
-            bundle = ModelBundle.load(staging)
+            bundle = ModelBundle.from_folder(staging)
             return self._place(staging, name, bundle, progress, replace=replace)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -276,7 +277,7 @@ class Registry:
         with contextlib.ExitStack() as held:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(self._folder / f".{name}.lock"))
+                held.enter_context(FileLock(self._folder / f".{name}.lock", wait=True))
             except OSError as error:
                 raise ModelError(
                     f"the folder of models {self._folder} cannot be written: {error.strerror}; "
@@ -341,8 +342,4 @@ def _from_onnx(path: Path, tokenizer: Path | None) -> _Source:
 def _make_durable(folder: Path) -> None:
     """Files first, then the folder: after the rename a power cut cannot leave empty files."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(path)

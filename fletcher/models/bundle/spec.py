@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal, get_args
+
+import msgspec
+from msgspec import Meta
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle.files import is_inside
 
 MANIFEST = "fletcher.json"
-POOLINGS = ("mean", "cls", "last_token")
-SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
-OUTPUTS = ("dense", "sparse", "multi")
-GRAPH_OUTPUTS = ("embedding", "token_embeddings")
-GRAPH_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 Pooling = Literal["mean", "cls", "last_token"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+GraphInput = Literal["input_ids", "attention_mask", "token_type_ids"]
 GraphOutput = Literal["embedding", "token_embeddings"]
 Output = Literal["dense", "sparse", "multi"]
+Natural = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
 
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("dim", "max_length", "num_layers", "pad_token_id", "skip_marker"), int),
-    **dict.fromkeys(("query_marker", "query_length", "query_filler"), int),
-    **dict.fromkeys(("layers", "dims", "inputs", "outputs", "skip_tokens"), list),
-    **dict.fromkeys(("normalize", "fillers_attended"), bool),
-    "prompts": dict,
-}
-_WORDS = {str: "text", int: "an integer", bool: "true or false", list: "a list", dict: "an object"}
+SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
+GRAPH_INPUTS: tuple[GraphInput, ...] = get_args(GraphInput)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a source says of a model: the part of fletcher.json that describes it.
 
     Attributes:
@@ -54,7 +45,7 @@ class ModelSpec:
         similarity: How two embeddings are compared: `cosine`, `dot`, `euclidean` or `manhattan`;
             bundles that do not say it mean `cosine`.
         pad_token_id: Id of the padding token.
-        graph: File name of the ONNX graph.
+        graph_file: File name of the ONNX graph; `graph` in fletcher.json.
         graph_output: `embedding`: the graph pools (float32 [B, dim]); `token_embeddings`: it does
             not (float32 [B, L, dim]), vectors are pooled and normalised after it.
         inputs: Names of the graph's inputs, int64 [B, L] each; `token_type_ids` are zeros.
@@ -73,20 +64,20 @@ class ModelSpec:
     """
 
     family: str
-    dim: int
-    max_length: int
+    dim: Positive
+    max_length: Positive
     pooling: Pooling
     normalize: bool
-    num_layers: int
-    layers: tuple[int, ...]
-    dims: tuple[int, ...]
+    num_layers: Natural
+    layers: tuple[Natural, ...]
+    dims: tuple[Positive, ...]
     prompts: dict[str, str]
     default_prompt: str | None
-    pad_token_id: int
-    graph: str
+    pad_token_id: Natural
+    graph_file: str = msgspec.field(name="graph")
     graph_output: GraphOutput
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[GraphInput, ...]
+    outputs: Annotated[tuple[str, ...], Meta(min_length=1)]
     licence: str
     source: str
     weights_sha256: str
@@ -100,74 +91,28 @@ class ModelSpec:
     fillers_attended: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dim", "max_length"):
-            expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("num_layers", "pad_token_id"):
-            expect(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        expect(self.pooling in POOLINGS, "pooling", self.pooling, " or ".join(POOLINGS))
-        known = self.similarity in SIMILARITIES
-        expect(known, "similarity", self.similarity, " or ".join(SIMILARITIES))
-        expect(
-            self.graph_output in GRAPH_OUTPUTS,
-            "graph_output",
-            self.graph_output,
-            " or ".join(GRAPH_OUTPUTS),
-        )
-        ascending = tuple(sorted(set(self.dims)))
-        expect(
-            self.dims == ascending and self.dims[-1:] == (self.dim,) and self.dims[0] >= 1,
+        _expect(
+            _ascending(self.dims) and self.dims[-1] == self.dim,
             "dims",
             self.dims,
             "ascending widths that end with `dim`",
         )
-        exits = tuple(sorted(set(self.layers)))
-        expect(
-            self.layers == exits and exits[-1:] == (self.num_layers,) and min(exits) >= 0,
+        _expect(
+            _ascending(self.layers) and self.layers[-1] == self.num_layers,
             "layers",
             self.layers,
             f"ascending layers from 1 that end with {self.num_layers}",
         )
-        expect(
-            "input_ids" in self.inputs and set(self.inputs) <= set(GRAPH_INPUTS),
-            "inputs",
-            self.inputs,
-            f"`input_ids` and any of {', '.join(GRAPH_INPUTS)}",
-        )
-        expect(self.output in OUTPUTS, "output", self.output, " or ".join(OUTPUTS))
-        expect(bool(self.outputs), "outputs", self.outputs, "at least one name")
+        _expect("input_ids" in self.inputs, "inputs", self.inputs, "`input_ids` among them")
         known = self.default_prompt is None or self.default_prompt in self.prompts
-        expect(known, "default_prompt", self.default_prompt, "a name in `prompts`")
-        plain = is_inside(self.graph) and "/" not in self.graph
-        expect(plain, "graph", self.graph, "a file name")
+        _expect(known, "default_prompt", self.default_prompt, "a name in `prompts`")
+        plain = is_inside(self.graph_file) and "/" not in self.graph_file
+        _expect(plain, "graph", self.graph_file, "a file name")
 
-    @classmethod
-    def parse(cls, fields: Mapping[str, Any]) -> ModelSpec:
-        """From fields of fletcher.json.
-
-        Raises:
-            ModelError: One is unknown, missing or odd.
-        """
-        known = {one.name for one in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ModelError(f"{MANIFEST} has an unknown field `{name}`", field=name)
-        values: dict[str, Any] = {}
-        for one in dataclasses.fields(cls):
-            name = one.name
-            if one.default is not dataclasses.MISSING and name not in fields:
-                continue  # the field is newer than the bundle
-            if name == "default_prompt" and fields.get(name, "") is None:
-                values[name] = None
-                continue
-            value = typed(fields, name, _KINDS.get(name, str))
-            if isinstance(value, list):
-                item = int if name in ("layers", "dims", "skip_tokens") else str
-                expect(all(type(one) is item for one in value), name, value, f"a list of {item}")
-                value = tuple(value)
-            elif isinstance(value, dict):
-                expect(all(isinstance(one, str) for one in value.values()), name, value, "texts")
-            values[name] = value
-        return cls(**values)
+    @property
+    def has_exits(self) -> bool:
+        """Whether vectors can be had after fewer than all layers."""
+        return len(self.layers) > 1
 
     def vector_hash(self, tokenizer_sha256: str) -> str:
         """First 12 hex digits of a SHA-256 over what defines the vectors.
@@ -192,18 +137,12 @@ class ModelSpec:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def typed(fields: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A field of fletcher.json. Raises ModelError where it is missing or of another kind."""
-    if name not in fields:
-        raise ModelError(f"{MANIFEST} has no field `{name}`; add the model again", field=name)
-    if type(fields[name]) is not kind:
-        expect(False, name, fields[name], _WORDS[kind])
-    return fields[name]
+def _ascending(values: tuple[int, ...]) -> bool:
+    return bool(values) and values == tuple(sorted(set(values)))
 
 
-def expect(holds: bool, name: str, value: object, expected: str) -> None:
-    """Raises ModelError, which names the field, unless what should holds."""
+def _expect(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise ModelError(
-            f"{MANIFEST}: `{name}` is {str(value)[:200]!r}, expected {expected}", field=name
+            f"{MANIFEST}: `{name}` is {repr(value)[:200]}, expected {expected}", field=name
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle.bundle import LATE_GRAPH, segment_file
+from fletcher.models.bundle.bundle import LATE_GRAPH, block_file
 from fletcher.models.bundle.spec import ModelSpec
 from fletcher.models.checkpoint.checkpoint import Checkpoint, DenseModule, Weights
 from fletcher.models.checkpoint.markers import Queries, Skipped
@@ -49,7 +49,7 @@ def write_model(
     dense_weights = [Weights(module.folder, ()) for module in checkpoint.dense]
     dense = [_dense(*one) for one in zip(checkpoint.dense, dense_weights, strict=True)]
     layers = _exits(exits, architecture.num_layers, kind.output)
-    files = [segment_file(one) for one in layers] if len(layers) > 1 else [GRAPH_FILE]
+    files = [block_file(one) for one in layers] if len(layers) > 1 else [GRAPH_FILE]
     for file, first, last in zip(files, (0, *layers), layers, strict=False):
         with GraphBuilder(folder, family.name, file) as graph:
             hidden = _writer(kind.output, graph, architecture, tensors, weights).write(
@@ -87,7 +87,7 @@ def write_model(
         default_prompt=checkpoint.default_prompt,
         similarity=checkpoint.similarity,
         pad_token_id=architecture.pad_token_id,
-        graph=files[-1],
+        graph_file=files[-1],
         graph_output="embedding",
         inputs=("input_ids", "attention_mask"),
         outputs=("embedding", "norm") if has_norms else ("embedding",),

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle.files import locked, sha256
+from fletcher.models.bundle.files import sha256
 from fletcher.models.bundle.spec import ModelSpec
 from fletcher.models.checkpoint.output_kind import COLBERT
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
+from fletcher.util.locks import FileLock
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
@@ -49,7 +50,7 @@ def _build(
 ) -> ModelSpec:
     # Kept until the bundle is whole, so that an interrupted download goes on where it was.
     download = staging.parent / f".download-{repo_id.replace('/', '~')}"
-    with locked(download.with_name(f"{download.name}.lock")):
+    with FileLock(download.with_name(f"{download.name}.lock"), wait=True):
         commit = _download(repo_id, revision, download, progress)
         spec = build_from_folder(
             download,

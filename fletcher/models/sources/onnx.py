@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import TOKENIZER
 from fletcher.models.bundle.files import is_inside, sha256
-from fletcher.models.bundle.spec import GRAPH_INPUTS, MANIFEST, GraphOutput, ModelSpec
+from fletcher.models.bundle.spec import GRAPH_INPUTS, MANIFEST, GraphInput, GraphOutput, ModelSpec
 from fletcher.models.checkpoint.checkpoint import Checkpoint
 from fletcher.models.onnx.graph import read_model
 from fletcher.models.onnx.onnx_pb2 import (
@@ -90,7 +91,7 @@ def build_from_onnx(
         default_prompt=checkpoint.default_prompt,
         similarity=checkpoint.similarity,
         pad_token_id=int(checkpoint.config.get("pad_token_id") or 0),
-        graph=file.name,
+        graph_file=file.name,
         graph_output=graph_output,
         inputs=inputs,
         outputs=(output.name,),
@@ -110,7 +111,7 @@ def _checkpoint_folder(file: Path) -> Path:
     )
 
 
-def _inspect(file: Path) -> tuple[tuple[str, ...], _Value, list[str]]:
+def _inspect(file: Path) -> tuple[tuple[GraphInput, ...], _Value, list[str]]:
     """Names of a model's inputs, the output to read, and the locations of its external data."""
     try:
         model = read_model(file)
@@ -129,7 +130,7 @@ def _inspect(file: Path) -> tuple[tuple[str, ...], _Value, list[str]]:
     return names, _choose_output(file, outputs), locations
 
 
-def _check_inputs(file: Path, inputs: list[_Value]) -> tuple[str, ...]:
+def _check_inputs(file: Path, inputs: list[_Value]) -> tuple[GraphInput, ...]:
     names = [one.name for one in inputs]
     if "input_ids" not in names or not set(names) <= set(GRAPH_INPUTS):
         raise ModelError(
@@ -145,7 +146,7 @@ def _check_inputs(file: Path, inputs: list[_Value]) -> tuple[str, ...]:
                 f"{file.name}: input `{one.name}` has the fixed shape {list(one.shape)}; export "
                 "it with dynamic batch and length"
             )
-    return tuple(names)
+    return cast("tuple[GraphInput, ...]", tuple(names))
 
 
 def _choose_output(file: Path, outputs: list[_Value]) -> _Value:

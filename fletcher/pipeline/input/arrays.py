@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from fletcher.core.batches import BoolArray, Int32Array, Int64Array
 from fletcher.errors import ColumnTypeError, InvalidUtf8Error
-
-# Two offsets of utf8, and of large_utf8.
-_PAIR, _LARGE_PAIR = struct.Struct("<2i"), struct.Struct("<2q")
 
 
 def validate(array: pa.Array, name: str) -> None:
@@ -63,14 +58,6 @@ def text_offsets(texts: pa.Array) -> Int64Array:
         return np.zeros(1, np.int64)
     buffer = texts.buffers()[1]
     return np.frombuffer(buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-
-
-def only_text(texts: pa.Array) -> bytes:
-    """The UTF-8 bytes of an array of a single text, utf8 or large_utf8 and not null."""
-    _, offsets, data = texts.buffers()
-    pair = _LARGE_PAIR if pa.types.is_large_string(texts.type) else _PAIR
-    first, last = pair.unpack_from(offsets, texts.offset * pair.size // 2)
-    return bytes(memoryview(data)[first:last]) if last > first else b""
 
 
 def null_mask(array: pa.Array) -> BoolArray:

@@ -120,14 +120,14 @@ class DocumentIntake(Intake):
                 document = self._document = _Document(_row(used, first), row_first + first)
             if document.failed:
                 continue
-            bad = errors.first(first, last)
+            bad = errors.first_between(first, last)
             end = last if bad is None else bad
             complete = bad is None and (ends or last < len(texts))
             yield from self._go_on(document, view[offsets[first] : offsets[end]], ends=complete)
             if bad is not None:
                 document.failed = True
                 # It ends the text so far, too: what comes would go on from there.
-                yield _Part(document, b"", error=errors.of(bad, bad + 1)[0])
+                yield _Part(document, b"", error=errors.between(bad, bad + 1)[0])
         if ends:
             yield from self._end()
 

@@ -28,7 +28,6 @@ from fletcher.core.command import EmbedCommand
 from fletcher.pipeline.input.arrays import (
     distinct,
     large_utf8,
-    only_text,
     text_offsets,
     validate,
 )
@@ -36,6 +35,7 @@ from fletcher.pipeline.input.columns import InputColumns
 from fletcher.pipeline.input.limits import INTERACTIVE_BYTES, INTERACTIVE_ROWS, IntakeLimits
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.input.text_parts import part_ends
+from fletcher.pipeline.interactive.single_row import single_text
 from fletcher.pipeline.row_errors import RowErrors
 
 # From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
@@ -83,11 +83,10 @@ class Intake:
     ) -> None:
         self._limits = limits if chunking is None else limits.for_chunks(chunking, taken)
         self._half = half
-        self._bulk_limits = self._limits.for_float16() if half else self._limits
         self._prompt = prompt
         self._layers = layers
         self._chunking = chunking
-        self._truncate: Truncate = options.truncate  # type: ignore[assignment]
+        self._truncate: Truncate = options.truncate
         self._priority = options.priority
         self._small_is_interactive = small_is_interactive
         self._columns = InputColumns(schema, options, limits.max_message_bytes)
@@ -157,11 +156,12 @@ class Intake:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
         priority = self._class_of(batch.num_rows, int(sizes.sum()))
-        limits = self._bulk_limits if priority == "bulk" else self._limits
+        half = self._half and priority == "bulk"
+        limits = self._limits.for_float16() if half else self._limits
         bounds = _cuts(sizes, limits.slice_rows, limits.slice_bytes)
         for index, (first, last) in enumerate(bounds):
             rows = used.slice(first, last - first)
-            own_errors, wanted = errors.of(first, last), np.ones(last - first, np.bool_)
+            own_errors, wanted = errors.between(first, last), np.ones(last - first, np.bool_)
             wanted[list(own_errors)] = False
             unwanted = np.zeros(0, np.int64)
             if skip is not None:
@@ -181,7 +181,7 @@ class Intake:
                 batch_id=batch_id,
                 row_first=row_first + first,
                 rows=rows,
-                texts=self._text_batch(texts, half=self._half and priority == "bulk"),
+                texts=self._text_batch(texts, half=half),
                 values=values,
                 timestamp_ns=timestamp_ns,
                 num_bytes=(limits.bytes_per_byte - 1) * text_bytes
@@ -234,7 +234,7 @@ class Intake:
         size = batch.get_total_buffer_size()
         if text.null_count or size > self._limits.max_message_bytes:
             return None
-        data = only_text(text)
+        data = single_text(text)
         if len(data) > self._limits.max_row_bytes:
             return None
         return RowSlice(
@@ -310,7 +310,7 @@ class Intake:
 
     def _class_of(self, num_rows: int, num_bytes: int) -> Priority:
         if self._priority is not None:
-            return self._priority  # type: ignore[return-value]
+            return self._priority
         small = num_rows <= INTERACTIVE_ROWS and num_bytes <= INTERACTIVE_BYTES
         return "interactive" if self._small_is_interactive and small else "bulk"
 

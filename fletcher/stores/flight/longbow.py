@@ -1,7 +1,7 @@
-"""Rows as Longbow takes them, and what a plain Longbow can do.
+"""Conversion of rows for Longbow, and its capabilities.
 
-Longbow indexes float32 alone, keeps timestamps without a zone, appends whatever comes, and tells
-neither repeats nor how many rows it has.
+Longbow indexes float32 only, stores timestamps without a zone, appends repeats, and reports no
+number of rows.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ _TIMESTAMP = pa.timestamp("ns")
 
 
 def longbow_schema(schema: pa.Schema) -> pa.Schema:
-    """The schema with float32 vectors, timestamps without a zone and ids of a kind it searches.
+    """The schema in types that Longbow indexes and searches.
+
+    Vectors become float32, timestamps lose their zone, ids become utf8, int64 or uint64.
 
     Raises:
-        ColumnTypeError: `vector` holds no floats.
+        ColumnTypeError: `vector` does not hold floats.
     """
     fields = []
     for field in schema:
@@ -38,7 +40,7 @@ def longbow_schema(schema: pa.Schema) -> pa.Schema:
         if field.name == "vector":
             if not (pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)):
                 raise ColumnTypeError(
-                    f"`vector` is {kind}; Longbow indexes float32 alone, so ask for `dtype` "
+                    f"`vector` is {kind}, and Longbow indexes only float32; request `dtype` "
                     "float32 or float16",
                     field="vector",
                 )
@@ -55,17 +57,17 @@ def longbow_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch in a schema of `longbow_schema`.
+    """The batch converted to a schema of `longbow_schema`.
 
     Raises:
-        RequestError: A row without a vector, which Longbow does not take.
+        RequestError: A row has no vector, which Longbow does not accept.
     """
     columns = []
     for field in schema:
         column = batch.column(field.name)
         if field.name == "vector" and column.null_count:
             raise RequestError(
-                "a row has no `vector`, which Longbow does not take; leave such rows out",
+                "a row has no `vector`, which Longbow does not accept; leave such rows out",
                 field="vector",
             )
         if pa.types.is_fixed_size_list(field.type) and column.type != field.type:
@@ -76,9 +78,9 @@ def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def without_stored(batch: pa.RecordBatch, stored: Counter[str]) -> pa.RecordBatch:
-    """The batch without the first rows of each key, as many as `stored` has; counts them down.
+    """The batch without the first `stored[key]` rows of each key; reduces `stored`.
 
-    Longbow keeps the order of a stream, so what it has of a group is the group's beginning.
+    Longbow keeps the order of a stream, so the rows it has of a group are the group's first ones.
     """
     if not stored or "batch_key" not in batch.schema.names:
         return batch

@@ -1,12 +1,12 @@
-"""Versions of a LanceDB table that a power loss left half on the disk: set aside.
+"""Repair of LanceDB tables after a power loss.
 
-A commit is acknowledged once all its files are synced. After a power loss before that, its manifest
-may be there and cut short, or whole while a file it names is not; Lance then refuses the table, or
-fails when it reads the rows. The version before is whole, and whoever sent the rows sends them
-again.
+A commit is acknowledged once all its files are synced. A power loss before that may leave a
+truncated manifest, or a complete one that names a truncated file. Lance then refuses the table, or
+fails when it reads the rows. The previous version is complete, and the sender sends the
+unacknowledged rows again.
 
-The layout is Lance's: https://lance.org/format/table/ . A manifest ends in its place, the format's
-version and a magic number, which data files end in, too.
+The layout is Lance's: https://lance.org/format/table/. A manifest ends with its offset, the
+format's version and a magic number; data files end with the magic number as well.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ log = logging.getLogger(__name__)
 _MAGIC = b"LANC"
 _FOOTER = struct.Struct("<QHH4s")
 _HINT = "latest_version_hint.json"
-_NEWEST_FIRST = 1 << 63  # names from here on count down
+_NEWEST_FIRST = 1 << 63  # version numbers from here on count down
 _TORN = ".torn"
 
 
 def set_torn_versions_aside(folder: Path) -> int:
-    """Renames the manifests of a table's newest versions as long as they are not whole.
+    """Rename the manifests of a table's newest versions that are incomplete.
 
-    Call it while nobody writes to the table.
+    The caller holds the table's lock.
 
     Args:
-        folder: The table's, `NAME.lance`.
+        folder: Of the table, `NAME.lance`.
 
     Returns:
-        How many.
+        Number of renamed manifests.
     """
     num_torn = 0
     for manifest in _newest_first(folder / "_versions"):
         reason = _torn(manifest, folder)
         if not reason:
             break
-        log.error("%s is not whole, an earlier version is taken: %s", manifest, reason)
+        log.error("%s is incomplete, using an earlier version: %s", manifest, reason)
         manifest.rename(manifest.with_suffix(_TORN))
         num_torn += 1
     if num_torn:
@@ -66,16 +66,16 @@ def _newest_first(versions: Path) -> list[Path]:
 
 
 def _torn(manifest: Path, folder: Path) -> str:
-    """What is wrong with a version; empty: nothing."""
+    """The defect of a version; empty for a complete one."""
     data = manifest.read_bytes()
     try:
-        place, _, _, magic = _FOOTER.unpack(data[-_FOOTER.size :])
+        offset, _, _, magic = _FOOTER.unpack(data[-_FOOTER.size :])
         if magic != _MAGIC:
-            return "it is cut short"
-        (length,) = struct.unpack_from("<I", data, place)
-        message = _Manifest.FromString(data[place + 4 : place + 4 + length])
+            return "it is truncated"
+        (length,) = struct.unpack_from("<I", data, offset)
+        message = _Manifest.FromString(data[offset + 4 : offset + 4 + length])
     except (struct.error, OverflowError, DecodeError):
-        return "it is cut short"
+        return "it is truncated"
     for path, is_lance in _files(message):
         file = folder / path
         try:
@@ -86,12 +86,12 @@ def _torn(manifest: Path, folder: Path) -> str:
         except FileNotFoundError:
             return f"{path} is missing"
         if not size or (is_lance and end != _MAGIC):
-            return f"{path} is cut short"
+            return f"{path} is truncated"
     return ""
 
 
 def _files(manifest: Any) -> Iterator[tuple[str, bool]]:
-    """The files that a version's rows are in, and whether they end in Lance's magic number."""
+    """Files of a version's rows, and whether each ends with Lance's magic number."""
     for fragment in manifest.fragments:
         for file in fragment.files:
             yield f"data/{file.path}", True
@@ -102,7 +102,7 @@ def _files(manifest: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _manifest_type() -> Any:
-    """The part of Lance's `table.proto` that names files."""
+    """Message class for the part of Lance's `table.proto` that names files."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(
         name="lance_files.proto", package="lance_files", syntax="proto3"

@@ -1,4 +1,4 @@
-"""The embedded store: a folder of LanceDB tables, `PATH/<dataset>.lance`."""
+"""Embedded store: a folder of LanceDB tables, `PATH/<dataset>.lance`."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_d
 from fletcher.stores.lance.repair import set_torn_versions_aside
 from fletcher.stores.lance.writer import (
     LanceWriter,
-    broken,
-    check_columns_to_be,
+    check_new_columns,
     distinct_keys,
+    to_store_error,
 )
 from fletcher.stores.lock import lock_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, new_fields
 from fletcher.util.allocator import keep_large_blocks
 from fletcher.util.durable import make_folder, sync_path
 
-# LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata, 2 GiB read ahead a scan) suit a
-# machine of its own. Here they share the memory that `--max-memory` promises.
+# LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata cache, 2 GiB of read-ahead per scan)
+# exceed the bound that `--max-memory` promises.
 CACHE_BYTES = 32 << 20
 SCAN_BUFFER_BYTES = 64 << 20
 
-# A table may have columns as wide as 64 Ki numbers; a batch of a scan stays near 2 MiB.
+# Approximate size of a scanned batch; a column may be as wide as 64 Ki numbers.
 SCAN_BATCH_BYTES = 2 << 20
-# Of rows that have several vectors, some kilobytes to a hundred each.
+# Rows of a scanned batch whose rows have several vectors: 1 to 100 KiB each.
 LIST_SCAN_ROWS = 256
 
-# Signs against signs tell less than a float32 query against signs: rows that are read by Hamming
-# distance for each one asked for, to find the nearest among them. all-MiniLM-L6-v2, 6,000 texts,
-# 1,000 queries, share of float32's first 10 among 40: 0.882 by Hamming alone, 0.944 with 2 rows
-# each, 0.963 with 4, 0.967 with 8, and 0.968 with all.
+# Search of binary vectors: candidates by Hamming distance per requested row, which a float32 query
+# then ranks again, because it loses less than a binary one. Share of float32's first 10 among 40
+# (all-MiniLM-L6-v2, 6,000 texts, 1,000 queries): 0.882 by Hamming distance alone, 0.944 with 2
+# candidates per row, 0.963 with 4, 0.967 with 8, 0.968 with all rows.
 HAMMING_CANDIDATES = 8
 MAX_HAMMING_CANDIDATES = 10_000
 
 
 def _lancedb() -> Any:
-    # Read by Lance once, when its library is loaded.
+    # Lance reads this once, when its library is loaded.
     os.environ.setdefault("LANCE_DEFAULT_IO_BUFFER_SIZE", str(SCAN_BUFFER_BYTES))
     try:
         import lancedb
@@ -72,16 +72,16 @@ def _lancedb() -> Any:
 
 
 class LanceStore:
-    """LanceDB tables in one folder; safe for threads and for readers in other processes.
+    """LanceDB tables in one folder. Thread-safe; other processes may read them.
 
-    Search is exact: every vector is compared, unless somebody made an index with LanceDB's own
+    Search is exact: it compares every vector, unless the table has an index made with LanceDB's own
     tools. A million rows of 384 float16 take about a second on two cores.
 
     Args:
-        folder: Where the tables are; created if absent.
+        folder: Of the tables; created if missing.
 
     Raises:
-        StoreError: LanceDB is not installed, or the folder cannot be made or written.
+        StoreError: LanceDB is not installed, or the folder cannot be created or written.
     """
 
     capabilities = StoreCapabilities(
@@ -109,7 +109,7 @@ class LanceStore:
             raise StoreError(f"the store's folder {folder} cannot be written", field="store")
         self._database = lancedb.connect(
             str(folder),
-            # Writers in other processes are seen at once.
+            # Commits of other processes are visible at once.
             read_consistency_interval=dt.timedelta(0),
             session=lancedb.Session(
                 index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES
@@ -117,17 +117,17 @@ class LanceStore:
         )
         self._mutex = threading.Lock()
         self._writers: set[LanceWriter] = set()
-        self._mended: set[str] = set()
+        self._repaired: set[str] = set()
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> LanceWriter:
-        """See `Store.open_writer`. Columns that the dataset lacks are added to it, null so far."""
+        """See `Store.open_writer`. Adds columns that the dataset lacks."""
         check_dataset(dataset)
         _check_offered(schema, mode)
-        check_columns_to_be(schema)
+        check_new_columns(schema)
         lock = lock_dataset(self._folder, dataset)
         try:
-            self._mend(dataset)
-            table = self._open(dataset)
+            self._repair(dataset)
+            table = self._open_table(dataset)
             if table is not None and mode != "overwrite":
                 check_compatible(dataset, table.schema, schema)
                 added = new_fields(table.schema, schema)
@@ -150,7 +150,7 @@ class LanceStore:
             )
         except (ValueError, RuntimeError, OSError) as error:
             lock.release()
-            raise broken(dataset, error) from error
+            raise to_store_error(dataset, error) from error
         except BaseException:
             lock.release()
             raise
@@ -167,19 +167,19 @@ class LanceStore:
     def dataset(self, name: str) -> DatasetInfo | None:
         """See `Store.dataset`."""
         check_dataset(name)
-        table = self._open(name)
+        table = self._open_table(name)
         if table is None:
             return None
         try:
             size = table.stats()["total_bytes"]
             return DatasetInfo(name, table.schema, table.count_rows(), int(size))
         except (ValueError, RuntimeError, OSError) as error:
-            raise broken(name, error) from error
+            raise to_store_error(name, error) from error
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         """See `Store.stored_ranges`."""
         check_dataset(dataset)
-        table = self._open(dataset)
+        table = self._open_table(dataset)
         if table is None or "batch_key" not in table.schema.names:
             return []
         prefix = conditions.quoted(f"{upload_id}:")
@@ -212,7 +212,7 @@ class LanceStore:
         columns: Sequence[str] | None = None,
         filters: Sequence[Filter] = (),
     ) -> pa.Table:
-        """See `Store.search`. `columns=None` gives all of the dataset's."""
+        """See `Store.search`."""
         table = self._table(dataset)
         reader = check_query(dataset, table.schema, vector, k)
         wanted = list(columns) if columns is not None else table.schema.names
@@ -223,7 +223,7 @@ class LanceStore:
         query = table.search(asked, vector_column_name="vector").distance_type("cosine")
         found = self._found(dataset, table, query, wanted, filters, k)
         distance = found.column("_distance").to_numpy()
-        # Rounding lets a vector's distance to itself fall a little below 0.
+        # By rounding, a vector's distance to itself may be slightly below 0.
         score = pa.array(np.clip(1.0 - distance, -1.0, 1.0).astype(np.float32))
         return found.select(wanted).append_column("score", score)
 
@@ -237,9 +237,9 @@ class LanceStore:
         columns: list[str],
         filters: Sequence[Filter],
     ) -> pa.RecordBatchReader:
-        """Rows among which the nearest are, with `vector` and `columns`.
+        """Rows that include the nearest ones, with `vector` and `columns`.
 
-        LanceDB stores int8 and cannot search it: those are all rows.
+        For int8, which LanceDB stores and cannot search, these are all rows.
         """
         read = list(dict.fromkeys([*columns, "vector"]))
         if reader.dtype == "int8":
@@ -263,25 +263,25 @@ class LanceStore:
                 dataset, table, query, columns=[*columns, "_distance"], filters=filters, limit=k
             ).to_arrow()
         except (ValueError, RuntimeError, OSError) as error:
-            raise broken(dataset, error) from error
+            raise to_store_error(dataset, error) from error
 
     def delete_dataset(self, name: str) -> None:
         """See `Store.delete_dataset`."""
         check_dataset(name)
         lock = lock_dataset(self._folder, name)
         try:
-            self._mend(name)
-            if self._open(name) is None:
+            self._repair(name)
+            if self._open_table(name) is None:
                 raise unknown_dataset(name)
             self._database.drop_table(name)
             sync_path(self._folder)
         except (ValueError, RuntimeError, OSError) as error:
-            raise broken(name, error) from error
+            raise to_store_error(name, error) from error
         finally:
             lock.release()
 
     def close(self) -> None:
-        """Closes the writers. Idempotent."""
+        """Close the writers. Idempotent."""
         with self._mutex:
             writers = list(self._writers)
         for writer in writers:
@@ -291,28 +291,28 @@ class LanceStore:
         with self._mutex:
             self._writers.discard(writer)
 
-    def _mend(self, name: str) -> None:
-        """Sets aside what a power loss left of the newest commits; the caller has the lock."""
-        if name not in self._mended:
+    def _repair(self, name: str) -> None:
+        """Set incomplete versions aside; the caller holds the lock."""
+        if name not in self._repaired:
             try:
                 set_torn_versions_aside(self._folder / f"{name}.lance")
             except OSError as error:
-                raise broken(name, error) from error
-            self._mended.add(name)
+                raise to_store_error(name, error) from error
+            self._repaired.add(name)
 
-    def _open(self, name: str) -> Any | None:
-        # Without a manifest it is still being made, or whoever made it died over it.
+    def _open_table(self, name: str) -> Any | None:
+        # A table without a manifest is being created, or its creator died.
         manifests = self._folder / f"{name}.lance" / "_versions"
         if not any(manifests.glob("*.manifest")):
             return None
-        if name not in self._mended:
+        if name not in self._repaired:
             try:
                 lock = lock_dataset(self._folder, name)
             except StoreUnavailableError:
-                pass  # somebody writes, who has mended it
+                pass  # the writer that holds the lock has repaired the table
             else:
                 try:
-                    self._mend(name)
+                    self._repair(name)
                 finally:
                     lock.release()
             if not any(manifests.glob("*.manifest")):
@@ -320,11 +320,11 @@ class LanceStore:
         try:
             return self._database.open_table(name)
         except (ValueError, RuntimeError, OSError) as error:
-            raise broken(name, error) from error
+            raise to_store_error(name, error) from error
 
     def _table(self, name: str) -> Any:
         check_dataset(name)
-        table = self._open(name)
+        table = self._open_table(name)
         if table is None:
             raise unknown_dataset(name)
         return table
@@ -344,11 +344,12 @@ class LanceStore:
         condition = conditions.to_sql(dataset, schema, filters)
         if condition is not None:
             try:
-                # LanceDB says only here whether a literal fits its column (300 into an int8).
+                # LanceDB checks only here whether a literal fits its column (300 in an int8).
                 table.search().where(condition).select([]).limit(1).explain_plan()
             except ValueError as error:
                 raise ColumnTypeError(
-                    "a filter's value does not fit its column", field="filters"
+                    "a filter's value does not fit its column; compare with a value of its type",
+                    field="filters",
                 ) from error
             query = query.where(condition)
         query = query.select(columns)
@@ -358,7 +359,9 @@ class LanceStore:
 def _check_offered(schema: pa.Schema, mode: WriteMode) -> None:
     if mode == "upsert" and "id" not in schema.names:
         raise InvalidCommandError(
-            "`mode` is upsert and the rows have no `id` to replace by", field="mode"
+            "`mode` is upsert, which replaces rows by `id`, and the rows have no `id`; send one, "
+            "or append",
+            field="mode",
         )
 
 

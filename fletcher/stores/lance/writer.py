@@ -1,4 +1,4 @@
-"""Appending to one LanceDB table: one commit an append, synced to disk, compacted on a schedule."""
+"""Writer of a LanceDB table: one synced commit per append, and compaction."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from fletcher.errors import (
 from fletcher.stores.base import WriteMode
 from fletcher.stores.filters import quoted
 from fletcher.stores.schemas import (
-    aligned,
+    align_batch,
     check_compatible,
     check_storable,
-    conform,
+    conform_batch,
     last_of_each_id,
 )
-from fletcher.util.allocator import give_back
+from fletcher.util.allocator import trim_heap
 from fletcher.util.durable import sync_path
 from fletcher.util.locks import FileLock
 
 _log = logging.getLogger(__name__)
 
-# Each append is a fragment. Small ones slow a scan down; those of LARGE_ROWS and more do not, and
+# Each append adds a fragment. Fragments below LARGE_ROWS slow scans down; larger ones do not, and
 # rewriting them took 250 to 500 MB and both cores for seconds. Compaction rewrites every fragment
-# below Lance's target of 1 Mi rows, so it waits until the new rows are a fair share of what it
-# would rewrite, or the fragments are many.
+# below Lance's target of 1 Mi rows. It therefore waits until the new rows are a quarter of the rows
+# to rewrite, or until there are COMPACT_FRAGMENTS_AT_MOST fragments.
 COMPACT_FRAGMENTS = 20
 COMPACT_FRAGMENTS_AT_MOST = 200
 LARGE_ROWS = 8192
 FRAGMENT_ROWS = 1 << 20
-# A reader in another process keeps the version it began with for this long.
+# Old versions stay for this long, for readers in other processes.
 KEEP_VERSIONS = dt.timedelta(minutes=10)
 KEEP_FOREVER = dt.timedelta(days=36500)
 
 
 class LanceWriter:
-    """The one writer of a LanceDB table; see `DatasetWriter`. One thread owns it.
+    """The only writer of a LanceDB table; see `DatasetWriter`. One thread owns it.
 
-    What `append` returned for survives a power loss: the commit's files and their folders are
-    synced (1 to 6 ms on a local SSD), which LanceDB does not do by itself.
+    Rows survive a power loss once `append` has returned: it syncs the commit's files and folders
+    (1 to 6 ms on a local SSD), which LanceDB does not do.
 
     Args:
         table: The open table.
-        folder: The table's folder, whose new files are synced.
+        folder: Of the table; its new files are synced.
         dataset: Its name, for messages.
-        lock: Held until `close`.
+        lock: Of the dataset; held until `close`.
         mode: How the table was opened. `upsert`: every append replaces rows of the same `id`;
             `overwrite`: the table was emptied, and `close` frees the disk space of its old rows.
         on_close: Called once with the writer.
@@ -83,7 +83,7 @@ class LanceWriter:
         self._replaced = mode == "overwrite"
         self._on_close = on_close
         self._files = _SyncedFolder(folder)
-        self._files.sync(settled=True)
+        self._files.sync_new_files(settled=True)
         fragments = table.stats()["fragment_stats"]["num_small_fragments"]
         self._small_fragments = int(fragments)
         self._rows = int(table.count_rows())
@@ -92,34 +92,37 @@ class LanceWriter:
         self._closed = False
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """Stores all rows of all batches in one commit; durable on return.
+        """Store all rows of all batches in one commit; durable on return.
 
         Raises:
-            StoreUnavailableError: The commit failed (a full disk, say); nothing is known.
+            StoreUnavailableError: The commit failed, for example on a full disk; the rows may or
+                may not be stored.
             RequestError: The rows do not fit the table.
         """
         self.write_rows(batches, upsert=self._upsert)
         return False
 
     def write_rows(self, batches: Sequence[pa.RecordBatch], *, upsert: bool) -> None:
-        """`append` with the mode chosen per call; for the server, which serves many clients."""
+        """Store rows as `append` does, with the mode chosen per call."""
         assert not self._closed, "append after close"
         for batch in batches:
             check_compatible(self._dataset, self.schema, batch.schema)
-        rows = [conform(aligned(batch), self.schema) for batch in batches if batch.num_rows]
+        rows = [
+            conform_batch(align_batch(batch), self.schema) for batch in batches if batch.num_rows
+        ]
         if not rows:
             return
         table = pa.Table.from_batches(rows, self.schema)
         try:
             if upsert:
-                self._join_compaction()  # both would rewrite the same fragments
+                self._join_compaction()  # it may rewrite the same fragments
                 self._merge(last_of_each_id(table))
             else:
-                # One file a commit: parallel writers cost memory and were slower here.
+                # One file per commit: parallel writers took more memory and were slower.
                 self._table.add(table, write_parallelism=1)
-            self._files.sync(settled=not self._compacting)
+            self._files.sync_new_files(settled=not self._compacting)
         except (ValueError, RuntimeError, OSError) as error:
-            raise broken(self._dataset, error) from error
+            raise to_store_error(self._dataset, error) from error
         self._rows += table.num_rows
         self._rows_since += table.num_rows
         self._small_fragments += 1
@@ -127,14 +130,14 @@ class LanceWriter:
             self._start_compaction()
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
-        """See `DatasetWriter.missing_keys`. Asks the table; 30-50 ms at 2 million rows."""
+        """See `DatasetWriter.missing_keys`. Takes 30-50 ms at 2 million rows."""
         if "batch_key" not in self.schema.names or not batch_keys:
             return list(batch_keys)
         condition = f"batch_key IN ({', '.join(quoted(key) for key in set(batch_keys))})"
         try:
             stored = distinct_keys(self._table, condition)
         except (ValueError, RuntimeError, OSError) as error:
-            raise broken(self._dataset, error) from error
+            raise to_store_error(self._dataset, error) from error
         return [key for key in batch_keys if key not in stored]
 
     def stored_keys(self) -> set[str]:
@@ -144,34 +147,34 @@ class LanceWriter:
         try:
             return distinct_keys(self._table)
         except (ValueError, RuntimeError, OSError) as error:
-            raise broken(self._dataset, error) from error
+            raise to_store_error(self._dataset, error) from error
 
     def add_columns(self, fields: Sequence[pa.Field]) -> None:
-        """Adds columns, null in all rows so far. Raises as `check_columns_to_be`."""
-        check_columns_to_be(pa.schema(list(fields)))
+        """Add columns, null in the stored rows. Raises as `check_new_columns`."""
+        check_new_columns(pa.schema(list(fields)))
         self._join_compaction()
         try:
             self._table.add_columns(pa.schema(list(fields)))
-            self._files.sync(settled=True)
+            self._files.sync_new_files(settled=True)
         except (ValueError, RuntimeError, OSError) as error:
-            raise broken(self._dataset, error) from error
+            raise to_store_error(self._dataset, error) from error
         self.schema = self._table.schema
 
     def delete_rows(self, condition: str) -> int:
-        """Removes the rows that meet an SQL condition; answers how many there were."""
+        """Delete the rows that meet an SQL condition; return their number."""
         self._join_compaction()
         try:
             count = int(self._table.count_rows(condition))
             if count:
                 self._table.delete(condition)
-                self._files.sync(settled=True)
+                self._files.sync_new_files(settled=True)
         except (ValueError, RuntimeError, OSError) as error:
-            raise broken(self._dataset, error) from error
+            raise to_store_error(self._dataset, error) from error
         self._rows -= count
         return count
 
     def close(self) -> None:
-        """Waits for a compaction, compacts where it is due, lets the table go. Idempotent."""
+        """Wait for a compaction, compact if due, release the table. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -182,7 +185,7 @@ class LanceWriter:
         finally:
             self._lock.release()
             self._on_close(self)
-            give_back()
+            trim_heap()
 
     @property
     def _compacting(self) -> bool:
@@ -192,7 +195,7 @@ class LanceWriter:
         if _holds_nan(table):
             raise _nan_refused()
         merge = self._table.merge_insert("id").when_matched_update_all()
-        # Unlike `add`, a merge counts null vectors among the bad ones, and refuses them by default.
+        # Unlike `add`, a merge takes null vectors for bad ones and refuses them by default.
         merge.when_not_matched_insert_all().execute(table, on_bad_vectors="null")
 
     def _compaction_due(self, fragments: int) -> bool:
@@ -203,8 +206,8 @@ class LanceWriter:
         return (small and share) or self._small_fragments >= COMPACT_FRAGMENTS_AT_MOST
 
     def _start_compaction(self) -> None:
-        # In the background: a million rows take some 4 s, and appends go on meanwhile (Lance
-        # commits an append and a rewrite of other fragments in any order).
+        # In the background, since a million rows take some 4 s. Appends continue meanwhile: Lance
+        # commits an append and a rewrite of other fragments in any order.
         self._join_compaction()
         self._small_fragments = self._rows_since = 0
         self._compaction = threading.Thread(
@@ -220,72 +223,72 @@ class LanceWriter:
     def _compact(self) -> None:
         try:
             self._table.optimize(cleanup_older_than=KEEP_FOREVER)
-            self._files.sync(settled=False)
-            # Only now that the new version is on the disk may the one before it go.
+            self._files.sync_new_files(settled=False)
+            # The old version may be deleted only once the new one is on disk.
             self._table.optimize(cleanup_older_than=KEEP_VERSIONS)
         except (ValueError, RuntimeError, OSError) as error:
-            # The rows are all there in smaller pieces; the next schedule tries again.
+            # No row is lost; a later compaction tries again.
             _log.warning("dataset %s was not compacted: %s", self._dataset, _cause(error))
 
 
 class _SyncedFolder:
-    """Knows which files of a table are on disk for sure, and makes the others so."""
+    """Folder of a table, and its files that are known to be on disk. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: set[str] = set()
+        self._synced: set[str] = set()
         self._mutex = threading.Lock()
 
-    def sync(self, *, settled: bool) -> None:
-        """Syncs the files that are new, then the folders that name them.
+    def sync_new_files(self, *, settled: bool) -> None:
+        """Sync new files, then the folders that hold them.
 
-        Lance never changes a file but its version hint, which it can do without.
+        Lance changes no file in place except its version hint, which it can do without.
 
         Args:
-            settled: Nobody writes to the table now. Otherwise a new file may be a half of one, so
-                the next call syncs it again.
+            settled: Nothing else writes to the table now. Otherwise a new file may be incomplete,
+                and the next call syncs it again.
         """
         with self._mutex:
             present = set()
             changed: set[str] = set()
             for folder, folders, names in os.walk(self._folder):
                 inner = [f"{folder}/{name}" for name in folders]
-                changed.update(folder for path in inner if path not in self._known)
+                changed.update(folder for path in inner if path not in self._synced)
                 present.update(inner)
                 for name in names:
                     path = f"{folder}/{name}"
                     present.add(path)
-                    if path not in self._known:
-                        with contextlib.suppress(FileNotFoundError):  # a temporary name
+                    if path not in self._synced:
+                        with contextlib.suppress(FileNotFoundError):  # a temporary file
                             sync_path(path)
                         changed.add(folder)
             for folder in changed:
                 sync_path(folder)
-            if not self._known:
+            if not self._synced:
                 sync_path(self._folder.parent)
-            self._known = present if settled else self._known & present
+            self._synced = present if settled else self._synced & present
 
 
-def check_columns_to_be(schema: pa.Schema) -> None:
-    """Refuses columns that LanceDB cannot write, or not find again.
+def check_new_columns(schema: pa.Schema) -> None:
+    """Refuse columns that LanceDB cannot write or cannot find again.
 
     Raises:
-        ColumnTypeError: Of their type.
-        InvalidCommandError: Of their name.
+        ColumnTypeError: LanceDB does not support the type.
+        InvalidCommandError: LanceDB does not support the name.
     """
     check_storable(schema)
     for name in schema.names:
-        # Lance takes some of these, and then does not find the column again.
+        # Lance accepts some of these names and then does not find the column.
         if not name or any(character in name for character in ".`\0"):
             raise InvalidCommandError(
-                f"a column is called {name[:200]!r}, which LanceDB cannot store: it has no name, "
-                "or a dot, a backtick or a zero in it; rename it",
+                f"`columns` has {name[:200]!r}, which LanceDB cannot store; expected a name "
+                "without dots, backticks and zero bytes; rename it",
                 field="columns",
             )
 
 
 def distinct_keys(table: Any, condition: str | None = None) -> set[str]:
-    """The different `batch_key`s of the rows that meet a condition, read as a stream."""
+    """The distinct `batch_key`s of the rows that meet an SQL condition."""
     query = table.search()
     if condition is not None:
         query = query.where(condition)
@@ -295,8 +298,8 @@ def distinct_keys(table: Any, condition: str | None = None) -> set[str]:
     return keys
 
 
-def broken(dataset: str, error: Exception) -> FletcherError:
-    """LanceDB's exceptions in our words: it raises ValueError, RuntimeError and OSError for all."""
+def to_store_error(dataset: str, error: Exception) -> FletcherError:
+    """The `FletcherError` for LanceDB's ValueError, RuntimeError or OSError."""
     if isinstance(error, FletcherError):
         return error
     text = str(error)
@@ -307,7 +310,7 @@ def broken(dataset: str, error: Exception) -> FletcherError:
     full = "No space left" in text or "StorageFull" in text
     if not full:
         _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
-    reason = "the disk is full; free some space" if full else "LanceDB failed; the log says why"
+    reason = "the disk is full; free some space" if full else "LanceDB failed; see the log"
     return StoreUnavailableError(f"dataset `{dataset}`: {reason}", field="store")
 
 
@@ -328,6 +331,6 @@ def _nan_refused() -> RequestError:
 
 
 def _cause(error: Exception) -> str:
-    """The first sentence of LanceDB's message: further on it names source files and paths."""
+    """First sentence of LanceDB's message; the rest names source files and paths."""
     text = str(error).split(", /", 1)[0].split("\n", 1)[0]
     return text.removeprefix("Invalid input, ")[:500]

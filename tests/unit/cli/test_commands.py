@@ -421,7 +421,7 @@ def test_ingest_and_search_without_a_server(place: Place) -> None:
     done = place.run("ingest", "-", "--dataset", "lines", "--store", store, "--json", stdin=lines)
     assert (done.code, done.err) == (
         0,
-        "fletcher ingest: standard input is read as JSON lines; --format says otherwise\n",
+        "fletcher ingest: standard input is read as JSON lines; to change that, give --format\n",
     )
     summary = json.loads(done.out)
     assert (summary["rows_stored"], summary["store"]) == (300, store)

@@ -135,7 +135,7 @@ def test_output_columns_and_metadata_say_how_vectors_are_read(minilm):
 )
 def test_vectors_of_others_are_not_guessed_at(kind, metadata):
     with pytest.raises(ColumnTypeError, match="`vector` is"):
-        VectorReader.of(pa.schema([("vector", kind)], metadata=metadata))
+        VectorReader.from_schema(pa.schema([("vector", kind)], metadata=metadata))
 
 
 def test_int8_without_its_scale_is_refused(minilm):

@@ -29,7 +29,7 @@ def test_behaves_as_a_set_of_numbers(
         gaps = ranges.missing(first, last)
         assert members(gaps) == set(range(first, last + 1)) - expected
         assert ranges.covers(first, last) == (not gaps)
-        ranges.remove(first, last)
+        ranges.remove_range(first, last)
         expected -= set(range(first, last + 1))
         assert members(ranges.ranges()) == expected
         assert ranges.count == len(expected)

@@ -11,7 +11,7 @@ from fletcher.core.schema import VectorSpec, vector_columns
 from fletcher.errors import DimensionMismatchError, RowTooLargeError
 from fletcher.evaluation import plot, report
 from fletcher.evaluation.evaluate import evaluate
-from fletcher.evaluation.pairs import choose
+from fletcher.evaluation.pairs import choose_pairs
 from fletcher.evaluation.variants import Engine, Variant
 
 EXACT, NOISY, TURNED = (Engine(name, "float32") for name in ("exact", "noisy", "turned"))
@@ -89,7 +89,7 @@ class Server:
 @pytest.fixture
 def pairs():
     numbers = pa.chunked_array([pa.array([str(number) for number in range(NUM)])])
-    return choose(numbers, numbers, num_queries=100)
+    return choose_pairs(numbers, numbers, num_queries=100)
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_documents_are_cut_and_queries_are_not(run, tmp_path):
     lines = report.table(found)
     assert [line.split()[5] for line in lines[:3]] == ["R@1", "none", "tokens:8/0:mean"]
     assert found.rows[1].texts_per_s is not None
-    plot.draw(found, tmp_path / "plot.png")
+    plot.draw_report(found, tmp_path / "plot.png")
 
 
 def test_table_json_and_plot(run, tmp_path):
@@ -259,6 +259,6 @@ def test_table_json_and_plot(run, tmp_path):
     assert [row["dims"] for row in rows] == [16, 4, 16]
     assert rows[0]["recall"]["10"] == 1
     assert rows[0]["backend"] == "exact"
-    plot.check()
-    plot.draw(found, tmp_path / "plot.png")
+    plot.check_matplotlib()
+    plot.draw_report(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fletcher.errors import InvalidCommandError, UnknownColumnError
-from fletcher.evaluation.pairs import choose, read_pairs
+from fletcher.evaluation.pairs import choose_pairs, read_pairs
 
 
 def column(*texts):
@@ -15,7 +15,7 @@ def column(*texts):
 def test_documents_and_queries_come_once():
     queries = column("a", "b", "c", "a", "d", "", None, "e", "f")
     documents = column("A", "B", "A ", "X", "D", "Y", "Z", None, "F")
-    pairs = choose(queries, documents)
+    pairs = choose_pairs(queries, documents)
     # c: its document came before; the second a: its query did; then three that lack a side.
     assert sorted(pairs.documents.to_pylist()) == ["A", "B", "D", "F"]
     assert (pairs.num_rows, pairs.num_empty, pairs.num_repeated) == (9, 3, 2)
@@ -30,8 +30,8 @@ def test_documents_and_queries_come_once():
 
 def test_the_choice_is_random_and_fixed():
     texts = [str(number) for number in range(1000)]
-    pairs = choose(column(*texts), column(*texts), num_documents=50, num_queries=20)
-    again = choose(column(*texts), column(*texts), num_documents=50, num_queries=20)
+    pairs = choose_pairs(column(*texts), column(*texts), num_documents=50, num_queries=20)
+    again = choose_pairs(column(*texts), column(*texts), num_documents=50, num_queries=20)
     assert len(pairs.documents) == 50
     assert pairs.queries.to_pylist() == pairs.documents.take(pa.array(pairs.relevant)).to_pylist()
     assert len(pairs.queries) == 20
@@ -42,7 +42,7 @@ def test_the_choice_is_random_and_fixed():
 
 def test_one_pair_is_too_few():
     with pytest.raises(InvalidCommandError, match="2 rows hold 1 pairs"):
-        choose(column("a", "a"), column("A", "B"))
+        choose_pairs(column("a", "a"), column("A", "B"))
 
 
 def test_files_are_read_by_their_columns(tmp_path):

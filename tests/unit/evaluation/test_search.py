@@ -21,8 +21,8 @@ def test_blocks_find_what_a_stable_sort_finds(monkeypatch, k):
 
 def test_scores_of_both_signs_and_zeros_are_in_order():
     nearest = Nearest(1, 8)
-    nearest.add(np.array([[-0.0, 1e-38, -1e-38, 3]], np.float32))
-    nearest.add(np.array([[0.0, -3, 2.5, -np.inf]], np.float32))
+    nearest.add_scores(np.array([[-0.0, 1e-38, -1e-38, 3]], np.float32))
+    nearest.add_scores(np.array([[0.0, -3, 2.5, -np.inf]], np.float32))
     assert nearest.found.tolist() == [[3, 6, 1, 0, 4, 2, 5, 7]]
     expected = np.array([[3, 2.5, 1e-38, 0, 0, -1e-38, -3, -np.inf]], np.float32)
     assert np.array_equal(nearest.scores, expected)

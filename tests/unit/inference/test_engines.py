@@ -11,6 +11,7 @@ import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -192,7 +193,7 @@ SPEC = ModelSpec(
     prompts={},
     default_prompt=None,
     pad_token_id=7,
-    graph="model.onnx",
+    graph_file="model.onnx",
     graph_output="token_embeddings",
     inputs=("input_ids", "attention_mask", "token_type_ids"),
     outputs=("token_embeddings",),
@@ -233,7 +234,7 @@ def foreign(tmp_path):
     def make(integers=TensorProto.INT64, **changes):
         foreign_graph(tmp_path, integers)
         (tmp_path / "tokenizer.json").write_text("{}")
-        write_manifest(tmp_path, "foreign", dataclasses.replace(SPEC, **changes))
+        write_manifest(tmp_path, "foreign", msgspec.structs.replace(SPEC, **changes))
         return tmp_path
 
     return make

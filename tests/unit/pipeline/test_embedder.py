@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 
-from fletcher.config.engine import WorkerConfig
 from fletcher.core.batches import TextBatch, TokenBatch
 from fletcher.core.chunking import Chunking
 from fletcher.errors import DrainingError, FletcherError
 from fletcher.inference.null import null_embeddings
-from fletcher.pipeline.embedder import Embedder, EmbedderConfig
+from fletcher.pipeline.embedder import Embedder, ModelProcesses, SharedResources
+from fletcher.pipeline.interactive.path import InlineModel
 from fletcher.pipeline.memory_budget import MemoryBudget
+from fletcher.pipeline.scheduler import BatchingConfig, ModelShape
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.workers.messages import WorkerSpec
 from tests.doubles.replicas import POISON
 
 
+def make(
+    tokenize: Callable[[TextBatch], TokenBatch],
+    replicas: Sequence[WorkerSpec] = (),
+    *,
+    dim: int = 2,
+    plan: Callable[..., Any] = lambda lengths, num_runners: [],
+) -> Embedder:
+    return Embedder(
+        ModelShape(dim),
+        ModelProcesses([], replicas),
+        BatchingConfig(plan, window_tokens=100, max_queue_delay_s=0),
+        SharedResources(MemoryBudget(1 << 20, 2), Telemetry()),
+        InlineModel(tokenize),
+    )
+
+
 def test_streams_end_with_the_embedder_also_those_that_come_after() -> None:
     # A call that came while the server closed waited for ever for workers that had ended.
-    embedder = Embedder(
-        EmbedderConfig(
-            [], [], dim=2, window_tokens=100, workers=WorkerConfig(max_queue_delay_ms=0)
-        ),
-        plan=lambda lengths, num_runners: [],
-        tokenize=lambda texts: pytest.fail("nothing is tokenized"),
-        budget=MemoryBudget(1 << 20, 2),
-        telemetry=Telemetry(),
-    )
+    embedder = make(lambda texts: pytest.fail("nothing is tokenized"))
     texts = TextBatch(b"hi", np.array([0, 2]))
     before = embedder.open_stream()
     before.submit(texts, None, num_bytes=10)
@@ -45,15 +57,7 @@ def test_streams_end_with_the_embedder_also_those_that_come_after() -> None:
 
 
 def test_chunks_are_not_tokenized_in_the_callers_thread() -> None:
-    embedder = Embedder(
-        EmbedderConfig(
-            [], [], dim=2, window_tokens=100, workers=WorkerConfig(max_queue_delay_ms=0)
-        ),
-        plan=lambda lengths, num_runners: [],
-        tokenize=lambda texts: pytest.fail("other callers wait meanwhile"),
-        budget=MemoryBudget(1 << 20, 2),
-        telemetry=Telemetry(),
-    )
+    embedder = make(lambda texts: pytest.fail("other callers wait meanwhile"))
     texts = TextBatch(b"hi", np.array([0, 2]), chunking=Chunking("tokens", 8))
     embedder.open_stream().submit(texts, None, num_bytes=10, priority="interactive")
     embedder.close()
@@ -68,14 +72,11 @@ def test_a_poisoned_batch_fails_its_own_rows_only(outcome: str) -> None:
     specs = [
         WorkerSpec(f"cuda-{n}", "tests.doubles.replicas:load_poisoned", outcome) for n in range(3)
     ]
-    embedder = Embedder(
-        EmbedderConfig(
-            [], specs, dim=16, window_tokens=100, workers=WorkerConfig(max_queue_delay_ms=0)
-        ),
+    embedder = make(
+        numbers,
+        specs,
+        dim=16,
         plan=lambda lengths, _: np.split(np.arange(len(lengths)), range(4, len(lengths), 4)),
-        tokenize=numbers,
-        budget=MemoryBudget(1 << 20, 2),
-        telemetry=Telemetry(),
     )
     embedder.start()
     try:

@@ -1,8 +1,7 @@
-"""What happens to tickets when planning or a replica's answer is not as it should be."""
+"""Scheduling of tickets, and results back; no thread takes part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +12,15 @@ from fletcher.core.batches import (
     EmbeddingBatch,
     InferenceResult,
     Priority,
-    Segments,
+    Spans,
     TextBatch,
     TokenBatch,
 )
 from fletcher.core.chunking import Chunking
 from fletcher.errors import InternalError
+from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.memory_budget import MemoryBudget
-from fletcher.pipeline.scheduler import InferenceScheduler
+from fletcher.pipeline.scheduler import BatchingConfig, InferenceStage, ModelShape, Scheduler
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.workers.health import Health
@@ -34,18 +34,19 @@ def broken(lengths: Any) -> list[Any]:
     raise ZeroDivisionError
 
 
-def make(
-    plan: Any, hurry: Callable[[], None] = lambda: None, num_layers: int = 0
-) -> InferenceScheduler:
-    return InferenceScheduler(
-        dim=2,
-        plan=plan,
-        window_tokens=100,
-        max_queue_delay_s=0,
-        more_coming=lambda: False,
-        hurry=hurry,
-        telemetry=Telemetry(),
-        num_layers=num_layers,
+def make(plan: Any, num_layers: int = 0, **batching: Any) -> InferenceStage:
+    """The second stage of a scheduler."""
+    return scheduler(plan, num_layers, **batching).inference
+
+
+def scheduler(plan: Any, num_layers: int = 0, **batching: Any) -> Scheduler:
+    telemetry = Telemetry()
+    options = {"window_tokens": 100, "max_queue_delay_s": 0, **batching}
+    return Scheduler(
+        ModelShape(dim=2, num_layers=num_layers),
+        BatchingConfig(lambda lengths, _: plan(lengths), **options),
+        DeviceUsage(telemetry, ""),
+        telemetry,
     )
 
 
@@ -67,38 +68,38 @@ def tokenized(
 
 def test_a_window_that_cannot_be_planned_fails_its_tickets_alone() -> None:
     # The error went on to the pool's dispatcher and ended it, and the tickets were lost.
-    source = make(broken)
+    stage = make(broken)
     stream, ticket = tokenized()
-    source.put(ticket)
-    assert source.next_job(0) is None
+    stage.add_ticket(ticket)
+    assert stage.schedule(urgent=False) is None
     (result,) = stream.results()
     assert isinstance(result.embeddings, InternalError)
 
 
 def test_texts_that_leave_after_one_layer_run_together_and_no_others_with_them() -> None:
-    source = make(one_run, num_layers=12)
+    stage = make(one_run, num_layers=12)
     held = []
     for num_tokens, layers in enumerate([3, 0, 6, 3, 0, 3], 1):
         stream, ticket = tokenized(num_tokens, layers=layers)
         held.append(stream)
-        source.put(ticket)
+        stage.add_ticket(ticket)
     runs = {}
-    while (job := source.next_job(0)) is not None:
+    while (job := stage.schedule(urgent=False)) is not None:
         assert job.payload.layers not in runs
         runs[job.payload.layers] = sorted(job.payload.lengths.tolist())
     assert runs == {3: [1, 4, 6], 0: [2, 5], 6: [3]}
 
 
 def test_vectors_wanted_in_float16_come_and_go_as_such_beside_others() -> None:
-    source = make(one_run)
+    stage = make(one_run)
     streams = {}
     for half in (True, False):
         streams[half], ticket = tokenized(half=half)
-        source.put(ticket)
-    while (job := source.next_job(0)) is not None:
+        stage.add_ticket(ticket)
+    while (job := stage.schedule(urgent=False)) is not None:
         kind = np.float16 if job.payload.half else np.float32
         vectors = np.full((len(job.payload.lengths), 2), 0.1, kind)
-        job.done(InferenceResult(vectors, None, 0.0), None)
+        stage.update(job, InferenceResult(vectors, None, 0.0), None)
     for half, stream in streams.items():
         (result,) = stream.results()
         assert isinstance(result.embeddings, EmbeddingBatch)
@@ -109,16 +110,16 @@ def test_vectors_wanted_in_float16_come_and_go_as_such_beside_others() -> None:
 
 def test_a_run_that_says_no_budget_leaves_the_devices_own(caplog: pytest.LogCaptureFixture) -> None:
     # One in the front process does not: it looked as if the device's memory were out.
-    source = make(one_run)
+    stage = make(one_run)
     for budget in (1024, 0):
         stream, ticket = tokenized()
-        source.put(ticket)
-        job = source.next_job(0)
+        stage.add_ticket(ticket)
+        job = stage.schedule(urgent=False)
         assert job is not None
         job.worker = "cpu-0"
-        job.done(InferenceResult(np.zeros((1, 2), np.float32), None, 0.0, budget), None)
+        stage.update(job, InferenceResult(np.zeros((1, 2), np.float32), None, 0.0, budget), None)
         assert len(list(stream.results())) == 1
-        assert source.budget("cpu-0") == 1024
+        assert stage._usage.budget("cpu-0") == 1024
     assert not caplog.records
 
 
@@ -131,20 +132,20 @@ def late(counts: list[int]) -> tuple[EmbedStream, StreamTicket]:
         np.ones(4 * len(counts), np.int32),
         np.arange(len(counts) + 1) * 4,
         np.zeros(len(counts), np.bool_),
-        segments=Segments(np.array(counts, np.int32), bounds),
+        spans=Spans(np.array(counts, np.int32), bounds),
     )
     return stream, ticket
 
 
 def test_parts_of_rows_are_texts_from_there_on_and_share_no_run_with_rows() -> None:
-    source = make(lambda lengths: [np.arange(len(lengths))[n::2][::-1] for n in range(2)])
+    stage = make(lambda lengths: [np.arange(len(lengths))[n::2][::-1] for n in range(2)])
     first, rows, second = late([1, 3]), tokenized(4), late([2, 1, 1])
     for _, ticket in (first, rows, second):
-        source.put(ticket)
+        stage.add_ticket(ticket)
     jobs = []
-    while (job := source.next_job(0)) is not None:
+    while (job := stage.schedule(urgent=False)) is not None:
         jobs.append(job)
-    parts = [job.payload.segments for job in jobs]
+    parts = [job.payload.spans for job in jobs]
     assert [None if one is None else one.counts.tolist() for one in parts] == [
         [1, 2, 1],
         [1, 3],
@@ -153,7 +154,7 @@ def test_parts_of_rows_are_texts_from_there_on_and_share_no_run_with_rows() -> N
     ]
     for number, job in enumerate(jobs[:2]):
         vectors = np.arange(2 * len(parts[number].bounds), dtype=np.float32).reshape(-1, 2)
-        job.done(InferenceResult(vectors + 100 * number, None, 0.0), None)
+        stage.update(job, InferenceResult(vectors + 100 * number, None, 0.0), None)
     found = [next(stream.results()).embeddings for stream, _ in (first, second)]
     # Rows 0, 2 and 4 of the window ran in the first job, the last of them first.
     expected = [[6, 102, 104, 106], [2, 4, 100, 0]]
@@ -165,16 +166,16 @@ def test_parts_of_rows_are_texts_from_there_on_and_share_no_run_with_rows() -> N
 
 
 def test_a_failed_row_fails_all_its_parts() -> None:
-    source = make(lambda lengths: [np.array([n]) for n in range(len(lengths))])
+    stage = make(lambda lengths: [np.array([n]) for n in range(len(lengths))])
     stream, ticket = late([1, 3, 2])
-    source.put(ticket)
+    stage.add_ticket(ticket)
     error = InternalError("lost")
     for number in range(3):
-        job = source.next_job(0)
+        job = stage.schedule(urgent=False)
         assert job is not None
-        count = len(job.payload.segments.bounds)
+        count = len(job.payload.spans.bounds)
         result = InferenceResult(np.ones((count, 2), np.float32), None, 0.0)
-        job.done(None if number == 1 else result, error if number == 1 else None)
+        stage.update(job, None if number == 1 else result, error if number == 1 else None)
     (found,) = stream.results()
     assert isinstance(found.embeddings, EmbeddingBatch)
     assert found.embeddings.errors == {1: error, 2: error, 3: error}
@@ -184,24 +185,24 @@ def test_a_failed_row_fails_all_its_parts() -> None:
 @pytest.mark.parametrize("norms", [None, np.ones(7, np.float32)])
 def test_an_answer_of_the_wrong_shape_fails_its_rows(norms: Any) -> None:
     # Norms of another length were raised out of the callback: the window never finished.
-    source = make(one_run)
+    stage = make(one_run)
     stream, ticket = tokenized()
-    source.put(ticket)
-    job = source.next_job(0)
+    stage.add_ticket(ticket)
+    job = stage.schedule(urgent=False)
     assert job is not None
     width = 3 if norms is None else 2
-    job.done(InferenceResult(np.zeros((1, width), np.float32), norms, 0.0), None)
+    stage.update(job, InferenceResult(np.zeros((1, width), np.float32), norms, 0.0), None)
     (result,) = stream.results()
     assert isinstance(result.embeddings, EmbeddingBatch)
     assert isinstance(result.embeddings.errors[0], InternalError)
 
 
 @pytest.mark.parametrize(
-    ("waiting", "crowded", "taken"),
+    ("waiting", "under_pressure", "taken"),
     [(30, False, 10), (12, True, 10), (30, True, 15), (200, True, 40)],
 )
-def test_windows_grow_with_what_waits_where_it_is_crowded(
-    waiting: int, crowded: bool, taken: int
+def test_windows_grow_with_what_waits_under_pressure(
+    waiting: int, under_pressure: bool, taken: int
 ) -> None:
     windows: list[int] = []
 
@@ -209,79 +210,71 @@ def test_windows_grow_with_what_waits_where_it_is_crowded(
         windows.append(int(lengths.sum()))
         return [np.arange(len(lengths))]
 
-    source = InferenceScheduler(
-        dim=2,
-        plan=plan,
-        window_tokens=10,
-        crowded=lambda: crowded,
-        max_queue_delay_s=0,
-        more_coming=lambda: False,
-        hurry=lambda: None,
-        telemetry=Telemetry(),
-    )
+    stage = make(plan, window_tokens=10, under_pressure=lambda: under_pressure)
     streams = []
     for _ in range(waiting):
         stream, ticket = tokenized(num_tokens=1)
         streams.append(stream)  # a ticket whose stream is closed is dropped
-        source.put(ticket)
-    source.next_job(0)
+        stage.add_ticket(ticket)
+    stage.schedule(urgent=False)
     assert windows == [taken]
 
 
 def test_interactive_work_that_waits_together_runs_together() -> None:
-    hurried: list[None] = []
-    source = make(one_run, hurry=lambda: hurried.append(None))
+    dispatched: list[None] = []
+    stage = make(one_run)
+    stage.connect(lambda: dispatched.append(None))
     streams = []
     for priority in ("interactive", "bulk", "interactive"):
         stream, ticket = tokenized(priority=priority)
         streams.append(stream)
-        source.put(ticket)
-    assert len(hurried) == 2
-    job = source.urgent_job()
+        stage.add_ticket(ticket)
+    assert len(dispatched) == 2
+    job = stage.schedule(urgent=True)
     assert job is not None
     assert job.urgent
     assert len(job.payload.lengths) == 2
-    assert source.urgent_job() is None
-    job = source.next_job(0)
+    assert stage.schedule(urgent=True) is None
+    job = stage.schedule(urgent=False)
     assert job is not None
     assert not job.urgent
     assert len(job.payload.lengths) == 1
-    assert source.next_job(0) is None
+    assert stage.schedule(urgent=False) is None
 
 
 def test_interactive_work_that_cannot_be_planned_fails_alone() -> None:
-    source = make(broken)
+    stage = make(broken)
     stream, ticket = tokenized(priority="interactive")
-    source.put(ticket)
-    assert source.urgent_job() is None
+    stage.add_ticket(ticket)
+    assert stage.schedule(urgent=True) is None
     (result,) = stream.results()
     assert isinstance(result.embeddings, InternalError)
 
 
 def test_a_batch_that_leaves_early_costs_its_share_of_the_layers() -> None:
-    source = make(one_run, num_layers=12)
+    stage = make(one_run, num_layers=12)
     for layers, cost in ((0, 4096), (3, 1024), (12, 4096), (9, 3072)):
         stream, ticket = tokenized(4096, layers=layers)
-        source.put(ticket)
-        job = source.next_job(0)
+        stage.add_ticket(ticket)
+        job = stage.schedule(urgent=False)
         assert job is not None
         assert (job.cost, len(job.payload.input_ids), stream.closed) == (cost, 4096, False)
     stream, ticket = tokenized(1, layers=3)
-    source.put(ticket)
-    job = source.next_job(0)
+    stage.add_ticket(ticket)
+    job = stage.schedule(urgent=False)
     assert job is not None
     assert (job.cost, stream.closed) == (1, False)
 
 
 def test_a_device_is_not_slow_because_its_texts_leave_later_than_before() -> None:
-    source = make(one_run, num_layers=12)
+    stage = make(one_run, num_layers=12)
     health, others = Health(), 1.0  # of a device that had no such change
 
     def run(layers: int, number: int) -> None:
         for _ in range(number):
             stream, ticket = tokenized(4096, layers=layers)
-            source.put(ticket)
-            job = source.next_job(0)
+            stage.add_ticket(ticket)
+            job = stage.schedule(urgent=False)
             assert job is not None
             health.answered(job.cost, 0.01 * (layers or 12), others)
             stream.close()

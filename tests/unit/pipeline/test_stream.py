@@ -69,30 +69,32 @@ def test_the_thread_that_waits_makes_its_own_result(reader: Reader) -> None:
             seen.append(threading.current_thread())
             ticket.finish(VECTORS)
 
-        assert reader.stream.lend(work)
+        assert reader.stream.run_on_waiting_thread(work)
         assert reader.contexts.get(timeout=30) == (context, reader.thread)
         assert seen == [reader.thread]
         reader.go_on.release()
 
 
-def test_a_thread_is_lent_only_while_it_waits_for_that_and_nothing_else(reader: Reader) -> None:
+def test_work_runs_on_a_thread_only_while_it_waits_for_that_and_nothing_else(
+    reader: Reader,
+) -> None:
     never: Callable[[], None] = pytest.fail
     reader.waits()
-    assert not reader.stream.lend(never)  # nothing is to come
+    assert not reader.stream.run_on_waiting_thread(never)  # nothing is to come
     first = reader.submit("first")
     second = reader.submit("second")
-    assert not reader.stream.lend(never)  # more is
+    assert not reader.stream.run_on_waiting_thread(never)  # more is
     first.finish(VECTORS)
     assert reader.contexts.get(timeout=30)[0] == "first"
-    assert not reader.stream.lend(never)  # it writes an answer
+    assert not reader.stream.run_on_waiting_thread(never)  # it writes an answer
     reader.go_on.release()
     reader.waits()
-    assert reader.stream.lend(lambda: second.finish(VECTORS))
+    assert reader.stream.run_on_waiting_thread(lambda: second.finish(VECTORS))
     assert reader.contexts.get(timeout=30)[0] == "second"
     reader.go_on.release()
 
 
-def test_work_that_was_lent_is_done_though_the_stream_closes(reader: Reader) -> None:
+def test_work_handed_to_the_waiting_thread_is_done_though_the_stream_closes(reader: Reader) -> None:
     reader.waits()
     ticket = reader.submit("only")
     done = threading.Event()
@@ -102,6 +104,25 @@ def test_work_that_was_lent_is_done_though_the_stream_closes(reader: Reader) -> 
         ticket.finish(VECTORS)
         done.set()
 
-    assert reader.stream.lend(work)
+    assert reader.stream.run_on_waiting_thread(work)
     assert done.wait(30)
     assert reader.contexts.get(timeout=30)[0] == "draining"
+
+
+def test_before_any_thread_reads_results_the_submitting_one_does_the_work() -> None:
+    tickets: list[StreamTicket] = []
+    stream = EmbedStream(MemoryBudget(1 << 20, 2).open(), tickets.append)
+    stream.submit(TEXTS, "only", num_bytes=10)
+    seen: list[threading.Thread] = []
+
+    def work() -> None:
+        seen.append(threading.current_thread())
+        tickets[0].finish(VECTORS)
+
+    assert stream.run_on_waiting_thread(work)
+    assert seen == [threading.current_thread()]
+    stream.submit(TEXTS, "second", num_bytes=10)
+    assert not stream.run_on_waiting_thread(work)  # one result is there that nobody has read
+    tickets[1].finish(VECTORS)
+    stream.end()
+    assert [result.context for result in stream.results()] == ["only", "second"]

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from fletcher.config.model import OutputConfig
 from fletcher.core.chunking import Chunking
@@ -115,7 +116,7 @@ def test_late_chunking_is_refused_where_there_is_no_graph_for_it(model, fields, 
     late = Chunking("tokens", 8, aggregation="none", late=True)
     check_late(model, late, 2)
     without = replace(model, late=None, **fields)
-    check_late(without, replace(late, late=False), 2)
+    check_late(without, dataclasses.replace(late, late=False), 2)
     with pytest.raises(InvalidCommandError, match=said) as no:
         check_late(without, late, 2)
     assert (no.value.field, no.value.allowed) == ("chunking", ["tokens:8/0:none"])

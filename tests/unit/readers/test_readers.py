@@ -112,7 +112,7 @@ def test_files_that_a_folder_holds_in_vain_are_told(tmp_path):
     source = open_source(tmp_path, notice=lines.append)
     assert [file.path.name for file in source.files] == ["a.jsonl"]
     (line,) = lines
-    assert f"4 files of unknown kind in {tmp_path} are passed over" in line
+    assert f"4 files of unknown kind in {tmp_path} are skipped" in line
     assert "(2 .pdf, 1 without a suffix, 1 .bak)" in line
     for number in range(9):
         (tmp_path / f"x.kind{number}").write_text("no")
@@ -334,6 +334,18 @@ def test_a_truncated_zstd_file_is_no_shorter_file(tmp_path):
     path.write_bytes(os.urandom(3 << 20).hex().encode())
     path = compress(path, "zstd", ".zst")
     path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InvalidCommandError, match=r"t\.txt\.zst"):
+        list(open_source(path).batches())
+
+
+@pytest.mark.parametrize("skippable", [b"", b"\x50\x2a\x4d\x18\x03\0\0\0abc"])
+def test_a_zstd_file_of_several_frames_is_read_whole(tmp_path, skippable):
+    # As `zstd -T0` and concatenation write it.
+    frames = [pa.compress(text, codec="zstd", asbytes=True) for text in (b"a\nb\n", b"c\n")]
+    path = tmp_path / "t.txt.zst"
+    path.write_bytes(frames[0] + skippable + frames[1])
+    assert rows_of(open_source(path))["text"].to_pylist() == ["a", "b", "c"]
+    path.write_bytes(frames[0] + skippable + frames[1][:-1])
     with pytest.raises(InvalidCommandError, match=r"t\.txt\.zst"):
         list(open_source(path).batches())
 

@@ -488,7 +488,7 @@ def test_the_end_comes_to_all_also_to_those_who_wait(start: Start, source: FakeS
         ({"dims": 4}, False, False),
         ({"normalized": False}, False, False),
         ({"output": "multi"}, False, False),
-        ({"chunking": Chunking.parse("tokens:8/2:mean")}, False, False),
+        ({"chunking": Chunking.from_text("tokens:8/2:mean")}, False, False),
     ],
 )
 def test_vectors_are_float16_from_the_graph_on_where_nothing_else_is_done_to_them(

@@ -142,7 +142,7 @@ def test_rows_of_several_vectors_are_replaced_and_compacted(tmp_path, output):
     fill(store, again, mode="upsert")
     found = store.scan("d").read_all()
     assert found.num_rows == 350
-    assert store._open("d").stats()["fragment_stats"]["num_fragments"] < 40
+    assert store._open_table("d").stats()["fragment_stats"]["num_fragments"] < 40
     vectors = dict(zip(found["id"].to_pylist(), found["vector"].to_pylist(), strict=True))
     for name, vector in zip(again["id"].to_pylist(), again["vector"].to_pylist(), strict=True):
         assert vectors[name] == vector
@@ -441,7 +441,7 @@ def test_many_appends_are_compacted_and_no_row_is_lost(tmp_path):
     assert (
         len(list((tmp_path / "d.lance" / "data").iterdir())) > 70
     )  # old versions are kept a while
-    fragments = store._open("d").stats()["fragment_stats"]["num_fragments"]
+    fragments = store._open_table("d").stats()["fragment_stats"]["num_fragments"]
     assert fragments < 40
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("compact")]
 

@@ -63,7 +63,7 @@ def test_the_version_before_is_taken_and_goes_on(
         assert store.stored_ranges("d", "u") == [(0, 99)]
         assert ids(store) == list(range(100))
     writer = store.open_writer("d", rows.schema(), "append")
-    assert "is not whole, an earlier version is taken" in caplog.text
+    assert "is incomplete, using an earlier version" in caplog.text
     sent = rows.batch(100, 50)
     assert writer.missing_keys(["u:0-99", "u:100-149"]) == ["u:100-149"]
     writer.append([sent])

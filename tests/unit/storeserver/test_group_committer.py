@@ -43,7 +43,7 @@ def ingest(store: LanceStore) -> Iterator[Ingest]:
 def fail_next_sync(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """While it is set, the next sync fails, and clears it."""
     armed = threading.Event()
-    sync = lance_writer._SyncedFolder.sync
+    sync = lance_writer._SyncedFolder.sync_new_files
 
     def failing(self: Any, *, settled: bool) -> None:
         if armed.is_set():
@@ -51,7 +51,7 @@ def fail_next_sync(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
             raise OSError(5, "Input/output error")
         sync(self, settled=settled)
 
-    monkeypatch.setattr(lance_writer._SyncedFolder, "sync", failing)
+    monkeypatch.setattr(lance_writer._SyncedFolder, "sync_new_files", failing)
     return armed
 
 
@@ -107,7 +107,7 @@ def test_a_commit_in_doubt_does_not_harm_its_neighbours(
         held.set()
         assert go_on.wait(30)
 
-    holder = threading.Thread(target=ingest.call, args=("d", hold))
+    holder = threading.Thread(target=ingest.call_committer, args=("d", hold))
     holder.start()
     assert held.wait(30)
     # One commit, which the second refuses: each is tried alone, and the first fails in doubt.
@@ -134,7 +134,7 @@ def test_a_group_is_known_again_after_its_neighbours_rows_were_refused(
         held.set()
         assert go_on.wait(30)
 
-    holder = threading.Thread(target=ingest.call, args=("d", hold))
+    holder = threading.Thread(target=ingest.call_committer, args=("d", hold))
     holder.start()
     assert held.wait(30)
     stream = CommitStream()

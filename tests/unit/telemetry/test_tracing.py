@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import gzip
 import json
 import logging
@@ -15,10 +16,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from fletcher.errors import ConfigError
-from fletcher.telemetry.metrics import Counter, Gauge, Histogram, Instruments
-from fletcher.telemetry.tracing import Telemetry, configure
+from fletcher.telemetry.metrics import Counter, Instruments
+from fletcher.telemetry.tracing import ExportTiming, Telemetry, configure
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
@@ -99,7 +101,7 @@ def test_counter_sums_by_label_and_from_many_threads() -> None:
     for thread in threads:
         thread.join()
     counter.add(1, device="cuda:0")
-    assert counter.snapshot() == {"cpu:0": 40_000, "cuda:0": 1}
+    assert counter.values() == {("cpu:0",): 40_000, ("cuda:0",): 1}
 
 
 @pytest.mark.parametrize("attributes", [{}, {"stage": "x"}, {"device": "x", "stage": "y"}])
@@ -110,10 +112,10 @@ def test_a_label_that_is_not_the_instruments_own_is_refused(attributes: dict[str
 
 
 def test_histogram_percentiles_are_near_the_truth() -> None:
-    histogram = Histogram("duration", "Time", "stage")
+    instruments = Instruments()
     for milliseconds in range(1, 1001):
-        histogram.record(milliseconds / 1000, stage="tokenize")
-    summary = histogram.snapshot()["tokenize"]
+        instruments.stage_duration.record(milliseconds / 1000, stage="tokenize")
+    summary = instruments.snapshot()["fletcher.stage.duration"]["tokenize"]
     assert summary["count"] == 1000
     assert summary["sum"] == pytest.approx(500.5)
     assert summary["p50"] == pytest.approx(0.500, rel=0.02)
@@ -123,28 +125,61 @@ def test_histogram_percentiles_are_near_the_truth() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.00002, 0.0301, 900.0])
 def test_one_record_is_its_own_percentiles(seconds: float) -> None:
-    histogram = Histogram("duration", "Time")
-    histogram.record(seconds)
-    assert histogram.snapshot() == {
+    instruments = Instruments()
+    instruments.stage_duration.record(seconds, stage="append")
+    assert instruments.snapshot()["fletcher.stage.duration"]["append"] == {
         "count": 1, "sum": seconds, "p50": seconds, "p95": seconds, "p99": seconds,
     }  # fmt: skip
 
 
 def test_time_records_a_body_that_raises() -> None:
-    histogram = Histogram("duration", "Time")
-    with pytest.raises(KeyError), histogram.time():
+    instruments = Instruments()
+    with pytest.raises(KeyError), instruments.stage_duration.time(stage="append"):
         raise KeyError
-    assert histogram.snapshot()["count"] == 1
+    assert instruments.snapshot()["fletcher.stage.duration"]["append"]["count"] == 1
 
 
-def test_gauge_asks_its_last_reader_each_time() -> None:
-    gauge = Gauge("depth", "{item}", "Items", "stage")
+def test_gauge_asks_its_last_callback_each_time() -> None:
+    instruments = Instruments()
+    gauge = instruments.queue_depth
     depth = [3]
-    gauge.watch(lambda: 99, stage="append")
-    gauge.watch(lambda: depth[0], stage="append")
-    assert gauge.snapshot() == {"append": 3}
+    remove_first = gauge.observe(lambda: 99, stage="append")
+    remove = gauge.observe(lambda: depth[0], stage="append")
+    assert instruments.snapshot()["fletcher.queue.depth"] == {"append": 3}
     depth[0] = 4
-    assert gauge.snapshot() == {"append": 4}
+    remove_first()
+    assert instruments.snapshot()["fletcher.queue.depth"] == {"append": 4}
+    remove()
+    assert instruments.snapshot()["fletcher.queue.depth"] == {}
+
+
+def test_instruments_without_a_value_are_in_the_snapshot_too() -> None:
+    snapshot = Instruments().snapshot()
+    assert snapshot["fletcher.rows.stored"] == 0
+    assert snapshot["fletcher.device.tokens"] == {}
+    assert snapshot["fletcher.streams.open"] is None
+    assert snapshot["fletcher.stage.duration"] == {}
+
+
+def test_a_callback_may_count_while_it_is_read() -> None:
+    instruments = Instruments()
+
+    def read() -> float:
+        instruments.rows_failed.add()
+        return 1.0
+
+    instruments.streams_open.observe(read)
+    assert instruments.snapshot()["fletcher.streams.open"] == 1.0
+
+
+def test_a_reader_can_be_attached_beside_the_one_in_memory() -> None:
+    reader = InMemoryMetricReader()
+    instruments = Instruments([reader])
+    instruments.rows_received.add(3)
+    assert instruments.snapshot()["fletcher.rows.received"] == 3
+    (resource,) = reader.get_metrics_data().resource_metrics
+    found = {one.name: one for scope in resource.scope_metrics for one in scope.metrics}
+    assert found["fletcher.rows.received"].data.data_points[0].value == 3
 
 
 def test_snapshot_has_every_instrument_and_is_json() -> None:
@@ -154,7 +189,7 @@ def test_snapshot_has_every_instrument_and_is_json() -> None:
     instruments.stage_duration.record(0.5, stage="append")
     snapshot = json.loads(json.dumps(instruments.snapshot()))
     assert set(snapshot) == {one.name for one in instruments.all()}
-    assert len(snapshot) == len(vars(instruments))
+    assert len(snapshot) == len(dataclasses.fields(instruments))
     assert snapshot["fletcher.rows.received"] == 5
     assert snapshot["fletcher.rows.stored"] == 0
     assert snapshot["fletcher.errors"] == {"overloaded": 1}
@@ -171,17 +206,25 @@ def test_without_an_endpoint_spans_are_one_object_that_does_nothing() -> None:
     telemetry = configure()
     assert telemetry.extract({"traceparent": [TRACEPARENT]}) is None
     with telemetry.span("do_put") as call, telemetry.span("tokenize", parent=call, rows=3) as span:
-        span.set(tokens=8)
+        span.set_attributes(tokens=8)
         assert span is call
         assert span.headers() == {}
 
 
-def test_without_an_endpoint_opentelemetry_is_not_imported() -> None:
+def test_without_an_endpoint_neither_exporter_nor_tracing_is_imported() -> None:
     code = (
         "import sys; from fletcher.telemetry.tracing import configure; t = configure()\n"
         "t.rows_received.add(1); t.span('x').__enter__(); t.close()\n"
-        "print([name for name in sys.modules if name.startswith('opentelemetry')])"
+        "unwanted = ('opentelemetry.exporter', 'opentelemetry.sdk.trace')\n"
+        "print([name for name in sys.modules if name.startswith(unwanted)])"
     )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["fletcher", "fletcher.cli", "fletcher.workers.child"])
+def test_help_clients_and_workers_do_without_opentelemetry(module: str) -> None:
+    code = f"import sys, {module}; print([one for one in sys.modules if 'opentelemetry' in one])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
@@ -205,7 +248,7 @@ def test_export_of_spans_carries_the_callers_trace(collector: Collector) -> None
     parent = telemetry.extract({"traceparent": [TRACEPARENT], "authorization": ["x"]})
     with telemetry.span("do_put", parent=parent) as call:
         with telemetry.span("tokenize", parent=call, rows=3) as work:
-            work.set(tokens=8)
+            work.set_attributes(tokens=8)
             headers = work.headers()
         with pytest.raises(ValueError, match="boom"), telemetry.span("append", parent=call):
             raise ValueError("boom")
@@ -233,7 +276,7 @@ def test_export_of_metrics_agrees_with_the_snapshot(collector: Collector) -> Non
     telemetry.rows_received.add(500)
     telemetry.device_tokens.add(40, model="m", device="cpu:0")
     telemetry.device_tokens.add(2, model="m", device="cpu:1")
-    telemetry.queue_depth.watch(lambda: 6, stage="inference")
+    telemetry.queue_depth.observe(lambda: 6, stage="inference")
     telemetry.stage_duration.record(0.25, stage="append")
     snapshot = telemetry.snapshot()
     telemetry.close()
@@ -256,7 +299,7 @@ def test_export_of_metrics_agrees_with_the_snapshot(collector: Collector) -> Non
 
 
 def test_metrics_are_exported_without_being_closed(collector: Collector) -> None:
-    telemetry = configure(collector.address, export_interval_s=0.05)
+    telemetry = configure(collector.address, timing=ExportTiming(interval_s=0.05))
     exported = threading.Event()
     reads = []
 
@@ -266,17 +309,16 @@ def test_metrics_are_exported_without_being_closed(collector: Collector) -> None
             exported.set()
         return 1.0
 
-    telemetry.streams_open.watch(read)
+    telemetry.streams_open.observe(read)
     assert exported.wait(10)
     telemetry.close()
     assert "fletcher.streams.open" in collector.metrics()[0]
 
 
-def test_closing_twice_and_with_no_collector_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fletcher.telemetry.tracing.EXPORT_TIMEOUT_S", 1.0)
+def test_closing_twice_and_with_no_collector_ends_soon() -> None:
     gone = Collector()
     gone.close()
-    telemetry = configure(gone.address)
+    telemetry = configure(gone.address, timing=ExportTiming(timeout_s=1.0))
     with telemetry.span("do_put"):
         telemetry.rows_received.add(1)
     started = time.monotonic()
@@ -291,14 +333,13 @@ def test_closing_twice_and_with_no_collector_ends_soon(monkeypatch: pytest.Monke
 def test_a_collector_that_is_away_is_told_of_now_and_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fletcher.telemetry.tracing.EXPORT_TIMEOUT_S", 1.0)
     gone = Collector()
     gone.close()
     for one in ("metric_exporter", "trace_exporter"):
         monkeypatch.setattr(
             logging.getLogger(f"opentelemetry.exporter.otlp.proto.http.{one}"), "filters", []
         )
-    telemetry = configure(gone.address)
+    telemetry = configure(gone.address, timing=ExportTiming(timeout_s=1.0))
     configure(gone.address).close()  # another server of this process
     with telemetry.span("do_put"):
         telemetry.rows_received.add(1)

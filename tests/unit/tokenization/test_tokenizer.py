@@ -35,7 +35,7 @@ SPEC = ModelSpec(
     prompts={},
     default_prompt=None,
     pad_token_id=0,
-    graph="model.onnx",
+    graph_file="model.onnx",
     graph_output="embedding",
     inputs=("input_ids", "attention_mask"),
     outputs=("embedding",),
@@ -131,7 +131,9 @@ def test_a_text_that_was_shortened_has_the_tokens_of_the_whole(text, truncate):
 @given(TEXT, st.integers(1, 400), st.booleans())
 def test_a_piece_has_the_first_or_last_tokens_of_the_whole(text, size, from_end):
     encoded = text.encode()
-    piece, is_cut = Shortener.of(REFERENCE.to_str()).shorten(memoryview(encoded), size, from_end)
+    piece, is_cut = Shortener.from_json(REFERENCE.to_str()).shorten(
+        memoryview(encoded), size, from_end
+    )
     whole = REFERENCE.encode(text, add_special_tokens=False).ids
     part = REFERENCE.encode(str(piece, "utf-8"), add_special_tokens=False).ids
     assert is_cut == (len(encoded) > size)
@@ -147,7 +149,7 @@ def test_a_piece_has_the_first_or_last_tokens_of_the_whole(text, size, from_end)
 )
 def test_nothing_is_cut_before_a_character_that_may_join_the_word(character):
     text = ("go" + character).encode()
-    shortener = Shortener.of(REFERENCE.to_str())
+    shortener = Shortener.from_json(REFERENCE.to_str())
     piece, is_cut = shortener.shorten(memoryview(text), len(character.encode()), True)
     assert (bytes(piece), is_cut) == (b"", True)
 
@@ -281,7 +283,7 @@ def test_a_very_long_text_is_not_tokenized_whole(text, truncate):
 def test_where_the_argument_does_not_hold_nothing_is_cut(change):
     tokenizer = bert_tokenizer()
     change(tokenizer)
-    shortener = Shortener.of(tokenizer.to_str())
+    shortener = Shortener.from_json(tokenizer.to_str())
     assert not shortener.boundaries.any()
     assert shortener.run is None
     ours = Tokenizer(tokenizer, max_length=MAX_LENGTH)
@@ -291,23 +293,25 @@ def test_where_the_argument_does_not_hold_nothing_is_cut(change):
 
 
 def test_added_tokens_keep_their_punctuation_and_runs_whole():
-    boundaries = Shortener.of(REFERENCE.to_str()).boundaries
+    boundaries = Shortener.from_json(REFERENCE.to_str()).boundaries
     expected = set(string.punctuation.encode() + b" \t\n\r") - set(b"[]") | {*range(0xE5, 0xE9)}
     assert set(np.flatnonzero(boundaries).tolist()) == expected
     letters = memoryview(b"b" * 1500 + b"foo" + b"b" * 1500)
-    kept, _ = Shortener.of(bert_tokenizer(added=["foo"]).to_str()).shorten(letters, 9999, False)
+    kept, _ = Shortener.from_json(bert_tokenizer(added=["foo"]).to_str()).shorten(
+        letters, 9999, False
+    )
     assert kept == letters
 
 
 def test_a_damaged_tokenizer_is_a_clear_error(make_bundle):
     folder = make_bundle(b"{ not a tokenizer")
     with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
-        Tokenizer.load(folder)
+        Tokenizer.from_bundle(folder)
 
 
 def test_a_bundles_tokenizer_is_loaded_with_its_length(make_bundle, monkeypatch):
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
-    tokenizer = Tokenizer.load(make_bundle(REFERENCE.to_str().encode()))
+    tokenizer = Tokenizer.from_bundle(make_bundle(REFERENCE.to_str().encode()))
     assert tokenizer.max_length == MAX_LENGTH
     assert tokenizer.num_special_tokens == 2
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"

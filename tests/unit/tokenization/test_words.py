@@ -6,7 +6,7 @@ from fletcher.tokenization.shorten import Shortener
 from fletcher.tokenization.words import MAX_WORD_TOKENS, Words
 from tests.unit.tokenization.test_tokenizer import REFERENCE, TEXT
 
-BOUNDARIES = Shortener.of(REFERENCE.to_str()).boundaries
+BOUNDARIES = Shortener.from_json(REFERENCE.to_str()).boundaries
 
 
 class Library:

@@ -1,4 +1,4 @@
-"""What is freed is used again, and goes back to the system when there is nothing to do."""
+"""Freed memory is used again, and returned to the system once the process is idle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fletcher.util.allocator import Returning
+from fletcher.util.allocator import IdleTrimmer
 
 MIB = 1 << 20
 
@@ -15,7 +15,7 @@ MIB = 1 << 20
 AGAIN = """
 import resource, sys
 import numpy as np
-from fletcher.util.allocator import give_back, keep_large_blocks
+from fletcher.util.allocator import keep_large_blocks, trim_heap
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -27,7 +27,7 @@ for _ in range(20):
     np.ones(1 << 20)
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
 before = resident()
-give_back()
+trim_heap()
 print(faults, before - resident())
 """
 
@@ -42,46 +42,44 @@ def test_a_freed_block_is_used_again_and_can_be_given_back():
     assert given_back > 4 * MIB
 
 
-class House:
-    """What is in use, and when."""
+class IdleHeap:
+    """A trimmer over a simulated clock and heap."""
 
     def __init__(self) -> None:
         self.used_bytes = 0
         self.now = 0.0
-        self.given_back: list[float] = []
-        self.returning = Returning(
-            lambda: self.used_bytes,
-            lambda: self.given_back.append(self.now),
-            lambda: self.now,
+        self.trims: list[float] = []
+        self.trimmer = IdleTrimmer(
+            lambda: self.used_bytes, lambda: self.trims.append(self.now), lambda: self.now
         )
 
-    def look_at(self, now: float, used_bytes: int = 0) -> None:
+    def check_at(self, now: float, used_bytes: int = 0) -> None:
         self.now, self.used_bytes = now, used_bytes
-        self.returning.look()
+        self.trimmer.trim_if_idle()
 
 
 @pytest.fixture
-def house() -> House:
-    return House()
+def heap() -> IdleHeap:
+    return IdleHeap()
 
 
-def test_memory_goes_back_once_nothing_was_in_use_for_a_while(house: House):
-    house.look_at(0, 100 * MIB)
-    house.look_at(1, 1)
-    house.look_at(5)
-    assert house.given_back == []  # a pause between two batches
-    house.look_at(6)
-    house.look_at(60)
-    assert house.given_back == [6]
+def test_memory_goes_back_once_nothing_was_in_use_for_a_while(heap: IdleHeap):
+    heap.check_at(0, 100 * MIB)
+    heap.check_at(1, 1)
+    heap.check_at(5)
+    assert heap.trims == []  # a pause between two batches
+    heap.check_at(6)
+    heap.check_at(60)
+    assert heap.trims == [6]
 
 
-def test_memory_in_use_stays(house: House):
+def test_memory_in_use_stays(heap: IdleHeap):
     for now in range(60):
-        house.look_at(now, 100 * MIB)
-    assert house.given_back == []
+        heap.check_at(now, 100 * MIB)
+    assert heap.trims == []
 
 
-def test_what_a_few_texts_leave_behind_stays(house: House):
-    house.look_at(0, MIB)
-    house.look_at(60)
-    assert house.given_back == []
+def test_what_a_few_texts_leave_behind_stays(heap: IdleHeap):
+    heap.check_at(0, MIB)
+    heap.check_at(60)
+    assert heap.trims == []

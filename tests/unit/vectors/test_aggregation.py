@@ -7,7 +7,7 @@ import pytest
 
 from fletcher.core.batches import Chunks, EmbeddingBatch
 from fletcher.errors import FletcherError, InternalError
-from fletcher.vectors.aggregation import Aggregation, Joins, aggregation
+from fletcher.vectors.aggregation import Aggregation, TextAggregation, aggregation
 
 RNG = np.random.default_rng(3)
 
@@ -46,7 +46,7 @@ def expected(method: str, vectors: np.ndarray, tokens: np.ndarray) -> np.ndarray
 def test_each_text_gets_its_own(method: str) -> None:
     counts = [1, 3, 2, 1, 7]
     given = batch(counts)
-    found = Aggregation(method, normalized=True).take(given, continued=False)
+    found = Aggregation(method, normalized=True).add_chunks(given, continued=False)
     assert isinstance(found, EmbeddingBatch)
     assert given.chunks is not None
     for text, (a, b) in enumerate(zip(np.cumsum([0, *counts]), np.cumsum(counts), strict=False)):
@@ -59,13 +59,13 @@ def test_each_text_gets_its_own(method: str) -> None:
     assert found.embeddings.dtype == np.float32
 
 
-def in_parts(joins: Joins, given: EmbeddingBatch, parts: list[int]) -> EmbeddingBatch:
+def in_parts(joins: TextAggregation, given: EmbeddingBatch, parts: list[int]) -> EmbeddingBatch:
     found, chunks = None, given.chunks
     assert chunks is not None
     for number, count in enumerate(parts):
         a = sum(parts[:number])
         rows = slice(a, a + count)
-        own = (chunks.index, chunks.num_tokens, chunks.spans, chunks.begins)
+        own = (chunks.index, chunks.num_tokens, chunks.text_ranges, chunks.begins)
         part = EmbeddingBatch(
             given.embeddings[rows],
             None,
@@ -74,7 +74,7 @@ def in_parts(joins: Joins, given: EmbeddingBatch, parts: list[int]) -> Embedding
             chunks=Chunks(np.array([0, count]), *(one[rows] for one in own)),
         )
         assert found is None
-        found = joins.take(part, continued=number < len(parts) - 1)
+        found = joins.add_chunks(part, continued=number < len(parts) - 1)
     assert isinstance(found, EmbeddingBatch)
     return found
 
@@ -86,19 +86,19 @@ def test_in_parts_a_text_gets_the_same(method: str, parts: list[int]) -> None:
     assert given.chunks is not None
     aggregation = Aggregation(method, normalized=True)
     found = in_parts(aggregation, given, parts)
-    whole = Aggregation(method, normalized=True).take(given, continued=False)
+    whole = Aggregation(method, normalized=True).add_chunks(given, continued=False)
     assert isinstance(whole, EmbeddingBatch)
     np.testing.assert_allclose(found.embeddings, whole.embeddings, rtol=1e-6)
     assert found.token_count.tolist() == whole.token_count.tolist()
     # And nothing of it stays for the next.
-    again = aggregation.take(given, continued=False)
+    again = aggregation.add_chunks(given, continued=False)
     assert isinstance(again, EmbeddingBatch)
     assert np.array_equal(again.embeddings, whole.embeddings)
 
 
 def test_unnormalised_vectors_stay_so() -> None:
     given = batch([4])
-    found = Aggregation("mean", normalized=False).take(given, continued=False)
+    found = Aggregation("mean", normalized=False).add_chunks(given, continued=False)
     assert isinstance(found, EmbeddingBatch)
     np.testing.assert_allclose(found.embeddings[0], given.embeddings.mean(axis=0), rtol=1e-5)
 
@@ -106,7 +106,7 @@ def test_unnormalised_vectors_stay_so() -> None:
 def test_a_failed_chunk_fails_its_text_alone() -> None:
     given, error = batch([2, 3, 1]), InternalError("lost")
     given.errors[3] = error
-    found = Aggregation("mean", normalized=True).take(given, continued=False)
+    found = Aggregation("mean", normalized=True).add_chunks(given, continued=False)
     assert isinstance(found, EmbeddingBatch)
     assert found.errors == {1: error}
 
@@ -116,11 +116,11 @@ def test_a_part_that_failed_fails_the_text(lost: int) -> None:
     error: FletcherError = InternalError("lost")
     aggregation = Aggregation("mean", normalized=True)
     parts = [error if n == lost else batch([2], 2 * n) for n in range(3)]
-    assert aggregation.take(parts[0], continued=True) is None
-    assert aggregation.take(parts[1], continued=True) is None
-    found = aggregation.take(parts[2], continued=False)
+    assert aggregation.add_chunks(parts[0], continued=True) is None
+    assert aggregation.add_chunks(parts[1], continued=True) is None
+    found = aggregation.add_chunks(parts[2], continued=False)
     assert found is error or (isinstance(found, EmbeddingBatch) and found.errors == {0: error})
-    assert aggregation.take(error, continued=False) is error
+    assert aggregation.add_chunks(error, continued=False) is error
 
 
 def paragraphs_first(vectors: np.ndarray, begins: np.ndarray) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_paragraphs_count_alike_however_long() -> None:
     given = batch(counts)
     assert given.chunks is not None
     given.chunks.begins[[2, 3, 8, 12]] = True
-    found = aggregation("hierarchical", normalized=True).take(given, continued=False)
+    found = aggregation("hierarchical", normalized=True).add_chunks(given, continued=False)
     assert isinstance(found, EmbeddingBatch)
     ends = np.cumsum(counts).tolist()
     for text, (a, b) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -167,16 +167,16 @@ def test_a_failed_chunk_fails_its_text_through_its_paragraph() -> None:
     assert given.chunks is not None
     given.chunks.begins[4] = True
     given.errors[5] = error
-    found = aggregation("hierarchical", normalized=True).take(given, continued=False)
+    found = aggregation("hierarchical", normalized=True).add_chunks(given, continued=False)
     assert isinstance(found, EmbeddingBatch)
     assert found.errors == {1: error}
     # Parts: the first has half a paragraph, the second fails, the third has the rest.
     joins, whole = aggregation("hierarchical", normalized=True), batch([2])
-    assert joins.take(whole, continued=True) is None
-    assert joins.take(error, continued=True) is None
-    found = joins.take(batch([2], 2), continued=False)
+    assert joins.add_chunks(whole, continued=True) is None
+    assert joins.add_chunks(error, continued=True) is None
+    found = joins.add_chunks(batch([2], 2), continued=False)
     assert isinstance(found, EmbeddingBatch)
     assert found.errors == {0: error}
-    later = joins.take(whole, continued=False)
+    later = joins.add_chunks(whole, continued=False)
     assert isinstance(later, EmbeddingBatch)
     assert not later.errors

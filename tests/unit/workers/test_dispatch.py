@@ -18,7 +18,7 @@ def shares(
     workers = [DispatchCandidate(name, 0, rate) for name, rate in rates.items()]
     for _ in range(num_jobs):
         one = workers[chooser.choose(workers)]
-        chooser.given(one.name, 100, one.rate or mean_rate(list(rates.values())))
+        chooser.charge(one.name, 100, one.rate or mean_rate(list(rates.values())))
         given[one.name] += 1
     return given
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from fletcher.errors import BackendError, InternalError, OverloadedError
-from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
+from fletcher.workers.roster import PoolConfig, PoolEvents, PoolTiming
 from fletcher.workers.worker_handle import WorkerHandle
 from tests.integration.processes import eventually
 from tests.unit.workers.test_pool import Answer, QueueSource
@@ -32,10 +32,15 @@ def spec(name: str, factory: str, config: Any) -> WorkerSpec:
 
 @contextmanager
 def running(
-    specs: list[WorkerSpec], **options: Any
+    specs: list[WorkerSpec],
+    *,
+    source: QueueSource | None = None,
+    on_state: Callable[[str, str], None] = lambda _name, _state: None,
+    **options: Any,
 ) -> Iterator[tuple[WorkerPool, Callable[[Any], Answer]]]:
-    source = QueueSource()
-    pool = WorkerPool("replica", specs, source, **options)
+    source = source or QueueSource()
+    events = PoolEvents(on_state=on_state)
+    pool = WorkerPool(PoolConfig("replica", specs, **options), source, events)
     pool.start()
 
     def submit(payload: Any) -> Answer:
@@ -130,7 +135,7 @@ def test_bad_jobs_eject_no_worker_for_good(tmp_path: Path) -> None:
 
 def test_a_worker_that_hangs_is_replaced_and_its_jobs_go_elsewhere() -> None:
     specs = [spec(f"cuda-{n}", "load_echo", 1) for n in range(2)]
-    with running(specs, answer_timeout_s=1.0) as (pool, submit):
+    with running(specs, timing=PoolTiming(answer_timeout_s=1.0)) as (pool, submit):
         hung = pool.process_ids()[0]
         os.kill(hung, signal.SIGSTOP)
         answers = [submit(n) for n in range(20)]
@@ -140,17 +145,17 @@ def test_a_worker_that_hangs_is_replaced_and_its_jobs_go_elsewhere() -> None:
 
 
 def test_urgent_work_does_not_wait_for_a_worker_that_reads_nothing() -> None:
-    urgent: deque[Job] = deque()
-    options = {"urgent": lambda: urgent.popleft() if urgent else None, "answer_timeout_s": 2.0}
-    with running([spec("cuda-0", "load_echo", 1)], **options) as (pool, submit):
+    source, timing = QueueSource(), PoolTiming(answer_timeout_s=2.0)
+    specs = [spec("cuda-0", "load_echo", 1)]
+    with running(specs, source=source, timing=timing) as (pool, submit):
         os.kill(pool.process_ids()[0], signal.SIGSTOP)
         large = submit(b"x" * (4 << 20))  # more than a pipe holds
         eventually(lambda: pool.statistics()[0]["in_flight"] == 1, "it is being sent")
         answers = [Answer(n, urgent=True) for n in range(3)]
         for answer in answers:
-            urgent.append(answer.job)
+            source.urgent.append(answer.job)
             before = time.monotonic()
-            pool.hurry()
+            pool.dispatch_urgent()
             assert time.monotonic() - before < 1.0
         assert [answer.wait() for answer in answers] == [0, 1, 2]
         assert len(large.wait()) == 4 << 20
@@ -216,7 +221,7 @@ def test_a_worker_that_dies_at_every_start_causes_no_storm_of_restarts(
                 return wait(0 if not enough.is_set() else timeout)
             return wait(timeout)
 
-        def cannot_start(slot: WorkerHandle) -> Any:
+        def cannot_start(handle: WorkerHandle) -> Any:
             raise BackendError("no such device")
 
         monkeypatch.setattr(pool.closing, "wait", waited)

@@ -22,18 +22,27 @@ from fletcher.errors import BackendError, InternalError, RowTooLargeError
 from fletcher.workers.jobs import Job
 from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
+from fletcher.workers.roster import PoolConfig, PoolEvents
 from tests.integration.processes import eventually
 
 
 class QueueSource:
+    """A pool's source of both kinds of jobs, whose tasks are their answers."""
+
     def __init__(self) -> None:
         self.jobs: queue.Queue[Job] = queue.Queue()
+        self.urgent: deque[Job] = deque()
 
-    def next_job(self, timeout_s: float) -> Job | None:
+    def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
+        if urgent:
+            return self.urgent.popleft() if self.urgent else None
         try:
             return self.jobs.get(timeout=timeout_s)
         except queue.Empty:
             return None
+
+    def update(self, job: Job, result: Any, error: Exception | None) -> None:
+        job.task(result, error)
 
 
 class Answer:
@@ -44,7 +53,7 @@ class Answer:
         self.result: Any = None
         self.error: Exception | None = None
         self.calls = 0
-        self.job = Job(payload, self._done, urgent=urgent, **fields)
+        self.job = Job(payload, task=self._done, urgent=urgent, **fields)
 
     def _done(self, result: Any, error: Exception | None) -> None:
         self.calls += 1
@@ -60,14 +69,18 @@ class Answer:
 
 @contextmanager
 def running(
-    num_workers: int = 1, *, concurrency: int = 1, prefetch: int = 1, **options: Any
+    num_workers: int = 1,
+    *,
+    concurrency: int = 1,
+    events: PoolEvents | None = None,
+    **options: Any,
 ) -> Iterator[tuple[WorkerPool, Callable[[Any], Answer]]]:
     source = QueueSource()
     specs = [
         WorkerSpec(f"echo-{n}", "tests.doubles.workers:load_echo", concurrency)
         for n in range(num_workers)
     ]
-    pool = WorkerPool("echo", specs, source, prefetch=prefetch, **options)
+    pool = WorkerPool(PoolConfig("echo", specs, **options), source, events)
     pool.start()
 
     def submit(payload: Any) -> Answer:
@@ -105,7 +118,7 @@ def test_an_unexpected_error_gives_nothing_away() -> None:
 
 def test_a_killed_worker_is_replaced_and_its_jobs_done_again(tmp_path: Path) -> None:
     restarted: list[str] = []
-    with running(on_restart=restarted.append) as (_, submit):
+    with running(events=PoolEvents(on_restart=restarted.append)) as (_, submit):
         doomed = submit(("die once", str(tmp_path / "flag")))
         behind = submit("behind it")
         assert doomed.wait() == "survived"
@@ -157,34 +170,21 @@ def test_requests_run_at_once_up_to_the_workers_concurrency(tmp_path: Path) -> N
         blocked.wait()
 
 
-class UrgentSource(QueueSource):
-    """A pool's source of both kinds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.urgent: deque[Job] = deque()
-
-    def urgent_job(self) -> Job | None:
-        return self.urgent.popleft() if self.urgent else None
-
-
 @contextmanager
 def running_both(
-    factory: str = "load_express",
-    inline: Callable[[Any], Any] | None = None,
-    **options: Any,
+    factory: str = "load_express", **options: Any
 ) -> Iterator[tuple[WorkerPool, Callable[..., Answer]]]:
     """A pool, and a function that submits jobs of both kinds to it."""
-    source = UrgentSource()
+    source = QueueSource()
     spec = WorkerSpec("echo-0", f"tests.doubles.workers:{factory}", 1)
-    pool = WorkerPool("echo", [spec], source, urgent=source.urgent_job, **options)
-    pool.start(lambda: inline)
+    pool = WorkerPool(PoolConfig("echo", [spec], **options), source)
+    pool.start()
 
     def submit(payload: Any, *, urgent: bool = False, **fields: Any) -> Answer:
         answer = Answer(payload, urgent=urgent, **fields)
         if urgent:
             source.urgent.append(answer.job)
-            pool.hurry()
+            pool.dispatch_urgent()
         else:
             source.jobs.put(answer.job)
         return answer
@@ -260,13 +260,13 @@ def test_urgent_jobs_survive_their_worker(tmp_path: Path) -> None:
 
 def note_end(answer: Answer, ends: list[str]) -> None:
     """Has a job's result noted when it comes."""
-    done = answer.job.done
+    done = answer.job.task
 
     def noted(result: Any, error: Exception | None) -> None:
         ends.append(result)
         done(result, error)
 
-    answer.job.done = noted
+    answer.job.task = noted
 
 
 def test_a_worker_that_cannot_load_stops_the_start_with_its_reason() -> None:
@@ -274,7 +274,7 @@ def test_a_worker_that_cannot_load_stops_the_start_with_its_reason() -> None:
         WorkerSpec("good", "tests.doubles.workers:load_echo", 1),
         WorkerSpec("bad", "tests.doubles.workers:load_broken", "no such device; install one"),
     ]
-    pool = WorkerPool("echo", specs, QueueSource())
+    pool = WorkerPool(PoolConfig("echo", specs), QueueSource())
     with pytest.raises(BackendError, match="no such device; install one"):
         pool.start()
     assert pool.process_ids() == []
@@ -283,7 +283,7 @@ def test_a_worker_that_cannot_load_stops_the_start_with_its_reason() -> None:
 def test_a_worker_that_exits_while_loading_is_named() -> None:
     spec = WorkerSpec("cpu-0", "tests.doubles.workers:load_dying", None)
     with pytest.raises(BackendError, match=r"cpu-0 ended while it loaded \(exit status 7\)"):
-        WorkerPool("echo", [spec], QueueSource()).start()
+        WorkerPool(PoolConfig("echo", [spec]), QueueSource()).start()
 
 
 @pytest.mark.parametrize("payload", ["answer unsendable", "answer unreadable", lambda: None])
@@ -312,17 +312,17 @@ def test_a_worker_that_restarts_while_the_pool_closes_is_ended(
         monkeypatch.setattr(subprocess, "Popen", late)
         os.kill(pool.process_ids()[0], signal.SIGKILL)
         assert starting.wait(10)
-        (slot,) = pool._slots.values()
-        kill = slot.kill
+        (handle,) = pool._roster.all
+        kill = handle.kill
 
         def kill_and_tell() -> None:
             kill()
             killed.set()
 
-        monkeypatch.setattr(slot, "kill", kill_and_tell)
+        monkeypatch.setattr(handle, "kill", kill_and_tell)
         pool.close()
-        slot.thread.join(10)
-        assert not slot.thread.is_alive()
+        handle.thread.join(10)
+        assert not handle.thread.is_alive()
 
 
 def test_close_leaves_no_process() -> None:
@@ -360,74 +360,25 @@ def _alive(pid: int) -> bool:
         return False
 
 
-class Lent:
-    """A thread that waits, and does what it is given when it may."""
-
-    def __init__(self) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-
-    def lend(self, work: Callable[[], None]) -> bool:
-        self._work.put(work)
-        return True
-
-    def take(self) -> Callable[[], None]:
-        """What it is given, perhaps by another thread of the pool, which was about giving."""
-        return self._work.get(timeout=30)
-
-    @property
-    def is_free(self) -> bool:
-        return self._work.empty()
-
-
-def pid(_: Any) -> int:
-    return os.getpid()
-
-
-def test_a_lent_thread_does_urgent_work_where_no_worker_has_any(tmp_path: Path) -> None:
+def test_a_worker_is_idle_only_while_no_worker_has_a_job(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    lent = Lent()
-    with running_both(inline=pid) as (pool, submit):
-        here = submit("pid", urgent=True, lend=lent.lend)
-        work = lent.take()
-        assert pool.statistics()[0]["in_flight"] == 0
-        # It is taken: another goes to a worker, at once.
-        assert submit("pid", urgent=True, lend=lent.lend).wait() in pool.process_ids()
-        work()
-        assert here.wait() == os.getpid()
-        assert here.job.worker == "echo-0"  # in whose name it is counted
-        # So do those that nobody waits for alone, and those beside other work.
-        assert submit("pid", urgent=True).wait() in pool.process_ids()
-        assert submit("pid", urgent=True, lend=lambda _: False).wait() in pool.process_ids()
+    with running_both() as (pool, submit):
+        assert pool.idle_worker() == "echo-0"
         other = submit(("wait for", str(gate)))
         eventually(Path(f"{gate}.begun").exists, "it has begun")
-        assert submit("pid", urgent=True, lend=lent.lend).wait() in pool.process_ids()
+        assert pool.idle_worker() is None
         gate.touch()
         other.wait()
-        here = submit("pid", urgent=True, lend=lent.lend)
-        lent.take()()
-        assert here.wait() == os.getpid()
-        assert lent.is_free
+        assert pool.idle_worker() == "echo-0"
+    assert pool.idle_worker() is None  # it is closed
 
 
-def test_what_fails_in_this_process_is_done_by_a_worker() -> None:
-    def fails(_: Any) -> Any:
-        raise BackendError("no memory")
-
-    lent = Lent()
-    with running_both(inline=fails) as (pool, submit):
-        for _ in range(2):
-            answer = submit("pid", urgent=True, lend=lent.lend)
-            lent.take()()
-            assert answer.wait() in pool.process_ids()
-            assert answer.calls == 1
-
-
-def test_a_pool_does_not_start_where_its_inline_worker_cannot_load() -> None:
+def test_a_pool_does_not_start_if_what_loads_meanwhile_fails() -> None:
     def broken() -> None:
         raise BackendError("no such model")
 
     spec = WorkerSpec("echo-0", "tests.doubles.workers:load_express", 1)
-    pool = WorkerPool("echo", [spec], QueueSource())
+    pool = WorkerPool(PoolConfig("echo", [spec]), QueueSource())
     with pytest.raises(BackendError, match="no such model"):
         pool.start(broken)
     assert pool.process_ids() == []

@@ -242,4 +242,4 @@ def test_a_bundle_can_be_copied_between_machines(tmp_path: Path) -> None:
     assert Registry(tmp_path / "b").verify("tiny").qualified_name == bundle.qualified_name
     manifest = json.loads((bundle.folder / "fletcher.json").read_text())
     assert str(tmp_path) not in json.dumps(manifest)
-    assert isinstance(ModelBundle.load(tmp_path / "b" / "tiny"), ModelBundle)
+    assert isinstance(ModelBundle.from_folder(tmp_path / "b" / "tiny"), ModelBundle)

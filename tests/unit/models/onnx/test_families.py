@@ -272,10 +272,10 @@ def test_a_bundle_of_before_similarity_still_loads(family: Edit) -> None:
     manifest = json.loads(path.read_text())
     assert manifest.pop("similarity") == "cosine"
     path.write_text(json.dumps(manifest))
-    assert ModelBundle.load(bundle.folder).similarity == "cosine"
+    assert ModelBundle.from_folder(bundle.folder).similarity == "cosine"
     path.write_text(json.dumps({**manifest, "similarity": "taxicab"}))
-    with pytest.raises(ModelError, match="`similarity` is 'taxicab', expected cosine or dot"):
-        ModelBundle.load(bundle.folder)
+    with pytest.raises(ModelError, match="`similarity` is 'taxicab', expected one of cosine, dot"):
+        ModelBundle.from_folder(bundle.folder)
 
 
 @pytest.mark.parametrize(

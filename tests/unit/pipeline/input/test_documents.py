@@ -70,7 +70,7 @@ class Run:
     )
 
     def __post_init__(self) -> None:
-        chunking = Chunking.parse(self.how)
+        chunking = Chunking.from_text(self.how)
         assert chunking is not None
         self.chunking = chunking
         self.carry: Carry | None = None
@@ -158,10 +158,12 @@ def whole(
 ) -> tuple[list[list[int]], list[tuple[int, int, int, str]]]:
     """Tokens, index, place and text of a document's chunks."""
     data = text.encode()
-    texts = TextBatch(data, np.array([0, len(data)]), prompt=prompt, chunking=Chunking.parse(how))
+    texts = TextBatch(
+        data, np.array([0, len(data)]), prompt=prompt, chunking=Chunking.from_text(how)
+    )
     tokens = tokenizer.encode(texts)
     assert tokens.chunks is not None
-    spans = tokens.chunks.spans[:, :2].tolist()
+    spans = tokens.chunks.text_ranges[:, :2].tolist()
     return rows(tokens), [(n, a, b, text[a:b]) for n, (a, b) in enumerate(spans)]
 
 

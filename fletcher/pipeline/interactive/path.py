@@ -1,0 +1,181 @@
+"""Execution of a few short texts in this process; see `fletcher.pipeline.interactive`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from fletcher.core.batches import InferenceResult, MicroBatch, TextBatch, TokenBatch
+from fletcher.pipeline.batch_window import BatchWindow, Plan
+from fletcher.pipeline.device_usage import DeviceUsage
+from fletcher.pipeline.stream import StreamTicket, as_fletcher_error
+from fletcher.telemetry.tracing import Telemetry
+
+log = logging.getLogger(__name__)
+
+# A sentence or two tokenizes in a fraction of a millisecond, less than a round trip to a process.
+_MAX_TEXTS = 4
+_MAX_BYTES = 4096
+# Memory of a longer run would stay with this process for good, and nothing watches it here.
+_MAX_TOKENS = 1024
+
+Run = Callable[[MicroBatch], InferenceResult]
+
+
+@dataclass(frozen=True, slots=True)
+class InlineModel:
+    """Copies of a model's parts in this process.
+
+    Attributes:
+        tokenize: Tokenizes a few short texts, on one thread at a time. None: there is no copy, as
+            under `--isolate-engine`.
+        load: Loads the engine, for one run at a time; returns None if there is no copy.
+    """
+
+    tokenize: Callable[[TextBatch], TokenBatch] | None = None
+    load: Callable[[], Run | None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class InteractiveHost:
+    """The embedder's side of the single-text path.
+
+    Attributes:
+        idle_device: Name of the replica to which a run is counted; None unless the scheduler and
+            all replicas are idle.
+        schedule: Puts a ticket on the ordinary path.
+        plan: Cuts lengths into micro-batches for one runner.
+        dim: Width of a vector.
+    """
+
+    idle_device: Callable[[], str | None]
+    schedule: Callable[[StreamTicket], None]
+    plan: Plan
+    dim: int
+
+
+class InteractivePath:
+    """Tokenizer and engine of one model in this process. Thread-safe.
+
+    Args:
+        model: The copies.
+        host: The embedder's side.
+        usage: Receives each run.
+        telemetry: Receives counts, durations and spans.
+    """
+
+    def __init__(
+        self,
+        model: InlineModel,
+        host: InteractiveHost,
+        usage: DeviceUsage,
+        telemetry: Telemetry,
+    ) -> None:
+        self._model = model
+        self._host = host
+        self._usage = usage
+        self._telemetry = telemetry
+        self._engine: Run | None = None
+        self._tokenizing = threading.Lock()
+        self._running = threading.Lock()
+
+    def load_engine(self) -> None:
+        """Loads the engine. Raises FletcherError if that fails."""
+        self._engine = self._model.load()
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether texts can run in this process."""
+        return self._engine is not None
+
+    def tokenize(self, texts: TextBatch) -> TokenBatch | None:
+        """Tokenizes a few short texts; None if there is no tokenizer in this process."""
+        if self._model.tokenize is None:
+            return None
+        with self._tokenizing:
+            return self._model.tokenize(texts)
+
+    def run_ticket(self, ticket: StreamTicket) -> bool:
+        """Embeds a ticket's texts in this process.
+
+        Short interactive texts are tokenized here in any case, and run here if nothing else runs.
+
+        Returns:
+            False: The ticket is to be scheduled, with its tokens where `ticket.tokens` is set.
+        """
+        if not _accepts(ticket):
+            return False
+        try:
+            tokens = self.tokenize(ticket.texts)
+        except Exception as error:  # noqa: BLE001 - as a worker would report it
+            ticket.tokenized(as_fletcher_error(error))
+            return True
+        if tokens is None:
+            return False
+        ticket.tokenized(tokens)
+        return self._run(ticket, tokens)
+
+    def _run(self, ticket: StreamTicket, tokens: TokenBatch) -> bool:
+        engine = self._engine
+        if engine is None or len(tokens.input_ids) > _MAX_TOKENS:
+            return False
+        if not self._running.acquire(blocking=False):
+            return False
+        device = self._host.idle_device()
+        if device is not None:
+            work = partial(self._embed, ticket, tokens, engine, device, time.monotonic())
+            if ticket.stream.run_on_waiting_thread(work):
+                return True
+        self._running.release()
+        return False
+
+    def _embed(
+        self, ticket: StreamTicket, tokens: TokenBatch, engine: Run, device: str, queued: float
+    ) -> None:
+        """Runs the model and finishes the ticket; schedules it if that fails."""
+        telemetry = self._telemetry
+        num_tokens = len(tokens.input_ids)
+        telemetry.stage_duration.record(time.monotonic() - queued, stage="queue")
+        span = telemetry.span(
+            "inference", ticket.stream.trace, rows=tokens.num_texts, tokens=num_tokens
+        )
+        try:
+            window = BatchWindow([ticket], self._host.dim, self._host.plan)
+            batches = [window.micro_batch(rows) for rows in window.row_sets]
+            results = [engine(batch) for batch in batches]
+        except Exception as error:
+            log.exception("a text failed in this process; a replica gets it")
+            span.end(error)
+            self._running.release()
+            self._host.schedule(ticket)
+            return
+        self._running.release()
+        span.end(None)
+        telemetry.texts_received.add(tokens.num_texts)
+        telemetry.tokens_received.add(num_tokens)
+        for batch, result in zip(batches, results, strict=True):
+            self._usage.count_run(device, batch.lengths, result)
+        for rows, result in zip(window.row_sets, results, strict=True):
+            window.settle(rows, result)
+        if not results:
+            window.finish()
+
+
+def _accepts(ticket: StreamTicket) -> bool:
+    """Whether a ticket has a few short texts, and a caller that waits for them.
+
+    Chunks are work for more than a moment, and parts of a text follow one from another: many,
+    perhaps, each within the one before.
+    """
+    texts = ticket.texts
+    return (
+        ticket.priority == "interactive"
+        and texts.num_texts <= _MAX_TEXTS
+        and len(texts.data) <= _MAX_BYTES
+        and texts.chunking is None
+        and not texts.half
+    )
