@@ -134,8 +134,8 @@ class VectorReader:
         """A reader for the column `vector`.
 
         Raises:
-            ColumnTypeError: It is missing, its type is not one that Fletcher writes, or the metadata
-                does not say how to read it.
+            ColumnTypeError: The column is missing, Fletcher does not write its type, or the
+                metadata does not say how to read it.
         """
         kind = schema.field("vector").type if "vector" in schema.names else pa.null()
         said = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}

@@ -18,9 +18,9 @@ from pyarrow import flight
 
 from fletcher import errors
 
-# An error's own class decides, else the nearest base class. Flight has no status for a wrong request
-# that carries extra_info: FlightServerError (gRPC UNKNOWN) comes nearest, and generic clients do not
-# retry it. Python cannot raise RESOURCE_EXHAUSTED either.
+# An error's own class decides, else the nearest base class. Flight has no status for a wrong
+# request that carries extra_info: FlightServerError (gRPC UNKNOWN) comes nearest, and generic
+# clients do not retry it. Python cannot raise RESOURCE_EXHAUSTED either.
 FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
     errors.RequestError: flight.FlightServerError,
     errors.UnavailableError: flight.FlightUnavailableError,
