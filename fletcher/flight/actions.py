@@ -17,7 +17,7 @@ from fletcher.serving.service import Service
 
 
 @dataclass(frozen=True, slots=True)
-class Action:
+class ActionHandler:
     """One action.
 
     Attributes:
@@ -70,33 +70,33 @@ def _swap_model(service: Service, body: bytes, context: Any) -> dict[str, Any]:
 
 
 ACTIONS = {
-    "health": Action("Whether the process is alive. No body. Result: JSON", _health),
-    "ready": Action("Whether new calls are let in. No body. Result: JSON", _ready),
-    "stats": Action(
+    "health": ActionHandler("Whether the process is alive. No body. Result: JSON", _health),
+    "ready": ActionHandler("Whether new calls are let in. No body. Result: JSON", _ready),
+    "stats": ActionHandler(
         "Counters, durations, queues and workers. No body. Result: JSON",
         lambda service, _body, _context: service.statistics(),
     ),
-    "list_models": Action(
+    "list_models": ActionHandler(
         'The models. Body: empty or {"format": "json"|"protobuf"}',
         lambda service, body, _context: list_models(service.models, body),
     ),
-    "embed": Action(
+    "embed": ActionHandler(
         'Vectors of a few texts. Body: {"texts": [...], ...EmbedCommand}. Result: JSON', embed
     ),
-    "upload_status": Action(
+    "upload_status": ActionHandler(
         'What is durable. Body: {"upload_id", "dataset"?, "store"?}. Result: JSON', _upload_status
     ),
-    "load_model": Action(
+    "load_model": ActionHandler(
         'Loads an installed model; answers when it is ready. Body: {"model"}', _load_model
     ),
-    "swap_model": Action(
+    "swap_model": ActionHandler(
         'Replaces the running version by the installed one. Body: {"model"}', _swap_model
     ),
-    "unload_model": Action(
+    "unload_model": ActionHandler(
         'Takes a model out of service. Body: {"model", "force"?}',
         lambda service, body, _context: unload_model(service.models, body),
     ),
-    "set_alias": Action(
+    "set_alias": ActionHandler(
         'Divides calls. Body: {"alias", "models": "a:0.9,b:0.1"}; no models: removes it',
         lambda service, body, _context: set_alias(service.models, body),
     ),
