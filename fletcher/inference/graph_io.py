@@ -62,7 +62,7 @@ class GraphIO:
     queries: Queries | None = None
 
     @classmethod
-    def of(
+    def for_graph(
         cls,
         bundle: ModelBundle,
         input_dtypes: Mapping[str, npt.DTypeLike],
@@ -180,11 +180,11 @@ class GraphIO:
             compute_s: Seconds that it took.
 
         Raises:
-            ModelError: As `finish`.
+            ModelError: As `embeddings`.
         """
         if self.output == "multi":
             return self._token_vectors(batch, mask, np.asarray(outputs[0], np.float32), compute_s)
-        embeddings, norms = self.finish(outputs, mask)
+        embeddings, norms = self.embeddings(outputs, mask)
         if self.output == "dense":
             return InferenceResult(embeddings, norms, compute_s)
         pairs, counts = sparse(embeddings)
@@ -210,7 +210,7 @@ class GraphIO:
                 field="model",
             )
 
-    def finish(
+    def embeddings(
         self, outputs: Sequence[npt.NDArray[Any]], mask: BoolArray
     ) -> tuple[FloatArray, FloatArray | None]:
         """Embeddings and norms (InferenceResult) from the graph's outputs, in `outputs`' order.

@@ -115,13 +115,13 @@ def graph_io(
     input_dtypes: Mapping[str, npt.DTypeLike],
     output_names: Sequence[str],
 ) -> GraphIO:
-    """What these take and give; see `GraphIO.of`.
+    """What these take and give; see `GraphIO.for_graph`.
 
     Raises:
-        ModelError: As `GraphIO.of`.
+        ModelError: As `GraphIO.for_graph`.
     """
     if not config.late:
-        return GraphIO.of(bundle, input_dtypes, output_names)
+        return GraphIO.for_graph(bundle, input_dtypes, output_names)
     return LateIO(
         inputs=bundle.inputs,
         dtypes=input_dtypes,

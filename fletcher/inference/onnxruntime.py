@@ -80,7 +80,7 @@ class OnnxRuntimeBackend:
             if self._pin is None:
                 outputs = self._run(inputs, batch.layers)
             else:
-                outputs = self._binding(self._pin).run(inputs, len(batch.lengths))
+                outputs = self._binding(self._pin).run_session(inputs, len(batch.lengths))
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed on {mask.shape} tokens: {error}") from error
         compute_s = time.perf_counter() - started

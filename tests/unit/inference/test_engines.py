@@ -109,7 +109,9 @@ def test_a_run_that_finds_all_streams_taken_gets_the_copy_beside_them(tiny_bundl
     began = queue.SimpleQueue()
     streams = {name: Stream(name, began) for name in ("one", "two", "express")}
     one, two, express = ([stream] for stream in streams.values())
-    io = GraphIO.of(tiny_bundle, dict.fromkeys(tiny_bundle.inputs, np.int64), tiny_bundle.outputs)
+    io = GraphIO.for_graph(
+        tiny_bundle, dict.fromkeys(tiny_bundle.inputs, np.int64), tiny_bundle.outputs
+    )
     io = dataclasses.replace(io, dim=DIM, has_norms=False)
     engine = OpenVinoBackend([one, two], [express], io, lambda array, shared_memory: array, {})
     runs = {}
