@@ -43,12 +43,12 @@ class BackendConfig:
 class Backend(Protocol):
     """A loaded model on one device.
 
-    `run` may be called from as many threads at once as `concurrency` says, and from `express` more
+    `run` may be called from as many threads at once as `concurrency` says, and from `priority_slots` more
     for urgent runs that would else wait for the end of another.
     """
 
     concurrency: int
-    express: int
+    priority_slots: int
 
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Embeds one micro-batch.

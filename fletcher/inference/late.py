@@ -34,7 +34,7 @@ class LateBackend:
     """
 
     def __init__(self, backend: Backend, load: Callable[[], Backend]) -> None:
-        self.concurrency, self.express = backend.concurrency, backend.express
+        self.concurrency, self.priority_slots = backend.concurrency, backend.priority_slots
         self._backend = backend
         self._load = load
         self._late: Backend | None = None

@@ -36,7 +36,7 @@ class OpenVinoBackend:
 
     Args:
         streams: A request for each stream, of each of the model's segments.
-        express: The same of the second copy.
+        priority: The same of the second copy.
         io: The graph's inputs and outputs.
         tensor: OpenVINO's class.
         description: For `describe`.
@@ -45,16 +45,16 @@ class OpenVinoBackend:
     def __init__(
         self,
         streams: list[list[Any]],
-        express: list[list[Any]],
+        priority: list[list[Any]],
         io: GraphIO,
         tensor: Callable[..., Any],
         description: dict[str, str],
     ) -> None:
-        self.concurrency, self.express = len(streams), len(express)
+        self.concurrency, self.priority_slots = len(streams), len(priority)
         self._io = io
         self._tensor = tensor
         # A request holds one run's tensors: these are free.
-        self._streams, self._express = streams, express
+        self._streams, self._priority = streams, priority
         self._changed = threading.Condition()
         self._description = description
 
@@ -74,7 +74,7 @@ class OpenVinoBackend:
             BackendError: OpenVINO failed.
         """
         for batch in batches:
-            for requests in (*self._streams, *self._express):
+            for requests in (*self._streams, *self._priority):
                 self._run(requests, batch)
 
     def _run(self, requests: list[Any], batch: MicroBatch) -> InferenceResult:
@@ -100,9 +100,9 @@ class OpenVinoBackend:
     def _requests(self) -> Iterator[list[Any]]:
         """A request of each segment that nobody else has, of a stream if one is free."""
         with self._changed:
-            while not (self._streams or self._express):
+            while not (self._streams or self._priority):
                 self._changed.wait()
-            free = self._streams or self._express
+            free = self._streams or self._priority
             requests = free.pop()
         try:
             yield requests
@@ -123,7 +123,7 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         ModelError: The bundle or its graph is missing, damaged or of another shape.
     """
     cores = config.threads or len(os.sched_getaffinity(0))
-    return _load(config, streams=(cores, cores), express=(1, 1))
+    return _load(config, streams=(cores, cores), priority=(1, 1))
 
 
 def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
@@ -140,7 +140,7 @@ def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
 
 
 def _load(
-    config: BackendConfig, *, streams: tuple[int, int], express: tuple[int, int] | None = None
+    config: BackendConfig, *, streams: tuple[int, int], priority: tuple[int, int] | None = None
 ) -> OpenVinoBackend:
     """Copies of a model, each of so many streams on so many cores."""
     openvino = _import()
@@ -154,7 +154,7 @@ def _load(
             allowed=sorted(PRECISION_HINTS) if hint is None else ["cpu"],
         )
     core = openvino.Core()
-    sizes = [streams] if express is None else [streams, express]
+    sizes = [streams] if priority is None else [streams, priority]
     copies = [_compile(core, bundle, graph, hint, sizes) for graph in graphs(bundle, config)]
     first, last = copies[0][0], copies[-1][0]
     input_dtypes = {
@@ -169,7 +169,7 @@ def _load(
     ]
     backend = OpenVinoBackend(
         requests[0],
-        requests[1] if express else [],
+        requests[1] if priority else [],
         io,
         openvino.Tensor,
         {

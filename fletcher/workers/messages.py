@@ -53,11 +53,11 @@ class WorkerSpec:
 class Ready:
     """The worker is loaded and warm; `concurrency` requests may run in it at once.
 
-    `express` more may, of urgent ones.
+    `priority_slots` more may, of urgent ones.
     """
 
     concurrency: int
-    express: int
+    priority_slots: int
     description: dict[str, str]
 
 
