@@ -23,7 +23,7 @@ from fletcher.errors import (
 )
 from fletcher.net.address import parse_address
 from fletcher.net.channel import connect
-from fletcher.net.compression import Sender
+from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_flight_error
 from fletcher.util.backoff import Backoff
 
@@ -129,7 +129,7 @@ class Connection:
         self._timeout_s = timeout_s
         self._headers = [(b"authorization", b"Bearer " + token.encode())] if token else []
         address = parse_address(uri)
-        self._sender = Sender(
+        self._compression = SendCompression(
             transfer.compression,
             host=address.host,
             peer=uri,
@@ -207,13 +207,13 @@ class Connection:
         return answer
 
     @property
-    def measures(self) -> bool:
+    def needs_batch(self) -> bool:
         """`write_options` needs the first batch."""
-        return self._sender.measures
+        return self._compression.needs_batch
 
     def write_options(self, first: pa.RecordBatch | None) -> pa.ipc.IpcWriteOptions:
         """Compression of a call whose first batch this is."""
-        return self._sender.options(first)
+        return self._compression.options(first)
 
     def stream_options(
         self, write: pa.ipc.IpcWriteOptions | None = None

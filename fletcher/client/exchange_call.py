@@ -240,7 +240,7 @@ class ExchangeCall:
             self._close_writer()
 
     def _write_messages(self) -> None:
-        first = self._outgoing.peek_batch() if self._connection.measures else None
+        first = self._outgoing.peek_batch() if self._connection.needs_batch else None
         write = self._connection.write_options(first)
         self._call(lambda: self._writer.begin(self._input_schema, options=write))
         for message in iter(self._outgoing.next_message, None):

@@ -161,7 +161,7 @@ class UploadSession:
 
     def _first_batch(self) -> pa.RecordBatch | None:
         """What the call will begin with, where its compression depends on that."""
-        if not self._connection.measures:
+        if not self._connection.needs_batch:
             return None
         if self._unacknowledged:
             return self._unacknowledged[0].batch

@@ -28,7 +28,7 @@ class Nearest:
         self._keys = np.empty((num_queries, 0), np.int64)
 
     def add_scores(self, scores: FloatArray) -> None:
-        """Adds the scores of the next documents.
+        """Add the scores of the next documents.
 
         Args:
             scores: float32 [num_queries, num_documents], without NaN; greater is better.
@@ -56,12 +56,12 @@ class Nearest:
 
 
 def _ordered(scores: FloatArray) -> npt.NDArray[np.int64]:
-    """Integers in the order of the scores: the bits of IEEE 754 floats, with the sign handled."""
+    """Integers in the order of the scores, made of the bits of IEEE 754 floats."""
     return _swapped((scores + np.float32(0)).view(np.int32)).astype(np.int64)  # no -0.0
 
 
 def _swapped(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Reverses the order of negative numbers; applied twice, it changes nothing."""
+    """Reverse the order of negative numbers; applied twice, it changes nothing."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 

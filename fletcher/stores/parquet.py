@@ -1,4 +1,4 @@
-"""Embedded store of Parquet files, one per group: `PATH/<dataset>/<batch_key>.parquet`."""
+"""Embedded store of Parquet files: `PATH/<dataset>/<batch_key>.parquet`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fletcher.stores.schemas import (
     check_columns,
     check_compatible,
     check_storable,
-    conform,
+    conform_batch,
     limit_rows,
 )
 from fletcher.util.durable import atomic_path, make_folder, sync_path
@@ -38,7 +38,9 @@ _SUFFIX = ".parquet"
 
 
 class ParquetStore:
-    """Folders of Parquet files. A group's file is named after its key, so a repeat is harmless.
+    """Folders of Parquet files, one file per group.
+
+    A group's file is named after its key, so that storing it again changes nothing.
 
     Search compares every vector with numpy, which suits tens of thousands of rows.
 
@@ -189,7 +191,7 @@ class ParquetStore:
             lock.release()
 
     def close(self) -> None:
-        """Closes the writers. Idempotent."""
+        """Close the writers. Idempotent."""
         with self._mutex:
             writers = list(self._writers)
         for writer in writers:
@@ -211,7 +213,7 @@ class ParquetStore:
 
 
 class ParquetWriter:
-    """The only writer of a folder of Parquet files; see `DatasetWriter`. One thread owns it."""
+    """The only writer of a dataset's Parquet files. One thread owns it."""
 
     def __init__(
         self,
@@ -230,7 +232,7 @@ class ParquetWriter:
         self._closed = False
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """Writes a file for every key without one; a crash leaves no incomplete file.
+        """Write a file for every key without one; a crash leaves no incomplete file.
 
         Raises:
             StoreUnavailableError: A file could not be written; files of earlier keys may exist.
@@ -241,7 +243,7 @@ class ParquetWriter:
             check_compatible(self._dataset, self._schema, batch.schema)
             if "batch_key" not in batch.schema.names or batch.column("batch_key").null_count:
                 raise ColumnTypeError("`batch_key` is missing in some rows", field="batch_key")
-        rows = [conform(batch, self._schema) for batch in batches if batch.num_rows]
+        rows = [conform_batch(batch, self._schema) for batch in batches if batch.num_rows]
         table = pa.Table.from_batches(rows, self._schema)
         keys = table.column("batch_key").unique().to_pylist()
         for key in self.missing_keys(keys):

@@ -24,7 +24,7 @@ def test_a_server_runs_what_was_measured(
     # By rule it would be one process, of OpenVINO.
     record = Record(TuningCandidate((one, one)), "2026-01-02T03:04:05+00:00", 99.0)
     save(tmp_path, Key.for_question(asked, detect_host(), tiny_bundle), tiny_bundle, record)
-    stats = start_server(**options).service.describe()
+    stats = start_server(**options).service.statistics()
     assert [(one["backend"], one["state"]) for one in stats["replicas"]] == [
         ("onnxruntime", "healthy"),
         ("onnxruntime", "healthy"),

@@ -81,8 +81,6 @@ WIDE_CONSTRUCTORS = {
     "DatasetSink",
     "Intake",
     "Upload",
-    "_Answers",
-    "_Put",
 }
 COMMON_VERBS = {
     "add",

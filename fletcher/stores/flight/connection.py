@@ -14,7 +14,7 @@ from pyarrow import flight
 
 from fletcher.net.address import FlightAddress
 from fletcher.net.channel import connect
-from fletcher.net.compression import Sender
+from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
 
 # A Flight client blocks after 4-7 MiB that the server has not read; 1-4 MiB keep it flowing.
@@ -24,7 +24,7 @@ FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
 @contextmanager
 def store_call(what: str) -> Iterator[None]:
-    """Turns what a Flight call raises into a `FletcherError`; see `from_store_error`.
+    """Context that turns errors of a Flight call into a `FletcherError`.
 
     Args:
         what: The action, for the message, such as "writing to dataset `d`".
@@ -87,7 +87,7 @@ class FlightConnection:
         self.address = address
         self.message_bytes = message_bytes
         self._timeout_s = timeout_s
-        self._sender = Sender(
+        self._compression = SendCompression(
             compression,
             host=address.data.host,
             peer=address.text,
@@ -115,14 +115,14 @@ class FlightConnection:
 
     def write_options(self, first: pa.RecordBatch) -> pa.ipc.IpcWriteOptions:
         """Compression of a call, chosen by its first batch."""
-        return self._sender.options(first)
+        return self._compression.options(first)
 
     def run_action(self, name: str, body: Any) -> bytes:
-        """Calls an action on the data port.
+        """Call an action on the data port.
 
         Args:
             name: The action.
-            body: Bytes, or what becomes a JSON object.
+            body: JSON as bytes, or an object to encode.
 
         Returns:
             Its first result; empty if it has none.
@@ -151,7 +151,7 @@ class FlightConnection:
             raise from_store_error(error, what) from error
 
     def close(self) -> None:
-        """Closes the clients. Idempotent."""
+        """Close the clients. Idempotent."""
         with self._mutex:
             clients, self._clients = list(self._clients.values()), {}
         for client in clients:

@@ -72,7 +72,7 @@ def _lancedb() -> Any:
 
 
 class LanceStore:
-    """LanceDB tables in one folder. Thread-safe; other processes may read at the same time.
+    """LanceDB tables in one folder. Thread-safe; other processes may read them.
 
     Search is exact: it compares every vector, unless the table has an index made with LanceDB's own
     tools. A million rows of 384 float16 take about a second on two cores.
@@ -120,7 +120,7 @@ class LanceStore:
         self._repaired: set[str] = set()
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> LanceWriter:
-        """See `Store.open_writer`. Adds columns that the dataset lacks, null in its old rows."""
+        """See `Store.open_writer`. Adds columns that the dataset lacks."""
         check_dataset(dataset)
         _check_offered(schema, mode)
         check_new_columns(schema)
@@ -281,7 +281,7 @@ class LanceStore:
             lock.release()
 
     def close(self) -> None:
-        """Closes the writers. Idempotent."""
+        """Close the writers. Idempotent."""
         with self._mutex:
             writers = list(self._writers)
         for writer in writers:
@@ -292,7 +292,7 @@ class LanceStore:
             self._writers.discard(writer)
 
     def _repair(self, name: str) -> None:
-        """Sets versions aside that a power loss left incomplete; the caller holds the lock."""
+        """Set incomplete versions aside; the caller holds the lock."""
         if name not in self._repaired:
             try:
                 set_torn_versions_aside(self._folder / f"{name}.lance")
