@@ -43,8 +43,8 @@ class BackendConfig:
 class Backend(Protocol):
     """A loaded model on one device.
 
-    `run` may be called from as many threads at once as `concurrency` says, and from `priority_slots` more
-    for urgent runs that would else wait for the end of another.
+    Up to `concurrency` threads may call `run` at once, and `priority_slots` more for urgent runs,
+    which would else wait for the end of another.
     """
 
     concurrency: int

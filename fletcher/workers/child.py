@@ -29,8 +29,8 @@ _PR_SET_PDEATHSIG = 1
 class Worker(Protocol):
     """What a factory returns.
 
-    `run` is called from `concurrency` threads at once, and from `priority_slots` more, which are there so
-    that urgent work need not wait for the end of what runs.
+    Up to `concurrency` threads call `run` at once, and `priority_slots` more for urgent work, which
+    would else wait for the end of another run.
     """
 
     concurrency: int

@@ -107,13 +107,13 @@ class Stream:
 
 def test_a_run_that_finds_all_streams_taken_gets_the_copy_beside_them(tiny_bundle):
     began = queue.SimpleQueue()
-    streams = {name: Stream(name, began) for name in ("one", "two", "express")}
-    one, two, express = ([stream] for stream in streams.values())
+    streams = {name: Stream(name, began) for name in ("one", "two", "priority")}
+    one, two, priority = ([stream] for stream in streams.values())
     io = GraphIO.for_graph(
         tiny_bundle, dict.fromkeys(tiny_bundle.inputs, np.int64), tiny_bundle.outputs
     )
     io = dataclasses.replace(io, dim=DIM, has_norms=False)
-    engine = OpenVinoBackend([one, two], [express], io, lambda array, shared_memory: array, {})
+    engine = OpenVinoBackend([one, two], [priority], io, lambda array, shared_memory: array, {})
     runs = {}
 
     def begin(threads):
@@ -129,8 +129,8 @@ def test_a_run_that_finds_all_streams_taken_gets_the_copy_beside_them(tiny_bundl
     with ThreadPoolExecutor(4) as threads:
         for _ in range(2):
             assert {begin(threads), begin(threads)} == {"one", "two"}
-            assert begin(threads) == "express"
-            for name in ("one", "two", "express"):
+            assert begin(threads) == "priority"
+            for name in ("one", "two", "priority"):
                 end(name)
 
 
