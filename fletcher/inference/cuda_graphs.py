@@ -114,7 +114,7 @@ class CapturedBackend:
     def __init__(
         self, backend: Backend, io: PackedIO, graphs: Sequence[_Graph], about: str
     ) -> None:
-        self.concurrency, self.priority_slots = backend.concurrency, backend.priority_slots
+        self.concurrency, self.urgent_concurrency = backend.concurrency, backend.urgent_concurrency
         self._backend = backend
         self._io = io
         self._graphs = graphs

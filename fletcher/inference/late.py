@@ -34,7 +34,7 @@ class LateBackend:
     """
 
     def __init__(self, backend: Backend, load: Callable[[], Backend]) -> None:
-        self.concurrency, self.priority_slots = backend.concurrency, backend.priority_slots
+        self.concurrency, self.urgent_concurrency = backend.concurrency, backend.urgent_concurrency
         self._backend = backend
         self._load = load
         self._late: Backend | None = None

@@ -55,11 +55,11 @@ class OnnxRuntimeBackend:
         io: GraphIO,
         *,
         concurrency: int,
-        priority_slots: int,
+        urgent_concurrency: int,
         description: dict[str, str],
         pin: Pin | None = None,
     ) -> None:
-        self.concurrency, self.priority_slots = concurrency, priority_slots
+        self.concurrency, self.urgent_concurrency = concurrency, urgent_concurrency
         self._sessions = sessions
         self._io = io
         self._outputs = list(io.outputs)
@@ -138,7 +138,7 @@ def load(config: BackendConfig) -> Backend:
         sessions,
         io,
         concurrency=place.concurrency,
-        priority_slots=place.priority_slots,
+        urgent_concurrency=place.urgent_concurrency,
         description=_describe(ort, last, config, "tf32" if kind == "cuda" else "float32"),
     )
     return _warmed_up(backend, io, bundle, config)
@@ -167,13 +167,15 @@ class _Place:
     options: dict[str, str]
     concurrency: int
     config: Mapping[str, str] = field(default_factory=dict)
-    priority_slots: int = 0  # a GPU's runs end soon, and one more would take as much of its memory
+    urgent_concurrency: int = (
+        0  # a GPU's runs end soon, and one more would take as much of its memory
+    )
 
 
 def _cpu(config: BackendConfig) -> _Place:
     # Each run has its own thread: one more shares the cores with the others.
     cores = config.threads or len(os.sched_getaffinity(0))
-    return _Place(CPU_PROVIDER, {}, cores, priority_slots=1)
+    return _Place(CPU_PROVIDER, {}, cores, urgent_concurrency=1)
 
 
 @functools.cache
@@ -216,7 +218,7 @@ def _load_packed(
                 [session],
                 io,
                 concurrency=place.concurrency,
-                priority_slots=place.priority_slots,
+                urgent_concurrency=place.urgent_concurrency,
                 description=description,
                 pin=pin,
             )

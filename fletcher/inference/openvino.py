@@ -50,7 +50,7 @@ class OpenVinoBackend:
         tensor: Callable[..., Any],
         description: dict[str, str],
     ) -> None:
-        self.concurrency, self.priority_slots = len(streams), len(priority)
+        self.concurrency, self.urgent_concurrency = len(streams), len(priority)
         self._io = io
         self._tensor = tensor
         # A request holds one run's tensors: these are free.

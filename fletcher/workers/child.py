@@ -29,12 +29,12 @@ _PR_SET_PDEATHSIG = 1
 class Worker(Protocol):
     """What a factory returns.
 
-    Up to `concurrency` threads call `run` at once, and `priority_slots` more for urgent work, which
-    would else wait for the end of another run.
+    Up to `concurrency` threads call `run` at once. For urgent work, `urgent_concurrency` more do, so
+    that it need not wait for the end of another run.
     """
 
     concurrency: int
-    priority_slots: int
+    urgent_concurrency: int
 
     def run(self, payload: Any) -> Any:
         """Answers one request."""
@@ -64,7 +64,7 @@ def serve(connection: Connection) -> None:
     try:
         module, _, function = spec.factory.partition(":")
         worker: Worker = getattr(importlib.import_module(module), function)(spec.config)
-        ready = Ready(worker.concurrency, worker.priority_slots, worker.describe())
+        ready = Ready(worker.concurrency, worker.urgent_concurrency, worker.describe())
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
         send(connection, encode(_failure(-1, error)))
         return
@@ -87,7 +87,7 @@ def serve(connection: Connection) -> None:
             with sending:
                 send(connection, message)
 
-    for _ in range(worker.concurrency + worker.priority_slots):
+    for _ in range(worker.concurrency + worker.urgent_concurrency):
         threading.Thread(target=work, daemon=True).start()
     while True:
         requests.add_request(receive(connection))

@@ -53,11 +53,11 @@ class WorkerSpec:
 class Ready:
     """The worker is loaded and warm; `concurrency` requests may run in it at once.
 
-    `priority_slots` more may, of urgent ones.
+    `urgent_concurrency` more may, of urgent ones.
     """
 
     concurrency: int
-    priority_slots: int
+    urgent_concurrency: int
     description: dict[str, str]
 
 

@@ -13,8 +13,8 @@ from fletcher.errors import BackendError, RowTooLargeError
 class EchoWorker:
     """Answers with what it got; some payloads are orders."""
 
-    def __init__(self, concurrency: int = 1, priority_slots: int = 0) -> None:
-        self.concurrency, self.priority_slots = concurrency, priority_slots
+    def __init__(self, concurrency: int = 1, urgent_concurrency: int = 0) -> None:
+        self.concurrency, self.urgent_concurrency = concurrency, urgent_concurrency
 
     def run(self, payload: Any) -> Any:
         match payload:
