@@ -57,16 +57,16 @@ class Chunks:
             text may have none.
         index: int32 [num_rows], 0 for a text's first chunk.
         num_tokens: int32 [num_rows], tokens of the text itself.
-        spans: int64 [num_rows, 4], where in the text a chunk begins and ends: first and last
+        text_ranges: int64 [num_rows, 4], where in the text a chunk begins and ends: first and last
             character (this not included), first and last byte; zeros where nobody asked for rows.
-            Spans leave nothing of the text out.
+            They leave nothing of the text out.
         begins: bool [num_rows], a paragraph begins with it, or its text; of `tokens` only that.
     """
 
     offsets: Int64Array
     index: Int32Array
     num_tokens: Int32Array
-    spans: Int64Array
+    text_ranges: Int64Array
     begins: BoolArray
 
 
@@ -104,12 +104,12 @@ class TextBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Segments:
+class Spans:
     """Parts of rows that get a vector each, while the model reads all of the row.
 
     Attributes:
         counts: int32 [num_rows], parts of each row, one at least.
-        bounds: int32 [num_segments, 2], row after row: a part's first token, counted in its row,
+        bounds: int32 [num_spans, 2], row after row: a part's first token, counted in its row,
             and the first one behind it.
     """
 
@@ -128,7 +128,7 @@ class TokenBatch:
         errors: By text index, why a text has no tokens (it then has length 0): truncate="error".
         chunks: Whose chunks these are; None: texts were not cut.
         carry: What is left for the text's next part.
-        segments: Which part of which row each chunk is; None: each chunk is a row.
+        spans: Which part of which row each chunk is; None: each chunk is a row.
     """
 
     input_ids: Int32Array
@@ -137,7 +137,7 @@ class TokenBatch:
     errors: dict[int, FletcherError] = field(default_factory=dict)
     chunks: Chunks | None = None
     carry: Carry | None = None
-    segments: Segments | None = None
+    spans: Spans | None = None
 
     @property
     def num_texts(self) -> int:
@@ -157,14 +157,14 @@ class MicroBatch:
         input_ids: int32 [total_tokens].
         lengths: int32 [num_rows], each at least 1.
         layers: The exit layer that all of them leave after; 0: the last.
-        segments: What gets a vector in place of a row; None: rows do.
+        spans: What gets a vector in place of a row; None: rows do.
         half: Their vectors are to come back in float16: half as much to send, and no more to do.
     """
 
     input_ids: Int32Array
     lengths: Int32Array
     layers: int = 0
-    segments: Segments | None = None
+    spans: Spans | None = None
     half: bool = False
 
 
@@ -175,13 +175,13 @@ class InferenceResult:
     Attributes:
         embeddings: float32 [num_rows, dim] (float16 where the MicroBatch says so), pooled and,
             where the bundle says so, L2-normalised; of models with several vectors a row all of
-            them, [num_vectors, width]; where the batch has segments theirs, as pooled,
-            [num_segments, dim].
+            them, [num_vectors, width]; where the batch has spans theirs, as pooled,
+            [num_spans, dim].
         norms: float32 [num_rows], the L2 norm before normalisation; None where not normalised.
         compute_s: Seconds the device was computing.
         budget_tokens: Padded tokens that the replica takes in one run now; 0: not said.
         counts: int32 [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one each,
-            or each segment's.
+            or each span's.
     """
 
     embeddings: VectorArray

@@ -146,7 +146,7 @@ def _short(message: Any) -> bytes | None:
 
 def _short_run(request: WorkerRequest, batch: MicroBatch) -> bytes | None:
     ids, lengths = batch.input_ids, batch.lengths
-    plain = batch.segments is None and not batch.half
+    plain = batch.spans is None and not batch.half
     if not plain or not ids.dtype == lengths.dtype == np.int32:
         return None
     if ids.nbytes >= _MIN_ASIDE_BYTES:

@@ -21,7 +21,7 @@ from fletcher.errors import (
     RequestError,
     StoreUnavailableError,
 )
-from fletcher.stores.base import WriteMode
+from fletcher.stores.base import DatasetWriter, WriteMode
 from fletcher.stores.filters import quoted
 from fletcher.stores.schemas import (
     align_batch,
@@ -73,7 +73,7 @@ class LanceWriter:
         dataset: str,
         lock: FileLock,
         mode: WriteMode,
-        on_close: Callable[[LanceWriter], None],
+        on_close: Callable[[DatasetWriter], None],
     ) -> None:
         self.schema: pa.Schema = table.schema
         self._table = table
