@@ -42,7 +42,7 @@ class GraphIO:
         pooling: Pooling to do here; None where the graph did it.
         normalize: L2-normalise here; False where the graph did it or the model does not.
         has_norms: The second output is the L2 norms, float32 [B, 1].
-        exits: Layers that the model's segments end after.
+        exits: Last layer of each of the model's blocks.
         output: What a text becomes, as in ModelBundle.
         skipped, queries: Which tokens have a vector, as in ModelBundle.
     """
@@ -108,11 +108,11 @@ class GraphIO:
             queries=bundle.queries,
         )
 
-    def num_segments(self, layers: int) -> int:
-        """How many segments run for vectors after a layer, 0 for the last.
+    def num_blocks(self, layers: int) -> int:
+        """Number of blocks to run for vectors after a layer; 0 is the last layer.
 
         Raises:
-            ValueError: None ends there.
+            ValueError: No block ends after that layer.
         """
         return self.exits.index(layers) + 1 if layers else len(self.exits)
 

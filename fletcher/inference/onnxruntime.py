@@ -47,7 +47,7 @@ _DTYPES: dict[str, npt.DTypeLike] = {"tensor(int64)": np.int64, "tensor(int32)":
 
 
 class OnnxRuntimeBackend:
-    """A loaded session a segment; use `load`."""
+    """One loaded session for each block; use `load`."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class OnnxRuntimeBackend:
         return self._io.result(batch, mask, outputs, compute_s)
 
     def _run(self, inputs: dict[str, Any], layers: int) -> list[npt.NDArray[Any]]:
-        *before, last = self._sessions[: self._io.num_segments(layers)]
+        *before, last = self._sessions[: self._io.num_blocks(layers)]
         for session in before:
             (hidden,) = session.run([HANDED_ON], inputs)
             inputs = self._io.next_feeds(inputs, hidden)
@@ -182,7 +182,7 @@ def _cpu(config: BackendConfig) -> _Place:
 def _one_arena() -> Mapping[str, str]:
     """What makes all sessions of this process take and give back the same memory for their runs.
 
-    Segments run one after the other, and each would keep an arena as large as a whole model's.
+    Blocks run one after the other, and each would keep an arena as large as a whole model's.
     """
     ort = _import()
     memory = ort.OrtMemoryInfo(

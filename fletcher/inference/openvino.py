@@ -35,7 +35,7 @@ class OpenVinoBackend:
     the cores with the others.
 
     Args:
-        streams: A request for each stream, of each of the model's segments.
+        streams: A request for each stream and each of the model's blocks.
         priority: The same of the second copy.
         io: The graph's inputs and outputs.
         tensor: OpenVINO's class.
@@ -81,7 +81,7 @@ class OpenVinoBackend:
         inputs, mask = self._io.feeds(batch)
         try:
             started = time.perf_counter()
-            *before, last = requests[: self._io.num_segments(batch.layers)]
+            *before, last = requests[: self._io.num_blocks(batch.layers)]
             feeds: dict[str, Any] = {
                 name: self._tensor(array, shared_memory=True) for name, array in inputs.items()
             }
@@ -164,8 +164,8 @@ def _load(
     names = [name for one in last.outputs for name in one.get_names()]
     io = graph_io(bundle, config, input_dtypes, names)
     requests = [
-        [[one.create_infer_request() for one in segments] for _ in range(num_streams)]
-        for segments, (num_streams, _) in zip(zip(*copies, strict=True), sizes, strict=True)
+        [[one.create_infer_request() for one in blocks] for _ in range(num_streams)]
+        for blocks, (num_streams, _) in zip(zip(*copies, strict=True), sizes, strict=True)
     ]
     backend = OpenVinoBackend(
         requests[0],

@@ -29,8 +29,8 @@ _PR_SET_PDEATHSIG = 1
 class Worker(Protocol):
     """What a factory returns.
 
-    Up to `concurrency` threads call `run` at once. For urgent work, `urgent_concurrency` more do, so
-    that it need not wait for the end of another run.
+    Up to `concurrency` threads call `run` at once. For urgent work, `urgent_concurrency` more do:
+    it need not wait for the end of another run.
     """
 
     concurrency: int
