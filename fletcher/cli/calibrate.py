@@ -54,7 +54,7 @@ def calibrate_model(
     target = EmbedTarget(server=None, compression="none", flags=flags)
     config = target.resolve(model=name, store=NO_STORE)
     registry = Registry(config.home / "models")
-    bundle = registry.get(name)
+    bundle = registry.get_model(name)
     if bundle.output != "dense":
         raise ModelError(
             f"model {name} gives {bundle.output} vectors, and ranges are for dense ones; int8 "
@@ -70,7 +70,7 @@ def calibrate_model(
     source = open_source(paths, text_column=text_column, format_name=format_name, limit=limit)
     with target.open_client(config) as client:
         calibration = _measured(client, source, bundle, limit)
-    return registry.calibrate(name, calibration)
+    return registry.save_calibration(name, calibration)
 
 
 def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: int) -> Calibration:

@@ -105,7 +105,7 @@ def add_model(
     as_json: bool,
 ) -> None:
     """Make a bundle of a model."""
-    bundle = _registry(flags).add(
+    bundle = _registry(flags).add_model(
         source, name=name, tokenizer=tokenizer, exits=exits, replace=replace, progress=say
     )
     _print(_describe(bundle), as_json=as_json)
@@ -122,7 +122,7 @@ def list_models(flags: ConfigFlags, as_json: bool) -> int:
     rows: list[dict[str, Any]] = []
     for name in registry.names():
         try:
-            rows.append(_describe(registry.get(name)))
+            rows.append(_describe(registry.get_model(name)))
         except ModelError as error:
             rows.append({"name": name, "error": error.message})
     if as_json:
@@ -140,7 +140,7 @@ def list_models(flags: ConfigFlags, as_json: bool) -> int:
 @config_options("home")
 def show_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
     """Show a bundle's description of its model."""
-    _print(_describe(_registry(flags).get(name)), as_json=as_json)
+    _print(_describe(_registry(flags).get_model(name)), as_json=as_json)
 
 
 @cli.subcommand("verify", "fletcher model verify", "fletcher model verify all-MiniLM-L6-v2")
@@ -156,7 +156,7 @@ def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
     rows: list[dict[str, Any]] = []
     for one in [name] if name else registry.names():
         try:
-            rows.append({"name": one, "ok": True, "hash": registry.verify(one).hash})
+            rows.append({"name": one, "ok": True, "hash": registry.verify_model(one).hash})
         except ModelError as error:
             rows.append({"name": one, "ok": False, "error": error.message})
     if as_json:
@@ -208,7 +208,7 @@ def calibrate_model(
 @config_options("home")
 def remove_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
     """Delete a bundle. A running server keeps what it has loaded."""
-    _registry(flags).remove(name)
+    _registry(flags).remove_model(name)
     _print({"removed": name}, as_json=as_json)
 
 

@@ -35,8 +35,8 @@ def cli(flags: ConfigFlags, as_json: bool) -> None:
     set_up_logging("error", "text")
     config = flags.resolve(_OPTIONS).config
     registry = Registry(config.home / "models")
-    registry.ensure(config.model.default, say)
-    bundle = registry.verify(config.model.default)
+    registry.ensure_model(config.model.default, say)
+    bundle = registry.verify_model(config.model.default)
     report = tune(config.home, config.engine, detect_host(), bundle, say)
     if as_json:
         print(json.dumps(_as_json(report), indent=2))
