@@ -141,9 +141,9 @@ def test_the_last_of_a_slices_rows_gives_its_memory_back(
         submitted[0].on_released()
         used = fakes.held()["bytes"]
         assert used > 0
-        submitted[1].released()
+        submitted[1].on_released()
         assert fakes.held()["bytes"] == used
-        submitted[2].released()
+        submitted[2].on_released()
         assert fakes.held()["bytes"] == 0
 
 
