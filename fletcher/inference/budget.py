@@ -44,7 +44,7 @@ class BudgetedBackend:
     def __init__(
         self, backend: Backend, max_batch_tokens: int, queries: Queries | None = None
     ) -> None:
-        self.concurrency, self.express = backend.concurrency, backend.express
+        self.concurrency, self.urgent_concurrency = backend.concurrency, backend.urgent_concurrency
         self._backend = backend
         self._most = max_batch_tokens
         self._budget = max_batch_tokens

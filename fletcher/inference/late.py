@@ -34,7 +34,7 @@ class LateBackend:
     """
 
     def __init__(self, backend: Backend, load: Callable[[], Backend]) -> None:
-        self.concurrency, self.express = backend.concurrency, backend.express
+        self.concurrency, self.urgent_concurrency = backend.concurrency, backend.urgent_concurrency
         self._backend = backend
         self._load = load
         self._late: Backend | None = None
@@ -115,13 +115,13 @@ def graph_io(
     input_dtypes: Mapping[str, npt.DTypeLike],
     output_names: Sequence[str],
 ) -> GraphIO:
-    """What these take and give; see `GraphIO.of`.
+    """What these take and give; see `GraphIO.for_graph`.
 
     Raises:
-        ModelError: As `GraphIO.of`.
+        ModelError: As `GraphIO.for_graph`.
     """
     if not config.late:
-        return GraphIO.of(bundle, input_dtypes, output_names)
+        return GraphIO.for_graph(bundle, input_dtypes, output_names)
     return LateIO(
         inputs=bundle.inputs,
         dtypes=input_dtypes,

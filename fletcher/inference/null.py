@@ -34,7 +34,7 @@ class NullBackend:
     def __init__(self, dim: int = DEFAULT_DIM, seed: int = 0) -> None:
         self.dim = dim
         self.seed = seed
-        self.concurrency, self.express = 2, 1
+        self.concurrency, self.urgent_concurrency = 2, 1
 
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Vectors as `null_embeddings` makes them; norms are 1."""

@@ -53,11 +53,11 @@ class WorkerSpec:
 class Ready:
     """The worker is loaded and warm; `concurrency` requests may run in it at once.
 
-    `express` more may, of urgent ones.
+    `urgent_concurrency` more may, of urgent ones.
     """
 
     concurrency: int
-    express: int
+    urgent_concurrency: int
     description: dict[str, str]
 
 

@@ -13,8 +13,8 @@ from fletcher.errors import BackendError, RowTooLargeError
 class EchoWorker:
     """Answers with its input; some payloads are commands."""
 
-    def __init__(self, concurrency: int = 1, express: int = 0) -> None:
-        self.concurrency, self.express = concurrency, express
+    def __init__(self, concurrency: int = 1, urgent_concurrency: int = 0) -> None:
+        self.concurrency, self.urgent_concurrency = concurrency, urgent_concurrency
 
     def run(self, payload: Any) -> Any:
         match payload:

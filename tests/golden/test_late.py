@@ -139,9 +139,11 @@ def test_from_text_to_vectors(how: str, tmp_path: Path) -> None:
 def test_the_graph_for_whole_rows_is_what_it_is_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = Registry(tmp_path / "both").add(str(GOLDEN / "families" / "distilbert"), progress=print)
+    both = Registry(tmp_path / "both").add_model(
+        str(GOLDEN / "families" / "distilbert"), progress=print
+    )
     monkeypatch.setattr(writer, "write_late", lambda *_: None)
-    alone = Registry(tmp_path / "alone").add(
+    alone = Registry(tmp_path / "alone").add_model(
         str(GOLDEN / "families" / "distilbert"), progress=print
     )
     for name in ("model.onnx", "model.weights"):
@@ -152,7 +154,7 @@ def test_the_graph_for_whole_rows_is_what_it_is_without(
 def test_other_bundles_have_none(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "models")
     assert add("qwen3", tmp_path).late is None
-    exits = registry.add(str(GOLDEN / "tiny"), name="exits", exits=(1,), progress=print)
+    exits = registry.add_model(str(GOLDEN / "tiny"), name="exits", exits=(1,), progress=print)
     assert exits.late is None
     with pytest.raises(ModelError, match="no graph for late chunking"):
         load_late(exits, "onnxruntime")

@@ -53,7 +53,7 @@ def test_the_other_graph_is_loaded_once_and_when_it_is_needed() -> None:
             return super().run(batch)
 
     backend = LateBackend(NoSegments(8), load_late)
-    assert (backend.concurrency, backend.express) == (2, 1)
+    assert (backend.concurrency, backend.urgent_concurrency) == (2, 1)
     assert len(backend.run(replace(THREE, spans=None)).embeddings) == 3
     assert not loads
 

@@ -342,20 +342,20 @@ def test_parts_end_before_words_or_else_between_characters() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("words:3", "no method"),
+        ("words:3", "unknown method"),
         ("tokens:8/8", "OVERLAP 8 is not below SIZE"),
         ("tokens:0", "SIZE is 0"),
-        ("tokens:8:sum", "no aggregation"),
-        ("tokens:8:mean:9", "'9' is one part too many"),
-        ("tokens:mean:8", "'8' is one part too many"),
-        ("none:mean", "no method"),
+        ("tokens:8:sum", "unknown aggregation"),
+        ("tokens:8:mean:9", "'9' is unexpected"),
+        ("tokens:mean:8", "'8' is unexpected"),
+        ("none:mean", "unknown method"),
         ("each-sentence:16/4", "OVERLAP is 4"),
-        ("sentences:16:hierarchical", "may be of several paragraphs"),
-        ("tokens:late", "name a SIZE"),
-        ("late", "no method"),
-        ("tokens:8:late:mean", "no aggregation"),
-        ("tokens:8:none:late:late", "'late' is one part too many"),
-        ("", "no method"),
+        ("sentences:16:hierarchical", "hierarchical needs chunks within a paragraph"),
+        ("tokens:late", "need a SIZE"),
+        ("late", "unknown method"),
+        ("tokens:8:late:mean", "unknown aggregation"),
+        ("tokens:8:none:late:late", "'late' is unexpected"),
+        ("", "unknown method"),
     ],
 )
 def test_what_is_no_chunking_is_refused(text: str, said: str) -> None:
@@ -376,12 +376,12 @@ def test_a_chunk_must_have_room_and_fit_the_model() -> None:
     assert Chunking("tokens").fitted(32, 2).size == 32
     assert Chunking("tokens", 8, 5).fitted(32, 2).size == 8
     for size, overlap, taken in ((33, 0, 2), (8, 6, 2), (8, 0, 8), (0, 30, 2)):
-        with pytest.raises(InvalidCommandError, match="cannot be") as caught:
+        with pytest.raises(InvalidCommandError, match="SIZE is") as caught:
             Chunking("tokens", size, overlap).fitted(32, taken)
         assert caught.value.field == "chunking"
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Tokenizer) -> None:
     # It ended in no memory: windows that do not move on have no end.
-    with pytest.raises(InvalidCommandError, match="cannot be"):
+    with pytest.raises(InvalidCommandError, match="SIZE is"):
         tokenizer.encode(batch([TEXT], "tokens:8/4", "22 use: "))
