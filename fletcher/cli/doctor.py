@@ -103,7 +103,7 @@ def examine(config: ServeConfig, *, look_at_stores: bool) -> Iterator[Finding]:
 
 
 def _hardware(config: ServeConfig) -> Iterator[Finding]:
-    from fletcher.inference.devices import detect_host
+    from fletcher.inference.host import detect_host
 
     host = detect_host()
     yield Finding("hardware", "processor", "ok", host.cpu)
@@ -219,7 +219,7 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
 
 def _engine(config: ServeConfig) -> Iterator[Finding]:
     """Loads the model as a server would: installed is not the same as working."""
-    from fletcher.inference.devices import detect_host
+    from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.decision import decide
 

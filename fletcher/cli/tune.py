@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, keeps the winner and prints a table."""
-    from fletcher.inference.devices import detect_host
+    from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.tuner import tune
 
