@@ -111,7 +111,7 @@ def test_a_file_with_another_checksum_is_refused(hub: HubServer, tmp_path: Path,
     hub.damage = name
     done = add(hub, tmp_path, f"hub:{REPOSITORY}")
     assert done.returncode == 1
-    assert f"{name} does not have the checksum" in done.stderr
+    assert f"{name} has another checksum" in done.stderr
     assert Registry(tmp_path / "models").names() == []
     # What was whole is kept: only the damaged file is asked for again.
     hub.damage = ""

@@ -55,7 +55,7 @@ def test_add_get_list_remove(tmp_path: Path) -> None:
     assert visible(tmp_path) == ["mine"]
     registry.remove_model("mine")
     assert visible(tmp_path) == []
-    with pytest.raises(UnknownModelError, match="`model` is 'mine'"):
+    with pytest.raises(UnknownModelError, match="unknown `model` 'mine'"):
         registry.remove_model("mine")
 
 
@@ -108,7 +108,7 @@ def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditChec
             registry.get_model(name)
     registry.remove_model(first.qualified_name)
     assert registry.names() == ["tiny"]
-    with pytest.raises(ModelError, match="here no more"):
+    with pytest.raises(ModelError, match="is missing: it was removed"):
         version_folder(first.folder, first.hash)
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_bundle_is_shown_and_replaced(tmp_path: Path) -> None:
 def test_a_renamed_bundle_is_refused(tmp_path: Path) -> None:
     bundle = Registry(tmp_path).add_model(TINY, progress=ignore)
     bundle.folder.rename(tmp_path / "other")
-    with pytest.raises(ModelError, match="`name` is 'tiny'"):
+    with pytest.raises(ModelError, match=r"`name` in fletcher\.json is 'tiny'"):
         Registry(tmp_path).get_model("other")
 
 
