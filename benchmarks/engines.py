@@ -1,4 +1,4 @@
-"""The engines under Fletcher, by themselves: what the server would choose, and its rivals."""
+"""Fletcher's engines alone: the one that the server would choose, and the others."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks.jobs import run_job
+from fletcher.config.engine import EngineConfig
 from fletcher.core.batches import TextBatch
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import resolve
+from fletcher.inference.devices import resolve_replicas
 from fletcher.inference.host import detect_host
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tokenization.tokenizer import Tokenizer
 
-# Backends and precisions that are measured by themselves, where they can run.
+# Backends and precisions to measure, if they can run.
 ENGINES = (("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
 _TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def title(backend: str, precision: str) -> str:
-    """An engine's name in tables."""
+    """Name of an engine in tables."""
     return f"{_TITLES[backend]} {precision}"
 
 
@@ -33,21 +34,26 @@ def configure(
 ) -> BackendConfig:
     """An engine on all cores of this process, in one process.
 
-    The server starts several on machines of many cores.
+    The server starts several processes on machines with many cores.
 
     Raises:
         BackendError: It is not installed, or this processor lacks the precision.
     """
     host = detect_host()
-    resolution = resolve(
-        "cpu", backend, precision, host.cores, host, bundle.folder, max_batch_tokens
+    asked = EngineConfig(
+        device="cpu",
+        backend=backend,
+        precision=precision,
+        threads=host.cores,
+        max_batch_tokens=max_batch_tokens,
     )
+    resolution = resolve_replicas(asked, host, bundle)
     first = resolution.configs[0]
     return BackendConfig(**{**asdict(first), "threads": host.cores})
 
 
 def save_tokens(bundle: ModelBundle, texts: list[str], path: Path) -> int:
-    """Tokenizes for `benchmarks.bare`; gives the number of tokens, special ones included."""
+    """Tokenizes for `benchmarks.bare`; returns the number of tokens, with special ones."""
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     tokens = Tokenizer.from_bundle(bundle.folder).encode(TextBatch(b"".join(encoded), offsets))
@@ -61,6 +67,6 @@ def run_bare(
     folder: Path,
     environ: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Has `benchmarks.bare` measure an engine; `environ` as in `run_job`."""
+    """Measures an engine by `benchmarks.bare`; `environ` as in `run_job`."""
     command = [sys.executable, "-m", "benchmarks.bare"]
     return run_job(command, {**job, "config": asdict(config)}, folder, environ)

@@ -1,7 +1,7 @@
-"""What leaving a model early gains: speed by exit layer, and memory with exits and without.
+"""Gain of leaving a model early: speed by exit layer, and memory with and without exits.
 
-A model of random weights is as fast as a trained one. Engines run in processes of their own, alone;
-`python -m benchmarks.exits JOB` is one.
+Random weights are as fast as trained ones. Each engine runs in a separate process, alone:
+`python -m benchmarks.exits JOB`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ROW_TOKENS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Adds the flags of this benchmark."""
     parser.add_argument("--exits", type=several, default=[3, 6, 9], help="default: 3,6,9")
     parser.add_argument("--repeats", type=positive, default=5, help="turns of each exit")
     parser.add_argument(
@@ -92,7 +92,7 @@ def _engine(
     exits: ModelBundle,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """A row for the model without exits, and one for each exit of the other.
+    """Measures one row for the model without exits, and one for each exit of the other.
 
     Raises:
         BackendError: The engine cannot run here.
@@ -103,7 +103,7 @@ def _engine(
         run_job(command, {"configs": [one], "layers": [[]], "turns": 0, "seconds": 0}, folder)
         for one in configs
     ]
-    # Both in one process, so that they share each minute of the machine.
+    # Both in one process, so that the machine's changes of speed hit both.
     layers = [[0], [*exits.layers]]
     job = {"configs": configs, "layers": layers, "turns": args.repeats, "seconds": args.seconds}
     speed = run_job(command, job, folder)["tokens_per_s"]
@@ -143,7 +143,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Loads what a job names, and has every exit take its turns."""
+    """Loads the models of a job, and measures every exit in turn."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     backends = [_load(BackendConfig(**one)) for one in job["configs"]]
     answer = {"rss_bytes": _rss(), "tokens_per_s": _speeds(backends, job)}
@@ -158,7 +158,7 @@ def _load(config: BackendConfig) -> Backend:
 def _speeds(backends: list[Backend], job: dict[str, Any]) -> dict[str, list[float]]:
     num_tokens = job["configs"][0]["max_batch_tokens"]
     lengths = np.full(num_tokens // _ROW_TOKENS, _ROW_TOKENS, np.int32)
-    # Any tokenizer has so many.
+    # Every tokenizer has at least this many tokens.
     ids = np.random.default_rng(1).integers(0, 100, lengths.sum(), dtype=np.int32)
     speeds: dict[str, list[float]] = {}
     for turn in range(job["turns"] + 1):
@@ -166,13 +166,13 @@ def _speeds(backends: list[Backend], job: dict[str, Any]) -> dict[str, list[floa
             for layers in job["layers"][place]:
                 batch = MicroBatch(ids, lengths, layers)
                 rate = len(ids) * _runs_per_s(backend, batch, job["seconds"])
-                if turn:  # the first is for warming up
+                if turn:  # the first warms up
                     speeds.setdefault(f"{place} {layers}", []).append(rate)
     return speeds
 
 
 def _runs_per_s(backend: Backend, batch: MicroBatch, duration_s: float) -> float:
-    """Runs from as many threads as the backend takes, for so long."""
+    """Runs a second, from as many threads as the backend takes."""
     started = time.perf_counter()
 
     def work(_: int) -> int:

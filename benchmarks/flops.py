@@ -1,7 +1,7 @@
-"""Floating-point operations of a forward pass, from what a bundle says of its model.
+"""Floating-point operations of a forward pass, from a bundle's description.
 
 A product of [n, k] and [k, m] counts 2nkm. Only matrix products count: norms, softmax and
-activations are a few percent of them and no processor does them at its rate of products.
+activations are a few percent, and no processor does them at its rate of products.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FAMILIES = ("bert",)
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers of an encoder that its products follow from.
+    """The sizes of an encoder that determine its products.
 
     Attributes:
         hidden: Width of a token's state.
         intermediate: Width inside the feed-forward part.
-        num_layers: Layers.
-        last_first_only: The last layer computes the first token alone, beside keys and values.
+        num_layers: Number of layers.
+        last_first_only: The last layer computes only the first token, and keys and values.
     """
 
     hidden: int
@@ -35,7 +35,7 @@ class Architecture:
 
     @classmethod
     def of(cls, bundle: ModelBundle) -> Architecture:
-        """Of a bundle whose graph Fletcher wrote.
+        """Architecture of a bundle whose graph Fletcher wrote.
 
         Raises:
             JobError: Another graph, or the `onnx` package is missing.

@@ -1,4 +1,4 @@
-"""Plain matrix products in an engine, measured: a process of its own.
+"""Plain matrix products in one engine, measured in a separate process.
 
     python -m benchmarks.gemm JOB
 
@@ -6,9 +6,8 @@ The job (JSON) has `config` (the fields of BackendConfig), `rows`, `shapes` (a l
 products of [rows, k] and [k, m]), `depth`, `seconds` (for each shape, about) and `result`. The
 answer has operations a second by shape.
 
-An engine takes and gives float32, and a call from Python has its price. So that both are small
-beside the products, a graph is a chain: to width m and back to k, `depth` times, each product with
-weights of its own, as in a model.
+Conversion from and to float32, and a call from Python, cost time. A chain of products makes both
+small: to width m and back to k, `depth` times, each product with different weights, as in a model.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def main() -> None:
 def measure(
     config: BackendConfig, num_rows: int, inner: int, outer: int, *, depth: int, seconds: float
 ) -> float:
-    """Operations a second of a chain of products, as many at once as the engine has cores."""
+    """Operations a second of chains of products, as many at once as the engine has cores."""
     rng = np.random.default_rng(0)
     state = rng.standard_normal((num_rows, inner), dtype=np.float32)
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
@@ -68,7 +67,7 @@ def measure(
 def write_chain(
     folder: Path, num_rows: int, inner: int, outer: int, depth: int, rng: np.random.Generator
 ) -> None:
-    """Writes the graph; values neither grow nor vanish on their way."""
+    """Writes the graph, with weights that keep values from growing or vanishing."""
     with GraphBuilder(folder, "chain") as graph:
         value = graph.input("state", np.float32, (num_rows, inner))
         for place in range(2 * depth):
@@ -81,7 +80,7 @@ def write_chain(
 
 
 def _openvino(path: Path, config: BackendConfig) -> Run:
-    """As `fletcher.inference.openvino` compiles a model."""
+    """Compiles like `fletcher.inference.openvino`."""
     import openvino
 
     from fletcher.inference.openvino import PRECISION_HINTS
@@ -106,7 +105,7 @@ def _openvino(path: Path, config: BackendConfig) -> Run:
 
 
 def _onnxruntime(path: Path, _: BackendConfig) -> Run:
-    """As `fletcher.inference.onnxruntime` loads a model on the CPU: a core for each run."""
+    """Loads like `fletcher.inference.onnxruntime` on the CPU: one core for each run."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

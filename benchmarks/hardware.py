@@ -1,4 +1,4 @@
-"""What a measurement ran on: numbers mean nothing without it."""
+"""Machine and versions of a measurement."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def facts() -> dict[str, Any]:
-    """Processor, cores, instruction sets, memory, system and the load from others."""
+    """Processor, cores, instruction sets, memory, system and load by other processes."""
     host = detect_host()
     return {
         "cpu": host.cpu,
@@ -40,7 +40,7 @@ def facts() -> dict[str, Any]:
 
 
 def gpus() -> list[str]:
-    """Name, memory and driver of each NVIDIA GPU, as nvidia-smi says; empty where there is none."""
+    """Name, memory and driver of each NVIDIA GPU, by nvidia-smi; empty without one."""
     query = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
@@ -50,7 +50,7 @@ def gpus() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of the packages that are measured, and of the source."""
+    """Versions of Python, of the measured packages, and of the source."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -64,21 +64,21 @@ def versions() -> dict[str, str]:
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """CPU time that processes have used so far, all their threads; 0 for those that are gone."""
+    """CPU seconds of processes so far, all threads; 0 for processes that have ended."""
     ticks = 0
     for pid in pids:
         try:
             stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
-        # After the name, which may hold anything: field 3 on; 14 and 15 are user and system time.
+        # After the name, which may contain anything. Fields 14 and 15 are user and system time.
         fields = stat.rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def limit_cores(num_cores: int | None) -> None:
-    """Keeps this process, and all that it starts, on so many of its cores; None: on all."""
+    """Limits this process and its children to a number of cores; None: all."""
     if num_cores is not None:
         usable = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, usable[: max(1, num_cores)])

@@ -1,4 +1,4 @@
-"""Infinity as a peer: its engines in this process, and its HTTP server beside a client.
+"""Infinity as a peer: its engines in this process, and its HTTP server with a client.
 
 Imports nothing of Fletcher: it runs where `benchmarks.peer` does, and loads what that says. The
 arguments are a job, a folder for files, and a stack that ends what was started.
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-# Together several of the windows in which Infinity sorts texts, 8 batches each.
+# Several of the windows of 8 batches in which Infinity sorts texts.
 REQUEST_TEXTS = 128
 REQUESTS_IN_FLIGHT = 8
 _START_TIMEOUT_S = 120.0
@@ -35,7 +35,7 @@ Encode = Callable[[list[str], int], Any]
 
 
 def torch_engine(job: dict[str, Any], folder: Path, stack: ExitStack) -> Encode:
-    """Without its BetterTransformer, which is slower on a CPU than PyTorch's own attention."""
+    """PyTorch engine without BetterTransformer, which is slower on a CPU."""
     import torch
 
     torch.set_num_threads(job["threads"])
@@ -44,7 +44,7 @@ def torch_engine(job: dict[str, Any], folder: Path, stack: ExitStack) -> Encode:
 
 
 def onnx_engine(job: dict[str, Any], folder: Path, stack: ExitStack) -> Encode:
-    """With the graph that Optimum exports, as it is: Infinity's optimizer wants an old Optimum."""
+    """ONNX engine on Optimum's graph, unchanged: Infinity's optimizer needs an old Optimum."""
     from optimum.onnxruntime import ORTModelForFeatureExtraction
 
     model = ORTModelForFeatureExtraction.from_pretrained(job["checkpoint"], export=True)
@@ -60,10 +60,10 @@ def onnx_engine(job: dict[str, Any], folder: Path, stack: ExitStack) -> Encode:
 def _engines(
     job: dict[str, Any], folder: Path, stack: ExitStack, options: dict[str, Any]
 ) -> Encode:
-    """Infinity in this process: an engine for each batch size, which it takes at its start."""
+    """Infinity in this process, with one engine for each batch size."""
     from infinity_emb import AsyncEmbeddingEngine, EngineArgs
 
-    os.chdir(_model_folder(job, folder))  # it finds a graph beside itself only
+    os.chdir(_model_folder(job, folder))  # it looks for a graph in the current folder only
     loop = asyncio.new_event_loop()
 
     @functools.cache

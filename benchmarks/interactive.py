@@ -1,4 +1,4 @@
-"""One text a request over an open DoExchange: one after the other, or each at its own time.
+"""One text a request over an open DoExchange: one after the other, or at random times.
 
 Plain pyarrow: the Client has threads, whose switches are no part of the server's time.
 """
@@ -27,8 +27,8 @@ _ANSWER_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
-class BatchWindow:
-    """What happened in some seconds of bulk load.
+class LoadWindow:
+    """Measurements of some seconds of bulk load.
 
     Attributes:
         seconds: How long it was.
@@ -50,7 +50,7 @@ class BatchWindow:
 
 
 def one_by_one(address: str, texts: list[str], num_requests: int) -> list[float]:
-    """Milliseconds from writing one text to having read its vector, one after the other."""
+    """Milliseconds from writing one text to reading its vector, one after the other."""
     times = []
     with _exchange(address) as (writer, reader):
         for batch in itertools.islice(_batches(texts), WARM_UP_REQUESTS + num_requests):
@@ -61,8 +61,8 @@ def one_by_one(address: str, texts: list[str], num_requests: int) -> list[float]
     return times[WARM_UP_REQUESTS:]
 
 
-def alone(address: str, seconds: float) -> BatchWindow:
-    """The bulk load by itself."""
+def alone(address: str, seconds: float) -> LoadWindow:
+    """Measures the bulk load alone."""
     with flight.connect(address) as client:
         before, started = _devices(client), time.perf_counter()
         time.sleep(seconds)
@@ -71,8 +71,8 @@ def alone(address: str, seconds: float) -> BatchWindow:
 
 def beside(
     address: str, texts: list[str], seconds: float, per_second: float, rng: np.random.Generator
-) -> BatchWindow:
-    """Requests beside the bulk load, one at a random moment of each 1 / `per_second` seconds."""
+) -> LoadWindow:
+    """Measures requests beside the bulk load, one at a random moment of each interval."""
     num_requests = max(1, round(seconds * per_second))
     due_s = (np.arange(num_requests) + rng.random(num_requests)) / per_second
     batches = list(itertools.islice(_batches(texts), num_requests))
@@ -106,7 +106,7 @@ def beside(
 
 
 def busy_load(address: str) -> float:
-    """The share of the load's time that the server says its devices computed, the least of them."""
+    """Share of the load's time that devices computed, as the server reports; the least."""
     with flight.connect(address) as client:
         return float(min(one["busy_load"] for one in _stats(client)["replicas"]))
 
@@ -117,13 +117,13 @@ def _window(
     started: float,
     own_tokens: int = 0,
     times: Sequence[float] = (),
-) -> BatchWindow:
-    """From what the counters said at its start, and say now."""
+) -> LoadWindow:
+    """Makes the window from counters at its start and now."""
     tokens, busy_s = _devices(client)
     elapsed = time.perf_counter() - started
     runs = sum(one["concurrency"] for one in _stats(client)["replicas"])
     busy = (busy_s - before[1]) / (elapsed * runs)
-    return BatchWindow(elapsed, tokens - before[0] - own_tokens, busy, list(times))
+    return LoadWindow(elapsed, tokens - before[0] - own_tokens, busy, list(times))
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def _tokens_of(answer: pa.RecordBatch | None) -> int:
 
 
 def _devices(client: flight.FlightClient) -> tuple[float, float]:
-    """Tokens that the server's devices have computed so far, and seconds that it took them."""
+    """Tokens that devices have computed so far, and the seconds it took."""
     stats = _stats(client)
     return sum(stats["fletcher.device.tokens"].values()), sum(
         stats["fletcher.device.busy"].values()

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, so that each is gone while the next one runs.
+"""Measurements in separate processes, so that each has ended when the next one runs.
 
 A job is a JSON file; the process that it is given to writes its answer where the job's `result`
 says. `{"skipped": why}` is an answer, too.
@@ -19,7 +19,7 @@ JOB_TIMEOUT_S = 3600
 
 
 class JobError(Exception):
-    """A measurement failed; the message is what the process said last."""
+    """A measurement failed; the last output of its process."""
 
 
 def run_job(
@@ -28,7 +28,7 @@ def run_job(
     folder: Path,
     environ: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Runs a process with a job and gives its answer.
+    """Runs a process with a job and returns its answer.
 
     Args:
         command: The process; gets the job's file as its last argument.
@@ -63,6 +63,6 @@ def run_job(
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without what would change a measurement behind its back."""
+    """The environment without variables that would change a measurement."""
     environ = {name: value for name, value in os.environ.items() if "FLETCHER_" not in name}
     return environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}

@@ -1,8 +1,8 @@
 """Milliseconds of one short text over an open DoExchange, idle and under bulk load.
 
-Under load requests come at their own times, whether earlier ones are answered or not, and a time
-counts from when its request was due. Windows with and without requests take turns, so that what
-they cost the bulk load is measured beside them.
+Under load, requests come at random times, whether or not earlier ones were answered, and a time
+counts from when its request was due. Windows with and without requests alternate, which shows what
+requests cost the bulk load.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.arguments import add_common, positive, seconds
 from benchmarks.bare import PAUSE_S
 from benchmarks.corpus import ROOT
 from benchmarks.engines import configure, run_bare, save_tokens
-from benchmarks.interactive import BatchWindow, alone, beside, busy_load, one_by_one
+from benchmarks.interactive import LoadWindow, alone, beside, busy_load, one_by_one
 from benchmarks.jobs import JobError, clean_environment
 from benchmarks.serving import serve
 from benchmarks.setting import Setting
@@ -36,7 +36,7 @@ IDLE, LOADED = "Fletcher, idle", "Fletcher, under bulk load"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Adds the flags of this benchmark."""
     parser.add_argument(
         "--requests",
         type=positive,
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(scratch)
         tokens = folder / "tokens.npz"
         num_tokens = save_tokens(bundle, texts, tokens)
-        inline = own.backend == "openvino" and own.threads > 1  # what an idle server runs
+        inline = own.backend == "openvino" and own.threads > 1  # the run of an idle server
         loader = "load_inline" if inline else "load"
         job = {"tokens": str(tokens), "requests": args.requests, "loader": loader}
         bare = run_bare(own, job, folder)
@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _loaded(
     address: str, texts: list[str], args: argparse.Namespace
-) -> list[tuple[BatchWindow, BatchWindow]]:
-    """Windows of bulk load without requests and with them, in turn."""
+) -> list[tuple[LoadWindow, LoadWindow]]:
+    """Windows of bulk load without and with requests, alternating."""
     rng = np.random.default_rng(0)
     return [
         (

@@ -1,8 +1,8 @@
-"""Bulk work without end for a server, until standard input closes.
+"""Endless bulk work for a server, until standard input closes.
 
     python -m benchmarks.load ADDRESS [CORPUS]
 
-Prints `loading` when the server has acknowledged the first rows.
+Prints `loading` after the server has acknowledged the first rows.
 """
 
 from __future__ import annotations

@@ -28,18 +28,18 @@ from fletcher.client import Ack
 
 SAMPLE_INTERVAL_S = 0.25
 MAX_LINES = 12
-# Of these a tokenizer alone does so many each turn.
+# Texts of each turn for a tokenizer alone.
 MAX_BARE_ROWS = 40_000
 _DATASET = "bench"
 
 
 @dataclass(frozen=True)
 class Moment:
-    """The server at one time.
+    """Rows and memory of the server at one time.
 
     Attributes:
-        seconds: Since the first write.
-        rows: Stored so far, as acknowledged.
+        seconds: Time since the first write.
+        rows: Rows stored so far, as acknowledged.
         front_bytes: Resident set of the front process.
         worker_bytes: Resident sets of its workers together.
     """
@@ -51,15 +51,15 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class DedupeDecision:
+class UploadRun:
     """One upload.
 
     Attributes:
         seconds: From the first write to rows readable.
-        text_bytes: That were sent.
-        cpu_seconds: By whom: `client`, which makes the texts, too, `front`, `workers`.
+        text_bytes: Bytes of text sent.
+        cpu_seconds: For `client` (which also makes the texts), `front` and `workers`.
         front_bytes: Resident set of the front process: `start`, `peak`, `end`.
-        moments: On the way.
+        moments: Samples during the upload.
     """
 
     seconds: float
@@ -70,7 +70,7 @@ class DedupeDecision:
 
 
 class _Progress:
-    """What the upload has sent and what is stored of it; written by the client's threads."""
+    """Bytes sent and rows stored of the upload; written by the client's threads."""
 
     def __init__(self) -> None:
         self.rows_stored = 0
@@ -86,10 +86,10 @@ class _Progress:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Adds the flags of this benchmark."""
     parser.add_argument("--rows", type=positive, default=200_000, help="how many (default: 200000)")
     parser.add_argument("--batch-rows", type=positive, default=2000, help="rows of a batch sent")
-    parser.add_argument("--repeats", type=positive, default=3, help="turns of everything")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns of each row")
     parser.add_argument(
         "--without-tokenizer", action="store_true", help="only the row without model and tokenizer"
     )
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
                 alone.tokenize, load, cores, transfer=False
             ),
         }
-    turns: dict[str, list[DedupeDecision]] = {name: [] for name in served}
+    turns: dict[str, list[UploadRun]] = {name: [] for name in served}
     bare_rates: dict[str, list[float]] = {name: [] for name in bare}
     for _ in range(args.repeats):
         _take_turns(served, turns, lambda turn: args.rows / turn.seconds)
@@ -166,8 +166,8 @@ def _bare_rate(measure: Callable[[], alone.Timing], num_rows: int) -> float:
     return num_rows / measure().seconds
 
 
-def _serve(args: argparse.Namespace, corpus: Corpus, model: str, *options: str) -> DedupeDecision:
-    """One upload to a server of its own."""
+def _serve(args: argparse.Namespace, corpus: Corpus, model: str, *options: str) -> UploadRun:
+    """Measures one upload to a new server."""
     arguments = ("--backend", "null", *options)
     with serve(args.home, model, *arguments, arguments=args.serve_args) as served:
         start = served.memory()["now"]
@@ -180,7 +180,7 @@ def _serve(args: argparse.Namespace, corpus: Corpus, model: str, *options: str) 
         if (stored := served.count(_DATASET)) != args.rows:
             raise JobError(f"{stored} of {args.rows} rows are in the store")
     front_bytes = {"start": start, "peak": end["peak"], "end": end["now"]}
-    return DedupeDecision(seconds, text_bytes, spent, front_bytes, moments)
+    return UploadRun(seconds, text_bytes, spent, front_bytes, moments)
 
 
 def _cpu_seconds(served: Served) -> dict[str, float]:
@@ -207,7 +207,7 @@ def _upload(served: Served, batches: Iterator[pa.RecordBatch]) -> tuple[list[Mom
 
 @contextmanager
 def _sampled(served: Served, progress: _Progress, started: float) -> Iterator[list[Moment]]:
-    """Looks at the server from a thread while the body runs."""
+    """Samples the server from a thread while the body runs."""
     moments: list[Moment] = []
     done = threading.Event()
 
@@ -231,8 +231,8 @@ def _sampled(served: Served, progress: _Progress, started: float) -> Iterator[li
     look()
 
 
-def _row(name: str, num_rows: int, turns: list[DedupeDecision]) -> dict[str, Any]:
-    """The medians of an upload's turns."""
+def _row(name: str, num_rows: int, turns: list[UploadRun]) -> dict[str, Any]:
+    """Table row of the medians of an upload's turns."""
     cpu = {
         who: statistics.median(1e6 * turn.cpu_seconds[who] / num_rows for turn in turns)
         for who in turns[0].cpu_seconds
@@ -250,7 +250,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         rate = row["rows_per_s"]
-        # The last two are what a tokenizer does alone; the first has none.
+        # The last two are tokenizers alone; the first has no tokenizer.
         with_tokenizer = row is not rows[0]
         of_bare = [f"{rate / one['rows_per_s']:.2f}" for one in rows[-2:]]
         cpu = [f"{one:.1f}" for one in row.get("cpu_us_per_row", {}).values()]
@@ -268,11 +268,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return report.table([*header, *cpu_header], lines)
 
 
-def _over_time(name: str, turn: DedupeDecision) -> str:
-    """Memory while an upload went on."""
+def _over_time(name: str, turn: UploadRun) -> str:
+    """Table of memory during an upload."""
     moments = turn.moments
     step = max(1, -(-len(moments) // MAX_LINES))
-    # The last line stands for the time since the last regular one, not for a moment after it.
+    # The last line covers the time since the last regular one.
     shown = [*moments[: -1 - step // 2 : step], moments[-1]]
     lines = []
     before = shown[0]

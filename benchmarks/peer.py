@@ -1,11 +1,11 @@
-"""A peer, measured: a process of its own, in whatever environment has it.
+"""One peer, measured in a separate process, in any environment that has it.
 
     PYTHON benchmarks/peer.py JOB
 
 Imports nothing of Fletcher. The job (JSON) has `kind` (a key of LOADERS), `max_length`, `threads`,
 `texts` (a JSON file), `batch_size` (null: try `batch_sizes` on a part), `embeddings` (a .npy file
 to write) and `result`; for sentence-transformers, transformers and Infinity `checkpoint`,
-`precision` and `device` (`cpu` where absent), for Infinity `pooling` as well, for fastembed
+`precision` and `device` (`cpu` if absent), for Infinity `pooling` as well, for fastembed
 `bundle`, `graph`, `dim` and `pad_token_id`.
 """
 
@@ -35,7 +35,7 @@ NUM_BLOCKS = 4
 TUNING_PASSES = 2
 _PYTORCH = ("sentence-transformers", "transformers", "torch")
 PACKAGES = (*_PYTORCH, "infinity-emb", "fastembed", "optimum", "onnxruntime", "openvino")
-# These sort the texts themselves, all of them; the others see what comes next, or a window of it.
+# These sort all texts themselves; the others see only the next batch, or a window.
 _SORTING = ("torch", "transformers", "onnx", "openvino")
 
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what this environment has of PACKAGES."""
+    """Versions of those PACKAGES that this environment has."""
     found = {}
     for name in PACKAGES:
         try:
@@ -90,7 +90,7 @@ def _measure(job: dict[str, Any], texts: list[str], encode: Encode) -> dict[str,
 
 
 def tuning_blocks(ordered: list[str], block_size: int) -> list[list[str]]:
-    """Neighbours in the order in which they are embedded, from all over it."""
+    """Blocks of neighbours, in the order in which texts are embedded, from all over it."""
     last = max(0, len(ordered) - block_size)
     starts = [last * place // (2 * NUM_BLOCKS) for place in range(1, 2 * NUM_BLOCKS, 2)]
     return [ordered[start : start + block_size] for start in starts]
@@ -117,7 +117,7 @@ def _encode_with(model: Any) -> Encode:
         embeddings = model.encode(
             some, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
         )
-        return embeddings.float().cpu().numpy()  # waits for a GPU, too
+        return embeddings.float().cpu().numpy()  # waits for a GPU as well
 
     return encode
 
@@ -135,7 +135,7 @@ def _torch(job: dict[str, Any], *_: object) -> Encode:
 
 
 def _transformers(job: dict[str, Any], *_: object) -> Encode:
-    """What sentence-transformers does, without it: sorted by length, PyTorch's attention."""
+    """Embeds as sentence-transformers does, without it: sorted by length, PyTorch's attention."""
     import torch
     import transformers
 
@@ -170,12 +170,12 @@ def _transformers(job: dict[str, Any], *_: object) -> Encode:
 
 
 def _onnx(job: dict[str, Any], *_: object) -> Encode:
-    """With the graph that Optimum exports."""
+    """sentence-transformers on Optimum's ONNX graph."""
     return _encode_with(_sentence_transformers(job, "onnx", provider="CPUExecutionProvider"))
 
 
 def _openvino(job: dict[str, Any], *_: object) -> Encode:
-    """With the graph that Optimum exports, in the precision that OpenVINO chooses."""
+    """sentence-transformers on Optimum's graph, in the precision that OpenVINO chooses."""
     return _encode_with(_sentence_transformers(job, "openvino"))
 
 
@@ -186,7 +186,7 @@ def _fastembed(job: dict[str, Any], folder: Path, _: ExitStack) -> Encode:
     from fastembed.common.model_description import ModelSource, PoolingType
 
     model_folder = folder / "model"
-    # A copy: ONNX Runtime takes no weights through links that lead out of the folder.
+    # A copy: ONNX Runtime follows no links that lead out of the folder.
     shutil.copytree(job["bundle"], model_folder)
     tokenizer = tokenizers.Tokenizer.from_file(str(model_folder / "tokenizer.json"))
     pad_token = tokenizer.id_to_token(job["pad_token_id"])

@@ -1,4 +1,4 @@
-"""A PNG beside a result's JSON, where matplotlib is installed."""
+"""A PNG beside a result's JSON, if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _INCHES = (8, 4.5)
 
 
 def draw(result: dict[str, Any], path: Path) -> str:
-    """Draws a result; a line that says where, or why not.
+    """Draws a result; returns a line with its place, or the reason why not.
 
     Args:
-        result: As in the JSON.
-        path: Of the PNG.
+        result: The content of the JSON.
+        path: Path of the PNG.
     """
     plot = _PLOTS.get(result["benchmark"])
     if plot is None:
@@ -23,7 +23,9 @@ def draw(result: dict[str, Any], path: Path) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return "not drawn: matplotlib is not installed (pip install '.[bench]')"
-    figure = Figure(figsize=_INCHES, layout="constrained")  # of its own: pyplot wants a display
+    figure = Figure(
+        figsize=_INCHES, layout="constrained"
+    )  # a Figure, because pyplot needs a display
     plot(result, figure)
     hardware = result["hardware"]
     figure.suptitle(f"{result['model']}, {hardware['cpu']}, {hardware['cores']} cores", fontsize=9)
@@ -32,7 +34,7 @@ def draw(result: dict[str, Any], path: Path) -> str:
 
 
 def _throughput(result: dict[str, Any], figure: Any) -> None:
-    """A bar for everybody who ran, whiskers from the slowest turn to the fastest."""
+    """One bar for each row that ran, with whiskers from the slowest to the fastest turn."""
     rows = [row for row in reversed(result["rows"]) if "skipped" not in row]
     rates = [row["texts_per_s"] for row in rows]
     num_texts = result["sample"]["texts"]
@@ -71,7 +73,7 @@ def _overhead(result: dict[str, Any], figure: Any) -> None:
 
 
 def _scaling(result: dict[str, Any], figure: Any) -> None:
-    """A panel for each thing that is varied."""
+    """One panel for each varied quantity."""
     curves = result["curves"]
     for axes, curve in zip(figure.subplots(1, len(curves)), curves, strict=True):
         points = curve["points"]

@@ -1,4 +1,4 @@
-"""Fletcher's own worker pools by themselves: payloads in, answers thrown away."""
+"""Fletcher's worker pools alone: payloads in, answers dropped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fletcher.workers.roster import PoolConfig
 
 
 class _Jobs:
-    """A source that holds jobs until a pool asks."""
+    """Job source with a fixed list of jobs."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -48,7 +48,7 @@ class _Jobs:
 
 
 def through_pool(specs: Sequence[WorkerSpec], payloads: Sequence[Any]) -> Timing:
-    """Has workers do everything twice and times the second time.
+    """Runs all payloads through workers twice, and times the second round.
 
     Returns:
         Seconds; CPU seconds of the workers and of this process, which feeds them.
@@ -90,11 +90,11 @@ def _do_all(source: _Jobs, payloads: Sequence[Any]) -> None:
 
 @dataclass(frozen=True)
 class Held:
-    """What a tokenizer has with it from the start.
+    """Data that a tokenizer process has from its start.
 
     Attributes:
         bundle: The model's folder.
-        texts: That `run` is asked for by their places.
+        texts: Texts; `run` names one by its place.
     """
 
     bundle: str
@@ -102,7 +102,7 @@ class Held:
 
 
 class HoldingTokenizer:
-    """A tokenizer whose texts need not come and whose tokens need not go."""
+    """Tokenizer process with its texts in memory, which returns no tokens."""
 
     concurrency = 1
     express = 0
@@ -112,16 +112,16 @@ class HoldingTokenizer:
         self._texts = held.texts
 
     def run(self, place: int) -> int:
-        """Tokenizes the texts at a place; how many tokens they have."""
+        """Tokenizes the texts at a place; returns the number of tokens."""
         return len(self._tokenizer.encode(self._texts[place]).input_ids)
 
     def describe(self) -> dict[str, str]:
-        """Nothing of interest."""
+        """Returns an empty description."""
         return {}
 
 
 class HoldingLibrary:
-    """The tokenizer's library with texts as it takes them, as fast as it goes in one thread."""
+    """The tokenizers library in one thread, on texts in memory."""
 
     concurrency = 1
     express = 0
@@ -135,16 +135,16 @@ class HoldingLibrary:
         self._texts = [_strings(texts) for texts in held.texts]
 
     def run(self, place: int) -> int:
-        """Tokenizes the texts at a place; how many tokens they have."""
+        """Tokenizes the texts at a place; returns the number of tokens."""
         return sum(len(one.ids) for one in self._tokenizer.encode_batch_fast(self._texts[place]))
 
     def describe(self) -> dict[str, str]:
-        """Nothing of interest."""
+        """Returns an empty description."""
         return {}
 
 
 def hold_library(held: Held) -> HoldingLibrary:
-    """Factory for a worker's spec."""
+    """Factory named by a worker's spec."""
     return HoldingLibrary(held)
 
 
@@ -154,5 +154,5 @@ def _strings(texts: TextBatch) -> list[str]:
 
 
 def hold(held: Held) -> HoldingTokenizer:
-    """Factory for a worker's spec."""
+    """Factory named by a worker's spec."""
     return HoldingTokenizer(held)

@@ -1,4 +1,4 @@
-"""A BERT checkpoint of any size with random weights: as fast as a trained one, and no download."""
+"""BERT checkpoint of any size with random weights: as fast as a trained one, no download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_LENGTH = 512
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a BERT encoder; bge-base's are 768, 12, 12, 3072."""
+    """Sizes of a BERT encoder; bge-base's are 768, 12, 12, 3072."""
 
     hidden: int
     num_layers: int
@@ -27,7 +27,7 @@ class Shape:
         """`HIDDEN,LAYERS,HEADS,INTERMEDIATE`.
 
         Raises:
-            ValueError: It is not that.
+            ValueError: Another format.
         """
         shape = cls(*(int(part) for part in text.split(",")))
         if min(vars(shape).values()) < 1 or shape.hidden % shape.num_heads:
@@ -36,11 +36,11 @@ class Shape:
 
 
 def write_checkpoint(folder: Path, shape: Shape, tokenizer: Path) -> None:
-    """Writes a folder as sentence-transformers does: first token, normalised.
+    """Writes a folder as sentence-transformers does: pooling by first token, normalised.
 
     Args:
-        folder: Made here.
-        shape: Of the encoder.
+        folder: Folder to create.
+        shape: Sizes of the encoder.
         tokenizer: A tokenizer.json with BERT's special tokens.
     """
     folder.mkdir(parents=True)
@@ -122,7 +122,7 @@ def _tensors(shape: Shape, vocabulary: int) -> Iterator[tuple[str, tuple[int, ..
 
 
 def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Weights as BERT begins training; format: https://github.com/huggingface/safetensors#format."""
+    """Writes weights as BERT starts training; format: https://github.com/huggingface/safetensors#format."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""A server that takes texts in as Fletcher's does, and drops them: a process of its own.
+"""Server that receives texts as Fletcher does and drops them, in a separate process.
 
     python -m benchmarks.receiving
 
@@ -15,7 +15,7 @@ from fletcher.core.command import EmbedCommand
 from fletcher.pipeline.input.intake import Intake
 from fletcher.pipeline.input.limits import IntakeLimits
 
-# Of a server with its default options and a model of 384 dims.
+# Limits of a server with default options and a model of 384 dims.
 LIMITS = IntakeLimits(
     max_message_bytes=64 << 20,
     max_row_bytes=16 << 20,
@@ -27,10 +27,10 @@ LIMITS = IntakeLimits(
 
 
 class Receiver(flight.FlightServerBase):
-    """Reads, checks and cuts up whatever comes."""
+    """Reads, checks and slices all input."""
 
     def do_put(self, _context: Any, _descriptor: Any, reader: Any, writer: Any) -> None:
-        """Answers with the number of rows in the pieces."""
+        """Answers with the number of rows in the row slices."""
         source = intake(reader.schema)
         num_rows = 0
         for chunk in reader:
@@ -40,7 +40,7 @@ class Receiver(flight.FlightServerBase):
 
 
 def intake(schema: Any) -> Intake:
-    """The intake of an upload."""
+    """Returns the intake of an upload."""
     return Intake(
         schema,
         EmbedCommand(dataset="bench"),

@@ -1,4 +1,4 @@
-"""Results for people (a table on standard output) and to keep (JSON and a plot)."""
+"""Results as a table on standard output, and as JSON and a plot in files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.plots import draw
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows in aligned columns, the first to the left, the others to the right."""
+    """Rows in aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -41,7 +41,7 @@ def heading(hardware: dict[str, Any], versions: dict[str, str]) -> str:
 
 
 def publish(folder: Path, result: dict[str, Any]) -> str:
-    """Writes `folder/BENCHMARK-TIME.json` and draws the PNG beside it; lines that say where."""
+    """Writes `folder/BENCHMARK-TIME.json` and draws the PNG; returns lines with their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['benchmark']}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -49,5 +49,5 @@ def publish(folder: Path, result: dict[str, Any]) -> str:
 
 
 def say(line: str) -> None:
-    """How far it is, on standard error: standard output is for the table."""
+    """Prints progress on standard error; standard output is for the table."""
     print(line, file=sys.stderr, flush=True)

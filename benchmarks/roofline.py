@@ -1,4 +1,4 @@
-"""How near the engines come to plain matrix products of the model's own shapes."""
+"""Engines compared with plain matrix products of the model's own shapes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fletcher.inference.backend import BackendConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Adds the flags of this benchmark."""
     parser.add_argument("--texts", type=positive, default=4000, help="how many (default: 4000)")
-    parser.add_argument("--repeats", type=positive, default=3, help="turns of everybody")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns of each row")
     parser.add_argument(
         "--seconds", type=seconds, default=3.0, help="of each shape of product (default: 3)"
     )
@@ -97,7 +97,7 @@ def _take_turn(
     padded = np.array([length for rows, length in model["shapes"] for _ in range(rows)])
     num_rows = int(np.median([rows * length for rows, length in model["shapes"]]))
     shapes = architecture.shapes()
-    # There and back is one chain: the last two shapes are each other's way back.
+    # A chain goes there and back: the last two shapes are each other's return.
     chains = shapes[:-1]
     products = run_job(
         [sys.executable, "-m", "benchmarks.gemm"],
@@ -111,7 +111,7 @@ def _take_turn(
         folder,
     )
     rates = products["flops_per_s"]
-    # Each shape with its share of a layer's operations; the last chain stands for two of them.
+    # Each shape with its share of a layer's operations; the last chain counts for two shapes.
     parts = [inner * outer for inner, outer in shapes]
     times = [part / rate for part, rate in zip(parts, [*rates, rates[-1]], strict=True)]
     return {
@@ -127,7 +127,7 @@ def _take_turn(
 
 
 def _median(name: str, turns: list[dict[str, Any]]) -> dict[str, Any]:
-    """One line of the table; the ratio is that of each turn, for both sides had the same minute."""
+    """One line of the table; ratios are per turn, because both sides ran in the same minute."""
     return {
         "name": name,
         **{

@@ -30,12 +30,12 @@ BUDGETS = (256, 512, 1024, 2048, 4096)
 
 @dataclass
 class Point:
-    """One value of what is varied.
+    """One value of a varied quantity.
 
     Attributes:
-        value: It.
-        measure: Seconds for all texts.
-        seconds: Of each turn.
+        value: The value.
+        measure: Returns seconds for all texts.
+        seconds: Seconds of each turn.
     """
 
     value: int
@@ -44,7 +44,7 @@ class Point:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Adds the flags of this benchmark."""
     parser.add_argument("--texts", type=positive, default=4000, help="how many (default: 4000)")
     parser.add_argument("--repeats", type=positive, default=3, help="turns of every value")
     parser.add_argument("--batch-rows", type=positive, default=500, help="rows of a batch sent")
@@ -135,7 +135,7 @@ def _serve(task: Task) -> float:
 
 
 def _replicas(task: Task, config: BackendConfig, num_replicas: int) -> float:
-    """Seconds of so many processes, each with its share of the cores, for all micro-batches."""
+    """Seconds for all micro-batches, by a number of processes that share the cores."""
     tokens = np.load(task.tokens_path)
     _, batches = planned(
         tokens["input_ids"],
@@ -145,7 +145,7 @@ def _replicas(task: Task, config: BackendConfig, num_replicas: int) -> float:
     )
     threads = [len(share) for share in np.array_split(np.arange(task.cores), num_replicas)]
     specs = [
-        # More replicas than cores: one each, and they get in each other's way.
+        # More replicas than cores: one core each, and they compete.
         WorkerSpec(
             f"cpu-{n}",
             f"fletcher.inference.{config.backend}:load",

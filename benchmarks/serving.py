@@ -1,4 +1,4 @@
-"""A real server in a process of its own, and how much memory its processes take."""
+"""A real server in a separate process, and the memory of its processes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _STOP_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Served:
-    """A server that listens.
+    """A listening server.
 
     Attributes:
         address: `grpc://HOST:PORT`.
-        pid: Of its front process.
+        pid: Process id of its front process.
         vectors: Folder of its LanceDB store.
     """
 
@@ -35,17 +35,17 @@ class Served:
     vectors: Path
 
     def count(self, dataset: str) -> int:
-        """Rows that a reader of the store's folder sees now."""
+        """Number of rows that a reader of the store's folder sees."""
         import lancedb
 
         return int(lancedb.connect(self.vectors).open_table(dataset).count_rows())
 
     def cpu_seconds(self) -> float:
-        """That the server's processes have used so far."""
+        """CPU seconds of the server's processes so far."""
         return cpu_seconds([self.pid, *_children(self.pid)])
 
     def memory(self) -> dict[str, int]:
-        """Bytes: the front process's resident set now and at its peak, and its workers' now."""
+        """Resident bytes of the front process now and at its peak, and of its workers now."""
         status = _status(self.pid)
         children = [_status(pid).get("VmRSS", 0) for pid in _children(self.pid)]
         return {"now": status["VmRSS"], "peak": status["VmHWM"], "workers": sum(children)}
@@ -64,14 +64,14 @@ def serve(
 
     Args:
         home: FLETCHER_HOME with the model.
-        model: Its name.
-        options: Flags that belong to the benchmark.
-        arguments: Flags that a caller of the benchmark adds.
-        store_process: The store is a `fletcher store` and is reached over Flight.
-        with_store: False: no store, vectors are only sent back.
+        model: Name of the model.
+        options: Flags of the benchmark.
+        arguments: Flags added on the command line.
+        store_process: Use a `fletcher store` over Flight.
+        with_store: False: no store, vectors are only returned.
 
     Raises:
-        JobError: It does not start; the message is what it logged.
+        JobError: The server does not start; the message is its log.
     """
     with tempfile.TemporaryDirectory(prefix="fletcher-bench-") as scratch:
         folder = Path(scratch)
@@ -89,7 +89,7 @@ def serve(
 
 @contextmanager
 def listening(argv: Sequence[str], log_file: Path) -> Iterator[tuple[str, int]]:
-    """Runs a server's script, which prints `listening on ADDRESS`; its address and process id."""
+    """Runs a server's script that prints `listening on ADDRESS`; yields address and pid."""
     with log_file.open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, "-c", *argv],
@@ -126,7 +126,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _status(pid: int) -> dict[str, int]:
-    """The sizes in /proc/PID/status, in bytes; empty where the process is gone."""
+    """The sizes in /proc/PID/status, in bytes; empty if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a benchmark measures on: a machine, a corpus and a model."""
+"""Setting of a benchmark: machine, corpus and model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fletcher.models.bundle.registry import Registry
 
 @dataclass(frozen=True)
 class Setting:
-    """What all benchmarks begin with.
+    """Machine, corpus and model of a benchmark.
 
     Attributes:
         args: The flags, those of `arguments.add_common` among them.
-        machine: As `hardware.facts` says it, at the start.
-        versions: As `hardware.versions` says it; peers add theirs.
+        machine: Result of `hardware.facts` at the start.
+        versions: Result of `hardware.versions`; peers add theirs.
     """
 
     args: argparse.Namespace
@@ -30,22 +30,22 @@ class Setting:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
-        """Keeps this process on `--cores`, and looks around."""
+        """Limits this process to `--cores`, and collects the facts."""
         hardware.limit_cores(args.cores)
         return cls(args, hardware.facts(), hardware.versions())
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The texts, read when first asked for."""
+        """The texts, read on first use."""
         return Corpus.load(self.args.corpus)
 
     @cached_property
     def bundle(self) -> ModelBundle:
-        """`--model`, downloaded when first asked for, where it is not in `--home`."""
+        """The bundle of `--model`, downloaded on first use if `--home` lacks it."""
         return Registry(self.args.home / "models").ensure(self.args.model, report.say)
 
     def about(self, benchmark: str) -> dict[str, Any]:
-        """What the JSON of a result begins with."""
+        """First fields of a result's JSON."""
         return {
             "benchmark": benchmark,
             "hardware": self.machine,

@@ -30,13 +30,13 @@ TOGETHER = "end to end, DoPut to rows in LanceDB"
 
 @dataclass
 class Stage:
-    """A stage and its turns.
+    """One stage and its turns.
 
     Attributes:
-        name: In the table.
-        measure: Takes a turn.
-        in_sum: It is one of those that all rows go through in a server with default options.
-        turns: What was measured.
+        name: Name in the table.
+        measure: Measures one turn.
+        in_sum: All rows pass this stage in a server with default options.
+        turns: Measurements.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Stage:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Adds the flags of this benchmark."""
     parser.add_argument("--texts", type=positive, default=4000, help="how many (default: 4000)")
     parser.add_argument("--repeats", type=positive, default=3, help="turns of every stage")
     parser.add_argument("--batch-rows", type=positive, default=500, help="rows of a batch sent")
@@ -145,7 +145,7 @@ def _row(stage: Stage, num_rows: int, num_tokens: int) -> dict[str, Any]:
 
 
 def _sum(rows: list[dict[str, Any]], cores: int) -> dict[str, float]:
-    """What the stages cost together, and what the cores could do at that price."""
+    """Sum of the stages' costs, and the rate that the cores could reach at that cost."""
     cpu = sum(row["cpu_ms_per_row"] for row in rows if row["in_sum"])
     together = rows[-1]
     return {

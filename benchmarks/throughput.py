@@ -1,6 +1,6 @@
 """Texts a second: Fletcher end to end beside its peers and the bare engines.
 
-One run, one table: the same texts on the same cores, by turns, one process after the other.
+One run makes one table: the same texts on the same cores, in turns, one process after the other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EXCHANGE = "Fletcher, DoExchange of float32 vectors"
 
 @dataclass
 class Row:
-    """A contender, and what became of its turns."""
+    """One contender and the results of its turns."""
 
     name: str
     measure: Measure | None = None
@@ -46,14 +46,14 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this benchmark."""
+    """Adds the flags of this benchmark."""
     parser.add_argument("--texts", type=positive, default=4000, help="how many (default: 4000)")
     parser.add_argument("--seed", type=int, default=0, help="which of the corpus's texts")
     parser.add_argument(
-        "--repeats", type=positive, default=3, help="turns of everybody (default: 3)"
+        "--repeats", type=positive, default=3, help="turns of each row (default: 3)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_TEXTS} texts, one turn: does it work at all"
+        "--quick", action="store_true", help=f"{QUICK_TEXTS} texts, one turn: to see that it works"
     )
     parser.add_argument("--batch-rows", type=positive, default=500, help="rows of a batch sent")
     add_max_batch_tokens(parser)
@@ -62,10 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_words,
         default=[""],
         metavar="WORDS",
-        help="rows whose name has one of these, between commas (default: all): shorter, but "
+        help="rows whose name contains one of these, between commas (default: all); shorter, but "
         "ratios and cosines are to the first of these",
     )
-    parser.add_argument("--no-peers", action="store_true", help="without the libraries of others")
+    parser.add_argument("--no-peers", action="store_true", help="without peers")
     parser.add_argument(
         "--peer-python",
         type=absolute,
@@ -124,7 +124,7 @@ def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
         return any(word in name.lower() for word in args.only)
 
     rows = []
-    # Fetched for who takes it only, and once.
+    # Downloaded only if a contender needs it, and once.
     checkpoints = functools.cache(lambda: _checkpoint(args))
     for one in contenders.PEERS:
         if not wanted(one.name):
@@ -150,13 +150,13 @@ def _rows(task: Task, args: argparse.Namespace) -> list[Row]:
 
 
 def _lacking(python: Path, one: contenders.Peer) -> str:
-    """Why a peer cannot take part; nothing where it can."""
+    """The reason why a peer cannot run; empty if it can."""
     lacks = contenders.missing(python, one.needs)
-    return f"{python} {lacks}; docs/performance.md says how to get it" if lacks else ""
+    return f"{python} {lacks}; docs/lab-book.md says how to install it" if lacks else ""
 
 
 def _checkpoint(args: argparse.Namespace) -> Path | Skipped:
-    """The model for the peers that read its checkpoint, or why they cannot take part."""
+    """The model for peers that read its checkpoint, or the reason why they cannot run."""
     if args.checkpoint is not None:
         return Path(args.checkpoint)
     if args.model != DEFAULT_MODEL:
@@ -181,7 +181,7 @@ def _take_turn(row: Row, turn: int, num_texts: int) -> None:
 
 
 def _results(rows: list[Row], own_name: str, num_texts: int, num_tokens: int) -> dict[str, Any]:
-    """Rates, ratios and cosines. The first float32 that ran is what others are compared with."""
+    """Rates, ratios and cosines, compared with the first float32 row that ran."""
     reference = next((row for row in rows if row.last is not None), None)
     if reference is None or reference.last is None:
         reasons = "; ".join(f"{row.name}: {row.skipped}" for row in rows)

@@ -1,9 +1,9 @@
-"""Whether the server in this container answers: exits 0 when it does.
+"""Health check of the server in this container: exits with 0 if it answers.
 
     healthcheck.py [ACTION]      (default: health; `fletcher store` has `capabilities`)
 
 Reads the server's own settings: FLETCHER_PORT, FLETCHER_TOKEN_FILE and FLETCHER_TLS_CERT. A server
-that asks its callers for certificates (FLETCHER_TLS_CLIENT_CA) needs a check of its own.
+that asks callers for certificates (FLETCHER_TLS_CLIENT_CA) needs another check.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> int:
         lines = (line.strip() for line in Path(token_file).read_text().splitlines())
         token = next(line for line in lines if line and not line.startswith("#"))
         headers.append((b"authorization", f"Bearer {token}".encode()))
-    # The certificate names the server's public address, not this one: it is not what is checked.
+    # The certificate names the server's public address, not this one, so it is not verified.
     client = flight.FlightClient(
         f"{scheme}://127.0.0.1:{os.environ.get('FLETCHER_PORT', '8815')}",
         disable_server_verification=scheme == "grpc+tls",

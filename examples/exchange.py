@@ -1,6 +1,6 @@
-"""Vectors of texts, by DoExchange, with plain pyarrow: python examples/exchange.py TEXT...
+"""Vectors of texts by DoExchange with plain pyarrow: python examples/exchange.py TEXT...
 
-What is written must be read meanwhile, or both sides wait for each other once the wire is full.
+Read answers while you write, or both sides wait for each other once the connection is full.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Text into a dataset, by DoPut, with plain pyarrow: python examples/put.py FILE DATASET [URI].
+"""Text into a dataset by DoPut with plain pyarrow: python examples/put.py FILE DATASET [URI].
 
 The server answers with acknowledgements while it stores, so one thread writes and one reads.
 """
@@ -15,7 +15,7 @@ if len(sys.argv) not in (3, 4):
 path, dataset = sys.argv[1:3]
 address = sys.argv[3] if len(sys.argv) > 3 else "grpc://127.0.0.1:8815"
 
-# The upload's name makes it repeatable: rows that the server has under it are not stored again.
+# The upload's name makes it repeatable: the server does not store its rows again.
 command = {
     "dataset": dataset,
     "upload_id": "example",
@@ -51,7 +51,7 @@ with writer:
         metadata = {"batch_id": number, "row_offset": rows}
         writer.write_with_metadata(batch, json.dumps(metadata).encode())
         rows += batch.num_rows
-    # Without this the server cannot tell a finished upload from one that broke off.
+    # Without this the server cannot tell a finished upload from an interrupted one.
     writer.write_metadata(json.dumps({"end": True, "rows": rows}).encode())
     writer.done_writing()
     reader.join()

@@ -1,4 +1,4 @@
-"""The texts nearest to a question, with plain pyarrow: python examples/search.py DATASET QUESTION.
+"""Texts nearest to a question, with plain pyarrow: python examples/search.py DATASET QUESTION.
 
 Fletcher (fletcher-serve) makes the vector; a store searches: fletcher store --path DIR, or Longbow.
 """
@@ -16,7 +16,7 @@ addresses = sys.argv[3:] or ["grpc://127.0.0.1:8815", "grpc://127.0.0.1:3000"]
 
 
 def call(address: str, action: str, body: dict[str, object]) -> list[flight.Result]:
-    """Does an action; where nobody listens, says so in a line."""
+    """Calls an action; without a server, exits with a one-line message."""
     try:
         return list(
             flight.connect(address).do_action(flight.Action(action, json.dumps(body).encode()))

@@ -1,8 +1,8 @@
-"""Text in chunks as it comes, with plain pyarrow: tail -f FILE | python examples/stream.py [URI].
+"""Chunks of text as it arrives, with plain pyarrow: tail -f FILE | python examples/stream.py [URI].
 
-Standard input is a document in pieces, its lines, and an empty line ends it. Each chunk is printed
-as soon as no text behind it can change it. With --whole all of a document is one row, and the
-exchange an ordinary one of texts that are cut into chunks: these are the same, and come later.
+The lines of standard input are pieces of a document; an empty line ends it. Each chunk is printed
+as soon as no later text can change it. With --whole each document is one row of an ordinary
+exchange: the chunks are the same and come later.
 """
 
 import json
@@ -18,9 +18,9 @@ if len(arguments) > 1:
     sys.exit("usage: python examples/stream.py [--whole] [grpc://HOST:PORT] < FILE")
 address = arguments[0] if arguments else "grpc://127.0.0.1:8815"
 command = {
-    "chunking": "sentences:32:none",  # none: no mean of their vectors, each chunk is a row
+    "chunking": "sentences:32:none",  # none: each chunk is a row, without a mean of their vectors
     "include_text": True,
-    "continuous": not whole,  # rows of one id, one after the other, are pieces of a document
+    "continuous": not whole,  # consecutive rows of one id are pieces of a document
 }
 schema = pa.schema([("id", pa.int64()), ("text", pa.utf8())])
 client = flight.connect(address)
@@ -43,7 +43,7 @@ def write() -> None:
     for line in sys.stdin:
         if whole:
             text += line
-        else:  # another id or the end of the exchange end a document, too
+        else:  # another id or the end of the exchange also end a document
             send(document, line, {"document_end": not line.strip()})
         if not line.strip():
             if whole:
@@ -54,10 +54,10 @@ def write() -> None:
     writer.done_writing()
 
 
-thread = threading.Thread(target=write, daemon=True)  # else it keeps a failed call from ending
+thread = threading.Thread(target=write, daemon=True)  # otherwise it keeps a failed call open
 thread.start()
 columns = ["id", "chunk_index", "chunk_start", "chunk_end", "text"]
-for chunk in reader:  # any number for a batch written; the last of them says "last": true
+for chunk in reader:  # any number for each batch written; the last one has "last": true
     if chunk.data is None:
         reader.cancel()
         sys.exit("the call failed: " + json.loads(chunk.app_metadata.to_pybytes())["message"])

@@ -33,6 +33,7 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -49,6 +50,11 @@ class FletcherError(Exception):
     """
 
     code: ClassVar[str] = "internal"
+
+    def __init_subclass__(cls, code: str | None = None) -> None:
+        """Derive the code from the name unless given: `UnknownModelError`, `unknown_model`."""
+        words = re.findall("[A-Z][a-z0-9]*", cls.__name__.removesuffix("Error"))
+        cls.code = code or "_".join(words).lower()
 
     def __init__(
         self,
@@ -99,120 +105,92 @@ def _rebuild(kind: type[FletcherError], fields: dict[str, Any]) -> FletcherError
     )
 
 
-class RequestError(FletcherError):
-    """What was asked cannot be done as asked."""
-
-    code = "invalid_command"
+class RequestError(FletcherError, code="invalid_command"):
+    """The request cannot be done as asked."""
 
 
-class InvalidCommandError(RequestError):
-    code = "invalid_command"
+class InvalidCommandError(RequestError): ...
 
 
-class UnknownFieldError(RequestError):
-    code = "unknown_field"
+class UnknownFieldError(RequestError): ...
 
 
-class UnknownModelError(RequestError):
-    code = "unknown_model"
+class UnknownModelError(RequestError): ...
 
 
-class UnknownDatasetError(RequestError):
-    code = "unknown_dataset"
+class UnknownDatasetError(RequestError): ...
 
 
-class UnknownColumnError(RequestError):
-    code = "unknown_column"
+class UnknownColumnError(RequestError): ...
 
 
-class ColumnTypeError(RequestError):
-    code = "column_type"
+class ColumnTypeError(RequestError): ...
 
 
-class InvalidUtf8Error(RequestError):
-    code = "invalid_utf8"
+class InvalidUtf8Error(RequestError): ...
 
 
-class RowTooLargeError(RequestError):
-    code = "row_too_large"
+class RowTooLargeError(RequestError): ...
 
 
-class BatchTooLargeError(RequestError):
-    code = "batch_too_large"
+class BatchTooLargeError(RequestError): ...
 
 
-class DimensionMismatchError(RequestError):
-    code = "dimension_mismatch"
+class DimensionMismatchError(RequestError): ...
 
 
-class ModelMismatchError(RequestError):
-    code = "model_mismatch"
+class ModelMismatchError(RequestError): ...
 
 
-class UploadConflictError(RequestError):
-    code = "upload_conflict"
+class UploadConflictError(RequestError): ...
 
 
 class UnavailableError(FletcherError):
     """The same request may succeed later.
 
-    By itself: nobody answers, or the connection broke. Only a client tells that, so its code does
-    not cross the wire.
+    By itself it means that nobody answers or that the connection broke. Only a client can tell, so
+    this code does not cross the wire.
     """
 
-    code = "unavailable"
+
+class OverloadedError(UnavailableError): ...
 
 
-class OverloadedError(UnavailableError):
-    code = "overloaded"
+class DrainingError(UnavailableError): ...
 
 
-class DrainingError(UnavailableError):
-    code = "draining"
+class StoreUnavailableError(UnavailableError): ...
 
 
-class StoreUnavailableError(UnavailableError):
-    code = "store_unavailable"
+class JournalFullError(UnavailableError): ...
 
 
-class JournalFullError(UnavailableError):
-    code = "journal_full"
+class DeadlineExceededError(FletcherError): ...
 
 
-class DeadlineExceededError(FletcherError):
-    code = "deadline_exceeded"
+class UnauthenticatedError(FletcherError): ...
 
 
-class UnauthenticatedError(FletcherError):
-    code = "unauthenticated"
+class UnauthorizedError(FletcherError): ...
 
 
-class UnauthorizedError(FletcherError):
-    code = "unauthorized"
+class InternalError(FletcherError): ...
 
 
-class InternalError(FletcherError):
-    code = "internal"
-
-
-class SetupError(FletcherError):
+class SetupError(FletcherError, code="internal"):
     """This process cannot start or run as configured."""
 
 
-class ConfigError(SetupError):
-    pass
+class ConfigError(SetupError, code="internal"): ...
 
 
-class ModelError(SetupError):
-    pass
+class ModelError(SetupError, code="internal"): ...
 
 
-class BackendError(SetupError):
-    pass
+class BackendError(SetupError, code="internal"): ...
 
 
-class StoreError(SetupError):
-    pass
+class StoreError(SetupError, code="internal"): ...
 
 
 def _subclasses(kind: type[FletcherError]) -> list[type[FletcherError]]:

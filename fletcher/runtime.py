@@ -18,14 +18,15 @@ from fletcher.flight.auth import Credentials
 from fletcher.flight.server import FlightServer
 from fletcher.inference.devices import detect_host
 from fletcher.models.bundle.registry import Registry
-from fletcher.net.compression import Answers
+from fletcher.net.compression import AnswerCompression
 from fletcher.net.ports import check_port
 from fletcher.pipeline.cache import CacheBackend
 from fletcher.pipeline.memory_budget import MemoryBudget
+from fletcher.serving.admission import Admission
 from fletcher.serving.load_level import LoadLevel, LoadMonitor, Signals
 from fletcher.serving.model_loader import ModelLoader, open_cache_backend
 from fletcher.serving.model_manager import ModelManager
-from fletcher.serving.service import Calls, Service
+from fletcher.serving.service import Service
 from fletcher.stores.address import open_store
 from fletcher.telemetry.tracing import Telemetry, configure
 from fletcher.util.allocator import IdleTrimmer, keep_large_blocks
@@ -51,7 +52,7 @@ class Runtime:
         self._progress = progress or log.info
         self._closed = threading.Event()
         self._telemetry: Telemetry | None = None
-        self._pressure: LoadMonitor | None = None
+        self._load: LoadMonitor | None = None
         self._service: Service | None = None
         self._server: FlightServer | None = None
         self._budget: MemoryBudget | None = None
@@ -96,12 +97,12 @@ class Runtime:
         """
         if self._service is None or self._budget is None:
             return True
-        calls, delivery, budget = self._service.calls, self._service.delivery, self._budget
-        calls.draining.set()
+        admission, delivery, budget = self._service.admission, self._service.delivery, self._budget
+        admission.draining.set()
         deadline = time.monotonic() + timeout_s
         quiet = 0
         while time.monotonic() < deadline:
-            if calls.wait_idle(0.05):
+            if admission.wait_idle(0.05):
                 break
             # A call whose client is silent cannot be ended; it has nothing in the house, either.
             busy = budget.statistics()["used_bytes"] > 0
@@ -129,8 +130,8 @@ class Runtime:
             shutdown.start()
             shutdown.join(_SHUTDOWN_S)
             ended = not shutdown.is_alive()
-        if self._pressure is not None:
-            self._pressure.stop()
+        if self._load is not None:
+            self._load.close()
         if self._trimmer is not None:
             self._trimmer.stop()
         service, self._service = self._service, None
@@ -173,12 +174,12 @@ class Runtime:
         for name in (config.model.default, *config.model.models):
             registry.ensure(name, self._progress)
         self._budget = budget = MemoryBudget(config.limits.budget_bytes, config.limits.max_streams)
-        calls = Calls(config.limits.max_streams, telemetry)
-        self._pressure = pressure = LoadMonitor(
-            lambda: _signals(budget, calls, delivery, models),
+        self._load = load = LoadMonitor(
+            lambda: _signals(budget, admission, delivery, models),
             telemetry,
-            on_change=lambda grade: budget.spare(half=grade is LoadLevel.SEVERE),
+            on_change=lambda level: budget.spare(half=level is LoadLevel.SEVERE),
         )
+        admission = Admission(config.limits.max_streams, load, telemetry)
         self._backend = open_cache_backend(config.cache)
         loader = ModelLoader(
             config,
@@ -186,7 +187,7 @@ class Runtime:
             detect_host(),
             budget,
             telemetry,
-            under_pressure=lambda: pressure.grade is not LoadLevel.NORMAL,
+            under_pressure=lambda: load.level is not LoadLevel.NORMAL,
             backend=self._backend,
         )
         models = ModelManager(
@@ -201,14 +202,14 @@ class Runtime:
             models=models,
             budget=budget,
             delivery=delivery,
-            calls=calls,
-            answers=Answers(config.network.compression),
-            pressure=pressure,
+            admission=admission,
+            answers=AnswerCompression(config.network.compression),
+            load=load,
             telemetry=telemetry,
             outputs=config.output,
         )
         models.start(config.model.models, config.model.aliases)
-        pressure.watch()
+        load.start()
         self._trimmer = IdleTrimmer(lambda: int(budget.statistics()["used_bytes"]))
         self._trimmer.start()
         self._server = _listen(self._service, config.network, credentials)
@@ -216,14 +217,14 @@ class Runtime:
 
 
 def _signals(
-    budget: MemoryBudget, calls: Calls, delivery: Delivery, models: ModelManager
+    budget: MemoryBudget, admission: Admission, delivery: Delivery, models: ModelManager
 ) -> Signals:
     """How full the house is, read from its parts."""
     num_starving = budget.starving(_STARVING_S)
     return Signals(
         memory=budget.used_share(),
-        streams=calls.share(),
-        starving=num_starving / max(1, calls.num_open) if num_starving > 1 else 0.0,
+        streams=admission.stream_share,
+        starving=num_starving / max(1, admission.num_streams) if num_starving > 1 else 0.0,
         journal=delivery.journal_share,
         store_away=delivery.store_unavailable,
         queue=models.queued_windows(),

@@ -163,7 +163,7 @@ class _Engines:
         self._bundle = Registry(config.home / "models").ensure(config.model.default, say)
         self._host, self._asked = detect_host(), config.engine
         decision = decide(config.home, self._asked, self._host, self._bundle)
-        found = engines(self._asked, self._host, self._bundle.folder)
+        found = engines(self._asked, self._host, self._bundle)
         candidates = [TuningCandidate(tuple(decision.configs)), *found]
         firsts = [one.configs[0] for one in candidates]
         self.usual = list(
@@ -177,11 +177,11 @@ class _Engines:
 
     def check(self, variants: Sequence[Variant]) -> None:
         """Refuses engines that cannot be had. Raises ConfigError or BackendError."""
-        from fletcher.tuning.candidates import resolve_by_rule
+        from fletcher.inference.devices import resolve_replicas
 
         for engine in dict.fromkeys(one.engine for one in variants):
             if not self._args.server:
-                resolve_by_rule(self._question(engine), self._host, self._bundle.folder)
+                resolve_replicas(self._question(engine), self._host, self._bundle)
             elif engine != self.reference:
                 raise ConfigError(
                     f"`variants` asks for {engine}, but {self._args.server} runs {self.reference}; "

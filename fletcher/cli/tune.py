@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
 def _print(report: TuningReport) -> None:
     chosen = report.chosen
     rows: list[tuple[str, ...]] = [
-        ("engine", "replicas", "tokens/run", "texts/s", "turns", "cosine", "")
+        ("engine", "replicas", "tokens/run", "texts/s", "rounds", "cosine", "")
     ]
     for trials in (report.engines, report.arrangements):
-        rows += [_row(trial, "chosen" if trial is chosen else trial.out) for trial in trials]
+        rows += [_row(trial, "chosen" if trial is chosen else trial.rejected) for trial in trials]
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     for index, row in enumerate(rows):
         if index == 1 + len(report.engines):
-            print()  # the two races: figures of one do not compare with the other's
+            print()  # figures of the two sets of trials do not compare
         cells = [
             cell.ljust(width) if column < 2 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=False))
@@ -75,27 +75,27 @@ def _print(report: TuningReport) -> None:
 
 def _row(trial: CandidateTrial, note: str) -> tuple[str, ...]:
     candidate = trial.candidate
-    turns = f"{min(trial.turns):.0f}-{max(trial.turns):.0f}" if trial.turns else "-"
+    rounds = f"{min(trial.rounds):.0f}-{max(trial.rounds):.0f}" if trial.rounds else "-"
     return (
         candidate.engine,
         candidate.replicas,
         str(candidate.max_batch_tokens),
-        f"{trial.texts_per_s:.0f}" if trial.turns else "-",
-        turns,
+        f"{trial.texts_per_s:.0f}" if trial.rounds else "-",
+        rounds,
         "-" if trial.lowest_cosine is None else f"{trial.lowest_cosine:.6f}",
         note,
     )
 
 
 def _why(report: TuningReport) -> str:
-    ran = [trial for trial in report.arrangements if trial.turns]
+    ran = [trial for trial in report.arrangements if trial.rounds]
     fastest = max(ran, key=lambda trial: trial.texts_per_s)
     if fastest is not report.chosen:
-        return "no other was faster in every turn"
+        return "no other was faster in every round"
     if report.chosen is ran[0]:
         return f"the fastest of {len(ran)} arrangements of the fastest engine"
     gain = report.chosen.texts_per_s / ran[0].texts_per_s
-    return f"faster in every turn, {gain:.2f} times the first of its arrangements"
+    return f"faster in every round, {gain:.2f} times the first of its arrangements"
 
 
 def _as_json(report: TuningReport) -> dict[str, Any]:
@@ -109,9 +109,9 @@ def _as_json(report: TuningReport) -> dict[str, Any]:
             ],
             "max_batch_tokens": candidate.max_batch_tokens,
             "texts_per_s": round(trial.texts_per_s, 1),
-            "turns": [round(turn, 1) for turn in trial.turns],
+            "turns": [round(rate, 1) for rate in trial.rounds],
             "lowest_cosine": trial.lowest_cosine,
-            "out": trial.out,
+            "out": trial.rejected,
         }
 
     return {

@@ -66,7 +66,7 @@ def connect(
         transfer = replace(transfer, compression=compression)
     connection = Connection(uri, token=token, tls=tls, timeout_s=timeout_s, transfer=transfer)
     try:
-        connection.check()
+        connection.check_server()
     except BaseException:
         connection.close()
         raise
@@ -123,7 +123,7 @@ class Client:
         upload = UploadSession(
             self._connection, data, options, row_offset=row_offset, end=end, on_ack=on_ack
         )
-        return upload.run(ask_first=resume)
+        return upload.send_rows(ask_first=resume)
 
     def ingest(
         self,

@@ -23,7 +23,7 @@ from fletcher.errors import (
 )
 from fletcher.net.address import parse_address
 from fletcher.net.channel import connect
-from fletcher.net.compression import Sender
+from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_flight_error
 from fletcher.util.backoff import Backoff
 
@@ -77,6 +77,27 @@ class TransferOptions:
     compression: str = "auto"
 
 
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """Bounds inside one call that no caller needs to change; tests do.
+
+    Attributes:
+        close_s: Longest wait for an exchange's call to end.
+        leave_s: Longest wait for the threads of a failed exchange before it starts again; a thread
+            inside the caller's iterator may never come back.
+        abandon_s: Longest wait for an upload's call to end, before its threads are left alone.
+        max_answers: Batches that wait for the caller at most. More wait in the server, which then
+            stops reading.
+        max_answer_bytes: Their bytes at most; one batch of any size may wait.
+    """
+
+    close_s: float = 5.0
+    leave_s: float = 2.0
+    abandon_s: float = 1.0
+    max_answers: int = 4
+    max_answer_bytes: int = 16 << 20
+
+
 class Connection:
     """A FlightClient, what every call on it needs, and its errors translated.
 
@@ -86,6 +107,7 @@ class Connection:
         tls: Certificates, for `grpc+tls`.
         timeout_s: Longest wait for connecting, and for the answer of an action.
         transfer: How uploads and exchanges use it.
+        limits: Bounds inside a call.
 
     Raises:
         InvalidCommandError: The address is none, or a certificate cannot be read.
@@ -99,13 +121,15 @@ class Connection:
         tls: TlsOptions | None,
         timeout_s: float,
         transfer: TransferOptions,
+        limits: CallLimits = CallLimits(),
     ) -> None:
         self.address = uri
         self.transfer = transfer
+        self.limits = limits
         self._timeout_s = timeout_s
         self._headers = [(b"authorization", b"Bearer " + token.encode())] if token else []
         address = parse_address(uri)
-        self._sender = Sender(
+        self._compression = SendCompression(
             transfer.compression,
             host=address.host,
             peer=uri,
@@ -136,7 +160,7 @@ class Connection:
             # The original is not chained: a kept Flight error keeps its call's memory.
             raise from_flight_error(exc, self.address) from None
 
-    def check(self) -> None:
+    def check_server(self) -> None:
         """Makes sure that somebody listens, who lets us in.
 
         Raises:
@@ -183,13 +207,13 @@ class Connection:
         return answer
 
     @property
-    def measures(self) -> bool:
+    def needs_batch(self) -> bool:
         """`write_options` needs the first batch."""
-        return self._sender.measures
+        return self._compression.needs_batch
 
     def write_options(self, first: pa.RecordBatch | None) -> pa.ipc.IpcWriteOptions:
         """Compression of a call whose first batch this is."""
-        return self._sender.options(first)
+        return self._compression.options(first)
 
     def stream_options(
         self, write: pa.ipc.IpcWriteOptions | None = None

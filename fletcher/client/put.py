@@ -41,8 +41,6 @@ from fletcher.net.flight_errors import from_flight_error
 _log = logging.getLogger(__name__)
 
 OnAck = Callable[[Ack], None]
-# How long a call that is being given up may take to end before it is left to its threads.
-_CLOSE_TIMEOUT_S = 1.0
 
 
 class UploadSession:
@@ -83,7 +81,7 @@ class UploadSession:
         self._rows_skipped = 0
         self._progress = 0
 
-    def run(self, *, ask_first: bool) -> PutSummary:
+    def send_rows(self, *, ask_first: bool) -> PutSummary:
         """Sends everything and gives the server's summary.
 
         Args:
@@ -163,7 +161,7 @@ class UploadSession:
 
     def _first_batch(self) -> pa.RecordBatch | None:
         """What the call will begin with, where its compression depends on that."""
-        if not self._connection.measures:
+        if not self._connection.needs_batch:
             return None
         if self._unacknowledged:
             return self._unacknowledged[0].batch
@@ -206,7 +204,7 @@ class _PutCall:
     ) -> None:
         self._connection = connection
         self._changed = threading.Condition()
-        self._journal_writer: deque[Message | bytes | None] = deque()
+        self._to_write: deque[Message | bytes | None] = deque()
         self._in_window: deque[Message] = deque()
         self._window_bytes = 0
         self._ack: Ack | None = None
@@ -241,7 +239,7 @@ class _PutCall:
                 self._last_activity = time.monotonic()
             self._in_window.append(message)
             self._window_bytes += message.num_bytes
-            self._journal_writer.append(message)
+            self._to_write.append(message)
             self._changed.notify_all()
 
     def end(self, marker: bytes | None) -> None:
@@ -249,8 +247,8 @@ class _PutCall:
         with self._changed:
             self._last_activity = time.monotonic()
             if marker is not None:
-                self._journal_writer.append(marker)
-            self._journal_writer.append(None)
+                self._to_write.append(marker)
+            self._to_write.append(None)
             self._changed.notify_all()
 
     def result(self, stall_timeout_s: float, tick: Callable[[], None]) -> PutSummary:
@@ -274,7 +272,7 @@ class _PutCall:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._closed, _CLOSE_TIMEOUT_S)
+            self._changed.wait_for(lambda: self._closed, self._connection.limits.abandon_s)
 
     def _wait(
         self, done: Callable[[], bool], stall_timeout_s: float, tick: Callable[[], None]
@@ -312,7 +310,7 @@ class _PutCall:
                     self._writer.write_metadata(item)
         except Exception as exc:  # noqa: BLE001 - of a thread: handed to the caller's
             self._fail(exc)
-            patience_s = _CLOSE_TIMEOUT_S
+            patience_s = self._connection.limits.abandon_s
         try:
             self._writer.done_writing()
         except Exception as exc:  # noqa: BLE001 - the same
@@ -339,8 +337,8 @@ class _PutCall:
         server may be reading, and ends the call once writing has ended.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._journal_writer or self._over)
-            return None if self._over else self._journal_writer.popleft()
+            self._changed.wait_for(lambda: self._to_write or self._over)
+            return None if self._over else self._to_write.popleft()
 
     @property
     def _over(self) -> bool:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
-from fletcher.core.schema import ELEMENT_TYPES, output_schema
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
-from fletcher.flight.call import Helper, Trace, submit
-from fletcher.pipeline.assembly import Assembler
-from fletcher.pipeline.input.intake import Intake
-from fletcher.pipeline.input.row_slice import RowSlice
-from fletcher.pipeline.stream import EmbedStream
-from fletcher.serving.model_manager import ServedModel
 from fletcher.serving.service import Service
+from fletcher.serving.session import EmbedCall, EmbedSession
 
 MAX_TEXTS = 256
 _UNUSED = (
@@ -25,7 +18,7 @@ _UNUSED = (
 )
 
 
-def embed(service: Service, fields: dict[str, Any], context: Any, trace: Trace) -> dict[str, Any]:
+def embed(service: Service, fields: dict[str, Any], context: Any, trace: Any) -> dict[str, Any]:
     """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
 
     For int8 with a scale a row there is `scale`, too.
@@ -33,10 +26,41 @@ def embed(service: Service, fields: dict[str, Any], context: Any, trace: Trace) 
     Raises:
         BatchTooLargeError: More than MAX_TEXTS texts; DoExchange takes any number.
         InvalidCommandError: `texts` is no list of strings, or a field that has no meaning here.
-        FletcherError: The first text that has no vector, why.
+        FletcherError: Why the first text without a vector has none; retryable errors come first.
     """
-    service.calls.check()
-    texts = fields.pop("texts", None)
+    service.admission.check_draining()
+    batch = _batch_of(fields.pop("texts", None))
+    for name in _UNUSED:
+        if name in fields:
+            raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
+    command = EmbedCommand.from_mapping(fields)
+    call = EmbedCall(
+        name="embed",
+        command=command,
+        abort=True,
+        alias_key=command.upload_id or "",
+        trace=trace,
+        given_up=context.is_cancelled,
+    )
+    with EmbedSession(service, call) as session:
+        session.open_input(batch.schema)
+        session.admit(bulk=False)
+        spec = session.spec
+        answer: dict[str, Any] = {
+            "model": spec.model,
+            "embeddings": [],
+            "token_count": [],
+            "truncated": [],
+            **({"scale": []} if spec.scaled else {}),
+        }
+        for result in session.embed_batch(batch, "embed"):
+            answer["embeddings"] += result.batch.column("vector").to_pylist()
+            for name in {"token_count", "truncated", "scale"} & answer.keys():
+                answer[name] += result.batch.column(name).to_pylist()
+    return answer
+
+
+def _batch_of(texts: Any) -> pa.RecordBatch:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InvalidCommandError("`texts` is not a list of strings", field="texts")
     if len(texts) > MAX_TEXTS:
@@ -44,63 +68,7 @@ def embed(service: Service, fields: dict[str, Any], context: Any, trace: Trace) 
             f"`texts` has {len(texts)} texts, at most {MAX_TEXTS}; DoExchange takes any number",
             field="texts",
         )
-    for name in _UNUSED:
-        if name in fields:
-            raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
-    options = EmbedCommand.from_mapping(fields)
-    key, given_up = options.upload_id or "", context.is_cancelled
-    with service.models.lease(options.model, key=key, given_up=given_up) as model:
-        return _embed(service, model, options, texts, trace)
-
-
-def _embed(
-    service: Service, model: ServedModel, options: EmbedCommand, texts: list[str], trace: Trace
-) -> dict[str, Any]:
-    request = service.resolve(model, options, dtypes=tuple(ELEMENT_TYPES))
     try:
-        batch = pa.record_batch({"text": pa.array(texts, pa.utf8())})
+        return pa.record_batch({"text": pa.array(texts, pa.utf8())})
     except UnicodeEncodeError:
         raise InvalidCommandError("`texts` holds half a surrogate pair", field="texts") from None
-    source = Intake(
-        batch.schema,
-        options,
-        prompt=request.prompt,
-        layers=request.layers,
-        limits=model.limits,
-        carry_text=False,
-        small_is_interactive=True,
-    )
-    schema = output_schema(request.spec, id_type=pa.utf8())
-    assembler = Assembler(schema, request.spec, "embed")
-    answer: dict[str, Any] = {
-        "model": request.spec.model,
-        "embeddings": [],
-        "token_count": [],
-        "truncated": [],
-        **({"scale": []} if request.spec.scaled else {}),
-    }
-    with service.admit(model, bulk=False), service.telemetry.span("embed", trace) as span:
-        stream = model.embedder.open_stream(span)
-        try:
-            row_slices = list(source.row_slices(batch, 0, 0))
-            if len(row_slices) == 1:
-                _send(stream, row_slices)
-            else:  # the last may find room when the first have left, and not before
-                Helper("embed-submit", partial(_send, stream, row_slices), lambda _: stream.close())
-            for result in stream.results():
-                output = assembler.assemble(result.context, result.embeddings)
-                assert output is not None  # no text is cut
-                if output.errors:
-                    raise output.errors[min(output.errors)]
-                answer["embeddings"] += output.batch.column("vector").to_pylist()
-                for name in {"token_count", "truncated", "scale"} & answer.keys():
-                    answer[name] += output.batch.column(name).to_pylist()
-                stream.release(result.num_bytes)
-        finally:
-            stream.close()
-    return answer
-
-
-def _send(stream: EmbedStream, row_slices: list[RowSlice]) -> None:
-    submit(stream, row_slices)
-    stream.end()

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fletcher.errors import FletcherError, InvalidCommandError
+from fletcher.errors import InvalidCommandError
 
 MAX_ROW_OFFSET = 2**53 - 1  # what JSON readers in any language keep exact
-MAX_REPORTED_ERRORS = 1000
 # Of a batch's `app_metadata`, which takes a hundred; Python's objects are many times the JSON.
 MAX_METADATA_BYTES = 64 << 10
-# Of an id in a report: what a thousand errors hold does not depend on what was sent.
-_MAX_ID_CHARACTERS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +76,6 @@ def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
     if end and metadata.rows is None:
         raise InvalidCommandError('`rows` is missing beside `"end": true`', field="rows")
     return metadata
-
-
-def row_errors(
-    errors: Mapping[int, FletcherError], ids: Any, *, row_first: int, limit: int
-) -> list[dict[str, Any]]:
-    """Errors of rows as they cross the wire, the first `limit` of them."""
-    return [
-        {
-            "row": row_first + row,
-            "id": reported_id(ids[row]),
-            "code": error.code,
-            "message": error.message,
-        }
-        for row, error in sorted(errors.items())[:limit]
-    ]
-
-
-def reported_id(identifier: Any) -> str | int | None:
-    """An id as errors name it: text is cut after its first 1,024 characters."""
-    value: str | int | None = identifier.as_py()
-    return value[:_MAX_ID_CHARACTERS] if isinstance(value, str) else value
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:

@@ -13,19 +13,20 @@ from pyarrow import flight
 
 from fletcher.config.network import NetworkConfig
 from fletcher.core.command import EmbedCommand, check_dataset
-from fletcher.core.schema import ELEMENT_TYPES, output_schema
+from fletcher.core.schema import output_schema
 from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
 from fletcher.flight.admin import load_model, set_alias, swap_model, unload_model
 from fletcher.flight.auth import Credentials, TokenFactory
-from fletcher.flight.call import Ending
 from fletcher.flight.commands import encode_models, parse_descriptor, parse_json, parse_list_models
 from fletcher.flight.embed_action import embed
+from fletcher.flight.ending import Ending
 from fletcher.flight.exchange import exchange
 from fletcher.flight.put import put
 from fletcher.flight.trace import TraceFactory, caller_trace
 from fletcher.net.flight_errors import handler_errors, without_traceback
 from fletcher.serving.model_manager import ModelManager
 from fletcher.serving.service import Service
+from fletcher.serving.session import EmbedCall, EmbedSession
 from fletcher.stores.base import DatasetInfo
 
 log = logging.getLogger(__name__)
@@ -63,13 +64,13 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         self.address = f"{scheme}://{_bracketed(network.host)}:{self.port}"
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        with self._handling(), self._service.calls.begun():
+        with self._handling(), self._service.admission.begin_call():
             options, trace = parse_descriptor(descriptor), caller_trace(context)
             put(self._service, options, context, reader, writer, trace)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        ending, calls = Ending(context, writer), self._service.calls
-        with ending, self._handling(), calls.begun():
+        ending, admission = Ending(context, writer), self._service.admission
+        with ending, self._handling(), admission.begin_call():
             options, trace = parse_descriptor(descriptor), caller_trace(context)
             exchange(self._service, options, context, reader, writer, trace, ending)
 
@@ -133,11 +134,11 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             options = parse_descriptor(descriptor)
             if options.dataset is not None:
                 return flight.SchemaResult(self._dataset(descriptor).schema)
-            given_up = context.is_cancelled
-            with self._service.models.lease(options.model, given_up=given_up) as model:
-                request = self._service.resolve(model, options, dtypes=tuple(ELEMENT_TYPES))
+            call = EmbedCall(name="get_schema", command=options, given_up=context.is_cancelled)
+            with EmbedSession(self._service, call) as session:
+                spec = session.spec
             text = bool(options.include_text)
-            return flight.SchemaResult(output_schema(request.spec, id_type=pa.utf8(), text=text))
+            return flight.SchemaResult(output_schema(spec, id_type=pa.utf8(), text=text))
 
     @contextmanager
     def _handling(self) -> Iterator[None]:
@@ -166,11 +167,11 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def _ready(self, body: bytes) -> bytes:
         models = self._service.models
-        ready = models.serves and not self._service.calls.draining.is_set()
+        ready = models.serves and not self._service.admission.draining.is_set()
         return _json({"ready": ready, "model": models.default.name})
 
     def _stats(self, body: bytes) -> bytes:
-        return _json(self._service.describe())
+        return _json(self._service.statistics())
 
     def _list_models(self, body: bytes) -> bytes:
         format_name = parse_list_models(body)
@@ -192,7 +193,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         body: bytes,
         context: Any,
     ) -> bytes:
-        self._service.calls.check()
+        self._service.admission.check_draining()
         return _json(load(self._service.models, parse_json(body), context.is_cancelled))
 
     def _upload_status(self, body: bytes) -> bytes:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from fletcher.errors import BackendError, ConfigError
+from fletcher.config.engine import EngineConfig
+from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.host import HostInfo, detect_host
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.onnx.packed import FAMILIES, can_pack
 
-__all__ = ["HostInfo", "Resolution", "detect_host", "resolve"]
+__all__ = ["HostInfo", "Resolution", "detect_host", "resolve_replicas"]
 
 # One process runs this many cores at most, as one interpreter lock feeds them all; a second process
 # costs another copy of the weights. Two cores showed no clear difference between one process and
@@ -26,9 +25,6 @@ MAX_CORES_PER_REPLICA = 16
 CPU_BATCH_TOKENS = 1024
 CUDA_BATCH_TOKENS = 32_768
 
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+(,\d+)*)?")
-_BACKENDS = ("auto", "onnxruntime", "openvino", "null")
-_PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 _INSTALL_CPU = "pip install 'longbow-fletcher[cpu]'"
 _INSTALL_GPU = (
     "pip uninstall onnxruntime, then pip install 'longbow-fletcher[gpu]' "
@@ -38,7 +34,7 @@ _INSTALL_GPU = (
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What `resolve` chose.
+    """What `resolve_replicas` chose.
 
     Attributes:
         configs: One for each replica.
@@ -49,63 +45,31 @@ class Resolution:
     reason: str
 
 
-def resolve(
-    device: str,
-    backend: str,
-    precision: str,
-    threads: int,
-    host: HostInfo,
-    bundle_folder: Path,
-    max_batch_tokens: int = 0,
-    *,
-    replicas_per_device: int = 0,
-    gpu_memory: int = 0,
-    cuda_graphs: bool = False,
-) -> Resolution:
-    """Turns what was asked into what runs.
+def resolve_replicas(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolution:
+    """Choose what runs a model, by rule, from the options and the host.
 
-    `auto` takes the GPUs where there are some and ONNX Runtime's CUDA build is installed, else the
+    `auto` takes the GPUs if the host has some and ONNX Runtime's CUDA build is installed, else the
     CPU. On GPUs it takes float16 and no padding for models whose graph Fletcher writes, float32
-    (TF32) for others. On the CPU it takes OpenVINO, in bfloat16 where the processor multiplies that
-    natively, else in float32; ONNX Runtime where OpenVINO is not installed.
-
-    Args:
-        device: `auto`, `cpu`, `cuda` (all devices) or `cuda:N,...`.
-        backend: `auto`, `onnxruntime`, `openvino` or `null`.
-        precision: `auto`, `float32`, `bfloat16` or `float16`.
-        threads: Cores for all replicas together; 0: all.
-        host: What there is.
-        bundle_folder: The model.
-        max_batch_tokens: Padded tokens in one run at most; 0: the device's best.
-        replicas_per_device: Replicas on each GPU; 0: one.
-        gpu_memory: Bytes of its GPU that each of them may take; 0: all.
-        cuda_graphs: Whether replicas on GPUs capture CUDA graphs for short texts.
+    (TF32) for others. On the CPU it takes OpenVINO, in bfloat16 if the processor multiplies that
+    natively, else in float32; and ONNX Runtime if OpenVINO is not installed.
 
     Raises:
-        ConfigError: A value that is none of the above.
-        BackendError: What was asked is not there; the message says how to get it.
+        BackendError: The host lacks what was asked for; the message says how to get it.
     """
-    _check("device", device, _DEVICE.fullmatch(device) is not None, "auto, cpu, cuda or cuda:N,...")
-    _check("backend", backend, backend in _BACKENDS, ", ".join(_BACKENDS))
-    _check("precision", precision, precision in _PRECISIONS, ", ".join(_PRECISIONS))
-    _check("threads", str(threads), threads >= 0, "0 or more")
-    _check("max_batch_tokens", str(max_batch_tokens), max_batch_tokens >= 0, "0 or more")
-    if backend == "null":
-        return _null(device, bundle_folder, max_batch_tokens)
-    if device.startswith("cuda") or (device == "auto" and _can_cuda(backend, precision, host)):
-        resolution = _cuda(device, backend, precision, host, bundle_folder, max_batch_tokens)
-        return _shared(resolution, replicas_per_device or 1, gpu_memory, cuda_graphs)
-    return _cpu(backend, precision, threads, host, bundle_folder, max_batch_tokens)
+    if asked.backend == "null":
+        return _null(asked, bundle)
+    if asked.device.startswith("cuda") or (asked.device == "auto" and _can_cuda(asked, host)):
+        return _shared(_cuda(asked, host, bundle), asked)
+    return _cpu(asked, host, bundle)
 
 
-def _null(device: str, bundle_folder: Path, max_batch_tokens: int) -> Resolution:
-    if device.startswith("cuda"):
+def _null(asked: EngineConfig, bundle: ModelBundle) -> Resolution:
+    if asked.device.startswith("cuda"):
         raise BackendError(
-            f"`backend` null runs on the CPU, `device` is {device}; leave one of them out",
+            f"`backend` null runs on the CPU, `device` is {asked.device}; leave one of them out",
             field="device",
             allowed=["auto", "cpu"],
         )
-    bundle = ModelBundle.from_folder(bundle_folder)
     if bundle.output != "dense":
         raise BackendError(
             f"`backend` null makes dense vectors, {bundle.name} gives {bundle.output}; ask for "
@@ -116,38 +80,32 @@ def _null(device: str, bundle_folder: Path, max_batch_tokens: int) -> Resolution
     config = BackendConfig(
         backend="null",
         device="cpu",
-        bundle=str(bundle_folder),
-        # What is measured with it is what a fast device leaves to be done.
-        max_batch_tokens=max_batch_tokens or CUDA_BATCH_TOKENS,
+        bundle=str(bundle.folder),
+        # Measurements with it are about what a fast device leaves to be done.
+        max_batch_tokens=asked.max_batch_tokens or CUDA_BATCH_TOKENS,
         dim=bundle.dim,
     )
     return Resolution([config], "null backend: vectors without a model, as asked")
 
 
-def _can_cuda(backend: str, precision: str, host: HostInfo) -> bool:
+def _can_cuda(asked: EngineConfig, host: HostInfo) -> bool:
     return (
         host.num_cuda_devices > 0
         and host.cuda_provider
-        and backend in ("auto", "onnxruntime")
-        and precision in ("auto", "float32", "float16")
+        and asked.backend in ("auto", "onnxruntime")
+        and asked.precision in ("auto", "float32", "float16")
     )
 
 
-def _cuda(
-    device: str,
-    backend: str,
-    precision: str,
-    host: HostInfo,
-    bundle_folder: Path,
-    max_batch_tokens: int,
-) -> Resolution:
-    if backend == "openvino":
+def _cuda(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolution:
+    device = asked.device
+    if asked.backend == "openvino":
         raise BackendError(
             f"`backend` openvino runs on the CPU, `device` is {device}; ask for onnxruntime",
             field="backend",
             allowed=["auto", "onnxruntime"],
         )
-    if precision == "bfloat16":
+    if asked.precision == "bfloat16":
         raise BackendError(
             "`precision` bfloat16 is OpenVINO's, on the CPU; ask for float16 or float32 on cuda",
             field="precision",
@@ -177,14 +135,15 @@ def _cuda(
                 field="device",
                 allowed=[f"cuda:{one}" for one in range(host.num_cuda_devices)],
             )
-    precision, why = _cuda_precision(precision, ModelBundle.from_folder(bundle_folder))
+    precision, why = _cuda_precision(asked.precision, bundle)
     configs = [
         BackendConfig(
             backend="onnxruntime",
             device=f"cuda:{index}",
-            bundle=str(bundle_folder),
+            bundle=str(bundle.folder),
             precision=precision,
-            max_batch_tokens=max_batch_tokens or CUDA_BATCH_TOKENS,
+            max_batch_tokens=asked.max_batch_tokens or CUDA_BATCH_TOKENS,
+            gpu_memory=asked.gpu_memory,
         )
         for index in dict.fromkeys(indices)
     ]
@@ -218,30 +177,23 @@ def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
     return "float16", "float16 without padding"
 
 
-def _shared(
-    resolution: Resolution, num_replicas: int, gpu_memory: int, cuda_graphs: bool
-) -> Resolution:
-    """The same with several replicas on each GPU."""
-    captures = cuda_graphs and resolution.configs[0].precision == "float16"
+def _shared(resolution: Resolution, asked: EngineConfig) -> Resolution:
+    """Put several replicas on each GPU, and have them capture CUDA graphs, as asked."""
+    num_replicas = asked.replicas_per_device or 1
+    captures = asked.cuda_graphs and resolution.configs[0].precision == "float16"
     configs = [
-        replace(one, gpu_memory=gpu_memory, cuda_graphs=captures)
+        replace(one, cuda_graphs=captures)
         for one in resolution.configs
         for _ in range(num_replicas)
     ]
     reason = resolution.reason + (f", {num_replicas} replicas each" if num_replicas > 1 else "")
-    if cuda_graphs:
+    if asked.cuda_graphs:
         reason += ", CUDA graphs" if captures else "; CUDA graphs are for float16 alone"
     return Resolution(configs, reason)
 
 
-def _cpu(
-    backend: str,
-    precision: str,
-    threads: int,
-    host: HostInfo,
-    bundle_folder: Path,
-    max_batch_tokens: int,
-) -> Resolution:
+def _cpu(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolution:
+    backend, precision = asked.backend, asked.precision
     if precision == "float16":
         raise BackendError(
             "`precision` float16 is for CUDA; on the CPU ask for bfloat16 or float32",
@@ -269,15 +221,15 @@ def _cpu(
         why = ", ".join(name.upper() for name in native)
     elif engine == "openvino" and not native and not why:
         why = "no native bfloat16"
-    cores = min(threads or host.cores, host.cores)
+    cores = min(asked.threads or host.cores, host.cores)
     configs = [
         BackendConfig(
             backend=engine,
             device="cpu",
-            bundle=str(bundle_folder),
+            bundle=str(bundle.folder),
             precision=precision,
             threads=share,
-            max_batch_tokens=max_batch_tokens or CPU_BATCH_TOKENS,
+            max_batch_tokens=asked.max_batch_tokens or CPU_BATCH_TOKENS,
         )
         for share in _shares(cores, host.num_numa_nodes)
     ]
@@ -312,11 +264,10 @@ def _cpu_engine(backend: str, precision: str, host: HostInfo) -> tuple[str, str]
 
 
 def _shares(cores: int, num_nodes: int) -> list[int]:
-    """Cores of each replica: as few as `MAX_CORES_PER_REPLICA` and the memory nodes allow."""
-    num_replicas = min(cores, max(-(-cores // MAX_CORES_PER_REPLICA), num_nodes))
-    return [cores // num_replicas + (n < cores % num_replicas) for n in range(num_replicas)]
+    """Cores of each replica: as few replicas as `MAX_CORES_PER_REPLICA` and the nodes allow."""
+    return split_cores(cores, min(cores, max(-(-cores // MAX_CORES_PER_REPLICA), num_nodes)))
 
 
-def _check(field: str, value: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"`{field}` is {value!r}, expected {expected}", field=field)
+def split_cores(cores: int, num_processes: int) -> list[int]:
+    """Cores of each process, as even as whole cores allow."""
+    return [cores // num_processes + (n < cores % num_processes) for n in range(num_processes)]

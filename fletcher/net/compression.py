@@ -136,18 +136,18 @@ class CodecChooser:
     def __init__(self, peer: str) -> None:
         self._peer = peer
         self._lock = threading.Lock()
-        self._known: OrderedDict[pa.Schema, str] = OrderedDict()
+        self._codecs: OrderedDict[pa.Schema, str] = OrderedDict()
 
-    def known(self, schema: pa.Schema) -> str | None:
+    def codec_for(self, schema: pa.Schema) -> str | None:
         """The codec for batches of a schema; None: nothing was learned yet."""
         with self._lock:
-            return self._known.get(schema)
+            return self._codecs.get(schema)
 
-    def learn(self, batch: pa.RecordBatch, link_bytes_per_s: float) -> str:
+    def learn_codec(self, batch: pa.RecordBatch, link_bytes_per_s: float) -> str:
         """Measures a batch, remembers the codec for its schema and says so in the log."""
         trials = measure(batch)
         codec = choose(trials, link_bytes_per_s)
-        _remember(self._lock, self._known, batch.schema, codec)
+        _remember(self._lock, self._codecs, batch.schema, codec)
         shown = codec if codec != NONE else CODECS[0]
         found = ", ".join(
             f"{one.kind} {one.shrinks:.1f}x at {one.bytes_per_s / 1e6:.0f} MB/s"
@@ -165,7 +165,7 @@ class CodecChooser:
         return codec
 
 
-class Sender:
+class SendCompression:
     """The codec of batches that are sent to one server. Thread-safe.
 
     Args:
@@ -187,17 +187,17 @@ class Sender:
         self._link_bytes_per_s: float | None = None
 
     @property
-    def measures(self) -> bool:
+    def needs_batch(self) -> bool:
         """It must see a batch before it can tell."""
         return self._compression == AUTO
 
     def options(self, batch: pa.RecordBatch | None) -> pa.ipc.IpcWriteOptions:
         """For a call whose first batch this is; asks the server for its speed the first time."""
-        if not self.measures:
+        if not self.needs_batch:
             return write_options(self._compression)
         if batch is None or not batch.num_rows:
             return write_options(NONE)
-        codec = self._chooser.known(batch.schema)
+        codec = self._chooser.codec_for(batch.schema)
         if codec is None:
             try:
                 if self._link_bytes_per_s is None:
@@ -205,11 +205,11 @@ class Sender:
             except FletcherError as error:
                 log.debug("the connection's speed is unknown: %s", error)
                 return write_options(NONE)  # the call itself will tell
-            codec = self._chooser.learn(batch, self._link_bytes_per_s)
+            codec = self._chooser.learn_codec(batch, self._link_bytes_per_s)
         return write_options(codec)
 
 
-class Answers:
+class AnswerCompression:
     """The codecs of what a server sends back, a call's fixed before its first batch. Thread-safe.
 
     So `auto` sends the first answers of a kind to a host as they are and watches how fast they go;
@@ -224,7 +224,7 @@ class Answers:
         self._lock = threading.Lock()
         self._hosts: OrderedDict[str, CodecChooser] = OrderedDict()
 
-    def open(self, peer: str, schema: pa.Schema) -> AnswerWriting:
+    def for_call(self, peer: str, schema: pa.Schema) -> CallCompression:
         """One call's answers.
 
         Args:
@@ -232,20 +232,20 @@ class Answers:
             schema: Of the answers.
         """
         if self._compression != AUTO:
-            return AnswerWriting(self._compression, None)
+            return CallCompression(self._compression, None)
         host = host_of(peer)
         if is_loopback(host):
-            return AnswerWriting(NONE, None)
+            return CallCompression(NONE, None)
         with self._lock:
             chooser = self._hosts.get(host)
         if chooser is None:
             chooser = CodecChooser(host)
             _remember(self._lock, self._hosts, host, chooser)
-        codec = chooser.known(schema)
-        return AnswerWriting(codec or NONE, chooser if codec is None else None)
+        codec = chooser.codec_for(schema)
+        return CallCompression(codec or NONE, chooser if codec is None else None)
 
 
-class AnswerWriting:
+class CallCompression:
     """How one call's answers are written, and how fast they go where that is not known yet."""
 
     def __init__(self, codec: str, learning: CodecChooser | None) -> None:
@@ -254,14 +254,14 @@ class AnswerWriting:
         self._num_bytes = 0
         self._seconds = 0.0
 
-    def written(self, batch: pa.RecordBatch, seconds: float) -> None:
+    def record_write(self, batch: pa.RecordBatch, seconds: float) -> None:
         """A batch was written, and that took so long: waiting for the connection's buffers."""
         if self._learning is None:
             return
         self._num_bytes += batch.nbytes
         self._seconds += seconds
         if self._num_bytes >= _OBSERVED_BYTES:
-            self._learning.learn(batch, self._num_bytes / max(self._seconds, 1e-6))
+            self._learning.learn_codec(batch, self._num_bytes / max(self._seconds, 1e-6))
             self._learning = None
 
 

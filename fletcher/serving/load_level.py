@@ -25,11 +25,22 @@ from fletcher.telemetry.tracing import Telemetry
 
 log = logging.getLogger(__name__)
 
-# A grade that was entered is left below this share of what entered it, and after that many
-# seconds: one upload lets the use of memory swing with every piece.
+# A level is left below this share of the threshold that entered it.
 _LEAVE_SHARE = 0.8
-_LEAVE_AFTER_S = 3.0
-_TICK_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTiming:
+    """When the load level is looked at and left.
+
+    Attributes:
+        leave_after_s: How long signals must be lower before a level is left: one upload lets the
+            use of memory swing with every row slice.
+        interval_s: Between two looks.
+    """
+
+    leave_after_s: float = 3.0
+    interval_s: float = 0.25
 
 
 class LoadLevel(IntEnum):
@@ -100,6 +111,7 @@ class LoadMonitor:
         telemetry: Where the grade and the seconds spent in each are shown.
         on_change: Told each new grade, in their order; must not observe.
         clock: Seconds that only grow.
+        timing: Intervals.
     """
 
     def __init__(
@@ -108,8 +120,10 @@ class LoadMonitor:
         telemetry: Telemetry,
         on_change: Callable[[LoadLevel], None],
         clock: Callable[[], float] = time.monotonic,
+        timing: LoadTiming | None = None,
     ) -> None:
-        self.grade = LoadLevel.NORMAL
+        self.timing = timing or LoadTiming()
+        self.level = LoadLevel.NORMAL
         self.reason = ""
         self._sample = sample
         self._telemetry = telemetry
@@ -119,21 +133,21 @@ class LoadMonitor:
         self._since = self._observed = clock()
         self._calm_since: float | None = None
         self._stopped = threading.Event()
-        telemetry.pressure_grade.observe(lambda: self.grade)
+        telemetry.pressure_grade.observe(lambda: self.level)
 
     def observe(self) -> LoadLevel:
         """Takes the signals as they are now, and tells the grade that follows."""
         signals = self._sample()
         with self._lock:
             now = self._clock()
-            name = self.grade.name.lower()
+            name = self.level.name.lower()
             self._telemetry.pressure_time.add(now - self._observed, grade=name)
             self._observed = now
-            before = self.grade
+            before = self.level
             grade, self.reason = self._next(signals, now)
             if grade is before:
                 return grade
-            self.grade, self._since, self._calm_since = grade, now, None
+            self.level, self._since, self._calm_since = grade, now, None
             log.log(
                 logging.WARNING if LoadLevel.SEVERE in (grade, before) else logging.INFO,
                 "pressure: %s after %s: %s",
@@ -144,11 +158,11 @@ class LoadMonitor:
             self._on_change(grade)
             return grade
 
-    def watch(self) -> None:
+    def start(self) -> None:
         """Observes from now on, in a thread of its own, until `stop`."""
         threading.Thread(target=self._watch, name="pressure", daemon=True).start()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ends `watch`. Idempotent."""
         self._stopped.set()
 
@@ -156,28 +170,28 @@ class LoadMonitor:
         """The grade, since when and why."""
         with self._lock:
             return {
-                "grade": self.grade.name.lower(),
+                "grade": self.level.name.lower(),
                 "for_s": round(self._clock() - self._since, 3),
                 "reason": self.reason,
             }
 
     def _next(self, signals: Signals, now: float) -> tuple[LoadLevel, str]:
         grade, reason = judge(signals)
-        if grade >= self.grade:
+        if grade >= self.level:
             self._calm_since = None
             return grade, reason
         lingering, why = judge(signals, _LEAVE_SHARE)
-        if lingering >= self.grade:
+        if lingering >= self.level:
             self._calm_since = None
-            return self.grade, why
+            return self.level, why
         if self._calm_since is None:
             self._calm_since = now
-        if now - self._calm_since < _LEAVE_AFTER_S:
-            return self.grade, self.reason
+        if now - self._calm_since < self.timing.leave_after_s:
+            return self.level, self.reason
         return lingering, why
 
     def _watch(self) -> None:
-        while not self._stopped.wait(_TICK_S):
+        while not self._stopped.wait(self.timing.interval_s):
             try:
                 self.observe()
             except Exception:

@@ -13,7 +13,8 @@ from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import load_inline
-from fletcher.inference.devices import HostInfo, resolve
+from fletcher.inference.devices import resolve_replicas
+from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 from fletcher.pipeline.cache import CacheBackend, EmbeddingCache, MemoryCache
@@ -173,7 +174,8 @@ def _decide(
 def _on_cpu(config: EngineConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
     """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
     backend = "null" if config.backend == "null" else "auto"
-    rule = resolve("cpu", backend, "float32", config.threads, host, bundle.folder)
+    asked = EngineConfig(device="cpu", backend=backend, precision="float32", threads=config.threads)
+    rule = resolve_replicas(asked, host, bundle)
     log.info("%s, when no GPU is left: %s", bundle.qualified_name, rule.reason)
     return Decision(rule.configs, rule.reason)
 

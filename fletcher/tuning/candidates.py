@@ -1,32 +1,31 @@
-"""What could run a model on a host: the few arrangements that are worth measuring."""
+"""Candidates of tuning: the few arrangements of engines and processes worth measuring."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal, get_args
 
 from fletcher.config.engine import EngineConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import HostInfo, Resolution, resolve
+from fletcher.inference.devices import resolve_replicas, split_cores
+from fletcher.inference.host import HostInfo
+from fletcher.models.bundle.bundle import ModelBundle
 
-# What `auto` may become. An arithmetic in which a row's vector depends on the rows beside it, such
-# as int8 with ranges taken at run time, is for those who name it.
-BACKENDS = ("openvino", "onnxruntime")
-PRECISIONS = ("bfloat16", "float16", "float32")
-
-
-def resolve_by_rule(asked: EngineConfig, host: HostInfo, bundle_folder: Path) -> Resolution:
-    """The replicas that the rules make of the options. Raises as `inference.devices.resolve`."""
-    return resolve(host=host, bundle_folder=bundle_folder, **dataclasses.asdict(asked))
+# Choices of `auto`. Arithmetic in which a row's vector depends on the rows beside it, such as int8
+# with ranges taken at run time, must be asked for by name.
+TunedBackend = Literal["openvino", "onnxruntime"]
+TunedPrecision = Literal["bfloat16", "float16", "float32"]
+BACKENDS: tuple[TunedBackend, ...] = get_args(TunedBackend)
+PRECISIONS: tuple[TunedPrecision, ...] = get_args(TunedPrecision)
 
 
 @dataclass(frozen=True, slots=True)
 class TuningCandidate:
-    """One way to run a model.
+    """Replicas that could run a model.
 
     Attributes:
         configs: One for each replica; all have the same `max_batch_tokens`.
@@ -36,12 +35,12 @@ class TuningCandidate:
 
     @property
     def max_batch_tokens(self) -> int:
-        """Padded tokens in one run at most."""
+        """Largest number of padded tokens in one run."""
         return self.configs[0].max_batch_tokens
 
     @property
     def processes(self) -> tuple[BackendConfig, ...]:
-        """The replicas alone: candidates that share them differ in their `max_batch_tokens`."""
+        """The replicas, whatever their `max_batch_tokens`: equal ones share their processes."""
         return tuple(dataclasses.replace(one, max_batch_tokens=0) for one in self.configs)
 
     def with_tokens(self, max_batch_tokens: int) -> TuningCandidate:
@@ -68,27 +67,31 @@ class TuningCandidate:
         return f"{self.engine} on {self.replicas}, {self.max_batch_tokens} tokens a run"
 
 
-def engines(asked: EngineConfig, host: HostInfo, bundle_folder: Path) -> list[TuningCandidate]:
-    """Every device, backend and precision that may be had, arranged by rule; the rules' own first.
+def engines(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> list[TuningCandidate]:
+    """Every device, backend and precision that can run here, arranged by rule.
+
+    The rules' own choice is first.
 
     Raises:
-        ConfigError: As `resolve`.
-        BackendError: As `resolve`: nothing can run what was asked.
+        BackendError: Nothing here can run what was asked for.
     """
-    found = [resolve_by_rule(asked, host, bundle_folder)]
+    found = [resolve_replicas(asked, host, bundle)]
     for device in ("cuda", "cpu") if asked.device == "auto" else (asked.device,):
         for backend in BACKENDS if asked.backend == "auto" else (asked.backend,):
             for precision in PRECISIONS if asked.precision == "auto" else (asked.precision,):
                 one = dataclasses.replace(
                     asked, device=device, backend=backend, precision=precision
                 )
-                with contextlib.suppress(BackendError):  # not to be had here
-                    found.append(resolve_by_rule(one, host, bundle_folder))
+                with contextlib.suppress(BackendError):  # not available here
+                    found.append(resolve_replicas(one, host, bundle))
     return list(dict.fromkeys(TuningCandidate(tuple(one.configs)) for one in found))
 
 
 def arrangements(engine: TuningCandidate, asked: EngineConfig) -> list[TuningCandidate]:
-    """One engine in fewer or more processes, with smaller or larger runs; as it is first."""
+    """One engine in fewer and more processes, with smaller and larger runs.
+
+    The given arrangement is first.
+    """
     tokens = engine.max_batch_tokens
     budgets = (tokens,) if asked.max_batch_tokens else (tokens, tokens // 2, tokens * 2)
     return [
@@ -111,9 +114,6 @@ def _processes(
     cores = sum(one.threads for one in configs)
     for number in (len(configs) // 2, len(configs) * 2):
         if 1 <= number <= cores:
-            yield tuple(dataclasses.replace(first, threads=one) for one in shares(cores, number))
-
-
-def shares(cores: int, number: int) -> Sequence[int]:
-    """Cores of each of some processes, as even as whole cores are."""
-    return [cores // number + (n < cores % number) for n in range(number)]
+            yield tuple(
+                dataclasses.replace(first, threads=one) for one in split_cores(cores, number)
+            )

@@ -1,4 +1,4 @@
-"""What a server runs: what was measured for it, or else what the rules say."""
+"""Choice of the replicas that a server runs: by measurement, else by rule."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from fletcher.config.engine import EngineConfig
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import HostInfo
+from fletcher.inference.devices import resolve_replicas
+from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tuning import record
-from fletcher.tuning.candidates import resolve_by_rule
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What was decided.
+    """Replicas to run, and why.
 
     Attributes:
         configs: One for each replica.
-        reason: One line for the log: what runs where, and why.
-        measured: The measurement; None where the rules decided.
+        reason: One line for the log: the engine, its place and the reason.
+        measured: The tune record; None if the rules decided.
     """
 
     configs: list[BackendConfig]
@@ -29,7 +29,7 @@ class Decision:
     measured: record.Record | None = None
 
     def describe(self) -> dict[str, Any]:
-        """For `stats`: how it was chosen, when it was measured and how fast it was then."""
+        """Entries for `stats`: the reason, and time and speed of the measurement."""
         about: dict[str, Any] = {"chosen_by": "rule", "reason": self.reason}
         if self.measured is not None:
             about |= {
@@ -41,22 +41,21 @@ class Decision:
 
 
 def decide(home: Path, asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Decision:
-    """Reads what `fletcher tune` found for the same question; measures nothing itself.
+    """Choose what a server runs: a tune record that holds, else the rules. Measures nothing.
 
     Args:
         home: FLETCHER_HOME.
-        asked: What the options fix.
-        host: What there is.
+        asked: The options; `auto` and 0 are open.
+        host: The machine.
         bundle: The model.
 
     Raises:
-        ConfigError: As `fletcher.inference.devices.resolve`.
-        BackendError: As `fletcher.inference.devices.resolve`.
+        BackendError: As `fletcher.inference.devices.resolve_replicas`.
     """
-    rule = resolve_by_rule(asked, host, bundle.folder)
+    rule = resolve_replicas(asked, host, bundle)
     if asked.backend == "null":
         return Decision(rule.configs, rule.reason)
-    found = record.load(home, record.Key.of(asked, host, bundle), bundle)
+    found = record.load(home, record.Key.for_question(asked, host, bundle), bundle)
     if found is None:
         return Decision(rule.configs, f"{rule.reason}; by rule, `fletcher tune` measures")
     return Decision(

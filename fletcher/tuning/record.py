@@ -1,4 +1,4 @@
-"""What was measured, kept in FLETCHER_HOME/tune, and whether it still holds."""
+"""Tune records in FLETCHER_HOME/tune: what was measured, and under which conditions it holds."""
 
 from __future__ import annotations
 
@@ -7,44 +7,38 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from fletcher.config.engine import EngineConfig
 from fletcher.errors import ConfigError
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import HostInfo
+from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.models.bundle.spec import MANIFEST
-from fletcher.tuning.candidates import BACKENDS, PRECISIONS, TuningCandidate
+from fletcher.models.bundle.spec import MANIFEST, Natural, Positive
+from fletcher.tuning.candidates import TunedBackend, TunedPrecision, TuningCandidate
+from fletcher.util.durable import write_atomically
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 _ENGINES = ("onnxruntime", "onnxruntime-gpu", "openvino")
-_DEVICE = re.compile(r"cpu|cuda:\d+")
-# The fields of a replica that are kept, and their types.
-_KINDS = {
-    name: type(value)
-    for name, value in dataclasses.asdict(BackendConfig("", "", "")).items()
-    if name not in ("bundle", "max_batch_tokens")
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The winner of a race.
+    """The winner of a tuning.
 
     Attributes:
-        candidate: It, for the bundle's folder as it is now.
-        measured_at: When, ISO 8601, UTC.
-        texts_per_s: Its median turn.
+        candidate: The replicas to run, for the bundle's folder as it is now.
+        measured_at: Time of the tuning, ISO 8601, UTC.
+        texts_per_s: Median of its rounds.
     """
 
     candidate: TuningCandidate
@@ -52,15 +46,45 @@ class Record:
     texts_per_s: float
 
 
+class _Replica(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A BackendConfig in the file: without the bundle, and with values of candidates only.
+
+    The limits are a matter of safety: a backend names a module to import.
+    """
+
+    backend: TunedBackend
+    device: Annotated[str, Meta(pattern=r"^(cpu|cuda:\d+)$")]
+    precision: TunedPrecision
+    threads: Natural
+    gpu_memory: Natural
+    version: str
+    dim: Natural
+    cuda_graphs: bool
+    late: bool
+
+
+class _File(msgspec.Struct, frozen=True):
+    """A record's file."""
+
+    format: Literal[1]
+    host: dict[str, Any]
+    asked: dict[str, Any]
+    holds: dict[str, str]
+    measured_at: str
+    texts_per_s: float
+    max_batch_tokens: Positive
+    replicas: Annotated[list[_Replica], Meta(min_length=1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a measurement is good for.
+    """Conditions of a measurement.
 
-    Another host or question has a file of its own; what `holds` says must be true still.
+    Each host and question has its own file; the values in `holds` must still be true.
 
     Attributes:
         host: The processor, its cores and instructions, the devices.
-        asked: What the options fix.
+        asked: The options, open ones included.
         holds: Versions of Fletcher and the engines, and the checksum of the bundle's manifest,
             which has those of all its files.
     """
@@ -70,8 +94,8 @@ class Key:
     holds: Mapping[str, str]
 
     @classmethod
-    def of(cls, asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Key:
-        """The key of a question that is asked on a host of a model."""
+    def for_question(cls, asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Key:
+        """Key of the options, asked for a model on a host."""
         versions = {"fletcher": "longbow-fletcher", **{name: name for name in _ENGINES}}
         return cls(
             host={
@@ -90,36 +114,38 @@ class Key:
         )
 
     def path(self, home: Path, bundle: ModelBundle) -> Path:
-        """Where the measurement of a model is kept; that of a kept version beside the others."""
+        """The record's file; each kept version of a model has its own."""
         question = json.dumps([self.host, self.asked], sort_keys=True)
         digest = hashlib.sha256(question.encode()).hexdigest()[:12]
         return home / "tune" / f"{bundle.folder.name}-{digest}.json"
 
 
 def load(home: Path, key: Key, bundle: ModelBundle) -> Record | None:
-    """What was measured, if it was and still holds; otherwise the log has a line that says why."""
+    """Read the record of a key; None, with a line in the log, if there is none that holds."""
     path = key.path(home, bundle)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(content["format"])
-        stale = _changed(content["holds"], key.holds)
-        record = _read(content, bundle.folder)
+        content = msgspec.json.decode(path.read_bytes(), type=_File)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning(
-            "%s cannot be used (%s): `fletcher tune` writes it anew", path, type(error).__name__
-        )
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s cannot be used (%s): `fletcher tune` writes it anew", path, error)
         return None
-    if stale:
+    if stale := _changes(content.holds, key.holds):
         log.warning("%s is out of date (%s): `fletcher tune` measures again", path, stale)
         return None
-    return record
+    configs = (
+        BackendConfig(
+            bundle=str(bundle.folder),
+            max_batch_tokens=content.max_batch_tokens,
+            **msgspec.structs.asdict(one),
+        )
+        for one in content.replicas
+    )
+    return Record(TuningCandidate(tuple(configs)), content.measured_at, content.texts_per_s)
 
 
 def save(home: Path, key: Key, bundle: ModelBundle, record: Record) -> Path:
-    """Writes what was measured, whole or not at all.
+    """Write a record, whole or not at all, and return its path.
 
     Raises:
         ConfigError: The folder cannot be written.
@@ -132,23 +158,14 @@ def save(home: Path, key: Key, bundle: ModelBundle, record: Record) -> Path:
         "texts_per_s": record.texts_per_s,
         "max_batch_tokens": record.candidate.max_batch_tokens,
         "replicas": [
-            {name: getattr(one, name) for name in _KINDS} for one in record.candidate.configs
+            {name: getattr(one, name) for name in _Replica.__struct_fields__}
+            for one in record.candidate.configs
         ],
     }
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, staged = tempfile.mkstemp(prefix=f".{path.name}~", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(descriptor)
-                os.fchmod(descriptor, 0o644)  # mkstemp's files are for their owner alone
-            Path(staged).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(staged).unlink()
-            raise
+        write_atomically(path, text, unique=True)
     except OSError as error:
         raise ConfigError(
             f"`home`: {path.parent} cannot be written: {error.strerror}; give another with --home "
@@ -158,30 +175,8 @@ def save(home: Path, key: Key, bundle: ModelBundle, record: Record) -> Path:
     return path
 
 
-def _read(content: Mapping[str, Any], bundle_folder: Path) -> Record:
-    """Raises KeyError, TypeError or ValueError for what `save` did not write."""
-    tokens = content["max_batch_tokens"]
-    if type(tokens) is not int or tokens < 1 or not content["replicas"]:
-        raise ValueError(content)
-    configs = tuple(_replica(one, bundle_folder, tokens) for one in content["replicas"])
-    return Record(
-        TuningCandidate(configs), str(content["measured_at"]), float(content["texts_per_s"])
-    )
-
-
-def _replica(fields: Mapping[str, Any], bundle_folder: Path, tokens: int) -> BackendConfig:
-    if {name: type(value) for name, value in fields.items()} != _KINDS:
-        raise TypeError(fields)
-    config = BackendConfig(bundle=str(bundle_folder), max_batch_tokens=tokens, **fields)
-    # A backend names a module to import.
-    known = config.backend in BACKENDS and config.precision in PRECISIONS
-    if not known or not _DEVICE.fullmatch(config.device) or config.threads < 0:
-        raise ValueError(fields)
-    return config
-
-
-def _changed(then: Mapping[str, Any], now: Mapping[str, str]) -> str:
-    """What is not as it was, in words; empty where nothing is."""
+def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Differences in words; empty without any."""
     words = []
     for name, value in now.items():
         if then.get(name) != value:
@@ -199,7 +194,7 @@ def _version(package: str) -> str:
 
 
 def _cuda_names(root: Path) -> list[str]:
-    """What the driver calls its devices, without loading CUDA."""
+    """Names of the devices by the driver, without loading CUDA."""
     names = []
     for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The replica processes of one candidate, and how long they take."""
+"""The replica processes of one candidate, and the time that they take."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
 from fletcher.workers.roster import PoolConfig
 
-# A turn is made to take about a second; who takes so much longer is stuck.
+# A round takes about a second: a group that takes so much longer is stuck.
 _RUN_TIMEOUT_S = 300.0
 
 
 class ReplicaGroup(Protocol):
-    """Replicas that are loaded and warm."""
+    """Loaded and warmed-up replicas."""
 
     concurrency: int
     precision: str
 
-    def run(self, batches: Sequence[MicroBatch]) -> tuple[list[InferenceResult], float]:
-        """Embeds micro-batches; their results in order, and the seconds that it took.
+    def embed_batches(self, batches: Sequence[MicroBatch]) -> tuple[list[InferenceResult], float]:
+        """Embed micro-batches; return their results in order, and the seconds it took.
 
         Raises:
             FletcherError: A replica failed or died.
@@ -35,12 +35,12 @@ class ReplicaGroup(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends the processes."""
+        """End the processes."""
         ...
 
 
 class ProcessReplicaGroup:
-    """Child processes as a server starts them.
+    """Replicas in child processes, as a server starts them.
 
     Args:
         configs: One for each process.
@@ -50,7 +50,7 @@ class ProcessReplicaGroup:
     """
 
     def __init__(self, configs: Sequence[BackendConfig]) -> None:
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()  # one turn's at most
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()  # those of one call
         specs = [
             WorkerSpec(f"tune-{n}", f"fletcher.inference.{one.backend}:load", one)
             for n, one in enumerate(configs)
@@ -61,7 +61,7 @@ class ProcessReplicaGroup:
         self.precision = str(self._pool.statistics()[0].get("precision", configs[0].precision))
 
     def close(self) -> None:
-        """Ends the processes. Idempotent."""
+        """End the processes. Idempotent."""
         self._pool.close()
 
     def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
@@ -77,11 +77,11 @@ class ProcessReplicaGroup:
         """See `JobSource`."""
         job.task(result, error)
 
-    def run(self, batches: Sequence[MicroBatch]) -> tuple[list[InferenceResult], float]:
-        """Embeds micro-batches; their results in order, and the seconds that it took.
+    def embed_batches(self, batches: Sequence[MicroBatch]) -> tuple[list[InferenceResult], float]:
+        """Embed micro-batches; return their results in order, and the seconds it took.
 
-        A runner that has nothing left to do waits for no other here: in a server the next window
-        follows. So the time is the mean of those at which the runners ended.
+        The time is the mean over the runners' ends: in a server, a runner that is done continues
+        with the next batch window instead of waiting for the others.
 
         Raises:
             FletcherError: A replica failed or died.
@@ -103,7 +103,7 @@ class ProcessReplicaGroup:
         for index in range(len(batches)):
             self._jobs.put(job(index))
         if not all_done.wait(_RUN_TIMEOUT_S):
-            raise BackendError(f"no end after {_RUN_TIMEOUT_S:g} s")
+            raise BackendError(f"the replicas did not finish within {_RUN_TIMEOUT_S:g} s")
         for result in results:
             if isinstance(result, Exception):
                 raise result

@@ -1,4 +1,4 @@
-"""Real texts to measure with, tokenized and cut into micro-batches as a server does it."""
+"""Real texts for measurements, tokenized and planned as a server does it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fletcher.tokenization.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class SampleTexts:
-    """Tokenized texts.
+    """Tokenized texts of various lengths.
 
     Attributes:
         tokens: The texts' tokens.
-        order: int64 [num_texts], the texts from the shortest to the longest.
+        order: int64 [num_texts], indexes of the texts from the shortest to the longest.
     """
 
     tokens: TokenBatch
     order: Int64Array
 
     @classmethod
-    def of(cls, bundle: ModelBundle) -> SampleTexts:
-        """The shipped texts as a model's tokenizer sees them, its default prompt before each.
+    def for_model(cls, bundle: ModelBundle) -> SampleTexts:
+        """The shipped texts in a model's tokens, each after the default prompt.
 
         Raises:
             ModelError: The bundle or its tokenizer is missing or damaged.
@@ -45,18 +45,22 @@ class SampleTexts:
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of a text on average."""
+        """Mean number of tokens of a text."""
         return float(self.tokens.token_count.mean())
 
     def rows(self, number: int) -> Int64Array:
-        """int64 [number], texts of the same spread of lengths; some come twice if there are few."""
+        """int64 [number], indexes of texts with the spread of lengths of all; a few may repeat."""
         places = np.linspace(0, len(self.order) - 1, number).round().astype(np.int64)
         return np.asarray(self.order[places], dtype=np.int64)
 
-    def cut(
+    def micro_batches(
         self, rows: Int64Array, *, max_batch_tokens: int, num_runners: int
     ) -> tuple[list[Int64Array], list[MicroBatch]]:
-        """Micro-batches of some texts, and which places of `rows` are in each."""
+        """Micro-batches of some texts.
+
+        Returns:
+            For each micro-batch, int64 indexes into `rows`; and the micro-batches.
+        """
         lengths = self.tokens.token_count[rows]
         places = plan(
             lengths,

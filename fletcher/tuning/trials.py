@@ -1,4 +1,4 @@
-"""Candidates against each other: who is right, and how fast, turn about."""
+"""Trials of candidates: their vectors against a reference, then their speed in rounds."""
 
 from __future__ import annotations
 
@@ -18,86 +18,86 @@ from fletcher.tuning.replica_group import ReplicaGroup
 from fletcher.tuning.sample_texts import SampleTexts
 
 Progress = Callable[[str], None]
-StartCrew = Callable[[Sequence[BackendConfig]], ReplicaGroup]
+StartReplicas = Callable[[Sequence[BackendConfig]], ReplicaGroup]
 
 # Lowest cosine to the reference that a vector may have, by the precision that really runs: those
-# that the golden tests ask for. all-MiniLM-L6-v2 on OpenVINO: 0.99995 in bfloat16, 1.000000 in
-# float32.
+# of the golden tests. all-MiniLM-L6-v2 on OpenVINO: 0.99995 in bfloat16, 1.000000 in float32.
 FLOOR_FLOAT32, FLOOR_OTHERS = 0.99999, 0.999
-# Texts of the first look, in which vectors are compared.
-LOOK_TEXTS = 32
-# Who is so many times slower than the fastest at the first look would take most of the time, such
-# as the CPU beside a GPU, and not win.
-SLOWER = 4.0
-TURNS = 5
-# About what the fastest takes for a turn; more when its runs would not be full.
-TURN_S = 0.6
+# Texts whose vectors are compared with the reference.
+CHECK_TEXTS = 32
+# A candidate that is so many times slower than the fastest would take most of the time and not win,
+# such as the CPU beside a GPU.
+MAX_SLOWDOWN = 4.0
+NUM_ROUNDS = 5
+# About the time that the fastest candidate takes for a round; more if its runs would not be full.
+ROUND_S = 0.6
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateTrial:
-    """What came of a candidate.
+    """Result of one candidate's trial.
 
     Attributes:
-        candidate: It.
-        turns: Texts per second in each turn; turn n of all trials was run at about the same time.
-        lowest_cosine: To the reference, of the worst text; None where there was no vector.
-        out: Why it is out of the race; empty where it is not.
+        candidate: The candidate.
+        rounds: Texts per second in each round; round n of all trials ran at about the same time.
+        lowest_cosine: Cosine to the reference of the worst text; None without vectors.
+        rejected: Reason why the candidate cannot be chosen; empty if it can.
     """
 
     candidate: TuningCandidate
-    turns: tuple[float, ...] = ()
+    rounds: tuple[float, ...] = ()
     lowest_cosine: float | None = None
-    out: str = ""
+    rejected: str = ""
 
     @property
     def texts_per_s(self) -> float:
-        """The median turn; 0 where there was none."""
-        return statistics.median(self.turns) if self.turns else 0.0
+        """Median of the rounds; 0 without rounds."""
+        return statistics.median(self.rounds) if self.rounds else 0.0
 
 
-def choose(trials: Sequence[CandidateTrial]) -> CandidateTrial | None:
-    """The fastest that is still in the race; None where none is.
+def choose_fastest(trials: Sequence[CandidateTrial]) -> CandidateTrial | None:
+    """Choose the fastest trial that is not rejected; None if all are.
 
-    The first, which is what the rules take, gives way only to one that was faster in every turn:
-    five such turns between equals happen once in 32 times, a faster median every other time.
+    The first trial is what the rules take. Another one is chosen only if it was faster in every
+    round: five such rounds between equals happen once in 32 times, a faster median every other
+    time.
     """
-    left = [trial for trial in trials if not trial.out]
+    left = [trial for trial in trials if not trial.rejected]
     for trial in sorted(left, key=lambda one: -one.texts_per_s):
         if trial is left[0] or all(
-            mine > its for mine, its in zip(trial.turns, left[0].turns, strict=True)
+            mine > its for mine, its in zip(trial.rounds, left[0].rounds, strict=True)
         ):
             return trial
     return None
 
 
-def race(
+def run_trials(
     candidates: Sequence[TuningCandidate],
-    probe: SampleTexts,
+    samples: SampleTexts,
     reference: FloatArray,
-    start: StartCrew,
+    start: StartReplicas,
     progress: Progress,
 ) -> list[CandidateTrial]:
-    """Compares the vectors of all candidates with the reference, then times those that are right.
+    """Compare the vectors of all candidates with the reference, then time those that are right.
 
-    All replicas are alive together and idle but for the one whose turn it is, and candidates take
-    turns, so that what else the machine does hits all of them alike.
+    All replicas are alive together, and only one candidate's run at a time. Candidates alternate
+    within a round, so that other load on the machine slows all of them alike.
 
     Args:
-        candidates: Some; those that share their processes are run by the same ones.
-        probe: The texts.
-        reference: float32 [LOOK_TEXTS, dim], right vectors of `probe.rows(LOOK_TEXTS)`.
+        candidates: The candidates; those with the same processes share one replica group.
+        samples: The texts.
+        reference: float32 [CHECK_TEXTS, dim], right vectors of `samples.rows(CHECK_TEXTS)`.
         start: Starts the processes of a candidate.
-        progress: Gets a line now and then.
+        progress: Gets a line at each step.
 
     Returns:
         A trial for each candidate, in their order.
     """
     with contextlib.ExitStack() as stack:
-        runners = [_Runner(one) for one in candidates]
+        trials = [_Trial(one) for one in candidates]
         groups: dict[tuple[BackendConfig, ...], ReplicaGroup | str] = {}
-        for runner in runners:
-            candidate = runner.candidate
+        for trial in trials:
+            candidate = trial.candidate
             if candidate.processes not in groups:
                 most = max(
                     one.max_batch_tokens
@@ -112,102 +112,111 @@ def race(
                 else:
                     stack.callback(group.close)
                     groups[candidate.processes] = group
-            runner.look(groups[candidate.processes], probe, reference)
-        _drop_the_slow(runners)
-        _take_turns([one for one in runners if one.group and not one.out], probe, progress)
-        return [runner.trial() for runner in runners]
+            trial.check_vectors(groups[candidate.processes], samples, reference)
+        _reject_slow(trials)
+        _run_rounds([one for one in trials if one.group and not one.rejected], samples, progress)
+        return [trial.result() for trial in trials]
 
 
 @dataclass(slots=True)
-class _Runner:
-    """A candidate in the race."""
+class _Trial:
+    """A candidate's trial while it runs."""
 
     candidate: TuningCandidate
     group: ReplicaGroup | None = None
-    out: str = ""
+    rejected: str = ""
     lowest_cosine: float | None = None
     first_rate: float = 0.0
-    turns: list[float] = field(default_factory=list)
+    rounds: list[float] = field(default_factory=list)
 
-    def trial(self) -> CandidateTrial:
-        turns = () if self.out else tuple(self.turns)
-        return CandidateTrial(self.candidate, turns, self.lowest_cosine, self.out)
+    def result(self) -> CandidateTrial:
+        rounds = () if self.rejected else tuple(self.rounds)
+        return CandidateTrial(self.candidate, rounds, self.lowest_cosine, self.rejected)
 
-    def look(self, group: ReplicaGroup | str, probe: SampleTexts, reference: FloatArray) -> None:
-        """The first look: are its vectors right, and about how fast is it?"""
+    def check_vectors(
+        self, group: ReplicaGroup | str, samples: SampleTexts, reference: FloatArray
+    ) -> None:
+        """Compare vectors with the reference, and estimate the speed."""
         if isinstance(group, str):
-            self.out = group
+            self.rejected = group
             return
         self.group = group
+        tokens = self.candidate.max_batch_tokens
         try:
-            # The first run finds what is made on demand, whatever the warm-up did.
-            embed(group, probe, LOOK_TEXTS, self.candidate.max_batch_tokens)
-            embeddings, elapsed_s = embed(group, probe, LOOK_TEXTS, self.candidate.max_batch_tokens)
+            # The first run pays for whatever is made on demand, beyond the warm-up.
+            embed(group, samples, CHECK_TEXTS, tokens)
+            embeddings, elapsed_s = embed(group, samples, CHECK_TEXTS, tokens)
         except FletcherError as error:
-            self.out = f"failed: {error.message}"
+            self.rejected = f"failed: {error.message}"
             return
-        self.first_rate = LOOK_TEXTS / elapsed_s
+        self.first_rate = CHECK_TEXTS / elapsed_s
         self.lowest_cosine = lowest_cosine(embeddings, reference)
         floor = FLOOR_FLOAT32 if group.precision == "float32" else FLOOR_OTHERS
-        if not self.lowest_cosine >= floor:  # NaN is not, either
-            self.out = (
+        if not self.lowest_cosine >= floor:  # rejects NaN too
+            self.rejected = (
                 f"refused: cosine {self.lowest_cosine:.6f} to float32, at least {floor} for "
                 f"{group.precision}"
             )
 
-    def take_turn(self, probe: SampleTexts, num_texts: int) -> None:
+    def run_round(self, samples: SampleTexts, num_texts: int) -> None:
         assert self.group is not None
         try:
-            _, elapsed_s = embed(self.group, probe, num_texts, self.candidate.max_batch_tokens)
+            _, elapsed_s = embed(self.group, samples, num_texts, self.candidate.max_batch_tokens)
         except FletcherError as error:
-            self.out = f"failed: {error.message}"
+            self.rejected = f"failed: {error.message}"
         else:
-            self.turns.append(num_texts / elapsed_s)
+            self.rounds.append(num_texts / elapsed_s)
 
 
-def _drop_the_slow(runners: Sequence[_Runner]) -> None:
-    fastest = max((one.first_rate for one in runners if not one.out), default=0.0)
-    for runner in runners:
-        if not runner.out and runner.first_rate * SLOWER < fastest:
-            runner.out = f"{fastest / runner.first_rate:.1f} times slower at the first look"
+def _reject_slow(trials: Sequence[_Trial]) -> None:
+    fastest = max((one.first_rate for one in trials if not one.rejected), default=0.0)
+    for trial in trials:
+        if not trial.rejected and trial.first_rate * MAX_SLOWDOWN < fastest:
+            slowdown = fastest / trial.first_rate
+            trial.rejected = f"{slowdown:.1f} times slower than the fastest in the vector check"
 
 
-def _take_turns(runners: Sequence[_Runner], probe: SampleTexts, progress: Progress) -> None:
-    if not runners:
+def _run_rounds(trials: Sequence[_Trial], samples: SampleTexts, progress: Progress) -> None:
+    if not trials:
         return
-    # Two full runs for everybody's every core, or a larger budget could not show what it gives.
+    # Two full runs for each core of every candidate: else a larger budget could not show its gain.
     most = max(
-        one.group.concurrency * one.candidate.max_batch_tokens for one in runners if one.group
+        one.group.concurrency * one.candidate.max_batch_tokens for one in trials if one.group
     )
-    enough = 2 * most / probe.mean_tokens
-    fastest = max(one.first_rate for one in runners)
-    num_texts = math.ceil(max(enough, fastest * TURN_S))
-    for turn in range(TURNS):
-        progress(f"turn {turn + 1} of {TURNS}: {len(runners)} candidates, {num_texts} texts each")
-        first = turn % len(runners)
-        for runner in (*runners[first:], *runners[:first]):
-            if not runner.out:
-                runner.take_turn(probe, num_texts)
+    enough = 2 * most / samples.mean_tokens
+    fastest = max(one.first_rate for one in trials)
+    num_texts = math.ceil(max(enough, fastest * ROUND_S))
+    for number in range(NUM_ROUNDS):
+        progress(
+            f"round {number + 1} of {NUM_ROUNDS}: {len(trials)} candidates, {num_texts} texts each"
+        )
+        first = number % len(trials)
+        for trial in (*trials[first:], *trials[:first]):
+            if not trial.rejected:
+                trial.run_round(samples, num_texts)
 
 
 def embed(
-    group: ReplicaGroup, probe: SampleTexts, num_texts: int, max_batch_tokens: int
+    group: ReplicaGroup, samples: SampleTexts, num_texts: int, max_batch_tokens: int
 ) -> tuple[FloatArray, float]:
-    """float32 [num_texts, dim], vectors of `probe.rows(num_texts)`, and the seconds they took.
+    """Embed `samples.rows(num_texts)` on a replica group.
+
+    Returns:
+        float32 [num_texts, dim] in the order of the rows, and the seconds that it took.
 
     Raises:
         FletcherError: A replica failed or died.
     """
-    places, batches = probe.cut(
-        probe.rows(num_texts), max_batch_tokens=max_batch_tokens, num_runners=group.concurrency
+    places, batches = samples.micro_batches(
+        samples.rows(num_texts), max_batch_tokens=max_batch_tokens, num_runners=group.concurrency
     )
-    results, elapsed_s = group.run(batches)
+    results, elapsed_s = group.embed_batches(batches)
     embeddings = np.concatenate([one.embeddings for one in results])
     return embeddings[np.argsort(np.concatenate(places))], elapsed_s
 
 
 def lowest_cosine(embeddings: FloatArray, reference: FloatArray) -> float:
-    """The least cosine between rows of the same index; NaN where a vector has no direction."""
+    """Lowest cosine between rows of the same index; NaN if a vector has norm 0."""
     ours, right = embeddings.astype(np.float64), reference.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(right, axis=1)

@@ -1,4 +1,4 @@
-"""From a question to the fastest right answer: engines against each other, then arrangements."""
+"""Tuning: trials of engines, then of arrangements of the fastest, and the record of the winner."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from pathlib import Path
 from fletcher.config.engine import EngineConfig
 from fletcher.core.batches import FloatArray
 from fletcher.errors import BackendError, ConfigError
-from fletcher.inference.devices import HostInfo
+from fletcher.inference.devices import resolve_replicas
+from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.tuning.candidates import TuningCandidate, arrangements, engines, resolve_by_rule
+from fletcher.tuning.candidates import TuningCandidate, arrangements, engines
 from fletcher.tuning.record import Key, Record, save
 from fletcher.tuning.replica_group import ProcessReplicaGroup
 from fletcher.tuning.sample_texts import SampleTexts
 from fletcher.tuning.trials import (
-    LOOK_TEXTS,
+    CHECK_TEXTS,
     CandidateTrial,
     Progress,
-    StartCrew,
-    choose,
+    StartReplicas,
+    choose_fastest,
     embed,
-    race,
+    run_trials,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class TuningReport:
-    """What came of a tuning.
+    """Result of a tuning.
 
     Attributes:
-        engines: The first race: each backend and precision, arranged by rule; what the rules take
-            is first.
-        arrangements: The second: the fastest engine in other processes, with other runs.
-        chosen: The winner; of `arrangements`.
-        record: As it was kept.
-        path: Where.
+        engines: Trials of each backend and precision, arranged by rule; the rules' own choice is
+            first.
+        arrangements: Trials of the fastest engine in other processes and with other runs.
+        chosen: The winner, one of `arrangements`.
+        record: The record that was written.
+        path: Its file.
     """
 
     engines: list[CandidateTrial]
@@ -52,24 +53,24 @@ def tune(
     host: HostInfo,
     bundle: ModelBundle,
     progress: Progress,
-    start: StartCrew = ProcessReplicaGroup,
+    start: StartReplicas = ProcessReplicaGroup,
 ) -> TuningReport:
-    """Measures what could run a model here and keeps the winner for servers to come.
+    """Measure candidates for a model and record the winner, which servers then run.
 
-    Two small races instead of one of all combinations, which would take several times as long and
-    hold every engine in every arrangement in memory.
+    Two small sets of trials replace one of all combinations, which would take several times as long
+    and hold every engine in every arrangement in memory.
 
     Args:
         home: FLETCHER_HOME.
-        asked: What the options fix.
-        host: What there is.
+        asked: The options; `auto` and 0 are open.
+        host: The machine.
         bundle: The model.
-        progress: Gets a line now and then.
+        progress: Gets a line at each step.
         start: Starts the processes of a candidate.
 
     Raises:
-        ConfigError: Nothing is left to choose, or `home` cannot be written.
-        BackendError: Nothing that was asked runs here, or nothing that runs is right.
+        ConfigError: There is nothing to choose, or `home` cannot be written.
+        BackendError: Nothing that was asked for runs here, or no candidate's vectors are right.
         ModelError: The model is damaged.
     """
     if asked.backend == "null":
@@ -80,27 +81,33 @@ def tune(
             "dense ones; serve it without tuning",
             field="model",
         )
-    candidates = engines(asked, host, bundle.folder)
-    probe = SampleTexts.of(bundle)
-    reference = _reference(host, bundle, probe, start, progress)
-    first = race(candidates, probe, reference, start, progress)
-    engine = choose(first)
+    candidates = engines(asked, host, bundle)
+    samples = SampleTexts.for_model(bundle)
+    reference = _reference(host, bundle, samples, start, progress)
+    first = run_trials(candidates, samples, reference, start, progress)
+    engine = choose_fastest(first)
     if engine is None:
-        raise BackendError("nothing that runs here is right: " + "; ".join(map(_told, first)))
-    second = race(arrangements(engine.candidate, asked), probe, reference, start, progress)
-    chosen = choose(second)
+        raise BackendError("no engine gives right vectors here: " + "; ".join(map(_verdict, first)))
+    second = run_trials(arrangements(engine.candidate, asked), samples, reference, start, progress)
+    chosen = choose_fastest(second)
     if chosen is None:
-        raise BackendError("what was right no longer runs: " + "; ".join(map(_told, second)))
+        raise BackendError(
+            "the fastest engine no longer gives right vectors: " + "; ".join(map(_verdict, second))
+        )
     now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     record = Record(chosen.candidate, now, chosen.texts_per_s)
-    path = save(home, Key.of(asked, host, bundle), bundle, record)
+    path = save(home, Key.for_question(asked, host, bundle), bundle, record)
     return TuningReport(first, second, chosen, record, path)
 
 
 def _reference(
-    host: HostInfo, bundle: ModelBundle, probe: SampleTexts, start: StartCrew, progress: Progress
+    host: HostInfo,
+    bundle: ModelBundle,
+    samples: SampleTexts,
+    start: StartReplicas,
+    progress: Progress,
 ) -> FloatArray:
-    """float32 [LOOK_TEXTS, dim]: ONNX Runtime's float32 on the CPU, OpenVINO's without that.
+    """float32 [CHECK_TEXTS, dim], by float32 on the CPU: ONNX Runtime, or OpenVINO without it.
 
     Raises:
         BackendError: Neither is installed.
@@ -108,14 +115,14 @@ def _reference(
     """
     backend = "onnxruntime" if host.onnxruntime else "openvino"
     asked = EngineConfig(device="cpu", backend=backend, precision="float32")
-    candidate = TuningCandidate(tuple(resolve_by_rule(asked, host, bundle.folder).configs))
+    candidate = TuningCandidate(tuple(resolve_replicas(asked, host, bundle).configs))
     progress(f"reference: {candidate.engine} on {candidate.replicas}")
     group = start(candidate.configs)
     try:
-        return embed(group, probe, LOOK_TEXTS, candidate.max_batch_tokens)[0]
+        return embed(group, samples, CHECK_TEXTS, candidate.max_batch_tokens)[0]
     finally:
         group.close()
 
 
-def _told(trial: CandidateTrial) -> str:
-    return f"{trial.candidate.engine} {trial.out}"
+def _verdict(trial: CandidateTrial) -> str:
+    return f"{trial.candidate.engine} {trial.rejected}"

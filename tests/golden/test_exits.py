@@ -15,10 +15,11 @@ import numpy as np
 import onnx
 import pytest
 
+from fletcher.config.engine import EngineConfig
 from fletcher.core.batches import MicroBatch
 from fletcher.errors import ModelError
 from fletcher.inference.backend import Backend, BackendConfig
-from fletcher.inference.devices import detect_host, resolve
+from fletcher.inference.devices import detect_host, resolve_replicas
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 
@@ -150,6 +151,6 @@ def test_exits_that_cannot_be(tmp_path: Path) -> None:
 def test_a_gpu_runs_exits_padded(tmp_path: Path) -> None:
     bundle = add(GOLDEN / "tiny", tmp_path, (1,))
     host = replace(detect_host(), num_cuda_devices=1, cuda_provider=True)
-    chosen = resolve("cuda", "auto", "auto", 0, host, bundle.folder)
+    chosen = resolve_replicas(EngineConfig(device="cuda"), host, bundle)
     assert chosen.configs[0].precision == "float32"
     assert "have no exits" in chosen.reason

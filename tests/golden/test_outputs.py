@@ -20,7 +20,7 @@ from fletcher.core.batches import InferenceResult, MicroBatch, TextBatch
 from fletcher.errors import BackendError, ConfigError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import BudgetedBackend
-from fletcher.inference.devices import detect_host, resolve
+from fletcher.inference.devices import detect_host, resolve_replicas
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 from fletcher.models.onnx.packed import can_pack
@@ -185,7 +185,7 @@ def test_what_is_for_dense_vectors_refuses_others(
     bundle, host = bundles[name], detect_host()
     assert not can_pack(bundle)
     with pytest.raises(BackendError, match=f"null makes dense vectors, {name} gives"):
-        resolve("cpu", "null", "auto", 0, host, bundle.folder)
+        resolve_replicas(EngineConfig(device="cpu", backend="null"), host, bundle)
     with pytest.raises(ConfigError, match=f"`model` {name} gives {bundle.output} vectors"):
         tune(tmp_path, EngineConfig(), host, bundle, print)
 

@@ -221,13 +221,13 @@ def held_bytes(server: Runtime) -> int:
 
 
 def test_a_client_that_goes_leaves_nothing(server: Runtime) -> None:
-    wait_until(lambda: server.service.calls.num_open == 0)
+    wait_until(lambda: server.service.admission.num_streams == 0)
     with calling(server) as call:
         call.send(("a", TEXT))
-        assert server.service.calls.num_open == 1
+        assert server.service.admission.num_streams == 1
         wait_until(lambda: held_bytes(server) == 0)  # between pieces nothing is on its way
         call.send(("a", TEXT))
-    wait_until(lambda: server.service.calls.num_open == 0)
+    wait_until(lambda: server.service.admission.num_streams == 0)
     assert held_bytes(server) == 0
 
 
@@ -280,7 +280,7 @@ def test_a_client_that_never_reads_is_stopped(server: Runtime) -> None:
         call.reader.cancel()
         thread.join(30)
         assert not thread.is_alive()
-    wait_until(lambda: server.service.calls.num_open == 0)
+    wait_until(lambda: server.service.admission.num_streams == 0)
     assert held_bytes(server) == 0
 
 
@@ -315,7 +315,7 @@ def test_who_leaves_does_not_wait_for_the_next_piece(
         next(stream)
         started_s = time.monotonic()
     assert time.monotonic() - started_s < 4  # it waits 5 s for a thread that may end by itself
-    wait_until(lambda: server.service.calls.num_open == 0)
+    wait_until(lambda: server.service.admission.num_streams == 0)
     writing = stream._exchange._threads[0]
     del stream
     pieces.put("and then")

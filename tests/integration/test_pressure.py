@@ -14,8 +14,8 @@ import fletcher
 from fletcher.client import PutSummary
 from fletcher.delivery import breaker
 from fletcher.runtime import Runtime
-from fletcher.serving import load_level as pressure
-from fletcher.serving import service
+from fletcher.serving.admission import RetryHints
+from fletcher.serving.load_level import LoadTiming
 from tests.doubles.longbow import LongbowDouble
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, exchange, put
@@ -68,8 +68,8 @@ def batches(num_rows: int) -> Iterator[pa.RecordBatch]:
 def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_on(
     server: Runtime, store: Away, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "SEVERE_RETRY_MS", 200)
-    monkeypatch.setattr(pressure, "_LEAVE_AFTER_S", 0.2)
+    server.service.admission.hints = RetryHints(severe_ms=200)
+    server.service.load.timing = LoadTiming(leave_after_s=0.2)
     monkeypatch.setattr(breaker, "_MAX_PAUSE_S", 0.2)
     summaries: dict[str, PutSummary] = {}
 

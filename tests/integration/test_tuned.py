@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fletcher.config.server import ServeConfig
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import detect_host
+from fletcher.inference.host import detect_host
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tuning.candidates import TuningCandidate
 from fletcher.tuning.record import Key, Record, save
@@ -23,8 +23,8 @@ def test_a_server_runs_what_was_measured(
     one = BackendConfig("onnxruntime", "cpu", folder, "float32", threads=1, max_batch_tokens=96)
     # By rule it would be one process, of OpenVINO.
     record = Record(TuningCandidate((one, one)), "2026-01-02T03:04:05+00:00", 99.0)
-    save(tmp_path, Key.of(asked, detect_host(), tiny_bundle), tiny_bundle, record)
-    stats = start_server(**options).service.describe()
+    save(tmp_path, Key.for_question(asked, detect_host(), tiny_bundle), tiny_bundle, record)
+    stats = start_server(**options).service.statistics()
     assert [(one["backend"], one["state"]) for one in stats["replicas"]] == [
         ("onnxruntime", "healthy"),
         ("onnxruntime", "healthy"),

@@ -14,7 +14,7 @@ from pyarrow import flight
 
 from fletcher.net.address import FlightAddress
 from fletcher.net.channel import connect
-from fletcher.net.compression import Sender
+from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
 
 # A Flight client blocks after 4-7 MiB that the server has not read; 1-4 MiB keep it flowing.
@@ -87,7 +87,7 @@ class FlightConnection:
         self.address = address
         self.message_bytes = message_bytes
         self._timeout_s = timeout_s
-        self._sender = Sender(
+        self._compression = SendCompression(
             compression,
             host=address.data.host,
             peer=address.text,
@@ -115,7 +115,7 @@ class FlightConnection:
 
     def write_options(self, first: pa.RecordBatch) -> pa.ipc.IpcWriteOptions:
         """Compression of a call, chosen by its first batch."""
-        return self._sender.options(first)
+        return self._compression.options(first)
 
     def run_action(self, name: str, body: Any) -> bytes:
         """Calls an action on the data port.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 
@@ -10,6 +11,11 @@ from pyarrow import flight
 
 from fletcher.errors import UnknownDatasetError
 from fletcher.net.flight_errors import to_flight_error
+
+
+def limit(client, **fields):
+    """Changes bounds inside the client's calls; see `CallLimits`."""
+    client._connection.limits = dataclasses.replace(client._connection.limits, **fields)
 
 
 def ack(upload_id, batch_id, first, last, durable):

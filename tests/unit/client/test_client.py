@@ -10,12 +10,12 @@ import pytest
 from pyarrow import flight
 
 from fletcher import EmbedCommand, TlsOptions, TransferOptions, connect, errors, open_source
-from fletcher.client import exchange as exchange_module
 from fletcher.client.client import ingest_id
 from fletcher.client.connection import Connection
-from fletcher.flight.call import Ending
+from fletcher.client.exchange_call import ExchangeCall
+from fletcher.flight.ending import Ending
 from fletcher.net.flight_errors import to_flight_error
-from tests.unit.client.client_servers import Behaving, Waiting
+from tests.unit.client.client_servers import Behaving, Waiting, limit
 
 SMALL = TransferOptions(message_bytes=1000, stall_timeout_s=20)
 DIM = 4
@@ -107,25 +107,27 @@ class Wide(Embedding):
             writer.write_with_metadata(pa.record_batch({"vector": wide}), b"{}")
 
 
-def test_large_answers_wait_in_the_server_not_here(monkeypatch):
-    monkeypatch.setattr(exchange_module, "_MAX_WAITING_BYTES", 1000)
+def test_large_answers_wait_in_the_server_not_here():
     data = table_of([10] * 40).to_batches(max_chunksize=4)
-    with Wide() as server, connect(server.uri) as client, client.exchange(data) as exchange:
-        for batch in exchange:
-            assert batch.num_rows == 4
-            assert len(exchange._waiting) <= 1
+    with Wide() as server, connect(server.uri) as client:
+        limit(client, max_answer_bytes=1000)
+        with client.exchange(data) as exchange:
+            for batch in exchange:
+                assert batch.num_rows == 4
+                assert len(exchange._call.answers) <= 1
 
 
-def test_a_server_is_not_blamed_for_a_caller_that_takes_its_time(monkeypatch):
-    monkeypatch.setattr(exchange_module, "_MAX_WAITING_BYTES", 1)
+def test_a_server_is_not_blamed_for_a_caller_that_takes_its_time():
     data = table_of([10] * 4).to_batches(max_chunksize=1)
-    with Wide() as server, connect(server.uri) as client, client.exchange(data) as exchange:
-        for _ in range(4):
-            with exchange._changed:
-                assert exchange._changed.wait_for(lambda: exchange._waiting, 10)
-                exchange._last_activity -= 1000  # that long ago
-            assert next(exchange).num_rows == 1
-        assert list(exchange) == []
+    with Wide() as server, connect(server.uri) as client:
+        limit(client, max_answer_bytes=1)
+        with client.exchange(data) as exchange:
+            for _ in range(4):
+                with exchange._changed:
+                    assert exchange._changed.wait_for(lambda: exchange._call.answers, 10)
+                    exchange._call.last_activity -= 1000  # that long ago
+                assert next(exchange).num_rows == 1
+            assert list(exchange) == []
 
 
 def test_an_answer_to_another_batch_is_noticed():
@@ -270,13 +272,13 @@ def test_an_exchange_that_is_refused_before_its_first_answer_comes_again(monkeyp
 
     refused = [threading.Event(), threading.Event()]
     transfer = TransferOptions(message_bytes=100, compression=compression, **AGAIN)
-    fail = exchange_module.Exchange._fail
+    fail = ExchangeCall._fail
 
-    def failed(exchange, error):
-        fail(exchange, error)
+    def failed(call, error):
+        fail(call, error)
         refused[min(len(server.commands), 2) - 1].set()
 
-    monkeypatch.setattr(exchange_module.Exchange, "_fail", failed)
+    monkeypatch.setattr(ExchangeCall, "_fail", failed)
     with Refusing(*refusals) as server, connect(server.uri, transfer=transfer) as client:
         exchange = client.exchange(data())
         started = time.monotonic()
@@ -354,9 +356,7 @@ def test_an_exchange_that_answered_does_not_come_again():
         assert len(server.commands) == 1
 
 
-def test_an_exchange_whose_input_is_busy_is_told_of_the_refusal(monkeypatch):
-    monkeypatch.setattr(exchange_module, "_LEAVE_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(exchange_module, "_CLOSE_TIMEOUT_S", 0.1)
+def test_an_exchange_whose_input_is_busy_is_told_of_the_refusal():
     go_on = threading.Event()
 
     def data():
@@ -368,17 +368,17 @@ def test_an_exchange_whose_input_is_busy_is_told_of_the_refusal(monkeypatch):
         Refusing(*refusals) as server,
         connect(server.uri, transfer=TransferOptions(**AGAIN)) as client,
     ):
+        limit(client, leave_s=0.1, close_s=0.1)
         exchange = client.exchange(data())
         with pytest.raises(errors.OverloadedError, match="too much"):
             next(exchange)
         go_on.set()
-        for thread in exchange._threads:
+        for thread in exchange._call.threads:
             thread.join(30)
             assert not thread.is_alive()
 
 
-def test_a_failure_that_is_told_before_the_calls_end_is_raised_at_once(monkeypatch):
-    monkeypatch.setattr(exchange_module, "_CLOSE_TIMEOUT_S", 0.1)
+def test_a_failure_that_is_told_before_the_calls_end_is_raised_at_once():
     heard = threading.Event()
 
     class Telling(Embedding):
@@ -391,12 +391,13 @@ def test_a_failure_that_is_told_before_the_calls_end_is_raised_at_once(monkeypat
 
     transfer = TransferOptions(stall_timeout_s=5)
     with Telling() as server, connect(server.uri, transfer=transfer) as client:
+        limit(client, close_s=0.1)
         exchange = client.exchange(data())
         with pytest.raises(errors.ColumnTypeError, match="no such type") as caught:
             next(exchange)
         assert caught.value.field == "text"
         heard.set()
-        for thread in exchange._threads:
+        for thread in exchange._call.threads:
             thread.join(30)
             assert not thread.is_alive()
 
@@ -460,9 +461,9 @@ def test_a_server_that_stalls_is_given_up_and_told(stalling):
 
 
 @pytest.mark.parametrize("rows", [100, 300_000])
-def test_leaving_early_cancels(stalling, rows, monkeypatch):
-    monkeypatch.setattr(exchange_module, "_CLOSE_TIMEOUT_S", 10)
+def test_leaving_early_cancels(stalling, rows):
     with connect(stalling.uri, transfer=SMALL) as client:
+        limit(client, close_s=10)
         started = time.monotonic()
         data = table_of([100] * rows).to_batches(max_chunksize=5)
         with client.exchange(data) as exchange:
@@ -470,7 +471,7 @@ def test_leaving_early_cancels(stalling, rows, monkeypatch):
             assert stalling.stalled.wait(10)
         assert stalling.cancelled.wait(10)
         assert time.monotonic() - started < 8
-        assert not any(thread.is_alive() for thread in exchange._threads)
+        assert not any(thread.is_alive() for thread in exchange._call.threads)
 
 
 class Actions(Behaving):

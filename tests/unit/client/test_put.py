@@ -12,10 +12,9 @@ import pytest
 
 import fletcher
 from fletcher import EmbedCommand, TransferOptions, connect, errors
-from fletcher.client import put as put_module
 from fletcher.client.messages import parse_reply, split, wire_bytes
 from fletcher.net.flight_errors import to_flight_error
-from tests.unit.client.client_servers import Behaving, Waiting, ack
+from tests.unit.client.client_servers import Behaving, Waiting, ack, limit
 
 FAST = TransferOptions(
     message_bytes=1000, window_bytes=4000, stall_timeout_s=20, backoff_s=0.001, max_retries=3
@@ -127,9 +126,7 @@ def test_a_second_run_sends_nothing_again():
         assert server.sent_again < 50
 
 
-def test_the_window_bounds_what_is_unacknowledged(monkeypatch):
-    monkeypatch.setattr(put_module, "_CLOSE_TIMEOUT_S", 0.1)
-
+def test_the_window_bounds_what_is_unacknowledged():
     class Counting(Waiting):
         received = 0
 
@@ -155,21 +152,21 @@ def test_the_window_bounds_what_is_unacknowledged(monkeypatch):
 
     transfer = TransferOptions(message_bytes=1000, window_bytes=3100, stall_timeout_s=0.3)
     with Counting() as server, connect(server.uri, transfer=transfer) as client:
+        limit(client, abandon_s=0.1)
         with pytest.raises(errors.DeadlineExceededError, match=r"nothing for 0\.3 s"):
             client.put(source(), EmbedCommand(dataset="d", upload_id="u"))
         assert server.received <= 3100
         assert next(produced) == 4  # one more was taken from the source and waits
 
 
-def test_a_server_that_never_acknowledges_is_given_up(monkeypatch):
-    monkeypatch.setattr(put_module, "_CLOSE_TIMEOUT_S", 0.1)
-
+def test_a_server_that_never_acknowledges_is_given_up():
     class Silent(Waiting):
         def do_put(self, context, descriptor, reader, writer):
             self.hold(context)
 
     transfer = TransferOptions(stall_timeout_s=0.2)
     with Silent() as server, connect(server.uri, transfer=transfer) as client:
+        limit(client, abandon_s=0.1)
         for data in (texts(10), texts(200_000, 400)):  # the second blocks in its write
             started = time.monotonic()
             with pytest.raises(errors.DeadlineExceededError, match="upload_id"):
@@ -395,9 +392,9 @@ class Broken:
 
 def test_a_call_is_not_closed_under_the_thread_that_reads(monkeypatch):
     # pyarrow crashed the process.
-    monkeypatch.setattr(put_module, "_CLOSE_TIMEOUT_S", 0.05)
     broken = Broken()
     with Behaving() as server, connect(server.uri, transfer=FAST) as client:
+        limit(client, abandon_s=0.05)
         monkeypatch.setattr(client._connection, "flight", broken)
         with pytest.raises(errors.FletcherError, match="broken"):
             client.put(texts(3), "d")

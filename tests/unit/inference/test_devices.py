@@ -4,8 +4,9 @@ import re
 import msgspec
 import pytest
 
+from fletcher.config.engine import EngineConfig
 from fletcher.errors import BackendError, ConfigError
-from fletcher.inference.devices import HostInfo, resolve
+from fletcher.inference.devices import HostInfo, resolve_replicas
 from fletcher.inference.host import detect_host
 
 PLAIN = HostInfo(
@@ -26,8 +27,14 @@ GPUS = dataclasses.replace(PLAIN, num_cuda_devices=2, cuda_provider=True, openvi
 GPU_WITHOUT_ENGINE = dataclasses.replace(PLAIN, num_cuda_devices=1)
 
 
-def ask(tmp_path, host, device="auto", backend="auto", precision="auto", threads=0, tokens=0):
-    return resolve(device, backend, precision, threads, host, tmp_path, tokens)
+@pytest.fixture
+def ask(tiny_bundle):
+    """Resolves options, which are fields of EngineConfig, for a host and the tiny bundle."""
+
+    def resolve(host, device="auto", bundle=tiny_bundle, **fields):
+        return resolve_replicas(EngineConfig(device=device, **fields), host, bundle)
+
+    return resolve
 
 
 @pytest.mark.parametrize(
@@ -46,28 +53,26 @@ def ask(tmp_path, host, device="auto", backend="auto", precision="auto", threads
         (GPU_WITHOUT_ENGINE, "openvino float32 on 4 cores: no native bfloat16"),
     ],
 )
-def test_auto_says_what_it_took_and_why(tiny_bundle, host, reason):
-    assert ask(tiny_bundle.folder, host).reason == reason
+def test_auto_says_what_it_took_and_why(ask, host, reason):
+    assert ask(host).reason == reason
 
 
-def test_a_config_holds_what_was_asked(tmp_path):
-    (config,) = ask(tmp_path, BF16, "cpu", "openvino", "float32", threads=2, tokens=77).configs
+def test_a_config_holds_what_was_asked(ask, tiny_bundle):
+    (config,) = ask(
+        BF16, "cpu", backend="openvino", precision="float32", threads=2, max_batch_tokens=77
+    ).configs
     assert (config.backend, config.device, config.precision) == ("openvino", "cpu", "float32")
     assert (config.threads, config.max_batch_tokens) == (2, 77)
-    assert config.bundle == str(tmp_path)
+    assert config.bundle == str(tiny_bundle.folder)
 
 
-def test_named_devices_get_a_replica_each_once(tiny_bundle):
-    configs = ask(tiny_bundle.folder, GPUS, "cuda:1,0,1").configs
+def test_named_devices_get_a_replica_each_once(ask):
+    configs = ask(GPUS, "cuda:1,0,1").configs
     assert [config.device for config in configs] == ["cuda:1", "cuda:0"]
 
 
-def test_a_gpu_may_have_several_replicas_with_a_share_of_its_memory(tiny_bundle):
-    resolution = resolve(
-        *("cuda", "auto", "auto", 0, GPUS, tiny_bundle.folder),
-        replicas_per_device=2,
-        gpu_memory=1 << 30,
-    )
+def test_a_gpu_may_have_several_replicas_with_a_share_of_its_memory(ask):
+    resolution = ask(GPUS, "cuda", replicas_per_device=2, gpu_memory=1 << 30)
     assert [one.device for one in resolution.configs] == ["cuda:0"] * 2 + ["cuda:1"] * 2
     assert {one.gpu_memory for one in resolution.configs} == {1 << 30}
     assert resolution.reason.endswith(", 2 replicas each")
@@ -77,13 +82,11 @@ def test_a_gpu_may_have_several_replicas_with_a_share_of_its_memory(tiny_bundle)
     ("precision", "captures", "reason"),
     [("auto", True, ", CUDA graphs"), ("float32", False, "; CUDA graphs are for float16 alone")],
 )
-def test_graphs_are_captured_in_float16(tiny_bundle, precision, captures, reason):
-    resolution = resolve(
-        *("cuda:0", "auto", precision, 0, GPUS, tiny_bundle.folder), cuda_graphs=True
-    )
+def test_graphs_are_captured_in_float16(ask, precision, captures, reason):
+    resolution = ask(GPUS, "cuda:0", precision=precision, cuda_graphs=True)
     assert [one.cuda_graphs for one in resolution.configs] == [captures]
     assert resolution.reason.endswith(reason)
-    assert not any(one.cuda_graphs for one in ask(tiny_bundle.folder, GPUS, "cuda").configs)
+    assert not any(one.cuda_graphs for one in ask(GPUS, "cuda").configs)
 
 
 @pytest.mark.parametrize(
@@ -96,21 +99,17 @@ def test_graphs_are_captured_in_float16(tiny_bundle, precision, captures, reason
         ("onnx", "float32", "float32", r"float32 \(TF32\)"),
     ],
 )
-def test_a_gpu_takes_the_graph_that_there_is(
-    tiny_bundle, monkeypatch, family, asked, precision, reason
-):
+def test_a_gpu_takes_the_graph_that_there_is(ask, tiny_bundle, family, asked, precision, reason):
     bundle = msgspec.structs.replace(tiny_bundle, family=family)
-    monkeypatch.setattr("fletcher.inference.devices.ModelBundle.from_folder", lambda folder: bundle)
-    resolution = ask(tiny_bundle.folder, GPUS, "cuda:0", precision=asked)
+    resolution = ask(GPUS, "cuda:0", bundle, precision=asked)
     assert [one.precision for one in resolution.configs] == [precision]
     assert re.search(reason, resolution.reason)
 
 
-def test_float16_on_a_gpu_is_refused_where_there_is_no_such_graph(tiny_bundle, monkeypatch):
+def test_float16_on_a_gpu_is_refused_where_there_is_no_such_graph(ask, tiny_bundle):
     bundle = msgspec.structs.replace(tiny_bundle, family="onnx")
-    monkeypatch.setattr("fletcher.inference.devices.ModelBundle.from_folder", lambda folder: bundle)
     with pytest.raises(BackendError, match=r"`precision` is float16, but .* of family onnx"):
-        ask(tiny_bundle.folder, GPUS, precision="float16")
+        ask(GPUS, bundle=bundle, precision="float16")
 
 
 @pytest.mark.parametrize(
@@ -123,9 +122,9 @@ def test_float16_on_a_gpu_is_refused_where_there_is_no_such_graph(tiny_bundle, m
         (6, 4, 0, [2, 2, 1, 1]),
     ],
 )
-def test_cores_are_shared_out_whole(tmp_path, cores, nodes, threads, shares):
+def test_cores_are_shared_out_whole(ask, cores, nodes, threads, shares):
     host = dataclasses.replace(PLAIN, cores=cores, num_numa_nodes=nodes)
-    assert [one.threads for one in ask(tmp_path, host, threads=threads).configs] == shares
+    assert [one.threads for one in ask(host, threads=threads).configs] == shares
 
 
 @pytest.mark.parametrize(
@@ -145,20 +144,20 @@ def test_cores_are_shared_out_whole(tmp_path, cores, nodes, threads, shares):
         (GPUS, {"device": "cuda", "backend": "null"}, "null runs on the CPU"),
     ],
 )
-def test_what_is_not_there_is_refused_with_the_remedy(tmp_path, host, asked, message):
+def test_what_is_not_there_is_refused_with_the_remedy(ask, host, asked, message):
     with pytest.raises(BackendError, match=message):
-        ask(tmp_path, host, **asked)
+        ask(host, **asked)
 
 
 @pytest.mark.parametrize("field", ["device", "backend", "precision", "threads"])
-def test_nonsense_is_refused_by_name(tmp_path, field):
+def test_nonsense_is_refused_by_name(ask, field):
     value = -1 if field == "threads" else "tpu"
     with pytest.raises(ConfigError, match=f"`{field}` is"):
-        ask(tmp_path, PLAIN, **{field: value})
+        ask(PLAIN, **{field: value})
 
 
-def test_null_takes_its_width_from_the_bundle(tiny_bundle):
-    (config,) = resolve("auto", "null", "auto", 0, BARE, tiny_bundle.folder, 0).configs
+def test_null_takes_its_width_from_the_bundle(ask, tiny_bundle):
+    (config,) = ask(BARE, backend="null").configs
     assert (config.backend, config.dim) == ("null", tiny_bundle.dim)
 
 

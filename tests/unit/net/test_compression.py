@@ -11,9 +11,9 @@ import pytest
 from fletcher.errors import InvalidCommandError, UnavailableError
 from fletcher.net import compression
 from fletcher.net.compression import (
-    Answers,
+    AnswerCompression,
     CodecTrial,
-    Sender,
+    SendCompression,
     choose,
     host_of,
     link_speed,
@@ -96,16 +96,18 @@ def test_link_speed_is_what_a_large_body_takes_longer(monkeypatch: pytest.Monkey
     assert link_speed(call) == pytest.approx(10e6, rel=0.01)
 
 
-def sender(choice: str, host: str, link_mb_s: float, monkeypatch: pytest.MonkeyPatch) -> Sender:
+def send_compression(
+    choice: str, host: str, link_mb_s: float, monkeypatch: pytest.MonkeyPatch
+) -> SendCompression:
     monkeypatch.setattr(compression, "link_speed", lambda _: link_mb_s * 1e6)
     monkeypatch.setattr(compression, "measure", lambda _: TEXT)  # a busy machine's would vary
-    return Sender(choice, host=host, peer=f"grpc://{host}", probe=lambda _: None)
+    return SendCompression(choice, host=host, peer=f"grpc://{host}", probe=lambda _: None)
 
 
 def test_auto_says_once_what_it_chose_and_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one = sender("auto", "far.example", 1, monkeypatch)
+    one = send_compression("auto", "far.example", 1, monkeypatch)
     with caplog.at_level(logging.INFO, "fletcher.net.compression"):
         for _ in range(3):
             assert one.options(batch(500, "text")).compression == "zstd"
@@ -118,10 +120,10 @@ def test_auto_says_once_what_it_chose_and_why(
 
 def test_on_this_machine_auto_neither_asks_nor_compresses(monkeypatch: pytest.MonkeyPatch) -> None:
     for host in ("127.0.0.1", "localhost", "::1"):
-        one = sender("auto", host, 0.001, monkeypatch)
-        assert not one.measures
+        one = send_compression("auto", host, 0.001, monkeypatch)
+        assert not one.needs_batch
         assert one.options(batch(10)).compression is None
-    assert sender("lz4", "localhost", 1, monkeypatch).options(None).compression == "lz4"
+    assert send_compression("lz4", "localhost", 1, monkeypatch).options(None).compression == "lz4"
 
 
 def test_a_speed_that_cannot_be_told_is_asked_for_again() -> None:
@@ -131,7 +133,7 @@ def test_a_speed_that_cannot_be_told_is_asked_for_again() -> None:
         calls.append(body)
         raise UnavailableError("away")
 
-    one = Sender("auto", host="far.example", peer="far", probe=probe)
+    one = SendCompression("auto", host="far.example", peer="far", probe=probe)
     for _ in range(2):
         assert one.options(batch(10)).compression is None
     assert len(calls) == 2
@@ -139,33 +141,33 @@ def test_a_speed_that_cannot_be_told_is_asked_for_again() -> None:
 
 def test_an_unknown_word_is_refused() -> None:
     with pytest.raises(InvalidCommandError, match="`compression` is 'gzip', expected one of none"):
-        Sender("gzip", host="h", peer="p", probe=lambda _: None)
+        SendCompression("gzip", host="h", peer="p", probe=lambda _: None)
 
 
 def test_answers_are_watched_until_their_codec_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression, "_OBSERVED_BYTES", 100_000)
     monkeypatch.setattr(compression, "measure", lambda _: TEXT)
-    answers = Answers("auto")
+    answers = AnswerCompression("auto")
     part = batch(500, "text")
-    first = answers.open("ipv4:10.0.0.7:5000", part.schema)
+    first = answers.for_call("ipv4:10.0.0.7:5000", part.schema)
     for _ in range(4):
         assert first.options.compression is None
-        first.written(part, part.nbytes / 1e6)  # 1 MB/s
-    assert answers.open("ipv4:10.0.0.7:5001", part.schema).options.compression == "zstd"
-    assert answers.open("ipv4:10.0.0.8:5000", part.schema).options.compression is None
+        first.record_write(part, part.nbytes / 1e6)  # 1 MB/s
+    assert answers.for_call("ipv4:10.0.0.7:5001", part.schema).options.compression == "zstd"
+    assert answers.for_call("ipv4:10.0.0.8:5000", part.schema).options.compression is None
     other = batch(10, "vector").schema
-    assert answers.open("ipv4:10.0.0.7:5001", other).options.compression is None
-    local = answers.open("ipv4:127.0.0.1:5000", part.schema)
+    assert answers.for_call("ipv4:10.0.0.7:5001", other).options.compression is None
+    local = answers.for_call("ipv4:127.0.0.1:5000", part.schema)
     for _ in range(4):
-        local.written(part, 10)
-    assert answers.open("ipv4:127.0.0.1:5001", part.schema).options.compression is None
+        local.record_write(part, 10)
+    assert answers.for_call("ipv4:127.0.0.1:5001", part.schema).options.compression is None
 
 
 def test_answers_forget_the_hosts_they_heard_of_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression, "_MAX_REMEMBERED", 2)
-    answers = Answers("auto")
+    answers = AnswerCompression("auto")
     for number in range(5):
-        answers.open(f"ipv4:10.0.0.{number}:1", batch(1).schema)
+        answers.for_call(f"ipv4:10.0.0.{number}:1", batch(1).schema)
     assert list(answers._hosts) == ["10.0.0.3", "10.0.0.4"]
 
 

@@ -21,14 +21,14 @@ class House:
         self.now = 100.0
         self.telemetry = Telemetry()
         self.announced: list[LoadLevel] = []
-        self.pressure = LoadMonitor(
+        self.monitor = LoadMonitor(
             lambda: self.signals, self.telemetry, self.announced.append, lambda: self.now
         )
 
     def after(self, seconds: float, **signals: Any) -> LoadLevel:
         self.now += seconds
         self.signals = Signals(**signals)
-        return self.pressure.observe()
+        return self.monitor.observe()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_transitions_are_logged_once_and_time_is_counted(
     # The second that ended in severe was normal's; leaving it took three.
     assert snapshot["fletcher.pressure.time"] == {"normal": 7.0, "severe": 13.0}
     assert snapshot["fletcher.pressure.grade"] == 0
-    statistics = house.pressure.statistics()
+    statistics = house.monitor.statistics()
     assert (statistics["grade"], statistics["for_s"]) == ("normal", 6.0)
 
 

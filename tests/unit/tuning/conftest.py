@@ -7,7 +7,7 @@ import pytest
 from fletcher.core.batches import InferenceResult
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import HostInfo
+from fletcher.inference.host import HostInfo
 from fletcher.tuning.candidates import TuningCandidate
 
 HOST = HostInfo(
@@ -45,7 +45,7 @@ def candidate():
     return make
 
 
-class FakeCrew:
+class FakeReplicaGroup:
     """Vectors from the token ids; a clock of its own instead of work.
 
     Args:
@@ -62,7 +62,7 @@ class FakeCrew:
         self._seconds = itertools.chain(seconds[:-1], itertools.repeat(seconds[-1]))
         self._noise, self._fails_at, self._runs = noise, fails_at, itertools.count()
 
-    def run(self, batches):
+    def embed_batches(self, batches):
         if next(self._runs) == self._fails_at:
             raise BackendError("out of memory")
         results = []
@@ -80,4 +80,4 @@ class FakeCrew:
 
 @pytest.fixture
 def fake_group():
-    return FakeCrew
+    return FakeReplicaGroup

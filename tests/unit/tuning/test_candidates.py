@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -8,25 +7,25 @@ from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
 from fletcher.tuning.candidates import BACKENDS, PRECISIONS, arrangements, engines
 
-FOLDER = Path("folder")
-
 
 def names(candidates):
     return [one.engine for one in candidates]
 
 
-def test_auto_may_become_any_engine_that_is_here_the_rules_own_first(host):
-    found = engines(EngineConfig(), host, FOLDER)
+def test_auto_may_become_any_engine_that_is_here_the_rules_own_first(host, tiny_bundle):
+    found = engines(EngineConfig(), host, tiny_bundle)
     assert names(found) == ["openvino bfloat16", "openvino float32", "onnxruntime float32"]
     plain = dataclasses.replace(host, isa=frozenset())
-    assert names(engines(EngineConfig(), plain, FOLDER)) == [
+    assert names(engines(EngineConfig(), plain, tiny_bundle)) == [
         "openvino float32",
         "onnxruntime float32",
     ]
 
 
-def test_what_is_fixed_stays_fixed(host):
-    found = engines(EngineConfig(backend="openvino", precision="float32", threads=2), host, FOLDER)
+def test_what_is_fixed_stays_fixed(host, tiny_bundle):
+    found = engines(
+        EngineConfig(backend="openvino", precision="float32", threads=2), host, tiny_bundle
+    )
     assert names(found) == ["openvino float32"]
     assert found[0].replicas == "cpu: 2 cores"
     for tokens in (0, 77):
@@ -40,10 +39,10 @@ def test_what_is_fixed_stays_fixed(host):
 
 
 def test_gpus_and_the_cpu_are_compared_where_the_device_is_open(gpus, tiny_bundle):
-    found = engines(EngineConfig(), gpus, tiny_bundle.folder)
+    found = engines(EngineConfig(), gpus, tiny_bundle)
     assert {one.replicas for one in found} == {"cuda:0, cuda:1", "cpu: 4 cores"}
     assert found[0].engine == "onnxruntime float16"
-    only = engines(EngineConfig(device="cuda:1"), gpus, tiny_bundle.folder)
+    only = engines(EngineConfig(device="cuda:1"), gpus, tiny_bundle)
     assert {one.replicas for one in only} == {"cuda:1"}
     doubled = {one.replicas for one in arrangements(only[0], EngineConfig())}
     assert doubled == {"cuda:1", "cuda:1, cuda:1"}
@@ -51,8 +50,8 @@ def test_gpus_and_the_cpu_are_compared_where_the_device_is_open(gpus, tiny_bundl
     assert {one.replicas for one in fixed} == {"cuda:1"}
 
 
-def test_cores_are_shared_by_fewer_and_more_processes(host):
-    (engine, *_) = engines(EngineConfig(max_batch_tokens=64), host, FOLDER)
+def test_cores_are_shared_by_fewer_and_more_processes(host, tiny_bundle):
+    (engine, *_) = engines(EngineConfig(max_batch_tokens=64), host, tiny_bundle)
     found = arrangements(engine, EngineConfig(max_batch_tokens=64))
     assert [one.replicas for one in found] == ["cpu: 4 cores", "cpu: 2+2 cores"]
     again = arrangements(found[1], EngineConfig(max_batch_tokens=64))
@@ -63,14 +62,14 @@ def test_cores_are_shared_by_fewer_and_more_processes(host):
     ]
     single = dataclasses.replace(host, cores=1)
     (alone,) = arrangements(
-        engines(EngineConfig(), single, FOLDER)[0], EngineConfig(max_batch_tokens=64)
+        engines(EngineConfig(), single, tiny_bundle)[0], EngineConfig(max_batch_tokens=64)
     )
     assert alone.replicas == "cpu: 1 core"
 
 
-def test_what_cannot_run_is_said_as_ever(host):
+def test_what_cannot_run_is_said_as_ever(host, tiny_bundle):
     with pytest.raises(BackendError, match="no NVIDIA device"):
-        engines(EngineConfig(device="cuda"), host, FOLDER)
+        engines(EngineConfig(device="cuda"), host, tiny_bundle)
 
 
 def test_auto_becomes_nothing_that_options_do_not_name_and_no_int8():

@@ -7,9 +7,11 @@ import pytest
 
 from fletcher.config.engine import EngineConfig
 from fletcher.errors import ConfigError
+from fletcher.inference.backend import BackendConfig
+from fletcher.inference.devices import resolve_replicas
 from fletcher.models.bundle.spec import MANIFEST
 from fletcher.tuning import record as records
-from fletcher.tuning.candidates import TuningCandidate, resolve_by_rule
+from fletcher.tuning.candidates import TuningCandidate
 from fletcher.tuning.decision import decide
 from fletcher.tuning.record import Key, Record, load, save
 from tests.doubles.bundles import another
@@ -24,7 +26,7 @@ def winner(candidate, tiny_bundle):
 
 
 def test_servers_take_what_was_measured_for_the_same_question(tmp_path, host, tiny_bundle, winner):
-    save(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
+    save(tmp_path, Key.for_question(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
     decision = decide(tmp_path, EngineConfig(), host, tiny_bundle)
     assert decision.measured == winner
     assert decision.configs == list(winner.candidate.configs)
@@ -40,9 +42,9 @@ def test_servers_take_what_was_measured_for_the_same_question(tmp_path, host, ti
 def test_versions_of_a_model_are_measured_each_for_itself(tmp_path, host, tiny_bundle, winner):
     kept = another(tiny_bundle, tmp_path / "models" / "tiny@0", tiny_bundle.name, "another")
     for bundle in (tiny_bundle, kept):
-        save(tmp_path, Key.of(EngineConfig(), host, bundle), bundle, winner)
+        save(tmp_path, Key.for_question(EngineConfig(), host, bundle), bundle, winner)
     for bundle in (tiny_bundle, kept):
-        assert load(tmp_path, Key.of(EngineConfig(), host, bundle), bundle) is not None
+        assert load(tmp_path, Key.for_question(EngineConfig(), host, bundle), bundle) is not None
 
 
 @pytest.mark.parametrize(
@@ -50,10 +52,10 @@ def test_versions_of_a_model_are_measured_each_for_itself(tmp_path, host, tiny_b
     [EngineConfig(threads=2), EngineConfig(backend="openvino"), EngineConfig(max_batch_tokens=9)],
 )
 def test_another_question_is_decided_by_rule(tmp_path, host, tiny_bundle, winner, asked):
-    save(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
+    save(tmp_path, Key.for_question(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
     decision = decide(tmp_path, asked, host, tiny_bundle)
     assert decision.measured is None
-    assert decision.configs == resolve_by_rule(asked, host, tiny_bundle.folder).configs
+    assert decision.configs == resolve_replicas(asked, host, tiny_bundle).configs
     assert decision.reason.endswith("by rule, `fletcher tune` measures")
     assert decision.describe()["chosen_by"] == "rule"
 
@@ -69,19 +71,21 @@ def test_another_question_is_decided_by_rule(tmp_path, host, tiny_bundle, winner
     ],
 )
 def test_another_host_is_decided_by_rule(tmp_path, host, tiny_bundle, winner, change, caplog):
-    save(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
+    save(tmp_path, Key.for_question(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
     other = dataclasses.replace(host, **change)
-    assert load(tmp_path, Key.of(EngineConfig(), other, tiny_bundle), tiny_bundle) is None
+    assert load(tmp_path, Key.for_question(EngineConfig(), other, tiny_bundle), tiny_bundle) is None
     assert caplog.records == []
     # Homes may be shared: what one host measures leaves the other's alone.
-    save(tmp_path, Key.of(EngineConfig(), other, tiny_bundle), tiny_bundle, winner)
-    assert load(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle) == winner
+    save(tmp_path, Key.for_question(EngineConfig(), other, tiny_bundle), tiny_bundle, winner)
+    assert (
+        load(tmp_path, Key.for_question(EngineConfig(), host, tiny_bundle), tiny_bundle) == winner
+    )
 
 
 def test_another_engine_or_model_makes_it_stale_with_one_line(
     tmp_path, host, tiny_bundle, winner, caplog
 ):
-    key = Key.of(EngineConfig(), host, tiny_bundle)
+    key = Key.for_question(EngineConfig(), host, tiny_bundle)
     save(tmp_path, key, tiny_bundle, winner)
     for name, line in [
         ("openvino", "out of date (openvino 2031.1 then"),
@@ -98,14 +102,14 @@ def test_another_engine_or_model_makes_it_stale_with_one_line(
 
 
 def test_the_key_follows_the_bundle_and_the_engines(tmp_path, host, tiny_bundle, monkeypatch):
-    key = Key.of(EngineConfig(), host, tiny_bundle)
+    key = Key.for_question(EngineConfig(), host, tiny_bundle)
     assert key.holds["openvino"]
     assert key.holds["onnxruntime"] or key.holds["onnxruntime-gpu"]
     (tmp_path / MANIFEST).write_text("{}")
     moved = msgspec.structs.replace(tiny_bundle, folder=tmp_path)
-    assert Key.of(EngineConfig(), host, moved).holds["model"] != key.holds["model"]
+    assert Key.for_question(EngineConfig(), host, moved).holds["model"] != key.holds["model"]
     monkeypatch.setattr(records.metadata, "version", lambda package: "9")
-    assert Key.of(EngineConfig(), host, tiny_bundle).holds["openvino"] == "9"
+    assert Key.for_question(EngineConfig(), host, tiny_bundle).holds["openvino"] == "9"
 
 
 def damaged(text):
@@ -120,6 +124,8 @@ def damaged(text):
     yield json.dumps({**content, "replicas": 5})
     yield json.dumps({**content, "max_batch_tokens": "512"})
     yield json.dumps({**content, "holds": None})
+    yield json.dumps({**content, "replicas": [{**first, "layers": 1}]})
+    yield json.dumps({**content, "replicas": [{**first, "dim": None}]})
     for name, value in {
         "backend": "os",
         "device": "cuda:0; rm",
@@ -130,7 +136,7 @@ def damaged(text):
 
 
 def test_a_corrupt_file_is_ignored_with_one_line(tmp_path, host, tiny_bundle, winner, caplog):
-    key = Key.of(EngineConfig(), host, tiny_bundle)
+    key = Key.for_question(EngineConfig(), host, tiny_bundle)
     path = save(tmp_path, key, tiny_bundle, winner)
     whole = path.read_text()
     for text in damaged(whole):
@@ -149,7 +155,7 @@ def test_a_corrupt_file_is_ignored_with_one_line(tmp_path, host, tiny_bundle, wi
 def test_a_home_that_cannot_be_written_is_named(tmp_path, host, tiny_bundle, winner):
     (tmp_path / "tune").write_text("a file")
     with pytest.raises(ConfigError, match=r"`home`.*cannot be written"):
-        save(tmp_path, Key.of(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
+        save(tmp_path, Key.for_question(EngineConfig(), host, tiny_bundle), tiny_bundle, winner)
 
 
 def test_devices_are_known_by_their_names(tmp_path):
@@ -161,3 +167,8 @@ def test_devices_are_known_by_their_names(tmp_path):
 
 def test_the_null_backend_has_nothing_to_measure(tmp_path, host, tiny_bundle):
     assert "tune" not in decide(tmp_path, EngineConfig(backend="null"), host, tiny_bundle).reason
+
+
+def test_all_of_a_replica_but_its_bundle_is_recorded(winner):
+    fields = {field.name for field in dataclasses.fields(BackendConfig)}
+    assert set(records._Replica.__struct_fields__) == fields - {"bundle", "max_batch_tokens"}

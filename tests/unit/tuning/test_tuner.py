@@ -23,7 +23,7 @@ def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fa
     # Equally fast engines: the rules' own stays; two of its processes are as slow as one.
     assert report.chosen.candidate.engine == "openvino bfloat16"
     assert report.chosen.candidate.replicas == "cpu: 4 cores"
-    key = records.Key.of(EngineConfig(), host, tiny_bundle)
+    key = records.Key.for_question(EngineConfig(), host, tiny_bundle)
     kept = records.load(tmp_path, key, tiny_bundle)
     assert kept == report.record
 
@@ -34,15 +34,15 @@ def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fa
     assert again.path != report.path
     _print(again)
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == "engine replicas tokens/run texts/s turns cosine".split()
+    assert table[0].split() == "engine replicas tokens/run texts/s rounds cosine".split()
     assert [line for line in table if line.endswith("  chosen")]
-    assert "why: faster in every turn, 2.00 times the first of its arrangements" in table
+    assert "why: faster in every round, 2.00 times the first of its arrangements" in table
     assert table[-1] == f"kept in {again.path}"
 
 
 def test_nothing_right_is_nothing_chosen(tmp_path, host, tiny_bundle, fake_group):
     groups = iter([fake_group(), *(fake_group(noise=1.0) for _ in range(3))])
-    with pytest.raises(BackendError, match=r"nothing that runs here is right.*refused: cosine"):
+    with pytest.raises(BackendError, match=r"no engine gives right vectors here.*refused: cosine"):
         tune(tmp_path, EngineConfig(), host, tiny_bundle, lambda line: None, lambda _: next(groups))
     assert not (tmp_path / "tune").exists()
 

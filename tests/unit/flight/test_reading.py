@@ -1,4 +1,4 @@
-"""What DoPut and DoExchange have in common, without a connection."""
+"""Reading of a schema, without a connection."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from fletcher.errors import ColumnTypeError
-from fletcher.flight.call import read_schema
+from fletcher.flight.reading import read_schema
 
 
 def test_names_that_are_no_utf8_are_refused() -> None:

@@ -1,0 +1,145 @@
+"""Admission of calls: how many there may be, and which are refused under load."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fletcher.errors import DrainingError, OverloadedError
+from fletcher.pipeline.embedder import Embedder
+from fletcher.serving.load_level import LoadLevel, LoadMonitor
+from fletcher.telemetry.tracing import Telemetry
+
+# A call that has sent nothing takes a thread and some 90 kB: so many for each stream allowed.
+_CALLS_PER_STREAM = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RetryHints:
+    """When refused clients are told to try again.
+
+    Attributes:
+        overloaded_ms: All streams are taken.
+        severe_ms: The load level is severe.
+        draining_ms: The server shuts down.
+    """
+
+    overloaded_ms: int = 1000
+    severe_ms: int = 5000
+    draining_ms: int = 5000
+
+
+class Admission:
+    """Limits open streams, and refuses new calls while draining or under severe load. Thread-safe.
+
+    Args:
+        max_streams: Calls that may embed at the same time.
+        load: The server's load level; new bulk work is refused while it is severe.
+        telemetry: Gets the number of open streams.
+        hints: When refused clients should try again.
+
+    Attributes:
+        draining: Set once the server shuts down.
+    """
+
+    def __init__(
+        self,
+        max_streams: int,
+        load: LoadMonitor,
+        telemetry: Telemetry,
+        hints: RetryHints | None = None,
+    ) -> None:
+        self.draining = threading.Event()
+        self.hints = hints or RetryHints()
+        self._max_streams = max_streams
+        self._load = load
+        self._num_streams = self._num_calls = 0
+        self._changed = threading.Condition()
+        telemetry.streams_open.observe(lambda: self._num_streams)
+
+    @property
+    def num_streams(self) -> int:
+        """Streams open now."""
+        return self._num_streams
+
+    @property
+    def stream_share(self) -> float:
+        """Share of `max_streams` that is taken, 0 to 1."""
+        return self._num_streams / self._max_streams
+
+    def check_draining(self) -> None:
+        """Refuses new work while the server shuts down.
+
+        Raises:
+            DrainingError: It does.
+        """
+        if self.draining.is_set():
+            raise DrainingError(
+                "the server is shutting down; try another, or again later",
+                retry_after_ms=self.hints.draining_ms,
+            )
+
+    @contextmanager
+    def begin_call(self) -> Iterator[None]:
+        """Counts a call that may wait for its client's first message, without a stream.
+
+        Raises:
+            DrainingError: The server is shutting down.
+            OverloadedError: Too many calls wait for a first message.
+        """
+        self.check_draining()
+        with self._changed:
+            if self._num_calls >= _CALLS_PER_STREAM * self._max_streams:
+                raise OverloadedError(
+                    f"{self._num_calls} calls have begun, most of which send nothing; "
+                    "try again later",
+                    retry_after_ms=self.hints.overloaded_ms,
+                )
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_calls -= 1
+
+    @contextmanager
+    def admit(self, embedder: Embedder, *, bulk: bool) -> Iterator[None]:
+        """Opens a stream while the body runs. An admitted call is slowed down, never refused.
+
+        Args:
+            embedder: The model's pipeline.
+            bulk: The call brings bulk work.
+
+        Raises:
+            DrainingError: The server is shutting down.
+            OverloadedError: All streams are taken, the model has no workers left, or the load
+                level is severe and this is bulk work.
+        """
+        embedder.check()
+        if bulk and self._load.observe() is LoadLevel.SEVERE:
+            raise OverloadedError(
+                f"the server takes no new bulk work now: {self._load.reason}; try again later",
+                retry_after_ms=self.hints.severe_ms,
+            )
+        with self._changed:
+            self.check_draining()
+            if self._num_streams >= self._max_streams:
+                raise OverloadedError(
+                    f"{self._num_streams} streams are open, as many as `max_streams` allows; "
+                    "try again later",
+                    retry_after_ms=self.hints.overloaded_ms,
+                )
+            self._num_streams += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_streams -= 1
+                self._changed.notify_all()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until no stream is open; False after `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._num_streams == 0, timeout_s)

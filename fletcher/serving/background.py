@@ -1,0 +1,58 @@
+"""A thread that works beside a call's own thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from fletcher.errors import FletcherError, InternalError
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundTask:
+    """Work on a second thread, started at once; its failure is the call's.
+
+    Args:
+        name: The thread's.
+        work: Runs on the thread.
+        on_failure: Called on the thread with the error that `join` raises.
+        expected: Errors that are passed on as they are. Any other error is logged and becomes an
+            InternalError.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[], None],
+        on_failure: Callable[[Exception], None],
+        expected: tuple[type[Exception], ...] = (FletcherError,),
+    ) -> None:
+        self.error: Exception | None = None
+        self._work = work
+        self._on_failure = on_failure
+        self._expected = expected
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for the thread's end; `error` says how that was."""
+        self._thread.join()
+
+    def join(self) -> None:
+        """Waits for the thread's end, and raises its error."""
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except self._expected as error:
+            self.error = error
+        except Exception:
+            log.exception("%s failed", self._thread.name)
+            self.error = InternalError("the server failed on this call; its log has more")
+        if self.error is not None:
+            self._on_failure(self.error)

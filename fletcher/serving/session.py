@@ -1,0 +1,358 @@
+"""One call's embedding work, from its command to its last output batch, for every door.
+
+A door (`fletcher.flight.put`, `exchange`, `embed_action`) translates a protocol into these steps:
+
+    with EmbedSession(service, EmbedCall(name="do_exchange", command=command)) as session:
+        output_schema = session.open_input(input_schema)
+        session.admit(bulk=True)
+        session.submit_batch(batch, batch_id, row_first)  # blocks if the stream's memory is used up
+        session.end_input()
+        for result in session.results(upload_id):  # on this thread or another
+            ...
+
+The session leases the model, resolves the command against it, checks and cuts the input, takes a
+place among the open streams, assembles vectors to output batches, accounts for their memory, and
+gives all of it back when it is left, whatever step failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+
+from fletcher.core.command import EmbedCommand
+from fletcher.core.schema import ELEMENT_TYPES, VectorSpec, output_schema
+from fletcher.errors import DrainingError, FletcherError
+from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.pipeline.assembly import Assembler
+from fletcher.pipeline.chunk_assembly import assembler
+from fletcher.pipeline.document_assembly import DocumentAssembler
+from fletcher.pipeline.input.documents import DocumentIntake
+from fletcher.pipeline.input.intake import Intake, Skip
+from fletcher.pipeline.input.row_slice import RowSlice
+from fletcher.pipeline.row_errors import ends_call
+from fletcher.pipeline.stream import EmbedStream, Result
+from fletcher.serving.background import BackgroundTask
+from fletcher.serving.model_versions import ServedModel
+from fletcher.serving.resolution import ResolvedCommand, resolve_command
+from fletcher.serving.service import Service
+from fletcher.serving.slice_result import RowRanges, SliceResult
+from fletcher.telemetry.tracing import Span
+
+# Which rows of a slice are to be embedded for this call, as first and last offsets in the upload.
+Claim = Callable[[RowSlice], RowRanges]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedCall:
+    """What a door asks of a session.
+
+    Attributes:
+        name: Of the call's span: `do_put`, `do_exchange` or `embed`.
+        command: The client's options.
+        dtypes: Element types that the destination takes.
+        include_text: Output carries the text if the command does not say.
+        whole_rows: All chunks of a text leave in one output batch; else as they are ready.
+        small_is_interactive: Batches of a few short rows overtake bulk work.
+        abort: Any failed row ends the call, whatever the command says.
+        alias_key: Calls with the same key get the same model of an alias; empty: any.
+        held_model: `name@hash` that an alias must give if it has it.
+        trace: The caller's trace, as `Telemetry.extract` returned it.
+        given_up: Whether the client is gone; ends the wait for a model that is loaded.
+    """
+
+    name: str
+    command: EmbedCommand
+    dtypes: tuple[str, ...] = tuple(ELEMENT_TYPES)
+    include_text: bool = False
+    whole_rows: bool = False
+    small_is_interactive: bool = True
+    abort: bool = False
+    alias_key: str = ""
+    held_model: str | None = None
+    trace: Any = None
+    given_up: Callable[[], bool] = lambda: False
+
+
+class EmbedSession(AbstractContextManager["EmbedSession"]):
+    """Embeds for one call; leaving it gives back whatever it took.
+
+    Entering leases the model and resolves the command. One thread calls `open_input`, `admit`,
+    `submit_batch` and `end_input`, in this order. The same thread or another one iterates over
+    `results`. Any thread may call `close`.
+
+    Args:
+        service: The server's parts.
+        call: What is asked.
+
+    Raises:
+        FletcherError: On entering: no such model, it cannot be loaded now, or it cannot give what
+            the command asks for.
+    """
+
+    resolved: ResolvedCommand
+    _model: ServedModel
+    _intake: Intake
+    _output: pa.Schema
+    _stream: EmbedStream
+
+    def __init__(self, service: Service, call: EmbedCall) -> None:
+        self._service = service
+        self._call = call
+        self._exits = ExitStack()
+        self._ranges: RowRanges = []  # claimed rows of the slice at hand, which may have parts
+
+    def __enter__(self) -> EmbedSession:
+        call, service = self._call, self._service
+        with ExitStack() as exits:
+            self._model = exits.enter_context(
+                service.models.lease(
+                    call.command.model,
+                    key=call.alias_key,
+                    held=call.held_model,
+                    given_up=call.given_up,
+                )
+            )
+            self.resolved = resolve_command(self._model, call.command, call.dtypes, service.outputs)
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._exits.__exit__(kind, error, trace)
+
+    @property
+    def spec(self) -> VectorSpec:
+        """The vectors that the call gets."""
+        return self.resolved.spec
+
+    @property
+    def bundle(self) -> ModelBundle:
+        """The model."""
+        return self._model.bundle
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the input has a column of ids."""
+        return self._intake.has_ids
+
+    @property
+    def max_row_bytes(self) -> int:
+        """Most bytes of one text's chunks that are kept until all of them are there."""
+        return self._stream.max_row_bytes
+
+    def open_input(self, schema: pa.Schema) -> pa.Schema:
+        """Checks the input's schema.
+
+        Returns:
+            Schema of the output batches.
+
+        Raises:
+            UnknownColumnError, ColumnTypeError, InvalidCommandError: The input has not the columns
+                that the command names.
+        """
+        call, resolved = self._call, self.resolved
+        text = call.command.include_text
+        self._intake = intake = (DocumentIntake if call.command.continuous else Intake)(
+            schema,
+            call.command,
+            prompt=resolved.prompt,
+            layers=resolved.layers,
+            limits=self._model.limits,
+            carry_text=call.include_text if text is None else text,
+            small_is_interactive=call.small_is_interactive,
+            chunking=resolved.spec.chunking,
+            taken=resolved.taken,
+            half=self._model.half(resolved.spec),
+        )
+        self._output = output_schema(
+            resolved.spec,
+            id_type=intake.id_type,
+            carried=intake.carried_fields,
+            text=intake.carry_text,
+            metadata_column=intake.has_metadata,
+        )
+        return self._output
+
+    def is_bulk(self, batch: pa.RecordBatch) -> bool:
+        """Whether a call whose first batch this is brings bulk work."""
+        return self._intake.is_bulk(batch)
+
+    def admit(self, *, bulk: bool) -> Span:
+        """Takes a place among the open streams, until the session is left.
+
+        Returns:
+            The call's span.
+
+        Raises:
+            OverloadedError, DrainingError: As `Admission.admit`.
+        """
+        service, embedder = self._service, self._model.embedder
+        self._exits.enter_context(service.admission.admit(embedder, bulk=bulk))
+        span = self._exits.enter_context(service.telemetry.span(self._call.name, self._call.trace))
+        self._stream = embedder.open_stream(span)
+        self._exits.callback(self._stream.close)
+        return span
+
+    def submit_batch(
+        self,
+        batch: pa.RecordBatch,
+        batch_id: int,
+        row_first: int,
+        *,
+        document_end: bool = False,
+        skip: Skip | None = None,
+        claim: Claim | None = None,
+    ) -> None:
+        """Hands in a received batch; blocks while the stream holds as much memory as it may.
+
+        Args:
+            batch: As received.
+            batch_id: Its number.
+            row_first: Offset of its first row in the call or upload.
+            document_end: The last row ends its document; of a `continuous` command.
+            skip: Tells which rows need no vector.
+            claim: Called once for each row slice, before it is submitted. A slice without claimed
+                rows has no result, unless later slices need its dictionary values.
+
+        Raises:
+            FletcherError: The batch is invalid (nothing of it was submitted), or the stream was
+                closed.
+        """
+        telemetry = self._service.telemetry
+        telemetry.rows_received.add(batch.num_rows)
+        telemetry.bytes_received.add(batch.get_total_buffer_size())
+        slices = self._intake.row_slices(
+            batch, batch_id, row_first, keep=self._stream.keep, skip=skip, ends=document_end
+        )
+        self._submit_slices(slices, claim)
+
+    def submit_rest(self) -> None:
+        """Hands in the end of a document that was not ended; of a `continuous` command."""
+        self._submit_slices(self._intake.rest())
+
+    def end_input(self) -> None:
+        """Nothing more is submitted: `results` ends after the last one."""
+        self._stream.end()
+
+    def embed_batch(self, batch: pa.RecordBatch, upload_id: str) -> Iterator[SliceResult]:
+        """Submits the call's only batch and yields its results, all on the calling thread.
+
+        A batch of several slices is submitted on a second thread, because the last slice may fit
+        only after the first has left. Rows are not counted as received.
+
+        Args:
+            batch: As received.
+            upload_id: As for `results`.
+        """
+        slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.keep))
+        if len(slices) == 1:
+            self._submit_slices(slices)
+            self.end_input()
+            yield from self.results(upload_id)
+            return
+
+        def submit() -> None:
+            self._submit_slices(slices)
+            self.end_input()
+
+        submitting = BackgroundTask(f"{self._call.name}-submit", submit, lambda _: self.close())
+        try:
+            yield from self.results(upload_id)
+        except DrainingError:
+            if submitting.error is not None:
+                raise submitting.error from None
+            raise
+
+    def results(self, upload_id: str) -> Iterator[SliceResult]:
+        """Results in the order of submission; ends after `end_input`.
+
+        Args:
+            upload_id: Names rows that came without an id.
+
+        Raises:
+            DrainingError: The session was closed before its end.
+            FletcherError: A row failed and the command says `on_error: abort`, or its error is
+                retryable.
+        """
+        assembling = self._assembler(upload_id)
+        for embedded in self._stream.results():
+            result = self._assemble(assembling, embedded)
+            del embedded  # the next one may be long in coming
+            if result is not None:
+                yield result
+                result.release_unheld()
+            del result
+
+    def close(self) -> None:
+        """Drops everything submitted and wakes threads that wait. Thread-safe, idempotent."""
+        self._stream.close()
+
+    def _submit_slices(self, slices: Iterable[RowSlice], claim: Claim | None = None) -> None:
+        for row_slice in slices:
+            ranges = None
+            if claim is not None:
+                if row_slice.part == 0:
+                    self._ranges = claim(row_slice)
+                ranges = self._ranges
+                if not ranges and row_slice.new_values is None:
+                    continue
+            self._stream.submit(
+                row_slice.texts,
+                (row_slice, ranges),
+                num_bytes=row_slice.num_bytes,
+                priority=row_slice.priority,
+            )
+
+    def _assembler(self, upload_id: str) -> Assembler:
+        if self._call.command.continuous:
+            return DocumentAssembler(self._output, self.spec, upload_id)
+        if not self._call.whole_rows:
+            return assembler(self._output, self.spec, upload_id, whole_rows=False)
+        return assembler(
+            self._output,
+            self.spec,
+            upload_id,
+            whole_rows=True,
+            max_kept_bytes=self._stream.max_row_bytes,
+        )
+
+    def _assemble(self, assembling: Assembler, embedded: Result) -> SliceResult | None:
+        """One result, or None if its text goes on in the next one."""
+        stream, num_bytes, row_bytes = self._stream, embedded.num_bytes, 0
+        row_slice, ranges = embedded.context
+        output = assembling.assemble(row_slice, embedded.embeddings)
+        # Results that leave at once may exceed the allowance by one output batch.
+        if self._call.whole_rows:
+            if assembling.kept_bytes or output is None:
+                stream.grow(assembling.kept_bytes)
+            if output is not None:
+                row_bytes = stream.whole()
+        if output is None:
+            stream.release(num_bytes)
+            return None
+        if output.errors:
+            self._count_errors(output.errors, row_slice.row_first, ranges)
+        return SliceResult(row_slice, output, ranges, lambda: stream.release(num_bytes, row_bytes))
+
+    def _count_errors(
+        self, errors: dict[int, FletcherError], row_first: int, ranges: RowRanges | None
+    ) -> None:
+        abort = self._call.abort or self._call.command.on_error == "abort"
+        if error := ends_call(errors, abort=abort):
+            raise error
+        telemetry = self._service.telemetry
+        for row, one in errors.items():
+            offset = row_first + row
+            if ranges is None or any(first <= offset <= last for first, last in ranges):
+                telemetry.rows_failed.add()
+                telemetry.errors.add(code=one.code)

@@ -1,0 +1,315 @@
+"""One connection that feeds an upload: rows in, vectors to the store, acknowledgements out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+
+from fletcher.core.chunking import AGGREGATIONS
+from fletcher.core.command import EmbedCommand
+from fletcher.delivery.dedupe.prefilter import DedupePrefilter
+from fletcher.delivery.groups import Rows
+from fletcher.delivery.sink import DatasetSink
+from fletcher.delivery.upload import Upload
+from fletcher.errors import FletcherError, InvalidCommandError
+from fletcher.pipeline.input.intake import Skip
+from fletcher.pipeline.input.row_slice import RowSlice
+from fletcher.serving.acknowledgements import AckQueue
+from fletcher.serving.background import BackgroundTask
+from fletcher.serving.service import Service
+from fletcher.serving.session import EmbedCall, EmbedSession
+from fletcher.serving.slice_result import RowRanges, SliceResult
+from fletcher.stores.base import Store
+
+_POLL_S = 0.5
+
+
+class StoreSession(AbstractContextManager["StoreSession"]):
+    """Embeds rows of an upload and takes them to its dataset's sink.
+
+    One thread calls `open_input`, `admit`, `submit_batch`, `announce_total` and `end_input`; a
+    second one iterates over `acknowledgements` from `admit` on. The session's own thread takes
+    vectors to the sink.
+
+    Args:
+        service: The server's parts.
+        command: The client's options.
+        trace: The caller's trace, as `Telemetry.extract` returned it.
+        given_up: Whether the client is gone; ends the wait for a model that is loaded.
+
+    Raises:
+        FletcherError: On entering: as `EmbedSession`, and what the store does not take.
+    """
+
+    _session: EmbedSession
+    _output: pa.Schema
+    _upload: Upload
+    _sink: DatasetSink
+    _acks: AckQueue
+    _skip: Skip | None
+    _delivering: BackgroundTask
+
+    def __init__(
+        self,
+        service: Service,
+        command: EmbedCommand,
+        *,
+        trace: Any = None,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._service = service
+        self._command = command
+        self._trace = trace
+        self._given_up = given_up
+        self._exits = ExitStack()
+        self._ended = False
+
+    def __enter__(self) -> StoreSession:
+        command, service = self._command, self._service
+        store = _checked_store(service, command)
+        # A dataset has vectors of one model: an alias divides datasets, not uploads to one.
+        split = service.models.splits(command.model)
+        call = EmbedCall(
+            name="do_put",
+            command=command,
+            dtypes=store.capabilities.dtypes,
+            include_text=True,
+            whole_rows=True,
+            small_is_interactive=False,
+            alias_key=command.dataset or "",
+            held_model=_model_of(store, command.dataset or "") if split else None,
+            trace=self._trace,
+            given_up=self._given_up,
+        )
+        with ExitStack() as exits:
+            self._session = exits.enter_context(EmbedSession(service, call))
+            _check_output(self._session, store)
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._exits.__exit__(kind, error, trace)
+
+    def open_input(self, schema: pa.Schema) -> None:
+        """Checks the input's schema. Raises as `EmbedSession.open_input`."""
+        self._output = self._session.open_input(schema)
+        command = self._command
+        if not self._session.has_ids and (command.dedupe == "id" or command.mode == "delta"):
+            asked = "`dedupe` is id" if command.dedupe == "id" else "`mode` is delta"
+            raise InvalidCommandError(
+                f"{asked}, but the input has no column `id`; name the ids' column in `id_column`",
+                field="id_column",
+            )
+
+    def admit(self) -> None:
+        """Takes a place among the open streams, and opens or resumes the upload.
+
+        Raises:
+            OverloadedError, DrainingError: As `EmbedSession.admit`.
+            FletcherError: As `Delivery.open_upload`.
+        """
+        service, session = self._service, self._session
+        span = session.admit(bulk=self._command.priority != "interactive")
+        self._upload, self._sink = service.delivery.open_upload(self._command, self._output)
+        upload = self._upload
+        self._exits.callback(service.delivery.close_upload, upload, self._sink)
+        span.set(dataset=upload.dataset, upload_id=upload.upload_id)
+        in_memory = self._command.durability == "memory"
+        self._acks = AckQueue(upload.upload_id, _always if in_memory else upload.covers)
+        self._skip = None
+        if upload.dedupe_by is not None:
+            self._skip = DedupePrefilter(self._sink.dedupe_index, upload).skip
+        self._delivering = BackgroundTask("upload-deliver", self._deliver, self._fail)
+        self._exits.callback(self._delivering.wait)
+        self._exits.callback(session.close)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the upload has failed, through this connection or another one."""
+        return self._upload.failure is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all announced rows are durable, or acknowledged for good."""
+        return self._upload.complete
+
+    def submit_batch(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> None:
+        """Hands in a received batch, without the rows that the upload has already.
+
+        Blocks while the stream holds as much memory as it may.
+
+        Args:
+            batch: As received.
+            batch_id: Its number.
+            row_first: Offset of its first row in the upload.
+
+        Raises:
+            FletcherError: As `EmbedSession.submit_batch`.
+        """
+        self._session.submit_batch(batch, batch_id, row_first, skip=self._skip, claim=self._claim)
+        if batch.num_rows:
+            with self._upload.changed:
+                self._acks.append_batch(batch_id, row_first, row_first + batch.num_rows - 1)
+                self._upload.changed.notify_all()
+
+    def announce_total(self, num_rows: int) -> None:
+        """The client says how many rows the whole upload has."""
+        self._upload.announce_total(num_rows)
+
+    def end_input(self) -> None:
+        """Nothing more is submitted; waits until all vectors are with the sink."""
+        self._session.end_input()
+        self._delivering.wait()
+        if self._delivering.error is not None:
+            self._fail(self._delivering.error)  # rows claimed since the first time, too
+        with self._upload.changed:
+            self._ended = True
+            self._upload.changed.notify_all()
+
+    def raise_failure(self) -> None:
+        """Raises the error with which the upload failed, if it did."""
+        if self._upload.failure is not None:
+            raise self._upload.failure
+
+    def acknowledgements(self) -> Iterator[dict[str, Any]]:
+        """Messages to the client as they become due; the last one is the summary.
+
+        Ends when the upload has failed, or after `end_input` when all its rows are settled. A
+        client that is gone changes nothing: until then its rows count in the stream's memory, and
+        a drain brings them to their store.
+        """
+        upload, draining = self._upload, self._service.admission.draining
+        finished = False
+        while not finished:
+            with upload.changed:
+                upload.changed.wait_for(lambda: self._acks.is_due or self._is_finished, _POLL_S)
+                finished = self._is_finished
+                ack = self._acks.next_ack(upload.counts)
+            if ack is not None:
+                yield ack
+            if draining.is_set():
+                self._sink.flush()
+        yield upload.summary(self._session.spec.model)
+
+    def close(self) -> None:
+        """Drops what is not with the sink and wakes threads that wait. Thread-safe, idempotent."""
+        self._session.close()
+        with self._upload.changed:
+            self._upload.changed.notify_all()
+
+    @property
+    def _is_finished(self) -> bool:
+        return self.failed or (self._ended and self._upload.in_flight == 0)
+
+    def _claim(self, row_slice: RowSlice) -> RowRanges:
+        """Rows of a slice that the upload has not received before."""
+        num_rows = row_slice.num_rows
+        if not num_rows:
+            return []
+        new = self._upload.claim_rows(row_slice.row_first, row_slice.row_first + num_rows - 1)
+        num_known = num_rows - sum(last - first + 1 for first, last in new)
+        if num_known:
+            self._service.telemetry.rows_deduplicated.add(num_known)
+        return new
+
+    def _deliver(self) -> None:
+        for result in self._session.results(self._upload.upload_id):
+            self._deliver_slice(result)
+            del result  # the next one may be long in coming
+        self._sink.flush()
+
+    def _deliver_slice(self, result: SliceResult) -> None:
+        """Takes the claimed rows of a slice to the sink."""
+        row_slice, errors, ranges = result.row_slice, result.errors, result.ranges or []
+        ids = result.failed_ids()
+        for index, (first, last) in enumerate(ranges):
+            low, high = first - row_slice.row_first, last - row_slice.row_first
+            failed = sorted(row for row in errors if low <= row <= high)
+            for row in failed:
+                self._upload.report_failed_row(row_slice.row_first + row, ids[row], errors[row])
+            begin, end = result.place(low), result.place(high + 1)
+            is_last = index == len(ranges) - 1
+            self._sink.submit_rows(
+                Rows.from_batch(
+                    self._upload,
+                    result.batch.slice(begin, end - begin),
+                    first,
+                    tuple(result.place(row) - begin for row in failed),
+                    # The slice's memory is free once its last rows are stored.
+                    result.hold() if is_last else _do_nothing,
+                    # Of rows that are several chunks, none is skipped.
+                    tuple(row - low for row in row_slice.skipped.tolist() if low <= row <= high),
+                    num_rows=last - first + 1,
+                )
+            )
+
+    def _fail(self, error: Exception) -> None:
+        """Rows that got no further may be sent again, by whoever resumes the upload."""
+        assert isinstance(error, FletcherError)  # BackgroundTask raises no other
+        self._session.close()
+        self._upload.fail(error)
+
+
+def _checked_store(service: Service, command: EmbedCommand) -> Store:
+    """The store that a command names, if it takes such an upload."""
+    if command.dataset is None:
+        raise InvalidCommandError("`dataset` is missing", field="dataset")
+    if command.continuous:
+        raise InvalidCommandError(
+            "`continuous` is true, but what is stored, counted and resumed are rows that are whole "
+            "texts; use DoExchange, or leave it out",
+            field="continuous",
+            allowed=["false"],
+        )
+    _, store = service.delivery.store(command.store)
+    if command.mode in ("upsert", "delta") and not store.capabilities.upsert:
+        raise InvalidCommandError(
+            f"`mode` is {command.mode}, which takes a store that replaces rows, such as `lance:`; "
+            "this one takes append and overwrite",
+            field="mode",
+            allowed=["append", "overwrite"],
+        )
+    return store
+
+
+def _check_output(session: EmbedSession, store: Store) -> None:
+    """Refuses vectors that a store does not take."""
+    spec = session.spec
+    if spec.output not in store.capabilities.outputs:
+        raise InvalidCommandError(
+            f"`model` {session.bundle.name} gives {spec.output} vectors, which this store "
+            "does not take; `lance:` and `parquet:` stores do, and DoExchange gives them back",
+            field="model",
+        )
+    chunking = spec.chunking
+    if chunking is not None and chunking.rows and store.capabilities.counts_groups:
+        raise InvalidCommandError(
+            f"`chunking` is {chunking}, but this store knows by the number of rows what it has, "
+            "and a text is several; give each text one vector",
+            field="chunking",
+            allowed=[one for one in AGGREGATIONS if one != chunking.aggregation],
+        )
+
+
+def _model_of(store: Store, dataset: str) -> str | None:
+    """`name@hash` of the model whose vectors a dataset has; None if that is unknown."""
+    info = store.dataset(dataset)
+    name = (info.schema.metadata or {}).get(b"fletcher.model") if info is not None else None
+    return None if name is None else name.decode()
+
+
+def _always(_first: int, _last: int) -> bool:
+    return True
+
+
+def _do_nothing() -> None:
+    """Releases nothing: the slice's last rows do it for all."""

@@ -1,0 +1,50 @@
+"""A second thread of a call, and what becomes of its failures."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+from fletcher.errors import InternalError, OverloadedError
+from fletcher.serving.background import BackgroundTask
+
+
+def test_work_runs_on_its_own_thread() -> None:
+    threads: list[threading.Thread] = []
+    failures: list[Exception] = []
+    task = BackgroundTask("w", lambda: threads.append(threading.current_thread()), failures.append)
+    task.join()
+    task.wait()
+    assert [one.name for one in threads] == ["w"]
+    assert (task.error, failures) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "raised"),
+    [
+        (OverloadedError("busy"), None, OverloadedError),
+        (ValueError("secret"), None, InternalError),
+        (ValueError("told"), (ValueError,), ValueError),
+    ],
+)
+def test_a_failure_is_told_at_once_and_raised_by_join(
+    error: Exception,
+    expected: tuple[type[Exception], ...] | None,
+    raised: type[Exception],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    failures: list[Exception] = []
+    options = {} if expected is None else {"expected": expected}
+    with caplog.at_level(logging.ERROR):
+        task = BackgroundTask("w", fail, failures.append, **options)
+        task.wait()
+    assert failures == [task.error]
+    with pytest.raises(raised) as caught:
+        task.join()
+    assert ("secret" in caplog.text) == (raised is InternalError)
+    assert "secret" not in str(caught.value)
