@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
+from fletcher.pipeline.interactive.single_row import vector_lists
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedCall, EmbedSession
 
@@ -54,7 +55,7 @@ def embed(service: Service, fields: dict[str, Any], context: Any, trace: Any) ->
             **({"scale": []} if spec.scaled else {}),
         }
         for result in session.embed_batch(batch, "embed"):
-            answer["embeddings"] += result.batch.column("vector").to_pylist()
+            answer["embeddings"] += vector_lists(result.batch.column("vector"))
             for name in {"token_count", "truncated", "scale"} & answer.keys():
                 answer[name] += result.batch.column(name).to_pylist()
     return answer
