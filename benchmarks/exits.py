@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         write_checkpoint(folder / "checkpoint", args.random_model, setting.bundle.tokenizer)
         registry = Registry(folder / "models")
         whole, exits = (
-            registry.add(str(folder / "checkpoint"), name=name, exits=layers, progress=print)
+            registry.add_model(str(folder / "checkpoint"), name=name, exits=layers, progress=print)
             for name, layers in (("whole", []), ("exits", args.exits))
         )
         for backend, precision in ENGINES:

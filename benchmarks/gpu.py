@@ -151,18 +151,18 @@ def _models(args: argparse.Namespace, folder: Path) -> Iterator[tuple[ModelBundl
     registry = Registry(models)
     if args.model_folder is not None:
         checkpoint = args.model_folder
-        bundle = registry.add(str(checkpoint), progress=report.say)
+        bundle = registry.add_model(str(checkpoint), progress=report.say)
     else:
         # Servers see only this one of the machine's models.
-        present = Registry(args.home / "models").get(args.model)
+        present = Registry(args.home / "models").get_model(args.model)
         models.mkdir(parents=True)
         (models / present.name).symlink_to(present.folder)
-        bundle = registry.get(present.name)
+        bundle = registry.get_model(present.name)
         checkpoint = contenders.kept_checkpoint(args.home, args.model)
     yield bundle, checkpoint
     random = folder / "random-bert"
     write_checkpoint(random, args.random_model, bundle.tokenizer)
-    yield registry.add(str(random), progress=report.say), random
+    yield registry.add_model(str(random), progress=report.say), random
 
 
 def _texts(corpus: Corpus, num_texts: int) -> list[str]:

@@ -105,7 +105,7 @@ class HoldingTokenizer:
     """Tokenizer process with its texts in memory, which returns no tokens."""
 
     concurrency = 1
-    express = 0
+    urgent_concurrency = 0
 
     def __init__(self, held: Held) -> None:
         self._tokenizer = Tokenizer.from_bundle(Path(held.bundle))
@@ -124,7 +124,7 @@ class HoldingLibrary:
     """The tokenizers library in one thread, on texts in memory."""
 
     concurrency = 1
-    express = 0
+    urgent_concurrency = 0
 
     def __init__(self, held: Held) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -42,7 +42,7 @@ class Setting:
     @cached_property
     def bundle(self) -> ModelBundle:
         """The bundle of `--model`, downloaded on first use if `--home` lacks it."""
-        return Registry(self.args.home / "models").ensure(self.args.model, report.say)
+        return Registry(self.args.home / "models").ensure_model(self.args.model, report.say)
 
     def about(self, benchmark: str) -> dict[str, Any]:
         """First fields of a result's JSON."""

@@ -1,11 +1,10 @@
-"""Fletcher: text in over Arrow Flight, vectors in a store.
+"""Python API of Fletcher: text in over Arrow Flight, vectors out or into a store.
 
     with fletcher.connect("grpc://127.0.0.1:8815") as client:
         vectors = client.embed(["a text", "another"])
         summary = client.put(table, "articles")
 
-The names of `__all__` are what Fletcher offers to Python programs; each is loaded when first used.
-docs/python.md shows how they go together.
+The public names are those in `__all__`; each is loaded on first use. docs/python.md is their guide.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ __all__ = [
     "rescore",
 ]
 
-_HOMES = {
+_MODULES = {
     "EmbedCommand": "fletcher.core.command",
     **dict.fromkeys(("TextSource", "open_source"), "fletcher.readers"),
     **dict.fromkeys((name for name in __all__ if name.endswith("Error")), "fletcher.errors"),
@@ -115,7 +114,7 @@ def __getattr__(name: str) -> Any:
         return version("longbow-fletcher")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES.get(name, "fletcher.client")), name)
+    return getattr(importlib.import_module(_MODULES.get(name, "fletcher.client")), name)
 
 
 def __dir__() -> list[str]:

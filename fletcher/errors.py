@@ -1,7 +1,7 @@
-"""Every error Fletcher raises on purpose, and the one form in which errors cross the wire.
+"""Every error that Fletcher raises on purpose, and their form on the wire.
 
 FletcherError                      code, message, field, allowed, retry_after_ms
-├── RequestError                   what was asked cannot be done as asked; do not retry unchanged
+├── RequestError                   the request cannot be done as asked; do not retry unchanged
 │   ├── InvalidCommandError        invalid_command
 │   ├── UnknownFieldError          unknown_field
 │   ├── UnknownModelError          unknown_model
@@ -26,7 +26,7 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 └── SetupError                     this process cannot start or run as configured (code internal)
     ├── ConfigError                an option, an environment variable or the config file
     ├── ModelError                 a model bundle: missing, damaged, not supported
-    ├── BackendError               an engine or a device that is not there or refused the model
+    ├── BackendError               an engine or device that is missing or refuses the model
     └── StoreError                 a store address or folder that cannot be used
 """
 
@@ -42,11 +42,11 @@ class FletcherError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-        message: One or two sentences for a person: what was expected, what came, the remedy. Names
-            fields in backticks. Holds no traceback and no path of the server.
-        field: The command field, column or option at fault, if there is one.
-        allowed: What would have been accepted.
-        retry_after_ms: For errors that pass: how long to wait before the next try.
+        message: One or two sentences for a person: expected, got, remedy. Fields are in backticks.
+            Must not contain a traceback or a path on the server.
+        field: The command field, column or option at fault, if any.
+        allowed: Values that are accepted.
+        retry_after_ms: Of a retryable error, the shortest wait before the next attempt.
     """
 
     code: ClassVar[str] = "internal"
@@ -72,7 +72,7 @@ class FletcherError(Exception):
         self.retry_after_ms = retry_after_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """The error as it crosses the wire: `code` and `message`, the rest where known."""
+        """The error as it crosses the wire: `code`, `message`, and the fields that are set."""
         fields = {
             "code": self.code,
             "message": self.message,
@@ -87,12 +87,12 @@ class FletcherError(Exception):
         return json.dumps(self.to_dict(), ensure_ascii=False).encode()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions with keyword-only arguments do not pickle by themselves; workers send them.
+        # Workers send errors; exceptions with keyword-only arguments do not pickle by default.
         return _rebuild, (type(self), self.to_dict())
 
 
 def _encodable(text: str) -> str:
-    """Text that came in JSON may hold half a surrogate pair, which no UTF-8 has."""
+    """Escape half a surrogate pair, which JSON text may hold and UTF-8 cannot."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -197,7 +197,7 @@ def _subclasses(kind: type[FletcherError]) -> list[type[FletcherError]]:
     return [kind, *(leaf for child in kind.__subclasses__() for leaf in _subclasses(child))]
 
 
-# The leaf that owns each code. Groups (RequestError, UnavailableError) and SetupError never do.
+# The class of each code: a leaf of the tree, not of SetupError.
 BY_CODE: dict[str, type[FletcherError]] = {
     kind.code: kind
     for kind in _subclasses(FletcherError)
@@ -206,7 +206,7 @@ BY_CODE: dict[str, type[FletcherError]] = {
 
 
 def from_json(extra_info: bytes | str) -> FletcherError | None:
-    """The error that `to_json` wrote; None where the text is no such error."""
+    """The error that `to_json` wrote; None if the text is not one."""
     try:
         fields = json.loads(extra_info)
         kind = BY_CODE[fields["code"]]

@@ -172,7 +172,7 @@ class Runtime:
             log.info("journal: %d rows of an earlier run go to their stores", left_behind)
         registry = Registry(config.home / "models")
         for name in (config.model.default, *config.model.models):
-            registry.ensure(name, self._progress)
+            registry.ensure_model(name, self._progress)
         self._budget = budget = MemoryBudget(config.limits.budget_bytes, config.limits.max_streams)
         self._load = load = LoadMonitor(
             lambda: _signals(budget, admission, delivery, models),

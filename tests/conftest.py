@@ -1,4 +1,4 @@
-"""Fixtures that every part's tests may use."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="session")
 def default_bundle() -> ModelBundle:
-    """The real default model, fetched once into FLETCHER_HOME for all test processes and runs."""
-    return Registry(fletcher_home() / "models").ensure(DEFAULT_MODEL, print)
+    """The real default model, downloaded once into FLETCHER_HOME for all processes and runs."""
+    return Registry(fletcher_home() / "models").ensure_model(DEFAULT_MODEL, print)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     """Two layers of random weights, dim 32, max_length 32: mean pooling, normalised."""
     registry = Registry(tmp_path_factory.mktemp("models"))
-    return registry.add(str(GOLDEN / "tiny"), progress=print)
+    return registry.add_model(str(GOLDEN / "tiny"), progress=print)
 
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
-    """Commands set up logging for a process of their own; tests put it back."""
+    """Restores logging, which commands configure for a whole process."""
     root, own = logging.getLogger(), logging.getLogger("fletcher")
     handlers, levels = root.handlers[:], (root.level, own.level)
     yield

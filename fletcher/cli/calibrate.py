@@ -75,7 +75,7 @@ def calibrate(args: argparse.Namespace) -> ModelBundle:
         )
     config = local_config(args, model=args.name, store=NO_STORE)
     registry = Registry(config.home / "models")
-    bundle = registry.get(args.name)
+    bundle = registry.get_model(args.name)
     if bundle.output != "dense":
         raise ModelError(
             f"model {args.name} gives {bundle.output} vectors, and ranges are for dense ones; int8 "
@@ -93,7 +93,7 @@ def calibrate(args: argparse.Namespace) -> ModelBundle:
     )
     with open_client(args, config) as client:
         calibration = _measured(client, source, bundle, args.limit)
-    return registry.calibrate(args.name, calibration)
+    return registry.save_calibration(args.name, calibration)
 
 
 def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: int) -> Calibration:

@@ -201,7 +201,7 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
     names = registry.names()
     for name in names:
         try:
-            bundle = registry.verify(name)
+            bundle = registry.verify_model(name)
         except FletcherError as error:
             fix = f"fletcher model remove {name}, then add it again"
             yield Finding("models", name, "broken", error.message, fix)
@@ -209,7 +209,7 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
             value = f"{bundle.qualified_name}, {bundle.dim} dimensions, checksums right"
             yield Finding("models", name, "ok", value)
     for name in dict.fromkeys((config.model.default, *config.model.models)):
-        if name in names or any(name == bundle.qualified_name for bundle in registry.list()):
+        if name in names or any(name == bundle.qualified_name for bundle in registry.list_models()):
             continue
         fetched = name == DEFAULT_MODEL
         fix = "it is fetched on first use" if fetched else "fletcher model add SOURCE"
@@ -228,7 +228,7 @@ def _engine(config: ServeConfig) -> Iterator[Finding]:
         return
     try:
         chosen = decide(
-            config.home, config.engine, detect_host(), registry.get(config.model.default)
+            config.home, config.engine, detect_host(), registry.get_model(config.model.default)
         )
     except FletcherError as error:
         yield Finding("engine", config.model.default, "broken", error.message)

@@ -160,7 +160,7 @@ class _Engines:
         from fletcher.tuning.candidates import TuningCandidate, engines
         from fletcher.tuning.decision import decide
 
-        self._bundle = Registry(config.home / "models").ensure(config.model.default, say)
+        self._bundle = Registry(config.home / "models").ensure_model(config.model.default, say)
         self._host, self._asked = detect_host(), config.engine
         decision = decide(config.home, self._asked, self._host, self._bundle)
         found = engines(self._asked, self._host, self._bundle)

@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add(registry: Registry, args: argparse.Namespace) -> int:
-    bundle = registry.add(
+    bundle = registry.add_model(
         args.source,
         name=args.name,
         tokenizer=args.tokenizer,
@@ -121,7 +121,7 @@ def _list(registry: Registry, args: argparse.Namespace) -> int:
     rows, damaged = [], 0
     for name in registry.names():
         try:
-            rows.append(_describe(registry.get(name)))
+            rows.append(_describe(registry.get_model(name)))
         except ModelError as error:
             damaged += 1
             rows.append({"name": name, "error": error.message})
@@ -142,7 +142,7 @@ def _list(registry: Registry, args: argparse.Namespace) -> int:
 
 
 def _show(registry: Registry, args: argparse.Namespace) -> int:
-    _print(_describe(registry.get(args.name)), as_json=args.json)
+    _print(_describe(registry.get_model(args.name)), as_json=args.json)
     return 0
 
 
@@ -150,7 +150,7 @@ def _verify(registry: Registry, args: argparse.Namespace) -> int:
     rows, damaged = [], 0
     for name in [args.name] if args.name else registry.names():
         try:
-            rows.append({"name": name, "ok": True, "hash": registry.verify(name).hash})
+            rows.append({"name": name, "ok": True, "hash": registry.verify_model(name).hash})
         except ModelError as error:
             damaged += 1
             rows.append({"name": name, "ok": False, "error": error.message})
@@ -167,7 +167,7 @@ def _calibrate(_: Registry, args: argparse.Namespace) -> int:
 
 
 def _remove(registry: Registry, args: argparse.Namespace) -> int:
-    registry.remove(args.name)
+    registry.remove_model(args.name)
     _print({"removed": args.name}, as_json=args.json)
     return 0
 

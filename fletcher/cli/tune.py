@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     set_up_logging("error", "text")
     config = read_config(args, os.environ, _OPTIONS).config
     registry = Registry(config.home / "models")
-    registry.ensure(config.model.default, say)
-    bundle = registry.verify(config.model.default)
+    registry.ensure_model(config.model.default, say)
+    bundle = registry.verify_model(config.model.default)
     report = tune(config.home, config.engine, detect_host(), bundle, say)
     if args.json:
         print(json.dumps(_as_json(report), indent=2))

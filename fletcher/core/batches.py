@@ -1,4 +1,4 @@
-"""The payloads that stages hand to each other: frozen, whole arrays, no per-row objects."""
+"""Payloads between pipeline stages: frozen dataclasses of whole arrays, no per-row objects."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ Priority = Literal["bulk", "interactive"]
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """What is left when one part of a text has been cut into chunks, for the next part.
+    """State between two text parts of one text that is cut into chunks.
 
     Attributes:
-        prompt_ids: int32 [n], tokens that go before the text of each chunk.
-        input_ids: int32 [n], tokens at the end, of which a chunk is still to come.
-        starts: int64 [n, 2], where in the text these begin: character and byte.
-        levels: int8 [n], what begins with these, as `fletcher.tokenization.sentences` says it.
+        prompt_ids: int32 [n], prompt tokens of each chunk.
+        input_ids: int32 [n], the last tokens so far, which are not in a finished chunk.
+        starts: int64 [n, 2], character and byte of the text where each of these begins.
+        levels: int8 [n], what begins at each of these (see `fletcher.tokenization.sentences`).
         end: The text's last characters so far.
         size: int64 [2], characters and bytes of the text so far.
         num_chunks: Chunks so far.
-        num_covered: Of the tokens of the next chunk, how many at the beginning are in the last one.
-        num_before: Of these tokens, how many at the beginning are only read with the next chunk.
+        num_covered: Leading tokens of the next chunk that are in the last chunk too.
+        num_before: Leading tokens of `input_ids` that are context of the next chunk, not part of
+            it.
     """
 
     prompt_ids: Int32Array
@@ -50,41 +51,42 @@ class Carry:
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Which rows of a batch are chunks of which text.
+    """Rows of a batch that are chunks of texts.
 
     Attributes:
-        offsets: int64 [num_texts + 1], rows of text i are offsets[i] to offsets[i + 1]; a part of a
-            text may have none.
-        index: int32 [num_rows], 0 for a text's first chunk.
+        offsets: int64 [num_texts + 1], rows of text i are offsets[i] to offsets[i + 1]; a text part
+            may have none.
+        index: int32 [num_rows], number of the chunk in its text, from 0.
         num_tokens: int32 [num_rows], tokens of the text itself.
-        spans: int64 [num_rows, 4], where in the text a chunk begins and ends: first and last
-            character (this not included), first and last byte; zeros where nobody asked for rows.
-            Spans leave nothing of the text out.
-        begins: bool [num_rows], a paragraph begins with it, or its text; of `tokens` only that.
+        text_ranges: int64 [num_rows, 4], each chunk's range of the text: first character, end
+            character, first byte, end byte; ends are exclusive. The ranges cover the whole text.
+            Zeros if chunks are not rows.
+        begins: bool [num_rows], whether a paragraph or the text begins here; for the method
+            `tokens` only the text.
     """
 
     offsets: Int64Array
     index: Int32Array
     num_tokens: Int32Array
-    spans: Int64Array
+    text_ranges: Int64Array
     begins: BoolArray
 
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """Texts as they leave the front process for a tokenizer, in Arrow's own layout.
+    """Texts for a tokenizer, in Arrow's layout.
 
     Attributes:
-        data: UTF-8 bytes of all texts, one after the other.
-        offsets: int64 [num_texts + 1], byte positions in `data`; not necessarily from 0.
+        data: UTF-8 bytes of all texts, joined.
+        offsets: int64 [num_texts + 1], byte positions in `data`; may not start at 0.
         truncate: What to do with a text longer than `max_length` tokens.
-        prompt: Put before every text; counted in its tokens.
-        max_length: Tokens per text at most, special tokens included; None: the model's own.
+        prompt: Inserted before every text; counts as tokens of it.
+        max_length: Most tokens per text, special tokens included; None: the model's length.
         chunking: How texts are cut into chunks, each a row of the TokenBatch; None: not at all.
-        continued: These are parts of one text, and more of it comes in the next batch.
-        carry: What the batch before left of the text that goes on here.
-        layers: The exit layer that their vectors come from; 0: the last.
-        half: Their vectors are wanted in float16, and otherwise as the graph gives them.
+        continued: Whether these are parts of one text, of which more comes in the next batch.
+        carry: State of the text that goes on here, from the batch before.
+        layers: Exit layer of the vectors; 0: the last.
+        half: Whether vectors are wanted in float16; else in the graph's type.
     """
 
     data: bytes | memoryview
@@ -104,13 +106,13 @@ class TextBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Segments:
-    """Parts of rows that get a vector each, while the model reads all of the row.
+class Spans:
+    """Token spans that get a vector each, while the model reads the whole row (late chunking).
 
     Attributes:
-        counts: int32 [num_rows], parts of each row, one at least.
-        bounds: int32 [num_segments, 2], row after row: a part's first token, counted in its row,
-            and the first one behind it.
+        counts: int32 [num_rows], spans of each row, at least one.
+        bounds: int32 [num_spans, 2], row by row: first token and end token (exclusive) of each
+            span, counted in its row.
     """
 
     counts: Int32Array
@@ -119,16 +121,16 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Tokenized texts, flat. Where texts are cut into chunks, each of these is a text here.
+    """Tokenized texts, flat. If texts are cut into chunks, each chunk is a text here.
 
     Attributes:
-        input_ids: int32 [total_tokens], all texts one after the other, special tokens included.
+        input_ids: int32 [total_tokens], all texts joined, special tokens included.
         offsets: int64 [num_texts + 1] into `input_ids`, from 0.
-        truncated: bool [num_texts], True where tokens were cut off.
-        errors: By text index, why a text has no tokens (it then has length 0): truncate="error".
-        chunks: Whose chunks these are; None: texts were not cut.
-        carry: What is left for the text's next part.
-        segments: Which part of which row each chunk is; None: each chunk is a row.
+        truncated: bool [num_texts], whether tokens were cut off.
+        errors: By text index, why a text has no tokens and length 0: truncate="error".
+        chunks: The texts that these chunks belong to; None: texts were not cut.
+        carry: State for the text's next part.
+        spans: The span of a row that each chunk is; None: each chunk is a row.
     """
 
     input_ids: Int32Array
@@ -137,7 +139,7 @@ class TokenBatch:
     errors: dict[int, FletcherError] = field(default_factory=dict)
     chunks: Chunks | None = None
     carry: Carry | None = None
-    segments: Segments | None = None
+    spans: Spans | None = None
 
     @property
     def num_texts(self) -> int:
@@ -145,7 +147,7 @@ class TokenBatch:
 
     @property
     def token_count(self) -> Int32Array:
-        """int32 [num_texts], tokens that the model sees."""
+        """int32 [num_texts], tokens that the model reads."""
         return np.diff(self.offsets).astype(np.int32)
 
 
@@ -156,32 +158,31 @@ class MicroBatch:
     Attributes:
         input_ids: int32 [total_tokens].
         lengths: int32 [num_rows], each at least 1.
-        layers: The exit layer that all of them leave after; 0: the last.
-        segments: What gets a vector in place of a row; None: rows do.
-        half: Their vectors are to come back in float16: half as much to send, and no more to do.
+        layers: Exit layer of all rows; 0: the last.
+        spans: Spans that get the vectors; None: each row gets one.
+        half: Whether vectors come back in float16, which halves the transfer.
     """
 
     input_ids: Int32Array
     lengths: Int32Array
     layers: int = 0
-    segments: Segments | None = None
+    spans: Spans | None = None
     half: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class InferenceResult:
-    """What a replica answers to a MicroBatch.
+    """A replica's answer to a MicroBatch.
 
     Attributes:
-        embeddings: float32 [num_rows, dim] (float16 where the MicroBatch says so), pooled and,
-            where the bundle says so, L2-normalised; of models with several vectors a row all of
-            them, [num_vectors, width]; where the batch has segments theirs, as pooled,
-            [num_segments, dim].
-        norms: float32 [num_rows], the L2 norm before normalisation; None where not normalised.
-        compute_s: Seconds the device was computing.
-        budget_tokens: Padded tokens that the replica takes in one run now; 0: not said.
-        counts: int32 [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one each,
-            or each segment's.
+        embeddings: Pooled vectors, float32, or float16 if the MicroBatch asks for it. [num_rows,
+            dim], L2-normalised if the bundle says so. [num_vectors, width] for models with several
+            vectors per row. [num_spans, dim], not normalised, if the batch has spans.
+        norms: float32 [num_rows], L2 norms before normalisation; None: not normalised.
+        compute_s: Seconds that the device computed.
+        budget_tokens: Padded tokens that the replica now takes in one run; 0: unknown.
+        counts: int32 [num_rows], vectors of each row (`fletcher.vectors.ragged`); None: one per row
+            or span.
     """
 
     embeddings: VectorArray
@@ -196,14 +197,14 @@ class EmbeddingBatch:
     """The vectors of one TextBatch, in its order.
 
     Attributes:
-        embeddings: float32 [num_texts, dim], or float16 where the TextBatch says so; rows in
-            `errors` hold zeros. With `counts` float32 [num_vectors, width].
+        embeddings: float32 [num_texts, dim], or float16 if the TextBatch asks for it; zeros for
+            texts in `errors`. With `counts` float32 [num_vectors, width].
         norms: float32 [num_texts] or None, as in InferenceResult.
         token_count: int32 [num_texts].
         truncated: bool [num_texts].
         errors: By text index, why a text has no vector.
         counts: As in InferenceResult.
-        chunks: Whose chunks these are, each a text here; None: texts were not cut.
+        chunks: The texts that these chunks belong to, each a text here; None: texts were not cut.
     """
 
     embeddings: VectorArray

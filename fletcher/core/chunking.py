@@ -1,8 +1,8 @@
-"""How a long text is cut into chunks, and what becomes of their vectors: the field `chunking`.
+"""The field `chunking`: how long texts are cut into chunks, and how their vectors are combined.
 
-In a command it is one string, the same in JSON, protobuf and flags:
-`METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]`, such as `tokens:256/32:mean`. What is left out takes
-its default.
+A command has it as one string, the same in JSON, protobuf and flags:
+`METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]`, such as `tokens:256/32:mean`. Omitted parts take
+their defaults.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from fletcher.errors import InvalidCommandError
 
-# Those whose chunks are each one sentence or paragraph.
+# Methods whose chunks are one sentence or paragraph each.
 ALONE = ("each-sentence", "each-paragraph")
 METHODS = ("tokens", "sentences", "paragraphs", *ALONE)
 AGGREGATIONS = ("mean", "weighted", "max", "hierarchical", "none")
@@ -24,20 +24,20 @@ _FORM = "METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late], such as tokens:256/32:mea
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """One way to cut texts.
+    """A way to cut texts into chunks.
 
     Attributes:
-        method: Where a text is cut. `tokens`: after any token; `sentences`: where a sentence ends,
-            as many of them together as `size` allows; `paragraphs`: where a paragraph ends, else a
-            sentence; `each-sentence`, `each-paragraph`: after each of them. What is longer than
-            `size` by itself is cut after any token.
-        size: Tokens of a chunk at most, the prompt's and special ones included, as the model sees
-            it; 0: as many as the model reads.
-        overlap: Tokens of its text that a chunk has in common with the one before.
-        aggregation: What a text gets. `mean` of its chunks' vectors; `weighted` mean, by tokens and
-            position; `max` of each dimension; `hierarchical`: mean of its paragraphs' vectors,
-            which are means of their chunks'; `none` of them: each chunk is a row.
-        late: The model reads all of a text before chunks become vectors, or as much as it can.
+        method: Where a text is cut. `tokens`: after any token. `sentences`: after sentences, as
+            many together as `size` allows. `paragraphs`: after paragraphs, else after sentences.
+            `each-sentence`, `each-paragraph`: after each of them. A sentence or paragraph longer
+            than `size` is cut after any token.
+        size: Most tokens of a chunk as the model sees it, prompt and special tokens included; 0: as
+            many as the model reads.
+        overlap: Tokens that a chunk's text shares with the chunk before.
+        aggregation: The vector of a text. `mean` of its chunks' vectors; `weighted` mean, by tokens
+            and position; `max` of each dimension; `hierarchical`: mean of its paragraphs' vectors,
+            which are means of their chunks'; `none`: each chunk is a row.
+        late: Whether the model reads a whole text, as far as it can, before chunks are pooled.
     """
 
     method: str
@@ -48,16 +48,16 @@ class Chunking:
 
     @classmethod
     def from_text(cls, text: str) -> Chunking | None:
-        """The way that a command's `chunking` names; None for `none`.
+        """Parse a command's `chunking`; None for `none`.
 
         Raises:
-            InvalidCommandError: It is not of the form, or names something that there is not.
+            InvalidCommandError: The form is wrong, or a part of it is not one of the choices.
         """
         method, *parts = text.split(":")
         if method == "none" and not parts:
             return None
         if method not in METHODS:
-            raise _refusal(text, f"{method[:50]!r} is no method", ["none", *METHODS])
+            raise _refusal(text, f"unknown method {method[:50]!r}", ["none", *METHODS])
         found = cls(method, late=parts[-1:] == ["late"])
         parts = parts[: len(parts) - found.late]
         if parts and (sizes := _SIZES.fullmatch(parts[0])):
@@ -70,63 +70,63 @@ class Chunking:
                 )
             if found.overlap and found.alone:
                 raise _refusal(
-                    text, f"OVERLAP is {found.overlap}, but {method} has none in common", ["0"]
+                    text, f"OVERLAP is {found.overlap}, but chunks of {method} never overlap", ["0"]
                 )
             parts = parts[1:]
         if parts and parts[0] not in AGGREGATIONS:
-            raise _refusal(text, f"{parts[0][:50]!r} is no aggregation", AGGREGATIONS)
+            raise _refusal(text, f"unknown aggregation {parts[0][:50]!r}", AGGREGATIONS)
         if len(parts) > 1:
             kept = str(replace(found, aggregation=parts[0]))
-            raise _refusal(text, f"{parts[1][:50]!r} is one part too many", [kept])
+            raise _refusal(text, f"{parts[1][:50]!r} is unexpected", [kept])
         found = replace(found, aggregation=parts[0]) if parts else found
         if found.aggregation == "hierarchical" and not found.alone:
             raise _refusal(
-                text, f"chunks of {method} may be of several paragraphs, not hierarchical", ALONE
+                text, f"hierarchical needs chunks within a paragraph, not those of {method}", ALONE
             )
         if found.late and not (found.size or found.alone):
             raise _refusal(
                 text,
-                "late chunks of all that the model reads have nothing around them; name a SIZE",
+                "late chunks need a SIZE: by default a chunk is all that the model reads",
                 [f"{method}:SIZE:{found.aggregation}:late"],
             )
         return found
 
     def fitted(self, max_length: int, taken: int) -> Chunking:
-        """The same with its size settled.
+        """The same chunking with its size set and checked for a model.
 
         Args:
             max_length: Tokens that the model reads.
-            taken: Of each chunk, tokens that are not the text's: the prompt's and special ones.
+            taken: Tokens of each chunk for the prompt and special tokens.
 
         Raises:
-            InvalidCommandError: A chunk is longer than the model reads, or has no room for text, or
-                none beside the overlap.
+            InvalidCommandError: A chunk is longer than the model reads, or has no room for text
+                beside the overlap.
         """
         size = self.size or max_length
         least = taken + self.overlap + 1
         if not least <= size <= max_length:
             raise _refusal(
                 str(self),
-                f"a chunk of {size} tokens, of which {taken} are the prompt's and special ones, "
-                f"with {self.overlap} of the one before, cannot be: SIZE is from {least} to the "
-                f"{max_length} that the model reads",
+                f"SIZE is {size}, expected {least} to {max_length}: {taken} tokens of a chunk are "
+                f"the prompt's and special ones, {self.overlap} are OVERLAP, and the model reads "
+                f"{max_length}",
                 [f"{least} to {max_length}"] if least <= max_length else ["a smaller OVERLAP"],
             )
         return replace(self, size=size)
 
     @property
     def alone(self) -> bool:
-        """Each sentence or paragraph is a chunk by itself, however short."""
+        """Whether each sentence or paragraph is a chunk by itself, however short."""
         return self.method in ALONE
 
     @property
     def needs_places(self) -> bool:
-        """It matters where in its text a token is."""
+        """Whether the positions of tokens in their text are needed."""
         return self.rows or self.method != "tokens"
 
     @property
     def rows(self) -> bool:
-        """Each chunk is a row of the output."""
+        """Whether each chunk is a row of the output."""
         return self.aggregation == "none"
 
     def __str__(self) -> str:

@@ -36,44 +36,43 @@ Columns = Annotated[tuple[Name, ...], Meta(max_length=1024)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedCommand:
-    """One embedding request's options; field names are those on the wire (docs/wire.md, Commands).
+    """Options of one embedding request, named as on the wire (docs/wire.md, Commands).
 
     Attributes:
-        dataset: Where vectors go; required for DoPut, refused nowhere. `[A-Za-z0-9][A-Za-z0-9_-]*`,
-            at most 128 characters.
-        upload_id: Names the upload so that it can be resumed; the server makes one up if absent.
+        dataset: Target of the vectors; required for DoPut. `[A-Za-z0-9][A-Za-z0-9_-]*`, at most 128
+            characters.
+        upload_id: Name under which the upload can be resumed; None: the server makes one up.
         model: A model's name; None: the server's default.
-        text_column: Input column that holds the text.
-        id_column: Input column that holds the id; used if present.
-        prompt: A prompt's name in the bundle (`query`, ...), or literal text put before each text:
-            anything that is no single word.
-        dims: Leading dimensions to keep (Matryoshka), re-normalised; None: all.
+        text_column: Input column with the text.
+        id_column: Input column with the id; used if present.
+        prompt: A prompt's name in the bundle (`query`, ...), or literal text before each text:
+            anything other than a single word.
+        dims: Leading dimensions to keep (Matryoshka), normalised again; None: all.
         layers: Exit layer; None: all layers.
-        dtype: Element type of `vector`; None: the server's choice (float16; float32 for
-            stores that take nothing else).
-        normalize: L2-normalise; None: as the model says.
-        truncate: What to do with texts over the model's length.
-        chunking: How long texts are cut into chunks, and what becomes of their vectors:
-            `METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]` (see `core.chunking`), or `none`.
-            With the aggregation `none` each chunk is a row.
+        dtype: Element type of `vector`; None: the server's choice (float16, or float32 for stores
+            that take nothing else).
+        normalize: Whether to L2-normalise; None: as the model does.
+        truncate: Which part of a text over the model's length is cut off, `end` or `start`; `error`
+            fails the row.
+        chunking: How long texts are cut into chunks and their vectors combined:
+            `METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]` (see `core.chunking`), or `none`. With
+            the aggregation `none` each chunk is a row.
         columns: Input columns to carry through to the output.
-        include_text: Carry the text itself; None: true for stores, false for DoExchange.
+        include_text: Whether to carry the text itself; None: true for stores, false for DoExchange.
         on_error: `continue` reports a failed row and goes on; `abort` ends the call with its error.
         mode: `append`, `upsert` (replace by id), `overwrite` (replace the dataset) or `delta`
-            (upsert, without the rows whose id is stored with the same text).
+            (upsert without the rows whose id is stored with the same text).
         dedupe: `id` or `text` drops rows whose id or text came earlier or is stored; `off` keeps
-            them all. Goes with the modes `append` and `overwrite`.
-        durability: When a row is acknowledged and counts as durable: `journal` (it is on the
-            server's disk, on its way), `store` (the store has it), `memory` (as received, never
-            durable); None: `journal` where the server has one, else `store`.
-        priority: `interactive` goes before `bulk`; None: small exchanges are interactive.
-        store: A store's name from the server's configuration; None: its default.
-        continuous: Rows of one id, one after the other, are pieces of one document, whose chunks
-            come back as they are complete; goes with `chunking` of the aggregation `none`, in
-            DoExchange.
-        output: What the model has to give, else it is refused: `dense`, a vector a text; `sparse`,
-            weights of some tokens of the vocabulary; `multi`, a vector a token; None: whatever it
-            gives.
+            all. For the modes `append` and `overwrite`.
+        durability: When a row is acknowledged as durable: `journal` (on the server's disk), `store`
+            (in the store), `memory` (on receipt, never durable). None: `journal` if the server has
+            one, else `store`.
+        priority: `interactive` is served before `bulk`; None: small exchanges are interactive.
+        store: A store's name in the server's configuration; None: the default store.
+        continuous: Whether successive rows with the same id are parts of one document, whose chunks
+            come back as they are complete. For DoExchange with a `chunking` that ends in `none`.
+        output: Refuse a model with another output: `dense`, a vector per text; `sparse`, weights of
+            vocabulary tokens; `multi`, a vector per token. None: accept any.
     """
 
     dataset: Identifier | None = None
@@ -131,8 +130,8 @@ class EmbedCommand:
         chunking = Chunking.from_text(self.chunking or "none")
         if self.continuous and (chunking is None or not chunking.rows):
             raise InvalidCommandError(
-                f"`continuous` is true and `chunking` is {self.chunking or 'none'}, but a document "
-                "that comes in pieces leaves as rows, one a chunk; end `chunking` with :none",
+                f"`continuous` is true, but `chunking` is {self.chunking or 'none'}, expected one "
+                "that gives each chunk a row; end `chunking` with :none",
                 field="continuous",
                 allowed=[f"chunking {method}[:SIZE[/OVERLAP]]:none" for method in METHODS],
             )
@@ -141,16 +140,15 @@ class EmbedCommand:
         if chunking.rows and (self.dedupe != "off" or self.mode in ("upsert", "delta")):
             field = "mode" if self.dedupe == "off" else "dedupe"
             raise InvalidCommandError(
-                f"`{field}` is {getattr(self, field)}, which takes rows of one id or text for one, "
-                f"and `chunking` is {self.chunking}, which gives a text several rows of its id; "
-                "leave one of them out",
+                f"`{field}` is {getattr(self, field)}, which expects one row per id and text, but "
+                f"`chunking` is {self.chunking}, which makes several; omit one of them",
                 field=field,
                 allowed=["append", "overwrite"] if field == "mode" else ["off"],
             )
         if self.truncate != "end":
             raise InvalidCommandError(
-                f"`truncate` is {self.truncate} and `chunking` is {self.chunking}, which cuts "
-                "nothing off; leave one of them out",
+                f"`truncate` is {self.truncate}, but `chunking` is {self.chunking}, which cuts off "
+                "nothing; omit one of them",
                 field="truncate",
                 allowed=["end"],
             )
@@ -158,21 +156,21 @@ class EmbedCommand:
     def _check_duplicates(self) -> None:
         if self.dedupe != "off" and self.mode not in ("append", "overwrite"):
             raise InvalidCommandError(
-                f"`dedupe` is {self.dedupe} and `mode` is {self.mode}, which replaces rows by id; "
-                "leave one of them out",
+                f"`dedupe` is {self.dedupe}, but `mode` is {self.mode}, which replaces rows by id; "
+                "omit one of them",
                 field="dedupe",
                 allowed=["off"],
             )
         if self.include_text is False and (self.dedupe == "text" or self.mode == "delta"):
             asked = "`dedupe` is text" if self.dedupe == "text" else "`mode` is delta"
             raise InvalidCommandError(
-                f"`include_text` is false, but {asked}, which compares stored texts; store them",
+                f"`include_text` is false, but {asked}, which compares stored texts; omit it",
                 field="include_text",
                 allowed=["true"],
             )
 
     def to_mapping(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as JSON-ready values."""
+        """Fields that differ from their defaults, ready for JSON."""
         out = {}
         for name, default in _DEFAULTS:
             value = getattr(self, name)
@@ -181,7 +179,7 @@ class EmbedCommand:
         return out
 
     def to_json(self) -> bytes:
-        """The command as JSON, ready for `FlightDescriptor.for_command`."""
+        """The command as JSON, for `FlightDescriptor.for_command`."""
         return json.dumps(self.to_mapping(), ensure_ascii=False).encode()
 
 
@@ -197,7 +195,7 @@ def _described(name: str) -> inspect.Type:
 
 
 _DESCRIBED = {name: _described(name) for name in FIELD_NAMES}
-# In the order of declaration, which msgspec's description does not keep.
+# In the order of declaration: msgspec sorts them.
 CHOICES: dict[str, tuple[str, ...]] = {
     name: typing.get_args(part)
     for name, kind in _TYPES.items()
@@ -217,7 +215,7 @@ def check_dataset(name: str) -> None:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """A field's value in its type: lists become tuples."""
+    """A field's value, checked and in its type: a list becomes a tuple."""
     for text in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
             raise InvalidCommandError(
@@ -262,7 +260,7 @@ def _refusal(name: str, value: Any, kind: inspect.Type) -> InvalidCommandError:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message: short, whatever came."""
+    """A value for an error message, shortened."""
     if type(value) is int and value.bit_length() > 64:
         return "a number of more than 64 bits"
     return _shortened(repr(value))

@@ -1,14 +1,14 @@
-"""Vectors as int8 or as bits, and back: what writes them, and what reads them by their schema.
+"""Quantization of vectors to int8 or bits, and the reader that turns them back by their schema.
 
-`int8` comes in two kinds, which the schema's `fletcher.quantization` tells apart:
+`int8` has two kinds, which the schema's `fletcher.quantization` names:
 
-- `row`: symmetric, a scale a row: `x = q * scale`, where `scale` is a column of its own.
-- `ranges@HASH`: a range a dimension, from a sample of texts, the same for all rows:
+- `row`: symmetric, one scale per row: `x = q * scale`, where `scale` is a column.
+- `ranges@HASH`: one range per dimension, from a sample of texts, the same for all rows:
   `x = start + (q + 128.5) * step`, where `fletcher.ranges` holds both as JSON. That is
   sentence-transformers' `quantize_embeddings`, read back at the middle of each step.
 
-`ubinary` keeps the signs: bit 1 for `x > 0`, the first dimension in the highest bit of the first
-byte (`numpy.packbits`); read back it is +1 or -1, scaled to length 1.
+`ubinary` keeps the signs: bit 1 for `x > 0`, with the first dimension in the highest bit of the
+first byte (`numpy.packbits`). It is read back as +1 or -1, scaled to length 1.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _TINY = np.finfo(np.float32).tiny
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranges:
-    """A range of values a dimension, cut into 256 steps.
+    """One range of values per dimension, divided into 256 steps.
 
     Attributes:
-        start: float32 [dims], the least value that int8 can tell.
+        start: float32 [dims], the least value that int8 can represent.
         step: float32 [dims], all above 0.
     """
 
@@ -57,7 +57,7 @@ class Ranges:
         return hashlib.sha256(self.start.tobytes() + self.step.tobytes()).hexdigest()[:12]
 
     def quantize(self, embeddings: FloatArray) -> npt.NDArray[np.int8]:
-        """int8 [n, dims]; what lies outside of the ranges becomes their nearest end."""
+        """int8 [n, dims]; values outside the ranges are clipped."""
         steps = np.floor((embeddings - self.start) / self.step)
         return np.asarray(np.clip(steps, 0, 255) - 128, np.int8)
 
@@ -66,7 +66,7 @@ class Ranges:
         return np.asarray(self.start + (values + np.float32(128.5)) * self.step, np.float32)
 
     def metadata(self) -> dict[str, str]:
-        """What a schema says, so that its rows can be read."""
+        """Schema metadata for `VectorReader`."""
         return {QUANTIZATION: f"ranges@{self.hash}", RANGES: json.dumps(self.to_json())}
 
     def to_json(self) -> dict[str, list[float]]:
@@ -75,18 +75,22 @@ class Ranges:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Ranges:
-        """From `to_json`'s object. Raises ValueError where it is none."""
+        """Ranges from the object of `to_json`.
+
+        Raises:
+            ValueError: It is not such an object.
+        """
         try:
             start, step = (np.asarray(fields[name], np.float32) for name in ("start", "step"))
         except (KeyError, TypeError) as error:
             raise ValueError("no `start` and `step`") from error
         if start.ndim != 1 or start.shape != step.shape or not (step > 0).all():
-            raise ValueError("`start` and `step` are no ranges")
+            raise ValueError("`start` and `step` are not ranges")
         return cls(start, step)
 
 
 def quantize_rows(embeddings: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """Symmetric int8, each row by its own largest value: `x = q * scale`.
+    """Symmetric int8, scaled by each row's largest value: `x = q * scale`.
 
     Args:
         embeddings: float32 [n, dims].
@@ -100,7 +104,7 @@ def quantize_rows(embeddings: FloatArray) -> tuple[npt.NDArray[np.int8], FloatAr
 
 
 def pack_signs(embeddings: FloatArray) -> npt.NDArray[np.uint8]:
-    """uint8 [n, dims / 8]: a bit a dimension, 1 where the value is above 0."""
+    """uint8 [n, dims / 8]: one bit per dimension, 1 for a value above 0."""
     return np.packbits(embeddings > 0, axis=-1)
 
 
@@ -112,12 +116,12 @@ def unpack_signs(values: npt.NDArray[np.uint8]) -> FloatArray:
 
 @dataclass(frozen=True, slots=True)
 class VectorReader:
-    """How the vectors of a schema become float32 again.
+    """Reader of a schema's vectors as float32.
 
     Attributes:
         dtype: `float32`, `float16`, `int8` or `ubinary`.
         dims: Dimensions of a vector.
-        scaled: Each row is a multiple of its `scale`.
+        scaled: Whether a row must be multiplied by its `scale`.
     """
 
     dtype: str
@@ -130,8 +134,8 @@ class VectorReader:
         """A reader for the column `vector`.
 
         Raises:
-            ColumnTypeError: It is not there, or its type is not one that Fletcher writes, or the
-                metadata does not say what its numbers mean.
+            ColumnTypeError: The column is missing, Fletcher does not write its type, or the
+                metadata does not say how to read it.
         """
         kind = schema.field("vector").type if "vector" in schema.names else pa.null()
         said = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
@@ -157,11 +161,11 @@ class VectorReader:
         raise _unreadable(kind)
 
     def raw(self, column: pa.Array) -> npt.NDArray[Any]:
-        """[num_rows, width] as stored; what stands in null rows means nothing."""
+        """[num_rows, width] as stored; null rows hold arbitrary values."""
         # `flatten` would drop null rows and `values` ignores slices; this does neither.
         width = column.type.list_size
         values = column.values.slice(column.offset * width, len(column) * width)
-        if values.null_count:  # what Parquet puts under null rows; NumPy would make floats of all
+        if values.null_count:  # Parquet puts them under null rows; NumPy would convert to float
             values = values.fill_null(0)
         return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(-1, width)
 
@@ -173,14 +177,14 @@ class VectorReader:
         """float32 [num_rows, dims]; NaN where the vector is null.
 
         Raises:
-            ColumnTypeError: The rows' column `scale` is not there.
+            ColumnTypeError: The column `scale` is missing.
         """
         column = batch.column("vector")
         out = self.directions(column)
         if self.scaled:
             if "scale" not in batch.schema.names:
                 raise ColumnTypeError(
-                    "`scale` is missing: int8 vectors are multiples of it; read that column, too",
+                    "`scale` is missing: int8 vectors are multiples of it; read that column too",
                     field="scale",
                 )
             out *= batch.column("scale").to_numpy(zero_copy_only=False)[:, None]

@@ -1,4 +1,4 @@
-"""Sets of row offsets, kept as inclusive ranges."""
+"""Sets of row offsets, stored as inclusive ranges."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 
 class RangeSet:
-    """Whole numbers as sorted, disjoint, inclusive ranges. Not thread-safe.
+    """A set of whole numbers as sorted, disjoint, inclusive ranges. Not thread-safe.
 
-    Uploads arrive mostly in order, so that a set is a handful of ranges whatever its size.
+    Uploads arrive mostly in order, so a set of any size is a handful of ranges.
     """
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         self._ranges: list[tuple[int, int]] = []
         self.count = 0
-        for first, last in sorted(ranges):  # in order each comes at the end
+        for first, last in sorted(ranges):  # sorted, each is added at the end
             self.add_range(first, last)
 
     def add_range(self, first: int, last: int) -> None:
-        """Adds first..last, both included; what is there already stays."""
+        """Add first to last, both included."""
         left = bisect_left(self._ranges, first, key=lambda one: one[1] + 1)
         right = left
         while right < len(self._ranges) and self._ranges[right][0] <= last + 1:
@@ -31,7 +31,7 @@ class RangeSet:
         self.count += last - first + 1
 
     def remove_range(self, first: int, last: int) -> None:
-        """Takes first..last out, as far as it is there."""
+        """Remove first to last, both included, from the set."""
         kept: list[tuple[int, int]] = []
         for one_first, one_last in self._ranges:
             if one_first < first:
@@ -42,7 +42,7 @@ class RangeSet:
         self.count = sum(one_last - one_first + 1 for one_first, one_last in kept)
 
     def missing(self, first: int, last: int) -> list[tuple[int, int]]:
-        """The parts of first..last that are not in the set."""
+        """Ranges within first to last that are not in the set."""
         gaps = []
         start = bisect_left(self._ranges, first, key=lambda one: one[1])
         end = bisect_right(self._ranges, last, key=lambda one: one[0])
@@ -55,14 +55,14 @@ class RangeSet:
         return gaps
 
     def covers(self, first: int, last: int) -> bool:
-        """Whether all of first..last is in the set."""
+        """Whether all of first to last is in the set."""
         return not self.missing(first, last)
 
     @property
     def prefix(self) -> int:
-        """How many numbers from 0 on are in the set without a gap."""
+        """Count of numbers from 0 up to the first gap."""
         return self._ranges[0][1] + 1 if self._ranges and self._ranges[0][0] == 0 else 0
 
     def ranges(self) -> list[tuple[int, int]]:
-        """A copy, sorted."""
+        """A copy of the ranges, sorted."""
         return list(self._ranges)

@@ -24,7 +24,7 @@ ELEMENT_TYPES: dict[str, pa.DataType] = {
 }
 SPARSE_WIDTH = 2  # a dimension and its weight: `fletcher.vectors.ragged`
 TIMESTAMP = pa.timestamp("ns", tz="UTC")
-# Of rows that are chunks: which of its text, its first character and the first one behind it.
+# Of rows that are chunks: number within the text, first character, and first character after it.
 CHUNK_FIELDS = (
     pa.field("chunk_index", pa.int32()),
     pa.field("chunk_start", pa.int64()),
@@ -34,19 +34,19 @@ CHUNK_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class VectorSpec:
-    """What the vectors of one stream are: the part of a schema that must never change.
+    """Description of one stream's vectors, which must never change within a dataset.
 
     Attributes:
         model: `name@hash`.
         dims: Width of a vector.
         dtype: Element type's name, a key of ELEMENT_TYPES.
-        layers: Exit layer that the vectors come from.
+        layers: Exit layer.
         pooling: `cls`, `mean` or `last_token`.
-        normalized: L2 norm is 1.
-        ranges: How int8 is made; None: by a scale a vector.
+        normalized: Whether the L2 norm is 1.
+        ranges: Ranges of int8; None: one scale per vector.
         output: `dense`, `sparse` or `multi`, as in ModelBundle.
         max_vectors: Vectors of a row at most.
-        chunking: How texts are cut into chunks; None: not at all.
+        chunking: How texts are cut into chunks; None: they are not cut.
     """
 
     model: str
@@ -71,12 +71,12 @@ class VectorSpec:
 
     @property
     def scale_type(self) -> pa.DataType:
-        """float32, of the column `scale`; of `multi` a list of them."""
+        """Type of the column `scale`: float32, for `multi` a list of them."""
         return pa.list_(pa.float32()) if self.output == "multi" else pa.float32()
 
     @property
     def width(self) -> int:
-        """Numbers in each vector of a row, on the way through the house."""
+        """Numbers in each vector inside the pipeline."""
         return SPARSE_WIDTH if self.output == "sparse" else self.dims
 
     @property
@@ -86,7 +86,7 @@ class VectorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Of one row's vectors at most."""
+        """Most bytes of one row's vectors."""
         bits: int = ELEMENT_TYPES[self.dtype].bit_width
         if self.output == "sparse":
             return self.max_vectors * (4 + bits // 8)
@@ -94,7 +94,7 @@ class VectorSpec:
         return self.max_vectors * (width * bits // 8 + 4 * self.scaled)
 
     def metadata(self) -> dict[str, str]:
-        """Schema metadata that lets a reader understand the vectors without the server."""
+        """Schema metadata by which a reader understands the vectors without the server."""
         quantization = {}
         if self.dtype == "int8":
             quantization = self.ranges.metadata() if self.ranges else {QUANTIZATION: ROW}
@@ -171,15 +171,15 @@ def vector_columns(
     null_rows: npt.NDArray[np.bool_] | None,
     counts: npt.NDArray[np.int32] | None = None,
 ) -> dict[str, pa.Array]:
-    """`vector`, an array of the spec's type over whole buffers, and `scale` where it has one.
+    """The columns `vector`, of the spec's type over whole buffers, and `scale` if the spec has it.
 
     Args:
-        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width]; float16 where
-            that is what they are to be.
-        spec: What they are.
-        null_rows: bool [num_rows], True where the vector is null; None: no nulls.
-        counts: int32 [num_rows], vectors of each row, 0 where it is null; None: one each, or none
-            at all where the spec's rows may have several.
+        embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width]; float16 if that
+            is the output's dtype.
+        spec: Description of the vectors.
+        null_rows: bool [num_rows], True for null vectors; None: no nulls.
+        counts: int32 [num_rows], vectors of each row, 0 for null rows. None: one each, or no
+            vectors at all if the spec's rows may have several.
     """
     if spec.output != "dense":
         return _list_columns(embeddings, spec, null_rows, counts)
@@ -207,7 +207,7 @@ def vector_columns(
 
 
 def column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """An array without nulls over the very memory of `values`, whose elements are as `kind`'s.
+    """An array without nulls that shares the memory of `values`, whose elements fit `kind`.
 
     For a few rows `pa.array` takes several times as long.
     """
@@ -220,7 +220,7 @@ def _list_columns(
     null_rows: npt.NDArray[np.bool_] | None,
     counts: npt.NDArray[np.int32] | None,
 ) -> dict[str, pa.Array]:
-    """As `vector_columns`, of rows with several vectors each."""
+    """The columns of `vector_columns` for rows with several vectors each."""
     if counts is None:
         vectors, counts = vectors[:0], np.zeros(len(vectors), np.int32)
     offsets = pa.array(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
@@ -245,7 +245,7 @@ def batch_key(upload_id: str, first: int, last: int) -> str:
 
 
 def parse_batch_key(key: str) -> tuple[str, int, int] | None:
-    """(upload_id, first, last) of a batch key; None where the text is none."""
+    """(upload_id, first, last) of a batch key; None if the text is not one."""
     upload_id, colon, extent = key.rpartition(":")
     first, dash, last = extent.partition("-")
     if not (colon and dash and upload_id and first.isdecimal() and last.isdecimal()):

@@ -136,7 +136,7 @@ def evaluate(
     *,
     model_name: str | None = None,
 ) -> EvaluationReport:
-    """Embeds a corpus with several variants and compares the vectors with a reference.
+    """Embed a corpus with several variants and compare each with a reference.
 
     Args:
         pairs: The corpus.
@@ -181,7 +181,7 @@ def evaluate(
 
 
 def _check_variants(client: Client, model: Mapping[str, Any], variants: Iterable[Variant]) -> None:
-    """Embeds one text per variant, so that a server refuses a bad variant at once."""
+    """Embed one text per variant, so that a server refuses a bad variant at once."""
     for variant in variants:
         options = _options(variant, model)
         embed(client, pa.array(["a text"]), chunking=variant.chunking, **options)
@@ -200,7 +200,7 @@ def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
 def _embed(
     client: Client, model: Mapping[str, Any], variant: Variant, pairs: Pairs
 ) -> tuple[Embedded, Embedded]:
-    """Embeds queries and documents; queries stay float32 and uncut, as in a search."""
+    """Embed queries and documents; queries stay float32 and uncut, as in a search."""
     options = _options(variant, model)
     asked = {**options, "dtype": "float32"}
     queries = embed(client, pairs.queries, prompt=default_prompt(model, QUERY_PROMPTS), **asked)

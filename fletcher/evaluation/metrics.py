@@ -59,7 +59,7 @@ def recall(places: Int64Array, k: int) -> float:
 
 
 def ndcg(places: Int64Array, k: int) -> Float64Array:
-    """Normalised discounted cumulative gain of each query, which has one relevant document.
+    """Normalized discounted cumulative gain of queries with one relevant document.
 
     The ideal ranking has that document first, with a gain of 1, so that the metric is
     1 / log2(1 + rank) (https://doi.org/10.1145/582415.582418).
@@ -123,7 +123,7 @@ def _mean_ranks(values: npt.NDArray[np.generic]) -> Float64Array:
 
 
 def alignment(queries: FloatArray, documents: FloatArray) -> float:
-    """Mean squared distance of matching pairs of normalized vectors: 0 to 4, less is better.
+    """Mean squared distance of matching pairs: 0 to 4, less is better.
 
     See https://arxiv.org/abs/2005.10242, with its default alpha = 2.
 

@@ -47,7 +47,7 @@ def read_pairs(
     num_queries: int | None = None,
     notice: Callable[[str], None],
 ) -> Pairs:
-    """Reads pairs from files into memory; see `fletcher.readers.open_source`.
+    """Read pairs from files into memory; see `fletcher.readers.open_source`.
 
     Args:
         paths: Files or folders.

@@ -15,7 +15,7 @@ _LEAST_SPAN = 0.05  # of NDCG
 
 
 def check_matplotlib() -> None:
-    """Checks that matplotlib is installed; raises ConfigError otherwise."""
+    """Check that matplotlib is installed; raise ConfigError otherwise."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "`plot` needs matplotlib, which is not installed: pip install "
@@ -25,7 +25,7 @@ def check_matplotlib() -> None:
 
 
 def draw_report(report: EvaluationReport, path: Path) -> None:
-    """Writes a PNG of NDCG@10 over bytes per vector, and over texts per second.
+    """Write a PNG: NDCG@10 over bytes per vector, and over texts per second.
 
     Raises:
         ConfigError: The file cannot be written.

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from fletcher.core.batches import FloatArray, Int64Array
 
 # A block's float32 scores and the keys made of them take 24 MiB.
-_BLOCK_QUERIES, _BLOCK_DOCUMENTS = 256, 8192
+BLOCK_SHAPE = (256, 8192)
 
 
 class Nearest:
@@ -28,7 +28,7 @@ class Nearest:
         self._keys = np.empty((num_queries, 0), np.int64)
 
     def add_scores(self, scores: FloatArray) -> None:
-        """Adds the scores of the next documents.
+        """Add the scores of the next documents.
 
         Args:
             scores: float32 [num_queries, num_documents], without NaN; greater is better.
@@ -56,31 +56,39 @@ class Nearest:
 
 
 def _ordered(scores: FloatArray) -> npt.NDArray[np.int64]:
-    """Integers in the order of the scores: the bits of IEEE 754 floats, with the sign handled."""
+    """Integers in the order of the scores, made of the bits of IEEE 754 floats."""
     return _swapped((scores + np.float32(0)).view(np.int32)).astype(np.int64)  # no -0.0
 
 
 def _swapped(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Reverses the order of negative numbers; applied twice, it changes nothing."""
+    """Reverse the order of negative numbers; applied twice, it changes nothing."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def search(queries: FloatArray, documents: FloatArray, k: int) -> Int64Array:
+def search(
+    queries: FloatArray,
+    documents: FloatArray,
+    k: int,
+    *,
+    block_shape: tuple[int, int] = BLOCK_SHAPE,
+) -> Int64Array:
     """The k documents with the greatest dot product for each query, best first.
 
     Args:
         queries: float32 [num_queries, dims].
         documents: float32 [num_documents, dims].
         k: Number of documents per query.
+        block_shape: Queries and documents that are compared at once.
 
     Returns:
         int64 [num_queries, min(k, num_documents)]; equal scores keep the order of the documents.
     """
     found = []
-    for start in range(0, len(queries), _BLOCK_QUERIES):
-        block = queries[start : start + _BLOCK_QUERIES]
+    num_queries, num_documents = block_shape
+    for start in range(0, len(queries), num_queries):
+        block = queries[start : start + num_queries]
         nearest = Nearest(len(block), k)
-        for first in range(0, len(documents), _BLOCK_DOCUMENTS):
-            nearest.add_scores(block @ documents[first : first + _BLOCK_DOCUMENTS].T)
+        for first in range(0, len(documents), num_documents):
+            nearest.add_scores(block @ documents[first : first + num_documents].T)
         found.append(nearest.found)
     return np.concatenate(found) if found else np.empty((0, min(k, len(documents))), np.int64)

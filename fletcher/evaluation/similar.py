@@ -68,7 +68,7 @@ def find_similar(
     *,
     model: str | None = None,
 ) -> SimilarTexts:
-    """The most similar candidates of each text; compares all candidates, batch by batch.
+    """The most similar candidates of each text, among all candidates.
 
     Texts get the model's prompt for queries and candidates its prompt for documents, if it has any.
 

@@ -59,7 +59,7 @@ class Variant:
 
 
 def parse_variants(text: str, engines: Sequence[Engine]) -> list[Variant]:
-    """Every combination of the values of a list such as `backend=openvino dims=384,128`.
+    """Every combination of a list of values: `backend=openvino dims=384,128`.
 
     Args:
         text: `KEY=VALUE,...`, separated by spaces; an omitted key has its default. Keys: KEYS.

@@ -39,7 +39,7 @@ class Embedded:
 
 
 def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
-    """Embeds texts by an exchange.
+    """Embed texts by an exchange.
 
     Args:
         client: Connected to the server.

@@ -1,86 +1,125 @@
-"""The actions that change which models run: bodies checked, answers as JSON-ready objects."""
+"""Actions on the models that run: list, load, swap and unload them, and divide calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from fletcher.config.model_alias import Alias
-from fletcher.errors import InvalidCommandError, UnknownFieldError
+from fletcher.errors import InvalidCommandError
+from fletcher.flight.commands import parse_list_models
+from fletcher.flight.requests import AliasRequest, ModelRequest, UnloadRequest, decode_request
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.model_manager import ModelManager
+from fletcher.v1 import embed_pb2
 
 GivenUp = Callable[[], bool]
 
-
-def load_model(
-    models: ModelManager, fields: Mapping[str, Any], given_up: GivenUp
-) -> dict[str, Any]:
-    """`{"model": name}`: loads an installed model; answers when it is ready.
-
-    Raises:
-        FletcherError: As `Models.load`, and for a body that is none.
-    """
-    _check(fields, "model")
-    return {"model": models.load(_name(fields, "model"), given_up)}
+_RUNNING = ("is_default", "state", "is_current", "calls", "memory_bytes")
 
 
-def swap_model(
-    models: ModelManager, fields: Mapping[str, Any], given_up: GivenUp
-) -> dict[str, Any]:
-    """`{"model": name}`: what is installed under a name takes its place; answers when it has.
+def list_models(models: ModelManager, body: bytes) -> bytes:
+    """The models and aliases, as JSON or protobuf (a ListModelsResult).
 
     Raises:
-        FletcherError: As `Models.swap`, and for a body that is none.
+        FletcherError: As `parse_list_models`.
     """
-    _check(fields, "model")
-    return {"model": models.swap(_name(fields, "model"), given_up)}
+    request = parse_list_models(body)
+    bundles = models.bundles()
+    entries = [
+        (bundle, one)
+        for one in models.describe()
+        if (bundle := bundles.get(f"{one['name']}@{one['hash']}")) is not None
+    ]
+    return encode_models(entries, models.aliases(), format_name=request.format)
 
 
-def unload_model(models: ModelManager, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"model": name, "force": bool}`: takes a model out of service.
+def load_model(models: ModelManager, body: bytes, given_up: GivenUp) -> dict[str, Any]:
+    """Loads an installed model; answers when it is ready.
 
     Raises:
-        FletcherError: As `Models.unload`, and for a body that is none.
+        FletcherError: As `ModelManager.load_model` and `decode_request`.
     """
-    _check(fields, "model", "force")
-    force = fields.get("force", False)
-    if not isinstance(force, bool):
-        raise InvalidCommandError("`force` is not true or false", field="force")
-    return {"model": models.unload(_name(fields, "model"), force=force)}
+    return {"model": models.load_model(decode_request(ModelRequest, body).model, given_up)}
 
 
-def set_alias(models: ModelManager, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"alias": name, "models": "a:0.9,b:0.1"}`: divides calls; no models: the alias goes.
+def swap_model(models: ModelManager, body: bytes, given_up: GivenUp) -> dict[str, Any]:
+    """Replaces the version behind a name by the installed one; answers when it is ready.
 
     Raises:
-        FletcherError: As `Models.set_alias`, and for a body that is none.
+        FletcherError: As `ModelManager.swap_model` and `decode_request`.
     """
-    _check(fields, "alias", "models")
-    name, shares = _name(fields, "alias"), fields.get("models")
-    if not shares and isinstance(shares, (str, type(None))):
-        models.remove_alias(name)
+    return {"model": models.swap_model(decode_request(ModelRequest, body).model, given_up)}
+
+
+def unload_model(models: ModelManager, body: bytes) -> dict[str, Any]:
+    """Takes a model out of service.
+
+    Raises:
+        FletcherError: As `ModelManager.unload_model` and `decode_request`.
+    """
+    request = decode_request(UnloadRequest, body)
+    return {"model": models.unload_model(request.model, force=request.force)}
+
+
+def set_alias(models: ModelManager, body: bytes) -> dict[str, Any]:
+    """Divides calls between models, or removes the alias if no models are given.
+
+    Raises:
+        FletcherError: As `ModelManager.set_alias` and `decode_request`.
+    """
+    request = decode_request(AliasRequest, body)
+    if not request.models:
+        models.remove_alias(request.alias)
     else:
         try:
-            models.set_alias(Alias.parse(f"{name}={shares}"))
+            models.set_alias(Alias.parse(f"{request.alias}={request.models}"))
         except ValueError:
             raise InvalidCommandError(
-                f"`models` of alias {name[:200]!r} is {str(shares)[:200]!r}, expected "
+                f"`models` of alias {request.alias[:200]!r} is {request.models[:200]!r}, expected "
                 "MODEL:WEIGHT,MODEL:WEIGHT with weights over 0",
                 field="models",
             ) from None
     return {"aliases": models.aliases()}
 
 
-def _name(fields: Mapping[str, Any], field: str) -> str:
-    name = fields.get(field)
-    if not isinstance(name, str) or not name:
-        raise InvalidCommandError(f"`{field}` is missing, or is no name", field=field)
-    return name
+def encode_models(
+    models: Sequence[tuple[ModelBundle, Mapping[str, Any]]],
+    aliases: Mapping[str, str],
+    *,
+    format_name: str = "json",
+) -> bytes:
+    """The answer of `list_models`.
+
+    Args:
+        models: Bundles, each with `is_default`, `state`, `is_current`, `calls` and `memory_bytes`
+            of its version.
+        aliases: What each one divides calls between.
+        format_name: `json` for `{"models": [{...ModelInfo}], "aliases": {...}}`, or `protobuf`.
+    """
+    infos = [_model_info(bundle) | {name: run[name] for name in _RUNNING} for bundle, run in models]
+    if format_name == "protobuf":
+        result = embed_pb2.ListModelsResult(
+            models=[embed_pb2.ModelInfo(**info) for info in infos], aliases=aliases
+        )
+        return bytes(result.SerializeToString())
+    return msgspec.json.encode({"models": infos, "aliases": dict(aliases)})
 
 
-def _check(fields: Mapping[str, Any], *known: str) -> None:
-    for name in fields:
-        if name not in known:
-            raise UnknownFieldError(
-                f"`{name[:200]}` is not a field of this action", field=name[:200], allowed=known
-            )
+def _model_info(bundle: ModelBundle) -> dict[str, Any]:
+    return {
+        "name": bundle.name,
+        "hash": bundle.hash,
+        "family": bundle.family,
+        "dim": bundle.dim,
+        "max_length": bundle.max_length,
+        "pooling": bundle.pooling,
+        "normalize": bundle.normalize,
+        "num_layers": bundle.num_layers,
+        "layers": list(bundle.layers),
+        "dims": list(bundle.dims),
+        "prompts": dict(bundle.prompts),
+        "output": bundle.output,
+    }

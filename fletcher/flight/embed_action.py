@@ -8,6 +8,8 @@ import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
+from fletcher.flight.requests import parse_json
+from fletcher.flight.trace import caller_trace
 from fletcher.pipeline.interactive.single_row import vector_lists
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedCall, EmbedSession
@@ -19,7 +21,7 @@ _UNUSED = (
 )
 
 
-def embed(service: Service, fields: dict[str, Any], context: Any, trace: Any) -> dict[str, Any]:
+def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
     """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
 
     For int8 with a scale a row there is `scale`, too.
@@ -30,6 +32,7 @@ def embed(service: Service, fields: dict[str, Any], context: Any, trace: Any) ->
         FletcherError: Why the first text without a vector has none; retryable errors come first.
     """
     service.admission.check_draining()
+    fields = parse_json(body)
     batch = _batch_of(fields.pop("texts", None))
     for name in _UNUSED:
         if name in fields:
@@ -40,7 +43,7 @@ def embed(service: Service, fields: dict[str, Any], context: Any, trace: Any) ->
         command=command,
         abort=True,
         alias_key=command.upload_id or "",
-        trace=trace,
+        trace=caller_trace(context),
         given_up=context.is_cancelled,
     )
     with EmbedSession(service, call) as session:

@@ -43,12 +43,12 @@ class BackendConfig:
 class Backend(Protocol):
     """A loaded model on one device.
 
-    `run` may be called from as many threads at once as `concurrency` says, and from `express` more
-    for urgent runs that would else wait for the end of another.
+    Up to `concurrency` threads may call `run` at once. For urgent runs, `urgent_concurrency` more
+    may, so that these need not wait for the end of another run.
     """
 
     concurrency: int
-    express: int
+    urgent_concurrency: int
 
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Embeds one micro-batch.

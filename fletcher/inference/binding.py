@@ -68,7 +68,7 @@ class Binding:
         self._pin = pin
         self._buffers: dict[str, Buffer] = {}
 
-    def run(
+    def run_session(
         self, feeds: Mapping[str, npt.NDArray[Any]], num_rows: int
     ) -> list[npt.NDArray[np.float32]]:
         """The outputs, as copies that outlive the next run.

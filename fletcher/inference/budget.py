@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from fletcher.core.batches import InferenceResult, Int32Array, MicroBatch, Segments
+from fletcher.core.batches import InferenceResult, Int32Array, MicroBatch, Spans
 from fletcher.errors import BackendError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.late import LateBackend
 from fletcher.models.bundle.bundle import ModelBundle, version_folder
 from fletcher.models.checkpoint.markers import Queries
-from fletcher.vectors.ragged import segments_of
+from fletcher.vectors.ragged import spans_of
 
 # Words of ONNX Runtime's arenas, CUDA, cuBLAS and OpenVINO, which have no exception for it.
 _OUT_OF_MEMORY = re.compile(
@@ -44,7 +44,7 @@ class BudgetedBackend:
     def __init__(
         self, backend: Backend, max_batch_tokens: int, queries: Queries | None = None
     ) -> None:
-        self.concurrency, self.express = backend.concurrency, backend.express
+        self.concurrency, self.urgent_concurrency = backend.concurrency, backend.urgent_concurrency
         self._backend = backend
         self._most = max_batch_tokens
         self._budget = max_batch_tokens
@@ -166,11 +166,11 @@ def _cut(batch: MicroBatch, run_lengths: Int32Array, budget: int) -> list[MicroB
     ends = np.cumsum(batch.lengths)
     ids = np.split(batch.input_ids, ends[np.array(edges[1:], np.int64) - 1])
     lengths = np.split(batch.lengths, edges[1:])
-    segments: list[Segments | None] = [None] * len(edges)
-    if batch.segments is not None:
+    spans: list[Spans | None] = [None] * len(edges)
+    if batch.spans is not None:
         rows = np.split(np.arange(len(batch.lengths)), edges[1:])
-        segments = [segments_of(batch.segments, one) for one in rows]
-    parts = zip(ids, lengths, segments, strict=True)
+        spans = [spans_of(batch.spans, one) for one in rows]
+    parts = zip(ids, lengths, spans, strict=True)
     return [MicroBatch(own, length, batch.layers, part, batch.half) for own, length, part in parts]
 
 

@@ -86,7 +86,7 @@ class _Graph:
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("gpu_graph_id", str(num_tokens))
 
-    def run(self, input_ids: Int32Array) -> list[npt.NDArray[np.float32]]:
+    def replay(self, input_ids: Int32Array) -> list[npt.NDArray[np.float32]]:
         """The outputs for one text of `num_tokens` - 1 tokens at most, [1, width] each.
 
         The first run captures the graph: nothing else may use the device from this process then.
@@ -114,7 +114,7 @@ class CapturedBackend:
     def __init__(
         self, backend: Backend, io: PackedIO, graphs: Sequence[_Graph], about: str
     ) -> None:
-        self.concurrency, self.express = backend.concurrency, backend.express
+        self.concurrency, self.urgent_concurrency = backend.concurrency, backend.urgent_concurrency
         self._backend = backend
         self._io = io
         self._graphs = graphs
@@ -132,7 +132,7 @@ class CapturedBackend:
             return self._backend.run(batch)
         started = time.perf_counter()
         try:
-            outputs = graph.run(batch.input_ids)
+            outputs = graph.replay(batch.input_ids)
         except Exception as error:
             raise BackendError(f"a CUDA graph failed: {error}") from error
         finally:
@@ -168,7 +168,7 @@ def captured(
         tokens = [one for one in GRAPH_TOKENS if one <= io.max_length]
         graphs = [_Graph(ort, session, io, device, one) for one in tokens]
         for graph in graphs:
-            graph.run(np.zeros(1, np.int32))
+            graph.replay(np.zeros(1, np.int32))
         about = f"single texts of up to {max(tokens) - 1} tokens"
         with_graphs = CapturedBackend(backend, io, graphs, about)
         for probe in _probes(graphs):

@@ -42,7 +42,7 @@ class GraphIO:
         pooling: Pooling to do here; None where the graph did it.
         normalize: L2-normalise here; False where the graph did it or the model does not.
         has_norms: The second output is the L2 norms, float32 [B, 1].
-        exits: Layers that the model's segments end after.
+        exits: Last layer of each of the model's blocks.
         output: What a text becomes, as in ModelBundle.
         skipped, queries: Which tokens have a vector, as in ModelBundle.
     """
@@ -62,7 +62,7 @@ class GraphIO:
     queries: Queries | None = None
 
     @classmethod
-    def of(
+    def for_graph(
         cls,
         bundle: ModelBundle,
         input_dtypes: Mapping[str, npt.DTypeLike],
@@ -108,11 +108,11 @@ class GraphIO:
             queries=bundle.queries,
         )
 
-    def num_segments(self, layers: int) -> int:
-        """How many segments run for vectors after a layer, 0 for the last.
+    def num_blocks(self, layers: int) -> int:
+        """Number of blocks to run for vectors after a layer; 0 is the last layer.
 
         Raises:
-            ValueError: None ends there.
+            ValueError: No block ends after that layer.
         """
         return self.exits.index(layers) + 1 if layers else len(self.exits)
 
@@ -180,11 +180,11 @@ class GraphIO:
             compute_s: Seconds that it took.
 
         Raises:
-            ModelError: As `finish`.
+            ModelError: As `embeddings`.
         """
         if self.output == "multi":
             return self._token_vectors(batch, mask, np.asarray(outputs[0], np.float32), compute_s)
-        embeddings, norms = self.finish(outputs, mask)
+        embeddings, norms = self.embeddings(outputs, mask)
         if self.output == "dense":
             return InferenceResult(embeddings, norms, compute_s)
         pairs, counts = sparse(embeddings)
@@ -210,7 +210,7 @@ class GraphIO:
                 field="model",
             )
 
-    def finish(
+    def embeddings(
         self, outputs: Sequence[npt.NDArray[Any]], mask: BoolArray
     ) -> tuple[FloatArray, FloatArray | None]:
         """Embeddings and norms (InferenceResult) from the graph's outputs, in `outputs`' order.

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.core.batches import BoolArray, InferenceResult, MicroBatch, Segments
+from fletcher.core.batches import BoolArray, InferenceResult, MicroBatch, Spans
 from fletcher.errors import ModelError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.vectors.ragged import starts_of
 
-SEGMENTS = "segments"
+SPANS = "segments"
 
 
 class LateBackend:
@@ -34,7 +34,7 @@ class LateBackend:
     """
 
     def __init__(self, backend: Backend, load: Callable[[], Backend]) -> None:
-        self.concurrency, self.express = backend.concurrency, backend.express
+        self.concurrency, self.urgent_concurrency = backend.concurrency, backend.urgent_concurrency
         self._backend = backend
         self._load = load
         self._late: Backend | None = None
@@ -46,7 +46,7 @@ class LateBackend:
         Raises:
             FletcherError: The engine failed, or could not load the graph.
         """
-        if batch.segments is None:
+        if batch.spans is None:
             return self._backend.run(batch)
         with self._loading:
             late = self._late = self._late or self._load()
@@ -60,16 +60,16 @@ class LateIO(GraphIO):
     """GraphIO of the graph of `models.heads.write_late`."""
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
-        """As GraphIO, and which tokens are each segment's, float32 [num_rows, most, length]."""
+        """As GraphIO, and which tokens are each span's, float32 [num_rows, most, length]."""
         arrays, mask = super().feeds(batch)
-        segments = _segments(batch)
-        rows = np.repeat(np.arange(len(mask)), segments.counts)
+        spans = _spans(batch)
+        rows = np.repeat(np.arange(len(mask)), spans.counts)
         tokens = np.arange(mask.shape[1], dtype=np.int32)
-        bounds = segments.bounds
-        shape = (len(mask), int(segments.counts.max()), mask.shape[1])
-        arrays[SEGMENTS] = np.zeros(shape, np.float32)
+        bounds = spans.bounds
+        shape = (len(mask), int(spans.counts.max()), mask.shape[1])
+        arrays[SPANS] = np.zeros(shape, np.float32)
         inside = (tokens >= bounds[:, :1]) & (tokens < bounds[:, 1:])
-        arrays[SEGMENTS][rows, _places(segments)] = inside
+        arrays[SPANS][rows, _places(spans)] = inside
         return arrays, mask
 
     def result(
@@ -79,17 +79,17 @@ class LateIO(GraphIO):
         outputs: Sequence[npt.NDArray[Any]],
         compute_s: float,
     ) -> InferenceResult:
-        """What a replica answers: a vector for each segment.
+        """What a replica answers: a vector for each span.
 
         Raises:
             ModelError: The graph's output has not the shape that the bundle promises.
         """
-        segments = _segments(batch)
-        most = int(segments.counts.max())
+        spans = _spans(batch)
+        most = int(spans.counts.max())
         vectors = np.asarray(outputs[0], np.float32)
         self._check_shape(vectors, (len(mask) * most, self.dim))
-        rows = np.repeat(np.arange(len(mask)), segments.counts)
-        return InferenceResult(vectors[rows * most + _places(segments)], None, compute_s)
+        rows = np.repeat(np.arange(len(mask)), spans.counts)
+        return InferenceResult(vectors[rows * most + _places(spans)], None, compute_s)
 
 
 def graphs(bundle: ModelBundle, config: BackendConfig) -> list[Path]:
@@ -115,13 +115,13 @@ def graph_io(
     input_dtypes: Mapping[str, npt.DTypeLike],
     output_names: Sequence[str],
 ) -> GraphIO:
-    """What these take and give; see `GraphIO.of`.
+    """What these take and give; see `GraphIO.for_graph`.
 
     Raises:
-        ModelError: As `GraphIO.of`.
+        ModelError: As `GraphIO.for_graph`.
     """
     if not config.late:
-        return GraphIO.of(bundle, input_dtypes, output_names)
+        return GraphIO.for_graph(bundle, input_dtypes, output_names)
     return LateIO(
         inputs=bundle.inputs,
         dtypes=input_dtypes,
@@ -136,18 +136,16 @@ def graph_io(
     )
 
 
-def _segments(batch: MicroBatch) -> Segments:
+def _spans(batch: MicroBatch) -> Spans:
     """Those of a batch; each row is one where it has none, as in those for warming up."""
-    if batch.segments is not None:
-        return batch.segments
+    if batch.spans is not None:
+        return batch.spans
     bounds = np.stack([np.zeros_like(batch.lengths), batch.lengths], axis=1)
-    return Segments(np.ones_like(batch.lengths), bounds)
+    return Spans(np.ones_like(batch.lengths), bounds)
 
 
-def _places(segments: Segments) -> npt.NDArray[np.int64]:
-    """int64 [num_segments], which of its row's each is."""
-    starts = starts_of(segments.counts)
-    place: npt.NDArray[np.int64] = np.arange(len(segments.bounds)) - np.repeat(
-        starts, segments.counts
-    )
+def _places(spans: Spans) -> npt.NDArray[np.int64]:
+    """int64 [num_spans], which of its row's each is."""
+    starts = starts_of(spans.counts)
+    place: npt.NDArray[np.int64] = np.arange(len(spans.bounds)) - np.repeat(starts, spans.counts)
     return place

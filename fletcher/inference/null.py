@@ -12,7 +12,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from fletcher.core.batches import InferenceResult, Int32Array, MicroBatch, Segments
+from fletcher.core.batches import InferenceResult, Int32Array, MicroBatch, Spans
 from fletcher.inference.backend import BackendConfig
 from fletcher.vectors.ragged import places, starts_of
 
@@ -34,13 +34,13 @@ class NullBackend:
     def __init__(self, dim: int = DEFAULT_DIM, seed: int = 0) -> None:
         self.dim = dim
         self.seed = seed
-        self.concurrency, self.express = 2, 1
+        self.concurrency, self.urgent_concurrency = 2, 1
 
     def run(self, batch: MicroBatch) -> InferenceResult:
         """Vectors as `null_embeddings` makes them; norms are 1."""
         started = time.perf_counter()
-        if batch.segments is not None:
-            batch = _cut_out(batch, batch.segments)
+        if batch.spans is not None:
+            batch = _cut_out(batch, batch.spans)
         embeddings = null_embeddings(batch.input_ids, batch.lengths, self.dim, self.seed)
         # As other layers give other vectors.
         embeddings = np.roll(embeddings, batch.layers, axis=1) if batch.layers else embeddings
@@ -67,10 +67,10 @@ def load_inline(config: BackendConfig) -> NullBackend:
     return load(config)
 
 
-def _cut_out(batch: MicroBatch, segments: Segments) -> MicroBatch:
-    """Segments as rows: their vectors depend on their own tokens alone."""
-    rows = np.repeat(starts_of(batch.lengths), segments.counts)
-    firsts, lasts = segments.bounds.T
+def _cut_out(batch: MicroBatch, spans: Spans) -> MicroBatch:
+    """Spans as rows: their vectors depend on their own tokens alone."""
+    rows = np.repeat(starts_of(batch.lengths), spans.counts)
+    firsts, lasts = spans.bounds.T
     return MicroBatch(
         batch.input_ids[places(rows + firsts, lasts - firsts)], lasts - firsts, batch.layers
     )

@@ -47,7 +47,7 @@ _DTYPES: dict[str, npt.DTypeLike] = {"tensor(int64)": np.int64, "tensor(int32)":
 
 
 class OnnxRuntimeBackend:
-    """A loaded session a segment; use `load`."""
+    """One loaded session for each block; use `load`."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class OnnxRuntimeBackend:
         io: GraphIO,
         *,
         concurrency: int,
-        express: int,
+        urgent_concurrency: int,
         description: dict[str, str],
         pin: Pin | None = None,
     ) -> None:
-        self.concurrency, self.express = concurrency, express
+        self.concurrency, self.urgent_concurrency = concurrency, urgent_concurrency
         self._sessions = sessions
         self._io = io
         self._outputs = list(io.outputs)
@@ -80,14 +80,14 @@ class OnnxRuntimeBackend:
             if self._pin is None:
                 outputs = self._run(inputs, batch.layers)
             else:
-                outputs = self._binding(self._pin).run(inputs, len(batch.lengths))
+                outputs = self._binding(self._pin).run_session(inputs, len(batch.lengths))
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed on {mask.shape} tokens: {error}") from error
         compute_s = time.perf_counter() - started
         return self._io.result(batch, mask, outputs, compute_s)
 
     def _run(self, inputs: dict[str, Any], layers: int) -> list[npt.NDArray[Any]]:
-        *before, last = self._sessions[: self._io.num_segments(layers)]
+        *before, last = self._sessions[: self._io.num_blocks(layers)]
         for session in before:
             (hidden,) = session.run([HANDED_ON], inputs)
             inputs = self._io.next_feeds(inputs, hidden)
@@ -138,7 +138,7 @@ def load(config: BackendConfig) -> Backend:
         sessions,
         io,
         concurrency=place.concurrency,
-        express=place.express,
+        urgent_concurrency=place.urgent_concurrency,
         description=_describe(ort, last, config, "tf32" if kind == "cuda" else "float32"),
     )
     return _warmed_up(backend, io, bundle, config)
@@ -167,20 +167,22 @@ class _Place:
     options: dict[str, str]
     concurrency: int
     config: Mapping[str, str] = field(default_factory=dict)
-    express: int = 0  # a GPU's runs end soon, and one more would take as much of its memory
+    urgent_concurrency: int = (
+        0  # a GPU's runs end soon, and one more would take as much of its memory
+    )
 
 
 def _cpu(config: BackendConfig) -> _Place:
     # Each run has its own thread: one more shares the cores with the others.
     cores = config.threads or len(os.sched_getaffinity(0))
-    return _Place(CPU_PROVIDER, {}, cores, express=1)
+    return _Place(CPU_PROVIDER, {}, cores, urgent_concurrency=1)
 
 
 @functools.cache
 def _one_arena() -> Mapping[str, str]:
     """What makes all sessions of this process take and give back the same memory for their runs.
 
-    Segments run one after the other, and each would keep an arena as large as a whole model's.
+    Blocks run one after the other, and each would keep an arena as large as a whole model's.
     """
     ort = _import()
     memory = ort.OrtMemoryInfo(
@@ -216,7 +218,7 @@ def _load_packed(
                 [session],
                 io,
                 concurrency=place.concurrency,
-                express=place.express,
+                urgent_concurrency=place.urgent_concurrency,
                 description=description,
                 pin=pin,
             )

@@ -35,8 +35,8 @@ class OpenVinoBackend:
     the cores with the others.
 
     Args:
-        streams: A request for each stream, of each of the model's segments.
-        express: The same of the second copy.
+        streams: A request for each stream and each of the model's blocks.
+        priority: The same of the second copy.
         io: The graph's inputs and outputs.
         tensor: OpenVINO's class.
         description: For `describe`.
@@ -45,16 +45,16 @@ class OpenVinoBackend:
     def __init__(
         self,
         streams: list[list[Any]],
-        express: list[list[Any]],
+        priority: list[list[Any]],
         io: GraphIO,
         tensor: Callable[..., Any],
         description: dict[str, str],
     ) -> None:
-        self.concurrency, self.express = len(streams), len(express)
+        self.concurrency, self.urgent_concurrency = len(streams), len(priority)
         self._io = io
         self._tensor = tensor
         # A request holds one run's tensors: these are free.
-        self._streams, self._express = streams, express
+        self._streams, self._priority = streams, priority
         self._changed = threading.Condition()
         self._description = description
 
@@ -74,14 +74,14 @@ class OpenVinoBackend:
             BackendError: OpenVINO failed.
         """
         for batch in batches:
-            for requests in (*self._streams, *self._express):
+            for requests in (*self._streams, *self._priority):
                 self._run(requests, batch)
 
     def _run(self, requests: list[Any], batch: MicroBatch) -> InferenceResult:
         inputs, mask = self._io.feeds(batch)
         try:
             started = time.perf_counter()
-            *before, last = requests[: self._io.num_segments(batch.layers)]
+            *before, last = requests[: self._io.num_blocks(batch.layers)]
             feeds: dict[str, Any] = {
                 name: self._tensor(array, shared_memory=True) for name, array in inputs.items()
             }
@@ -100,9 +100,9 @@ class OpenVinoBackend:
     def _requests(self) -> Iterator[list[Any]]:
         """A request of each segment that nobody else has, of a stream if one is free."""
         with self._changed:
-            while not (self._streams or self._express):
+            while not (self._streams or self._priority):
                 self._changed.wait()
-            free = self._streams or self._express
+            free = self._streams or self._priority
             requests = free.pop()
         try:
             yield requests
@@ -123,7 +123,7 @@ def load(config: BackendConfig) -> OpenVinoBackend:
         ModelError: The bundle or its graph is missing, damaged or of another shape.
     """
     cores = config.threads or len(os.sched_getaffinity(0))
-    return _load(config, streams=(cores, cores), express=(1, 1))
+    return _load(config, streams=(cores, cores), priority=(1, 1))
 
 
 def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
@@ -140,7 +140,7 @@ def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
 
 
 def _load(
-    config: BackendConfig, *, streams: tuple[int, int], express: tuple[int, int] | None = None
+    config: BackendConfig, *, streams: tuple[int, int], priority: tuple[int, int] | None = None
 ) -> OpenVinoBackend:
     """Copies of a model, each of so many streams on so many cores."""
     openvino = _import()
@@ -154,7 +154,7 @@ def _load(
             allowed=sorted(PRECISION_HINTS) if hint is None else ["cpu"],
         )
     core = openvino.Core()
-    sizes = [streams] if express is None else [streams, express]
+    sizes = [streams] if priority is None else [streams, priority]
     copies = [_compile(core, bundle, graph, hint, sizes) for graph in graphs(bundle, config)]
     first, last = copies[0][0], copies[-1][0]
     input_dtypes = {
@@ -164,12 +164,12 @@ def _load(
     names = [name for one in last.outputs for name in one.get_names()]
     io = graph_io(bundle, config, input_dtypes, names)
     requests = [
-        [[one.create_infer_request() for one in segments] for _ in range(num_streams)]
-        for segments, (num_streams, _) in zip(zip(*copies, strict=True), sizes, strict=True)
+        [[one.create_infer_request() for one in blocks] for _ in range(num_streams)]
+        for blocks, (num_streams, _) in zip(zip(*copies, strict=True), sizes, strict=True)
     ]
     backend = OpenVinoBackend(
         requests[0],
-        requests[1] if express else [],
+        requests[1] if priority else [],
         io,
         openvino.Tensor,
         {

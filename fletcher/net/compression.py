@@ -1,11 +1,11 @@
-"""Arrow's body compression of what is sent: which codec, and what `auto` makes of a connection.
+"""Arrow's body compression of batches, and the choice of a codec by `auto`.
 
-Arrow compresses every buffer of a batch with one codec, and pyarrow has no way to leave a column
-out, so a batch of text and vectors is chosen for as a whole. Text shrinks to a half (lz4) or a
-quarter (zstd); dense vectors hardly at all, and lz4 then costs little, zstd more.
+Arrow compresses every buffer of a batch with one codec, and pyarrow cannot leave a column out, so
+the choice is made for a whole batch of text and vectors. Text shrinks to a half (lz4) or a quarter
+(zstd). Dense vectors hardly shrink; lz4 then costs little, zstd more.
 
-`auto` compares the seconds that a byte takes: to be compressed here, measured on the first batch by
-kind of column, and to cross the connection. On this machine's loopback nothing pays.
+`auto` adds up the time to compress a byte, measured on the first batch by kind of column, and the
+time to send it. On the loopback interface no codec pays.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ NONE = "none"
 CODECS = ("lz4", "zstd")
 
 _SAMPLE_BYTES = 1 << 20
-# Crosses 1 Gbit/s in 8 ms, well above a round trip's jitter.
+# Takes 8 ms at 1 Gbit/s, well above the jitter of a round trip.
 _PROBE_BYTES = 1 << 20
-# The first 4 to 7 MiB of a call go into buffers, not over the link.
-_OBSERVED_BYTES = 16 << 20
-_MAX_REMEMBERED = 256
+# More than the 4 to 7 MiB at the start of a call that buffers take.
+OBSERVED_BYTES = 16 << 20
+_MAX_SCHEMAS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class CodecTrial:
-    """What a codec does to one kind of column.
+    """Measurement of a codec on one kind of column.
 
     Attributes:
         kind: `text`, `vectors` or `other`.
         codec: `lz4` or `zstd`.
-        num_bytes: Size of what was tried, uncompressed.
-        shrinks: How many times smaller it became.
+        num_bytes: Size of the sample, uncompressed.
+        shrinks: Uncompressed size divided by compressed size.
         bytes_per_s: Uncompressed bytes compressed in a second.
     """
 
@@ -60,10 +60,10 @@ class CodecTrial:
 
 
 def check_compression(name: str) -> str:
-    """The name itself.
+    """Return the name if it is one of COMPRESSIONS.
 
     Raises:
-        InvalidCommandError: It is none of COMPRESSIONS.
+        InvalidCommandError: It is not.
     """
     if name not in COMPRESSIONS:
         raise InvalidCommandError(
@@ -75,12 +75,12 @@ def check_compression(name: str) -> str:
 
 
 def write_options(codec: str) -> pa.ipc.IpcWriteOptions:
-    """Arrow's options for a codec's name; zstd at level 1, Arrow's default."""
+    """Arrow's options for a codec or `none`; zstd at level 1, Arrow's default."""
     return pa.ipc.IpcWriteOptions(compression=None if codec == NONE else codec)
 
 
 def measure(batch: pa.RecordBatch) -> list[CodecTrial]:
-    """Tries every codec on the first MiB of a batch, each kind of column by itself."""
+    """Try every codec on the first MiB of a batch, on each kind of column by itself."""
     num_rows = max(1, batch.num_rows * _SAMPLE_BYTES // max(batch.nbytes, 1))
     sample = batch.slice(0, num_rows)
     kinds: dict[str, list[int]] = {}
@@ -98,9 +98,9 @@ def measure(batch: pa.RecordBatch) -> list[CodecTrial]:
 
 
 def choose(trials: Sequence[CodecTrial], link_bytes_per_s: float) -> str:
-    """The codec with which the columns cross the link soonest; `none` where none helps.
+    """The codec with the least time to compress and send; `none` if no codec helps.
 
-    Compressing and sending are added up, as if they took turns: they share the cores with the rest.
+    The two times are added up, as compressing and sending share the cores with other work.
     """
     plain = sum(one.num_bytes for one in trials if one.codec == CODECS[0]) / link_bytes_per_s
     seconds = {NONE: plain} | {
@@ -115,10 +115,10 @@ def choose(trials: Sequence[CodecTrial], link_bytes_per_s: float) -> str:
 
 
 def link_speed(call: Callable[[bytes], object]) -> float:
-    """Bytes per second to a peer, from calls with a small and a large body.
+    """Bytes per second to a server, from calls with a small and a large body.
 
     Args:
-        call: Sends a body, a JSON object, and waits for its answer.
+        call: Sends a body, a JSON object, and waits for the answer.
     """
     padded = b'{"padding": "' + b"x" * _PROBE_BYTES + b'"}'
     small = min(_seconds(call, b"{}") for _ in range(3))
@@ -127,10 +127,10 @@ def link_speed(call: Callable[[bytes], object]) -> float:
 
 
 class CodecChooser:
-    """What `auto` has found out about one peer: a codec for a schema. Thread-safe.
+    """Codecs that `auto` chose for one peer, by schema. Thread-safe.
 
     Args:
-        peer: Its address, for the log.
+        peer: The peer's address, for the log.
     """
 
     def __init__(self, peer: str) -> None:
@@ -139,15 +139,16 @@ class CodecChooser:
         self._codecs: OrderedDict[pa.Schema, str] = OrderedDict()
 
     def codec_for(self, schema: pa.Schema) -> str | None:
-        """The codec for batches of a schema; None: nothing was learned yet."""
+        """The codec for batches of a schema; None: not measured yet."""
         with self._lock:
             return self._codecs.get(schema)
 
     def learn_codec(self, batch: pa.RecordBatch, link_bytes_per_s: float) -> str:
-        """Measures a batch, remembers the codec for its schema and says so in the log."""
+        """Measure a batch, remember the codec for its schema, and log it."""
         trials = measure(batch)
         codec = choose(trials, link_bytes_per_s)
-        _remember(self._lock, self._codecs, batch.schema, codec)
+        with self._lock:
+            _remember(self._codecs, batch.schema, codec, _MAX_SCHEMAS)
         shown = codec if codec != NONE else CODECS[0]
         found = ", ".join(
             f"{one.kind} {one.shrinks:.1f}x at {one.bytes_per_s / 1e6:.0f} MB/s"
@@ -166,13 +167,13 @@ class CodecChooser:
 
 
 class SendCompression:
-    """The codec of batches that are sent to one server. Thread-safe.
+    """The codec of batches to one server. Thread-safe.
 
     Args:
         compression: One of COMPRESSIONS.
-        host: The server's; where it is this machine, `auto` is `none`.
-        peer: Its address, for the log.
-        probe: Sends a body to the server and waits for an answer; raises a FletcherError.
+        host: The server's; on this machine `auto` is `none`.
+        peer: The server's address, for the log.
+        probe: Sends a body to the server and waits for the answer; raises a FletcherError.
     """
 
     def __init__(
@@ -181,18 +182,18 @@ class SendCompression:
         self._compression = check_compression(compression)
         if compression == AUTO and is_loopback(host):
             self._compression = NONE
-            log.debug("compression to %s: none, for it is on this machine", peer)
+            log.debug("compression to %s: none, as it is on this machine", peer)
         self._chooser = CodecChooser(peer)
         self._probe = probe
         self._link_bytes_per_s: float | None = None
 
     @property
     def needs_batch(self) -> bool:
-        """It must see a batch before it can tell."""
+        """Whether `options` depends on the call's first batch."""
         return self._compression == AUTO
 
     def options(self, batch: pa.RecordBatch | None) -> pa.ipc.IpcWriteOptions:
-        """For a call whose first batch this is; asks the server for its speed the first time."""
+        """Write options of a call with this first batch; measures the connection once."""
         if not self.needs_batch:
             return write_options(self._compression)
         if batch is None or not batch.num_rows:
@@ -204,78 +205,97 @@ class SendCompression:
                     self._link_bytes_per_s = link_speed(self._probe)
             except FletcherError as error:
                 log.debug("the connection's speed is unknown: %s", error)
-                return write_options(NONE)  # the call itself will tell
+                return write_options(NONE)  # the call itself will report the error
             codec = self._chooser.learn_codec(batch, self._link_bytes_per_s)
         return write_options(codec)
 
 
 class AnswerCompression:
-    """The codecs of what a server sends back, a call's fixed before its first batch. Thread-safe.
+    """The codecs of a server's answers. Thread-safe.
 
-    So `auto` sends the first answers of a kind to a host as they are and watches how fast they go;
-    later calls take what would have been fastest.
+    A call's codec is fixed before its first batch. So `auto` sends the first answers of a schema to
+    a host uncompressed and measures how fast they go. Later calls take the fastest codec.
 
     Args:
         compression: One of COMPRESSIONS.
+        observed_bytes: Bytes of answers after which the connection counts as measured.
+        max_hosts: Hosts whose codecs are kept.
     """
 
-    def __init__(self, compression: str) -> None:
+    def __init__(
+        self, compression: str, *, observed_bytes: int = OBSERVED_BYTES, max_hosts: int = 256
+    ) -> None:
         self._compression = check_compression(compression)
+        self._observed_bytes = observed_bytes
+        self._max_hosts = max_hosts
         self._lock = threading.Lock()
         self._hosts: OrderedDict[str, CodecChooser] = OrderedDict()
 
     def for_call(self, peer: str, schema: pa.Schema) -> CallCompression:
-        """One call's answers.
+        """The compression of one call's answers.
 
         Args:
-            peer: As gRPC names the caller: `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
+            peer: The caller as gRPC names it: `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
             schema: Of the answers.
         """
         if self._compression != AUTO:
-            return CallCompression(self._compression, None)
+            return CallCompression(self._compression)
         host = host_of(peer)
         if is_loopback(host):
-            return CallCompression(NONE, None)
+            return CallCompression(NONE)
         with self._lock:
             chooser = self._hosts.get(host)
-        if chooser is None:
-            chooser = CodecChooser(host)
-            _remember(self._lock, self._hosts, host, chooser)
+            if chooser is None:
+                chooser = CodecChooser(host)
+                _remember(self._hosts, host, chooser, self._max_hosts)
         codec = chooser.codec_for(schema)
-        return CallCompression(codec or NONE, chooser if codec is None else None)
+        if codec is not None:
+            return CallCompression(codec)
+        return CallCompression(NONE, chooser, self._observed_bytes)
 
 
 class CallCompression:
-    """How one call's answers are written, and how fast they go where that is not known yet."""
+    """The compression of one call's answers, and the measurement of their speed.
 
-    def __init__(self, codec: str, learning: CodecChooser | None) -> None:
+    Attributes:
+        options: For the writer.
+
+    Args:
+        codec: The codec or `none`.
+        chooser: Learns the codec of later calls; None: nothing is measured.
+        observed_bytes: Bytes after which it does.
+    """
+
+    def __init__(
+        self, codec: str, chooser: CodecChooser | None = None, observed_bytes: int = 0
+    ) -> None:
         self.options = write_options(codec)
-        self._learning = learning
+        self._chooser = chooser
+        self._observed_bytes = observed_bytes
         self._num_bytes = 0
         self._seconds = 0.0
 
     def record_write(self, batch: pa.RecordBatch, seconds: float) -> None:
-        """A batch was written, and that took so long: waiting for the connection's buffers."""
-        if self._learning is None:
+        """Record how long writing a batch blocked on the connection's buffers."""
+        if self._chooser is None:
             return
         self._num_bytes += batch.nbytes
         self._seconds += seconds
-        if self._num_bytes >= _OBSERVED_BYTES:
-            self._learning.learn_codec(batch, self._num_bytes / max(self._seconds, 1e-6))
-            self._learning = None
+        if self._num_bytes >= self._observed_bytes:
+            self._chooser.learn_codec(batch, self._num_bytes / max(self._seconds, 1e-6))
+            self._chooser = None
 
 
 def host_of(peer: str) -> str:
-    """The host in gRPC's name of a caller."""
+    """The host in gRPC's name of a peer."""
     host = peer.partition(":")[2].rpartition(":")[0]
     return host.replace("%5B", "").replace("%5D", "").strip("[]")
 
 
-def _remember(lock: threading.Lock, known: OrderedDict[Key, Value], key: Key, value: Value) -> None:
-    with lock:
-        known[key] = value
-        while len(known) > _MAX_REMEMBERED:
-            known.popitem(last=False)
+def _remember(entries: OrderedDict[Key, Value], key: Key, value: Value, limit: int) -> None:
+    entries[key] = value
+    while len(entries) > limit:
+        entries.popitem(last=False)
 
 
 def _kind(data_type: pa.DataType) -> str:
@@ -288,7 +308,7 @@ def _kind(data_type: pa.DataType) -> str:
 
 
 def _encode(batch: pa.RecordBatch, codec: str) -> tuple[int, float]:
-    """Bytes on the wire, and the seconds that writing them took."""
+    """Bytes on the wire and seconds of writing them."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema, options=write_options(codec)) as writer:
         before = sink.tell()

@@ -1,7 +1,7 @@
 """The table between Fletcher's errors and Flight's, in both directions.
 
-Only Flight's own exceptions carry `extra_info`, and any other exception reaches the client with
-the server's traceback in its message, so every handler runs inside `handler_errors`.
+Flight's own exceptions carry `extra_info`. Any other exception reaches the client with the
+server's traceback in its message, so every handler runs inside `handler_errors`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pyarrow import flight
 
 from fletcher import errors
 
-# By group: an error's own class, else the nearest of its bases, decides. Flight has no status for
-# "the request is wrong" that carries extra_info; FlightServerError (gRPC UNKNOWN) comes nearest
-# and is not retried by generic clients. Python cannot raise RESOURCE_EXHAUSTED either.
+# An error's own class decides, else the nearest base class. Flight has no status for a wrong
+# request that carries extra_info: FlightServerError (gRPC UNKNOWN) comes nearest, and generic
+# clients do not retry it. Python cannot raise RESOURCE_EXHAUSTED either.
 FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
     errors.RequestError: flight.FlightServerError,
     errors.UnavailableError: flight.FlightUnavailableError,
@@ -34,12 +34,12 @@ FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Foreign:
-    """One row of the table for errors that no Fletcher raised.
+    """A row of the table for exceptions of pyarrow without an error of Fletcher inside.
 
     Attributes:
-        kinds: What pyarrow raises.
-        server: The error if the peer is a Fletcher server, and its words; `{}` is the address.
-        store: The error if the peer is a store, and its words; `{}` is what was tried.
+        kinds: Classes of the exception.
+        server: The error if the peer is a Fletcher server, and its message; `{}` is the address.
+        store: The error if the peer is a store, and its message; `{}` is the attempted action.
     """
 
     kinds: tuple[type[BaseException], ...]
@@ -96,10 +96,10 @@ _LEAD = re.compile(r"^(Flight|gRPC) returned [\w ]+ error, with message: |^Fligh
 
 
 def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError]:
-    """The Flight exception that stands for an error.
+    """The class of Flight exceptions that carries an error.
 
     Raises:
-        LookupError: The table has no row for it.
+        LookupError: The table has no row for the error.
     """
     for kind in type(error).__mro__:
         if kind in FLIGHT_ERRORS:
@@ -108,10 +108,10 @@ def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError]:
 
 
 def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> flight.FlightError:
-    """What a handler raises for `exc`: its message, and `to_json` as `extra_info`.
+    """The Flight exception that a handler raises for `exc`.
 
-    An exception that nobody raised on purpose, or that speaks of this process's own setup, becomes
-    `internal` with an incident id; what it was goes to the log alone.
+    It has the error's message, and `to_json` as `extra_info`. A SetupError, or an exception that is
+    not a FletcherError, becomes `internal` with an incident id, and only the log has the details.
     """
     if isinstance(exc, flight.FlightError):
         return exc
@@ -130,38 +130,38 @@ def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> fl
 
 
 def without_traceback(error: flight.FlightError) -> Exception:
-    """A refusal for `get_schema`, in which pyarrow takes Flight errors for any other exception.
+    """The exception that `get_schema` raises, where pyarrow does not honour Flight errors.
 
-    It sends the message, but neither code nor `extra_info`; and the traceback, unless this cannot
-    be written in UTF-8: then it says the exception's name alone.
+    pyarrow sends its message without code and `extra_info`. It would also send the traceback, but
+    sends only the exception's name if the traceback cannot be encoded as UTF-8.
     """
     refusal = RefusalError(str(error))
-    refusal.add_note("\udc80")  # half a surrogate pair, which Python shows below a traceback
+    refusal.add_note("\udc80")  # half a surrogate pair, which becomes part of the traceback
     return refusal
 
 
 class RefusalError(ValueError):
-    """What pyarrow sends as INVALID_ARGUMENT."""
+    """An exception that pyarrow sends as INVALID_ARGUMENT."""
 
 
 @contextmanager
 def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
-    """Turns whatever leaves a handler into a Flight error; as `with` or as a decorator.
+    """Raise a Flight error for any exception of a handler; for `with`, or as a decorator.
 
-    As a decorator of a generator it covers the call alone: use `with` inside the generator.
+    A decorated generator is covered only until it returns its iterator: use `with` inside it.
     """
     try:
         yield
-    except Exception as exc:  # noqa: BLE001 - the boundary: none may pass as it is
+    except Exception as exc:  # noqa: BLE001 - the boundary: no other exception may leave
         raise to_flight_error(exc, log) from None
 
 
 def from_flight_error(exc: BaseException, address: str | None = None) -> errors.FletcherError:
-    """The error that a client raises for what pyarrow raised.
+    """The client's error for an exception from a call to a Fletcher server.
 
     Args:
         exc: Raised by a pyarrow.flight call.
-        address: The server's, named in messages about the connection.
+        address: The server's, for messages about the connection.
     """
     if isinstance(exc, errors.FletcherError):
         return exc
@@ -184,11 +184,11 @@ def from_flight_error(exc: BaseException, address: str | None = None) -> errors.
 
 
 def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
-    """The error for what pyarrow raised from a call to a store.
+    """The error for an exception from a call to a store.
 
     Args:
         exc: Raised by a pyarrow.flight call.
-        what: What was tried, such as "writing to dataset `d`".
+        what: The attempted action, such as "writing to dataset `d`".
     """
     known = errors.from_json(getattr(exc, "extra_info", b"") or b"")
     if known is not None:
@@ -201,7 +201,7 @@ def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
 
 
 def store_error(error: errors.FletcherError, what: str) -> errors.FletcherError:
-    """The error for one that a `fletcher store` answered: a refusal as it is, else retryable."""
+    """The error for an answer of `fletcher store`: a refusal unchanged, any other retryable."""
     refusals = (errors.RequestError, errors.UnauthenticatedError, errors.UnauthorizedError)
     if isinstance(error, refusals):
         return error
@@ -215,7 +215,7 @@ def store_error(error: errors.FletcherError, what: str) -> errors.FletcherError:
 
 
 def clean_message(exc: BaseException) -> str:
-    """An exception's first line without what gRPC and pyarrow add for their own developers."""
+    """An exception's first line, without the context that gRPC and pyarrow add."""
     text = _LEAD.sub("", str(exc).strip())
     text = (_TAIL.split(text, maxsplit=1)[0].splitlines() or [""])[0]
     return text[:500] or type(exc).__name__

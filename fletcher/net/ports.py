@@ -1,4 +1,4 @@
-"""Whether a port can be listened on, asked before anything slow is loaded."""
+"""Check of a server's port before anything slow is loaded."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from fletcher.errors import ConfigError
 
 
 def check_port(host: str, port: int, *, field: str = "port") -> None:
-    """Says that a port is in use at once; gRPC would say it later, and at length.
+    """Refuse a port in use at once; gRPC would fail later and with a long message.
 
     Args:
-        host: Address or name to listen on; one of IPv6 may have brackets.
-        port: 0, which takes a free one, always passes.
-        field: The option that the port came from, for the message.
+        host: Address or name to listen on; an IPv6 address may have brackets.
+        port: 0 takes a free port and always passes.
+        field: The option that the port came from.
 
     Raises:
-        ConfigError: The port is taken, or the host is not this machine's.
+        ConfigError: The port is in use, or the host is not an address of this machine.
     """
     if port == 0:
         return
@@ -29,9 +29,9 @@ def check_port(host: str, port: int, *, field: str = "port") -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        remedy = f"choose another `{field}`, 0 takes a free one"
+        remedy = f"choose another `{field}`, or 0 for a free one"
         if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
-            remedy = "`host` is no address of this machine; 0.0.0.0 is all that it has"
+            remedy = "`host` is not an address of this machine; 0.0.0.0 stands for all of them"
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror}; {remedy}", field=field
         ) from None

@@ -22,13 +22,13 @@ from fletcher.core.batches import (
     Int32Array,
     Int64Array,
     MicroBatch,
-    Segments,
+    Spans,
     TokenBatch,
     VectorArray,
 )
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import StreamTicket
-from fletcher.vectors.ragged import places, scattered, segments_of, starts_of
+from fletcher.vectors.ragged import places, scattered, spans_of, starts_of
 
 Plan = Callable[[Int32Array], list[Int64Array]]
 
@@ -38,7 +38,7 @@ class BatchWindow:
 
     Args:
         tickets: Tokenized tickets of one model, one exit layer and one type of vectors, all with
-            segments or all without.
+            spans or all without.
         dim: Numbers in a vector.
         plan: From lengths to row sets; rows of length 0 (failed texts) are not given to it.
     """
@@ -57,12 +57,12 @@ class BatchWindow:
         self._starts: Int64Array = np.concatenate(([0], np.cumsum(lengths)))
         num_texts = (tokens.num_texts for tokens in token_batches)
         self._first_rows = list(accumulate(num_texts, initial=0))
-        late = [tokens.segments for tokens in token_batches if tokens.segments is not None]
-        self._segments = _all_segments(late)
-        # Where a row's vectors begin, of which it has one or one for each segment.
+        late = [tokens.spans for tokens in token_batches if tokens.spans is not None]
+        self._spans = _all_spans(late)
+        # Where a row's vectors begin, of which it has one or one for each span.
         self._slots: Int64Array = np.arange(len(lengths) + 1)
-        if self._segments is not None:
-            self._slots = np.concatenate(([0], np.cumsum(self._segments.counts)))
+        if self._spans is not None:
+            self._slots = np.concatenate(([0], np.cumsum(self._spans.counts)))
         present = np.flatnonzero(self._lengths)
         row_sets = plan(self._lengths[present]) if len(present) else []
         self.row_sets: list[Int64Array] = [present[rows] for rows in row_sets]
@@ -76,16 +76,14 @@ class BatchWindow:
     def micro_batch(self, rows: Int64Array) -> MicroBatch:
         """The tokens of some rows, flat."""
         if len(self._lengths) == 1:
-            return MicroBatch(
-                self._input_ids, self._lengths, self._layers, self._segments, self._half
-            )
+            return MicroBatch(self._input_ids, self._lengths, self._layers, self._spans, self._half)
         lengths = self._lengths[rows]
         ends = np.cumsum(lengths)
         # Position i of the output comes from start of its row + i - where its row begins there.
         shift = np.repeat(self._starts[rows] - (ends - lengths), lengths)
-        segments = None if self._segments is None else segments_of(self._segments, rows)
+        spans = None if self._spans is None else spans_of(self._spans, rows)
         input_ids = self._input_ids[np.arange(ends[-1]) + shift]
-        return MicroBatch(input_ids, lengths, self._layers, segments, self._half)
+        return MicroBatch(input_ids, lengths, self._layers, spans, self._half)
 
     @property
     def abandoned(self) -> bool:
@@ -120,8 +118,8 @@ class BatchWindow:
             errors = {
                 row - first: error for row, error in self._errors.items() if first <= row < last
             }
-            if tokens.segments is not None:
-                ticket.finish(self._of_segments(tokens, embeddings[begin:end], errors, begin))
+            if tokens.spans is not None:
+                ticket.finish(self._of_spans(tokens, embeddings[begin:end], errors, begin))
                 continue
             truncated: BoolArray = tokens.truncated
             ticket.finish(
@@ -136,23 +134,23 @@ class BatchWindow:
                 )
             )
 
-    def _of_segments(
+    def _of_spans(
         self,
         tokens: TokenBatch,
         embeddings: VectorArray,
         errors: Mapping[int, FletcherError],
         begin: int,
     ) -> EmbeddingBatch:
-        """Vectors of a ticket's segments, each of which is a text from here on.
+        """Vectors of a ticket's spans, each of which is a text from here on.
 
         Args:
             tokens: The ticket's.
-            embeddings: float32 [num_segments, dim].
+            embeddings: float32 [num_spans, dim].
             errors: By row.
-            begin: The first segment's place in the window.
+            begin: The first span's place in the window.
         """
-        assert tokens.segments is not None
-        counts, bounds = tokens.segments.counts, tokens.segments.bounds
+        assert tokens.spans is not None
+        counts, bounds = tokens.spans.counts, tokens.spans.bounds
         starts = starts_of(counts)
         lost = {
             place: error
@@ -174,8 +172,8 @@ class BatchWindow:
             vectors = np.asarray(result.embeddings, np.float32)
             return self._store_ragged(rows, vectors, result.counts)
         slots = rows
-        if self._segments is not None:
-            slots = places(self._slots[rows], self._segments.counts[rows])
+        if self._spans is not None:
+            slots = places(self._slots[rows], self._spans.counts[rows])
         expected = (len(slots), self._dim)
         norms = len(slots) if result.norms is None else result.norms.size
         if result.embeddings.shape != expected or norms != len(slots):
@@ -214,7 +212,7 @@ def _joined(arrays: list[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _all_segments(parts: list[Segments]) -> Segments | None:
+def _all_spans(parts: list[Spans]) -> Spans | None:
     if not parts:
         return None
-    return Segments(_joined([one.counts for one in parts]), _joined([one.bounds for one in parts]))
+    return Spans(_joined([one.counts for one in parts]), _joined([one.bounds for one in parts]))

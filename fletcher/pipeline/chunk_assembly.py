@@ -109,7 +109,7 @@ class ChunkAssembler(Assembler):
         if self._kept and isinstance(self._kept[0], FletcherError):
             return
         if not isinstance(outcome, FletcherError) and outcome.chunks is not None:
-            spans = outcome.chunks.spans
+            spans = outcome.chunks.text_ranges
             self.kept_bytes += outcome.embeddings.nbytes + spans.nbytes
             if "text" in self.schema.names:
                 self.kept_bytes += int((spans[:, 3] - spans[:, 2]).sum())
@@ -146,7 +146,7 @@ class ChunkAssembler(Assembler):
         if not len(chunks.index):  # somewhere that rows without a vector can point to
             outcome, chunks = _nothing(0, self._spec.dims, 1), _no_chunks(0, 1)
         places = np.where(missing, 0, places)
-        spans = np.where(missing[:, None], 0, chunks.spans[places])
+        spans = np.where(missing[:, None], 0, chunks.text_ranges[places])
         taken = pa.array(rows)
         columns: dict[str, Any] = {
             "id": self._ids(row_slice).take(taken),
@@ -249,7 +249,7 @@ def _joined(parts: list[EmbeddingBatch | FletcherError]) -> EmbeddingBatch | Fle
             np.array([0, sum(len(one.index) for one in chunks)], np.int64),
             np.concatenate([one.index for one in chunks]),
             np.concatenate([one.num_tokens for one in chunks]),
-            np.concatenate([one.spans for one in chunks]),
+            np.concatenate([one.text_ranges for one in chunks]),
             np.concatenate([one.begins for one in chunks]),
         ),
     )

@@ -48,7 +48,7 @@ class DocumentAssembler(ChunkAssembler):
         output = super().assemble(row_slice, outcome)
         if isinstance(outcome, EmbeddingBatch) and outcome.chunks is not None:
             # The next chunk begins behind the beginning of the last one.
-            for first in outcome.chunks.spans[-1:, 2].tolist():
+            for first in outcome.chunks.text_ranges[-1:, 2].tolist():
                 self._kept_text = self._kept_text[first - self._dropped_bytes :]
                 self._dropped_bytes = first
         return output

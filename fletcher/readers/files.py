@@ -69,7 +69,9 @@ def find_files(
     format_name: str | None = None,
     notice: Callable[[str], None] = log.info,
 ) -> list[InputFile]:
-    """The input files at some paths. A folder's files are sorted by path, without hidden ones.
+    """The input files at some paths.
+
+    A folder's files are sorted by path; hidden ones are left out.
 
     Args:
         paths: Files, folders, or `-` for standard input (at most once).
@@ -141,7 +143,7 @@ def _skipped_files(folder: Path, unknown: Counter[str]) -> str:
 
 
 def format_of(path: Path) -> Format | None:
-    """The format by a file's name, whatever its compression; None for an unknown suffix."""
+    """The format by a file's suffix, before `.gz` or `.zst`; None if unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
@@ -180,7 +182,7 @@ class OpenFile:
 
 @contextmanager
 def open_file(file: InputFile, stdin: BinaryIO | None = None) -> Iterator[OpenFile]:
-    """Opens an input; decompresses gzip and zstd, which it knows by their first bytes."""
+    """Open an input; gzip and zstd, detected by their first bytes, are decompressed."""
     if file.path is None:
         yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer), lambda: 0)
         return
@@ -192,7 +194,10 @@ def open_file(file: InputFile, stdin: BinaryIO | None = None) -> Iterator[OpenFi
 
 
 class _Pipe(io.RawIOBase):
-    """Standard input or a named pipe. The first read returns enough bytes to tell the format."""
+    """Standard input or a named pipe.
+
+    The first read returns enough bytes to detect the format.
+    """
 
     def __init__(self, source: BinaryIO | io.FileIO) -> None:
         self.read_some = getattr(source, "read1", source.read)

@@ -57,7 +57,7 @@ def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, 
 def read_text(
     stream: io.BufferedReader, name: str, selection: Selection, batch_rows: int, batch_bytes: int
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of plain text: a text per line, blank lines left out, as column `selection.text`."""
+    """Batches of plain text: the lines that are not blank, as one column."""
     names = [selection.text]
     selection.pick_names(names, f"{name} (plain text)")
     for group in _groups(numbered_lines(stream, name), batch_rows, batch_bytes):

@@ -56,7 +56,7 @@ def guess_notice(file: InputFile, kind: Format) -> str:
 
 
 def _by_header(line: bytes, name: str, text_column: str) -> Format:
-    """CSV or TSV if the line names the text column, plain text if it cannot be a header."""
+    """CSV or TSV for a header with the text column, plain text for no header."""
     first = line.decode(errors="replace").rstrip("\r")
     doubtful = first.strip().strip('"') == text_column
     for delimiter in "\t,;":

@@ -36,7 +36,7 @@ def open_source(
     stdin: BinaryIO | None = None,
     notice: Callable[[str], None] = log.info,
 ) -> TextSource:
-    """Opens files, folders or standard input (`-`) for reading as one stream.
+    """Open files, folders or standard input (`-`) for reading as one stream.
 
     Formats: Parquet, CSV and TSV with a header, JSON lines, Arrow IPC (file and stream) and plain
     text (a text per line). All except Parquet and Arrow files may be compressed with gzip or zstd.
@@ -70,7 +70,7 @@ def open_source(
 
 
 class TextSource:
-    """Text to embed from files: batches of id, text and carried columns, in one schema.
+    """Text from files: batches of id, text and carried columns, in one schema.
 
     Attributes:
         files: The inputs, in order.
@@ -130,7 +130,7 @@ class TextSource:
         return self._conformed(self._read_files())
 
     def content_hash(self) -> str:
-        """SHA-256 in hex over the files' contents, in order, and the selected columns and rows.
+        """SHA-256 in hex of the files' contents and of what is selected of them.
 
         Raises:
             InvalidCommandError: An input is not a regular file, or a file cannot be read.

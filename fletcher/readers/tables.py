@@ -39,7 +39,7 @@ def read_parquet(
 def _rows_per_batch(
     metadata: pq.FileMetaData, chosen: list[str], batch_rows: int, batch_bytes: int
 ) -> int:
-    """Rows per batch of about `batch_bytes`, by the row group with the largest average row."""
+    """Rows per batch of about `batch_bytes`, by the largest average row of a group."""
     widest = 1.0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
@@ -148,7 +148,7 @@ def _without_last_row(
 
 
 def _header(stream: io.BufferedReader, name: str, delimiter: str) -> list[str]:
-    """Reads the column names in the first record off the stream; empty for an empty file."""
+    """Read the header off the stream; empty for an empty file."""
     text = ""
     for _ in range(MAX_HEADER_LINES):
         line = stream.readline(CSV_HEADER_BYTES)

@@ -191,7 +191,7 @@ class ModelLifecycle:
                 if self._closed.is_set():  # while others were loaded
                     raise DrainingError("the server is shutting down", retry_after_ms=RETRY_MS)
                 self._make_room(version)
-                model = self._source.load(version.bundle)
+                model = self._source.load_model(version.bundle)
                 version.memory_bytes = model.embedder.memory_bytes()
                 version.measured = self.clock()
                 self._check_fits(version)

@@ -61,14 +61,14 @@ class ModelLoader:
     under_pressure: Callable[[], bool]
     backend: CacheBackend | None
 
-    def look(self, name: str) -> ModelBundle:
+    def find_bundle(self, name: str) -> ModelBundle:
         """See `fletcher.serving.model_versions.Source`."""
-        return self.registry.get(name)
+        return self.registry.get_model(name)
 
-    def load(self, bundle: ModelBundle) -> ServedModel:
+    def load_model(self, bundle: ModelBundle) -> ServedModel:
         """See `fletcher.serving.model_versions.Source`."""
         # A flipped bit in the weights makes plausible vectors that are wrong for good.
-        bundle = self.registry.verify(bundle.qualified_name)
+        bundle = self.registry.verify_model(bundle.qualified_name)
         decision, standby = _decide(self.config, bundle, self.host)
         embedder = self._embedder(bundle, decision.configs, standby)
         embedder.start()

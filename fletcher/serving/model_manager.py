@@ -68,7 +68,7 @@ class ModelManager:
         """
         versions = []
         for name in dict.fromkeys((self._default, *names)):
-            version = self._life.known(self._source.look(name))
+            version = self._life.known(self._source.find_bundle(name))
             self._loadable.add(version.bundle.name)
             if "@" in name:
                 self._current.setdefault(version.bundle.name, version)
@@ -132,7 +132,7 @@ class ModelManager:
 
     # What operators do.
 
-    def load(self, name: str, given_up: GivenUp = _never) -> str:
+    def load_model(self, name: str, given_up: GivenUp = _never) -> str:
         """Loads a model, and answers its `name@hash` when it is ready.
 
         Where its name stands for another version already, it is ready beside that.
@@ -149,14 +149,14 @@ class ModelManager:
             self._current.setdefault(bundle.name, version)
             return version.name
 
-    def swap(self, name: str, given_up: GivenUp = _never) -> str:
+    def swap_model(self, name: str, given_up: GivenUp = _never) -> str:
         """Lets a name stand for the version that is installed under it, or for `name@hash`.
 
         Calls get that as soon as it is ready; those that began before end with the old one, which
         then retires, unless an alias names it. If it cannot be loaded, nothing changes.
 
         Raises:
-            As `load`.
+            As `load_model`.
         """
         bundle = self._look(name)
         with self._changed:
@@ -169,7 +169,7 @@ class ModelManager:
                     self._life.retire(old, keep=False)
             return version.name
 
-    def unload(self, name: str, *, force: bool = False) -> str:
+    def unload_model(self, name: str, *, force: bool = False) -> str:
         """Takes a version out of service, and answers its `name@hash`; its calls may end.
 
         Args:
@@ -340,7 +340,7 @@ class ModelManager:
                 field="model",
                 allowed=allowed,
             )
-        return self._source.look(name)
+        return self._source.find_bundle(name)
 
     def _installed(self, bundle: ModelBundle, given_up: GivenUp) -> Version:
         """The version of an installed bundle, once it is ready, for operators."""

@@ -45,7 +45,7 @@ class ServedModel:
 class ModelSource(Protocol):
     """Where models come from."""
 
-    def look(self, name: str) -> ModelBundle:
+    def find_bundle(self, name: str) -> ModelBundle:
         """What is installed under a `name` or `name@hash`.
 
         Raises:
@@ -54,7 +54,7 @@ class ModelSource(Protocol):
         """
         ...
 
-    def load(self, bundle: ModelBundle) -> ServedModel:
+    def load_model(self, bundle: ModelBundle) -> ServedModel:
         """Starts and warms a model.
 
         Raises:

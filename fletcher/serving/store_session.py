@@ -122,7 +122,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._upload, self._sink = service.delivery.open_upload(self._command, self._output)
         upload = self._upload
         self._exits.callback(service.delivery.close_upload, upload, self._sink)
-        span.set(dataset=upload.dataset, upload_id=upload.upload_id)
+        span.set_attributes(dataset=upload.dataset, upload_id=upload.upload_id)
         in_memory = self._command.durability == "memory"
         self._acks = AckQueue(upload.upload_id, _always if in_memory else upload.covers)
         self._skip = None

@@ -1,4 +1,4 @@
-"""Store addresses: `lance:PATH`, `parquet:PATH`, `grpc[s]://host:port?meta=PORT&profile=...`."""
+"""Store addresses: their forms, and opening the store at one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_store(
     compression: str = "none",
     message_bytes: int | None = None,
 ) -> Store:
-    """Opens the store at an address. A Flight store connects on first use.
+    """Open the store at an address. A Flight store connects on first use.
 
     Args:
         address: One of FORMS.
@@ -62,7 +62,7 @@ def open_store(
 
 
 def folder_of(address: str) -> Path | None:
-    """Folder of an embedded store, created by opening it; None for other addresses."""
+    """Folder of an embedded store; None for other addresses."""
     scheme, _, rest = address.partition(":")
     embedded = rest and scheme in ("lance", "parquet")
     return Path(rest).expanduser().absolute() if embedded else None

@@ -1,4 +1,4 @@
-"""Interface between Fletcher and a vector store.
+"""Interface of a vector store.
 
 Batches have the columns of `core.schema.output_schema`. `batch_key` names the group that a row was
 sent in: `upload_id:first-last`, both offsets inclusive, unique within a dataset.
@@ -67,7 +67,7 @@ class DatasetWriter(Protocol):
     """The only writer of a dataset. Not thread-safe: one thread owns it."""
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """Stores all rows of all batches, or none.
+        """Store all rows of all batches, or none.
 
         Returns:
             Whether the store asks to slow down.
@@ -85,7 +85,7 @@ class DatasetWriter(Protocol):
         ...
 
     def close(self) -> None:
-        """Releases the dataset (lock, connection). Idempotent."""
+        """Release the dataset (lock, connection). Idempotent."""
         ...
 
 
@@ -104,7 +104,7 @@ class Store(Protocol):
         ...
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
-        """Opens a dataset for rows of `schema`; creates it if it does not exist.
+        """Open a dataset for rows of `schema`; create it if it does not exist.
 
         `mode="overwrite"` empties an existing dataset first. With `mode="upsert"`, every `append`
         replaces rows of the same id.
@@ -175,9 +175,9 @@ class Store(Protocol):
         ...
 
     def delete_dataset(self, name: str) -> None:
-        """Deletes a dataset. Raises UnknownDatasetError."""
+        """Delete a dataset. Raises UnknownDatasetError."""
         ...
 
     def close(self) -> None:
-        """Closes writers and connections. Idempotent."""
+        """Close writers and connections. Idempotent."""
         ...

@@ -24,7 +24,7 @@ Scores = Callable[[pa.RecordBatch], npt.NDArray[np.float32]]
 def unknown_dataset(name: str) -> UnknownDatasetError:
     """The error for a dataset that does not exist."""
     return UnknownDatasetError(
-        f"there is no dataset `{name}`; write to it first or list the datasets", field="dataset"
+        f"there is no dataset `{name}`; write to it first, or list the datasets", field="dataset"
     )
 
 
@@ -43,7 +43,7 @@ def vector_reader(dataset: str, schema: pa.Schema) -> VectorReader:
 
 
 def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> VectorReader:
-    """Checks a query and returns the reader of the dataset's vectors.
+    """Check a query and return the reader of the dataset's vectors.
 
     Args:
         dataset: Its name, for messages.
@@ -106,7 +106,9 @@ def nearest(
     k: int,
     columns: Sequence[str],
 ) -> pa.Table:
-    """The k best rows of a stream, best first; holds at most k rows and one batch in memory.
+    """The k best rows of a stream, best first.
+
+    Holds at most k rows and one batch in memory.
 
     Args:
         batches: Rows with `vector` and `columns`, at least one batch or a reader.

@@ -1,4 +1,4 @@
-"""Conditions on rows, as Longbow's JSON, SQL for LanceDB, and expressions for Parquet."""
+"""Conditions on rows: Longbow's JSON, SQL for LanceDB, expressions for Parquet."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Embedded store of Parquet files, one per group: `PATH/<dataset>/<batch_key>.parquet`."""
+"""Embedded store of Parquet files: `PATH/<dataset>/<batch_key>.parquet`."""
 
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,19 +16,25 @@ import pyarrow.parquet as pq
 from fletcher.core.command import CHOICES, check_dataset
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import ELEMENT_TYPES, parse_batch_key
-from fletcher.errors import ColumnTypeError, RequestError, StoreError, StoreUnavailableError
+from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
-from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
+from fletcher.stores.base import (
+    DatasetInfo,
+    DatasetWriter,
+    Filter,
+    StoreCapabilities,
+    WriteMode,
+)
 from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
-from fletcher.stores.lock import lock_dataset
+from fletcher.stores.folder import StoreFolder
 from fletcher.stores.schemas import (
     check_columns,
     check_compatible,
     check_storable,
-    conform,
+    conform_batch,
     limit_rows,
 )
-from fletcher.util.durable import atomic_path, make_folder, sync_path
+from fletcher.util.durable import atomic_path, sync_path
 from fletcher.util.locks import FileLock
 
 # File of the dataset's schema, under the name that Parquet readers expect.
@@ -38,7 +43,9 @@ _SUFFIX = ".parquet"
 
 
 class ParquetStore:
-    """Folders of Parquet files. A group's file is named after its key, so a repeat is harmless.
+    """Folders of Parquet files, one file per group.
+
+    A group's file is named after its key, so that storing it again changes nothing.
 
     Search compares every vector with numpy, which suits tens of thousands of rows.
 
@@ -60,17 +67,7 @@ class ParquetStore:
 
     def __init__(self, folder: Path) -> None:
         self.address = f"parquet:{folder}"
-        self._folder = folder
-        try:
-            make_folder(folder)
-        except OSError as error:
-            raise StoreError(
-                f"the store's folder {folder} cannot be made: {error.strerror}; give a folder "
-                "that can be written",
-                field="store",
-            ) from error
-        self._mutex = threading.Lock()
-        self._writers: set[ParquetWriter] = set()
+        self._folder = StoreFolder(folder)
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> ParquetWriter:
         """See `Store.open_writer`."""
@@ -86,8 +83,8 @@ class ParquetStore:
                 "`batch_key` is missing: it names the Parquet file of a group", field="batch_key"
             )
         check_storable(schema)
-        lock = lock_dataset(self._folder, dataset)
-        folder = self._folder / dataset
+        lock = self._folder.lock_dataset(dataset)
+        folder = self._folder.path / dataset
         try:
             if mode == "overwrite" and folder.exists():
                 shutil.rmtree(folder)
@@ -103,28 +100,29 @@ class ParquetStore:
                     pq.write_metadata(schema, temporary)
             # The files found here count as stored, so sync them: their writer may have died first.
             sync_path(folder)
-            sync_path(self._folder)
+            sync_path(self._folder.path)
         except OSError as error:
             lock.release()
             raise _unavailable(dataset, error) from error
         except BaseException:
             lock.release()
             raise
-        writer = ParquetWriter(folder, dataset, lock, schema=stored, on_close=self._forget)
-        with self._mutex:
-            self._writers.add(writer)
+        writer = ParquetWriter(
+            folder, dataset, lock, schema=stored, on_close=self._folder.remove_writer
+        )
+        self._folder.add_writer(writer)
         return writer
 
     def datasets(self) -> list[DatasetInfo]:
         """See `Store.datasets`."""
-        names = sorted(path.parent.name for path in self._folder.glob(f"*/{_SCHEMA_FILE}"))
+        names = sorted(path.parent.name for path in self._folder.path.glob(f"*/{_SCHEMA_FILE}"))
         found = (self.dataset(name) for name in names)
         return [info for info in found if info is not None]
 
     def dataset(self, name: str) -> DatasetInfo | None:
         """See `Store.dataset`."""
         check_dataset(name)
-        if not (self._folder / name / _SCHEMA_FILE).exists():
+        if not (self._folder.path / name / _SCHEMA_FILE).exists():
             return None
         files = self._files(name)
         rows = sum(pq.read_metadata(path).num_rows for path in files)
@@ -178,40 +176,33 @@ class ParquetStore:
     def delete_dataset(self, name: str) -> None:
         """See `Store.delete_dataset`."""
         check_dataset(name)
-        lock = lock_dataset(self._folder, name)
+        lock = self._folder.lock_dataset(name)
         try:
             self._schema(name)
-            shutil.rmtree(self._folder / name)
-            sync_path(self._folder)
+            shutil.rmtree(self._folder.path / name)
+            sync_path(self._folder.path)
         except OSError as error:
             raise _unavailable(name, error) from error
         finally:
             lock.release()
 
     def close(self) -> None:
-        """Closes the writers. Idempotent."""
-        with self._mutex:
-            writers = list(self._writers)
-        for writer in writers:
-            writer.close()
-
-    def _forget(self, writer: ParquetWriter) -> None:
-        with self._mutex:
-            self._writers.discard(writer)
+        """Close the writers. Idempotent."""
+        self._folder.close_writers()
 
     def _files(self, dataset: str) -> list[Path]:
-        return sorted((self._folder / dataset).glob(f"*{_SUFFIX}"))
+        return sorted((self._folder.path / dataset).glob(f"*{_SUFFIX}"))
 
     def _schema(self, dataset: str) -> pa.Schema:
         check_dataset(dataset)
         try:
-            return pq.read_schema(self._folder / dataset / _SCHEMA_FILE)
+            return pq.read_schema(self._folder.path / dataset / _SCHEMA_FILE)
         except FileNotFoundError:
             raise unknown_dataset(dataset) from None
 
 
 class ParquetWriter:
-    """The only writer of a folder of Parquet files; see `DatasetWriter`. One thread owns it."""
+    """The only writer of a dataset's Parquet files. One thread owns it."""
 
     def __init__(
         self,
@@ -220,7 +211,7 @@ class ParquetWriter:
         lock: FileLock,
         *,
         schema: pa.Schema,
-        on_close: Callable[[ParquetWriter], None],
+        on_close: Callable[[DatasetWriter], None],
     ) -> None:
         self._folder = folder
         self._dataset = dataset
@@ -230,7 +221,7 @@ class ParquetWriter:
         self._closed = False
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """Writes a file for every key without one; a crash leaves no incomplete file.
+        """Write a file for every key without one; a crash leaves no incomplete file.
 
         Raises:
             StoreUnavailableError: A file could not be written; files of earlier keys may exist.
@@ -241,7 +232,7 @@ class ParquetWriter:
             check_compatible(self._dataset, self._schema, batch.schema)
             if "batch_key" not in batch.schema.names or batch.column("batch_key").null_count:
                 raise ColumnTypeError("`batch_key` is missing in some rows", field="batch_key")
-        rows = [conform(batch, self._schema) for batch in batches if batch.num_rows]
+        rows = [conform_batch(batch, self._schema) for batch in batches if batch.num_rows]
         table = pa.Table.from_batches(rows, self._schema)
         keys = table.column("batch_key").unique().to_pylist()
         for key in self.missing_keys(keys):

@@ -1,4 +1,4 @@
-"""Protocol of the Flight store and `fletcher store`, beyond the calls that Longbow has.
+"""Protocol of the Flight store and `fletcher store`, beyond Longbow's calls.
 
 Bodies are JSON. Unknown fields are ignored, as Longbow ignores them.
 """

@@ -46,7 +46,7 @@ _OTHERS = (
 
 
 def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
-    """Refuses rows that do not fit a dataset. Columns may be added or left out.
+    """Refuse rows that do not fit a dataset. Columns may be added or left out.
 
     Args:
         dataset: Its name, for the message.
@@ -74,7 +74,7 @@ def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> Non
 
 
 def check_storable(schema: pa.Schema) -> None:
-    """Refuses columns of types that a store cannot write.
+    """Refuse columns of types that a store cannot write.
 
     A store fails on them only when rows arrive, and then retries would delay all its datasets. All
     accepted types were written, replaced and read with LanceDB 0.40.
@@ -94,7 +94,7 @@ def check_storable(schema: pa.Schema) -> None:
 
 
 def check_one_row_each(dataset: str, stored: pa.Schema) -> None:
-    """Refuses to replace rows by id in a dataset of chunks, where an id has several rows.
+    """Refuse to replace rows by id in a dataset of chunks.
 
     Args:
         dataset: Its name, for the message.
@@ -115,14 +115,14 @@ def check_one_row_each(dataset: str, stored: pa.Schema) -> None:
 def _check_width(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
     if "vector" not in stored.names or "vector" not in offered.names:
         return
-    have, came = stored.field("vector").type, offered.field("vector").type
-    if not (pa.types.is_fixed_size_list(have) and pa.types.is_fixed_size_list(came)):
+    have, new = stored.field("vector").type, offered.field("vector").type
+    if not (pa.types.is_fixed_size_list(have) and pa.types.is_fixed_size_list(new)):
         return
-    if have.value_type != came.value_type:
+    if have.value_type != new.value_type:
         return  # reported as another type: the width of packed bits is no number of dimensions
-    if have.list_size != came.list_size:
+    if have.list_size != new.list_size:
         raise DimensionMismatchError(
-            f"schema mismatch: `vector` has {came.list_size} dimensions, dataset `{dataset}` has "
+            f"schema mismatch: `vector` has {new.list_size} dimensions, dataset `{dataset}` has "
             f"{have.list_size}; use the model that wrote it or write to another dataset",
             field="vector",
             allowed=[str(have.list_size)],
@@ -132,11 +132,11 @@ def _check_width(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
 def _check_model(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
     for key in _MODEL_KEYS:
         have = (stored.metadata or {}).get(key.encode())
-        came = (offered.metadata or {}).get(key.encode())
+        new = (offered.metadata or {}).get(key.encode())
         # A plain client names no model: only the width and type of its rows are checked.
-        if have is not None and came is not None and have != came:
+        if have is not None and new is not None and have != new:
             raise ModelMismatchError(
-                f"`{key}` is {came.decode(errors='replace')}, dataset `{dataset}` was written with "
+                f"`{key}` is {new.decode(errors='replace')}, dataset `{dataset}` was written with "
                 f"{have.decode(errors='replace')}; use that or write to another dataset",
                 field=key.removeprefix("fletcher."),
                 allowed=[have.decode(errors="replace")],
@@ -176,7 +176,7 @@ def _is_storable(kind: pa.DataType) -> bool:
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    """Whether the type is a number, a boolean or a time, except intervals of months and days."""
+    """Whether the type is a number, a boolean or a time other than an interval."""
     return not pa.types.is_interval(kind) and any(is_one(kind) for is_one in _NUMBERS)
 
 
@@ -185,8 +185,8 @@ def new_fields(stored: pa.Schema, offered: pa.Schema) -> list[pa.Field]:
     return [field.with_nullable(True) for field in offered if field.name not in stored.names]
 
 
-def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch with exactly the columns of `schema`, in its order; missing ones are null."""
+def conform_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch with the columns of `schema`, in its order; missing ones are null."""
     if batch.schema.equals(schema):
         return batch
     columns = []
@@ -200,7 +200,7 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
+def align_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The batch, copied if a buffer is misaligned or a struct column is a slice.
 
     Buffers received by Flight point into a gRPC message. Lance (Rust) panics on misaligned buffers,
@@ -227,7 +227,7 @@ def aligned(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def check_columns(dataset: str, schema: pa.Schema, columns: list[str]) -> None:
-    """Refuses names that are not columns of the dataset.
+    """Refuse names that are not columns of the dataset.
 
     Raises:
         UnknownColumnError: One of `columns` is not in `schema`.
@@ -254,7 +254,7 @@ def last_of_each_id(table: pa.Table) -> pa.Table:
 def limit_rows(
     batches: Iterable[pa.RecordBatch], schema: pa.Schema, limit: int | None
 ) -> Iterator[pa.RecordBatch]:
-    """The first `limit` rows with the columns of `schema`, in its order; None: all rows."""
+    """The first `limit` rows (None: all) with the columns of `schema`."""
     if limit == 0:
         return
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Actions of the store server: searches, deletions, readiness, namespaces, Fletcher's own."""
+"""Actions of the store server."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Actions:
         }
 
     def search_rows(self, request: SearchRequest, index: int = 0) -> pa.Table:
-        """The rows nearest to one of the request's vectors: `id`, `score`, requested columns."""
+        """The rows nearest to one vector of a request: `id`, `score`, requested columns."""
         check_dataset(request.dataset)
         columns = list(request.columns) if request.columns is not None else ["id"]
         if request.include_vectors and "vector" not in columns:
@@ -299,7 +299,7 @@ def answer_action(actions: dict[str, Action], name: str, body: bytes) -> list[by
 
 
 def _mixed(dense: Scores, words: str, alpha: float) -> Scores:
-    """Alpha * cosine + (1 - alpha) * share of the query's words that the text contains."""
+    """Scoring function: alpha * cosine + (1 - alpha) * share of the words in the text."""
     asked = set(words.casefold().split())
 
     def scores(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:

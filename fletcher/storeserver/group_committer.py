@@ -1,4 +1,4 @@
-"""Group commit: many streams write to a dataset, one thread commits what has gathered.
+"""Group commit: one thread commits the rows of many streams to a dataset.
 
 A commit costs 3 to 10 ms whatever its number of rows, and leaves a fragment behind. Batches of all
 streams that arrive during one commit therefore share the next one.
@@ -46,7 +46,7 @@ IDLE_S = 30.0
 
 @dataclass
 class CommitStream:
-    """Rows that one upload call has stored so far, by batch key, if it did not announce groups."""
+    """Number of rows of an upload call by batch key, if it announced no groups."""
 
     rows: Counter[str] = field(default_factory=Counter)
 
@@ -111,11 +111,11 @@ class GroupCommitter:
         item: SubmittedRows | _SubmittedCall,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Queues rows or a call. Thread-safe; blocks while too many bytes are pending.
+        """Queue rows or a call; blocks while too many bytes are pending. Thread-safe.
 
         Raises:
             DrainingError: The committer was stopped.
-            StoreUnavailableError: `is_cancelled` says so.
+            StoreUnavailableError: `is_cancelled` returned true.
         """
         with self._changed:
             self._changed.wait_for(
@@ -136,19 +136,19 @@ class GroupCommitter:
             self._changed.notify_all()
 
     def submit_call(self, function: Callable[[GroupCommitter], Any]) -> Future[Any]:
-        """Queues a call of `function` on the commit thread. Thread-safe."""
+        """Queue a call of `function` on the commit thread. Thread-safe."""
         call = _SubmittedCall(function)
         self.submit(call)
         return call.done
 
     def stop(self) -> None:
-        """Refuses new items; the thread ends after the queued ones. Thread-safe."""
+        """Refuse new items; the thread ends after the queued ones. Thread-safe."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     def join(self, timeout_s: float) -> bool:
-        """Waits for the thread to end; False after the timeout."""
+        """Wait for the thread to end; False after the timeout."""
         self._thread.join(max(timeout_s, 0))
         return not self._thread.is_alive()
 
@@ -165,17 +165,20 @@ class GroupCommitter:
         return self._ledger.ranges(upload_id)
 
     def delete_rows(self, condition: str) -> int:
-        """Deletes rows by an SQL condition; their keys stay known, so that repeats stay repeats."""
+        """Delete rows by an SQL condition; return their number.
+
+        Their keys stay in the ledger, so that a repeat is still recognized.
+        """
         self._open_existing()
         return self._writer.delete_rows(condition) if self._writer else 0
 
     def delete_dataset(self) -> None:
-        """Deletes the dataset."""
+        """Delete the dataset."""
         self.close_writer()
         self._store.delete_dataset(self._dataset)
 
     def close_writer(self) -> None:
-        """Closes the writer; the next row opens another."""
+        """Close the writer; the next row opens another."""
         writer, self._writer = self._writer, None
         self._ledger = KeyLedger()
         if writer is not None:
@@ -234,7 +237,7 @@ class GroupCommitter:
     def _close_writer_logged(self) -> None:
         try:
             self.close_writer()
-        except Exception:  # noqa: BLE001 - the thread goes on
+        except Exception:  # noqa: BLE001 - the thread must not end
             _log.exception("the writer of dataset %s could not be closed", self._dataset)
 
     def _answer_call(self, call: _SubmittedCall) -> None:
@@ -262,7 +265,7 @@ class GroupCommitter:
                 for batch in rows if counted else ():
                     group.stream.rows.subtract(count_batch_keys(batch))
                 self._commit_alone(group)
-        except Exception as error:  # noqa: BLE001 - belongs to the clients; the thread goes on
+        except Exception as error:  # noqa: BLE001 - it belongs to the clients
             for group, _ in accepted:
                 group.done.set_exception(_to_fletcher_error(error))
         self._last_commit = time.monotonic()
@@ -294,7 +297,7 @@ class GroupCommitter:
             group.done.set_result(sum(batch.num_rows for batch in rows))
 
     def _prepare_writer(self, group: SubmittedRows) -> None:
-        """Opens the writer for the group's schema, or checks the schema against the open one's."""
+        """Open the writer for the group's schema, or check the open writer's schema."""
         schema = group.batches[0].schema
         if group.mode == "overwrite":
             self.close_writer()
@@ -318,7 +321,7 @@ class GroupCommitter:
                 self._open_writer(info.schema, "append")
 
     def _new_rows(self, group: SubmittedRows, taken: set[str]) -> list[pa.RecordBatch]:
-        """The group without rows whose key is stored or in `taken`; adds its keys to `taken`.
+        """The group without rows whose key is stored or in `taken`, which gets its keys.
 
         An upsert is idempotent, and its keys vanish with the rows that it replaces.
         """
@@ -362,4 +365,4 @@ def _to_fletcher_error(error: Exception) -> FletcherError:
     if isinstance(error, FletcherError):
         return error
     _log.error("a commit failed", exc_info=error)
-    return InternalError("the store failed to keep these rows; its log says why")
+    return InternalError("the store failed to store these rows; its log has the cause")

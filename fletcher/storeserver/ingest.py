@@ -24,7 +24,7 @@ class Ingest:
     """Writing side of a store server. Thread-safe.
 
     Args:
-        store: Receives the rows; nobody else may write to it meanwhile.
+        store: Receives the rows; it must have no other writer.
     """
 
     def __init__(self, store: LanceStore) -> None:
@@ -43,7 +43,7 @@ class Ingest:
         stream: CommitStream,
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> Future[int]:
-        """Queues rows to be stored in one commit; blocks while too much is pending.
+        """Queue rows to be stored in one commit; blocks while too much is pending.
 
         Args:
             dataset: Created by the first write.
@@ -67,7 +67,7 @@ class Ingest:
         return rows.done
 
     def call_committer(self, dataset: str, function: Callable[[GroupCommitter], Any]) -> Any:
-        """Calls a function on the dataset's commit thread, after all rows submitted before."""
+        """Call a function on the dataset's commit thread, after submitted rows."""
         return self._committer(dataset).submit_call(function).result()
 
     def pressure(self, dataset: str) -> float:
@@ -77,7 +77,7 @@ class Ingest:
         return committer.pressure if committer else 0.0
 
     def close(self, timeout_s: float) -> bool:
-        """Refuses new rows and commits the submitted ones; False if that takes too long."""
+        """Refuse new rows and commit the submitted ones; False after the timeout."""
         with self._mutex:
             self._closed = True
             committers = list(self._committers.values())

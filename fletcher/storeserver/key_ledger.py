@@ -1,4 +1,4 @@
-"""Ledger of a dataset's batch keys, in memory that grows with gaps instead of keys."""
+"""Ledger of a dataset's batch keys."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class KeyLedger:
         return upload_id in self._ranges and self._ranges[upload_id].covers(first, last)
 
     def add_key(self, key: str) -> None:
-        """Records a key as stored."""
+        """Record a key as stored."""
         parsed = parse_batch_key(key)
         if parsed is None:
             self._others.add(key)

@@ -71,7 +71,7 @@ def _checked(decode: Callable[[], _Request], source: bytes | dict[str, Any], wha
 def _refusal(
     error: msgspec.ValidationError, source: bytes | dict[str, Any], what: str
 ) -> InvalidCommandError:
-    """The error, with the field that msgspec names by its path and the field's value."""
+    """The error for a field: its name from msgspec's path, and its value."""
     match = _PLACE.match(str(error))
     assert match is not None
     reason = match["reason"][0].lower() + match["reason"][1:]
@@ -100,7 +100,7 @@ def _no_object(source: bytes | dict[str, Any], what: str) -> InvalidCommandError
 
 
 class EmptyRequest(msgspec.Struct):
-    """A body of which nothing is read."""
+    """A body without fields."""
 
 
 class DatasetRequest(msgspec.Struct):

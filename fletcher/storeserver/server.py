@@ -1,4 +1,4 @@
-"""Server of `fletcher store`: a folder of LanceDB tables behind Longbow's Flight calls."""
+"""Server of `fletcher store`: LanceDB tables behind Longbow's Flight calls."""
 
 # ruff: noqa: ARG002 - Flight passes a context to every handler
 
@@ -51,7 +51,10 @@ END_CALLS_S = 1.0
 
 
 def _guarded(handler: _Handler) -> _Handler:
-    """Turns exceptions into Flight errors; pyarrow sends the traceback of any other exception."""
+    """Decorator that turns a handler's exceptions into Flight errors.
+
+    pyarrow would send the traceback of any other exception to the client.
+    """
 
     @functools.wraps(handler)
     def call(*arguments: Any) -> Any:
@@ -123,7 +126,7 @@ class StoreServer:
         actions.meta_port = self.meta_port
 
     def close(self, timeout_s: float) -> bool:
-        """Commits received rows, refuses new ones and stops listening.
+        """Commit received rows, refuse new ones, stop listening.
 
         Returns:
             False if commits take longer than `timeout_s` or a client keeps its call open. Every
@@ -309,7 +312,7 @@ def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
     for name in ("dataset", "query_vector"):
         if name not in batch.schema.names:
             raise UnknownColumnError(
-                f"VectorSearch needs the column `{name}`; it came with "
+                f"VectorSearch needs the column `{name}`; got "
                 f"{', '.join(batch.schema.names)[:300]}",
                 field=name,
                 allowed=["dataset", "k", "ef", "query_vector"],
@@ -322,7 +325,7 @@ def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
 
 
 def _lock_folder(folder: Path) -> FileLock:
-    """Takes the right to serve a folder; a writer of one of its datasets has its own lock."""
+    """Take the right to serve a folder. Writers of its datasets have their own locks."""
     try:
         return FileLock(folder / ".lock")  # no dataset's lock, since a dataset has a name
     except BlockingIOError:

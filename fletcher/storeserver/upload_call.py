@@ -1,4 +1,4 @@
-"""One upload call on a store server: rows in, checked and grouped; acknowledgements out."""
+"""Upload calls of the store server: rows in, acknowledgements out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_groups(
     reader: flight.MetadataRecordBatchReader,
     context: flight.ServerCallContext,
 ) -> Iterator[tuple[int, int, Future[int]]]:
-    """Checks the rows of an upload call and submits them to the ingest, group by group.
+    """Check the rows of an upload call and submit them, group by group.
 
     Yields:
         Every message's number, its number of rows, and the future of its commit. Messages of a
@@ -83,14 +83,14 @@ def read_groups(
     if group and not context.is_cancelled():
         received = sum(num_rows for _, num_rows in waiting)
         raise InvalidCommandError(
-            f"the stream ended within a group: {received} rows came of those that `group_rows` "
-            "announced; none of them is stored",
+            f"the stream ended within a group: {received} rows arrived, fewer than `group_rows` "
+            "announced; none of them is stored, so send the group again",
             field="group_rows",
         )
 
 
 class AckWriter:
-    """Writes acknowledgements in order, on a thread of its own, as commits end."""
+    """Writer of acknowledgements: one thread, in the order of the messages."""
 
     def __init__(self, writer: flight.MetadataRecordBatchWriter) -> None:
         self.error: Exception | None = None
@@ -100,13 +100,13 @@ class AckWriter:
         self._thread.start()
 
     def queue_ack(self, batch_id: int, rows: int, done: Future[int]) -> None:
-        """Queues an acknowledgement; raises the error of an earlier one."""
+        """Queue an acknowledgement; raise the error of an earlier one."""
         if self.error is not None:
             raise self.error
         self._queue.put((batch_id, rows, done))
 
     def close(self) -> None:
-        """Waits until all queued acknowledgements are written."""
+        """Wait until all queued acknowledgements are written."""
         self._queue.put(None)
         self._thread.join()
 
@@ -121,8 +121,8 @@ class AckWriter:
             except Exception as error:  # noqa: BLE001 - raised by the handler
                 self.error = error
                 if isinstance(error, FletcherError):
-                    # The handler may be blocked in a read, and the client may wait for this
-                    # acknowledgement, so it is told now.
+                    # Send the error now: the handler may be blocked in a read while the client
+                    # waits for this acknowledgement.
                     self._write_refusal(batch_id, error)
 
     def _write_refusal(self, batch_id: int, error: FletcherError) -> None:
@@ -136,7 +136,7 @@ class AckWriter:
 
 
 def _check_rows(batch: pa.RecordBatch) -> None:
-    """Refuses rows that no search could find, and arrays whose buffers are inconsistent."""
+    """Refuse damaged arrays, and rows that no search could find."""
     try:
         batch.validate(full=True)
     except pa.ArrowInvalid as error:
@@ -168,7 +168,7 @@ def _check_rows(batch: pa.RecordBatch) -> None:
 
 
 def _header(metadata: pa.Buffer | None) -> GroupHeader:
-    """The header in a message's metadata; metadata without its fields means nothing."""
+    """The header in a message's metadata; other metadata is ignored."""
     raw = metadata.to_pybytes() if metadata is not None else b""
     try:
         fields = msgspec.json.decode(raw)

@@ -1,4 +1,4 @@
-"""Logging of a command: to standard error, as text for people or as JSON lines for collectors."""
+"""Logging to standard error: text for people, or JSON lines for collectors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import warnings
 from datetime import UTC, datetime
 from typing import Any
 
-# What every record has; anything else was given by `extra` and belongs to the message.
+# Attributes of every record; any other came by `extra` and belongs to the message.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 def set_up_logging(level: str, style: str) -> None:
-    """Sends the log of Fletcher, and warnings of anybody else, to standard error.
+    """Send Fletcher's log, and the warnings of other packages, to standard error.
 
     Args:
         level: `debug`, `info`, `warning` or `error`.
@@ -41,12 +41,12 @@ class TextFormatter(logging.Formatter):
             text += " (" + ", ".join(f"{name}={value}" for name, value in extra.items()) + ")"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        # A live progress line may stand where this one goes: clear it first.
+        # Clear a live progress line first.
         return "\r\x1b[K" + text if sys.stderr.isatty() else text
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, whatever `extra` gave."""
+    """One JSON object a line: time (UTC), level, logger, message, and the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {

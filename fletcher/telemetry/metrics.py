@@ -5,8 +5,8 @@ Every metric is read through the SDK's readers: `Instruments.snapshot` has one i
 
 Counters and gauges are observable instruments over values that are kept here, because an `add` of
 the SDK's own counter costs about seven times as much CPU time (measured with two attributes and one
-reader), and each further reader adds to that. Histograms, which OpenTelemetry cannot observe, are
-the SDK's own; a micro-batch records about five values.
+reader), and each further reader adds to that. Histograms are the SDK's own, as OpenTelemetry has no
+observable ones; a micro-batch records about five values.
 """
 
 # ruff: noqa: RUF009 - the declarations call `field`
@@ -50,8 +50,8 @@ class _Instrument(ABC):
     Args:
         name: Without the leading `fletcher.`.
         unit: UCUM, as OpenTelemetry wants it: `s`, `By`, `{row}`.
-        text: What it counts, for people.
-        labels: Attribute names, all of them required at every call. Values come from small closed
+        text: Description for people.
+        labels: Attribute names, all required at every call. Their values come from small closed
             sets (stages, devices, error codes), never from a request.
     """
 
@@ -167,7 +167,8 @@ class Gauge(_Observable):
         """Values by label values, asked for now."""
         with self._lock:
             callbacks = dict(self._callbacks)
-        return {key: callback() for key, callback in callbacks.items()}  # unlocked: they may count
+        # Outside the lock: a callback may count too.
+        return {key: callback() for key, callback in callbacks.items()}
 
     def _value(self, point: NumberDataPoint | None) -> float | None:
         return None if point is None else point.value
@@ -240,32 +241,34 @@ class Instruments:
 
     Args:
         readers: Readers beside the one in memory, such as an exporter's.
-        resource: What the readers say of this process.
+        resource: Attributes of this process, for the other readers.
     """
 
     readers: InitVar[Sequence[MetricReader]] = ()
     resource: InitVar[Resource | None] = None
 
     rows_received: Counter = _counter("rows.received", "{row}", "Rows that clients sent")
-    texts_received: Counter = _counter("texts.received", "{text}", "Texts given to tokenization")
+    texts_received: Counter = _counter("texts.received", "{text}", "Texts that were tokenized")
     tokens_received: Counter = _counter("tokens.received", "{token}", "Tokens of these texts")
     bytes_received: Counter = _counter("bytes.received", "By", "Decoded bytes that clients sent")
-    streams_open: Gauge = _gauge("streams.open", "{stream}", "DoPut and DoExchange calls now open")
+    streams_open: Gauge = _gauge("streams.open", "{stream}", "Open DoPut and DoExchange calls")
     pressure_grade: Gauge = _gauge(
-        "pressure.grade", "{grade}", "0 normal, 1 moderate, 2 severe: new bulk is refused"
+        "pressure.grade",
+        "{grade}",
+        "Load level: 0 normal, 1 moderate, 2 severe (new bulk calls are refused)",
     )
-    pressure_time: Counter = _counter("pressure.time", "s", "Time spent in each grade", "grade")
-    rows_stored: Counter = _counter("rows.stored", "{row}", "Rows that the store has taken")
-    rows_failed: Counter = _counter("rows.failed", "{row}", "Rows refused one by one")
+    pressure_time: Counter = _counter(
+        "pressure.time", "s", "Time spent at each load level", "grade"
+    )
+    rows_stored: Counter = _counter("rows.stored", "{row}", "Rows that the store has")
+    rows_failed: Counter = _counter("rows.failed", "{row}", "Rows that failed one by one")
     rows_deduplicated: Counter = _counter(
-        "rows.deduplicated", "{row}", "Rows not stored because they were there already"
+        "rows.deduplicated", "{row}", "Rows dropped as duplicates"
     )
-    cache_hits: Counter = _counter("cache.hits", "{text}", "Texts whose vector was in the cache")
-    cache_misses: Counter = _counter("cache.misses", "{text}", "Texts that had to be embedded")
+    cache_hits: Counter = _counter("cache.hits", "{text}", "Texts found in the cache")
+    cache_misses: Counter = _counter("cache.misses", "{text}", "Texts not found in the cache")
     cache_memory: Gauge = _gauge("cache.memory", "By", "Size of the embedding cache")
-    dedupe_index_memory: Gauge = _gauge(
-        "known.memory", "By", "Memory of what is known of datasets' rows, to drop duplicates"
-    )
+    dedupe_index_memory: Gauge = _gauge("known.memory", "By", "Memory of the dedupe indexes")
     device_batches: Counter = _counter(
         "device.batches", "{batch}", "Runs of the model", "model", "device"
     )
@@ -289,7 +292,7 @@ class Instruments:
     device_rate: Gauge = _gauge(
         "device.rate",
         "{token}/s",
-        "Tokens that a device takes through all layers in a second",
+        "Tokens that a device computes in a second, through all layers",
         "model",
         "device",
     )
@@ -302,12 +305,16 @@ class Instruments:
     )
     errors: Counter = _counter("errors", "{error}", "Calls and rows that failed", "code")
     worker_restarts: Counter = _counter(
-        "worker.restarts", "{restart}", "Processes started again after they died", "model", "worker"
+        "worker.restarts",
+        "{restart}",
+        "Worker processes started again after they died",
+        "model",
+        "worker",
     )
     worker_states: Counter = _counter(
         "worker.states",
         "{change}",
-        "Changes of a worker's state, by the new one",
+        "Changes of a worker's state, by the new state",
         "model",
         "worker",
         "state",
@@ -316,11 +323,11 @@ class Instruments:
         "worker.usable", "1", "1 while a worker takes work, else 0", "model", "worker"
     )
     store_retries: Counter = _counter(
-        "store.retries", "{retry}", "Appends to the store tried again"
+        "store.retries", "{retry}", "Appends to the store that were retried"
     )
-    store_away: Gauge = _gauge("store.away", "1", "1 while a store is away, else 0", "store")
+    store_away: Gauge = _gauge("store.away", "1", "1 while a store is unavailable, else 0", "store")
     store_append_share: Gauge = _gauge(
-        "store.pace", "1", "Share of a full append that a store bears, 0 to 1", "store"
+        "store.pace", "1", "Append size as a share of the largest, 0 to 1", "store"
     )
 
     def __post_init__(self, readers: Sequence[MetricReader], resource: Resource | None) -> None:

@@ -1,6 +1,6 @@
 """Traces, and the export of metrics and traces by OTLP.
 
-`Telemetry` holds the process's instruments. With an OTLP endpoint they are exported and spans are
+`Telemetry` holds the metrics of one process. With an OTLP endpoint they are exported and spans are
 recorded. Without one a span is a shared object that does nothing, and neither the tracing SDK nor
 the exporter is imported.
 
@@ -16,37 +16,51 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from opentelemetry.context import Context
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.trace import Status, StatusCode, Tracer, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from fletcher.errors import ConfigError
 from fletcher.telemetry.metrics import Instruments, own_version
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.trace import Tracer
 
-EXPORT_TIMEOUT_S = 5.0
-COMPLAINT_S = 300.0
+
+@dataclass(frozen=True, slots=True)
+class ExportTiming:
+    """Intervals of the export, in seconds.
+
+    Attributes:
+        interval_s: Between two exports of metrics.
+        timeout_s: Longest wait for the collector's answer.
+        quiet_s: Between two log lines about a collector that does not answer.
+    """
+
+    interval_s: float = 10.0
+    timeout_s: float = 5.0
+    quiet_s: float = 300.0
 
 
 class Span:
-    """A piece of work in a trace; this one records nothing. Enter it to begin, leave it to end."""
+    """An operation in a trace; this one records nothing. It starts when it is made."""
 
     context: Context | None = None
 
-    def set(self, **attributes: Any) -> None:
-        """Adds attributes: strings, numbers, booleans."""
+    def set_attributes(self, **attributes: Any) -> None:
+        """Add attributes: strings, numbers, booleans."""
 
     def headers(self) -> dict[str, str]:
-        """`traceparent` for a call to another server; empty where nothing is recorded."""
+        """`traceparent` for a call to another server; empty if nothing is recorded."""
         return {}
 
     def end(self, error: BaseException | None = None) -> None:
-        """Ends work that began on one thread and ended on another, instead of a `with`."""
+        """End a span that cannot be used in a `with` statement, as it ends on another thread."""
 
     def __enter__(self) -> Span:
         return self
@@ -62,58 +76,50 @@ class _RecordedSpan(Span):
     def __init__(
         self, tracer: Tracer, name: str, parent: Context | None, attributes: Mapping[str, Any]
     ) -> None:
-        from opentelemetry.context import Context
-        from opentelemetry.trace import set_span_in_context
-
-        # An explicit parent, never the thread's own: work changes threads at every stage, and a
-        # generator that a server drives would leave its context behind in the server's thread.
+        # An explicit parent instead of the thread's context: an operation changes threads at every
+        # stage, and a generator that a server drives would leave its context in that thread.
         root = parent if parent is not None else Context()
         self._span = tracer.start_span(name, context=root, attributes=dict(attributes))
         self.context = set_span_in_context(self._span, root)
 
-    def set(self, **attributes: Any) -> None:
+    def set_attributes(self, **attributes: Any) -> None:
         self._span.set_attributes(attributes)
 
     def headers(self) -> dict[str, str]:
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
         carrier: dict[str, str] = {}
         TraceContextTextMapPropagator().inject(carrier, context=self.context)
         return carrier
 
     def end(self, error: BaseException | None = None) -> None:
-        from opentelemetry.trace import Status, StatusCode
-
         if error is not None:
             self._span.record_exception(error)
             self._span.set_status(Status(StatusCode.ERROR, str(error)))
         self._span.end()
 
 
-class _Sparing(logging.Filter):
-    """Lets a record through, and the next one `COMPLAINT_S` later.
+class _RareLog(logging.Filter):
+    """Passes one record per interval; an unreachable collector would log three lines an export."""
 
-    A collector that is away would otherwise be told of in three lines an export.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, quiet_s: float) -> None:
         super().__init__()
+        self._quiet_s = quiet_s
         self._quiet_until = -math.inf
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.created < self._quiet_until:
             return False
-        self._quiet_until = record.created + COMPLAINT_S
+        self._quiet_until = record.created + self._quiet_s
         return True
 
 
 class Telemetry(Instruments):
-    """The instruments of one process and, if an endpoint is configured, their export.
+    """The metrics and spans of one process, and their export.
 
     Args:
-        reader: Exports metrics.
-        tracer_provider: Records and exports spans; without it they do nothing.
-        resource: What both say of this process.
+        reader: Exports metrics; None: metrics are read by `snapshot` alone.
+        tracer_provider: Records and exports spans; None: spans do nothing.
+        resource: Attributes of this process in both exports.
+        timing: Bounds the time that `close` takes.
     """
 
     def __init__(
@@ -121,20 +127,22 @@ class Telemetry(Instruments):
         reader: PeriodicExportingMetricReader | None = None,
         tracer_provider: TracerProvider | None = None,
         resource: Resource | None = None,
+        timing: ExportTiming = ExportTiming(),
     ) -> None:
         super().__init__([reader] if reader is not None else [], resource)
         self._exporter = reader
+        self._timing = timing
         self._tracer_provider = tracer_provider
         self._tracer: Tracer | None = None
         if tracer_provider is not None:
             self._tracer = tracer_provider.get_tracer("fletcher", own_version())
 
     def span(self, name: str, parent: Span | Context | None = None, **attributes: Any) -> Span:
-        """A span to be used in a `with` statement; it starts now.
+        """Start a span, for use in a `with` statement.
 
         Args:
-            name: What is done: `do_put`, `tokenize`, `inference`, ...
-            parent: The span that this one is part of, or what `extract` returned.
+            name: The operation: `do_put`, `tokenize`, `inference`, ...
+            parent: The span that this one is part of, or the result of `extract`.
             attributes: Strings, numbers or booleans.
         """
         if self._tracer is None:
@@ -143,53 +151,50 @@ class Telemetry(Instruments):
         return _RecordedSpan(self._tracer, name, context, attributes)
 
     def extract(self, headers: Mapping[str, str | bytes | Sequence[str | bytes]]) -> Context | None:
-        """The trace that a caller's `traceparent` header names; None without one, or unconfigured.
+        """The trace that a caller's `traceparent` header names; None if nothing is recorded.
 
         Args:
             headers: As Flight's middleware has them: lower-case names, lists of values.
         """
         if self._tracer is None or "traceparent" not in headers:
             return None
-        from opentelemetry.context import Context
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
         carrier = {
             name: _first(headers[name]) for name in ("traceparent", "tracestate") if name in headers
         }
         return TraceContextTextMapPropagator().extract(carrier, context=Context())
 
     def close(self) -> None:
-        """Sends what is still waiting and stops exporting. Idempotent.
+        """Export what is left and stop exporting; `snapshot` still works. Idempotent.
 
-        Takes about 2 x `EXPORT_TIMEOUT_S` at most where the collector does not answer.
+        Takes about twice the timeout at most if the collector does not answer.
         """
         self._tracer = None
         tracer_provider, self._tracer_provider = self._tracer_provider, None
         if tracer_provider is not None:
             tracer_provider.shutdown()
-        # Not the meter provider, which would end `snapshot` as well.
         exporter, self._exporter = self._exporter, None
         if exporter is not None:
-            exporter.shutdown(timeout_millis=EXPORT_TIMEOUT_S * 1000)
+            exporter.shutdown(timeout_millis=self._timing.timeout_s * 1000)
 
 
 def configure(
     otlp_endpoint: str | None = None,
     *,
-    export_interval_s: float = 10.0,
+    timing: ExportTiming = ExportTiming(),
     **service: str,
 ) -> Telemetry:
-    """The process's instruments, exported by OTLP over HTTP where an endpoint is given.
+    """The telemetry of this process, exported by OTLP over HTTP if an endpoint is given.
 
     Args:
         otlp_endpoint: A collector's base address, `http://host:4318`; `/v1/traces` and
-            `/v1/metrics` are appended. None: nothing is exported. The standard variables
-            `OTEL_EXPORTER_OTLP_HEADERS` and `OTEL_RESOURCE_ATTRIBUTES` are respected.
-        export_interval_s: Seconds between two exports of metrics.
-        service: More about this server, as resource attributes `service.<name>`.
+            `/v1/metrics` are appended. None: nothing is exported. OpenTelemetry's own variables
+            `OTEL_EXPORTER_OTLP_HEADERS` and `OTEL_RESOURCE_ATTRIBUTES` apply; `OTEL_SDK_DISABLED`
+            empties `snapshot` as well.
+        timing: Intervals of the export.
+        service: More resource attributes, as `service.<name>`.
 
     Raises:
-        ConfigError: The endpoint is no HTTP address, or the exporter is not installed.
+        ConfigError: The endpoint is not an HTTP address, or the exporter is not installed.
     """
     if otlp_endpoint is None:
         return Telemetry()
@@ -213,8 +218,8 @@ def configure(
 
     for exporter in (OTLPMetricExporter, OTLPSpanExporter):
         logger = logging.getLogger(exporter.__module__)
-        if not any(isinstance(one, _Sparing) for one in logger.filters):
-            logger.addFilter(_Sparing())
+        if not any(isinstance(one, _RareLog) for one in logger.filters):
+            logger.addFilter(_RareLog(timing.quiet_s))
     base = otlp_endpoint.rstrip("/")
     resource = Resource.create(
         {"service.name": "fletcher", "service.version": own_version()}
@@ -222,13 +227,13 @@ def configure(
     )
     tracer_provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     tracer_provider.add_span_processor(
-        BatchSpanProcessor(OTLPSpanExporter(f"{base}/v1/traces", timeout=EXPORT_TIMEOUT_S))
+        BatchSpanProcessor(OTLPSpanExporter(f"{base}/v1/traces", timeout=timing.timeout_s))
     )
     reader = PeriodicExportingMetricReader(
-        OTLPMetricExporter(f"{base}/v1/metrics", timeout=EXPORT_TIMEOUT_S),
-        export_interval_millis=export_interval_s * 1000,
+        OTLPMetricExporter(f"{base}/v1/metrics", timeout=timing.timeout_s),
+        export_interval_millis=timing.interval_s * 1000,
     )
-    return Telemetry(reader, tracer_provider, resource)
+    return Telemetry(reader, tracer_provider, resource, timing)
 
 
 def _first(value: str | bytes | Sequence[str | bytes]) -> str:

@@ -1,4 +1,4 @@
-"""How much of its time a device computes: of the last seconds, and of the load it had last."""
+"""Share of its time that a device computes, recently and under its last load."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections import deque
 from collections.abc import Callable
 
 RECENT_S = 10
-# A device that got nothing for so long was not under load.
+# A device without a run for so long was not under load.
 _PAUSE_S = 1.0
 
 
 class Utilization:
-    """One device's share of time; fed with its runs as they end. Thread-safe.
+    """One device's share of time, from the durations of its runs. Thread-safe.
 
     Args:
-        clock: Seconds, as `time.monotonic`.
+        clock: Monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # By the whole second of the clock in which runs ended: seconds that they took.
+        # Seconds of computing, by the whole second of the clock in which their runs ended.
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_S + 1)
-        self._began = self._ended = 0.0  # of the last load; nothing has run where they are equal
-        self._load_s = 0.0  # that its runs took
+        self._began = self._ended = 0.0  # of the last load; equal before the first run
+        self._load_s = 0.0  # sum of its runs
 
     def record_run(self, seconds: float) -> None:
-        """A run has ended that took so long."""
+        """Record a run that ends now."""
         now = self._clock()
         with self._lock:
             if self._ended == self._began or now - seconds > self._ended + _PAUSE_S:
@@ -41,10 +41,10 @@ class Utilization:
             self._recent.append((int(now), before + seconds))
 
     def recent_share(self, concurrency: int) -> float:
-        """Of the last `RECENT_S` whole seconds, from 0 to 1.
+        """Share of the last `RECENT_S` whole seconds, 0 to 1.
 
         Args:
-            concurrency: Runs that the device has at once when it is busy.
+            concurrency: Runs that a busy device has at once.
         """
         last = int(self._clock())
         with self._lock:
@@ -52,9 +52,9 @@ class Utilization:
         return min(1.0, seconds / (RECENT_S * concurrency))
 
     def last_load(self, concurrency: int) -> tuple[float, float]:
-        """Of the last load, from 0 to 1, and its seconds; it goes on where it ended just now.
+        """Share of the last load, 0 to 1, and its duration in seconds.
 
-        A load lasts as long as the device is never without a run for a second.
+        A load lasts as long as the device is never without a run for a second; it may go on.
         """
         with self._lock:
             elapsed = self._ended - self._began

@@ -18,7 +18,7 @@ from fletcher.core.batches import (
     Chunks,
     Int32Array,
     Int64Array,
-    Segments,
+    Spans,
     TextBatch,
     TokenBatch,
 )
@@ -125,7 +125,7 @@ def cut(
     ends = [0]
     counts: list[int] = []
     places: list[Int64Array] = []
-    spans: list[Int64Array] = []
+    text_ranges: list[Int64Array] = []
     begins_there: list[BoolArray] = []
     carry: Carry | None = None
     for number, text in enumerate(texts):
@@ -149,7 +149,9 @@ def cut(
         if carry.num_chunks == 0:
             begins_there[-1][:1] = True
             places[-1][:1, 0] = 0
-        spans.append(np.stack((begins[bounds[:, 0]], starts[bounds[:, 1]]), axis=2).reshape(-1, 4))
+        text_ranges.append(
+            np.stack((begins[bounds[:, 0]], starts[bounds[:, 1]]), axis=2).reshape(-1, 4)
+        )
         for first, last in cuts.rows:
             rows += (head, tokens[first:last], after)
         counts += cuts.counts
@@ -171,10 +173,10 @@ def cut(
     lengths = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 3).sum(axis=1)
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    segments = None
+    spans = None
     if batch.chunking.late:
         bounds = np.concatenate([np.zeros((0, 2), np.int64), *places])
-        segments = Segments(np.array(counts, np.int32), bounds.astype(np.int32))
+        spans = Spans(np.array(counts, np.int32), bounds.astype(np.int32))
     return TokenBatch(
         input_ids,
         offsets,
@@ -183,11 +185,11 @@ def cut(
             np.array(ends, np.int64),
             np.array(index, np.int32),
             np.array(num_tokens, np.int32),
-            np.concatenate([np.zeros((0, 4), np.int64), *spans]),
+            np.concatenate([np.zeros((0, 4), np.int64), *text_ranges]),
             np.concatenate([np.zeros(0, np.bool_), *begins_there]),
         ),
         carry=carry if batch.continued else None,
-        segments=segments,
+        spans=spans,
     )
 
 

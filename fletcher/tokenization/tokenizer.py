@@ -127,12 +127,12 @@ class Tokenizer:
             return batch
         ids = np.insert(batch.input_ids, batch.offsets[:-1][empty], self._pad_token_id)
         offsets = batch.offsets + np.append(0, np.cumsum(empty))
-        segments = batch.segments
-        if segments is not None:  # of a row without tokens there is one, without tokens
-            firsts, lasts = segments.bounds.T
+        spans = batch.spans
+        if spans is not None:  # of a row without tokens there is one, without tokens
+            firsts, lasts = spans.bounds.T
             bounds = np.stack((firsts, np.maximum(lasts, firsts + 1)), axis=1)
-            segments = replace(segments, bounds=bounds)
-        return replace(batch, input_ids=ids, offsets=offsets, segments=segments)
+            spans = replace(spans, bounds=bounds)
+        return replace(batch, input_ids=ids, offsets=offsets, spans=spans)
 
     def _few(self, batch: TextBatch, room: int) -> TokenBatch | None:
         """A little text, as a search sends it, by the shortest way; None: it is not that little.

@@ -25,7 +25,7 @@ class TokenizerWorker:
     """One core, one request at a time."""
 
     concurrency = 1
-    express = 0
+    urgent_concurrency = 0
 
     def __init__(self, tokenizer: TextEncoder) -> None:
         self._tokenizer = tokenizer

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fletcher.core.batches import FloatArray, Int32Array, Int64Array, Segments, VectorArray
+from fletcher.core.batches import FloatArray, Int32Array, Int64Array, Spans, VectorArray
 
 
 def places(starts: Int64Array, counts: Int32Array) -> Int64Array:
@@ -46,10 +46,10 @@ def gathered(
     return vectors[places(starts_of(counts)[rows], chosen)], chosen
 
 
-def segments_of(segments: Segments, rows: Int64Array) -> Segments:
+def spans_of(spans: Spans, rows: Int64Array) -> Spans:
     """Those of some rows, in their order."""
-    counts = segments.counts[rows]
-    return Segments(counts, segments.bounds[places(starts_of(segments.counts)[rows], counts)])
+    counts = spans.counts[rows]
+    return Spans(counts, spans.bounds[places(starts_of(spans.counts)[rows], counts)])
 
 
 def scattered(

@@ -29,12 +29,12 @@ _PR_SET_PDEATHSIG = 1
 class Worker(Protocol):
     """What a factory returns.
 
-    `run` is called from `concurrency` threads at once, and from `express` more, which are there so
-    that urgent work need not wait for the end of what runs.
+    Up to `concurrency` threads call `run` at once. For urgent work, `urgent_concurrency` more do:
+    it need not wait for the end of another run.
     """
 
     concurrency: int
-    express: int
+    urgent_concurrency: int
 
     def run(self, payload: Any) -> Any:
         """Answers one request."""
@@ -64,7 +64,7 @@ def serve(connection: Connection) -> None:
     try:
         module, _, function = spec.factory.partition(":")
         worker: Worker = getattr(importlib.import_module(module), function)(spec.config)
-        ready = Ready(worker.concurrency, worker.express, worker.describe())
+        ready = Ready(worker.concurrency, worker.urgent_concurrency, worker.describe())
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
         send(connection, encode(_failure(-1, error)))
         return
@@ -87,7 +87,7 @@ def serve(connection: Connection) -> None:
             with sending:
                 send(connection, message)
 
-    for _ in range(worker.concurrency + worker.express):
+    for _ in range(worker.concurrency + worker.urgent_concurrency):
         threading.Thread(target=work, daemon=True).start()
     while True:
         requests.add_request(receive(connection))

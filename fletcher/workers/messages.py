@@ -53,11 +53,11 @@ class WorkerSpec:
 class Ready:
     """The worker is loaded and warm; `concurrency` requests may run in it at once.
 
-    `express` more may, of urgent ones.
+    `urgent_concurrency` more may, of urgent ones.
     """
 
     concurrency: int
-    express: int
+    urgent_concurrency: int
     description: dict[str, str]
 
 
@@ -146,7 +146,7 @@ def _short(message: Any) -> bytes | None:
 
 def _short_run(request: WorkerRequest, batch: MicroBatch) -> bytes | None:
     ids, lengths = batch.input_ids, batch.lengths
-    plain = batch.segments is None and not batch.half
+    plain = batch.spans is None and not batch.half
     if not plain or not ids.dtype == lengths.dtype == np.int32:
         return None
     if ids.nbytes >= _MIN_ASIDE_BYTES:

@@ -102,7 +102,7 @@ class WorkerHandle:
             self.wanted.set()
         self.description: dict[str, str] = {}
         self.concurrency = 1  # until the worker says otherwise
-        self.express = 0
+        self.urgent_concurrency = 0
         self.load = 0
         self.process: subprocess.Popen[bytes] | None = None
         self.thread = threading.Thread(target=self._run, name=f"{spec.name}-reader", daemon=True)
@@ -148,7 +148,7 @@ class WorkerHandle:
         if urgent and self._sending.locked():  # it may be long about reading what it is sent
             return False
         # Urgent ones that wait are better joined into one run: none is fetched ahead.
-        most = self.concurrency + (self.express if urgent else self._prefetch)
+        most = self.concurrency + (self.urgent_concurrency if urgent else self._prefetch)
         return sum(job.urgent == urgent for job in self._jobs.values()) < most
 
     def running(self) -> Sequence[Job]:
@@ -268,7 +268,7 @@ class WorkerHandle:
             raise
         assert isinstance(message, Ready)
         self.description = message.description
-        self.concurrency, self.express = message.concurrency, message.express
+        self.concurrency, self.urgent_concurrency = message.concurrency, message.urgent_concurrency
         return connection
 
     def _read(self, connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""Bundles told apart: copies of one, with other hashes and, by the null backend, vectors."""
+"""Copies of a bundle with other hashes and, by the null backend, other vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fletcher.models.bundle.spec import MANIFEST, ModelSpec
 
 
 def another(bundle: ModelBundle, folder: Path, name: str, weights: str) -> ModelBundle:
-    """A copy in `folder` under another name, or the same, that says it has other weights."""
+    """A copy in `folder`, under another or the same name, that claims other weights."""
     shutil.copytree(bundle.folder, folder)
     manifest = json.loads((folder / MANIFEST).read_text())
     for field in ("format", "name", "hash", "files"):

@@ -1,4 +1,4 @@
-"""ONNX Runtime with a CUDA provider that is the CPU's, captured graphs included."""
+"""ONNX Runtime with a CUDA provider, and captured graphs, that compute on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnxruntime
 
 
 class Binding:
-    """An IOBinding whose devices are the CPU, and which knows its addresses."""
+    """IOBinding that uses the CPU for every device and records addresses."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self.real = session.io_binding()
@@ -26,7 +26,7 @@ class Binding:
 
 
 class PretendedSession:
-    """Notes the options and computes on the CPU.
+    """Session that records its options and computes on the CPU.
 
     With `enable_cuda_graph` a run is captured when its `gpu_graph_id` is new, and replayed where
     it is not: on the addresses of then, whatever is bound now. `replay` may be replaced.
@@ -71,7 +71,7 @@ class PretendedSession:
 
 
 class OrtValue:
-    """Memory of a device; it can be written to and read by copies alone."""
+    """Memory of a device; only copies can write or read it."""
 
     def __init__(self, memory: np.ndarray[Any, Any]) -> None:
         self._memory = memory
@@ -95,7 +95,7 @@ class OrtValue:
 
 
 class PretendedCuda:
-    """The module."""
+    """The fake module."""
 
     __version__ = onnxruntime.__version__
     SessionOptions = onnxruntime.SessionOptions

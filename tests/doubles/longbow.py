@@ -1,4 +1,4 @@
-"""A stand-in for Longbow in pure Python: it appends whatever comes and promises little.
+"""A stand-in for Longbow in pure Python: it appends all input and promises little.
 
 Two ports, an acknowledged DoExchange, a DoPut without acknowledgements, unknown actions refused,
 ListFlights on the meta port alone, equality and range filters in DoGet.

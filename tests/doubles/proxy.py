@@ -1,4 +1,4 @@
-"""A TCP connection that counts, and breaks or dawdles as it is told to."""
+"""A TCP proxy that counts, and breaks or delays connections on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Flight server that ends calls with any status of gRPC's; pyarrow's own offers but some."""
+"""A Flight server that ends calls with any gRPC status; pyarrow's server offers only some."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import grpc
 
 
 class Refusals(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Answers ListFlights with nothing and all else with `status` and `text`."""
+    """Answers ListFlights with an empty list, and every other call with `status` and `text`."""
 
     def __init__(self, status: grpc.StatusCode, text: str) -> None:
         self._status = status

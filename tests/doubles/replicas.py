@@ -1,4 +1,4 @@
-"""Replicas that die of, or fail at, one token; made in a worker process by `load_poisoned`."""
+"""Replicas that die or fail at one token; `load_poisoned` makes them in a worker process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POISON = 666
 
 
 class PoisonedReplica(NullBackend):
-    """The null backend, but for batches that hold the token `POISON`."""
+    """The null backend, except for batches with the token `POISON`."""
 
     def __init__(self, outcome: str) -> None:
         super().__init__(dim=16)

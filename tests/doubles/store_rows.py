@@ -1,4 +1,4 @@
-"""Rows as delivery makes them, for the tests of stores."""
+"""Rows in the form that delivery gives them, for tests of stores."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def schema(
 
 
 def vectors(first: int, count: int, dims: int = 8) -> np.ndarray:
-    """Unit vectors that depend on the row's number alone."""
+    """Unit vectors that depend only on the row's number."""
     rows = [np.random.default_rng(row).standard_normal(dims) for row in range(first, first + count)]
     out = np.asarray(rows, np.float32).reshape(count, dims)
     return out / np.linalg.norm(out, axis=1, keepdims=True)
 
 
 def list_batch(first: int, count: int, output: str, dtype: str) -> pa.RecordBatch:
-    """Rows of several vectors each, every seventh of none, in a group of their own."""
+    """A group of rows of several vectors each; every seventh row has no vector."""
     draw = np.random.default_rng(first)
     counts = draw.integers(1, 9, count).astype(np.int32)
     nulls = np.arange(count) % 7 == 6

@@ -1,4 +1,4 @@
-"""A store in memory that fails as it is told to."""
+"""A store in memory that fails on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fault = Callable[[], None]
 
 
 class MemoryStore:
-    """Keeps batches by dataset; `faults` are played one an append, `None` for a good one.
+    """Keeps batches by dataset. Each append plays one of `faults`; `None` means success.
 
     A fault is ("before" | "after", error): raised before the rows are kept, or after, as when the
     answer is lost. While `down` is set all fails; appends to `locked` datasets, and of more than

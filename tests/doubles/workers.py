@@ -1,4 +1,4 @@
-"""Workers that misbehave on request; made in a worker process by `load_*`."""
+"""Workers that misbehave on request; `load_*` makes them in a worker process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fletcher.errors import BackendError, RowTooLargeError
 
 
 class EchoWorker:
-    """Answers with what it got; some payloads are orders."""
+    """Answers with its input; some payloads are commands."""
 
-    def __init__(self, concurrency: int = 1, express: int = 0) -> None:
-        self.concurrency, self.express = concurrency, express
+    def __init__(self, concurrency: int = 1, urgent_concurrency: int = 0) -> None:
+        self.concurrency, self.urgent_concurrency = concurrency, urgent_concurrency
 
     def run(self, payload: Any) -> Any:
         match payload:
@@ -51,7 +51,7 @@ class EchoWorker:
 
 
 class Unreadable:
-    """Is pickled, but not unpickled."""
+    """Can be pickled and not unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return int, ("no number",)
@@ -62,7 +62,7 @@ def load_echo(concurrency: int) -> EchoWorker:
 
 
 def load_express(_: Any) -> EchoWorker:
-    """One run at a time, and one more for what is urgent."""
+    """One run at a time, and one more for urgent work."""
     return EchoWorker(1, 1)
 
 
@@ -75,7 +75,7 @@ def load_dying(_: Any) -> EchoWorker:
 
 
 class PacedWorker(EchoWorker):
-    """Takes as many seconds for each job as stand in a file."""
+    """Takes the number of seconds in a file for each job."""
 
     def __init__(self, pace: str) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class PacedWorker(EchoWorker):
 
 
 class StickyWorker(EchoWorker):
-    """Fails at everything as long as a file is there, as a device after a fault does."""
+    """Fails every job as long as a file exists, like a device after a fault."""
 
     def __init__(self, fault: str) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def load_sticky(fault: str) -> StickyWorker:
 
 
 def load_unless(path: str) -> EchoWorker:
-    """A worker that cannot load while a file is there."""
+    """A worker that cannot load while a file exists."""
     if os.path.exists(path):  # noqa: PTH110
         raise BackendError("no such device")
     return EchoWorker()

@@ -34,7 +34,7 @@ def add_tiny(
     if not normalize:
         modules = checkpoint / "modules.json"
         modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))
-    return Registry(folder / "models").add(str(checkpoint), progress=print)
+    return Registry(folder / "models").add_model(str(checkpoint), progress=print)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

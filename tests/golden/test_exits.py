@@ -67,7 +67,7 @@ def _drop_layers(path: Path, first: int) -> None:
 
 
 def add(checkpoint: Path, folder: Path, exits: Sequence[int] = ()) -> ModelBundle:
-    return Registry(folder).add(str(checkpoint), name="m", exits=exits, progress=print)
+    return Registry(folder).add_model(str(checkpoint), name="m", exits=exits, progress=print)
 
 
 def load(bundle: ModelBundle, engine: str = "onnxruntime") -> Backend:
@@ -140,12 +140,14 @@ def test_exits_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=f"`exits` has {layer}, expected layers from 1 to 2"):
             add(GOLDEN / "tiny", tmp_path / "models", (layer,))
     add(GOLDEN / "tiny", tmp_path / "models", (2,))
-    assert not Registry(tmp_path / "models").get("m").has_exits
+    assert not Registry(tmp_path / "models").get_model("m").has_exits
     with pytest.raises(ModelError, match="same model with exits after layers 2 alone"):
         add(GOLDEN / "tiny", tmp_path / "models", (1,))
     onnx_file = tmp_path / "models" / "m" / "model.onnx"
     with pytest.raises(ModelError, match=r"`exits` is given, but an \.onnx file"):
-        Registry(tmp_path / "models").add(str(onnx_file), name="n", exits=(1,), progress=print)
+        Registry(tmp_path / "models").add_model(
+            str(onnx_file), name="n", exits=(1,), progress=print
+        )
 
 
 def test_a_gpu_runs_exits_padded(tmp_path: Path) -> None:

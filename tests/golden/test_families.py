@@ -41,7 +41,7 @@ def add(name: str, folder: Path, *, pooling: str = "") -> ModelBundle:
         (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": pooling}))
         modules = checkpoint / "modules.json"
         modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))
-    return Registry(folder / "models").add(str(checkpoint), progress=print)
+    return Registry(folder / "models").add_model(str(checkpoint), progress=print)
 
 
 def load(bundle: ModelBundle, engine: str) -> Backend:

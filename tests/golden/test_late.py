@@ -14,7 +14,7 @@ import onnx
 import pyarrow.parquet as pq
 import pytest
 
-from fletcher.core.batches import MicroBatch, Segments, TextBatch
+from fletcher.core.batches import MicroBatch, Spans, TextBatch
 from fletcher.core.chunking import Chunking
 from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import Backend, BackendConfig
@@ -53,7 +53,7 @@ def run(backend: Backend, rows: Sequence[Sequence[int]], bounds: Sequence[Bounds
     flat = np.array([pair for one in bounds for pair in one], np.int32)
     ids = np.concatenate([np.array(row, np.int32) for row in rows])
     lengths = np.array([len(row) for row in rows], np.int32)
-    result = backend.run(MicroBatch(ids, lengths, segments=Segments(counts, flat)))
+    result = backend.run(MicroBatch(ids, lengths, spans=Spans(counts, flat)))
     assert (result.norms, result.counts) == (None, None)
     return np.split(result.embeddings, np.cumsum(counts)[:-1])
 
@@ -113,17 +113,17 @@ def test_from_text_to_vectors(how: str, tmp_path: Path) -> None:
     tokenizer, late = Tokenizer.from_bundle(bundle.folder), load_late(bundle, "onnxruntime")
     batch = TextBatch(data, np.array([0, len(data)]), chunking=chunking.fitted(130, 2))
     tokens = tokenizer.encode(batch)
-    segments, chunks = tokens.segments, tokens.chunks
-    assert segments is not None
+    spans, chunks = tokens.spans, tokens.chunks
+    assert spans is not None
     assert chunks is not None
     assert tokens.num_texts > 2
-    found = late.run(MicroBatch(tokens.input_ids, tokens.token_count, segments=segments)).embeddings
+    found = late.run(MicroBatch(tokens.input_ids, tokens.token_count, spans=spans)).embeddings
     assert len(found) == len(chunks.index)
-    row_of = np.repeat(np.arange(tokens.num_texts), segments.counts)
+    row_of = np.repeat(np.arange(tokens.num_texts), spans.counts)
     text = tokenizer._tokenizer.encode(data.decode(), add_special_tokens=False)
-    for chunk, (row, (a, b)) in enumerate(zip(row_of, segments.bounds, strict=True)):
+    for chunk, (row, (a, b)) in enumerate(zip(row_of, spans.bounds, strict=True)):
         ids = tokens.input_ids[tokens.offsets[row] : tokens.offsets[row + 1]]
-        begins, ends = chunks.spans[chunk, :2]
+        begins, ends = chunks.text_ranges[chunk, :2]
         own = [
             n
             for n, (first, last) in zip(text.ids, text.offsets, strict=True)
@@ -139,9 +139,11 @@ def test_from_text_to_vectors(how: str, tmp_path: Path) -> None:
 def test_the_graph_for_whole_rows_is_what_it_is_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = Registry(tmp_path / "both").add(str(GOLDEN / "families" / "distilbert"), progress=print)
+    both = Registry(tmp_path / "both").add_model(
+        str(GOLDEN / "families" / "distilbert"), progress=print
+    )
     monkeypatch.setattr(writer, "write_late", lambda *_: None)
-    alone = Registry(tmp_path / "alone").add(
+    alone = Registry(tmp_path / "alone").add_model(
         str(GOLDEN / "families" / "distilbert"), progress=print
     )
     for name in ("model.onnx", "model.weights"):
@@ -152,7 +154,7 @@ def test_the_graph_for_whole_rows_is_what_it_is_without(
 def test_other_bundles_have_none(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "models")
     assert add("qwen3", tmp_path).late is None
-    exits = registry.add(str(GOLDEN / "tiny"), name="exits", exits=(1,), progress=print)
+    exits = registry.add_model(str(GOLDEN / "tiny"), name="exits", exits=(1,), progress=print)
     assert exits.late is None
     with pytest.raises(ModelError, match="no graph for late chunking"):
         load_late(exits, "onnxruntime")

@@ -36,7 +36,7 @@ MAX_ERROR = 1e-4
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelBundle]:
     registry = Registry(tmp_path_factory.mktemp("models"))
     return {
-        name: registry.add(str(OUTPUTS / name), progress=print)
+        name: registry.add_model(str(OUTPUTS / name), progress=print)
         for name in ("splade", "colbert", "pylate")
     }
 
@@ -126,7 +126,7 @@ def test_what_a_checkpoint_says_of_queries_is_done(tmp_path: Path) -> None:
         path = checkpoint / file
         fields = json.loads(path.read_text()) | change
         path.write_text(json.dumps({key: one for key, one in fields.items() if one is not None}))
-        return Registry(tmp_path / "models").add(str(checkpoint), progress=print)
+        return Registry(tmp_path / "models").add_model(str(checkpoint), progress=print)
 
     settings = "config_sentence_transformers.json"
     plain = added("pylate", settings, do_query_expansion=False)
@@ -151,7 +151,7 @@ def test_what_a_checkpoint_says_of_queries_is_done(tmp_path: Path) -> None:
     words = (nameless / "tokenizer.json").read_text().replace('"[MASK]"', '"[OTHER]"')
     (nameless / "tokenizer.json").write_text(words)
     with pytest.raises(ModelError, match="has no mask token, and queries are filled up with it"):
-        Registry(tmp_path / "models").add(str(nameless), progress=print)
+        Registry(tmp_path / "models").add_model(str(nameless), progress=print)
 
 
 def test_outputs_are_part_of_what_a_model_is(
@@ -161,7 +161,7 @@ def test_outputs_are_part_of_what_a_model_is(
     shutil.copytree(OUTPUTS / "colbert", checkpoint)
     path = checkpoint / "artifact.metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_punctuation": False}))
-    other = Registry(tmp_path / "models").add(str(checkpoint), progress=print)
+    other = Registry(tmp_path / "models").add_model(str(checkpoint), progress=print)
     assert other.skipped is None
     assert other.hash != bundles["colbert"].hash
 
@@ -192,7 +192,7 @@ def test_what_is_for_dense_vectors_refuses_others(
 
 def test_such_vectors_come_from_the_last_layer_alone(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="`exits` is given, but the model gives sparse vectors"):
-        Registry(tmp_path).add(str(OUTPUTS / "splade"), exits=(1,), progress=print)
+        Registry(tmp_path).add_model(str(OUTPUTS / "splade"), exits=(1,), progress=print)
 
 
 @pytest.mark.parametrize(
@@ -214,4 +214,4 @@ def test_what_is_not_supported_is_refused(
     path = checkpoint / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ModelError, match=words):
-        Registry(tmp_path / "models").add(str(checkpoint), progress=print)
+        Registry(tmp_path / "models").add_model(str(checkpoint), progress=print)

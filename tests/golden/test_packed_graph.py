@@ -35,7 +35,7 @@ def add_tiny(folder: Path, pooling: str, *, normalize: bool = True) -> ModelBund
     if not normalize:
         modules = checkpoint / "modules.json"
         modules.write_text(json.dumps(json.loads(modules.read_text())[:2]))
-    return Registry(folder / "models").add(str(checkpoint), progress=print)
+    return Registry(folder / "models").add_model(str(checkpoint), progress=print)
 
 
 class Twin:

@@ -22,7 +22,7 @@ SMALL_PARTS = {"max_memory": 64 << 20, "max_message_bytes": 32 << 20, "max_strea
 
 @pytest.fixture(scope="session")
 def tiny_home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FLETCHER_HOME that has the tiny model."""
+    """A FLETCHER_HOME with the tiny model."""
     home = tmp_path_factory.mktemp("home")
     (home / "models").symlink_to(tiny_bundle.folder.parent)
     return home
@@ -32,7 +32,7 @@ def tiny_home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory
 def start_server(
     tiny_home: Path, tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[StartServer]:
-    """Starts servers that are closed at the module's end; null inference, LanceDB in a folder."""
+    """Starts servers, with null inference and LanceDB, and closes them at the module's end."""
     with ExitStack() as servers:
 
         def start(**options: Any) -> Runtime:
@@ -60,6 +60,6 @@ def server(start_server: StartServer, request: pytest.FixtureRequest) -> Runtime
 
 @pytest.fixture(scope="module")
 def client(server: Runtime) -> Iterator[fletcher.Client]:
-    """For the module's server."""
+    """A client of the module's server."""
     with fletcher.connect(server.address) as client:
         yield client

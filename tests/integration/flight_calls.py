@@ -1,4 +1,4 @@
-"""The protocol in plain pyarrow, as a client in any language speaks it."""
+"""The protocol in plain pyarrow, as a client in any language uses it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def put(
     options: flight.FlightCallOptions = TIMEOUT,
     **fields: Any,
 ) -> list[dict[str, Any]]:
-    """Sends batches; all acknowledgements, the summary last."""
+    """Sends batches; returns all acknowledgements, the summary last."""
     writer, reader = client.do_put(command(**fields), schema, options)
     answers: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""Server processes for tests that break them: started, watched through /proc, never left behind."""
+"""Server processes for tests that kill them: started, watched through /proc, always ended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLETCHER = "import sys; from fletcher.cli import main; sys.exit(main())"
 
 
 def eventually(holds: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-    """Polls until it holds; fails with `what` it was that did not happen."""
+    """Polls until the condition holds; fails with `what`, the missing event."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
@@ -30,7 +30,7 @@ def eventually(holds: Callable[[], bool], what: str, timeout_s: float = 30.0) ->
 
 
 def is_steady(value: Callable[[], int]) -> bool:
-    """Whether it is more than nothing and does not change for a second."""
+    """Whether the number is above 0 and stays the same for a second."""
     before = value()
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
@@ -41,7 +41,7 @@ def is_steady(value: Callable[[], int]) -> bool:
 
 
 def clean_environ(**more: str) -> dict[str, str]:
-    """The environment without options of whoever runs the tests."""
+    """The environment without the caller's Fletcher options."""
     environ = {name: text for name, text in os.environ.items() if not name.startswith("FLETCHER_")}
     return {**environ, **more}
 
@@ -67,7 +67,7 @@ class Place:
 
 @dataclass
 class ServerProcess:
-    """A running server: its lines as they come, and what /proc says of it."""
+    """A running server: its output lines, and its state by /proc."""
 
     process: subprocess.Popen[str]
     address: str = ""
@@ -103,7 +103,7 @@ class ServerProcess:
 
 @contextmanager
 def serving(argv: list[str], *, ready_s: float = 60.0) -> Iterator[ServerProcess]:
-    """Starts a server and waits until it listens; kills it in the end, if it is there still."""
+    """Starts a server and waits until it listens; kills it at the end if it still runs."""
     process = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ()
     )
@@ -149,7 +149,7 @@ def status_of(pid: int) -> dict[str, str]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process is there and no zombie."""
+    """Whether the process exists and is no zombie."""
     try:
         return status_of(pid)["State"][0] not in "ZX"
     except (OSError, KeyError):

@@ -171,7 +171,7 @@ def test_a_failed_document_ends_the_call_where_that_is_asked(server: Runtime) ->
         ({"chunking": "tokens:8"}, b"", "end `chunking` with :none"),
         ({"chunking": None}, b"", "`chunking` is none, but"),
         ({"continuous": False}, b'{"document_end": true}', "document by itself"),
-        ({}, b'{"document_end": 1}', "not true or false"),
+        ({}, b'{"document_end": 1}', "expected true or false"),
         ({"continuous": "yes"}, b"", "expected true or false"),
     ],
 )

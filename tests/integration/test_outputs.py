@@ -145,8 +145,8 @@ def test_exits_run_beside_each_other_and_are_told_apart(
         "max_journal": 0,
         "embedding_cache": 1 << 20,
     }
-    backend = load(BackendConfig("onnxruntime", "cpu", str(registry.get("tiny").folder)))
-    tokens = Tokenizer.from_bundle(registry.get("tiny").folder).encode(_texts(TEXTS[:40]))
+    backend = load(BackendConfig("onnxruntime", "cpu", str(registry.get_model("tiny").folder)))
+    tokens = Tokenizer.from_bundle(registry.get_model("tiny").folder).encode(_texts(TEXTS[:40]))
     batch = MicroBatch(tokens.input_ids, tokens.token_count)
     expected = {one: backend.run(replace(batch, layers=one)).embeddings for one in (1, 2)}
     with (
@@ -183,7 +183,7 @@ def test_ranges_are_calibrated_once_and_kept_to(
 ) -> None:
     monkeypatch.setenv("FLETCHER_HOME", str(tmp_path))
     monkeypatch.setenv("FLETCHER_BACKEND", "null")
-    Registry(tmp_path / "models").add(str(GOLDEN / "tiny"), progress=print)
+    Registry(tmp_path / "models").add_model(str(GOLDEN / "tiny"), progress=print)
     sample = tmp_path / "sample.txt"
     sample.write_text("".join(f"{text}\n" for text in TEXTS))
     fields = {

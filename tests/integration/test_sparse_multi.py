@@ -35,7 +35,7 @@ def client(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vectors: Path
 ) -> Iterator[Client]:
     home = tmp_path_factory.mktemp("home")
-    Registry(home / "models").add(str(OUTPUTS / request.param), progress=print)
+    Registry(home / "models").add_model(str(OUTPUTS / request.param), progress=print)
     config = ServeConfig.from_options(
         port=0,
         home=home,

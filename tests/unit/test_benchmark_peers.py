@@ -1,4 +1,4 @@
-"""Peers of the benchmarks are asked for what all are asked for; stand-ins take their places."""
+"""All peers of the benchmarks get the same task; stand-ins replace their libraries."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AsyncEmbeddingEngine:
     async def embed(self, sentences):
         return [np.array([float(text), 1.0]) for text in sentences], 0
 """
-# Answers none of several large requests before all of them are there.
+# Answers several large requests only after all have arrived.
 SERVER = """
 import base64, http.server, json, os, sys, threading
 from pathlib import Path
@@ -101,7 +101,7 @@ class ORTModelForFeatureExtraction:
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What all kinds are told; where they record what they were asked is `record`."""
+    """Job of all kinds of peers; they record their requests in `record`."""
     files = {
         "packages/infinity_emb/__init__.py": ENGINE,
         "packages/infinity_emb/cli.py": SERVER,
@@ -131,7 +131,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def measured(job: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The answer, and what was recorded; the embeddings must be in the order of the texts."""
+    """The answer and the record; embeddings must be in the order of the texts."""
     answer = run_job([sys.executable, str(ROOT / "benchmarks" / "peer.py")], job, tmp_path)
     embeddings = np.load(job["embeddings"])
     texts = json.loads(Path(job["texts"]).read_text(encoding="utf-8"))
@@ -158,7 +158,7 @@ def test_infinity_has_an_engine_for_each_batch_size_until_the_end(
         assert (options["engine"], options["dtype"]) == ("torch", "bfloat16")
         limits = {name: json.loads(content) for name, content in one["files"].items()}
         assert limits["sentence_bert_config.json"] == {"max_seq_length": 7}
-        # A model whose table of positions had been cut could not be loaded.
+        # A model with a cut table of positions could not be loaded.
         assert limits["config.json"]["max_position_embeddings"] == 512
     kept = tmp_path / "checkpoint" / "sentence_bert_config.json"
     assert kept.read_text(encoding="utf-8") == '{"max_seq_length": 512}'

@@ -1,4 +1,4 @@
-"""The benchmarks run and report everything they are for; how fast is no test's business."""
+"""Benchmarks run and report all their figures; no test checks a speed."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def home(tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def run(home: Path, *argv: str) -> tuple[str, dict[str, Any]]:
-    """What a benchmark printed and what it wrote; on the shipped sample with the tiny model."""
+    """Output and JSON of a benchmark on the shipped sample with the tiny model."""
     name, *rest = argv
     out = Path(tempfile.mkdtemp(prefix=name, dir=home))
     sample = ROOT / "examples" / "data" / "debian-sample.parquet"
     command = [sys.executable, "-m", "benchmarks", name, "--home", str(home), "--model", "tiny"]
     command += ["--corpus", str(sample), "--out", str(out), *rest]
-    # One that benchmarks must not listen to: a server would refuse to start with it.
+    # Benchmarks must ignore this variable: a server would refuse to start with it.
     environ = os.environ | {"FLETCHER_MAX_STREAMS": "none"}
     done = subprocess.run(
         command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=150
@@ -52,7 +52,7 @@ def run(home: Path, *argv: str) -> tuple[str, dict[str, Any]]:
     return done.stdout, json.loads(written.read_text(encoding="utf-8"))
 
 
-def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
+def test_throughput_compares_all_contenders_in_one_table(home: Path) -> None:
     printed, result = run(home, "throughput", "--quick", "--texts", "100", "--no-peers")
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == [
@@ -82,7 +82,7 @@ def test_throughput_compares_everybody_in_one_table(home: Path) -> None:
         if "skipped" not in row:
             assert len(row["seconds"]) == 1
             assert row["texts_per_s"] > 0
-            # Rows in another order, or of another text, would be far below.
+            # Rows in another order, or of other texts, would be far below.
             assert 0.98 < row["cosine_lowest"] <= row["cosine_mean"] < 1.000001
     assert rows["Fletcher, DoPut to rows in LanceDB"]["details"]["memory"]["peak"] > 1 << 20
 
@@ -103,10 +103,10 @@ def test_throughput_of_some_rows_only(home: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_peer_without_its_libraries_is_said_to_lack_them() -> None:
+def test_a_peer_reports_missing_libraries() -> None:
     here = Path(sys.executable)
     assert missing(here, ("json", "email.message")) == ""
-    # A package that is not there has no modules either.
+    # A missing package has no modules.
     assert missing(here, ("json", "no_such", "no_such.part")) == "lacks no_such, no_such.part"
     assert missing(Path("/no/such/python"), ()).startswith("cannot be run: ")
 
@@ -135,7 +135,7 @@ def test_overhead_alone_needs_no_tokenizer(home: Path) -> None:
     assert "library alone" not in printed
 
 
-def test_delivery_compares_what_promises_cost(home: Path) -> None:
+def test_delivery_compares_durabilities(home: Path) -> None:
     printed, result = run(home, "delivery", "--rows", "2000", "--repeats", "1")
     assert [row["name"] for row in result["rows"]] == [
         "memory, LanceDB in process",
@@ -150,7 +150,7 @@ def test_delivery_compares_what_promises_cost(home: Path) -> None:
 def test_latency_reports_idle_and_loaded(home: Path) -> None:
     printed, result = run(
         *(home, "latency", "--requests", "20", "--windows", "2", "--window-s", "0.5"),
-        # What the bulk load had sent is stored before the server ends: that is less then.
+        # A small limit, because the server stores the bulk load before it ends.
         *("--", "--max-memory", "64MiB", "--max-message-bytes", "16MiB", "--max-streams", "32"),
     )
     assert [row["name"] for row in result["rows"]] == [
@@ -177,7 +177,7 @@ def test_operations_of_a_forward_pass_are_those_of_its_products(tiny_bundle: Mod
     attention = 2 * 2 * tokens * tokens * width  # scores, and the mixed values
     assert one.forward(np.array([tokens])) == projections + feed_forward + attention
     assert one.forward(np.array([tokens, tokens])) == 2 * one.forward(np.array([tokens]))
-    # With `cls` pooling, keys and values alone are there for every token of the last layer.
+    # With `cls` pooling, the last layer computes only keys and values for every token.
     first = Architecture(hidden=2, intermediate=8, num_layers=1, last_first_only=True)
     assert first.forward(np.array([1])) == one.forward(np.array([1]))
     keys_and_values = 2 * 2 * tokens * width * width
@@ -195,7 +195,7 @@ def test_roofline_compares_engines_with_plain_products(home: Path, tmp_path: Pat
     assert sorted([*names, *result["skipped"]]) == sorted(title(*one) for one in ENGINES)
     assert names
     for row in result["rows"]:
-        # Padding is computed, and is no use.
+        # Padding is computed, and useless.
         assert 0 < row["useful_flops_per_s"] < row["padded_flops_per_s"]
         assert row["ratio"] == row["useful_flops_per_s"] / row["gemm_flops_per_s"]
         assert list(row["turns"][0]["gemm_by_shape"]) == ["32 x 96", "32 x 32", "32 x 64"]
@@ -272,9 +272,7 @@ def test_results_are_drawn(result: dict[str, Any], tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_a_line_says_that_nothing_was_drawn(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_matplotlib_a_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     path = tmp_path / "plot.png"
@@ -293,7 +291,7 @@ def test_arguments_out_of_range_and_servers_that_fail_are_errors_in_one_line(hom
     assert "Traceback" not in done.stderr
 
 
-def test_the_gpu_check_runs_its_whole_way_on_the_twin(home: Path) -> None:
+def test_the_gpu_check_runs_on_the_twin(home: Path) -> None:
     printed, result = run(
         *(home, "gpu", "--device", "cpu", "--repeats", "1", "--texts", "24"),
         *("--random-model", "32,1,4,64"),

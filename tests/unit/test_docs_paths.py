@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+
+from fletcher.telemetry.metrics import Instruments
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fletcher"
@@ -16,7 +19,6 @@ DOCUMENTS = sorted(
 )
 # Folders of the package that are planned and named as such.
 PLANNED = {"http/", "jobs/", "integrations/", "training/"}
-PLANNED |= {"serving/session.py", "serving/admission.py"}
 REPOSITORY = ("fletcher/", "tests/", "scripts/", "benchmarks/", "examples/", "deploy/", "docs/")
 FOLDERS = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"}
 
@@ -36,6 +38,16 @@ def test_paths_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     missing = [path for path in _paths(text) if not _exists(path)]
     assert missing == []
+
+
+def test_metrics_are_documented() -> None:
+    text = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(fletcher\.[\w.]+)` \| (\S+) \| .* \| (.*?)\s*\|$", text, re.MULTILINE)
+    instruments = (getattr(Instruments(), one.name) for one in dataclasses.fields(Instruments))
+    assert sorted(rows) == sorted(
+        (one.name, one.unit.strip("{}").replace("}/", "/"), ", ".join(one.labels))
+        for one in instruments
+    )
 
 
 def test_every_folder_is_in_the_table_of_changes() -> None:

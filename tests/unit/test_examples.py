@@ -1,4 +1,4 @@
-"""The examples, as somebody runs them who has not read them."""
+"""The examples, run with wrong and right arguments."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("search.py", ["d", "what?", NOBODY, NOBODY], f"nobody answers at {NOBODY}"),
     ],
 )
-def test_what_is_missing_is_said_in_a_line(name: str, arguments: list[str], said: str) -> None:
+def test_a_wrong_call_ends_with_one_line(name: str, arguments: list[str], said: str) -> None:
     done = run(name, *arguments)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(said)
@@ -57,7 +57,7 @@ class _Answering(flight.FlightServerBase):
         return [sink.getvalue()]
 
 
-def test_search_prints_what_is_found() -> None:
+def test_search_prints_its_results() -> None:
     with _Answering("grpc://127.0.0.1:0") as server:
         uri = f"grpc://127.0.0.1:{server.port}"
         done = run("search.py", "d", "what?", uri, uri)

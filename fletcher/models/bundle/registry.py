@@ -57,7 +57,7 @@ class Registry:
             if VERSION_NAME.fullmatch(one.name) and one.is_dir()
         )
 
-    def list(self) -> list[ModelBundle]:
+    def list_models(self) -> list[ModelBundle]:
         """All bundles that load, by name; `names` has the damaged ones too."""
         bundles = []
         for name in self.names():
@@ -65,7 +65,7 @@ class Registry:
                 bundles.append(ModelBundle.from_folder(self._folder / name))
         return bundles
 
-    def get(self, name: str) -> ModelBundle:
+    def get_model(self, name: str) -> ModelBundle:
         """The bundle of that name, or of a `name@hash`.
 
         Raises:
@@ -74,7 +74,7 @@ class Registry:
         """
         return self._load(name, verify=False)
 
-    def verify(self, name: str) -> ModelBundle:
+    def verify_model(self, name: str) -> ModelBundle:
         """The bundle of that name, or of a `name@hash`, all its checksums compared.
 
         Raises:
@@ -83,7 +83,7 @@ class Registry:
         """
         return self._load(name, verify=True)
 
-    def ensure(self, name: str, progress: Progress) -> ModelBundle:
+    def ensure_model(self, name: str, progress: Progress) -> ModelBundle:
         """The bundle of that name, or of a `name@hash`; the default is fetched where it is missing.
 
         Raises:
@@ -91,16 +91,16 @@ class Registry:
             ModelError: It is damaged, or the default could not be fetched.
         """
         try:
-            return self.get(name)
+            return self.get_model(name)
         except UnknownModelError:
             match = VERSION_NAME.fullmatch(name)
             missing = not (self._folder / DEFAULT_MODEL).is_dir()
             if match is None or match[1] != DEFAULT_MODEL or not missing:
                 raise
         self._fetch_default(progress)
-        return self.get(name)
+        return self.get_model(name)
 
-    def add(
+    def add_model(
         self,
         source: str,
         *,
@@ -129,7 +129,7 @@ class Registry:
         with self._locked(name):
             return self._add(parsed, name, exits, progress, replace=replace)
 
-    def calibrate(self, name: str, calibration: Calibration) -> ModelBundle:
+    def save_calibration(self, name: str, calibration: Calibration) -> ModelBundle:
         """Freezes ranges in a bundle; a running server keeps what it has loaded.
 
         Raises:
@@ -138,10 +138,10 @@ class Registry:
         """
         self._find(name)
         with self._locked(name.partition("@")[0]):
-            calibration.save(self.get(name).folder, MANIFEST)
-            return self.get(name)
+            calibration.save(self.get_model(name).folder, MANIFEST)
+            return self.get_model(name)
 
-    def remove(self, name: str) -> None:
+    def remove_model(self, name: str) -> None:
         """Deletes a bundle or a kept version, damaged or not. Raises UnknownModelError."""
         self._find(name)
         with self._locked(name.partition("@")[0]):
@@ -226,7 +226,7 @@ class Registry:
         target = self._folder / name
         if target.exists():
             try:
-                present = self.verify(name)
+                present = self.verify_model(name)
             except ModelError:
                 progress(f"model {name} is damaged: replacing it")
                 self._discard(target)
@@ -253,7 +253,7 @@ class Registry:
         staging.rename(target)
         if (again := self._folder / f"{name}@{new.hash}").exists():  # no longer the one before
             self._discard(again)
-        bundle = self.get(name)
+        bundle = self.get_model(name)
         progress(f"model {bundle.qualified_name} is ready")
         return bundle
 

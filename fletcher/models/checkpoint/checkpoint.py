@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -10,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
-
 from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import TOKENIZER
 from fletcher.models.bundle.files import is_inside, read_json
 from fletcher.models.bundle.spec import SIMILARITIES, Pooling, Similarity
 from fletcher.models.checkpoint.output_kind import OutputKind, read_kind
-from fletcher.models.checkpoint.safetensors import SafetensorsFile
 
 _NO_LIMIT = 10**9  # transformers writes 1e30 for tokenizers that know no limit
 _SETTINGS = "config_sentence_transformers.json"
@@ -39,62 +34,6 @@ _OLD_POOLING_NAMES: dict[str, Pooling] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last_token",
 }
-
-
-class Weights:
-    """All tensors of a checkpoint under canonical names, in one file or in shards.
-
-    A prefix such as `bert.` is stripped; TensorFlow's `gamma` is `weight`, its `beta` is `bias`.
-
-    Args:
-        folder: Holds model.safetensors, or model.safetensors.index.json and its shards.
-        prefixes: Prefixes to strip.
-    """
-
-    def __init__(self, folder: Path, prefixes: Iterable[str]) -> None:
-        self._places: dict[str, tuple[SafetensorsFile, str]] = {}
-        self._digests: dict[str, str] = {}
-        for file in _weight_files(folder):
-            tensors = SafetensorsFile(folder / file)
-            for stored in tensors.names():
-                self._places[_canonical(stored, prefixes)] = (tensors, stored)
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
-        return name in self._places
-
-    def unread(self) -> list[str]:
-        """Names of tensors that nobody has asked for, sorted."""
-        return sorted(self._places.keys() - self._digests.keys())
-
-    def get(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """float32 tensor of the given shape.
-
-        Raises:
-            ModelError: It is not there, has another shape or holds NaN or infinity.
-        """
-        if name not in self._places:
-            raise ModelError(f"the checkpoint has no tensor `{name}`; is it of another family?")
-        file, stored = self._places[name]
-        tensor = file.float32(stored)
-        if tensor.shape != shape:
-            raise ModelError(
-                f"tensor `{stored}` has shape {list(tensor.shape)}, config.json asks for "
-                f"{list(shape)}"
-            )
-        if name not in self._digests:
-            if not np.isfinite(tensor).all():
-                raise ModelError(
-                    f"tensor `{stored}` holds NaN or infinity; get the checkpoint again"
-                )
-            digest = hashlib.sha256(np.ascontiguousarray(tensor).data.cast("B")).hexdigest()
-            self._digests[name] = digest
-        return tensor
-
-    def digest(self, architecture: Mapping[str, Any]) -> str:
-        """SHA-256 over all tensors read so far and the numbers that say how they are used."""
-        parts = json.dumps([self._digests, architecture], sort_keys=True)
-        return hashlib.sha256(parts.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +84,7 @@ class Checkpoint:
     licence: str
 
     @classmethod
-    def read(cls, folder: Path, *, tokenizer: Path | None = None) -> Checkpoint:
+    def from_folder(cls, folder: Path, *, tokenizer: Path | None = None) -> Checkpoint:
         """Reads a folder.
 
         Args:
@@ -214,29 +153,6 @@ def read_licence(folder: Path) -> str:
         if line.startswith("license:"):
             return line.removeprefix("license:").strip().strip("'\"")[:100]
     return ""
-
-
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        for name in names:
-            if not is_inside(name) or not (folder / name).is_file():
-                raise ModelError(f"{index.name} names {name}, which is not there")
-        return names
-    raise ModelError(
-        "model.safetensors is missing; a checkpoint in another format (pytorch_model.bin) has to "
-        "be saved once with transformers' save_pretrained, which writes safetensors"
-    )
-
-
-def _canonical(name: str, prefixes: Iterable[str]) -> str:
-    for prefix in prefixes:
-        name = name.removeprefix(prefix)
-    stem, dot, last = name.rpartition(".")
-    return f"{stem}{dot}{ {'gamma': 'weight', 'beta': 'bias'}.get(last, last) }"
 
 
 def _modules(folder: Path) -> dict[str, list[str]]:

@@ -51,7 +51,7 @@ class Tensors(Protocol):
     The attention's scale is in `q` and, where queries are normalised, in `q.norm`.
     """
 
-    def get(self, name: str) -> Array:
+    def read_tensor(self, name: str) -> Array:
         """The tensor of that name, float32.
 
         Raises:
@@ -77,7 +77,7 @@ class EncoderLayers:
 
     def weight(self, name: str) -> str:
         """A tensor as a constant of the same name."""
-        return self.graph.constant(name, self.tensors.get(name))
+        return self.graph.constant(name, self.tensors.read_tensor(name))
 
     def scalar(self, name: str, value: float) -> str:
         """A number as a constant, float32 [1]; asked for again, the same one."""

@@ -33,7 +33,7 @@ OPSET = 20  # the first with Gelu as one operator
 MICROSOFT = "com.microsoft"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.weights"
-# Between the segments of a model with exits: what one gives and the next takes.
+# Hidden states between the blocks of a model with exits: a block's output, the next one's input.
 HANDED_ON, HIDDEN = "handed_on", "hidden"
 ALIGNMENT = 4096  # a page: engines map the weights into memory instead of copying them
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle.spec import Pooling
-from fletcher.models.checkpoint.checkpoint import Weights
+from fletcher.models.checkpoint.weights import Weights
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
 from fletcher.models.onnx.graph import GraphBuilder
@@ -36,7 +36,7 @@ class MaskedHead:
     words_bias: Array
 
     @classmethod
-    def read(cls, weights: Weights, architecture: Architecture, words: Array) -> MaskedHead:
+    def from_weights(cls, weights: Weights, architecture: Architecture, words: Array) -> MaskedHead:
         """Reads it from a checkpoint; its last product is tied to the token embeddings, `words`.
 
         Raises:
@@ -48,19 +48,21 @@ class MaskedHead:
                 f"the checkpoint has no tensor `{_STORED}transform.dense.weight`: sparse vectors "
                 "are made by BERT's head for masked tokens, which other families have not here"
             )
-        untied = f"{_STORED}decoder.weight"
-        if weights.has(untied):
-            words = weights.get(untied, words.shape)
+
+        def read(name: str, *shape: int) -> Array:
+            return weights.read_tensor(f"{_STORED}{name}", shape)
+
+        if weights.has(f"{_STORED}decoder.weight"):  # not tied
+            words = read("decoder.weight", *words.shape)
+        transform = np.asarray(read("transform.dense.weight", width, width).T)
         return cls(
             transform=Dense(
-                np.asarray(weights.get(f"{_STORED}transform.dense.weight", (width, width)).T),
-                weights.get(f"{_STORED}transform.dense.bias", (width,)),
-                architecture.activation,
+                transform, read("transform.dense.bias", width), architecture.activation
             ),
-            scale=weights.get(f"{_STORED}transform.LayerNorm.weight", (width,)),
-            bias=weights.get(f"{_STORED}transform.LayerNorm.bias", (width,)),
+            scale=read("transform.LayerNorm.weight", width),
+            bias=read("transform.LayerNorm.bias", width),
             words=words,
-            words_bias=weights.get(f"{_STORED}bias", (len(words),)),
+            words_bias=read("bias", len(words)),
         )
 
 

@@ -101,8 +101,8 @@ class _Rounded:
         self._written = written
         self._precision = precision
 
-    def get(self, name: str) -> Array:
-        tensor = self._written.get(name)
+    def read_tensor(self, name: str) -> Array:
+        tensor = self._written.read_tensor(name)
         with np.errstate(over="ignore"):
             rounded: npt.NDArray[np.floating] = tensor.astype(self._precision)
         if not np.isfinite(rounded).all():

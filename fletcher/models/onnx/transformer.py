@@ -321,7 +321,7 @@ class TransformerWriter:
             return graph.node("Mul", (away, slopes), name)
         farthest = architecture.max_length - 1
         buckets = distance_buckets(np.arange(-farthest, farthest + 1))
-        table = np.ascontiguousarray(self.encoder.tensors.get("distances").T[:, buckets])
+        table = np.ascontiguousarray(self.encoder.tensors.read_tensor("distances").T[:, buckets])
         shift = self.encoder.scalar(f"{name}.shift", farthest)
         index = graph.node("Add", (distance, shift), f"{name}.index.float")
         index = graph.node("Cast", (index,), f"{name}.index", to=7)

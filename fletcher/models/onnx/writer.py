@@ -10,8 +10,9 @@ import numpy as np
 from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import LATE_GRAPH, block_file
 from fletcher.models.bundle.spec import ModelSpec
-from fletcher.models.checkpoint.checkpoint import Checkpoint, DenseModule, Weights
+from fletcher.models.checkpoint.checkpoint import Checkpoint, DenseModule
 from fletcher.models.checkpoint.markers import Queries, Skipped
+from fletcher.models.checkpoint.weights import Weights
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.encoder import Dense, Tensors
 from fletcher.models.onnx.families import family_of
@@ -112,7 +113,8 @@ def _writer(
     weights: Weights,
 ) -> TransformerWriter:
     if output == "sparse":
-        head = MaskedHead.read(weights, architecture, tensors.get("embeddings.words"))
+        words = tensors.read_tensor("embeddings.words")
+        head = MaskedHead.from_weights(weights, architecture, words)
         return SparseWriter(graph, architecture, tensors, head)
     return (TokenWriter if output == "multi" else TransformerWriter)(graph, architecture, tensors)
 
@@ -136,6 +138,6 @@ def _exits(asked: Sequence[int], num_layers: int, output: str) -> tuple[int, ...
 
 
 def _dense(module: DenseModule, weights: Weights) -> Dense:
-    weight = np.asarray(weights.get("linear.weight", module.shape).T)
-    bias = weights.get("linear.bias", module.shape[:1]) if module.bias else None
+    weight = np.asarray(weights.read_tensor("linear.weight", module.shape).T)
+    bias = weights.read_tensor("linear.bias", module.shape[:1]) if module.bias else None
     return Dense(weight, bias, module.activation)

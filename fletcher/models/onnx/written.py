@@ -53,7 +53,7 @@ class WrittenBert:
                 f"({type(error).__name__}: {error}); add the model again with `fletcher model add`"
             ) from error
 
-    def get(self, name: str) -> Array:
+    def read_tensor(self, name: str) -> Array:
         if name in self._tensors:
             return self._read(name)
         # Graphs of before had queries, keys and values side by side in one tensor, or the last two.

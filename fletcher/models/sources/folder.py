@@ -31,7 +31,7 @@ def build_from_folder(
             f"`{folder.name}` holds neither config.json nor modules.json: it is no Hugging Face "
             "checkpoint"
         )
-    checkpoint = Checkpoint.read(folder)
+    checkpoint = Checkpoint.from_folder(folder)
     progress("writing the graph")
     if checkpoint.kind.markers:
         content = with_markers(checkpoint.tokenizer, checkpoint.kind.markers)

@@ -50,7 +50,7 @@ def build_from_onnx(
             fed and read, or its external data lies elsewhere.
     """
     folder = _checkpoint_folder(file)
-    checkpoint = Checkpoint.read(folder, tokenizer=tokenizer)
+    checkpoint = Checkpoint.from_folder(folder, tokenizer=tokenizer)
     progress(f"copying {file.name}")
     inputs, output, locations = _inspect(file)
     dim = output.shape[-1]

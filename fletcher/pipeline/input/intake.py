@@ -97,7 +97,6 @@ class Intake:
         if chunking is not None:
             limits = limits.for_chunks(chunking, treatment.chunk_overhead)
         self._limits = limits
-        self._bulk_limits = limits.for_float16() if treatment.half else limits
         self._treatment = treatment
         self._chunking = chunking
         self._truncate: Truncate = command.truncate
@@ -170,7 +169,8 @@ class Intake:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
         priority = self._class_of(batch.num_rows, int(sizes.sum()))
-        limits = self._bulk_limits if priority == "bulk" else self._limits
+        half = self._treatment.half and priority == "bulk"
+        limits = self._limits.for_float16() if half else self._limits
         bounds = _cuts(sizes, limits.slice_rows, limits.slice_bytes)
         for index, (first, last) in enumerate(bounds):
             rows = used.slice(first, last - first)
@@ -194,7 +194,7 @@ class Intake:
                 batch_id=batch_id,
                 row_first=row_first + first,
                 rows=rows,
-                texts=self._text_batch(texts, half=self._treatment.half and priority == "bulk"),
+                texts=self._text_batch(texts, half=half),
                 values=values,
                 timestamp_ns=timestamp_ns,
                 num_bytes=(limits.bytes_per_byte - 1) * text_bytes

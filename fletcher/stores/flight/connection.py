@@ -24,7 +24,7 @@ FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
 @contextmanager
 def store_call(what: str) -> Iterator[None]:
-    """Turns what a Flight call raises into a `FletcherError`; see `from_store_error`.
+    """Context that turns errors of a Flight call into a `FletcherError`.
 
     Args:
         what: The action, for the message, such as "writing to dataset `d`".
@@ -118,11 +118,11 @@ class FlightConnection:
         return self._compression.options(first)
 
     def run_action(self, name: str, body: Any) -> bytes:
-        """Calls an action on the data port.
+        """Call an action on the data port.
 
         Args:
             name: The action.
-            body: Bytes, or what becomes a JSON object.
+            body: JSON as bytes, or an object to encode.
 
         Returns:
             Its first result; empty if it has none.
@@ -151,7 +151,7 @@ class FlightConnection:
             raise from_store_error(error, what) from error
 
     def close(self) -> None:
-        """Closes the clients. Idempotent."""
+        """Close the clients. Idempotent."""
         with self._mutex:
             clients, self._clients = list(self._clients.values()), {}
         for client in clients:

@@ -27,7 +27,9 @@ _TIMESTAMP = pa.timestamp("ns")
 
 
 def longbow_schema(schema: pa.Schema) -> pa.Schema:
-    """The schema with float32 vectors, timestamps without a zone and searchable id types.
+    """The schema in types that Longbow indexes and searches.
+
+    Vectors become float32, timestamps lose their zone, ids become utf8, int64 or uint64.
 
     Raises:
         ColumnTypeError: `vector` does not hold floats.
@@ -76,7 +78,7 @@ def longbow_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def without_stored(batch: pa.RecordBatch, stored: Counter[str]) -> pa.RecordBatch:
-    """The batch without the first `stored[key]` rows of each key; reduces `stored` accordingly.
+    """The batch without the first `stored[key]` rows of each key; reduces `stored`.
 
     Longbow keeps the order of a stream, so the rows it has of a group are the group's first ones.
     """

@@ -1,4 +1,4 @@
-"""Store behind Arrow Flight: Longbow, or a server with its calls, such as `fletcher store`."""
+"""Store behind Arrow Flight: Longbow, or a server with its calls."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class FlightStore:
 
     @property
     def capabilities(self) -> StoreCapabilities:
-        """What the store can do; the first use asks it.
+        """Capabilities of the store, which is asked on first use.
 
         Raises:
             StoreUnavailableError: The store does not answer.
@@ -119,7 +119,7 @@ class FlightStore:
         return LongbowWriter(self._connection, dataset, narrow, self._count_keys)
 
     def datasets(self) -> list[DatasetInfo]:
-        """See `Store.datasets`. A Longbow counts batches where `num_rows` says rows."""
+        """See `Store.datasets`. For a Longbow, `num_rows` is its number of batches."""
         assert self.capabilities  # may name the meta port
         meta = self._connection.address.meta_uri
         with store_call(
@@ -131,7 +131,7 @@ class FlightStore:
             return sorted((_info(one) for one in flights), key=lambda info: info.name)
 
     def dataset(self, name: str) -> DatasetInfo | None:
-        """See `Store.dataset`. A Longbow counts batches where `num_rows` says rows."""
+        """See `Store.dataset`. For a Longbow, `num_rows` is its number of batches."""
         check_dataset(name)
         if not self._is_fletcher:
             # Longbow's GetFlightInfo reports an unknown dataset by an error like any other.
@@ -148,7 +148,7 @@ class FlightStore:
             return None
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
-        """See `Store.stored_ranges`. A Longbow's group counts once all its rows are stored."""
+        """See `Store.stored_ranges`. A Longbow's group counts once it is complete."""
         check_dataset(dataset)
         if self._is_fletcher:
             request = protocol.StoredRangesRequest(dataset, upload_id)
@@ -214,7 +214,9 @@ class FlightStore:
         columns: Sequence[str] | None = None,
         filters: Sequence[Filter] = (),
     ) -> pa.Table:
-        """See `Store.search`. A Longbow answers `id` (its own row number for text ids) and `score`.
+        """See `Store.search`. A Longbow returns only `id` and `score`.
+
+        For text ids, its `id` is a row number.
 
         Raises:
             RequestError: Other columns than `id` are requested of a Longbow.
@@ -257,11 +259,11 @@ class FlightStore:
         self._connection.run_action("delete-dataset", {"dataset": name})
 
     def close(self) -> None:
-        """Closes the connections. Idempotent."""
+        """Close the connections. Idempotent."""
         self._connection.close()
 
     def _count_keys(self, dataset: str, filters: Sequence[Filter]) -> Counter[str]:
-        """Number of rows that a Longbow has of each batch key, among rows that meet the filters."""
+        """Number of a Longbow's rows by batch key, among rows that meet the filters."""
         ticket = {"name": dataset, "filters": to_json(filters)}
         what = f"asking what dataset `{dataset}` holds"
         counts: Counter[str] = Counter()

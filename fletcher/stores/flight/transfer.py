@@ -1,4 +1,4 @@
-"""Sending rows to a Flight store: one call per append, acknowledged where the store can."""
+"""Sending of rows to a Flight store: one call per append."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def exchange_rows(
     *,
     await_first: bool = False,
 ) -> None:
-    """Sends rows by DoExchange and waits for the acknowledgement of every message.
+    """Send rows by DoExchange and wait for the acknowledgement of every message.
 
     Args:
         connection: To the store.
@@ -68,12 +68,12 @@ def exchange_rows(
                         acked = 1
                 writer.done_writing()
             except FAILURES:
-                # Says only that the call has ended; the next read says why.
+                # The call has ended; the next read raises the cause.
                 broken = True
             _await_acks(reader, sent[acked:], what)
             if broken:
                 with contextlib.suppress(StopIteration):
-                    _next_ack(reader)  # if no message was sent, only this says why
+                    _next_ack(reader)  # raises the cause if no message was sent
                 raise _ended_early(what)
             writer.close()
         except pa.ArrowNotImplementedError as error:
@@ -83,7 +83,7 @@ def exchange_rows(
 
 
 def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -> bool:
-    """Sends rows by DoPut, whose return promises only that the store received them.
+    """Send rows by DoPut, whose return promises only that the store received them.
 
     Returns:
         Whether the store asks to slow down because its write-ahead log is nearly full.
@@ -105,7 +105,7 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
                     writer.write_batch(message)
                 writer.done_writing()
             except FAILURES:
-                broken = True  # `close` says why
+                broken = True  # `close` raises the cause
             while (answer := answers.read()) is not None:
                 slow_down = slow_down or b"slow_down" in answer.to_pybytes()
             writer.close()
@@ -117,7 +117,7 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
 
 
 def _messages(rows: pa.RecordBatch, message_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Slices of about `message_bytes`, without a copy; one empty slice of an empty batch."""
+    """Slices of about `message_bytes`, without a copy; at least one."""
     if not rows.num_rows:
         yield rows
         return
@@ -127,7 +127,7 @@ def _messages(rows: pa.RecordBatch, message_bytes: int) -> Iterator[pa.RecordBat
 
 
 def _await_acks(reader: Any, sent: list[int], what: str) -> None:
-    """Reads an acknowledgement for each message; `sent` has their numbers of rows."""
+    """Read an acknowledgement for each message; `sent` has their numbers of rows."""
     for number, rows in enumerate(sent):
         try:
             answer = _next_ack(reader)
@@ -165,6 +165,6 @@ def _ended_early(what: str) -> StoreUnavailableError:
 
 
 def _end_call(writer: Any) -> None:
-    """Closes a call that may have failed; Arrow's destructor would write to standard error."""
+    """Close a call that may have failed, before Arrow's destructor logs an error."""
     with contextlib.suppress(*FAILURES):
         writer.close()

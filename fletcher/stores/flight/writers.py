@@ -15,13 +15,13 @@ from fletcher.stores.base import Filter, WriteMode
 from fletcher.stores.flight.connection import FlightConnection
 from fletcher.stores.flight.longbow import longbow_batch, without_stored
 from fletcher.stores.flight.transfer import NotIngestError, exchange_rows, put_rows
-from fletcher.stores.schemas import check_compatible, conform
+from fletcher.stores.schemas import check_compatible, conform_batch
 
 _log = logging.getLogger(__name__)
 
 
 class FletcherWriter:
-    """Writes to `fletcher store`; see `DatasetWriter`. One thread owns it.
+    """Writer to `fletcher store`; see `DatasetWriter`. One thread owns it.
 
     An append travels as one group, which the server commits whole or not at all.
     """
@@ -35,7 +35,7 @@ class FletcherWriter:
         self._mode: WriteMode = mode
 
     def create_dataset(self) -> None:
-        """Creates or, with `overwrite`, empties the dataset; the server checks the schema.
+        """Create the dataset, or empty it for `overwrite`; the server checks the schema.
 
         Raises:
             RequestError: The dataset does not take rows of this schema.
@@ -49,7 +49,7 @@ class FletcherWriter:
         """See `DatasetWriter.append`."""
         for batch in batches:
             check_compatible(self._dataset, self._schema, batch.schema)
-        rows = [conform(batch, self._schema) for batch in batches if batch.num_rows]
+        rows = [conform_batch(batch, self._schema) for batch in batches if batch.num_rows]
         if rows:
             self._send_group(pa.concat_batches(rows))
         return False
@@ -61,7 +61,7 @@ class FletcherWriter:
         return msgspec.json.decode(answer, type=protocol.MissingKeysAnswer).missing
 
     def close(self) -> None:
-        """See `DatasetWriter.close`. Does nothing: every append is a call by itself."""
+        """See `DatasetWriter.close`. Nothing to do: every append is a separate call."""
 
     def _send_group(self, rows: pa.RecordBatch) -> None:
         header = msgspec.json.encode(protocol.GroupHeader(rows.num_rows, self._mode))
@@ -69,9 +69,9 @@ class FletcherWriter:
 
 
 class LongbowWriter:
-    """Writes to a Longbow; see `DatasetWriter`. One thread owns it.
+    """Writer to a Longbow; see `DatasetWriter`. One thread owns it.
 
-    Rows go by its acknowledged DoExchange, or by DoPut if the store has none. Longbow appends
+    Rows are sent by its acknowledged DoExchange, or by DoPut if the store has none. Longbow appends
     repeats, so after a doubtful send `missing_keys` counts the stored rows of each key, and the
     next `append` of that key sends only the rest.
 
@@ -98,7 +98,7 @@ class LongbowWriter:
         self._exchange_proven = False
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """See `DatasetWriter.append`. A failure may leave the first rows of a group stored."""
+        """See `DatasetWriter.append`. A failure may leave a group partly stored."""
         stored = self._stored.copy()
         rows = [
             longbow_batch(without_stored(batch, stored), self._schema)
@@ -126,7 +126,7 @@ class LongbowWriter:
         return missing
 
     def close(self) -> None:
-        """See `DatasetWriter.close`. Does nothing: every append is a call by itself."""
+        """See `DatasetWriter.close`. Nothing to do: every append is a separate call."""
 
     def _send_rows(self, rows: pa.RecordBatch) -> bool:
         if not self._use_put:
@@ -139,7 +139,7 @@ class LongbowWriter:
                     await_first=not self._exchange_proven,
                 )
             except NotIngestError:
-                _log.info("the store has no acknowledged ingest; rows go by DoPut")
+                _log.info("the store has no acknowledged ingest; sending rows by DoPut")
                 self._use_put = True
             else:
                 self._exchange_proven = True

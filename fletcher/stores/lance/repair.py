@@ -1,4 +1,4 @@
-"""Repair of LanceDB tables of which a power loss left the newest versions incomplete.
+"""Repair of LanceDB tables after a power loss.
 
 A commit is acknowledged once all its files are synced. A power loss before that may leave a
 truncated manifest, or a complete one that names a truncated file. Lance then refuses the table, or
@@ -32,7 +32,7 @@ _TORN = ".torn"
 
 
 def set_torn_versions_aside(folder: Path) -> int:
-    """Renames the manifests of a table's newest versions, up to the first complete version.
+    """Rename the manifests of a table's newest versions that are incomplete.
 
     The caller holds the table's lock.
 

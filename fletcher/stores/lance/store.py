@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from fletcher.errors import (
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.folder import StoreFolder
 from fletcher.stores.lance.repair import set_torn_versions_aside
 from fletcher.stores.lance.writer import (
     LanceWriter,
@@ -33,10 +33,9 @@ from fletcher.stores.lance.writer import (
     distinct_keys,
     to_store_error,
 )
-from fletcher.stores.lock import lock_dataset
 from fletcher.stores.schemas import check_columns, check_compatible, new_fields
 from fletcher.util.allocator import keep_large_blocks
-from fletcher.util.durable import make_folder, sync_path
+from fletcher.util.durable import sync_path
 
 # LanceDB's defaults (6 GiB of index cache, 1 GiB of metadata cache, 2 GiB of read-ahead per scan)
 # exceed the bound that `--max-memory` promises.
@@ -72,7 +71,7 @@ def _lancedb() -> Any:
 
 
 class LanceStore:
-    """LanceDB tables in one folder. Thread-safe; other processes may read at the same time.
+    """LanceDB tables in one folder. Thread-safe; other processes may read them.
 
     Search is exact: it compares every vector, unless the table has an index made with LanceDB's own
     tools. A million rows of 384 float16 take about a second on two cores.
@@ -96,15 +95,7 @@ class LanceStore:
     def __init__(self, folder: Path) -> None:
         lancedb = _lancedb()
         self.address = f"lance:{folder}"
-        self._folder = folder
-        try:
-            make_folder(folder)
-        except OSError as error:
-            raise StoreError(
-                f"the store's folder {folder} cannot be made: {error.strerror}; give `store` "
-                "or `home` a folder that can be written",
-                field="store",
-            ) from error
+        self._folder = StoreFolder(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise StoreError(f"the store's folder {folder} cannot be written", field="store")
         self._database = lancedb.connect(
@@ -115,16 +106,14 @@ class LanceStore:
                 index_cache_size_bytes=CACHE_BYTES, metadata_cache_size_bytes=CACHE_BYTES
             ),
         )
-        self._mutex = threading.Lock()
-        self._writers: set[LanceWriter] = set()
         self._repaired: set[str] = set()
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> LanceWriter:
-        """See `Store.open_writer`. Adds columns that the dataset lacks, null in its old rows."""
+        """See `Store.open_writer`. Adds columns that the dataset lacks."""
         check_dataset(dataset)
         _check_offered(schema, mode)
         check_new_columns(schema)
-        lock = lock_dataset(self._folder, dataset)
+        lock = self._folder.lock_dataset(dataset)
         try:
             self._repair(dataset)
             table = self._open_table(dataset)
@@ -142,11 +131,11 @@ class LanceStore:
                 )
             writer = LanceWriter(
                 table,
-                folder=self._folder / f"{dataset}.lance",
+                folder=self._folder.path / f"{dataset}.lance",
                 dataset=dataset,
                 lock=lock,
                 mode=mode,
-                on_close=self._forget,
+                on_close=self._folder.remove_writer,
             )
         except (ValueError, RuntimeError, OSError) as error:
             lock.release()
@@ -154,13 +143,12 @@ class LanceStore:
         except BaseException:
             lock.release()
             raise
-        with self._mutex:
-            self._writers.add(writer)
+        self._folder.add_writer(writer)
         return writer
 
     def datasets(self) -> list[DatasetInfo]:
         """See `Store.datasets`."""
-        names = sorted(path.stem for path in self._folder.glob("*.lance") if path.is_dir())
+        names = sorted(path.stem for path in self._folder.path.glob("*.lance") if path.is_dir())
         found = (self.dataset(name) for name in names)
         return [info for info in found if info is not None]
 
@@ -268,46 +256,39 @@ class LanceStore:
     def delete_dataset(self, name: str) -> None:
         """See `Store.delete_dataset`."""
         check_dataset(name)
-        lock = lock_dataset(self._folder, name)
+        lock = self._folder.lock_dataset(name)
         try:
             self._repair(name)
             if self._open_table(name) is None:
                 raise unknown_dataset(name)
             self._database.drop_table(name)
-            sync_path(self._folder)
+            sync_path(self._folder.path)
         except (ValueError, RuntimeError, OSError) as error:
             raise to_store_error(name, error) from error
         finally:
             lock.release()
 
     def close(self) -> None:
-        """Closes the writers. Idempotent."""
-        with self._mutex:
-            writers = list(self._writers)
-        for writer in writers:
-            writer.close()
-
-    def _forget(self, writer: LanceWriter) -> None:
-        with self._mutex:
-            self._writers.discard(writer)
+        """Close the writers. Idempotent."""
+        self._folder.close_writers()
 
     def _repair(self, name: str) -> None:
-        """Sets versions aside that a power loss left incomplete; the caller holds the lock."""
+        """Set incomplete versions aside; the caller holds the lock."""
         if name not in self._repaired:
             try:
-                set_torn_versions_aside(self._folder / f"{name}.lance")
+                set_torn_versions_aside(self._folder.path / f"{name}.lance")
             except OSError as error:
                 raise to_store_error(name, error) from error
             self._repaired.add(name)
 
     def _open_table(self, name: str) -> Any | None:
         # A table without a manifest is being created, or its creator died.
-        manifests = self._folder / f"{name}.lance" / "_versions"
+        manifests = self._folder.path / f"{name}.lance" / "_versions"
         if not any(manifests.glob("*.manifest")):
             return None
         if name not in self._repaired:
             try:
-                lock = lock_dataset(self._folder, name)
+                lock = self._folder.lock_dataset(name)
             except StoreUnavailableError:
                 pass  # the writer that holds the lock has repaired the table
             else:

@@ -1,4 +1,4 @@
-"""Writer of a LanceDB table: one commit per append, synced to disk, compacted at times."""
+"""Writer of a LanceDB table: one synced commit per append, and compaction."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fletcher.errors import (
     RequestError,
     StoreUnavailableError,
 )
-from fletcher.stores.base import WriteMode
+from fletcher.stores.base import DatasetWriter, WriteMode
 from fletcher.stores.filters import quoted
 from fletcher.stores.schemas import (
-    aligned,
+    align_batch,
     check_compatible,
     check_storable,
-    conform,
+    conform_batch,
     last_of_each_id,
 )
 from fletcher.util.allocator import trim_heap
@@ -73,7 +73,7 @@ class LanceWriter:
         dataset: str,
         lock: FileLock,
         mode: WriteMode,
-        on_close: Callable[[LanceWriter], None],
+        on_close: Callable[[DatasetWriter], None],
     ) -> None:
         self.schema: pa.Schema = table.schema
         self._table = table
@@ -92,7 +92,7 @@ class LanceWriter:
         self._closed = False
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """Stores all rows of all batches in one commit; durable on return.
+        """Store all rows of all batches in one commit; durable on return.
 
         Raises:
             StoreUnavailableError: The commit failed, for example on a full disk; the rows may or
@@ -103,11 +103,13 @@ class LanceWriter:
         return False
 
     def write_rows(self, batches: Sequence[pa.RecordBatch], *, upsert: bool) -> None:
-        """Stores rows as `append` does, with the mode chosen per call."""
+        """Store rows as `append` does, with the mode chosen per call."""
         assert not self._closed, "append after close"
         for batch in batches:
             check_compatible(self._dataset, self.schema, batch.schema)
-        rows = [conform(aligned(batch), self.schema) for batch in batches if batch.num_rows]
+        rows = [
+            conform_batch(align_batch(batch), self.schema) for batch in batches if batch.num_rows
+        ]
         if not rows:
             return
         table = pa.Table.from_batches(rows, self.schema)
@@ -148,7 +150,7 @@ class LanceWriter:
             raise to_store_error(self._dataset, error) from error
 
     def add_columns(self, fields: Sequence[pa.Field]) -> None:
-        """Adds columns, null in the stored rows. Raises as `check_new_columns`."""
+        """Add columns, null in the stored rows. Raises as `check_new_columns`."""
         check_new_columns(pa.schema(list(fields)))
         self._join_compaction()
         try:
@@ -159,7 +161,7 @@ class LanceWriter:
         self.schema = self._table.schema
 
     def delete_rows(self, condition: str) -> int:
-        """Deletes the rows that meet an SQL condition and returns their number."""
+        """Delete the rows that meet an SQL condition; return their number."""
         self._join_compaction()
         try:
             count = int(self._table.count_rows(condition))
@@ -172,7 +174,7 @@ class LanceWriter:
         return count
 
     def close(self) -> None:
-        """Waits for a compaction, compacts if due, and releases the table. Idempotent."""
+        """Wait for a compaction, compact if due, release the table. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -230,7 +232,7 @@ class LanceWriter:
 
 
 class _SyncedFolder:
-    """Folder of a table, with the set of its files that are known to be on disk. Thread-safe."""
+    """Folder of a table, and its files that are known to be on disk. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -238,7 +240,7 @@ class _SyncedFolder:
         self._mutex = threading.Lock()
 
     def sync_new_files(self, *, settled: bool) -> None:
-        """Syncs new files, then the folders that hold them.
+        """Sync new files, then the folders that hold them.
 
         Lance changes no file in place except its version hint, which it can do without.
 
@@ -268,7 +270,7 @@ class _SyncedFolder:
 
 
 def check_new_columns(schema: pa.Schema) -> None:
-    """Refuses columns that LanceDB cannot write, or writes and does not find again.
+    """Refuse columns that LanceDB cannot write or cannot find again.
 
     Raises:
         ColumnTypeError: LanceDB does not support the type.
@@ -297,7 +299,7 @@ def distinct_keys(table: Any, condition: str | None = None) -> set[str]:
 
 
 def to_store_error(dataset: str, error: Exception) -> FletcherError:
-    """The `FletcherError` for what LanceDB raised: a ValueError, RuntimeError or OSError."""
+    """The `FletcherError` for LanceDB's ValueError, RuntimeError or OSError."""
     if isinstance(error, FletcherError):
         return error
     text = str(error)
@@ -308,7 +310,7 @@ def to_store_error(dataset: str, error: Exception) -> FletcherError:
     full = "No space left" in text or "StorageFull" in text
     if not full:
         _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
-    reason = "the disk is full; free some space" if full else "LanceDB failed; the log says why"
+    reason = "the disk is full; free some space" if full else "LanceDB failed; see the log"
     return StoreUnavailableError(f"dataset `{dataset}`: {reason}", field="store")
 
 

@@ -70,7 +70,7 @@ def test_engines_and_types_side_by_side(argv, local, tmp_path, capsys):
 def test_exits_by_engines_widths_and_types(argv, tmp_path, tiny_bundle, capsys):
     home = tmp_path / "home"
     checkpoint = Path(__file__).parents[2] / "golden" / "tiny"
-    Registry(home / "models").add(str(checkpoint), name="deep", exits=(1,), progress=print)
+    Registry(home / "models").add_model(str(checkpoint), name="deep", exits=(1,), progress=print)
     argv += ["--home", str(home), "--model", "deep", "--device", "cpu", "--threads", "1"]
     lists = [
         "backend=onnxruntime,openvino precision=float32 layers=1 dims=16,32 dtype=float32,int8"

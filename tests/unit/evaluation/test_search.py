@@ -3,20 +3,17 @@
 import numpy as np
 import pytest
 
-from fletcher.evaluation import search as rooms
 from fletcher.evaluation.search import Nearest, search
 
 
 @pytest.mark.parametrize("k", [1, 10, 97, 200])
-def test_blocks_find_what_a_stable_sort_finds(monkeypatch, k):
-    monkeypatch.setattr(rooms, "_BLOCK_QUERIES", 7)
-    monkeypatch.setattr(rooms, "_BLOCK_DOCUMENTS", 11)
+def test_blocks_find_what_a_stable_sort_finds(k):
     draw = np.random.default_rng(0)
     # Whole numbers: many scores are equal, and exact in every order of summing.
     queries = draw.integers(-2, 3, (23, 6)).astype(np.float32)
     documents = draw.integers(-2, 3, (97, 6)).astype(np.float32)
     expected = np.argsort(-(queries @ documents.T), axis=1, kind="stable")[:, :k]
-    assert np.array_equal(search(queries, documents, k), expected)
+    assert np.array_equal(search(queries, documents, k, block_shape=(7, 11)), expected)
 
 
 def test_scores_of_both_signs_and_zeros_are_in_order():

@@ -52,7 +52,7 @@ def test_a_backend_without_a_precision_has_its_usual_one():
         ("layers=six", "`layers` is 'six'"),
         ("dims=0", "`dims` is '0'"),
         ("chunking=tokens:8:none", "several vectors"),
-        ("chunking=words:8", "'words' is no method"),
+        ("chunking=words:8", "unknown method 'words'"),
         ("dtype=float64", "`dtype` is 'float64'.*float32, float16"),
     ],
 )

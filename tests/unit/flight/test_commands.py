@@ -11,13 +11,9 @@ from pyarrow import flight
 
 from fletcher.core.command import FIELD_NAMES, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnknownFieldError
-from fletcher.flight.commands import (
-    MAX_COMMAND_BYTES,
-    encode_models,
-    parse_command,
-    parse_descriptor,
-    parse_list_models,
-)
+from fletcher.flight.admin import encode_models
+from fletcher.flight.commands import parse_command, parse_descriptor, parse_list_models
+from fletcher.flight.requests import MAX_BODY_BYTES
 from fletcher.v1 import embed_pb2
 
 FULL = EmbedCommand(
@@ -103,8 +99,8 @@ def test_other_descriptors_are_refused(descriptor, said):
         (b'{"model": "\xff"}', InvalidCommandError, "not UTF-8"),
         (b'{"model": "\\ud800"}', InvalidCommandError, "surrogate"),
         (b'{"\\ud800": 1}', UnknownFieldError, "not a field"),
-        (b"{" + b" " * MAX_COMMAND_BYTES + b"}", InvalidCommandError, "at most"),
-        (b"\x0a" + b"x" * (MAX_COMMAND_BYTES + 1), InvalidCommandError, "at most"),
+        (b"{" + b" " * MAX_BODY_BYTES + b"}", InvalidCommandError, "at most"),
+        (b"\x0a" + b"x" * (MAX_BODY_BYTES + 1), InvalidCommandError, "at most"),
         (b"VectorSearch", InvalidCommandError, "neither JSON"),
         (b"[1]", InvalidCommandError, "neither JSON|field number"),
         (b"\xa8\x06\x01", UnknownFieldError, "field number 101"),
@@ -162,7 +158,7 @@ def test_models_in_both_formats():
     ],
 )
 def test_the_format_of_list_models(body, format_name):
-    assert parse_list_models(body) == format_name
+    assert parse_list_models(body).format == format_name
 
 
 @pytest.mark.parametrize(

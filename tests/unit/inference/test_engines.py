@@ -79,9 +79,9 @@ def test_engines_agree(tiny_bundle):
 def test_several_threads_do_not_mix_up_their_rows(backend):
     batches = [micro_batch([row]) for row in random_rows([3 + n % 30 for n in range(64)], 20)]
     expected = [backend.run(batch).embeddings for batch in batches]
-    with ThreadPoolExecutor(backend.concurrency + backend.express) as threads:
+    with ThreadPoolExecutor(backend.concurrency + backend.urgent_concurrency) as threads:
         results = [result.embeddings for result in threads.map(backend.run, batches)]
-    assert (backend.concurrency, backend.express) == (2, 1)
+    assert (backend.concurrency, backend.urgent_concurrency) == (2, 1)
     assert np.array_equal(np.concatenate(results), np.concatenate(expected))
 
 
@@ -107,11 +107,13 @@ class Stream:
 
 def test_a_run_that_finds_all_streams_taken_gets_the_copy_beside_them(tiny_bundle):
     began = queue.SimpleQueue()
-    streams = {name: Stream(name, began) for name in ("one", "two", "express")}
-    one, two, express = ([stream] for stream in streams.values())
-    io = GraphIO.of(tiny_bundle, dict.fromkeys(tiny_bundle.inputs, np.int64), tiny_bundle.outputs)
+    streams = {name: Stream(name, began) for name in ("one", "two", "priority")}
+    one, two, priority = ([stream] for stream in streams.values())
+    io = GraphIO.for_graph(
+        tiny_bundle, dict.fromkeys(tiny_bundle.inputs, np.int64), tiny_bundle.outputs
+    )
     io = dataclasses.replace(io, dim=DIM, has_norms=False)
-    engine = OpenVinoBackend([one, two], [express], io, lambda array, shared_memory: array, {})
+    engine = OpenVinoBackend([one, two], [priority], io, lambda array, shared_memory: array, {})
     runs = {}
 
     def begin(threads):
@@ -127,15 +129,15 @@ def test_a_run_that_finds_all_streams_taken_gets_the_copy_beside_them(tiny_bundl
     with ThreadPoolExecutor(4) as threads:
         for _ in range(2):
             assert {begin(threads), begin(threads)} == {"one", "two"}
-            assert begin(threads) == "express"
-            for name in ("one", "two", "express"):
+            assert begin(threads) == "priority"
+            for name in ("one", "two", "priority"):
                 end(name)
 
 
 def test_inline_a_model_gives_the_same_bits_and_takes_one_run(tiny_bundle):
     config = BackendConfig("openvino", "cpu", str(tiny_bundle.folder), threads=2)
     inline = openvino.load_inline(config)
-    assert (inline.concurrency, inline.express) == (1, 0)
+    assert (inline.concurrency, inline.urgent_concurrency) == (1, 0)
     replica = openvino.load(config)
     for row in random_rows([1, 9, 16, 17, 32], 20):
         one, other = inline.run(micro_batch([row])), replica.run(micro_batch([row]))

@@ -1,4 +1,4 @@
-"""A second graph beside that for whole rows, and batches whose rows have segments."""
+"""A second graph beside that for whole rows, and batches whose rows have spans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fletcher.core.batches import InferenceResult, MicroBatch, Segments
+from fletcher.core.batches import InferenceResult, MicroBatch, Spans
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import BudgetedBackend, load
 from fletcher.inference.late import LateBackend
@@ -20,7 +20,7 @@ def batch(lengths: list[int], bounds: list[list[tuple[int, int]]]) -> MicroBatch
     counts = np.array([len(one) for one in bounds], np.int32)
     flat = np.array([pair for one in bounds for pair in one], np.int32)
     ids = np.arange(sum(lengths), dtype=np.int32)
-    return MicroBatch(ids, np.array(lengths, np.int32), segments=Segments(counts, flat))
+    return MicroBatch(ids, np.array(lengths, np.int32), spans=Spans(counts, flat))
 
 
 THREE = batch([4, 2, 5], [[(0, 1), (1, 4)], [(0, 2)], [(0, 5), (2, 3), (3, 5)]])
@@ -49,12 +49,12 @@ def test_the_other_graph_is_loaded_once_and_when_it_is_needed() -> None:
 
     class NoSegments(NullBackend):
         def run(self, batch: MicroBatch) -> InferenceResult:
-            assert batch.segments is None
+            assert batch.spans is None
             return super().run(batch)
 
     backend = LateBackend(NoSegments(8), load_late)
-    assert (backend.concurrency, backend.express) == (2, 1)
-    assert len(backend.run(replace(THREE, segments=None)).embeddings) == 3
+    assert (backend.concurrency, backend.urgent_concurrency) == (2, 1)
+    assert len(backend.run(replace(THREE, spans=None)).embeddings) == 3
     assert not loads
 
     def run(_: int) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_a_replica_runs_both(tiny_bundle: ModelBundle) -> None:
     )
     replica = load(config)
     rows = batch([4, 2, 5], [[(0, 4)], [(0, 2)], [(0, 5)]])
-    whole, late = replica.run(replace(rows, segments=None)), replica.run(rows)
+    whole, late = replica.run(replace(rows, spans=None)), replica.run(rows)
     assert whole.norms is not None
     assert late.norms is None
     np.testing.assert_allclose(

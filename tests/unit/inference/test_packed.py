@@ -74,7 +74,7 @@ def pair(request, tmp_path_factory):
     (checkpoint / "1_Pooling" / "config.json").write_text(
         json.dumps({"pooling_mode": request.param})
     )
-    bundle = Registry(folder / "models").add(str(checkpoint), progress=print)
+    bundle = Registry(folder / "models").add_model(str(checkpoint), progress=print)
     return backend_module.load(config(bundle)), backend_module.load_twin(config(bundle))
 
 

@@ -59,7 +59,7 @@ def test_a_model_comes_from_the_hub_and_stays(
     assert "model.safetensors" in asked
     assert not asked & {"pytorch_model.bin", "modeling_custom.py"}
     # The bundle needs no hub any more, and nothing of the download is left.
-    Registry(tmp_path / "models").verify("tiny")
+    Registry(tmp_path / "models").verify_model("tiny")
     left = [one.name for one in (tmp_path / "models").iterdir()]
     assert [name for name in left if not name.endswith(".lock")] == ["tiny"]
 
@@ -69,7 +69,9 @@ def test_a_model_comes_from_the_hub_and_stays(
     ["families/distilbert", "outputs/colbert", "outputs/pylate", "outputs/splade"],
 )
 def test_a_folder_and_the_hub_give_the_same_bundle(checkpoint: str, tmp_path: Path) -> None:
-    local = Registry(tmp_path / "local").add(str(GOLDEN / checkpoint), name="tiny", progress=print)
+    local = Registry(tmp_path / "local").add_model(
+        str(GOLDEN / checkpoint), name="tiny", progress=print
+    )
     with serve(HubServer(GOLDEN / checkpoint)) as running:
         done = add(running, tmp_path, f"hub:{REPOSITORY}")
     assert done.returncode == 0, done.stderr
@@ -89,7 +91,7 @@ def test_parts_in_folders_of_their_own_are_fetched(tmp_path: Path) -> None:
     with serve(HubServer(folder)) as running:
         done = add(running, tmp_path, f"hub:{REPOSITORY}")
     assert done.returncode == 0, done.stderr
-    assert Registry(tmp_path / "models").get("tiny").output == "sparse"
+    assert Registry(tmp_path / "models").get_model("tiny").output == "sparse"
 
 
 def _content(bundle: Path) -> dict[str, object]:
@@ -132,4 +134,4 @@ def test_without_the_client_the_remedy_is_a_pip_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModelError, match=r"pip install 'longbow-fletcher\[hub\]'"):
-        Registry(tmp_path).add("hub:org/name", progress=print)
+        Registry(tmp_path).add_model("hub:org/name", progress=print)

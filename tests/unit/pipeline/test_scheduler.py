@@ -12,7 +12,7 @@ from fletcher.core.batches import (
     EmbeddingBatch,
     InferenceResult,
     Priority,
-    Segments,
+    Spans,
     TextBatch,
     TokenBatch,
 )
@@ -132,7 +132,7 @@ def late(counts: list[int]) -> tuple[EmbedStream, StreamTicket]:
         np.ones(4 * len(counts), np.int32),
         np.arange(len(counts) + 1) * 4,
         np.zeros(len(counts), np.bool_),
-        segments=Segments(np.array(counts, np.int32), bounds),
+        spans=Spans(np.array(counts, np.int32), bounds),
     )
     return stream, ticket
 
@@ -145,7 +145,7 @@ def test_parts_of_rows_are_texts_from_there_on_and_share_no_run_with_rows() -> N
     jobs = []
     while (job := stage.schedule(urgent=False)) is not None:
         jobs.append(job)
-    parts = [job.payload.segments for job in jobs]
+    parts = [job.payload.spans for job in jobs]
     assert [None if one is None else one.counts.tolist() for one in parts] == [
         [1, 2, 1],
         [1, 3],
@@ -173,7 +173,7 @@ def test_a_failed_row_fails_all_its_parts() -> None:
     for number in range(3):
         job = stage.schedule(urgent=False)
         assert job is not None
-        count = len(job.payload.segments.bounds)
+        count = len(job.payload.spans.bounds)
         result = InferenceResult(np.ones((count, 2), np.float32), None, 0.0)
         stage.update(job, None if number == 1 else result, error if number == 1 else None)
     (found,) = stream.results()

@@ -39,7 +39,7 @@ class FakeSource:
         self.loaded: list[str] = []
         self.closed: list[str] = []
 
-    def look(self, name: str) -> Any:
+    def find_bundle(self, name: str) -> Any:
         short, _, version = name.partition("@")
         if short not in self.hashes:
             raise UnknownModelError("not installed")
@@ -53,9 +53,9 @@ class FakeSource:
             calibration=SimpleNamespace(ranges=dict(self.ranges)),
         )
 
-    def load(self, bundle: Any) -> ServedModel:
+    def load_model(self, bundle: Any) -> ServedModel:
         name = bundle.qualified_name
-        bundle = self.look(name)
+        bundle = self.find_bundle(name)
         assert self.gate.wait(30)
         if name in self.broken:
             raise BackendError("it does not run: /a/path")
@@ -134,7 +134,7 @@ def test_a_swap_waits_for_the_new_and_then_for_the_olds_calls(
     with models.lease("a") as old:
         source.hashes["a"] = "2"
         source.gate.clear()
-        thread, swapped = in_thread(lambda: models.swap("a"))
+        thread, swapped = in_thread(lambda: models.swap_model("a"))
         eventually(lambda: states(models).get("a@2") == "loading", "the new one is loaded")
         assert leased(models, "a") == "a@1"
         source.gate.set()
@@ -148,7 +148,7 @@ def test_a_swap_waits_for_the_new_and_then_for_the_olds_calls(
         assert source.closed == []
     eventually(lambda: states(models) == {"a@2": "ready"}, "the old one is gone")
     assert source.closed == ["a@1"]
-    assert models.swap("a") == "a@2"  # nothing to do
+    assert models.swap_model("a") == "a@2"  # nothing to do
     assert source.loaded == ["a@1", "a@2"]
 
 
@@ -157,23 +157,23 @@ def test_a_swap_that_fails_changes_nothing(start: Start, source: FakeSource) -> 
     source.hashes["a"] = "2"
     source.broken.add("a@2")
     with pytest.raises(OverloadedError) as caught:
-        models.swap("a")
+        models.swap_model("a")
     assert "path" not in caught.value.message
     assert leased(models) == "a@1"
     source.broken.clear()
-    assert models.swap("a") == "a@2"
+    assert models.swap_model("a") == "a@2"
 
 
 def test_versions_are_side_by_side_until_one_is_unloaded(start: Start, source: FakeSource) -> None:
     models = start("a", "b", loadable=["c"])
     source.hashes["b"] = "2"
-    assert models.load("b") == "b@2"
+    assert models.load_model("b") == "b@2"
     assert [leased(models, name) for name in ("b", "b@1", "b@2")] == ["b@1", "b@1", "b@2"]
-    assert models.unload("b@2") == "b@2"
+    assert models.unload_model("b@2") == "b@2"
     eventually(lambda: "b@2" not in states(models), "it is gone")
-    assert models.unload("b") == "b@1"
+    assert models.unload_model("b") == "b@1"
     eventually(lambda: states(models) == {"a@1": "ready"}, "the other one, too")
-    assert models.load("c") == "c@1"
+    assert models.load_model("c") == "c@1"
     assert leased(models, "c") == "c@1"
 
 
@@ -183,25 +183,25 @@ def test_what_may_be_loaded_is_what_the_operator_configured(
     # Callers could load whatever was installed, and with it fill the memory.
     models = start("a", "b@1", loadable=["c"])
     source.hashes |= {"b": "2", "d": "1"}
-    for change in (models.load, models.swap):
+    for change in (models.load_model, models.swap_model):
         for name in ("d", "d@1"):
             with pytest.raises(UnknownModelError, match="may load a, b, c; its option --load"):
                 change(name)
         # Another version of a name needs no leave of its own, nor does what was unloaded.
         assert [change(name) for name in ("b", "c@2", "a@3")] == ["b@2", "c@2", "a@3"]
-    models.unload("b")
-    assert models.load("b") == "b@2"
+    models.unload_model("b")
+    assert models.load_model("b") == "b@2"
     anything = start("a", loadable=["*"])
-    assert anything.load("d") == "d@1"
+    assert anything.load_model("d") == "d@1"
 
 
 def test_what_calls_are_sent_to_is_not_unloaded(start: Start) -> None:
     models = start("a", "b", "c", aliases=("search=b:1,c@1:1",))
     for name in ("a", "a@1", "b", "c"):
         with pytest.raises(InvalidCommandError, match="needed"):
-            models.unload(name)
+            models.unload_model(name)
     models.remove_alias("search")
-    assert models.unload("c") == "c@1"
+    assert models.unload_model("c") == "c@1"
     with pytest.raises(InvalidCommandError, match="which is none"):
         models.remove_alias("search")
 
@@ -209,7 +209,7 @@ def test_what_calls_are_sent_to_is_not_unloaded(start: Start) -> None:
 def test_a_swap_leaves_a_version_that_an_alias_names(start: Start, source: FakeSource) -> None:
     models = start("a", "b", aliases=("search=b@1:1",))
     source.hashes["b"] = "2"
-    assert models.swap("b") == "b@2"
+    assert models.swap_model("b") == "b@2"
     assert leased(models, "search") == "b@1"
     assert leased(models, "b") == "b@2"
 
@@ -232,9 +232,9 @@ def test_an_alias_divides_and_a_dataset_keeps_its_model(start: Start, source: Fa
     with pytest.raises(InvalidCommandError, match="a model's name"):
         models.set_alias(Alias.parse("a=b"))
     with pytest.raises(InvalidCommandError, match="is an alias"):
-        models.load("search")
+        models.load_model("search")
     source.hashes["search"] = "1"
-    for change in (models.load, models.swap):
+    for change in (models.load_model, models.swap_model):
         with pytest.raises(InvalidCommandError, match="is an alias"):
             change("search@1")
 
@@ -285,7 +285,7 @@ def test_a_model_larger_than_all_memory_is_refused(start: Start, source: FakeSou
     models = start("a", max_bytes=500, loadable=["b"])
     for _ in range(2):
         with pytest.raises(UnknownModelError, match="takes 1,000 bytes"):
-            models.load("b")
+            models.load_model("b")
     assert source.loaded.count("b@1") == 2  # by two servers: once measured, it is not tried again
     assert source.closed.count("b@1") == 2
     assert leased(models) == "a@1"
@@ -329,8 +329,8 @@ def test_what_does_not_load_is_not_tried_by_every_call(start: Start, source: Fak
     models = start("a", "b", max_bytes=150, clock=lambda: now[0])
     source.broken.add("b@1")
     tried = []
-    load = source.load
-    source.load = lambda bundle: tried.append(bundle.name) or load(bundle)  # type: ignore
+    load = source.load_model
+    source.load_model = lambda bundle: tried.append(bundle.name) or load(bundle)  # type: ignore
     for _ in range(3):
         with pytest.raises(OverloadedError, match="cannot be loaded"):
             leased(models, "b")
@@ -344,7 +344,7 @@ def test_what_does_not_load_is_not_tried_by_every_call(start: Start, source: Fak
 def test_force_cuts_off_the_calls(start: Start, source: FakeSource) -> None:
     models = start("a", "b")
     with models.lease("b"):
-        models.unload("b", force=True)
+        models.unload_model("b", force=True)
         assert source.closed == ["b@1"]
         assert states(models) == {"a@1": "ready"}
     assert states(models) == {"a@1": "ready"}
@@ -353,8 +353,8 @@ def test_force_cuts_off_the_calls(start: Start, source: FakeSource) -> None:
 def test_what_was_cut_off_takes_no_memory_and_comes_again(start: Start, source: FakeSource) -> None:
     models = start("a", "b", max_bytes=250)
     with models.lease("b"):  # by a client that never hears of it
-        models.unload("b", force=True)
-        thread, outcome = in_thread(lambda: models.load("b"))
+        models.unload_model("b", force=True)
+        thread, outcome = in_thread(lambda: models.load_model("b"))
         thread.join(5)
         assert outcome == ["b@1"]
         with models.lease("a"), models.lease("b"):
@@ -381,9 +381,9 @@ def test_a_swap_back_while_the_old_one_is_held(start: Start, source: FakeSource)
     models = start("a")
     with models.lease("a"):
         source.hashes["a"] = "2"
-        assert models.swap("a") == "a@2"
+        assert models.swap_model("a") == "a@2"
         assert states(models)["a@1"] == "retiring"
-        thread, outcome = in_thread(lambda: models.swap("a@1"))
+        thread, outcome = in_thread(lambda: models.swap_model("a@1"))
         thread.join(5)
         assert outcome == ["a@1"]
         eventually(lambda: states(models) == {"a@1": "ready"}, "the other one is gone")
@@ -397,16 +397,16 @@ def test_a_version_with_other_exits_or_ranges_is_not_taken_for_the_same(
 ) -> None:
     models = start("a", "b")
     source.layers = (3, 6)
-    for change in (models.swap, models.load):
+    for change in (models.swap_model, models.load_model):
         with pytest.raises(InvalidCommandError, match="other exit layers"):
             change("b")
     assert leased(models, "b") == "b@1"
-    models.unload("b", force=True)
-    assert models.load("b") == "b@1"
+    models.unload_model("b", force=True)
+    assert models.load_model("b") == "b@1"
     assert models.bundles()["b@1"].layers == (3, 6)
     source.ranges = {"cut": SimpleNamespace(hash="1")}
     with pytest.raises(InvalidCommandError, match="int8 ranges"):
-        models.swap("b@1")
+        models.swap_model("b@1")
     assert source.loaded == ["a@1", "b@1", "b@1"]
 
 
@@ -417,7 +417,7 @@ def test_a_model_loaded_on_demand_is_described_as_it_is_by_then(
     source.layers = (3, 6)
     leased(models, "b")
     assert models.bundles()["b@1"].layers == (3, 6)
-    assert models.swap("b") == "b@1"
+    assert models.swap_model("b") == "b@1"
 
 
 def test_what_cannot_be_measured_counts_with_its_files(start: Start, source: FakeSource) -> None:
@@ -432,12 +432,12 @@ def test_what_cannot_be_measured_counts_with_its_files(start: Start, source: Fak
 def test_the_end_stops_loads_that_wait_for_others(start: Start, source: FakeSource) -> None:
     models = start("a", loadable=["b", "c"])
     tried = []
-    load = source.load
-    source.load = lambda bundle: tried.append(bundle.name) or load(bundle)  # type: ignore
+    load = source.load_model
+    source.load_model = lambda bundle: tried.append(bundle.name) or load(bundle)  # type: ignore
     source.gate.clear()
-    first, _ = in_thread(lambda: models.load("b"))
+    first, _ = in_thread(lambda: models.load_model("b"))
     eventually(lambda: tried == ["b"], "one is loaded")
-    second, outcome = in_thread(lambda: models.load("c"))
+    second, outcome = in_thread(lambda: models.load_model("c"))
     eventually(lambda: states(models).get("c@1") == "loading", "another one waits")
     loaders = [one for one in threading.enumerate() if one.name.startswith("load ")]
     closing, _ = in_thread(models.close)
@@ -454,10 +454,10 @@ def test_the_end_stops_loads_that_wait_for_others(start: Start, source: FakeSour
 def test_what_is_loaded_is_not_unloaded_meanwhile(start: Start, source: FakeSource) -> None:
     models = start("a", loadable=["b"])
     source.gate.clear()
-    thread, outcome = in_thread(lambda: models.load("b"))
+    thread, outcome = in_thread(lambda: models.load_model("b"))
     eventually(lambda: states(models).get("b@1") == "loading", "it is loaded")
     with pytest.raises(OverloadedError, match="being loaded"):
-        models.unload("b@1")
+        models.unload_model("b@1")
     source.gate.set()
     thread.join(30)
     assert outcome == ["b@1"]
@@ -466,7 +466,7 @@ def test_what_is_loaded_is_not_unloaded_meanwhile(start: Start, source: FakeSour
 def test_the_end_comes_to_all_also_to_those_who_wait(start: Start, source: FakeSource) -> None:
     models = start("a", "b", loadable=["c"])
     source.gate.clear()
-    thread, outcome = in_thread(lambda: models.load("c"))
+    thread, outcome = in_thread(lambda: models.load_model("c"))
     eventually(lambda: states(models).get("c@1") == "loading", "it is loaded")
     closing, _ = in_thread(models.close)
     thread.join(30)

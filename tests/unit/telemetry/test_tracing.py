@@ -20,7 +20,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from fletcher.errors import ConfigError
 from fletcher.telemetry.metrics import Counter, Instruments
-from fletcher.telemetry.tracing import Telemetry, configure
+from fletcher.telemetry.tracing import ExportTiming, Telemetry, configure
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
@@ -206,7 +206,7 @@ def test_without_an_endpoint_spans_are_one_object_that_does_nothing() -> None:
     telemetry = configure()
     assert telemetry.extract({"traceparent": [TRACEPARENT]}) is None
     with telemetry.span("do_put") as call, telemetry.span("tokenize", parent=call, rows=3) as span:
-        span.set(tokens=8)
+        span.set_attributes(tokens=8)
         assert span is call
         assert span.headers() == {}
 
@@ -248,7 +248,7 @@ def test_export_of_spans_carries_the_callers_trace(collector: Collector) -> None
     parent = telemetry.extract({"traceparent": [TRACEPARENT], "authorization": ["x"]})
     with telemetry.span("do_put", parent=parent) as call:
         with telemetry.span("tokenize", parent=call, rows=3) as work:
-            work.set(tokens=8)
+            work.set_attributes(tokens=8)
             headers = work.headers()
         with pytest.raises(ValueError, match="boom"), telemetry.span("append", parent=call):
             raise ValueError("boom")
@@ -299,7 +299,7 @@ def test_export_of_metrics_agrees_with_the_snapshot(collector: Collector) -> Non
 
 
 def test_metrics_are_exported_without_being_closed(collector: Collector) -> None:
-    telemetry = configure(collector.address, export_interval_s=0.05)
+    telemetry = configure(collector.address, timing=ExportTiming(interval_s=0.05))
     exported = threading.Event()
     reads = []
 
@@ -315,11 +315,10 @@ def test_metrics_are_exported_without_being_closed(collector: Collector) -> None
     assert "fletcher.streams.open" in collector.metrics()[0]
 
 
-def test_closing_twice_and_with_no_collector_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fletcher.telemetry.tracing.EXPORT_TIMEOUT_S", 1.0)
+def test_closing_twice_and_with_no_collector_ends_soon() -> None:
     gone = Collector()
     gone.close()
-    telemetry = configure(gone.address)
+    telemetry = configure(gone.address, timing=ExportTiming(timeout_s=1.0))
     with telemetry.span("do_put"):
         telemetry.rows_received.add(1)
     started = time.monotonic()
@@ -334,14 +333,13 @@ def test_closing_twice_and_with_no_collector_ends_soon(monkeypatch: pytest.Monke
 def test_a_collector_that_is_away_is_told_of_now_and_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fletcher.telemetry.tracing.EXPORT_TIMEOUT_S", 1.0)
     gone = Collector()
     gone.close()
     for one in ("metric_exporter", "trace_exporter"):
         monkeypatch.setattr(
             logging.getLogger(f"opentelemetry.exporter.otlp.proto.http.{one}"), "filters", []
         )
-    telemetry = configure(gone.address)
+    telemetry = configure(gone.address, timing=ExportTiming(timeout_s=1.0))
     configure(gone.address).close()  # another server of this process
     with telemetry.span("do_put"):
         telemetry.rows_received.add(1)

@@ -142,9 +142,9 @@ def test_in_parts_sentences_are_the_same(tokenizer: Tokenizer, how: str, max_byt
     parts = in_parts(tokenizer, whole, max_bytes)
     expected = tokenizer.encode(whole)
     assert [row for part in parts if part.num_texts for row in rows(part)] == rows(expected)
-    spans = [part.chunks.spans for part in parts if part.chunks is not None]
+    text_ranges = [part.chunks.text_ranges for part in parts if part.chunks is not None]
     assert expected.chunks is not None
-    assert np.concatenate(spans).tolist() == expected.chunks.spans.tolist()
+    assert np.concatenate(text_ranges).tolist() == expected.chunks.text_ranges.tolist()
     begins = [part.chunks.begins for part in parts if part.chunks is not None]
     assert np.concatenate(begins).tolist() == expected.chunks.begins.tolist()
 
@@ -153,10 +153,10 @@ def pieces(tokenizer: Tokenizer, text: str, how: str) -> list[str]:
     chunks = tokenizer.encode(batch([text], how)).chunks
     assert chunks is not None
     data = text.encode()
-    assert [text[a:b] for a, b in chunks.spans[:, :2]] == [
-        data[a:b].decode() for a, b in chunks.spans[:, 2:]
+    assert [text[a:b] for a, b in chunks.text_ranges[:, :2]] == [
+        data[a:b].decode() for a, b in chunks.text_ranges[:, 2:]
     ]
-    return [text[a:b] for a, b in chunks.spans[:, :2].tolist()]
+    return [text[a:b] for a, b in chunks.text_ranges[:, :2].tolist()]
 
 
 def test_chunks_begin_with_sentences(tokenizer: Tokenizer) -> None:
@@ -169,7 +169,7 @@ def test_chunks_begin_with_sentences(tokenizer: Tokenizer) -> None:
     assert any(a.endswith(b[: b.index(".") + 2]) for a, b in pairwise(found))
     chunks = tokenizer.encode(batch([PROSE], "sentences:32/12:none")).chunks
     assert chunks is not None
-    assert (np.diff(chunks.spans[:, 1]) > 0).all()  # each has something new
+    assert (np.diff(chunks.text_ranges[:, 1]) > 0).all()  # each has something new
 
 
 def test_chunks_are_whole_paragraphs_where_they_fit(tokenizer: Tokenizer) -> None:
@@ -214,25 +214,25 @@ def test_late_chunks_are_the_same_read_with_what_is_around_them(
     early = tokenizer.encode(replace(given, chunking=replace(chunking, late=False)))
     assert found.chunks is not None
     assert early.chunks is not None
-    for name in ("offsets", "index", "num_tokens", "spans", "begins"):
+    for name in ("offsets", "index", "num_tokens", "text_ranges", "begins"):
         assert np.array_equal(getattr(found.chunks, name), getattr(early.chunks, name))
-    segments = found.segments
-    assert segments is not None
+    spans = found.spans
+    assert spans is not None
     read, alone = rows(found), rows(early)
     head = len(alone[-1]) - 1 - int(early.chunks.num_tokens[-1])
-    row_of = np.repeat(np.arange(len(read)), segments.counts)
+    row_of = np.repeat(np.arange(len(read)), spans.counts)
     assert max(map(len, read)) <= 32
     first_ones, last_ones = early.chunks.offsets[:-1], early.chunks.offsets[1:] - 1
-    for chunk, (row, (a, b)) in enumerate(zip(row_of, segments.bounds, strict=True)):
+    for chunk, (row, (a, b)) in enumerate(zip(row_of, spans.bounds, strict=True)):
         # With the text's first and last chunk go the tokens that are not the text's.
         skipped = 0 if chunk in first_ones else head
         behind = 0 if chunk in last_ones else 1
         assert read[row][a:b] == alone[chunk][skipped : len(alone[chunk]) - behind]
     # A text that fits is one row, and one of one chunk is what it is without chunking.
-    assert segments.counts[-1] == len(early.chunks.spans[early.chunks.offsets[-2] :])
+    assert spans.counts[-1] == len(early.chunks.text_ranges[early.chunks.offsets[-2] :])
     (whole,) = rows(tokenizer.encode(replace(batch(texts[:1], how, "22 use: "), chunking=None)))
     assert read[0] == whole
-    assert segments.bounds[0].tolist() == [0, len(whole)]
+    assert spans.bounds[0].tolist() == [0, len(whole)]
 
 
 @pytest.mark.parametrize("max_bytes", [8, 25, 120])
@@ -243,13 +243,13 @@ def test_in_parts_late_chunks_are_the_same(tokenizer: Tokenizer, how: str, max_b
     whole = replace(whole, chunking=whole.chunking.fitted(32, 2))
     expected, parts = tokenizer.encode(whole), in_parts(tokenizer, whole, max_bytes)
     assert expected.chunks is not None
-    assert expected.segments is not None
+    assert expected.spans is not None
     assert [row for part in parts if part.num_texts for row in rows(part)] == rows(expected)
     for name in ("counts", "bounds"):
-        found = [getattr(part.segments, name) for part in parts]
-        assert np.concatenate(found).tolist() == getattr(expected.segments, name).tolist()
-    spans = [part.chunks.spans for part in parts if part.chunks is not None]
-    assert np.concatenate(spans).tolist() == expected.chunks.spans.tolist()
+        found = [getattr(part.spans, name) for part in parts]
+        assert np.concatenate(found).tolist() == getattr(expected.spans, name).tolist()
+    text_ranges = [part.chunks.text_ranges for part in parts if part.chunks is not None]
+    assert np.concatenate(text_ranges).tolist() == expected.chunks.text_ranges.tolist()
     carried = [len(part.carry.input_ids) for part in parts if part.carry is not None]
     assert max(carried) < 4 * 32
 
@@ -258,8 +258,8 @@ def test_a_text_without_tokens_has_a_late_chunk() -> None:
     bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 1, "[UNK]": 2}, "[UNK]"))
     found = Tokenizer(bare, max_length=8, pad_token_id=3).encode(batch(["", "a"], "tokens:4:late"))
     assert found.input_ids.tolist() == [3, 1]
-    assert found.segments is not None
-    assert found.segments.bounds.tolist() == [[0, 1], [0, 1]]
+    assert found.spans is not None
+    assert found.spans.bounds.tolist() == [[0, 1], [0, 1]]
 
 
 def test_a_long_sentence_is_cut_anywhere(tokenizer: Tokenizer) -> None:
@@ -342,20 +342,20 @@ def test_parts_end_before_words_or_else_between_characters() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("words:3", "no method"),
+        ("words:3", "unknown method"),
         ("tokens:8/8", "OVERLAP 8 is not below SIZE"),
         ("tokens:0", "SIZE is 0"),
-        ("tokens:8:sum", "no aggregation"),
-        ("tokens:8:mean:9", "'9' is one part too many"),
-        ("tokens:mean:8", "'8' is one part too many"),
-        ("none:mean", "no method"),
+        ("tokens:8:sum", "unknown aggregation"),
+        ("tokens:8:mean:9", "'9' is unexpected"),
+        ("tokens:mean:8", "'8' is unexpected"),
+        ("none:mean", "unknown method"),
         ("each-sentence:16/4", "OVERLAP is 4"),
-        ("sentences:16:hierarchical", "may be of several paragraphs"),
-        ("tokens:late", "name a SIZE"),
-        ("late", "no method"),
-        ("tokens:8:late:mean", "no aggregation"),
-        ("tokens:8:none:late:late", "'late' is one part too many"),
-        ("", "no method"),
+        ("sentences:16:hierarchical", "hierarchical needs chunks within a paragraph"),
+        ("tokens:late", "need a SIZE"),
+        ("late", "unknown method"),
+        ("tokens:8:late:mean", "unknown aggregation"),
+        ("tokens:8:none:late:late", "'late' is unexpected"),
+        ("", "unknown method"),
     ],
 )
 def test_what_is_no_chunking_is_refused(text: str, said: str) -> None:
@@ -376,12 +376,12 @@ def test_a_chunk_must_have_room_and_fit_the_model() -> None:
     assert Chunking("tokens").fitted(32, 2).size == 32
     assert Chunking("tokens", 8, 5).fitted(32, 2).size == 8
     for size, overlap, taken in ((33, 0, 2), (8, 6, 2), (8, 0, 8), (0, 30, 2)):
-        with pytest.raises(InvalidCommandError, match="cannot be") as caught:
+        with pytest.raises(InvalidCommandError, match="SIZE is") as caught:
             Chunking("tokens", size, overlap).fitted(32, taken)
         assert caught.value.field == "chunking"
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Tokenizer) -> None:
     # It ended in no memory: windows that do not move on have no end.
-    with pytest.raises(InvalidCommandError, match="cannot be"):
+    with pytest.raises(InvalidCommandError, match="SIZE is"):
         tokenizer.encode(batch([TEXT], "tokens:8/4", "22 use: "))

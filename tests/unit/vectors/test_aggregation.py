@@ -65,7 +65,7 @@ def in_parts(joins: TextAggregation, given: EmbeddingBatch, parts: list[int]) ->
     for number, count in enumerate(parts):
         a = sum(parts[:number])
         rows = slice(a, a + count)
-        own = (chunks.index, chunks.num_tokens, chunks.spans, chunks.begins)
+        own = (chunks.index, chunks.num_tokens, chunks.text_ranges, chunks.begins)
         part = EmbeddingBatch(
             given.embeddings[rows],
             None,

@@ -8,7 +8,7 @@ from multiprocessing import Pipe
 import numpy as np
 import pytest
 
-from fletcher.core.batches import InferenceResult, MicroBatch, Segments
+from fletcher.core.batches import InferenceResult, MicroBatch, Spans
 from fletcher.workers.messages import Response, WorkerRequest, encode, receive, send
 
 
@@ -82,12 +82,12 @@ def test_float16_arrives_as_such(num_rows):
 @pytest.mark.parametrize("num_tokens", [7, 9000])
 def test_segments_arrive_with_their_rows(num_tokens):
     ids, one = np.arange(num_tokens, dtype=np.int32), np.ones(1, np.int32)
-    segments = Segments(one * 2, np.array([[0, 3], [3, num_tokens]], np.int32))
-    batch = MicroBatch(ids, one * num_tokens, segments=segments)
+    spans = Spans(one * 2, np.array([[0, 3], [3, num_tokens]], np.int32))
+    batch = MicroBatch(ids, one * num_tokens, spans=spans)
     found = through(WorkerRequest(5, batch)).payload
     assert np.array_equal(found.input_ids, ids)
-    assert np.array_equal(found.segments.counts, segments.counts)
-    assert np.array_equal(found.segments.bounds, segments.bounds)
+    assert np.array_equal(found.spans.counts, spans.counts)
+    assert np.array_equal(found.spans.bounds, spans.bounds)
 
 
 def test_large_arrays_are_not_copied_into_the_pickle():

@@ -11,9 +11,9 @@ import numpy as np
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle.spec import Output
-from fletcher.models.checkpoint.checkpoint import Weights
 from fletcher.models.checkpoint.config_json import Config
 from fletcher.models.checkpoint.output_kind import COLBERT
+from fletcher.models.checkpoint.weights import Weights
 from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array
 
@@ -81,7 +81,7 @@ class CheckpointTensors:
             family.layouts[0],
         )
 
-    def get(self, name: str) -> Array:
+    def read_tensor(self, name: str) -> Array:
         architecture = self._architecture
         if match := _LAYER_TENSOR.fullmatch(name):
             return self._of_layer(*match.groups())
@@ -95,13 +95,13 @@ class CheckpointTensors:
             "distances": NUM_BUCKETS,
         }[name]
         width = architecture.num_heads if name == "distances" else architecture.hidden
-        table = self._weights.get(f"{self._layout.model[name]}.weight", (rows, width))
+        table = self._weights.read_tensor(f"{self._layout.model[name]}.weight", (rows, width))
         if name == "embeddings.types":
             return table[:1]  # a single text has token type 0 throughout
         if name == "embeddings.positions":
             table = table[architecture.position_offset :]
             if architecture.type_vocab_size:
-                return np.asarray(table + self.get("embeddings.types"), dtype=np.float32)
+                return np.asarray(table + self.read_tensor("embeddings.types"), dtype=np.float32)
         return table
 
     def check_all_read(self, output: Output) -> None:
@@ -129,7 +129,7 @@ class CheckpointTensors:
 
     def _norm(self, name: str, kind: str) -> Array:
         stored = f"{self._layout.model[name]}.{'bias' if kind == 'bias' else 'weight'}"
-        return self._weights.get(stored, (self._architecture.hidden,))
+        return self._weights.read_tensor(stored, (self._architecture.hidden,))
 
     def _of_layer(self, number: str, what: str, kind: str) -> Array:
         """Weights as [from, to]; the attention's scale is in what comes last before the scores."""
@@ -138,7 +138,7 @@ class CheckpointTensors:
         rows, *columns = architecture.shape(what)
         shape = (rows * parts, *(columns if kind == "weight" else ()))
         name = f"{layout.layers.format(number)}{stored}.{'bias' if kind == 'bias' else 'weight'}"
-        tensor = self._weights.get(name, shape)[part * rows : (part + 1) * rows]
+        tensor = self._weights.read_tensor(name, shape)[part * rows : (part + 1) * rows]
         if kind == "weight":
             tensor = tensor.T
         if what == ("q.norm" if architecture.head_norm else "q"):

