@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fletcher.config.network import COMPRESSIONS
-from fletcher.config.option import (
-    MILLISECONDS,
-    SECONDS,
-    STORES,
-    TEXT,
-    WHOLE,
-    OptionGroup,
-    option,
-)
+from fletcher.config.option import MILLISECONDS, SECONDS, STORES, TEXT, WHOLE, OptionGroup, option
 
 DEFAULT_STORE = "default"
 NO_STORE = "none"
