@@ -44,7 +44,7 @@ def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
         abort=True,
         alias_key=command.upload_id or "",
         trace=caller_trace(context),
-        given_up=context.is_cancelled,
+        is_cancelled=context.is_cancelled,
     )
     with EmbedSession(service, call) as session:
         session.open_input(batch.schema)

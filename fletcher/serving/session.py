@@ -61,9 +61,9 @@ class EmbedCall:
         small_is_interactive: Batches of a few short rows overtake bulk work.
         abort: Any failed row ends the call, whatever the command says.
         alias_key: Calls with the same key get the same model of an alias; empty: any.
-        held_model: `name@hash` that an alias must give if it has it.
+        dataset_model: `name@hash` that an alias must give if it has it.
         trace: The caller's trace, as `Telemetry.extract` returned it.
-        given_up: Whether the client is gone; ends the wait for a model that is loaded.
+        is_cancelled: Whether the client is gone; ends the wait for a model that is loaded.
     """
 
     name: str
@@ -74,9 +74,9 @@ class EmbedCall:
     small_is_interactive: bool = True
     abort: bool = False
     alias_key: str = ""
-    held_model: str | None = None
+    dataset_model: str | None = None
     trace: Any = None
-    given_up: Callable[[], bool] = lambda: False
+    is_cancelled: Callable[[], bool] = lambda: False
 
 
 class EmbedSession(AbstractContextManager["EmbedSession"]):
@@ -113,9 +113,9 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             self._model = exits.enter_context(
                 service.models.lease(
                     call.command.model,
-                    key=call.alias_key,
-                    held=call.held_model,
-                    given_up=call.given_up,
+                    alias_key=call.alias_key,
+                    dataset_model=call.dataset_model,
+                    is_cancelled=call.is_cancelled,
                 )
             )
             self.resolved = resolve_command(self._model, call.command, call.dtypes, service.outputs)
@@ -171,7 +171,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 layers=resolved.layers,
                 chunking=resolved.spec.chunking,
                 chunk_overhead=resolved.taken,
-                half=self._model.half(resolved.spec),
+                half=self._model.gives_float16(resolved.spec),
             ),
             carry_text=call.include_text if text is None else text,
             small_is_interactive=call.small_is_interactive,

@@ -110,7 +110,7 @@ class FakeModels:
         finally:
             self.num_leases -= 1
 
-    def splits(self, wanted: str | None) -> bool:
+    def is_divided(self, wanted: str | None) -> bool:
         return False
 
 

@@ -182,7 +182,7 @@ def test_names_only_of_what_is_configured_and_installed(
     with serving(home, loadable_models=("*",)) as server, fletcher.connect(server.address) as other:
         assert [one["name"] for one in other.list_models()] == ["a"]
         assert other.load_model("b").startswith("b@")
-    with pytest.raises(InvalidCommandError, match="needed: callers get it who name no model"):
+    with pytest.raises(InvalidCommandError, match="needed: it is the default"):
         client.unload_model("a")
     with flight.connect(client.address) as plain:
         for body in ({"path": "x"}, {"model": 1}, {}, {"model": "b", "force": "yes"}):
