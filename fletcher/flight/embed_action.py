@@ -10,6 +10,7 @@ from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
 from fletcher.flight.requests import parse_json
 from fletcher.flight.trace import caller_trace
+from fletcher.pipeline.interactive.single_row import vector_lists
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedCall, EmbedSession
 
@@ -57,7 +58,7 @@ def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
             **({"scale": []} if spec.scaled else {}),
         }
         for result in session.embed_batch(batch, "embed"):
-            answer["embeddings"] += result.batch.column("vector").to_pylist()
+            answer["embeddings"] += vector_lists(result.batch.column("vector"))
             for name in {"token_count", "truncated", "scale"} & answer.keys():
                 answer[name] += result.batch.column(name).to_pylist()
     return answer

@@ -127,7 +127,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._acks = AckQueue(upload.upload_id, _always if in_memory else upload.covers)
         self._skip = None
         if upload.dedupe_by is not None:
-            self._skip = DedupePrefilter(self._sink.dedupe_index, upload).skip
+            self._skip = DedupePrefilter(self._sink.dedupe_index, upload).find_duplicates
         self._delivering = BackgroundTask("upload-deliver", self._deliver, self._fail)
         self._exits.callback(self._delivering.wait)
         self._exits.callback(session.close)

@@ -116,8 +116,8 @@ def test_swaps_under_load_fail_no_call_and_mix_no_batch(home: Path, server: Runt
             thread.start()
         try:
             for n in range(4):
-                before = len(served)
                 assert client.swap_model(versions[n % 2]) == versions[n % 2]
+                before = len(served)  # while the model loads, calls go on with the other one
                 eventually(lambda: len(served) > before + 16 or failures, "calls go on")  # noqa: B023
         finally:
             done.set()
