@@ -1,36 +1,62 @@
-"""The commands `fletcher` and `fletcher-serve`: parse, call, print; one module a command."""
+"""The commands `fletcher` and `fletcher-serve`; one module a command."""
 
 from __future__ import annotations
 
 import os
 import sys
 import traceback
-from collections.abc import Collection, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 
-from fletcher.cli.parser import Parser, UsageError, flags_of
+import click
+from click.shell_completion import CompletionItem
+
+from fletcher.cli.command_line import (
+    Command,
+    CommandGroup,
+    Context,
+    argument,
+    command,
+    usage_message,
+)
 from fletcher.cli.shutdown import leave_with
-from fletcher.config.option import nearest
-from fletcher.config.server import OPTIONS
+from fletcher.cli.terminal import wants_colour
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
 
-# Each module has `add_parser(subparsers)` and `run(args) -> int`; it is imported when it is called.
-COMMANDS = {
-    "serve": "serve embeddings over Arrow Flight",
-    "ingest": "embed files or standard input into a store",
-    "embed": "print the vectors of texts",
-    "search": "find the rows nearest to a text",
-    "similar": "compare texts, or find those most like them in a file",
-    "model": "add, list, verify, calibrate and remove models",
-    "eval": "measure what precision, depth, width and type cost in quality",
-    "tune": "measure what runs a model fastest here",
-    "journal": "show and replay rows that wait for their stores",
-    "store": "serve a folder of vectors over Arrow Flight",
-    "doctor": "show what this machine has, and what to fix",
-    "stats": "show how a running server is doing",
-    "completion": "print completions for a shell",
+# Each command is `cli` of the module of its name, which is imported when it is called.
+SECTIONS = {
+    "Data": {
+        "ingest": "Embed files or standard input into a store.",
+        "embed": "Print the vectors of texts.",
+        "search": "Find the rows nearest to a text.",
+        "similar": "Compare texts, or find those most like them in a file.",
+    },
+    "Server": {
+        "serve": "Serve embeddings over Arrow Flight.",
+        "store": "Serve a folder of vectors over Arrow Flight.",
+        "stats": "Show the state of a running server.",
+    },
+    "Models": {
+        "model": "Add, list, verify, calibrate and remove models; load them on servers.",
+        "tune": "Measure what runs a model fastest here.",
+        "eval": "Measure what precision, depth, width and type cost in quality.",
+    },
+    "Diagnosis": {
+        "doctor": "Show what this machine has, and what to fix.",
+        "journal": "Show, check and replay rows that wait for their stores.",
+    },
+    "Help": {
+        "help": "Show the help of a command.",
+        "version": "Print the version.",
+        "completion": "Print completions for a shell.",
+    },
 }
+COMMANDS = {name: text for section in SECTIONS.values() for name, text in section.items()}
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+# Completion scripts call the program again with this variable, see `fletcher.cli.completion`.
+COMPLETE_VARIABLES = {
+    "fletcher": "_FLETCHER_COMPLETE",
+    "fletcher-serve": "_FLETCHER_SERVE_COMPLETE",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,19 +66,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 for a failure; 2 for a command line or a configuration that cannot be used; 130 when
         interrupted; 141 when the reader of our output went away.
     """
-    # gRPC's own lines about failed connections say what our message says, and are no JSON.
+    # gRPC's own lines about failed connections repeat our message, and are not JSON.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     argv = sys.argv[1:] if argv is None else list(argv)
     name = f"fletcher {argv[0]}" if argv and argv[0] in COMMANDS else "fletcher"
     try:
-        code = _run(argv)
+        code = _complete("fletcher", root)
+        if code is None:
+            colour = wants_colour(sys.stdout)
+            with root.make_context("fletcher", argv, color=colour) as context:
+                code = int(root.invoke(context) or 0)
         sys.stdout.flush()
-    except UsageError as error:
-        _complain(f"{error.command}: {error.message}; see {error.command} --help")
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else name
+        hint = _elsewhere(error, path) if isinstance(error, click.NoSuchOption) else ""
+        _complain(path, f"{usage_message(error, hint)}; see {path} --help")
         code = EXIT_USAGE
+    except click.ClickException as error:
+        _complain(name, error.format_message())
+        code = EXIT_FAILURE
     except FletcherError as error:
-        _complain(f"{name}: {error.message}")
+        _complain(name, error.message)
         code = EXIT_USAGE if isinstance(error, (ConfigError, InvalidCommandError)) else EXIT_FAILURE
+    except click.exceptions.Exit as done:
+        code = done.exit_code
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else EXIT_FAILURE
     except KeyboardInterrupt:
@@ -66,76 +103,125 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("FLETCHER_LOG_LEVEL") == "debug":
             traceback.print_exc()
         hint = "FLETCHER_LOG_LEVEL=debug shows where"
-        _complain(f"{name}: unexpected {type(error).__name__}: {error}; {hint}")
+        _complain(name, f"unexpected {type(error).__name__}: {error}; {hint}")
         code = EXIT_FAILURE
     return leave_with(code)
 
 
 def serve_main() -> int:
     """The command `fletcher-serve`: `fletcher serve` under the name of a server."""
+    if os.environ.get(COMPLETE_VARIABLES["fletcher-serve"]):
+        serve = root.get_command(Context(root), "serve")
+        assert serve is not None
+        return _complete("fletcher-serve", serve) or 0
     return main(["serve", *sys.argv[1:]])
 
 
-def build_parser(commands: Collection[str]) -> Parser:
-    """The whole parser, with the flags of `commands` alone: the others are not imported."""
-    parser = Parser(
-        prog="fletcher",
-        description="Text in over Arrow Flight, vectors in a store.",
-        example="fletcher ingest articles.parquet --text body --dataset articles",
-    )
-    parser.add_argument("--version", action="store_true", help="print the version")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for name, text in COMMANDS.items():
-        if name in commands:
-            import_module(f"fletcher.cli.{name}").add_parser(subparsers)
-        else:
-            subparsers.add_parser(name, help=text)
-    return parser
+def _complete(program: str, completed: click.Command) -> int | None:
+    """Answers a shell that completes; None: none does."""
+    instruction = os.environ.get(COMPLETE_VARIABLES[program])
+    if not instruction:
+        return None
+    from click.shell_completion import shell_complete
+
+    return shell_complete(completed, {}, program, COMPLETE_VARIABLES[program], instruction)
 
 
-def _run(argv: Sequence[str]) -> int:
-    command = argv[0] if argv else ""
-    if command and not command.startswith("-") and command not in COMMANDS:
-        hint = nearest(command, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
-        raise UsageError("fletcher", f"{command!r} is not a command{hint}")
-    parser = build_parser({command})
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        known = flags_of(parser)
-        # Of a command's commands, another one may have it.
-        hint = " here" if flag in known else _elsewhere(flag, command) or nearest(flag, known)
-        raise UsageError(
-            f"fletcher {command}".strip(),
-            f"{flag!r} is not understood{hint}",
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        click.echo(_version())
+        context.exit()
+
+
+def _run_root(context: click.Context) -> None:
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+root = CommandGroup(
+    name="fletcher",
+    sections=SECTIONS,
+    package=__name__,
+    help="Text in over Arrow Flight, vectors in a store.",
+    invoke_without_command=True,
+    callback=click.pass_context(_run_root),
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=_print_version,
+            help="Print the version.",
         )
-    if args.version:
-        print("fletcher", _version())
-        return 0
-    if not command:
-        parser.print_help()
-        return 0
-    return int(import_module(f"fletcher.cli.{command}").run(args))
+    ],
+    context_settings={"max_content_width": 100},
+)
+root.examples = (
+    "fletcher ingest articles.parquet --text body --dataset articles",
+    'fletcher search "play chess" --dataset articles',
+    "fletcher help model add",
+)
 
 
-def _elsewhere(flag: str, command: str) -> str:
-    """Where an option of servers is set for a command that has no flag for it."""
+def _complete_words(
+    context: click.Context, _: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    group: click.Command | None = context.find_root().command
+    for word in context.params.get("words") or ():
+        group = group.get_command(context, word) if isinstance(group, CommandGroup) else None
+    return group.complete_commands(incomplete) if isinstance(group, CommandGroup) else []
+
+
+@command("help", "fletcher help ingest", "fletcher help model add")
+@argument("words", "Command.", metavar="[COMMAND]...", nargs=-1, shell_complete=_complete_words)
+@click.pass_context
+def show_help(context: click.Context, words: tuple[str, ...]) -> None:
+    """Show the help of a command, or of all."""
+    shown: click.Context = context.find_root()
+    for index, word in enumerate(words):
+        if not isinstance(shown.command, CommandGroup):
+            raise click.UsageError(f"{' '.join(words[:index])!r} has no commands", ctx=context)
+        _, found, _ = shown.command.resolve_command(shown, [word])
+        if found is None:  # an option
+            raise click.UsageError(f"{word!r} is not a command", ctx=context)
+        shown = Context(found, info_name=word, parent=shown)
+    click.echo(shown.get_help(), color=shown.color)
+
+
+@command("version", "fletcher version")
+def show_version() -> None:
+    """Print the version."""
+    click.echo(_version())
+
+
+root.add_command(show_help)
+root.add_command(show_version)
+
+
+def _elsewhere(error: click.NoSuchOption, path: str) -> str:
+    """The place of a server's option that the command has no flag for."""
     from fletcher.cli.connection import LOCAL_OPTIONS
+    from fletcher.config.server import OPTIONS
 
-    option = next((one for one in OPTIONS.values() if one.flag == flag), None)
-    if option is None or command not in ("ingest", "embed", "search", "similar"):
+    one = next((one for one in OPTIONS.values() if one.flag == error.option_name), None)
+    if one is None or path.rsplit(maxsplit=1)[-1] not in SECTIONS["Data"]:
         return ""
-    if option.name not in LOCAL_OPTIONS:
-        return " here: it is for fletcher serve"
-    return f" here; set {option.variable}, or {option.name} in the file of --config"
+    if one.name not in LOCAL_OPTIONS:
+        return "; it is an option of fletcher serve"
+    return f"; set {one.variable}, or {one.name} in the file of --config"
 
 
-def _complain(message: str) -> None:
+def _complain(name: str, message: str) -> None:
     # One line, whatever an engine put into its message.
-    print(" ".join(message.split()), file=sys.stderr)
+    shown = click.style(f"{name}:", fg="red") if wants_colour(sys.stderr) else f"{name}:"
+    print(shown, " ".join(message.split()), file=sys.stderr)
 
 
 def _version() -> str:
     from importlib.metadata import version
 
-    return version("longbow-fletcher")
+    return f"fletcher {version('longbow-fletcher')}"
+
+
+__all__ = ["COMMANDS", "Command", "main", "root", "serve_main"]

@@ -1,16 +1,15 @@
-"""`fletcher model calibrate`: ranges for int8 from a sample of texts."""
+"""Ranges for int8 from a sample of texts, for `fletcher model calibrate`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fletcher.cli.connection import LOCAL_FLAGS, local_config, open_client
-from fletcher.cli.parser import add_options
+from fletcher.cli.connection import EmbedTarget
+from fletcher.cli.options import ConfigFlags
 from fletcher.cli.progress import Progress, Sample, Total
 from fletcher.config.delivery import NO_STORE
 from fletcher.core.command import EmbedCommand
@@ -28,38 +27,19 @@ if TYPE_CHECKING:
 
 # Below this the least and the greatest value of a dimension say little of those to come.
 MIN_TEXTS = 100
-DEFAULT_LIMIT = 10_000
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `calibrate`."""
-    parser.add_argument("name", help="the model")
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="files of texts like those to be embedded"
-    )
-    parser.add_argument(
-        "--text", default="text", metavar="COLUMN", help="column of texts (default: text)"
-    )
-    parser.add_argument("--format", metavar="NAME", help="of the files (default: by name)")
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=DEFAULT_LIMIT,
-        metavar="N",
-        help=f"texts to read at most (default: {DEFAULT_LIMIT}); more: fewer values will be "
-        "clipped, coarser steps",
-    )
-    parser.add_argument(
-        "--replace",
-        action="store_true",
-        help="replace ranges that are there: datasets that were written with them refuse new rows",
-    )
-    add_options(parser, LOCAL_FLAGS)
-    parser.set_defaults(server=None)
-
-
-def calibrate(args: argparse.Namespace) -> ModelBundle:
-    """Embeds the sample and freezes its ranges in the bundle.
+def calibrate_model(
+    flags: ConfigFlags,
+    name: str,
+    paths: Sequence[str],
+    *,
+    text_column: str,
+    format_name: str | None,
+    limit: int,
+    replace: bool,
+) -> ModelBundle:
+    """Embeds a sample of texts and freezes the ranges of its vectors in the bundle.
 
     Raises:
         ModelError: The model has ranges already.
@@ -67,33 +47,30 @@ def calibrate(args: argparse.Namespace) -> ModelBundle:
     """
     from fletcher.readers import open_source
 
-    if "-" in args.paths:
+    if "-" in paths:
         raise ConfigError("`PATH` is -, expected files: they may be read again", field="paths")
-    if args.limit < MIN_TEXTS:
-        raise ConfigError(
-            f"`limit` is {args.limit}, expected at least {MIN_TEXTS} texts", field="limit"
-        )
-    config = local_config(args, model=args.name, store=NO_STORE)
+    if limit < MIN_TEXTS:
+        raise ConfigError(f"`limit` is {limit}, expected at least {MIN_TEXTS} texts", field="limit")
+    target = EmbedTarget(server=None, compression="none", flags=flags)
+    config = target.resolve(model=name, store=NO_STORE)
     registry = Registry(config.home / "models")
-    bundle = registry.get_model(args.name)
+    bundle = registry.get_model(name)
     if bundle.output != "dense":
         raise ModelError(
-            f"model {args.name} gives {bundle.output} vectors, and ranges are for dense ones; int8 "
+            f"model {name} gives {bundle.output} vectors, and ranges are for dense ones; int8 "
             "of others has a scale a vector",
             field="name",
         )
-    if bundle.calibration.ranges and not args.replace:
+    if bundle.calibration.ranges and not replace:
         raise ModelError(
-            f"model {args.name} has ranges from {bundle.calibration.num_texts:,} texts, which "
+            f"model {name} has ranges from {bundle.calibration.num_texts:,} texts, which "
             "datasets may have been written with; --replace makes new ones",
             field="replace",
         )
-    source = open_source(
-        args.paths, text_column=args.text, format_name=args.format, limit=args.limit
-    )
-    with open_client(args, config) as client:
-        calibration = _measured(client, source, bundle, args.limit)
-    return registry.save_calibration(args.name, calibration)
+    source = open_source(paths, text_column=text_column, format_name=format_name, limit=limit)
+    with target.open_client(config) as client:
+        calibration = _measured(client, source, bundle, limit)
+    return registry.save_calibration(name, calibration)
 
 
 def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: int) -> Calibration:

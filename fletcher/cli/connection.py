@@ -1,17 +1,20 @@
-"""Where a command's embeddings come from: a server elsewhere, or the same one in this process."""
+"""Servers of a command: one elsewhere, or the same in this process."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import os
+import functools
 import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.parser import add_options, given_flags, read_config
+import click
+
+from fletcher.cli.command_line import Choice, option
+from fletcher.cli.options import ConfigFlags, config_options
 from fletcher.cli.shutdown import leave_in_time
 from fletcher.cli.terminal import say
 from fletcher.config.delivery import NO_STORE
@@ -25,9 +28,9 @@ if TYPE_CHECKING:
 
 # Flags of every command that can embed in its own process.
 LOCAL_FLAGS = ("device", "backend", "precision", "threads", "home", "log_level")
-# Of these and others, those that a server elsewhere has decided.
+# Flags that a server elsewhere has decided.
 _SERVERS_OWN = {"device", "backend", "precision", "threads", "allow_undeclared", "int8"}
-# What such a process takes from the environment and the file: all but the network's options.
+# What a server in this process takes from the environment and the file: no network options.
 LOCAL_OPTIONS = (
     *LOCAL_FLAGS,
     "model",
@@ -48,147 +51,233 @@ LOCAL_OPTIONS = (
     "log_format",
     "otlp_endpoint",
 )
+ELSEWHERE = "A server elsewhere"
+_LOCAL_TEXT = {
+    "model": "Model that embeds the texts.",
+    "threads": "CPU cores for the model, 0: all.",
+    "log_level": "Least severe level of the log on standard error. Default here: warning.",
+}
 
 
-def add_connection(parser: argparse.ArgumentParser, options: Sequence[str] = ()) -> None:
-    """Adds the flags of a server elsewhere and those of one in this process.
+@dataclass(frozen=True, slots=True)
+class RemoteServer:
+    """A server elsewhere.
+
+    Attributes:
+        uri: grpc://HOST:PORT or grpc+tls://HOST:PORT.
+        token_file: File with a bearer token.
+        tls_ca: PEM CA of the server's certificate.
+    """
+
+    uri: str
+    token_file: Path | None = None
+    tls_ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        from fletcher.net.address import parse_address
+
+        parse_address(self.uri, field="server")
+
+    def connect(self, compression: str | None = None, max_retries: int | None = None) -> Client:
+        """A client; close it in the end.
+
+        Args:
+            compression: Of what is sent; None: the client's default.
+            max_retries: Of a call; None: the client's default.
+
+        Raises:
+            FletcherError: It cannot be reached, or refuses the token.
+        """
+        from fletcher.client import TlsOptions, TransferOptions, connect
+
+        transfer = None if max_retries is None else TransferOptions(max_retries=max_retries)
+        token = _read_token(self.token_file) if self.token_file else None
+        tls = TlsOptions(ca=self.tls_ca) if self.tls_ca else None
+        try:
+            return connect(
+                self.uri, token=token, tls=tls, transfer=transfer, compression=compression
+            )
+        except UnauthenticatedError as error:
+            reason = "the token is not valid; check" if token else "it asks for a token; give"
+            raise UnauthenticatedError(
+                f"{self.uri} refuses the call: {reason} --token-file"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedTarget:
+    """The server that embeds for a command.
+
+    Attributes:
+        server: One elsewhere; None: one in this process.
+        compression: Of what is sent to one elsewhere.
+        flags: Server options for one in this process.
+    """
+
+    server: RemoteServer | None
+    compression: str
+    flags: ConfigFlags
+
+    @property
+    def asked_model(self) -> str | None:
+        """`--model` for a server elsewhere; None: its default, or one in this process."""
+        return self.flags.given.get("model") if self.server else None
+
+    def resolve(self, *, own_store: bool = False, **flags: Any) -> ServeConfig:
+        """The configuration of a server in this process; sets up logging as it says.
+
+        Args:
+            own_store: This process opens the store even where a server elsewhere embeds; the
+                default one is hardly that server's.
+            flags: Texts by option name, in place of flags.
+
+        Raises:
+            ConfigError: As `fletcher.config.resolution.resolve`.
+        """
+        resolved = self.flags.resolve(LOCAL_OPTIONS, **flags)
+        config = resolved.config
+        if own_store and self.server and "store" not in resolved.sources:
+            raise ConfigError(
+                "`store` is missing: with --server the query is embedded there, but this command "
+                "reads the rows itself; give the store that the server writes to, --store "
+                "lance:PATH or grpc://HOST:PORT",
+                field="store",
+            )
+        if "log_level" not in resolved.sources:
+            # A server's ordinary log lines would disturb a command's output.
+            config = config.with_options(log_level="warning")
+        set_up_logging(config.telemetry.log_level, config.telemetry.log_format)
+        return config
+
+    @contextlib.contextmanager
+    def open_client(
+        self, config: ServeConfig, *, max_retries: int | None = None
+    ) -> Iterator[Client]:
+        """A client of the server elsewhere, or of one in this process until it is left.
+
+        Args:
+            config: For one in this process.
+            max_retries: Of calls to a server elsewhere; None: the client's default.
+
+        Raises:
+            FletcherError: The server cannot be reached or started.
+        """
+        if self.server:
+            self.refuse_local_flags()
+            with self.server.connect(self.compression, max_retries) as client:
+                yield client
+            return
+        from fletcher.client import TransferOptions, connect
+        from fletcher.runtime import Runtime
+
+        leave_in_time()
+        # Any program on this machine can reach the port; only this process knows the token.
+        token = secrets.token_urlsafe()
+        with tempfile.NamedTemporaryFile("w", prefix="fletcher-", encoding="utf-8") as file:
+            file.write(token + "\n")
+            file.flush()
+            private = config.with_options(
+                host="127.0.0.1",
+                port=0,
+                token_file=Path(file.name),
+                max_journal=0,  # rows are acknowledged when the store has them
+                isolate_engine=True,  # one in this process is for many single texts
+            )
+            with (
+                Runtime(private, progress=say) as runtime,
+                # It retries a failing store for --store-retry itself: the client need not.
+                connect(
+                    runtime.address, token=token, transfer=TransferOptions(max_retries=0)
+                ) as client,
+            ):
+                yield client
+
+    def refuse_local_flags(self) -> None:
+        """Refuses flags that a server elsewhere has decided. Raises ConfigError."""
+        for name in sorted(self.flags.given.keys() & _SERVERS_OWN):
+            raise ConfigError(
+                f"`{name}` has no meaning with --server, which has its own; leave one out",
+                field=name,
+            )
+
+
+def server_options(*, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the flags of a server elsewhere; the command gets `server: RemoteServer | None`."""
+    options = [
+        option(
+            "--server",
+            required=required,
+            metavar="URI",
+            heading=ELSEWHERE,
+            help="Server that does the work, grpc://HOST:PORT or grpc+tls://HOST:PORT."
+            + (
+                ""
+                if required
+                else " Without it a server in this process does, which loads the model first."
+            ),
+        ),
+        option(
+            "--token-file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            heading=ELSEWHERE,
+            help="File with the server's bearer token.",
+        ),
+        option(
+            "--tls-ca",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            heading=ELSEWHERE,
+            help="PEM CA of the server's certificate, if it is not one that the system trusts.",
+        ),
+    ]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def collect(
+            *, server: str | None, token_file: Path | None, tls_ca: Path | None, **params: Any
+        ) -> Any:
+            remote = RemoteServer(server, token_file, tls_ca) if server else None
+            return function(server=remote, **params)
+
+        for one in reversed(options):
+            one(collect)
+        return collect
+
+    return decorate
+
+
+def target_options(*names: str, **text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the flags of both kinds of server; the command gets `target: EmbedTarget`.
 
     Args:
-        options: Options of ServeConfig that get a flag besides LOCAL_FLAGS.
+        names: Server options that get a flag besides LOCAL_FLAGS.
+        text: Help by option name, where the command's differs from the server's.
     """
-    add_server(parser).add_argument(
+    compression = option(
         "--compression",
-        choices=COMPRESSIONS,
+        type=Choice(COMPRESSIONS),
         default="auto",
-        help="of what is sent there; auto measures the text and the connection (default: auto)",
+        heading=ELSEWHERE,
+        help="Compression of what is sent there. auto measures the text and the connection.",
     )
-    add_options(parser, (*options, *LOCAL_FLAGS))
 
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @config_options(*names, *LOCAL_FLAGS, text={**_LOCAL_TEXT, **text})
+        @functools.wraps(function)
+        def collect(
+            *, server: RemoteServer | None, compression: str, flags: ConfigFlags, **params: Any
+        ) -> Any:
+            return function(target=EmbedTarget(server, compression, flags), **params)
 
-def add_server(parser: argparse.ArgumentParser, *, required: bool = False) -> Any:
-    """Adds the flags of a server elsewhere alone, and gives their group."""
-    group = parser.add_argument_group("a server elsewhere")
-    group.add_argument(
-        "--server",
-        metavar="URI",
-        required=required,
-        help="grpc://HOST:PORT, or grpc+tls://HOST:PORT",
-    )
-    group.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="file with the server's bearer token"
-    )
-    group.add_argument(
-        "--tls-ca", type=Path, metavar="FILE", help="PEM CA of the server's certificate"
-    )
-    return group
+        return server_options()(compression(collect))
 
-
-def local_config(args: argparse.Namespace, *, own_store: bool = False, **flags: Any) -> ServeConfig:
-    """The configuration of a server in this process, and logging as it says.
-
-    Args:
-        own_store: This process opens the store even where a server elsewhere embeds; the default
-            one is hardly that server's.
-        flags: Texts of options, by name, in place of flags.
-
-    Raises:
-        ConfigError: As `fletcher.config.server.resolve`.
-    """
-    resolved = read_config(args, os.environ, LOCAL_OPTIONS, **flags)
-    config = resolved.config
-    if own_store and args.server and "store" not in resolved.sources:
-        raise ConfigError(
-            "`store` is missing: --server has the query's vector made there, and the rows are "
-            "looked for in a store that this command opens itself; give the one that the server "
-            "writes to, --store lance:PATH or grpc://HOST:PORT",
-            field="store",
-        )
-    if "log_level" not in resolved.sources:
-        # What a server says in its normal course would only disturb a command's output.
-        config = config.with_options(log_level="warning")
-    set_up_logging(config.telemetry.log_level, config.telemetry.log_format)
-    return config
-
-
-@contextlib.contextmanager
-def open_client(
-    args: argparse.Namespace, config: ServeConfig, *, max_retries: int | None = None
-) -> Iterator[Client]:
-    """A client of the server that was asked for, or of one in this process until it is left.
-
-    Args:
-        max_retries: Of calls to a server elsewhere; None: the client's default.
-
-    Raises:
-        FletcherError: The server cannot be reached or started.
-    """
-    if args.server:
-        refuse_local_flags(args)
-        with open_server(args, args.compression, max_retries) as client:
-            yield client
-        return
-    from fletcher.client import TransferOptions, connect
-    from fletcher.runtime import Runtime
-
-    leave_in_time()
-    # Anybody on this machine can reach the port; only this process knows the token.
-    token = secrets.token_urlsafe()
-    with tempfile.NamedTemporaryFile("w", prefix="fletcher-", encoding="utf-8") as file:
-        file.write(token + "\n")
-        file.flush()
-        private = config.with_options(
-            host="127.0.0.1",
-            port=0,
-            token_file=Path(file.name),
-            max_journal=0,  # rows are acknowledged when the store has them, and nothing is left
-            isolate_engine=True,  # a model in this process, too, is for many single texts
-        )
-        with (
-            Runtime(private, progress=say) as runtime,
-            # It tries a failing store for --store-retry itself: the client need not again.
-            connect(
-                runtime.address, token=token, transfer=TransferOptions(max_retries=0)
-            ) as client,
-        ):
-            yield client
-
-
-def open_server(
-    args: argparse.Namespace, compression: str | None = None, max_retries: int | None = None
-) -> Client:
-    """A client of the server elsewhere; close it in the end.
-
-    Raises:
-        FletcherError: It cannot be reached, or does not let us in.
-    """
-    from fletcher.client import TlsOptions, TransferOptions, connect
-
-    transfer = None if max_retries is None else TransferOptions(max_retries=max_retries)
-    token = _read_token(args.token_file) if args.token_file else None
-    tls = TlsOptions(ca=args.tls_ca) if args.tls_ca else None
-    try:
-        return connect(
-            args.server, token=token, tls=tls, transfer=transfer, compression=compression
-        )
-    except UnauthenticatedError as error:
-        raise UnauthenticatedError(
-            f"{args.server} does not let us in: "
-            + ("the token is not valid; check" if token else "it asks for a token; give")
-            + " --token-file"
-        ) from error
+    return decorate
 
 
 def without_store(config: ServeConfig) -> ServeConfig:
     """The same configuration for vectors that are only sent back."""
     return config.with_options(store=(NO_STORE,))
-
-
-def refuse_local_flags(args: argparse.Namespace) -> None:
-    """Refuses flags of servers where one elsewhere does the work. Raises ConfigError."""
-    for name in sorted(given_flags(args).keys() & _SERVERS_OWN):
-        raise ConfigError(
-            f"`{name}` has no meaning with --server, which has its own; leave one out", field=name
-        )
 
 
 def _read_token(path: Path) -> str:
@@ -200,5 +289,7 @@ def _read_token(path: Path) -> str:
             f"`token_file` is {str(path)!r}, which cannot be read: {reason}", field="token_file"
         ) from None
     if not words:
-        raise ConfigError(f"`token_file` {str(path)!r} holds no token", field="token_file")
+        raise ConfigError(
+            f"`token_file` {str(path)!r} holds no token; write one into it", field="token_file"
+        )
     return words[0]

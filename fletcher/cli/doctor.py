@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -13,11 +12,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
-from typing import Any, Literal
+from typing import Literal
 
-from fletcher.cli.parser import add_options, read_config
+from fletcher.cli.command_line import command
+from fletcher.cli.options import ConfigFlags, config_options, json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import printable
+from fletcher.cli.terminal import print_table, styled
 from fletcher.config.option import GIB
 from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
@@ -35,6 +35,7 @@ _OPTIONS = (
 
 State = Literal["ok", "note", "broken"]
 MARKS: dict[State, str] = {"ok": "ok", "note": "note", "broken": "BROKEN"}
+STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "broken": "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +57,29 @@ class Finding:
     fix: str = ""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `doctor`."""
-    parser = subparsers.add_parser(
-        "doctor",
-        help="show what this machine has, and what to fix",
-        description="Shows hardware, engines, models and stores, and what to fix. Ends with 1 if "
-        "something needed is broken.",
-        example="fletcher doctor --store lance:vectors",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(parser, _OPTIONS)
+@command("doctor", "fletcher doctor", "fletcher doctor --store lance:vectors --json")
+@json_option("Print one JSON object.")
+@config_options(
+    *_OPTIONS,
+    text={
+        "model": "Model to load.",
+        "store": "Store to look at, as NAME=ADDRESS or ADDRESS; repeatable. No store is without "
+        "it.",
+        "models": "Further model that must be installed; repeatable.",
+        "max_memory": "Memory of the server that shall run here.",
+    },
+)
+def cli(flags: ConfigFlags, as_json: bool) -> int:
+    """Show hardware, engines, models and stores, and what to fix.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Looks and prints; 1 if something needed is broken."""
+    The exit status is 1 if something needed is broken.
+    """
     set_up_logging("error", "text")
-    resolved = read_config(args, os.environ, (*_OPTIONS, "max_message_bytes"))
+    resolved = flags.resolve((*_OPTIONS, "max_message_bytes"))
     findings = list(examine(resolved.config, look_at_stores="store" in resolved.sources))
     findings += [Finding("home", "environment", "note", text) for text in resolved.warnings]
     broken = any(finding.state == "broken" for finding in findings)
-    if args.json:
+    if as_json:
         found = [dataclasses.asdict(finding) for finding in findings]
         print(json.dumps({"ok": not broken, "findings": found}, ensure_ascii=False, indent=2))
     else:
@@ -277,15 +280,15 @@ def _stores(config: ServeConfig) -> Iterator[Finding]:
 
 
 def _print(findings: list[Finding]) -> None:
-    width = max(len(finding.name) for finding in findings)
+    rows: list[list[object]] = []
     part = ""
     for finding in findings:
-        if finding.part != part:
-            part = finding.part
-            print(part)
-        name = finding.name.ljust(width)
-        print(f"  {MARKS[finding.state]:<6}  {name}  {printable(finding.value)}")
+        shown = "" if finding.part == part else finding.part
+        part = finding.part
+        mark = styled(MARKS[finding.state], STYLES[finding.state])
+        rows.append([shown, mark, finding.name, finding.value])
         if finding.fix:
-            print(f"  {'':<6}  {'':<{width}}  -> {finding.fix}")
+            rows.append(["", "", "", f"-> {finding.fix}"])
+    print_table(rows)
     fixes = sum(finding.state == "broken" for finding in findings)
     print(f"{fixes} to fix" if fixes else "all that is needed works")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -10,8 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.connection import add_connection, local_config, open_client, without_store
-from fletcher.cli.parser import add_format, add_paths, check_server, given_flags
+import click
+
+from fletcher.cli.command_line import command, option
+from fletcher.cli.connection import EmbedTarget, target_options, without_store
+from fletcher.cli.options import INPUT, format_option, json_option, paths_argument
 from fletcher.cli.terminal import say
 from fletcher.config.delivery import NO_STORE
 from fletcher.config.server import ServeConfig
@@ -27,88 +29,106 @@ if TYPE_CHECKING:
 _CACHE_ENTRY_BYTES = 1024
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `eval`."""
-    parser = subparsers.add_parser(
-        "eval",
-        usage="fletcher eval [options] PATH... --query COLUMN --document COLUMN",
-        help="measure what precision, depth, width and type cost in quality",
-        description="Embeds a corpus of pairs in several ways and measures how well each query "
-        "finds its document, how far the vectors are from float32's, how fast they are made and "
-        "how large they are. Every row of the files is a pair; rows whose query or document came "
-        "before are left out. Rates mean something on a quiet machine only.",
-        example="fletcher eval corpus.parquet --query title --document body --documents 5000 "
-        "--queries 1000",
-    )
-    add_paths(parser)
-    parser.add_argument(
-        "--query", required=True, metavar="COLUMN", help="what is asked, such as a title"
-    )
-    parser.add_argument(
-        "--document", required=True, metavar="COLUMN", help="what should be found, such as a body"
-    )
-    add_format(parser, "of the files")
-    parser.add_argument(
-        "--documents",
-        type=int,
-        metavar="N",
-        help="documents to embed, a fixed random choice; more: a harder search, and longer "
-        "(default: all)",
-    )
-    parser.add_argument(
-        "--queries",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="queries to ask; more: narrower intervals (default: 1000)",
-    )
-    parser.add_argument(
-        "--variants",
-        action="append",
-        metavar="LIST",
-        help="what to compare: 'backend=openvino precision=bfloat16,float32 dims=384,128 "
-        "dtype=float32,float16' is every combination; keys: backend, precision, layers, dims, "
-        "dtype, chunking (of documents, one vector each); repeatable (default: every engine here, "
-        "and the depths, widths and types that the model declares)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no table")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the JSON there, beside the table"
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw quality against cost there, as a PNG"
-    )
-    add_connection(parser, ("model", "allow_undeclared", "int8"))
+@command(
+    "eval",
+    "fletcher eval corpus.parquet --query title --document body --documents 5000 --queries 1000",
+    "fletcher eval corpus.parquet --query title --document body --variants 'dims=384,128'",
+)
+@paths_argument()
+@option(
+    "--query",
+    required=True,
+    metavar="COLUMN",
+    heading=INPUT,
+    help="Column of queries, such as titles.",
+)
+@option(
+    "--document",
+    required=True,
+    metavar="COLUMN",
+    heading=INPUT,
+    help="Column of the documents to find, such as bodies.",
+)
+@format_option("files")
+@option(
+    "--documents",
+    type=int,
+    metavar="N",
+    heading=INPUT,
+    help="Documents to embed, a fixed random choice. More make a harder search, and take longer. "
+    "Default: all.",
+)
+@option(
+    "--queries",
+    type=int,
+    default=1000,
+    metavar="N",
+    heading=INPUT,
+    help="Queries to ask. More make narrower intervals, and take longer.",
+)
+@option(
+    "--variants",
+    multiple=True,
+    metavar="LIST",
+    help="Combinations to compare, such as 'backend=openvino precision=bfloat16,float32 "
+    "dims=384,128 dtype=float32,float16'; repeatable. Keys: backend, precision, layers, dims, "
+    "dtype, chunking (of documents, one vector each). Default: every engine here, and the layers, "
+    "widths and types that the model declares.",
+)
+@json_option("Print one JSON object instead of the table.")
+@option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File for the JSON, beside the table.",
+)
+@option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="PNG file for a plot of quality against cost.",
+)
+@target_options("model", "allow_undeclared", "int8", model="Model to measure.")
+def cli(
+    target: EmbedTarget,
+    paths: tuple[str, ...],
+    query: str,
+    document: str,
+    format_name: str | None,
+    variants: tuple[str, ...],
+    **params: Any,
+) -> None:
+    """Measure what precision, depth, width and type cost in quality, on your own texts.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Evaluates and prints."""
+    Embeds a corpus of pairs in several ways and measures how well each query finds its document,
+    how far the vectors are from float32's, how fast they are made and how large they are. Every
+    row of the files is a pair; rows with a query or document seen before are left out. Rates are
+    only meaningful on a quiet machine.
+    """
     from fletcher.evaluation import plot
     from fletcher.evaluation.evaluate import evaluate
     from fletcher.evaluation.pairs import read_pairs
     from fletcher.evaluation.variants import parse_variants
 
-    check_server(args)
     for name in ("documents", "queries"):
-        value = getattr(args, name)
+        value = params[name]
         if value is not None and value < 2:
             raise ConfigError(f"`{name}` is {value}, expected 2 or more", field=name)
     for name in ("output", "plot"):
-        _check_folder(name, getattr(args, name))
-    if args.plot:
+        _check_folder(name, params[name])
+    if params["plot"]:
         plot.check_matplotlib()
-    config = local_config(args, store=NO_STORE)
-    engines = _Engines(args, config)
-    lists = args.variants and [parse_variants(text, engines.usual) for text in args.variants]
-    variants = [one for some in lists for one in some] if lists else None
-    engines.check(variants or ())
+    config = target.resolve(store=NO_STORE)
+    engines = _Engines(target, config)
+    asked = [one for text in variants for one in parse_variants(text, engines.usual)]
+    engines.check(asked)
     pairs = read_pairs(
-        args.paths,
-        query_column=args.query,
-        document_column=args.document,
-        format_name=args.format,
-        num_documents=args.documents,
-        num_queries=args.queries,
+        paths,
+        query_column=query,
+        document_column=document,
+        format_name=format_name,
+        num_documents=params["documents"],
+        num_queries=params["queries"],
         notice=say,
     )
     engines.num_texts = len(pairs.documents) + len(pairs.queries)
@@ -116,13 +136,12 @@ def run(args: argparse.Namespace) -> int:
         pairs,
         engines.reference,
         engines.usual,
-        variants,
+        asked or None,
         engines.open,
         say,
-        model_name=given_flags(args).get("model") if args.server else None,
+        model_name=target.asked_model,
     )
-    _print(found, args)
-    return 0
+    _print(found, **{name: params[name] for name in ("as_json", "output", "plot")})
 
 
 class _Engines:
@@ -134,21 +153,21 @@ class _Engines:
         num_texts: Texts whose vectors are kept in a server's embedding cache while it is open.
     """
 
-    def __init__(self, args: argparse.Namespace, config: ServeConfig) -> None:
+    def __init__(self, target: EmbedTarget, config: ServeConfig) -> None:
         from fletcher.client.prompts import served_model
         from fletcher.evaluation.variants import Engine
 
-        self._args, self._config = args, config
+        self._target, self._config = target, config
         self.num_texts = 0
-        if args.server:
-            with open_client(args, config) as client:
-                model = served_model(client, given_flags(args).get("model"))
+        if target.server:
+            with target.open_client(config) as client:
+                model = served_model(client, target.asked_model)
                 name = f"{model['name']}@{model['hash']}"
                 replicas = [one for one in client.stats()["replicas"] if one["model"] == name]
             if not replicas:
                 raise ConfigError(
-                    f"`model` {name} is not loaded now by {args.server}; "
-                    f"`fletcher model load {name} --server {args.server}` does that",
+                    f"`model` {name} is not loaded now by {target.server.uri}; "
+                    f"`fletcher model load {name} --server {target.server.uri}` does that",
                     field="model",
                 )
             about = replicas[0]
@@ -180,12 +199,12 @@ class _Engines:
         from fletcher.inference.devices import resolve_replicas
 
         for engine in dict.fromkeys(one.engine for one in variants):
-            if not self._args.server:
+            if not self._target.server:
                 resolve_replicas(self._question(engine), self._host, self._bundle)
             elif engine != self.reference:
                 raise ConfigError(
-                    f"`variants` asks for {engine}, but {self._args.server} runs {self.reference}; "
-                    "leave out `backend` and `precision`, or --server",
+                    f"`variants` asks for {engine}, but {self._target.server.uri} runs "
+                    f"{self.reference}; leave out `backend` and `precision`, or --server",
                     field="variants",
                 )
 
@@ -197,7 +216,7 @@ class _Engines:
         types are made of it by the same code as ever, without running the model again.
         """
         config = without_store(self._config)
-        if not self._args.server:
+        if not self._target.server:
             entry = 4 * self._bundle.dim + _CACHE_ENTRY_BYTES
             size = self.num_texts * entry * max(1, len(self._bundle.layers))
             config = config.with_options(embedding_cache=size)
@@ -206,7 +225,7 @@ class _Engines:
                 config = config.with_options(
                     device=asked.device, backend=asked.backend, precision=asked.precision
                 )
-        with open_client(self._args, config) as client:
+        with self._target.open_client(config) as client:
             yield client
 
     def _question(self, engine: Engine) -> EngineConfig:
@@ -219,23 +238,26 @@ class _Engines:
         )
 
 
-def _print(found: EvaluationReport, args: argparse.Namespace) -> None:
-    from fletcher.evaluation import plot, report
+def _print(
+    found: EvaluationReport, *, as_json: bool, output: Path | None, plot: Path | None
+) -> None:
+    from fletcher.evaluation import plot as drawing
+    from fletcher.evaluation import report
 
     text = json.dumps(report.as_json(found), indent=2, ensure_ascii=False)
-    if args.json:
+    if as_json:
         print(text)
     else:
         print("\n".join(report.table(found)))
         for warning in found.warnings():
             say(f"note: {warning}")
-    if args.output:
+    if output:
         try:
-            args.output.write_text(text + "\n", encoding="utf-8")
+            output.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            raise _unwritable("output", args.output, error.strerror) from None
-    if args.plot:
-        plot.draw_report(found, args.plot)
+            raise _unwritable("output", output, error.strerror) from None
+    if plot:
+        drawing.draw_report(found, plot)
 
 
 def _check_folder(name: str, path: Path | None) -> None:

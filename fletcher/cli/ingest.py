@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -12,8 +11,18 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.connection import add_connection, local_config, open_client, refuse_local_flags
-from fletcher.cli.parser import add_format, add_long_texts, add_paths, check_server, given_flags
+from fletcher.cli.command_line import Choice, command, option
+from fletcher.cli.connection import EmbedTarget, target_options
+from fletcher.cli.options import (
+    INPUT,
+    OUTPUT,
+    format_option,
+    json_option,
+    paths_argument,
+    split_names,
+    text_option,
+    vector_options,
+)
 from fletcher.cli.progress import Progress, Sample, Total
 from fletcher.cli.terminal import cut, printable, say, terminal_width
 from fletcher.core.command import CHOICES, EmbedCommand
@@ -21,7 +30,6 @@ from fletcher.errors import ConfigError, FletcherError
 
 if TYPE_CHECKING:
     from fletcher.client import Ack, Client, PutSummary
-    from fletcher.config.server import ServeConfig
     from fletcher.readers import TextSource
 
 SHOWN_ERRORS = 5
@@ -29,134 +37,131 @@ SHOWN_ERRORS = 5
 MAX_RETRIES = 35
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `ingest`."""
-    parser = subparsers.add_parser(
-        "ingest",
-        usage="fletcher ingest [options] PATH... --dataset NAME",
-        help="embed files or standard input into a store",
-        description="Embeds files, folders of them or standard input (-) into a dataset of a "
-        "store. The same command again goes on where it was stopped and stores nothing twice.",
-        example="fletcher ingest articles.parquet --text body --id slug --dataset articles",
-    )
-    add_paths(parser)
-    group = parser.add_argument_group("input")
-    add_format(group, "of the files")
-    group.add_argument(
-        "--text", default="text", metavar="COLUMN", help="column of texts (default: text)"
-    )
-    group.add_argument(
-        "--id",
-        metavar="COLUMN",
-        help="column of row ids (default: id where there is one, else made up)",
-    )
-    group.add_argument(
-        "--columns", type=_names, default=(), metavar="NAME,...", help="columns to carry along"
-    )
-    group.add_argument("--limit", type=int, metavar="N", help="rows to read at most")
-    group = parser.add_argument_group("output")
-    group.add_argument("--dataset", required=True, metavar="NAME", help="where the vectors go")
-    group.add_argument(
-        "--upload-id",
-        metavar="NAME",
-        help="the same name and input go on where it was stopped; other input under it is taken "
-        "for what is there (default: made of the files' contents; new each time for -)",
-    )
-    group.add_argument(
-        "--mode",
-        choices=CHOICES["mode"],
-        default="append",
-        help="append, replace rows by id (upsert), replace the dataset (overwrite), or embed only "
-        "rows that are new or changed (delta) (default: append)",
-    )
-    group.add_argument(
-        "--dedupe",
-        choices=CHOICES["dedupe"],
-        default="off",
-        help="drop rows whose id or text came before or is stored; reads that column of the "
-        "dataset once (default: off)",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=CHOICES["dtype"],
-        help="of the vectors: float16 takes half the room of float32, int8 a quarter, ubinary a "
-        "32nd, each at some loss (default: float16 where the store takes it)",
-    )
-    group.add_argument("--dims", type=int, metavar="N", help="leading dimensions to keep")
-    group.add_argument(
-        "--layers", type=int, metavar="N", help="exit layer; fewer: faster, at some loss"
-    )
-    group.add_argument(
-        "--prompt",
-        help="a prompt of the model, or text to put before each text; '' for none (default: the "
-        "model's prompt for documents, if it has one)",
-    )
-    add_long_texts(group)
-    group.add_argument(
-        "--no-text", action="store_true", help="store vectors and ids without the texts"
-    )
-    group.add_argument("--json", action="store_true", help="print the summary as JSON")
-    add_connection(parser, ("store", "model"))
+@command(
+    "ingest",
+    "fletcher ingest articles.parquet --text body --id slug --dataset articles",
+    "fletcher ingest folder/ --dataset notes --store grpc://localhost:3000",
+    "zcat log.jsonl.gz | fletcher ingest - --dataset log --server grpc://localhost:8815",
+)
+@paths_argument()
+@json_option("Print the summary as JSON.")
+@text_option()
+@option(
+    "--id",
+    "id_column",
+    metavar="COLUMN",
+    heading=INPUT,
+    help="Column of row ids. Default: id if it exists, else ids are generated.",
+)
+@option(
+    "--columns",
+    metavar="NAME,...",
+    callback=split_names,
+    heading=INPUT,
+    help="Columns to store beside the vectors.",
+)
+@format_option("files")
+@option("--limit", type=int, metavar="N", heading=INPUT, help="Most rows to read.")
+@option("--dataset", required=True, metavar="NAME", heading=OUTPUT, help="Dataset to write to.")
+@option(
+    "--upload-id",
+    metavar="NAME",
+    heading=OUTPUT,
+    help="Name of the upload. Re-run with the same name and input to resume. Warning: other input "
+    "under the same name counts as already uploaded. Default: derived from the files' contents, or "
+    "new each time for -.",
+)
+@option(
+    "--mode",
+    type=Choice(CHOICES["mode"]),
+    default="append",
+    heading=OUTPUT,
+    help="append rows, replace rows by id (upsert), replace the dataset (overwrite), or embed only "
+    "new and changed rows (delta).",
+)
+@option(
+    "--dedupe",
+    type=Choice(CHOICES["dedupe"]),
+    default="off",
+    heading=OUTPUT,
+    help="Drop rows whose id or text was uploaded or stored before. Reads that column of the "
+    "dataset once.",
+)
+@option(
+    "--no-text",
+    is_flag=True,
+    heading=OUTPUT,
+    help="Store ids and vectors without the texts. Saves space; searches then show no text.",
+)
+@vector_options(
+    prompt="Prompt of the model, or text to put before each text; '' for none. "
+    "Default: the model's prompt for documents, if it has one."
+)
+@target_options(
+    "store",
+    "model",
+    store="Store to write to, as NAME=ADDRESS or ADDRESS: "
+    "lance:PATH, parquet:PATH or grpc://HOST:PORT. With --server, the name of one of its stores. "
+    "Default: lance: in the home folder.",
+)
+def cli(
+    target: EmbedTarget,
+    paths: tuple[str, ...],
+    format_name: str | None,
+    limit: int | None,
+    no_text: bool,
+    as_json: bool,
+    **fields: Any,
+) -> int:
+    """Embed files, folders of them or standard input into a dataset of a store.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Ingests; 0 when every row that was read is stored or was refused by itself."""
+    Run the same command again to resume an upload that was stopped: no row is stored twice. The
+    exit status is 0 if every row is stored, or has failed alone.
+    """
     from fletcher.readers import open_source
 
-    check_server(args)
-    options = _options(args)
-    config = local_config(args)
-    if args.server:
-        refuse_local_flags(args)
+    options = _command(target, fields, no_text=no_text)
+    config = target.resolve()
+    if target.server:
+        target.refuse_local_flags()
     elif not config.store_addresses:
         raise ConfigError("`store` is none, which keeps no rows; give an address", field="store")
     source = open_source(
-        args.paths,
-        text_column=args.text,
-        id_column=args.id,
-        columns=args.columns,
-        format_name=args.format,
-        limit=args.limit,
+        paths,
+        text_column=fields["text_column"],
+        id_column=fields["id_column"],
+        columns=fields["columns"],
+        format_name=format_name,
+        limit=limit,
         notice=_say,
     )
     started_s = time.monotonic()
-    with open_client(args, config, max_retries=MAX_RETRIES) as client:
+    with target.open_client(config, max_retries=MAX_RETRIES) as client:
         started_s = time.monotonic()
         options = _with_prompt(client, options)
         try:
-            summary = _upload(client, source, options, local=not args.server, limit=args.limit)
+            summary = _upload(client, source, options, local=not target.server, limit=limit)
         except KeyboardInterrupt:
             # Said before the workers end, which takes seconds.
-            resumable = source.reiterable or args.upload_id
-            again = "; the same command goes on where this one was" if resumable else ""
+            resumable = source.reiterable or options.upload_id
+            again = "; the same command resumes the upload" if resumable else ""
             print(f"stopping{again}", file=sys.stderr)
             raise
-    report = _report(summary, args, config, time.monotonic() - started_s)
-    if args.json:
+    store = target.server.uri if target.server else next(iter(config.store_addresses.values()))
+    report = _report(summary, fields["dataset"], store, time.monotonic() - started_s)
+    if as_json:
         print(json.dumps(report, ensure_ascii=False))
     else:
         _print(report)
     return 0 if summary.complete else 1
 
 
-def _options(args: argparse.Namespace) -> EmbedCommand:
+def _command(target: EmbedTarget, fields: dict[str, Any], *, no_text: bool) -> EmbedCommand:
     return EmbedCommand(
-        dataset=args.dataset,
-        upload_id=args.upload_id,
-        model=given_flags(args).get("model") if args.server else None,
-        store=_store_name(args) if args.server else None,
-        text_column=args.text,
-        id_column=args.id or "id",
-        columns=args.columns,
-        mode=args.mode,
-        dedupe=args.dedupe,
-        dtype=args.dtype,
-        dims=args.dims,
-        layers=args.layers,
-        prompt=args.prompt,
-        truncate=args.truncate,
-        chunking=None if args.chunking == "none" else args.chunking,
-        include_text=False if args.no_text else None,
+        **{**fields, "id_column": fields["id_column"] or "id"},
+        model=target.asked_model,
+        store=_store_name(target),
+        include_text=False if no_text else None,
         durability="store",  # the summary tells what the store has
     )
 
@@ -167,9 +172,9 @@ def _with_prompt(client: Client, options: EmbedCommand) -> EmbedCommand:
     return dataclasses.replace(options, prompt=client.prompt_for("document", options.model))
 
 
-def _store_name(args: argparse.Namespace) -> str | None:
-    given: list[str] = given_flags(args).get("store", [])
-    if not given:
+def _store_name(target: EmbedTarget) -> str | None:
+    given: list[str] = target.flags.given.get("store", [])
+    if not given or not target.server:
         return None
     if len(given) > 1 or ":" in given[0]:
         raise ConfigError(
@@ -223,15 +228,12 @@ class _Meter:
         )
 
 
-def _report(
-    summary: PutSummary, args: argparse.Namespace, config: ServeConfig, seconds: float
-) -> dict[str, Any]:
-    """The summary for people and machines, in the contract's words."""
-    store = next(iter(config.store_addresses.values()), "")
+def _report(summary: PutSummary, dataset: str, store: str, seconds: float) -> dict[str, Any]:
+    """The summary in the contract's words."""
     new = summary.rows_received - summary.rows_skipped
     return {
-        "dataset": args.dataset,
-        "store": args.server or store,
+        "dataset": dataset,
+        "store": store,
         "model": summary.model,
         "upload_id": summary.upload_id,
         "complete": summary.complete,
@@ -272,7 +274,3 @@ def _print(report: Mapping[str, Any]) -> None:
 
 def _say(line: str) -> None:
     say(f"fletcher ingest: {line}")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for part in text.split(",") if (name := part.strip()))

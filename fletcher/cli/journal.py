@@ -1,58 +1,74 @@
-"""`fletcher journal`: what waits on this machine's disk for its stores."""
+"""`fletcher journal`: rows that wait on this machine's disk for their stores."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.parser import add_options, read_config
+from fletcher.cli.command_line import CommandGroup
+from fletcher.cli.options import ConfigFlags, config_options, json_option
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
     from fletcher.delivery.journal.segment import Damage, JournaledGroup, Segment
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+cli = CommandGroup(
+    name="journal",
+    help="Show, check and replay rows that wait on this machine's disk for their stores.\n\n"
+    "The journal is in the home folder, FLETCHER_HOME/journal.",
+    sections={
+        "Commands": {
+            "status": "List files, rows and their state.",
+            "verify": "Check every file and name damaged rows.",
+            "replay": "Mark sent and refused rows to be sent again.",
+        }
+    },
+)
+cli.examples = ("fletcher journal status", "fletcher journal verify --json")
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Adds `journal` and its own commands."""
-    parser = subparsers.add_parser(
-        "journal",
-        help="show, check and replay rows that wait for their stores",
-        description="The journal of this machine's server: FLETCHER_HOME/journal.",
-    )
-    commands = parser.add_subparsers(dest="journal_command", metavar="COMMAND", required=True)
-    status = commands.add_parser("status", help="list files, rows and what became of them")
-    verify = commands.add_parser(
-        "verify",
-        help="check every file and say which rows are damaged",
-        description="Compares checksums and row counts, and names the rows of what is damaged. "
-        "Changes nothing, and may run beside a server. Exits with 1 where something is damaged.",
-    )
-    for command in (status, verify):
-        command.add_argument("--json", action="store_true", help="print JSON, for machines")
-    commands.add_parser(
-        "replay",
-        help="let the next start of the server send again what was sent or refused",
-        description="Makes rows wait again that were sent to a store which may have lost them, or "
-        "that a store refused. The server must be stopped; its next start sends them. What the "
-        "store holds under its batch_key is not stored twice.",
-    )
-    for command in commands.choices.values():
-        add_options(command, ("home",))
+@cli.subcommand("status", "fletcher journal status")
+@json_option()
+@config_options("home")
+def show_status(flags: ConfigFlags, as_json: bool) -> int:
+    """List files, rows and their state. The exit status is 1 if something is damaged."""
+    with _readable_root(flags) as root:
+        return _show(root, as_json=as_json, closely=False)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Shows, checks or replays; 1 where something is damaged."""
-    root = read_config(args, os.environ, ("home",)).config.home / "journal"
+@cli.subcommand("verify", "fletcher journal verify --json")
+@json_option()
+@config_options("home")
+def verify_files(flags: ConfigFlags, as_json: bool) -> int:
+    """Compare checksums and row counts, and name the rows of damaged parts.
+
+    Changes nothing, and may run beside a server. The exit status is 1 if something is damaged.
+    """
+    with _readable_root(flags) as root:
+        return _show(root, as_json=as_json, closely=True)
+
+
+@cli.subcommand("replay", "fletcher journal replay --home /var/lib/fletcher")
+@config_options("home")
+def replay_rows(flags: ConfigFlags) -> int:
+    """Mark rows to be sent again that a store may have lost, or refused.
+
+    The server must be stopped; its next start sends them. Rows that the store holds under their
+    batch_key are not stored twice.
+    """
+    with _readable_root(flags) as root:
+        return _replay(root)
+
+
+@contextlib.contextmanager
+def _readable_root(flags: ConfigFlags) -> Iterator[Path]:
+    root = flags.resolve(("home",)).config.home / "journal"
     try:
-        if args.journal_command == "replay":
-            return _replay(root)
-        return _show(root, as_json=args.json, closely=args.journal_command == "verify")
+        yield root
     except PermissionError as error:
         raise ConfigError(
             f"the journal in {str(root)!r} cannot be read: {error.strerror}; run this as the user "
@@ -155,7 +171,7 @@ def _is_served(root: Path) -> bool:
     if not (root / ".lock").exists():
         return False
     try:
-        os.close(lock_journal(root))
+        lock_journal(root).release()
     except ConfigError:
         return True
     return False
@@ -170,6 +186,6 @@ def _replay(root: Path) -> int:
     try:
         num_files = sum(revive_segments(folder) for _, _, folder in journal_folders(root))
     finally:
-        os.close(lock)
+        lock.release()
     print(f"{num_files} files wait again; the next start of the server sends them")
     return 0

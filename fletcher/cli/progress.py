@@ -1,15 +1,19 @@
-"""How far a long command is: one live line on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long command: a live bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from fletcher.cli.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
 
 LIVE_INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 10.0
@@ -44,20 +48,32 @@ class Total:
 
 
 class Meter:
-    """Rates and time left from samples; knows nothing of clocks or terminals."""
+    """Rates and time left from samples; knows nothing of clocks or terminals.
+
+    Rich's own estimate starts anew with each total, and ours is extrapolated from the bytes read.
+    """
 
     def __init__(self, total: Total) -> None:
         self._total = total
         self._samples: deque[tuple[float, Sample]] = deque()
 
-    def add(self, now_s: float, sample: Sample) -> None:
+    def add_sample(self, now_s: float, sample: Sample) -> None:
         """Takes a sample; those older than WINDOW_S no longer count for rates."""
         self._samples.append((now_s, sample))
         while len(self._samples) > 2 and now_s - self._samples[1][0] >= WINDOW_S:
             self._samples.popleft()
 
-    def line(self, width: int | None = None) -> str:
-        """One line for people, at most `width` characters."""
+    @property
+    def done_share(self) -> float | None:
+        """The done share of all work, from 0 to 1; None: the total is unknown."""
+        last = self._samples[-1][1]
+        total = self._total_rows(last)
+        if total:
+            return min(1.0, last.rows / total)
+        return last.num_bytes / self._total.num_bytes if self._total.num_bytes else None
+
+    def line(self) -> str:
+        """One line for people."""
         (start_s, first), (now_s, last) = self._samples[0], self._samples[-1]
         elapsed_s = now_s - start_s
 
@@ -75,16 +91,20 @@ class Meter:
         left_s = self._left(last, rows, rate(last.num_bytes - first.num_bytes))
         if left_s is not None:
             parts.append(f"{clock(left_s)} left")
-        waiting = ", ".join(f"{name} {depth}" for name, depth in last.queues.items() if depth)
+        waiting = ", ".join(
+            f"{printable(name)} {depth}" for name, depth in last.queues.items() if depth
+        )
         if waiting:
             parts.append(f"queues: {waiting}")
-        line = "  ".join(parts)
-        return line if width is None or len(line) <= width else line[: width - 1] + "…"
+        return "  ".join(parts)
+
+    def _total_rows(self, last: Sample) -> float | None:
+        if self._total.rows is None and last.rows_read and self._total.num_bytes and last.num_bytes:
+            return last.rows_read * self._total.num_bytes / last.num_bytes
+        return self._total.rows
 
     def _left(self, last: Sample, rows_per_s: float, bytes_per_s: float) -> float | None:
-        total_rows: float | None = self._total.rows
-        if total_rows is None and last.rows_read and self._total.num_bytes and last.num_bytes:
-            total_rows = last.rows_read * self._total.num_bytes / last.num_bytes
+        total_rows = self._total_rows(last)
         # Rows are what takes the time; bytes stand in where nobody counted the rows.
         if total_rows is not None:
             return max(0, total_rows - last.rows) / rows_per_s if rows_per_s > 0 else None
@@ -98,10 +118,9 @@ class Progress:
     """Shows how far a command is, until it is left.
 
     Args:
-        sample: Asked now and then, from a thread of its own; may raise OSError or RuntimeError,
-            which skips a turn.
-        total: What there is to do.
-        stream: Where to write; a terminal gets one live line.
+        sample: Called now and then, on a thread of its own; OSError or RuntimeError skips a time.
+        total: Work to do.
+        stream: Where to write; a terminal gets one live line with a bar.
         interval_s: Between two samples; None: by the kind of stream.
     """
 
@@ -114,14 +133,16 @@ class Progress:
     ) -> None:
         self._sample = sample
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+        self._live = _live_display(self._stream) if self._stream.isatty() else None
         self._interval_s = interval_s or (LIVE_INTERVAL_S if self._live else PLAIN_INTERVAL_S)
         self._meter = Meter(total)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def __enter__(self) -> Progress:
-        self._meter.add(time.monotonic(), Sample(0))
+        self._meter.add_sample(time.monotonic(), Sample(0))
+        if self._live:
+            self._live.start()
         self._thread.start()
         return self
 
@@ -129,7 +150,7 @@ class Progress:
         self._stop.set()
         self._thread.join()
         if self._live:
-            self._write("\r\x1b[K")
+            self._live.stop()
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
@@ -137,15 +158,39 @@ class Progress:
                 sample = self._sample()
             except (OSError, RuntimeError):
                 continue
-            self._meter.add(time.monotonic(), sample)
-            width = shutil.get_terminal_size().columns
-            self._write(
-                f"\r\x1b[K{self._meter.line(width)}" if self._live else f"{self._meter.line()}\n"
-            )
+            self._meter.add_sample(time.monotonic(), sample)
+            if self._live:
+                share = self._meter.done_share
+                self._live.update(
+                    self._live.task_ids[0],
+                    description=self._meter.line(),
+                    completed=share or 0.0,
+                    visible=True,
+                )
+                self._live.refresh()
+            else:
+                self._stream.write(f"{self._meter.line()}\n")
+                self._stream.flush()
 
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+
+def _live_display(stream: TextIO) -> RichProgress:
+    """A bar and a line of text, cleared at its end."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+    from rich.table import Column
+
+    text = Column(no_wrap=True, overflow="ellipsis")
+    display = RichProgress(
+        BarColumn(bar_width=20),
+        TextColumn("{task.description}", markup=False, table_column=text),
+        console=Console(file=stream, highlight=False),
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,
+    )
+    display.add_task("", total=1.0, visible=False)
+    return display
 
 
 def human(number: float | None) -> str:

@@ -1,20 +1,23 @@
-"""`fletcher search`: embeds a query and asks the store for the nearest rows."""
+"""`fletcher search`: the rows of a store nearest to a query."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+import click
 
-from fletcher.cli.connection import add_connection, local_config, open_client, without_store
-from fletcher.cli.parser import check_server, given_flags
-from fletcher.cli.terminal import columns, cut, padded, printable, terminal_width
+from fletcher.cli.command_line import argument, command, option
+from fletcher.cli.connection import EmbedTarget, target_options, without_store
+from fletcher.cli.options import json_option, split_names
+from fletcher.cli.terminal import columns as width_of
+from fletcher.cli.terminal import cut, padded, printable, terminal_width
 from fletcher.config.option import nearest
-from fletcher.core.command import check_dataset
+from fletcher.config.server import fletcher_home
 from fletcher.errors import (
     ConfigError,
     InvalidCommandError,
@@ -24,7 +27,9 @@ from fletcher.errors import (
 )
 
 if TYPE_CHECKING:
-    from fletcher.config.server import ServeConfig
+    import pyarrow as pa
+    from click.shell_completion import CompletionItem
+
     from fletcher.stores.base import DatasetInfo, Filter, Store
 
 MAX_K = 10_000
@@ -32,77 +37,111 @@ MAX_ID_COLUMNS = 32
 _FILTER = re.compile(r"\s*([^\s=!<>]+)\s*(==|!=|>=|<=|=|>|<)\s*(.*?)\s*", re.DOTALL)
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `search`."""
-    parser = subparsers.add_parser(
-        "search",
-        usage="fletcher search [options] QUERY --dataset NAME",
-        help="find the rows nearest to a text",
-        description="Finds the rows of a dataset whose vectors are nearest to a text's. The rows "
-        "are in --store; with --server, that server embeds the text and --store has to be given.",
-        example='fletcher search "play chess" --dataset articles --store lance:vectors',
-    )
-    parser.add_argument("query", metavar="QUERY", help="the text to look for")
-    parser.add_argument("--dataset", required=True, metavar="NAME", help="where to look")
-    parser.add_argument("--k", type=int, default=5, metavar="N", help="rows to find (default: 5)")
-    parser.add_argument(
-        "--filter",
-        action="append",
-        default=[],
-        metavar="CONDITION",
-        help="only rows like this: 'year >= 2020', 'section = games'; all of several must hold",
-    )
-    parser.add_argument(
-        "--columns", type=_names, default=(), metavar="NAME,...", help="further columns to show"
-    )
-    parser.add_argument(
-        "--prompt",
-        help="a prompt of the model, or text to put before the query; '' for none "
-        "(default: the model's prompt for queries, if it has one)",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON lines")
-    add_connection(parser, ("store", "model"))
+def _complete_dataset(
+    context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Datasets of a store in a folder; no store is opened, which would take a second."""
+    from click.shell_completion import CompletionItem
+
+    given = context.params.get("option_store") or [os.environ.get("FLETCHER_STORE", "")]
+    home = Path(context.params.get("option_home") or fletcher_home()).expanduser()
+    address = given[0].rpartition("=")[2] or f"lance:{home / 'vectors'}"
+    kind, _, folder = address.partition(":")
+    found = Path(folder).expanduser().glob("*.lance" if kind == "lance" else "*/")
+    if kind not in ("lance", "parquet"):
+        return []
+    names = sorted(path.name.removesuffix(".lance") for path in found)
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Searches and prints."""
+@command(
+    "search",
+    'fletcher search "play chess" --dataset articles --store lance:vectors',
+    "fletcher search chess --dataset articles --filter 'year >= 2020' --columns year --json",
+)
+@argument("query", "Text to look for.", metavar="QUERY")
+@option(
+    "--dataset",
+    required=True,
+    metavar="NAME",
+    shell_complete=_complete_dataset,
+    help="Dataset to search.",
+)
+@option("--k", type=int, default=5, metavar="N", help="Rows to find.")
+@option(
+    "--filter",
+    "filters",
+    multiple=True,
+    metavar="CONDITION",
+    help="Condition on a column, such as 'year >= 2020' or 'section = games'; repeatable. Rows "
+    "must meet all of them.",
+)
+@option("--columns", metavar="NAME,...", callback=split_names, help="Further columns to show.")
+@option(
+    "--prompt",
+    metavar="TEXT",
+    help="Prompt of the model, or text to put before the query; '' for none. Default: the model's "
+    "prompt for queries, if it has one.",
+)
+@json_option("Print JSON lines.")
+@target_options(
+    "store",
+    "model",
+    store="Store to search: lance:PATH, parquet:PATH or grpc://HOST:PORT. Required with --server. "
+    "Default: lance: in the home folder.",
+    model="Model that embeds the query. Default: the model of the dataset.",
+)
+def cli(
+    target: EmbedTarget,
+    query: str,
+    dataset: str,
+    k: int,
+    filters: tuple[str, ...],
+    columns: tuple[str, ...],
+    prompt: str | None,
+    as_json: bool,
+) -> None:
+    """Find the rows of a dataset whose vectors are nearest to a text's.
+
+    This command reads the rows from --store itself. With --server, that server only embeds the
+    text.
+    """
+    from fletcher.core.command import check_dataset
     from fletcher.stores.address import folder_of, open_store
     from fletcher.stores.exact_search import vector_reader
 
-    check_server(args)
-    check_dataset(args.dataset)
-    if not args.query.strip():
+    check_dataset(dataset)
+    if not query.strip():
         raise ConfigError("`query` is empty, expected some text", field="query")
-    if not 1 <= args.k <= MAX_K:
-        raise ConfigError(f"`k` is {args.k}, expected 1 to {MAX_K}", field="k")
-    config = local_config(args, own_store=True)
+    if not 1 <= k <= MAX_K:
+        raise ConfigError(f"`k` is {k}, expected 1 to {MAX_K}", field="k")
+    config = target.resolve(own_store=True)
     addresses = list(config.store_addresses.values())
     if not addresses:
-        raise ConfigError("`store` is none, which holds no rows", field="store")
+        raise ConfigError("`store` is none, which holds no rows; give an address", field="store")
     folder = folder_of(addresses[0])
     if folder is not None and not folder.is_dir():  # else a misspelt path would become a folder
         raise UnknownDatasetError(
-            f"there is no dataset {args.dataset!r} in {addresses[0]}: there is no such folder",
+            f"there is no dataset {dataset!r} in {addresses[0]}: there is no such folder",
             field="dataset",
         )
     store = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
     try:
-        info = _find_dataset(store, args.dataset)
+        info = _find_dataset(store, dataset)
         if b"fletcher.output" in (info.schema.metadata or {}):  # which says: not dense
-            vector_reader(args.dataset, info.schema)  # before a model is loaded for the query
-        shown = _shown_columns(info, args.columns)
-        filters = [_parse_filter(text, info.schema) for text in args.filter]
-        vector = _embed_query(args, config, info)
-        found = store.search(args.dataset, vector, k=args.k, columns=shown, filters=filters)
+            vector_reader(dataset, info.schema)  # before a model is loaded for the query
+        shown = _shown_columns(info, columns)
+        conditions = [_parse_filter(text, info.schema) for text in filters]
+        vector = _embed_query(target, query, prompt, info)
+        found = store.search(dataset, vector, k=k, columns=shown, filters=conditions)
     finally:
         store.close()
     rows = found.select([*shown, "score"]).to_pylist()
-    if args.json:
+    if as_json:
         for rank, row in enumerate(rows, 1):
             print(json.dumps({"rank": rank, **row}, ensure_ascii=False, default=str))
     else:
         print_rows(rows, terminal_width())
-    return 0
 
 
 def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
@@ -111,7 +150,7 @@ def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
         print("no rows")
         return
     ids = [printable(row["id"]) for row in rows]
-    id_width = min(MAX_ID_COLUMNS, max(columns(one) for one in ids))
+    id_width = min(MAX_ID_COLUMNS, max(width_of(one) for one in ids))
     for rank, (row, one) in enumerate(zip(rows, ids, strict=True), 1):
         others = [
             f"{name}={printable(value)}"
@@ -146,33 +185,32 @@ def _shown_columns(info: DatasetInfo, asked: Sequence[str]) -> list[str]:
     return [*shown, *(name for name in asked if name not in shown)]
 
 
-def _embed_query(args: argparse.Namespace, config: ServeConfig, info: DatasetInfo) -> Any:
+def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: DatasetInfo) -> Any:
     from fletcher.client.prompts import QUERY_PROMPTS, default_prompt, served_model
 
     metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
-    model = given_flags(args).get("model")
+    model = target.flags.given.get("model")
     if model is None:
         model = stored  # that version, whatever its name stands for by now
-    if not args.server and model is not None:
-        config = local_config(args, model=model)
-    with open_client(args, without_store(config)) as client:
+    local_model = {} if target.server or model is None else {"model": model}
+    config = without_store(target.resolve(**local_model))
+    with target.open_client(config) as client:
         known = served_model(client, model)
         qualified = f"{known['name']}@{known['hash']}"
         if stored is not None and stored != qualified:
             raise ModelMismatchError(
-                f"`dataset` {args.dataset!r} holds vectors of {stored}, and the query would be "
+                f"`dataset` {info.name!r} holds vectors of {stored}, and the query would be "
                 f"embedded by {qualified}; their distances mean nothing",
                 field="model",
                 allowed=[stored],
             )
-        prompt = args.prompt
         if prompt is None:
             prompt = default_prompt(known, QUERY_PROMPTS)
         dims = int(metadata.get("fletcher.dims", 0)) or None
         layers = int(metadata.get("fletcher.layers", 0)) or None
         vectors = client.embed(
-            [args.query],
+            [query],
             model=qualified,
             prompt=prompt,
             dims=None if dims == known["dim"] else dims,
@@ -206,6 +244,8 @@ def _parse_filter(text: str, schema: pa.Schema) -> Filter:
 
 
 def _literal(name: str, text: str, kind: pa.DataType) -> Any:
+    import pyarrow as pa
+
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_timestamp(kind):
         quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         return text[1:-1] if quoted else text
@@ -218,7 +258,3 @@ def _literal(name: str, text: str, kind: pa.DataType) -> Any:
     raise InvalidCommandError(
         f"`filter` compares {name!r} with {text!r}, expected a value of type {kind}", field="filter"
     )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for part in text.split(",") if (name := part.strip()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -12,7 +11,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from fletcher.cli.parser import add_options, read_config
+from fletcher.cli.command_line import command, option
+from fletcher.cli.options import ConfigFlags, config_options
 from fletcher.cli.shutdown import leave_in_time
 from fletcher.cli.terminal import say
 from fletcher.config.server import OPTIONS, ServeConfig
@@ -24,33 +24,31 @@ CLOSE_S = 5.0
 _log = logging.getLogger("fletcher.serve")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `serve` and its flags: all options of ServeConfig."""
-    parser = subparsers.add_parser(
-        "serve",
-        usage="fletcher serve [options]",
-        help="serve embeddings over Arrow Flight",
-        description="Serves embeddings over Arrow Flight. Each flag is also a key of the TOML file "
-        "and a variable: --max-streams, max_streams, FLETCHER_MAX_STREAMS.",
-        example="fletcher serve --store lance:/data/vectors --port 8815",
-    )
-    add_options(parser, OPTIONS)
-    parser.add_argument(
-        "--print-config",
-        action="store_true",
-        help="print the options that would be used as TOML, with the source of each, and exit",
-    )
+@command(
+    "serve",
+    "fletcher serve --store lance:/data/vectors --port 8815",
+    "fletcher serve --config fletcher.toml --print-config",
+)
+@option(
+    "--print-config",
+    is_flag=True,
+    help="Print the options in force as TOML, with the source of each, and exit.",
+)
+@config_options(*OPTIONS)
+def cli(flags: ConfigFlags, print_config: bool) -> int:
+    """Serve embeddings over Arrow Flight until SIGTERM or SIGINT, then drain.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT, then drains; 0 when all accepted rows were stored."""
-    resolved = read_config(args, os.environ)
-    if args.print_config:
+    Each option is also a variable and a key of the TOML file: --max-streams, FLETCHER_MAX_STREAMS
+    and max_streams. A flag wins over the variable, that over the file.
+    """
+    resolved = flags.resolve()
+    if print_config:
         for warning in resolved.warnings:
             say(f"fletcher serve: {warning}")
         print(resolved.to_toml(), end="")
         return 0
-    set_up_logging(resolved.config.telemetry.log_level, resolved.config.telemetry.log_format)
+    telemetry = resolved.config.telemetry
+    set_up_logging(telemetry.log_level, telemetry.log_format)
     for warning in resolved.warnings:
         _log.warning(warning)
     return _serve(resolved.config)

@@ -1,113 +1,144 @@
-"""`fletcher model load`, `swap`, `unload`, `alias`, `running`: the models of a running server."""
+"""`fletcher model running`, `load`, `swap`, `unload`, `alias`: the models of a running server."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from fletcher.cli.connection import add_server, open_server
-from fletcher.cli.parser import check_server
+import click
+
+from fletcher.cli.command_line import CommandGroup, argument, command, option
+from fletcher.cli.connection import RemoteServer, server_options
+from fletcher.cli.options import json_option
 from fletcher.cli.progress import human
+from fletcher.cli.terminal import print_table
 from fletcher.config.model_alias import Alias
 from fletcher.errors import InvalidCommandError
 
-if TYPE_CHECKING:
-    from fletcher.client import Client
+SECTION = {
+    "running": "List the models of a running server.",
+    "load": "Load a model on a running server.",
+    "swap": "Replace the running version of a model by the installed one.",
+    "unload": "Take a model of a running server out of service.",
+    "alias": "Divide the calls for a name among models.",
+}
 
-COMMANDS = ("running", "load", "swap", "unload", "alias")
 
-
-def add_parsers(commands: Any) -> None:
+def add_commands(group: CommandGroup) -> None:
     """Adds the commands to those of `model`."""
-    running = commands.add_parser(
-        "running",
-        help="list the models of a running server",
-        description="Lists each version, its state, the calls that hold it and its memory; then "
-        "the aliases.",
-        example="fletcher model running --server grpc://localhost:8815",
-    )
-    load = commands.add_parser(
-        "load",
-        help="have a running server load a model",
-        description="Has a running server load a model that is installed there, and that its "
-        "--models or --loadable-models name; ends when it is ready. Another version of the name "
-        "runs on beside it.",
-        example="fletcher model load bge-small --server grpc://localhost:8815",
-    )
-    swap = commands.add_parser(
-        "swap",
-        help="have a running server put a model in the place of the one of that name",
-        description="Has a name stand for the version that is installed under it now. New calls "
-        "get it as soon as it is ready; those that run end with the version before, which then "
-        "goes. NAME@HASH goes back to a version that `model add --replace` has kept.",
-        example="fletcher model swap bge-small --server grpc://localhost:8815",
-    )
-    unload = commands.add_parser(
-        "unload",
-        help="have a running server take a model out of service",
-        description="No new calls get the model; its memory is free when the last one ends.",
-        example="fletcher model unload bge-small --server grpc://localhost:8815",
-    )
-    unload.add_argument(
-        "--force", action="store_true", help="cut those calls off; clients are told to come again"
-    )
-    for one in (load, swap, unload):
-        one.add_argument("name", help="the model: NAME, or one version as NAME@HASH")
-    alias = commands.add_parser(
-        "alias",
-        help="have a running server divide calls among models",
-        description="Has calls for an alias divided among models by weight, until the server ends; "
-        "--model-alias of `serve` does it for good. The alias `default` is for calls that name no "
-        "model.",
-        example="fletcher model alias search bge-small:0.9 bge-base:0.1 --server "
-        "grpc://localhost:8815",
-    )
-    alias.add_argument("name", help="the alias")
-    alias.add_argument(
-        "models", nargs="*", metavar="MODEL:WEIGHT", help="who gets how much; none: the alias goes"
-    )
-    for one in (running, load, swap, unload, alias):
-        add_server(one, required=True)
+    for one in (list_running, load_model, swap_model, unload_model, set_alias):
+        group.add_command(one)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs one of the commands."""
-    check_server(args)
-    with open_server(args) as client:
-        answer = _answer(client, args)
-    if args.json:
-        print(json.dumps(answer, ensure_ascii=False))
-        return 0
-    for one in answer.get("models", []):
-        stands_for = "" if one["is_current"] else "  as NAME@HASH alone"
-        print(
-            f"{one['name']}@{one['hash']}  {one['state']}  {one['calls']} calls  "
-            f"{human(one['memory_bytes'])}B{stands_for}"
+def _name_argument() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return argument("name", "Model: NAME, or one version as NAME@HASH.")
+
+
+@command("running", "fletcher model running --server grpc://localhost:8815")
+@json_option()
+@server_options(required=True)
+def list_running(server: RemoteServer, as_json: bool) -> None:
+    """List the models of a running server: state, calls and memory of each version; aliases."""
+    with server.connect() as client:
+        _print({"models": client.list_models(), "aliases": client.aliases()}, as_json=as_json)
+
+
+@command("load", "fletcher model load bge-small --server grpc://localhost:8815")
+@_name_argument()
+@json_option()
+@server_options(required=True)
+def load_model(server: RemoteServer, name: str, as_json: bool) -> None:
+    """Load a model on a running server, and wait until it is ready.
+
+    The model must be installed there, and named by the server's --models or --loadable-models.
+    Another version of the name runs on beside it.
+    """
+    with server.connect() as client:
+        _print({"model": client.load_model(name), "state": "ready"}, as_json=as_json)
+
+
+@command("swap", "fletcher model swap bge-small --server grpc://localhost:8815")
+@_name_argument()
+@json_option()
+@server_options(required=True)
+def swap_model(server: RemoteServer, name: str, as_json: bool) -> None:
+    """Replace the running version of a model by the one that is installed under its name.
+
+    New calls get it as soon as it is ready. Running calls end with the version before, which is
+    then unloaded. NAME@HASH returns to a version that `fletcher model add --replace` kept.
+    """
+    with server.connect() as client:
+        _print({"model": client.swap_model(name), "state": "ready"}, as_json=as_json)
+
+
+@command("unload", "fletcher model unload bge-small --server grpc://localhost:8815")
+@_name_argument()
+@option(
+    "--force",
+    is_flag=True,
+    help="Cut off the calls that use it; their clients get a retryable error.",
+)
+@json_option()
+@server_options(required=True)
+def unload_model(server: RemoteServer, name: str, force: bool, as_json: bool) -> None:
+    """Take a model out of service. New calls do not get it; its memory is free after the last."""
+    with server.connect() as client:
+        model = client.unload_model(name, force=force)
+    _print({"model": model, "state": "retiring"}, as_json=as_json)
+
+
+@command(
+    "alias",
+    "fletcher model alias search bge-small:0.9 bge-base:0.1 --server grpc://localhost:8815",
+    "fletcher model alias search --server grpc://localhost:8815",
+)
+@argument("name", "Alias.")
+@argument(
+    "models",
+    "Traffic weight per model; omit to delete the alias.",
+    metavar="[MODEL:WEIGHT]...",
+    nargs=-1,
+)
+@json_option()
+@server_options(required=True)
+def set_alias(server: RemoteServer, name: str, models: tuple[str, ...], as_json: bool) -> None:
+    """Divide the calls for a name among models by weight, until the server ends.
+
+    --model-alias of `fletcher serve` does it from the start. The alias `default` is for calls that
+    name no model.
+    """
+    weights = _weights(name, models) if models else None
+    with server.connect() as client:
+        _print({"aliases": client.set_alias(name, weights)}, as_json=as_json)
+
+
+def _print(answer: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    rows = [
+        (
+            f"{one['name']}@{one['hash']}",
+            one["state"],
+            f"{one['calls']} calls",
+            f"{human(one['memory_bytes'])}B",
+            "" if one["is_current"] else "as NAME@HASH alone",
         )
+        for one in answer.get("models", [])
+    ]
+    if rows:
+        print_table(rows)
     for name, shares in answer.get("aliases", {}).items():
         print(f"{name}  {shares}")
     if "model" in answer:
         print(f"{answer['model']}  {answer['state']}")
-    return 0
 
 
-def _answer(client: Client, args: argparse.Namespace) -> dict[str, Any]:
-    command = args.model_command
-    if command == "running":
-        return {"models": client.list_models(), "aliases": client.aliases()}
-    if command == "alias":
-        return {"aliases": client.set_alias(args.name, _weights(args) if args.models else None)}
-    if command == "unload":
-        return {"model": client.unload_model(args.name, force=args.force), "state": "retiring"}
-    load = client.load_model if command == "load" else client.swap_model
-    return {"model": load(args.name), "state": "ready"}
-
-
-def _weights(args: argparse.Namespace) -> dict[str, float]:
-    text = ",".join(args.models)
+def _weights(name: str, models: Sequence[str]) -> dict[str, float]:
+    text = ",".join(models)
     try:
-        return dict(Alias.parse(f"{args.name}={text}").targets)
+        return dict(Alias.parse(f"{name}={text}").targets)
     except ValueError:
         raise InvalidCommandError(
             f"`models` is {text[:200]!r}, expected MODEL:WEIGHT with weights over 0, and a name "

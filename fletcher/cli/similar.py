@@ -1,16 +1,17 @@
-"""`fletcher similar`: how alike texts are, and which texts of a file are most like them."""
+"""`fletcher similar`: texts compared with each other, or with those of a file."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.connection import add_connection, local_config, open_client
-from fletcher.cli.embed import lines
-from fletcher.cli.parser import add_format, check_server, given_flags
+import click
+
+from fletcher.cli.command_line import argument, command, option
+from fletcher.cli.connection import EmbedTarget, target_options
+from fletcher.cli.options import format_option, json_option, text_option
 from fletcher.cli.terminal import cut, printable, say, terminal_width
 from fletcher.config.delivery import NO_STORE
 from fletcher.errors import ConfigError
@@ -23,59 +24,72 @@ MAX_TEXTS = 1000
 MAX_K = 10_000
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `similar`."""
-    parser = subparsers.add_parser(
-        "similar",
-        usage="fletcher similar [options] TEXT TEXT... | - [--candidates PATH]",
-        help="compare texts, or find those most like them in a file",
-        description="Prints the cosine of each text to each, the most alike first; with "
-        "--candidates, the texts of a file that are most like each. - reads standard input, one "
-        "text a line. Nothing is stored.",
-        example='fletcher similar "play go" --candidates articles.parquet --text body --k 3',
-    )
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="a text, or - for standard input")
-    parser.add_argument(
-        "--candidates", metavar="PATH", help="a file, a folder of them, or -: look there"
-    )
-    parser.add_argument(
-        "--text", default="text", metavar="COLUMN", help="of the candidates (default: text)"
-    )
-    add_format(parser, "of the candidates")
-    parser.add_argument(
-        "--k", type=int, metavar="N", help="lines to print for each text (default: 5; all pairs)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON lines")
-    add_connection(parser, ("model",))
+@command(
+    "similar",
+    'fletcher similar "play go" "play chess" "bake bread"',
+    'fletcher similar "play go" --candidates articles.parquet --text body --k 3',
+)
+@argument(
+    "texts",
+    "Texts, or - for standard input, one text a line.",
+    nargs=-1,
+    required=True,
+    metavar="TEXT...",
+)
+@option(
+    "--candidates",
+    metavar="PATH",
+    type=click.Path(),
+    help="File, folder of files, or - for standard input, to find the most similar texts in.",
+)
+@text_option()
+@format_option("candidates")
+@option(
+    "--k", type=int, metavar="N", help="Lines to print for each text. Default: 5, or all pairs."
+)
+@json_option("Print JSON lines.")
+@target_options("model")
+def cli(
+    target: EmbedTarget,
+    texts: tuple[str, ...],
+    candidates: str | None,
+    text_column: str,
+    format_name: str | None,
+    k: int | None,
+    as_json: bool,
+) -> None:
+    """Compare texts with each other, or find those most like them in a file.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Compares or finds, and prints."""
+    Prints the cosine of each pair, the most similar first; with --candidates, the texts of a file
+    that are most similar to each text. Nothing is stored.
+    """
+    from fletcher.cli.embed_io import lines
     from fletcher.evaluation.similar import compare_texts, find_similar
     from fletcher.readers import open_source
 
-    check_server(args)
-    if args.k is not None and not 1 <= args.k <= MAX_K:
-        raise ConfigError(f"`k` is {args.k}, expected 1 to {MAX_K}", field="k")
-    if args.texts == ["-"] and args.candidates == "-":
+    if k is not None and not 1 <= k <= MAX_K:
+        raise ConfigError(f"`k` is {k}, expected 1 to {MAX_K}", field="k")
+    if texts == ("-",) and candidates == "-":
         raise ConfigError(
-            "`candidates` is -, and so is the text: standard input can be one of them",
+            "`candidates` is -, and so is the text; standard input can be one of them",
             field="candidates",
         )
-    texts = list(lines(sys.stdin.buffer)) if args.texts == ["-"] else args.texts
-    _check_number(texts, 1 if args.candidates else 2)
+    if texts == ("-",):
+        texts = tuple(lines(sys.stdin.buffer))
+    _check_number(texts, 1 if candidates else 2)
     source = None
-    if args.candidates:
+    if candidates:
         source = open_source(
-            args.candidates, text_column=args.text, format_name=args.format, notice=say
+            candidates, text_column=text_column, format_name=format_name, notice=say
         )
-    model = given_flags(args).get("model") if args.server else None
-    with open_client(args, local_config(args, store=NO_STORE)) as client:
+    model = target.asked_model
+    with target.open_client(target.resolve(store=NO_STORE)) as client:
         if source is None:
-            _print_pairs(texts, compare_texts(client, texts, model=model), args)
+            _print_pairs(texts, compare_texts(client, texts, model=model), k, as_json=as_json)
         else:
-            _print_found(texts, find_similar(client, texts, source, args.k or 5, model=model), args)
-    return 0
+            _print_found(
+                texts, find_similar(client, texts, source, k or 5, model=model), as_json=as_json
+            )
 
 
 def _check_number(texts: Sequence[str], least: int) -> None:
@@ -93,7 +107,9 @@ def _check_number(texts: Sequence[str], least: int) -> None:
         )
 
 
-def _print_pairs(texts: Sequence[str], cosines: FloatArray, args: argparse.Namespace) -> None:
+def _print_pairs(
+    texts: Sequence[str], cosines: FloatArray, k: int | None, *, as_json: bool
+) -> None:
     pairs = sorted(
         (
             (float(cosines[one, other]), one, other)
@@ -103,20 +119,20 @@ def _print_pairs(texts: Sequence[str], cosines: FloatArray, args: argparse.Names
         key=lambda pair: -pair[0],
     )
     width = (terminal_width() - 13) // 2
-    for cosine, one, other in pairs[: args.k]:
-        if args.json:
+    for cosine, one, other in pairs[:k]:
+        if as_json:
             _json_line({"cosine": cosine, "first": texts[one], "second": texts[other]})
         else:
             both = " | ".join(cut(printable(texts[place]), width) for place in (one, other))
             print(f"{cosine:7.4f}  {both}")
 
 
-def _print_found(texts: Sequence[str], found: SimilarTexts, args: argparse.Namespace) -> None:
+def _print_found(texts: Sequence[str], found: SimilarTexts, *, as_json: bool) -> None:
     for text, best in zip(texts, found.best, strict=True):
-        if not args.json and len(texts) > 1:
+        if not as_json and len(texts) > 1:
             print(cut(printable(text), terminal_width()))
         for rank, (cosine, row, candidate) in enumerate(best, 1):
-            if args.json:
+            if as_json:
                 line = {"text": text, "rank": rank, "cosine": cosine, "row": row}
                 _json_line({**line, "candidate": candidate})
             else:

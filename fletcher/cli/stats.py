@@ -1,52 +1,44 @@
-"""`fletcher stats`: how a running server is doing, by its action `stats`."""
+"""`fletcher stats`: the state of a running server, from its action `stats`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fletcher.cli.connection import add_server, open_server
-from fletcher.cli.parser import check_server
+from fletcher.cli.command_line import command
+from fletcher.cli.connection import RemoteServer, server_options
+from fletcher.cli.options import json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import printable
+from fletcher.cli.terminal import print_table
 
-# Of `fletcher.rows.*`, in the order in which a row meets them.
+# Counters `fletcher.rows.*`, in the order in which a row meets them.
 _ROWS = ("received", "stored", "failed", "deduplicated")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `stats`."""
-    parser = subparsers.add_parser(
-        "stats",
-        usage="fletcher stats --server URI [options]",
-        help="show how a running server is doing",
-        description="Shows a server's pressure, stores, models, workers, rows and times since it "
-        "started; docs/operations.md says what they mean, and --json has all numbers.",
-        example="fletcher stats --server grpc://localhost:8815",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_server(parser, required=True)
+@command("stats", "fletcher stats --server grpc://localhost:8815")
+@json_option("Print all numbers as one JSON object.")
+@server_options(required=True)
+def cli(server: RemoteServer, as_json: bool) -> None:
+    """Show a running server's load, stores, models, workers, rows and times since its start.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Asks and prints."""
-    check_server(args)
-    with open_server(args) as client:
+    docs/operations.md explains each line.
+    """
+    with server.connect() as client:
         stats = client.stats()
-    if args.json:
+    if as_json:
         print(json.dumps(stats, ensure_ascii=False))
-        return 0
+        return
     part = ""
+    rows = []
     for name, line in _lines(stats):
-        print(f"{'' if name == part else name:<8}  {printable(line)}")
+        rows.append(("" if name == part else name, line))
         part = name
-    return 0
+    print_table(rows)
 
 
 def _lines(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What to show: the part that it belongs to, and a line of it."""
+    """Part and text of each line."""
     pressure = stats["pressure"]
     state = "draining" if stats["draining"] else "takes calls"
     yield "server", f"{state}, {stats['fletcher.streams.open']} streams open"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import ipaddress
 import json
 import logging
 import os
@@ -11,71 +9,72 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import click
+
+from fletcher.cli.command_line import command, option
+from fletcher.cli.options import json_option
+from fletcher.config.network import is_loopback
 from fletcher.errors import ConfigError
-from fletcher.storeserver.server import StoreServer
 
+if TYPE_CHECKING:
+    from fletcher.storeserver.server import StoreServer
 # What was received is committed in well under a second; a disk may be slower than that.
 SHUTDOWN_S = 10.0
+_PORT = click.IntRange(0, 65535)
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds the command `store` to a parser's subcommands."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "store",
-        help="serve a folder of LanceDB tables over Arrow Flight, as Longbow does",
-        description="Serves a folder of LanceDB tables with Longbow's Flight calls. Rows are "
-        "acknowledged when they are committed and synced to disk. It has no authentication.",
-    )
-    parser.add_argument(
-        "--path",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the tables; made if it is not there; one server a folder",
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; others can reach anything but loopback (%(default)s)",
-    )
-    parser.add_argument(
-        "--port",
-        type=_port,
-        metavar="N",
-        default=3000,
-        help="data port; 0 takes a free one, which standard output names (%(default)s)",
-    )
-    parser.add_argument(
-        "--meta-port",
-        type=_port,
-        metavar="N",
-        default=3001,
-        help="port of the dataset list; 0 takes a free one (%(default)s)",
-    )
-    parser.add_argument(
-        "--insecure",
-        action="store_true",
-        help="listen on a host that is not loopback although anybody there may read and write",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the ready line as JSON, for machines"
-    )
-    parser.set_defaults(run=run)
-    return parser
+@command(
+    "store",
+    "fletcher store --path /data/vectors",
+    "fletcher ingest articles.parquet --text body --dataset articles --store grpc://localhost:3000",
+)
+@option(
+    "--path",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Folder of the tables, made if it does not exist. One server a folder.",
+)
+@option(
+    "--host",
+    default="127.0.0.1",
+    metavar="TEXT",
+    help="Address to listen on. Any other than loopback accepts other machines, and needs "
+    "--insecure.",
+)
+@option(
+    "--port",
+    type=_PORT,
+    metavar="N",
+    default=3000,
+    help="Data port. 0 picks a free one, which standard output names.",
+)
+@option(
+    "--meta-port",
+    type=_PORT,
+    metavar="N",
+    default=3001,
+    help="Port of the dataset list. 0 picks a free one.",
+)
+@option(
+    "--insecure",
+    is_flag=True,
+    help="Accept other machines. Anyone who reaches --host may read and write.",
+)
+@json_option("Print the ready line as JSON, for programs.")
+def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_json: bool) -> int:
+    """Serve a folder of LanceDB tables with Longbow's Flight calls.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT; answers the exit status.
-
-    Raises:
-        ConfigError: A host that is not loopback without `--insecure`, or a port that is taken.
-        StoreError: The folder cannot be used, or another server serves it.
+    Rows are acknowledged when they are committed and synced to disk. The store has no
+    authentication. It runs until SIGTERM or SIGINT.
     """
-    if not args.insecure and not _is_loopback(args.host):
+    from fletcher.storeserver.server import StoreServer
+
+    if not insecure and not is_loopback(host):
         raise ConfigError(
-            f"`host` is {args.host}, which others can reach, and this store has no "
+            f"`host` is {host}, which other machines can reach, and this store has no "
             "authentication; listen on 127.0.0.1, or pass --insecure on a network you trust",
             field="host",
         )
@@ -86,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         number: signal.signal(number, lambda *_: stop.set())
         for number in (signal.SIGTERM, signal.SIGINT)
     }
-    server = StoreServer(args.path, host=args.host, port=args.port, meta_port=args.meta_port)
-    _announce(server, as_json=args.json)
+    server = StoreServer(path, host=host, port=port, meta_port=meta_port)
+    _announce(server, as_json=as_json)
     stop.wait()
     ended = server.close(SHUTDOWN_S)
     for number, handler in previous.items():
@@ -108,18 +107,3 @@ def _announce(server: StoreServer, *, as_json: bool) -> None:
         line = f"listening on {server.address} (meta {server.meta_address})"
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port, expected 0 to 65535")
-    return int(text)

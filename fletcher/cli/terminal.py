@@ -1,10 +1,30 @@
-"""Text laid out for a terminal: safe to print, cut to the width that it takes there."""
+"""Text for a terminal: safe to print, cut to the columns it takes, coloured where wanted."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
-import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+# Tables that no terminal shows are as wide as their cells.
+_UNBOUNDED_COLUMNS = 10_000
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether a stream gets colour: terminals do, others only with FORCE_COLOR, none with NO_COLOR.
+
+    See https://no-color.org and https://force-color.org.
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def terminal_width() -> int:
@@ -18,35 +38,71 @@ def printable(text: object) -> str:
 
 
 def say(line: str) -> None:
-    """What is no result, on standard error."""
+    """Prints a line that is not a result, to standard error."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def cut(text: str, width: int) -> str:
-    """The beginning of a text that takes at most `width` columns, `…` at the end if it is cut."""
-    if columns(text) <= width:
+    """The beginning of a text in at most `width` columns, with `…` at the end if it is cut."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(text) <= width:
         return text
-    taken = 0
-    for end, character in enumerate(text):
-        taken += columns(character)
-        if taken > width - 1:
-            return text[:end].rstrip() + "…"
-    return text
+    return set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def padded(text: str, width: int) -> str:
     """The text, cut or filled with spaces to take `width` columns."""
-    text = cut(text, width)
-    return text + " " * (width - columns(text))
+    from rich.cells import set_cell_size
+
+    return set_cell_size(cut(text, width), width)
 
 
 def columns(text: str) -> int:
-    """Columns that a text takes on a terminal: East Asian wide characters two, combining none."""
-    return sum(
-        0
-        if unicodedata.combining(character)
-        else 2
-        if unicodedata.east_asian_width(character) in "WF"
-        else 1
-        for character in text
+    """Columns that a text takes on a terminal."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def styled(text: object, style: str) -> Text:
+    """A printable cell of a table with a style such as `red` or `bold`."""
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
+
+
+def print_table(
+    rows: Iterable[Sequence[object]], *, header: Sequence[str] = (), right: Sequence[int] = ()
+) -> None:
+    """Prints rows in aligned columns, with a blank line for an empty row.
+
+    Args:
+        rows: Cells, made printable; those of `styled` keep their style.
+        header: Names of the columns.
+        right: Columns that are aligned on the right.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
+    listed = [list(row) for row in rows]
+    for index in range(max((len(row) for row in listed), default=len(header))):
+        name = header[index] if index < len(header) else ""
+        table.add_column(name, justify="right" if index in right else "left", no_wrap=True)
+    for row in listed:
+        table.add_row(*(one if isinstance(one, Text) else printable(one) for one in row))
+    is_terminal = sys.stdout.isatty()
+    console = Console(
+        color_system="standard" if wants_colour(sys.stdout) else None,
+        force_terminal=is_terminal,
+        width=None if is_terminal else _UNBOUNDED_COLUMNS,
+        highlight=False,
+        markup=False,
+        emoji=False,
     )
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
-from fletcher.cli.parser import add_options, read_config
-from fletcher.cli.terminal import say
+from fletcher.cli.command_line import command
+from fletcher.cli.options import ConfigFlags, config_options, json_option
+from fletcher.cli.terminal import print_table, say
 from fletcher.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -16,58 +15,43 @@ if TYPE_CHECKING:
     from fletcher.tuning.tuner import TuningReport
 
 _OPTIONS = ("model", "device", "backend", "precision", "threads", "max_batch_tokens", "home")
+_HEADER = ("engine", "replicas", "tokens/run", "texts/s", "rounds", "cosine", "")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Adds `tune`."""
-    parser = subparsers.add_parser(
-        "tune",
-        help="measure what runs a model fastest here",
-        description="Tries engines, precisions, numbers of processes and sizes of runs on real "
-        "texts, refuses those whose vectors are not right, and keeps the fastest: servers started "
-        "with the same options take it from then on. Takes about a minute for a small model, and "
-        "a quiet machine.",
-        example="fletcher tune --model all-MiniLM-L6-v2",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(parser, _OPTIONS)
+@command("tune", "fletcher tune --model all-MiniLM-L6-v2", "fletcher tune --device cpu --threads 8")
+@json_option("Print one JSON object.")
+@config_options(*_OPTIONS, text={"model": "Model to measure."})
+def cli(flags: ConfigFlags, as_json: bool) -> None:
+    """Measure what runs a model fastest on this machine, and keep the answer.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Measures, keeps the winner and prints a table."""
+    Tries engines, precisions, numbers of processes and sizes of runs on real texts, refuses those
+    whose vectors are wrong, and keeps the fastest. Servers started with the same options then use
+    it. Takes about a minute for a small model, and needs a quiet machine.
+    """
     from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.tuner import tune
 
     set_up_logging("error", "text")
-    config = read_config(args, os.environ, _OPTIONS).config
+    config = flags.resolve(_OPTIONS).config
     registry = Registry(config.home / "models")
     registry.ensure_model(config.model.default, say)
     bundle = registry.verify_model(config.model.default)
     report = tune(config.home, config.engine, detect_host(), bundle, say)
-    if args.json:
+    if as_json:
         print(json.dumps(_as_json(report), indent=2))
     else:
         _print(report)
-    return 0
 
 
 def _print(report: TuningReport) -> None:
     chosen = report.chosen
-    rows: list[tuple[str, ...]] = [
-        ("engine", "replicas", "tokens/run", "texts/s", "rounds", "cosine", "")
+    # The figures of the two rounds do not compare with each other.
+    rows = [
+        [_row(trial, "chosen" if trial is chosen else trial.rejected) for trial in trials]
+        for trials in (report.engines, report.arrangements)
     ]
-    for trials in (report.engines, report.arrangements):
-        rows += [_row(trial, "chosen" if trial is chosen else trial.rejected) for trial in trials]
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    for index, row in enumerate(rows):
-        if index == 1 + len(report.engines):
-            print()  # figures of the two sets of trials do not compare
-        cells = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        print("  ".join([*cells, row[6]]).rstrip())
+    print_table([*rows[0], (), *rows[1]], header=_HEADER, right=(2, 3, 4, 5))
     print(f"\nchosen: {chosen.candidate}")
     print(f"why: {_why(report)}")
     print(f"kept in {report.path}")

@@ -5,18 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fletcher.config.network import COMPRESSIONS
-from fletcher.config.option import (
-    MILLISECONDS,
-    SECONDS,
-    STORES,
-    TEXT,
-    WHOLE,
-    OptionGroup,
-    option,
-)
+from fletcher.config.option import MILLISECONDS, SECONDS, STORES, TEXT, WHOLE, OptionGroup, option
 
 DEFAULT_STORE = "default"
 NO_STORE = "none"
+
+_COMMIT_ROWS = 50_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +18,8 @@ class DeliveryConfig(OptionGroup):
     """Stores, and how rows are grouped, appended and retried.
 
     Attributes:
-        commit_rows: Most rows of one append, over all its groups; at least `group_rows`.
+        commit_rows: Most rows of one append, over all its groups; at least `group_rows`;
+            0: 50,000.
         max_dedupe_bytes: Memory for the dedupe indexes of all datasets; `ServeConfig` derives it
             from `max_memory`.
     """
@@ -59,11 +54,12 @@ class DeliveryConfig(OptionGroup):
     store_retry_s: float = option(
         300, SECONDS, "How long a failing write is retried before its upload fails."
     )
-    commit_rows: int = 50_000
+    commit_rows: int = 0
     max_dedupe_bytes: int = 64 << 20
 
     def _check_together(self) -> None:
-        object.__setattr__(self, "commit_rows", max(self.commit_rows, self.group_rows))
+        commit_rows = max(self.commit_rows or _COMMIT_ROWS, self.group_rows)
+        object.__setattr__(self, "commit_rows", commit_rows)
 
     @property
     def group_delay_s(self) -> float:

@@ -25,7 +25,7 @@ from fletcher.pipeline.interactive.path import InlineModel, Run
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.planner import MAX_BATCH_ROWS, plan
 from fletcher.pipeline.scheduler import BatchingConfig, ModelShape
-from fletcher.serving.model_manager import ServedModel
+from fletcher.serving.model_versions import ServedModel
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.tokenization.null import NullTokenizer
 from fletcher.tokenization.tokenizer import Tokenizer
@@ -62,11 +62,11 @@ class ModelLoader:
     backend: CacheBackend | None
 
     def find_bundle(self, name: str) -> ModelBundle:
-        """See `fletcher.serving.model_versions.Source`."""
+        """See `fletcher.serving.model_versions.ModelSource`."""
         return self.registry.get_model(name)
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
-        """See `fletcher.serving.model_versions.Source`."""
+        """See `fletcher.serving.model_versions.ModelSource`."""
         # A flipped bit in the weights makes plausible vectors that are wrong for good.
         bundle = self.registry.verify_model(bundle.qualified_name)
         decision, standby = _decide(self.config, bundle, self.host)

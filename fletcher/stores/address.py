@@ -22,7 +22,7 @@ def open_store(
     *,
     timeout_s: float = 60.0,
     compression: str = "none",
-    message_bytes: int | None = None,
+    message_bytes: int = 2 << 20,
 ) -> Store:
     """Open the store at an address. A Flight store connects on first use.
 
@@ -32,7 +32,8 @@ def open_store(
             shorter one notices a stalled store sooner.
         compression: Compression of rows sent to a Flight store; one of
             `fletcher.config.network.COMPRESSIONS`.
-        message_bytes: Approximate size of a message to a Flight store; None: its default.
+        message_bytes: Approximate size of a message to a Flight store. A client blocks after 4 to 7
+            MiB that the server has not read, so 1 to 4 MiB keep the rows flowing.
 
     Raises:
         ConfigError: The address has another form.
@@ -49,14 +50,16 @@ def open_store(
 
         return ParquetStore(folder)
     if colon and scheme in ("grpc", "grpcs"):
-        from fletcher.stores.flight.connection import MESSAGE_BYTES
+        from fletcher.stores.flight.connection import FlightConnection
         from fletcher.stores.flight.store import FlightStore
 
         return FlightStore(
-            _flight_address(address),
-            timeout_s=timeout_s,
-            compression=compression,
-            message_bytes=message_bytes or MESSAGE_BYTES,
+            FlightConnection(
+                _flight_address(address),
+                timeout_s=timeout_s,
+                compression=compression,
+                message_bytes=message_bytes,
+            )
         )
     raise _bad(address)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -40,19 +39,16 @@ from fletcher.storeserver.requests import (
 from fletcher.util.durable import write_atomically
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One action.
+class Action(NamedTuple):
+    """One action: the struct of its body, and the method that maps it to the results."""
 
-    Attributes:
-        about: One line for ListActions.
-        request: The struct of its body.
-        answer: Maps the request to the results.
-    """
-
-    about: str
     request: type[msgspec.Struct]
     answer: Callable[[Any], list[bytes]]
+
+    @property
+    def about(self) -> str:
+        """One line for ListActions: the method's docstring."""
+        return self.answer.__doc__ or ""
 
 
 class Actions:
@@ -71,41 +67,23 @@ class Actions:
         # Set once both ports listen; the capabilities name it.
         self.meta_port = 0
         self.data = {
-            "VectorSearch": Action(
-                "Nearest rows; an Arrow IPC stream per vector", SearchRequest, self._vector_search
-            ),
-            "VectorSearchByID": Action(
-                "Rows nearest to a stored row", SearchByIdRequest, self._search_by_id
-            ),
-            "HybridSearch": Action(
-                "Rows by vector and by words", HybridSearchRequest, self._hybrid_search
-            ),
-            "delete": Action("Delete rows by id", DeleteRequest, self._delete_row),
-            "delete-vector": Action(
-                "Delete a row by its numeric id", DeleteVectorRequest, self._delete_vector
-            ),
-            "delete-dataset": Action("Delete a dataset", DatasetRequest, self._delete_dataset),
-            "check_readiness": Action(
-                "Whether a dataset can be searched", ReadinessRequest, self._check_readiness
-            ),
-            protocol.CAPABILITIES: Action(
-                "What this store can do beyond Longbow", EmptyRequest, self._list_capabilities
-            ),
-            protocol.MISSING_KEYS: Action(
-                "Batch keys that are not stored", protocol.MissingKeysRequest, self._missing_keys
-            ),
-            protocol.STORED_RANGES: Action(
-                "Stored row offsets of an upload",
-                protocol.StoredRangesRequest,
-                self._stored_ranges,
-            ),
+            "VectorSearch": Action(SearchRequest, self._vector_search),
+            "VectorSearchByID": Action(SearchByIdRequest, self._search_by_id),
+            "HybridSearch": Action(HybridSearchRequest, self._hybrid_search),
+            "delete": Action(DeleteRequest, self._delete_row),
+            "delete-vector": Action(DeleteVectorRequest, self._delete_vector),
+            "delete-dataset": Action(DatasetRequest, self._delete_dataset),
+            "check_readiness": Action(ReadinessRequest, self._check_readiness),
+            protocol.CAPABILITIES: Action(EmptyRequest, self._list_capabilities),
+            protocol.MISSING_KEYS: Action(protocol.MissingKeysRequest, self._missing_keys),
+            protocol.STORED_RANGES: Action(protocol.StoredRangesRequest, self._stored_ranges),
         }
         self.meta = {
             **self.data,
-            "CreateNamespace": Action("Create a namespace", NamespaceRequest, names.create_name),
-            "DeleteNamespace": Action("Delete a namespace", NamespaceRequest, names.delete_name),
-            "ListNamespaces": Action("List all namespaces", EmptyRequest, names.list_names),
-            "GetTotalNamespaceCount": Action("Count namespaces", EmptyRequest, names.count_names),
+            "CreateNamespace": Action(NamespaceRequest, names.create_name),
+            "DeleteNamespace": Action(NamespaceRequest, names.delete_name),
+            "ListNamespaces": Action(EmptyRequest, names.list_names),
+            "GetTotalNamespaceCount": Action(EmptyRequest, names.count_names),
         }
 
     def search_rows(self, request: SearchRequest, index: int = 0) -> pa.Table:
@@ -146,10 +124,12 @@ class Actions:
         )
 
     def _vector_search(self, request: SearchRequest) -> list[bytes]:
+        """Nearest rows; an Arrow IPC stream per vector."""
         number = len(request.query_vectors)
         return [_to_ipc(self.search_rows(request, index)) for index in range(number)]
 
     def _search_by_id(self, request: SearchByIdRequest) -> list[bytes]:
+        """Rows nearest to a stored row."""
         schema = self._schema(request.dataset)
         same = Filter("id", "=", _stored_id(request.id, schema))
         rows = self._store.scan(request.dataset, columns=["vector"], filters=[same], limit=1)
@@ -164,6 +144,7 @@ class Actions:
         return [_to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
 
     def _hybrid_search(self, request: HybridSearchRequest) -> list[bytes]:
+        """Nearest rows by vector and by words."""
         names = self._schema(request.dataset).names
         columns = [name for name in ("id", "metadata") if name in names]
         answer = [
@@ -179,6 +160,7 @@ class Actions:
         return [_to_json(answer)]
 
     def _delete_row(self, request: DeleteRequest) -> list[bytes]:
+        """Delete rows by id."""
         value = _stored_id(request.id, self._schema(request.dataset))
         literal = quoted(value) if isinstance(value, str) else str(value)
         condition = f"{quoted_name('id')} = {literal}"
@@ -187,14 +169,17 @@ class Actions:
         return [b"deleted"]
 
     def _delete_vector(self, request: DeleteVectorRequest) -> list[bytes]:
+        """Delete rows by numeric id."""
         return self._delete_row(DeleteRequest(request.dataset, request.vector_id))
 
     def _delete_dataset(self, request: DatasetRequest) -> list[bytes]:
+        """Delete a dataset."""
         self._schema(request.dataset)
         self._ingest.call_committer(request.dataset, lambda one: one.delete_dataset())
         return [b"deleted"]
 
     def _check_readiness(self, request: ReadinessRequest) -> list[bytes]:
+        """Whether a dataset can be searched, and its number of rows."""
         status, reason, num_rows = "READY", "", 0
         if request.dataset:
             info = self._store.dataset(request.dataset)
@@ -207,6 +192,7 @@ class Actions:
         return [_to_json({"status": status, "reason": reason, "index_len": num_rows})]
 
     def _list_capabilities(self, _: EmptyRequest) -> list[bytes]:
+        """Capabilities of this store beyond Longbow's."""
         can = self._store.capabilities
         answer = protocol.CapabilitiesAnswer(
             server="fletcher store",
@@ -220,12 +206,14 @@ class Actions:
         return [_to_json(answer)]
 
     def _missing_keys(self, request: protocol.MissingKeysRequest) -> list[bytes]:
+        """Batch keys that are not stored."""
         self._schema(request.dataset)
         keys = request.batch_keys
         missing = self._ingest.call_committer(request.dataset, lambda one: one.missing_keys(keys))
         return [_to_json(protocol.MissingKeysAnswer(missing))]
 
     def _stored_ranges(self, request: protocol.StoredRangesRequest) -> list[bytes]:
+        """Stored row offsets of an upload."""
         self._schema(request.dataset)
         upload_id = request.upload_id
         ranges = self._ingest.call_committer(
@@ -249,12 +237,14 @@ class _Namespaces:
         self._mutex = threading.Lock()
 
     def create_name(self, request: NamespaceRequest) -> list[bytes]:
+        """Create a namespace."""
         check_dataset(request.name)
         with self._mutex:
             self._write(sorted({*self._read(), request.name}))
         return [b"created"]
 
     def delete_name(self, request: NamespaceRequest) -> list[bytes]:
+        """Delete a namespace."""
         with self._mutex:
             names = self._read()
             if request.name not in names:
@@ -266,9 +256,11 @@ class _Namespaces:
         return [b"deleted"]
 
     def list_names(self, _: EmptyRequest) -> list[bytes]:
+        """List all namespaces."""
         return [_to_json({"namespaces": self._read()})]
 
     def count_names(self, _: EmptyRequest) -> list[bytes]:
+        """Count all namespaces."""
         return [_to_json({"count": len(self._read())})]
 
     def _read(self) -> list[str]:

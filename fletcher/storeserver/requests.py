@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -35,8 +34,6 @@ OPERATORS: dict[str, Operator] = {
 }
 
 _Request = TypeVar("_Request")
-_KEY = re.compile(r"\.(\w+)|\[(\d+)\]")
-_PLACE = re.compile(r"^(?P<reason>.*?)(?: - at `(?P<path>\$.*)`)?$", re.DOTALL)
 
 
 def decode_request(kind: type[_Request], body: bytes, what: str) -> _Request:
@@ -45,58 +42,48 @@ def decode_request(kind: type[_Request], body: bytes, what: str) -> _Request:
     Args:
         kind: A struct of this module or of `fletcher.stores.protocol`.
         body: UTF-8.
-        what: The body's place, for the message, such as "the body of the action delete".
+        what: Description of the body, for the message.
 
     Raises:
         InvalidCommandError: The body is not a JSON object, or a field is missing or has another
             type or value.
     """
-    return _checked(lambda: msgspec.json.decode(body or b"{}", type=kind), body or b"{}", what)
+    try:
+        fields = msgspec.json.decode(body or b"{}")
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        shown = body[:100].decode(errors="replace")
+        raise InvalidCommandError(f"{what} is {shown!r}, expected a JSON object")
+    return convert_request(kind, fields, what)
 
 
 def convert_request(kind: type[_Request], fields: dict[str, Any], what: str) -> _Request:
     """The request in a decoded object. Raises as `decode_request`."""
-    return _checked(lambda: msgspec.convert(fields, kind), fields, what)
-
-
-def _checked(decode: Callable[[], _Request], source: bytes | dict[str, Any], what: str) -> _Request:
     try:
-        return decode()
+        return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        raise _refusal(error, source, what) from None
-    except (ValueError, RecursionError):
-        raise _no_object(source, what) from None
-
-
-def _refusal(
-    error: msgspec.ValidationError, source: bytes | dict[str, Any], what: str
-) -> InvalidCommandError:
-    """The error for a field: its name from msgspec's path, and its value."""
-    match = _PLACE.match(str(error))
-    assert match is not None
-    reason = match["reason"][0].lower() + match["reason"][1:]
-    missing = re.search(r"missing required field `(\w+)`", reason)
-    if missing:
-        return InvalidCommandError(f"`{missing[1]}` is missing in {what}", field=missing[1])
-    keys = [name or int(index) for name, index in _KEY.findall(match["path"] or "")]
-    if not keys:
-        return _no_object(source, what)
-    try:
-        value: Any = msgspec.json.decode(source) if isinstance(source, bytes) else source
+        # "Expected `int` >= 1 - at `$.search.k`", or "Object missing required field `id`"
+        reason, _, path = str(error).rpartition(" - at `$.")
+        if "Object missing" in (reason or path):
+            field = (reason or path).split("`")[1]
+            raise InvalidCommandError(f"`{field}` is missing in {what}", field=field) from None
+        path = path.rstrip("`")
+        keys = re.findall(r"\w+", path)
+        value: Any = fields
         for key in keys:
-            value = value[key]
+            value = value[int(key) if isinstance(value, list) else key]
         shown = json.dumps(value, default=repr, ensure_ascii=False)[:100]
-    except ValueError:
-        shown = "no valid value"
-    field = next(key for key in reversed(keys) if isinstance(key, str))
-    path = match["path"][2:]
-    place = what if path == field else f"{what}, at {path}"
-    return InvalidCommandError(f"`{field}` is {shown} in {place}: {reason}", field=field)
-
-
-def _no_object(source: bytes | dict[str, Any], what: str) -> InvalidCommandError:
-    shown = source[:100].decode(errors="replace") if isinstance(source, bytes) else str(source)
-    return InvalidCommandError(f"{what} is {shown!r}, expected a JSON object")
+        field = next(key for key in reversed(keys) if not key.isdecimal())
+        place = what if path == field else f"{what}, at {path}"
+        choices = get_args(get_type_hints(kind).get(field))
+        allowed = [one for one in choices if isinstance(one, str)]
+        reason = f"expected one of {', '.join(allowed)}" if allowed else reason
+        raise InvalidCommandError(
+            f"`{field}` is {shown} in {place}: {reason[0].lower()}{reason[1:]}",
+            field=field,
+            allowed=allowed or None,
+        ) from None
 
 
 class EmptyRequest(msgspec.Struct):

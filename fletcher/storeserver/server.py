@@ -25,6 +25,7 @@ from fletcher.errors import (
     StoreError,
     UnknownColumnError,
 )
+from fletcher.net.address import FlightAddress
 from fletcher.net.flight_errors import to_flight_error
 from fletcher.net.ports import check_port
 from fletcher.stores import protocol
@@ -113,7 +114,7 @@ class StoreServer:
             host, port, lambda at: _DataServer(at, self._store, self._ingest, actions)
         )
         self.port = self._data.port
-        self.address = _address(host, self.port)
+        self.address = FlightAddress(host, self.port).uri
         try:
             self._meta = _listen(
                 host, meta_port, lambda at: _MetaServer(at, self._store, actions, self.address)
@@ -122,7 +123,7 @@ class StoreServer:
             self._data.shutdown()
             raise
         self.meta_port = self._meta.port
-        self.meta_address = _address(host, self.meta_port)
+        self.meta_address = FlightAddress(host, self.meta_port).uri
         actions.meta_port = self.meta_port
 
     def close(self, timeout_s: float) -> bool:
@@ -349,18 +350,10 @@ def _guarded_batches(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
 
 def _listen(host: str, port: int, make: Callable[[str], Any]) -> Any:
     try:
-        return make(_location(host, port))
+        return make(FlightAddress(host, port).uri)
     except (pa.ArrowException, OSError) as error:
         raise SetupError(
             f"`port` {port} on {host} cannot be listened on: it is taken, or the address is not "
             "one of this machine; choose another, or 0 for a free one",
             field="port",
         ) from error
-
-
-def _location(host: str, port: int) -> str:
-    return f"grpc+tcp://[{host}]:{port}" if ":" in host else f"grpc+tcp://{host}:{port}"
-
-
-def _address(host: str, port: int) -> str:
-    return _location(host, port).replace("grpc+tcp", "grpc")

@@ -1,4 +1,4 @@
-"""The Flight sink against a stand-in for Longbow, which only appends."""
+"""`FlightStore` against a stand-in for Longbow, which only appends."""
 
 from __future__ import annotations
 

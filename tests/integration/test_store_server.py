@@ -1,4 +1,4 @@
-"""`fletcher store`, as a real process and in this one, by plain pyarrow and by Fletcher's sink."""
+"""`fletcher store`, as a real process and in this one, by plain pyarrow and by `FlightStore`."""
 
 from __future__ import annotations
 
@@ -447,33 +447,33 @@ def test_meta_calls_on_the_data_port_and_the_other_way_round_are_refused(data, m
 
 
 @pytest.fixture
-def sink(server):
+def store(server):
     store = open_store(server.address, timeout_s=30)  # the meta port comes from its capabilities
     yield store
     store.close()
 
 
-def test_the_sink_keeps_types_keys_and_nulls(server, name):
-    sink = open_store(server.address, timeout_s=30, message_bytes=2048)
-    assert sink.capabilities.drops_repeated_keys
-    assert sink.capabilities.durable
-    writer = sink.open_writer(name, rows.schema(), "append")
-    assert sink.dataset(name).num_rows == 0
+def test_a_flight_store_keeps_types_keys_and_nulls(server, name):
+    store = open_store(server.address, timeout_s=30, message_bytes=2048)
+    assert store.capabilities.drops_repeated_keys
+    assert store.capabilities.durable
+    writer = store.open_writer(name, rows.schema(), "append")
+    assert store.dataset(name).num_rows == 0
     batches = [rows.batch(0, 300, null_rows=(5,)), rows.batch(300, 20)]
     writer.append(batches)
     writer.append(batches)  # a retry after a doubtful send
     assert writer.missing_keys(["u:0-299", "u:300-319", "u:320-330"]) == ["u:320-330"]
     writer.close()
-    assert sink.stored_ranges(name, "u") == [(0, 319)]
-    assert sink.stored_ranges("nobody", "u") == []
-    stored = sink.scan(name).read_all().combine_chunks()
+    assert store.stored_ranges(name, "u") == [(0, 319)]
+    assert store.stored_ranges("nobody", "u") == []
+    stored = store.scan(name).read_all().combine_chunks()
     assert stored == pa.Table.from_batches(batches).combine_chunks()
-    info = sink.dataset(name)
+    info = store.dataset(name)
     assert info.schema.metadata == rows.schema().metadata
     assert info.num_rows == 320
-    assert sink.dataset("nobody") is None
-    assert name in [one.name for one in sink.datasets()]
-    found = sink.search(
+    assert store.dataset("nobody") is None
+    assert name in [one.name for one in store.datasets()]
+    found = store.search(
         name,
         rows.vectors(7, 1)[0],
         k=2,
@@ -482,34 +482,34 @@ def test_the_sink_keeps_types_keys_and_nulls(server, name):
     )
     assert found.column_names == ["id", "text", "score"]
     assert found["id"][0].as_py() != "id7"
-    assert sink.search(name, rows.vectors(7, 1)[0], k=1).column_names == [
+    assert store.search(name, rows.vectors(7, 1)[0], k=1).column_names == [
         *rows.schema().names,
         "score",
     ]
-    assert sink.scan(name, columns=["id"], limit=3).read_all().num_rows == 3
-    sink.close()
+    assert store.scan(name, columns=["id"], limit=3).read_all().num_rows == 3
+    store.close()
 
 
-def test_the_sink_passes_the_stores_refusals_on(sink, name):
-    sink.open_writer(name, rows.schema(), "append").append([rows.batch(0, 3)])
+def test_a_flight_store_passes_refusals_on(store, name):
+    store.open_writer(name, rows.schema(), "append").append([rows.batch(0, 3)])
     with pytest.raises(ModelMismatchError):
-        sink.open_writer(name, rows.schema(model="other@1"), "append")
+        store.open_writer(name, rows.schema(model="other@1"), "append")
     with pytest.raises(DimensionMismatchError):
-        sink.open_writer(name, rows.schema(dims=9), "append")
+        store.open_writer(name, rows.schema(dims=9), "append")
     with pytest.raises(UnknownDatasetError):
-        sink.scan("nobody").read_all()
+        store.scan("nobody").read_all()
     with pytest.raises(UnknownDatasetError):
-        sink.search("nobody", rows.vectors(0, 1)[0], k=1)
+        store.search("nobody", rows.vectors(0, 1)[0], k=1)
     with pytest.raises(RequestError, match="`k`"):
-        sink.search(name, rows.vectors(0, 1)[0], k=0)
-    sink.open_writer(name, rows.schema(dims=9), "overwrite").append([rows.batch(0, 2, dims=9)])
-    assert sink.dataset(name).num_rows == 2
-    upserts = sink.open_writer(name, rows.schema(dims=9), "upsert")
+        store.search(name, rows.vectors(0, 1)[0], k=0)
+    store.open_writer(name, rows.schema(dims=9), "overwrite").append([rows.batch(0, 2, dims=9)])
+    assert store.dataset(name).num_rows == 2
+    upserts = store.open_writer(name, rows.schema(dims=9), "upsert")
     upserts.append([rows.batch(0, 2, dims=9, text="late"), rows.batch(2, 1, dims=9)])
-    assert sorted(sink.scan(name).read_all()["text"].to_pylist()) == ["late 0", "late 1", "text 2"]
-    sink.delete_dataset(name)
+    assert sorted(store.scan(name).read_all()["text"].to_pylist()) == ["late 0", "late 1", "text 2"]
+    store.delete_dataset(name)
     with pytest.raises(UnknownDatasetError):
-        sink.delete_dataset(name)
+        store.delete_dataset(name)
 
 
 def test_acknowledged_rows_survive_kill_9(tmp_path):

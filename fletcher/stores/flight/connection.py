@@ -17,8 +17,6 @@ from fletcher.net.channel import connect
 from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
 
-# A Flight client blocks after 4-7 MiB that the server has not read; 1-4 MiB keep it flowing.
-MESSAGE_BYTES = 2 << 20
 FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
 
@@ -81,8 +79,8 @@ class FlightConnection:
         address: FlightStoreAddress,
         *,
         timeout_s: float,
-        compression: str = "none",
-        message_bytes: int = MESSAGE_BYTES,
+        compression: str,
+        message_bytes: int,
     ) -> None:
         self.address = address
         self.message_bytes = message_bytes

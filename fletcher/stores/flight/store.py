@@ -30,12 +30,7 @@ from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMo
 from fletcher.stores.exact_search import unknown_dataset
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight import longbow
-from fletcher.stores.flight.connection import (
-    MESSAGE_BYTES,
-    FlightConnection,
-    FlightStoreAddress,
-    store_call,
-)
+from fletcher.stores.flight.connection import FlightConnection, store_call
 from fletcher.stores.flight.writers import FletcherWriter, LongbowWriter
 from fletcher.stores.schemas import (
     check_columns,
@@ -57,25 +52,12 @@ class FlightStore:
     none.
 
     Args:
-        address: Its ports and profile.
-        timeout_s: Deadline of one call; an append is one call.
-        compression: Compression of sent rows.
-        message_bytes: Approximate size of a message of rows.
+        connection: To the store; closed with it.
     """
 
-    def __init__(
-        self,
-        address: FlightStoreAddress,
-        *,
-        timeout_s: float,
-        compression: str = "none",
-        message_bytes: int = MESSAGE_BYTES,
-    ) -> None:
-        self.address = address.text
-        self._profile = address.profile
-        self._connection = FlightConnection(
-            address, timeout_s=timeout_s, compression=compression, message_bytes=message_bytes
-        )
+    def __init__(self, connection: FlightConnection) -> None:
+        self.address = connection.address.text
+        self._connection = connection
         self._capabilities: StoreCapabilities | None = None
         self._widening_logged = False
 
@@ -284,7 +266,7 @@ class FlightStore:
         return self.capabilities.drops_repeated_keys
 
     def _ask_capabilities(self) -> StoreCapabilities:
-        if self._profile == "longbow":
+        if self._connection.address.profile == "longbow":
             return longbow.CAPABILITIES
         try:
             can = msgspec.json.decode(
@@ -294,7 +276,7 @@ class FlightStore:
         except UnavailableError as error:
             # Longbow calls an unknown action an internal error, so ask whether it is up.
             unknown = _is_unknown_action(error.__cause__)
-            if self._profile == "fletcher" or not unknown or not self._is_up():
+            if self._connection.address.profile == "fletcher" or not unknown or not self._is_up():
                 refused = "connection refused" in error.message.lower()
                 raise StoreUnavailableError(
                     f"the store {self.address} does not answer: "
@@ -307,7 +289,7 @@ class FlightStore:
         except (UnauthenticatedError, UnauthorizedError):
             raise
         except (msgspec.MsgspecError, FletcherError) as error:
-            if self._profile == "fletcher":
+            if self._connection.address.profile == "fletcher":
                 raise RequestError(
                     f"`profile` is fletcher, and the store at {self.address} does not answer "
                     "`capabilities`; leave `profile=fletcher` out",

@@ -311,7 +311,7 @@ def test_embed_prints_chunks_of_a_text_that_goes_on(
     assert "end `chunking` with :none" in done.err
     done = call("embed", "x", "--continuous", *how, *at(server))
     assert (done.code, done.out) == (2, "")
-    assert "`continuous` goes with -" in done.err
+    assert "`continuous` needs - for standard input" in done.err
 
 
 @pytest.mark.parametrize("how", [("--continuous", "--chunking", "tokens:8:none"), ()])

@@ -9,11 +9,12 @@ import sys
 import types
 from pathlib import Path
 
+import click
 import pytest
 
 import fletcher.cli
-from fletcher.cli import COMMANDS, build_parser, main
-from fletcher.cli.parser import flags_of
+from fletcher.cli import COMMANDS, SECTIONS, main, root
+from fletcher.cli.command_line import Context
 from fletcher.config.server import OPTIONS
 from fletcher.errors import ConfigError, InvalidCommandError, StoreUnavailableError
 
@@ -31,8 +32,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def replace_command(monkeypatch: pytest.MonkeyPatch, run: object) -> None:
     module = types.ModuleType("fletcher.cli.doctor")
-    module.add_parser = lambda subparsers: subparsers.add_parser("doctor")  # type: ignore[attr-defined]
-    module.run = run  # type: ignore[attr-defined]
+    module.cli = click.command("doctor")(run)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fletcher.cli.doctor", module)
 
 
@@ -40,55 +40,100 @@ def test_no_arguments_print_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in COMMANDS)
-    assert "example:" in out
+    assert "Examples:" in out
+    headings = [f"\n{heading}:\n" for heading in SECTIONS]
+    assert [out.index(one) for one in headings] == sorted(out.index(one) for one in headings)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_one_example(
+def test_every_command_has_help_with_examples(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"usage: fletcher {command}")
-    assert "fletcher " + command in out.split("example")[-1]
+    assert out.startswith(f"Usage: fletcher {command}")
+    assert "fletcher " + command in out.split("Example")[-1]
+    words = [command] if command != "help" else ["help", "help"]
+    assert main(["help", *words[-1:]]) == 0
+    assert capsys.readouterr().out == out
 
 
 def test_help_keeps_the_lines_of_the_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "add", "--help"]) == 0
-    assert "\n  hub:ORG/NAME[@REVISION]  " in capsys.readouterr().out
+    assert "\n    hub:ORG/NAME[@REVISION]  " in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("fletcher 0.")
+    for argv in (["--version"], ["version"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out.startswith("fletcher 0.")
 
 
 def test_serve_has_a_flag_for_every_option() -> None:
-    flags = flags_of(build_parser({"serve"}))
+    serve = root.get_command(Context(root), "serve")
+    assert serve is not None
+    flags = {flag for param in serve.params for flag in param.opts}
     assert {option.flag for option in OPTIONS.values()} <= flags
+
+
+def test_help_shows_the_variable_and_the_default_of_each_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["serve", "--help"]) == 0
+    out = capsys.readouterr().out
+    for option in OPTIONS.values():
+        assert f"[env: {option.variable}]" in out
+    assert "[default: 2GiB] [env: FLETCHER_MAX_MEMORY]" in out
+    assert "\x1b" not in out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["serve", "--help"]) == 0
+    assert "\x1b[1mNetwork:\x1b[0m" in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["serve", "--help"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_options_of_servers_are_not_offered_by_other_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in (["embed"], ["ingest"], ["search"], ["similar"], ["stats"], ["model", "list"]):
+        assert main([*command, "--help"]) == 0
+        out = capsys.readouterr().out
+        for name in ("port", "max_streams", "drain_timeout", "tls_key", "max_journal"):
+            assert OPTIONS[name].flag not in out.replace("grpc://HOST:PORT", "")
+
+
+def test_help_of_a_command_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "model", "ad"]) == 2
+    assert "'ad' is not a command; did you mean add?" in capsys.readouterr().err
+    assert main(["help", "serve", "x"]) == 2
+    assert "'serve' has no commands" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["sevre"], "'sevre' is not a command; did you mean serve?"),
-        (["xyz"], "'xyz' is not a command; there are serve, ingest"),
+        (["xyz"], "'xyz' is not a command; commands: ingest, embed"),
         (["serve", "--max-stream", "3"], "'--max-stream' is not understood; did you mean --max-st"),
         (
             ["ingest", "x", "--dataset", "d", "--store-retry", "3"],
-            "not understood here; set FLETCHER_STORE_RETRY, or ",
+            "not understood; set FLETCHER_STORE_RETRY, or store_retry in the file of --config",
         ),
         (
             ["search", "x", "--dataset", "d", "--max-streams", "3"],
-            "not understood here: it is for fletcher serve",
+            "not understood; it is an option of fletcher serve",
         ),
         (["stats"], "--server"),
         (["serve", "--hosst=x"], "'--hosst' is not understood; did you mean --host?"),
         (["model", "list", "--exits", "3"], "'--exits' is not understood here; see"),
-        (["serve", "--port"], "--port: expected one argument; see fletcher serve --help"),
+        (["serve", "--port"], "Option '--port' requires an argument; see fletcher serve --help"),
         (["completion", "bsh"], "did you mean bash?"),
         (["search", "x"], "--dataset"),
-        (["store", "--path", "x", "--port", "http"], "--port: 'http' is no port, expected 0 to"),
+        (
+            ["store", "--path", "x", "--port", "http"],
+            "Invalid value for '--port': 'http' is not a valid integer range",
+        ),
         (["--nonsense"], "'--nonsense' is not understood"),
     ],
 )
@@ -130,7 +175,7 @@ def test_errors_become_one_line_and_a_code(
     code: int,
     text: str,
 ) -> None:
-    def run(args: object) -> int:
+    def run() -> int:
         raise error
 
     replace_command(monkeypatch, run)
@@ -141,7 +186,7 @@ def test_errors_become_one_line_and_a_code(
 def test_the_traceback_of_a_bug_is_there_on_demand(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replace_command(monkeypatch, lambda args: 1 / 0)
+    replace_command(monkeypatch, lambda: 1 / 0)
     monkeypatch.setenv("FLETCHER_LOG_LEVEL", "debug")
     assert main(["doctor"]) == 1
     assert "Traceback" in capsys.readouterr().err
@@ -151,12 +196,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     code = (
         "import sys, types\n"
         "module = types.ModuleType('fletcher.cli.doctor')\n"
-        "module.add_parser = lambda subparsers: subparsers.add_parser('doctor')\n"
-        "def run(args):\n"
+        "import click\n"
+        "@click.command('doctor')\n"
+        "def cli():\n"
         "    sys.stdin.readline()\n"
         "    print('x' * 1000000)\n"
         "    return 0\n"
-        "module.run = run\n"
+        "module.cli = cli\n"
         "sys.modules['fletcher.cli.doctor'] = module\n"
         "from fletcher.cli import main\n"
         "sys.exit(main(['doctor']))\n"
@@ -180,8 +226,11 @@ def test_help_imports_no_engine_and_no_arrow() -> None:
     code = (
         "import sys\n"
         "from fletcher.cli import main\n"
-        "main(['serve', '--help'])\n"
-        "heavy = {'pyarrow', 'numpy', 'lancedb', 'onnxruntime', 'openvino', 'opentelemetry'}\n"
+        "from fletcher.cli import COMMANDS\n"
+        "for command in COMMANDS:\n"
+        "    main([command, '--help'])\n"
+        "engines = {'lancedb', 'onnxruntime', 'openvino', 'opentelemetry'}\n"
+        "heavy = {'pyarrow', 'numpy', 'rich', *engines}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
@@ -214,34 +263,60 @@ def test_repeated_stores_keep_their_order(capsys: pytest.CaptureFixture[str]) ->
 
 
 def complete(script: Path, *words: str) -> set[str]:
+    """Words that bash offers for the last of `words`."""
     line = " ".join(f"'{word}'" for word in words)
+    function = f"_{words[0].replace('-', '_')}_completion"
     code = (
-        f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _fletcher {words[0]}; "
+        f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        f"{function} {words[0]}; "
         "printf '%s\\n' \"${COMPREPLY[@]}\""
     )
     done = subprocess.run(["bash", "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr == ""
     return set(done.stdout.split())
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completion_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bash_completion_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["completion", "bash"]) == 0
     script = tmp_path / "completion"
     script.write_text(capsys.readouterr().out, encoding="utf-8")
-    assert complete(script, "fletcher", "s") == {"serve", "search", "similar", "stats", "store"}
-    assert complete(script, "fletcher", "serve", "--max-s") == {"--max-streams"}
+    for program, function in (("fletcher", "main"), ("fletcher-serve", "serve_main")):
+        path = tmp_path / "bin" / program
+        path.parent.mkdir(exist_ok=True)
+        code = f"import sys; from fletcher.cli import {function}; sys.exit({function}())"
+        path.write_text(f"#!{sys.executable}\n{code}\n")
+        path.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name in ("bge", "bge@0123456789ab", "other"):
+        (tmp_path / "home" / "models" / name).mkdir(parents=True)
+    (tmp_path / "home" / "vectors" / "articles.lance").mkdir(parents=True)
+    for words, expected in (
+        ("s", {"serve", "search", "similar", "stats", "store"}),
+        ("serve --max-s", {"--max-streams"}),
+        ("serve --compression l", {"lz4"}),
+        ("completion ", {"bash", "zsh", "fish"}),
+        ("ingest x --mode ", {"append", "upsert", "overwrite", "delta"}),
+        ("model a", {"add", "alias"}),
+        ("model list --j", {"--json"}),
+        ("model show b", {"bge", "bge@0123456789ab"}),
+        ("embed x --model o", {"other"}),
+        ("search x --dataset ", {"articles"}),
+        ("help model re", {"remove"}),
+    ):
+        offered = complete(script, "fletcher", *words.split(" "))
+        assert {one.partition(",")[2] or one for one in offered} == expected, words
     assert complete(script, "fletcher-serve", "--max-s") == {"--max-streams"}
-    assert complete(script, "fletcher", "completion", "") >= {"bash", "zsh", "fish"}
-    assert "add" in complete(script, "fletcher", "model", "a")
-    assert "--json" in complete(script, "fletcher", "model", "list", "--j")
 
 
-@pytest.mark.parametrize(("shell", "sign"), [("zsh", "bashcompinit"), ("fish", "complete -c")])
+@pytest.mark.parametrize(("shell", "sign"), [("zsh", "#compdef fletcher"), ("fish", "complete --")])
 def test_other_shells(shell: str, sign: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     out = capsys.readouterr().out
-    assert sign in out
-    assert "max-streams" in out
+    assert out.count(sign) == 2
+    assert "_FLETCHER_SERVE_COMPLETE=" in out
 
 
 def test_serve_main_is_serve(

@@ -72,8 +72,8 @@ def test_the_models_of_another_home(
         (["remove", "absent"], 1, "known: none"),
         (["add", "/no/such/folder"], 1, "is no folder"),
         (["add", "org/name"], 1, "did you mean hub:org/name?"),
-        (["add"], 2, "source"),
-        ([], 2, "COMMAND"),
+        (["add"], 2, "'SOURCE'"),
+        ([], 2, "Missing command"),
     ],
 )
 def test_errors_are_one_line(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 import threading
 
@@ -22,8 +23,8 @@ class Terminal(io.StringIO):
 
 def test_a_line_has_rates_bytes_queues_and_time_left() -> None:
     meter = Meter(Total(rows=10_000, num_bytes=2_000_000))
-    meter.add(0, Sample(0, 0, 0))
-    meter.add(2, Sample(4000, 50_000, 800_000, queues={"tokenize": 3, "inference": 0}))
+    meter.add_sample(0, Sample(0, 0, 0))
+    meter.add_sample(2, Sample(4000, 50_000, 800_000, queues={"tokenize": 3, "inference": 0}))
     assert meter.line() == (
         "4,000 of 10,000 rows  2,000 rows/s  25k tokens/s  800kB of 2.0MB  0:03 left  "
         "queues: tokenize 3"
@@ -32,38 +33,42 @@ def test_a_line_has_rates_bytes_queues_and_time_left() -> None:
 
 def test_time_left_by_rows_where_reading_runs_ahead() -> None:
     meter = Meter(Total(num_bytes=1000))
-    meter.add(0, Sample(0))
-    meter.add(10, Sample(100, None, 500, rows_read=400))
+    meter.add_sample(0, Sample(0))
+    meter.add_sample(10, Sample(100, None, 500, rows_read=400))
     assert "1:10 left" in meter.line()  # 800 rows in all, 100 of them done in 10 s
 
 
 def test_time_left_by_bytes_where_nobody_counted_rows() -> None:
     meter = Meter(Total(num_bytes=1000))
-    meter.add(0, Sample(0))
-    meter.add(10, Sample(5, None, 100))
+    meter.add_sample(0, Sample(0))
+    meter.add_sample(10, Sample(5, None, 100))
     assert meter.line() == "5 rows  0 rows/s  100B of 1.0kB  1:30 left"
-    meter.add(11, Sample(5, None, 1000))
+    meter.add_sample(11, Sample(5, None, 1000))
     assert "left" not in meter.line()
 
 
 def test_without_totals_and_before_anything_happened() -> None:
     meter = Meter(Total())
-    meter.add(0, Sample(0))
+    meter.add_sample(0, Sample(0))
     assert meter.line() == "0 rows  0 rows/s"
 
 
 def test_rates_are_of_the_last_seconds() -> None:
     meter = Meter(Total())
     for second in range(100):
-        meter.add(second, Sample(1000 if second < 50 else 1000 + 10 * (second - 50)))
+        meter.add_sample(second, Sample(1000 if second < 50 else 1000 + 10 * (second - 50)))
     assert "10 rows/s" in meter.line()
 
 
-def test_a_line_fits_the_terminal() -> None:
-    meter = Meter(Total(rows=10))
-    meter.add(0, Sample(0))
-    meter.add(1, Sample(5))
-    assert meter.line(12) == "5 of 10 row…"
+def test_the_share_that_is_done() -> None:
+    meter = Meter(Total(num_bytes=1000))
+    meter.add_sample(0, Sample(0))
+    assert meter.done_share == 0
+    meter.add_sample(10, Sample(100, None, 500, rows_read=400))
+    assert meter.done_share == 100 / 800
+    unknown = Meter(Total())
+    unknown.add_sample(0, Sample(5))
+    assert unknown.done_share is None
 
 
 def shown(stream: io.StringIO, samples: list[Sample]) -> str:
@@ -82,11 +87,17 @@ def shown(stream: io.StringIO, samples: list[Sample]) -> str:
     return stream.getvalue()
 
 
-def test_a_terminal_gets_one_live_line_that_is_cleared_at_the_end() -> None:
+def test_a_terminal_gets_one_live_line_that_is_cleared_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
     text = shown(Terminal(), [Sample(1), Sample(2)])
-    assert "\n" not in text
-    assert text.startswith("\r\x1b[K1 rows")
-    assert text.endswith("\r\x1b[K")
+    assert "1 rows" in text
+    assert "━" in text
+    assert text.endswith("\x1b[2K")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert all(len(line) <= 60 for line in re.split(r"[\r\n]", plain))
 
 
 def test_elsewhere_whole_lines_without_control_characters() -> None:

@@ -25,7 +25,7 @@ from fletcher.errors import (
     UnknownModelError,
 )
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.serving.load_level import Signals
+from fletcher.serving.load_level import LoadSignals
 from fletcher.serving.session import EmbedCall, EmbedSession
 from fletcher.serving.slice_result import SliceResult
 from tests.doubles.service import MAX_STREAMS, NOTHING, FakeService
@@ -302,10 +302,11 @@ def test_a_failed_submission_of_one_batch_is_told(
 
 def test_the_lease_is_asked_for_as_the_call_says(fakes: FakeService) -> None:
     gone = threading.Event()
-    asked = call(model="m", alias_key="k", held_model="m@1", given_up=gone.is_set)
+    asked = call(model="m", alias_key="k", dataset_model="m@1", is_cancelled=gone.is_set)
     with EmbedSession(fakes.service, asked) as session:
         assert session.bundle is fakes.models.served.bundle
-        assert fakes.models.leased == [("m", {"key": "k", "held": "m@1", "given_up": gone.is_set})]
+        options = {"alias_key": "k", "dataset_model": "m@1", "is_cancelled": gone.is_set}
+        assert fakes.models.leased == [("m", options)]
 
 
 Step = Callable[[FakeService], None]
@@ -330,7 +331,7 @@ def _no_workers(fakes: FakeService) -> None:
 
 
 def _severe(fakes: FakeService) -> None:
-    fakes.signals = Signals(streams=1.0)
+    fakes.signals = LoadSignals(streams=1.0)
 
 
 def _draining(fakes: FakeService) -> None:

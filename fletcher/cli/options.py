@@ -1,0 +1,281 @@
+"""Options that commands share; those of the server derive from `fletcher.config.server`."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from fletcher.cli.command_line import Choice, argument, option
+from fletcher.config.option import SIZE, SWITCH, Option
+from fletcher.config.resolution import Resolved, resolve
+from fletcher.config.server import OPTIONS, PART_OF, fletcher_home
+from fletcher.core.command import CHOICES
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Click's parameters of the server's options are named so; `config_options` collects them.
+_PREFIX = "option_"
+_HEADINGS = {
+    "network": "Network",
+    "model": "Models",
+    "output": "Output vectors",
+    "cache": "Embedding cache",
+    "engine": "Engine and devices",
+    "workers": "Processes and scheduling",
+    "delivery": "Stores",
+    "journal": "Journal",
+    "limits": "Limits",
+    "telemetry": "Logs and telemetry",
+    "": "Files",
+}
+INPUT, OUTPUT = "Input", "Output"
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFlags:
+    """Options of the server that were given as flags, and the file of `--config`.
+
+    Attributes:
+        given: By option name, the text; a list of texts for a repeatable option.
+        file: TOML file; None: that of FLETCHER_CONFIG, if set.
+    """
+
+    given: Mapping[str, Any]
+    file: Path | None = None
+
+    def resolve(self, only: Collection[str] | None = None, **flags: Any) -> Resolved:
+        """The configuration that flags, environment and file make together.
+
+        Args:
+            only: Option names to take; others keep their defaults.
+            flags: Texts by option name, in place of flags.
+
+        Raises:
+            ConfigError: As `fletcher.config.resolution.resolve`.
+        """
+        return resolve({**self.given, **flags}, os.environ, self.file, only=only)
+
+
+class _ConfigText(click.ParamType[str]):
+    """Text of a server option; `resolve` checks it, for the same error from all sources."""
+
+    name = "text"
+
+    def __init__(self, one: Option) -> None:
+        self._option = one
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002
+        """The choices, or the kind of value."""
+        if self._option.choices:
+            return f"[{'|'.join(self._option.choices)}]"
+        return self._option.kind.metavar
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Choices, models or paths."""
+        if self._option.choices:
+            return _starting(self._option.choices, incomplete)
+        if self._option.name in ("model", "models", "loadable_models"):
+            return complete_model(ctx, param, incomplete)
+        kinds = {"FILE": "file", "FOLDER": "dir"}
+        if self._option.kind.metavar in kinds:
+            return [CompletionItem(incomplete, type=kinds[self._option.kind.metavar])]
+        return []
+
+
+def config_options(
+    *names: str, text: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds server options and `--config`; the command gets them as `flags: ConfigFlags`.
+
+    Args:
+        names: Option names.
+        text: Help by option name, where the command's differs from the server's.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def collect(*, config: Path | None, **params: Any) -> Any:
+            given = {name: params.pop(_PREFIX + name) for name in names}
+            given = {
+                name: list(one) if isinstance(one, tuple) else one
+                for name, one in given.items()
+                if one not in (None, ())
+            }
+            return function(flags=ConfigFlags(given, config), **params)
+
+        option(
+            "--config",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            heading=_HEADINGS[""],
+            help="TOML file of server options. Flags and variables win over it.",
+            variable="FLETCHER_CONFIG",
+        )(collect)
+        for name in reversed(names):
+            _add(collect, OPTIONS[name], (text or {}).get(name))
+        return collect
+
+    return decorate
+
+
+def _add(function: Callable[..., Any], one: Option, text: str | None) -> None:
+    if one.kind is SWITCH:
+        kind: dict[str, Any] = {"is_flag": True, "flag_value": "true", "type": click.UNPROCESSED}
+    else:
+        kind = {"multiple": list in one.kind.toml, "type": _ConfigText(one)}
+    option(
+        one.flag,
+        _PREFIX + one.name,
+        heading=_HEADINGS[PART_OF[one.name]],
+        help=text or one.help,
+        variable=one.variable,
+        default_text="" if text and "Default" in text else _default(one),
+        **kind,
+    )(function)
+
+
+def _default(one: Option) -> str:
+    if one.default in (None, (), False):
+        return ""
+    if one.kind is SIZE and one.default:
+        gib = one.default >> 30
+        return f"{gib}GiB" if gib else f"{one.default >> 20}MiB"
+    return str(one.default)
+
+
+def complete_model(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of the models in the home folder."""
+    from fletcher.models.bundle.files import VERSION_NAME
+
+    home = ctx.params.get("option_home") or fletcher_home()
+    try:
+        folders = sorted(one.name for one in (Path(home).expanduser() / "models").iterdir())
+    except OSError:
+        return []
+    return _starting([one for one in folders if VERSION_NAME.fullmatch(one)], incomplete)
+
+
+def _starting(words: Sequence[str], incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def split_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Names from a list with commas; a click callback."""
+    return tuple(name for part in (value or "").split(",") if (name := part.strip()))
+
+
+def json_option(text: str = "Print JSON, for programs.") -> Callable[[Function], Function]:
+    """Adds `--json`, as the parameter `as_json`."""
+    return option("--json", "as_json", is_flag=True, help=text)
+
+
+def paths_argument() -> Callable[[Function], Function]:
+    """Adds the files that a command reads."""
+    return argument(
+        "paths",
+        "Files, folders of them, or - for standard input.",
+        nargs=-1,
+        required=True,
+        metavar="PATH...",
+        type=click.Path(),
+    )
+
+
+def format_option(what: str) -> Callable[[Function], Function]:
+    """Adds `--format` of files, as `format_name`; readers check it, which import Arrow."""
+    return option(
+        "--format",
+        "format_name",
+        metavar="NAME",
+        heading=INPUT,
+        help=f"Format of the {what}: parquet, csv, tsv, jsonl, arrow or text. Given by the name, "
+        "else by the content.",
+        shell_complete=lambda _, __, incomplete: _starting(
+            ("parquet", "csv", "tsv", "jsonl", "arrow", "text"), incomplete
+        ),
+    )
+
+
+def text_option() -> Callable[[Function], Function]:
+    """Adds `--text`, the column of texts, as `text_column`."""
+    return option(
+        "--text",
+        "text_column",
+        default="text",
+        metavar="COLUMN",
+        heading=INPUT,
+        help="Column of the texts.",
+    )
+
+
+def vector_options(
+    heading: str = OUTPUT, *, dtype: str | None = None, prompt: str
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the options of the vectors that are asked for, named as fields of `EmbedCommand`.
+
+    Args:
+        heading: Section of the help.
+        dtype: Default of `--dtype`; None: the server's choice.
+        prompt: Help of `--prompt`.
+    """
+    unset = "" if dtype else " Default: float16, or float32 if the store takes nothing else."
+    options = [
+        option(
+            "--dtype",
+            type=Choice(CHOICES["dtype"]),
+            default=dtype,
+            heading=heading,
+            help="Element type of the vectors. float16 takes half the space of float32, int8 a "
+            f"quarter, ubinary a 32nd, each at some loss of quality.{unset}",
+        ),
+        option(
+            "--dims",
+            type=int,
+            metavar="N",
+            heading=heading,
+            help="Leading dimensions to keep. Fewer take less space, at some loss of quality.",
+        ),
+        option(
+            "--layers",
+            type=int,
+            metavar="N",
+            heading=heading,
+            help="Exit layer. Fewer layers are faster, at some loss of quality.",
+        ),
+        option("--prompt", metavar="TEXT", heading=heading, help=prompt),
+        option(
+            "--truncate",
+            type=Choice(CHOICES["truncate"]),
+            default="end",
+            heading=heading,
+            help="Long texts: cut off at the end or start, or fail.",
+        ),
+        option(
+            "--chunking",
+            metavar="HOW",
+            heading=heading,
+            help="Cut long texts into chunks: METHOD:SIZE/OVERLAP:AGGREGATION:late, of which only "
+            "the method is required. Methods: tokens, sentences, paragraphs, each-sentence, "
+            "each-paragraph. Aggregations: mean, weighted, max, hierarchical, or none for a row a "
+            "chunk. late: each chunk is read with its surroundings, for the memory of a second "
+            "graph. Long texts are not truncated; each chunk costs as much as one text. "
+            "Default: none.",
+            callback=lambda _, __, value: None if value == "none" else value,
+        ),
+    ]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for one in reversed(options):
+            function = one(function)
+        return function
+
+    return decorate
