@@ -9,6 +9,7 @@ from fletcher.config.option import MILLISECONDS, SECONDS, STORES, TEXT, WHOLE, O
 
 DEFAULT_STORE = "default"
 NO_STORE = "none"
+_COMMIT_ROWS = 50_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,8 @@ class DeliveryConfig(OptionGroup):
     """Stores, and how rows are grouped, appended and retried.
 
     Attributes:
-        commit_rows: Most rows of one append, over all its groups; at least `group_rows`.
+        commit_rows: Most rows of one append, over all its groups; 0: 50,000, or `group_rows` if
+            that is more.
         max_dedupe_bytes: Memory for the dedupe indexes of all datasets; `ServeConfig` derives it
             from `max_memory`.
     """
@@ -51,11 +53,12 @@ class DeliveryConfig(OptionGroup):
     store_retry_s: float = option(
         300, SECONDS, "How long a failing write is retried before its upload fails."
     )
-    commit_rows: int = 50_000
+    commit_rows: int = 0
     max_dedupe_bytes: int = 64 << 20
 
     def _check_together(self) -> None:
-        object.__setattr__(self, "commit_rows", max(self.commit_rows, self.group_rows))
+        if not self.commit_rows:
+            object.__setattr__(self, "commit_rows", max(_COMMIT_ROWS, self.group_rows))
 
     @property
     def group_delay_s(self) -> float:

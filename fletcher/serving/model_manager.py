@@ -291,7 +291,7 @@ class ModelManager:
             return {one.name: one.bundle for one in self._life.versions.values()}
 
     def aliases(self) -> dict[str, str]:
-        """What each alias stands for, as `Alias.parse` reads it after the `=`."""
+        """What each alias stands for, as `Alias.from_text` reads it after the `=`."""
         with self._changed:
             return {name: alias.shares for name, alias in self._aliases.items()}
 
@@ -309,7 +309,7 @@ class ModelManager:
                 version = self._find(target)
                 if version.name == held:
                     return version
-        return self._find(alias.pick(key))
+        return self._find(alias.pick_target(key))
 
     def _find(self, name: str) -> Version:
         version = self._current.get(name) or self._life.versions.get(name)

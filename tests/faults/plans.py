@@ -99,7 +99,7 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
             "store-timeout": chance.choice(["1s", "10s"]),
         },
         constants={
-            "fletcher.runtime._COMMIT_ROWS": _some(most_rows, chance),
+            "fletcher.config.delivery._COMMIT_ROWS": _some(most_rows, chance),
             "fletcher.delivery.journal.writer._SYNC_ROWS": _some(most_rows, chance),
             "fletcher.stores.lance.writer.COMPACT_FRAGMENTS": chance.choice([3, 20]),
         },
