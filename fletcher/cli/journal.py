@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +171,7 @@ def _is_served(root: Path) -> bool:
     if not (root / ".lock").exists():
         return False
     try:
-        os.close(lock_journal(root))
+        lock_journal(root).release()
     except ConfigError:
         return True
     return False
@@ -187,6 +186,6 @@ def _replay(root: Path) -> int:
     try:
         num_files = sum(revive_segments(folder) for _, _, folder in journal_folders(root))
     finally:
-        os.close(lock)
+        lock.release()
     print(f"{num_files} files wait again; the next start of the server sends them")
     return 0

@@ -1,4 +1,4 @@
-"""The Flight client library: `connect`, and what its calls take and give."""
+"""The Flight client library: `connect`, and the types of its calls."""
 
 from __future__ import annotations
 

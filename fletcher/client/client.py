@@ -1,4 +1,4 @@
-"""`connect` and the Client: every call of a Fletcher server, as Python people would have it."""
+"""`connect` and `Client`: the calls of a Fletcher server for Python."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fletcher.errors import BY_CODE, InternalError, InvalidCommandError
 from fletcher.readers import TextSource, open_source
 
 DEFAULT_TIMEOUT_S = 20.0
-# A large model takes its time to be read, compiled and warmed up.
+# Reading, compiling and warming up a large model takes minutes.
 LOAD_TIMEOUT_S = 300.0
 _EMBED_ROWS = 4096
 
@@ -45,7 +45,7 @@ def connect(
     transfer: TransferOptions | None = None,
     compression: str | None = None,
 ) -> Client:
-    """Connects to a server and makes sure that it answers.
+    """Connect to a server and check that it answers.
 
     Args:
         uri: `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`.
@@ -53,12 +53,11 @@ def connect(
         tls: Certificates other than the system's, for `grpc+tls`.
         timeout_s: Longest wait for the connection, and for the answers of short calls.
         transfer: Sizes, windows and retries of uploads and exchanges.
-        compression: In place of `transfer.compression`: `none`, `lz4`, `zstd` or `auto`.
+        compression: Overrides `transfer.compression`: `none`, `lz4`, `zstd` or `auto`.
 
     Raises:
-        InvalidCommandError: `uri` is no such address, `compression` no such word, or a certificate
-            cannot be read.
-        UnavailableError: Nobody answers there.
+        InvalidCommandError: `uri` or `compression` is malformed, or a certificate cannot be read.
+        UnavailableError: No server answers.
         UnauthenticatedError, UnauthorizedError: The token is missing or wrong.
     """
     transfer = transfer or TransferOptions()
@@ -74,9 +73,9 @@ def connect(
 
 
 class Client:
-    """A connection to a Fletcher server; made by `connect`, closed by `close` or `with`.
+    """A connection to a server; made by `connect`, closed by `close` or `with`.
 
-    Threads may share it. Every method raises a FletcherError where the server refuses or fails.
+    Thread-safe. Every method raises a FletcherError if the server refuses or fails.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -84,7 +83,7 @@ class Client:
 
     @property
     def address(self) -> str:
-        """Where the server is, as given to `connect`."""
+        """The server's address, as given to `connect`."""
         return self._connection.address
 
     def __repr__(self) -> str:
@@ -100,22 +99,22 @@ class Client:
         resume: bool = False,
         on_ack: OnAck | None = None,
     ) -> PutSummary:
-        """Embeds text into a dataset of the server's store.
+        """Embed text into a dataset of the server's store.
 
-        After a broken connection it goes on by itself where the server's durable rows end. What is
-        not acknowledged yet is kept in memory for this, up to `TransferOptions.window_bytes`.
+        After a broken connection the upload resumes after the server's durable rows. For this,
+        unacknowledged rows are kept in memory, up to `TransferOptions.window_bytes`.
 
         Args:
             data: A RecordBatch, Table, RecordBatchReader, `fletcher.TextSource`, DataFrame of
-                pandas or Polars, or an iterable of RecordBatches; columns as `options` names them.
-            options: What to do, or just the dataset's name.
-            row_offset: Offset of the first row in the upload, where this is not its beginning.
-            end: These are the last rows of the upload: it can be complete.
-            resume: Ask first which rows of `options.upload_id` the server has, and skip those.
-            on_ack: Called now and then, in this thread, with the newest acknowledgement.
+                pandas or Polars, or an iterable of RecordBatches; `options` names its columns.
+            options: Options of the upload, or the dataset's name.
+            row_offset: Offset of the first row in the upload.
+            end: Whether these are the upload's last rows, so that it can be complete.
+            resume: Whether to skip rows of `options.upload_id` that the server has already.
+            on_ack: Called on this thread with the newest acknowledgement, now and then.
 
         Returns:
-            What became of the rows; rows that failed are in `errors`, and no exception.
+            The result. Failed rows are in `errors` and raise nothing.
         """
         options = _with_upload_id(_as_options(options))
         if row_offset < 0:
@@ -132,16 +131,16 @@ class Client:
         *,
         on_ack: OnAck | None = None,
     ) -> PutSummary:
-        """Embeds files into a dataset, once: the upload is named after their contents.
+        """Embed files into a dataset, in an upload named after their contents.
 
-        Running it again, after a crash or for no reason, stores no row twice.
+        To resume after a crash, run it again: no row is stored twice.
 
         Args:
-            source: From `fletcher.readers.open_source`, or paths to open by it with the columns
-                that `options` names.
-            options: What to do, or just the dataset's name. Without an `upload_id` it is made of
-                the files' contents and the options; of standard input it is random.
-            on_ack: As in `put`.
+            source: From `fletcher.open_source`, or paths that it opens with the columns of
+                `options`.
+            options: Options of the upload, or the dataset's name. By default `upload_id` is a hash
+                of the files' contents and the options; for standard input it is random.
+            on_ack: See `put`.
         """
         options = _as_options(options)
         if not isinstance(source, TextSource):
@@ -163,12 +162,12 @@ class Client:
         return self.put(source, options, resume=True, on_ack=on_ack)
 
     def exchange(self, data: Any, options: EmbedCommand | None = None) -> Exchange:
-        """Embeds text and gives the vectors back: a batch for each batch with rows, in order.
+        """Embed text and return the vectors: a batch for each batch with rows, in order.
 
         Args:
-            data: As for `put`.
-            options: What to do; None: the server's defaults. With `continuous` rows are pieces of
-                documents, and batches of chunks come as these are complete.
+            data: See `put`.
+            options: Options of the exchange; None: the server's defaults. With `continuous` rows
+                are parts of documents, and a batch comes back whenever chunks are complete.
         """
         schema, batches = as_batches(data)
         outgoing = messages(batches, max_bytes=self._connection.transfer.message_bytes)
@@ -181,35 +180,35 @@ class Client:
         chunking: str = "sentences:none",
         **options: Any,
     ) -> DocumentStream:
-        """Cuts documents that come in pieces into chunks, and gives each when it is complete.
+        """Cut documents that arrive in parts into chunks, returned once complete.
 
         Args:
-            pieces: Texts, cut anywhere, that are joined; None ends the document at hand, and so
-                does the end. In place of a text (ID, text), where another ID begins another
-                document; without, documents are called "0", "1", and so on. Each travels as soon
-                as it is there, by itself: where there are many, join some.
+            pieces: Parts of documents, cut anywhere: texts, or (ID, text), where another ID starts
+                another document. None ends a document, as does the end of `pieces`. Without IDs
+                documents are called "0", "1", and so on. Each part is sent at once in a message:
+                join very short ones.
             chunking: How documents are cut; its aggregation is `none`.
-            **options: Fields of EmbedCommand, such as `model`, `prompt`, `dtype` (float32 unless
-                given), or `include_text` (true unless given).
+            **options: Fields of EmbedCommand, such as `model`, `prompt`, `dtype` (default float32)
+                or `include_text` (default true).
         """
         given = {"dtype": "float32", "include_text": True, **options, "chunking": chunking}
         wanted = EmbedCommand.from_mapping({**given, "continuous": True})
         return DocumentStream(self._connection, pieces, wanted)
 
     def embed(self, texts: Iterable[str], **options: Any) -> npt.NDArray[Any]:
-        """Vectors of some texts.
+        """Embed texts and return their vectors.
 
         Args:
             texts: The texts.
-            **options: Fields of EmbedCommand, such as `model`, `prompt`, `dims`, `dtype` (float32
-                unless given).
+            **options: Fields of EmbedCommand, such as `model`, `prompt`, `dims`, `dtype` (default
+                float32).
 
         Returns:
-            [len(texts), dims] of `dtype`; for `ubinary` uint8 [len(texts), dims / 8]. What int8
-            means takes the rows' `scale` or the schema's ranges: `exchange` gives both.
+            [len(texts), dims] of `dtype`; for `ubinary` uint8 [len(texts), dims / 8]. To read int8
+            as float32, use `exchange`, which returns the scales or ranges too.
 
         Raises:
-            FletcherError: A text has no vector; the message says which and why.
+            FletcherError: A text has no vector; the message says which text and why.
         """
         if isinstance(texts, str):
             raise InvalidCommandError(
@@ -219,7 +218,7 @@ class Client:
         chunking = Chunking.from_text(wanted.chunking or "none")
         if chunking is not None and chunking.rows:
             raise InvalidCommandError(
-                f"`chunking` is {chunking}, which gives a text several vectors; use `exchange`",
+                f"`chunking` is {chunking}, which makes several vectors per text; use `exchange`",
                 field="chunking",
                 allowed=AGGREGATIONS[:-1],
             )
@@ -227,7 +226,7 @@ class Client:
             column = pa.array(texts, pa.utf8())
         except (pa.ArrowException, TypeError, UnicodeError):
             raise InvalidCommandError(
-                "`texts` holds something that is no Unicode text", field="texts"
+                "`texts` holds a value that is not Unicode text", field="texts"
             ) from None
         table = pa.table({wanted.text_column: column})
         batches = table.to_batches(max_chunksize=_EMBED_ROWS)
@@ -239,7 +238,7 @@ class Client:
                 vectors = batch.column("vector")
                 _check_one_each(vectors.type)
                 if vectors.null_count:
-                    raise InternalError("the server left out a vector and did not say why")
+                    raise InternalError("the server returned a null vector without an error")
                 parts.append(vectors.flatten().to_numpy().reshape(len(vectors), -1))
             if not parts:
                 kind = exchange.schema.field("vector").type
@@ -251,7 +250,7 @@ class Client:
         return embeddings
 
     def upload_status(self, upload_id: str, dataset: str | None = None) -> dict[str, Any]:
-        """`rows_durable`, `ranges` (inclusive) and `complete` of an upload."""
+        """Progress of an upload: `rows_durable`, `ranges` (inclusive) and `complete`."""
         body = {"upload_id": upload_id}
         if dataset is not None:
             body["dataset"] = dataset
@@ -262,68 +261,68 @@ class Client:
         return self._connection.action("stats")
 
     def list_models(self) -> list[dict[str, Any]]:
-        """The versions of models that the server has: the fields of ModelInfo."""
+        """Versions of models on the server, with the fields of ModelInfo (docs/wire.md)."""
         return list(self._connection.action("list_models").get("models", []))
 
     def aliases(self) -> dict[str, str]:
-        """Names that stand for several models, and their shares: `{"search": "a:0.9,b:0.1"}`."""
+        """Aliases, with the traffic share of each model: `{"search": "a:0.9,b:0.1"}`."""
         return dict(self._connection.action("list_models").get("aliases", {}))
 
     def prompt_for(
         self, purpose: Literal["query", "document"], model: str | None = None
     ) -> str | None:
-        """The name of a model's prompt for texts that search, or for those that are found.
+        """Name of a model's prompt for queries or documents.
 
         Args:
             purpose: `query` or `document`.
-            model: As in `embed`; None: the server's default.
+            model: The model, `name` or `name@hash`; None: the server's default.
 
         Returns:
-            What `embed` and EmbedCommand take as `prompt`; None: the model has none for it.
+            The `prompt` for `embed` and EmbedCommand; None: the model has no such prompt.
 
         Raises:
-            ModelMismatchError: The server does not serve that model.
+            ModelMismatchError: The server does not serve the model.
         """
         names = {"query": QUERY_PROMPTS, "document": DOCUMENT_PROMPTS}[purpose]
         return default_prompt(served_model(self, model), names)
 
     def load_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
-        """Has the server load a model that is installed there.
+        """Load a model that is installed on the server.
 
         Args:
             model: Its name, or one version as `name@hash`.
             timeout_s: Longest wait until it is ready.
 
         Returns:
-            `name@hash` of what is ready now.
+            `name@hash` of the loaded version.
         """
         return str(self._connection.action("load_model", {"model": model}, timeout_s)["model"])
 
     def swap_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
-        """Has a name stand for the version that is installed under it now, or for `name@hash`.
+        """Switch a model's name to its newest installed version, or to `name@hash`.
 
-        Calls that run end with the version that they began with.
+        Running calls keep their version.
 
         Returns:
-            `name@hash` of what new calls get.
+            `name@hash` of the version for new calls.
         """
         return str(self._connection.action("swap_model", {"model": model}, timeout_s)["model"])
 
     def unload_model(self, model: str, *, force: bool = False) -> str:
-        """Takes a model out of service; `force` cuts off the calls that hold it.
+        """Unload a model; `force` ends the calls that use it.
 
         Returns:
-            `name@hash` of what retires.
+            `name@hash` of the version that is unloaded.
         """
         body = {"model": model, "force": force}
         return str(self._connection.action("unload_model", body)["model"])
 
     def set_alias(self, alias: str, models: Mapping[str, float] | None) -> dict[str, str]:
-        """Divides calls for a name among models, by weight.
+        """Divide calls for an alias among models, by weight.
 
         Args:
-            alias: What callers ask for; `default` is for those that name no model.
-            models: Weights by model; none: the alias goes.
+            alias: Name that calls ask for; `default` is for calls without a model.
+            models: Traffic weight per model; None or empty deletes the alias.
 
         Returns:
             All aliases.
@@ -333,15 +332,15 @@ class Client:
         return dict(answer["aliases"])
 
     def health(self) -> dict[str, Any]:
-        """Answers if the server's process is alive."""
+        """The server's health; any answer means that its process is alive."""
         return self._connection.action("health")
 
     def ready(self) -> bool:
-        """Whether the server lets new calls in."""
+        """Whether the server accepts new calls."""
         return bool(self._connection.action("ready").get("ready"))
 
     def close(self) -> None:
-        """Closes the connection. Idempotent."""
+        """Close the connection. Idempotent."""
         self._connection.close()
 
     def __enter__(self) -> Client:
@@ -357,10 +356,10 @@ class Client:
 
 
 def ingest_id(source: TextSource, options: EmbedCommand) -> str:
-    """The `upload_id` of files with options: the same for the same, random where unrepeatable.
+    """The `upload_id` of files: a hash, or random for a source read only once.
 
-    A delta asks of every row anyway what is stored. Under one name, files that were changed and
-    changed back would count as sent, while the store has what came between.
+    It is random for `delta` too, which asks the store about every row anyway. Under one name, files
+    that were changed and changed back would count as sent while the store has other rows.
     """
     if not source.reiterable or options.mode == "delta":
         return uuid.uuid4().hex
@@ -383,11 +382,11 @@ def _with_upload_id(options: EmbedCommand) -> EmbedCommand:
 
 
 def _check_one_each(kind: pa.DataType) -> None:
-    """Refuses sparse weights and several vectors a text."""
+    """Refuse sparse weights and several vectors per text."""
     if not pa.types.is_fixed_size_list(kind):
         raise InvalidCommandError(
-            f"the model gives {kind} for each text, which is no array; "
-            "`exchange` gives such vectors"
+            f"the model returns {kind} for each text, expected one vector; "
+            "`exchange` returns such vectors"
         )
 
 

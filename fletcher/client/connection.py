@@ -1,4 +1,4 @@
-"""One Flight connection: its address, credentials, call options, and its errors as ours."""
+"""One Flight connection: address, credentials, call options and errors."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_flight_error
 from fletcher.util.backoff import Backoff
 
-# What to do about a connection that does not come about, by what gRPC says of it.
+# Remedies for connections that fail, by a part of gRPC's message.
 _REMEDIES = (
     ("certificate verify failed", "name the CA of its certificate (`tls`, --tls-ca)"),
-    ("wrong version number", "it does not encrypt: its address begins with grpc://"),
-    ("Failed parsing HTTP/2", "it speaks another protocol: check the port"),
-    ("Socket closed", "if it encrypts, its address begins with grpc+tls://"),
+    ("wrong version number", "the server does not use TLS: its address begins with grpc://"),
+    ("Failed parsing HTTP/2", "the server speaks another protocol: check the port"),
+    ("Socket closed", "if the server uses TLS, its address begins with grpc+tls://"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class TlsOptions:
-    """Certificates: files of PEM, or their contents as bytes.
+    """Certificates: paths of PEM files, or their contents as bytes.
 
     Attributes:
-        ca: Trusted roots; None: those of the system.
-        cert: This client's certificate, for servers that ask for one; goes with `key`.
-        key: The key of `cert`.
+        ca: Trusted root certificates; None: the system's.
+        cert: The client's certificate, for servers that ask for one; needs `key`.
+        key: The private key of `cert`.
     """
 
     ca: str | Path | bytes | None = None
@@ -53,19 +53,20 @@ class TlsOptions:
 
 @dataclass(frozen=True, slots=True)
 class TransferOptions:
-    """How uploads and exchanges use the connection.
+    """Transfer settings of uploads and exchanges.
 
     Attributes:
-        message_bytes: Batches are cut into messages of this size; gRPC is at its best from 1 to 4
-            MiB, and larger ones hold a slow server's memory.
-        window_bytes: Unacknowledged text at most: more keeps a distant or batching server busy,
-            and is held in memory to be sent again after a broken connection.
-        stall_timeout_s: An upload or exchange that owes an answer for this long is given up.
-        max_retries: Connections that may fail in a row without any progress.
+        message_bytes: Largest message into which batches are cut. gRPC is fastest with 1 to 4 MiB;
+            larger messages take a slow server's memory.
+        window_bytes: Most unacknowledged bytes. More keep a distant server busy, and take memory
+            here, as they are sent again after a broken connection.
+        stall_timeout_s: Longest wait for an answer that the server owes.
+        max_retries: Failed connections in a row without progress before the call fails.
         backoff_s: Pause before the first retry; doubles up to `max_backoff_s`, half of it random.
-        compression: Of what is sent: `none`, `lz4`, `zstd` (text shrinks 2 to 5 times, for CPU
-            time), or `auto`, which measures the first batch and the connection, and takes what is
-            fastest; on this machine that is none.
+        max_backoff_s: Longest pause before a retry.
+        compression: Codec of sent batches: `none`, `lz4`, `zstd` (text shrinks 2 to 5 times, for
+            CPU time), or `auto`, which measures the first batch and the connection and takes the
+            fastest; on this machine that is `none`.
     """
 
     message_bytes: int = 2 << 20
@@ -99,18 +100,18 @@ class CallLimits:
 
 
 class Connection:
-    """A FlightClient, what every call on it needs, and its errors translated.
+    """A FlightClient with its call options; raises FletcherErrors. Thread-safe.
 
     Args:
         uri: `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`.
         token: Bearer token.
         tls: Certificates, for `grpc+tls`.
-        timeout_s: Longest wait for connecting, and for the answer of an action.
-        transfer: How uploads and exchanges use it.
+        timeout_s: Longest wait for the connection, and for the answer of an action.
+        transfer: Settings of uploads and exchanges.
         limits: Bounds inside a call.
 
     Raises:
-        InvalidCommandError: The address is none, or a certificate cannot be read.
+        InvalidCommandError: The address is malformed, or a certificate cannot be read.
     """
 
     def __init__(
@@ -151,21 +152,21 @@ class Connection:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Whatever pyarrow raises inside leaves as a FletcherError."""
+        """Raise exceptions of pyarrow as FletcherErrors."""
         try:
             yield
         except FletcherError:
             raise
         except (pa.ArrowException, OSError, ValueError, TypeError) as exc:
-            # The original is not chained: a kept Flight error keeps its call's memory.
+            # Not chained: a Flight error that is kept keeps its call's memory.
             raise from_flight_error(exc, self.address) from None
 
     def check_server(self) -> None:
-        """Makes sure that somebody listens, who lets us in.
+        """Check that a Fletcher server answers and accepts the token.
 
         Raises:
-            UnavailableError: Nobody listens, or speaks Flight.
-            InvalidCommandError: It is another kind of Flight server, such as a store.
+            UnavailableError: No Flight server answers.
+            InvalidCommandError: It is another Flight server, such as a store.
             UnauthenticatedError, UnauthorizedError: The token is missing or wrong.
         """
         try:
@@ -181,15 +182,15 @@ class Connection:
             raise
         except InvalidCommandError as error:
             raise InvalidCommandError(
-                f"`uri` is {self.address}, which is no server of Fletcher's: {error.message}; a "
-                "store has an address of its own",
+                f"`uri` is {self.address}, expected a Fletcher server: {error.message}; a store "
+                "has another address",
                 field="uri",
             ) from None
 
     def action(
         self, name: str, body: dict[str, Any] | None = None, timeout_s: float | None = None
     ) -> dict[str, Any]:
-        """Calls an action with a JSON body and gives its JSON answer.
+        """Call an action with a JSON body and return its JSON answer.
 
         Args:
             name: The action.
@@ -203,24 +204,25 @@ class Connection:
         except (IndexError, ValueError):
             answer = None
         if not isinstance(answer, dict):
-            raise InternalError(f"{self.address} answered `{name}` with something else than JSON")
+            raise InternalError(f"{self.address} did not answer `{name}` with a JSON object")
         return answer
 
     @property
     def needs_batch(self) -> bool:
-        """`write_options` needs the first batch."""
+        """Whether `write_options` needs the first batch."""
         return self._compression.needs_batch
 
     def write_options(self, first: pa.RecordBatch | None) -> pa.ipc.IpcWriteOptions:
-        """Compression of a call whose first batch this is."""
+        """Compression of a call with this first batch."""
         return self._compression.options(first)
 
     def stream_options(
         self, write: pa.ipc.IpcWriteOptions | None = None
     ) -> flight.FlightCallOptions:
-        """Headers of a call without a deadline, and for DoPut its compression.
+        """Options of a call without a deadline.
 
-        DoExchange takes that where its writer begins, and nowhere else.
+        Args:
+            write: Compression of a DoPut; DoExchange takes it in `writer.begin` instead.
         """
         return flight.FlightCallOptions(write_options=write, headers=self._headers)
 
@@ -237,12 +239,12 @@ class Connection:
         return backoff.delay_s(num_failures, chance, at_least_ms=error.retry_after_ms)
 
     def close(self) -> None:
-        """Closes the connection. Idempotent."""
+        """Close the connection. Idempotent."""
         self.flight.close()
 
 
 def descriptor(options: EmbedCommand) -> flight.FlightDescriptor:
-    """The descriptor that asks for these options."""
+    """The Flight descriptor of a command."""
     return flight.FlightDescriptor.for_command(options.to_json())
 
 

@@ -1,4 +1,4 @@
-"""What crosses the wire beside vectors: batches of a bearable size, acknowledgements, summaries."""
+"""Messages of uploads and exchanges: batches, acknowledgements, summaries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fletcher.errors import InternalError, InvalidCommandError
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """Why a row has no vector. `row` counts from the upload's or exchange's first."""
+    """The error of a row without a vector; `row` is its offset in the upload."""
 
     row: int | None
     id: str | int | None
@@ -27,7 +27,7 @@ class RowError:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """How far an upload is; `rows_*` are totals for the upload, over all its connections."""
+    """Progress of an upload; `rows_*` are totals over all its connections."""
 
     upload_id: str
     batch_id: int
@@ -41,20 +41,20 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class PutSummary:
-    """What became of an upload.
+    """Result of an upload; counts include earlier connections.
 
     Attributes:
-        upload_id: Its name: given again, it resumes the upload.
-        complete: The server knows how many rows there are and is done with every one of them.
-        rows_received: Rows taken in; those of earlier connections included, as in all counts.
+        upload_id: Name of the upload; pass it again to resume.
+        complete: Whether the server knows the number of rows and has finished all of them.
+        rows_received: Rows that arrived.
         rows_stored: Rows in the store.
-        rows_failed: Rows that have no vector; `errors` says why.
-        rows_durable: Rows from the first on that outlive a crash.
+        rows_failed: Rows without a vector; `errors` says why.
+        rows_durable: Leading rows that survive a crash.
         rows_deduplicated: Rows dropped as duplicates.
-        model: `name@hash` of the model that made the vectors.
+        model: `name@hash` of the model.
         errors: The first failed rows.
-        errors_truncated: There are more.
-        rows_skipped: Rows that were not sent: the server had them from an earlier run.
+        errors_truncated: Whether more rows failed.
+        rows_skipped: Rows not sent because the server had them from an earlier run.
     """
 
     upload_id: str
@@ -71,10 +71,10 @@ class PutSummary:
 
 
 def parse_reply(body: bytes) -> Ack | PutSummary | None:
-    """The acknowledgement or summary in a PutResult; None for any other kind of message.
+    """The acknowledgement or summary in a PutResult; None for other types of messages.
 
     Raises:
-        InternalError: It is none of Fletcher's.
+        InternalError: The body is not a message of Fletcher.
     """
     try:
         fields = json.loads(body)
@@ -87,27 +87,28 @@ def parse_reply(body: bytes) -> Ack | PutSummary | None:
             return PutSummary(**known)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InternalError(
-            f"the server sent a reply that is no acknowledgement: {body[:200]!r}"
+            f"the server sent {body[:200]!r}, expected an acknowledgement or a summary"
         ) from None
     return None
 
 
 def row_errors(entries: Iterable[dict[str, Any]]) -> tuple[RowError, ...]:
-    """The `errors` of a summary or of an exchanged batch."""
+    """Row errors from the `errors` of a summary or of an answer."""
     names = ("row", "id", "code", "message")
     return tuple(RowError(*(entry.get(name) for name in names)) for entry in entries)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """A batch as it is sent.
+    """A batch to send.
 
     Attributes:
-        batch_id: Counts the messages of an upload.
-        row_first: Offset of its first row in the upload.
-        num_bytes: What the batch takes on the wire, uncompressed and without dictionaries.
-        last: It ends a batch of the input.
-        document_end: It ends a document, where rows are pieces of some.
+        batch: The rows.
+        batch_id: Number of the message in the upload or exchange.
+        row_first: Offset of the first row.
+        num_bytes: Bytes on the wire, uncompressed and without dictionaries.
+        last: Whether it ends a batch of the input.
+        document_end: Whether it ends a document, if rows are parts of documents.
     """
 
     batch: pa.RecordBatch
@@ -122,7 +123,7 @@ class Message:
         return self.row_first + int(self.batch.num_rows) - 1
 
     def metadata(self) -> bytes:
-        """The batch's `app_metadata`."""
+        """The message's `app_metadata`."""
         fields = {"batch_id": self.batch_id, "row_offset": self.row_first}
         if self.document_end:
             fields["document_end"] = True
@@ -130,39 +131,39 @@ class Message:
 
 
 def end_marker(num_rows: int) -> bytes:
-    """The `app_metadata` that ends an upload of so many rows."""
+    """The `app_metadata` that ends an upload with this number of rows."""
     return json.dumps({"end": True, "rows": num_rows}).encode()
 
 
 def messages(
     batches: Iterable[pa.RecordBatch], *, max_bytes: int, row_offset: int = 0
 ) -> Iterator[Message]:
-    """Batches as messages of at most `max_bytes` (or one row); empty batches are left out."""
+    """Cut batches into messages of at most `max_bytes` or one row; no empty ones."""
     batch_id, row = 0, row_offset
     for batch in batches:
         end = row + batch.num_rows
-        for piece in split(batch, max_bytes):
-            last = row + piece.num_rows == end
-            yield Message(piece, batch_id, row, wire_bytes(piece), last)
+        for part in split(batch, max_bytes):
+            last = row + part.num_rows == end
+            yield Message(part, batch_id, row, wire_bytes(part), last)
             batch_id += 1
-            row += piece.num_rows
+            row += part.num_rows
 
 
 def split(batch: pa.RecordBatch, max_bytes: int) -> Iterator[pa.RecordBatch]:
-    """A batch's rows in slices of at most `max_bytes`, or of one row that is larger by itself."""
+    """Cut a batch into slices of at most `max_bytes`, or of one larger row."""
     if batch.num_rows == 0:
         return
     if batch.num_rows == 1 or wire_bytes(batch) <= max_bytes:
         yield batch
         return
-    # Halves, not equal parts: rows differ in size.
+    # Halves instead of equal slices, as rows differ in size.
     middle = batch.num_rows // 2
     yield from split(batch.slice(0, middle), max_bytes)
     yield from split(batch.slice(middle), max_bytes)
 
 
 def wire_bytes(batch: pa.RecordBatch) -> int:
-    """Bytes of a batch's rows; a dictionary is sent once, whatever the number of slices."""
+    """Bytes of a batch's rows without dictionaries, which are sent once."""
     return sum(
         column.indices.nbytes if types.is_dictionary(column.type) else column.nbytes
         for column in batch.columns
@@ -170,14 +171,14 @@ def wire_bytes(batch: pa.RecordBatch) -> int:
 
 
 def as_batches(data: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """The schema and batches of whatever holds some.
+    """The schema and batches of tabular data.
 
     Args:
-        data: A RecordBatch, Table, RecordBatchReader, `fletcher.readers.Source`, a DataFrame that
-            Arrow can read (`__arrow_c_stream__`), or an iterable of RecordBatches of one schema.
+        data: A RecordBatch, Table, RecordBatchReader, `fletcher.TextSource`, a DataFrame with
+            `__arrow_c_stream__`, or an iterable of RecordBatches of one schema.
 
     Raises:
-        InvalidCommandError: It is none of these.
+        InvalidCommandError: `data` is of another type.
     """
     if isinstance(data, pa.RecordBatch):
         schema, batches = data.schema, iter([data])
@@ -187,7 +188,7 @@ def as_batches(data: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         schema, batches = data.schema, iter(data)
     elif hasattr(data, "batches") and hasattr(data, "schema"):
         schema, batches = data.schema, data.batches()
-    elif hasattr(data, "__arrow_c_stream__"):  # of pandas, Polars, DuckDB
+    elif hasattr(data, "__arrow_c_stream__"):  # pandas, Polars, DuckDB
         reader = pa.RecordBatchReader.from_stream(data)
         schema, batches = reader.schema, iter(reader)
     else:
@@ -212,7 +213,7 @@ def _no_batches(data: Any, first: Any) -> str:
     else:
         if isinstance(data, Iterable):
             found += f" of {'nothing' if first is None else f'a {type(first).__name__}'}"
-        remedy = "an empty Table has a schema, an empty list has none"
+        remedy = "for no rows pass an empty Table, which has a schema"
     return (
         f"{found}, expected a RecordBatch, a Table, a RecordBatchReader, a DataFrame or an "
         f"iterable of RecordBatches; {remedy}"
@@ -220,7 +221,7 @@ def _no_batches(data: Any, first: Any) -> str:
 
 
 def _without_views(schema: pa.Schema) -> pa.Schema:
-    """A slice of a view column carries the whole column's data along; plain utf8 does not."""
+    """Replace view types by utf8: slices of a view column send all of it."""
     views = [index for index, one in enumerate(schema) if types.is_string_view(one.type)]
     for index in views:
         schema = schema.set(index, schema.field(index).with_type(pa.large_utf8()))

@@ -1,4 +1,4 @@
-"""The prompt to take where none is given: that of the model, for its purpose."""
+"""A model's default prompt for queries and for documents."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from fletcher.errors import ModelMismatchError
 if TYPE_CHECKING:
     from fletcher.client import Client
 
-# As sentence-transformers looks for them in encode_query and encode_document, then Nomic's tasks.
+# The order of sentence-transformers' encode_query and encode_document, then Nomic's task names.
 QUERY_PROMPTS = ("query", "search_query")
 DOCUMENT_PROMPTS = ("document", "passage", "corpus", "search_document")
 
 
 def served_model(client: Client, name: str | None) -> dict[str, Any]:
-    """What a server says of one of its models.
+    """A server's description of one of its models.
 
     Args:
-        client: Of that server.
-        name: The model, `name` or `name@hash`; None: the server's default. Of an alias, the first
-            of its models.
+        client: Connected to the server.
+        name: The model, `name` or `name@hash`; None: the server's default. For an alias, its first
+            model is described.
 
     Raises:
-        ModelMismatchError: It does not serve that.
+        ModelMismatchError: The server does not serve the model.
     """
     models: list[dict[str, Any]] = client.list_models()
     found = _of_name(models, name)
@@ -34,7 +34,7 @@ def served_model(client: Client, name: str | None) -> dict[str, Any]:
         return found
     known = [model["name"] for model in models]
     raise ModelMismatchError(
-        f"`model` {name!r} is not served; there are {', '.join(known)}",
+        f"`model` is {name!r}, which the server does not serve; it serves {', '.join(known)}",
         field="model",
         allowed=known,
     )
@@ -50,6 +50,6 @@ def _of_name(models: Sequence[dict[str, Any]], name: str | None) -> dict[str, An
 
 
 def default_prompt(model: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of these prompts that a model has, by its name; None: it has none of them."""
+    """Name of the first of these prompts that a model has; None: it has none of them."""
     prompts = model.get("prompts", {})
     return next((name for name in names if name in prompts), None)

@@ -1,7 +1,7 @@
-"""Uploads by DoPut: a window of unacknowledged messages, and resumption after broken connections.
+"""Uploads by DoPut: a window of unacknowledged messages, and resumption.
 
-Three threads have a part: the caller's takes batches from the source and waits, one writes, one
-reads acknowledgements. So the caller is never stuck inside a call that cannot be interrupted.
+The caller's thread reads the source and waits, a second writes, a third reads acknowledgements. So
+the caller's thread is never blocked inside a call that cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ OnAck = Callable[[Ack], None]
 
 
 class UploadSession:
-    """One upload over as many connections as it takes.
+    """One upload over one or more connections.
 
     Args:
         connection: To the server.
         data: See `as_batches`; read once.
         options: With `dataset` and `upload_id`.
         row_offset: Offset of the first row of `data` in the upload.
-        end: Tell the server that these were the last rows.
-        on_ack: Called in the caller's thread with the newest acknowledgement.
+        end: Whether these are the upload's last rows.
+        on_ack: Called on the caller's thread with the newest acknowledgement.
     """
 
     def __init__(
@@ -76,42 +76,42 @@ class UploadSession:
         )
         self._unacknowledged: deque[Message] = deque()
         self._row_offset = self._next_row = row_offset
-        self._acknowledged = row_offset  # rows before this one are not kept any more
-        self._stored: list[tuple[int, int]] = []  # inclusive, as the server said when asked
+        self._acknowledged = row_offset  # rows before this one are no longer kept
+        self._stored: list[tuple[int, int]] = []  # inclusive ranges that the server reported
         self._rows_skipped = 0
         self._progress = 0
 
     def send_rows(self, *, ask_first: bool) -> PutSummary:
-        """Sends everything and gives the server's summary.
+        """Send all rows and return the server's summary.
 
         Args:
-            ask_first: The server may have rows of this upload already: do not send them again.
+            ask_first: Whether to skip rows of this upload that the server has already.
 
         Raises:
             FletcherError: The server refused, or could not be reached `max_retries` times.
         """
-        known = not ask_first
+        asked = not ask_first
         failures = 0
         while True:
             progress = self._progress
             try:
-                if not known:
-                    self._stored = self._ask()
-                    known = True
+                if not asked:
+                    self._stored = self._ask_stored()
+                    asked = True
                 return replace(self._send_all(), rows_skipped=self._rows_skipped)
             except UnavailableError as error:
                 if self._options.durability == "memory" and self._next_row > self._row_offset:
-                    raise  # nothing tells what has arrived
+                    raise  # the server cannot tell which rows arrived
                 failures = 1 if self._progress > progress else failures + 1
                 if failures > self._transfer.max_retries:
                     raise
-                known = False
+                asked = False
                 if failures == 1:
-                    _log.warning("upload %s: %s; trying again", self._options.upload_id, error)
+                    _log.warning("upload %s: %s; retrying", self._options.upload_id, error)
                 time.sleep(self._connection.retry_delay_s(failures, error))
 
-    def _ask(self) -> list[tuple[int, int]]:
-        """Row ranges that the server has; forgets those that were kept to be sent again."""
+    def _ask_stored(self) -> list[tuple[int, int]]:
+        """Ask the server for its row ranges, and drop kept messages that it has."""
         body = {"upload_id": self._options.upload_id, "dataset": self._options.dataset}
         if self._options.store is not None:
             body["store"] = self._options.store
@@ -120,7 +120,7 @@ class UploadSession:
             stored = [(int(first), int(last)) for first, last in answer["ranges"]]
         except UnknownDatasetError:
             stored = []
-        except DeadlineExceededError as error:  # such as of a server whose store hangs: it passes
+        except DeadlineExceededError as error:  # a server whose store hangs: retryable
             raise UnavailableError(error.message) from None
         except (KeyError, TypeError, ValueError):
             raise InternalError("the server's `upload_status` has no `ranges`") from None
@@ -151,7 +151,7 @@ class UploadSession:
                 self._unacknowledged.append(message)
                 self._wait(call, message.num_bytes)
                 call.send(message)
-            call.end(end_marker(self._next_row) if self._end else None)
+            call.finish_input(end_marker(self._next_row) if self._end else None)
             summary = call.result(self._transfer.stall_timeout_s, lambda: self._note(call))
             self._note(call)
             return summary
@@ -160,7 +160,7 @@ class UploadSession:
             call.abandon()
 
     def _first_batch(self) -> pa.RecordBatch | None:
-        """What the call will begin with, where its compression depends on that."""
+        """The call's first batch, if its compression depends on it."""
         if not self._connection.needs_batch:
             return None
         if self._unacknowledged:
@@ -181,7 +181,7 @@ class UploadSession:
         self._note(call)
 
     def _note(self, call: _PutCall, *, quietly: bool = False) -> None:
-        """Takes up the newest acknowledgement."""
+        """Drop the messages that the newest acknowledgement covers, and report it."""
         ack = call.take_ack()
         if ack is None:
             return
@@ -193,7 +193,7 @@ class UploadSession:
 
 
 class _PutCall:
-    """One DoPut call: `send` and `end` from one thread; writing and reading have their own."""
+    """One DoPut call, with a writing and a reading thread. For one caller thread."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class _PutCall:
     def wait_for_room(
         self, num_bytes: int, window_bytes: int, stall_timeout_s: float, tick: Callable[[], None]
     ) -> None:
-        """Waits until so many bytes fit into the window, or nothing is in it."""
+        """Wait until this number of bytes fits into the window, or the window is empty."""
         self._wait(
             lambda: not self._in_window or self._window_bytes + num_bytes <= window_bytes,
             stall_timeout_s,
@@ -242,8 +242,8 @@ class _PutCall:
             self._to_write.append(message)
             self._changed.notify_all()
 
-    def end(self, marker: bytes | None) -> None:
-        """Says that nothing more comes: with an end marker, or without one."""
+    def finish_input(self, marker: bytes | None) -> None:
+        """End the input, with or without an end marker."""
         with self._changed:
             self._last_activity = time.monotonic()
             if marker is not None:
@@ -262,13 +262,13 @@ class _PutCall:
             return self._summary
 
     def take_ack(self) -> Ack | None:
-        """The newest acknowledgement since the last time."""
+        """The newest acknowledgement since the last call."""
         with self._changed:
             ack, self._ack = self._ack, None
             return ack
 
     def abandon(self) -> None:
-        """Lets the call end, if it has not; no longer than a moment."""
+        """Stop writing and wait briefly for the call's end."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -308,15 +308,15 @@ class _PutCall:
                     self._writer.write_with_metadata(item.batch, item.metadata())
                 else:
                     self._writer.write_metadata(item)
-        except Exception as exc:  # noqa: BLE001 - of a thread: handed to the caller's
+        except Exception as exc:  # noqa: BLE001 - of a thread, raised to the caller
             self._fail(exc)
             patience_s = self._connection.limits.abandon_s
         try:
             self._writer.done_writing()
         except Exception as exc:  # noqa: BLE001 - the same
             self._fail(exc)
-        # pyarrow may crash where a call is closed under a thread that reads. After a failed write
-        # reading ends soon, or the caller does not wait for it.
+        # pyarrow may crash if a call is closed while another thread reads from it. After a failed
+        # write reading ends soon, or the caller stops waiting for it.
         with self._changed:
             if not self._changed.wait_for(lambda: self._ended, patience_s):
                 self._closed = True
@@ -324,17 +324,17 @@ class _PutCall:
                 self._changed.wait_for(lambda: self._ended)
         try:
             self._writer.close()
-        except Exception as exc:  # noqa: BLE001 - the call's status comes with it
+        except Exception as exc:  # noqa: BLE001 - it carries the call's status
             self._fail(exc)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def _next(self) -> Message | bytes | None:
-        """What to send; None: nothing more.
+        """The next message to send; None: stop.
 
-        A summary that comes early tells of a failure, whose reason comes with the call's end; the
-        server may be reading, and ends the call once writing has ended.
+        An early summary means a failure, whose reason comes with the call's end. The server may
+        still be reading, and ends the call once writing has ended.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._to_write or self._over)
@@ -348,7 +348,7 @@ class _PutCall:
         try:
             while (reply := self._reader.read()) is not None:
                 self._take(parse_reply(reply.to_pybytes()))
-        except Exception as exc:  # noqa: BLE001 - of a thread: handed to the caller's
+        except Exception as exc:  # noqa: BLE001 - of a thread, raised to the caller
             self._fail(exc)
         with self._changed:
             self._ended = True
@@ -366,7 +366,7 @@ class _PutCall:
             self._changed.notify_all()
 
     def _fail(self, exc: Exception) -> None:
-        """Keeps the error that says most: the server's own rather than a failed write's."""
+        """Keep the error, the server's own rather than that of a failed write."""
         error = from_flight_error(exc, self._connection.address)
         with self._changed:
             if self._error is None or getattr(exc, "extra_info", None):

@@ -1,4 +1,4 @@
-"""Quantized vectors on the reader's side: back to float32, and a closer look at candidates."""
+"""Quantized vectors for readers: conversion to float32, and rescoring."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fletcher.errors import DimensionMismatchError, InvalidCommandError
 
 
 def dequantize(rows: pa.Table | pa.RecordBatch) -> npt.NDArray[np.float32]:
-    """The vectors of rows from an exchange or a store, of any `dtype`.
+    """Vectors of any `dtype`, from an exchange or a store, as float32.
 
     Args:
-        rows: With column `vector`, for int8 with a scale a row `scale`, too, and with the schema
-            metadata that they came with.
+        rows: With the column `vector`, for int8 scaled by row also `scale`, and with their schema
+            metadata.
 
     Returns:
-        float32 [num_rows, dims]; NaN where the vector is null. Of `ubinary` the signs are left: +1
-        or -1, scaled to length 1.
+        float32 [num_rows, dims]; NaN for null vectors. `ubinary` gives signs, +1 or -1, scaled to
+        length 1.
 
     Raises:
-        ColumnTypeError: `vector` is not one of Fletcher's, or `scale` is missing.
+        ColumnTypeError: `vector` is not of a type that Fletcher writes, or `scale` is missing.
     """
     reader = VectorReader.from_schema(rows.schema)
     batches = rows.to_batches() if isinstance(rows, pa.Table) else [rows]
@@ -33,25 +33,23 @@ def dequantize(rows: pa.Table | pa.RecordBatch) -> npt.NDArray[np.float32]:
 def rescore(
     rows: pa.Table | pa.RecordBatch, query: npt.NDArray[np.float32], *, k: int | None = None
 ) -> pa.Table:
-    """The candidates of a search, best first by their cosine to a query in float32.
+    """Search results sorted by their exact cosine to a query, best first.
 
-    Rows that were found by bits do not know their order well: ask that search for four times as
-    many as are wanted, read the same rows from where their vectors are int8 or float16, and give
-    those here.
+    A search over `ubinary` vectors ranks roughly. Ask it for four times as many rows as wanted,
+    read these rows with int8 or float16 vectors, and rescore them.
 
     Args:
-        rows: With column `vector`, as for `dequantize`.
+        rows: With the column `vector`, as for `dequantize`.
         query: float32 [dims].
-        k: Rows to give at most; None: all.
+        k: Most rows to return; None: all.
 
     Returns:
-        The rows with `score` float32, in place of the one that they had; rows with a null or zero
-        vector are left out.
+        The rows with a new `score`, float32. Rows with a null or zero vector are left out.
 
     Raises:
         DimensionMismatchError: `query` is not [dims].
-        InvalidCommandError: It is zero or holds NaN or infinity.
-        ColumnTypeError: As for `dequantize`.
+        InvalidCommandError: `query` is zero or holds NaN or infinity.
+        ColumnTypeError: See `dequantize`.
     """
     vectors = dequantize(rows)
     query = np.asarray(query, np.float32)
@@ -67,7 +65,7 @@ def rescore(
             field="query",
         )
     norms = np.linalg.norm(vectors, axis=1)
-    found = np.flatnonzero(norms > 0)  # NaN is not, either
+    found = np.flatnonzero(norms > 0)  # excludes NaN
     scores = vectors[found] @ query / (norms[found] * np.linalg.norm(query))
     order = np.argsort(-scores, kind="stable")[:k]
     table = pa.table(rows) if isinstance(rows, pa.RecordBatch) else rows

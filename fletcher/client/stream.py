@@ -1,4 +1,4 @@
-"""Documents that come in pieces, and their chunks as each is complete."""
+"""Documents that arrive in parts, and their chunks as soon as each is complete."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _MAX_UTF8_BYTES = 4  # of a character
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """A part of a document.
+    """A chunk of a document.
 
     Attributes:
-        id: The document's.
-        index: Its place among the document's chunks, from 0.
-        start: Its first character (Unicode code point) in the whole document.
-        end: The first character behind it.
-        text: Itself; None where `include_text` is false.
-        vector: [dims] of the asked `dtype`.
-        scale: What int8 is multiplied by; None for other vectors.
-        token_count: Tokens that the model saw.
-        error: Why the rest of the document has no chunks: of this row all but `id` means nothing.
+        id: The document's id.
+        index: Number of the chunk in the document, from 0.
+        start: First character (Unicode code point) in the document.
+        end: First character after the chunk.
+        text: The text; None if `include_text` is false.
+        vector: [dims] of the requested `dtype`.
+        scale: Factor of int8 values; None for other vectors.
+        token_count: Tokens that the model read.
+        error: Why the rest of the document has no chunks; the other fields but `id` are then unset.
     """
 
     id: str
@@ -49,11 +49,10 @@ class Chunk:
 
 
 class DocumentStream:
-    """An iterator over chunks, in their order; made by `Client.stream`.
+    """An iterator over chunks, in order; made by `Client.stream`.
 
-    Pieces are taken in a thread of its own. It waits as long as the next piece takes to come, and
-    raises what an `Exchange` raises. Leaving it early, by `close` or at the end of `with`, cancels
-    the call.
+    A thread reads the input, and iteration waits as long as the input does. Raises what an
+    `Exchange` raises. `close`, or the end of `with`, cancels the call.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class DocumentStream:
         return self._waiting.popleft()
 
     def close(self) -> None:
-        """Ends the call, cancelling what is not done. Idempotent."""
+        """End the call; cancels it if chunks are left. Idempotent."""
         self._exchange.close()
 
     def __enter__(self) -> DocumentStream:
@@ -95,7 +94,7 @@ class DocumentStream:
 def _messages(
     pieces: Iterable[str | tuple[str, str] | None], schema: pa.Schema, max_bytes: int
 ) -> Iterator[Message]:
-    """A message for each piece, or for some of a large one; and one for each end."""
+    """Messages for each part of a document, and one for each end."""
     batch_id = row = number = 0
     size = max(1, max_bytes // _MAX_UTF8_BYTES)
     for piece in pieces:

@@ -17,8 +17,8 @@ class DeliveryConfig(OptionGroup):
     """Stores, and how rows are grouped, appended and retried.
 
     Attributes:
-        commit_rows: Most rows of one append, over all its groups; 0: 50,000, or `group_rows` if
-            that is more.
+        commit_rows: Most rows of one append, over all its groups; at least `group_rows`;
+            0: 50,000.
         max_dedupe_bytes: Memory for the dedupe indexes of all datasets; `ServeConfig` derives it
             from `max_memory`.
     """
@@ -57,8 +57,8 @@ class DeliveryConfig(OptionGroup):
     max_dedupe_bytes: int = 64 << 20
 
     def _check_together(self) -> None:
-        if not self.commit_rows:
-            object.__setattr__(self, "commit_rows", max(_COMMIT_ROWS, self.group_rows))
+        commit_rows = max(self.commit_rows or _COMMIT_ROWS, self.group_rows)
+        object.__setattr__(self, "commit_rows", commit_rows)
 
     @property
     def group_delay_s(self) -> float:

@@ -1,9 +1,11 @@
-"""Whether a store is there: what all lanes of one store know together.
+"""Circuit breaker of a store, shared by the committers of all its datasets.
 
-Closed, everybody calls the store. After some failures in a row it opens: nobody calls. When its
-pause is over one lane tries (half-open); that closes it for all, or the next pause is longer.
+Closed, everybody calls the store. After some failures in a row it opens, and nobody calls. When its
+pause is over one committer tries (half-open): an answer closes it for all, a failure makes the next
+pause longer. No library is used: those for breakers wait or fail by themselves, and here each
+committer's thread waits for other events, too.
 
-    closed ──`_FAILURES` in a row──▶ open ──pause over, one lane──▶ half-open ──answer──▶ closed
+    closed ──`_FAILURES` in a row──▶ open ──pause over, one tries──▶ half-open ──answer──▶ closed
                                       ▲────────────────────failure───────┘
 """
 
@@ -25,180 +27,176 @@ from fletcher.errors import (
     StoreUnavailableError,
     UnavailableError,
 )
+from fletcher.util.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
-# What passes by itself; any other error is an answer, and the store is there to give it.
-PASSING = (UnavailableError, DeadlineExceededError)
+# Any other error is an answer, and proves that the store is available.
+RETRYABLE = (UnavailableError, DeadlineExceededError)
 
 _FAILURES = 3
-_FIRST_PAUSE_S = 0.1
-_MAX_PAUSE_S = 10.0
-# Who tried in vain tries later than the others: it may be its dataset alone that is in trouble.
-_AFTER_YOU_S = 0.05
+# Extra pause of the caller that tried last and failed: its dataset alone may be in trouble.
+_YIELD_S = 0.05
 
 
 class Breaker:
-    """One store's state. Thread-safe.
+    """One store's circuit breaker. Thread-safe.
 
     Args:
-        name: The store's, for the log.
-        clock: Seconds that only grow.
-        jitter: A share of a pause, 0 to 1.
+        name: The store's name, for the log.
+        retry: Pauses while the store is unavailable.
+        clock: Returns the time, as `time.monotonic`.
+        jitter: Returns a random share of a pause, 0 to 1.
     """
 
     def __init__(
         self,
         name: str,
+        retry: Backoff,
         *,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._name = name
+        self._retry = retry
         self._clock = clock
         self._jitter = jitter
         self._lock = threading.Lock()
         self._failures = 0
-        self._since = 0.0  # of the first failure
+        self._since = 0.0  # time of the first failure
         self._reason = ""
         self._retry_at: float | None = None  # None: closed
-        self._tries = 0
-        self._probing: object | None = None
-        self._last_probe: object | None = None
-        self._outages = 0
-        self._watchers: list[Callable[[], None]] = []
+        self._num_tries = 0
+        self._trying: object | None = None
+        self._tried_last: object | None = None
+        self._num_outages = 0
+        self._listeners: list[Callable[[], None]] = []
 
-    def watch(self, wake: Callable[[], None]) -> None:
-        """Calls `wake` when the store was tried while it was away; `wake` must not block."""
+    def add_listener(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after each try of an unavailable store; it must not block."""
         with self._lock:
-            self._watchers.append(wake)
+            self._listeners.append(listener)
 
-    def unwatch(self, wake: Callable[[], None]) -> None:
-        """Ends what `watch` began."""
+    def remove_listener(self, listener: Callable[[], None]) -> None:
+        """Undo `add_listener`."""
         with self._lock:
-            self._watchers.remove(wake)
+            self._listeners.remove(listener)
 
-    def delay_s(self, who: object) -> float:
-        """How long `who` has to wait before it calls; infinite while another one tries."""
+    def ready_at(self, caller: object) -> float:
+        """Time from which `caller` may call; infinite while another caller tries."""
         with self._lock:
-            return self._delay(who)
+            return self._ready_at(caller)
 
-    def check(self, who: object) -> None:
-        """Fails where `who` may not call now.
+    def require_ready(self, caller: object) -> None:
+        """Fail unless `caller` may call now.
 
         Raises:
-            StoreUnavailableError: See `error`.
+            StoreUnavailableError: See `error_for`.
         """
-        if self.delay_s(who) > 0:
-            raise self.error(who)
+        if self.ready_at(caller) > self._clock():
+            raise self.error_for(caller)
 
-    def error(self, who: object) -> StoreUnavailableError:
-        """That the store is away, why, and when to come again."""
+    def error_for(self, caller: object) -> StoreUnavailableError:
+        """Error that says since when and why the store is unavailable, and when to retry."""
         with self._lock:
-            delay = self._delay(who)
+            delay_s = max(0.0, self._ready_at(caller) - self._clock())
             return StoreUnavailableError(
-                f"the store has been away for {self._clock() - self._since:.0f} s: {self._reason}",
+                f"the store has been unavailable for {self._clock() - self._since:.0f} s: "
+                f"{self._reason}",
                 field="store",
-                retry_after_ms=math.ceil(1000 * (delay if delay < math.inf else _FIRST_PAUSE_S)),
+                retry_after_ms=math.ceil(
+                    1000 * (delay_s if delay_s < math.inf else self._retry.first_s)
+                ),
             )
 
     @contextmanager
-    def call(self, who: object, *, proof: bool = True) -> Iterator[None]:
-        """Around a call to the store: learns from how it ends, and raises what it raised.
+    def guard_call(self, caller: object, *, proof: bool = True) -> Iterator[None]:
+        """Context of a call to the store: learns from how it ends, and lets errors through.
 
         Args:
-            who: Who calls.
-            proof: That it goes well proves that the store is there; a store whose disk is full
-                opens datasets and takes no rows.
+            caller: The committer that calls.
+            proof: Success proves that the store is available. A store with a full disk prepares
+                datasets and takes no rows, so preparing one proves nothing.
         """
         with self._lock:
-            if self._retry_at is not None and self._delay(who) == 0:
-                self._probing = self._last_probe = who
+            if self._retry_at is not None and self._ready_at(caller) <= self._clock():
+                self._trying = self._tried_last = caller
         try:
             yield
-        except OverloadedError:  # it is there, and says so
-            self._answered(who, proof=proof)
+        except OverloadedError:  # an answer
+            self._note_answer(caller, proof=proof)
             raise
-        except PASSING as error:
-            self._failed(who, error)
+        except RETRYABLE as error:
+            self._note_failure(caller, error)
             raise
         except BaseException:
-            self._answered(who, proof=proof)
+            self._note_answer(caller, proof=proof)
             raise
         else:
-            self._answered(who, proof=proof)
+            self._note_answer(caller, proof=proof)
 
     @property
-    def away_since(self) -> float | None:
-        """When the calls began to fail, where the store is away."""
+    def unavailable_since(self) -> float | None:
+        """Time of the first failed call; None: the store is available."""
         with self._lock:
             return None if self._retry_at is None else self._since
 
     def snapshot(self) -> dict[str, Any]:
-        """The state for the `stats` action."""
+        """State for the `stats` action."""
         with self._lock:
-            away = self._retry_at is not None
-            state = "probing" if self._probing is not None else "away" if away else "there"
-            now = self._clock()
-            return {
-                "state": state,
-                "outages": self._outages,
-                **({"away_s": round(now - self._since, 3), "reason": self._reason} if away else {}),
-            }
+            unavailable = self._retry_at is not None
+            trying = self._trying is not None
+            state = "probing" if trying else "away" if unavailable else "there"
+            found = {"state": state, "outages": self._num_outages}
+            if unavailable:
+                found["away_s"] = round(self._clock() - self._since, 3)
+                found["reason"] = self._reason
+            return found
 
-    def _delay(self, who: object) -> float:
+    def _ready_at(self, caller: object) -> float:
         if self._retry_at is None:
-            return 0.0
-        if self._probing is not None:
+            return -math.inf
+        if self._trying is not None:
             return math.inf
-        courtesy = _AFTER_YOU_S if who is self._last_probe else 0.0
-        return max(0.0, self._retry_at + courtesy - self._clock())
+        return self._retry_at + (_YIELD_S if caller is self._tried_last else 0.0)
 
-    def _failed(self, who: object, error: FletcherError) -> None:
+    def _note_failure(self, caller: object, error: FletcherError) -> None:
         now = self._clock()
         with self._lock:
             if not self._failures:
                 self._since = now
             self._failures += 1
             self._reason = error.message
-            probed = self._probing is who
+            tried = self._trying is caller
             opened = self._retry_at is None and self._failures >= _FAILURES
             if opened:
-                self._tries = 0
-                self._outages += 1
-            # Calls that were under way when the store went away tell nothing new.
-            if opened or probed:
-                self._probing = None
-                self._retry_at = now + pause_s(self._tries, error, self._jitter())
-                self._tries += 1
-            watchers = list(self._watchers) if probed else []
+                self._num_tries = 0
+                self._num_outages += 1
+            # A call that began before the breaker opened tells nothing new.
+            if opened or tried:
+                self._trying = None
+                self._num_tries += 1
+                self._retry_at = now + self._retry.delay_s(
+                    self._num_tries, self._jitter(), at_least_ms=error.retry_after_ms
+                )
+            listeners = list(self._listeners) if tried else []
         if opened:
-            log.warning("store %s is away: %s", self._name, error)
-        for wake in watchers:
-            wake()
+            log.warning("store %s is unavailable: %s", self._name, error)
+        for listener in listeners:
+            listener()
 
-    def _answered(self, who: object, *, proof: bool) -> None:
+    def _note_answer(self, caller: object, *, proof: bool) -> None:
         now = self._clock()
         with self._lock:
-            away = self._retry_at is not None
-            away_s = now - self._since
+            was_open = self._retry_at is not None
+            outage_s = now - self._since
             if proof:
                 self._failures = 0
-                self._retry_at = self._probing = self._last_probe = None
-            elif self._probing is who:
-                self._retry_at, self._probing, self._last_probe = now, None, None
-            watchers = list(self._watchers) if away else []
-        if away and proof:
-            log.info("store %s is back after %.3g s", self._name, away_s)
-        for wake in watchers:
-            wake()
-
-
-def pause_s(tries: int, error: FletcherError, jitter: float) -> float:
-    """How long to wait after the (`tries` + 1)-th failure: as the error asks, or longer.
-
-    Exponential with full jitter: https://aws.amazon.com/builders-library (timeouts, retries,
-    backoff).
-    """
-    longest: float = min(_FIRST_PAUSE_S * 2.0 ** min(tries, 30), _MAX_PAUSE_S)
-    return max(jitter * longest, (error.retry_after_ms or 0) / 1000)
+                self._retry_at = self._trying = self._tried_last = None
+            elif self._trying is caller:
+                self._retry_at, self._trying, self._tried_last = now, None, None
+            listeners = list(self._listeners) if was_open else []
+        if was_open and proof:
+            log.info("store %s is available again after %.3g s", self._name, outage_s)
+        for listener in listeners:
+            listener()

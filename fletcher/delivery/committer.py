@@ -1,409 +1,398 @@
-"""One dataset's way into its store: groups of rows, one append at a time, retried until it is done.
+"""The one thread that appends a dataset's groups to its store, with retry.
 
-A lane owns the dataset's only writer and the only thread that touches it. Rows of all uploads to
-the dataset meet here, so that many small uploads still make few large commits. A group's extent,
-and with it its `batch_key`, is fixed before it is first sent; when a send ends in doubt the store
-is asked which keys it lacks, and only these go again. The store's breaker says whether to send at
-all, the lane's pace how much at once.
+A committer owns the dataset's only writer. Rows of all uploads to the dataset meet here, so that
+many small uploads make few large commits. A group's extent, and with it its `batch_key`, is fixed
+before it is first sent. If a send ends in doubt, the store is asked which keys it lacks, and only
+these are sent again.
 
-Rows come from memory or from the journal. Those in memory are given up when the store stays away
-too long, and their client is told; those in the journal wait for it, however long that takes.
+Rows come from memory or from the journal. Rows in memory are given up if the store stays
+unavailable, and their client is told. Journaled rows wait, however long that takes.
 
-Which rows in memory are duplicates is decided before they are first sent, in the lane's turn.
+Duplicates among rows in memory are marked before they are first sent. From then until these rows
+are settled the committer holds the right to decide, so that no one takes them for new or for stored
+rows.
+
+`CommitQueue` decides under the committer's lock; everything here happens without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from fletcher.config.delivery import DeliveryConfig
+from fletcher.delivery.actions import (
+    Append,
+    GiveUp,
+    Open,
+    Opening,
+    Refused,
+    Reject,
+    Release,
+    Rest,
+    Stop,
+    Stored,
+    Unavailable,
+    Wait,
+    shutting_down,
+)
 from fletcher.delivery.append_size import AppendSize
-from fletcher.delivery.appender import Appender
-from fletcher.delivery.backlog import Backlog
-from fletcher.delivery.breaker import PASSING, Breaker
-from fletcher.delivery.dedupe.decision import DedupeDecision
+from fletcher.delivery.breaker import RETRYABLE
+from fletcher.delivery.commit_queue import Action, CommitQueue, Outcome
 from fletcher.delivery.dedupe.index import DedupeIndex
-from fletcher.delivery.groups import Group, Rows
+from fletcher.delivery.groups import Destination, Group, Rows, WriterKind, writer_kind
+from fletcher.delivery.journal.journal import Journal
+from fletcher.delivery.timing import DeliveryTiming
 from fletcher.errors import FletcherError, InternalError, OverloadedError, StoreUnavailableError
-from fletcher.stores.base import Store, WriteMode
-from fletcher.telemetry.tracing import Telemetry
+from fletcher.stores.base import DatasetWriter, WriteMode
 
 log = logging.getLogger(__name__)
 
-_LINGER_S = 5.0
-# How long the lane waits at once for the right to decide; an outbox has it for a sync or two.
-_TURN_S = 0.2
-# What is joined and encoded for an append is in memory up to four times, beside what the streams'
-# allowances count; utf8 columns hold less than 2 GiB, too.
-_COMMIT_BYTES = 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Opening:
-    """Somebody waits for the dataset to be ready, or has given that up (`ready.cancelled`)."""
-
-    schema: pa.Schema
-    mode: WriteMode
-    ready: Future[None] = field(default_factory=Future)
-    asked: float = field(default_factory=time.monotonic)
-
 
 class Committer:
-    """A dataset's writer and its thread.
+    """A dataset's writer and its thread. Thread-safe.
 
     Args:
-        store: The store.
-        dataset: The dataset's name.
-        config: Groups and retries.
-        breaker: The store's.
-        telemetry: Where counts, durations and spans go.
-        known: What the dataset holds.
-        appender: The dataset's; the lane's thread alone uses it.
-        on_idle: Asked when the lane has had nothing to do for a while; True lets it end.
+        destination: The dataset.
+        config: Sizes of groups and appends, and how long a failing append is retried.
+        timing: Waits.
+        dedupe_index: The dataset's dedupe index.
+        journal: The dataset's journal; None: rows stay in memory until they are stored.
+        on_idle: Called on the committer's thread after some idle time; True lets it end.
     """
 
     def __init__(
         self,
-        store: Store,
-        dataset: str,
+        destination: Destination,
         config: DeliveryConfig,
-        breaker: Breaker,
-        telemetry: Telemetry,
-        known: DedupeIndex,
-        appender: Appender,
+        timing: DeliveryTiming,
+        dedupe_index: DedupeIndex,
+        journal: Journal | None,
         on_idle: Callable[[], bool],
     ) -> None:
-        self.store = store
-        self.dataset = dataset
-        self.pace = AppendSize(config.slow_append_s)
-        self._config = config
-        self._breaker = breaker
-        self._telemetry = telemetry
-        self._known = known
-        self._appender = appender
+        self.destination = destination
+        self.append_size = AppendSize(config.slow_append_s, timing.retry)
+        self._timing = timing
+        self._dedupe_index = dedupe_index
+        self._journal = journal
         self._on_idle = on_idle
         self._changed = threading.Condition()
-        self._backlog = Backlog()
-        self._in_append = False
-        self._hurried = False
-        self._openings: deque[_Opening] = deque()
-        self._closing = threading.Event()
-        self._failing: tuple[float, FletcherError] | None = None  # since when, and why last
-        self._was_away = False
-        self._turn = DedupeDecision(known)
-        breaker.watch(self._wake)
-        self.thread = threading.Thread(target=self._run, name=f"lane-{dataset}", daemon=True)
+        self._queue = CommitQueue(
+            config, destination.breaker, self.append_size, timing.committer_linger_s
+        )
+        # Of the committer's thread alone:
+        self._may_decide = False  # what is a duplicate
+        self._writer: DatasetWriter | None = None
+        self._writer_kind: WriterKind | None = None
+        destination.breaker.add_listener(self._wake)
+        name = f"committer-{destination.dataset}"
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
-    def open(self, schema: pa.Schema, mode: WriteMode) -> Future[None]:
-        """Makes the dataset ready for rows of `schema`; the future fails where it cannot be.
+    def request_opening(self, schema: pa.Schema, mode: WriteMode) -> Future[None]:
+        """Prepare the dataset for rows of `schema`; the future fails if that is not possible.
 
-        Who waits no longer cancels it: then the dataset is not emptied later, unasked.
+        A caller that stops waiting cancels the future, so that the dataset is not emptied later.
         """
-        opening = _Opening(schema, mode)
+        opening = Opening(schema, mode)
         with self._changed:
-            if self._closing.is_set():
-                opening.ready.set_exception(_shutting_down())
+            if self._queue.stopped:
+                opening.ready.set_exception(shutting_down())
             else:
-                self._openings.append(opening)
+                self._queue.request_opening(opening)
                 opening.ready.add_done_callback(lambda _: self._wake())
                 self._changed.notify_all()
         return opening.ready
 
     def submit_rows(self, rows: Rows) -> None:
-        """Queues rows; never blocks, the streams' allowances bound what can be here."""
+        """Queue rows. Never blocks: the streams' allowances bound what is queued."""
         with self._changed:
-            closing = self._closing.is_set()
-            if not closing:
-                self._backlog.put(rows)
+            stopped = self._queue.stopped
+            if not stopped:
+                self._queue.waiting.append_rows(rows)
                 self._changed.notify_all()
-        if closing:
-            self._give_up([rows], _shutting_down())
+        if stopped:
+            self._give_up([rows], shutting_down())
 
     def flush(self) -> None:
-        """Somebody waits for the rows that are here: don't wait for more."""
+        """Send the rows that wait now without waiting for more."""
         with self._changed:
-            self._hurried = True
+            self._queue.request_flush()
             self._changed.notify_all()
 
-    def drop_failed(self) -> None:
-        """Lets go of the rows of failed uploads: their clients were told, and send them again."""
+    def drop_abandoned(self) -> None:
+        """Release the rows of failed uploads: their clients were told, and send them again."""
         with self._changed:
-            failed = self._backlog.remove(lambda rows: rows.dropped)
-            if not self._in_append:
-                self._turn.keep(self._backlog.sent)
+            abandoned, in_doubt = self._queue.remove_abandoned()
+            if in_doubt:  # before the committer's thread gives back the right to decide
+                self._dedupe_index.invalidate()
             self._changed.notify_all()
-        for rows in failed:
-            rows.released()
+        for rows in abandoned:
+            rows.on_released()
 
     def close(self) -> None:
-        """Ends the lane after its current append; what is queued, and what comes, is given up."""
-        self._closing.set()
-        self._wake()
+        """End the thread after its current append; what waits, and what comes, is given up."""
+        with self._changed:
+            self._queue.stopped = True
+            self._changed.notify_all()
 
     @property
     def idle(self) -> bool:
-        """Nothing is queued or being stored."""
+        """Whether no rows wait or are being stored."""
         with self._changed:
-            return not self._backlog and not self._in_append
+            return self._queue.idle
 
-    def depth(self) -> int:
-        """Rows that wait."""
-        return self._backlog.num_rows
+    @property
+    def num_waiting_rows(self) -> int:
+        """Number of rows that wait."""
+        return self._queue.waiting.num_rows
+
+    @property
+    def holds_dataset(self) -> bool:
+        """Whether the dataset's writer is open."""
+        return self._writer is not None
+
+    def close_writer(self) -> None:
+        """Let the dataset go; it is opened again when needed. For the committer's thread."""
+        writer, self._writer, self._writer_kind = self._writer, None, None
+        if writer is not None:
+            try:
+                writer.close()
+            except Exception:
+                log.exception("closing `%s`", self.destination.dataset)
 
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
+    # What follows is called on the committer's thread only.
+
     def _run(self) -> None:
-        while self._step():
-            pass
-        self.close()
-        self._breaker.unwatch(self._wake)
-        self._give_up(self._take_all(), _shutting_down())
+        while True:
+            action = self._next_action()
+            if isinstance(action, Stop):
+                break
+            outcome = self._carry_out(action)
+            with self._changed:
+                self._queue.note_outcome(action, outcome, time.monotonic())
+                self._changed.notify_all()
+        self.destination.breaker.remove_listener(self._wake)
+        for opening in action.openings:
+            if opening.ready.set_running_or_notify_cancel():
+                opening.ready.set_exception(shutting_down())
+        self._give_up(action.rows, shutting_down())
+        self._dedupe_index.invalidate()
+        self._release_decision()
+        self.close_writer()
+
+    def _next_action(self) -> Action:
+        """The next action; waits for one."""
         with self._changed:
-            self._turn.keep(self._backlog.sent)
-        self._appender.close()
+            while True:
+                if not self._queue.has_decided_groups:
+                    self._release_decision()
+                action = self._queue.decide(time.monotonic())
+                if not isinstance(action, Wait):
+                    return action
+                self._changed.wait(action.until - time.monotonic())
 
-    def _step(self) -> bool:
-        """Does the next thing there is to do; False ends the thread."""
-        with self._changed:
-            # Not wait_for: what there is to wait for changes with what arrives.
-            while (wait_s := self._wait_s()) > 0 and self._changed.wait(wait_s):
-                pass
-            if self._closing.is_set():
-                return False
-            opening = self._openings.popleft() if self._can_open() else None
-            overdue, reason = self._take_overdue()
-            groups = [] if opening or overdue or self._due_in_s() > 0 else self._take()
-            self._in_append = bool(groups or overdue)
-            more = bool(self._backlog)
-            idle = not more and not self._in_append
-        if opening is not None:
-            self._open(opening)
-        elif overdue:
-            self._give_up(overdue, reason)
-        elif groups:
-            try:
-                self._store(groups, full=more)
-            except Exception:
-                log.exception("`%s`: delivery failed", self.dataset)
-                for rows in (rows for group in groups for rows in group.rows):
-                    rows.upload.fail(InternalError("delivery failed; the log has more"))
-        elif idle and self._on_idle():
-            return False
-        with self._changed:
-            self._turn.keep(self._backlog.sent)
-            self._in_append = False
-            self._changed.notify_all()
-        return True
+    def _release_decision(self) -> None:
+        if self._may_decide:
+            self._may_decide = False
+            self._dedupe_index.release_decision()
 
-    # What follows up to `_take_all` is called with the lock held.
+    def _carry_out(self, action: Action) -> Outcome:
+        match action:
+            case Open(opening):
+                self._open(opening)
+            case Append(groups):
+                return self._append(groups)
+            case Reject(group, error):
+                self._settle_groups([group], error)
+                self._dedupe_index.invalidate()
+            case GiveUp(rows, error, in_doubt):
+                if in_doubt:
+                    self._dedupe_index.invalidate()
+                self._give_up(rows, error)
+            case Release(rows, in_doubt):
+                if in_doubt:
+                    self._dedupe_index.invalidate()
+                for one in rows:
+                    one.on_released()
+            case Rest():
+                return self._on_idle()
+        return None
 
-    def _wait_s(self) -> float:
-        """How long there is nothing to do."""
-        if self._closing.is_set() or self._can_open():
-            return 0.0
-        return min(self._due_in_s(), self._overdue_in_s(), _LINGER_S)
-
-    def _can_open(self) -> bool:
-        """What was accepted before emptying was asked for goes there first, to be emptied with it.
-
-        What came later goes before or after: waiting for it, too, might never end.
-        """
-        if not self._openings:
-            return False
-        first = self._openings[0]
-        return (
-            first.mode != "overwrite"
-            or first.ready.cancelled()
-            or not self._backlog.has_before(first.asked)
-        )
-
-    def _due_in_s(self) -> float:
-        """Seconds until rows are to be sent; infinite where there are none."""
-        if not self._backlog:
-            self._hurried = False
-            return math.inf
-        rows, size = self.pace.limit(self._config.commit_rows), self.pace.limit(_COMMIT_BYTES)
-        full = self._backlog.num_rows >= rows or self._backlog.num_bytes >= size
-        if self._hurried or self._openings or full or self._backlog.again:
-            return self._delay_s()
-        filled = self._backlog.oldest + self._config.group_delay_s - time.monotonic()
-        return max(filled, self._delay_s())
-
-    def _delay_s(self) -> float:
-        """What the store makes everybody wait, or this lane alone."""
-        if self._breaker.away_since is not None:
-            self._was_away = True
-            return self._breaker.delay_s(self)
-        if self._was_away:
-            self._was_away = False
-            self.pace.resume()
-        return self.pace.delay_s()
-
-    def _overdue_in_s(self) -> float:
-        """Seconds until rows in memory are given up; infinite where they are not."""
-        since, oldest = self._failing_since(), self._backlog.oldest_in_memory()
-        if since is None or oldest is None:
-            return math.inf
-        return max(since, oldest) + self._config.store_retry_s - time.monotonic()
-
-    def _take_overdue(self) -> tuple[list[Rows], FletcherError]:
-        """Rows whose time is over, and why they are given up."""
-        reason = self._failing[1] if self._failing else self._breaker.error(self)
-        since = self._failing_since()
-        # What may be tried right now is tried, though its time be over.
-        if since is None or self._overdue_in_s() > 0 or self._delay_s() == 0:
-            return [], reason
-        latest = time.monotonic() - self._config.store_retry_s
-        overdue = self._backlog.remove(lambda rows: max(since, rows.arrived) <= latest)
-        if not self._backlog:
-            # What comes next is tried afresh, for nothing would end the waiting but a try.
-            self._failing = None
-            self.pace.resume()
-        return overdue, reason
-
-    def _failing_since(self) -> float | None:
-        """Since when the store has not taken rows: this lane's, or anybody's."""
-        since = [self._breaker.away_since, self._failing[0] if self._failing else None]
-        return min((one for one in since if one is not None), default=None)
-
-    def _take(self) -> list[Group]:
-        return self._backlog.take(
-            max_rows=self.pace.limit(self._config.commit_rows),
-            max_bytes=self.pace.limit(_COMMIT_BYTES),
-            group_rows=self._config.group_rows,
-        )
-
-    def _take_all(self) -> list[Rows]:
-        with self._changed:
-            for opening in self._openings:
-                if opening.ready.set_running_or_notify_cancel():
-                    opening.ready.set_exception(_shutting_down())
-            self._openings.clear()
-            return self._backlog.clear()
-
-    def _open(self, opening: _Opening) -> None:
-        ready = opening.ready
+    def _open(self, opening: Opening) -> None:
+        ready, breaker = opening.ready, self.destination.breaker
         if not ready.set_running_or_notify_cancel():
             return
         try:
-            self._breaker.check(self)
-            with self._breaker.call(self, proof=False):
-                self._appender.use(opening.schema, opening.mode)
+            breaker.require_ready(self._queue)
+            with breaker.guard_call(self._queue, proof=False):
+                self._open_writer(opening.schema, opening.mode)
         except FletcherError as error:
             ready.set_exception(error)
         except Exception:
-            log.exception("cannot open `%s`", self.dataset)
-            ready.set_exception(InternalError(f"`{self.dataset}` cannot be opened"))
+            log.exception("cannot open `%s`", self.destination.dataset)
+            ready.set_exception(InternalError(f"`{self.destination.dataset}` cannot be opened"))
         else:
             ready.set_result(None)
 
-    def _store(self, groups: Sequence[Group], *, full: bool) -> None:
-        started, taken = time.monotonic(), groups
-        asking = not groups[0].rows[0].journaled and any(group.dedupe_by for group in groups)
-        if asking:
-            with self._changed:
-                self._turn.keep((*self._backlog.sent, *groups))
-            if not self._turn.take(_TURN_S):
-                self._failed(groups, self._known.undecided(), started)
-                return
+    def _append(self, groups: Sequence[Group]) -> Outcome:
         try:
-            with self._breaker.call(self):
-                groups = self._decide(taken) if asking else taken
-                slow_down = self._appender.append(groups)
-        except PASSING as error:
-            self._telemetry.store_retries.add()
-            self._appender.close()
-            self._failed(groups, error, started)
-            return
-        except FletcherError as error:
-            self._refused(groups, error)
+            outcome = self._store_groups(groups)
+            if isinstance(outcome, Stored):
+                self._settle_groups(groups[: outcome.num_groups], None)
         except Exception:
-            log.exception("`%s`: the store failed", self.dataset)
-            text = "storing failed in an unexpected way; the log has more"
-            self._refused(groups, InternalError(text))
-        else:
-            self.pace.stored(
-                time.monotonic() - started, full=full and groups is taken, slow_down=slow_down
+            log.exception("`%s`: delivery failed", self.destination.dataset)
+            self._dedupe_index.invalidate()
+            error = InternalError("delivery failed; the server's log has the cause")
+            for rows in (rows for group in groups for rows in group.rows):
+                rows.upload.fail(error)
+                if not rows.journaled:
+                    rows.on_released()
+            return None
+        return outcome
+
+    def _store_groups(self, groups: Sequence[Group]) -> Stored | Unavailable | Refused:
+        """Mark duplicates where that is asked for, and store the groups that may be sent now."""
+        started = time.monotonic()
+        num_groups = len(groups)
+        decides = not groups[0].rows[0].journaled and any(group.dedupe_by for group in groups)
+        if decides and not self._acquire_decision():
+            return Unavailable(0, time.monotonic() - started, self._dedupe_index.pending_error())
+        try:
+            with self.destination.breaker.guard_call(self._queue):
+                if decides:
+                    num_groups = self._dedupe_index.decide_groups(groups)
+                slow_down = self._append_groups(groups[:num_groups])
+        except RETRYABLE as error:
+            self.destination.telemetry.store_retries.add()
+            self.close_writer()
+            # Once, and a store that never takes a full append says so once for all.
+            news = self.append_size.share == 1 or not isinstance(error, OverloadedError)
+            available = self.destination.breaker.unavailable_since is None
+            if news and available and self._queue.failing is None:
+                log.warning("`%s`: %s; trying again", self.destination.dataset, error)
+            return Unavailable(num_groups, time.monotonic() - started, error)
+        except FletcherError as error:
+            return Refused(num_groups, error)
+        except Exception:
+            log.exception("`%s`: the store failed", self.destination.dataset)
+            text = "storing failed in an unexpected way; the server's log has the cause"
+            return Refused(num_groups, InternalError(text))
+        return Stored(num_groups, time.monotonic() - started, slow_down)
+
+    def _acquire_decision(self) -> bool:
+        if not self._may_decide:
+            self._may_decide = self._dedupe_index.acquire_decision(self._timing.decision_wait_s)
+        return self._may_decide
+
+    def _open_writer(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
+        """The writer for rows of `schema`; `overwrite` empties the dataset first.
+
+        Raises:
+            FletcherError: As `Store.open_writer`, and if the journal's disk fails.
+        """
+        kind = writer_kind(schema, upsert=mode == "upsert")
+        if self._writer is None or self._writer_kind != kind or mode == "overwrite":
+            self.close_writer()
+            if mode == "overwrite" and self._journal is not None:
+                with _journal_errors():
+                    self._journal.forget_settled()
+            stored = schema.append(pa.field("batch_key", pa.utf8()))
+            self._writer = self.destination.store.open_writer(
+                self.destination.dataset, stored, mode
             )
-            self._settle(groups, None)
-        self._failing = None
+            self._writer_kind = kind
+            if mode == "overwrite":
+                self._dedupe_index.invalidate()
+        return self._writer
 
-    def _decide(self, groups: Sequence[Group]) -> Sequence[Group]:
-        going = self._turn.decide(groups)
-        if len(going) < len(groups):
-            with self._changed:
-                self._backlog.put_back(groups[len(going) :])
-        return going
+    def _append_groups(self, groups: Sequence[Group]) -> bool:
+        """Store groups of one kind, except groups in doubt that the store holds.
 
-    def _failed(self, groups: Sequence[Group], error: FletcherError, started: float) -> None:
-        """The store may have taken the groups, or not: they go again when it is back."""
-        # Once, and a store that never takes a full append says so once for all.
-        news = self.pace.share == 1 or not isinstance(error, OverloadedError)
-        if news and self._failing is None and self._breaker.away_since is None:
-            log.warning("`%s`: %s; trying again", self.dataset, error)
-        self._failing = (self._failing[0] if self._failing else started, error)
-        for group in groups:
-            group.doubtful = True
-        with self._changed:
-            self.pace.failed(time.monotonic() - started, error)
-            self._backlog.put_back(groups)
+        Rows that replace others are always sent again: a key may be gone because later rows
+        replaced its rows, and these are sent again, too, in the same order.
 
-    def _refused(self, groups: Sequence[Group], error: FletcherError) -> None:
-        if len(groups) == 1:
-            self._settle(groups, error)
-            return
-        # One of the uploads is at fault: find out which, the others go on. An error of an
-        # unexpected kind may have come after rows were stored.
-        for group in groups:
-            group.doubtful = group.alone = True
-        with self._changed:
-            self._backlog.put_back(groups)
+        Returns:
+            Whether the store asks for a rest.
 
-    def _settle(self, groups: Sequence[Group], error: FletcherError | None) -> None:
-        null_vectors = error is None and self.store.capabilities.null_vectors
+        Raises:
+            FletcherError: As `DatasetWriter.append`, and if the journal's disk fails.
+        """
+        telemetry = self.destination.telemetry
+        (schema, _, upsert), journaled = groups[0].rows[0].kind
+        null_vectors = self.destination.store.capabilities.null_vectors
+        writer = self._open_writer(schema, "upsert" if upsert else "append")
+        wanted = {group.batch_key: group for group in groups}
+        in_doubt = [key for key, group in wanted.items() if group.in_doubt and not upsert]
+        if in_doubt:
+            for key in set(in_doubt).difference(writer.missing_keys(in_doubt)):
+                del wanted[key]
+        rows = {key: group.to_batch(null_vectors=null_vectors) for key, group in wanted.items()}
+        batches = [batch for batch in rows.values() if batch.num_rows]
+        num_rows = sum(batch.num_rows for batch in batches)
+        if upsert and not journaled and self._journal is not None:
+            # Settled groups in the journal must not be sent again over these rows. (Journaled
+            # rows are sent again behind those that they replace.)
+            with _journal_errors():
+                self._journal.sync_notes()
+        with (
+            telemetry.stage_duration.time(stage="append"),
+            telemetry.span("append", rows=num_rows, groups=len(batches)),
+        ):
+            slow_down = bool(batches) and writer.append(batches)
+        counts_groups = self.destination.store.capabilities.counts_groups
+        unknown = [
+            key
+            for key, group in wanted.items()
+            if not group.is_recognized(rows[key].num_rows, counts_groups=counts_groups)
+        ]
+        if unknown and self._journal is not None:
+            with _journal_errors():
+                self._journal.settled_groups.add_keys(unknown)
+        return slow_down
+
+    def _settle_groups(self, groups: Sequence[Group], error: FletcherError | None) -> None:
+        null_vectors = error is None and self.destination.store.capabilities.null_vectors
         for rows in (rows for group in groups for rows in group.rows):
             try:
                 self._settle_rows(rows, error, null_vectors=null_vectors)
-            except Exception:  # such as a full disk: these stay in the journal, the others go on
-                log.exception(
-                    "`%s`: rows %d-%d cannot be settled", self.dataset, rows.first, rows.last
-                )
-        if error is not None:
-            self._known.doubt()
-        else:
-            self._turn.settled(groups)
+            except Exception:  # such as a full disk: these rows stay in the journal
+                text = "`%s`: rows %d-%d cannot be settled"
+                log.exception(text, self.destination.dataset, rows.first, rows.last)
 
     def _settle_rows(self, rows: Rows, error: FletcherError | None, *, null_vectors: bool) -> None:
         if error is not None:
             rows.upload.fail(error)
-            rows.refused(error.message)
+            rows.on_refused(error.message)
         else:
-            stored = rows.num_rows - len(rows.left_out(null_vectors=null_vectors))
-            self._telemetry.rows_stored.add(stored)
+            num_stored = rows.num_rows - len(rows.places_not_stored(null_vectors=null_vectors))
+            self.destination.telemetry.rows_stored.add(num_stored)
             if not rows.journaled:
-                self._known.add(rows)
-            rows.upload.settle_rows(rows.first, rows.last, stored=stored)
-        rows.released()
+                self._dedupe_index.add_rows(rows)
+            rows.upload.settle_rows(rows.first, rows.last, stored=num_stored)
+        rows.on_released()
 
     def _give_up(self, taken: Sequence[Rows], error: FletcherError) -> None:
         for rows in taken:
             if not rows.journaled:
                 rows.upload.fail(error)
-                rows.released()
-                self._known.doubt()  # it may have been sent
+                rows.on_released()
 
 
-def _shutting_down() -> StoreUnavailableError:
-    return StoreUnavailableError("the server is shutting down")
+@contextlib.contextmanager
+def _journal_errors() -> Iterator[None]:
+    """Turn errors of the journal's disk into a retryable one."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailableError(f"the journal's disk fails: {error.strerror}") from None

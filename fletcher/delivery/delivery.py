@@ -1,11 +1,10 @@
-"""The store side of the house: uploads, and a route for every dataset that is being written."""
+"""Uploads, and a sink for each dataset that is being written."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import logging
-import os
 import threading
 import time
 import uuid
@@ -19,15 +18,16 @@ import pyarrow as pa
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.breaker import PASSING, Breaker
+from fletcher.delivery.breaker import RETRYABLE, Breaker
 from fletcher.delivery.dedupe.index import DedupeMemory
-from fletcher.delivery.journal.journal import Journal, JournalSpace
-from fletcher.delivery.journal.root import journal_folders, lock_journal
+from fletcher.delivery.groups import Destination
+from fletcher.delivery.journal.journal import Journal
+from fletcher.delivery.journal.root import JournalSpace, journal_folders, lock_journal
 from fletcher.delivery.journal.settled_groups import SettledGroups
-from fletcher.delivery.journal.writer import from_journal
+from fletcher.delivery.journal.writer import journaled_rows
 from fletcher.delivery.sink import DatasetSink
-from fletcher.delivery.upload import Upload
-from fletcher.delivery.uploads import Key, Uploads
+from fletcher.delivery.timing import DeliveryTiming
+from fletcher.delivery.upload import SettledRanges, Upload, UploadKey, UploadRegistry, UploadTerms
 from fletcher.errors import InvalidCommandError, StoreUnavailableError
 from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.schemas import check_one_row_each
@@ -35,22 +35,19 @@ from fletcher.telemetry.tracing import Telemetry
 
 log = logging.getLogger(__name__)
 
-_Ranges = list[tuple[int, int]]
-# A lane that waits for its store opens nothing; new uploads need not wait as long as old ones.
-_OPENING_S = 60.0
-
 
 class Delivery:
-    """Opens uploads and carries their rows to the stores.
+    """Opens uploads and carries their rows to the stores. Thread-safe.
 
     Args:
-        stores: By name; the first is the default.
-        config: Groups and retries.
-        telemetry: Where counts, durations and spans go.
-        journal: Where rows are journaled; None: not at all.
+        stores: Stores by name; the first is the default.
+        config: Sizes of groups and appends, and how long a failing append is retried.
+        telemetry: Receives counts, durations and spans.
+        journal: The journal's folder and size; None: no journal.
+        timing: Waits.
 
     Raises:
-        ConfigError: The journal's folder cannot be used, or is another server's.
+        ConfigError: The journal's folder cannot be used, or another server uses it.
     """
 
     def __init__(
@@ -59,30 +56,32 @@ class Delivery:
         config: DeliveryConfig,
         telemetry: Telemetry,
         journal: JournalConfig | None = None,
+        timing: DeliveryTiming | None = None,
     ) -> None:
         self.stores = dict(stores)
+        self._config = config
+        self._telemetry = telemetry
         self._journal = journal
+        self._timing = timing or DeliveryTiming()
         self._space = JournalSpace(journal.max_bytes) if journal is not None else None
         self._journal_lock = lock_journal(journal.folder) if journal is not None else None
-        self._config = config
         self._dedupe_memory = DedupeMemory(config.max_dedupe_bytes)
-        telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
-        self._telemetry = telemetry
         self._lock = threading.RLock()
         self._sinks: dict[tuple[str, str], DatasetSink] = {}
-        self._uploads = Uploads(self._lock, lambda place: place in self._sinks)
+        self._uploads = UploadRegistry(self._lock, lambda place: place in self._sinks)
         self._closed = False
-        self._breakers = {name: Breaker(name) for name in stores}
-        telemetry.queue_depth.observe(self._depth, stage="rows")
+        self._breakers = {name: Breaker(name, self._timing.retry) for name in stores}
+        telemetry.dedupe_index_memory.observe(lambda: self._dedupe_memory.used_bytes)
+        telemetry.queue_depth.observe(self._num_waiting_rows, stage="rows")
         for name, breaker in self._breakers.items():
-            telemetry.store_away.observe(partial(_as_number, breaker), store=name)
-            telemetry.store_append_share.observe(partial(self._pace, name), store=name)
+            telemetry.store_away.observe(partial(_unavailability, breaker), store=name)
+            telemetry.store_append_share.observe(partial(self._append_share, name), store=name)
 
     def store(self, name: str | None) -> tuple[str, Store]:
         """A store by its configured name; None: the default.
 
         Raises:
-            InvalidCommandError: There is no such store, or none at all.
+            InvalidCommandError: There is no such store, or no store at all.
         """
         if not self.stores:
             raise InvalidCommandError(
@@ -100,153 +99,99 @@ class Delivery:
         return name, self.stores[name]
 
     def open_upload(self, options: EmbedCommand, schema: pa.Schema) -> tuple[Upload, DatasetSink]:
-        """Opens or resumes an upload; `close` it for each `open`.
+        """Open or resume an upload; call `close_upload` once for each call.
 
         Args:
             options: The command; `dataset` is set.
-            schema: Of the rows to come, without `batch_key`.
+            schema: Schema of the rows to come, without `batch_key`.
 
         Raises:
             UploadConflictError: The upload is in progress with other options.
             ModelMismatchError, DimensionMismatchError, ColumnTypeError: The dataset differs.
-            InvalidCommandError: The dataset cannot be asked for duplicates.
+            InvalidCommandError: The dataset's rows cannot be compared for duplicates.
             StoreUnavailableError: The store does not answer.
         """
         name, store = self.store(options.store)
-        dataset = options.dataset
-        assert dataset is not None
-        upload_id = options.upload_id or uuid.uuid4().hex
-        key = (name, dataset, upload_id)
-        with self._uploads.alone(key, _OPENING_S):
-            return self._open_upload(key, store, options, schema)
-
-    def _open_upload(
-        self, key: Key, store: Store, options: EmbedCommand, schema: pa.Schema
-    ) -> tuple[Upload, DatasetSink]:
-        name, dataset, upload_id = key
-        durability = self._durability(options)
-        fingerprint = (schema, schema.metadata, options.mode, options.dedupe, durability)
-        mode = _write_mode(options)
-        dedupe_by = _dedupe_by(options)
-        self._breakers[name].check(None)  # else each caller waits for its own deadline
-        sink = self._enter(key, store)
-        upload = None
-        try:
-            upload = self._uploads.join(key, fingerprint)
-            if upload is not None:
-                if upload.fingerprint is None:
-                    self._look_up(upload, store)
-                    upload.begin(
-                        fingerprint,
-                        durability=durability,
-                        upsert=mode == "upsert",
-                        dedupe_by=dedupe_by,
+        assert options.dataset is not None
+        key = (name, options.dataset, options.upload_id or uuid.uuid4().hex)
+        terms = self._terms(options, schema)
+        with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
+            # Else each caller waits for its own deadline.
+            self._breakers[name].require_ready(None)
+            sink = self._enter_sink(key, store)
+            upload = None
+            try:
+                upload = self._uploads.join_upload(key, terms)
+                if upload is not None:
+                    self._resume(upload, sink, schema, terms)
+                else:
+                    upload = self._begin(
+                        key, sink, schema, terms, named=options.upload_id is not None
                     )
-                self._open(sink, schema, "append" if mode == "overwrite" else mode)
-                if dedupe_by is not None:
-                    sink.dedupe_index.load(dedupe_by)
-                return upload, sink
-            stored: _Ranges = []
-            unsent: _Ranges = []
-            failed = self._uploads.get(key)
-            if failed is not None:
-                # What was on its way when it failed must have arrived, or not, before we look.
-                if not sink.wait_written(_OPENING_S):
-                    raise StoreUnavailableError("the journal does not answer; try again later")
-                self._open(sink, schema, "append")
-            if options.upload_id is not None:
-                stored, unsent = self._settled(store, dataset, upload_id)
-            if mode == "overwrite" and (stored or unsent or failed is not None):
-                mode = "append"
-            self._open(sink, schema, mode)
-            if mode == "overwrite":
-                self._uploads.forget_dataset(name, dataset)
-            if dedupe_by is not None:
-                sink.dedupe_index.load(dedupe_by)
-            new = Upload(
-                dataset,
-                upload_id,
-                fingerprint=fingerprint,
-                durability=durability,
-                upsert=mode == "upsert",
-                dedupe_by=dedupe_by,
-                stored=stored,
-                unsent=unsent,
-            )
-            if failed is not None:
-                failed.hand_over_to(new)
-            return self._uploads.join(key, fingerprint, new) or new, sink
-        except BaseException:
-            self._leave(sink, upload)
-            raise
+            except BaseException:
+                self._leave_sink(sink, upload)
+                raise
+            return upload, sink
 
     def close_upload(self, upload: Upload, sink: DatasetSink) -> None:
-        """One connection of an upload has ended."""
+        """Disconnect from an upload."""
         if upload.failure is not None:
-            sink.committer.drop_failed()
-        self._leave(sink, upload)
+            sink.committer.drop_abandoned()
+        self._leave_sink(sink, upload)
 
     def upload_status(self, options: EmbedCommand) -> dict[str, Any]:
-        """What is known of an upload: from memory, else from the store."""
+        """The state of an upload, from memory or else from the store."""
         name, store = self.store(options.store)
         if options.upload_id is None:
             raise InvalidCommandError("`upload_id` is missing", field="upload_id")
-        upload = self._uploads.find(name, options.dataset, options.upload_id)
+        upload = self._uploads.find_upload(name, options.dataset, options.upload_id)
         if upload is not None:
-            if upload.fingerprint is None:
-                # Of an upload found in the journal, the store may have an earlier part.
-                with contextlib.suppress(*PASSING):
-                    self._breakers[name].check(None)
-                    self._look_up(upload, store)
+            if upload.terms.fingerprint is None:
+                # The store may hold earlier rows of an upload that was found in the journal.
+                with contextlib.suppress(*RETRYABLE):
+                    self._breakers[name].require_ready(None)
+                    upload.settle_found(self._settled(store, upload.dataset, upload.upload_id))
             return upload.status()
-        self._breakers[name].check(None)  # else the caller waits for a deadline, its own maybe
+        # Else the caller waits for a deadline, perhaps its own.
+        self._breakers[name].require_ready(None)
         datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
         for dataset in datasets:
-            stored, unsent = self._settled(store, dataset, options.upload_id)
-            if stored or unsent:
-                return Upload(
-                    dataset,
-                    options.upload_id,
-                    fingerprint=(),
-                    durability="store",
-                    stored=stored,
-                    unsent=unsent,
-                ).status()
+            settled = self._settled(store, dataset, options.upload_id)
+            if any(settled):
+                found = Upload(dataset, options.upload_id, UploadTerms("store"), settled)
+                return found.status()
         return {"rows_durable": 0, "ranges": [], "complete": False}
 
     def recover(self) -> int:
-        """Takes up what an earlier process journaled and did not store.
+        """Continue with groups that an earlier process journaled and did not store.
 
         Returns:
-            Rows on their way to their stores now.
+            Number of rows that go to their stores now.
         """
         if self._journal is None:
             return 0
         num_rows = 0
-        names = {_folder_of(store): name for name, store in self.stores.items()}
+        names = {_folder_name(store): name for name, store in self.stores.items()}
         for folder_name, dataset, folder in journal_folders(self._journal.folder):
             if folder_name not in names:
                 if any(folder.glob("*.arrow")):
-                    log.error(
-                        "journal: %s has rows for a store that is not configured; left alone",
-                        folder,
-                    )
+                    log.error("journal: %s has rows for an unknown store; left alone", folder)
                 continue
             name = names[folder_name]
-            sink = self._enter((name, dataset, ""), self.stores[name])
-            num_rows += sum(group.info.num_rows for group in sink.left_behind if not group.settled)
-            self._leave(sink)
+            sink = self._enter_sink((name, dataset, ""), self.stores[name])
+            num_rows += sum(group.info.num_rows for group in sink.recovered if not group.settled)
+            self._leave_sink(sink)
         return num_rows
 
     def statistics(self) -> dict[str, Any]:
         """Each store's state, for the `stats` action."""
         return {
-            name: {**breaker.snapshot(), "pace": self._pace(name)}
+            name: {**breaker.snapshot(), "pace": self._append_share(name)}
             for name, breaker in self._breakers.items()
         }
 
     def flush(self, timeout_s: float) -> bool:
-        """Stores what is here now; False if it did not get done in time."""
+        """Store the rows that wait now; False if that takes longer than `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         sinks = self._all_sinks()
         for sink in sinks:
@@ -257,17 +202,17 @@ class Delivery:
 
     @property
     def store_unavailable(self) -> bool:
-        """A store fails whatever is sent to it."""
-        return any(breaker.away_since is not None for breaker in self._breakers.values())
+        """Whether the breaker of a store is open."""
+        return any(one.unavailable_since is not None for one in self._breakers.values())
 
     @property
     def journal_share(self) -> float | None:
-        """How full the journal is, from 0 to 1; None where there is none."""
+        """Used share of the journal, 0 to 1; None without a journal."""
         space = self._space
         return None if space is None else min(1.0, space.used_bytes / space.max_bytes)
 
     def close(self) -> None:
-        """Ends all routes and closes the stores. Idempotent."""
+        """End all sinks and close the stores. Idempotent."""
         with self._lock:
             self._closed = True
         for sink in self._all_sinks():
@@ -275,49 +220,98 @@ class Delivery:
         for store in self.stores.values():
             store.close()
         if self._journal_lock is not None:
-            os.close(self._journal_lock)
-            self._journal_lock = None
+            self._journal_lock.release()
 
-    def _durability(self, options: EmbedCommand) -> str:
-        if options.durability is None:
-            return "store" if self._journal is None else "journal"
-        if options.durability == "journal" and self._journal is None:
+    def _terms(self, options: EmbedCommand, schema: pa.Schema) -> UploadTerms:
+        durability = options.durability or ("store" if self._journal is None else "journal")
+        if durability == "journal" and self._journal is None:
             raise InvalidCommandError(
                 "`durability` is journal, but this server runs without one",
                 field="durability",
                 allowed=["store", "memory"],
             )
-        return options.durability
+        delta = options.mode == "delta"
+        return UploadTerms(
+            durability,
+            # New and changed rows of a delta replace by id.
+            mode="upsert" if options.mode == "delta" else options.mode,
+            dedupe_by="delta" if delta else None if options.dedupe == "off" else options.dedupe,
+            fingerprint=(schema, schema.metadata, options.mode, options.dedupe, durability),
+        )
 
-    def _open(self, sink: DatasetSink, schema: pa.Schema, mode: WriteMode) -> None:
-        ready = sink.committer.open(schema, mode)
+    def _resume(
+        self, upload: Upload, sink: DatasetSink, schema: pa.Schema, terms: UploadTerms
+    ) -> None:
+        """Prepare the dataset for another connection of an upload in progress."""
+        if upload.terms.fingerprint is None:
+            store = sink.committer.destination.store
+            upload.settle_found(self._settled(store, upload.dataset, upload.upload_id))
+            upload.adopt_terms(terms)
+        self._open_dataset(sink, schema, "append" if terms.mode == "overwrite" else terms.mode)
+        if terms.dedupe_by is not None:
+            sink.dedupe_index.load_kind(terms.dedupe_by)
+
+    def _begin(
+        self,
+        key: UploadKey,
+        sink: DatasetSink,
+        schema: pa.Schema,
+        terms: UploadTerms,
+        *,
+        named: bool,
+    ) -> Upload:
+        """Begin an upload that is new, failed or unknown; only if `named` may a store know it."""
+        name, dataset, upload_id = key
+        store = sink.committer.destination.store
+        mode = terms.mode
+        settled = SettledRanges([], [])
+        failed = self._uploads.find_upload(*key)
+        if failed is not None:
+            # Its pending rows have arrived, or never will, before the store is asked.
+            if not sink.wait_written(self._timing.opening_timeout_s):
+                raise StoreUnavailableError("the journal does not answer; try again later")
+            self._open_dataset(sink, schema, "append")
+        if named:
+            settled = self._settled(store, dataset, upload_id)
+        if mode == "overwrite" and (any(settled) or failed is not None):
+            mode = "append"
+        self._open_dataset(sink, schema, mode)
+        if mode == "overwrite":
+            self._uploads.forget_dataset(name, dataset)
+        if terms.dedupe_by is not None:
+            sink.dedupe_index.load_kind(terms.dedupe_by)
+        new = Upload(dataset, upload_id, terms, settled)
+        if failed is not None:
+            failed.hand_over_to(new)
+        return self._uploads.join_upload(key, terms, new) or new
+
+    def _open_dataset(self, sink: DatasetSink, schema: pa.Schema, mode: WriteMode) -> None:
+        ready = sink.committer.request_opening(schema, mode)
         try:
-            ready.result(_OPENING_S)
+            ready.result(self._timing.opening_timeout_s)
         except TimeoutError:
             ready.cancel()
             raise StoreUnavailableError("the store does not answer; try again later") from None
-        info = sink.committer.store.dataset(sink.committer.dataset) if mode == "upsert" else None
+        destination = sink.committer.destination
+        info = destination.store.dataset(destination.dataset) if mode == "upsert" else None
         if info is not None:
             check_one_row_each(info.name, info.schema)
 
-    def _look_up(self, upload: Upload, store: Store) -> None:
-        upload.found(*self._settled(store, upload.dataset, upload.upload_id))
-
-    def _settled(self, store: Store, dataset: str, upload_id: str) -> tuple[_Ranges, _Ranges]:
-        """An upload's rows that the store holds, and those that it never got and needs not get."""
+    def _settled(self, store: Store, dataset: str, upload_id: str) -> SettledRanges:
+        """Rows of an upload that need not be sent again, by its store and its journal."""
         if store.dataset(dataset) is None:
-            return [], []
+            return SettledRanges([], [])
         stored = store.stored_ranges(dataset, upload_id)
         if self._journal is None:
-            return stored, []
-        return stored, SettledGroups(self._folder(store, dataset)).ranges(upload_id)
+            return SettledRanges(stored, [])
+        settled_groups = SettledGroups(self._journal_folder(store, dataset))
+        return SettledRanges(stored, settled_groups.ranges_of(upload_id))
 
-    def _folder(self, store: Store, dataset: str) -> Path:
-        """Of a dataset's journal."""
+    def _journal_folder(self, store: Store, dataset: str) -> Path:
         assert self._journal is not None
-        return self._journal.folder / _folder_of(store) / dataset
+        return self._journal.folder / _folder_name(store) / dataset
 
-    def _enter(self, key: Key, store: Store) -> DatasetSink:
+    def _enter_sink(self, key: UploadKey, store: Store) -> DatasetSink:
         name, dataset, _ = key
         with self._lock:
             if self._closed:
@@ -334,43 +328,40 @@ class Delivery:
         if self._journal is not None and self._space is not None:
             retention_s = self._journal.retention_s
             journal = Journal(
-                self._folder(store, dataset),
+                self._journal_folder(store, dataset),
                 self._space,
                 segment_bytes=self._journal.segment_bytes,
                 retention_s=lambda: 0.0 if store.capabilities.durable else retention_s,
             )
         sink = DatasetSink(
-            store,
-            dataset,
+            Destination(store, dataset, self._breakers[name], self._telemetry),
             self._config,
-            self._breakers[name],
-            self._telemetry,
-            self._retire,
-            journal=journal,
-            space=self._space,
-            dedupe_memory=self._dedupe_memory,
+            self._timing,
+            journal,
+            self._dedupe_memory,
+            self._retire_sink,
         )
-        for group in sink.left_behind:
+        for group in sink.recovered:
             info = group.info
-            upload = self._uploads.found(name, dataset, info.upload_id, upsert=info.upsert)
+            upload = self._uploads.recover_upload(name, dataset, info.upload_id, upsert=info.upsert)
             upload.secure_rows(info.first, info.last)
             assert journal is not None
             if not group.settled:
-                sink.committer.submit_rows(from_journal(upload, group, journal, doubtful=True))
+                sink.committer.submit_rows(journaled_rows(upload, group, journal, in_doubt=True))
         return sink
 
-    def _leave(self, sink: DatasetSink, upload: Upload | None = None) -> None:
+    def _leave_sink(self, sink: DatasetSink, upload: Upload | None = None) -> None:
         with self._lock:
             sink.users -= 1
             if upload is not None:
-                self._uploads.leave(upload)
+                self._uploads.leave_upload(upload)
 
-    def _retire(self, sink: DatasetSink) -> bool:
-        """Lets an idle route go. Called by its lane's thread."""
+    def _retire_sink(self, sink: DatasetSink) -> bool:
+        """Forget an idle sink; False if it is used. Called on its committer's thread."""
         with self._lock:
             if sink.users or not sink.idle:
                 return False
-            sink.leave()
+            sink.retire()
             for key, one in list(self._sinks.items()):
                 if one is sink:
                     del self._sinks[key]
@@ -380,37 +371,27 @@ class Delivery:
         with self._lock:
             return list(self._sinks.values())
 
-    def _pace(self, name: str) -> float:
-        """The share of a full append that the store bears, in its most burdened dataset."""
+    def _append_share(self, name: str) -> float:
+        """Share of a full append that a store bears, in its most burdened dataset."""
         with self._lock:
             shares = [
-                one.committer.pace.share for key, one in self._sinks.items() if key[0] == name
+                sink.committer.append_size.share
+                for (store, _), sink in self._sinks.items()
+                if store == name
             ]
         return min(shares, default=1.0)
 
-    def _depth(self) -> int:
-        return sum(sink.committer.depth() for sink in self._all_sinks())
+    def _num_waiting_rows(self) -> int:
+        return sum(sink.committer.num_waiting_rows for sink in self._all_sinks())
 
 
-def _write_mode(options: EmbedCommand) -> WriteMode:
-    """What rows do in the store: those of a delta that are new or changed replace by id."""
-    return "upsert" if options.mode == "delta" else options.mode
+def _unavailability(breaker: Breaker) -> float:
+    return float(breaker.unavailable_since is not None)
 
 
-def _dedupe_by(options: EmbedCommand) -> str | None:
-    """By what an upload knows rows that are there already; None: it does not ask."""
-    if options.mode == "delta":
-        return "delta"
-    return None if options.dedupe == "off" else options.dedupe
-
-
-def _as_number(breaker: Breaker) -> float:
-    return float(breaker.away_since is not None)
-
-
-def _folder_of(store: Store) -> str:
-    """A store's folder of journals: rows meant for one address must not go to another's."""
+def _folder_name(store: Store) -> str:
+    """Name of a store's folder of journals, so that rows never go to another address."""
     scheme, _, rest = store.address.partition(":")
-    if not rest.startswith("//"):  # a folder, which a relative path names only from here
+    if not rest.startswith("//"):  # a path, which may be relative to the working folder
         rest = str(Path(rest).absolute())
     return f"{scheme}-{hashlib.sha256(rest.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Rows on their way to a store, and the groups they are sent in."""
+"""Rows on their way to a store, and the groups in which they are sent."""
 
 from __future__ import annotations
 
@@ -10,11 +10,31 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.core.schema import batch_key
+from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.upload import Upload
+from fletcher.stores.base import Store
+from fletcher.telemetry.tracing import Telemetry
 
-# What a writer is opened for: a schema with its metadata (which pyarrow does not compare), and
-# whether rows replace those of the same id.
+# What a writer is opened for: a schema, its metadata (which pyarrow does not compare), and whether
+# rows replace those of the same id.
 WriterKind = tuple[pa.Schema, dict[bytes, bytes] | None, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a dataset's rows go.
+
+    Attributes:
+        store: The store.
+        dataset: The dataset's name.
+        breaker: The store's breaker.
+        telemetry: Receives counts, durations and spans.
+    """
+
+    store: Store
+    dataset: str
+    breaker: Breaker
+    telemetry: Telemetry
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,20 +42,20 @@ class Rows:
     """Consecutive rows of an upload, ready to be stored.
 
     Attributes:
-        schema: Of the output columns, without `batch_key`.
+        schema: Schema of the output columns, without `batch_key`.
         first: Offset of the first row in the upload.
-        num_rows: How many; each may be several rows of the store, its chunks.
-        num_bytes: What they take in memory.
+        num_rows: Number of uploaded rows; a chunked row becomes several rows of the store.
+        num_bytes: Size in memory.
         failed: Places of rows with a null vector, one for each that failed.
-        unsent: Places of rows that the store does not get: duplicates, and failed rows of uploads
-            that drop duplicates, for a repaired one must not be taken for one.
-        num_dropped: How many of these are duplicates.
-        load: Gives the output columns.
-        released: Called once the rows are stored, or given up.
-        journaled: They are on disk, as a group whose extent is fixed, and stay there if given up.
-        refused: Called with the reason where the store refuses them for good.
-        doubtful: The store may have them already: an earlier process may have sent them.
-        arrived: When they were made ready (`time.monotonic`).
+        load_batch: Returns the output columns.
+        on_released: Called once the rows are stored or given up.
+        journaled: The rows are on disk, as a group of fixed extent, and stay there if given up.
+        on_refused: Called with the reason if the store refuses the rows for good.
+        in_doubt: The store may hold the rows already: an earlier process may have sent them.
+        excluded: Places of rows that are not stored: duplicates, and failed rows of an upload with
+            `dedupe`, because a repaired row must not count as a duplicate of a failed one.
+        num_duplicates: Number of duplicates among `excluded`.
+        arrived: Time of creation (`time.monotonic`).
     """
 
     upload: Upload
@@ -44,13 +64,13 @@ class Rows:
     num_rows: int
     num_bytes: int
     failed: tuple[int, ...]
-    load: Callable[[], pa.RecordBatch]
-    released: Callable[[], None]
+    load_batch: Callable[[], pa.RecordBatch]
+    on_released: Callable[[], None]
     journaled: bool = False
-    refused: Callable[[str], None] = lambda _reason: None
-    doubtful: bool = False
-    unsent: tuple[int, ...] = ()
-    num_dropped: int = 0
+    on_refused: Callable[[str], None] = lambda _reason: None
+    in_doubt: bool = False
+    excluded: tuple[int, ...] = ()
+    num_duplicates: int = 0
     arrived: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -60,11 +80,21 @@ class Rows:
         batch: pa.RecordBatch,
         first: int,
         failed: tuple[int, ...],
-        released: Callable[[], None],
+        on_released: Callable[[], None],
         duplicates: tuple[int, ...] = (),
         num_rows: int | None = None,
     ) -> Rows:
-        """Rows in memory, as many as `batch` has where `num_rows` says nothing else."""
+        """Rows in memory.
+
+        Args:
+            upload: Their upload.
+            batch: Output columns.
+            first: Offset of the first row in the upload.
+            failed: Places of rows with a null vector.
+            on_released: Called once the rows are stored or given up.
+            duplicates: Places of rows that the prefilter found to be duplicates.
+            num_rows: Number of uploaded rows; default: those of `batch`.
+        """
         return cls(
             upload,
             batch.schema,
@@ -73,9 +103,9 @@ class Rows:
             int(batch.nbytes),
             failed,
             lambda: batch,
-            released,
-            unsent=duplicates,
-            num_dropped=len(duplicates),
+            on_released,
+            excluded=duplicates,
+            num_duplicates=len(duplicates),
         )
 
     @property
@@ -83,39 +113,44 @@ class Rows:
         """Offset of the last row."""
         return self.first + self.num_rows - 1
 
-    def left_out(self, *, null_vectors: bool) -> list[int]:
-        """Places of rows that a store does not get, which takes null vectors or not."""
-        return sorted({*self.unsent, *(() if null_vectors else self.failed)})
+    def places_not_stored(self, *, null_vectors: bool) -> list[int]:
+        """Places of rows that a store with or without null vectors does not get."""
+        return sorted({*self.excluded, *(() if null_vectors else self.failed)})
 
     @property
     def kind(self) -> tuple[WriterKind, bool]:
-        """What rows of one append have in common."""
+        """What all rows of one append have in common."""
         return writer_kind(self.schema, upsert=self.upload.upsert), self.journaled
 
     @property
-    def dropped(self) -> bool:
-        """Their upload failed and its client was told, and sends them again; not if journaled."""
+    def abandoned(self) -> bool:
+        """Whether the client was told that the upload failed, so that it sends the rows again.
+
+        Never true of journaled rows.
+        """
         return self.upload.failure is not None and not self.journaled
 
 
 def writer_kind(schema: pa.Schema, *, upsert: bool) -> WriterKind:
-    """What a writer for such rows is opened for."""
+    """What a writer of such rows is opened for."""
     return schema, schema.metadata, upsert
 
 
 @dataclass(slots=True)
 class Group:
-    """Consecutive rows of one upload that are sent together; their extent is fixed once sent.
+    """Consecutive rows of one upload that are sent together, of fixed extent once sent.
 
     Attributes:
-        rows: At least one.
-        doubtful: An earlier send ended without an answer: the store may have them.
-        alone: Goes in an append of its own: it, or another in its append, was refused.
+        rows: At least one entry.
+        in_doubt: An earlier send ended without an answer, so the store may hold the group.
+        alone: The group is sent by itself: it, or another group of its append, was refused.
+        decided: Its duplicates are marked, and stay so until the group is settled.
     """
 
     rows: list[Rows]
-    doubtful: bool = False
+    in_doubt: bool = False
     alone: bool = False
+    decided: bool = False
 
     @property
     def first(self) -> int:
@@ -129,38 +164,52 @@ class Group:
 
     @property
     def num_rows(self) -> int:
-        """How many."""
+        """Number of uploaded rows."""
         return self.last - self.first + 1
 
     @property
     def num_bytes(self) -> int:
-        """What they take in memory."""
+        """Size in memory."""
         return sum(rows.num_bytes for rows in self.rows)
 
     @property
-    def key(self) -> str:
-        """Their `batch_key`."""
+    def batch_key(self) -> str:
+        """The `batch_key` of its rows."""
         return batch_key(self.rows[0].upload.upload_id, self.first, self.last)
 
     @property
     def dedupe_by(self) -> str | None:
-        """By what duplicates among them are known; None: they are not asked about."""
+        """Kind of key by which duplicates are dropped; None: they are kept."""
         return self.rows[0].upload.dedupe_by
 
-    def batch(self, *, null_vectors: bool) -> pa.RecordBatch:
-        """The rows with their `batch_key`, without those that the store does not get."""
+    def is_recognized(self, num_stored: int, *, counts_groups: bool) -> bool:
+        """Whether a store that got so many of its rows can tell later that it holds the group.
+
+        Args:
+            num_stored: Number of rows that the store got.
+            counts_groups: As `StoreCapabilities.counts_groups`.
+        """
+        if self.rows[0].upload.upsert:  # later rows may replace them all, and the key goes, too
+            return False
+        return num_stored > 0 and not (counts_groups and num_stored < self.num_rows)
+
+    def to_batch(self, *, null_vectors: bool) -> pa.RecordBatch:
+        """The rows to be stored, with their `batch_key`."""
         batch = pa.concat_batches(
-            [_without(rows.load(), rows.left_out(null_vectors=null_vectors)) for rows in self.rows]
+            [
+                _without(rows.load_batch(), rows.places_not_stored(null_vectors=null_vectors))
+                for rows in self.rows
+            ]
         )
-        keys = pa.repeat(self.key, batch.num_rows)
+        keys = pa.repeat(self.batch_key, batch.num_rows)
         return batch.append_column(pa.field("batch_key", pa.utf8()), keys)
 
 
-def groups_of(taken: Sequence[Rows], max_rows: int) -> list[Group]:
-    """Rows by upload, in order, joined where one follows the other; journaled ones as they are."""
+def form_groups(waiting: Sequence[Rows], max_rows: int) -> list[Group]:
+    """Join rows of one upload that follow each other; journaled rows are groups already."""
     groups: list[Group] = []
     open_groups: dict[int, Group] = {}
-    for rows in taken:
+    for rows in waiting:
         group = open_groups.get(id(rows.upload))
         if (
             group is None
@@ -168,15 +217,15 @@ def groups_of(taken: Sequence[Rows], max_rows: int) -> list[Group]:
             or group.last + 1 != rows.first
             or rows.last - group.first >= max_rows
         ):
-            group = open_groups[id(rows.upload)] = Group([], doubtful=rows.doubtful)
+            group = open_groups[id(rows.upload)] = Group([], in_doubt=rows.in_doubt)
             groups.append(group)
         group.rows.append(rows)
     return groups
 
 
-def _without(batch: pa.RecordBatch, rows: Sequence[int]) -> pa.RecordBatch:
-    if not rows:
+def _without(batch: pa.RecordBatch, places: Sequence[int]) -> pa.RecordBatch:
+    if not places:
         return batch
     keep = np.ones(batch.num_rows, np.bool_)
-    keep[list(rows)] = False
+    keep[list(places)] = False
     return batch.filter(pa.array(keep))

@@ -1,4 +1,4 @@
-"""A dataset's way out of the house: its lane, and its journal before that where there is one."""
+"""One dataset's sink: its committer, with its journal writers before it if there is a journal."""
 
 from __future__ import annotations
 
@@ -7,158 +7,120 @@ import time
 from collections.abc import Callable
 
 from fletcher.config.delivery import DeliveryConfig
-from fletcher.delivery.appender import Appender
-from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.committer import Committer
 from fletcher.delivery.dedupe.index import DedupeIndex, DedupeMemory
-from fletcher.delivery.groups import Rows
-from fletcher.delivery.journal.journal import Journal, JournalSpace
+from fletcher.delivery.groups import Destination, Rows
+from fletcher.delivery.journal.journal import Journal
 from fletcher.delivery.journal.segment import JournaledGroup
-from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.delivery.journal.writer import JournalWriter
-from fletcher.stores.base import Store
-from fletcher.telemetry.tracing import Telemetry
+from fletcher.delivery.timing import DeliveryTiming
 
 
 class DatasetSink:
-    """Takes rows of uploads to one dataset.
+    """Takes rows of uploads to one dataset. Thread-safe.
 
     Args:
-        store: The store.
-        dataset: The dataset's name.
-        config: Groups, appends, retries.
-        breaker: The store's.
-        telemetry: Where counts, durations and spans go.
-        on_idle: Asked when nothing is under way; True lets the route end.
+        destination: The dataset.
+        config: Sizes of groups and appends, and how long a failing append is retried.
+        timing: Waits.
         journal: The dataset's journal; None: rows stay in memory until they are stored.
-        space: What all journals share.
-        known_space: Memory for what is known of datasets.
+        dedupe_memory: Memory for the dedupe indexes of all datasets.
+        on_idle: Called after some idle time; True lets the sink end.
+
+    Attributes:
+        users: Number of connections that use the sink; guarded by `Delivery`. Its maker is the
+            first: the committer may offer to end before the constructor returns.
+        recovered: Groups that an earlier process left in the journal, settled ones included.
+        dedupe_index: The dataset's dedupe index.
     """
 
     def __init__(
         self,
-        store: Store,
-        dataset: str,
+        destination: Destination,
         config: DeliveryConfig,
-        breaker: Breaker,
-        telemetry: Telemetry,
-        on_idle: Callable[[DatasetSink], bool],
-        *,
+        timing: DeliveryTiming,
         journal: Journal | None,
-        space: JournalSpace | None,
         dedupe_memory: DedupeMemory,
+        on_idle: Callable[[DatasetSink], bool],
     ) -> None:
-        # Guarded by Delivery. Who makes it is the first: the lane may ask before this is done.
         self.users = 1
         self.journal = journal
-        self.left_behind: list[JournaledGroup] = journal.recover() if journal is not None else []
-        self.dedupe_index = DedupeIndex(store, dataset, journal, dedupe_memory, telemetry)
-        self._unsent = SettledGroups(journal.folder) if journal is not None else None
+        self.recovered: list[JournaledGroup] = journal.recover() if journal is not None else []
+        self.dedupe_index = DedupeIndex(destination, journal, dedupe_memory)
+        self._timing = timing
         self._on_idle = on_idle
-        self._appender = Appender(
-            store,
-            dataset,
-            telemetry,
-            self.dedupe_index,
-            on_empty=self._forget,
-            on_replace=self._keep_settled,
-            unsent=self._unsent,
-        )
         self.committer = Committer(
-            store,
-            dataset,
-            config,
-            breaker,
-            telemetry,
-            self.dedupe_index,
-            self._appender,
-            on_idle=self._may_end,
+            destination, config, timing, self.dedupe_index, journal, self._may_end
         )
-        # Two threads: rows of uploads that may have to wait for the store, to be told from those
-        # that are in doubt there, hold up no others.
-        self._outboxes: list[JournalWriter] = []
-        if journal is not None and space is not None:
-            self._outboxes = [
+        # Rows of uploads with `dedupe` may have to wait until rows in doubt are settled; a writer
+        # for them alone lets the others pass.
+        self._writers: list[JournalWriter] = []
+        if journal is not None:
+            self._writers = [
                 JournalWriter(
-                    journal,
-                    space,
-                    self.committer,
-                    self.dedupe_index,
-                    patience_s=config.store_retry_s,
-                    telemetry=telemetry,
+                    journal, self.committer, self.dedupe_index, config.store_retry_s, timing
                 )
                 for _ in range(2)
             ]
 
     def submit_rows(self, rows: Rows) -> None:
-        """Queues rows; never blocks, the streams' allowances bound what can be here."""
-        if self._outboxes and rows.upload.journaled:
-            self._outboxes[rows.upload.dedupe_by is not None].submit_rows(rows)
+        """Queue rows. Never blocks: the streams' allowances bound what is queued."""
+        if self._writers and rows.upload.terms.durability == "journal":
+            self._writers[rows.upload.dedupe_by is not None].submit_rows(rows)
         else:
             self.committer.submit_rows(rows)
 
     def wait_written(self, timeout_s: float) -> bool:
-        """Waits until nothing is journaled any more of uploads that failed before."""
-        return all(journal_writer.wait_written(timeout_s) for journal_writer in self._outboxes)
+        """Wait until no rows of uploads that failed before are being journaled."""
+        return all(writer.wait_written(timeout_s) for writer in self._writers)
 
     def flush(self) -> None:
-        """Somebody waits for the rows that are here: don't wait for more."""
+        """Store the rows that wait now without waiting for more."""
         self.committer.flush()
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Waits until nothing is under way; False where something still is."""
+        """Flush until nothing is under way; False if something still is."""
         deadline = time.monotonic() + timeout_s
         waited = threading.Event()
         while not self.idle and time.monotonic() < deadline:
-            self.committer.flush()
-            waited.wait(0.02)
+            self.flush()
+            waited.wait(self._timing.flush_poll_s)
         return self.idle
 
-    def _may_end(self) -> bool:
-        """Whether the lane's thread, which asks, may end."""
-        if self.users:  # seen without a lock: whoever comes from now on is seen by `on_idle`
-            return False
-        # Before the route is forgotten, for another one may open the dataset from then on.
-        self._appender.close()
+    @property
+    def idle(self) -> bool:
+        """Whether no rows wait, are being journaled or are being stored."""
+        return all(writer.idle for writer in self._writers) and self.committer.idle
+
+    def retire(self) -> None:
+        """Close all but the committer, which calls this as it ends.
+
+        Groups that are left on disk are counted by the dataset's next sink.
+        """
+        self._close_journal()
         if self.journal is not None:
-            self.journal.sweep()
-        return self._on_idle(self)
+            self.journal.release_space()
 
-    def _forget(self) -> None:
-        """The dataset is about to be emptied. Raises OSError."""
-        if self.journal is not None and self._unsent is not None:
-            self.journal.close()
-            self.journal.sweep()
-            self.journal.sync_notes()
-            self._unsent.clear()
+    def close(self) -> None:
+        """End the threads: rows in memory are given up, journaled rows stay on disk."""
+        self._close_journal()
+        self.committer.close()
+        if self.committer.thread is not threading.current_thread():
+            self.committer.thread.join(self._timing.close_timeout_s)
 
-    def _keep_settled(self) -> None:
-        """Rows that are in no journal are about to replace others. Raises OSError."""
-        if self.journal is not None:
-            self.journal.sync_notes()
-
-    def release(self) -> None:
-        """Closes the journal of a route that is idle and will not be used again."""
-        for journal_writer in self._outboxes:
-            journal_writer.close()
+    def _close_journal(self) -> None:
+        for writer in self._writers:
+            writer.close()
         if self.journal is not None:
             self.journal.close()
         self.dedupe_index.close()
 
-    def leave(self) -> None:
-        """`release`, and what is left on disk is counted by the dataset's next route."""
-        self.release()
+    def _may_end(self) -> bool:
+        """Whether the committer, on whose thread this is called, may end."""
+        if self.users:  # read without a lock: `on_idle` sees whoever comes from now on
+            return False
+        # Before the sink is forgotten, because another one may open the dataset from then on.
+        self.committer.close_writer()
         if self.journal is not None:
-            self.journal.leave()
-
-    def close(self) -> None:
-        """Ends the threads: what is in memory is given up, what is journaled stays on disk."""
-        self.release()
-        self.committer.close()
-        if self.committer.thread is not threading.current_thread():
-            self.committer.thread.join(30.0)
-
-    @property
-    def idle(self) -> bool:
-        """Nothing is queued, journaled or being stored."""
-        return all(journal_writer.idle for journal_writer in self._outboxes) and self.committer.idle
+            self.journal.sweep()
+        return self._on_idle(self)

@@ -1,80 +1,121 @@
-"""The ledger of one upload: which rows were taken in, which are settled, and how it went.
+"""The state of each upload: which rows were taken in, which are settled, and how it went.
 
-An upload outlives the connections that feed it: a client that lost its connection asks what is
-durable and sends the rest, and rows that are still on their way from the earlier connection are not
-taken in twice.
+An upload outlives its connections: a client that lost its connection asks what is durable and sends
+the rest. Rows of the earlier connection that are still pending are not taken in twice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
-from collections.abc import Iterable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from fletcher.core.ranges import RangeSet
-from fletcher.errors import FletcherError, UploadConflictError
+from fletcher.errors import FletcherError, StoreUnavailableError, UploadConflictError
+from fletcher.stores.base import WriteMode
 
 MAX_ERRORS = 100
+# Finished uploads that are remembered for `upload_status`; older ones are read from the store.
+_REMEMBERED = 1000
+
+# The names of a store, a dataset in it and an upload into that.
+UploadKey = tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class UploadTerms:
+    """What all connections of an upload agree on.
+
+    Attributes:
+        durability: When rows are acknowledged: `journal` (journaled or stored), `store` (stored) or
+            `memory` (received; rows never count as durable).
+        mode: What its rows do in the store; `upsert` replaces rows of the same id.
+        dedupe_by: Kind of key by which duplicates are dropped: `id`, `text` or both (`delta`);
+            None: they are kept.
+        fingerprint: All that must be the same; None: the upload was found in the journal, and its
+            next connection sets it.
+    """
+
+    durability: str
+    mode: WriteMode = "append"
+    dedupe_by: str | None = None
+    fingerprint: tuple[Any, ...] | None = ()
+
+
+class SettledRanges(NamedTuple):
+    """Row ranges of an upload that need not be sent again: inclusive (first, last), sorted.
+
+    Attributes:
+        stored: Ranges that the store holds.
+        not_stored: Settled ranges that the store knows nothing of.
+    """
+
+    stored: list[tuple[int, int]]
+    not_stored: list[tuple[int, int]]
 
 
 class Upload:
-    """Thread-safe; `changed` is notified whenever rows settle or the upload fails.
+    """One upload. Thread-safe.
 
     Args:
-        dataset: Where its rows go.
-        upload_id: Its name.
-        fingerprint: What all its connections must agree on; None: it was found in the journal, and
-            the next connection says.
-        durability: When its rows are acknowledged: `journal` (journaled or stored), `store`
-            (stored), `memory` (as received; they never count as durable).
-        upsert: Its rows replace those of the same id.
-        known_by: It leaves out rows that the dataset holds, known by `id`, `text` or both
-            (`delta`); None: it does not.
-        stored: Row ranges that the store holds already.
-        unsent: Row ranges that are settled, and of which the store cannot tell.
+        dataset: The dataset's name.
+        upload_id: The upload's name.
+        terms: What its connections agree on.
+        settled: Rows that need not be sent again.
+
+    Attributes:
+        changed: Notified whenever rows settle or the upload fails.
+        failure: Why the upload cannot go on.
+        connections: Number of connections that feed it; guarded by `UploadRegistry`.
     """
 
     def __init__(
         self,
         dataset: str,
         upload_id: str,
-        *,
-        fingerprint: tuple[Any, ...] | None,
-        durability: str,
-        upsert: bool = False,
-        dedupe_by: str | None = None,
-        stored: Iterable[tuple[int, int]] = (),
-        unsent: Iterable[tuple[int, int]] = (),
+        terms: UploadTerms,
+        settled: SettledRanges | None = None,
     ) -> None:
         self.dataset = dataset
         self.upload_id = upload_id
-        self.fingerprint = fingerprint
-        self.upsert = upsert
-        self._durability = durability
-        self.dedupe_by = dedupe_by
+        self.terms = terms
         self.changed = threading.Condition(threading.RLock())
         self.failure: FletcherError | None = None
         self.connections = 0
+        stored, not_stored = settled or SettledRanges([], [])
         self._settled = RangeSet(stored)
-        rows_stored = self._settled.count
-        for one in unsent:
+        self._rows_stored = self._settled.count
+        for one in not_stored:
             self._settled.add_range(*one)
-        # What was acknowledged: rows in the journal or in the store, whichever comes first.
+        # Acknowledged rows: in the journal or in the store, whichever comes first.
         self._secured = RangeSet(self._settled.ranges())
         self._claimed = RangeSet(self._settled.ranges())
-        # Of rows that are not secured, which a resume sends again: those that failed, and by a
-        # group's first row how many of it are duplicates.
+        # Of rows that are not secured, which a resume sends again: failed rows, and the number of
+        # duplicates by the first row of their group.
         self._failing = RangeSet()
-        self._dropping: dict[int, int] = {}
+        self._duplicates: dict[int, int] = {}
         self._successor: Upload | None = None
-        self._rows_stored = rows_stored
         self._rows_failed = 0
         self._rows_deduplicated = 0
         self._errors: list[dict[str, Any]] = []
         self._announced: int | None = None
 
+    @property
+    def upsert(self) -> bool:
+        """Whether its rows replace those of the same id."""
+        return self.terms.mode == "upsert"
+
+    @property
+    def dedupe_by(self) -> str | None:
+        """Kind of key by which duplicates are dropped; None: they are kept."""
+        return self.terms.dedupe_by
+
     def claim_rows(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Takes rows in, and returns those parts that were not taken in before."""
+        """Take rows in; returns the ranges that were not taken in before."""
         with self.changed:
             new = self._claimed.missing(first, last)
             num_new = sum(one_last - one_first + 1 for one_first, one_last in new)
@@ -84,10 +125,10 @@ class Upload:
             return new
 
     def settle_rows(self, first: int, last: int, *, stored: int) -> None:
-        """Rows first..last are done: `stored` of them are in the store, the others failed."""
+        """Note that rows first..last are done, and how many of them the store got."""
         with self.changed:
-            self._keep(first, last)
-            if not self._settled.covers(first, last):  # else the store told so already
+            self._secure(first, last)
+            if not self._settled.covers(first, last):  # else the store said so already
                 self._rows_stored += stored
             self._settled.add_range(first, last)
             self.changed.notify_all()
@@ -96,39 +137,36 @@ class Upload:
             successor.settle_rows(first, last, stored=stored)
 
     def secure_rows(self, first: int, last: int) -> None:
-        """Rows first..last are in the journal: they will reach the store whatever dies."""
+        """Note that rows first..last are in the journal, so that they reach the store."""
         with self.changed:
-            self._keep(first, last)
+            self._secure(first, last)
             self.changed.notify_all()
             successor = self._successor
         if successor is not None:
             successor.secure_rows(first, last)
 
     def report_failed_row(self, row: int, row_id: Any, error: FletcherError) -> None:
-        """Notes why a row has no vector."""
+        """Note why a row has no vector."""
         with self.changed:
             self._rows_failed += 1
             self._failing.add_range(row, row)
             if len(self._errors) < MAX_ERRORS:
-                self._errors.append(
-                    {"row": row, "id": row_id, "code": error.code, "message": error.message}
-                )
+                self._errors.append({"row": row, "id": row_id, **_brief(error)})
 
     def note_duplicates(self, first: int, num_rows: int) -> None:
-        """So many rows of the group that begins at `first` are duplicates, if it is secured so."""
+        """Count duplicates in the group that begins at `first`, once the group is secured."""
         with self.changed:
-            self._dropping[first] = num_rows
+            self._duplicates[first] = num_rows
 
     def fail(self, error: FletcherError) -> None:
-        """The upload cannot go on; rows that were not acknowledged may be sent again later."""
+        """End the upload; rows that were not acknowledged may be sent again later."""
         with self.changed:
             self.failure = self.failure or error
-            for first, last in self._unsecured():
-                self._claimed.remove_range(first, last)
+            self._claimed = RangeSet(self._secured.ranges())
             self.changed.notify_all()
 
     def announce_total(self, num_rows: int) -> None:
-        """The client says how many rows the whole upload has."""
+        """Note how many rows the whole upload has, as its client says."""
         with self.changed:
             self._announced = num_rows
 
@@ -139,28 +177,19 @@ class Upload:
 
     @property
     def in_flight(self) -> int:
-        """Rows taken in and not acknowledged."""
+        """Number of rows taken in and not acknowledged."""
         with self.changed:
             return self._claimed.count - self._secured.count
 
     @property
     def pending(self) -> int:
-        """Rows taken in and not settled: on their way, if only from the journal, or refused."""
+        """Number of rows taken in and not settled, journaled and refused ones included."""
         with self.changed:
             return self._claimed.count - self._settled.count
 
     @property
-    def journaled(self) -> bool:
-        """Its rows go through the journal."""
-        return self._durability == "journal"
-
-    @property
-    def _durable(self) -> bool:
-        return self._durability != "memory"
-
-    @property
     def complete(self) -> bool:
-        """The client said how many rows there are, and just these are settled."""
+        """Whether just the announced rows, from the first one on, are acknowledged."""
         with self.changed:
             return self._announced is not None and (
                 self._announced == self._claimed.count == self._secured.prefix
@@ -173,7 +202,7 @@ class Upload:
                 "rows_received": self._claimed.count,
                 "rows_stored": self._rows_stored,
                 "rows_failed": self._rows_failed,
-                "rows_durable": self._secured.prefix if self._durable else 0,
+                "rows_durable": 0 if self.terms.durability == "memory" else self._secured.prefix,
             }
 
     def summary(self, model: str) -> dict[str, Any]:
@@ -196,17 +225,18 @@ class Upload:
     def status(self) -> dict[str, Any]:
         """The answer to `upload_status`."""
         with self.changed:
+            durable = [] if self.terms.durability == "memory" else self._secured.ranges()
             return {
                 "rows_durable": self.counts()["rows_durable"],
-                "ranges": [list(one) for one in self._secured.ranges()] if self._durable else [],
+                "ranges": [list(one) for one in durable],
                 "complete": self.complete,
             }
 
     def hand_over_to(self, successor: Upload) -> None:
-        """This upload failed and is resumed as `successor`, which is new: what is safe counts on.
+        """Continue this failed upload as `successor`, a new one: settled rows keep counting.
 
         The store was asked for the successor's rows a moment ago, and more may have settled since.
-        What it holds beside those that settled here counts as it does after a restart.
+        Rows that it holds beside those that settled here count as they do after a restart.
         """
         with self.changed, successor.changed:
             found = sum(
@@ -226,52 +256,138 @@ class Upload:
             ]
             self._successor = successor
 
-    def begin(
-        self,
-        fingerprint: tuple[Any, ...],
-        *,
-        durability: str,
-        upsert: bool,
-        dedupe_by: str | None,
-    ) -> None:
-        """An upload known from the journal alone is resumed, and its client says what it is.
+    def adopt_terms(self, terms: UploadTerms) -> None:
+        """Set the terms of an upload that was found in the journal, as its client names them.
 
         Raises:
-            UploadConflictError: Its journaled rows replace those of the same id, or do not, and
-                the ones to come are meant otherwise.
+            UploadConflictError: Its journaled rows replace those of the same id, and new ones would
+                not, or the reverse.
         """
         with self.changed:
-            if upsert != self.upsert:
-                raise conflict(self.dataset, self.upload_id)
-            self._durability = durability
-            self.dedupe_by = dedupe_by
-            self.fingerprint = fingerprint
+            if (terms.mode == "upsert") != self.upsert:
+                raise terms_conflict(self.dataset, self.upload_id)
+            self.terms = terms
 
-    def found(self, stored: Iterable[tuple[int, int]], unsent: Iterable[tuple[int, int]]) -> None:
-        """Rows that turn out to be settled, of an upload known from the journal alone."""
+    def settle_found(self, settled: SettledRanges) -> None:
+        """Settle rows that an upload from the journal turns out to have settled earlier."""
         with self.changed:
-            for first, last in stored:
+            for first, last in settled.stored:
                 for new in self._settled.missing(first, last):
                     self.settle_rows(*new, stored=new[1] - new[0] + 1)
-            for first, last in unsent:
+            for first, last in settled.not_stored:
                 self.settle_rows(first, last, stored=0)
 
-    def _keep(self, first: int, last: int) -> None:
-        self._claimed.add_range(first, last)  # no news, unless the upload failed meanwhile
+    def _secure(self, first: int, last: int) -> None:
+        self._claimed.add_range(first, last)  # changes nothing unless the upload failed meanwhile
         self._secured.add_range(first, last)
         self._failing.remove_range(first, last)
-        self._rows_deduplicated += self._dropping.pop(first, 0)
-
-    def _unsecured(self) -> list[tuple[int, int]]:
-        return [
-            gap
-            for first, last in self._claimed.ranges()
-            for gap in self._secured.missing(first, last)
-        ]
+        self._rows_deduplicated += self._duplicates.pop(first, 0)
 
 
-def conflict(dataset: str, upload_id: str) -> UploadConflictError:
-    """That an upload is in progress, and not as the command says."""
+class UploadRegistry:
+    """Uploads of a server: those in progress, and remembered ones. Thread-safe.
+
+    Args:
+        lock: Reentrant; guards the uploads and what `is_written` reads, so that no upload is
+            forgotten while its sink is made.
+        is_written: Whether rows may be pending for a store's dataset.
+    """
+
+    def __init__(
+        self, lock: threading.RLock, is_written: Callable[[tuple[str, str]], bool]
+    ) -> None:
+        self._lock = lock
+        self._is_written = is_written
+        self._all: OrderedDict[UploadKey, Upload] = OrderedDict()  # the longest unused first
+        self._opened = threading.Condition()
+        self._opening: set[UploadKey] = set()
+
+    @contextlib.contextmanager
+    def lock_opening(self, key: UploadKey, timeout_s: float) -> Iterator[None]:
+        """Let one connection at a time open an upload: the first may empty the dataset.
+
+        Raises:
+            StoreUnavailableError: Another opening takes longer than `timeout_s`.
+        """
+        with self._opened:
+            if not self._opened.wait_for(lambda: key not in self._opening, timeout_s):
+                raise StoreUnavailableError("the store does not answer; try again later")
+            self._opening.add(key)
+        try:
+            yield
+        finally:
+            with self._opened:
+                self._opening.remove(key)
+                self._opened.notify_all()
+
+    def join_upload(
+        self, key: UploadKey, terms: UploadTerms, new: Upload | None = None
+    ) -> Upload | None:
+        """Connect to the upload in progress; else to `new`, if given.
+
+        A failed upload without connections does not count as in progress.
+
+        Raises:
+            UploadConflictError: The upload is in progress with another fingerprint.
+        """
+        with self._lock:
+            upload = self._all.get(key)
+            if upload is None or (upload.failure is not None and not upload.connections):
+                if new is None:
+                    return None
+                upload = self._all[key] = new
+            elif upload.terms.fingerprint not in (None, terms.fingerprint):
+                raise terms_conflict(key[1], key[2])
+            upload.connections += 1
+            self._all.move_to_end(key)
+            self._forget_unused()
+            return upload
+
+    def leave_upload(self, upload: Upload) -> None:
+        """Disconnect from an upload."""
+        with self._lock:
+            upload.connections -= 1
+
+    def find_upload(self, store: str, dataset: str | None, upload_id: str) -> Upload | None:
+        """The first upload of that name, failed or not, in one dataset or (None) in any."""
+        with self._lock:
+            for (its_store, its_dataset, its_id), one in self._all.items():
+                if (its_store, its_id) == (store, upload_id) and dataset in (None, its_dataset):
+                    return one
+        return None
+
+    def recover_upload(self, store: str, dataset: str, upload_id: str, *, upsert: bool) -> Upload:
+        """The upload of a group that was found in the journal; a new one if need be."""
+        terms = UploadTerms("journal", "upsert" if upsert else "append", fingerprint=None)
+        with self._lock:
+            return self._all.setdefault(
+                (store, dataset, upload_id), Upload(dataset, upload_id, terms)
+            )
+
+    def forget_dataset(self, store: str, dataset: str) -> None:
+        """Forget the uploads of a dataset that was emptied, except connected ones."""
+        with self._lock:
+            for key, one in list(self._all.items()):
+                if key[:2] == (store, dataset) and not one.connections:
+                    del self._all[key]
+
+    def _forget_unused(self) -> None:
+        """Forget uploads beyond the limit, the longest unused first.
+
+        An upload with pending rows stays: its client may return before the store knows the rows.
+        """
+        too_many = max(0, len(self._all) - _REMEMBERED)
+        done = (
+            key
+            for key, one in self._all.items()
+            if not one.connections and not (one.pending and self._is_written(key[:2]))
+        )
+        for key in list(itertools.islice(done, too_many)):
+            del self._all[key]
+
+
+def terms_conflict(dataset: str, upload_id: str) -> UploadConflictError:
+    """Error for a connection whose terms differ from those of the upload in progress."""
     return UploadConflictError(
         f"upload {upload_id!r} into `{dataset}` was begun with another schema, model, mode, "
         "dedupe or durability; finish it as begun, or choose another `upload_id`",

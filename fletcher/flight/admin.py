@@ -15,7 +15,7 @@ from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.model_manager import ModelManager
 from fletcher.v1 import embed_pb2
 
-GivenUp = Callable[[], bool]
+IsCancelled = Callable[[], bool]
 
 _RUNNING = ("is_default", "state", "is_current", "calls", "memory_bytes")
 
@@ -36,22 +36,22 @@ def list_models(models: ModelManager, body: bytes) -> bytes:
     return encode_models(entries, models.aliases(), format_name=request.format)
 
 
-def load_model(models: ModelManager, body: bytes, given_up: GivenUp) -> dict[str, Any]:
+def load_model(models: ModelManager, body: bytes, is_cancelled: IsCancelled) -> dict[str, Any]:
     """Loads an installed model; answers when it is ready.
 
     Raises:
         FletcherError: As `ModelManager.load_model` and `decode_request`.
     """
-    return {"model": models.load_model(decode_request(ModelRequest, body).model, given_up)}
+    return {"model": models.load_model(decode_request(ModelRequest, body).model, is_cancelled)}
 
 
-def swap_model(models: ModelManager, body: bytes, given_up: GivenUp) -> dict[str, Any]:
+def swap_model(models: ModelManager, body: bytes, is_cancelled: IsCancelled) -> dict[str, Any]:
     """Replaces the version behind a name by the installed one; answers when it is ready.
 
     Raises:
         FletcherError: As `ModelManager.swap_model` and `decode_request`.
     """
-    return {"model": models.swap_model(decode_request(ModelRequest, body).model, given_up)}
+    return {"model": models.swap_model(decode_request(ModelRequest, body).model, is_cancelled)}
 
 
 def unload_model(models: ModelManager, body: bytes) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
 from fletcher.flight.requests import parse_json
 from fletcher.flight.trace import caller_trace
+from fletcher.pipeline.interactive.single_row import vector_lists
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedCall, EmbedSession
 
@@ -43,7 +44,7 @@ def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
         abort=True,
         alias_key=command.upload_id or "",
         trace=caller_trace(context),
-        given_up=context.is_cancelled,
+        is_cancelled=context.is_cancelled,
     )
     with EmbedSession(service, call) as session:
         session.open_input(batch.schema)
@@ -57,7 +58,7 @@ def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
             **({"scale": []} if spec.scaled else {}),
         }
         for result in session.embed_batch(batch, "embed"):
-            answer["embeddings"] += result.batch.column("vector").to_pylist()
+            answer["embeddings"] += vector_lists(result.batch.column("vector"))
             for name in {"token_count", "truncated", "scale"} & answer.keys():
                 answer[name] += result.batch.column(name).to_pylist()
     return answer

@@ -51,7 +51,7 @@ def exchange(
         command=command,
         alias_key=command.upload_id or "",
         trace=trace,
-        given_up=context.is_cancelled,
+        is_cancelled=context.is_cancelled,
     )
     with EmbedSession(service, call) as session:
         output = session.open_input(read_schema(reader))

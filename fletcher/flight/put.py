@@ -26,7 +26,7 @@ def put(
 
     The call's own thread reads and submits; a second one writes acknowledgements.
     """
-    session = StoreSession(service, command, trace=trace, given_up=context.is_cancelled)
+    session = StoreSession(service, command, trace=trace, is_cancelled=context.is_cancelled)
     with session as upload:
         upload.open_input(read_schema(reader))
         # A client that sends nothing takes no place, nor makes a dataset.

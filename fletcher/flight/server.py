@@ -100,7 +100,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             options = parse_descriptor(descriptor)
             if options.dataset is not None:
                 return flight.SchemaResult(self._dataset(descriptor).schema)
-            call = EmbedCall(name="get_schema", command=options, given_up=context.is_cancelled)
+            call = EmbedCall(name="get_schema", command=options, is_cancelled=context.is_cancelled)
             with EmbedSession(self._service, call) as session:
                 spec = session.spec
             text = bool(options.include_text)

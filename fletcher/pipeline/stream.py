@@ -97,7 +97,7 @@ class Result:
 
 
 class EmbedStream:
-    """Submit from one thread, iterate over `results` in another, `release` from any.
+    """Submit from one thread, iterate over `results` in another, `release_bytes` from any.
 
     Args:
         allowance: Memory that it may hold.
@@ -211,26 +211,26 @@ class EmbedStream:
         work()
         return True
 
-    def release(self, num_bytes: int, row_bytes: int = 0) -> None:
+    def release_bytes(self, num_bytes: int, row_bytes: int = 0) -> None:
         """Gives memory back, that of a row, too: the data has left the house."""
-        self._allowance.release(num_bytes, row_bytes)
+        self._allowance.release_bytes(num_bytes, row_bytes)
 
     @property
     def max_row_bytes(self) -> int:
-        """What may be kept of a row; see `Allowance.grow`."""
+        """What may be kept of a row; see `Allowance.grow_row`."""
         return self._allowance.max_row_bytes
 
-    def grow(self, num_bytes: int) -> None:
-        """Waits until so much may be kept of the row at hand; see `Allowance.grow`."""
-        self._allowance.grow(num_bytes)
+    def grow_row(self, num_bytes: int) -> None:
+        """Waits until so much may be kept of the row at hand; see `Allowance.grow_row`."""
+        self._allowance.grow_row(num_bytes)
 
-    def whole(self) -> int:
-        """What the row at hand takes, of which nothing more comes; see `Allowance.whole`."""
-        return self._allowance.whole()
+    def complete_row(self) -> int:
+        """What the row at hand takes, of which nothing more comes; see `Allowance.complete_row`."""
+        return self._allowance.complete_row()
 
-    def keep(self, num_bytes: int) -> bool:
-        """Whether the stream may keep this much to its end; see `Allowance.keep`."""
-        return self._allowance.keep(num_bytes)
+    def keep_table(self, num_bytes: int) -> bool:
+        """Whether the stream may keep this much to its end; see `Allowance.keep_table`."""
+        return self._allowance.keep_table(num_bytes)
 
     def close(self) -> None:
         """Lets go of everything, finished or not. Idempotent."""

@@ -117,7 +117,7 @@ class Admission:
             OverloadedError: All streams are taken, the model has no workers left, or the load
                 level is severe and this is bulk work.
         """
-        embedder.check()
+        embedder.check_workers()
         if bulk and self._load.observe() is LoadLevel.SEVERE:
             raise OverloadedError(
                 f"the server takes no new bulk work now: {self._load.reason}; try again later",

@@ -1,8 +1,8 @@
-"""How models come and go: loaded off the way of calls, retired when nobody holds them any more.
+"""Loading, retiring and closing of model versions, within a limit on memory.
 
-A version is `configured` until somebody asks for it, then `loading` and `ready`; `retiring` it
-takes no new calls, and its processes end with its last one. Under a memory budget those that were
-not used for longest make room, and are `configured` again.
+A version is `configured` until a call asks for it, then `loading` and `ready`. While `retiring` it
+takes no new calls, and its processes end after its last one. If memory is limited, the versions
+that were not used for longest are retired to make room, and are `configured` again.
 """
 
 from __future__ import annotations
@@ -11,160 +11,193 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from fletcher.errors import DrainingError, FletcherError, OverloadedError, UnknownModelError
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.serving.model_versions import ModelSource, ServedModel, Version
+from fletcher.serving.model_versions import ModelSource, ModelVersion, ServedModel
 
 log = logging.getLogger(__name__)
 
-# How long a model waits for others to make room.
-PATIENCE_S = 30.0
-RETRY_MS = 2000
-# A model that could not be loaded is not tried by every call that asks for it.
-_FAILED_S = 30.0
-_POLL_S = 0.1
-_MEASURE_S = 5.0
-# An engine that hangs while it loads does not keep the server from ending.
-_CLOSE_S = 10.0
+IsCancelled = Callable[[], bool]
 
-GivenUp = Callable[[], bool]
+
+@dataclass(frozen=True, slots=True)
+class ModelTiming:
+    """Waits and intervals of loading models, in seconds.
+
+    Attributes:
+        call_wait_s: How long a call waits for a model that is being loaded.
+        room_wait_s: How long a model waits for others to make room.
+        retry_s: When refused callers are told to try again.
+        failed_s: How long calls do not try a model again that could not be loaded.
+        poll_s: Interval at which waiting callers look whether their client is gone.
+        measure_s: Interval between two measurements of memory.
+        close_s: How long `close` waits for an engine that hangs while it loads.
+    """
+
+    call_wait_s: float = 30.0
+    room_wait_s: float = 30.0
+    retry_s: float = 2.0
+    failed_s: float = 30.0
+    poll_s: float = 0.1
+    measure_s: float = 5.0
+    close_s: float = 10.0
+
+    @property
+    def retry_ms(self) -> int:
+        """`retry_s` in milliseconds."""
+        return int(self.retry_s * 1000)
 
 
 class ModelLifecycle:
     """All versions of a server's models. Thread-safe.
 
     Args:
-        source: Where models come from.
-        max_bytes: Memory that the processes of all of them may take; 0: all there is.
-        clock: Seconds that only grow.
+        source: Installed models.
+        max_bytes: Memory for the processes of all models; 0: no limit.
+        clock: Monotonic clock, in seconds.
+        timing: Waits and intervals.
+
+    Attributes:
+        changed: Guards `versions` and every version in it; notified of each change.
+        versions: By `name@hash`, in the order of first use.
     """
 
     def __init__(
-        self, source: ModelSource, max_bytes: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        source: ModelSource,
+        max_bytes: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        timing: ModelTiming | None = None,
     ) -> None:
         self.clock = clock
+        self.timing = timing or ModelTiming()
         self.changed = threading.Condition()
-        self.versions: dict[str, Version] = {}  # by name@hash; guarded by `changed`, as are they
+        self.versions: dict[str, ModelVersion] = {}
         self._source = source
         self._max_bytes = max_bytes
-        self._loading = threading.Lock()  # one at a time: each measures what the others left
+        self._limit_bytes = max_bytes or float("inf")
+        self._loading = threading.Lock()  # one load at a time: each measures what is left
         self._closed = threading.Event()
 
-    def known(self, bundle: ModelBundle) -> Version:
-        """The version of a bundle, which may be new."""
-        return self.versions.setdefault(bundle.qualified_name, Version(bundle))
+    def version_of(self, bundle: ModelBundle) -> ModelVersion:
+        """The version of a bundle, made on first use."""
+        return self.versions.setdefault(bundle.qualified_name, ModelVersion(bundle))
 
-    def running(self) -> list[Version]:
-        """Versions that have processes, in the order in which they came."""
+    def running(self) -> list[ModelVersion]:
+        """Versions that have processes, in the order of first use."""
         with self.changed:
             return [one for one in self.versions.values() if one.model is not None]
 
-    def ready(
+    def wait_ready(
         self,
-        choose: Callable[[], Version],
-        given_up: GivenUp,
+        choose: Callable[[], ModelVersion],
+        is_cancelled: IsCancelled,
         *,
-        patience_s: float = float("inf"),
-        insist: bool = False,
-    ) -> Version:
-        """The version that `choose` names, loaded if need be; called with `changed` held.
+        timeout_s: float = float("inf"),
+        retry_failed: bool = False,
+    ) -> ModelVersion:
+        """The version that `choose` gives, once it is loaded. The caller holds `changed`.
 
         Args:
-            choose: Asked again after every change.
-            given_up: Whether whoever asked has gone away.
-            patience_s: How long to wait.
-            insist: Load also what could not be loaded a moment ago.
+            choose: Called again after every change.
+            is_cancelled: Whether the client is gone.
+            timeout_s: Longest wait.
+            retry_failed: Load a version that could not be loaded a moment ago.
 
         Raises:
-            OverloadedError: It is not loaded yet, or cannot be now.
-            UnknownModelError: It takes more memory than it may.
+            OverloadedError: The version is not loaded in time, or cannot be loaded now.
+            UnknownModelError: It needs more memory than `max_bytes`.
+            DrainingError: The server is shutting down.
         """
-        deadline = self.clock() + patience_s
+        deadline = self.clock() + timeout_s
         seen_loading = None
         while True:
             version = choose()
             if self._closed.is_set():
-                raise DrainingError("the server is shutting down", retry_after_ms=RETRY_MS)
-            if version.state == "retiring" and not version.closing:  # its last call goes on
+                raise self._draining("the server is shutting down")
+            if version.state == "retiring" and not version.closing:  # a call still holds it
                 version.state = "ready"
             if version.state == "ready":
                 return version
             if version.state == "configured":
-                recent = not insist and self.clock() < version.failed_until
+                recent = not retry_failed and self.clock() < version.failed_until
                 if version.failure is not None and (recent or version is seen_loading):
                     raise version.failure
-                self._begin(version)
-                name = f"load {version.name}"
-                threading.Thread(target=self._come, args=(version,), name=name, daemon=True).start()
+                _mark_loading(version)
+                self._start_thread("load", self._load_on_demand, version)
             if version.state == "loading":
                 seen_loading = version
-            if given_up() or self.clock() >= deadline:
-                raise OverloadedError(
+            if is_cancelled() or self.clock() >= deadline:
+                raise self._overloaded(
                     f"`model` {version.name} is being loaded; try again later",
-                    field="model",
-                    retry_after_ms=RETRY_MS,
                 )
-            self.changed.wait(_POLL_S)
+            self.changed.wait(self.timing.poll_s)
 
-    def load_now(self, versions: Iterable[Version]) -> None:
-        """Loads versions here, as far as the memory goes; the first in any case.
+    def load_at_start(self, versions: Iterable[ModelVersion]) -> None:
+        """Loads versions on this thread while memory lasts, the first one in any case.
 
         Raises:
-            FletcherError: One does not run here.
+            FletcherError: A version does not run here.
         """
         for index, version in enumerate(versions):
-            if index and self._used() + version.needed_bytes > self._most_bytes:
-                log.info("%s is loaded when it is asked for: no room", version.name)
+            if index and self._used_bytes() + version.needed_bytes > self._limit_bytes:
+                log.info("%s is loaded when a call asks for it: no memory now", version.name)
                 continue
-            self._begin(version)
+            _mark_loading(version)
             self._load(version)
             if version.cause is not None:
                 raise version.cause
-            if index and self._used() > self._most_bytes:  # its files told less than the truth
+            if index and self._used_bytes() > self._limit_bytes:  # more than its files
                 with self.changed:
-                    self.retire(version, keep=True)
+                    self.retire(version, returns=True)
         if self._max_bytes:
-            threading.Thread(target=self._watch, name="models", daemon=True).start()
+            threading.Thread(target=self._watch_memory, name="models", daemon=True).start()
 
-    def retire(self, version: Version, *, keep: bool, force: bool = False) -> None:
-        """No new calls, and with `force` an end to those that hold it; `changed` is held."""
-        version.state, version.keep = "retiring", keep
-        self.settle(version, force=force)
+    def retire(self, version: ModelVersion, *, returns: bool, force: bool = False) -> None:
+        """Ends new calls to a version. The caller holds `changed`.
 
-    def settle(self, version: Version, *, force: bool = False) -> None:
-        """A call has ended, or something has changed; called with `changed` held."""
-        unheld = force or not version.num_calls
-        if version.state == "retiring" and unheld and not version.closing:
+        Args:
+            version: Which one.
+            returns: A call may load it again later.
+            force: End the calls that hold it, too.
+        """
+        version.state, version.returns = "retiring", returns
+        self.close_unused(version, force=force)
+
+    def close_unused(self, version: ModelVersion, *, force: bool = False) -> None:
+        """Closes a retiring version that no call holds. The caller holds `changed`."""
+        unused = force or not version.num_calls
+        if version.state == "retiring" and unused and not version.closing:
             version.closing = True
-            name = f"close {version.name}"
-            threading.Thread(target=self._close, args=(version,), name=name, daemon=True).start()
+            self._start_thread("close", self._close_processes, version)
         self.changed.notify_all()
 
-    def measure(self) -> None:
-        """Asks the kernel what models take, where that was long ago."""
+    def measure_memory(self) -> None:
+        """Measures the memory of models, unless that was done a moment ago."""
         for one in self.running():
             model = one.model
-            if model is not None and self.clock() - one.measured >= _MEASURE_S:
+            if model is not None and self.clock() - one.measured >= self.timing.measure_s:
                 one.measured = self.clock()
                 one.memory_bytes = model.embedder.memory_bytes() or one.memory_bytes
 
-    def balance(self) -> None:
-        """Unloads idle models until those that run are within bounds; the last used stays."""
-        self.measure()
+    def unload_excess(self) -> None:
+        """Retires idle models until the others fit the limit; the last used one stays."""
+        self.measure_memory()
         with self.changed:
             ready = [one for one in self.versions.values() if one.state == "ready"]
             idle = sorted((one for one in ready if one.idle), key=lambda one: one.last_used)
             for one in idle if len(idle) < len(ready) else idle[:-1]:
-                if self._used(closing=False) > self._most_bytes:
-                    self.retire(one, keep=True)
+                if self._used_bytes(closing=False) > self._limit_bytes:
+                    self.retire(one, returns=True)
 
     def close(self) -> None:
         """Ends all models. Idempotent."""
         with self.changed:
             self._closed.set()
             self.changed.notify_all()
-        if self._loading.acquire(timeout=_CLOSE_S):
+        if self._loading.acquire(timeout=self.timing.close_s):
             self._loading.release()
         models = [one.model for one in self.running() if one.model is not None]
         closing = [threading.Thread(target=model.embedder.close) for model in models]
@@ -173,23 +206,26 @@ class ModelLifecycle:
         for thread in closing:
             thread.join()
 
-    def _begin(self, version: Version) -> None:
-        version.state, version.failure, version.cause = "loading", None, None
+    def _start_thread(
+        self, verb: str, work: Callable[[ModelVersion], None], version: ModelVersion
+    ) -> None:
+        name = f"{verb} {version.name}"
+        threading.Thread(target=work, args=(version,), name=name, daemon=True).start()
 
-    def _come(self, version: Version) -> None:
+    def _load_on_demand(self, version: ModelVersion) -> None:
         self._load(version)
-        if version.cause is not None:  # at the start whoever called says it
+        if version.cause is not None:  # at the start, the caller says it
             log.error("%s cannot be loaded: %s", version.name, version.cause)
-        self.balance()
+        self.unload_excess()
 
-    def _load(self, version: Version) -> None:
-        """Makes a version ready, or says why it is not; never raises."""
+    def _load(self, version: ModelVersion) -> None:
+        """Makes a version ready, or notes why it is not. Never raises."""
         model: ServedModel | None = None
         started = self.clock()
         try:
             with self._loading:
                 if self._closed.is_set():  # while others were loaded
-                    raise DrainingError("the server is shutting down", retry_after_ms=RETRY_MS)
+                    raise self._draining("the server is shutting down")
                 self._make_room(version)
                 model = self._source.load_model(version.bundle)
                 version.memory_bytes = model.embedder.memory_bytes()
@@ -197,91 +233,96 @@ class ModelLifecycle:
                 self._check_fits(version)
                 with self.changed:
                     if version.state != "loading" or self._closed.is_set():
-                        raise DrainingError("nobody wants it any more", retry_after_ms=RETRY_MS)
+                        raise self._draining("the model is not needed any more")
                     version.model, version.state = model, "ready"
                     version.bundle = model.bundle  # as it is on the disk now
                     version.last_used = self.clock()
                     self.changed.notify_all()
-        except Exception as error:  # noqa: BLE001 - told to whoever waits for it
+        except Exception as error:  # noqa: BLE001 - told to the callers that wait for it
             if model is not None:
                 model.embedder.close()
-            self._failed(version, error)
+            self._note_failure(version, error)
         else:
             seconds, size = self.clock() - started, version.memory_bytes / 1e6
-            log.info("%s is ready after %.1f s, it takes %.0f MB", version.name, seconds, size)
+            log.info("%s is ready after %.1f s and takes %.0f MB", version.name, seconds, size)
 
-    def _failed(self, version: Version, error: Exception) -> None:
-        told: FletcherError
+    def _note_failure(self, version: ModelVersion, error: Exception) -> None:
+        failure: FletcherError
         if isinstance(error, (OverloadedError, DrainingError, UnknownModelError)):
-            told, pause_s = error, 0.0
+            failure, pause_s = error, 0.0
         else:
-            pause_s = _FAILED_S
-            told = OverloadedError(
+            pause_s = self.timing.failed_s
+            failure = OverloadedError(
                 f"`model` {version.name} cannot be loaded now; the server's log says why",
                 field="model",
                 retry_after_ms=int(pause_s * 1000),
             )
         with self.changed:
             if version.state == "loading":
-                version.state, version.failure, version.cause = "configured", told, error
+                version.state, version.failure, version.cause = "configured", failure, error
                 version.failed_until = self.clock() + pause_s
             self.changed.notify_all()
 
-    def _close(self, version: Version) -> None:
+    def _close_processes(self, version: ModelVersion) -> None:
         if version.model is not None:
             version.model.embedder.close()
         with self.changed:
             version.model, version.closing = None, False
-            version.state = "configured" if version.keep else "gone"
-            if not version.keep:
+            version.state = "configured" if version.returns else "gone"
+            if not version.returns:
                 del self.versions[version.name]
-            log.info("%s is %s", version.name, "unloaded" if version.keep else "gone")
+            log.info("%s is %s", version.name, "unloaded" if version.returns else "gone")
             self.changed.notify_all()
 
-    @property
-    def _most_bytes(self) -> float:
-        return self._max_bytes or float("inf")
-
-    def _used(self, *, closing: bool = True) -> int:
-        """Bytes of what runs, as `Version.needed_bytes`; with or without what is being ended."""
+    def _used_bytes(self, *, closing: bool = True) -> int:
+        """Memory of running models, with or without those that are being closed."""
         return sum(
             one.needed_bytes
             for one in self.versions.values()
             if one.model is not None and (closing or not one.closing)
         )
 
-    def _make_room(self, version: Version) -> None:
-        """Waits until a version fits beside what is in use.
+    def _make_room(self, version: ModelVersion) -> None:
+        """Waits until a version fits beside the others, of which idle ones are retired.
 
         Raises:
-            OverloadedError: Too much has been in use for too long.
-            UnknownModelError: It is larger than all there may be.
+            OverloadedError: The others were in use for too long.
+            UnknownModelError: The version is larger than the limit.
         """
         self._check_fits(version)
-        most, deadline = self._most_bytes - version.needed_bytes, self.clock() + PATIENCE_S
+        most_bytes = self._limit_bytes - version.needed_bytes
+        deadline = self.clock() + self.timing.room_wait_s
         with self.changed:
-            while self._used() > most and not self._closed.is_set():
+            while self._used_bytes() > most_bytes and not self._closed.is_set():
                 idle = [one for one in self.versions.values() if one.idle]
-                if self._used(closing=False) > most and idle:
-                    self.retire(min(idle, key=lambda one: one.last_used), keep=True)
+                if self._used_bytes(closing=False) > most_bytes and idle:
+                    self.retire(min(idle, key=lambda one: one.last_used), returns=True)
                 elif self.clock() >= deadline:
-                    raise OverloadedError(
-                        f"`model` {version.name} finds no room in `max_model_memory`: the others "
+                    raise self._overloaded(
+                        f"`model` {version.name} does not fit into `max_model_memory`: the others "
                         "are in use; try again later",
-                        field="model",
-                        retry_after_ms=RETRY_MS,
                     )
                 else:
-                    self.changed.wait(_POLL_S)
+                    self.changed.wait(self.timing.poll_s)
 
-    def _check_fits(self, version: Version) -> None:
-        if version.needed_bytes > self._most_bytes:
+    def _check_fits(self, version: ModelVersion) -> None:
+        if version.needed_bytes > self._limit_bytes:
             raise UnknownModelError(
                 f"`model` {version.name} takes {version.needed_bytes:,} bytes, more than "
                 f"`max_model_memory` ({self._max_bytes:,})",
                 field="model",
             )
 
-    def _watch(self) -> None:
-        while not self._closed.wait(_MEASURE_S):
-            self.balance()
+    def _watch_memory(self) -> None:
+        while not self._closed.wait(self.timing.measure_s):
+            self.unload_excess()
+
+    def _overloaded(self, message: str) -> OverloadedError:
+        return OverloadedError(message, field="model", retry_after_ms=self.timing.retry_ms)
+
+    def _draining(self, message: str) -> DrainingError:
+        return DrainingError(message, retry_after_ms=self.timing.retry_ms)
+
+
+def _mark_loading(version: ModelVersion) -> None:
+    version.state, version.failure, version.cause = "loading", None, None

@@ -25,7 +25,7 @@ from fletcher.pipeline.interactive.path import InlineModel, Run
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.planner import MAX_BATCH_ROWS, plan
 from fletcher.pipeline.scheduler import BatchingConfig, ModelShape
-from fletcher.serving.model_manager import ServedModel
+from fletcher.serving.model_versions import ServedModel
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.tokenization.null import NullTokenizer
 from fletcher.tokenization.tokenizer import Tokenizer

@@ -1,8 +1,8 @@
-"""What names of models stand for, and who holds which: a call keeps the one that it began with.
+"""Names of models: which version a call gets, and how operators change that.
 
-A name stands for one version at a time. A swap lets it stand for another once that is ready, and
-the old one retires when its last call has ended. Versions of one name are side by side as
-`name@hash`. An alias divides calls among models.
+A name stands for one version at a time. A swap lets it stand for another version once that is
+ready, and the old one retires after its last call. Versions of one name run side by side as
+`name@hash`. An alias divides calls between models. A call keeps the version that it began with.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from typing import Any
 from fletcher.config.model_alias import ANY_MODEL, Alias
 from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.serving.model_lifecycle import PATIENCE_S, RETRY_MS, GivenUp, ModelLifecycle
-from fletcher.serving.model_versions import ModelSource, ServedModel, Version
-
-__all__ = ["DEFAULT_ALIAS", "ModelManager", "ModelSource", "ServedModel"]
+from fletcher.serving.model_lifecycle import IsCancelled, ModelLifecycle, ModelTiming
+from fletcher.serving.model_versions import ModelSource, ModelVersion, ServedModel
 
 log = logging.getLogger(__name__)
 
-# Who names no model gets what this alias says, where there is one.
+# Commands that name no model get this alias, if there is one.
 DEFAULT_ALIAS = "default"
 
 
@@ -33,14 +31,15 @@ def _never() -> bool:
 
 
 class ModelManager:
-    """Hands out leases of models, loads and retires them. Thread-safe.
+    """Leases models to calls, and loads, swaps and unloads them. Thread-safe.
 
     Args:
-        source: Where they come from.
-        default: Name of the one for commands that name none.
-        loadable: Names that operators may have loaded beside those of the start; ANY_MODEL: all.
-        max_bytes: Memory that the processes of all of them may take; 0: all there is.
-        clock: Seconds that only grow.
+        source: Installed models.
+        default: The model of commands that name none.
+        loadable: Names that operators may load beside those of the start; ANY_MODEL: all.
+        max_bytes: Memory for the processes of all models; 0: no limit.
+        clock: Monotonic clock, in seconds.
+        timing: Waits and intervals.
     """
 
     def __init__(
@@ -51,24 +50,26 @@ class ModelManager:
         loadable: Collection[str] = (),
         max_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        timing: ModelTiming | None = None,
     ) -> None:
         self._source = source
         self._default = default
         self._loadable = set(loadable)
-        self._life = ModelLifecycle(source, max_bytes, clock)
-        self._changed = self._life.changed  # guards all of this, too
-        self._current: dict[str, Version] = {}
+        self._lifecycle = ModelLifecycle(source, max_bytes, clock, timing)
+        self._changed = self._lifecycle.changed  # guards the names, too
+        self._current: dict[str, ModelVersion] = {}
         self._aliases: dict[str, Alias] = {}
 
     def start(self, names: Iterable[str], aliases: Iterable[Alias] = ()) -> None:
-        """Loads models, the default first, as far as the memory goes; the others on demand.
+        """Loads models while memory lasts, the default first; the others on demand.
 
         Raises:
-            FletcherError: One is not there or does not run here, or an alias names another.
+            FletcherError: A model is not installed or does not run here, or an alias names an
+                unknown one.
         """
         versions = []
         for name in dict.fromkeys((self._default, *names)):
-            version = self._life.known(self._source.find_bundle(name))
+            version = self._lifecycle.version_of(self._source.find_bundle(name))
             self._loadable.add(version.bundle.name)
             if "@" in name:
                 self._current.setdefault(version.bundle.name, version)
@@ -77,135 +78,140 @@ class ModelManager:
             versions.append(version)
         for alias in aliases:
             self.set_alias(alias)
-        self._life.load_now(dict.fromkeys(versions))
+        self._lifecycle.load_at_start(dict.fromkeys(versions))
 
     def close(self) -> None:
         """Ends all models. Idempotent."""
-        self._life.close()
+        self._lifecycle.close()
 
-    # What calls need.
+    # For calls.
 
     @contextmanager
     def lease(
         self,
-        wanted: str | None,
+        name: str | None,
         *,
-        key: str = "",
-        held: str | None = None,
-        given_up: GivenUp = _never,
+        alias_key: str = "",
+        dataset_model: str | None = None,
+        is_cancelled: IsCancelled = _never,
     ) -> Iterator[ServedModel]:
-        """The model that `wanted` stands for, which stays as it is while the body runs.
+        """The model that a name stands for, which stays loaded while the body runs.
 
-        One that is not loaded is loaded first; that is waited for, for a while.
+        A model that is not loaded is loaded first, and the call waits for it, but not forever.
 
         Args:
-            wanted: A command's `model`; None: the default.
-            key: Where an alias divides calls, those of the same key stay together; empty: none do.
-            held: `name@hash` that the call's dataset has; an alias that has it, too, takes it.
-            given_up: Whether the caller has gone away.
+            name: A command's `model`; None: the default.
+            alias_key: An alias gives calls of the same key the same model; empty: any.
+            dataset_model: `name@hash` of the vectors in the call's dataset; an alias that divides
+                calls between models gives this one, if it has it.
+            is_cancelled: Whether the client is gone.
 
         Raises:
-            UnknownModelError: There is none of that name, or it takes more memory than it may.
-            OverloadedError: It is not loaded yet, or cannot be now.
+            UnknownModelError: No model has that name, or it needs too much memory.
+            OverloadedError: The model is not loaded in time, or cannot be loaded now.
         """
-        key = key or uuid.uuid4().hex
+        key = alias_key or uuid.uuid4().hex
         with self._changed:
-            version = self._life.ready(
-                lambda: self._choose(wanted, key, held), given_up, patience_s=PATIENCE_S
+            version = self._lifecycle.wait_ready(
+                lambda: self._choose_version(name, key, dataset_model),
+                is_cancelled,
+                timeout_s=self._lifecycle.timing.call_wait_s,
             )
             model = version.model
             assert model is not None
             version.num_calls += 1
-            version.last_used = self._life.clock()
+            version.last_used = self._lifecycle.clock()
         try:
             yield model
         finally:
             with self._changed:
                 version.num_calls -= 1
-                version.last_used = self._life.clock()
-                self._life.settle(version)
+                version.last_used = self._lifecycle.clock()
+                self._lifecycle.close_unused(version)
 
-    def splits(self, wanted: str | None) -> bool:
-        """Whether a command's `model` leaves a choice."""
-        alias = self._aliases.get(DEFAULT_ALIAS if wanted is None else wanted)
+    def is_divided(self, name: str | None) -> bool:
+        """Whether a command's `model` is an alias of several models."""
+        alias = self._aliases.get(DEFAULT_ALIAS if name is None else name)
         return alias is not None and len(alias.targets) > 1
 
-    # What operators do.
+    # For operators.
 
-    def load_model(self, name: str, given_up: GivenUp = _never) -> str:
-        """Loads a model, and answers its `name@hash` when it is ready.
+    def load_model(self, name: str, is_cancelled: IsCancelled = _never) -> str:
+        """Loads a model, and returns its `name@hash` when it is ready.
 
-        Where its name stands for another version already, it is ready beside that.
+        If its name stands for another version already, both run side by side.
 
         Raises:
-            UnknownModelError: It may not be loaded, is not installed, or takes more memory than it
-                may.
-            InvalidCommandError: It is an alias, or runs with exits or int8 ranges of before.
-            OverloadedError: It cannot be loaded now.
+            UnknownModelError: The model may not be loaded, is not installed, or needs too much
+                memory.
+            InvalidCommandError: The name is an alias, or the version runs with other exits or int8
+                ranges than are installed.
+            OverloadedError: The model cannot be loaded now.
         """
-        bundle = self._look(name)
+        bundle = self._find_loadable(name)
         with self._changed:
-            version = self._installed(bundle, given_up)
+            version = self._load_version(bundle, is_cancelled)
             self._current.setdefault(bundle.name, version)
             return version.name
 
-    def swap_model(self, name: str, given_up: GivenUp = _never) -> str:
-        """Lets a name stand for the version that is installed under it, or for `name@hash`.
+    def swap_model(self, name: str, is_cancelled: IsCancelled = _never) -> str:
+        """Lets a name stand for the version installed under it, or for `name@hash`.
 
-        Calls get that as soon as it is ready; those that began before end with the old one, which
-        then retires, unless an alias names it. If it cannot be loaded, nothing changes.
+        New calls get that version as soon as it is ready. Calls that began before end with the old
+        one, which then retires unless an alias names it. If the new version cannot be loaded,
+        nothing changes.
 
         Raises:
-            As `load_model`.
+            FletcherError: As `load_model`.
         """
-        bundle = self._look(name)
+        bundle = self._find_loadable(name)
         with self._changed:
-            version = self._installed(bundle, given_up)
+            version = self._load_version(bundle, is_cancelled)
             old = self._current.get(bundle.name)
             self._current[bundle.name] = version
             if old is not None and old is not version:
-                log.info("%s takes the place of %s", version.name, old.name)
-                if old.name not in self._needed():
-                    self._life.retire(old, keep=False)
+                log.info("%s replaces %s", version.name, old.name)
+                if old.name not in self._targets():
+                    self._lifecycle.retire(old, returns=False)
             return version.name
 
     def unload_model(self, name: str, *, force: bool = False) -> str:
-        """Takes a version out of service, and answers its `name@hash`; its calls may end.
+        """Takes a version out of service, and returns its `name@hash`.
 
         Args:
             name: A `name`, or a version as `name@hash`.
-            force: Calls that hold it are cut off, and their clients are told to come again; it is
-                gone when this answers.
+            force: Its calls end with a retryable error, and it is gone when this returns; else its
+                calls go on to their end.
 
         Raises:
-            UnknownModelError: It is not there.
+            UnknownModelError: No such model runs.
             InvalidCommandError: It is the default, or an alias sends calls to it.
             OverloadedError: It is being loaded.
         """
         with self._changed:
-            version = self._current.get(name) or self._life.versions.get(name)
+            version = self._current.get(name) or self._lifecycle.versions.get(name)
             if version is None:
-                raise self._unknown(name)
-            self._check_unneeded(version)
+                raise self._unknown_model(name)
+            self._check_not_needed(version)
             if version.state == "loading":
                 raise OverloadedError(
                     f"`model` {version.name} is being loaded; unload it when it is ready",
                     field="model",
-                    retry_after_ms=RETRY_MS,
+                    retry_after_ms=self._lifecycle.timing.retry_ms,
                 )
             if self._current.get(version.bundle.name) is version:
                 del self._current[version.bundle.name]
-            self._life.retire(version, keep=False, force=force)
+            self._lifecycle.retire(version, returns=False, force=force)
             if force:
                 self._changed.wait_for(lambda: version.state == "gone")
             return version.name
 
     def set_alias(self, alias: Alias) -> None:
-        """Divides calls that ask for a name among models, in place of what it said before.
+        """Divides calls for a name between models, instead of what the alias said before.
 
         Raises:
-            UnknownModelError: One of them is not there.
-            InvalidCommandError: A model has the alias's name.
+            UnknownModelError: One of the models does not run.
+            InvalidCommandError: A model has the alias' name.
         """
         with self._changed:
             if alias.name in self._current:
@@ -214,62 +220,63 @@ class ModelManager:
                     field="alias",
                 )
             for target, _ in alias.targets:
-                self._find(target)
+                self._find_version(target)
             self._aliases[alias.name] = alias
             log.info("alias %s: %s", alias.name, alias.shares)
 
     def remove_alias(self, name: str) -> None:
-        """Lets a name stand for nothing.
+        """Removes an alias.
 
         Raises:
-            InvalidCommandError: It is no alias.
+            InvalidCommandError: There is no such alias.
         """
         with self._changed:
             if self._aliases.pop(name, None) is None:
+                known = ", ".join(self._aliases) or "none"
                 raise InvalidCommandError(
-                    f"`alias` is {name[:200]!r}, which is none",
+                    f"unknown `alias` {name[:200]!r}; known: {known}",
                     field="alias",
                     allowed=list(self._aliases),
                 )
 
-    # What there is to see.
+    # For statistics.
 
     @property
-    def default(self) -> Version:
-        """What calls get that name no model, but for an alias that divides them."""
+    def default(self) -> ModelVersion:
+        """The version for commands that name no model; the first one of a default alias."""
         with self._changed:
             alias = self._aliases.get(DEFAULT_ALIAS)
-            return self._find(alias.targets[0][0] if alias else self._default)
+            return self._find_version(alias.targets[0][0] if alias else self._default)
 
     @property
     def serves(self) -> bool:
-        """Whether calls that name no model get what they ask for, now or once it is loaded."""
+        """Whether commands that name no model are answered, now or once it is loaded."""
         version = self.default
         model = version.model
         if version.state == "ready" and model is not None:
             return model.embedder.ready
         return version.cause is None
 
-    def running(self) -> list[Version]:
-        """Versions that have processes, in the order in which they came."""
-        return self._life.running()
+    def running(self) -> list[ModelVersion]:
+        """Versions that have processes, in the order of first use."""
+        return self._lifecycle.running()
 
     def queued(self, stage: str) -> int:
-        """What waits for a stage of `Embedder.queued`, in all models."""
+        """Items that wait for a stage of `Embedder.queued`, in all models."""
         models = [one.model for one in self.running()]
         return sum(model.embedder.queued(stage) for model in models if model is not None)
 
     def queued_windows(self) -> float:
-        """Tokens of all models that wait to be planned, in windows."""
+        """Tokens of all models that wait to be planned, in batch windows."""
         models = [one.model for one in self.running()]
         return sum(model.embedder.queued_windows() for model in models if model is not None)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Each version: its state, its calls and its memory."""
-        self._life.measure()
+        """Each version's state, calls and memory, ready for JSON."""
+        self._lifecycle.measure_memory()
         default = self.default
         with self._changed:
-            now = self._life.clock()
+            now = self._lifecycle.clock()
             return [
                 {
                     "name": one.bundle.name,
@@ -282,53 +289,82 @@ class ModelManager:
                     "idle_s": round(now - one.last_used, 3) if one.idle else None,
                     "failed": one.cause is not None,
                 }
-                for one in self._life.versions.values()
+                for one in self._lifecycle.versions.values()
             ]
 
     def bundles(self) -> dict[str, ModelBundle]:
-        """What each version is, by `name@hash`."""
+        """Each version's bundle, by `name@hash`."""
         with self._changed:
-            return {one.name: one.bundle for one in self._life.versions.values()}
+            return {one.name: one.bundle for one in self._lifecycle.versions.values()}
 
     def aliases(self) -> dict[str, str]:
-        """What each alias stands for, as `Alias.from_text` reads it after the `=`."""
+        """Each alias' models and weights: MODEL:WEIGHT,MODEL:WEIGHT."""
         with self._changed:
             return {name: alias.shares for name, alias in self._aliases.items()}
 
-    # Finding; called with `_changed` held.
+    # The caller holds `_changed`.
 
-    def _choose(self, wanted: str | None, key: str, held: str | None) -> Version:
-        name = wanted
+    def _choose_version(
+        self, name: str | None, key: str, dataset_model: str | None
+    ) -> ModelVersion:
         if name is None:
             name = DEFAULT_ALIAS if DEFAULT_ALIAS in self._aliases else self._default
         alias = self._aliases.get(name)
         if alias is None:
-            return self._find(name)
-        if held is not None:
+            return self._find_version(name)
+        if dataset_model is not None:
             for target, _ in alias.targets:
-                version = self._find(target)
-                if version.name == held:
+                version = self._find_version(target)
+                if version.name == dataset_model:
                     return version
-        return self._find(alias.pick_target(key))
+        return self._find_version(alias.pick_target(key))
 
-    def _find(self, name: str) -> Version:
-        version = self._current.get(name) or self._life.versions.get(name)
-        if version is None or (version.state == "retiring" and not version.keep):
-            raise self._unknown(name)
+    def _find_version(self, name: str) -> ModelVersion:
+        version = self._current.get(name) or self._lifecycle.versions.get(name)
+        if version is None or version.is_leaving:
+            raise self._unknown_model(name)
         return version
 
-    def _unknown(self, name: str) -> UnknownModelError:
-        known = [*self._aliases, *self._current, *self._life.versions]
+    def _unknown_model(self, name: str) -> UnknownModelError:
+        versions = self._lifecycle.versions
         return UnknownModelError(
-            f"`model` is {name[:200]!r}, but this server runs {', '.join(self._life.versions)}",
+            f"`model` is {name[:200]!r}, but this server runs {', '.join(versions)}",
             field="model",
-            allowed=known,
+            allowed=[*self._aliases, *self._current, *versions],
         )
 
-    def _look(self, name: str) -> ModelBundle:
-        """An installed bundle, for operators; any version of a name that may be loaded."""
+    def _load_version(self, bundle: ModelBundle, is_cancelled: IsCancelled) -> ModelVersion:
+        """The version of an installed bundle, once it is ready."""
+        if self._lifecycle.version_of(bundle).is_outdated(bundle):
+            raise InvalidCommandError(
+                f"`model` {bundle.qualified_name} runs with other exit layers or int8 ranges than "
+                "are installed now; unload it first, or restart the server",
+                field="model",
+            )
+        return self._lifecycle.wait_ready(
+            lambda: self._lifecycle.version_of(bundle), is_cancelled, retry_failed=True
+        )
+
+    def _targets(self) -> dict[str, str]:
+        """Names that get calls for another name or for none, and why."""
+        targets = {self._default: "it is the default"}
+        for alias in self._aliases.values():
+            targets |= {name: f"alias {alias.name} sends calls to it" for name, _ in alias.targets}
+        return targets
+
+    def _check_not_needed(self, version: ModelVersion) -> None:
+        if version.is_leaving:
+            return
+        for name, why in self._targets().items():
+            if version in (self._current.get(name), self._lifecycle.versions.get(name)):
+                raise InvalidCommandError(
+                    f"`model` {version.name} is needed: {why}; change that first", field="model"
+                )
+
+    def _find_loadable(self, name: str) -> ModelBundle:
+        """An installed bundle that operators may load: any version of a permitted name."""
         short = name.partition("@")[0]
-        if short in self._aliases:  # of a version, too: the name would stand for two things
+        if short in self._aliases:  # a version would make the name ambiguous
             raise InvalidCommandError(
                 f"`model` is {name!r}, but {short} is an alias; name a model", field="model"
             )
@@ -341,29 +377,3 @@ class ModelManager:
                 allowed=allowed,
             )
         return self._source.find_bundle(name)
-
-    def _installed(self, bundle: ModelBundle, given_up: GivenUp) -> Version:
-        """The version of an installed bundle, once it is ready, for operators."""
-        if self._life.known(bundle).is_outdated(bundle):
-            raise InvalidCommandError(
-                f"`model` {bundle.qualified_name} runs, with other exit layers or int8 ranges than "
-                "are installed by now; unload it first, or start the server again",
-                field="model",
-            )
-        return self._life.ready(lambda: self._life.known(bundle), given_up, insist=True)
-
-    def _needed(self) -> dict[str, str]:
-        """Names that calls are sent to without asking for them, and why."""
-        needed = {self._default: "callers get it who name no model"}
-        for alias in self._aliases.values():
-            needed |= {name: f"alias {alias.name} sends calls to it" for name, _ in alias.targets}
-        return needed
-
-    def _check_unneeded(self, version: Version) -> None:
-        if version.state == "retiring" and not version.keep:
-            return
-        for name, why in self._needed().items():
-            if version in (self._current.get(name), self._life.versions.get(name)):
-                raise InvalidCommandError(
-                    f"`model` {version.name} is needed: {why}; change that first", field="model"
-                )

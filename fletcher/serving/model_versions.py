@@ -1,4 +1,4 @@
-"""One version of a model on a server: what it is, whether it runs, and who holds it."""
+"""One version of a model on a server: its bundle, its state, and the calls that hold it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ State = Literal["configured", "loading", "ready", "retiring", "gone"]
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that runs.
+    """A running model.
 
     Attributes:
-        bundle: What it is.
+        bundle: The model's files and properties.
         embedder: Its pipeline.
-        engine: What `stats` says of how the replicas' engine was chosen.
-        limits: Pieces that its vectors' width allows.
+        engine: How the engine of its replicas was chosen, for `stats`.
+        limits: Row slices that the width of its vectors allows.
     """
 
     bundle: ModelBundle
@@ -31,8 +31,8 @@ class ServedModel:
     engine: Mapping[str, Any]
     limits: IntakeLimits
 
-    def half(self, spec: VectorSpec) -> bool:
-        """Whether such vectors can be float16 all the way: nothing is done to them here."""
+    def gives_float16(self, spec: VectorSpec) -> bool:
+        """Whether the graph's vectors may be float16: nothing is computed from them afterwards."""
         return (
             spec.dtype == "float16"
             and spec.output == "dense"
@@ -43,43 +43,45 @@ class ServedModel:
 
 
 class ModelSource(Protocol):
-    """Where models come from."""
+    """Installed models, and the means to run them."""
 
     def find_bundle(self, name: str) -> ModelBundle:
-        """What is installed under a `name` or `name@hash`.
+        """The bundle installed as `name` or `name@hash`.
 
         Raises:
-            UnknownModelError: Nothing is.
-            ModelError: It is damaged.
+            UnknownModelError: No such model is installed.
+            ModelError: The bundle is damaged.
         """
         ...
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
-        """Starts and warms a model.
+        """Starts a model's processes and warms them up.
 
         Raises:
-            FletcherError: It is gone, damaged or does not run here; nothing is left.
+            FletcherError: The bundle is missing, damaged or does not run here. Nothing is left
+                running.
         """
         ...
 
 
 @dataclass(slots=True, eq=False)
-class Version:
-    """A bundle and what this server has of it; guarded by its owner's lock.
+class ModelVersion:
+    """A bundle and its processes on this server; guarded by the lock of its `ModelLifecycle`.
 
     Attributes:
-        state: `configured`: not loaded, until somebody asks for it; `loading`; `ready`;
-            `retiring`: takes no new calls, and is closed when its last one has ended; `gone`.
-        model: What runs; None where nothing does.
+        bundle: The model's files and properties.
+        state: `configured`: not loaded until a call asks for it. `loading`. `ready`. `retiring`:
+            takes no new calls, and is closed after its last one. `gone`.
+        model: Its processes; None if there are none.
         num_calls: Calls that hold it.
-        last_used: When one last began or ended, by the owner's clock.
-        memory_bytes: What its processes took when they were last measured; 0: never.
+        last_used: When a call last began or ended, by the lifecycle's clock.
+        memory_bytes: Memory of its processes when last measured; 0 if never.
         measured: When that was.
-        keep: Once retired it is `configured`, not `gone`.
-        closing: Its processes are being ended.
-        failure: What callers are told of why it could not be loaded.
-        cause: What it was.
-        failed_until: Until when nobody tries again.
+        returns: After retiring it is `configured`, not `gone`.
+        closing: Its processes are being closed.
+        failure: What callers are told if it could not be loaded.
+        cause: Why it could not be loaded.
+        failed_until: Until when calls do not try again.
     """
 
     bundle: ModelBundle
@@ -89,7 +91,7 @@ class Version:
     last_used: float = 0.0
     memory_bytes: int = 0
     measured: float = float("-inf")
-    keep: bool = True
+    returns: bool = True
     closing: bool = False
     failure: FletcherError | None = None
     cause: Exception | None = None
@@ -102,24 +104,29 @@ class Version:
 
     @property
     def idle(self) -> bool:
-        """It runs and nobody holds it."""
+        """Whether it runs and no call holds it."""
         return self.state == "ready" and not self.num_calls
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it retires for good."""
+        return self.state == "retiring" and not self.returns
+
     def is_outdated(self, installed: ModelBundle) -> bool:
-        """Whether it runs with other exits or int8 ranges than the same version has by now."""
+        """Whether it runs with other exits or int8 ranges than are installed for its hash now."""
         running = self.model
         return (
             running is not None
             and not self.closing
-            and _beside_hash(running.bundle) != _beside_hash(installed)
+            and _outside_hash(running.bundle) != _outside_hash(installed)
         )
 
     @property
     def needed_bytes(self) -> int:
-        """What it takes, or at least: as measured, and before that the size of its files."""
+        """Memory of its processes as measured; before that, the size of its files."""
         return self.memory_bytes or self.bundle.num_bytes
 
 
-def _beside_hash(bundle: ModelBundle) -> tuple[object, ...]:
-    """What can change while a bundle's hash, which is of its whole vectors, stays."""
+def _outside_hash(bundle: ModelBundle) -> tuple[object, ...]:
+    """Properties that may change without the bundle's hash, which covers its full vectors."""
     return bundle.layers, {cut: one.hash for cut, one in bundle.calibration.ranges.items()}

@@ -33,7 +33,7 @@ from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.chunk_assembly import assembler
 from fletcher.pipeline.document_assembly import DocumentAssembler
 from fletcher.pipeline.input.documents import DocumentIntake
-from fletcher.pipeline.input.intake import Intake, Skip
+from fletcher.pipeline.input.intake import Intake, Skip, TextTreatment
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.stream import EmbedStream, Result
@@ -61,9 +61,9 @@ class EmbedCall:
         small_is_interactive: Batches of a few short rows overtake bulk work.
         abort: Any failed row ends the call, whatever the command says.
         alias_key: Calls with the same key get the same model of an alias; empty: any.
-        held_model: `name@hash` that an alias must give if it has it.
+        dataset_model: `name@hash` that an alias must give if it has it.
         trace: The caller's trace, as `Telemetry.extract` returned it.
-        given_up: Whether the client is gone; ends the wait for a model that is loaded.
+        is_cancelled: Whether the client is gone; ends the wait for a model that is loaded.
     """
 
     name: str
@@ -74,9 +74,9 @@ class EmbedCall:
     small_is_interactive: bool = True
     abort: bool = False
     alias_key: str = ""
-    held_model: str | None = None
+    dataset_model: str | None = None
     trace: Any = None
-    given_up: Callable[[], bool] = lambda: False
+    is_cancelled: Callable[[], bool] = lambda: False
 
 
 class EmbedSession(AbstractContextManager["EmbedSession"]):
@@ -113,9 +113,9 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             self._model = exits.enter_context(
                 service.models.lease(
                     call.command.model,
-                    key=call.alias_key,
-                    held=call.held_model,
-                    given_up=call.given_up,
+                    alias_key=call.alias_key,
+                    dataset_model=call.dataset_model,
+                    is_cancelled=call.is_cancelled,
                 )
             )
             self.resolved = resolve_command(self._model, call.command, call.dtypes, service.outputs)
@@ -165,14 +165,16 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         self._intake = intake = (DocumentIntake if call.command.continuous else Intake)(
             schema,
             call.command,
-            prompt=resolved.prompt,
-            layers=resolved.layers,
-            limits=self._model.limits,
+            self._model.limits,
+            TextTreatment(
+                prompt=resolved.prompt,
+                layers=resolved.layers,
+                chunking=resolved.spec.chunking,
+                chunk_overhead=resolved.taken,
+                half=self._model.gives_float16(resolved.spec),
+            ),
             carry_text=call.include_text if text is None else text,
             small_is_interactive=call.small_is_interactive,
-            chunking=resolved.spec.chunking,
-            taken=resolved.taken,
-            half=self._model.half(resolved.spec),
         )
         self._output = output_schema(
             resolved.spec,
@@ -232,7 +234,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         telemetry.rows_received.add(batch.num_rows)
         telemetry.bytes_received.add(batch.get_total_buffer_size())
         slices = self._intake.row_slices(
-            batch, batch_id, row_first, keep=self._stream.keep, skip=skip, ends=document_end
+            batch, batch_id, row_first, keep=self._stream.keep_table, skip=skip, ends=document_end
         )
         self._submit_slices(slices, claim)
 
@@ -254,7 +256,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             batch: As received.
             upload_id: As for `results`.
         """
-        slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.keep))
+        slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.keep_table))
         if len(slices) == 1:
             self._submit_slices(slices)
             self.end_input()
@@ -334,15 +336,17 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         # Results that leave at once may exceed the allowance by one output batch.
         if self._call.whole_rows:
             if assembling.kept_bytes or output is None:
-                stream.grow(assembling.kept_bytes)
+                stream.grow_row(assembling.kept_bytes)
             if output is not None:
-                row_bytes = stream.whole()
+                row_bytes = stream.complete_row()
         if output is None:
-            stream.release(num_bytes)
+            stream.release_bytes(num_bytes)
             return None
         if output.errors:
             self._count_errors(output.errors, row_slice.row_first, ranges)
-        return SliceResult(row_slice, output, ranges, lambda: stream.release(num_bytes, row_bytes))
+        return SliceResult(
+            row_slice, output, ranges, lambda: stream.release_bytes(num_bytes, row_bytes)
+        )
 
     def _count_errors(
         self, errors: dict[int, FletcherError], row_first: int, ranges: RowRanges | None

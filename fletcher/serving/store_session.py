@@ -39,7 +39,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         service: The server's parts.
         command: The client's options.
         trace: The caller's trace, as `Telemetry.extract` returned it.
-        given_up: Whether the client is gone; ends the wait for a model that is loaded.
+        is_cancelled: Whether the client is gone; ends the wait for a model that is loaded.
 
     Raises:
         FletcherError: On entering: as `EmbedSession`, and what the store does not take.
@@ -59,12 +59,12 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         command: EmbedCommand,
         *,
         trace: Any = None,
-        given_up: Callable[[], bool] = lambda: False,
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._service = service
         self._command = command
         self._trace = trace
-        self._given_up = given_up
+        self._is_cancelled = is_cancelled
         self._exits = ExitStack()
         self._ended = False
 
@@ -72,7 +72,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         command, service = self._command, self._service
         store = _checked_store(service, command)
         # A dataset has vectors of one model: an alias divides datasets, not uploads to one.
-        split = service.models.splits(command.model)
+        split = service.models.is_divided(command.model)
         call = EmbedCall(
             name="do_put",
             command=command,
@@ -81,9 +81,9 @@ class StoreSession(AbstractContextManager["StoreSession"]):
             whole_rows=True,
             small_is_interactive=False,
             alias_key=command.dataset or "",
-            held_model=_model_of(store, command.dataset or "") if split else None,
+            dataset_model=_model_of(store, command.dataset or "") if split else None,
             trace=self._trace,
-            given_up=self._given_up,
+            is_cancelled=self._is_cancelled,
         )
         with ExitStack() as exits:
             self._session = exits.enter_context(EmbedSession(service, call))
@@ -127,7 +127,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._acks = AckQueue(upload.upload_id, _always if in_memory else upload.covers)
         self._skip = None
         if upload.dedupe_by is not None:
-            self._skip = DedupePrefilter(self._sink.dedupe_index, upload).skip
+            self._skip = DedupePrefilter(self._sink.dedupe_index, upload).find_duplicates
         self._delivering = BackgroundTask("upload-deliver", self._deliver, self._fail)
         self._exits.callback(self._delivering.wait)
         self._exits.callback(session.close)

@@ -52,7 +52,7 @@ class FakeEmbedder:
         self._budget = budget
         self._dim = dim
 
-    def check(self) -> None:
+    def check_workers(self) -> None:
         if self.refusal is not None:
             raise self.refusal
 
@@ -62,7 +62,7 @@ class FakeEmbedder:
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         if self.broken is not None:
             raise self.broken
-        self.streams.append(EmbedStream(self._budget.open(), self._enqueue, trace))
+        self.streams.append(EmbedStream(self._budget.open_allowance(), self._enqueue, trace))
         return self.streams[-1]
 
     def answer_all(self) -> None:
@@ -110,7 +110,7 @@ class FakeModels:
         finally:
             self.num_leases -= 1
 
-    def splits(self, wanted: str | None) -> bool:
+    def is_divided(self, wanted: str | None) -> bool:
         return False
 
 

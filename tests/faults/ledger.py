@@ -289,7 +289,7 @@ class Ledger:
             return rows
         for _, dataset, folder in journal_folders(self._home / "journal"):
             if dataset == upload.dataset:
-                for first, last in SettledGroups(folder).ranges(upload.upload_id):
+                for first, last in SettledGroups(folder).ranges_of(upload.upload_id):
                     rows[first : last + 1] = True
         return rows & self._absent(upload, stored)
 

@@ -17,8 +17,10 @@ from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
-from fletcher.delivery.journal import writer as journal_writer
-from fletcher.delivery.journal.journal import GroupInfo, Journal, JournalSpace
+from fletcher.delivery.journal.journal import Journal
+from fletcher.delivery.journal.root import JournalSpace
+from fletcher.delivery.journal.segment import GroupInfo
+from fletcher.delivery.timing import DeliveryTiming
 from fletcher.stores.address import open_store
 from fletcher.telemetry.tracing import Telemetry
 from fletcher.util.durable import sync_path
@@ -81,7 +83,7 @@ def test_what_is_not_synced_is_gone(notes: Path, disk: Path) -> None:
 def test_a_journaled_group(notes: Path, disk: Path) -> None:
     one = journal(disk)
     info = GroupInfo("u", 0, 9)
-    one.append([(info, ROWS)], ROWS.schema)
+    one.append_groups([(info, ROWS)], ROWS.schema)
     lose_power(notes, [disk])
     assert infos(disk) == [info]
     one.close()
@@ -94,7 +96,7 @@ def test_a_group_that_was_read_again_and_not_synced_by_its_writer(
     one = journal(disk)
     with monkeypatch.context() as killed:
         killed.setattr(os, "fsync", lambda _: None)
-        one.append([(info, ROWS)], ROWS.schema)
+        one.append_groups([(info, ROWS)], ROWS.schema)
     assert infos(disk) == [info]  # from here on it counts as durable
     lose_power(notes, [disk])
     assert infos(disk) == [info]
@@ -104,8 +106,8 @@ def test_a_group_that_was_read_again_and_not_synced_by_its_writer(
 def test_what_was_settled_before_a_dataset_is_emptied(notes: Path, disk: Path) -> None:
     one = journal(disk)
     stored, waiting = GroupInfo("u", 0, 9), GroupInfo("u", 10, 19)
-    first, _ = one.append([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
-    one.settle(first)
+    first, _ = one.append_groups([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
+    one.settle_group(first)
     one.close()
     one.sync_notes()
     lose_power(notes, [disk])
@@ -116,20 +118,20 @@ def test_what_was_settled_before_rows_that_left_the_journal(notes: Path, disk: P
     # Sent again, it would replace these, which are not there to be sent after it.
     one = journal(disk)
     stored, waiting = GroupInfo("u", 0, 9), GroupInfo("u", 10, 19)
-    first, _ = one.append([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
-    (later,) = one.append([(GroupInfo("u", 20, 29), ROWS)], ROWS.schema)
+    first, _ = one.append_groups([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
+    (later,) = one.append_groups([(GroupInfo("u", 20, 29), ROWS)], ROWS.schema)
     one.close()
-    one.settle(first)
-    one.settle(later)
+    one.settle_group(first)
+    one.settle_group(later)
     lose_power(notes, [disk])
     assert infos(disk) == [waiting]
 
 
 def test_a_segment_that_was_deleted_before_another(notes: Path, disk: Path) -> None:
     one = journal(disk)
-    (first,) = one.append([(GroupInfo("u", 0, 9), ROWS)], ROWS.schema)
-    one.append([(GroupInfo("u", 10, 19), ROWS)], ROWS.schema)
-    one.settle(first)
+    (first,) = one.append_groups([(GroupInfo("u", 0, 9), ROWS)], ROWS.schema)
+    one.append_groups([(GroupInfo("u", 10, 19), ROWS)], ROWS.schema)
+    one.settle_group(first)
     lose_power(notes, [disk])
     assert infos(disk) == [GroupInfo("u", 10, 19)]
     one.close()
@@ -199,11 +201,11 @@ def test_what_was_settled_before_later_rows_of_another_file_that_replaced_it(
     # A disk may write the later file's notes and lose the earlier one's.
     one = journal(disk)
     stored, waiting = GroupInfo("u", 0, 9), GroupInfo("u", 10, 19)
-    first, _ = one.append([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
+    first, _ = one.append_groups([(stored, ROWS), (waiting, ROWS)], ROWS.schema)
     replacing, behind = (GroupInfo("v", first, first + 9, upsert=True) for first in (0, 10))
-    second, _ = one.append([(replacing, ROWS), (behind, ROWS)], ROWS.schema)
-    one.settle(first)
-    one.settle(second)
+    second, _ = one.append_groups([(replacing, ROWS), (behind, ROWS)], ROWS.schema)
+    one.settle_group(first)
+    one.settle_group(second)
     assert [one._segments[0].num_synced, one._segments[1].num_synced] == [1, 0]
     written = second.segment.notes.read_bytes()
     lose_power(notes, [disk])
@@ -221,7 +223,8 @@ def delivering(disk: Path, vectors: Path) -> Iterator[Delivery]:
         folder=disk / "home", max_bytes=1 << 30, segment_bytes=1 << 20, retention_s=0
     )
     store = open_store(f"lance:{vectors}")
-    delivery = Delivery({"default": store}, config, Telemetry(), journals)
+    open_segments = DeliveryTiming(segment_idle_s=600.0)
+    delivery = Delivery({"default": store}, config, Telemetry(), journals, open_segments)
     delivery.recover()
     try:
         yield delivery
@@ -251,7 +254,6 @@ def test_journaled_rows_that_were_replaced(
     # The note that they had left the journal was not synced: they were sent again, over newer ones.
     vectors = disk.parent / "vectors"
     with monkeypatch.context() as patched:
-        patched.setattr(journal_writer, "_IDLE_S", 600.0)  # their file stays open
         with delivering(disk, vectors) as delivery:
             put(delivery, "old", mode=mode)
             put(delivery, "new", mode="upsert", durability=durability)

@@ -116,8 +116,8 @@ def test_swaps_under_load_fail_no_call_and_mix_no_batch(home: Path, server: Runt
             thread.start()
         try:
             for n in range(4):
-                before = len(served)
                 assert client.swap_model(versions[n % 2]) == versions[n % 2]
+                before = len(served)  # while the model loads, calls go on with the other one
                 eventually(lambda: len(served) > before + 16 or failures, "calls go on")  # noqa: B023
         finally:
             done.set()
@@ -182,7 +182,7 @@ def test_names_only_of_what_is_configured_and_installed(
     with serving(home, loadable_models=("*",)) as server, fletcher.connect(server.address) as other:
         assert [one["name"] for one in other.list_models()] == ["a"]
         assert other.load_model("b").startswith("b@")
-    with pytest.raises(InvalidCommandError, match="needed: callers get it who name no model"):
+    with pytest.raises(InvalidCommandError, match="needed: it is the default"):
         client.unload_model("a")
     with flight.connect(client.address) as plain:
         for body in ({"path": "x"}, {"model": 1}, {}, {"model": "b", "force": "yes"}):

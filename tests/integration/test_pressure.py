@@ -12,10 +12,10 @@ from pyarrow import flight
 
 import fletcher
 from fletcher.client import PutSummary
-from fletcher.delivery import breaker
 from fletcher.runtime import Runtime
 from fletcher.serving.admission import RetryHints
 from fletcher.serving.load_level import LoadTiming
+from fletcher.util.backoff import Backoff
 from tests.doubles.longbow import LongbowDouble
 from tests.integration.conftest import StartServer
 from tests.integration.flight_calls import action, error_of, exchange, put
@@ -66,11 +66,12 @@ def batches(num_rows: int) -> Iterator[pa.RecordBatch]:
 
 
 def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_on(
-    server: Runtime, store: Away, monkeypatch: pytest.MonkeyPatch
+    server: Runtime, store: Away
 ) -> None:
     server.service.admission.hints = RetryHints(severe_ms=200)
     server.service.load.timing = LoadTiming(leave_after_s=0.2)
-    monkeypatch.setattr(breaker, "_MAX_PAUSE_S", 0.2)
+    (breaker,) = server.service.delivery._breakers.values()
+    breaker._retry = Backoff(first_s=0.1, longest_s=0.2, jitter=1.0)
     summaries: dict[str, PutSummary] = {}
 
     def upload(name: str) -> None:

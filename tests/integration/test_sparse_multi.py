@@ -194,7 +194,7 @@ def test_a_store_that_takes_dense_vectors_alone_says_so(client: Client) -> None:
 
 
 def test_arrays_are_for_dense_vectors(client: Client) -> None:
-    with pytest.raises(FletcherError, match="`exchange` gives such vectors"):
+    with pytest.raises(FletcherError, match="`exchange` returns such vectors"):
         client.embed(["vector"])
 
 

@@ -136,7 +136,7 @@ def test_a_server_that_an_unknown_ca_signed_is_refused(
 
 def test_plain_callers_get_nothing(secure: Runtime) -> None:
     plain = secure.address.replace("grpc+tls", "grpc")
-    with pytest.raises(UnavailableError, match=r"if it encrypts, .* grpc\+tls://"):
+    with pytest.raises(UnavailableError, match=r"if the server uses TLS, .* grpc\+tls://"):
         fletcher.connect(plain, token=TOKEN, timeout_s=TIMEOUT_S)
 
 

@@ -1,6 +1,7 @@
-"""128-bit fingerprints of ids and texts, and a compact map of them.
+"""128-bit fingerprints of ids and texts, the row keys made of them, and a compact map.
 
 BLAKE2b at 128 bits: two different values of a billion rows share one with a probability of 1e-21.
+No library is used: those for compact maps keep Python objects, or take integers of 64 bits.
 """
 
 from __future__ import annotations
@@ -13,52 +14,101 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-SIZE = 16
+from fletcher.delivery.groups import Rows
+
+# By kind of key, the columns of its key and its value.
+COLUMNS = {"id": ("id",), "text": ("text",), "delta": ("id", "text")}
+
+_SIZE = 16
+_ANY = b"\1"  # the value of a kind whose rows are equal by key alone
 # A new entry: two bytes objects of 16 and a place in a dict, as tracemalloc counts them.
 _RECENT_BYTES = 150
 _MERGE_ROWS = 65_536
 
 _Array = npt.NDArray[np.bytes_]
+# A row's key, None if it has none, and the value that makes another row of that key its duplicate.
+RowKey = tuple[bytes | None, bytes | None]
 
 
 def fingerprints(values: pa.Array) -> list[bytes | None]:
-    """A fingerprint a value; None where null. Numbers count as their decimal text."""
+    """One fingerprint a value; None for null. Numbers count as their decimal text."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     return [
-        None if text is None else blake2b(text, digest_size=SIZE).digest()
+        None if text is None else blake2b(text, digest_size=_SIZE).digest()
         for text in values.cast(pa.large_utf8()).cast(pa.large_binary()).to_pylist()
     ]
 
 
-class FingerprintMap:
-    """From fingerprints to values of a fixed size; the last one set counts. Not thread-safe.
+def value_bytes(kind: str) -> int:
+    """Size of a key's value."""
+    return _SIZE if kind == "delta" else len(_ANY)
 
-    Most of it is two sorted arrays, 16 bytes and the value's size an entry; what is new waits in a
-    dict until it is worth merging.
+
+def row_keys(kind: str, rows: pa.RecordBatch) -> list[RowKey]:
+    """Each row's key and value."""
+    if kind == "text":
+        return [(key, _ANY) for key in fingerprints(rows.column("text"))]
+    ids = fingerprints(rows.column("id"))
+    if kind == "id":
+        return [(key, _ANY) for key in ids]
+    return list(zip(ids, fingerprints(rows.column("text")), strict=True))
+
+
+def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dict[bytes, bytes]:
+    """Keys and values of rows on a disk. An id without a text gets a value that no text has.
+
+    Args:
+        kind: Kind of key.
+        rows: With the columns `id` and, unless the upload had no texts, `text`.
+        excluded: Places of rows that are not stored.
+    """
+    if not set(COLUMNS[kind]) <= set(rows.schema.names):
+        if "id" not in COLUMNS[kind]:
+            return {}
+        texts = pa.nulls(rows.num_rows, pa.utf8())
+        rows = pa.record_batch({"id": rows.column("id"), "text": texts})
+    left_out = set(excluded)
+    return {
+        key: value or bytes(_SIZE)
+        for place, (key, value) in enumerate(row_keys(kind, rows))
+        if key is not None and place not in left_out
+    }
+
+
+def keys_to_send(kind: str, group: Sequence[Rows]) -> set[bytes]:
+    """Keys of a group's rows that are to be stored."""
+    return {key for rows in group for key in stored_keys(kind, rows.load_batch(), rows.excluded)}
+
+
+class FingerprintMap:
+    """A map from fingerprints to values of a fixed size. Not thread-safe.
+
+    Most of it is two sorted arrays, which take 16 bytes and the value's size an entry; new entries
+    wait in a dict until they are worth merging.
 
     Args:
         value_bytes: Size of a value.
     """
 
     def __init__(self, value_bytes: int) -> None:
-        self._keys: _Array = np.zeros(0, f"S{SIZE}")
+        self._keys: _Array = np.zeros(0, f"S{_SIZE}")
         self._values: _Array = np.zeros(0, f"S{value_bytes}")
         self._value_bytes = value_bytes
         self._recent: dict[bytes, bytes] = {}
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes, about."""
+        """Approximate size in memory."""
         return self._keys.nbytes + self._values.nbytes + len(self._recent) * _RECENT_BYTES
 
-    def get(self, keys: Sequence[bytes | None]) -> list[bytes | None]:
-        """The value of each key; None where there is none."""
+    def find_values(self, keys: Sequence[bytes | None]) -> list[bytes | None]:
+        """The value of each key; None if it has none."""
         found: list[bytes | None] = [None] * len(keys)
         present = [place for place, key in enumerate(keys) if key is not None]
         if len(self._keys) and present:
             wanted: _Array = np.frombuffer(
-                b"".join(keys[place] or b"" for place in present), f"S{SIZE}"
+                b"".join(keys[place] or b"" for place in present), f"S{_SIZE}"
             )
             at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
             values = self._values[at].tobytes()
@@ -70,15 +120,15 @@ class FingerprintMap:
                 found[place] = self._recent.get(keys[place] or b"", found[place])
         return found
 
-    def update(self, entries: Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]) -> None:
-        """Sets the values of some keys."""
+    def add_entries(self, entries: Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]) -> None:
+        """Set the values of some keys; later values replace earlier ones."""
         self._recent.update(entries)
         if len(self._recent) > max(_MERGE_ROWS, len(self._keys) // 8):
             self._merge()
 
     def _merge(self) -> None:
         recent = len(self._recent)
-        keys: Any = np.frombuffer(b"".join(self._recent), f"S{SIZE}", recent)
+        keys: Any = np.frombuffer(b"".join(self._recent), f"S{_SIZE}", recent)
         values: Any = np.frombuffer(
             b"".join(self._recent.values()), f"S{self._value_bytes}", recent
         )

@@ -1,12 +1,13 @@
-"""What a dataset holds, as far as uploads ask that leave out rows which are there already.
+"""Index of a dataset's ids and text hashes, for uploads with `dedupe` or `mode=delta`.
 
-A row is known when it is on the store's or the journal's disk, so a duplicate of it can be dropped
-and acknowledged. Whether a row is one is decided just before it is journaled (or stored, where it
-is not journaled), by who holds the right to decide, until it is clear what became of the rows: two
-that are on their way at once cannot both pass. What is known earlier than that need not even be
-embedded (`screen`).
+A row is indexed when it is on the disk of the store or the journal, so that its duplicates can be
+dropped and acknowledged. Duplicates are marked just before rows are journaled, or stored if they
+are not journaled, by the thread that holds the right to decide. It holds that right until the rows
+are on a disk or given up: of two equal rows that are pending at once, only one may pass. Rows whose
+duplicates are indexed when they come in need not even be embedded (`DedupePrefilter`).
 
-`id` and `text` drop rows whose id or text is known, `delta` those whose id is known with that text.
+`id` and `text` drop rows whose id or text is indexed, `delta` those whose id is indexed with that
+text.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-import pyarrow as pa
-
-from fletcher.delivery.dedupe.fingerprints import SIZE, FingerprintMap, fingerprints
-from fletcher.delivery.groups import Rows
+from fletcher.delivery.dedupe.fingerprints import (
+    COLUMNS,
+    FingerprintMap,
+    RowKey,
+    keys_to_send,
+    row_keys,
+    stored_keys,
+    value_bytes,
+)
+from fletcher.delivery.groups import Destination, Group, Rows
 from fletcher.delivery.journal.journal import Journal
 from fletcher.delivery.journal.segment import JournaledGroup
 from fletcher.errors import (
@@ -29,20 +36,12 @@ from fletcher.errors import (
     StoreUnavailableError,
     UnknownDatasetError,
 )
-from fletcher.stores.base import Store
-from fletcher.telemetry.tracing import Telemetry
 
 log = logging.getLogger(__name__)
 
-# What a row is known by: its key, and the value that makes it the same row again.
-_COLUMNS = {"id": ("id",), "text": ("text",), "delta": ("id", "text")}
-_ANY = b"\1"
-
-Entry = tuple[bytes | None, bytes | None]
-
 
 class DedupeMemory:
-    """Bytes that the knowledge of all datasets may take together. Thread-safe.
+    """Memory limit of the dedupe indexes of all datasets together. Thread-safe.
 
     Args:
         max_bytes: The limit.
@@ -53,8 +52,8 @@ class DedupeMemory:
         self.used_bytes = 0
         self._lock = threading.Lock()
 
-    def add(self, num_bytes: int) -> bool:
-        """Counts more (or, negative, fewer) bytes; False, and nothing, where they are too many."""
+    def add_bytes(self, num_bytes: int) -> bool:
+        """Count more (or, negative, fewer) bytes; False, and nothing, if they exceed the limit."""
         with self._lock:
             if num_bytes > 0 and self.used_bytes + num_bytes > self.max_bytes:
                 return False
@@ -62,26 +61,32 @@ class DedupeMemory:
             return True
 
 
-class _Index:
-    """Known rows by one kind of key; guarded by Known's lock."""
+class _KindIndex:
+    """Indexed rows by one kind of key; guarded by the lock of `DedupeIndex`.
 
-    def __init__(self, kind: str, space: DedupeMemory) -> None:
+    Attributes:
+        stale: The content is incomplete or unsure: the store must be read again.
+        invalidated: It became stale while it was being read.
+        late: Entries that came while it was being read; None: it is not being read.
+    """
+
+    def __init__(self, kind: str, memory: DedupeMemory) -> None:
         self.kind = kind
-        self.stale = True  # what it holds is not all, or not sure: read the store again
-        self.doubted = False  # while it was being read
-        self.late: list[dict[bytes, bytes]] | None = None  # what came while it was being read
-        self._space = space
-        self._map = FingerprintMap(SIZE if kind == "delta" else len(_ANY))
+        self.stale = True
+        self.invalidated = False
+        self.late: list[dict[bytes, bytes]] | None = None
+        self._memory = memory
+        self._map = FingerprintMap(value_bytes(kind))
         self._counted = 0
 
-    def get(self, keys: Sequence[bytes | None]) -> list[bytes | None]:
-        return self._map.get(keys)
+    def find_values(self, keys: Sequence[bytes | None]) -> list[bytes | None]:
+        return self._map.find_values(keys)
 
-    def update(self, entries: Mapping[bytes, bytes]) -> bool:
-        """False where there is no memory for more; it is empty and stale then."""
-        self._map.update(entries)
+    def add_entries(self, entries: Mapping[bytes, bytes]) -> bool:
+        """False if there is no memory for them; the index is empty and stale then."""
+        self._map.add_entries(entries)
         grown = self._map.num_bytes - self._counted
-        if self._space.add(grown):
+        if self._memory.add_bytes(grown):
             self._counted += grown
             return True
         self.clear()
@@ -89,192 +94,211 @@ class _Index:
         return False
 
     def clear(self) -> None:
-        self._space.add(-self._counted)
+        self._memory.add_bytes(-self._counted)
         self._counted = 0
-        self._map = FingerprintMap(SIZE if self.kind == "delta" else len(_ANY))
+        self._map = FingerprintMap(value_bytes(self.kind))
 
 
 class DedupeIndex:
-    """What is known of one dataset; nothing until the first upload that asks. Thread-safe.
+    """One dataset's index, empty until the first upload that needs it. Thread-safe.
 
     Args:
-        store: The store, whose columns are read once.
-        dataset: The dataset's name.
-        journal: The dataset's journal; None: there is none.
-        space: Memory for all datasets.
-        telemetry: Where dropped rows are counted.
+        destination: The dataset, whose columns are read once.
+        journal: The dataset's journal, if there is one.
+        memory: Memory limit that all datasets share.
     """
 
     def __init__(
-        self,
-        store: Store,
-        dataset: str,
-        journal: Journal | None,
-        space: DedupeMemory,
-        telemetry: Telemetry,
+        self, destination: Destination, journal: Journal | None, memory: DedupeMemory
     ) -> None:
-        self._store = store
-        self._dataset = dataset
+        self._store = destination.store
+        self._dataset = destination.dataset
+        self._telemetry = destination.telemetry
         self._journal = journal
-        self._space = space
-        self._telemetry = telemetry
-        self._indexes: dict[str, _Index] = {}
-        # Taken in this order; the store is asked under the first two alone.
+        self._memory = memory
+        self._kinds: dict[str, _KindIndex] = {}
+        # Acquired in this order. The store is asked under the first two only.
         self._deciding = threading.Lock()
         self._reading = threading.Lock()
         self._lock = threading.Lock()
 
-    def load(self, kind: str) -> None:
-        """Reads what the store and the journal hold, unless that is known.
+    def load_kind(self, kind: str) -> None:
+        """Read the rows of the store and the journal by a kind of key, unless that is done.
 
         Raises:
-            InvalidCommandError: The dataset has no such column, or is too large.
+            InvalidCommandError: The dataset lacks a column, or needs too much memory.
             StoreUnavailableError: The store does not answer.
         """
-        self._index(kind)
+        self._loaded(kind)
 
-    def find(self, kind: str, entries: Sequence[Entry]) -> list[bool]:
-        """Which rows are known. Raises as `load` does."""
-        values = self._values(kind, [key for key, _ in entries])
+    def find_duplicates(self, kind: str, keys: Sequence[RowKey]) -> list[bool]:
+        """Whether each row is indexed. Raises as `load_kind`."""
+        values = self._find_values(kind, [key for key, _ in keys])
         return [
-            value is not None and value == known
-            for (_, value), known in zip(entries, values, strict=True)
+            value is not None and value == indexed
+            for (_, value), indexed in zip(keys, values, strict=True)
         ]
 
-    def acquire(self, wait_s: float) -> bool:
-        """Takes the right to decide; False where another one holds it for so long."""
+    def acquire_decision(self, wait_s: float) -> bool:
+        """Acquire the right to decide; False if another thread holds it for so long."""
         return self._deciding.acquire(timeout=wait_s)
 
-    def release(self) -> None:
-        """Gives the right back: what was decided is on a disk, or came to nothing, or `doubt`."""
+    def release_decision(self) -> None:
+        """Release the right: all that was decided is on a disk, or given up and `invalidate`d."""
         self._deciding.release()
 
     @contextlib.contextmanager
     def deciding(self, taken: Sequence[Rows], *, wait_s: float) -> Iterator[list[Rows]]:
-        """`decide` with the right to; the body says `add` of what it brought to a disk.
+        """Mark duplicates and hold the right to decide until the block ends.
+
+        The block calls `add_rows` for what it brought to a disk.
 
         Raises:
-            StoreUnavailableError: Another one holds the right, or the store does not answer.
-            InvalidCommandError: As `load`.
+            StoreUnavailableError: Another thread holds the right, or the store does not answer.
+            InvalidCommandError: As `load_kind`.
         """
         if not any(rows.upload.dedupe_by for rows in taken):
             yield list(taken)
             return
-        if not self.acquire(wait_s):
-            raise self.undecided()
+        if not self.acquire_decision(wait_s):
+            raise self.pending_error()
         try:
-            yield self.decide(taken)
+            yield self._mark_all(taken)
         finally:
-            self.release()
+            self.release_decision()
 
-    def undecided(self) -> StoreUnavailableError:
-        """That rows cannot be told from those that another one has on their way."""
-        return StoreUnavailableError(
-            f"rows that may be duplicates are on their way to `{self._dataset}`, and its store has "
-            "not answered; try again later",
-            field="dedupe",
-        )
+    def decide_groups(self, groups: Sequence[Group]) -> int:
+        """Mark duplicates in groups for which that is not decided yet; needs the right to decide.
 
-    def decide(self, taken: Sequence[Rows]) -> list[Rows]:
-        """Rows that come to a disk together or not at all, with duplicates marked as such.
+        Groups with a key in common never share an append, because one of them might be lost.
+
+        Returns:
+            Number of groups, from the first one on, that may be sent together.
 
         Raises:
             StoreUnavailableError: The store does not answer.
-            InvalidCommandError: As `load`.
+            InvalidCommandError: As `load_kind`.
         """
-        fresh: dict[str, dict[bytes, bytes]] = {}
-        return [self._screened(rows, fresh) for rows in taken]
+        sent: dict[str, set[bytes]] = {
+            group.dedupe_by: set() for group in groups if group.dedupe_by is not None
+        }
+        for place, group in enumerate(groups):
+            kind = group.dedupe_by
+            if kind is not None and not group.decided:
+                if not sent[kind].isdisjoint(keys_to_send(kind, group.rows)):
+                    return place
+                group.rows = self._mark_all(group.rows)
+                group.decided = True
+            for one in sent:
+                sent[one] |= keys_to_send(one, group.rows)
+        return len(groups)
 
-    def add(self, rows: Rows) -> None:
-        """Rows are on a disk, the journal's or the store's; never raises, for there they stay."""
-        if rows.num_dropped:
-            self._telemetry.rows_deduplicated.add(rows.num_dropped)
+    def pending_error(self) -> StoreUnavailableError:
+        """Error for rows that may be duplicates of pending rows."""
+        return StoreUnavailableError(
+            f"rows that may be duplicates are pending for `{self._dataset}`, and its store has not "
+            "answered; try again later",
+            field="dedupe",
+        )
+
+    def add_rows(self, rows: Rows) -> None:
+        """Index rows that are on the disk of the journal or the store. Never raises."""
+        if rows.num_duplicates:
+            self._telemetry.rows_deduplicated.add(rows.num_duplicates)
         try:
-            self._learn(rows)
+            self._index_rows(rows)
         except Exception:
-            log.exception("`%s`: its rows are read again, to be known", self._dataset)
-            self.doubt()
+            log.exception("`%s`: rows cannot be indexed; its store is read again", self._dataset)
+            self.invalidate()
 
-    def doubt(self) -> None:
-        """Rows may or may not be in the store: before the next decision it is asked."""
+    def invalidate(self) -> None:
+        """Read the store again before the next decision: it may or may not hold certain rows."""
         with self._lock:
-            for index in self._indexes.values():
-                index.stale = index.doubted = True
+            for index in self._kinds.values():
+                index.stale = index.invalidated = True
 
     def close(self) -> None:
-        """Lets everything go."""
+        """Release all memory."""
         with self._lock:
-            for index in self._indexes.values():
+            for index in self._kinds.values():
                 index.clear()
-            self._indexes.clear()
+            self._kinds.clear()
 
-    def _learn(self, rows: Rows) -> None:
+    def _index_rows(self, rows: Rows) -> None:
         with self._lock:
             kinds = [
                 index.kind
-                for index in self._indexes.values()
+                for index in self._kinds.values()
                 if not index.stale or index.late is not None
             ]
         if not kinds:
             return
-        batch = rows.load()
-        left_out = rows.left_out(null_vectors=self._store.capabilities.null_vectors)
-        entries = {kind: _entries(kind, batch, left_out) for kind in kinds}
+        batch = rows.load_batch()
+        null_vectors = self._store.capabilities.null_vectors
+        excluded = rows.places_not_stored(null_vectors=null_vectors)
+        entries = {kind: stored_keys(kind, batch, excluded) for kind in kinds}
         with self._lock:
             for kind in kinds:
-                index = self._indexes.get(kind)
+                index = self._kinds.get(kind)
                 if index is None:  # closed
                     continue
                 if index.late is not None:
                     index.late.append(entries[kind])
-                elif not index.stale and not index.update(entries[kind]):
-                    log.warning("`%s`: no memory for what is known of its rows", self._dataset)
-                # A replaced row's text is gone, and only the store can tell whether others have it.
+                elif not index.stale and not index.add_entries(entries[kind]):
+                    log.warning("`%s`: no memory to index its rows", self._dataset)
+                # A replaced row's text is gone, and only the store knows whether others have it.
                 if kind == "text" and rows.upload.upsert:
-                    index.stale = index.doubted = True
+                    index.stale = index.invalidated = True
 
-    def _screened(self, rows: Rows, fresh: dict[str, dict[bytes, bytes]]) -> Rows:
-        """The rows, those marked that are known or in `fresh`; the others come into `fresh`."""
+    def _mark_all(self, taken: Sequence[Rows]) -> list[Rows]:
+        """Mark duplicates in rows that reach a disk together; raises as `load_kind`."""
+        passed: dict[str, dict[bytes, bytes]] = {}
+        return [self._mark_duplicates(rows, passed) for rows in taken]
+
+    def _mark_duplicates(self, rows: Rows, passed: dict[str, dict[bytes, bytes]]) -> Rows:
+        """Exclude rows that are indexed or in `passed`; add the others to `passed`."""
         kind = rows.upload.dedupe_by
         if kind is None:
             return rows
-        unsent = {*rows.unsent, *rows.failed}  # what failed may come again, repaired
-        entries = entries_of(kind, rows.load())
-        known = self.find(kind, entries)
-        passed = fresh.setdefault(kind, {})
-        num_dropped = rows.num_dropped
-        for place, (key, value) in enumerate(entries):
-            if place in unsent or key is None or value is None:
+        excluded = {*rows.excluded, *rows.failed}  # a failed row may come again, repaired
+        keys = row_keys(kind, rows.load_batch())
+        indexed = self.find_duplicates(kind, keys)
+        new = passed.setdefault(kind, {})
+        num_duplicates = rows.num_duplicates
+        for place, (key, value) in enumerate(keys):
+            if place in excluded or key is None or value is None:
                 continue
-            if passed.get(key) == value or (known[place] and key not in passed):
-                unsent.add(place)
-                num_dropped += 1
+            if new.get(key) == value or (indexed[place] and key not in new):
+                excluded.add(place)
+                num_duplicates += 1
             else:
-                passed[key] = value
-        rows.upload.note_duplicates(rows.first, num_dropped)
-        return dataclasses.replace(rows, unsent=tuple(sorted(unsent)), num_dropped=num_dropped)
+                new[key] = value
+        rows.upload.note_duplicates(rows.first, num_duplicates)
+        return dataclasses.replace(
+            rows, excluded=tuple(sorted(excluded)), num_duplicates=num_duplicates
+        )
 
-    def _values(self, kind: str, keys: Sequence[bytes | None]) -> list[bytes | None]:
+    def _find_values(self, kind: str, keys: Sequence[bytes | None]) -> list[bytes | None]:
         while True:
-            index = self._index(kind)
+            index = self._loaded(kind)
             with self._lock:
-                if not index.stale:  # again, just now
-                    return index.get(keys)
+                if not index.stale:  # it may have become so just now
+                    return index.find_values(keys)
 
-    def _index(self, kind: str) -> _Index:
+    def _loaded(self, kind: str) -> _KindIndex:
         with self._lock:
-            index = self._indexes.setdefault(kind, _Index(kind, self._space))
+            index = self._kinds.setdefault(kind, _KindIndex(kind, self._memory))
             ready = not index.stale
         if ready:
             return index
         with self._reading:
             with self._lock:
-                if not index.stale:  # another one read it
+                if not index.stale:  # another thread read it
                     return index
                 index.clear()
-                index.late, index.doubted = [], False
+                index.late, index.invalidated = [], False
             try:
-                self._read(index)
+                self._read_dataset(index)
             except BaseException:
                 with self._lock:
                     index.clear()
@@ -282,25 +306,25 @@ class DedupeIndex:
                 raise
         return index
 
-    def _read(self, index: _Index) -> None:
-        # The journal first: what leaves it meanwhile has come to the store.
+    def _read_dataset(self, index: _KindIndex) -> None:
+        # The journal first: groups that leave it meanwhile are in the store.
         journaled: dict[bytes, bytes] = {}
         null_vectors = self._store.capabilities.null_vectors
-        for group in self._journal.waiting() if self._journal is not None else []:
-            journaled.update(_journaled_entries(index.kind, group, null_vectors=null_vectors))
-        columns = _COLUMNS[index.kind]
+        for group in self._journal.waiting_groups() if self._journal is not None else []:
+            journaled.update(_journaled_keys(index.kind, group, null_vectors=null_vectors))
+        columns = COLUMNS[index.kind]
         info = self._store.dataset(self._dataset)
         if info is not None:
-            lacking = [name for name in columns if name not in info.schema.names]
-            if lacking:
+            missing = [name for name in columns if name not in info.schema.names]
+            if missing:
                 raise InvalidCommandError(
-                    f"dataset `{self._dataset}` has no column `{lacking[0]}`, by which its rows "
-                    "could be known; leave `dedupe` and delta out",
+                    f"dataset `{self._dataset}` has no column `{missing[0]}` to compare rows by; "
+                    "leave `dedupe` and delta out",
                     field="dedupe",
                 )
             try:
                 for batch in self._store.scan(self._dataset, columns=columns):
-                    entries = _entries(index.kind, batch, ())
+                    entries = stored_keys(index.kind, batch, ())
                     with self._lock:
                         self._fill(index, entries)
             except UnknownDatasetError:  # no rows yet
@@ -308,56 +332,24 @@ class DedupeIndex:
         with self._lock:
             for entries in [journaled, *(index.late or [])]:
                 self._fill(index, entries)
-            index.late, index.stale = None, index.doubted
-            if self._indexes.get(index.kind) is not index:  # closed
+            index.late, index.stale = None, index.invalidated
+            if self._kinds.get(index.kind) is not index:  # closed
                 index.clear()
 
-    def _fill(self, index: _Index, entries: Mapping[bytes, bytes]) -> None:
-        if not index.update(entries):
+    def _fill(self, index: _KindIndex, entries: Mapping[bytes, bytes]) -> None:
+        if not index.add_entries(entries):
             raise InvalidCommandError(
-                f"knowing the rows of dataset `{self._dataset}` takes more memory than the "
-                f"{self._space.max_bytes} bytes that this server has for it; raise `--max-memory`, "
-                "or leave `dedupe` and delta out",
+                f"an index of dataset `{self._dataset}` takes more memory than the "
+                f"{self._memory.max_bytes} bytes that this server has for it; raise "
+                "`--max-memory`, or leave `dedupe` and delta out",
                 field="dedupe",
             )
 
 
-def entries_of(kind: str, rows: pa.RecordBatch) -> list[Entry]:
-    """By row the key that it is known by, None where it has none, and that key's value."""
-    if kind == "text":
-        return [(key, _ANY) for key in fingerprints(rows.column("text"))]
-    ids = fingerprints(rows.column("id"))
-    if kind == "id":
-        return [(key, _ANY) for key in ids]
-    return list(zip(ids, fingerprints(rows.column("text")), strict=True))
-
-
-def _entries(kind: str, rows: pa.RecordBatch, unsent: Sequence[int]) -> dict[bytes, bytes]:
-    """Keys and values of rows on a disk. An id without a text gets one that no text has."""
-    if not set(_COLUMNS[kind]) <= set(rows.schema.names):  # an upload without texts
-        if "id" not in _COLUMNS[kind]:
-            return {}
-        texts = pa.nulls(rows.num_rows, pa.utf8())
-        rows = pa.record_batch({"id": rows.column("id"), "text": texts})
-    left_out = set(unsent)
-    return {
-        key: value or bytes(SIZE)
-        for place, (key, value) in enumerate(entries_of(kind, rows))
-        if key is not None and place not in left_out
-    }
-
-
-def keys_of(kind: str, group: Sequence[Rows]) -> set[bytes]:
-    """What the rows of a group that are sent are known by."""
-    return {key for rows in group for key in _entries(kind, rows.load(), rows.unsent)}
-
-
-def _journaled_entries(
-    kind: str, group: JournaledGroup, *, null_vectors: bool
-) -> dict[bytes, bytes]:
-    left_out = (*group.info.unsent, *(() if null_vectors else group.info.failed))
+def _journaled_keys(kind: str, group: JournaledGroup, *, null_vectors: bool) -> dict[bytes, bytes]:
+    excluded = (*group.info.excluded, *(() if null_vectors else group.info.failed))
     try:
-        return _entries(kind, group.load(), left_out)
+        return stored_keys(kind, group.read_batch(), excluded)
     except FletcherError:
         if group.settled:  # and its file deleted, just now
             return {}

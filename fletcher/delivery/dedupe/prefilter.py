@@ -1,4 +1,4 @@
-"""Rows that are known when they come in, and need not be embedded."""
+"""Duplicates that are found as rows come in, so that they need not be embedded."""
 
 from __future__ import annotations
 
@@ -8,44 +8,46 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.core.batches import BoolArray
-from fletcher.delivery.dedupe.index import DedupeIndex, entries_of
+from fletcher.delivery.dedupe.fingerprints import row_keys
+from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.upload import Upload
 
 
 class DedupePrefilter:
-    """Finds rows that need not be embedded, for they are known; used by one thread.
+    """Finds duplicates among incoming rows of one connection. Not thread-safe.
 
     Args:
-        known: What the dataset holds.
-        upload: Whose rows these are; `known_by` is set.
+        dedupe_index: The dataset's dedupe index.
+        upload: The upload; its `dedupe_by` is set.
     """
 
-    def __init__(self, known: DedupeIndex, upload: Upload) -> None:
-        self._known = known
+    def __init__(self, dedupe_index: DedupeIndex, upload: Upload) -> None:
+        self._dedupe_index = dedupe_index
         self._upload = upload
         self._kind = upload.dedupe_by or ""
-        # Of ids on their way: what the store has is about to change, so they cannot be told yet.
-        self._moving: dict[bytes, int] = {}
+        # Of `delta`: pending ids, by the first row of their batch. What the store has of them is
+        # about to change, so later rows of them cannot be compared yet.
+        self._pending: dict[bytes, int] = {}
         self._passed: deque[tuple[int, int, list[bytes]]] = deque()
 
-    def skip(self, rows: pa.RecordBatch, row_first: int) -> BoolArray:
-        """Rows that are known, bool [num_rows].
+    def find_duplicates(self, rows: pa.RecordBatch, row_first: int) -> BoolArray:
+        """Whether each row is a duplicate, bool [num_rows].
 
         Args:
-            rows: With the columns `id` and `text`.
-            row_first: Offset of the first one in the upload.
+            rows: Incoming rows with the columns `id` and `text`.
+            row_first: Offset of the first row in the upload.
         """
         while self._passed and self._upload.covers(*self._passed[0][:2]):
             first, _, keys = self._passed.popleft()
             for one in keys:
-                if self._moving.get(one) == first:
-                    del self._moving[one]
-        entries = entries_of(self._kind, rows)
-        known = self._known.find(self._kind, entries)
-        skipped = np.array(
+                if self._pending.get(one) == first:
+                    del self._pending[one]
+        entries = row_keys(self._kind, rows)
+        indexed = self._dedupe_index.find_duplicates(self._kind, entries)
+        duplicates = np.array(
             [
-                is_known and key not in self._moving
-                for is_known, (key, _) in zip(known, entries, strict=True)
+                is_indexed and key not in self._pending
+                for is_indexed, (key, _) in zip(indexed, entries, strict=True)
             ],
             np.bool_,
         )
@@ -53,9 +55,9 @@ class DedupePrefilter:
             passed: set[bytes] = set()
             for place, (key, _) in enumerate(entries):
                 if key in passed:
-                    skipped[place] = False  # after a change of it in these rows
-                elif key is not None and not skipped[place]:
+                    duplicates[place] = False  # these rows change it before
+                elif key is not None and not duplicates[place]:
                     passed.add(key)
-            self._moving.update(dict.fromkeys(passed, row_first))
+            self._pending.update(dict.fromkeys(passed, row_first))
             self._passed.append((row_first, row_first + rows.num_rows - 1, list(passed)))
-        return skipped
+        return duplicates

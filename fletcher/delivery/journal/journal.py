@@ -1,24 +1,28 @@
-"""Groups of rows on disk, from the moment they are acknowledged until they are stored.
+"""One dataset's journal: groups on disk from their acknowledgement until they are stored.
 
-A dataset's journal is a folder of segments, Arrow IPC stream files of one schema each. A record
-batch in them is a group of rows of one upload, whose extent is frozen by being written here; its
-custom metadata says which upload and rows, and a CRC-32 over it all. Groups are synced
-before they are acknowledged, several at a time; a segment is deleted when all its groups are
-stored. Until then notes beside it say which are: sent again, they would replace newer rows, or come
-back into a dataset that was emptied since. The notes outlive a kill as they are. They are synced
-before anything outlives a power loss that what they note, sent again, would undo: before a later
-segment goes or has a note of its own of rows that replace others, before such rows go to the store
-from memory, and before a dataset is emptied.
+A journal is a folder of segments, Arrow IPC stream files of one schema each. A group's extent is
+fixed when it is written here. Groups are synced before they are acknowledged, several at a time. A
+segment is deleted when all its groups are stored.
 
-After a crash the last segment may end in half a group, which was never acknowledged: it is cut off,
-and kept in case that it was not the crash.
-Where a disk changed bytes, the groups around them still go to the store; what was lost is reported,
-and the segment is kept for a person.
+Until then notes beside a segment say which of its groups are settled. Sent again, these would
+replace newer rows, or come back into a dataset that was emptied since. Notes survive a kill without
+a sync. They are synced before anything becomes durable that their groups would undo: before a later
+segment is deleted, or gets a note of rows that replace others; before such rows are sent from
+memory; and before a dataset is emptied.
 
-Names: `N.arrow` waits or is written, `N.sent` is kept for `retention_s` because its store
-acknowledges before it is durable, `N.damaged` is for a person to look at, `N.torn` is half a group,
-`N.rejected` holds groups that the store refused for good, `N.settled` is the notes of `N.arrow`;
-beside them `groups.unsent` (see `SettledGroups`).
+After a crash the last segment may end in half a group, which was never acknowledged. It is cut off,
+and kept in case the cause was another. Where a disk changed bytes, the groups around them still go
+to the store; the log names the lost ones, and the segment is kept for a person.
+
+| file | content |
+|---|---|
+| `N.arrow` | a segment that waits or is being written |
+| `N.settled` | notes of settled groups of `N.arrow` |
+| `N.sent` | kept for `retention_s`, because its store acknowledges before it is durable |
+| `N.rejected` | groups that the store refused for good |
+| `N.damaged` | a segment with changed bytes |
+| `N.torn` | half a group |
+| `groups.unsent` | see `SettledGroups` |
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from fletcher.delivery.journal.root import FULL_RETRY_MS, JournalSpace
 from fletcher.delivery.journal.segment import (
     DAMAGED,
     REJECTED,
@@ -50,6 +55,7 @@ from fletcher.delivery.journal.segment import (
     mend_notes,
     read_segments,
 )
+from fletcher.delivery.journal.settled_groups import SettledGroups
 from fletcher.errors import (
     FletcherError,
     JournalFullError,
@@ -59,51 +65,21 @@ from fletcher.util.durable import make_folder, sync_path
 
 log = logging.getLogger(__name__)
 
-_FULL_RETRY_MS = 1000
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class JournalSpace:
-    """Bytes that all journals of a server may take together.
-
-    Args:
-        max_bytes: The limit.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.used_bytes = 0
-        self._changed = threading.Condition()
-
-    def wait_for_room(self, timeout_s: float) -> bool:
-        """Waits until the journals take less than they may; False where they still do not."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.used_bytes < self.max_bytes, timeout_s)
-
-    def full(self) -> JournalFullError:
-        """Why a group cannot be taken now."""
-        return JournalFullError(
-            f"the journal holds {self.used_bytes} of at most {self.max_bytes} bytes and the store "
-            "takes none; try again later",
-            retry_after_ms=_FULL_RETRY_MS,
-        )
-
-    def add(self, num_bytes: int) -> None:
-        """Counts what is there already, or (negative) what has gone."""
-        with self._changed:
-            self.used_bytes += num_bytes
-            self._changed.notify_all()
-
-
 class Journal:
-    """One dataset's segments. One thread appends; `settle` may be called from another.
+    """One dataset's segments. Thread-safe.
 
     Args:
-        folder: Where the segments are; made if need be.
-        space: What it may take.
+        folder: Folder of the segments; made if missing.
+        space: Size limit that all journals share.
         segment_bytes: Size at which a new segment begins.
-        retention_s: Tells how long segments are kept after they were sent; 0: not at all, for
+        retention_s: Returns how long segments are kept after they were sent; 0: not at all, for
             stores that are durable when they acknowledge.
+
+    Attributes:
+        settled_groups: Groups of which the store cannot tell that they are settled.
 
     Raises:
         JournalFullError, StoreUnavailableError: The disk is full, or fails otherwise.
@@ -118,14 +94,15 @@ class Journal:
         retention_s: Callable[[], float],
     ) -> None:
         self.folder = folder
-        self._space = space
+        self.space = space
+        self.settled_groups = SettledGroups(folder)
         self._segment_bytes = segment_bytes
         self._retention_s = retention_s
         self._appending = threading.Lock()
         self._sweeping = threading.Lock()
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
-        self._file: BinaryIO | None = None  # of the last segment, while it is written
+        self._file: BinaryIO | None = None  # the last segment's, while it is open
         self._writer: Any = None
         self._next_number = 0
         try:
@@ -134,10 +111,10 @@ class Journal:
             raise _disk_error(error) from None
 
     def recover(self) -> list[JournaledGroup]:
-        """Reads what an earlier process left; call it before the first `append`.
+        """Read what an earlier process left. Call it before the first `append_groups`.
 
         Returns:
-            Its groups, those too that are settled, in the order they were written.
+            Its groups, settled ones included, in the order in which they were written.
         """
         groups: list[JournaledGroup] = []
         for path in self.folder.iterdir():
@@ -154,33 +131,35 @@ class Journal:
             if segment.torn is not None:
                 try:
                     _cut(segment, segment.torn)
-                except OSError as error:  # a full disk: it is not read, so it may stay
+                except OSError as error:  # a full disk: the half is not read, so it may stay
                     log.warning("journal: %s ends in half a group: %s", path, error)
             if not segment.groups:
                 _dispose(segment, kept=False)
                 continue
-            sync_path(str(path))  # its writer may have died before that
+            sync_path(path)  # its writer may have died before it did
             mend_notes(segment.notes)
             segment.unsettled = sum(not group.settled for group in segment.groups)
             if not segment.unsettled:
-                segment.num_bytes = 0  # takes no room from others: it goes at the next sweep
+                segment.num_bytes = 0  # the next sweep deletes it, so it takes no room from others
             self._segments.append(segment)
-            self._space.add(segment.num_bytes)
+            self.space.add_bytes(segment.num_bytes)
             groups += segment.groups
         for notes in self.folder.glob(f"*{SETTLED}"):
             if not notes.with_suffix(WAITING).exists():
                 notes.unlink()
-        sync_path(str(self.folder))
+        sync_path(self.folder)
         return groups
 
-    def append(
+    def append_groups(
         self, groups: Sequence[tuple[GroupInfo, pa.RecordBatch]], schema: pa.Schema
     ) -> list[JournaledGroup]:
-        """Writes groups of one schema and syncs them: afterwards they survive a power loss.
+        """Write groups of one schema and sync them, so that they survive a power loss.
+
+        If it fails, nothing of these groups is kept.
 
         Raises:
-            JournalFullError: The disk is full; nothing of these groups is kept.
-            OSError: The disk fails otherwise; the same.
+            JournalFullError: The disk is full.
+            OSError: The disk fails otherwise.
         """
         with self._appending:
             try:
@@ -194,7 +173,7 @@ class Journal:
     def _append(
         self, groups: Sequence[tuple[GroupInfo, pa.RecordBatch]], schema: pa.Schema
     ) -> list[JournaledGroup]:
-        segment, file = self._current(schema)
+        segment, file = self._open_segment(schema)
         written: list[JournaledGroup] = []
         for info, batch in groups:
             offset = file.tell()
@@ -207,14 +186,14 @@ class Journal:
             segment.num_bytes += grown
             segment.groups += written
             segment.unsettled += len(written)
-        self._space.add(grown)
+        self.space.add_bytes(grown)
         return written
 
-    def settle(self, group: JournaledGroup) -> None:
-        """The group is stored for good: its segment goes when all its groups have gone."""
+    def settle_group(self, group: JournaledGroup) -> None:
+        """Note that a group needs not be sent again; its segment is deleted with its last group."""
         segment = group.segment
         failure: OSError | None = None
-        if group.info.upsert:  # a disk may keep this note and not those that were written before
+        if group.info.upsert:  # a disk may keep this note and lose earlier ones
             try:
                 self.sync_notes(before=segment)
             except OSError as error:
@@ -223,10 +202,10 @@ class Journal:
             segment.unsettled -= 1
             group.settled = True
             done = segment.unsettled == 0
-            segment.note(group)
+            segment.note_settled(group)
             try:
                 if failure is not None:
-                    raise failure  # it is written with the next
+                    raise failure  # the note is written with the next one
                 segment.write_notes()
             except OSError as error:
                 log.warning("journal: %s cannot be written: %s", segment.notes, error)
@@ -234,10 +213,10 @@ class Journal:
             self.sweep()
 
     def sync_notes(self, before: Segment | None = None) -> None:
-        """Afterwards nothing that is settled comes back, whatever dies.
+        """Sync notes, so that no settled group comes back after a power loss.
 
         Args:
-            before: Only what is in earlier segments.
+            before: Only the notes of segments before this one.
 
         Raises:
             OSError: The disk does not take the notes.
@@ -249,7 +228,7 @@ class Journal:
             self._sync_notes(segments)
 
     def sweep(self) -> None:
-        """Deletes the segments of which nothing waits, but the open one; the oldest first."""
+        """Delete segments without waiting groups, the oldest first, except the open one."""
         with self._sweeping:
             with self._lock:
                 last = self._segments[-1] if self._file is not None else None
@@ -259,55 +238,66 @@ class Journal:
             try:
                 retention_s = self._retention_s()
             except FletcherError:
-                return  # left by an earlier process, and the store is not there to be asked
+                return  # an earlier process left them, and the store does not answer yet
             for segment in done:
                 try:
-                    self._dispose(segment, retention_s)
+                    self._delete(segment, retention_s)
                 except OSError:
                     log.exception("journal: %s cannot be deleted", segment.path)
                     return
 
-    def waiting(self) -> list[JournaledGroup]:
-        """Groups that are not settled, in the order they were written."""
+    def forget_settled(self) -> None:
+        """Prepare the journal for a dataset that is about to be emptied.
+
+        Raises:
+            OSError: The disk does not take the notes.
+        """
+        self.close()
+        self.sweep()
+        self.sync_notes()
+        self.settled_groups.clear()
+
+    def waiting_groups(self) -> list[JournaledGroup]:
+        """Groups that are not settled, in the order in which they were written."""
         with self._lock:
             return [one for seg in self._segments for one in seg.groups if not one.settled]
 
-    def reject(self, group: JournaledGroup, reason: str) -> None:
-        """Keeps a group that the store refused for good for a person to find; settle it after."""
+    def reject_group(self, group: JournaledGroup, reason: str) -> None:
+        """Copy a group that the store refused for good to a file for a person; settle it after."""
         info = group.info
         name = f"{group.segment.path.stem}-{info.upload_id}-{info.first}-{info.last}{REJECTED}"
-        batch = group.load()
+        batch = group.read_batch()
         with (self.folder / name).open("wb") as file:
             with pa.ipc.new_stream(file, group.schema) as writer:
                 writer.write_batch(batch, custom_metadata=group_metadata(info, batch))
             file.flush()
             os.fsync(file.fileno())
-        sync_path(str(self.folder))
+        sync_path(self.folder)
         log.error("journal: %s: rows were refused by the store: %s", self.folder / name, reason)
 
     def close(self) -> None:
-        """Closes the open segment, and deletes it where nothing in it is needed any more."""
+        """End the open segment, and delete it if nothing in it is needed any more."""
         with self._appending:
-            self._roll()
+            self._end_segment()
 
-    def leave(self) -> None:
-        """The journal is closed and used no more: who opens it again counts what is left."""
-        self._space.add(-self.num_bytes)
+    def release_space(self) -> None:
+        """Stop counting what is left in a closed journal: whoever opens it next counts it."""
+        self.space.add_bytes(-self.num_bytes)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk."""
+        """Size on disk."""
         with self._lock:
             return sum(segment.num_bytes for segment in self._segments)
 
-    def _current(self, schema: pa.Schema) -> tuple[Segment, BinaryIO]:
+    def _open_segment(self, schema: pa.Schema) -> tuple[Segment, BinaryIO]:
         if self._file is not None:
             segment = self._segments[-1]
             if segment.num_bytes < self._segment_bytes and segment.schema.equals(
                 schema, check_metadata=True
             ):
                 return segment, self._file
-            self._roll()
+            self._end_segment()
         path = self.folder / f"{self._next_number:012d}{WAITING}"
         self._next_number += 1
         segment = Segment(path, schema)
@@ -316,11 +306,10 @@ class Journal:
             self._file = file
             self._segments.append(segment)
         self._writer = pa.ipc.new_stream(file, schema)
-        sync_path(str(self.folder))
+        sync_path(self.folder)
         return segment, file
 
-    def _roll(self) -> None:
-        """Ends the open segment."""
+    def _end_segment(self) -> None:
         with self._lock:
             file, self._file = self._file, None
             if file is None:
@@ -329,17 +318,17 @@ class Journal:
             file.close()
         self.sweep()
 
-    def _dispose(self, segment: Segment, retention_s: float) -> None:
+    def _delete(self, segment: Segment, retention_s: float) -> None:
         with self._lock:
             earlier = self._segments[: self._segments.index(segment)]
         now = time.time()
-        # What it replaced may be in earlier ones: they must not be sent again without it.
+        # Earlier segments may hold what its rows replaced, which must not be sent again alone.
         self._sync_notes(earlier)
         _dispose(segment, kept=retention_s > 0)
-        sync_path(str(self.folder))
-        with self._lock:  # only now: what failed is tried again
+        sync_path(self.folder)
+        with self._lock:  # only now, so that a failed deletion is tried again
             self._segments.remove(segment)
-        self._space.add(-segment.num_bytes)
+        self.space.add_bytes(-segment.num_bytes)
         segment.notes.unlink(missing_ok=True)
         for path in self.folder.glob(f"*{SENT}"):
             with contextlib.suppress(FileNotFoundError):
@@ -353,34 +342,34 @@ class Journal:
                 segment.write_notes()
                 num_notes = segment.num_notes
             if segment.num_synced < num_notes:
-                sync_path(str(segment.notes))
+                sync_path(segment.notes)
                 synced.append((segment, num_notes))
         if synced:
-            sync_path(str(self.folder))  # the names, too
+            sync_path(self.folder)  # their names
         for segment, num_notes in synced:
             segment.num_synced = num_notes
 
     def _undo(self) -> None:
-        """Cuts off what was written of groups that will not be acknowledged."""
+        """Cut off groups that were written in part and will not be acknowledged."""
         if self._file is None:
-            return  # not even a new segment could be made
+            return  # no segment could be made
         segment = self._segments[-1]
-        self._roll()  # which may write what is buffered still
+        self._end_segment()  # this may write what is still buffered
         with contextlib.suppress(OSError):
             os.truncate(segment.path, segment.num_bytes)
-            sync_path(str(segment.path))
+            sync_path(segment.path)
 
 
 def _disk_error(error: OSError) -> FletcherError:
     if error.errno in _NO_ROOM:
         return JournalFullError(
-            "the journal's disk is full; try again later", retry_after_ms=_FULL_RETRY_MS
+            "the journal's disk is full; try again later", retry_after_ms=FULL_RETRY_MS
         )
     return StoreUnavailableError(f"the journal's disk fails: {error.strerror}")
 
 
 def _cut(segment: Segment, torn: Damage) -> None:
-    """Cuts off a group that was not written to its end, and keeps what there is of it."""
+    """Move a group that was not written completely to a file of its own."""
     with segment.path.open("r+b") as file:
         file.seek(torn.offset)
         segment.path.with_suffix(TORN).write_bytes(file.read())
@@ -390,9 +379,9 @@ def _cut(segment: Segment, torn: Damage) -> None:
 
 
 def _dispose(segment: Segment, *, kept: bool) -> None:
-    """What becomes of a segment of which nothing waits any more."""
+    """Delete, keep or set aside a segment without waiting groups."""
     path = segment.path
-    with contextlib.suppress(FileNotFoundError):  # it was done before, and something else failed
+    with contextlib.suppress(FileNotFoundError):  # done before, and something else failed
         if segment.damage:
             path.rename(path.with_suffix(DAMAGED))
         elif kept and segment.groups:

@@ -1,58 +1,91 @@
-"""A home's journals: which there are, who has them, and what makes their files wait again."""
+"""The folder of all journals of a server: its lock, its contents and its size limit."""
 
 from __future__ import annotations
 
-import fcntl
-import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from fletcher.delivery.journal.segment import REJECTED, SENT, WAITING
-from fletcher.errors import ConfigError
+from fletcher.errors import ConfigError, JournalFullError
 from fletcher.util.durable import make_folder, sync_path
+from fletcher.util.locks import FileLock
+
+# Hint to clients of a full journal.
+FULL_RETRY_MS = 1000
+
+
+class JournalSpace:
+    """Size limit of all journals of a server together. Thread-safe.
+
+    Args:
+        max_bytes: The limit.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
+        self._changed = threading.Condition()
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until the journals take less than the limit; False if they still do not."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.used_bytes < self.max_bytes, timeout_s)
+
+    def full_error(self) -> JournalFullError:
+        """Error for a group that cannot be journaled now."""
+        return JournalFullError(
+            f"the journal holds {self.used_bytes} of at most {self.max_bytes} bytes, and the store "
+            "takes no rows; try again later",
+            retry_after_ms=FULL_RETRY_MS,
+        )
+
+    def add_bytes(self, num_bytes: int) -> None:
+        """Count bytes that were written, or (negative) deleted."""
+        with self._changed:
+            self.used_bytes += num_bytes
+            self._changed.notify_all()
 
 
 def journal_folders(root: Path) -> Iterator[tuple[str, str, Path]]:
-    """Store's folder, dataset and folder of each journal under `root`."""
+    """The store's folder name, the dataset and the folder of each journal under `root`."""
     for store in sorted(path for path in root.glob("*") if path.is_dir()):
         for folder in sorted(path for path in store.glob("*") if path.is_dir()):
             yield store.name, folder.name, folder
 
 
 def revive_segments(folder: Path) -> int:
-    """Makes sent and rejected segments wait again, as new ones behind the others; how many."""
+    """Make sent and rejected segments of a journal wait again, behind the others.
+
+    Returns:
+        Number of segments.
+    """
     used = [int(path.stem.partition("-")[0]) for path in folder.glob("0*")]
     number = max(used, default=-1) + 1
     again = sorted(path for path in folder.iterdir() if path.suffix in (SENT, REJECTED))
     for path in again:
         path.rename(folder / f"{number:012d}{WAITING}")
         number += 1
-    sync_path(str(folder))
+    sync_path(folder)
     return len(again)
 
 
-def lock_journal(folder: Path) -> int:
-    """Takes the journal for this process until the descriptor that is returned is closed.
+def lock_journal(root: Path) -> FileLock:
+    """Lock the folder of all journals for this process, until the lock is released.
 
     Raises:
-        ConfigError: The folder cannot be used, or another process has it.
+        ConfigError: The folder cannot be used, or another process holds it.
     """
+    remedy = "give another `home`, or `--max-journal 0` to go without a journal"
     try:
-        make_folder(folder)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        make_folder(root)
+        return FileLock(root / ".lock", mode=0o600)
+    except BlockingIOError:
+        raise ConfigError(
+            f"another server uses the journal in {str(root)!r}; {remedy}", field="home"
+        ) from None
     except OSError as error:
         raise ConfigError(
-            f"the journal's folder {str(folder)!r} cannot be written: {error.strerror}; give "
-            "another `home`, or `--max-journal 0` to go without a journal",
+            f"the journal's folder {str(root)!r} cannot be written: {error.strerror}; {remedy}",
             field="home",
         ) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise ConfigError(
-            f"another server uses the journal in {str(folder)!r}; give each its own `home`, or "
-            "`--max-journal 0` to go without a journal",
-            field="home",
-        ) from None
-    return descriptor

@@ -1,13 +1,15 @@
-"""A file of journaled groups, as it is on disk: written, read and checked.
+"""A journal file: an Arrow IPC stream of groups, as it is written, read and checked.
 
-A segment is an Arrow IPC stream of one schema. A record batch in it is a group of rows of one
-upload; its custom metadata says which upload and rows, and a CRC-32 over it all. Reading goes on
-behind what is damaged: messages begin at multiples of eight with a marker, and the checksum tells
-a group from what only looks like one. A segment whose beginning is unreadable is read by the schema
-of another one of its dataset.
+A segment has one schema. Each of its record batches is a group of rows of one upload; the batch's
+custom metadata holds the upload, the rows and a CRC-32 over all of it. Reading continues behind
+damaged bytes: messages begin at multiples of eight with a marker, and the checksum proves a group.
+A segment with an unreadable beginning is read by the schema of another segment of its dataset.
 
-Which of its groups are stored already is noted beside it, in `N.settled`: where each ends, as eight
-bytes, in the order in which they were settled.
+The file `N.settled` beside it lists the groups that are stored: the end of each in the segment, as
+eight bytes, in the order in which they were settled.
+
+No library is used: those for write-ahead logs do not write Arrow, and an Arrow stream reader ends
+at the first damaged byte.
 """
 
 from __future__ import annotations
@@ -46,15 +48,15 @@ _CLAIM = re.compile(rb'\{"upload_id": "([\w-]+)", "first": (\d+), "last": (\d+)'
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """What a group is, as its custom metadata says.
+    """Identity of a group.
 
     Attributes:
-        upload_id: Its upload.
-        first: Offset of its first row in the upload.
-        last: Offset of its last row.
-        failed: Rows with a null vector, by their place in the group.
-        upsert: It replaces rows by id.
-        unsent: Rows that the store does not get, by their place: duplicates of others.
+        upload_id: The upload.
+        first: Offset of the first row in the upload.
+        last: Offset of the last row.
+        failed: Places of rows with a null vector.
+        upsert: The rows replace others by id.
+        excluded: Places of rows that are not stored, such as duplicates.
     """
 
     upload_id: str
@@ -62,12 +64,32 @@ class GroupInfo:
     last: int
     failed: tuple[int, ...] = ()
     upsert: bool = False
-    unsent: tuple[int, ...] = ()
+    excluded: tuple[int, ...] = ()
 
     @property
     def num_rows(self) -> int:
-        """How many rows it has."""
+        """Number of uploaded rows."""
         return self.last - self.first + 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields of the file format, in the order on which the checksum depends."""
+        fields = dataclasses.asdict(self)
+        fields["unsent"] = fields.pop("excluded")
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> GroupInfo:
+        """Read what `to_json` returned.
+
+        Raises:
+            TypeError: A field is missing or unknown.
+        """
+        # JSON turns tuples into lists.
+        values: dict[str, Any] = {
+            name: tuple(one) if isinstance(one, list) else one for name, one in fields.items()
+        }
+        excluded = values.pop("unsent", ())
+        return cls(**values, excluded=excluded)
 
     def __str__(self) -> str:
         return f"{self.upload_id}:{self.first}-{self.last}"
@@ -75,12 +97,12 @@ class GroupInfo:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Bytes that are no whole and right group.
+    """Bytes that are no complete and correct group.
 
     Attributes:
-        offset: Where they begin.
-        num_bytes: How many there are.
-        groups: What they held by their own account, which nothing proves; empty: they do not say.
+        offset: Offset of the first byte in the file.
+        num_bytes: Number of bytes.
+        groups: Groups that the bytes name, unproven; empty: they name none.
     """
 
     offset: int
@@ -105,20 +127,20 @@ class JournaledGroup:
 
     @property
     def end(self) -> int:
-        """Where it ends in its file: by that it is known in the notes beside it."""
+        """Offset of its end in the file, which identifies it in the notes."""
         return self.offset + self.num_bytes
 
-    def load(self) -> pa.RecordBatch:
-        """Its rows, read and not mapped: a disk that fails is an error then, and no signal.
+    def read_batch(self) -> pa.RecordBatch:
+        """Read its rows. The file is not mapped, so that a failing disk is an error, not a signal.
 
         Raises:
-            InternalError: The file does not hold what was written.
+            InternalError: The file does not hold the group any more.
         """
         try:
             with pa.OSFile(str(self.segment.path)) as file:
                 file.seek(self.offset)
                 message = pa.ipc.read_message(file)
-                if message.type == "schema":  # written along with a segment's first group
+                if message.type == "schema":  # it precedes the first group of a segment
                     message = pa.ipc.read_message(file)
                 return pa.ipc.read_record_batch(message, self.schema)
         except _UNREADABLE as error:
@@ -127,17 +149,17 @@ class JournaledGroup:
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """A file of groups.
+    """A journal file and its groups.
 
     Attributes:
-        num_bytes: Its length, without a torn end.
-        unsettled: Groups that are not stored yet.
-        groups: Whole and right ones.
-        damage: What else is in it.
-        torn: Its end, where that is a group that was not written to its end: never acknowledged.
-        unnoted: What is still to be written to the notes of what is settled.
-        num_notes: How many there are, written or not.
-        num_synced: How many of them survive a power loss.
+        num_bytes: Length of the file, without a torn end.
+        unsettled: Number of groups that are not stored yet.
+        groups: Complete and correct groups.
+        damage: Other bytes in the file.
+        torn: Bytes at the end of a group that was not written completely, and never acknowledged.
+        unwritten_notes: Notes that are still to be written.
+        num_notes: Number of notes, written or not.
+        num_synced: Number of notes that survive a power loss.
     """
 
     path: Path
@@ -147,52 +169,52 @@ class Segment:
     groups: list[JournaledGroup] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
     torn: Damage | None = None
-    unnoted: bytes = b""
+    unwritten_notes: bytes = b""
     num_notes: int = 0
     num_synced: int = 0
 
     @property
     def notes(self) -> Path:
-        """The file that says which groups are settled."""
+        """The file that lists the settled groups."""
         return self.path.with_suffix(SETTLED)
 
-    def note(self, group: JournaledGroup) -> None:
-        """Notes that a group is settled, for `write_notes`."""
-        self.unnoted += _NOTE.pack(group.end)
+    def note_settled(self, group: JournaledGroup) -> None:
+        """Add a note for `write_notes`."""
+        self.unwritten_notes += _NOTE.pack(group.end)
         self.num_notes += 1
 
     def write_notes(self) -> None:
-        """Writes what of the notes is not written, and does not sync it.
+        """Write the notes that are not written yet, without a sync.
 
         Raises:
-            OSError: It could not be written, and will be the next time.
+            OSError: They cannot be written; the next call tries again.
         """
-        if self.unnoted:
+        if self.unwritten_notes:
             with self.notes.open("ab", buffering=0) as file:
-                self.unnoted = self.unnoted[file.write(self.unnoted) :]
+                self.unwritten_notes = self.unwritten_notes[file.write(self.unwritten_notes) :]
 
 
 def read_notes(path: Path) -> list[int]:
-    """Where the groups end that a segment's notes call settled, as far as they are whole."""
+    """Ends of settled groups by the complete notes in a file."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
     whole = data[: len(data) // _NOTE.size * _NOTE.size]
-    # After a power loss a file may have its length and not its bytes: none ends at 0.
+    # After a power loss a file may have its length but not its bytes; no group ends at 0.
     return list(itertools.takewhile(bool, (end for (end,) in _NOTE.iter_unpack(whole))))
 
 
 def mend_notes(path: Path) -> None:
-    """Cuts off what is not whole, before more is written behind it."""
+    """Cut off incomplete notes, before others are written behind them."""
     with contextlib.suppress(FileNotFoundError):
         os.truncate(path, _NOTE.size * len(read_notes(path)))
 
 
 def read_segments(paths: Iterable[Path]) -> Iterator[tuple[Path, Segment | Damage]]:
-    """Segments of one dataset as they are on disk, those that are hard to read last.
+    """Read the segments of one dataset; those with an unreadable beginning come last.
 
-    Files that go away meanwhile are left out. Damage: nothing in the file is readable.
+    Files that disappear meanwhile are left out. Damage stands for a file without a readable group.
     """
     schemas: list[pa.Schema] = []
     unread: list[Path] = []
@@ -211,19 +233,19 @@ def read_segments(paths: Iterable[Path]) -> Iterator[tuple[Path, Segment | Damag
 
 
 def read_segment(path: Path) -> Segment | Damage:
-    """A segment as it is on disk; Damage: nothing is readable."""
+    """Read one segment; Damage: the file has no readable group."""
     ((_, segment),) = read_segments([path])
     return segment
 
 
 def group_metadata(info: GroupInfo, batch: pa.RecordBatch) -> dict[bytes, bytes]:
-    """What is written with a group."""
-    fields = {**dataclasses.asdict(info), "crc32": _checksum(info, batch)}
+    """Custom metadata of a group's record batch."""
+    fields = {**info.to_json(), "crc32": _checksum(info, batch)}
     return {_KEY: json.dumps(fields).encode()}
 
 
 def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
-    """Reads by the first schema that finds a group, or by the last; None: by the file's own."""
+    """Read by the first schema that finds a group, else by the last; None: by the file's own."""
     try:
         data = pa.py_buffer(path.read_bytes())
     except FileNotFoundError:
@@ -243,7 +265,7 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
         _scan(found, data, start)
         if found.groups:
             ends = set(read_notes(found.notes))
-            found.num_notes = len(ends)  # not known to be synced
+            found.num_notes = len(ends)  # perhaps not synced
             for group in found.groups:
                 group.settled = group.end in ends
             break
@@ -251,10 +273,10 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
 
 
 def _scan(segment: Segment, data: pa.Buffer, start: int) -> None:
-    """Finds the groups from `start` on, and what lies between them."""
+    """Find the groups from `start` on, and the bytes between them."""
     view, schema = memoryview(data), segment.schema.serialize()
     size = len(view)
-    position = good = start  # behind the last group
+    position = good = start  # `good`: the end of the last group
     while position < size and bytes(view[position : position + 9]) != _END:
         end = _message_end(view, position)
         info = _group(schema, data, position, end) if end is not None and end <= size else None
@@ -276,7 +298,7 @@ def _scan(segment: Segment, data: pa.Buffer, start: int) -> None:
 
 
 def _message_end(view: memoryview, offset: int) -> int | None:
-    """Where the message at `offset` ends by its own account; None: none begins there.
+    """End of the message at `offset` by its own header; None: no message begins there.
 
     https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format
     """
@@ -287,7 +309,7 @@ def _message_end(view: memoryview, offset: int) -> int | None:
             return None
         if body > len(view):
             return body
-        # The flatbuffer `Message`: `bodyLength` is its fourth field.
+        # `bodyLength` is the fourth field of the flatbuffer `Message`.
         table = offset + 8 + struct.unpack_from("<I", view, offset + 8)[0]
         fields = table - struct.unpack_from("<i", view, table)[0]
         place = struct.unpack_from("<H", view, fields + 4 + 2 * 3)[0]
@@ -298,35 +320,30 @@ def _message_end(view: memoryview, offset: int) -> int | None:
 
 
 def _next_message(view: memoryview, offset: int) -> int:
-    """Where the next message may begin; the end where none does."""
+    """Offset at which the next message may begin; the file's end if there is none."""
     places = (match.start() for match in _ANY_MARKER.finditer(view, offset))
     return next((place for place in places if place % 8 == 0), len(view))
 
 
 def _group(schema: pa.Buffer, data: pa.Buffer, offset: int, end: int) -> GroupInfo | None:
-    """The group in these bytes; None where they are none, or not as they were written."""
+    """The group in these bytes; None if they are no group, or changed since they were written."""
     try:
         with pa.ipc.open_stream(schema.to_pybytes() + data[offset:end].to_pybytes()) as reader:
             batch, metadata = reader.read_next_batch_with_custom_metadata()
         fields = json.loads(metadata[_KEY])
         crc = fields.pop("crc32")
         batch.validate(full=True)
-        info = GroupInfo(**{name: _untupled(value) for name, value in fields.items()})
-        # A row may be several, its chunks.
+        info = GroupInfo.from_json(fields)
+        # A chunked row is several rows of the batch.
         right = _checksum(info, batch) == crc and info.num_rows <= batch.num_rows
     except (*_UNREADABLE, StopIteration, ValueError, KeyError, TypeError):
         return None
     return info if right else None
 
 
-def _untupled(value: Any) -> Any:
-    """What JSON made of a tuple, as a tuple again."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _checksum(info: GroupInfo, batch: pa.RecordBatch) -> int:
-    """CRC-32 over all that a group is: its place in the upload, its columns, its rows."""
-    head = json.dumps(dataclasses.asdict(info)).encode() + batch.schema.serialize().to_pybytes()
+    """CRC-32 over a group's identity, schema and rows."""
+    head = json.dumps(info.to_json()).encode() + batch.schema.serialize().to_pybytes()
     return zlib.crc32(batch.serialize(), zlib.crc32(head))
 
 
@@ -337,7 +354,7 @@ def _damage(data: pa.Buffer, start: int, end: int) -> Damage:
 
 
 def _is_torn(view: memoryview, offset: int) -> bool:
-    """Whether a file ends as one does whose writer died: in half a message, or in zeros."""
+    """Whether a file ends in half a message or in zeros, as after a crash of its writer."""
     rest = bytes(view[offset:])
     if len(rest) < 8:
         return _MARKER.startswith(rest[:4]) or not rest.strip(b"\0")

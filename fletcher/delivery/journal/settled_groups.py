@@ -1,9 +1,9 @@
-"""Groups that are settled and of which the store cannot tell later.
+"""Groups that need not be sent again although the store cannot tell.
 
-It got none of their rows: all were duplicates, or all failed. Or not all, and it counts them. Or
-they replace others by id, and may be replaced: a group that went so, sent again, would replace what
-replaced it. So a file beside the dataset's journal tells of them, and a client whose rows were
-acknowledged finds them so after a restart. Batch keys, a line each.
+The store got none of their rows, because all were duplicates or failed; or it got some, and counts
+rows to recognize a group; or their rows replace others by id, and may have been replaced since:
+such a group, sent again, would replace newer rows. So a file beside the dataset's journal lists
+their batch keys, one a line, and a client finds these rows acknowledged after a restart.
 """
 
 from __future__ import annotations
@@ -15,55 +15,64 @@ from pathlib import Path
 
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import batch_key, parse_batch_key
-from fletcher.util.durable import sync_path
+from fletcher.util.durable import sync_path, write_atomically
 
 log = logging.getLogger(__name__)
 
-UNSENT = ".unsent"
 _MAX_BYTES = 1 << 20
 _KEPT_UPLOADS = 1000
 
 
 class SettledGroups:
-    """One dataset's file; nothing of it is kept in memory. One thread adds.
+    """One dataset's file of settled groups; nothing of it is kept in memory.
+
+    One thread at a time may add keys.
 
     Args:
-        folder: The dataset's journal.
+        folder: The dataset's journal folder.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / f"groups{UNSENT}"
+        self._path = folder / "groups.unsent"
 
-    def add(self, keys: Iterable[str]) -> None:
-        """Notes groups and syncs that. Raises OSError."""
+    def add_keys(self, keys: Iterable[str]) -> None:
+        """Append batch keys and sync the file.
+
+        Raises:
+            OSError: The disk does not take them.
+        """
         is_new = not self._path.exists()
         with self._path.open("ab") as file:
-            # A line of its own, whatever a crash left of the one before.
+            # Line breaks around each key, because a crash may have cut off the last line.
             file.write("".join(f"\n{key}\n" for key in keys).encode())
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
         if is_new:
-            sync_path(str(self._path.parent))
+            sync_path(self._path.parent)
         if size > _MAX_BYTES:
             try:
-                self._shorten()
-            except OSError as error:  # a full disk: it stays long
+                self._compact()
+            except OSError as error:  # a full disk: the file stays long
                 log.warning("journal: %s cannot be shortened: %s", self._path, error)
 
-    def ranges(self, upload_id: str) -> list[tuple[int, int]]:
-        """Row offsets of an upload that were noted: inclusive (first, last), sorted, merged."""
+    def ranges_of(self, upload_id: str) -> list[tuple[int, int]]:
+        """Row offsets of an upload's settled groups: inclusive (first, last), sorted, merged."""
         found = self._read().get(upload_id)
         return [] if found is None else found.ranges()
 
     def clear(self) -> None:
-        """The dataset is emptied, and duplicates are none any more. Raises OSError."""
+        """Delete the file, because the dataset is about to be emptied.
+
+        Raises:
+            OSError: The file cannot be deleted.
+        """
         if self._path.exists():
             self._path.unlink()
-            sync_path(str(self._path.parent))
+            sync_path(self._path.parent)
 
     def _read(self) -> dict[str, RangeSet]:
-        """By upload, that noted last at the end."""
+        """Ranges by upload; the upload that was added to last is last."""
         found: dict[str, RangeSet] = {}
         try:
             lines = self._path.read_text("utf-8", "replace").splitlines()
@@ -77,15 +86,10 @@ class SettledGroups:
                 found[upload_id] = ranges
         return found
 
-    def _shorten(self) -> None:
-        """Joins ranges, and forgets uploads that others came after."""
+    def _compact(self) -> None:
+        """Join ranges, and forget the uploads that were added to longest ago."""
         kept = list(self._read().items())[-_KEPT_UPLOADS:]
-        short = self._path.with_suffix(".tmp")
-        with short.open("wb") as file:
-            for upload_id, ranges in kept:
-                lines = (f"{batch_key(upload_id, *one)}\n" for one in ranges.ranges())
-                file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        short.replace(self._path)
-        sync_path(str(self._path.parent))
+        lines = (
+            f"{batch_key(upload_id, *one)}\n" for upload_id, found in kept for one in found.ranges()
+        )
+        write_atomically(self._path, "".join(lines))

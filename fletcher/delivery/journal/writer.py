@@ -1,242 +1,334 @@
-"""Brings a dataset's groups into its journal, many with one sync, and from there to its lane.
+"""The thread that makes a dataset's groups durable, many with one sync, before its committer.
 
-What waits here is in memory and not acknowledged; what has passed is on disk and is. A journal that
-is full, or whose disk is, holds groups back: their streams hold their memory, and clients wait. So
-do rows that may be duplicates of rows that the lane has on their way (see `known`).
+Rows that wait here are in memory and not acknowledged; rows that have passed are on disk and are. A
+full journal, or a full disk, holds rows back: their streams hold their memory, and clients wait. So
+do rows that may be duplicates of rows that the committer has pending.
+
+`WriteQueue` decides under the writer's lock; the writer acts without it.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 
+from fletcher.delivery.actions import (
+    CloseSegment,
+    GiveUp,
+    Stop,
+    Unwritten,
+    Wait,
+    Write,
+    shutting_down,
+)
 from fletcher.delivery.committer import Committer
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.groups import Rows
-from fletcher.delivery.journal.journal import Journal, JournalSpace
+from fletcher.delivery.journal.journal import Journal
 from fletcher.delivery.journal.segment import GroupInfo, JournaledGroup
+from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InternalError, JournalFullError, StoreUnavailableError
-from fletcher.telemetry.tracing import Telemetry
 
 log = logging.getLogger(__name__)
 
-# One sync for this much: enough that its milliseconds are little beside the writing.
+WriterAction = Wait | Write | GiveUp | CloseSegment | Stop
+
+# Rows of one sync: enough that its milliseconds are little beside the time to write them.
 _SYNC_ROWS = 20_000
-_FULL_POLL_S = 0.2
-# A segment that is still open takes room though all its groups are stored: it is ended when nothing
-# more comes for this long. Shorter makes more files, longer keeps room from other datasets.
-_IDLE_S = 1.0
+
+
+class WriteQueue:
+    """State of one journal writer: `decide` says what to do next, `note_outcome` how it went.
+
+    Not thread-safe. All times are of `time.monotonic`.
+
+    Args:
+        patience_s: How long rows that cannot be journaled are tried.
+        timing: Waits.
+
+    Attributes:
+        stopped: Nothing is accepted any more.
+    """
+
+    def __init__(self, patience_s: float, timing: DeliveryTiming) -> None:
+        self.stopped = False
+        self._patience_s = patience_s
+        self._timing = timing
+        self._waiting: deque[Rows] = deque()
+        self._held: list[Rows] = []  # tried before
+        self._next_try = 0.0
+        self._deadline = 0.0
+        self._needs_room = False
+        self._failed: GiveUp | None = None
+        self._holds_rows = False
+        self._close_at = math.inf  # for the open segment
+
+    def append_rows(self, rows: Rows) -> None:
+        """Queue a group."""
+        self._waiting.append(rows)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no rows wait or are being written."""
+        return not (self._waiting or self._held or self._failed or self._holds_rows)
+
+    def decide(self, now: float) -> WriterAction:
+        """The next action; report its outcome, except of Wait and Stop."""
+        action = self._next_action(now)
+        self._holds_rows = isinstance(action, Write | GiveUp)
+        return action
+
+    def note_outcome(self, action: WriterAction, outcome: Unwritten | None, now: float) -> None:
+        """Learn how an action went.
+
+        Args:
+            action: The action.
+            outcome: Of rows that were not written; None: all is done.
+            now: Current time.
+        """
+        self._holds_rows = False
+        if isinstance(action, Write):
+            self._close_at = now + self._timing.segment_idle_s
+            self._held = []
+            if outcome is None:
+                pass
+            elif outcome.retryable and now <= self._deadline:
+                self._held = outcome.rows
+                self._next_try = now + self._timing.journal_poll_s
+                self._needs_room = True
+            else:
+                self._failed = GiveUp(outcome.rows, outcome.error)
+
+    def _next_action(self, now: float) -> WriterAction:
+        if self.stopped:
+            rows = [*(self._failed.rows if self._failed else ()), *self._held, *self._waiting]
+            self._failed, self._held = None, []
+            self._waiting.clear()
+            return Stop(rows)
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            return failed
+        if self._held:
+            return self._retry(now)
+        if self._waiting:
+            self._deadline = now + self._patience_s
+            return Write(self._take_rows())
+        if self._close_at <= now:
+            self._close_at = math.inf
+            return CloseSegment()
+        return Wait(self._close_at)
+
+    def _retry(self, now: float) -> WriterAction:
+        """Try rows again after a pause; first make room: rows of the open segment may be stored."""
+        if self._needs_room:
+            self._needs_room = False
+            return CloseSegment(flush=True)
+        return Write(self._held) if self._next_try <= now else Wait(self._next_try)
+
+    def _take_rows(self) -> list[Rows]:
+        """Take the oldest groups of one schema and one kind of key that are worth one sync."""
+        taken: list[Rows] = []
+        num_rows = 0
+        while self._waiting:
+            rows = self._waiting[0]
+            num_rows += rows.num_rows
+            if taken and (
+                num_rows > _SYNC_ROWS
+                or rows.schema != taken[0].schema
+                or rows.upload.dedupe_by != taken[0].upload.dedupe_by
+            ):
+                break
+            taken.append(self._waiting.popleft())
+        return taken
 
 
 class JournalWriter:
-    """A dataset's journal and its thread.
+    """One of a dataset's journal writers and its thread, which starts with the first rows.
 
     Args:
-        journal: The dataset's; recovered.
-        space: What all journals share.
-        lane: Where groups go from here.
-        known: What the dataset holds.
+        journal: The dataset's journal; recovered.
+        committer: Takes the groups once they are on disk.
+        dedupe_index: The dataset's dedupe index.
         patience_s: How long a full journal, or the right to decide what is a duplicate, is waited
-            for before an upload gets an error.
-        telemetry: Where durations go.
+            for before an upload fails.
+        timing: Waits.
     """
 
     def __init__(
         self,
         journal: Journal,
-        space: JournalSpace,
         committer: Committer,
-        known: DedupeIndex,
-        *,
+        dedupe_index: DedupeIndex,
         patience_s: float,
-        telemetry: Telemetry,
+        timing: DeliveryTiming,
     ) -> None:
         self._journal = journal
-        self._space = space
         self._committer = committer
-        self._known = known
-        self._patience_s = patience_s
-        self._telemetry = telemetry
+        self._dedupe_index = dedupe_index
+        self._timing = timing
+        self._dataset = committer.destination.dataset
         self._changed = threading.Condition()
-        self._pending: deque[Rows] = deque()
-        self._writing = False
-        self._journaling = threading.Lock()  # from the choice of what is wanted till it is on disk
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None  # from the first group on
+        self._queue = WriteQueue(patience_s, timing)
+        # Held from the check whether rows are still wanted until they are on disk.
+        self._writing = threading.Lock()
+        self._thread: threading.Thread | None = None
 
-    def submit_rows(self, group: Rows) -> None:
-        """Queues a group; never blocks, the streams' allowances bound what can be here."""
+    def submit_rows(self, rows: Rows) -> None:
+        """Queue a group. Never blocks: the streams' allowances bound what is queued."""
         with self._changed:
-            closing = self._closing.is_set()
-            if not closing:
-                self._pending.append(group)
+            stopped = self._queue.stopped
+            if not stopped:
+                self._queue.append_rows(rows)
                 self._changed.notify_all()
                 if self._thread is None:
-                    name = f"outbox-{self._committer.dataset}"
+                    name = f"journal-writer-{self._dataset}"
                     self._thread = threading.Thread(target=self._run, name=name, daemon=True)
                     self._thread.start()
-        if closing:
-            self._give_up([group], _shutting_down())
+        if stopped:
+            _give_up([rows], shutting_down())
 
     def wait_written(self, timeout_s: float) -> bool:
-        """Waits until nothing comes any more of uploads that failed before; False: it still may."""
-        written = self._journaling.acquire(timeout=timeout_s)
+        """Wait until no rows of earlier failed uploads are being written; False: some may be."""
+        written = self._writing.acquire(timeout=timeout_s)
         if written:
-            self._journaling.release()
+            self._writing.release()
         return written
 
     @property
     def idle(self) -> bool:
-        """Nothing waits to be journaled."""
+        """Whether no rows wait or are being written."""
         with self._changed:
-            return not self._pending and not self._writing
+            return self._queue.idle
 
     def close(self) -> None:
-        """Ends the thread; what was not journaled is given up."""
+        """End the thread after its current write; rows that wait are given up."""
         with self._changed:
-            self._closing.set()
+            self._queue.stopped = True
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:
             thread.join()
 
+    # What follows is called on the writer's thread only.
+
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(self._something_to_do, _IDLE_S)
-                taken = self._take()
-                self._writing = bool(taken)
-                if self._closing.is_set():
-                    taken += self._pending
-                    self._pending.clear()
-                    self._writing = False
-                    break
-            if not taken:
-                self._journal.close()
-                with self._changed:
-                    self._changed.wait_for(self._something_to_do)
-                continue
-            try:
-                self._write(taken)
-            except FletcherError as error:
-                self._give_up(taken, error)
-            except Exception:
-                log.exception("journaling for `%s` failed", self._committer.dataset)
-                self._give_up(taken, InternalError("the journal failed; the log has more"))
-            with self._changed:
-                self._writing = False
-                self._changed.notify_all()
-        self._give_up(taken, _shutting_down())
-
-    def _something_to_do(self) -> bool:
-        return bool(self._pending) or self._closing.is_set()
-
-    def _take(self) -> list[Rows]:
-        """The oldest groups of one schema and known by one, as many as one sync is good for."""
-        taken: list[Rows] = []
-        num_rows = 0
-        while self._pending:
-            group = self._pending[0]
-            full = num_rows + group.num_rows > _SYNC_ROWS and not self._closing.is_set()
-            if taken and (
-                full
-                or group.schema != taken[0].schema
-                or group.upload.dedupe_by != taken[0].upload.dedupe_by
-            ):
+            action = self._next_action()
+            if isinstance(action, Stop):
                 break
-            self._pending.popleft()
-            taken.append(group)
-            num_rows += group.num_rows
-        return taken
+            outcome = self._carry_out(action)
+            with self._changed:
+                self._queue.note_outcome(action, outcome, time.monotonic())
+                self._changed.notify_all()
+        _give_up(action.rows, shutting_down())
 
-    def _write(self, taken: list[Rows]) -> None:
-        """Journals the rows; those that stay in `taken` where it fails are to be given up."""
-        deadline = time.monotonic() + self._patience_s
-        while True:
-            try:
-                has_room = self._space.wait_for_room(_FULL_POLL_S)
-                with self._journaling:
-                    # Each time: this may take long, and who sends them again be here already.
-                    taken[:] = self._wanted(taken)
-                    if not taken:
-                        return
-                    if not has_room:
-                        raise self._space.full()
-                    with self._known.deciding(taken, wait_s=_FULL_POLL_S) as decided:
-                        self._journal_all(decided)
-            except (JournalFullError, StoreUnavailableError):
-                if self._closing.is_set() or time.monotonic() > deadline:
-                    raise
-                self._journal.close()  # its open segment may be what takes the room
-                self._committer.flush()
-                self._closing.wait(_FULL_POLL_S)
-            else:
-                return
+    def _next_action(self) -> WriterAction:
+        with self._changed:
+            while True:
+                action = self._queue.decide(time.monotonic())
+                if not isinstance(action, Wait):
+                    return action
+                left_s = action.until - time.monotonic()
+                self._changed.wait(left_s if left_s < math.inf else None)
 
-    def _wanted(self, taken: Sequence[Rows]) -> list[Rows]:
-        """Without rows of failed uploads: their clients were told, and send them again."""
-        wanted: list[Rows] = []
-        for group in taken:
-            if group.upload.failure is None:
-                wanted.append(group)
-            else:
-                group.released()
-        return wanted
+    def _carry_out(self, action: WriterAction) -> Unwritten | None:
+        match action:
+            case Write(rows):
+                return self._write(rows)
+            case GiveUp(rows, error):
+                _give_up(rows, error)
+            case CloseSegment(flush):
+                self._journal.close()
+                if flush:
+                    self._committer.flush()
+        return None
 
-    def _journal_all(self, groups: Sequence[Rows]) -> None:
-        with self._telemetry.stage_duration.time(stage="journal"):
-            journaled = self._journal.append(
-                [(_info(group), group.load()) for group in groups], groups[0].schema
+    def _write(self, rows: list[Rows]) -> Unwritten | None:
+        wanted = rows
+        try:
+            has_room = self._journal.space.wait_for_room(self._timing.journal_poll_s)
+            with self._writing:
+                # Checked each time: a try may take long, and the client may send the rows again.
+                wanted = _release_abandoned(rows)
+                if not wanted:
+                    return None
+                if not has_room:
+                    raise self._journal.space.full_error()
+                poll_s = self._timing.journal_poll_s
+                with self._dedupe_index.deciding(wanted, wait_s=poll_s) as decided:
+                    self._journal_groups(decided)
+        except FletcherError as error:
+            retryable = isinstance(error, JournalFullError | StoreUnavailableError)
+            return Unwritten(wanted, error, retryable)
+        except Exception:
+            log.exception("journaling for `%s` failed", self._dataset)
+            failure = InternalError("the journal failed; the server's log has the cause")
+            return Unwritten(wanted, failure, retryable=False)
+        return None
+
+    def _journal_groups(self, groups: Sequence[Rows]) -> None:
+        with self._committer.destination.telemetry.stage_duration.time(stage="journal"):
+            journaled = self._journal.append_groups(
+                [(_info_of(group), group.load_batch()) for group in groups], groups[0].schema
             )
         for group, on_disk in zip(groups, journaled, strict=True):
-            self._known.add(group)
-            # Before it is acknowledged: what its client sends then goes to the store behind it.
-            self._committer.submit_rows(from_journal(group.upload, on_disk, self._journal))
+            self._dedupe_index.add_rows(group)
+            # Before the acknowledgement, so that what its client sends then is stored behind it.
+            self._committer.submit_rows(journaled_rows(group.upload, on_disk, self._journal))
             group.upload.secure_rows(group.first, group.last)
-            group.released()
-
-    def _give_up(self, groups: Sequence[Rows], error: FletcherError) -> None:
-        for group in groups:
-            group.upload.fail(error)
-            group.released()
+            group.on_released()
 
 
-def from_journal(
-    upload: Upload, on_disk: JournaledGroup, journal: Journal, *, doubtful: bool = False
+def journaled_rows(
+    upload: Upload, on_disk: JournaledGroup, journal: Journal, *, in_doubt: bool = False
 ) -> Rows:
-    """A journaled group on its way to the store."""
+    """Rows of a journaled group for a committer; `in_doubt`: the store may hold them already."""
     info = on_disk.info
     return Rows(
         upload,
         on_disk.schema,
         info.first,
-        info.last - info.first + 1,
+        info.num_rows,
         on_disk.num_bytes,
         info.failed,
-        on_disk.load,
-        released=functools.partial(journal.settle, on_disk),
+        on_disk.read_batch,
+        on_released=functools.partial(journal.settle_group, on_disk),
         journaled=True,
-        refused=functools.partial(journal.reject, on_disk),
-        doubtful=doubtful,
-        unsent=info.unsent,
+        on_refused=functools.partial(journal.reject_group, on_disk),
+        in_doubt=in_doubt,
+        excluded=info.excluded,
     )
 
 
-def _shutting_down() -> InternalError:
-    return InternalError("the server is shutting down")
-
-
-def _info(group: Rows) -> GroupInfo:
+def _info_of(group: Rows) -> GroupInfo:
     return GroupInfo(
         group.upload.upload_id,
         group.first,
         group.last,
         group.failed,
         group.upload.upsert,
-        group.unsent,
+        group.excluded,
     )
+
+
+def _release_abandoned(rows: Sequence[Rows]) -> list[Rows]:
+    """Release rows of failed uploads: their clients were told, and send them again."""
+    wanted: list[Rows] = []
+    for group in rows:
+        if group.abandoned:
+            group.on_released()
+        else:
+            wanted.append(group)
+    return wanted
+
+
+def _give_up(rows: Sequence[Rows], error: FletcherError) -> None:
+    for group in rows:
+        group.upload.fail(error)
+        group.on_released()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from fletcher.cli import main
-from fletcher.delivery.journal.journal import Journal, JournalSpace
-from fletcher.delivery.journal.root import lock_journal
+from fletcher.delivery.journal.journal import Journal
+from fletcher.delivery.journal.root import JournalSpace, lock_journal
 from fletcher.delivery.journal.segment import GroupInfo
 from fletcher.delivery.journal.settled_groups import SettledGroups
 
@@ -31,9 +30,9 @@ def leave(folder: Path, *, retention_s: float = 0.0) -> None:
     journal.recover()
     for first in (0, 10):
         batch = pa.record_batch([pa.array(range(first, first + 10), pa.int64())], schema=SCHEMA)
-        (group,) = journal.append([(GroupInfo("u", first, first + 9), batch)], SCHEMA)
+        (group,) = journal.append_groups([(GroupInfo("u", first, first + 9), batch)], SCHEMA)
         if first == 0:
-            journal.settle(group)
+            journal.settle_group(group)
     journal.close()
 
 
@@ -83,7 +82,7 @@ def test_verify_names_the_rows_that_are_damaged_and_changes_nothing(
     before = {path: path.read_bytes() for path in folder.iterdir()}
     lock = lock_journal(folder.parents[1])
     assert main(["journal", "verify"]) == 1
-    os.close(lock)
+    lock.release()
     said = capsys.readouterr().out
     assert "u:10-19" in said
     assert "a server uses this journal" in said
@@ -119,7 +118,7 @@ def test_replay_makes_sent_rows_wait_behind_the_others(
     lock = lock_journal(folder.parents[1])
     assert main(["journal", "replay"]) == 2
     assert "another server" in capsys.readouterr().err
-    os.close(lock)
+    lock.release()
     assert main(["journal", "replay"]) == 0
     assert capsys.readouterr().out.startswith("1 files wait again")
     groups = Journal(
@@ -132,11 +131,11 @@ def test_notes_of_what_is_stored_are_no_file_of_rows(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leave(folder)
-    (folder / "groups.tmp").write_text("u:0-9\n")  # whose writer was killed
+    (folder / ".groups.unsent.tmp").write_text("u:0-9\n")  # whose writer was killed
     journal = Journal(folder, JournalSpace(1 << 30), segment_bytes=1, retention_s=lambda: 0.0)
     (waiting,) = journal.recover()
-    waiting.segment.note(waiting)
+    waiting.segment.note_settled(waiting)
     waiting.segment.write_notes()
-    SettledGroups(folder).add(["u:20-29"])
+    SettledGroups(folder).add_keys(["u:20-29"])
     assert main(["journal", "verify"]) == 0
     assert "1 files, 10 rows: all right" in capsys.readouterr().out

@@ -182,7 +182,7 @@ def test_embed_refuses_what_is_no_array(texts):
                 metadata = {"batch_id": fields["batch_id"], "errors": []}
                 writer.write_with_metadata(batch, json.dumps(metadata).encode())
 
-    refused = pytest.raises(errors.InvalidCommandError, match="`exchange` gives such vectors")
+    refused = pytest.raises(errors.InvalidCommandError, match="`exchange` returns such vectors")
     with Sparse() as server, connect(server.uri) as client, refused:
         client.embed(texts)
 
@@ -509,7 +509,9 @@ def test_an_answer_that_is_none_is_an_error(answer):
 
 
 def test_another_flight_server_is_told_from_fletcher():
-    said = pytest.raises(errors.InvalidCommandError, match=r"no server of Fletcher's.* a store has")
+    said = pytest.raises(
+        errors.InvalidCommandError, match=r"expected a Fletcher server.* a store has"
+    )
     with flight.FlightServerBase("grpc://127.0.0.1:0") as server, said:
         connect(f"grpc://127.0.0.1:{server.port}")
 

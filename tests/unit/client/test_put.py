@@ -88,7 +88,7 @@ def test_whatever_holds_batches_can_be_put(shape):
     ("data", "said"),
     [
         (3, "`data` is a int, "),
-        ([], "a list of nothing, .* an empty Table has a schema"),
+        ([], "a list of nothing, .* pass an empty Table, which has a schema"),
         (["a"], "a list of a str, "),
         ({"text": ["a"]}, r"a dict, .* pyarrow.table\(data\)"),
         ([{"text": "a"}], r"a list of a dict, .* pyarrow.Table.from_pylist\(data\)"),
@@ -197,7 +197,7 @@ def test_a_broken_connection_is_resumed_where_the_server_is(lost, caplog):
         assert stored(server, 500)
         assert server.calls == 3
         assert len({command["upload_id"] for command in server.commands}) == 1
-    assert f"upload {summary.upload_id}: gone; trying again" in caplog.text
+    assert f"upload {summary.upload_id}: gone; retrying" in caplog.text
 
 
 def test_a_call_that_ends_early_without_a_summary_is_resumed():
@@ -331,7 +331,7 @@ def test_a_reply_that_is_none_is_an_error(reply):
         def reply(self, writer, message):
             writer.write(pa.py_buffer(reply))
 
-    said = pytest.raises(errors.InternalError, match="no acknowledgement")
+    said = pytest.raises(errors.InternalError, match="expected an acknowledgement")
     with Babbling() as server, connect(server.uri) as client, said:
         client.put(texts(3), "d")
 

@@ -13,13 +13,12 @@ import pytest
 
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery import committer as committer_module
-from fletcher.delivery import delivery as delivery_module
 from fletcher.delivery import sink as sink_module
 from fletcher.delivery.committer import Committer
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
 from fletcher.delivery.sink import DatasetSink
+from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     ColumnTypeError,
@@ -39,8 +38,10 @@ CONFIG = DeliveryConfig(
 
 
 @contextmanager
-def delivering(store: MemoryStore, config: DeliveryConfig = CONFIG) -> Iterator[Delivery]:
-    delivery = Delivery({"default": store}, config, Telemetry())
+def delivering(
+    store: MemoryStore, config: DeliveryConfig = CONFIG, **timing: float
+) -> Iterator[Delivery]:
+    delivery = Delivery({"default": store}, config, Telemetry(), timing=DeliveryTiming(**timing))
     try:
         yield delivery
     finally:
@@ -246,7 +247,7 @@ def test_a_lane_that_has_ended_refuses_at_once() -> None:
     assert released.wait(5)
     assert isinstance(upload.failure, StoreUnavailableError)
     assert isinstance(
-        committer.committer.open(SCHEMA, "append").exception(5), StoreUnavailableError
+        committer.committer.request_opening(SCHEMA, "append").exception(5), StoreUnavailableError
     )
     with pytest.raises(StoreUnavailableError):
         delivery.open_upload(options(upload_id="late"), SCHEMA)
@@ -254,7 +255,7 @@ def test_a_lane_that_has_ended_refuses_at_once() -> None:
 
 def test_an_append_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Joined texts of 2 GiB overflow the offsets of utf8.
-    monkeypatch.setattr("fletcher.delivery.committer._COMMIT_BYTES", 100)
+    monkeypatch.setattr("fletcher.delivery.commit_queue._COMMIT_BYTES", 100)
     store = MemoryStore()
     with delivering(store) as delivery:
         upload, committer = delivery.open_upload(options(), SCHEMA)
@@ -273,7 +274,7 @@ def test_rows_that_fill_an_append_by_their_bytes_wait_for_no_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Only their number counted: with long texts or wide vectors every append waited for its delay.
-    monkeypatch.setattr("fletcher.delivery.committer._COMMIT_BYTES", 100)
+    monkeypatch.setattr("fletcher.delivery.commit_queue._COMMIT_BYTES", 100)
     store = MemoryStore()
     with delivering(store, dataclasses.replace(CONFIG, group_delay_ms=60000)) as delivery:
         upload, committer = delivery.open_upload(options(), SCHEMA)
@@ -484,7 +485,8 @@ def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
     released = send(committer, upload, 5, 5)
     closer = threading.Thread(target=delivery.close)
     closer.start()
-    committer.committer._closing.wait(5)
+    while not committer.committer._queue.stopped:
+        closer.join(0.001)
     store.gate.set()
     closer.join(30)
     assert released.wait(5)
@@ -500,7 +502,7 @@ def test_an_overwrite_does_not_wait_for_what_comes_after_it() -> None:
         upload, committer = delivery.open_upload(options(), SCHEMA)
         send(committer, upload, 0, 5)
         assert store.waiting.wait(5)
-        emptied = committer.committer.open(SCHEMA, "overwrite")
+        emptied = committer.committer.request_opening(SCHEMA, "overwrite")
         send(committer, upload, 5, 5)
         store.gate.set()
         assert emptied.result(30) is None
@@ -508,14 +510,11 @@ def test_an_overwrite_does_not_wait_for_what_comes_after_it() -> None:
         assert ids(store) == list(range(5, 10))
 
 
-def test_an_overwrite_that_nobody_waits_for_any_more_does_not_happen(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_overwrite_that_nobody_waits_for_any_more_does_not_happen() -> None:
     # The caller was told that it had failed, and later the dataset was emptied all the same.
-    monkeypatch.setattr(delivery_module, "_OPENING_S", 0.2)
     store = MemoryStore()
     store.gate.clear()
-    with delivering(store) as delivery:
+    with delivering(store, opening_timeout_s=0.2) as delivery:
         upload, committer = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(committer, upload, 0, 5)
         assert store.waiting.wait(5)
@@ -523,28 +522,27 @@ def test_an_overwrite_that_nobody_waits_for_any_more_does_not_happen(
             delivery.open_upload(options(mode="overwrite"), SCHEMA)
         store.gate.set()
         assert settled(upload)
-        assert committer.committer.open(SCHEMA, "append").result(30) is None
+        assert committer.committer.request_opening(SCHEMA, "append").result(30) is None
         assert ids(store) == list(range(5))
 
 
 @pytest.mark.parametrize("in_use", [True, False])
 def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: bool) -> None:
     # Another route could open the dataset while the writer had its lock still.
-    monkeypatch.setattr(committer_module, "_LINGER_S", 0.05)
     has_writer: list[bool] = []
-    asked, retire = threading.Event(), Delivery._retire
+    asked, retire = threading.Event(), Delivery._retire_sink
 
     def asks(delivery: Delivery, sink: DatasetSink) -> bool:
-        has_writer.append(sink._appender.is_open)
+        has_writer.append(sink.committer.holds_dataset)
         asked.set()
         return retire(delivery, sink)
 
-    monkeypatch.setattr(Delivery, "_retire", asks)
-    with delivering(MemoryStore()) as delivery:
+    monkeypatch.setattr(Delivery, "_retire_sink", asks)
+    with delivering(MemoryStore(), committer_linger_s=0.05) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
         if in_use:
             assert not asked.wait(0.3)
-            assert sink._appender.is_open
+            assert sink.committer.holds_dataset
         else:
             delivery.close_upload(upload, sink)
             sink.committer.thread.join(30)
@@ -553,7 +551,6 @@ def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: 
 
 def test_a_route_is_in_use_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a machine that stood still for a while its lane asked too early, and failed for good.
-    monkeypatch.setattr(committer_module, "_LINGER_S", 0.01)
     asked, may_end = threading.Event(), DatasetSink._may_end
 
     def asks(sink: DatasetSink) -> bool:
@@ -569,7 +566,7 @@ def test_a_route_is_in_use_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(DatasetSink, "_may_end", asks)
     monkeypatch.setattr(sink_module, "Committer", slow)
-    with delivering(MemoryStore()) as delivery:
+    with delivering(MemoryStore(), committer_linger_s=0.01) as delivery:
         _, sink = delivery.open_upload(options(), SCHEMA)
         assert sink.committer.thread.is_alive()
 

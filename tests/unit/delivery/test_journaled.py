@@ -22,9 +22,10 @@ from fletcher.core.command import EmbedCommand
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows
-from fletcher.delivery.journal import writer as journal_writer_module
-from fletcher.delivery.journal.journal import Journal, JournalSpace
+from fletcher.delivery.journal.journal import Journal
+from fletcher.delivery.journal.root import JournalSpace
 from fletcher.delivery.sink import DatasetSink
+from fletcher.delivery.timing import DeliveryTiming
 from fletcher.delivery.upload import Upload
 from fletcher.errors import (
     ColumnTypeError,
@@ -48,11 +49,15 @@ SLOW = dataclasses.replace(CONFIG, group_delay_ms=600000)
 
 @contextmanager
 def delivering(
-    store: MemoryStore, folder: Path, config: DeliveryConfig = CONFIG, **journal: Any
+    store: MemoryStore,
+    folder: Path,
+    config: DeliveryConfig = CONFIG,
+    timing: DeliveryTiming | None = None,
+    **journal: Any,
 ) -> Iterator[Delivery]:
     fields = {"max_bytes": 1 << 30, "segment_bytes": 1 << 16, "retention_s": 0.0, **journal}
     journal_config = JournalConfig(folder=folder, **fields)
-    delivery = Delivery({"default": store}, config, Telemetry(), journal_config)
+    delivery = Delivery({"default": store}, config, Telemetry(), journal_config, timing)
     delivery.recover()
     try:
         yield delivery
@@ -122,7 +127,7 @@ def test_after_a_crash_what_was_acknowledged_reaches_the_store_once(tmp_path: Pa
         assert durable(upload, 30)
         # The first append hangs; closing is as good as a crash for what is on disk.
         for one in delivery._all_sinks():
-            one.committer._closing.set()
+            one.committer._queue.stopped = True
     before = ids(store)
     with delivering(store, tmp_path) as delivery:
         status = delivery.upload_status(options())
@@ -292,18 +297,15 @@ def test_rows_of_one_store_never_go_to_another(tmp_path: Path) -> None:
         assert ids(one) == list(range(10))
 
 
-@pytest.fixture
-def _long_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A segment is not ended for being idle."""
-    monkeypatch.setattr(journal_writer_module, "_IDLE_S", 600.0)
+# A segment is not closed for being idle.
+LONG_SEGMENTS = DeliveryTiming(segment_idle_s=600.0)
 
 
-@pytest.mark.usefixtures("_long_segments")
 def test_after_a_kill_what_was_stored_is_not_sent_again(tmp_path: Path) -> None:
     # Its key may be gone, for later rows replaced its rows: it was taken for missing, and theirs
     # were lost.
     store = MemoryStore()
-    with delivering(store, tmp_path / "home") as delivery:
+    with delivering(store, tmp_path / "home", timing=LONG_SEGMENTS) as delivery:
         upload, sink = delivery.open_upload(options(mode="upsert"), SCHEMA)
         send(sink, upload, 0, 5)
         send(sink, upload, 5, 5)
@@ -338,10 +340,9 @@ def test_after_a_kill_rows_that_replace_others_all_go_again_in_their_order(tmp_p
     assert sent == ["u:0-4", "u:5-9"]
 
 
-@pytest.mark.usefixtures("_long_segments")
 def test_no_journaled_row_comes_back_into_a_dataset_that_was_emptied(tmp_path: Path) -> None:
     store = MemoryStore()
-    with delivering(store, tmp_path) as delivery:
+    with delivering(store, tmp_path, timing=LONG_SEGMENTS) as delivery:
         old, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
         send(sink, old, 0, 10)
         assert stored(old, 10)
@@ -357,13 +358,13 @@ def test_rows_of_an_upload_that_failed_while_the_journal_was_full_are_not_journa
     store = MemoryStore()
     store.gate.clear()
     was_full = threading.Event()
-    full = JournalSpace.full
+    full = JournalSpace.full_error
 
     def tells(space: JournalSpace) -> JournalFullError:
         was_full.set()
         return full(space)
 
-    monkeypatch.setattr(JournalSpace, "full", tells)
+    monkeypatch.setattr(JournalSpace, "full_error", tells)
     with delivering(store, tmp_path, max_bytes=1000, segment_bytes=1) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
         send(sink, upload, 0, 40)
@@ -384,7 +385,7 @@ def test_rows_that_cannot_be_learned_are_journaled_and_stored(
     def fails(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(DedupeIndex, "_learn", fails)
+    monkeypatch.setattr(DedupeIndex, "_index_rows", fails)
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
@@ -405,7 +406,7 @@ def test_an_outbox_that_ends_gives_up_all_that_it_has_and_what_comes(
         assert go_on.wait(30)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Journal, "append", stalls)
+    monkeypatch.setattr(Journal, "append_groups", stalls)
     with delivering(MemoryStore(), tmp_path) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
         released = [send(sink, upload, 0, 5)]
@@ -415,10 +416,11 @@ def test_an_outbox_that_ends_gives_up_all_that_it_has_and_what_comes(
         upload.claim_rows(10, 10)
         released.append(threading.Event())
         sink.submit_rows(Rows.from_batch(upload, other, 10, (), released[-1].set))
-        (journal_writer, _) = sink._outboxes
+        (journal_writer, _) = sink._writers
         ending = threading.Thread(target=journal_writer.close)
         ending.start()
-        assert journal_writer._closing.wait(30)
+        while not journal_writer._queue.stopped:
+            ending.join(0.001)
         go_on.set()
         ending.join(30)
         assert [one.is_set() for one in released] == [True, True, True]
@@ -436,7 +438,7 @@ def test_rows_are_in_the_lane_before_they_are_acknowledged(
     secure = Upload.secure_rows
 
     def watched(self: Upload, first: int, last: int) -> None:
-        waiting.append(sink.committer.depth())
+        waiting.append(sink.committer.num_waiting_rows)
         secure(self, first, last)
 
     monkeypatch.setattr(Upload, "secure_rows", watched)
@@ -451,17 +453,16 @@ def test_what_is_left_in_a_journal_is_counted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With each route to the dataset it was counted again, until the journal was full of it.
-    monkeypatch.setattr("fletcher.delivery.committer._LINGER_S", 0.01)
     tried = threading.Semaphore(0)
 
     def fails(*_: Any) -> None:
         tried.release()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Journal, "reject", fails)
+    monkeypatch.setattr(Journal, "reject_group", fails)
     store = MemoryStore()
     store.refuse = lambda batches: ColumnTypeError("not this")
-    with delivering(store, tmp_path) as delivery:
+    with delivering(store, tmp_path, timing=DeliveryTiming(committer_linger_s=0.01)) as delivery:
         for _ in range(3):
             upload, sink = delivery.open_upload(options(), SCHEMA)
             if not upload.counts()["rows_durable"]:
@@ -487,7 +488,7 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Forgotten as soon as they were journaled: its client sent them again, and they came twice.
-    monkeypatch.setattr("fletcher.delivery.uploads._REMEMBERED", 2)
+    monkeypatch.setattr("fletcher.delivery.upload._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         upload, sink = delivery.open_upload(options(), SCHEMA)
@@ -507,7 +508,7 @@ def test_an_upload_is_remembered_until_the_store_has_its_rows(
 def test_uploads_found_in_the_journal_are_remembered_however_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fletcher.delivery.uploads._REMEMBERED", 2)
+    monkeypatch.setattr("fletcher.delivery.upload._REMEMBERED", 2)
     store = MemoryStore()
     with delivering(store, tmp_path, SLOW) as delivery:
         for upload_id in "uvw":
@@ -587,14 +588,14 @@ def test_rows_that_were_being_journaled_when_their_upload_failed_are_not_taken_i
 ) -> None:
     # They were journaled twice, and stored twice: nobody waited for the first ones.
     begun, go_on = threading.Event(), threading.Event()
-    append = Journal.append
+    append = Journal.append_groups
 
     def slow(self: Journal, *arguments: Any) -> Any:
         begun.set()
         assert go_on.wait(30)
         return append(self, *arguments)
 
-    monkeypatch.setattr(Journal, "append", slow)
+    monkeypatch.setattr(Journal, "append_groups", slow)
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery, ThreadPoolExecutor(1) as pool:
         failed, sink = delivery.open_upload(options(), SCHEMA)

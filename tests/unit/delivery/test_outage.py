@@ -107,8 +107,8 @@ def test_all_datasets_wait_together_and_the_log_tells_it_once(
         assert state()["default"]["state"] == "there"
         assert all(ids(store, name) == list(range(5)) for name in "abcd")
     messages = [one.message for one in caplog.records]
-    assert messages.count("store default is away: the store is out") == 1
-    assert sum("is back after" in one for one in messages) == 1
+    assert messages.count("store default is unavailable: the store is out") == 1
+    assert sum("is available again after" in one for one in messages) == 1
     assert sum("trying again" in one for one in messages) <= 4
     assert all("trying" in one or one.startswith("store default") for one in messages)
 
@@ -158,13 +158,13 @@ def test_a_store_that_asks_to_slow_down_gets_a_rest() -> None:
         for first in range(0, 40, 10):
             send(sink, upload, first, 10)
             assert stored(upload, first + 10)
-        rest = sink.committer.pace._rest_s
+        rest = sink.committer.append_size.rest_s
         assert rest >= 0.4
         store.slow_down = False
         for first in range(40, 80, 10):
             send(sink, upload, first, 10)
             assert stored(upload, first + 10)
-        assert sink.committer.pace._rest_s < rest / 4
+        assert sink.committer.append_size.rest_s < rest / 4
 
 
 def test_rows_in_memory_are_given_up_though_rows_of_the_journal_wait_before_them(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from fletcher.delivery.upload import Upload
+from fletcher.delivery.upload import SettledRanges, Upload, UploadTerms
 from fletcher.errors import RequestError, StoreUnavailableError
 
 AWAY = StoreUnavailableError("the store is out")
 BAD = RequestError("`text` is null")
 
 
-def upload(durability: str = "journal", **fields: list[tuple[int, int]]) -> Upload:
-    return Upload("d", "u", fingerprint=(), durability=durability, **fields)
+def upload(durability: str = "journal", stored: list[tuple[int, int]] | None = None) -> Upload:
+    return Upload("d", "u", UploadTerms(durability), SettledRanges(stored or [], []))
 
 
 def test_rows_are_pending_until_the_store_has_them() -> None:

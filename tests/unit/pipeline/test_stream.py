@@ -27,7 +27,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.tickets: list[StreamTicket] = []
-        self.stream = EmbedStream(MemoryBudget(1 << 20, 2).open(), self.tickets.append)
+        self.stream = EmbedStream(MemoryBudget(1 << 20, 2).open_allowance(), self.tickets.append)
         self.contexts: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.go_on = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run)
@@ -111,7 +111,7 @@ def test_work_handed_to_the_waiting_thread_is_done_though_the_stream_closes(read
 
 def test_before_any_thread_reads_results_the_submitting_one_does_the_work() -> None:
     tickets: list[StreamTicket] = []
-    stream = EmbedStream(MemoryBudget(1 << 20, 2).open(), tickets.append)
+    stream = EmbedStream(MemoryBudget(1 << 20, 2).open_allowance(), tickets.append)
     stream.submit(TEXTS, "only", num_bytes=10)
     seen: list[threading.Thread] = []
 

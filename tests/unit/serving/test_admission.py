@@ -26,7 +26,7 @@ class Door:
         telemetry = Telemetry()
         load = LoadMonitor(lambda: self.signals, telemetry, lambda _: None)
         self.admission = Admission(2, load, telemetry, HINTS)
-        self.embedder: Any = SimpleNamespace(check=self._check)
+        self.embedder: Any = SimpleNamespace(check_workers=self._check)
 
     def _check(self) -> None:
         if self.refusal is not None:

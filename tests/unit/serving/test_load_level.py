@@ -97,7 +97,7 @@ def test_transitions_are_logged_once_and_time_is_counted(
 
 def test_bulk_work_leaves_half_of_the_common_memory_where_it_is_told_to() -> None:
     budget = MemoryBudget(4000, max_streams=10)  # 100 bytes of reserve each, 1750 in common
-    bulk, interactive = budget.open(), budget.open()
+    bulk, interactive = budget.open_allowance(), budget.open_allowance()
     budget.spare(half=True)
     bulk.acquire(925)
     call = threading.Thread(target=bulk.acquire, args=(200,))
@@ -114,7 +114,7 @@ def test_bulk_work_leaves_half_of_the_common_memory_where_it_is_told_to() -> Non
 def test_streams_that_wait_long_for_memory_starve() -> None:
     now = [0.0]
     budget = MemoryBudget(4000, max_streams=10, clock=lambda: now[0])
-    first, second = budget.open(), budget.open()
+    first, second = budget.open_allowance(), budget.open_allowance()
     first.acquire(1850)
     call = threading.Thread(target=second.acquire, args=(200,))
     call.start()

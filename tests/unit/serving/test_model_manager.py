@@ -21,7 +21,9 @@ from fletcher.errors import (
     OverloadedError,
     UnknownModelError,
 )
-from fletcher.serving.model_manager import ModelManager, ServedModel
+from fletcher.serving.model_lifecycle import ModelTiming
+from fletcher.serving.model_manager import ModelManager
+from fletcher.serving.model_versions import ServedModel
 from tests.integration.processes import eventually
 
 
@@ -95,8 +97,8 @@ def states(models: ModelManager) -> dict[str, str]:
     return {f"{one['name']}@{one['hash']}": one["state"] for one in models.describe()}
 
 
-def leased(models: ModelManager, wanted: str | None = None, **options: Any) -> str:
-    with models.lease(wanted, **options) as model:
+def leased(models: ModelManager, name: str | None = None, **options: Any) -> str:
+    with models.lease(name, **options) as model:
         return model.bundle.qualified_name
 
 
@@ -202,7 +204,7 @@ def test_what_calls_are_sent_to_is_not_unloaded(start: Start) -> None:
             models.unload_model(name)
     models.remove_alias("search")
     assert models.unload_model("c") == "c@1"
-    with pytest.raises(InvalidCommandError, match="which is none"):
+    with pytest.raises(InvalidCommandError, match="unknown `alias`"):
         models.remove_alias("search")
 
 
@@ -217,16 +219,16 @@ def test_a_swap_leaves_a_version_that_an_alias_names(start: Start, source: FakeS
 def test_an_alias_divides_and_a_dataset_keeps_its_model(start: Start, source: FakeSource) -> None:
     models = start("a", "b", aliases=("search=a:1,b:1", "default=b"))
     keys = [f"key-{n}" for n in range(50)]
-    first = [leased(models, "search", key=key) for key in keys]
+    first = [leased(models, "search", alias_key=key) for key in keys]
     assert set(first) == {"a@1", "b@1"}
-    assert [leased(models, "search", key=key) for key in keys] == first
+    assert [leased(models, "search", alias_key=key) for key in keys] == first
     assert {leased(models, "search") for _ in range(50)} == {"a@1", "b@1"}
-    assert {leased(models, "search", key=key, held="b@1") for key in keys} == {"b@1"}
+    assert {leased(models, "search", alias_key=key, dataset_model="b@1") for key in keys} == {"b@1"}
     # Of another model the dataset's rows cannot be, whatever the alias says: delivery refuses it.
-    assert [leased(models, "search", key=key, held="z@1") for key in keys] == first
+    assert [leased(models, "search", alias_key=key, dataset_model="z@1") for key in keys] == first
     assert leased(models) == models.default.name == "b@1"
-    assert models.splits("search")
-    assert not models.splits(None)
+    assert models.is_divided("search")
+    assert not models.is_divided(None)
     with pytest.raises(UnknownModelError):
         models.set_alias(Alias.from_text("other=a,nobody"))
     with pytest.raises(InvalidCommandError, match="a model's name"):
@@ -263,11 +265,8 @@ def test_at_the_start_none_makes_room_for_a_later_one(start: Start, source: Fake
     assert states(models) == {"a@1": "configured", "b@1": "ready", "c@1": "ready"}
 
 
-def test_a_model_in_use_is_not_unloaded_for_another(
-    start: Start, source: FakeSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fletcher.serving.model_lifecycle.PATIENCE_S", 0.2)
-    models = start("a", "b", max_bytes=150)
+def test_a_model_in_use_is_not_unloaded_for_another(start: Start, source: FakeSource) -> None:
+    models = start("a", "b", max_bytes=150, timing=ModelTiming(room_wait_s=0.2))
     with models.lease("a"):
         with pytest.raises(OverloadedError, match="in use") as caught:
             leased(models, "b")
@@ -297,11 +296,11 @@ def test_memory_that_grows_is_taken_from_the_idle(start: Start, source: FakeSour
     source.sizes["b@1"] = 200
     now[0] += 60
     leased(models, "b")
-    models._life.balance()
+    models._lifecycle.unload_excess()
     eventually(lambda: states(models)["a@1"] == "configured", "the other one is unloaded")
     source.sizes["b@1"] = 300
     now[0] += 60
-    models._life.balance()
+    models._lifecycle.unload_excess()
     assert states(models)["b@1"] == "ready"  # unloaded and loaded again it would take as much
 
 
@@ -311,7 +310,7 @@ def test_a_caller_waits_or_is_told_to_come_again(
     models = start("a", "b", max_bytes=150)
     source.gate.clear()
     gone = threading.Event()
-    thread, outcome = in_thread(lambda: leased(models, "b", given_up=gone.is_set))
+    thread, outcome = in_thread(lambda: leased(models, "b", is_cancelled=gone.is_set))
     eventually(lambda: states(models)["b@1"] == "loading", "it is loaded")
     gone.set()
     thread.join(30)
@@ -497,4 +496,4 @@ def test_vectors_are_float16_from_the_graph_on_where_nothing_else_is_done_to_the
     bundle, embedder = SimpleNamespace(dim=8, normalize=True), SimpleNamespace(keeps_vectors=kept)
     model = ServedModel(bundle, embedder, {}, None)  # type: ignore[arg-type]
     spec = VectorSpec("m@1", 8, "float16", 1, "mean", normalized=True)
-    assert model.half(dataclasses.replace(spec, **asked)) == half
+    assert model.gives_float16(dataclasses.replace(spec, **asked)) == half

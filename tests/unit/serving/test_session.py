@@ -302,10 +302,11 @@ def test_a_failed_submission_of_one_batch_is_told(
 
 def test_the_lease_is_asked_for_as_the_call_says(fakes: FakeService) -> None:
     gone = threading.Event()
-    asked = call(model="m", alias_key="k", held_model="m@1", given_up=gone.is_set)
+    asked = call(model="m", alias_key="k", dataset_model="m@1", is_cancelled=gone.is_set)
     with EmbedSession(fakes.service, asked) as session:
         assert session.bundle is fakes.models.served.bundle
-        assert fakes.models.leased == [("m", {"key": "k", "held": "m@1", "given_up": gone.is_set})]
+        options = {"alias_key": "k", "dataset_model": "m@1", "is_cancelled": gone.is_set}
+        assert fakes.models.leased == [("m", options)]
 
 
 Step = Callable[[FakeService], None]

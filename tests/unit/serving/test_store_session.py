@@ -138,12 +138,12 @@ def test_the_last_of_a_slices_rows_gives_its_memory_back(
         client.send(rows(0, 1, 2, 3, 4), 1, 0)  # row 1 is pending: two ranges are new
         eventually(lambda: len(submitted) == 3, "all rows are with the sink")
         assert [(one.first, one.last) for one in submitted] == [(1, 1), (0, 0), (2, 3)]
-        submitted[0].released()
+        submitted[0].on_released()
         used = fakes.held()["bytes"]
         assert used > 0
-        submitted[1].released()
+        submitted[1].on_released()
         assert fakes.held()["bytes"] == used
-        submitted[2].released()
+        submitted[2].on_released()
         assert fakes.held()["bytes"] == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ PAUSE = OverloadedError("too much", retry_after_ms=600_000)
 
 @contextmanager
 def delivering(
-    store: MemoryStore, folder: Path | None, *, retry_s: float = 30, known_bytes: int = 1 << 20
+    store: MemoryStore, folder: Path | None, *, retry_s: float = 30, dedupe_bytes: int = 1 << 20
 ) -> Iterator[Delivery]:
     config = DeliveryConfig(
         group_rows=10,
@@ -50,7 +51,7 @@ def delivering(
         group_delay_ms=10,
         store_retry_s=retry_s,
         store_timeout_s=60,
-        max_dedupe_bytes=known_bytes,
+        max_dedupe_bytes=dedupe_bytes,
     )
     where = (
         None
@@ -94,13 +95,13 @@ def wait_for_doubt(sink: DatasetSink) -> None:
     committer = sink.committer
     with committer._changed:
         assert committer._changed.wait_for(
-            lambda: committer._backlog.again and not committer._in_append, 30
+            lambda: committer._queue.waiting.sent and not committer._queue._holds_rows, 30
         )
 
 
 def try_again(sink: DatasetSink) -> None:
     with sink.committer._changed:
-        sink.committer.pace.resume()
+        sink.committer.append_size.resume(time.monotonic())
     sink.flush()
 
 
@@ -238,13 +239,13 @@ def test_an_id_in_doubt_is_not_decided_elsewhere(
     # Its append failed, and came to the store or not: until that is clear nobody decides.
     store = MemoryStore()
     turned_away = threading.Event()
-    undecided = DedupeIndex.undecided
+    pending_error = DedupeIndex.pending_error
 
-    def turns_away(known: DedupeIndex) -> StoreUnavailableError:
+    def turns_away(index: DedupeIndex) -> StoreUnavailableError:
         turned_away.set()
-        return undecided(known)
+        return pending_error(index)
 
-    monkeypatch.setattr(DedupeIndex, "undecided", turns_away)
+    monkeypatch.setattr(DedupeIndex, "pending_error", turns_away)
     with delivering(store, tmp_path) as delivery:
         direct, sink = delivery.open_upload(options("direct", durability="store"), SCHEMA)
         other, _ = delivery.open_upload(options("other"), SCHEMA)
@@ -318,7 +319,7 @@ def test_who_cannot_decide_is_told_to_come_again(tmp_path: Path) -> None:
         asks, sink = delivery.open_upload(options("asks"), SCHEMA)
         direct, _ = delivery.open_upload(options("direct", durability="store"), SCHEMA)
         plain, _ = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
-        assert sink.dedupe_index.acquire(0)
+        assert sink.dedupe_index.acquire_decision(0)
         send(sink, asks, 0, ("a", "1"))
         send(sink, plain, 0, ("a", "2"))
         wait(plain)
@@ -329,7 +330,7 @@ def test_who_cannot_decide_is_told_to_come_again(tmp_path: Path) -> None:
             assert isinstance(upload.failure, StoreUnavailableError)
             assert upload.failure.field == "dedupe"
         delivery.open_upload(options("later", dedupe="off"), SCHEMA)
-        sink.dedupe_index.release()
+        sink.dedupe_index.release_decision()
         again, _ = delivery.open_upload(options("again"), SCHEMA)
         send(sink, again, 0, ("a", "4"), ("b", "4"))
         wait(again)
@@ -345,7 +346,7 @@ def test_rows_in_doubt_that_nobody_wants_any_more_let_others_decide(tmp_path: Pa
         send(sink, failed, 0, ("a", "1"))
         wait_for_doubt(sink)
         failed.fail(StoreUnavailableError("its connection is gone"))
-        sink.committer.drop_failed()
+        sink.committer.drop_abandoned()
         send(sink, other, 0, ("a", "2"))
         wait(other)
         assert other.failure is None
@@ -513,20 +514,26 @@ def test_delta_sends_what_is_new_or_changed(tmp_path: Path, journal: bool) -> No
         other, sink = delivery.open_upload(options("two", **delta), SCHEMA)
         prefilter = DedupePrefilter(sink.dedupe_index, other)
         rows = batch_of([("a", "1"), ("b", "new"), ("b", "2"), ("c", "1")])
-        assert prefilter.skip(rows, 0).tolist() == [True, False, False, False]
+        assert prefilter.find_duplicates(rows, 0).tolist() == [True, False, False, False]
         # `b` is on its way with another text: what the store has says nothing about later rows.
-        assert prefilter.skip(batch_of([("b", "2"), ("a", "1")]), 4).tolist() == [False, True]
+        assert prefilter.find_duplicates(batch_of([("b", "2"), ("a", "1")]), 4).tolist() == [
+            False,
+            True,
+        ]
         send(sink, other, 0, ("a", "1"), ("b", "new"), ("b", "2"), ("c", "1"))
         send(sink, other, 4, ("b", "2"), ("a", "1"))
         wait(other)
         assert stored(delivery, store)[4:] == [("b", "new"), ("b", "2"), ("c", "1")]
-        assert prefilter.skip(batch_of([("b", "2"), ("c", "2")]), 6).tolist() == [True, False]
-        assert not prefilter._moving.keys() - set(fingerprints(pa.array(["c"])))
+        assert prefilter.find_duplicates(batch_of([("b", "2"), ("c", "2")]), 6).tolist() == [
+            True,
+            False,
+        ]
+        assert not prefilter._pending.keys() - set(fingerprints(pa.array(["c"])))
 
 
 def test_a_dataset_that_does_not_fit_the_memory_is_refused_by_name(tmp_path: Path) -> None:
     store = MemoryStore()
-    with delivering(store, tmp_path, known_bytes=1000) as delivery:
+    with delivering(store, tmp_path, dedupe_bytes=1000) as delivery:
         plain, sink = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
         send(sink, plain, 0, *((f"id {n}", "text") for n in range(10)))
         wait(plain)
@@ -578,13 +585,13 @@ def test_a_map_of_fingerprints_keeps_the_last_value_over_merges(
     values = {key: bytes([n]) + bytes(15) for n, key in enumerate(keys)}
     entries = FingerprintMap(16)
     for first in range(0, 200, 20):
-        entries.update({key: values[key] for key in keys[first : first + 20]})
-        entries.update({keys[3]: bytes([first]) * 16})
-    assert entries.get([*keys[:3], None, keys[3], b"x" * 16]) == [
+        entries.add_entries({key: values[key] for key in keys[first : first + 20]})
+        entries.add_entries({keys[3]: bytes([first]) * 16})
+    assert entries.find_values([*keys[:3], None, keys[3], b"x" * 16]) == [
         *(values[key] for key in keys[:3]),
         None,
         bytes([180]) * 16,
         None,
     ]
-    assert entries.get(keys[4:]) == [values[key] for key in keys[4:]]
+    assert entries.find_values(keys[4:]) == [values[key] for key in keys[4:]]
     assert entries.num_bytes >= 200 * 32

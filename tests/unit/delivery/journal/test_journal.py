@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fletcher.delivery.journal.journal import Journal, JournalSpace
+from fletcher.delivery.journal.journal import Journal
+from fletcher.delivery.journal.root import JournalSpace
 from fletcher.delivery.journal.segment import Damage, GroupInfo, Segment, read_segment
 from fletcher.errors import JournalFullError, StoreUnavailableError
 
@@ -65,13 +66,13 @@ def journal(folder: Path, **options: Any) -> Journal:
 def fill(folder: Path, num_groups: int = 5, **options: Any) -> Journal:
     one = journal(folder, **options)
     for n in range(num_groups):
-        one.append([(info(10 * n, 10), rows(10 * n, 10))], SCHEMA)
+        one.append_groups([(info(10 * n, 10), rows(10 * n, 10))], SCHEMA)
     return one
 
 
 def test_what_was_appended_is_recovered_in_order(tmp_path: Path) -> None:
     first = journal(tmp_path)
-    first.append(
+    first.append_groups(
         [
             (info(0, 3, failed=(1,)), rows(0, 3, nulls=(1,))),
             (info(3, 5, upsert=True), rows(0, 8).slice(3)),
@@ -84,16 +85,16 @@ def test_what_was_appended_is_recovered_in_order(tmp_path: Path) -> None:
         info(0, 3, failed=(1,)),
         info(3, 5, upsert=True),
     ]
-    assert groups[0].load().equals(rows(0, 3, nulls=(1,)))
-    assert groups[1].load().equals(rows(0, 8).slice(3))
+    assert groups[0].read_batch().equals(rows(0, 3, nulls=(1,)))
+    assert groups[1].read_batch().equals(rows(0, 8).slice(3))
     assert groups[0].schema.metadata == SCHEMA.metadata
 
 
 def test_rows_that_are_several_chunks_are_recovered(tmp_path: Path) -> None:
     first = journal(tmp_path)
-    first.append([(info(0, 2), rows(0, 7)), (info(2, 1), rows(7, 1))], SCHEMA)
+    first.append_groups([(info(0, 2), rows(0, 7)), (info(2, 1), rows(7, 1))], SCHEMA)
     groups = journal(tmp_path).recover()
-    assert [(group.info, group.load().num_rows) for group in groups] == [
+    assert [(group.info, group.read_batch().num_rows) for group in groups] == [
         (info(0, 2), 7),
         (info(2, 1), 1),
     ]
@@ -103,10 +104,10 @@ def test_a_segment_goes_when_all_its_groups_are_stored(tmp_path: Path) -> None:
     one = fill(tmp_path, 3)
     groups = one._segments[-1].groups
     for group in groups[:2]:
-        one.settle(group)
+        one.settle_group(group)
     one.close()
     assert len(list(tmp_path.glob("*.arrow"))) == 1
-    one.settle(groups[2])
+    one.settle_group(groups[2])
     assert list(tmp_path.iterdir()) == []
     assert one.num_bytes == 0
 
@@ -115,7 +116,7 @@ def test_segments_are_rotated_and_counted(tmp_path: Path) -> None:
     space = JournalSpace(1 << 30)
     one = Journal(tmp_path, space, segment_bytes=2000, retention_s=lambda: 0.0)
     for n in range(20):
-        one.append([(info(n, 1), rows(n, 1))], SCHEMA)
+        one.append_groups([(info(n, 1), rows(n, 1))], SCHEMA)
     files = list(tmp_path.glob("*.arrow"))
     assert len(files) > 2
     assert space.used_bytes == sum(path.stat().st_size for path in files) == one.num_bytes
@@ -125,9 +126,9 @@ def test_segments_are_rotated_and_counted(tmp_path: Path) -> None:
 
 def test_another_schema_begins_another_segment(tmp_path: Path) -> None:
     one = journal(tmp_path)
-    one.append([(info(0, 1), rows(0, 1))], SCHEMA)
+    one.append_groups([(info(0, 1), rows(0, 1))], SCHEMA)
     other = SCHEMA.with_metadata({"fletcher.model": "other@2"})
-    one.append([(info(1, 1), rows(0, 1).replace_schema_metadata(other.metadata))], other)
+    one.append_groups([(info(1, 1), rows(0, 1).replace_schema_metadata(other.metadata))], other)
     models = [group.schema.metadata[b"fletcher.model"] for group in journal(tmp_path).recover()]
     assert models == [b"m@1", b"other@2"]
 
@@ -148,9 +149,9 @@ def test_a_torn_tail_is_cut_and_whole_groups_before_it_stay(
     whole = sum(end <= size for end in ends)
     assert [group.info.first for group in groups] == [10 * n for n in range(whole)]
     for group in groups:
-        assert group.load().equals(rows(group.info.first, 10))
+        assert group.read_batch().equals(rows(group.info.first, 10))
     # It goes on from there.
-    recovered.append([(info(100, 10), rows(100, 10))], SCHEMA)
+    recovered.append_groups([(info(100, 10), rows(100, 10))], SCHEMA)
     again = journal(folder).recover()
     assert [group.info.first for group in again] == [10 * n for n in range(whole)] + [100]
 
@@ -167,7 +168,7 @@ def test_a_flipped_bit_never_makes_wrong_rows(
     data[int(where * len(data))] ^= 1 << bit
     path.write_bytes(bytes(data))
     for group in journal(folder).recover():
-        assert group.load().equals(rows(group.info.first, 10))
+        assert group.read_batch().equals(rows(group.info.first, 10))
         assert group.info.upload_id == "u"
 
 
@@ -186,7 +187,7 @@ def test_one_damaged_group_does_not_take_those_behind_it(tmp_path: Path) -> None
     assert [group.info.first for group in found.groups] == [0, 20]
     recovered = journal(tmp_path)
     for group in recovered.recover():
-        recovered.settle(group)
+        recovered.settle_group(group)
     assert [path.suffix for path in tmp_path.iterdir()] == [".damaged"]
 
 
@@ -203,7 +204,7 @@ def test_groups_behind_an_unreadable_header_are_kept(
     groups = journal(tmp_path).recover()
     assert [group.info.first // 10 for group in groups] == [n for n in range(3) if n != lost]
     for group in groups:
-        assert group.load().equals(rows(group.info.first, 10))
+        assert group.read_batch().equals(rows(group.info.first, 10))
     assert f"u:{10 * lost}-{10 * lost + 9}" in caplog.text
 
 
@@ -219,8 +220,8 @@ def test_a_segment_without_its_beginning_is_read_by_another_ones_schema(
     assert [group.info.first for group in groups] == [0, 10, 20, 30]
     assert paths[1].name in caplog.text
     for group in groups:
-        assert group.load().equals(rows(group.info.first, 10))
-        recovered.settle(group)
+        assert group.read_batch().equals(rows(group.info.first, 10))
+        recovered.settle_group(group)
     assert [path.name for path in tmp_path.iterdir()] == [f"{paths[1].stem}.damaged"]
 
 
@@ -285,7 +286,7 @@ def test_files_that_are_no_segments_are_set_aside(tmp_path: Path, content: bytes
     (tmp_path / "000000000007.arrow").write_bytes(content)
     one = journal(tmp_path)
     assert one.recover() == []
-    one.append([(info(0, 1), rows(0, 1))], SCHEMA)
+    one.append_groups([(info(0, 1), rows(0, 1))], SCHEMA)
     assert (tmp_path / "000000000008.arrow").exists()
     assert not (tmp_path / "000000000007.arrow").exists()
 
@@ -300,9 +301,9 @@ def test_a_full_disk_takes_nothing_and_leaves_what_was_there(
 
     monkeypatch.setattr("fletcher.delivery.journal.journal.os.fsync", no_room)
     with pytest.raises(JournalFullError):
-        one.append([(info(20, 10), rows(20, 10))], SCHEMA)
+        one.append_groups([(info(20, 10), rows(20, 10))], SCHEMA)
     monkeypatch.undo()
-    one.append([(info(30, 10), rows(30, 10))], SCHEMA)
+    one.append_groups([(info(30, 10), rows(30, 10))], SCHEMA)
     groups = journal(tmp_path).recover()
     assert [group.info.first for group in groups] == [0, 10, 30]
 
@@ -318,9 +319,9 @@ def test_a_disk_without_room_for_another_file_is_full_too(
     for name in ("Path.open", "sync_path"):
         monkeypatch.setattr(f"fletcher.delivery.journal.journal.{name}", no_room)
         with pytest.raises(JournalFullError):
-            one.append([(info(10, 10), rows(10, 10))], SCHEMA)
+            one.append_groups([(info(10, 10), rows(10, 10))], SCHEMA)
         monkeypatch.undo()
-    one.append([(info(20, 10), rows(20, 10))], SCHEMA)
+    one.append_groups([(info(20, 10), rows(20, 10))], SCHEMA)
     assert [group.info.first for group in journal(tmp_path).recover()] == [0, 20]
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -330,40 +331,40 @@ def test_sent_segments_are_kept_for_stores_that_are_not_durable(tmp_path: Path) 
     groups = list(one._segments[-1].groups)
     one.close()
     for group in groups:
-        one.settle(group)
+        one.settle_group(group)
     (kept,) = tmp_path.iterdir()
     assert kept.suffix == ".sent"
     assert journal(tmp_path, retention_s=3600.0).recover() == []
     os.utime(kept, (1, 1))
     later = journal(tmp_path, retention_s=3600.0)
     later.recover()
-    (group,) = later.append([(info(0, 10), rows(0, 10))], SCHEMA)
+    (group,) = later.append_groups([(info(0, 10), rows(0, 10))], SCHEMA)
     later.close()
-    later.settle(group)
+    later.settle_group(group)
     assert not kept.exists()
 
 
 def test_rejected_groups_are_kept_apart(tmp_path: Path) -> None:
     one = fill(tmp_path, 1)
     (group,) = one._segments[-1].groups
-    one.reject(group, "no such column")
+    one.reject_group(group, "no such column")
     one.close()
-    one.settle(group)
+    one.settle_group(group)
     (path,) = tmp_path.iterdir()
     assert path.suffix == ".rejected"
     found = read(path)
-    assert found.groups[0].load().equals(rows(0, 10))
+    assert found.groups[0].read_batch().equals(rows(0, 10))
 
 
 def test_room_comes_back_when_segments_go(tmp_path: Path) -> None:
     space = JournalSpace(500)
     one = Journal(tmp_path, space, segment_bytes=1, retention_s=lambda: 0.0)
-    (first,) = one.append([(info(0, 10), rows(0, 10))], SCHEMA)
+    (first,) = one.append_groups([(info(0, 10), rows(0, 10))], SCHEMA)
     one.close()
     assert not space.wait_for_room(0.01)
     waited = threading.Thread(target=space.wait_for_room, args=(30,))
     waited.start()
-    one.settle(first)
+    one.settle_group(first)
     waited.join(10)
     assert not waited.is_alive()
     assert space.used_bytes == 0
@@ -377,12 +378,12 @@ def test_what_was_settled_does_not_come_back_after_a_kill(tmp_path: Path) -> Non
     # It was known in memory alone: sent again, it replaced what had come after it.
     one = fill(tmp_path, 4)
     first, second, third, _ = one._segments[-1].groups
-    one.settle(first)
-    one.settle(third)
+    one.settle_group(first)
+    one.settle_group(third)
     again = journal(tmp_path)
     assert [group.settled for group in again.recover()] == [True, False, True, False]
-    assert [group.info.first for group in again.waiting()] == [10, 30]
-    one.settle(second)
+    assert [group.info.first for group in again.waiting_groups()] == [10, 30]
+    one.settle_group(second)
     assert firsts(tmp_path) == [30]
 
 
@@ -392,12 +393,12 @@ def test_notes_that_were_cut_off_are_mended_before_more_is_noted(
 ) -> None:
     one = fill(tmp_path, 3)
     (segment,) = one._segments
-    one.settle(segment.groups[0])
+    one.settle_group(segment.groups[0])
     with segment.notes.open("ab") as file:
         file.write(end)
     again = journal(tmp_path)
     _, second, _ = again.recover()
-    again.settle(second)
+    again.settle_group(second)
     assert firsts(tmp_path) == [20]
 
 
@@ -407,10 +408,10 @@ def test_a_note_that_could_not_be_written_goes_with_the_next(
     one = fill(tmp_path, 3)
     (segment,) = one._segments
     segment.notes.mkdir()
-    one.settle(segment.groups[0])
+    one.settle_group(segment.groups[0])
     assert "cannot be written" in caplog.text
     segment.notes.rmdir()
-    one.settle(segment.groups[1])
+    one.settle_group(segment.groups[1])
     assert firsts(tmp_path) == [20]
 
 
@@ -419,7 +420,7 @@ def test_a_segment_stays_until_its_last_group_is_noted(
 ) -> None:
     # Another thread may delete it as soon as nothing in it waits.
     one = journal(tmp_path)
-    (group,) = one.append([(info(0, 10, upsert=True), rows(0, 10))], SCHEMA)
+    (group,) = one.append_groups([(info(0, 10, upsert=True), rows(0, 10))], SCHEMA)
     one.close()
     sync_notes = Journal.sync_notes
 
@@ -428,7 +429,7 @@ def test_a_segment_stays_until_its_last_group_is_noted(
         sync_notes(self, before)
 
     monkeypatch.setattr(Journal, "sync_notes", swept)
-    one.settle(group)
+    one.settle_group(group)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -439,12 +440,12 @@ def test_a_segment_that_could_not_be_deleted_is_deleted_later(
     one = journal(tmp_path, segment_bytes=1)
     for pair in [0, 20, 40]:
         groups = [(info(first, 10), rows(first, 10)) for first in (pair, pair + 10)]
-        one.append(groups, SCHEMA)
+        one.append_groups(groups, SCHEMA)
     first, second, third = one._segments
     num_bytes = one.num_bytes
     first.notes.mkdir()
     for group in [first.groups[0], *second.groups]:
-        one.settle(group)
+        one.settle_group(group)
     assert "cannot be deleted" in caplog.text
     assert one.num_bytes == num_bytes
     first.notes.rmdir()
@@ -462,7 +463,7 @@ def test_a_deletion_that_failed_half_way_is_done_again(
     one.close()
     with monkeypatch.context() as failing:
         failing.setattr("fletcher.delivery.journal.journal.sync_path", fails(errno.EIO))
-        one.settle(one._segments[0].groups[0])
+        one.settle_group(one._segments[0].groups[0])
     assert one.num_bytes
     one.sweep()
     assert one.num_bytes == 0
@@ -506,8 +507,8 @@ def test_a_segment_that_was_settled_by_a_killed_process_goes_when_the_store_is_t
     tmp_path: Path,
 ) -> None:
     one = fill(tmp_path, 2)
-    for group in one.waiting():
-        one.settle(group)
+    for group in one.waiting_groups():
+        one.settle_group(group)
     asked: list[bool] = []
 
     def away() -> float:
@@ -539,8 +540,8 @@ def test_nothing_stays_of_an_append_that_failed_in_any_way(tmp_path: Path) -> No
     # After anything but an OSError the first group came to the disk with the next append.
     one = fill(tmp_path, 1)
     with pytest.raises(pa.ArrowInvalid):
-        one.append([(info(10, 10), rows(10, 10)), (info(20, 1), OTHER)], SCHEMA)
-    one.append([(info(30, 10), rows(30, 10))], SCHEMA)
+        one.append_groups([(info(10, 10), rows(10, 10)), (info(20, 1), OTHER)], SCHEMA)
+    one.append_groups([(info(30, 10), rows(30, 10))], SCHEMA)
     assert firsts(tmp_path) == [0, 30]
 
 

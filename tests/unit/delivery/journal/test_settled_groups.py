@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fletcher.delivery.journal import settled_groups as unsent_module
+from fletcher.delivery.journal import settled_groups as settled_groups_module
 from fletcher.delivery.journal.settled_groups import SettledGroups
 from tests.doubles.stores import MemoryStore
 from tests.unit.delivery.dedupe.test_index import SCHEMA, delivering, options, send, stored, wait
@@ -15,48 +15,48 @@ from tests.unit.delivery.dedupe.test_index import SCHEMA, delivering, options, s
 
 def test_ranges_are_found_by_upload(tmp_path: Path) -> None:
     one = SettledGroups(tmp_path)
-    assert one.ranges("u") == []
-    one.add(["u:0-9", "u:20-29"])
-    one.add(["u:10-19", "other:0-4"])
-    assert SettledGroups(tmp_path).ranges("u") == [(0, 29)]
-    assert SettledGroups(tmp_path).ranges("other") == [(0, 4)]
+    assert one.ranges_of("u") == []
+    one.add_keys(["u:0-9", "u:20-29"])
+    one.add_keys(["u:10-19", "other:0-4"])
+    assert SettledGroups(tmp_path).ranges_of("u") == [(0, 29)]
+    assert SettledGroups(tmp_path).ranges_of("other") == [(0, 4)]
     one.clear()
     one.clear()
-    assert one.ranges("u") == []
+    assert one.ranges_of("u") == []
 
 
 def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
-    SettledGroups(tmp_path).add(["u:0-9"])
+    SettledGroups(tmp_path).add_keys(["u:0-9"])
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes() + b"u:10\xff")
-    SettledGroups(tmp_path).add(["u:20-29"])
-    assert SettledGroups(tmp_path).ranges("u") == [(0, 9), (20, 29)]
+    SettledGroups(tmp_path).add_keys(["u:20-29"])
+    assert SettledGroups(tmp_path).ranges_of("u") == [(0, 9), (20, 29)]
 
 
 def test_the_file_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unsent_module, "_MAX_BYTES", 2000)
-    monkeypatch.setattr(unsent_module, "_KEPT_UPLOADS", 10)
+    monkeypatch.setattr(settled_groups_module, "_MAX_BYTES", 2000)
+    monkeypatch.setattr(settled_groups_module, "_KEPT_UPLOADS", 10)
     one = SettledGroups(tmp_path)
     for number in range(100):
-        one.add([f"steady:{number}-{number}", f"u{number}:0-9"])
+        one.add_keys([f"steady:{number}-{number}", f"u{number}:0-9"])
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size < 2200
-    assert one.ranges("steady") == [(0, 99)]
-    assert one.ranges("u99") == [(0, 9)]
-    assert one.ranges("u0") == []
+    assert one.ranges_of("steady") == [(0, 99)]
+    assert one.ranges_of("u99") == [(0, 9)]
+    assert one.ranges_of("u0") == []
 
 
 def test_a_file_that_cannot_be_shortened_stays_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # What was noted and synced went again, and was noted once more each time.
-    monkeypatch.setattr(unsent_module, "_MAX_BYTES", 0)
+    monkeypatch.setattr(settled_groups_module, "_MAX_BYTES", 0)
     one = SettledGroups(tmp_path)
-    (tmp_path / "groups.tmp").mkdir()
-    one.add(["u:0-9"])
-    one.add(["u:20-29"])
+    (tmp_path / ".groups.unsent.tmp").mkdir()
+    one.add_keys(["u:0-9"])
+    one.add_keys(["u:20-29"])
     assert "cannot be shortened" in caplog.text
-    assert one.ranges("u") == [(0, 9), (20, 29)]
+    assert one.ranges_of("u") == [(0, 9), (20, 29)]
 
 
 @pytest.mark.parametrize("durability", ["journal", "store"])
@@ -123,7 +123,7 @@ def test_they_are_not_acknowledged_before_that_is_noted(
 ) -> None:
     store = MemoryStore()
     seen: list[int] = []
-    add = SettledGroups.add
+    add = SettledGroups.add_keys
 
     def fails_once(self: SettledGroups, keys: Any) -> None:
         seen.append(upload.counts()["rows_durable"])
@@ -131,7 +131,7 @@ def test_they_are_not_acknowledged_before_that_is_noted(
             raise OSError(28, "No space left on device")
         add(self, keys)
 
-    monkeypatch.setattr(SettledGroups, "add", fails_once)
+    monkeypatch.setattr(SettledGroups, "add_keys", fails_once)
     with delivering(store, tmp_path) as delivery:
         first, sink = delivery.open_upload(options("first"), SCHEMA)
         send(sink, first, 0, ("a", "1"))

@@ -70,7 +70,7 @@ class Bench:
         """A stream with one ticket; what the path leaves is scheduled."""
         ends = np.cumsum([0, *map(len, texts)])
         batch = replace(TextBatch(b"".join(texts), ends), **fields)
-        stream = EmbedStream(MemoryBudget(1 << 20, 2).open(), self._enqueue)
+        stream = EmbedStream(MemoryBudget(1 << 20, 2).open_allowance(), self._enqueue)
         stream.submit(batch, None, num_bytes=10, priority=priority)
         stream.end()
         return stream

@@ -1,0 +1,375 @@
+"""Rows that wait for a dataset's committer, and the decision what it does next.
+
+No threads, locks or clocks: the committer calls it under its lock and passes the time. No library
+is used: those for state machines add names for states, and here the state is the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from fletcher.config.delivery import DeliveryConfig
+from fletcher.delivery.actions import (
+    Append,
+    GiveUp,
+    Open,
+    Opening,
+    Refused,
+    Reject,
+    Release,
+    Rest,
+    Stop,
+    Stored,
+    Unavailable,
+    Wait,
+)
+from fletcher.delivery.append_size import AppendSize
+from fletcher.delivery.breaker import Breaker
+from fletcher.delivery.groups import Group, Rows, form_groups
+from fletcher.errors import FletcherError
+
+Action = Wait | Open | Append | Reject | GiveUp | Release | Rest | Stop
+Outcome = Stored | Unavailable | Refused | bool | None
+
+# An append is in memory up to four times while it is joined and encoded, beside what the streams'
+# allowances count; and a utf8 column holds less than 2 GiB.
+_COMMIT_BYTES = 32 << 20
+
+
+class WaitingRows:
+    """Rows in the order in which they are sent: first groups that were sent before, then others.
+
+    Attributes:
+        num_rows: Number of rows.
+        num_bytes: Their size in memory, also of rows that are still in the journal.
+        sent: Groups that were sent before; their extent is fixed.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = self.num_bytes = 0
+        self.sent: deque[Group] = deque()
+        self._new: deque[Rows] = deque()
+        self._num_in_memory = 0  # entries that are not journaled
+
+    def __bool__(self) -> bool:
+        return bool(self.sent or self._new)
+
+    def append_rows(self, rows: Rows) -> None:
+        """Queue rows that were not sent yet."""
+        self._new.append(rows)
+        self._count([rows], 1)
+
+    def put_back(self, groups: Sequence[Group]) -> None:
+        """Queue groups before all others again; they were taken last."""
+        self.sent.extendleft(reversed(groups))
+        for group in groups:
+            self._count(group.rows, 1)
+
+    def take_groups(self, *, max_rows: int, max_bytes: int, group_rows: int) -> list[Group]:
+        """Take the oldest rows of one kind that fit one append; at least one group of any size."""
+        if self.sent:
+            return self._take_sent(max_rows, max_bytes)
+        taken: list[Rows] = []
+        num_rows = num_bytes = 0
+        while self._new:
+            rows = self._new[0]
+            num_rows += rows.num_rows
+            num_bytes += rows.num_bytes
+            if taken and (
+                rows.kind != taken[0].kind or num_rows > max_rows or num_bytes > max_bytes
+            ):
+                break
+            taken.append(self._new.popleft())
+        self._count(taken, -1)
+        return form_groups(taken, min(group_rows, max_rows))
+
+    def remove_in_memory(self, condition: Callable[[Rows], bool]) -> tuple[list[Rows], bool]:
+        """Remove rows that are not journaled and meet a condition.
+
+        Returns:
+            The rows, and whether the store may hold some. The first rows of a group that was sent
+            stand for the whole group.
+        """
+        if not self._num_in_memory:
+            return [], False
+        removed: list[Rows] = []
+        in_doubt = False
+        sent, new = self.sent, self._new
+        self.sent, self._new = deque(), deque()
+        for group in sent:
+            if not group.rows[0].journaled and condition(group.rows[0]):
+                removed += group.rows
+                in_doubt |= group.in_doubt
+            else:
+                self.sent.append(group)
+        for rows in new:
+            if not rows.journaled and condition(rows):
+                removed.append(rows)
+            else:
+                self._new.append(rows)
+        self._count(removed, -1)
+        return removed, in_doubt
+
+    def remove_all(self) -> list[Rows]:
+        """Remove all rows."""
+        removed = [rows for group in self.sent for rows in group.rows] + list(self._new)
+        self.sent.clear()
+        self._new.clear()
+        self._count(removed, -1)
+        return removed
+
+    @property
+    def oldest(self) -> float:
+        """Arrival of the rows that are sent next; there must be some."""
+        return self.sent[0].rows[0].arrived if self.sent else self._new[0].arrived
+
+    @property
+    def oldest_in_memory(self) -> float:
+        """First arrival of rows that are not journaled; infinite without such rows."""
+        if not self._num_in_memory:
+            return math.inf
+        rows = [*(group.rows[0] for group in self.sent), *self._new]
+        return min(one.arrived for one in rows if not one.journaled)
+
+    def any_before(self, moment: float) -> bool:
+        """Whether rows wait that arrived by then, or that were sent before."""
+        return bool(self.sent) or any(rows.arrived <= moment for rows in self._new)
+
+    def _take_sent(self, max_rows: int, max_bytes: int) -> list[Group]:
+        taken: list[Group] = []
+        num_rows = num_bytes = 0
+        while self.sent:
+            group = self.sent[0]
+            num_rows += group.num_rows
+            num_bytes += group.num_bytes
+            if taken and (
+                group.alone
+                or group.rows[0].kind != taken[0].rows[0].kind
+                or num_rows > max_rows
+                or num_bytes > max_bytes
+            ):
+                break
+            taken.append(self.sent.popleft())
+            self._count(group.rows, -1)
+            if group.alone:
+                break
+        return taken
+
+    def _count(self, entries: Iterable[Rows], sign: int) -> None:
+        for rows in entries:
+            self.num_rows += sign * rows.num_rows
+            self.num_bytes += sign * rows.num_bytes
+            self._num_in_memory += 0 if rows.journaled else sign
+
+
+class CommitQueue:
+    """State of one committer: `decide` says what to do next, `note_outcome` how it went.
+
+    Not thread-safe. All times are of `time.monotonic`.
+
+    Args:
+        config: Sizes of groups and appends, and how long a failing append is retried.
+        breaker: The store's breaker.
+        append_size: The dataset's append size.
+        linger_s: Idle time after which the committer offers to end.
+
+    Attributes:
+        waiting: Rows that wait.
+        stopped: Nothing is accepted any more.
+        failing: Since when appends have failed, and the last error.
+    """
+
+    def __init__(
+        self, config: DeliveryConfig, breaker: Breaker, append_size: AppendSize, linger_s: float
+    ) -> None:
+        self.waiting = WaitingRows()
+        self.stopped = False
+        self.failing: tuple[float, FletcherError] | None = None
+        self._config = config
+        self._breaker = breaker
+        self._append_size = append_size
+        self._linger_s = linger_s
+        self._openings: deque[Opening] = deque()
+        self._rejected: Reject | None = None
+        self._flushing = False
+        self._holds_rows = False
+        self._was_unavailable = False
+        self._idle_since: float | None = None
+
+    def request_opening(self, opening: Opening) -> None:
+        """Queue a request to prepare the dataset."""
+        self._openings.append(opening)
+
+    def request_flush(self) -> None:
+        """Send the rows that wait now without waiting for more."""
+        self._flushing = True
+
+    def remove_abandoned(self) -> tuple[list[Rows], bool]:
+        """Remove rows whose client sends them again; and whether the store may hold some."""
+        return self.waiting.remove_in_memory(lambda rows: rows.abandoned)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no rows wait or are being stored."""
+        return not (self.waiting or self._rejected or self._holds_rows)
+
+    @property
+    def has_decided_groups(self) -> bool:
+        """Whether groups wait whose duplicates are marked; without those that an action holds."""
+        if self._rejected is not None and self._rejected.group.decided:
+            return True
+        return any(group.decided for group in self.waiting.sent)
+
+    def decide(self, now: float) -> Action:
+        """The next action; report its outcome, except of Wait and Stop."""
+        action = self._next_action(now)
+        self._holds_rows = isinstance(action, Append | Reject | GiveUp | Release)
+        if not isinstance(action, Wait):
+            self._idle_since = None
+        return action
+
+    def note_outcome(self, action: Action, outcome: Outcome, now: float) -> None:
+        """Learn how an action went.
+
+        Args:
+            action: The action.
+            outcome: Of an append, how it went, or None if its groups are lost; of a rest, whether
+                the committer ends; of other actions, None.
+            now: Current time.
+        """
+        self._holds_rows = False
+        if isinstance(action, Rest):
+            self.stopped |= bool(outcome)
+            return
+        if not isinstance(action, Append):
+            return
+        groups = action.groups
+        match outcome:
+            case Stored(num_groups, seconds, slow_down):
+                full = action.full and num_groups == len(groups)
+                self._append_size.note_stored(now, seconds, full=full, slow_down=slow_down)
+                self.waiting.put_back(groups[num_groups:])
+                self.failing = None
+            case Unavailable(num_groups, seconds, error):
+                for group in groups[:num_groups]:
+                    group.in_doubt = True
+                self._append_size.note_failed(now, seconds, error)
+                self.waiting.put_back(groups)
+                self.failing = (self.failing[0] if self.failing else now - seconds, error)
+            case Refused(1, error):
+                self._rejected = Reject(groups[0], error)
+                self.waiting.put_back(groups[1:])
+                self.failing = None
+            case Refused(num_groups):
+                # Each goes alone, to find the one at fault. An unexpected error may have come
+                # after rows were stored.
+                for group in groups[:num_groups]:
+                    group.in_doubt = group.alone = True
+                self.waiting.put_back(groups)
+                self.failing = None
+
+    def _next_action(self, now: float) -> Action:
+        if self.stopped:
+            return self._stop()
+        if self._rejected is not None:
+            rejected, self._rejected = self._rejected, None
+            return rejected
+        if self._can_open():
+            return Open(self._openings.popleft())
+        if self._overdue_at() <= now < self._ready_at(now):  # what may be tried now is tried
+            return self._give_up_overdue(now)
+        due_at = self._due_at(now)
+        return self._append_due() if due_at <= now else self._wait(due_at, now)
+
+    def _stop(self) -> Stop:
+        rejected = self._rejected.group.rows if self._rejected is not None else []
+        openings, self._rejected = tuple(self._openings), None
+        self._openings.clear()
+        return Stop([*rejected, *self.waiting.remove_all()], openings)
+
+    def _append_due(self) -> Append | Release:
+        abandoned, in_doubt = self.remove_abandoned()
+        if abandoned:
+            return Release(abandoned, in_doubt)
+        groups = self.waiting.take_groups(
+            max_rows=self._append_size.limit(self._config.commit_rows),
+            max_bytes=self._append_size.limit(_COMMIT_BYTES),
+            group_rows=self._config.group_rows,
+        )
+        return Append(groups, full=bool(self.waiting))
+
+    def _wait(self, due_at: float, now: float) -> Wait | Rest:
+        if self.waiting:
+            overdue_at = self._overdue_at()
+            next_at = min(due_at, overdue_at) if overdue_at > now else due_at
+            return Wait(min(next_at, now + self._linger_s))
+        if self._idle_since is None:
+            self._idle_since = now
+        rest_at = self._idle_since + self._linger_s
+        return Rest() if rest_at <= now else Wait(rest_at)
+
+    def _can_open(self) -> bool:
+        """Whether the first opening may be carried out.
+
+        Rows that arrived before an overwrite was requested are stored first, to be removed by it.
+        Later rows may come before or after it: waiting for them, too, might never end.
+        """
+        if not self._openings:
+            return False
+        first = self._openings[0]
+        return (
+            first.mode != "overwrite"
+            or first.ready.cancelled()
+            or not self.waiting.any_before(first.requested)
+        )
+
+    def _due_at(self, now: float) -> float:
+        """When the next append is due; infinite without rows."""
+        waiting = self.waiting
+        if not waiting:
+            self._flushing = False
+            return math.inf
+        max_rows = self._append_size.limit(self._config.commit_rows)
+        max_bytes = self._append_size.limit(_COMMIT_BYTES)
+        full = waiting.num_rows >= max_rows or waiting.num_bytes >= max_bytes
+        ready_at = self._ready_at(now)
+        if self._flushing or self._openings or full or waiting.sent:
+            return ready_at
+        return max(waiting.oldest + self._config.group_delay_s, ready_at)
+
+    def _ready_at(self, now: float) -> float:
+        """When the next append may start, by the store's breaker or the dataset's append size."""
+        if self._breaker.unavailable_since is not None:
+            self._was_unavailable = True
+            return self._breaker.ready_at(self)
+        if self._was_unavailable:
+            self._was_unavailable = False
+            self._append_size.resume(now)
+        return self._append_size.ready_at
+
+    def _overdue_at(self) -> float:
+        """When the first rows in memory are given up; infinite if none are."""
+        since = self._failing_since()
+        if since is None:
+            return math.inf
+        return max(since, self.waiting.oldest_in_memory) + self._config.store_retry_s
+
+    def _give_up_overdue(self, now: float) -> GiveUp:
+        error = self.failing[1] if self.failing else self._breaker.error_for(self)
+        since, retry_s = self._failing_since(), self._config.store_retry_s
+        assert since is not None
+        overdue, in_doubt = self.waiting.remove_in_memory(
+            lambda rows: max(since, rows.arrived) + retry_s <= now
+        )
+        if not self.waiting:
+            # Later rows are tried afresh: only a try would end the wait.
+            self.failing = None
+            self._append_size.resume(now)
+        return GiveUp(overdue, error, in_doubt)
+
+    def _failing_since(self) -> float | None:
+        """Since when the store has taken no rows of this dataset, or none at all."""
+        since = [self._breaker.unavailable_since, self.failing[0] if self.failing else None]
+        return min((one for one in since if one is not None), default=None)
