@@ -23,7 +23,7 @@ from fletcher.net.ports import check_port
 from fletcher.pipeline.cache import CacheBackend
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.serving.admission import Admission
-from fletcher.serving.load_level import LoadLevel, LoadMonitor, Signals
+from fletcher.serving.load_level import LoadLevel, LoadMonitor, LoadSignals
 from fletcher.serving.model_loader import ModelLoader, open_cache_backend
 from fletcher.serving.model_manager import ModelManager
 from fletcher.serving.service import Service
@@ -217,15 +217,15 @@ class Runtime:
 
 def _signals(
     budget: MemoryBudget, admission: Admission, delivery: Delivery, models: ModelManager
-) -> Signals:
+) -> LoadSignals:
     """The load of each part of the server."""
     num_starving = budget.starving(_STARVING_S)
-    return Signals(
+    return LoadSignals(
         memory=budget.used_share(),
         streams=admission.stream_share,
         starving=num_starving / max(1, admission.num_streams) if num_starving > 1 else 0.0,
         journal=delivery.journal_share,
-        store_away=delivery.store_unavailable,
+        store_unavailable=delivery.store_unavailable,
         queue=models.queued_windows(),
     )
 
