@@ -1,4 +1,4 @@
-"""`fletcher tune`: measures what runs a model fastest here; servers then take that."""
+"""`fletcher tune`: the fastest way to run a model on this machine, measured and kept."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def set_alias(models: ModelManager, body: bytes) -> dict[str, Any]:
         models.remove_alias(request.alias)
     else:
         try:
-            models.set_alias(Alias.parse(f"{request.alias}={request.models}"))
+            models.set_alias(Alias.from_text(f"{request.alias}={request.models}"))
         except ValueError:
             raise InvalidCommandError(
                 f"`models` of alias {request.alias[:200]!r} is {request.models[:200]!r}, expected "

@@ -317,7 +317,7 @@ class ModelManager:
                 version = self._find_version(target)
                 if version.name == dataset_model:
                     return version
-        return self._find_version(alias.pick(key))
+        return self._find_version(alias.pick_target(key))
 
     def _find_version(self, name: str) -> ModelVersion:
         version = self._current.get(name) or self._lifecycle.versions.get(name)
