@@ -120,7 +120,7 @@ def cli(
     if not addresses:
         raise ConfigError("`store` is none, which holds no rows; give an address", field="store")
     folder = folder_of(addresses[0])
-    if folder is not None and not folder.is_dir():  # else a misspelt path would become a folder
+    if folder is not None and not folder.is_dir():  # opening would create it
         raise UnknownDatasetError(
             f"there is no dataset {dataset!r} in {addresses[0]}: there is no such folder",
             field="dataset",
@@ -128,8 +128,8 @@ def cli(
     store = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
     try:
         info = _find_dataset(store, dataset)
-        if b"fletcher.output" in (info.schema.metadata or {}):  # which says: not dense
-            vector_reader(dataset, info.schema)  # before a model is loaded for the query
+        if b"fletcher.output" in (info.schema.metadata or {}):  # not dense
+            vector_reader(dataset, info.schema)  # fails before a model is loaded
         shown = _shown_columns(info, columns)
         conditions = [_parse_filter(text, info.schema) for text in filters]
         vector = _embed_query(target, query, prompt, info)
@@ -145,7 +145,7 @@ def cli(
 
 
 def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
-    """Prints a line a row: rank, score, id, further columns, and what fits of the text."""
+    """Prints a line a row: rank, score, id, further columns, and the text as far as it fits."""
     if not rows:
         print("no rows")
         return
@@ -192,7 +192,7 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
     stored = metadata.get("fletcher.model")
     model = target.flags.given.get("model")
     if model is None:
-        model = stored  # that version, whatever its name stands for by now
+        model = stored  # that version, even if its name means another one now
     local_model = {} if target.server or model is None else {"model": model}
     config = without_store(target.resolve(**local_model))
     with target.open_client(config) as client:
@@ -200,8 +200,8 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
         qualified = f"{known['name']}@{known['hash']}"
         if stored is not None and stored != qualified:
             raise ModelMismatchError(
-                f"`dataset` {info.name!r} holds vectors of {stored}, and the query would be "
-                f"embedded by {qualified}; their distances mean nothing",
+                f"`dataset` {info.name!r} holds vectors of {stored}, but the model of the query is "
+                f"{qualified}: their distances mean nothing; give --model {stored}",
                 field="model",
                 allowed=[stored],
             )

@@ -28,7 +28,7 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; 100 where there is none."""
+    """Columns of the terminal; 100 without one."""
     return shutil.get_terminal_size((100, 24)).columns
 
 

@@ -474,5 +474,5 @@ def test_doctor_names_what_is_broken(call: Call) -> None:
 def test_doctor_makes_no_store(call: Call, tmp_path: Path) -> None:
     done = call("doctor", "--store", f"lance:{tmp_path / 'typo'}")
     assert done.code == 0
-    assert "typo: not there yet" in done.out
+    assert "typo: does not exist yet" in done.out
     assert not (tmp_path / "typo").exists()
