@@ -22,9 +22,16 @@ _UNUSED = (
 
 
 def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
-    """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
+    """Embed a few texts.
 
-    The answer also has `scale` for int8 vectors with a scale a row.
+    Args:
+        service: The server's parts.
+        body: `{"texts": [...], ...}`, with fields of EmbedCommand.
+        context: The call's context.
+
+    Returns:
+        `embeddings`, `token_count`, `truncated` and `model`; for int8 vectors with a scale a row
+        also `scale`.
 
     Raises:
         BatchTooLargeError: There are more than MAX_TEXTS texts.

@@ -17,7 +17,7 @@ _CANCEL_WAIT_S = 0.05
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Takes every failure of a write as a client that is gone.
+    """Treat every failure of a write as a client that is gone.
 
     Raises:
         FlightCancelledError: A write failed; pyarrow has several errors for that.
@@ -29,11 +29,11 @@ def writing() -> Iterator[None]:
 
 
 class Ending(contextlib.AbstractContextManager["Ending"]):
-    """Sends an exchange's failure as a message, and gives the client time to cancel the call.
+    """Message that tells a client of its exchange's failure before the call ends.
 
     A call that ends while one thread of the client writes and another one reads aborts the client's
     process: pyarrow then does what gRPC forbids. A client that learns of the failure from a message
-    cancels the call instead, which is safe.
+    cancels the call instead, which is safe; the call waits a moment for that.
 
     Args:
         context: The call's context.
@@ -46,7 +46,7 @@ class Ending(contextlib.AbstractContextManager["Ending"]):
         self._sent = False
 
     def send_failure(self, error: flight.FlightError) -> None:
-        """Sends the failure as JSON, at most once; does nothing if the client is gone."""
+        """Send the failure as JSON, at most once; do nothing if the client is gone."""
         if error.extra_info and not self._sent:
             self._sent = True
             with contextlib.suppress(flight.FlightError, pa.ArrowException, OSError):

@@ -41,7 +41,7 @@ def exchange(
     trace: Any,
     ending: Ending,
 ) -> None:
-    """Answers one DoExchange call.
+    """Answer one DoExchange call.
 
     The call's own thread reads and submits; a second one writes answers.
     """
@@ -91,7 +91,7 @@ def exchange(
 
 
 class _Answers:
-    """Writes a session's results back, joined to the batches that they came from."""
+    """Writer of a session's results, joined to the batches that they came from."""
 
     def __init__(
         self,
@@ -114,12 +114,13 @@ class _Answers:
         self._errors: list[dict[str, Any]] = []
 
     def write_results(self) -> None:
+        """Write all results; runs on a thread of its own."""
         for result in self._session.results(self._upload_id):
             self._append_result(result)
             del result  # the next one may be long in coming
 
     def report_failure(self, error: Exception) -> None:
-        """Wakes the reading thread if it waits for memory, and tells the client at once.
+        """Wake the reading thread if it waits for memory, and tell the client at once.
 
         The reading thread may be blocked in a read until the client sends something, and the call
         cannot end before that. A client that waits for vectors would not learn of the failure.
@@ -128,7 +129,7 @@ class _Answers:
         self._ending.send_failure(to_flight_error(error, log))
 
     def _append_result(self, result: SliceResult) -> None:
-        """Adds a result to its batch's answer, and writes the answer after the last slice."""
+        """Add a result to its batch's answer; write the answer after the last slice."""
         batch, row_slice = result.batch, result.row_slice
         if result.errors:
             self._errors += result.error_reports(MAX_REPORTED_ERRORS - len(self._errors))
@@ -166,7 +167,7 @@ def _check_command(command: EmbedCommand) -> None:
 
 
 def _check_size(num_rows: int, spec: VectorSpec) -> None:
-    """Refuses a batch whose dense vectors would be too large; others are counted when written."""
+    """Refuse a batch whose dense vectors would be too large for one message."""
     if spec.output == "dense" and num_rows * spec.num_bytes > _MAX_OUTPUT_BYTES:
         raise _too_large(num_rows)
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def put(
     service: Service, command: EmbedCommand, context: Any, reader: Any, writer: Any, trace: Any
 ) -> None:
-    """Answers one DoPut call.
+    """Answer one DoPut call.
 
     The call's own thread reads and submits; a second one writes acknowledgements.
     """
@@ -63,7 +63,7 @@ def put(
 
 
 def _acknowledge(upload: StoreSession, writer: Any) -> None:
-    """Writes acknowledgements and the summary until the client is gone."""
+    """Write acknowledgements and the summary until the client is gone."""
     client_gone = False
     for message in upload.acknowledgements():
         if client_gone:

@@ -34,7 +34,7 @@ class ReceivedMessage:
 def read_messages(
     reader: Any, context: Any, *, continuous: bool = False
 ) -> Iterator[ReceivedMessage]:
-    """A client's messages until it ends the call or disconnects.
+    """Read a client's messages until it ends the call or disconnects.
 
     Args:
         reader: The call's reader.
@@ -67,7 +67,7 @@ def read_messages(
             raise InvalidCommandError(
                 "`document_end` came without a batch; send it with one, which may have no rows"
                 if continuous
-                else "`document_end` is given, but every row is a document by itself; set "
+                else "`document_end` is given, but every row is a document; set "
                 "`continuous` in the command of a DoExchange, or leave it out",
                 field="document_end",
             )
@@ -81,7 +81,7 @@ def read_messages(
 def wait_first(
     messages: Iterator[ReceivedMessage],
 ) -> tuple[Iterator[ReceivedMessage], ReceivedMessage | None]:
-    """Waits for the first message.
+    """Wait for the first message.
 
     Returns:
         All messages, and the first one; None if there is none.
@@ -91,7 +91,7 @@ def wait_first(
 
 
 def read_schema(reader: Any) -> pa.Schema:
-    """The input's schema.
+    """Read the input's schema.
 
     Raises:
         ColumnTypeError: Arrow cannot read it.

@@ -1,4 +1,4 @@
-"""The Flight server: maps each call of the protocol to its handler."""
+"""The Flight server, which gives each call of the protocol to its handler."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
-    """Serves Flight calls; listens from its construction on.
+    """Flight server that listens from its construction on.
 
     Args:
         service: The server's parts.
@@ -90,14 +90,14 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             return _flight_info(self._dataset(parse_descriptor(descriptor)))
 
     def get_schema(self, context: Any, descriptor: Any) -> Any:
-        """Schema of the command's dataset, or of its DoExchange output if it names none."""
+        """Schema of the command's dataset, or of a DoExchange if it has no dataset."""
         try:
             return self._schema(context, descriptor)
         except flight.FlightError as error:
             raise without_traceback(error) from None
 
     def do_get(self, context: Any, ticket: Any) -> Any:
-        """Refuses all calls; pyarrow's own refusal would hold a traceback."""
+        """Refuse every call; pyarrow's own refusal would hold a traceback."""
         with self._handling():
             raise InvalidCommandError(
                 "DoGet is not supported; ask for vectors by DoExchange, and read datasets from "
@@ -117,7 +117,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     @contextmanager
     def _handling(self) -> Iterator[None]:
-        """Counts errors, and raises them as Flight errors."""
+        """Count errors, and raise them as Flight errors."""
         with handler_errors(log):
             try:
                 yield

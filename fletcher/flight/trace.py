@@ -16,7 +16,10 @@ class _Trace(flight.ServerMiddleware):  # type: ignore[misc]
 
 
 class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Keeps each call's trace for its handler; gRPC's instrumentation does not cover pyarrow."""
+    """Middleware that keeps each call's trace for its handler.
+
+    gRPC's own instrumentation does not cover pyarrow.
+    """
 
     def __init__(self, telemetry: Telemetry) -> None:
         super().__init__()

@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from fletcher.config.engine import EngineConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.host import HostInfo, detect_host
+from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.onnx.packed import FAMILIES, can_pack
-
-__all__ = ["HostInfo", "Resolution", "detect_host", "resolve_replicas"]
 
 # One process runs this many cores at most, as one interpreter lock feeds them all; a second process
 # costs another copy of the weights. Two cores showed no clear difference between one process and

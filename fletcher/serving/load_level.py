@@ -1,4 +1,4 @@
-"""How busy the server is, in three levels, and what each level changes.
+"""Load level of the server: `normal`, `moderate` or `severe`.
 
 | level | meaning | effect |
 |---|---|---|
@@ -33,7 +33,7 @@ _LEAVE_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class LoadTiming:
-    """When the load level is sampled and left.
+    """Intervals of sampling and leaving a load level.
 
     Attributes:
         leave_after_s: How long signals must stay lower before a level is left. One upload makes
@@ -142,15 +142,15 @@ class LoadMonitor:
         telemetry.pressure_grade.observe(lambda: self.level)
 
     def start(self) -> None:
-        """Observes on a thread of its own until `close`."""
+        """Start a thread that observes until `close`."""
         threading.Thread(target=self._run, name="load", daemon=True).start()
 
     def close(self) -> None:
-        """Ends the thread. Idempotent."""
+        """End the thread. Idempotent."""
         self._closed.set()
 
     def observe(self) -> LoadLevel:
-        """Takes a sample and returns the level that follows from it."""
+        """Take a sample and return the level that follows from it."""
         signals = self._sample()
         with self._lock:
             now = self._clock()

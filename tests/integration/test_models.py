@@ -175,7 +175,7 @@ def test_names_only_of_what_is_configured_and_installed(
 ) -> None:
     names = ["nobody", str(home / "models" / "b"), "../models/b", "grpc://host:1", "b@000000000000"]
     for name in names:
-        refused = "here are" if name.startswith("b@") else "this server may load a, b; its option"
+        refused = "known: " if name.startswith("b@") else "this server may load a, b; its option"
         for change in (client.load_model, client.swap_model):
             with pytest.raises(UnknownModelError, match=refused):
                 change(name)

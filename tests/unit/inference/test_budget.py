@@ -141,5 +141,5 @@ def test_a_replica_loads_the_version_that_it_is_meant_to(
         load(BackendConfig("null", "cpu", str(folder), version=version))
     assert loaded == [str(kept), str(folder), str(folder)]
     assert TokenizerConfig(str(folder), first.hash).folder == kept
-    with pytest.raises(ModelError, match="here no more"):
+    with pytest.raises(ModelError, match="is missing: it was removed"):
         load(BackendConfig("null", "cpu", str(folder), version="0" * 12))

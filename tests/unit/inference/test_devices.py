@@ -6,8 +6,8 @@ import pytest
 
 from fletcher.config.engine import EngineConfig
 from fletcher.errors import BackendError, ConfigError
-from fletcher.inference.devices import HostInfo, resolve_replicas
-from fletcher.inference.host import detect_host
+from fletcher.inference.devices import resolve_replicas
+from fletcher.inference.host import HostInfo, detect_host
 
 PLAIN = HostInfo(
     cores=4,
