@@ -12,7 +12,7 @@ from typing import Any
 from pyarrow import flight
 
 from fletcher.core.command import EmbedCommand
-from fletcher.pipeline.input.intake import Intake
+from fletcher.pipeline.input.intake import Intake, TextTreatment
 from fletcher.pipeline.input.limits import IntakeLimits
 
 # Limits of a server with default options and a model of 384 dims.
@@ -44,8 +44,8 @@ def intake(schema: Any) -> Intake:
     return Intake(
         schema,
         EmbedCommand(dataset="bench"),
-        prompt="",
-        limits=LIMITS,
+        LIMITS,
+        TextTreatment(),
         carry_text=True,
         small_is_interactive=False,
     )

@@ -52,7 +52,7 @@ class FletcherError(Exception):
     code: ClassVar[str] = "internal"
 
     def __init_subclass__(cls, code: str | None = None) -> None:
-        """Derive the code from the name unless given: `UnknownModelError`, `unknown_model`."""
+        """Derive the code from the name, such as `unknown_model`, unless given."""
         words = re.findall("[A-Z][a-z0-9]*", cls.__name__.removesuffix("Error"))
         cls.code = code or "_".join(words).lower()
 
@@ -72,7 +72,7 @@ class FletcherError(Exception):
         self.retry_after_ms = retry_after_ms
 
     def to_dict(self) -> dict[str, Any]:
-        """The error as it crosses the wire: `code`, `message`, and the fields that are set."""
+        """The error on the wire: `code`, `message`, and the fields that are set."""
         fields = {
             "code": self.code,
             "message": self.message,

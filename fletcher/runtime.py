@@ -1,4 +1,4 @@
-"""The composition root: builds what the configuration names, warms it, serves, drains."""
+"""The composition root: a server from its configuration, from start to drain and close."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fletcher.delivery.delivery import Delivery
 from fletcher.errors import ConfigError
 from fletcher.flight.auth import Credentials
 from fletcher.flight.server import FlightServer
-from fletcher.inference.devices import detect_host
+from fletcher.inference.host import detect_host
 from fletcher.models.bundle.registry import Registry
 from fletcher.net.compression import AnswerCompression
 from fletcher.net.ports import check_port
 from fletcher.pipeline.cache import CacheBackend
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.serving.admission import Admission
-from fletcher.serving.load_level import LoadLevel, LoadMonitor, Signals
+from fletcher.serving.load_level import LoadLevel, LoadMonitor, LoadSignals
 from fletcher.serving.model_loader import ModelLoader, open_cache_backend
 from fletcher.serving.model_manager import ModelManager
 from fletcher.serving.service import Service
@@ -43,7 +43,7 @@ class Runtime:
 
     Args:
         config: All options.
-        progress: Called with a line for people when something takes long, such as a download.
+        progress: Called with a line for people about long work, such as a download; None: logs it.
     """
 
     def __init__(self, config: ServeConfig, progress: Callable[[str], None] | None = None) -> None:
@@ -73,10 +73,10 @@ class Runtime:
         self.close()
 
     def start(self) -> None:
-        """Loads the model, starts all workers, then listens; `address` says where.
+        """Loads the models, starts all workers, then listens on `address`.
 
         Raises:
-            FletcherError: Something configured is not there or does not work; nothing is left.
+            FletcherError: Something configured is missing or does not work. All is closed again.
         """
         keep_large_blocks()
         try:
@@ -86,14 +86,14 @@ class Runtime:
             raise
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Blocks until the runtime is closed; False if that did not happen in time."""
+        """Blocks until the runtime is closed; False on a timeout."""
         return self._closed.wait(timeout_s)
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuses new calls and brings accepted rows to their store.
+        """Refuses new calls and delivers accepted rows to their stores.
 
         Returns:
-            Whether all of them got there in time.
+            Whether all rows were delivered in time.
         """
         if self._service is None or self._budget is None:
             return True
@@ -104,7 +104,7 @@ class Runtime:
         while time.monotonic() < deadline:
             if admission.wait_idle(0.05):
                 break
-            # A call whose client is silent cannot be ended; it has nothing in the house, either.
+            # A call whose client is silent cannot be ended, but holds no rows, either.
             busy = budget.statistics()["used_bytes"] > 0
             quiet = 0 if busy else quiet + 1
             if quiet > 5:
@@ -112,20 +112,20 @@ class Runtime:
         left = max(0.0, deadline - time.monotonic())
         done = delivery.flush(left) and budget.statistics()["used_bytes"] == 0
         if not done and timeout_s > 0:
-            log.warning("drain: not everything was stored within %g s", timeout_s)
+            log.warning("drain: some rows were not stored within %g s", timeout_s)
         return done
 
     def close(self) -> bool:
-        """Ends everything. Idempotent.
+        """Closes the server, its workers, stores and telemetry. Idempotent.
 
         Returns:
-            Whether all calls ended. A call that its client keeps open without a word cannot be
-            ended from here, and the process cannot end in the ordinary way before it does.
+            Whether all calls ended. A call whose client is silent cannot be ended from here, and
+            the process cannot exit in the ordinary way before it does.
         """
         ended = True
         server, self._server = self._server, None
         if server is not None:
-            # It has no deadline of its own and waits for handlers that wait for silent clients.
+            # It has no deadline, and waits for handlers that wait for silent clients.
             shutdown = threading.Thread(target=server.shutdown, daemon=True)
             shutdown.start()
             shutdown.join(_SHUTDOWN_S)
@@ -148,7 +148,7 @@ class Runtime:
 
     @property
     def service(self) -> Service:
-        """What is served; only between `start` and `close`."""
+        """The service behind all protocols; only between `start` and `close`."""
         assert self._service is not None
         return self._service
 
@@ -169,7 +169,7 @@ class Runtime:
         delivery = Delivery(stores, config.delivery, telemetry, journal)
         left_behind = delivery.recover()
         if left_behind:
-            log.info("journal: %d rows of an earlier run go to their stores", left_behind)
+            log.info("journal: %d rows of an earlier run are sent to their stores", left_behind)
         registry = Registry(config.home / "models")
         for name in (config.model.default, *config.model.models):
             registry.ensure_model(name, self._progress)
@@ -183,7 +183,6 @@ class Runtime:
         self._backend = open_cache_backend(config.cache)
         loader = ModelLoader(
             config,
-            registry,
             detect_host(),
             budget,
             telemetry,
@@ -218,15 +217,15 @@ class Runtime:
 
 def _signals(
     budget: MemoryBudget, admission: Admission, delivery: Delivery, models: ModelManager
-) -> Signals:
-    """How full the house is, read from its parts."""
+) -> LoadSignals:
+    """The load of each part of the server."""
     num_starving = budget.starving(_STARVING_S)
-    return Signals(
+    return LoadSignals(
         memory=budget.used_share(),
         streams=admission.stream_share,
         starving=num_starving / max(1, admission.num_streams) if num_starving > 1 else 0.0,
         journal=delivery.journal_share,
-        store_away=delivery.store_unavailable,
+        store_unavailable=delivery.store_unavailable,
         queue=models.queued_windows(),
     )
 
@@ -237,7 +236,7 @@ def _listen(service: Service, config: NetworkConfig, credentials: Credentials) -
     except Exception as error:  # pyarrow raises several kinds, for a port in use and for bad PEM
         raise ConfigError(
             f"cannot listen on {config.host}:{config.port}: {_reason(error)}; "
-            "is the port in use, or the certificate no PEM?",
+            "check that the port is free and the certificate is PEM",
             field="port",
         ) from error
 

@@ -138,7 +138,7 @@ def _print(answer: dict[str, Any], *, as_json: bool) -> None:
 def _weights(name: str, models: Sequence[str]) -> dict[str, float]:
     text = ",".join(models)
     try:
-        return dict(Alias.parse(f"{name}={text}").targets)
+        return dict(Alias.from_text(f"{name}={text}").targets)
     except ValueError:
         raise InvalidCommandError(
             f"`models` is {text[:200]!r}, expected MODEL:WEIGHT with weights over 0, and a name "

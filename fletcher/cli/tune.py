@@ -1,4 +1,4 @@
-"""`fletcher tune`: measures what runs a model fastest here; servers then take that."""
+"""`fletcher tune`: the fastest way to run a model on this machine, measured and kept."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cli(flags: ConfigFlags, as_json: bool) -> None:
     whose vectors are wrong, and keeps the fastest. Servers started with the same options then use
     it. Takes about a minute for a small model, and needs a quiet machine.
     """
-    from fletcher.inference.devices import detect_host
+    from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.tuner import tune
 

@@ -1,4 +1,4 @@
-"""The Flight client library: `connect`, and the types of its arguments and results."""
+"""The Flight client library: `connect`, and the types of its calls."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def connect(
 
 
 class Client:
-    """A connection to a Fletcher server; made by `connect`, closed by `close` or `with`.
+    """A connection to a server; made by `connect`, closed by `close` or `with`.
 
     Thread-safe. Every method raises a FletcherError if the server refuses or fails.
     """
@@ -180,7 +180,7 @@ class Client:
         chunking: str = "sentences:none",
         **options: Any,
     ) -> DocumentStream:
-        """Cut documents that arrive in parts into chunks, and return each as it is complete.
+        """Cut documents that arrive in parts into chunks, returned once complete.
 
         Args:
             pieces: Parts of documents, cut anywhere: texts, or (ID, text), where another ID starts
@@ -356,7 +356,7 @@ class Client:
 
 
 def ingest_id(source: TextSource, options: EmbedCommand) -> str:
-    """The `upload_id` of files with options: a hash, or random for a source that is read once.
+    """The `upload_id` of files: a hash, or random for a source read only once.
 
     It is random for `delta` too, which asks the store about every row anyway. Under one name, files
     that were changed and changed back would count as sent while the store has other rows.

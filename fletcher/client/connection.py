@@ -1,4 +1,4 @@
-"""One Flight connection: address, credentials, call options, and errors as FletcherErrors."""
+"""One Flight connection: address, credentials, call options and errors."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class CallLimits:
 
 
 class Connection:
-    """A FlightClient with the options of its calls, which raises FletcherErrors. Thread-safe.
+    """A FlightClient with its call options; raises FletcherErrors. Thread-safe.
 
     Args:
         uri: `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`.

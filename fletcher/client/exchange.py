@@ -1,4 +1,4 @@
-"""Vectors back by DoExchange: an iterator over answers, which survives a server's restart."""
+"""Vectors back by DoExchange: an iterator that survives a server's restart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fletcher.errors import DeadlineExceededError, InternalError, UnavailableErr
 
 
 class Exchange:
-    """An iterator over batches with vectors: one for each batch that was sent, in order.
+    """An iterator over batches with vectors, one for each sent batch, in order.
 
     Batches larger than `TransferOptions.message_bytes` travel in slices and are joined again, so a
     whole batch of vectors is held in memory. Batches without rows are left out. With

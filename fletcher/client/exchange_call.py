@@ -26,7 +26,7 @@ _JOIN_TICK_S = 0.05
 
 
 class ExchangeInput:
-    """The caller's messages, kept until the first answer so that another call can send them again.
+    """The caller's messages, kept until the first answer for another call.
 
     Called on a call's writing thread; `forget`, `can_rewind` and `rewind` on any thread that holds
     the exchange's lock.

@@ -1,4 +1,4 @@
-"""Messages of uploads and exchanges: slices of batches, acknowledgements, summaries."""
+"""Messages of uploads and exchanges: batches, acknowledgements, summaries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fletcher.errors import InternalError, InvalidCommandError
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """The error of a row without a vector; `row` is its offset in the upload or exchange."""
+    """The error of a row without a vector; `row` is its offset in the upload."""
 
     row: int | None
     id: str | int | None
@@ -138,7 +138,7 @@ def end_marker(num_rows: int) -> bytes:
 def messages(
     batches: Iterable[pa.RecordBatch], *, max_bytes: int, row_offset: int = 0
 ) -> Iterator[Message]:
-    """Cut batches into messages of at most `max_bytes` or one row; empty ones are left out."""
+    """Cut batches into messages of at most `max_bytes` or one row; no empty ones."""
     batch_id, row = 0, row_offset
     for batch in batches:
         end = row + batch.num_rows
@@ -163,7 +163,7 @@ def split(batch: pa.RecordBatch, max_bytes: int) -> Iterator[pa.RecordBatch]:
 
 
 def wire_bytes(batch: pa.RecordBatch) -> int:
-    """Bytes of a batch's rows, without dictionaries, which are sent once for all slices."""
+    """Bytes of a batch's rows without dictionaries, which are sent once."""
     return sum(
         column.indices.nbytes if types.is_dictionary(column.type) else column.nbytes
         for column in batch.columns
@@ -221,7 +221,7 @@ def _no_batches(data: Any, first: Any) -> str:
 
 
 def _without_views(schema: pa.Schema) -> pa.Schema:
-    """Replace view types by plain utf8: a slice of a view column sends the whole column."""
+    """Replace view types by utf8: slices of a view column send all of it."""
     views = [index for index, one in enumerate(schema) if types.is_string_view(one.type)]
     for index in views:
         schema = schema.set(index, schema.field(index).with_type(pa.large_utf8()))

@@ -1,4 +1,4 @@
-"""Uploads by DoPut: a window of unacknowledged messages, and resumption after broken connections.
+"""Uploads by DoPut: a window of unacknowledged messages, and resumption.
 
 The caller's thread reads the source and waits, a second writes, a third reads acknowledgements. So
 the caller's thread is never blocked inside a call that cannot be interrupted.
@@ -193,7 +193,7 @@ class UploadSession:
 
 
 class _PutCall:
-    """One DoPut call, with a writing and a reading thread. Other methods: one thread only."""
+    """One DoPut call, with a writing and a reading thread. For one caller thread."""
 
     def __init__(
         self,

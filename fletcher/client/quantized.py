@@ -1,4 +1,4 @@
-"""Quantized vectors for readers: conversion to float32, and rescoring of search results."""
+"""Quantized vectors for readers: conversion to float32, and rescoring."""
 
 from __future__ import annotations
 

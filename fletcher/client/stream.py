@@ -94,7 +94,7 @@ class DocumentStream:
 def _messages(
     pieces: Iterable[str | tuple[str, str] | None], schema: pa.Schema, max_bytes: int
 ) -> Iterator[Message]:
-    """Messages for each part of a document, several for a large one, and one for each end."""
+    """Messages for each part of a document, and one for each end."""
     batch_id = row = number = 0
     size = max(1, max_bytes // _MAX_UTF8_BYTES)
     for piece in pieces:

@@ -9,7 +9,6 @@ from fletcher.config.option import MILLISECONDS, SECONDS, STORES, TEXT, WHOLE, O
 
 DEFAULT_STORE = "default"
 NO_STORE = "none"
-
 _COMMIT_ROWS = 50_000
 
 

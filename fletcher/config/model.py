@@ -1,4 +1,4 @@
-"""Options of the models: which are served, which callers may load, and their outputs."""
+"""Options of the models: served and loadable ones, their outputs and cache."""
 
 # ruff: noqa: RUF009  (`option` makes a dataclass field, no default value)
 
@@ -65,7 +65,7 @@ class ModelConfig(OptionGroup):
     @property
     def aliases(self) -> tuple[Alias, ...]:
         """`model_aliases`, parsed. Raises ConfigError for a name given twice."""
-        aliases = tuple(Alias.parse(text) for text in self.model_aliases)
+        aliases = tuple(Alias.from_text(text) for text in self.model_aliases)
         taken = [name.partition("@")[0] for name in (self.default, *self.models)]
         for alias in aliases:
             if alias.name in taken:
@@ -80,7 +80,7 @@ class ModelConfig(OptionGroup):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig(OptionGroup):
-    """Which vectors callers may ask for."""
+    """Vectors that callers may ask for."""
 
     allow_undeclared: bool = option(
         False,

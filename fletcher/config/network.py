@@ -17,7 +17,7 @@ COMPRESSIONS = ("none", "lz4", "zstd", "auto")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig(OptionGroup):
-    """Where the server listens, who may call it, and how answers are compressed."""
+    """Address of the server, access to it, and compression of its answers."""
 
     host: str = option(
         "127.0.0.1",

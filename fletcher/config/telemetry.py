@@ -9,7 +9,7 @@ from fletcher.config.option import TEXT, OptionGroup, option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetryConfig(OptionGroup):
-    """What is logged, how, and where traces and metrics go."""
+    """Level and format of the log, and destination of traces and metrics."""
 
     log_level: str = option(
         "info",

@@ -1,4 +1,4 @@
-"""Payloads between pipeline stages: frozen dataclasses of whole arrays, no per-row objects."""
+"""Payloads between pipeline stages: whole arrays, no per-row objects."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class TextBatch:
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Token spans that get a vector each, while the model reads the whole row (late chunking).
+    """Token spans that get a vector each, of rows read as a whole (late chunking).
 
     Attributes:
         counts: int32 [num_rows], spans of each row, at least one.

@@ -1,4 +1,4 @@
-"""The field `chunking`: how long texts are cut into chunks, and how their vectors are combined.
+"""The field `chunking`: how texts are cut, and how chunks' vectors combine.
 
 A command has it as one string, the same in JSON, protobuf and flags:
 `METHOD[:SIZE[/OVERLAP]][:AGGREGATION][:late]`, such as `tokens:256/32:mean`. Omitted parts take

@@ -1,4 +1,4 @@
-"""Options of one upload or exchange: `EmbedCommand`, with types, limits and choices checked.
+"""Options of one upload or exchange, with types, limits and choices checked.
 
 The client library and the server share this class, so a bad value is refused before it travels
 and again on arrival. Types, limits and choices are annotations that msgspec checks.

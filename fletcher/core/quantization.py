@@ -1,4 +1,4 @@
-"""Quantization of vectors to int8 or bits, and the reader that turns them back by their schema.
+"""Quantization of vectors to int8 or bits, and their reader.
 
 `int8` has two kinds, which the schema's `fletcher.quantization` names:
 
@@ -47,7 +47,7 @@ class Ranges:
 
     @classmethod
     def between(cls, lowest: FloatArray, highest: FloatArray) -> Ranges:
-        """Ranges from the least to the greatest value of each dimension, both float32 [dims]."""
+        """Ranges from the least to the greatest values, both float32 [dims]."""
         step = np.maximum((highest - lowest) / np.float32(255), _TINY)
         return cls(lowest.astype(np.float32), step.astype(np.float32))
 

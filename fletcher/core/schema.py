@@ -171,7 +171,7 @@ def vector_columns(
     null_rows: npt.NDArray[np.bool_] | None,
     counts: npt.NDArray[np.int32] | None = None,
 ) -> dict[str, pa.Array]:
-    """The columns `vector`, of the spec's type over whole buffers, and `scale` if the spec has it.
+    """The columns `vector`, of the spec's type, and `scale` if the spec has it.
 
     Args:
         embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width]; float16 if that
@@ -207,7 +207,7 @@ def vector_columns(
 
 
 def column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """An array without nulls that shares the memory of `values`, whose elements fit `kind`.
+    """An array without nulls of type `kind`, over the memory of `values`.
 
     For a few rows `pa.array` takes several times as long.
     """

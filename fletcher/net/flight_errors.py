@@ -34,7 +34,7 @@ FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Foreign:
-    """A row of the table for exceptions of pyarrow without an error of Fletcher inside.
+    """A row of the table for exceptions of pyarrow without an error of ours.
 
     Attributes:
         kinds: Classes of the exception.
@@ -130,7 +130,7 @@ def to_flight_error(exc: BaseException, log: logging.Logger | None = None) -> fl
 
 
 def without_traceback(error: flight.FlightError) -> Exception:
-    """The exception that `get_schema` raises, where pyarrow does not honour Flight errors.
+    """The exception for `get_schema`, where pyarrow ignores Flight errors.
 
     pyarrow sends its message without code and `extra_info`. It would also send the traceback, but
     sends only the exception's name if the traceback cannot be encoded as UTF-8.
@@ -146,7 +146,7 @@ class RefusalError(ValueError):
 
 @contextmanager
 def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
-    """Raise a Flight error for any exception of a handler; for `with`, or as a decorator.
+    """Raise a Flight error for any exception of a handler; `with` or decorator.
 
     A decorated generator is covered only until it returns its iterator: use `with` inside it.
     """
@@ -201,7 +201,7 @@ def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
 
 
 def store_error(error: errors.FletcherError, what: str) -> errors.FletcherError:
-    """The error for an answer of `fletcher store`: a refusal unchanged, any other retryable."""
+    """The error for an answer of a store: refusals unchanged, others retryable."""
     refusals = (errors.RequestError, errors.UnauthenticatedError, errors.UnauthorizedError)
     if isinstance(error, refusals):
         return error

@@ -169,7 +169,7 @@ class Embedder:
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         """A way through the pipeline for one client call; close it in the end."""
-        stream = EmbedStream(self._budget.open(), self._enqueue, trace)
+        stream = EmbedStream(self._budget.open_allowance(), self._enqueue, trace)
         with self._opening:
             self._streams.add(stream)
             closed = self._closed
@@ -225,7 +225,7 @@ class Embedder:
         """Whether there are workers of both kinds now."""
         return self.tokenizers.usable and self.replicas.usable
 
-    def check(self) -> None:
+    def check_workers(self) -> None:
         """Refuses work that nobody would do.
 
         Raises:

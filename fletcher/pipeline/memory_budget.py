@@ -52,7 +52,7 @@ class MemoryBudget:
         self._spare_bytes = 0
         self._changed = threading.Condition()
 
-    def open(self) -> Allowance:
+    def open_allowance(self) -> Allowance:
         """A stream's share; the caller has made sure that there are at most `max_streams`."""
         return Allowance(self)
 
@@ -91,10 +91,10 @@ class Allowance:
 
     @property
     def max_row_bytes(self) -> int:
-        """What `grow` may be asked for."""
+        """What `grow_row` may be asked for."""
         return self._budget.max_row_bytes
 
-    def keep(self, num_bytes: int) -> bool:
+    def keep_table(self, num_bytes: int) -> bool:
         """Whether `num_bytes` may be kept until the stream ends, or keeps something else instead.
 
         Never waits; where the answer is no, the stream keeps nothing.
@@ -132,7 +132,7 @@ class Allowance:
                 raise DrainingError("the stream was closed")
             self._add(num_bytes)
 
-    def grow(self, num_bytes: int) -> None:
+    def grow_row(self, num_bytes: int) -> None:
         """Waits until the row at hand may take `num_bytes` in all; with 0 there is none any more.
 
         Args:
@@ -156,14 +156,14 @@ class Allowance:
                 budget._growing.pop(self, None)
                 budget._changed.notify_all()
 
-    def whole(self) -> int:
-        """The row at hand does not grow any more: what it takes, to be given to `release`."""
+    def complete_row(self) -> int:
+        """The row at hand does not grow any more: what it takes, to be given to `release_bytes`."""
         with self._budget._changed:
             num_bytes = self._budget._growing.pop(self, 0)
             self._budget._changed.notify_all()
             return num_bytes
 
-    def release(self, num_bytes: int, row_bytes: int = 0) -> None:
+    def release_bytes(self, num_bytes: int, row_bytes: int = 0) -> None:
         """Gives bytes back, and what a row took. After `close` there is nothing to give."""
         with self._budget._changed:
             if not self._closed:

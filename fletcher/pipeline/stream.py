@@ -97,7 +97,7 @@ class Result:
 
 
 class EmbedStream:
-    """Submit from one thread, iterate over `results` in another, `release` from any.
+    """Submit from one thread, iterate over `results` in another, `release_bytes` from any.
 
     Args:
         allowance: Memory that it may hold.
@@ -119,9 +119,7 @@ class EmbedStream:
         self.closed = False
         self._cut_off = False  # closed before its end
         self._seam: Seam | None = None  # where the text that was submitted last goes on
-        self._reading = False  # a thread has begun `results`
-        self._waiting = False  # and is blocked there
-        self._work: Callable[[], None] | None = None  # for it to run meanwhile
+        self._work: Callable[[], None] | None = None  # for the thread in `results`
         self._changed = threading.Condition()
 
     def submit(
@@ -168,9 +166,7 @@ class EmbedStream:
         """
         while True:
             with self._changed:
-                self._reading = self._waiting = True
                 self._changed.wait_for(lambda: self._work or self._head_settled())
-                self._waiting = False
                 work, self._work = self._work, None
             if work is not None:
                 work()
@@ -188,49 +184,44 @@ class EmbedStream:
             del result
 
     def run_on_waiting_thread(self, work: Callable[[], None]) -> bool:
-        """Runs `work` on the thread blocked in `results`, provided `work` alone unblocks it.
+        """Runs `work` on the thread that reads `results`, provided `work` alone unblocks it.
 
-        Before any thread has begun `results`, the calling thread takes its place: a caller that
-        submits and then reads waits for `work` in any case.
+        The thread runs it at once if it is blocked there, else when it asks for its next result:
+        no result could leave sooner, because results leave in order.
 
         Args:
             work: Gives the only ticket its result. Must not raise.
 
         Returns:
-            False: `work` does not run; that thread is busy, or waits for more.
+            False: `work` does not run; the thread waits for other tickets, too.
         """
         with self._changed:
             if len(self._tickets) != 1 or self._work is not None:
                 return False
-            if self._reading:
-                if not self._waiting:
-                    return False
-                self._work = work
-                self._changed.notify_all()
-                return True
-        work()
-        return True
+            self._work = work
+            self._changed.notify_all()
+            return True
 
-    def release(self, num_bytes: int, row_bytes: int = 0) -> None:
+    def release_bytes(self, num_bytes: int, row_bytes: int = 0) -> None:
         """Gives memory back, that of a row, too: the data has left the house."""
-        self._allowance.release(num_bytes, row_bytes)
+        self._allowance.release_bytes(num_bytes, row_bytes)
 
     @property
     def max_row_bytes(self) -> int:
-        """What may be kept of a row; see `Allowance.grow`."""
+        """What may be kept of a row; see `Allowance.grow_row`."""
         return self._allowance.max_row_bytes
 
-    def grow(self, num_bytes: int) -> None:
-        """Waits until so much may be kept of the row at hand; see `Allowance.grow`."""
-        self._allowance.grow(num_bytes)
+    def grow_row(self, num_bytes: int) -> None:
+        """Waits until so much may be kept of the row at hand; see `Allowance.grow_row`."""
+        self._allowance.grow_row(num_bytes)
 
-    def whole(self) -> int:
-        """What the row at hand takes, of which nothing more comes; see `Allowance.whole`."""
-        return self._allowance.whole()
+    def complete_row(self) -> int:
+        """What the row at hand takes, of which nothing more comes; see `Allowance.complete_row`."""
+        return self._allowance.complete_row()
 
-    def keep(self, num_bytes: int) -> bool:
-        """Whether the stream may keep this much to its end; see `Allowance.keep`."""
-        return self._allowance.keep(num_bytes)
+    def keep_table(self, num_bytes: int) -> bool:
+        """Whether the stream may keep this much to its end; see `Allowance.keep_table`."""
+        return self._allowance.keep_table(num_bytes)
 
     def close(self) -> None:
         """Lets go of everything, finished or not. Idempotent."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -64,11 +64,11 @@ def convert_request(kind: type[_Request], fields: dict[str, Any], what: str) -> 
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
         # "Expected `int` >= 1 - at `$.search.k`", or "Object missing required field `id`"
-        reason, _, path = str(error).partition(" - at `$.")
-        path = path.rstrip("`")
-        if reason.startswith("Object missing"):
-            field = reason.split("`")[1]
+        reason, _, path = str(error).rpartition(" - at `$.")
+        if "Object missing" in (reason or path):
+            field = (reason or path).split("`")[1]
             raise InvalidCommandError(f"`{field}` is missing in {what}", field=field) from None
+        path = path.rstrip("`")
         keys = re.findall(r"\w+", path)
         value: Any = fields
         for key in keys:
@@ -76,8 +76,13 @@ def convert_request(kind: type[_Request], fields: dict[str, Any], what: str) -> 
         shown = json.dumps(value, default=repr, ensure_ascii=False)[:100]
         field = next(key for key in reversed(keys) if not key.isdecimal())
         place = what if path == field else f"{what}, at {path}"
+        choices = get_args(get_type_hints(kind).get(field))
+        allowed = [one for one in choices if isinstance(one, str)]
+        reason = f"expected one of {', '.join(allowed)}" if allowed else reason
         raise InvalidCommandError(
-            f"`{field}` is {shown} in {place}: {reason[0].lower()}{reason[1:]}", field=field
+            f"`{field}` is {shown} in {place}: {reason[0].lower()}{reason[1:]}",
+            field=field,
+            allowed=allowed or None,
         ) from None
 
 

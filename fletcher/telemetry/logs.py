@@ -46,7 +46,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and the fields of `extra`."""
+    """One JSON object a line: time (UTC), level, logger, message, `extra` fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {

@@ -145,7 +145,7 @@ class Gauge(_Observable):
         meter.create_observable_gauge(self.name, [self._observe], self.unit, self.text)
 
     def observe(self, callback: Callable[[], float], **attributes: str) -> Callable[[], None]:
-        """Ask `callback` for the value, in place of an earlier callback with the same labels.
+        """Ask `callback` for the value; it replaces one with the same labels.
 
         `callback` is called from any thread; it must not raise and must not block.
 

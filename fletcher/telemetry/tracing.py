@@ -60,7 +60,7 @@ class Span:
         return {}
 
     def end(self, error: BaseException | None = None) -> None:
-        """End a span that cannot be used in a `with` statement, as it ends on another thread."""
+        """End a span outside a `with` statement, such as on another thread."""
 
     def __enter__(self) -> Span:
         return self
@@ -98,7 +98,10 @@ class _RecordedSpan(Span):
 
 
 class _RareLog(logging.Filter):
-    """Passes one record per interval; an unreachable collector would log three lines an export."""
+    """Passes one record per interval.
+
+    An unreachable collector would log three lines an export.
+    """
 
     def __init__(self, quiet_s: float) -> None:
         super().__init__()
@@ -151,7 +154,7 @@ class Telemetry(Instruments):
         return _RecordedSpan(self._tracer, name, context, attributes)
 
     def extract(self, headers: Mapping[str, str | bytes | Sequence[str | bytes]]) -> Context | None:
-        """The trace that a caller's `traceparent` header names; None if nothing is recorded.
+        """The trace in a caller's `traceparent` header; None if none is recorded.
 
         Args:
             headers: As Flight's middleware has them: lower-case names, lists of values.
@@ -183,7 +186,7 @@ def configure(
     timing: ExportTiming = ExportTiming(),
     **service: str,
 ) -> Telemetry:
-    """The telemetry of this process, exported by OTLP over HTTP if an endpoint is given.
+    """Telemetry of this process, exported by OTLP if an endpoint is given.
 
     Args:
         otlp_endpoint: A collector's base address, `http://host:4318`; `/v1/traces` and

@@ -1,4 +1,4 @@
-"""Settings of the C library's allocator, for processes that pass large blocks between threads."""
+"""Settings of the C library's allocator, for large blocks shared by threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORTHWHILE_BYTES = 32 << 20
 
 
 def keep_large_blocks() -> None:
-    """Keep freed memory for reuse by any thread instead of returning it to the system at once.
+    """Keep freed memory for reuse by any thread, not returning it to the system.
 
     `trim_heap` returns it later. A C library without `mallopt` is left alone.
     """

@@ -17,7 +17,7 @@ from fletcher.pipeline.input.limits import IntakeLimits
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.serving.admission import Admission
-from fletcher.serving.load_level import LoadMonitor, Signals
+from fletcher.serving.load_level import LoadMonitor, LoadSignals
 from fletcher.serving.model_versions import ServedModel
 from fletcher.serving.service import Service
 from fletcher.telemetry.tracing import Span, Telemetry
@@ -52,7 +52,7 @@ class FakeEmbedder:
         self._budget = budget
         self._dim = dim
 
-    def check(self) -> None:
+    def check_workers(self) -> None:
         if self.refusal is not None:
             raise self.refusal
 
@@ -62,7 +62,7 @@ class FakeEmbedder:
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
         if self.broken is not None:
             raise self.broken
-        self.streams.append(EmbedStream(self._budget.open(), self._enqueue, trace))
+        self.streams.append(EmbedStream(self._budget.open_allowance(), self._enqueue, trace))
         return self.streams[-1]
 
     def answer_all(self) -> None:
@@ -143,7 +143,7 @@ class FakeService:
         delivery: Callable[[Telemetry], Any] = lambda _: None,
         max_bytes: int = 1 << 20,
     ) -> None:
-        self.signals = Signals()
+        self.signals = LoadSignals()
         self.telemetry = CountingTelemetry()
         self.budget = MemoryBudget(max_bytes, MAX_STREAMS)
         self.embedder = FakeEmbedder(self.budget, bundle.dim)

@@ -19,7 +19,8 @@ from fletcher.config.engine import EngineConfig
 from fletcher.core.batches import MicroBatch
 from fletcher.errors import ModelError
 from fletcher.inference.backend import Backend, BackendConfig
-from fletcher.inference.devices import detect_host, resolve_replicas
+from fletcher.inference.devices import resolve_replicas
+from fletcher.inference.host import detect_host
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 

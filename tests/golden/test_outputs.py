@@ -20,7 +20,8 @@ from fletcher.core.batches import InferenceResult, MicroBatch, TextBatch
 from fletcher.errors import BackendError, ConfigError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import BudgetedBackend
-from fletcher.inference.devices import detect_host, resolve_replicas
+from fletcher.inference.devices import resolve_replicas
+from fletcher.inference.host import detect_host
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.registry import Registry
 from fletcher.models.onnx.packed import can_pack

@@ -116,8 +116,8 @@ def test_swaps_under_load_fail_no_call_and_mix_no_batch(home: Path, server: Runt
             thread.start()
         try:
             for n in range(4):
-                before = len(served)
                 assert client.swap_model(versions[n % 2]) == versions[n % 2]
+                before = len(served)  # while the model loads, calls go on with the other one
                 eventually(lambda: len(served) > before + 16 or failures, "calls go on")  # noqa: B023
         finally:
             done.set()
@@ -175,7 +175,7 @@ def test_names_only_of_what_is_configured_and_installed(
 ) -> None:
     names = ["nobody", str(home / "models" / "b"), "../models/b", "grpc://host:1", "b@000000000000"]
     for name in names:
-        refused = "here are" if name.startswith("b@") else "this server may load a, b; its option"
+        refused = "known: " if name.startswith("b@") else "this server may load a, b; its option"
         for change in (client.load_model, client.swap_model):
             with pytest.raises(UnknownModelError, match=refused):
                 change(name)

@@ -253,7 +253,7 @@ def test_actions(server: Runtime, client: flight.FlightClient) -> None:
 def test_embed_waits_for_nobody_elses_memory(server: Runtime, client: flight.FlightClient) -> None:
     # It handed in all texts before it took the first vectors: beyond its own reserve, it waited
     # for ever where streams that nobody reads have the rest.
-    hog = server.service.budget.open()
+    hog = server.service.budget.open_allowance()
     hog.acquire(server.service.budget.total_bytes)
     try:
         texts = [f"{n} " + "x y " * 900 for n in range(256)]

@@ -1,5 +1,5 @@
-"""Where models come from: one module a kind of source, each filling a folder with a bundle's files.
+"""Sources of models, one module for each kind; each writes a bundle's files into a folder.
 
-A source is a function `(…, staging: Path, progress) -> ModelSpec`; the registry makes a bundle of
-what it wrote and moves it into place.
+A source is a function `(…, staging: Path, progress) -> ModelSpec`. The registry makes a bundle of
+the files and moves it into place.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -42,20 +43,35 @@ from fletcher.pipeline.row_errors import RowErrors
 Skip = Callable[[pa.RecordBatch, int], BoolArray]
 
 
+@dataclass(frozen=True, slots=True)
+class TextTreatment:
+    """Treatment of all texts of a call.
+
+    Attributes:
+        prompt: Literal text put before every text.
+        layers: Exit layer that vectors come from; 0: the last.
+        chunking: How texts are cut into chunks; None: they are not.
+        chunk_overhead: Tokens of each chunk that are not the text's: the prompt's and special ones.
+        half: Vectors of bulk work are float16 from the graph on.
+    """
+
+    prompt: str = ""
+    layers: int = 0
+    chunking: Chunking | None = None
+    chunk_overhead: int = 0
+    half: bool = False
+
+
 class Intake:
     """One call's input.
 
     Args:
         schema: Of the input stream.
-        options: The command.
-        prompt: Literal text put before every text.
-        layers: The exit layer that vectors come from; 0: the last.
+        command: The client's options.
         limits: Bounds.
+        treatment: Of all texts.
         carry_text: The text is carried to the output.
         small_is_interactive: Batches of a few short rows overtake bulk work.
-        chunking: How texts are cut into chunks; None: not at all.
-        taken: Of each chunk, tokens that are not the text's: the prompt's and special ones.
-        half: Vectors of bulk work are float16 from the graph on.
 
     Attributes:
         has_ids: There is a column of ids.
@@ -70,26 +86,23 @@ class Intake:
     def __init__(
         self,
         schema: pa.Schema,
-        options: EmbedCommand,
-        *,
-        prompt: str,
-        layers: int = 0,
+        command: EmbedCommand,
         limits: IntakeLimits,
+        treatment: TextTreatment,
+        *,
         carry_text: bool,
         small_is_interactive: bool,
-        chunking: Chunking | None = None,
-        taken: int = 0,
-        half: bool = False,
     ) -> None:
-        self._limits = limits if chunking is None else limits.for_chunks(chunking, taken)
-        self._half = half
-        self._prompt = prompt
-        self._layers = layers
+        chunking = treatment.chunking
+        if chunking is not None:
+            limits = limits.for_chunks(chunking, treatment.chunk_overhead)
+        self._limits = limits
+        self._treatment = treatment
         self._chunking = chunking
-        self._truncate: Truncate = options.truncate
-        self._priority = options.priority
+        self._truncate: Truncate = command.truncate
+        self._priority = command.priority
         self._small_is_interactive = small_is_interactive
-        self._columns = InputColumns(schema, options, limits.max_message_bytes)
+        self._columns = InputColumns(schema, command, limits.max_message_bytes)
         self.has_ids, self.id_type = self._columns.has_ids, self._columns.id_type
         self.has_metadata = self._columns.has_metadata
         self.carried_fields, self.carry_text = self._columns.carried, carry_text
@@ -156,7 +169,7 @@ class Intake:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
         priority = self._class_of(batch.num_rows, int(sizes.sum()))
-        half = self._half and priority == "bulk"
+        half = self._treatment.half and priority == "bulk"
         limits = self._limits.for_float16() if half else self._limits
         bounds = _cuts(sizes, limits.slice_rows, limits.slice_bytes)
         for index, (first, last) in enumerate(bounds):
@@ -298,9 +311,9 @@ class Intake:
             data,
             offsets,
             self._truncate,
-            self._prompt,
+            self._treatment.prompt,
             chunking=self._chunking,
-            layers=self._layers,
+            layers=self._treatment.layers,
             half=half,
         )
 

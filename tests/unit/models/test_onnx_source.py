@@ -126,7 +126,7 @@ def test_another_width_than_configs_is_refused(checkpoint: EditCheckpoint, tmp_p
 def test_a_truncated_file_is_refused(checkpoint: EditCheckpoint, tmp_path: Path, keep: int) -> None:
     path = save(graph(), checkpoint())
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ModelError, match="not a whole ONNX model"):
+    with pytest.raises(ModelError, match="no complete ONNX model"):
         Registry(tmp_path / "models").add_model(str(path), progress=print)
     assert Registry(tmp_path / "models").names() == []
 
@@ -174,5 +174,5 @@ def test_short_or_missing_external_data_is_refused(
     with pytest.raises(ModelError, match=r"weights\.bin is cut off"):
         Registry(tmp_path / "models").add_model(str(path), progress=print)
     weights.unlink()
-    with pytest.raises(ModelError, match=r"weights\.bin, which model\.onnx"):
+    with pytest.raises(ModelError, match=r"weights\.bin, the file of model\.onnx"):
         Registry(tmp_path / "models").add_model(str(path), progress=print)

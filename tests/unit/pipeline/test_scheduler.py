@@ -55,7 +55,7 @@ def tokenized(
 ) -> tuple[EmbedStream, StreamTicket]:
     """A ticket of one text with some tokens, waiting in its stream."""
     tickets: list[StreamTicket] = []
-    stream = EmbedStream(MemoryBudget(1 << 20, 1).open(), tickets.append)
+    stream = EmbedStream(MemoryBudget(1 << 20, 1).open_allowance(), tickets.append)
     texts = TextBatch(b"hi", np.array([0, 2]), layers=layers, half=half)
     stream.submit(texts, None, num_bytes=10, priority=priority)
     stream.end()

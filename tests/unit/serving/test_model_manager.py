@@ -87,7 +87,7 @@ def start(source: FakeSource) -> Iterator[Start]:
         def make(*names: str, aliases: tuple[str, ...] = (), **options: Any) -> ModelManager:
             models = ModelManager(source, names[0], **options)
             running.callback(models.close)
-            models.start(names[1:], [Alias.parse(text) for text in aliases])
+            models.start(names[1:], [Alias.from_text(text) for text in aliases])
             return models
 
         yield make
@@ -230,9 +230,9 @@ def test_an_alias_divides_and_a_dataset_keeps_its_model(start: Start, source: Fa
     assert models.is_divided("search")
     assert not models.is_divided(None)
     with pytest.raises(UnknownModelError):
-        models.set_alias(Alias.parse("other=a,nobody"))
+        models.set_alias(Alias.from_text("other=a,nobody"))
     with pytest.raises(InvalidCommandError, match="a model's name"):
-        models.set_alias(Alias.parse("a=b"))
+        models.set_alias(Alias.from_text("a=b"))
     with pytest.raises(InvalidCommandError, match="is an alias"):
         models.load_model("search")
     source.hashes["search"] = "1"

@@ -1,4 +1,4 @@
-"""The two embedded stores, LanceDB and Parquet, by the protocol both keep."""
+"""The embedded stores, LanceDB and Parquet, against the `Store` protocol."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_names_that_lance_cannot_find_again_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("mode", ["append", "upsert"])
 def test_slices_of_structs_within_structs_are_stored(tmp_path, mode):
-    # LanceDB panics on them: a batch that was cut into pieces could not be stored.
+    # LanceDB panics on them: a sliced batch could not be stored.
     inner = [None, {"a": None}, {"a": {"b": 1}}, {"a": {"b": None}}]
     nested = pa.array(inner, pa.struct([("a", pa.struct([("b", pa.int8())]))]))
     store = open_store(f"lance:{tmp_path}")

@@ -83,6 +83,13 @@ def test_a_converted_request_is_checked_as_well() -> None:
         convert_request(SearchRequest, fields, "a row")
 
 
+@pytest.mark.parametrize("mode", ["replace", "x - at `$.y`", 3])
+def test_an_unknown_mode_is_refused_with_the_known_ones(mode: object) -> None:
+    with pytest.raises(InvalidCommandError, match=r"`mode` is .* append, upsert, ") as caught:
+        convert_request(GroupHeader, {"mode": mode}, "the header")
+    assert caught.value.allowed == ["append", "upsert", "overwrite"]
+
+
 def test_several_vectors_make_a_matrix_and_ragged_ones_none() -> None:
     vectors = search(vectors=[[1, 2], [3, 4]]).query_vectors
     np.testing.assert_array_equal(vectors, np.array([[1, 2], [3, 4]], np.float32))

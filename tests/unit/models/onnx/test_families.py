@@ -45,7 +45,7 @@ def add(folder: Path) -> ModelBundle:
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("roberta", {"model_type": "xlm-mystery"}, "'xlm-mystery', graphs are written for bert"),
+        ("roberta", {"model_type": "xlm-mystery"}, "'xlm-mystery', expected one of bert"),
         ("roberta", {"hidden_act": "mish"}, "`hidden_act` is 'mish', expected one of gelu"),
         ("roberta", {"position_embedding_type": "relative_key"}, "expected 'absolute'"),
         ("distilbert", {"activation": "swish"}, "`activation` is 'swish'"),
@@ -72,7 +72,7 @@ def add(folder: Path) -> ModelBundle:
         ("roberta", {"pad_token_id": "x"}, "`pad_token_id` is 'x'"),
         ("jina_bert", {"pad_token_id": "x"}, "`pad_token_id` is 'x'"),
         ("roberta", {"hidden_act": ["gelu"]}, r"`hidden_act` is \['gelu'\]"),
-        ("qwen3", {"num_key_value_heads": 3}, "no multiple of `num_key_value_heads` 3"),
+        ("qwen3", {"num_key_value_heads": 3}, "expected a multiple of `num_key_value_heads` 3"),
         ("qwen3", {"head_dim": 8}, r"`layers.0.self_attn.q_proj.weight` has shape \[64, 32\]"),
         ("jina_bert", {"feed_forward_type": "original"}, "`feed_forward_type` is 'original'"),
     ],

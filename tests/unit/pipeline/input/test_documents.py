@@ -22,6 +22,7 @@ from fletcher.errors import BatchTooLargeError, FletcherError, InvalidUtf8Error
 from fletcher.pipeline import document_assembly as document_rows
 from fletcher.pipeline.document_assembly import DocumentAssembler
 from fletcher.pipeline.input.documents import DocumentIntake
+from fletcher.pipeline.input.intake import TextTreatment
 from fletcher.pipeline.input.limits import IntakeLimits
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.input.text_parts import last_end
@@ -79,11 +80,10 @@ class Run:
         self.intake = DocumentIntake(
             self.schema,
             EmbedCommand(chunking=self.how, continuous=True, **self.options),
-            prompt=self.prompt,
-            limits=self.limits,
+            self.limits,
+            TextTreatment(prompt=self.prompt, chunking=chunking),
             carry_text=self.with_text,
             small_is_interactive=True,
-            chunking=chunking,
         )
         spec = VectorSpec("m@0", 2, "float32", 1, "mean", normalized=False, chunking=chunking)
         schema = output_schema(

@@ -23,7 +23,7 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.pipeline.assembly import Assembler
-from fletcher.pipeline.input.intake import Intake
+from fletcher.pipeline.input.intake import Intake, TextTreatment
 from fletcher.pipeline.input.limits import COLUMN_BYTES, IntakeLimits
 from fletcher.pipeline.input.row_slice import RowSlice
 
@@ -43,8 +43,8 @@ def make(schema: pa.Schema, limits: IntakeLimits = LIMITS, **options: Any) -> In
     return Intake(
         schema,
         EmbedCommand(**options),
-        prompt="",
-        limits=limits,
+        limits,
+        TextTreatment(),
         carry_text=True,
         small_is_interactive=False,
     )
@@ -554,8 +554,8 @@ def test_small_batches_are_interactive_where_asked() -> None:
         intake = Intake(
             batch.schema,
             command,
-            prompt="",
-            limits=LIMITS,
+            LIMITS,
+            TextTreatment(),
             carry_text=False,
             small_is_interactive=True,
         )
@@ -575,11 +575,10 @@ def test_more_rows_fit_a_piece_of_bulk_work_whose_vectors_are_float16(
     intake = Intake(
         pa.schema({"text": pa.utf8()}),
         EmbedCommand(priority=priority),
-        prompt="",
-        limits=limits,
+        limits,
+        TextTreatment(half=True),
         carry_text=True,
         small_is_interactive=False,
-        half=True,
     )
     batch = pa.record_batch({"text": TEXTS})
     row_slices = list(intake.row_slices(batch, 0, 0))

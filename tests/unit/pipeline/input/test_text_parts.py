@@ -16,7 +16,7 @@ from fletcher.core.schema import VectorSpec, output_schema
 from fletcher.errors import FletcherError, InternalError, RowTooLargeError
 from fletcher.pipeline import chunk_assembly as chunk_rows
 from fletcher.pipeline.chunk_assembly import ChunkAssembler
-from fletcher.pipeline.input.intake import Intake
+from fletcher.pipeline.input.intake import Intake, TextTreatment
 from fletcher.pipeline.input.limits import IntakeLimits
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.memory_budget import MemoryBudget
@@ -40,7 +40,7 @@ def tokens(number: int) -> TokenBatch:
 
 def stream() -> tuple[EmbedStream, list[StreamTicket]]:
     begun: list[StreamTicket] = []
-    return EmbedStream(MemoryBudget(1 << 20, 2).open(), begun.append), begun
+    return EmbedStream(MemoryBudget(1 << 20, 2).open_allowance(), begun.append), begun
 
 
 def part(*, continued: bool) -> TextBatch:
@@ -121,12 +121,10 @@ def row_slices_of(
     limits = IntakeLimits(1 << 20, 1 << 20, 4, 1 << 20, 8, 100)
     intake = Intake(
         *(batch.schema, EmbedCommand()),
-        prompt="",
-        limits=limits,
+        limits,
+        TextTreatment(chunking=HOW, chunk_overhead=taken),
         carry_text=True,
         small_is_interactive=False,
-        chunking=HOW,
-        taken=taken,
     )
     schema = output_schema(spec, id_type=pa.utf8(), text=True)
     return list(intake.row_slices(batch, 0, 0)), schema, spec
@@ -249,11 +247,10 @@ def test_what_rows_carry_is_not_given_to_any_number_of_chunks(
     intake = Intake(
         schema,
         EmbedCommand(),
-        prompt="",
-        limits=IntakeLimits(1 << 20, 1 << 20, 4, 1 << 20, 8, 100),
+        IntakeLimits(1 << 20, 1 << 20, 4, 1 << 20, 8, 100),
+        TextTreatment(chunking=HOW),
         carry_text=False,
         small_is_interactive=False,
-        chunking=HOW,
     )
     spec = VectorSpec("m@0", 2, "float32", 1, "mean", normalized=False, chunking=HOW)
     assembler = ChunkAssembler(output_schema(spec, id_type=pa.utf8()), spec, "u", whole_rows=False)
