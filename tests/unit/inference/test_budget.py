@@ -93,7 +93,7 @@ def test_small_runs_are_no_reason_to_grow() -> None:
 
 def test_a_row_that_does_not_fit_alone_fails_and_others_go_on() -> None:
     backend = BudgetedBackend(SmallDevice(50), 400)
-    with pytest.raises(BackendError, match="too little memory for 60 tokens"):
+    with pytest.raises(BackendError, match="too little memory for a text of 60 tokens"):
         backend.run(batch_of(60))
     assert backend.run(batch_of(20, 20)).embeddings.shape == (2, 16)
 

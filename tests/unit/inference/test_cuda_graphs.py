@@ -140,7 +140,7 @@ def test_where_there_is_no_room_for_another_session_there_are_no_graphs(load, mo
 
     monkeypatch.setattr(PretendedCuda, "InferenceSession", OneSession)
     backend = load()
-    assert "does not fit the device's memory" in backend.describe()["cuda_graphs"]
+    assert "does not fit into the device's memory" in backend.describe()["cuda_graphs"]
     assert backend.run(micro_batch(9)).embeddings.shape[0] == 1
 
 

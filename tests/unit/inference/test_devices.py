@@ -80,7 +80,7 @@ def test_a_gpu_may_have_several_replicas_with_a_share_of_its_memory(ask):
 
 @pytest.mark.parametrize(
     ("precision", "captures", "reason"),
-    [("auto", True, ", CUDA graphs"), ("float32", False, "; CUDA graphs are for float16 alone")],
+    [("auto", True, ", CUDA graphs"), ("float32", False, "; CUDA graphs need float16")],
 )
 def test_graphs_are_captured_in_float16(ask, precision, captures, reason):
     resolution = ask(GPUS, "cuda:0", precision=precision, cuda_graphs=True)
@@ -132,7 +132,7 @@ def test_cores_are_shared_out_whole(ask, cores, nodes, threads, shares):
     [
         (PLAIN, {"device": "cuda"}, "no NVIDIA device is visible.*nvidia-smi"),
         (GPU_WITHOUT_ENGINE, {"device": "cuda"}, r"CUDA build is not installed.*\[gpu\]"),
-        (GPUS, {"device": "cuda:2"}, "names cuda:2, there are 2"),
+        (GPUS, {"device": "cuda:2"}, "names cuda:2, but the last of 2 devices is cuda:1"),
         (GPUS, {"device": "cuda", "backend": "openvino"}, "openvino runs on the CPU"),
         (GPUS, {"device": "cuda", "precision": "bfloat16"}, "bfloat16 is OpenVINO's"),
         (PLAIN, {"precision": "bfloat16"}, "neither AMX_BF16 nor AVX512_BF16"),

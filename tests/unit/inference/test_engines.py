@@ -312,9 +312,9 @@ def test_an_engine_that_is_not_installed_says_what_to_install(engine, tiny_bundl
 @pytest.mark.parametrize(
     ("engine", "options", "message"),
     [
-        ("onnxruntime", {"precision": "bfloat16"}, "onnxruntime on cpu does float32 only"),
-        ("onnxruntime", {"precision": "float16"}, "onnxruntime on cpu does float32 only"),
-        ("onnxruntime", {"precision": "bfloat16", "device": "cuda:0"}, "float32 and float16 only"),
+        ("onnxruntime", {"precision": "bfloat16"}, "onnxruntime on cpu has only float32"),
+        ("onnxruntime", {"precision": "float16"}, "onnxruntime on cpu has only float32"),
+        ("onnxruntime", {"precision": "bfloat16", "device": "cuda:0"}, "only float32 and float16"),
         ("onnxruntime", {"device": "cuda:0"}, r"lacks: .*\[gpu\]"),
         ("onnxruntime", {"precision": "float16", "device": "cuda:0"}, r"lacks: .*\[gpu\]"),
         ("openvino", {"precision": "float16"}, "not float16 on cpu"),

@@ -109,7 +109,7 @@ def test_without_room_for_the_graph_the_error_says_where_it_was_to_go(tiny_bundl
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(backend_module, "write_packed", full)
-    with pytest.raises(BackendError, match=r"No space left on device\); make room .* TMPDIR"):
+    with pytest.raises(BackendError, match=r"No space left on device\); free space .* TMPDIR"):
         backend_module.load_twin(config(tiny_bundle))
 
 
