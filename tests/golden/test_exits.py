@@ -131,7 +131,7 @@ def test_weights_are_stored_once_and_graphs_are_valid(tmp_path: Path) -> None:
         """Bytes of tensors, wherever they lie, of a page and more."""
         return sum(path.stat().st_size for path in one.folder.glob("*.weights"))
 
-    # Each segment has a table of rotary angles and the final norm, and no layer twice.
+    # Each block has a table of rotary angles and the final norm, and no layer twice.
     assert weights(bundle) < 1.5 * weights(whole)
     (bundle.folder / "model.2.weights").unlink()
     with pytest.raises(ModelError, match=r"model\.2\.weights is missing"):

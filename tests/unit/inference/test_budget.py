@@ -125,7 +125,7 @@ def test_out_of_memory_messages_of_engines_are_recognized(said: str) -> None:
 def test_a_replica_loads_the_version_of_its_configuration(
     tiny_bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Started again after another version had come there, it would have made that one's vectors.
+    # A restart after the version was replaced would else give the new version's vectors.
     folder = tmp_path / "m"
     first = another(tiny_bundle, folder, "m", "one")
     kept = folder.rename(tmp_path / first.qualified_name)
