@@ -16,7 +16,7 @@ from fletcher.delivery.delivery import Delivery
 from fletcher.errors import ConfigError
 from fletcher.flight.auth import Credentials
 from fletcher.flight.server import FlightServer
-from fletcher.inference.devices import detect_host
+from fletcher.inference.host import detect_host
 from fletcher.models.bundle.registry import Registry
 from fletcher.net.compression import AnswerCompression
 from fletcher.net.ports import check_port

@@ -155,7 +155,7 @@ root = CommandGroup(
             help="Print the version.",
         )
     ],
-    context_settings={"max_content_width": 100},
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
 root.examples = (
     "fletcher ingest articles.parquet --text body --dataset articles",

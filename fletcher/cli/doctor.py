@@ -106,7 +106,7 @@ def examine(config: ServeConfig, *, with_stores: bool) -> Iterator[Finding]:
 
 
 def _hardware(config: ServeConfig) -> Iterator[Finding]:
-    from fletcher.inference.devices import detect_host
+    from fletcher.inference.host import detect_host
 
     host = detect_host()
     yield Finding("hardware", "processor", "ok", host.cpu)
@@ -224,7 +224,7 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
 
 def _engine(config: ServeConfig) -> Iterator[Finding]:
     """Loads the model as a server would: an installed engine may not work."""
-    from fletcher.inference.devices import detect_host
+    from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.decision import decide
 

@@ -174,7 +174,7 @@ class _Engines:
             own = Engine(about["backend"], about["precision"], about["device"].partition(":")[0])
             self.reference, self.usual = own, [own]
             return
-        from fletcher.inference.devices import detect_host
+        from fletcher.inference.host import detect_host
         from fletcher.models.bundle.registry import Registry
         from fletcher.tuning.candidates import TuningCandidate, engines
         from fletcher.tuning.decision import decide

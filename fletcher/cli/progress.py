@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LIVE_INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 10.0
 WINDOW_S = 10.0
+_BAR_COLUMNS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,14 @@ class Meter:
         rows = rate(last.rows - first.rows)
         of_rows = f" of {self._total.rows:,}" if self._total.rows is not None else ""
         parts = [f"{last.rows:,}{of_rows} rows", f"{rows:,.0f} rows/s"]
+        left_s = self._left(last, rows, rate(last.num_bytes - first.num_bytes))
+        if left_s is not None:
+            parts.append(f"{clock(left_s)} left")
         if last.tokens is not None:
             parts.append(f"{human(rate(last.tokens - (first.tokens or 0)))} tokens/s")
         if last.num_bytes:
             of_bytes = f" of {human(self._total.num_bytes)}B" if self._total.num_bytes else ""
             parts.append(f"{human(last.num_bytes)}B{of_bytes}")
-        left_s = self._left(last, rows, rate(last.num_bytes - first.num_bytes))
-        if left_s is not None:
-            parts.append(f"{clock(left_s)} left")
         waiting = ", ".join(
             f"{printable(name)} {depth}" for name, depth in last.queues.items() if depth
         )
@@ -180,9 +181,10 @@ def _live_display(stream: TextIO) -> RichProgress:
     from rich.progress import Progress as RichProgress
     from rich.table import Column
 
+    bar = Column(no_wrap=True, min_width=_BAR_COLUMNS)
     text = Column(no_wrap=True, overflow="ellipsis")
     display = RichProgress(
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=_BAR_COLUMNS, table_column=bar),
         TextColumn("{task.description}", markup=False, table_column=text),
         console=Console(file=stream, highlight=False),
         auto_refresh=False,

@@ -166,7 +166,7 @@ def _find_dataset(store: Store, name: str) -> DatasetInfo:
     info = store.dataset(name)
     if info is None:
         known = [one.name for one in store.datasets()]
-        hint = nearest(name, known) or f"; there are {', '.join(known[:20]) or 'none'}"
+        hint = nearest(name, known) or f"; known: {', '.join(known[:20]) or 'no dataset'}"
         raise UnknownDatasetError(
             f"there is no dataset {name!r} in {store.address}{hint}", field="dataset"
         )
@@ -177,7 +177,7 @@ def _shown_columns(info: DatasetInfo, asked: Sequence[str]) -> list[str]:
     for name in asked:
         if name not in info.schema.names:
             raise UnknownColumnError(
-                f"`columns` asks for {name!r}; there are {', '.join(info.schema.names)}",
+                f"`columns` asks for {name!r}; known: {', '.join(info.schema.names)}",
                 field="columns",
                 allowed=info.schema.names,
             )
@@ -234,7 +234,7 @@ def _parse_filter(text: str, schema: pa.Schema) -> Filter:
     if name not in schema.names:
         raise UnknownColumnError(
             f"`filter` names {name!r}{nearest(name, schema.names)}; "
-            f"there are {', '.join(schema.names)}",
+            f"known: {', '.join(schema.names)}",
             field="filter",
             allowed=schema.names,
         )

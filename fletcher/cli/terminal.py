@@ -88,9 +88,16 @@ def print_table(
 
     table = Table(box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
     listed = [list(row) for row in rows]
-    for index in range(max((len(row) for row in listed), default=len(header))):
+    num_columns = max((len(row) for row in listed), default=len(header))
+    for index in range(num_columns):
         name = header[index] if index < len(header) else ""
-        table.add_column(name, justify="right" if index in right else "left", no_wrap=True)
+        # A narrow terminal breaks the last column into lines; nothing is cut.
+        table.add_column(
+            name,
+            justify="right" if index in right else "left",
+            no_wrap=index < num_columns - 1,
+            overflow="fold",
+        )
     for row in listed:
         table.add_row(*(one if isinstance(one, Text) else printable(one) for one in row))
     is_terminal = sys.stdout.isatty()

@@ -28,7 +28,7 @@ def cli(flags: ConfigFlags, as_json: bool) -> None:
     whose vectors are wrong, and keeps the fastest. Servers started with the same options then use
     it. Takes about a minute for a small model, and needs a quiet machine.
     """
-    from fletcher.inference.devices import detect_host
+    from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.tuner import tune
 

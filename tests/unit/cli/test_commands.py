@@ -229,7 +229,7 @@ def test_search_filters_and_lays_out_lines(
         (["--dataset", "row"], 1, "there is no dataset 'row'"),
         (["--dataset", "a/b"], 2, "`dataset` is 'a/b'"),
         (["--dataset", "rows", "--k", "0"], 2, "`k` is 0"),
-        (["--dataset", "rows", "--columns", "weight"], 1, "asks for 'weight'; there are id,"),
+        (["--dataset", "rows", "--columns", "weight"], 1, "asks for 'weight'; known: id,"),
         (["--dataset", "rows", "--filter", "size"], 2, "`filter` is 'size', expected COLUMN"),
         (["--dataset", "rows", "--filter", "siz = 1"], 1, "names 'siz'; did you mean size?"),
         (["--dataset", "rows", "--filter", "size = big"], 2, "compares 'size' with 'big'"),

@@ -54,8 +54,9 @@ def test_every_command_has_help_with_examples(
     assert out.startswith(f"Usage: fletcher {command}")
     assert "fletcher " + command in out.split("Example")[-1]
     words = [command] if command != "help" else ["help", "help"]
-    assert main(["help", *words[-1:]]) == 0
-    assert capsys.readouterr().out == out
+    for argv in (["help", *words[-1:]], [command, "-h"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out == out
 
 
 def test_help_keeps_the_lines_of_the_sources(capsys: pytest.CaptureFixture[str]) -> None:

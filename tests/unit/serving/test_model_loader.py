@@ -8,7 +8,7 @@ import pytest
 
 from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
-from fletcher.inference.devices import HostInfo
+from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.model_loader import _decide
 
