@@ -143,7 +143,7 @@ def test_the_engine_is_that_of_the_model_asked_for(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--variants", "dims=3"], "`dims` is 3, but tiny declares 32"),
+        (["--variants", "dims=3"], "`dims` is 3, expected one that tiny declares: 32"),
         (["--variants", "precision=float16"], "`precision` float16 is for CUDA"),
         (["--variants", "layer=3"], "did you mean layers"),
         (["--queries", "1"], "`queries` is 1, expected 2 or more"),
