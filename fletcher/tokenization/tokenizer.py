@@ -19,8 +19,8 @@ from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.shorten import MIN_BYTES_FOR_RUNS, Shortener
 from fletcher.tokenization.words import Words
 
-# Bytes of a long text that are tokenized first, per wanted token. English has about 5 bytes a token,
-# so 8 nearly always suffice; each further try takes 4 times as many.
+# Bytes of a long text that are tokenized first, per wanted token. English has about 5 bytes a
+# token, so 8 nearly always suffice; each further try takes 4 times as many.
 _FIRST_BYTES_PER_TOKEN = 8
 _GROWTH = 4
 # Below this size the library is faster than the many steps of `Words`.

@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from fletcher.core.batches import BoolArray, Int32Array, Int64Array
 
-# 57 bytes a place, 15 MB in all. Texts of 70 words with 107,000 distinct ones miss a third of a word
-# per text with this size, and one word with half of it.
+# 57 bytes a place, 15 MB in all. Of texts with 70 words each, 107,000 distinct ones in all, a third
+# of a word per text is not found with this size, and one word with half of it.
 TABLE_BITS = 18
 MAX_WORD_BYTES = 23
 # Words with more tokens are not kept.
