@@ -230,7 +230,7 @@ class GraphIO:
     def warm_up_batches(
         self, max_batch_tokens: int, clock: Callable[[], float] = time.perf_counter
     ) -> Iterator[MicroBatch]:
-        """Micro-batches of a few lengths up to a long text's; those of most memory come first.
+        """Micro-batches of a few lengths up to a long text's, the largest first.
 
         The caller's time for a short one limits the others to some seconds each: full ones could
         take minutes for a large model on one core. Runs of all layers warm up all exits, because

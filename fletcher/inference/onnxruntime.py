@@ -180,7 +180,7 @@ def _cpu(config: BackendConfig) -> _Place:
 
 @functools.cache
 def _one_arena() -> Mapping[str, str]:
-    """Session entries that make all sessions of this process share one arena for their runs.
+    """Entries by which all sessions of this process share one arena for their runs.
 
     Blocks run one after the other, and each would else keep an arena as large as a whole model's.
     """

@@ -72,7 +72,7 @@ def convert_json(value: Any, kind: type[_Type], place: str, remedy: str = "") ->
 
 
 def _refusal(text: str, value: Any, kind: Any, place: str, remedy: str) -> ModelError:
-    """Msgspec's error, with the value that came and, for a choice, the values to choose from."""
+    """Error of msgspec, with the value at fault and, for a choice, the allowed ones."""
     reason, _, path = text.partition(" - at `$")
     if named := re.fullmatch(r"Object (missing required|contains unknown) field `(.+)`", reason):
         state = "no" if named[1].startswith("missing") else "an unknown"

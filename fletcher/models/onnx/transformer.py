@@ -1,4 +1,4 @@
-"""Writes the padded graph of a transformer of any family, layer by layer.
+"""Padded graphs of transformers of any family, written layer by layer.
 
 Unlike exporters' graphs, these include pooling, dense layers and normalization; join positions and
 token types in one table; have the attention's scale in the query weights, norms and activations as
@@ -376,10 +376,10 @@ def alibi_slopes(num_heads: int) -> Array:
 
 
 def distance_buckets(distances: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Bucket of each distance, as in T5 (https://arxiv.org/abs/1910.10683, section 2.1).
+    """Bucket of each distance.
 
-    Half of the buckets are for earlier tokens, half for later ones; near distances have their own,
-    far ones share them logarithmically.
+    As in T5 (https://arxiv.org/abs/1910.10683, section 2.1): half of the buckets are for earlier
+    tokens, half for later ones; near distances have their own, far ones share them logarithmically.
     """
     half, exact = NUM_BUCKETS // 2, NUM_BUCKETS // 4
     away = np.abs(distances)

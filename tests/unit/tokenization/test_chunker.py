@@ -17,7 +17,7 @@ from fletcher.core.chunking import Chunking
 from fletcher.errors import InvalidCommandError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.pipeline.input.text_parts import part_ends
-from fletcher.tokenization.chunker import windows
+from fletcher.tokenization.chunker import chunk_bounds
 from fletcher.tokenization.sentences import _ends, levels
 from fletcher.tokenization.tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ def in_parts(tokenizer: Tokenizer, whole: TextBatch, max_bytes: int) -> list[Tok
 @pytest.mark.parametrize(("room", "overlap"), [(4, 0), (4, 1), (4, 3), (1, 0), (7, 2)])
 def test_windows_are_full_and_end_with_the_text(room: int, overlap: int) -> None:
     for num_tokens in range(40):
-        found, *_ = windows(num_tokens, room, overlap, continued=False)
+        found, *_ = chunk_bounds(num_tokens, room, overlap, continued=False)
         count = 1 if num_tokens <= room else 1 + -(-(num_tokens - room) // (room - overlap))
         assert len(found) == count
         assert [last - first for first, last in found[:-1]] == [room] * (count - 1)
@@ -80,12 +80,12 @@ def test_windows_are_full_and_end_with_the_text(room: int, overlap: int) -> None
 
 def test_a_sentence_that_does_not_fit_behind_the_overlap_does_without() -> None:
     breaks = [np.array([3, 4, 13])]
-    found, *_ = windows(20, 9, 3, breaks, continued=False)
+    found, *_ = chunk_bounds(20, 9, 3, breaks, continued=False)
     assert found == [(0, 4), (4, 13), (13, 20)]
-    found, rest, covered = windows(10, 9, 3, breaks, continued=True)
+    found, rest, covered = chunk_bounds(10, 9, 3, breaks, continued=True)
     assert (found, rest, covered) == ([(0, 4)], 3, 1)
     later = [breaks[0][1:] - 3]
-    assert windows(17, 9, 3, later, covered=1, continued=False)[0] == [(1, 10), (10, 17)]
+    assert chunk_bounds(17, 9, 3, later, covered=1, continued=False)[0] == [(1, 10), (10, 17)]
 
 
 @pytest.mark.parametrize("how", ["tokens:8/0", "tokens:20/5", "tokens:32/29", "tokens:32"])
@@ -101,7 +101,7 @@ def test_chunks_are_windows_over_the_tokens_of_the_text(tokenizer: Tokenizer, ho
     assert head[1][: len(start)] == start
     text = head[1][len(start) : -1]
     room = whole.chunking.size - len(start) - 1
-    expected, *_ = windows(len(text), room, whole.chunking.overlap, continued=False)
+    expected, *_ = chunk_bounds(len(text), room, whole.chunking.overlap, continued=False)
     found = rows(tokens)
     first, last = tokens.chunks.offsets[1:3]
     assert found[first:last] == [[*start, *text[a:b], head[1][-1]] for a, b in expected]

@@ -224,7 +224,7 @@ def test_too_many_tokens_are_an_error_of_that_row_alone():
     assert tokens.token_count.tolist() == [3, 0, 12, 0]
     assert sorted(tokens.errors) == [1, 3]
     assert all(isinstance(error, RowTooLargeError) for error in tokens.errors.values())
-    assert "has 13 tokens, at most 12" in tokens.errors[1].message
+    assert "has 13 tokens, expected at most 12" in tokens.errors[1].message
     assert "at least" in tokens.errors[3].message
     assert not tokens.truncated.any()
 
