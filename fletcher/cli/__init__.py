@@ -19,7 +19,7 @@ from fletcher.cli.command_line import (
     usage_message,
 )
 from fletcher.cli.shutdown import leave_with
-from fletcher.cli.terminal import wants_colour
+from fletcher.cli.terminal import printable, wants_colour
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
 
 # Each command is `cli` of the module of its name, which is imported when it is called.
@@ -213,9 +213,9 @@ def _elsewhere(error: click.NoSuchOption, path: str) -> str:
 
 
 def _complain(name: str, message: str) -> None:
-    # One line, whatever an engine put into its message.
+    # One safe line, even if an engine or a server put more into its message.
     shown = click.style(f"{name}:", fg="red") if wants_colour(sys.stderr) else f"{name}:"
-    print(shown, " ".join(message.split()), file=sys.stderr)
+    print(shown, printable(message), file=sys.stderr)
 
 
 def _version() -> str:

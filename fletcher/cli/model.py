@@ -21,7 +21,7 @@ from fletcher.cli.options import (
     paths_argument,
     text_option,
 )
-from fletcher.cli.terminal import print_table, say, styled
+from fletcher.cli.terminal import print_table, printable, say, styled
 from fletcher.errors import ModelError
 
 if TYPE_CHECKING:
@@ -254,4 +254,4 @@ def _print(value: Any, *, as_json: bool) -> None:
     width = max(map(len, value), default=0)
     for name, field in value.items():
         text = ", ".join(map(str, field)) if isinstance(field, (tuple, list)) else field
-        print(f"{name:<{width}}  {text}")
+        print(f"{name:<{width}}  {printable(text)}".rstrip())

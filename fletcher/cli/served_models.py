@@ -6,13 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import click
-
 from fletcher.cli.command_line import CommandGroup, argument, command, option
 from fletcher.cli.connection import RemoteServer, server_options
 from fletcher.cli.options import json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import print_table
+from fletcher.cli.terminal import print_table, printable
 from fletcher.config.model_alias import Alias
 from fletcher.errors import InvalidCommandError
 
@@ -115,7 +113,7 @@ def set_alias(server: RemoteServer, name: str, models: tuple[str, ...], as_json:
 
 def _print(answer: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(answer, ensure_ascii=False))
         return
     rows = [
         (
@@ -130,9 +128,9 @@ def _print(answer: dict[str, Any], *, as_json: bool) -> None:
     if rows:
         print_table(rows)
     for name, shares in answer.get("aliases", {}).items():
-        print(f"{name}  {shares}")
+        print(f"{printable(name)}  {printable(shares)}")
     if "model" in answer:
-        print(f"{answer['model']}  {answer['state']}")
+        print(f"{printable(answer['model'])}  {answer['state']}")
 
 
 def _weights(name: str, models: Sequence[str]) -> dict[str, float]:
