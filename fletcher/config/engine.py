@@ -20,9 +20,10 @@ DISPATCHES = ("throughput-weighted", "least-loaded", "round-robin", "random")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(OptionGroup):
-    """Device, engine and size of runs; `auto` and 0 leave the choice to tuning or rules.
+    """Device, engine and size of runs.
 
-    The fields are part of a tune record's key: another field is another question.
+    `auto` and 0 leave a choice to the tune record or to rules. The fields are part of a tune
+    record's key: a new field makes old records useless.
     """
 
     device: str = option(
