@@ -156,9 +156,9 @@ class InteractivePath:
         for batch, result in zip(batches, results, strict=True):
             self._usage.count_run(device, batch.lengths, result)
         for rows, result in zip(window.row_sets, results, strict=True):
-            window.settle(rows, result)
+            window.take_result(rows, result)
         if not results:
-            window.finish()
+            window.finish_tickets()
 
     def _run_model(
         self, ticket: StreamTicket, batches: list[MicroBatch], engine: Run
