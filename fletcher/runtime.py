@@ -1,4 +1,4 @@
-"""The composition root: a server from its configuration, from start to drain and close."""
+"""The composition root: builds a server from its configuration, and closes it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Runtime:
         self.address = ""
         self._progress = progress or log.info
         self._closed = threading.Event()
-        # What has been started, closed in reverse order.
+        # Closes all started parts, in reverse order.
         self._started = ExitStack()
         self._service: Service | None = None
         self._calls_ended = True

@@ -37,11 +37,11 @@ SECTIONS = {
     },
     "Models": {
         "model": "Add, list, verify, calibrate and remove models; load them on servers.",
-        "tune": "Measure what runs a model fastest here.",
-        "eval": "Measure what precision, depth, width and type cost in quality.",
+        "tune": "Measure the fastest way to run a model on this machine.",
+        "eval": "Measure the cost in quality of precision, depth, width and type.",
     },
     "Diagnosis": {
-        "doctor": "Show what this machine has, and what to fix.",
+        "doctor": "Check hardware, engines, models and stores, and show fixes.",
         "journal": "Show, check and replay rows that wait for their stores.",
     },
     "Help": {
@@ -118,7 +118,7 @@ def serve_main() -> int:
 
 
 def _complete(program: str, completed: click.Command) -> int | None:
-    """Answers a shell that completes; None: none does."""
+    """Answers a shell that asks for completions; None: no shell asks."""
     instruction = os.environ.get(COMPLETE_VARIABLES[program])
     if not instruction:
         return None
@@ -200,7 +200,7 @@ root.add_command(show_version)
 
 
 def _elsewhere(error: click.NoSuchOption, path: str) -> str:
-    """The place of a server's option that the command has no flag for."""
+    """Hint for a server option that the command has no flag for."""
     from fletcher.cli.connection import LOCAL_OPTIONS
     from fletcher.config.server import OPTIONS
 

@@ -148,9 +148,9 @@ def show_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
 @json_option()
 @config_options("home")
 def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
-    """Compare the files of one bundle, or of all, with their checksums: reads every byte.
+    """Compare the files of one bundle, or of all, with their checksums.
 
-    The exit status is 1 if one is damaged.
+    Reads every byte. The exit status is 1 if one is damaged.
     """
     registry = _registry(flags)
     rows: list[dict[str, Any]] = []
