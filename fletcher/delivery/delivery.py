@@ -150,7 +150,7 @@ class Delivery:
         upload = self._uploads.find_upload(name, options.dataset, options.upload_id)
         if upload is not None:
             if upload.terms.fingerprint is None:
-                # Found in the journal. Without its rows in the store the client takes them for lost.
+                # Found in the journal; a client takes rows for lost that only the store has.
                 self._breakers[name].require_ready(None)
                 upload.settle_found(self._settled(store, upload.dataset, upload.upload_id))
             return upload.status()

@@ -17,7 +17,7 @@ from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.interactive.single_row import is_plain, single_row_batch
 from fletcher.vectors.aggregation import aggregation
 from fletcher.vectors.finish import finish
-from fletcher.vectors.ragged import gathered
+from fletcher.vectors.ragged import gather_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ class _Table:
                 return self.embeddings[rows], None
             return self.embeddings, None
         wanted = np.flatnonzero(~missing)
-        vectors, counts = gathered(self.embeddings, self._counts, rows[wanted])
+        vectors, counts = gather_rows(self.embeddings, self._counts, rows[wanted])
         spread = np.zeros(len(rows), np.int32)
         spread[wanted] = counts
         return vectors, spread

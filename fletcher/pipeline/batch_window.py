@@ -28,7 +28,7 @@ from fletcher.core.batches import (
 )
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import StreamTicket
-from fletcher.vectors.ragged import places, scattered, spans_of, starts_of
+from fletcher.vectors.ragged import places, scatter_rows, spans_of, starts_of
 
 Plan = Callable[[Int32Array], list[Int64Array]]
 
@@ -109,7 +109,7 @@ class BatchWindow:
         starts, counts = self._vector_starts, None
         embeddings = self._embeddings
         if self._ragged:
-            embeddings, counts = scattered(len(self._lengths), self._dim, self._ragged)
+            embeddings, counts = scatter_rows(len(self._lengths), self._dim, self._ragged)
             starts = np.concatenate(([0], np.cumsum(counts)))
         elif embeddings is None:
             embeddings = np.zeros((starts[-1], self._dim), self._dtype)

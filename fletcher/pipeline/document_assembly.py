@@ -12,19 +12,32 @@ from fletcher.pipeline.assembly import Output
 from fletcher.pipeline.chunk_assembly import ChunkAssembler
 from fletcher.pipeline.input.row_slice import RowSlice
 
-# Most bytes of a document's text that are kept for chunks to come: a chunk of 1,000 tokens has some
-# 5 kB, but white space has no tokens.
-_MAX_TEXT_BYTES = 1 << 20
+# A chunk of 1,000 tokens has some 5 kB of text, but white space has no tokens.
+MAX_CHUNK_TEXT_BYTES = 1 << 20
 
 
 class DocumentAssembler(ChunkAssembler):
-    """Assembles one call's output batches; arguments are those of `ChunkAssembler`.
+    """Assembles one call's output batches.
 
     If chunks carry their texts, a document's text is kept from the start of its last chunk on.
+
+    Args:
+        schema: Schema of the output, without `batch_key`.
+        spec: The vectors.
+        upload_id: Prefix of the ids of rows that came without one.
+        max_text_bytes: Most bytes of text that are kept for a chunk.
     """
 
-    def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
+    def __init__(
+        self,
+        schema: pa.Schema,
+        spec: VectorSpec,
+        upload_id: str,
+        *,
+        max_text_bytes: int = MAX_CHUNK_TEXT_BYTES,
+    ) -> None:
         super().__init__(schema, spec, upload_id, whole_rows=False)
+        self._max_text_bytes = max_text_bytes
         self._kept_text = b""
         self._dropped_bytes = 0  # of the document, before that
 
@@ -36,12 +49,12 @@ class DocumentAssembler(ChunkAssembler):
             return super().assemble(row_slice, outcome)
         if row_slice.part == 0:
             self._kept_text, self._dropped_bytes = b"", 0
-        if len(self._kept_text) > _MAX_TEXT_BYTES:
+        if len(self._kept_text) > self._max_text_bytes:
             outcome = RowTooLargeError(
-                f"`text` has more than {_MAX_TEXT_BYTES} bytes in one chunk, expected fewer; send "
-                "less white space, or leave `include_text` out",
+                f"`text` has more than {self._max_text_bytes} bytes in one chunk, expected fewer; "
+                "send less white space, or leave `include_text` out",
                 field="text",
-                allowed=[f"<= {_MAX_TEXT_BYTES} bytes a chunk"],
+                allowed=[f"<= {self._max_text_bytes} bytes a chunk"],
             )
         if not self._lost or row_slice.part == 0:
             self._kept_text += row_slice.texts.data

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fletcher.core.batches import Carry, EmbeddingBatch, Priority, TextBatch, TokenBatch
@@ -50,7 +49,6 @@ class StreamTicket:
         context: The caller's object, handed back with the result.
         num_bytes: Bytes of its stream's allowance that it holds until they are released.
         priority: Whether it overtakes bulk work.
-        submitted: When it was submitted, monotonic seconds.
         tokens: Set by tokenization.
         result: Set once all its vectors are there, or once it failed as a whole.
         complete: Adds cached vectors to those of `texts`.
@@ -62,7 +60,6 @@ class StreamTicket:
     context: Any
     num_bytes: int
     priority: Priority
-    submitted: float = field(default_factory=time.monotonic)
     tokens: TokenBatch | None = None
     result: EmbeddingBatch | FletcherError | None = None
     complete: Callable[[EmbeddingBatch | FletcherError], EmbeddingBatch | FletcherError] = (
@@ -110,6 +107,10 @@ class EmbedStream:
         allowance: Memory that the stream may hold.
         enqueue: Receives each ticket.
         trace: The call's span.
+
+    Attributes:
+        allowance: As given; results' bytes are released there.
+        closed: Whether the stream was closed.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class EmbedStream:
         trace: Span | None = None,
     ) -> None:
         self.trace = trace
-        self._allowance = allowance
+        self.allowance = allowance
         self._enqueue = enqueue
         self._tickets: deque[StreamTicket] = deque()
         self._ended = False
@@ -144,7 +145,7 @@ class EmbedStream:
         Raises:
             DrainingError: The stream was closed.
         """
-        self._allowance.acquire(num_bytes, bulk=priority == "bulk")
+        self.allowance.acquire(num_bytes, bulk=priority == "bulk")
         ticket = StreamTicket(self, texts, context, num_bytes, priority)
         before = None
         with self._changed:
@@ -209,27 +210,6 @@ class EmbedStream:
             self._changed.notify_all()
             return True
 
-    def release_bytes(self, num_bytes: int, row_bytes: int = 0) -> None:
-        """Gives back memory of data, and of a row, that has left the server."""
-        self._allowance.release_bytes(num_bytes, row_bytes)
-
-    @property
-    def max_row_bytes(self) -> int:
-        """Most bytes that may be kept of a row; see `Allowance.grow_row`."""
-        return self._allowance.max_row_bytes
-
-    def grow_row(self, num_bytes: int) -> None:
-        """Waits until so much of the row may be kept; see `Allowance.grow_row`."""
-        self._allowance.grow_row(num_bytes)
-
-    def complete_row(self) -> int:
-        """Ends the growth of the row; see `Allowance.complete_row`."""
-        return self._allowance.complete_row()
-
-    def keep_table(self, num_bytes: int) -> bool:
-        """Returns whether a table may be kept until the end; see `Allowance.keep_table`."""
-        return self._allowance.keep_table(num_bytes)
-
     def close(self) -> None:
         """Drops everything, finished or not. Idempotent."""
         with self._changed:
@@ -237,7 +217,7 @@ class EmbedStream:
             self.closed = True
             self._tickets.clear()
             self._changed.notify_all()
-        self._allowance.close()
+        self.allowance.close()
 
     def _go_on(self, seam: Seam, carry: Carry | FletcherError | None) -> None:
         """Lets the next part of a text proceed; after an error, all waiting parts fail."""
