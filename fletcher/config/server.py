@@ -64,7 +64,7 @@ class ServeConfig:
     limits: LimitsConfig
     telemetry: TelemetryConfig
     home: Path = option(
-        fletcher_home, FOLDER, "Folder of models, journals and caches; some 100 MB a model."
+        fletcher_home, FOLDER, "Folder of models, journals and caches. A model takes about 100 MB."
     )
 
     @classmethod

@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from fletcher.core.batches import BoolArray, FloatArray, InferenceResult, Int32Array, MicroBatch
 from fletcher.errors import ModelError
-from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.bundle import HIDDEN, ModelBundle
 from fletcher.models.checkpoint.markers import Queries, Skipped
-from fletcher.models.onnx.graph import HIDDEN
 from fletcher.vectors.pooling import normalize, pool
 from fletcher.vectors.ragged import sparse
 

@@ -28,8 +28,7 @@ from fletcher.inference.cuda_graphs import captured
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
 from fletcher.inference.packed_io import PackedIO
-from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.models.onnx.graph import HANDED_ON
+from fletcher.models.bundle.bundle import HANDED_ON, ModelBundle
 from fletcher.models.onnx.packed import write_packed
 
 CPU_PROVIDER = "CPUExecutionProvider"

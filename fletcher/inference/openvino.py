@@ -19,8 +19,7 @@ from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
-from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.models.onnx.graph import HANDED_ON
+from fletcher.models.bundle.bundle import HANDED_ON, ModelBundle
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 

@@ -28,6 +28,8 @@ from fletcher.models.checkpoint.markers import Queries, Skipped
 FORMAT = 1
 TOKENIZER = "tokenizer.json"
 LATE_GRAPH = "late.onnx"
+# Hidden states between the blocks of a model with exits: a block's output, the next one's input.
+HANDED_ON, HIDDEN = "handed_on", "hidden"
 _ADD_AGAIN = "; add the model again with `fletcher model add`"
 
 

@@ -3,7 +3,7 @@
 Unlike exporters' graphs, these include pooling, dense layers and normalization; join positions and
 token types in one table; have the attention's scale in the query weights, norms and activations as
 single operators, and attention in the form that engines fuse; make masks once for all layers; and
-compute only the pooled token in the last layer of models with `cls` pooling. docs/performance.md
+compute only the pooled token in the last layer of models with `cls` pooling. docs/lab-book.md
 compares this form with others for BERT.
 """
 
@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fletcher.models.bundle.bundle import HANDED_ON, HIDDEN
 from fletcher.models.bundle.spec import Pooling
 from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
-from fletcher.models.onnx.graph import HANDED_ON, HIDDEN, GraphBuilder
+from fletcher.models.onnx.graph import GraphBuilder
 
 # Score of masked tokens: its exp is 0 in float32, and float16 and bfloat16 can hold it.
 MASKED_SCORE = -10_000.0
