@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.client.prompts import (
-    DOCUMENT_PROMPTS,
-    QUERY_PROMPTS,
-    default_prompt,
-    served_model,
-)
+from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.core.batches import FloatArray
 from fletcher.core.command import EmbedCommand
 from fletcher.evaluation.metrics import unit

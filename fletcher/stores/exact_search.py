@@ -100,11 +100,7 @@ def cosine(vector: npt.NDArray[np.float32], reader: VectorReader) -> Scores:
 
 
 def nearest(
-    batches: Iterable[pa.RecordBatch],
-    scores: Scores,
-    *,
-    k: int,
-    columns: Sequence[str],
+    batches: Iterable[pa.RecordBatch], scores: Scores, *, k: int, columns: Sequence[str]
 ) -> pa.Table:
     """The k best rows of a stream, best first.
 

@@ -18,13 +18,7 @@ from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import ELEMENT_TYPES, parse_batch_key
 from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
-from fletcher.stores.base import (
-    DatasetInfo,
-    DatasetWriter,
-    Filter,
-    StoreCapabilities,
-    WriteMode,
-)
+from fletcher.stores.base import DatasetInfo, DatasetWriter, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.folder import StoreFolder
 from fletcher.stores.schemas import (

@@ -27,12 +27,7 @@ _MODEL_KEYS = (
 )
 
 # Types that stores accept whatever their parameters.
-_NUMBERS = (
-    pa.types.is_integer,
-    pa.types.is_floating,
-    pa.types.is_boolean,
-    pa.types.is_temporal,
-)
+_NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_temporal)
 _OTHERS = (
     pa.types.is_null,
     pa.types.is_string,

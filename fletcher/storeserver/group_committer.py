@@ -107,9 +107,7 @@ class GroupCommitter:
         return self._pending_bytes / MAX_PENDING_BYTES
 
     def submit(
-        self,
-        item: SubmittedRows | _SubmittedCall,
-        is_cancelled: Callable[[], bool] = lambda: False,
+        self, item: SubmittedRows | _SubmittedCall, is_cancelled: Callable[[], bool] = lambda: False
     ) -> None:
         """Queue rows or a call; blocks while too many bytes are pending. Thread-safe.
 

@@ -34,12 +34,7 @@ from fletcher.stores.exact_search import unknown_dataset
 from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.actions import Actions, answer_action
 from fletcher.storeserver.ingest import Ingest
-from fletcher.storeserver.requests import (
-    DoGetRequest,
-    SearchRequest,
-    convert_request,
-    to_filters,
-)
+from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_request, to_filters
 from fletcher.storeserver.upload_call import AckWriter, read_groups
 from fletcher.util.locks import FileLock
 

@@ -75,12 +75,7 @@ class FlightConnection:
     """
 
     def __init__(
-        self,
-        address: FlightStoreAddress,
-        *,
-        timeout_s: float,
-        compression: str,
-        message_bytes: int,
+        self, address: FlightStoreAddress, *, timeout_s: float, compression: str, message_bytes: int
     ) -> None:
         self.address = address
         self.message_bytes = message_bytes

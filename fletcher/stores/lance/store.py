@@ -16,12 +16,7 @@ from fletcher.core.command import CHOICES, check_dataset
 from fletcher.core.quantization import VectorReader, pack_signs
 from fletcher.core.ranges import RangeSet
 from fletcher.core.schema import ELEMENT_TYPES, parse_batch_key
-from fletcher.errors import (
-    ColumnTypeError,
-    InvalidCommandError,
-    StoreError,
-    StoreUnavailableError,
-)
+from fletcher.errors import ColumnTypeError, InvalidCommandError, StoreError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
 from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset

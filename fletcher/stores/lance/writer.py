@@ -15,12 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import types
 
-from fletcher.errors import (
-    FletcherError,
-    InvalidCommandError,
-    RequestError,
-    StoreUnavailableError,
-)
+from fletcher.errors import FletcherError, InvalidCommandError, RequestError, StoreUnavailableError
 from fletcher.stores.base import DatasetWriter, WriteMode
 from fletcher.stores.filters import quoted
 from fletcher.stores.schemas import (
