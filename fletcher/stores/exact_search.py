@@ -49,7 +49,7 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
         dataset: Its name, for messages.
         schema: Of the dataset.
         vector: float [dim].
-        k: Maximum number of rows.
+        k: Maximum number of rows, 1 to MAX_K.
 
     Raises:
         DimensionMismatchError: `vector` has another shape.

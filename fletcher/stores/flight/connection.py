@@ -5,17 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.net.address import FlightAddress
 from fletcher.net.channel import connect
 from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
+from fletcher.stores.address import FlightStoreAddress
 
 FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
@@ -35,33 +34,6 @@ def store_call(what: str) -> Iterator[None]:
         yield
     except FAILURES as error:
         raise from_store_error(error, what) from error
-
-
-@dataclass(frozen=True, slots=True)
-class FlightStoreAddress:
-    """Address of a Flight store.
-
-    Attributes:
-        text: As the user wrote it.
-        data: Port of rows and searches.
-        meta: Port of the dataset list; None: the one that the store's capabilities name, else the
-            port after `data`'s, as Longbow has it by default.
-        profile: `auto`, `longbow` or `fletcher`.
-    """
-
-    text: str
-    data: FlightAddress
-    meta: FlightAddress | None
-    profile: str
-
-    def with_meta_port(self, port: int) -> FlightStoreAddress:
-        """The address with `meta` on the data port's host."""
-        return replace(self, meta=self.data.with_port(port))
-
-    @property
-    def meta_uri(self) -> str:
-        """Address of the port of the dataset list."""
-        return (self.meta or self.data.with_port(self.data.port + 1)).uri
 
 
 class FlightConnection:
