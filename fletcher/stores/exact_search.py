@@ -16,9 +16,10 @@ from fletcher.errors import (
     InvalidCommandError,
     UnknownDatasetError,
 )
+from fletcher.stores.base import DatasetInfo, Store, Vector
 
 MAX_K = 100_000
-Scores = Callable[[pa.RecordBatch], npt.NDArray[np.float32]]
+Scores = Callable[[pa.RecordBatch], Vector]
 
 
 def unknown_dataset(name: str) -> UnknownDatasetError:
@@ -26,6 +27,14 @@ def unknown_dataset(name: str) -> UnknownDatasetError:
     return UnknownDatasetError(
         f"there is no dataset `{name}`; write to it first, or list the datasets", field="dataset"
     )
+
+
+def known_dataset(store: Store, name: str) -> DatasetInfo:
+    """A dataset of a store. Raises UnknownDatasetError if it does not exist."""
+    info = store.dataset(name)
+    if info is None:
+        raise unknown_dataset(name)
+    return info
 
 
 def vector_reader(dataset: str, schema: pa.Schema) -> VectorReader:
@@ -73,7 +82,7 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
     return reader
 
 
-def cosine(vector: npt.NDArray[np.float32], reader: VectorReader) -> Scores:
+def cosine(vector: Vector, reader: VectorReader) -> Scores:
     """Scoring function: the cosine of each row's `vector` to the query.
 
     The query stays float32 whatever the rows' type, because quantizing it too loses precision.
@@ -87,7 +96,7 @@ def cosine(vector: npt.NDArray[np.float32], reader: VectorReader) -> Scores:
     """
     query = vector / np.linalg.norm(vector)
 
-    def scores(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
+    def scores(batch: pa.RecordBatch) -> Vector:
         column = batch.column("vector")
         rows = reader.directions(column)
         norms = np.linalg.norm(rows, axis=1)

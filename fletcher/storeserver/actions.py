@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from msgspec.structs import replace
 
@@ -18,8 +17,8 @@ from fletcher.core.command import check_dataset
 from fletcher.core.quantization import VectorReader
 from fletcher.errors import ColumnTypeError, InvalidCommandError, RequestError, UnknownDatasetError
 from fletcher.stores import protocol
-from fletcher.stores.base import Filter
-from fletcher.stores.exact_search import Scores, check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.base import Filter, Vector
+from fletcher.stores.exact_search import Scores, check_query, cosine, known_dataset, nearest
 from fletcher.stores.filters import quoted, quoted_name
 from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.ingest import Ingest
@@ -61,8 +60,8 @@ class Actions:
     """
 
     def __init__(self, store: LanceStore, ingest: Ingest, folder: Path) -> None:
-        self._store = store
-        self._ingest = ingest
+        self.store = store
+        self.ingest = ingest
         names = _Namespaces(folder / "namespaces.json")
         # Set once both ports listen; the capabilities name it.
         self.meta_port = 0
@@ -92,23 +91,12 @@ class Actions:
         columns = list(request.columns) if request.columns is not None else ["id"]
         if request.include_vectors and "vector" not in columns:
             columns.append("vector")
-        vector = request.query_vectors[index]
+        vector, k = request.query_vectors[index], request.k
         filters = to_filters(request.filters)
-        if request.text_query and request.alpha < 1:
-            return self._search_hybrid(request, vector, filters, columns)
-        return self._store.search(
-            request.dataset, vector, k=request.k, columns=columns, filters=filters
-        )
-
-    def _search_hybrid(
-        self,
-        request: SearchRequest,
-        vector: npt.NDArray[np.float32],
-        filters: tuple[Filter, ...],
-        columns: list[str],
-    ) -> pa.Table:
+        if not request.text_query or request.alpha == 1:
+            return self.store.search(request.dataset, vector, k=k, columns=columns, filters=filters)
         schema = self._schema(request.dataset)
-        reader = check_query(request.dataset, schema, vector, request.k)
+        reader = check_query(request.dataset, schema, vector, k)
         if "text" not in schema.names:
             raise ColumnTypeError(
                 f"dataset `{request.dataset}` has no column `text` to search for words; leave "
@@ -117,9 +105,9 @@ class Actions:
             )
         read = list(dict.fromkeys([*columns, "text", "vector"]))
         return nearest(
-            self._store.scan(request.dataset, columns=read, filters=filters),
+            self.store.scan(request.dataset, columns=read, filters=filters),
             _mixed(cosine(vector, reader), request.text_query, request.alpha),
-            k=request.k,
+            k=k,
             columns=columns,
         )
 
@@ -132,7 +120,7 @@ class Actions:
         """Rows nearest to a stored row."""
         schema = self._schema(request.dataset)
         same = Filter("id", "=", _stored_id(request.id, schema))
-        rows = self._store.scan(request.dataset, columns=["vector"], filters=[same], limit=1)
+        rows = self.store.scan(request.dataset, columns=["vector"], filters=[same], limit=1)
         table = rows.read_all()
         if not table.num_rows or not table["vector"][0].is_valid:
             raise RequestError(
@@ -164,7 +152,7 @@ class Actions:
         value = _stored_id(request.id, self._schema(request.dataset))
         literal = quoted(value) if isinstance(value, str) else str(value)
         condition = f"{quoted_name('id')} = {literal}"
-        if not self._ingest.call_committer(request.dataset, lambda one: one.delete_rows(condition)):
+        if not self.ingest.call_committer(request.dataset, lambda one: one.delete_rows(condition)):
             raise RequestError(f"dataset `{request.dataset}` has no row with that `id`", field="id")
         return [b"deleted"]
 
@@ -175,25 +163,21 @@ class Actions:
     def _delete_dataset(self, request: DatasetRequest) -> list[bytes]:
         """Delete a dataset."""
         self._schema(request.dataset)
-        self._ingest.call_committer(request.dataset, lambda one: one.delete_dataset())
+        self.ingest.call_committer(request.dataset, lambda one: one.delete_dataset())
         return [b"deleted"]
 
     def _check_readiness(self, request: ReadinessRequest) -> list[bytes]:
         """Whether a dataset can be searched, and its number of rows."""
-        status, reason, num_rows = "READY", "", 0
-        if request.dataset:
-            info = self._store.dataset(request.dataset)
-            if info is None:
-                status, reason = "NOT_FOUND", "no such dataset"
-            else:
-                num_rows = info.num_rows
-        else:
-            num_rows = sum(info.num_rows for info in self._store.datasets())
+        infos = [self.store.dataset(request.dataset)] if request.dataset else self.store.datasets()
+        found = [info for info in infos if info is not None]
+        missing = request.dataset and not found
+        status, reason = ("NOT_FOUND", "no such dataset") if missing else ("READY", "")
+        num_rows = sum(info.num_rows for info in found)
         return [_to_json({"status": status, "reason": reason, "index_len": num_rows})]
 
     def _list_capabilities(self, _: EmptyRequest) -> list[bytes]:
         """Capabilities of this store beyond Longbow's."""
-        can = self._store.capabilities
+        can = self.store.capabilities
         answer = protocol.CapabilitiesAnswer(
             server="fletcher store",
             dtypes=can.dtypes,
@@ -208,25 +192,21 @@ class Actions:
     def _missing_keys(self, request: protocol.MissingKeysRequest) -> list[bytes]:
         """Batch keys that are not stored."""
         self._schema(request.dataset)
-        keys = request.batch_keys
-        missing = self._ingest.call_committer(request.dataset, lambda one: one.missing_keys(keys))
+        missing = self.ingest.call_committer(
+            request.dataset, lambda one: one.missing_keys(request.batch_keys)
+        )
         return [_to_json(protocol.MissingKeysAnswer(missing))]
 
     def _stored_ranges(self, request: protocol.StoredRangesRequest) -> list[bytes]:
         """Stored row offsets of an upload."""
         self._schema(request.dataset)
-        upload_id = request.upload_id
-        ranges = self._ingest.call_committer(
-            request.dataset, lambda one: one.stored_ranges(upload_id)
+        ranges = self.ingest.call_committer(
+            request.dataset, lambda one: one.stored_ranges(request.upload_id)
         )
         return [_to_json(protocol.StoredRangesAnswer(ranges))]
 
     def _schema(self, dataset: str) -> pa.Schema:
-        check_dataset(dataset)
-        info = self._store.dataset(dataset)
-        if info is None:
-            raise unknown_dataset(dataset)
-        return info.schema
+        return known_dataset(self.store, dataset).schema
 
 
 class _Namespaces:
@@ -294,7 +274,7 @@ def _mixed(dense: Scores, words: str, alpha: float) -> Scores:
     """Scoring function: alpha * cosine + (1 - alpha) * share of the words in the text."""
     asked = set(words.casefold().split())
 
-    def scores(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
+    def scores(batch: pa.RecordBatch) -> Vector:
         texts = (text or "" for text in batch.column("text").to_pylist())
         shares = [len(asked & set(text.casefold().split())) / max(len(asked), 1) for text in texts]
         return (alpha * dense(batch) + (1 - alpha) * np.asarray(shares)).astype(np.float32)

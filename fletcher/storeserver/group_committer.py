@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.core.schema import parse_batch_key
 from fletcher.errors import (
     DrainingError,
     FletcherError,
@@ -29,7 +28,7 @@ from fletcher.errors import (
 from fletcher.stores.base import WriteMode
 from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.lance.writer import LanceWriter
-from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fields
+from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fields, num_group_rows
 from fletcher.storeserver.key_ledger import KeyLedger
 
 _log = logging.getLogger(__name__)
@@ -44,11 +43,8 @@ ENOUGH_ROWS = 4096
 IDLE_S = 30.0
 
 
-@dataclass
-class CommitStream:
+class CommitStream(Counter[str]):
     """Number of rows of an upload call by batch key, if it announced no groups."""
-
-    rows: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -63,12 +59,10 @@ class SubmittedRows:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all batches."""
         return sum(batch.num_rows for batch in self.batches)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all batches."""
         return sum(batch.nbytes for batch in self.batches)
 
 
@@ -80,12 +74,7 @@ class _SubmittedCall:
 
 
 class GroupCommitter:
-    """One dataset's writer, its ledger of keys, and the thread that owns both.
-
-    Args:
-        store: Of the dataset.
-        dataset: Its name.
-    """
+    """One dataset's writer, its ledger of keys, and the thread that owns both."""
 
     def __init__(self, store: LanceStore, dataset: str) -> None:
         self._store = store
@@ -261,7 +250,7 @@ class GroupCommitter:
             for group, rows in accepted:
                 counted = not group.whole and group.mode != "upsert"
                 for batch in rows if counted else ():
-                    group.stream.rows.subtract(count_batch_keys(batch))
+                    group.stream.subtract(count_batch_keys(batch))
                 self._commit_alone(group)
         except Exception as error:  # noqa: BLE001 - it belongs to the clients
             for group, _ in accepted:
@@ -335,7 +324,7 @@ class GroupCommitter:
                 else:
                     begun.add(key)
                     if not group.whole:
-                        group.stream.rows[key] += count
+                        group.stream[key] += count
             rows = batch
             if repeats:
                 stored = pc.is_in(batch.column("batch_key"), pa.array(repeats, pa.utf8()))
@@ -346,12 +335,12 @@ class GroupCommitter:
         return new
 
     def _is_repeat(self, group: SubmittedRows, key: str, count: int, taken: set[str]) -> bool:
-        begun = group.stream.rows[key]
+        begun = group.stream[key]
         if not begun:
             return key in taken or self._ledger.holds(key)
         # A plain client sliced a table, so that several batches share a key, until it is complete.
-        parsed = parse_batch_key(key)
-        return parsed is not None and begun + count > parsed[2] - parsed[1] + 1
+        num_rows = num_group_rows(key)
+        return 0 < num_rows < begun + count
 
 
 def draining() -> DrainingError:

@@ -15,6 +15,7 @@ from fletcher.net.channel import connect
 from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
 from fletcher.stores.address import FlightStoreAddress
+from fletcher.stores.exact_search import unknown_dataset
 
 FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
@@ -101,18 +102,19 @@ class FlightConnection:
             results = list(self.data_client.do_action(action, self.call_options()))
         return results[0].body.to_pybytes() if results else b""
 
-    def open_stream(self, ticket: dict[str, Any], what: str) -> pa.RecordBatchReader | None:
-        """The rows of a DoGet; None for an answer without a schema.
+    def open_stream(self, dataset: str, ticket: dict[str, Any], what: str) -> pa.RecordBatchReader:
+        """The rows of a DoGet from a dataset.
 
         Raises:
+            UnknownDatasetError: The answer has no schema, as Longbow's for a dataset without rows.
             FletcherError: As `store_call`, with `what`.
         """
         try:
-            raw = flight.Ticket(msgspec.json.encode(ticket))
+            raw = flight.Ticket(msgspec.json.encode({"name": dataset, **ticket}))
             return self.data_client.do_get(raw, self.call_options()).to_reader()
         except FAILURES as error:
             if type(error) is pa.ArrowInvalid and "schema" in str(error).lower():
-                return None
+                raise unknown_dataset(dataset) from error
             raise from_store_error(error, what) from error
 
     def close(self) -> None:

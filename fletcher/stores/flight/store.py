@@ -31,7 +31,7 @@ from fletcher.stores.base import (
     Vector,
     WriteMode,
 )
-from fletcher.stores.exact_search import unknown_dataset
+from fletcher.stores.exact_search import known_dataset, unknown_dataset
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight import longbow
 from fletcher.stores.flight.connection import FlightConnection, store_call
@@ -152,17 +152,14 @@ class FlightStore(Store):
     ) -> pa.RecordBatchReader:
         """See `Store.scan`. A Longbow sends all columns, whichever are requested."""
         check_dataset(dataset)
-        ticket: dict[str, Any] = {"name": dataset, "filters": to_json(filters)}
+        ticket: dict[str, Any] = {"filters": to_json(filters)}
         if self._is_fletcher:
             if columns is not None:
                 ticket["columns"] = list(columns)
             if limit is not None:
                 ticket["limit"] = limit
         what = f"reading dataset `{dataset}`"
-        reader = self._connection.open_stream(ticket, what)
-        if reader is None:
-            # Longbow answers without a schema for a dataset without rows.
-            raise unknown_dataset(dataset)
+        reader = self._connection.open_stream(dataset, ticket, what)
         wanted = wanted_columns(dataset, reader.schema, columns)
         schema = pa.schema(
             [reader.schema.field(name) for name in wanted], metadata=reader.schema.metadata
@@ -186,18 +183,12 @@ class FlightStore(Store):
         """
         check_dataset(dataset)
         wanted = list(columns) if columns is not None else None
-        search: dict[str, Any] = {
-            "dataset": dataset,
-            "vector": [float(value) for value in vector],
-            "k": k,
-            "filters": to_json(filters),
-        }
+        numbers = [float(value) for value in vector]
+        search: dict[str, Any] = {"dataset": dataset, "vector": numbers, "k": k}
+        search["filters"] = to_json(filters)
         if self._is_fletcher:
             if wanted is None:
-                info = self.dataset(dataset)
-                if info is None:
-                    raise unknown_dataset(dataset)
-                wanted = info.schema.names
+                wanted = known_dataset(self, dataset).schema.names
             search["columns"] = wanted
         elif wanted is not None and set(wanted) - {"id"}:
             raise RequestError(
@@ -207,12 +198,10 @@ class FlightStore(Store):
                 allowed=["id"],
             )
         what = f"searching dataset `{dataset}`"
-        reader = self._connection.open_stream({"name": dataset, "search": search}, what)
-        if reader is None:
-            raise unknown_dataset(dataset)
+        reader = self._connection.open_stream(dataset, {"search": search}, what)
         with store_call(what):
             found = reader.read_all()
-        return found.select([*(wanted if wanted is not None else ["id"]), "score"])
+        return found.select([*(["id"] if wanted is None else wanted), "score"])
 
     def delete_dataset(self, name: str) -> None:
         check_dataset(name)
@@ -226,14 +215,15 @@ class FlightStore(Store):
 
     def _count_keys(self, dataset: str, filters: Filters) -> Counter[str]:
         """Number of a Longbow's rows by batch key, among rows that meet the filters."""
-        ticket = {"name": dataset, "filters": to_json(filters)}
         what = f"asking what dataset `{dataset}` holds"
         counts: Counter[str] = Counter()
         try:
             with store_call(what):
-                reader = self._connection.open_stream(ticket, what)
-                for batch in reader if reader is not None else ():
+                ticket = {"filters": to_json(filters)}
+                for batch in self._connection.open_stream(dataset, ticket, what):
                     counts.update(count_batch_keys(batch))
+        except UnknownDatasetError:
+            return Counter()
         except FletcherError:
             # Longbow has no error code for an unknown dataset.
             if self.dataset(dataset) is None:
@@ -246,21 +236,20 @@ class FlightStore(Store):
         return self.capabilities.drops_repeated_keys
 
     def _ask_capabilities(self) -> StoreCapabilities:
-        if self._connection.address.profile == "longbow":
+        address = self._connection.address
+        if address.profile == "longbow":
             return longbow.CAPABILITIES
         try:
-            can = msgspec.json.decode(
-                self._connection.run_action(protocol.CAPABILITIES, {}),
-                type=protocol.CapabilitiesAnswer,
-            )
+            answer = self._connection.run_action(protocol.CAPABILITIES, {})
+            can = msgspec.json.decode(answer, type=protocol.CapabilitiesAnswer)
         except UnavailableError as error:
             # Longbow calls an unknown action an internal error, so ask whether it is up.
             unknown = _is_unknown_action(error.__cause__)
-            if self._connection.address.profile == "fletcher" or not unknown or not self._is_up():
+            if address.profile == "fletcher" or not unknown or not self._is_up():
                 refused = "connection refused" in error.message.lower()
+                reason = "connection refused" if refused else error.message
                 raise StoreUnavailableError(
-                    f"the store {self.address} does not answer: "
-                    f"{'connection refused' if refused else error.message}; check its address and "
+                    f"the store {self.address} does not answer: {reason}; check its address and "
                     "that it runs",
                     field="store",
                     retry_after_ms=error.retry_after_ms,
@@ -269,14 +258,13 @@ class FlightStore(Store):
         except (UnauthenticatedError, UnauthorizedError):
             raise
         except (msgspec.MsgspecError, FletcherError) as error:
-            if self._connection.address.profile == "fletcher":
+            if address.profile == "fletcher":
                 raise RequestError(
                     f"`profile` is fletcher, and the store at {self.address} does not answer "
                     "`capabilities`; leave `profile=fletcher` out",
                     field="store",
                 ) from error
         else:
-            address = self._connection.address
             if address.meta is None and can.meta_port:
                 self._connection.address = address.with_meta_port(can.meta_port)
             return msgspec.convert(can, StoreCapabilities, from_attributes=True)
@@ -286,10 +274,8 @@ class FlightStore(Store):
     def _is_up(self) -> bool:
         try:
             self._connection.run_action("check_readiness", {})
-        except UnavailableError:
-            return False
-        except FletcherError:
-            return True
+        except FletcherError as error:
+            return not isinstance(error, UnavailableError)
         return True
 
 
