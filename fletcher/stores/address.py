@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.config.option import nearest
@@ -55,10 +55,6 @@ class FlightStoreAddress:
                 allowed=PROFILES,
             )
         return cls(text, data, data.with_port(meta) if meta is not None else None, profile)
-
-    def with_meta_port(self, port: int) -> FlightStoreAddress:
-        """The address with `meta` on the data port's host."""
-        return replace(self, meta=self.data.with_port(port))
 
     @property
     def meta_uri(self) -> str:

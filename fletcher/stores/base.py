@@ -126,12 +126,7 @@ class Store(Protocol):
         """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""
 
     def scan(
-        self,
-        dataset: str,
-        *,
-        columns: Names = None,
-        filters: Filters = (),
-        limit: int | None = None,
+        self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
         """Rows of a dataset as a stream.
 
@@ -147,16 +142,10 @@ class Store(Protocol):
     def search(
         self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
-        """The k nearest rows by cosine, best first.
-
-        Args:
-            vector: float32 [dim].
-            k: Maximum number of rows.
-            columns: Columns to return; None: all of the dataset's.
-            filters: Conditions that a row must meet.
+        """The k nearest rows to a vector, float32 [dim], by cosine, best first.
 
         Returns:
-            `columns` and `score` float32, the cosine.
+            `columns`, chosen as in `scan`, and `score` float32, the cosine.
 
         Raises:
             UnknownDatasetError, UnknownColumnError, DimensionMismatchError.

@@ -38,15 +38,8 @@ _SUFFIX = ".parquet"
 class ParquetStore(EmbeddedStore):
     """Folders of Parquet files, one file per group.
 
-    A group's file is named after its key, so that storing it again changes nothing.
-
-    Search compares every vector with numpy, which suits tens of thousands of rows.
-
-    Args:
-        folder: Of the datasets' folders; created if missing.
-
-    Raises:
-        StoreError: The folder cannot be created.
+    A group's file is named after its key, so that storing it again changes nothing. Search compares
+    every vector with numpy, which suits tens of thousands of rows.
     """
 
     scheme = "parquet"
@@ -110,18 +103,13 @@ class ParquetStore(EmbeddedStore):
         return upload_ranges((path.stem for path in self._files(dataset)), upload_id)
 
     def scan(
-        self,
-        dataset: str,
-        *,
-        columns: Names = None,
-        filters: Filters = (),
-        limit: int | None = None,
+        self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
         """See `Store.scan`. Rows are sorted by batch key."""
-        schema = self._schema(dataset)
-        wanted = wanted_columns(dataset, schema, columns)
-        condition = conditions.to_expression(dataset, schema, filters)
-        files = [str(path) for path in self._files(dataset)]
+        schema = self._schema(name)
+        wanted = wanted_columns(name, schema, columns)
+        condition = conditions.to_expression(name, schema, filters)
+        files = [str(path) for path in self._files(name)]
         rows = ds.dataset(files, schema=schema, format="parquet").scanner(
             columns=wanted, filter=condition, batch_size=8192
         )

@@ -151,9 +151,9 @@ def _is_storable(kind: pa.DataType) -> bool:
         nested = types.is_fixed_size_list(inner) and _is_storable(inner)
         return kind.list_size > 0 and (nested or _is_number(inner))
     if types.is_struct(kind):
-        fields = [kind.field(index) for index in range(kind.num_fields)]
+        fields = list(kind)
         names = {one.name for one in fields}
-        plain = len(names) == len(fields) > 0 and not any("\0" in name for name in names)
+        plain = len(names) == len(fields) > 0 and "\0" not in "".join(names)
         return plain and all(
             _is_storable(one.type) and not types.is_null(one.type) for one in fields
         )

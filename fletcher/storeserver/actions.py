@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import pyarrow as pa
+from msgspec.json import encode as to_json
 from msgspec.structs import replace
 
 from fletcher.core.command import check_dataset
@@ -53,10 +54,7 @@ class Action(NamedTuple):
 class Actions:
     """The actions of a store server by name. Thread-safe.
 
-    Args:
-        store: For reading.
-        ingest: For writing.
-        folder: Of the store; the namespaces are kept there.
+    They read from `store` and write to `ingest`. `folder` keeps the namespaces.
     """
 
     def __init__(self, store: LanceStore, ingest: Ingest, folder: Path) -> None:
@@ -129,7 +127,7 @@ class Actions:
         column = table["vector"].combine_chunks()
         vector = VectorReader.from_schema(schema).directions(column)[0].tolist()
         found = self.search_rows(replace(request, vector=vector, vectors=None))
-        return [_to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
+        return [to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
 
     def _hybrid_search(self, request: HybridSearchRequest) -> list[bytes]:
         """Nearest rows by vector and by words."""
@@ -145,7 +143,7 @@ class Actions:
             }
             for row in self.search_rows(replace(request, columns=columns)).to_pylist()
         ]
-        return [_to_json(answer)]
+        return [to_json(answer)]
 
     def _delete_row(self, request: DeleteRequest) -> list[bytes]:
         """Delete rows by id."""
@@ -173,21 +171,15 @@ class Actions:
         missing = request.dataset and not found
         status, reason = ("NOT_FOUND", "no such dataset") if missing else ("READY", "")
         num_rows = sum(info.num_rows for info in found)
-        return [_to_json({"status": status, "reason": reason, "index_len": num_rows})]
+        return [to_json({"status": status, "reason": reason, "index_len": num_rows})]
 
     def _list_capabilities(self, _: EmptyRequest) -> list[bytes]:
         """Capabilities of this store beyond Longbow's."""
         can = self.store.capabilities
-        answer = protocol.CapabilitiesAnswer(
-            server="fletcher store",
-            dtypes=can.dtypes,
-            null_vectors=can.null_vectors,
-            upsert=can.upsert,
-            drops_repeated_keys=True,
-            durable=can.durable,
-            meta_port=self.meta_port,
-        )
-        return [_to_json(answer)]
+        answer = msgspec.convert(can, protocol.CapabilitiesAnswer, from_attributes=True)
+        answer.server, answer.meta_port = "fletcher store", self.meta_port
+        answer.drops_repeated_keys = True  # by the committers' ledgers
+        return [to_json(answer)]
 
     def _missing_keys(self, request: protocol.MissingKeysRequest) -> list[bytes]:
         """Batch keys that are not stored."""
@@ -195,7 +187,7 @@ class Actions:
         missing = self.ingest.call_committer(
             request.dataset, lambda one: one.missing_keys(request.batch_keys)
         )
-        return [_to_json(protocol.MissingKeysAnswer(missing))]
+        return [to_json(protocol.MissingKeysAnswer(missing))]
 
     def _stored_ranges(self, request: protocol.StoredRangesRequest) -> list[bytes]:
         """Stored row offsets of an upload."""
@@ -203,7 +195,7 @@ class Actions:
         ranges = self.ingest.call_committer(
             request.dataset, lambda one: one.stored_ranges(request.upload_id)
         )
-        return [_to_json(protocol.StoredRangesAnswer(ranges))]
+        return [to_json(protocol.StoredRangesAnswer(ranges))]
 
     def _schema(self, dataset: str) -> pa.Schema:
         return known_dataset(self.store, dataset).schema
@@ -237,11 +229,11 @@ class _Namespaces:
 
     def list_names(self, _: EmptyRequest) -> list[bytes]:
         """List all namespaces."""
-        return [_to_json({"namespaces": self._read()})]
+        return [to_json({"namespaces": self._read()})]
 
     def count_names(self, _: EmptyRequest) -> list[bytes]:
         """Count all namespaces."""
-        return [_to_json({"count": len(self._read())})]
+        return [to_json({"count": len(self._read())})]
 
     def _read(self) -> list[str]:
         try:
@@ -287,10 +279,6 @@ def _to_ipc(table: pa.Table) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
-
-
-def _to_json(answer: Any) -> bytes:
-    return msgspec.json.encode(answer)
 
 
 def _stored_id(value: str | int, schema: pa.Schema) -> str | int:

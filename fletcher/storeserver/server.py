@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,26 +81,17 @@ class StoreServer:
             )
         check_port(host, port)
         check_port(host, meta_port, field="meta_port")
-        self._store = LanceStore(folder)
-        self._lock = _lock_folder(folder)
-        try:
-            self._start(folder, host, port, meta_port)
-        except BaseException:
-            self._store.close()
-            self._lock.release()
-            raise
-
-    def _start(self, folder: Path, host: str, port: int, meta_port: int) -> None:
-        self._ingest = Ingest(self._store)
-        actions = Actions(self._store, self._ingest, folder)
-        self._data = _listen(host, port, lambda at: _DataServer(at, actions))
-        self.port = self._data.port
-        self.address = FlightAddress(host, self.port).uri
-        try:
+        with ExitStack() as undo:
+            self._store = undo.enter_context(closing(LanceStore(folder)))
+            self._lock = undo.enter_context(_lock_folder(folder))
+            self._ingest = Ingest(self._store)
+            actions = Actions(self._store, self._ingest, folder)
+            self._data = _listen(host, port, lambda at: _DataServer(at, actions))
+            undo.callback(self._data.shutdown)
+            self.port = self._data.port
+            self.address = FlightAddress(host, self.port).uri
             self._meta = _listen(host, meta_port, lambda at: _MetaServer(at, actions, self.address))
-        except SetupError:
-            self._data.shutdown()
-            raise
+            undo.pop_all()
         self.meta_port = actions.meta_port = self._meta.port
         self.meta_address = FlightAddress(host, self.meta_port).uri
 

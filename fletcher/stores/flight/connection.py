@@ -40,11 +40,7 @@ def store_call(what: str) -> Iterator[None]:
 class FlightConnection:
     """Clients of a store's ports, one each, with a deadline per call. Thread-safe.
 
-    Args:
-        address: Of the store; replaced once the capabilities name its meta port.
-        timeout_s: Deadline of one call; an append is one call.
-        compression: Compression of sent rows; one of `fletcher.config.network.COMPRESSIONS`.
-        message_bytes: Approximate size of a message of rows.
+    `address` is replaced once the capabilities name the meta port. See `open_store` for the rest.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -143,24 +144,19 @@ class FlightStore(Store):
         return upload_ranges(whole, upload_id)
 
     def scan(
-        self,
-        dataset: str,
-        *,
-        columns: Names = None,
-        filters: Filters = (),
-        limit: int | None = None,
+        self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
         """See `Store.scan`. A Longbow sends all columns, whichever are requested."""
-        check_dataset(dataset)
+        check_dataset(name)
         ticket: dict[str, Any] = {"filters": to_json(filters)}
         if self._is_fletcher:
             if columns is not None:
                 ticket["columns"] = list(columns)
             if limit is not None:
                 ticket["limit"] = limit
-        what = f"reading dataset `{dataset}`"
-        reader = self._connection.open_stream(dataset, ticket, what)
-        wanted = wanted_columns(dataset, reader.schema, columns)
+        what = f"reading dataset `{name}`"
+        reader = self._connection.open_stream(name, ticket, what)
+        wanted = wanted_columns(name, reader.schema, columns)
         schema = pa.schema(
             [reader.schema.field(name) for name in wanted], metadata=reader.schema.metadata
         )
@@ -266,7 +262,8 @@ class FlightStore(Store):
                 ) from error
         else:
             if address.meta is None and can.meta_port:
-                self._connection.address = address.with_meta_port(can.meta_port)
+                meta = address.data.with_port(can.meta_port)
+                self._connection.address = replace(address, meta=meta)
             return msgspec.convert(can, StoreCapabilities, from_attributes=True)
         _log.info("%s speaks Longbow's contract", self.address)
         return longbow.CAPABILITIES

@@ -116,11 +116,8 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
 
 def _messages(rows: pa.RecordBatch, message_bytes: int) -> Iterator[pa.RecordBatch]:
     """Slices of about `message_bytes`, without a copy; at least one."""
-    if not rows.num_rows:
-        yield rows
-        return
     step = max(1, rows.num_rows * message_bytes // max(rows.nbytes, 1))
-    for first in range(0, rows.num_rows, step):
+    for first in range(0, max(rows.num_rows, 1), step):
         yield rows.slice(first, step)
 
 

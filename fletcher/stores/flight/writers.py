@@ -22,10 +22,7 @@ _log = logging.getLogger(__name__)
 class FlightWriter(DatasetWriter):
     """Writer to a Flight store. Every append is a separate call. One thread owns it.
 
-    Args:
-        connection: To the store.
-        dataset: Receives the rows.
-        schema: Of the rows as they are sent.
+    `schema` is that of the rows as they are sent.
     """
 
     def __init__(self, connection: FlightConnection, dataset: str, schema: pa.Schema) -> None:
@@ -85,11 +82,8 @@ class LongbowWriter(FlightWriter):
     repeats, so after a doubtful send `missing_keys` counts the stored rows of each key, and the
     next `append` of that key sends only the rest.
 
-    Args:
-        connection: To the store.
-        dataset: Receives the rows.
-        schema: As `longbow_schema` returns it.
-        count_keys: Counts stored rows by batch key, among rows of a dataset that meet filters.
+    `schema` is one of `longbow_schema`. `count_keys` counts the stored rows by batch key, among
+    rows of a dataset that meet filters.
     """
 
     def __init__(

@@ -66,9 +66,6 @@ class LanceStore(EmbeddedStore):
     Search is exact: it compares every vector, unless the table has an index made with LanceDB's own
     tools. A million rows of 384 float16 take about a second on two cores.
 
-    Args:
-        folder: Of the tables; created if missing.
-
     Raises:
         StoreError: LanceDB is not installed, or the folder cannot be created or written.
     """
@@ -150,16 +147,11 @@ class LanceStore(EmbeddedStore):
         return upload_ranges(keys, upload_id)
 
     def scan(
-        self,
-        dataset: str,
-        *,
-        columns: Names = None,
-        filters: Filters = (),
-        limit: int | None = None,
+        self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
-        table = self._table(dataset)
-        wanted = wanted_columns(dataset, table.schema, columns)
-        query = _filtered(dataset, table, table.search(), filters).select(wanted)
+        table = self._table(name)
+        wanted = wanted_columns(name, table.schema, columns)
+        query = _filtered(name, table, table.search(), filters).select(wanted)
         if limit is not None:
             query = query.limit(limit)
         return query.to_batches(_scan_rows(table.schema))

@@ -52,10 +52,7 @@ class LanceWriter(EmbeddedWriter):
     (1 to 6 ms on a local SSD), which LanceDB does not do.
 
     Args:
-        store: Of the table.
-        dataset: Its name.
-        lock: Of the dataset; held until `close`.
-        table: The open table.
+        store, dataset, lock, table: Of the table, which is open.
         mode: How the table was opened. `upsert`: every append replaces rows of the same `id`;
             `overwrite`: the table was emptied, and `close` frees the disk space of its old rows.
     """
@@ -90,9 +87,7 @@ class LanceWriter(EmbeddedWriter):
         assert self.is_open, "append after close"
         for batch in batches:
             check_compatible(self.dataset, self.schema, batch.schema)
-        rows = [
-            conform_batch(align_batch(batch), self.schema) for batch in batches if batch.num_rows
-        ]
+        rows = [conform_batch(align_batch(one), self.schema) for one in batches if one.num_rows]
         if not rows:
             return
         table = pa.Table.from_batches(rows, self.schema)
@@ -177,9 +172,8 @@ class LanceWriter(EmbeddedWriter):
         # commits an append and a rewrite of other fragments in any order.
         self._join_compaction()
         self._small_fragments = self._rows_since = 0
-        self._compaction = threading.Thread(
-            target=self._compact, name=f"compact-{self.dataset}", daemon=True
-        )
+        name = f"compact-{self.dataset}"
+        self._compaction = threading.Thread(target=self._compact, name=name, daemon=True)
         self._compaction.start()
 
     def _join_compaction(self) -> None:
@@ -240,8 +234,7 @@ def check_new_columns(schema: pa.Schema) -> None:
     """Refuse columns that LanceDB cannot write or cannot find again.
 
     Raises:
-        ColumnTypeError: LanceDB does not support the type.
-        InvalidCommandError: LanceDB does not support the name.
+        ColumnTypeError, InvalidCommandError: LanceDB does not support a type or a name.
     """
     check_storable(schema)
     for name in schema.names:
@@ -276,9 +269,8 @@ def lance_errors(dataset: str) -> Iterator[None]:
         if "contains NaN" in text:
             raise _nan_refused() from error
         if isinstance(error, ValueError) and "Invalid input" in text:
-            raise RequestError(
-                f"dataset `{dataset}` refuses these rows: {_cause(error)}"
-            ) from error
+            reason = f"dataset `{dataset}` refuses these rows: {_cause(error)}"
+            raise RequestError(reason) from error
         reason = "the disk is full; free some space"
         if not ("No space left" in text or "StorageFull" in text):
             reason = "LanceDB failed; see the log"
