@@ -22,18 +22,18 @@ MAX_K = 100_000
 Scores = Callable[[pa.RecordBatch], Vector]
 
 
-def unknown_dataset(name: str) -> UnknownDatasetError:
+def unexisting_dataset(name: str) -> UnknownDatasetError:
     """The error for a dataset that does not exist."""
     return UnknownDatasetError(
         f"there is no dataset `{name}`; write to it first, or list the datasets", field="dataset"
     )
 
 
-def known_dataset(store: Store, name: str) -> DatasetInfo:
+def existing_dataset(store: Store, name: str) -> DatasetInfo:
     """A dataset of a store. Raises UnknownDatasetError if it does not exist."""
     info = store.dataset(name)
     if info is None:
-        raise unknown_dataset(name)
+        raise unexisting_dataset(name)
     return info
 
 

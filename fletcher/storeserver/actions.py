@@ -19,7 +19,7 @@ from fletcher.core.quantization import VectorReader
 from fletcher.errors import ColumnTypeError, InvalidCommandError, RequestError, UnknownDatasetError
 from fletcher.stores import protocol
 from fletcher.stores.base import Filter, Vector
-from fletcher.stores.exact_search import Scores, check_query, cosine, known_dataset, nearest
+from fletcher.stores.exact_search import Scores, check_query, cosine, existing_dataset, nearest
 from fletcher.stores.filters import quoted, quoted_name
 from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.ingest import Ingest
@@ -198,7 +198,7 @@ class Actions:
         return [to_json(protocol.StoredRangesAnswer(ranges))]
 
     def _schema(self, dataset: str) -> pa.Schema:
-        return known_dataset(self.store, dataset).schema
+        return existing_dataset(self.store, dataset).schema
 
 
 class _Namespaces:

@@ -350,9 +350,9 @@ def _errors_to(*items: SubmittedRows | SubmittedCall) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the thread must not end
-        known = error if isinstance(error, FletcherError) else None
-        if known is None:
+        failure: Exception = error
+        if not isinstance(error, FletcherError):
             _log.error("a commit failed", exc_info=error)
-            known = InternalError("the store failed to store these rows; its log has the cause")
+            failure = InternalError("the store failed to store these rows; its log has the cause")
         for item in items:
-            item.done.set_exception(known)
+            item.done.set_exception(failure)

@@ -30,7 +30,7 @@ from fletcher.net.flight_errors import handler_errors
 from fletcher.net.ports import check_port
 from fletcher.stores import protocol
 from fletcher.stores.base import DatasetInfo
-from fletcher.stores.exact_search import known_dataset
+from fletcher.stores.exact_search import existing_dataset
 from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.actions import Actions, answer_action
 from fletcher.storeserver.ingest import Ingest
@@ -229,7 +229,7 @@ class _MetaServer(_Server):
     @_handling()
     def get_flight_info(self, context: Any, descriptor: Any) -> flight.FlightInfo:
         name = descriptor.path[0] if descriptor.path else descriptor.command or b""
-        return self._info(known_dataset(self._store, name.decode(errors="replace")))
+        return self._info(existing_dataset(self._store, name.decode(errors="replace")))
 
     def _info(self, info: DatasetInfo) -> flight.FlightInfo:
         return flight.FlightInfo(
