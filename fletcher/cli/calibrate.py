@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fletcher.core.batches import FloatArray
     from fletcher.readers import TextSource
 
-# Below this the least and the greatest value of a dimension say little of those to come.
+# With fewer texts, the range of a dimension says little about later texts.
 MIN_TEXTS = 100
 
 
@@ -48,7 +48,7 @@ def calibrate_model(
     from fletcher.readers import open_source
 
     if "-" in paths:
-        raise ConfigError("`PATH` is -, expected files: they may be read again", field="paths")
+        raise ConfigError("`PATH` is -, expected files, to read them several times", field="paths")
     if limit < MIN_TEXTS:
         raise ConfigError(f"`limit` is {limit}, expected at least {MIN_TEXTS} texts", field="limit")
     target = EmbedTarget(server=None, compression="none", flags=flags)
@@ -57,14 +57,14 @@ def calibrate_model(
     bundle = registry.get_model(name)
     if bundle.output != "dense":
         raise ModelError(
-            f"model {name} gives {bundle.output} vectors, and ranges are for dense ones; int8 "
-            "of others has a scale a vector",
+            f"model {name} gives {bundle.output} vectors, but ranges are for dense ones; int8 of "
+            "others has a scale a vector",
             field="name",
         )
     if bundle.calibration.ranges and not replace:
         raise ModelError(
-            f"model {name} has ranges from {bundle.calibration.num_texts:,} texts, which "
-            "datasets may have been written with; --replace makes new ones",
+            f"model {name} has ranges from {bundle.calibration.num_texts:,} texts already, which "
+            "datasets may use; --replace makes new ones",
             field="replace",
         )
     source = open_source(paths, text_column=text_column, format_name=format_name, limit=limit)
@@ -83,7 +83,7 @@ def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: in
             num_texts += len(vectors) if layers == bundle.num_layers else 0
             for dims in bundle.dims:
                 cut = Cut(layers=layers, dims=dims, normalized=bundle.normalize)
-                bounds.setdefault(cut, _Bounds()).add(
+                bounds.setdefault(cut, _Bounds()).add_vectors(
                     finish(vectors, None, dims=dims, normalized=bundle.normalize)
                 )
     if num_texts < MIN_TEXTS:
@@ -99,7 +99,7 @@ def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: in
 def _vectors(
     client: Client, source: TextSource, bundle: ModelBundle
 ) -> Iterator[tuple[int, FloatArray]]:
-    """The texts' vectors after each exit layer, and which that is."""
+    """Exit layers and vectors, in batches."""
     options = EmbedCommand(
         text_column=source.selection.text, dtype="float32", normalize=bundle.normalize
     )
@@ -112,13 +112,13 @@ def _vectors(
 
 
 class _Bounds:
-    """The least and the greatest value of each dimension."""
+    """Least and greatest value of each dimension."""
 
     def __init__(self) -> None:
         self.lowest: Any = np.inf
         self.highest: Any = -np.inf
 
-    def add(self, vectors: FloatArray) -> None:
+    def add_vectors(self, vectors: FloatArray) -> None:
         if len(vectors):
             self.lowest = np.minimum(self.lowest, vectors.min(axis=0))
             self.highest = np.maximum(self.highest, vectors.max(axis=0))

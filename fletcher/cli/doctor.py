@@ -1,4 +1,4 @@
-"""`fletcher doctor`: what this machine has, what is missing and how to get it."""
+"""`fletcher doctor`: a check of this machine, with fixes for what is missing."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
 from fletcher.telemetry.logs import set_up_logging
 
-# A model, its graph and the files that hold it while it is made.
+# A model, its graph and temporary files.
 NEEDED_DISK_BYTES = 1 * GIB
-# What the process itself takes besides `max_memory`: interpreter, libraries, one model.
+# Memory of the process beside `max_memory`: interpreter, libraries, one model.
 OWN_MEMORY_BYTES = 1 * GIB
 
 _OPTIONS = (
@@ -40,14 +40,14 @@ STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "broken": "bold red
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        part: Of what it is part: `hardware`, `software`, `home`, `models`, `engine`, `stores`.
-        name: What was looked at.
-        state: `ok`; `note`: works, could be better; `broken`: something needed does not work.
-        value: What was found.
-        fix: What to do about it, where there is something.
+        part: `hardware`, `software`, `home`, `models`, `engine` or `stores`.
+        name: Name of the check.
+        state: `ok`; `note`: works, but could be better; `broken`: something needed does not work.
+        value: Observed value.
+        fix: Remedy, if any.
     """
 
     part: str
@@ -63,20 +63,20 @@ class Finding:
     *_OPTIONS,
     text={
         "model": "Model to load.",
-        "store": "Store to look at, as NAME=ADDRESS or ADDRESS; repeatable. No store is without "
-        "it.",
+        "store": "Store to check, as NAME=ADDRESS or ADDRESS; repeatable. Without it no store is "
+        "checked.",
         "models": "Further model that must be installed; repeatable.",
-        "max_memory": "Memory of the server that shall run here.",
+        "max_memory": "Memory that the server may take, to compare with the machine's.",
     },
 )
 def cli(flags: ConfigFlags, as_json: bool) -> int:
-    """Show hardware, engines, models and stores, and what to fix.
+    """Check hardware, engines, models and stores, and show fixes.
 
     The exit status is 1 if something needed is broken.
     """
     set_up_logging("error", "text")
     resolved = flags.resolve((*_OPTIONS, "max_message_bytes"))
-    findings = list(examine(resolved.config, look_at_stores="store" in resolved.sources))
+    findings = list(examine(resolved.config, with_stores="store" in resolved.sources))
     findings += [Finding("home", "environment", "note", text) for text in resolved.warnings]
     broken = any(finding.state == "broken" for finding in findings)
     if as_json:
@@ -87,8 +87,8 @@ def cli(flags: ConfigFlags, as_json: bool) -> int:
     return 1 if broken else 0
 
 
-def examine(config: ServeConfig, *, look_at_stores: bool) -> Iterator[Finding]:
-    """Everything there is to find; whatever fails is a finding itself."""
+def examine(config: ServeConfig, *, with_stores: bool) -> Iterator[Finding]:
+    """Runs all checks; a check that fails is a finding, too."""
     parts: dict[str, Callable[[ServeConfig], Iterator[Finding]]] = {
         "hardware": _hardware,
         "software": _software,
@@ -96,23 +96,25 @@ def examine(config: ServeConfig, *, look_at_stores: bool) -> Iterator[Finding]:
         "models": _models,
         "engine": _engine,
     }
-    if look_at_stores:
+    if with_stores:
         parts["stores"] = _stores
-    for part, look in parts.items():
+    for part, check in parts.items():
         try:
-            yield from look(config)
+            yield from check(config)
         except Exception as error:  # noqa: BLE001  (one part's failure must not hide the others)
-            yield Finding(part, "look", "broken", f"{type(error).__name__}: {error}")
+            yield Finding(part, "check", "broken", f"{type(error).__name__}: {error}")
 
 
 def _hardware(config: ServeConfig) -> Iterator[Finding]:
-    from fletcher.inference.devices import detect_host
+    from fletcher.inference.host import detect_host
 
     host = detect_host()
     yield Finding("hardware", "processor", "ok", host.cpu)
     yield Finding("hardware", "cores", "ok", f"{host.cores} usable of {os.cpu_count()}")
     yield _memory(config, host.memory_bytes)
-    yield Finding("hardware", "instructions", "ok", ", ".join(sorted(host.isa)) or "none of use")
+    yield Finding(
+        "hardware", "instructions", "ok", ", ".join(sorted(host.isa)) or "none that engines use"
+    )
     if host.num_numa_nodes > 1:
         yield Finding("hardware", "memory nodes", "ok", str(host.num_numa_nodes))
     if host.num_cuda_devices and not host.cuda_provider:
@@ -215,14 +217,14 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
         if name in names or any(name == bundle.qualified_name for bundle in registry.list_models()):
             continue
         fetched = name == DEFAULT_MODEL
-        fix = "it is fetched on first use" if fetched else "fletcher model add SOURCE"
+        fix = "it is downloaded on its first use" if fetched else "fletcher model add SOURCE"
         state: State = "note" if fetched else "broken"
-        yield Finding("models", name, state, "not there", fix)
+        yield Finding("models", name, state, "not installed", fix)
 
 
 def _engine(config: ServeConfig) -> Iterator[Finding]:
-    """Loads the model as a server would: installed is not the same as working."""
-    from fletcher.inference.devices import detect_host
+    """Loads the model as a server would: an installed engine may not work."""
+    from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.decision import decide
 
@@ -243,7 +245,7 @@ def _engine(config: ServeConfig) -> Iterator[Finding]:
     elif config.engine.backend != "null":
         fix = "fletcher tune measures what is fastest here, in about a minute for a small model"
         yield Finding("engine", "chosen", "note", "by rule", fix)
-    # One replica a device: those that share one are alike.
+    # One replica a device: replicas that share a device are alike.
     for device, one in {one.device: one for one in chosen.configs}.items():
         engine = import_module(f"fletcher.inference.{one.backend}")
         try:
@@ -261,8 +263,8 @@ def _stores(config: ServeConfig) -> Iterator[Finding]:
     for name, address in config.store_addresses.items():
         folder = folder_of(address)
         if folder is not None and not folder.exists():
-            fix = "the first rows make it; if it should hold some, correct the address"
-            yield Finding("stores", name, "note", f"{address}: not there yet", fix)
+            fix = "the first rows create it; if it should hold rows, correct the address"
+            yield Finding("stores", name, "note", f"{address}: does not exist yet", fix)
             continue
         try:
             store = open_store(address, timeout_s=10.0)
@@ -291,4 +293,4 @@ def _print(findings: list[Finding]) -> None:
             rows.append(["", "", "", f"-> {finding.fix}"])
     print_table(rows)
     fixes = sum(finding.state == "broken" for finding in findings)
-    print(f"{fixes} to fix" if fixes else "all that is needed works")
+    print(f"{fixes} to fix" if fixes else "everything needed works")

@@ -1,4 +1,4 @@
-"""Input and output of `fletcher embed`: texts as batches, and vectors in three formats."""
+"""Input and output of `fletcher embed`: texts as batches, vectors in three formats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COLUMNS = ("text", "vector", "scale", *(field.name for field in CHUNK_FIELDS))
 
 
 class TextLines:
-    """Texts as batches, in the form that the client takes."""
+    """Texts as batches, for the client."""
 
     schema = pa.schema([("text", pa.utf8())])
 
@@ -65,15 +65,15 @@ class TextStream:
 
 
 def _standard_input() -> BufferedReader:
-    """Standard input for a thread that may still wait in it when the process ends.
+    """Standard input for a thread that may still read when the process exits.
 
-    Python takes the lock of `sys.stdin` then, and aborts where a thread has it.
+    At exit Python takes the lock of `sys.stdin`, and aborts if a thread holds it.
     """
     return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
 def lines(stdin: Iterable[bytes]) -> Iterator[str]:
-    """The lines of standard input. Raises InvalidCommandError for what is not UTF-8."""
+    """The lines of standard input. Raises InvalidCommandError if it is not UTF-8."""
     for number, line in enumerate(stdin, 1):
         try:
             yield line.rstrip(b"\r\n").decode()
@@ -86,9 +86,10 @@ def lines(stdin: Iterable[bytes]) -> Iterator[str]:
 def embedded(
     client: Client, texts: TextLines | TextStream, options: EmbedCommand
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of text, vector and its scale, and of chunks their places.
+    """Batches of text, vector and scale, and for chunks their places in the text.
 
-    Raises what a text without a vector failed by.
+    Raises:
+        FletcherError: The error of the first text that has no vector.
     """
     with client.exchange(texts, options) as exchange:
         names = [name for name in _COLUMNS if name in exchange.schema.names]

@@ -1,4 +1,4 @@
-"""`fletcher eval`: what engines, depths, widths and types cost in quality, on one's own texts."""
+"""`fletcher eval`: the cost in quality of engines, depths, widths and types."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fletcher.evaluation.evaluate import EvaluationReport
     from fletcher.evaluation.variants import Engine, Variant
 
-# What the vectors of a text take in the embedding cache beside their numbers, with room to spare.
+# Bytes of an embedding cache entry beside its numbers, rounded up.
 _CACHE_ENTRY_BYTES = 1024
 
 
@@ -98,7 +98,7 @@ def cli(
     variants: tuple[str, ...],
     **params: Any,
 ) -> None:
-    """Measure what precision, depth, width and type cost in quality, on your own texts.
+    """Measure the cost in quality of precision, depth, width and type.
 
     Embeds a corpus of pairs in several ways and measures how well each query finds its document,
     how far the vectors are from float32's, how fast they are made and how large they are. Every
@@ -121,7 +121,7 @@ def cli(
     config = target.resolve(store=NO_STORE)
     engines = _Engines(target, config)
     asked = [one for text in variants for one in parse_variants(text, engines.usual)]
-    engines.check(asked)
+    engines.check_variants(asked)
     pairs = read_pairs(
         paths,
         query_column=query,
@@ -137,7 +137,7 @@ def cli(
         engines.reference,
         engines.usual,
         asked or None,
-        engines.open,
+        engines.open_client,
         say,
         model_name=target.asked_model,
     )
@@ -145,12 +145,12 @@ def cli(
 
 
 class _Engines:
-    """What can run the model: in this process, or the one engine of a server elsewhere.
+    """Engines for the model: those of this machine, or the one of a server elsewhere.
 
     Attributes:
-        reference: What makes the reference: float32 on the CPU.
-        usual: All that can be had here, what a server would take first.
-        num_texts: Texts whose vectors are kept in a server's embedding cache while it is open.
+        reference: Engine of the reference vectors: float32 on the CPU.
+        usual: All engines, a server's choice first.
+        num_texts: Texts that the embedding cache of a server in this process should hold.
     """
 
     def __init__(self, target: EmbedTarget, config: ServeConfig) -> None:
@@ -174,7 +174,7 @@ class _Engines:
             own = Engine(about["backend"], about["precision"], about["device"].partition(":")[0])
             self.reference, self.usual = own, [own]
             return
-        from fletcher.inference.devices import detect_host
+        from fletcher.inference.host import detect_host
         from fletcher.models.bundle.registry import Registry
         from fletcher.tuning.candidates import TuningCandidate, engines
         from fletcher.tuning.decision import decide
@@ -194,8 +194,8 @@ class _Engines:
         is_null = self.usual[0].backend == "null"
         self.reference = self.usual[0] if is_null else Engine(exact, "float32")
 
-    def check(self, variants: Sequence[Variant]) -> None:
-        """Refuses engines that cannot be had. Raises ConfigError or BackendError."""
+    def check_variants(self, variants: Sequence[Variant]) -> None:
+        """Refuses engines that do not run here. Raises ConfigError or BackendError."""
         from fletcher.inference.devices import resolve_replicas
 
         for engine in dict.fromkeys(one.engine for one in variants):
@@ -209,18 +209,18 @@ class _Engines:
                 )
 
     @contextlib.contextmanager
-    def open(self, engine: Engine) -> Iterator[Client]:
-        """A client of a server that runs it, until it is left.
+    def open_client(self, engine: Engine) -> Iterator[Client]:
+        """A client of a server that runs the engine, until it is left.
 
-        A server in this process keeps what the model gave for each text, so that other widths and
-        types are made of it by the same code as ever, without running the model again.
+        A server in this process caches the model's output for each text, so that other widths and
+        types need no further run of the model.
         """
         config = without_store(self._config)
         if not self._target.server:
             entry = 4 * self._bundle.dim + _CACHE_ENTRY_BYTES
             size = self.num_texts * entry * max(1, len(self._bundle.layers))
             config = config.with_options(embedding_cache=size)
-            if engine != self.usual[0]:  # which is what the options, and `tune`, make of it
+            if engine != self.usual[0]:  # the first is what the options and `fletcher tune` choose
                 asked = self._question(engine)
                 config = config.with_options(
                     device=asked.device, backend=asked.backend, precision=asked.precision
@@ -261,7 +261,7 @@ def _print(
 
 
 def _check_folder(name: str, path: Path | None) -> None:
-    """Refuses a file that could not be written after all the work is done."""
+    """Refuses a file that could not be written, before the work begins."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise _unwritable(name, path, "it is a folder, or its folder does not exist")
 

@@ -1,4 +1,4 @@
-"""`fletcher ingest`: files or standard input into a store, by a server here or elsewhere."""
+"""`fletcher ingest`: files or standard input into a store."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fletcher.readers import TextSource
 
 SHOWN_ERRORS = 5
-# Some four minutes: a server elsewhere that is started again loads its model before it answers.
+# About four minutes: a restarted server loads its model before it answers.
 MAX_RETRIES = 35
 
 
@@ -194,7 +194,7 @@ def _upload(
 
 
 class _Meter:
-    """How far an upload is: what was acknowledged, and what the server says of its stages."""
+    """Progress of an upload: acknowledged rows, and the server's statistics."""
 
     def __init__(self, client: Client, source: TextSource, *, local: bool) -> None:
         self._client = client
@@ -215,7 +215,7 @@ class _Meter:
             stats = self._client.stats()
         with self._lock:
             rows, received = self._rows, self._rows_received
-        # A server elsewhere counts everybody's rows and tokens.
+        # A server elsewhere counts the rows and tokens of all clients.
         counted = stats if self._local else {}
         done = counted.get("fletcher.rows.stored", 0) + counted.get("fletcher.rows.failed", 0)
         tokens = counted.get("fletcher.device.tokens")
@@ -252,7 +252,7 @@ def _print(report: Mapping[str, Any]) -> None:
     state = "" if report["complete"] else "INCOMPLETE: "
     there = report["rows_deduplicated"] + report["rows_skipped"]
     already = f", {there:,} were there already" if there else ""
-    # Stores that take a null vector have the failed rows, too, among those stored.
+    # Stores that accept a null vector count failed rows as stored, too.
     settled = report["rows_stored"] + report["rows_failed"] + report["rows_deduplicated"]
     both = settled - report["rows_received"]
     without = " (stored without a vector)" if 0 < both == report["rows_failed"] else ""
@@ -269,7 +269,7 @@ def _print(report: Mapping[str, Any]) -> None:
         print(cut(line, terminal_width()))
     more = report["rows_failed"] - len(report["errors"][:SHOWN_ERRORS])
     if more > 0:
-        print(f"and {more:,} more failed rows; --json lists those that the server named")
+        print(f"and {more:,} more failed rows; --json lists those that the server reported")
 
 
 def _say(line: str) -> None:

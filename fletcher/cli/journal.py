@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.command_line import CommandGroup
 from fletcher.cli.options import ConfigFlags, config_options, json_option
+from fletcher.cli.terminal import printable
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def _readable_root(flags: ConfigFlags) -> Iterator[Path]:
     except PermissionError as error:
         raise ConfigError(
             f"the journal in {str(root)!r} cannot be read: {error.strerror}; run this as the user "
-            "that the server runs as",
+            "of the server",
             field="home",
         ) from None
 
@@ -94,13 +95,13 @@ def _show(root: Path, *, as_json: bool, closely: bool) -> int:
             + (f", damaged in {parts} {'place' if parts == 1 else 'places'}" if parts else "")
         )
         for line in _findings(one) if closely else ():
-            print(f"         {line}")
+            print(f"         {printable(line)}")
     if closely and files:
         rows = sum(one["rows"] for one in files)
         verdict = "some are damaged" if damaged else "all right"
         print(f"{len(files)} files, {rows:,} rows: {verdict}")
         if served:
-            print("a server uses this journal: what it is writing now may be missing here")
+            print("a server uses this journal: rows that it writes now may be missing here")
     return 1 if damaged else 0
 
 
@@ -109,7 +110,7 @@ def _findings(file: dict[str, Any]) -> Iterator[str]:
         rows = ", ".join(one["rows"]) or "rows unknown"
         yield f"damaged: {one['bytes']:,} bytes from {one['offset']:,} on: {rows}"
     if file["torn_bytes"]:
-        yield f"{file['torn_bytes']:,} bytes of a group that was not written to its end"
+        yield f"{file['torn_bytes']:,} bytes of a group that was not written completely"
 
 
 def _files(root: Path) -> Iterator[dict[str, Any]]:
@@ -181,7 +182,7 @@ def _replay(root: Path) -> int:
     from fletcher.delivery.journal.root import journal_folders, lock_journal, revive_segments
 
     if not root.is_dir():
-        raise ConfigError(f"there is no journal in {str(root)!r}", field="home")
+        raise ConfigError(f"there is no journal in {str(root)!r}; check --home", field="home")
     lock = lock_journal(root)
     try:
         num_files = sum(revive_segments(folder) for _, _, folder in journal_folders(root))

@@ -1,4 +1,4 @@
-"""Progress of a long command: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long command: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 LIVE_INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 10.0
 WINDOW_S = 10.0
+_BAR_COLUMNS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How far a command is at one moment.
+    """Progress of a command at one moment.
 
     Attributes:
         rows: Rows done.
-        tokens: Tokens done; None: not known.
+        tokens: Tokens done; None: unknown.
         num_bytes: Bytes of the input that were read.
-        rows_read: Rows in these bytes: reading runs ahead of what is done; None: not known.
-        queues: Items waiting, by stage.
+        rows_read: Rows in these bytes, for reading is ahead of the work; None: unknown.
+        queues: Waiting items, by stage.
     """
 
     rows: int
@@ -41,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What there is to do; None where nobody knows."""
+    """All work to do; None: unknown."""
 
     rows: int | None = None
     num_bytes: int | None = None
@@ -83,14 +84,14 @@ class Meter:
         rows = rate(last.rows - first.rows)
         of_rows = f" of {self._total.rows:,}" if self._total.rows is not None else ""
         parts = [f"{last.rows:,}{of_rows} rows", f"{rows:,.0f} rows/s"]
+        left_s = self._left(last, rows, rate(last.num_bytes - first.num_bytes))
+        if left_s is not None:
+            parts.append(f"{clock(left_s)} left")
         if last.tokens is not None:
             parts.append(f"{human(rate(last.tokens - (first.tokens or 0)))} tokens/s")
         if last.num_bytes:
             of_bytes = f" of {human(self._total.num_bytes)}B" if self._total.num_bytes else ""
             parts.append(f"{human(last.num_bytes)}B{of_bytes}")
-        left_s = self._left(last, rows, rate(last.num_bytes - first.num_bytes))
-        if left_s is not None:
-            parts.append(f"{clock(left_s)} left")
         waiting = ", ".join(
             f"{printable(name)} {depth}" for name, depth in last.queues.items() if depth
         )
@@ -105,20 +106,20 @@ class Meter:
 
     def _left(self, last: Sample, rows_per_s: float, bytes_per_s: float) -> float | None:
         total_rows = self._total_rows(last)
-        # Rows are what takes the time; bytes stand in where nobody counted the rows.
+        # Rows take the time; bytes replace them if the number of rows is unknown.
         if total_rows is not None:
             return max(0, total_rows - last.rows) / rows_per_s if rows_per_s > 0 else None
         if self._total.num_bytes and bytes_per_s > 0:
             left = self._total.num_bytes - last.num_bytes
-            return left / bytes_per_s if left > 0 else None  # all is read, not all is done
+            return left / bytes_per_s if left > 0 else None  # all is read, but not all is done
         return None
 
 
 class Progress:
-    """Shows how far a command is, until it is left.
+    """Shows the progress of a command, until it is left.
 
     Args:
-        sample: Called now and then, on a thread of its own; OSError or RuntimeError skips a time.
+        sample: Called now and then, on a thread of its own; OSError or RuntimeError skips it once.
         total: Work to do.
         stream: Where to write; a terminal gets one live line with a bar.
         interval_s: Between two samples; None: by the kind of stream.
@@ -180,9 +181,10 @@ def _live_display(stream: TextIO) -> RichProgress:
     from rich.progress import Progress as RichProgress
     from rich.table import Column
 
+    bar = Column(no_wrap=True, min_width=_BAR_COLUMNS)
     text = Column(no_wrap=True, overflow="ellipsis")
     display = RichProgress(
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=_BAR_COLUMNS, table_column=bar),
         TextColumn("{task.description}", markup=False, table_column=text),
         console=Console(file=stream, highlight=False),
         auto_refresh=False,

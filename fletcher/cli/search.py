@@ -40,7 +40,7 @@ _FILTER = re.compile(r"\s*([^\s=!<>]+)\s*(==|!=|>=|<=|=|>|<)\s*(.*?)\s*", re.DOT
 def _complete_dataset(
     context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Datasets of a store in a folder; no store is opened, which would take a second."""
+    """Datasets in the folder of a store, which is not opened: that takes a second."""
     from click.shell_completion import CompletionItem
 
     given = context.params.get("option_store") or [os.environ.get("FLETCHER_STORE", "")]
@@ -120,7 +120,7 @@ def cli(
     if not addresses:
         raise ConfigError("`store` is none, which holds no rows; give an address", field="store")
     folder = folder_of(addresses[0])
-    if folder is not None and not folder.is_dir():  # else a misspelt path would become a folder
+    if folder is not None and not folder.is_dir():  # opening would create it
         raise UnknownDatasetError(
             f"there is no dataset {dataset!r} in {addresses[0]}: there is no such folder",
             field="dataset",
@@ -128,8 +128,8 @@ def cli(
     store = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
     try:
         info = _find_dataset(store, dataset)
-        if b"fletcher.output" in (info.schema.metadata or {}):  # which says: not dense
-            vector_reader(dataset, info.schema)  # before a model is loaded for the query
+        if b"fletcher.output" in (info.schema.metadata or {}):  # not dense
+            vector_reader(dataset, info.schema)  # fails before a model is loaded
         shown = _shown_columns(info, columns)
         conditions = [_parse_filter(text, info.schema) for text in filters]
         vector = _embed_query(target, query, prompt, info)
@@ -145,7 +145,7 @@ def cli(
 
 
 def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
-    """Prints a line a row: rank, score, id, further columns, and what fits of the text."""
+    """Prints a line a row: rank, score, id, further columns, and the start of the text."""
     if not rows:
         print("no rows")
         return
@@ -166,7 +166,7 @@ def _find_dataset(store: Store, name: str) -> DatasetInfo:
     info = store.dataset(name)
     if info is None:
         known = [one.name for one in store.datasets()]
-        hint = nearest(name, known) or f"; there are {', '.join(known[:20]) or 'none'}"
+        hint = nearest(name, known) or f"; known: {', '.join(known[:20]) or 'no dataset'}"
         raise UnknownDatasetError(
             f"there is no dataset {name!r} in {store.address}{hint}", field="dataset"
         )
@@ -177,7 +177,7 @@ def _shown_columns(info: DatasetInfo, asked: Sequence[str]) -> list[str]:
     for name in asked:
         if name not in info.schema.names:
             raise UnknownColumnError(
-                f"`columns` asks for {name!r}; there are {', '.join(info.schema.names)}",
+                f"`columns` asks for {name!r}; known: {', '.join(info.schema.names)}",
                 field="columns",
                 allowed=info.schema.names,
             )
@@ -192,7 +192,7 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
     stored = metadata.get("fletcher.model")
     model = target.flags.given.get("model")
     if model is None:
-        model = stored  # that version, whatever its name stands for by now
+        model = stored  # that version, even if its name means another one now
     local_model = {} if target.server or model is None else {"model": model}
     config = without_store(target.resolve(**local_model))
     with target.open_client(config) as client:
@@ -200,8 +200,8 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
         qualified = f"{known['name']}@{known['hash']}"
         if stored is not None and stored != qualified:
             raise ModelMismatchError(
-                f"`dataset` {info.name!r} holds vectors of {stored}, and the query would be "
-                f"embedded by {qualified}; their distances mean nothing",
+                f"`dataset` {info.name!r} holds vectors of {stored}, but the model of the query is "
+                f"{qualified}: their distances mean nothing; give --model {stored}",
                 field="model",
                 allowed=[stored],
             )
@@ -234,7 +234,7 @@ def _parse_filter(text: str, schema: pa.Schema) -> Filter:
     if name not in schema.names:
         raise UnknownColumnError(
             f"`filter` names {name!r}{nearest(name, schema.names)}; "
-            f"there are {', '.join(schema.names)}",
+            f"known: {', '.join(schema.names)}",
             field="filter",
             allowed=schema.names,
         )

@@ -1,4 +1,4 @@
-"""`fletcher serve`: a server in the foreground, until a signal ends it."""
+"""`fletcher serve`: a server in the foreground, until a signal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fletcher.cli.terminal import say
 from fletcher.config.server import OPTIONS, ServeConfig
 from fletcher.telemetry.logs import set_up_logging
 
-# Beyond the drain, what closing workers and ports may take before the process ends regardless.
+# Time to close workers and ports after the drain, before the process is ended.
 CLOSE_S = 5.0
 
 _log = logging.getLogger("fletcher.serve")
@@ -59,11 +59,11 @@ def _serve(config: ServeConfig) -> int:
 
     leave_in_time()
     with _Signals() as signals, Runtime(config) as runtime:
-        signals.ready()
+        signals.mark_ready()
         print(f"listening on {runtime.address}", flush=True)
 
         def watch() -> None:
-            # A server that ends by itself must end the process: a supervisor then restarts it.
+            # A server that ended by itself must end the process, for its supervisor to restart it.
             runtime.wait()
             signals.stop.set()
 
@@ -79,8 +79,8 @@ def _serve(config: ServeConfig) -> int:
     _log.info("stopped")
     code = 0 if drained else 1
     if not ended:
-        # At its end Python would wait for the handlers of calls whose clients say nothing more.
-        _log.warning("left calls open that their clients do not end")
+        # At exit Python would wait for the handlers of calls whose clients are silent.
+        _log.warning("left calls open whose clients are silent")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -90,13 +90,13 @@ def _serve(config: ServeConfig) -> int:
 class _Signals:
     """SIGTERM and SIGINT: the first asks to stop, the second ends the process at once.
 
-    Python runs its handlers between two bytecodes of the main thread, so one that waits in C code
-    would never hear the second signal. The wake-up file descriptor is written by the C handler
-    itself, and a thread reads it.
+    Python runs signal handlers between two bytecodes of the main thread, so a main thread that
+    waits in C code would miss the second signal. The C handler writes each signal to the wake-up
+    file descriptor, and a thread reads it there.
 
     Attributes:
-        stop: Set by the first signal after `ready`.
-        received: That signal.
+        stop: Set by the first signal after `mark_ready`.
+        received: The first signal.
     """
 
     def __init__(self) -> None:
@@ -105,8 +105,8 @@ class _Signals:
         self._ready = False
         self._before: dict[int, Any] = {}
 
-    def ready(self) -> None:
-        """From now on the first signal drains; before, it ends a start that may take minutes."""
+    def mark_ready(self) -> None:
+        """Lets the next signal drain. Before, a signal ends the start at once."""
         self._ready = True
         if self.received is not None:
             self.stop.set()

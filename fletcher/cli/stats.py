@@ -20,8 +20,9 @@ _ROWS = ("received", "stored", "failed", "deduplicated")
 @json_option("Print all numbers as one JSON object.")
 @server_options(required=True)
 def cli(server: RemoteServer, as_json: bool) -> None:
-    """Show a running server's load, stores, models, workers, rows and times since its start.
+    """Show the state of a running server.
 
+    Lists load, stores, models and workers, and rows and times since the start of the server.
     docs/operations.md explains each line.
     """
     with server.connect() as client:

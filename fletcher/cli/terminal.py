@@ -1,4 +1,4 @@
-"""Text for a terminal: safe to print, cut to the columns it takes, coloured where wanted."""
+"""Text for a terminal: safe to print, measured in columns, with optional colour."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.text import Text
 
-# Tables that no terminal shows are as wide as their cells.
+# Tables for a pipe or a file are as wide as their cells.
 _UNBOUNDED_COLUMNS = 10_000
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether a stream gets colour: terminals do, others only with FORCE_COLOR, none with NO_COLOR.
+    """Whether a stream gets colour: only a terminal, unless the environment tells.
 
-    See https://no-color.org and https://force-color.org.
+    NO_COLOR turns colour off everywhere, FORCE_COLOR turns it on for other streams. See
+    https://no-color.org and https://force-color.org.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -28,12 +29,12 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; 100 where there is none."""
+    """Columns of the terminal; 100 without one."""
     return shutil.get_terminal_size((100, 24)).columns
 
 
 def printable(text: object) -> str:
-    """One line of text without control characters: stored text must not steer a terminal."""
+    """One line of text without control characters, which could steer a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
@@ -43,7 +44,7 @@ def say(line: str) -> None:
 
 
 def cut(text: str, width: int) -> str:
-    """The beginning of a text in at most `width` columns, with `…` at the end if it is cut."""
+    """The text in at most `width` columns, with `…` at the end if it is cut."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(text) <= width:
@@ -88,9 +89,16 @@ def print_table(
 
     table = Table(box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
     listed = [list(row) for row in rows]
-    for index in range(max((len(row) for row in listed), default=len(header))):
+    num_columns = max((len(row) for row in listed), default=len(header))
+    for index in range(num_columns):
         name = header[index] if index < len(header) else ""
-        table.add_column(name, justify="right" if index in right else "left", no_wrap=True)
+        # A narrow terminal breaks the last column into lines; nothing is cut.
+        table.add_column(
+            name,
+            justify="right" if index in right else "left",
+            no_wrap=index < num_columns - 1,
+            overflow="fold",
+        )
     for row in listed:
         table.add_row(*(one if isinstance(one, Text) else printable(one) for one in row))
     is_terminal = sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""Options of the models: which are served, which callers may load, and their outputs."""
+"""Options of the models: served and loadable ones, their outputs and cache."""
 
 # ruff: noqa: RUF009  (`option` makes a dataclass field, no default value)
 
@@ -36,27 +36,27 @@ class ModelConfig(OptionGroup):
     models: tuple[str, ...] = option(
         (),
         NAMES,
-        "Model to serve beside --model, as NAME or NAME@HASH; repeatable. Each has its own "
-        "processes and memory, and all share the cores.",
+        "Further model to serve, as NAME or NAME@HASH; repeatable. Each has its own "
+        "processes and memory. All share the cores.",
     )
     loadable_models: tuple[str, ...] = option(
         (),
         LOADABLE,
-        "Model that callers may load and swap at run time; repeatable, * for all that are "
-        "installed. Every caller may then take that memory.",
+        "Model that callers may load and swap while the server runs; repeatable, * for all "
+        "installed ones. Any caller may then use memory for it.",
     )
     model_aliases: tuple[str, ...] = option(
         (),
         ALIASES,
-        "Division of the calls for NAME among models by weight; repeatable. An alias `default` "
-        "divides calls that name no model.",
+        "NAME=MODEL:WEIGHT,MODEL:WEIGHT divides the calls for NAME among models; repeatable. "
+        "The alias `default` divides calls that name no model.",
         name="model_alias",
     )
     max_model_memory: int = option(
         0,
         SIZE,
-        "Memory for the processes of all models, 0: no limit. Beyond it the least recently used "
-        "model is unloaded, and the next call for it waits until it is loaded again.",
+        "Memory for the processes of all models, 0: no limit. Above it, the least recently "
+        "used model is unloaded; its next call waits until it is loaded again.",
     )
 
     def _check_together(self) -> None:
@@ -65,7 +65,7 @@ class ModelConfig(OptionGroup):
     @property
     def aliases(self) -> tuple[Alias, ...]:
         """`model_aliases`, parsed. Raises ConfigError for a name given twice."""
-        aliases = tuple(Alias.parse(text) for text in self.model_aliases)
+        aliases = tuple(Alias.from_text(text) for text in self.model_aliases)
         taken = [name.partition("@")[0] for name in (self.default, *self.models)]
         for alias in aliases:
             if alias.name in taken:
@@ -80,19 +80,19 @@ class ModelConfig(OptionGroup):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig(OptionGroup):
-    """Which vectors callers may ask for."""
+    """Vectors that callers may ask for."""
 
     allow_undeclared: bool = option(
         False,
         SWITCH,
-        "Accept `dims` that the model does not declare. The loss of quality is then unknown.",
+        "Accept `dims` that a model does not declare. The loss of quality is unknown.",
     )
     int8: str = option(
         INT8_KINDS[0],
         TEXT,
-        "Scale of int8 vectors. row: one a vector, 4 bytes more, nothing is clipped. ranges: those "
-        "that `fletcher model calibrate` found, values outside are clipped. auto: ranges if the "
-        "model has them.",
+        "Scale of int8 vectors. row: one scale a vector, 4 bytes more, no clipping. ranges: "
+        "the ranges of `fletcher model calibrate`; values outside are clipped. auto: ranges "
+        "if the model has them, else row.",
         choices=INT8_KINDS,
     )
 
@@ -104,15 +104,15 @@ class CacheConfig(OptionGroup):
     max_bytes: int = option(
         0,
         SIZE,
-        "Size of the cache of vectors by text, beside --max-memory; 0: no cache. Worth it where "
-        "texts repeat; elsewhere it costs a hash a text.",
+        "Memory for vectors of texts seen before, in addition to --max-memory; 0: no cache. "
+        "Use it if texts repeat. Without repeats it costs a hash a text.",
         name="embedding_cache",
     )
     folder: Path | None = option(
         None,
         FOLDER,
-        "Keep the embedding cache in a file in this folder, of at least 64MiB. It outlives the "
-        "server, and lookups are slower than in memory.",
+        "Keep the embedding cache in a file in this folder, with at least 64MiB. The cache "
+        "then survives restarts, but lookups are slower than in memory.",
         name="embedding_cache_dir",
     )
 

@@ -1,4 +1,4 @@
-"""A name that stands for several models, each with a share of the traffic."""
+"""A name for several models, each with a share of the traffic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from hashlib import blake2b
 
-# Where names of models are listed: all that are installed.
+# All installed models, in a list of names.
 ANY_MODEL = "*"
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _ALIAS = re.compile(rf"({MODEL_NAME})=(.+)", re.DOTALL)
@@ -16,10 +16,10 @@ _TARGET = re.compile(rf"({MODEL_NAME}(?:@[0-9a-f]+)?)(?::([0-9.]+))?")
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Which model a call gets that asks for `name`.
+    """Division of the calls for a name among models.
 
     Attributes:
-        name: What callers ask for.
+        name: Name that callers give.
         targets: Models, as `name` or `name@hash`, and their weights, all positive.
     """
 
@@ -27,8 +27,8 @@ class Alias:
     targets: tuple[tuple[str, float], ...]
 
     @classmethod
-    def parse(cls, text: str) -> Alias:
-        """`NAME=MODEL:WEIGHT,MODEL:WEIGHT`; a weight that is left out is 1. Raises ValueError."""
+    def from_text(cls, text: str) -> Alias:
+        """Reads `NAME=MODEL:WEIGHT,...`; a missing weight is 1. Raises ValueError."""
         match = _ALIAS.fullmatch(text.strip())
         if match is None:
             raise ValueError(text)
@@ -41,18 +41,18 @@ class Alias:
             targets[target[1]] = weight
         return cls(match[1], tuple(targets.items()))
 
-    def pick(self, key: str) -> str:
-        """The model of whatever `key` names: the same key gets the same, over restarts as well.
+    def pick_target(self, key: str) -> str:
+        """The model for a key, the same for each call and after a restart.
 
-        Where weights change, only as many keys as must get another model: each draws for every
-        model, from the key, a waiting time of that rate, and takes the first (Efraimidis and
-        Spirakis 2006, for one).
+        When weights change, as few keys as possible get another model: a hash of key and model
+        gives each model an exponential waiting time with its weight as the rate, and the shortest
+        wins (Efraimidis and Spirakis 2006).
         """
         return min(self.targets, key=lambda target: _wait(key, *target))[0]
 
     @property
     def shares(self) -> str:
-        """The targets as `parse` reads them."""
+        """The targets as `from_text` reads them after the `=`."""
         return ",".join(f"{name}:{weight:g}" for name, weight in self.targets)
 
 

@@ -61,7 +61,7 @@ def _switch(text: str) -> bool:
 
 
 def _stores(text: str) -> tuple[str, ...]:
-    # A comma parts two addresses only where another address follows: paths may hold commas.
+    # A comma separates two addresses only if another address follows: paths may hold commas.
     parts = re.split(r",(?=\s*(?:[A-Za-z0-9][\w-]*=)?[a-z]+:)", text)
     return tuple(name for part in parts if (name := part.strip()))
 
@@ -77,10 +77,10 @@ def _listed(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
 
 
 def _aliases(text: str) -> tuple[str, ...]:
-    # A comma parts two aliases only where another `NAME=` follows.
+    # A comma separates two aliases only if another `NAME=` follows.
     parts = tuple(part.strip() for part in re.split(r",(?=[^,=]*=)", text) if part.strip())
     for part in parts:
-        Alias.parse(part)
+        Alias.from_text(part)
     return parts
 
 
@@ -95,10 +95,11 @@ class OptionType:
     """A type of option value.
 
     Attributes:
-        metavar: Stands for the value in help.
-        expected: What a value looks like, for error messages.
-        parse: From the text of a flag, a variable or a TOML string; raises ValueError or KeyError.
-        toml: TOML types taken as they are, besides strings.
+        metavar: Placeholder of the value in help.
+        expected: Allowed values in words, for error messages.
+        parse: Converts the text of a flag, a variable or a TOML string; raises ValueError or
+            KeyError.
+        toml: TOML types besides strings that are taken as they are.
     """
 
     metavar: str
@@ -163,7 +164,7 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """What a value may be, in words."""
+        """Allowed values, in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = self.expected or self.kind.expected
@@ -173,11 +174,15 @@ class Option:
             words += f", at least {self.minimum:.12g}"
         return words
 
-    def read(self, value: Any, source: str) -> Any:
-        """A value from a flag, a variable (text) or the file (TOML's types), checked.
+    def read_value(self, value: Any, source: str) -> Any:
+        """Converts and checks a value.
+
+        Args:
+            value: Text of a flag or a variable, or a TOML value.
+            source: Flag, variable or file, for the error.
 
         Raises:
-            ConfigError: Names the option, the source, what came and what is allowed.
+            ConfigError: Names the option, the source, the value and the allowed values.
         """
         try:
             if isinstance(value, str):
@@ -194,8 +199,8 @@ class Option:
             raise self._refusal(value, source)
         return parsed
 
-    def check(self, value: Any) -> None:
-        """Refuses a value out of range that a program gave. Raises ConfigError."""
+    def check_value(self, value: Any) -> None:
+        """Checks a value that a program gave. Raises ConfigError."""
         if not self._fits(value):
             raise self._refusal(value, "the program")
 
@@ -222,7 +227,7 @@ class Option:
 
 
 def option(default: Any, kind: OptionType, text: str, **limits: Any) -> Any:
-    """Makes a dataclass field that is an option. `limits` are further fields of `Option`."""
+    """Makes a dataclass field that is an option, with further fields of `Option`."""
     if kind in (WHOLE, SIZE):
         limits = {"minimum": 0, **limits}
     elif kind in (SECONDS, MILLISECONDS):
@@ -257,7 +262,7 @@ class OptionGroup:
 
     def __post_init__(self) -> None:
         for one in options_of(type(self)):
-            one.check(getattr(self, one.field))
+            one.check_value(getattr(self, one.field))
         self._check_together()
 
     def _check_together(self) -> None:

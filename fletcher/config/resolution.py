@@ -19,12 +19,12 @@ from fletcher.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A configuration and where each of its values came from.
+    """A configuration and the source of each value.
 
     Attributes:
         config: The options.
-        sources: By option name: a flag, a variable, the file, or `default`.
-        warnings: Variables that look like misspelt options.
+        sources: Flag, variable or file by option name; options with their default are missing.
+        warnings: Lines about variables that look like misspelt options.
     """
 
     config: ServeConfig
@@ -32,7 +32,7 @@ class Resolved:
     warnings: tuple[str, ...] = ()
 
     def to_toml(self) -> str:
-        """The options as a TOML file, the source of each in a comment."""
+        """The options as a TOML file, with the source of each in a comment."""
         lines = []
         for name in OPTIONS:
             value = self.config.value_of(name)
@@ -53,13 +53,13 @@ def resolve(
     """The configuration that flags, environment and file make together.
 
     Args:
-        flags: By option name, the text given (a list of texts for a repeated flag).
+        flags: Text by option name; a list of texts for a repeatable option.
         environ: The environment.
-        file: A TOML file; None: the one that FLETCHER_CONFIG names, if it is set.
-        only: Names of the options to take; others keep their defaults wherever they are set.
+        file: A TOML file; None: the one that FLETCHER_CONFIG names, if set.
+        only: Names of the options to take; others keep their defaults.
 
     Raises:
-        ConfigError: Names the option, its source, the value and what is allowed.
+        ConfigError: Names the option, its source, the value and the allowed values.
     """
     if file is None and environ.get("FLETCHER_CONFIG"):
         file = Path(environ["FLETCHER_CONFIG"]).expanduser()
@@ -77,7 +77,7 @@ def resolve(
             given, source = in_file[name], str(file)
         else:
             continue
-        values[name] = option.read(given, source)
+        values[name] = option.read_value(given, source)
         sources[name] = source
     return Resolved(ServeConfig.from_options(**values), sources, _misspelt(environ))
 
@@ -106,7 +106,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _misspelt(environ: Mapping[str, str]) -> tuple[str, ...]:
-    # Only near misses: other programs may have FLETCHER_ variables of their own.
+    # Only near misses: other programs may use FLETCHER_ variables, too.
     known = {option.variable for option in OPTIONS.values()} | {"FLETCHER_CONFIG"}
     strange = sorted(name for name in environ if name.startswith("FLETCHER_") and name not in known)
     return tuple(

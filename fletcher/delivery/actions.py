@@ -1,4 +1,4 @@
-"""What a committer or a journal writer does next, and how that went.
+"""Actions of a committer and a journal writer, and the outcomes of the actions.
 
 A queue decides under its thread's lock; the thread acts without it and reports the outcome.
 """
@@ -58,7 +58,11 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Fail the uploads of rows and release the rows; `in_doubt`: the store may hold some."""
+    """Fail the uploads of rows and release the rows.
+
+    Attributes:
+        in_doubt: The store may hold some of the rows.
+    """
 
     rows: list[Rows]
     error: FletcherError
@@ -67,7 +71,7 @@ class GiveUp:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Release rows of uploads that failed; `in_doubt`: the store may hold some."""
+    """Release rows of failed uploads; `in_doubt`: the store may hold some."""
 
     rows: list[Rows]
     in_doubt: bool
@@ -87,7 +91,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class CloseSegment:
-    """End the open journal segment; `flush`: send journaled rows to the store, to make room."""
+    """End the open journal segment; `flush`: make room by sending journaled rows."""
 
     flush: bool = False
 
@@ -116,7 +120,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Unavailable:
-    """An append failed with a retryable error; its first `num_groups` are in doubt now."""
+    """An append failed with a retryable error; its first `num_groups` are in doubt."""
 
     num_groups: int
     seconds: float

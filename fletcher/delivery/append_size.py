@@ -1,4 +1,4 @@
-"""How many rows the next append carries, and how soon it may follow the last one.
+"""Size of the next append to a dataset, and the pause before it.
 
 The store tells its limits by refusing too much, by being slow or by asking for a rest. Each such
 answer halves the next append; each full append that goes well makes it a sixteenth larger. (TCP

@@ -111,7 +111,7 @@ class Breaker:
 
     @contextmanager
     def guard_call(self, caller: object, *, proof: bool = True) -> Iterator[None]:
-        """Context of a call to the store: learns from how it ends, and lets errors through.
+        """Context of a call to the store; learns from its end and lets errors through.
 
         Args:
             caller: The committer that calls.

@@ -1,4 +1,4 @@
-"""Rows that wait for a dataset's committer, and the decision what it does next.
+"""Rows that wait for a dataset's committer, and the choice of its next action.
 
 No threads, locks or clocks: the committer calls it under its lock and passes the time. No library
 is used: those for state machines add names for states, and here the state is the rows.
@@ -39,7 +39,7 @@ _COMMIT_BYTES = 32 << 20
 
 
 class WaitingRows:
-    """Rows in the order in which they are sent: first groups that were sent before, then others.
+    """Waiting rows in the order of sending: groups that were sent before come first.
 
     Attributes:
         num_rows: Number of rows.
@@ -68,7 +68,7 @@ class WaitingRows:
             self._count(group.rows, 1)
 
     def take_groups(self, *, max_rows: int, max_bytes: int, group_rows: int) -> list[Group]:
-        """Take the oldest rows of one kind that fit one append; at least one group of any size."""
+        """Take the oldest rows of one kind that fit one append; at least one group."""
         if self.sent:
             return self._take_sent(max_rows, max_bytes)
         taken: list[Rows] = []
@@ -165,7 +165,7 @@ class WaitingRows:
 
 
 class CommitQueue:
-    """State of one committer: `decide` says what to do next, `note_outcome` how it went.
+    """State of one committer: `decide` returns actions, `note_outcome` ends them.
 
     Not thread-safe. All times are of `time.monotonic`.
 
@@ -217,7 +217,7 @@ class CommitQueue:
 
     @property
     def has_decided_groups(self) -> bool:
-        """Whether groups wait whose duplicates are marked; without those that an action holds."""
+        """Whether a waiting group has its duplicates marked already."""
         if self._rejected is not None and self._rejected.group.decided:
             return True
         return any(group.decided for group in self.waiting.sent)
@@ -278,8 +278,8 @@ class CommitQueue:
             return rejected
         if self._can_open():
             return Open(self._openings.popleft())
-        if self._overdue_at() <= now < self._ready_at(now):  # what may be tried now is tried
-            return self._give_up_overdue(now)
+        if (overdue := self._take_overdue(now)) is not None:
+            return overdue
         due_at = self._due_at(now)
         return self._append_due() if due_at <= now else self._wait(due_at, now)
 
@@ -302,7 +302,7 @@ class CommitQueue:
 
     def _wait(self, due_at: float, now: float) -> Wait | Rest:
         if self.waiting:
-            overdue_at = self._overdue_at()
+            overdue_at = self._overdue_at(self._failing_since())
             next_at = min(due_at, overdue_at) if overdue_at > now else due_at
             return Wait(min(next_at, now + self._linger_s))
         if self._idle_since is None:
@@ -326,7 +326,7 @@ class CommitQueue:
         )
 
     def _due_at(self, now: float) -> float:
-        """When the next append is due; infinite without rows."""
+        """Time at which the next append is due; infinite without rows."""
         waiting = self.waiting
         if not waiting:
             self._flushing = False
@@ -340,7 +340,7 @@ class CommitQueue:
         return max(waiting.oldest + self._config.group_delay_s, ready_at)
 
     def _ready_at(self, now: float) -> float:
-        """When the next append may start, by the store's breaker or the dataset's append size."""
+        """Earliest start of the next append, by the breaker or the append size."""
         if self._breaker.unavailable_since is not None:
             self._was_unavailable = True
             return self._breaker.ready_at(self)
@@ -349,17 +349,18 @@ class CommitQueue:
             self._append_size.resume(now)
         return self._append_size.ready_at
 
-    def _overdue_at(self) -> float:
-        """When the first rows in memory are given up; infinite if none are."""
-        since = self._failing_since()
+    def _overdue_at(self, since: float | None) -> float:
+        """Time at which the first rows in memory are given up; infinite if never."""
         if since is None:
             return math.inf
         return max(since, self.waiting.oldest_in_memory) + self._config.store_retry_s
 
-    def _give_up_overdue(self, now: float) -> GiveUp:
-        error = self.failing[1] if self.failing else self._breaker.error_for(self)
+    def _take_overdue(self, now: float) -> GiveUp | None:
+        """Remove rows in memory whose time is over, unless they may be tried right now."""
         since, retry_s = self._failing_since(), self._config.store_retry_s
-        assert since is not None
+        if since is None or self._overdue_at(since) > now or self._ready_at(now) <= now:
+            return None
+        error = self.failing[1] if self.failing else self._breaker.error_for(self)
         overdue, in_doubt = self.waiting.remove_in_memory(
             lambda rows: max(since, rows.arrived) + retry_s <= now
         )

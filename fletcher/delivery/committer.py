@@ -5,11 +5,11 @@ many small uploads make few large commits. A group's extent, and with it its `ba
 before it is first sent. If a send ends in doubt, the store is asked which keys it lacks, and only
 these are sent again.
 
-Rows come from memory or from the journal. Rows in memory are given up if the store stays
-unavailable, and their client is told. Journaled rows wait, however long that takes.
+Rows come from memory or from the journal. If the store stays unavailable, rows in memory are given
+up and their upload fails. Journaled rows wait without limit.
 
 Duplicates among rows in memory are marked before they are first sent. From then until these rows
-are settled the committer holds the right to decide, so that no one takes them for new or for stored
+are settled the committer holds the right to decide, so that nobody takes them for new or for stored
 rows.
 
 `CommitQueue` decides under the committer's lock; everything here happens without it.
@@ -96,7 +96,7 @@ class Committer:
         self.thread.start()
 
     def request_opening(self, schema: pa.Schema, mode: WriteMode) -> Future[None]:
-        """Prepare the dataset for rows of `schema`; the future fails if that is not possible.
+        """Prepare the dataset for rows of `schema`; the future fails if that fails.
 
         A caller that stops waiting cancels the future, so that the dataset is not emptied later.
         """
@@ -127,7 +127,7 @@ class Committer:
             self._changed.notify_all()
 
     def drop_abandoned(self) -> None:
-        """Release the rows of failed uploads: their clients were told, and send them again."""
+        """Release the rows of failed uploads; their clients send them again."""
         with self._changed:
             abandoned, in_doubt = self._queue.remove_abandoned()
             if in_doubt:  # before the committer's thread gives back the right to decide
@@ -137,7 +137,7 @@ class Committer:
             rows.on_released()
 
     def close(self) -> None:
-        """End the thread after its current append; what waits, and what comes, is given up."""
+        """End the thread after its current append; waiting and later rows are given up."""
         with self._changed:
             self._queue.stopped = True
             self._changed.notify_all()
@@ -195,7 +195,7 @@ class Committer:
         """The next action; waits for one."""
         with self._changed:
             while True:
-                if not self._queue.has_decided_groups:
+                if self._may_decide and not self._queue.has_decided_groups:
                     self._release_decision()
                 action = self._queue.decide(time.monotonic())
                 if not isinstance(action, Wait):
@@ -262,7 +262,7 @@ class Committer:
         return outcome
 
     def _store_groups(self, groups: Sequence[Group]) -> Stored | Unavailable | Refused:
-        """Mark duplicates where that is asked for, and store the groups that may be sent now."""
+        """Mark duplicates for uploads with `dedupe`, and store what may be sent now."""
         started = time.monotonic()
         num_groups = len(groups)
         decides = not groups[0].rows[0].journaled and any(group.dedupe_by for group in groups)

@@ -260,7 +260,10 @@ class Delivery:
         *,
         named: bool,
     ) -> Upload:
-        """Begin an upload that is new, failed or unknown; only if `named` may a store know it."""
+        """Begin an upload that is not in progress.
+
+        The store and the journal are asked for its rows only if its client `named` it.
+        """
         name, dataset, upload_id = key
         store = sink.committer.destination.store
         mode = terms.mode

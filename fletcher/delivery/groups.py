@@ -15,14 +15,14 @@ from fletcher.delivery.upload import Upload
 from fletcher.stores.base import Store
 from fletcher.telemetry.tracing import Telemetry
 
-# What a writer is opened for: a schema, its metadata (which pyarrow does not compare), and whether
+# Kind of a writer: a schema, its metadata (which pyarrow does not compare), and whether
 # rows replace those of the same id.
 WriterKind = tuple[pa.Schema, dict[bytes, bytes] | None, bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where a dataset's rows go.
+    """A dataset of a store, as the target of rows.
 
     Attributes:
         store: The store.
@@ -119,12 +119,12 @@ class Rows:
 
     @property
     def kind(self) -> tuple[WriterKind, bool]:
-        """What all rows of one append have in common."""
+        """Properties that all rows of one append have in common."""
         return writer_kind(self.schema, upsert=self.upload.upsert), self.journaled
 
     @property
     def abandoned(self) -> bool:
-        """Whether the client was told that the upload failed, so that it sends the rows again.
+        """Whether the upload failed, so that its client sends these rows again.
 
         Never true of journaled rows.
         """
@@ -132,13 +132,13 @@ class Rows:
 
 
 def writer_kind(schema: pa.Schema, *, upsert: bool) -> WriterKind:
-    """What a writer of such rows is opened for."""
+    """Kind of the writer of such rows."""
     return schema, schema.metadata, upsert
 
 
 @dataclass(slots=True)
 class Group:
-    """Consecutive rows of one upload that are sent together, of fixed extent once sent.
+    """Consecutive rows of one upload that are sent together; fixed once sent.
 
     Attributes:
         rows: At least one entry.
@@ -183,7 +183,7 @@ class Group:
         return self.rows[0].upload.dedupe_by
 
     def is_recognized(self, num_stored: int, *, counts_groups: bool) -> bool:
-        """Whether a store that got so many of its rows can tell later that it holds the group.
+        """Whether the store can tell later that it holds this group.
 
         Args:
             num_stored: Number of rows that the store got.
@@ -206,7 +206,7 @@ class Group:
 
 
 def form_groups(waiting: Sequence[Rows], max_rows: int) -> list[Group]:
-    """Join rows of one upload that follow each other; journaled rows are groups already."""
+    """Join consecutive rows of an upload; journaled rows are groups already."""
     groups: list[Group] = []
     open_groups: dict[int, Group] = {}
     for rows in waiting:

@@ -1,4 +1,4 @@
-"""One dataset's sink: its committer, with its journal writers before it if there is a journal."""
+"""One dataset's sink: its journal writers, if it has a journal, and its committer."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ class DatasetSink:
 
     def _may_end(self) -> bool:
         """Whether the committer, on whose thread this is called, may end."""
-        if self.users:  # read without a lock: `on_idle` sees whoever comes from now on
+        if self.users:  # without a lock: `on_idle` sees later users
             return False
-        # Before the sink is forgotten, because another one may open the dataset from then on.
+        # Before the sink is forgotten, because a new sink may open the dataset from then on.
         self.committer.close_writer()
         if self.journal is not None:
             self.journal.sweep()

@@ -11,7 +11,7 @@ _RETRY = Backoff(first_s=0.1, longest_s=10.0, jitter=1.0)
 
 @dataclass(frozen=True, slots=True)
 class DeliveryTiming:
-    """Waits, pauses and poll intervals of delivery, in seconds; tests pass shorter ones.
+    """Waits, pauses and poll intervals of delivery, in seconds.
 
     Attributes:
         retry: Pauses between tries of an unavailable store.

@@ -1,4 +1,4 @@
-"""The state of each upload: which rows were taken in, which are settled, and how it went.
+"""The state of each upload: its received, settled and failed rows.
 
 An upload outlives its connections: a client that lost its connection asks what is durable and sends
 the rest. Rows of the earlier connection that are still pending are not taken in twice.
@@ -28,7 +28,7 @@ UploadKey = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class UploadTerms:
-    """What all connections of an upload agree on.
+    """Terms on which all connections of an upload agree.
 
     Attributes:
         durability: When rows are acknowledged: `journal` (journaled or stored), `store` (stored) or
@@ -47,7 +47,7 @@ class UploadTerms:
 
 
 class SettledRanges(NamedTuple):
-    """Row ranges of an upload that need not be sent again: inclusive (first, last), sorted.
+    """Rows that need not be sent again: sorted, inclusive ranges (first, last).
 
     Attributes:
         stored: Ranges that the store holds.
@@ -64,7 +64,7 @@ class Upload:
     Args:
         dataset: The dataset's name.
         upload_id: The upload's name.
-        terms: What its connections agree on.
+        terms: Terms on which its connections agree.
         settled: Rows that need not be sent again.
 
     Attributes:
@@ -128,7 +128,7 @@ class Upload:
         """Note that rows first..last are done, and how many of them the store got."""
         with self.changed:
             self._secure(first, last)
-            if not self._settled.covers(first, last):  # else the store said so already
+            if not self._settled.covers(first, last):  # else the store was asked before
                 self._rows_stored += stored
             self._settled.add_range(first, last)
             self.changed.notify_all()
@@ -233,7 +233,7 @@ class Upload:
             }
 
     def hand_over_to(self, successor: Upload) -> None:
-        """Continue this failed upload as `successor`, a new one: settled rows keep counting.
+        """Continue this failed upload as a new one; settled rows keep counting.
 
         The store was asked for the successor's rows a moment ago, and more may have settled since.
         Rows that it holds beside those that settled here count as they do after a restart.
@@ -257,7 +257,7 @@ class Upload:
             self._successor = successor
 
     def adopt_terms(self, terms: UploadTerms) -> None:
-        """Set the terms of an upload that was found in the journal, as its client names them.
+        """Set the terms of an upload that was found in the journal.
 
         Raises:
             UploadConflictError: Its journaled rows replace those of the same id, and new ones would

@@ -1,4 +1,4 @@
-"""Actions on the models that run: list, load, swap and unload them, and divide calls."""
+"""Actions of operators: list, load, swap and unload models, and set aliases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def list_models(models: ModelManager, body: bytes) -> bytes:
 
 
 def load_model(models: ModelManager, body: bytes, is_cancelled: IsCancelled) -> dict[str, Any]:
-    """Loads an installed model; answers when it is ready.
+    """Load an installed model; return when it is ready.
 
     Raises:
         FletcherError: As `ModelManager.load_model` and `decode_request`.
@@ -46,7 +46,7 @@ def load_model(models: ModelManager, body: bytes, is_cancelled: IsCancelled) -> 
 
 
 def swap_model(models: ModelManager, body: bytes, is_cancelled: IsCancelled) -> dict[str, Any]:
-    """Replaces the version behind a name by the installed one; answers when it is ready.
+    """Replace a name's version by the installed one; return when it is ready.
 
     Raises:
         FletcherError: As `ModelManager.swap_model` and `decode_request`.
@@ -55,7 +55,7 @@ def swap_model(models: ModelManager, body: bytes, is_cancelled: IsCancelled) -> 
 
 
 def unload_model(models: ModelManager, body: bytes) -> dict[str, Any]:
-    """Takes a model out of service.
+    """Take a model out of service.
 
     Raises:
         FletcherError: As `ModelManager.unload_model` and `decode_request`.
@@ -65,7 +65,7 @@ def unload_model(models: ModelManager, body: bytes) -> dict[str, Any]:
 
 
 def set_alias(models: ModelManager, body: bytes) -> dict[str, Any]:
-    """Divides calls between models, or removes the alias if no models are given.
+    """Divide calls between models, or remove the alias if no models are given.
 
     Raises:
         FletcherError: As `ModelManager.set_alias` and `decode_request`.
@@ -75,7 +75,7 @@ def set_alias(models: ModelManager, body: bytes) -> dict[str, Any]:
         models.remove_alias(request.alias)
     else:
         try:
-            models.set_alias(Alias.parse(f"{request.alias}={request.models}"))
+            models.set_alias(Alias.from_text(f"{request.alias}={request.models}"))
         except ValueError:
             raise InvalidCommandError(
                 f"`models` of alias {request.alias[:200]!r} is {request.models[:200]!r}, expected "
@@ -91,12 +91,12 @@ def encode_models(
     *,
     format_name: str = "json",
 ) -> bytes:
-    """The answer of `list_models`.
+    """Encode the answer of `list_models`.
 
     Args:
         models: Bundles, each with `is_default`, `state`, `is_current`, `calls` and `memory_bytes`
             of its version.
-        aliases: What each one divides calls between.
+        aliases: Each alias' models and weights.
         format_name: `json` for `{"models": [{...ModelInfo}], "aliases": {...}}`, or `protobuf`.
     """
     infos = [_model_info(bundle) | {name: run[name] for name in _RUNNING} for bundle, run in models]

@@ -30,7 +30,7 @@ class Credentials:
 
     @classmethod
     def from_config(cls, config: NetworkConfig) -> Credentials:
-        """Reads the files. Raises ConfigError for one that cannot be read."""
+        """Read the files. Raises ConfigError for one that cannot be read."""
         cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
         return cls(
             tokens=read_tokens(config.token_file) if config.token_file else (),
@@ -47,7 +47,7 @@ def _read(path: Path, field: str) -> bytes:
 
 
 def read_tokens(path: Path) -> tuple[str, ...]:
-    """Tokens of a file: one a line; blank lines and lines that start with `#` are passed over.
+    """Read a file of tokens, one a line; ignore blank lines and `#` comments.
 
     Raises:
         ConfigError: The file cannot be read or holds no token.
@@ -63,25 +63,26 @@ def read_tokens(path: Path) -> tuple[str, ...]:
 
 
 class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Lets a call begin only with `authorization: Bearer TOKEN` and a known token."""
+    """Middleware that refuses calls without an accepted bearer token."""
 
     def __init__(self, tokens: tuple[str, ...]) -> None:
         super().__init__()
         self._tokens = [token.encode() for token in tokens]
 
     def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
-        """Refuses callers without a valid token."""
+        """Check one call's token. Raises FlightUnauthenticatedError."""
         values = headers.get("authorization") or headers.get("Authorization") or []
         given = values[0] if values else ""
         scheme, _, token = given.partition(" ")
         if scheme.lower() != "bearer" or not token:
             error = UnauthenticatedError(
-                "no token; send the header `authorization: Bearer TOKEN`", field="authorization"
+                "the call has no token; send the header `authorization: Bearer TOKEN`",
+                field="authorization",
             )
             raise to_flight_error(error)
-        # Every token is compared, so that the time tells nothing.
-        known = [hmac.compare_digest(token.strip().encode(), one) for one in self._tokens]
-        if not any(known):
+        # Every token is compared, so that the time taken reveals nothing.
+        matches = [hmac.compare_digest(token.strip().encode(), one) for one in self._tokens]
+        if not any(matches):
             raise to_flight_error(
                 UnauthenticatedError("the token is not valid", field="authorization")
             )

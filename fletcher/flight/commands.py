@@ -40,7 +40,7 @@ class Descriptor(Protocol):
 
 
 def parse_descriptor(descriptor: Descriptor) -> EmbedCommand:
-    """The command that a PATH `[dataset]` or a CMD `EmbedCommand` stands for.
+    """Parse a PATH `[dataset]` or a CMD `EmbedCommand`.
 
     Raises:
         UnknownFieldError: EmbedCommand has no such field.
@@ -67,14 +67,14 @@ def parse_descriptor(descriptor: Descriptor) -> EmbedCommand:
 
 
 def parse_command(command: bytes) -> EmbedCommand:
-    """An EmbedCommand in JSON or binary. Raises as `parse_descriptor`."""
+    """Parse an EmbedCommand, JSON or binary. Raises as `parse_descriptor`."""
     if _is_json(command):
         return EmbedCommand.from_mapping(parse_json(command))
     return EmbedCommand.from_mapping(_fields_of(embed_pb2.EmbedCommand(), command))
 
 
 def parse_list_models(body: bytes) -> ListModelsRequest:
-    """The body of `list_models`: empty, JSON or binary. Raises as `parse_descriptor`."""
+    """Parse the body of `list_models`. Raises as `parse_descriptor`."""
     if _is_json(body):
         return decode_request(ListModelsRequest, body)
     fields = _fields_of(embed_pb2.ListModelsCommand(), body)
@@ -89,7 +89,7 @@ def _fields_of(message: Message, body: bytes) -> dict[str, Any]:
     """The fields that a binary message sets.
 
     Raises:
-        UnknownFieldError, InvalidCommandError: It is not such a message.
+        UnknownFieldError, InvalidCommandError: The bytes are not such a message.
     """
     return {
         spec.name: list(value) if spec.is_repeated else value
@@ -112,7 +112,7 @@ def _decode(message: _Kind, body: bytes) -> _Kind:
 
 
 def _refuse_unknown(message: Message) -> None:
-    """Refuses fields that the schema does not have, in messages within messages as well."""
+    """Refuse fields that the schema lacks, in nested messages, too."""
     unknown = unknown_fields.UnknownFieldSet(message)
     if len(unknown):
         number = unknown[0].field_number

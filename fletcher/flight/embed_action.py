@@ -1,4 +1,4 @@
-"""The `embed` action: a few texts to vectors, without Arrow on the caller's side."""
+"""The `embed` action: vectors of a few texts, as JSON."""
 
 from __future__ import annotations
 
@@ -17,19 +17,26 @@ from fletcher.serving.session import EmbedCall, EmbedSession
 MAX_TEXTS = 256
 _UNUSED = (
     *("text_column", "id_column", "columns", "include_text", "store", "dataset", "dedupe"),
-    *("chunking", "continuous"),  # of long texts, which DoExchange takes as they come
+    *("chunking", "continuous"),
 )
 
 
 def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
-    """Answers `{"texts": [...], ...}` with `embeddings`, `token_count`, `truncated` and `model`.
+    """Embed a few texts.
 
-    For int8 with a scale a row there is `scale`, too.
+    Args:
+        service: The server's parts.
+        body: `{"texts": [...], ...}`, with fields of EmbedCommand.
+        context: The call's context.
+
+    Returns:
+        `embeddings`, `token_count`, `truncated` and `model`; for int8 vectors with a scale a row
+        also `scale`.
 
     Raises:
-        BatchTooLargeError: More than MAX_TEXTS texts; DoExchange takes any number.
-        InvalidCommandError: `texts` is no list of strings, or a field that has no meaning here.
-        FletcherError: Why the first text without a vector has none; retryable errors come first.
+        BatchTooLargeError: There are more than MAX_TEXTS texts.
+        InvalidCommandError: `texts` is not a list of strings, or a field has no meaning here.
+        FletcherError: The error of the first text without a vector; a retryable one comes first.
     """
     service.admission.check_draining()
     fields = parse_json(body)
@@ -66,7 +73,7 @@ def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
 
 def _batch_of(texts: Any) -> pa.RecordBatch:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise InvalidCommandError("`texts` is not a list of strings", field="texts")
+        raise InvalidCommandError("`texts` is missing or not a list of strings", field="texts")
     if len(texts) > MAX_TEXTS:
         raise BatchTooLargeError(
             f"`texts` has {len(texts)} texts, at most {MAX_TEXTS}; DoExchange takes any number",
@@ -75,4 +82,6 @@ def _batch_of(texts: Any) -> pa.RecordBatch:
     try:
         return pa.record_batch({"text": pa.array(texts, pa.utf8())})
     except UnicodeEncodeError:
-        raise InvalidCommandError("`texts` holds half a surrogate pair", field="texts") from None
+        raise InvalidCommandError(
+            "`texts` holds half a surrogate pair, expected Unicode text", field="texts"
+        ) from None

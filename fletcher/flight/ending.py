@@ -1,4 +1,4 @@
-"""How a DoExchange call writes to its client, and how it ends."""
+"""Writing to the client of a DoExchange call, and telling it of a failure."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import flight
 
-# A client takes a millisecond or two to leave; one that does not listen waits this long in vain.
-_LEAVE_S = 0.05
+# A client takes a millisecond or two to cancel its call.
+_CANCEL_WAIT_S = 0.05
 
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Writing to a client fails in one way only: it is gone.
+    """Treat every failure of a write as a client that is gone.
 
     Raises:
-        FlightCancelledError: For whatever kind of error pyarrow makes of that.
+        FlightCancelledError: A write failed; pyarrow has several errors for that.
     """
     try:
         yield
@@ -29,22 +29,26 @@ def writing() -> Iterator[None]:
 
 
 class Ending(contextlib.AbstractContextManager["Ending"]):
-    """What an exchange ends with, said in a message of its own before the call ends.
+    """Message that tells a client of its exchange's failure before the call ends.
 
-    A client in which one thread reads while another writes cannot take the end of a call in the
-    midst of a write: gRPC forbids what pyarrow does then, and aborts the process. Whoever knows
-    from a message that the call has failed cancels it, which is safe: it is given the time.
+    A call that ends while one thread of the client writes and another one reads aborts the client's
+    process: pyarrow then does what gRPC forbids. A client that learns of the failure from a message
+    cancels the call instead, which is safe; the call waits a moment for that.
+
+    Args:
+        context: The call's context.
+        writer: The call's writer.
     """
 
     def __init__(self, context: Any, writer: Any) -> None:
         self._context = context
         self._writer = writer
-        self._told = False
+        self._sent = False
 
-    def tell(self, error: flight.FlightError) -> None:
-        """Sends the failure as JSON, once; nothing where the client is gone."""
-        if error.extra_info and not self._told:
-            self._told = True
+    def send_failure(self, error: flight.FlightError) -> None:
+        """Send the failure as JSON, at most once; do nothing if the client is gone."""
+        if error.extra_info and not self._sent:
+            self._sent = True
             with contextlib.suppress(flight.FlightError, pa.ArrowException, OSError):
                 self._writer.write_metadata(error.extra_info)
 
@@ -55,7 +59,7 @@ class Ending(contextlib.AbstractContextManager["Ending"]):
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, flight.FlightError):
-            self.tell(error)
-            deadline = time.monotonic() + _LEAVE_S
+            self.send_failure(error)
+            deadline = time.monotonic() + _CANCEL_WAIT_S
             while not self._context.is_cancelled() and time.monotonic() < deadline:
-                time.sleep(_LEAVE_S / 25)
+                time.sleep(_CANCEL_WAIT_S / 25)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 MAX_REPORTED_ERRORS = 1000
-# Arrow cannot send a batch of 2 GiB; half of that leaves room for the other columns.
+# Arrow cannot send a batch of 2 GiB. Half of that leaves room for the other columns.
 _MAX_OUTPUT_BYTES = 1 << 30
 
 
@@ -41,7 +41,7 @@ def exchange(
     trace: Any,
     ending: Ending,
 ) -> None:
-    """Answers one DoExchange call.
+    """Answer one DoExchange call.
 
     The call's own thread reads and submits; a second one writes answers.
     """
@@ -58,7 +58,7 @@ def exchange(
         # Before the first batch, so that a client that waits for the schema need not send.
         writing_as = service.answers.for_call(context.peer(), output)
         writer.begin(output, options=writing_as.options)
-        # A client that sends nothing takes no place.
+        # A client that sends nothing takes no stream.
         messages, first = wait_first(read_messages(reader, context, continuous=command.continuous))
         if first is None and context.is_cancelled():
             return
@@ -83,15 +83,15 @@ def exchange(
                     )
             if not context.is_cancelled():
                 session.submit_rest()
-        finally:  # an error here is raised once earlier batches are answered
+        finally:  # an error is raised after earlier batches are answered
             if context.is_cancelled():
-                session.close()  # nobody waits: drop what is queued
+                session.close()  # drop what is queued
             session.end_input()
             answering.join()
 
 
 class _Answers:
-    """Writes a session's results back, joined to the batches that they came from."""
+    """Writer of a session's results, joined to the batches that they came from."""
 
     def __init__(
         self,
@@ -114,26 +114,27 @@ class _Answers:
         self._errors: list[dict[str, Any]] = []
 
     def write_results(self) -> None:
+        """Write all results; runs on a thread of its own."""
         for result in self._session.results(self._upload_id):
             self._append_result(result)
             del result  # the next one may be long in coming
 
     def report_failure(self, error: Exception) -> None:
-        """Frees the reading thread if it waits for memory, and tells the client at once.
+        """Wake the reading thread if it waits for memory, and tell the client at once.
 
-        That thread may be in a read that nothing but the client can end, and the call's own end
-        would wait for it: a client that waits for its vectors would never hear.
+        The reading thread may be blocked in a read until the client sends something, and the call
+        cannot end before that. A client that waits for vectors would not learn of the failure.
         """
         self._session.close()
-        self._ending.tell(to_flight_error(error, log))
+        self._ending.send_failure(to_flight_error(error, log))
 
     def _append_result(self, result: SliceResult) -> None:
-        """Adds a result to its batch's answer, which is written with the batch's last slice."""
+        """Add a result to its batch's answer; write the answer after the last slice."""
         batch, row_slice = result.batch, result.row_slice
         if result.errors:
             self._errors += result.error_reports(MAX_REPORTED_ERRORS - len(self._errors))
         self._parts.append(batch)
-        # Of columns that are there, these alone may be more than the message that they came in.
+        # Only these columns may take more than the message that the rows came in.
         for name in {"vector", "text"} & set(batch.schema.names):
             self._parts_bytes += batch.column(name).nbytes
         if self._parts_bytes > _MAX_OUTPUT_BYTES:
@@ -153,20 +154,20 @@ class _Answers:
 def _check_command(command: EmbedCommand) -> None:
     if command.store is not None:
         raise InvalidCommandError(
-            "`store` is given, but DoExchange never stores; use DoPut, or leave it out",
+            "`store` is given, but DoExchange does not store rows; use DoPut, or leave it out",
             field="store",
         )
     if command.dedupe != "off" or command.mode == "delta":
         field = "mode" if command.mode == "delta" else "dedupe"
         raise InvalidCommandError(
-            f"`{field}` is {getattr(command, field)}, but DoExchange answers every row and knows "
+            f"`{field}` is {getattr(command, field)}, but DoExchange answers every row and has "
             "no dataset; use DoPut, or leave it out",
             field=field,
         )
 
 
 def _check_size(num_rows: int, spec: VectorSpec) -> None:
-    """Refuses a batch whose answer would be too large; of sparse and token vectors that is late."""
+    """Refuse a batch whose dense vectors would be too large for one message."""
     if spec.output == "dense" and num_rows * spec.num_bytes > _MAX_OUTPUT_BYTES:
         raise _too_large(num_rows)
 

@@ -1,4 +1,4 @@
-"""The `app_metadata` of a client's batches: batch numbers, offsets and the end marker."""
+"""Metadata of a client's batches: numbers, offsets and the end marker."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _decoder = msgspec.json.Decoder(BatchMetadata)
 
 
 def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
-    """A batch's `app_metadata`; None and empty stand for `{}`.
+    """Parse a batch's `app_metadata`; None and empty stand for `{}`.
 
     Raises:
         InvalidCommandError: It is not a JSON object, has an unknown field, or a value has the wrong

@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 def put(
     service: Service, command: EmbedCommand, context: Any, reader: Any, writer: Any, trace: Any
 ) -> None:
-    """Answers one DoPut call.
+    """Answer one DoPut call.
 
     The call's own thread reads and submits; a second one writes acknowledgements.
     """
     session = StoreSession(service, command, trace=trace, is_cancelled=context.is_cancelled)
     with session as upload:
         upload.open_input(read_schema(reader))
-        # A client that sends nothing takes no place, nor makes a dataset.
+        # A client that sends nothing takes no stream and creates no dataset.
         messages, first = wait_first(read_messages(reader, context))
         if first is None and context.is_cancelled():
             return
@@ -50,9 +50,9 @@ def put(
                     upload.announce_total(message.metadata.rows)
         except DrainingError as error:
             draining = error
-        except Exception as error:  # noqa: BLE001 - raised below, once accepted rows are safe
+        except Exception as error:  # noqa: BLE001 - raised below, after accepted rows are safe
             refusal = error
-        # Rows taken in go to the store whatever became of the connection.
+        # Submitted rows go to the store even if the connection failed.
         upload.end_input()
         answering.join()
         if refusal is not None:
@@ -63,7 +63,7 @@ def put(
 
 
 def _acknowledge(upload: StoreSession, writer: Any) -> None:
-    """Writes acknowledgements and the summary, as long as the client reads them."""
+    """Write acknowledgements and the summary until the client is gone."""
     client_gone = False
     for message in upload.acknowledgements():
         if client_gone:

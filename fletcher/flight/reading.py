@@ -1,4 +1,4 @@
-"""A client's schema and batches, as DoPut and DoExchange read them."""
+"""Reading of a client's schema and batches, for DoPut and DoExchange."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fletcher.flight.messages import BatchMetadata, parse_batch_metadata
 
 
 @dataclass(frozen=True, slots=True)
-class Incoming:
+class ReceivedMessage:
     """One message of a client.
 
     Attributes:
-        batch: Its rows; None for a message of metadata only.
-        batch_id: The client's number, or the count of batches so far.
-        row_first: Offset of its first row in the upload.
-        metadata: As sent.
+        batch: Rows; None if the message has metadata alone.
+        batch_id: The client's number for the batch, or the count of batches so far.
+        row_first: Offset of the first row in the upload.
+        metadata: The client's metadata.
     """
 
     batch: pa.RecordBatch | None
@@ -31,17 +31,19 @@ class Incoming:
     metadata: BatchMetadata
 
 
-def read_messages(reader: Any, context: Any, *, continuous: bool = False) -> Iterator[Incoming]:
-    """A client's messages until it ends or goes away.
+def read_messages(
+    reader: Any, context: Any, *, continuous: bool = False
+) -> Iterator[ReceivedMessage]:
+    """Read a client's messages until it ends the call or disconnects.
 
     Args:
-        reader: The call's.
-        context: The call's.
-        continuous: Rows are pieces of documents, so that a batch may end one.
+        reader: The call's reader.
+        context: The call's context.
+        continuous: Rows are parts of documents, so that `document_end` is allowed.
 
     Raises:
-        ColumnTypeError: A message that Arrow cannot decode.
-        InvalidCommandError: Metadata that is none.
+        ColumnTypeError: Arrow cannot decode a message.
+        InvalidCommandError: A message's metadata is invalid.
     """
     batch_id = row_next = 0
     while True:
@@ -65,32 +67,38 @@ def read_messages(reader: Any, context: Any, *, continuous: bool = False) -> Ite
             raise InvalidCommandError(
                 "`document_end` came without a batch; send it with one, which may have no rows"
                 if continuous
-                else "`document_end` is given, but every row is a document by itself; set "
+                else "`document_end` is given, but every row is a document; set "
                 "`continuous` in the command of a DoExchange, or leave it out",
                 field="document_end",
             )
         batch_id = batch_id if metadata.batch_id is None else metadata.batch_id
         row_first = row_next if metadata.row_offset is None else metadata.row_offset
-        yield Incoming(chunk.data, batch_id, row_first, metadata)
+        yield ReceivedMessage(chunk.data, batch_id, row_first, metadata)
         if chunk.data is not None:
             batch_id, row_next = batch_id + 1, row_first + chunk.data.num_rows
 
 
-def wait_first(messages: Iterator[Incoming]) -> tuple[Iterator[Incoming], Incoming | None]:
-    """Waits for the first message; gives all messages, and that one or None."""
+def wait_first(
+    messages: Iterator[ReceivedMessage],
+) -> tuple[Iterator[ReceivedMessage], ReceivedMessage | None]:
+    """Wait for the first message.
+
+    Returns:
+        All messages, and the first one; None if there is none.
+    """
     first = next(messages, None)
     return (messages if first is None else itertools.chain([first], messages)), first
 
 
 def read_schema(reader: Any) -> pa.Schema:
-    """The input's schema.
+    """Read the input's schema.
 
     Raises:
-        ColumnTypeError: The client sent none that Arrow can read.
+        ColumnTypeError: Arrow cannot read it.
     """
     try:
         schema = reader.schema
-        _ = schema.names  # Arrow hands over names that are no UTF-8
+        _ = schema.names  # Arrow does not check that names are UTF-8
     except flight.FlightError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -31,7 +31,7 @@ _MISSING = re.compile(r"^Object missing required field `(?P<field>\w+)`")
 
 
 class ModelRequest(msgspec.Struct):
-    """Body of `load_model` and `swap_model`: an installed model's `name` or `name@hash`."""
+    """Body of `load_model` and `swap_model`; `model` may be `name@hash`."""
 
     model: _Name
 
@@ -44,7 +44,7 @@ class UnloadRequest(msgspec.Struct):
 
 
 class AliasRequest(msgspec.Struct):
-    """Body of `set_alias`; `models` is MODEL:WEIGHT,MODEL:WEIGHT, and empty removes the alias."""
+    """Body of `set_alias`; `models` is MODEL:WEIGHT,... or empty to remove it."""
 
     alias: _Name
     models: str | None = None
@@ -57,7 +57,7 @@ class ListModelsRequest(msgspec.Struct):
 
 
 def decode_request(kind: type[_Request], body: bytes) -> _Request:
-    """The request in an action's JSON body.
+    """Decode an action's JSON body.
 
     Raises:
         UnknownFieldError: The request has no such field.
@@ -67,7 +67,7 @@ def decode_request(kind: type[_Request], body: bytes) -> _Request:
 
 
 def convert_request(kind: type[_Request], fields: dict[str, Any]) -> _Request:
-    """The request in a decoded object. Raises as `decode_request`."""
+    """Convert a decoded object. Raises as `decode_request`."""
     known = kind.__struct_fields__
     for name in fields:
         if name not in known:
@@ -83,7 +83,7 @@ def convert_request(kind: type[_Request], fields: dict[str, Any]) -> _Request:
 
 
 def field_error(error: msgspec.ValidationError) -> InvalidCommandError:
-    """The refusal of an object's field that msgspec found to be wrong."""
+    """Refusal of a field, from msgspec's error."""
     text = str(error)
     if found := _MISSING.match(text):
         return InvalidCommandError(f"`{found['field']}` is missing", field=found["field"])
@@ -95,7 +95,7 @@ def field_error(error: msgspec.ValidationError) -> InvalidCommandError:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """A JSON object as a command or an action's body must be: UTF-8, each field once.
+    """Parse a command or body: a JSON object in UTF-8, each field once.
 
     msgspec would take the last of a repeated field.
 
@@ -126,7 +126,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def too_large(size: int) -> InvalidCommandError:
-    """The refusal of a command or body of `size` bytes."""
+    """Refusal of a command or body of `size` bytes."""
     return InvalidCommandError(f"the command has {size} bytes, at most {MAX_BODY_BYTES}")
 
 
@@ -134,7 +134,9 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise InvalidCommandError(f"`{name[:200]}` comes twice", field=name[:200])
+            raise InvalidCommandError(
+                f"`{name[:200]}` is given twice; give it once", field=name[:200]
+            )
         fields[name] = value
     return fields
 

@@ -1,4 +1,4 @@
-"""The Flight server: every call of the protocol, each handed on in a line or two."""
+"""The Flight server, which gives each call of the protocol to its handler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.config.network import NetworkConfig
-from fletcher.core.command import check_dataset
+from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import output_schema
 from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
 from fletcher.flight.actions import ACTIONS, run_action
@@ -30,7 +30,16 @@ log = logging.getLogger(__name__)
 
 
 class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
-    """Listens as soon as it is constructed: build it last."""
+    """Flight server that listens from its construction on.
+
+    Args:
+        service: The server's parts.
+        network: Address to listen on.
+        credentials: Tokens and TLS keys.
+
+    Attributes:
+        address: As clients write it, with the port in use.
+    """
 
     def __init__(self, service: Service, network: NetworkConfig, credentials: Credentials) -> None:
         scheme = "grpc+tls" if credentials.tls else "grpc"
@@ -49,14 +58,14 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         with self._handling(), self._service.admission.begin_call():
-            options, trace = parse_descriptor(descriptor), caller_trace(context)
-            put(self._service, options, context, reader, writer, trace)
+            command, trace = parse_descriptor(descriptor), caller_trace(context)
+            put(self._service, command, context, reader, writer, trace)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         ending, admission = Ending(context, writer), self._service.admission
         with ending, self._handling(), admission.begin_call():
-            options, trace = parse_descriptor(descriptor), caller_trace(context)
-            exchange(self._service, options, context, reader, writer, trace, ending)
+            command, trace = parse_descriptor(descriptor), caller_trace(context)
+            exchange(self._service, command, context, reader, writer, trace, ending)
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         with self._handling():
@@ -78,37 +87,37 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
 
     def get_flight_info(self, context: Any, descriptor: Any) -> Any:
         with self._handling():
-            return _flight_info(self._dataset(descriptor))
+            return _flight_info(self._dataset(parse_descriptor(descriptor)))
 
     def get_schema(self, context: Any, descriptor: Any) -> Any:
-        """A dataset's schema; for a command without a dataset, that of its DoExchange output."""
+        """Schema of the command's dataset, or of a DoExchange if it has no dataset."""
         try:
             return self._schema(context, descriptor)
         except flight.FlightError as error:
             raise without_traceback(error) from None
 
     def do_get(self, context: Any, ticket: Any) -> Any:
-        """Nothing; pyarrow's own refusal is a traceback."""
+        """Refuse every call; pyarrow's own refusal would hold a traceback."""
         with self._handling():
             raise InvalidCommandError(
-                "there is nothing to get: DoExchange gives vectors, and datasets are read from "
+                "DoGet is not supported; ask for vectors by DoExchange, and read datasets from "
                 "their store"
             )
 
     def _schema(self, context: Any, descriptor: Any) -> Any:
         with self._handling():
-            options = parse_descriptor(descriptor)
-            if options.dataset is not None:
-                return flight.SchemaResult(self._dataset(descriptor).schema)
-            call = EmbedCall(name="get_schema", command=options, is_cancelled=context.is_cancelled)
+            command = parse_descriptor(descriptor)
+            if command.dataset is not None:
+                return flight.SchemaResult(self._dataset(command).schema)
+            call = EmbedCall(name="get_schema", command=command, is_cancelled=context.is_cancelled)
             with EmbedSession(self._service, call) as session:
                 spec = session.spec
-            text = bool(options.include_text)
+            text = bool(command.include_text)
             return flight.SchemaResult(output_schema(spec, id_type=pa.utf8(), text=text))
 
     @contextmanager
     def _handling(self) -> Iterator[None]:
-        """Counts what goes wrong, and lets nothing but Flight's own errors out."""
+        """Count errors, and raise them as Flight errors."""
         with handler_errors(log):
             try:
                 yield
@@ -117,15 +126,13 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
                 self._service.telemetry.errors.add(code=code)
                 raise
 
-    def _dataset(self, descriptor: Any) -> DatasetInfo:
-        options = parse_descriptor(descriptor)
-        if options.dataset is None:
+    def _dataset(self, command: EmbedCommand) -> DatasetInfo:
+        if command.dataset is None:
             raise InvalidCommandError("`dataset` is missing", field="dataset")
-        check_dataset(options.dataset)
-        _, store = self._service.delivery.store(options.store)
-        info = store.dataset(options.dataset)
+        _, store = self._service.delivery.store(command.store)
+        info = store.dataset(command.dataset)
         if info is None:
-            raise UnknownDatasetError(f"there is no dataset {options.dataset!r}", field="dataset")
+            raise UnknownDatasetError(f"there is no dataset {command.dataset!r}", field="dataset")
         return info
 
 

@@ -1,4 +1,4 @@
-"""The caller's trace, read from its `traceparent` header."""
+"""Traces of callers, read from the `traceparent` header."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ class _Trace(flight.ServerMiddleware):  # type: ignore[misc]
 
 
 class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Keeps each call's trace for its handler; gRPC's own instrumentation does not see pyarrow."""
+    """Middleware that keeps each call's trace for its handler.
+
+    gRPC's own instrumentation does not cover pyarrow.
+    """
 
     def __init__(self, telemetry: Telemetry) -> None:
         super().__init__()
         self._telemetry = telemetry
 
     def start_call(self, info: Any, headers: dict[str, list[str]]) -> _Trace | None:
-        """The trace that the headers name, if traces are recorded at all."""
+        """The trace named in the headers, if traces are recorded."""
         trace = self._telemetry.extract(headers)
         return None if trace is None else _Trace(trace)
 
 
 def caller_trace(context: Any) -> Any:
-    """What `Telemetry.extract` made of the call's headers; None without a trace."""
+    """The call's trace as `Telemetry.extract` returned it; None without one."""
     middleware = context.get_middleware("trace")
     return None if middleware is None else middleware.trace

@@ -1,4 +1,4 @@
-"""What an engine must offer to be a backend: one small protocol, one module per engine."""
+"""Protocol of backends; each engine has one module that implements it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from fletcher.core.batches import InferenceResult, MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class BackendConfig:
-    """How a replica loads its model; picklable, it travels to the replica's process.
+    """Configuration of a replica; pickled and sent to its process.
 
     Attributes:
-        backend: `onnxruntime`, `openvino` or `null`: resolved, never `auto`.
-        device: `cpu` or `cuda:N`: resolved, never `auto`.
+        backend: `onnxruntime`, `openvino` or `null`; never `auto`.
+        device: `cpu` or `cuda:N`; never `auto`.
         bundle: The bundle's folder.
         precision: `float32`, `bfloat16` (OpenVINO) or `float16` (CUDA, without padding).
-        threads: Cores this replica may use; 0: all it sees. CPU only.
-        max_batch_tokens: Padded tokens in one run at most; warm-up covers it.
-        gpu_memory: Bytes of the GPU that this replica may take; 0: all that is free. CUDA only.
-        version: The bundle's hash: what the folder must hold, or the one kept beside it; empty:
-            whatever is there.
-        dim: Width of a vector, for `null`, which loads nothing.
-        cuda_graphs: Single short texts run by captured CUDA graphs. CUDA and `float16` only.
-        late: The graph for late chunking, not that of whole rows.
+        threads: Cores for this replica; 0 for all that it sees. CPU only.
+        max_batch_tokens: Largest number of padded tokens in one run; warm-up covers it.
+        gpu_memory: GPU memory for this replica in bytes; 0 for all that is free. CUDA only.
+        version: Hash that the bundle, or a replaced version of it, must have; empty for any.
+        dim: Width of a vector, for `null`, which loads no model.
+        cuda_graphs: Run single short texts as captured CUDA graphs. CUDA and `float16` only.
+        late: Load the graph for late chunking instead of the one for whole rows.
     """
 
     backend: str
@@ -51,13 +50,13 @@ class Backend(Protocol):
     urgent_concurrency: int
 
     def run(self, batch: MicroBatch) -> InferenceResult:
-        """Embeds one micro-batch.
+        """Embed one micro-batch.
 
         Raises:
-            BackendError: The engine failed; the message says how, for the log.
+            BackendError: The engine failed; the message has its reason, for the log.
         """
         ...
 
     def describe(self) -> dict[str, str]:
-        """Engine, version, device, precision and provider that really run, for logs and stats."""
+        """Engine, version, device, precision and provider in use, for logs and stats."""
         ...

@@ -1,9 +1,8 @@
-"""A session's inputs and outputs in memory that stays, for devices that copy from and to it.
+"""Reused page-locked memory for the inputs and outputs of a session on a GPU.
 
-A GPU copies from page-locked memory directly; from any other the driver copies everything once
-more, and waits. The memory is the process's own, locked through the CUDA runtime, and is used again
-for every run: it grows where a run needs more, which the warm-up makes happen before the first
-request.
+A GPU copies from page-locked memory directly. From other memory the driver first makes a copy, and
+waits. The memory belongs to the process, is locked through the CUDA runtime, and serves all runs.
+It grows when a run needs more, which the warm-up causes before the first request.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Locks so many bytes from an address on and gives what unlocks them; None where it cannot.
+# Locks a number of bytes at an address; returns the function that unlocks them, or None.
 Pin = Callable[[int, int], Callable[[], None] | None]
 
 
 class Buffer:
-    """Memory that grows and is locked.
+    """Locked memory that grows on demand.
 
     Args:
-        pin: What locks it.
+        pin: Locks memory.
     """
 
     def __init__(self, pin: Pin) -> None:
@@ -34,31 +33,31 @@ class Buffer:
         self._memory: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 
     def view(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An array in this memory; what earlier views hold is overwritten."""
+        """An array in this memory, which shares it with earlier views."""
         num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if num_bytes > self._memory.nbytes:
             self._grow(num_bytes)
         return self._memory[:num_bytes].view(dtype).reshape(shape)
 
     def _grow(self, num_bytes: int) -> None:
-        # Powers of two: few sizes on the way to the largest.
+        # Powers of two: few steps to the largest size.
         size = max(mmap.PAGESIZE, 1 << (num_bytes - 1).bit_length())
         memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
         if unpin := self._pin(memory.ctypes.data, size):
-            # Views may outlive this buffer; it is unlocked when the last one is gone.
+            # Views may outlive this buffer: the last one unlocks the memory.
             weakref.finalize(memory.base, unpin)
         self._memory = memory
 
 
 class Binding:
-    """Runs a session on buffers of its own; for one thread at a time.
+    """Buffers bound to a session. For one thread at a time.
 
     Args:
         session: An ONNX Runtime InferenceSession.
-        dim: Columns of the first output; the second, where there is one, has 1. Rows are the
-            batch's, all float32.
+        dim: Columns of the first output; a second one has 1. Outputs are float32, with a row for
+            each row of the batch.
         outputs: Names of the outputs.
-        pin: What locks memory.
+        pin: Locks memory.
     """
 
     def __init__(self, session: Any, dim: int, outputs: Sequence[str], pin: Pin) -> None:
@@ -71,7 +70,7 @@ class Binding:
     def run_session(
         self, feeds: Mapping[str, npt.NDArray[Any]], num_rows: int
     ) -> list[npt.NDArray[np.float32]]:
-        """The outputs, as copies that outlive the next run.
+        """Run the session; return copies of its outputs.
 
         Args:
             feeds: The inputs.
@@ -97,10 +96,9 @@ class Binding:
 
 
 def cuda_pin(device_id: int) -> Pin:
-    """Locks memory for a device, through the CUDA runtime that this process has loaded.
+    """A function that locks memory for a device, through the loaded CUDA runtime.
 
-    Where that fails, for instance because of a limit on locked memory, memory stays as it is: runs
-    are right, and a little slower.
+    Locking may fail, for instance at a limit on locked memory. Runs are then a little slower.
     """
     runtime = _cuda_runtime()
     if runtime is None:
@@ -108,7 +106,7 @@ def cuda_pin(device_id: int) -> Pin:
 
     def pin(address: int, size: int) -> Callable[[], None] | None:
         # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
-        # A thread that names no device begins one on the first, some hundred megabytes of it.
+        # Without a device, this thread would open a context on the first one: some 100 MB.
         runtime.cudaSetDevice(ctypes.c_int(device_id))
         if runtime.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) != 0:
             return None
@@ -119,7 +117,7 @@ def cuda_pin(device_id: int) -> Pin:
 
 def _cuda_runtime() -> Any:
     for version in (13, 12):
-        # By its soname: the copy that ONNX Runtime uses, which `preload_dlls` loaded.
+        # The soname finds the copy that ONNX Runtime's `preload_dlls` has loaded.
         with contextlib.suppress(OSError):
             return ctypes.CDLL(f"libcudart.so.{version}")
     return None

@@ -1,4 +1,4 @@
-"""A backend that takes less at once when its device is out of memory, and slowly more again."""
+"""Loading of backends, whose run size shrinks when the device is out of memory."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from fletcher.models.bundle.bundle import ModelBundle, version_folder
 from fletcher.models.checkpoint.markers import Queries
 from fletcher.vectors.ragged import spans_of
 
-# Words of ONNX Runtime's arenas, CUDA, cuBLAS and OpenVINO, which have no exception for it.
+# Messages of ONNX Runtime's arenas, CUDA, cuBLAS and OpenVINO, which share no exception class.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|failed to allocate|can ?not allocate|bad_alloc|smaller than requested bytes"
     r"|ALLOC_FAILED|OUT_OF_MEMORY",
     re.IGNORECASE,
 )
-# Good runs near the budget before it grows by a quarter: memory that others took may be free again,
-# and if it is not, that costs one failed run in so many.
+# Successful runs near the budget before it grows by a quarter. Memory that other processes took may
+# be free again; if it is not, one run in so many fails.
 _RUNS_TO_GROW = 64
 
 
 class BudgetedBackend:
-    """Cuts micro-batches into runs of at most a budget of padded tokens, halved when memory is out.
+    """Backend that splits micro-batches by a budget of padded tokens.
 
-    A row that is over the budget runs alone. Vectors do not depend on the cut.
+    The budget is halved when the device is out of memory, and grows again slowly. A row beyond the
+    budget runs alone. Vectors do not depend on the split.
 
     Args:
         backend: The engine.
-        max_batch_tokens: The budget at first and at most.
-        queries: How queries are read: they count with what fills them.
+        max_batch_tokens: Initial and largest budget.
+        queries: Reading of queries, whose fillers count as tokens.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class BudgetedBackend:
         self._lock = threading.Lock()
 
     def run(self, batch: MicroBatch) -> InferenceResult:
-        """Embeds one micro-batch, in as many runs as it takes.
+        """Embed one micro-batch, in one or several runs.
 
         Raises:
-            BackendError: The engine failed, or has too little memory for a single row.
+            BackendError: The engine failed, or its memory is too small for a single row.
         """
         if len(batch.lengths) == 0:
             return self._backend.run(batch)
@@ -77,14 +78,16 @@ class BudgetedBackend:
                 raise
             self._shrink(_padded(self._lengths(part)))
             if len(part.lengths) == 1:
-                raise BackendError(f"too little memory for {part.lengths[0]} tokens") from error
+                raise BackendError(
+                    f"the device has too little memory for a text of {part.lengths[0]} tokens"
+                ) from error
         else:
             self._grow(_padded(self._lengths(part)))
             return result
         return self.run(part)  # outside `except`: the traceback holds the failed run's arrays
 
     def _lengths(self, batch: MicroBatch) -> Int32Array:
-        """int32 [num_rows], tokens as they are run."""
+        """int32 [num_rows], tokens of each row with its fillers."""
         if self._queries is None:
             return batch.lengths
         return self._queries.filled(batch.input_ids, batch.lengths)
@@ -100,7 +103,7 @@ class BudgetedBackend:
     def _grow(self, num_tokens: int) -> None:
         with self._lock:
             if self._budget == self._most or num_tokens < self._budget // 2:
-                return  # small runs say nothing about larger ones
+                return  # small runs prove nothing about larger ones
             self._good_runs += 1
             if self._good_runs >= _RUNS_TO_GROW:
                 self._budget = min(self._most, self._budget + self._budget // 4 + 1)
@@ -108,7 +111,7 @@ class BudgetedBackend:
 
 
 def load(config: BackendConfig) -> BudgetedBackend:
-    """The backend that `config` names, within its `max_batch_tokens`.
+    """Load the backend of a configuration, with late chunking and a budget.
 
     Raises:
         FletcherError: As the engine's own `load`.
@@ -119,13 +122,13 @@ def load(config: BackendConfig) -> BudgetedBackend:
 
 
 def _folder(config: BackendConfig) -> Path:
-    if config.version:  # a replica that is started again must not get what came there since
+    if config.version:  # a restarted replica must not get a newer version
         return version_folder(Path(config.bundle), config.version)
     return Path(config.bundle)
 
 
 def load_inline(config: BackendConfig) -> Backend | None:
-    """The same for this process, one small run at a time; None where the engine is not for that.
+    """Load a backend for one small run at a time in this process; None without one.
 
     Raises:
         FletcherError: As the engine's own `load_inline`.
@@ -145,7 +148,7 @@ def _engine(config: BackendConfig) -> Any:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an engine failed for want of memory, as far as it says."""
+    """Whether an engine's error is about memory, judged by its message."""
     return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
@@ -154,7 +157,7 @@ def _padded(lengths: Int32Array) -> int:
 
 
 def _cut(batch: MicroBatch, run_lengths: Int32Array, budget: int) -> list[MicroBatch]:
-    """Neighbouring rows together, each part within the budget or a single row."""
+    """Split into parts of neighbouring rows, each within the budget or a single row."""
     if _padded(run_lengths) <= budget:
         return [batch]
     edges, longest = [0], 0

@@ -1,9 +1,9 @@
-"""Single short texts by captured CUDA graphs: a run is one launch, not one for each kernel.
+"""Captured CUDA graphs for single short texts.
 
-A graph keeps the shapes and addresses it was captured with. So there is one for each of a few
-numbers of tokens, and a second row fills that number up with padding: texts do not see each other,
-and its vector is thrown away. All inputs lie in one piece of the device's memory and all outputs in
-another, so each way is one copy.
+A run is one launch, not one for each kernel. A graph keeps the shapes and addresses of its capture.
+So there is one graph for each of a few numbers of tokens. A second row of padding fills up that
+number; its vector is dropped, and it does not change the text's. Inputs are contiguous in the
+device's memory, and so are outputs: each direction takes one copy.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from fletcher.inference.packed_io import PackedIO
 
 log = logging.getLogger(__name__)
 
-# Tokens of each graph; a text has one less at most. A guess, it has not been tried on a GPU.
+# Tokens of each graph; its longest text has one less. Guesses, not measured on a GPU.
 GRAPH_TOKENS = (16, 32, 48, 64)
-# What float16 may lose, by what `scripts/gpu_check` asks of it.
+# Lowest cosine to the vectors without graphs, as in `scripts/gpu_check`.
 LEAST_COSINE = 0.9995
 
 _WORD = np.dtype(np.float32).itemsize  # all inputs are int32, all outputs float32
-_ALIGNED = 64  # words: 256 bytes, as the CUDA runtime aligns what it gives
-_PROBE_TOKENS = 64  # ids below this; every vocabulary has them
+_ALIGNED = 64  # words: 256 bytes, as the CUDA runtime aligns memory
+_CHECK_IDS = 64  # token ids below this, which every vocabulary has
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class _Memory:
-    """Some arrays of 32 bits in one piece, here and on the device."""
+    """Arrays of 32-bit elements, contiguous on the host and on the device."""
 
     def __init__(self, ort: Any, device: str, dtype: npt.DTypeLike, shapes: Shapes) -> None:
         self._kind, _, index = device.partition(":")
@@ -54,14 +54,14 @@ class _Memory:
         )
 
     def bind(self, bind: Callable[..., None]) -> None:
-        """Tells an IOBinding's `bind_input` or `bind_output` where these are."""
+        """Pass each array's place to an IOBinding's `bind_input` or `bind_output`."""
         address = self.on_device.data_ptr()
         for name, shape in self._shapes.items():
             at = address + self._places[name][0] * _WORD
             bind(name, self._kind, self._index, self._dtype, shape, at)
 
     def views(self, flat: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """The arrays in a copy of the whole."""
+        """The arrays as views of a copy of the memory."""
         return {
             name: flat[start : start + size].reshape(self._shapes[name])
             for name, (start, size) in self._places.items()
@@ -69,7 +69,7 @@ class _Memory:
 
 
 class _Graph:
-    """The graph of one number of tokens; for one thread at a time."""
+    """Graph for one number of tokens. For one thread at a time."""
 
     def __init__(self, ort: Any, session: Any, io: PackedIO, device: str, num_tokens: int) -> None:
         self.num_tokens = num_tokens
@@ -87,9 +87,9 @@ class _Graph:
         self._options.add_run_config_entry("gpu_graph_id", str(num_tokens))
 
     def replay(self, input_ids: Int32Array) -> list[npt.NDArray[np.float32]]:
-        """The outputs for one text of `num_tokens` - 1 tokens at most, [1, width] each.
+        """Outputs for one text of at most `num_tokens` - 1 tokens, [1, width] each.
 
-        The first run captures the graph: nothing else may use the device from this process then.
+        The first call captures the graph; nothing else in this process may use the device then.
         """
         views = self._inputs.views(self._inputs.flat)
         for name, array in self._io.filled(input_ids, self.num_tokens).items():
@@ -101,14 +101,14 @@ class _Graph:
 
 
 class CapturedBackend:
-    """Runs single short texts by their graphs, and all else as `backend` does.
+    """Backend that runs single short texts by captured graphs, others without.
 
     Args:
-        backend: The same model without graphs. It also takes a text that comes while another is
-            in a graph, for they share memory.
+        backend: The same model without graphs. It also takes a text that arrives while a graph
+            runs, because graphs share memory.
         io: The model's inputs and outputs.
-        graphs: From few tokens to many.
-        about: What `describe` is to say of them.
+        graphs: Graphs from few tokens to many.
+        about: Their description for `describe`.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class CapturedBackend:
         self._free = threading.Lock()
 
     def run(self, batch: MicroBatch) -> InferenceResult:
-        """Embeds one micro-batch; safe from several threads at once.
+        """Embed one micro-batch. Thread-safe.
 
         Raises:
             BackendError: The engine failed.
@@ -153,15 +153,15 @@ class CapturedBackend:
 def captured(
     backend: Backend, io: PackedIO, ort: Any, open_session: Callable[[], Any], device: str
 ) -> CapturedBackend:
-    """A backend with graphs for short texts; without them, and with a warning, where they fail.
+    """Add captured graphs for short texts to a backend; on failure, warn and add none.
 
     Args:
-        backend: The model without graphs, warmed up. Their vectors must be its own.
+        backend: The model without graphs, warmed up; the graphs' vectors must equal its own.
         io: Its inputs and outputs.
-        ort: ONNX Runtime.
-        open_session: Loads the same graph once more, with `enable_cuda_graph`. Captured runs keep
-            their memory, so others must not share it.
-        device: `cuda:N`, or `cpu`, where the same is run and nothing captured.
+        ort: The module `onnxruntime`.
+        open_session: Loads the graph once more, with `enable_cuda_graph`. Captured runs keep their
+            memory, so other runs must not share it.
+        device: `cuda:N`, or `cpu`, which runs the same without capture.
     """
     try:
         session = open_session()
@@ -171,22 +171,22 @@ def captured(
             graph.replay(np.zeros(1, np.int32))
         about = f"single texts of up to {max(tokens) - 1} tokens"
         with_graphs = CapturedBackend(backend, io, graphs, about)
-        for probe in _probes(graphs):
-            _check(backend.run(probe), with_graphs.run(probe))
-    except Exception as error:  # noqa: BLE001 - whatever it is, there is another way
+        for batch in _check_batches(graphs):
+            _check(backend.run(batch), with_graphs.run(batch))
+    except Exception as error:  # noqa: BLE001 - the backend works without graphs
         reason = str(error).splitlines()[0]
         log.warning("`cuda_graphs` are not used on %s: %s", device, reason)
         return CapturedBackend(backend, io, [], f"none: {reason}")
     return with_graphs
 
 
-def _probes(graphs: Sequence[_Graph]) -> Iterator[MicroBatch]:
-    """Texts for all graphs in turn: a few of each, and each overwritten by others in between."""
+def _check_batches(graphs: Sequence[_Graph]) -> Iterator[MicroBatch]:
+    """A few texts for each graph, alternating, so that they overwrite its memory."""
     rng = np.random.default_rng(7)
     for fewer in (1, 8, 15, 1):
         for graph in graphs:
             length = graph.num_tokens - fewer
-            ids = rng.integers(0, _PROBE_TOKENS, length).astype(np.int32)
+            ids = rng.integers(0, _CHECK_IDS, length).astype(np.int32)
             yield MicroBatch(ids, np.array([length], np.int32))
 
 
@@ -194,9 +194,12 @@ def _check(plain: InferenceResult, replayed: InferenceResult) -> None:
     one, other = plain.embeddings[0].astype(np.float64), replayed.embeddings[0]
     with np.errstate(invalid="ignore"):
         cosine = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
-    if not cosine >= LEAST_COSINE:  # so that NaN is wrong
-        raise BackendError(f"replayed vectors have a cosine of {cosine:.6f} to the model's")
+    if not cosine >= LEAST_COSINE:  # rejects NaN too
+        raise BackendError(
+            f"replayed vectors have a cosine of {cosine:.6f} to the model's, expected at least "
+            f"{LEAST_COSINE}"
+        )
     if plain.norms is not None and not np.allclose(
         plain.norms, np.asarray(replayed.norms), rtol=0.01
     ):
-        raise BackendError("replayed vectors have another length than the model's")
+        raise BackendError("replayed vectors have another norm than the model's")

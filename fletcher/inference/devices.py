@@ -1,4 +1,4 @@
-"""Which backend, precision and replicas to run on a host."""
+"""Choice of backend, precision and replicas for a host, by rule."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from dataclasses import dataclass, replace
 from fletcher.config.engine import EngineConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.host import HostInfo, detect_host
+from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.onnx.packed import FAMILIES, can_pack
 
-__all__ = ["HostInfo", "Resolution", "detect_host", "resolve_replicas"]
-
-# One process runs this many cores at most, as one interpreter lock feeds them all; a second process
-# costs another copy of the weights. Two cores showed no clear difference between one process and
-# two; where the lock begins to matter has not been measured.
+# Largest number of cores of one process, whose single interpreter lock feeds them all; a second
+# process costs another copy of the weights. On two cores, one process and two showed no clear
+# difference. The number of cores at which the lock matters has not been measured.
 MAX_CORES_PER_REPLICA = 16
 
 # all-MiniLM-L6-v2 on two Zen 5 cores, CPU ms a text at 512, 1024, 2048 and 4096 tokens: OpenVINO
 # bfloat16 5.6 5.5 5.4 5.5, float32 9.9 10.1 10.2 10.5, ONNX Runtime float32 10.5 11.6 12.5 12.7. So
-# more tokens gain nothing and add latency and memory. The figure for CUDA is a guess: a GPU needs
-# more to be busy, it has not been tried.
+# more tokens gain nothing, and add latency and memory. The figure for CUDA is a guess, not
+# measured: a GPU needs more tokens to be busy.
 CPU_BATCH_TOKENS = 1024
 CUDA_BATCH_TOKENS = 32_768
 
@@ -34,11 +32,11 @@ _INSTALL_GPU = (
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What `resolve_replicas` chose.
+    """Replicas to run, and the reason.
 
     Attributes:
         configs: One for each replica.
-        reason: One line for the log: what runs where, and why.
+        reason: One line for the log: the engine, its place and the reason.
     """
 
     configs: list[BackendConfig]
@@ -131,7 +129,8 @@ def _cuda(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolutio
     for index in indices:
         if index >= host.num_cuda_devices:
             raise BackendError(
-                f"`device` names cuda:{index}, there are {host.num_cuda_devices}, counted from 0",
+                f"`device` names cuda:{index}, but the last of {host.num_cuda_devices} devices is "
+                f"cuda:{host.num_cuda_devices - 1}",
                 field="device",
                 allowed=[f"cuda:{one}" for one in range(host.num_cuda_devices)],
             )
@@ -155,14 +154,14 @@ def _cuda(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolutio
 
 
 def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
-    """What to run on a GPU, and how to say it."""
+    """Precision on a GPU, and its description."""
     kind = "" if bundle.output == "dense" else f"gives {bundle.output} vectors and "
     why = (
-        f"graphs without padding are written for dense models of {', '.join(FAMILIES)} alone, "
+        f"graphs without padding exist only for dense models of {', '.join(FAMILIES)}, "
         f"{bundle.name} {kind}is of family {bundle.family}"
     )
     if bundle.has_exits:
-        why = f"graphs without padding have no exits, {bundle.name} has some"
+        why = f"graphs without padding have no exits, but {bundle.name} has some"
     padded = bundle.has_exits or not can_pack(bundle)
     if precision == "float16" and padded:
         raise BackendError(
@@ -188,7 +187,7 @@ def _shared(resolution: Resolution, asked: EngineConfig) -> Resolution:
     ]
     reason = resolution.reason + (f", {num_replicas} replicas each" if num_replicas > 1 else "")
     if asked.cuda_graphs:
-        reason += ", CUDA graphs" if captures else "; CUDA graphs are for float16 alone"
+        reason += ", CUDA graphs" if captures else "; CUDA graphs need float16"
     return Resolution(configs, reason)
 
 
@@ -257,14 +256,14 @@ def _cpu_engine(backend: str, precision: str, host: HostInfo) -> tuple[str, str]
     if host.onnxruntime:
         return "onnxruntime", "OpenVINO is not installed"
     raise BackendError(
-        f"no engine is installed: {_INSTALL_CPU}, or 'longbow-fletcher[gpu]' where there is an "
+        f"no engine is installed: {_INSTALL_CPU}, or 'longbow-fletcher[gpu]' on a host with an "
         "NVIDIA GPU",
         field="backend",
     )
 
 
 def _shares(cores: int, num_nodes: int) -> list[int]:
-    """Cores of each replica: as few replicas as `MAX_CORES_PER_REPLICA` and the nodes allow."""
+    """Cores of each replica, for as few replicas as cores and memory nodes allow."""
     return split_cores(cores, min(cores, max(-(-cores // MAX_CORES_PER_REPLICA), num_nodes)))
 
 

@@ -1,4 +1,4 @@
-"""What every engine does around a graph: padded inputs before, finished embeddings after."""
+"""Inputs and outputs of graphs for all engines: padding before, pooling after."""
 
 from __future__ import annotations
 
@@ -12,39 +12,37 @@ import numpy.typing as npt
 
 from fletcher.core.batches import BoolArray, FloatArray, InferenceResult, Int32Array, MicroBatch
 from fletcher.errors import ModelError
-from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.bundle import HIDDEN, ModelBundle
 from fletcher.models.checkpoint.markers import Queries, Skipped
-from fletcher.models.onnx.graph import HIDDEN
 from fletcher.vectors.pooling import normalize, pool
 from fletcher.vectors.ragged import sparse
 
-# Padded lengths are multiples of this, so that few shapes occur and all of them often: engines keep
-# memory plans and compiled kernels by shape. The planner counts its budget on the same grid.
+# Padded lengths are multiples of this, so that only few shapes occur: engines keep memory plans and
+# compiled kernels by shape. The planner counts its budget on the same grid.
 LENGTH_GRID = 16
 
-# Engines are warmed up with rows of so many tokens at most: longer ones are rare, and a model's
-# longest can take minutes. And with runs that take about so long at most.
+# Longest row and run of the warm-up: longer rows are rare, and the longest can take minutes.
 _WARM_UP_LENGTH = 512
 _WARM_UP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class GraphIO:
-    """A graph's inputs and outputs by name, and what is left to do after it.
+    """A graph's inputs and outputs by name, and the computation left after it.
 
     Attributes:
-        inputs: Input names.
+        inputs: Names of the inputs.
         dtypes: Integer type of each input.
         outputs: Names of the outputs that are read, as in ModelBundle.
-        pad_token_id: Id put where a row is padded.
-        max_length: Tokens in a row at most.
+        pad_token_id: Id of padding tokens.
+        max_length: Largest number of tokens in a row.
         dim: Width of an embedding.
-        pooling: Pooling to do here; None where the graph did it.
-        normalize: L2-normalise here; False where the graph did it or the model does not.
+        pooling: Pooling after the graph; None if the graph pools.
+        normalize: L2 normalization after the graph.
         has_norms: The second output is the L2 norms, float32 [B, 1].
         exits: Last layer of each of the model's blocks.
-        output: What a text becomes, as in ModelBundle.
-        skipped, queries: Which tokens have a vector, as in ModelBundle.
+        output: Kind of vectors, as in ModelBundle.
+        skipped, queries: Tokens with a vector, as in ModelBundle.
     """
 
     inputs: tuple[str, ...]
@@ -68,15 +66,15 @@ class GraphIO:
         input_dtypes: Mapping[str, npt.DTypeLike],
         output_names: Sequence[str],
     ) -> GraphIO:
-        """Matches a bundle with the graph that an engine loaded.
+        """Check a bundle against the graph that an engine loaded.
 
         Args:
-            bundle: What the graph should be.
-            input_dtypes: The type of each input of the graph, or of its first segment.
-            output_names: The outputs of the graph, or of its last segment.
+            bundle: The bundle.
+            input_dtypes: Type of each input of the graph, or of its first block.
+            output_names: Outputs of the graph, or of its last block.
 
         Raises:
-            ModelError: The graph has other inputs or lacks an output.
+            ModelError: The graph has other inputs than the bundle declares, or lacks an output.
         """
         if set(input_dtypes) != set(bundle.inputs):
             raise ModelError(
@@ -117,17 +115,17 @@ class GraphIO:
         return self.exits.index(layers) + 1 if layers else len(self.exits)
 
     def next_feeds(self, feeds: Mapping[str, Any], hidden: Any) -> dict[str, Any]:
-        """The inputs of a segment from those of the one before and what that handed on."""
+        """Inputs of a block from those of the one before and its hidden states."""
         rest = {name: value for name, value in feeds.items() if name not in ("input_ids", HIDDEN)}
         return {HIDDEN: hidden, **rest}
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
-        """The graph's inputs, [num_rows, padded length] each, and the mask of real tokens.
+        """The graph's inputs, [num_rows, padded length] each, and the mask of the tokens.
 
         Raises:
             ValueError: A row is longer than `max_length`.
         """
-        # The last grid point may lie beyond the positions that the model has.
+        # The last grid point may lie beyond the model's positions.
         filled = self._filled(batch)
         longest = int((batch.lengths if filled is None else filled).max())
         on_grid = -(-longest // LENGTH_GRID) * LENGTH_GRID
@@ -159,7 +157,7 @@ class GraphIO:
         return _places(batch.lengths, length)
 
     def _filled(self, batch: MicroBatch) -> Int32Array | None:
-        """int32 [num_rows], tokens with those that fill queries; None: nothing does."""
+        """int32 [num_rows], tokens of each row with its fillers; None without fillers."""
         if self.queries is None or self.queries.filler is None:
             return None
         return self.queries.filled(batch.input_ids, batch.lengths)
@@ -171,13 +169,13 @@ class GraphIO:
         outputs: Sequence[npt.NDArray[Any]],
         compute_s: float,
     ) -> InferenceResult:
-        """What a replica answers.
+        """Result of a run.
 
         Args:
-            batch: What was run.
+            batch: The micro-batch.
             mask: As from `feeds`.
-            outputs: The graph's, in the order of `self.outputs`.
-            compute_s: Seconds that it took.
+            outputs: The graph's outputs, in the order of `self.outputs`.
+            compute_s: Duration of the run in seconds.
 
         Raises:
             ModelError: As `embeddings`.
@@ -205,18 +203,18 @@ class GraphIO:
     def _check_shape(self, array: FloatArray, expected: tuple[int, ...]) -> None:
         if array.shape != expected:
             raise ModelError(
-                f"`model`: the graph's output has shape {array.shape}, fletcher.json says "
-                f"{expected}; add the model again with the right `dim`",
+                f"`model`: the graph's output has shape {array.shape}, expected {expected} by "
+                "fletcher.json; add the model again with the right `dim`",
                 field="model",
             )
 
     def embeddings(
         self, outputs: Sequence[npt.NDArray[Any]], mask: BoolArray
     ) -> tuple[FloatArray, FloatArray | None]:
-        """Embeddings and norms (InferenceResult) from the graph's outputs, in `outputs`' order.
+        """Embeddings and norms, as in InferenceResult, from the graph's outputs.
 
         Raises:
-            ModelError: The graph's output has not the shape that the bundle promises.
+            ModelError: The graph's output has another shape than the bundle declares.
         """
         embeddings = np.asarray(outputs[0], dtype=np.float32)
         shape = mask.shape if self.pooling else mask.shape[:1]
@@ -231,11 +229,11 @@ class GraphIO:
     def warm_up_batches(
         self, max_batch_tokens: int, clock: Callable[[], float] = time.perf_counter
     ) -> Iterator[MicroBatch]:
-        """Micro-batches of a few lengths up to a long text's, the largest memory first.
+        """Micro-batches of a few lengths up to a long text's, the largest first.
 
-        They are full ones where these take no more than some seconds, by the time that the caller
-        needed for a short one; a large model on one core would be minutes at them. Each segment
-        pools, too, so that all layers warm up all exits.
+        The caller's time for a short one limits the others to some seconds each: full ones could
+        take minutes for a large model on one core. Runs of all layers warm up all exits, because
+        every block pools.
         """
         shortest = _zeros(1, min(LENGTH_GRID, self.max_length))
         yield shortest

@@ -1,4 +1,4 @@
-"""What this process may use of its machine."""
+"""Resources of the machine that this process may use."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ ISA_FLAGS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostInfo:
-    """What this process may use of its machine.
+    """Resources of the machine that this process may use.
 
     Attributes:
-        cores: Logical cores, by affinity and cgroup quota; at least 1.
-        memory_bytes: RAM, or the cgroup's limit where that is less; 0 where unknown.
-        cpu: The processor's name, as it calls itself.
-        isa: Those of ISA_FLAGS that it has.
+        cores: Logical cores by affinity and cgroup quota; at least 1.
+        memory_bytes: RAM or the cgroup's limit, whichever is smaller; 0 if unknown.
+        cpu: Name of the processor.
+        isa: Those of ISA_FLAGS that the processor has.
         num_numa_nodes: Memory nodes; at least 1.
         num_cuda_devices: NVIDIA devices visible to this process.
         cuda_provider: ONNX Runtime's CUDA build is installed.
         openvino: OpenVINO is installed.
-        onnxruntime: ONNX Runtime, of whichever build, is installed.
+        onnxruntime: A build of ONNX Runtime is installed.
     """
 
     cores: int
@@ -48,10 +48,10 @@ class HostInfo:
 
 
 def detect_host(root: Path = Path("/")) -> HostInfo:
-    """Looks at the machine; imports no engine.
+    """Inspect the machine, without importing an engine.
 
     Args:
-        root: Where /proc, /sys and /dev are, for tests.
+        root: Folder of /proc, /sys and /dev, for tests.
     """
     cpuinfo = _read(root / "proc/cpuinfo")
     flags = set(_field(cpuinfo, "flags").split())
@@ -71,7 +71,7 @@ def detect_host(root: Path = Path("/")) -> HostInfo:
 
 
 def _cores(groups: list[Path]) -> int:
-    """Cores by affinity, or by the tightest quota (v2 cpu.max, v1 cpu.cfs_quota_us), rounded up."""
+    """Cores by affinity and quota (v2 cpu.max, v1 cpu.cfs_quota_us), rounded up."""
     cores = len(os.sched_getaffinity(0))
     for group in groups:
         quota, _, period = _read(group / "cpu.max").partition(" ")
@@ -89,16 +89,16 @@ def _memory_bytes(root: Path, groups: list[Path]) -> int:
     for group in groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             limit = _read(group / name)
-            if limit.isdigit():  # v2 says "max" for none, v1 a number near 2**63
+            if limit.isdigit():  # without a limit, v2 has "max", and v1 a number near 2**63
                 limits.append(int(limit))
     return min(limits, default=0)
 
 
 def _cgroups(root: Path) -> list[Path]:
-    """Folders of this process's control groups and of those above them, v1 and v2.
+    """Folders of this process's control groups and their parents, v1 and v2.
 
-    Within a container the group's own path often is not there, only the mount's root, which then
-    is the container's group: folders that do not exist are harmless.
+    In a container the group's own folder is often missing, and the mount's root is the container's
+    group. Missing folders are harmless.
     """
     folders = []
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -113,12 +113,11 @@ def _cgroups(root: Path) -> list[Path]:
 
 
 def _num_cuda_devices(root: Path, visible: str | None) -> int:
-    """Devices that CUDA will show to this process, without loading CUDA.
+    """Number of devices that CUDA shows to this process, found without loading CUDA.
 
     Args:
-        root: Where /dev is.
-        visible: CUDA_VISIBLE_DEVICES: numbers or UUIDs, of which those from the first -1 on do not
-            count; None where it is not set.
+        root: Folder of /dev.
+        visible: CUDA_VISIBLE_DEVICES, numbers or UUIDs up to the first -1; None if it is not set.
     """
     present = len(list((root / "dev").glob("nvidia[0-9]*")))
     if visible is None:
@@ -144,7 +143,7 @@ def _read(path: Path) -> str:
 
 
 def _field(text: str, name: str) -> str:
-    """The value of the first `name : value` line; empty where there is none."""
+    """Value of the first line `name : value`; empty without one."""
     for line in text.splitlines():
         key, colon, value = line.partition(":")
         if colon and key.strip() == name:

@@ -1,6 +1,6 @@
-"""Late chunking: parts of rows are pooled when the model has read all of the row.
+"""Late chunking: the model reads a whole row before spans of it are pooled.
 
-It has a graph of its own on the same weights, so that the one for whole rows is what it is without.
+It uses a second graph on the same weights, so that the graph for whole rows stays unchanged.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from fletcher.inference.graph_io import GraphIO
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.vectors.ragged import starts_of
 
-SPANS = "segments"
+SPANS = "segments"  # input of the graph; its name is part of the bundle format
 
 
 class LateBackend:
-    """Runs either graph; that for late chunking is loaded when it is first needed.
+    """Backend for whole rows, and for late chunking by a second one.
 
-    It takes the memory of a model once more, which most servers never need.
+    The second one is loaded on first use: it takes the memory of a model once more, and most
+    servers never need it.
 
     Args:
-        backend: The engine, for whole rows.
-        load: The same engine with the other graph.
+        backend: Backend for whole rows.
+        load: Loads the backend for late chunking.
     """
 
     def __init__(self, backend: Backend, load: Callable[[], Backend]) -> None:
@@ -41,7 +42,7 @@ class LateBackend:
         self._loading = threading.Lock()
 
     def run(self, batch: MicroBatch) -> InferenceResult:
-        """Embeds one micro-batch.
+        """Embed one micro-batch. Thread-safe if the backends are.
 
         Raises:
             FletcherError: The engine failed, or could not load the graph.
@@ -57,10 +58,10 @@ class LateBackend:
 
 
 class LateIO(GraphIO):
-    """GraphIO of the graph of `models.heads.write_late`."""
+    """Inputs and outputs of the graph by `models.onnx.heads.write_late`."""
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
-        """As GraphIO, and which tokens are each span's, float32 [num_rows, most, length]."""
+        """Inputs as in GraphIO, and the spans' tokens, float32 [num_rows, most, length]."""
         arrays, mask = super().feeds(batch)
         spans = _spans(batch)
         rows = np.repeat(np.arange(len(mask)), spans.counts)
@@ -79,10 +80,10 @@ class LateIO(GraphIO):
         outputs: Sequence[npt.NDArray[Any]],
         compute_s: float,
     ) -> InferenceResult:
-        """What a replica answers: a vector for each span.
+        """Result with a vector for each span.
 
         Raises:
-            ModelError: The graph's output has not the shape that the bundle promises.
+            ModelError: The graph's output has another shape than the bundle declares.
         """
         spans = _spans(batch)
         most = int(spans.counts.max())
@@ -93,7 +94,7 @@ class LateIO(GraphIO):
 
 
 def graphs(bundle: ModelBundle, config: BackendConfig) -> list[Path]:
-    """What an engine loads, one after the other.
+    """Graphs to load for a configuration, in order.
 
     Raises:
         ModelError: The bundle has no graph for late chunking.
@@ -115,7 +116,7 @@ def graph_io(
     input_dtypes: Mapping[str, npt.DTypeLike],
     output_names: Sequence[str],
 ) -> GraphIO:
-    """What these take and give; see `GraphIO.for_graph`.
+    """Inputs and outputs of the graphs to load; see `GraphIO.for_graph`.
 
     Raises:
         ModelError: As `GraphIO.for_graph`.
@@ -137,7 +138,7 @@ def graph_io(
 
 
 def _spans(batch: MicroBatch) -> Spans:
-    """Those of a batch; each row is one where it has none, as in those for warming up."""
+    """Spans of a micro-batch; without any, as in the warm-up, a span for each row."""
     if batch.spans is not None:
         return batch.spans
     bounds = np.stack([np.zeros_like(batch.lengths), batch.lengths], axis=1)

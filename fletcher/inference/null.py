@@ -1,8 +1,8 @@
-"""A backend without a model: quick, repeatable vectors that tell rows apart.
+"""Backend without a model, which hashes token ids into vectors.
 
-For tests and for measuring everything around the model. A row's vector depends on its token ids and
-the model's hash and on nothing else, so a row that was lost, doubled or swapped on the way shows,
-and so does one of another model.
+It serves tests, and measurements of everything around the model. A row's vector depends only on its
+token ids and the model's hash. So vectors show lost, doubled or swapped rows, and rows of another
+model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SECOND_FACTOR = 0x94D049BB133111EB
 
 
 class NullBackend:
-    """Hashes token ids into vectors of length 1.
+    """Backend whose vectors, of L2 norm 1, are hashes of token ids.
 
     Args:
         dim: Width of a vector.
-        seed: Tells models apart.
+        seed: Hash of the model.
     """
 
     def __init__(self, dim: int = DEFAULT_DIM, seed: int = 0) -> None:
@@ -37,12 +37,12 @@ class NullBackend:
         self.concurrency, self.urgent_concurrency = 2, 1
 
     def run(self, batch: MicroBatch) -> InferenceResult:
-        """Vectors as `null_embeddings` makes them; norms are 1."""
+        """Vectors by `null_embeddings`, and norms of 1."""
         started = time.perf_counter()
         if batch.spans is not None:
             batch = _cut_out(batch, batch.spans)
         embeddings = null_embeddings(batch.input_ids, batch.lengths, self.dim, self.seed)
-        # As other layers give other vectors.
+        # Other layers give other vectors.
         embeddings = np.roll(embeddings, batch.layers, axis=1) if batch.layers else embeddings
         norms = np.ones(len(embeddings), dtype=np.float32)
         return InferenceResult(embeddings, norms, time.perf_counter() - started)
@@ -58,17 +58,17 @@ class NullBackend:
 
 
 def load(config: BackendConfig) -> NullBackend:
-    """The null backend; needs no bundle, takes the width of its vectors from `dim`."""
+    """The null backend, with vectors of width `dim`; it needs no bundle."""
     return NullBackend(config.dim or DEFAULT_DIM, int(config.version or "0", 16))
 
 
 def load_inline(config: BackendConfig) -> NullBackend:
-    """The same for the front process; see `fletcher.inference.budget.load_inline`."""
+    """As `load`, for the front process; see `fletcher.inference.budget.load_inline`."""
     return load(config)
 
 
 def _cut_out(batch: MicroBatch, spans: Spans) -> MicroBatch:
-    """Spans as rows: their vectors depend on their own tokens alone."""
+    """Turn spans into rows, whose vectors depend only on their own tokens."""
     rows = np.repeat(starts_of(batch.lengths), spans.counts)
     firsts, lasts = spans.bounds.T
     return MicroBatch(
@@ -79,13 +79,13 @@ def _cut_out(batch: MicroBatch, spans: Spans) -> MicroBatch:
 def null_embeddings(
     input_ids: Int32Array, lengths: Int32Array, dim: int, seed: int = 0
 ) -> npt.NDArray[np.float32]:
-    """The vectors of the null backend.
+    """Vectors of the null backend.
 
     Args:
         input_ids: int32 [total_tokens], rows one after the other.
         lengths: int32 [num_rows], each at least 1.
         dim: Width of a vector.
-        seed: Another gives other vectors; below 2^64.
+        seed: Changes all vectors; below 2^64.
 
     Returns:
         float32 [num_rows, dim], L2-normalised.
@@ -96,7 +96,7 @@ def null_embeddings(
     tokens = _mix(input_ids.astype(_UINT64) * _UINT64(1 << 32) + position.astype(_UINT64))
     rows = np.add.reduceat(tokens, starts) if len(starts) else tokens[:0]
     rows = rows ^ _mix(np.array([seed], _UINT64))
-    # Each column is a linear hash of both halves of a row's; integers that wrap are centred at 0.
+    # A column is a linear hash of both halves of a row's; wrapping centers it at 0.
     first, second = _mix(np.arange(2 * dim, dtype=_UINT64)).astype(np.uint32).reshape(2, dim) | 1
     low, high = rows.astype(np.uint32), (rows >> _UINT64(32)).astype(np.uint32)
     values = (low[:, None] * first + high[:, None] * second).view(np.int32).astype(np.float32)
@@ -106,7 +106,7 @@ def null_embeddings(
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64 (https://prng.di.unimi.it/splitmix64.c), on whole arrays."""
+    """Finalizer of splitmix64 (https://prng.di.unimi.it/splitmix64.c), on arrays."""
     values = (values ^ (values >> _UINT64(30))) * _UINT64(_FIRST_FACTOR)
     values = (values ^ (values >> _UINT64(27))) * _UINT64(_SECOND_FACTOR)
     return values ^ (values >> _UINT64(31))

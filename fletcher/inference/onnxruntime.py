@@ -1,7 +1,7 @@
-"""ONNX Runtime as a backend, on the CPU and on CUDA; the one module that imports it.
+"""ONNX Runtime as a backend, on the CPU and on CUDA.
 
-On CUDA float16 means the graph without padding, which is made of the bundle when it is loaded;
-float32 means the bundle's own graph, with TF32 products.
+On CUDA, float16 is the graph without padding, written from the bundle at each load; float32 is the
+bundle's own graph, with TF32 products.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from fletcher.inference.cuda_graphs import captured
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
 from fletcher.inference.packed_io import PackedIO
-from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.models.onnx.graph import HANDED_ON
+from fletcher.models.bundle.bundle import HANDED_ON, ModelBundle
 from fletcher.models.onnx.packed import write_packed
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -39,15 +38,15 @@ _INSTALL_GPU = (
     "pip uninstall onnxruntime, then pip install 'longbow-fletcher[gpu]' "
     "(both install the same Python module)"
 )
-# Two runs at a time, so that the device computes one while the host feeds and reads the other: a
-# guess, it has not been tried on a GPU.
+# Two runs at a time, so that the device computes one while the host feeds and reads the other. A
+# guess, not measured on a GPU.
 CUDA_CONCURRENCY = 2
 
 _DTYPES: dict[str, npt.DTypeLike] = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
 
 class OnnxRuntimeBackend:
-    """One loaded session for each block; use `load`."""
+    """Backend with a loaded session for each block; use `load`."""
 
     def __init__(
         self,
@@ -64,15 +63,15 @@ class OnnxRuntimeBackend:
         self._io = io
         self._outputs = list(io.outputs)
         self._description = description
-        # With `pin` runs go through buffers that stay; each thread has its own.
+        # With `pin`, each thread runs through its own reused buffers.
         self._pin = pin
         self._local = threading.local()
 
     def run(self, batch: MicroBatch) -> InferenceResult:
-        """Embeds one micro-batch; safe from several threads at once.
+        """Embed one micro-batch. Thread-safe.
 
         Raises:
-            BackendError: ONNX Runtime failed, for instance for want of memory.
+            BackendError: ONNX Runtime failed, for instance because memory is out.
         """
         inputs, mask = self._io.feeds(batch)
         started = time.perf_counter()
@@ -105,13 +104,13 @@ class OnnxRuntimeBackend:
 
 
 def load(config: BackendConfig) -> Backend:
-    """Loads and warms up a bundle's graph.
+    """Load and warm up a bundle's graph.
 
-    On the CPU each run has one core, and as many runs go on at once. Two cores were as fast
-    together on one run at best, but several times slower when other processes wanted them.
+    On the CPU each run has one core, and there is a run for each core. Two cores on one run were at
+    best equally fast, but several times slower while other processes used them.
 
     Raises:
-        BackendError: ONNX Runtime or the provider is not there, or cannot do that precision.
+        BackendError: ONNX Runtime or the provider is missing, or lacks the precision.
         ModelError: The bundle or its graph is missing, damaged or of another shape.
     """
     ort = _import()
@@ -123,7 +122,7 @@ def load(config: BackendConfig) -> Backend:
         options = _cuda_options(ort, device_id, config.gpu_memory)
         place = _Place(CUDA_PROVIDER, options, CUDA_CONCURRENCY)
         if config.precision == "float16" and not config.late:
-            # What the graph without padding does in float32 is little, and is to stay that.
+            # Keeps the few float32 operators of the graph without padding exact.
             place = replace(place, options=options | {"use_tf32": "0"})
             return _load_packed(ort, bundle, config, place, "packed", cuda_pin(device_id))
     else:
@@ -145,9 +144,9 @@ def load(config: BackendConfig) -> Backend:
 
 
 def load_twin(config: BackendConfig) -> Backend:
-    """Loads the CPU's twin of the graph without padding, in float32, fed as on a GPU.
+    """Load the CPU's twin of the graph without padding, in float32.
 
-    To check that graph and its inputs where there is no GPU; slower than `load`.
+    It checks that graph and its inputs on hosts without a GPU; it is slower than `load`.
 
     Raises:
         BackendError, ModelError: As `load`.
@@ -161,7 +160,7 @@ def load_twin(config: BackendConfig) -> Backend:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a session runs: its provider, and how many runs at a time."""
+    """A session's provider and concurrency."""
 
     provider: str
     options: dict[str, str]
@@ -173,16 +172,16 @@ class _Place:
 
 
 def _cpu(config: BackendConfig) -> _Place:
-    # Each run has its own thread: one more shares the cores with the others.
+    # Each run has its own thread; an urgent one shares the cores with the others.
     cores = config.threads or len(os.sched_getaffinity(0))
     return _Place(CPU_PROVIDER, {}, cores, urgent_concurrency=1)
 
 
 @functools.cache
 def _one_arena() -> Mapping[str, str]:
-    """What makes all sessions of this process take and give back the same memory for their runs.
+    """Entries by which all sessions of this process share one arena for their runs.
 
-    Blocks run one after the other, and each would keep an arena as large as a whole model's.
+    Blocks run one after the other, and each would else keep an arena as large as a whole model's.
     """
     ort = _import()
     memory = ort.OrtMemoryInfo(
@@ -191,7 +190,7 @@ def _one_arena() -> Mapping[str, str]:
     ort.create_and_register_allocator(memory, None)
     return {
         "session.use_env_allocators": "1",
-        # Weights stay for good: the arena would round their sizes up.
+        # Weights are never freed, and the arena would round up their sizes.
         "session.use_device_allocator_for_initializers": "1",
     }
 
@@ -208,7 +207,7 @@ def _load_packed(
         "float16" if config.precision == "float16" else "float32"
     )
     io = PackedIO.packed(bundle)
-    # ONNX Runtime holds what it needs of these files when the sessions are there.
+    # Loaded sessions no longer need these files.
     try:
         with tempfile.TemporaryDirectory(prefix="fletcher-graph-") as folder:
             graph = write_packed(bundle, Path(folder), precision=precision, attention=attention)
@@ -233,7 +232,7 @@ def _load_packed(
     except OSError as error:
         raise BackendError(
             f"`model` {bundle.name}: its {precision} graph cannot be written to the folder for "
-            f"temporary files ({error.strerror}); make room there, or set TMPDIR"
+            f"temporary files ({error.strerror}); free space there, or set TMPDIR"
         ) from error
 
 
@@ -261,7 +260,7 @@ def _warmed_up(
 
 
 def providers() -> list[str]:
-    """Execution providers that the installed build has.
+    """Execution providers of the installed build.
 
     Raises:
         BackendError: ONNX Runtime is not installed.
@@ -270,7 +269,7 @@ def providers() -> list[str]:
 
 
 def _import() -> Any:
-    # Read when it is imported: it tells its maker of its use over the network unless told not to.
+    # Read at import. Without it, ONNX Runtime reports its use over the network.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
@@ -287,8 +286,9 @@ def _check_precision(precision: str, kind: str) -> None:
     allowed = ["float32", "float16"] if kind == "cuda" else ["float32"]
     if precision not in allowed:
         raise BackendError(
-            f"`precision` is {precision}, onnxruntime on {kind} does {' and '.join(allowed)} only: "
-            f"ask for {allowed[-1]}, or for bfloat16 with `backend` openvino on a CPU",
+            f"`precision` is {precision}, but onnxruntime on {kind} has only "
+            f"{' and '.join(allowed)}; ask for {allowed[-1]}, or for bfloat16 with `backend` "
+            "openvino on a CPU",
             field="precision",
             allowed=allowed,
         )
@@ -301,11 +301,11 @@ def _cuda_options(ort: Any, device_id: int, max_bytes: int) -> dict[str, str]:
             + _INSTALL_GPU,
             field="device",
         )
-    # CUDA and cuDNN come as wheels; nothing else puts their libraries where the loader looks.
+    # CUDA and cuDNN come as wheels, whose libraries the loader does not find by itself.
     ort.preload_dlls()
     options = {
         "device_id": str(device_id),
-        # The default doubles the arena at every step and keeps what it took.
+        # The default doubles the arena at every step and never shrinks it.
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "1",
     }
@@ -317,7 +317,7 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
     session_options = ort.SessionOptions()
     session_options.intra_op_num_threads = 1
     session_options.inter_op_num_threads = 1
-    # Plans are kept by shape; shapes come on a grid, but there are still hundreds.
+    # Plans are kept for each shape, and even on the grid there are hundreds of shapes.
     session_options.enable_mem_pattern = False
     session_options.log_severity_level = 3
     for name, value in place.config.items():
@@ -325,34 +325,34 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
     try:
         session = ort.InferenceSession(str(graph), session_options, providers=[(provider, options)])
     except Exception as error:
-        # Whatever is wrong, it says so in C++ exceptions of a dozen kinds.
+        # Errors are C++ exceptions of a dozen kinds.
         if is_out_of_memory(error):
             raise BackendError(
-                f"`model` {bundle.name} does not fit the device's memory that it may take; where "
-                "they are set, raise `gpu_memory` or lower `replicas_per_device`, else make room "
-                f"there ({_first_line(error)})",
+                f"`model` {bundle.name} does not fit into the device's memory; raise `gpu_memory` "
+                "or lower `replicas_per_device` if they are set, else free memory there "
+                f"({_first_line(error)})",
                 field="model",
             ) from error
         if provider == CUDA_PROVIDER and "CUDA" in str(error):
             raise BackendError(f"`device` cuda cannot be used: {error}", field="device") from error
         raise ModelError(
             f"`model` {bundle.name}: {graph.name} cannot be loaded, it is damaged or made "
-            f"for another ONNX Runtime ({_first_line(error)}); `fletcher model verify "
-            f"{bundle.qualified_name}` tells, adding the model again repairs it",
+            f"for another ONNX Runtime ({_first_line(error)}); check it with `fletcher model "
+            f"verify {bundle.qualified_name}`, or add the model again",
             field="model",
         ) from error
     loaded = session.get_providers()
     if provider not in loaded:
-        # ONNX Runtime would go on with the CPU, an order of magnitude slower, and say nothing.
+        # ONNX Runtime would silently use the CPU, an order of magnitude slower.
         raise BackendError(
-            f"`device` asks for {provider}, ONNX Runtime loaded only {', '.join(loaded)}; its "
-            "CUDA 13 and cuDNN 9 libraries or the driver are missing: " + _INSTALL_GPU,
+            f"`device` needs {provider}, but ONNX Runtime loaded only {', '.join(loaded)}: its "
+            "CUDA 13 and cuDNN 9 libraries or the driver are missing; " + _INSTALL_GPU,
             field="device",
         )
     return session
 
 
 def _first_line(error: Exception) -> str:
-    # The message names the file with its path, which does not leave the server.
+    # Drops the file's path, which must not leave the server.
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return " ".join(word for word in text.split() if "/" not in word)[:200]

@@ -1,4 +1,4 @@
-"""OpenVINO as a backend on the CPU; the one module that imports it."""
+"""OpenVINO as a backend on the CPU."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
-from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.models.onnx.graph import HANDED_ON
+from fletcher.models.bundle.bundle import HANDED_ON, ModelBundle
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -28,18 +27,17 @@ _DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32}
 
 
 class OpenVinoBackend:
-    """A compiled model, or two copies of it; use `load` or `load_inline`.
+    """Backend with one or two compiled copies of a model; use `load` or `load_inline`.
 
-    OpenVINO has as many streams as cores at most, and a run that comes when they are taken waits
-    for one to end. So a second copy of the model, of a single stream, takes such runs, and shares
-    the cores with the others.
+    OpenVINO has at most one stream for each core, and a run waits while all are busy. So urgent
+    runs have a second copy with a single stream, which shares the cores with the others.
 
     Args:
         streams: A request for each stream and each of the model's blocks.
-        priority: The same of the second copy.
+        priority: The same for the second copy.
         io: The graph's inputs and outputs.
-        tensor: OpenVINO's class.
-        description: For `describe`.
+        tensor: OpenVINO's class `Tensor`.
+        description: Result of `describe`.
     """
 
     def __init__(
@@ -53,13 +51,13 @@ class OpenVinoBackend:
         self.concurrency, self.urgent_concurrency = len(streams), len(priority)
         self._io = io
         self._tensor = tensor
-        # A request holds one run's tensors: these are free.
+        # Requests hold the tensors of a run; these lists have the idle ones.
         self._streams, self._priority = streams, priority
         self._changed = threading.Condition()
         self._description = description
 
     def run(self, batch: MicroBatch) -> InferenceResult:
-        """Embeds one micro-batch; safe from several threads at once.
+        """Embed one micro-batch. Thread-safe.
 
         Raises:
             BackendError: OpenVINO failed.
@@ -68,7 +66,7 @@ class OpenVinoBackend:
             return self._run(requests, batch)
 
     def warm_up(self, batches: Iterable[MicroBatch]) -> None:
-        """Compiles what these batches need, in all copies.
+        """Run micro-batches in all copies, which compiles what they need.
 
         Raises:
             BackendError: OpenVINO failed.
@@ -90,7 +88,7 @@ class OpenVinoBackend:
                 feeds = self._io.next_feeds(feeds, request.get_tensor(HANDED_ON))
             _infer(last, feeds)
             compute_s = time.perf_counter() - started
-            # Copied: the request's own tensors are written again by the next run.
+            # Copied, because the next run overwrites the request's tensors.
             outputs = [last.get_tensor(name).data.copy() for name in self._io.outputs]
         except Exception as error:
             raise BackendError(f"OpenVINO failed on {mask.shape} tokens: {error}") from error
@@ -98,7 +96,7 @@ class OpenVinoBackend:
 
     @contextlib.contextmanager
     def _requests(self) -> Iterator[list[Any]]:
-        """A request of each segment that nobody else has, of a stream if one is free."""
+        """Reserve an idle request of each block, in the first copy if possible."""
         with self._changed:
             while not (self._streams or self._priority):
                 self._changed.wait()
@@ -116,10 +114,10 @@ class OpenVinoBackend:
 
 
 def load(config: BackendConfig) -> OpenVinoBackend:
-    """Compiles and warms up a bundle's graph, one stream a core and another for urgent runs.
+    """Load a bundle's graph with a stream for each core, and one for urgent runs.
 
     Raises:
-        BackendError: OpenVINO is not there, or cannot do that precision here.
+        BackendError: OpenVINO is missing, or lacks the precision on this CPU.
         ModelError: The bundle or its graph is missing, damaged or of another shape.
     """
     cores = config.threads or len(os.sched_getaffinity(0))
@@ -127,10 +125,10 @@ def load(config: BackendConfig) -> OpenVinoBackend:
 
 
 def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
-    """The same for runs that come one at a time when there is no other: they have two cores each.
+    """As `load`, for one run at a time, on two cores; None on a single core.
 
-    None where there is one core. Streams of a core each would leave the second one idle. More than
-    two have not been measured.
+    With a stream for each core, a single run would leave the second core idle. More than two cores
+    for a run have not been measured.
 
     Raises:
         BackendError, ModelError: As `load`.
@@ -142,13 +140,13 @@ def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
 def _load(
     config: BackendConfig, *, streams: tuple[int, int], priority: tuple[int, int] | None = None
 ) -> OpenVinoBackend:
-    """Copies of a model, each of so many streams on so many cores."""
+    """Load copies of a model, each with a number of streams and of cores."""
     openvino = _import()
     bundle = ModelBundle.from_folder(Path(config.bundle))
     hint = PRECISION_HINTS.get(config.precision)
     if hint is None or config.device != "cpu":
         raise BackendError(
-            f"`backend` openvino does float32 and bfloat16 on the CPU, not {config.precision} on "
+            f"`backend` openvino has float32 and bfloat16 on the CPU, not {config.precision} on "
             f"{config.device}",
             field="precision" if hint is None else "device",
             allowed=sorted(PRECISION_HINTS) if hint is None else ["cpu"],
@@ -188,7 +186,7 @@ def _load(
 
 
 def devices() -> dict[str, list[str]]:
-    """OpenVINO's devices, and the precisions and abilities that each claims.
+    """OpenVINO's devices, each with its precisions and other capabilities.
 
     Raises:
         BackendError: OpenVINO is not installed.
@@ -201,7 +199,7 @@ def devices() -> dict[str, list[str]]:
 
 
 def _import() -> Any:
-    # It tells its maker of each import over the network, unless the module that does is missing.
+    # Without this entry, OpenVINO reports each import over the network.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino
@@ -214,9 +212,10 @@ def _import() -> Any:
 
 
 def _infer(request: Any, feeds: Mapping[str, Any]) -> None:
-    """As `request.infer`, which looks at all that inputs might be, and copies outputs.
+    """Run a request.
 
-    That takes a tenth of a short text's time.
+    `request.infer` would check the inputs' types and copy the outputs, which takes a tenth of a
+    short text's time.
     """
     for name, tensor in feeds.items():
         request.set_tensor(name, tensor)
@@ -227,21 +226,20 @@ def _infer(request: Any, feeds: Mapping[str, Any]) -> None:
 def _compile(
     core: Any, bundle: ModelBundle, graph: Path, hint: str, sizes: Sequence[tuple[int, int]]
 ) -> list[Any]:
-    """Copies of a graph, each for so many runs at a time on so many cores."""
+    """Compile copies of a graph, each with a number of streams and of cores."""
     try:
         model = core.read_model(str(graph))
     except Exception as error:
         raise ModelError(
-            f"`model` {bundle.name}: {graph.name} cannot be read by OpenVINO, it is damaged "
-            "or uses what OpenVINO lacks; `fletcher model verify "
-            f"{bundle.qualified_name}` tells, adding the model again repairs it, `backend` "
-            "onnxruntime may run it",
+            f"`model` {bundle.name}: OpenVINO cannot read {graph.name}, which is damaged or has "
+            "operators that OpenVINO lacks; check it with `fletcher model verify "
+            f"{bundle.qualified_name}`, add the model again, or ask for `backend` onnxruntime",
             field="model",
         ) from error
     options = {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": hint,
-        # Every process would pin to the same first cores, and Fletcher runs several.
+        # Each of Fletcher's processes would pin its threads to the same first cores.
         "ENABLE_CPU_PINNING": False,
     }
     try:
@@ -256,10 +254,10 @@ def _compile(
             field="backend",
         ) from error
     if actual != hint:
-        # It would go on in float32 and say nothing.
+        # OpenVINO would silently use another precision.
         raise BackendError(
-            f"`precision` bfloat16 is not there on this CPU, OpenVINO would run {actual}; "
-            "ask for float32",
+            f"`precision` is bfloat16, which this CPU lacks: OpenVINO would run {actual}; ask for "
+            "float32",
             field="precision",
             allowed=["float32"],
         )

@@ -1,4 +1,4 @@
-"""A micro-batch as the graphs without padding take it, see `models.packed`."""
+"""Inputs and outputs of graphs without padding, see `models.onnx.packed`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fletcher.models.onnx.packed import INPUTS
 
 
 class PackedIO(GraphIO):
-    """GraphIO whose inputs hold tokens only; use `packed`."""
+    """GraphIO without padding; use `packed`."""
 
     @classmethod
     def packed(cls, bundle: ModelBundle) -> PackedIO:
-        """What the graph of `write_packed` takes and gives."""
+        """Inputs and outputs of a graph by `write_packed`."""
         return cls(
             inputs=INPUTS,
             dtypes=dict.fromkeys(INPUTS, np.int32),
@@ -33,7 +33,7 @@ class PackedIO(GraphIO):
         )
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
-        """The four inputs, int32, and the mask [num_rows, longest] of where tokens would stand.
+        """The four inputs, int32, and the mask of tokens, [num_rows, longest].
 
         Raises:
             ValueError: A row is longer than `max_length`.
@@ -42,9 +42,9 @@ class PackedIO(GraphIO):
         return self._arrays(batch, mask), mask
 
     def filled(self, input_ids: Int32Array, num_tokens: int) -> dict[str, npt.NDArray[Any]]:
-        """The four inputs of one text and a row of padding: `num_tokens` together, at least 1 each.
+        """The four inputs of one text and a row of padding, with `num_tokens` together.
 
-        Their shapes depend on `num_tokens` alone.
+        Each row has at least 1 token. The shapes depend only on `num_tokens`.
         """
         rest = num_tokens - len(input_ids)
         padding = np.full(rest, self.pad_token_id, np.int32)

@@ -281,11 +281,11 @@ class InferenceStage(_Stage):
         task.span.end(error)
         window, rows = task.planned.window, task.planned.rows
         if error is not None:
-            window.settle(rows, as_fletcher_error(error))
+            window.take_result(rows, as_fletcher_error(error))
             return
         assert isinstance(result, InferenceResult)
         self._usage.count_run(job.worker, job.payload.lengths, result)
-        window.settle(rows, result)
+        window.take_result(rows, result)
 
     def _next_interactive(self) -> list[StreamTicket]:
         with self._changed:
@@ -335,7 +335,7 @@ class InferenceStage(_Stage):
                 continue
             ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
             if not window.row_sets:
-                window.finish()
+                window.finish_tickets()
 
     def _plan(self, lengths: Int32Array) -> list[Int64Array]:
         return self._batching.plan(lengths, self._num_runners())

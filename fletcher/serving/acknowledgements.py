@@ -1,4 +1,4 @@
-"""Which received batches of an upload are due to be acknowledged."""
+"""Queue of an upload's received batches, until they are acknowledged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class AckQueue:
-    """Received batches of one connection that are not acknowledged yet. Not thread-safe.
+    """Unacknowledged batches of one connection. Not thread-safe.
 
     Batches are acknowledged in the order of receipt, as soon as all their rows are covered. One
     acknowledgement stands for every batch up to its own, so a slow reader gets fewer of them, and
@@ -25,7 +25,7 @@ class AckQueue:
         self._batches: deque[tuple[int, int, int]] = deque()
 
     def append_batch(self, batch_id: int, row_first: int, row_last: int) -> None:
-        """A batch was received and all its rows were submitted."""
+        """Add a batch that was received and submitted."""
         self._batches.append((batch_id, row_first, row_last))
 
     @property
@@ -34,7 +34,7 @@ class AckQueue:
         return bool(self._batches) and self._covers(*self._batches[0][1:])
 
     def next_ack(self, counts: Callable[[], dict[str, int]]) -> dict[str, Any] | None:
-        """The acknowledgement of all batches that are due, or None if none is.
+        """Acknowledgement of all batches that are due; None if there are none.
 
         Args:
             counts: Gives the upload's cumulative `rows_*`.

@@ -1,4 +1,4 @@
-"""Admission of calls: how many there may be, and which are refused under load."""
+"""Admission of calls: limits on their number, and refusals under load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CALLS_PER_STREAM = 8
 
 @dataclass(frozen=True, slots=True)
 class RetryHints:
-    """When refused clients are told to try again.
+    """Delays after which refused clients should try again.
 
     Attributes:
         overloaded_ms: All streams are taken.
@@ -32,7 +32,9 @@ class RetryHints:
 
 
 class Admission:
-    """Limits open streams, and refuses new calls while draining or under severe load. Thread-safe.
+    """Gate for new calls, closed while draining and to bulk work under severe load.
+
+    Thread-safe. The number of open streams is limited.
 
     Args:
         max_streams: Calls that may embed at the same time.
@@ -70,10 +72,10 @@ class Admission:
         return self._num_streams / self._max_streams
 
     def check_draining(self) -> None:
-        """Refuses new work while the server shuts down.
+        """Refuse new work while the server shuts down.
 
         Raises:
-            DrainingError: It does.
+            DrainingError: The server is shutting down.
         """
         if self.draining.is_set():
             raise DrainingError(
@@ -83,7 +85,7 @@ class Admission:
 
     @contextmanager
     def begin_call(self) -> Iterator[None]:
-        """Counts a call that may wait for its client's first message, without a stream.
+        """Count a call while the body runs, before it opens a stream.
 
         Raises:
             DrainingError: The server is shutting down.
@@ -106,7 +108,9 @@ class Admission:
 
     @contextmanager
     def admit(self, embedder: Embedder, *, bulk: bool) -> Iterator[None]:
-        """Opens a stream while the body runs. An admitted call is slowed down, never refused.
+        """Count a stream as open while the body runs.
+
+        An admitted call may be slowed down, but is not refused later.
 
         Args:
             embedder: The model's pipeline.
@@ -140,6 +144,6 @@ class Admission:
                 self._changed.notify_all()
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Waits until no stream is open; False after `timeout_s`."""
+        """Wait until no stream is open; False after `timeout_s` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._num_streams == 0, timeout_s)

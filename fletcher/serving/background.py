@@ -1,4 +1,4 @@
-"""A thread that works beside a call's own thread."""
+"""Work of a call on a second thread."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class BackgroundTask:
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits for the thread's end; `error` says how that was."""
+        """Wait for the thread's end, and leave its error in `error`."""
         self._thread.join()
 
     def join(self) -> None:
-        """Waits for the thread's end, and raises its error."""
+        """Wait for the thread's end, and raise its error."""
         self._thread.join()
         if self.error is not None:
             raise self.error

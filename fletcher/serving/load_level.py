@@ -1,15 +1,17 @@
-"""How hard the house is pressed, in three grades, and what each of them changes.
+"""Load level of the server: `normal`, `moderate` or `severe`.
 
-`normal`: nothing. `moderate`: there is plenty to do, so bulk work is planned in larger windows,
-which lose less to padding and answer later. `severe`: bulk streams leave half of the common memory
-free, and new ones are refused with a hint; interactive work goes on, and what was accepted stays
-accepted.
+| level | meaning | effect |
+|---|---|---|
+| `normal` | there is room | none |
+| `moderate` | much work waits | bulk work is planned in larger batch windows, which pad less and answer later |
+| `severe` | waiting does not help | bulk streams leave half of the shared memory free, and new ones are refused |
+
+Interactive work and accepted uploads go on under `severe`.
 
 Full memory alone is not severe: one fast upload fills it on every healthy server, and a second one
-takes its turns beside it. Severe is what waiting does not mend: the store is away and what holds
-its rows meanwhile is nearly full, the places for streams are nearly taken, or most streams have
-waited very long for memory.
-"""
+shares it. Severe is a store that does not answer while the place for its rows is nearly full, a
+server with nearly as many streams as it allows, or most streams waiting very long for memory.
+"""  # noqa: E501 - a table
 
 from __future__ import annotations
 
@@ -31,12 +33,12 @@ _LEAVE_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class LoadTiming:
-    """When the load level is looked at and left.
+    """Intervals of sampling and leaving a load level.
 
     Attributes:
-        leave_after_s: How long signals must be lower before a level is left: one upload lets the
-            use of memory swing with every row slice.
-        interval_s: Between two looks.
+        leave_after_s: How long signals must stay lower before a level is left. One upload makes
+            the use of memory swing with every row slice.
+        interval_s: Interval between two samples.
     """
 
     leave_after_s: float = 3.0
@@ -44,7 +46,7 @@ class LoadTiming:
 
 
 class LoadLevel(IntEnum):
-    """From no pressure to much."""
+    """Load of the server, lowest first."""
 
     NORMAL = 0
     MODERATE = 1
@@ -52,40 +54,40 @@ class LoadLevel(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Signals:
-    """What pressure is told by; shares are from 0 to 1.
+class LoadSignals:
+    """Inputs of the load level; shares are from 0 to 1.
 
     Attributes:
-        memory: Share of the memory budget in use.
-        streams: Share of the places for streams that are taken.
-        starving: Share of the open streams that have waited very long for memory; 0 where only
-            one has, which has but itself to wait for.
-        journal: Share of the journal's bytes in use; None: there is no journal.
-        store_away: A store has failed and not answered since.
-        queue: Tokens that wait unplanned, in windows.
+        memory: Share of the shared memory in use.
+        streams: Share of the streams allowed that are open.
+        starving: Share of the open streams that have waited very long for memory; 0 if only one
+            has, because it waits for itself.
+        journal: Share of the journal's bytes in use; None without a journal.
+        store_unavailable: A store has failed and not answered since.
+        queue: Tokens that wait to be planned, in batch windows.
     """
 
     memory: float = 0.0
     streams: float = 0.0
     starving: float = 0.0
     journal: float | None = None
-    store_away: bool = False
+    store_unavailable: bool = False
     queue: float = 0.0
 
 
-def judge(signals: Signals, share: float = 1.0) -> tuple[LoadLevel, str]:
-    """The grade that the signals stand for, and the reason in words.
+def classify_load(signals: LoadSignals, share: float = 1.0) -> tuple[LoadLevel, str]:
+    """The level that signals stand for, and the reason in words.
 
     Args:
-        signals: As they are now.
-        share: Of each threshold, what is enough.
+        signals: One sample.
+        share: Factor on every threshold.
     """
     held = signals.memory if signals.journal is None else signals.journal
     where = "the memory" if signals.journal is None else "the journal"
     severe = (
         (
-            signals.store_away and held >= 0.9 * share,
-            f"a store is away and {where} for its rows is {held:.0%} full",
+            signals.store_unavailable and held >= 0.9 * share,
+            f"a store is unavailable and {where} for its rows is {held:.0%} full",
         ),
         (signals.streams >= 0.9 * share, f"{signals.streams:.0%} of the streams are open"),
         (signals.starving >= 0.5 * share, f"{signals.starving:.0%} of the streams starve"),
@@ -96,27 +98,31 @@ def judge(signals: Signals, share: float = 1.0) -> tuple[LoadLevel, str]:
         (signals.memory >= 0.75 * share, f"{signals.memory:.0%} of the memory is in use"),
         (held >= 0.75 * share, f"{where} for the stores' rows is {held:.0%} full"),
     )
-    for grade, reasons in ((LoadLevel.SEVERE, severe), (LoadLevel.MODERATE, moderate)):
+    for level, reasons in ((LoadLevel.SEVERE, severe), (LoadLevel.MODERATE, moderate)):
         for holds, reason in reasons:
             if holds:
-                return grade, reason
+                return level, reason
     return LoadLevel.NORMAL, "there is room"
 
 
 class LoadMonitor:
-    """The grade now: entered at once, left with hesitation, logged and counted. Thread-safe.
+    """The current load level: entered at once, left after a delay. Thread-safe.
 
     Args:
-        sample: Tells the signals; called by `observe` alone, must not block.
-        telemetry: Where the grade and the seconds spent in each are shown.
-        on_change: Told each new grade, in their order; must not observe.
-        clock: Seconds that only grow.
+        sample: Gives the signals; must not block.
+        telemetry: Gets the level, and the seconds spent in each level.
+        on_change: Called with each new level, in order; must not call `observe`.
+        clock: Monotonic clock, in seconds.
         timing: Intervals.
+
+    Attributes:
+        level: The current level.
+        reason: Why, in words.
     """
 
     def __init__(
         self,
-        sample: Callable[[], Signals],
+        sample: Callable[[], LoadSignals],
         telemetry: Telemetry,
         on_change: Callable[[LoadLevel], None],
         clock: Callable[[], float] = time.monotonic,
@@ -131,12 +137,20 @@ class LoadMonitor:
         self._clock = clock
         self._lock = threading.Lock()
         self._since = self._observed = clock()
-        self._calm_since: float | None = None
-        self._stopped = threading.Event()
+        self._lower_since: float | None = None
+        self._closed = threading.Event()
         telemetry.pressure_grade.observe(lambda: self.level)
 
+    def start(self) -> None:
+        """Start a thread that observes until `close`."""
+        threading.Thread(target=self._run, name="load", daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._closed.set()
+
     def observe(self) -> LoadLevel:
-        """Takes the signals as they are now, and tells the grade that follows."""
+        """Take a sample and return the level that follows from it."""
         signals = self._sample()
         with self._lock:
             now = self._clock()
@@ -144,30 +158,22 @@ class LoadMonitor:
             self._telemetry.pressure_time.add(now - self._observed, grade=name)
             self._observed = now
             before = self.level
-            grade, self.reason = self._next(signals, now)
-            if grade is before:
-                return grade
-            self.level, self._since, self._calm_since = grade, now, None
+            level, self.reason = self._next_level(signals, now)
+            if level is before:
+                return level
+            self.level, self._since, self._lower_since = level, now, None
             log.log(
-                logging.WARNING if LoadLevel.SEVERE in (grade, before) else logging.INFO,
-                "pressure: %s after %s: %s",
-                grade.name.lower(),
+                logging.WARNING if LoadLevel.SEVERE in (level, before) else logging.INFO,
+                "load level: %s after %s: %s",
+                level.name.lower(),
                 before.name.lower(),
                 self.reason,
             )
-            self._on_change(grade)
-            return grade
-
-    def start(self) -> None:
-        """Observes from now on, in a thread of its own, until `stop`."""
-        threading.Thread(target=self._watch, name="pressure", daemon=True).start()
-
-    def close(self) -> None:
-        """Ends `watch`. Idempotent."""
-        self._stopped.set()
+            self._on_change(level)
+            return level
 
     def statistics(self) -> dict[str, Any]:
-        """The grade, since when and why."""
+        """The level (`grade` on the wire), its age in seconds, and its reason."""
         with self._lock:
             return {
                 "grade": self.level.name.lower(),
@@ -175,24 +181,24 @@ class LoadMonitor:
                 "reason": self.reason,
             }
 
-    def _next(self, signals: Signals, now: float) -> tuple[LoadLevel, str]:
-        grade, reason = judge(signals)
-        if grade >= self.level:
-            self._calm_since = None
-            return grade, reason
-        lingering, why = judge(signals, _LEAVE_SHARE)
-        if lingering >= self.level:
-            self._calm_since = None
+    def _next_level(self, signals: LoadSignals, now: float) -> tuple[LoadLevel, str]:
+        level, reason = classify_load(signals)
+        if level >= self.level:
+            self._lower_since = None
+            return level, reason
+        lowered, why = classify_load(signals, _LEAVE_SHARE)
+        if lowered >= self.level:
+            self._lower_since = None
             return self.level, why
-        if self._calm_since is None:
-            self._calm_since = now
-        if now - self._calm_since < self.timing.leave_after_s:
+        if self._lower_since is None:
+            self._lower_since = now
+        if now - self._lower_since < self.timing.leave_after_s:
             return self.level, self.reason
-        return lingering, why
+        return lowered, why
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(self.timing.interval_s):
+    def _run(self) -> None:
+        while not self._closed.wait(self.timing.interval_s):
             try:
                 self.observe()
             except Exception:
-                log.exception("the pressure cannot be told")
+                log.exception("the load level cannot be determined")

@@ -98,7 +98,9 @@ class ModelLifecycle:
         timeout_s: float = float("inf"),
         retry_failed: bool = False,
     ) -> ModelVersion:
-        """The version that `choose` gives, once it is loaded. The caller holds `changed`.
+        """Wait until the version that `choose` gives is loaded.
+
+        The caller holds `changed`.
 
         Args:
             choose: Called again after every change.
@@ -136,7 +138,7 @@ class ModelLifecycle:
             self.changed.wait(self.timing.poll_s)
 
     def load_at_start(self, versions: Iterable[ModelVersion]) -> None:
-        """Loads versions on this thread while memory lasts, the first one in any case.
+        """Load versions on this thread while memory lasts, the first in any case.
 
         Raises:
             FletcherError: A version does not run here.
@@ -156,7 +158,7 @@ class ModelLifecycle:
             threading.Thread(target=self._watch_memory, name="models", daemon=True).start()
 
     def retire(self, version: ModelVersion, *, returns: bool, force: bool = False) -> None:
-        """Ends new calls to a version. The caller holds `changed`.
+        """Refuse new calls to a version. The caller holds `changed`.
 
         Args:
             version: Which one.
@@ -167,7 +169,7 @@ class ModelLifecycle:
         self.close_unused(version, force=force)
 
     def close_unused(self, version: ModelVersion, *, force: bool = False) -> None:
-        """Closes a retiring version that no call holds. The caller holds `changed`."""
+        """Close a retiring version that no call holds. The caller holds `changed`."""
         unused = force or not version.num_calls
         if version.state == "retiring" and unused and not version.closing:
             version.closing = True
@@ -175,7 +177,7 @@ class ModelLifecycle:
         self.changed.notify_all()
 
     def measure_memory(self) -> None:
-        """Measures the memory of models, unless that was done a moment ago."""
+        """Measure the memory of models, unless that was done a moment ago."""
         for one in self.running():
             model = one.model
             if model is not None and self.clock() - one.measured >= self.timing.measure_s:
@@ -183,7 +185,7 @@ class ModelLifecycle:
                 one.memory_bytes = model.embedder.memory_bytes() or one.memory_bytes
 
     def unload_excess(self) -> None:
-        """Retires idle models until the others fit the limit; the last used one stays."""
+        """Retire idle models until the others fit; keep the one used last."""
         self.measure_memory()
         with self.changed:
             ready = [one for one in self.versions.values() if one.state == "ready"]
@@ -193,7 +195,7 @@ class ModelLifecycle:
                     self.retire(one, returns=True)
 
     def close(self) -> None:
-        """Ends all models. Idempotent."""
+        """End all models. Idempotent."""
         with self.changed:
             self._closed.set()
             self.changed.notify_all()
@@ -219,7 +221,7 @@ class ModelLifecycle:
         self.unload_excess()
 
     def _load(self, version: ModelVersion) -> None:
-        """Makes a version ready, or notes why it is not. Never raises."""
+        """Make a version ready, or note why it is not. Never raises."""
         model: ServedModel | None = None
         started = self.clock()
         try:
@@ -283,7 +285,7 @@ class ModelLifecycle:
         )
 
     def _make_room(self, version: ModelVersion) -> None:
-        """Waits until a version fits beside the others, of which idle ones are retired.
+        """Wait until a version fits beside the others; retire idle ones for it.
 
         Raises:
             OverloadedError: The others were in use for too long.

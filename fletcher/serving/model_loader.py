@@ -1,4 +1,4 @@
-"""From a bundle to a model that runs: which engine, how many workers, how much at once."""
+"""Loading of a model: engine, worker processes, batching and limits for a bundle."""
 
 from __future__ import annotations
 
@@ -41,34 +41,36 @@ _WINDOW_RUNS = 64
 
 @dataclass(frozen=True, slots=True)
 class ModelLoader:
-    """Starts models, each with workers of its own.
+    """Starts models, each with its own workers.
 
     Attributes:
-        config: How models are run.
-        registry: Where they are.
-        host: What there is to run them.
-        budget: Memory for the streams of all of them.
-        telemetry: Where counts, durations and spans go.
-        under_pressure: Whether there is so much to do that batch windows should be larger.
-        backend: Where vectors of texts embedded before are kept; None: they are not.
+        config: Options of the server.
+        host: Processors and devices of this machine.
+        budget: Memory for the streams of all models.
+        telemetry: Receives counts, durations and spans.
+        under_pressure: Whether the load is so high that batch windows should be larger.
+        backend: Storage of the embedding cache; None: no cache.
     """
 
     config: ServeConfig
-    registry: Registry
     host: HostInfo
     budget: MemoryBudget
     telemetry: Telemetry
     under_pressure: Callable[[], bool]
     backend: CacheBackend | None
 
+    @property
+    def _registry(self) -> Registry:
+        return Registry(self.config.home / "models")
+
     def find_bundle(self, name: str) -> ModelBundle:
         """See `fletcher.serving.model_versions.ModelSource`."""
-        return self.registry.get_model(name)
+        return self._registry.get_model(name)
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
         """See `fletcher.serving.model_versions.ModelSource`."""
-        # A flipped bit in the weights makes plausible vectors that are wrong for good.
-        bundle = self.registry.verify_model(bundle.qualified_name)
+        # A flipped bit in the weights would make plausible vectors that are wrong.
+        bundle = self._registry.verify_model(bundle.qualified_name)
         decision, standby = _decide(self.config, bundle, self.host)
         embedder = self._embedder(bundle, decision.configs, standby)
         embedder.start()
@@ -121,7 +123,7 @@ class ModelLoader:
     def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
         if self.backend is None or bundle.output != "dense":  # entries are of one size
             return None
-        # Engines and precisions give vectors that differ in their last digits.
+        # Vectors of engines and precisions differ in their last digits.
         engines = {
             f"{one.backend} {one.device.partition(':')[0]} {one.precision}" for one in replicas
         }
@@ -141,7 +143,7 @@ def _inline_model(bundle: ModelBundle, null: bool, replica: BackendConfig) -> In
 
 
 def open_cache_backend(config: CacheConfig) -> CacheBackend | None:
-    """Where the vectors of all models are kept for texts that come again; None: not at all.
+    """The storage of the embedding cache of all models; None: no cache.
 
     Raises:
         ConfigError: The folder cannot be used.
@@ -156,7 +158,7 @@ def open_cache_backend(config: CacheConfig) -> CacheBackend | None:
 def _decide(
     config: ServeConfig, bundle: ModelBundle, host: HostInfo
 ) -> tuple[Decision, list[BackendConfig]]:
-    """What runs, and what stands by for when no GPU is left."""
+    """The replicas to run, and standby replicas for the time when no GPU works."""
     try:
         decision = decide(config.home, config.engine, host, bundle)
     except BackendError as error:
@@ -172,7 +174,7 @@ def _decide(
 
 
 def _on_cpu(config: EngineConfig, bundle: ModelBundle, host: HostInfo) -> Decision:
-    """The CPU in a GPU's place: float32, as near to the GPU's vectors as it gets."""
+    """The CPU instead of a GPU, in float32: its vectors are nearest to the GPU's."""
     backend = "null" if config.backend == "null" else "auto"
     asked = EngineConfig(device="cpu", backend=backend, precision="float32", threads=config.threads)
     rule = resolve_replicas(asked, host, bundle)
@@ -181,14 +183,14 @@ def _on_cpu(config: EngineConfig, bundle: ModelBundle, host: HostInfo) -> Decisi
 
 
 def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
-    """The slowest do 8,000 texts/s on a core: one feeds a CPU's model, a GPU wants them all."""
+    """Number of tokenizer processes: one does 8,000 texts/s, a GPU needs all cores."""
     on_gpu = any(one.device.startswith("cuda") for one in replicas)
     return max(1, cores - 1) if on_gpu else max(1, cores // 8)
 
 
 def _limits(config: LimitsConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
-    """Pieces that fit a stream's reserve, so that no stream waits for another's memory."""
-    # In the window and as output, float32 each, and the small columns.
+    """Bounds of row slices, which must fit the memory that is reserved for a stream."""
+    # In the batch window and as output, float32 each, and the small columns.
     bytes_per_row = 8 * bundle.width * bundle.max_vectors + COLUMN_BYTES
     slice_bytes = reserve_bytes // 8  # a text is held up to three times: 3/8 of the reserve
     return IntakeLimits(
@@ -196,7 +198,7 @@ def _limits(config: LimitsConfig, bundle: ModelBundle, reserve_bytes: int) -> In
         max_row_bytes=config.max_row_bytes,
         slice_rows=max(16, min(MAX_SLICE_ROWS, reserve_bytes // 2 // bytes_per_row)),
         slice_bytes=max(4096, slice_bytes),
-        # Where rows have several vectors there is no table of them to look rows up in.
+        # Rows with several vectors have no table of vectors to look rows up in.
         table_values=32 * 2**20 // (4 * bundle.dim) if bundle.output == "dense" else 0,
         bytes_per_row=bytes_per_row,
     )

@@ -31,7 +31,7 @@ def _never() -> bool:
 
 
 class ModelManager:
-    """Leases models to calls, and loads, swaps and unloads them. Thread-safe.
+    """Models by name: leases for calls, changes by operators. Thread-safe.
 
     Args:
         source: Installed models.
@@ -61,7 +61,7 @@ class ModelManager:
         self._aliases: dict[str, Alias] = {}
 
     def start(self, names: Iterable[str], aliases: Iterable[Alias] = ()) -> None:
-        """Loads models while memory lasts, the default first; the others on demand.
+        """Load models while memory lasts, the default first; others on demand.
 
         Raises:
             FletcherError: A model is not installed or does not run here, or an alias names an
@@ -81,7 +81,7 @@ class ModelManager:
         self._lifecycle.load_at_start(dict.fromkeys(versions))
 
     def close(self) -> None:
-        """Ends all models. Idempotent."""
+        """End all models. Idempotent."""
         self._lifecycle.close()
 
     # For calls.
@@ -95,7 +95,7 @@ class ModelManager:
         dataset_model: str | None = None,
         is_cancelled: IsCancelled = _never,
     ) -> Iterator[ServedModel]:
-        """The model that a name stands for, which stays loaded while the body runs.
+        """Keep the model that a name stands for loaded while the body runs.
 
         A model that is not loaded is loaded first, and the call waits for it, but not forever.
 
@@ -137,7 +137,7 @@ class ModelManager:
     # For operators.
 
     def load_model(self, name: str, is_cancelled: IsCancelled = _never) -> str:
-        """Loads a model, and returns its `name@hash` when it is ready.
+        """Load a model, and return its `name@hash` when it is ready.
 
         If its name stands for another version already, both run side by side.
 
@@ -155,7 +155,7 @@ class ModelManager:
             return version.name
 
     def swap_model(self, name: str, is_cancelled: IsCancelled = _never) -> str:
-        """Lets a name stand for the version installed under it, or for `name@hash`.
+        """Let a name stand for the version installed under it, or for `name@hash`.
 
         New calls get that version as soon as it is ready. Calls that began before end with the old
         one, which then retires unless an alias names it. If the new version cannot be loaded,
@@ -176,7 +176,7 @@ class ModelManager:
             return version.name
 
     def unload_model(self, name: str, *, force: bool = False) -> str:
-        """Takes a version out of service, and returns its `name@hash`.
+        """Take a version out of service, and return its `name@hash`.
 
         Args:
             name: A `name`, or a version as `name@hash`.
@@ -207,7 +207,7 @@ class ModelManager:
             return version.name
 
     def set_alias(self, alias: Alias) -> None:
-        """Divides calls for a name between models, instead of what the alias said before.
+        """Divide calls for a name between models; replaces the alias' models.
 
         Raises:
             UnknownModelError: One of the models does not run.
@@ -225,7 +225,7 @@ class ModelManager:
             log.info("alias %s: %s", alias.name, alias.shares)
 
     def remove_alias(self, name: str) -> None:
-        """Removes an alias.
+        """Remove an alias.
 
         Raises:
             InvalidCommandError: There is no such alias.
@@ -243,7 +243,7 @@ class ModelManager:
 
     @property
     def default(self) -> ModelVersion:
-        """The version for commands that name no model; the first one of a default alias."""
+        """Version for commands that name no model; the first of a default alias."""
         with self._changed:
             alias = self._aliases.get(DEFAULT_ALIAS)
             return self._find_version(alias.targets[0][0] if alias else self._default)
@@ -317,7 +317,7 @@ class ModelManager:
                 version = self._find_version(target)
                 if version.name == dataset_model:
                     return version
-        return self._find_version(alias.pick(key))
+        return self._find_version(alias.pick_target(key))
 
     def _find_version(self, name: str) -> ModelVersion:
         version = self._current.get(name) or self._lifecycle.versions.get(name)
@@ -334,7 +334,7 @@ class ModelManager:
         )
 
     def _load_version(self, bundle: ModelBundle, is_cancelled: IsCancelled) -> ModelVersion:
-        """The version of an installed bundle, once it is ready."""
+        """Load the version of an installed bundle."""
         if self._lifecycle.version_of(bundle).is_outdated(bundle):
             raise InvalidCommandError(
                 f"`model` {bundle.qualified_name} runs with other exit layers or int8 ranges than "
@@ -346,7 +346,7 @@ class ModelManager:
         )
 
     def _targets(self) -> dict[str, str]:
-        """Names that get calls for another name or for none, and why."""
+        """Names that receive other names' calls, each with the reason."""
         targets = {self._default: "it is the default"}
         for alias in self._aliases.values():
             targets |= {name: f"alias {alias.name} sends calls to it" for name, _ in alias.targets}
@@ -362,7 +362,7 @@ class ModelManager:
                 )
 
     def _find_loadable(self, name: str) -> ModelBundle:
-        """An installed bundle that operators may load: any version of a permitted name."""
+        """Find an installed bundle, in any version of a permitted name."""
         short = name.partition("@")[0]
         if short in self._aliases:  # a version would make the name ambiguous
             raise InvalidCommandError(

@@ -1,4 +1,4 @@
-"""One version of a model on a server: its bundle, its state, and the calls that hold it."""
+"""Versions of models on a server: bundle, state and processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ServedModel:
     limits: IntakeLimits
 
     def gives_float16(self, spec: VectorSpec) -> bool:
-        """Whether the graph's vectors may be float16: nothing is computed from them afterwards."""
+        """Whether the graph may give float16, because vectors stay as they are."""
         return (
             spec.dtype == "float16"
             and spec.output == "dense"
@@ -55,7 +55,7 @@ class ModelSource(Protocol):
         ...
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
-        """Starts a model's processes and warms them up.
+        """Start a model's processes and warm them up.
 
         Raises:
             FletcherError: The bundle is missing, damaged or does not run here. Nothing is left
@@ -66,7 +66,7 @@ class ModelSource(Protocol):
 
 @dataclass(slots=True, eq=False)
 class ModelVersion:
-    """A bundle and its processes on this server; guarded by the lock of its `ModelLifecycle`.
+    """A bundle and its processes; guarded by `ModelLifecycle.changed`.
 
     Attributes:
         bundle: The model's files and properties.
@@ -113,7 +113,7 @@ class ModelVersion:
         return self.state == "retiring" and not self.returns
 
     def is_outdated(self, installed: ModelBundle) -> bool:
-        """Whether it runs with other exits or int8 ranges than are installed for its hash now."""
+        """Whether its exits or int8 ranges differ from the installed ones."""
         running = self.model
         return (
             running is not None
@@ -128,5 +128,5 @@ class ModelVersion:
 
 
 def _outside_hash(bundle: ModelBundle) -> tuple[object, ...]:
-    """Properties that may change without the bundle's hash, which covers its full vectors."""
+    """Properties that the bundle's hash does not cover."""
     return bundle.layers, {cut: one.hash for cut, one in bundle.calibration.ranges.items()}

@@ -1,4 +1,4 @@
-"""What a command means for a model: its vectors, prompt and exit layer."""
+"""Resolution of a command against a model: vectors, prompt, exit layer."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class ResolvedCommand:
         prompt: Literal text put before every text.
         layers: Exit layer; 0: the last one, however it was asked for, so that all such work runs
             together.
-        taken: Tokens of each chunk that the prompt and special tokens take; 0 without prompt and
-            chunking.
+        chunk_overhead: Tokens of each chunk that the prompt and special tokens take; 0 without
+            prompt and chunking.
     """
 
     spec: VectorSpec
     prompt: str
     layers: int
-    taken: int = 0
+    chunk_overhead: int = 0
 
 
 def resolve_command(
     served: ServedModel, command: EmbedCommand, dtypes: tuple[str, ...], rules: OutputConfig
 ) -> ResolvedCommand:
-    """Makes every choice that a command leaves open.
+    """Make every choice that a command leaves open.
 
     Args:
         served: The model that does it.
-        command: What is asked.
+        command: The client's options.
         dtypes: Element types that the destination takes.
         rules: Vectors that the server gives.
 
@@ -51,12 +51,12 @@ def resolve_command(
     spec = vector_spec(model, command, dtypes, rules)
     prompt = resolve_prompt(model, command.prompt)
     chunking = Chunking.from_text(command.chunking or "none")
-    taken = 0
+    chunk_overhead = 0
     if chunking is not None:
         check_late(model, chunking, spec.layers)
     if prompt or chunking is not None:
-        taken = prompt_tokens(model, prompt, served.embedder.num_tokens)
-        chunking = chunking and chunking.fitted(model.max_length, taken)
+        chunk_overhead = prompt_tokens(model, prompt, served.embedder.num_tokens)
+        chunking = chunking and chunking.fitted(model.max_length, chunk_overhead)
         spec = replace(spec, chunking=chunking)
     layers = 0 if spec.layers == model.num_layers else spec.layers
-    return ResolvedCommand(spec, prompt, layers, taken)
+    return ResolvedCommand(spec, prompt, layers, chunk_overhead)

@@ -1,4 +1,4 @@
-"""The parts of a running server that calls use, and the `stats` action's view of them."""
+"""Parts of a running server that calls use, and their statistics."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fletcher.telemetry.tracing import Telemetry
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Everything that a call needs.
+    """Parts of a running server that calls use.
 
     Attributes:
         models: The models, by name.
         budget: Memory of all streams.
         delivery: The stores.
-        admission: Which calls are let in.
-        answers: Compression of what is sent back.
-        load: How loaded the server is.
+        admission: Limits on calls.
+        answers: Compression of answers.
+        load: The load level.
         telemetry: Counts, durations and spans.
         outputs: Vectors that commands may ask for.
     """

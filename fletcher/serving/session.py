@@ -1,6 +1,6 @@
-"""One call's embedding work, from its command to its last output batch, for every door.
+"""Embedding work of one call, from its command to its last output batch.
 
-A door (`fletcher.flight.put`, `exchange`, `embed_action`) translates a protocol into these steps:
+A protocol adapter (`fletcher.flight.put`, `exchange` or `embed_action`) takes these steps:
 
     with EmbedSession(service, EmbedCall(name="do_exchange", command=command)) as session:
         output_schema = session.open_input(input_schema)
@@ -10,9 +10,9 @@ A door (`fletcher.flight.put`, `exchange`, `embed_action`) translates a protocol
         for result in session.results(upload_id):  # on this thread or another
             ...
 
-The session leases the model, resolves the command against it, checks and cuts the input, takes a
-place among the open streams, assembles vectors to output batches, accounts for their memory, and
-gives all of it back when it is left, whatever step failed.
+The session leases the model, resolves the command against it, checks the input and cuts it into
+row slices, opens a stream, assembles vectors to output batches and accounts for their memory. When
+it is left, all of that is given back, whichever step failed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Claim = Callable[[RowSlice], RowRanges]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedCall:
-    """What a door asks of a session.
+    """Arguments of a session, as its protocol adapter gives them.
 
     Attributes:
         name: Of the call's span: `do_put`, `do_exchange` or `embed`.
@@ -61,9 +61,9 @@ class EmbedCall:
         small_is_interactive: Batches of a few short rows overtake bulk work.
         abort: Any failed row ends the call, whatever the command says.
         alias_key: Calls with the same key get the same model of an alias; empty: any.
-        dataset_model: `name@hash` that an alias must give if it has it.
+        dataset_model: `name@hash` that an alias gives if it has it.
         trace: The caller's trace, as `Telemetry.extract` returned it.
-        is_cancelled: Whether the client is gone; ends the wait for a model that is loaded.
+        is_cancelled: Whether the client is gone; then nobody waits for a model to be loaded.
     """
 
     name: str
@@ -80,7 +80,7 @@ class EmbedCall:
 
 
 class EmbedSession(AbstractContextManager["EmbedSession"]):
-    """Embeds for one call; leaving it gives back whatever it took.
+    """Context of one call that embeds; leaving it gives back all that it took.
 
     Entering leases the model and resolves the command. One thread calls `open_input`, `admit`,
     `submit_batch` and `end_input`, in this order. The same thread or another one iterates over
@@ -88,11 +88,11 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
 
     Args:
         service: The server's parts.
-        call: What is asked.
+        call: Command and arguments.
 
     Raises:
-        FletcherError: On entering: no such model, it cannot be loaded now, or it cannot give what
-            the command asks for.
+        FletcherError: On entering, if the model is unknown, cannot be loaded now, or cannot give
+            such vectors.
     """
 
     resolved: ResolvedCommand
@@ -105,7 +105,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         self._service = service
         self._call = call
         self._exits = ExitStack()
-        self._ranges: RowRanges = []  # claimed rows of the slice at hand, which may have parts
+        self._ranges: RowRanges = []  # claimed rows of the current text, which may have parts
 
     def __enter__(self) -> EmbedSession:
         call, service = self._call, self._service
@@ -132,7 +132,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
 
     @property
     def spec(self) -> VectorSpec:
-        """The vectors that the call gets."""
+        """Vectors of the call."""
         return self.resolved.spec
 
     @property
@@ -145,20 +145,15 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         """Whether the input has a column of ids."""
         return self._intake.has_ids
 
-    @property
-    def max_row_bytes(self) -> int:
-        """Most bytes of one text's chunks that are kept until all of them are there."""
-        return self._stream.max_row_bytes
-
     def open_input(self, schema: pa.Schema) -> pa.Schema:
-        """Checks the input's schema.
+        """Check the input's schema.
 
         Returns:
             Schema of the output batches.
 
         Raises:
-            UnknownColumnError, ColumnTypeError, InvalidCommandError: The input has not the columns
-                that the command names.
+            UnknownColumnError, ColumnTypeError, InvalidCommandError: The input lacks a column
+                that the command names, or a column has another type.
         """
         call, resolved = self._call, self.resolved
         text = call.command.include_text
@@ -170,7 +165,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 prompt=resolved.prompt,
                 layers=resolved.layers,
                 chunking=resolved.spec.chunking,
-                chunk_overhead=resolved.taken,
+                chunk_overhead=resolved.chunk_overhead,
                 half=self._model.gives_float16(resolved.spec),
             ),
             carry_text=call.include_text if text is None else text,
@@ -190,7 +185,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         return self._intake.is_bulk(batch)
 
     def admit(self, *, bulk: bool) -> Span:
-        """Takes a place among the open streams, until the session is left.
+        """Open a stream, until the session is left.
 
         Returns:
             The call's span.
@@ -215,7 +210,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         skip: Skip | None = None,
         claim: Claim | None = None,
     ) -> None:
-        """Hands in a received batch; blocks while the stream holds as much memory as it may.
+        """Submit a received batch; block while the stream's memory is used up.
 
         Args:
             batch: As received.
@@ -234,20 +229,25 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         telemetry.rows_received.add(batch.num_rows)
         telemetry.bytes_received.add(batch.get_total_buffer_size())
         slices = self._intake.row_slices(
-            batch, batch_id, row_first, keep=self._stream.keep_table, skip=skip, ends=document_end
+            batch,
+            batch_id,
+            row_first,
+            keep=self._stream.allowance.keep_table,
+            skip=skip,
+            ends=document_end,
         )
         self._submit_slices(slices, claim)
 
     def submit_rest(self) -> None:
-        """Hands in the end of a document that was not ended; of a `continuous` command."""
+        """Submit the end of a document that was not ended (`continuous`)."""
         self._submit_slices(self._intake.rest())
 
     def end_input(self) -> None:
-        """Nothing more is submitted: `results` ends after the last one."""
+        """End the input: `results` ends after the last submitted slice."""
         self._stream.end()
 
     def embed_batch(self, batch: pa.RecordBatch, upload_id: str) -> Iterator[SliceResult]:
-        """Submits the call's only batch and yields its results, all on the calling thread.
+        """Submit the call's only batch and yield its results on this thread.
 
         A batch of several slices is submitted on a second thread, because the last slice may fit
         only after the first has left. Rows are not counted as received.
@@ -256,7 +256,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             batch: As received.
             upload_id: As for `results`.
         """
-        slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.keep_table))
+        slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.allowance.keep_table))
         if len(slices) == 1:
             self._submit_slices(slices)
             self.end_input()
@@ -276,7 +276,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             raise
 
     def results(self, upload_id: str) -> Iterator[SliceResult]:
-        """Results in the order of submission; ends after `end_input`.
+        """Yield results in the order of submission; end after `end_input`.
 
         Args:
             upload_id: Names rows that came without an id.
@@ -296,7 +296,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             del result
 
     def close(self) -> None:
-        """Drops everything submitted and wakes threads that wait. Thread-safe, idempotent."""
+        """Drop submitted rows and wake waiting threads. Thread-safe, idempotent."""
         self._stream.close()
 
     def _submit_slices(self, slices: Iterable[RowSlice], claim: Claim | None = None) -> None:
@@ -325,27 +325,27 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             self.spec,
             upload_id,
             whole_rows=True,
-            max_kept_bytes=self._stream.max_row_bytes,
+            max_kept_bytes=self._stream.allowance.max_row_bytes,
         )
 
     def _assemble(self, assembling: Assembler, embedded: Result) -> SliceResult | None:
         """One result, or None if its text goes on in the next one."""
-        stream, num_bytes, row_bytes = self._stream, embedded.num_bytes, 0
+        allowance, num_bytes, row_bytes = self._stream.allowance, embedded.num_bytes, 0
         row_slice, ranges = embedded.context
         output = assembling.assemble(row_slice, embedded.embeddings)
         # Results that leave at once may exceed the allowance by one output batch.
         if self._call.whole_rows:
             if assembling.kept_bytes or output is None:
-                stream.grow_row(assembling.kept_bytes)
+                allowance.grow_row(assembling.kept_bytes)
             if output is not None:
-                row_bytes = stream.complete_row()
+                row_bytes = allowance.complete_row()
         if output is None:
-            stream.release_bytes(num_bytes)
+            allowance.release_bytes(num_bytes)
             return None
         if output.errors:
             self._count_errors(output.errors, row_slice.row_first, ranges)
         return SliceResult(
-            row_slice, output, ranges, lambda: stream.release_bytes(num_bytes, row_bytes)
+            row_slice, output, ranges, lambda: allowance.release_bytes(num_bytes, row_bytes)
         )
 
     def _count_errors(

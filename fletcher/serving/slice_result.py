@@ -8,14 +8,14 @@ from typing import Any
 from fletcher.pipeline.assembly import Output
 from fletcher.pipeline.input.row_slice import RowSlice
 
-# Of an id in a report: what a thousand errors hold must not depend on what was sent.
+# A report of a thousand errors must not grow with the ids sent.
 _MAX_ID_CHARACTERS = 1024
 
 RowRanges = list[tuple[int, int]]
 
 
 class SliceResult:
-    """Output of one row slice; its memory counts until the next result is asked for.
+    """Output of one row slice; its memory counts until the next result.
 
     Attributes:
         row_slice: The input.
@@ -42,14 +42,14 @@ class SliceResult:
 
     def place(self, row: int) -> int:
         """The output row at which a row of the slice begins."""
-        return self._output.place(row)
+        return self._output.first_row(row)
 
     def failed_ids(self) -> dict[int, str | int | None]:
         """Ids of the rows in `errors`; text is cut after its first 1,024 characters."""
         return {row: _short(identifier.as_py()) for row, identifier in self._output.ids().items()}
 
     def error_reports(self, limit: int) -> list[dict[str, Any]]:
-        """The first `limit` errors as clients are told of them."""
+        """The first `limit` errors, as they cross the wire."""
         ids, row_first = self.failed_ids(), self.row_slice.row_first
         return [
             {
@@ -62,13 +62,13 @@ class SliceResult:
         ]
 
     def hold(self) -> Callable[[], None]:
-        """Keeps the memory accounted for until the returned function is called, on any thread."""
+        """Count the memory until the returned function is called, on any thread."""
         release, self._release = self._release, None
         assert release is not None
         return release
 
     def release_unheld(self) -> None:
-        """Gives the memory back, unless `hold` was called."""
+        """Give the memory back, unless `hold` was called."""
         if self._release is not None:
             self.hold()()
 

@@ -1,4 +1,4 @@
-"""One connection that feeds an upload: rows in, vectors to the store, acknowledgements out."""
+"""One connection of an upload: rows to the store, acknowledgements back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _POLL_S = 0.5
 
 
 class StoreSession(AbstractContextManager["StoreSession"]):
-    """Embeds rows of an upload and takes them to its dataset's sink.
+    """Context of one connection that embeds and stores rows of an upload.
 
     One thread calls `open_input`, `admit`, `submit_batch`, `announce_total` and `end_input`; a
     second one iterates over `acknowledgements` from `admit` on. The session's own thread takes
@@ -39,10 +39,10 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         service: The server's parts.
         command: The client's options.
         trace: The caller's trace, as `Telemetry.extract` returned it.
-        is_cancelled: Whether the client is gone; ends the wait for a model that is loaded.
+        is_cancelled: Whether the client is gone; then nobody waits for a model to be loaded.
 
     Raises:
-        FletcherError: On entering: as `EmbedSession`, and what the store does not take.
+        FletcherError: On entering, as `EmbedSession`, or if the store does not take such rows.
     """
 
     _session: EmbedSession
@@ -71,7 +71,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
     def __enter__(self) -> StoreSession:
         command, service = self._command, self._service
         store = _checked_store(service, command)
-        # A dataset has vectors of one model: an alias divides datasets, not uploads to one.
+        # A dataset has vectors of one model, so an alias divides datasets, not uploads.
         split = service.models.is_divided(command.model)
         call = EmbedCall(
             name="do_put",
@@ -100,7 +100,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._exits.__exit__(kind, error, trace)
 
     def open_input(self, schema: pa.Schema) -> None:
-        """Checks the input's schema. Raises as `EmbedSession.open_input`."""
+        """Check the input's schema. Raises as `EmbedSession.open_input`."""
         self._output = self._session.open_input(schema)
         command = self._command
         if not self._session.has_ids and (command.dedupe == "id" or command.mode == "delta"):
@@ -111,7 +111,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
             )
 
     def admit(self) -> None:
-        """Takes a place among the open streams, and opens or resumes the upload.
+        """Open a stream, and open or resume the upload.
 
         Raises:
             OverloadedError, DrainingError: As `EmbedSession.admit`.
@@ -139,13 +139,13 @@ class StoreSession(AbstractContextManager["StoreSession"]):
 
     @property
     def complete(self) -> bool:
-        """Whether all announced rows are durable, or acknowledged for good."""
+        """Whether all announced rows are durable."""
         return self._upload.complete
 
     def submit_batch(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> None:
-        """Hands in a received batch, without the rows that the upload has already.
+        """Submit a received batch without the rows that the upload has already.
 
-        Blocks while the stream holds as much memory as it may.
+        Blocks while the stream's memory is used up.
 
         Args:
             batch: As received.
@@ -162,11 +162,11 @@ class StoreSession(AbstractContextManager["StoreSession"]):
                 self._upload.changed.notify_all()
 
     def announce_total(self, num_rows: int) -> None:
-        """The client says how many rows the whole upload has."""
+        """Note how many rows the whole upload has, as the client says."""
         self._upload.announce_total(num_rows)
 
     def end_input(self) -> None:
-        """Nothing more is submitted; waits until all vectors are with the sink."""
+        """End the input, and wait until all vectors are with the sink."""
         self._session.end_input()
         self._delivering.wait()
         if self._delivering.error is not None:
@@ -176,16 +176,16 @@ class StoreSession(AbstractContextManager["StoreSession"]):
             self._upload.changed.notify_all()
 
     def raise_failure(self) -> None:
-        """Raises the error with which the upload failed, if it did."""
+        """Raise the error with which the upload failed, if it did."""
         if self._upload.failure is not None:
             raise self._upload.failure
 
     def acknowledgements(self) -> Iterator[dict[str, Any]]:
-        """Messages to the client as they become due; the last one is the summary.
+        """Yield acknowledgements as they become due, and the summary last.
 
-        Ends when the upload has failed, or after `end_input` when all its rows are settled. A
-        client that is gone changes nothing: until then its rows count in the stream's memory, and
-        a drain brings them to their store.
+        Ends when the upload has failed, or after `end_input` when all its rows are settled.
+        Iterate to the end even if the client is gone: until then its rows count in the stream's
+        memory, and a drain brings them to their store.
         """
         upload, draining = self._upload, self._service.admission.draining
         finished = False
@@ -201,7 +201,10 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         yield upload.summary(self._session.spec.model)
 
     def close(self) -> None:
-        """Drops what is not with the sink and wakes threads that wait. Thread-safe, idempotent."""
+        """Drop rows that are not with the sink and wake waiting threads.
+
+        Thread-safe, idempotent.
+        """
         self._session.close()
         with self._upload.changed:
             self._upload.changed.notify_all()
@@ -228,7 +231,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._sink.flush()
 
     def _deliver_slice(self, result: SliceResult) -> None:
-        """Takes the claimed rows of a slice to the sink."""
+        """Submit the claimed rows of a slice to the sink."""
         row_slice, errors, ranges = result.row_slice, result.errors, result.ranges or []
         ids = result.failed_ids()
         for index, (first, last) in enumerate(ranges):
@@ -253,28 +256,28 @@ class StoreSession(AbstractContextManager["StoreSession"]):
             )
 
     def _fail(self, error: Exception) -> None:
-        """Rows that got no further may be sent again, by whoever resumes the upload."""
+        """Fail the upload: clients may resume it and send unsecured rows again."""
         assert isinstance(error, FletcherError)  # BackgroundTask raises no other
         self._session.close()
         self._upload.fail(error)
 
 
 def _checked_store(service: Service, command: EmbedCommand) -> Store:
-    """The store that a command names, if it takes such an upload."""
+    """Find the command's store, and refuse uploads that it does not take."""
     if command.dataset is None:
         raise InvalidCommandError("`dataset` is missing", field="dataset")
     if command.continuous:
         raise InvalidCommandError(
-            "`continuous` is true, but what is stored, counted and resumed are rows that are whole "
-            "texts; use DoExchange, or leave it out",
+            "`continuous` is true, but uploads store and resume rows that are whole texts; use "
+            "DoExchange, or leave it out",
             field="continuous",
             allowed=["false"],
         )
     _, store = service.delivery.store(command.store)
     if command.mode in ("upsert", "delta") and not store.capabilities.upsert:
         raise InvalidCommandError(
-            f"`mode` is {command.mode}, which takes a store that replaces rows, such as `lance:`; "
-            "this one takes append and overwrite",
+            f"`mode` is {command.mode}, but this store does not replace rows; use append or "
+            "overwrite, or another store, such as `lance:`",
             field="mode",
             allowed=["append", "overwrite"],
         )
@@ -282,7 +285,7 @@ def _checked_store(service: Service, command: EmbedCommand) -> Store:
 
 
 def _check_output(session: EmbedSession, store: Store) -> None:
-    """Refuses vectors that a store does not take."""
+    """Refuse vectors that a store does not take."""
     spec = session.spec
     if spec.output not in store.capabilities.outputs:
         raise InvalidCommandError(
@@ -293,8 +296,8 @@ def _check_output(session: EmbedSession, store: Store) -> None:
     chunking = spec.chunking
     if chunking is not None and chunking.rows and store.capabilities.counts_groups:
         raise InvalidCommandError(
-            f"`chunking` is {chunking}, but this store knows by the number of rows what it has, "
-            "and a text is several; give each text one vector",
+            f"`chunking` is {chunking}, which makes several rows of a text, but this store "
+            "recognises a group by its number of rows; give each text one vector",
             field="chunking",
             allowed=[one for one in AGGREGATIONS if one != chunking.aggregation],
         )
@@ -312,4 +315,4 @@ def _always(_first: int, _last: int) -> bool:
 
 
 def _do_nothing() -> None:
-    """Releases nothing: the slice's last rows do it for all."""
+    """Release nothing: the slice's last rows do it for all."""

@@ -1,4 +1,4 @@
-"""A service whose model gives each text its length as a vector, and can be told to fail."""
+"""A service whose model gives each text its length as a vector, and fails on demand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fletcher.pipeline.input.limits import IntakeLimits
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.serving.admission import Admission
-from fletcher.serving.load_level import LoadMonitor, Signals
+from fletcher.serving.load_level import LoadMonitor, LoadSignals
 from fletcher.serving.model_versions import ServedModel
 from fletcher.serving.service import Service
 from fletcher.telemetry.tracing import Span, Telemetry
@@ -91,7 +91,7 @@ class FakeEmbedder:
 
 
 class FakeModels:
-    """Gives out one model, and counts who has it."""
+    """Leases one model, and counts the leases."""
 
     def __init__(self, served: ServedModel) -> None:
         self.served = served
@@ -143,7 +143,7 @@ class FakeService:
         delivery: Callable[[Telemetry], Any] = lambda _: None,
         max_bytes: int = 1 << 20,
     ) -> None:
-        self.signals = Signals()
+        self.signals = LoadSignals()
         self.telemetry = CountingTelemetry()
         self.budget = MemoryBudget(max_bytes, MAX_STREAMS)
         self.embedder = FakeEmbedder(self.budget, bundle.dim)

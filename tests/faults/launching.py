@@ -1,9 +1,9 @@
-"""Processes that can be killed for real, started in milliseconds or like a user's.
+"""Launchers of real processes, which tests kill.
 
 Starting Python and importing everything takes a second or two. A `Forking` launcher has one process
-that has imported it all and forks it for each that is wanted: each is a session of its own, and so
-are a server's workers, so that a SIGKILL is what it is in life. A `Spawning` launcher starts new
-interpreters. Both do what `tests.faults.roles` says.
+that has imported everything, and forks it for each role. Each process has its own session, and so
+have a server's workers, so that a SIGKILL hits one process alone. A `Spawning` launcher starts new
+interpreters. Both play the roles of `tests.faults.roles`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 class Process:
-    """A process that need not be a child of this one."""
+    """A process, not necessarily a child of this one."""
 
     def __init__(self, pid: int, log: Path) -> None:
         self.pid = pid
@@ -41,13 +41,13 @@ class Process:
             self._watch = None
 
     def send(self, number: int) -> None:
-        """Sends a signal, if it is still there."""
+        """Send a signal, unless the process has ended."""
         if self._watch is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._watch, number)
 
     def wait(self, timeout_s: float) -> bool:
-        """Waits for its end; False if that did not come."""
+        """Wait for its end; False if it has not ended by then."""
         if self._watch is not None:
             poll = select.poll()
             poll.register(self._watch, select.POLLIN)
@@ -62,7 +62,7 @@ class Process:
         return not self.wait(0)
 
     def kill(self) -> None:
-        """Kills it and waits until it is gone."""
+        """Kill it and wait until it has ended."""
         self.send(signal.SIGKILL)
         assert self.wait(30), f"process {self.pid} survives a SIGKILL"
 
@@ -71,13 +71,13 @@ class Process:
 
 
 class Launcher:
-    """Starts processes, and kills those that are left."""
+    """Starts processes, and kills the remaining ones on close."""
 
     def __init__(self) -> None:
         self._started: list[Process] = []
 
     def start(self, role: str, log: Path, **arguments: Any) -> Process:
-        """Starts a role; what it says is appended to `log`."""
+        """Start a role; its output is appended to `log`."""
         process = Process(self._launch({"role": role, "log": str(log), **arguments}), log)
         self._started = [one for one in self._started if one.alive] + [process]
         return process
@@ -86,7 +86,7 @@ class Launcher:
         raise NotImplementedError
 
     def end_all(self) -> None:
-        """Kills whatever was started and is still there."""
+        """Kill all processes that have not ended."""
         for process in self._started:
             process.send(signal.SIGCONT)
             process.kill()
@@ -108,7 +108,7 @@ class Launcher:
 
 
 class Forking(Launcher):
-    """Forks a process that has everything imported."""
+    """Forks a process that has imported everything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Forking(Launcher):
 
 
 class Spawning(Launcher):
-    """Starts a new Python for each."""
+    """Starts a new interpreter for each role."""
 
     def _launch(self, request: dict[str, Any]) -> int:
         with Path(request["log"]).open("ab") as log:
@@ -148,7 +148,7 @@ class Spawning(Launcher):
                 env=_environ(),
                 start_new_session=True,
             )
-        # It is watched by its number; this reaps it.
+        # `Process` watches it by its number; this reaps it.
         threading.Thread(target=process.wait, daemon=True).start()
         return process.pid
 
@@ -159,7 +159,7 @@ def _environ() -> dict[str, str]:
 
 
 class _WorkerForks:
-    """In a server: a child that forks its workers, to be used in place of `subprocess`.
+    """Replaces `subprocess` in a server: forks its workers from a child.
 
     It is forked from the main thread before there is any other, and dies with the server; the
     workers die with it.
@@ -199,7 +199,7 @@ def _fork_workers(requests: socket.socket) -> None:
 
 
 class _Worker:
-    """As much of a Popen as the pool needs."""
+    """The part of Popen that the pool needs."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -277,7 +277,7 @@ def _become(request: dict[str, Any], roles: Any) -> None:
 
 
 def main(argument: str) -> int:
-    """Runs in a new interpreter: forks on request, or is itself what was asked for."""
+    """Run in a new interpreter: fork on request, or play a role itself."""
     if argument.isdecimal():
         _fork_on_request(int(argument))
         return 0

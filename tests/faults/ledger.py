@@ -1,8 +1,8 @@
-"""What was sent, what was acknowledged, what is there: and that these three agree.
+"""Compares the rows that were sent, acknowledged and stored.
 
-At every moment acknowledged durable ⊆ stored or journaled ⊆ sent, each row once; after a resume to
-the end all three are equal. Clients write down what they send before they send it, and what they
-are told when they are told it, each into a file of its own that outlives them.
+At every moment acknowledged durable ⊆ stored or journaled ⊆ sent, each row once. After a resume to
+the end all three are equal. Each client writes a diary, a file that outlives it: rows before they
+are sent, and acknowledgements when they arrive.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WORDS = "debian packages hold programs that people use every day and night".spl
 
 @dataclass(frozen=True)
 class Upload:
-    """One upload: all its rows follow from these few numbers.
+    """One upload; all its rows follow from these few numbers.
 
     Attributes:
         number: Names it.
@@ -84,7 +84,7 @@ class Upload:
 
 
 class Diary:
-    """A client's file: lines that are written before anything else happens."""
+    """A client's diary; each line is written at once."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -95,11 +95,11 @@ class Diary:
 
 @dataclass
 class Holdings:
-    """What one look found.
+    """State of all rows at one moment.
 
     Attributes:
-        durable: By upload: rows that were acknowledged as durable, bool.
-        journaled: By upload: rows in the journal, bool.
+        durable: By upload: whether each row was acknowledged as durable.
+        journaled: By upload: whether each row is in the journal.
         stored: By upload: how often each row is in the store.
     """
 
@@ -109,23 +109,23 @@ class Holdings:
 
 
 class Ledger:
-    """The books of some uploads.
+    """Checks the promises to the clients of some uploads.
 
     Args:
-        uploads: All of them.
-        folder: Where the clients' files are.
-        home: Of the server, for its journal.
-        read_store: A dataset's rows as they are in the store now; None: there is none.
+        uploads: The uploads.
+        folder: Folder of the clients' diaries.
+        home: The server's home, for its journal.
+        read_store: Returns a dataset's rows in the store; None: there is no dataset.
         null_vectors: The store takes rows without a vector.
         rewritten: Rows of another dataset that are replaced again and again.
 
     Attributes:
-        may_give_up: Workers died more than once: work that may have killed them fails alone.
-        num_given_up: Good rows that the last look found without a vector, or settled and, where
-            a store takes no such rows, not there.
-        may_double: The store appends whatever comes, and may have been at it still when it was
-            asked what it had.
-        num_doubled: Rows that the last check found more than once.
+        may_give_up: Workers died more than once, so that rows that may have killed them fail.
+        num_given_up: Good rows that have no vector at the last look; in a store without null
+            vectors, rows that are settled and not stored.
+        may_double: The store appends whatever comes, and may still have been appending when it was
+            asked for its rows.
+        num_doubled: Rows that are stored more than once at the last check.
     """
 
     def __init__(
@@ -151,12 +151,12 @@ class Ledger:
         self.num_doubled = 0
 
     def new_diary(self, upload: Upload) -> Path:
-        """A file for another client of an upload."""
+        """Path of the diary of another client of an upload."""
         self._num_diaries += 1
         return self._folder / f"{upload.number}-{self._num_diaries:03d}.diary"
 
     def entries(self, upload: Upload) -> Iterator[dict[str, Any]]:
-        """All that its clients wrote down."""
+        """All entries of its clients' diaries."""
         for path in sorted(self._folder.glob(f"{upload.number}-*.diary")):
             yield from entries(path)
 
@@ -180,7 +180,10 @@ class Ledger:
         return rows
 
     def look(self) -> Holdings:
-        """What is where. A row goes from the journal to the store, so it is looked for that way."""
+        """The state of all rows now.
+
+        Rows go from the journal to the store, so the journal is read first.
+        """
         self.num_given_up = 0
         uploads = self.uploads.values()
         durable = {upload.number: self.durable(upload) for upload in uploads}
@@ -195,7 +198,7 @@ class Ledger:
         return Holdings(durable, journaled, stored)
 
     def check(self) -> Holdings:
-        """The promise for any moment.
+        """Check what must hold at any moment.
 
         Raises:
             AssertionError: Rows are lost, doubled, changed, or were never sent, or older ones back.
@@ -211,15 +214,15 @@ class Ledger:
                 self._assert_none(upload, stored > 1, "are stored more than once")
             lost = now.durable[number] & ~journaled & self._missing(upload, stored)
             self._assert_none(upload, lost, "were acknowledged as durable and are nowhere")
-            unsent = (journaled | (stored > 0)) & ~self.sent(upload)
-            self._assert_none(upload, unsent, "are there and were never sent")
+            not_sent = (journaled | (stored > 0)) & ~self.sent(upload)
+            self._assert_none(upload, not_sent, "are there and were never sent")
         return now
 
     def check_end(self) -> None:
-        """The promise after a resume to the end: everything is stored once, the journal empty.
+        """Check what must hold at the end: each row is stored once, the journal empty.
 
         Raises:
-            AssertionError: It is not so.
+            AssertionError: It does not hold.
         """
         now = self.check()
         for number, upload in self.uploads.items():
@@ -252,7 +255,7 @@ class Ledger:
         return found
 
     def _count(self, dataset: str, table: pa.Table, stored: dict[int, np.ndarray]) -> None:
-        """Counts a dataset's rows, and checks that each is itself."""
+        """Count a dataset's rows, and check the content of each."""
         numbers = table.column("n").to_numpy()
         texts = table.column("text").to_pylist()
         ids = table.column("id").to_pylist()
@@ -272,7 +275,7 @@ class Ledger:
             stored[number][row] += 1
 
     def _missing(self, upload: Upload, stored: np.ndarray) -> np.ndarray:
-        """Rows that the store lacks and could have."""
+        """Rows that the store could hold and lacks."""
         if self._null_vectors:
             return stored == 0
         return self._absent(upload, stored) & ~self._given_up(upload, stored)
@@ -283,7 +286,7 @@ class Ledger:
         return (stored == 0) & ~np.array(flawed, bool)
 
     def _given_up(self, upload: Upload, stored: np.ndarray) -> np.ndarray:
-        """Those of them that are settled: their workers died more than once."""
+        """Good rows that are settled without a vector: their workers died more than once."""
         rows = np.zeros(upload.num_rows, bool)
         if self._null_vectors or not self.may_give_up:
             return rows
@@ -299,13 +302,13 @@ class Ledger:
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """A client's file; whoever is killed writing leaves half a line at most."""
+    """Entries of a diary; a client that is killed leaves half a line at most."""
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)
 
 
 def _brief(rows: np.ndarray) -> str:
-    """Row numbers as ranges."""
+    """Row numbers as text of ranges."""
     parts = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
     return ", ".join(f"{part[0]}-{part[-1]}" for part in parts[:8])

@@ -1,4 +1,4 @@
-"""One server under full load for a long time, while this and that dies: rows, memory, latency."""
+"""A long run of one server under full load and faults: rows, memory and latency."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ _SAMPLE_S = 5.0
 _CHECK_S = 60.0
 _PROBE_S = 0.1
 _END_S = 600.0
-# Of a server's life: caches fill, and tables get their first compactions.
+# Start of a server's life: caches fill, and tables get their first compactions.
 _WARM_S = 420.0
 _FAULTS = ("kill a worker", "kill a client")
 _SERVER_FAULTS = ("kill the server", "end the server")
 
 
 def run(models: Path, folder: Path, minutes: float, out: Path) -> None:
-    """Runs, asserts that nothing was lost or doubled, and writes `out`/soak.json and soak.png.
+    """Run, check that no row is lost or doubled, and write soak.json and soak.png.
 
     Args:
         models: Folder of bundles with the default model.
-        folder: Does not exist yet.
-        minutes: How long uploads are begun.
-        out: Made if need be.
+        folder: Working folder; must not exist.
+        minutes: Time in which uploads are begun.
+        out: Folder of the results; made if missing.
 
     Raises:
         AssertionError: A promise was broken.
     """
-    import matplotlib as mpl  # noqa: F401 - said now rather than in half an hour
+    import matplotlib as mpl  # noqa: F401 - fails now rather than in half an hour
 
     out.mkdir(parents=True, exist_ok=True)
     schedule = Schedule(
@@ -76,7 +76,7 @@ def run(models: Path, folder: Path, minutes: float, out: Path) -> None:
 
 
 class _Load:
-    """Clients that begin one upload after the other, faults, and what is measured meanwhile."""
+    """Clients that begin one upload after the other, faults, and measurements."""
 
     def __init__(self, play: Play, duration_s: float) -> None:
         self._play = play
@@ -90,7 +90,7 @@ class _Load:
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Everything, to the check in the end."""
+        """Play the whole run, and check the result."""
         probe = threading.Thread(target=self._probe)
         probe.start()
         try:
@@ -125,7 +125,7 @@ class _Load:
         return time.monotonic() - self._began
 
     def _feed(self, *, begin: bool) -> None:
-        """Every upload has a client until it is complete; there are some at any time."""
+        """Keep some uploads going, each with a client until it is complete."""
         for number, diary in list(self._diaries.items()):
             upload = self._play.ledger.uploads[number]
             if self._play.clients[number][-1].alive:
@@ -145,7 +145,7 @@ class _Load:
             self._diaries[number] = self._play.upload(upload)
 
     def _break(self) -> None:
-        """The server itself dies in the first half only, so that its memory can grow after."""
+        """Kill the server in the first half only, to see its memory grow afterwards."""
         kinds = _FAULTS + (_SERVER_FAULTS if self._now < self._duration_s / 2 else ())
         kind = self._chance.choice(kinds)
         self._faults[kind] += 1
@@ -173,7 +173,7 @@ class _Load:
         )
 
     def _probe(self) -> None:
-        """One short text at a time, as somebody would who searches."""
+        """Embed one short text at a time, as a search does."""
         while not self._ended.is_set():
             try:
                 with connect(self._play.address, timeout_s=5.0) as client:
@@ -186,7 +186,7 @@ class _Load:
                 self._ended.wait(0.5)  # the server is being started again
 
     def result(self) -> dict[str, Any]:
-        """All that was measured."""
+        """All measurements."""
         last = self._samples[-1]
         return {
             "hardware": hardware.facts(),
@@ -204,7 +204,7 @@ class _Load:
 
 
 def _slope(samples: list[dict[str, float]]) -> float | None:
-    """Megabytes an hour by which the last server process grew, once it was warm."""
+    """Growth of the last server process once it was warm, in MB an hour."""
     mine = [one for one in samples if one["pid"] == samples[-1]["pid"]]
     warm = [one for one in mine if one["s"] >= mine[0]["s"] + _WARM_S]
     if len(warm) < 3:
@@ -220,7 +220,7 @@ def _percentiles(milliseconds: list[float]) -> dict[str, float]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Rows a second, memory and latency over time, one above the other."""
+    """Plot rows a second, memory and latency over time."""
     import matplotlib as mpl
 
     mpl.use("agg")

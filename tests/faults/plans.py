@@ -1,4 +1,4 @@
-"""Plans of uploads and faults: each follows from its seed."""
+"""Plans of uploads and faults, each drawn from its seed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STORE_FAULTS = {
 
 @dataclass(frozen=True)
 class Event:
-    """A fault, `pause_s` after the one before; `number` chooses its victim."""
+    """A fault, `pause_s` after the last one; `number` chooses its victim."""
 
     pause_s: float
     kind: str
@@ -37,7 +37,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a seed stands for."""
+    """Uploads, faults and options of one seed."""
 
     seed: int
     store: str
@@ -54,7 +54,7 @@ class Schedule:
 
 
 def with_model(schedule: Schedule, model: str) -> Schedule:
-    """The same with a real model, and sizes as they are in life."""
+    """The schedule with a real model and default sizes."""
     return replace(schedule, model=model, backend="auto", constants={})
 
 
@@ -64,7 +64,7 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
     Args:
         seed: Any number.
         store: One of STORES.
-        power: Processes do not just die, their machine loses its power.
+        power: Each kill is a power cut.
     """
     chance = random.Random(f"{seed} {store} {power}")
     datasets = ["d0", "d1"][: chance.randint(1, 2)]
@@ -116,7 +116,7 @@ def draw(seed: int, store: str, *, power: bool = False) -> Schedule:
             Event(chance.choice([0.0, 0.02, 0.1, 0.2]), kind, chance.randrange(1 << 16))
             for kind in kinds
         ),
-        # A Longbow replaces nothing.
+        # Longbow replaces no rows.
         rewrites=None if store == "longbow" else _rewrites(chance),
     )
 
@@ -127,5 +127,5 @@ def _rewrites(chance: random.Random) -> Rewrites:
 
 
 def _some(most_rows: int, chance: random.Random) -> int:
-    """A number of rows that is reached some times in an upload."""
+    """A number of rows that an upload reaches several times."""
     return max(1, round(most_rows * 10 ** chance.uniform(-1.7, 0.3)))

@@ -1,9 +1,9 @@
-"""A disk that loses its power: what was not synced is gone.
+"""A simulated power cut: everything that was not synced is lost.
 
 A process that called `record_syncs` notes each fsync: of a file its length, of a folder its names.
-`lose_power` brings folders back to what these notes guarantee, as POSIX has it and no file system
-is obliged to better: a file that was not synced is empty or short, a name in a folder that was not
-synced is not there, a removed or renamed file is back.
+`lose_power` reverts folders to what these notes guarantee by POSIX: a file that was not synced is
+empty or short, a name in a folder that was not synced is missing, and a removed or renamed file is
+back.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ GRAVEYARD = "removed"
 
 
 def record_syncs(notes: Path) -> None:
-    """From now on this process's fsyncs are noted, in place of being done.
+    """Note this process's fsyncs from now on, instead of carrying them out.
 
     Args:
-        notes: A file to append to; beside it, a folder with what was removed.
+        notes: File for the notes; a folder beside it keeps removed files.
     """
     graveyard = notes.parent / GRAVEYARD
     graveyard.mkdir(exist_ok=True)
@@ -52,14 +52,14 @@ def record_syncs(notes: Path) -> None:
 
 
 def lose_power(notes: Path, folders: Sequence[Path]) -> list[str]:
-    """Undoes what was not synced, of processes that are dead.
+    """Undo what processes that have ended did not sync.
 
     Args:
-        notes: As given to `record_syncs`; it is begun anew, since what is left now is on the disk.
-        folders: Their own names are safe.
+        notes: As given to `record_syncs`; rewritten, because what remains is on the disk.
+        folders: Folders to revert; their own names stay.
 
     Returns:
-        What was undone, in words.
+        Descriptions of what was undone.
     """
     sizes: dict[int, int] = {}
     names: dict[int, dict[str, int]] = {}

@@ -1,7 +1,7 @@
-"""Versions of the same rows, one after the other: nothing older comes back over what is newer.
+"""Versions of the same rows, to check that no older row replaces a newer one.
 
-Each version is an upload of its own that replaces the one before by id, and is sent once that one
-is acknowledged to its end, some by way of the journal and some straight to the store.
+Each version is one upload that replaces the last version by id. It is sent when the last version is
+acknowledged to its end. Some versions go through the journal, others straight to the store.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SCHEMA = pa.schema({"id": pa.int64(), "text": pa.utf8(), "n": pa.int64()})
 
 @dataclass(frozen=True)
 class Rewrites:
-    """All versions.
+    """The versions.
 
     Attributes:
-        num_rows: Of each, whose ids are their offsets.
-        durabilities: Of each, as in the command.
+        num_rows: Rows of each version; their ids are their offsets.
+        durabilities: Each version's `durability`.
     """
 
     num_rows: int
@@ -47,13 +47,13 @@ class Rewrites:
 
 
 class Rewritten:
-    """What became of them.
+    """Checks the versions that are journaled and stored.
 
     Args:
         plan: The versions.
-        diary: Where the client notes which are acknowledged.
-        home: Of the server, for its journal.
-        read_store: The dataset as it is in the store now; None: there is none.
+        diary: File in which the client notes acknowledged versions.
+        home: The server's home, for its journal.
+        read_store: Returns the dataset's rows in the store; None: there is no dataset.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Rewritten:
         self._read_store = read_store
 
     def check(self) -> None:
-        """Each row is there once, and what waits leaves it as new as was acknowledged, or newer.
+        """Check that each row is stored once, and stays at least as new as acknowledged.
 
         Raises:
-            AssertionError: It is not so.
+            AssertionError: It does not hold.
         """
         acknowledged = self.num_acknowledged - 1
         versions = self._waiting()
@@ -87,17 +87,17 @@ class Rewritten:
 
     @property
     def is_done(self) -> bool:
-        """The store has the last version of all rows."""
+        """Whether the store has the last version of all rows."""
         return bool((self._stored() == len(self.plan.durabilities) - 1).all())
 
     @property
     def num_acknowledged(self) -> int:
-        """How many versions are."""
+        """Number of acknowledged versions."""
         lines = self.diary.read_text().splitlines() if self.diary.exists() else []
         return len(lines)
 
     def _waiting(self) -> np.ndarray:
-        """By row the version that the journal brings to the store in the end, -1 for none."""
+        """Last journaled version of each row; -1: none."""
         versions = np.full(self.plan.num_rows, -1)
         for _, dataset, folder in journal_folders(self._home / "journal"):
             for _, segment in read_segments(folder.glob(f"*{WAITING}")):

@@ -1,4 +1,4 @@
-"""What a process of a schedule does: serve, be a store, upload."""
+"""Roles of a schedule's processes: server, store, and clients."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.faults.rewrites import DATASET, Rewrites
 
 
 def play(role: str, **arguments: Any) -> int:
-    """Plays a role to its end; the exit status."""
+    """Play a role to its end; returns the exit status."""
     roles = {"serve": serve, "store": store, "upload": upload, "rewrite": rewrite}
     return roles[role](**arguments)
 
 
 def serve(argv: Sequence[str], constants: dict[str, int], syncs: str | None = None) -> int:
-    """`fletcher serve`, with some constants of its modules changed."""
+    """Run `fletcher serve` with some module constants changed."""
     return _run("serve", argv, constants, syncs)
 
 
 def store(argv: Sequence[str], constants: dict[str, int], syncs: str | None = None) -> int:
-    """`fletcher store`, likewise."""
+    """Run `fletcher store` with some module constants changed."""
     return _run("store", argv, constants, syncs)
 
 
@@ -56,7 +56,7 @@ def upload(
     pause_s: float = 0.0,
     transfer: dict[str, Any],
 ) -> int:
-    """Uploads rows from `first` on by the client library, and keeps a diary."""
+    """Upload rows from `first` on by the client library, and keep a diary."""
     rows = Upload(**plan)
     book = Diary(Path(diary))
 
@@ -96,7 +96,7 @@ def upload(
 
 
 def rewrite(address: str, diary: str, plan: dict[str, Any], transfer: dict[str, Any]) -> int:
-    """Uploads version after version, each until it is acknowledged to its end."""
+    """Upload one version after the other, each until it is acknowledged to its end."""
     rewrites = Rewrites(plan["num_rows"], tuple(plan["durabilities"]))
     first = len(Path(diary).read_text().splitlines())
     book = Diary(Path(diary))
@@ -122,7 +122,7 @@ def rewrite(address: str, diary: str, plan: dict[str, Any], transfer: dict[str, 
 
 
 def _connected(address: str, transfer: TransferOptions) -> Any:
-    """The server may be on its way up."""
+    """Connect to a server that may still be starting."""
     for _ in range(transfer.max_retries):
         try:
             return connect(address, transfer=transfer, timeout_s=5.0)

@@ -1,7 +1,7 @@
-"""Random schedules of uploads and faults, each repeatable by its seed, and what must hold.
+"""Plays random schedules of uploads and faults, and checks what must hold.
 
-A seed gives the plan: the uploads, the sizes at which things change over, the faults and the pauses
-between them. What the processes make of it is theirs, so a failure may need some runs to come back.
+A seed gives the plan: uploads, sizes, faults and pauses. It does not determine the timing of the
+processes, so a failure may need several runs to come back.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _READY = "listening on "
 _START_S = 60.0
 _SETTLE_S = 60.0
 _COLUMNS = ["n", "id", "text", "vector"]
-# Nobody resumes into these; any other error may come of a fault.
+# No fault explains these errors.
 _WRONG_ERRORS = {"upload_conflict", "invalid_command", "unknown_field", "column_type"}
-# What a client is told that may come again later.
+# Errors after which a client may try again later.
 _LATER = {"store_unavailable", "overloaded"}
 _MOST_RESUMES = 10
-# After these a store that only appends may still have been at it when it was asked what it has.
+# After these a store that only appends may still be appending when it is asked for its rows.
 _DOUBLING = {"kill the server", "cut the power", "stall the store"}
 
 
 @dataclass
 class Report:
-    """What a schedule came to."""
+    """Counts of one schedule."""
 
     faults: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
@@ -56,17 +56,17 @@ class Report:
 
 
 class ScheduleError(AssertionError):
-    """A promise was broken; says by which seed, and what happened before."""
+    """A broken promise, with the seed and the events before it."""
 
 
 def run(schedule: Schedule, launcher: Launcher, models: Path, folder: Path) -> Report:
-    """Plays a schedule.
+    """Play a schedule.
 
     Args:
         schedule: The plan.
-        launcher: Starts its processes; none of them is left.
+        launcher: Starts its processes; all of them end.
         models: Folder of bundles with the model `tiny`.
-        folder: Empty; deleted unless something went wrong.
+        folder: Empty folder; deleted unless a promise was broken.
 
     Raises:
         ScheduleError: A promise was broken.
@@ -88,7 +88,7 @@ def run(schedule: Schedule, launcher: Launcher, models: Path, folder: Path) -> R
 
 
 class FaultyLongbow(LongbowDouble):
-    """Answers one message late when `pause_s` is set."""
+    """Answers one message late if `pause_s` is set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class FaultyLongbow(LongbowDouble):
 
 
 class Play:
-    """A schedule under way."""
+    """One schedule and its processes."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Play:
         return self._report
 
     def finish(self) -> None:
-        """All uploads are complete: ends the server, and checks that everything is there."""
+        """End the server after all uploads, and check that each row is stored."""
         eventually(self.ledger.all_stored, "all rows are stored", _SETTLE_S)
         self._tell("all is there")
         self.server.send(signal.SIGTERM)
@@ -193,7 +193,7 @@ class Play:
         assert "Traceback" not in log, "a traceback in the server's log"
 
     def happen(self, event: Event, upload: Upload) -> None:
-        """Lets a fault happen; `upload` is the victim where clients are."""
+        """Carry out a fault; of client faults, `upload` is the victim."""
         if self._double is not None and event.kind in _DOUBLING:
             self.ledger.may_double = True
         match event.kind:
@@ -247,7 +247,7 @@ class Play:
                 raise AssertionError(event.kind)
 
     def _resume_all(self) -> None:
-        """Brings every upload to its end."""
+        """Resume every upload to its end."""
         self._tell("to the end")
         for upload in self._plan.uploads:
             for client in self.clients[upload.number]:
@@ -260,7 +260,7 @@ class Play:
             self._check_summary(upload, summary)
 
     def _resume(self, upload: Upload) -> dict[str, Any]:
-        """Resumes until it is done, as long as the server says that it may be later."""
+        """Resume an upload while it ends with retryable errors."""
         for _ in range(_MOST_RESUMES):
             diary = self.upload(upload, resume=True, max_retries=30)
             client = self.clients[upload.number][-1]
@@ -305,7 +305,7 @@ class Play:
         return diary
 
     def _rewrite(self) -> None:
-        """Starts the client that replaces rows; kills the one that is there."""
+        """Start the client that replaces rows, after killing the last one."""
         rewritten = self.ledger.rewritten
         if rewritten is None:
             return
@@ -335,7 +335,7 @@ class Play:
         return self._start("serve", argv, log, self._notes)
 
     def _start_store(self) -> str:
-        """Starts the store, if it is a process; its address for the server."""
+        """Start the store, if it is a process; returns its address."""
         if self._plan.store == "lance":
             return f"lance:{self._vectors}"
         if self._double is not None:
@@ -366,7 +366,7 @@ class Play:
         return process
 
     def _bring_up(self) -> None:
-        """Ends what faults left behind."""
+        """End faults that last."""
         if self._double is not None:
             self._double.fail_after = None
 
@@ -375,7 +375,7 @@ class Play:
             children = psutil.Process(self.server.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return
-        # A process that only forks the others has children of its own.
+        # With a process that forks the workers, these are its children.
         workers = [one.pid for one in children if one.ppid() != self.server.pid] or [
             one.pid for one in children
         ]
@@ -393,7 +393,7 @@ class Play:
             self._tell(one)
 
     def _read_store(self, dataset: str) -> pa.Table | None:
-        """What the store has, whatever became of its process."""
+        """The store's rows, also if its process was killed."""
         if self._double is not None:
             return self._double.table(dataset) if dataset in self._double.tables else None
         store = open_store(f"lance:{self._vectors}")
@@ -409,7 +409,7 @@ class Play:
 
 
 def free_port() -> int:
-    """A port below those that the system gives to anybody."""
+    """A free port below those that the system hands out."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""Clients that die, fall silent, never listen or come in crowds: the others notice nothing."""
+"""Clients that die, fall silent, never read or are many do not disturb the others."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def client(server: ServerProcess) -> Iterator[flight.FlightClient]:
 def upload(
     address: str, dataset: str, first: int, last: int, **fields: object
 ) -> dict[str, object]:
-    """Rows of an upload of its own; the summary."""
+    """Upload rows; returns the summary."""
     with flight.connect(address) as client:
         sent = batches(first, last, 37)
         return put(client, sent, SCHEMA, end=last - first, dataset=dataset, **fields)[-1]
@@ -201,7 +201,7 @@ def test_fifty_clients_at_once(
     together, *apart = (next(names) for _ in range(1 + NUM_CLIENTS // 2))
 
     def round_of_uploads(number: int) -> tuple[int, int]:
-        """Half of the clients into one dataset, half into one each; threads and descriptors."""
+        """Half of the clients share a dataset; the peak of threads and descriptors."""
         shift = number * CLIENT_ROWS * NUM_CLIENTS
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:
             jobs = []
@@ -233,7 +233,7 @@ def test_fifty_clients_at_once(
 
 
 def assert_rows(table: pa.Table, numbers: list[int]) -> None:
-    """Just these rows are there, each with its own text."""
+    """Check that just these rows are stored, each with its text."""
     assert table.column("id").to_pylist() == numbers
     assert table.column("text").to_pylist() == [text_of(number) for number in numbers]
 
@@ -352,7 +352,7 @@ def test_two_hundred_clients_are_served_alike_and_leave_nothing_behind(
     go = threading.Event()
 
     def one(first: int) -> float:
-        """Waits until all are let in; seconds from then on until its summary."""
+        """Wait until all are admitted; returns the seconds from then to the summary."""
         with flight.connect(server.address) as own:
             writer, reader = own.do_put(command(dataset=dataset), SCHEMA, TIMEOUT)
             writer.write_batch(rows(0, 0))
@@ -369,7 +369,7 @@ def test_two_hundred_clients_are_served_alike_and_leave_nothing_behind(
             return time.monotonic() - started_s
 
     def a_round(number: int) -> tuple[int, int, int]:
-        """Threads, descriptors and bytes of the server after all have gone."""
+        """The server's threads, descriptors and bytes after all clients have left."""
         shift = number * num_clients * num_rows
         with ThreadPoolExecutor(num_clients) as clients:
             took = clients.map(one, range(shift, shift + num_clients * num_rows, num_rows))

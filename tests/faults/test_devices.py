@@ -1,4 +1,4 @@
-"""Several devices, which processes on the CPU stand for: one dies, all die, one is poisoned."""
+"""Several devices, simulated by processes on the CPU, of which some or all die."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def server(start_server: StartServer) -> Runtime:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fletcher.serving.model_loader, "decide", three_devices)
-        # In turn: every device has work, however quick it seems on a busy machine.
+        # Round robin: every device gets work, however fast it seems on a busy machine.
         return start_server(tokenizer_workers=1, dispatch="round-robin")
 
 

@@ -1,4 +1,4 @@
-"""A journal whose disk fills or changes bytes, and whose store stalls or answers slowly."""
+"""Journals on a full or failing disk, and before a store that stalls or is slow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UPLOAD = {"dataset": "d", "upload_id": "u"}
 
 @pytest.fixture
 def place(tiny_home: Path, tmp_path: Path) -> Place:
-    """A home of its own, so that its journal is nobody else's."""
+    """A separate home, so that no other test shares its journal."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "models").symlink_to((tiny_home / "models").resolve())
@@ -56,7 +56,7 @@ class Gated(LongbowDouble):
 
 
 class Sender:
-    """An upload that is written as fast as the server lets it be."""
+    """A client that writes as fast as the server accepts."""
 
     def __init__(self, address: str, num_rows: int) -> None:
         self.summary: dict[str, Any] = {}
@@ -88,7 +88,7 @@ class Sender:
 
 @contextmanager
 def file_size_limit(server: ServerProcess, num_bytes: int) -> Iterator[None]:
-    """No file of the server may grow beyond it: to a writer the same as a full disk."""
+    """Limit the size of the server's files, which to a writer is a full disk."""
     process = psutil.Process(server.pid)
     before = process.rlimit(resource.RLIMIT_FSIZE)
     process.rlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
@@ -208,7 +208,7 @@ def test_a_journal_that_stays_full_is_told_and_the_upload_can_be_resumed(place: 
             assert 0 < acknowledged < 20_000
             store.open.set()
             eventually(lambda: stored_rows(store) >= acknowledged, "what is journaled is stored")
-            # A slow machine may find it full again: as long as that passes, a client tries again.
+            # On a slow machine it may be full again; that is retryable.
             eventually(lambda: is_uploaded(server, 20_000), "the upload is complete", 60)
             eventually(lambda: stored_rows(store) == 20_000, "all rows are in the store")
             assert server.end() == 0
@@ -264,7 +264,7 @@ def test_a_damaged_journal_loses_what_was_hit_says_so_and_starts(place: Place) -
 
 
 def is_uploaded(server: ServerProcess, num_rows: int) -> bool:
-    """Sends the whole upload; False where the journal is full meanwhile."""
+    """Send the whole upload; False if the journal is full meanwhile."""
     sender = Sender(server.address, num_rows)
     sender.join()
     assert sender.failure is None or error_of(sender.failure)["code"] == "journal_full"

@@ -1,4 +1,4 @@
-"""A store that takes nothing while a client sends without end: memory stays within its bound."""
+"""Memory stays bounded while a store takes no rows and a client sends on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROW = 64 * 1024
 
 
 class Stalled(LongbowDouble):
-    """Takes no row until it is let go; then it counts rows and keeps none."""
+    """Takes no row until it is released; then it counts rows and keeps none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def place(tiny_home: Path, tmp_path: Path) -> Place:
 
 
 class Sender:
-    """A client that writes as fast as it is let."""
+    """A client that writes as fast as the server accepts."""
 
     def __init__(self, address: str) -> None:
         self.num_bytes = 0
@@ -110,7 +110,7 @@ def sending(address: str) -> Iterator[Sender]:
 
 
 def is_blocked(sender: Sender) -> bool:
-    """Whether it has sent something, and nothing more for a second."""
+    """Whether it has sent rows, and no more for a second."""
     before = sender.num_bytes
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""What is said to survive a power loss does: everything that was not synced is taken away."""
+"""Acknowledged rows survive a simulated power cut."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def delivering(disk: Path, vectors: Path) -> Iterator[Delivery]:
 
 
 def put(delivery: Delivery, text: str, **options: str) -> None:
-    """Rows with these texts are acknowledged, and stored."""
+    """Upload rows with this text until they are acknowledged and stored."""
     batch = ROWS.drop_columns(["batch_key"]).append_column("text", pa.array([text] * 10))
     command = EmbedCommand(dataset="d", upload_id=text, **options)
     upload, sink = delivery.open_upload(command, batch.schema)

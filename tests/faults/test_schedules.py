@@ -1,7 +1,4 @@
-"""Random schedules of faults: whatever dies, no row is lost and none is doubled.
-
-A few of those that `scripts/soak` plays by the thousand.
-"""
+"""Some random schedules of faults; `scripts/soak` plays them by the thousand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes killed with work in them: no row is lost, doubled or changed."""
+"""Worker processes that are killed while they work lose, double or change no row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def server(start_server: StartServer) -> Runtime:
 
 @pytest.fixture(scope="module")
 def undisturbed(server: Runtime) -> np.ndarray:
-    """The rows' vectors, made in peace: float32 [NUM_ROWS, 32]."""
+    """The rows' vectors without faults: float32 [NUM_ROWS, 32]."""
     with flight.connect(server.address) as client:
         answers = exchange(client, [rows(0, NUM_ROWS)], SCHEMA, dtype="float32")
     vectors = vectors_of(answers[0][0])
@@ -51,7 +51,7 @@ def vectors_of(batch: pa.RecordBatch | pa.Table) -> np.ndarray:
 
 @contextmanager
 def killed(pool: WorkerPool, num_workers: int) -> Iterator[None]:
-    """Stops workers, lets the body give them work, and kills them with that work in them."""
+    """Pause workers, let the block give them work, and kill them with it."""
     eventually(lambda: len(pool.process_ids()) == len(pool.statistics()), "all workers are there")
     restarts = sum(worker["restarts"] for worker in pool.statistics())
     victims = pool.process_ids()[:num_workers]

@@ -217,7 +217,7 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
 
 @pytest.mark.parametrize("fields", [{"mode": "upsert"}, {"mode": "delta"}, {"dedupe": "id"}])
 def test_rows_of_one_id_cannot_replace_each_other(fields: dict[str, str]) -> None:
-    with pytest.raises(InvalidCommandError, match="several rows of its id"):
+    with pytest.raises(InvalidCommandError, match="which makes several; omit one"):
         fletcher.EmbedCommand(dataset="d", chunking="tokens:none", **fields)
 
 
@@ -229,9 +229,9 @@ def test_embed_gives_each_text_one_vector(client: fletcher.Client) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"chunking": "tokens:33"}, "from 3 to the 32"),
-        ({"chunking": "tokens:8/6"}, "from 9 to the 32"),
-        ({"chunking": "tokens:8", "prompt": "1 2 3 4 5 6 7: "}, "from 11 to the 32"),
+        ({"chunking": "tokens:33"}, "expected 3 to 32"),
+        ({"chunking": "tokens:8/6"}, "expected 9 to 32"),
+        ({"chunking": "tokens:8", "prompt": "1 2 3 4 5 6 7: "}, "expected 11 to 32"),
         ({"chunking": "tokens:8", "truncate": "error"}, "`truncate` is error"),
         ({"chunking": "tokens:8/9"}, "not below SIZE"),
     ],

@@ -169,8 +169,8 @@ def test_a_failed_document_ends_the_call_where_that_is_asked(server: Runtime) ->
     ("fields", "metadata", "said"),
     [
         ({"chunking": "tokens:8"}, b"", "end `chunking` with :none"),
-        ({"chunking": None}, b"", "`chunking` is none, but"),
-        ({"continuous": False}, b'{"document_end": true}', "document by itself"),
+        ({"chunking": None}, b"", "`chunking` is none, expected one"),
+        ({"continuous": False}, b'{"document_end": true}', "every row is a document;"),
         ({}, b'{"document_end": 1}', "expected true or false"),
         ({"continuous": "yes"}, b"", "expected true or false"),
     ],
@@ -316,7 +316,7 @@ def test_who_leaves_does_not_wait_for_the_next_piece(
         started_s = time.monotonic()
     assert time.monotonic() - started_s < 4  # it waits 5 s for a thread that may end by itself
     wait_until(lambda: server.service.admission.num_streams == 0)
-    writing = stream._exchange._threads[0]
+    writing = stream._exchange._call.threads[0]
     del stream
     pieces.put("and then")
     writing.join(30)

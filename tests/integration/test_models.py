@@ -129,7 +129,7 @@ def test_swaps_under_load_fail_no_call_and_mix_no_batch(home: Path, server: Runt
         assert states(client)[versions[1]] == "ready"
 
 
-def test_a_call_ends_with_the_version_it_began_with(
+def test_a_call_keeps_the_version_it_began_with(
     home: Path, server: Runtime, client: fletcher.Client
 ) -> None:
     kept, current = installed(home)
@@ -175,7 +175,7 @@ def test_names_only_of_what_is_configured_and_installed(
 ) -> None:
     names = ["nobody", str(home / "models" / "b"), "../models/b", "grpc://host:1", "b@000000000000"]
     for name in names:
-        refused = "here are" if name.startswith("b@") else "this server may load a, b; its option"
+        refused = "known: " if name.startswith("b@") else "this server may load a, b; its option"
         for change in (client.load_model, client.swap_model):
             with pytest.raises(UnknownModelError, match=refused):
                 change(name)
@@ -230,9 +230,7 @@ def test_an_alias_divides_calls_and_says_which_it_was(
         client.embed(["x"], model="search")
 
 
-def test_a_killed_replica_is_its_own_models_affair(
-    server: Runtime, client: fletcher.Client
-) -> None:
+def test_a_killed_replica_affects_only_its_model(server: Runtime, client: fletcher.Client) -> None:
     before = client.stats()["replicas"]
     pools = {one.name: one.model.embedder.replicas for one in server.service.models.running()}
     a, b = version_of(client, "a"), version_of(client, "b")
@@ -246,7 +244,7 @@ def test_a_killed_replica_is_its_own_models_affair(
     assert client.stats()["fletcher.worker.usable"][f"{a},cpu-0"] == 1
 
 
-def test_a_replica_that_starts_again_does_not_take_what_came_there_since(
+def test_a_restarted_replica_does_not_take_a_newer_version(
     home: Path, tiny_bundle: ModelBundle
 ) -> None:
     with serving(home, model="b") as server, fletcher.connect(server.address) as client:

@@ -1,4 +1,4 @@
-"""A store that is away and a journal that is nearly full: what goes on, and what has to wait."""
+"""An unavailable store and a nearly full journal: which calls go on, and which are refused."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_new_bulk_work_waits_while_the_store_is_away_and_interactive_work_goes_o
             put(client, [rows(0, 10)], SCHEMA, dataset="d")
         refusal = error_of(caught.value)
         assert (refusal["code"], refusal["retry_after_ms"]) == ("overloaded", 200)
-        assert "a store is away" in refusal["message"]
+        assert "a store is unavailable" in refusal["message"]
         with pytest.raises(flight.FlightUnavailableError):
             exchange(client, [rows(0, 100)], SCHEMA)
 

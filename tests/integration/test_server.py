@@ -478,7 +478,7 @@ def test_delta_embeds_what_changed(server: Runtime, client: flight.FlightClient)
     [
         ({"dedupe": "text", "include_text": False}, "include_text", "stored texts"),
         ({"mode": "delta", "include_text": False}, "include_text", "stored texts"),
-        ({"mode": "upsert", "dedupe": "id"}, "dedupe", "leave one"),
+        ({"mode": "upsert", "dedupe": "id"}, "dedupe", "omit one"),
         ({"mode": "delta", "id_column": "nope"}, "id_column", "nope"),
     ],
 )

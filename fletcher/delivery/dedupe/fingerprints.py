@@ -1,4 +1,4 @@
-"""128-bit fingerprints of ids and texts, the row keys made of them, and a compact map.
+"""128-bit fingerprints of ids and texts, row keys, and a compact map of them.
 
 BLAKE2b at 128 bits: two different values of a billion rows share one with a probability of 1e-21.
 No library is used: those for compact maps keep Python objects, or take integers of 64 bits.
@@ -56,7 +56,9 @@ def row_keys(kind: str, rows: pa.RecordBatch) -> list[RowKey]:
 
 
 def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dict[bytes, bytes]:
-    """Keys and values of rows on a disk. An id without a text gets a value that no text has.
+    """Keys and values of stored or journaled rows.
+
+    An id without a text gets a value that no text has.
 
     Args:
         kind: Kind of key.

@@ -1,4 +1,4 @@
-"""Index of a dataset's ids and text hashes, for uploads with `dedupe` or `mode=delta`.
+"""Index of a dataset's ids and text hashes, for `dedupe` and `mode=delta`.
 
 A row is indexed when it is on the disk of the store or the journal, so that its duplicates can be
 dropped and acknowledged. Duplicates are marked just before rows are journaled, or stored if they
@@ -53,7 +53,7 @@ class DedupeMemory:
         self._lock = threading.Lock()
 
     def add_bytes(self, num_bytes: int) -> bool:
-        """Count more (or, negative, fewer) bytes; False, and nothing, if they exceed the limit."""
+        """Count more or (negative) fewer bytes; False, and no change, beyond the limit."""
         with self._lock:
             if num_bytes > 0 and self.used_bytes + num_bytes > self.max_bytes:
                 return False
@@ -123,7 +123,7 @@ class DedupeIndex:
         self._lock = threading.Lock()
 
     def load_kind(self, kind: str) -> None:
-        """Read the rows of the store and the journal by a kind of key, unless that is done.
+        """Index the store and the journal by a kind of key, unless that is done.
 
         Raises:
             InvalidCommandError: The dataset lacks a column, or needs too much memory.
@@ -144,7 +144,10 @@ class DedupeIndex:
         return self._deciding.acquire(timeout=wait_s)
 
     def release_decision(self) -> None:
-        """Release the right: all that was decided is on a disk, or given up and `invalidate`d."""
+        """Release the right, once all marked rows are on a disk, or given up.
+
+        If the store may hold rows that were given up, call `invalidate` before.
+        """
         self._deciding.release()
 
     @contextlib.contextmanager
@@ -168,9 +171,10 @@ class DedupeIndex:
             self.release_decision()
 
     def decide_groups(self, groups: Sequence[Group]) -> int:
-        """Mark duplicates in groups for which that is not decided yet; needs the right to decide.
+        """Mark duplicates in groups that are not decided yet.
 
-        Groups with a key in common never share an append, because one of them might be lost.
+        The caller holds the right to decide. Groups with a key in common never share an append,
+        because one of them might be lost.
 
         Returns:
             Number of groups, from the first one on, that may be sent together.
@@ -212,7 +216,10 @@ class DedupeIndex:
             self.invalidate()
 
     def invalidate(self) -> None:
-        """Read the store again before the next decision: it may or may not hold certain rows."""
+        """Have the store read again before the next decision.
+
+        Called when it is unknown whether the store holds certain rows.
+        """
         with self._lock:
             for index in self._kinds.values():
                 index.stale = index.invalidated = True

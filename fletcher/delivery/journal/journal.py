@@ -1,4 +1,4 @@
-"""One dataset's journal: groups on disk from their acknowledgement until they are stored.
+"""One dataset's journal: groups on disk, acknowledged and not yet stored.
 
 A journal is a folder of segments, Arrow IPC stream files of one schema each. A group's extent is
 fixed when it is written here. Groups are synced before they are acknowledged, several at a time. A
@@ -190,7 +190,7 @@ class Journal:
         return written
 
     def settle_group(self, group: JournaledGroup) -> None:
-        """Note that a group needs not be sent again; its segment is deleted with its last group."""
+        """Note that a group need not be sent again; delete its segment if it was the last."""
         segment = group.segment
         failure: OSError | None = None
         if group.info.upsert:  # a disk may keep this note and lose earlier ones
@@ -263,7 +263,7 @@ class Journal:
             return [one for seg in self._segments for one in seg.groups if not one.settled]
 
     def reject_group(self, group: JournaledGroup, reason: str) -> None:
-        """Copy a group that the store refused for good to a file for a person; settle it after."""
+        """Keep a group that the store refused for good in a file of its own."""
         info = group.info
         name = f"{group.segment.path.stem}-{info.upload_id}-{info.first}-{info.last}{REJECTED}"
         batch = group.read_batch()
@@ -281,7 +281,7 @@ class Journal:
             self._end_segment()
 
     def release_space(self) -> None:
-        """Stop counting what is left in a closed journal: whoever opens it next counts it."""
+        """Stop counting a closed journal's bytes; the next one for its folder counts them."""
         self.space.add_bytes(-self.num_bytes)
 
     @property
@@ -369,7 +369,7 @@ def _disk_error(error: OSError) -> FletcherError:
 
 
 def _cut(segment: Segment, torn: Damage) -> None:
-    """Move a group that was not written completely to a file of its own."""
+    """Move a group that was not written completely to a `.torn` file."""
     with segment.path.open("r+b") as file:
         file.seek(torn.offset)
         segment.path.with_suffix(TORN).write_bytes(file.read())

@@ -1,4 +1,4 @@
-"""The folder of all journals of a server: its lock, its contents and its size limit."""
+"""The folder of all journals of a server: its lock, contents and size limit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class JournalSpace:
 
 
 def journal_folders(root: Path) -> Iterator[tuple[str, str, Path]]:
-    """The store's folder name, the dataset and the folder of each journal under `root`."""
+    """Yield the store's folder name, dataset and folder of each journal under `root`."""
     for store in sorted(path for path in root.glob("*") if path.is_dir()):
         for folder in sorted(path for path in store.glob("*") if path.is_dir()):
             yield store.name, folder.name, folder

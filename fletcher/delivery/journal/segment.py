@@ -1,4 +1,4 @@
-"""A journal file: an Arrow IPC stream of groups, as it is written, read and checked.
+"""A journal file, an Arrow IPC stream of groups: writing, reading and checking.
 
 A segment has one schema. Each of its record batches is a group of rows of one upload; the batch's
 custom metadata holds the upload, the rows and a CRC-32 over all of it. Reading continues behind
@@ -131,7 +131,9 @@ class JournaledGroup:
         return self.offset + self.num_bytes
 
     def read_batch(self) -> pa.RecordBatch:
-        """Read its rows. The file is not mapped, so that a failing disk is an error, not a signal.
+        """Read its rows.
+
+        The file is not mapped, so that a failing disk raises an error and sends no signal.
 
         Raises:
             InternalError: The file does not hold the group any more.
@@ -245,7 +247,10 @@ def group_metadata(info: GroupInfo, batch: pa.RecordBatch) -> dict[bytes, bytes]
 
 
 def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
-    """Read by the first schema that finds a group, else by the last; None: by the file's own."""
+    """Read by the first schema that finds a group, else by the last.
+
+    None among `schemas` stands for the file's own schema.
+    """
     try:
         data = pa.py_buffer(path.read_bytes())
     except FileNotFoundError:
@@ -326,7 +331,7 @@ def _next_message(view: memoryview, offset: int) -> int:
 
 
 def _group(schema: pa.Buffer, data: pa.Buffer, offset: int, end: int) -> GroupInfo | None:
-    """The group in these bytes; None if they are no group, or changed since they were written."""
+    """The group in these bytes; None if they hold no complete and correct group."""
     try:
         with pa.ipc.open_stream(schema.to_pybytes() + data[offset:end].to_pybytes()) as reader:
             batch, metadata = reader.read_next_batch_with_custom_metadata()
@@ -354,7 +359,7 @@ def _damage(data: pa.Buffer, start: int, end: int) -> Damage:
 
 
 def _is_torn(view: memoryview, offset: int) -> bool:
-    """Whether a file ends in half a message or in zeros, as after a crash of its writer."""
+    """Whether a file ends in half a message or zeros, as after a writer's crash."""
     rest = bytes(view[offset:])
     if len(rest) < 8:
         return _MARKER.startswith(rest[:4]) or not rest.strip(b"\0")

@@ -57,7 +57,7 @@ class SettledGroups:
                 log.warning("journal: %s cannot be shortened: %s", self._path, error)
 
     def ranges_of(self, upload_id: str) -> list[tuple[int, int]]:
-        """Row offsets of an upload's settled groups: inclusive (first, last), sorted, merged."""
+        """An upload's settled rows: inclusive ranges (first, last), sorted and merged."""
         found = self._read().get(upload_id)
         return [] if found is None else found.ranges()
 

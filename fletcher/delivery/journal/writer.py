@@ -1,8 +1,8 @@
-"""The thread that makes a dataset's groups durable, many with one sync, before its committer.
+"""The thread that makes a dataset's groups durable, many with one sync.
 
-Rows that wait here are in memory and not acknowledged; rows that have passed are on disk and are. A
-full journal, or a full disk, holds rows back: their streams hold their memory, and clients wait. So
-do rows that may be duplicates of rows that the committer has pending.
+Rows that wait here are in memory and not acknowledged. Rows that have passed are on disk, are
+acknowledged, and go to the committer. A full journal or disk holds rows back: their streams hold
+their memory, and clients wait. Rows that may be duplicates of pending rows are held back, too.
 
 `WriteQueue` decides under the writer's lock; the writer acts without it.
 """
@@ -44,7 +44,7 @@ _SYNC_ROWS = 20_000
 
 
 class WriteQueue:
-    """State of one journal writer: `decide` says what to do next, `note_outcome` how it went.
+    """State of one writer: `decide` returns actions, `note_outcome` ends them.
 
     Not thread-safe. All times are of `time.monotonic`.
 
@@ -125,14 +125,14 @@ class WriteQueue:
         return Wait(self._close_at)
 
     def _retry(self, now: float) -> WriterAction:
-        """Try rows again after a pause; first make room: rows of the open segment may be stored."""
+        """Make room by closing the open segment, then try rows again after a pause."""
         if self._needs_room:
             self._needs_room = False
             return CloseSegment(flush=True)
         return Write(self._held) if self._next_try <= now else Wait(self._next_try)
 
     def _take_rows(self) -> list[Rows]:
-        """Take the oldest groups of one schema and one kind of key that are worth one sync."""
+        """Take the oldest groups of one schema and one kind of key, for one sync."""
         taken: list[Rows] = []
         num_rows = 0
         while self._waiting:
@@ -149,7 +149,7 @@ class WriteQueue:
 
 
 class JournalWriter:
-    """One of a dataset's journal writers and its thread, which starts with the first rows.
+    """One of a dataset's journal writers; its thread starts with the first rows.
 
     Args:
         journal: The dataset's journal; recovered.
@@ -194,7 +194,11 @@ class JournalWriter:
             _give_up([rows], shutting_down())
 
     def wait_written(self, timeout_s: float) -> bool:
-        """Wait until no rows of earlier failed uploads are being written; False: some may be."""
+        """Wait until no rows of earlier failed uploads are being written.
+
+        Returns:
+            False if some still may be.
+        """
         written = self._writing.acquire(timeout=timeout_s)
         if written:
             self._writing.release()
@@ -288,7 +292,7 @@ class JournalWriter:
 def journaled_rows(
     upload: Upload, on_disk: JournaledGroup, journal: Journal, *, in_doubt: bool = False
 ) -> Rows:
-    """Rows of a journaled group for a committer; `in_doubt`: the store may hold them already."""
+    """Rows of a journaled group for a committer; `in_doubt`: the store may hold them."""
     info = on_disk.info
     return Rows(
         upload,
@@ -318,7 +322,7 @@ def _info_of(group: Rows) -> GroupInfo:
 
 
 def _release_abandoned(rows: Sequence[Rows]) -> list[Rows]:
-    """Release rows of failed uploads: their clients were told, and send them again."""
+    """Release rows of failed uploads; their clients send them again."""
     wanted: list[Rows] = []
     for group in rows:
         if group.abandoned:

@@ -1,12 +1,12 @@
 """A model bundle: a folder with everything that defines a model's vectors.
 
-fletcher.json     what the model is, where it comes from, size and SHA-256 of every file
-tokenizer.json    as the `tokenizers` library reads it
-model.onnx        the graph
-model.weights     its weights, mapped into memory by the engine
-model.N.*         both in segments where the model has exits: each ends after layer N
-late.onnx         where the model pools by mean: the graph that pools parts of rows, same weights
-calibration.json  ranges for int8, where `fletcher model calibrate` found some
+fletcher.json     manifest: the model, its source, size and SHA-256 of every file
+tokenizer.json    tokenizer, in the format of the `tokenizers` library
+model.onnx        graph
+model.weights     weights of the graph, mapped into memory by the engine
+model.N.*         graph and weights of one block of a model with exits, which ends after layer N
+late.onnx         graph for late chunking, on the same weights; for models that pool by mean
+calibration.json  ranges for int8, from `fletcher model calibrate`
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from fletcher.models.checkpoint.markers import Queries, Skipped
 FORMAT = 1
 TOKENIZER = "tokenizer.json"
 LATE_GRAPH = "late.onnx"
+# Hidden states between the blocks of a model with exits: a block's output, the next one's input.
+HANDED_ON, HIDDEN = "handed_on", "hidden"
 _ADD_AGAIN = "; add the model again with `fletcher model add`"
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the bundle, as the manifest lists it."""
+    """The manifest's entry of one file."""
 
     bytes: Natural
     sha256: str
@@ -47,15 +49,14 @@ class _Manifest(ModelSpec, frozen=True, kw_only=True):
 
 
 class ModelBundle(ModelSpec, frozen=True, kw_only=True):
-    """A model's bundle on disk, checked as far as `from_folder` was asked to.
+    """A checked bundle on disk; see `from_folder`.
 
     Attributes:
         folder: The bundle's folder.
         name: The model's name.
-        hash: First 12 hex digits of a SHA-256 over what defines the vectors; the same on every
-            machine and after every re-adding.
-        late: Path of the graph for late chunking; None: there is none.
-        num_bytes: Size of all files.
+        hash: `vector_hash` of the bundle, equal on every machine.
+        late: Path of the graph for late chunking; None if the bundle has none.
+        num_bytes: Size of all files together.
         calibration: Ranges for int8.
     """
 
@@ -83,22 +84,22 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def width(self) -> int:
-        """Numbers in each vector of a row, on the way through the house."""
+        """Columns of the embeddings that a replica returns."""
         return SPARSE_WIDTH if self.output == "sparse" else self.dim
 
     @property
     def max_vectors(self) -> int:
-        """Vectors of a row at most."""
+        """Largest number of vectors of one row."""
         return {"dense": 1, "sparse": self.dim, "multi": self.max_length}[self.output]
 
     @property
     def skipped(self) -> Skipped | None:
-        """Which tokens have no vector; None: all have."""
+        """Document tokens without a vector; None if every token has one."""
         return Skipped(self.skip_marker, self.skip_tokens) if self.skip_tokens else None
 
     @property
     def queries(self) -> Queries | None:
-        """How queries are read; None: as documents."""
+        """Special reading of queries; None if they are read as documents."""
         if not self.query_length:
             return None
         filler = self.query_filler if self.query_filler >= 0 else None
@@ -106,10 +107,10 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def blocks(self) -> list[Path]:
-        """The graphs that make up the model, in their order, one an exit layer.
+        """Graphs of the model in order: one, or one for each exit layer.
 
-        Each but the first takes `hidden`, float32 [B, L, H], which the one before gives as
-        `handed_on`, in place of `input_ids`.
+        A graph's output `handed_on`, float32 [B, L, H], is the next one's input `hidden`, which
+        replaces `input_ids`.
         """
         if not self.has_exits:
             return [self.graph]
@@ -117,7 +118,7 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def graph_normalizes(self) -> bool:
-        """Whether the graph's embeddings have L2 norm 1 already, their norms in output `norm`."""
+        """Whether the graph normalizes embeddings and returns their norms as `norm`."""
         return "norm" in self.outputs
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,20 +140,21 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @classmethod
     def from_folder(cls, folder: Path, *, verify: bool = False) -> ModelBundle:
-        """Reads a bundle and checks that its files are there with their right sizes.
+        """Read a bundle's manifest and check the sizes of its files.
 
         Args:
             folder: The bundle's folder.
-            verify: Check SHA-256 sums too; takes as long as reading every byte.
+            verify: Check SHA-256 sums too, which reads every byte.
 
         Raises:
-            ModelError: No bundle, a missing or odd field, a file missing, of another size, or
-                (`verify`) of another content.
+            ModelError: The folder holds no bundle; a field is missing or invalid; or a file is
+                missing, of another size or, with `verify`, of other content.
         """
         fields = read_json(folder / MANIFEST)
-        if fields.pop("format", None) != FORMAT:
+        if (version := fields.pop("format", None)) != FORMAT:
             raise ModelError(
-                f"{MANIFEST} has no `format` {FORMAT}: this Fletcher cannot read it{_ADD_AGAIN}"
+                f"{MANIFEST}: `format` is {version!r}, expected {FORMAT}{_ADD_AGAIN}",
+                field="format",
             )
         manifest = convert_json(fields, _Manifest, MANIFEST, _ADD_AGAIN)
         spec = {name: getattr(manifest, name) for name in ModelSpec.__struct_fields__}
@@ -184,30 +186,32 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
 
 def block_file(layers: int) -> str:
-    """The graph whose last layer is this one, of a model with exits."""
+    """File name of the graph that ends after a layer, of a model with exits."""
     return f"model.{layers}.onnx"
 
 
 def version_folder(folder: Path, version: str) -> Path:
-    """Where a version of a model is: in the model's folder, or kept since another came there.
+    """Folder of a model's version: the model's own, or that of a replaced version.
 
     Args:
-        folder: Where it was.
+        folder: The folder that held the version.
         version: Its hash.
 
     Raises:
-        ModelError: It is in neither.
+        ModelError: Neither folder holds the version.
     """
     name = folder.name.partition("@")[0]
     for place in (folder.with_name(name), folder.with_name(f"{name}@{version}")):
         with contextlib.suppress(ModelError):
             if ModelBundle.from_folder(place).hash == version:
                 return place
-    raise ModelError(f"{name}@{version} is here no more: it was removed or damaged")
+    raise ModelError(
+        f"{name}@{version} is missing: it was removed or is damaged; add the model again"
+    )
 
 
 def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:
-    """Makes a bundle of a folder that holds its files: describes and checksums each of them."""
+    """Turn a folder of files into a bundle: write its manifest, with checksums."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {

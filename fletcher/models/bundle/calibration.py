@@ -1,4 +1,4 @@
-"""What a sample of texts showed of a model's vectors, frozen in its bundle: ranges for int8."""
+"""Ranges for int8, measured on a sample of texts and kept in the bundle."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CALIBRATION = "calibration.json"
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cut:
-    """Vectors of one kind: each has values of its own range.
+    """One kind of a model's vectors; each kind has its own range of values.
 
     Attributes:
         layers: Exit layer.
         dims: Leading dimensions.
-        normalized: L2 norm is 1.
+        normalized: Vectors have L2 norm 1.
     """
 
     layers: int
@@ -57,11 +57,11 @@ class _File(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Ranges for each kind of vectors that a bundle declares; none where it has no sample yet.
+    """Ranges for each kind of vectors; empty before the first calibration.
 
     Attributes:
-        num_texts: Texts of the sample.
-        ranges: By kind of vectors.
+        num_texts: Number of texts in the sample.
+        ranges: Ranges by kind of vectors.
     """
 
     num_texts: int = 0
@@ -69,7 +69,7 @@ class Calibration:
 
     @classmethod
     def from_file(cls, path: Path) -> Calibration:
-        """Reads what `save` wrote. Raises ModelError where the file is none."""
+        """Read what `save` wrote. Raises ModelError if the file is damaged."""
         remedy = "; run `fletcher model calibrate` with --replace"
         content = convert_json(read_json(path), _File, path.name, remedy)
         try:
@@ -86,13 +86,14 @@ class Calibration:
         return cls(content.num_texts, ranges)
 
     def save(self, folder: Path, manifest: str) -> None:
-        """Puts itself into a bundle's folder and under its checksums; the caller has the lock.
+        """Write the ranges into a bundle's folder and their checksum into its manifest.
 
-        Whoever dies in between leaves a file that the manifest does not name, or names as it was.
+        The caller holds the model's lock. A crash in between leaves either a file that the manifest
+        does not name, or the manifest as it was.
 
         Args:
-            folder: The bundle's.
-            manifest: The manifest's name there.
+            folder: The bundle's folder.
+            manifest: The manifest's file name.
         """
         rows = [
             {**dataclasses.asdict(cut), **one.to_json()} for cut, one in sorted(self.ranges.items())

@@ -1,4 +1,4 @@
-"""JSON, checksums and safe names: what every part of a bundle needs of its files."""
+"""JSON, checksums and safe names of a bundle's files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from fletcher.errors import ModelError
 _Type = TypeVar("_Type")
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# A model's name, or one version of it.
+# A model's name, or that of one version.
 VERSION_NAME = re.compile(rf"({MODEL_NAME.pattern})(?:@([0-9a-f]{{12}}))?")
 
 
 def check_name(name: str) -> str:
-    """Refuses a model name that could not be a folder's: `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`."""
+    """Check that a model name can be a folder's: `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`.
+
+    Raises:
+        ModelError: It cannot.
+    """
     if not MODEL_NAME.fullmatch(name):
         raise ModelError(
             f"`name` is {name[:200]!r}, expected letters, digits, `.`, `_` and `-`, at most 128, "
@@ -68,7 +72,7 @@ def convert_json(value: Any, kind: type[_Type], place: str, remedy: str = "") ->
 
 
 def _refusal(text: str, value: Any, kind: Any, place: str, remedy: str) -> ModelError:
-    """Msgspec's error, with the value that came and, for a choice, the values to choose from."""
+    """Error of msgspec, with the value at fault and, for a choice, the allowed ones."""
     reason, _, path = text.partition(" - at `$")
     if named := re.fullmatch(r"Object (missing required|contains unknown) field `(.+)`", reason):
         state = "no" if named[1].startswith("missing") else "an unknown"
@@ -98,11 +102,12 @@ def _choices(kind: Any, field: str) -> list[str]:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative name, `/` between its parts, stays inside the folder it is joined to."""
+    """Whether a relative name, with `/` between its parts, stays inside its folder."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name

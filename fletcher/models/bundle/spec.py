@@ -1,4 +1,4 @@
-"""What a model is: the part of fletcher.json that describes it, field by field."""
+"""Description of a model: the part of fletcher.json that its source provides."""
 
 from __future__ import annotations
 
@@ -27,40 +27,37 @@ GRAPH_INPUTS: tuple[GraphInput, ...] = get_args(GraphInput)
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a source says of a model: the part of fletcher.json that describes it.
+    """Description of a model, as its source provides it and fletcher.json keeps it.
 
     Attributes:
-        family: Architecture the graph was written for (`bert`, `roberta`, ...); `onnx` for somebody
-            else's graph.
+        family: Architecture of the graph (`bert`, `roberta`, ...); `onnx` for graphs that Fletcher
+            did not write.
         dim: Width of an embedding.
-        max_length: Tokens per text at most, special tokens included.
-        pooling: How token embeddings become one.
+        max_length: Largest number of tokens of a text, special tokens included.
+        pooling: Pooling of token embeddings.
         normalize: Embeddings have L2 norm 1.
-        num_layers: Transformer layers in the graph; 0 where unknown.
-        layers: Exit layers that the graph offers, ascending; the last is `num_layers`. Where there
-            are several, the graph is in as many segments, and `graph` is the last of them.
+        num_layers: Transformer layers in the graph; 0 if unknown.
+        layers: Exit layers that the graph offers, ascending; the last is `num_layers`. With several
+            exits, the model is split into as many blocks, and `graph` is the last one's.
         dims: Matryoshka dims that the model was trained for, ascending; the last is `dim`.
         prompts: Text put before each input, by name.
-        default_prompt: The name of the prompt for requests that name none.
-        similarity: How two embeddings are compared: `cosine`, `dot`, `euclidean` or `manhattan`;
-            bundles that do not say it mean `cosine`.
+        default_prompt: Name of the prompt for requests without one.
+        similarity: Comparison of two embeddings that the model was trained for.
         pad_token_id: Id of the padding token.
         graph_file: File name of the ONNX graph; `graph` in fletcher.json.
-        graph_output: `embedding`: the graph pools (float32 [B, dim]); `token_embeddings`: it does
-            not (float32 [B, L, dim]), vectors are pooled and normalised after it.
+        graph_output: `embedding`: the graph pools (float32 [B, dim]). `token_embeddings`: Fletcher
+            pools and normalizes after the graph (float32 [B, L, dim]).
         inputs: Names of the graph's inputs, int64 [B, L] each; `token_type_ids` are zeros.
-        outputs: Names of the graph's outputs that are read: the first is what `graph_output` says;
-            `norm` (float32 [B, 1], the L2 norm before normalisation) comes second where the graph
-            itself normalises.
-        licence: SPDX name, where the source says it.
-        source: Where it came from, as `fletcher model add` would take it; no local path.
-        weights_sha256: Of what the weights are, whatever file they came in.
-        output: What a text becomes: `dense`, a vector of `dim`; `sparse`, weights of some of `dim`
+        outputs: Names of the graph's outputs that are read: first `graph_output`; then, if the
+            graph normalizes, `norm` (float32 [B, 1], the L2 norm before normalization).
+        licence: SPDX name; empty if the source has none.
+        source: Source in the form that `fletcher model add` takes; no local path.
+        weights_sha256: SHA-256 over the weights' values, independent of their file format.
+        output: Result for a text: `dense`, a vector of `dim`; `sparse`, weights of some of `dim`
             dimensions, each a token of the vocabulary; `multi`, a vector of `dim` for each token.
-            Bundles that do not say it are `dense`.
-        skip_marker, skip_tokens: As in Skipped; no tokens: none are left out.
-        query_marker, query_length, query_filler, fillers_attended: As in Queries; no length: they
-            are read as documents, a filler below 0: there is none.
+        skip_marker, skip_tokens: As in Skipped; empty `skip_tokens`: every token has a vector.
+        query_marker, query_length, query_filler, fillers_attended: As in Queries; `query_length` 0:
+            queries are read as documents; `query_filler` below 0: queries are not filled.
     """
 
     family: str
@@ -111,13 +108,13 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def has_exits(self) -> bool:
-        """Whether vectors can be had after fewer than all layers."""
+        """Whether the model can return vectors after fewer than all layers."""
         return len(self.layers) > 1
 
     def vector_hash(self, tokenizer_sha256: str) -> str:
         """First 12 hex digits of a SHA-256 over what defines the vectors.
 
-        Names, licences, sources and how the graph happens to be serialised do not count.
+        Names, licences, sources and the graph's serialization have no part in it.
         """
         parts = {
             "family": self.family,

@@ -1,4 +1,4 @@
-"""A sentence-transformers or plain Hugging Face checkpoint folder, read without either library."""
+"""Checkpoint folders of sentence-transformers or plain Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fletcher.models.bundle.files import is_inside, read_json
 from fletcher.models.bundle.spec import SIMILARITIES, Pooling, Similarity
 from fletcher.models.checkpoint.output_kind import OutputKind, read_kind
 
-_NO_LIMIT = 10**9  # transformers writes 1e30 for tokenizers that know no limit
+_NO_LIMIT = 10**9  # transformers writes 1e30 for tokenizers without a limit
 _SETTINGS = "config_sentence_transformers.json"
 _ORDER = re.compile(
     r"Transformer( Pooling( Dense)*( Normalize)?|( Dense)+)?|(MLM)?Transformer SpladePooling"
@@ -41,10 +41,10 @@ class DenseModule:
     """A linear layer after pooling, sentence-transformers' module Dense.
 
     Attributes:
-        folder: Its weights, `linear.weight` [to, from] and `linear.bias` [to].
+        folder: Folder of its weights, `linear.weight` [to, from] and `linear.bias` [to].
         shape: (to, from).
         bias: Whether it has a bias.
-        activation: One of `encoder.ACTIVATIONS`; empty: none.
+        activation: One of `encoder.ACTIVATIONS`; empty for none.
     """
 
     folder: Path
@@ -55,18 +55,18 @@ class DenseModule:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint folder says of its model, weights apart.
+    """Everything about a model in its checkpoint folder, except its weights.
 
     Attributes:
-        folder: Where config.json and the weights are.
-        tokenizer: Path of its tokenizer.json.
-        config: config.json.
-        max_length, pooling, normalize, prompts, default_prompt, similarity, dims: As in ModelSpec;
-            what a plain Hugging Face folder does not say is what sentence-transformers takes: mean
-            pooling, no normalisation.
-        dense: Linear layers between pooling and normalisation.
-        kind: What a text becomes, where that is not a dense vector.
-        licence: From the model card's front matter; empty where it says nothing.
+        folder: Folder of config.json and the weights.
+        tokenizer: Path of tokenizer.json.
+        config: Content of config.json.
+        max_length, pooling, normalize, prompts, default_prompt, similarity, dims: As in ModelSpec.
+            A plain Hugging Face folder gets sentence-transformers' defaults: mean pooling, no
+            normalization.
+        dense: Linear layers between pooling and normalization.
+        kind: Kind of vectors.
+        licence: Licence in the model card's front matter; empty without one.
     """
 
     folder: Path
@@ -85,14 +85,14 @@ class Checkpoint:
 
     @classmethod
     def from_folder(cls, folder: Path, *, tokenizer: Path | None = None) -> Checkpoint:
-        """Reads a folder.
+        """Read a checkpoint folder.
 
         Args:
-            folder: The checkpoint's.
-            tokenizer: A tokenizer.json to take; None: the one in the folder.
+            folder: The folder.
+            tokenizer: Another tokenizer.json than the one in the folder.
 
         Raises:
-            ModelError: A file is missing, or the model does something a bundle cannot express.
+            ModelError: A file is missing, or the model is of a kind that no bundle can describe.
         """
         modules = _modules(folder)
         inner = folder / modules.get("MLMTransformer", modules.get("Transformer", [""]))[0]
@@ -100,7 +100,7 @@ class Checkpoint:
         tokenizer = tokenizer or inner / TOKENIZER
         if not tokenizer.is_file():
             raise ModelError(
-                f"{tokenizer.name} is missing; save it there with transformers: "
+                f"{tokenizer.name} is missing; write it with transformers: "
                 "AutoTokenizer.from_pretrained(FOLDER, use_fast=True).save_pretrained(FOLDER)"
             )
         pooling: Pooling = "mean"
@@ -140,7 +140,7 @@ class Checkpoint:
 
 
 def read_licence(folder: Path) -> str:
-    """The `license:` line of a model card's front matter; empty where there is none."""
+    """Licence in a model card's front matter; empty without one."""
     card = folder / "README.md"
     if not card.is_file():
         return ""
@@ -156,7 +156,7 @@ def read_licence(folder: Path) -> str:
 
 
 def _modules(folder: Path) -> dict[str, list[str]]:
-    """Folders of sentence-transformers' modules by their class names."""
+    """Folders of sentence-transformers' modules, by class name."""
     path = folder / "modules.json"
     if not path.is_file():
         return {"Transformer": [""]}
@@ -169,14 +169,17 @@ def _modules(folder: Path) -> dict[str, list[str]]:
     if not _ORDER.fullmatch(" ".join(names)):
         raise ModelError(
             f"modules.json lists {', '.join(names)}: expected Transformer, Pooling, any number of "
-            "Dense and perhaps Normalize; Transformer and Dense, of token vectors; or "
-            "MLMTransformer and SpladePooling; others are not supported",
+            "Dense and perhaps Normalize; Transformer and Dense, for token vectors; or "
+            "MLMTransformer and SpladePooling. Export another model to ONNX and add that file",
             allowed=["Transformer", "Pooling", "Dense", "Normalize"],
         )
     places: dict[str, list[str]] = {}
     for name, place in modules:
         if place and not is_inside(place):
-            raise ModelError(f"modules.json: `path` of {name} leads out of the model's folder")
+            raise ModelError(
+                f"modules.json: `path` of {name} is {place[:200]!r}, expected one inside the "
+                "model's folder"
+            )
         places.setdefault(name, []).append(place)
     return places
 
@@ -199,7 +202,10 @@ def _dense(folders: Iterable[Path], width: int) -> tuple[DenseModule, ...]:
                     f"{name}: `{key}` is {config[key]!r}, expected sentence_embedding", field=key
                 )
         if config.get("use_residual"):
-            raise ModelError(f"{name}: `use_residual` is not supported", field="use_residual")
+            raise ModelError(
+                f"{name}: `use_residual` is {config['use_residual']!r}, expected false",
+                field="use_residual",
+            )
         function = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
         activation = _DENSE_ACTIVATIONS.get(function.rpartition(".")[2])
         if activation is None:
@@ -217,7 +223,10 @@ def _dense(folders: Iterable[Path], width: int) -> tuple[DenseModule, ...]:
 
 def _pooling(config: Mapping[str, Any]) -> Pooling:
     if config.get("include_prompt", True) is False:
-        raise ModelError("1_Pooling/config.json: `include_prompt` false is not supported yet")
+        raise ModelError(
+            "1_Pooling/config.json: `include_prompt` is false, expected true",
+            field="include_prompt",
+        )
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
@@ -236,7 +245,7 @@ def _pooling(config: Mapping[str, Any]) -> Pooling:
 
 
 def _check_lowercase(folder: Path, tokenizer: Path) -> None:
-    """sentence-transformers can lower-case texts itself; a bundle leaves that to its tokenizer."""
+    """Check that the tokenizer lower-cases texts if sentence-transformers would do so."""
     path = folder / "sentence_bert_config.json"
     if not path.is_file() or not read_json(path).get("do_lower_case"):
         return
@@ -249,7 +258,7 @@ def _check_lowercase(folder: Path, tokenizer: Path) -> None:
 
 
 def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
-    """Tokens per text, as sentence-transformers takes it: its own setting, else the tokenizer's."""
+    """Largest number of tokens: sentence-transformers' setting, else the tokenizer's."""
     candidates: list[Any] = [config.get("max_position_embeddings", config.get("n_positions"))]
     for name, key in (
         ("sentence_bert_config.json", "max_seq_length"),
@@ -264,7 +273,10 @@ def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
             break
     known = [int(one) for one in candidates if one is not None]
     if not known or min(known) < 2:
-        raise ModelError("config.json: `max_position_embeddings` is missing or below 2")
+        raise ModelError(
+            "config.json: `max_position_embeddings` is missing or below 2",
+            field="max_position_embeddings",
+        )
     return min(known)
 
 
@@ -273,7 +285,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-# What Nomic's models are trained with, and say in their model cards alone
+# Prompts that Nomic's models were trained with; only their model cards have them
 # (https://huggingface.co/nomic-ai/nomic-embed-text-v1.5, Task instruction prefixes).
 _NOMIC_TASKS = ("search_document", "search_query", "clustering", "classification")
 
@@ -285,7 +297,11 @@ def _prompts(
     default = settings.get("default_prompt_name")
     valid = isinstance(prompts, dict) and all(isinstance(one, str) for one in prompts.values())
     if not valid or not (default is None or default in prompts):
-        raise ModelError(f"{_SETTINGS}: `prompts` or `default_prompt_name` is not valid")
+        raise ModelError(
+            f"{_SETTINGS}: expected texts by name as `prompts`, and one of the names or null as "
+            "`default_prompt_name`",
+            field="prompts",
+        )
     if not any(prompts.values()) and config.get("model_type") == "nomic_bert":
         prompts = {task: f"{task}: " for task in _NOMIC_TASKS}
     return dict(prompts), default
@@ -304,7 +320,7 @@ def _similarity(settings: Mapping[str, Any]) -> Similarity:
 
 
 def _dims(config: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> tuple[int, ...]:
-    """`dim` and the smaller ones that a checkpoint declares."""
+    """`dim` and the smaller dims that the checkpoint declares, ascending."""
     smaller = [
         *(config.get("matryoshka_dimensions") or []),
         *(settings.get("matryoshka_dimensions") or []),

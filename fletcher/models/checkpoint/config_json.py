@@ -1,4 +1,7 @@
-"""Reads the numbers of a config.json; what is not as expected is refused by name."""
+"""Checked values of a config.json.
+
+msgspec is not used: families name the same value differently, and null means a default.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ Config = Mapping[str, Any]
 
 
 class Sizes(TypedDict):
-    """The numbers of an `Architecture` that every config.json has."""
+    """Numbers of an `Architecture` that every config.json has."""
 
     vocab_size: int
     max_length: int
@@ -33,18 +36,17 @@ def sizes(
     position_offset: int = 0,
     head_dim: int = 0,
 ) -> Sizes:
-    """The numbers that families differ in by name alone.
+    """The numbers that all families have, under the family's names.
 
     Args:
         config: config.json.
-        names: What the family calls some of them, such as `dim` for `hidden_size`; the common name
-            is taken where that is not there.
-        position_offset: The row of the table of positions which is the first token's.
-        head_dim: A head's width where config.json says none; 0: the family divides `hidden_size`
-            into heads.
+        names: The family's names for some of them, such as `dim` for `hidden_size`; the common name
+            is the second choice.
+        position_offset: Row of the first token in the table of positions.
+        head_dim: Width of a head if config.json has none; 0 divides `hidden_size` by the heads.
 
     Raises:
-        ModelError: One is missing, or `hidden_size` does not divide into heads.
+        ModelError: A number is missing, or `hidden_size` does not divide into heads.
     """
 
     def number(name: str) -> int:
@@ -73,7 +75,7 @@ def sizes(
 
 
 def positive(config: Config, *keys: str) -> int:
-    """An integer of at least 1 under the first of `keys` that is there.
+    """An integer of at least 1 under the first of `keys` that is not null.
 
     Raises:
         ModelError: It is missing or something else.
@@ -86,7 +88,7 @@ def positive(config: Config, *keys: str) -> int:
 
 
 def pad_token_id(config: Config, default: int) -> int:
-    """The token of padding; `default` where it is not given or null.
+    """Id of the padding token; `default` if it is missing or null.
 
     Raises:
         ModelError: It is something else.
@@ -94,13 +96,13 @@ def pad_token_id(config: Config, default: int) -> int:
     value = default if config.get("pad_token_id") is None else config["pad_token_id"]
     if type(value) is not int or value < 0:
         raise ModelError(
-            f"config.json: `pad_token_id` is {value!r}, expected a token", field="pad_token_id"
+            f"config.json: `pad_token_id` is {value!r}, expected a token id", field="pad_token_id"
         )
     return value
 
 
 def epsilon(config: Config, default: float, *keys: str) -> float:
-    """What norms add to a variance: the number under the first of `keys` that is not null.
+    """Epsilon of norms, under the first of `keys` that is not null; else `default`.
 
     Raises:
         ModelError: It is something else.
@@ -113,10 +115,10 @@ def epsilon(config: Config, default: float, *keys: str) -> float:
 
 
 def layer_types(config: Config, default: list[str], *allowed: str) -> list[str]:
-    """Each layer's kind; `default` where config.json does not say it.
+    """Kind of each layer; `default` if config.json has none.
 
     Raises:
-        ModelError: They are not as many as `default`, or one is none of `allowed`.
+        ModelError: There are more or fewer than in `default`, or one is not in `allowed`.
     """
     kinds = config.get("layer_types") or default
     known = isinstance(kinds, list) and all(kind in allowed for kind in kinds)
@@ -131,10 +133,10 @@ def layer_types(config: Config, default: list[str], *allowed: str) -> list[str]:
 
 
 def only(config: Config, **wanted: Any) -> None:
-    """Checks settings that change what a model computes, where they are given and not null.
+    """Check that settings are missing, null, or have the supported value.
 
     Raises:
-        ModelError: One has another value than the one that is supported.
+        ModelError: A setting has another value.
     """
     for key, value in wanted.items():
         if config.get(key) not in (None, value):
@@ -147,10 +149,10 @@ def only(config: Config, **wanted: Any) -> None:
 
 
 def activation(config: Config, key: str, default: str, **names: str) -> str:
-    """One of ACTIVATIONS; `names` are what a family calls them beside.
+    """Activation function, one of ACTIVATIONS; `names` has the family's names.
 
     Raises:
-        ModelError: It is another.
+        ModelError: The function is another one.
     """
     value = config.get(key, default)
     value = names.get(str(value), value)
@@ -169,9 +171,9 @@ def theta(config: Config, default: float, *keys: str, layers: str = "") -> float
 
     Args:
         config: config.json.
-        default: Where it is not given.
-        keys: Where checkpoints keep it outside of `rope_parameters`.
-        layers: The kind of layers, where `rope_parameters` has some for each kind.
+        default: Value if config.json has none.
+        keys: Keys outside of `rope_parameters`.
+        layers: Kind of layers, for `rope_parameters` that has values for each kind.
 
     Raises:
         ModelError: Positions are scaled, or only a part of each head is rotated.
@@ -192,5 +194,8 @@ def theta(config: Config, default: float, *keys: str, layers: str = "") -> float
         value = rope.get("rope_theta", value)
     only(config, partial_rotary_factor=1.0)
     if type(value) not in (int, float) or value <= 0:
-        raise ModelError(f"config.json: theta of rotary positions is {value!r}", field="rope_theta")
+        raise ModelError(
+            f"config.json: `rope_theta` is {value!r}, expected a number above 0",
+            field="rope_theta",
+        )
     return float(value)

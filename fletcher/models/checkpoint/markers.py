@@ -1,6 +1,6 @@
-"""What ColBERT's markers change: which tokens of documents and of queries have vectors.
+"""ColBERT's markers of documents and queries, and the tokens that have a vector.
 
-A text's second token marks it as the one or the other.
+The marker is a text's second token.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from fletcher.core.batches import BoolArray, Int32Array
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Tokens whose vectors a token-vector model leaves out of documents, such as punctuation.
+    """Tokens that have no vector in documents, such as punctuation.
 
     Attributes:
-        marker: The token that stands second in a document.
-        tokens: Those left out there.
+        marker: Marker of documents.
+        tokens: Ids of the tokens without a vector.
     """
 
     marker: int
     tokens: tuple[int, ...]
 
     def places(self, input_ids: Int32Array, lengths: Int32Array) -> BoolArray:
-        """Bool [total_tokens], True where a token's vector is left out.
+        """Bool [total_tokens], True for tokens without a vector.
 
         Args:
             input_ids: int32 [total_tokens], row after row.
@@ -38,14 +38,14 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """How a token-vector model reads queries (https://arxiv.org/abs/2004.12832, section 3.2).
+    """Reading of queries by ColBERT (https://arxiv.org/abs/2004.12832, section 3.2).
 
     Attributes:
-        marker: The token that stands second in a query.
-        length: Tokens of a query at most, special ones included.
-        filler: The token that fills shorter queries up to `length`, each time with a vector of its
-            own; None: they are left as they are.
-        attended: The other tokens see fillers; else fillers see them alone.
+        marker: Marker of queries.
+        length: Largest number of tokens of a query, special ones included.
+        filler: Id of the token that fills shorter queries up to `length`; each filler has its own
+            vector. None leaves shorter queries as they are.
+        attended: Tokens attend to fillers; else none does.
     """
 
     marker: int
@@ -54,7 +54,7 @@ class Queries:
     attended: bool = False
 
     def filled(self, input_ids: Int32Array, lengths: Int32Array) -> Int32Array:
-        """int32 [num_rows], the row's tokens with its fillers.
+        """int32 [num_rows], tokens of each row with its fillers.
 
         Args:
             input_ids: int32 [total_tokens], row after row.
@@ -68,7 +68,7 @@ class Queries:
 
 
 def _marked(marker: int, input_ids: Int32Array, lengths: Int32Array) -> BoolArray:
-    """Bool [num_rows], True where a marker stands second."""
+    """Bool [num_rows], True for rows whose second token is the marker."""
     seconds = np.minimum(np.cumsum(lengths) - lengths + 1, len(input_ids) - 1)
     marked: BoolArray = (input_ids[seconds] == marker) & (lengths > 1)
     return marked

@@ -1,4 +1,4 @@
-"""What a checkpoint's text becomes: a dense vector, sparse weights, or a vector a token."""
+"""Kinds of vectors that checkpoints give: dense, sparse, or one for each token."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from fletcher.models.bundle.files import read_json
 from fletcher.models.bundle.spec import Output
 from fletcher.models.checkpoint.markers import Queries, Skipped
 
-# What the first ColBERT's own library writes beside a model.
+# File that the library of the first ColBERT writes beside a model.
 COLBERT = "artifact.metadata"
 
 
 @dataclass(frozen=True, slots=True)
 class OutputKind:
-    """What is special of a model that does not give dense vectors; every default is a dense one's.
+    """Kind of a model's vectors; the defaults are those of dense vectors.
 
     Attributes:
         output: As in ModelSpec.
         prompts: Markers of queries and documents, as prompts; documents get theirs by default.
-        skipped: Tokens that documents leave out.
-        queries: How queries are read; None: as documents.
-        max_length: Tokens of a document; None: the checkpoint's own rule.
-        markers: Words that the tokenizer must take for one token.
-        linear: Width of a product in the model's own weights after the last layer; 0: there is
-            none.
+        skipped: Document tokens without a vector.
+        queries: How queries differ from documents; None if they do not.
+        max_length: Largest number of tokens of a document; None leaves it to the checkpoint's rule.
+        markers: Words that the tokenizer must keep as one token.
+        linear: Width of a linear layer in the model's own weights after the last layer; 0 without
+            one.
     """
 
     output: Output = "dense"
@@ -45,16 +45,16 @@ class OutputKind:
 def read_kind(
     folder: Path, modules: Mapping[str, Sequence[str]], settings: Mapping[str, Any], tokenizer: Path
 ) -> OutputKind:
-    """What a checkpoint says of its output.
+    """Find out which kind of vectors a checkpoint gives.
 
     Args:
-        folder: The checkpoint's.
-        modules: Folders of sentence-transformers' modules by their class names.
-        settings: config_sentence_transformers.json.
-        tokenizer: Its tokenizer.json.
+        folder: The checkpoint's folder.
+        modules: Folders of sentence-transformers' modules, by class name.
+        settings: Content of config_sentence_transformers.json.
+        tokenizer: Path of tokenizer.json.
 
     Raises:
-        ModelError: It says something that is not supported.
+        ModelError: A setting is not supported.
     """
     if "SpladePooling" in modules:
         return _splade(folder / modules["SpladePooling"][0] / "config.json")
@@ -66,7 +66,7 @@ def read_kind(
 
 
 def with_markers(tokenizer: Path, markers: Sequence[str]) -> str:
-    """A tokenizer.json that takes words of its vocabulary for one token wherever they stand."""
+    """Content of tokenizer.json with markers added, each of them one token anywhere."""
     content = read_json(tokenizer)
     vocabulary = _vocabulary(content, tokenizer.name)
     known = {one["content"] for one in content.get("added_tokens", [])}
@@ -159,7 +159,7 @@ def _skipped(marker: str, words: Sequence[str], vocabulary: Mapping[str, int]) -
 
 
 def _length(config: Mapping[str, Any], key: str, default: int) -> int:
-    """Tokens, as the library that wrote the checkpoint takes them."""
+    """Number of tokens under a key; null means `default`, of the model's library."""
     length = config.get(key)
     length = default if length is None else length
     if type(length) is not int or length < 4:
@@ -168,7 +168,7 @@ def _length(config: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def _filler(tokenizer: Path, vocabulary: Mapping[str, int]) -> int:
-    """The mask token, by which queries are filled up."""
+    """Id of the mask token, which fills queries."""
     path = tokenizer.with_name("tokenizer_config.json")
     named = read_json(path).get("mask_token") if path.is_file() else None
     word = named.get("content") if isinstance(named, dict) else named
@@ -176,7 +176,7 @@ def _filler(tokenizer: Path, vocabulary: Mapping[str, int]) -> int:
         if known in vocabulary:
             return vocabulary[known]
     raise ModelError(
-        f"{tokenizer.name} has no mask token, and queries are filled up with it; name it in "
+        f"{tokenizer.name} has no mask token, which fills short queries; name it in "
         "tokenizer_config.json as `mask_token`",
         field="mask_token",
     )
@@ -186,6 +186,9 @@ def _vocabulary(tokenizer: Mapping[str, Any], name: str) -> dict[str, int]:
     model = tokenizer.get("model", {})
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict):
-        raise ModelError(f"{name} has no table of words, which markers of queries are looked up in")
+        raise ModelError(
+            f"{name}: `model.vocab` is missing or no object, expected the ids of words: markers of "
+            "queries are looked up there"
+        )
     added = {str(one["content"]): int(one["id"]) for one in tokenizer.get("added_tokens", [])}
     return {**vocabulary, **added}

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, in one safetensors file or in shards, mapped instead of copied.
+"""Weights of a checkpoint, mapped from one safetensors file or from shards.
 
 The `safetensors` package is not used: its NumPy path has no bfloat16. The format is 8 bytes of
 length, a JSON header and raw data: https://huggingface.co/docs/safetensors/index#format.
@@ -28,12 +28,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class Weights:
-    """All tensors of a checkpoint under canonical names, in one file or in shards.
+    """All tensors of a checkpoint under canonical names, from one file or from shards.
 
     A prefix such as `bert.` is stripped; TensorFlow's `gamma` is `weight`, its `beta` is `bias`.
 
     Args:
-        folder: Holds model.safetensors, or model.safetensors.index.json and its shards.
+        folder: Folder of model.safetensors, or of model.safetensors.index.json and its shards.
         prefixes: Prefixes to strip.
     """
 
@@ -50,17 +50,20 @@ class Weights:
         return name in self._places
 
     def unread(self) -> list[str]:
-        """Names of tensors that nobody has asked for, sorted."""
+        """Sorted names of the tensors that were not read."""
         return sorted(self._places.keys() - self._digests.keys())
 
     def read_tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """float32 tensor of the given shape.
+        """A tensor as float32 of the given shape.
 
         Raises:
-            ModelError: It is not there, has another shape or holds NaN or infinity.
+            ModelError: It is missing, has another shape, or holds NaN or infinity.
         """
         if name not in self._places:
-            raise ModelError(f"the checkpoint has no tensor `{name}`; is it of another family?")
+            raise ModelError(
+                f"the checkpoint has no tensor `{name}`; check that `model_type` in config.json is "
+                "the model's"
+            )
         file, stored = self._places[name]
         tensor = file.float32(stored)
         if tensor.shape != shape:
@@ -78,16 +81,16 @@ class Weights:
         return tensor
 
     def digest(self, architecture: Mapping[str, Any]) -> str:
-        """SHA-256 over all tensors read so far and the numbers that say how they are used."""
+        """SHA-256 over all tensors read so far and the numbers that define their use."""
         parts = json.dumps([self._digests, architecture], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
 class SafetensorsFile:
-    """The tensors of one file, read when asked for.
+    """The tensors of one safetensors file, mapped and read on demand.
 
     Raises:
-        ModelError: The file is no safetensors file, is cut off, or its offsets lie outside it.
+        ModelError: The file is no safetensors file, is cut off, or has offsets outside of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,17 +118,17 @@ class SafetensorsFile:
         return sorted(self._entries)
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
-        """One tensor as float32: a view of the file where it is stored so.
+        """One tensor as float32; a view of the file if it is stored as float32.
 
         Raises:
-            ModelError: The entry is broken or its element type is no floating-point type.
+            ModelError: The entry is damaged, or its element type is no floating-point type.
         """
         try:
             entry = self._entries[name]
             kind, shape = str(entry["dtype"]), [int(size) for size in entry["shape"]]
             begin, end = (int(one) for one in entry["data_offsets"])
         except (KeyError, TypeError, ValueError):
-            raise self._broken(f"its entry for tensor `{name}` is not valid") from None
+            raise self._broken(f"its entry for tensor `{name}` is invalid") from None
         if kind not in _DTYPES:
             raise ModelError(
                 f"tensor `{name}` of {self._name} has type {kind}, expected one of "
@@ -137,7 +140,7 @@ class SafetensorsFile:
         fits = 0 <= begin <= end <= len(self._data) and end - begin == count * dtype.itemsize
         if not fits or min(shape, default=0) < 0:
             raise self._broken(f"tensor `{name}` does not lie inside the file")
-        # A copy only where a tensor is not aligned, which writers of the format avoid.
+        # Copies only unaligned tensors, which writers of the format avoid.
         values = np.frombuffer(self._data[begin:end], dtype=dtype).reshape(shape)
         if kind == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
@@ -155,11 +158,11 @@ def _weight_files(folder: Path) -> list[str]:
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
         for name in names:
             if not is_inside(name) or not (folder / name).is_file():
-                raise ModelError(f"{index.name} names {name}, which is not there")
+                raise ModelError(f"{index.name} names {name}, which is missing; get it again")
         return names
     raise ModelError(
-        "model.safetensors is missing; a checkpoint in another format (pytorch_model.bin) has to "
-        "be saved once with transformers' save_pretrained, which writes safetensors"
+        "model.safetensors is missing; convert a checkpoint in another format (pytorch_model.bin) "
+        "once with transformers' save_pretrained, which writes safetensors"
     )
 
 

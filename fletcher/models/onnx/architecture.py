@@ -1,4 +1,4 @@
-"""What a transformer computes, in named choices: all that a graph's writer asks of a family."""
+"""Architectures of transformers, as choices by which their graphs are written."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Literal
 # The linear layers of one transformer layer, as `encoder.Tensors` calls them.
 LINEARS = ("q", "k", "v", "projected", "wide", "gate", "narrow")
 
-# Of learned biases by distance, as T5 and MPNet have them.
+# Buckets of learned biases by distance, as in T5 and MPNet.
 NUM_BUCKETS = 32
 
-# What shapes of weights say anyway, and what has no part in a vector.
+# Fields that the weights' shapes imply, or that change no vector.
 _NOT_IDENTITY = frozenset(
     ("vocab_size", "type_vocab_size", "hidden", "intermediate", "max_length", "pad_token_id")
 )
@@ -20,17 +20,17 @@ _NOT_IDENTITY = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Style:
-    """What a layer does to each token alone.
+    """The computation of a layer on each token by itself.
 
     Attributes:
-        epsilon: Of norms.
+        epsilon: Epsilon of norms.
         activation: One of `encoder.ACTIVATIONS`.
-        gated: The MLP multiplies `wide` by the activated `gate`; else `wide` itself is activated.
-        norm_first: Norms stand before attention and MLP, and one more after the last layer; else
-            they stand after the sums.
-        rms_norm: Norms divide by the root of the mean square, and have no bias; else layer norms.
+        gated: The MLP multiplies `wide` by the activated `gate`; else it activates `wide`.
+        norm_first: Norms precede attention and MLP, and one more follows the last layer; else norms
+            follow the sums.
+        rms_norm: Norms are RMS norms without a bias; else layer norms.
         norm_bias: Layer norms have a bias.
-        biases: Which of LINEARS have a bias.
+        biases: Those of LINEARS that have a bias.
     """
 
     epsilon: float
@@ -44,29 +44,28 @@ class Style:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture(Style):
-    """A whole model; with every default it is BERT.
+    """A whole model; the defaults are BERT's.
 
     Attributes:
         vocab_size: Rows of the table of token embeddings.
         hidden: Width of hidden states.
         intermediate: Width inside the MLP.
-        num_heads: Heads of queries.
+        num_heads: Query heads.
         num_layers: Layers.
-        max_length: Tokens that the positions suffice for.
-        pad_token_id: The padding token.
-        type_vocab_size: Rows of the table of token types; 0: there is none.
+        max_length: Largest number of tokens that positions allow.
+        pad_token_id: Id of the padding token.
+        type_vocab_size: Rows of the table of token types; 0 without one.
         learned_positions: A table of positions is added to the token embeddings.
-        position_offset: The row of that table which is the first token's.
-        embedding_norm: The sum of embeddings is normalised.
-        num_kv_heads: Heads of keys and values, each shared by as many heads of queries; 0: as many
-            as these.
+        position_offset: Row of the first token in that table.
+        embedding_norm: A norm follows the sum of embeddings.
+        num_kv_heads: Key and value heads, each shared by equally many query heads; 0: `num_heads`.
         head_dim: Width of a head; 0: `hidden` over `num_heads`.
-        head_norm: Queries and keys are normalised head by head, as the RMS norm does.
-        causal: A token sees itself and those before it only.
-        rotary: Theta of rotary positions by layer; empty: none.
-        windows: Tokens that a token sees to each side, by layer, 0 for all; empty: all.
-        distance_bias: What is added to scores by the distance of two tokens: `alibi`, slopes by
-            head, or `buckets`, learned for buckets of distances as in T5.
+        head_norm: An RMS norm is applied to each head of queries and keys.
+        causal: A token attends only to itself and earlier tokens.
+        rotary: Theta of rotary positions by layer; empty without rotary positions.
+        windows: Tokens to each side that a token attends to, by layer, 0 for all; empty: all.
+        distance_bias: Bias of scores by the distance of two tokens: `alibi`, slopes by head;
+            `buckets`, learned for buckets of distances as in T5; empty for none.
         norm_of_first: With `norm_first`, the first layer has a norm before its attention.
     """
 
@@ -92,16 +91,16 @@ class Architecture(Style):
 
     @property
     def head_width(self) -> int:
-        """Elements of one head."""
+        """Width of one head."""
         return self.head_dim or self.hidden // self.num_heads
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key and value heads."""
         return self.num_kv_heads or self.num_heads
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """[rows, columns] of a checkpoint's tensor of a layer, or [width] of a norm's.
+        """Shape of a layer's tensor in a checkpoint, [rows, columns], or a norm's [width].
 
         Args:
             tensor: One of LINEARS, or the name of a norm.
@@ -121,9 +120,9 @@ class Architecture(Style):
         return shapes.get(tensor, (self.hidden,))
 
     def identity(self) -> dict[str, Any]:
-        """What vectors depend on and weights do not show; part of a model's hash.
+        """Choices that change vectors but not weights; part of a model's hash.
 
-        Choices left at their default do not count, so that a new one changes no model's hash.
+        Choices at their default are left out, so that a new choice changes no existing hash.
         """
         return {
             field.name: getattr(self, field.name)

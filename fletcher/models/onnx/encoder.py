@@ -1,4 +1,4 @@
-"""What a graph does to each token alone, however its tokens are laid out in memory."""
+"""Parts of graphs that compute on each token by itself, in any layout of tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fletcher.models.onnx.architecture import Style
 from fletcher.models.onnx.graph import GraphBuilder
 
-# By their names in checkpoints: the operator that ends them, and its attributes.
+# Last operator of each activation function, and its attributes, by name in checkpoints.
 ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "gelu": ("Gelu", {"approximate": "none"}),
     "gelu_new": ("Gelu", {"approximate": "tanh"}),
@@ -31,7 +31,7 @@ class Dense:
     Attributes:
         weight: float32 [from, to].
         bias: float32 [to], or None.
-        activation: One of ACTIVATIONS; empty: none.
+        activation: One of ACTIVATIONS; empty for none.
     """
 
     weight: Array
@@ -40,33 +40,36 @@ class Dense:
 
 
 class Tensors(Protocol):
-    """A model's weights, by what they do in a graph.
+    """A model's weights by their role in a graph, all float32.
 
-    Names are `embeddings.words` and `embeddings.positions`, float32 [rows, H], and
-    `embeddings.types` [1, H], the first token type's row, which is part of `embeddings.positions`
-    where there is that; `embeddings.norm`, `layer.N.attention.norm`, `layer.N.norm` and
-    `final.norm` with `.scale` and `.bias`, [H]; `layer.N.q.norm` and `layer.N.k.norm` with
-    `.scale`, [width of a head]; `layer.N.` with `q`, `k`, `v`, `projected`, `wide`, `gate` or
-    `narrow`, each with `.weight` [from, to] and `.bias` [to]; and `distances`, [buckets, heads].
-    The attention's scale is in `q` and, where queries are normalised, in `q.norm`.
+    - `embeddings.words` and `embeddings.positions` [rows, H], and `embeddings.types` [1, H], the
+      first token type. `embeddings.positions` includes `embeddings.types`.
+    - `embeddings.norm`, `layer.N.attention.norm`, `layer.N.norm` and `final.norm`, each with
+      `.scale` and `.bias` [H].
+    - `layer.N.q.norm` and `layer.N.k.norm`, each with `.scale` [width of a head].
+    - `layer.N.` with `q`, `k`, `v`, `projected`, `wide`, `gate` or `narrow`, each with `.weight`
+      [from, to] and `.bias` [to].
+    - `distances` [buckets, heads].
+
+    `q` includes the attention's scale; `q.norm` does instead, if queries have a norm.
     """
 
     def read_tensor(self, name: str) -> Array:
         """The tensor of that name, float32.
 
         Raises:
-            ModelError: It is not there or not of the right shape.
+            ModelError: It is missing or has another shape.
         """
         ...
 
 
 class EncoderLayers:
-    """Writes products, norms and the second half of layers into a graph.
+    """Writer of linear layers, norms and the second half of layers.
 
     Args:
-        graph: To write to.
-        tensors: Where weights come from.
-        style: Which norms and which MLP.
+        graph: Graph to write to.
+        tensors: Weights.
+        style: Kinds of norms and MLP.
     """
 
     def __init__(self, graph: GraphBuilder, tensors: Tensors, style: Style) -> None:
@@ -80,14 +83,14 @@ class EncoderLayers:
         return self.graph.constant(name, self.tensors.read_tensor(name))
 
     def scalar(self, name: str, value: float) -> str:
-        """A number as a constant, float32 [1]; asked for again, the same one."""
+        """A number as a constant, float32 [1], written once."""
         if name not in self._constants:
             constant = self.graph.constant(name, np.array([value], np.float32))
             self._constants[name] = constant
         return self._constants[name]
 
     def product(self, value: str, name: str) -> str:
-        """`value` times the weight of `name`, and its bias added where it has one."""
+        """Product of `value` and the weight of `name`, plus its bias if it has one."""
         graph, weight = self.graph, self.weight(f"{name}.weight")
         if name.rpartition(".")[2] not in self.style.biases:
             return graph.node("MatMul", (value, weight), name)
@@ -105,7 +108,7 @@ class EncoderLayers:
         )
 
     def rms_norm(self, value: str, name: str) -> str:
-        """RMS norm over the last axis: of the operators that both engines fuse into one."""
+        """RMS norm over the last axis, in operators that both engines fuse into one."""
         graph = self.graph
         two, epsilon = self.scalar("two", 2), self.scalar("epsilon", self.style.epsilon)
         last = graph.constant(f"{name}.axis", [-1])
@@ -117,7 +120,7 @@ class EncoderLayers:
         return graph.node("Mul", (divided, self.weight(f"{name}.scale")), name)
 
     def activate(self, value: str, name: str, activation: str) -> str:
-        """An activation function, one of ACTIVATIONS."""
+        """Activation function, one of ACTIVATIONS."""
         operator, attributes = ACTIVATIONS[activation]
         inputs: tuple[str, ...] = (value,)
         if activation == "silu":
@@ -125,7 +128,7 @@ class EncoderLayers:
         return self.graph.node(operator, inputs, name, **attributes)
 
     def dense(self, value: str, dense: Dense, name: str) -> str:
-        """A linear layer after pooling, called `name`."""
+        """Linear layer after pooling, whose output is called `name`."""
         graph = self.graph
         weight = graph.constant(f"{name}.weight", dense.weight)
         value = graph.node("MatMul", (value, weight), f"{name}.product")
@@ -147,12 +150,12 @@ class EncoderLayers:
         return self.product(active, f"{layer}.narrow")
 
     def after_attention(self, name: str, attended: str, residual: str) -> str:
-        """The rest of a layer.
+        """The rest of a layer after its attention, [..., H].
 
         Args:
             name: `layer.N`.
-            attended: What its attention gives, [..., heads x width].
-            residual: The layer's input at the same tokens, [..., H].
+            attended: Output of the attention, [..., heads x width].
+            residual: Input of the layer at the same tokens, [..., H].
         """
         graph, first = self.graph, self.style.norm_first
         projected = self.product(attended, f"{name}.projected")

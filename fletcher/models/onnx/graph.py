@@ -1,8 +1,8 @@
 """Builds ONNX graphs, with the weights in one file beside the graph.
 
-The messages are those of `proto/fletcher/models/onnx/onnx.proto`, ONNX's own schema under a package
-name of Fletcher's. The `onnx` package would do the same, but it is large, and needed for nothing
-else at run time.
+The messages are defined in `proto/fletcher/models/onnx/onnx.proto`, ONNX's schema under Fletcher's
+package name. The `onnx` package defines them too, but it is large, and Fletcher needs nothing else
+of it at run time.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from fletcher.models.onnx.onnx_pb2 import (
 
 IR_VERSION = 9
 OPSET = 20  # the first with Gelu as one operator
-# ONNX Runtime's own operators, for what ONNX has none:
+# Domain of ONNX Runtime's own operators:
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 MICROSOFT = "com.microsoft"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.weights"
-# Hidden states between the blocks of a model with exits: a block's output, the next one's input.
-HANDED_ON, HIDDEN = "handed_on", "hidden"
 ALIGNMENT = 4096  # a page: engines map the weights into memory instead of copying them
 
 _EXTERNAL_FROM_BYTES = 1024  # smaller tensors (shapes, scalars) are read faster in the graph itself
@@ -49,28 +47,28 @@ AnyArray = npt.NDArray[Any]
 
 
 def read_model(path: Path) -> ModelProto:
-    """Parses an ONNX file.
+    """Parse an ONNX file.
 
     Raises:
         ValueError: The file is no ONNX model, or is cut off.
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     try:
         model = ModelProto.FromString(path.read_bytes())
     except DecodeError as error:
         raise ValueError(str(error)) from None
     if not model.HasField("graph"):
-        raise ValueError("it holds no graph")
+        raise ValueError("it has no graph")
     return model
 
 
 class GraphBuilder:
-    """Collects nodes and weights of one graph; weights go to disk as they come.
+    """Builder of one graph; it writes weights to disk at once, nodes by `save`.
 
     Args:
-        folder: Where the graph and its weights are written.
+        folder: Folder for the graph and its weights.
         name: The graph's name.
-        file: Its file's name; that of the weights differs in the suffix.
+        file: Name of the graph's file; that of the weights differs in the suffix.
     """
 
     def __init__(self, folder: Path, name: str, file: str = GRAPH_FILE) -> None:
@@ -94,13 +92,13 @@ class GraphBuilder:
         self._weights.close()
 
     def fork(self, file: str, last: str) -> GraphBuilder:
-        """Another graph, which goes on behind one of this one's nodes, on the same weights.
+        """A builder of another graph with the same first nodes and the same weights.
 
-        It is to be written while this one is open. A constant that this one has is the same there.
+        Write the fork while this builder is open. Both graphs share the constants written so far.
 
         Args:
-            file: The other's file in the same folder.
-            last: What the last node gives that they have in common.
+            file: Name of the other graph's file, in the same folder.
+            last: An output of the last common node.
         """
         fork = copy.copy(self)
         fork._path = self._path.with_name(file)
@@ -113,16 +111,16 @@ class GraphBuilder:
         return fork
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
-        """Declares an input; a string in `shape` is a dimension known only at run time."""
+        """Declare an input; a string in `shape` is a dimension known only at run time."""
         self._inputs.append(_value_info(name, dtype, shape))
         return self._unique(name)
 
     def output(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> None:
-        """Declares the value `name`, made by a node, as an output."""
+        """Declare a node's value `name` as an output."""
         self._outputs.append(_value_info(name, dtype, shape))
 
     def constant(self, name: str, value: AnyArray | Sequence[int]) -> str:
-        """A weight or a small constant; a sequence of integers becomes int64."""
+        """Add a weight or a small constant; a sequence of integers becomes int64."""
         if name in self._inherited:
             return name
         integers = not isinstance(value, np.ndarray)
@@ -152,10 +150,10 @@ class GraphBuilder:
         domain: str = "",
         **attributes: float | int | str | Sequence[int],
     ) -> str:
-        """Adds a node with one output, called `name`; returns that name.
+        """Add a node with one output, called `name`; return that name.
 
-        An empty name in `inputs` is an optional input left out. `domain` is where the operator is
-        defined, empty for ONNX itself.
+        An empty name in `inputs` omits an optional input. `domain` is the operator's, empty for
+        ONNX itself.
         """
         return self.nodes(operator, inputs, (name,), domain=domain, **attributes)[0]
 
@@ -168,7 +166,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: float | int | str | Sequence[int],
     ) -> Sequence[str]:
-        """Adds a node with the outputs named; returns them."""
+        """Add a node with the named outputs; return their names."""
         node = NodeProto(
             input=inputs,
             output=[self._unique(one) for one in outputs],
@@ -183,7 +181,7 @@ class GraphBuilder:
         return outputs
 
     def save(self) -> None:
-        """Writes the graph; the same calls give the same bytes on every machine."""
+        """Write the graph; equal calls give equal bytes on every machine."""
         self._weights.flush()
         model = ModelProto(
             ir_version=IR_VERSION,

@@ -1,4 +1,4 @@
-"""What comes after the last layer where a text becomes something else than one dense vector."""
+"""Graph parts after the last layer for sparse, token and late-chunking vectors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _STORED = "cls.predictions."
 
 @dataclass(frozen=True, slots=True)
 class MaskedHead:
-    """BERT's head for masked tokens: what each token of the vocabulary weighs at each place.
+    """BERT's head for masked tokens: a weight for each token of the vocabulary.
 
     Attributes:
-        transform: The product before the norm.
+        transform: Linear layer before the norm.
         scale, bias: float32 [H], of the norm.
-        words: float32 [vocab, H].
+        words: float32 [vocab, H], of the last linear layer.
         words_bias: float32 [vocab].
     """
 
@@ -37,7 +37,9 @@ class MaskedHead:
 
     @classmethod
     def from_weights(cls, weights: Weights, architecture: Architecture, words: Array) -> MaskedHead:
-        """Reads it from a checkpoint; its last product is tied to the token embeddings, `words`.
+        """Read the head of a checkpoint.
+
+        Its last layer is `words`, the token embeddings, unless the checkpoint has a separate one.
 
         Raises:
             ModelError: The checkpoint has no such head.
@@ -45,8 +47,9 @@ class MaskedHead:
         width = architecture.hidden
         if not weights.has(f"{_STORED}transform.dense.weight"):
             raise ModelError(
-                f"the checkpoint has no tensor `{_STORED}transform.dense.weight`: sparse vectors "
-                "are made by BERT's head for masked tokens, which other families have not here"
+                f"the checkpoint has no tensor `{_STORED}transform.dense.weight`, expected BERT's "
+                "head for masked tokens, which makes sparse vectors; export another model to ONNX "
+                "and add that file"
             )
 
         def read(name: str, *shape: int) -> Array:
@@ -67,12 +70,13 @@ class MaskedHead:
 
 
 class SparseWriter(TransformerWriter):
-    """Ends in `embedding`, float32 [B, vocab]: SPLADE's weights, none below 0.
+    """Writer of sparse models: `embedding` has SPLADE's weights, float32 [B, vocab].
 
-    The greatest of log(1 + relu(weight)) over a text's tokens (https://arxiv.org/abs/2109.10086).
+    A weight, 0 or more, is the maximum of log(1 + relu(x)) over a text's tokens
+    (https://arxiv.org/abs/2109.10086).
 
     Args:
-        graph, architecture, tensors: As of TransformerWriter.
+        graph, architecture, tensors: As for TransformerWriter.
         masked: The head.
     """
 
@@ -100,7 +104,7 @@ class SparseWriter(TransformerWriter):
         value = graph.node("MatMul", (value, words), "weights.product")
         bias = graph.constant("weights.bias", masked.words_bias)
         value = graph.node("Add", (value, bias), "weights.each")
-        # Neither relu nor log changes which is the greatest: they can wait until it is known.
+        # relu and log are monotonic, so the maximum may come first.
         padding = graph.node("Sub", (self.encoder.scalar("one", 1), mask), "weights.padding")
         least = self.encoder.scalar("masked", MASKED_SCORE)
         padding = graph.node("Mul", (padding, least), "weights.padding.scores")
@@ -115,7 +119,7 @@ class SparseWriter(TransformerWriter):
 
 
 class TokenWriter(TransformerWriter):
-    """Ends in `embedding`, float32 [B, L, dim]: ColBERT's vector of each token, of norm 1."""
+    """Writer of token-vector models: `embedding`, float32 [B, L, dim], of norm 1."""
 
     def head(
         self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
@@ -139,17 +143,17 @@ def write_late(
     hidden: str,
     dense: Sequence[Dense],
 ) -> None:
-    """Ends in `embedding`, float32 [B x S, dim]: means over some of a row's tokens each.
+    """Write the end of a graph for late chunking: `embedding`, float32 [B x S, dim].
 
-    That is late chunking (https://arxiv.org/abs/2409.04701): the model reads all of a row before
-    parts of it are pooled. Which tokens these have says the input `segments`, float32 [B, S, L], 1
-    for each of them, else 0. Vectors are as pooled, not normalised; one of no tokens is of no use.
+    In late chunking (https://arxiv.org/abs/2409.04701) the model reads a whole row before spans of
+    it are pooled. The input `segments`, float32 [B, S, L], is 1 for the tokens of each span, else
+    0. The vectors are means, not normalized; those of empty spans mean nothing.
 
     Args:
-        graph: Has what comes before.
-        architecture, tensors: As of TransformerWriter.
+        graph: Graph with the layers.
+        architecture, tensors: As for TransformerWriter.
         hidden: Token embeddings, [B, L, H].
-        dense: Products after pooling.
+        dense: Linear layers after pooling.
     """
     encoder, width = EncoderLayers(graph, tensors, architecture), architecture.hidden
     segments = graph.input("segments", np.float32, ("batch", "segments", "length"))

@@ -1,13 +1,13 @@
-"""Writes a BERT graph without padding, for GPUs: all texts of a run one after the other.
+"""Graphs of BERT without padding, for GPUs: the texts of a run follow each other.
 
 Every product is over T tokens, the sum of all texts' lengths, and nothing is computed for padding.
-Only attention knows where a text begins and ends: ONNX Runtime's PackedMultiHeadAttention, with
-queries, keys and values apart, which is the form that takes FlashAttention at every length. ONNX
-Runtime has that operator on CUDA alone, so the same graph can be written with standard operators in
-its place, the *twin*, and be compared with others on a CPU.
+Only attention knows the texts' limits. It is ONNX Runtime's PackedMultiHeadAttention with separate
+queries, keys and values, the form that uses FlashAttention at every length. ONNX Runtime has that
+operator only on CUDA. The *twin* of a graph has standard operators in its place, so that it can be
+compared with others on a CPU.
 
-Layer norm and the addition before it stay apart: ONNX Runtime's CUDA kernel for LayerNormalization
-sums float16 in float32, that of the fused SkipLayerNormalization in float16, as its source reads
+Layer norm and the addition before it are separate operators: ONNX Runtime's CUDA kernel for
+LayerNormalization sums float16 in float32, that of the fused SkipLayerNormalization in float16
 (contrib_ops/cuda/bert/skip_layer_norm_impl.cu).
 """
 
@@ -27,12 +27,12 @@ from fletcher.models.onnx.graph import GRAPH_FILE, MICROSOFT, GraphBuilder
 from fletcher.models.onnx.transformer import MASKED_SCORE, MIN_NORM
 from fletcher.models.onnx.written import WrittenBert
 
-# Those that compute what BERT does, whatever their tensors are called.
+# Families that compute what BERT does, with any names of tensors.
 FAMILIES = ("bert", "distilbert", "roberta")
 
 
 def can_pack(bundle: ModelBundle) -> bool:
-    """Whether there is a graph without padding of a model."""
+    """Whether a model can have a graph without padding."""
     return bundle.family in FAMILIES and bundle.output == "dense"
 
 
@@ -53,26 +53,26 @@ def write_packed(
     attention: Attention = "packed",
     output: Precision = "float32",
 ) -> Path:
-    """Writes graph and weights of a bundle into `folder`.
+    """Write a bundle's graph without padding, and its weights, into `folder`.
 
-    Inputs, all int32: `input_ids` and `position_ids` [T]; `token_offset` [B, S], where in the
-    padded [B, S] each of the T tokens would stand, then the padding's places; and
-    `cumulative_sequence_length` [B + 1], where texts begin, and T. Outputs: `embedding` [B, dim]
-    and, where the model normalises, `norm`, float32 [B, 1].
+    Inputs, all int32: `input_ids` and `position_ids` [T]; `token_offset` [B, S], the places of the
+    T tokens in the padded [B, S], then those of the padding; and `cumulative_sequence_length`
+    [B + 1], the first token of each text, then T. Outputs: `embedding` [B, dim] and, if the model
+    normalizes, `norm`, float32 [B, 1].
 
     Args:
         bundle: The model, of one of FAMILIES.
-        folder: For GRAPH_FILE and WEIGHTS_FILE.
-        precision: Of weights and arithmetic; sums of layer norms, pooling and normalisation are
-            float32 in any case.
+        folder: Folder for GRAPH_FILE and WEIGHTS_FILE.
+        precision: Precision of weights and arithmetic; sums of layer norms, pooling and
+            normalization are always float32.
         attention: `packed` for CUDA, `standard` for the twin.
-        output: Type of `embedding`.
+        output: Element type of `embedding`.
 
     Returns:
         The graph's path.
 
     Raises:
-        ModelError: The bundle is of another family or damaged, or its weights are beyond float16.
+        ModelError: The bundle is of another family or damaged, or its weights exceed float16.
     """
     if bundle.family not in FAMILIES:
         raise ModelError(
@@ -82,8 +82,8 @@ def write_packed(
         )
     if bundle.has_exits:
         raise ModelError(
-            f"`model` {bundle.name} has exits, and graphs without padding have none; add it again "
-            "without --exits, or ask for precision float32",
+            f"`model` {bundle.name} has exits, which graphs without padding cannot have; add it "
+            "again without --exits, or ask for precision float32",
             field="model",
         )
     written = WrittenBert(bundle.graph)
@@ -95,7 +95,7 @@ def write_packed(
 
 
 class _Rounded:
-    """Tensors in the graph's precision."""
+    """Tensors rounded to the graph's precision."""
 
     def __init__(self, written: WrittenBert, precision: Precision) -> None:
         self._written = written
@@ -107,8 +107,8 @@ class _Rounded:
             rounded: npt.NDArray[np.floating] = tensor.astype(self._precision)
         if not np.isfinite(rounded).all():
             raise ModelError(
-                f"`precision` is {self._precision}, which cannot hold the weights of `{name}`; "
-                "ask for float32",
+                f"`precision` is {self._precision}, too small for the weights of `{name}`; ask for "
+                "float32",
                 field="precision",
             )
         return rounded
@@ -149,7 +149,7 @@ class _PackedWriter:
             parts = [self.encoder.product(hidden, f"{name}.{part}") for part in "qkv"]
             attended = self.attend(name, *parts)
             if bundle.pooling != "mean" and index == bundle.num_layers - 1:
-                # From here on tokens no longer see each other, and only one of each text is read.
+                # After the last attention only the pooled token of each text is needed.
                 token = starts if bundle.pooling == "cls" else self._ends()
                 attended = graph.node("Gather", (attended, token), f"{name}.attended.one")
                 hidden = graph.node("Gather", (hidden, token), f"{name}.one")
@@ -159,7 +159,7 @@ class _PackedWriter:
         for number, dense in enumerate(self.dense):
             pooled = self.encoder.dense(pooled, dense, f"dense.{number}")
         if bundle.normalize:
-            # ReduceL2 is cuDNN's on CUDA, these are ONNX Runtime's own.
+            # On CUDA, ReduceL2 would run in cuDNN; these run in ONNX Runtime's own kernels.
             squares = graph.node(
                 "ReduceSumSquare", (pooled, self.second), "norm.square", keepdims=1
             )
@@ -173,14 +173,14 @@ class _PackedWriter:
             graph.output("norm", np.float32, ("batch", 1))
 
     def _starts(self) -> str:
-        """int32 [B]: where each text begins."""
+        """int32 [B], the first token of each text."""
         graph = self.graph
         return graph.node(
             "Slice", ("cumulative_sequence_length", self.first, self.last, self.first), "starts"
         )
 
     def _ends(self) -> str:
-        """int32 [B]: the last token of each text."""
+        """int32 [B], the last token of each text."""
         graph = self.graph
         end = graph.constant("text.end", [np.iinfo(np.int64).max])
         ends = graph.node(
@@ -204,11 +204,11 @@ class _PackedWriter:
             f"{name}.attended",
             domain=MICROSOFT,
             num_heads=self.num_heads,
-            scale=1.0,  # it is in the weights of the queries
+            scale=1.0,  # the weights of the queries include it
         )
 
     def _twin_attention(self, name: str, queries: str, keys: str, values: str) -> str:
-        """The same with standard operators: tokens are padded, and taken out again."""
+        """The same with standard operators: pads tokens, and removes the padding again."""
         graph = self.graph
         if name == "layer.0":
             self._twin_places()
@@ -226,7 +226,7 @@ class _PackedWriter:
         return graph.node("GatherND", (flat, "twin.places"), f"{name}.attended")
 
     def _twin_places(self) -> None:
-        """Where tokens stand in the padded batch [B, S], and which of its places are padding."""
+        """Places of tokens in the padded batch [B, S], and a mask of its padding."""
         graph, width, heads = self.graph, self.width, self.num_heads
         graph.constant("twin.flat", [-1, width])
         zero = graph.constant("twin.zero", np.zeros(1, self.precision))
@@ -252,7 +252,7 @@ class _PackedWriter:
         graph.node("Unsqueeze", ("twin.scores.rows", axes), "twin.scores")
 
     def _lengths(self, prefix: str) -> str:
-        """int32 [B, 1]: tokens of each text."""
+        """int32 [B, 1], number of tokens of each text."""
         graph = self.graph
         end = graph.constant(f"{prefix}.end", [np.iinfo(np.int64).max])
         ends = graph.node(
@@ -264,9 +264,9 @@ class _PackedWriter:
         return graph.node("Unsqueeze", (lengths, self.second), f"{prefix}.lengths.column")
 
     def _slots(self, prefix: str) -> str:
-        """int32 [S]: 0, 1, ... up to the longest text.
+        """int32 [S], counting from 0 to the longest text.
 
-        Cut from a constant: made by Range, its limit would have to come from the device.
+        Sliced from a constant: Range would need its limit back from the device.
         """
         graph = self.graph
         numbers = np.arange(self.bundle.max_length, dtype=np.int32)
@@ -275,16 +275,16 @@ class _PackedWriter:
         return graph.node("Slice", (every, self.first, longest, self.first), f"{prefix}.slots")
 
     def _mean(self, hidden: str, name: str) -> str:
-        """float32 [B, H]: the mean over each text's tokens, as a product with a mask.
+        """float32 [B, H], mean over each text's tokens, as a product with a mask.
 
-        Tokens are laid out padded once more. Sums by scattering would be in another order at each
-        run, and differences of running sums lose digits to all texts before.
+        The product needs padded tokens. Sums by scattering would be in another order at each run,
+        and differences of running sums lose digits.
         """
         graph = self.graph
         lengths, slots = self._lengths("pool"), self._slots("pool")
         begin = graph.node("Unsqueeze", ("starts", self.second), "pool.starts")
         places = graph.node("Add", (begin, slots), "pool.places.all")
-        # Past the last text there is nothing: what is read twice instead is multiplied by 0.
+        # Places past the last token repeat it; the mask multiplies them by 0.
         one = graph.constant("pool.one", np.array([1], np.int32))
         total = graph.node("Slice", ("pool.ends", self.last, "pool.end", self.first), "pool.tokens")
         last = graph.node("Sub", (total, one), "pool.last")

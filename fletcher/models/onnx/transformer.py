@@ -1,10 +1,10 @@
-"""Writes the padded graph of a transformer of any family, layer by layer.
+"""Padded graphs of transformers of any family, written layer by layer.
 
-What the exporters' graphs lack and this one has: pooling, dense layers and normalisation inside,
-positions and token types in one table, the attention's scale in the query weights, norms and
-activations as operators that engines know, attention in the form that they fuse, masks made once
-for all layers, and for `cls` pooling a last layer that computes only that token.
-docs/performance.md has the figures of this and of other forms for BERT.
+Unlike exporters' graphs, these include pooling, dense layers and normalization; join positions and
+token types in one table; have the attention's scale in the query weights, norms and activations as
+single operators, and attention in the form that engines fuse; make masks once for all layers; and
+compute only the pooled token in the last layer of models with `cls` pooling. docs/performance.md
+compares this form with others for BERT.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fletcher.models.bundle.bundle import HANDED_ON, HIDDEN
 from fletcher.models.bundle.spec import Pooling
 from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
-from fletcher.models.onnx.graph import HANDED_ON, HIDDEN, GraphBuilder
+from fletcher.models.onnx.graph import GraphBuilder
 
-# Added to the scores of tokens that are not seen: exp of it is 0 in float32, and float16 and
-# bfloat16 can hold it.
+# Score of masked tokens: its exp is 0 in float32, and float16 and bfloat16 can hold it.
 MASKED_SCORE = -10_000.0
 MIN_NORM = 1e-12  # torch.nn.functional.normalize
 
-_MAX_DISTANCE = 128  # where the last of NUM_BUCKETS begins
+_MAX_DISTANCE = 128  # first distance in the last of NUM_BUCKETS
 
 
 class TransformerWriter:
-    """Writes one model's padded graph: its embeddings, its layers, what comes after them.
+    """Writer of a model's padded graph: embeddings, layers, pooling and normalization.
 
     Args:
-        graph: To write to.
-        architecture: What the model computes.
-        tensors: Its weights.
+        graph: Graph to write to.
+        architecture: The model's architecture.
+        tensors: The model's weights.
     """
 
     def __init__(self, graph: GraphBuilder, architecture: Architecture, tensors: Tensors) -> None:
@@ -59,21 +59,21 @@ class TransformerWriter:
         normalize: bool,
         layers: range | None = None,
     ) -> str:
-        """Writes the whole model, or a segment of it that ends at an exit.
+        """Write the whole model, or a block of it that ends at an exit.
 
-        Inputs are `input_ids` and `attention_mask`, int64 [B, L], rows padded at their ends;
-        outputs are `embedding`, float32 [B, dim], and where the model normalises `norm`, float32
-        [B, 1]. Between two segments float32 [B, L, H] goes: the output `handed_on` of one, the
-        input `hidden` in place of `input_ids` of the next.
+        Inputs are `input_ids` and `attention_mask`, int64 [B, L], rows padded at their ends.
+        Outputs are `embedding`, float32 [B, dim], and, if the model normalizes, `norm`, float32
+        [B, 1]. A block's output `handed_on`, float32 [B, L, H], is the next one's input `hidden`,
+        which replaces `input_ids`.
 
         Args:
-            pooling: How token embeddings become one, at each exit.
-            dense: Products after that.
-            normalize: Divide by the norm, and give it too.
-            layers: Those of the segment, counted from 0; None: all.
+            pooling: Pooling of token embeddings at each exit.
+            dense: Linear layers after pooling.
+            normalize: Divide by the norm, and output it.
+            layers: Layers of the block, counted from 0; None for all.
 
         Returns:
-            What is pooled, [B, L, H], or [B, 1, H] for `cls`.
+            The token embeddings that are pooled, [B, L, H], or [B, 1, H] for `cls`.
         """
         graph, architecture = self.graph, self.architecture
         layers = layers or range(architecture.num_layers)
@@ -99,13 +99,13 @@ class TransformerWriter:
         return hidden
 
     def mask(self) -> str:
-        """The input `attention_mask` and what is made of it; float32 [B, L]."""
+        """Declare the input `attention_mask`; return it as float32 [B, L]."""
         mask = self.graph.input("attention_mask", np.int64, ("batch", "length"))
         self.graph.node("Shape", (mask,), "input.length", start=1, end=2)
         return self.graph.node("Cast", (mask,), "mask", to=1)
 
     def embeddings(self, input_ids: str) -> str:
-        """float32 [B, L, H]: what enters the first layer."""
+        """Input of the first layer, float32 [B, L, H]."""
         graph, architecture = self.graph, self.architecture
         words = self.encoder.weight("embeddings.words")
         total = graph.node("Gather", (words, input_ids), "embeddings.word", axis=0)
@@ -118,13 +118,13 @@ class TransformerWriter:
         return self.encoder.norm(total, "embeddings.norm") if architecture.embedding_norm else total
 
     def layer(self, index: int, hidden: str, mask: str, *, only_first: bool = False) -> str:
-        """One layer, [B, L, H] to the same; `only_first` gives the first token of each row alone.
+        """One layer, from [B, L, H] to [B, L, H].
 
         Args:
-            index: Its number, from 0.
-            hidden: What enters it.
+            index: The layer's number, from 0.
+            hidden: Its input.
             mask: As from `mask`.
-            only_first: Whether the other tokens are still needed.
+            only_first: Compute only the first token of each row, [B, 1, H].
         """
         name, architecture = f"layer.{index}", self.architecture
         entering = hidden
@@ -136,20 +136,20 @@ class TransformerWriter:
         return self.encoder.after_attention(name, attended, hidden)
 
     def final_norm(self, hidden: str) -> str:
-        """The norm after the last layer, where the model has one."""
+        """The norm after the last layer, if the model has one."""
         return self.encoder.norm(hidden, "final.norm") if self.architecture.norm_first else hidden
 
     def head(
         self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
     ) -> None:
-        """From token embeddings to the graph's outputs.
+        """Write everything from token embeddings to the graph's outputs.
 
         Args:
-            hidden: [B, L, H], or [B, 1, H] for `cls`.
+            hidden: Token embeddings, [B, L, H], or [B, 1, H] for `cls`.
             mask: As from `mask`.
-            pooling: How they become one.
-            dense: Products after that.
-            normalize: Divide by the norm, and give it too.
+            pooling: Pooling of token embeddings.
+            dense: Linear layers after pooling.
+            normalize: Divide by the norm, and output it.
         """
         graph = self.graph
         value = {"cls": self._cls, "mean": self._mean, "last_token": self._last}[pooling](
@@ -179,7 +179,7 @@ class TransformerWriter:
         queries = self._heads(asking, f"{name}.q", () if only_first else rotation)
         keys = self._heads(hidden, f"{name}.k", rotation)
         values = self._heads(hidden, f"{name}.v", ())
-        # Apart from the transpose before: engines make this one a flag of the product.
+        # A second transpose: engines turn it into a flag of the product.
         keys = graph.node("Transpose", (keys,), f"{name}.k.columns", perm=(0, 1, 3, 2))
         scores = graph.node("MatMul", (queries, keys), f"{name}.scores")
         for number, term in enumerate(self._terms(index, mask, only_first=only_first)):
@@ -190,7 +190,7 @@ class TransformerWriter:
         return graph.node("Reshape", (rows, self.flat_shape), f"{name}.attended")
 
     def _heads(self, value: str, name: str, rotation: Sequence[str]) -> str:
-        """Queries, keys or values, [B, heads, L, width], normalised and rotated as they are."""
+        """Queries, keys or values with norm and rotation, [B, heads, L, width]."""
         graph, architecture = self.graph, self.architecture
         part = name[-1]
         shape = self.head_shape if part == "q" else self.kv_shape
@@ -214,7 +214,7 @@ class TransformerWriter:
         return graph.node("Add", (straight, across), f"{name}.rotated")
 
     def _repeated(self, value: str) -> str:
-        """Each head of keys or values as often as heads of queries share it."""
+        """Each key or value head, repeated for the query heads that share it."""
         graph, architecture = self.graph, self.architecture
         kv_heads, width = architecture.kv_heads, architecture.head_width
         if kv_heads == architecture.num_heads:
@@ -229,9 +229,9 @@ class TransformerWriter:
         return graph.node("Reshape", (many, self.head_shape), f"{value}.repeated")
 
     def _rotation(self, index: int) -> Sequence[str]:
-        """Cosines and sines, [L, 1, width], of the angles of a layer's rotary positions.
+        """Cosines and sines of a layer's rotary positions, [L, 1, width].
 
-        The second half of a head is rotated against the first: (a, b) becomes (a cos - b sin,
+        The halves of a head are rotated against each other: (a, b) becomes (a cos - b sin,
         b cos + a sin), so the first half of the sines is negative.
         """
         architecture = self.architecture
@@ -241,7 +241,7 @@ class TransformerWriter:
         width = architecture.head_width
         name = f"rotary.{theta:g}"
         if name not in self._made:
-            # In float32 as PyTorch computes them, so that late positions have the same angles.
+            # In float32 as in PyTorch, so that late positions have the same angles.
             powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
             frequencies = np.float32(1) / np.float32(theta) ** powers
             positions = np.arange(architecture.max_length, dtype=np.float32)
@@ -254,9 +254,9 @@ class TransformerWriter:
         return f"{name}.cos", f"{name}.sin"
 
     def _terms(self, index: int, mask: str, *, only_first: bool) -> list[str]:
-        """What is added to a layer's scores, one after the other; made once for all layers.
+        """Terms to add to a layer's scores, written once for all layers.
 
-        Padding comes after a row's tokens, so a causal model never sees it.
+        A causal model needs no mask of padding, which follows a row's tokens.
         """
         architecture = self.architecture
         window = architecture.windows[index] if architecture.windows else 0
@@ -279,7 +279,7 @@ class TransformerWriter:
         return terms
 
     def _padding(self, mask: str, name: str) -> str:
-        """float32 [B, 1, 1, L]: 0 for tokens, MASKED_SCORE for padding."""
+        """float32 [B, 1, 1, L], 0 for tokens, MASKED_SCORE for padding."""
         graph = self.graph
         axes = graph.constant("axes.heads", [1, 2])
         padding = graph.node("Sub", (self.encoder.scalar("one", 1), mask), "padding.is")
@@ -288,7 +288,7 @@ class TransformerWriter:
         return graph.node("Unsqueeze", (scores, axes), name)
 
     def _seen(self, name: str, window: int) -> str:
-        """float32 [L, L]: 0 where the row's token sees the column's, else MASKED_SCORE."""
+        """float32 [L, L], 0 if the row's token attends to the column's, else MASKED_SCORE."""
         graph = self.graph
         distance = self._once("distance", self._distance)
         unseen = []
@@ -304,7 +304,7 @@ class TransformerWriter:
         return graph.node("Where", (either, masked, self.encoder.scalar("zero", 0)), name)
 
     def _distance(self, name: str) -> str:
-        """float32 [L, L]: the column's position less the row's."""
+        """float32 [L, L], the column's position minus the row's."""
         graph = self.graph
         every = np.arange(self.architecture.max_length, dtype=np.float32)
         places = self._cut(f"{name}.places", graph.constant(f"{name}.places.all", every))
@@ -312,7 +312,7 @@ class TransformerWriter:
         return graph.node("Sub", (places, rows), name)
 
     def _distance_bias(self, name: str) -> str:
-        """float32 [heads, L, L]."""
+        """Bias of scores by distance, float32 [heads, L, L]."""
         graph, architecture = self.graph, self.architecture
         distance = self._once("distance", self._distance)
         if architecture.distance_bias == "alibi":
@@ -328,7 +328,7 @@ class TransformerWriter:
         return graph.node("Gather", (graph.constant("distances", table), index), name, axis=1)
 
     def _cut(self, name: str, table: str) -> str:
-        """As many first rows of a table as the batch is long."""
+        """First rows of a table, as many as the batch is long."""
         return self.graph.node("Slice", (table, self.first, "input.length", self.first), name)
 
     def _first(self, value: str, name: str, axis: int) -> str:
@@ -339,7 +339,7 @@ class TransformerWriter:
         return self.graph.node("Squeeze", (hidden, self.second), "pooled")
 
     def _mean(self, hidden: str, mask: str) -> str:
-        """Mean over the tokens of each row, as a matrix product with the mask."""
+        """Mean over each row's tokens, as a matrix product with the mask."""
         graph = self.graph
         row = graph.node("Unsqueeze", (mask, self.second), "mask.row")
         total = graph.node("MatMul", (row, hidden), "tokens.sum")
@@ -355,16 +355,16 @@ class TransformerWriter:
         return graph.node("GatherND", (hidden, index), "pooled", batch_dims=1)
 
     def _once(self, name: str, make: Callable[[str], str]) -> str:
-        """What `make` writes under a name, written when it is first asked for."""
+        """Value of a name; `make` writes it at the first call."""
         if name not in self._made:
             self._made[name] = make(name)
         return self._made[name]
 
 
 def alibi_slopes(num_heads: int) -> Array:
-    """float32 [heads, 1, 1]: what a token of distance costs, by head; negative.
+    """ALiBi's slopes: the score of a distance of 1, float32 [heads, 1, 1], negative.
 
-    For a number of heads that is no power of 2, every second slope of twice as many is added
+    If the number of heads is no power of 2, every second slope of the next power is appended
     (https://github.com/ofirpress/attention_with_linear_biases, `get_slopes`).
     """
 
@@ -377,13 +377,14 @@ def alibi_slopes(num_heads: int) -> Array:
 
 
 def distance_buckets(distances: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The bucket of each distance: half of them behind, half ahead, exact near, logarithmic far.
+    """Bucket of each distance.
 
-    As in T5 (https://arxiv.org/abs/1910.10683, section 2.1), both directions.
+    As in T5 (https://arxiv.org/abs/1910.10683, section 2.1): half of the buckets are for earlier
+    tokens, half for later ones; near distances have their own, far ones share them logarithmically.
     """
     half, exact = NUM_BUCKETS // 2, NUM_BUCKETS // 4
     away = np.abs(distances)
-    # In float32 and cut off like PyTorch, so that distances at an edge fall into the same bucket.
+    # In float32 and truncated as in PyTorch, so that distances at an edge get the same bucket.
     ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(
         math.log(_MAX_DISTANCE / exact)
     )

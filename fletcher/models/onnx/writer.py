@@ -1,4 +1,4 @@
-"""Writes the graph of a checkpoint, of whatever family it is, without PyTorch."""
+"""Conversion of checkpoints of any supported family to graphs, without PyTorch."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from fletcher.models.onnx.transformer import TransformerWriter
 def write_model(
     checkpoint: Checkpoint, folder: Path, *, source: str, exits: Sequence[int] = ()
 ) -> ModelSpec:
-    """Writes graph and weights of a checkpoint into `folder`, one of each or a segment an exit.
+    """Write a checkpoint's graph and weights into `folder`, a block for each exit.
 
-    Beside a graph that takes the mean, and has no exits, there is one for late chunking.
+    A model with mean pooling and without exits gets a second graph, for late chunking.
 
-    Inputs `input_ids` and `attention_mask`, int64 [B, L]; outputs `embedding`, float32 [B, dim],
-    and where the model normalises `norm`, float32 [B, 1].
+    Inputs are `input_ids` and `attention_mask`, int64 [B, L]. Outputs are `embedding`, float32
+    [B, dim], and, if the model normalizes, `norm`, float32 [B, 1].
 
     Args:
-        checkpoint: What is written.
-        folder: Where to.
+        checkpoint: The checkpoint.
+        folder: Folder for the files.
         source: As in ModelSpec.
-        exits: Layers after which vectors can be had; the last is always one of them.
+        exits: Layers after which the model can return vectors; the last one is always added.
 
     Raises:
-        ModelError: `exits` has a layer that is not there, the checkpoint is of no family in
-            `families`, or computes what its family's graph cannot.
+        ModelError: `exits` has a layer that the model lacks, the checkpoint's family is not in
+            `families`, or it computes something that its family's graph does not.
     """
     kind = checkpoint.kind
     family = family_of(checkpoint.config)
@@ -122,15 +122,14 @@ def _writer(
 def _exits(asked: Sequence[int], num_layers: int, output: str) -> tuple[int, ...]:
     if asked and output != "dense":
         raise ModelError(
-            f"`exits` is given, but the model gives {output} vectors, which come from its last "
-            "layer alone; leave it out",
+            f"`exits` is given, but the model gives {output} vectors, which only its last layer "
+            "makes; leave it out",
             field="exits",
         )
     for one in asked:
         if not 1 <= one <= num_layers:
             raise ModelError(
-                f"`exits` has {one}, expected layers from 1 to {num_layers}: the model has "
-                f"{num_layers}",
+                f"`exits` has {one}, expected layers from 1 to {num_layers}, the model's last",
                 field="exits",
                 allowed=[str(layer) for layer in range(1, num_layers + 1)],
             )

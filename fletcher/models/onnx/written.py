@@ -1,4 +1,4 @@
-"""Reads back a BERT graph that Fletcher wrote: its weights and the numbers that shape it."""
+"""Weights and parameters of a BERT graph that Fletcher wrote."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _FUSED = {"q": 0, "k": 1, "v": 2}
 
 
 class WrittenBert:
-    """A bundle's BERT graph, weights as `encoder.Tensors`.
+    """A bundle's BERT graph, with its weights as `encoder.Tensors`.
 
-    So other graphs of a model are made of its bundle alone, whose checksums cover them.
+    Other graphs of a model are made of these weights, which the bundle's checksums cover.
 
     Args:
-        graph: The ONNX file; its weights lie beside it.
+        graph: The ONNX file, with its weights beside it.
 
     Attributes:
-        epsilon: Of layer norms.
+        epsilon: Epsilon of layer norms.
         activation: One of ACTIVATIONS.
         num_heads: Attention heads.
         hidden: Width of hidden states.
         dense: Linear layers after pooling.
 
     Raises:
-        ModelError: The file is not one that `write_model` wrote for one of `packed.FAMILIES`.
+        ModelError: The file was not written by `write_model` for one of `packed.FAMILIES`.
     """
 
     def __init__(self, graph: Path) -> None:
@@ -56,7 +56,7 @@ class WrittenBert:
     def read_tensor(self, name: str) -> Array:
         if name in self._tensors:
             return self._read(name)
-        # Graphs of before had queries, keys and values side by side in one tensor, or the last two.
+        # Older graphs have queries, keys and values, or the last two, joined in one tensor.
         layer, part, kind = name.rsplit(".", 2)
         joined = f"{layer}.qkv.{kind}"
         if joined in self._tensors:

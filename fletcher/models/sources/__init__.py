@@ -1,5 +1,5 @@
-"""Where models come from: one module a kind of source, each filling a folder with a bundle's files.
+"""Sources of models, a module for each kind.
 
-A source is a function `(…, staging: Path, progress) -> ModelSpec`; the registry makes a bundle of
-what it wrote and moves it into place.
+A source is a function `(…, staging: Path, progress) -> ModelSpec` that writes a bundle's files into
+`staging`. The registry makes a bundle of them and moves it into place.
 """

@@ -14,21 +14,28 @@ from fletcher.models.checkpoint.output_kind import with_markers
 from fletcher.models.onnx.writer import write_model
 
 Progress = Callable[[str], None]
-# Writes a bundle's files into a folder, with exits after layers.
+# Writes a bundle's files into a folder, with exits after the given layers.
 Build = Callable[[Path, Sequence[int], Progress], ModelSpec]
 
 
 def build_from_folder(
     folder: Path, staging: Path, *, source: str, exits: Sequence[int], progress: Progress
 ) -> ModelSpec:
-    """Writes a bundle's files for a checkpoint folder into `staging`, with exits after layers.
+    """Write the files of a bundle from a checkpoint folder.
+
+    Args:
+        folder: The checkpoint's folder.
+        staging: Folder for the files.
+        source: As in ModelSpec.
+        exits: Layers after which the model can return vectors, beside the last.
+        progress: Gets a line at each step.
 
     Raises:
-        ModelError: The folder is no checkpoint, or its family is not supported.
+        ModelError: The folder holds no checkpoint, or its family is not supported.
     """
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         raise ModelError(
-            f"`{folder.name}` holds neither config.json nor modules.json: it is no Hugging Face "
+            f"{folder.name} has neither config.json nor modules.json, expected a Hugging Face "
             "checkpoint"
         )
     checkpoint = Checkpoint.from_folder(folder)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: a safe choice of a repository's files, checked and at one commit."""
+"""Models from the Hugging Face hub: safe, checked files of one commit."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fletcher.util.locks import FileLock
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
 
-# What a checkpoint is read from: JSON, safetensors, the model card; nothing that runs or unpickles.
-# Its parts are in folders such as 0_Transformer, 1_Pooling, 2_Dense, or at the top.
+# Files of a checkpoint: JSON, safetensors and the model card; nothing that runs or is unpickled.
+# They are in folders such as 0_Transformer, 1_Pooling and 2_Dense, or at the top.
 _WANTED = re.compile(
     r"(\d+_[A-Za-z]+/)?"
     r"((config|sentence_bert_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json"
@@ -31,10 +31,13 @@ _WANTED = re.compile(
 
 
 def parse(repository: str) -> tuple[str, Build]:
-    """What `hub:` is followed by, `ORG/NAME[@REVISION]`, as a model's name and its builder.
+    """Parse `ORG/NAME[@REVISION]`, the part after `hub:`.
+
+    Returns:
+        The model's name, and the builder of its files.
 
     Raises:
-        ModelError: It is no such thing.
+        ModelError: The text has another form.
     """
     match = _REPOSITORY.fullmatch(repository)
     if match is None:
@@ -48,7 +51,7 @@ def parse(repository: str) -> tuple[str, Build]:
 def _build(
     repo_id: str, revision: str | None, staging: Path, exits: Sequence[int], progress: Progress
 ) -> ModelSpec:
-    # Kept until the bundle is whole, so that an interrupted download goes on where it was.
+    # Kept until the bundle is complete, so that an interrupted download is resumed.
     download = staging.parent / f".download-{repo_id.replace('/', '~')}"
     with FileLock(download.with_name(f"{download.name}.lock"), wait=True):
         commit = _download(repo_id, revision, download, progress)
@@ -64,7 +67,7 @@ def _build(
 
 
 def _download(repo_id: str, revision: str | None, folder: Path, progress: Progress) -> str:
-    """Brings the wanted files of one commit into `folder`; returns the commit."""
+    """Download the wanted files of one commit into `folder`; return the commit."""
     try:
         import huggingface_hub
     except ImportError:
@@ -92,14 +95,14 @@ def _download(repo_id: str, revision: str | None, folder: Path, progress: Progre
     except Exception as error:  # noqa: BLE001  (errors of its HTTP library, which differs by version)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"hub:{repo_id} could not be fetched: {lines[0][:300]}; check the name, the network "
+            f"hub:{repo_id} could not be downloaded: {lines[0][:300]}; check the name, the network "
             "and, for a gated model, HF_TOKEN"
         ) from None
     return str(info.sha)
 
 
 def _check(path: Path, listed: Any) -> None:
-    """Compares a file with the hub's checksum: SHA-256 for LFS files, Git's own for others."""
+    """Check a file by the hub's checksum: SHA-256 for LFS files, Git's for others."""
     if listed.lfs is not None:
         matches = sha256(path) == listed.lfs.sha256
     else:
@@ -108,4 +111,6 @@ def _check(path: Path, listed: Any) -> None:
         matches = blob.hexdigest() == listed.blob_id
     if not matches:
         path.unlink()
-        raise ModelError(f"{listed.rfilename} does not have the checksum that the hub lists; retry")
+        raise ModelError(
+            f"{listed.rfilename} has another checksum than the hub lists; add the model again"
+        )

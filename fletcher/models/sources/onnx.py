@@ -1,4 +1,4 @@
-"""An ONNX file that somebody else exported, taken as it is."""
+"""Models from exported ONNX files, whose graph stays unchanged."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from fletcher.models.onnx.onnx_pb2 import (
 )
 from fletcher.models.sources.folder import Progress
 
-# Outputs that exporters write, best first; a graph with others is taken by the shape of its first.
+# Usual names of outputs, best first; of other outputs, the first with a usable shape is taken.
 _KNOWN_OUTPUTS = ("embedding", "sentence_embedding", "token_embeddings", "last_hidden_state")
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """An input or output of a graph; `shape` has None for what is known only at run time."""
+    """An input or output of a graph; None in `shape` is known only at run time."""
 
     name: str
     element_type: int
@@ -40,14 +40,14 @@ class _Value:
 def build_from_onnx(
     file: Path, staging: Path, *, tokenizer: Path | None, source: str, progress: Progress
 ) -> ModelSpec:
-    """Copies an ONNX file, its external data and its tokenizer into `staging`.
+    """Copy an ONNX file, its external data and its tokenizer into `staging`.
 
-    What a graph does not say (length, pooling, prompts) comes from the config.json and the other
-    files of its checkpoint, beside it or in the folder above, as the hub lays them out.
+    Length, pooling and prompts come from the checkpoint's config.json and other files, beside the
+    ONNX file or in the folder above, as on the hub.
 
     Raises:
-        ModelError: The file is no whole ONNX model, its inputs or outputs are none that can be
-            fed and read, or its external data lies elsewhere.
+        ModelError: The file is no complete ONNX model, has other inputs or outputs than those of
+            text models, or has external data outside of its folder.
     """
     folder = _checkpoint_folder(file)
     checkpoint = Checkpoint.from_folder(folder, tokenizer=tokenizer)
@@ -106,13 +106,14 @@ def _checkpoint_folder(file: Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise ModelError(
-        f"{file.name} says neither its length nor its pooling: put the checkpoint's config.json "
-        "(and modules.json, 1_Pooling, where it has them) beside it or in the folder above"
+        f"{file.name} comes without config.json, which has its length and pooling: put the "
+        "checkpoint's config.json (and modules.json and 1_Pooling, if it has them) beside it or in "
+        "the folder above"
     )
 
 
 def _inspect(file: Path) -> tuple[tuple[GraphInput, ...], _Value, list[str]]:
-    """Names of a model's inputs, the output to read, and the locations of its external data."""
+    """Names of the inputs, the output to read, and the locations of external data."""
     try:
         model = read_model(file)
         tensors = list(_tensors(model.graph))
@@ -124,7 +125,7 @@ def _inspect(file: Path) -> tuple[tuple[GraphInput, ...], _Value, list[str]]:
         locations = sorted(_locations(file, tensors))
     except ValueError as error:
         raise ModelError(
-            f"{file.name} is not a whole ONNX model ({error}); get or export it again"
+            f"{file.name} is no complete ONNX model ({error}); get or export it again"
         ) from None
     names = _check_inputs(file, [one for one in inputs if one.name not in stored])
     return names, _choose_output(file, outputs), locations
@@ -172,7 +173,7 @@ def _value(info: ValueInfoProto) -> _Value:
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every tensor of a graph and of the graphs inside it."""
+    """All tensors of a graph and of the graphs inside it."""
     yield from graph.initializer
     yield from _of_sparse(graph.sparse_initializer)
     yield from _tensors_of_nodes(graph.node)
@@ -193,7 +194,7 @@ def _of_sparse(tensors: Iterable[SparseTensorProto]) -> Iterator[TensorProto]:
 
 
 def _locations(file: Path, tensors: Iterable[TensorProto]) -> set[str]:
-    """Files that tensors lie in; all of them are inside the model's own folder and long enough."""
+    """Files of external tensors, checked to be in the folder and long enough."""
     locations = set()
     for tensor in tensors:
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -204,15 +205,15 @@ def _locations(file: Path, tensors: Iterable[TensorProto]) -> set[str]:
         inside = is_inside(location) and path.resolve().is_relative_to(file.parent.resolve())
         if not inside or location in (MANIFEST, TOKENIZER, file.name):
             raise ModelError(
-                f"{file.name}: external data at {location[:200]!r}, expected a file of its own "
+                f"{file.name} has external data at {location[:200]!r}, expected a separate file "
                 "inside the model's folder"
             )
         if not path.is_file():
-            raise ModelError(f"{location}, which {file.name} keeps its weights in, is missing")
+            raise ModelError(f"{location}, the file of {file.name}'s weights, is missing")
         try:
             end = int(place.get("offset", "0")) + int(place.get("length", "0"))
         except ValueError:
-            raise ValueError(f"tensor {tensor.name} has no valid place") from None
+            raise ValueError(f"tensor {tensor.name} has an invalid offset or length") from None
         if end > path.stat().st_size:
             raise ModelError(f"{location} is cut off: {file.name} needs {end:,} bytes of it")
         locations.add(location)

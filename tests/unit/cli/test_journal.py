@@ -103,7 +103,7 @@ def test_half_a_group_at_the_end_is_no_damage(
     waiting.write_bytes(waiting.read_bytes() + b"\xff\xff\xff\xff\x00\x01\x00\x00half")
     assert main(["journal", "verify"]) == 0
     said = capsys.readouterr().out
-    assert "12 bytes of a group that was not written to its end" in said
+    assert "12 bytes of a group that was not written completely" in said
     journal = Journal(folder, JournalSpace(1 << 30), segment_bytes=1, retention_s=lambda: 0.0)
     assert len(journal.recover()) == 1
     assert main(["journal", "verify", "--json"]) == 0

@@ -68,9 +68,9 @@ def test_the_models_of_another_home(
 @pytest.mark.parametrize(
     ("argv", "code", "words"),
     [
-        (["show", "absent"], 1, "here are: none"),
-        (["remove", "absent"], 1, "here are: none"),
-        (["add", "/no/such/folder"], 1, "no such folder"),
+        (["show", "absent"], 1, "known: none"),
+        (["remove", "absent"], 1, "known: none"),
+        (["add", "/no/such/folder"], 1, "is no folder"),
         (["add", "org/name"], 1, "did you mean hub:org/name?"),
         (["add"], 2, "'SOURCE'"),
         ([], 2, "Missing command"),

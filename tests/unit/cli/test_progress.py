@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from fletcher.cli.progress import Meter, Progress, Sample, Total, clock, human
-from fletcher.cli.terminal import columns, cut, padded, printable
+from fletcher.cli.terminal import columns, cut, padded, print_table, printable, styled
 from fletcher.telemetry.logs import JsonFormatter, TextFormatter
 
 
@@ -26,7 +26,7 @@ def test_a_line_has_rates_bytes_queues_and_time_left() -> None:
     meter.add_sample(0, Sample(0, 0, 0))
     meter.add_sample(2, Sample(4000, 50_000, 800_000, queues={"tokenize": 3, "inference": 0}))
     assert meter.line() == (
-        "4,000 of 10,000 rows  2,000 rows/s  25k tokens/s  800kB of 2.0MB  0:03 left  "
+        "4,000 of 10,000 rows  2,000 rows/s  0:03 left  25k tokens/s  800kB of 2.0MB  "
         "queues: tokenize 3"
     )
 
@@ -42,7 +42,7 @@ def test_time_left_by_bytes_where_nobody_counted_rows() -> None:
     meter = Meter(Total(num_bytes=1000))
     meter.add_sample(0, Sample(0))
     meter.add_sample(10, Sample(5, None, 100))
-    assert meter.line() == "5 rows  0 rows/s  100B of 1.0kB  1:30 left"
+    assert meter.line() == "5 rows  0 rows/s  1:30 left  100B of 1.0kB"
     meter.add_sample(11, Sample(5, None, 1000))
     assert "left" not in meter.line()
 
@@ -127,6 +127,36 @@ def test_wide_characters_take_two_columns() -> None:
     assert cut("日本語", 5) == "日本…"
     assert cut("plain", 5) == "plain"
     assert padded("日", 4) == "日  "
+
+
+def printed_table(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    rows = [("a", "1", styled("fine\x1b[2J", "green")), (), ("long name", "23", "[b]words " * 4)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setenv("COLUMNS", "40")
+        patch.setenv("TERM", "xterm")
+        print_table(rows, header=("name", "n"), right=(1,))
+    return stream.getvalue().splitlines()
+
+
+def test_tables_are_aligned_and_without_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert printed_table(io.StringIO(), monkeypatch) == [
+        "name        n",
+        "a           1  fine [2J",
+        "",
+        "long name  23  [b]words [b]words [b]words [b]words",
+    ]
+
+
+def test_a_terminal_gets_colour_and_narrow_ones_no_cut_cells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = printed_table(Terminal(), monkeypatch)
+    assert "\x1b[32mfine [2J " in lines[1]
+    assert [line.strip() for line in lines[3:]] == [
+        "long name  23  [b]words [b]words",
+        "[b]words [b]words",
+    ]
 
 
 def record(**extra: object) -> logging.LogRecord:

@@ -335,6 +335,6 @@ def test_the_environment_is_not_read_at_import() -> None:
 def test_a_host_that_is_not_here_is_told_from_a_port_that_is_taken(host: str) -> None:
     with pytest.raises(ConfigError, match="`host` is not an address of this machine"):
         check_port(host, 8815)
-    said = pytest.raises(ConfigError, match="choose another `port`, 0")
+    said = pytest.raises(ConfigError, match="choose another `port`, or 0")
     with socket.create_server(("127.0.0.1", 0)) as taken, said:
         check_port("127.0.0.1", taken.getsockname()[1])

@@ -1,4 +1,4 @@
-"""How much an append carries, and when the next may follow."""
+"""Sizes of appends and pauses between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store's breaker, its clock in the test's hand."""
+"""A store's breaker, with a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def breaker(clock: Clock) -> Breaker:
 
 
 def delay_s(breaker: Breaker, caller: object) -> float:
-    """How long `caller` has to wait."""
+    """Time that `caller` has to wait."""
     clock = breaker._clock
     return max(0.0, breaker.ready_at(caller) - clock())
 

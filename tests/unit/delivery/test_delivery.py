@@ -1,4 +1,4 @@
-"""Uploads and lanes against a store that fails before, after and while it stores."""
+"""Uploads and sinks against a store that fails before, after and while it stores."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def options(**fields: Any) -> EmbedCommand:
 
 
 def send(
-    committer: DatasetSink, upload: Upload, first: int, num_rows: int, failed: tuple[int, ...] = ()
+    sink: DatasetSink, upload: Upload, first: int, num_rows: int, failed: tuple[int, ...] = ()
 ) -> threading.Event:
     """Claims and queues rows whose ids are their offsets."""
     assert upload.claim_rows(first, first + num_rows - 1) == [(first, first + num_rows - 1)]
@@ -67,7 +67,7 @@ def send(
         schema=SCHEMA,
     )
     released = threading.Event()
-    committer.submit_rows(Rows.from_batch(upload, batch, first, failed, released.set))
+    sink.submit_rows(Rows.from_batch(upload, batch, first, failed, released.set))
     return released
 
 
@@ -86,8 +86,8 @@ def test_rows_of_an_upload_are_joined_into_keyed_groups() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
-        released = [send(committer, upload, first, 4) for first in (0, 4, 8, 12)]
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        released = [send(sink, upload, first, 4) for first in (0, 4, 8, 12)]
         store.gate.set()
         assert settled(upload)
         assert all(one.wait(5) for one in released)
@@ -111,9 +111,9 @@ def test_an_outage_neither_loses_nor_doubles(when: str) -> None:
     store = MemoryStore()
     store.faults.extend([(when, outage()), None, (when, outage()), (when, outage())])
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         for first in range(0, 60, 5):
-            send(committer, upload, first, 5)
+            send(sink, upload, first, 5)
         assert settled(upload)
         assert sorted(ids(store)) == list(range(60))
         assert upload.failure is None
@@ -125,19 +125,19 @@ def test_an_outage_that_outlasts_the_patience_fails_the_upload_and_can_be_resume
         group_rows=10, commit_rows=100, group_delay_ms=10, store_retry_s=0, store_timeout_s=60
     )
     with delivering(store, config) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
-        send(committer, upload, 0, 5)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 5)
         assert settled(upload)
         # The rows arrive, the answer does not: the client cannot know, the store can.
         store.faults.append(("after", outage()))
-        released = send(committer, upload, 5, 5)
+        released = send(sink, upload, 5, 5)
         assert settled(upload)
         assert released.wait(5)
         assert isinstance(upload.failure, StoreUnavailableError)
         assert upload.summary("m")["complete"] is False
-        delivery.close_upload(upload, committer)
+        delivery.close_upload(upload, sink)
 
-        again, committer = delivery.open_upload(options(), SCHEMA)
+        again, sink = delivery.open_upload(options(), SCHEMA)
         assert again.failure is None
         assert again.counts()["rows_durable"] == 10
         assert again.claim_rows(0, 11) == [(10, 11)]
@@ -147,16 +147,16 @@ def test_an_upsert_stays_one_over_an_outage_and_beside_other_uploads() -> None:
     # The mode was the writer's, and forgotten with it: the retry appended, and ids came twice.
     store = MemoryStore()
     with delivering(store) as delivery:
-        upsert, committer = delivery.open_upload(options(upload_id="one", mode="upsert"), SCHEMA)
+        upsert, sink = delivery.open_upload(options(upload_id="one", mode="upsert"), SCHEMA)
         store.faults.append(("before", outage()))
-        send(committer, upsert, 0, 5)
+        send(sink, upsert, 0, 5)
         assert settled(upsert)
         assert store.opened == ["upsert", "upsert"]
         plain, _ = delivery.open_upload(options(upload_id="other"), SCHEMA)
-        send(committer, upsert, 5, 5)
+        send(sink, upsert, 5, 5)
         assert settled(upsert)
         assert store.opened[2:] == ["append", "upsert"]
-        send(committer, plain, 0, 5)
+        send(sink, plain, 0, 5)
         assert settled(plain)
         assert store.opened[4:] == ["append"]
 
@@ -181,10 +181,10 @@ def test_one_uploads_refusal_leaves_others_alone() -> None:
     )
     store.gate.clear()
     with delivering(store) as delivery:
-        good, committer = delivery.open_upload(options(upload_id="good"), SCHEMA)
+        good, sink = delivery.open_upload(options(upload_id="good"), SCHEMA)
         bad, _ = delivery.open_upload(options(upload_id="bad"), SCHEMA)
-        send(committer, good, 100, 3)
-        send(committer, bad, 7, 1)
+        send(sink, good, 100, 3)
+        send(sink, bad, 7, 1)
         store.gate.set()
         assert settled(good)
         assert settled(bad)
@@ -203,10 +203,10 @@ def test_a_store_that_breaks_after_it_stored_does_not_get_the_rows_twice() -> No
     store.gate.clear()
     store.faults.append(("after", ZeroDivisionError("a defect of the store's client")))
     with delivering(store) as delivery:
-        one, committer = delivery.open_upload(options(upload_id="one"), SCHEMA)
+        one, sink = delivery.open_upload(options(upload_id="one"), SCHEMA)
         two, _ = delivery.open_upload(options(upload_id="two"), SCHEMA)
-        send(committer, one, 0, 3)
-        send(committer, two, 3, 3)
+        send(sink, one, 0, 3)
+        send(sink, two, 3, 3)
         store.gate.set()
         assert settled(one)
         assert settled(two)
@@ -214,18 +214,18 @@ def test_a_store_that_breaks_after_it_stored_does_not_get_the_rows_twice() -> No
 
 
 def test_rows_that_cannot_be_prepared_fail_their_upload_and_leave_the_dataset_usable() -> None:
-    # What was raised outside the store's call ended the lane's thread, which stayed the dataset's:
-    # its uploads never settled, and every later opening waited for ever.
+    # An error outside the store's call ended the committer's thread, which stayed the dataset's:
+    # its uploads never settled, and later openings waited for ever.
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         upload.claim_rows(0, 1)
-        committer.submit_rows(Rows.from_batch(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]
+        sink.submit_rows(Rows.from_batch(upload, _Broken(), 0, (), lambda: None))  # type: ignore[arg-type]
         assert settled(upload)
         assert upload.failure is not None
-        delivery.close_upload(upload, committer)
-        other, committer = delivery.open_upload(options(upload_id="other"), SCHEMA)
-        send(committer, other, 0, 5)
+        delivery.close_upload(upload, sink)
+        other, sink = delivery.open_upload(options(upload_id="other"), SCHEMA)
+        send(sink, other, 0, 5)
         assert settled(other)
         assert ids(store) == list(range(5))
 
@@ -238,16 +238,16 @@ class _Broken:
     schema = SCHEMA
 
 
-def test_a_lane_that_has_ended_refuses_at_once() -> None:
+def test_a_committer_that_has_ended_refuses_at_once() -> None:
     store = MemoryStore()
     delivery = Delivery({"default": store}, CONFIG, Telemetry())
-    upload, committer = delivery.open_upload(options(), SCHEMA)
+    upload, sink = delivery.open_upload(options(), SCHEMA)
     delivery.close()
-    released = send(committer, upload, 0, 5)
+    released = send(sink, upload, 0, 5)
     assert released.wait(5)
     assert isinstance(upload.failure, StoreUnavailableError)
     assert isinstance(
-        committer.committer.request_opening(SCHEMA, "append").exception(5), StoreUnavailableError
+        sink.committer.request_opening(SCHEMA, "append").exception(5), StoreUnavailableError
     )
     with pytest.raises(StoreUnavailableError):
         delivery.open_upload(options(upload_id="late"), SCHEMA)
@@ -258,12 +258,12 @@ def test_an_append_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fletcher.delivery.commit_queue._COMMIT_BYTES", 100)
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         store.gate.clear()
-        send(committer, upload, 0, 3)
+        send(sink, upload, 0, 3)
         assert store.waiting.wait(5)
         for first in range(3, 12, 3):
-            send(committer, upload, first, 3)
+            send(sink, upload, first, 3)
         store.gate.set()
         assert settled(upload)
         assert ids(store) == list(range(12))
@@ -277,24 +277,24 @@ def test_rows_that_fill_an_append_by_their_bytes_wait_for_no_others(
     monkeypatch.setattr("fletcher.delivery.commit_queue._COMMIT_BYTES", 100)
     store = MemoryStore()
     with delivering(store, dataclasses.replace(CONFIG, group_delay_ms=60000)) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
-        send(committer, upload, 0, 7)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 7)
         assert settled(upload)
 
 
 def test_rows_of_a_failed_upload_leave_at_once_though_the_store_is_away() -> None:
-    # They left when their turn came: uploads that failed one after the other filled the memory.
+    # They left when they were due: uploads that failed one after the other filled the memory.
     store = MemoryStore()
     with delivering(store) as delivery:
-        going, committer = delivery.open_upload(options(upload_id="going"), SCHEMA)
+        going, sink = delivery.open_upload(options(upload_id="going"), SCHEMA)
         failing, _ = delivery.open_upload(options(upload_id="failing"), SCHEMA)
         store.gate.clear()
-        send(committer, going, 0, 5)
+        send(sink, going, 0, 5)
         assert store.waiting.wait(5)
-        released = send(committer, failing, 0, 5)
-        kept = send(committer, going, 5, 5)
+        released = send(sink, failing, 0, 5)
+        kept = send(sink, going, 5, 5)
         failing.fail(RequestError("a bad row"))
-        delivery.close_upload(failing, committer)
+        delivery.close_upload(failing, sink)
         assert released.is_set()
         assert not kept.is_set()
         store.gate.set()
@@ -306,8 +306,8 @@ def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> No
     for null_vectors, expected in ((False, [0, 2]), (True, [0, 1, 2])):
         store = MemoryStore(null_vectors=null_vectors)
         with delivering(store) as delivery:
-            upload, committer = delivery.open_upload(options(), SCHEMA)
-            send(committer, upload, 0, 3, failed=(1,))
+            upload, sink = delivery.open_upload(options(), SCHEMA)
+            send(sink, upload, 0, 3, failed=(1,))
             upload.report_failed_row(1, 1, InvalidCommandError("`text` is null"))
             assert settled(upload)
             assert ids(store) == expected
@@ -316,16 +316,16 @@ def test_failed_rows_are_kept_back_where_the_store_takes_no_null_vectors() -> No
             assert (counts["rows_failed"], counts["rows_durable"]) == (1, 3)
 
 
-def test_a_reconnected_client_does_not_send_twice_what_is_on_its_way() -> None:
+def test_a_reconnected_client_does_not_send_pending_rows_twice() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
-        send(committer, upload, 0, 5)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 5)
         assert store.waiting.wait(5)
-        delivery.close_upload(upload, committer)
+        delivery.close_upload(upload, sink)
         opening: list[Upload] = []
-        # The lane opens nothing while it stores, so that the store can be asked what arrived.
+        # The committer opens nothing while it stores, so that the store can be asked what arrived.
         reopen = threading.Thread(
             target=lambda: opening.append(delivery.open_upload(options(), SCHEMA)[0])
         )
@@ -339,13 +339,13 @@ def test_a_reconnected_client_does_not_send_twice_what_is_on_its_way() -> None:
 def test_after_a_restart_the_store_tells_what_is_there() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
-        send(committer, upload, 0, 25)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 25)
         assert settled(upload)
     with delivering(store) as delivery:
         status = delivery.upload_status(options())
         assert status == {"rows_durable": 25, "ranges": [[0, 24]], "complete": False}
-        upload, committer = delivery.open_upload(options(), SCHEMA)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
         assert upload.claim_rows(0, 30) == [(25, 30)]
         assert upload.counts()["rows_stored"] == 25
 
@@ -353,15 +353,15 @@ def test_after_a_restart_the_store_tells_what_is_there() -> None:
 def test_overwrite_empties_once_and_a_resumed_overwrite_does_not() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(upload_id="old"), SCHEMA)
-        send(committer, upload, 0, 3)
+        upload, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
+        send(sink, upload, 0, 3)
         assert settled(upload)
-        upload, committer = delivery.open_upload(options(mode="overwrite"), SCHEMA)
-        send(committer, upload, 0, 4)
+        upload, sink = delivery.open_upload(options(mode="overwrite"), SCHEMA)
+        send(sink, upload, 0, 4)
         assert settled(upload)
-        delivery.close_upload(upload, committer)
-        upload, committer = delivery.open_upload(options(mode="overwrite"), SCHEMA)
-        send(committer, upload, 4, 4)
+        delivery.close_upload(upload, sink)
+        upload, sink = delivery.open_upload(options(mode="overwrite"), SCHEMA)
+        send(sink, upload, 4, 4)
         assert settled(upload)
         assert ids(store) == list(range(8))
     with delivering(store) as delivery:
@@ -409,16 +409,14 @@ def test_two_openings_of_one_overwrite_empty_the_dataset_once() -> None:
 
 
 def test_rows_that_an_overwrite_removed_can_be_sent_again() -> None:
-    # The ledger still had them: they were taken for stored, and the summary said so.
+    # The upload was still remembered: its rows were taken for stored, and the summary said so.
     store = MemoryStore()
     with delivering(store) as delivery:
         for upload_id, mode in (("a", "append"), ("b", "overwrite"), ("a", "append")):
-            upload, committer = delivery.open_upload(
-                options(upload_id=upload_id, mode=mode), SCHEMA
-            )
-            send(committer, upload, 0, 3)
+            upload, sink = delivery.open_upload(options(upload_id=upload_id, mode=mode), SCHEMA)
+            send(sink, upload, 0, 3)
             assert settled(upload)
-            delivery.close_upload(upload, committer)
+            delivery.close_upload(upload, sink)
         assert ids(store) == [0, 1, 2, 0, 1, 2]
 
 
@@ -434,8 +432,8 @@ def test_one_upload_id_cannot_mean_two_things() -> None:
 def test_memory_durability_never_claims_to_be_durable() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(durability="memory"), SCHEMA)
-        send(committer, upload, 0, 5)
+        upload, sink = delivery.open_upload(options(durability="memory"), SCHEMA)
+        send(sink, upload, 0, 5)
         assert settled(upload)
         assert upload.counts()["rows_durable"] == 0
         assert upload.counts()["rows_stored"] == 5
@@ -444,12 +442,12 @@ def test_memory_durability_never_claims_to_be_durable() -> None:
 def test_complete_needs_the_announced_number_and_no_gap() -> None:
     store = MemoryStore()
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
-        send(committer, upload, 5, 5)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 5, 5)
         assert settled(upload)
         upload.announce_total(10)
         assert not upload.complete
-        send(committer, upload, 0, 5)
+        send(sink, upload, 0, 5)
         assert settled(upload)
         assert upload.complete
         upload.announce_total(11)
@@ -479,13 +477,13 @@ def test_shutting_down_gives_up_what_is_queued_and_says_so() -> None:
     store = MemoryStore()
     store.gate.clear()
     delivery = Delivery({"default": store}, CONFIG, Telemetry())
-    upload, committer = delivery.open_upload(options(), SCHEMA)
-    send(committer, upload, 0, 5)
+    upload, sink = delivery.open_upload(options(), SCHEMA)
+    send(sink, upload, 0, 5)
     assert store.waiting.wait(5)
-    released = send(committer, upload, 5, 5)
+    released = send(sink, upload, 5, 5)
     closer = threading.Thread(target=delivery.close)
     closer.start()
-    while not committer.committer._queue.stopped:
+    while not sink.committer._queue.stopped:
         closer.join(0.001)
     store.gate.set()
     closer.join(30)
@@ -499,36 +497,36 @@ def test_an_overwrite_does_not_wait_for_what_comes_after_it() -> None:
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        upload, committer = delivery.open_upload(options(), SCHEMA)
-        send(committer, upload, 0, 5)
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 5)
         assert store.waiting.wait(5)
-        emptied = committer.committer.request_opening(SCHEMA, "overwrite")
-        send(committer, upload, 5, 5)
+        emptied = sink.committer.request_opening(SCHEMA, "overwrite")
+        send(sink, upload, 5, 5)
         store.gate.set()
         assert emptied.result(30) is None
         assert settled(upload)
         assert ids(store) == list(range(5, 10))
 
 
-def test_an_overwrite_that_nobody_waits_for_any_more_does_not_happen() -> None:
+def test_an_overwrite_whose_caller_stopped_waiting_does_not_happen() -> None:
     # The caller was told that it had failed, and later the dataset was emptied all the same.
     store = MemoryStore()
     store.gate.clear()
     with delivering(store, opening_timeout_s=0.2) as delivery:
-        upload, committer = delivery.open_upload(options(upload_id="old"), SCHEMA)
-        send(committer, upload, 0, 5)
+        upload, sink = delivery.open_upload(options(upload_id="old"), SCHEMA)
+        send(sink, upload, 0, 5)
         assert store.waiting.wait(5)
         with pytest.raises(StoreUnavailableError):
             delivery.open_upload(options(mode="overwrite"), SCHEMA)
         store.gate.set()
         assert settled(upload)
-        assert committer.committer.request_opening(SCHEMA, "append").result(30) is None
+        assert sink.committer.request_opening(SCHEMA, "append").result(30) is None
         assert ids(store) == list(range(5))
 
 
 @pytest.mark.parametrize("in_use", [True, False])
-def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: bool) -> None:
-    # Another route could open the dataset while the writer had its lock still.
+def test_a_sink_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: bool) -> None:
+    # A new sink could open the dataset while the writer still held its lock.
     has_writer: list[bool] = []
     asked, retire = threading.Event(), Delivery._retire_sink
 
@@ -549,8 +547,8 @@ def test_a_route_ends_after_its_writer(monkeypatch: pytest.MonkeyPatch, in_use: 
             assert has_writer == [False]
 
 
-def test_a_route_is_in_use_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    # On a machine that stood still for a while its lane asked too early, and failed for good.
+def test_a_sink_is_in_use_before_it_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a machine that paused for a while its sink asked too early, and failed for good.
     asked, may_end = threading.Event(), DatasetSink._may_end
 
     def asks(sink: DatasetSink) -> bool:
@@ -560,9 +558,9 @@ def test_a_route_is_in_use_before_it_is_whole(monkeypatch: pytest.MonkeyPatch) -
             asked.set()
 
     def slow(*arguments: Any, **fields: Any) -> Committer:
-        committer = Committer(*arguments, **fields)
+        sink = Committer(*arguments, **fields)
         assert asked.wait(30)
-        return committer
+        return sink
 
     monkeypatch.setattr(DatasetSink, "_may_end", asks)
     monkeypatch.setattr(sink_module, "Committer", slow)
@@ -575,10 +573,10 @@ def test_rows_that_cannot_be_let_go_leave_the_others_of_their_append_alone() -> 
     store = MemoryStore()
     store.gate.clear()
     with delivering(store) as delivery:
-        first, committer = delivery.open_upload(options(upload_id="first"), SCHEMA)
+        first, sink = delivery.open_upload(options(upload_id="first"), SCHEMA)
         bad, _ = delivery.open_upload(options(upload_id="bad"), SCHEMA)
         good, _ = delivery.open_upload(options(upload_id="good"), SCHEMA)
-        send(committer, first, 0, 1)
+        send(sink, first, 0, 1)
         assert store.waiting.wait(5)
 
         def fails() -> None:
@@ -588,8 +586,8 @@ def test_rows_that_cannot_be_let_go_leave_the_others_of_their_append_alone() -> 
         batch = pa.record_batch(
             [pa.array([1], pa.int64()), pa.array([[1, 0]], SCHEMA[1].type)], schema=SCHEMA
         )
-        committer.submit_rows(Rows.from_batch(bad, batch, 0, (), fails))
-        released = send(committer, good, 2, 3)
+        sink.submit_rows(Rows.from_batch(bad, batch, 0, (), fails))
+        released = send(sink, good, 2, 3)
         store.gate.set()
         assert settled(good)
         assert released.wait(30)

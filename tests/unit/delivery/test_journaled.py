@@ -43,7 +43,7 @@ SCHEMA = pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float32(), 2)})
 CONFIG = DeliveryConfig(
     group_rows=10, commit_rows=100, group_delay_ms=10, store_retry_s=30, store_timeout_s=60
 )
-# What is journaled stays in the lane.
+# Journaled rows wait in the committer.
 SLOW = dataclasses.replace(CONFIG, group_delay_ms=600000)
 
 
@@ -378,10 +378,10 @@ def test_rows_of_an_upload_that_failed_while_the_journal_was_full_are_not_journa
         assert ids(store) == list(range(40))
 
 
-def test_rows_that_cannot_be_learned_are_journaled_and_stored(
+def test_rows_that_cannot_be_indexed_are_journaled_and_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The journal had them and the lane did not get them: they waited for the next start.
+    # The journal had them and the committer did not get them: they waited for the next start.
     def fails(*_: Any) -> None:
         raise ZeroDivisionError
 
@@ -395,7 +395,7 @@ def test_rows_that_cannot_be_learned_are_journaled_and_stored(
         assert upload.failure is None
 
 
-def test_an_outbox_that_ends_gives_up_all_that_it_has_and_what_comes(
+def test_a_journal_writer_that_ends_gives_up_waiting_and_later_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows of another schema than the first ones' were forgotten, and with them their memory.
@@ -430,7 +430,7 @@ def test_an_outbox_that_ends_gives_up_all_that_it_has_and_what_comes(
         assert late.failure is not None
 
 
-def test_rows_are_in_the_lane_before_they_are_acknowledged(
+def test_rows_are_with_the_committer_before_they_are_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows that replace them, sent by who had seen that, could have come before them.
@@ -452,7 +452,7 @@ def test_rows_are_in_the_lane_before_they_are_acknowledged(
 def test_what_is_left_in_a_journal_is_counted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With each route to the dataset it was counted again, until the journal was full of it.
+    # With each new sink of the dataset it was counted again, until the journal was full of it.
     tried = threading.Semaphore(0)
 
     def fails(*_: Any) -> None:

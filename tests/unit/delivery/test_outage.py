@@ -1,4 +1,4 @@
-"""Lanes that share a store which is away, overloaded, or asks to slow down."""
+"""Datasets that share a store that is unavailable, overloaded or slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger of one upload, by itself."""
+"""The state of one upload."""
 
 from __future__ import annotations
 

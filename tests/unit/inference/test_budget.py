@@ -93,7 +93,7 @@ def test_small_runs_are_no_reason_to_grow() -> None:
 
 def test_a_row_that_does_not_fit_alone_fails_and_others_go_on() -> None:
     backend = BudgetedBackend(SmallDevice(50), 400)
-    with pytest.raises(BackendError, match="too little memory for 60 tokens"):
+    with pytest.raises(BackendError, match="too little memory for a text of 60 tokens"):
         backend.run(batch_of(60))
     assert backend.run(batch_of(20, 20)).embeddings.shape == (2, 16)
 
@@ -116,16 +116,16 @@ def test_other_failures_are_not_tried_again() -> None:
         "std::bad_alloc",
     ],
 )
-def test_engines_words_for_it_are_known(said: str) -> None:
+def test_out_of_memory_messages_of_engines_are_recognized(said: str) -> None:
     assert is_out_of_memory(BackendError(f"ONNX Runtime failed on (4, 8) tokens: {said}"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(BackendError("invalid argument"))
 
 
-def test_a_replica_loads_the_version_that_it_is_meant_to(
+def test_a_replica_loads_the_version_of_its_configuration(
     tiny_bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Started again after another version had come there, it would have made that one's vectors.
+    # A restart after the version was replaced would else give the new version's vectors.
     folder = tmp_path / "m"
     first = another(tiny_bundle, folder, "m", "one")
     kept = folder.rename(tmp_path / first.qualified_name)
@@ -141,5 +141,5 @@ def test_a_replica_loads_the_version_that_it_is_meant_to(
         load(BackendConfig("null", "cpu", str(folder), version=version))
     assert loaded == [str(kept), str(folder), str(folder)]
     assert TokenizerConfig(str(folder), first.hash).folder == kept
-    with pytest.raises(ModelError, match="here no more"):
+    with pytest.raises(ModelError, match="is missing: it was removed"):
         load(BackendConfig("null", "cpu", str(folder), version="0" * 12))

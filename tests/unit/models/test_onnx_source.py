@@ -49,7 +49,9 @@ def save(model: onnx.ModelProto, folder: Path, *, external: bool = False) -> Pat
     return path
 
 
-def test_token_embeddings_are_left_to_be_pooled(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+def test_token_embeddings_are_pooled_after_the_graph(
+    checkpoint: EditCheckpoint, tmp_path: Path
+) -> None:
     path = save(graph(), checkpoint(), external=True)
     bundle = Registry(tmp_path / "models").add_model(str(path), name="theirs", progress=print)
     assert (bundle.family, bundle.graph_output) == ("onnx", "token_embeddings")
@@ -116,7 +118,9 @@ def test_no_float_output_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) 
         Registry(tmp_path / "models").add_model(str(path), progress=print)
 
 
-def test_another_width_than_configs_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+def test_an_output_width_unlike_the_config_is_refused(
+    checkpoint: EditCheckpoint, tmp_path: Path
+) -> None:
     path = save(graph(), checkpoint(config={"hidden_size": 64}))
     with pytest.raises(ModelError, match="32 wide"):
         Registry(tmp_path / "models").add_model(str(path), progress=print)
@@ -126,7 +130,7 @@ def test_another_width_than_configs_is_refused(checkpoint: EditCheckpoint, tmp_p
 def test_a_truncated_file_is_refused(checkpoint: EditCheckpoint, tmp_path: Path, keep: int) -> None:
     path = save(graph(), checkpoint())
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ModelError, match="not a whole ONNX model"):
+    with pytest.raises(ModelError, match="no complete ONNX model"):
         Registry(tmp_path / "models").add_model(str(path), progress=print)
     assert Registry(tmp_path / "models").names() == []
 
@@ -174,5 +178,5 @@ def test_short_or_missing_external_data_is_refused(
     with pytest.raises(ModelError, match=r"weights\.bin is cut off"):
         Registry(tmp_path / "models").add_model(str(path), progress=print)
     weights.unlink()
-    with pytest.raises(ModelError, match=r"weights\.bin, which model\.onnx"):
+    with pytest.raises(ModelError, match=r"weights\.bin, the file of model\.onnx"):
         Registry(tmp_path / "models").add_model(str(path), progress=print)

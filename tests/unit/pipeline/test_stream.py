@@ -14,7 +14,6 @@ from fletcher.core.batches import EmbeddingBatch, TextBatch
 from fletcher.errors import DrainingError
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
-from tests.integration.processes import eventually
 
 TEXTS = TextBatch(b"hi", np.array([0, 2]))
 VECTORS = EmbeddingBatch(
@@ -37,9 +36,6 @@ class Reader:
         self.stream.submit(TEXTS, context, num_bytes=10)
         return self.tickets[-1]
 
-    def waits(self) -> None:
-        eventually(lambda: self.stream._waiting, "the thread waits")
-
     def _run(self) -> None:
         try:
             for result in self.stream.results():
@@ -61,7 +57,6 @@ def reader() -> Iterator[Reader]:
 
 def test_the_thread_that_waits_makes_its_own_result(reader: Reader) -> None:
     for context in range(3):
-        reader.waits()
         ticket = reader.submit(context)
         seen: list[threading.Thread] = []
 
@@ -75,27 +70,30 @@ def test_the_thread_that_waits_makes_its_own_result(reader: Reader) -> None:
         reader.go_on.release()
 
 
-def test_work_runs_on_a_thread_only_while_it_waits_for_that_and_nothing_else(
-    reader: Reader,
-) -> None:
+def test_work_runs_on_a_thread_only_if_it_waits_for_that_and_nothing_else(reader: Reader) -> None:
     never: Callable[[], None] = pytest.fail
-    reader.waits()
     assert not reader.stream.run_on_waiting_thread(never)  # nothing is to come
     first = reader.submit("first")
     second = reader.submit("second")
     assert not reader.stream.run_on_waiting_thread(never)  # more is
     first.finish(VECTORS)
     assert reader.contexts.get(timeout=30)[0] == "first"
-    assert not reader.stream.run_on_waiting_thread(never)  # it writes an answer
+    # The thread writes an answer: the work is done when it comes back.
+    done = threading.Event()
+
+    def work() -> None:
+        done.set()
+        second.finish(VECTORS)
+
+    assert reader.stream.run_on_waiting_thread(work)
+    assert not reader.stream.run_on_waiting_thread(never)  # there is some already
+    assert not done.is_set()
     reader.go_on.release()
-    reader.waits()
-    assert reader.stream.run_on_waiting_thread(lambda: second.finish(VECTORS))
-    assert reader.contexts.get(timeout=30)[0] == "second"
+    assert reader.contexts.get(timeout=30) == ("second", reader.thread)
     reader.go_on.release()
 
 
 def test_work_handed_to_the_waiting_thread_is_done_though_the_stream_closes(reader: Reader) -> None:
-    reader.waits()
     ticket = reader.submit("only")
     done = threading.Event()
 
@@ -109,20 +107,11 @@ def test_work_handed_to_the_waiting_thread_is_done_though_the_stream_closes(read
     assert reader.contexts.get(timeout=30)[0] == "draining"
 
 
-def test_before_any_thread_reads_results_the_submitting_one_does_the_work() -> None:
+def test_a_thread_that_submits_and_then_reads_does_the_work_itself() -> None:
     tickets: list[StreamTicket] = []
     stream = EmbedStream(MemoryBudget(1 << 20, 2).open_allowance(), tickets.append)
     stream.submit(TEXTS, "only", num_bytes=10)
-    seen: list[threading.Thread] = []
-
-    def work() -> None:
-        seen.append(threading.current_thread())
-        tickets[0].finish(VECTORS)
-
-    assert stream.run_on_waiting_thread(work)
-    assert seen == [threading.current_thread()]
-    stream.submit(TEXTS, "second", num_bytes=10)
-    assert not stream.run_on_waiting_thread(work)  # one result is there that nobody has read
-    tickets[1].finish(VECTORS)
+    assert stream.run_on_waiting_thread(lambda: tickets[0].finish(VECTORS))
+    assert tickets[0].result is None
     stream.end()
-    assert [result.context for result in stream.results()] == ["only", "second"]
+    assert [result.context for result in stream.results()] == ["only"]

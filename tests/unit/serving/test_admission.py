@@ -11,7 +11,7 @@ import pytest
 
 from fletcher.errors import DrainingError, OverloadedError
 from fletcher.serving.admission import Admission, RetryHints
-from fletcher.serving.load_level import LoadMonitor, Signals
+from fletcher.serving.load_level import LoadMonitor, LoadSignals
 from fletcher.telemetry.tracing import Telemetry
 
 HINTS = RetryHints(overloaded_ms=1, severe_ms=2, draining_ms=3)
@@ -21,7 +21,7 @@ class Door:
     """An admission of two streams, signals that a test sets, and a model."""
 
     def __init__(self) -> None:
-        self.signals = Signals()
+        self.signals = LoadSignals()
         self.refusal: OverloadedError | None = None
         telemetry = Telemetry()
         load = LoadMonitor(lambda: self.signals, telemetry, lambda _: None)
@@ -52,7 +52,7 @@ def test_streams_are_limited_and_places_come_back() -> None:
 
 def test_bulk_work_alone_is_refused_under_severe_load() -> None:
     door = Door()
-    door.signals = Signals(streams=1.0)
+    door.signals = LoadSignals(streams=1.0)
     with door.admit():
         pass
     with pytest.raises(OverloadedError, match="of the streams are open") as caught:

@@ -1,4 +1,4 @@
-"""Grades of pressure: what counts as severe, hysteresis by a clock that the test turns."""
+"""Load levels: their thresholds, and when a level is left, by a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from fletcher.pipeline.memory_budget import MemoryBudget
-from fletcher.serving.load_level import LoadLevel, LoadMonitor, Signals, judge
+from fletcher.serving.load_level import LoadLevel, LoadMonitor, LoadSignals, classify_load
 from fletcher.telemetry.tracing import Telemetry
 
 
-class House:
-    """Signals that a test sets, a clock that it turns, and the grades that were announced."""
+class Simulation:
+    """LoadSignals that a test sets, a clock that it turns, and the grades that were announced."""
 
     def __init__(self) -> None:
-        self.signals = Signals()
+        self.signals = LoadSignals()
         self.now = 100.0
         self.telemetry = Telemetry()
         self.announced: list[LoadLevel] = []
@@ -27,71 +27,71 @@ class House:
 
     def after(self, seconds: float, **signals: Any) -> LoadLevel:
         self.now += seconds
-        self.signals = Signals(**signals)
+        self.signals = LoadSignals(**signals)
         return self.monitor.observe()
 
 
 @pytest.mark.parametrize(
-    ("signals", "grade"),
+    ("signals", "level"),
     [
-        (Signals(), LoadLevel.NORMAL),
+        (LoadSignals(), LoadLevel.NORMAL),
         # One upload at full speed, or many: the memory is full, and all is well.
-        (Signals(memory=1.0, queue=500.0, streams=0.8, journal=0.5), LoadLevel.MODERATE),
+        (LoadSignals(memory=1.0, queue=500.0, streams=0.8, journal=0.5), LoadLevel.MODERATE),
         # The store is slower than the clients, but works: they wait, and a new one may, too.
-        (Signals(memory=1.0, journal=1.0), LoadLevel.MODERATE),
-        # The store is away, and the journal has room for hours.
-        (Signals(memory=1.0, journal=0.5, store_away=True), LoadLevel.MODERATE),
-        (Signals(journal=0.0, store_away=True), LoadLevel.NORMAL),
-        (Signals(journal=0.9, store_away=True), LoadLevel.SEVERE),
+        (LoadSignals(memory=1.0, journal=1.0), LoadLevel.MODERATE),
+        # The store is unavailable, and the journal has room for hours.
+        (LoadSignals(memory=1.0, journal=0.5, store_unavailable=True), LoadLevel.MODERATE),
+        (LoadSignals(journal=0.0, store_unavailable=True), LoadLevel.NORMAL),
+        (LoadSignals(journal=0.9, store_unavailable=True), LoadLevel.SEVERE),
         # Without a journal the memory holds what the store does not take.
-        (Signals(memory=0.9, store_away=True), LoadLevel.SEVERE),
-        (Signals(memory=0.95), LoadLevel.MODERATE),
-        (Signals(streams=0.9), LoadLevel.SEVERE),
-        (Signals(starving=0.5), LoadLevel.SEVERE),
-        (Signals(queue=8.0), LoadLevel.MODERATE),
+        (LoadSignals(memory=0.9, store_unavailable=True), LoadLevel.SEVERE),
+        (LoadSignals(memory=0.95), LoadLevel.MODERATE),
+        (LoadSignals(streams=0.9), LoadLevel.SEVERE),
+        (LoadSignals(starving=0.5), LoadLevel.SEVERE),
+        (LoadSignals(queue=8.0), LoadLevel.MODERATE),
     ],
 )
-def test_what_each_signal_means(signals: Signals, grade: LoadLevel) -> None:
-    assert judge(signals)[0] is grade
+def test_what_each_signal_means(signals: LoadSignals, level: LoadLevel) -> None:
+    assert classify_load(signals)[0] is level
 
 
-def test_a_grade_is_entered_at_once_and_left_with_hesitation() -> None:
-    house = House()
-    assert house.after(1, streams=0.95) is LoadLevel.SEVERE
+def test_a_level_is_entered_at_once_and_left_after_a_delay() -> None:
+    server = Simulation()
+    assert server.after(1, streams=0.95) is LoadLevel.SEVERE
     for _ in range(2):
-        assert house.after(60, streams=0.80) is LoadLevel.SEVERE, "lower, but not far enough"
-    assert house.after(1, streams=0.5) is LoadLevel.SEVERE, "calm, but not for long"
-    assert house.after(2, streams=0.95) is LoadLevel.SEVERE
-    assert house.after(2, streams=0.5) is LoadLevel.SEVERE, "the calm begins anew"
-    assert house.after(2.9, streams=0.5) is LoadLevel.SEVERE
-    assert house.after(0.2, streams=0.5) is LoadLevel.NORMAL
-    assert house.announced == [LoadLevel.SEVERE, LoadLevel.NORMAL]
+        assert server.after(60, streams=0.80) is LoadLevel.SEVERE, "lower, but not far enough"
+    assert server.after(1, streams=0.5) is LoadLevel.SEVERE, "calm, but not for long"
+    assert server.after(2, streams=0.95) is LoadLevel.SEVERE
+    assert server.after(2, streams=0.5) is LoadLevel.SEVERE, "the calm begins anew"
+    assert server.after(2.9, streams=0.5) is LoadLevel.SEVERE
+    assert server.after(0.2, streams=0.5) is LoadLevel.NORMAL
+    assert server.announced == [LoadLevel.SEVERE, LoadLevel.NORMAL]
 
 
-def test_severe_falls_to_the_grade_that_still_holds() -> None:
-    house = House()
-    house.after(1, memory=1.0, store_away=True)
-    house.after(1, memory=1.0)
-    assert house.after(4, memory=1.0) is LoadLevel.MODERATE
+def test_severe_falls_to_the_level_that_still_holds() -> None:
+    server = Simulation()
+    server.after(1, memory=1.0, store_unavailable=True)
+    server.after(1, memory=1.0)
+    assert server.after(4, memory=1.0) is LoadLevel.MODERATE
 
 
 def test_transitions_are_logged_once_and_time_is_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    house = House()
+    server = Simulation()
     with caplog.at_level(logging.INFO, "fletcher.serving.load_level"):
         for _ in range(10):
-            house.after(1, streams=1.0)
+            server.after(1, streams=1.0)
         for _ in range(10):
-            house.after(1)
+            server.after(1)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     assert "severe after normal: 100% of the streams are open" in caplog.messages[0]
     assert "normal after severe" in caplog.messages[1]
-    snapshot = house.telemetry.snapshot()
+    snapshot = server.telemetry.snapshot()
     # The second that ended in severe was normal's; leaving it took three.
     assert snapshot["fletcher.pressure.time"] == {"normal": 7.0, "severe": 13.0}
     assert snapshot["fletcher.pressure.grade"] == 0
-    statistics = house.monitor.statistics()
+    statistics = server.monitor.statistics()
     assert (statistics["grade"], statistics["for_s"]) == ("normal", 6.0)
 
 

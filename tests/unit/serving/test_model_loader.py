@@ -1,4 +1,4 @@
-"""What is chosen to run a model."""
+"""Choice of the engine that runs a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from fletcher.config.server import ServeConfig
 from fletcher.errors import BackendError
-from fletcher.inference.devices import HostInfo
+from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.model_loader import _decide
 

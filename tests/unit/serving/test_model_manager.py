@@ -87,7 +87,7 @@ def start(source: FakeSource) -> Iterator[Start]:
         def make(*names: str, aliases: tuple[str, ...] = (), **options: Any) -> ModelManager:
             models = ModelManager(source, names[0], **options)
             running.callback(models.close)
-            models.start(names[1:], [Alias.parse(text) for text in aliases])
+            models.start(names[1:], [Alias.from_text(text) for text in aliases])
             return models
 
         yield make
@@ -189,7 +189,7 @@ def test_what_may_be_loaded_is_what_the_operator_configured(
         for name in ("d", "d@1"):
             with pytest.raises(UnknownModelError, match="may load a, b, c; its option --load"):
                 change(name)
-        # Another version of a name needs no leave of its own, nor does what was unloaded.
+        # Other versions of a permitted name may be loaded, and unloaded ones again.
         assert [change(name) for name in ("b", "c@2", "a@3")] == ["b@2", "c@2", "a@3"]
     models.unload_model("b")
     assert models.load_model("b") == "b@2"
@@ -230,9 +230,9 @@ def test_an_alias_divides_and_a_dataset_keeps_its_model(start: Start, source: Fa
     assert models.is_divided("search")
     assert not models.is_divided(None)
     with pytest.raises(UnknownModelError):
-        models.set_alias(Alias.parse("other=a,nobody"))
+        models.set_alias(Alias.from_text("other=a,nobody"))
     with pytest.raises(InvalidCommandError, match="a model's name"):
-        models.set_alias(Alias.parse("a=b"))
+        models.set_alias(Alias.from_text("a=b"))
     with pytest.raises(InvalidCommandError, match="is an alias"):
         models.load_model("search")
     source.hashes["search"] = "1"
@@ -481,7 +481,7 @@ def test_the_end_comes_to_all_also_to_those_who_wait(start: Start, source: FakeS
     ("asked", "kept", "half"),
     [
         ({}, False, True),
-        ({}, True, False),  # what is kept of a text serves those who ask for float32, too
+        ({}, True, False),  # the cached vectors also serve calls for float32
         ({"dtype": "float32"}, False, False),
         ({"dtype": "int8"}, False, False),
         ({"dims": 4}, False, False),

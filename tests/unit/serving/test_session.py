@@ -25,7 +25,7 @@ from fletcher.errors import (
     UnknownModelError,
 )
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.serving.load_level import Signals
+from fletcher.serving.load_level import LoadSignals
 from fletcher.serving.session import EmbedCall, EmbedSession
 from fletcher.serving.slice_result import SliceResult
 from tests.doubles.service import MAX_STREAMS, NOTHING, FakeService
@@ -331,7 +331,7 @@ def _no_workers(fakes: FakeService) -> None:
 
 
 def _severe(fakes: FakeService) -> None:
-    fakes.signals = Signals(streams=1.0)
+    fakes.signals = LoadSignals(streams=1.0)
 
 
 def _draining(fakes: FakeService) -> None:

@@ -1,7 +1,7 @@
-"""The families of models that Fletcher writes graphs for, by `model_type` of config.json.
+"""Families of models with graphs by Fletcher, by `model_type` in config.json.
 
-A new one is a module here, with a reader of its config.json and the names of its tensors, and a
-line in FAMILIES.
+To add a family, write a module that reads its config.json and names its tensors, and add a line to
+FAMILIES.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def family_of(config: Config) -> Family:
     """The family of a checkpoint.
 
     Raises:
-        ModelError: There is none here for its `model_type`.
+        ModelError: Its `model_type` is not supported.
     """
     kind = config.get("model_type")
     if kind == "bert" and config.get("position_embedding_type") == "alibi":
-        return JINA_BERT  # it calls itself so
+        return JINA_BERT  # JinaBERT's own `model_type`
     family = FAMILIES.get(str(kind))
     if family is None:
         raise ModelError(
-            f"config.json: `model_type` is {kind!r}, graphs are written for "
-            f"{', '.join(FAMILIES)}; export the model to ONNX and add that file instead",
+            f"config.json: `model_type` is {kind!r}, expected one of {', '.join(FAMILIES)}; export "
+            "the model to ONNX and add that file instead",
             field="model_type",
             allowed=list(FAMILIES),
         )

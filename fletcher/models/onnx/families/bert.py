@@ -1,4 +1,4 @@
-"""BERT and those that compute the same: BGE, GTE, E5, MiniLM, Snowflake Arctic, RoBERTa, XLM-R."""
+"""BERT and its equals: BGE, GTE, E5, MiniLM, Snowflake Arctic, RoBERTa, XLM-R."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _read_bert(config: Config) -> Architecture:
 
 
 def _read_roberta(config: Config) -> Architecture:
-    # The padding token has a position of its own, and texts begin after it.
+    # The padding token has its own position, and texts begin after it.
     return _read(config, position_offset=pad_token_id(config, 1) + 1)
 
 

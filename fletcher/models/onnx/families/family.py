@@ -1,4 +1,4 @@
-"""What a family of models is: how to read its config.json, and what its weights are called."""
+"""Families of models: the reader of config.json, and the names of tensors."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fletcher.models.checkpoint.weights import Weights
 from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array
 
-# A tensor of a checkpoint, or as many equal parts of its rows: the name, which part, of how many.
+# Name of a tensor, or of one that holds several: the name, which part of its rows, of how many.
 Stored = str | tuple[str, int, int]
 
 _LAYER_TENSOR = re.compile(r"layer\.(\d+)\.(.+)\.(weight|scale|bias)")
-# Buffers that old checkpoints hold beside their weights.
+# Buffers that old checkpoints have beside their weights.
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq")
-# A ColBERT's product after the last layer, by the names that its libraries give it.
+# Names of ColBERT's linear layer after the last layer.
 _PROJECTION = re.compile(r"\w*(linear|proj|projection)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a checkpoint calls the tensors that `encoder.Tensors` has.
+    """A checkpoint's names for the tensors of `encoder.Tensors`.
 
     Attributes:
-        layers: What the names of a layer's tensors start with, `{}` for its number.
+        layers: Prefix of a layer's tensors, with `{}` for the layer's number.
         model: Names outside of layers, without `.weight` and `.bias`.
         layer: Names within a layer.
     """
@@ -47,11 +47,11 @@ class Family:
     """A family of models.
 
     Attributes:
-        name: As fletcher.json says it.
-        read: Makes an Architecture of config.json; raises ModelError where the model computes
-            something that a graph here cannot.
-        prefixes: What checkpoints put before all their names.
-        layouts: Its layouts; the first is that of a checkpoint which has none of their tensors.
+        name: Name in fletcher.json.
+        read: Reads the Architecture from config.json; raises ModelError if the model computes
+            something that Fletcher's graphs do not.
+        prefixes: Prefixes that checkpoints put before all names.
+        layouts: Layouts of checkpoints; the first is the default.
     """
 
     name: str
@@ -64,9 +64,9 @@ class CheckpointTensors:
     """A checkpoint's weights as `encoder.Tensors`.
 
     Args:
-        weights: The checkpoint's.
-        architecture: What shapes they have.
-        family: What they are called.
+        weights: The weights.
+        architecture: Architecture, which implies their shapes.
+        family: Family, which has their names.
     """
 
     def __init__(self, weights: Weights, architecture: Architecture, family: Family) -> None:
@@ -97,7 +97,7 @@ class CheckpointTensors:
         width = architecture.num_heads if name == "distances" else architecture.hidden
         table = self._weights.read_tensor(f"{self._layout.model[name]}.weight", (rows, width))
         if name == "embeddings.types":
-            return table[:1]  # a single text has token type 0 throughout
+            return table[:1]  # every token of a single text has type 0
         if name == "embeddings.positions":
             table = table[architecture.position_offset :]
             if architecture.type_vocab_size:
@@ -105,26 +105,28 @@ class CheckpointTensors:
         return table
 
     def check_all_read(self, output: Output) -> None:
-        """Raises ModelError where a tensor that changes `output` is in no graph.
+        """Check that every tensor that could change the output was read.
 
-        Those are all of layers and embeddings, and projections after the last layer. Heads for
-        other tasks, such as those for masked tokens and for classes, are left out on purpose.
+        These are the tensors of layers and embeddings, and projections after the last layer. Heads
+        for other tasks, such as masked tokens and classes, may stay unread.
+
+        Raises:
+            ModelError: Such a tensor was not read.
         """
         layers = self._layout.layers.partition("{}")[0]
         for name in self._weights.unread():
             if name.startswith((layers, "embeddings.")) and not name.endswith(_BUFFERS):
                 raise ModelError(
-                    f"the checkpoint has a tensor `{name}` that its config.json does not ask for: "
-                    "it computes more than graphs of its family do here; export it to ONNX and "
-                    "add that file"
+                    f"the checkpoint has a tensor `{name}` that its config.json does not mention: "
+                    "the model computes more than Fletcher's graphs of its family; export it to "
+                    "ONNX and add that file"
                 )
-            # What token vectors are projected by was read as a Dense layer.
+            # The projection of token vectors was read as a Dense layer.
             if output != "multi" and _PROJECTION.fullmatch(name):
                 raise ModelError(
-                    f"the checkpoint has a tensor `{name}`, as models of token vectors have it "
-                    f"after the last layer, but no file says so, and {output} vectors would be "
-                    f"made without it; put its {COLBERT} beside it, or a modules.json that lists "
-                    "it as Dense"
+                    f"the checkpoint has a tensor `{name}`, the projection of a token-vector "
+                    f"model, but no file mentions it, and {output} vectors would lack it; add its "
+                    f"{COLBERT}, or a modules.json that lists it as Dense"
                 )
 
     def _norm(self, name: str, kind: str) -> Array:
@@ -132,7 +134,7 @@ class CheckpointTensors:
         return self._weights.read_tensor(stored, (self._architecture.hidden,))
 
     def _of_layer(self, number: str, what: str, kind: str) -> Array:
-        """Weights as [from, to]; the attention's scale is in what comes last before the scores."""
+        """A layer's tensor, weights as [from, to], with the attention's scale in queries."""
         architecture, layout = self._architecture, self._layout
         stored, part, parts = _parts(layout.layer[what])
         rows, *columns = architecture.shape(what)

@@ -24,7 +24,7 @@ def _read(config: Config) -> Architecture:
         distance_bias="alibi",
         epsilon=epsilon(config, 1e-12, "layer_norm_eps"),
         gated=True,
-        # Whatever `hidden_act` says: JinaBERT's gate has its own.
+        # JinaBERT ignores `hidden_act` in its gated MLP.
         activation=activation(config, "feed_forward_type", "", geglu="gelu", reglu="relu"),
         biases=("q", "k", "v", "projected", "narrow"),
     )

@@ -1,4 +1,4 @@
-"""ModernBERT: local and global layers, rotary positions of two thetas, norms first, gated MLP."""
+"""ModernBERT: local and global layers, two rotary thetas, norms first, gated MLP."""
 
 from __future__ import annotations
 

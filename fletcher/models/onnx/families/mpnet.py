@@ -6,7 +6,7 @@ from fletcher.models.checkpoint.config_json import Config, activation, epsilon, 
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.families.family import Family, Layout
 
-# Position 0 and padding's position 1 are never a text's, whatever config.json calls its padding.
+# Positions 0 and 1 are not used for text, for any `pad_token_id` in config.json.
 _POSITION_OFFSET = 2
 
 

@@ -15,7 +15,7 @@ from fletcher.models.checkpoint.config_json import (
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.families.family import Family, Layout
 
-# GPT-2's, which the published checkpoints have; transformers writes the common ones.
+# GPT-2's names in the published checkpoints; transformers writes the common ones.
 _NAMES = {
     "hidden_size": "n_embd",
     "intermediate_size": "n_inner",
@@ -39,9 +39,8 @@ def _read(config: Config) -> Architecture:
     )
     if config.get("rotary_scaling_factor") is not None:
         raise ModelError(
-            f"config.json: `rotary_scaling_factor` is {config['rotary_scaling_factor']!r}: such "
-            "positions depend on the longest text of a batch, which no vector here does; null "
-            "takes them unscaled",
+            f"config.json: `rotary_scaling_factor` is {config['rotary_scaling_factor']!r}, "
+            "expected null: scaled positions make a vector depend on the batch's longest text",
             field="rotary_scaling_factor",
             allowed=["null"],
         )

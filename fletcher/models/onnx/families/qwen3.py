@@ -1,4 +1,4 @@
-"""Qwen3 as an embedding model: a causal decoder whose last token stands for the text."""
+"""Qwen3 as an embedding model: a causal decoder with last-token pooling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _read(config: Config) -> Architecture:
     num_kv_heads = positive({"num_key_value_heads": num_heads, **config}, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise ModelError(
-            f"config.json: `num_attention_heads` {num_heads} is no multiple of "
+            f"config.json: `num_attention_heads` is {num_heads}, expected a multiple of "
             f"`num_key_value_heads` {num_kv_heads}",
             field="num_key_value_heads",
         )

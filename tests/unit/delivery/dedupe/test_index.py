@@ -1,4 +1,4 @@
-"""Rows that are there already are dropped: stored, journaled, on their way, of any upload."""
+"""Duplicates of stored, journaled and pending rows of any upload are dropped."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SCHEMA = pa.schema({"id": pa.utf8(), "vector": pa.list_(pa.float32(), 1), "text"
 journaled = pytest.mark.parametrize("journal", [True, False])
 # (id, text); a text of None is a row that failed.
 Row = tuple[str, str | None]
-# After this the lane does not try again by itself.
+# After this the committer does not try again by itself.
 PAUSE = OverloadedError("too much", retry_after_ms=600_000)
 
 
@@ -151,7 +151,7 @@ def test_by_text(tmp_path: Path) -> None:
 
 
 @journaled
-def test_rows_of_an_upload_that_does_not_ask_are_known_too(tmp_path: Path, journal: bool) -> None:
+def test_rows_of_an_upload_without_dedupe_are_indexed_too(tmp_path: Path, journal: bool) -> None:
     store = MemoryStore()
     with delivering(store, where(tmp_path, journal)) as delivery:
         upload, sink = delivery.open_upload(options("asks"), SCHEMA)
@@ -255,7 +255,7 @@ def test_an_id_in_doubt_is_not_decided_elsewhere(
         send(sink, other, 0, ("a", "2"), ("c", "2"))
         assert turned_away.wait(30)
         assert not other.covers(0, 1)
-        # Meanwhile the lane goes on with what needs no deciding.
+        # Meanwhile the committer goes on with rows that need no decision.
         plain, _ = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
         send(sink, plain, 0, ("a", "3"))
         wait(plain)
@@ -354,7 +354,7 @@ def test_rows_in_doubt_that_nobody_wants_any_more_let_others_decide(tmp_path: Pa
         assert store.rows("d")["text"].to_pylist() == ["1"]
 
 
-def test_what_comes_while_the_store_is_read_is_known(tmp_path: Path) -> None:
+def test_rows_that_come_while_the_store_is_read_are_indexed(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
         plain, sink = delivery.open_upload(options("plain", dedupe="off"), SCHEMA)
@@ -374,7 +374,7 @@ def test_what_comes_while_the_store_is_read_is_known(tmp_path: Path) -> None:
         assert stored(delivery, store) == [("a", "1"), ("b", "2")]
 
 
-def test_rows_that_an_earlier_process_journaled_are_known(tmp_path: Path) -> None:
+def test_rows_that_an_earlier_process_journaled_are_indexed(tmp_path: Path) -> None:
     store = MemoryStore()
     store.down = PAUSE
     with delivering(store, tmp_path) as delivery:
@@ -432,7 +432,7 @@ def test_a_row_that_failed_is_not_stored_and_may_come_again(tmp_path: Path, jour
 
 
 @journaled
-def test_a_row_that_failed_into_a_store_without_null_vectors_is_not_known(
+def test_a_row_that_failed_into_a_store_without_null_vectors_is_not_indexed(
     tmp_path: Path, journal: bool
 ) -> None:
     # The upload that sent it drops no duplicates, and the store did not get it.
@@ -447,7 +447,7 @@ def test_a_row_that_failed_into_a_store_without_null_vectors_is_not_known(
         assert stored(delivery, store) == [("b", "fine"), ("a", "repaired")]
 
 
-def test_what_failed_in_the_journal_of_an_earlier_process_is_not_known(tmp_path: Path) -> None:
+def test_what_failed_in_the_journal_of_an_earlier_process_is_not_indexed(tmp_path: Path) -> None:
     store = MemoryStore(null_vectors=False)
     store.down = outage()
     with delivering(store, tmp_path) as delivery:
@@ -464,14 +464,14 @@ def test_what_failed_in_the_journal_of_an_earlier_process_is_not_known(tmp_path:
         assert stored(delivery, store) == [("b", "fine"), ("a", "repaired")]
 
 
-def test_duplicates_that_were_on_their_way_when_an_upload_failed_count_once() -> None:
-    # They counted when they were found, and again when they were sent again.
+def test_duplicates_that_were_pending_when_an_upload_failed_count_once() -> None:
+    # They counted when they were found, and once more when they were sent again.
     store = MemoryStore()
     with delivering(store, None) as delivery:
         first, sink = delivery.open_upload(options("first"), SCHEMA)
         send(sink, first, 0, ("a", "1"), ("b", "2"))
         wait(first)
-        # The first was found to be known before it was embedded, the second is when it goes.
+        # The prefilter finds the first one, the committer the second.
         rows = batch_of([("a", "3"), ("b", "4"), ("c", "5")])
         failed, sink = delivery.open_upload(options("again"), SCHEMA)
         store.faults.append(("before", PAUSE))
@@ -515,7 +515,7 @@ def test_delta_sends_what_is_new_or_changed(tmp_path: Path, journal: bool) -> No
         prefilter = DedupePrefilter(sink.dedupe_index, other)
         rows = batch_of([("a", "1"), ("b", "new"), ("b", "2"), ("c", "1")])
         assert prefilter.find_duplicates(rows, 0).tolist() == [True, False, False, False]
-        # `b` is on its way with another text: what the store has says nothing about later rows.
+        # `b` is pending with another text: what the store has says nothing about later rows.
         assert prefilter.find_duplicates(batch_of([("b", "2"), ("a", "1")]), 4).tolist() == [
             False,
             True,
@@ -543,7 +543,7 @@ def test_a_dataset_that_does_not_fit_the_memory_is_refused_by_name(tmp_path: Pat
         assert delivery._dedupe_memory.used_bytes == 0
 
 
-def test_memory_is_given_back_with_the_route(tmp_path: Path) -> None:
+def test_memory_is_released_with_the_sink(tmp_path: Path) -> None:
     store = MemoryStore()
     with delivering(store, tmp_path) as delivery:
         upload, sink = delivery.open_upload(options("one"), SCHEMA)

@@ -1,4 +1,4 @@
-"""Segments on disk: what was synced comes back, whatever happened to the files since."""
+"""Segments on disk: synced groups are recovered from damaged and torn files."""
 
 from __future__ import annotations
 

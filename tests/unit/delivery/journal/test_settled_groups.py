@@ -1,4 +1,4 @@
-"""Settled groups that the store knows nothing of are known after a restart."""
+"""Settled groups of which the store cannot tell are remembered over a restart."""
 
 from __future__ import annotations
 

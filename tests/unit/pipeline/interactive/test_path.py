@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fletcher.core.batches import (
-    EmbeddingBatch,
     InferenceResult,
     MicroBatch,
     Priority,
@@ -19,12 +18,14 @@ from fletcher.core.batches import (
     TokenBatch,
 )
 from fletcher.core.chunking import Chunking
-from fletcher.errors import BackendError, InternalError
+from fletcher.errors import BackendError, DrainingError, FletcherError, InternalError
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.interactive.path import InlineModel, InteractiveHost, InteractivePath
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.pipeline.stream import EmbedStream, StreamTicket
 from fletcher.telemetry.tracing import Telemetry
+
+SCHEDULED = InternalError("scheduled")
 
 
 def words(texts: TextBatch) -> TokenBatch:
@@ -40,7 +41,7 @@ def engine(batch: MicroBatch) -> InferenceResult:
 
 
 class Bench:
-    """A path, and an embedder's side of it."""
+    """A path, and an embedder's side of it: what is scheduled fails with `SCHEDULED`."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Bench:
             InlineModel(tokenize, lambda: run),
             InteractiveHost(
                 idle_device=lambda: self.device,
-                schedule=self.scheduled.append,
+                schedule=self._schedule,
                 plan=lambda lengths: [np.array([n]) for n in range(len(lengths))],
                 dim=2,
             ),
@@ -64,10 +65,19 @@ class Bench:
         )
         self.path.load_engine()
 
-    def submit(
+    def embed(
         self, *texts: bytes, priority: Priority = "interactive", **fields: Any
-    ) -> EmbedStream:
-        """A stream with one ticket; what the path leaves is scheduled."""
+    ) -> list[list[float]] | FletcherError:
+        """Vectors of a stream's only submission, or its error."""
+        stream = self.submit(*texts, priority=priority, **fields)
+        (result,) = stream.results()
+        if isinstance(result.embeddings, FletcherError):
+            return result.embeddings
+        assert not result.embeddings.errors
+        vectors: list[list[float]] = result.embeddings.embeddings.tolist()
+        return vectors
+
+    def submit(self, *texts: bytes, priority: Priority, **fields: Any) -> EmbedStream:
         ends = np.cumsum([0, *map(len, texts)])
         batch = replace(TextBatch(b"".join(texts), ends), **fields)
         stream = EmbedStream(MemoryBudget(1 << 20, 2).open_allowance(), self._enqueue)
@@ -81,18 +91,14 @@ class Bench:
 
     def _enqueue(self, ticket: StreamTicket) -> None:
         if not self.path.run_ticket(ticket):
-            self.scheduled.append(ticket)
+            self._schedule(ticket)
+
+    def _schedule(self, ticket: StreamTicket) -> None:
+        self.scheduled.append(ticket)
+        ticket.finish(SCHEDULED)
 
 
-def vectors_of(stream: EmbedStream) -> list[list[float]]:
-    (result,) = stream.results()
-    assert isinstance(result.embeddings, EmbeddingBatch)
-    assert not result.embeddings.errors
-    vectors: list[list[float]] = result.embeddings.embeddings.tolist()
-    return vectors
-
-
-def test_short_texts_run_on_the_thread_that_brings_them_and_count_as_a_replicas() -> None:
+def test_short_texts_run_on_the_thread_that_waits_for_them_and_count_as_a_replicas() -> None:
     threads: list[threading.Thread] = []
 
     def noted(batch: MicroBatch) -> InferenceResult:
@@ -100,8 +106,8 @@ def test_short_texts_run_on_the_thread_that_brings_them_and_count_as_a_replicas(
         return engine(batch)
 
     bench = Bench(run=noted)
-    assert vectors_of(bench.submit(b"four")) == [[4, 4]]
-    assert vectors_of(bench.submit(b"one", b"three")) == [[3, 3], [5, 5]]
+    assert bench.embed(b"four") == [[4, 4]]
+    assert bench.embed(b"one", b"three") == [[3, 3], [5, 5]]
     assert set(threads) == {threading.current_thread()}
     assert not bench.scheduled
     assert bench.counted("fletcher.device.batches") == 3
@@ -127,30 +133,29 @@ def test_other_texts_reach_neither_tokenizer_nor_engine_of_this_process(
     texts: list[bytes], options: dict[str, Any]
 ) -> None:
     bench = Bench(tokenize=lambda _: pytest.fail("tokenized"), run=lambda _: pytest.fail("run"))
-    bench.submit(*texts, **options)
+    assert bench.embed(*texts, **options) is SCHEDULED
     assert [ticket.tokens for ticket in bench.scheduled] == [None]
 
 
 def test_while_something_else_runs_a_text_is_only_tokenized_here() -> None:
     bench = Bench(run=lambda _: pytest.fail("run"))
     bench.device = None
-    stream = bench.submit(b"four")
+    assert bench.embed(b"four") is SCHEDULED
     (ticket,) = bench.scheduled
     assert ticket.tokens is not None
     assert ticket.tokens.input_ids.tolist() == list(b"four")
     assert bench.counted("fletcher.texts.received") == 0  # the scheduler counts it
-    stream.close()
 
 
 def test_a_text_of_many_tokens_is_only_tokenized_here() -> None:
     bench = Bench(run=lambda _: pytest.fail("run"))
-    bench.submit(b"x" * 1025)
+    assert bench.embed(b"x" * 1025) is SCHEDULED
     assert [ticket.tokens is None for ticket in bench.scheduled] == [False]
 
 
 def test_an_isolated_engine_leaves_everything_to_the_processes() -> None:
     bench = Bench(tokenize=None, run=None)
-    bench.submit(b"four")
+    assert bench.embed(b"four") is SCHEDULED
     assert [ticket.tokens for ticket in bench.scheduled] == [None]
     assert bench.path.tokenize(TextBatch(b"hi", np.array([0, 2]))) is None
 
@@ -164,15 +169,33 @@ def test_a_second_text_meanwhile_is_scheduled() -> None:
         return engine(batch)
 
     bench = Bench(run=slow)
-    found: list[list[list[float]]] = []
-    first = threading.Thread(target=lambda: found.append(vectors_of(bench.submit(b"first"))))
+    found: list[Any] = []
+    first = threading.Thread(target=lambda: found.append(bench.embed(b"first")))
     first.start()
     assert begun.wait(30)
-    bench.submit(b"second")
-    assert [bytes(ticket.texts.data) for ticket in bench.scheduled] == [b"second"]
+    assert bench.embed(b"second") is SCHEDULED
     go_on.set()
     first.join(30)
     assert found == [[[5, 5]]]
+    assert [bytes(ticket.texts.data) for ticket in bench.scheduled] == [b"second"]
+
+
+def test_a_text_is_scheduled_if_work_came_before_its_thread_did() -> None:
+    bench = Bench(run=lambda _: pytest.fail("run"))
+    stream = bench.submit(b"four", priority="interactive")
+    assert not bench.scheduled  # its thread is to run it
+    bench.device = None
+    (result,) = stream.results()
+    assert result.embeddings is SCHEDULED
+
+
+def test_a_closed_stream_runs_nothing() -> None:
+    bench = Bench(run=lambda _: pytest.fail("run"))
+    stream = bench.submit(b"four", priority="interactive")
+    stream.close()
+    with pytest.raises(DrainingError):
+        list(stream.results())
+    assert not bench.scheduled
 
 
 def test_a_text_that_fails_here_is_scheduled_with_its_tokens_and_the_next_one_runs() -> None:
@@ -184,12 +207,10 @@ def test_a_text_that_fails_here_is_scheduled_with_its_tokens_and_the_next_one_ru
         return engine(batch)
 
     bench = Bench(run=fails_once)
-    bench.submit(b"four")
-    (ticket,) = bench.scheduled
-    assert ticket.tokens is not None
-    assert ticket.result is None
+    assert bench.embed(b"four") is SCHEDULED
+    assert bench.scheduled[0].tokens is not None
     assert bench.counted("fletcher.device.batches") == 0
-    assert vectors_of(bench.submit(b"four")) == [[4, 4]]
+    assert bench.embed(b"four") == [[4, 4]]
 
 
 def test_a_text_that_cannot_be_tokenized_fails_as_in_a_worker() -> None:
@@ -197,6 +218,5 @@ def test_a_text_that_cannot_be_tokenized_fails_as_in_a_worker() -> None:
         raise ZeroDivisionError
 
     bench = Bench(tokenize=broken)
-    (result,) = bench.submit(b"four").results()
-    assert isinstance(result.embeddings, InternalError)
+    assert isinstance(bench.embed(b"four"), InternalError)
     assert not bench.scheduled
