@@ -12,8 +12,8 @@ import pytest
 from fletcher.errors import StoreUnavailableError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Store
-from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.lance.repair import _torn
+from fletcher.stores.lance.store import LanceStore
 from tests.doubles import store_rows as rows
 
 pytest.importorskip("lancedb")
