@@ -5,7 +5,7 @@ FletcherError                      code, message, field, allowed, retry_after_ms
 │   ├── InvalidCommandError        invalid_command
 │   ├── UnknownFieldError          unknown_field
 │   ├── UnknownModelError          unknown_model
-│   ├── UnknownDatasetError        unexisting_dataset
+│   ├── UnknownDatasetError        unknown_dataset
 │   ├── UnknownColumnError         unknown_column
 │   ├── ColumnTypeError            column_type
 │   ├── InvalidUtf8Error           invalid_utf8

@@ -22,7 +22,7 @@ MAX_K = 100_000
 Scores = Callable[[pa.RecordBatch], Vector]
 
 
-def unexisting_dataset(name: str) -> UnknownDatasetError:
+def unknown_dataset(name: str) -> UnknownDatasetError:
     """The error for a dataset that does not exist."""
     return UnknownDatasetError(
         f"there is no dataset `{name}`; write to it first, or list the datasets", field="dataset"
@@ -33,7 +33,7 @@ def existing_dataset(store: Store, name: str) -> DatasetInfo:
     """A dataset of a store. Raises UnknownDatasetError if it does not exist."""
     info = store.dataset(name)
     if info is None:
-        raise unexisting_dataset(name)
+        raise unknown_dataset(name)
     return info
 
 

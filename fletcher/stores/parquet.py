@@ -18,7 +18,7 @@ from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filters, Names, StoreCapabilities, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
-from fletcher.stores.exact_search import check_query, cosine, nearest, unexisting_dataset
+from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.schemas import (
     check_compatible,
     check_storable,
@@ -141,7 +141,7 @@ class ParquetStore(EmbeddedStore):
         try:
             return pq.read_schema(self.folder / dataset / _SCHEMA_FILE)
         except FileNotFoundError:
-            raise unexisting_dataset(dataset) from None
+            raise unknown_dataset(dataset) from None
 
 
 class ParquetWriter(EmbeddedWriter):

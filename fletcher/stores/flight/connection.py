@@ -15,7 +15,7 @@ from fletcher.net.channel import connect
 from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
 from fletcher.stores.address import FlightStoreAddress
-from fletcher.stores.exact_search import unexisting_dataset
+from fletcher.stores.exact_search import unknown_dataset
 
 FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
@@ -110,7 +110,7 @@ class FlightConnection:
             return self.data_client.do_get(raw, self.call_options()).to_reader()
         except FAILURES as error:
             if type(error) is pa.ArrowInvalid and "schema" in str(error).lower():
-                raise unexisting_dataset(dataset) from error
+                raise unknown_dataset(dataset) from error
             raise from_store_error(error, what) from error
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ from fletcher.stores.base import (
     Vector,
     WriteMode,
 )
-from fletcher.stores.exact_search import existing_dataset, unexisting_dataset
+from fletcher.stores.exact_search import existing_dataset, unknown_dataset
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight import longbow
 from fletcher.stores.flight.connection import FlightConnection, store_call
@@ -202,7 +202,7 @@ class FlightStore(Store):
     def delete_dataset(self, name: str) -> None:
         check_dataset(name)
         if not self._is_fletcher and self.dataset(name) is None:
-            raise unexisting_dataset(name)
+            raise unknown_dataset(name)
         self._connection.run_action("delete-dataset", {"dataset": name})
 
     def close(self) -> None:

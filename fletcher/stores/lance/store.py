@@ -20,7 +20,7 @@ from fletcher.errors import ColumnTypeError, InvalidCommandError, StoreError, St
 from fletcher.stores import filters as conditions
 from fletcher.stores.base import DatasetInfo, Filters, Names, StoreCapabilities, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore
-from fletcher.stores.exact_search import check_query, cosine, nearest, unexisting_dataset
+from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.lance.repair import set_torn_versions_aside
 from fletcher.stores.lance.writer import LanceWriter, check_new_columns, distinct_keys, lance_errors
 from fletcher.stores.schemas import check_compatible, new_fields, upload_ranges, wanted_columns
@@ -188,7 +188,7 @@ class LanceStore(EmbeddedStore):
         with self.lock_dataset(name), lance_errors(name):
             self._repair(name)
             if self._open_table(name) is None:
-                raise unexisting_dataset(name)
+                raise unknown_dataset(name)
             self._database.drop_table(name)
             sync_path(self.folder)
 
@@ -221,7 +221,7 @@ class LanceStore(EmbeddedStore):
         check_dataset(name)
         table = self._open_table(name)
         if table is None:
-            raise unexisting_dataset(name)
+            raise unknown_dataset(name)
         return table
 
 
