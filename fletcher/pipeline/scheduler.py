@@ -27,7 +27,7 @@ from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
 
-# Growth of batch windows under pressure: a third of the padding is left (docs/operations.md).
+# Growth of batch windows under pressure: a third of the padding is left (docs/lab-book.md).
 _WINDOW_GROWTH = 4
 
 
