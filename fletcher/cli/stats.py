@@ -23,7 +23,7 @@ def cli(server: RemoteServer, as_json: bool) -> None:
     """Show the state of a running server.
 
     Lists load, stores, models and workers, and rows and times since the start of the server.
-    docs/operations.md explains each line.
+    docs/server.md explains each line.
     """
     with server.connect() as client:
         stats = client.stats()

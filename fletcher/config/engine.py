@@ -120,8 +120,8 @@ class WorkerConfig(OptionGroup):
     isolate_engine: bool = option(
         False,
         SWITCH,
-        "Run engines in worker processes only. Single short texts then take longer, but a crash in "
-        "an engine cannot end the server.",
+        "Run engines and tokenizers in worker processes only. Single short texts then take longer, "
+        "but a crash in one cannot end the server.",
     )
     max_queue_delay_ms: float = option(
         5,

@@ -35,7 +35,7 @@ from fletcher.workers.messages import WorkerSpec
 
 log = logging.getLogger(__name__)
 
-# Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
+# Padding lost to a window of this many runs is 1-2% on the corpus (docs/lab-book.md).
 _WINDOW_RUNS = 64
 
 

@@ -17,7 +17,7 @@ from fletcher.errors import InvalidCommandError
 from fletcher.inference.null import null_embeddings
 from fletcher.pipeline.memory_budget import Allowance
 from fletcher.runtime import Runtime
-from fletcher.tokenization.chunker import windows
+from fletcher.tokenization.chunker import chunk_bounds
 from fletcher.tokenization.tokenizer import Tokenizer
 from tests.integration.conftest import SMALL_PARTS, StartServer
 
@@ -48,7 +48,7 @@ def chunk_vectors(whole: Whole, text: str, how: str) -> np.ndarray:
     chunking = Chunking.from_text(how)
     assert chunking is not None
     ids = np.array(whole.tokenizer._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
-    found, *_ = windows(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
+    found, *_ = chunk_bounds(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
     rows = [np.concatenate((ids[:1], ids[1:-1][a:b], ids[-1:])) for a, b in found]
     lengths = np.array([len(row) for row in rows], np.int32)
     return null_embeddings(np.concatenate(rows), lengths, 32, whole.seed)

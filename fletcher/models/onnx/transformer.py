@@ -3,7 +3,7 @@
 Unlike exporters' graphs, these include pooling, dense layers and normalization; join positions and
 token types in one table; have the attention's scale in the query weights, norms and activations as
 single operators, and attention in the form that engines fuse; make masks once for all layers; and
-compute only the pooled token in the last layer of models with `cls` pooling. docs/performance.md
+compute only the pooled token in the last layer of models with `cls` pooling. docs/lab-book.md
 compares this form with others for BERT.
 """
 
