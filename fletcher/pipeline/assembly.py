@@ -108,7 +108,7 @@ class Assembler:
     def _single_row(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> pa.RecordBatch | None:
-        """Returns the output of a single plain text, built from bytes; None for other slices."""
+        """Returns the output of a single plain text; None for other slices."""
         if isinstance(outcome, FletcherError) or len(outcome.embeddings) != 1:
             return None
         given = row_slice.new_values is not None or "id" in row_slice.rows.schema.names
@@ -142,7 +142,7 @@ class Assembler:
     def _vectors(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> tuple[_Table, Int32Array]:
-        """Returns the table and each row's index there, which is arbitrary without a vector."""
+        """Returns the table, and each row's index there (arbitrary without a vector)."""
         num_texts = row_slice.texts.num_texts
         own = row_slice.new_values is None
         if own and not isinstance(outcome, FletcherError):
@@ -204,7 +204,7 @@ class _Table:
     def vectors(
         self, rows: Int32Array, missing: BoolArray, spec: VectorSpec
     ) -> tuple[VectorArray, Int32Array | None]:
-        """Returns the vectors of rows, and the number of each row's vectors; None: one each.
+        """Returns the vectors of rows, and each row's number of them (None: one).
 
         Vectors of missing rows are arbitrary, or left out.
         """

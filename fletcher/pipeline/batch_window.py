@@ -91,7 +91,7 @@ class BatchWindow:
         return all(ticket.stream.closed for ticket in self.tickets)
 
     def take_result(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
-        """Takes a micro-batch's vectors, or its error; the last result finishes the tickets.
+        """Takes a micro-batch's vectors or error; the last one finishes the tickets.
 
         Thread-safe.
         """

@@ -29,7 +29,7 @@ _ENTRY_BYTES = 190
 
 
 class CacheBackend(Protocol):
-    """Values of one size by key; the least recently used are evicted first. Thread-safe."""
+    """Values by key; evicts the least recently used first. Thread-safe."""
 
     @property
     def num_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Assembly of output batches whose rows are chunks: `chunking` without aggregation."""
+"""Assembly of output batches whose rows are chunks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assembler(
 
 
 class ChunkAssembler(Assembler):
-    """Assembles one call's output batches; a row whose chunks failed is one without a vector.
+    """Assembles one call's output batches; a failed row is one without a vector.
 
     Args:
         schema: Schema of the output, without `batch_key`.
@@ -207,7 +207,7 @@ def _added(rows: pa.RecordBatch, batch: pa.RecordBatch) -> int:
 
 
 def _too_much(rows: pa.RecordBatch, counts: Int64Array, most: int) -> dict[int, int]:
-    """Returns the rows whose repeated columns exceed the limit of their slice, and their bytes.
+    """Returns rows whose repeated columns exceed their slice's limit, and their bytes.
 
     A few kilobytes of text may have a thousand chunks, each with all columns of the row.
     """

@@ -1,4 +1,4 @@
-"""Embedding cache on disk, in LMDB: outlives the server, and several servers may share it.
+"""Embedding cache on disk, in LMDB; several servers may share it.
 
 Reading maps the file. A writer thread stores new values and the order of use, in transactions that
 each end with a sync, so no request waits for the disk. Values beyond its queue are dropped.

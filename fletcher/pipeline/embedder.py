@@ -155,7 +155,7 @@ class Embedder:
             raise
 
     def close(self) -> None:
-        """Ends all workers and closes all streams; data in flight gets no result. Idempotent."""
+        """Ends all workers and closes all streams, without results. Idempotent."""
         for end in self._end_watching:
             end()
         # Streams first: jobs that the workers drop then do not count as failed rows.

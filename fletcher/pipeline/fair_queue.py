@@ -10,7 +10,9 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Item]):
-    """Items by owner: round-robin between owners, first in first out for each. Not thread-safe.
+    """Queue that is round-robin between owners. Not thread-safe.
+
+    An owner's items keep their order.
 
     Attributes:
         weight: Total weight of the queued items.
@@ -32,7 +34,7 @@ class FairQueue(Generic[Item]):
         self.weight += weight
 
     def next_item(self) -> Item:
-        """Removes and returns the next owner's oldest item; that owner becomes the last one.
+        """Removes and returns the next owner's oldest item; that owner comes last then.
 
         Raises:
             IndexError: The queue is empty.

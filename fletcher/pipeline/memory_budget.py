@@ -76,7 +76,7 @@ class MemoryBudget:
             return sum(now - since > longer_than_s for since in self._waiting.values())
 
     def spare(self, *, half: bool) -> None:
-        """Sets whether bulk work must leave half of the shared part free, for interactive work."""
+        """Sets whether bulk work must leave half of the shared part free."""
         with self._changed:
             self._spare_bytes = self._shared_bytes // 2 if half else 0
             self._changed.notify_all()

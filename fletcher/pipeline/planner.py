@@ -22,7 +22,7 @@ MAX_BATCH_ROWS = 1024
 
 
 def padded_length(lengths: npt.NDArray[np.integer], length_grid: int) -> Int64Array:
-    """Rounds lengths up to a grid, so that shapes repeat and engines reuse compiled code.
+    """Rounds lengths up to a grid, so that engines reuse compiled shapes.
 
     Args:
         lengths: Tokens; any shape.
@@ -99,7 +99,7 @@ def _cut(padded: Int64Array, budget: int, max_rows: int, run_cost: int) -> list[
 
 
 def _even_out_tail(padded: Int64Array, cuts: list[int], run_cost: int) -> None:
-    """Moves the last cut to the middle, because the last micro-batch may be very small.
+    """Moves the last cut to the middle: the last micro-batch may be very small.
 
     The budget still holds: the larger one loses rows, and the other gains no longer ones.
     """

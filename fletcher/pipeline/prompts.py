@@ -42,7 +42,7 @@ def resolve_prompt(model: ModelBundle, asked: str | None) -> str:
 
 
 def prompt_tokens(model: ModelBundle, prompt: str, num_tokens: Callable[[str], int]) -> int:
-    """Returns the number of tokens that the prompt and special tokens add to every text.
+    """Returns the number of tokens that are added to every text.
 
     Args:
         model: The model.

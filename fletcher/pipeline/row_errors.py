@@ -55,7 +55,7 @@ class RowErrors:
         return first + int(failed.argmax()) if failed.any() else None
 
     def between(self, first: int, last: int) -> dict[int, FletcherError]:
-        """Returns the errors from `first` up to, not including, `last`; keys count from `first`."""
+        """Returns errors of rows `first` to `last` (excluded), by row from `first` on."""
         errors: dict[int, FletcherError] = {}
         rows = slice(first, last)
         for row in np.flatnonzero(self._no_text[rows]).tolist():

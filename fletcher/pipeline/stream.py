@@ -1,4 +1,4 @@
-"""Stream of one client call through the pipeline: texts in, vectors out, in the same order."""
+"""Stream of one client call: texts in, vectors out, in the same order."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class EmbedStream:
             del result
 
     def run_on_waiting_thread(self, work: Callable[[], None]) -> bool:
-        """Runs `work` on the thread that reads `results`, provided `work` alone unblocks it.
+        """Runs `work` on the thread that reads `results`, if `work` alone unblocks it.
 
         The thread runs it at once if it is blocked there, else when it asks for its next result:
         no result could leave sooner, because results leave in order.

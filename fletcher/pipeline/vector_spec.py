@@ -83,7 +83,7 @@ def check_late(model: ModelBundle, chunking: Chunking, layers: int) -> None:
 def _check_output(
     model: ModelBundle, options: EmbedCommand, dtypes: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Checks a command against the model's kind of output; returns the possible dtypes."""
+    """Checks a command against the model's output; returns the possible dtypes."""
     if options.output not in (None, model.output):
         raise InvalidCommandError(
             f"`output` is {options.output}, expected {model.output}, for which {model.name} was "
@@ -136,7 +136,7 @@ def _check_dims(model: ModelBundle, dims: int, rules: OutputConfig) -> None:
 
 
 def _check_layers(model: ModelBundle, layers: int) -> None:
-    """Checks the exit layer. Unlike dims, undeclared layers are impossible: no block ends there."""
+    """Checks the exit layer. Undeclared layers are impossible: no block ends there."""
     exits = ", ".join(map(str, model.layers))
     if layers in model.layers:
         return

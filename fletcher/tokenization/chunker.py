@@ -196,7 +196,7 @@ def cut(
 
 @dataclass(frozen=True, slots=True)
 class _Cuts:
-    """Division of some tokens. Ranges are pairs: the first token and the first one after it.
+    """Division of tokens. Ranges are a first token and the first one after them.
 
     Attributes:
         chunks: Range of each chunk.
@@ -314,7 +314,7 @@ def chunk_bounds(
 
 
 def _last_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | None:
-    """Returns the last break after `first`, up to `limit`, of the best kind that has one there."""
+    """Returns the last break after `first` up to `limit`, of the best kind there."""
     for one in breaks:
         place = int(np.searchsorted(one, limit, side="right")) - 1
         if place >= 0 and one[place] > first:
@@ -332,9 +332,10 @@ def _first_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | 
 
 
 def _begun(ids: Int32Array, prompt_ids: Int32Array) -> Carry:
-    """Returns the state at the start of a text: the prompt's tokens that its tokens begin with.
+    """Returns the state at the start of a text, with the prompt's tokens.
 
-    The rest may differ: SentencePiece attaches the space that ends a prompt to the next word.
+    Only those with which the text's tokens begin: SentencePiece attaches the space that ends a
+    prompt to the next word.
     """
     length = min(len(ids), len(prompt_ids))
     same = ids[:length] == prompt_ids[:length]

@@ -22,7 +22,7 @@ def context(room: int) -> int:
 def frames(
     chunks: Sequence[tuple[int, int]], num_tokens: int, room: int, size: int, *, continued: bool
 ) -> list[tuple[int, int, int]]:
-    """Returns the frames of some chunks; parts of a text give the frames of the whole text.
+    """Returns the frames of some chunks, for text parts as for the whole text.
 
     Args:
         chunks: First token of each chunk and the first one after it, ascending; all that end within

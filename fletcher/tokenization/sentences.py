@@ -1,4 +1,4 @@
-"""Starts of a text's sentences and paragraphs, from punctuation and white space alone."""
+"""Starts of sentences and paragraphs, from punctuation and white space alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WORD = re.compile(r"[\w.]+$")
 
 
 def levels(before: str, text: str, ends: Int64Array) -> Levels:
-    """Returns int8 [n], what starts with each token: 0 for nothing, SENTENCE or PARAGRAPH.
+    """Returns int8 [n], the level that starts with each token; 0: none.
 
     Args:
         before: Text before this part: at least its last CONTEXT characters, or all of it.

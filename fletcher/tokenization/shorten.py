@@ -1,4 +1,4 @@
-"""Shortening of very long texts before tokenization, where that provably keeps the result.
+"""Shortening of very long texts before tokenization, provably harmless.
 
 The argument, for a BERT tokenizer (BertNormalizer, BertPreTokenizer, WordPiece):
 

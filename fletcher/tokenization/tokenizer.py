@@ -200,7 +200,7 @@ class Tokenizer:
         return FlatTokens(np.concatenate([np.zeros(0, np.int32), *found]), starts, totals, exact)
 
     def _ids(self, data: bytes | memoryview, offsets: Int64Array) -> tuple[Int32Array, Int64Array]:
-        """As `Words.tokenize`, also for little text and for tokenizers that look beyond words."""
+        """As `Words.tokenize`, for any amount of text and any tokenizer."""
         if self._words is not None and len(data) > _MIN_BYTES_FOR_WORDS:
             return self._words.tokenize(data, offsets)
         view, bounds = memoryview(data), pairwise(offsets.tolist())

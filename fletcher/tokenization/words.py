@@ -165,7 +165,7 @@ class Words:
 
 
 def _keys(view: npt.NDArray[np.uint8], bounds: Int64Array) -> _Keys:
-    """Returns uint64 [3, num_words]: a word's bytes, padded, and its size in the last integer.
+    """Returns uint64 [3, num_words]: padded bytes, with the size in the last one.
 
     The last integer is 0 for words that are too long for a key.
     """

@@ -1,4 +1,4 @@
-"""Aggregation of the vectors of a text's chunks to one vector, part of text by part."""
+"""Aggregation of the vectors of a text's chunks, part of text by part."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TextAggregation(Protocol):
 
 
 def aggregation(method: str, *, normalized: bool) -> TextAggregation:
-    """Returns the aggregation of a name in `fletcher.core.chunking.AGGREGATIONS`, except `none`.
+    """Returns the aggregation of a name.
 
     Args:
         method: `mean`, `weighted`, `max` or `hierarchical`.

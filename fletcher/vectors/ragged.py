@@ -1,4 +1,4 @@
-"""Rows with several vectors each, as flat arrays: all vectors, and the number of each row's.
+"""Rows with several vectors each, as flat arrays.
 
 A text of a token-vector model has one vector for each token. A text of a sparse model has one for
 each dimension that is not zero, of two numbers: the dimension and its weight. float32 holds whole
@@ -35,7 +35,7 @@ def starts_of(counts: Int32Array) -> Int64Array:
 def gather_rows(
     vectors: VectorArray, counts: Int32Array, rows: Int32Array | Int64Array
 ) -> tuple[VectorArray, Int32Array]:
-    """Returns the vectors of some rows, in their order, and the number of each row's vectors.
+    """Returns the vectors of some rows, in order, and each row's number of them.
 
     Args:
         vectors: float32 [num_vectors, width].
@@ -77,7 +77,7 @@ def scatter_rows(
 
 
 def sparse(dense: FloatArray) -> tuple[FloatArray, Int32Array]:
-    """Returns the values above zero as pairs of dimension and weight, by ascending dimension.
+    """Returns values above zero as pairs of dimension and weight, ascending.
 
     Args:
         dense: float32 [n, dims].

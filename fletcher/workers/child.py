@@ -1,4 +1,4 @@
-"""Worker process: builds the worker of its spec, then answers requests until its pipe closes.
+"""Worker process: answers requests until its pipe closes.
 
 The process dies with its parent in two ways: the kernel kills it when the parent dies
 (PR_SET_PDEATHSIG), and a closed pipe ends its reading loop. It ignores SIGINT and SIGTERM, which

@@ -96,7 +96,7 @@ class WorkerChooser:
 
 
 def mean_rate(rates: Sequence[float | None]) -> float | None:
-    """Mean of the measured rates, which stands for those not measured; None if none is."""
+    """Mean of the measured rates; None if there are none."""
     known = [rate for rate in rates if rate]
     return sum(known) / len(known) if known else None
 

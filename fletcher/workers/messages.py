@@ -139,7 +139,7 @@ def receive(connection: Connection) -> Any:
 
 
 def _short(message: Any) -> bytes | None:
-    """Encodes a run of a few rows, or its answer, without pickle; None for other messages."""
+    """Encodes a small run, or its answer, without pickle; None: anything else."""
     if isinstance(message, WorkerRequest) and isinstance(message.payload, MicroBatch):
         return _short_run(message, message.payload)
     if isinstance(message, Response) and isinstance(message.payload, InferenceResult):

@@ -12,7 +12,7 @@ _MAX_URGENT_IN_ROW = 8
 
 
 class RequestQueue:
-    """Requests that wait for a thread: urgent ones first, but never for long without another.
+    """Requests that wait for a thread: urgent ones first, others now and then.
 
     At most `concurrency` requests that are not urgent run at a time. A worker with more threads
     than that soon has one for an urgent request. Thread-safe.

@@ -1,4 +1,4 @@
-"""Front end of one worker process: starts it, restarts it, sends jobs, reads answers."""
+"""Handle of one worker process: starts it, sends jobs, reads answers."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class WorkerHandle:
         return sum(job.urgent == urgent for job in self._jobs.values()) < most
 
     def running(self) -> Sequence[Job]:
-        """Jobs that have or may have begun: a worker runs urgent ones first, others in order."""
+        """Jobs that may have begun: urgent ones first, others in order."""
         jobs = list(self._jobs.values())
         others = [job for job in jobs if not job.urgent]
         return [job for job in jobs if job.urgent] + others[: self.concurrency]
@@ -325,7 +325,7 @@ class WorkerHandle:
             self._owner.retry_job(job, error)
 
     def _send_probe(self) -> None:
-        """Sends an ejected worker its probe: the answer readmits it, a failure replaces it."""
+        """Sends an ejected worker its probe, which readmits or replaces it."""
         if self.health.state == "ejected" and not any(job.probe for job in self._jobs.values()):
             self.send_job(Job(self._owner.probe, probe=True))
 

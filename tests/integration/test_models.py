@@ -231,16 +231,18 @@ def test_an_alias_divides_calls_and_says_which_it_was(
 
 
 def test_a_killed_replica_affects_only_its_model(server: Runtime, client: fletcher.Client) -> None:
-    before = client.stats()["replicas"]
+    def restarts() -> dict[str, int]:
+        return {one["model"]: one["restarts"] for one in client.stats()["replicas"]}
+
+    before = restarts()
     pools = {one.name: one.model.embedder.replicas for one in server.service.models.running()}
     a, b = version_of(client, "a"), version_of(client, "b")
     os.kill(pools[b].process_ids()[0], signal.SIGKILL)
     assert client.embed(["x"], model="a").shape == (1, 32)
     assert client.embed(["x"], model="b").shape == (1, 32)
-    after = {one["model"]: one for one in client.stats()["replicas"]}
-    restarts = {one["model"]: one["restarts"] for one in before}
-    assert after[a]["restarts"] == restarts[a]
-    assert after[b]["restarts"] == restarts[b] + 1
+    # A single text may run in the front process, before the loss of the replica is noticed.
+    eventually(lambda: restarts()[b] == before[b] + 1, "the killed replica starts again")
+    assert restarts()[a] == before[a]
     assert client.stats()["fletcher.worker.usable"][f"{a},cpu-0"] == 1
 
 

@@ -34,7 +34,7 @@ def validate(array: pa.Array, name: str) -> None:
 
 
 def without_views(array: pa.Array) -> pa.Array:
-    """Converts views, for which Arrow has few functions, to texts or bytes with offsets."""
+    """Converts views to texts or bytes: Arrow has few functions for views."""
     if pa.types.is_dictionary(array.type) and _is_view(array.type.value_type):
         return pa.DictionaryArray.from_arrays(array.indices, without_views(array.dictionary))
     if not _is_view(array.type):
@@ -49,7 +49,7 @@ def large_utf8(texts: pa.Array) -> pa.Array:
 
 
 def distinct(texts: pa.Array) -> tuple[Int32Array, pa.Array]:
-    """Returns int32 [n], each text's index among the distinct ones (any if null), and these."""
+    """Returns int32 [n], each text's index among the distinct texts, and these."""
     if len(texts) == 1:  # Arrow's functions take a tenth of a millisecond
         return np.zeros(1, np.int32), texts
     encoded = texts.dictionary_encode()
@@ -84,7 +84,7 @@ def viewed_bytes(array: pa.Array) -> int:
 
 
 def decoded_bytes(array: pa.DictionaryArray) -> int:
-    """Returns the bytes that a dictionary's codes stand for; for nested types an upper bound."""
+    """Returns the decoded bytes of a dictionary array; an upper bound if nested."""
     values = array.dictionary
     if any(has_lengths(values.type) for has_lengths in _WITH_LENGTHS):
         return pc.sum(pc.binary_length(values).take(array.indices)).as_py() or 0

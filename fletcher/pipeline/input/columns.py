@@ -53,7 +53,7 @@ class InputColumns:
         self.only_texts = only_texts and _is_flat_text(kind)
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Validates a batch and returns its columns: `text`, `id`, `metadata`, `carried:NAME`.
+        """Validates a batch; returns its `text`, `id`, `metadata` and `carried:NAME`.
 
         Dictionaries of texts stay; all other dictionaries and views are decoded.
 

@@ -57,7 +57,7 @@ class _Document:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Part of a document's text, the last one unless `continued`, or the document's error."""
+    """Part of a document's text (the last unless `continued`), or its error."""
 
     document: _Document
     text: bytes
@@ -66,7 +66,7 @@ class _Part:
 
 
 class DocumentIntake(Intake):
-    """Intake of a call with documents in several rows; arguments are those of `Intake`."""
+    """Intake of documents in several rows; arguments are those of `Intake`."""
 
     _document: _Document | None = None
 
@@ -80,7 +80,7 @@ class DocumentIntake(Intake):
         skip: Skip | None = None,
         ends: bool = False,
     ) -> Iterator[RowSlice]:
-        """Validates a batch and yields the parts of documents that are ready, or an empty slice.
+        """Validates a batch; yields parts of documents, or an empty slice.
 
         A row slice is one part of a document, and has one row: the document's first. Arguments and
         errors are those of `Intake.row_slices`; with `ends` the last document ends with this batch.
@@ -132,7 +132,7 @@ class DocumentIntake(Intake):
             yield from self._end()
 
     def _go_on(self, document: _Document, text: memoryview, *, ends: bool) -> Iterator[_Part]:
-        """Yields the parts of held and new text that are ready; all of it if the document ends."""
+        """Yields the parts of a document that are ready; all of it if it ends."""
         if document.held:
             text = memoryview(document.held + text)
         max_bytes = self._limits.slice_bytes
@@ -198,7 +198,7 @@ class DocumentIntake(Intake):
 
 
 def _runs(ids: pa.Array | None, num_rows: int) -> Iterator[tuple[int, int]]:
-    """Yields ranges of consecutive rows with the same id; a row with a null id is a range."""
+    """Yields ranges of consecutive rows with the same id; null ids are alone."""
     if ids is None or num_rows < 2:
         return iter([(0, num_rows)] if num_rows else [])
     others = pc.fill_null(pc.not_equal(ids[1:], ids[:-1]), True)

@@ -1,4 +1,4 @@
-"""Intake of a client's batches: validated, and cut into row slices that fit the memory budget.
+"""Intake of a client's batches: validation, and division into row slices.
 
 An `Intake` belongs to one call. It validates every batch before anything reads it, because Arrow
 does not detect bad offsets and invalid UTF-8. It finds rows that cannot be embedded, and cuts the
@@ -120,7 +120,7 @@ class Intake:
         skip: Skip | None = None,
         ends: bool = False,  # noqa: ARG002 - every row is a whole text
     ) -> Iterator[RowSlice]:
-        """Validates a batch and yields its row slices; an empty batch yields one empty slice.
+        """Validates a batch and yields its row slices, at least one.
 
         Args:
             batch: As received.
@@ -239,7 +239,7 @@ class Intake:
         return iter(())
 
     def _single_row(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> RowSlice | None:
-        """Returns the row slice of a single valid text; see `fletcher.pipeline.interactive`.
+        """Returns the row slice of one text; see `fletcher.pipeline.interactive`.
 
         None: The text is null or too large, and takes the ordinary path.
         """
@@ -265,7 +265,7 @@ class Intake:
         )
 
     def _parts(self, row_slice: RowSlice, rows_bytes: int) -> Iterator[RowSlice]:
-        """Yields a row slice, or one for each part of its only text if that is cut into chunks.
+        """Yields a row slice, or one for each part of a long text in chunks.
 
         The last part counts `rows_bytes`, the memory of the rows, which stay until it is done.
         """
@@ -336,7 +336,7 @@ def _codes(texts: pa.DictionaryArray) -> Int64Array:
 
 
 def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:
-    """Returns row ranges of at most `max_rows` rows and `max_bytes` bytes, and at least one row."""
+    """Returns row ranges of at most `max_rows` and `max_bytes`, but at least one row."""
     if len(sizes) == 0:
         return [(0, 0)]
     ends = np.cumsum(sizes)

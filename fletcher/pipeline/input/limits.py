@@ -49,7 +49,7 @@ class IntakeLimits:
     bytes_per_byte: int = 3
 
     def for_float16(self) -> IntakeLimits:
-        """Returns the limits for vectors in float16 from the graph on: a slice holds more rows."""
+        """Returns the limits for vectors in float16: a slice holds more rows."""
         bytes_per_row = max(0, self.bytes_per_row - COLUMN_BYTES) // 2 + COLUMN_BYTES
         slice_rows = self.slice_rows * self.bytes_per_row // bytes_per_row
         return dataclasses.replace(
@@ -59,7 +59,7 @@ class IntakeLimits:
         )
 
     def for_chunks(self, chunking: Chunking, chunk_overhead: int) -> IntakeLimits:
-        """Returns the limits for texts in chunks, whose vectors must fit the memory of a slice's.
+        """Returns the limits for texts that are cut into chunks.
 
         Row slices become smaller: a token has at least one byte, and each chunk has a vector.
 

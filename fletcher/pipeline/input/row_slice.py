@@ -1,4 +1,4 @@
-"""Payload of the pipeline: some rows of a client's batch, and the texts to embed for them."""
+"""Payload of the pipeline: rows of a client's batch, and their texts."""
 
 from __future__ import annotations
 

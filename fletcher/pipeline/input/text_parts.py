@@ -20,7 +20,7 @@ _SPACE[list(b" \t\n\r")] = True
 
 
 def part_ends(text: bytes | memoryview, max_bytes: int) -> list[int]:
-    """Returns the positions at which the parts of a text end; the last is the text's end.
+    """Returns the positions at which the parts of a text end.
 
     Args:
         text: UTF-8.
@@ -51,7 +51,7 @@ def last_end(text: bytes | memoryview, max_bytes: int) -> int:
 
 
 def _end(text: bytes | memoryview, first: int, max_bytes: int) -> int:
-    """Returns the last good end of a part that begins at `first`, in a text longer than a part."""
+    """Returns the last good end of a part that begins at `first`."""
     # A part may end at its limit: the space there and the character after it matter, too.
     end = _between_words(bytes(text[first : first + max_bytes + 1 + 4]), max_bytes)
     if end:
@@ -64,7 +64,7 @@ def _end(text: bytes | memoryview, first: int, max_bytes: int) -> int:
 
 
 def _between_words(text: bytes, limit: int | None = None) -> int:
-    """Returns the position of the last space between two letters or digits; 0 if there is none.
+    """Returns the position of the last space between letters or digits, or 0.
 
     Args:
         text: UTF-8; may end within a character.
