@@ -170,7 +170,7 @@ class ExchangeCall:
         return self.last_activity + timeout_s - time.monotonic()
 
     def outcome(self) -> BaseException | None:
-        """Why a call whose answers have ended failed; None: it is complete."""
+        """Failure of a call whose answers have ended; None if it is complete."""
         # The server may end the call just before the writing thread notes that all was sent.
         self._changed.wait_for(lambda: self._finished_writing, self._limits.close_s)
         if self.failure is None and not (self.all_sent and self._rows_answered == self._rows_sent):
