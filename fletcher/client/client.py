@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,12 +16,7 @@ import pyarrow as pa
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
 from fletcher.client.messages import PutSummary, RowError, as_batches, messages
-from fletcher.client.prompts import (
-    DOCUMENT_PROMPTS,
-    QUERY_PROMPTS,
-    default_prompt,
-    served_model,
-)
+from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.client.put import OnAck, UploadSession
 from fletcher.client.stream import DocumentStream
 from fletcher.core.chunking import AGGREGATIONS, Chunking
@@ -152,10 +146,7 @@ class Client:
             )
         chosen = source.selection
         options = replace(
-            options,
-            text_column=chosen.text,
-            id_column=chosen.id or "id",
-            columns=chosen.carried,
+            options, text_column=chosen.text, id_column=chosen.id or "id", columns=chosen.carried
         )
         if options.upload_id is None:
             options = replace(options, upload_id=ingest_id(source, options))
@@ -346,12 +337,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

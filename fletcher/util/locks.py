@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
-
-from filelock import lock_descriptor
 
 
 class FileLock:
@@ -32,6 +29,8 @@ class FileLock:
     """
 
     def __init__(self, path: Path, *, wait: bool = False, mode: int = 0o644) -> None:
+        from filelock import lock_descriptor  # takes 10 ms, and few processes lock anything
+
         self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
             if not lock_descriptor(self._file, blocking=wait):
@@ -49,10 +48,5 @@ class FileLock:
     def __enter__(self) -> FileLock:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
