@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
-from fletcher.client.messages import PutSummary, RowError, as_batches, messages
+from fletcher.client.messages import PutSummary, as_batches, messages
 from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.client.put import OnAck, UploadSession
 from fletcher.client.stream import DocumentStream
@@ -70,15 +70,14 @@ class Client:
     """A connection to a server; made by `connect`, closed by `close` or `with`.
 
     Thread-safe. Every method raises a FletcherError if the server refuses or fails.
+
+    Attributes:
+        address: The server's, as given to `connect`.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-
-    @property
-    def address(self) -> str:
-        """The server's address, as given to `connect`."""
-        return self._connection.address
+        self.address = connection.address
 
     def __repr__(self) -> str:
         return f"<fletcher.Client of {self.address}>"
@@ -110,7 +109,9 @@ class Client:
         Returns:
             The result. Failed rows are in `errors` and raise nothing.
         """
-        options = _with_upload_id(_as_options(options))
+        options = _as_options(options)
+        if options.upload_id is None:
+            options = replace(options, upload_id=uuid.uuid4().hex)
         if row_offset < 0:
             raise InvalidCommandError(f"`row_offset` is {row_offset}, expected 0 or more")
         upload = UploadSession(
@@ -190,7 +191,7 @@ class Client:
         """Embed texts and return their vectors.
 
         Args:
-            texts: The texts.
+            texts: Unicode texts; one string is refused.
             **options: Fields of EmbedCommand, such as `model`, `prompt`, `dims`, `dtype` (default
                 float32).
 
@@ -220,21 +221,22 @@ class Client:
                 "`texts` holds a value that is not Unicode text", field="texts"
             ) from None
         table = pa.table({wanted.text_column: column})
-        batches = table.to_batches(max_chunksize=_EMBED_ROWS)
         parts = []
-        with self.exchange(pa.Table.from_batches(batches, table.schema), wanted) as exchange:
+        with self.exchange(table.to_reader(max_chunksize=_EMBED_ROWS), wanted) as exchange:
             for batch in exchange:
                 if exchange.errors:
-                    raise _row_failure(exchange.errors[0])
+                    failed = exchange.errors[0]
+                    kind = BY_CODE.get(failed.code, InternalError)
+                    raise kind(f"text {failed.row}: {failed.message}")
                 vectors = batch.column("vector")
                 _check_one_each(vectors.type)
                 if vectors.null_count:
                     raise InternalError("the server returned a null vector without an error")
                 parts.append(vectors.flatten().to_numpy().reshape(len(vectors), -1))
             if not parts:
-                kind = exchange.schema.field("vector").type
-                _check_one_each(kind)
-                return np.zeros((0, kind.list_size), kind.value_type.to_pandas_dtype())
+                vector = exchange.schema.field("vector").type
+                _check_one_each(vector)
+                return np.zeros((0, vector.list_size), vector.value_type.to_pandas_dtype())
         embeddings = np.concatenate(parts)
         if len(embeddings) != len(column):
             raise InternalError(f"{len(embeddings)} vectors came back for {len(column)} texts")
@@ -361,12 +363,6 @@ def _as_options(options: EmbedCommand | str) -> EmbedCommand:
     return options
 
 
-def _with_upload_id(options: EmbedCommand) -> EmbedCommand:
-    if options.upload_id is not None:
-        return options
-    return replace(options, upload_id=uuid.uuid4().hex)
-
-
 def _check_one_each(kind: pa.DataType) -> None:
     """Refuse sparse weights and several vectors per text."""
     if not pa.types.is_fixed_size_list(kind):
@@ -374,8 +370,3 @@ def _check_one_each(kind: pa.DataType) -> None:
             f"the model returns {kind} for each text, expected one vector; "
             "`exchange` returns such vectors"
         )
-
-
-def _row_failure(error: RowError) -> Exception:
-    kind = BY_CODE.get(error.code, InternalError)
-    return kind(f"text {error.row}: {error.message}")

@@ -130,7 +130,7 @@ class Connection:
         self._timeout_s = timeout_s
         self._headers = [(b"authorization", b"Bearer " + token.encode())] if token else []
         address = parse_address(uri)
-        self._compression = SendCompression(
+        self.compression = SendCompression(
             transfer.compression,
             host=address.host,
             peer=uri,
@@ -140,15 +140,10 @@ class Connection:
             raise InvalidCommandError(
                 f"`tls` is given, but {uri} is not encrypted; use grpc+tls://", field="tls"
             )
-        credentials: dict[str, Any] = {}
-        if tls is not None:
-            credentials = {
-                "tls_root_certs": _pem(tls.ca),
-                "cert_chain": _pem(tls.cert),
-                "private_key": _pem(tls.key),
-            }
+        tls = tls or TlsOptions()
+        ca, cert, key = _pem(tls.ca), _pem(tls.cert), _pem(tls.key)
         with self.errors():
-            self.flight = connect(address.uri, **credentials)
+            self.flight = connect(address.uri, tls_root_certs=ca, cert_chain=cert, private_key=key)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -207,23 +202,8 @@ class Connection:
             raise InternalError(f"{self.address} did not answer `{name}` with a JSON object")
         return answer
 
-    @property
-    def needs_batch(self) -> bool:
-        """Whether `write_options` needs the first batch."""
-        return self._compression.needs_batch
-
-    def write_options(self, first: pa.RecordBatch | None) -> pa.ipc.IpcWriteOptions:
-        """Compression of a call with this first batch."""
-        return self._compression.options(first)
-
-    def stream_options(
-        self, write: pa.ipc.IpcWriteOptions | None = None
-    ) -> flight.FlightCallOptions:
-        """Options of a call without a deadline.
-
-        Args:
-            write: Compression of a DoPut; DoExchange takes it in `writer.begin` instead.
-        """
+    def stream_options(self, write: pa.ipc.IpcWriteOptions | None = None) -> Any:
+        """Options of a call without a deadline; DoExchange takes `write` in `writer.begin`."""
         return flight.FlightCallOptions(write_options=write, headers=self._headers)
 
     def _act(self, name: str, body: bytes, timeout_s: float | None = None) -> list[Any]:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.client.connection import Connection, descriptor
-from fletcher.client.messages import Message, RowError, row_errors
+from fletcher.client.messages import Message, RowError
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import FletcherError, InternalError, UnavailableError, from_json
 from fletcher.net.flight_errors import from_flight_error
@@ -240,8 +241,10 @@ class ExchangeCall:
             self._close_writer()
 
     def _write_messages(self) -> None:
-        first = self._outgoing.peek_batch() if self._connection.needs_batch else None
-        write = self._connection.write_options(first)
+        compression = self._connection.compression
+        write = compression.options(
+            self._outgoing.peek_batch() if compression.needs_batch else None
+        )
         self._call(lambda: self._writer.begin(self._input_schema, options=write))
         for message in iter(self._outgoing.next_message, None):
             with self._changed:
@@ -383,7 +386,7 @@ def _parse_metadata(
         return None, (), None
     try:
         fields = json.loads(metadata.to_pybytes())
-        found = row_errors(fields.get("errors", []))
+        found = msgspec.convert(fields.get("errors", ()), tuple[RowError, ...])
         return fields.get("batch_id"), found, fields.get("last")
     except (ValueError, AttributeError):
         raise InternalError("the server sent a batch with metadata that is not JSON") from None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import types
@@ -65,9 +66,12 @@ class PutSummary:
     rows_durable: int
     rows_deduplicated: int = 0
     model: str = ""
-    errors: tuple[RowError, ...] = field(default=())
+    errors: tuple[RowError, ...] = ()
     errors_truncated: bool = False
     rows_skipped: int = 0
+
+
+_REPLIES: dict[Any, type[Ack | PutSummary]] = {"ack": Ack, "summary": PutSummary}
 
 
 def parse_reply(body: bytes) -> Ack | PutSummary | None:
@@ -77,25 +81,13 @@ def parse_reply(body: bytes) -> Ack | PutSummary | None:
         InternalError: The body is not a message of Fletcher.
     """
     try:
-        fields = json.loads(body)
-        kind = fields.pop("type", None)
-        if kind == "ack":
-            return Ack(**{name: fields[name] for name in Ack.__dataclass_fields__})
-        if kind == "summary":
-            known = {k: v for k, v in fields.items() if k in PutSummary.__dataclass_fields__}
-            known["errors"] = row_errors(known.get("errors", []))
-            return PutSummary(**known)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        fields = msgspec.json.decode(body, type=dict[str, Any])
+        kind = _REPLIES.get(fields.get("type"))
+        return None if kind is None else msgspec.convert(fields, kind)
+    except (msgspec.DecodeError, TypeError):
         raise InternalError(
             f"the server sent {body[:200]!r}, expected an acknowledgement or a summary"
         ) from None
-    return None
-
-
-def row_errors(entries: Iterable[dict[str, Any]]) -> tuple[RowError, ...]:
-    """Row errors from the `errors` of a summary or of an answer."""
-    names = ("row", "id", "code", "message")
-    return tuple(RowError(*(entry.get(name) for name in names)) for entry in entries)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

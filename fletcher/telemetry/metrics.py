@@ -319,10 +319,6 @@ class Instruments:
         }
         return {one.name: one.summarize(points.get(one.name, ())) for one in self.all()}
 
-    def wait_registered(self) -> None:
-        """Wait until the SDK is loaded and knows the instruments."""
-        self._reader.result()
-
     def _register(self, readers: Sequence[MetricReader], resource: Resource | None) -> None:
         try:
             from opentelemetry.sdk import metrics as sdk

@@ -110,7 +110,7 @@ class Telemetry(Instruments):
         """
         export, self._export = self._export, None
         if export is not None:
-            self.wait_registered()
+            self._reader.result()  # the last export needs the instruments
             export.close()
 
 
