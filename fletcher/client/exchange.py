@@ -29,12 +29,6 @@ class Exchange:
     Attributes:
         errors: Why rows of the batch last returned have a null vector, in the order of rows; at
             most the first 1,000 of each slice.
-
-    Args:
-        connection: To the server.
-        schema: The input's.
-        outgoing: The input; read on a thread of the exchange.
-        options: The command.
     """
 
     def __init__(

@@ -31,19 +31,12 @@ class ExchangeInput:
 
     Called on a call's writing thread; `forget`, `can_rewind` and `rewind` on any thread that holds
     the exchange's lock.
-
-    Attributes:
-        is_waiting: Whether the writing thread is inside the caller's iterator.
-
-    Args:
-        messages: From the caller; may block.
-        max_kept_bytes: Once more than this was sent, nothing is kept.
     """
 
     def __init__(self, messages: Iterator[Message], max_kept_bytes: int) -> None:
-        self.is_waiting = False
+        self.is_waiting = False  # whether the writing thread is inside the caller's iterator
         self._messages = messages
-        self._max_kept_bytes = max_kept_bytes
+        self._max_kept_bytes = max_kept_bytes  # once more than this was sent, nothing is kept
         self._kept: list[Message] | None = []
         self._kept_bytes = 0
 
@@ -87,24 +80,10 @@ class ExchangeInput:
 
 
 class ExchangeCall:
-    """One call, from construction to `end_call`. `changed` guards its attributes.
+    """One call, from construction to `end_call`.
 
-    A call to a server that is away begins with its failure set.
-
-    Attributes:
-        answers: Whole batches that wait for the caller, and the errors of their rows.
-        schema: The output's, once the first answer is there.
-        failure: Why the call ended, or must end.
-        finished_reading: Whether no more answers come.
-        all_sent: Whether the server has the whole input.
-        last_activity: Monotonic seconds of the last answer, or of the message that awaits one.
-
-    Args:
-        connection: To the server.
-        options: The command.
-        schema: The input's.
-        outgoing: The input.
-        changed: Notified on every change.
+    `changed` guards its attributes and is notified on every change. A call to a server that is away
+    begins with its failure set.
     """
 
     def __init__(
@@ -115,11 +94,12 @@ class ExchangeCall:
         outgoing: ExchangeInput,
         changed: threading.Condition,
     ) -> None:
-        self.answers: deque[Answer] = deque()
-        self.schema: pa.Schema | None = None
-        self.failure: BaseException | None = None
-        self.finished_reading = False
-        self.all_sent = False
+        self.answers: deque[Answer] = deque()  # that wait for the caller
+        self.schema: pa.Schema | None = None  # the output's, once the first answer is there
+        self.failure: BaseException | None = None  # why the call ended, or must end
+        self.finished_reading = False  # no more answers come
+        self.all_sent = False  # the server has the whole input
+        # Monotonic seconds of the last answer, or of the message that awaits one.
         self.last_activity = time.monotonic()
         self.threads: list[threading.Thread] = []
         self._connection = connection
@@ -188,16 +168,12 @@ class ExchangeCall:
             self._changed.notify_all()
 
     def end_call(self, timeout_s: float, *, cancel: bool, leave_input: bool = False) -> bool:
-        """End the call. Called without the lock.
+        """End the call and return whether both threads have ended. Called without the lock.
 
         Args:
             timeout_s: Longest wait for the threads.
             cancel: Whether the server may be at work still.
-            leave_input: Whether to leave alone a thread inside the caller's iterator, which ends
-                when that yields.
-
-        Returns:
-            Whether both threads have ended.
+            leave_input: Whether to leave a thread inside the caller's iterator until that yields.
         """
         if self._reader is None:
             return True

@@ -92,23 +92,14 @@ def parse_reply(body: bytes) -> Ack | PutSummary | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """A batch to send.
-
-    Attributes:
-        batch: The rows.
-        batch_id: Number of the message in the upload or exchange.
-        row_first: Offset of the first row.
-        num_bytes: Bytes on the wire, uncompressed and without dictionaries.
-        last: Whether it ends a batch of the input.
-        document_end: Whether it ends a document, if rows are parts of documents.
-    """
+    """A batch to send."""
 
     batch: pa.RecordBatch
-    batch_id: int
+    batch_id: int  # number of the message in the upload or exchange
     row_first: int
-    num_bytes: int
-    last: bool
-    document_end: bool = False
+    num_bytes: int  # on the wire, uncompressed and without dictionaries
+    last: bool  # it ends a batch of the input
+    document_end: bool = False  # it ends a document, if rows are parts of documents
 
     @property
     def row_last(self) -> int:

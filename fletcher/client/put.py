@@ -44,15 +44,9 @@ OnAck = Callable[[Ack], None]
 
 
 class UploadSession:
-    """One upload over one or more connections.
+    """One upload over one or more connections; see `Client.put` for the arguments.
 
-    Args:
-        connection: To the server.
-        data: See `as_batches`; read once.
-        options: With `dataset` and `upload_id`.
-        row_offset: Offset of the first row of `data` in the upload.
-        end: Whether these are the upload's last rows.
-        on_ack: Called on the caller's thread with the newest acknowledgement.
+    The options have a `dataset` and an `upload_id`. `data` is read once.
     """
 
     def __init__(

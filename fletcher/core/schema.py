@@ -141,16 +141,14 @@ def output_schema(
     fields = [
         pa.field("id", id_type),
         pa.field("vector", spec.arrow_type),
-        *([pa.field("scale", spec.scale_type)] if spec.scaled else []),
+        *([pa.field("scale", spec.scale_type)] * spec.scaled),
         pa.field("timestamp", TIMESTAMP),
         pa.field("token_count", pa.int32()),
         pa.field("truncated", pa.bool_()),
         *(CHUNK_FIELDS if spec.chunking is not None and spec.chunking.rows else ()),
+        *([pa.field("text", pa.utf8())] * text),
+        *([pa.field("metadata", pa.utf8())] * metadata_column),
     ]
-    if text:
-        fields.append(pa.field("text", pa.utf8()))
-    if metadata_column:
-        fields.append(pa.field("metadata", pa.utf8()))
     names = {one.name for one in fields} | {"batch_key", "scale", "score", "text", "metadata"}
     for column in carried:
         if column.name in names:
@@ -183,7 +181,7 @@ def vector_columns(
     """
     if spec.output != "dense":
         return _list_columns(embeddings, spec, null_rows, counts)
-    mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+    mask = _null_mask(null_rows)
     columns = {}
     values: npt.NDArray[Any]
     if spec.dtype in ("float32", "float16"):
@@ -206,6 +204,10 @@ def vector_columns(
     return {"vector": vector, **columns}
 
 
+def _null_mask(null_rows: npt.NDArray[np.bool_] | None) -> pa.Array | None:
+    return pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+
+
 def column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     """An array without nulls of type `kind`, over the memory of `values`.
 
@@ -224,7 +226,7 @@ def _list_columns(
     if counts is None:
         vectors, counts = vectors[:0], np.zeros(len(vectors), np.int32)
     offsets = pa.array(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
-    mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+    mask = _null_mask(null_rows)
     if spec.output == "sparse":
         index = pa.array(vectors[:, 0].astype(np.int32))
         value = pa.array(np.ascontiguousarray(vectors[:, 1], np.dtype(spec.dtype)))

@@ -42,29 +42,17 @@ _MAX_SCHEMAS = 256
 
 @dataclass(frozen=True, slots=True)
 class CodecTrial:
-    """Measurement of a codec on one kind of column.
+    """Measurement of a codec on one kind of column."""
 
-    Attributes:
-        kind: `text`, `vectors` or `other`.
-        codec: `lz4` or `zstd`.
-        num_bytes: Size of the sample, uncompressed.
-        shrinks: Uncompressed size divided by compressed size.
-        bytes_per_s: Uncompressed bytes compressed in a second.
-    """
-
-    kind: str
+    kind: str  # `text`, `vectors` or `other`
     codec: str
-    num_bytes: int
-    shrinks: float
-    bytes_per_s: float
+    num_bytes: int  # of the sample, uncompressed
+    shrinks: float  # uncompressed size divided by compressed size
+    bytes_per_s: float  # uncompressed bytes compressed in a second
 
 
 def check_compression(name: str) -> str:
-    """Return the name if it is one of COMPRESSIONS.
-
-    Raises:
-        InvalidCommandError: It is not.
-    """
+    """Return the name; InvalidCommandError if it is not one of COMPRESSIONS."""
     if name not in COMPRESSIONS:
         raise InvalidCommandError(
             f"`compression` is {name!r}, expected one of {', '.join(COMPRESSIONS)}",
@@ -115,11 +103,7 @@ def choose(trials: Sequence[CodecTrial], link_bytes_per_s: float) -> str:
 
 
 def link_speed(call: Callable[[bytes], object]) -> float:
-    """Bytes per second to a server, from calls with a small and a large body.
-
-    Args:
-        call: Sends a body, a JSON object, and waits for the answer.
-    """
+    """Bytes per second to a server; `call` sends a JSON body and waits for the answer."""
     padded = b'{"padding": "' + b"x" * _PROBE_BYTES + b'"}'
     small = min(_seconds(call, b"{}") for _ in range(3))
     large = min(_seconds(call, padded) for _ in range(2))
@@ -127,11 +111,7 @@ def link_speed(call: Callable[[bytes], object]) -> float:
 
 
 class CodecChooser:
-    """Codecs that `auto` chose for one peer, by schema. Thread-safe.
-
-    Args:
-        peer: The peer's address, for the log.
-    """
+    """Codecs that `auto` chose for one peer, by schema. Thread-safe."""
 
     def __init__(self, peer: str) -> None:
         self._peer = peer
@@ -157,11 +137,7 @@ class CodecChooser:
         )
         log.info(
             "compression to %s: %s (%s: %s; the connection takes %.0f MB/s)",
-            self._peer,
-            codec,
-            shown,
-            found,
-            link_bytes_per_s / 1e6,
+            *(self._peer, codec, shown, found, link_bytes_per_s / 1e6),
         )
         return codec
 
@@ -234,9 +210,7 @@ class AnswerCompression:
     def for_call(self, peer: str, schema: pa.Schema) -> CallCompression:
         """The compression of one call's answers.
 
-        Args:
-            peer: The caller as gRPC names it: `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
-            schema: Of the answers.
+        gRPC names `peer`, the caller, as `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
         """
         if self._compression != AUTO:
             return CallCompression(self._compression)
@@ -257,13 +231,10 @@ class AnswerCompression:
 class CallCompression:
     """The compression of one call's answers, and the measurement of their speed.
 
+    After `observed_bytes` the chooser learns the codec of later calls.
+
     Attributes:
         options: For the writer.
-
-    Args:
-        codec: The codec or `none`.
-        chooser: Learns the codec of later calls; None: nothing is measured.
-        observed_bytes: Bytes after which it does.
     """
 
     def __init__(

@@ -28,17 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ExportTiming:
-    """Intervals of the export, in seconds.
+    """Intervals of the export."""
 
-    Attributes:
-        interval_s: Between two exports of metrics.
-        timeout_s: Longest wait for the collector's answer.
-        quiet_s: Between two log lines about a collector that does not answer.
-    """
-
-    interval_s: float = 10.0
-    timeout_s: float = 5.0
-    quiet_s: float = 300.0
+    interval_s: float = 10.0  # between two exports of metrics
+    timeout_s: float = 5.0  # longest wait for the collector's answer
+    quiet_s: float = 300.0  # between two log lines about a collector that does not answer
 
 
 class Span:
