@@ -23,6 +23,7 @@ from fletcher.core.chunking import AGGREGATIONS, Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import BY_CODE, InternalError, InvalidCommandError
 from fletcher.readers import TextSource, open_source
+from fletcher.util.closing import Closing
 
 DEFAULT_TIMEOUT_S = 20.0
 # Reading, compiling and warming up a large model takes minutes.
@@ -66,7 +67,7 @@ def connect(
     return Client(connection)
 
 
-class Client:
+class Client(Closing):
     """A connection to a server; made by `connect`, closed by `close` or `with`.
 
     Thread-safe. Every method raises a FletcherError if the server refuses or fails.
@@ -244,9 +245,7 @@ class Client:
 
     def upload_status(self, upload_id: str, dataset: str | None = None) -> dict[str, Any]:
         """Progress of an upload: `rows_durable`, `ranges` (inclusive) and `complete`."""
-        body = {"upload_id": upload_id}
-        if dataset is not None:
-            body["dataset"] = dataset
+        body = {"upload_id": upload_id} | ({} if dataset is None else {"dataset": dataset})
         return self._connection.action("upload_status", body)
 
     def stats(self) -> dict[str, Any]:
@@ -264,14 +263,10 @@ class Client:
     def prompt_for(
         self, purpose: Literal["query", "document"], model: str | None = None
     ) -> str | None:
-        """Name of a model's prompt for queries or documents.
+        """Name of a model's prompt for queries or documents; None if it has no such prompt.
 
-        Args:
-            purpose: `query` or `document`.
-            model: The model, `name` or `name@hash`; None: the server's default.
-
-        Returns:
-            The `prompt` for `embed` and EmbedCommand; None: the model has no such prompt.
+        It is a `prompt` for `embed` and EmbedCommand. `model` is `name` or `name@hash`; None: the
+        server's default.
 
         Raises:
             ModelMismatchError: The server does not serve the model.
@@ -280,33 +275,21 @@ class Client:
         return default_prompt(served_model(self, model), names)
 
     def load_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
-        """Load a model that is installed on the server.
+        """Load an installed model, or one version as `name@hash`; return its `name@hash`.
 
-        Args:
-            model: Its name, or one version as `name@hash`.
-            timeout_s: Longest wait until it is ready.
-
-        Returns:
-            `name@hash` of the loaded version.
+        `timeout_s` is the longest wait until it is ready.
         """
         return str(self._connection.action("load_model", {"model": model}, timeout_s)["model"])
 
     def swap_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
         """Switch a model's name to its newest installed version, or to `name@hash`.
 
-        Running calls keep their version.
-
-        Returns:
-            `name@hash` of the version for new calls.
+        Running calls keep their version; new ones use the returned `name@hash`.
         """
         return str(self._connection.action("swap_model", {"model": model}, timeout_s)["model"])
 
     def unload_model(self, model: str, *, force: bool = False) -> str:
-        """Unload a model; `force` ends the calls that use it.
-
-        Returns:
-            `name@hash` of the version that is unloaded.
-        """
+        """Unload a model and return its `name@hash`; `force` ends the calls that use it."""
         body = {"model": model, "force": force}
         return str(self._connection.action("unload_model", body)["model"])
 
@@ -335,12 +318,6 @@ class Client:
     def close(self) -> None:
         """Close the connection. Idempotent."""
         self._connection.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def ingest_id(source: TextSource, options: EmbedCommand) -> str:

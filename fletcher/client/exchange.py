@@ -12,9 +12,10 @@ from fletcher.client.exchange_call import ExchangeCall, ExchangeInput
 from fletcher.client.messages import Message, RowError
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import DeadlineExceededError, InternalError, UnavailableError
+from fletcher.util.closing import Closing
 
 
-class Exchange:
+class Exchange(Iterator[pa.RecordBatch], Closing):
     """An iterator over batches with vectors, one for each sent batch, in order.
 
     Batches larger than `TransferOptions.message_bytes` travel in slices and are joined again, so a
@@ -56,9 +57,6 @@ class Exchange:
             raise InternalError(f"{self._connection.address} ended the exchange without a schema")
         return self._call.schema
 
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        return self
-
     def __next__(self) -> pa.RecordBatch:
         """The next batch.
 
@@ -80,12 +78,6 @@ class Exchange:
         if failure is not None:
             raise failure
         raise StopIteration
-
-    def __enter__(self) -> Exchange:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the call; cancels it if answers are left. Idempotent."""
@@ -127,7 +119,10 @@ class Exchange:
     def _retry(self, failure: BaseException) -> bool:
         """Start another call after a pause; False: the failure is final."""
         limits = self._connection.limits
-        if not isinstance(failure, UnavailableError) or not self._can_retry():
+        with self._changed:
+            left = self._num_retries < self._connection.transfer.max_retries
+            can_retry = left and self._outgoing.can_rewind and not self._closed
+        if not isinstance(failure, UnavailableError) or not can_retry:
             return False
         if not self._call.end_call(limits.leave_s, cancel=True):
             return False
@@ -146,8 +141,3 @@ class Exchange:
             call.stop()
             call.end_call(limits.close_s, cancel=True, leave_input=True)
         return not closed
-
-    def _can_retry(self) -> bool:
-        with self._changed:
-            left = self._num_retries < self._connection.transfer.max_retries
-            return left and self._outgoing.can_rewind and not self._closed

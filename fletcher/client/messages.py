@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import types
 
 from fletcher.errors import InternalError, InvalidCommandError
@@ -183,7 +182,7 @@ def as_batches(data: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     plain = _without_views(schema)
     if plain is schema:
         return schema, batches
-    return plain, (_cast(batch, plain) for batch in batches)
+    return plain, (batch.cast(plain) for batch in batches)
 
 
 def _no_batches(data: Any, first: Any) -> str:
@@ -209,11 +208,3 @@ def _without_views(schema: pa.Schema) -> pa.Schema:
     for index in views:
         schema = schema.set(index, schema.field(index).with_type(pa.large_utf8()))
     return schema
-
-
-def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    columns = [
-        column if column.type == one.type else pc.cast(column, one.type)
-        for column, one in zip(batch.columns, schema, strict=True)
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)

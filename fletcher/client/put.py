@@ -78,8 +78,7 @@ class UploadSession:
     def send_rows(self, *, ask_first: bool) -> PutSummary:
         """Send all rows and return the server's summary.
 
-        Args:
-            ask_first: Whether to skip rows of this upload that the server has already.
+        With `ask_first` rows of this upload that the server has already are skipped.
 
         Raises:
             FletcherError: The server refused, or could not be reached `max_retries` times.

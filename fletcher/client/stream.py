@@ -16,6 +16,7 @@ from fletcher.client.exchange import Exchange
 from fletcher.client.messages import Message, RowError, wire_bytes
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import InvalidCommandError
+from fletcher.util.closing import Closing
 
 _MAX_UTF8_BYTES = 4  # of a character
 
@@ -47,7 +48,7 @@ class Chunk:
     error: RowError | None = None
 
 
-class DocumentStream:
+class DocumentStream(Iterator[Chunk], Closing):
     """An iterator over chunks, in order; made by `Client.stream`.
 
     A thread reads the input, and iteration waits as long as the input does. Raises what an
@@ -65,9 +66,6 @@ class DocumentStream:
         self._exchange = Exchange(connection, self._schema, outgoing, options)
         self._waiting: deque[Chunk] = deque()
 
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
-
     def __next__(self) -> Chunk:
         while not self._waiting:
             batch = next(self._exchange)
@@ -77,12 +75,6 @@ class DocumentStream:
     def close(self) -> None:
         """End the call; cancels it if chunks are left. Idempotent."""
         self._exchange.close()
-
-    def __enter__(self) -> DocumentStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _messages(

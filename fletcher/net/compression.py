@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -24,9 +24,6 @@ from fletcher.config.network import COMPRESSIONS, is_loopback
 from fletcher.errors import FletcherError, InvalidCommandError
 
 log = logging.getLogger(__name__)
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 
 AUTO = "auto"
 NONE = "none"
@@ -145,11 +142,8 @@ class CodecChooser:
 class SendCompression:
     """The codec of batches to one server. Thread-safe.
 
-    Args:
-        compression: One of COMPRESSIONS.
-        host: The server's; on this machine `auto` is `none`.
-        peer: The server's address, for the log.
-        probe: Sends a body to the server and waits for the answer; raises a FletcherError.
+    `auto` is `none` if the host is this machine. `probe` sends a body to the server and waits for
+    the answer, or raises a FletcherError. The log names the server by `peer`.
     """
 
     def __init__(
@@ -190,12 +184,8 @@ class AnswerCompression:
     """The codecs of a server's answers. Thread-safe.
 
     A call's codec is fixed before its first batch. So `auto` sends the first answers of a schema to
-    a host uncompressed and measures how fast they go. Later calls take the fastest codec.
-
-    Args:
-        compression: One of COMPRESSIONS.
-        observed_bytes: Bytes of answers after which the connection counts as measured.
-        max_hosts: Hosts whose codecs are kept.
+    a host uncompressed and measures how fast they go. After `observed_bytes` calls take the fastest
+    codec. The codecs of `max_hosts` hosts are kept.
     """
 
     def __init__(
@@ -263,7 +253,7 @@ def host_of(peer: str) -> str:
     return host.replace("%5B", "").replace("%5D", "").strip("[]")
 
 
-def _remember(entries: OrderedDict[Key, Value], key: Key, value: Value, limit: int) -> None:
+def _remember(entries: OrderedDict[Any, Any], key: object, value: object, limit: int) -> None:
     entries[key] = value
     while len(entries) > limit:
         entries.popitem(last=False)

@@ -56,6 +56,7 @@ class _Instrument(ABC):
         self.unit = unit
         self.text = text
         self.labels = labels
+        self._entries: dict[Key, Any] = {}
         self._lock = threading.Lock()
 
     @abstractmethod
@@ -107,9 +108,7 @@ class _Observable(_Instrument):
 class Counter(_Observable):
     """A sum that only grows. Thread-safe."""
 
-    def __init__(self, name: str, unit: str, text: str, *labels: str) -> None:
-        super().__init__(name, unit, text, *labels)
-        self._values: dict[Key, float] = {}
+    _entries: dict[Key, float]
 
     def register(self, meter: api.Meter) -> None:
         meter.create_observable_counter(self.name, [self._observe], self.unit, self.text)
@@ -118,11 +117,11 @@ class Counter(_Observable):
         """Add `amount`, which is not negative."""
         key = self._key(attributes)
         with self._lock:
-            self._values[key] = self._values.get(key, 0) + amount
+            self._entries[key] = self._entries.get(key, 0) + amount
 
     def values(self) -> dict[Key, float]:
         with self._lock:
-            return dict(self._values)
+            return dict(self._entries)
 
 
 class Gauge(_Observable):
@@ -130,9 +129,7 @@ class Gauge(_Observable):
 
     empty = None
 
-    def __init__(self, name: str, unit: str, text: str, *labels: str) -> None:
-        super().__init__(name, unit, text, *labels)
-        self._callbacks: dict[Key, Callable[[], float]] = {}
+    _entries: dict[Key, Callable[[], float]]
 
     def register(self, meter: api.Meter) -> None:
         meter.create_observable_gauge(self.name, [self._observe], self.unit, self.text)
@@ -147,18 +144,18 @@ class Gauge(_Observable):
         """
         key = self._key(attributes)
         with self._lock:
-            self._callbacks[key] = callback
+            self._entries[key] = callback
 
         def remove() -> None:
             with self._lock:
-                if self._callbacks.get(key) is callback:
-                    del self._callbacks[key]
+                if self._entries.get(key) is callback:
+                    del self._entries[key]
 
         return remove
 
     def values(self) -> dict[Key, float]:
         with self._lock:
-            callbacks = dict(self._callbacks)
+            callbacks = dict(self._entries)
         # Outside the lock: a callback may count too.
         return {key: callback() for key, callback in callbacks.items()}
 

@@ -21,16 +21,11 @@ from fletcher.telemetry.tracing import ExportTiming, Span
 
 
 class OtlpExport:
-    """A connection to a collector, with the SDK's threads that export.
+    """Export to the collector at `base`, on threads of the SDK.
 
     Attributes:
         reader: Exports the metrics, once a MeterProvider has it.
         resource: Attributes of this process in both exports.
-
-    Args:
-        base: The collector's address.
-        timing: Intervals of the export.
-        service: More attributes, as `service.<name>`.
 
     Raises:
         ConfigError: The exporter is not installed.

@@ -75,12 +75,10 @@ class Telemetry(Instruments):
         self._export = export
 
     def span(self, name: str, parent: Span | Context | None = None, **attributes: Any) -> Span:
-        """Start a span, for use in a `with` statement.
+        """Start a span of an operation such as `tokenize`, for use in a `with` statement.
 
-        Args:
-            name: The operation: `do_put`, `tokenize`, `inference`, ...
-            parent: The span that this one is part of, or the result of `extract`.
-            attributes: Strings, numbers or booleans.
+        `parent` is the span that this one is part of, or the result of `extract`. Attributes are
+        strings, numbers or booleans.
         """
         if self._export is None:
             return _NO_SPAN
@@ -88,10 +86,9 @@ class Telemetry(Instruments):
         return self._export.start_span(name, context, attributes)
 
     def extract(self, headers: Mapping[str, str | bytes | Sequence[str | bytes]]) -> Context | None:
-        """The trace in a caller's `traceparent` header; None if none is recorded.
+        """The trace in a caller's `traceparent` header; None if spans are not recorded.
 
-        Args:
-            headers: As Flight's middleware has them: lower-case names, lists of values.
+        Headers are as Flight's middleware has them: lower-case names, lists of values.
         """
         if self._export is None or "traceparent" not in headers:
             return None

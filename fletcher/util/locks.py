@@ -18,10 +18,8 @@ class FileLock:
     nothing. Child processes do not inherit the lock: its descriptor closes on exec. A second lock
     on the same file in the same process conflicts as well.
 
-    Args:
-        path: The lock file, created if missing; its folder must exist.
-        wait: Wait for the holder instead of raising BlockingIOError.
-        mode: Permissions of a new lock file.
+    A missing file is created with the permissions `mode`; its folder must exist. With `wait` a lock
+    that another holds is waited for.
 
     Raises:
         BlockingIOError: Another lock on the file is held, and `wait` is off.
