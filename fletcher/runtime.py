@@ -1,4 +1,4 @@
-"""The composition root: a server from its configuration, from start to drain and close."""
+"""The composition root: builds a server from its configuration, and closes it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,6 @@ from fletcher.inference.host import detect_host
 from fletcher.models.bundle.registry import Registry
 from fletcher.net.compression import AnswerCompression
 from fletcher.net.ports import check_port
-from fletcher.pipeline.cache import CacheBackend
 from fletcher.pipeline.memory_budget import MemoryBudget
 from fletcher.serving.admission import Admission
 from fletcher.serving.load_level import LoadLevel, LoadMonitor, LoadSignals
@@ -51,13 +51,10 @@ class Runtime:
         self.address = ""
         self._progress = progress or log.info
         self._closed = threading.Event()
-        self._telemetry: Telemetry | None = None
-        self._load: LoadMonitor | None = None
+        # Closes all started parts, in reverse order.
+        self._started = ExitStack()
         self._service: Service | None = None
-        self._server: FlightServer | None = None
-        self._budget: MemoryBudget | None = None
-        self._backend: CacheBackend | None = None
-        self._trimmer: IdleTrimmer | None = None
+        self._calls_ended = True
 
     def __enter__(self) -> Runtime:
         self.start()
@@ -95,9 +92,10 @@ class Runtime:
         Returns:
             Whether all rows were delivered in time.
         """
-        if self._service is None or self._budget is None:
+        if self._service is None:
             return True
-        admission, delivery, budget = self._service.admission, self._service.delivery, self._budget
+        service = self._service
+        admission, delivery, budget = service.admission, service.delivery, service.budget
         admission.draining.set()
         deadline = time.monotonic() + timeout_s
         quiet = 0
@@ -122,29 +120,10 @@ class Runtime:
             Whether all calls ended. A call whose client is silent cannot be ended from here, and
             the process cannot exit in the ordinary way before it does.
         """
-        ended = True
-        server, self._server = self._server, None
-        if server is not None:
-            # It has no deadline, and waits for handlers that wait for silent clients.
-            shutdown = threading.Thread(target=server.shutdown, daemon=True)
-            shutdown.start()
-            shutdown.join(_SHUTDOWN_S)
-            ended = not shutdown.is_alive()
-        if self._load is not None:
-            self._load.close()
-        if self._trimmer is not None:
-            self._trimmer.stop()
-        service, self._service = self._service, None
-        if service is not None:
-            service.models.close()
-            service.delivery.close()
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.close()
-        if self._telemetry is not None:
-            self._telemetry.close()
+        self._service = None
+        self._started.pop_all().close()
         self._closed.set()
-        return ended
+        return self._calls_ended
 
     @property
     def service(self) -> Service:
@@ -156,38 +135,29 @@ class Runtime:
         config = self.config
         credentials = Credentials.from_config(config.network)
         check_port(config.network.host, config.network.port)
-        self._telemetry = telemetry = configure(config.telemetry.otlp_endpoint)
-        stores = {
-            name: open_store(
-                address,
-                timeout_s=config.delivery.store_timeout_s,
-                compression=config.delivery.store_compression,
-            )
-            for name, address in config.store_addresses.items()
-        }
-        journal = config.journal if config.journal.max_bytes and stores else None
-        delivery = Delivery(stores, config.delivery, telemetry, journal)
-        left_behind = delivery.recover()
-        if left_behind:
-            log.info("journal: %d rows of an earlier run are sent to their stores", left_behind)
+        telemetry = configure(config.telemetry.otlp_endpoint)
+        self._started.callback(telemetry.close)
+        cache_backend = open_cache_backend(config.cache)
+        if cache_backend is not None:
+            self._started.callback(cache_backend.close)
+        delivery = self._open_delivery(telemetry)
         registry = Registry(config.home / "models")
         for name in (config.model.default, *config.model.models):
             registry.ensure_model(name, self._progress)
-        self._budget = budget = MemoryBudget(config.limits.budget_bytes, config.limits.max_streams)
-        self._load = load = LoadMonitor(
+        budget = MemoryBudget(config.limits.budget_bytes, config.limits.max_streams)
+        load = LoadMonitor(
             lambda: _signals(budget, admission, delivery, models),
             telemetry,
             on_change=lambda level: budget.spare(half=level is LoadLevel.SEVERE),
         )
         admission = Admission(config.limits.max_streams, load, telemetry)
-        self._backend = open_cache_backend(config.cache)
         loader = ModelLoader(
             config,
             detect_host(),
             budget,
             telemetry,
             under_pressure=lambda: load.level is not LoadLevel.NORMAL,
-            backend=self._backend,
+            backend=cache_backend,
         )
         models = ModelManager(
             loader,
@@ -195,6 +165,7 @@ class Runtime:
             loadable=config.model.loadable_models,
             max_bytes=config.model.max_model_memory,
         )
+        self._started.callback(models.close)
         for stage in ("texts", "tokens", "micro_batches"):
             telemetry.queue_depth.observe(partial(models.queued, stage), stage=stage)
         self._service = Service(
@@ -209,10 +180,38 @@ class Runtime:
         )
         models.start(config.model.models, config.model.aliases)
         load.start()
-        self._trimmer = IdleTrimmer(lambda: int(budget.statistics()["used_bytes"]))
-        self._trimmer.start()
-        self._server = _listen(self._service, config.network, credentials)
-        self.address = self._server.address
+        self._started.callback(load.close)
+        trimmer = IdleTrimmer(lambda: int(budget.statistics()["used_bytes"]))
+        trimmer.start()
+        self._started.callback(trimmer.stop)
+        server = _listen(self._service, config.network, credentials)
+        self._started.callback(self._shut_down, server)
+        self.address = server.address
+
+    def _open_delivery(self, telemetry: Telemetry) -> Delivery:
+        config = self.config
+        stores = {
+            name: open_store(
+                address,
+                timeout_s=config.delivery.store_timeout_s,
+                compression=config.delivery.store_compression,
+            )
+            for name, address in config.store_addresses.items()
+        }
+        journal = config.journal if config.journal.max_bytes and stores else None
+        delivery = Delivery(stores, config.delivery, telemetry, journal)
+        self._started.callback(delivery.close)
+        num_rows = delivery.recover()
+        if num_rows:
+            log.info("journal: %d rows of an earlier run are sent to their stores", num_rows)
+        return delivery
+
+    def _shut_down(self, server: FlightServer) -> None:
+        # `shutdown` has no deadline, and waits for handlers that wait for silent clients.
+        shutdown = threading.Thread(target=server.shutdown, daemon=True)
+        shutdown.start()
+        shutdown.join(_SHUTDOWN_S)
+        self._calls_ended = not shutdown.is_alive()
 
 
 def _signals(

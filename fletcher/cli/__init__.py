@@ -19,7 +19,7 @@ from fletcher.cli.command_line import (
     usage_message,
 )
 from fletcher.cli.shutdown import leave_with
-from fletcher.cli.terminal import wants_colour
+from fletcher.cli.terminal import printable, wants_colour
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
 
 # Each command is `cli` of the module of its name, which is imported when it is called.
@@ -37,11 +37,11 @@ SECTIONS = {
     },
     "Models": {
         "model": "Add, list, verify, calibrate and remove models; load them on servers.",
-        "tune": "Measure what runs a model fastest here.",
-        "eval": "Measure what precision, depth, width and type cost in quality.",
+        "tune": "Measure the fastest way to run a model on this machine.",
+        "eval": "Measure the cost in quality of precision, depth, width and type.",
     },
     "Diagnosis": {
-        "doctor": "Show what this machine has, and what to fix.",
+        "doctor": "Check hardware, engines, models and stores, and show fixes.",
         "journal": "Show, check and replay rows that wait for their stores.",
     },
     "Help": {
@@ -118,7 +118,7 @@ def serve_main() -> int:
 
 
 def _complete(program: str, completed: click.Command) -> int | None:
-    """Answers a shell that completes; None: none does."""
+    """Answers a shell that asks for completions; None: no shell asks."""
     instruction = os.environ.get(COMPLETE_VARIABLES[program])
     if not instruction:
         return None
@@ -200,7 +200,7 @@ root.add_command(show_version)
 
 
 def _elsewhere(error: click.NoSuchOption, path: str) -> str:
-    """The place of a server's option that the command has no flag for."""
+    """Hint for a server option that the command has no flag for."""
     from fletcher.cli.connection import LOCAL_OPTIONS
     from fletcher.config.server import OPTIONS
 
@@ -213,9 +213,9 @@ def _elsewhere(error: click.NoSuchOption, path: str) -> str:
 
 
 def _complain(name: str, message: str) -> None:
-    # One line, whatever an engine put into its message.
+    # One safe line, even if an engine or a server put more into its message.
     shown = click.style(f"{name}:", fg="red") if wants_colour(sys.stderr) else f"{name}:"
-    print(shown, " ".join(message.split()), file=sys.stderr)
+    print(shown, printable(message), file=sys.stderr)
 
 
 def _version() -> str:

@@ -29,7 +29,7 @@ class Formatter(click.HelpFormatter):
         self.write(f"{'':>{self.current_indent}}{click.style(f'{heading}:', bold=True)}\n")
 
     def getvalue(self) -> str:
-        """The text, with the spaces and hyphens that `_unbroken` protected from line breaks."""
+        """The text, with ordinary spaces and hyphens for those of `_unbroken`."""
         return super().getvalue().replace(_NO_BREAK_SPACE, " ").replace(_NO_BREAK_HYPHEN, "-")
 
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 # Flags of every command that can embed in its own process.
 LOCAL_FLAGS = ("device", "backend", "precision", "threads", "home", "log_level")
-# Flags that a server elsewhere has decided.
+# Flags without meaning for a server elsewhere, which has its own values.
 _SERVERS_OWN = {"device", "backend", "precision", "threads", "allow_undeclared", "int8"}
-# What a server in this process takes from the environment and the file: no network options.
+# Options that a server in this process takes from the environment and the file.
 LOCAL_OPTIONS = (
     *LOCAL_FLAGS,
     *("model", "store", "tokenizer_workers", "max_batch_tokens", "allow_undeclared", "int8"),
@@ -180,7 +180,7 @@ class EmbedTarget:
                 yield client
 
     def refuse_local_flags(self) -> None:
-        """Refuses flags that a server elsewhere has decided. Raises ConfigError."""
+        """Refuses flags without meaning for a server elsewhere. Raises ConfigError."""
         for name in sorted(self.flags.given.keys() & _SERVERS_OWN):
             raise ConfigError(
                 f"`{name}` has no meaning with --server, which has its own; leave one out",
@@ -189,7 +189,7 @@ class EmbedTarget:
 
 
 def server_options(*, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds the flags of a server elsewhere; the command gets `server: RemoteServer | None`."""
+    """Adds the flags of a server elsewhere, passed on as `server`: a RemoteServer."""
     options = [
         option(
             "--server",
@@ -235,7 +235,7 @@ def server_options(*, required: bool = False) -> Callable[[Callable[..., Any]], 
 
 
 def target_options(*names: str, **text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds the flags of both kinds of server; the command gets `target: EmbedTarget`.
+    """Adds the flags of both kinds of server, passed on as `target`: an EmbedTarget.
 
     Args:
         names: Server options that get a flag besides LOCAL_FLAGS.

@@ -70,7 +70,7 @@ class Finding:
     },
 )
 def cli(flags: ConfigFlags, as_json: bool) -> int:
-    """Show hardware, engines, models and stores, and what to fix.
+    """Check hardware, engines, models and stores, and show fixes.
 
     The exit status is 1 if something needed is broken.
     """

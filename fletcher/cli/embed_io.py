@@ -1,4 +1,4 @@
-"""Input and output of `fletcher embed`: texts as batches, and vectors in three formats."""
+"""Input and output of `fletcher embed`: texts as batches, vectors in three formats."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _standard_input() -> BufferedReader:
 
 
 def lines(stdin: Iterable[bytes]) -> Iterator[str]:
-    """The lines of standard input. Raises InvalidCommandError for bytes that are not UTF-8."""
+    """The lines of standard input. Raises InvalidCommandError if it is not UTF-8."""
     for number, line in enumerate(stdin, 1):
         try:
             yield line.rstrip(b"\r\n").decode()

@@ -98,7 +98,7 @@ def cli(
     variants: tuple[str, ...],
     **params: Any,
 ) -> None:
-    """Measure what precision, depth, width and type cost in quality, on your own texts.
+    """Measure the cost in quality of precision, depth, width and type.
 
     Embeds a corpus of pairs in several ways and measures how well each query finds its document,
     how far the vectors are from float32's, how fast they are made and how large they are. Every
@@ -145,7 +145,7 @@ def cli(
 
 
 class _Engines:
-    """Engines that can run the model: those of this machine, or the one of a server elsewhere.
+    """Engines for the model: those of this machine, or the one of a server elsewhere.
 
     Attributes:
         reference: Engine of the reference vectors: float32 on the CPU.

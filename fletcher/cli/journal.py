@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.command_line import CommandGroup
 from fletcher.cli.options import ConfigFlags, config_options, json_option
+from fletcher.cli.terminal import printable
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _show(root: Path, *, as_json: bool, closely: bool) -> int:
             + (f", damaged in {parts} {'place' if parts == 1 else 'places'}" if parts else "")
         )
         for line in _findings(one) if closely else ():
-            print(f"         {line}")
+            print(f"         {printable(line)}")
     if closely and files:
         rows = sum(one["rows"] for one in files)
         verdict = "some are damaged" if damaged else "all right"

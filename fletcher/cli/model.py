@@ -21,7 +21,7 @@ from fletcher.cli.options import (
     paths_argument,
     text_option,
 )
-from fletcher.cli.terminal import print_table, say, styled
+from fletcher.cli.terminal import print_table, printable, say, styled
 from fletcher.errors import ModelError
 
 if TYPE_CHECKING:
@@ -148,9 +148,9 @@ def show_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
 @json_option()
 @config_options("home")
 def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
-    """Compare the files of one bundle, or of all, with their checksums: reads every byte.
+    """Compare the files of one bundle, or of all, with their checksums.
 
-    The exit status is 1 if one is damaged.
+    Reads every byte. The exit status is 1 if one is damaged.
     """
     registry = _registry(flags)
     rows: list[dict[str, Any]] = []
@@ -254,4 +254,4 @@ def _print(value: Any, *, as_json: bool) -> None:
     width = max(map(len, value), default=0)
     for name, field in value.items():
         text = ", ".join(map(str, field)) if isinstance(field, (tuple, list)) else field
-        print(f"{name:<{width}}  {text}")
+        print(f"{name:<{width}}  {printable(text)}".rstrip())

@@ -1,4 +1,4 @@
-"""Options that commands share; those of the server derive from `fletcher.config.server`."""
+"""Options that commands share; server options come from `fletcher.config.server`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fletcher.core.command import CHOICES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Click's parameters of the server's options are named so; `config_options` collects them.
+# Prefix of click's names of server options; `config_options` collects them.
 _PREFIX = "option_"
 _HEADINGS = {
     "network": "Network",
@@ -64,7 +64,7 @@ class ConfigFlags:
 
 
 class _ConfigText(click.ParamType[str]):
-    """Text of a server option; `resolve` checks it, for the same error from all sources."""
+    """Text of a server option, which `resolve` checks like that of other sources."""
 
     name = "text"
 
@@ -94,7 +94,7 @@ class _ConfigText(click.ParamType[str]):
 def config_options(
     *names: str, text: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds server options and `--config`; the command gets them as `flags: ConfigFlags`.
+    """Adds server options and `--config`, passed on as `flags`: ConfigFlags.
 
     Args:
         names: Option names.
@@ -191,7 +191,7 @@ def paths_argument() -> Callable[[Function], Function]:
 
 
 def format_option(what: str) -> Callable[[Function], Function]:
-    """Adds `--format` of files, as `format_name`; readers check it, which import Arrow."""
+    """Adds `--format` of files, as `format_name`; the readers check it."""
     return option(
         "--format",
         "format_name",
@@ -220,7 +220,7 @@ def text_option() -> Callable[[Function], Function]:
 def vector_options(
     heading: str = OUTPUT, *, dtype: str | None = None, prompt: str
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds the options of the vectors that are asked for, named as fields of `EmbedCommand`.
+    """Adds the options of vectors, named as fields of `EmbedCommand`.
 
     Args:
         heading: Section of the help.

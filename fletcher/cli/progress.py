@@ -1,4 +1,4 @@
-"""Progress of a long command: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long command: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

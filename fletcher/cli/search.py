@@ -40,7 +40,7 @@ _FILTER = re.compile(r"\s*([^\s=!<>]+)\s*(==|!=|>=|<=|=|>|<)\s*(.*?)\s*", re.DOT
 def _complete_dataset(
     context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Datasets of a store in a folder; no store is opened, which would take a second."""
+    """Datasets in the folder of a store, which is not opened: that takes a second."""
     from click.shell_completion import CompletionItem
 
     given = context.params.get("option_store") or [os.environ.get("FLETCHER_STORE", "")]
@@ -145,7 +145,7 @@ def cli(
 
 
 def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
-    """Prints a line a row: rank, score, id, further columns, and the text as far as it fits."""
+    """Prints a line a row: rank, score, id, further columns, and the start of the text."""
     if not rows:
         print("no rows")
         return

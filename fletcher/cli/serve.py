@@ -106,7 +106,7 @@ class _Signals:
         self._before: dict[int, Any] = {}
 
     def mark_ready(self) -> None:
-        """Lets the next signal drain; before, a signal ends the start, which may take minutes."""
+        """Lets the next signal drain. Before, a signal ends the start at once."""
         self._ready = True
         if self.received is not None:
             self.stop.set()

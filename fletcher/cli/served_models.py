@@ -1,4 +1,4 @@
-"""`fletcher model running`, `load`, `swap`, `unload`, `alias`: the models of a running server."""
+"""Commands of `fletcher model` for a running server: running, load, swap, ..."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import click
-
 from fletcher.cli.command_line import CommandGroup, argument, command, option
 from fletcher.cli.connection import RemoteServer, server_options
 from fletcher.cli.options import json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import print_table
+from fletcher.cli.terminal import print_table, printable
 from fletcher.config.model_alias import Alias
 from fletcher.errors import InvalidCommandError
 
@@ -39,7 +37,10 @@ def _name_argument() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @json_option()
 @server_options(required=True)
 def list_running(server: RemoteServer, as_json: bool) -> None:
-    """List the models of a running server: state, calls and memory of each version; aliases."""
+    """List the models of a running server, with state, calls and memory.
+
+    Each version has a line; aliases follow.
+    """
     with server.connect() as client:
         _print({"models": client.list_models(), "aliases": client.aliases()}, as_json=as_json)
 
@@ -63,7 +64,7 @@ def load_model(server: RemoteServer, name: str, as_json: bool) -> None:
 @json_option()
 @server_options(required=True)
 def swap_model(server: RemoteServer, name: str, as_json: bool) -> None:
-    """Replace the running version of a model by the one that is installed under its name.
+    """Replace the running version of a model by the installed one.
 
     New calls get it as soon as it is ready. Running calls end with the version before, which is
     then unloaded. NAME@HASH returns to a version that `fletcher model add --replace` kept.
@@ -82,7 +83,10 @@ def swap_model(server: RemoteServer, name: str, as_json: bool) -> None:
 @json_option()
 @server_options(required=True)
 def unload_model(server: RemoteServer, name: str, force: bool, as_json: bool) -> None:
-    """Take a model out of service. New calls do not get it; its memory is free after the last."""
+    """Take a model out of service.
+
+    New calls do not get it. Its memory is free after its last call.
+    """
     with server.connect() as client:
         model = client.unload_model(name, force=force)
     _print({"model": model, "state": "retiring"}, as_json=as_json)
@@ -115,7 +119,7 @@ def set_alias(server: RemoteServer, name: str, models: tuple[str, ...], as_json:
 
 def _print(answer: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(answer, ensure_ascii=False))
         return
     rows = [
         (
@@ -130,9 +134,9 @@ def _print(answer: dict[str, Any], *, as_json: bool) -> None:
     if rows:
         print_table(rows)
     for name, shares in answer.get("aliases", {}).items():
-        print(f"{name}  {shares}")
+        print(f"{printable(name)}  {printable(shares)}")
     if "model" in answer:
-        print(f"{answer['model']}  {answer['state']}")
+        print(f"{printable(answer['model'])}  {answer['state']}")
 
 
 def _weights(name: str, models: Sequence[str]) -> dict[str, float]:

@@ -6,20 +6,18 @@ import atexit
 import os
 import threading
 
-TIMEOUT_S = 3.0
-
 _leaving = threading.Event()
 _code = 0
 
 
-def leave_in_time() -> None:
-    """Ends this process at most TIMEOUT_S after its command is done.
+def leave_in_time(timeout_s: float = 3.0) -> None:
+    """Ends this process at most `timeout_s` after its command is done.
 
     At exit pyarrow shuts its servers down once more, and waits without a deadline for handlers
     whose clients may never answer. All data is saved by then.
     """
     # At exit no thread can be started.
-    threading.Thread(target=_watch, name="leaving", daemon=True).start()
+    threading.Thread(target=_watch, args=(timeout_s,), name="leaving", daemon=True).start()
     atexit.register(_leaving.set)
 
 
@@ -30,7 +28,7 @@ def leave_with(code: int) -> int:
     return code
 
 
-def _watch() -> None:
+def _watch(timeout_s: float) -> None:
     _leaving.wait()
-    threading.Event().wait(TIMEOUT_S)
+    threading.Event().wait(timeout_s)
     os._exit(_code)

@@ -20,9 +20,10 @@ _ROWS = ("received", "stored", "failed", "deduplicated")
 @json_option("Print all numbers as one JSON object.")
 @server_options(required=True)
 def cli(server: RemoteServer, as_json: bool) -> None:
-    """Show a running server's load, stores, models, workers, rows and times since its start.
+    """Show the state of a running server.
 
-    docs/operations.md explains each line.
+    Lists load, stores, models and workers, and rows and times since the start of the server.
+    docs/server.md explains each line.
     """
     with server.connect() as client:
         stats = client.stats()

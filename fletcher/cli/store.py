@@ -20,7 +20,7 @@ from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
     from fletcher.storeserver.server import StoreServer
-# What was received is committed in well under a second; a disk may be slower than that.
+# Received rows are committed within a second, unless the disk is slow.
 SHUTDOWN_S = 10.0
 _PORT = click.IntRange(0, 65535)
 

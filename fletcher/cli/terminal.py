@@ -1,4 +1,4 @@
-"""Text for a terminal: safe to print, cut to the columns it takes, coloured where wanted."""
+"""Text for a terminal: safe to print, measured in columns, with optional colour."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.text import Text
 
-# Tables that no terminal shows are as wide as their cells.
+# Tables for a pipe or a file are as wide as their cells.
 _UNBOUNDED_COLUMNS = 10_000
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether a stream gets colour: terminals do, others only with FORCE_COLOR, none with NO_COLOR.
+    """Whether a stream gets colour: only a terminal, unless the environment tells.
 
-    See https://no-color.org and https://force-color.org.
+    NO_COLOR turns colour off everywhere, FORCE_COLOR turns it on for other streams. See
+    https://no-color.org and https://force-color.org.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -33,7 +34,7 @@ def terminal_width() -> int:
 
 
 def printable(text: object) -> str:
-    """One line of text without control characters: stored text must not steer a terminal."""
+    """One line of text without control characters, which could steer a terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
@@ -43,7 +44,7 @@ def say(line: str) -> None:
 
 
 def cut(text: str, width: int) -> str:
-    """The beginning of a text in at most `width` columns, with `…` at the end if it is cut."""
+    """The text in at most `width` columns, with `…` at the end if it is cut."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(text) <= width:

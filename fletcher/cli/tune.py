@@ -1,4 +1,4 @@
-"""`fletcher tune`: the fastest way to run a model on this machine, measured and kept."""
+"""`fletcher tune`: measures the fastest way to run a model on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HEADER = ("engine", "replicas", "tokens/run", "texts/s", "rounds", "cosine", ""
 @json_option("Print one JSON object.")
 @config_options(*_OPTIONS, text={"model": "Model to measure."})
 def cli(flags: ConfigFlags, as_json: bool) -> None:
-    """Measure what runs a model fastest on this machine, and keep the answer.
+    """Measure the fastest way to run a model on this machine, and keep it.
 
     Tries engines, precisions, numbers of processes and sizes of runs on real texts, refuses those
     whose vectors are wrong, and keeps the fastest. Servers started with the same options then use

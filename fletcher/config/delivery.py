@@ -26,32 +26,37 @@ class DeliveryConfig(OptionGroup):
     stores: tuple[str, ...] = option(
         (),
         STORES,
-        "Store as NAME=ADDRESS or ADDRESS, repeatable; the first is the default. Addresses: "
-        "lance:PATH, parquet:PATH, grpc://HOST:PORT, or none to only send vectors back. Default: "
-        "lance: in the home folder.",
+        "NAME=ADDRESS or ADDRESS of a store; repeatable, the first is the default. "
+        "Addresses: lance:PATH, parquet:PATH, grpc://HOST:PORT, or none to only send vectors "
+        "back. Default: lance: in the home folder.",
         name="store",
     )
     group_rows: int = option(
         10_000,
         WHOLE,
-        "Rows in one write. More makes fewer and larger writes, acknowledged later.",
+        "Most rows in one write. More gives fewer, larger writes, which are acknowledged later.",
         minimum=1,
     )
     group_delay_ms: float = option(
-        500, MILLISECONDS, "Longest wait to fill a write. Less acknowledges rows earlier."
+        500,
+        MILLISECONDS,
+        "Longest wait for rows to fill a write. Less acknowledges rows earlier, in smaller writes.",
     )
     store_timeout_s: float = option(
-        60, SECONDS, "Longest wait for one write before it is tried again.", minimum=0.001
+        60,
+        SECONDS,
+        "Longest time for one write before it is retried. Raise it for slow stores.",
+        minimum=0.001,
     )
     store_compression: str = option(
         "auto",
         TEXT,
-        "Compression of rows sent to Flight stores. It saves network for CPU time; auto measures "
-        "both.",
+        "Compression of rows sent to Flight stores. It saves network and costs CPU time; "
+        "auto measures both.",
         choices=COMPRESSIONS,
     )
     store_retry_s: float = option(
-        300, SECONDS, "How long a failing write is retried before its upload fails."
+        300, SECONDS, "Time for which a failing write is retried before its upload fails."
     )
     commit_rows: int = 0
     max_dedupe_bytes: int = 64 << 20

@@ -23,14 +23,15 @@ class JournalConfig(OptionGroup):
     max_bytes: int = option(
         4 * GIB,
         SIZE,
-        "Disk for rows that are acknowledged but not stored yet. 0: no journal, rows are "
-        "acknowledged when their store has them.",
+        "Disk for rows that are acknowledged but not stored yet. 0: no journal; rows are "
+        "acknowledged when the store has them.",
         name="max_journal",
     )
     retention_s: float = option(
         DAY_S,
         SECONDS,
-        "How long rows are kept for stores that acknowledge before they are durable.",
+        "Time for which rows are kept after a store accepted them, for stores that "
+        "acknowledge rows before these are durable.",
         name="journal_retention",
     )
     folder: Path

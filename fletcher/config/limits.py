@@ -19,19 +19,25 @@ class LimitsConfig(OptionGroup):
     """Bounds on calls, memory and messages."""
 
     max_streams: int = option(
-        256, WHOLE, "Open calls at once. More callers get in; each may hold one message.", minimum=1
+        256,
+        WHOLE,
+        "Open calls at once. More callers are admitted, and each may hold one message in memory.",
+        minimum=1,
     )
     max_memory: int = option(
-        2 * GIB, SIZE, "Memory for work in progress. Less makes callers wait earlier."
+        2 * GIB, SIZE, "Memory for work in progress. With less, callers wait earlier."
     )
     max_message_bytes: int = option(
-        64 * MIB, SIZE, "Largest decoded message. Each stream may hold one.", minimum=1
+        64 * MIB, SIZE, "Largest decoded message. Each open call may hold one in memory.", minimum=1
     )
     max_row_bytes: int = option(
-        16 * MIB, SIZE, "Largest text. The row of a longer one fails, the others do not.", minimum=1
+        16 * MIB,
+        SIZE,
+        "Largest text. The row of a longer text fails; other rows do not.",
+        minimum=1,
     )
     drain_timeout_s: float = option(
-        30, SECONDS, "On SIGTERM, the time for accepted rows to reach the store."
+        30, SECONDS, "Time after SIGTERM for accepted rows to reach their stores."
     )
 
     def _check_together(self) -> None:

@@ -36,27 +36,27 @@ class ModelConfig(OptionGroup):
     models: tuple[str, ...] = option(
         (),
         NAMES,
-        "Model to serve beside --model, as NAME or NAME@HASH; repeatable. Each has its own "
-        "processes and memory, and all share the cores.",
+        "Further model to serve, as NAME or NAME@HASH; repeatable. Each has its own "
+        "processes and memory. All share the cores.",
     )
     loadable_models: tuple[str, ...] = option(
         (),
         LOADABLE,
-        "Model that callers may load and swap at run time; repeatable, * for all that are "
-        "installed. Every caller may then take that memory.",
+        "Model that callers may load and swap while the server runs; repeatable, * for all "
+        "installed ones. Any caller may then use memory for it.",
     )
     model_aliases: tuple[str, ...] = option(
         (),
         ALIASES,
-        "Division of the calls for NAME among models by weight; repeatable. An alias `default` "
-        "divides calls that name no model.",
+        "NAME=MODEL:WEIGHT,MODEL:WEIGHT divides the calls for NAME among models; repeatable. "
+        "The alias `default` divides calls that name no model.",
         name="model_alias",
     )
     max_model_memory: int = option(
         0,
         SIZE,
-        "Memory for the processes of all models, 0: no limit. Beyond it the least recently used "
-        "model is unloaded, and the next call for it waits until it is loaded again.",
+        "Memory for the processes of all models, 0: no limit. Above it, the least recently "
+        "used model is unloaded; its next call waits until it is loaded again.",
     )
 
     def _check_together(self) -> None:
@@ -85,14 +85,14 @@ class OutputConfig(OptionGroup):
     allow_undeclared: bool = option(
         False,
         SWITCH,
-        "Accept `dims` that the model does not declare. The loss of quality is then unknown.",
+        "Accept `dims` that a model does not declare. The loss of quality is unknown.",
     )
     int8: str = option(
         INT8_KINDS[0],
         TEXT,
-        "Scale of int8 vectors. row: one a vector, 4 bytes more, nothing is clipped. ranges: those "
-        "that `fletcher model calibrate` found, values outside are clipped. auto: ranges if the "
-        "model has them.",
+        "Scale of int8 vectors. row: one scale a vector, 4 bytes more, no clipping. ranges: "
+        "the ranges of `fletcher model calibrate`; values outside are clipped. auto: ranges "
+        "if the model has them, else row.",
         choices=INT8_KINDS,
     )
 
@@ -104,15 +104,15 @@ class CacheConfig(OptionGroup):
     max_bytes: int = option(
         0,
         SIZE,
-        "Size of the cache of vectors by text, beside --max-memory; 0: no cache. Worth it where "
-        "texts repeat; elsewhere it costs a hash a text.",
+        "Memory for vectors of texts seen before, in addition to --max-memory; 0: no cache. "
+        "Use it if texts repeat. Without repeats it costs a hash a text.",
         name="embedding_cache",
     )
     folder: Path | None = option(
         None,
         FOLDER,
-        "Keep the embedding cache in a file in this folder, of at least 64MiB. It outlives the "
-        "server, and lookups are slower than in memory.",
+        "Keep the embedding cache in a file in this folder, with at least 64MiB. The cache "
+        "then survives restarts, but lookups are slower than in memory.",
         name="embedding_cache_dir",
     )
 

@@ -28,7 +28,7 @@ class Alias:
 
     @classmethod
     def from_text(cls, text: str) -> Alias:
-        """Reads `NAME=MODEL:WEIGHT,MODEL:WEIGHT`; a missing weight is 1. Raises ValueError."""
+        """Reads `NAME=MODEL:WEIGHT,...`; a missing weight is 1. Raises ValueError."""
         match = _ALIAS.fullmatch(text.strip())
         if match is None:
             raise ValueError(text)

@@ -26,13 +26,15 @@ class NetworkConfig(OptionGroup):
         "--insecure.",
     )
     port: int = option(
-        8815, WHOLE, "TCP port. 0 picks a free one; the server prints it.", maximum=65535
+        8815, WHOLE, "TCP port. 0 picks a free one, which the server prints.", maximum=65535
     )
     token_file: Path | None = option(
         None, FILE, "File of bearer tokens, one a line. Without it every caller is accepted."
     )
     tls_cert: Path | None = option(
-        None, FILE, "PEM certificate for TLS, with --tls-key. Encryption costs some CPU time."
+        None,
+        FILE,
+        "PEM certificate; needs --tls-key. Calls are then encrypted, which costs some CPU time.",
     )
     tls_key: Path | None = option(None, FILE, "PEM private key of --tls-cert.")
     tls_client_ca: Path | None = option(
@@ -44,8 +46,8 @@ class NetworkConfig(OptionGroup):
     compression: str = option(
         "none",
         TEXT,
-        "Compression of vectors sent back. Vectors shrink little, texts returned with them much. "
-        "auto measures each caller's connection.",
+        "Compression of vectors sent back. auto measures each caller's connection. Vectors "
+        "shrink little, so none suits most; texts sent with them shrink more.",
         choices=COMPRESSIONS,
     )
 

@@ -227,7 +227,7 @@ class Option:
 
 
 def option(default: Any, kind: OptionType, text: str, **limits: Any) -> Any:
-    """Makes a dataclass field that is an option. `limits` are further fields of `Option`."""
+    """Makes a dataclass field that is an option, with further fields of `Option`."""
     if kind in (WHOLE, SIZE):
         limits = {"minimum": 0, **limits}
     elif kind in (SECONDS, MILLISECONDS):

@@ -1,4 +1,4 @@
-"""All options of the server, declared once, and the configuration they make together.
+"""All options of the server, declared once in the parts of `ServeConfig`.
 
 Each part of `ServeConfig` declares its options as fields. A flag, an environment variable and a
 TOML key derive from each: `limits.max_streams` is `--max-streams`, `FLETCHER_MAX_STREAMS` and
@@ -64,12 +64,14 @@ class ServeConfig:
     limits: LimitsConfig
     telemetry: TelemetryConfig
     home: Path = option(
-        fletcher_home, FOLDER, "Folder of models, journals and caches; some 100 MB a model."
+        fletcher_home, FOLDER, "Folder of models, journals and caches. A model takes about 100 MB."
     )
 
     @classmethod
     def from_options(cls, **values: Any) -> ServeConfig:
-        """The configuration with values by option name, such as `port` or `store`, and defaults.
+        """Makes a configuration of values by option name, such as `port` or `store`.
+
+        Other options have their defaults.
 
         Raises:
             ConfigError: A value out of range, or options that contradict each other.
@@ -86,7 +88,7 @@ class ServeConfig:
         return cls(home=home, **{part: PARTS[part](**fields[part]) for part in PARTS})
 
     def with_options(self, **values: Any) -> ServeConfig:
-        """The same configuration with other values, by option name. Raises as `from_options`."""
+        """The configuration with some values replaced. Raises as `from_options`."""
         return self.from_options(**{name: self.value_of(name) for name in OPTIONS} | values)
 
     def value_of(self, name: str) -> Any:

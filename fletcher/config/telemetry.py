@@ -14,16 +14,19 @@ class TelemetryConfig(OptionGroup):
     log_level: str = option(
         "info",
         TEXT,
-        "Least severe level written to standard error.",
+        "Least severe level of log lines on standard error.",
         choices=("debug", "info", "warning", "error"),
     )
     log_format: str = option(
-        "text", TEXT, "text for people, json for log collectors.", choices=("text", "json")
+        "text",
+        TEXT,
+        "Format of log lines: text for people, json for log collectors.",
+        choices=("text", "json"),
     )
     otlp_endpoint: str | None = option(
         None,
         TEXT,
-        "OTLP/HTTP URL for traces and metrics. Costs a little time a call.",
+        "OTLP/HTTP URL that receives traces and metrics. Each call takes slightly longer.",
         pattern=r"https?://.+",
         expected="an http:// or https:// URL",
     )

@@ -278,8 +278,8 @@ class CommitQueue:
             return rejected
         if self._can_open():
             return Open(self._openings.popleft())
-        if self._overdue_at() <= now < self._ready_at(now):  # what may be tried now is tried
-            return self._give_up_overdue(now)
+        if (overdue := self._take_overdue(now)) is not None:
+            return overdue
         due_at = self._due_at(now)
         return self._append_due() if due_at <= now else self._wait(due_at, now)
 
@@ -302,7 +302,7 @@ class CommitQueue:
 
     def _wait(self, due_at: float, now: float) -> Wait | Rest:
         if self.waiting:
-            overdue_at = self._overdue_at()
+            overdue_at = self._overdue_at(self._failing_since())
             next_at = min(due_at, overdue_at) if overdue_at > now else due_at
             return Wait(min(next_at, now + self._linger_s))
         if self._idle_since is None:
@@ -349,17 +349,18 @@ class CommitQueue:
             self._append_size.resume(now)
         return self._append_size.ready_at
 
-    def _overdue_at(self) -> float:
+    def _overdue_at(self, since: float | None) -> float:
         """Time at which the first rows in memory are given up; infinite if never."""
-        since = self._failing_since()
         if since is None:
             return math.inf
         return max(since, self.waiting.oldest_in_memory) + self._config.store_retry_s
 
-    def _give_up_overdue(self, now: float) -> GiveUp:
-        error = self.failing[1] if self.failing else self._breaker.error_for(self)
+    def _take_overdue(self, now: float) -> GiveUp | None:
+        """Remove rows in memory whose time is over, unless they may be tried right now."""
         since, retry_s = self._failing_since(), self._config.store_retry_s
-        assert since is not None
+        if since is None or self._overdue_at(since) > now or self._ready_at(now) <= now:
+            return None
+        error = self.failing[1] if self.failing else self._breaker.error_for(self)
         overdue, in_doubt = self.waiting.remove_in_memory(
             lambda rows: max(since, rows.arrived) + retry_s <= now
         )

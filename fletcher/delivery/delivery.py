@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import threading
@@ -18,7 +17,7 @@ import pyarrow as pa
 from fletcher.config.delivery import DeliveryConfig
 from fletcher.config.journal import JournalConfig
 from fletcher.core.command import EmbedCommand
-from fletcher.delivery.breaker import RETRYABLE, Breaker
+from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.dedupe.index import DedupeMemory
 from fletcher.delivery.groups import Destination
 from fletcher.delivery.journal.journal import Journal
@@ -140,17 +139,20 @@ class Delivery:
         self._leave_sink(sink, upload)
 
     def upload_status(self, options: EmbedCommand) -> dict[str, Any]:
-        """The state of an upload, from memory or else from the store."""
+        """The state of an upload, from memory or else from the store.
+
+        Raises:
+            StoreUnavailableError: The store has to be asked and does not answer.
+        """
         name, store = self.store(options.store)
         if options.upload_id is None:
             raise InvalidCommandError("`upload_id` is missing", field="upload_id")
         upload = self._uploads.find_upload(name, options.dataset, options.upload_id)
         if upload is not None:
             if upload.terms.fingerprint is None:
-                # The store may hold earlier rows of an upload that was found in the journal.
-                with contextlib.suppress(*RETRYABLE):
-                    self._breakers[name].require_ready(None)
-                    upload.settle_found(self._settled(store, upload.dataset, upload.upload_id))
+                # Found in the journal; a client takes rows for lost that only the store has.
+                self._breakers[name].require_ready(None)
+                upload.settle_found(self._settled(store, upload.dataset, upload.upload_id))
             return upload.status()
         # Else the caller waits for a deadline, perhaps its own.
         self._breakers[name].require_ready(None)
@@ -260,10 +262,7 @@ class Delivery:
         *,
         named: bool,
     ) -> Upload:
-        """Begin an upload that is not in progress.
-
-        The store and the journal are asked for its rows only if its client `named` it.
-        """
+        """Begin an upload that is not in progress; only one that was `named` may have rows."""
         name, dataset, upload_id = key
         store = sink.committer.destination.store
         mode = terms.mode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.client.prompts import (
-    DOCUMENT_PROMPTS,
-    QUERY_PROMPTS,
-    default_prompt,
-    served_model,
-)
+from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.core.batches import FloatArray, Int64Array
 from fletcher.evaluation import metrics
 from fletcher.evaluation.metrics import Float64Array
@@ -117,13 +112,9 @@ class EvaluationReport:
                 "vectors point in similar directions (anisotropy), so a single cosine says "
                 "little; use it to rank, and do not reuse another model's threshold"
             )
-        least = 0
         for row in self.rows:
-            if row.num_alike > least:
-                yield (
-                    f"{row.variant}: {row.num_alike:,} documents share their vector with another"
-                )
-            least = max(least, first.num_alike)  # other rows only if they add some
+            if row.num_alike > (0 if row is first else first.num_alike):
+                yield f"{row.variant}: {row.num_alike:,} documents share their vector with another"
 
 
 def evaluate(
@@ -145,7 +136,7 @@ def evaluate(
         variants: Variants to compare; None: the usual ones of the model.
         open_client: Context manager of a client of a server that runs an engine.
         progress: Called with progress messages.
-        model_name: The model; None: the server's default.
+        model_name: None: the server's default.
 
     Raises:
         FletcherError: A server does not start, refuses a call or fails.
@@ -162,29 +153,22 @@ def evaluate(
             if reference is None:
                 more = usual_variants(engines, model) if variants is None else variants
                 todo = list(dict.fromkeys(one.resolved(model) for one in (*todo, *more)))
-                _check_variants(client, model, todo)
+                for variant in todo:  # one text each, so that a bad variant is refused at once
+                    options = _options(variant, model)
+                    embed(client, pa.array(["a text"]), chunking=variant.chunking, **options)
             rates: dict[tuple[int | None, str | None], float] = {}
             for variant in [one for one in todo if one.engine == engine]:
                 progress(str(variant))
                 queries, documents = _embed(client, model, variant, pairs)
-                run = (variant.layers, variant.chunking)
                 if documents.texts_per_s is not None:
-                    rates[run] = documents.texts_per_s
+                    rates[variant.layers, variant.chunking] = documents.texts_per_s
                 if reference is None:
                     reference = _Reference.from_vectors(queries.vectors, documents.vectors, pairs)
                     num_truncated = documents.num_truncated
-                rows[variant] = _compare(
-                    variant, queries, documents, pairs, reference, rates.get(run)
-                )
+                rate = rates.get((variant.layers, variant.chunking))
+                rows[variant] = _compare(variant, queries, documents, pairs, reference, rate)
         todo = [one for one in todo if one.engine != engine]
     return EvaluationReport(model, pairs, list(rows.values()), num_truncated)
-
-
-def _check_variants(client: Client, model: Mapping[str, Any], variants: Iterable[Variant]) -> None:
-    """Embed one text per variant, so that a server refuses a bad variant at once."""
-    for variant in variants:
-        options = _options(variant, model)
-        embed(client, pa.array(["a text"]), chunking=variant.chunking, **options)
 
 
 def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,8 +186,8 @@ def _embed(
 ) -> tuple[Embedded, Embedded]:
     """Embed queries and documents; queries stay float32 and uncut, as in a search."""
     options = _options(variant, model)
-    asked = {**options, "dtype": "float32"}
-    queries = embed(client, pairs.queries, prompt=default_prompt(model, QUERY_PROMPTS), **asked)
+    prompt = default_prompt(model, QUERY_PROMPTS)
+    queries = embed(client, pairs.queries, prompt=prompt, **{**options, "dtype": "float32"})
     prompt = default_prompt(model, DOCUMENT_PROMPTS)
     documents = embed(client, pairs.documents, prompt=prompt, chunking=variant.chunking, **options)
     return queries, documents

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,25 +13,16 @@ Float64Array = npt.NDArray[np.float64]
 
 
 def unit(vectors: FloatArray) -> FloatArray:
-    """Rows scaled to an L2 norm of 1; rows of zeros stay.
-
-    Args:
-        vectors: float32 [n, dims].
-    """
+    """Rows of float32 [n, dims] scaled to an L2 norm of 1; rows of zeros stay."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(vectors / np.where(norms > 0, norms, 1), np.float32)
 
 
 def cosines(vectors: FloatArray, reference: FloatArray) -> Float64Array:
-    """Cosine of each vector to the reference's vector of the same row.
+    """Cosine of each vector to the reference's vector of the same row: float64 [n].
 
-    Args:
-        vectors: float32 [n, dims]. Fewer dims than the reference's count as its leading ones, with
-            zeros for the rest.
-        reference: float32 [n, dim], dim >= dims.
-
-    Returns:
-        float64 [n]; 0 for a zero vector.
+    It is 0 for a zero vector. `vectors`, float32 [n, dims], count as the leading dimensions of
+    `reference`, float32 [n, dim], with zeros for the rest.
     """
     ours, right = vectors.astype(np.float64), reference.astype(np.float64)
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(right, axis=1)
@@ -38,7 +31,7 @@ def cosines(vectors: FloatArray, reference: FloatArray) -> Float64Array:
 
 
 def ranks(found: Int64Array, relevant: Int64Array) -> Int64Array:
-    """Rank, from 1, of each query's one relevant document; 0 if it was not found.
+    """Rank, from 1, of each query's one relevant document: int64 [num_queries]; 0 if not found.
 
     Args:
         found: int64 [num_queries, k], documents, best first.
@@ -49,27 +42,15 @@ def ranks(found: Int64Array, relevant: Int64Array) -> Int64Array:
 
 
 def recall(places: Int64Array, k: int) -> float:
-    """Share of queries whose relevant document is among the first `k`.
-
-    Args:
-        places: int64 [num_queries], as from `ranks`.
-        k: Number of documents per query.
-    """
+    """Share of queries whose relevant document is among the first `k`, by their `ranks`."""
     return float(((places >= 1) & (places <= k)).mean())
 
 
 def ndcg(places: Int64Array, k: int) -> Float64Array:
-    """Normalized discounted cumulative gain of queries with one relevant document.
+    """Normalized discounted cumulative gain among the first `k`: float64 [num_queries].
 
-    The ideal ranking has that document first, with a gain of 1, so that the metric is
-    1 / log2(1 + rank) (https://doi.org/10.1145/582415.582418).
-
-    Args:
-        places: int64 [num_queries], as from `ranks`.
-        k: Number of documents per query.
-
-    Returns:
-        float64 [num_queries].
+    The ideal ranking has a query's one relevant document first, with a gain of 1, so that the
+    metric is 1 / log2(1 + rank) (https://doi.org/10.1145/582415.582418), by the query's `ranks`.
     """
     seen = (places >= 1) & (places <= k)
     return np.where(seen, 1 / np.log2(1 + np.maximum(places, 1)), 0.0)
@@ -78,12 +59,8 @@ def ndcg(places: Int64Array, k: int) -> Float64Array:
 def loss(gains: Float64Array, reference: Float64Array) -> tuple[float, float]:
     """Mean loss against the reference, and half the width of its 95% interval.
 
-    Both have the same queries, so the interval is that of paired differences. It is far narrower
-    than the interval of either mean.
-
-    Args:
-        gains: float64 [num_queries].
-        reference: float64 [num_queries].
+    Both arrays, float64 [num_queries], have the same queries, so the interval is that of paired
+    differences. It is far narrower than the interval of either mean.
     """
     lost = reference - gains
     deviation = float(lost.std(ddof=1)) if len(lost) > 1 else 0.0
@@ -101,14 +78,9 @@ def shared(found: Int64Array, right: Int64Array) -> float:
 
 
 def spearman(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks.
+    """Spearman's rank correlation of two arrays [n]; equal values share the mean of their ranks.
 
-    Args:
-        ours: Numbers [n].
-        theirs: Numbers [n].
-
-    Returns:
-        -1 to 1; NaN if all values of one side are equal.
+    -1 to 1; NaN if all values of one side are equal.
     """
     first, second = _mean_ranks(np.asarray(ours)), _mean_ranks(np.asarray(theirs))
     first, second = first - first.mean(), second - second.mean()
@@ -125,11 +97,8 @@ def _mean_ranks(values: npt.NDArray[np.generic]) -> Float64Array:
 def alignment(queries: FloatArray, documents: FloatArray) -> float:
     """Mean squared distance of matching pairs: 0 to 4, less is better.
 
-    See https://arxiv.org/abs/2005.10242, with its default alpha = 2.
-
-    Args:
-        queries: float32 [n, dims], norm 1.
-        documents: float32 [n, dims], norm 1, of the same rows.
+    See https://arxiv.org/abs/2005.10242, with its default alpha = 2. The pairs are the rows of two
+    arrays float32 [n, dims], norm 1.
     """
     return float(((queries - documents).astype(np.float64) ** 2).sum(axis=1).mean())
 
@@ -137,26 +106,15 @@ def alignment(queries: FloatArray, documents: FloatArray) -> float:
 def uniformity(first: FloatArray, second: FloatArray) -> float:
     """Evenness of the vectors' directions: less is better.
 
-    log E exp(-2 d^2) over random pairs: 0 if all vectors are equal, about -4 if they have all
-    directions in many dims (https://arxiv.org/abs/2005.10242, with its default t = 2).
-
-    Args:
-        first: float32 [num_pairs, dims], norm 1.
-        second: float32 [num_pairs, dims], norm 1.
+    log E exp(-2 d^2) over random pairs, float32 [num_pairs, dims] each, norm 1: 0 if all vectors
+    are equal, about -4 if they have all directions in many dims (https://arxiv.org/abs/2005.10242,
+    with its default t = 2).
     """
     distances = ((first - second).astype(np.float64) ** 2).sum(axis=1)
     return float(np.log(np.exp(-2 * distances).mean()))
 
 
 def num_alike(vectors: npt.NDArray[np.generic]) -> int:
-    """Number of rows that equal another row, bit for bit.
-
-    Args:
-        vectors: Any numbers [n, dims].
-    """
-    if not len(vectors):
-        return 0
-    rows = np.ascontiguousarray(vectors)
-    whole = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).reshape(-1)
-    _, counts = np.unique(whole, return_counts=True)
-    return int(counts[counts > 1].sum())
+    """Number of rows of an array [n, dims] that equal another row, bit for bit."""
+    counts = Counter(row.tobytes() for row in vectors)
+    return sum(count for count in counts.values() if count > 1)

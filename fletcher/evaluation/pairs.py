@@ -47,16 +47,7 @@ def read_pairs(
     num_queries: int | None = None,
     notice: Callable[[str], None],
 ) -> Pairs:
-    """Read pairs from files into memory; see `fletcher.readers.open_source`.
-
-    Args:
-        paths: Files or folders.
-        query_column: Column of the queries.
-        document_column: Column of the documents.
-        format_name: One of `fletcher.readers.FORMATS`; None: by name and content.
-        num_documents: See `choose_pairs`.
-        num_queries: See `choose_pairs`.
-        notice: Called with messages about the files.
+    """Read pairs from files into memory; see `open_source` and `choose_pairs`.
 
     Raises:
         FletcherError: As `open_source`, or a column does not hold text.
@@ -74,12 +65,8 @@ def read_pairs(
             raise InvalidCommandError(
                 f"column `{name}` is {table.schema.field(name).type}, expected text", field=name
             )
-    return choose_pairs(
-        table[query_column],
-        table[document_column],
-        num_documents=num_documents,
-        num_queries=num_queries,
-    )
+    queries, documents = table[query_column], table[document_column]
+    return choose_pairs(queries, documents, num_documents=num_documents, num_queries=num_queries)
 
 
 def choose_pairs(
@@ -103,15 +90,13 @@ def choose_pairs(
     Raises:
         InvalidCommandError: Fewer than two pairs remain.
     """
-    table = pa.table({"query": queries, "document": documents})
-    trimmed = [
-        pc.utf8_trim_whitespace(pc.fill_null(table[name], "")) for name in table.column_names
-    ]
+    trimmed = [pc.utf8_trim_whitespace(pc.fill_null(one, "")) for one in (documents, queries)]
     full = pc.and_(*(pc.not_equal(column, "") for column in trimmed))
     rows = np.flatnonzero(full.to_numpy())
     num_full = len(rows)
-    for column in (trimmed[1], trimmed[0]):
-        rows = rows[_first_of_each(column.take(rows))]
+    for column in trimmed:
+        codes = column.take(rows).combine_chunks().dictionary_encode().indices.to_numpy()
+        rows = rows[np.unique(codes, return_index=True)[1]]  # the first row of each text
     if len(rows) < 2:
         raise InvalidCommandError(
             f"{len(queries)} rows hold {len(rows)} pairs of a query and a document without "
@@ -120,21 +105,10 @@ def choose_pairs(
     chosen = np.random.default_rng(_SEED).permutation(rows)[:num_documents]
     relevant = np.arange(len(chosen), dtype=np.int64)[:num_queries]
     return Pairs(
-        documents=_taken(table["document"], chosen),
-        queries=_taken(table["query"], chosen[relevant]),
+        documents=documents.take(chosen).combine_chunks(),
+        queries=queries.take(chosen[relevant]).combine_chunks(),
         relevant=relevant,
         num_rows=len(queries),
         num_empty=len(queries) - num_full,
         num_repeated=num_full - len(rows),
     )
-
-
-def _first_of_each(column: pa.ChunkedArray) -> Int64Array:
-    """Indices of the first occurrence of each value, ascending."""
-    codes = column.combine_chunks().dictionary_encode().indices.to_numpy()
-    _, first = np.unique(codes, return_index=True)
-    return np.sort(first).astype(np.int64)
-
-
-def _taken(column: pa.ChunkedArray, rows: Int64Array) -> pa.Array:
-    return pa.concat_arrays(column.take(rows).chunks)

@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fletcher.errors import ConfigError
 from fletcher.evaluation.evaluate import EvaluationReport, Row
 
@@ -36,6 +38,9 @@ def draw_report(report: EvaluationReport, path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     _sizes(left, report)
     _speeds(right, report)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
     figure.suptitle(
         f"{report.model['name']}: {len(report.pairs.queries):,} queries, "
         f"{len(report.pairs.documents):,} documents",
@@ -62,15 +67,12 @@ def _sizes(axes: Any, report: EvaluationReport) -> None:
         sizes = [row.bytes_per_vector for row in rows]
         axes.plot(sizes, [row.ndcg for row in rows], marker="o", markersize=4, label=label)
     axes.set(xlabel="bytes per vector", ylabel="NDCG@10")
-    lowest = min(row.ndcg for row in report.rows)
-    highest = max(row.ndcg for row in report.rows)
+    gains = [row.ndcg for row in report.rows]
     # Without a minimum span, insignificant differences would fill the plot.
-    middle, height = (lowest + highest) / 2, max(_LEAST_SPAN, 1.2 * (highest - lowest))
+    middle, height = (min(gains) + max(gains)) / 2, max(_LEAST_SPAN, 1.2 * np.ptp(gains))
     axes.set_ylim(middle - height / 2, middle + height / 2)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
 
 
 def _speeds(axes: Any, report: EvaluationReport) -> None:
@@ -84,8 +86,6 @@ def _speeds(axes: Any, report: EvaluationReport) -> None:
         axes.plot([row.texts_per_s], [row.ndcg], "o", label=f"{engine}, {layers} layers{cut}")
     axes.set_xlabel("texts/s")
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
 
 
 def _chunking_label(row: Row) -> str:

@@ -16,14 +16,9 @@ def table(report: EvaluationReport) -> list[str]:
     """Lines for a terminal: a table of search quality, then one of vector properties."""
     # The column `chunking` is left out if no variant has one.
     width = len(_HEADS) - all(row.variant.chunking is None for row in report.rows)
-    heads = [_head(row)[:width] for row in report.rows]
-    found = [_searched(row) for row in report.rows]
-    vectors = [_described(row) for row in report.rows]
-    return [
-        *_columns([_HEADS[:width], *heads], [_SEARCH, *found]),
-        "",
-        *_columns([_HEADS[:width], *heads], [_VECTORS, *vectors]),
-    ]
+    heads = [_HEADS[:width], *(_head(row)[:width] for row in report.rows)]
+    found = _columns(heads, [_SEARCH, *map(_searched, report.rows)])
+    return [*found, "", *_columns(heads, [_VECTORS, *map(_described, report.rows)])]
 
 
 def as_json(report: EvaluationReport) -> dict[str, Any]:

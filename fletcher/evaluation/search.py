@@ -16,10 +16,6 @@ class Nearest:
 
     Equal scores keep the order of the documents. Score and document are packed into one integer, so
     that the best of several blocks are the largest integers.
-
-    Args:
-        num_queries: Number of queries.
-        k: Number of documents to keep per query.
     """
 
     def __init__(self, num_queries: int, k: int) -> None:
@@ -28,11 +24,7 @@ class Nearest:
         self._keys = np.empty((num_queries, 0), np.int64)
 
     def add_scores(self, scores: FloatArray) -> None:
-        """Add the scores of the next documents.
-
-        Args:
-            scores: float32 [num_queries, num_documents], without NaN; greater is better.
-        """
+        """Add the scores of the next documents: float32 [num_queries, num_documents], no NaN."""
         places = np.arange(self.num_documents, self.num_documents + scores.shape[1])
         self.num_documents += scores.shape[1]
         keys = np.concatenate([self._keys, _ordered(scores) << 32 | (0xFFFFFFFF - places)], axis=1)
@@ -77,7 +69,7 @@ def search(
     Args:
         queries: float32 [num_queries, dims].
         documents: float32 [num_documents, dims].
-        k: Number of documents per query.
+        k: Documents per query.
         block_shape: Queries and documents that are compared at once.
 
     Returns:

@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fletcher.client.prompts import (
-    DOCUMENT_PROMPTS,
-    QUERY_PROMPTS,
-    default_prompt,
-    served_model,
-)
+from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.core.batches import FloatArray
 from fletcher.core.command import EmbedCommand
 from fletcher.evaluation.metrics import unit
@@ -43,15 +38,7 @@ class SimilarTexts:
 
 
 def compare_texts(client: Client, texts: Sequence[str], *, model: str | None = None) -> FloatArray:
-    """The cosine of each pair of texts.
-
-    Args:
-        client: Connected to a server.
-        texts: At least one.
-        model: Name of a model; None: the server's default.
-
-    Returns:
-        float32 [num_texts, num_texts].
+    """The cosine of each pair of at least one text: float32 [num_texts, num_texts].
 
     Raises:
         FletcherError: The server refuses the call or fails, or a text has no vector.
@@ -75,9 +62,9 @@ def find_similar(
     Args:
         client: Connected to a server.
         texts: At least one.
-        candidates: Source of the candidates.
+        candidates: Read once.
         k: Number of candidates per text.
-        model: Name of a model; None: the server's default.
+        model: None: the server's default.
 
     Raises:
         FletcherError: The server refuses the call or fails, the candidates cannot be read, or one

@@ -13,7 +13,16 @@ from fletcher.core.chunking import AGGREGATIONS, Chunking
 from fletcher.core.command import CHOICES
 from fletcher.errors import InvalidCommandError
 
-KEYS = ("backend", "precision", "layers", "dims", "dtype", "chunking")
+# The keys of a list of variants with their default; empty: the first engine's, or the model's.
+_DEFAULTS = {
+    "backend": "",
+    "precision": "",
+    "layers": "",
+    "dims": "",
+    "dtype": "float32",
+    "chunking": "none",
+}
+KEYS = tuple(_DEFAULTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +80,7 @@ def parse_variants(text: str, engines: Sequence[Engine]) -> list[Variant]:
     """
     default = engines[0]
     usual_precision = {one.backend: one.precision for one in reversed(engines)}
-    lists: dict[str, Sequence[str]] = {
-        "backend": [default.backend],
-        "precision": [""],
-        "layers": [""],
-        "dims": [""],
-        "dtype": ["float32"],
-        "chunking": ["none"],
-    }
+    lists = {key: [value] for key, value in _DEFAULTS.items()}
     for word in text.split():
         key, equals, values = word.partition("=")
         if key not in KEYS:
@@ -102,22 +104,14 @@ def parse_variants(text: str, engines: Sequence[Engine]) -> list[Variant]:
                 field="dtype",
                 allowed=CHOICES["dtype"],
             )
-    return [
-        Variant(
-            Engine(
-                backend,
-                precision or usual_precision.get(backend, default.precision),
-                default.device,
-            ),
-            _number("layers", layers),
-            _number("dims", dims),
-            dtype,
-            _chunking(chunking),
-        )
-        for backend, precision, layers, dims, dtype, chunking in itertools.product(
-            *(lists[key] for key in KEYS)
-        )
-    ]
+    variants = []
+    for backend, precision, layers, dims, dtype, chunking in itertools.product(*lists.values()):
+        name = backend or default.backend
+        usual = usual_precision.get(name, default.precision)
+        engine = Engine(name, precision or usual, default.device)
+        numbers = _number("layers", layers), _number("dims", dims)
+        variants.append(Variant(engine, *numbers, dtype, _chunking(chunking)))
+    return variants
 
 
 def usual_variants(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[Variant]:
@@ -129,16 +123,11 @@ def usual_variants(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[
     """
     first = engines[0]
     layers = [one for one in model["layers"] if one != model["num_layers"]]
-    both = itertools.product(sorted(model["dims"], reverse=True), CHOICES["dtype"])
-    return [
-        *(Variant(engine).resolved(model) for engine in engines),
-        *(Variant(first, one).resolved(model) for one in layers),
-        *(
-            Variant(first, None, dims, dtype).resolved(model)
-            for dims, dtype in both
-            if dtype != "ubinary" or dims % 8 == 0  # eight dimensions fill a byte
-        ),
-    ]
+    variants = [Variant(engine) for engine in engines] + [Variant(first, one) for one in layers]
+    for dims, dtype in itertools.product(sorted(model["dims"], reverse=True), CHOICES["dtype"]):
+        if dtype != "ubinary" or dims % 8 == 0:  # eight dimensions fill a byte
+            variants.append(Variant(first, None, dims, dtype))
+    return [variant.resolved(model) for variant in variants]
 
 
 def _chunking(text: str) -> str | None:

@@ -39,7 +39,9 @@ def run_action(service: Service, name: str, body: bytes, context: Any) -> bytes:
     action = ACTIONS.get(name)
     if action is None:
         raise InvalidCommandError(
-            f"there is no action {name[:200]!r}", field="type", allowed=list(ACTIONS)
+            f"unknown action {name[:200]!r}; known: {', '.join(ACTIONS)}",
+            field="type",
+            allowed=list(ACTIONS),
         )
     answer = action.handler(service, body, context)
     # The standard library takes ten times as long for numbers: 0.4 ms for one vector.

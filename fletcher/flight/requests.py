@@ -134,7 +134,9 @@ def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise InvalidCommandError(f"`{name[:200]}` comes twice", field=name[:200])
+            raise InvalidCommandError(
+                f"`{name[:200]}` is given twice; give it once", field=name[:200]
+            )
         fields[name] = value
     return fields
 

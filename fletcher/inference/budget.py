@@ -1,4 +1,4 @@
-"""Loads backends, whose run size shrinks when the device is out of memory."""
+"""Loading of backends, whose run size shrinks when the device is out of memory."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ _RUNS_TO_GROW = 64
 
 
 class BudgetedBackend:
-    """Backend that splits micro-batches by a budget of padded tokens, halved when memory is out.
+    """Backend that splits micro-batches by a budget of padded tokens.
 
-    A row beyond the budget runs alone. Vectors do not depend on the split.
+    The budget is halved when the device is out of memory, and grows again slowly. A row beyond the
+    budget runs alone. Vectors do not depend on the split.
 
     Args:
         backend: The engine.
@@ -127,7 +128,7 @@ def _folder(config: BackendConfig) -> Path:
 
 
 def load_inline(config: BackendConfig) -> Backend | None:
-    """Load a backend for this process, for one small run at a time; None if the engine has none.
+    """Load a backend for one small run at a time in this process; None without one.
 
     Raises:
         FletcherError: As the engine's own `load_inline`.

@@ -1,9 +1,9 @@
-"""Captured CUDA graphs for single short texts: one launch for a run, not one for each kernel.
+"""Captured CUDA graphs for single short texts.
 
-A graph keeps the shapes and addresses of its capture. So there is one graph for each of a few
-numbers of tokens. A second row of padding fills up that number; its vector is dropped, and it does
-not change the text's. Inputs are contiguous in the device's memory, and so are outputs: each
-direction takes one copy.
+A run is one launch, not one for each kernel. A graph keeps the shapes and addresses of its capture.
+So there is one graph for each of a few numbers of tokens. A second row of padding fills up that
+number; its vector is dropped, and it does not change the text's. Inputs are contiguous in the
+device's memory, and so are outputs: each direction takes one copy.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _Graph:
 
 
 class CapturedBackend:
-    """Backend that runs single short texts by captured graphs, and everything else without.
+    """Backend that runs single short texts by captured graphs, others without.
 
     Args:
         backend: The same model without graphs. It also takes a text that arrives while a graph
@@ -153,7 +153,7 @@ class CapturedBackend:
 def captured(
     backend: Backend, io: PackedIO, ort: Any, open_session: Callable[[], Any], device: str
 ) -> CapturedBackend:
-    """Add captured graphs for short texts to a backend; if that fails, warn and add none.
+    """Add captured graphs for short texts to a backend; on failure, warn and add none.
 
     Args:
         backend: The model without graphs, warmed up; the graphs' vectors must equal its own.
@@ -181,7 +181,7 @@ def captured(
 
 
 def _check_batches(graphs: Sequence[_Graph]) -> Iterator[MicroBatch]:
-    """A few texts for each graph, alternating, so that each graph's memory is overwritten."""
+    """A few texts for each graph, alternating, so that they overwrite its memory."""
     rng = np.random.default_rng(7)
     for fewer in (1, 8, 15, 1):
         for graph in graphs:

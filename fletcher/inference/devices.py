@@ -263,7 +263,7 @@ def _cpu_engine(backend: str, precision: str, host: HostInfo) -> tuple[str, str]
 
 
 def _shares(cores: int, num_nodes: int) -> list[int]:
-    """Cores of each replica: as few replicas as `MAX_CORES_PER_REPLICA` and the nodes allow."""
+    """Cores of each replica, for as few replicas as cores and memory nodes allow."""
     return split_cores(cores, min(cores, max(-(-cores // MAX_CORES_PER_REPLICA), num_nodes)))
 
 

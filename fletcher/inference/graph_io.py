@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from fletcher.core.batches import BoolArray, FloatArray, InferenceResult, Int32Array, MicroBatch
 from fletcher.errors import ModelError
-from fletcher.models.bundle.bundle import ModelBundle
+from fletcher.models.bundle.bundle import HIDDEN, ModelBundle
 from fletcher.models.checkpoint.markers import Queries, Skipped
-from fletcher.models.onnx.graph import HIDDEN
 from fletcher.vectors.pooling import normalize, pool
 from fletcher.vectors.ragged import sparse
 
@@ -230,7 +229,7 @@ class GraphIO:
     def warm_up_batches(
         self, max_batch_tokens: int, clock: Callable[[], float] = time.perf_counter
     ) -> Iterator[MicroBatch]:
-        """Micro-batches of a few lengths up to a long text's; those of most memory come first.
+        """Micro-batches of a few lengths up to a long text's, the largest first.
 
         The caller's time for a short one limits the others to some seconds each: full ones could
         take minutes for a large model on one core. Runs of all layers warm up all exits, because

@@ -71,7 +71,7 @@ def detect_host(root: Path = Path("/")) -> HostInfo:
 
 
 def _cores(groups: list[Path]) -> int:
-    """Cores by affinity, or by the tightest quota (v2 cpu.max, v1 cpu.cfs_quota_us), rounded up."""
+    """Cores by affinity and quota (v2 cpu.max, v1 cpu.cfs_quota_us), rounded up."""
     cores = len(os.sched_getaffinity(0))
     for group in groups:
         quota, _, period = _read(group / "cpu.max").partition(" ")

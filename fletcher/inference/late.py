@@ -24,9 +24,10 @@ SPANS = "segments"  # input of the graph; its name is part of the bundle format
 
 
 class LateBackend:
-    """Backend for whole rows, and for late chunking by a second one, loaded on first use.
+    """Backend for whole rows, and for late chunking by a second one.
 
-    The second one takes the memory of a model once more, which most servers never need.
+    The second one is loaded on first use: it takes the memory of a model once more, and most
+    servers never need it.
 
     Args:
         backend: Backend for whole rows.
@@ -137,7 +138,7 @@ def graph_io(
 
 
 def _spans(batch: MicroBatch) -> Spans:
-    """Those of a batch; each row is one where it has none, as in those for warming up."""
+    """Spans of a micro-batch; without any, as in the warm-up, a span for each row."""
     if batch.spans is not None:
         return batch.spans
     bounds = np.stack([np.zeros_like(batch.lengths), batch.lengths], axis=1)

@@ -106,7 +106,7 @@ def null_embeddings(
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64 (https://prng.di.unimi.it/splitmix64.c), on whole arrays."""
+    """Finalizer of splitmix64 (https://prng.di.unimi.it/splitmix64.c), on arrays."""
     values = (values ^ (values >> _UINT64(30))) * _UINT64(_FIRST_FACTOR)
     values = (values ^ (values >> _UINT64(27))) * _UINT64(_SECOND_FACTOR)
     return values ^ (values >> _UINT64(31))

@@ -28,8 +28,7 @@ from fletcher.inference.cuda_graphs import captured
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
 from fletcher.inference.packed_io import PackedIO
-from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.models.onnx.graph import HANDED_ON
+from fletcher.models.bundle.bundle import HANDED_ON, ModelBundle
 from fletcher.models.onnx.packed import write_packed
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -180,7 +179,7 @@ def _cpu(config: BackendConfig) -> _Place:
 
 @functools.cache
 def _one_arena() -> Mapping[str, str]:
-    """Session entries that make all sessions of this process share one arena for their runs.
+    """Entries by which all sessions of this process share one arena for their runs.
 
     Blocks run one after the other, and each would else keep an arena as large as a whole model's.
     """

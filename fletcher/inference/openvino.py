@@ -19,8 +19,7 @@ from fletcher.errors import BackendError, ModelError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.inference.late import graph_io, graphs
-from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.models.onnx.graph import HANDED_ON
+from fletcher.models.bundle.bundle import HANDED_ON, ModelBundle
 
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -115,7 +114,7 @@ class OpenVinoBackend:
 
 
 def load(config: BackendConfig) -> OpenVinoBackend:
-    """Compile and warm up a bundle's graph: a stream for each core, and one for urgent runs.
+    """Load a bundle's graph with a stream for each core, and one for urgent runs.
 
     Raises:
         BackendError: OpenVINO is missing, or lacks the precision on this CPU.
@@ -126,7 +125,7 @@ def load(config: BackendConfig) -> OpenVinoBackend:
 
 
 def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
-    """As `load`, for one run at a time, which then uses two cores; None on a single core.
+    """As `load`, for one run at a time, on two cores; None on a single core.
 
     With a stream for each core, a single run would leave the second core idle. More than two cores
     for a run have not been measured.
@@ -213,9 +212,10 @@ def _import() -> Any:
 
 
 def _infer(request: Any, feeds: Mapping[str, Any]) -> None:
-    """Run a request; `request.infer` would check the inputs' types and copy the outputs.
+    """Run a request.
 
-    Those take a tenth of a short text's time.
+    `request.infer` would check the inputs' types and copy the outputs, which takes a tenth of a
+    short text's time.
     """
     for name, tensor in feeds.items():
         request.set_tensor(name, tensor)

@@ -33,7 +33,7 @@ class PackedIO(GraphIO):
         )
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
-        """The four inputs, int32, and the tokens' mask in a padded batch [num_rows, longest].
+        """The four inputs, int32, and the mask of tokens, [num_rows, longest].
 
         Raises:
             ValueError: A row is longer than `max_length`.

@@ -1,4 +1,4 @@
-"""From rows and their vectors to output batches, whole arrays at a time."""
+"""Assembly of output batches from row slices and their vectors."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.interactive.single_row import is_plain, single_row_batch
 from fletcher.vectors.aggregation import aggregation
 from fletcher.vectors.finish import finish
-from fletcher.vectors.ragged import gathered
+from fletcher.vectors.ragged import gather_rows
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What has become of a piece.
+    """Output of a row slice.
 
     Attributes:
         batch: Its rows with their vectors.
-        errors: By row of the piece, why it has no vector.
-        offsets: int64 [num_rows + 1], row i of the piece became rows offsets[i] to offsets[i + 1]
-            of the batch: one, but where chunks are rows. A failed row is one.
+        errors: Errors by row of the slice.
+        offsets: int64 [num_rows + 1], row i of the slice is rows offsets[i] to offsets[i + 1] of
+            the batch. That is one row, unless chunks are rows; a failed row is always one.
     """
 
     batch: pa.RecordBatch
     errors: dict[int, FletcherError]
     offsets: Int64Array
 
-    def place(self, row: int) -> int:
-        """Where in the batch a row of the piece begins."""
+    def first_row(self, row: int) -> int:
+        """Returns the first row of the batch that belongs to a row of the slice."""
         return int(self.offsets[row])
 
     def ids(self) -> dict[int, pa.Scalar]:
-        """Of the failed rows."""
+        """Ids of the failed rows, by row of the slice."""
         ids = self.batch.column("id")
-        return {row: ids[self.place(row)] for row in self.errors}
+        return {row: ids[self.first_row(row)] for row in self.errors}
 
 
 class Assembler:
-    """Builds one call's output batches, in order.
+    """Assembles one call's output batches, in order. Not thread-safe.
 
     Args:
-        schema: The output's, without `batch_key`.
-        spec: What the vectors are.
-        upload_id: For rows that came without an id.
+        schema: Schema of the output, without `batch_key`.
+        spec: The vectors.
+        upload_id: Prefix of the ids of rows that came without one.
 
     Attributes:
-        kept_bytes: What the last piece left in memory that it does not count itself: what is kept
-            of a text of which more comes, and what chunks have of their row once more each.
+        kept_bytes: Memory beyond the `num_bytes` of the last row slice: kept parts of a text that
+            continues, and columns of a row that are repeated for its chunks.
     """
 
     def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
@@ -65,14 +65,14 @@ class Assembler:
         self._is_plain = is_plain(schema, spec)
         self._spec = spec
         self._upload_id = upload_id
-        self._table = _Table.of_size(0, spec.width)
+        self._table = _Table.zeros(0, spec.width)
         method = "mean" if spec.chunking is None else spec.chunking.aggregation
         self._aggregation = aggregation(method, normalized=spec.normalized)
 
     def assemble(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> Output | None:
-        """The output of a piece; None: its text goes on."""
+        """Returns the output of a row slice; None if its text continues in the next one."""
         finished = self._finished(row_slice, outcome)
         if finished is None:
             return None
@@ -108,7 +108,7 @@ class Assembler:
     def _single_row(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> pa.RecordBatch | None:
-        """The output of a single text by the short way; None if it is not that."""
+        """Returns the output of a single plain text; None for other slices."""
         if isinstance(outcome, FletcherError) or len(outcome.embeddings) != 1:
             return None
         given = row_slice.new_values is not None or "id" in row_slice.rows.schema.names
@@ -122,7 +122,7 @@ class Assembler:
     def _finished(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> EmbeddingBatch | FletcherError | None:
-        """Vectors of texts as they were asked for; None: of the piece's text more comes."""
+        """Returns the vectors of texts as asked for; None if the text continues."""
         outcome = self._finish(outcome)
         if row_slice.texts.chunking is None or not row_slice.texts.num_texts:
             return outcome
@@ -142,27 +142,27 @@ class Assembler:
     def _vectors(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> tuple[_Table, Int32Array]:
-        """The table and, for each row, its place there (any place for rows without a vector)."""
+        """Returns the table, and each row's index there (arbitrary without a vector)."""
         num_texts = row_slice.texts.num_texts
         own = row_slice.new_values is None
         if own and not isinstance(outcome, FletcherError):
             table = _Table(outcome)
         elif row_slice.new_values is None:
-            table = _Table.of_size(num_texts, self._spec.width)
-            table.fill(np.arange(num_texts, dtype=np.int32), outcome)
+            table = _Table.zeros(num_texts, self._spec.width)
+            table.set_vectors(np.arange(num_texts, dtype=np.int32), outcome)
         else:
             if row_slice.new_table is not None:
-                self._table = _Table.of_size(row_slice.new_table, self._spec.width)
+                self._table = _Table.zeros(row_slice.new_table, self._spec.width)
             table = self._table
-            table.fill(row_slice.new_values, outcome)
-        if len(table.token_count) == 0:  # no row of the piece has a text
-            table = _Table.of_size(1, self._spec.width)
+            table.set_vectors(row_slice.new_values, outcome)
+        if len(table.token_count) == 0:  # no row of the slice has a text
+            table = _Table.zeros(1, self._spec.width)
         return table, np.maximum(row_slice.values, 0)
 
     def _ids(self, row_slice: RowSlice) -> pa.Array:
         if "id" in row_slice.rows.schema.names:
             return row_slice.rows.column("id")
-        if row_slice.num_rows <= INTERACTIVE_ROWS:  # Arrow's functions take longer to begin
+        if row_slice.num_rows <= INTERACTIVE_ROWS:  # Arrow's functions are slower for few rows
             first, last = row_slice.row_first, row_slice.row_first + row_slice.num_rows
             return pa.array([f"{self._upload_id}:{row}" for row in range(first, last)], pa.utf8())
         offsets = np.arange(
@@ -186,17 +186,17 @@ class Assembler:
 
 
 class _Table:
-    """Vectors that rows point to."""
+    """Vectors that rows refer to by index."""
 
     def __init__(self, outcome: EmbeddingBatch) -> None:
-        """The vectors of texts that no other piece has."""
+        """A table of one row slice's own vectors."""
         self.embeddings, self.errors = outcome.embeddings, dict(outcome.errors)
         self.token_count, self.truncated = outcome.token_count, outcome.truncated
         self._counts = outcome.counts
 
     @classmethod
-    def of_size(cls, size: int, width: int) -> _Table:
-        """To be filled."""
+    def zeros(cls, size: int, width: int) -> _Table:
+        """Returns a table of zeros, to be filled."""
         vectors = np.zeros((size, width), np.float32)
         num_tokens, truncated = np.zeros(size, np.int32), np.zeros(size, np.bool_)
         return cls(EmbeddingBatch(vectors, None, num_tokens, truncated))
@@ -204,20 +204,23 @@ class _Table:
     def vectors(
         self, rows: Int32Array, missing: BoolArray, spec: VectorSpec
     ) -> tuple[VectorArray, Int32Array | None]:
-        """The vectors of rows, and how many each has; None: one. Missing ones have some or none."""
+        """Returns the vectors of rows, and each row's number of them (None: one).
+
+        Vectors of missing rows are arbitrary, or left out.
+        """
         if self._counts is None:
-            # What is not converted is copied: else some rows would keep all of their window.
+            # Vectors that are not converted are copied: a few would keep their batch window.
             as_it_is = self.embeddings.dtype.name == spec.dtype
             if as_it_is or not _is_all_in_order(rows, len(self.embeddings)):
                 return self.embeddings[rows], None
             return self.embeddings, None
         wanted = np.flatnonzero(~missing)
-        vectors, counts = gathered(self.embeddings, self._counts, rows[wanted])
+        vectors, counts = gather_rows(self.embeddings, self._counts, rows[wanted])
         spread = np.zeros(len(rows), np.int32)
         spread[wanted] = counts
         return vectors, spread
 
-    def fill(self, places: Int32Array, outcome: EmbeddingBatch | FletcherError) -> None:
+    def set_vectors(self, places: Int32Array, outcome: EmbeddingBatch | FletcherError) -> None:
         if isinstance(outcome, FletcherError):
             self.errors.update(dict.fromkeys(places.tolist(), outcome))
             return

@@ -1,8 +1,8 @@
-"""A window of tokenized texts, planned into micro-batches, and the vectors that come back.
+"""Tokenized texts that are planned together, and their vectors.
 
-All texts of a window lie in one flat array of token ids; micro-batches are sets of its rows, and
-their vectors are written to the rows' places in one array, of which every ticket then gets its
-slice.
+All texts of a batch window lie in one flat array of token ids, and micro-batches are sets of its
+rows. Their vectors are written to the rows' places in one array, and every ticket gets its slice
+of that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fletcher.core.batches import (
 )
 from fletcher.errors import FletcherError, InternalError
 from fletcher.pipeline.stream import StreamTicket
-from fletcher.vectors.ragged import places, scattered, spans_of, starts_of
+from fletcher.vectors.ragged import places, scatter_rows, spans_of, starts_of
 
 Plan = Callable[[Int32Array], list[Int64Array]]
 
@@ -39,8 +39,8 @@ class BatchWindow:
     Args:
         tickets: Tokenized tickets of one model, one exit layer and one type of vectors, all with
             spans or all without.
-        dim: Numbers in a vector.
-        plan: From lengths to row sets; rows of length 0 (failed texts) are not given to it.
+        dim: Width of a vector.
+        plan: Cuts lengths into row sets. It does not see rows of length 0, the failed texts.
     """
 
     def __init__(self, tickets: Sequence[StreamTicket], dim: int, plan: Plan) -> None:
@@ -59,16 +59,16 @@ class BatchWindow:
         self._first_rows = list(accumulate(num_texts, initial=0))
         late = [tokens.spans for tokens in token_batches if tokens.spans is not None]
         self._spans = _all_spans(late)
-        # Where a row's vectors begin, of which it has one or one for each span.
-        self._slots: Int64Array = np.arange(len(lengths) + 1)
+        # Place of each row's first vector; a row has one vector, or one for each span.
+        self._vector_starts: Int64Array = np.arange(len(lengths) + 1)
         if self._spans is not None:
-            self._slots = np.concatenate(([0], np.cumsum(self._spans.counts)))
+            self._vector_starts = np.concatenate(([0], np.cumsum(self._spans.counts)))
         present = np.flatnonzero(self._lengths)
         row_sets = plan(self._lengths[present]) if len(present) else []
         self.row_sets: list[Int64Array] = [present[rows] for rows in row_sets]
         self._embeddings: VectorArray | None = None
         self._norms: FloatArray | None = None
-        self._parts: list[tuple[Int64Array, FloatArray, Int32Array]] = []  # several vectors a row
+        self._ragged: list[tuple[Int64Array, FloatArray, Int32Array]] = []  # several vectors a row
         self._errors: dict[int, FletcherError] = {}
         self._remaining = len(self.row_sets)
         self._lock = threading.Lock()
@@ -79,7 +79,7 @@ class BatchWindow:
             return MicroBatch(self._input_ids, self._lengths, self._layers, self._spans, self._half)
         lengths = self._lengths[rows]
         ends = np.cumsum(lengths)
-        # Position i of the output comes from start of its row + i - where its row begins there.
+        # Output position i comes from its row's start here + i - its row's start in the output.
         shift = np.repeat(self._starts[rows] - (ends - lengths), lengths)
         spans = None if self._spans is None else spans_of(self._spans, rows)
         input_ids = self._input_ids[np.arange(ends[-1]) + shift]
@@ -87,11 +87,14 @@ class BatchWindow:
 
     @property
     def abandoned(self) -> bool:
-        """Nobody waits for any of it."""
+        """Whether no open stream waits for any of it."""
         return all(ticket.stream.closed for ticket in self.tickets)
 
-    def settle(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
-        """Takes a micro-batch's vectors, or why it has none; the last one finishes the tickets."""
+    def take_result(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
+        """Takes a micro-batch's vectors or error; the last one finishes the tickets.
+
+        Thread-safe.
+        """
         with self._lock:
             error = result if isinstance(result, FletcherError) else self._store(rows, result)
             if error is not None:
@@ -99,27 +102,27 @@ class BatchWindow:
             self._remaining -= 1
             if self._remaining:
                 return
-        self.finish()
+        self.finish_tickets()
 
-    def finish(self) -> None:
-        """Gives every ticket its slice."""
-        slots, counts = self._slots, None
+    def finish_tickets(self) -> None:
+        """Gives every ticket its slice of the vectors."""
+        starts, counts = self._vector_starts, None
         embeddings = self._embeddings
-        if self._parts:
-            embeddings, counts = scattered(len(self._lengths), self._dim, self._parts)
-            slots = np.concatenate(([0], np.cumsum(counts)))
+        if self._ragged:
+            embeddings, counts = scatter_rows(len(self._lengths), self._dim, self._ragged)
+            starts = np.concatenate(([0], np.cumsum(counts)))
         elif embeddings is None:
-            embeddings = np.zeros((slots[-1], self._dim), self._dtype)
+            embeddings = np.zeros((starts[-1], self._dim), self._dtype)
         for index, ticket in enumerate(self.tickets):
             first, last = self._first_rows[index], self._first_rows[index + 1]
-            begin, end = slots[first], slots[last]
+            begin, end = starts[first], starts[last]
             tokens = ticket.tokens
             assert tokens is not None
             errors = {
                 row - first: error for row, error in self._errors.items() if first <= row < last
             }
             if tokens.spans is not None:
-                ticket.finish(self._of_spans(tokens, embeddings[begin:end], errors, begin))
+                ticket.finish(self._span_result(tokens, embeddings[begin:end], errors, begin))
                 continue
             truncated: BoolArray = tokens.truncated
             ticket.finish(
@@ -134,20 +137,20 @@ class BatchWindow:
                 )
             )
 
-    def _of_spans(
+    def _span_result(
         self,
         tokens: TokenBatch,
         embeddings: VectorArray,
         errors: Mapping[int, FletcherError],
         begin: int,
     ) -> EmbeddingBatch:
-        """Vectors of a ticket's spans, each of which is a text from here on.
+        """Result of a ticket with spans, each of which counts as a text from here on.
 
         Args:
-            tokens: The ticket's.
+            tokens: The ticket's tokens.
             embeddings: float32 [num_spans, dim].
-            errors: By row.
-            begin: The first span's place in the window.
+            errors: Errors by row.
+            begin: Place of the first span in the window.
         """
         assert tokens.spans is not None
         counts, bounds = tokens.spans.counts, tokens.spans.bounds
@@ -167,16 +170,16 @@ class BatchWindow:
         )
 
     def _store(self, rows: Int64Array, result: InferenceResult) -> FletcherError | None:
-        """Puts vectors in their places; an error where they are not what the model promises."""
+        """Puts vectors in their places; returns an error if their shape is wrong."""
         if result.counts is not None:
             vectors = np.asarray(result.embeddings, np.float32)
             return self._store_ragged(rows, vectors, result.counts)
-        slots = rows
+        targets = rows
         if self._spans is not None:
-            slots = places(self._slots[rows], self._spans.counts[rows])
-        expected = (len(slots), self._dim)
-        norms = len(slots) if result.norms is None else result.norms.size
-        if result.embeddings.shape != expected or norms != len(slots):
+            targets = places(self._vector_starts[rows], self._spans.counts[rows])
+        expected = (len(targets), self._dim)
+        norms = len(targets) if result.norms is None else result.norms.size
+        if result.embeddings.shape != expected or norms != len(targets):
             return InternalError(
                 f"a replica answered with vectors of shape {result.embeddings.shape} and {norms} "
                 f"norms, expected {expected}"
@@ -185,30 +188,30 @@ class BatchWindow:
             self._embeddings, self._norms = result.embeddings, result.norms
             return None
         if self._embeddings is None:
-            self._embeddings = np.zeros((self._slots[-1], self._dim), self._dtype)
-        self._embeddings[slots] = result.embeddings
+            self._embeddings = np.zeros((self._vector_starts[-1], self._dim), self._dtype)
+        self._embeddings[targets] = result.embeddings
         if result.norms is not None:
             if self._norms is None:
-                self._norms = np.zeros(self._slots[-1], np.float32)
-            self._norms[slots] = result.norms.reshape(-1)
+                self._norms = np.zeros(self._vector_starts[-1], np.float32)
+            self._norms[targets] = result.norms.reshape(-1)
         return None
 
     def _store_ragged(
         self, rows: Int64Array, vectors: FloatArray, counts: Int32Array
     ) -> FletcherError | None:
-        """Keeps vectors until all are there: only then is it known where each row begins."""
+        """Keeps vectors until all are there, because only then each row's place is known."""
         expected = (int(counts.sum()), self._dim)
         if len(counts) != len(rows) or vectors.shape != expected:
             return InternalError(
                 f"a replica answered with vectors of shape {vectors.shape} for {len(counts)} rows, "
                 f"expected {expected} for {len(rows)}"
             )
-        self._parts.append((rows, vectors, counts))
+        self._ragged.append((rows, vectors, counts))
         return None
 
 
 def _joined(arrays: list[Any]) -> Any:
-    """The same, not copied where there is one."""
+    """Concatenates arrays; copies nothing if there is only one."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 

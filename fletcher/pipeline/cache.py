@@ -1,9 +1,9 @@
-"""Vectors of texts that were embedded before, found by what they were made of.
+"""Embedding cache: vectors of texts that were embedded before.
 
-The cache stands before tokenization and holds what the network gave: the vector in float32, its
-norm, the token count and whether tokens were cut off. Dims, normalisation and element type come
-later, so that all requests share it. A key is a BLAKE2b of 128 bits over the model, the engine and
-the text with all that is done to it.
+The cache is looked up before tokenization. An entry holds the model's output: the vector in
+float32, its norm, the token count and whether tokens were cut off. Dims, normalisation and element
+type are applied later, so all requests share the entries. A key is a 128-bit BLAKE2b hash of the
+model, the engine, the text and its treatment.
 """
 
 from __future__ import annotations
@@ -24,29 +24,28 @@ from fletcher.errors import FletcherError
 from fletcher.telemetry.tracing import Telemetry
 
 _KEY_BYTES = 16
-# What an entry takes beside its value: two bytes objects, a key, a place in an OrderedDict, as
-# tracemalloc counts them.
+# Bytes of an entry beside its value, by tracemalloc: two bytes objects, a key, a dictionary entry.
 _ENTRY_BYTES = 190
 
 
 class CacheBackend(Protocol):
-    """Keeps values of one size by key, the least recently used go first. Thread-safe."""
+    """Values by key; evicts the least recently used first. Thread-safe."""
 
     @property
     def num_bytes(self) -> int:
-        """What it takes."""
+        """Size of the kept values, in bytes."""
         ...
 
     def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The value of each key; None where there is none."""
+        """Returns the value of each key; None for keys without one."""
         ...
 
     def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """Keeps values, as long as there is room."""
+        """Stores values, and evicts others if there is no room."""
         ...
 
     def close(self) -> None:
-        """Lets everything go. Idempotent."""
+        """Frees everything. Idempotent."""
         ...
 
 
@@ -54,7 +53,7 @@ class MemoryCache:
     """See `CacheBackend`.
 
     Args:
-        max_bytes: Values, keys and what Python needs for them.
+        max_bytes: Most bytes of values, keys and Python's overhead.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -97,13 +96,13 @@ class MemoryCache:
 
 
 class EmbeddingCache:
-    """Finds vectors on a shelf, and puts new ones there. Thread-safe.
+    """Vectors of texts that were embedded before. Thread-safe.
 
     Args:
-        scope: What the vectors depend on beside the texts: the model and how it is run.
+        scope: Facts that the vectors depend on beside the texts: the model and how it is run.
         dim: Width of a vector.
-        shelf: Where they are kept.
-        telemetry: Where hits and misses are counted.
+        backend: Storage of the vectors.
+        telemetry: Counts hits and misses.
     """
 
     def __init__(
@@ -122,20 +121,20 @@ class EmbeddingCache:
         )
         telemetry.cache_memory.observe(lambda: backend.num_bytes)
 
-    def recall(self, texts: TextBatch) -> Recall:
-        """What is known of some texts."""
+    def look_up(self, texts: TextBatch) -> CacheLookup:
+        """Looks texts up."""
         keys = self._keys(texts)
         values = self._backend.load_values(keys)
-        known = np.array([value is not None for value in values], np.bool_)
-        num_known = int(known.sum())
-        self._telemetry.cache_hits.add(num_known)
-        self._telemetry.cache_misses.add(len(keys) - num_known)
+        cached = np.array([value is not None for value in values], np.bool_)
+        num_cached = int(cached.sum())
+        self._telemetry.cache_hits.add(num_cached)
+        self._telemetry.cache_misses.add(len(keys) - num_cached)
         records = np.zeros(len(keys), self._record)
-        records[known] = np.frombuffer(b"".join(filter(None, values)), self._record)
-        return Recall(self, texts, keys, known, records)
+        records[cached] = np.frombuffer(b"".join(filter(None, values)), self._record)
+        return CacheLookup(self, texts, keys, cached, records)
 
-    def remember(self, keys: Sequence[bytes], records: Any) -> None:
-        """Keeps new vectors."""
+    def store_vectors(self, keys: Sequence[bytes], records: Any) -> None:
+        """Stores new vectors."""
         raw, size = records.tobytes(), self._record.itemsize
         self._backend.store_values(keys, [raw[n * size : (n + 1) * size] for n in range(len(keys))])
 
@@ -153,34 +152,37 @@ class EmbeddingCache:
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
-    """What was known of a TextBatch when it came.
+class CacheLookup:
+    """Cached vectors of a TextBatch.
 
     Attributes:
-        known: bool [num_texts].
-        records: [num_texts] vectors and what goes with them, zeros where not known.
+        cache: Receives the vectors that are missing.
+        texts: The texts.
+        keys: Their keys.
+        cached: bool [num_texts], whether a text's vector is cached.
+        records: [num_texts] cached entries; zeros for texts that are not cached.
     """
 
     cache: EmbeddingCache
     texts: TextBatch
     keys: list[bytes]
-    known: Any
+    cached: Any
     records: Any
 
     @property
     def missing(self) -> TextBatch:
-        """The texts that have to be embedded."""
-        if not self.known.any():
+        """Texts that are not cached."""
+        if not self.cached.any():
             return self.texts
         view, offsets = memoryview(self.texts.data), self.texts.offsets
-        places = np.flatnonzero(~self.known).tolist()
+        places = np.flatnonzero(~self.cached).tolist()
         parts = [view[offsets[place] : offsets[place + 1]] for place in places]
         ends = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
         return replace(self.texts, data=b"".join(parts), offsets=ends)
 
     def complete(self, result: EmbeddingBatch | FletcherError) -> EmbeddingBatch | FletcherError:
-        """The vectors of all texts, from those of `missing`, which are remembered."""
-        places = np.flatnonzero(~self.known)
+        """Returns the vectors of all texts, given those of `missing`, which it stores."""
+        places = np.flatnonzero(~self.cached)
         if isinstance(result, FletcherError):
             if len(places) == len(self.keys):
                 return result
@@ -193,7 +195,7 @@ class Recall:
             records["token_count"][places] = result.token_count
             records["truncated"][places] = result.truncated
             good = [place for place in places.tolist() if place not in errors]
-            self.cache.remember([self.keys[place] for place in good], records[good])
+            self.cache.store_vectors([self.keys[place] for place in good], records[good])
         norms = self.records["norm"]
         return EmbeddingBatch(
             embeddings=np.ascontiguousarray(self.records["embedding"]),

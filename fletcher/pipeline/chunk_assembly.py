@@ -1,4 +1,4 @@
-"""Output batches whose rows are chunks of texts: `chunking` without aggregation."""
+"""Assembly of output batches whose rows are chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fletcher.pipeline.assembly import Assembler, Output
 from fletcher.pipeline.input.arrays import large_utf8, text_offsets
 from fletcher.pipeline.input.row_slice import RowSlice
 
-# Vectors, places and texts of one row's chunks, where they are kept until all are there.
+# Most bytes of one row's chunks that are kept until all are there: vectors, ranges and texts.
 _MAX_KEPT_BYTES = 256 << 20
 
 
@@ -27,7 +27,7 @@ def assembler(
     whole_rows: bool,
     max_kept_bytes: int = _MAX_KEPT_BYTES,
 ) -> Assembler:
-    """The one for a call; the arguments are those of `ChunkAssembler`."""
+    """Returns the assembler of a call; arguments are those of `ChunkAssembler`."""
     if spec.chunking is None or not spec.chunking.rows:
         return Assembler(schema, spec, upload_id)
     return ChunkAssembler(
@@ -36,16 +36,16 @@ def assembler(
 
 
 class ChunkAssembler(Assembler):
-    """Builds one call's output batches; a row whose chunks failed is one row without a vector.
+    """Assembles one call's output batches; a failed row is one without a vector.
 
     Args:
-        schema: The output's, without `batch_key`.
-        spec: What the vectors are.
-        upload_id: For rows that came without an id.
-        whole_rows: A text that comes in parts is kept until all its chunks are there; else the
-            chunks of each part leave as they come.
-        max_kept_bytes: How much is kept of a text, and what its row carries, once for each of its
-            chunks, at most 256 MiB.
+        schema: Schema of the output, without `batch_key`.
+        spec: The vectors.
+        upload_id: Prefix of the ids of rows that came without one.
+        whole_rows: All chunks of a text leave together; else those of each part leave as they are
+            ready.
+        max_kept_bytes: Most bytes that are kept of a text's chunks, with the columns that its row
+            repeats for each; at most 256 MiB.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ChunkAssembler(Assembler):
         self._whole_rows = whole_rows
         self._max_kept_bytes = min(max_kept_bytes, _MAX_KEPT_BYTES)
         self._kept: list[EmbeddingBatch | FletcherError] = []
-        self._lost = False  # a part of the row at hand failed, and that was said
+        self._lost = False  # a part of the current row failed, and its error was returned
 
     def assemble(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
@@ -105,7 +105,7 @@ class ChunkAssembler(Assembler):
         return Output(batch, errors, offsets)
 
     def _keep(self, outcome: EmbeddingBatch | FletcherError) -> None:
-        """Keeps a part's chunks; of a row that has too many or lost a part, only the error."""
+        """Keeps a part's chunks; after an error, or with too many of them, only the error."""
         if self._kept and isinstance(self._kept[0], FletcherError):
             return
         if not isinstance(outcome, FletcherError) and outcome.chunks is not None:
@@ -115,10 +115,10 @@ class ChunkAssembler(Assembler):
                 self.kept_bytes += int((spans[:, 3] - spans[:, 2]).sum())
             if self._kept and self.kept_bytes > self._max_kept_bytes:
                 outcome = RowTooLargeError(
-                    f"the chunks of `text` take {self.kept_bytes} bytes or more, at most "
-                    f"{self._max_kept_bytes} are stored of one row; take larger chunks with less "
-                    "overlap, a shorter text, or DoExchange, which gives chunks as they come; a "
-                    "server with a larger --max-memory takes more, up to 256 MiB",
+                    f"the chunks of `text` take {self.kept_bytes} bytes or more, expected at most "
+                    f"{self._max_kept_bytes} of one row; take larger chunks with less overlap, a "
+                    "shorter text, or DoExchange, which sends chunks as they are ready; a server "
+                    "with a larger --max-memory takes more, up to 256 MiB",
                     field="chunking",
                     allowed=[f"<= {self._max_kept_bytes} bytes of chunks"],
                 )
@@ -136,14 +136,17 @@ class ChunkAssembler(Assembler):
         places: Int64Array,
         missing: BoolArray,
     ) -> pa.RecordBatch:
-        """The output.
+        """Returns the output batch.
 
         Args:
-            rows: int64 [n], of which row of the piece each is.
-            places: int64 [n], which chunk it is; any for rows without a vector.
-            missing: bool [n], it has no vector.
+            row_slice: The slice.
+            outcome: Vectors of its chunks.
+            chunks: The chunks.
+            rows: int64 [n], index of each output row's row in the slice.
+            places: int64 [n], index of its chunk; arbitrary for rows without a vector.
+            missing: bool [n], whether it has no vector.
         """
-        if not len(chunks.index):  # somewhere that rows without a vector can point to
+        if not len(chunks.index):  # rows without a vector need a chunk to refer to
             outcome, chunks = _nothing(0, self._spec.dims, 1), _no_chunks(0, 1)
         places = np.where(missing, 0, places)
         spans = np.where(missing[:, None], 0, chunks.text_ranges[places])
@@ -172,7 +175,7 @@ class ChunkAssembler(Assembler):
     def _texts(
         self, row_slice: RowSlice, rows: Int64Array, spans: Int64Array, missing: BoolArray
     ) -> pa.Array:
-        """The chunks' own texts."""
+        """Returns the texts of the chunks."""
         held, begins = self._source(row_slice, rows)
         firsts = begins + spans[:, 2]
         lengths = spans[:, 3] - spans[:, 2]
@@ -186,7 +189,7 @@ class ChunkAssembler(Assembler):
         return texts.cast(self._type("text"))
 
     def _source(self, row_slice: RowSlice, rows: Int64Array) -> tuple[memoryview, Int64Array]:
-        """UTF-8, and for each row of the output the place there at which its text begins."""
+        """Returns UTF-8, and the position there at which each output row's text begins."""
         column = row_slice.rows.column("text")
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
@@ -196,7 +199,7 @@ class ChunkAssembler(Assembler):
 
 
 def _added(rows: pa.RecordBatch, batch: pa.RecordBatch) -> int:
-    """What the rows' columns take more in the output, where they are there once for each chunk."""
+    """Returns the bytes that repeating the rows' columns for each chunk adds."""
     carried = [name for name in rows.schema.names if name != "text"]
     columns = (batch.column(name.removeprefix("carried:")) for name in carried)
     repeated = sum(int(column.nbytes) for column in columns)
@@ -204,9 +207,9 @@ def _added(rows: pa.RecordBatch, batch: pa.RecordBatch) -> int:
 
 
 def _too_much(rows: pa.RecordBatch, counts: Int64Array, most: int) -> dict[int, int]:
-    """Rows whose columns, once for each chunk, make too much of a piece, and how many bytes.
+    """Returns rows whose repeated columns exceed their slice's limit, and their bytes.
 
-    A few kilobytes of text have a thousand chunks, and each has all that the row carries.
+    A few kilobytes of text may have a thousand chunks, each with all columns of the row.
     """
     carried = rows.select([name for name in rows.schema.names if name != "text"])
     if carried.nbytes * int(counts.max(initial=0)) <= most:
@@ -220,16 +223,16 @@ def _too_much(rows: pa.RecordBatch, counts: Int64Array, most: int) -> dict[int, 
 
 def _carries_too_much(num_bytes: int, most: int) -> RowTooLargeError:
     return RowTooLargeError(
-        f"what goes with each chunk of `text` takes {num_bytes} bytes in all, at most {most} are "
-        "kept at once; carry less, or take larger chunks; a server with a larger --max-memory "
-        "takes more, up to 256 MiB",
+        f"`columns`, repeated for each chunk of `text`, take {num_bytes} bytes, expected at most "
+        f"{most}; carry fewer, or take larger chunks; a server with a larger --max-memory takes "
+        "more, up to 256 MiB",
         field="columns",
         allowed=[f"<= {most} bytes"],
     )
 
 
 def _joined(parts: list[EmbeddingBatch | FletcherError]) -> EmbeddingBatch | FletcherError:
-    """A text's chunks out of those of its parts; its error where one failed."""
+    """Joins the chunks of a text's parts; returns the error if one failed."""
     good = []
     for part in parts:
         if isinstance(part, FletcherError):

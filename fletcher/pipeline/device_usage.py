@@ -27,7 +27,7 @@ class DeviceUsage:
         self._busy: defaultdict[str, Utilization] = defaultdict(Utilization)
 
     def budget(self, device: str) -> int:
-        """Padded tokens that a device takes in one run, as it last reported; 0 before that."""
+        """Padded tokens a device takes in one run, as last reported; else 0."""
         return self._budgets.get(device, 0)
 
     def busy(self, device: str) -> Utilization:

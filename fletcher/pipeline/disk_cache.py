@@ -1,7 +1,7 @@
-"""The embedding cache's shelf on disk, in LMDB: it outlives the server, and several may share it.
+"""Embedding cache on disk, in LMDB; several servers may share it.
 
-Reading maps the file; what is new or was used is written by a thread of its own, a transaction with
-its sync at a time, so that nobody waits for the disk. What that thread cannot follow is forgotten.
+Reading maps the file. A writer thread stores new values and the order of use, in transactions that
+each end with a sync, so no request waits for the disk. Values beyond its queue are dropped.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from fletcher.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# LMDB writes every changed page anew, and the old ones are free only for later transactions: half
-# of the file is for that.
+# LMDB copies every changed page, and frees the old one for later transactions only: half of the
+# file is for that.
 _FULL_SHARE = 0.5
 _QUEUED_JOBS = 16
 _TRANSACTION_KEYS = 1024
 _EVICT_KEYS = 64
 _TICK_BYTES = 8
 
-# Keys with their values; keys that were only used have None.
+# Keys with their values; None for keys that were only used.
 _Job = list[tuple[bytes, bytes | None]]
 
 
@@ -35,8 +35,8 @@ class DiskCache:
     """See `fletcher.pipeline.cache.CacheBackend`.
 
     Args:
-        folder: Where the file is; made if need be.
-        max_bytes: Size of the file at most.
+        folder: Folder of the file; created if it does not exist.
+        max_bytes: Largest size of the file.
 
     Raises:
         ConfigError: LMDB is not installed, or the folder cannot be used.
@@ -71,13 +71,13 @@ class DiskCache:
 
     @property
     def num_bytes(self) -> int:
-        """Pages in use."""
+        """Size of the pages in use, in bytes."""
         with contextlib.suppress(self._error), self._env.begin() as transaction:
             return self._used_bytes(transaction)
         return 0
 
     def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """See `CacheBackend`. A value whose checksum is wrong is none."""
+        """See `CacheBackend`. A value with a wrong checksum counts as missing."""
         try:
             with self._env.begin(db=self._values) as transaction:
                 found = [_checked(transaction.get(key)) for key in keys]
@@ -90,7 +90,7 @@ class DiskCache:
         return found
 
     def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """See `CacheBackend`. The values are there a little later."""
+        """See `CacheBackend`. Returns before the values are written."""
         self._enqueue(
             [
                 (key, zlib.crc32(value).to_bytes(4, "big") + value)
@@ -99,7 +99,7 @@ class DiskCache:
         )
 
     def close(self) -> None:
-        """Writes what is queued and closes the file. Idempotent."""
+        """Writes all queued values and closes the file. Idempotent."""
         if not self._closed:
             self._closed = True
             self._jobs.put(None)

@@ -1,4 +1,4 @@
-"""Output batches whose rows are chunks of documents that come in pieces."""
+"""Assembly of output batches whose rows are chunks of documents in several rows."""
 
 from __future__ import annotations
 
@@ -12,19 +12,32 @@ from fletcher.pipeline.assembly import Output
 from fletcher.pipeline.chunk_assembly import ChunkAssembler
 from fletcher.pipeline.input.row_slice import RowSlice
 
-# Of a document's text, what chunks that are to come may have: one of 1,000 tokens has some 5 kB,
-# but white space has no tokens.
-_MAX_TEXT_BYTES = 1 << 20
+# A chunk of 1,000 tokens has some 5 kB of text, but white space has no tokens.
+MAX_CHUNK_TEXT_BYTES = 1 << 20
 
 
 class DocumentAssembler(ChunkAssembler):
-    """Builds one call's output batches; arguments are those of `ChunkAssembler`.
+    """Assembles one call's output batches.
 
-    Where chunks have their texts, a document's text is kept from its last chunk on.
+    If chunks carry their texts, a document's text is kept from the start of its last chunk on.
+
+    Args:
+        schema: Schema of the output, without `batch_key`.
+        spec: The vectors.
+        upload_id: Prefix of the ids of rows that came without one.
+        max_text_bytes: Most bytes of text that are kept for a chunk.
     """
 
-    def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
+    def __init__(
+        self,
+        schema: pa.Schema,
+        spec: VectorSpec,
+        upload_id: str,
+        *,
+        max_text_bytes: int = MAX_CHUNK_TEXT_BYTES,
+    ) -> None:
         super().__init__(schema, spec, upload_id, whole_rows=False)
+        self._max_text_bytes = max_text_bytes
         self._kept_text = b""
         self._dropped_bytes = 0  # of the document, before that
 
@@ -36,18 +49,18 @@ class DocumentAssembler(ChunkAssembler):
             return super().assemble(row_slice, outcome)
         if row_slice.part == 0:
             self._kept_text, self._dropped_bytes = b"", 0
-        if len(self._kept_text) > _MAX_TEXT_BYTES:
+        if len(self._kept_text) > self._max_text_bytes:
             outcome = RowTooLargeError(
-                f"a chunk's text has more than {_MAX_TEXT_BYTES} bytes, of which it has few "
-                "tokens; send less white space, or leave `include_text` out",
+                f"`text` has more than {self._max_text_bytes} bytes in one chunk, expected fewer; "
+                "send less white space, or leave `include_text` out",
                 field="text",
-                allowed=[f"<= {_MAX_TEXT_BYTES} bytes a chunk"],
+                allowed=[f"<= {self._max_text_bytes} bytes a chunk"],
             )
         if not self._lost or row_slice.part == 0:
             self._kept_text += row_slice.texts.data
         output = super().assemble(row_slice, outcome)
         if isinstance(outcome, EmbeddingBatch) and outcome.chunks is not None:
-            # The next chunk begins behind the beginning of the last one.
+            # The next chunk begins after the start of the last one.
             for first in outcome.chunks.text_ranges[-1:, 2].tolist():
                 self._kept_text = self._kept_text[first - self._dropped_bytes :]
                 self._dropped_bytes = first
@@ -55,7 +68,7 @@ class DocumentAssembler(ChunkAssembler):
 
     def _source(
         self,
-        row_slice: RowSlice,  # noqa: ARG002 - of an earlier one, too
+        row_slice: RowSlice,  # noqa: ARG002 - the text may be an earlier slice's
         rows: Int64Array,
     ) -> tuple[memoryview, Int64Array]:
         return memoryview(self._kept_text), np.full(len(rows), -self._dropped_bytes)

@@ -1,4 +1,4 @@
-"""The pipeline of one model: tokenizers, planning and replicas behind `open_stream`."""
+"""Pipeline of one model: tokenizers, scheduler and replicas behind `open_stream`."""
 
 from __future__ import annotations
 
@@ -155,10 +155,10 @@ class Embedder:
             raise
 
     def close(self) -> None:
-        """Ends all workers and closes all streams: what was in flight has no result. Idempotent."""
+        """Ends all workers and closes all streams, without results. Idempotent."""
         for end in self._end_watching:
             end()
-        # First, so that what the workers drop on the way is nobody's failed row.
+        # Streams first: jobs that the workers drop then do not count as failed rows.
         with self._opening:
             self._closed = True
             streams = list(self._streams)
@@ -168,7 +168,7 @@ class Embedder:
         self.replicas.close()
 
     def open_stream(self, trace: Span | None = None) -> EmbedStream:
-        """A way through the pipeline for one client call; close it in the end."""
+        """Opens a stream for one client call; the caller closes it."""
         stream = EmbedStream(self._budget.open_allowance(), self._enqueue, trace)
         with self._opening:
             self._streams.add(stream)
@@ -203,7 +203,7 @@ class Embedder:
         return int(result.embeddings.token_count[0])
 
     def queued(self, stage: str) -> int:
-        """What waits for a stage: `texts` and `tokens` for their workers, or `micro_batches`."""
+        """Length of a queue: `texts`, `tokens` or `micro_batches`."""
         depths = {
             "texts": self._scheduler.tokenization.depth,
             "tokens": self._scheduler.inference.depth,
@@ -212,12 +212,12 @@ class Embedder:
         return depths[stage]()
 
     def queued_windows(self) -> float:
-        """Tokens that wait to be planned, in windows."""
+        """Tokens that wait to be planned, in batch windows."""
         return self._scheduler.inference.depth() / max(1, self._window_tokens)
 
     @property
     def keeps_vectors(self) -> bool:
-        """It keeps vectors of texts, which are float32, as the network gives them."""
+        """Whether vectors are cached, in float32 as the model gives them."""
         return self._cache is not None
 
     @property
@@ -226,17 +226,17 @@ class Embedder:
         return self.tokenizers.usable and self.replicas.usable
 
     def check_workers(self) -> None:
-        """Refuses work that nobody would do.
+        """Checks that there are workers of both kinds.
 
         Raises:
-            OverloadedError: There are no workers of one kind, and none will be back soon.
+            OverloadedError: All workers of one kind are gone, and none will be back soon.
         """
         for pool in (self.tokenizers, self.replicas):
             if pool.gone:
                 raise pool.error()
 
     def statistics(self) -> dict[str, Any]:
-        """Workers as they are now."""
+        """Snapshot of all workers."""
         return {
             "tokenizers": self.tokenizers.statistics(),
             "replicas": [
@@ -258,11 +258,11 @@ class Embedder:
         }
 
     def memory_bytes(self) -> int:
-        """What its processes take of the machine's memory now."""
+        """Memory of the worker processes, in bytes."""
         return memory_bytes([*self.tokenizers.process_ids(), *self.replicas.process_ids()])
 
     def _watch(self, telemetry: Telemetry, model: str) -> list[Callable[[], None]]:
-        """Shows each worker's state and rate, until what it returns is called."""
+        """Exports each worker's state and rate; returns the functions that end that."""
         ends = [
             telemetry.worker_usable.observe(partial(pool.is_usable, name), model=model, worker=name)
             for pool in (self.tokenizers, self.replicas)
@@ -284,8 +284,8 @@ class Embedder:
         texts = ticket.texts
         # Vectors of texts in chunks are the chunks', and not kept.
         if self._cache is not None and texts.chunking is None and texts.num_texts:
-            recall = self._cache.recall(texts)
-            ticket.texts, ticket.complete = recall.missing, recall.complete
+            lookup = self._cache.look_up(texts)
+            ticket.texts, ticket.complete = lookup.missing, lookup.complete
         if not ticket.texts.num_texts:
             ticket.finish(self._nothing)
         elif not self._interactive.run_ticket(ticket):

@@ -1,4 +1,4 @@
-"""A queue that gives every stream its turn."""
+"""Queue that is fair between streams."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Item]):
-    """Items by owner; owners take turns, an owner's items keep their order. Not thread-safe.
+    """Queue that is round-robin between owners. Not thread-safe.
 
-    `weight` sums the weights of what is queued.
+    An owner's items keep their order.
+
+    Attributes:
+        weight: Total weight of the queued items.
     """
 
     def __init__(self) -> None:
@@ -26,12 +29,12 @@ class FairQueue(Generic[Item]):
         return sum(len(items) for items in self._owners.values())
 
     def add_item(self, owner: Hashable, item: Item, weight: int = 1) -> None:
-        """Adds an item behind its owner's others."""
+        """Adds an item after its owner's other items."""
         self._owners.setdefault(owner, deque()).append((item, weight))
         self.weight += weight
 
     def next_item(self) -> Item:
-        """The next owner's oldest item; that owner goes to the end of the line.
+        """Removes and returns the next owner's oldest item; that owner comes last then.
 
         Raises:
             IndexError: The queue is empty.

@@ -1,15 +1,18 @@
-"""How much data may be in the house at once, in bytes, and who may bring more.
+"""Global memory budget for in-flight data, and each stream's share of it.
 
-Every stream owns a reserve that nobody can take from it, so that a stalled stream never stops
-another; what it holds beyond its reserve comes from a common part. A stream that finds neither
-waits: its handler stops reading, and the client's writes block. What a stream keeps to its end, the
-vectors of a dictionary, has a part of its own that nobody waits for: without room there, it does
-without.
+The budget has four parts:
 
-A row that is kept until all of its chunks are there is in a part of its own, too: were it in the
-common part, streams that keep rows could fill that with the beginnings of rows, and each would wait
-for the others. Here the oldest row that is not whole always finds the room that it may still need,
-and its stream one piece of the common part at a time, also where that is full of those who wait.
+- Reserves: one for each stream, used by no other, so a stalled stream never stops another.
+- Shared part: for data beyond a stream's reserve. A stream that finds neither waits: its handler
+  stops reading, and the client's writes block.
+- Tables: vectors of dictionaries, kept to the end of their stream. No stream waits for room there;
+  without room it keeps no table.
+- Rows: rows that are kept until all of their chunks are there. In the shared part, streams could
+  fill all of it with the beginnings of rows, and each would wait for the others. Here the oldest
+  incomplete row always finds the room that it may still need. Its stream also gets one row slice
+  of the shared part at a time, even if that part is full.
+
+Ours: a semaphore knows neither reserves nor the oldest row.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ class MemoryBudget:
     """Bytes for all streams together.
 
     Args:
-        total_bytes: Reserves, tables (1/8), rows that are kept (3/16) and common part.
-        max_streams: Streams that each own a reserve: 1/4 of the total, divided among them.
-        clock: Seconds that only grow.
+        total_bytes: Reserves (1/4), tables (1/8), rows (3/16) and the shared part.
+        max_streams: Streams among which the reserves are divided.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -40,12 +43,12 @@ class MemoryBudget:
         self._tables_used = 0
         self._rows_bytes = total_bytes * 3 // 16
         self._rows_used = 0
-        self._growing: dict[Allowance, int] = {}  # rows that are not whole, the oldest first
+        self._growing: dict[Allowance, int] = {}  # incomplete rows, the oldest first
         self.max_row_bytes = self._rows_bytes * 3 // 4
-        self._common_bytes = (
+        self._shared_bytes = (
             total_bytes - self._tables_bytes - self._rows_bytes - self.reserve_bytes * max_streams
         )
-        self._common_used = 0
+        self._shared_used = 0
         self._used = 0
         self._clock = clock
         self._waiting: dict[Allowance, float] = {}  # since when
@@ -53,34 +56,34 @@ class MemoryBudget:
         self._changed = threading.Condition()
 
     def open_allowance(self) -> Allowance:
-        """A stream's share; the caller has made sure that there are at most `max_streams`."""
+        """Opens a stream's share; the caller ensures that there are at most `max_streams`."""
         return Allowance(self)
 
     def statistics(self) -> dict[str, Any]:
-        """Bytes in use, and the limit."""
+        """Returns the bytes in use, and the limit."""
         with self._changed:
             used = self._used + self._rows_used
             return {"used_bytes": used, "total_bytes": self.total_bytes}
 
     def used_share(self) -> float:
-        """Of what waiting streams wait for, the common part, how much is in use."""
-        return self._common_used / max(1, self._common_bytes)
+        """Share of the shared part in use, from 0 to 1; waiting streams wait for it."""
+        return self._shared_used / max(1, self._shared_bytes)
 
     def starving(self, longer_than_s: float) -> int:
-        """Streams that have waited longer than that for memory."""
+        """Number of streams that have waited longer than that for memory."""
         with self._changed:
             now = self._clock()
             return sum(now - since > longer_than_s for since in self._waiting.values())
 
     def spare(self, *, half: bool) -> None:
-        """Whether bulk work must leave half of the common part free, for interactive work."""
+        """Sets whether bulk work must leave half of the shared part free."""
         with self._changed:
-            self._spare_bytes = self._common_bytes // 2 if half else 0
+            self._spare_bytes = self._shared_bytes // 2 if half else 0
             self._changed.notify_all()
 
 
 class Allowance:
-    """What one stream holds. Thread-safe."""
+    """Memory of one stream. Thread-safe."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
@@ -91,13 +94,13 @@ class Allowance:
 
     @property
     def max_row_bytes(self) -> int:
-        """What `grow_row` may be asked for."""
+        """Most bytes that `grow_row` accepts."""
         return self._budget.max_row_bytes
 
     def keep_table(self, num_bytes: int) -> bool:
-        """Whether `num_bytes` may be kept until the stream ends, or keeps something else instead.
+        """Returns whether a table of `num_bytes` may be kept until the stream ends.
 
-        Never waits; where the answer is no, the stream keeps nothing.
+        Never waits. The table replaces an earlier one, which is given up in any case.
         """
         budget = self._budget
         with budget._changed:
@@ -111,12 +114,12 @@ class Allowance:
     def acquire(self, num_bytes: int, *, bulk: bool = True) -> None:
         """Waits until `num_bytes` more may be held.
 
-        A stream that holds nothing gets what it asks for once the common part is free enough, or
-        all of the common part is free: one piece larger than the budget must not wait for ever.
+        A stream that holds nothing also gets them once all of the shared part is free: a row slice
+        larger than the budget must not wait forever.
 
         Args:
-            num_bytes: How much.
-            bulk: It leaves free what `MemoryBudget.spare` says.
+            num_bytes: Bytes to add.
+            bulk: They are for bulk work, which must leave free what `MemoryBudget.spare` set.
 
         Raises:
             DrainingError: The stream was closed while waiting.
@@ -133,7 +136,7 @@ class Allowance:
             self._add(num_bytes)
 
     def grow_row(self, num_bytes: int) -> None:
-        """Waits until the row at hand may take `num_bytes` in all; with 0 there is none any more.
+        """Waits until the incomplete row may take `num_bytes` in total; 0 gives it up.
 
         Args:
             num_bytes: At most `max_row_bytes`.
@@ -145,7 +148,7 @@ class Allowance:
         with budget._changed:
             if num_bytes and not self._closed:
                 budget._growing.setdefault(self, 0)
-                budget._changed.notify_all()  # an `acquire` of the stream may be let in by that
+                budget._changed.notify_all()  # this may admit an `acquire` of the stream
                 budget._changed.wait_for(lambda: self._closed or self._may_grow(num_bytes))
             if self._closed:
                 raise DrainingError("the stream was closed")
@@ -157,14 +160,14 @@ class Allowance:
                 budget._changed.notify_all()
 
     def complete_row(self) -> int:
-        """The row at hand does not grow any more: what it takes, to be given to `release_bytes`."""
+        """Ends the growth of the row; returns its bytes, for a later `release_bytes`."""
         with self._budget._changed:
             num_bytes = self._budget._growing.pop(self, 0)
             self._budget._changed.notify_all()
             return num_bytes
 
     def release_bytes(self, num_bytes: int, row_bytes: int = 0) -> None:
-        """Gives bytes back, and what a row took. After `close` there is nothing to give."""
+        """Gives bytes back, and those of a row. Does nothing after `close`."""
         with self._budget._changed:
             if not self._closed:
                 self._add(-num_bytes)
@@ -188,18 +191,18 @@ class Allowance:
         """Bytes held now."""
         return self._used
 
-    def _common(self, used: int) -> int:
+    def _beyond_reserve(self, used: int) -> int:
         return max(0, used - self._budget.reserve_bytes)
 
     def _fits(self, num_bytes: int, *, bulk: bool) -> bool:
-        more = self._common(self._used + num_bytes) - self._common(self._used)
-        free = self._budget._common_bytes - self._budget._common_used
+        more = self._beyond_reserve(self._used + num_bytes) - self._beyond_reserve(self._used)
+        free = self._budget._shared_bytes - self._budget._shared_used
         free -= self._budget._spare_bytes if bulk else 0
-        # What is in the reserve is nobody else's, also while one huge piece overdraws the rest.
-        if more <= max(0, free) or (self._used == 0 and self._budget._common_used == 0):
+        # The reserve is available even while one huge row slice overdraws the rest.
+        if more <= max(0, free) or (self._used == 0 and self._budget._shared_used == 0):
             return True
-        # With the last of its pieces, which counts the whole text, it lets all others go on.
-        return self._is_oldest and self._common(self._used) == 0
+        # Its last row slice counts the whole text, and lets all other streams go on.
+        return self._is_oldest and self._beyond_reserve(self._used) == 0
 
     @property
     def _is_oldest(self) -> bool:
@@ -217,7 +220,7 @@ class Allowance:
         self._budget._rows_used += num_bytes
 
     def _add(self, num_bytes: int) -> None:
-        before = self._common(self._used)
+        before = self._beyond_reserve(self._used)
         self._used += num_bytes
         self._budget._used += num_bytes
-        self._budget._common_used += self._common(self._used) - before
+        self._budget._shared_used += self._beyond_reserve(self._used) - before

@@ -1,4 +1,7 @@
-"""Which rows go into which run of the model: a pure function of their lengths."""
+"""Division of rows into runs of the model: a pure function of their lengths.
+
+Ours: no library weighs padding against the cost of one more run.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,20 @@ import numpy.typing as npt
 
 from fletcher.core.batches import Int32Array, Int64Array
 
-# What one more run costs, in padded tokens that could have been computed in the same time. Fitted
-# to CPU time of all-MiniLM-L6-v2 on one Zen 5 core: OpenVINO 14 tokens (0.8 ms in bfloat16, 1.4 ms
-# in float32), ONNX Runtime 2.
+# Fixed cost of a run, in padded tokens computed in the same time. Fitted to CPU time of
+# all-MiniLM-L6-v2 on one Zen 5 core: OpenVINO 14 tokens (0.8 ms in bfloat16, 1.4 ms in float32),
+# ONNX Runtime 2.
 RUN_COST_TOKENS = 16
 
-# Rows in a run at most, however short they are.
+# Most rows of a run, however short they are.
 MAX_BATCH_ROWS = 1024
 
 
 def padded_length(lengths: npt.NDArray[np.integer], length_grid: int) -> Int64Array:
-    """Lengths rounded up to the grid, so that shapes repeat and engines reuse what they compiled.
+    """Rounds lengths up to a grid, so that engines reuse compiled shapes.
 
     Args:
-        lengths: Any shape, tokens.
+        lengths: Tokens; any shape.
         length_grid: Tokens between two grid points, at least 1.
     """
     return -(-lengths.astype(np.int64) // length_grid) * length_grid
@@ -39,23 +42,23 @@ def plan(
 ) -> list[npt.NDArray[np.intp]]:
     """Cuts rows into micro-batches of similar length, longest first.
 
-    Rows are sorted by length and cut, greedily, into micro-batches that fill the budget. A
-    micro-batch ends early where the rows that follow are so much shorter that padding them would
-    cost more than one more run. The last two are evened out if that adds no more padding than that,
-    and little work is spread over all runners. Equal input gives equal output, always.
+    Rows are sorted by length and cut greedily into micro-batches that fill the budget. A
+    micro-batch ends early if the next rows are so much shorter that padding them would cost more
+    than one more run. The last two are evened out if that adds no more padding than a run costs.
+    Little work is spread over all runners. Equal input gives equal output.
 
     Args:
         lengths: int32 [num_rows], tokens of each row, at least 1.
-        max_batch_tokens: Padded tokens (rows x padded length) of a micro-batch at most. A row whose
-            padded length is over that gets a micro-batch for itself.
-        max_batch_rows: Rows of a micro-batch at most.
+        max_batch_tokens: Most padded tokens (rows x padded length) of a micro-batch. A row with a
+            larger padded length gets a micro-batch for itself.
+        max_batch_rows: Most rows of a micro-batch.
         length_grid: Padded lengths are multiples of this.
-        num_runners: Runs that can go on at the same time; the budget shrinks where the rows would
-            not give each of them something to do.
-        run_cost_tokens: Fixed cost of one run, in padded tokens.
+        num_runners: Runs that can go on at the same time. The budget shrinks if there are too few
+            rows to occupy all of them.
+        run_cost_tokens: Fixed cost of a run, in padded tokens.
 
     Returns:
-        One array of row indices for each micro-batch; every row is in exactly one.
+        One array of row indices for each micro-batch; every row is in exactly one of them.
     """
     num_rows = len(lengths)
     if num_rows <= 1:
@@ -70,8 +73,8 @@ def plan(
 
 
 def _cut(padded: Int64Array, budget: int, max_rows: int, run_cost: int) -> list[int]:
-    """Positions at which micro-batches start, and the end."""
-    # Plain integers from here on: a few hundred steps, and Python's are quicker than numpy's.
+    """Returns the positions at which micro-batches start, and the end."""
+    # Plain integers from here on: for a few hundred steps they are faster than NumPy's.
     num_rows = len(padded)
     steps = (np.flatnonzero(np.diff(padded)) + 1).tolist()  # where the padded length drops
     step_lengths = padded[steps].tolist()
@@ -96,9 +99,9 @@ def _cut(padded: Int64Array, budget: int, max_rows: int, run_cost: int) -> list[
 
 
 def _even_out_tail(padded: Int64Array, cuts: list[int], run_cost: int) -> None:
-    """Moves the last cut to the middle: the last micro-batch is else as small as chance has it.
+    """Moves the last cut to the middle: the last micro-batch may be very small.
 
-    The budget still holds: fewer rows, none longer than those that were within it.
+    The budget still holds: the larger one loses rows, and the other gains no longer ones.
     """
     if len(cuts) < 3:
         return

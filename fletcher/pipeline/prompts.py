@@ -1,4 +1,4 @@
-"""What is put before each text: a prompt of the model by its name, or literal text."""
+"""Text put before each text: a prompt of the model, by its name, or literal text."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _WORD = re.compile(r"[\w.-]+")
 
 
 def resolve_prompt(model: ModelBundle, asked: str | None) -> str:
-    """The literal text that a `prompt` stands for.
+    """Returns the literal text of a `prompt`.
 
-    A name of the bundle's is that prompt. Any other single word of letters, digits, `_`, `-` and
-    `.` is taken for a misspelt name; everything else is literal, the empty text too.
+    The name of a prompt in the bundle gives that prompt. Any other single word of letters, digits,
+    `_`, `-` and `.` counts as a misspelt name. Everything else is literal, also the empty text.
 
     Args:
-        model: Whose prompts they are.
+        model: The model.
         asked: As in the command; None: the model's default.
 
     Raises:
-        InvalidCommandError: A name that the model has not.
+        InvalidCommandError: The model has no prompt of that name.
     """
     if asked is None:
         asked = model.default_prompt or ""
@@ -33,8 +33,8 @@ def resolve_prompt(model: ModelBundle, asked: str | None) -> str:
     if _WORD.fullmatch(asked):
         names = ", ".join(model.prompts) or "no prompts"
         raise InvalidCommandError(
-            f"`prompt` is {asked[:200]!r}, which is no prompt of {model.name}; it has {names}. "
-            f"Literal text is anything but a single word, such as {asked[:200] + ': '!r}",
+            f"`prompt` is {asked[:200]!r}, expected a prompt of {model.name}, which has {names}, "
+            f"or literal text, which is not a single word, such as {asked[:200] + ': '!r}",
             field="prompt",
             allowed=list(model.prompts),
         )
@@ -42,10 +42,10 @@ def resolve_prompt(model: ModelBundle, asked: str | None) -> str:
 
 
 def prompt_tokens(model: ModelBundle, prompt: str, num_tokens: Callable[[str], int]) -> int:
-    """Tokens of every text that are not its own: the prompt's and the special ones.
+    """Returns the number of tokens that are added to every text.
 
     Args:
-        model: What the texts are for.
+        model: The model.
         prompt: Literal text.
         num_tokens: Counts the tokens of a text, special ones included, up to `max_length`.
 
@@ -56,7 +56,7 @@ def prompt_tokens(model: ModelBundle, prompt: str, num_tokens: Callable[[str], i
     if taken >= model.max_length:
         raise InvalidCommandError(
             f"`prompt` takes all {model.max_length} tokens that {model.name} reads, special "
-            "tokens included, and leaves none for the text; shorten it",
+            "tokens included, and leaves no room for the text; shorten it",
             field="prompt",
             allowed=[f"< {model.max_length} tokens"],
         )

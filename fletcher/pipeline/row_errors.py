@@ -1,4 +1,4 @@
-"""Rows of a batch that cannot be embedded, and why."""
+"""Errors of single rows: those that cannot be embedded, and those that end a call."""
 
 from __future__ import annotations
 
@@ -16,30 +16,38 @@ from fletcher.pipeline.input.arrays import null_mask
 
 
 def ends_call(errors: dict[int, FletcherError], *, abort: bool) -> FletcherError | None:
-    """The error of a row that ends its call, if there is one.
+    """Returns the error of a row that ends its call, if there is one.
+
+    A retryable error always ends the call: the client sends the row again later, whereas a row
+    that was reported as failed would stay without a vector.
 
     Args:
-        errors: By row.
-        abort: Whether any does. One that passes always does: the row is sent again later, where a
-            row that was reported as failed would stay without its vector.
+        errors: Errors by row.
+        abort: Whether any error ends the call.
     """
-    passing = (error for error in errors.values() if isinstance(error, UnavailableError))
+    retryable = (error for error in errors.values() if isinstance(error, UnavailableError))
     first = errors[min(errors)] if errors and abort else None
-    return next(passing, first)
+    return next(retryable, first)
 
 
 class RowErrors:
-    """Which rows of a batch cannot be embedded; as masks, for they may be millions."""
+    """Rows of a batch that cannot be embedded, as masks: there may be millions.
+
+    Args:
+        rows: Used columns of the batch.
+        sizes: int64 [num_rows], bytes of each text; set to 0 for nulls.
+        max_row_bytes: Most bytes of a text.
+    """
 
     def __init__(self, rows: pa.RecordBatch, sizes: Int64Array, max_row_bytes: int) -> None:
         self._no_text = null_mask(rows.column("text"))
-        sizes[self._no_text] = 0  # a null may cover bytes
+        sizes[self._no_text] = 0  # offsets of a null may span bytes
         self._sizes = sizes
         self._max_row_bytes = max_row_bytes
         self._no_id = null_mask(rows.column("id")) if "id" in rows.schema.names else None
 
     def first_between(self, first: int, last: int) -> int | None:
-        """The first of rows first to last, the last not included, that has an error."""
+        """Returns the first row with an error from `first` up to, not including, `last`."""
         rows = slice(first, last)
         failed = self._no_text[rows] | (self._sizes[rows] > self._max_row_bytes)
         if self._no_id is not None:
@@ -47,21 +55,24 @@ class RowErrors:
         return first + int(failed.argmax()) if failed.any() else None
 
     def between(self, first: int, last: int) -> dict[int, FletcherError]:
-        """Errors of rows first to last, the last not included, counted from the first."""
+        """Returns errors of rows `first` to `last` (excluded), by row from `first` on."""
         errors: dict[int, FletcherError] = {}
         rows = slice(first, last)
         for row in np.flatnonzero(self._no_text[rows]).tolist():
-            errors[row] = InvalidCommandError("`text` is null", field="text")
+            errors[row] = InvalidCommandError(
+                "`text` is null, expected a text; an empty one has a vector, too", field="text"
+            )
         for row in np.flatnonzero(self._sizes[rows] > self._max_row_bytes).tolist():
             errors[row] = RowTooLargeError(
-                f"`text` has {self._sizes[first + row]} bytes, at most {self._max_row_bytes} are "
-                "accepted",
+                f"`text` has {self._sizes[first + row]} bytes, expected at most "
+                f"{self._max_row_bytes}; send a shorter one, or raise --max-row-bytes",
                 field="text",
                 allowed=[f"<= {self._max_row_bytes} bytes"],
             )
         if self._no_id is not None:
             for row in np.flatnonzero(self._no_id[rows]).tolist():
                 errors[row] = InvalidCommandError(
-                    "`id` is null; give every row an id, or leave the column out", field="id"
+                    "`id` is null, expected a value; give every row an id, or leave the column out",
+                    field="id",
                 )
         return errors

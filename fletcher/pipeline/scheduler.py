@@ -1,4 +1,4 @@
-"""Scheduler of a model: owner of all tickets that wait for a tokenizer or a replica.
+"""Scheduler: owner of all tickets that wait for a tokenizer or a replica.
 
 Two stages, `tokenization` and `inference`, each with two verbs that its worker pool calls:
 `schedule()` returns the next job, `update()` takes its result. Both decide under a lock and act
@@ -27,7 +27,7 @@ from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
 
-# Growth of batch windows under pressure: a third of the padding is left (docs/operations.md).
+# Growth of batch windows under pressure: a third of the padding is left (docs/lab-book.md).
 _WINDOW_GROWTH = 4
 
 
@@ -89,7 +89,10 @@ class Scheduler:
         self.tokenization = TokenizationStage(telemetry, self.inference.add_ticket)
 
     def add_ticket(self, ticket: StreamTicket) -> None:
-        """Queues a ticket, with or without tokens. Never blocks: allowances bound what is here."""
+        """Queues a ticket, with or without tokens. Never blocks.
+
+        The streams' allowances bound the number of tickets.
+        """
         if ticket.tokens is None:
             self.tokenization.add_ticket(ticket)
         else:
@@ -205,7 +208,7 @@ class _Running:
 
 
 class InferenceStage(_Stage):
-    """Tickets with tokens, weighed by these; made into batch windows when a device has room.
+    """Tickets with tokens, which are planned when a device has room.
 
     Bulk work waits for a full window, up to `max_queue_delay_s` and while more tokens are coming.
     Interactive work waits for room only, and what waits together runs together.
@@ -281,18 +284,18 @@ class InferenceStage(_Stage):
         task.span.end(error)
         window, rows = task.planned.window, task.planned.rows
         if error is not None:
-            window.settle(rows, as_fletcher_error(error))
+            window.take_result(rows, as_fletcher_error(error))
             return
         assert isinstance(result, InferenceResult)
         self._usage.count_run(job.worker, job.payload.lengths, result)
-        window.settle(rows, result)
+        window.take_result(rows, result)
 
     def _next_interactive(self) -> list[StreamTicket]:
         with self._changed:
             return _take(self._interactive, None)
 
     def _next_bulk(self, deadline: float) -> list[StreamTicket]:
-        """Waits for the tickets of the next window; returns none if they are not due in time."""
+        """Waits for the tickets of the next window; returns none after the deadline."""
         with self._changed:
             while True:
                 now = time.monotonic()
@@ -308,7 +311,7 @@ class InferenceStage(_Stage):
                     self._changed.wait(min(deadline - now, due_in))
 
     def _bulk_due_in(self, now: float) -> float:
-        """Seconds until waiting bulk tickets are to be planned; infinite if there are none."""
+        """Seconds until bulk tickets are planned; infinite if none wait."""
         if not self._bulk:
             return float("inf")
         is_full = self._bulk.weight >= self._batching.window_tokens
@@ -335,7 +338,7 @@ class InferenceStage(_Stage):
                 continue
             ready.extend(_Planned(window, rows, now) for rows in window.row_sets)
             if not window.row_sets:
-                window.finish()
+                window.finish_tickets()
 
     def _plan(self, lengths: Int32Array) -> list[Int64Array]:
         return self._batching.plan(lengths, self._num_runners())

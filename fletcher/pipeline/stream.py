@@ -1,12 +1,11 @@
-"""One client call's way through the pipeline: texts in, vectors out, in the same order."""
+"""Stream of one client call: texts in, vectors out, in the same order."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fletcher.core.batches import Carry, EmbeddingBatch, Priority, TextBatch, TokenBatch
@@ -26,14 +25,14 @@ def as_fletcher_error(error: Exception) -> FletcherError:
 
 @dataclass(slots=True, eq=False)
 class Seam:
-    """Between two parts of a text: what there is of the one before, for the one behind.
+    """State between two consecutive parts of a text.
 
-    It knows no ticket but the one that waits, so that of a text whose next part is long in coming
-    nothing is here but this.
+    It refers to the waiting ticket only, so a text whose next part comes late takes no more memory
+    than this.
 
     Attributes:
-        carry: What tokenization left of the text, or why there is nothing; None: not yet known.
-        follower: The ticket of the part behind, if it waits.
+        carry: State of tokenization after the first of the two, or its error; None: not yet known.
+        follower: Ticket of the second one, if it waits.
     """
 
     carry: Carry | FletcherError | None = None
@@ -42,15 +41,18 @@ class Seam:
 
 @dataclass(slots=True, eq=False)
 class StreamTicket:
-    """A TextBatch on its way, and what the stages have made of it so far.
+    """A TextBatch in the pipeline, and its state.
 
     Attributes:
-        context: The caller's own, handed back with the result.
-        num_bytes: What it holds of its stream's allowance, until released.
+        stream: Stream that submitted it.
+        texts: Texts to embed.
+        context: The caller's object, handed back with the result.
+        num_bytes: Bytes of its stream's allowance that it holds until they are released.
+        priority: Whether it overtakes bulk work.
         tokens: Set by tokenization.
-        result: Set when all its vectors are there, or when it failed as a whole.
-        complete: Adds to the vectors of `texts` those that were known before.
-        seam: Where its text goes on in the next ticket; None: it does not.
+        result: Set once all its vectors are there, or once it failed as a whole.
+        complete: Adds cached vectors to those of `texts`.
+        seam: State for the next part of its text; None: the text ends here.
     """
 
     stream: EmbedStream
@@ -58,7 +60,6 @@ class StreamTicket:
     context: Any
     num_bytes: int
     priority: Priority
-    submitted: float = field(default_factory=time.monotonic)
     tokens: TokenBatch | None = None
     result: EmbeddingBatch | FletcherError | None = None
     complete: Callable[[EmbeddingBatch | FletcherError], EmbeddingBatch | FletcherError] = (
@@ -67,7 +68,7 @@ class StreamTicket:
     seam: Seam | None = None
 
     def tokenized(self, tokens: TokenBatch | FletcherError) -> None:
-        """Takes the tokens, or why there are none, and lets the text's next part go on."""
+        """Takes the tokens or their error, and lets the next part of the text proceed."""
         if isinstance(tokens, FletcherError):
             self.finish(tokens)
         else:
@@ -77,7 +78,7 @@ class StreamTicket:
             self.stream._go_on(self.seam, left)
 
     def finish(self, result: EmbeddingBatch | FletcherError) -> None:
-        """Records the result and wakes whoever waits for it."""
+        """Records the result and wakes the thread that waits for it."""
         self.stream._finished(self, self.complete(result))
 
 
@@ -86,9 +87,9 @@ class Result:
     """Vectors of one submitted TextBatch.
 
     Attributes:
-        context: What was submitted with it.
-        embeddings: The vectors, or why none of its texts has one.
-        num_bytes: To be released when the data has left the house.
+        context: Object that was submitted with the texts.
+        embeddings: The vectors, or the error of all of them.
+        num_bytes: Bytes to release once the data has left the server.
     """
 
     context: Any
@@ -97,12 +98,19 @@ class Result:
 
 
 class EmbedStream:
-    """Submit from one thread, iterate over `results` in another, `release_bytes` from any.
+    """Texts of one call and their results.
+
+    `submit` and `end` are called on one thread, `results` on one thread (the same or another), all
+    other methods on any thread.
 
     Args:
-        allowance: Memory that it may hold.
-        enqueue: Where tickets go.
-        trace: The call's span, parent of what is done for it.
+        allowance: Memory that the stream may hold.
+        enqueue: Receives each ticket.
+        trace: The call's span.
+
+    Attributes:
+        allowance: As given; results' bytes are released there.
+        closed: Whether the stream was closed.
     """
 
     def __init__(
@@ -112,32 +120,32 @@ class EmbedStream:
         trace: Span | None = None,
     ) -> None:
         self.trace = trace
-        self._allowance = allowance
+        self.allowance = allowance
         self._enqueue = enqueue
         self._tickets: deque[StreamTicket] = deque()
         self._ended = False
         self.closed = False
         self._cut_off = False  # closed before its end
-        self._seam: Seam | None = None  # where the text that was submitted last goes on
+        self._seam: Seam | None = None  # of the text that was submitted last
         self._work: Callable[[], None] | None = None  # for the thread in `results`
         self._changed = threading.Condition()
 
     def submit(
         self, texts: TextBatch, context: Any, *, num_bytes: int, priority: Priority = "bulk"
     ) -> None:
-        """Hands texts in; blocks while the stream holds as much as it may.
+        """Submits texts; blocks while the stream holds as much memory as it may.
 
         Args:
-            texts: The texts; may be none. Parts of one text come one after the other, at most with
-                submissions of no texts between them.
-            context: Comes back with the result.
-            num_bytes: Memory that this submission will hold until released.
+            texts: The texts; there may be none. Parts of one text follow each other, with nothing
+                but submissions of no texts between them.
+            context: Handed back with the result.
+            num_bytes: Memory that the submission holds until it is released.
             priority: Whether it overtakes bulk work.
 
         Raises:
             DrainingError: The stream was closed.
         """
-        self._allowance.acquire(num_bytes, bulk=priority == "bulk")
+        self.allowance.acquire(num_bytes, bulk=priority == "bulk")
         ticket = StreamTicket(self, texts, context, num_bytes, priority)
         before = None
         with self._changed:
@@ -153,16 +161,16 @@ class EmbedStream:
             self._go_on(before, before.carry)
 
     def end(self) -> None:
-        """Nothing more will be submitted; `results` ends after the last one."""
+        """Declares that nothing more is submitted: `results` ends after the last result."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def results(self) -> Iterator[Result]:
-        """Results in the order of submission; ends after `end`.
+        """Yields results in the order of submission, until all are there after `end`.
 
         Raises:
-            DrainingError: The stream was closed before that: there are results that never came.
+            DrainingError: The stream was closed before that, and results are missing.
         """
         while True:
             with self._changed:
@@ -179,12 +187,12 @@ class EmbedStream:
                 ticket = self._tickets.popleft()
             assert ticket.result is not None
             result = Result(ticket.context, ticket.result, ticket.num_bytes)
-            del ticket  # the next may be long in coming
+            del ticket  # frees its memory while the next one is awaited
             yield result
             del result
 
     def run_on_waiting_thread(self, work: Callable[[], None]) -> bool:
-        """Runs `work` on the thread that reads `results`, provided `work` alone unblocks it.
+        """Runs `work` on the thread that reads `results`, if `work` alone unblocks it.
 
         The thread runs it at once if it is blocked there, else when it asks for its next result:
         no result could leave sooner, because results leave in order.
@@ -202,38 +210,17 @@ class EmbedStream:
             self._changed.notify_all()
             return True
 
-    def release_bytes(self, num_bytes: int, row_bytes: int = 0) -> None:
-        """Gives memory back, that of a row, too: the data has left the house."""
-        self._allowance.release_bytes(num_bytes, row_bytes)
-
-    @property
-    def max_row_bytes(self) -> int:
-        """What may be kept of a row; see `Allowance.grow_row`."""
-        return self._allowance.max_row_bytes
-
-    def grow_row(self, num_bytes: int) -> None:
-        """Waits until so much may be kept of the row at hand; see `Allowance.grow_row`."""
-        self._allowance.grow_row(num_bytes)
-
-    def complete_row(self) -> int:
-        """What the row at hand takes, of which nothing more comes; see `Allowance.complete_row`."""
-        return self._allowance.complete_row()
-
-    def keep_table(self, num_bytes: int) -> bool:
-        """Whether the stream may keep this much to its end; see `Allowance.keep_table`."""
-        return self._allowance.keep_table(num_bytes)
-
     def close(self) -> None:
-        """Lets go of everything, finished or not. Idempotent."""
+        """Drops everything, finished or not. Idempotent."""
         with self._changed:
             self._cut_off = self._cut_off or not self._ended or bool(self._tickets)
             self.closed = True
             self._tickets.clear()
             self._changed.notify_all()
-        self._allowance.close()
+        self.allowance.close()
 
     def _go_on(self, seam: Seam, carry: Carry | FletcherError | None) -> None:
-        """A part of a text was cut, or failed: the next part follows, or all that are here fail."""
+        """Lets the next part of a text proceed; after an error, all waiting parts fail."""
         while True:
             with self._changed:
                 seam.carry = carry

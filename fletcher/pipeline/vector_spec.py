@@ -1,4 +1,4 @@
-"""Which vectors a command asks for, and whether a model can give them."""
+"""Resolution of a command to the vectors of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fletcher.errors import DimensionMismatchError, InvalidCommandError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.calibration import Cut
 
-# What vectors of several to a row can be, and what their schema says in place of a pooling.
+# Element types of sparse and multi vectors, and the pooling in their schema.
 _DTYPES = {"sparse": ("float32", "float16"), "multi": ("float32", "float16", "int8")}
 _POOLINGS = {"sparse": "max", "multi": "none"}
 
@@ -21,14 +21,17 @@ _POOLINGS = {"sparse": "max", "multi": "none"}
 def vector_spec(
     model: ModelBundle, options: EmbedCommand, dtypes: tuple[str, ...], rules: OutputConfig
 ) -> VectorSpec:
-    """The vectors that `options` ask of `model`.
+    """Returns the vectors that a command asks of a model.
 
     Args:
+        model: The model.
+        options: The command.
         dtypes: Element types that the destination takes.
+        rules: Vectors that the server gives.
 
     Raises:
-        DimensionMismatchError: `dims` that cannot be had.
-        InvalidCommandError: `layers` or `dtype` that cannot be had.
+        DimensionMismatchError: The model has no vectors of `dims`.
+        InvalidCommandError: The model or the server has no such `layers`, `dtype` or `output`.
     """
     dtypes = _check_output(model, options, dtypes)
     dims = model.dim if options.dims is None else options.dims
@@ -55,21 +58,21 @@ def vector_spec(
 
 
 def check_late(model: ModelBundle, chunking: Chunking, layers: int) -> None:
-    """Refuses late chunking where there is no graph for it.
+    """Checks that a model has a graph for late chunking, if that is asked for.
 
     Raises:
-        InvalidCommandError: The model pools otherwise, leaves early, or is of before.
+        InvalidCommandError: It has none.
     """
     if not chunking.late or (model.late is not None and layers == model.num_layers):
         return
     if model.pooling != "mean":
-        why = f"{model.name} pools by {model.pooling}, and only means can be taken of parts"
+        why = f"{model.name} pools by {model.pooling}, expected mean, which parts of a text have"
     elif model.family == "onnx":
-        why = f"{model.name} has a graph of others, and Fletcher's own is needed"
+        why = f"{model.name} is a foreign ONNX graph, expected one that Fletcher wrote"
     elif model.has_exits:
         why = f"{model.name} has exits; add it again without --exits"
     else:
-        why = f"{model.name} was added by a Fletcher that had none; add it again"
+        why = f"{model.name} was added by a Fletcher without late chunking; add it again"
     raise InvalidCommandError(
         f"`chunking` is {chunking}: {why}, or leave `late` out",
         field="chunking",
@@ -80,12 +83,11 @@ def check_late(model: ModelBundle, chunking: Chunking, layers: int) -> None:
 def _check_output(
     model: ModelBundle, options: EmbedCommand, dtypes: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Refuses what a model's kind of output cannot be; the dtypes that are left."""
+    """Checks a command against the model's output; returns the possible dtypes."""
     if options.output not in (None, model.output):
         raise InvalidCommandError(
-            f"`output` is {options.output}, but {model.name} gives {model.output}; a model gives "
-            f"what it was trained for: leave `output` out, or ask a model that gives "
-            f"{options.output}",
+            f"`output` is {options.output}, expected {model.output}, for which {model.name} was "
+            f"trained; leave `output` out, or ask a model that gives {options.output}",
             field="output",
             allowed=[model.output],
         )
@@ -98,16 +100,16 @@ def _check_output(
     ):
         if given not in (None, own):
             raise InvalidCommandError(
-                f"`{name}` is {given}, but {model.name} gives {model.output} vectors as they are; "
-                "leave it out",
+                f"`{name}` is {given}, expected {own}: {model.name} gives {model.output} vectors, "
+                "which are never changed; leave it out",
                 field=name,
                 allowed=[str(own)],
             )
     possible = tuple(one for one in _DTYPES[model.output] if one in dtypes)
     if options.dtype not in (None, *possible):
         raise InvalidCommandError(
-            f"`dtype` is {options.dtype}, but {model.name} gives {model.output} vectors, which are "
-            f"{', '.join(possible)}",
+            f"`dtype` is {options.dtype}, expected one of the {model.output} vectors that "
+            f"{model.name} gives: {', '.join(possible)}",
             field="dtype",
             allowed=possible,
         )
@@ -120,21 +122,21 @@ def _check_dims(model: ModelBundle, dims: int, rules: OutputConfig) -> None:
     declared = ", ".join(map(str, model.dims))
     if dims > model.dim:
         raise DimensionMismatchError(
-            f"`dims` is {dims}, but {model.name} has {model.dim}; it declares {declared}",
+            f"`dims` is {dims}, expected at most {model.dim}: {model.name} declares {declared}",
             field="dims",
             allowed=[str(one) for one in model.dims],
         )
     if not rules.allow_undeclared:
         raise DimensionMismatchError(
-            f"`dims` is {dims}, but {model.name} declares {declared}; a server with "
-            "--allow-undeclared gives any, at a loss that nobody has measured",
+            f"`dims` is {dims}, expected one that {model.name} declares: {declared}; a server with "
+            "--allow-undeclared gives any, with an unknown loss of quality",
             field="dims",
             allowed=[str(one) for one in model.dims],
         )
 
 
 def _check_layers(model: ModelBundle, layers: int) -> None:
-    """Unlike dims, other layers cannot be let through: no segment of the graph ends there."""
+    """Checks the exit layer. Undeclared layers are impossible: no block ends there."""
     exits = ", ".join(map(str, model.layers))
     if layers in model.layers:
         return
@@ -147,7 +149,7 @@ def _check_layers(model: ModelBundle, layers: int) -> None:
     else:
         remedy = ""
     raise InvalidCommandError(
-        f"`layers` is {layers}, but {model.name} {declares}{remedy}",
+        f"`layers` is {layers}, and {model.name} {declares}{remedy}",
         field="layers",
         allowed=[str(one) for one in model.layers],
     )
@@ -157,15 +159,15 @@ def _dtype(asked: str | None, dims: int, dtypes: tuple[str, ...]) -> str:
     dtype = asked or ("float16" if "float16" in dtypes else dtypes[0])
     if dtype not in dtypes:
         raise InvalidCommandError(
-            f"`dtype` is {dtype}, which the store does not take; it takes {', '.join(dtypes)}",
+            f"`dtype` is {dtype}, expected one that the store takes: {', '.join(dtypes)}",
             field="dtype",
             allowed=dtypes,
         )
     if dtype == "ubinary" and dims % 8:
         others = [one for one in dtypes if one != dtype]
         raise InvalidCommandError(
-            f"`dtype` is ubinary, which packs 8 dimensions into a byte, and `dims` is {dims}; ask "
-            f"for `dims` that 8 divides, or for {', '.join(others)}",
+            f"`dtype` is ubinary, which packs 8 dimensions into a byte, and `dims` is {dims}, "
+            f"expected a multiple of 8; change `dims`, or ask for {', '.join(others)}",
             field="dtype",
             allowed=others,
         )
@@ -175,16 +177,16 @@ def _dtype(asked: str | None, dims: int, dtypes: tuple[str, ...]) -> str:
 def _ranges(
     model: ModelBundle, cut: Cut, dtypes: tuple[str, ...], rules: OutputConfig
 ) -> Ranges | None:
-    known = model.calibration.ranges
-    if rules.int8 == "row" or (rules.int8 == "auto" and cut not in known):
+    ranges = model.calibration.ranges
+    if rules.int8 == "row" or (rules.int8 == "auto" and cut not in ranges):
         return None
-    if cut in known:
-        return known[cut]
-    have = "; ".join(map(str, sorted(known))) or "none"
+    if cut in ranges:
+        return ranges[cut]
+    have = "; ".join(map(str, sorted(ranges))) or "none"
     raise InvalidCommandError(
-        f"`dtype` is int8, by ranges on this server, and {model.name} has no ranges for {cut}; "
-        f"there are: {have}. `fletcher model calibrate {model.qualified_name}` makes those of all "
-        "that the model declares, and a server with --int8 auto or row scales each row",
+        f"`dtype` is int8, which this server quantizes by ranges, and {model.name} has none for "
+        f"{cut}, only for: {have}. Run `fletcher model calibrate {model.qualified_name}`, or start "
+        "the server with --int8 auto or row, which scales each row",
         field="dtype",
         allowed=[one for one in dtypes if one != "int8"],
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import logging
+import re
 import stat
 import sys
 from collections import Counter
@@ -29,21 +31,23 @@ MAX_KINDS = 5  # suffixes that a notice lists
 FIRST_LINE_BYTES = 64 << 10
 
 _SUFFIXES: dict[str, Format] = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
     ".csv": "csv",
     ".tsv": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".arrow": "arrow",
-    ".arrows": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-    ".txt": "text",
-    ".text": "text",
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
+    **dict.fromkeys((".arrow", ".arrows", ".feather", ".ipc"), "arrow"),
+    **dict.fromkeys((".txt", ".text"), "text"),
+}
+_FORMAT_NAMES: dict[Format, str] = {
+    "parquet": "a Parquet file",
+    "csv": "CSV with a header",
+    "tsv": "TSV with a header",
+    "jsonl": "JSON lines",
+    "arrow": "Arrow IPC",
+    "text": "plain text, one text a line",
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_COLUMN_NAME = re.compile(r"[^\W\d][\w .()/%-]{0,63}")
 _MAGIC: tuple[tuple[bytes, str], ...] = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"))
 
 
@@ -116,11 +120,10 @@ def _files_at(path: Path, chosen: Format | None, notice: Callable[[str], None]) 
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if hidden or not file.is_file():
             continue
-        known = format_of(file)
-        if known is None:
-            unknown["".join(file.suffixes[-1:]).lower()] += 1
-        else:
+        if known := format_of(file):
             found.append(InputFile(file, str(file), file.stat().st_size, chosen or known))
+        else:
+            unknown[file.suffix.lower()] += 1
     if not found:
         raise InvalidCommandError(
             f"the folder {path} holds no file to read; expected names that end in "
@@ -148,21 +151,6 @@ def format_of(path: Path) -> Format | None:
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
     return _SUFFIXES.get(suffixes[-1]) if suffixes else None
-
-
-class _Decompressed(io.RawIOBase):
-    """A pyarrow stream as a raw Python stream, which `io.BufferedReader` can wrap."""
-
-    def __init__(self, stream: pa.NativeFile) -> None:
-        self.stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +182,7 @@ def open_file(file: InputFile, stdin: BinaryIO | None = None) -> Iterator[OpenFi
 
 
 class _Pipe(io.RawIOBase):
-    """Standard input or a named pipe.
-
-    The first read returns enough bytes to detect the format.
-    """
+    """Standard input or a named pipe; its first read suffices to detect the format."""
 
     def __init__(self, source: BinaryIO | io.FileIO) -> None:
         self.read_some = getattr(source, "read1", source.read)
@@ -220,14 +205,69 @@ class _Pipe(io.RawIOBase):
 
 
 def _opened(raw: io.RawIOBase, position: Callable[[], int]) -> OpenFile:
-    stream = _buffered(raw)
+    stream = cast("io.BufferedReader", io.BufferedReader(raw, BUFFER_BYTES))
     start = stream.peek(4)
     for magic, compression in _MAGIC:
         if start.startswith(magic):
             inner = pa.CompressedInputStream(stream, compression)
-            return OpenFile(_buffered(_Decompressed(inner)), compression, position)
+            return OpenFile(io.BufferedReader(inner, BUFFER_BYTES), compression, position)
     return OpenFile(stream, None, position)
 
 
-def _buffered(raw: io.RawIOBase) -> io.BufferedReader:
-    return cast("io.BufferedReader", io.BufferedReader(raw, BUFFER_BYTES))
+def sniff(file: InputFile, opened: OpenFile, text_column: str) -> Format:
+    """The format of an input, of which nothing is read yet: the given one, else by its first line.
+
+    The text column identifies the header of a CSV file.
+
+    Raises:
+        InvalidCommandError: The format is unknown or ambiguous.
+    """
+    start = opened.stream.peek(FIRST_LINE_BYTES)[:FIRST_LINE_BYTES]
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    if file.format is not None:
+        return file.format
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    # The JSON lines reader refuses an array of objects, with a reason.
+    if text.startswith(b"{") or re.match(rb"\[\s*\{", text):
+        return "jsonl"
+    if file.path is None:
+        return _by_header(text.partition(b"\n")[0], file.name, text_column)
+    raise InvalidCommandError(
+        f"{file.name}: neither its name nor its first bytes tell its `format`; name one",
+        field="format",
+        allowed=FORMATS,
+    )
+
+
+def guess_notice(file: InputFile, kind: Format) -> str:
+    return f"{file.name} is read as {_FORMAT_NAMES[kind]}; to change that, give --format"
+
+
+def _by_header(line: bytes, name: str, text_column: str) -> Format:
+    """CSV or TSV for a header with the text column, plain text for no header."""
+    first = line.decode(errors="replace").rstrip("\r")
+    doubtful = first.strip().strip('"') == text_column
+    for delimiter in "\t,;":
+        try:
+            fields = next(csv.reader([first], delimiter=delimiter, strict=True), [])
+        except csv.Error:
+            continue
+        if len(fields) < 2:
+            continue
+        if text_column in fields and delimiter != ";" and len(set(fields)) == len(fields):
+            return "tsv" if delimiter == "\t" else "csv"
+        # Prose has a space after a comma; column names are words.
+        words = [field for field in fields if field]
+        names = len(words) > 1 and all(_COLUMN_NAME.fullmatch(word) for word in words)
+        doubtful |= names or text_column in [field.strip() for field in fields]
+    if doubtful:
+        raise InvalidCommandError(
+            f"{name} begins with {first[:80]!r}, which may be a header or a text; give --format "
+            "csv (or tsv) and the name of the text column, or --format text",
+            field="format",
+            allowed=FORMATS,
+        )
+    return "text"

@@ -19,10 +19,13 @@ from fletcher.errors import (
     InvalidUtf8Error,
     UnknownColumnError,
 )
-from fletcher.readers.columns import Selection
+from fletcher.readers.columns import BATCH_BYTES, Selection
 
 MAX_LINE_BYTES = 64 << 20
 
+# Raised for a value that is not of a column's type.
+_MISFITS = (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError)
+_TYPES = {str: pa.utf8(), bool: pa.bool_(), float: pa.float64()}
 _KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
 
 
@@ -55,25 +58,25 @@ def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, 
 
 
 def read_text(
-    stream: io.BufferedReader, name: str, selection: Selection, batch_rows: int, batch_bytes: int
+    stream: io.BufferedReader, name: str, selection: Selection
 ) -> Iterator[pa.RecordBatch]:
     """Batches of plain text: the lines that are not blank, as one column."""
     names = [selection.text]
     selection.pick_names(names, f"{name} (plain text)")
-    for group in _groups(numbered_lines(stream, name), batch_rows, batch_bytes):
+    for group in _groups(numbered_lines(stream, name), selection.batch_rows):
         column = pa.array([text for _, text in group], pa.utf8())
         yield pa.RecordBatch.from_arrays([column], names=names)
 
 
 def read_jsonl(
-    stream: io.BufferedReader, name: str, selection: Selection, batch_rows: int, batch_bytes: int
+    stream: io.BufferedReader, name: str, selection: Selection
 ) -> Iterator[pa.RecordBatch]:
     """Batches of JSON lines. The first batch decides the columns and their types.
 
     Objects and lists in carried columns become JSON text. A field missing in a row is null.
     """
     schema: pa.Schema | None = None
-    for group in _groups(numbered_lines(stream, name), batch_rows, batch_bytes):
+    for group in _groups(numbered_lines(stream, name), selection.batch_rows):
         numbers = [number for number, _ in group]
         rows = [_row(text, number, name) for number, text in group]
         if schema is None:
@@ -85,15 +88,13 @@ def read_jsonl(
         yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _groups(
-    lines: Iterator[tuple[int, str]], batch_rows: int, batch_bytes: int
-) -> Iterator[list[tuple[int, str]]]:
+def _groups(lines: Iterator[tuple[int, str]], batch_rows: int) -> Iterator[list[tuple[int, str]]]:
     group: list[tuple[int, str]] = []
     size = 0
     for line in lines:
         group.append(line)
         size += len(line[1])
-        if len(group) >= batch_rows or size >= batch_bytes:
+        if len(group) >= batch_rows or size >= BATCH_BYTES:
             yield group
             group, size = [], 0
     if group:
@@ -105,11 +106,9 @@ def _row(text: str, number: int, name: str) -> dict[str, Any]:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long"
-        hint = (
-            "; expected one object per line, not one array over all of them"
-            if number == 1 and text.startswith("[")
-            else ""
-        )
+        hint = ""
+        if number == 1 and text.startswith("["):
+            hint = "; expected one object per line, not one array over all of them"
         raise InvalidCommandError(f"{name}: line {number} is not JSON: {reason}{hint}") from None
     if not isinstance(row, dict):
         raise InvalidCommandError(
@@ -127,19 +126,13 @@ def _infer_schema(rows: Sequence[dict[str, Any]], selection: Selection, name: st
         raise
     fields = []
     for column in chosen:
-        kinds = {type(_scalar(row.get(column))) for row in rows} - {type(None)}
-        if column == selection.text or kinds <= {str}:
+        values = [_scalar(row[column]) for row in rows if row.get(column) is not None]
+        if column == selection.text or not values:
             kind = pa.utf8()
-        elif kinds in ({int, float}, {float}):
+        elif {type(value) for value in values} == {int, float}:
             kind = pa.float64()
-        elif kinds == {bool}:
-            kind = pa.bool_()
-        else:  # integers, or a mixture, of which `_array` names the first row that differs
-            values = (_scalar(row.get(column)) for row in rows)
-            first = next(value for value in values if value is not None)
-            kind = {str: pa.utf8(), bool: pa.bool_(), float: pa.float64()}.get(
-                type(first), pa.int64()
-            )
+        else:  # the first value's; `_array` names the first row that differs
+            kind = _TYPES.get(type(values[0]), pa.int64())
         fields.append(pa.field(column, kind))
     return pa.schema(fields)
 
@@ -153,7 +146,7 @@ def _scalar(value: Any) -> Any:
 def _array(values: Sequence[Any], field: pa.Field, numbers: Sequence[int], name: str) -> pa.Array:
     try:
         return pa.array(values, field.type)
-    except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
+    except _MISFITS:
         row = next(index for index, value in enumerate(values) if not _fits(value, field.type))
     if isinstance(values[row], str) and field.type == pa.utf8():
         raise InvalidUtf8Error(
@@ -171,6 +164,6 @@ def _array(values: Sequence[Any], field: pa.Field, numbers: Sequence[int], name:
 def _fits(value: Any, kind: pa.DataType) -> bool:
     try:
         pa.scalar(value, kind)
-    except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
+    except _MISFITS:
         return False
     return True

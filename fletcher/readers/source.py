@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -13,15 +14,21 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from fletcher.errors import FletcherError, InvalidCommandError
-from fletcher.readers.columns import Selection, conformed, sent_schema
-from fletcher.readers.files import InputFile, find_files, open_file
+from fletcher.readers.columns import Selection
+from fletcher.readers.files import Format, InputFile, find_files, guess_notice, open_file, sniff
 from fletcher.readers.lines import read_jsonl, read_text
-from fletcher.readers.sniff import guess_notice, sniff
 from fletcher.readers.tables import read_arrow_file, read_arrow_stream, read_csv, read_parquet
 
 log = logging.getLogger(__name__)
 
-BATCH_BYTES = 4 << 20
+# Readers of streams: (stream, name for messages, selection) to batches.
+_STREAM_READERS: dict[Format, Callable[..., Iterator[pa.RecordBatch]]] = {
+    "arrow": read_arrow_stream,
+    "jsonl": read_jsonl,
+    "text": read_text,
+    "csv": partial(read_csv, delimiter=","),
+    "tsv": partial(read_csv, delimiter="\t"),
+}
 
 
 def open_source(
@@ -64,9 +71,8 @@ def open_source(
     if batch_rows < 1:
         raise InvalidCommandError(f"`batch_rows` is {batch_rows}, expected at least 1")
     listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    selection = Selection(text_column, id_column, tuple(columns))
-    files = find_files(listed, format_name, notice)
-    return TextSource(files, selection, batch_rows, limit, stdin, notice)
+    selection = Selection(text_column, id_column, tuple(columns), batch_rows, limit)
+    return TextSource(find_files(listed, format_name, notice), selection, stdin, notice)
 
 
 class TextSource:
@@ -74,6 +80,7 @@ class TextSource:
 
     Attributes:
         files: The inputs, in order.
+        selection: What is read of them.
         schema: Of every batch: text utf8, id utf8 or an integer type.
         total_bytes: Size of all files; None unless all are regular files.
         bytes_read: Share of `total_bytes` that the latest `batches()` has read.
@@ -83,32 +90,22 @@ class TextSource:
         self,
         files: list[InputFile],
         selection: Selection,
-        batch_rows: int,
-        limit: int | None,
         stdin: BinaryIO | None,
         notice: Callable[[str], None],
     ) -> None:
         self.files = files
         self.selection = selection
         self.bytes_read = 0
-        self._batch_rows = batch_rows
-        self._limit = limit
         self._stdin = stdin
         self._notice = notice
-        sizes = [file.size for file in files]
-        known = [size for size in sizes if size is not None]
-        self.total_bytes: int | None = sum(known) if len(known) == len(sizes) else None
+        sizes = [file.size for file in files if file.size is not None]
+        self.total_bytes: int | None = sum(sizes) if len(sizes) == len(files) else None
         # The first batch decides the schema. The first call of `batches` continues after it.
         found = self._read_files()
-        first = next(found, None)
-        if first is None:
-            self.schema = pa.schema([pa.field(selection.text, pa.utf8())])
-            self._first_pass = found
-        else:
-            batch, where = first
-            self.schema = sent_schema(selection, batch.schema, where)
-            self._first_pass = chain([first], found)
-        self._is_unread = True
+        empty = pa.RecordBatch.from_pydict({selection.text: pa.array([], pa.utf8())})
+        batch, where = first = next(found, (empty, "no input"))
+        self.schema = selection.sent_schema(batch.schema, where)
+        self._first_pass: Iterable[tuple[pa.RecordBatch, str]] | None = chain([first], found)
 
     @property
     def reiterable(self) -> bool:
@@ -122,9 +119,9 @@ class TextSource:
             InvalidCommandError: A file is damaged, or an input cannot be read twice.
             UnknownColumnError, ColumnTypeError, InvalidUtf8Error: A later file differs.
         """
-        if self._is_unread:
-            self._is_unread = False
-            return self._conformed(self._first_pass)
+        first_pass, self._first_pass = self._first_pass, None
+        if first_pass is not None:
+            return self._conformed(first_pass)
         if not self.reiterable:
             raise InvalidCommandError("standard input and pipes can be read only once")
         return self._conformed(self._read_files())
@@ -138,8 +135,8 @@ class TextSource:
         if not self.reiterable:
             raise InvalidCommandError("standard input has no hash before it is read; give a file")
         digest = hashlib.sha256()
-        chosen = self.selection
-        read = [chosen.text, chosen.id, chosen.carried, self._limit, [f.format for f in self.files]]
+        chosen, formats = self.selection, [file.format for file in self.files]
+        read = [chosen.text, chosen.id, chosen.carried, chosen.limit, formats]
         digest.update(json.dumps(read).encode())
         for file in self.files:
             assert file.path is not None
@@ -151,11 +148,11 @@ class TextSource:
         return digest.hexdigest()
 
     def _conformed(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Iterator[pa.RecordBatch]:
-        left = self._limit
+        left = self.selection.limit
         for batch, where in found:
-            part = batch if left is None else batch.slice(0, left)
+            part = batch.slice(0, left)
             if part.num_rows:
-                yield conformed(part, self.schema, self.selection, where)
+                yield self.selection.conform(part, self.schema, where)
             if left is not None:
                 left -= part.num_rows
                 if left == 0:
@@ -183,42 +180,23 @@ class TextSource:
             kind = sniff(file, opened, self.selection.text)
             if file.path is None and file.format is None:
                 self._notice(guess_notice(file, kind))
-            stream, name, rows = opened.stream, file.name, self._batch_rows
-            is_arrow_file = kind == "arrow" and stream.peek(6).startswith(b"ARROW1")
-            batches: Iterator[pa.RecordBatch]
+            is_arrow_file = kind == "arrow" and opened.stream.peek(6).startswith(b"ARROW1")
             if kind == "parquet" or is_arrow_file:
                 yield from self._read_seekable(file, kind, opened.compression)
                 return
-            if kind == "arrow":
-                batches = read_arrow_stream(stream, name, self.selection, rows)
-            elif kind == "jsonl":
-                batches = read_jsonl(stream, name, self.selection, rows, BATCH_BYTES)
-            elif kind == "text":
-                batches = read_text(stream, name, self.selection, rows, BATCH_BYTES)
-            else:
-                delimiter = "\t" if kind == "tsv" else ","
-                batches = read_csv(stream, name, self.selection, rows, delimiter)
-            for batch in batches:
+            for batch in _STREAM_READERS[kind](opened.stream, file.name, self.selection):
                 yield batch, opened.position()
 
     def _read_seekable(
-        self, file: InputFile, kind: str, compression: str | None
+        self, file: InputFile, kind: Format, compression: str | None
     ) -> Iterator[tuple[pa.RecordBatch, int]]:
         if file.path is None or file.size is None or compression is not None:
             form = "a Parquet file" if kind == "parquet" else "an Arrow file"
+            remedy = "give it as a file, not through a pipe"
             raise InvalidCommandError(
                 f"{file.name} is {form}, whose index is at its end: "
-                + (
-                    "decompress it first"
-                    if compression
-                    else "give it as a file, not through a pipe"
-                )
+                f"{'decompress it first' if compression else remedy}"
             )
-        if kind == "parquet":
-            shares = read_parquet(
-                file.path, file.name, self.selection, self._batch_rows, BATCH_BYTES
-            )
-        else:
-            shares = read_arrow_file(file.path, file.name, self.selection, self._batch_rows)
-        for batch, share in shares:
+        read = read_parquet if kind == "parquet" else read_arrow_file
+        for batch, share in read(file.path, file.name, self.selection):
             yield batch, int(share * file.size)

@@ -12,7 +12,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
-from fletcher.readers.columns import Selection
+from fletcher.readers.columns import BATCH_BYTES, Selection
 
 # A CSV row must fit into one block; the server accepts rows of 16 MiB by default.
 CSV_BLOCK_BYTES = 32 << 20
@@ -23,60 +23,55 @@ _END = "(end of file)"
 
 
 def read_parquet(
-    path: Path, name: str, selection: Selection, batch_rows: int, batch_bytes: int
+    path: Path, name: str, selection: Selection
 ) -> Iterator[tuple[pa.RecordBatch, float]]:
     """(batch, share of the file read so far) of a Parquet file."""
     # Without buffered reads, pyarrow reads every column chunk as a whole.
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         chosen = selection.pick_names(file.schema_arrow.names, name)
-        rows = _rows_per_batch(file.metadata, chosen, batch_rows, batch_bytes)
+        rows = _rows_per_batch(file.metadata, chosen, selection.batch_rows)
         total, done = max(1, file.metadata.num_rows), 0
         for batch in file.iter_batches(batch_size=rows, columns=chosen, use_threads=False):
             done += batch.num_rows
             yield batch.select(chosen), done / total
 
 
-def _rows_per_batch(
-    metadata: pq.FileMetaData, chosen: list[str], batch_rows: int, batch_bytes: int
-) -> int:
-    """Rows per batch of about `batch_bytes`, by the largest average row of a group."""
+def _rows_per_batch(metadata: pq.FileMetaData, chosen: list[str], batch_rows: int) -> int:
+    """Rows per batch of about BATCH_BYTES, by the largest average row of a group."""
     widest = 1.0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         columns = (group.column(number) for number in range(group.num_columns))
-        size = sum(
-            column.total_uncompressed_size
-            for column in columns
-            if column.path_in_schema.partition(".")[0] in chosen
-        )
+        wanted = (one for one in columns if one.path_in_schema.partition(".")[0] in chosen)
+        size = sum(column.total_uncompressed_size for column in wanted)
         widest = max(widest, size / max(1, group.num_rows))
-    return int(max(1, min(batch_rows, batch_bytes // widest)))
+    return int(max(1, min(batch_rows, BATCH_BYTES // widest)))
 
 
 def read_arrow_file(
-    path: Path, name: str, selection: Selection, batch_rows: int
+    path: Path, name: str, selection: Selection
 ) -> Iterator[tuple[pa.RecordBatch, float]]:
     """(batch, share of the file read so far) of an Arrow IPC file, mapped into memory."""
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
         chosen = selection.pick_names(file.schema.names, name)
         for index in range(file.num_record_batches):
             batch = file.get_batch(index).select(chosen)
-            for part in _slices(batch, batch_rows):
+            for part in _slices(batch, selection.batch_rows):
                 yield part, (index + 1) / file.num_record_batches
 
 
 def read_arrow_stream(
-    stream: io.BufferedReader, name: str, selection: Selection, batch_rows: int
+    stream: io.BufferedReader, name: str, selection: Selection
 ) -> Iterator[pa.RecordBatch]:
     """Batches of an Arrow IPC stream."""
     with pa.ipc.open_stream(stream) as reader:
         chosen = selection.pick_names(reader.schema.names, name)
         for batch in reader:
-            yield from _slices(batch.select(chosen), batch_rows)
+            yield from _slices(batch.select(chosen), selection.batch_rows)
 
 
 def read_csv(
-    stream: io.BufferedReader, name: str, selection: Selection, batch_rows: int, delimiter: str
+    stream: io.BufferedReader, name: str, selection: Selection, delimiter: str
 ) -> Iterator[pa.RecordBatch]:
     """Batches of a CSV file with a header.
 
@@ -103,7 +98,7 @@ def read_csv(
             convert_options=pa_csv.ConvertOptions(column_types=strings, include_columns=chosen),
         )
         with reader:
-            yield from _without_last_row(reader, name, selection.text, batch_rows)
+            yield from _without_last_row(reader, name, selection)
     except pa.ArrowInvalid as error:
         if "invalid UTF8" not in str(error):
             raise
@@ -132,19 +127,19 @@ class _WithLastRow:
 
 
 def _without_last_row(
-    batches: Iterable[pa.RecordBatch], name: str, text_column: str, batch_rows: int
+    batches: Iterable[pa.RecordBatch], name: str, selection: Selection
 ) -> Iterator[pa.RecordBatch]:
     held: pa.RecordBatch | None = None
     rows = 0
     for batch in batches:
         if held is not None:
-            yield from _slices(held, batch_rows)
+            yield from _slices(held, selection.batch_rows)
         if batch.num_rows:
             held = batch
             rows += batch.num_rows
-    if held is None or held.column(text_column)[-1].as_py() != _END:
+    if held is None or held.column(selection.text)[-1].as_py() != _END:
         raise InvalidCommandError(f"{name}: row {rows} opens a quote that is never closed")
-    yield from _slices(held.slice(0, held.num_rows - 1), batch_rows)
+    yield from _slices(held.slice(0, held.num_rows - 1), selection.batch_rows)
 
 
 def _header(stream: io.BufferedReader, name: str, delimiter: str) -> list[str]:

@@ -35,7 +35,7 @@ from fletcher.workers.messages import WorkerSpec
 
 log = logging.getLogger(__name__)
 
-# Padding lost to a window of this many runs is 1-2% on the corpus (docs/performance.md).
+# Padding lost to a window of this many runs is 1-2% on the corpus (docs/lab-book.md).
 _WINDOW_RUNS = 64
 
 
@@ -189,7 +189,7 @@ def _tokenizers(cores: int, replicas: list[BackendConfig]) -> int:
 
 
 def _limits(config: LimitsConfig, bundle: ModelBundle, reserve_bytes: int) -> IntakeLimits:
-    """Row slices that fit a stream's reserve, so that no stream waits for another's memory."""
+    """Bounds of row slices, which must fit the memory that is reserved for a stream."""
     # In the batch window and as output, float32 each, and the small columns.
     bytes_per_row = 8 * bundle.width * bundle.max_vectors + COLUMN_BYTES
     slice_bytes = reserve_bytes // 8  # a text is held up to three times: 3/8 of the reserve

@@ -229,7 +229,12 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         telemetry.rows_received.add(batch.num_rows)
         telemetry.bytes_received.add(batch.get_total_buffer_size())
         slices = self._intake.row_slices(
-            batch, batch_id, row_first, keep=self._stream.keep_table, skip=skip, ends=document_end
+            batch,
+            batch_id,
+            row_first,
+            keep=self._stream.allowance.keep_table,
+            skip=skip,
+            ends=document_end,
         )
         self._submit_slices(slices, claim)
 
@@ -251,7 +256,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             batch: As received.
             upload_id: As for `results`.
         """
-        slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.keep_table))
+        slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.allowance.keep_table))
         if len(slices) == 1:
             self._submit_slices(slices)
             self.end_input()
@@ -320,27 +325,27 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             self.spec,
             upload_id,
             whole_rows=True,
-            max_kept_bytes=self._stream.max_row_bytes,
+            max_kept_bytes=self._stream.allowance.max_row_bytes,
         )
 
     def _assemble(self, assembling: Assembler, embedded: Result) -> SliceResult | None:
         """One result, or None if its text goes on in the next one."""
-        stream, num_bytes, row_bytes = self._stream, embedded.num_bytes, 0
+        allowance, num_bytes, row_bytes = self._stream.allowance, embedded.num_bytes, 0
         row_slice, ranges = embedded.context
         output = assembling.assemble(row_slice, embedded.embeddings)
         # Results that leave at once may exceed the allowance by one output batch.
         if self._call.whole_rows:
             if assembling.kept_bytes or output is None:
-                stream.grow_row(assembling.kept_bytes)
+                allowance.grow_row(assembling.kept_bytes)
             if output is not None:
-                row_bytes = stream.complete_row()
+                row_bytes = allowance.complete_row()
         if output is None:
-            stream.release_bytes(num_bytes)
+            allowance.release_bytes(num_bytes)
             return None
         if output.errors:
             self._count_errors(output.errors, row_slice.row_first, ranges)
         return SliceResult(
-            row_slice, output, ranges, lambda: stream.release_bytes(num_bytes, row_bytes)
+            row_slice, output, ranges, lambda: allowance.release_bytes(num_bytes, row_bytes)
         )
 
     def _count_errors(

@@ -42,7 +42,7 @@ class SliceResult:
 
     def place(self, row: int) -> int:
         """The output row at which a row of the slice begins."""
-        return self._output.place(row)
+        return self._output.first_row(row)
 
     def failed_ids(self) -> dict[int, str | int | None]:
         """Ids of the rows in `errors`; text is cut after its first 1,024 characters."""

@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fletcher.config.option import nearest
 from fletcher.errors import ConfigError
 from fletcher.net.address import FlightAddress
 from fletcher.stores.base import Store
 
-if TYPE_CHECKING:
-    from fletcher.stores.flight.connection import FlightStoreAddress
-
 FORMS = ("lance:PATH", "parquet:PATH", "grpc://HOST:PORT", "grpcs://HOST:PORT")
 PROFILES = ("auto", "longbow", "fletcher")
+
+
+@dataclass(frozen=True, slots=True)
+class FlightStoreAddress:
+    """Address of a Flight store.
+
+    Attributes:
+        text: As the user wrote it.
+        data: Port of rows and searches.
+        meta: Port of the dataset list; None: the one that the store's capabilities name, else the
+            port after `data`'s, as Longbow has it by default.
+        profile: `auto`, `longbow` or `fletcher`.
+    """
+
+    text: str
+    data: FlightAddress
+    meta: FlightAddress | None
+    profile: str
+
+    @classmethod
+    def from_text(cls, text: str) -> FlightStoreAddress:
+        """The address in `grpc://HOST:PORT?meta=PORT&profile=NAME`, its options optional.
+
+        Raises:
+            ConfigError: The address has another form.
+        """
+        try:
+            data = FlightAddress.from_uri(text)
+            options = dict(data.options)
+            meta = int(options.pop("meta")) if "meta" in options else None
+        except ValueError:
+            raise _bad(text) from None
+        profile = options.pop("profile", "auto")
+        if options or (meta is not None and not 0 < meta < 65536):
+            raise _bad(text)
+        if profile not in PROFILES:
+            raise ConfigError(
+                f"`profile` is {profile[:200]!r} in the store's address, expected one of "
+                f"{', '.join(PROFILES)}",
+                field="store",
+                allowed=PROFILES,
+            )
+        return cls(text, data, data.with_port(meta) if meta is not None else None, profile)
+
+    @property
+    def meta_uri(self) -> str:
+        """Address of the port of the dataset list."""
+        return (self.meta or self.data.with_port(self.data.port + 1)).uri
 
 
 def open_store(
@@ -55,7 +100,7 @@ def open_store(
 
         return FlightStore(
             FlightConnection(
-                _flight_address(address),
+                FlightStoreAddress.from_text(address),
                 timeout_s=timeout_s,
                 compression=compression,
                 message_bytes=message_bytes,
@@ -69,33 +114,6 @@ def folder_of(address: str) -> Path | None:
     scheme, _, rest = address.partition(":")
     embedded = rest and scheme in ("lance", "parquet")
     return Path(rest).expanduser().absolute() if embedded else None
-
-
-def _flight_address(address: str) -> FlightStoreAddress:
-    from fletcher.stores.flight.connection import FlightStoreAddress
-
-    try:
-        data = FlightAddress.from_uri(address)
-        options = dict(data.options)
-        meta = int(options.pop("meta")) if "meta" in options else None
-    except ValueError:
-        raise _bad(address) from None
-    profile = options.pop("profile", "auto")
-    if options or (meta is not None and not 0 < meta < 65536):
-        raise _bad(address)
-    if profile not in PROFILES:
-        raise ConfigError(
-            f"`profile` is {profile[:200]!r} in the store's address, expected one of "
-            f"{', '.join(PROFILES)}",
-            field="store",
-            allowed=PROFILES,
-        )
-    return FlightStoreAddress(
-        text=address,
-        data=data,
-        meta=data.with_port(meta) if meta is not None else None,
-        profile=profile,
-    )
 
 
 def _bad(address: str) -> ConfigError:

@@ -16,6 +16,8 @@ import pyarrow as pa
 
 WriteMode = Literal["append", "upsert", "overwrite"]
 Operator = Literal["=", "!=", ">", "<", ">=", "<="]
+Vector = npt.NDArray[np.float32]
+Names = Sequence[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,9 @@ class Filter:
     filters: tuple[Filter, ...] = ()
 
 
+Filters = Sequence[Filter]
+
+
 class DatasetWriter(Protocol):
     """The only writer of a dataset. Not thread-safe: one thread owns it."""
 
@@ -78,15 +83,12 @@ class DatasetWriter(Protocol):
             OverloadedError: As StoreUnavailableError; retry with fewer rows.
             RequestError: The store refuses these rows; a retry does not help.
         """
-        ...
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
         """The keys among `batch_keys` that are not stored, in their order."""
-        ...
 
     def close(self) -> None:
         """Release the dataset (lock, connection). Idempotent."""
-        ...
 
 
 class Store(Protocol):
@@ -101,7 +103,6 @@ class Store(Protocol):
         Raises:
             StoreUnavailableError: The store does not answer.
         """
-        ...
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
         """Open a dataset for rows of `schema`; create it if it does not exist.
@@ -114,32 +115,22 @@ class Store(Protocol):
                 of another model, another width, or a column of another type.
             StoreUnavailableError: The store does not answer, or the dataset has another writer.
         """
-        ...
 
     def datasets(self) -> list[DatasetInfo]:
         """All datasets, sorted by name."""
-        ...
 
     def dataset(self, name: str) -> DatasetInfo | None:
         """One dataset; None if it does not exist."""
-        ...
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
         """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""
-        ...
 
     def scan(
-        self,
-        dataset: str,
-        *,
-        columns: Sequence[str] | None = None,
-        filters: Sequence[Filter] = (),
-        limit: int | None = None,
+        self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
         """Rows of a dataset as a stream.
 
         Args:
-            dataset: Its name.
             columns: Columns to return; None: all of the dataset's.
             filters: Conditions that a row must meet.
             limit: Maximum number of rows; None: all.
@@ -147,37 +138,21 @@ class Store(Protocol):
         Raises:
             UnknownDatasetError, UnknownColumnError.
         """
-        ...
 
     def search(
-        self,
-        dataset: str,
-        vector: npt.NDArray[np.float32],
-        *,
-        k: int,
-        columns: Sequence[str] | None = None,
-        filters: Sequence[Filter] = (),
+        self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
-        """The k nearest rows by cosine, best first.
-
-        Args:
-            vector: float32 [dim].
-            k: Maximum number of rows.
-            columns: Columns to return; None: all of the dataset's.
-            filters: Conditions that a row must meet.
+        """The k nearest rows to a vector, float32 [dim], by cosine, best first.
 
         Returns:
-            `columns` and `score` float32, the cosine.
+            `columns`, chosen as in `scan`, and `score` float32, the cosine.
 
         Raises:
             UnknownDatasetError, UnknownColumnError, DimensionMismatchError.
         """
-        ...
 
     def delete_dataset(self, name: str) -> None:
         """Delete a dataset. Raises UnknownDatasetError."""
-        ...
 
     def close(self) -> None:
         """Close writers and connections. Idempotent."""
-        ...

@@ -16,9 +16,10 @@ from fletcher.errors import (
     InvalidCommandError,
     UnknownDatasetError,
 )
+from fletcher.stores.base import DatasetInfo, Store, Vector
 
 MAX_K = 100_000
-Scores = Callable[[pa.RecordBatch], npt.NDArray[np.float32]]
+Scores = Callable[[pa.RecordBatch], Vector]
 
 
 def unknown_dataset(name: str) -> UnknownDatasetError:
@@ -26,6 +27,14 @@ def unknown_dataset(name: str) -> UnknownDatasetError:
     return UnknownDatasetError(
         f"there is no dataset `{name}`; write to it first, or list the datasets", field="dataset"
     )
+
+
+def existing_dataset(store: Store, name: str) -> DatasetInfo:
+    """A dataset of a store. Raises UnknownDatasetError if it does not exist."""
+    info = store.dataset(name)
+    if info is None:
+        raise unknown_dataset(name)
+    return info
 
 
 def vector_reader(dataset: str, schema: pa.Schema) -> VectorReader:
@@ -45,16 +54,10 @@ def vector_reader(dataset: str, schema: pa.Schema) -> VectorReader:
 def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: int) -> VectorReader:
     """Check a query and return the reader of the dataset's vectors.
 
-    Args:
-        dataset: Its name, for messages.
-        schema: Of the dataset.
-        vector: float [dim].
-        k: Maximum number of rows.
-
     Raises:
-        DimensionMismatchError: `vector` has another shape.
+        DimensionMismatchError: The shape of `vector` is not [dim].
         ColumnTypeError: As `vector_reader`.
-        InvalidCommandError: `k` is out of range, or `vector` is zero or holds NaN or infinity.
+        InvalidCommandError: `k` is not 1 to MAX_K, or `vector` is zero or holds NaN or infinity.
     """
     reader = vector_reader(dataset, schema)
     if vector.ndim != 1 or len(vector) != reader.dims:
@@ -73,21 +76,15 @@ def check_query(dataset: str, schema: pa.Schema, vector: npt.NDArray[Any], k: in
     return reader
 
 
-def cosine(vector: npt.NDArray[np.float32], reader: VectorReader) -> Scores:
-    """Scoring function: the cosine of each row's `vector` to the query.
+def cosine(vector: Vector, reader: VectorReader) -> Scores:
+    """Scoring function: the cosine of each row's `vector` to a query, float32 [dim].
 
-    The query stays float32 whatever the rows' type, because quantizing it too loses precision.
-
-    Args:
-        vector: float32 [dim], the query.
-        reader: Of the rows' vectors.
-
-    Returns:
-        A function from a batch to float32 [num_rows]; -inf for a null or zero vector.
+    It returns float32 [num_rows], -inf for a null or zero vector. The query stays float32 whatever
+    the rows' type, because quantizing it too loses precision.
     """
     query = vector / np.linalg.norm(vector)
 
-    def scores(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
+    def scores(batch: pa.RecordBatch) -> Vector:
         column = batch.column("vector")
         rows = reader.directions(column)
         norms = np.linalg.norm(rows, axis=1)
@@ -100,21 +97,12 @@ def cosine(vector: npt.NDArray[np.float32], reader: VectorReader) -> Scores:
 
 
 def nearest(
-    batches: Iterable[pa.RecordBatch],
-    scores: Scores,
-    *,
-    k: int,
-    columns: Sequence[str],
+    batches: Iterable[pa.RecordBatch], scores: Scores, *, k: int, columns: Sequence[str]
 ) -> pa.Table:
-    """The k best rows of a stream, best first.
+    """The k best rows of a stream, best first: `columns` and `score` float32.
 
-    Holds at most k rows and one batch in memory.
-
-    Args:
-        batches: Rows with `vector` and `columns`, at least one batch or a reader.
-        scores: Scoring function; -inf leaves a row out.
-        k: Maximum number of rows.
-        columns: Columns to return; `score` float32 is added.
+    Holds at most k rows and one batch in memory. A score of -inf leaves a row out. `batches` are at
+    least one batch, or a reader.
     """
     best: pa.Table | None = None
     best_scores = np.empty(0, np.float32)

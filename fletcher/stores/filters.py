@@ -5,18 +5,29 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 
 from fletcher.errors import ColumnTypeError
-from fletcher.stores.base import Filter
-from fletcher.stores.schemas import check_columns
+from fletcher.stores.base import Filter, Filters
+from fletcher.stores.schemas import wanted_columns
+
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+    ">=": operator.ge,
+    "<=": operator.le,
+}
 
 
-def to_json(filters: Sequence[Filter]) -> list[dict[str, Any]]:
+def to_json(filters: Filters) -> list[dict[str, Any]]:
     """The filters as Longbow's JSON."""
     return [
         {
@@ -30,7 +41,7 @@ def to_json(filters: Sequence[Filter]) -> list[dict[str, Any]]:
     ]
 
 
-def to_sql(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) -> str | None:
+def to_sql(dataset: str, schema: pa.Schema, filters: Filters) -> str | None:
     """The filters as an SQL condition for LanceDB; None for no filters.
 
     Literals are escaped.
@@ -43,8 +54,7 @@ def to_sql(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) -> str | 
     for one in filters:
         parts = []
         if one.field:
-            check_columns(dataset, schema, [one.field])
-            kind = schema.field(one.field).type
+            kind = _column_type(dataset, schema, one.field)
             parts.append(f"({quoted_name(one.field)} {_sql_test(one, kind)})")
         if one.filters:
             parts.append(f"({to_sql(dataset, schema, one.filters)})")
@@ -53,7 +63,7 @@ def to_sql(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) -> str | 
     return sql or None
 
 
-def to_expression(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) -> Any:
+def to_expression(dataset: str, schema: pa.Schema, filters: Filters) -> Any:
     """The filters as a `pyarrow.dataset` expression; None for no filters.
 
     Raises:
@@ -63,19 +73,19 @@ def to_expression(dataset: str, schema: pa.Schema, filters: Sequence[Filter]) ->
     for one in filters:
         term = None
         if one.field:
-            check_columns(dataset, schema, [one.field])
-            term = _expression(one, schema.field(one.field).type)
+            term = _expression(one, _column_type(dataset, schema, one.field))
         if one.filters:
             nested = to_expression(dataset, schema, one.filters)
             term = nested if term is None else term & nested
-        whole = _joined(whole, term, one.logic)
+        if whole is not None:
+            term = whole | term if one.logic == "or" else whole & term
+        whole = term
     return whole
 
 
-def _joined(whole: Any, term: Any, logic: str) -> Any:
-    if whole is None:
-        return term
-    return whole | term if logic == "or" else whole & term
+def _column_type(dataset: str, schema: pa.Schema, name: str) -> pa.DataType:
+    wanted_columns(dataset, schema, [name])
+    return schema.field(name).type
 
 
 def _expression(one: Filter, kind: pa.DataType) -> Any:
@@ -83,14 +93,7 @@ def _expression(one: Filter, kind: pa.DataType) -> Any:
     if one.value is None:
         return ~column.is_null() if one.operator == "!=" else column.is_null()
     value = pa.scalar(_typed(one, kind), kind if not pa.types.is_dictionary(kind) else None)
-    return {
-        "=": column == value,
-        "!=": column != value,
-        ">": column > value,
-        "<": column < value,
-        ">=": column >= value,
-        "<=": column <= value,
-    }[one.operator]
+    return _COMPARISONS[one.operator](column, value)
 
 
 def quoted_name(name: str) -> str:
@@ -133,7 +136,7 @@ def _typed(one: Filter, kind: pa.DataType) -> Any:
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_boolean(values) and isinstance(value, bool):
         return value
-    if _is_text(values) and isinstance(value, str):
+    if isinstance(value, str) and any(is_text(values) for is_text in _TEXTS):
         return value
     if pa.types.is_integer(values) and type(value) is int and abs(value) < 2**64:
         return value
@@ -144,19 +147,10 @@ def _typed(one: Filter, kind: pa.DataType) -> Any:
             return dt.datetime.fromisoformat(value)
         except ValueError:
             pass
+    shown = json.dumps(value, default=repr, ensure_ascii=False)[:200]
     raise ColumnTypeError(
-        f"a filter compares `{one.field}`, which is {kind}, with {_shown(value)}; give a value of "
-        "that type (times as ISO 8601 text)",
+        f"a filter compares `{one.field}`, which is {kind}, with {shown}; give a value of that "
+        "type (times as ISO 8601 text)",
         field=one.field,
         allowed=[str(kind)],
     )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, default=repr, ensure_ascii=False)[:200]

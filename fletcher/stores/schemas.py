@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.core.quantization import QUANTIZATION
-from fletcher.core.schema import CHUNK_FIELDS
+from fletcher.core.ranges import RangeSet
+from fletcher.core.schema import CHUNK_FIELDS, parse_batch_key
 from fletcher.errors import (
     ColumnTypeError,
     DimensionMismatchError,
@@ -16,6 +17,7 @@ from fletcher.errors import (
     ModelMismatchError,
     UnknownColumnError,
 )
+from fletcher.stores.base import Names
 
 # Schema metadata that must be equal for two vectors to be comparable.
 _MODEL_KEYS = (
@@ -27,12 +29,7 @@ _MODEL_KEYS = (
 )
 
 # Types that stores accept whatever their parameters.
-_NUMBERS = (
-    pa.types.is_integer,
-    pa.types.is_floating,
-    pa.types.is_boolean,
-    pa.types.is_temporal,
-)
+_NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_temporal)
 _OTHERS = (
     pa.types.is_null,
     pa.types.is_string,
@@ -46,12 +43,7 @@ _OTHERS = (
 
 
 def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
-    """Refuse rows that do not fit a dataset. Columns may be added or left out.
-
-    Args:
-        dataset: Its name, for the message.
-        stored: Schema of the dataset.
-        offered: Schema of the rows to add.
+    """Refuse rows whose schema does not fit a dataset's. Columns may be added or left out.
 
     Raises:
         DimensionMismatchError: `vector` has another width.
@@ -96,10 +88,6 @@ def check_storable(schema: pa.Schema) -> None:
 def check_one_row_each(dataset: str, stored: pa.Schema) -> None:
     """Refuse to replace rows by id in a dataset of chunks.
 
-    Args:
-        dataset: Its name, for the message.
-        stored: Schema of the dataset.
-
     Raises:
         InvalidCommandError: The rows of the dataset are chunks.
     """
@@ -130,16 +118,17 @@ def _check_width(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
 
 
 def _check_model(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
+    # A plain client names no model: only the width and type of its rows are checked.
+    old, new = stored.metadata or {}, offered.metadata or {}
     for key in _MODEL_KEYS:
-        have = (stored.metadata or {}).get(key.encode())
-        new = (offered.metadata or {}).get(key.encode())
-        # A plain client names no model: only the width and type of its rows are checked.
-        if have is not None and new is not None and have != new:
+        name = key.encode()
+        if name in old and name in new and old[name] != new[name]:
+            have = old[name].decode(errors="replace")
             raise ModelMismatchError(
-                f"`{key}` is {new.decode(errors='replace')}, dataset `{dataset}` was written with "
-                f"{have.decode(errors='replace')}; use that or write to another dataset",
+                f"`{key}` is {new[name].decode(errors='replace')}, dataset `{dataset}` was written "
+                f"with {have}; use that or write to another dataset",
                 field=key.removeprefix("fletcher."),
-                allowed=[have.decode(errors="replace")],
+                allowed=[have],
             )
 
 
@@ -162,9 +151,9 @@ def _is_storable(kind: pa.DataType) -> bool:
         nested = types.is_fixed_size_list(inner) and _is_storable(inner)
         return kind.list_size > 0 and (nested or _is_number(inner))
     if types.is_struct(kind):
-        fields = [kind.field(index) for index in range(kind.num_fields)]
+        fields = list(kind)
         names = {one.name for one in fields}
-        plain = len(names) == len(fields) > 0 and not any("\0" in name for name in names)
+        plain = len(names) == len(fields) > 0 and "\0" not in "".join(names)
         return plain and all(
             _is_storable(one.type) and not types.is_null(one.type) for one in fields
         )
@@ -189,15 +178,14 @@ def conform_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """The batch with the columns of `schema`, in its order; missing ones are null."""
     if batch.schema.equals(schema):
         return batch
-    columns = []
-    for field in schema:
-        index = batch.schema.get_field_index(field.name)
-        if index < 0:
-            columns.append(pa.nulls(batch.num_rows, field.type))
-            continue
-        column = batch.column(index)
-        columns.append(column if column.type == field.type else column.cast(field.type))
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+    def column(field: pa.Field) -> pa.Array:
+        if field.name not in batch.schema.names:
+            return pa.nulls(batch.num_rows, field.type)
+        found = batch.column(field.name)
+        return found if found.type == field.type else found.cast(field.type)
+
+    return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
 
 
 def align_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -211,10 +199,9 @@ def align_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
         for column in batch.columns
         for buffer in column.buffers()
     )
-    kinds = [getattr(one.type, "storage_type", one.type) for one in batch.columns]
     sliced = any(
-        pa.types.is_struct(kind) and one.offset
-        for kind, one in zip(kinds, batch.columns, strict=True)
+        pa.types.is_struct(getattr(one.type, "storage_type", one.type)) and one.offset
+        for one in batch.columns
     )
     if not (odd or sliced):
         return batch
@@ -226,13 +213,13 @@ def align_batch(batch: pa.RecordBatch) -> pa.RecordBatch:
         return reader.read_next_batch()
 
 
-def check_columns(dataset: str, schema: pa.Schema, columns: list[str]) -> None:
-    """Refuse names that are not columns of the dataset.
+def wanted_columns(dataset: str, schema: pa.Schema, columns: Names) -> list[str]:
+    """The requested columns of a dataset; None requests all.
 
     Raises:
         UnknownColumnError: One of `columns` is not in `schema`.
     """
-    for name in columns:
+    for name in columns or ():
         if name not in schema.names:
             raise UnknownColumnError(
                 f"dataset `{dataset}` has no column `{name[:200]}`; it has "
@@ -240,6 +227,7 @@ def check_columns(dataset: str, schema: pa.Schema, columns: list[str]) -> None:
                 field=name[:200],
                 allowed=schema.names,
             )
+    return list(schema.names if columns is None else columns)
 
 
 def last_of_each_id(table: pa.Table) -> pa.Table:
@@ -258,7 +246,7 @@ def limit_rows(
     if limit == 0:
         return
     for batch in batches:
-        part = batch if limit is None else batch.slice(0, limit)
+        part = batch.slice(0, limit)
         yield pa.RecordBatch.from_arrays(
             [part.column(name) for name in schema.names], schema=schema
         )
@@ -275,3 +263,15 @@ def count_batch_keys(batch: pa.RecordBatch) -> dict[str, int]:
     counts = batch.column("batch_key").drop_null().value_counts()
     keys, numbers = counts.field("values"), counts.field("counts")
     return dict(zip(keys.to_pylist(), numbers.to_pylist(), strict=True))
+
+
+def num_group_rows(key: str) -> int:
+    """Number of rows of the group that a batch key names; 0 for a key of another form."""
+    parsed = parse_batch_key(key)
+    return parsed[2] - parsed[1] + 1 if parsed else 0
+
+
+def upload_ranges(keys: Iterable[str], upload_id: str) -> list[tuple[int, int]]:
+    """Row offsets of an upload that batch keys cover: inclusive (first, last), sorted, merged."""
+    parsed = map(parse_batch_key, keys)
+    return RangeSet(key[1:] for key in parsed if key and key[0] == upload_id).ranges()

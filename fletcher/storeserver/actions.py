@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+from msgspec.json import encode as to_json
 from msgspec.structs import replace
 
 from fletcher.core.command import check_dataset
 from fletcher.core.quantization import VectorReader
 from fletcher.errors import ColumnTypeError, InvalidCommandError, RequestError, UnknownDatasetError
 from fletcher.stores import protocol
-from fletcher.stores.base import Filter
-from fletcher.stores.exact_search import Scores, check_query, cosine, nearest, unknown_dataset
+from fletcher.stores.base import Filter, Vector
+from fletcher.stores.exact_search import Scores, check_query, cosine, existing_dataset, nearest
 from fletcher.stores.filters import quoted, quoted_name
 from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.ingest import Ingest
@@ -54,15 +54,12 @@ class Action(NamedTuple):
 class Actions:
     """The actions of a store server by name. Thread-safe.
 
-    Args:
-        store: For reading.
-        ingest: For writing.
-        folder: Of the store; the namespaces are kept there.
+    They read from `store` and write to `ingest`. `folder` keeps the namespaces.
     """
 
     def __init__(self, store: LanceStore, ingest: Ingest, folder: Path) -> None:
-        self._store = store
-        self._ingest = ingest
+        self.store = store
+        self.ingest = ingest
         names = _Namespaces(folder / "namespaces.json")
         # Set once both ports listen; the capabilities name it.
         self.meta_port = 0
@@ -92,23 +89,12 @@ class Actions:
         columns = list(request.columns) if request.columns is not None else ["id"]
         if request.include_vectors and "vector" not in columns:
             columns.append("vector")
-        vector = request.query_vectors[index]
+        vector, k = request.query_vectors[index], request.k
         filters = to_filters(request.filters)
-        if request.text_query and request.alpha < 1:
-            return self._search_hybrid(request, vector, filters, columns)
-        return self._store.search(
-            request.dataset, vector, k=request.k, columns=columns, filters=filters
-        )
-
-    def _search_hybrid(
-        self,
-        request: SearchRequest,
-        vector: npt.NDArray[np.float32],
-        filters: tuple[Filter, ...],
-        columns: list[str],
-    ) -> pa.Table:
+        if not request.text_query or request.alpha == 1:
+            return self.store.search(request.dataset, vector, k=k, columns=columns, filters=filters)
         schema = self._schema(request.dataset)
-        reader = check_query(request.dataset, schema, vector, request.k)
+        reader = check_query(request.dataset, schema, vector, k)
         if "text" not in schema.names:
             raise ColumnTypeError(
                 f"dataset `{request.dataset}` has no column `text` to search for words; leave "
@@ -117,9 +103,9 @@ class Actions:
             )
         read = list(dict.fromkeys([*columns, "text", "vector"]))
         return nearest(
-            self._store.scan(request.dataset, columns=read, filters=filters),
+            self.store.scan(request.dataset, columns=read, filters=filters),
             _mixed(cosine(vector, reader), request.text_query, request.alpha),
-            k=request.k,
+            k=k,
             columns=columns,
         )
 
@@ -132,7 +118,7 @@ class Actions:
         """Rows nearest to a stored row."""
         schema = self._schema(request.dataset)
         same = Filter("id", "=", _stored_id(request.id, schema))
-        rows = self._store.scan(request.dataset, columns=["vector"], filters=[same], limit=1)
+        rows = self.store.scan(request.dataset, columns=["vector"], filters=[same], limit=1)
         table = rows.read_all()
         if not table.num_rows or not table["vector"][0].is_valid:
             raise RequestError(
@@ -141,7 +127,7 @@ class Actions:
         column = table["vector"].combine_chunks()
         vector = VectorReader.from_schema(schema).directions(column)[0].tolist()
         found = self.search_rows(replace(request, vector=vector, vectors=None))
-        return [_to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
+        return [to_json({"ids": found["id"].to_pylist(), "scores": found["score"].to_pylist()})]
 
     def _hybrid_search(self, request: HybridSearchRequest) -> list[bytes]:
         """Nearest rows by vector and by words."""
@@ -157,14 +143,14 @@ class Actions:
             }
             for row in self.search_rows(replace(request, columns=columns)).to_pylist()
         ]
-        return [_to_json(answer)]
+        return [to_json(answer)]
 
     def _delete_row(self, request: DeleteRequest) -> list[bytes]:
         """Delete rows by id."""
         value = _stored_id(request.id, self._schema(request.dataset))
         literal = quoted(value) if isinstance(value, str) else str(value)
         condition = f"{quoted_name('id')} = {literal}"
-        if not self._ingest.call_committer(request.dataset, lambda one: one.delete_rows(condition)):
+        if not self.ingest.call_committer(request.dataset, lambda one: one.delete_rows(condition)):
             raise RequestError(f"dataset `{request.dataset}` has no row with that `id`", field="id")
         return [b"deleted"]
 
@@ -175,58 +161,44 @@ class Actions:
     def _delete_dataset(self, request: DatasetRequest) -> list[bytes]:
         """Delete a dataset."""
         self._schema(request.dataset)
-        self._ingest.call_committer(request.dataset, lambda one: one.delete_dataset())
+        self.ingest.call_committer(request.dataset, lambda one: one.delete_dataset())
         return [b"deleted"]
 
     def _check_readiness(self, request: ReadinessRequest) -> list[bytes]:
         """Whether a dataset can be searched, and its number of rows."""
-        status, reason, num_rows = "READY", "", 0
-        if request.dataset:
-            info = self._store.dataset(request.dataset)
-            if info is None:
-                status, reason = "NOT_FOUND", "no such dataset"
-            else:
-                num_rows = info.num_rows
-        else:
-            num_rows = sum(info.num_rows for info in self._store.datasets())
-        return [_to_json({"status": status, "reason": reason, "index_len": num_rows})]
+        infos = [self.store.dataset(request.dataset)] if request.dataset else self.store.datasets()
+        found = [info for info in infos if info is not None]
+        missing = request.dataset and not found
+        status, reason = ("NOT_FOUND", "no such dataset") if missing else ("READY", "")
+        num_rows = sum(info.num_rows for info in found)
+        return [to_json({"status": status, "reason": reason, "index_len": num_rows})]
 
     def _list_capabilities(self, _: EmptyRequest) -> list[bytes]:
         """Capabilities of this store beyond Longbow's."""
-        can = self._store.capabilities
-        answer = protocol.CapabilitiesAnswer(
-            server="fletcher store",
-            dtypes=can.dtypes,
-            null_vectors=can.null_vectors,
-            upsert=can.upsert,
-            drops_repeated_keys=True,
-            durable=can.durable,
-            meta_port=self.meta_port,
-        )
-        return [_to_json(answer)]
+        can = self.store.capabilities
+        answer = msgspec.convert(can, protocol.CapabilitiesAnswer, from_attributes=True)
+        answer.server, answer.meta_port = "fletcher store", self.meta_port
+        answer.drops_repeated_keys = True  # by the committers' ledgers
+        return [to_json(answer)]
 
     def _missing_keys(self, request: protocol.MissingKeysRequest) -> list[bytes]:
         """Batch keys that are not stored."""
         self._schema(request.dataset)
-        keys = request.batch_keys
-        missing = self._ingest.call_committer(request.dataset, lambda one: one.missing_keys(keys))
-        return [_to_json(protocol.MissingKeysAnswer(missing))]
+        missing = self.ingest.call_committer(
+            request.dataset, lambda one: one.missing_keys(request.batch_keys)
+        )
+        return [to_json(protocol.MissingKeysAnswer(missing))]
 
     def _stored_ranges(self, request: protocol.StoredRangesRequest) -> list[bytes]:
         """Stored row offsets of an upload."""
         self._schema(request.dataset)
-        upload_id = request.upload_id
-        ranges = self._ingest.call_committer(
-            request.dataset, lambda one: one.stored_ranges(upload_id)
+        ranges = self.ingest.call_committer(
+            request.dataset, lambda one: one.stored_ranges(request.upload_id)
         )
-        return [_to_json(protocol.StoredRangesAnswer(ranges))]
+        return [to_json(protocol.StoredRangesAnswer(ranges))]
 
     def _schema(self, dataset: str) -> pa.Schema:
-        check_dataset(dataset)
-        info = self._store.dataset(dataset)
-        if info is None:
-            raise unknown_dataset(dataset)
-        return info.schema
+        return existing_dataset(self.store, dataset).schema
 
 
 class _Namespaces:
@@ -257,11 +229,11 @@ class _Namespaces:
 
     def list_names(self, _: EmptyRequest) -> list[bytes]:
         """List all namespaces."""
-        return [_to_json({"namespaces": self._read()})]
+        return [to_json({"namespaces": self._read()})]
 
     def count_names(self, _: EmptyRequest) -> list[bytes]:
         """Count all namespaces."""
-        return [_to_json({"count": len(self._read())})]
+        return [to_json({"count": len(self._read())})]
 
     def _read(self) -> list[str]:
         try:
@@ -294,7 +266,7 @@ def _mixed(dense: Scores, words: str, alpha: float) -> Scores:
     """Scoring function: alpha * cosine + (1 - alpha) * share of the words in the text."""
     asked = set(words.casefold().split())
 
-    def scores(batch: pa.RecordBatch) -> npt.NDArray[np.float32]:
+    def scores(batch: pa.RecordBatch) -> Vector:
         texts = (text or "" for text in batch.column("text").to_pylist())
         shares = [len(asked & set(text.casefold().split())) / max(len(asked), 1) for text in texts]
         return (alpha * dense(batch) + (1 - alpha) * np.asarray(shares)).astype(np.float32)
@@ -307,10 +279,6 @@ def _to_ipc(table: pa.Table) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
-
-
-def _to_json(answer: Any) -> bytes:
-    return msgspec.json.encode(answer)
 
 
 def _stored_id(value: str | int, schema: pa.Schema) -> str | int:

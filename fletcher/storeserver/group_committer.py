@@ -10,15 +10,15 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fletcher.core.schema import parse_batch_key
 from fletcher.errors import (
     DrainingError,
     FletcherError,
@@ -29,7 +29,7 @@ from fletcher.errors import (
 from fletcher.stores.base import WriteMode
 from fletcher.stores.lance.store import LanceStore
 from fletcher.stores.lance.writer import LanceWriter
-from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fields
+from fletcher.stores.schemas import check_compatible, count_batch_keys, new_fields, num_group_rows
 from fletcher.storeserver.key_ledger import KeyLedger
 
 _log = logging.getLogger(__name__)
@@ -44,16 +44,22 @@ ENOUGH_ROWS = 4096
 IDLE_S = 30.0
 
 
-@dataclass
-class CommitStream:
+class CommitStream(Counter[str]):
     """Number of rows of an upload call by batch key, if it announced no groups."""
-
-    rows: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class SubmittedRows:
-    """Rows to be committed together; see `Ingest.submit_rows`."""
+    """Rows to be committed together.
+
+    Attributes:
+        batches: Of one schema.
+        mode: `overwrite` empties the dataset first.
+        whole: The batches hold all rows of their batch keys, so that a stored key is a repeat.
+            Otherwise the same stream may send more rows of a key.
+        stream: State of the call that sent the rows.
+        done: The number of rows stored.
+    """
 
     batches: list[pa.RecordBatch]
     mode: WriteMode
@@ -63,36 +69,31 @@ class SubmittedRows:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all batches."""
         return sum(batch.num_rows for batch in self.batches)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all batches."""
         return sum(batch.nbytes for batch in self.batches)
 
 
 @dataclass
-class _SubmittedCall:
+class SubmittedCall:
+    """A function to be called on the commit thread."""
+
     function: Callable[[GroupCommitter], Any]
     done: Future[Any] = field(default_factory=Future)
     num_rows = num_bytes = 0
 
 
 class GroupCommitter:
-    """One dataset's writer, its ledger of keys, and the thread that owns both.
-
-    Args:
-        store: Of the dataset.
-        dataset: Its name.
-    """
+    """One dataset's writer, its ledger of keys, and the thread that owns both."""
 
     def __init__(self, store: LanceStore, dataset: str) -> None:
         self._store = store
         self._dataset = dataset
         self._writer: LanceWriter | None = None
         self._ledger = KeyLedger()
-        self._queue: deque[SubmittedRows | _SubmittedCall] = deque()
+        self._queue: deque[SubmittedRows | SubmittedCall] = deque()
         self._pending_bytes = 0
         self._pending_rows = 0
         self._changed = threading.Condition()
@@ -107,9 +108,7 @@ class GroupCommitter:
         return self._pending_bytes / MAX_PENDING_BYTES
 
     def submit(
-        self,
-        item: SubmittedRows | _SubmittedCall,
-        is_cancelled: Callable[[], bool] = lambda: False,
+        self, item: SubmittedRows | SubmittedCall, is_cancelled: Callable[[], bool] = lambda: False
     ) -> None:
         """Queue rows or a call; blocks while too many bytes are pending. Thread-safe.
 
@@ -134,12 +133,6 @@ class GroupCommitter:
             self._pending_bytes += item.num_bytes
             self._pending_rows += item.num_rows
             self._changed.notify_all()
-
-    def submit_call(self, function: Callable[[GroupCommitter], Any]) -> Future[Any]:
-        """Queue a call of `function` on the commit thread. Thread-safe."""
-        call = _SubmittedCall(function)
-        self.submit(call)
-        return call.done
 
     def stop(self) -> None:
         """Refuse new items; the thread ends after the queued ones. Thread-safe."""
@@ -196,8 +189,9 @@ class GroupCommitter:
                     break
             if not items:
                 self._close_writer_logged()
-            elif isinstance(items[0], _SubmittedCall):
-                self._answer_call(items[0])
+            elif isinstance(call := items[0], SubmittedCall):
+                with _errors_to(call):
+                    call.done.set_result(call.function(self))
             else:
                 self._commit([item for item in items if isinstance(item, SubmittedRows)])
             with self._changed:
@@ -208,20 +202,20 @@ class GroupCommitter:
 
     def _linger(self) -> None:
         def is_enough() -> bool:
-            urgent = bool(self._queue) and isinstance(self._queue[0], _SubmittedCall)
+            urgent = bool(self._queue) and isinstance(self._queue[0], SubmittedCall)
             return urgent or self._pending_rows >= ENOUGH_ROWS or self._stopped
 
         left = self._last_commit + LINGER_S - time.monotonic()
         if self._queue and left > 0:
             self._changed.wait_for(is_enough, left)
 
-    def _next_items(self) -> list[SubmittedRows | _SubmittedCall]:
+    def _next_items(self) -> list[SubmittedRows | SubmittedCall]:
         """The next call, or as many row groups of one mode as fit one commit."""
-        items: list[SubmittedRows | _SubmittedCall] = []
+        items: list[SubmittedRows | SubmittedCall] = []
         rows = 0
         while self._queue:
             item = self._queue[0]
-            if isinstance(item, _SubmittedCall):
+            if isinstance(item, SubmittedCall):
                 return items or [self._queue.popleft()]
             first = items[0] if items else None
             if isinstance(first, SubmittedRows) and (
@@ -240,42 +234,31 @@ class GroupCommitter:
         except Exception:  # noqa: BLE001 - the thread must not end
             _log.exception("the writer of dataset %s could not be closed", self._dataset)
 
-    def _answer_call(self, call: _SubmittedCall) -> None:
-        try:
-            call.done.set_result(call.function(self))
-        except Exception as error:  # noqa: BLE001 - it belongs to the caller
-            call.done.set_exception(_to_fletcher_error(error))
-
     def _commit(self, groups: list[SubmittedRows]) -> None:
         accepted: list[tuple[SubmittedRows, list[pa.RecordBatch]]] = []
         # Keys in this commit, so that a group that two streams send is stored once.
         taken: set[str] = set()
         for group in groups:
-            try:
+            with _errors_to(group):
                 self._prepare_writer(group)
                 accepted.append((group, self._new_rows(group, taken)))
-            except Exception as error:  # noqa: BLE001 - the error of one client alone
-                group.done.set_exception(_to_fletcher_error(error))
-        try:
-            self._store_rows(accepted)
-        except RequestError:
-            # One client's rows are refused: commit each group alone to find out which.
-            for group, rows in accepted:
-                counted = not group.whole and group.mode != "upsert"
-                for batch in rows if counted else ():
-                    group.stream.rows.subtract(count_batch_keys(batch))
-                self._commit_alone(group)
-        except Exception as error:  # noqa: BLE001 - it belongs to the clients
-            for group, _ in accepted:
-                group.done.set_exception(_to_fletcher_error(error))
+        with _errors_to(*(group for group, _ in accepted)):
+            try:
+                self._store_rows(accepted)
+            except RequestError:
+                # One client's rows are refused: commit each group alone to find out which.
+                for group, rows in accepted:
+                    self._commit_alone(group, rows)
         self._last_commit = time.monotonic()
 
-    def _commit_alone(self, group: SubmittedRows) -> None:
-        try:
+    def _commit_alone(self, group: SubmittedRows, rows: list[pa.RecordBatch]) -> None:
+        """Commit a group whose `rows` were part of a refused commit."""
+        if not group.whole and group.mode != "upsert":
+            for batch in rows:
+                group.stream.subtract(count_batch_keys(batch))
+        with _errors_to(group):
             self._open_existing()  # the group before may have closed the writer
             self._store_rows([(group, self._new_rows(group, set()))])
-        except Exception as error:  # noqa: BLE001
-            group.done.set_exception(_to_fletcher_error(error))
 
     def _store_rows(self, accepted: list[tuple[SubmittedRows, list[pa.RecordBatch]]]) -> None:
         batches = [batch for _, rows in accepted for batch in rows]
@@ -337,7 +320,7 @@ class GroupCommitter:
                 else:
                     begun.add(key)
                     if not group.whole:
-                        group.stream.rows[key] += count
+                        group.stream[key] += count
             rows = batch
             if repeats:
                 stored = pc.is_in(batch.column("batch_key"), pa.array(repeats, pa.utf8()))
@@ -348,12 +331,12 @@ class GroupCommitter:
         return new
 
     def _is_repeat(self, group: SubmittedRows, key: str, count: int, taken: set[str]) -> bool:
-        begun = group.stream.rows[key]
+        begun = group.stream[key]
         if not begun:
             return key in taken or self._ledger.holds(key)
         # A plain client sliced a table, so that several batches share a key, until it is complete.
-        parsed = parse_batch_key(key)
-        return parsed is not None and begun + count > parsed[2] - parsed[1] + 1
+        num_rows = num_group_rows(key)
+        return 0 < num_rows < begun + count
 
 
 def draining() -> DrainingError:
@@ -361,8 +344,15 @@ def draining() -> DrainingError:
     return DrainingError("the store is shutting down; send again later", retry_after_ms=1000)
 
 
-def _to_fletcher_error(error: Exception) -> FletcherError:
-    if isinstance(error, FletcherError):
-        return error
-    _log.error("a commit failed", exc_info=error)
-    return InternalError("the store failed to store these rows; its log has the cause")
+@contextmanager
+def _errors_to(*items: SubmittedRows | SubmittedCall) -> Iterator[None]:
+    """Context that hands its error to the clients of some items."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the thread must not end
+        failure: Exception = error
+        if not isinstance(error, FletcherError):
+            _log.error("a commit failed", exc_info=error)
+            failure = InternalError("the store failed to store these rows; its log has the cause")
+        for item in items:
+            item.done.set_exception(failure)

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-import pyarrow as pa
-
-from fletcher.stores.base import WriteMode
 from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.group_committer import (
-    CommitStream,
     GroupCommitter,
+    SubmittedCall,
     SubmittedRows,
     draining,
 )
 
 
 class Ingest:
-    """Writing side of a store server. Thread-safe.
-
-    Args:
-        store: Receives the rows; it must have no other writer.
-    """
+    """Writing side of a store server, the only writer of its store. Thread-safe."""
 
     def __init__(self, store: LanceStore) -> None:
         self._store = store
@@ -34,24 +27,13 @@ class Ingest:
         self._closed = False
 
     def submit_rows(
-        self,
-        dataset: str,
-        batches: Sequence[pa.RecordBatch],
-        *,
-        mode: WriteMode,
-        whole: bool,
-        stream: CommitStream,
-        is_cancelled: Callable[[], bool] = lambda: False,
+        self, dataset: str, rows: SubmittedRows, is_cancelled: Callable[[], bool] = lambda: False
     ) -> Future[int]:
         """Queue rows to be stored in one commit; blocks while too much is pending.
 
         Args:
             dataset: Created by the first write.
-            batches: Rows of one schema.
-            mode: `overwrite` empties the dataset first.
-            whole: The batches hold all rows of their batch keys, so that a stored key is a repeat.
-                Otherwise the same stream may send more rows of a key.
-            stream: State of the call that sent the rows.
+            rows: To store.
             is_cancelled: Whether the client has given up. It may have sent these rows again, and
                 newer ones since, so rows that replace others or empty the dataset are then refused.
 
@@ -62,13 +44,15 @@ class Ingest:
             DrainingError: The server is shutting down.
             StoreUnavailableError: The client has given up.
         """
-        rows = SubmittedRows(list(batches), mode, whole, stream)
-        self._committer(dataset).submit(rows, is_cancelled if mode != "append" else lambda: False)
+        appends = rows.mode == "append"
+        self._committer(dataset).submit(rows, (lambda: False) if appends else is_cancelled)
         return rows.done
 
     def call_committer(self, dataset: str, function: Callable[[GroupCommitter], Any]) -> Any:
         """Call a function on the dataset's commit thread, after submitted rows."""
-        return self._committer(dataset).submit_call(function).result()
+        call = SubmittedCall(function)
+        self._committer(dataset).submit(call)
+        return call.done.result()
 
     def pressure(self, dataset: str) -> float:
         """Fill level of the dataset's queue: 0 to 1, above 1 for a single large group."""

@@ -39,10 +39,7 @@ _Request = TypeVar("_Request")
 def decode_request(kind: type[_Request], body: bytes, what: str) -> _Request:
     """The request in a JSON body; an empty body is an empty object.
 
-    Args:
-        kind: A struct of this module or of `fletcher.stores.protocol`.
-        body: UTF-8.
-        what: Description of the body, for the message.
+    `what` describes the body in messages.
 
     Raises:
         InvalidCommandError: The body is not a JSON object, or a field is missing or has another

@@ -4,15 +4,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import flight
@@ -26,52 +26,35 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.net.address import FlightAddress
-from fletcher.net.flight_errors import to_flight_error
+from fletcher.net.flight_errors import handler_errors
 from fletcher.net.ports import check_port
 from fletcher.stores import protocol
 from fletcher.stores.base import DatasetInfo
-from fletcher.stores.exact_search import unknown_dataset
+from fletcher.stores.exact_search import existing_dataset
 from fletcher.stores.lance.store import LanceStore
 from fletcher.storeserver.actions import Actions, answer_action
 from fletcher.storeserver.ingest import Ingest
-from fletcher.storeserver.requests import (
-    DoGetRequest,
-    SearchRequest,
-    convert_request,
-    to_filters,
-)
+from fletcher.storeserver.requests import DoGetRequest, SearchRequest, convert_request, to_filters
 from fletcher.storeserver.upload_call import AckWriter, read_groups
 from fletcher.util.locks import FileLock
 
 _log = logging.getLogger(__name__)
-_Handler = TypeVar("_Handler", bound=Callable[..., Any])
 
 SLOW_DOWN_AT = 0.8
 # Time for calls to end by themselves at shutdown, once all rows are committed.
 END_CALLS_S = 1.0
 
 
-def _guarded(handler: _Handler) -> _Handler:
-    """Decorator that turns a handler's exceptions into Flight errors.
-
-    pyarrow would send the traceback of any other exception to the client.
-    """
-
-    @functools.wraps(handler)
-    def call(*arguments: Any) -> Any:
+@contextmanager
+def _handling() -> Iterator[None]:
+    """Raise a Flight error for any exception of a handler; `with` or decorator."""
+    with handler_errors(_log):
         try:
-            return handler(*arguments)
-        except Exception as error:  # noqa: BLE001
-            raise _flight_error(error) from None
-
-    return call  # type: ignore[return-value]
-
-
-def _flight_error(error: Exception) -> flight.FlightError:
-    if isinstance(error, pa.ArrowInvalid):
-        # A stream that cannot be decoded; Arrow's message names no file.
-        error = InvalidCommandError(f"the stream cannot be read: {str(error)[:300]}")
-    return to_flight_error(error, _log)
+            yield
+        except pa.ArrowInvalid as error:
+            # A stream that cannot be decoded; Arrow's message names no file.
+            reason = f"the stream cannot be read: {str(error)[:300]}"
+            raise InvalidCommandError(reason) from None
 
 
 class StoreServer:
@@ -98,33 +81,19 @@ class StoreServer:
             )
         check_port(host, port)
         check_port(host, meta_port, field="meta_port")
-        self._store = LanceStore(folder)
-        self._lock = _lock_folder(folder)
-        try:
-            self._start(folder, host, port, meta_port)
-        except BaseException:
-            self._store.close()
-            self._lock.release()
-            raise
-
-    def _start(self, folder: Path, host: str, port: int, meta_port: int) -> None:
-        self._ingest = Ingest(self._store)
-        actions = Actions(self._store, self._ingest, folder)
-        self._data = _listen(
-            host, port, lambda at: _DataServer(at, self._store, self._ingest, actions)
-        )
-        self.port = self._data.port
-        self.address = FlightAddress(host, self.port).uri
-        try:
-            self._meta = _listen(
-                host, meta_port, lambda at: _MetaServer(at, self._store, actions, self.address)
-            )
-        except SetupError:
-            self._data.shutdown()
-            raise
-        self.meta_port = self._meta.port
+        with ExitStack() as undo:
+            self._store = undo.enter_context(closing(LanceStore(folder)))
+            self._lock = undo.enter_context(_lock_folder(folder))
+            self._ingest = Ingest(self._store)
+            actions = Actions(self._store, self._ingest, folder)
+            self._data = _listen(host, port, lambda at: _DataServer(at, actions))
+            undo.callback(self._data.shutdown)
+            self.port = self._data.port
+            self.address = FlightAddress(host, self.port).uri
+            self._meta = _listen(host, meta_port, lambda at: _MetaServer(at, actions, self.address))
+            undo.pop_all()
+        self.meta_port = actions.meta_port = self._meta.port
         self.meta_address = FlightAddress(host, self.meta_port).uri
-        actions.meta_port = self.meta_port
 
     def close(self, timeout_s: float) -> bool:
         """Commit received rows, refuse new ones, stop listening.
@@ -152,25 +121,23 @@ class StoreServer:
 class _Server(flight.FlightServerBase):  # type: ignore[misc]
     """Calls that both ports have."""
 
-    def __init__(self, location: str, store: LanceStore, actions: Actions) -> None:
-        self._store = store
+    def __init__(self, location: str, actions: Actions) -> None:
         self._actions = actions
+        self._store = actions.store
         self._handlers = actions.data
         super().__init__(location)
 
-    @_guarded
-    def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> list[Any]:
+    @_handling()
+    def do_action(self, context: Any, action: Any) -> list[Any]:
         body = action.body.to_pybytes()
         return [flight.Result(one) for one in answer_action(self._handlers, action.type, body)]
 
-    @_guarded
-    def list_actions(self, context: flight.ServerCallContext) -> list[tuple[str, str]]:
+    @_handling()
+    def list_actions(self, context: Any) -> list[tuple[str, str]]:
         return [(name, action.about) for name, action in self._handlers.items()]
 
-    @_guarded
-    def do_get(
-        self, context: flight.ServerCallContext, ticket: flight.DoGetTicket
-    ) -> flight.FlightDataStream:
+    @_handling()
+    def do_get(self, context: Any, ticket: Any) -> flight.FlightDataStream:
         request = DoGetRequest.from_ticket(ticket.ticket)
         if request.search is not None:
             return flight.RecordBatchStream(self._actions.search_rows(request.search))
@@ -180,49 +147,34 @@ class _Server(flight.FlightServerBase):  # type: ignore[misc]
             filters=to_filters(request.filters),
             limit=request.limit,
         )
-        return flight.GeneratorStream(rows.schema, _guarded_batches(rows))
+        return flight.GeneratorStream(rows.schema, _handled_batches(rows))
 
 
 class _DataServer(_Server):
     """The data port: DoPut, DoExchange, DoGet, DoAction."""
 
-    def __init__(self, location: str, store: LanceStore, ingest: Ingest, actions: Actions) -> None:
-        self._ingest = ingest
-        super().__init__(location, store, actions)
-
-    @_guarded
-    def do_put(
-        self,
-        context: flight.ServerCallContext,
-        descriptor: flight.FlightDescriptor,
-        reader: flight.MetadataRecordBatchReader,
-        writer: flight.FlightMetadataWriter,
-    ) -> None:
+    @_handling()
+    def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         if not descriptor.path:
             raise InvalidCommandError(
                 "missing flight descriptor path: give [dataset]", field="dataset"
             )
         dataset = descriptor.path[0].decode(errors="replace")
         check_dataset(dataset)
-        if self._ingest.pressure(dataset) > SLOW_DOWN_AT:
+        ingest = self._actions.ingest
+        if ingest.pressure(dataset) > SLOW_DOWN_AT:
             notice = {"status": "slow_down", "reason": "wal_pressure"}
             writer.write(json.dumps(notice).encode())
         pending: list[Future[int]] = []
-        for _, _, done in read_groups(self._ingest, dataset, reader, context):
+        for _, _, done in read_groups(ingest, dataset, reader, context):
             pending.append(done)
             while pending and pending[0].done():
                 pending.pop(0).result()
         for done in pending:
             done.result()
 
-    @_guarded
-    def do_exchange(
-        self,
-        context: flight.ServerCallContext,
-        descriptor: flight.FlightDescriptor,
-        reader: flight.MetadataRecordBatchReader,
-        writer: flight.MetadataRecordBatchWriter,
-    ) -> None:
+    @_handling()
+    def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         path = [part.decode(errors="replace") for part in descriptor.path or ()]
         if len(path) == 2 and path[0] == protocol.INGEST:
             check_dataset(path[1])
@@ -237,25 +189,17 @@ class _DataServer(_Server):
                 allowed=[protocol.INGEST, "VectorSearch"],
             )
 
-    def _exchange_ingest(
-        self,
-        context: flight.ServerCallContext,
-        dataset: str,
-        reader: flight.MetadataRecordBatchReader,
-        writer: flight.MetadataRecordBatchWriter,
-    ) -> None:
+    def _exchange_ingest(self, context: Any, dataset: str, reader: Any, writer: Any) -> None:
         acks = AckWriter(writer)
         try:
-            for batch_id, rows, done in read_groups(self._ingest, dataset, reader, context):
+            for batch_id, rows, done in read_groups(self._actions.ingest, dataset, reader, context):
                 acks.queue_ack(batch_id, rows, done)
         finally:
             acks.close()
         if acks.error is not None:
             raise acks.error
 
-    def _exchange_search(
-        self, reader: flight.MetadataRecordBatchReader, writer: flight.MetadataRecordBatchWriter
-    ) -> None:
+    def _exchange_search(self, reader: Any, writer: Any) -> None:
         begun = False
         for chunk in reader:
             if chunk.data is None:
@@ -265,38 +209,27 @@ class _DataServer(_Server):
                 if not begun:
                     writer.begin(found.schema)
                     begun = True
-                batches = found.to_batches() or [
-                    pa.RecordBatch.from_pylist([], schema=found.schema)
-                ]
-                for batch in batches:
+                none = pa.RecordBatch.from_pylist([], schema=found.schema)
+                for batch in found.to_batches() or [none]:
                     writer.write_batch(batch)
 
 
 class _MetaServer(_Server):
     """The meta port: ListFlights, GetFlightInfo, DoGet, DoAction and the namespaces."""
 
-    def __init__(
-        self, location: str, store: LanceStore, actions: Actions, data_address: str
-    ) -> None:
+    def __init__(self, location: str, actions: Actions, data_address: str) -> None:
         self._data_address = data_address
-        super().__init__(location, store, actions)
+        super().__init__(location, actions)
         self._handlers = actions.meta
 
-    @_guarded
-    def list_flights(
-        self, context: flight.ServerCallContext, criteria: bytes
-    ) -> Iterator[flight.FlightInfo]:
+    @_handling()
+    def list_flights(self, context: Any, criteria: bytes) -> Iterator[flight.FlightInfo]:
         return iter([self._info(info) for info in self._store.datasets()])
 
-    @_guarded
-    def get_flight_info(
-        self, context: flight.ServerCallContext, descriptor: flight.FlightDescriptor
-    ) -> flight.FlightInfo:
+    @_handling()
+    def get_flight_info(self, context: Any, descriptor: Any) -> flight.FlightInfo:
         name = descriptor.path[0] if descriptor.path else descriptor.command or b""
-        info = self._store.dataset(name.decode(errors="replace"))
-        if info is None:
-            raise unknown_dataset(name.decode(errors="replace"))
-        return self._info(info)
+        return self._info(existing_dataset(self._store, name.decode(errors="replace")))
 
     def _info(self, info: DatasetInfo) -> flight.FlightInfo:
         return flight.FlightInfo(
@@ -326,7 +259,6 @@ def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
 
 
 def _lock_folder(folder: Path) -> FileLock:
-    """Take the right to serve a folder. Writers of its datasets have their own locks."""
     try:
         return FileLock(folder / ".lock")  # no dataset's lock, since a dataset has a name
     except BlockingIOError:
@@ -341,11 +273,9 @@ def _lock_folder(folder: Path) -> FileLock:
         ) from None
 
 
-def _guarded_batches(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-    try:
+def _handled_batches(rows: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    with _handling():
         yield from rows
-    except Exception as error:  # noqa: BLE001
-        raise _flight_error(error) from None
 
 
 def _listen(host: str, port: int, make: Callable[[str], Any]) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
-from pyarrow import flight
 
 from fletcher.errors import (
     BatchTooLargeError,
@@ -21,7 +20,7 @@ from fletcher.errors import (
     UnknownColumnError,
 )
 from fletcher.stores.protocol import GroupHeader
-from fletcher.storeserver.group_committer import CommitStream
+from fletcher.storeserver.group_committer import CommitStream, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
 from fletcher.storeserver.requests import decode_request
 
@@ -33,10 +32,7 @@ MAX_UNREAD_ACKS = 1024
 
 
 def read_groups(
-    ingest: Ingest,
-    dataset: str,
-    reader: flight.MetadataRecordBatchReader,
-    context: flight.ServerCallContext,
+    ingest: Ingest, dataset: str, reader: Any, context: Any
 ) -> Iterator[tuple[int, int, Future[int]]]:
     """Check the rows of an upload call and submit them, group by group.
 
@@ -52,38 +48,28 @@ def read_groups(
     """
     stream = CommitStream()
     group: list[pa.RecordBatch] = []
-    waiting: list[tuple[int, int]] = []
-    number = 0
+    number = num_rows = 0  # messages of earlier groups, rows of this one
     for chunk in reader:
         if chunk.data is None:
             continue
         _check_rows(chunk.data)
         header = _header(chunk.app_metadata)
         group.append(chunk.data)
-        waiting.append((number, chunk.data.num_rows))
-        number += 1
-        announced = header.group_rows
-        if announced is not None and sum(rows for _, rows in waiting) < announced:
+        num_rows += chunk.data.num_rows
+        if header.group_rows is not None and num_rows < header.group_rows:
             if sum(one.nbytes for one in group) > MAX_GROUP_BYTES:
                 raise BatchTooLargeError(
                     f"a group of rows is over {MAX_GROUP_BYTES >> 20} MiB; send smaller groups"
                 )
             continue
-        done = ingest.submit_rows(
-            dataset,
-            group,
-            mode=header.mode,
-            whole=announced is not None,
-            stream=stream,
-            is_cancelled=context.is_cancelled,
-        )
-        for batch_id, num_rows in waiting:
-            yield batch_id, num_rows, done
-        group, waiting = [], []
+        rows = SubmittedRows(group, header.mode, header.group_rows is not None, stream)
+        done = ingest.submit_rows(dataset, rows, context.is_cancelled)
+        for batch_id, batch in enumerate(group, number):
+            yield batch_id, batch.num_rows, done
+        number, num_rows, group = number + len(group), 0, []
     if group and not context.is_cancelled():
-        received = sum(num_rows for _, num_rows in waiting)
         raise InvalidCommandError(
-            f"the stream ended within a group: {received} rows arrived, fewer than `group_rows` "
+            f"the stream ended within a group: {num_rows} rows arrived, fewer than `group_rows` "
             "announced; none of them is stored, so send the group again",
             field="group_rows",
         )
@@ -92,7 +78,7 @@ def read_groups(
 class AckWriter:
     """Writer of acknowledgements: one thread, in the order of the messages."""
 
-    def __init__(self, writer: flight.MetadataRecordBatchWriter) -> None:
+    def __init__(self, writer: Any) -> None:
         self.error: Exception | None = None
         self._writer = writer
         self._queue: queue.Queue[tuple[int, int, Future[int]] | None] = queue.Queue(MAX_UNREAD_ACKS)
@@ -121,11 +107,10 @@ class AckWriter:
             except Exception as error:  # noqa: BLE001 - raised by the handler
                 self.error = error
                 if isinstance(error, FletcherError):
-                    # Send the error now: the handler may be blocked in a read while the client
-                    # waits for this acknowledgement.
                     self._write_refusal(batch_id, error)
 
     def _write_refusal(self, batch_id: int, error: FletcherError) -> None:
+        """Send an error now: the handler may be blocked in a read until the client gets it."""
         try:
             self._write_ack({"status": "error", "batch_id": batch_id, **error.to_dict()})
         except pa.ArrowException as gone:
@@ -162,9 +147,9 @@ def _check_rows(batch: pa.RecordBatch) -> None:
         raise ColumnTypeError(
             f"`vector` is {vector_type}, expected a fixed size list of numbers", field="vector"
         )
-    if "batch_key" in names and not pa.types.is_string(batch.schema.field("batch_key").type):
-        kind = batch.schema.field("batch_key").type
-        raise ColumnTypeError(f"`batch_key` is {kind}, expected utf8", field="batch_key")
+    key_type = batch.schema.field("batch_key").type if "batch_key" in names else pa.utf8()
+    if not pa.types.is_string(key_type):
+        raise ColumnTypeError(f"`batch_key` is {key_type}, expected utf8", field="batch_key")
 
 
 def _header(metadata: pa.Buffer | None) -> GroupHeader:

@@ -1,7 +1,7 @@
-"""From the tokens of texts to rows of tokens, one a chunk.
+"""Division of tokenized texts into chunks, each a row of tokens.
 
-A text may come in parts, one after the other (`TextBatch.continued`): what a part leaves is carried
-to the next, so that a document of any length is cut as if it had come whole.
+A text may come in consecutive parts (`TextBatch.continued`). State is carried from each part to the
+next, so a document of any length gets the chunks of the whole text.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ _LEVELS = {
 
 @dataclass(frozen=True, slots=True)
 class TextTokens:
-    """One text, or the part at hand.
+    """Tokens of one text, or of one part of it.
 
     Attributes:
-        ids: int32 [n], its tokens without special ones, with the prompt's where the text begins.
-        starts: int64 [n, 2], where in this part each begins, character and byte; the prompt's at 0.
-        levels: int8 [n], whether a sentence or a paragraph begins there.
-        end: The last characters of the text so far.
+        ids: int32 [n], tokens without special ones; the first part has those of the prompt.
+        starts: int64 [n, 2], character and byte of the part at which each token starts; 0 for the
+            prompt's.
+        levels: int8 [n], whether a sentence or a paragraph starts with the token.
+        end: Last characters of the text so far.
         size: int64 [2], characters and bytes of the part.
     """
 
@@ -55,14 +56,14 @@ class TextTokens:
     size: Int64Array
 
     @classmethod
-    def without_places(cls, ids: Int32Array) -> TextTokens:
-        """Where nobody asks where chunks are."""
+    def without_positions(cls, ids: Int32Array) -> TextTokens:
+        """Tokens without positions, for chunks that need none."""
         nothing = np.zeros(len(ids), np.int8)
         starts = np.broadcast_to(np.int64(0), (len(ids), 2))
         return cls(ids, starts, nothing, "", np.zeros(2, np.int64))
 
     @classmethod
-    def at(
+    def from_encoding(
         cls,
         ids: Sequence[int],
         places: Sequence[tuple[int, int]],
@@ -70,14 +71,14 @@ class TextTokens:
         text: str,
         before: str | None,
     ) -> TextTokens:
-        """From what the library says of the prompt and the text.
+        """Tokens of a prompt and a text, from the library's encoding.
 
         Args:
             ids: The tokens.
-            places: First character of each, and the last one, in both together.
-            prompt: Comes first.
-            text: Behind it.
-            before: The end of the text before this part; None: nobody asks what begins where.
+            places: First and last character of each token, in prompt and text together.
+            prompt: The prompt.
+            text: The text after it.
+            before: End of the text before this part; None: levels are not needed.
         """
         flat = np.fromiter(chain.from_iterable(places), np.int64, 2 * len(places))
         # Tokens of one character may come in any order.
@@ -103,14 +104,14 @@ def cut(
     special: tuple[Sequence[int], Sequence[int]],
     max_length: int,
 ) -> TokenBatch:
-    """The chunks of a batch of texts.
+    """Cuts a batch of texts into chunks.
 
     Args:
-        batch: The texts; `chunking` is set, and its size.
-        texts: The tokens of each.
-        prompt_ids: The prompt's own tokens.
-        special: Tokens that go before and after every row.
-        max_length: Tokens that the model reads.
+        batch: The texts; `chunking` and its size are set.
+        texts: Tokens of each text.
+        prompt_ids: Tokens of the prompt alone.
+        special: Tokens before and after every row.
+        max_length: Most tokens that the model reads.
 
     Raises:
         InvalidCommandError: A chunk has no room for text beside the overlap.
@@ -118,7 +119,7 @@ def cut(
     assert batch.chunking is not None
     before, after = np.array(special[0], np.int32), np.array(special[1], np.int32)
     room = batch.chunking.size - len(prompt_ids) - len(before) - len(after)
-    batch.chunking.fitted(batch.chunking.size, batch.chunking.size - room)  # else it never ends
+    batch.chunking.fitted(batch.chunking.size, batch.chunking.size - room)  # checks that it ends
     rows: list[Int32Array] = []
     index: list[int] = []
     num_tokens: list[int] = []
@@ -137,7 +138,7 @@ def cut(
         size = carry.size + text.size
         starts = np.concatenate((carry.starts, text.starts[skipped:] + carry.size, [size]))
         begins = starts.copy()
-        if carry.num_chunks == 0:  # what is before the first token belongs to it
+        if carry.num_chunks == 0:  # text before the first token belongs to it
             begins[0] = 0
         continued = batch.continued and number == len(texts) - 1
         begun = np.concatenate((carry.levels, text.levels[skipped:]))
@@ -195,15 +196,15 @@ def cut(
 
 @dataclass(frozen=True, slots=True)
 class _Cuts:
-    """Where the tokens at hand are cut.
+    """Division of tokens. Ranges are a first token and the first one after them.
 
     Attributes:
-        chunks: Each chunk's first token and the first behind it.
-        rows: The same of what the model reads at once: a chunk, or a frame of late ones.
-        counts: Chunks in each of these.
-        kept: The first token that is kept for the text's next part.
-        first: The first token of the next chunk.
-        covered: How many of that chunk's tokens are in the one before.
+        chunks: Range of each chunk.
+        rows: Range of each row that the model reads: a chunk, or a frame of late chunks.
+        counts: Number of chunks in each row.
+        kept: First token that is kept for the text's next part.
+        first: First token of the next chunk.
+        covered: Number of that chunk's tokens that are in the chunk before it.
     """
 
     chunks: list[tuple[int, int]]
@@ -214,11 +215,11 @@ class _Cuts:
     covered: int
 
     def places(self, before: int, after: int) -> Int64Array:
-        """int64 [num_chunks, 2], the chunks' tokens counted in their rows.
+        """Returns int64 [num_chunks, 2], the range of each chunk within its row.
 
         Args:
-            before: Tokens that come first in each row.
-            after: Tokens behind the text's end, which belong to its last chunk.
+            before: Number of tokens before the text in each row.
+            after: Number of tokens after the text's end, which belong to its last chunk.
         """
         firsts = np.array([first for first, _ in self.rows], np.int64) - before
         bounds = np.array(self.chunks, np.int64).reshape(-1, 2)
@@ -230,18 +231,18 @@ class _Cuts:
 def _cuts(
     chunking: Chunking, carry: Carry, begun: Levels, room: int, max_length: int, *, continued: bool
 ) -> _Cuts:
-    """Cuts tokens.
+    """Cuts tokens into chunks and rows.
 
     Args:
-        chunking: How.
-        carry: What the part before left; its tokens are the first of them.
-        begun: int8 [num_tokens], what begins with each.
-        room: Tokens of a chunk.
-        max_length: Tokens that the model reads.
-        continued: More of the text comes.
+        chunking: How texts are cut.
+        carry: State after the part before; its tokens come first.
+        begun: int8 [num_tokens], level that starts with each token.
+        room: Most tokens of a chunk.
+        max_length: Most tokens that the model reads.
+        continued: Whether more of the text follows.
     """
     done = carry.num_before + carry.num_covered
-    found, first, covered = windows(
+    found, first, covered = chunk_bounds(
         len(begun),
         room,
         chunking.overlap,
@@ -265,7 +266,7 @@ def _cuts(
     return _Cuts(found[:num_done], rows, counts, max(0, first - context(most)), first, covered)
 
 
-def windows(
+def chunk_bounds(
     num_tokens: int,
     room: int,
     overlap: int,
@@ -276,23 +277,23 @@ def windows(
     covered: int = 0,
     continued: bool,
 ) -> tuple[list[tuple[int, int]], int, int]:
-    """Where chunks begin and end.
+    """Returns the ranges of chunks.
 
     Args:
-        num_tokens: How many there are to be cut.
-        room: Tokens that a chunk takes.
-        overlap: Tokens that it has in common with the one before, fewer than `room`. Where there
-            are breaks it is the most, so that a chunk begins with one.
-        breaks: Tokens before which a text is better cut, ascending, the best kind first; each kind
-            has all of the kind before.
+        num_tokens: Number of tokens to cut.
+        room: Most tokens of a chunk.
+        overlap: Tokens shared with the chunk before, fewer than `room`. With breaks this is the
+            upper bound, so that a chunk starts at a break.
+        breaks: Tokens before which a cut is preferred, ascending, by kind, the best kind first.
+            Each kind contains the kind before it.
         alone: A chunk ends at the first break of the best kind, not at the last that fits.
-        first: Where the next chunk begins.
-        covered: The first of them that are in the chunk before.
-        continued: More come. A chunk is complete when there is a token behind it.
+        first: First token of the next chunk.
+        covered: Number of leading tokens that the chunk before has.
+        continued: Whether more tokens follow. A chunk is complete once a token follows it.
 
     Returns:
-        First token of each chunk and the first behind it; the first token of what is left, which is
-        all behind the last chunk and its overlap; how many of what is left are in that chunk.
+        First token of each chunk and the first one after it; the first token that is left over;
+        the number of left-over tokens that the last chunk has, which is the overlap.
     """
     found = []
     while True:
@@ -301,7 +302,7 @@ def windows(
             if first + room >= num_tokens:
                 break
             last = _last_break(breaks, first, first + room) or first + room
-        if last <= covered:  # what comes does not fit behind the overlap, and does without
+        if last <= covered:  # the next tokens do not fit after the overlap, which is dropped
             first = covered
             continue
         found.append((first, last))
@@ -313,7 +314,7 @@ def windows(
 
 
 def _last_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | None:
-    """Behind `first`, up to `limit`: the last break of the best kind that has one there."""
+    """Returns the last break after `first` up to `limit`, of the best kind there."""
     for one in breaks:
         place = int(np.searchsorted(one, limit, side="right")) - 1
         if place >= 0 and one[place] > first:
@@ -322,7 +323,7 @@ def _last_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | N
 
 
 def _first_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | None:
-    """From `first` to `limit`: the first break of any kind."""
+    """Returns the first break of any kind from `first` to `limit`."""
     if not breaks:
         return None
     place = int(np.searchsorted(breaks[-1], first))
@@ -331,9 +332,10 @@ def _first_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | 
 
 
 def _begun(ids: Int32Array, prompt_ids: Int32Array) -> Carry:
-    """Where a text begins: the prompt's tokens, as far as they are those of the text with it.
+    """Returns the state at the start of a text, with the prompt's tokens.
 
-    SentencePiece joins the space that ends a prompt to the word behind it.
+    Only those with which the text's tokens begin: SentencePiece attaches the space that ends a
+    prompt to the next word.
     """
     length = min(len(ids), len(prompt_ids))
     same = ids[:length] == prompt_ids[:length]

@@ -1,4 +1,4 @@
-"""Texts and their tokens as flat arrays: what tokenizers have in common before and after."""
+"""Texts and their tokens as flat arrays: steps that all tokenizers share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fletcher.errors import FletcherError, RowTooLargeError
 
 @dataclass(frozen=True, slots=True)
 class FlatTokens:
-    """Tokens of texts without special ones, before anything is cut off.
+    """Tokens of texts without special ones, before truncation.
 
     Attributes:
-        input_ids: int32, at any rate as many of each text as may be kept.
-        starts: int64 [num_texts], where a text's tokens begin in `input_ids`.
-        totals: int64 [num_texts], how many it has there.
-        exact: bool [num_texts], that is the number of the whole text's tokens; else it has more.
+        input_ids: int32, at least as many tokens of each text as may be kept.
+        starts: int64 [num_texts], index of each text's first token in `input_ids`.
+        totals: int64 [num_texts], number of its tokens there.
+        exact: bool [num_texts], whether these are all of the text's tokens.
     """
 
     input_ids: Int32Array
@@ -35,13 +35,13 @@ class FlatTokens:
         prefix: list[int] | None = None,
         suffix: list[int] | None = None,
     ) -> TokenBatch:
-        """What a model is given: cut to `limit` as the batch wants it, special tokens around.
+        """Returns the model's input: truncated to `limit`, with special tokens.
 
         Args:
-            batch: The texts.
-            limit: Tokens of a text at most, special ones included; more than these.
-            prefix: Put before every text's tokens.
-            suffix: And behind them.
+            batch: The texts, with their way of truncation.
+            limit: Most tokens of a text, special ones included.
+            prefix: Tokens before every text.
+            suffix: Tokens after every text.
         """
         prefix, suffix = prefix or [], suffix or []
         num_special = len(prefix) + len(suffix)
@@ -74,7 +74,7 @@ class FlatTokens:
 
 
 def prompted(batch: TextBatch) -> TextBatch:
-    """The same texts with the prompt in them, one after the other from 0 on."""
+    """Returns the texts with the prompt before each, and offsets from 0."""
     if batch.prompt:
         buffers = pa.py_buffer(batch.offsets), pa.py_buffer(batch.data)
         texts = pa.LargeStringArray.from_buffers(batch.num_texts, *buffers)
@@ -92,8 +92,8 @@ def prompted(batch: TextBatch) -> TextBatch:
 def _too_long(num_tokens: int, exact: bool, limit: int) -> RowTooLargeError:
     count = str(num_tokens) if exact else f"at least {num_tokens}"
     return RowTooLargeError(
-        f"the text has {count} tokens, at most {limit} are allowed; shorten it or ask for "
-        "`truncate` end or start",
+        f"`text` has {count} tokens, expected at most {limit}; shorten it, or set `truncate` to "
+        "end or start",
         field="truncate",
         allowed=["end", "start"],
     )

@@ -1,7 +1,7 @@
-"""What a model reads at once of a text whose chunks are pooled late.
+"""Frames of a text for late chunking: the tokens that a model reads at once.
 
-A text that it cannot read whole is read in frames, which overlap so that each chunk lies whole in
-one of them, with an eighth of it on either side or as much as there is room for
+A text longer than the model's input is read in frames. They overlap, so each chunk lies whole in
+one of them, with an eighth of the frame on either side if there is room
 (https://arxiv.org/abs/2409.04701, "long late chunking").
 """
 
@@ -9,31 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Of a frame: more is more to read twice, less is less that the first and last of its chunks know.
+# Frame size per context on either side. Larger contexts make more tokens read twice; smaller ones
+# tell the first and last chunk of a frame less.
 _CONTEXT = 8
 
 
 def context(room: int) -> int:
-    """Tokens before a chunk that its frame has at most, unless it is the first one of them."""
+    """Returns the most tokens that a frame has before its first chunk."""
     return room // _CONTEXT
 
 
 def frames(
     chunks: Sequence[tuple[int, int]], num_tokens: int, room: int, size: int, *, continued: bool
 ) -> list[tuple[int, int, int]]:
-    """The frames of some chunks, whatever part of the text is there: the same as of the whole.
+    """Returns the frames of some chunks, for text parts as for the whole text.
 
     Args:
-        chunks: First token of each and the first behind it, ascending; all that end in `num_tokens`
-            or begin `size` before that.
-        num_tokens: Tokens there are, from the text's beginning or `context` before the first chunk.
-        room: Tokens of a frame.
-        size: Tokens of a chunk at most, no more than `room`.
-        continued: More come. A frame is complete when no chunk that begins in it is still to come.
+        chunks: First token of each chunk and the first one after it, ascending; all that end within
+            `num_tokens`, or start at least `size` before that.
+        num_tokens: Number of tokens so far, from the text's start or `context` before the first
+            chunk.
+        room: Most tokens of a frame.
+        size: Most tokens of a chunk, at most `room`.
+        continued: Whether more tokens follow. A frame is complete once all chunks that start in it
+            are known.
 
     Returns:
-        First token, the first behind it, and how many chunks are in it: as many as come next of
-        those that have enough around them.
+        For each frame its first token, the first one after it, and its number of chunks: the next
+        ones that have enough context.
     """
     found = []
     done = 0

@@ -1,7 +1,7 @@
-"""A tokenizer without a vocabulary: four bytes of text are a token, whatever they say.
+"""Tokenizer without a vocabulary: each four bytes of text are a token.
 
-For measuring everything around tokenization. Texts get about as many tokens as English gets of a
-real tokenizer, which depend on the text and on nothing else. No model knows these tokens.
+For measuring everything but tokenization. English texts get about as many tokens as from a real
+tokenizer. The tokens depend on the text alone, and no model knows them.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ class NullTokenizer:
 
     @classmethod
     def from_bundle(cls, folder: Path) -> NullTokenizer:
-        """One that cuts where the tokenizer of a model bundle does."""
+        """Returns a tokenizer with the `max_length` of a model bundle."""
         return cls(max_length=ModelBundle.from_folder(folder).max_length)
 
     def encode(self, batch: TextBatch) -> TokenBatch:
-        """Makes ids of all texts of a batch; see `Tokenizer.encode` for what becomes of long ones.
+        """Tokenizes all texts of a batch; see `Tokenizer.encode` for truncation.
 
-        A text's last token has what is left of it, 0 to 3 bytes, so each has at least one.
+        A text's last token has its remaining 0 to 3 bytes, so every text has at least one token.
 
         Raises:
-            InvalidCommandError: Texts shall be cut into chunks.
+            InvalidCommandError: The batch asks for chunks.
         """
         if batch.chunking is not None:
             raise InvalidCommandError(
-                "`chunking` needs a tokenizer, and this server runs with --tokenizer null",
+                "`chunking` needs a tokenizer, and this server runs with --tokenizer null; leave "
+                "it out, or start the server without --tokenizer null",
                 field="chunking",
                 allowed=["none"],
             )
@@ -65,5 +66,5 @@ class NullTokenizer:
 
 
 def load(config: TokenizerConfig) -> TokenizerWorker:
-    """Factory for a worker's spec: as a bundle's tokenizer, without it."""
+    """Factory of a worker's spec: a NullTokenizer in place of a bundle's tokenizer."""
     return TokenizerWorker(NullTokenizer.from_bundle(config.folder))

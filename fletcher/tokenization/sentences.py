@@ -1,4 +1,4 @@
-"""Where sentences and paragraphs of a text begin, by its punctuation and white space alone."""
+"""Starts of sentences and paragraphs, from punctuation and white space alone."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fletcher.core.batches import Int64Array
 Levels = npt.NDArray[np.int8]
 
 SENTENCE, PARAGRAPH = 1, 2
-# Of the text before a part, what may tell whether the part begins with a sentence.
+# Characters before a part that may tell whether the part starts with a sentence.
 CONTEXT = 64
 
-# Nothing here tries a place twice, so that it takes no more than a time in proportion to the text.
+# No pattern tries a position twice, so the time is linear in the text.
 _PARAGRAPH = re.compile(r"\n[^\S\n]*+\n\s*+(?=\S)")
-# What ends a sentence, with quotation marks and brackets that close behind it. Western sentences
-# end before white space, Chinese and Japanese ones anywhere.
+# End of a sentence, with closing quotation marks and brackets. Western sentences end before white
+# space, Chinese and Japanese ones anywhere.
 _SENTENCE = re.compile(
     r"""(?:(?<![.!?\u2026])[.!?\u2026]++["'\u201d\u2019\u00bb)\]]*+\s++"""
     r"""|(?<![\u3002\uff01\uff1f\uff61])[\u3002\uff01\uff1f\uff61]++[\u300d\u300f\uff09\u201d\u2019]*+\s*+)(?=\S)"""
 )
-# Words before a full stop that ends no sentence; so do single letters.
+# Words, and single letters, whose full stop ends no sentence.
 _ABBREVIATIONS = re.compile(
     r"mrs?|ms|dr|prof|st|vs|etc|e\.g|i\.e|cf|al|vol|figs?|eq|sec|pp|approx|ca|bzw|z\.b|d\.h|[^\W\d_]",
     re.IGNORECASE,
@@ -32,17 +32,17 @@ _WORD = re.compile(r"[\w.]+$")
 
 
 def levels(before: str, text: str, ends: Int64Array) -> Levels:
-    """What begins with each token: int8 [n], 0 for nothing, SENTENCE or PARAGRAPH.
+    """Returns int8 [n], the level that starts with each token; 0: none.
 
     Args:
-        before: The text before this part, its last CONTEXT characters at least, or all.
+        before: Text before this part: at least its last CONTEXT characters, or all of it.
         text: The part.
-        ends: int64 [n], the last character of each token (not included), ascending.
+        ends: int64 [n], first character after each token, ascending.
     """
     found: Levels = np.zeros(len(ends), np.int8)
     whole = before + text
     sentences = [match.end() for match in _SENTENCE.finditer(whole) if _ends(whole, match)]
-    # White space at the end is before nothing: else each line of it would be read to the end.
+    # White space at the end starts nothing. With it, each of its lines would be read to the end.
     text_end = len(whole.rstrip())
     paragraphs = [match.end() for match in _PARAGRAPH.finditer(whole, 0, text_end)]
     for level, places in ((SENTENCE, sentences), (PARAGRAPH, paragraphs)):

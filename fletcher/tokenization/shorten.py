@@ -1,4 +1,4 @@
-"""Cutting a very long text before it is tokenized, where that provably cannot change the result.
+"""Shortening of very long texts before tokenization, provably harmless.
 
 The argument, for a BERT tokenizer (BertNormalizer, BertPreTokenizer, WordPiece):
 
@@ -6,25 +6,26 @@ The argument, for a BERT tokenizer (BertNormalizer, BertPreTokenizer, WordPiece)
    that occurs in no added token, or the lead byte of a Chinese character (E5 to E8: U+5000 to
    U+8FFF) where the normalizer puts spaces around those. No other UTF-8 character contains such a
    byte.
-2. Normalization works on each character by itself, but for the canonical reordering of combining
-   marks, which never moves a mark across a character of class 0; boundary characters are of class 0
-   and are never deleted. So normalizing what stands before a boundary and what stands from it on,
-   and joining the two, is normalizing the whole.
+2. Normalization works on each character by itself, except for the canonical reordering of combining
+   marks, which never moves a mark across a character of class 0. Boundary characters are of class 0
+   and are never deleted. So the text before a boundary and the text from it on can be normalized
+   separately.
 3. The pre-tokenizer ends a word before each boundary character, and WordPiece sees one word at a
-   time. Added tokens ([SEP] typed into a text) are found by plain search; by 1 none spans a
-   boundary, and none asks what stands beside it (`single_word`), so none appears or vanishes.
-4. Hence tokens(whole) = tokens(before the boundary) + tokens(from the boundary on), and once the
-   part at hand has more tokens than are kept, the tokens that are kept are those of the whole, and
-   the whole is truncated.
+   time. Added tokens ([SEP] typed into a text) are found by plain search. By 1 none spans a
+   boundary, and none depends on its neighbours (`single_word`), so none appears or vanishes.
+4. Hence tokens(whole) = tokens(before the boundary) + tokens(from the boundary on). Once a part has
+   more tokens than are kept, the kept ones are those of the whole text, and the text is truncated.
 
-A text of few tokens and many bytes is rare but expensive (16 MB take 8 s), so two kinds of long
-runs are shortened within it. Whitespace gives no tokens, so by 4 a run of it may become its first
-byte. A run of ASCII letters and digits is part of one word; WordPiece answers a single unknown
-token to a word of more than `max_input_chars_per_word` characters, however many. So the run may
-become its two ends, each longer than that limit and the longest added token together (unless an
-added token consists of letters and digits alone; then nothing of the kind is done).
+Texts of few tokens and many bytes are rare but expensive (16 MB take 8 s), so two kinds of long
+runs are shortened within them. Whitespace gives no tokens, so by 4 a run of it may become its first
+byte. A run of ASCII letters and digits is part of one word, and WordPiece gives one unknown token
+for a word of more than `max_input_chars_per_word` characters. So the run may become its two ends,
+each longer than that limit and the longest added token together. That is not done if an added
+token consists of letters and digits alone.
 
-tests/unit/tokenization holds all this against the library on generated texts.
+tests/unit/tokenization compares all of this with the library on generated texts.
+
+Ours: the library tokenizes a text in full before it truncates.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ from fletcher.core.batches import BoolArray
 _WHITESPACE = b" \t\n\r"
 _NO_BOUNDARIES = np.zeros(256, dtype=np.bool_)
 _NO_BOUNDARIES.flags.writeable = False
-# Below this the library is quicker than the search.
+# Below this size the library is faster than the search for runs.
 MIN_BYTES_FOR_RUNS = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shortener:
-    """What may be cut where, for one tokenizer.
+    """Possible cuts of texts for one tokenizer.
 
     Attributes:
-        boundaries: bool [256], True for boundary bytes; none for tokenizers of another kind.
-        run: Finds long runs, its groups are what is kept of them; None: keep all.
+        boundaries: bool [256], True for boundary bytes; all False for tokenizers other than BERT's.
+        run: Pattern of long runs, whose groups are kept; None: runs are not shortened.
     """
 
     boundaries: BoolArray
@@ -60,7 +61,7 @@ class Shortener:
 
     @classmethod
     def from_json(cls, tokenizer_json: str) -> Shortener:
-        """Reads from a tokenizer.json what the argument above needs to hold."""
+        """Reads the conditions of the argument above from a tokenizer.json."""
         spec = json.loads(tokenizer_json)
         added = [token["content"] for token in spec.get("added_tokens") or []]
         if not _is_bert(spec) or not all(map(_is_plain, spec.get("added_tokens") or [])):
@@ -71,7 +72,7 @@ class Shortener:
         boundaries[list("".join(punctuation).encode())] = True
         if spec["normalizer"]["handle_chinese_chars"]:
             boundaries[0xE5:0xE9] = True
-        # What is left of a run stays over the limit even if added tokens take both its edges.
+        # The rest of a run stays over the limit even if added tokens take both its edges.
         end = 1 + spec["model"]["max_input_chars_per_word"] + max(map(len, added), default=0)
         run = rb"([ \t\n\r])[ \t\n\r]{15,}"
         if not any(content.isalnum() for content in added):
@@ -79,28 +80,28 @@ class Shortener:
         return cls(boundaries, re.compile(run))
 
     def shorten(self, text: memoryview, size: int, from_end: bool) -> tuple[memoryview, bool]:
-        """A piece of `text` whose tokens are the first (last, `from_end`) of the whole text's.
+        """Returns a part of `text` whose tokens are the first ones of the whole text.
 
         Args:
             text: UTF-8.
-            size: Bytes that the piece has at most, 1 or more; none at all where there is no
-                boundary among that many.
-            from_end: Keep the end rather than the start.
+            size: Most bytes of the part, at least 1. The part is empty if that many bytes have no
+                boundary.
+            from_end: The part has the last tokens, not the first.
 
         Returns:
-            The piece, and whether it may have fewer tokens than the whole.
+            The part, and whether it may have fewer tokens than the whole text.
         """
-        piece, is_cut = text, len(text) > size
+        part, is_cut = text, len(text) > size
         if is_cut:
             window = text[-size:] if from_end else text[: size + 1]
             found = np.flatnonzero(self.boundaries[np.frombuffer(window, dtype=np.uint8)])
             if not found.size:
-                piece = text[:0]
+                part = text[:0]
             else:
-                piece = window[found[0] :] if from_end else window[: found[-1]]
-        if self.run is not None and len(piece) > MIN_BYTES_FOR_RUNS:
-            piece = memoryview(self.run.sub(_kept, bytes(piece)))
-        return piece, is_cut
+                part = window[found[0] :] if from_end else window[: found[-1]]
+        if self.run is not None and len(part) > MIN_BYTES_FOR_RUNS:
+            part = memoryview(self.run.sub(_kept, bytes(part)))
+        return part, is_cut
 
 
 def _is_bert(spec: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Text to token ids: the one module that speaks to the `tokenizers` library."""
+"""Texts to token ids. No other module imports the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.shorten import MIN_BYTES_FOR_RUNS, Shortener
 from fletcher.tokenization.words import Words
 
-# Bytes of a long text that are tokenized first, per token wanted. English takes about 5 bytes a
-# token, so a first try of 8 nearly always suffices; each further try takes 4 times as many.
+# Bytes of a long text that are tokenized first, per wanted token. English has about 5 bytes a
+# token, so 8 nearly always suffice; each further try takes 4 times as many.
 _FIRST_BYTES_PER_TOKEN = 8
 _GROWTH = 4
-# Below this the library is quicker than the many steps of `Words`.
+# Below this size the library is faster than the many steps of `Words`.
 _MIN_BYTES_FOR_WORDS = 512
-# Below this nothing is gained by steps over whole arrays.
+# Below this size steps over whole arrays gain nothing.
 _FEW_BYTES = 512
 
 
 class Tokenizer:
-    """A model's tokenizer for whole batches; one core, not for several threads at once.
+    """Tokenizer of a model, for whole batches. Uses one core; not thread-safe.
 
     Args:
-        tokenizer: The model's own. Its padding and truncation are switched off: both are done here
-            on whole arrays, and truncation there builds an object for every overflowing piece.
-        max_length: Tokens per text at most, special tokens included.
-        pad_token_id: What stands for a text without any token; only tokenizers that add no special
-            tokens know such texts.
-        limits: By prompt, tokens per text at most where that is less.
+        tokenizer: The model's tokenizer. Its padding and truncation are switched off. Both are
+            done here on whole arrays; the library's truncation is slow, because it builds an
+            object for each overflowing part.
+        max_length: Most tokens of a text, special tokens included.
+        pad_token_id: Token of texts without any, which need a tokenizer without special tokens.
+        limits: Most tokens of a text by prompt, where that is less.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class Tokenizer:
 
     @classmethod
     def from_bundle(cls, folder: Path) -> Tokenizer:
-        """The tokenizer of a model bundle.
+        """Loads the tokenizer of a model bundle.
 
-        Switches the library's own threads off for this process: parallelism here is processes.
+        Switches off the library's threads for this process: parallelism comes from processes.
 
         Raises:
             ModelError: The bundle or its tokenizer.json is missing or damaged.
@@ -75,8 +75,8 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(bundle.tokenizer))
         except Exception as error:
             raise ModelError(
-                f"`model` {bundle.name}: tokenizer.json cannot be read ({error}); "
-                f"`fletcher model verify {bundle.qualified_name}` tells what is damaged",
+                f"`model` {bundle.name}: tokenizer.json cannot be read ({error}); run "
+                f"`fletcher model verify {bundle.qualified_name}` to find damaged files",
                 field="model",
             ) from error
         queries = bundle.queries
@@ -89,15 +89,15 @@ class Tokenizer:
 
     @property
     def num_special_tokens(self) -> int:
-        """Tokens that every text gets beside its own, such as [CLS] and [SEP]."""
+        """Number of special tokens that every text gets, such as [CLS] and [SEP]."""
         return len(self._prefix) + len(self._suffix)
 
     def encode(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts of a batch.
 
-        A text of more than `max_length` tokens loses its last (`truncate="end"`) or first
-        (`"start"`, the prompt among them) tokens, or gets a RowTooLargeError (`"error"`). With
-        `chunking` it becomes several rows, and loses nothing.
+        A text with more than `max_length` tokens loses its last ones (`truncate="end"`) or its
+        first ones, with the prompt (`"start"`), or gets a RowTooLargeError (`"error"`). With
+        `chunking` it becomes several rows and loses none.
 
         Raises:
             InvalidCommandError: `max_length` leaves no room beside the special tokens.
@@ -110,7 +110,7 @@ class Tokenizer:
         if room < 1:
             raise InvalidCommandError(
                 f"`max_length` is {limit}, expected {self.num_special_tokens + 1} to "
-                f"{self.max_length}: {self.num_special_tokens} are special tokens",
+                f"{self.max_length}, because {self.num_special_tokens} are special tokens",
                 field="max_length",
             )
         few = self._few(batch, room)
@@ -120,7 +120,7 @@ class Tokenizer:
         return self._with_tokens(tokens.framed(batch, limit, self._prefix, self._suffix))
 
     def _with_tokens(self, batch: TokenBatch) -> TokenBatch:
-        """The same, with a token in every row: a vector of none would depend on its company."""
+        """Adds a token to empty rows, whose vector would otherwise depend on their batch."""
         empty = np.diff(batch.offsets) == 0
         empty[list(batch.errors)] = False
         if not empty.any():
@@ -128,16 +128,16 @@ class Tokenizer:
         ids = np.insert(batch.input_ids, batch.offsets[:-1][empty], self._pad_token_id)
         offsets = batch.offsets + np.append(0, np.cumsum(empty))
         spans = batch.spans
-        if spans is not None:  # of a row without tokens there is one, without tokens
+        if spans is not None:  # an empty row has one empty span
             firsts, lasts = spans.bounds.T
             bounds = np.stack((firsts, np.maximum(lasts, firsts + 1)), axis=1)
             spans = replace(spans, bounds=bounds)
         return replace(batch, input_ids=ids, offsets=offsets, spans=spans)
 
     def _few(self, batch: TextBatch, room: int) -> TokenBatch | None:
-        """A little text, as a search sends it, by the shortest way; None: it is not that little.
+        """Tokenizes a little text, as a search sends it; None if there is more text.
 
-        The same steps for many texts take a multiple of the time, most of it to begin.
+        The ordinary steps over whole arrays take several times as long for so little.
         """
         if len(batch.data) + len(batch.prompt) * batch.num_texts > _FEW_BYTES:
             return None
@@ -154,7 +154,7 @@ class Tokenizer:
     def _cut(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts, and cuts them into chunks."""
         assert batch.chunking is not None
-        # Of a text that goes on, the prompt was before its first part.
+        # The prompt of a continued text came before its first part.
         begun = batch if batch.carry is None else replace(batch, prompt="")
         if batch.chunking.needs_places:
             view, bounds = memoryview(batch.data), pairwise(batch.offsets.tolist())
@@ -166,7 +166,7 @@ class Tokenizer:
         else:
             begun = prompted(begun)
             ids, ends = self._ids(begun.data, begun.offsets)
-            texts = [TextTokens.without_places(one) for one in np.split(ids, ends[1:-1])]
+            texts = [TextTokens.without_positions(one) for one in np.split(ids, ends[1:-1])]
         (prompt_ids,) = self._library([batch.prompt])
         special = (self._prefix, self._suffix)
         return cut(batch, texts, np.array(prompt_ids, np.int32), special, self.max_length)
@@ -176,20 +176,20 @@ class Tokenizer:
             [prompt + text for text in texts], add_special_tokens=False
         )
         return [
-            TextTokens.at(one.ids, one.offsets, prompt, text, before)
+            TextTokens.from_encoding(one.ids, one.offsets, prompt, text, before)
             for one, text in zip(encodings, texts, strict=True)
         ]
 
     def _tokenize(self, batch: TextBatch, room: int) -> FlatTokens:
-        """The tokens of every text, more than `room` of them where it has so many."""
+        """Tokenizes texts, at least so far that truncation to `room` tokens is known."""
         starts, totals = np.zeros((2, batch.num_texts), np.int64)
         exact = np.ones(batch.num_texts, np.bool_)
         found: list[Int32Array] = []
         rows, data, offsets = np.arange(batch.num_texts), batch.data, batch.offsets
         size = room * _FIRST_BYTES_PER_TOKEN
         while rows.size:
-            pieces, bounds, is_cut = self._shortened(data, offsets, size, batch.truncate == "start")
-            ids, ends = self._ids(pieces, bounds)
+            kept, bounds, is_cut = self._shortened(data, offsets, size, batch.truncate == "start")
+            ids, ends = self._ids(kept, bounds)
             starts[rows] = sum(map(len, found)) + ends[:-1]
             totals[rows] = np.diff(ends)
             exact[rows] = ~is_cut
@@ -200,14 +200,14 @@ class Tokenizer:
         return FlatTokens(np.concatenate([np.zeros(0, np.int32), *found]), starts, totals, exact)
 
     def _ids(self, data: bytes | memoryview, offsets: Int64Array) -> tuple[Int32Array, Int64Array]:
-        """As `Words.tokens`, also for a little text and for tokenizers that look beyond words."""
+        """As `Words.tokenize`, for any amount of text and any tokenizer."""
         if self._words is not None and len(data) > _MIN_BYTES_FOR_WORDS:
-            return self._words.tokens(data, offsets)
+            return self._words.tokenize(data, offsets)
         view, bounds = memoryview(data), pairwise(offsets.tolist())
         ids = self._library([str(view[first:last], "utf-8") for first, last in bounds])
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        # The library hands ids over as Python lists, 2 of 120 microseconds a text; one fromiter
-        # over all of them is the cheapest way from there into an array.
+        # The library returns ids as Python lists, which takes 2 of 120 microseconds a text. One
+        # fromiter over all of them is the fastest way into an array.
         flat: Int32Array = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
         return flat, np.append(0, np.cumsum(lengths))
 
@@ -218,7 +218,7 @@ class Tokenizer:
     def _shortened(
         self, data: bytes | memoryview, offsets: Int64Array, size: int, from_end: bool
     ) -> tuple[bytes | memoryview, Int64Array, BoolArray]:
-        """Texts of `size` bytes at most, and which may have fewer tokens than they had."""
+        """Shortens texts to `size` bytes; returns which of them may have lost tokens."""
         is_cut = np.zeros(len(offsets) - 1, np.bool_)
         is_long = np.diff(offsets) > min(size, MIN_BYTES_FOR_RUNS)
         if not is_long.any():
@@ -227,30 +227,30 @@ class Tokenizer:
         done = 0
         for row in np.flatnonzero(is_long).tolist():
             first, last = int(offsets[row]), int(offsets[row + 1])
-            piece, is_cut[row] = self._shortener.shorten(view[first:last], size, from_end)
-            parts += [view[done:first], piece]
-            lengths[row], done = len(piece), last
+            part, is_cut[row] = self._shortener.shorten(view[first:last], size, from_end)
+            parts += [view[done:first], part]
+            lengths[row], done = len(part), last
         return b"".join([*parts, view[done:]]), np.append(0, np.cumsum(lengths)), is_cut
 
 
 def _taken(
     data: bytes | memoryview, offsets: Int64Array, wanted: BoolArray
 ) -> tuple[bytes | memoryview, Int64Array]:
-    """Some of the texts."""
+    """Selects some of the texts."""
     view, lengths = memoryview(data), np.diff(offsets)[wanted]
     bounds = zip(offsets[:-1][wanted].tolist(), offsets[1:][wanted].tolist(), strict=True)
     return b"".join(view[first:last] for first, last in bounds), np.append(0, np.cumsum(lengths))
 
 
 def _special_tokens(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts before and after every text."""
+    """Returns the tokens that the tokenizer puts before and after every text."""
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a", add_special_tokens=True).ids
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
     raise ModelError(
-        "`model`: tokenizer.json changes a text's tokens when it adds special tokens, "
-        "which is not supported",
+        "`model`: tokenizer.json changes a text's tokens when it adds special tokens, expected one "
+        "that puts them before and after; choose another model",
         field="model",
     )

@@ -1,11 +1,13 @@
-"""Tokens of whole texts, put together from those of their words, most of which were seen before.
+"""Table of words and their tokens, so that the library tokenizes each word once.
 
-Where `Shortener`'s argument holds, a text's tokens are those of its parts between boundary bytes,
-one after the other. Such parts, words with the space or the stop before them, come again and
-again: the library is asked for new ones only (`python -m benchmarks overhead` compares both).
+If the argument in `shorten` holds, a text's tokens are those of its parts between boundary bytes,
+one after the other. Such parts, words with the space or the full stop before them, recur: the
+library is called for new ones only (`python -m benchmarks overhead` compares both).
 
-The table is arrays, too: a word of up to 23 bytes and their number are three integers, its key, and
-a hash of them says in which two places it may stand. What is used stays, and what is not gives way.
+The table consists of arrays. A word of up to 23 bytes and its size make three integers, its key,
+and a hash of the key gives two places where the word may be. Used words stay, others are replaced.
+
+Ours: a dictionary of words costs a Python call for each word.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ import pyarrow as pa
 
 from fletcher.core.batches import BoolArray, Int32Array, Int64Array
 
-# 57 bytes each: 15 MB. Of texts with 107,000 different words, 70 in each, so many places lack a
-# third of a word a text; half as many lack one.
+# 57 bytes a place, 15 MB in all. Of texts with 70 words each, 107,000 distinct ones in all, a third
+# of a word per text is not found with this size, and one word with half of it.
 TABLE_BITS = 18
 MAX_WORD_BYTES = 23
-# A word of more is not kept.
+# Words with more tokens are not kept.
 MAX_WORD_TOKENS = 6
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -35,12 +37,12 @@ _FIRST = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 
 
 class Words:
-    """Texts to ids by their words. Not for several threads at once.
+    """Tokenizes texts by their words. Not thread-safe.
 
     Args:
-        encode: Texts to their ids without special tokens.
-        boundaries: bool [256], bytes at which a word begins; at least one is True.
-        table_bits: Words that are kept, as a power of two.
+        encode: Tokenizes texts without special tokens.
+        boundaries: bool [256], bytes at which a word starts; at least one is True.
+        table_bits: Binary logarithm of the number of words that are kept.
     """
 
     def __init__(
@@ -53,20 +55,20 @@ class Words:
         self._keys: _Keys = np.zeros((3, size), np.uint64)  # no word has a key of zeros
         self._lengths: Int64Array = np.zeros(size, np.int64)
         self._used: BoolArray = np.zeros(size, np.bool_)
-        # Each place's ids; behind them is room for those of words that are not in the table.
+        # Tokens of each place; after them is room for those of words that are not in the table.
         self._ids: Int32Array = np.zeros(size * MAX_WORD_TOKENS, np.int32)
 
-    def tokens(
+    def tokenize(
         self, data: bytes | memoryview, offsets: Int64Array
     ) -> tuple[Int32Array, Int64Array]:
-        """The ids of texts without special tokens.
+        """Tokenizes texts without special tokens.
 
         Args:
             data: UTF-8.
-            offsets: int64 [num_texts + 1] into it, from 0 to its end.
+            offsets: int64 [num_texts + 1] into `data`, from 0 to its end.
 
         Returns:
-            int32, one text after the other; int64 [num_texts + 1], where each begins there.
+            int32, the tokens of all texts; int64 [num_texts + 1], offsets of the texts there.
         """
         view = np.frombuffer(data, np.uint8)
         begins = np.take(self._boundaries, view)
@@ -74,11 +76,11 @@ class Words:
         firsts = np.flatnonzero(begins)
         bounds = np.append(firsts, len(view))
         keys = _keys(view, bounds)
-        places, is_known = self._find(keys)
-        self._used[places[is_known]] = True
+        places, is_cached = self._find(keys)
+        self._used[places[is_cached]] = True
         starts, lengths = places * MAX_WORD_TOKENS, self._lengths[places]
         ids = self._ids
-        new = np.flatnonzero(~is_known)
+        new = np.flatnonzero(~is_cached)
         if new.size:
             ids, starts[new], lengths[new] = self._look_up(data, bounds, new, keys[:, new])
         ends = np.concatenate(([0], np.cumsum(lengths)))
@@ -86,24 +88,24 @@ class Words:
         return ids[source], ends[np.searchsorted(firsts, offsets)]
 
     def _find(self, keys: _Keys) -> tuple[Int64Array, BoolArray]:
-        """Where words stand in the table, and whether they do."""
+        """Returns the places of words, and whether each word is in the table."""
         places = self._places(keys)
-        is_known = self._stands_at(keys, places)
-        elsewhere = np.flatnonzero(~is_known)
+        is_cached = self._is_at(keys, places)
+        elsewhere = np.flatnonzero(~is_cached)
         if elsewhere.size:
-            # The neighbour: mostly in the same line of the processor's cache.
+            # The neighbour is mostly in the same line of the processor's cache.
             places[elsewhere] ^= 1
-            is_known[elsewhere] = self._stands_at(keys[:, elsewhere], places[elsewhere])
-        return places, is_known
+            is_cached[elsewhere] = self._is_at(keys[:, elsewhere], places[elsewhere])
+        return places, is_cached
 
     def _places(self, keys: _Keys) -> Int64Array:
-        """The first of the two places where each word may stand."""
+        """Returns the first of the two places where each word may be."""
         mixed = np.bitwise_xor.reduce(keys * _FACTORS[:, None], axis=0)
         mixed ^= mixed >> np.uint64(32)
         mixed *= _FACTORS[0]
         return np.asarray(mixed >> self._shift, np.int64)
 
-    def _stands_at(self, keys: _Keys, places: Int64Array) -> BoolArray:
+    def _is_at(self, keys: _Keys, places: Int64Array) -> BoolArray:
         equal: BoolArray = self._keys[0][places] == keys[0]
         for mine, theirs in zip(self._keys[1:], keys[1:], strict=True):
             equal &= mine[places] == theirs
@@ -113,16 +115,17 @@ class Words:
     def _look_up(
         self, data: bytes | memoryview, bounds: Int64Array, new: Int64Array, keys: _Keys
     ) -> tuple[Int32Array, Int64Array, Int64Array]:
-        """Asks the library for words, and keeps them.
+        """Tokenizes words with the library, and keeps them.
 
         Args:
             data: All texts.
-            bounds: int64 [num_words + 1], where each word of them begins.
-            new: Which words are asked for.
-            keys: [3, num_new], theirs.
+            bounds: int64 [num_words + 1], offsets of their words.
+            new: Indices of the words to tokenize.
+            keys: [3, num_new], their keys.
 
         Returns:
-            int32, ids; int64 [num_new] each, where a word's begin there, and how many there are.
+            int32, tokens; two of int64 [num_new], each word's first token there, and its number of
+            tokens.
         """
         buffers = pa.py_buffer(bounds), pa.py_buffer(data)
         words = pa.LargeStringArray.from_buffers(len(bounds) - 1, *buffers)
@@ -142,12 +145,12 @@ class Words:
         return self._ids, starts[codes], lengths[codes]
 
     def _keep(self, keys: _Keys, starts: Int64Array, lengths: Int64Array) -> None:
-        """Puts words into the table, where they find a place that was not used of late."""
+        """Puts words into the table, if one of their places was not used recently."""
         places = self._places(keys)
         places = np.where(self._used[places], places ^ 1, places)
         fits = (keys[-1] != 0) & (lengths <= MAX_WORD_TOKENS)
         in_use = self._used[places]
-        # What is there, and beside it, goes next unless it comes again before.
+        # A used word at such a place, and its neighbour, may be replaced unless used again.
         self._used[places[fits & in_use]] = self._used[places[fits & in_use] ^ 1] = False
         new = np.flatnonzero(fits & ~in_use)
         places, first_of_each = np.unique(places[new], return_index=True)
@@ -156,15 +159,15 @@ class Words:
         self._lengths[places] = lengths[new]
         self._used[places] = True
         column = np.arange(MAX_WORD_TOKENS)
-        # Behind its own a word gets some of the next one's ids: nobody reads them.
+        # A place is filled up with tokens of the next word, which are never read.
         of_table = self._ids[: len(self._used) * MAX_WORD_TOKENS].reshape(-1, MAX_WORD_TOKENS)
         of_table[places] = self._ids[starts[new][:, None] + column]
 
 
 def _keys(view: npt.NDArray[np.uint8], bounds: Int64Array) -> _Keys:
-    """uint64 [3, num_words]: a word's bytes, padded, and its size in the last one.
+    """Returns uint64 [3, num_words]: padded bytes, with the size in the last one.
 
-    Zeros in the last one: the word is too long to have a key.
+    The last integer is 0 for words that are too long for a key.
     """
     padded = np.append(view, np.zeros(8 * 3, np.uint8))
     at_each = np.ndarray(len(view) + 17, "<u8", padded, strides=(1,))

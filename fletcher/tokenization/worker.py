@@ -1,4 +1,4 @@
-"""The tokenizer process: a Tokenizer behind the worker protocol."""
+"""Worker of a tokenizer process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fletcher.tokenization.tokenizer import Tokenizer
 
 
 class TextEncoder(Protocol):
-    """What makes tokens of texts; `max_length` of them at most."""
+    """Tokenizer of texts with at most `max_length` tokens."""
 
     max_length: int
 
@@ -22,7 +22,7 @@ class TextEncoder(Protocol):
 
 
 class TokenizerWorker:
-    """One core, one request at a time."""
+    """Tokenizes one request at a time, on one core."""
 
     concurrency = 1
     urgent_concurrency = 0
@@ -35,18 +35,18 @@ class TokenizerWorker:
         return self._tokenizer.encode(batch)
 
     def describe(self) -> dict[str, str]:
-        """Nothing that is not the same for every tokenizer."""
+        """Returns the longest input."""
         return {"max_length": str(self._tokenizer.max_length)}
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerConfig:
-    """Whose tokenizer a process loads; picklable.
+    """Bundle of a tokenizer process; picklable.
 
     Attributes:
-        bundle: The bundle's folder.
-        version: Its hash: what the folder must hold, or the one kept beside it; empty: whatever is
-            there.
+        bundle: Folder of the bundle.
+        version: Hash of the bundle in that folder, or of the version kept beside it; empty: the
+            bundle that is there.
     """
 
     bundle: str
@@ -54,13 +54,13 @@ class TokenizerConfig:
 
     @property
     def folder(self) -> Path:
-        """Where that is now. Raises ModelError where it is no more."""
+        """Folder that has this version now. Raises ModelError if there is none."""
         folder = Path(self.bundle)
         return version_folder(folder, self.version) if self.version else folder
 
 
 def load(config: TokenizerConfig) -> TokenizerWorker:
-    """Factory for a worker's spec: a bundle's tokenizer.
+    """Factory of a worker's spec: a bundle's tokenizer.
 
     Raises:
         ModelError: The bundle is gone or damaged.

@@ -1,4 +1,4 @@
-"""Candidates of tuning: the few arrangements of engines and processes worth measuring."""
+"""Candidates of tuning: the few arrangements of engines worth measuring."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TuningCandidate:
 
     @property
     def processes(self) -> tuple[BackendConfig, ...]:
-        """The replicas, whatever their `max_batch_tokens`: equal ones share their processes."""
+        """The replicas without `max_batch_tokens`; equal ones share their processes."""
         return tuple(dataclasses.replace(one, max_batch_tokens=0) for one in self.configs)
 
     def with_tokens(self, max_batch_tokens: int) -> TuningCandidate:

@@ -41,7 +41,7 @@ class Decision:
 
 
 def decide(home: Path, asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Decision:
-    """Choose what a server runs: a tune record that holds, else the rules. Measures nothing.
+    """Choose the replicas by a tune record that holds, else by rule; measure nothing.
 
     Args:
         home: FLETCHER_HOME.

@@ -1,4 +1,4 @@
-"""Tune records in FLETCHER_HOME/tune: what was measured, and under which conditions it holds."""
+"""Tune records in FLETCHER_HOME/tune, and the conditions under which they hold."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Record:
 
 
 class _Replica(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A BackendConfig in the file: without the bundle, and with values of candidates only.
+    """A BackendConfig in the file, limited to values of candidates.
 
     The limits are a matter of safety: a backend names a module to import.
     """
@@ -121,7 +121,7 @@ class Key:
 
 
 def load(home: Path, key: Key, bundle: ModelBundle) -> Record | None:
-    """Read the record of a key; None, with a line in the log, if there is none that holds."""
+    """Read the record of a key; None, with a line in the log, if it does not hold."""
     path = key.path(home, bundle)
     try:
         content = msgspec.json.decode(path.read_bytes(), type=_File)

@@ -49,7 +49,7 @@ class SampleTexts:
         return float(self.tokens.token_count.mean())
 
     def rows(self, number: int) -> Int64Array:
-        """int64 [number], indexes of texts with the spread of lengths of all; a few may repeat."""
+        """int64 [number], indexes of texts that have the spread of lengths of all."""
         places = np.linspace(0, len(self.order) - 1, number).round().astype(np.int64)
         return np.asarray(self.order[places], dtype=np.int64)
 

@@ -1,4 +1,4 @@
-"""Trials of candidates: their vectors against a reference, then their speed in rounds."""
+"""Trials of candidates: a check of their vectors, then rounds of measured runs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def run_trials(
     start: StartReplicas,
     progress: Progress,
 ) -> list[CandidateTrial]:
-    """Compare the vectors of all candidates with the reference, then time those that are right.
+    """Check the vectors of all candidates, then measure those that are right.
 
     All replicas are alive together, and only one candidate's run at a time. Candidates alternate
     within a round, so that other load on the machine slows all of them alike.

@@ -1,4 +1,4 @@
-"""Tuning: trials of engines, then of arrangements of the fastest, and the record of the winner."""
+"""Tuning: trials of engines, trials of arrangements, the record of the winner."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def _reference(
     start: StartReplicas,
     progress: Progress,
 ) -> FloatArray:
-    """float32 [CHECK_TEXTS, dim], by float32 on the CPU: ONNX Runtime, or OpenVINO without it.
+    """Reference vectors in float32 on the CPU, float32 [CHECK_TEXTS, dim].
+
+    They come from ONNX Runtime, or from OpenVINO if ONNX Runtime is missing.
 
     Raises:
         BackendError: Neither is installed.

@@ -1,4 +1,4 @@
-"""One vector a text out of those of its chunks: on whole arrays, and part of text by part."""
+"""Aggregation of the vectors of a text's chunks, part of text by part."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ _Floats = npt.NDArray[np.float64]
 
 
 def weights(chunks: Chunks) -> _Floats:
-    """What chunks weigh in a `weighted` mean: float64 [num_rows].
+    """Returns float64 [num_rows], the weights of chunks in a `weighted` mean.
 
-    Its tokens, times the discount of its place that DCG gives to ranks, 1 / log2(place + 2) from
-    place 0 on (https://dl.acm.org/doi/10.1145/582415.582418): texts say early what they are about,
-    and chunks to come change nothing about those that are there.
+    A weight is the chunk's number of tokens times DCG's discount of its index, 1 / log2(index + 2)
+    (https://dl.acm.org/doi/10.1145/582415.582418). Texts tend to state their subject early, and
+    later chunks do not change the weights of earlier ones.
     """
     return np.asarray(np.maximum(chunks.num_tokens, 1) / np.log2(chunks.index + 2.0))
 
 
 class TextAggregation(Protocol):
-    """Makes vectors of texts; keeps of a text only what does not depend on its length."""
+    """Aggregates chunks to texts; its state does not grow with the length of a text."""
 
     def add_chunks(
         self, batch: EmbeddingBatch | FletcherError, *, continued: bool
     ) -> EmbeddingBatch | FletcherError | None:
-        """The vectors of texts out of those of their chunks.
+        """Adds chunks and returns the vectors of the texts that are complete.
 
         Args:
-            batch: Chunks with their final width and norm; or why there are none.
-            continued: More of the last text comes.
+            batch: Chunks with their final width and norm, or their error.
+            continued: Whether more of the last text follows.
 
         Returns:
-            The same of texts that are complete, whose `token_count` is that of their chunks
-            together; None: there is none.
+            The complete texts, whose `token_count` is that of their chunks together; None if no
+            text is complete.
         """
         ...
 
 
 def aggregation(method: str, *, normalized: bool) -> TextAggregation:
-    """What makes one vector a text, by a name of `fletcher.core.chunking.AGGREGATIONS`; not `none`.
+    """Returns the aggregation of a name.
 
     Args:
         method: `mean`, `weighted`, `max` or `hierarchical`.
-        normalized: The vectors get norm 1 (zeros stay). A text of one chunk has its vector.
+        normalized: Vectors get norm 1 (zeros stay). A text of one chunk keeps the chunk's vector.
     """
     if method == "hierarchical":
         return Hierarchical(normalized=normalized)
@@ -58,7 +58,7 @@ def aggregation(method: str, *, normalized: bool) -> TextAggregation:
 
 @dataclass(slots=True)
 class _Part:
-    """What is known of a text of which more comes."""
+    """State of a text that continues."""
 
     total: Any
     weight: float = 0.0
@@ -68,7 +68,7 @@ class _Part:
 
 
 class Aggregation:
-    """All chunks of a text at once, see `aggregation`."""
+    """Aggregation of all chunks of a text at once; see `aggregation`."""
 
     def __init__(self, method: str, *, normalized: bool) -> None:
         self._weighted = method == "weighted"
@@ -94,7 +94,7 @@ class Aggregation:
 
     @property
     def waits(self) -> bool:
-        """More of a text comes."""
+        """Whether the last text continues."""
         return self._part is not None
 
     def _join(
@@ -150,12 +150,12 @@ class Aggregation:
 
 
 class Hierarchical:
-    """Chunks make their paragraph's vector, and paragraphs the text's, each time by the mean.
+    """Mean of the paragraphs of a text, each the mean of its chunks.
 
-    So paragraphs count alike, however many chunks they have.
+    So paragraphs have equal weight, however many chunks they have.
 
     Args:
-        normalized: As of `aggregation`; paragraphs get norm 1, too.
+        normalized: As in `aggregation`; also applied to paragraphs.
     """
 
     def __init__(self, *, normalized: bool) -> None:
@@ -172,7 +172,7 @@ class Hierarchical:
         chunks = batch.chunks
         assert chunks is not None
         starts = np.flatnonzero(chunks.begins)
-        # One that goes on from the part before is the first, even if nothing more of it is here.
+        # A paragraph that continues from the part before is the first, even without chunks here.
         if self._paragraphs.waits or (len(chunks.begins) and not chunks.begins[0]):
             starts = np.append(0, starts)
         paragraphs = EmbeddingBatch(

@@ -1,4 +1,4 @@
-"""From what the graph computed to what was asked for: width, normalisation. Whole arrays only."""
+"""Conversion of a graph's vectors to the width and norm that were asked for."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def finish(
     """Applies `dims` and `normalize` to a graph's output.
 
     Args:
-        embeddings: float32 [n, dim], or float16 where nothing is to be done; L2-normalised where
+        embeddings: float32 [n, dim], or float16 if nothing is to be changed; L2-normalised if
             `norms` is given.
-        norms: float32 [n], what normalisation divided by; None: the vectors are as pooled.
+        norms: float32 [n], L2 norms before normalisation; None: the vectors are as pooled.
         dims: Leading dimensions to keep.
         normalized: Whether the result has norm 1 (a zero vector stays zero).
 
     Returns:
-        [n, dims] of the same type. Slicing comes before normalisation, as Matryoshka models are
-        trained (https://arxiv.org/abs/2205.13147).
+        [n, dims] of the same type, sliced before normalisation, as Matryoshka models are trained
+        (https://arxiv.org/abs/2205.13147).
     """
     if norms is not None and not normalized:
         return (embeddings * norms[:, None])[:, :dims]

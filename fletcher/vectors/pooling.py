@@ -1,4 +1,4 @@
-"""What our own graphs do inside, for graphs that end at token embeddings."""
+"""Pooling and normalisation, for graphs that end at token embeddings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ MIN_NORM = 1e-12
 
 
 def pool(token_embeddings: FloatArray, mask: BoolArray, pooling: str) -> FloatArray:
-    """One embedding a row out of its tokens' embeddings.
+    """Pools token embeddings to one embedding a row.
 
     Args:
-        token_embeddings: float32 [num_rows, length, dim]; what stands at padding is ignored.
+        token_embeddings: float32 [num_rows, length, dim]; values at padding are ignored.
         mask: bool [num_rows, length], True for tokens, which come before padding; at least one a
             row.
-        pooling: `mean` over the tokens, `cls`: the first, `last_token`.
+        pooling: `mean` of the tokens, `cls` for the first token, or `last_token`.
 
     Returns:
         float32 [num_rows, dim].
@@ -36,13 +36,13 @@ def pool(token_embeddings: FloatArray, mask: BoolArray, pooling: str) -> FloatAr
 
 
 def normalize(embeddings: FloatArray) -> tuple[FloatArray, npt.NDArray[np.float32]]:
-    """Rows scaled to an L2 norm of 1; rows of zeros stay.
+    """Scales rows to an L2 norm of 1; rows of zeros stay.
 
     Args:
         embeddings: float32 [num_rows, dim].
 
     Returns:
-        float32 [num_rows, dim], and float32 [num_rows], the norms before.
+        float32 [num_rows, dim], and float32 [num_rows], the norms before normalisation.
     """
     norms = np.asarray(np.linalg.norm(embeddings, axis=1), dtype=np.float32)
     divisors = np.maximum(norms, np.float32(MIN_NORM))[:, None]

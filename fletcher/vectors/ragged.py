@@ -1,8 +1,8 @@
-"""Rows of several vectors each, laid flat: all vectors, one after the other, and each row's number.
+"""Rows with several vectors each, as flat arrays.
 
-A text of a token-vector model has a vector a token. A sparse model's text has one for each
-dimension that is not zero, of two numbers: the dimension and its weight; float32 holds whole
-numbers up to 16,777,216 exactly, and no vocabulary is as large.
+A text of a token-vector model has one vector for each token. A text of a sparse model has one for
+each dimension that is not zero, of two numbers: the dimension and its weight. float32 holds whole
+numbers up to 16,777,216 exactly, and no vocabulary is that large.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from fletcher.core.batches import FloatArray, Int32Array, Int64Array, Spans, Vec
 
 
 def places(starts: Int64Array, counts: Int32Array) -> Int64Array:
-    """Where the vectors of some rows are, row after row.
+    """Returns int64, the indices of the vectors of some rows, row after row.
 
     Args:
-        starts: int64 [n], where each row begins.
-        counts: int32 [n], how many vectors it has.
+        starts: int64 [n], index of each row's first vector.
+        counts: int32 [n], number of its vectors.
     """
     ends = np.cumsum(counts, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
@@ -28,39 +28,42 @@ def places(starts: Int64Array, counts: Int32Array) -> Int64Array:
 
 
 def starts_of(counts: Int32Array) -> Int64Array:
-    """int64 [n], where each row begins."""
+    """Returns int64 [n], the index of each row's first vector."""
     return np.cumsum(counts, dtype=np.int64) - counts
 
 
-def gathered(
+def gather_rows(
     vectors: VectorArray, counts: Int32Array, rows: Int32Array | Int64Array
 ) -> tuple[VectorArray, Int32Array]:
-    """The vectors of some rows, in their order, and how many each has.
+    """Returns the vectors of some rows, in order, and each row's number of them.
 
     Args:
         vectors: float32 [num_vectors, width].
-        counts: int32 [n].
-        rows: Some of the n rows; one may come several times.
+        counts: int32 [n], number of each row's vectors.
+        rows: Indices of rows, in any order, also repeated.
     """
     chosen = counts[rows]
     return vectors[places(starts_of(counts)[rows], chosen)], chosen
 
 
 def spans_of(spans: Spans, rows: Int64Array) -> Spans:
-    """Those of some rows, in their order."""
+    """Returns the spans of some rows, in their order."""
     counts = spans.counts[rows]
     return Spans(counts, spans.bounds[places(starts_of(spans.counts)[rows], counts)])
 
 
-def scattered(
+def scatter_rows(
     num_rows: int, width: int, parts: Iterable[tuple[Int64Array, FloatArray, Int32Array]]
 ) -> tuple[FloatArray, Int32Array]:
-    """Vectors of all rows out of parts that have some of them.
+    """Joins the vectors of all rows from parts that have some of them.
 
     Args:
-        num_rows: Rows; those in no part have no vector.
-        width: Of a vector.
-        parts: Rows, the vectors of these, row after row, and how many each has.
+        num_rows: Number of rows; rows in no part get no vector.
+        width: Width of a vector.
+        parts: Rows, their vectors, row after row, and the number of each row's vectors.
+
+    Returns:
+        float32 [num_vectors, width], and int32 [num_rows], the number of each row's vectors.
     """
     parts = list(parts)
     counts = np.zeros(num_rows, np.int32)
@@ -74,13 +77,13 @@ def scattered(
 
 
 def sparse(dense: FloatArray) -> tuple[FloatArray, Int32Array]:
-    """What is above zero in some rows: (dimension, weight) by ascending dimension.
+    """Returns values above zero as pairs of dimension and weight, ascending.
 
     Args:
         dense: float32 [n, dims].
 
     Returns:
-        float32 [num_weights, 2], and int32 [n], how many of them each row has.
+        float32 [num_weights, 2], and int32 [n], the number of each row's pairs.
     """
     rows, dims = np.nonzero(dense > 0)
     pairs = np.stack([dims.astype(np.float32), dense[rows, dims]], axis=1)

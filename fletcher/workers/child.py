@@ -1,8 +1,8 @@
-"""The worker process: loads what its spec names, then answers requests until its pipe closes.
+"""Worker process: answers requests until its pipe closes.
 
-It dies with its parent in two ways: the kernel kills it when the parent dies (PR_SET_PDEATHSIG),
-and a closed pipe ends its reading loop. SIGINT and SIGTERM are ignored: they reach a whole process
-group or control group, and the front process needs its workers to drain.
+The process dies with its parent in two ways: the kernel kills it when the parent dies
+(PR_SET_PDEATHSIG), and a closed pipe ends its reading loop. It ignores SIGINT and SIGTERM, which
+reach a whole process group or control group: the front process needs its workers to drain.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Worker(Protocol):
-    """What a factory returns.
+    """Result of a spec's factory.
 
     Up to `concurrency` threads call `run` at once. For urgent work, `urgent_concurrency` more do:
     it need not wait for the end of another run.
@@ -41,7 +41,7 @@ class Worker(Protocol):
         ...
 
     def describe(self) -> dict[str, str]:
-        """What was loaded, for logs and statistics."""
+        """Facts about the loaded worker, for logs and statistics."""
         ...
 
 
@@ -52,26 +52,26 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(descriptor)
-    with contextlib.suppress(EOFError, OSError):  # the parent is gone or has let us go
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone, or has closed the pipe
         serve(connection)
-    # Engines keep native threads; nothing here needs their orderly end.
+    # Engines keep native threads, which need no orderly end.
     os._exit(0)
 
 
 def serve(connection: Connection) -> None:
-    """Loads the worker and answers requests. Raises EOFError when the pipe closes."""
+    """Builds the worker and answers requests. Raises EOFError when the pipe closes."""
     spec: WorkerSpec = receive(connection)
     try:
         module, _, function = spec.factory.partition(":")
         worker: Worker = getattr(importlib.import_module(module), function)(spec.config)
         ready = Ready(worker.concurrency, worker.urgent_concurrency, worker.describe())
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
+    except Exception as error:  # noqa: BLE001 - the parent needs to know, whatever it is
         send(connection, encode(_failure(-1, error)))
         return
     send(connection, encode(ready))
 
     sending = threading.Lock()
-    requests = RequestQueue(worker.concurrency)  # bounded by the parent's slots
+    requests = RequestQueue(worker.concurrency)  # bounded by the parent, which sends few
 
     def work() -> None:
         while True:
@@ -106,7 +106,7 @@ def _die_with(parent: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call above
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Which worker gets the next job: a pure choice from what each has and how fast it is."""
+"""Choice of the worker for the next job: a pure function of loads and rates."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class DispatchCandidate:
     """A worker with room for a job.
 
     Attributes:
-        name: The worker's.
-        in_flight: Cost of the jobs that it has.
-        rate: Cost it gets done in a second, as measured; None: not measured yet.
-        degraded: Slower than it was, or failing now and then.
+        name: The worker's name.
+        in_flight: Total cost of its jobs.
+        rate: Measured cost per second; None before the first measurement.
+        degraded: Whether it is slower than before, or fails now and then.
     """
 
     name: str
@@ -29,18 +29,18 @@ class DispatchCandidate:
 
 
 class WorkerChooser:
-    """Chooses workers by one of `STRATEGIES`; not thread-safe.
+    """Chooses workers by one of `STRATEGIES`. Not thread-safe.
 
-    `throughput-weighted` takes the worker that will be free first. Idle ones share by virtual time
-    (https://en.wikipedia.org/wiki/Weighted_fair_queueing): a job costs a worker the seconds it
-    takes there, and who has been given the fewest is next. So each gets work in proportion to its
-    rate, a slow one is measured again now and then, and one that comes new owes nothing and is owed
-    nothing. Where a strategy looks at no rates, degraded workers get what the others have no room
-    for.
+    `throughput-weighted` takes the worker that will be free first. Idle workers share jobs by
+    virtual time (https://en.wikipedia.org/wiki/Weighted_fair_queueing): a job charges its worker
+    the seconds it takes there, and the worker with the fewest seconds is next. So each worker gets
+    work in proportion to its rate, slow workers are measured again now and then, and a new worker
+    starts even with the others. The other strategies ignore rates, and give degraded workers only
+    the jobs for which the others have no room.
 
     Args:
         strategy: One of `STRATEGIES`.
-        rng: For `random`.
+        rng: Random numbers of the strategy `random`.
     """
 
     def __init__(self, strategy: str, rng: random.Random | None = None) -> None:
@@ -53,7 +53,7 @@ class WorkerChooser:
         self._num_given = 0
 
     def choose(self, candidates: Sequence[DispatchCandidate]) -> int:
-        """The index of the worker to give the next job.
+        """Returns the index of the worker for the next job.
 
         Args:
             candidates: Workers with room, at least one.
@@ -79,12 +79,12 @@ class WorkerChooser:
         return min(eligible, key=lambda n: self._last_given.get(candidates[n].name, -1))
 
     def charge(self, name: str, cost: int, rate: float | None) -> None:
-        """A job went to a worker.
+        """Charges a job to a worker.
 
         Args:
-            name: The worker's.
-            cost: The job's.
-            rate: The worker's, or the mean of all where it is not measured; None: none is.
+            name: The worker's name.
+            cost: The job's cost.
+            rate: The worker's rate, or the mean of all if it is not measured; None if none is.
         """
         self._num_given += 1
         self._last_given[name] = self._num_given
@@ -96,7 +96,7 @@ class WorkerChooser:
 
 
 def mean_rate(rates: Sequence[float | None]) -> float | None:
-    """The mean of what was measured, which stands for what was not; None where nothing was."""
+    """Mean of the measured rates; None if there are none."""
     known = [rate for rate in rates if rate]
     return sum(known) / len(known) if known else None
 

@@ -1,6 +1,6 @@
-"""How a worker is doing: its rate, whether it fails or slows down, when to start it again.
+"""Rate and health of a worker, computed from its answers.
 
-All of it is arithmetic on what it is told, without a clock, a thread or a process.
+Pure arithmetic, without a clock, a thread or a process.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from fletcher.util.backoff import Backoff
 
 State = Literal["healthy", "degraded", "ejected"]
 
-# Seconds of a worker's own computing over which its rate is averaged.
+# Seconds of a worker's computing over which its rate is averaged.
 _RATE_SPAN_S = 2.0
-# Answers over which failures and slowness are averaged, and over which what is usual is.
+# Weight of one answer in the averages of failures and slowness, and in the usual duration.
 _RECENT = 1 / 8
 _USUAL = 1 / 256
-_MIN_ANSWERS = 8  # of a size, before one can be called slow
-_OUTLIER = 8.0  # a single run that waited for a core is no drift
+_MIN_ANSWERS = 8  # of one size, before an answer counts as slow
+_OUTLIER = 8.0  # limits the weight of a single run that waited for a core
 _FAILURES_TO_EJECT = 3
-# Degraded beyond the first, healthy again below the second: no flapping between them.
+# Degraded above the first, healthy again below the second: the gap prevents flapping.
 _SLOW, _NOT_SLOW = 3.0, 1.5
 _FAILING, _NOT_FAILING = 0.3, 0.1
 
-# Before a worker that failed is started again; the first time at once.
+# Delays before a failed worker is started again; the first restart has none.
 RESTART_BACKOFF = Backoff(first_s=0.5, longest_s=30.0)
 
 
 class Health:
     """One worker's rate and state.
 
-    `degraded`: its answers take three times as long as they used to for jobs of their size, and
-    those of another worker do not (a busy machine slows all); or some three in ten fail.
-    `ejected`: three failed in a row; it gets no work until `readmit`.
+    A worker is `degraded` if its answers take three times as long as usual for jobs of their size
+    while those of another worker do not (a busy machine slows all of them), or if about three in
+    ten fail. It is `ejected` after three failures in a row, and gets no work until `readmit`.
 
     Attributes:
-        state: As above.
-        slowness: Seconds of its last answers against what is usual for it, 1 on average.
+        state: `healthy`, `degraded` or `ejected`.
+        slowness: Duration of recent answers relative to the usual one, 1 on average.
     """
 
     def __init__(self) -> None:
@@ -55,13 +55,13 @@ class Health:
         """Cost done in a second of computing; None before the first answer."""
         return self._work / self._busy_s if self._busy_s else None
 
-    def answered(self, cost: int, seconds: float, others: float | None = None) -> None:
-        """A job of this cost took so long in the worker.
+    def record_answer(self, cost: int, seconds: float, others: float | None = None) -> None:
+        """Records a worker's answer.
 
         Args:
-            cost: The job's.
-            seconds: In the worker.
-            others: The least slowness of the other workers; None: there are none.
+            cost: The job's cost.
+            seconds: Duration in the worker.
+            others: Least slowness of the other workers; None if there are none.
         """
         seconds = max(seconds, 1e-6)
         kept = math.exp(-seconds / _RATE_SPAN_S)
@@ -77,19 +77,19 @@ class Health:
         self._failing -= _RECENT * self._failing
         self._judge(self.slowness / max(1.0, others) if others is not None else 1.0)
 
-    def failed(self) -> None:
-        """The worker could not do a job, for a reason that is not the request's."""
+    def record_failure(self) -> None:
+        """Records a job that failed for a reason other than its request."""
         self._failures += 1
         self._failing += _RECENT * (1 - self._failing)
         self._judge(1.0)
 
     def readmit(self) -> None:
-        """An ejected worker did what it was probed with: it has to prove itself further."""
+        """Gives an ejected worker that answered its probe work again, as a degraded one."""
         self._failures = 0
         self.state = "degraded"
 
-    def restarted(self) -> None:
-        """A new process in its place; the device, and what is usual on it, are the same."""
+    def record_restart(self) -> None:
+        """Resets the state for a new process; usual durations of the device stay."""
         self._failures, self._failing, self.slowness = 0, 0.0, 1.0
         self._work = self._busy_s = 0.0
         self.state = "healthy"

@@ -1,9 +1,9 @@
-"""What crosses the pipe between the front process and a worker process.
+"""Messages on the pipe between the front process and a worker process.
 
 Messages are frozen dataclasses, pickled with protocol 5: both ends are the same program on the same
-machine. Large NumPy arrays are written from where they lie, and read to where they stay. Runs of a
-few rows and their answers go as numbers and memory: to say what an array is takes pickle a tenth of
-a millisecond at either end, and a search waits for that.
+machine. Large NumPy arrays are not copied: they follow the pickle, written from and read into their
+own memory. Runs of a few rows and their answers travel without pickle, which takes a tenth of a
+millisecond at either end to describe an array: a search would wait for that.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _SIZE = struct.Struct("<Q")
 # Smaller arrays are cheaper to copy than to read by themselves.
 _MIN_ASIDE_BYTES = 16 << 10
 
-# In the place of the number of arrays: what follows is no pickle.
+# Marks in place of the number of arrays: no pickle follows, but a run or its answer.
 _RUN, _RAN = 2**64 - 1, 2**64 - 2
-# Heads are whole words, so that the arrays behind them are aligned.
-# That, the job, whether it is urgent, layers, rows, tokens; then tokens and lengths.
+# Heads are whole words, so the arrays behind them are aligned.
+# Mark, job, urgent, layers, rows, tokens; then tokens and lengths.
 _RUN_HEAD = struct.Struct("<Qq4q")
-# That, the job, seconds in the worker and of the device, its budget, rows, columns, whether there
-# are norms; then vectors and norms.
+# Mark, job, seconds in the worker, seconds of the device, budget, rows, columns, whether there are
+# norms; then vectors and norms.
 _RAN_HEAD = struct.Struct("<Qqdd4q")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """How to make a worker.
+    """Recipe for a worker.
 
     Attributes:
         name: For logs and metrics, such as `tokenizer-0` or `cpu-0`.
@@ -51,9 +51,12 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker is loaded and warm; `concurrency` requests may run in it at once.
+    """The worker is loaded and warm.
 
-    `urgent_concurrency` more may, of urgent ones.
+    Attributes:
+        concurrency: Requests that it runs at once.
+        urgent_concurrency: Urgent requests that it runs beside them.
+        description: Facts about it, for logs and statistics.
     """
 
     concurrency: int
@@ -70,7 +73,7 @@ class WorkerRequest:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A job is done; it took the worker so many seconds."""
+    """Result of a job, and its duration in the worker."""
 
     job_id: int
     payload: Any
@@ -79,7 +82,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A job failed (or, with job_id -1, the start): the error, and a traceback for the log."""
+    """Error of a job (of the start, with job_id -1), and a traceback for the log."""
 
     job_id: int
     error: Exception
@@ -88,20 +91,20 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A message as it crosses the pipe: a pickle, and behind it arrays that it only refers to."""
+    """A message in wire form: a pickle, and the arrays that it refers to."""
 
     head: bytes
     arrays: list[memoryview]
 
 
 def encode(message: Any) -> Encoded:
-    """A message for `send`; its large arrays must not change before that."""
+    """Encodes a message for `send`; its large arrays must not change until it is sent."""
     if (short := _short(message)) is not None:
         return Encoded(short, [])
     arrays: list[memoryview] = []
 
     def aside(buffer: pickle.PickleBuffer) -> bool:
-        """Whether an array goes with the pickle: it is copied once more there, and read at once."""
+        """Returns whether an array goes into the pickle, which copies it; small ones do."""
         raw = buffer.raw()
         if raw.nbytes < _MIN_ASIDE_BYTES:
             return True
@@ -114,7 +117,7 @@ def encode(message: Any) -> Encoded:
 
 
 def send(connection: Connection, message: Encoded) -> None:
-    """Sends one message; the caller serialises senders. Raises OSError when the peer is gone."""
+    """Sends one message, on one thread at a time. Raises OSError if the peer is gone."""
     connection.send_bytes(message.head)
     for array in message.arrays:
         left = array
@@ -123,7 +126,7 @@ def send(connection: Connection, message: Encoded) -> None:
 
 
 def receive(connection: Connection) -> Any:
-    """Receives one message. Raises EOFError or OSError when the peer is gone."""
+    """Receives one message. Raises EOFError or OSError if the peer is gone."""
     head = memoryview(connection.recv_bytes())
     (num_arrays,) = _SIZE.unpack_from(head)
     if num_arrays == _RUN:
@@ -136,7 +139,7 @@ def receive(connection: Connection) -> Any:
 
 
 def _short(message: Any) -> bytes | None:
-    """A run of a few rows, or its answer; None: it is something else."""
+    """Encodes a small run, or its answer, without pickle; None: anything else."""
     if isinstance(message, WorkerRequest) and isinstance(message.payload, MicroBatch):
         return _short_run(message, message.payload)
     if isinstance(message, Response) and isinstance(message.payload, InferenceResult):

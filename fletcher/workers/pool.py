@@ -199,7 +199,7 @@ class WorkerPool:
                 self._send(handle, job)
 
     def _dispatch_bulk(self) -> None:
-        """Sends bulk jobs: first a free worker, then the job for it, chosen as late as possible."""
+        """Sends bulk jobs: waits for a free worker, then asks for the job."""
         while not self.closing.is_set():
             handle, retry = self._free_worker()
             if self.closing.is_set():

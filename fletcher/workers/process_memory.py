@@ -1,4 +1,4 @@
-"""What processes take of the machine's memory, as the kernel counts it."""
+"""Memory of processes, as the kernel counts it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def memory_bytes(process_ids: Iterable[int], proc: Path = Path("/proc")) -> int:
-    """Bytes of RAM that processes take together, pages they share with others in part.
+    """Returns the bytes of RAM that processes take together.
 
-    That is Linux' proportional set size (PSS): a page that four processes map counts a quarter for
-    each, so that sums over all processes are right. A process that is gone takes nothing.
+    Counts Linux' proportional set size (PSS): a page that four processes map counts a quarter for
+    each, so sums over processes are right. A process that is gone counts 0.
 
     Args:
         process_ids: The processes.
-        proc: Where procfs is, for tests.
+        proc: Mount point of procfs, for tests.
     """
     return sum(_pss(proc / str(one) / "smaps_rollup") for one in process_ids)
 

@@ -1,4 +1,4 @@
-"""In which order a worker takes the requests that it has."""
+"""Order in which a worker runs its requests."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections import deque
 
 from fletcher.workers.messages import WorkerRequest
 
-# Other work gets every ninth turn, however much urgent work there is.
+# After so many urgent requests in a row, another one runs.
 _MAX_URGENT_IN_ROW = 8
 
 
 class RequestQueue:
-    """Requests that wait for a thread: urgent ones first, and others now and then all the same.
+    """Requests that wait for a thread: urgent ones first, others now and then.
 
-    At most `concurrency` requests that are not urgent run at a time: with more threads than that,
-    one is free soon for an urgent one.
+    At most `concurrency` requests that are not urgent run at a time. A worker with more threads
+    than that soon has one for an urgent request. Thread-safe.
     """
 
     def __init__(self, concurrency: int) -> None:
@@ -27,13 +27,13 @@ class RequestQueue:
         self._changed = threading.Condition()
 
     def add_request(self, request: WorkerRequest) -> None:
-        """Adds a request."""
+        """Queues a request."""
         with self._changed:
             (self._urgent if request.urgent else self._others).append(request)
             self._changed.notify()
 
     def take_request(self) -> WorkerRequest:
-        """The next request; waits for one."""
+        """Returns the next request; blocks until there is one."""
         with self._changed:
             while True:
                 other = bool(self._others) and self._num_others < self._concurrency
@@ -47,7 +47,7 @@ class RequestQueue:
                 self._changed.wait()
 
     def finish_request(self, request: WorkerRequest) -> None:
-        """A request that was taken has run."""
+        """Frees the place of a request that has run."""
         if not request.urgent:
             with self._changed:
                 self._num_others -= 1

@@ -75,7 +75,7 @@ class PoolEvents:
 
 
 class Roster:
-    """Handles of a pool's workers. Everything but the properties is called with `changed` held.
+    """Handles of a pool's workers. All methods are called with `changed` held.
 
     Args:
         config: The pool's.
@@ -178,7 +178,7 @@ class Roster:
         return min((health.slowness for health in others), default=None)
 
     def elapse(self, elapsed_s: float) -> None:
-        """Advances all running jobs by some time, and ends workers that exceed their limit."""
+        """Adds time to all running jobs, and ends workers that exceed their limit."""
         self._alone_s = 0.0 if self.usable else self._alone_s + elapsed_s
         for one in self.by_name.values():
             self._end_overdue(one, elapsed_s)
@@ -186,7 +186,7 @@ class Roster:
         self._changed.notify_all()
 
     def _call_standby(self) -> None:
-        """Starts standby workers when no regular one is left, and ends them when one is back."""
+        """Starts standby workers if no regular one is left; else ends them."""
         if any(one.usable for one in self.regular):
             for one in self.standby:
                 one.wanted.clear()

@@ -1,4 +1,4 @@
-"""Front end of one worker process: starts it, restarts it, sends jobs, reads answers."""
+"""Handle of one worker process: starts it, sends jobs, reads answers."""
 
 from __future__ import annotations
 
@@ -70,17 +70,18 @@ class Owner(Protocol):
 
 
 class WorkerHandle:
-    """The front process' end of one worker.
+    """Front process' end of one worker.
 
-    Its thread starts the process, so that the thread lives as long as the process should: the
-    kernel sends PR_SET_PDEATHSIG when the *thread* that started a child ends.
+    The handle's thread starts the process and lives as long as it: the kernel sends
+    PR_SET_PDEATHSIG when the *thread* that started a child ends.
 
     Args:
-        spec: How to make the worker.
+        spec: Recipe for the worker.
         owner: The pool.
         prefetch: Requests the worker holds beyond those it is running.
-        start_timeout_s: How long it may take to load and warm up.
-        wanted: Whether it starts with the pool; else it stands by until `wanted` is set.
+        start_timeout_s: Longest time to load and warm up.
+        wanted: Whether the worker starts with the pool; else it is on standby until `wanted` is
+            set.
     """
 
     def __init__(
@@ -95,13 +96,13 @@ class WorkerHandle:
         self.spec = spec
         self.health = Health()
         self.alive = False
-        self.failure: Exception | None = None  # why the last start failed
-        self.settled = threading.Event()  # the first start succeeded or failed
+        self.failure: Exception | None = None  # of the last start
+        self.settled = threading.Event()  # set once the first start succeeded or failed
         self.wanted = threading.Event()
         if wanted:
             self.wanted.set()
         self.description: dict[str, str] = {}
-        self.concurrency = 1  # until the worker says otherwise
+        self.concurrency = 1  # until the worker reports its own
         self.urgent_concurrency = 0
         self.load = 0
         self.process: subprocess.Popen[bytes] | None = None
@@ -114,12 +115,12 @@ class WorkerHandle:
         self._next_id = 0
         self._sending = threading.Lock()
         self._restarts = 0
-        self._failures = 0  # starts and lives in a row without an answer
+        self._failures = 0  # starts in a row without an answer
         self._rng = random.Random()  # noqa: S311 - for jitter
 
     @property
     def usable(self) -> bool:
-        """Whether it may be given work."""
+        """Whether the worker may be given work."""
         return self.alive and self.wanted.is_set() and self.health.state != "ejected"
 
     @property
@@ -133,26 +134,26 @@ class WorkerHandle:
 
     @property
     def rate(self) -> float | None:
-        """Cost it gets done in a second when all its runs are busy; None: not measured."""
+        """Cost per second with all its runs busy; None before the first measurement."""
         return None if self.health.rate is None else self.health.rate * self.concurrency
 
     def has_room(self, *, alone: bool = False, urgent: bool = False) -> bool:
         """Whether another job fits.
 
         Args:
-            alone: A job that wants no company.
-            urgent: A job that overtakes others: only those of its kind are in its way.
+            alone: The job needs the worker for itself.
+            urgent: The job is urgent: only other urgent ones delay it.
         """
         if alone or any(job.attempts for job in self._jobs.values()):
             return not self._jobs
-        if urgent and self._sending.locked():  # it may be long about reading what it is sent
+        if urgent and self._sending.locked():  # the worker may be slow to read what is being sent
             return False
-        # Urgent ones that wait are better joined into one run: none is fetched ahead.
+        # Waiting urgent work is better joined into one run: none is fetched ahead.
         most = self.concurrency + (self.urgent_concurrency if urgent else self._prefetch)
         return sum(job.urgent == urgent for job in self._jobs.values()) < most
 
     def running(self) -> Sequence[Job]:
-        """Jobs that have begun or may have: a worker takes urgent ones first, else in order."""
+        """Jobs that may have begun: urgent ones first, others in order."""
         jobs = list(self._jobs.values())
         others = [job for job in jobs if not job.urgent]
         return [job for job in jobs if job.urgent] + others[: self.concurrency]
@@ -174,10 +175,10 @@ class WorkerHandle:
         }
 
     def send_job(self, job: Job) -> None:
-        """Sends a job to the worker; if it just died, the job goes to another.
+        """Sends a job to the worker, or to another one if it just died.
 
         Raises:
-            Exception: The job cannot be pickled; the worker knows nothing of it.
+            Exception: The job cannot be pickled, and was not sent.
         """
         with self._owner.changed:
             job_id, self._next_id = self._next_id, self._next_id + 1
@@ -195,7 +196,7 @@ class WorkerHandle:
             with self._sending:
                 send(connection, request)
         except OSError:
-            pass  # the worker is gone: the reader notices and passes the job on
+            pass  # the worker is gone: the reader notices, and retries the job
 
     def kill(self) -> None:
         process = self.process
@@ -220,7 +221,7 @@ class WorkerHandle:
             else:
                 with self._owner.changed:
                     self._connection, self.alive, self.failure = connection, True, None
-                    self.health.restarted()
+                    self.health.record_restart()
                     self._owner.review(self)
                 self.settled.set()
                 self._owner.dispatch_urgent()
@@ -229,10 +230,10 @@ class WorkerHandle:
                 self._read(connection)
                 self._clear(connection)
                 lived_s = time.monotonic() - started
-            # A first death may be anything; one after the other is a reason to wait.
+            # A first death may have any cause; several in a row are a reason to wait.
             num_failures = self._failures if self.failure else self._failures - 1
             pause_s = RESTART_BACKOFF.delay_s(num_failures, self._rng.random())
-            if lived_s > pause_s:  # it may have had nothing to answer
+            if lived_s > pause_s:  # it lived, but perhaps without a request
                 pause_s, self._failures = 0.0, 0
             closing.wait(pause_s)
 
@@ -248,7 +249,7 @@ class WorkerHandle:
             )
         connection = Connection(ours.detach())
         try:
-            if self._owner.closing.is_set():  # `close` may have killed what was there before
+            if self._owner.closing.is_set():  # `close` may have killed an earlier process only
                 self.kill()
             send(connection, encode(self.spec))
             if not connection.poll(self._start_timeout_s):
@@ -272,16 +273,16 @@ class WorkerHandle:
         return connection
 
     def _read(self, connection: Connection) -> None:
-        """Hands results to their jobs until the worker is gone."""
+        """Reads answers and finishes their jobs, until the worker is gone."""
         while True:
             try:
                 message = receive(connection)
             except (EOFError, OSError):
                 return
             except Exception:
-                log.exception("%s answered what cannot be read", self.spec.name)
+                log.exception("%s sent an answer that cannot be read", self.spec.name)
                 return
-            # Not the request's fault: another worker may do better.
+            # Not the request's fault: another worker may succeed.
             failed = isinstance(message, Failure) and isinstance(
                 message.error, (InternalError, BackendError)
             )
@@ -289,11 +290,11 @@ class WorkerHandle:
                 job = self._jobs.pop(message.job_id)
                 self.load -= job.cost
                 if failed:
-                    self.health.failed()
+                    self.health.record_failure()
                 elif isinstance(message, Response) and not job.probe:
                     self._failures = 0
                     others = self._owner.least_slowness(self)
-                    self.health.answered(job.cost, message.seconds, others)
+                    self.health.record_answer(job.cost, message.seconds, others)
                 self._owner.review(self)
             if isinstance(message, Response):
                 self._finish(job, message.payload, None)
@@ -324,7 +325,7 @@ class WorkerHandle:
             self._owner.retry_job(job, error)
 
     def _send_probe(self) -> None:
-        """Sends an ejected worker a job that any sound one can do: it is readmitted or replaced."""
+        """Sends an ejected worker its probe, which readmits or replaces it."""
         if self.health.state == "ejected" and not any(job.probe for job in self._jobs.values()):
             self.send_job(Job(self._owner.probe, probe=True))
 
@@ -354,7 +355,7 @@ class WorkerHandle:
 
     def _reap(self, connection: Connection) -> None:
         self.kill()
-        with self._sending:  # a closed descriptor's number may be reused under a writer
+        with self._sending:  # else a writer might use a descriptor whose number is taken again
             connection.close()
         if self.process is not None:
             self.process.wait()

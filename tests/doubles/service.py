@@ -1,4 +1,4 @@
-"""A service whose model gives each text its length as a vector, and can be told to fail."""
+"""A service whose model gives each text its length as a vector, and fails on demand."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class FakeEmbedder:
 
 
 class FakeModels:
-    """Gives out one model, and counts who has it."""
+    """Leases one model, and counts the leases."""
 
     def __init__(self, served: ServedModel) -> None:
         self.served = served

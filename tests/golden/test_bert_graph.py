@@ -61,7 +61,7 @@ def test_norm_gives_the_raw_vector_back(tmp_path: Path, pooling: str) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_a_row_does_not_depend_on_padding_or_company(tmp_path: Path, pooling: str) -> None:
+def test_a_row_does_not_depend_on_padding_or_other_rows(tmp_path: Path, pooling: str) -> None:
     bundle = add_tiny(tmp_path, pooling=pooling)
     rows = pq.read_table(GOLDEN / "tiny.parquet")["input_ids"].to_pylist()
     together = run_graph(bundle.graph, rows, width=40)["embedding"]

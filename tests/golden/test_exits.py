@@ -87,7 +87,7 @@ def run(backend: Backend, layers: int = 0) -> Array:
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=NAMES)
-def test_an_exit_gives_what_a_model_of_fewer_layers_would(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_exit_equals_a_model_of_fewer_layers(checkpoint: Path, tmp_path: Path) -> None:
     whole = add(checkpoint, tmp_path / "whole")
     bundle = add(checkpoint, tmp_path / "exits", (1,))
     assert (bundle.hash, bundle.layers) == (whole.hash, (1, whole.num_layers))
@@ -101,7 +101,9 @@ def test_an_exit_gives_what_a_model_of_fewer_layers_would(checkpoint: Path, tmp_
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_three_segments_hand_on_what_they_have(engine: str, pooling: str, tmp_path: Path) -> None:
+def test_three_blocks_hand_on_their_hidden_states(
+    engine: str, pooling: str, tmp_path: Path
+) -> None:
     checkpoint = copied(GOLDEN / "families" / "modernbert", tmp_path / "c", pooling=pooling)
     bundle = add(checkpoint, tmp_path / "exits", (1, 3))
     assert [path.name for path in bundle.blocks] == [
@@ -119,7 +121,7 @@ def test_three_segments_hand_on_what_they_have(engine: str, pooling: str, tmp_pa
         np.testing.assert_allclose(run(backend, layers), expected, atol=1e-5)
 
 
-def test_weights_are_there_once_and_graphs_are_sound(tmp_path: Path) -> None:
+def test_weights_are_stored_once_and_graphs_are_valid(tmp_path: Path) -> None:
     whole = add(GOLDEN / "families" / "modernbert", tmp_path / "whole")
     bundle = add(GOLDEN / "families" / "modernbert", tmp_path / "exits", (1, 2, 3))
     for graph in bundle.blocks:
@@ -129,14 +131,14 @@ def test_weights_are_there_once_and_graphs_are_sound(tmp_path: Path) -> None:
         """Bytes of tensors, wherever they lie, of a page and more."""
         return sum(path.stat().st_size for path in one.folder.glob("*.weights"))
 
-    # Each segment has a table of rotary angles and the final norm, and no layer twice.
+    # Each block has a table of rotary angles and the final norm, and no layer twice.
     assert weights(bundle) < 1.5 * weights(whole)
     (bundle.folder / "model.2.weights").unlink()
     with pytest.raises(ModelError, match=r"model\.2\.weights is missing"):
         ModelBundle.from_folder(bundle.folder)
 
 
-def test_exits_that_cannot_be(tmp_path: Path) -> None:
+def test_impossible_exits_are_refused(tmp_path: Path) -> None:
     for layer in (0, 3):
         with pytest.raises(ModelError, match=f"`exits` has {layer}, expected layers from 1 to 2"):
             add(GOLDEN / "tiny", tmp_path / "models", (layer,))

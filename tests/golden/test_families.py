@@ -83,9 +83,7 @@ def test_every_family_has_a_reference() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NAMES)
-def test_vectors_are_those_of_the_reference_in_any_company(
-    name: str, engine: str, tmp_path: Path
-) -> None:
+def test_vectors_equal_the_reference_in_any_batch(name: str, engine: str, tmp_path: Path) -> None:
     bundle = add(name, tmp_path)
     table = pq.read_table(FAMILIES / f"{name}.parquet")
     rows, expected = table["input_ids"].to_pylist(), vectors(table, "sentence")

@@ -64,9 +64,7 @@ def test_these_families_have_a_reference() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parts_are_pooled_as_the_reference_does_in_any_company(
-    family: str, engine: str, tmp_path: Path
-) -> None:
+def test_spans_equal_the_reference_in_any_batch(family: str, engine: str, tmp_path: Path) -> None:
     bundle = add(family, tmp_path)
     assert bundle.late is not None
     golden = [row for row in ROWS if row["family"] == family]
@@ -136,7 +134,7 @@ def test_from_text_to_vectors(how: str, tmp_path: Path) -> None:
             assert np.abs(alone[0] - found[chunk]).max() < 1e-5
 
 
-def test_the_graph_for_whole_rows_is_what_it_is_without(
+def test_late_chunking_does_not_change_the_graph_for_whole_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = Registry(tmp_path / "both").add_model(

@@ -168,7 +168,7 @@ def test_outputs_are_part_of_what_a_model_is(
 
 
 @pytest.mark.parametrize("name", ["splade", "colbert"])
-def test_a_batch_cut_for_want_of_memory_gives_the_same(
+def test_a_batch_split_for_lack_of_memory_gives_the_same_vectors(
     bundles: dict[str, ModelBundle], name: str
 ) -> None:
     texts = pq.read_table(OUTPUTS / f"{name}.parquet")["text"].to_pylist()
@@ -191,7 +191,7 @@ def test_what_is_for_dense_vectors_refuses_others(
         tune(tmp_path, EngineConfig(), host, bundle, print)
 
 
-def test_such_vectors_come_from_the_last_layer_alone(tmp_path: Path) -> None:
+def test_sparse_and_token_vectors_come_only_from_the_last_layer(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="`exits` is given, but the model gives sparse vectors"):
         Registry(tmp_path).add_model(str(OUTPUTS / "splade"), exits=(1,), progress=print)
 

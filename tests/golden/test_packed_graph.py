@@ -185,7 +185,7 @@ def test_onnx_runtime_lacks_nothing_of_the_packed_graph_but_the_kernel(
     path = write_packed(add_tiny(tmp_path, pooling), tmp_path, precision=precision)
     with pytest.raises(Exception, match=r"for (com\.microsoft\.)?PackedMultiHeadAttention"):
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    # On CUDA these are cuDNN's, which is not to be had everywhere; seen with ONNX Runtime 1.31.
+    # On CUDA, with ONNX Runtime 1.31, these operators need cuDNN, which may be missing.
     operators = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
     assert not operators & {"ReduceL2", "ReduceMax", "ReduceMin", "ReduceProd", "Conv"}
 

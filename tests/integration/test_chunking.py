@@ -17,7 +17,7 @@ from fletcher.errors import InvalidCommandError
 from fletcher.inference.null import null_embeddings
 from fletcher.pipeline.memory_budget import Allowance
 from fletcher.runtime import Runtime
-from fletcher.tokenization.chunker import windows
+from fletcher.tokenization.chunker import chunk_bounds
 from fletcher.tokenization.tokenizer import Tokenizer
 from tests.integration.conftest import SMALL_PARTS, StartServer
 
@@ -48,7 +48,7 @@ def chunk_vectors(whole: Whole, text: str, how: str) -> np.ndarray:
     chunking = Chunking.from_text(how)
     assert chunking is not None
     ids = np.array(whole.tokenizer._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
-    found, *_ = windows(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
+    found, *_ = chunk_bounds(len(ids) - 2, chunking.size - 2, chunking.overlap, continued=False)
     rows = [np.concatenate((ids[:1], ids[1:-1][a:b], ids[-1:])) for a, b in found]
     lengths = np.array([len(row) for row in rows], np.int32)
     return null_embeddings(np.concatenate(rows), lengths, 32, whole.seed)
@@ -217,7 +217,7 @@ def test_chunks_are_stored_and_resumed_as_rows(start_server: StartServer) -> Non
 
 @pytest.mark.parametrize("fields", [{"mode": "upsert"}, {"mode": "delta"}, {"dedupe": "id"}])
 def test_rows_of_one_id_cannot_replace_each_other(fields: dict[str, str]) -> None:
-    with pytest.raises(InvalidCommandError, match="several rows of its id"):
+    with pytest.raises(InvalidCommandError, match="which makes several; omit one"):
         fletcher.EmbedCommand(dataset="d", chunking="tokens:none", **fields)
 
 
@@ -229,9 +229,9 @@ def test_embed_gives_each_text_one_vector(client: fletcher.Client) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"chunking": "tokens:33"}, "from 3 to the 32"),
-        ({"chunking": "tokens:8/6"}, "from 9 to the 32"),
-        ({"chunking": "tokens:8", "prompt": "1 2 3 4 5 6 7: "}, "from 11 to the 32"),
+        ({"chunking": "tokens:33"}, "expected 3 to 32"),
+        ({"chunking": "tokens:8/6"}, "expected 9 to 32"),
+        ({"chunking": "tokens:8", "prompt": "1 2 3 4 5 6 7: "}, "expected 11 to 32"),
         ({"chunking": "tokens:8", "truncate": "error"}, "`truncate` is error"),
         ({"chunking": "tokens:8/9"}, "not below SIZE"),
     ],

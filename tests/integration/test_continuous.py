@@ -170,7 +170,7 @@ def test_a_failed_document_ends_the_call_where_that_is_asked(server: Runtime) ->
     [
         ({"chunking": "tokens:8"}, b"", "end `chunking` with :none"),
         ({"chunking": None}, b"", "`chunking` is none, expected one"),
-        ({"continuous": False}, b'{"document_end": true}', "document by itself"),
+        ({"continuous": False}, b'{"document_end": true}', "every row is a document;"),
         ({}, b'{"document_end": 1}', "expected true or false"),
         ({"continuous": "yes"}, b"", "expected true or false"),
     ],

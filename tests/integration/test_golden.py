@@ -111,7 +111,7 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.einsum("rd,rd->r", one.astype(np.float64), other.astype(np.float64)) / lengths
 
 
-def test_vectors_equal_the_reference_alone_and_in_any_company(
+def test_vectors_equal_the_reference_alone_and_in_any_batch(
     engine: tuple[Runtime, Tolerance], reference: pa.Table
 ) -> None:
     runtime, tolerance = engine

@@ -129,7 +129,7 @@ def test_swaps_under_load_fail_no_call_and_mix_no_batch(home: Path, server: Runt
         assert states(client)[versions[1]] == "ready"
 
 
-def test_a_call_ends_with_the_version_it_began_with(
+def test_a_call_keeps_the_version_it_began_with(
     home: Path, server: Runtime, client: fletcher.Client
 ) -> None:
     kept, current = installed(home)
@@ -230,23 +230,23 @@ def test_an_alias_divides_calls_and_says_which_it_was(
         client.embed(["x"], model="search")
 
 
-def test_a_killed_replica_is_its_own_models_affair(
-    server: Runtime, client: fletcher.Client
-) -> None:
-    before = client.stats()["replicas"]
+def test_a_killed_replica_affects_only_its_model(server: Runtime, client: fletcher.Client) -> None:
+    def restarts() -> dict[str, int]:
+        return {one["model"]: one["restarts"] for one in client.stats()["replicas"]}
+
+    before = restarts()
     pools = {one.name: one.model.embedder.replicas for one in server.service.models.running()}
     a, b = version_of(client, "a"), version_of(client, "b")
     os.kill(pools[b].process_ids()[0], signal.SIGKILL)
     assert client.embed(["x"], model="a").shape == (1, 32)
     assert client.embed(["x"], model="b").shape == (1, 32)
-    after = {one["model"]: one for one in client.stats()["replicas"]}
-    restarts = {one["model"]: one["restarts"] for one in before}
-    assert after[a]["restarts"] == restarts[a]
-    assert after[b]["restarts"] == restarts[b] + 1
+    # A single text may run in the front process, before the loss of the replica is noticed.
+    eventually(lambda: restarts()[b] == before[b] + 1, "the killed replica starts again")
+    assert restarts()[a] == before[a]
     assert client.stats()["fletcher.worker.usable"][f"{a},cpu-0"] == 1
 
 
-def test_a_replica_that_starts_again_does_not_take_what_came_there_since(
+def test_a_restarted_replica_does_not_take_a_newer_version(
     home: Path, tiny_bundle: ModelBundle
 ) -> None:
     with serving(home, model="b") as server, fletcher.connect(server.address) as client:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
 import pytest
 
+from fletcher.cli import root
 from fletcher.telemetry.metrics import Instruments
 
 ROOT = Path(__file__).parents[2]
@@ -83,3 +85,34 @@ def _paths(text: str) -> list[str]:
 
 def _exists(path: str) -> bool:
     return path in PLANNED or (ROOT / path).exists() or (PACKAGE / path).exists()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_command_lines_are_valid(document: Path) -> None:
+    text = re.sub(r" \\\n\s*", " ", document.read_text(encoding="utf-8"))
+    lines = re.findall(r"(?:^|[`$] |`|\| )(fletcher(?:-serve)? [^`#|\n]*)", text, re.MULTILINE)
+    wrong = [line for line in lines if not _is_command(line)]
+    assert wrong == []
+
+
+def test_the_command_finder_sees_a_wrong_option() -> None:
+    assert _is_command("fletcher ingest FILE --text body")
+    assert not _is_command("fletcher ingest FILE --texts body")
+    assert not _is_command("fletcher model made")
+
+
+def _is_command(line: str) -> bool:
+    """Whether a command line names a command, its subcommand, and options of it."""
+    program, *words = line.split()
+    command: click.Command = root
+    if program == "fletcher-serve":
+        words.insert(0, "serve")
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        found = command.get_command(click.Context(command), words.pop(0))
+        if found is None:
+            return False
+        command = found
+    known = {
+        option for param in command.get_params(click.Context(command)) for option in param.opts
+    }
+    return {word for word in words if word.startswith("--")} <= known

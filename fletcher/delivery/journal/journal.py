@@ -56,11 +56,7 @@ from fletcher.delivery.journal.segment import (
     read_segments,
 )
 from fletcher.delivery.journal.settled_groups import SettledGroups
-from fletcher.errors import (
-    FletcherError,
-    JournalFullError,
-    StoreUnavailableError,
-)
+from fletcher.errors import FletcherError, JournalFullError, StoreUnavailableError
 from fletcher.util.durable import make_folder, sync_path
 
 log = logging.getLogger(__name__)

@@ -28,6 +28,8 @@ from fletcher.models.checkpoint.markers import Queries, Skipped
 FORMAT = 1
 TOKENIZER = "tokenizer.json"
 LATE_GRAPH = "late.onnx"
+# Hidden states between the blocks of a model with exits: a block's output, the next one's input.
+HANDED_ON, HIDDEN = "handed_on", "hidden"
 _ADD_AGAIN = "; add the model again with `fletcher model add`"
 
 
@@ -97,7 +99,7 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def queries(self) -> Queries | None:
-        """How queries differ from documents; None if they do not."""
+        """Special reading of queries; None if they are read as documents."""
         if not self.query_length:
             return None
         filler = self.query_filler if self.query_filler >= 0 else None
@@ -116,7 +118,7 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def graph_normalizes(self) -> bool:
-        """Whether the graph normalizes embeddings and returns their former norms as `norm`."""
+        """Whether the graph normalizes embeddings and returns their norms as `norm`."""
         return "norm" in self.outputs
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def version_folder(folder: Path, version: str) -> Path:
 
 
 def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:
-    """Make a bundle of a folder with its files: write the manifest, with their checksums."""
+    """Turn a folder of files into a bundle: write its manifest, with checksums."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {

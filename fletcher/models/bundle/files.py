@@ -72,23 +72,28 @@ def convert_json(value: Any, kind: type[_Type], place: str, remedy: str = "") ->
 
 
 def _refusal(text: str, value: Any, kind: Any, place: str, remedy: str) -> ModelError:
-    """Msgspec's error, with the value that came and, for a choice, the values to choose from."""
+    """Error of msgspec, with the value at fault and, for a choice, the allowed ones."""
     reason, _, path = text.partition(" - at `$")
+    path = path.strip(".`")
     if named := re.fullmatch(r"Object (missing required|contains unknown) field `(.+)`", reason):
         state = "no" if named[1].startswith("missing") else "an unknown"
-        return ModelError(f"{place} has {state} field `{named[2]}`{remedy}", field=named[2])
-    field = re.split(r"[.\[`]", path.removeprefix("."), maxsplit=1)[0]
-    if not field:
+        inside = f" in `{path}`" if path else ""
+        return ModelError(f"{place} has {state} field `{named[2]}`{inside}{remedy}", field=named[2])
+    if not path:
         return ModelError(f"{place}: {reason[0].lower()}{reason[1:]}{remedy}")
-    allowed = None
-    expected = reason.partition(", got ")[0].removeprefix("Expected ")
-    if reason.startswith("Invalid enum value"):
-        allowed = _choices(kind, field)
+    steps = re.findall(r"([^.\[\]]+)", path)
+    allowed = _choices(kind, steps[0]) if reason.startswith("Invalid enum value") else None
+    expected, _, got = reason.removeprefix("Expected ").partition(", got ")
+    if allowed:
         expected = f"one of {', '.join(allowed)}"
+    if "..." in path:  # msgspec does not name the key
+        given = f"has a value of type {got}"
+    else:
+        for step in steps:
+            value = value[int(step) if isinstance(value, list) else step]
+        given = f"is {repr(value)[:200]}"
     return ModelError(
-        f"{place}: `{field}` is {repr(value[field])[:200]}, expected {expected}{remedy}",
-        field=field,
-        allowed=allowed,
+        f"{place}: `{path}` {given}, expected {expected}{remedy}", field=steps[0], allowed=allowed
     )
 
 

@@ -1,4 +1,4 @@
-"""Registry of the models on this machine: a folder of bundles, filled from sources."""
+"""Registry of this machine's models: a folder of bundles, filled from sources."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Registry:
             return self._add(parsed, name, exits, progress, replace=replace)
 
     def save_calibration(self, name: str, calibration: Calibration) -> ModelBundle:
-        """Write ranges for int8 into a bundle; running servers keep the ranges they loaded.
+        """Write ranges for int8 into a bundle; running servers keep the former ones.
 
         Raises:
             UnknownModelError: There is no such bundle.

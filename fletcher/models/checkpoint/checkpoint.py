@@ -1,4 +1,4 @@
-"""Checkpoint folders of sentence-transformers or plain Hugging Face, read without either."""
+"""Checkpoint folders of sentence-transformers or plain Hugging Face."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def pad_token_id(config: Config, default: int) -> int:
 
 
 def epsilon(config: Config, default: float, *keys: str) -> float:
-    """Epsilon of norms: the number under the first of `keys` that is not null, or `default`.
+    """Epsilon of norms, under the first of `keys` that is not null; else `default`.
 
     Raises:
         ModelError: It is something else.
@@ -133,7 +133,7 @@ def layer_types(config: Config, default: list[str], *allowed: str) -> list[str]:
 
 
 def only(config: Config, **wanted: Any) -> None:
-    """Check that settings which change the computation are missing, null or as supported.
+    """Check that settings are missing, null, or have the supported value.
 
     Raises:
         ModelError: A setting has another value.
@@ -149,7 +149,7 @@ def only(config: Config, **wanted: Any) -> None:
 
 
 def activation(config: Config, key: str, default: str, **names: str) -> str:
-    """Activation function, one of ACTIVATIONS; `names` are the family's names for some.
+    """Activation function, one of ACTIVATIONS; `names` has the family's names.
 
     Raises:
         ModelError: The function is another one.

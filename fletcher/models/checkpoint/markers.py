@@ -1,4 +1,4 @@
-"""Tokens with a vector in ColBERT models, which tell documents and queries by a marker.
+"""ColBERT's markers of documents and queries, and the tokens that have a vector.
 
 The marker is a text's second token.
 """
@@ -38,7 +38,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Reading of queries by ColBERT models (https://arxiv.org/abs/2004.12832, section 3.2).
+    """Reading of queries by ColBERT (https://arxiv.org/abs/2004.12832, section 3.2).
 
     Attributes:
         marker: Marker of queries.

@@ -66,7 +66,7 @@ def read_kind(
 
 
 def with_markers(tokenizer: Path, markers: Sequence[str]) -> str:
-    """Content of tokenizer.json with markers added, so that they are one token anywhere."""
+    """Content of tokenizer.json with markers added, each of them one token anywhere."""
     content = read_json(tokenizer)
     vocabulary = _vocabulary(content, tokenizer.name)
     known = {one["content"] for one in content.get("added_tokens", [])}
@@ -159,7 +159,7 @@ def _skipped(marker: str, words: Sequence[str], vocabulary: Mapping[str, int]) -
 
 
 def _length(config: Mapping[str, Any], key: str, default: int) -> int:
-    """Number of tokens under a key; `default`, of the checkpoint's library, if it is null."""
+    """Number of tokens under a key; null means `default`, of the model's library."""
     length = config.get(key)
     length = default if length is None else length
     if type(length) is not int or length < 4:

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, in one safetensors file or in shards, mapped instead of copied.
+"""Weights of a checkpoint, mapped from one safetensors file or from shards.
 
 The `safetensors` package is not used: its NumPy path has no bfloat16. The format is 8 bytes of
 length, a JSON header and raw data: https://huggingface.co/docs/safetensors/index#format.

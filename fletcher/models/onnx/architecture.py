@@ -100,7 +100,7 @@ class Architecture(Style):
         return self.num_kv_heads or self.num_heads
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Shape of a layer's tensor in a checkpoint: [rows, columns], or [width] of a norm.
+        """Shape of a layer's tensor in a checkpoint, [rows, columns], or a norm's [width].
 
         Args:
             tensor: One of LINEARS, or the name of a norm.
@@ -120,7 +120,7 @@ class Architecture(Style):
         return shapes.get(tensor, (self.hidden,))
 
     def identity(self) -> dict[str, Any]:
-        """Choices that change vectors and are not visible in the weights; part of a model's hash.
+        """Choices that change vectors but not weights; part of a model's hash.
 
         Choices at their default are left out, so that a new choice changes no existing hash.
         """

@@ -33,8 +33,6 @@ OPSET = 20  # the first with Gelu as one operator
 MICROSOFT = "com.microsoft"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.weights"
-# Hidden states between the blocks of a model with exits: a block's output, the next one's input.
-HANDED_ON, HIDDEN = "handed_on", "hidden"
 ALIGNMENT = 4096  # a page: engines map the weights into memory instead of copying them
 
 _EXTERNAL_FROM_BYTES = 1024  # smaller tensors (shapes, scalars) are read faster in the graph itself

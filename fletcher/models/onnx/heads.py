@@ -20,7 +20,7 @@ _STORED = "cls.predictions."
 
 @dataclass(frozen=True, slots=True)
 class MaskedHead:
-    """BERT's head for masked tokens, which gives a weight for each token of the vocabulary.
+    """BERT's head for masked tokens: a weight for each token of the vocabulary.
 
     Attributes:
         transform: Linear layer before the norm.
@@ -37,7 +37,9 @@ class MaskedHead:
 
     @classmethod
     def from_weights(cls, weights: Weights, architecture: Architecture, words: Array) -> MaskedHead:
-        """Read the head of a checkpoint; `words` are the token embeddings, often tied to it.
+        """Read the head of a checkpoint.
+
+        Its last layer is `words`, the token embeddings, unless the checkpoint has a separate one.
 
         Raises:
             ModelError: The checkpoint has no such head.
@@ -68,9 +70,9 @@ class MaskedHead:
 
 
 class SparseWriter(TransformerWriter):
-    """Writer of sparse models: output `embedding`, float32 [B, vocab], SPLADE's weights from 0 on.
+    """Writer of sparse models: `embedding` has SPLADE's weights, float32 [B, vocab].
 
-    A weight is the maximum of log(1 + relu(x)) over a text's tokens
+    A weight, 0 or more, is the maximum of log(1 + relu(x)) over a text's tokens
     (https://arxiv.org/abs/2109.10086).
 
     Args:
@@ -117,7 +119,7 @@ class SparseWriter(TransformerWriter):
 
 
 class TokenWriter(TransformerWriter):
-    """Writer of token-vector models: output `embedding`, float32 [B, L, dim], of L2 norm 1."""
+    """Writer of token-vector models: `embedding`, float32 [B, L, dim], of norm 1."""
 
     def head(
         self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool

@@ -1,4 +1,4 @@
-"""Writes BERT graphs without padding, for GPUs: the texts of a run follow each other.
+"""Graphs of BERT without padding, for GPUs: the texts of a run follow each other.
 
 Every product is over T tokens, the sum of all texts' lengths, and nothing is computed for padding.
 Only attention knows the texts' limits. It is ONNX Runtime's PackedMultiHeadAttention with separate

@@ -1,9 +1,9 @@
-"""Writes the padded graph of a transformer of any family, layer by layer.
+"""Padded graphs of transformers of any family, written layer by layer.
 
 Unlike exporters' graphs, these include pooling, dense layers and normalization; join positions and
 token types in one table; have the attention's scale in the query weights, norms and activations as
 single operators, and attention in the form that engines fuse; make masks once for all layers; and
-compute only the pooled token in the last layer of models with `cls` pooling. docs/performance.md
+compute only the pooled token in the last layer of models with `cls` pooling. docs/lab-book.md
 compares this form with others for BERT.
 """
 
@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fletcher.models.bundle.bundle import HANDED_ON, HIDDEN
 from fletcher.models.bundle.spec import Pooling
 from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
-from fletcher.models.onnx.graph import HANDED_ON, HIDDEN, GraphBuilder
+from fletcher.models.onnx.graph import GraphBuilder
 
 # Score of masked tokens: its exp is 0 in float32, and float16 and bfloat16 can hold it.
 MASKED_SCORE = -10_000.0
@@ -376,10 +377,10 @@ def alibi_slopes(num_heads: int) -> Array:
 
 
 def distance_buckets(distances: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Bucket of each distance, as in T5 (https://arxiv.org/abs/1910.10683, section 2.1).
+    """Bucket of each distance.
 
-    Half of the buckets are for earlier tokens, half for later ones; near distances have their own,
-    far ones share them logarithmically.
+    As in T5 (https://arxiv.org/abs/1910.10683, section 2.1): half of the buckets are for earlier
+    tokens, half for later ones; near distances have their own, far ones share them logarithmically.
     """
     half, exact = NUM_BUCKETS // 2, NUM_BUCKETS // 4
     away = np.abs(distances)

@@ -1,4 +1,4 @@
-"""Writes the graphs of a checkpoint of any supported family, without PyTorch."""
+"""Conversion of checkpoints of any supported family to graphs, without PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fletcher.models.onnx.transformer import TransformerWriter
 def write_model(
     checkpoint: Checkpoint, folder: Path, *, source: str, exits: Sequence[int] = ()
 ) -> ModelSpec:
-    """Write a checkpoint's graph and weights into `folder`, in one block for each exit.
+    """Write a checkpoint's graph and weights into `folder`, a block for each exit.
 
     A model with mean pooling and without exits gets a second graph, for late chunking.
 

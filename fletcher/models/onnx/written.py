@@ -1,4 +1,4 @@
-"""Reads the weights and parameters of a BERT graph that Fletcher wrote."""
+"""Weights and parameters of a BERT graph that Fletcher wrote."""
 
 from __future__ import annotations
 

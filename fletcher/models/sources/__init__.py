@@ -1,5 +1,5 @@
-"""Sources of models, one module for each kind; each writes a bundle's files into a folder.
+"""Sources of models, a module for each kind.
 
-A source is a function `(…, staging: Path, progress) -> ModelSpec`. The registry makes a bundle of
-the files and moves it into place.
+A source is a function `(…, staging: Path, progress) -> ModelSpec` that writes a bundle's files into
+`staging`. The registry makes a bundle of them and moves it into place.
 """

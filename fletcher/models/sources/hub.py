@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub: safe files of a repository at one commit, checked."""
+"""Models from the Hugging Face hub: safe, checked files of one commit."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _download(repo_id: str, revision: str | None, folder: Path, progress: Progre
 
 
 def _check(path: Path, listed: Any) -> None:
-    """Check a file against the hub's checksum: SHA-256 for LFS files, Git's for others."""
+    """Check a file by the hub's checksum: SHA-256 for LFS files, Git's for others."""
     if listed.lfs is not None:
         matches = sha256(path) == listed.lfs.sha256
     else:

@@ -194,7 +194,7 @@ def _of_sparse(tensors: Iterable[SparseTensorProto]) -> Iterator[TensorProto]:
 
 
 def _locations(file: Path, tensors: Iterable[TensorProto]) -> set[str]:
-    """Files of external tensors, after a check that they are in the folder and long enough."""
+    """Files of external tensors, checked to be in the folder and long enough."""
     locations = set()
     for tensor in tensors:
         if tensor.data_location != TensorProto.EXTERNAL:

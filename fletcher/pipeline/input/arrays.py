@@ -1,4 +1,4 @@
-"""Arrays as clients send them: checked in full, measured, brought to one layout."""
+"""Arrow arrays of clients: validated, measured and brought to one layout."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from fletcher.errors import ColumnTypeError, InvalidUtf8Error
 
 
 def validate(array: pa.Array, name: str) -> None:
+    """Validates an array in full; reading an invalid one may crash the process.
+
+    Raises:
+        InvalidUtf8Error, ColumnTypeError: It is not valid.
+    """
     try:
         array.validate(full=True)
         if pa.types.is_dictionary(array.type):
             array.dictionary.validate(full=True)
-    except pa.ArrowException as error:  # of a view that points nowhere it is an IndexError, too
+    except pa.ArrowException as error:  # for a view that points nowhere also an IndexError
         text = str(error)
         if "UTF8" in text or "UTF-8" in text:
             raise InvalidUtf8Error(
@@ -29,7 +34,7 @@ def validate(array: pa.Array, name: str) -> None:
 
 
 def without_views(array: pa.Array) -> pa.Array:
-    """Arrow has few functions for views: they become texts, or bytes, with offsets."""
+    """Converts views to texts or bytes: Arrow has few functions for views."""
     if pa.types.is_dictionary(array.type) and _is_view(array.type.value_type):
         return pa.DictionaryArray.from_arrays(array.indices, without_views(array.dictionary))
     if not _is_view(array.type):
@@ -39,13 +44,13 @@ def without_views(array: pa.Array) -> pa.Array:
 
 
 def large_utf8(texts: pa.Array) -> pa.Array:
-    """utf8 with 64-bit offsets: one layout from here on."""
+    """Converts texts to utf8 with 64-bit offsets, the one layout from here on."""
     return texts if pa.types.is_large_string(texts.type) else texts.cast(pa.large_utf8())
 
 
 def distinct(texts: pa.Array) -> tuple[Int32Array, pa.Array]:
-    """int32 [n], each text's place among the different ones (any where null), and these."""
-    if len(texts) == 1:  # an interactive request; Arrow's functions take a tenth of a millisecond
+    """Returns int32 [n], each text's index among the distinct texts, and these."""
+    if len(texts) == 1:  # Arrow's functions take a tenth of a millisecond
         return np.zeros(1, np.int32), texts
     encoded = texts.dictionary_encode()
     codes = encoded.indices.fill_null(-1) if encoded.null_count else encoded.indices
@@ -53,7 +58,7 @@ def distinct(texts: pa.Array) -> tuple[Int32Array, pa.Array]:
 
 
 def text_offsets(texts: pa.Array) -> Int64Array:
-    """int64 [n + 1] offsets of a large_utf8 array's own slice."""
+    """Returns int64 [n + 1], the offsets of a large_utf8 array's slice."""
     if len(texts) == 0:
         return np.zeros(1, np.int64)
     buffer = texts.buffers()[1]
@@ -61,14 +66,14 @@ def text_offsets(texts: pa.Array) -> Int64Array:
 
 
 def null_mask(array: pa.Array) -> BoolArray:
-    """True where null; a code of a null value in a dictionary is one, too."""
+    """Returns bool [n], True for nulls and for codes of a null value in a dictionary."""
     if array.null_count == 0 and not pa.types.is_dictionary(array.type):
         return np.zeros(len(array), np.bool_)
     return np.asarray(pc.is_null(array).to_numpy(zero_copy_only=False))
 
 
 def viewed_bytes(array: pa.Array) -> int:
-    """Bytes that the views of a column, or of its dictionary, stand for."""
+    """Returns the bytes that the views of a column, or of its dictionary, stand for."""
     values = array.dictionary if pa.types.is_dictionary(array.type) else array
     if not _is_view(values.type) or len(values) == 0:
         return 0
@@ -79,11 +84,11 @@ def viewed_bytes(array: pa.Array) -> int:
 
 
 def decoded_bytes(array: pa.DictionaryArray) -> int:
-    """Bytes that a dictionary's codes stand for; of lists and structs, at most."""
+    """Returns the decoded bytes of a dictionary array; an upper bound if nested."""
     values = array.dictionary
     if any(has_lengths(values.type) for has_lengths in _WITH_LENGTHS):
         return pc.sum(pc.binary_length(values).take(array.indices)).as_py() or 0
-    # A long list among many short ones may be what all codes stand for.
+    # All codes may stand for one long list among many short ones.
     share = 1 if pa.types.is_nested(values.type) else max(1, len(values))
     return len(array) * int(values.nbytes) // share
 

@@ -1,4 +1,4 @@
-"""The columns of a client's input that are used: found by name, checked in full, and plain."""
+"""Used columns of a client's input: found by name, validated, and decoded."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from fletcher.errors import (
 )
 from fletcher.pipeline.input.arrays import decoded_bytes, validate, viewed_bytes, without_views
 
-# What a row takes here at least, whatever its size on the wire: offsets, lengths, masks.
+# Least bytes of a row in this process, whatever its size on the wire: offsets, lengths, masks.
 _ROW_BYTES = 16
 
 
 class InputColumns:
-    """What is used of one call's input, and where it is.
+    """Used columns of one call's input.
 
     Args:
-        schema: Of the input stream.
+        schema: Schema of the input stream.
         options: The command.
-        max_message_bytes: Decoded size of one batch, at most.
+        max_message_bytes: Largest decoded size of one batch.
 
     Attributes:
-        text: The place of the texts.
-        has_ids: There is a column of ids.
-        id_type: Theirs.
-        has_metadata: There is a `metadata` column of strings.
-        carried: Fields of columns that are carried through, as they leave.
-        only_texts: There are texts, one after the other, and nothing else, as a search sends them;
-            they are called as `checked` calls them.
+        text: Index of the text column.
+        has_ids: Whether there is an id column.
+        id_type: Type of the ids.
+        has_metadata: Whether there is a `metadata` column of strings.
+        carried: Fields of columns that are copied to the output, as they leave.
+        only_texts: Whether the input is one flat column named `text`, as a search sends it.
 
     Raises:
-        UnknownColumnError: A named column is not there.
-        ColumnTypeError: The text or id column is of no accepted type.
-        InvalidCommandError: Several have the name.
+        UnknownColumnError: A named column does not exist.
+        ColumnTypeError: The type of the text or id column is not accepted.
+        InvalidCommandError: Several columns have the name.
     """
 
     def __init__(self, schema: pa.Schema, options: EmbedCommand, max_message_bytes: int) -> None:
@@ -54,12 +53,12 @@ class InputColumns:
         self.only_texts = only_texts and _is_flat_text(kind)
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """The columns: `text`, `id` and `metadata` where these are, and `carried:NAME`.
+        """Validates a batch; returns its `text`, `id`, `metadata` and `carried:NAME`.
 
-        Of texts dictionaries stay; all else leaves as what it stands for.
+        Dictionaries of texts stay; all other dictionaries and views are decoded.
 
         Raises:
-            BatchTooLargeError: The batch is larger than `max_message_bytes`, or stands for more.
+            BatchTooLargeError: The batch, as received or decoded, exceeds `max_message_bytes`.
             InvalidUtf8Error, ColumnTypeError: Its arrays are not valid.
         """
         self._check_size(
@@ -73,7 +72,7 @@ class InputColumns:
         for key, array in arrays.items():
             name = key.removeprefix("carried:")
             validate(array, name)
-            # A few bytes may stand for many: those are counted before they are written out.
+            # A few bytes may stand for many, which are counted before they are decoded.
             self._check_size(viewed_bytes(array), f"`{name}` holds views of")
             arrays[key] = without_views(array)
             if key != "text":
@@ -81,17 +80,22 @@ class InputColumns:
         return pa.RecordBatch.from_pydict(arrays)
 
     def decoded(self, array: pa.Array, name: str) -> pa.Array:
-        """What a column stands for, if it is a dictionary's codes. Raises BatchTooLargeError."""
+        """Decodes a column if it is a dictionary. Raises BatchTooLargeError."""
         if not pa.types.is_dictionary(array.type):
             return array
         self._check_size(decoded_bytes(array), f"column `{name}` stands for")
         return array.dictionary_decode()
 
     def held_bytes(self, batch: pa.RecordBatch, checked: pa.RecordBatch, text_bytes: int) -> int:
-        """What a batch keeps in memory beside its texts, of so many bytes.
+        """Returns the bytes that a batch keeps in memory beside its texts.
 
-        Used columns or not: a column that came over Flight keeps its whole message, and its buffers
-        may hold more than its rows refer to.
+        Counts unused columns, too: a column that came over Flight keeps its whole message in
+        memory, and its buffers may hold more than its rows refer to.
+
+        Args:
+            batch: As received.
+            checked: Its columns, as `checked` returned them.
+            text_bytes: Bytes of its texts.
         """
         text = batch.column(self.text)
         if pa.types.is_dictionary(text.type):
@@ -106,28 +110,29 @@ class InputColumns:
     def _check_size(self, num_bytes: int, what: str) -> None:
         if num_bytes > self._max_bytes:
             raise BatchTooLargeError(
-                f"{what} {num_bytes} bytes, at most {self._max_bytes} are accepted; send smaller "
+                f"{what} {num_bytes} bytes, expected at most {self._max_bytes}; send smaller "
                 "batches",
                 allowed=[f"<= {self._max_bytes} bytes"],
             )
 
 
 def _place(schema: pa.Schema, name: str, field: str) -> int:
-    """The place of the column that an option, `field`, names.
+    """Returns the index of the column that an option, `field`, names.
 
     Raises:
-        InvalidCommandError: Several have the name.
-        UnknownColumnError: None has.
+        InvalidCommandError: Several columns have the name.
+        UnknownColumnError: There is no such column.
     """
     indices = schema.get_all_field_indices(name)
     if len(indices) == 1:
         return int(indices[0])
     if indices:
         raise InvalidCommandError(
-            f"`{field}` is {name!r}, a name that {len(indices)} input columns have", field=field
+            f"`{field}` is {name!r}, the name of {len(indices)} input columns; rename all but one",
+            field=field,
         )
     raise UnknownColumnError(
-        f"`{field}` is {name!r}, but the input has no such column; it has "
+        f"`{field}` is {name!r}, expected a column of the input, which has "
         f"{', '.join(schema.names[:50]) or 'none'}",
         field=field,
         allowed=schema.names[:50],
@@ -149,7 +154,7 @@ def _id(schema: pa.Schema, options: EmbedCommand) -> int | None:
 
 
 def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
-    """The place of the one column of that name, if there is one, and of utf8."""
+    """Returns the index of a utf8 column if exactly one has the name."""
     indices = schema.get_all_field_indices(name)
     if len(indices) == 1 and pa.types.is_string(schema.field(indices[0]).type):
         return int(indices[0])
@@ -157,10 +162,10 @@ def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
 
 
 def _check_text(field: pa.Field) -> pa.DataType:
-    """The type of a column of texts.
+    """Returns the type of a text column.
 
     Raises:
-        ColumnTypeError: It holds something else.
+        ColumnTypeError: It holds no texts.
     """
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     if not _is_text(kind):
@@ -178,12 +183,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_flat_text(kind: pa.DataType) -> bool:
-    """Whether an array has the texts one after the other, with their offsets beside them."""
+    """Whether an array holds consecutive texts and their offsets, without views."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _plain(field: pa.Field) -> pa.Field:
-    """Dictionaries and views leave as what they stand for: stores read plain columns."""
+    """Returns the field of a decoded column: stores read no dictionaries and views."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     return pa.field(field.name, _UNVIEWED.get(kind, kind))
 

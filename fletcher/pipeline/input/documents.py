@@ -1,9 +1,9 @@
-"""Documents that come in pieces: rows whose texts, joined, are the document (`continuous`).
+"""Intake of documents that span several rows (`continuous`).
 
-Rows of one id, one after the other, are pieces of one document, wherever batches end. What of its
-text can be tokenized already leaves as parts of one long text do (`pipeline.input.text_parts`);
-what more text may still change, mostly the last word, is held. So chunks are those of the joined
-text.
+Consecutive rows with the same id are one document, across batches; its text is that of its rows,
+joined. Text that can be tokenized already leaves as parts of one long text
+(`fletcher.pipeline.input.text_parts`). Text that later rows may change, mostly the last word, is
+held back. So the chunks are those of the joined text.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.input.text_parts import last_end, part_ends
 from fletcher.pipeline.row_errors import RowErrors
 
-# Text that has no space between words, such as Chinese, goes on in parts of this size.
+# Size of the parts of text without spaces between words, such as Chinese.
 _MAX_HELD_BYTES = 4096
 
 
 @dataclass(slots=True)
 class _Document:
-    """One whose end has not come.
+    """A document whose end has not been received.
 
     Attributes:
-        row: Its first row; the text is empty.
-        row_first: That row's offset in the stream.
-        held: The end of its text, which may still change with what comes.
+        row: Its first row, with an empty text.
+        row_first: Offset of that row in the stream.
+        held: End of its text, which later rows may change.
         num_parts: Parts so far.
-        failed: Why was said; what comes of it is dropped.
+        failed: It failed, and its error was sent; the rest of it is dropped.
     """
 
     row: pa.RecordBatch
@@ -48,7 +48,7 @@ class _Document:
     failed: bool = False
 
     def goes_on(self, ids: pa.Array | None) -> bool:
-        """Whether rows that have these ids begin with more of it."""
+        """Whether rows with these ids begin with more of the document."""
         if ids is None:
             return True
         found = ids[0].as_py()
@@ -57,7 +57,7 @@ class _Document:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What goes on of a document: some text, the last of it unless `continued`, or its failure."""
+    """Part of a document's text (the last unless `continued`), or its error."""
 
     document: _Document
     text: bytes
@@ -66,7 +66,7 @@ class _Part:
 
 
 class DocumentIntake(Intake):
-    """One call's input where rows are pieces of documents; arguments are those of `Intake`."""
+    """Intake of documents in several rows; arguments are those of `Intake`."""
 
     _document: _Document | None = None
 
@@ -76,29 +76,29 @@ class DocumentIntake(Intake):
         batch_id: int,
         row_first: int,
         *,
-        keep: Callable[[int], bool] = lambda _: True,  # noqa: ARG002 - here are no tables
+        keep: Callable[[int], bool] = lambda _: True,  # noqa: ARG002 - there are no tables
         skip: Skip | None = None,
         ends: bool = False,
     ) -> Iterator[RowSlice]:
-        """Checks a batch and gives what of its documents can go on; if nothing, one empty piece.
+        """Validates a batch; yields parts of documents, or an empty slice.
 
-        A piece is a part of a document, and has one row, the document's first. Arguments and errors
-        are those of `Intake.pieces`; with `ends` the document at hand ends with this batch.
+        A row slice is one part of a document, and has one row: the document's first. Arguments and
+        errors are those of `Intake.row_slices`; with `ends` the last document ends with this batch.
         """
-        assert skip is None  # rows are left out where they are stored
+        assert skip is None  # only uploads skip rows
         used = self._columns.checked(batch)
         texts = large_utf8(self._columns.decoded(used.column("text"), "text"))
         sizes = np.diff(text_offsets(texts))
         errors = RowErrors(used, sizes, self._limits.max_row_bytes)
-        priority = self._class_of(batch.num_rows, int(sizes.sum()))
+        priority = self._priority_of(batch.num_rows, int(sizes.sum()))
         found = self._parts_of(used, texts, errors, row_first, ends=ends)
         yield from self._made(found, used, batch_id, priority)
 
     def rest(self) -> Iterator[RowSlice]:
-        """The end of the document at hand, if there is one."""
+        """Yields the end of the last document, unless it has ended."""
         document = self._document
         if document is not None:
-            priority = self._class_of(1, len(document.held))
+            priority = self._priority_of(1, len(document.held))
             yield from self._made(self._end(), document.row, None, priority)
 
     def _parts_of(
@@ -126,13 +126,13 @@ class DocumentIntake(Intake):
             yield from self._go_on(document, view[offsets[first] : offsets[end]], ends=complete)
             if bad is not None:
                 document.failed = True
-                # It ends the text so far, too: what comes would go on from there.
+                # The error also ends the text so far, which later rows would continue.
                 yield _Part(document, b"", error=errors.between(bad, bad + 1)[0])
         if ends:
             yield from self._end()
 
     def _go_on(self, document: _Document, text: memoryview, *, ends: bool) -> Iterator[_Part]:
-        """What of the document's text may leave, with that which is held; all where it `ends`."""
+        """Yields the parts of a document that are ready; all of it if it ends."""
         if document.held:
             text = memoryview(document.held + text)
         max_bytes = self._limits.slice_bytes
@@ -159,8 +159,8 @@ class DocumentIntake(Intake):
         batch_id: int | None,
         priority: Priority,
     ) -> Iterator[RowSlice]:
-        """Pieces, of which the last says so; there is one, though it were empty."""
-        # Every batch has an answer to come, for which it pays.
+        """Yields row slices for parts, and marks the last; without parts, an empty slice."""
+        # Every batch gets an answer, whose memory its slice holds.
         row_slice = RowSlice(
             batch_id=batch_id,
             row_first=0,
@@ -171,7 +171,7 @@ class DocumentIntake(Intake):
             num_bytes=self._limits.bytes_per_row,
             priority=priority,
             last=False,
-            # Of the document that goes on, so that what is known of it stays so.
+            # Of the current document, so that its state stays.
             part=self._document.num_parts if self._document else 0,
         )
         nothing = row_slice
@@ -198,7 +198,7 @@ class DocumentIntake(Intake):
 
 
 def _runs(ids: pa.Array | None, num_rows: int) -> Iterator[tuple[int, int]]:
-    """Rows of the same id, one after the other; a row whose id is null is by itself."""
+    """Yields ranges of consecutive rows with the same id; null ids are alone."""
     if ids is None or num_rows < 2:
         return iter([(0, num_rows)] if num_rows else [])
     others = pc.fill_null(pc.not_equal(ids[1:], ids[:-1]), True)
@@ -207,7 +207,7 @@ def _runs(ids: pa.Array | None, num_rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _row(used: pa.RecordBatch, row: int) -> pa.RecordBatch:
-    """One row without its text, which keeps nothing else of its batch."""
+    """Copies one row without its text, so that its batch can be freed."""
     one = pa.array([row])
     columns = {name: used.column(name).take(one) for name in used.schema.names if name != "text"}
     return pa.RecordBatch.from_pydict({**columns, "text": pa.array([""], pa.large_utf8())})

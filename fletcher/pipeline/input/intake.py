@@ -1,8 +1,8 @@
-"""What a client sent, checked in full and cut into pieces that the pipeline can hold.
+"""Intake of a client's batches: validation, and division into row slices.
 
-`Intake` knows one call's input schema. It validates every batch before anything reads it (Arrow
-hands over bad offsets and invalid UTF-8 without a word), finds the rows that cannot be embedded,
-and cuts the rest into `RowSlice`s: the distinct texts to embed, and which row takes which vector.
+An `Intake` belongs to one call. It validates every batch before anything reads it, because Arrow
+does not detect bad offsets and invalid UTF-8. It finds rows that cannot be embedded, and cuts the
+rest into `RowSlice`s: the distinct texts to embed, and the index of each row's vector.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fletcher.pipeline.input.text_parts import part_ends
 from fletcher.pipeline.interactive.single_row import single_text
 from fletcher.pipeline.row_errors import RowErrors
 
-# From the used columns of consecutive rows, and the first one's offset in the upload, to a mask.
+# From used columns of consecutive rows, and the offset of the first in the upload, to a mask.
 Skip = Callable[[pa.RecordBatch, int], BoolArray]
 
 
@@ -74,13 +74,14 @@ class Intake:
         small_is_interactive: Batches of a few short rows overtake bulk work.
 
     Attributes:
-        has_ids: There is a column of ids.
-        id_type: Theirs; utf8 where there is none.
-        has_metadata: There is a `metadata` column of strings.
-        carried_fields: Of columns that are carried through, as they leave.
+        has_ids: Whether there is an id column.
+        id_type: Type of the ids; utf8 without an id column.
+        has_metadata: Whether there is a `metadata` column of strings.
+        carried_fields: Fields of columns that are copied to the output, as they leave.
         carry_text: As given.
 
-    Raises: As `InputColumns`.
+    Raises:
+        FletcherError: As `InputColumns`.
     """
 
     def __init__(
@@ -119,16 +120,16 @@ class Intake:
         skip: Skip | None = None,
         ends: bool = False,  # noqa: ARG002 - every row is a whole text
     ) -> Iterator[RowSlice]:
-        """Checks a batch and cuts it up; an empty batch gives one empty piece.
+        """Validates a batch and yields its row slices, at least one.
 
         Args:
             batch: As received.
             batch_id: Its number.
             row_first: Offset of its first row in the upload.
-            keep: Asked whether the vectors of a dictionary may be kept, so many bytes, for batches
-                to come.
-            skip: Tells which rows of a piece are not wanted; None: all are.
-            ends: A text ends with the last row; here with every one.
+            keep: Returns whether a dictionary's vectors, of so many bytes, may be kept for later
+                batches.
+            skip: Returns the rows of a slice that need no vector; None: all rows need one.
+            ends: Whether a text ends with the last row. Only `DocumentIntake` uses it.
 
         Raises:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
@@ -137,7 +138,7 @@ class Intake:
         single = None
         plain = self._columns.only_texts and self._chunking is None
         if plain and batch.num_rows == 1 and skip is None:
-            single = self._single(batch, batch_id, row_first)
+            single = self._single_row(batch, batch_id, row_first)
         if single is not None:
             return iter((single,))
         return self._row_slices(batch, batch_id, row_first, keep, skip)
@@ -157,18 +158,18 @@ class Intake:
         if pa.types.is_dictionary(text.type):
             dictionary = large_utf8(text.dictionary)
             codes = _codes(text)
-            sizes = np.append(np.diff(text_offsets(dictionary)), 0)[codes]  # code -1 takes the 0
+            sizes = np.append(np.diff(text_offsets(dictionary)), 0)[codes]  # 0 for code -1
         else:
             text = large_utf8(text)
             sizes = np.diff(text_offsets(text))
         errors = RowErrors(used, sizes, self._limits.max_row_bytes)
         held_bytes = self._columns.held_bytes(batch, used, int(sizes.sum()))
         shared = new_table = False
-        rows = self._chunking is not None and self._chunking.rows  # any number a value: no table
+        rows = self._chunking is not None and self._chunking.rows  # a table has one vector a value
         if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
-        priority = self._class_of(batch.num_rows, int(sizes.sum()))
+        priority = self._priority_of(batch.num_rows, int(sizes.sum()))
         half = self._treatment.half and priority == "bulk"
         limits = self._limits.for_float16() if half else self._limits
         bounds = _cuts(sizes, limits.slice_rows, limits.slice_bytes)
@@ -184,7 +185,7 @@ class Intake:
             if dictionary is not None:
                 found = self._wanted(codes[first:last], dictionary, wanted, shared=shared)
                 values, texts, new_values = found
-            else:  # made one, so that a repeated text is embedded once
+            else:  # a repeated text is embedded once
                 values, texts = distinct(text.slice(first, last - first))
                 if not wanted.all():
                     values, texts, _ = self._wanted(values, texts, wanted, shared=False)
@@ -212,17 +213,17 @@ class Intake:
     def _wanted(
         self, codes: Int32Array | Int64Array, words: pa.Array, wanted: BoolArray, *, shared: bool
     ) -> tuple[Int32Array, pa.Array, Int32Array | None]:
-        """The words that wanted rows have, each once.
+        """Returns the distinct texts of wanted rows.
 
         Args:
-            codes: [num_rows], which of `words` each row has; any where it is not wanted.
-            words: All different.
+            codes: [num_rows], index of each row's text in `words`; any for unwanted rows.
+            words: Distinct texts.
             wanted: bool [num_rows].
-            shared: They are the dictionary whose vectors are kept: those that are there are left
-                out.
+            shared: `words` is the dictionary whose vectors are kept: texts that were embedded
+                before are left out.
 
         Returns:
-            `values`, `texts` and `new_values` of a piece.
+            `values`, `texts` and `new_values` of a row slice.
         """
         values = np.where(wanted, codes, -1).astype(np.int32)
         new = np.unique(values[values >= 0])
@@ -234,13 +235,13 @@ class Intake:
         return np.where(values >= 0, places, -1).astype(np.int32), words.take(pa.array(new)), None
 
     def rest(self) -> Iterator[RowSlice]:
-        """What is left where the call ends; here nothing."""
+        """Yields row slices of the call's end; only `DocumentIntake` has some."""
         return iter(())
 
-    def _single(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> RowSlice | None:
-        """The piece of a single text; None: there is something to say about it.
+    def _single_row(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> RowSlice | None:
+        """Returns the row slice of one text; see `fletcher.pipeline.interactive`.
 
-        What is done for many rows takes three times as long for one, most of it to begin.
+        None: The text is null or too large, and takes the ordinary path.
         """
         text = batch.column(self._columns.text)
         validate(text, "text")
@@ -260,13 +261,13 @@ class Intake:
             num_bytes=(self._limits.bytes_per_byte - 1) * len(data)
             + self._limits.bytes_per_row
             + size,
-            priority=self._class_of(1, len(data)),
+            priority=self._priority_of(1, len(data)),
         )
 
     def _parts(self, row_slice: RowSlice, rows_bytes: int) -> Iterator[RowSlice]:
-        """The piece, or one for each part of its only text, which is long and cut into chunks.
+        """Yields a row slice, or one for each part of a long text in chunks.
 
-        The rows, `rows_bytes`, are there until the last part is done, which counts them.
+        The last part counts `rows_bytes`, the memory of the rows, which stay until it is done.
         """
         data = row_slice.texts.data
         if self._chunking is None or row_slice.texts.num_texts != 1:
@@ -291,8 +292,8 @@ class Intake:
             )
 
     def _remember(self, dictionary: pa.Array, keep: Callable[[int], bool]) -> bool:
-        """Keeps a dictionary for a table of its vectors, if there is room for that."""
-        # A value takes there half of what a row takes on its whole way.
+        """Keeps a dictionary for a table of its vectors, if there is room for it."""
+        # A value of the table takes half of the memory that a row takes in the pipeline.
         num_bytes = int(dictionary.nbytes) + len(dictionary) * self._limits.bytes_per_row // 2
         kept = keep(num_bytes)
         self._dictionary = dictionary if kept else None
@@ -318,10 +319,10 @@ class Intake:
         )
 
     def is_bulk(self, batch: pa.RecordBatch) -> bool:
-        """Whether a call that begins with this batch, unchecked yet, is here for bulk work."""
-        return self._class_of(batch.num_rows, 0) == "bulk"
+        """Whether a call whose first batch this is, not validated yet, brings bulk work."""
+        return self._priority_of(batch.num_rows, 0) == "bulk"
 
-    def _class_of(self, num_rows: int, num_bytes: int) -> Priority:
+    def _priority_of(self, num_rows: int, num_bytes: int) -> Priority:
         if self._priority is not None:
             return self._priority
         small = num_rows <= INTERACTIVE_ROWS and num_bytes <= INTERACTIVE_BYTES
@@ -329,13 +330,13 @@ class Intake:
 
 
 def _codes(texts: pa.DictionaryArray) -> Int64Array:
-    """int64 [n], a dictionary's codes; -1 where null."""
+    """Returns int64 [n], a dictionary's codes; -1 for nulls."""
     codes: Int64Array = texts.indices.cast(pa.int64()).fill_null(-1).to_numpy()
     return codes
 
 
 def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:
-    """Row ranges of at most `max_rows` rows and `max_bytes` bytes, but of one row at least."""
+    """Returns row ranges of at most `max_rows` and `max_bytes`, but at least one row."""
     if len(sizes) == 0:
         return [(0, 0)]
     ends = np.cumsum(sizes)

@@ -1,4 +1,4 @@
-"""The payload of the pipeline: some rows of a client's batch, and the texts to embed for them."""
+"""Payload of the pipeline: rows of a client's batch, and their texts."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ class RowSlice:
     """Consecutive rows of one batch.
 
     Attributes:
-        batch_id: The client's number for the batch, or its position in the call; None: it is of
-            none, but of the call's end.
+        batch_id: The client's number of the batch, or its position in the call; None: the slice
+            belongs to the call's end, not to a batch.
         row_first: Offset of the first row in the upload.
-        rows: The used columns of these rows.
-        texts: Texts to embed for the first time, each once.
-        values: int32 [num_rows], which vector of the table a row takes, -1 for none.
+        rows: Used columns of these rows.
+        texts: Texts to embed, each once.
+        values: int32 [num_rows], index of each row's vector in the table; -1 for none.
         timestamp_ns: When the batch was received, ns since the epoch.
-        num_bytes: Memory that it will hold at most on its way.
-        priority: Its class.
-        last: It ends its batch.
-        part: Of a long text that is cut into chunks, which part; the texts say whether more follow.
-        errors: By row in the piece, why it has no vector.
-        skipped: int64 [n], rows in the piece that were not wanted: they have no vector, and no
-            error.
-        new_values: int32 [num_texts], places of the vectors of `texts` in a table that pieces
-            share; None: the table is these vectors.
-        new_table: Vectors of a shared table that begins with this piece; None: it goes on.
+        num_bytes: Most memory that the slice holds in the pipeline.
+        priority: Whether it overtakes bulk work.
+        last: Whether it ends its batch.
+        part: Index of the text part, for a long text in chunks; `texts` says whether more follow.
+        errors: Errors by row of the slice.
+        skipped: int64 [n], rows of the slice that need no vector, and have no error.
+        new_values: int32 [num_texts], indices of the vectors of `texts` in a table that slices
+            share; None: the vectors are the table.
+        new_table: Size of a shared table that begins with this slice; None: the table continues.
     """
 
     batch_id: int | None

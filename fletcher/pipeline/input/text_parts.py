@@ -1,10 +1,10 @@
-"""Cutting a long text into parts that are tokenized one after the other.
+"""Division of a long text into parts that are tokenized one after the other.
 
-A part ends where tokenizers end a word anyway: before a space between two letters or digits, of
-any script. Of BERT's that is proved in `fletcher.tokenization.shorten`; SentencePiece and
-byte-level BPE give a space to the word behind it, so there, too, the tokens of the parts are those
-of the whole. Where a part would have no such place it ends before other white space, and without
-that at a character: the word there may then have other tokens than it has whole.
+A part ends where tokenizers end a word anyway: before a space between two letters or digits of any
+script. `fletcher.tokenization.shorten` proves that for BERT's tokenizer. SentencePiece and
+byte-level BPE attach a space to the word after it, so their parts have the tokens of the whole
+text, too. A part without such a place ends before other white space, else at any character: the
+word there may get other tokens than it has in the whole text.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import re
 
 import numpy as np
 
-# Greedy: the last one. There may be any number of other spaces behind it.
+# Greedy, to find the last place; any number of other spaces may follow it.
 _BETWEEN_WORDS = re.compile(r".* (?<=[^\W_] )(?=[^\W_])", re.DOTALL)
 _SPACE = np.zeros(256, np.bool_)
 _SPACE[list(b" \t\n\r")] = True
 
 
 def part_ends(text: bytes | memoryview, max_bytes: int) -> list[int]:
-    """Where the parts of a text end, the last at its end.
+    """Returns the positions at which the parts of a text end.
 
     Args:
         text: UTF-8.
-        max_bytes: Bytes of a part at most, 4 or more.
+        max_bytes: Most bytes of a part, at least 4.
     """
     ends = []
     first = 0
@@ -35,15 +35,15 @@ def part_ends(text: bytes | memoryview, max_bytes: int) -> list[int]:
 
 
 def last_end(text: bytes | memoryview, max_bytes: int) -> int:
-    """How much of a text can be a part, whatever comes behind it.
+    """Returns how many bytes of a text can be a part, whatever text follows.
 
     Args:
-        text: UTF-8, what there is of it.
-        max_bytes: Beyond so many bytes, 4 or more, it ends where it would for want of a better
-            place.
+        text: UTF-8, the text so far.
+        max_bytes: At least 4. A text with more bytes after its last good place is cut at a worse
+            one.
 
     Returns:
-        0 where nothing of it can be one yet.
+        Bytes; 0 if no part is complete yet.
     """
     held = bytes(text)
     end = _between_words(held)
@@ -51,8 +51,8 @@ def last_end(text: bytes | memoryview, max_bytes: int) -> int:
 
 
 def _end(text: bytes | memoryview, first: int, max_bytes: int) -> int:
-    """The last good end of a part that begins at `first`, where the text is longer than a part."""
-    # As a part may end at its limit, the space there and the character behind it are looked at.
+    """Returns the last good end of a part that begins at `first`."""
+    # A part may end at its limit: the space there and the character after it matter, too.
     end = _between_words(bytes(text[first : first + max_bytes + 1 + 4]), max_bytes)
     if end:
         return first + end
@@ -60,13 +60,15 @@ def _end(text: bytes | memoryview, first: int, max_bytes: int) -> int:
     places = np.flatnonzero(_SPACE[window[1:]])
     if len(places):
         return first + int(places[-1]) + 1
-    return first + int(np.flatnonzero((window & 0xC0) != 0x80)[-1])  # where a character begins
+    return first + int(np.flatnonzero((window & 0xC0) != 0x80)[-1])  # a character begins here
 
 
 def _between_words(text: bytes, limit: int | None = None) -> int:
-    """The last space between two letters or digits, at `limit` bytes or before; 0: there is none.
+    """Returns the position of the last space between letters or digits, or 0.
 
-    The text may end within a character.
+    Args:
+        text: UTF-8; may end within a character.
+        limit: Largest position.
     """
     words = text.decode(errors="ignore")
     # Up to the limit, the space behind it, and one character more.

@@ -1,4 +1,4 @@
-"""The single-text path: a few short texts, embedded on the calling thread while nothing else runs.
+"""The single-text path: short texts embedded on the thread that waits for them.
 
 The ordinary path takes a text from the calling thread to a tokenizer process, to a replica process,
 to the thread that reads its answers, and back. For one short text these hand-overs cost more than

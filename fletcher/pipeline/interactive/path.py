@@ -1,4 +1,4 @@
-"""Execution of a few short texts in this process; see `fletcher.pipeline.interactive`."""
+"""Execution of short texts in this process; see `fletcher.pipeline.interactive`."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class InteractivePath:
         return ticket.stream.run_on_waiting_thread(work)
 
     def _embed(self, ticket: StreamTicket, tokens: TokenBatch, engine: Run, queued: float) -> None:
-        """Runs the model and finishes the ticket; schedules it if that is impossible or fails."""
+        """Runs the model and finishes the ticket; schedules it if that fails."""
         if ticket.stream.closed:
             return
         started = time.monotonic()
@@ -156,9 +156,9 @@ class InteractivePath:
         for batch, result in zip(batches, results, strict=True):
             self._usage.count_run(device, batch.lengths, result)
         for rows, result in zip(window.row_sets, results, strict=True):
-            window.settle(rows, result)
+            window.take_result(rows, result)
         if not results:
-            window.finish()
+            window.finish_tickets()
 
     def _run_model(
         self, ticket: StreamTicket, batches: list[MicroBatch], engine: Run

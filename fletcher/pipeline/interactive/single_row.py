@@ -1,4 +1,4 @@
-"""Columns of one row, read and built as bytes; see `fletcher.pipeline.interactive`."""
+"""Columns of one row, as bytes; see `fletcher.pipeline.interactive`."""
 
 from __future__ import annotations
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
-from fletcher.net.address import FlightAddress
 from fletcher.net.channel import connect
 from fletcher.net.compression import SendCompression
 from fletcher.net.flight_errors import from_store_error
+from fletcher.stores.address import FlightStoreAddress
+from fletcher.stores.exact_search import unknown_dataset
 
 FAILURES = (pa.ArrowException, flight.FlightError, OSError)
 
@@ -37,50 +37,14 @@ def store_call(what: str) -> Iterator[None]:
         raise from_store_error(error, what) from error
 
 
-@dataclass(frozen=True, slots=True)
-class FlightStoreAddress:
-    """Address of a Flight store.
-
-    Attributes:
-        text: As the user wrote it.
-        data: Port of rows and searches.
-        meta: Port of the dataset list; None: the one that the store's capabilities name, else the
-            port after `data`'s, as Longbow has it by default.
-        profile: `auto`, `longbow` or `fletcher`.
-    """
-
-    text: str
-    data: FlightAddress
-    meta: FlightAddress | None
-    profile: str
-
-    def with_meta_port(self, port: int) -> FlightStoreAddress:
-        """The address with `meta` on the data port's host."""
-        return replace(self, meta=self.data.with_port(port))
-
-    @property
-    def meta_uri(self) -> str:
-        """Address of the port of the dataset list."""
-        return (self.meta or self.data.with_port(self.data.port + 1)).uri
-
-
 class FlightConnection:
     """Clients of a store's ports, one each, with a deadline per call. Thread-safe.
 
-    Args:
-        address: Of the store; replaced once the capabilities name its meta port.
-        timeout_s: Deadline of one call; an append is one call.
-        compression: Compression of sent rows; one of `fletcher.config.network.COMPRESSIONS`.
-        message_bytes: Approximate size of a message of rows.
+    `address` is replaced once the capabilities name the meta port. See `open_store` for the rest.
     """
 
     def __init__(
-        self,
-        address: FlightStoreAddress,
-        *,
-        timeout_s: float,
-        compression: str,
-        message_bytes: int,
+        self, address: FlightStoreAddress, *, timeout_s: float, compression: str, message_bytes: int
     ) -> None:
         self.address = address
         self.message_bytes = message_bytes
@@ -134,18 +98,19 @@ class FlightConnection:
             results = list(self.data_client.do_action(action, self.call_options()))
         return results[0].body.to_pybytes() if results else b""
 
-    def open_stream(self, ticket: dict[str, Any], what: str) -> pa.RecordBatchReader | None:
-        """The rows of a DoGet; None for an answer without a schema.
+    def open_stream(self, dataset: str, ticket: dict[str, Any], what: str) -> pa.RecordBatchReader:
+        """The rows of a DoGet from a dataset.
 
         Raises:
+            UnknownDatasetError: The answer has no schema, as Longbow's for a dataset without rows.
             FletcherError: As `store_call`, with `what`.
         """
         try:
-            raw = flight.Ticket(msgspec.json.encode(ticket))
+            raw = flight.Ticket(msgspec.json.encode({"name": dataset, **ticket}))
             return self.data_client.do_get(raw, self.call_options()).to_reader()
         except FAILURES as error:
             if type(error) is pa.ArrowInvalid and "schema" in str(error).lower():
-                return None
+                raise unknown_dataset(dataset) from error
             raise from_store_error(error, what) from error
 
     def close(self) -> None:

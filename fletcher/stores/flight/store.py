@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.core.command import check_dataset
-from fletcher.core.ranges import RangeSet
-from fletcher.core.schema import parse_batch_key
 from fletcher.errors import (
     FletcherError,
     RequestError,
@@ -26,24 +22,35 @@ from fletcher.errors import (
     UnknownDatasetError,
 )
 from fletcher.stores import protocol
-from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
-from fletcher.stores.exact_search import unknown_dataset
+from fletcher.stores.base import (
+    DatasetInfo,
+    Filter,
+    Filters,
+    Names,
+    Store,
+    StoreCapabilities,
+    Vector,
+    WriteMode,
+)
+from fletcher.stores.exact_search import existing_dataset, unknown_dataset
 from fletcher.stores.filters import to_json
 from fletcher.stores.flight import longbow
 from fletcher.stores.flight.connection import FlightConnection, store_call
 from fletcher.stores.flight.writers import FletcherWriter, LongbowWriter
 from fletcher.stores.schemas import (
-    check_columns,
     check_compatible,
     check_storable,
     count_batch_keys,
     limit_rows,
+    num_group_rows,
+    upload_ranges,
+    wanted_columns,
 )
 
 _log = logging.getLogger(__name__)
 
 
-class FlightStore:
+class FlightStore(Store):
     """A Flight store; connects on first use. Thread-safe, except for its writers.
 
     The profile decides which promises of the server are relied on. `fletcher`: every dtype, repeats
@@ -63,11 +70,6 @@ class FlightStore:
 
     @property
     def capabilities(self) -> StoreCapabilities:
-        """Capabilities of the store, which is asked on first use.
-
-        Raises:
-            StoreUnavailableError: The store does not answer.
-        """
         if self._capabilities is None:
             self._capabilities = self._ask_capabilities()
         return self._capabilities
@@ -104,12 +106,10 @@ class FlightStore:
         """See `Store.datasets`. For a Longbow, `num_rows` is its number of batches."""
         assert self.capabilities  # may name the meta port
         meta = self._connection.address.meta_uri
-        with store_call(
-            f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
-        ):
-            flights = self._connection.meta_client.list_flights(
-                options=self._connection.call_options()
-            )
+        what = f"listing datasets on the meta port {meta} (the address's `meta=PORT` sets it)"
+        with store_call(what):
+            options = self._connection.call_options()
+            flights = self._connection.meta_client.list_flights(options=options)
             return sorted((_info(one) for one in flights), key=lambda info: info.name)
 
     def dataset(self, name: str) -> DatasetInfo | None:
@@ -121,11 +121,8 @@ class FlightStore:
         descriptor = flight.FlightDescriptor.for_path(name)
         try:
             with store_call(f"looking for dataset `{name}`"):
-                return _info(
-                    self._connection.meta_client.get_flight_info(
-                        descriptor, self._connection.call_options()
-                    )
-                )
+                options = self._connection.call_options()
+                return _info(self._connection.meta_client.get_flight_info(descriptor, options))
         except UnknownDatasetError:
             return None
 
@@ -140,43 +137,26 @@ class FlightStore:
                 return []
             return msgspec.json.decode(answer, type=protocol.StoredRangesAnswer).ranges
         # These two enclose all keys of the upload, and keys of uploads with a longer name.
-        counts = self._count_keys(
-            dataset,
-            (
-                Filter("batch_key", ">=", f"{upload_id}:"),
-                Filter("batch_key", "<=", f"{upload_id};"),
-            ),
-        )
-        stored = []
-        for key, count in counts.items():
-            parsed = parse_batch_key(key)
-            if parsed and parsed[0] == upload_id and count >= parsed[2] - parsed[1] + 1:
-                stored.append(parsed[1:])
-        return RangeSet(stored).ranges()
+        low, high = f"{upload_id}:", f"{upload_id};"
+        bounds = (Filter("batch_key", ">=", low), Filter("batch_key", "<=", high))
+        counts = self._count_keys(dataset, bounds)
+        whole = (key for key, count in counts.items() if count >= num_group_rows(key))
+        return upload_ranges(whole, upload_id)
 
     def scan(
-        self,
-        dataset: str,
-        *,
-        columns: Sequence[str] | None = None,
-        filters: Sequence[Filter] = (),
-        limit: int | None = None,
+        self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
         """See `Store.scan`. A Longbow sends all columns, whichever are requested."""
-        check_dataset(dataset)
-        ticket: dict[str, Any] = {"name": dataset, "filters": to_json(filters)}
+        check_dataset(name)
+        ticket: dict[str, Any] = {"filters": to_json(filters)}
         if self._is_fletcher:
             if columns is not None:
                 ticket["columns"] = list(columns)
             if limit is not None:
                 ticket["limit"] = limit
-        what = f"reading dataset `{dataset}`"
-        reader = self._connection.open_stream(ticket, what)
-        if reader is None:
-            # Longbow answers without a schema for a dataset without rows.
-            raise unknown_dataset(dataset)
-        wanted = list(columns) if columns is not None else reader.schema.names
-        check_columns(dataset, reader.schema, wanted)
+        what = f"reading dataset `{name}`"
+        reader = self._connection.open_stream(name, ticket, what)
+        wanted = wanted_columns(name, reader.schema, columns)
         schema = pa.schema(
             [reader.schema.field(name) for name in wanted], metadata=reader.schema.metadata
         )
@@ -188,13 +168,7 @@ class FlightStore:
         return pa.RecordBatchReader.from_batches(schema, batches())
 
     def search(
-        self,
-        dataset: str,
-        vector: npt.NDArray[np.float32],
-        *,
-        k: int,
-        columns: Sequence[str] | None = None,
-        filters: Sequence[Filter] = (),
+        self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
         """See `Store.search`. A Longbow returns only `id` and `score`.
 
@@ -205,18 +179,12 @@ class FlightStore:
         """
         check_dataset(dataset)
         wanted = list(columns) if columns is not None else None
-        search: dict[str, Any] = {
-            "dataset": dataset,
-            "vector": [float(value) for value in vector],
-            "k": k,
-            "filters": to_json(filters),
-        }
+        numbers = [float(value) for value in vector]
+        search: dict[str, Any] = {"dataset": dataset, "vector": numbers, "k": k}
+        search["filters"] = to_json(filters)
         if self._is_fletcher:
             if wanted is None:
-                info = self.dataset(dataset)
-                if info is None:
-                    raise unknown_dataset(dataset)
-                wanted = info.schema.names
+                wanted = existing_dataset(self, dataset).schema.names
             search["columns"] = wanted
         elif wanted is not None and set(wanted) - {"id"}:
             raise RequestError(
@@ -226,15 +194,12 @@ class FlightStore:
                 allowed=["id"],
             )
         what = f"searching dataset `{dataset}`"
-        reader = self._connection.open_stream({"name": dataset, "search": search}, what)
-        if reader is None:
-            raise unknown_dataset(dataset)
+        reader = self._connection.open_stream(dataset, {"search": search}, what)
         with store_call(what):
             found = reader.read_all()
-        return found.select([*(wanted if wanted is not None else ["id"]), "score"])
+        return found.select([*(["id"] if wanted is None else wanted), "score"])
 
     def delete_dataset(self, name: str) -> None:
-        """See `Store.delete_dataset`."""
         check_dataset(name)
         if not self._is_fletcher and self.dataset(name) is None:
             raise unknown_dataset(name)
@@ -244,16 +209,17 @@ class FlightStore:
         """Close the connections. Idempotent."""
         self._connection.close()
 
-    def _count_keys(self, dataset: str, filters: Sequence[Filter]) -> Counter[str]:
+    def _count_keys(self, dataset: str, filters: Filters) -> Counter[str]:
         """Number of a Longbow's rows by batch key, among rows that meet the filters."""
-        ticket = {"name": dataset, "filters": to_json(filters)}
         what = f"asking what dataset `{dataset}` holds"
         counts: Counter[str] = Counter()
         try:
             with store_call(what):
-                reader = self._connection.open_stream(ticket, what)
-                for batch in reader if reader is not None else ():
+                ticket = {"filters": to_json(filters)}
+                for batch in self._connection.open_stream(dataset, ticket, what):
                     counts.update(count_batch_keys(batch))
+        except UnknownDatasetError:
+            return Counter()
         except FletcherError:
             # Longbow has no error code for an unknown dataset.
             if self.dataset(dataset) is None:
@@ -266,21 +232,20 @@ class FlightStore:
         return self.capabilities.drops_repeated_keys
 
     def _ask_capabilities(self) -> StoreCapabilities:
-        if self._connection.address.profile == "longbow":
+        address = self._connection.address
+        if address.profile == "longbow":
             return longbow.CAPABILITIES
         try:
-            can = msgspec.json.decode(
-                self._connection.run_action(protocol.CAPABILITIES, {}),
-                type=protocol.CapabilitiesAnswer,
-            )
+            answer = self._connection.run_action(protocol.CAPABILITIES, {})
+            can = msgspec.json.decode(answer, type=protocol.CapabilitiesAnswer)
         except UnavailableError as error:
             # Longbow calls an unknown action an internal error, so ask whether it is up.
             unknown = _is_unknown_action(error.__cause__)
-            if self._connection.address.profile == "fletcher" or not unknown or not self._is_up():
+            if address.profile == "fletcher" or not unknown or not self._is_up():
                 refused = "connection refused" in error.message.lower()
+                reason = "connection refused" if refused else error.message
                 raise StoreUnavailableError(
-                    f"the store {self.address} does not answer: "
-                    f"{'connection refused' if refused else error.message}; check its address and "
+                    f"the store {self.address} does not answer: {reason}; check its address and "
                     "that it runs",
                     field="store",
                     retry_after_ms=error.retry_after_ms,
@@ -289,33 +254,25 @@ class FlightStore:
         except (UnauthenticatedError, UnauthorizedError):
             raise
         except (msgspec.MsgspecError, FletcherError) as error:
-            if self._connection.address.profile == "fletcher":
+            if address.profile == "fletcher":
                 raise RequestError(
                     f"`profile` is fletcher, and the store at {self.address} does not answer "
                     "`capabilities`; leave `profile=fletcher` out",
                     field="store",
                 ) from error
         else:
-            address = self._connection.address
             if address.meta is None and can.meta_port:
-                self._connection.address = address.with_meta_port(can.meta_port)
-            return StoreCapabilities(
-                dtypes=can.dtypes,
-                null_vectors=can.null_vectors,
-                upsert=can.upsert,
-                drops_repeated_keys=can.drops_repeated_keys,
-                durable=can.durable,
-            )
+                meta = address.data.with_port(can.meta_port)
+                self._connection.address = replace(address, meta=meta)
+            return msgspec.convert(can, StoreCapabilities, from_attributes=True)
         _log.info("%s speaks Longbow's contract", self.address)
         return longbow.CAPABILITIES
 
     def _is_up(self) -> bool:
         try:
             self._connection.run_action("check_readiness", {})
-        except UnavailableError:
-            return False
-        except FletcherError:
-            return True
+        except FletcherError as error:
+            return not isinstance(error, UnavailableError)
         return True
 
 

@@ -49,7 +49,6 @@ def exchange_rows(
     with store_call(what):
         write = connection.write_options(rows)
         writer, reader = connection.data_client.do_exchange(descriptor, connection.call_options())
-    with store_call(what):
         try:
             sent: list[int] = []
             acked = 0
@@ -97,7 +96,6 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
         options = connection.call_options(connection.write_options(rows))
         descriptor = flight.FlightDescriptor.for_path(dataset)
         writer, answers = connection.data_client.do_put(descriptor, rows.schema, options)
-    with store_call(what):
         try:
             broken = slow_down = False
             try:
@@ -118,11 +116,8 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
 
 def _messages(rows: pa.RecordBatch, message_bytes: int) -> Iterator[pa.RecordBatch]:
     """Slices of about `message_bytes`, without a copy; at least one."""
-    if not rows.num_rows:
-        yield rows
-        return
     step = max(1, rows.num_rows * message_bytes // max(rows.nbytes, 1))
-    for first in range(0, rows.num_rows, step):
+    for first in range(0, max(rows.num_rows, 1), step):
         yield rows.slice(first, step)
 
 

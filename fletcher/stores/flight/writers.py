@@ -9,19 +9,33 @@ from collections.abc import Callable, Sequence
 import msgspec
 import pyarrow as pa
 
-from fletcher.core.schema import parse_batch_key
 from fletcher.stores import protocol
-from fletcher.stores.base import Filter, WriteMode
+from fletcher.stores.base import DatasetWriter, Filter, Filters, WriteMode
 from fletcher.stores.flight.connection import FlightConnection
 from fletcher.stores.flight.longbow import longbow_batch, without_stored
 from fletcher.stores.flight.transfer import NotIngestError, exchange_rows, put_rows
-from fletcher.stores.schemas import check_compatible, conform_batch
+from fletcher.stores.schemas import check_compatible, conform_batch, num_group_rows
 
 _log = logging.getLogger(__name__)
 
 
-class FletcherWriter:
-    """Writer to `fletcher store`; see `DatasetWriter`. One thread owns it.
+class FlightWriter(DatasetWriter):
+    """Writer to a Flight store. Every append is a separate call. One thread owns it.
+
+    `schema` is that of the rows as they are sent.
+    """
+
+    def __init__(self, connection: FlightConnection, dataset: str, schema: pa.Schema) -> None:
+        self._connection = connection
+        self._dataset = dataset
+        self._schema = schema
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class FletcherWriter(FlightWriter):
+    """Writer to `fletcher store`.
 
     An append travels as one group, which the server commits whole or not at all.
     """
@@ -29,9 +43,7 @@ class FletcherWriter:
     def __init__(
         self, connection: FlightConnection, dataset: str, schema: pa.Schema, mode: WriteMode
     ) -> None:
-        self._connection = connection
-        self._dataset = dataset
-        self._schema = schema
+        super().__init__(connection, dataset, schema)
         self._mode: WriteMode = mode
 
     def create_dataset(self) -> None:
@@ -46,7 +58,6 @@ class FletcherWriter:
             self._mode = "append"
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
-        """See `DatasetWriter.append`."""
         for batch in batches:
             check_compatible(self._dataset, self._schema, batch.schema)
         rows = [conform_batch(batch, self._schema) for batch in batches if batch.num_rows]
@@ -55,31 +66,24 @@ class FletcherWriter:
         return False
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
-        """See `DatasetWriter.missing_keys`."""
         request = protocol.MissingKeysRequest(self._dataset, list(batch_keys))
         answer = self._connection.run_action(protocol.MISSING_KEYS, request)
         return msgspec.json.decode(answer, type=protocol.MissingKeysAnswer).missing
-
-    def close(self) -> None:
-        """See `DatasetWriter.close`. Nothing to do: every append is a separate call."""
 
     def _send_group(self, rows: pa.RecordBatch) -> None:
         header = msgspec.json.encode(protocol.GroupHeader(rows.num_rows, self._mode))
         exchange_rows(self._connection, self._dataset, rows, header)
 
 
-class LongbowWriter:
-    """Writer to a Longbow; see `DatasetWriter`. One thread owns it.
+class LongbowWriter(FlightWriter):
+    """Writer to a Longbow, which creates a dataset by its first append.
 
     Rows are sent by its acknowledged DoExchange, or by DoPut if the store has none. Longbow appends
     repeats, so after a doubtful send `missing_keys` counts the stored rows of each key, and the
     next `append` of that key sends only the rest.
 
-    Args:
-        connection: To the store.
-        dataset: Created by the first append.
-        schema: As `longbow_schema` returns it.
-        count_keys: Counts stored rows by batch key, among rows of a dataset that meet filters.
+    `schema` is one of `longbow_schema`. `count_keys` counts the stored rows by batch key, among
+    rows of a dataset that meet filters.
     """
 
     def __init__(
@@ -87,11 +91,9 @@ class LongbowWriter:
         connection: FlightConnection,
         dataset: str,
         schema: pa.Schema,
-        count_keys: Callable[[str, Sequence[Filter]], Counter[str]],
+        count_keys: Callable[[str, Filters], Counter[str]],
     ) -> None:
-        self._connection = connection
-        self._dataset = dataset
-        self._schema = schema
+        super().__init__(connection, dataset, schema)
         self._count_keys = count_keys
         self._stored: Counter[str] = Counter()
         self._use_put = False
@@ -117,27 +119,19 @@ class LongbowWriter:
         missing = []
         for key in batch_keys:
             counts = self._count_keys(self._dataset, [Filter("batch_key", "=", key)])
-            parsed = parse_batch_key(key)
             # Rows without a vector were never sent, so a group may be whole with fewer rows: it
             # counts as missing, and its next append sends nothing.
-            if parsed is None or counts[key] < parsed[2] - parsed[1] + 1:
+            num_rows = num_group_rows(key)
+            if not num_rows or counts[key] < num_rows:
                 self._stored[key] = counts[key]
                 missing.append(key)
         return missing
 
-    def close(self) -> None:
-        """See `DatasetWriter.close`. Nothing to do: every append is a separate call."""
-
     def _send_rows(self, rows: pa.RecordBatch) -> bool:
         if not self._use_put:
             try:
-                exchange_rows(
-                    self._connection,
-                    self._dataset,
-                    rows,
-                    None,
-                    await_first=not self._exchange_proven,
-                )
+                first = not self._exchange_proven
+                exchange_rows(self._connection, self._dataset, rows, None, await_first=first)
             except NotIngestError:
                 _log.info("the store has no acknowledged ingest; sending rows by DoPut")
                 self._use_put = True

@@ -32,15 +32,9 @@ _TORN = ".torn"
 
 
 def set_torn_versions_aside(folder: Path) -> int:
-    """Rename the manifests of a table's newest versions that are incomplete.
+    """Rename the manifests of a table's newest versions that are incomplete; return their number.
 
-    The caller holds the table's lock.
-
-    Args:
-        folder: Of the table, `NAME.lance`.
-
-    Returns:
-        Number of renamed manifests.
+    The caller holds the lock of the table, in the folder `NAME.lance`.
     """
     num_torn = 0
     for manifest in _newest_first(folder / "_versions"):
@@ -101,39 +95,34 @@ def _files(manifest: Any) -> Iterator[tuple[str, bool]]:
             yield f"_deletions/{fragment.id}-{deleted.read_version}-{deleted.id}.{kind}", False
 
 
+# The part of Lance's `table.proto` that names files: (field, number, type) by message.
+_MESSAGES = {
+    "DataFile": [("path", 1, "string")],
+    "DeletionFile": [("file_type", 1, "int32"), ("read_version", 2, "uint64"), ("id", 3, "uint64")],
+    "Fragment": [
+        ("id", 1, "uint64"),
+        ("files", 2, "DataFile"),
+        ("deletion_file", 3, "DeletionFile"),
+    ],
+    "Manifest": [("fragments", 2, "Fragment")],
+}
+_REPEATED = ("files", "fragments")
+
+
 def _manifest_type() -> Any:
-    """Message class for the part of Lance's `table.proto` that names files."""
-    field = descriptor_pb2.FieldDescriptorProto
+    proto = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(
         name="lance_files.proto", package="lance_files", syntax="proto3"
     )
-
-    def message(name: str, *fields: tuple[str, int, int, str]) -> None:
-        added = file.message_type.add(name=name)
-        for field_name, number, kind, of in fields:
-            repeated = field_name in ("files", "fragments")
-            added.field.add(
-                name=field_name,
-                number=number,
-                type=kind,
-                type_name=f".lance_files.{of}" if of else None,
-                label=field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL,
-            )
-
-    message("DataFile", ("path", 1, field.TYPE_STRING, ""))
-    message(
-        "DeletionFile",
-        ("file_type", 1, field.TYPE_INT32, ""),
-        ("read_version", 2, field.TYPE_UINT64, ""),
-        ("id", 3, field.TYPE_UINT64, ""),
-    )
-    message(
-        "Fragment",
-        ("id", 1, field.TYPE_UINT64, ""),
-        ("files", 2, field.TYPE_MESSAGE, "DataFile"),
-        ("deletion_file", 3, field.TYPE_MESSAGE, "DeletionFile"),
-    )
-    message("Manifest", ("fragments", 2, field.TYPE_MESSAGE, "Fragment"))
+    for message, fields in _MESSAGES.items():
+        added = file.message_type.add(name=message)
+        for name, number, kind in fields:
+            label = proto.LABEL_REPEATED if name in _REPEATED else proto.LABEL_OPTIONAL
+            field = added.field.add(name=name, number=number, label=label)
+            if kind in _MESSAGES:
+                field.type, field.type_name = proto.TYPE_MESSAGE, f".lance_files.{kind}"
+            else:
+                field.type = proto.Type.Value(f"TYPE_{kind.upper()}")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("lance_files.Manifest"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fletcher.core.command import CHOICES, check_dataset
-from fletcher.core.quantization import VectorReader, pack_signs
-from fletcher.core.ranges import RangeSet
-from fletcher.core.schema import ELEMENT_TYPES, parse_batch_key
-from fletcher.errors import (
-    ColumnTypeError,
-    InvalidCommandError,
-    StoreError,
-    StoreUnavailableError,
-)
+from fletcher.core.quantization import pack_signs
+from fletcher.core.schema import ELEMENT_TYPES
+from fletcher.errors import ColumnTypeError, InvalidCommandError, StoreError, StoreUnavailableError
 from fletcher.stores import filters as conditions
-from fletcher.stores.base import DatasetInfo, Filter, StoreCapabilities, WriteMode
+from fletcher.stores.base import DatasetInfo, Filters, Names, StoreCapabilities, Vector, WriteMode
+from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
-from fletcher.stores.folder import StoreFolder
 from fletcher.stores.lance.repair import set_torn_versions_aside
-from fletcher.stores.lance.writer import (
-    LanceWriter,
-    check_new_columns,
-    distinct_keys,
-    to_store_error,
-)
-from fletcher.stores.schemas import check_columns, check_compatible, new_fields
+from fletcher.stores.lance.writer import LanceWriter, check_new_columns, distinct_keys, lance_errors
+from fletcher.stores.schemas import check_compatible, new_fields, upload_ranges, wanted_columns
 from fletcher.util.allocator import keep_large_blocks
 from fletcher.util.durable import sync_path
 
@@ -70,19 +60,17 @@ def _lancedb() -> Any:
     return lancedb
 
 
-class LanceStore:
+class LanceStore(EmbeddedStore):
     """LanceDB tables in one folder. Thread-safe; other processes may read them.
 
     Search is exact: it compares every vector, unless the table has an index made with LanceDB's own
     tools. A million rows of 384 float16 take about a second on two cores.
 
-    Args:
-        folder: Of the tables; created if missing.
-
     Raises:
         StoreError: LanceDB is not installed, or the folder cannot be created or written.
     """
 
+    scheme = "lance"
     capabilities = StoreCapabilities(
         dtypes=tuple(ELEMENT_TYPES),
         null_vectors=True,
@@ -94,8 +82,7 @@ class LanceStore:
 
     def __init__(self, folder: Path) -> None:
         lancedb = _lancedb()
-        self.address = f"lance:{folder}"
-        self._folder = StoreFolder(folder)
+        super().__init__(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise StoreError(f"the store's folder {folder} cannot be written", field="store")
         self._database = lancedb.connect(
@@ -111,10 +98,15 @@ class LanceStore:
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> LanceWriter:
         """See `Store.open_writer`. Adds columns that the dataset lacks."""
         check_dataset(dataset)
-        _check_offered(schema, mode)
+        if mode == "upsert" and "id" not in schema.names:
+            raise InvalidCommandError(
+                "`mode` is upsert, which replaces rows by `id`, and the rows have no `id`; send "
+                "one, or append",
+                field="mode",
+            )
         check_new_columns(schema)
-        lock = self._folder.lock_dataset(dataset)
-        try:
+        with ExitStack() as undo, lance_errors(dataset):
+            lock = undo.enter_context(self.lock_dataset(dataset))
             self._repair(dataset)
             table = self._open_table(dataset)
             if table is not None and mode != "overwrite":
@@ -129,179 +121,101 @@ class LanceStore:
                     schema=pa.schema(fields, metadata=schema.metadata),
                     mode="overwrite" if table is not None else "create",
                 )
-            writer = LanceWriter(
-                table,
-                folder=self._folder.path / f"{dataset}.lance",
-                dataset=dataset,
-                lock=lock,
-                mode=mode,
-                on_close=self._folder.remove_writer,
-            )
-        except (ValueError, RuntimeError, OSError) as error:
-            lock.release()
-            raise to_store_error(dataset, error) from error
-        except BaseException:
-            lock.release()
-            raise
-        self._folder.add_writer(writer)
+            writer = LanceWriter(self, dataset, lock, table=table, mode=mode)
+            undo.pop_all()
         return writer
 
-    def datasets(self) -> list[DatasetInfo]:
-        """See `Store.datasets`."""
-        names = sorted(path.stem for path in self._folder.path.glob("*.lance") if path.is_dir())
-        found = (self.dataset(name) for name in names)
-        return [info for info in found if info is not None]
+    def dataset_names(self) -> Iterator[str]:
+        return (path.stem for path in self.folder.glob("*.lance") if path.is_dir())
 
     def dataset(self, name: str) -> DatasetInfo | None:
-        """See `Store.dataset`."""
         check_dataset(name)
         table = self._open_table(name)
         if table is None:
             return None
-        try:
+        with lance_errors(name):
             size = table.stats()["total_bytes"]
             return DatasetInfo(name, table.schema, table.count_rows(), int(size))
-        except (ValueError, RuntimeError, OSError) as error:
-            raise to_store_error(name, error) from error
 
     def stored_ranges(self, dataset: str, upload_id: str) -> list[tuple[int, int]]:
-        """See `Store.stored_ranges`."""
         check_dataset(dataset)
         table = self._open_table(dataset)
         if table is None or "batch_key" not in table.schema.names:
             return []
         prefix = conditions.quoted(f"{upload_id}:")
-        keys = distinct_keys(table, f"starts_with(batch_key, {prefix})")
-        parsed = (parse_batch_key(key) for key in keys)
-        return RangeSet(one[1:] for one in parsed if one and one[0] == upload_id).ranges()
+        keys = distinct_keys(dataset, table, f"starts_with(batch_key, {prefix})")
+        return upload_ranges(keys, upload_id)
 
     def scan(
-        self,
-        dataset: str,
-        *,
-        columns: Sequence[str] | None = None,
-        filters: Sequence[Filter] = (),
-        limit: int | None = None,
+        self, name: str, *, columns: Names = None, filters: Filters = (), limit: int | None = None
     ) -> pa.RecordBatchReader:
-        """See `Store.scan`."""
-        table = self._table(dataset)
-        query = table.search()
-        wanted = list(columns) if columns is not None else table.schema.names
-        return self._query(
-            dataset, table, query, columns=wanted, filters=filters, limit=limit
-        ).to_batches(_scan_rows(table.schema))
+        table = self._table(name)
+        wanted = wanted_columns(name, table.schema, columns)
+        query = _filtered(name, table, table.search(), filters).select(wanted)
+        if limit is not None:
+            query = query.limit(limit)
+        return query.to_batches(_scan_rows(table.schema))
 
     def search(
-        self,
-        dataset: str,
-        vector: npt.NDArray[np.float32],
-        *,
-        k: int,
-        columns: Sequence[str] | None = None,
-        filters: Sequence[Filter] = (),
+        self, dataset: str, vector: Vector, *, k: int, columns: Names = None, filters: Filters = ()
     ) -> pa.Table:
-        """See `Store.search`."""
         table = self._table(dataset)
         reader = check_query(dataset, table.schema, vector, k)
-        wanted = list(columns) if columns is not None else table.schema.names
+        wanted = wanted_columns(dataset, table.schema, columns)
         asked = np.asarray(vector, np.float32)
+
+        def found(query: npt.NDArray[Any], metric: str, names: list[str], limit: int) -> pa.Table:
+            search = table.search(query, vector_column_name="vector").distance_type(metric)
+            with lance_errors(dataset):
+                rows = _filtered(dataset, table, search, filters)
+                return rows.select([*names, "_distance"]).limit(limit).to_arrow()
+
         if reader.dtype in ("int8", "ubinary"):
-            rows = self._candidates(dataset, table, reader, asked, k, wanted, filters)
+            read = list(dict.fromkeys([*wanted, "vector"]))
+            if reader.dtype == "int8":  # which LanceDB stores and cannot search
+                rows = self.scan(dataset, columns=read, filters=filters)
+            else:
+                limit = max(k, min(k * HAMMING_CANDIDATES, MAX_HAMMING_CANDIDATES))
+                rows = found(pack_signs(asked), "hamming", read, limit).to_reader()
             return nearest(rows, cosine(asked, reader), k=k, columns=wanted)
-        query = table.search(asked, vector_column_name="vector").distance_type("cosine")
-        found = self._found(dataset, table, query, wanted, filters, k)
-        distance = found.column("_distance").to_numpy()
+        rows = found(asked, "cosine", wanted, k)
         # By rounding, a vector's distance to itself may be slightly below 0.
-        score = pa.array(np.clip(1.0 - distance, -1.0, 1.0).astype(np.float32))
-        return found.select(wanted).append_column("score", score)
-
-    def _candidates(
-        self,
-        dataset: str,
-        table: Any,
-        reader: VectorReader,
-        vector: npt.NDArray[np.float32],
-        k: int,
-        columns: list[str],
-        filters: Sequence[Filter],
-    ) -> pa.RecordBatchReader:
-        """Rows that include the nearest ones, with `vector` and `columns`.
-
-        For int8, which LanceDB stores and cannot search, these are all rows.
-        """
-        read = list(dict.fromkeys([*columns, "vector"]))
-        if reader.dtype == "int8":
-            return self.scan(dataset, columns=read, filters=filters)
-        query = table.search(pack_signs(vector), vector_column_name="vector")
-        query = query.distance_type("hamming")
-        limit = max(k, min(k * HAMMING_CANDIDATES, MAX_HAMMING_CANDIDATES))
-        return self._found(dataset, table, query, read, filters, limit).to_reader()
-
-    def _found(
-        self,
-        dataset: str,
-        table: Any,
-        query: Any,
-        columns: list[str],
-        filters: Sequence[Filter],
-        k: int,
-    ) -> pa.Table:
-        try:
-            return self._query(
-                dataset, table, query, columns=[*columns, "_distance"], filters=filters, limit=k
-            ).to_arrow()
-        except (ValueError, RuntimeError, OSError) as error:
-            raise to_store_error(dataset, error) from error
+        score = np.clip(1.0 - rows.column("_distance").to_numpy(), -1.0, 1.0).astype(np.float32)
+        return rows.select(wanted).append_column("score", pa.array(score))
 
     def delete_dataset(self, name: str) -> None:
-        """See `Store.delete_dataset`."""
         check_dataset(name)
-        lock = self._folder.lock_dataset(name)
-        try:
+        with self.lock_dataset(name), lance_errors(name):
             self._repair(name)
             if self._open_table(name) is None:
                 raise unknown_dataset(name)
             self._database.drop_table(name)
-            sync_path(self._folder.path)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise to_store_error(name, error) from error
-        finally:
-            lock.release()
-
-    def close(self) -> None:
-        """Close the writers. Idempotent."""
-        self._folder.close_writers()
+            sync_path(self.folder)
 
     def _repair(self, name: str) -> None:
         """Set incomplete versions aside; the caller holds the lock."""
         if name not in self._repaired:
-            try:
-                set_torn_versions_aside(self._folder.path / f"{name}.lance")
-            except OSError as error:
-                raise to_store_error(name, error) from error
+            with lance_errors(name):
+                set_torn_versions_aside(self.folder / f"{name}.lance")
             self._repaired.add(name)
 
     def _open_table(self, name: str) -> Any | None:
         # A table without a manifest is being created, or its creator died.
-        manifests = self._folder.path / f"{name}.lance" / "_versions"
+        manifests = self.folder / f"{name}.lance" / "_versions"
         if not any(manifests.glob("*.manifest")):
             return None
         if name not in self._repaired:
             try:
-                lock = self._folder.lock_dataset(name)
+                lock = self.lock_dataset(name)
             except StoreUnavailableError:
                 pass  # the writer that holds the lock has repaired the table
             else:
-                try:
+                with lock:
                     self._repair(name)
-                finally:
-                    lock.release()
             if not any(manifests.glob("*.manifest")):
                 return None
-        try:
+        with lance_errors(name):
             return self._database.open_table(name)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise to_store_error(name, error) from error
 
     def _table(self, name: str) -> Any:
         check_dataset(name)
@@ -310,40 +224,21 @@ class LanceStore:
             raise unknown_dataset(name)
         return table
 
-    def _query(
-        self,
-        dataset: str,
-        table: Any,
-        query: Any,
-        *,
-        columns: list[str],
-        filters: Sequence[Filter],
-        limit: int | None,
-    ) -> Any:
-        schema = table.schema
-        check_columns(dataset, schema, [name for name in columns if name != "_distance"])
-        condition = conditions.to_sql(dataset, schema, filters)
-        if condition is not None:
-            try:
-                # LanceDB checks only here whether a literal fits its column (300 in an int8).
-                table.search().where(condition).select([]).limit(1).explain_plan()
-            except ValueError as error:
-                raise ColumnTypeError(
-                    "a filter's value does not fit its column; compare with a value of its type",
-                    field="filters",
-                ) from error
-            query = query.where(condition)
-        query = query.select(columns)
-        return query if limit is None else query.limit(limit)
 
-
-def _check_offered(schema: pa.Schema, mode: WriteMode) -> None:
-    if mode == "upsert" and "id" not in schema.names:
-        raise InvalidCommandError(
-            "`mode` is upsert, which replaces rows by `id`, and the rows have no `id`; send one, "
-            "or append",
-            field="mode",
-        )
+def _filtered(dataset: str, table: Any, query: Any, filters: Filters) -> Any:
+    """The query of a table, limited to rows that meet the filters."""
+    condition = conditions.to_sql(dataset, table.schema, filters)
+    if condition is None:
+        return query
+    try:
+        # LanceDB checks only here whether a literal fits its column (300 in an int8).
+        table.search().where(condition).select([]).limit(1).explain_plan()
+    except ValueError as error:
+        raise ColumnTypeError(
+            "a filter's value does not fit its column; compare with a value of its type",
+            field="filters",
+        ) from error
+    return query.where(condition)
 
 
 def _scan_rows(schema: pa.Schema) -> int:

@@ -7,7 +7,7 @@ import datetime as dt
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import types
 
-from fletcher.errors import (
-    FletcherError,
-    InvalidCommandError,
-    RequestError,
-    StoreUnavailableError,
-)
-from fletcher.stores.base import DatasetWriter, WriteMode
+from fletcher.errors import InvalidCommandError, RequestError, StoreUnavailableError
+from fletcher.stores.base import WriteMode
+from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
 from fletcher.stores.filters import quoted
 from fletcher.stores.schemas import (
     align_batch,
@@ -49,47 +45,31 @@ KEEP_VERSIONS = dt.timedelta(minutes=10)
 KEEP_FOREVER = dt.timedelta(days=36500)
 
 
-class LanceWriter:
+class LanceWriter(EmbeddedWriter):
     """The only writer of a LanceDB table; see `DatasetWriter`. One thread owns it.
 
     Rows survive a power loss once `append` has returned: it syncs the commit's files and folders
     (1 to 6 ms on a local SSD), which LanceDB does not do.
 
     Args:
-        table: The open table.
-        folder: Of the table; its new files are synced.
-        dataset: Its name, for messages.
-        lock: Of the dataset; held until `close`.
+        store, dataset, lock, table: Of the table, which is open.
         mode: How the table was opened. `upsert`: every append replaces rows of the same `id`;
             `overwrite`: the table was emptied, and `close` frees the disk space of its old rows.
-        on_close: Called once with the writer.
     """
 
     def __init__(
-        self,
-        table: Any,
-        *,
-        folder: Path,
-        dataset: str,
-        lock: FileLock,
-        mode: WriteMode,
-        on_close: Callable[[DatasetWriter], None],
+        self, store: EmbeddedStore, dataset: str, lock: FileLock, *, table: Any, mode: WriteMode
     ) -> None:
         self.schema: pa.Schema = table.schema
         self._table = table
-        self._dataset = dataset
-        self._lock = lock
-        self._upsert = mode == "upsert"
-        self._replaced = mode == "overwrite"
-        self._on_close = on_close
-        self._files = _SyncedFolder(folder)
+        self._mode = mode
+        self._files = _SyncedFolder(store.folder / f"{dataset}.lance")
         self._files.sync_new_files(settled=True)
-        fragments = table.stats()["fragment_stats"]["num_small_fragments"]
-        self._small_fragments = int(fragments)
+        self._small_fragments = int(table.stats()["fragment_stats"]["num_small_fragments"])
         self._rows = int(table.count_rows())
         self._rows_since = 0
         self._compaction: threading.Thread | None = None
-        self._closed = False
+        super().__init__(store, dataset, lock)  # last: the store closes all writers that it lists
 
     def append(self, batches: Sequence[pa.RecordBatch]) -> bool:
         """Store all rows of all batches in one commit; durable on return.
@@ -99,21 +79,19 @@ class LanceWriter:
                 may not be stored.
             RequestError: The rows do not fit the table.
         """
-        self.write_rows(batches, upsert=self._upsert)
+        self.write_rows(batches, upsert=self._mode == "upsert")
         return False
 
     def write_rows(self, batches: Sequence[pa.RecordBatch], *, upsert: bool) -> None:
         """Store rows as `append` does, with the mode chosen per call."""
-        assert not self._closed, "append after close"
+        assert self.is_open, "append after close"
         for batch in batches:
-            check_compatible(self._dataset, self.schema, batch.schema)
-        rows = [
-            conform_batch(align_batch(batch), self.schema) for batch in batches if batch.num_rows
-        ]
+            check_compatible(self.dataset, self.schema, batch.schema)
+        rows = [conform_batch(align_batch(one), self.schema) for one in batches if one.num_rows]
         if not rows:
             return
         table = pa.Table.from_batches(rows, self.schema)
-        try:
+        with lance_errors(self.dataset):
             if upsert:
                 self._join_compaction()  # it may rewrite the same fragments
                 self._merge(last_of_each_id(table))
@@ -121,8 +99,6 @@ class LanceWriter:
                 # One file per commit: parallel writers took more memory and were slower.
                 self._table.add(table, write_parallelism=1)
             self._files.sync_new_files(settled=not self._compacting)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise to_store_error(self._dataset, error) from error
         self._rows += table.num_rows
         self._rows_since += table.num_rows
         self._small_fragments += 1
@@ -130,61 +106,47 @@ class LanceWriter:
             self._start_compaction()
 
     def missing_keys(self, batch_keys: Sequence[str]) -> list[str]:
-        """See `DatasetWriter.missing_keys`. Takes 30-50 ms at 2 million rows."""
+        """The keys that are not stored. Takes 30-50 ms at 2 million rows."""
         if "batch_key" not in self.schema.names or not batch_keys:
             return list(batch_keys)
         condition = f"batch_key IN ({', '.join(quoted(key) for key in set(batch_keys))})"
-        try:
-            stored = distinct_keys(self._table, condition)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise to_store_error(self._dataset, error) from error
+        stored = distinct_keys(self.dataset, self._table, condition)
         return [key for key in batch_keys if key not in stored]
 
     def stored_keys(self) -> set[str]:
         """All batch keys of the table."""
         if "batch_key" not in self.schema.names:
             return set()
-        try:
-            return distinct_keys(self._table)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise to_store_error(self._dataset, error) from error
+        return distinct_keys(self.dataset, self._table)
 
     def add_columns(self, fields: Sequence[pa.Field]) -> None:
         """Add columns, null in the stored rows. Raises as `check_new_columns`."""
-        check_new_columns(pa.schema(list(fields)))
+        added = pa.schema(list(fields))
+        check_new_columns(added)
         self._join_compaction()
-        try:
-            self._table.add_columns(pa.schema(list(fields)))
+        with lance_errors(self.dataset):
+            self._table.add_columns(added)
             self._files.sync_new_files(settled=True)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise to_store_error(self._dataset, error) from error
         self.schema = self._table.schema
 
     def delete_rows(self, condition: str) -> int:
         """Delete the rows that meet an SQL condition; return their number."""
         self._join_compaction()
-        try:
+        with lance_errors(self.dataset):
             count = int(self._table.count_rows(condition))
             if count:
                 self._table.delete(condition)
                 self._files.sync_new_files(settled=True)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise to_store_error(self._dataset, error) from error
         self._rows -= count
         return count
 
-    def close(self) -> None:
-        """Wait for a compaction, compact if due, release the table. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+    def finish(self) -> None:
+        """Wait for a compaction; compact if due."""
         try:
             self._join_compaction()
-            if self._replaced or self._compaction_due(COMPACT_FRAGMENTS // 2):
+            if self._mode == "overwrite" or self._compaction_due(COMPACT_FRAGMENTS // 2):
                 self._compact()
         finally:
-            self._lock.release()
-            self._on_close(self)
             trim_heap()
 
     @property
@@ -210,9 +172,8 @@ class LanceWriter:
         # commits an append and a rewrite of other fragments in any order.
         self._join_compaction()
         self._small_fragments = self._rows_since = 0
-        self._compaction = threading.Thread(
-            target=self._compact, name=f"compact-{self._dataset}", daemon=True
-        )
+        name = f"compact-{self.dataset}"
+        self._compaction = threading.Thread(target=self._compact, name=name, daemon=True)
         self._compaction.start()
 
     def _join_compaction(self) -> None:
@@ -228,7 +189,7 @@ class LanceWriter:
             self._table.optimize(cleanup_older_than=KEEP_VERSIONS)
         except (ValueError, RuntimeError, OSError) as error:
             # No row is lost; a later compaction tries again.
-            _log.warning("dataset %s was not compacted: %s", self._dataset, _cause(error))
+            _log.warning("dataset %s was not compacted: %s", self.dataset, _cause(error))
 
 
 class _SyncedFolder:
@@ -273,8 +234,7 @@ def check_new_columns(schema: pa.Schema) -> None:
     """Refuse columns that LanceDB cannot write or cannot find again.
 
     Raises:
-        ColumnTypeError: LanceDB does not support the type.
-        InvalidCommandError: LanceDB does not support the name.
+        ColumnTypeError, InvalidCommandError: LanceDB does not support a type or a name.
     """
     check_storable(schema)
     for name in schema.names:
@@ -287,31 +247,35 @@ def check_new_columns(schema: pa.Schema) -> None:
             )
 
 
-def distinct_keys(table: Any, condition: str | None = None) -> set[str]:
-    """The distinct `batch_key`s of the rows that meet an SQL condition."""
+def distinct_keys(dataset: str, table: Any, condition: str | None = None) -> set[str]:
+    """The distinct `batch_key`s of a dataset's rows that meet an SQL condition."""
     query = table.search()
     if condition is not None:
         query = query.where(condition)
     keys: set[str] = set()
-    for batch in query.select(["batch_key"]).to_batches(65_536):
-        keys.update(batch.column("batch_key").drop_null().unique().to_pylist())
+    with lance_errors(dataset):
+        for batch in query.select(["batch_key"]).to_batches(65_536):
+            keys.update(batch.column("batch_key").drop_null().unique().to_pylist())
     return keys
 
 
-def to_store_error(dataset: str, error: Exception) -> FletcherError:
-    """The `FletcherError` for LanceDB's ValueError, RuntimeError or OSError."""
-    if isinstance(error, FletcherError):
-        return error
-    text = str(error)
-    if "contains NaN" in text:
-        return _nan_refused()
-    if isinstance(error, ValueError) and "Invalid input" in text:
-        return RequestError(f"dataset `{dataset}` refuses these rows: {_cause(error)}")
-    full = "No space left" in text or "StorageFull" in text
-    if not full:
-        _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
-    reason = "the disk is full; free some space" if full else "LanceDB failed; see the log"
-    return StoreUnavailableError(f"dataset `{dataset}`: {reason}", field="store")
+@contextlib.contextmanager
+def lance_errors(dataset: str) -> Iterator[None]:
+    """Context that turns errors of LanceDB and of the disk into a `FletcherError`."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        text = str(error)
+        if "contains NaN" in text:
+            raise _nan_refused() from error
+        if isinstance(error, ValueError) and "Invalid input" in text:
+            reason = f"dataset `{dataset}` refuses these rows: {_cause(error)}"
+            raise RequestError(reason) from error
+        reason = "the disk is full; free some space"
+        if not ("No space left" in text or "StorageFull" in text):
+            reason = "LanceDB failed; see the log"
+            _log.error("LanceDB failed on dataset %s", dataset, exc_info=error)
+        raise StoreUnavailableError(f"dataset `{dataset}`: {reason}", field="store") from error
 
 
 def _holds_nan(table: pa.Table) -> bool:

@@ -94,8 +94,8 @@ def test_exits_by_engines_widths_and_types(argv, tmp_path, tiny_bundle, capsys):
     # An exit has a rate of its own, and its widths and types share it.
     assert len({row["texts_per_s"] for row in rows[:4]}) == 1
     for words, expected in (
-        ("layers=3", "`layers` is 3, but deep has exits after layers 1, 2"),
-        ("layers=1 dims=64", "`dims` is 64, but deep has 32"),
+        ("layers=3", "`layers` is 3, and deep has exits after layers 1, 2"),
+        ("layers=1 dims=64", "`dims` is 64, expected at most 32"),
     ):
         assert main([*argv, "--variants", words]) in (1, 2)
         assert expected in capsys.readouterr().err
@@ -143,7 +143,7 @@ def test_the_engine_is_that_of_the_model_asked_for(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--variants", "dims=3"], "`dims` is 3, but tiny declares 32"),
+        (["--variants", "dims=3"], "`dims` is 3, expected one that tiny declares: 32"),
         (["--variants", "precision=float16"], "`precision` float16 is for CUDA"),
         (["--variants", "layer=3"], "did you mean layers"),
         (["--queries", "1"], "`queries` is 1, expected 2 or more"),

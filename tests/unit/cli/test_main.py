@@ -161,6 +161,7 @@ def test_a_wrong_value_names_the_flag(capsys: pytest.CaptureFixture[str]) -> Non
         (ConfigError("`x` is bad"), 2, "fletcher doctor: `x` is bad\n"),
         (InvalidCommandError("`dims` is 0"), 2, "fletcher doctor: `dims` is 0\n"),
         (StoreUnavailableError("the store\nis away"), 1, "fletcher doctor: the store is away\n"),
+        (StoreUnavailableError("\x1b[2J gone"), 1, "fletcher doctor: [2J gone\n"),
         (KeyboardInterrupt(), 130, ""),
         (
             ZeroDivisionError("by zero"),
@@ -228,6 +229,8 @@ def test_help_imports_no_engine_and_no_arrow() -> None:
         "import sys\n"
         "from fletcher.cli import main\n"
         "from fletcher.cli import COMMANDS\n"
+        "main(['--help'])\n"
+        "assert not [name for name in sys.modules if name.startswith('fletcher.config')]\n"
         "for command in COMMANDS:\n"
         "    main([command, '--help'])\n"
         "engines = {'lancedb', 'onnxruntime', 'openvino', 'opentelemetry'}\n"

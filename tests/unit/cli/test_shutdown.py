@@ -12,8 +12,7 @@ import atexit, sys, threading
 if {stuck}:
     atexit.register(threading.Event().wait)
 from fletcher.cli import shutdown as leaving
-leaving.TIMEOUT_S = 0.05
-leaving.leave_in_time()
+leaving.leave_in_time(timeout_s=0.05)
 sys.exit(leaving.leave_with(3))
 """
 

@@ -367,6 +367,21 @@ def test_rows_that_were_given_up_do_not_end_the_next_ones_early(bench: Bench) ->
     assert keys(bench.append()) == ["next:0-0"]
 
 
+@pytest.mark.parametrize("num_reads", range(6))
+def test_the_store_may_become_available_in_the_midst_of_a_decision(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, num_reads: int
+) -> None:
+    # Other committers use the breaker at the same time.
+    bench.submit(upload(), 0, 1, arrived=bench.now - RETRY_S)
+    reads = [bench.now - RETRY_S] * num_reads
+    monkeypatch.setattr(
+        Breaker, "unavailable_since", property(lambda _: reads.pop() if reads else None)
+    )
+    monkeypatch.setattr(Breaker, "ready_at", lambda *_: math.inf)
+    action = bench.decide()
+    assert isinstance(action, Append | GiveUp | Wait)
+
+
 def test_overdue_rows_are_tried_where_they_may_be(bench: Bench) -> None:
     bench.submit(upload(), 0, 1)
     bench.note(bench.append(), Unavailable(1, 0.0, AWAY))

@@ -545,6 +545,32 @@ def test_rows_that_are_stored_while_their_failed_upload_is_resumed_count(tmp_pat
         assert again.pending == 0
 
 
+def test_rows_in_the_store_count_as_durable_or_the_client_is_told_to_ask_again(
+    tmp_path: Path,
+) -> None:
+    # The status had the journaled rows alone, and the client took the stored ones for lost.
+    store = MemoryStore()
+    with delivering(store, tmp_path, SLOW) as delivery:
+        upload, sink = delivery.open_upload(options(), SCHEMA)
+        send(sink, upload, 0, 10)
+        assert durable(upload, 10)
+        sink.flush()
+        assert stored(upload, 10)
+        send(sink, upload, 10, 10)
+        assert durable(upload, 20)
+    with delivering(store, tmp_path, SLOW) as delivery:
+        ask = store.stored_ranges
+
+        def fail(*_: Any) -> Any:
+            raise outage()
+
+        store.stored_ranges = fail  # type: ignore[method-assign]
+        with pytest.raises(StoreUnavailableError):
+            delivery.upload_status(options())
+        store.stored_ranges = ask  # type: ignore[method-assign]
+        assert delivery.upload_status(options())["ranges"] == [[0, 19]]
+
+
 def test_an_upload_found_in_the_journal_goes_on_with_the_durability_that_is_asked_for(
     tmp_path: Path,
 ) -> None:

@@ -90,7 +90,7 @@ def test_other_descriptors_are_refused(descriptor, said):
     [
         (b'{"dataset": "d", "colour": 1}', UnknownFieldError, "`colour`"),
         (b'{"textColumn": "t"}', UnknownFieldError, "`textColumn`"),
-        (b'{"dataset": "a", "dataset": "b"}', InvalidCommandError, "`dataset` comes twice"),
+        (b'{"dataset": "a", "dataset": "b"}', InvalidCommandError, "`dataset` is given twice"),
         (b'{"dims": 1,}', InvalidCommandError, "not JSON"),
         (b'{"dims": NaN}', InvalidCommandError, "NaN"),
         (b'{"dims": ' + b"9" * 5000 + b"}", InvalidCommandError, "too long"),

@@ -116,16 +116,16 @@ def test_other_failures_are_not_tried_again() -> None:
         "std::bad_alloc",
     ],
 )
-def test_engines_words_for_it_are_known(said: str) -> None:
+def test_out_of_memory_messages_of_engines_are_recognized(said: str) -> None:
     assert is_out_of_memory(BackendError(f"ONNX Runtime failed on (4, 8) tokens: {said}"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(BackendError("invalid argument"))
 
 
-def test_a_replica_loads_the_version_that_it_is_meant_to(
+def test_a_replica_loads_the_version_of_its_configuration(
     tiny_bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Started again after another version had come there, it would have made that one's vectors.
+    # A restart after the version was replaced would else give the new version's vectors.
     folder = tmp_path / "m"
     first = another(tiny_bundle, folder, "m", "one")
     kept = folder.rename(tmp_path / first.qualified_name)

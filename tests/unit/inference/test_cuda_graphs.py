@@ -62,7 +62,7 @@ def test_short_texts_are_replayed_and_have_the_models_vectors(load):
     assert graphs.replayed == ["16", "32", "16", "32", "16"]
 
 
-def test_longer_texts_and_several_take_the_plain_way(load):
+def test_longer_texts_and_batches_run_without_cuda_graphs(load):
     backend, reference = load(), load(cuda_graphs=False)
     graphs = PretendedSession.all[1]
     graphs.replayed.clear()
@@ -71,7 +71,7 @@ def test_longer_texts_and_several_take_the_plain_way(load):
     assert graphs.replayed == []
 
 
-def test_a_text_that_comes_while_a_graph_runs_does_not_wait(load):
+def test_a_text_that_arrives_while_a_graph_runs_does_not_wait(load):
     backend = load()
     graphs = PretendedSession.all[1]
     began, may_end = threading.Event(), threading.Event()
@@ -117,7 +117,7 @@ def broken(session, binding):
 @pytest.mark.parametrize(
     ("replay", "reason"), [(stale, "a cosine of"), (broken, "not permitted when stream")]
 )
-def test_graphs_that_are_wrong_are_left_and_the_log_says_so(
+def test_wrong_cuda_graphs_are_not_used_and_the_log_says_why(
     load, monkeypatch, caplog, replay, reason
 ):
     monkeypatch.setattr(PretendedSession, "replay", replay)
@@ -131,7 +131,7 @@ def test_graphs_that_are_wrong_are_left_and_the_log_says_so(
     assert np.array_equal(backend.run(batch).embeddings, expected)
 
 
-def test_where_there_is_no_room_for_another_session_there_are_no_graphs(load, monkeypatch):
+def test_without_memory_for_another_session_there_are_no_graphs(load, monkeypatch):
     class OneSession(PretendedSession):
         def __init__(self, path, session_options, providers):
             if PretendedSession.all:
@@ -152,7 +152,7 @@ def test_a_replay_that_fails_later_is_an_engines_error(load, monkeypatch):
             backend.run(micro_batch(9))
 
 
-def test_the_twin_on_a_cpu_goes_the_same_way(tiny_bundle):
+def test_the_twin_on_a_cpu_runs_the_same_code(tiny_bundle):
     config = BackendConfig("onnxruntime", "cpu", str(tiny_bundle.folder), threads=1)
     twin = backend_module.load_twin(config)
     graphs = backend_module.load_twin(

@@ -71,7 +71,7 @@ def test_named_devices_get_a_replica_each_once(ask):
     assert [config.device for config in configs] == ["cuda:1", "cuda:0"]
 
 
-def test_a_gpu_may_have_several_replicas_with_a_share_of_its_memory(ask):
+def test_a_gpu_may_run_several_replicas_with_a_share_of_its_memory(ask):
     resolution = ask(GPUS, "cuda", replicas_per_device=2, gpu_memory=1 << 30)
     assert [one.device for one in resolution.configs] == ["cuda:0"] * 2 + ["cuda:1"] * 2
     assert {one.gpu_memory for one in resolution.configs} == {1 << 30}
@@ -99,7 +99,9 @@ def test_graphs_are_captured_in_float16(ask, precision, captures, reason):
         ("onnx", "float32", "float32", r"float32 \(TF32\)"),
     ],
 )
-def test_a_gpu_takes_the_graph_that_there_is(ask, tiny_bundle, family, asked, precision, reason):
+def test_a_gpu_runs_the_graph_of_the_models_family(
+    ask, tiny_bundle, family, asked, precision, reason
+):
     bundle = msgspec.structs.replace(tiny_bundle, family=family)
     resolution = ask(GPUS, "cuda:0", bundle, precision=asked)
     assert [one.precision for one in resolution.configs] == [precision]
@@ -175,7 +177,7 @@ def machine(tmp_path):
     return write
 
 
-def test_this_machine_can_be_described():
+def test_the_host_is_detected():
     host = detect_host()
     assert host.cores >= 1
     assert host.memory_bytes > 0

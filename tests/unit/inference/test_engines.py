@@ -61,7 +61,7 @@ def test_embeddings_have_length_one_and_norms_are_given(backend, tiny_bundle):
     assert result.compute_s > 0
 
 
-def test_a_row_has_the_same_vector_in_any_company(backend):
+def test_a_row_has_the_same_vector_in_any_batch(backend):
     rows = random_rows([3, 32, 9, 20, 1, 16], 20)
     together = backend.run(micro_batch(rows)).embeddings
     alone = np.concatenate([backend.run(micro_batch([row])).embeddings for row in rows])
@@ -105,7 +105,7 @@ class Stream:
         return types.SimpleNamespace(data=np.ones((1, DIM), np.float32))
 
 
-def test_a_run_that_finds_all_streams_taken_gets_the_copy_beside_them(tiny_bundle):
+def test_a_run_that_finds_all_streams_busy_gets_the_second_copy(tiny_bundle):
     began = queue.SimpleQueue()
     streams = {name: Stream(name, began) for name in ("one", "two", "priority")}
     one, two, priority = ([stream] for stream in streams.values())
@@ -364,7 +364,7 @@ def test_a_row_over_the_models_length_is_refused(backend, tiny_bundle):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_engines_tell_nobody_of_their_use(engine):
+def test_engines_report_nothing_over_the_network(engine):
     code = (
         "import os, sys\n"
         f"from fletcher.inference.{engine} import _import\n"

@@ -32,14 +32,14 @@ def expected(dim: int) -> np.ndarray:
     return null_embeddings(ids, np.array([len(part) for part in PARTS], np.int32), dim)
 
 
-def test_the_null_backend_gives_each_part_its_own() -> None:
+def test_the_null_backend_gives_each_span_a_vector() -> None:
     result = NullBackend(8).run(THREE)
     assert np.array_equal(result.embeddings, expected(8))
     assert result.norms is not None
     assert len(result.norms) == len(PARTS)
 
 
-def test_the_other_graph_is_loaded_once_and_when_it_is_needed() -> None:
+def test_the_second_graph_is_loaded_once_on_first_use() -> None:
     loads: list[int] = []
     together = threading.Barrier(4, timeout=30)
 
@@ -67,7 +67,7 @@ def test_the_other_graph_is_loaded_once_and_when_it_is_needed() -> None:
     assert all(np.array_equal(one, expected(8)) for one in found)
 
 
-def test_runs_that_are_cut_keep_each_rows_parts() -> None:
+def test_split_runs_keep_each_rows_spans() -> None:
     sizes = []
 
     class Counting(NullBackend):

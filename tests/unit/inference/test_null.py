@@ -20,7 +20,7 @@ def test_vectors_are_unit_length_and_float32():
     assert np.array_equal(result.norms, np.ones(2, dtype=np.float32))
 
 
-def test_a_row_has_the_same_vector_in_any_company():
+def test_a_row_has_the_same_vector_in_any_batch():
     alone = run([[101, 7, 8, 102]]).embeddings[0]
     together = run([[101, 102], [101, 7, 8, 102], [1]]).embeddings[1]
     assert np.array_equal(alone, together)

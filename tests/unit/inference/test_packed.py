@@ -104,7 +104,7 @@ def test_results_outlive_the_next_run_and_threads_do_not_mix(pair):
         assert np.array_equal(one, result)
 
 
-def test_without_room_for_the_graph_the_error_says_where_it_was_to_go(tiny_bundle, monkeypatch):
+def test_a_full_temporary_folder_is_named(tiny_bundle, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
@@ -113,7 +113,7 @@ def test_without_room_for_the_graph_the_error_says_where_it_was_to_go(tiny_bundl
         backend_module.load_twin(config(tiny_bundle))
 
 
-def test_memory_is_locked_once_for_a_size_and_unlocked_when_nobody_looks(monkeypatch):
+def test_memory_is_locked_once_for_a_size_and_unlocked_after_its_last_view(monkeypatch):
     locked = {}
 
     def pin(address, size):
@@ -198,7 +198,7 @@ def test_float16_on_cuda_takes_the_graph_without_padding(tiny_bundle, monkeypatc
     assert (backend.run(batch).embeddings * expected).sum(axis=1).min() >= 0.999
 
 
-def test_a_model_that_the_device_has_no_room_for_is_not_called_damaged(tiny_bundle, monkeypatch):
+def test_a_model_too_large_for_the_device_is_not_called_damaged(tiny_bundle, monkeypatch):
     class Full(PretendedCuda):
         @staticmethod
         def InferenceSession(*args, **options):

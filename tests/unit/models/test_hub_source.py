@@ -78,7 +78,7 @@ def test_a_folder_and_the_hub_give_the_same_bundle(checkpoint: str, tmp_path: Pa
     assert _content(tmp_path / "models" / "tiny") == _content(local.folder)
 
 
-def test_parts_in_folders_of_their_own_are_fetched(tmp_path: Path) -> None:
+def test_modules_in_separate_folders_are_downloaded(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(GOLDEN / "outputs" / "splade", folder)
     listed = json.loads((folder / "modules.json").read_text())

@@ -49,7 +49,9 @@ def save(model: onnx.ModelProto, folder: Path, *, external: bool = False) -> Pat
     return path
 
 
-def test_token_embeddings_are_left_to_be_pooled(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+def test_token_embeddings_are_pooled_after_the_graph(
+    checkpoint: EditCheckpoint, tmp_path: Path
+) -> None:
     path = save(graph(), checkpoint(), external=True)
     bundle = Registry(tmp_path / "models").add_model(str(path), name="theirs", progress=print)
     assert (bundle.family, bundle.graph_output) == ("onnx", "token_embeddings")
@@ -116,7 +118,9 @@ def test_no_float_output_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) 
         Registry(tmp_path / "models").add_model(str(path), progress=print)
 
 
-def test_another_width_than_configs_is_refused(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+def test_an_output_width_unlike_the_config_is_refused(
+    checkpoint: EditCheckpoint, tmp_path: Path
+) -> None:
     path = save(graph(), checkpoint(config={"hidden_size": 64}))
     with pytest.raises(ModelError, match="32 wide"):
         Registry(tmp_path / "models").add_model(str(path), progress=print)

@@ -46,7 +46,7 @@ def trials(kind: str, lz4: tuple[float, float], zstd: tuple[float, float]) -> li
     ]
 
 
-# As measured on the corpus; see docs/operations.md.
+# As measured on the corpus; see docs/lab-book.md.
 TEXT = trials("text", (2.6, 600), (3.7, 450))
 VECTORS = trials("vectors", (1.0, 3200), (1.09, 1000))
 

@@ -63,9 +63,9 @@ def test_a_text_is_embedded_once_and_found_bit_by_bit(norms: bool) -> None:
         (("c", "long and cut"), []),
     ):
         batch = texts(*words)
-        recall = cache.recall(batch)
-        assert words_of(recall.missing) == missing
-        check(recall.complete(vectors(recall.missing, norms=norms)), vectors(batch, norms=norms))
+        lookup = cache.look_up(batch)
+        assert words_of(lookup.missing) == missing
+        check(lookup.complete(vectors(lookup.missing, norms=norms)), vectors(batch, norms=norms))
     assert telemetry.cache_hits.values() == {(): 4}
     assert telemetry.cache_misses.values() == {(): 5}
     assert telemetry.cache_memory.values() == {(): 5 * (_ENTRY_BYTES + 4 * 4 + 9)}
@@ -74,31 +74,31 @@ def test_a_text_is_embedded_once_and_found_bit_by_bit(norms: bool) -> None:
 def test_whatever_changes_a_vector_is_in_its_key() -> None:
     backend = MemoryCache(MIB)
     first = texts("a")
-    cache_of(backend).recall(first).complete(vectors(first))
-    assert cache_of(backend).recall(first).known.all()
+    cache_of(backend).look_up(first).complete(vectors(first))
+    assert cache_of(backend).look_up(first).cached.all()
     for fields in ({"prompt": "q: "}, {"truncate": "start"}, {"max_length": 7}):
-        assert not cache_of(backend).recall(texts("a", **fields)).known.any()
-    assert not cache_of(backend, "m@2").recall(first).known.any()
-    assert not cache_of(backend, "m@1", "openvino cpu bfloat16").recall(first).known.any()
+        assert not cache_of(backend).look_up(texts("a", **fields)).cached.any()
+    assert not cache_of(backend, "m@2").look_up(first).cached.any()
+    assert not cache_of(backend, "m@1", "openvino cpu bfloat16").look_up(first).cached.any()
 
 
 def test_a_text_that_failed_is_not_remembered_and_leaves_the_others() -> None:
     cache = cache_of()
     one = texts("a")
-    cache.recall(one).complete(vectors(one))
+    cache.look_up(one).complete(vectors(one))
     error = RowTooLargeError("too long")
-    recall = cache.recall(texts("b", "a", "bad"))
-    result = vectors(recall.missing)
+    lookup = cache.look_up(texts("b", "a", "bad"))
+    result = vectors(lookup.missing)
     result.errors[1] = error
-    got: Any = recall.complete(result)
+    got: Any = lookup.complete(result)
     assert got.errors == {2: error}
     np.testing.assert_array_equal(got.embeddings[1], vectors(one).embeddings[0])
-    recall = cache.recall(texts("bad", "b"))
-    assert words_of(recall.missing) == ["bad"]
-    # The whole of it failed: what was known is there all the same.
-    got = recall.complete(error)
+    lookup = cache.look_up(texts("bad", "b"))
+    assert words_of(lookup.missing) == ["bad"]
+    # The whole of it failed: what was cached is there all the same.
+    got = lookup.complete(error)
     assert got.errors == {0: error}
-    assert cache.recall(texts("bad")).complete(error) is error
+    assert cache.look_up(texts("bad")).complete(error) is error
 
 
 def test_the_least_recently_used_go_first_and_the_bound_holds() -> None:
@@ -131,8 +131,8 @@ def test_many_threads() -> None:
         try:
             for _ in range(100):
                 batch = texts(*(f"text {n}" for n in rng.integers(0, 100, 10)))
-                recall = cache.recall(batch)
-                check(recall.complete(vectors(recall.missing)), vectors(batch))
+                lookup = cache.look_up(batch)
+                check(lookup.complete(vectors(lookup.missing)), vectors(batch))
         except BaseException as error:  # noqa: BLE001
             failures.append(error)
 
@@ -149,17 +149,17 @@ def test_on_disk_it_outlives_its_owner(tmp_path: Path) -> None:
     batch = texts("a", "b", "long and cut")
     backend = DiskCache(tmp_path / "cache", 64 * MIB)
     cache = cache_of(backend)
-    recall = cache.recall(batch)
-    assert not recall.known.any()
-    check(recall.complete(vectors(batch)), vectors(batch))
+    lookup = cache.look_up(batch)
+    assert not lookup.cached.any()
+    check(lookup.complete(vectors(batch)), vectors(batch))
     backend.close()
     backend.close()
-    assert not cache.recall(batch).known.any()  # closed, it knows nothing, and says so quietly
+    assert not cache.look_up(batch).cached.any()  # closed, it has nothing, without an error
     backend = DiskCache(tmp_path / "cache", 64 * MIB)
     cache = cache_of(backend)
-    recall = cache.recall(texts("c", "a", "long and cut"))
-    assert words_of(recall.missing) == ["c"]
-    check(recall.complete(vectors(recall.missing)), vectors(texts("c", "a", "long and cut")))
+    lookup = cache.look_up(texts("c", "a", "long and cut"))
+    assert words_of(lookup.missing) == ["c"]
+    check(lookup.complete(vectors(lookup.missing)), vectors(texts("c", "a", "long and cut")))
     backend.close()
 
 

@@ -98,7 +98,7 @@ def test_of_rows_that_are_kept_the_oldest_always_becomes_whole() -> None:
 
 
 def test_the_stream_of_the_oldest_row_gets_a_piece_though_the_rest_is_taken() -> None:
-    # The last piece of a text counts all of it, and those who waited for its row held the rest.
+    # The last row slice of a text counts all of it, and those who waited for its row held the rest.
     budget = MemoryBudget(8000, max_streams=10)  # 200 bytes of reserve each
     old, new = budget.open_allowance(), budget.open_allowance()
     new.acquire(3700)  # its reserve and the common part

@@ -276,7 +276,7 @@ def test_a_device_is_not_slow_because_its_texts_leave_later_than_before() -> Non
             stage.add_ticket(ticket)
             job = stage.schedule(urgent=False)
             assert job is not None
-            health.answered(job.cost, 0.01 * (layers or 12), others)
+            health.record_answer(job.cost, 0.01 * (layers or 12), others)
             stream.close()
 
     run(0, 20)

@@ -1,4 +1,4 @@
-"""What is acknowledged when: oldest first, several at once, once."""
+"""Order and content of acknowledgements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second thread of a call, and what becomes of its failures."""
+"""Background tasks and their failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is chosen to run a model."""
+"""Choice of the engine that runs a model."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_what_may_be_loaded_is_what_the_operator_configured(
         for name in ("d", "d@1"):
             with pytest.raises(UnknownModelError, match="may load a, b, c; its option --load"):
                 change(name)
-        # Another version of a name needs no leave of its own, nor does what was unloaded.
+        # Other versions of a permitted name may be loaded, and unloaded ones again.
         assert [change(name) for name in ("b", "c@2", "a@3")] == ["b@2", "c@2", "a@3"]
     models.unload_model("b")
     assert models.load_model("b") == "b@2"
@@ -481,7 +481,7 @@ def test_the_end_comes_to_all_also_to_those_who_wait(start: Start, source: FakeS
     ("asked", "kept", "half"),
     [
         ({}, False, True),
-        ({}, True, False),  # what is kept of a text serves those who ask for float32, too
+        ({}, True, False),  # the cached vectors also serve calls for float32
         ({"dtype": "float32"}, False, False),
         ({"dtype": "int8"}, False, False),
         ({"dims": 4}, False, False),

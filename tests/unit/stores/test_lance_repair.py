@@ -12,8 +12,8 @@ import pytest
 from fletcher.errors import StoreUnavailableError
 from fletcher.stores.address import open_store
 from fletcher.stores.base import Store
-from fletcher.stores.folder import StoreFolder
 from fletcher.stores.lance.repair import _torn
+from fletcher.stores.lance.store import LanceStore
 from tests.doubles import store_rows as rows
 
 pytest.importorskip("lancedb")
@@ -126,7 +126,7 @@ def test_a_table_that_is_whole_or_being_written_is_left_alone(
     half = newest(folder, "data/*.lance")
     whole = half.read_bytes()
     cut(half, 1000)  # as its writer would have it for a moment
-    lock = StoreFolder(folder).lock_dataset("d")
+    lock = LanceStore(folder).lock_dataset("d")
     reader = open_store(f"lance:{folder}")
     assert reader.dataset("d") is not None
     half.write_bytes(whole)

@@ -16,7 +16,7 @@ from fletcher.errors import RequestError, StoreUnavailableError
 from fletcher.stores.base import Store, WriteMode
 from fletcher.stores.lance import writer as lance_writer
 from fletcher.stores.lance.store import LanceStore
-from fletcher.storeserver.group_committer import CommitStream
+from fletcher.storeserver.group_committer import CommitStream, SubmittedRows
 from fletcher.storeserver.ingest import Ingest
 from tests.doubles import store_rows as rows
 
@@ -56,7 +56,7 @@ def fail_next_sync(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def submit(ingest: Ingest, batch: pa.RecordBatch) -> Future[int]:
-    return ingest.submit_rows("d", [batch], mode="append", whole=True, stream=CommitStream())
+    return ingest.submit_rows("d", SubmittedRows([batch], "append", True, CommitStream()))
 
 
 def num_rows(store: Store) -> int:
@@ -89,13 +89,13 @@ def test_rows_whose_client_waits_no_longer_replace_nothing(
     store: LanceStore, ingest: Ingest, mode: WriteMode
 ) -> None:
     # It has sent them again, perhaps, and newer ones since, which these would replace.
-    late = {"batches": [rows.batch(0, 5)], "whole": True, "is_cancelled": lambda: True}
+    late = SubmittedRows([rows.batch(0, 5)], mode, True, CommitStream())
     with pytest.raises(StoreUnavailableError):
-        ingest.submit_rows("d", mode=mode, stream=CommitStream(), **late)
+        ingest.submit_rows("d", late, lambda: True)
     assert submit(ingest, rows.batch(10, 10)).result(30) == 10
     assert num_rows(store) == 20
-    late["batches"] = [rows.batch(20, 10)]
-    assert ingest.submit_rows("d", mode="append", stream=CommitStream(), **late).result(30) == 10
+    late = SubmittedRows([rows.batch(20, 10)], "append", True, CommitStream())
+    assert ingest.submit_rows("d", late, lambda: True).result(30) == 10
 
 
 def test_a_commit_in_doubt_does_not_harm_its_neighbours(
@@ -140,8 +140,8 @@ def test_a_group_is_known_again_after_its_neighbours_rows_were_refused(
     stream = CommitStream()
 
     def send() -> Future[int]:
-        batches = [rows.batch(10, 10)]
-        return ingest.submit_rows("d", batches, mode="append", whole=True, stream=stream)
+        again = SubmittedRows([rows.batch(10, 10)], "append", True, stream)
+        return ingest.submit_rows("d", again)
 
     first, refused = send(), submit(ingest, nan(20, 4))
     go_on.set()

@@ -17,7 +17,7 @@ from fletcher.core.chunking import Chunking
 from fletcher.errors import InvalidCommandError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.pipeline.input.text_parts import part_ends
-from fletcher.tokenization.chunker import windows
+from fletcher.tokenization.chunker import chunk_bounds
 from fletcher.tokenization.sentences import _ends, levels
 from fletcher.tokenization.tokenizer import Tokenizer
 
@@ -68,9 +68,9 @@ def in_parts(tokenizer: Tokenizer, whole: TextBatch, max_bytes: int) -> list[Tok
 
 
 @pytest.mark.parametrize(("room", "overlap"), [(4, 0), (4, 1), (4, 3), (1, 0), (7, 2)])
-def test_windows_are_full_and_end_with_the_text(room: int, overlap: int) -> None:
+def test_chunks_are_full_and_end_with_the_text(room: int, overlap: int) -> None:
     for num_tokens in range(40):
-        found, *_ = windows(num_tokens, room, overlap, continued=False)
+        found, *_ = chunk_bounds(num_tokens, room, overlap, continued=False)
         count = 1 if num_tokens <= room else 1 + -(-(num_tokens - room) // (room - overlap))
         assert len(found) == count
         assert [last - first for first, last in found[:-1]] == [room] * (count - 1)
@@ -80,16 +80,16 @@ def test_windows_are_full_and_end_with_the_text(room: int, overlap: int) -> None
 
 def test_a_sentence_that_does_not_fit_behind_the_overlap_does_without() -> None:
     breaks = [np.array([3, 4, 13])]
-    found, *_ = windows(20, 9, 3, breaks, continued=False)
+    found, *_ = chunk_bounds(20, 9, 3, breaks, continued=False)
     assert found == [(0, 4), (4, 13), (13, 20)]
-    found, rest, covered = windows(10, 9, 3, breaks, continued=True)
+    found, rest, covered = chunk_bounds(10, 9, 3, breaks, continued=True)
     assert (found, rest, covered) == ([(0, 4)], 3, 1)
     later = [breaks[0][1:] - 3]
-    assert windows(17, 9, 3, later, covered=1, continued=False)[0] == [(1, 10), (10, 17)]
+    assert chunk_bounds(17, 9, 3, later, covered=1, continued=False)[0] == [(1, 10), (10, 17)]
 
 
 @pytest.mark.parametrize("how", ["tokens:8/0", "tokens:20/5", "tokens:32/29", "tokens:32"])
-def test_chunks_are_windows_over_the_tokens_of_the_text(tokenizer: Tokenizer, how: str) -> None:
+def test_chunks_cover_the_tokens_of_the_text(tokenizer: Tokenizer, how: str) -> None:
     prompt = "22 use: " if "20" in how else ""
     whole = batch(["of", TEXT, "", "a b"], how, prompt)
     tokens = tokenizer.encode(whole)
@@ -101,7 +101,7 @@ def test_chunks_are_windows_over_the_tokens_of_the_text(tokenizer: Tokenizer, ho
     assert head[1][: len(start)] == start
     text = head[1][len(start) : -1]
     room = whole.chunking.size - len(start) - 1
-    expected, *_ = windows(len(text), room, whole.chunking.overlap, continued=False)
+    expected, *_ = chunk_bounds(len(text), room, whole.chunking.overlap, continued=False)
     found = rows(tokens)
     first, last = tokens.chunks.offsets[1:3]
     assert found[first:last] == [[*start, *text[a:b], head[1][-1]] for a, b in expected]
@@ -149,7 +149,7 @@ def test_in_parts_sentences_are_the_same(tokenizer: Tokenizer, how: str, max_byt
     assert np.concatenate(begins).tolist() == expected.chunks.begins.tolist()
 
 
-def pieces(tokenizer: Tokenizer, text: str, how: str) -> list[str]:
+def chunk_texts(tokenizer: Tokenizer, text: str, how: str) -> list[str]:
     chunks = tokenizer.encode(batch([text], how)).chunks
     assert chunks is not None
     data = text.encode()
@@ -160,11 +160,11 @@ def pieces(tokenizer: Tokenizer, text: str, how: str) -> list[str]:
 
 
 def test_chunks_begin_with_sentences(tokenizer: Tokenizer) -> None:
-    found = pieces(tokenizer, PROSE, "sentences:32:none")
+    found = chunk_texts(tokenizer, PROSE, "sentences:32:none")
     assert "".join(found) == PROSE
     assert all(one.startswith(BEGINNINGS) for one in found)
     assert max(one.count(".") for one in found) > 1  # several that fit go together
-    found = pieces(tokenizer, PROSE, "sentences:32/12:none")
+    found = chunk_texts(tokenizer, PROSE, "sentences:32/12:none")
     assert all(one.startswith(BEGINNINGS) for one in found)
     assert any(a.endswith(b[: b.index(".") + 2]) for a, b in pairwise(found))
     chunks = tokenizer.encode(batch([PROSE], "sentences:32/12:none")).chunks
@@ -173,26 +173,26 @@ def test_chunks_begin_with_sentences(tokenizer: Tokenizer) -> None:
 
 
 def test_chunks_are_whole_paragraphs_where_they_fit(tokenizer: Tokenizer) -> None:
-    assert pieces(tokenizer, " \n Go on. ", "paragraphs:16:none") == [" \n Go on. "]
+    assert chunk_texts(tokenizer, " \n Go on. ", "paragraphs:16:none") == [" \n Go on. "]
     text = "Go on.\n\nUse it. Or not.\n \nThe end"
-    assert pieces(tokenizer, text, "paragraphs:16:none") == [
+    assert chunk_texts(tokenizer, text, "paragraphs:16:none") == [
         "Go on.\n\n",
         "Use it. Or not.\n \n",
         "The end",
     ]
-    assert pieces(tokenizer, text, "paragraphs:10:none")[1:3] == ["Use it. ", "Or not.\n \n"]
+    assert chunk_texts(tokenizer, text, "paragraphs:10:none")[1:3] == ["Use it. ", "Or not.\n \n"]
 
 
 def test_each_sentence_or_paragraph_is_a_chunk_by_itself(tokenizer: Tokenizer) -> None:
     text = "Go on. It is. 1.\n\nUse it. Or not.\n \nThe end"
     sentences = ["Go on. ", "It is. ", "1.\n\n", "Use it. ", "Or not.\n \n", "The end"]
-    assert pieces(tokenizer, text, "each-sentence:32:none") == sentences
+    assert chunk_texts(tokenizer, text, "each-sentence:32:none") == sentences
     paragraphs = ["Go on. It is. 1.\n\n", "Use it. Or not.\n \n", "The end"]
-    assert pieces(tokenizer, text, "each-paragraph:32:none") == paragraphs
+    assert chunk_texts(tokenizer, text, "each-paragraph:32:none") == paragraphs
     # What is too long: a paragraph between sentences, a sentence anywhere.
-    found = pieces(tokenizer, text, "each-paragraph:11:none")
+    found = chunk_texts(tokenizer, text, "each-paragraph:11:none")
     assert found == ["Go on. It is. ", "1.\n\n", "Use it. ", "Or not.\n \n", "The end"]
-    assert pieces(tokenizer, text, "each-sentence:5:none")[:2] == ["Go o", "n. "]
+    assert chunk_texts(tokenizer, text, "each-sentence:5:none")[:2] == ["Go o", "n. "]
     chunks = tokenizer.encode(batch([text, "On it. 1"], "each-sentence:32")).chunks
     assert chunks is not None
     assert np.flatnonzero(chunks.begins).tolist() == [0, 3, 5, 6]
@@ -264,7 +264,7 @@ def test_a_text_without_tokens_has_a_late_chunk() -> None:
 
 def test_a_long_sentence_is_cut_anywhere(tokenizer: Tokenizer) -> None:
     text = "On it. " + "1 2 3 4 5 6 " * 9 + "7. On it."
-    found = pieces(tokenizer, text, "sentences:12:none")
+    found = chunk_texts(tokenizer, text, "sentences:12:none")
     assert "".join(found) == text
     assert found[0] == "On it. "
     assert found[1] == "1 2 3 4 5 6 1 2 3 4 "
@@ -382,6 +382,6 @@ def test_a_chunk_must_have_room_and_fit_the_model() -> None:
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(tokenizer: Tokenizer) -> None:
-    # It ended in no memory: windows that do not move on have no end.
+    # It ended in no memory: chunks that do not advance never end.
     with pytest.raises(InvalidCommandError, match="SIZE is"):
         tokenizer.encode(batch([TEXT], "tokens:8/4", "22 use: "))

@@ -43,7 +43,7 @@ def test_too_long_is_an_error_where_it_is_asked_to_be():
     tokens, rows = encode(["a", "b" * 99, "c"], truncate="error")
     assert rows == [ids("a"), [], ids("c")]
     assert isinstance(tokens.errors[1], RowTooLargeError)
-    assert "25 tokens, at most 8" in tokens.errors[1].message
+    assert "25 tokens, expected at most 8" in tokens.errors[1].message
 
 
 def test_a_prompt_stands_before_every_text():

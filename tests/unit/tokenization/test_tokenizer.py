@@ -129,19 +129,21 @@ def test_a_text_that_was_shortened_has_the_tokens_of_the_whole(text, truncate):
 
 @settings(deadline=None, max_examples=300)
 @given(TEXT, st.integers(1, 400), st.booleans())
-def test_a_piece_has_the_first_or_last_tokens_of_the_whole(text, size, from_end):
+def test_a_part_has_the_first_or_last_tokens_of_the_whole(text, size, from_end):
     encoded = text.encode()
-    piece, is_cut = Shortener.from_json(REFERENCE.to_str()).shorten(
+    part, is_cut = Shortener.from_json(REFERENCE.to_str()).shorten(
         memoryview(encoded), size, from_end
     )
     whole = REFERENCE.encode(text, add_special_tokens=False).ids
-    part = REFERENCE.encode(str(piece, "utf-8"), add_special_tokens=False).ids
+    kept_ids = REFERENCE.encode(str(part, "utf-8"), add_special_tokens=False).ids
     assert is_cut == (len(encoded) > size)
     if not is_cut:
-        assert part == whole
+        assert kept_ids == whole
     else:
-        assert len(piece) <= size
-        assert part == (whole[len(whole) - len(part) :] if from_end else whole[: len(part)])
+        assert len(part) <= size
+        assert kept_ids == (
+            whole[len(whole) - len(kept_ids) :] if from_end else whole[: len(kept_ids)]
+        )
 
 
 @pytest.mark.parametrize(
@@ -150,8 +152,8 @@ def test_a_piece_has_the_first_or_last_tokens_of_the_whole(text, size, from_end)
 def test_nothing_is_cut_before_a_character_that_may_join_the_word(character):
     text = ("go" + character).encode()
     shortener = Shortener.from_json(REFERENCE.to_str())
-    piece, is_cut = shortener.shorten(memoryview(text), len(character.encode()), True)
-    assert (bytes(piece), is_cut) == (b"", True)
+    part, is_cut = shortener.shorten(memoryview(text), len(character.encode()), True)
+    assert (bytes(part), is_cut) == (b"", True)
 
 
 @settings(deadline=None, max_examples=50)
@@ -224,7 +226,7 @@ def test_too_many_tokens_are_an_error_of_that_row_alone():
     assert tokens.token_count.tolist() == [3, 0, 12, 0]
     assert sorted(tokens.errors) == [1, 3]
     assert all(isinstance(error, RowTooLargeError) for error in tokens.errors.values())
-    assert "has 13 tokens, at most 12" in tokens.errors[1].message
+    assert "has 13 tokens, expected at most 12" in tokens.errors[1].message
     assert "at least" in tokens.errors[3].message
     assert not tokens.truncated.any()
 

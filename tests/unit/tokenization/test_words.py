@@ -24,7 +24,7 @@ class Library:
 def tokens(words, texts):
     encoded = [text.encode() for text in texts]
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    ids, bounds = words.tokens(b"".join(encoded), offsets)
+    ids, bounds = words.tokenize(b"".join(encoded), offsets)
     assert (ids.dtype, bounds.dtype) == (np.int32, np.int64)
     return [part.tolist() for part in np.split(ids, bounds[1:-1])][: len(texts)]
 

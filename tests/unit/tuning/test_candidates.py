@@ -12,7 +12,7 @@ def names(candidates):
     return [one.engine for one in candidates]
 
 
-def test_auto_may_become_any_engine_that_is_here_the_rules_own_first(host, tiny_bundle):
+def test_auto_tries_every_engine_here_and_the_rules_choice_first(host, tiny_bundle):
     found = engines(EngineConfig(), host, tiny_bundle)
     assert names(found) == ["openvino bfloat16", "openvino float32", "onnxruntime float32"]
     plain = dataclasses.replace(host, isa=frozenset())
@@ -67,11 +67,11 @@ def test_cores_are_shared_by_fewer_and_more_processes(host, tiny_bundle):
     assert alone.replicas == "cpu: 1 core"
 
 
-def test_what_cannot_run_is_said_as_ever(host, tiny_bundle):
+def test_engines_that_cannot_run_are_refused_with_the_reason(host, tiny_bundle):
     with pytest.raises(BackendError, match="no NVIDIA device"):
         engines(EngineConfig(device="cuda"), host, tiny_bundle)
 
 
-def test_auto_becomes_nothing_that_options_do_not_name_and_no_int8():
+def test_auto_never_becomes_int8():
     assert ServeConfig.from_options().engine == EngineConfig()
     assert not [one for one in (*BACKENDS, *PRECISIONS) if "int8" in one]

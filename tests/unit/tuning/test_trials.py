@@ -55,7 +55,7 @@ def test_the_fastest_in_every_round_is_chosen(candidate):
     assert choose_fastest([trial(rule, 10, 11, 12), trial(other, 13, 12, 13)]).candidate is other
 
 
-def test_the_rules_own_stays_where_noise_may_have_decided(candidate):
+def test_the_rules_choice_stays_if_noise_may_have_decided(candidate):
     rule, noisy, third = candidate(), candidate("onnxruntime"), candidate(tokens=512)
     trials = [trial(rule, 10, 11, 12), trial(noisy, 30, 30, 11), trial(third, 11, 12, 13)]
     # The median of the second is the highest, the third was faster each time.

@@ -40,7 +40,7 @@ def test_the_fastest_engine_is_arranged_and_kept(tmp_path, host, tiny_bundle, fa
     assert table[-1] == f"kept in {again.path}"
 
 
-def test_nothing_right_is_nothing_chosen(tmp_path, host, tiny_bundle, fake_group):
+def test_without_right_vectors_nothing_is_chosen(tmp_path, host, tiny_bundle, fake_group):
     groups = iter([fake_group(), *(fake_group(noise=1.0) for _ in range(3))])
     with pytest.raises(BackendError, match=r"no engine gives right vectors here.*refused: cosine"):
         tune(tmp_path, EngineConfig(), host, tiny_bundle, lambda line: None, lambda _: next(groups))

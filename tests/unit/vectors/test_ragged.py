@@ -1,8 +1,8 @@
-"""Rows of several vectors, gathered and scattered, against plain lists."""
+"""Rows of several vectors, gather_rows and scatter_rows, against plain lists."""
 
 import numpy as np
 
-from fletcher.vectors.ragged import gathered, scattered, sparse
+from fletcher.vectors.ragged import gather_rows, scatter_rows, sparse
 
 ROWS = [[1, 2], [], [3], [4, 5, 6]]
 COUNTS = np.array([len(row) for row in ROWS], np.int32)
@@ -16,9 +16,9 @@ def lists(vectors, counts):
 
 def test_rows_are_gathered_in_any_order_and_twice():
     for rows in ([3, 0, 0, 1, 2], [1], [0, 1, 2, 3]):
-        found = gathered(VECTORS, COUNTS, np.array(rows))
+        found = gather_rows(VECTORS, COUNTS, np.array(rows))
         assert lists(*found) == [ROWS[row] for row in rows]
-    vectors, counts = gathered(VECTORS, COUNTS, np.zeros(0, np.int64))
+    vectors, counts = gather_rows(VECTORS, COUNTS, np.zeros(0, np.int64))
     assert vectors.shape == (0, 2)
     assert len(counts) == 0
 
@@ -27,9 +27,9 @@ def test_parts_come_together_in_the_rows_order():
     parts = []
     for rows in ([3, 1], [0]):
         own = np.array(rows)
-        parts.append((own, *gathered(VECTORS, COUNTS, own)))
-    assert lists(*scattered(5, 2, parts)) == [[1, 2], [], [], [4, 5, 6], []]
-    vectors, counts = scattered(2, 7, [])
+        parts.append((own, *gather_rows(VECTORS, COUNTS, own)))
+    assert lists(*scatter_rows(5, 2, parts)) == [[1, 2], [], [], [4, 5, 6], []]
+    vectors, counts = scatter_rows(2, 7, [])
     assert vectors.shape == (0, 7)
     assert counts.tolist() == [0, 0]
 

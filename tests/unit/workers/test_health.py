@@ -18,7 +18,7 @@ def worked(
     others: float | None = 1.0,
 ) -> Health:
     for _ in range(num_jobs):
-        health.answered(cost, seconds, others)
+        health.record_answer(cost, seconds, others)
     return health
 
 
@@ -64,13 +64,13 @@ def test_first_answers_judge_nobody() -> None:
 def test_failures_now_and_then_degrade_and_in_a_row_eject() -> None:
     health = worked(Health(), 50)
     for _ in range(3):
-        health.failed()
-        health.failed()
-        health.answered(1000, 0.1)
+        health.record_failure()
+        health.record_failure()
+        health.record_answer(1000, 0.1)
     assert health.state == "degraded"
     assert worked(health, 20).state == "healthy"
     for _ in range(3):
-        health.failed()
+        health.record_failure()
     assert health.state == "ejected"
     assert worked(health, 5).state == "ejected"  # what it had in hand does not bring it back
     health.readmit()
@@ -81,8 +81,8 @@ def test_failures_now_and_then_degrade_and_in_a_row_eject() -> None:
 def test_a_new_process_starts_healthy_and_unmeasured() -> None:
     health = worked(Health(), 50)
     for _ in range(3):
-        health.failed()
-    health.restarted()
+        health.record_failure()
+    health.record_restart()
     assert (health.state, health.rate) == ("healthy", None)
 
 

@@ -1,4 +1,4 @@
-"""BERT and equal architectures: BGE, GTE, E5, MiniLM, Snowflake Arctic, RoBERTa, XLM-R."""
+"""BERT and its equals: BGE, GTE, E5, MiniLM, Snowflake Arctic, RoBERTa, XLM-R."""
 
 from __future__ import annotations
 

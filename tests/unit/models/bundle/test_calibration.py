@@ -56,7 +56,7 @@ def test_ranges_that_were_changed_are_found_out(registry, tmp_path):
         registry.get_model("tiny")
 
 
-def test_whoever_died_over_it_left_a_bundle_that_loads(registry, tmp_path):
+def test_a_crash_during_calibration_leaves_a_bundle_that_loads(registry, tmp_path):
     registry.save_calibration("tiny", calibration())
     manifest = tmp_path / "tiny" / MANIFEST
     fields = json.loads(manifest.read_text())

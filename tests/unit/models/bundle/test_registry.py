@@ -68,7 +68,7 @@ def test_adding_again_changes_nothing(tmp_path: Path) -> None:
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_two_machines_make_the_same_bytes(tmp_path: Path) -> None:
+def test_two_builds_give_the_same_bytes(tmp_path: Path) -> None:
     one, other = (Registry(tmp_path / name).add_model(TINY, progress=ignore) for name in "ab")
     for name in ("fletcher.json", "model.onnx", "model.weights", "tokenizer.json"):
         assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
@@ -191,7 +191,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert visible(tmp_path) == []
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     left = tmp_path / ".staging-tiny~abc"
     left.mkdir()
     (left / "model.weights").write_bytes(b"half")
@@ -201,7 +201,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert visible(tmp_path) == [other.name, "tiny"]
 
 
-def test_ensure_fetches_the_default_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ensure_downloads_only_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def parse(source: str, _: str | None) -> object:
@@ -223,7 +223,7 @@ def test_ensure_fetches_the_default_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert asked == [package.DEFAULT_SOURCE]
 
 
-def test_ensure_says_how_to_bring_the_default_by_hand(
+def test_ensure_tells_how_to_add_the_default_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def parse(source: str, _: str | None) -> object:

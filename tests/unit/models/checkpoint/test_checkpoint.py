@@ -88,7 +88,7 @@ def test_a_plain_folder_is_taken_as_sentence_transformers_takes_it(
     assert bundle.outputs == ("embedding",)
 
 
-def test_the_tokenizers_no_limit_is_none(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
+def test_the_tokenizers_no_limit_is_ignored(checkpoint: EditCheckpoint, tmp_path: Path) -> None:
     folder = checkpoint(tokenizer_config={"model_max_length": 1e30})
     (folder / "sentence_bert_config.json").unlink()
     assert add(folder, tmp_path / "models").max_length == 40  # max_position_embeddings

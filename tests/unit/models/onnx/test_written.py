@@ -8,7 +8,7 @@ from fletcher.models.onnx.graph import GRAPH_FILE, GraphBuilder
 from fletcher.models.onnx.written import WrittenBert
 
 
-def test_graphs_of_before_with_joined_products_are_read(tmp_path: Path) -> None:
+def test_older_graphs_with_joined_products_are_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     weights = rng.standard_normal((16, 48), dtype=np.float32)
     both = rng.standard_normal(32, dtype=np.float32)

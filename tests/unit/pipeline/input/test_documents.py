@@ -1,4 +1,4 @@
-"""Documents that come in pieces: chunks of the joined text, whatever the pieces and the batches."""
+"""Documents in several rows have the chunks of the joined text, however rows and batches end."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec, output_schema
 from fletcher.errors import BatchTooLargeError, FletcherError, InvalidUtf8Error
-from fletcher.pipeline import document_assembly as document_rows
-from fletcher.pipeline.document_assembly import DocumentAssembler
+from fletcher.pipeline.document_assembly import MAX_CHUNK_TEXT_BYTES, DocumentAssembler
 from fletcher.pipeline.input.documents import DocumentIntake
 from fletcher.pipeline.input.intake import TextTreatment
 from fletcher.pipeline.input.limits import IntakeLimits
@@ -38,7 +37,7 @@ LIMITS = IntakeLimits(
     table_values=8,
     bytes_per_row=100,
 )
-# What a tokenizer may treat in a way of its own, also across the places at which pieces are cut.
+# Text that a tokenizer may treat in a special way, also across the ends of rows.
 WORDS = [
     *("a game for two players. ", "Words, words! Of it? ", "don't ", "1234567 ", "naïve café "),
     *("Привет мир. Да ", "Ǆ ﬁ ½ ", "日本語の文章。", "한국어 ", "e\u0301\u0323 ", "\u200d\u200b"),
@@ -66,6 +65,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     limits: IntakeLimits = LIMITS
     with_text: bool = True
+    max_text_bytes: int = MAX_CHUNK_TEXT_BYTES
     schema: pa.Schema = field(
         default_factory=lambda: pa.schema([("id", pa.utf8()), ("text", pa.utf8())])
     )
@@ -92,7 +92,7 @@ class Run:
             carried=self.intake.carried_fields,
             text=self.with_text,
         )
-        self.assembler = DocumentAssembler(schema, spec, "u")
+        self.assembler = DocumentAssembler(schema, spec, "u", max_text_bytes=self.max_text_bytes)
         self.num_batches = 0
         self.num_rows = 0
 
@@ -401,11 +401,8 @@ def test_what_is_held_does_not_depend_on_the_length(tokenizer: Tokenizer) -> Non
     assert num_chunks > 4_000
 
 
-def test_a_chunk_of_white_space_without_end_fails(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(document_rows, "_MAX_TEXT_BYTES", 20_000)
-    run = Run(tokenizer)
+def test_a_chunk_of_white_space_without_end_fails(tokenizer: Tokenizer) -> None:
+    run = Run(tokenizer, max_text_bytes=20_000)
     found = run.send(("a", "one two"))
     for _ in range(10):
         found += run.send(("a", " " * 9000))

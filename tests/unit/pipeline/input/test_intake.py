@@ -568,7 +568,7 @@ def test_small_batches_are_interactive_where_asked() -> None:
 
 
 @pytest.mark.parametrize(("priority", "sizes"), [("bulk", [6, 4]), ("interactive", [4, 4, 2])])
-def test_more_rows_fit_a_piece_of_bulk_work_whose_vectors_are_float16(
+def test_more_rows_fit_a_slice_of_bulk_work_whose_vectors_are_float16(
     priority: str, sizes: list[int]
 ) -> None:
     limits = dataclasses.replace(LIMITS, bytes_per_row=2 * 512 + COLUMN_BYTES)
@@ -584,7 +584,7 @@ def test_more_rows_fit_a_piece_of_bulk_work_whose_vectors_are_float16(
     row_slices = list(intake.row_slices(batch, 0, 0))
     assert [row_slice.num_rows for row_slice in row_slices] == sizes
     assert all(row_slice.texts.half == (priority == "bulk") for row_slice in row_slices)
-    # The vectors of a piece take no more than those of a piece in float32.
+    # The vectors of a slice take no more than those of a slice in float32.
     most = limits.slice_rows * limits.bytes_per_row
     assert all(
         row_slice.num_bytes - 6 * len(row_slice.texts.data) <= most for row_slice in row_slices

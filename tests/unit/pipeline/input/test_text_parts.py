@@ -14,7 +14,6 @@ from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec, output_schema
 from fletcher.errors import FletcherError, InternalError, RowTooLargeError
-from fletcher.pipeline import chunk_assembly as chunk_rows
 from fletcher.pipeline.chunk_assembly import ChunkAssembler
 from fletcher.pipeline.input.intake import Intake, TextTreatment
 from fletcher.pipeline.input.limits import IntakeLimits
@@ -182,12 +181,11 @@ def test_parts_are_smaller_where_a_prompt_takes_of_each_chunk() -> None:
     assert sum(row_slice.num_bytes for row_slice in prompted) > 2 * sum(p.num_bytes for p in plain)
 
 
-def test_a_row_with_more_chunks_than_are_kept_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of each part 8 bytes of vectors, 32 of places and 5 of the text.
-    monkeypatch.setattr(chunk_rows, "_MAX_KEPT_BYTES", 3 * 45)
+def test_a_row_with_more_chunks_than_are_kept_fails() -> None:
+    most = 3 * 45  # each part has 8 bytes of vectors, 32 of ranges and 5 of text
     text = "word " * 1000
     row_slices, schema, spec = row_slices_of([text, "last", text[:2000]])
-    assembler = ChunkAssembler(schema, spec, "u", whole_rows=True)
+    assembler = ChunkAssembler(schema, spec, "u", whole_rows=True, max_kept_bytes=most)
     found = []
     for number, row_slice in enumerate(row_slices):
         first = 0 if row_slice.texts.num_texts and row_slice.part == 0 else number
@@ -239,10 +237,7 @@ def several_chunks(counts: list[int]) -> EmbeddingBatch:
     return EmbeddingBatch(vectors, None, numbers, numbers > 0, {}, chunks)
 
 
-def test_what_rows_carry_is_not_given_to_any_number_of_chunks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(chunk_rows, "_MAX_KEPT_BYTES", 5000)
+def test_what_rows_carry_is_not_given_to_any_number_of_chunks() -> None:
     schema = pa.schema([("id", pa.utf8()), ("text", pa.utf8())])
     intake = Intake(
         schema,
@@ -253,7 +248,8 @@ def test_what_rows_carry_is_not_given_to_any_number_of_chunks(
         small_is_interactive=False,
     )
     spec = VectorSpec("m@0", 2, "float32", 1, "mean", normalized=False, chunking=HOW)
-    assembler = ChunkAssembler(output_schema(spec, id_type=pa.utf8()), spec, "u", whole_rows=False)
+    output = output_schema(spec, id_type=pa.utf8())
+    assembler = ChunkAssembler(output, spec, "u", whole_rows=False, max_kept_bytes=5000)
     numbers = np.zeros(40, np.int32)
     chunks = Chunks(
         np.array([0, 1, 20, 40]), numbers, numbers, np.zeros((40, 4), np.int64), numbers > 0

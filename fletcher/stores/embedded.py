@@ -1,0 +1,95 @@
+"""Base of the stores in a folder, and of their writers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+from fletcher.errors import StoreError, StoreUnavailableError
+from fletcher.stores.base import DatasetInfo, DatasetWriter, Store
+from fletcher.util.durable import make_folder
+from fletcher.util.locks import FileLock
+
+
+class EmbeddedStore(Store):
+    """Datasets in a folder, which is created if missing. Thread-safe.
+
+    Raises:
+        StoreError: The folder cannot be created.
+    """
+
+    scheme: str
+
+    def __init__(self, folder: Path) -> None:
+        self.address = f"{self.scheme}:{folder}"
+        self.folder = folder
+        self.writers: set[EmbeddedWriter] = set()
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise StoreError(
+                f"the store's folder {folder} cannot be made: {error.strerror}; give `store` "
+                "or `home` a folder that can be written",
+                field="store",
+            ) from error
+
+    @abstractmethod
+    def dataset_names(self) -> Iterable[str]:
+        """Names of the folder's datasets."""
+
+    def datasets(self) -> list[DatasetInfo]:
+        found = (self.dataset(name) for name in sorted(self.dataset_names()))
+        return [info for info in found if info is not None]
+
+    def lock_dataset(self, dataset: str) -> FileLock:
+        """Take the right to write to a dataset.
+
+        Lance rebases a stale commit silently, so two writers would store a group twice unnoticed.
+
+        Raises:
+            StoreUnavailableError: Another writer holds the lock, or its file cannot be opened.
+        """
+        try:
+            return FileLock(self.folder / f".{dataset}.lock")
+        except BlockingIOError as error:
+            raise StoreUnavailableError(
+                f"dataset `{dataset}` is being written by another process or upload; wait for it "
+                "to end, or let both write through one server",
+                field="dataset",
+                retry_after_ms=1000,
+            ) from error
+        except OSError as error:
+            raise StoreUnavailableError(
+                f"dataset `{dataset}` cannot be locked for writing: {error.strerror}",
+                field="dataset",
+            ) from error
+
+    def close(self) -> None:
+        for writer in list(self.writers):
+            writer.close()
+
+
+class EmbeddedWriter(DatasetWriter):
+    """The only writer of a dataset. It holds the dataset's lock until `close`."""
+
+    def __init__(self, store: EmbeddedStore, dataset: str, lock: FileLock) -> None:
+        self.dataset = dataset
+        self._lock = lock
+        self._open_writers = store.writers
+        self._open_writers.add(self)
+
+    @property
+    def is_open(self) -> bool:
+        return self in self._open_writers
+
+    def close(self) -> None:
+        if self.is_open:
+            self._open_writers.discard(self)
+            try:
+                self.finish()
+            finally:
+                self._lock.release()
+
+    def finish(self) -> None:
+        """Last work before the lock is released."""
