@@ -140,10 +140,11 @@ class Client(Closing):
         """
         options = _as_options(options)
         if not isinstance(source, TextSource):
+            id_column = None if options.id_column == "id" else options.id_column
             source = open_source(
                 source,
                 text_column=options.text_column,
-                id_column=None if options.id_column == "id" else options.id_column,
+                id_column=id_column,
                 columns=options.columns,
             )
         chosen = source.selection
@@ -294,14 +295,9 @@ class Client(Closing):
         return str(self._connection.action("unload_model", body)["model"])
 
     def set_alias(self, alias: str, models: Mapping[str, float] | None) -> dict[str, str]:
-        """Divide calls for an alias among models, by weight.
+        """Divide calls for an alias among models, by weight; return all aliases.
 
-        Args:
-            alias: Name that calls ask for; `default` is for calls without a model.
-            models: Traffic weight per model; None or empty deletes the alias.
-
-        Returns:
-            All aliases.
+        The alias `default` is for calls without a model. Without `models` it is deleted.
         """
         shares = ",".join(f"{name}:{weight:.12g}" for name, weight in (models or {}).items())
         answer = self._connection.action("set_alias", {"alias": alias, "models": shares})

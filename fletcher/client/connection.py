@@ -145,12 +145,9 @@ class Connection:
             raise from_flight_error(exc, self.address) from None
 
     def check_server(self) -> None:
-        """Check that a Fletcher server answers and accepts the token.
+        """Check that a Fletcher server answers and accepts the token; see `connect` for errors.
 
-        Raises:
-            UnavailableError: No Flight server answers.
-            InvalidCommandError: It is another Flight server, such as a store.
-            UnauthenticatedError, UnauthorizedError: The token is missing or wrong.
+        InvalidCommandError also means another Flight server, such as a store.
         """
         try:
             self.action("health")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pyarrow as pa
 
@@ -41,12 +42,13 @@ class Exchange(Iterator[pa.RecordBatch], Closing):
     ) -> None:
         self.errors: tuple[RowError, ...] = ()
         self._connection = connection
-        self._options = options
-        self._input_schema = schema
         self._outgoing = ExchangeInput(outgoing, connection.transfer.window_bytes)
         self._num_retries = 0
         self._changed = threading.Condition()
         self._closed = False
+        self._start_call = partial(
+            ExchangeCall, connection, options, schema, self._outgoing, self._changed
+        )
         self._call = self._start_call()
 
     @property
@@ -89,11 +91,6 @@ class Exchange(Iterator[pa.RecordBatch], Closing):
             complete = call.finished_reading and call.all_sent and call.failure is None
         call.stop()
         call.end_call(self._connection.limits.close_s, cancel=not complete, leave_input=True)
-
-    def _start_call(self) -> ExchangeCall:
-        return ExchangeCall(
-            self._connection, self._options, self._input_schema, self._outgoing, self._changed
-        )
 
     def _wait(self, done: Callable[[], bool]) -> None:
         """Wait until `done`, or the call has ended well; raise why it failed."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -273,21 +273,22 @@ class ExchangeCall:
                 continue
             if self.schema is None:
                 self._learn_schema()
-            batch_id, found, last = _parse_metadata(chunk.app_metadata)
-            if batch_id not in (None, expected):
+            answer = _parse_metadata(chunk.app_metadata)
+            if answer.batch_id not in (None, expected):
                 raise InternalError(
-                    f"the server answered batch {batch_id} where batch {expected} was due"
+                    f"the server answered batch {answer.batch_id} where batch {expected} was due"
                 )
             parts.append(chunk.data)
-            errors += found
+            errors += answer.errors
             whole = False
             with self._changed:
                 self._outgoing.forget()
                 self.last_activity = time.monotonic()
                 # Chunks that the end of the input completed answer no message.
-                if last is not False and expected in self._rows_pending:
+                if answer.last is not False and expected in self._rows_pending:
                     num_rows = self._rows_pending.pop(expected)
-                    self._rows_answered += chunk.data.num_rows if last is None else num_rows
+                    one_each = answer.last is None
+                    self._rows_answered += chunk.data.num_rows if one_each else num_rows
                     whole = expected in self._final_ids
                     self._final_ids.discard(expected)
                     expected += 1
@@ -333,6 +334,15 @@ class ExchangeCall:
             self._changed.notify_all()
 
 
+@dataclass(frozen=True, slots=True)
+class _AnswerMetadata:
+    batch_id: int | None = None
+    errors: tuple[RowError, ...] = ()
+    # Whether the answer ends its batch. Absent unless rows are chunks, when any number of messages
+    # answer one batch.
+    last: bool | None = None
+
+
 class _WriteError(Exception):
     def __init__(self, error: FletcherError) -> None:
         super().__init__(error.message)
@@ -350,19 +360,10 @@ def _raise_failure(metadata: pa.Buffer | None) -> None:
         raise failure
 
 
-def _parse_metadata(
-    metadata: pa.Buffer | None,
-) -> tuple[int | None, tuple[RowError, ...], bool | None]:
-    """`batch_id`, row errors and `last` of an answer.
-
-    `last` says whether the answer ends its batch; it is absent, None here, unless rows are chunks,
-    when any number of messages answer one batch.
-    """
+def _parse_metadata(metadata: pa.Buffer | None) -> _AnswerMetadata:
     if metadata is None:
-        return None, (), None
+        return _AnswerMetadata()
     try:
-        fields = json.loads(metadata.to_pybytes())
-        found = msgspec.convert(fields.get("errors", ()), tuple[RowError, ...])
-        return fields.get("batch_id"), found, fields.get("last")
-    except (ValueError, AttributeError):
+        return msgspec.json.decode(metadata.to_pybytes(), type=_AnswerMetadata)
+    except msgspec.DecodeError:
         raise InternalError("the server sent a batch with metadata that is not JSON") from None

@@ -74,11 +74,7 @@ _REPLIES: dict[Any, type[Ack | PutSummary]] = {"ack": Ack, "summary": PutSummary
 
 
 def parse_reply(body: bytes) -> Ack | PutSummary | None:
-    """The acknowledgement or summary in a PutResult; None for other types of messages.
-
-    Raises:
-        InternalError: The body is not a message of Fletcher.
-    """
+    """The acknowledgement or summary in a PutResult; None for other types of messages."""
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])
         kind = _REPLIES.get(fields.get("type"))

@@ -224,9 +224,7 @@ class _PutCall:
         """End the input, with or without an end marker."""
         with self._changed:
             self._last_activity = time.monotonic()
-            if marker is not None:
-                self._to_write.append(marker)
-            self._to_write.append(None)
+            self._to_write.extend([None] if marker is None else [marker, None])
             self._changed.notify_all()
 
     def result(self, on_progress: Callable[[], None]) -> PutSummary:

@@ -61,9 +61,9 @@ class DocumentStream(Iterator[Chunk], Closing):
         pieces: Iterable[str | tuple[str, str] | None],
         options: EmbedCommand,
     ) -> None:
-        self._schema = pa.schema([(options.id_column, pa.utf8()), (options.text_column, pa.utf8())])
-        outgoing = _messages(pieces, self._schema, connection.transfer.message_bytes)
-        self._exchange = Exchange(connection, self._schema, outgoing, options)
+        schema = pa.schema([(options.id_column, pa.utf8()), (options.text_column, pa.utf8())])
+        outgoing = _messages(pieces, schema, connection.transfer.message_bytes)
+        self._exchange = Exchange(connection, schema, outgoing, options)
         self._waiting: deque[Chunk] = deque()
 
     def __next__(self) -> Chunk:

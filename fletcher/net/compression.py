@@ -213,18 +213,13 @@ class AnswerCompression:
                 chooser = CodecChooser(host)
                 _remember(self._hosts, host, chooser, self._max_hosts)
         codec = chooser.codec_for(schema)
-        if codec is not None:
-            return CallCompression(codec)
-        return CallCompression(NONE, chooser, self._observed_bytes)
+        return CallCompression(codec or NONE, None if codec else chooser, self._observed_bytes)
 
 
 class CallCompression:
     """The compression of one call's answers, and the measurement of their speed.
 
-    After `observed_bytes` the chooser learns the codec of later calls.
-
-    Attributes:
-        options: For the writer.
+    After `observed_bytes` the chooser learns the codec of later calls. `options` are the writer's.
     """
 
     def __init__(

@@ -78,11 +78,7 @@ _LEAD = re.compile(r"^(Flight|gRPC) returned [\w ]+ error, with message: |^Fligh
 
 
 def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError]:
-    """The class of Flight exceptions that carries an error.
-
-    Raises:
-        LookupError: The table has no row for the error.
-    """
+    """The class of Flight exceptions that carries an error."""
     for kind in type(error).__mro__:
         if kind in FLIGHT_ERRORS:
             return FLIGHT_ERRORS[kind]

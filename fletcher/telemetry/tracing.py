@@ -61,17 +61,11 @@ _NO_SPAN = Span()
 
 
 class Telemetry(Instruments):
-    """The metrics and spans of one process, and their export.
+    """The metrics and spans of one process; without an export spans do nothing."""
 
-    Args:
-        export: Exports both; None: metrics are read by `snapshot` alone, and spans do nothing.
-    """
-
-    def __init__(self, export: OtlpExport | None = None) -> None:
-        if export is None:
-            super().__init__()
-        else:
-            super().__init__([export.reader], export.resource)
+    def __init__(self, export: OtlpExport | None = None, *, in_background: bool = False) -> None:
+        readers, resource = ([export.reader], export.resource) if export else ([], None)
+        super().__init__(readers, resource, in_background=in_background)
         self._export = export
 
     def span(self, name: str, parent: Span | Context | None = None, **attributes: Any) -> Span:
@@ -122,7 +116,7 @@ def configure(
         ConfigError: The endpoint is not an HTTP address, or the exporter is not installed.
     """
     if otlp_endpoint is None:
-        return Telemetry()
+        return Telemetry(in_background=True)
     if not otlp_endpoint.startswith(("http://", "https://")):
         raise ConfigError(
             f"`otlp_endpoint` is {otlp_endpoint!r}, expected a collector's address such as "
