@@ -214,10 +214,7 @@ def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:
     """Turn a folder of files into a bundle: write its manifest, with checksums."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256(path),
-        }
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in paths
         if path.name != MANIFEST
     }

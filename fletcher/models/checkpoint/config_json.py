@@ -195,7 +195,6 @@ def theta(config: Config, default: float, *keys: str, layers: str = "") -> float
     only(config, partial_rotary_factor=1.0)
     if type(value) not in (int, float) or value <= 0:
         raise ModelError(
-            f"config.json: `rope_theta` is {value!r}, expected a number above 0",
-            field="rope_theta",
+            f"config.json: `rope_theta` is {value!r}, expected a number above 0", field="rope_theta"
         )
     return float(value)

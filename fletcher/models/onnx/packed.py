@@ -256,9 +256,7 @@ class _PackedWriter:
         graph = self.graph
         end = graph.constant(f"{prefix}.end", [np.iinfo(np.int64).max])
         ends = graph.node(
-            "Slice",
-            ("cumulative_sequence_length", self.second, end, self.first),
-            f"{prefix}.ends",
+            "Slice", ("cumulative_sequence_length", self.second, end, self.first), f"{prefix}.ends"
         )
         lengths = graph.node("Sub", (ends, "starts"), f"{prefix}.lengths")
         return graph.node("Unsqueeze", (lengths, self.second), f"{prefix}.lengths.column")

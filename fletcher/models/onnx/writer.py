@@ -54,10 +54,7 @@ def write_model(
     for file, first, last in zip(files, (0, *layers), layers, strict=False):
         with GraphBuilder(folder, family.name, file) as graph:
             hidden = _writer(kind.output, graph, architecture, tensors, weights).write(
-                checkpoint.pooling,
-                dense,
-                normalize=checkpoint.normalize,
-                layers=range(first, last),
+                checkpoint.pooling, dense, normalize=checkpoint.normalize, layers=range(first, last)
             )
             graph.save()
             if kind.output == "dense" and checkpoint.pooling == "mean" and len(layers) == 1:
@@ -106,11 +103,7 @@ def write_model(
 
 
 def _writer(
-    output: str,
-    graph: GraphBuilder,
-    architecture: Architecture,
-    tensors: Tensors,
-    weights: Weights,
+    output: str, graph: GraphBuilder, architecture: Architecture, tensors: Tensors, weights: Weights
 ) -> TransformerWriter:
     if output == "sparse":
         words = tensors.read_tensor("embeddings.words")

@@ -56,11 +56,7 @@ def _build(
     with FileLock(download.with_name(f"{download.name}.lock"), wait=True):
         commit = _download(repo_id, revision, download, progress)
         spec = build_from_folder(
-            download,
-            staging,
-            source=f"hub:{repo_id}@{commit}",
-            exits=exits,
-            progress=progress,
+            download, staging, source=f"hub:{repo_id}@{commit}", exits=exits, progress=progress
         )
         shutil.rmtree(download)
     return spec

@@ -16,9 +16,7 @@ _NAMES = {
 
 def _read(config: Config) -> Architecture:
     return Architecture(
-        **sizes(config, _NAMES),
-        epsilon=1e-12,
-        activation=activation(config, "activation", "gelu"),
+        **sizes(config, _NAMES), epsilon=1e-12, activation=activation(config, "activation", "gelu")
     )
 
 
