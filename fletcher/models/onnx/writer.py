@@ -32,11 +32,7 @@ def write_model(
     Inputs are `input_ids` and `attention_mask`, int64 [B, L]. Outputs are `embedding`, float32
     [B, dim], and, if the model normalizes, `norm`, float32 [B, 1].
 
-    Args:
-        checkpoint: The checkpoint.
-        folder: Folder for the files.
-        source: As in ModelSpec.
-        exits: Layers after which the model can return vectors; the last one is always added.
+    `exits` are layers after which the model can return vectors; the last one is always added.
 
     Raises:
         ModelError: `exits` has a layer that the model lacks, the checkpoint's family is not in
