@@ -132,9 +132,7 @@ class ModelLifecycle:
             if version.state == "loading":
                 seen_loading = version
             if is_cancelled() or self.clock() >= deadline:
-                raise self._overloaded(
-                    f"`model` {version.name} is being loaded; try again later",
-                )
+                raise self._overloaded(f"`model` {version.name} is being loaded; try again later")
             self.changed.wait(self.timing.poll_s)
 
     def load_at_start(self, versions: Iterable[ModelVersion]) -> None:
@@ -302,7 +300,7 @@ class ModelLifecycle:
                 elif self.clock() >= deadline:
                     raise self._overloaded(
                         f"`model` {version.name} does not fit into `max_model_memory`: the others "
-                        "are in use; try again later",
+                        "are in use; try again later"
                     )
                 else:
                     self.changed.wait(self.timing.poll_s)

@@ -52,12 +52,7 @@ class SliceResult:
         """The first `limit` errors, as they cross the wire."""
         ids, row_first = self.failed_ids(), self.row_slice.row_first
         return [
-            {
-                "row": row_first + row,
-                "id": ids[row],
-                "code": error.code,
-                "message": error.message,
-            }
+            {"row": row_first + row, "id": ids[row], "code": error.code, "message": error.message}
             for row, error in sorted(self.errors.items())[:limit]
         ]
 
