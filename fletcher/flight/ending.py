@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -34,10 +33,6 @@ class Ending(contextlib.AbstractContextManager["Ending"]):
     A call that ends while one thread of the client writes and another one reads aborts the client's
     process: pyarrow then does what gRPC forbids. A client that learns of the failure from a message
     cancels the call instead, which is safe; the call waits a moment for that.
-
-    Args:
-        context: The call's context.
-        writer: The call's writer.
     """
 
     def __init__(self, context: Any, writer: Any) -> None:
@@ -52,12 +47,7 @@ class Ending(contextlib.AbstractContextManager["Ending"]):
             with contextlib.suppress(flight.FlightError, pa.ArrowException, OSError):
                 self._writer.write_metadata(error.extra_info)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
         if isinstance(error, flight.FlightError):
             self.send_failure(error)
             deadline = time.monotonic() + _CANCEL_WAIT_S

@@ -15,6 +15,7 @@ from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec
 from fletcher.errors import BatchTooLargeError, FletcherError, InvalidCommandError
 from fletcher.flight.ending import Ending, writing
+from fletcher.flight.middleware import caller_trace
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.net.compression import CallCompression
 from fletcher.net.flight_errors import to_flight_error
@@ -33,13 +34,7 @@ _MAX_OUTPUT_BYTES = 1 << 30
 
 
 def exchange(
-    service: Service,
-    command: EmbedCommand,
-    context: Any,
-    reader: Any,
-    writer: Any,
-    trace: Any,
-    ending: Ending,
+    service: Service, command: EmbedCommand, context: Any, reader: Any, writer: Any, ending: Ending
 ) -> None:
     """Answer one DoExchange call.
 
@@ -49,8 +44,7 @@ def exchange(
     call = EmbedCall(
         name="do_exchange",
         command=command,
-        alias_key=command.upload_id or "",
-        trace=trace,
+        trace=caller_trace(context),
         is_cancelled=context.is_cancelled,
     )
     with EmbedSession(service, call) as session:
@@ -75,11 +69,9 @@ def exchange(
                 service.admission.check_draining()
                 if message.batch is not None:
                     _check_size(message.batch.num_rows, session.spec)
+                    ends, row_first = message.metadata.document_end, message.row_first
                     session.submit_batch(
-                        message.batch,
-                        message.batch_id,
-                        message.row_first,
-                        document_end=message.metadata.document_end,
+                        message.batch, message.batch_id, row_first, document_end=ends
                     )
             if not context.is_cancelled():
                 session.submit_rest()
