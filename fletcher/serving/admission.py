@@ -18,43 +18,26 @@ _CALLS_PER_STREAM = 8
 
 @dataclass(frozen=True, slots=True)
 class RetryHints:
-    """Delays after which refused clients should try again.
+    """Delays after which refused clients should try again."""
 
-    Attributes:
-        overloaded_ms: All streams are taken.
-        severe_ms: The load level is severe.
-        draining_ms: The server shuts down.
-    """
-
-    overloaded_ms: int = 1000
-    severe_ms: int = 5000
+    overloaded_ms: int = 1000  # all streams are taken
+    severe_ms: int = 5000  # the load level is severe
     draining_ms: int = 5000
 
 
 class Admission:
     """Gate for new calls, closed while draining and to bulk work under severe load.
 
-    Thread-safe. The number of open streams is limited.
-
-    Args:
-        max_streams: Calls that may embed at the same time.
-        load: The server's load level; new bulk work is refused while it is severe.
-        telemetry: Gets the number of open streams.
-        hints: When refused clients should try again.
+    Thread-safe. At most `max_streams` calls embed at the same time.
 
     Attributes:
         draining: Set once the server shuts down.
+        hints: When refused clients should try again.
     """
 
-    def __init__(
-        self,
-        max_streams: int,
-        load: LoadMonitor,
-        telemetry: Telemetry,
-        hints: RetryHints | None = None,
-    ) -> None:
+    def __init__(self, max_streams: int, load: LoadMonitor, telemetry: Telemetry) -> None:
         self.draining = threading.Event()
-        self.hints = hints or RetryHints()
+        self.hints = RetryHints()
         self._max_streams = max_streams
         self._load = load
         self._num_streams = self._num_calls = 0
@@ -72,11 +55,7 @@ class Admission:
         return self._num_streams / self._max_streams
 
     def check_draining(self) -> None:
-        """Refuse new work while the server shuts down.
-
-        Raises:
-            DrainingError: The server is shutting down.
-        """
+        """Raise DrainingError while the server shuts down."""
         if self.draining.is_set():
             raise DrainingError(
                 "the server is shutting down; try another, or again later",
@@ -111,10 +90,6 @@ class Admission:
         """Count a stream as open while the body runs.
 
         An admitted call may be slowed down, but is not refused later.
-
-        Args:
-            embedder: The model's pipeline.
-            bulk: The call brings bulk work.
 
         Raises:
             DrainingError: The server is shutting down.

@@ -33,16 +33,11 @@ _LEAVE_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class LoadTiming:
-    """Intervals of sampling and leaving a load level.
+    """Intervals of sampling and leaving a load level."""
 
-    Attributes:
-        leave_after_s: How long signals must stay lower before a level is left. One upload makes
-            the use of memory swing with every row slice.
-        interval_s: Interval between two samples.
-    """
-
+    interval_s: float = 0.25  # between two samples
+    # How long signals must stay lower: one upload makes memory swing with every row slice.
     leave_after_s: float = 3.0
-    interval_s: float = 0.25
 
 
 class LoadLevel(IntEnum):
@@ -76,12 +71,7 @@ class LoadSignals:
 
 
 def classify_load(signals: LoadSignals, share: float = 1.0) -> tuple[LoadLevel, str]:
-    """The level that signals stand for, and the reason in words.
-
-    Args:
-        signals: One sample.
-        share: Factor on every threshold.
-    """
+    """The level that signals stand for if all thresholds are scaled, and the reason in words."""
     held = signals.memory if signals.journal is None else signals.journal
     where = "the memory" if signals.journal is None else "the journal"
     severe = (
@@ -113,11 +103,6 @@ class LoadMonitor:
         telemetry: Gets the level, and the seconds spent in each level.
         on_change: Called with each new level, in order; must not call `observe`.
         clock: Monotonic clock, in seconds.
-        timing: Intervals.
-
-    Attributes:
-        level: The current level.
-        reason: Why, in words.
     """
 
     def __init__(
@@ -126,9 +111,8 @@ class LoadMonitor:
         telemetry: Telemetry,
         on_change: Callable[[LoadLevel], None],
         clock: Callable[[], float] = time.monotonic,
-        timing: LoadTiming | None = None,
     ) -> None:
-        self.timing = timing or LoadTiming()
+        self.timing = LoadTiming()
         self.level = LoadLevel.NORMAL
         self.reason = ""
         self._sample = sample
@@ -153,22 +137,17 @@ class LoadMonitor:
         """Take a sample and return the level that follows from it."""
         signals = self._sample()
         with self._lock:
-            now = self._clock()
-            name = self.level.name.lower()
-            self._telemetry.pressure_time.add(now - self._observed, grade=name)
+            now, before = self._clock(), self.level
+            old = before.name.lower()
+            self._telemetry.pressure_time.add(now - self._observed, grade=old)
             self._observed = now
-            before = self.level
             level, self.reason = self._next_level(signals, now)
             if level is before:
                 return level
             self.level, self._since, self._lower_since = level, now, None
-            log.log(
-                logging.WARNING if LoadLevel.SEVERE in (level, before) else logging.INFO,
-                "load level: %s after %s: %s",
-                level.name.lower(),
-                before.name.lower(),
-                self.reason,
-            )
+            severity = logging.WARNING if LoadLevel.SEVERE in (level, before) else logging.INFO
+            new = level.name.lower()
+            log.log(severity, "load level: %s after %s: %s", new, old, self.reason)
             self._on_change(level)
             return level
 

@@ -46,21 +46,11 @@ class ModelSource(Protocol):
     """Installed models, and the means to run them."""
 
     def find_bundle(self, name: str) -> ModelBundle:
-        """The bundle installed as `name` or `name@hash`.
-
-        Raises:
-            UnknownModelError: No such model is installed.
-            ModelError: The bundle is damaged.
-        """
+        """The bundle installed as `name` or `name@hash`. Raises UnknownModelError, ModelError."""
         ...
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
-        """Start a model's processes and warm them up.
-
-        Raises:
-            FletcherError: The bundle is missing, damaged or does not run here. Nothing is left
-                running.
-        """
+        """Start a model's processes and warm them up. After an error nothing is left running."""
         ...
 
 
@@ -69,7 +59,6 @@ class ModelVersion:
     """A bundle and its processes; guarded by `ModelLifecycle.changed`.
 
     Attributes:
-        bundle: The model's files and properties.
         state: `configured`: not loaded until a call asks for it. `loading`. `ready`. `retiring`:
             takes no new calls, and is closed after its last one. `gone`.
         model: Its processes; None if there are none.
