@@ -8,11 +8,11 @@ import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
-from fletcher.flight.middleware import caller_trace
+from fletcher.flight.middleware import embed_call
 from fletcher.flight.requests import parse_json
 from fletcher.pipeline.interactive.single_row import vector_lists
 from fletcher.serving.service import Service
-from fletcher.serving.session import EmbedCall, EmbedSession
+from fletcher.serving.session import EmbedSession
 
 MAX_TEXTS = 256
 _UNUSED = (
@@ -39,13 +39,7 @@ def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
     for name in _UNUSED:
         if name in fields:
             raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
-    call = EmbedCall(
-        name="embed",
-        command=EmbedCommand.from_mapping(fields),
-        abort=True,
-        trace=caller_trace(context),
-        is_cancelled=context.is_cancelled,
-    )
+    call = embed_call("embed", EmbedCommand.from_mapping(fields), context, abort=True)
     with EmbedSession(service, call) as session:
         session.open_input(batch.schema)
         session.admit(bulk=False)

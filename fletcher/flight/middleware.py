@@ -10,8 +10,10 @@ from typing import Any
 from pyarrow import flight
 
 from fletcher.config.network import NetworkConfig
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import ConfigError, UnauthenticatedError
 from fletcher.net.flight_errors import to_flight_error
+from fletcher.serving.session import EmbedCall
 from fletcher.telemetry.tracing import Telemetry
 
 
@@ -105,7 +107,13 @@ class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         return None if trace is None else _Trace(trace)
 
 
-def caller_trace(context: Any) -> Any:
-    """The call's trace as `Telemetry.extract` returned it; None without one."""
+def embed_call(name: str, command: EmbedCommand, context: Any, *, abort: bool = False) -> EmbedCall:
+    """A session's arguments, with the trace and the cancellation of a call's context."""
     middleware = context.get_middleware("trace")
-    return None if middleware is None else middleware.trace
+    return EmbedCall(
+        name=name,
+        command=command,
+        abort=abort,
+        trace=None if middleware is None else middleware.trace,
+        is_cancelled=context.is_cancelled,
+    )

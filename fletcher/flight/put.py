@@ -11,11 +11,10 @@ from pyarrow import flight
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import DrainingError
-from fletcher.flight.middleware import caller_trace
+from fletcher.flight.middleware import embed_call
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.service import Service
-from fletcher.serving.session import EmbedCall
 from fletcher.serving.store_session import StoreSession
 
 log = logging.getLogger(__name__)
@@ -26,13 +25,7 @@ def put(service: Service, command: EmbedCommand, context: Any, reader: Any, writ
 
     The call's own thread reads and submits; a second one writes acknowledgements.
     """
-    call = EmbedCall(
-        name="do_put",
-        command=command,
-        trace=caller_trace(context),
-        is_cancelled=context.is_cancelled,
-    )
-    with StoreSession(service, call) as session:
+    with StoreSession(service, embed_call("do_put", command, context)) as session:
         session.open_input(read_schema(reader))
         # A client that sends nothing takes no stream and creates no dataset.
         messages, first = wait_first(read_messages(reader, context))

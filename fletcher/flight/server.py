@@ -16,13 +16,12 @@ from fletcher.core.schema import output_schema
 from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
 from fletcher.flight.actions import ACTIONS, run_action
 from fletcher.flight.commands import parse_descriptor
-from fletcher.flight.ending import Ending
-from fletcher.flight.exchange import exchange
-from fletcher.flight.middleware import Credentials, TokenFactory, TraceFactory
+from fletcher.flight.exchange import Ending, exchange
+from fletcher.flight.middleware import Credentials, TokenFactory, TraceFactory, embed_call
 from fletcher.flight.put import put
 from fletcher.net.flight_errors import handler_errors, without_traceback
 from fletcher.serving.service import Service
-from fletcher.serving.session import EmbedCall, EmbedSession
+from fletcher.serving.session import EmbedSession
 from fletcher.stores.base import DatasetInfo
 
 log = logging.getLogger(__name__)
@@ -94,9 +93,7 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
                 command = parse_descriptor(descriptor)
                 if command.dataset is not None:
                     return flight.SchemaResult(self._dataset(command).schema)
-                call = EmbedCall(
-                    name="get_schema", command=command, is_cancelled=context.is_cancelled
-                )
+                call = embed_call("get_schema", command, context)
                 with EmbedSession(self._service, call) as session:
                     spec = session.spec
                 text = bool(command.include_text)

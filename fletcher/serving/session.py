@@ -91,6 +91,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     Attributes:
         model: The leased model.
         spec: Vectors of the call.
+        intake: The input, from `open_input` on.
 
     Raises:
         FletcherError: On entering, if the model is unknown, cannot be loaded now, or cannot give
@@ -99,8 +100,8 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
 
     model: ServedModel
     spec: VectorSpec
+    intake: Intake
     _treatment: TextTreatment
-    _intake: Intake
     _output: pa.Schema
     _stream: EmbedStream
 
@@ -129,11 +130,6 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     def __exit__(self, *error: Any) -> None:
         self._exits.__exit__(*error)
 
-    @property
-    def has_ids(self) -> bool:
-        """Whether the input has a column of ids."""
-        return self._intake.has_ids
-
     def open_input(self, schema: pa.Schema) -> pa.Schema:
         """Check the input's schema, and return the output's.
 
@@ -142,7 +138,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 that the command names, or a column has another type.
         """
         call, text = self._call, self._call.command.include_text
-        self._intake = intake = (DocumentIntake if call.command.continuous else Intake)(
+        self.intake = intake = (DocumentIntake if call.command.continuous else Intake)(
             schema,
             call.command,
             self.model.limits,
@@ -158,10 +154,6 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             metadata_column=intake.has_metadata,
         )
         return self._output
-
-    def is_bulk(self, batch: pa.RecordBatch) -> bool:
-        """Whether a call whose first batch this is brings bulk work."""
-        return self._intake.is_bulk(batch)
 
     def admit(self, *, bulk: bool) -> Span:
         """Open a stream until the session is left, and return the call's span.
@@ -204,14 +196,14 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         telemetry, keep = self._service.telemetry, self._stream.allowance.keep_table
         telemetry.rows_received.add(batch.num_rows)
         telemetry.bytes_received.add(batch.get_total_buffer_size())
-        slices = self._intake.row_slices(
+        slices = self.intake.row_slices(
             batch, batch_id, row_first, keep=keep, skip=skip, ends=document_end
         )
         self._submit_slices(slices, claim)
 
     def submit_rest(self) -> None:
         """Submit the end of a document that was not ended (`continuous`)."""
-        self._submit_slices(self._intake.rest())
+        self._submit_slices(self.intake.rest())
 
     def end_input(self) -> None:
         """End the input: `results` ends after the last submitted slice."""
@@ -223,7 +215,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         A batch of several slices is submitted on a second thread, because the last slice may fit
         only after the first has left. Rows are not counted as received.
         """
-        slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.allowance.keep_table))
+        slices = list(self.intake.row_slices(batch, 0, 0, keep=self._stream.allowance.keep_table))
 
         def submit() -> None:
             self._submit_slices(slices)

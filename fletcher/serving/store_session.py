@@ -131,7 +131,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         """Check the input's schema. Raises as `EmbedSession.open_input`."""
         self._output = self._session.open_input(schema)
         command = self._command
-        if not self._session.has_ids and (command.dedupe == "id" or command.mode == "delta"):
+        if not self._session.intake.has_ids and (command.dedupe == "id" or command.mode == "delta"):
             asked = "`dedupe` is id" if command.dedupe == "id" else "`mode` is delta"
             raise InvalidCommandError(
                 f"{asked}, but the input has no column `id`; name the ids' column in `id_column`",
