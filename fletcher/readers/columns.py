@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ from fletcher.errors import ColumnTypeError, UnknownColumnError
 
 DEFAULT_ID_COLUMN = "id"
 BATCH_BYTES = 4 << 20  # approximate maximum size of a batch
+Batches = Iterator[pa.RecordBatch]
 _TEXTS = (types.is_string, types.is_large_string, types.is_string_view)
 
 

@@ -154,9 +154,7 @@ def _is_storable(kind: pa.DataType) -> bool:
         fields = list(kind)
         names = {one.name for one in fields}
         plain = len(names) == len(fields) > 0 and "\0" not in "".join(names)
-        return plain and all(
-            _is_storable(one.type) and not types.is_null(one.type) for one in fields
-        )
+        return plain and all(_is_storable(one.type) and one.type != pa.null() for one in fields)
     if types.is_map(kind):
         return not kind.keys_sorted and _is_storable(kind.key_type) and _is_storable(kind.item_type)
     if types.is_list(kind) or types.is_large_list(kind):
@@ -247,9 +245,7 @@ def limit_rows(
         return
     for batch in batches:
         part = batch.slice(0, limit)
-        yield pa.RecordBatch.from_arrays(
-            [part.column(name) for name in schema.names], schema=schema
-        )
+        yield pa.RecordBatch.from_arrays(part.select(schema.names).columns, schema=schema)
         if limit is not None:
             limit -= part.num_rows
             if limit == 0:

@@ -94,7 +94,7 @@ def test_exits_by_engines_widths_and_types(argv, tmp_path, tiny_bundle, capsys):
     # An exit has a rate of its own, and its widths and types share it.
     assert len({row["texts_per_s"] for row in rows[:4]}) == 1
     for words, expected in (
-        ("layers=3", "`layers` is 3, but deep has exits after layers 1, 2"),
+        ("layers=3", "`layers` is 3, and deep has exits after layers 1, 2"),
         ("layers=1 dims=64", "`dims` is 64, expected at most 32"),
     ):
         assert main([*argv, "--variants", words]) in (1, 2)
