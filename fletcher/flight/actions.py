@@ -34,14 +34,10 @@ _VERSION_FIELDS = ("is_default", "state", "is_current", "calls", "memory_bytes")
 
 @dataclass(frozen=True, slots=True)
 class ActionHandler:
-    """An action's description and handler.
+    """An action's description and handler."""
 
-    Attributes:
-        description: Effect, body and result, for `list_actions`.
-        handler: Gets the service, the body and the call's context. A dict is sent as JSON.
-    """
-
-    description: str
+    description: str  # effect, body and result, for `list_actions`
+    # Gets the service, the body and the call's context; a dict is sent as JSON.
     handler: Callable[[Service, bytes, Any], bytes | dict[str, Any]]
 
 

@@ -19,17 +19,11 @@ from fletcher.telemetry.tracing import Telemetry
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Contents of the files that the network's options name.
+    """Contents of the files that the network's options name."""
 
-    Attributes:
-        tokens: Accepted bearer tokens; empty: every caller is accepted.
-        tls: PEM certificate and key; None: no TLS.
-        client_ca: PEM CA of callers' certificates; None: callers need no certificate.
-    """
-
-    tokens: tuple[str, ...] = ()
-    tls: tuple[bytes, bytes] | None = None
-    client_ca: bytes | None = None
+    tokens: tuple[str, ...] = ()  # accepted bearer tokens; empty: every caller is accepted
+    tls: tuple[bytes, bytes] | None = None  # PEM certificate and key
+    client_ca: bytes | None = None  # PEM CA of callers' certificates, which they then need
 
     @classmethod
     def from_config(cls, config: NetworkConfig) -> Credentials:

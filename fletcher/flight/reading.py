@@ -24,21 +24,13 @@ _Offset = Annotated[int, Meta(ge=0, le=MAX_ROW_OFFSET)]
 
 
 class BatchMetadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A client's metadata of one batch; see docs/wire.md.
+    """A client's metadata of one batch; see docs/wire.md."""
 
-    Attributes:
-        batch_id: The client's number for the batch.
-        row_offset: Offset of the batch's first row in the upload.
-        end: This is the last message.
-        rows: With `end`, rows of the whole upload.
-        document_end: The last row ends its document; of a `continuous` exchange.
-    """
-
-    batch_id: _Offset | None = None
-    row_offset: _Offset | None = None
-    end: bool = False
-    rows: _Offset | None = None
-    document_end: bool = False
+    batch_id: _Offset | None = None  # the client's number for the batch
+    row_offset: _Offset | None = None  # of the batch's first row in the upload
+    end: bool = False  # this is the last message
+    rows: _Offset | None = None  # with `end`: of the whole upload
+    document_end: bool = False  # the last row ends its document, of a `continuous` exchange
 
 
 _NOTHING = BatchMetadata()
@@ -70,18 +62,11 @@ def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedMessage:
-    """One message of a client.
+    """One message of a client."""
 
-    Attributes:
-        batch: Rows; None if the message has metadata alone.
-        batch_id: The client's number for the batch, or the count of batches so far.
-        row_first: Offset of the first row in the upload.
-        metadata: The client's metadata.
-    """
-
-    batch: pa.RecordBatch | None
-    batch_id: int
-    row_first: int
+    batch: pa.RecordBatch | None  # None if the message has metadata alone
+    batch_id: int  # the client's number for the batch, or the count of batches so far
+    row_first: int  # offset of the first row in the upload
     metadata: BatchMetadata
 
 

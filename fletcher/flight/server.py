@@ -19,6 +19,7 @@ from fletcher.flight.commands import parse_descriptor
 from fletcher.flight.exchange import Ending, exchange
 from fletcher.flight.middleware import Credentials, TokenFactory, TraceFactory, embed_call
 from fletcher.flight.put import put
+from fletcher.net.address import FlightAddress
 from fletcher.net.flight_errors import handler_errors, without_traceback
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedSession
@@ -40,19 +41,20 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """
 
     def __init__(self, service: Service, network: NetworkConfig, credentials: Credentials) -> None:
-        scheme = "grpc+tls" if credentials.tls else "grpc"
+        host, encrypted = network.host.strip("[]"), credentials.tls is not None
+        address = FlightAddress(host, network.port, encrypted)
         middleware: dict[str, Any] = {"trace": TraceFactory(service.telemetry)}
         if credentials.tokens:
             middleware["token"] = TokenFactory(credentials.tokens)
         super().__init__(
-            location=f"{scheme}://{_bracketed(network.host)}:{network.port}",
+            location=address.uri,
             tls_certificates=[credentials.tls] if credentials.tls else None,
             verify_client=credentials.client_ca is not None,
             root_certificates=credentials.client_ca,
             middleware=middleware,
         )
         self._service = service
-        self.address = f"{scheme}://{_bracketed(network.host)}:{self.port}"
+        self.address = address.with_port(self.port).uri
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         with self._handling(), self._service.admission.begin_call():
@@ -128,10 +130,6 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         if info is None:
             raise UnknownDatasetError(f"there is no dataset {command.dataset!r}", field="dataset")
         return info
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _flight_info(info: DatasetInfo) -> Any:

@@ -32,6 +32,7 @@ class Admission:
 
     Attributes:
         draining: Set once the server shuts down.
+        num_streams: Streams open now.
         hints: When refused clients should try again.
     """
 
@@ -40,19 +41,14 @@ class Admission:
         self.hints = RetryHints()
         self._max_streams = max_streams
         self._load = load
-        self._num_streams = self._num_calls = 0
+        self.num_streams = self._num_calls = 0
         self._changed = threading.Condition()
-        telemetry.streams_open.observe(lambda: self._num_streams)
-
-    @property
-    def num_streams(self) -> int:
-        """Streams open now."""
-        return self._num_streams
+        telemetry.streams_open.observe(lambda: self.num_streams)
 
     @property
     def stream_share(self) -> float:
         """Share of `max_streams` that is taken, 0 to 1."""
-        return self._num_streams / self._max_streams
+        return self.num_streams / self._max_streams
 
     def check_draining(self) -> None:
         """Raise DrainingError while the server shuts down."""
@@ -64,12 +60,7 @@ class Admission:
 
     @contextmanager
     def begin_call(self) -> Iterator[None]:
-        """Count a call while the body runs, before it opens a stream.
-
-        Raises:
-            DrainingError: The server is shutting down.
-            OverloadedError: Too many calls wait for a first message.
-        """
+        """Count a call while the body runs. Raises DrainingError, OverloadedError."""
         self.check_draining()
         with self._changed:
             if self._num_calls >= _CALLS_PER_STREAM * self._max_streams:
@@ -104,21 +95,21 @@ class Admission:
             )
         with self._changed:
             self.check_draining()
-            if self._num_streams >= self._max_streams:
+            if self.num_streams >= self._max_streams:
                 raise OverloadedError(
-                    f"{self._num_streams} streams are open, as many as `max_streams` allows; "
+                    f"{self.num_streams} streams are open, as many as `max_streams` allows; "
                     "try again later",
                     retry_after_ms=self.hints.overloaded_ms,
                 )
-            self._num_streams += 1
+            self.num_streams += 1
         try:
             yield
         finally:
             with self._changed:
-                self._num_streams -= 1
+                self.num_streams -= 1
                 self._changed.notify_all()
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no stream is open; False after `timeout_s` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._num_streams == 0, timeout_s)
+            return self._changed.wait_for(lambda: self.num_streams == 0, timeout_s)

@@ -50,24 +50,16 @@ class LoadLevel(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadSignals:
-    """Inputs of the load level; shares are from 0 to 1.
+    """Inputs of the load level; shares are from 0 to 1."""
 
-    Attributes:
-        memory: Share of the shared memory in use.
-        streams: Share of the streams allowed that are open.
-        starving: Share of the open streams that have waited very long for memory; 0 if only one
-            has, because it waits for itself.
-        journal: Share of the journal's bytes in use; None without a journal.
-        store_unavailable: A store has failed and not answered since.
-        queue: Tokens that wait to be planned, in batch windows.
-    """
-
-    memory: float = 0.0
-    streams: float = 0.0
+    memory: float = 0.0  # share of the shared memory in use
+    streams: float = 0.0  # share of the streams allowed that are open
+    # Share of the open streams that have waited very long for memory; 0 if only one has, because
+    # it waits for itself.
     starving: float = 0.0
-    journal: float | None = None
-    store_unavailable: bool = False
-    queue: float = 0.0
+    journal: float | None = None  # share of the journal's bytes in use; None without a journal
+    store_unavailable: bool = False  # a store has failed and not answered since
+    queue: float = 0.0  # tokens that wait to be planned, in batch windows
 
 
 def classify_load(signals: LoadSignals, share: float = 1.0) -> tuple[LoadLevel, str]:

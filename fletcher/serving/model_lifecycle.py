@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fletcher.errors import DrainingError, FletcherError, OverloadedError, UnknownModelError
@@ -112,13 +112,13 @@ class ModelLifecycle:
                 raise self._overloaded(f"`model` {version.name} is being loaded; try again later")
             self.changed.wait(self.timing.poll_s)
 
-    def load_at_start(self, versions: Iterable[ModelVersion]) -> None:
-        """Load versions on this thread while memory lasts, the first in any case.
+    def load_at_start(self) -> None:
+        """Load all versions on this thread while memory lasts, the first in any case.
 
         Raises:
             FletcherError: A version does not run here.
         """
-        for index, version in enumerate(versions):
+        for index, version in enumerate(list(self.versions.values())):
             if index and self._used_bytes() + version.needed_bytes > self._limit_bytes:
                 log.info("%s is loaded when a call asks for it: no memory now", version.name)
                 continue
@@ -133,12 +133,9 @@ class ModelLifecycle:
             threading.Thread(target=self._watch_memory, name="models", daemon=True).start()
 
     def retire(self, version: ModelVersion, *, returns: bool, force: bool = False) -> None:
-        """Refuse new calls to a version. The caller holds `changed`.
+        """Refuse new calls to a version, or if it `returns`, until one loads it again.
 
-        Args:
-            version: The version.
-            returns: A call may load it again later.
-            force: End the calls that hold it, too.
+        With `force`, the calls that hold it end, too. The caller holds `changed`.
         """
         version.state, version.returns = "retiring", returns
         self.close_unused(version, force=force)

@@ -41,23 +41,14 @@ _WINDOW_RUNS = 64
 
 @dataclass(frozen=True, slots=True)
 class ModelLoader:
-    """The `ModelSource` of a server: each model has its own workers.
-
-    Attributes:
-        config: Options of the server.
-        host: Processors and devices of this machine.
-        budget: Memory for the streams of all models.
-        telemetry: Receives counts, durations and spans.
-        under_pressure: Whether the load is so high that batch windows should be larger.
-        backend: Storage of the embedding cache; None: no cache.
-    """
+    """The `ModelSource` of a server: each model has its own workers."""
 
     config: ServeConfig
     host: HostInfo
     budget: MemoryBudget
     telemetry: Telemetry
-    under_pressure: Callable[[], bool]
-    backend: CacheBackend | None
+    under_pressure: Callable[[], bool]  # whether batch windows should be larger
+    backend: CacheBackend | None  # storage of the embedding cache, if there is one
 
     @property
     def _registry(self) -> Registry:

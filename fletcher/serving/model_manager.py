@@ -26,10 +26,6 @@ log = logging.getLogger(__name__)
 DEFAULT_ALIAS = "default"
 
 
-def _never() -> bool:
-    return False
-
-
 class ModelManager:
     """Models by name: leases for calls, changes by operators. Thread-safe.
 
@@ -65,7 +61,6 @@ class ModelManager:
             FletcherError: A model is not installed or does not run here, or an alias names an
                 unknown one.
         """
-        versions = []
         for name in dict.fromkeys((self._default, *names)):
             version = self._lifecycle.version_of(self._source.find_bundle(name))
             self._loadable.add(version.bundle.name)
@@ -73,10 +68,9 @@ class ModelManager:
                 self._current.setdefault(version.bundle.name, version)
             else:
                 self._current[name] = version
-            versions.append(version)
         for alias in aliases:
             self.set_alias(alias)
-        self._lifecycle.load_at_start(dict.fromkeys(versions))
+        self._lifecycle.load_at_start()
 
     def close(self) -> None:
         """End all models. Idempotent."""
@@ -91,7 +85,7 @@ class ModelManager:
         *,
         alias_key: str = "",
         dataset_model: str | None = None,
-        is_cancelled: IsCancelled = _never,
+        is_cancelled: IsCancelled = lambda: False,
     ) -> Iterator[ServedModel]:
         """Keep the model that a name stands for loaded while the body runs.
 
@@ -114,8 +108,8 @@ class ModelManager:
                 is_cancelled,
                 timeout_s=self._lifecycle.timing.call_wait_s,
             )
+            assert version.model is not None
             model = version.model
-            assert model is not None
             version.num_calls += 1
             version.last_used = self._lifecycle.clock()
         try:
@@ -133,7 +127,7 @@ class ModelManager:
 
     # For operators.
 
-    def load_model(self, name: str, is_cancelled: IsCancelled = _never) -> str:
+    def load_model(self, name: str, is_cancelled: IsCancelled = lambda: False) -> str:
         """Load a model, and return its `name@hash` when it is ready.
 
         If its name stands for another version already, both run side by side.
@@ -151,15 +145,12 @@ class ModelManager:
             self._current.setdefault(bundle.name, version)
             return version.name
 
-    def swap_model(self, name: str, is_cancelled: IsCancelled = _never) -> str:
+    def swap_model(self, name: str, is_cancelled: IsCancelled = lambda: False) -> str:
         """Let a name stand for the version installed under it, or for `name@hash`.
 
         New calls get that version as soon as it is ready. Calls that began before end with the old
         one, which then retires unless an alias names it. If the new version cannot be loaded,
-        nothing changes.
-
-        Raises:
-            FletcherError: As `load_model`.
+        nothing changes. Raises as `load_model`.
         """
         bundle = self._find_loadable(name)
         with self._changed:
@@ -245,9 +236,8 @@ class ModelManager:
     def serves(self) -> bool:
         """Whether commands that name no model are answered, now or once it is loaded."""
         version = self.default
-        model = version.model
-        if version.state == "ready" and model is not None:
-            return model.embedder.ready
+        if version.state == "ready" and version.model is not None:
+            return version.model.embedder.ready
         return version.cause is None
 
     def running(self) -> dict[str, ServedModel]:

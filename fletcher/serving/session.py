@@ -51,34 +51,19 @@ Claim = Callable[[RowSlice], RowRanges]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedCall:
-    """Arguments of a session, as its protocol adapter gives them.
+    """Arguments of a session, as its protocol adapter gives them."""
 
-    Attributes:
-        name: Of the call's span: `do_put`, `do_exchange` or `embed`.
-        command: The client's options.
-        dtypes: Element types that the destination takes.
-        include_text: Output carries the text if the command does not say.
-        whole_rows: All chunks of a text leave in one output batch; else as they are ready.
-        small_is_interactive: Batches of a few short rows overtake bulk work.
-        abort: Any failed row ends the call, whatever the command says.
-        alias_key: Calls with the same key get the same model of an alias; empty: the command's
-            `upload_id`, or any model.
-        dataset_model: `name@hash` that an alias gives if it has it.
-        trace: The caller's trace, as `Telemetry.extract` returned it.
-        is_cancelled: Whether the client is gone; then nobody waits for a model to be loaded.
-    """
-
-    name: str
+    name: str  # of the call's span: `do_put`, `do_exchange` or `embed`
     command: EmbedCommand
-    dtypes: tuple[str, ...] = tuple(ELEMENT_TYPES)
-    include_text: bool = False
-    whole_rows: bool = False
-    small_is_interactive: bool = True
-    abort: bool = False
-    alias_key: str = ""
-    dataset_model: str | None = None
-    trace: Any = None
-    is_cancelled: Callable[[], bool] = lambda: False
+    dtypes: tuple[str, ...] = tuple(ELEMENT_TYPES)  # that the destination takes
+    include_text: bool = False  # in the output, if the command does not say
+    whole_rows: bool = False  # all chunks of a text leave in one output batch, not as ready
+    small_is_interactive: bool = True  # batches of a few short rows overtake bulk work
+    abort: bool = False  # any failed row ends the call, whatever the command says
+    alias_key: str = ""  # same model of an alias for the same key; empty: the `upload_id` is it
+    dataset_model: str | None = None  # `name@hash` that an alias gives if it has it
+    trace: Any = None  # the caller's, as `Telemetry.extract` returned it
+    is_cancelled: Callable[[], bool] = lambda: False  # nobody waits for a model to be loaded
 
 
 class EmbedSession(AbstractContextManager["EmbedSession"]):
