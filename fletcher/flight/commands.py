@@ -12,13 +12,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fletcher.core.command import FIELD_NAMES, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnknownFieldError
-from fletcher.flight.requests import (
-    ListModelsRequest,
-    check_size,
-    convert_request,
-    decode_request,
-    parse_json,
-)
+from fletcher.flight.requests import ListModelsRequest, check_size, convert_request, parse_json
 from fletcher.v1 import embed_pb2
 
 # Flight.proto's DescriptorType, which pyarrow's enumeration repeats.
@@ -54,24 +48,18 @@ def parse_descriptor(descriptor: Any) -> EmbedCommand:
 
 def parse_command(command: bytes) -> EmbedCommand:
     """Parse an EmbedCommand, JSON or binary. Raises as `parse_descriptor`."""
-    if _is_json(command):
-        return EmbedCommand.from_mapping(parse_json(command))
-    return EmbedCommand.from_mapping(_fields_of(embed_pb2.EmbedCommand(), command))
+    return EmbedCommand.from_mapping(_parse_fields(embed_pb2.EmbedCommand(), command))
 
 
 def parse_list_models(body: bytes) -> ListModelsRequest:
     """Parse the body of `list_models`. Raises as `parse_descriptor`."""
-    if _is_json(body):
-        return decode_request(ListModelsRequest, body)
-    return convert_request(ListModelsRequest, _fields_of(embed_pb2.ListModelsCommand(), body))
+    return convert_request(ListModelsRequest, _parse_fields(embed_pb2.ListModelsCommand(), body))
 
 
-def _is_json(body: bytes) -> bool:
-    return body[:1] == b"{"
-
-
-def _fields_of(message: Message, body: bytes) -> dict[str, Any]:
-    """Decode a binary message into `message`, and return the fields that it sets."""
+def _parse_fields(message: Message, body: bytes) -> dict[str, Any]:
+    """The fields that are set in JSON, or in a binary message, which is decoded into `message`."""
+    if body[:1] == b"{":
+        return parse_json(body)
     check_size(body)
     try:
         message.ParseFromString(body)

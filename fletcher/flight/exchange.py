@@ -6,8 +6,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -163,22 +162,12 @@ class _Answers:
                 metadata["last"] = row_slice.last
             self._parts, self._parts_bytes, self._errors = [], 0, []
             started_s = time.perf_counter()
-            with _writing():
+            try:
                 self._writer.write_with_metadata(whole, _to_json(metadata).encode())
+            except (pa.ArrowException, OSError) as error:  # pyarrow has several for that
+                text = f"the client is gone: {str(error)[:200]}"
+                raise flight.FlightCancelledError(text) from None
             self._writing_as.record_write(whole, time.perf_counter() - started_s)
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Treat every failure of a write as a client that is gone.
-
-    Raises:
-        FlightCancelledError: A write failed; pyarrow has several errors for that.
-    """
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise flight.FlightCancelledError(f"the client is gone: {str(error)[:200]}") from None
 
 
 def _check_command(command: EmbedCommand) -> None:

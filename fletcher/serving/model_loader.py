@@ -129,11 +129,7 @@ def _inline_model(bundle: ModelBundle, null: bool, replica: BackendConfig) -> In
 
 
 def open_cache_backend(config: CacheConfig) -> CacheBackend | None:
-    """The storage of the embedding cache of all models; None: no cache.
-
-    Raises:
-        ConfigError: The folder cannot be used.
-    """
+    """Storage of all models' embedding cache, if any. Raises ConfigError for a bad folder."""
     if not config.max_bytes:
         return None
     if config.folder is None:

@@ -41,7 +41,7 @@ class AckQueue:
     """
 
     def __init__(self, upload_id: str, covers: Callable[[int, int], bool]) -> None:
-        self.upload_id = upload_id
+        self._upload_id = upload_id
         self._covers = covers
         self._batches: deque[tuple[int, int, int]] = deque()
 
@@ -63,7 +63,7 @@ class AckQueue:
             return None
         return {
             "type": "ack",
-            "upload_id": self.upload_id,
+            "upload_id": self._upload_id,
             "batch_id": due[-1][0],
             "row_first": due[0][1],
             "row_last": due[-1][2],
