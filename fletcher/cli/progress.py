@@ -119,7 +119,7 @@ class Progress:
     """Shows the progress of a command, until it is left.
 
     Args:
-        sample: Called now and then, on a thread of its own; OSError or RuntimeError skips it once.
+        sample: Called now and then, on another thread; OSError or RuntimeError skips it once.
         total: Work to do.
         stream: Where to write; a terminal gets one live line with a bar.
         interval_s: Between two samples; None: by the kind of stream.

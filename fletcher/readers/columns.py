@@ -36,7 +36,7 @@ class Selection:
     limit: int | None = None
 
     def pick_names(self, names: Sequence[str], where: str) -> list[str]:
-        """The names to read among those of an input: the id's, the text's, the carried ones.
+        """Columns to read among those of an input: id, text and carried ones.
 
         Raises:
             UnknownColumnError: The input lacks a selected column; the message lists its columns.
@@ -62,7 +62,7 @@ class Selection:
         return name == (DEFAULT_ID_COLUMN if self.id is None else self.id)
 
     def sent_schema(self, found: pa.Schema, where: str) -> pa.Schema:
-        """The schema with every column's type as it is sent: utf8 for every kind of string.
+        """The schema with column types as they are sent: utf8 for every kind of string.
 
         Raises:
             ColumnTypeError: The text is not a string, or the id neither a string nor an integer.

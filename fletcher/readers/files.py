@@ -213,7 +213,7 @@ def _opened(raw: io.FileIO | _Pipe) -> OpenFile:
 
 
 def sniff(file: InputFile, opened: OpenFile, text_column: str) -> Format:
-    """The format of an input, of which nothing is read yet: the given one, else by its first line.
+    """Format of an unread input: the given one, else by its first line.
 
     The text column identifies the header of a CSV file.
 

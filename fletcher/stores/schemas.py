@@ -43,7 +43,7 @@ _OTHERS = (
 
 
 def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
-    """Refuse rows whose schema does not fit a dataset's. Columns may be added or left out.
+    """Refuse a schema that does not fit a dataset's; columns may be added or missing.
 
     Raises:
         DimensionMismatchError: `vector` has another width.
@@ -268,6 +268,6 @@ def num_group_rows(key: str) -> int:
 
 
 def upload_ranges(keys: Iterable[str], upload_id: str) -> list[tuple[int, int]]:
-    """Row offsets of an upload that batch keys cover: inclusive (first, last), sorted, merged."""
+    """Inclusive row ranges of an upload that batch keys cover, sorted and merged."""
     parsed = map(parse_batch_key, keys)
     return RangeSet(key[1:] for key in parsed if key and key[0] == upload_id).ranges()
