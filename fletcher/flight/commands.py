@@ -57,7 +57,7 @@ def parse_list_models(body: bytes) -> ListModelsRequest:
 
 
 def _parse_fields(message: Message, body: bytes) -> dict[str, Any]:
-    """The fields that are set in JSON, or in a binary message, which is decoded into `message`."""
+    """Fields of a JSON object, or of a binary message of `message`'s type."""
     if body[:1] == b"{":
         return parse_json(body)
     check_size(body)

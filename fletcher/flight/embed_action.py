@@ -22,7 +22,7 @@ _UNUSED = (
 
 
 def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
-    """Embed the texts of `{"texts": [...], ...}`, which may have fields of EmbedCommand.
+    """Embed the texts of `{"texts": [...], ...}`, with fields of EmbedCommand.
 
     Returns:
         `embeddings`, `token_count`, `truncated` and `model`; for int8 vectors with a scale a row

@@ -1,4 +1,4 @@
-"""Tokens, TLS keys and traces of calls, checked and read before their handlers run."""
+"""Tokens, TLS keys and traces of calls, read before their handlers run."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class _Trace(flight.ServerMiddleware):  # type: ignore[misc]
 
 
 class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
-    """Middleware that keeps the trace in the header `traceparent` for the call's handler.
+    """Middleware that keeps the trace of the header `traceparent` for the handler.
 
     gRPC's own instrumentation does not cover pyarrow.
     """

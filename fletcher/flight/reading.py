@@ -1,4 +1,4 @@
-"""A client's schema and batches, with their metadata: numbers, offsets and the end marker."""
+"""A client's schema and batches, and the metadata of batches."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class LoadSignals:
 
 
 def classify_load(signals: LoadSignals, share: float = 1.0) -> tuple[LoadLevel, str]:
-    """The level that signals stand for if all thresholds are scaled, and the reason in words."""
+    """The level for signals, with thresholds scaled by `share`, and its reason."""
     held = signals.memory if signals.journal is None else signals.journal
     where = "the memory" if signals.journal is None else "the journal"
     severe = (

@@ -77,10 +77,10 @@ class ModelLifecycle:
         timeout_s: float = float("inf"),
         retry_failed: bool = False,
     ) -> ModelVersion:
-        """Wait until the version that `choose` gives is loaded. The caller holds `changed`.
+        """Wait until the chosen version is loaded. The caller holds `changed`.
 
         Args:
-            choose: Called again after every change.
+            choose: Gives the version; called again after every change.
             is_cancelled: Whether the client is gone.
             timeout_s: Longest wait.
             retry_failed: Load a version that could not be loaded a moment ago.

@@ -129,7 +129,7 @@ def _inline_model(bundle: ModelBundle, null: bool, replica: BackendConfig) -> In
 
 
 def open_cache_backend(config: CacheConfig) -> CacheBackend | None:
-    """Storage of all models' embedding cache, if any. Raises ConfigError for a bad folder."""
+    """Storage of the embedding cache, if any. Raises ConfigError for a bad folder."""
     if not config.max_bytes:
         return None
     if config.folder is None:

@@ -39,11 +39,11 @@ class ModelSource(Protocol):
     """Installed models, and the means to run them."""
 
     def find_bundle(self, name: str) -> ModelBundle:
-        """The bundle installed as `name` or `name@hash`. Raises UnknownModelError, ModelError."""
+        """The bundle of `name` or `name@hash`. Raises UnknownModelError, ModelError."""
         ...
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
-        """Start a model's processes and warm them up. After an error nothing is left running."""
+        """Start a model's processes, and warm them up; on an error nothing is left."""
         ...
 
 

@@ -60,10 +60,10 @@ class EmbedCall:
     whole_rows: bool = False  # all chunks of a text leave in one output batch, not as ready
     small_is_interactive: bool = True  # batches of a few short rows overtake bulk work
     abort: bool = False  # any failed row ends the call, whatever the command says
-    alias_key: str = ""  # same model of an alias for the same key; empty: the `upload_id` is it
+    alias_key: str = ""  # calls of one key get one model of an alias; empty: `upload_id`
     dataset_model: str | None = None  # `name@hash` that an alias gives if it has it
     trace: Any = None  # the caller's, as `Telemetry.extract` returned it
-    is_cancelled: Callable[[], bool] = lambda: False  # nobody waits for a model to be loaded
+    is_cancelled: Callable[[], bool] = lambda: False  # whether the client is gone
 
 
 class EmbedSession(AbstractContextManager["EmbedSession"]):
@@ -122,10 +122,12 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             UnknownColumnError, ColumnTypeError, InvalidCommandError: The input lacks a column
                 that the command names, or a column has another type.
         """
-        call, text = self._call, self._call.command.include_text
-        self.intake = intake = (DocumentIntake if call.command.continuous else Intake)(
+        call, command = self._call, self._call.command
+        kind = DocumentIntake if command.continuous else Intake
+        text = command.include_text
+        self.intake = intake = kind(
             schema,
-            call.command,
+            command,
             self.model.limits,
             self._treatment,
             carry_text=call.include_text if text is None else text,

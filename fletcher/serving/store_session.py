@@ -55,7 +55,7 @@ class AckQueue:
         return bool(self._batches) and self._covers(*self._batches[0][1:])
 
     def next_ack(self, counts: Callable[[], dict[str, int]]) -> dict[str, Any] | None:
-        """Acknowledgement of all batches that are due, with `counts`; None if there are none."""
+        """Acknowledgement of all batches that are due, if any, with `counts`."""
         due = []
         while self.is_due:
             due.append(self._batches.popleft())
@@ -203,7 +203,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         yield upload.summary(self._session.spec.model)
 
     def close(self) -> None:
-        """Drop rows that are not with the sink, wake waiting threads. Thread-safe, idempotent."""
+        """Drop rows that are not with the sink, and wake waiting threads. Thread-safe."""
         self._session.close()
         with self.upload.changed:
             self.upload.changed.notify_all()
