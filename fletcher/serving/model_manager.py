@@ -57,7 +57,7 @@ class ModelManager:
     def start(self, names: Iterable[str], aliases: Iterable[Alias] = ()) -> None:
         """Load models while memory lasts, the default first; others on demand.
 
-        Raises FletcherError if one is not installed or does not run here, or an alias names another.
+        Raises FletcherError if one is not installed or does not run, or an alias names another.
         """
         for name in dict.fromkeys((self._default, *names)):
             version = self._lifecycle.version_of(self._source.find_bundle(name))
