@@ -45,7 +45,6 @@ class Breaker:
     Args:
         name: The store's name, for the log.
         retry: Pauses while the store is unavailable.
-        clock: Returns the time, as `time.monotonic`.
         jitter: Returns a random share of a pause, 0 to 1.
     """
 

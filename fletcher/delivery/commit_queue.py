@@ -165,14 +165,9 @@ class CommitQueue:
     Not thread-safe. All times are of `time.monotonic`.
 
     Args:
-        config: Sizes of groups and appends, and how long a failing append is retried.
-        breaker: The store's breaker.
-        append_size: The dataset's append size.
         linger_s: Idle time after which the committer offers to end.
 
     Attributes:
-        waiting: Rows that wait.
-        stopped: Nothing is accepted any more.
         failing: Since when appends have failed, and the last error.
     """
 
@@ -180,7 +175,7 @@ class CommitQueue:
         self, config: DeliveryConfig, breaker: Breaker, append_size: AppendSize, linger_s: float
     ) -> None:
         self.waiting = WaitingRows()
-        self.stopped = False
+        self.stopped = False  # nothing is accepted any more
         self.failing: tuple[float, FletcherError] | None = None
         self._config = config
         self._breaker = breaker
@@ -206,7 +201,6 @@ class CommitQueue:
 
     @property
     def idle(self) -> bool:
-        """Whether no rows wait or are being stored."""
         return not (self.waiting or self._rejected or self._holds_rows)
 
     @property

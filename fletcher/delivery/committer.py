@@ -27,21 +27,7 @@ from concurrent.futures import Future
 import pyarrow as pa
 
 from fletcher.config.delivery import DeliveryConfig
-from fletcher.delivery.actions import (
-    Append,
-    GiveUp,
-    Open,
-    Opening,
-    Refused,
-    Reject,
-    Release,
-    Rest,
-    Stop,
-    Stored,
-    Unavailable,
-    Wait,
-    shutting_down,
-)
+from fletcher.delivery import actions
 from fletcher.delivery.append_size import AppendSize
 from fletcher.delivery.breaker import RETRYABLE
 from fletcher.delivery.commit_queue import Action, CommitQueue, Outcome
@@ -96,10 +82,10 @@ class Committer:
 
         A caller that stops waiting cancels the future, so that the dataset is not emptied later.
         """
-        opening = Opening(schema, mode)
+        opening = actions.Opening(schema, mode)
         with self._changed:
             if self._queue.stopped:
-                opening.ready.set_exception(shutting_down())
+                opening.ready.set_exception(actions.shutting_down())
             else:
                 self._queue.request_opening(opening)
                 opening.ready.add_done_callback(lambda _: self._wake())
@@ -107,17 +93,15 @@ class Committer:
         return opening.ready
 
     def submit_rows(self, rows: Rows) -> None:
-        """Queue rows. Never blocks: the streams' allowances bound what is queued."""
         with self._changed:
             stopped = self._queue.stopped
             if not stopped:
                 self._queue.waiting.append_rows(rows)
                 self._changed.notify_all()
         if stopped:
-            self._give_up([rows], shutting_down())
+            self._give_up([rows], actions.shutting_down())
 
     def flush(self) -> None:
-        """Send the rows that wait now without waiting for more."""
         with self._changed:
             self._queue.request_flush()
             self._changed.notify_all()
@@ -149,7 +133,6 @@ class Committer:
 
     @property
     def holds_dataset(self) -> bool:
-        """Whether the dataset's writer is open."""
         return self._writer is not None
 
     def close_writer(self) -> None:
@@ -170,7 +153,7 @@ class Committer:
     def _run(self) -> None:
         while True:
             action = self._next_action()
-            if isinstance(action, Stop):
+            if isinstance(action, actions.Stop):
                 break
             outcome = self._carry_out(action)
             with self._changed:
@@ -179,8 +162,8 @@ class Committer:
         self.destination.breaker.remove_listener(self._wake)
         for opening in action.openings:
             if opening.ready.set_running_or_notify_cancel():
-                opening.ready.set_exception(shutting_down())
-        self._give_up(action.rows, shutting_down())
+                opening.ready.set_exception(actions.shutting_down())
+        self._give_up(action.rows, actions.shutting_down())
         self._dedupe_index.invalidate()
         self._release_decision()
         self.close_writer()
@@ -191,7 +174,7 @@ class Committer:
                 if self._may_decide and not self._queue.has_decided_groups:
                     self._release_decision()
                 action = self._queue.decide(time.monotonic())
-                if not isinstance(action, Wait):
+                if not isinstance(action, actions.Wait):
                     return action
                 self._changed.wait(action.until - time.monotonic())
 
@@ -202,27 +185,27 @@ class Committer:
 
     def _carry_out(self, action: Action) -> Outcome:
         match action:
-            case Open(opening):
+            case actions.Open(opening):
                 self._open(opening)
-            case Append(groups):
+            case actions.Append(groups):
                 return self._append(groups)
-            case Reject(group, error):
+            case actions.Reject(group, error):
                 self._settle_groups([group], error)
                 self._dedupe_index.invalidate()
-            case GiveUp(rows, error, in_doubt):
+            case actions.GiveUp(rows, error, in_doubt):
                 if in_doubt:
                     self._dedupe_index.invalidate()
                 self._give_up(rows, error)
-            case Release(rows, in_doubt):
+            case actions.Release(rows, in_doubt):
                 if in_doubt:
                     self._dedupe_index.invalidate()
                 for one in rows:
                     one.on_released()
-            case Rest():
+            case actions.Rest():
                 return self._on_idle()
         return None
 
-    def _open(self, opening: Opening) -> None:
+    def _open(self, opening: actions.Opening) -> None:
         ready, breaker = opening.ready, self.destination.breaker
         if not ready.set_running_or_notify_cancel():
             return
@@ -241,7 +224,7 @@ class Committer:
     def _append(self, groups: Sequence[Group]) -> Outcome:
         try:
             outcome = self._store_groups(groups)
-            if isinstance(outcome, Stored):
+            if isinstance(outcome, actions.Stored):
                 self._settle_groups(groups[: outcome.num_groups], None)
         except Exception:
             log.exception("`%s`: delivery failed", self.destination.dataset)
@@ -254,7 +237,7 @@ class Committer:
             return None
         return outcome
 
-    def _store_groups(self, groups: Sequence[Group]) -> Stored | Unavailable | Refused:
+    def _store_groups(self, groups: Sequence[Group]) -> Outcome:
         """Mark duplicates for uploads with `dedupe`, and store what may be sent now."""
         started = time.monotonic()
         num_groups = len(groups)
@@ -263,7 +246,7 @@ class Committer:
             self._may_decide = self._dedupe_index.acquire_decision(self._timing.decision_wait_s)
             if not self._may_decide:
                 error = self._dedupe_index.pending_error()
-                return Unavailable(0, time.monotonic() - started, error)
+                return actions.Unavailable(0, time.monotonic() - started, error)
         try:
             with self.destination.breaker.guard_call(self._queue):
                 if decides:
@@ -277,14 +260,14 @@ class Committer:
             available = self.destination.breaker.unavailable_since is None
             if news and available and self._queue.failing is None:
                 log.warning("`%s`: %s; trying again", self.destination.dataset, error)
-            return Unavailable(num_groups, time.monotonic() - started, error)
+            return actions.Unavailable(num_groups, time.monotonic() - started, error)
         except FletcherError as error:
-            return Refused(num_groups, error)
+            return actions.Refused(num_groups, error)
         except Exception:
             log.exception("`%s`: the store failed", self.destination.dataset)
             text = "storing failed in an unexpected way; the server's log has the cause"
-            return Refused(num_groups, InternalError(text))
-        return Stored(num_groups, time.monotonic() - started, slow_down)
+            return actions.Refused(num_groups, InternalError(text))
+        return actions.Stored(num_groups, time.monotonic() - started, slow_down)
 
     def _open_writer(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
         """The writer for rows of `schema`; `overwrite` empties the dataset first.

@@ -200,7 +200,6 @@ class Delivery:
 
     @property
     def store_unavailable(self) -> bool:
-        """Whether the breaker of a store is open."""
         return any(one.unavailable_since is not None for one in self._breakers.values())
 
     @property
@@ -360,9 +359,7 @@ class Delivery:
             if sink.users or not sink.idle:
                 return False
             sink.retire()
-            for key, one in list(self._sinks.items()):
-                if one is sink:
-                    del self._sinks[key]
+            self._sinks = {key: one for key, one in self._sinks.items() if one is not sink}
             return True
 
     def _all_sinks(self) -> list[DatasetSink]:

@@ -45,13 +45,10 @@ def value_bytes(kind: str) -> int:
 
 
 def row_keys(kind: str, rows: pa.RecordBatch) -> list[RowKey]:
-    """Each row's key and value."""
-    if kind == "text":
-        return [(key, _ANY) for key in fingerprints(rows.column("text"))]
-    ids = fingerprints(rows.column("id"))
-    if kind == "id":
-        return [(key, _ANY) for key in ids]
-    return list(zip(ids, fingerprints(rows.column("text")), strict=True))
+    keys = fingerprints(rows.column(COLUMNS[kind][0]))
+    if kind != "delta":
+        return [(key, _ANY) for key in keys]
+    return list(zip(keys, fingerprints(rows.column("text")), strict=True))
 
 
 def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dict[bytes, bytes]:

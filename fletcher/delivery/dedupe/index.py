@@ -138,7 +138,13 @@ class DedupeIndex:
 
     def find_duplicates(self, kind: str, keys: Sequence[RowKey]) -> list[bool]:
         """Whether each row is indexed. Raises as `load_kind`."""
-        values = self._find_values(kind, [key for key, _ in keys])
+        wanted = [key for key, _ in keys]
+        while True:
+            index = self.load_kind(kind)
+            with self._lock:
+                if not index.stale:  # it may have become so just now
+                    values = index.map.find_values(wanted)
+                    break
         return [
             value is not None and value == indexed
             for (_, value), indexed in zip(keys, values, strict=True)
@@ -186,9 +192,7 @@ class DedupeIndex:
 
         Raises as `load_kind`.
         """
-        sent: dict[str, set[bytes]] = {
-            group.dedupe_by: set() for group in groups if group.dedupe_by is not None
-        }
+        sent: dict[str, set[bytes]] = {one.dedupe_by: set() for one in groups if one.dedupe_by}
         for place, group in enumerate(groups):
             kind = group.dedupe_by
             if kind is not None and not group.decided:
@@ -228,7 +232,6 @@ class DedupeIndex:
                 index.stale = index.invalidated = True
 
     def close(self) -> None:
-        """Release all memory."""
         with self._lock:
             for index in self._kinds.values():
                 index.clear()
@@ -287,13 +290,6 @@ class DedupeIndex:
         return dataclasses.replace(
             rows, excluded=tuple(sorted(excluded)), num_duplicates=num_duplicates
         )
-
-    def _find_values(self, kind: str, keys: Sequence[bytes | None]) -> list[bytes | None]:
-        while True:
-            index = self.load_kind(kind)
-            with self._lock:
-                if not index.stale:  # it may have become so just now
-                    return index.map.find_values(keys)
 
     def _read_dataset(self, index: _KindIndex) -> None:
         # The journal first: groups that leave it meanwhile are in the store.

@@ -274,12 +274,9 @@ class Journal:
 
     def release_space(self) -> None:
         """Stop counting a closed journal's bytes; the next one for its folder counts them."""
-        self.space.add_bytes(-self.num_bytes)
-
-    @property
-    def num_bytes(self) -> int:
         with self._lock:
-            return sum(segment.num_bytes for segment in self._segments)
+            num_bytes = sum(segment.num_bytes for segment in self._segments)
+        self.space.add_bytes(-num_bytes)
 
     def _open_segment(self, schema: pa.Schema) -> tuple[Segment, BinaryIO]:
         if self._file is not None:

@@ -17,15 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from fletcher.delivery.actions import (
-    CloseSegment,
-    GiveUp,
-    Stop,
-    Unwritten,
-    Wait,
-    Write,
-    shutting_down,
-)
+from fletcher.delivery import actions
 from fletcher.delivery.committer import Committer
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.groups import Rows
@@ -37,7 +29,7 @@ from fletcher.errors import FletcherError, InternalError, JournalFullError, Stor
 
 log = logging.getLogger(__name__)
 
-WriterAction = Wait | Write | GiveUp | CloseSegment | Stop
+WriterAction = actions.Wait | actions.Write | actions.GiveUp | actions.CloseSegment | actions.Stop
 
 # Rows of one sync: enough that its milliseconds are little beside the time to write them.
 _SYNC_ROWS = 20_000
@@ -61,7 +53,7 @@ class WriteQueue:
         self._next_try = 0.0
         self._deadline = 0.0
         self._needs_room = False
-        self._failed: GiveUp | None = None
+        self._failed: actions.GiveUp | None = None
         self._holds_rows = False
         self._close_at = math.inf  # for the open segment
 
@@ -75,30 +67,31 @@ class WriteQueue:
     def decide(self, now: float) -> WriterAction:
         """The next action; report its outcome, except of Wait and Stop."""
         action = self._next_action(now)
-        self._holds_rows = isinstance(action, Write | GiveUp)
+        self._holds_rows = isinstance(action, actions.Write | actions.GiveUp)
         return action
 
-    def note_outcome(self, action: WriterAction, outcome: Unwritten | None, now: float) -> None:
+    def note_outcome(
+        self, action: WriterAction, outcome: actions.Unwritten | None, now: float
+    ) -> None:
         """Learn how an action went; None: all is done."""
         self._holds_rows = False
-        if isinstance(action, Write):
-            self._close_at = now + self._timing.segment_idle_s
-            self._held = []
-            if outcome is None:
-                pass
-            elif outcome.retryable and now <= self._deadline:
-                self._held = outcome.rows
-                self._next_try = now + self._timing.journal_poll_s
-                self._needs_room = True
-            else:
-                self._failed = GiveUp(outcome.rows, outcome.error)
+        if not isinstance(action, actions.Write):
+            return
+        self._close_at = now + self._timing.segment_idle_s
+        self._held = []
+        if outcome is not None and outcome.retryable and now <= self._deadline:
+            self._held = outcome.rows
+            self._next_try = now + self._timing.journal_poll_s
+            self._needs_room = True
+        elif outcome is not None:
+            self._failed = actions.GiveUp(outcome.rows, outcome.error)
 
     def _next_action(self, now: float) -> WriterAction:
         if self.stopped:
             rows = [*(self._failed.rows if self._failed else ()), *self._held, *self._waiting]
             self._failed, self._held = None, []
             self._waiting.clear()
-            return Stop(rows)
+            return actions.Stop(rows)
         if self._failed is not None:
             failed, self._failed = self._failed, None
             return failed
@@ -106,18 +99,18 @@ class WriteQueue:
             return self._retry(now)
         if self._waiting:
             self._deadline = now + self._patience_s
-            return Write(self._take_rows())
+            return actions.Write(self._take_rows())
         if self._close_at <= now:
             self._close_at = math.inf
-            return CloseSegment()
-        return Wait(self._close_at)
+            return actions.CloseSegment()
+        return actions.Wait(self._close_at)
 
     def _retry(self, now: float) -> WriterAction:
         """Make room by closing the open segment, then try rows again after a pause."""
         if self._needs_room:
             self._needs_room = False
-            return CloseSegment(flush=True)
-        return Write(self._held) if self._next_try <= now else Wait(self._next_try)
+            return actions.CloseSegment(flush=True)
+        return actions.Write(self._held) if self._next_try <= now else actions.Wait(self._next_try)
 
     def _take_rows(self) -> list[Rows]:
         """Take the oldest groups of one schema and one kind of key, for one sync."""
@@ -165,7 +158,6 @@ class JournalWriter:
         self._thread: threading.Thread | None = None
 
     def submit_rows(self, rows: Rows) -> None:
-        """Queue a group. Never blocks: the streams' allowances bound what is queued."""
         with self._changed:
             stopped = self._queue.stopped
             if not stopped:
@@ -176,7 +168,7 @@ class JournalWriter:
                     self._thread = threading.Thread(target=self._run, name=name, daemon=True)
                     self._thread.start()
         if stopped:
-            _give_up([rows], shutting_down())
+            _give_up([rows], actions.shutting_down())
 
     def wait_written(self, timeout_s: float) -> bool:
         """Wait until no rows of earlier failed uploads are being written; False: some may be."""
@@ -204,36 +196,36 @@ class JournalWriter:
     def _run(self) -> None:
         while True:
             action = self._next_action()
-            if isinstance(action, Stop):
+            if isinstance(action, actions.Stop):
                 break
             outcome = self._carry_out(action)
             with self._changed:
                 self._queue.note_outcome(action, outcome, time.monotonic())
                 self._changed.notify_all()
-        _give_up(action.rows, shutting_down())
+        _give_up(action.rows, actions.shutting_down())
 
     def _next_action(self) -> WriterAction:
         with self._changed:
             while True:
                 action = self._queue.decide(time.monotonic())
-                if not isinstance(action, Wait):
+                if not isinstance(action, actions.Wait):
                     return action
                 left_s = action.until - time.monotonic()
                 self._changed.wait(left_s if left_s < math.inf else None)
 
-    def _carry_out(self, action: WriterAction) -> Unwritten | None:
+    def _carry_out(self, action: WriterAction) -> actions.Unwritten | None:
         match action:
-            case Write(rows):
+            case actions.Write(rows):
                 return self._write(rows)
-            case GiveUp(rows, error):
+            case actions.GiveUp(rows, error):
                 _give_up(rows, error)
-            case CloseSegment(flush):
+            case actions.CloseSegment(flush):
                 self._journal.close()
                 if flush:
                     self._committer.flush()
         return None
 
-    def _write(self, rows: list[Rows]) -> Unwritten | None:
+    def _write(self, rows: list[Rows]) -> actions.Unwritten | None:
         wanted = rows
         try:
             has_room = self._journal.space.wait_for_room(self._timing.journal_poll_s)
@@ -249,11 +241,11 @@ class JournalWriter:
                     self._journal_groups(decided)
         except FletcherError as error:
             retryable = isinstance(error, JournalFullError | StoreUnavailableError)
-            return Unwritten(wanted, error, retryable)
+            return actions.Unwritten(wanted, error, retryable)
         except Exception:
             log.exception("journaling for `%s` failed", self._dataset)
             failure = InternalError("the journal failed; the server's log has the cause")
-            return Unwritten(wanted, failure, retryable=False)
+            return actions.Unwritten(wanted, failure, retryable=False)
         return None
 
     def _journal_groups(self, groups: Sequence[Rows]) -> None:
