@@ -166,9 +166,6 @@ class CommitQueue:
 
     Args:
         linger_s: Idle time after which the committer offers to end.
-
-    Attributes:
-        failing: Since when appends have failed, and the last error.
     """
 
     def __init__(
@@ -176,6 +173,7 @@ class CommitQueue:
     ) -> None:
         self.waiting = WaitingRows()
         self.stopped = False  # nothing is accepted any more
+        # Since when appends have failed, and the last error.
         self.failing: tuple[float, FletcherError] | None = None
         self._config = config
         self._breaker = breaker

@@ -294,10 +294,8 @@ class Committer:
         """Store groups of one kind, except groups in doubt that the store holds.
 
         Rows that replace others are always sent again: a key may be gone because later rows
-        replaced its rows, and these are sent again, too, in the same order.
-
-        Returns:
-            Whether the store asks for a rest.
+        replaced its rows, and these are sent again, too, in the same order. Returns whether the
+        store asks for a rest.
 
         Raises:
             FletcherError: As `DatasetWriter.append`, and if the journal's disk fails.

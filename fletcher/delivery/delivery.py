@@ -161,11 +161,7 @@ class Delivery:
         return {"rows_durable": 0, "ranges": [], "complete": False}
 
     def recover(self) -> int:
-        """Continue with groups that an earlier process journaled and did not store.
-
-        Returns:
-            Number of rows that go to their stores now.
-        """
+        """Send rows that an earlier process journaled and did not store; returns their number."""
         if self._journal is None:
             return 0
         num_rows = 0

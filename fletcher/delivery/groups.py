@@ -38,7 +38,6 @@ class Rows:
         schema: Schema of the output columns, without `batch_key`.
         first: Offset of the first row in the upload.
         num_rows: Number of uploaded rows; a chunked row becomes several rows of the store.
-        num_bytes: Size in memory.
         failed: Places of rows with a null vector, one for each that failed.
         load_batch: Returns the output columns.
         on_released: Called once the rows are stored or given up.
@@ -77,13 +76,7 @@ class Rows:
         duplicates: tuple[int, ...] = (),
         num_rows: int | None = None,
     ) -> Rows:
-        """Rows in memory; arguments as the attributes.
-
-        Args:
-            batch: Output columns.
-            duplicates: Places of rows that the prefilter found to be duplicates.
-            num_rows: Number of uploaded rows; default: those of `batch`.
-        """
+        """Rows in memory; `duplicates`: places of those that the prefilter found."""
         return cls(
             upload,
             batch.schema,

@@ -185,12 +185,8 @@ class DedupeIndex:
         """Mark duplicates in groups that are not decided yet.
 
         The caller holds the right to decide. Groups with a key in common never share an append,
-        because one of them might be lost.
-
-        Returns:
-            Number of groups, from the first one on, that may be sent together.
-
-        Raises as `load_kind`.
+        because one of them might be lost. Returns how many groups, from the first one on, may be
+        sent together. Raises as `load_kind`.
         """
         sent: dict[str, set[bytes]] = {one.dedupe_by: set() for one in groups if one.dedupe_by}
         for place, group in enumerate(groups):

@@ -28,9 +28,7 @@ class DedupePrefilter:
     def find_duplicates(self, rows: pa.RecordBatch, row_first: int) -> BoolArray:
         """Whether each row is a duplicate, bool [num_rows].
 
-        Args:
-            rows: Incoming rows with the columns `id` and `text`.
-            row_first: Offset of the first row in the upload.
+        The columns are `id` and `text`; `row_first` is the first row's offset in the upload.
         """
         while self._passed and self._upload.covers(*self._passed[0][:2]):
             first, _, keys = self._passed.popleft()

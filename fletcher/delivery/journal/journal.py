@@ -106,10 +106,9 @@ class Journal:
             raise _disk_error(error) from None
 
     def recover(self) -> list[JournaledGroup]:
-        """Read what an earlier process left. Call it before the first `append_groups`.
+        """Read the groups that an earlier process left, settled ones included, in order.
 
-        Returns:
-            Its groups, settled ones included, in the order in which they were written.
+        Call it before the first `append_groups`.
         """
         groups: list[JournaledGroup] = []
         for path in self.folder.iterdir():
@@ -274,9 +273,12 @@ class Journal:
 
     def release_space(self) -> None:
         """Stop counting a closed journal's bytes; the next one for its folder counts them."""
+        self.space.add_bytes(-self.num_bytes)
+
+    @property
+    def num_bytes(self) -> int:
         with self._lock:
-            num_bytes = sum(segment.num_bytes for segment in self._segments)
-        self.space.add_bytes(-num_bytes)
+            return sum(segment.num_bytes for segment in self._segments)
 
     def _open_segment(self, schema: pa.Schema) -> tuple[Segment, BinaryIO]:
         if self._file is not None:

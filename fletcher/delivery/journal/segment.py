@@ -147,10 +147,8 @@ class Segment:
     Attributes:
         num_bytes: Length of the file, without a torn end.
         unsettled: Number of groups that are not stored yet.
-        groups: Complete and correct groups.
-        damage: Other bytes in the file.
+        damage: Bytes that are no complete and correct group.
         torn: Bytes at the end of a group that was not written completely, and never acknowledged.
-        unwritten_notes: Notes that are still to be written.
         num_notes: Number of notes, written or not.
         num_synced: Number of notes that survive a power loss.
     """
