@@ -17,47 +17,29 @@ class DeliveryConfig(OptionGroup):
     """Stores, and how rows are grouped, appended and retried.
 
     Attributes:
+        stores: NAME=ADDRESS or ADDRESS of a store; repeatable, the first is the default. Addresses:
+            lance:PATH, parquet:PATH, grpc://HOST:PORT, or none to only send vectors back. Default:
+            lance: in the home folder.
+        group_rows: Most rows in one write. More gives fewer, larger writes, which are acknowledged
+            later.
+        group_delay_ms: Longest wait for rows to fill a write. Less acknowledges rows earlier, in
+            smaller writes.
+        store_timeout_s: Longest time for one write before it is retried. Raise it for slow stores.
+        store_compression: Compression of rows sent to Flight stores. It saves network and costs CPU
+            time; auto measures both.
+        store_retry_s: Time for which a failing write is retried before its upload fails.
         commit_rows: Most rows of one append, over all its groups; at least `group_rows`;
             0: 50,000.
         max_dedupe_bytes: Memory for the dedupe indexes of all datasets; `ServeConfig` derives it
             from `max_memory`.
     """
 
-    stores: tuple[str, ...] = option(
-        (),
-        STORES,
-        "NAME=ADDRESS or ADDRESS of a store; repeatable, the first is the default. "
-        "Addresses: lance:PATH, parquet:PATH, grpc://HOST:PORT, or none to only send vectors "
-        "back. Default: lance: in the home folder.",
-        name="store",
-    )
-    group_rows: int = option(
-        10_000,
-        WHOLE,
-        "Most rows in one write. More gives fewer, larger writes, which are acknowledged later.",
-        minimum=1,
-    )
-    group_delay_ms: float = option(
-        500,
-        MILLISECONDS,
-        "Longest wait for rows to fill a write. Less acknowledges rows earlier, in smaller writes.",
-    )
-    store_timeout_s: float = option(
-        60,
-        SECONDS,
-        "Longest time for one write before it is retried. Raise it for slow stores.",
-        minimum=0.001,
-    )
-    store_compression: str = option(
-        "auto",
-        TEXT,
-        "Compression of rows sent to Flight stores. It saves network and costs CPU time; "
-        "auto measures both.",
-        choices=COMPRESSIONS,
-    )
-    store_retry_s: float = option(
-        300, SECONDS, "Time for which a failing write is retried before its upload fails."
-    )
+    stores: tuple[str, ...] = option((), STORES, name="store")
+    group_rows: int = option(10_000, WHOLE, minimum=1)
+    group_delay_ms: float = option(500, MILLISECONDS)
+    store_timeout_s: float = option(60, SECONDS, minimum=0.001)
+    store_compression: str = option("auto", TEXT, choices=COMPRESSIONS)
+    store_retry_s: float = option(300, SECONDS)
     commit_rows: int = 0
     max_dedupe_bytes: int = 64 << 20
 

@@ -16,29 +16,22 @@ _DEDUPE_SHARE = 0.125
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsConfig(OptionGroup):
-    """Bounds on calls, memory and messages."""
+    """Bounds on calls, memory and messages.
 
-    max_streams: int = option(
-        256,
-        WHOLE,
-        "Open calls at once. More callers are admitted, and each may hold one message in memory.",
-        minimum=1,
-    )
-    max_memory: int = option(
-        2 * GIB, SIZE, "Memory for work in progress. With less, callers wait earlier."
-    )
-    max_message_bytes: int = option(
-        64 * MIB, SIZE, "Largest decoded message. Each open call may hold one in memory.", minimum=1
-    )
-    max_row_bytes: int = option(
-        16 * MIB,
-        SIZE,
-        "Largest text. The row of a longer text fails; other rows do not.",
-        minimum=1,
-    )
-    drain_timeout_s: float = option(
-        30, SECONDS, "Time after SIGTERM for accepted rows to reach their stores."
-    )
+    Attributes:
+        max_streams: Open calls at once. More callers are admitted, and each may hold one message in
+            memory.
+        max_memory: Memory for work in progress. With less, callers wait earlier.
+        max_message_bytes: Largest decoded message. Each open call may hold one in memory.
+        max_row_bytes: Largest text. The row of a longer text fails; other rows do not.
+        drain_timeout_s: Time after SIGTERM for accepted rows to reach their stores.
+    """
+
+    max_streams: int = option(256, WHOLE, minimum=1)
+    max_memory: int = option(2 * GIB, SIZE)
+    max_message_bytes: int = option(64 * MIB, SIZE, minimum=1)
+    max_row_bytes: int = option(16 * MIB, SIZE, minimum=1)
+    drain_timeout_s: float = option(30, SECONDS)
 
     def _check_together(self) -> None:
         if self.max_row_bytes > self.max_message_bytes:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -29,6 +31,8 @@ _SIZE_UNITS = {
 }  # fmt: skip
 _MODEL = re.compile(rf"{MODEL_NAME}(?:@[0-9a-f]+)?")
 _LOADABLE = re.compile(rf"{MODEL_NAME}|{re.escape(ANY_MODEL)}")
+# Name and text of an entry in a docstring's section.
+_ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -226,24 +230,31 @@ class Option:
         )
 
 
-def option(default: Any, kind: OptionType, text: str, **limits: Any) -> Any:
-    """Makes a dataclass field that is an option, with further fields of `Option`."""
+def option(default: Any, kind: OptionType, **limits: Any) -> Any:
+    """Makes a dataclass field that is an option, with further fields of `Option`.
+
+    Its help is the field's entry under `Attributes` in the docstring of the class.
+    """
     if kind in (WHOLE, SIZE):
         limits = {"minimum": 0, **limits}
     elif kind in (SECONDS, MILLISECONDS):
         # Longer waits than C's timers take would fail where they are used.
         limits = {"minimum": 0, "maximum": DAY_S * (1 if kind is SECONDS else 1000), **limits}
-    metadata = {"kind": kind, "help": text, **limits}
+    metadata = {"kind": kind, **limits}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@functools.cache
 def options_of(part: type) -> tuple[Option, ...]:
     """The options among a dataclass' fields, in their order."""
+    attributes = inspect.cleandoc(part.__doc__ or "").partition("\nAttributes:\n")[2]
+    texts = dict(_ATTRIBUTE.findall(attributes))
     return tuple(
         Option(
             field=spec.name,
+            help=" ".join(texts.get(spec.name, "").split()),
             default=None if spec.default is dataclasses.MISSING else spec.default,
             **{"name": spec.name.removesuffix("_s"), **spec.metadata},
         )

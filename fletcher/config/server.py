@@ -49,6 +49,9 @@ class ServeConfig:
 
     Values are in bytes, seconds (`_s`), milliseconds (`_ms`) or counts, as their names say.
 
+    Attributes:
+        home: Folder of models, journals and caches. A model takes about 100 MB.
+
     Raises:
         ConfigError: A value out of range, or options that contradict each other.
     """
@@ -63,9 +66,7 @@ class ServeConfig:
     journal: JournalConfig
     limits: LimitsConfig
     telemetry: TelemetryConfig
-    home: Path = option(
-        fletcher_home, FOLDER, "Folder of models, journals and caches. A model takes about 100 MB."
-    )
+    home: Path = option(fletcher_home, FOLDER)
 
     @classmethod
     def from_options(cls, **values: Any) -> ServeConfig:

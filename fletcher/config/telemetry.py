@@ -9,24 +9,17 @@ from fletcher.config.option import TEXT, OptionGroup, option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetryConfig(OptionGroup):
-    """Level and format of the log, and destination of traces and metrics."""
+    """Level and format of the log, and destination of traces and metrics.
 
-    log_level: str = option(
-        "info",
-        TEXT,
-        "Least severe level of log lines on standard error.",
-        choices=("debug", "info", "warning", "error"),
-    )
-    log_format: str = option(
-        "text",
-        TEXT,
-        "Format of log lines: text for people, json for log collectors.",
-        choices=("text", "json"),
-    )
+    Attributes:
+        log_level: Least severe level of log lines on standard error.
+        log_format: Format of log lines: text for people, json for log collectors.
+        otlp_endpoint: OTLP/HTTP URL that receives traces and metrics. Each call takes slightly
+            longer.
+    """
+
+    log_level: str = option("info", TEXT, choices=("debug", "info", "warning", "error"))
+    log_format: str = option("text", TEXT, choices=("text", "json"))
     otlp_endpoint: str | None = option(
-        None,
-        TEXT,
-        "OTLP/HTTP URL that receives traces and metrics. Each call takes slightly longer.",
-        pattern=r"https?://.+",
-        expected="an http:// or https:// URL",
+        None, TEXT, pattern=r"https?://.+", expected="an http:// or https:// URL"
     )
