@@ -14,7 +14,6 @@ from fletcher.cli.command_line import (
     Command,
     CommandGroup,
     Context,
-    argument,
     command,
     usage_message,
 )
@@ -174,10 +173,14 @@ def _complete_words(
 
 
 @command("help", "fletcher help ingest", "fletcher help model add")
-@argument("words", "Command.", metavar="[COMMAND]...", nargs=-1, shell_complete=_complete_words)
+@click.argument("words", metavar="[COMMAND]...", nargs=-1, shell_complete=_complete_words)
 @click.pass_context
 def show_help(context: click.Context, words: tuple[str, ...]) -> None:
-    """Show the help of a command, or of all."""
+    """Show the help of a command, or of all.
+
+    Args:
+        words: Command.
+    """
     shown: click.Context = context.find_root()
     for index, word in enumerate(words):
         if not isinstance(shown.command, CommandGroup):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from fletcher.util.docstrings import split_docstring
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+# Types of options by their metavar.
+_TYPES = {"N": int, **dict.fromkeys(("FILE", "FOLDER"), click.Path(path_type=Path))}
 
 _NO_BREAK_SPACE, _NO_BREAK_HYPHEN = "\xa0", "\u2011"
 
@@ -203,27 +208,44 @@ def command(
 ) -> Callable[[Callable[..., Any]], Command]:
     """Makes a command of a function, whose docstring is the help.
 
+    The docstring's `Args` are the help of those options and arguments that have none.
+
     Args:
         examples: Command lines for the end of the help.
     """
 
     def decorate(function: Callable[..., Any]) -> Command:
-        made = click.command(name, cls=Command, **attributes)(function)
+        text, args = split_docstring(function.__doc__, "Args")
+        made = click.command(name, cls=Command, **{"help": text, **attributes})(function)
         made.examples = examples
+        for param in made.params:
+            if isinstance(param, (click.Option, click.Argument)) and param.help is None:
+                param.help = args[str(param.name)]
         return made
 
     return decorate
 
 
-def option(*declarations: str, **attributes: Any) -> Callable[[Function], Function]:
-    """`click.option` that makes a `CommandOption`, which shows its default."""
+def option(declaration: str, name: str | None = None, **attributes: Any) -> Decorator:
+    """`click.option` that makes a `CommandOption`, which shows its default.
+
+    Args:
+        declaration: `--flag`, or `--flag METAVAR`; see `_TYPES` for the types.
+        name: Name of the parameter; None: that of the flag.
+    """
+    flag, _, metavar = declaration.partition(" ")
+    if metavar:
+        attributes = {"metavar": metavar, "type": _TYPES.get(metavar), **attributes}
+    names = [flag] if name is None else [flag, name]
     attributes = {"show_default": "default" in attributes, **attributes}
-    return click.option(*declarations, cls=CommandOption, **attributes)
+    return click.option(*names, cls=CommandOption, **attributes)
 
 
-def argument(name: str, text: str, **attributes: Any) -> Callable[[Function], Function]:
-    """`click.argument` with a line of help."""
-    return click.argument(name, help=text, **attributes)
+def combine(*decorators: Decorator) -> Decorator:
+    """One decorator that does what several do, written above each other."""
+    return lambda function: functools.reduce(
+        lambda done, one: one(done), reversed(decorators), function
+    )
 
 
 def usage_message(error: click.UsageError, hint: str = "") -> str:

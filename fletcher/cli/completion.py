@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from fletcher.cli.command_line import Choice, argument, command
+from fletcher.cli.command_line import Choice, command
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -17,9 +17,13 @@ SHELLS = ("bash", "zsh", "fish")
     "# fish, in ~/.config/fish/config.fish:  fletcher completion fish | source",
     help="Print completions for a shell, for its start-up file.",
 )
-@argument("shell", "Shell that completes.", type=Choice(SHELLS))
+@click.argument("shell", type=Choice(SHELLS))
 def cli(shell: str) -> None:
-    """Prints the scripts of both programs."""
+    """Prints the scripts of both programs.
+
+    Args:
+        shell: Shell that completes.
+    """
     from fletcher.cli import COMPLETE_VARIABLES, root
 
     completion = get_completion_class(shell)

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from fletcher.cli.command_line import Choice, option
+from fletcher.cli.command_line import Choice, Decorator, combine, option
 from fletcher.cli.options import ConfigFlags, config_options
 from fletcher.cli.shutdown import leave_in_time
 from fletcher.cli.terminal import say
@@ -188,36 +186,9 @@ class EmbedTarget:
             )
 
 
-def server_options(*, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def server_options(*, required: bool = False) -> Decorator:
     """Adds the flags of a server elsewhere, passed on as `server`: a RemoteServer."""
-    options = [
-        option(
-            "--server",
-            required=required,
-            metavar="URI",
-            heading=ELSEWHERE,
-            help="Server that does the work, grpc://HOST:PORT or grpc+tls://HOST:PORT."
-            + (
-                ""
-                if required
-                else " Without it a server in this process does, which loads the model first."
-            ),
-        ),
-        option(
-            "--token-file",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            heading=ELSEWHERE,
-            help="File with the server's bearer token.",
-        ),
-        option(
-            "--tls-ca",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            heading=ELSEWHERE,
-            help="PEM CA of the server's certificate, if it is not one that the system trusts.",
-        ),
-    ]
+    local = " Without it a server in this process does, which loads the model first."
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -227,37 +198,51 @@ def server_options(*, required: bool = False) -> Callable[[Callable[..., Any]], 
             remote = RemoteServer(server, token_file, tls_ca) if server else None
             return function(server=remote, **params)
 
-        for one in reversed(options):
-            one(collect)
-        return collect
+        add = functools.partial(option, heading=ELSEWHERE)
+        return combine(
+            add(
+                "--server URI",
+                required=required,
+                help="Server that does the work, grpc://HOST:PORT or grpc+tls://HOST:PORT."
+                + ("" if required else local),
+            ),
+            add("--token-file FILE", help="File with the server's bearer token."),
+            add(
+                "--tls-ca FILE",
+                help="PEM CA of the server's certificate, if it is not one that the system trusts.",
+            ),
+        )(collect)
 
     return decorate
 
 
-def target_options(*names: str, **text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def target_options(*names: str, **text: str) -> Decorator:
     """Adds the flags of both kinds of server, passed on as `target`: an EmbedTarget.
 
     Args:
         names: Server options that get a flag besides LOCAL_FLAGS.
         text: Help by option name, where the command's differs from the server's.
     """
-    compression = option(
-        "--compression",
-        type=Choice(COMPRESSIONS),
-        default="auto",
-        heading=ELSEWHERE,
-        help="Compression of what is sent there. auto measures the text and the connection.",
-    )
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @config_options(*names, *LOCAL_FLAGS, text={**_LOCAL_TEXT, **text})
         @functools.wraps(function)
         def collect(
             *, server: RemoteServer | None, compression: str, flags: ConfigFlags, **params: Any
         ) -> Any:
             return function(target=EmbedTarget(server, compression, flags), **params)
 
-        return server_options()(compression(collect))
+        return combine(
+            server_options(),
+            option(
+                "--compression",
+                type=Choice(COMPRESSIONS),
+                default="auto",
+                heading=ELSEWHERE,
+                help="Compression of what is sent there. auto measures the text and the "
+                "connection.",
+            ),
+            config_options(*names, *LOCAL_FLAGS, text={**_LOCAL_TEXT, **text}),
+        )(collect)
 
     return decorate
 

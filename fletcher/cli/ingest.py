@@ -46,53 +46,15 @@ MAX_RETRIES = 35
 @paths_argument()
 @json_option("Print the summary as JSON.")
 @text_option()
-@option(
-    "--id",
-    "id_column",
-    metavar="COLUMN",
-    heading=INPUT,
-    help="Column of row ids. Default: id if it exists, else ids are generated.",
-)
-@option(
-    "--columns",
-    metavar="NAME,...",
-    callback=split_names,
-    heading=INPUT,
-    help="Columns to store beside the vectors.",
-)
+@option("--id COLUMN", "id_column", heading=INPUT)
+@option("--columns NAME,...", callback=split_names, heading=INPUT)
 @format_option("files")
-@option("--limit", type=int, metavar="N", heading=INPUT, help="Most rows to read.")
-@option("--dataset", required=True, metavar="NAME", heading=OUTPUT, help="Dataset to write to.")
-@option(
-    "--upload-id",
-    metavar="NAME",
-    heading=OUTPUT,
-    help="Name of the upload. Re-run with the same name and input to resume. Warning: other input "
-    "under the same name counts as already uploaded. Default: derived from the files' contents, or "
-    "new each time for -.",
-)
-@option(
-    "--mode",
-    type=Choice(CHOICES["mode"]),
-    default="append",
-    heading=OUTPUT,
-    help="append rows, replace rows by id (upsert), replace the dataset (overwrite), or embed only "
-    "new and changed rows (delta).",
-)
-@option(
-    "--dedupe",
-    type=Choice(CHOICES["dedupe"]),
-    default="off",
-    heading=OUTPUT,
-    help="Drop rows whose id or text was uploaded or stored before. Reads that column of the "
-    "dataset once.",
-)
-@option(
-    "--no-text",
-    is_flag=True,
-    heading=OUTPUT,
-    help="Store ids and vectors without the texts. Saves space; searches then show no text.",
-)
+@option("--limit N", heading=INPUT)
+@option("--dataset NAME", required=True, heading=OUTPUT)
+@option("--upload-id NAME", heading=OUTPUT)
+@option("--mode", type=Choice(CHOICES["mode"]), default="append", heading=OUTPUT)
+@option("--dedupe", type=Choice(CHOICES["dedupe"]), default="off", heading=OUTPUT)
+@option("--no-text", is_flag=True, heading=OUTPUT)
 @vector_options(
     prompt="Prompt of the model, or text to put before each text; '' for none. "
     "Default: the model's prompt for documents, if it has one."
@@ -117,6 +79,20 @@ def cli(
 
     Run the same command again to resume an upload that was stopped: no row is stored twice. The
     exit status is 0 if every row is stored, or has failed alone.
+
+    Args:
+        id_column: Column of row ids. Default: id if it exists, else ids are generated.
+        columns: Columns to store beside the vectors.
+        limit: Most rows to read.
+        dataset: Dataset to write to.
+        upload_id: Name of the upload. Re-run with the same name and input to resume. Warning: other
+            input under the same name counts as already uploaded. Default: derived from the files'
+            contents, or new each time for -.
+        mode: append rows, replace rows by id (upsert), replace the dataset (overwrite), or embed
+            only new and changed rows (delta).
+        dedupe: Drop rows whose id or text was uploaded or stored before. Reads that column of the
+            dataset once.
+        no_text: Store ids and vectors without the texts. Saves space; searches then show no text.
     """
     from fletcher.readers import open_source
 

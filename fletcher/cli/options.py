@@ -7,18 +7,16 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from fletcher.cli.command_line import Choice, argument, option
+from fletcher.cli.command_line import Choice, Decorator, combine, option
 from fletcher.config.option import SIZE, SWITCH, Option
 from fletcher.config.resolution import Resolved, resolve
 from fletcher.config.server import OPTIONS, PART_OF, fletcher_home
 from fletcher.core.command import CHOICES
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Prefix of click's names of server options; `config_options` collects them.
 _PREFIX = "option_"
@@ -36,6 +34,7 @@ _HEADINGS = {
     "": "Files",
 }
 INPUT, OUTPUT = "Input", "Output"
+_FORMATS = ("parquet", "csv", "tsv", "jsonl", "arrow", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +90,7 @@ class _ConfigText(click.ParamType[str]):
         return []
 
 
-def config_options(
-    *names: str, text: Mapping[str, str] | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def config_options(*names: str, text: Mapping[str, str] | None = None) -> Decorator:
     """Adds server options and `--config`, passed on as `flags`: ConfigFlags.
 
     Args:
@@ -104,35 +101,32 @@ def config_options(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def collect(*, config: Path | None, **params: Any) -> Any:
-            given = {name: params.pop(_PREFIX + name) for name in names}
+            values = {name: params.pop(_PREFIX + name) for name in names}
             given = {
                 name: list(one) if isinstance(one, tuple) else one
-                for name, one in given.items()
+                for name, one in values.items()
                 if one not in (None, ())
             }
             return function(flags=ConfigFlags(given, config), **params)
 
-        option(
-            "--config",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            heading=_HEADINGS[""],
-            help="TOML file of server options. Flags and variables win over it.",
-            variable="FLETCHER_CONFIG",
+        return combine(
+            *(_flag(OPTIONS[name], (text or {}).get(name)) for name in names),
+            option(
+                "--config FILE",
+                heading=_HEADINGS[""],
+                help="TOML file of server options. Flags and variables win over it.",
+                variable="FLETCHER_CONFIG",
+            ),
         )(collect)
-        for name in reversed(names):
-            _add(collect, OPTIONS[name], (text or {}).get(name))
-        return collect
 
     return decorate
 
 
-def _add(function: Callable[..., Any], one: Option, text: str | None) -> None:
+def _flag(one: Option, text: str | None) -> Decorator:
+    kind: dict[str, Any] = {"multiple": list in one.kind.toml, "type": _ConfigText(one)}
     if one.kind is SWITCH:
-        kind: dict[str, Any] = {"is_flag": True, "flag_value": "true", "type": click.UNPROCESSED}
-    else:
-        kind = {"multiple": list in one.kind.toml, "type": _ConfigText(one)}
-    option(
+        kind = {"is_flag": True, "flag_value": "true", "type": click.UNPROCESSED}
+    return option(
         one.flag,
         _PREFIX + one.name,
         heading=_HEADINGS[PART_OF[one.name]],
@@ -140,7 +134,7 @@ def _add(function: Callable[..., Any], one: Option, text: str | None) -> None:
         variable=one.variable,
         default_text="" if text and "Default" in text else _default(one),
         **kind,
-    )(function)
+    )
 
 
 def _default(one: Option) -> str:
@@ -173,53 +167,38 @@ def split_names(_: click.Context, __: click.Parameter, value: str | None) -> tup
     return tuple(name for part in (value or "").split(",") if (name := part.strip()))
 
 
-def json_option(text: str = "Print JSON, for programs.") -> Callable[[Function], Function]:
+def json_option(text: str = "Print JSON, for programs.") -> Decorator:
     """Adds `--json`, as the parameter `as_json`."""
     return option("--json", "as_json", is_flag=True, help=text)
 
 
-def paths_argument() -> Callable[[Function], Function]:
+def paths_argument() -> Decorator:
     """Adds the files that a command reads."""
-    return argument(
-        "paths",
-        "Files, folders of them, or - for standard input.",
-        nargs=-1,
-        required=True,
-        metavar="PATH...",
-        type=click.Path(),
+    text = "Files, folders of them, or - for standard input."
+    return click.argument(
+        "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(), help=text
     )
 
 
-def format_option(what: str) -> Callable[[Function], Function]:
+def format_option(what: str) -> Decorator:
     """Adds `--format` of files, as `format_name`; the readers check it."""
+    text = f"Format of the {what}: {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}. "
     return option(
-        "--format",
+        "--format NAME",
         "format_name",
-        metavar="NAME",
         heading=INPUT,
-        help=f"Format of the {what}: parquet, csv, tsv, jsonl, arrow or text. Given by the name, "
-        "else by the content.",
-        shell_complete=lambda _, __, incomplete: _starting(
-            ("parquet", "csv", "tsv", "jsonl", "arrow", "text"), incomplete
-        ),
+        help=text + "Given by the name, else by the content.",
+        shell_complete=lambda _, __, incomplete: _starting(_FORMATS, incomplete),
     )
 
 
-def text_option() -> Callable[[Function], Function]:
+def text_option() -> Decorator:
     """Adds `--text`, the column of texts, as `text_column`."""
-    return option(
-        "--text",
-        "text_column",
-        default="text",
-        metavar="COLUMN",
-        heading=INPUT,
-        help="Column of the texts.",
-    )
+    text = "Column of the texts."
+    return option("--text COLUMN", "text_column", default="text", heading=INPUT, help=text)
 
 
-def vector_options(
-    heading: str = OUTPUT, *, dtype: str | None = None, prompt: str
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def vector_options(heading: str = OUTPUT, *, dtype: str | None = None, prompt: str) -> Decorator:
     """Adds the options of vectors, named as fields of `EmbedCommand`.
 
     Args:
@@ -228,41 +207,29 @@ def vector_options(
         prompt: Help of `--prompt`.
     """
     unset = "" if dtype else " Default: float16, or float32 if the store takes nothing else."
-    options = [
-        option(
+    add = functools.partial(option, heading=heading)
+    return combine(
+        add(
             "--dtype",
             type=Choice(CHOICES["dtype"]),
             default=dtype,
-            heading=heading,
             help="Element type of the vectors. float16 takes half the space of float32, int8 a "
             f"quarter, ubinary a 32nd, each at some loss of quality.{unset}",
         ),
-        option(
-            "--dims",
-            type=int,
-            metavar="N",
-            heading=heading,
+        add(
+            "--dims N",
             help="Leading dimensions to keep. Fewer take less space, at some loss of quality.",
         ),
-        option(
-            "--layers",
-            type=int,
-            metavar="N",
-            heading=heading,
-            help="Exit layer. Fewer layers are faster, at some loss of quality.",
-        ),
-        option("--prompt", metavar="TEXT", heading=heading, help=prompt),
-        option(
+        add("--layers N", help="Exit layer. Fewer layers are faster, at some loss of quality."),
+        add("--prompt TEXT", help=prompt),
+        add(
             "--truncate",
             type=Choice(CHOICES["truncate"]),
             default="end",
-            heading=heading,
             help="Long texts: cut off at the end or start, or fail.",
         ),
-        option(
-            "--chunking",
-            metavar="HOW",
-            heading=heading,
+        add(
+            "--chunking HOW",
             help="Cut long texts into chunks: METHOD:SIZE/OVERLAP:AGGREGATION:late, of which only "
             "the method is required. Methods: tokens, sentences, paragraphs, each-sentence, "
             "each-paragraph. Aggregations: mean, weighted, max, hierarchical, or none for a row a "
@@ -271,11 +238,4 @@ def vector_options(
             "Default: none.",
             callback=lambda _, __, value: None if value == "none" else value,
         ),
-    ]
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for one in reversed(options):
-            function = one(function)
-        return function
-
-    return decorate
+    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fletcher.cli.command_line import argument, command, option
+from fletcher.cli.command_line import command, option
 from fletcher.cli.connection import EmbedTarget, target_options, without_store
 from fletcher.cli.options import json_option, split_names
 from fletcher.cli.terminal import columns as width_of
@@ -59,30 +59,12 @@ def _complete_dataset(
     'fletcher search "play chess" --dataset articles --store lance:vectors',
     "fletcher search chess --dataset articles --filter 'year >= 2020' --columns year --json",
 )
-@argument("query", "Text to look for.", metavar="QUERY")
-@option(
-    "--dataset",
-    required=True,
-    metavar="NAME",
-    shell_complete=_complete_dataset,
-    help="Dataset to search.",
-)
-@option("--k", type=int, default=5, metavar="N", help="Rows to find.")
-@option(
-    "--filter",
-    "filters",
-    multiple=True,
-    metavar="CONDITION",
-    help="Condition on a column, such as 'year >= 2020' or 'section = games'; repeatable. Rows "
-    "must meet all of them.",
-)
-@option("--columns", metavar="NAME,...", callback=split_names, help="Further columns to show.")
-@option(
-    "--prompt",
-    metavar="TEXT",
-    help="Prompt of the model, or text to put before the query; '' for none. Default: the model's "
-    "prompt for queries, if it has one.",
-)
+@click.argument("query", metavar="QUERY")
+@option("--dataset NAME", required=True, shell_complete=_complete_dataset)
+@option("--k N", default=5)
+@option("--filter CONDITION", "filters", multiple=True)
+@option("--columns NAME,...", callback=split_names)
+@option("--prompt TEXT")
 @json_option("Print JSON lines.")
 @target_options(
     "store",
@@ -105,6 +87,16 @@ def cli(
 
     This command reads the rows from --store itself. With --server, that server only embeds the
     text.
+
+    Args:
+        query: Text to look for.
+        dataset: Dataset to search.
+        k: Rows to find.
+        filters: Condition on a column, such as 'year >= 2020' or 'section = games'; repeatable.
+            Rows must meet all of them.
+        columns: Further columns to show.
+        prompt: Prompt of the model, or text to put before the query; '' for none. Default: the
+            model's prompt for queries, if it has one.
     """
     from fletcher.core.command import check_dataset
     from fletcher.stores.address import folder_of, open_store

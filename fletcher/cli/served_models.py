@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fletcher.cli.command_line import CommandGroup, argument, command, option
+import click
+
+from fletcher.cli.command_line import CommandGroup, Decorator, command, option
 from fletcher.cli.connection import RemoteServer, server_options
 from fletcher.cli.options import json_option
 from fletcher.cli.progress import human
@@ -29,8 +31,8 @@ def add_commands(group: CommandGroup) -> None:
         group.add_command(one)
 
 
-def _name_argument() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return argument("name", "Model: NAME, or one version as NAME@HASH.")
+def _name_argument() -> Decorator:
+    return click.argument("name", help="Model: NAME, or one version as NAME@HASH.")
 
 
 @command("running", "fletcher model running --server grpc://localhost:8815")
@@ -75,17 +77,16 @@ def swap_model(server: RemoteServer, name: str, as_json: bool) -> None:
 
 @command("unload", "fletcher model unload bge-small --server grpc://localhost:8815")
 @_name_argument()
-@option(
-    "--force",
-    is_flag=True,
-    help="Cut off the calls that use it; their clients get a retryable error.",
-)
+@option("--force", is_flag=True)
 @json_option()
 @server_options(required=True)
 def unload_model(server: RemoteServer, name: str, force: bool, as_json: bool) -> None:
     """Take a model out of service.
 
     New calls do not get it. Its memory is free after its last call.
+
+    Args:
+        force: Cut off the calls that use it; their clients get a retryable error.
     """
     with server.connect() as client:
         model = client.unload_model(name, force=force)
@@ -97,13 +98,8 @@ def unload_model(server: RemoteServer, name: str, force: bool, as_json: bool) ->
     "fletcher model alias search bge-small:0.9 bge-base:0.1 --server grpc://localhost:8815",
     "fletcher model alias search --server grpc://localhost:8815",
 )
-@argument("name", "Alias.")
-@argument(
-    "models",
-    "Traffic weight per model; omit to delete the alias.",
-    metavar="[MODEL:WEIGHT]...",
-    nargs=-1,
-)
+@click.argument("name")
+@click.argument("models", metavar="[MODEL:WEIGHT]...", nargs=-1)
 @json_option()
 @server_options(required=True)
 def set_alias(server: RemoteServer, name: str, models: tuple[str, ...], as_json: bool) -> None:
@@ -111,6 +107,10 @@ def set_alias(server: RemoteServer, name: str, models: tuple[str, ...], as_json:
 
     --model-alias of `fletcher serve` does it from the start. The alias `default` is for calls that
     name no model.
+
+    Args:
+        name: Alias.
+        models: Traffic weight per model; omit to delete the alias.
     """
     weights = _weights(name, models) if models else None
     with server.connect() as client:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fletcher.cli.command_line import argument, command, option
+from fletcher.cli.command_line import command, option
 from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.options import format_option, json_option, text_option
 from fletcher.cli.terminal import cut, printable, say, terminal_width
@@ -29,24 +29,11 @@ MAX_K = 10_000
     'fletcher similar "play go" "play chess" "bake bread"',
     'fletcher similar "play go" --candidates articles.parquet --text body --k 3',
 )
-@argument(
-    "texts",
-    "Texts, or - for standard input, one text a line.",
-    nargs=-1,
-    required=True,
-    metavar="TEXT...",
-)
-@option(
-    "--candidates",
-    metavar="PATH",
-    type=click.Path(),
-    help="File, folder of files, or - for standard input, to find the most similar texts in.",
-)
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@option("--candidates PATH", type=click.Path())
 @text_option()
 @format_option("candidates")
-@option(
-    "--k", type=int, metavar="N", help="Lines to print for each text. Default: 5, or all pairs."
-)
+@option("--k N")
 @json_option("Print JSON lines.")
 @target_options("model")
 def cli(
@@ -62,6 +49,12 @@ def cli(
 
     Prints the cosine of each pair, the most similar first; with --candidates, the texts of a file
     that are most similar to each text. Nothing is stored.
+
+    Args:
+        texts: Texts, or - for standard input, one text a line.
+        candidates: File, folder of files, or - for standard input, to find the most similar texts
+            in.
+        k: Lines to print for each text. Default: 5, or all pairs.
     """
     from fletcher.cli.embed_io import lines
     from fletcher.evaluation.similar import compare_texts, find_similar

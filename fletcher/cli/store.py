@@ -30,45 +30,25 @@ _PORT = click.IntRange(0, 65535)
     "fletcher store --path /data/vectors",
     "fletcher ingest articles.parquet --text body --dataset articles --store grpc://localhost:3000",
 )
-@option(
-    "--path",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Folder of the tables, made if it does not exist. One server a folder.",
-)
-@option(
-    "--host",
-    default="127.0.0.1",
-    metavar="TEXT",
-    help="Address to listen on. Any other than loopback accepts other machines, and needs "
-    "--insecure.",
-)
-@option(
-    "--port",
-    type=_PORT,
-    metavar="N",
-    default=3000,
-    help="Data port. 0 picks a free one, which standard output names.",
-)
-@option(
-    "--meta-port",
-    type=_PORT,
-    metavar="N",
-    default=3001,
-    help="Port of the dataset list. 0 picks a free one.",
-)
-@option(
-    "--insecure",
-    is_flag=True,
-    help="Accept other machines. Anyone who reaches --host may read and write.",
-)
+@option("--path FOLDER", required=True)
+@option("--host TEXT", default="127.0.0.1")
+@option("--port N", type=_PORT, default=3000)
+@option("--meta-port N", type=_PORT, default=3001)
+@option("--insecure", is_flag=True)
 @json_option("Print the ready line as JSON, for programs.")
 def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_json: bool) -> int:
     """Serve a folder of LanceDB tables with Longbow's Flight calls.
 
     Rows are acknowledged when they are committed and synced to disk. The store has no
     authentication. It runs until SIGTERM or SIGINT.
+
+    Args:
+        path: Folder of the tables, made if it does not exist. One server a folder.
+        host: Address to listen on. Any other than loopback accepts other machines, and needs
+            --insecure.
+        port: Data port. 0 picks a free one, which standard output names.
+        meta_port: Port of the dataset list. 0 picks a free one.
+        insecure: Accept other machines. Anyone who reaches --host may read and write.
     """
     from fletcher.storeserver.server import StoreServer
 

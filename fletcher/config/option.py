@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 from fletcher.config.model_alias import ANY_MODEL, MODEL_NAME, Alias
 from fletcher.errors import ConfigError
+from fletcher.util.docstrings import split_docstring
 
 MIB, GIB = 1 << 20, 1 << 30
 DAY_S = 86400
@@ -31,8 +31,6 @@ _SIZE_UNITS = {
 }  # fmt: skip
 _MODEL = re.compile(rf"{MODEL_NAME}(?:@[0-9a-f]+)?")
 _LOADABLE = re.compile(rf"{MODEL_NAME}|{re.escape(ANY_MODEL)}")
-# Name and text of an entry in a docstring's section.
-_ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n {8}.+)*)", re.MULTILINE)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -249,12 +247,11 @@ def option(default: Any, kind: OptionType, **limits: Any) -> Any:
 @functools.cache
 def options_of(part: type) -> tuple[Option, ...]:
     """The options among a dataclass' fields, in their order."""
-    attributes = inspect.cleandoc(part.__doc__ or "").partition("\nAttributes:\n")[2]
-    texts = dict(_ATTRIBUTE.findall(attributes))
+    _, texts = split_docstring(part.__doc__, "Attributes")
     return tuple(
         Option(
             field=spec.name,
-            help=" ".join(texts.get(spec.name, "").split()),
+            help=texts.get(spec.name, ""),
             default=None if spec.default is dataclasses.MISSING else spec.default,
             **{"name": spec.name.removesuffix("_s"), **spec.metadata},
         )
