@@ -10,13 +10,7 @@ from collections.abc import Sequence
 import click
 from click.shell_completion import CompletionItem
 
-from fletcher.cli.command_line import (
-    Command,
-    CommandGroup,
-    Context,
-    command,
-    usage_message,
-)
+from fletcher.cli.command_line import Command, CommandGroup, Context, command, usage_message
 from fletcher.cli.shutdown import leave_with
 from fletcher.cli.terminal import printable, wants_colour
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError

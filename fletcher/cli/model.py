@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fletcher.cli import served_models
-from fletcher.cli.command_line import CommandGroup, Decorator, option
-from fletcher.cli.connection import LOCAL_FLAGS
+from fletcher.cli.command_line import CommandGroup, Decorator, combine, option
+from fletcher.cli.connection import LOCAL_FLAGS, RemoteServer, server_options
 from fletcher.cli.options import (
     ConfigFlags,
     complete_model,
@@ -20,8 +19,10 @@ from fletcher.cli.options import (
     paths_argument,
     text_option,
 )
+from fletcher.cli.progress import human
 from fletcher.cli.terminal import print_table, printable, say, styled
-from fletcher.errors import ModelError
+from fletcher.config.model_alias import Alias
+from fletcher.errors import InvalidCommandError, ModelError
 
 if TYPE_CHECKING:
     from fletcher.models.bundle.bundle import ModelBundle
@@ -49,7 +50,13 @@ cli = CommandGroup(
             "calibrate": "Find the ranges of int8 in a sample of texts.",
             "remove": "Delete a bundle.",
         },
-        "Models of a running server": served_models.SECTION,
+        "Models of a running server": {
+            "running": "List the models of a running server.",
+            "load": "Load a model on a running server.",
+            "swap": "Replace the running version of a model by the installed one.",
+            "unload": "Take a model of a running server out of service.",
+            "alias": "Divide the calls for a name among models.",
+        },
     },
 )
 cli.examples = (
@@ -57,7 +64,9 @@ cli.examples = (
     "fletcher model list",
     "fletcher model swap bge-small --server grpc://localhost:8815",
 )
-served_models.add_commands(cli)
+_of_machine = combine(json_option(), config_options("home"))
+_of_server = combine(json_option(), server_options(required=True))
+_server_name = click.argument("name", help="Model: NAME, or one version as NAME@HASH.")
 
 
 def _name_argument(**attributes: Any) -> Decorator:
@@ -75,8 +84,7 @@ def _name_argument(**attributes: Any) -> Decorator:
 @option("--tokenizer FILE", type=click.Path())
 @option("--exits N,...", callback=lambda context, _, value: _layers(context, value))
 @option("--replace", is_flag=True)
-@json_option()
-@config_options("home")
+@_of_machine
 def add_model(
     flags: ConfigFlags,
     source: str,
@@ -105,8 +113,7 @@ def add_model(
 
 
 @cli.subcommand("list", "fletcher model list --json")
-@json_option()
-@config_options("home")
+@_of_machine
 def list_models(flags: ConfigFlags, as_json: bool) -> int:
     """List the bundles. The exit status is 1 if one is damaged."""
     from fletcher.models.bundle.registry import DEFAULT_MODEL
@@ -129,8 +136,7 @@ def list_models(flags: ConfigFlags, as_json: bool) -> int:
 
 @cli.subcommand("show", "fletcher model show all-MiniLM-L6-v2")
 @_name_argument()
-@json_option()
-@config_options("home")
+@_of_machine
 def show_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
     """Show a bundle's description of its model."""
     _print(_describe(_registry(flags).get_model(name)), as_json=as_json)
@@ -138,8 +144,7 @@ def show_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
 
 @cli.subcommand("verify", "fletcher model verify", "fletcher model verify all-MiniLM-L6-v2")
 @_name_argument(required=False)
-@json_option()
-@config_options("home")
+@_of_machine
 def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
     """Compare the files of one bundle, or of all, with their checksums.
 
@@ -191,12 +196,88 @@ def calibrate_model(
 
 @cli.subcommand("remove", "fletcher model remove bge-small")
 @_name_argument()
-@json_option()
-@config_options("home")
+@_of_machine
 def remove_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
     """Delete a bundle. A running server keeps what it has loaded."""
     _registry(flags).remove_model(name)
     _print({"removed": name}, as_json=as_json)
+
+
+@cli.subcommand("running", "fletcher model running --server grpc://localhost:8815")
+@_of_server
+def list_running(server: RemoteServer, as_json: bool) -> None:
+    """List the models of a running server, with state, calls and memory.
+
+    Each version has a line; aliases follow.
+    """
+    with server.connect() as client:
+        _print_state({"models": client.list_models(), "aliases": client.aliases()}, as_json=as_json)
+
+
+@cli.subcommand("load", "fletcher model load bge-small --server grpc://localhost:8815")
+@_server_name
+@_of_server
+def load_model(server: RemoteServer, name: str, as_json: bool) -> None:
+    """Load a model on a running server, and wait until it is ready.
+
+    The model must be installed there, and named by the server's --models or --loadable-models.
+    Another version of the name runs on beside it.
+    """
+    with server.connect() as client:
+        _print_state({"model": client.load_model(name), "state": "ready"}, as_json=as_json)
+
+
+@cli.subcommand("swap", "fletcher model swap bge-small --server grpc://localhost:8815")
+@_server_name
+@_of_server
+def swap_model(server: RemoteServer, name: str, as_json: bool) -> None:
+    """Replace the running version of a model by the installed one.
+
+    New calls get it as soon as it is ready. Running calls end with the version before, which is
+    then unloaded. NAME@HASH returns to a version that `fletcher model add --replace` kept.
+    """
+    with server.connect() as client:
+        _print_state({"model": client.swap_model(name), "state": "ready"}, as_json=as_json)
+
+
+@cli.subcommand("unload", "fletcher model unload bge-small --server grpc://localhost:8815")
+@_server_name
+@option("--force", is_flag=True)
+@_of_server
+def unload_model(server: RemoteServer, name: str, force: bool, as_json: bool) -> None:
+    """Take a model out of service.
+
+    New calls do not get it. Its memory is free after its last call.
+
+    Args:
+        force: Cut off the calls that use it; their clients get a retryable error.
+    """
+    with server.connect() as client:
+        model = client.unload_model(name, force=force)
+    _print_state({"model": model, "state": "retiring"}, as_json=as_json)
+
+
+@cli.subcommand(
+    "alias",
+    "fletcher model alias search bge-small:0.9 bge-base:0.1 --server grpc://localhost:8815",
+    "fletcher model alias search --server grpc://localhost:8815",
+)
+@click.argument("name")
+@click.argument("models", metavar="[MODEL:WEIGHT]...", nargs=-1)
+@_of_server
+def set_alias(server: RemoteServer, name: str, models: tuple[str, ...], as_json: bool) -> None:
+    """Divide the calls for a name among models by weight, until the server ends.
+
+    --model-alias of `fletcher serve` does it from the start. The alias `default` is for calls that
+    name no model.
+
+    Args:
+        name: Alias.
+        models: Traffic weight per model; omit to delete the alias.
+    """
+    weights = _weights(name, models) if models else None
+    with server.connect() as client:
+        _print_state({"aliases": client.set_alias(name, weights)}, as_json=as_json)
 
 
 def _registry(flags: ConfigFlags) -> Registry:
@@ -242,3 +323,37 @@ def _print(value: Any, *, as_json: bool) -> None:
     for name, field in value.items():
         text = ", ".join(map(str, field)) if isinstance(field, (tuple, list)) else field
         print(f"{name:<{width}}  {printable(text)}".rstrip())
+
+
+def _print_state(answer: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(answer, ensure_ascii=False))
+        return
+    rows = [
+        (
+            f"{one['name']}@{one['hash']}",
+            one["state"],
+            f"{one['calls']} calls",
+            f"{human(one['memory_bytes'])}B",
+            "" if one["is_current"] else "as NAME@HASH alone",
+        )
+        for one in answer.get("models", [])
+    ]
+    if rows:
+        print_table(rows)
+    for name, shares in answer.get("aliases", {}).items():
+        print(f"{printable(name)}  {printable(shares)}")
+    if "model" in answer:
+        print(f"{printable(answer['model'])}  {answer['state']}")
+
+
+def _weights(name: str, models: tuple[str, ...]) -> dict[str, float]:
+    text = ",".join(models)
+    try:
+        return dict(Alias.from_text(f"{name}={text}").targets)
+    except ValueError:
+        raise InvalidCommandError(
+            f"`models` is {text[:200]!r}, expected MODEL:WEIGHT with weights over 0, and a name "
+            "of letters, digits, `.`, `_` and `-`",
+            field="models",
+        ) from None

@@ -269,7 +269,8 @@ class OptionGroup:
     """
 
     def __post_init__(self) -> None:
-        for one in options_of(type(self)):
+        part: type = type(self)
+        for one in options_of(part):
             one.check_value(getattr(self, one.field))
         self._check_together()
 
