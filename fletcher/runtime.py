@@ -41,9 +41,7 @@ _STARVING_S = 60.0
 class Runtime:
     """A server in this process, from `start` to `close`.
 
-    Args:
-        config: All options.
-        progress: Called with a line for people about long work, such as a download; None: logs it.
+    `progress` gets lines for people about long work, such as a download; None: the log does.
     """
 
     def __init__(self, config: ServeConfig, progress: Callable[[str], None] | None = None) -> None:
@@ -72,8 +70,7 @@ class Runtime:
     def start(self) -> None:
         """Loads the models, starts all workers, then listens on `address`.
 
-        Raises:
-            FletcherError: Something configured is missing or does not work. All is closed again.
+        Raises FletcherError if something is missing or does not work; all is closed again.
         """
         keep_large_blocks()
         try:
@@ -87,11 +84,7 @@ class Runtime:
         return self._closed.wait(timeout_s)
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuses new calls and delivers accepted rows to their stores.
-
-        Returns:
-            Whether all rows were delivered in time.
-        """
+        """Refuses new calls; whether all accepted rows reached their stores in time."""
         if self._service is None:
             return True
         service = self._service
@@ -114,11 +107,10 @@ class Runtime:
         return done
 
     def close(self) -> bool:
-        """Closes the server, its workers, stores and telemetry. Idempotent.
+        """Closes all parts, and returns whether all calls ended. Idempotent.
 
-        Returns:
-            Whether all calls ended. A call whose client is silent cannot be ended from here, and
-            the process cannot exit in the ordinary way before it does.
+        A call whose client is silent cannot be ended from here, and the process cannot exit in the
+        ordinary way before it does.
         """
         self._service = None
         self._started.pop_all().close()
@@ -217,7 +209,6 @@ class Runtime:
 def _signals(
     budget: MemoryBudget, admission: Admission, delivery: Delivery, models: ModelManager
 ) -> LoadSignals:
-    """The load of each part of the server."""
     num_starving = budget.starving(_STARVING_S)
     return LoadSignals(
         memory=budget.used_share(),

@@ -41,9 +41,7 @@ def calibrate_model(
 ) -> ModelBundle:
     """Embeds a sample of texts and freezes the ranges of its vectors in the bundle.
 
-    Raises:
-        ModelError: The model has ranges already.
-        ConfigError: There are too few texts.
+    Raises ModelError if the model has ranges already, and ConfigError for too few texts.
     """
     from fletcher.readers import open_source
 
@@ -99,7 +97,6 @@ def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: in
 def _vectors(
     client: Client, source: TextSource, bundle: ModelBundle
 ) -> Iterator[tuple[int, FloatArray]]:
-    """Exit layers and vectors, in batches."""
     options = EmbedCommand(
         text_column=source.selection.text, dtype="float32", normalize=bundle.normalize
     )

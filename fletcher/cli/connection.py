@@ -46,13 +46,7 @@ _LOCAL_TEXT = {
 
 @dataclass(frozen=True, slots=True)
 class RemoteServer:
-    """A server elsewhere.
-
-    Attributes:
-        uri: grpc://HOST:PORT or grpc+tls://HOST:PORT.
-        token_file: File with a bearer token.
-        tls_ca: PEM CA of the server's certificate.
-    """
+    """A server elsewhere, grpc://HOST:PORT or grpc+tls://HOST:PORT."""
 
     uri: str
     token_file: Path | None = None
@@ -64,14 +58,9 @@ class RemoteServer:
         parse_address(self.uri, field="server")
 
     def connect(self, compression: str | None = None, max_retries: int | None = None) -> Client:
-        """A client; close it in the end.
+        """A client; close it in the end. None: the client's defaults.
 
-        Args:
-            compression: Of what is sent; None: the client's default.
-            max_retries: Of a call; None: the client's default.
-
-        Raises:
-            FletcherError: It cannot be reached, or refuses the token.
+        Raises FletcherError if the server cannot be reached, or refuses the token.
         """
         from fletcher.client import TlsOptions, TransferOptions, connect
 
@@ -91,13 +80,7 @@ class RemoteServer:
 
 @dataclass(frozen=True, slots=True)
 class EmbedTarget:
-    """The server that embeds for a command.
-
-    Attributes:
-        server: One elsewhere; None: one in this process.
-        compression: Of what is sent to one elsewhere.
-        flags: Server options for one in this process.
-    """
+    """The server that embeds: one elsewhere, or without `server` one in this process."""
 
     server: RemoteServer | None
     compression: str
@@ -111,13 +94,8 @@ class EmbedTarget:
     def resolve(self, *, own_store: bool = False, **flags: Any) -> ServeConfig:
         """The configuration of a server in this process; sets up logging as it says.
 
-        Args:
-            own_store: This process opens the store even where a server elsewhere embeds; the
-                default one is hardly that server's.
-            flags: Texts by option name, in place of flags.
-
-        Raises:
-            ConfigError: As `fletcher.config.resolution.resolve`.
+        `own_store`: this process opens the store even where a server elsewhere embeds; the default
+        one is hardly that server's. `flags` are texts by option name. Raises ConfigError.
         """
         resolved = self.flags.resolve(LOCAL_OPTIONS, **flags)
         config = resolved.config
@@ -140,12 +118,8 @@ class EmbedTarget:
     ) -> Iterator[Client]:
         """A client of the server elsewhere, or of one in this process until it is left.
 
-        Args:
-            config: For one in this process.
-            max_retries: Of calls to a server elsewhere; None: the client's default.
-
-        Raises:
-            FletcherError: The server cannot be reached or started.
+        `config` is for one in this process, `max_retries` for calls to one elsewhere. Raises
+        FletcherError if the server cannot be reached or started.
         """
         if self.server:
             self.refuse_local_flags()
@@ -219,9 +193,7 @@ def server_options(*, required: bool = False) -> Decorator:
 def target_options(*names: str, **text: str) -> Decorator:
     """Adds the flags of both kinds of server, passed on as `target`: an EmbedTarget.
 
-    Args:
-        names: Server options that get a flag besides LOCAL_FLAGS.
-        text: Help by option name, where the command's differs from the server's.
+    The server options `names` get flags besides LOCAL_FLAGS; `text` replaces help by option name.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

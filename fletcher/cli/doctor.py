@@ -40,14 +40,9 @@ STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "broken": "bold red
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Result of one check.
+    """Result of one check, and its remedy.
 
-    Attributes:
-        part: `hardware`, `software`, `home`, `models`, `engine` or `stores`.
-        name: Name of the check.
-        state: `ok`; `note`: works, but could be better; `broken`: something needed does not work.
-        value: Observed value.
-        fix: Remedy, if any.
+    A `note` works, but could be better; something needed is `broken`.
     """
 
     part: str

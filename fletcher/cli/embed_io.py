@@ -88,8 +88,7 @@ def embedded(
 ) -> Iterator[pa.RecordBatch]:
     """Batches of text, vector and scale, and for chunks their places in the text.
 
-    Raises:
-        FletcherError: The error of the first text that has no vector.
+    Raises the error of the first text that has no vector.
     """
     with client.exchange(texts, options) as exchange:
         names = [name for name in _COLUMNS if name in exchange.schema.names]

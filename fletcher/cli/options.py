@@ -39,26 +39,16 @@ _FORMATS = ("parquet", "csv", "tsv", "jsonl", "arrow", "text")
 
 @dataclass(frozen=True, slots=True)
 class ConfigFlags:
-    """Options of the server that were given as flags, and the file of `--config`.
+    """Server options given as flags: texts, or lists of texts for repeatable ones.
 
-    Attributes:
-        given: By option name, the text; a list of texts for a repeatable option.
-        file: TOML file; None: that of FLETCHER_CONFIG, if set.
+    `file` is the TOML file; None: that of FLETCHER_CONFIG, if set.
     """
 
     given: Mapping[str, Any]
     file: Path | None = None
 
     def resolve(self, only: Collection[str] | None = None, **flags: Any) -> Resolved:
-        """The configuration that flags, environment and file make together.
-
-        Args:
-            only: Option names to take; others keep their defaults.
-            flags: Texts by option name, in place of flags.
-
-        Raises:
-            ConfigError: As `fletcher.config.resolution.resolve`.
-        """
+        """As `fletcher.config.resolution.resolve`; `flags` replace those given."""
         return resolve({**self.given, **flags}, os.environ, self.file, only=only)
 
 
@@ -71,7 +61,6 @@ class _ConfigText(click.ParamType[str]):
         self._option = one
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002
-        """The choices, or the kind of value."""
         if self._option.choices:
             return f"[{'|'.join(self._option.choices)}]"
         return self._option.kind.metavar
@@ -79,7 +68,6 @@ class _ConfigText(click.ParamType[str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Choices, models or paths."""
         if self._option.choices:
             return _starting(self._option.choices, incomplete)
         if self._option.name in ("model", "models", "loadable_models"):
@@ -93,9 +81,7 @@ class _ConfigText(click.ParamType[str]):
 def config_options(*names: str, text: Mapping[str, str] | None = None) -> Decorator:
     """Adds server options and `--config`, passed on as `flags`: ConfigFlags.
 
-    Args:
-        names: Option names.
-        text: Help by option name, where the command's differs from the server's.
+    `text` is help by option name, where the command's differs from the server's.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +101,7 @@ def config_options(*names: str, text: Mapping[str, str] | None = None) -> Decora
                 "--config FILE",
                 heading=_HEADINGS[""],
                 help="TOML file of server options. Flags and variables win over it.",
-                variable="FLETCHER_CONFIG",
+                notes=("env: FLETCHER_CONFIG",),
             ),
         )(collect)
 
@@ -126,24 +112,24 @@ def _flag(one: Option, text: str | None) -> Decorator:
     kind: dict[str, Any] = {"multiple": list in one.kind.toml, "type": _ConfigText(one)}
     if one.kind is SWITCH:
         kind = {"is_flag": True, "flag_value": "true", "type": click.UNPROCESSED}
+    default = [] if text and "Default" in text else _default(one)
     return option(
         one.flag,
         _PREFIX + one.name,
         heading=_HEADINGS[PART_OF[one.name]],
         help=text or one.help,
-        variable=one.variable,
-        default_text="" if text and "Default" in text else _default(one),
+        notes=[*default, f"env: {one.variable}"],
         **kind,
     )
 
 
-def _default(one: Option) -> str:
+def _default(one: Option) -> list[str]:
     if one.default in (None, (), False):
-        return ""
+        return []
     if one.kind is SIZE and one.default:
         gib = one.default >> 30
-        return f"{gib}GiB" if gib else f"{one.default >> 20}MiB"
-    return str(one.default)
+        return [f"default: {gib}GiB" if gib else f"default: {one.default >> 20}MiB"]
+    return [f"default: {one.default}"]
 
 
 def complete_model(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -201,10 +187,7 @@ def text_option() -> Decorator:
 def vector_options(heading: str = OUTPUT, *, dtype: str | None = None, prompt: str) -> Decorator:
     """Adds the options of vectors, named as fields of `EmbedCommand`.
 
-    Args:
-        heading: Section of the help.
-        dtype: Default of `--dtype`; None: the server's choice.
-        prompt: Help of `--prompt`.
+    `dtype` is the default of `--dtype`, None: the server's choice; `prompt` is help.
     """
     unset = "" if dtype else " Default: float16, or float32 if the store takes nothing else."
     add = functools.partial(option, heading=heading)

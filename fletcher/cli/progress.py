@@ -23,14 +23,10 @@ _BAR_COLUMNS = 12
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Progress of a command at one moment.
+    """Progress of a command at one moment; None: unknown.
 
-    Attributes:
-        rows: Rows done.
-        tokens: Tokens done; None: unknown.
-        num_bytes: Bytes of the input that were read.
-        rows_read: Rows in these bytes, for reading is ahead of the work; None: unknown.
-        queues: Waiting items, by stage.
+    `num_bytes` and `rows_read` are of the input, whose reading is ahead of the work. `queues` are
+    waiting items by stage.
     """
 
     rows: int
@@ -116,13 +112,9 @@ class Meter:
 
 
 class Progress:
-    """Shows the progress of a command, until it is left.
+    """Shows the progress of a command until it is left: a live line with a bar on a terminal.
 
-    Args:
-        sample: Called now and then, on a thread of its own; OSError or RuntimeError skips it once.
-        total: Work to do.
-        stream: Where to write; a terminal gets one live line with a bar.
-        interval_s: Between two samples; None: by the kind of stream.
+    `sample` is called on a thread of its own; its OSError or RuntimeError skips one line.
     """
 
     def __init__(

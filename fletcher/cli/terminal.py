@@ -18,8 +18,7 @@ _UNBOUNDED_COLUMNS = 10_000
 def wants_colour(stream: TextIO) -> bool:
     """Whether a stream gets colour: only a terminal, unless the environment tells.
 
-    NO_COLOR turns colour off everywhere, FORCE_COLOR turns it on for other streams. See
-    https://no-color.org and https://force-color.org.
+    See https://no-color.org and https://force-color.org.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -76,12 +75,9 @@ def styled(text: object, style: str) -> Text:
 def print_table(
     rows: Iterable[Sequence[object]], *, header: Sequence[str] = (), right: Sequence[int] = ()
 ) -> None:
-    """Prints rows in aligned columns, with a blank line for an empty row.
+    """Prints rows in aligned columns, those of `right` on the right; empty rows as blank lines.
 
-    Args:
-        rows: Cells, made printable; those of `styled` keep their style.
-        header: Names of the columns.
-        right: Columns that are aligned on the right.
+    Cells are made printable; those of `styled` keep their style.
     """
     from rich.console import Console
     from rich.table import Table

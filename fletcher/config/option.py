@@ -96,12 +96,8 @@ def _file(text: str) -> Path:
 class OptionType:
     """A type of option value.
 
-    Attributes:
-        metavar: Placeholder of the value in help.
-        expected: Allowed values in words, for error messages.
-        parse: Converts the text of a flag, a variable or a TOML string; raises ValueError or
-            KeyError.
-        toml: TOML types besides strings that are taken as they are.
+    `parse` converts the text of a flag, a variable or a TOML string, and raises ValueError or
+    KeyError. Values of the TOML types `toml` are taken as they are.
     """
 
     metavar: str
@@ -130,19 +126,11 @@ FOLDER = OptionType("FOLDER", "a path", _file)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One option of the server, apart from its default.
+    """One option of the server.
 
-    Attributes:
-        name: TOML key; the flag and the variable derive from it.
-        field: Field of the part that holds the value.
-        kind: Type of the value.
-        default: Value if nothing is given; None where it is not fixed.
-        help: Effect, and when to change it at which cost.
-        choices: All allowed values.
-        pattern: Regular expression for the whole value, where choices are unlimited.
-        expected: Allowed values in words, where `kind` does not say enough.
-        minimum: Least number allowed.
-        maximum: Greatest number allowed.
+    `name` is the TOML key, and flag and variable derive from it; `field` holds the value in its
+    part of the configuration. `pattern` is for the whole value. `expected` are the allowed values
+    in words, where `kind` does not say enough. A default of None is not fixed.
     """
 
     name: str
@@ -166,7 +154,6 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """Allowed values, in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = self.expected or self.kind.expected
@@ -177,14 +164,9 @@ class Option:
         return words
 
     def read_value(self, value: Any, source: str) -> Any:
-        """Converts and checks a value.
+        """Converts and checks the text of a flag or a variable, or a TOML value.
 
-        Args:
-            value: Text of a flag or a variable, or a TOML value.
-            source: Flag, variable or file, for the error.
-
-        Raises:
-            ConfigError: Names the option, the source, the value and the allowed values.
+        Raises ConfigError, which names the option, the source, the value and the allowed values.
         """
         try:
             if isinstance(value, str):
@@ -264,8 +246,7 @@ def options_of(part: type) -> tuple[Option, ...]:
 class OptionGroup:
     """Base of a part of `ServeConfig`; checks all values when it is made.
 
-    Raises:
-        ConfigError: A value out of range, or options that contradict each other.
+    Raises ConfigError for values out of range, or options that contradict each other.
     """
 
     def __post_init__(self) -> None:

@@ -149,11 +149,8 @@ class ServeConfig:
     def from_options(cls, **values: Any) -> ServeConfig:
         """Makes a configuration of values by option name, such as `port` or `store`.
 
-        Other options have their defaults.
-
-        Raises:
-            ConfigError: A value out of range, or options that contradict each other.
-            TypeError: An option that does not exist.
+        Raises ConfigError for a value out of range, or options that contradict each other, and
+        TypeError for an option that does not exist.
         """
         home = values.pop("home", None) or fletcher_home()
         fields: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
