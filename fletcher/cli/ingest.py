@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from fletcher.cli.options import (
     vector_options,
 )
 from fletcher.cli.progress import Progress, Sample, Total
-from fletcher.cli.terminal import cut, printable, say, terminal_width
+from fletcher.cli.terminal import cut, print_json, printable, say, terminal_width
 from fletcher.core.command import CHOICES, EmbedCommand
 from fletcher.errors import ConfigError, FletcherError
 
@@ -126,7 +125,7 @@ def cli(
     store = target.server.uri if target.server else next(iter(config.store_addresses.values()))
     report = _report(summary, fields["dataset"], store, time.monotonic() - started_s)
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
     else:
         _print(report)
     return 0 if summary.complete else 1

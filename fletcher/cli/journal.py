@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.command_line import CommandGroup
 from fletcher.cli.options import ConfigFlags, config_options, json_option
-from fletcher.cli.terminal import printable
+from fletcher.cli.terminal import print_json, printable
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def _show(root: Path, *, as_json: bool, closely: bool) -> int:
     files = list(_files(root))
     damaged = any(one["state"] == "damaged" or one["damage"] for one in files)
     if as_json:
-        print(json.dumps({"files": files, "damaged": damaged, "served": served}))
+        print_json({"files": files, "damaged": damaged, "served": served})
         return 1 if damaged else 0
     if not files:
         print("the journal is empty: nothing waits for a store")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from fletcher.cli.options import (
     text_option,
 )
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import print_table, printable, say, styled
+from fletcher.cli.terminal import print_json, print_table, printable, say, styled
 from fletcher.config.model_alias import Alias
 from fletcher.errors import InvalidCommandError, ModelError
 
@@ -317,7 +316,7 @@ def _describe(bundle: ModelBundle) -> dict[str, Any]:
 
 def _print(value: Any, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(value, ensure_ascii=False))
+        print_json(value)
         return
     width = max(map(len, value), default=0)
     for name, field in value.items():
@@ -327,7 +326,7 @@ def _print(value: Any, *, as_json: bool) -> None:
 
 def _print_state(answer: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
+        print_json(answer)
         return
     rows = [
         (

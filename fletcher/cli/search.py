@@ -15,7 +15,7 @@ from fletcher.cli.command_line import command, option
 from fletcher.cli.connection import EmbedTarget, target_options, without_store
 from fletcher.cli.options import json_option, split_names
 from fletcher.cli.terminal import columns as width_of
-from fletcher.cli.terminal import cut, padded, printable, terminal_width
+from fletcher.cli.terminal import cut, padded, print_json, printable, terminal_width
 from fletcher.config.option import nearest
 from fletcher.config.server import fletcher_home
 from fletcher.errors import (
@@ -131,7 +131,7 @@ def cli(
     rows = found.select([*shown, "score"]).to_pylist()
     if as_json:
         for rank, row in enumerate(rows, 1):
-            print(json.dumps({"rank": rank, **row}, ensure_ascii=False, default=str))
+            print_json({"rank": rank, **row})
     else:
         print_rows(rows, terminal_width())
 

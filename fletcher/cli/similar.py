@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from fletcher.cli.command_line import command, option
 from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.options import format_option, json_option, text_option
-from fletcher.cli.terminal import cut, printable, say, terminal_width
+from fletcher.cli.terminal import cut, print_json, printable, say, terminal_width
 from fletcher.config.delivery import NO_STORE
 from fletcher.errors import ConfigError
 
@@ -103,18 +103,15 @@ def _check_number(texts: Sequence[str], least: int) -> None:
 def _print_pairs(
     texts: Sequence[str], cosines: FloatArray, k: int | None, *, as_json: bool
 ) -> None:
-    pairs = sorted(
-        (
-            (float(cosines[one, other]), one, other)
-            for one in range(len(texts))
-            for other in range(one + 1, len(texts))
-        ),
-        key=lambda pair: -pair[0],
-    )
+    pairs = [
+        (float(cosines[one, other]), one, other)
+        for one, other in itertools.combinations(range(len(texts)), 2)
+    ]
+    pairs.sort(key=lambda pair: -pair[0])
     width = (terminal_width() - 13) // 2
     for cosine, one, other in pairs[:k]:
         if as_json:
-            _json_line({"cosine": cosine, "first": texts[one], "second": texts[other]})
+            print_json({"cosine": cosine, "first": texts[one], "second": texts[other]})
         else:
             both = " | ".join(cut(printable(texts[place]), width) for place in (one, other))
             print(f"{cosine:7.4f}  {both}")
@@ -127,13 +124,9 @@ def _print_found(texts: Sequence[str], found: SimilarTexts, *, as_json: bool) ->
         for rank, (cosine, row, candidate) in enumerate(best, 1):
             if as_json:
                 line = {"text": text, "rank": rank, "cosine": cosine, "row": row}
-                _json_line({**line, "candidate": candidate})
+                print_json(line | {"candidate": candidate})
             else:
                 line_of = f"{rank:>{len(str(len(best)))}}  {cosine:7.4f}  {printable(candidate)}"
                 print(cut(line_of, terminal_width()))
     if found.num_failed:
         say(f"note: {found.num_failed} of {found.num_candidates} candidates have no vector")
-
-
-def _json_line(fields: dict[str, Any]) -> None:
-    print(json.dumps(fields, ensure_ascii=False))

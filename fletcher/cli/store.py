@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from fletcher.cli.command_line import command, option
 from fletcher.cli.options import json_option
+from fletcher.cli.terminal import print_json
 from fletcher.config.network import is_loopback
 from fletcher.errors import ConfigError
 
-if TYPE_CHECKING:
-    from fletcher.storeserver.server import StoreServer
 # Received rows are committed within a second, unless the disk is slow.
 SHUTDOWN_S = 10.0
 _PORT = click.IntRange(0, 65535)
@@ -66,7 +63,11 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     server = StoreServer(path, host=host, port=port, meta_port=meta_port)
-    _announce(server, as_json=as_json)
+    if as_json:
+        print_json({"address": server.address, "meta_address": server.meta_address})
+    else:
+        print(f"listening on {server.address} (meta {server.meta_address})")
+    sys.stdout.flush()
     stop.wait()
     ended = server.close(SHUTDOWN_S)
     for number, handler in previous.items():
@@ -78,12 +79,3 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
         sys.stderr.flush()
         os._exit(0)
     return 0
-
-
-def _announce(server: StoreServer, *, as_json: bool) -> None:
-    if as_json:
-        line = json.dumps({"address": server.address, "meta_address": server.meta_address})
-    else:
-        line = f"listening on {server.address} (meta {server.meta_address})"
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()

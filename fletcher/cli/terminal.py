@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -40,6 +41,11 @@ def printable(text: object) -> str:
 def say(line: str) -> None:
     """Prints a line that is not a result, to standard error."""
     print(printable(line), file=sys.stderr, flush=True)
+
+
+def print_json(value: object, indent: int | None = None) -> None:
+    """Prints JSON, on one line without `indent`."""
+    print(json.dumps(value, ensure_ascii=False, indent=indent, default=str))
 
 
 def cut(text: str, width: int) -> str:
@@ -83,20 +89,13 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
-    listed = [list(row) for row in rows]
-    num_columns = max((len(row) for row in listed), default=len(header))
-    for index in range(num_columns):
-        name = header[index] if index < len(header) else ""
-        # A narrow terminal breaks the last column into lines; nothing is cut.
-        table.add_column(
-            name,
-            justify="right" if index in right else "left",
-            no_wrap=index < num_columns - 1,
-            overflow="fold",
-        )
-    for row in listed:
+    table = Table(*header, box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
         table.add_row(*(one if isinstance(one, Text) else printable(one) for one in row))
+    for index, column in enumerate(table.columns):
+        # A narrow terminal breaks the last column into lines; nothing is cut.
+        column.no_wrap, column.overflow = index < len(table.columns) - 1, "fold"
+        column.justify = "right" if index in right else "left"
     is_terminal = sys.stdout.isatty()
     console = Console(
         color_system="standard" if wants_colour(sys.stdout) else None,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.command_line import command
 from fletcher.cli.options import ConfigFlags, config_options, json_option
-from fletcher.cli.terminal import print_table, say
+from fletcher.cli.terminal import print_json, print_table, say
 from fletcher.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def cli(flags: ConfigFlags, as_json: bool) -> None:
     bundle = registry.verify_model(config.model.default)
     report = tune(config.home, config.engine, detect_host(), bundle, say)
     if as_json:
-        print(json.dumps(_as_json(report), indent=2))
+        print_json(_as_json(report), indent=2)
     else:
         _print(report)
 
