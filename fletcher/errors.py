@@ -73,14 +73,8 @@ class FletcherError(Exception):
 
     def to_dict(self) -> dict[str, Any]:
         """The error on the wire: `code`, `message`, and the fields that are set."""
-        fields = {
-            "code": self.code,
-            "message": self.message,
-            "field": self.field,
-            "allowed": self.allowed,
-            "retry_after_ms": self.retry_after_ms,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
+        names = ("code", "message", "field", "allowed", "retry_after_ms")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def to_json(self) -> bytes:
         """`to_dict` as UTF-8 JSON, the `extra_info` of a Flight error."""
@@ -97,12 +91,8 @@ def _encodable(text: str) -> str:
 
 
 def _rebuild(kind: type[FletcherError], fields: dict[str, Any]) -> FletcherError:
-    return kind(
-        fields["message"],
-        field=fields.get("field"),
-        allowed=fields.get("allowed"),
-        retry_after_ms=fields.get("retry_after_ms"),
-    )
+    optional = {name: fields.get(name) for name in ("field", "allowed", "retry_after_ms")}
+    return kind(fields["message"], **optional)
 
 
 class RequestError(FletcherError, code="invalid_command"):

@@ -1,4 +1,4 @@
-"""Input and output of `fletcher embed`: texts as batches, vectors in three formats."""
+"""Input and output of `fletcher embed`: text batches, vectors in three formats."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Meter:
 class Progress:
     """Shows the progress of a command until it is left: a live line with a bar on a terminal.
 
-    `sample` is called on a thread of its own; its OSError or RuntimeError skips one line.
+    `sample` is called on another thread; its OSError or RuntimeError skips one line.
     """
 
     def __init__(

@@ -137,7 +137,7 @@ def cli(
 
 
 def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
-    """Prints a line a row: rank, score, id, further columns, and the start of the text."""
+    """Prints a line a row: rank, score, id, other columns, and the start of the text."""
     if not rows:
         print("no rows")
         return

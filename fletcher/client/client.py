@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -16,19 +15,15 @@ import pyarrow as pa
 
 from fletcher.client.connection import Connection, TlsOptions, TransferOptions
 from fletcher.client.exchange import Exchange
-from fletcher.client.messages import PutSummary, RowError, as_batches, messages
-from fletcher.client.prompts import (
-    DOCUMENT_PROMPTS,
-    QUERY_PROMPTS,
-    default_prompt,
-    served_model,
-)
+from fletcher.client.messages import PutSummary, as_batches, messages
+from fletcher.client.prompts import DOCUMENT_PROMPTS, QUERY_PROMPTS, default_prompt, served_model
 from fletcher.client.put import OnAck, UploadSession
 from fletcher.client.stream import DocumentStream
 from fletcher.core.chunking import AGGREGATIONS, Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import BY_CODE, InternalError, InvalidCommandError
 from fletcher.readers import TextSource, open_source
+from fletcher.util.closing import Closing
 
 DEFAULT_TIMEOUT_S = 20.0
 # Reading, compiling and warming up a large model takes minutes.
@@ -72,19 +67,18 @@ def connect(
     return Client(connection)
 
 
-class Client:
+class Client(Closing):
     """A connection to a server; made by `connect`, closed by `close` or `with`.
 
     Thread-safe. Every method raises a FletcherError if the server refuses or fails.
+
+    Attributes:
+        address: The server's, as given to `connect`.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-
-    @property
-    def address(self) -> str:
-        """The server's address, as given to `connect`."""
-        return self._connection.address
+        self.address = connection.address
 
     def __repr__(self) -> str:
         return f"<fletcher.Client of {self.address}>"
@@ -116,7 +110,9 @@ class Client:
         Returns:
             The result. Failed rows are in `errors` and raise nothing.
         """
-        options = _with_upload_id(_as_options(options))
+        options = _as_options(options)
+        if options.upload_id is None:
+            options = replace(options, upload_id=uuid.uuid4().hex)
         if row_offset < 0:
             raise InvalidCommandError(f"`row_offset` is {row_offset}, expected 0 or more")
         upload = UploadSession(
@@ -144,18 +140,16 @@ class Client:
         """
         options = _as_options(options)
         if not isinstance(source, TextSource):
+            id_column = None if options.id_column == "id" else options.id_column
             source = open_source(
                 source,
                 text_column=options.text_column,
-                id_column=None if options.id_column == "id" else options.id_column,
+                id_column=id_column,
                 columns=options.columns,
             )
         chosen = source.selection
         options = replace(
-            options,
-            text_column=chosen.text,
-            id_column=chosen.id or "id",
-            columns=chosen.carried,
+            options, text_column=chosen.text, id_column=chosen.id or "id", columns=chosen.carried
         )
         if options.upload_id is None:
             options = replace(options, upload_id=ingest_id(source, options))
@@ -199,7 +193,7 @@ class Client:
         """Embed texts and return their vectors.
 
         Args:
-            texts: The texts.
+            texts: Unicode texts; one string is refused.
             **options: Fields of EmbedCommand, such as `model`, `prompt`, `dims`, `dtype` (default
                 float32).
 
@@ -229,21 +223,22 @@ class Client:
                 "`texts` holds a value that is not Unicode text", field="texts"
             ) from None
         table = pa.table({wanted.text_column: column})
-        batches = table.to_batches(max_chunksize=_EMBED_ROWS)
         parts = []
-        with self.exchange(pa.Table.from_batches(batches, table.schema), wanted) as exchange:
+        with self.exchange(table.to_reader(max_chunksize=_EMBED_ROWS), wanted) as exchange:
             for batch in exchange:
                 if exchange.errors:
-                    raise _row_failure(exchange.errors[0])
+                    failed = exchange.errors[0]
+                    kind = BY_CODE.get(failed.code, InternalError)
+                    raise kind(f"text {failed.row}: {failed.message}")
                 vectors = batch.column("vector")
                 _check_one_each(vectors.type)
                 if vectors.null_count:
                     raise InternalError("the server returned a null vector without an error")
                 parts.append(vectors.flatten().to_numpy().reshape(len(vectors), -1))
             if not parts:
-                kind = exchange.schema.field("vector").type
-                _check_one_each(kind)
-                return np.zeros((0, kind.list_size), kind.value_type.to_pandas_dtype())
+                vector = exchange.schema.field("vector").type
+                _check_one_each(vector)
+                return np.zeros((0, vector.list_size), vector.value_type.to_pandas_dtype())
         embeddings = np.concatenate(parts)
         if len(embeddings) != len(column):
             raise InternalError(f"{len(embeddings)} vectors came back for {len(column)} texts")
@@ -251,9 +246,7 @@ class Client:
 
     def upload_status(self, upload_id: str, dataset: str | None = None) -> dict[str, Any]:
         """Progress of an upload: `rows_durable`, `ranges` (inclusive) and `complete`."""
-        body = {"upload_id": upload_id}
-        if dataset is not None:
-            body["dataset"] = dataset
+        body = {"upload_id": upload_id} | ({} if dataset is None else {"dataset": dataset})
         return self._connection.action("upload_status", body)
 
     def stats(self) -> dict[str, Any]:
@@ -271,14 +264,10 @@ class Client:
     def prompt_for(
         self, purpose: Literal["query", "document"], model: str | None = None
     ) -> str | None:
-        """Name of a model's prompt for queries or documents.
+        """Name of a model's prompt for queries or documents; None if it has no such prompt.
 
-        Args:
-            purpose: `query` or `document`.
-            model: The model, `name` or `name@hash`; None: the server's default.
-
-        Returns:
-            The `prompt` for `embed` and EmbedCommand; None: the model has no such prompt.
+        It is a `prompt` for `embed` and EmbedCommand. `model` is `name` or `name@hash`; None: the
+        server's default.
 
         Raises:
             ModelMismatchError: The server does not serve the model.
@@ -287,45 +276,28 @@ class Client:
         return default_prompt(served_model(self, model), names)
 
     def load_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
-        """Load a model that is installed on the server.
+        """Load an installed model, or one version as `name@hash`; return its `name@hash`.
 
-        Args:
-            model: Its name, or one version as `name@hash`.
-            timeout_s: Longest wait until it is ready.
-
-        Returns:
-            `name@hash` of the loaded version.
+        `timeout_s` is the longest wait until it is ready.
         """
         return str(self._connection.action("load_model", {"model": model}, timeout_s)["model"])
 
     def swap_model(self, model: str, *, timeout_s: float = LOAD_TIMEOUT_S) -> str:
         """Switch a model's name to its newest installed version, or to `name@hash`.
 
-        Running calls keep their version.
-
-        Returns:
-            `name@hash` of the version for new calls.
+        Running calls keep their version; new ones use the returned `name@hash`.
         """
         return str(self._connection.action("swap_model", {"model": model}, timeout_s)["model"])
 
     def unload_model(self, model: str, *, force: bool = False) -> str:
-        """Unload a model; `force` ends the calls that use it.
-
-        Returns:
-            `name@hash` of the version that is unloaded.
-        """
+        """Unload a model and return its `name@hash`; `force` ends the calls that use it."""
         body = {"model": model, "force": force}
         return str(self._connection.action("unload_model", body)["model"])
 
     def set_alias(self, alias: str, models: Mapping[str, float] | None) -> dict[str, str]:
-        """Divide calls for an alias among models, by weight.
+        """Divide calls for an alias among models, by weight; return all aliases.
 
-        Args:
-            alias: Name that calls ask for; `default` is for calls without a model.
-            models: Traffic weight per model; None or empty deletes the alias.
-
-        Returns:
-            All aliases.
+        The alias `default` is for calls without a model. Without `models` it is deleted.
         """
         shares = ",".join(f"{name}:{weight:.12g}" for name, weight in (models or {}).items())
         answer = self._connection.action("set_alias", {"alias": alias, "models": shares})
@@ -342,17 +314,6 @@ class Client:
     def close(self) -> None:
         """Close the connection. Idempotent."""
         self._connection.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def ingest_id(source: TextSource, options: EmbedCommand) -> str:
@@ -375,12 +336,6 @@ def _as_options(options: EmbedCommand | str) -> EmbedCommand:
     return options
 
 
-def _with_upload_id(options: EmbedCommand) -> EmbedCommand:
-    if options.upload_id is not None:
-        return options
-    return replace(options, upload_id=uuid.uuid4().hex)
-
-
 def _check_one_each(kind: pa.DataType) -> None:
     """Refuse sparse weights and several vectors per text."""
     if not pa.types.is_fixed_size_list(kind):
@@ -388,8 +343,3 @@ def _check_one_each(kind: pa.DataType) -> None:
             f"the model returns {kind} for each text, expected one vector; "
             "`exchange` returns such vectors"
         )
-
-
-def _row_failure(error: RowError) -> Exception:
-    kind = BY_CODE.get(error.code, InternalError)
-    return kind(f"text {error.row}: {error.message}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
@@ -80,35 +81,22 @@ class TransferOptions:
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """Bounds inside one call that no caller needs to change; tests do.
+    """Bounds inside one call that no caller needs to change; tests do."""
 
-    Attributes:
-        close_s: Longest wait for an exchange's call to end.
-        leave_s: Longest wait for the threads of a failed exchange before it starts again; a thread
-            inside the caller's iterator may never come back.
-        abandon_s: Longest wait for an upload's call to end, before its threads are left alone.
-        max_answers: Batches that wait for the caller at most. More wait in the server, which then
-            stops reading.
-        max_answer_bytes: Their bytes at most; one batch of any size may wait.
-    """
-
-    close_s: float = 5.0
+    close_s: float = 5.0  # longest wait for an exchange's call to end
+    # Longest wait for the threads of a failed exchange before it starts again; a thread inside the
+    # caller's iterator may never come back.
     leave_s: float = 2.0
-    abandon_s: float = 1.0
+    abandon_s: float = 1.0  # longest wait for an upload's call to end; its threads are then left
+    # Answers that wait for the caller at most. More wait in the server, which then stops reading.
     max_answers: int = 4
-    max_answer_bytes: int = 16 << 20
+    max_answer_bytes: int = 16 << 20  # of these; one batch of any size may wait
 
 
 class Connection:
     """A FlightClient with its call options; raises FletcherErrors. Thread-safe.
 
-    Args:
-        uri: `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`.
-        token: Bearer token.
-        tls: Certificates, for `grpc+tls`.
-        timeout_s: Longest wait for the connection, and for the answer of an action.
-        transfer: Settings of uploads and exchanges.
-        limits: Bounds inside a call.
+    See `fletcher.connect` for the arguments.
 
     Raises:
         InvalidCommandError: The address is malformed, or a certificate cannot be read.
@@ -130,7 +118,7 @@ class Connection:
         self._timeout_s = timeout_s
         self._headers = [(b"authorization", b"Bearer " + token.encode())] if token else []
         address = parse_address(uri)
-        self._compression = SendCompression(
+        self.compression = SendCompression(
             transfer.compression,
             host=address.host,
             peer=uri,
@@ -140,15 +128,10 @@ class Connection:
             raise InvalidCommandError(
                 f"`tls` is given, but {uri} is not encrypted; use grpc+tls://", field="tls"
             )
-        credentials: dict[str, Any] = {}
-        if tls is not None:
-            credentials = {
-                "tls_root_certs": _pem(tls.ca),
-                "cert_chain": _pem(tls.cert),
-                "private_key": _pem(tls.key),
-            }
+        tls = tls or TlsOptions()
+        ca, cert, key = _pem(tls.ca), _pem(tls.cert), _pem(tls.key)
         with self.errors():
-            self.flight = connect(address.uri, **credentials)
+            self.flight = connect(address.uri, tls_root_certs=ca, cert_chain=cert, private_key=key)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -162,12 +145,9 @@ class Connection:
             raise from_flight_error(exc, self.address) from None
 
     def check_server(self) -> None:
-        """Check that a Fletcher server answers and accepts the token.
+        """Check that a Fletcher server answers and accepts the token; see `connect` for errors.
 
-        Raises:
-            UnavailableError: No Flight server answers.
-            InvalidCommandError: It is another Flight server, such as a store.
-            UnauthenticatedError, UnauthorizedError: The token is missing or wrong.
+        InvalidCommandError also means another Flight server, such as a store.
         """
         try:
             self.action("health")
@@ -192,38 +172,19 @@ class Connection:
     ) -> dict[str, Any]:
         """Call an action with a JSON body and return its JSON answer.
 
-        Args:
-            name: The action.
-            body: Its body; None: empty.
-            timeout_s: Longest wait; None: the connection's.
+        `timeout_s` is the longest wait; None: the connection's.
         """
         raw = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
         results = self._act(name, raw, timeout_s)
         try:
-            answer = json.loads(results[0].body.to_pybytes())
-        except (IndexError, ValueError):
-            answer = None
-        if not isinstance(answer, dict):
-            raise InternalError(f"{self.address} did not answer `{name}` with a JSON object")
-        return answer
+            return msgspec.json.decode(results[0].body.to_pybytes(), type=dict[str, Any])
+        except (IndexError, msgspec.DecodeError):
+            raise InternalError(
+                f"{self.address} did not answer `{name}` with a JSON object"
+            ) from None
 
-    @property
-    def needs_batch(self) -> bool:
-        """Whether `write_options` needs the first batch."""
-        return self._compression.needs_batch
-
-    def write_options(self, first: pa.RecordBatch | None) -> pa.ipc.IpcWriteOptions:
-        """Compression of a call with this first batch."""
-        return self._compression.options(first)
-
-    def stream_options(
-        self, write: pa.ipc.IpcWriteOptions | None = None
-    ) -> flight.FlightCallOptions:
-        """Options of a call without a deadline.
-
-        Args:
-            write: Compression of a DoPut; DoExchange takes it in `writer.begin` instead.
-        """
+    def stream_options(self, write: pa.ipc.IpcWriteOptions | None = None) -> Any:
+        """Options of a call without a deadline; DoExchange takes `write` in `writer.begin`."""
         return flight.FlightCallOptions(write_options=write, headers=self._headers)
 
     def _act(self, name: str, body: bytes, timeout_s: float | None = None) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
+from functools import partial
 
 import pyarrow as pa
 
@@ -13,9 +13,10 @@ from fletcher.client.exchange_call import ExchangeCall, ExchangeInput
 from fletcher.client.messages import Message, RowError
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import DeadlineExceededError, InternalError, UnavailableError
+from fletcher.util.closing import Closing
 
 
-class Exchange:
+class Exchange(Iterator[pa.RecordBatch], Closing):
     """An iterator over batches with vectors, one for each sent batch, in order.
 
     Batches larger than `TransferOptions.message_bytes` travel in slices and are joined again, so a
@@ -30,12 +31,6 @@ class Exchange:
     Attributes:
         errors: Why rows of the batch last returned have a null vector, in the order of rows; at
             most the first 1,000 of each slice.
-
-    Args:
-        connection: To the server.
-        schema: The input's.
-        outgoing: The input; read on a thread of the exchange.
-        options: The command.
     """
 
     def __init__(
@@ -47,12 +42,13 @@ class Exchange:
     ) -> None:
         self.errors: tuple[RowError, ...] = ()
         self._connection = connection
-        self._options = options
-        self._input_schema = schema
         self._outgoing = ExchangeInput(outgoing, connection.transfer.window_bytes)
         self._num_retries = 0
         self._changed = threading.Condition()
         self._closed = False
+        self._start_call = partial(
+            ExchangeCall, connection, options, schema, self._outgoing, self._changed
+        )
         self._call = self._start_call()
 
     @property
@@ -62,9 +58,6 @@ class Exchange:
         if self._call.schema is None:
             raise InternalError(f"{self._connection.address} ended the exchange without a schema")
         return self._call.schema
-
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        return self
 
     def __next__(self) -> pa.RecordBatch:
         """The next batch.
@@ -88,17 +81,6 @@ class Exchange:
             raise failure
         raise StopIteration
 
-    def __enter__(self) -> Exchange:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the call; cancels it if answers are left. Idempotent."""
         with self._changed:
@@ -109,11 +91,6 @@ class Exchange:
             complete = call.finished_reading and call.all_sent and call.failure is None
         call.stop()
         call.end_call(self._connection.limits.close_s, cancel=not complete, leave_input=True)
-
-    def _start_call(self) -> ExchangeCall:
-        return ExchangeCall(
-            self._connection, self._options, self._input_schema, self._outgoing, self._changed
-        )
 
     def _wait(self, done: Callable[[], bool]) -> None:
         """Wait until `done`, or the call has ended well; raise why it failed."""
@@ -139,7 +116,10 @@ class Exchange:
     def _retry(self, failure: BaseException) -> bool:
         """Start another call after a pause; False: the failure is final."""
         limits = self._connection.limits
-        if not isinstance(failure, UnavailableError) or not self._can_retry():
+        with self._changed:
+            left = self._num_retries < self._connection.transfer.max_retries
+            can_retry = left and self._outgoing.can_rewind and not self._closed
+        if not isinstance(failure, UnavailableError) or not can_retry:
             return False
         if not self._call.end_call(limits.leave_s, cancel=True):
             return False
@@ -158,8 +138,3 @@ class Exchange:
             call.stop()
             call.end_call(limits.close_s, cancel=True, leave_input=True)
         return not closed
-
-    def _can_retry(self) -> bool:
-        with self._changed:
-            left = self._num_retries < self._connection.transfer.max_retries
-            return left and self._outgoing.can_rewind and not self._closed

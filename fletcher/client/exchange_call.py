@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 from pyarrow import flight
 
 from fletcher.client.connection import Connection, descriptor
-from fletcher.client.messages import Message, RowError, row_errors
+from fletcher.client.messages import Message, RowError
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import FletcherError, InternalError, UnavailableError, from_json
 from fletcher.net.flight_errors import from_flight_error
@@ -30,19 +31,12 @@ class ExchangeInput:
 
     Called on a call's writing thread; `forget`, `can_rewind` and `rewind` on any thread that holds
     the exchange's lock.
-
-    Attributes:
-        is_waiting: Whether the writing thread is inside the caller's iterator.
-
-    Args:
-        messages: From the caller; may block.
-        max_kept_bytes: Once more than this was sent, nothing is kept.
     """
 
     def __init__(self, messages: Iterator[Message], max_kept_bytes: int) -> None:
-        self.is_waiting = False
+        self.is_waiting = False  # whether the writing thread is inside the caller's iterator
         self._messages = messages
-        self._max_kept_bytes = max_kept_bytes
+        self._max_kept_bytes = max_kept_bytes  # once more than this was sent, nothing is kept
         self._kept: list[Message] | None = []
         self._kept_bytes = 0
 
@@ -86,24 +80,10 @@ class ExchangeInput:
 
 
 class ExchangeCall:
-    """One call, from construction to `end_call`. `changed` guards its attributes.
+    """One call, from construction to `end_call`.
 
-    A call to a server that is away begins with its failure set.
-
-    Attributes:
-        answers: Whole batches that wait for the caller, and the errors of their rows.
-        schema: The output's, once the first answer is there.
-        failure: Why the call ended, or must end.
-        finished_reading: Whether no more answers come.
-        all_sent: Whether the server has the whole input.
-        last_activity: Monotonic seconds of the last answer, or of the message that awaits one.
-
-    Args:
-        connection: To the server.
-        options: The command.
-        schema: The input's.
-        outgoing: The input.
-        changed: Notified on every change.
+    `changed` guards its attributes and is notified on every change. A call to a server that is away
+    begins with its failure set.
     """
 
     def __init__(
@@ -114,11 +94,12 @@ class ExchangeCall:
         outgoing: ExchangeInput,
         changed: threading.Condition,
     ) -> None:
-        self.answers: deque[Answer] = deque()
-        self.schema: pa.Schema | None = None
-        self.failure: BaseException | None = None
-        self.finished_reading = False
-        self.all_sent = False
+        self.answers: deque[Answer] = deque()  # that wait for the caller
+        self.schema: pa.Schema | None = None  # the output's, once the first answer is there
+        self.failure: BaseException | None = None  # why the call ended, or must end
+        self.finished_reading = False  # no more answers come
+        self.all_sent = False  # the server has the whole input
+        # Monotonic seconds of the last answer, or of the message that awaits one.
         self.last_activity = time.monotonic()
         self.threads: list[threading.Thread] = []
         self._connection = connection
@@ -170,7 +151,7 @@ class ExchangeCall:
         return self.last_activity + timeout_s - time.monotonic()
 
     def outcome(self) -> BaseException | None:
-        """Why a call whose answers have ended failed; None: it is complete."""
+        """Failure of a call whose answers have ended; None if it is complete."""
         # The server may end the call just before the writing thread notes that all was sent.
         self._changed.wait_for(lambda: self._finished_writing, self._limits.close_s)
         if self.failure is None and not (self.all_sent and self._rows_answered == self._rows_sent):
@@ -187,16 +168,12 @@ class ExchangeCall:
             self._changed.notify_all()
 
     def end_call(self, timeout_s: float, *, cancel: bool, leave_input: bool = False) -> bool:
-        """End the call. Called without the lock.
+        """End the call and return whether both threads have ended. Called without the lock.
 
         Args:
             timeout_s: Longest wait for the threads.
             cancel: Whether the server may be at work still.
-            leave_input: Whether to leave alone a thread inside the caller's iterator, which ends
-                when that yields.
-
-        Returns:
-            Whether both threads have ended.
+            leave_input: Whether to leave a thread inside the caller's iterator until that yields.
         """
         if self._reader is None:
             return True
@@ -240,8 +217,10 @@ class ExchangeCall:
             self._close_writer()
 
     def _write_messages(self) -> None:
-        first = self._outgoing.peek_batch() if self._connection.needs_batch else None
-        write = self._connection.write_options(first)
+        compression = self._connection.compression
+        write = compression.options(
+            self._outgoing.peek_batch() if compression.needs_batch else None
+        )
         self._call(lambda: self._writer.begin(self._input_schema, options=write))
         for message in iter(self._outgoing.next_message, None):
             with self._changed:
@@ -294,21 +273,22 @@ class ExchangeCall:
                 continue
             if self.schema is None:
                 self._learn_schema()
-            batch_id, found, last = _parse_metadata(chunk.app_metadata)
-            if batch_id not in (None, expected):
+            answer = _parse_metadata(chunk.app_metadata)
+            if answer.batch_id not in (None, expected):
                 raise InternalError(
-                    f"the server answered batch {batch_id} where batch {expected} was due"
+                    f"the server answered batch {answer.batch_id} where batch {expected} was due"
                 )
             parts.append(chunk.data)
-            errors += found
+            errors += answer.errors
             whole = False
             with self._changed:
                 self._outgoing.forget()
                 self.last_activity = time.monotonic()
                 # Chunks that the end of the input completed answer no message.
-                if last is not False and expected in self._rows_pending:
+                if answer.last is not False and expected in self._rows_pending:
                     num_rows = self._rows_pending.pop(expected)
-                    self._rows_answered += chunk.data.num_rows if last is None else num_rows
+                    one_each = answer.last is None
+                    self._rows_answered += chunk.data.num_rows if one_each else num_rows
                     whole = expected in self._final_ids
                     self._final_ids.discard(expected)
                     expected += 1
@@ -354,6 +334,15 @@ class ExchangeCall:
             self._changed.notify_all()
 
 
+@dataclass(frozen=True, slots=True)
+class _AnswerMetadata:
+    batch_id: int | None = None
+    errors: tuple[RowError, ...] = ()
+    # Whether the answer ends its batch. Absent unless rows are chunks, when any number of messages
+    # answer one batch.
+    last: bool | None = None
+
+
 class _WriteError(Exception):
     def __init__(self, error: FletcherError) -> None:
         super().__init__(error.message)
@@ -371,19 +360,10 @@ def _raise_failure(metadata: pa.Buffer | None) -> None:
         raise failure
 
 
-def _parse_metadata(
-    metadata: pa.Buffer | None,
-) -> tuple[int | None, tuple[RowError, ...], bool | None]:
-    """`batch_id`, row errors and `last` of an answer.
-
-    `last` says whether the answer ends its batch; it is absent, None here, unless rows are chunks,
-    when any number of messages answer one batch.
-    """
+def _parse_metadata(metadata: pa.Buffer | None) -> _AnswerMetadata:
     if metadata is None:
-        return None, (), None
+        return _AnswerMetadata()
     try:
-        fields = json.loads(metadata.to_pybytes())
-        found = row_errors(fields.get("errors", []))
-        return fields.get("batch_id"), found, fields.get("last")
-    except (ValueError, AttributeError):
+        return msgspec.json.decode(metadata.to_pybytes(), type=_AnswerMetadata)
+    except msgspec.DecodeError:
         raise InternalError("the server sent a batch with metadata that is not JSON") from None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import types
 
 from fletcher.errors import InternalError, InvalidCommandError
@@ -65,58 +65,36 @@ class PutSummary:
     rows_durable: int
     rows_deduplicated: int = 0
     model: str = ""
-    errors: tuple[RowError, ...] = field(default=())
+    errors: tuple[RowError, ...] = ()
     errors_truncated: bool = False
     rows_skipped: int = 0
 
 
-def parse_reply(body: bytes) -> Ack | PutSummary | None:
-    """The acknowledgement or summary in a PutResult; None for other types of messages.
+_REPLIES: dict[Any, type[Ack | PutSummary]] = {"ack": Ack, "summary": PutSummary}
 
-    Raises:
-        InternalError: The body is not a message of Fletcher.
-    """
+
+def parse_reply(body: bytes) -> Ack | PutSummary | None:
+    """The acknowledgement or summary in a PutResult; None for other types of messages."""
     try:
-        fields = json.loads(body)
-        kind = fields.pop("type", None)
-        if kind == "ack":
-            return Ack(**{name: fields[name] for name in Ack.__dataclass_fields__})
-        if kind == "summary":
-            known = {k: v for k, v in fields.items() if k in PutSummary.__dataclass_fields__}
-            known["errors"] = row_errors(known.get("errors", []))
-            return PutSummary(**known)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        fields = msgspec.json.decode(body, type=dict[str, Any])
+        kind = _REPLIES.get(fields.get("type"))
+        return None if kind is None else msgspec.convert(fields, kind)
+    except (msgspec.DecodeError, TypeError):
         raise InternalError(
             f"the server sent {body[:200]!r}, expected an acknowledgement or a summary"
         ) from None
-    return None
-
-
-def row_errors(entries: Iterable[dict[str, Any]]) -> tuple[RowError, ...]:
-    """Row errors from the `errors` of a summary or of an answer."""
-    names = ("row", "id", "code", "message")
-    return tuple(RowError(*(entry.get(name) for name in names)) for entry in entries)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """A batch to send.
-
-    Attributes:
-        batch: The rows.
-        batch_id: Number of the message in the upload or exchange.
-        row_first: Offset of the first row.
-        num_bytes: Bytes on the wire, uncompressed and without dictionaries.
-        last: Whether it ends a batch of the input.
-        document_end: Whether it ends a document, if rows are parts of documents.
-    """
+    """A batch to send."""
 
     batch: pa.RecordBatch
-    batch_id: int
+    batch_id: int  # number of the message in the upload or exchange
     row_first: int
-    num_bytes: int
-    last: bool
-    document_end: bool = False
+    num_bytes: int  # on the wire, uncompressed and without dictionaries
+    last: bool  # it ends a batch of the input
+    document_end: bool = False  # it ends a document, if rows are parts of documents
 
     @property
     def row_last(self) -> int:
@@ -200,7 +178,7 @@ def as_batches(data: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     plain = _without_views(schema)
     if plain is schema:
         return schema, batches
-    return plain, (_cast(batch, plain) for batch in batches)
+    return plain, (batch.cast(plain) for batch in batches)
 
 
 def _no_batches(data: Any, first: Any) -> str:
@@ -226,11 +204,3 @@ def _without_views(schema: pa.Schema) -> pa.Schema:
     for index in views:
         schema = schema.set(index, schema.field(index).with_type(pa.large_utf8()))
     return schema
-
-
-def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    columns = [
-        column if column.type == one.type else pc.cast(column, one.type)
-        for column, one in zip(batch.columns, schema, strict=True)
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -16,12 +16,9 @@ DOCUMENT_PROMPTS = ("document", "passage", "corpus", "search_document")
 
 
 def served_model(client: Client, name: str | None) -> dict[str, Any]:
-    """A server's description of one of its models.
+    """A server's description of the model `name` or `name@hash`; None: its default model.
 
-    Args:
-        client: Connected to the server.
-        name: The model, `name` or `name@hash`; None: the server's default. For an alias, its first
-            model is described.
+    For an alias, its first model is described.
 
     Raises:
         ModelMismatchError: The server does not serve the model.

@@ -44,15 +44,9 @@ OnAck = Callable[[Ack], None]
 
 
 class UploadSession:
-    """One upload over one or more connections.
+    """One upload over one or more connections; see `Client.put` for the arguments.
 
-    Args:
-        connection: To the server.
-        data: See `as_batches`; read once.
-        options: With `dataset` and `upload_id`.
-        row_offset: Offset of the first row of `data` in the upload.
-        end: Whether these are the upload's last rows.
-        on_ack: Called on the caller's thread with the newest acknowledgement.
+    The options have a `dataset` and an `upload_id`. `data` is read once.
     """
 
     def __init__(
@@ -84,8 +78,7 @@ class UploadSession:
     def send_rows(self, *, ask_first: bool) -> PutSummary:
         """Send all rows and return the server's summary.
 
-        Args:
-            ask_first: Whether to skip rows of this upload that the server has already.
+        With `ask_first` rows of this upload that the server has already are skipped.
 
         Raises:
             FletcherError: The server refused, or could not be reached `max_retries` times.
@@ -140,28 +133,28 @@ class UploadSession:
     def _send_all(self) -> PutSummary:
         call = _PutCall(self._connection, self._options, self._schema, self._first_batch())
         try:
-            for message in list(self._unacknowledged):
-                self._wait(call, message.num_bytes)
-                call.send(message)
-            for message in self._unread:
-                self._next_row = message.row_last + 1
-                if _covered(self._stored, message.row_first, message.row_last):
-                    self._rows_skipped += message.batch.num_rows
-                    continue
-                self._unacknowledged.append(message)
-                self._wait(call, message.num_bytes)
+            for message in itertools.chain(list(self._unacknowledged), self._new_messages()):
+                call.wait_for_room(message.num_bytes, lambda: self._note(call))
                 call.send(message)
             call.finish_input(end_marker(self._next_row) if self._end else None)
-            summary = call.result(self._transfer.stall_timeout_s, lambda: self._note(call))
-            self._note(call)
-            return summary
+            return call.result(lambda: self._note(call))
         finally:
             self._note(call, quietly=True)
             call.abandon()
 
+    def _new_messages(self) -> Iterator[Message]:
+        """Messages that were never sent, except those that the server has already."""
+        for message in self._unread:
+            self._next_row = message.row_last + 1
+            if _covered(self._stored, message.row_first, message.row_last):
+                self._rows_skipped += message.batch.num_rows
+            else:
+                self._unacknowledged.append(message)
+                yield message
+
     def _first_batch(self) -> pa.RecordBatch | None:
         """The call's first batch, if its compression depends on it."""
-        if not self._connection.needs_batch:
+        if not self._connection.compression.needs_batch:
             return None
         if self._unacknowledged:
             return self._unacknowledged[0].batch
@@ -170,15 +163,6 @@ class UploadSession:
             return None
         self._unread = itertools.chain([first], self._unread)
         return first.batch
-
-    def _wait(self, call: _PutCall, num_bytes: int) -> None:
-        call.wait_for_room(
-            num_bytes,
-            self._transfer.window_bytes,
-            self._transfer.stall_timeout_s,
-            lambda: self._note(call),
-        )
-        self._note(call)
 
     def _note(self, call: _PutCall, *, quietly: bool = False) -> None:
         """Drop the messages that the newest acknowledgement covers, and report it."""
@@ -215,23 +199,17 @@ class _PutCall:
         self._closed = False
         self._last_activity = time.monotonic()
         with connection.errors():
+            write = connection.compression.options(first)
             self._writer, self._reader = connection.flight.do_put(
-                descriptor(options),
-                schema,
-                connection.stream_options(connection.write_options(first)),
+                descriptor(options), schema, connection.stream_options(write)
             )
         for name, work in (("put-write", self._write), ("put-read", self._read)):
             threading.Thread(target=work, name=name, daemon=True).start()
 
-    def wait_for_room(
-        self, num_bytes: int, window_bytes: int, stall_timeout_s: float, tick: Callable[[], None]
-    ) -> None:
+    def wait_for_room(self, num_bytes: int, on_progress: Callable[[], None]) -> None:
         """Wait until this number of bytes fits into the window, or the window is empty."""
-        self._wait(
-            lambda: not self._in_window or self._window_bytes + num_bytes <= window_bytes,
-            stall_timeout_s,
-            tick,
-        )
+        most = self._connection.transfer.window_bytes - num_bytes
+        self._wait(lambda: not self._in_window or self._window_bytes <= most, on_progress)
 
     def send(self, message: Message) -> None:
         with self._changed:
@@ -246,14 +224,12 @@ class _PutCall:
         """End the input, with or without an end marker."""
         with self._changed:
             self._last_activity = time.monotonic()
-            if marker is not None:
-                self._to_write.append(marker)
-            self._to_write.append(None)
+            self._to_write.extend([None] if marker is None else [marker, None])
             self._changed.notify_all()
 
-    def result(self, stall_timeout_s: float, tick: Callable[[], None]) -> PutSummary:
+    def result(self, on_progress: Callable[[], None]) -> PutSummary:
         """The summary, once the server has ended the call."""
-        self._wait(lambda: self._closed, stall_timeout_s, tick)
+        self._wait(lambda: self._closed, on_progress)
         with self._changed:
             if self._summary is None:
                 raise UnavailableError(
@@ -274,10 +250,11 @@ class _PutCall:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._closed, self._connection.limits.abandon_s)
 
-    def _wait(
-        self, done: Callable[[], bool], stall_timeout_s: float, tick: Callable[[], None]
-    ) -> None:
-        while True:
+    def _wait(self, done: Callable[[], bool], on_progress: Callable[[], None]) -> None:
+        """Wait until `done`; call `on_progress` without the lock now and then, and at the end."""
+        stall_timeout_s = self._connection.transfer.stall_timeout_s
+        is_done = False
+        while not is_done:
             with self._changed:
                 left = self._last_activity + stall_timeout_s - time.monotonic()
                 self._changed.wait_for(
@@ -290,15 +267,14 @@ class _PutCall:
                         raise UnavailableError(
                             f"{self._connection.address} ended the upload before its end"
                         )
-                if done():
-                    return
-                stalled = self._ack is None
+                is_done = done()
+                stalled = not is_done and self._ack is None
             if stalled and time.monotonic() >= self._last_activity + stall_timeout_s:
                 raise DeadlineExceededError(
                     f"{self._connection.address} has acknowledged nothing for "
                     f"{stall_timeout_s:g} s; the upload can be resumed by its `upload_id`"
                 )
-            tick()
+            on_progress()
 
     def _write(self) -> None:
         patience_s = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from fletcher.client.exchange import Exchange
 from fletcher.client.messages import Message, RowError, wire_bytes
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import InvalidCommandError
+from fletcher.util.closing import Closing
 
 _MAX_UTF8_BYTES = 4  # of a character
 
@@ -48,7 +48,7 @@ class Chunk:
     error: RowError | None = None
 
 
-class DocumentStream:
+class DocumentStream(Iterator[Chunk], Closing):
     """An iterator over chunks, in order; made by `Client.stream`.
 
     A thread reads the input, and iteration waits as long as the input does. Raises what an
@@ -61,13 +61,10 @@ class DocumentStream:
         pieces: Iterable[str | tuple[str, str] | None],
         options: EmbedCommand,
     ) -> None:
-        self._schema = pa.schema([(options.id_column, pa.utf8()), (options.text_column, pa.utf8())])
-        outgoing = _messages(pieces, self._schema, connection.transfer.message_bytes)
-        self._exchange = Exchange(connection, self._schema, outgoing, options)
+        schema = pa.schema([(options.id_column, pa.utf8()), (options.text_column, pa.utf8())])
+        outgoing = _messages(pieces, schema, connection.transfer.message_bytes)
+        self._exchange = Exchange(connection, schema, outgoing, options)
         self._waiting: deque[Chunk] = deque()
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return self
 
     def __next__(self) -> Chunk:
         while not self._waiting:
@@ -78,17 +75,6 @@ class DocumentStream:
     def close(self) -> None:
         """End the call; cancels it if chunks are left. Idempotent."""
         self._exchange.close()
-
-    def __enter__(self) -> DocumentStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _messages(

@@ -94,9 +94,7 @@ class Chunking:
     def fitted(self, max_length: int, taken: int) -> Chunking:
         """The same chunking with its size set and checked for a model.
 
-        Args:
-            max_length: Tokens that the model reads.
-            taken: Tokens of each chunk for the prompt and special tokens.
+        The model reads `max_length` tokens, of which prompt and special tokens take `taken`.
 
         Raises:
             InvalidCommandError: A chunk is longer than the model reads, or has no room for text

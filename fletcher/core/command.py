@@ -171,12 +171,11 @@ class EmbedCommand:
 
     def to_mapping(self) -> dict[str, Any]:
         """Fields that differ from their defaults, ready for JSON."""
-        out = {}
-        for name, default in _DEFAULTS:
-            value = getattr(self, name)
-            if value != default:
-                out[name] = list(value) if isinstance(value, tuple) else value
-        return out
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, default in _DEFAULTS
+            if (value := getattr(self, name)) != default
+        }
 
     def to_json(self) -> bytes:
         """The command as JSON, for `FlightDescriptor.for_command`."""
@@ -205,11 +204,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def check_dataset(name: str) -> None:
-    """Refuse a dataset name that is not `[A-Za-z0-9][A-Za-z0-9_-]{0,127}`.
-
-    Raises:
-        InvalidCommandError: See above.
-    """
+    """Refuse a dataset name that is not `[A-Za-z0-9][A-Za-z0-9_-]{0,127}`."""
     if _checked("dataset", name) is None:
         raise _refusal("dataset", name, _DESCRIBED["dataset"])
 

@@ -35,15 +35,10 @@ _TINY = np.finfo(np.float32).tiny
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranges:
-    """One range of values per dimension, divided into 256 steps.
+    """One range of values per dimension, divided into 256 steps."""
 
-    Attributes:
-        start: float32 [dims], the least value that int8 can represent.
-        step: float32 [dims], all above 0.
-    """
-
-    start: FloatArray
-    step: FloatArray
+    start: FloatArray  # [dims], the least value that int8 can represent
+    step: FloatArray  # [dims], all above 0
 
     @classmethod
     def between(cls, lowest: FloatArray, highest: FloatArray) -> Ranges:
@@ -75,11 +70,7 @@ class Ranges:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Ranges:
-        """Ranges from the object of `to_json`.
-
-        Raises:
-            ValueError: It is not such an object.
-        """
+        """Ranges from the object of `to_json`; ValueError if it is another."""
         try:
             start, step = (np.asarray(fields[name], np.float32) for name in ("start", "step"))
         except (KeyError, TypeError) as error:
@@ -90,13 +81,9 @@ class Ranges:
 
 
 def quantize_rows(embeddings: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """Symmetric int8, scaled by each row's largest value: `x = q * scale`.
+    """Symmetric int8 [n, dims] from -127 to 127, and each row's scale: `x = q * scale`.
 
-    Args:
-        embeddings: float32 [n, dims].
-
-    Returns:
-        int8 [n, dims] from -127 to 127, and float32 [n], the scales; 0 for rows of zeros.
+    The scales are float32 [n]; 0 for rows of zeros.
     """
     scale = np.abs(embeddings).max(axis=1, initial=0).astype(np.float32) / np.float32(127)
     values = np.rint(embeddings / np.maximum(scale, _TINY)[:, None])
@@ -116,17 +103,11 @@ def unpack_signs(values: npt.NDArray[np.uint8]) -> FloatArray:
 
 @dataclass(frozen=True, slots=True)
 class VectorReader:
-    """Reader of a schema's vectors as float32.
+    """Reader of a schema's vectors as float32."""
 
-    Attributes:
-        dtype: `float32`, `float16`, `int8` or `ubinary`.
-        dims: Dimensions of a vector.
-        scaled: Whether a row must be multiplied by its `scale`.
-    """
-
-    dtype: str
+    dtype: str  # `float32`, `float16`, `int8` or `ubinary`
     dims: int
-    scaled: bool
+    scaled: bool  # a row must be multiplied by its `scale`
     _read: Callable[[npt.NDArray[Any]], FloatArray]
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,33 +33,23 @@ CHUNK_FIELDS = (
 )
 
 
+_BATCH_KEY = re.compile(r"(.+):(\d+)-(\d+)", re.DOTALL)
+
+
 @dataclass(frozen=True, slots=True)
 class VectorSpec:
-    """Description of one stream's vectors, which must never change within a dataset.
+    """Description of one stream's vectors, which must never change within a dataset."""
 
-    Attributes:
-        model: `name@hash`.
-        dims: Width of a vector.
-        dtype: Element type's name, a key of ELEMENT_TYPES.
-        layers: Exit layer.
-        pooling: `cls`, `mean` or `last_token`.
-        normalized: Whether the L2 norm is 1.
-        ranges: Ranges of int8; None: one scale per vector.
-        output: `dense`, `sparse` or `multi`, as in ModelBundle.
-        max_vectors: Vectors of a row at most.
-        chunking: How texts are cut into chunks; None: they are not cut.
-    """
-
-    model: str
+    model: str  # `name@hash`
     dims: int
-    dtype: str
-    layers: int
-    pooling: str
-    normalized: bool
-    ranges: Ranges | None = None
-    output: str = "dense"
-    max_vectors: int = 1
-    chunking: Chunking | None = None
+    dtype: str  # a key of ELEMENT_TYPES
+    layers: int  # exit layer
+    pooling: str  # `cls`, `mean` or `last_token`
+    normalized: bool  # the L2 norm is 1
+    ranges: Ranges | None = None  # of int8; None: one scale per vector
+    output: str = "dense"  # or `sparse` or `multi`, as in ModelBundle
+    max_vectors: int = 1  # of a row
+    chunking: Chunking | None = None  # None: texts are not cut
 
     @property
     def arrow_type(self) -> pa.DataType:
@@ -95,10 +86,7 @@ class VectorSpec:
 
     def metadata(self) -> dict[str, str]:
         """Schema metadata by which a reader understands the vectors without the server."""
-        quantization = {}
-        if self.dtype == "int8":
-            quantization = self.ranges.metadata() if self.ranges else {QUANTIZATION: ROW}
-        return {
+        fields = {
             "fletcher.model": self.model,
             "fletcher.dims": str(self.dims),
             "fletcher.layers": str(self.layers),
@@ -106,10 +94,14 @@ class VectorSpec:
             "fletcher.normalized": "true" if self.normalized else "false",
             "fletcher.dtype": self.dtype,
             "longbow.vector_type": self.dtype,
-            **quantization,
-            **({} if self.output == "dense" else {"fletcher.output": self.output}),
-            **({} if self.chunking is None else {"fletcher.chunking": str(self.chunking)}),
         }
+        if self.dtype == "int8":
+            fields |= self.ranges.metadata() if self.ranges else {QUANTIZATION: ROW}
+        if self.output != "dense":
+            fields["fletcher.output"] = self.output
+        if self.chunking is not None:
+            fields["fletcher.chunking"] = str(self.chunking)
+        return fields
 
 
 @functools.lru_cache
@@ -141,16 +133,14 @@ def output_schema(
     fields = [
         pa.field("id", id_type),
         pa.field("vector", spec.arrow_type),
-        *([pa.field("scale", spec.scale_type)] if spec.scaled else []),
+        *([pa.field("scale", spec.scale_type)] * spec.scaled),
         pa.field("timestamp", TIMESTAMP),
         pa.field("token_count", pa.int32()),
         pa.field("truncated", pa.bool_()),
         *(CHUNK_FIELDS if spec.chunking is not None and spec.chunking.rows else ()),
+        *([pa.field("text", pa.utf8())] * text),
+        *([pa.field("metadata", pa.utf8())] * metadata_column),
     ]
-    if text:
-        fields.append(pa.field("text", pa.utf8()))
-    if metadata_column:
-        fields.append(pa.field("metadata", pa.utf8()))
     names = {one.name for one in fields} | {"batch_key", "scale", "score", "text", "metadata"}
     for column in carried:
         if column.name in names:
@@ -176,14 +166,14 @@ def vector_columns(
     Args:
         embeddings: float32 [num_rows, dims], or with `counts` [num_vectors, width]; float16 if that
             is the output's dtype.
-        spec: Description of the vectors.
+        spec: Of the vectors.
         null_rows: bool [num_rows], True for null vectors; None: no nulls.
         counts: int32 [num_rows], vectors of each row, 0 for null rows. None: one each, or no
             vectors at all if the spec's rows may have several.
     """
     if spec.output != "dense":
         return _list_columns(embeddings, spec, null_rows, counts)
-    mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+    mask = _null_mask(null_rows)
     columns = {}
     values: npt.NDArray[Any]
     if spec.dtype in ("float32", "float16"):
@@ -206,6 +196,10 @@ def vector_columns(
     return {"vector": vector, **columns}
 
 
+def _null_mask(null_rows: npt.NDArray[np.bool_] | None) -> pa.Array | None:
+    return pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+
+
 def column(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     """An array without nulls of type `kind`, over the memory of `values`.
 
@@ -224,7 +218,7 @@ def _list_columns(
     if counts is None:
         vectors, counts = vectors[:0], np.zeros(len(vectors), np.int32)
     offsets = pa.array(np.concatenate(([0], np.cumsum(counts))).astype(np.int32))
-    mask = pa.array(null_rows) if null_rows is not None and null_rows.any() else None
+    mask = _null_mask(null_rows)
     if spec.output == "sparse":
         index = pa.array(vectors[:, 0].astype(np.int32))
         value = pa.array(np.ascontiguousarray(vectors[:, 1], np.dtype(spec.dtype)))
@@ -246,8 +240,7 @@ def batch_key(upload_id: str, first: int, last: int) -> str:
 
 def parse_batch_key(key: str) -> tuple[str, int, int] | None:
     """(upload_id, first, last) of a batch key; None if the text is not one."""
-    upload_id, colon, extent = key.rpartition(":")
-    first, dash, last = extent.partition("-")
-    if not (colon and dash and upload_id and first.isdecimal() and last.isdecimal()):
+    match = _BATCH_KEY.fullmatch(key)
+    if match is None or int(match[2]) > int(match[3]):
         return None
-    return (upload_id, int(first), int(last)) if int(first) <= int(last) else None
+    return match[1], int(match[2]), int(match[3])

@@ -261,7 +261,7 @@ class Delivery:
         *,
         named: bool,
     ) -> Upload:
-        """Begin an upload that is not in progress; only one that was `named` may have rows."""
+        """Begin an upload that is not in progress; only a `named` one may have rows."""
         name, dataset, upload_id = key
         store = sink.committer.destination.store
         mode = terms.mode

@@ -22,6 +22,7 @@ from fletcher.evaluation.vectors import Embedded, embed
 if TYPE_CHECKING:
     from fletcher.client import Client
 
+RowPairs = tuple[Int64Array, Int64Array]
 OpenClient = Callable[[Engine], AbstractContextManager["Client"]]
 
 _DEPTH = 100  # documents found per query
@@ -209,9 +210,9 @@ class _Reference:
     documents: FloatArray
     found: Int64Array
     gains: Float64Array
-    drawn: tuple[Int64Array, Int64Array]
+    drawn: RowPairs
     similarities: FloatArray
-    random: tuple[Int64Array, Int64Array]
+    random: RowPairs
 
     @classmethod
     def from_vectors(cls, queries: FloatArray, documents: FloatArray, pairs: Pairs) -> _Reference:
@@ -270,8 +271,6 @@ def _compare(
     )
 
 
-def _products(
-    left: FloatArray, right: FloatArray, pairs: tuple[Int64Array, Int64Array]
-) -> FloatArray:
+def _products(left: FloatArray, right: FloatArray, pairs: RowPairs) -> FloatArray:
     products: FloatArray = np.einsum("nd,nd->n", left[pairs[0]], right[pairs[1]])
     return products

@@ -31,7 +31,7 @@ def cosines(vectors: FloatArray, reference: FloatArray) -> Float64Array:
 
 
 def ranks(found: Int64Array, relevant: Int64Array) -> Int64Array:
-    """Rank, from 1, of each query's one relevant document: int64 [num_queries]; 0 if not found.
+    """Rank from 1 of each query's document: int64 [num_queries]; 0 if not found.
 
     Args:
         found: int64 [num_queries, k], documents, best first.
@@ -42,12 +42,12 @@ def ranks(found: Int64Array, relevant: Int64Array) -> Int64Array:
 
 
 def recall(places: Int64Array, k: int) -> float:
-    """Share of queries whose relevant document is among the first `k`, by their `ranks`."""
+    """Share of queries whose document is among the first `k`, by their `ranks`."""
     return float(((places >= 1) & (places <= k)).mean())
 
 
 def ndcg(places: Int64Array, k: int) -> Float64Array:
-    """Normalized discounted cumulative gain among the first `k`: float64 [num_queries].
+    """Normalized discounted cumulative gain at `k`: float64 [num_queries].
 
     The ideal ranking has a query's one relevant document first, with a gain of 1, so that the
     metric is 1 / log2(1 + rank) (https://doi.org/10.1145/582415.582418), by the query's `ranks`.
@@ -78,7 +78,7 @@ def shared(found: Int64Array, right: Int64Array) -> float:
 
 
 def spearman(ours: npt.ArrayLike, theirs: npt.ArrayLike) -> float:
-    """Spearman's rank correlation of two arrays [n]; equal values share the mean of their ranks.
+    """Spearman's rank correlation of two arrays [n]; equal values share a mean rank.
 
     -1 to 1; NaN if all values of one side are equal.
     """

@@ -60,11 +60,11 @@ def read_pairs(
         notice=notice,
     )
     table = pa.Table.from_batches(source.batches(), schema=source.schema)
-    for name in (query_column, document_column):
-        if not pa.types.is_string(table.schema.field(name).type):
-            raise InvalidCommandError(
-                f"column `{name}` is {table.schema.field(name).type}, expected text", field=name
-            )
+    kind = table.schema.field(query_column).type  # the document's is text
+    if not pa.types.is_string(kind):
+        raise InvalidCommandError(
+            f"column `{query_column}` is {kind}, expected text", field=query_column
+        )
     queries, documents = table[query_column], table[document_column]
     return choose_pairs(queries, documents, num_documents=num_documents, num_queries=num_queries)
 

@@ -24,7 +24,7 @@ class Nearest:
         self._keys = np.empty((num_queries, 0), np.int64)
 
     def add_scores(self, scores: FloatArray) -> None:
-        """Add the scores of the next documents: float32 [num_queries, num_documents], no NaN."""
+        """Add scores of the next documents: float32 [num_queries, num_documents], no NaN."""
         places = np.arange(self.num_documents, self.num_documents + scores.shape[1])
         self.num_documents += scores.shape[1]
         keys = np.concatenate([self._keys, _ordered(scores) << 32 | (0xFFFFFFFF - places)], axis=1)

@@ -15,10 +15,7 @@ from fletcher.errors import InvalidCommandError
 
 # The keys of a list of variants with their default; empty: the first engine's, or the model's.
 _DEFAULTS = {
-    "backend": "",
-    "precision": "",
-    "layers": "",
-    "dims": "",
+    **dict.fromkeys(("backend", "precision", "layers", "dims"), ""),
     "dtype": "float32",
     "chunking": "none",
 }

@@ -114,7 +114,7 @@ class _Answers:
         self._errors: list[dict[str, Any]] = []
 
     def write_results(self) -> None:
-        """Write all results; runs on a thread of its own."""
+        """Write all results; runs on a separate thread."""
         for result in self._session.results(self._upload_id):
             self._append_result(result)
             del result  # the next one may be long in coming

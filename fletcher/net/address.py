@@ -14,19 +14,12 @@ SCHEMES = {"grpc": False, "grpc+tcp": False, "grpcs": True, "grpc+tls": True}
 
 @dataclass(frozen=True, slots=True)
 class FlightAddress:
-    """Host, port and encryption of a Flight server.
+    """Host, port and encryption of a Flight server."""
 
-    Attributes:
-        host: Name or IP address; IPv6 without brackets.
-        port: 1 to 65535.
-        encrypted: Whether the connection uses TLS.
-        options: The query's fields.
-    """
-
-    host: str
+    host: str  # name or IP address; IPv6 without brackets
     port: int
     encrypted: bool = False
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)  # the query's fields
 
     @property
     def uri(self) -> str:
@@ -51,19 +44,14 @@ class FlightAddress:
         fields = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
         options = dict(fields)
         extra = parts.path.strip("/") or parts.username is not None or parts.fragment
-        if encrypted is None or not parts.hostname or not parts.port or extra:
-            raise ValueError(uri)
-        if len(options) != len(fields):
+        repeated = len(options) != len(fields)
+        if encrypted is None or not parts.hostname or not parts.port or extra or repeated:
             raise ValueError(uri)
         return cls(parts.hostname, parts.port, encrypted, options)
 
 
 def parse_address(uri: str, *, field: str = "uri") -> FlightAddress:
-    """Parse a server's address, which has no options.
-
-    Args:
-        uri: As the user wrote it.
-        field: The option or argument that the address came from.
+    """Parse a server's address, which has no options; `field` is where it came from.
 
     Raises:
         InvalidCommandError: It is not an address of a Flight server.
@@ -71,9 +59,8 @@ def parse_address(uri: str, *, field: str = "uri") -> FlightAddress:
     address = _without_options(uri)
     if address is None:
         meant = f"grpc://{uri}"
-        hint = ""
-        if "://" not in uri and _without_options(meant):
-            hint = f"; did you mean {meant[:200]}?"
+        is_near = "://" not in uri and _without_options(meant)
+        hint = f"; did you mean {meant[:200]}?" if is_near else ""
         raise InvalidCommandError(
             f"`{field}` is {uri[:200]!r}, expected grpc://HOST:PORT or grpc+tls://HOST:PORT{hint}",
             field=field,

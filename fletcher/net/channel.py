@@ -19,11 +19,9 @@ CHANNEL_OPTIONS = [
 
 
 def connect(uri: str, **credentials: Any) -> flight.FlightClient:
-    """A client of the server at `uri`; gRPC connects on the first call.
+    """A client of the server at `uri` (`FlightAddress.uri`); gRPC connects on the first call.
 
-    Args:
-        uri: See `fletcher.net.address.FlightAddress.uri`.
-        credentials: `tls_root_certs`, `cert_chain` and `private_key`, each PEM bytes or None.
+    Credentials are `tls_root_certs`, `cert_chain` and `private_key`, each PEM bytes or None.
 
     Raises:
         pyarrow.ArrowException: The address cannot be resolved, or a certificate is malformed.

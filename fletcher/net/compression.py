@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -24,9 +24,6 @@ from fletcher.config.network import COMPRESSIONS, is_loopback
 from fletcher.errors import FletcherError, InvalidCommandError
 
 log = logging.getLogger(__name__)
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 
 AUTO = "auto"
 NONE = "none"
@@ -42,29 +39,17 @@ _MAX_SCHEMAS = 256
 
 @dataclass(frozen=True, slots=True)
 class CodecTrial:
-    """Measurement of a codec on one kind of column.
+    """Measurement of a codec on one kind of column."""
 
-    Attributes:
-        kind: `text`, `vectors` or `other`.
-        codec: `lz4` or `zstd`.
-        num_bytes: Size of the sample, uncompressed.
-        shrinks: Uncompressed size divided by compressed size.
-        bytes_per_s: Uncompressed bytes compressed in a second.
-    """
-
-    kind: str
+    kind: str  # `text`, `vectors` or `other`
     codec: str
-    num_bytes: int
-    shrinks: float
-    bytes_per_s: float
+    num_bytes: int  # of the sample, uncompressed
+    shrinks: float  # uncompressed size divided by compressed size
+    bytes_per_s: float  # uncompressed bytes compressed in a second
 
 
 def check_compression(name: str) -> str:
-    """Return the name if it is one of COMPRESSIONS.
-
-    Raises:
-        InvalidCommandError: It is not.
-    """
+    """Return the name; InvalidCommandError if it is not one of COMPRESSIONS."""
     if name not in COMPRESSIONS:
         raise InvalidCommandError(
             f"`compression` is {name!r}, expected one of {', '.join(COMPRESSIONS)}",
@@ -115,11 +100,7 @@ def choose(trials: Sequence[CodecTrial], link_bytes_per_s: float) -> str:
 
 
 def link_speed(call: Callable[[bytes], object]) -> float:
-    """Bytes per second to a server, from calls with a small and a large body.
-
-    Args:
-        call: Sends a body, a JSON object, and waits for the answer.
-    """
+    """Bytes per second to a server; `call` sends a JSON body and waits for the answer."""
     padded = b'{"padding": "' + b"x" * _PROBE_BYTES + b'"}'
     small = min(_seconds(call, b"{}") for _ in range(3))
     large = min(_seconds(call, padded) for _ in range(2))
@@ -127,11 +108,7 @@ def link_speed(call: Callable[[bytes], object]) -> float:
 
 
 class CodecChooser:
-    """Codecs that `auto` chose for one peer, by schema. Thread-safe.
-
-    Args:
-        peer: The peer's address, for the log.
-    """
+    """Codecs that `auto` chose for one peer, by schema. Thread-safe."""
 
     def __init__(self, peer: str) -> None:
         self._peer = peer
@@ -157,11 +134,7 @@ class CodecChooser:
         )
         log.info(
             "compression to %s: %s (%s: %s; the connection takes %.0f MB/s)",
-            self._peer,
-            codec,
-            shown,
-            found,
-            link_bytes_per_s / 1e6,
+            *(self._peer, codec, shown, found, link_bytes_per_s / 1e6),
         )
         return codec
 
@@ -169,11 +142,8 @@ class CodecChooser:
 class SendCompression:
     """The codec of batches to one server. Thread-safe.
 
-    Args:
-        compression: One of COMPRESSIONS.
-        host: The server's; on this machine `auto` is `none`.
-        peer: The server's address, for the log.
-        probe: Sends a body to the server and waits for the answer; raises a FletcherError.
+    `auto` is `none` if the host is this machine. `probe` sends a body to the server and waits for
+    the answer, or raises a FletcherError. The log names the server by `peer`.
     """
 
     def __init__(
@@ -214,12 +184,8 @@ class AnswerCompression:
     """The codecs of a server's answers. Thread-safe.
 
     A call's codec is fixed before its first batch. So `auto` sends the first answers of a schema to
-    a host uncompressed and measures how fast they go. Later calls take the fastest codec.
-
-    Args:
-        compression: One of COMPRESSIONS.
-        observed_bytes: Bytes of answers after which the connection counts as measured.
-        max_hosts: Hosts whose codecs are kept.
+    a host uncompressed and measures how fast they go. After `observed_bytes` calls take the fastest
+    codec. The codecs of `max_hosts` hosts are kept.
     """
 
     def __init__(
@@ -234,9 +200,7 @@ class AnswerCompression:
     def for_call(self, peer: str, schema: pa.Schema) -> CallCompression:
         """The compression of one call's answers.
 
-        Args:
-            peer: The caller as gRPC names it: `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
-            schema: Of the answers.
+        gRPC names `peer`, the caller, as `ipv4:HOST:PORT` or `ipv6:[HOST]:PORT`.
         """
         if self._compression != AUTO:
             return CallCompression(self._compression)
@@ -249,21 +213,13 @@ class AnswerCompression:
                 chooser = CodecChooser(host)
                 _remember(self._hosts, host, chooser, self._max_hosts)
         codec = chooser.codec_for(schema)
-        if codec is not None:
-            return CallCompression(codec)
-        return CallCompression(NONE, chooser, self._observed_bytes)
+        return CallCompression(codec or NONE, None if codec else chooser, self._observed_bytes)
 
 
 class CallCompression:
     """The compression of one call's answers, and the measurement of their speed.
 
-    Attributes:
-        options: For the writer.
-
-    Args:
-        codec: The codec or `none`.
-        chooser: Learns the codec of later calls; None: nothing is measured.
-        observed_bytes: Bytes after which it does.
+    After `observed_bytes` the chooser learns the codec of later calls. `options` are the writer's.
     """
 
     def __init__(
@@ -292,7 +248,7 @@ def host_of(peer: str) -> str:
     return host.replace("%5B", "").replace("%5D", "").strip("[]")
 
 
-def _remember(entries: OrderedDict[Key, Value], key: Key, value: Value, limit: int) -> None:
+def _remember(entries: OrderedDict[Any, Any], key: object, value: object, limit: int) -> None:
     entries[key] = value
     while len(entries) > limit:
         entries.popitem(last=False)

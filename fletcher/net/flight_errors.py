@@ -11,7 +11,6 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pyarrow as pa
 from pyarrow import flight
@@ -32,59 +31,42 @@ FLIGHT_ERRORS: dict[type[errors.FletcherError], type[flight.FlightError]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Foreign:
-    """A row of the table for exceptions of pyarrow without an error of ours.
-
-    Attributes:
-        kinds: Classes of the exception.
-        server: The error if the peer is a Fletcher server, and its message; `{}` is the address.
-        store: The error if the peer is a store, and its message; `{}` is the attempted action.
-    """
-
-    kinds: tuple[type[BaseException], ...]
-    server: tuple[type[errors.FletcherError], str]
-    store: tuple[type[errors.FletcherError], str]
-
-
-_REFUSED = (errors.RequestError, "the store refused {}")
-_FAILED = (errors.StoreUnavailableError, "the store failed while {}")
-_CALL_REFUSED = (errors.InvalidCommandError, "the call was refused")
-# The first row that fits counts. INTERNAL and UNKNOWN of a store count as retryable: Longbow
-# answers so when it is overloaded.
-FOREIGN_ERRORS = (
-    _Foreign(
-        (flight.FlightUnauthenticatedError,),
-        (errors.UnauthenticatedError, "the server{} asks for a token"),
-        (errors.UnauthorizedError, "the store refused {}"),
-    ),
-    _Foreign(
-        (flight.FlightUnauthorizedError,),
-        (errors.UnauthorizedError, "the server{} does not allow this"),
-        (errors.UnauthorizedError, "the store refused {}"),
-    ),
-    _Foreign(
-        (flight.FlightTimedOutError,),
-        (errors.DeadlineExceededError, "the server{} did not answer in time"),
-        (errors.StoreUnavailableError, "the store did not answer within the deadline while {}"),
-    ),
-    _Foreign(
-        (pa.ArrowNotImplementedError,),
-        (errors.InvalidCommandError, "the server{} does not offer this call"),
-        _REFUSED,
-    ),
-    _Foreign(
-        (flight.FlightServerError, flight.FlightInternalError),
-        (errors.InternalError, "the server{} failed"),
-        _FAILED,
-    ),
-    _Foreign(
+_Table = tuple[tuple[tuple[type[BaseException], ...], type[errors.FletcherError], str], ...]
+# Exceptions of pyarrow without an error of ours, from a Fletcher server and from a store, and the
+# error and message for them; the first row that fits counts. `{}` is the server's address or the
+# attempted action.
+SERVER_ERRORS: _Table = (
+    ((flight.FlightUnauthenticatedError,), errors.UnauthenticatedError, "{} asks for a token"),
+    ((flight.FlightUnauthorizedError,), errors.UnauthorizedError, "{} does not allow this"),
+    ((flight.FlightTimedOutError,), errors.DeadlineExceededError, "{} did not answer in time"),
+    ((pa.ArrowNotImplementedError,), errors.InvalidCommandError, "{} does not offer this call"),
+    ((flight.FlightServerError, flight.FlightInternalError), errors.InternalError, "{} failed"),
+    (
         (flight.FlightError, OSError, pa.ArrowCancelled),
-        (errors.UnavailableError, "the connection to the server{} failed"),
-        _FAILED,
+        errors.UnavailableError,
+        "the connection to {} failed",
     ),
-    _Foreign((pa.ArrowInvalid, pa.ArrowKeyError), _CALL_REFUSED, _REFUSED),
-    _Foreign((pa.ArrowException, ValueError, TypeError), _CALL_REFUSED, _FAILED),
+    (
+        (pa.ArrowException, ValueError, TypeError),
+        errors.InvalidCommandError,
+        "the call was refused",
+    ),
+)
+# INTERNAL and UNKNOWN count as retryable: Longbow answers so when it is overloaded.
+STORE_ERRORS: _Table = (
+    (
+        (flight.FlightUnauthenticatedError, flight.FlightUnauthorizedError),
+        errors.UnauthorizedError,
+        "the store refused {}",
+    ),
+    (
+        (flight.FlightTimedOutError,),
+        errors.StoreUnavailableError,
+        "the store did not answer within the deadline while {}",
+    ),
+    ((pa.ArrowNotImplementedError,), errors.RequestError, "the store refused {}"),
+    ((pa.ArrowInvalid, pa.ArrowKeyError), errors.RequestError, "the store refused {}"),
+    ((BaseException,), errors.StoreUnavailableError, "the store failed while {}"),
 )
 # pyarrow has no class for RESOURCE_EXHAUSTED: it raises ArrowInvalid, as for a refusal.
 _EXHAUSTED = "gRPC returned resource exhausted error"
@@ -96,11 +78,7 @@ _LEAD = re.compile(r"^(Flight|gRPC) returned [\w ]+ error, with message: |^Fligh
 
 
 def flight_error_type(error: errors.FletcherError) -> type[flight.FlightError]:
-    """The class of Flight exceptions that carries an error.
-
-    Raises:
-        LookupError: The table has no row for the error.
-    """
+    """The class of Flight exceptions that carries an error."""
     for kind in type(error).__mro__:
         if kind in FLIGHT_ERRORS:
             return FLIGHT_ERRORS[kind]
@@ -157,12 +135,7 @@ def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
 
 
 def from_flight_error(exc: BaseException, address: str | None = None) -> errors.FletcherError:
-    """The client's error for an exception from a call to a Fletcher server.
-
-    Args:
-        exc: Raised by a pyarrow.flight call.
-        address: The server's, for messages about the connection.
-    """
+    """The client's error for an exception from a call to the Fletcher server at `address`."""
     if isinstance(exc, errors.FletcherError):
         return exc
     known = errors.from_json(getattr(exc, "extra_info", b"") or b"")
@@ -176,19 +149,16 @@ def from_flight_error(exc: BaseException, address: str | None = None) -> errors.
         )
     if "Destination already closed" in str(exc):  # a write after the call has ended
         return errors.UnavailableError(f"the server{where} ended the call early")
-    for row in FOREIGN_ERRORS:
-        if isinstance(exc, row.kinds):
-            kind, words = row.server
-            return kind(f"{words.format(where)}: {clean_message(exc)}")
+    for kinds, kind, words in SERVER_ERRORS:
+        if isinstance(exc, kinds):
+            return kind(f"{words.format(f'the server{where}')}: {clean_message(exc)}")
     return errors.InternalError(f"{type(exc).__name__}: {clean_message(exc)}")
 
 
 def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
-    """The error for an exception from a call to a store.
+    """The error for an exception from a call to a store that attempted `what`.
 
-    Args:
-        exc: Raised by a pyarrow.flight call.
-        what: The attempted action, such as "writing to dataset `d`".
+    `what` is an action such as "writing to dataset `d`".
     """
     known = errors.from_json(getattr(exc, "extra_info", b"") or b"")
     if known is not None:
@@ -196,7 +166,7 @@ def from_store_error(exc: BaseException, what: str) -> errors.FletcherError:
     text = clean_message(exc)
     if str(exc).startswith(_EXHAUSTED):
         return errors.OverloadedError(f"the store is overloaded, {what}: {text}", field="store")
-    kind, words = next((row.store for row in FOREIGN_ERRORS if isinstance(exc, row.kinds)), _FAILED)
+    kind, words = next(row[1:] for row in STORE_ERRORS if isinstance(exc, row[0]))
     return kind(f"{words.format(what)}: {text}", field="store")
 
 

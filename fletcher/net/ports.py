@@ -11,10 +11,7 @@ from fletcher.errors import ConfigError
 def check_port(host: str, port: int, *, field: str = "port") -> None:
     """Refuse a port in use at once; gRPC would fail later and with a long message.
 
-    Args:
-        host: Address or name to listen on; an IPv6 address may have brackets.
-        port: 0 takes a free port and always passes.
-        field: The option that the port came from.
+    An IPv6 `host` may have brackets. Port 0 takes a free port and always passes.
 
     Raises:
         ConfigError: The port is in use, or the host is not an address of this machine.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ from fletcher.errors import ColumnTypeError, UnknownColumnError
 
 DEFAULT_ID_COLUMN = "id"
 BATCH_BYTES = 4 << 20  # approximate maximum size of a batch
+Batches = Iterator[pa.RecordBatch]
 _TEXTS = (types.is_string, types.is_large_string, types.is_string_view)
 
 
@@ -35,7 +36,7 @@ class Selection:
     limit: int | None = None
 
     def pick_names(self, names: Sequence[str], where: str) -> list[str]:
-        """The names to read among those of an input: the id's, the text's, the carried ones.
+        """Columns to read among those of an input: id, text and carried ones.
 
         Raises:
             UnknownColumnError: The input lacks a selected column; the message lists its columns.
@@ -61,7 +62,7 @@ class Selection:
         return name == (DEFAULT_ID_COLUMN if self.id is None else self.id)
 
     def sent_schema(self, found: pa.Schema, where: str) -> pa.Schema:
-        """The schema with every column's type as it is sent: utf8 for every kind of string.
+        """The schema with column types as they are sent: utf8 for every kind of string.
 
         Raises:
             ColumnTypeError: The text is not a string, or the id neither a string nor an integer.

@@ -46,7 +46,7 @@ _FORMAT_NAMES: dict[Format, str] = {
     "arrow": "Arrow IPC",
     "text": "plain text, one text a line",
 }
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_COMPRESSED = (".gz", ".zst", ".zstd")
 _COLUMN_NAME = re.compile(r"[^\W\d][\w .()/%-]{0,63}")
 _MAGIC: tuple[tuple[bytes, str], ...] = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"))
 
@@ -148,7 +148,7 @@ def _skipped_files(folder: Path, unknown: Counter[str]) -> str:
 def format_of(path: Path) -> Format | None:
     """The format by a file's suffix, before `.gz` or `.zst`; None if unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
+    if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
     return _SUFFIXES.get(suffixes[-1]) if suffixes else None
 
@@ -172,13 +172,10 @@ class OpenFile:
 def open_file(file: InputFile, stdin: BinaryIO | None = None) -> Iterator[OpenFile]:
     """Open an input; gzip and zstd, detected by their first bytes, are decompressed."""
     if file.path is None:
-        yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer), lambda: 0)
+        yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer))
         return
     with file.path.open("rb", buffering=0) as raw:
-        if file.size is None:
-            yield _opened(_Pipe(raw), lambda: 0)
-        else:
-            yield _opened(raw, raw.tell)
+        yield _opened(_Pipe(raw) if file.size is None else raw)
 
 
 class _Pipe(io.RawIOBase):
@@ -204,7 +201,8 @@ class _Pipe(io.RawIOBase):
         return filled
 
 
-def _opened(raw: io.RawIOBase, position: Callable[[], int]) -> OpenFile:
+def _opened(raw: io.FileIO | _Pipe) -> OpenFile:
+    position = raw.tell if isinstance(raw, io.FileIO) else lambda: 0
     stream = cast("io.BufferedReader", io.BufferedReader(raw, BUFFER_BYTES))
     start = stream.peek(4)
     for magic, compression in _MAGIC:
@@ -215,7 +213,7 @@ def _opened(raw: io.RawIOBase, position: Callable[[], int]) -> OpenFile:
 
 
 def sniff(file: InputFile, opened: OpenFile, text_column: str) -> Format:
-    """The format of an input, of which nothing is read yet: the given one, else by its first line.
+    """Format of an unread input: the given one, else by its first line.
 
     The text column identifies the header of a CSV file.
 

@@ -19,7 +19,7 @@ from fletcher.errors import (
     InvalidUtf8Error,
     UnknownColumnError,
 )
-from fletcher.readers.columns import BATCH_BYTES, Selection
+from fletcher.readers.columns import BATCH_BYTES, Batches, Selection
 
 MAX_LINE_BYTES = 64 << 20
 
@@ -57,9 +57,7 @@ def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, 
             yield number, text
 
 
-def read_text(
-    stream: io.BufferedReader, name: str, selection: Selection
-) -> Iterator[pa.RecordBatch]:
+def read_text(stream: io.BufferedReader, name: str, selection: Selection) -> Batches:
     """Batches of plain text: the lines that are not blank, as one column."""
     names = [selection.text]
     selection.pick_names(names, f"{name} (plain text)")
@@ -68,9 +66,7 @@ def read_text(
         yield pa.RecordBatch.from_arrays([column], names=names)
 
 
-def read_jsonl(
-    stream: io.BufferedReader, name: str, selection: Selection
-) -> Iterator[pa.RecordBatch]:
+def read_jsonl(stream: io.BufferedReader, name: str, selection: Selection) -> Batches:
     """Batches of JSON lines. The first batch decides the columns and their types.
 
     Objects and lists in carried columns become JSON text. A field missing in a row is null.

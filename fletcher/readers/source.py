@@ -14,7 +14,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from fletcher.errors import FletcherError, InvalidCommandError
-from fletcher.readers.columns import Selection
+from fletcher.readers.columns import Batches, Selection
 from fletcher.readers.files import Format, InputFile, find_files, guess_notice, open_file, sniff
 from fletcher.readers.lines import read_jsonl, read_text
 from fletcher.readers.tables import read_arrow_file, read_arrow_stream, read_csv, read_parquet
@@ -22,7 +22,7 @@ from fletcher.readers.tables import read_arrow_file, read_arrow_stream, read_csv
 log = logging.getLogger(__name__)
 
 # Readers of streams: (stream, name for messages, selection) to batches.
-_STREAM_READERS: dict[Format, Callable[..., Iterator[pa.RecordBatch]]] = {
+_STREAM_READERS: dict[Format, Callable[..., Batches]] = {
     "arrow": read_arrow_stream,
     "jsonl": read_jsonl,
     "text": read_text,
@@ -147,7 +147,7 @@ class TextSource:
                 raise InvalidCommandError(f"cannot read {file.name}: {error.strerror}") from None
         return digest.hexdigest()
 
-    def _conformed(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Iterator[pa.RecordBatch]:
+    def _conformed(self, found: Iterable[tuple[pa.RecordBatch, str]]) -> Batches:
         left = self.selection.limit
         for batch, where in found:
             part = batch.slice(0, left)

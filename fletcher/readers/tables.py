@@ -12,19 +12,18 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
-from fletcher.readers.columns import BATCH_BYTES, Selection
+from fletcher.readers.columns import BATCH_BYTES, Batches, Selection
 
 # A CSV row must fit into one block; the server accepts rows of 16 MiB by default.
 CSV_BLOCK_BYTES = 32 << 20
 CSV_HEADER_BYTES = 1 << 20
 MAX_HEADER_LINES = 100
+BatchesWithShare = Iterator[tuple[pa.RecordBatch, float]]
 # Text of the row that `_WithLastRow` appends.
 _END = "(end of file)"
 
 
-def read_parquet(
-    path: Path, name: str, selection: Selection
-) -> Iterator[tuple[pa.RecordBatch, float]]:
+def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShare:
     """(batch, share of the file read so far) of a Parquet file."""
     # Without buffered reads, pyarrow reads every column chunk as a whole.
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
@@ -48,9 +47,7 @@ def _rows_per_batch(metadata: pq.FileMetaData, chosen: list[str], batch_rows: in
     return int(max(1, min(batch_rows, BATCH_BYTES // widest)))
 
 
-def read_arrow_file(
-    path: Path, name: str, selection: Selection
-) -> Iterator[tuple[pa.RecordBatch, float]]:
+def read_arrow_file(path: Path, name: str, selection: Selection) -> BatchesWithShare:
     """(batch, share of the file read so far) of an Arrow IPC file, mapped into memory."""
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
         chosen = selection.pick_names(file.schema.names, name)
@@ -60,9 +57,7 @@ def read_arrow_file(
                 yield part, (index + 1) / file.num_record_batches
 
 
-def read_arrow_stream(
-    stream: io.BufferedReader, name: str, selection: Selection
-) -> Iterator[pa.RecordBatch]:
+def read_arrow_stream(stream: io.BufferedReader, name: str, selection: Selection) -> Batches:
     """Batches of an Arrow IPC stream."""
     with pa.ipc.open_stream(stream) as reader:
         chosen = selection.pick_names(reader.schema.names, name)
@@ -70,9 +65,7 @@ def read_arrow_stream(
             yield from _slices(batch.select(chosen), selection.batch_rows)
 
 
-def read_csv(
-    stream: io.BufferedReader, name: str, selection: Selection, delimiter: str
-) -> Iterator[pa.RecordBatch]:
+def read_csv(stream: io.BufferedReader, name: str, selection: Selection, delimiter: str) -> Batches:
     """Batches of a CSV file with a header.
 
     Text and id are strings, whatever they look like: an id `007` keeps its zeros. The first block
@@ -128,7 +121,7 @@ class _WithLastRow:
 
 def _without_last_row(
     batches: Iterable[pa.RecordBatch], name: str, selection: Selection
-) -> Iterator[pa.RecordBatch]:
+) -> Batches:
     held: pa.RecordBatch | None = None
     rows = 0
     for batch in batches:
@@ -164,6 +157,6 @@ def _header(stream: io.BufferedReader, name: str, delimiter: str) -> list[str]:
     return header
 
 
-def _slices(batch: pa.RecordBatch, batch_rows: int) -> Iterator[pa.RecordBatch]:
+def _slices(batch: pa.RecordBatch, batch_rows: int) -> Batches:
     for start in range(0, batch.num_rows, batch_rows):
         yield batch.slice(start, batch_rows)

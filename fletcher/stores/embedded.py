@@ -6,8 +6,10 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
+from fletcher.core.command import CHOICES
+from fletcher.core.schema import ELEMENT_TYPES
 from fletcher.errors import StoreError, StoreUnavailableError
-from fletcher.stores.base import DatasetInfo, DatasetWriter, Store
+from fletcher.stores.base import DatasetInfo, DatasetWriter, Store, StoreCapabilities
 from fletcher.util.durable import make_folder
 from fletcher.util.locks import FileLock
 
@@ -20,6 +22,14 @@ class EmbeddedStore(Store):
     """
 
     scheme: str
+    capabilities = StoreCapabilities(
+        dtypes=tuple(ELEMENT_TYPES),
+        null_vectors=True,
+        upsert=True,
+        drops_repeated_keys=False,
+        durable=True,
+        outputs=CHOICES["output"],
+    )
 
     def __init__(self, folder: Path) -> None:
         self.address = f"{self.scheme}:{folder}"

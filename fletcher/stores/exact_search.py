@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,26 +97,20 @@ def cosine(vector: Vector, reader: VectorReader) -> Scores:
 
 
 def nearest(
-    batches: Iterable[pa.RecordBatch], scores: Scores, *, k: int, columns: Sequence[str]
+    rows: pa.RecordBatchReader, scores: Scores, *, k: int, columns: Sequence[str]
 ) -> pa.Table:
     """The k best rows of a stream, best first: `columns` and `score` float32.
 
-    Holds at most k rows and one batch in memory. A score of -inf leaves a row out. `batches` are at
-    least one batch, or a reader.
+    Holds at most k rows and one batch in memory. A score of -inf leaves a row out.
     """
-    best: pa.Table | None = None
+    fields = [rows.schema.field(name) for name in columns]
+    best = pa.schema(fields, metadata=rows.schema.metadata).empty_table()
     best_scores = np.empty(0, np.float32)
-    for batch in batches:
-        values = scores(batch)
-        rows = pa.Table.from_batches([batch.select(list(columns))])
-        best = rows if best is None else pa.concat_tables([best, rows])
-        values = np.concatenate([best_scores, values])
+    for batch in rows:
+        values = np.concatenate([best_scores, scores(batch)])
+        best = pa.concat_tables([best, pa.Table.from_batches([batch.select(list(columns))])])
         # A stable sort keeps the order of rows with equal scores.
         order = np.argsort(-values, kind="stable")[:k]
         order = order[np.isfinite(values[order])]
         best, best_scores = best.take(order), values[order]
-    if best is None:
-        assert isinstance(batches, pa.RecordBatchReader), "an empty stream needs a schema"
-        fields = [batches.schema.field(name) for name in columns]
-        best = pa.schema(fields, metadata=batches.schema.metadata).empty_table()
     return best.append_column("score", pa.array(best_scores, pa.float32()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,11 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from fletcher.core.command import CHOICES, check_dataset
-from fletcher.core.schema import ELEMENT_TYPES
+from fletcher.core.command import check_dataset
 from fletcher.errors import ColumnTypeError, RequestError, StoreUnavailableError
 from fletcher.stores import filters as conditions
-from fletcher.stores.base import DatasetInfo, Filters, Names, StoreCapabilities, Vector, WriteMode
+from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore, EmbeddedWriter
 from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.schemas import (
@@ -43,14 +43,7 @@ class ParquetStore(EmbeddedStore):
     """
 
     scheme = "parquet"
-    capabilities = StoreCapabilities(
-        dtypes=tuple(ELEMENT_TYPES),
-        null_vectors=True,
-        upsert=False,
-        drops_repeated_keys=True,
-        durable=True,
-        outputs=CHOICES["output"],
-    )
+    capabilities = replace(EmbeddedStore.capabilities, upsert=False, drops_repeated_keys=True)
 
     def open_writer(self, dataset: str, schema: pa.Schema, mode: WriteMode) -> ParquetWriter:
         check_dataset(dataset)

@@ -43,7 +43,7 @@ _OTHERS = (
 
 
 def check_compatible(dataset: str, stored: pa.Schema, offered: pa.Schema) -> None:
-    """Refuse rows whose schema does not fit a dataset's. Columns may be added or left out.
+    """Refuse a schema that does not fit a dataset's; columns may be added or missing.
 
     Raises:
         DimensionMismatchError: `vector` has another width.
@@ -154,9 +154,7 @@ def _is_storable(kind: pa.DataType) -> bool:
         fields = list(kind)
         names = {one.name for one in fields}
         plain = len(names) == len(fields) > 0 and "\0" not in "".join(names)
-        return plain and all(
-            _is_storable(one.type) and not types.is_null(one.type) for one in fields
-        )
+        return plain and all(_is_storable(one.type) and one.type != pa.null() for one in fields)
     if types.is_map(kind):
         return not kind.keys_sorted and _is_storable(kind.key_type) and _is_storable(kind.item_type)
     if types.is_list(kind) or types.is_large_list(kind):
@@ -247,9 +245,7 @@ def limit_rows(
         return
     for batch in batches:
         part = batch.slice(0, limit)
-        yield pa.RecordBatch.from_arrays(
-            [part.column(name) for name in schema.names], schema=schema
-        )
+        yield pa.RecordBatch.from_arrays(part.select(schema.names).columns, schema=schema)
         if limit is not None:
             limit -= part.num_rows
             if limit == 0:
@@ -272,6 +268,6 @@ def num_group_rows(key: str) -> int:
 
 
 def upload_ranges(keys: Iterable[str], upload_id: str) -> list[tuple[int, int]]:
-    """Row offsets of an upload that batch keys cover: inclusive (first, last), sorted, merged."""
+    """Inclusive row ranges of an upload that batch keys cover, sorted and merged."""
     parsed = map(parse_batch_key, keys)
     return RangeSet(key[1:] for key in parsed if key and key[0] == upload_id).ranges()

@@ -184,9 +184,8 @@ class Actions:
     def _missing_keys(self, request: protocol.MissingKeysRequest) -> list[bytes]:
         """Batch keys that are not stored."""
         self._schema(request.dataset)
-        missing = self.ingest.call_committer(
-            request.dataset, lambda one: one.missing_keys(request.batch_keys)
-        )
+        keys = request.batch_keys
+        missing = self.ingest.call_committer(request.dataset, lambda one: one.missing_keys(keys))
         return [to_json(protocol.MissingKeysAnswer(missing))]
 
     def _stored_ranges(self, request: protocol.StoredRangesRequest) -> list[bytes]:

@@ -110,7 +110,7 @@ class AckWriter:
                     self._write_refusal(batch_id, error)
 
     def _write_refusal(self, batch_id: int, error: FletcherError) -> None:
-        """Send an error now: the handler may be blocked in a read until the client gets it."""
+        """Send an error now, while the handler may be blocked in a read."""
         try:
             self._write_ack({"status": "error", "batch_id": batch_id, **error.to_dict()})
         except pa.ArrowException as gone:

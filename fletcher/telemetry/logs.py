@@ -14,12 +14,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 def set_up_logging(level: str, style: str) -> None:
-    """Send Fletcher's log, and the warnings of other packages, to standard error.
-
-    Args:
-        level: `debug`, `info`, `warning` or `error`.
-        style: `text` or `json`.
-    """
+    """Send Fletcher's log, and other packages' warnings, to standard error as `text` or `json`."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     root = logging.getLogger()

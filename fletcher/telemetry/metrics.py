@@ -1,7 +1,7 @@
 """Fletcher's metrics: OpenTelemetry instruments, declared once in `Instruments`.
 
 Every metric is read through the SDK's readers: `Instruments.snapshot` has one in memory for the
-`stats` action, and `telemetry.tracing` attaches one that exports by OTLP. More can be attached.
+`stats` action, and `telemetry.otlp` attaches one that exports. More can be attached.
 
 Counters and gauges are observable instruments over values that are kept here, because an `add` of
 the SDK's own counter costs about seven times as much CPU time (measured with two attributes and one
@@ -9,32 +9,26 @@ reader), and each further reader adds to that. Histograms are the SDK's own, as 
 observable ones; a micro-batch records about five values.
 """
 
-# ruff: noqa: RUF009 - the declarations call `field`
-
 from __future__ import annotations
 
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from opentelemetry import metrics as api
-from opentelemetry.sdk.metrics import Histogram as SdkHistogram
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import (
-    HistogramDataPoint,
-    InMemoryMetricReader,
-    MetricReader,
-    NumberDataPoint,
-)
-from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation
-from opentelemetry.sdk.resources import Resource
+if TYPE_CHECKING:
+    from opentelemetry import metrics as api
+    from opentelemetry.sdk.metrics.export import (
+        HistogramDataPoint,
+        InMemoryMetricReader,
+        MetricReader,
+    )
+    from opentelemetry.sdk.resources import Resource
 
 Key = tuple[str, ...]
 
@@ -47,24 +41,23 @@ EXPORTED_BOUNDS_S = BOUNDS_S[::4]
 class _Instrument(ABC):
     """A named value per combination of labels.
 
-    Args:
-        name: Without the leading `fletcher.`.
-        unit: UCUM, as OpenTelemetry wants it: `s`, `By`, `{row}`.
-        text: Description for people.
-        labels: Attribute names, all required at every call. Their values come from small closed
-            sets (stages, devices, error codes), never from a request.
+    The unit is UCUM: `s`, `By`, `{row}`. All labels are required at every call. Their values come
+    from small closed sets (stages, devices, error codes), never from a request.
     """
+
+    empty: Any = 0  # the value before the first point
 
     def __init__(self, name: str, unit: str, text: str, *labels: str) -> None:
         self.name = f"fletcher.{name}"
         self.unit = unit
         self.text = text
         self.labels = labels
+        self._entries: dict[Key, Any] = {}
         self._lock = threading.Lock()
 
     @abstractmethod
     def register(self, meter: api.Meter) -> None:
-        """Create the OpenTelemetry instrument. Called once, before the first value."""
+        """Create the OpenTelemetry instrument. Called once."""
 
     def summarize(self, points: Sequence[Any]) -> Any:
         """A reader's data points, ready for JSON.
@@ -77,12 +70,11 @@ class _Instrument(ABC):
             for point in points
         }
         if not self.labels:
-            return values.get((), self._value(None))
+            return values.get((), self.empty)
         return {",".join(key): value for key, value in sorted(values.items())}
 
-    @abstractmethod
     def _value(self, point: Any) -> Any:
-        """A data point's value; of None, the value before the first point."""
+        return point.value
 
     def _key(self, attributes: Mapping[str, str]) -> Key:
         if len(attributes) == len(self.labels):
@@ -101,8 +93,10 @@ class _Observable(_Instrument):
         """Current values by label values."""
 
     def _observe(self, _: api.CallbackOptions) -> list[api.Observation]:
+        from opentelemetry.metrics import Observation
+
         return [
-            api.Observation(value, dict(zip(self.labels, key, strict=True)))
+            Observation(value, dict(zip(self.labels, key, strict=True)))
             for key, value in self.values().items()
         ]
 
@@ -110,38 +104,30 @@ class _Observable(_Instrument):
 class Counter(_Observable):
     """A sum that only grows. Thread-safe."""
 
-    def __init__(self, name: str, unit: str, text: str, *labels: str) -> None:
-        super().__init__(name, unit, text, *labels)
-        self._values: dict[Key, float] = {}
+    _entries: dict[Key, float]
 
     def register(self, meter: api.Meter) -> None:
-        """See `_Instrument.register`."""
         meter.create_observable_counter(self.name, [self._observe], self.unit, self.text)
 
     def add(self, amount: float = 1, **attributes: str) -> None:
         """Add `amount`, which is not negative."""
         key = self._key(attributes)
         with self._lock:
-            self._values[key] = self._values.get(key, 0) + amount
+            self._entries[key] = self._entries.get(key, 0) + amount
 
     def values(self) -> dict[Key, float]:
-        """Sums by label values."""
         with self._lock:
-            return dict(self._values)
-
-    def _value(self, point: NumberDataPoint | None) -> float:
-        return 0 if point is None else point.value
+            return dict(self._entries)
 
 
 class Gauge(_Observable):
     """A value that is asked for when it is read: a queue's depth, the open streams."""
 
-    def __init__(self, name: str, unit: str, text: str, *labels: str) -> None:
-        super().__init__(name, unit, text, *labels)
-        self._callbacks: dict[Key, Callable[[], float]] = {}
+    empty = None
+
+    _entries: dict[Key, Callable[[], float]]
 
     def register(self, meter: api.Meter) -> None:
-        """See `_Instrument.register`."""
         meter.create_observable_gauge(self.name, [self._observe], self.unit, self.text)
 
     def observe(self, callback: Callable[[], float], **attributes: str) -> Callable[[], None]:
@@ -154,43 +140,40 @@ class Gauge(_Observable):
         """
         key = self._key(attributes)
         with self._lock:
-            self._callbacks[key] = callback
+            self._entries[key] = callback
 
         def remove() -> None:
             with self._lock:
-                if self._callbacks.get(key) is callback:
-                    del self._callbacks[key]
+                if self._entries.get(key) is callback:
+                    del self._entries[key]
 
         return remove
 
     def values(self) -> dict[Key, float]:
-        """Values by label values, asked for now."""
         with self._lock:
-            callbacks = dict(self._callbacks)
+            callbacks = dict(self._entries)
         # Outside the lock: a callback may count too.
         return {key: callback() for key, callback in callbacks.items()}
-
-    def _value(self, point: NumberDataPoint | None) -> float | None:
-        return None if point is None else point.value
 
 
 class Histogram(_Instrument):
     """A distribution of durations in seconds. Thread-safe."""
 
-    _recorder: api.Histogram
+    empty = dict.fromkeys(("count", "sum", "p50", "p95", "p99"), 0)
+    registered: Future[Any]  # done when there is a `_recorder`
+    _recorder: api.Histogram | None = None
 
     def register(self, meter: api.Meter) -> None:
-        """See `_Instrument.register`."""
         self._recorder = meter.create_histogram(
-            self.name,
-            self.unit,
-            self.text,
-            explicit_bucket_boundaries_advisory=EXPORTED_BOUNDS_S,
+            self.name, self.unit, self.text, explicit_bucket_boundaries_advisory=EXPORTED_BOUNDS_S
         )
 
     def record(self, seconds: float, **attributes: str) -> None:
-        """Record one duration."""
+        """Record one duration; the first waits until the SDK is loaded."""
         self._key(attributes)
+        if self._recorder is None:
+            self.registered.result()
+            assert self._recorder is not None
         self._recorder.record(seconds, attributes)
 
     @contextmanager
@@ -202,14 +185,9 @@ class Histogram(_Instrument):
         finally:
             self.record(time.perf_counter() - started, **attributes)
 
-    def _value(self, point: HistogramDataPoint | None) -> dict[str, float]:
-        if point is None:
-            return dict.fromkeys(("count", "sum", "p50", "p95", "p99"), 0)
-        return {
-            "count": point.count,
-            "sum": point.sum,
-            **{f"p{percent}": _percentile(point, percent / 100) for percent in (50, 95, 99)},
-        }
+    def _value(self, point: HistogramDataPoint) -> dict[str, float]:
+        percentiles = {f"p{one}": _percentile(point, one / 100) for one in (50, 95, 99)}
+        return {"count": point.count, "sum": point.sum, **percentiles}
 
 
 def _percentile(point: HistogramDataPoint, share: float) -> float:
@@ -226,118 +204,84 @@ def _percentile(point: HistogramDataPoint, share: float) -> float:
     return point.max
 
 
-def _declare(kind: type[_Instrument], name: str, unit: str, text: str, *labels: str) -> Any:
-    return field(init=False, default_factory=lambda: kind(name, unit, text, *labels))
-
-
-_counter = partial(_declare, Counter)
-_gauge = partial(_declare, Gauge)
-_histogram = partial(_declare, Histogram)
-
-
-@dataclass(eq=False)
 class Instruments:
     """All metrics of Fletcher: name, unit, meaning and labels of each.
 
-    Args:
-        readers: Readers beside the one in memory, such as an exporter's.
-        resource: Attributes of this process, for the other readers.
+    Other readers than the one in memory get the attributes of this process in `resource`. Importing
+    the SDK takes 0.05 s of CPU time: `in_background` it overlaps with loading the model.
     """
 
-    readers: InitVar[Sequence[MetricReader]] = ()
-    resource: InitVar[Resource | None] = None
-
-    rows_received: Counter = _counter("rows.received", "{row}", "Rows that clients sent")
-    texts_received: Counter = _counter("texts.received", "{text}", "Texts that were tokenized")
-    tokens_received: Counter = _counter("tokens.received", "{token}", "Tokens of these texts")
-    bytes_received: Counter = _counter("bytes.received", "By", "Decoded bytes that clients sent")
-    streams_open: Gauge = _gauge("streams.open", "{stream}", "Open DoPut and DoExchange calls")
-    pressure_grade: Gauge = _gauge(
-        "pressure.grade",
-        "{grade}",
-        "Load level: 0 normal, 1 moderate, 2 severe (new bulk calls are refused)",
-    )
-    pressure_time: Counter = _counter(
-        "pressure.time", "s", "Time spent at each load level", "grade"
-    )
-    rows_stored: Counter = _counter("rows.stored", "{row}", "Rows that the store has")
-    rows_failed: Counter = _counter("rows.failed", "{row}", "Rows that failed one by one")
-    rows_deduplicated: Counter = _counter(
-        "rows.deduplicated", "{row}", "Rows dropped as duplicates"
-    )
-    cache_hits: Counter = _counter("cache.hits", "{text}", "Texts found in the cache")
-    cache_misses: Counter = _counter("cache.misses", "{text}", "Texts not found in the cache")
-    cache_memory: Gauge = _gauge("cache.memory", "By", "Size of the embedding cache")
-    dedupe_index_memory: Gauge = _gauge("known.memory", "By", "Memory of the dedupe indexes")
-    device_batches: Counter = _counter(
-        "device.batches", "{batch}", "Runs of the model", "model", "device"
-    )
-    device_tokens: Counter = _counter(
-        "device.tokens", "{token}", "Tokens computed", "model", "device"
-    )
-    device_padded_tokens: Counter = _counter(
-        "device.padded_tokens", "{token}", "Tokens computed, padding included", "model", "device"
-    )
-    device_busy: Counter = _counter("device.busy", "s", "Time spent computing", "model", "device")
-    device_busy_share: Gauge = _gauge(
-        "device.busy_share", "1", "Share of the last 10 s that a device computed", "model", "device"
-    )
-    device_budget: Gauge = _gauge(
-        "device.budget",
-        "{token}",
-        "Padded tokens in one run; less after a device was out of memory",
-        "model",
-        "device",
-    )
-    device_rate: Gauge = _gauge(
-        "device.rate",
-        "{token}/s",
-        "Tokens that a device computes in a second, through all layers",
-        "model",
-        "device",
-    )
-    queue_depth: Gauge = _gauge("queue.depth", "{item}", "Items waiting for a stage", "stage")
-    stage_duration: Histogram = _histogram(
-        "stage.duration",
-        "s",
-        "Time in a stage: tokenize, queue, inference, journal, append",
-        "stage",
-    )
-    errors: Counter = _counter("errors", "{error}", "Calls and rows that failed", "code")
-    worker_restarts: Counter = _counter(
-        "worker.restarts",
-        "{restart}",
-        "Worker processes started again after they died",
-        "model",
-        "worker",
-    )
-    worker_states: Counter = _counter(
-        "worker.states",
-        "{change}",
-        "Changes of a worker's state, by the new state",
-        "model",
-        "worker",
-        "state",
-    )
-    worker_usable: Gauge = _gauge(
-        "worker.usable", "1", "1 while a worker takes work, else 0", "model", "worker"
-    )
-    store_retries: Counter = _counter(
-        "store.retries", "{retry}", "Appends to the store that were retried"
-    )
-    store_away: Gauge = _gauge("store.away", "1", "1 while a store is unavailable, else 0", "store")
-    store_append_share: Gauge = _gauge(
-        "store.pace", "1", "Append size as a share of the largest, 0 to 1", "store"
-    )
-
-    def __post_init__(self, readers: Sequence[MetricReader], resource: Resource | None) -> None:
-        self._reader = InMemoryMetricReader(
-            preferred_aggregation={SdkHistogram: ExplicitBucketHistogramAggregation(BOUNDS_S)}
+    def __init__(
+        self,
+        readers: Sequence[MetricReader] = (),
+        resource: Resource | None = None,
+        *,
+        in_background: bool = False,
+    ) -> None:
+        self.rows_received = Counter("rows.received", "{row}", "Rows that clients sent")
+        self.texts_received = Counter("texts.received", "{text}", "Texts that were tokenized")
+        self.tokens_received = Counter("tokens.received", "{token}", "Tokens of these texts")
+        self.bytes_received = Counter("bytes.received", "By", "Decoded bytes that clients sent")
+        self.streams_open = Gauge("streams.open", "{stream}", "Open DoPut and DoExchange calls")
+        self.pressure_grade = Gauge(
+            "pressure.grade",
+            "{grade}",
+            "Load level: 0 normal, 1 moderate, 2 severe (new bulk calls are refused)",
         )
-        provider = MeterProvider([self._reader, *readers], resource, shutdown_on_exit=False)
-        meter = provider.get_meter("fletcher", own_version())
-        for one in self.all():
-            one.register(meter)
+        self.pressure_time = Counter("pressure.time", "s", "Time spent at each load level", "grade")
+        self.rows_stored = Counter("rows.stored", "{row}", "Rows that the store has")
+        self.rows_failed = Counter("rows.failed", "{row}", "Rows that failed one by one")
+        self.rows_deduplicated = Counter("rows.deduplicated", "{row}", "Rows dropped as duplicates")
+        self.cache_hits = Counter("cache.hits", "{text}", "Texts found in the cache")
+        self.cache_misses = Counter("cache.misses", "{text}", "Texts not found in the cache")
+        self.cache_memory = Gauge("cache.memory", "By", "Size of the embedding cache")
+        self.dedupe_index_memory = Gauge("known.memory", "By", "Memory of the dedupe indexes")
+        device = ("model", "device")
+        self.device_batches = Counter("device.batches", "{batch}", "Runs of the model", *device)
+        self.device_tokens = Counter("device.tokens", "{token}", "Tokens computed", *device)
+        self.device_padded_tokens = Counter(
+            "device.padded_tokens", "{token}", "Tokens computed, padding included", *device
+        )
+        self.device_busy = Counter("device.busy", "s", "Time spent computing", *device)
+        self.device_busy_share = Gauge(
+            "device.busy_share", "1", "Share of the last 10 s that a device computed", *device
+        )
+        self.device_budget = Gauge(
+            "device.budget", "{token}", "Padded tokens in a run; fewer once memory ran out", *device
+        )
+        self.device_rate = Gauge(
+            "device.rate", "{token}/s", "Tokens computed in a second, through all layers", *device
+        )
+        self.queue_depth = Gauge("queue.depth", "{item}", "Items waiting for a stage", "stage")
+        self.stage_duration = Histogram(
+            "stage.duration", "s", "Time in tokenize, queue, inference, journal, append", "stage"
+        )
+        self.errors = Counter("errors", "{error}", "Calls and rows that failed", "code")
+        worker = ("model", "worker")
+        self.worker_restarts = Counter(
+            "worker.restarts", "{restart}", "Worker processes restarted after they died", *worker
+        )
+        self.worker_states = Counter(
+            "worker.states", "{change}", "Changes to each state of a worker", *worker, "state"
+        )
+        self.worker_usable = Gauge(
+            "worker.usable", "1", "1 while a worker takes work, else 0", *worker
+        )
+        self.store_retries = Counter(
+            "store.retries", "{retry}", "Appends to the store that were retried"
+        )
+        self.store_away = Gauge(
+            "store.away", "1", "1 while a store is unavailable, else 0", "store"
+        )
+        self.store_append_share = Gauge(
+            "store.pace", "1", "Append size as a share of the largest, 0 to 1", "store"
+        )
+        self._reader: Future[InMemoryMetricReader] = Future()
+        self.stage_duration.registered = self._reader
+        setup = threading.Thread(target=self._register, args=(readers, resource))
+        setup.start()
+        if not in_background:
+            setup.join()
 
     def all(self) -> list[_Instrument]:
         """Every instrument, in the order of declaration."""
@@ -349,7 +293,7 @@ class Instruments:
         A number; for labelled instruments a number by label; for histograms `{count, sum, p50, p95,
         p99}` in seconds, the percentiles approximate.
         """
-        data = self._reader.get_metrics_data()
+        data = self._reader.result().get_metrics_data()
         points = {
             metric.name: metric.data.data_points
             for resource in (data.resource_metrics if data is not None else ())
@@ -357,6 +301,23 @@ class Instruments:
             for metric in scope.metrics
         }
         return {one.name: one.summarize(points.get(one.name, ())) for one in self.all()}
+
+    def _register(self, readers: Sequence[MetricReader], resource: Resource | None) -> None:
+        try:
+            from opentelemetry.sdk import metrics as sdk
+            from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+            from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation
+
+            reader = InMemoryMetricReader(
+                preferred_aggregation={sdk.Histogram: ExplicitBucketHistogramAggregation(BOUNDS_S)}
+            )
+            provider = sdk.MeterProvider([reader, *readers], resource, shutdown_on_exit=False)
+            meter = provider.get_meter("fletcher", own_version())
+            for one in self.all():
+                one.register(meter)
+            self._reader.set_result(reader)
+        except BaseException as error:  # noqa: BLE001 - of a thread, raised by whoever waits for it
+            self._reader.set_exception(error)
 
 
 def own_version() -> str:

@@ -13,11 +13,7 @@ _PAUSE_S = 1.0
 
 
 class Utilization:
-    """One device's share of time, from the durations of its runs. Thread-safe.
-
-    Args:
-        clock: Monotonic seconds.
-    """
+    """One device's share of time, from the durations of its runs. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -41,11 +37,7 @@ class Utilization:
             self._recent.append((int(now), before + seconds))
 
     def recent_share(self, concurrency: int) -> float:
-        """Share of the last `RECENT_S` whole seconds, 0 to 1.
-
-        Args:
-            concurrency: Runs that a busy device has at once.
-        """
+        """Share of the last `RECENT_S` whole seconds, 0 to 1, for `concurrency` runs at once."""
         last = int(self._clock())
         with self._lock:
             seconds = sum(some for end, some in self._recent if last - RECENT_S <= end < last)

@@ -41,13 +41,7 @@ def trim_heap() -> None:
 
 
 class IdleTrimmer:
-    """Trims the heap some seconds after work has ended.
-
-    Args:
-        used_bytes: Reports the bytes in use now.
-        trim: Returns free memory to the system.
-        clock: Monotonic seconds.
-    """
+    """Trims the heap some seconds after `used_bytes`, which reports memory in use, is 0."""
 
     def __init__(
         self,

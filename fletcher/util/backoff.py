@@ -15,26 +15,18 @@ class Backoff:
 
     Full jitter spreads retries best; half jitter guarantees a minimum pause. Source:
     https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter
-
-    Attributes:
-        first_s: Longest delay after the first failure, in seconds.
-        longest_s: Upper bound of every delay, in seconds.
-        jitter: Share of the delay that is random: 0.5 is half jitter, 1 is full jitter.
     """
 
-    first_s: float
-    longest_s: float
-    jitter: float = 0.5
+    first_s: float  # longest delay after the first failure
+    longest_s: float  # upper bound of every delay
+    jitter: float = 0.5  # share of the delay that is random: 0.5 is half jitter, 1 is full jitter
 
     def delay_s(
         self, num_failures: int, chance: float, *, at_least_ms: float | None = None
     ) -> float:
-        """Seconds to wait after a number of failures in a row.
+        """Seconds to wait after a number of failures in a row; 0 for 0 or fewer.
 
-        Args:
-            num_failures: Failures so far; 0 or less gives no delay.
-            chance: A random number from 0 to 1, such as `random.random()`.
-            at_least_ms: Lower bound in milliseconds, such as an error's `retry_after_ms`.
+        `chance` is a random number from 0 to 1, `at_least_ms` a lower bound of the delay.
         """
         if num_failures <= 0:
             return 0.0

@@ -13,11 +13,7 @@ from pathlib import Path
 
 
 def sync_path(path: Path | str) -> None:
-    """Sync a file's content, or a folder's names, to disk.
-
-    Raises:
-        OSError: The path cannot be opened or synced.
-    """
+    """Sync a file's content, or a folder's names, to disk."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(file)
@@ -29,9 +25,6 @@ def make_folder(path: Path) -> None:
     """Make a folder and its missing parents, and sync their names.
 
     An existing folder is synced too: the process that made it may have died before it synced.
-
-    Raises:
-        OSError: The folder cannot be made.
     """
     ancestors = [path, *path.parents]
     lowest = next(index for index, folder in enumerate(ancestors) if folder.exists())

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
-
-from filelock import lock_descriptor
 
 
 class FileLock:
@@ -21,10 +18,8 @@ class FileLock:
     nothing. Child processes do not inherit the lock: its descriptor closes on exec. A second lock
     on the same file in the same process conflicts as well.
 
-    Args:
-        path: The lock file, created if missing; its folder must exist.
-        wait: Wait for the holder instead of raising BlockingIOError.
-        mode: Permissions of a new lock file.
+    A missing file is created with the permissions `mode`; its folder must exist. With `wait` a lock
+    that another holds is waited for.
 
     Raises:
         BlockingIOError: Another lock on the file is held, and `wait` is off.
@@ -32,6 +27,8 @@ class FileLock:
     """
 
     def __init__(self, path: Path, *, wait: bool = False, mode: int = 0o644) -> None:
+        from filelock import lock_descriptor  # takes 10 ms, and few processes lock anything
+
         self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
         try:
             if not lock_descriptor(self._file, blocking=wait):
@@ -49,10 +46,5 @@ class FileLock:
     def __enter__(self) -> FileLock:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()

@@ -375,7 +375,7 @@ def test_rows_of_many_chunks_share_the_memory_that_there_is(
     whole = pa.table({"text": [text_of(100_000)]})
     summary = client.put(whole, replace(options, dataset="more"))
     assert [(one.code, one.row) for one in summary.errors] == [("row_too_large", 0)]
-    assert f"at most {budget.max_row_bytes} are stored of one row" in summary.errors[0].message
+    assert f"expected at most {budget.max_row_bytes} of one row" in summary.errors[0].message
 
 
 def test_what_chunks_have_of_their_rows_is_in_the_memory_that_there_is(
@@ -402,4 +402,4 @@ def test_what_chunks_have_of_their_rows_is_in_the_memory_that_there_is(
     large = pa.table({"text": [text_of(3000)], "note": ["n" * 100_000]})
     summary = client.put(large, replace(options, dataset="notes"))
     assert [(one.code, one.row) for one in summary.errors] == [("row_too_large", 0)]
-    assert "are kept at once" in summary.errors[0].message
+    assert "repeated for each chunk" in summary.errors[0].message

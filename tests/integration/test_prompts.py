@@ -20,7 +20,7 @@ def test_a_name_stands_for_its_text(client: fletcher.Client) -> None:
 
 def test_an_unknown_name_is_refused_with_those_there_are(client: fletcher.Client) -> None:
     for name in ("querry", "search_document", "s2p.v-1", "é"):
-        with pytest.raises(InvalidCommandError, match="no prompt of") as caught:
+        with pytest.raises(InvalidCommandError, match="expected a prompt of") as caught:
             client.embed(["go"], prompt=name)
         assert (caught.value.field, caught.value.allowed) == ("prompt", ["query"])
     for literal in ("querry:", "two words", " ", "?"):

@@ -36,7 +36,7 @@ ENGINES = {
     "tokenizers": ("fletcher.tokenization.tokenizer",),
     "lmdb": ("fletcher.pipeline.disk_cache",),
     "lancedb": ("fletcher.stores.", "fletcher.storeserver."),
-    "opentelemetry": ("fletcher.telemetry.metrics", "fletcher.telemetry.tracing"),
+    "opentelemetry": ("fletcher.telemetry.",),
     "google.protobuf": (
         "fletcher.flight.commands",
         "fletcher.models.onnx.graph",

@@ -259,7 +259,7 @@ class Journal:
             return [one for seg in self._segments for one in seg.groups if not one.settled]
 
     def reject_group(self, group: JournaledGroup, reason: str) -> None:
-        """Keep a group that the store refused for good in a file of its own."""
+        """Keep a group that the store refused for good in a separate file."""
         info = group.info
         name = f"{group.segment.path.stem}-{info.upload_id}-{info.first}-{info.last}{REJECTED}"
         batch = group.read_batch()

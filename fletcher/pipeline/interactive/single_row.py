@@ -64,8 +64,9 @@ def vector_lists(vectors: pa.Array) -> list[Any]:
     """
     if vectors.null_count or not pa.types.is_fixed_size_list(vectors.type):
         return list(vectors.to_pylist())
-    numbers = vectors.flatten().to_numpy()
-    return list(numbers.reshape(len(vectors), vectors.type.list_size).tolist())
+    width = vectors.type.list_size
+    numbers = vectors.values.slice(vectors.offset * width, len(vectors) * width).to_numpy()
+    return list(numbers.reshape(len(vectors), width).tolist())
 
 
 def _array(kind: pa.DataType, *buffers: bytes, length: int = 1) -> pa.Array:

@@ -49,7 +49,7 @@ class FlightConnection:
         self.address = address
         self.message_bytes = message_bytes
         self._timeout_s = timeout_s
-        self._compression = SendCompression(
+        self.compression = SendCompression(
             compression,
             host=address.data.host,
             peer=address.text,
@@ -74,10 +74,6 @@ class FlightConnection:
         Every call has a deadline because a Longbow under memory pressure stalls.
         """
         return flight.FlightCallOptions(timeout=self._timeout_s, write_options=write)
-
-    def write_options(self, first: pa.RecordBatch) -> pa.ipc.IpcWriteOptions:
-        """Compression of a call, chosen by its first batch."""
-        return self._compression.options(first)
 
     def run_action(self, name: str, body: Any) -> bytes:
         """Call an action on the data port.

@@ -47,7 +47,7 @@ def exchange_rows(
     what = f"writing to dataset `{dataset}`"
     descriptor = flight.FlightDescriptor.for_path(protocol.INGEST, dataset)
     with store_call(what):
-        write = connection.write_options(rows)
+        write = connection.compression.options(rows)
         writer, reader = connection.data_client.do_exchange(descriptor, connection.call_options())
         try:
             sent: list[int] = []
@@ -93,7 +93,7 @@ def put_rows(connection: FlightConnection, dataset: str, rows: pa.RecordBatch) -
     """
     what = f"writing to dataset `{dataset}`"
     with store_call(what):
-        options = connection.call_options(connection.write_options(rows))
+        options = connection.call_options(connection.compression.options(rows))
         descriptor = flight.FlightDescriptor.for_path(dataset)
         writer, answers = connection.data_client.do_put(descriptor, rows.schema, options)
         try:

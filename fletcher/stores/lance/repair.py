@@ -32,7 +32,7 @@ _TORN = ".torn"
 
 
 def set_torn_versions_aside(folder: Path) -> int:
-    """Rename the manifests of a table's newest versions that are incomplete; return their number.
+    """Rename manifests of a table's newest incomplete versions; return their number.
 
     The caller holds the lock of the table, in the folder `NAME.lance`.
     """

@@ -13,12 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fletcher.core.command import CHOICES, check_dataset
+from fletcher.core.command import check_dataset
 from fletcher.core.quantization import pack_signs
-from fletcher.core.schema import ELEMENT_TYPES
 from fletcher.errors import ColumnTypeError, InvalidCommandError, StoreError, StoreUnavailableError
 from fletcher.stores import filters as conditions
-from fletcher.stores.base import DatasetInfo, Filters, Names, StoreCapabilities, Vector, WriteMode
+from fletcher.stores.base import DatasetInfo, Filters, Names, Vector, WriteMode
 from fletcher.stores.embedded import EmbeddedStore
 from fletcher.stores.exact_search import check_query, cosine, nearest, unknown_dataset
 from fletcher.stores.lance.repair import set_torn_versions_aside
@@ -71,14 +70,6 @@ class LanceStore(EmbeddedStore):
     """
 
     scheme = "lance"
-    capabilities = StoreCapabilities(
-        dtypes=tuple(ELEMENT_TYPES),
-        null_vectors=True,
-        upsert=True,
-        drops_repeated_keys=False,
-        durable=True,
-        outputs=CHOICES["output"],
-    )
 
     def __init__(self, folder: Path) -> None:
         lancedb = _lancedb()

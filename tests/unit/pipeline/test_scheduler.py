@@ -285,3 +285,66 @@ def test_a_device_is_not_slow_because_its_texts_leave_later_than_before() -> Non
     run(0, 20)
     assert health.state == "healthy"
     assert health.rate == pytest.approx(rate)
+
+
+def test_bulk_work_waits_for_a_full_window_only_while_more_tokens_are_coming() -> None:
+    found = scheduler(one_run, max_queue_delay_s=3600, window_tokens=5)
+    assert found.idle
+    streams = []
+
+    def ticket_of(num_tokens: int, *, with_tokens: bool) -> StreamTicket:
+        stream, ticket = tokenized(num_tokens)
+        streams.append(stream)  # a ticket whose stream is closed is dropped
+        if not with_tokens:
+            ticket.tokens = None
+        found.add_ticket(ticket)
+        return ticket
+
+    ticket_of(2, with_tokens=True)
+    ticket_of(3, with_tokens=False)
+    assert not found.idle
+    assert (found.tokenization.depth(), found.inference.depth()) == (1, 2)
+    assert found.inference.schedule(urgent=False) is None  # its company is being tokenized
+    ticket_of(3, with_tokens=True)
+    job = found.inference.schedule(urgent=False)  # the window is full
+    assert job is not None
+    assert sorted(job.payload.lengths.tolist()) == [2, 3]
+    ticket_of(1, with_tokens=True)
+    assert found.inference.schedule(urgent=False) is None
+    job = found.tokenization.schedule(urgent=False)
+    assert job is not None
+    tokens = TokenBatch(np.ones(1, np.int32), np.array([0, 1]), np.zeros(1, np.bool_))
+    found.tokenization.update(job, tokens, None)
+    job = found.inference.schedule(urgent=False)  # nothing more is coming
+    assert job is not None
+    assert job.payload.lengths.tolist() == [1, 1]
+    assert found.tokenization.schedule(urgent=False) is None
+    assert found.idle
+
+
+def test_a_text_that_a_tokenizer_fails_at_ends_there() -> None:
+    found = scheduler(one_run)
+    stream, ticket = tokenized(priority="interactive")
+    ticket.tokens = None
+    found.add_ticket(ticket)
+    assert found.tokenization.schedule(urgent=False) is None
+    job = found.tokenization.schedule(urgent=True)
+    assert job is not None
+    assert job.urgent
+    found.tokenization.update(job, None, ZeroDivisionError())
+    (result,) = stream.results()
+    assert isinstance(result.embeddings, InternalError)
+    assert found.idle
+
+
+def test_tickets_of_closed_streams_are_dropped_in_both_stages() -> None:
+    found = scheduler(one_run)
+    for with_tokens in (True, False):
+        stream, ticket = tokenized()
+        if not with_tokens:
+            ticket.tokens = None
+        found.add_ticket(ticket)
+        stream.close()
+    assert found.inference.schedule(urgent=False) is None
+    assert found.tokenization.schedule(urgent=False) is None
+    assert found.idle

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import gzip
 import json
 import logging
@@ -189,7 +188,7 @@ def test_snapshot_has_every_instrument_and_is_json() -> None:
     instruments.stage_duration.record(0.5, stage="append")
     snapshot = json.loads(json.dumps(instruments.snapshot()))
     assert set(snapshot) == {one.name for one in instruments.all()}
-    assert len(snapshot) == len(dataclasses.fields(instruments))
+    assert len(snapshot) == len(instruments.all())
     assert snapshot["fletcher.rows.received"] == 5
     assert snapshot["fletcher.rows.stored"] == 0
     assert snapshot["fletcher.errors"] == {"overloaded": 1}
