@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
-from typing import Any
 
 from fletcher.config.network import NetworkConfig
 from fletcher.config.server import ServeConfig
@@ -58,12 +56,7 @@ class Runtime:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.drain(self.config.limits.drain_timeout_s if kind is None else 0.0)
         self.close()
 
@@ -193,8 +186,7 @@ class Runtime:
         journal = config.journal if config.journal.max_bytes and stores else None
         delivery = Delivery(stores, config.delivery, telemetry, journal)
         self._started.callback(delivery.close)
-        num_rows = delivery.recover()
-        if num_rows:
+        if num_rows := delivery.recover():
             log.info("journal: %d rows of an earlier run are sent to their stores", num_rows)
         return delivery
 
@@ -225,11 +217,7 @@ def _listen(service: Service, config: NetworkConfig, credentials: Credentials) -
         return FlightServer(service, config, credentials)
     except Exception as error:  # pyarrow raises several kinds, for a port in use and for bad PEM
         raise ConfigError(
-            f"cannot listen on {config.host}:{config.port}: {_reason(error)}; "
+            f"cannot listen on {config.host}:{config.port}: {str(error).splitlines()[0][:200]}; "
             "check that the port is free and the certificate is PEM",
             field="port",
         ) from error
-
-
-def _reason(error: Exception) -> Any:
-    return str(error).splitlines()[0][:200]

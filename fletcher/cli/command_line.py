@@ -202,11 +202,27 @@ def option(declaration: str, name: str | None = None, **attributes: Any) -> Deco
     return click.option(*names, cls=CommandOption, **attributes)
 
 
-def combine(*decorators: Decorator) -> Decorator:
-    """One decorator that does what several do, written above each other."""
-    return lambda function: functools.reduce(
-        lambda done, one: one(done), reversed(decorators), function
-    )
+def combine(
+    *decorators: Decorator, collect: Callable[[dict[str, Any]], None] | None = None
+) -> Decorator:
+    """One decorator that does what several do, written above each other.
+
+    `collect` replaces their parameters, such as by one object.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(**params: Any) -> Any:
+            if collect is not None:
+                collect(params)
+            return function(**params)
+
+        decorated: Callable[..., Any] = call
+        for one in reversed(decorators):
+            decorated = one(decorated)
+        return decorated
+
+    return decorate
 
 
 def usage_message(error: click.UsageError, hint: str = "") -> str:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,32 +162,27 @@ class EmbedTarget:
 
 def server_options(*, required: bool = False) -> Decorator:
     """Adds the flags of a server elsewhere, passed on as `server`: a RemoteServer."""
+
+    def collect(params: dict[str, Any]) -> None:
+        address = [params.pop(name) for name in ("server", "token_file", "tls_ca")]
+        params["server"] = RemoteServer(*address) if address[0] else None
+
     local = " Without it a server in this process does, which loads the model first."
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def collect(
-            *, server: str | None, token_file: Path | None, tls_ca: Path | None, **params: Any
-        ) -> Any:
-            remote = RemoteServer(server, token_file, tls_ca) if server else None
-            return function(server=remote, **params)
-
-        add = functools.partial(option, heading=ELSEWHERE)
-        return combine(
-            add(
-                "--server URI",
-                required=required,
-                help="Server that does the work, grpc://HOST:PORT or grpc+tls://HOST:PORT."
-                + ("" if required else local),
-            ),
-            add("--token-file FILE", help="File with the server's bearer token."),
-            add(
-                "--tls-ca FILE",
-                help="PEM CA of the server's certificate, if it is not one that the system trusts.",
-            ),
-        )(collect)
-
-    return decorate
+    add = functools.partial(option, heading=ELSEWHERE)
+    return combine(
+        add(
+            "--server URI",
+            required=required,
+            help="Server that does the work, grpc://HOST:PORT or grpc+tls://HOST:PORT."
+            + ("" if required else local),
+        ),
+        add("--token-file FILE", help="File with the server's bearer token."),
+        add(
+            "--tls-ca FILE",
+            help="PEM CA of the server's certificate, if it is not one that the system trusts.",
+        ),
+        collect=collect,
+    )
 
 
 def target_options(*names: str, **text: str) -> Decorator:
@@ -196,27 +191,23 @@ def target_options(*names: str, **text: str) -> Decorator:
     The server options `names` get flags besides LOCAL_FLAGS; `text` replaces help by option name.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def collect(
-            *, server: RemoteServer | None, compression: str, flags: ConfigFlags, **params: Any
-        ) -> Any:
-            return function(target=EmbedTarget(server, compression, flags), **params)
+    def collect(params: dict[str, Any]) -> None:
+        params["target"] = EmbedTarget(
+            params.pop("server"), params.pop("compression"), params.pop("flags")
+        )
 
-        return combine(
-            server_options(),
-            option(
-                "--compression",
-                type=Choice(COMPRESSIONS),
-                default="auto",
-                heading=ELSEWHERE,
-                help="Compression of what is sent there. auto measures the text and the "
-                "connection.",
-            ),
-            config_options(*names, *LOCAL_FLAGS, text={**_LOCAL_TEXT, **text}),
-        )(collect)
-
-    return decorate
+    return combine(
+        server_options(),
+        option(
+            "--compression",
+            type=Choice(COMPRESSIONS),
+            default="auto",
+            heading=ELSEWHERE,
+            help="Compression of what is sent there. auto measures the text and the connection.",
+        ),
+        config_options(*names, *LOCAL_FLAGS, text={**_LOCAL_TEXT, **text}),
+        collect=collect,
+    )
 
 
 def without_store(config: ServeConfig) -> ServeConfig:

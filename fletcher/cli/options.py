@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,28 +84,25 @@ def config_options(*names: str, text: Mapping[str, str] | None = None) -> Decora
     `text` is help by option name, where the command's differs from the server's.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def collect(*, config: Path | None, **params: Any) -> Any:
-            values = {name: params.pop(_PREFIX + name) for name in names}
-            given = {
-                name: list(one) if isinstance(one, tuple) else one
-                for name, one in values.items()
-                if one not in (None, ())
-            }
-            return function(flags=ConfigFlags(given, config), **params)
+    def collect(params: dict[str, Any]) -> None:
+        values = {name: params.pop(_PREFIX + name) for name in names}
+        given = {
+            name: list(one) if isinstance(one, tuple) else one
+            for name, one in values.items()
+            if one not in (None, ())
+        }
+        params["flags"] = ConfigFlags(given, params.pop("config"))
 
-        return combine(
-            *(_flag(OPTIONS[name], (text or {}).get(name)) for name in names),
-            option(
-                "--config FILE",
-                heading=_HEADINGS[""],
-                help="TOML file of server options. Flags and variables win over it.",
-                notes=("env: FLETCHER_CONFIG",),
-            ),
-        )(collect)
-
-    return decorate
+    return combine(
+        *(_flag(OPTIONS[name], (text or {}).get(name)) for name in names),
+        option(
+            "--config FILE",
+            heading=_HEADINGS[""],
+            help="TOML file of server options. Flags and variables win over it.",
+            notes=("env: FLETCHER_CONFIG",),
+        ),
+        collect=collect,
+    )
 
 
 def _flag(one: Option, text: str | None) -> Decorator:

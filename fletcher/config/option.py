@@ -31,6 +31,8 @@ _SIZE_UNITS = {
 }  # fmt: skip
 _MODEL = re.compile(rf"{MODEL_NAME}(?:@[0-9a-f]+)?")
 _LOADABLE = re.compile(rf"{MODEL_NAME}|{re.escape(ANY_MODEL)}")
+_SWITCHES = dict.fromkeys(("1", "true", "yes", "on"), True)
+_SWITCHES |= dict.fromkeys(("0", "false", "no", "off"), False)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -54,12 +56,6 @@ def _quantity(text: str, units: Mapping[str, float]) -> float:
     if not match or match[2].lower() not in units:
         raise ValueError(text)
     return float(match[1]) * units[match[2].lower()]
-
-
-def _switch(text: str) -> bool:
-    words = {"1": True, "true": True, "yes": True, "on": True}
-    words |= {"0": False, "false": False, "no": False, "off": False}
-    return words[text.strip().lower()]
 
 
 def _stores(text: str) -> tuple[str, ...]:
@@ -115,7 +111,7 @@ SECONDS = OptionType(
 MILLISECONDS = OptionType(
     "MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float)
 )
-SWITCH = OptionType("BOOL", "true or false", _switch, (bool,))
+SWITCH = OptionType("BOOL", "true or false", lambda text: _SWITCHES[text.strip().lower()], (bool,))
 STORES = OptionType("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _stores, (list,))
 NAMES = OptionType("MODEL", "NAME or NAME@HASH, separated by commas", _listed(_MODEL), (list,))
 LOADABLE = OptionType("MODEL", "names of models without @HASH, or *", _listed(_LOADABLE), (list,))
@@ -183,10 +179,10 @@ class Option:
             raise self._refusal(value, source)
         return parsed
 
-    def check_value(self, value: Any) -> None:
-        """Checks a value that a program gave. Raises ConfigError."""
+    def check_value(self, value: Any, source: str = "the program") -> None:
+        """Checks a value. Raises ConfigError."""
         if not self._fits(value):
-            raise self._refusal(value, "the program")
+            raise self._refusal(value, source)
 
     def _fits(self, value: Any) -> bool:
         if value is None:
