@@ -15,7 +15,6 @@ from fletcher.cli.command_line import Choice, Decorator, combine, option
 from fletcher.cli.options import ConfigFlags, config_options
 from fletcher.cli.shutdown import leave_in_time
 from fletcher.cli.terminal import say
-from fletcher.config.delivery import NO_STORE
 from fletcher.config.network import COMPRESSIONS
 from fletcher.config.server import ServeConfig
 from fletcher.errors import ConfigError, UnauthenticatedError
@@ -208,11 +207,6 @@ def target_options(*names: str, **text: str) -> Decorator:
         config_options(*names, *LOCAL_FLAGS, text={**_LOCAL_TEXT, **text}),
         collect=collect,
     )
-
-
-def without_store(config: ServeConfig) -> ServeConfig:
-    """The same configuration for vectors that are only sent back."""
-    return config.with_options(store=(NO_STORE,))
 
 
 def _read_token(path: Path) -> str:

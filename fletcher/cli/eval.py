@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.command_line import command, option
-from fletcher.cli.connection import EmbedTarget, target_options, without_store
+from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.options import INPUT, format_option, json_option, paths_argument
 from fletcher.cli.terminal import say
 from fletcher.config.delivery import NO_STORE
@@ -182,7 +182,7 @@ class _Engines:
         A server in this process caches the model's output for each text, so that other widths and
         types need no further run of the model.
         """
-        config = without_store(self._config)
+        config = self._config
         if not self._target.server:
             entry = 4 * self._bundle.dim + _CACHE_ENTRY_BYTES
             size = self.num_texts * entry * max(1, len(self._bundle.layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fletcher.cli.command_line import command, option
-from fletcher.cli.connection import EmbedTarget, target_options, without_store
+from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.options import json_option, split_names
 from fletcher.cli.terminal import columns as width_of
 from fletcher.cli.terminal import cut, padded, print_json, printable, terminal_width
+from fletcher.config.delivery import NO_STORE
 from fletcher.config.option import nearest
 from fletcher.config.server import fletcher_home
 from fletcher.errors import (
@@ -117,8 +119,8 @@ def cli(
             f"there is no dataset {dataset!r} in {addresses[0]}: there is no such folder",
             field="dataset",
         )
-    store = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
-    try:
+    opened = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
+    with contextlib.closing(opened) as store:
         info = _find_dataset(store, dataset)
         if b"fletcher.output" in (info.schema.metadata or {}):  # not dense
             vector_reader(dataset, info.schema)  # fails before a model is loaded
@@ -126,17 +128,15 @@ def cli(
         conditions = [_parse_filter(text, info.schema) for text in filters]
         vector = _embed_query(target, query, prompt, info)
         found = store.search(dataset, vector, k=k, columns=shown, filters=conditions)
-    finally:
-        store.close()
     rows = found.select([*shown, "score"]).to_pylist()
     if as_json:
         for rank, row in enumerate(rows, 1):
             print_json({"rank": rank, **row})
     else:
-        print_rows(rows, terminal_width())
+        _print_rows(rows)
 
 
-def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Prints a line a row: rank, score, id, other columns, and the start of the text."""
     if not rows:
         print("no rows")
@@ -151,7 +151,7 @@ def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
         ]
         tail = "  ".join([*others, printable(row.get("text") or "")])
         head = f"{rank:>{len(str(len(rows)))}}  {row['score']:6.3f}  {padded(one, id_width)}  "
-        print(cut((head + tail).rstrip(), width))
+        print(cut((head + tail).rstrip(), terminal_width()))
 
 
 def _find_dataset(store: Store, name: str) -> DatasetInfo:
@@ -182,12 +182,10 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
 
     metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
-    model = target.flags.given.get("model")
-    if model is None:
-        model = stored  # that version, even if its name means another one now
+    # The stored version, even if its name means another one now.
+    model = target.flags.given.get("model", stored)
     local_model = {} if target.server or model is None else {"model": model}
-    config = without_store(target.resolve(**local_model))
-    with target.open_client(config) as client:
+    with target.open_client(target.resolve(store=NO_STORE, **local_model)) as client:
         known = served_model(client, model)
         qualified = f"{known['name']}@{known['hash']}"
         if stored is not None and stored != qualified:
@@ -230,9 +228,8 @@ def _parse_filter(text: str, schema: pa.Schema) -> Filter:
             field="filter",
             allowed=schema.names,
         )
-    kind = schema.field(name).type
-    operator = "=" if operator == "==" else operator
-    return Filter(name, operator, _literal(name, value, kind))  # type: ignore[arg-type]
+    literal = _literal(name, value, schema.field(name).type)
+    return Filter(name, "=" if operator == "==" else operator, literal)  # type: ignore[arg-type]
 
 
 def _literal(name: str, text: str, kind: pa.DataType) -> Any:
