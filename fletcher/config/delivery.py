@@ -6,19 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.config.network import COMPRESSIONS
-from fletcher.config.option import (
-    DAY_S,
-    GIB,
-    MIB,
-    MILLISECONDS,
-    SECONDS,
-    SIZE,
-    STORES,
-    TEXT,
-    WHOLE,
-    OptionGroup,
-    option,
-)
+from fletcher.config.option import DAY_S, GIB, MIB, MILLISECONDS, SIZE, STORES, OptionGroup, option
 
 DEFAULT_STORE = "default"
 NO_STORE = "none"
@@ -49,11 +37,11 @@ class DeliveryConfig(OptionGroup):
     """
 
     stores: tuple[str, ...] = option((), STORES, name="store")
-    group_rows: int = option(10_000, WHOLE, minimum=1)
+    group_rows: int = option(10_000, minimum=1)
     group_delay_ms: float = option(500, MILLISECONDS)
-    store_timeout_s: float = option(60, SECONDS, minimum=0.001)
-    store_compression: str = option("auto", TEXT, choices=COMPRESSIONS)
-    store_retry_s: float = option(300, SECONDS)
+    store_timeout_s: float = option(60, minimum=0.001)
+    store_compression: str = option("auto", choices=COMPRESSIONS)
+    store_retry_s: float = option(300)
     commit_rows: int = 0
     max_dedupe_bytes: int = 64 << 20
 
@@ -87,7 +75,7 @@ class JournalConfig(OptionGroup):
     """
 
     max_bytes: int = option(4 * GIB, SIZE, name="max_journal")
-    retention_s: float = option(DAY_S, SECONDS, name="journal_retention")
+    retention_s: float = option(DAY_S, name="journal_retention")
     folder: Path
     segment_bytes: int = 0
 

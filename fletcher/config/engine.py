@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fletcher.config.option import (
-    MILLISECONDS,
-    SECONDS,
-    SIZE,
-    SWITCH,
-    TEXT,
-    WHOLE,
-    OptionGroup,
-    option,
-)
+from fletcher.config.option import MILLISECONDS, SIZE, OptionGroup, option
 
 DISPATCHES = ("throughput-weighted", "least-loaded", "round-robin", "random")
 
@@ -44,18 +35,15 @@ class EngineConfig(OptionGroup):
     """
 
     device: str = option(
-        "auto",
-        TEXT,
-        pattern=r"auto|cpu|cuda(:\d+(,\d+)*)?",
-        expected="auto, cpu, cuda or cuda:N,...",
+        "auto", pattern=r"auto|cpu|cuda(:\d+(,\d+)*)?", expected="auto, cpu, cuda or cuda:N,..."
     )
-    backend: str = option("auto", TEXT, choices=("auto", "onnxruntime", "openvino", "null"))
-    precision: str = option("auto", TEXT, choices=("auto", "float32", "bfloat16", "float16"))
-    threads: int = option(0, WHOLE)
-    max_batch_tokens: int = option(0, WHOLE)
-    replicas_per_device: int = option(0, WHOLE, maximum=64)
+    backend: str = option("auto", choices=("auto", "onnxruntime", "openvino", "null"))
+    precision: str = option("auto", choices=("auto", "float32", "bfloat16", "float16"))
+    threads: int = option(0)
+    max_batch_tokens: int = option(0)
+    replicas_per_device: int = option(0, maximum=64)
     gpu_memory: int = option(0, SIZE)
-    cuda_graphs: bool = option(False, SWITCH)
+    cuda_graphs: bool = option(False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +67,10 @@ class WorkerConfig(OptionGroup):
             answers.
     """
 
-    device_fallback: str = option("none", TEXT, choices=("none", "cpu"))
-    tokenizer_workers: int = option(0, WHOLE, maximum=1024)
-    tokenizer: str = option("model", TEXT, choices=("model", "null"))
-    dispatch: str = option(DISPATCHES[0], TEXT, choices=DISPATCHES)
-    worker_timeout_s: float = option(120, SECONDS, minimum=1)
-    isolate_engine: bool = option(False, SWITCH)
+    device_fallback: str = option("none", choices=("none", "cpu"))
+    tokenizer_workers: int = option(0, maximum=1024)
+    tokenizer: str = option("model", choices=("model", "null"))
+    dispatch: str = option(DISPATCHES[0], choices=DISPATCHES)
+    worker_timeout_s: float = option(120, minimum=1)
+    isolate_engine: bool = option(False)
     max_queue_delay_ms: float = option(5, MILLISECONDS)

@@ -8,18 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.config.model_alias import Alias
-from fletcher.config.option import (
-    ALIASES,
-    FOLDER,
-    LOADABLE,
-    MIB,
-    NAMES,
-    SIZE,
-    SWITCH,
-    TEXT,
-    OptionGroup,
-    option,
-)
+from fletcher.config.option import ALIASES, FOLDER, LOADABLE, MIB, NAMES, SIZE, OptionGroup, option
 from fletcher.errors import ConfigError
 
 # What int8 vectors are multiples of: `core.quantization`.
@@ -42,7 +31,7 @@ class ModelConfig(OptionGroup):
             recently used model is unloaded; its next call waits until it is loaded again.
     """
 
-    default: str = option("all-MiniLM-L6-v2", TEXT, name="model")
+    default: str = option("all-MiniLM-L6-v2", name="model")
     models: tuple[str, ...] = option((), NAMES)
     loadable_models: tuple[str, ...] = option((), LOADABLE)
     model_aliases: tuple[str, ...] = option((), ALIASES, name="model_alias")
@@ -79,8 +68,8 @@ class OutputConfig(OptionGroup):
             model has them, else row.
     """
 
-    allow_undeclared: bool = option(False, SWITCH)
-    int8: str = option(INT8_KINDS[0], TEXT, choices=INT8_KINDS)
+    allow_undeclared: bool = option(False)
+    int8: str = option(INT8_KINDS[0], choices=INT8_KINDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fletcher.config.option import FILE, SWITCH, TEXT, WHOLE, OptionGroup, option
+from fletcher.config.option import OptionGroup, option
 from fletcher.errors import ConfigError
 
 # Compression of Arrow's IPC bodies; the client's and the stores' take the same words.
@@ -33,14 +33,14 @@ class NetworkConfig(OptionGroup):
             Vectors shrink little, so none suits most; texts sent with them shrink more.
     """
 
-    host: str = option("127.0.0.1", TEXT)
-    port: int = option(8815, WHOLE, maximum=65535)
-    token_file: Path | None = option(None, FILE)
-    tls_cert: Path | None = option(None, FILE)
-    tls_key: Path | None = option(None, FILE)
-    tls_client_ca: Path | None = option(None, FILE)
-    insecure: bool = option(False, SWITCH)
-    compression: str = option("none", TEXT, choices=COMPRESSIONS)
+    host: str = option("127.0.0.1")
+    port: int = option(8815, maximum=65535)
+    token_file: Path | None = option(None)
+    tls_cert: Path | None = option(None)
+    tls_key: Path | None = option(None)
+    tls_client_ca: Path | None = option(None)
+    insecure: bool = option(False)
+    compression: str = option("none", choices=COMPRESSIONS)
 
     def _check_together(self) -> None:
         if not (self.insecure or self.token_file or is_loopback(self.host)):

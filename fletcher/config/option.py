@@ -93,23 +93,27 @@ class OptionType:
     """A type of option value.
 
     `parse` converts the text of a flag, a variable or a TOML string, and raises ValueError or
-    KeyError. Values of the TOML types `toml` are taken as they are.
+    KeyError. Values of the TOML types `toml` are taken as they are. The limits are those of options
+    that have none.
     """
 
     metavar: str
     expected: str
     parse: Callable[[str], Any]
     toml: tuple[type, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
 
 
 TEXT = OptionType("TEXT", "text, not empty", str)
-WHOLE = OptionType("N", "a whole number", int, (int,))
-SIZE = OptionType("SIZE", "a size such as 512MiB or 1GB", parse_size, (int,))
+WHOLE = OptionType("N", "a whole number", int, (int,), 0)
+SIZE = OptionType("SIZE", "a size such as 512MiB or 1GB", parse_size, (int,), 0)
+# Longer waits than C's timers take would fail where they are used.
 SECONDS = OptionType(
-    "SECONDS", "seconds, or a time such as 200ms or 2m", parse_seconds, (int, float)
+    "SECONDS", "seconds, or a time such as 200ms or 2m", parse_seconds, (int, float), 0, DAY_S
 )
 MILLISECONDS = OptionType(
-    "MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float)
+    "MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float), 0, 1000 * DAY_S
 )
 SWITCH = OptionType("BOOL", "true or false", lambda text: _SWITCHES[text.strip().lower()], (bool,))
 STORES = OptionType("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _stores, (list,))
@@ -118,6 +122,8 @@ LOADABLE = OptionType("MODEL", "names of models without @HASH, or *", _listed(_L
 ALIASES = OptionType("ALIAS", "NAME=MODEL:WEIGHT,MODEL:WEIGHT", _aliases, (list,))
 FILE = OptionType("FILE", "a path", _file)
 FOLDER = OptionType("FOLDER", "a path", _file)
+# By the annotations of fields.
+_KINDS = {"str": TEXT, "int": WHOLE, "bool": SWITCH, "float": SECONDS, "Path": FILE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,16 +212,12 @@ class Option:
         )
 
 
-def option(default: Any, kind: OptionType, **limits: Any) -> Any:
+def option(default: Any, kind: OptionType | None = None, **limits: Any) -> Any:
     """Makes a dataclass field that is an option, with further fields of `Option`.
 
-    Its help is the field's entry under `Attributes` in the docstring of the class.
+    Without `kind` the annotation tells it. Its help is the field's entry under `Attributes` in the
+    docstring of the class.
     """
-    if kind in (WHOLE, SIZE):
-        limits = {"minimum": 0, **limits}
-    elif kind in (SECONDS, MILLISECONDS):
-        # Longer waits than C's timers take would fail where they are used.
-        limits = {"minimum": 0, "maximum": DAY_S * (1 if kind is SECONDS else 1000), **limits}
     metadata = {"kind": kind, **limits}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -226,16 +228,17 @@ def option(default: Any, kind: OptionType, **limits: Any) -> Any:
 def options_of(part: type) -> tuple[Option, ...]:
     """The options among a dataclass' fields, in their order."""
     _, texts = split_docstring(part.__doc__, "Attributes")
-    return tuple(
-        Option(
-            field=spec.name,
-            help=texts.get(spec.name, ""),
-            default=None if spec.default is dataclasses.MISSING else spec.default,
-            **{"name": spec.name.removesuffix("_s"), **spec.metadata},
-        )
-        for spec in dataclasses.fields(part)
-        if spec.metadata
-    )
+    found = []
+    for spec in dataclasses.fields(part):
+        if spec.metadata:
+            kind = spec.metadata["kind"] or _KINDS[str(spec.type).removesuffix(" | None")]
+            limits = {"minimum": kind.minimum, "maximum": kind.maximum, **spec.metadata}
+            default = None if spec.default is dataclasses.MISSING else spec.default
+            named = {"name": spec.name.removesuffix("_s"), **limits, "kind": kind}
+            found.append(
+                Option(field=spec.name, help=texts.get(spec.name, ""), default=default, **named)
+            )
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

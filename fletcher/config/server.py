@@ -25,10 +25,7 @@ from fletcher.config.option import (
     FOLDER,
     GIB,
     MIB,
-    SECONDS,
     SIZE,
-    TEXT,
-    WHOLE,
     Option,
     OptionGroup,
     nearest,
@@ -71,11 +68,11 @@ class LimitsConfig(OptionGroup):
         drain_timeout_s: Time after SIGTERM for accepted rows to reach their stores.
     """
 
-    max_streams: int = option(256, WHOLE, minimum=1)
+    max_streams: int = option(256, minimum=1)
     max_memory: int = option(2 * GIB, SIZE)
     max_message_bytes: int = option(64 * MIB, SIZE, minimum=1)
     max_row_bytes: int = option(16 * MIB, SIZE, minimum=1)
-    drain_timeout_s: float = option(30, SECONDS)
+    drain_timeout_s: float = option(30)
 
     def _check_together(self) -> None:
         if self.max_row_bytes > self.max_message_bytes:
@@ -113,10 +110,10 @@ class TelemetryConfig(OptionGroup):
             longer.
     """
 
-    log_level: str = option("info", TEXT, choices=("debug", "info", "warning", "error"))
-    log_format: str = option("text", TEXT, choices=("text", "json"))
+    log_level: str = option("info", choices=("debug", "info", "warning", "error"))
+    log_format: str = option("text", choices=("text", "json"))
     otlp_endpoint: str | None = option(
-        None, TEXT, pattern=r"https?://.+", expected="an http:// or https:// URL"
+        None, pattern=r"https?://.+", expected="an http:// or https:// URL"
     )
 
 
