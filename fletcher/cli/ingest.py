@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 SHOWN_ERRORS = 5
 # About four minutes: a restarted server loads its model before it answers.
 MAX_RETRIES = 35
+_REPORTED = (
+    *("model", "upload_id", "complete", "rows_received", "rows_stored", "rows_failed"),
+    *("rows_deduplicated", "rows_skipped"),
+)
 
 
 @command(
@@ -95,7 +99,13 @@ def cli(
     """
     from fletcher.readers import open_source
 
-    options = _command(target, fields, no_text=no_text)
+    options = EmbedCommand(
+        **{**fields, "id_column": fields["id_column"] or "id"},
+        model=target.asked_model,
+        store=_store_name(target),
+        include_text=False if no_text else None,
+        durability="store",  # the summary tells what the store has
+    )
     config = target.resolve()
     if target.server:
         target.refuse_local_flags()
@@ -108,14 +118,17 @@ def cli(
         columns=fields["columns"],
         format_name=format_name,
         limit=limit,
-        notice=_say,
+        notice=lambda line: say(f"fletcher ingest: {line}"),
     )
-    started_s = time.monotonic()
     with target.open_client(config, max_retries=MAX_RETRIES) as client:
         started_s = time.monotonic()
-        options = _with_prompt(client, options)
+        if options.prompt is None:
+            prompt = client.prompt_for("document", options.model)
+            options = dataclasses.replace(options, prompt=prompt)
+        meter = _Meter(client, source, local=not target.server)
         try:
-            summary = _upload(client, source, options, local=not target.server, limit=limit)
+            with Progress(meter.sample, Total(rows=limit, num_bytes=source.total_bytes)):
+                summary = client.ingest(source, options, on_ack=meter.on_ack)
         except KeyboardInterrupt:
             # Said before the workers end, which takes seconds.
             resumable = source.reiterable or options.upload_id
@@ -131,22 +144,6 @@ def cli(
     return 0 if summary.complete else 1
 
 
-def _command(target: EmbedTarget, fields: dict[str, Any], *, no_text: bool) -> EmbedCommand:
-    return EmbedCommand(
-        **{**fields, "id_column": fields["id_column"] or "id"},
-        model=target.asked_model,
-        store=_store_name(target),
-        include_text=False if no_text else None,
-        durability="store",  # the summary tells what the store has
-    )
-
-
-def _with_prompt(client: Client, options: EmbedCommand) -> EmbedCommand:
-    if options.prompt is not None:
-        return options
-    return dataclasses.replace(options, prompt=client.prompt_for("document", options.model))
-
-
 def _store_name(target: EmbedTarget) -> str | None:
     given: list[str] = target.flags.given.get("store", [])
     if not given or not target.server:
@@ -160,24 +157,13 @@ def _store_name(target: EmbedTarget) -> str | None:
     return given[0]
 
 
-def _upload(
-    client: Client, source: TextSource, options: EmbedCommand, *, local: bool, limit: int | None
-) -> PutSummary:
-    meter = _Meter(client, source, local=local)
-    with Progress(meter.sample, Total(rows=limit, num_bytes=source.total_bytes)):
-        return client.ingest(source, options, on_ack=meter.on_ack)
-
-
 class _Meter:
     """Progress of an upload: acknowledged rows, and the server's statistics."""
 
     def __init__(self, client: Client, source: TextSource, *, local: bool) -> None:
-        self._client = client
-        self._source = source
-        self._local = local
+        self._client, self._source, self._local = client, source, local
         self._lock = threading.Lock()
-        self._rows = 0
-        self._rows_received = 0
+        self._rows = self._rows_received = 0
 
     def on_ack(self, ack: Ack) -> None:
         with self._lock:
@@ -209,14 +195,7 @@ def _report(summary: PutSummary, dataset: str, store: str, seconds: float) -> di
     return {
         "dataset": dataset,
         "store": store,
-        "model": summary.model,
-        "upload_id": summary.upload_id,
-        "complete": summary.complete,
-        "rows_received": summary.rows_received,
-        "rows_stored": summary.rows_stored,
-        "rows_failed": summary.rows_failed,
-        "rows_deduplicated": summary.rows_deduplicated,
-        "rows_skipped": summary.rows_skipped,
+        **{name: getattr(summary, name) for name in _REPORTED},
         "seconds": round(seconds, 3),
         "rows_per_s": round(new / seconds, 1) if seconds > 0 else 0.0,
         "errors": [dataclasses.asdict(error) for error in summary.errors],
@@ -245,7 +224,3 @@ def _print(report: Mapping[str, Any]) -> None:
     more = report["rows_failed"] - len(report["errors"][:SHOWN_ERRORS])
     if more > 0:
         print(f"and {more:,} more failed rows; --json lists those that the server reported")
-
-
-def _say(line: str) -> None:
-    say(f"fletcher ingest: {line}")
