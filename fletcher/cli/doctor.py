@@ -17,7 +17,7 @@ from typing import Literal
 from fletcher.cli.command_line import command
 from fletcher.cli.options import ConfigFlags, config_options, json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import print_json, print_table, styled
+from fletcher.cli.terminal import grouped, print_json, print_table, styled
 from fletcher.config.option import GIB
 from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
@@ -272,14 +272,11 @@ def _stores(config: ServeConfig) -> Iterator[_Found]:
 
 
 def _print(findings: list[Finding]) -> None:
-    rows: list[list[object]] = []
-    part = ""
-    for finding in findings:
-        shown = "" if finding.part == part else finding.part
-        part = finding.part
-        rows.append([shown, styled(*MARKS[finding.state]), finding.name, finding.value])
-        if finding.fix:
-            rows.append(["", "", "", f"-> {finding.fix}"])
-    print_table(rows)
+    rows: list[tuple[object, ...]] = []
+    for one in findings:
+        rows.append((one.part, styled(*MARKS[one.state]), one.name, one.value))
+        if one.fix:
+            rows.append((one.part, "", "", f"-> {one.fix}"))
+    print_table(grouped(rows))
     fixes = sum(finding.state == "broken" for finding in findings)
     print(f"{fixes} to fix" if fixes else "everything needed works")

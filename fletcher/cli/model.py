@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +23,6 @@ from fletcher.config.model_alias import Alias
 from fletcher.errors import InvalidCommandError, ModelError
 
 if TYPE_CHECKING:
-    from fletcher.models.bundle.bundle import ModelBundle
     from fletcher.models.bundle.registry import Registry
 
 _SOURCES = """
@@ -84,15 +82,7 @@ def _name_argument(**attributes: Any) -> Decorator:
 @option("--exits N,...", callback=lambda context, _, value: _layers(context, value))
 @option("--replace", is_flag=True)
 @_of_machine
-def add_model(
-    flags: ConfigFlags,
-    source: str,
-    name: str | None,
-    tokenizer: str | None,
-    exits: tuple[int, ...],
-    replace: bool,
-    as_json: bool,
-) -> None:
+def add_model(flags: ConfigFlags, source: str, as_json: bool, **params: Any) -> None:
     """Make a bundle of a model.
 
     Args:
@@ -105,10 +95,8 @@ def add_model(
         replace: Take the name of another version, which stays as NAME@HASH. `fletcher model swap`
             has a running server follow.
     """
-    bundle = _registry(flags).add_model(
-        source, name=name, tokenizer=tokenizer, exits=exits, replace=replace, progress=say
-    )
-    _print(_describe(bundle), as_json=as_json)
+    bundle = _registry(flags).add_model(source, progress=say, **params)
+    _print(bundle.to_dict(), as_json=as_json)
 
 
 @cli.subcommand("list", "fletcher model list --json")
@@ -121,7 +109,7 @@ def list_models(flags: ConfigFlags, as_json: bool) -> int:
     rows: list[dict[str, Any]] = []
     for name in registry.names():
         try:
-            rows.append(_describe(registry.get_model(name)))
+            rows.append(registry.get_model(name).to_dict())
         except ModelError as error:
             rows.append({"name": name, "error": error.message})
     if as_json:
@@ -138,7 +126,7 @@ def list_models(flags: ConfigFlags, as_json: bool) -> int:
 @_of_machine
 def show_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
     """Show a bundle's description of its model."""
-    _print(_describe(_registry(flags).get_model(name)), as_json=as_json)
+    _print(_registry(flags).get_model(name).to_dict(), as_json=as_json)
 
 
 @cli.subcommand("verify", "fletcher model verify", "fletcher model verify all-MiniLM-L6-v2")
@@ -190,7 +178,7 @@ def calibrate_model(
     from fletcher.cli import calibrate
 
     bundle = calibrate.calibrate_model(flags, name, paths, **params)
-    _print(_describe(bundle), as_json=as_json)
+    _print(bundle.to_dict(), as_json=as_json)
 
 
 @cli.subcommand("remove", "fletcher model remove bge-small")
@@ -307,21 +295,14 @@ def _summary(row: dict[str, Any]) -> tuple[object, ...]:
     )
 
 
-def _describe(bundle: ModelBundle) -> dict[str, Any]:
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in bundle.to_dict().items()
-    }
-
-
 def _print(value: Any, *, as_json: bool) -> None:
     if as_json:
         print_json(value)
         return
-    width = max(map(len, value), default=0)
-    for name, field in value.items():
-        text = ", ".join(map(str, field)) if isinstance(field, (tuple, list)) else field
-        print(f"{name:<{width}}  {printable(text)}".rstrip())
+    print_table(
+        (name, ", ".join(map(str, one)) if isinstance(one, (tuple, list)) else one)
+        for name, one in value.items()
+    )
 
 
 def _print_state(answer: dict[str, Any], *, as_json: bool) -> None:

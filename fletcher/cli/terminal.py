@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -76,6 +77,12 @@ def styled(text: object, style: str) -> Text:
     from rich.text import Text
 
     return Text(printable(text), style=style)
+
+
+def grouped(rows: Iterable[Sequence[object]]) -> Iterator[Sequence[object]]:
+    """The rows, without a first cell that is that of the row before."""
+    for before, row in itertools.pairwise([("",), *rows]):
+        yield ("", *row[1:]) if row[0] == before[0] else row
 
 
 def print_table(

@@ -58,16 +58,13 @@ def _print(report: TuningReport) -> None:
 
 def _row(trial: CandidateTrial, note: str) -> tuple[str, ...]:
     candidate = trial.candidate
-    rounds = f"{min(trial.rounds):.0f}-{max(trial.rounds):.0f}" if trial.rounds else "-"
-    return (
-        candidate.engine,
-        candidate.replicas,
-        str(candidate.max_batch_tokens),
-        f"{trial.texts_per_s:.0f}" if trial.rounds else "-",
-        rounds,
-        "-" if trial.lowest_cosine is None else f"{trial.lowest_cosine:.6f}",
-        note,
-    )
+    rate = rounds = "-"
+    if trial.rounds:
+        rate = f"{trial.texts_per_s:.0f}"
+        rounds = f"{min(trial.rounds):.0f}-{max(trial.rounds):.0f}"
+    cosine = "-" if trial.lowest_cosine is None else f"{trial.lowest_cosine:.6f}"
+    tokens = str(candidate.max_batch_tokens)
+    return candidate.engine, candidate.replicas, tokens, rate, rounds, cosine, note
 
 
 def _why(report: TuningReport) -> str:
