@@ -264,7 +264,7 @@ class Client(Closing):
     def prompt_for(
         self, purpose: Literal["query", "document"], model: str | None = None
     ) -> str | None:
-        """Name of a model's prompt for queries or documents; None if it has no such prompt.
+        """Name of a model's prompt for queries or documents; None if it has none.
 
         It is a `prompt` for `embed` and EmbedCommand. `model` is `name` or `name@hash`; None: the
         server's default.

@@ -145,7 +145,7 @@ class Connection:
             raise from_flight_error(exc, self.address) from None
 
     def check_server(self) -> None:
-        """Check that a Fletcher server answers and accepts the token; see `connect` for errors.
+        """Check that a server answers and accepts the token; see `connect` for errors.
 
         InvalidCommandError also means another Flight server, such as a store.
         """
@@ -184,7 +184,7 @@ class Connection:
             ) from None
 
     def stream_options(self, write: pa.ipc.IpcWriteOptions | None = None) -> Any:
-        """Options of a call without a deadline; DoExchange takes `write` in `writer.begin`."""
+        """Call options without a deadline; DoExchange takes `write` in `writer.begin`."""
         return flight.FlightCallOptions(write_options=write, headers=self._headers)
 
     def _act(self, name: str, body: bytes, timeout_s: float | None = None) -> list[Any]:

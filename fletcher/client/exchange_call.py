@@ -168,7 +168,7 @@ class ExchangeCall:
             self._changed.notify_all()
 
     def end_call(self, timeout_s: float, *, cancel: bool, leave_input: bool = False) -> bool:
-        """End the call and return whether both threads have ended. Called without the lock.
+        """End the call, without the lock held; return whether both threads ended.
 
         Args:
             timeout_s: Longest wait for the threads.

@@ -16,7 +16,7 @@ DOCUMENT_PROMPTS = ("document", "passage", "corpus", "search_document")
 
 
 def served_model(client: Client, name: str | None) -> dict[str, Any]:
-    """A server's description of the model `name` or `name@hash`; None: its default model.
+    """A server's description of `name` or `name@hash`; None: its default model.
 
     For an alias, its first model is described.
 

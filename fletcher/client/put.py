@@ -251,7 +251,7 @@ class _PutCall:
             self._changed.wait_for(lambda: self._closed, self._connection.limits.abandon_s)
 
     def _wait(self, done: Callable[[], bool], on_progress: Callable[[], None]) -> None:
-        """Wait until `done`; call `on_progress` without the lock now and then, and at the end."""
+        """Wait until `done`; call `on_progress` without the lock regularly and at the end."""
         stall_timeout_s = self._connection.transfer.stall_timeout_s
         is_done = False
         while not is_done:

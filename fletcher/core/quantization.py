@@ -81,7 +81,7 @@ class Ranges:
 
 
 def quantize_rows(embeddings: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """Symmetric int8 [n, dims] from -127 to 127, and each row's scale: `x = q * scale`.
+    """Symmetric int8 [n, dims], -127 to 127, and each row's scale: `x = q * scale`.
 
     The scales are float32 [n]; 0 for rows of zeros.
     """

@@ -19,7 +19,7 @@ CHANNEL_OPTIONS = [
 
 
 def connect(uri: str, **credentials: Any) -> flight.FlightClient:
-    """A client of the server at `uri` (`FlightAddress.uri`); gRPC connects on the first call.
+    """A client of the server at `FlightAddress.uri`; gRPC connects on the first call.
 
     Credentials are `tls_root_certs`, `cert_chain` and `private_key`, each PEM bytes or None.
 

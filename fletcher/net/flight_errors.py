@@ -135,7 +135,7 @@ def handler_errors(log: logging.Logger | None = None) -> Iterator[None]:
 
 
 def from_flight_error(exc: BaseException, address: str | None = None) -> errors.FletcherError:
-    """The client's error for an exception from a call to the Fletcher server at `address`."""
+    """The client's error for an exception from a call to the server at `address`."""
     if isinstance(exc, errors.FletcherError):
         return exc
     known = errors.from_json(getattr(exc, "extra_info", b"") or b"")

@@ -37,7 +37,7 @@ class Utilization:
             self._recent.append((int(now), before + seconds))
 
     def recent_share(self, concurrency: int) -> float:
-        """Share of the last `RECENT_S` whole seconds, 0 to 1, for `concurrency` runs at once."""
+        """Share, 0 to 1, of the last `RECENT_S` whole seconds for `concurrency` runs."""
         last = int(self._clock())
         with self._lock:
             seconds = sum(some for end, some in self._recent if last - RECENT_S <= end < last)

@@ -41,7 +41,7 @@ def trim_heap() -> None:
 
 
 class IdleTrimmer:
-    """Trims the heap some seconds after `used_bytes`, which reports memory in use, is 0."""
+    """Trims the heap some seconds after `used_bytes`, the memory in use, is 0."""
 
     def __init__(
         self,
