@@ -113,7 +113,7 @@ def list_models(flags: ConfigFlags, as_json: bool) -> int:
         except ModelError as error:
             rows.append({"name": name, "error": error.message})
     if as_json:
-        _print(rows, as_json=True)
+        print_json(rows)
     elif not rows:
         print(f"no models yet; {DEFAULT_MODEL} is downloaded on its first use")
     else:
@@ -145,7 +145,7 @@ def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
         except ModelError as error:
             rows.append({"name": one, "ok": False, "error": error.message})
     if as_json:
-        _print(rows, as_json=True)
+        print_json(rows)
     for row in [] if as_json else rows:
         print(f"{row['name']}: whole ({row['hash']})" if row["ok"] else row["error"])
     return int(any(not row["ok"] for row in rows))
@@ -285,14 +285,9 @@ def _layers(context: click.Context, text: str | None) -> tuple[int, ...]:
 def _summary(row: dict[str, Any]) -> tuple[object, ...]:
     if "error" in row:
         return (row["name"], styled(f"damaged: {row['error']}", "red"))
-    return (
-        f"{row['name']}@{row['hash']}",
-        row["family"],
-        f"dim {row['dim']}",
-        f"max_length {row['max_length']}",
-        row["pooling"],
-        f"{row['num_bytes'] / 1e6:,.1f} MB",
-    )
+    name, size = f"{row['name']}@{row['hash']}", f"{row['num_bytes'] / 1e6:,.1f} MB"
+    lengths = f"dim {row['dim']}", f"max_length {row['max_length']}"
+    return (name, row["family"], *lengths, row["pooling"], size)
 
 
 def _print(value: Any, *, as_json: bool) -> None:

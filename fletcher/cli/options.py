@@ -13,7 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from fletcher.cli.command_line import Choice, Decorator, combine, option
-from fletcher.config.option import SIZE, SWITCH, Option
+from fletcher.config.option import SIZE, SWITCH, Option, split_list
 from fletcher.config.resolution import Resolved, resolve
 from fletcher.config.server import OPTIONS, PART_OF, fletcher_home
 from fletcher.core.command import CHOICES
@@ -69,7 +69,7 @@ class _ConfigText(click.ParamType[str]):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         if self._option.choices:
-            return _starting(self._option.choices, incomplete)
+            return starting(self._option.choices, incomplete)
         if self._option.name in ("model", "models", "loadable_models"):
             return complete_model(ctx, param, incomplete)
         kinds = {"FILE": "file", "FOLDER": "dir"}
@@ -133,21 +133,18 @@ def complete_model(ctx: click.Context, _: click.Parameter, incomplete: str) -> l
     """Names of the models in the home folder."""
     from fletcher.models.bundle.files import VERSION_NAME
 
-    home = ctx.params.get("option_home") or fletcher_home()
-    try:
-        folders = sorted(one.name for one in (Path(home).expanduser() / "models").iterdir())
-    except OSError:
-        return []
-    return _starting([one for one in folders if VERSION_NAME.fullmatch(one)], incomplete)
+    home = Path(ctx.params.get("option_home") or fletcher_home()).expanduser()
+    names = sorted(one.name for one in home.glob("models/*"))
+    return starting([one for one in names if VERSION_NAME.fullmatch(one)], incomplete)
 
 
-def _starting(words: Sequence[str], incomplete: str) -> list[CompletionItem]:
+def starting(words: Sequence[str], incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
 def split_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Names from a list with commas; a click callback."""
-    return tuple(name for part in (value or "").split(",") if (name := part.strip()))
+    return split_list(value or "")
 
 
 def json_option(text: str = "Print JSON, for programs.") -> Decorator:
@@ -171,7 +168,7 @@ def format_option(what: str) -> Decorator:
         "format_name",
         heading=INPUT,
         help=text + "Given by the name, else by the content.",
-        shell_complete=lambda _, __, incomplete: _starting(_FORMATS, incomplete),
+        shell_complete=lambda _, __, incomplete: starting(_FORMATS, incomplete),
     )
 
 

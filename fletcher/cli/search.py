@@ -14,7 +14,7 @@ import click
 
 from fletcher.cli.command_line import command, option
 from fletcher.cli.connection import EmbedTarget, target_options
-from fletcher.cli.options import json_option, split_names
+from fletcher.cli.options import json_option, split_names, starting
 from fletcher.cli.terminal import columns as width_of
 from fletcher.cli.terminal import cut, padded, print_json, printable, terminal_width
 from fletcher.config.delivery import NO_STORE
@@ -43,8 +43,6 @@ def _complete_dataset(
     context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Datasets in the folder of a store, which is not opened: that takes a second."""
-    from click.shell_completion import CompletionItem
-
     given = context.params.get("option_store") or [os.environ.get("FLETCHER_STORE", "")]
     home = Path(context.params.get("option_home") or fletcher_home()).expanduser()
     address = given[0].rpartition("=")[2] or f"lance:{home / 'vectors'}"
@@ -52,8 +50,7 @@ def _complete_dataset(
     found = Path(folder).expanduser().glob("*.lance" if kind == "lance" else "*/")
     if kind not in ("lance", "parquet"):
         return []
-    names = sorted(path.name.removesuffix(".lance") for path in found)
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return starting(sorted(path.name.removesuffix(".lance") for path in found), incomplete)
 
 
 @command(

@@ -58,15 +58,19 @@ def _quantity(text: str, units: Mapping[str, float]) -> float:
     return float(match[1]) * units[match[2].lower()]
 
 
+def split_list(text: str, comma: str = ",") -> tuple[str, ...]:
+    """The parts between commas, stripped, without empty ones."""
+    return tuple(name for part in re.split(comma, text) if (name := part.strip()))
+
+
 def _stores(text: str) -> tuple[str, ...]:
     # A comma separates two addresses only if another address follows: paths may hold commas.
-    parts = re.split(r",(?=\s*(?:[A-Za-z0-9][\w-]*=)?[a-z]+:)", text)
-    return tuple(name for part in parts if (name := part.strip()))
+    return split_list(text, r",(?=\s*(?:[A-Za-z0-9][\w-]*=)?[a-z]+:)")
 
 
 def _listed(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
     def parse(text: str) -> tuple[str, ...]:
-        names = tuple(name for part in text.split(",") if (name := part.strip()))
+        names = split_list(text)
         if not all(pattern.fullmatch(name) for name in names):
             raise ValueError(text)
         return names
@@ -76,7 +80,7 @@ def _listed(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
 
 def _aliases(text: str) -> tuple[str, ...]:
     # A comma separates two aliases only if another `NAME=` follows.
-    parts = tuple(part.strip() for part in re.split(r",(?=[^,=]*=)", text) if part.strip())
+    parts = split_list(text, r",(?=[^,=]*=)")
     for part in parts:
         Alias.from_text(part)
     return parts
