@@ -118,12 +118,6 @@ def _complete(program: str, completed: click.Command) -> int | None:
     return shell_complete(completed, {}, program, COMPLETE_VARIABLES[program], instruction)
 
 
-def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        context.invoke(show_version)
-        context.exit()
-
-
 def _run_root(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -136,16 +130,6 @@ root = CommandGroup(
     help="Text in over Arrow Flight, vectors in a store.",
     invoke_without_command=True,
     callback=click.pass_context(_run_root),
-    params=[
-        click.Option(
-            ["--version"],
-            is_flag=True,
-            expose_value=False,
-            is_eager=True,
-            callback=_print_version,
-            help="Print the version.",
-        )
-    ],
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
 root.examples = (
@@ -153,6 +137,9 @@ root.examples = (
     'fletcher search "play chess" --dataset articles',
     "fletcher help model add",
 )
+click.version_option(
+    package_name="longbow-fletcher", message="fletcher %(version)s", help="Print the version."
+)(root)
 
 
 def _complete_words(

@@ -105,8 +105,6 @@ class CommandGroup(Command, click.Group):
     Those of `package` are the `cli` of its modules, which are imported when they are called.
     """
 
-    command_class = Command
-
     def __init__(
         self, *, sections: Mapping[str, Mapping[str, str]], package: str = "", **attributes: Any
     ) -> None:
@@ -186,7 +184,7 @@ def command(
         made.examples = examples
         for param in made.params:
             if isinstance(param, (click.Option, click.Argument)) and param.help is None:
-                param.help = args[str(param.name)]
+                param.help = args.get(str(param.name))
         return made
 
     return decorate

@@ -314,8 +314,7 @@ def _print_state(answer: dict[str, Any], *, as_json: bool) -> None:
         )
         for one in answer.get("models", [])
     ]
-    if rows:
-        print_table(rows)
+    print_table(rows)
     for name, shares in answer.get("aliases", {}).items():
         print(f"{printable(name)}  {printable(shares)}")
     if "model" in answer:
