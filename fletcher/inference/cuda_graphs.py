@@ -101,14 +101,10 @@ class _Graph:
 
 
 class CapturedBackend:
-    """Backend that runs single short texts by captured graphs, others without.
+    """Backend that runs single short texts by captured graphs, others by `backend`, without.
 
-    Args:
-        backend: The same model without graphs. It also takes a text that arrives while a graph
-            runs, because graphs share memory.
-        io: The model's inputs and outputs.
-        graphs: Graphs from few tokens to many.
-        about: Their description for `describe`.
+    That one also takes a text that arrives while a graph runs, because graphs share memory.
+    `graphs` are sorted from few tokens to many.
     """
 
     def __init__(
@@ -144,10 +140,8 @@ class CapturedBackend:
         return self._backend.describe() | {"cuda_graphs": self._about}
 
     def _graph(self, batch: MicroBatch) -> _Graph | None:
-        if len(batch.lengths) != 1:
-            return None
-        length = len(batch.input_ids)
-        return next((one for one in self._graphs if length < one.num_tokens), None)
+        fitting = (one for one in self._graphs if len(batch.input_ids) < one.num_tokens)
+        return next(fitting, None) if len(batch.lengths) == 1 else None
 
 
 def captured(

@@ -61,25 +61,16 @@ class Family:
 
 
 class CheckpointTensors:
-    """A checkpoint's weights as `encoder.Tensors`.
-
-    Args:
-        weights: The weights.
-        architecture: Architecture, which implies their shapes.
-        family: Family, which has their names.
-    """
+    """A checkpoint's weights as `encoder.Tensors`, with shapes by its architecture."""
 
     def __init__(self, weights: Weights, architecture: Architecture, family: Family) -> None:
         self._weights = weights
         self._architecture = architecture
-        self._layout = next(
-            (
-                layout
-                for layout in family.layouts
-                if weights.has(f"{layout.layers.format(0)}{_parts(layout.layer['q'])[0]}.weight")
-            ),
-            family.layouts[0],
-        )
+
+        def fits(layout: Layout) -> bool:
+            return weights.has(f"{layout.layers.format(0)}{_parts(layout.layer['q'])[0]}.weight")
+
+        self._layout = next(filter(fits, family.layouts), family.layouts[0])
 
     def read_tensor(self, name: str) -> Array:
         architecture = self._architecture
