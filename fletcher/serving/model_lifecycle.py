@@ -23,20 +23,15 @@ IsCancelled = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class ModelTiming:
-    """Waits and intervals of loading models, in seconds."""
+    """Waits and intervals of loading models."""
 
     call_wait_s: float = 30.0  # of a call, for a model that is being loaded
     room_wait_s: float = 30.0  # of a model, for others to make room
-    retry_s: float = 2.0  # until refused callers should try again
+    retry_ms: int = 2000  # until refused callers should try again
     failed_s: float = 30.0  # in which calls do not try a model again that could not be loaded
     poll_s: float = 0.1  # between two looks whether a waiting caller's client is gone
     measure_s: float = 5.0  # between two measurements of memory
     close_s: float = 10.0  # of `close`, for an engine that hangs while it loads
-
-    @property
-    def retry_ms(self) -> int:
-        """`retry_s` in milliseconds."""
-        return int(self.retry_s * 1000)
 
 
 class ModelLifecycle:
@@ -109,14 +104,13 @@ class ModelLifecycle:
             if version.state == "loading":
                 seen_loading = version
             if is_cancelled() or self.clock() >= deadline:
-                raise self._overloaded(f"`model` {version.name} is being loaded; try again later")
+                raise self.overloaded(f"`model` {version.name} is being loaded; try again later")
             self.changed.wait(self.timing.poll_s)
 
     def load_at_start(self) -> None:
-        """Load all versions on this thread while memory lasts, the first in any case.
+        """Load all versions while memory lasts, the first in any case.
 
-        Raises:
-            FletcherError: A version does not run here.
+        Raises the error of a version that does not run here.
         """
         for index, version in enumerate(list(self.versions.values())):
             if index and self._used_bytes() + version.needed_bytes > self._limit_bytes:
@@ -270,7 +264,7 @@ class ModelLifecycle:
                 if self._used_bytes(closing=False) > most_bytes and idle:
                     self.retire(min(idle, key=lambda one: one.last_used), returns=True)
                 elif self.clock() >= deadline:
-                    raise self._overloaded(
+                    raise self.overloaded(
                         f"`model` {version.name} does not fit into `max_model_memory`: the others "
                         "are in use; try again later"
                     )
@@ -289,7 +283,8 @@ class ModelLifecycle:
         while not self._closed.wait(self.timing.measure_s):
             self.unload_excess()
 
-    def _overloaded(self, message: str) -> OverloadedError:
+    def overloaded(self, message: str) -> OverloadedError:
+        """The refusal of a call that may come again in a moment."""
         return OverloadedError(message, field="model", retry_after_ms=self.timing.retry_ms)
 
     def _draining(self, message: str) -> DrainingError:

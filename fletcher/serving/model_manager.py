@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fletcher.config.model_alias import ANY_MODEL, Alias
-from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
+from fletcher.errors import InvalidCommandError, UnknownModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.model_lifecycle import IsCancelled, ModelLifecycle, ModelTiming
 from fletcher.serving.model_versions import ModelSource, ModelVersion, ServedModel
@@ -57,9 +57,7 @@ class ModelManager:
     def start(self, names: Iterable[str], aliases: Iterable[Alias] = ()) -> None:
         """Load models while memory lasts, the default first; others on demand.
 
-        Raises:
-            FletcherError: A model is not installed or does not run here, or an alias names an
-                unknown one.
+        Raises FletcherError if one is not installed or does not run, or an alias names another.
         """
         for name in dict.fromkeys((self._default, *names)):
             version = self._lifecycle.version_of(self._source.find_bundle(name))
@@ -166,10 +164,8 @@ class ModelManager:
     def unload_model(self, name: str, *, force: bool = False) -> str:
         """Take a version out of service, and return its `name@hash`.
 
-        Args:
-            name: A `name`, or a version as `name@hash`.
-            force: Its calls end with a retryable error, and it is gone when this returns; else its
-                calls go on to their end.
+        Its calls go on to their end. With `force`, they end with a retryable error, and the version
+        is gone when this returns.
 
         Raises:
             UnknownModelError: No such model runs.
@@ -182,10 +178,8 @@ class ModelManager:
                 raise self._unknown_model(name)
             self._check_not_needed(version)
             if version.state == "loading":
-                raise OverloadedError(
-                    f"`model` {version.name} is being loaded; unload it when it is ready",
-                    field="model",
-                    retry_after_ms=self._lifecycle.timing.retry_ms,
+                raise self._lifecycle.overloaded(
+                    f"`model` {version.name} is being loaded; unload it when it is ready"
                 )
             if self._current.get(version.bundle.name) is version:
                 del self._current[version.bundle.name]

@@ -76,10 +76,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
 
     One thread calls `open_input`, `admit`, `submit_batch` and `end_input`; a second one iterates
     over `acknowledgements` from `admit` on. The session's own thread takes vectors to the sink.
-
-    Args:
-        service: The server's parts.
-        call: The session sets the options that uploads share.
+    The session sets the options of `call` that all uploads share.
 
     Attributes:
         upload: The upload, from `admit` on.
@@ -162,10 +159,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._exits.callback(session.close)
 
     def submit_batch(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> None:
-        """Submit a received batch without the rows that the upload has already.
-
-        Blocks and raises as `EmbedSession.submit_batch`.
-        """
+        """As `EmbedSession.submit_batch`, without rows that the upload has already."""
         self._session.submit_batch(batch, batch_id, row_first, skip=self._skip, claim=self._claim)
         if batch.num_rows:
             with self.upload.changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,11 @@ class Family:
     read: Callable[[Config], Architecture]
     prefixes: tuple[str, ...]
     layouts: tuple[Layout, ...]
+
+
+def fused(name: str, parts: str | Sequence[str]) -> dict[str, Stored]:
+    """Layout of tensors that a checkpoint has as the rows of one, in their order."""
+    return {part: (name, place, len(parts)) for place, part in enumerate(parts)}
 
 
 class CheckpointTensors:
