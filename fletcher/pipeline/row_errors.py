@@ -6,12 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.core.batches import Int64Array
-from fletcher.errors import (
-    FletcherError,
-    InvalidCommandError,
-    RowTooLargeError,
-    UnavailableError,
-)
+from fletcher.errors import FletcherError, InvalidCommandError, RowTooLargeError, UnavailableError
 from fletcher.pipeline.input.arrays import null_mask
 
 

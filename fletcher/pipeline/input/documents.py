@@ -153,11 +153,7 @@ class DocumentIntake(Intake):
             yield from self._go_on(document, memoryview(b""), ends=True)
 
     def _made(
-        self,
-        parts: Iterable[_Part],
-        rows: pa.RecordBatch,
-        batch_id: int | None,
-        priority: Priority,
+        self, parts: Iterable[_Part], rows: pa.RecordBatch, batch_id: int | None, priority: Priority
     ) -> Iterator[RowSlice]:
         """Yields row slices for parts, and marks the last; without parts, an empty slice."""
         # Every batch gets an answer, whose memory its slice holds.

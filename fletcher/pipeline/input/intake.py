@@ -16,22 +16,10 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from fletcher.core.batches import (
-    BoolArray,
-    Int32Array,
-    Int64Array,
-    Priority,
-    TextBatch,
-    Truncate,
-)
+from fletcher.core.batches import BoolArray, Int32Array, Int64Array, Priority, TextBatch, Truncate
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
-from fletcher.pipeline.input.arrays import (
-    distinct,
-    large_utf8,
-    text_offsets,
-    validate,
-)
+from fletcher.pipeline.input.arrays import distinct, large_utf8, text_offsets, validate
 from fletcher.pipeline.input.columns import InputColumns
 from fletcher.pipeline.input.limits import INTERACTIVE_BYTES, INTERACTIVE_ROWS, IntakeLimits
 from fletcher.pipeline.input.row_slice import RowSlice

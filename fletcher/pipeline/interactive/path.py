@@ -69,11 +69,7 @@ class InteractivePath:
     """
 
     def __init__(
-        self,
-        model: InlineModel,
-        host: InteractiveHost,
-        usage: DeviceUsage,
-        telemetry: Telemetry,
+        self, model: InlineModel, host: InteractiveHost, usage: DeviceUsage, telemetry: Telemetry
     ) -> None:
         self._model = model
         self._host = host

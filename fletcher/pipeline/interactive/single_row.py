@@ -30,11 +30,7 @@ def is_plain(schema: pa.Schema, spec: VectorSpec) -> bool:
 
 
 def single_row_batch(
-    schema: pa.Schema,
-    spec: VectorSpec,
-    identifier: str,
-    timestamp_ns: int,
-    outcome: EmbeddingBatch,
+    schema: pa.Schema, spec: VectorSpec, identifier: str, timestamp_ns: int, outcome: EmbeddingBatch
 ) -> pa.RecordBatch:
     """Output of one text.
 
