@@ -49,8 +49,6 @@ class Assembler:
     """Assembles one call's output batches, in order. Not thread-safe.
 
     Args:
-        schema: Schema of the output, without `batch_key`.
-        spec: The vectors.
         upload_id: Prefix of the ids of rows that came without one.
 
     Attributes:
@@ -186,10 +184,9 @@ class Assembler:
 
 
 class _Table:
-    """Vectors that rows refer to by index."""
+    """Vectors that rows refer to by index: at first one row slice's own."""
 
     def __init__(self, outcome: EmbeddingBatch) -> None:
-        """A table of one row slice's own vectors."""
         self.embeddings, self.errors = outcome.embeddings, dict(outcome.errors)
         self.token_count, self.truncated = outcome.token_count, outcome.truncated
         self._counts = outcome.counts

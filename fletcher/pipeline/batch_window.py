@@ -39,7 +39,6 @@ class BatchWindow:
     Args:
         tickets: Tokenized tickets of one model, one exit layer and one type of vectors, all with
             spans or all without.
-        dim: Width of a vector.
         plan: Cuts lengths into row sets. It does not see rows of length 0, the failed texts.
     """
 
@@ -144,14 +143,7 @@ class BatchWindow:
         errors: Mapping[int, FletcherError],
         begin: int,
     ) -> EmbeddingBatch:
-        """Result of a ticket with spans, each of which counts as a text from here on.
-
-        Args:
-            tokens: The ticket's tokens.
-            embeddings: float32 [num_spans, dim].
-            errors: Errors by row.
-            begin: Place of the first span in the window.
-        """
+        """Result of a ticket with spans, each of which counts as a text from here on."""
         assert tokens.spans is not None
         counts, bounds = tokens.spans.counts, tokens.spans.bounds
         starts = starts_of(counts)

@@ -64,11 +64,9 @@ class MemoryCache:
 
     @property
     def num_bytes(self) -> int:
-        """See `CacheBackend`."""
         return self._num_bytes
 
     def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """See `CacheBackend`."""
         with self._lock:
             found = [self._values.get(key) for key in keys]
             for key, value in zip(keys, found, strict=True):
@@ -77,7 +75,6 @@ class MemoryCache:
             return found
 
     def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """See `CacheBackend`."""
         with self._lock:
             for key, value in zip(keys, values, strict=True):
                 if key not in self._values:
@@ -89,7 +86,6 @@ class MemoryCache:
                 self._num_bytes -= len(value) + _ENTRY_BYTES
 
     def close(self) -> None:
-        """See `CacheBackend`."""
         with self._lock:
             self._values.clear()
             self._num_bytes = 0
@@ -100,9 +96,6 @@ class EmbeddingCache:
 
     Args:
         scope: Facts that the vectors depend on beside the texts: the model and how it is run.
-        dim: Width of a vector.
-        backend: Storage of the vectors.
-        telemetry: Counts hits and misses.
     """
 
     def __init__(
@@ -156,9 +149,6 @@ class CacheLookup:
     """Cached vectors of a TextBatch.
 
     Attributes:
-        cache: Receives the vectors that are missing.
-        texts: The texts.
-        keys: Their keys.
         cached: bool [num_texts], whether a text's vector is cached.
         records: [num_texts] cached entries; zeros for texts that are not cached.
     """

@@ -39,9 +39,6 @@ class ChunkAssembler(Assembler):
     """Assembles one call's output batches; a failed row is one without a vector.
 
     Args:
-        schema: Schema of the output, without `batch_key`.
-        spec: The vectors.
-        upload_id: Prefix of the ids of rows that came without one.
         whole_rows: All chunks of a text leave together; else those of each part leave as they are
             ready.
         max_kept_bytes: Most bytes that are kept of a text's chunks, with the columns that its row
@@ -139,9 +136,6 @@ class ChunkAssembler(Assembler):
         """Returns the output batch.
 
         Args:
-            row_slice: The slice.
-            outcome: Vectors of its chunks.
-            chunks: The chunks.
             rows: int64 [n], index of each output row's row in the slice.
             places: int64 [n], index of its chunk; arbitrary for rows without a vector.
             missing: bool [n], whether it has no vector.

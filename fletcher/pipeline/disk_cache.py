@@ -35,7 +35,6 @@ class DiskCache:
     """See `fletcher.pipeline.cache.CacheBackend`.
 
     Args:
-        folder: Folder of the file; created if it does not exist.
         max_bytes: Largest size of the file.
 
     Raises:

@@ -22,9 +22,6 @@ class DocumentAssembler(ChunkAssembler):
     If chunks carry their texts, a document's text is kept from the start of its last chunk on.
 
     Args:
-        schema: Schema of the output, without `batch_key`.
-        spec: The vectors.
-        upload_id: Prefix of the ids of rows that came without one.
         max_text_bytes: Most bytes of text that are kept for a chunk.
     """
 

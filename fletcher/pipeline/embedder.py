@@ -34,8 +34,6 @@ class ModelProcesses:
     """Worker processes of a model.
 
     Attributes:
-        tokenizers: One spec for each tokenizer process.
-        replicas: One spec for each replica process.
         standby: Replicas that take over when none of `replicas` is left.
         options: How work is divided among them, and how long a run may take.
     """
@@ -51,8 +49,6 @@ class SharedResources:
     """Parts of the server that a model's pipeline uses.
 
     Attributes:
-        budget: Memory for all streams.
-        telemetry: Receives counts, durations and spans.
         cache: Vectors of texts that were embedded before; None: they are not kept.
     """
 
@@ -65,10 +61,6 @@ class Embedder:
     """Texts to vectors, for many streams at once.
 
     Args:
-        model: The model.
-        processes: Its workers.
-        batching: How micro-batches are formed.
-        shared: Parts of the server.
         inline: Copies of the model in this process, for short texts while nothing else runs.
     """
 
@@ -182,9 +174,6 @@ class Embedder:
 
         At most the model's `max_length`. Without a tokenizer in this process, the text is embedded
         on the ordinary path.
-
-        Raises:
-            FletcherError: That failed.
         """
         data = text.encode()
         texts = TextBatch(data, np.array([0, len(data)], np.int64))

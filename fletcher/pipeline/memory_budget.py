@@ -31,7 +31,6 @@ class MemoryBudget:
     Args:
         total_bytes: Reserves (1/4), tables (1/8), rows (3/16) and the shared part.
         max_streams: Streams among which the reserves are divided.
-        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -118,7 +117,6 @@ class Allowance:
         larger than the budget must not wait forever.
 
         Args:
-            num_bytes: Bytes to add.
             bulk: They are for bulk work, which must leave free what `MemoryBudget.spare` set.
 
         Raises:

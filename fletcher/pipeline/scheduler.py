@@ -36,7 +36,6 @@ class ModelShape:
     """Numbers of a model that batching and counting depend on.
 
     Attributes:
-        dim: Width of a vector.
         num_layers: Layers of the model; 0: unknown, and no text leaves early.
         name: Label of its counts.
     """
@@ -65,15 +64,7 @@ class BatchingConfig:
 
 
 class Scheduler:
-    """Owner of tickets between their submission and their result. Thread-safe.
-
-    Args:
-        model: The model.
-        batching: How micro-batches are formed.
-        usage: Receives each run.
-        telemetry: Receives counts, durations and spans.
-        num_runners: Runs that go on at the same time.
-    """
+    """Owner of tickets between their submission and their result. Thread-safe."""
 
     def __init__(
         self,
@@ -125,9 +116,7 @@ class _Stage:
 class TokenizationStage(_Stage):
     """Tickets without tokens; weighed by texts.
 
-    Args:
-        telemetry: Receives durations and spans.
-        tokenized: Called with each ticket that got tokens; must not block.
+    Calls `tokenized`, which must not block, with each ticket that got tokens.
     """
 
     def __init__(self, telemetry: Telemetry, tokenized: Callable[[StreamTicket], None]) -> None:
@@ -142,7 +131,6 @@ class TokenizationStage(_Stage):
         return self._outstanding > 0
 
     def add_ticket(self, ticket: StreamTicket) -> None:
-        """Queues a ticket."""
         interactive = ticket.priority == "interactive"
         with self._changed:
             queue = self._interactive if interactive else self._bulk
@@ -153,7 +141,6 @@ class TokenizationStage(_Stage):
             self._dispatch_urgent()
 
     def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
-        """See `JobSource`."""
         with self._changed:
             if not urgent and not self._bulk:
                 self._changed.wait_for(lambda: self._bulk, timeout_s)
@@ -166,7 +153,6 @@ class TokenizationStage(_Stage):
         return Job(texts, _Tokenizing(ticket, span, time.monotonic()), cost=cost, urgent=urgent)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
-        """See `JobSource`."""
         task: _Tokenizing = job.task
         task.span.end(error)
         self._telemetry.stage_duration.record(time.monotonic() - task.started, stage="tokenize")
@@ -212,14 +198,6 @@ class InferenceStage(_Stage):
 
     Bulk work waits for a full window, up to `max_queue_delay_s` and while more tokens are coming.
     Interactive work waits for room only, and what waits together runs together.
-
-    Args:
-        model: The model.
-        batching: How micro-batches are formed.
-        usage: Receives each run.
-        telemetry: Receives counts, durations and spans.
-        num_runners: Runs that go on at the same time.
-        more_coming: Whether more tokens are coming.
     """
 
     def __init__(
@@ -243,7 +221,6 @@ class InferenceStage(_Stage):
         self._ready_bulk: deque[_Planned] = deque()
 
     def add_ticket(self, ticket: StreamTicket) -> None:
-        """Queues a ticket."""
         assert ticket.tokens is not None
         num_tokens = len(ticket.tokens.input_ids)
         self._telemetry.texts_received.add(ticket.tokens.num_texts)
@@ -264,7 +241,6 @@ class InferenceStage(_Stage):
         return len(self._ready_interactive) + len(self._ready_bulk)
 
     def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
-        """See `JobSource`."""
         ready = self._ready_interactive if urgent else self._ready_bulk
         deadline = time.monotonic() + timeout_s
         while True:
@@ -279,7 +255,6 @@ class InferenceStage(_Stage):
             self._plan_windows(tickets, ready)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
-        """See `JobSource`."""
         task: _Running = job.task
         task.span.end(error)
         window, rows = task.planned.window, task.planned.rows

@@ -24,8 +24,6 @@ def vector_spec(
     """Returns the vectors that a command asks of a model.
 
     Args:
-        model: The model.
-        options: The command.
         dtypes: Element types that the destination takes.
         rules: Vectors that the server gives.
 

@@ -74,9 +74,7 @@ class TextTokens:
         """Tokens of a prompt and a text, from the library's encoding.
 
         Args:
-            ids: The tokens.
             places: First and last character of each token, in prompt and text together.
-            prompt: The prompt.
             text: The text after it.
             before: End of the text before this part; None: levels are not needed.
         """
@@ -108,8 +106,6 @@ def cut(
 
     Args:
         batch: The texts; `chunking` and its size are set.
-        texts: Tokens of each text.
-        prompt_ids: Tokens of the prompt alone.
         special: Tokens before and after every row.
         max_length: Most tokens that the model reads.
 
@@ -199,9 +195,7 @@ class _Cuts:
     """Division of tokens. Ranges are a first token and the first one after them.
 
     Attributes:
-        chunks: Range of each chunk.
         rows: Range of each row that the model reads: a chunk, or a frame of late chunks.
-        counts: Number of chunks in each row.
         kept: First token that is kept for the text's next part.
         first: First token of the next chunk.
         covered: Number of that chunk's tokens that are in the chunk before it.
@@ -234,11 +228,7 @@ def _cuts(
     """Cuts tokens into chunks and rows.
 
     Args:
-        chunking: How texts are cut.
-        carry: State after the part before; its tokens come first.
         begun: int8 [num_tokens], level that starts with each token.
-        room: Most tokens of a chunk.
-        max_length: Most tokens that the model reads.
         continued: Whether more of the text follows.
     """
     done = carry.num_before + carry.num_covered

@@ -31,11 +31,9 @@ class TokenizerWorker:
         self._tokenizer = tokenizer
 
     def run(self, batch: TextBatch) -> TokenBatch:
-        """Tokenizes a batch."""
         return self._tokenizer.encode(batch)
 
     def describe(self) -> dict[str, str]:
-        """Returns the longest input."""
         return {"max_length": str(self._tokenizer.max_length)}
 
 

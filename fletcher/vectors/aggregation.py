@@ -80,7 +80,6 @@ class Aggregation:
     def add_chunks(
         self, batch: EmbeddingBatch | FletcherError, *, continued: bool
     ) -> EmbeddingBatch | FletcherError | None:
-        """See `TextAggregation.add_chunks`."""
         before, self._part = self._part, None
         if isinstance(batch, FletcherError):
             if before is None and not continued:
@@ -165,7 +164,6 @@ class Hierarchical:
     def add_chunks(
         self, batch: EmbeddingBatch | FletcherError, *, continued: bool
     ) -> EmbeddingBatch | FletcherError | None:
-        """See `TextAggregation.add_chunks`."""
         if isinstance(batch, FletcherError):
             self._paragraphs.add_chunks(batch, continued=False)
             return self._texts.add_chunks(batch, continued=continued)

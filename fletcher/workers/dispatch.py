@@ -16,7 +16,6 @@ class DispatchCandidate:
     """A worker with room for a job.
 
     Attributes:
-        name: The worker's name.
         in_flight: Total cost of its jobs.
         rate: Measured cost per second; None before the first measurement.
         degraded: Whether it is slower than before, or fails now and then.
@@ -53,11 +52,7 @@ class WorkerChooser:
         self._num_given = 0
 
     def choose(self, candidates: Sequence[DispatchCandidate]) -> int:
-        """Returns the index of the worker for the next job.
-
-        Args:
-            candidates: Workers with room, at least one.
-        """
+        """Returns the index of the worker for the next job, out of at least one."""
         rates = _rates(candidates)
         if self._strategy == "throughput-weighted":
             best = min(
@@ -82,8 +77,6 @@ class WorkerChooser:
         """Charges a job to a worker.
 
         Args:
-            name: The worker's name.
-            cost: The job's cost.
             rate: The worker's rate, or the mean of all if it is not measured; None if none is.
         """
         self._num_given += 1

@@ -59,8 +59,6 @@ class Health:
         """Records a worker's answer.
 
         Args:
-            cost: The job's cost.
-            seconds: Duration in the worker.
             others: Least slowness of the other workers; None if there are none.
         """
         seconds = max(seconds, 1e-6)

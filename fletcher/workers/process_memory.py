@@ -13,7 +13,6 @@ def memory_bytes(process_ids: Iterable[int], proc: Path = Path("/proc")) -> int:
     each, so sums over processes are right. A process that is gone counts 0.
 
     Args:
-        process_ids: The processes.
         proc: Mount point of procfs, for tests.
     """
     return sum(_pss(proc / str(one) / "smaps_rollup") for one in process_ids)

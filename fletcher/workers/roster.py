@@ -75,13 +75,7 @@ class PoolEvents:
 
 
 class Roster:
-    """Handles of a pool's workers. All methods are called with `changed` held.
-
-    Args:
-        config: The pool's.
-        owner: The pool.
-        events: Called when a worker's state changes.
-    """
+    """Handles of a pool's workers. All methods are called with `changed` held."""
 
     def __init__(self, config: PoolConfig, owner: Owner, events: PoolEvents) -> None:
         self._config = config
@@ -107,17 +101,14 @@ class Roster:
 
     @property
     def concurrency(self) -> int:
-        """Jobs that run at the same time when all workers live."""
         return sum(one.concurrency for one in self.by_name.values() if one.wanted.is_set())
 
     @property
     def usable(self) -> bool:
-        """Whether any worker takes work."""
         return any(one.usable for one in self.by_name.values())
 
     @property
     def gone(self) -> bool:
-        """Whether no worker takes work and none will soon: jobs fail."""
         if self.usable:
             return False
         wanted = [one for one in self.by_name.values() if one.wanted.is_set()]
@@ -146,7 +137,6 @@ class Roster:
         self._chooser.charge(handle.spec.name, cost, rate)
 
     def idle_worker(self) -> str | None:
-        """Name of a usable worker; None if there is none, or if any worker has a job."""
         found = None
         for name, one in self.by_name.items():
             if not one.idle:
@@ -173,7 +163,6 @@ class Roster:
         self._changed.notify_all()
 
     def least_slowness(self, handle: WorkerHandle) -> float | None:
-        """Slowness of the soundest other worker; None if there is no other."""
         others = [one.health for one in self.by_name.values() if one.usable and one is not handle]
         return min((health.slowness for health in others), default=None)
 

@@ -76,10 +76,7 @@ class WorkerHandle:
     PR_SET_PDEATHSIG when the *thread* that started a child ends.
 
     Args:
-        spec: Recipe for the worker.
-        owner: The pool.
         prefetch: Requests the worker holds beyond those it is running.
-        start_timeout_s: Longest time to load and warm up.
         wanted: Whether the worker starts with the pool; else it is on standby until `wanted` is
             set.
     """

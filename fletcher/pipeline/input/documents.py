@@ -35,9 +35,7 @@ class _Document:
 
     Attributes:
         row: Its first row, with an empty text.
-        row_first: Offset of that row in the stream.
         held: End of its text, which later rows may change.
-        num_parts: Parts so far.
         failed: It failed, and its error was sent; the rest of it is dropped.
     """
 

@@ -54,19 +54,11 @@ class Intake:
     """One call's input.
 
     Args:
-        schema: Of the input stream.
-        command: The client's options.
-        limits: Bounds.
-        treatment: Of all texts.
-        carry_text: The text is carried to the output.
         small_is_interactive: Batches of a few short rows overtake bulk work.
 
     Attributes:
-        has_ids: Whether there is an id column.
         id_type: Type of the ids; utf8 without an id column.
-        has_metadata: Whether there is a `metadata` column of strings.
         carried_fields: Fields of columns that are copied to the output, as they leave.
-        carry_text: As given.
 
     Raises:
         FletcherError: As `InputColumns`.
@@ -111,8 +103,6 @@ class Intake:
         """Validates a batch and yields its row slices, at least one.
 
         Args:
-            batch: As received.
-            batch_id: Its number.
             row_first: Offset of its first row in the upload.
             keep: Returns whether a dictionary's vectors, of so many bytes, may be kept for later
                 batches.
@@ -205,8 +195,6 @@ class Intake:
 
         Args:
             codes: [num_rows], index of each row's text in `words`; any for unwanted rows.
-            words: Distinct texts.
-            wanted: bool [num_rows].
             shared: `words` is the dictionary whose vectors are kept: texts that were embedded
                 before are left out.
 

@@ -36,8 +36,6 @@ def single_row_batch(
 
     Args:
         schema: The output's, for which `is_plain` holds.
-        spec: Of the vectors.
-        identifier: The row's.
         timestamp_ns: When the text was received, ns since the epoch.
         outcome: Vector of the only text, float32 [1, dim], as asked for.
     """
