@@ -16,7 +16,7 @@ from fletcher.pipeline.input.limits import INTERACTIVE_ROWS
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.interactive.single_row import is_plain, single_row_batch
 from fletcher.vectors.aggregation import aggregation
-from fletcher.vectors.finish import finish
+from fletcher.vectors.pooling import finish
 from fletcher.vectors.ragged import gather_rows
 
 
@@ -184,7 +184,7 @@ class Assembler:
 
 
 class _Table:
-    """Vectors that rows refer to by index: at first one row slice's own."""
+    """Vectors that rows refer to by index."""
 
     def __init__(self, outcome: EmbeddingBatch) -> None:
         self.embeddings, self.errors = outcome.embeddings, dict(outcome.errors)
@@ -194,9 +194,7 @@ class _Table:
     @classmethod
     def zeros(cls, size: int, width: int) -> _Table:
         """Returns a table of zeros, to be filled."""
-        vectors = np.zeros((size, width), np.float32)
-        num_tokens, truncated = np.zeros(size, np.int32), np.zeros(size, np.bool_)
-        return cls(EmbeddingBatch(vectors, None, num_tokens, truncated))
+        return cls(EmbeddingBatch.zeros(size, width))
 
     def vectors(
         self, rows: Int32Array, missing: BoolArray, spec: VectorSpec

@@ -34,19 +34,15 @@ class CacheBackend(Protocol):
     @property
     def num_bytes(self) -> int:
         """Size of the kept values, in bytes."""
-        ...
 
     def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Returns the value of each key; None for keys without one."""
-        ...
 
     def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """Stores values, and evicts others if there is no room."""
-        ...
 
     def close(self) -> None:
         """Frees everything. Idempotent."""
-        ...
 
 
 class MemoryCache:

@@ -74,11 +74,10 @@ class ChunkAssembler(Assembler):
             outcome, self._kept = _joined(self._kept), []
         errors = dict(row_slice.errors)
         if isinstance(outcome, FletcherError):
-            failed = outcome
-            errors |= dict.fromkeys(np.flatnonzero(row_slice.values >= 0).tolist(), failed)
-            outcome = _nothing(row_slice.texts.num_texts, self._spec.dims)
-        chunks = outcome.chunks or _nothing(row_slice.texts.num_texts, self._spec.dims).chunks
-        assert chunks is not None
+            errors |= dict.fromkeys(np.flatnonzero(row_slice.values >= 0).tolist(), outcome)
+            outcome, chunks = _nothing(row_slice.texts.num_texts, self._spec.dims)
+        else:
+            chunks = outcome.chunks or _nothing(row_slice.texts.num_texts, self._spec.dims)[1]
         for chunk in sorted(outcome.errors):
             text = int(np.searchsorted(chunks.offsets, chunk, side="right")) - 1
             for row in np.flatnonzero(row_slice.values == text).tolist():
@@ -141,7 +140,7 @@ class ChunkAssembler(Assembler):
             missing: bool [n], whether it has no vector.
         """
         if not len(chunks.index):  # rows without a vector need a chunk to refer to
-            outcome, chunks = _nothing(0, self._spec.dims, 1), _no_chunks(0, 1)
+            outcome, chunks = _nothing(0, self._spec.dims, 1)
         places = np.where(missing, 0, places)
         spans = np.where(missing[:, None], 0, chunks.text_ranges[places])
         taken = pa.array(rows)
@@ -252,22 +251,8 @@ def _joined(parts: list[EmbeddingBatch | FletcherError]) -> EmbeddingBatch | Fle
     )
 
 
-def _nothing(num_texts: int, dims: int, num_chunks: int = 0) -> EmbeddingBatch:
-    return EmbeddingBatch(
-        np.zeros((num_chunks, dims), np.float32),
-        None,
-        np.zeros(num_chunks, np.int32),
-        np.zeros(num_chunks, np.bool_),
-        chunks=_no_chunks(num_texts, num_chunks),
-    )
-
-
-def _no_chunks(num_texts: int, num_chunks: int) -> Chunks:
-    numbers = np.zeros(num_chunks, np.int32)
-    return Chunks(
-        np.zeros(num_texts + 1, np.int64),
-        numbers,
-        numbers,
-        np.zeros((num_chunks, 4), np.int64),
-        np.zeros(num_chunks, np.bool_),
-    )
+def _nothing(num_texts: int, dims: int, num_chunks: int = 0) -> tuple[EmbeddingBatch, Chunks]:
+    numbers, ranges = np.zeros(num_chunks, np.int32), np.zeros((num_chunks, 4), np.int64)
+    offsets, begins = np.zeros(num_texts + 1, np.int64), np.zeros(num_chunks, np.bool_)
+    chunks = Chunks(offsets, numbers, numbers, ranges, begins)
+    return EmbeddingBatch.zeros(num_chunks, dims), chunks

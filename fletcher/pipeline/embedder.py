@@ -79,12 +79,7 @@ class Embedder:
         self._streams: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
         self._opening = threading.Lock()
         self._closed = False
-        self._nothing = EmbeddingBatch(
-            embeddings=np.zeros((0, model.dim), np.float32),
-            norms=None,
-            token_count=np.zeros(0, np.int32),
-            truncated=np.zeros(0, np.bool_),
-        )
+        self._nothing = EmbeddingBatch.zeros(0, model.dim)
         self._usage = DeviceUsage(telemetry, model.name)
         self._scheduler = Scheduler(
             model, batching, self._usage, telemetry, lambda: self.replicas.concurrency
@@ -103,13 +98,11 @@ class Embedder:
         # Calls mostly have one of few prompts, and each asks for its number of tokens.
         self.num_tokens = lru_cache(_CACHED_PROMPTS)(self._num_tokens)
 
-        def restarted(worker: str) -> None:
-            telemetry.worker_restarts.add(model=model.name, worker=worker)
-
-        def changed(worker: str, state: str) -> None:
-            telemetry.worker_states.add(model=model.name, worker=worker, state=state)
-
-        events = PoolEvents(restarted, changed)
+        restarts, states, name = telemetry.worker_restarts, telemetry.worker_states, model.name
+        events = PoolEvents(
+            on_restart=lambda worker: restarts.add(model=name, worker=worker),
+            on_state=lambda worker, state: states.add(model=name, worker=worker, state=state),
+        )
         timing = PoolTiming(answer_timeout_s=processes.options.worker_timeout_s)
         self.tokenizers = WorkerPool(
             PoolConfig("tokenizer", processes.tokenizers, timing=timing),

@@ -22,7 +22,7 @@ from fletcher.pipeline.batch_window import BatchWindow
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.fair_queue import FairQueue
 from fletcher.pipeline.stream import StreamTicket, as_fletcher_error
-from fletcher.telemetry.tracing import Span, Telemetry
+from fletcher.telemetry.tracing import Telemetry
 from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
@@ -150,19 +150,19 @@ class TokenizationStage(_Stage):
         texts: TextBatch = ticket.texts
         span = self._telemetry.span("tokenize", ticket.stream.trace, texts=texts.num_texts)
         cost = texts.num_texts + len(texts.data)
-        return Job(texts, _Tokenizing(ticket, span, time.monotonic()), cost=cost, urgent=urgent)
+        return Job(texts, (ticket, span, time.monotonic()), cost=cost, urgent=urgent)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
-        task: _Tokenizing = job.task
-        task.span.end(error)
-        self._telemetry.stage_duration.record(time.monotonic() - task.started, stage="tokenize")
+        ticket, span, started = job.task
+        span.end(error)
+        self._telemetry.stage_duration.record(time.monotonic() - started, stage="tokenize")
         with self._changed:
             self._outstanding -= 1
         if error is not None:
-            task.ticket.tokenized(as_fletcher_error(error))
+            ticket.tokenized(as_fletcher_error(error))
             return
-        task.ticket.tokenized(result)
-        self._tokenized(task.ticket)
+        ticket.tokenized(result)
+        self._tokenized(ticket)
 
     def _next_ticket(self, queue: FairQueue[StreamTicket]) -> StreamTicket | None:
         while queue:
@@ -174,23 +174,10 @@ class TokenizationStage(_Stage):
 
 
 @dataclass(slots=True)
-class _Tokenizing:
-    ticket: StreamTicket
-    span: Span
-    started: float
-
-
-@dataclass(slots=True)
 class _Planned:
     window: BatchWindow
     rows: Int64Array
     queued: float
-
-
-@dataclass(slots=True)
-class _Running:
-    planned: _Planned
-    span: Span
 
 
 class InferenceStage(_Stage):
@@ -255,9 +242,9 @@ class InferenceStage(_Stage):
             self._plan_windows(tickets, ready)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
-        task: _Running = job.task
-        task.span.end(error)
-        window, rows = task.planned.window, task.planned.rows
+        planned, span = job.task
+        span.end(error)
+        window, rows = planned.window, planned.rows
         if error is not None:
             window.take_result(rows, as_fletcher_error(error))
             return
@@ -327,7 +314,7 @@ class InferenceStage(_Stage):
         span = self._telemetry.span(
             "inference", trace, rows=len(batch.lengths), tokens=len(batch.input_ids)
         )
-        return Job(batch, _Running(planned, span), cost=self._cost(batch), urgent=urgent)
+        return Job(batch, (planned, span), cost=self._cost(batch), urgent=urgent)
 
     def _cost(self, batch: MicroBatch) -> int:
         """Tokens of a batch, times the share of the layers that they pass.

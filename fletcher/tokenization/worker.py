@@ -18,7 +18,6 @@ class TextEncoder(Protocol):
 
     def encode(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts of a batch."""
-        ...
 
 
 class TokenizerWorker:

@@ -53,7 +53,8 @@ class WorkerChooser:
 
     def choose(self, candidates: Sequence[DispatchCandidate]) -> int:
         """Returns the index of the worker for the next job, out of at least one."""
-        rates = _rates(candidates)
+        mean = mean_rate([one.rate for one in candidates]) or 1.0
+        rates = [one.rate or mean for one in candidates]
         if self._strategy == "throughput-weighted":
             best = min(
                 range(len(candidates)),
@@ -92,8 +93,3 @@ def mean_rate(rates: Sequence[float | None]) -> float | None:
     """Mean of the measured rates; None if there are none."""
     known = [rate for rate in rates if rate]
     return sum(known) / len(known) if known else None
-
-
-def _rates(candidates: Sequence[DispatchCandidate]) -> list[float]:
-    mean = mean_rate([one.rate for one in candidates]) or 1.0
-    return [one.rate or mean for one in candidates]

@@ -153,7 +153,7 @@ def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
 def _check_text(field: pa.Field) -> pa.DataType:
     """Returns the type of a text column."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if not _is_text(kind):
+    if not (_is_flat_text(kind) or pa.types.is_string_view(kind)):
         raise ColumnTypeError(
             f"`text_column` {field.name!r} is {field.type}, expected utf8, large_utf8, "
             "utf8_view or a dictionary of one",
@@ -161,10 +161,6 @@ def _check_text(field: pa.Field) -> pa.DataType:
             allowed=["utf8", "large_utf8", "utf8_view", "dictionary of one of these"],
         )
     return field.type
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return _is_flat_text(kind) or bool(pa.types.is_string_view(kind))
 
 
 def _is_flat_text(kind: pa.DataType) -> bool:
