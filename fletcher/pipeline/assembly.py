@@ -193,7 +193,6 @@ class _Table:
 
     @classmethod
     def zeros(cls, size: int, width: int) -> _Table:
-        """Returns a table of zeros, to be filled."""
         return cls(EmbeddingBatch.zeros(size, width))
 
     def vectors(

@@ -73,7 +73,6 @@ class BatchWindow:
         self._lock = threading.Lock()
 
     def micro_batch(self, rows: Int64Array) -> MicroBatch:
-        """The tokens of some rows, flat."""
         if len(self._lengths) == 1:
             return MicroBatch(self._input_ids, self._lengths, self._layers, self._spans, self._half)
         lengths = self._lengths[rows]
@@ -90,10 +89,7 @@ class BatchWindow:
         return all(ticket.stream.closed for ticket in self.tickets)
 
     def take_result(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
-        """Takes a micro-batch's vectors or error; the last one finishes the tickets.
-
-        Thread-safe.
-        """
+        """Takes a run's vectors or error; the last finishes the tickets. Thread-safe."""
         with self._lock:
             error = result if isinstance(result, FletcherError) else self._store(rows, result)
             if error is not None:

@@ -46,11 +46,7 @@ class CacheBackend(Protocol):
 
 
 class MemoryCache:
-    """See `CacheBackend`.
-
-    Args:
-        max_bytes: Most bytes of values, keys and Python's overhead.
-    """
+    """See `CacheBackend`; `max_bytes` counts values, keys and Python's overhead."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -90,8 +86,7 @@ class MemoryCache:
 class EmbeddingCache:
     """Vectors of texts that were embedded before. Thread-safe.
 
-    Args:
-        scope: Facts that the vectors depend on beside the texts: the model and how it is run.
+    `scope` has the facts that they depend on beside the texts: the model and how it is run.
     """
 
     def __init__(
@@ -100,18 +95,12 @@ class EmbeddingCache:
         self._scope = list(scope)
         self._backend = backend
         self._telemetry = telemetry
-        self._record = np.dtype(
-            [
-                ("embedding", "<f4", (dim,)),
-                ("norm", "<f4"),  # NaN where the network does not normalise
-                ("token_count", "<i4"),
-                ("truncated", "?"),
-            ]
-        )
+        # A norm is NaN where the network does not normalise.
+        numbers = [("norm", "<f4"), ("token_count", "<i4"), ("truncated", "?")]
+        self._record = np.dtype([("embedding", "<f4", (dim,)), *numbers])
         telemetry.cache_memory.observe(lambda: backend.num_bytes)
 
     def look_up(self, texts: TextBatch) -> CacheLookup:
-        """Looks texts up."""
         keys = self._keys(texts)
         values = self._backend.load_values(keys)
         cached = np.array([value is not None for value in values], np.bool_)
@@ -123,7 +112,6 @@ class EmbeddingCache:
         return CacheLookup(self, texts, keys, cached, records)
 
     def store_vectors(self, keys: Sequence[bytes], records: Any) -> None:
-        """Stores new vectors."""
         raw, size = records.tobytes(), self._record.itemsize
         self._backend.store_values(keys, [raw[n * size : (n + 1) * size] for n in range(len(keys))])
 
@@ -157,7 +145,6 @@ class CacheLookup:
 
     @property
     def missing(self) -> TextBatch:
-        """Texts that are not cached."""
         if not self.cached.any():
             return self.texts
         view, offsets = memoryview(self.texts.data), self.texts.offsets

@@ -63,7 +63,6 @@ class ChunkAssembler(Assembler):
     def assemble(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> Output | None:
-        """See `Assembler.assemble`."""
         outcome = self._finish(outcome)
         self._lost = self._lost and row_slice.part > 0
         before = self.kept_bytes = self.kept_bytes if self._kept else 0
@@ -168,7 +167,6 @@ class ChunkAssembler(Assembler):
     def _texts(
         self, row_slice: RowSlice, rows: Int64Array, spans: Int64Array, missing: BoolArray
     ) -> pa.Array:
-        """Returns the texts of the chunks."""
         held, begins = self._source(row_slice, rows)
         firsts = begins + spans[:, 2]
         lengths = spans[:, 3] - spans[:, 2]

@@ -30,11 +30,7 @@ class DeviceUsage:
         return self._busy[device]
 
     def count_run(self, device: str, lengths: Int32Array, result: InferenceResult) -> None:
-        """Counts one run.
-
-        Args:
-            lengths: int32 [num_rows], tokens of each row.
-        """
+        """Counts one run; `lengths` is int32 [num_rows], the tokens of each row."""
         telemetry, labels = self._telemetry, {"model": self._model, "device": device}
         telemetry.stage_duration.record(result.compute_s, stage="inference")
         telemetry.device_batches.add(1, **labels)

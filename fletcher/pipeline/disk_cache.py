@@ -32,10 +32,7 @@ _Job = list[tuple[bytes, bytes | None]]
 
 
 class DiskCache:
-    """See `fletcher.pipeline.cache.CacheBackend`.
-
-    Args:
-        max_bytes: Largest size of the file.
+    """See `fletcher.pipeline.cache.CacheBackend`; `max_bytes` is the largest size of the file.
 
     Raises:
         ConfigError: LMDB is not installed, or the folder cannot be used.

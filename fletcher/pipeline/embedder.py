@@ -46,11 +46,7 @@ class ModelProcesses:
 
 @dataclass(frozen=True, slots=True)
 class SharedResources:
-    """Parts of the server that a model's pipeline uses.
-
-    Attributes:
-        cache: Vectors of texts that were embedded before; None: they are not kept.
-    """
+    """Parts of the server that a pipeline uses; without `cache` it keeps no vectors."""
 
     budget: MemoryBudget
     telemetry: Telemetry
@@ -58,11 +54,7 @@ class SharedResources:
 
 
 class Embedder:
-    """Texts to vectors, for many streams at once.
-
-    Args:
-        inline: Copies of the model in this process, for short texts while nothing else runs.
-    """
+    """Texts to vectors, for many streams at once."""
 
     def __init__(
         self,
@@ -208,11 +200,7 @@ class Embedder:
         return self.tokenizers.usable and self.replicas.usable
 
     def check_workers(self) -> None:
-        """Checks that there are workers of both kinds.
-
-        Raises:
-            OverloadedError: All workers of one kind are gone, and none will be back soon.
-        """
+        """Raises OverloadedError if all workers of one kind are gone for some time."""
         for pool in (self.tokenizers, self.replicas):
             if pool.gone:
                 raise pool.error()

@@ -59,7 +59,6 @@ class MemoryBudget:
         return Allowance(self)
 
     def statistics(self) -> dict[str, Any]:
-        """Returns the bytes in use, and the limit."""
         with self._changed:
             used = self._used + self._rows_used
             return {"used_bytes": used, "total_bytes": self.total_bytes}
@@ -186,7 +185,6 @@ class Allowance:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes held now."""
         return self._used
 
     def _beyond_reserve(self, used: int) -> int:

@@ -126,9 +126,7 @@ def cut(
     begins_there: list[BoolArray] = []
     carry: Carry | None = None
     for number, text in enumerate(texts):
-        carry = batch.carry if number == 0 else None
-        if carry is None:
-            carry = _begun(text.ids, prompt_ids)
+        carry = (batch.carry if number == 0 else None) or _begun(text.ids, prompt_ids)
         skipped = 0 if carry is batch.carry else len(carry.prompt_ids)
         tokens = np.concatenate((carry.input_ids, text.ids[skipped:]))
         size = carry.size + text.size
@@ -168,8 +166,7 @@ def cut(
         )
     input_ids = np.concatenate(rows) if rows else _NO_IDS
     lengths = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 3).sum(axis=1)
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = np.append(0, np.cumsum(lengths))
     spans = None
     if batch.chunking.late:
         bounds = np.concatenate([np.zeros((0, 2), np.int64), *places])

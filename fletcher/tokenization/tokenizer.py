@@ -237,7 +237,6 @@ def _decoded(data: bytes | memoryview, offsets: Int64Array) -> list[str]:
 def _taken(
     data: bytes | memoryview, offsets: Int64Array, wanted: BoolArray
 ) -> tuple[bytes | memoryview, Int64Array]:
-    """Selects some of the texts."""
     view, lengths = memoryview(data), np.diff(offsets)[wanted]
     bounds = zip(offsets[:-1][wanted].tolist(), offsets[1:][wanted].tolist(), strict=True)
     return b"".join(view[first:last] for first, last in bounds), np.append(0, np.cumsum(lengths))

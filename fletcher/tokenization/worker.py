@@ -41,7 +41,6 @@ class TokenizerConfig:
     """Bundle of a tokenizer process; picklable.
 
     Attributes:
-        bundle: Folder of the bundle.
         version: Hash of the bundle in that folder, or of the version kept beside it; empty: the
             bundle that is there.
     """
@@ -57,9 +56,5 @@ class TokenizerConfig:
 
 
 def load(config: TokenizerConfig) -> TokenizerWorker:
-    """Factory of a worker's spec: a bundle's tokenizer.
-
-    Raises:
-        ModelError: The bundle is gone or damaged.
-    """
+    """Factory of a worker's spec: a bundle's tokenizer. Raises ModelError."""
     return TokenizerWorker(Tokenizer.from_bundle(config.folder))

@@ -131,11 +131,9 @@ class WorkerPool:
 
     @property
     def names(self) -> list[str]:
-        """The workers' names."""
         return list(self._roster.by_name)
 
     def is_usable(self, name: str) -> bool:
-        """Whether a worker takes work."""
         return self._roster.by_name[name].usable
 
     def rate(self, name: str) -> float:
@@ -147,7 +145,6 @@ class WorkerPool:
         return self._roster.by_name[name].concurrency
 
     def process_ids(self) -> list[int]:
-        """Process ids of the live workers."""
         with self.changed:
             handles = self._roster.all
             return [one.process.pid for one in handles if one.alive and one.process]

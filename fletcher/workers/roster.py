@@ -42,13 +42,11 @@ class PoolConfig:
 
     Attributes:
         name: For logs and errors.
-        workers: One spec for each worker.
         standby: Workers that start when none of `workers` is left, and end when one is back.
         dispatch: Choice among workers with room; one of `STRATEGIES`.
         prefetch: Bulk requests a worker holds beyond those it is running.
         max_attempts: Deaths and failures of workers after which a job fails.
         probe: Payload that every sound worker answers. None: failing workers are not ejected.
-        timing: Durations.
     """
 
     name: str
@@ -63,11 +61,9 @@ class PoolConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolEvents:
-    """Callbacks of a pool. They must not block.
+    """Callbacks with a worker's name: each time it died, and with each new state.
 
-    Attributes:
-        on_restart: Called with a worker's name each time it died.
-        on_state: Called with a worker's name and its new state.
+    They must not block.
     """
 
     on_restart: Callable[[str], None] = lambda _name: None

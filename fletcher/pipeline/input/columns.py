@@ -87,9 +87,6 @@ class InputColumns:
 
         Counts unused columns, too: a column that came over Flight keeps its whole message in
         memory, and its buffers may hold more than its rows refer to.
-
-        Args:
-            checked: Its columns, as `checked` returned them.
         """
         text = batch.column(self.text)
         if pa.types.is_dictionary(text.type):

@@ -7,10 +7,9 @@ rest into `RowSlice`s: the distinct texts to embed, and the index of each row's 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -113,12 +112,11 @@ class Intake:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
             InvalidUtf8Error, ColumnTypeError: Its arrays are not valid; nothing of it was used.
         """
-        single = None
         plain = self._columns.only_texts and self._chunking is None
         if plain and batch.num_rows == 1 and skip is None:
             single = self._single_row(batch, batch_id, row_first)
-        if single is not None:
-            return iter((single,))
+            if single is not None:
+                return iter((single,))
         return self._row_slices(batch, batch_id, row_first, keep, skip)
 
     def _row_slices(
@@ -215,10 +213,7 @@ class Intake:
         return iter(())
 
     def _single_row(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> RowSlice | None:
-        """Returns the row slice of one text; see `fletcher.pipeline.interactive`.
-
-        None: The text is null or too large, and takes the ordinary path.
-        """
+        """Returns the row slice of one text; None if it is null or too large."""
         text = batch.column(self._columns.text)
         validate(text, "text")
         size = batch.get_total_buffer_size()
@@ -252,13 +247,13 @@ class Intake:
         ends = part_ends(bytes(data), self._limits.slice_bytes)
         parts_bytes = row_slice.num_bytes - rows_bytes
         for part, (first, last) in enumerate(pairwise([0, *ends])):
-            texts = dataclasses.replace(
+            texts = replace(
                 row_slice.texts,
                 data=data[first:last],
                 offsets=np.array([0, last - first], np.int64),
                 continued=last < len(data),
             )
-            yield dataclasses.replace(
+            yield replace(
                 row_slice,
                 texts=texts,
                 last=row_slice.last and not texts.continued,
