@@ -15,7 +15,7 @@ from fletcher.config.network import NetworkConfig
 from fletcher.config.server import ServeConfig
 from fletcher.delivery.delivery import Delivery
 from fletcher.errors import ConfigError
-from fletcher.flight.auth import Credentials
+from fletcher.flight.middleware import Credentials
 from fletcher.flight.server import FlightServer
 from fletcher.inference.host import detect_host
 from fletcher.models.bundle.registry import Registry

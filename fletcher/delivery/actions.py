@@ -58,11 +58,7 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Fail the uploads of rows and release the rows.
-
-    Attributes:
-        in_doubt: The store may hold some of the rows.
-    """
+    """Fail the uploads of rows and release them; `in_doubt`: the store may hold some."""
 
     rows: list[Rows]
     error: FletcherError
@@ -106,12 +102,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The store has the first `num_groups` of an append.
-
-    Attributes:
-        seconds: Duration of the append.
-        slow_down: The store asked for a rest.
-    """
+    """The store has the first groups of an append; `slow_down`: it asked for a rest."""
 
     num_groups: int
     seconds: float

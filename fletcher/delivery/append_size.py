@@ -51,13 +51,9 @@ class AppendSize:
         return max(1, int(most * self.share))
 
     def note_stored(self, now: float, seconds: float, *, full: bool, slow_down: bool) -> None:
-        """Learn from an append that went well.
+        """Learn from an append that went well; `slow_down`: the store asked for a rest.
 
-        Args:
-            now: Current time.
-            seconds: Duration of the append.
-            full: The append carried all it might; a smaller one proves nothing about more.
-            slow_down: The store asked for a rest.
+        `full`: it carried all it might; a smaller one proves nothing about more.
         """
         self._failures = 0
         if slow_down:
@@ -71,13 +67,7 @@ class AppendSize:
         self.ready_at = now + self.rest_s
 
     def note_failed(self, now: float, seconds: float, error: FletcherError) -> None:
-        """Learn from an append that failed with a retryable error.
-
-        Args:
-            now: Current time.
-            seconds: Duration of the append; the deadline if the store stalled.
-            error: The error.
-        """
+        """Learn from an append that failed with a retryable error after `seconds`."""
         if isinstance(error, OverloadedError) or seconds > self._slow_s:
             self._halve()
         self._failures += 1

@@ -78,7 +78,6 @@ class Breaker:
             self._listeners.append(listener)
 
     def remove_listener(self, listener: Callable[[], None]) -> None:
-        """Undo `add_listener`."""
         with self._lock:
             self._listeners.remove(listener)
 
@@ -88,11 +87,7 @@ class Breaker:
             return self._ready_at(caller)
 
     def require_ready(self, caller: object) -> None:
-        """Fail unless `caller` may call now.
-
-        Raises:
-            StoreUnavailableError: See `error_for`.
-        """
+        """Raise the error of `error_for` unless `caller` may call now."""
         if self.ready_at(caller) > self._clock():
             raise self.error_for(caller)
 
@@ -113,24 +108,19 @@ class Breaker:
     def guard_call(self, caller: object, *, proof: bool = True) -> Iterator[None]:
         """Context of a call to the store; learns from its end and lets errors through.
 
-        Args:
-            caller: The committer that calls.
-            proof: Success proves that the store is available. A store with a full disk prepares
-                datasets and takes no rows, so preparing one proves nothing.
+        `proof`: success proves that the store is available. A store with a full disk prepares
+        datasets and takes no rows, so preparing one proves nothing.
         """
         with self._lock:
             if self._retry_at is not None and self._ready_at(caller) <= self._clock():
                 self._trying = self._tried_last = caller
         try:
             yield
-        except OverloadedError:  # an answer
-            self._note_answer(caller, proof=proof)
-            raise
-        except RETRYABLE as error:
-            self._note_failure(caller, error)
-            raise
-        except BaseException:
-            self._note_answer(caller, proof=proof)
+        except BaseException as error:
+            if isinstance(error, RETRYABLE) and not isinstance(error, OverloadedError):
+                self._note_failure(caller, error)
+            else:
+                self._note_answer(caller, proof=proof)
             raise
         else:
             self._note_answer(caller, proof=proof)

@@ -41,15 +41,12 @@ _COMMIT_BYTES = 32 << 20
 class WaitingRows:
     """Waiting rows in the order of sending: groups that were sent before come first.
 
-    Attributes:
-        num_rows: Number of rows.
-        num_bytes: Their size in memory, also of rows that are still in the journal.
-        sent: Groups that were sent before; their extent is fixed.
+    `num_bytes` is their size in memory, also of rows that are still in the journal.
     """
 
     def __init__(self) -> None:
         self.num_rows = self.num_bytes = 0
-        self.sent: deque[Group] = deque()
+        self.sent: deque[Group] = deque()  # their extent is fixed
         self._new: deque[Rows] = deque()
         self._num_in_memory = 0  # entries that are not journaled
 
@@ -57,7 +54,6 @@ class WaitingRows:
         return bool(self.sent or self._new)
 
     def append_rows(self, rows: Rows) -> None:
-        """Queue rows that were not sent yet."""
         self._new.append(rows)
         self._count([rows], 1)
 
@@ -113,7 +109,6 @@ class WaitingRows:
         return removed, in_doubt
 
     def remove_all(self) -> list[Rows]:
-        """Remove all rows."""
         removed = [rows for group in self.sent for rows in group.rows] + list(self._new)
         self.sent.clear()
         self._new.clear()
@@ -199,7 +194,6 @@ class CommitQueue:
         self._idle_since: float | None = None
 
     def request_opening(self, opening: Opening) -> None:
-        """Queue a request to prepare the dataset."""
         self._openings.append(opening)
 
     def request_flush(self) -> None:
@@ -233,11 +227,8 @@ class CommitQueue:
     def note_outcome(self, action: Action, outcome: Outcome, now: float) -> None:
         """Learn how an action went.
 
-        Args:
-            action: The action.
-            outcome: Of an append, how it went, or None if its groups are lost; of a rest, whether
-                the committer ends; of other actions, None.
-            now: Current time.
+        The outcome of an append is None if its groups are lost; that of a rest, whether the
+        committer ends; that of other actions, None.
         """
         self._holds_rows = False
         if isinstance(action, Rest):

@@ -22,14 +22,7 @@ WriterKind = tuple[pa.Schema, dict[bytes, bytes] | None, bool]
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A dataset of a store, as the target of rows.
-
-    Attributes:
-        store: The store.
-        dataset: The dataset's name.
-        breaker: The store's breaker.
-        telemetry: Receives counts, durations and spans.
-    """
+    """A dataset of a store, as the target of rows."""
 
     store: Store
     dataset: str
@@ -84,14 +77,10 @@ class Rows:
         duplicates: tuple[int, ...] = (),
         num_rows: int | None = None,
     ) -> Rows:
-        """Rows in memory.
+        """Rows in memory; arguments as the attributes.
 
         Args:
-            upload: Their upload.
             batch: Output columns.
-            first: Offset of the first row in the upload.
-            failed: Places of rows with a null vector.
-            on_released: Called once the rows are stored or given up.
             duplicates: Places of rows that the prefilter found to be duplicates.
             num_rows: Number of uploaded rows; default: those of `batch`.
         """
@@ -110,7 +99,6 @@ class Rows:
 
     @property
     def last(self) -> int:
-        """Offset of the last row."""
         return self.first + self.num_rows - 1
 
     def places_not_stored(self, *, null_vectors: bool) -> list[int]:
@@ -124,15 +112,11 @@ class Rows:
 
     @property
     def abandoned(self) -> bool:
-        """Whether the upload failed, so that its client sends these rows again.
-
-        Never true of journaled rows.
-        """
+        """Whether a client sends these rows again; never true of journaled rows."""
         return self.upload.failure is not None and not self.journaled
 
 
 def writer_kind(schema: pa.Schema, *, upsert: bool) -> WriterKind:
-    """Kind of the writer of such rows."""
     return schema, schema.metadata, upsert
 
 
@@ -154,41 +138,30 @@ class Group:
 
     @property
     def first(self) -> int:
-        """Offset of the first row."""
         return self.rows[0].first
 
     @property
     def last(self) -> int:
-        """Offset of the last row."""
         return self.rows[-1].last
 
     @property
     def num_rows(self) -> int:
-        """Number of uploaded rows."""
         return self.last - self.first + 1
 
     @property
     def num_bytes(self) -> int:
-        """Size in memory."""
         return sum(rows.num_bytes for rows in self.rows)
 
     @property
     def batch_key(self) -> str:
-        """The `batch_key` of its rows."""
         return batch_key(self.rows[0].upload.upload_id, self.first, self.last)
 
     @property
     def dedupe_by(self) -> str | None:
-        """Kind of key by which duplicates are dropped; None: they are kept."""
         return self.rows[0].upload.dedupe_by
 
     def is_recognized(self, num_stored: int, *, counts_groups: bool) -> bool:
-        """Whether the store can tell later that it holds this group.
-
-        Args:
-            num_stored: Number of rows that the store got.
-            counts_groups: As `StoreCapabilities.counts_groups`.
-        """
+        """Whether the store, which got `num_stored` rows, can tell later that it holds them."""
         if self.rows[0].upload.upsert:  # later rows may replace them all, and the key goes, too
             return False
         return num_stored > 0 and not (counts_groups and num_stored < self.num_rows)

@@ -75,7 +75,6 @@ class DatasetSink:
         return all(writer.wait_written(timeout_s) for writer in self._writers)
 
     def flush(self) -> None:
-        """Store the rows that wait now without waiting for more."""
         self.committer.flush()
 
     def wait_idle(self, timeout_s: float) -> bool:

@@ -47,25 +47,14 @@ class UploadTerms:
 
 
 class SettledRanges(NamedTuple):
-    """Rows that need not be sent again: sorted, inclusive ranges (first, last).
-
-    Attributes:
-        stored: Ranges that the store holds.
-        not_stored: Settled ranges that the store knows nothing of.
-    """
+    """Rows that need not be sent again: sorted, inclusive ranges (first, last)."""
 
     stored: list[tuple[int, int]]
-    not_stored: list[tuple[int, int]]
+    not_stored: list[tuple[int, int]]  # the store knows nothing of them
 
 
 class Upload:
     """One upload. Thread-safe.
-
-    Args:
-        dataset: The dataset's name.
-        upload_id: The upload's name.
-        terms: Terms on which its connections agree.
-        settled: Rows that need not be sent again.
 
     Attributes:
         changed: Notified whenever rows settle or the upload fails.
@@ -74,11 +63,7 @@ class Upload:
     """
 
     def __init__(
-        self,
-        dataset: str,
-        upload_id: str,
-        terms: UploadTerms,
-        settled: SettledRanges | None = None,
+        self, dataset: str, upload_id: str, terms: UploadTerms, settled: SettledRanges | None = None
     ) -> None:
         self.dataset = dataset
         self.upload_id = upload_id
@@ -106,12 +91,10 @@ class Upload:
 
     @property
     def upsert(self) -> bool:
-        """Whether its rows replace those of the same id."""
         return self.terms.mode == "upsert"
 
     @property
     def dedupe_by(self) -> str | None:
-        """Kind of key by which duplicates are dropped; None: they are kept."""
         return self.terms.dedupe_by
 
     def claim_rows(self, first: int, last: int) -> list[tuple[int, int]]:
@@ -146,7 +129,6 @@ class Upload:
             successor.secure_rows(first, last)
 
     def report_failed_row(self, row: int, row_id: Any, error: FletcherError) -> None:
-        """Note why a row has no vector."""
         with self.changed:
             self._rows_failed += 1
             self._failing.add_range(row, row)
@@ -166,7 +148,6 @@ class Upload:
             self.changed.notify_all()
 
     def announce_total(self, num_rows: int) -> None:
-        """Note how many rows the whole upload has, as its client says."""
         with self.changed:
             self._announced = num_rows
 
@@ -344,7 +325,6 @@ class UploadRegistry:
             return upload
 
     def leave_upload(self, upload: Upload) -> None:
-        """Disconnect from an upload."""
         with self._lock:
             upload.connections -= 1
 
@@ -387,7 +367,6 @@ class UploadRegistry:
 
 
 def terms_conflict(dataset: str, upload_id: str) -> UploadConflictError:
-    """Error for a connection whose terms differ from those of the upload in progress."""
     return UploadConflictError(
         f"upload {upload_id!r} into `{dataset}` was begun with another schema, model, mode, "
         "dedupe or durability; finish it as begun, or choose another `upload_id`",

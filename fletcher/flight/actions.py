@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from fletcher.config.model_alias import Alias
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import InvalidCommandError
-from fletcher.flight.admin import list_models, load_model, set_alias, swap_model, unload_model
+from fletcher.flight.commands import parse_list_models
 from fletcher.flight.embed_action import embed
-from fletcher.flight.requests import parse_json
+from fletcher.flight.requests import (
+    AliasRequest,
+    ModelRequest,
+    UnloadRequest,
+    decode_request,
+    parse_json,
+)
+from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.service import Service
+from fletcher.v1 import embed_pb2
+
+# Properties of a bundle and of its running version that a ModelInfo has.
+_BUNDLE_FIELDS = (
+    *("name", "hash", "family", "dim", "max_length", "pooling", "normalize", "num_layers"),
+    *("layers", "dims", "prompts", "output"),
+)
+_VERSION_FIELDS = ("is_default", "state", "is_current", "calls", "memory_bytes")
 
 
 @dataclass(frozen=True, slots=True)
 class ActionHandler:
-    """An action's description and handler.
+    """An action's description and handler."""
 
-    Attributes:
-        description: Effect, body and result, for `list_actions`.
-        handler: Gets the service, the body and the call's context. A dict is sent as JSON.
-    """
-
-    description: str
+    description: str  # effect, body and result, for `list_actions`
+    # Gets the service, the body and the call's context; a dict is sent as JSON.
     handler: Callable[[Service, bytes, Any], bytes | dict[str, Any]]
 
 
@@ -48,8 +60,30 @@ def run_action(service: Service, name: str, body: bytes, context: Any) -> bytes:
     return answer if isinstance(answer, bytes) else msgspec.json.encode(answer, enc_hook=float)
 
 
-def _health(_service: Service, _body: bytes, _context: Any) -> dict[str, Any]:
-    return {"status": "ok"}
+def encode_models(
+    models: Sequence[tuple[ModelBundle, Mapping[str, Any]]],
+    aliases: Mapping[str, str],
+    *,
+    format_name: str = "json",
+) -> bytes:
+    """Encode the answer of `list_models`.
+
+    Args:
+        models: Bundles, each with `is_default`, `state`, `is_current`, `calls` and `memory_bytes`
+            of its version.
+        aliases: Each alias' models and weights.
+        format_name: `json` for `{"models": [{...ModelInfo}], "aliases": {...}}`, or `protobuf`.
+    """
+    infos: list[dict[str, Any]] = [
+        {name: getattr(bundle, name) for name in _BUNDLE_FIELDS}
+        | {name: version[name] for name in _VERSION_FIELDS}
+        for bundle, version in models
+    ]
+    if format_name == "protobuf":
+        messages = [embed_pb2.ModelInfo(**info) for info in infos]
+        result = embed_pb2.ListModelsResult(models=messages, aliases=aliases)
+        return bytes(result.SerializeToString())
+    return msgspec.json.encode({"models": infos, "aliases": dict(aliases)})
 
 
 def _ready(service: Service, _body: bytes, _context: Any) -> dict[str, Any]:
@@ -61,26 +95,62 @@ def _upload_status(service: Service, body: bytes, _context: Any) -> dict[str, An
     return service.delivery.upload_status(EmbedCommand.from_mapping(parse_json(body)))
 
 
+def _list_models(service: Service, body: bytes, _context: Any) -> bytes:
+    request, models = parse_list_models(body), service.models
+    bundles = models.bundles()
+    entries = [
+        (bundle, one)
+        for one in models.describe()
+        if (bundle := bundles.get(f"{one['name']}@{one['hash']}")) is not None
+    ]
+    return encode_models(entries, models.aliases(), format_name=request.format)
+
+
 def _load_model(service: Service, body: bytes, context: Any) -> dict[str, Any]:
     service.admission.check_draining()
-    return load_model(service.models, body, context.is_cancelled)
+    request = decode_request(ModelRequest, body)
+    return {"model": service.models.load_model(request.model, context.is_cancelled)}
 
 
 def _swap_model(service: Service, body: bytes, context: Any) -> dict[str, Any]:
     service.admission.check_draining()
-    return swap_model(service.models, body, context.is_cancelled)
+    request = decode_request(ModelRequest, body)
+    return {"model": service.models.swap_model(request.model, context.is_cancelled)}
+
+
+def _unload_model(service: Service, body: bytes, _context: Any) -> dict[str, Any]:
+    request = decode_request(UnloadRequest, body)
+    return {"model": service.models.unload_model(request.model, force=request.force)}
+
+
+def _set_alias(service: Service, body: bytes, _context: Any) -> dict[str, Any]:
+    request, models = decode_request(AliasRequest, body), service.models
+    if not request.models:
+        models.remove_alias(request.alias)
+    else:
+        try:
+            models.set_alias(Alias.from_text(f"{request.alias}={request.models}"))
+        except ValueError:
+            raise InvalidCommandError(
+                f"`models` of alias {request.alias[:200]!r} is {request.models[:200]!r}, expected "
+                "MODEL:WEIGHT,MODEL:WEIGHT with weights over 0",
+                field="models",
+            ) from None
+    return {"aliases": models.aliases()}
 
 
 ACTIONS = {
-    "health": ActionHandler("Tells that the process is alive. No body. Result: JSON", _health),
+    "health": ActionHandler(
+        "Tells that the process is alive. No body. Result: JSON",
+        lambda _service, _body, _context: {"status": "ok"},
+    ),
     "ready": ActionHandler("Tells whether new calls are accepted. No body. Result: JSON", _ready),
     "stats": ActionHandler(
         "Gives counters, durations, queues and workers. No body. Result: JSON",
         lambda service, _body, _context: service.statistics(),
     ),
     "list_models": ActionHandler(
-        'Lists the models. Body: empty or {"format": "json"|"protobuf"}',
-        lambda service, body, _context: list_models(service.models, body),
+        'Lists the models. Body: empty or {"format": "json"|"protobuf"}', _list_models
     ),
     "embed": ActionHandler(
         'Embeds a few texts. Body: {"texts": [...], ...EmbedCommand}. Result: JSON', embed
@@ -97,12 +167,11 @@ ACTIONS = {
         'Replaces the running version by the installed one. Body: {"model"}', _swap_model
     ),
     "unload_model": ActionHandler(
-        'Takes a model out of service. Body: {"model", "force"?}',
-        lambda service, body, _context: unload_model(service.models, body),
+        'Takes a model out of service. Body: {"model", "force"?}', _unload_model
     ),
     "set_alias": ActionHandler(
         'Divides calls between models. Body: {"alias", "models": "a:0.9,b:0.1"}; without models '
         "the alias is removed",
-        lambda service, body, _context: set_alias(service.models, body),
+        _set_alias,
     ),
 }

@@ -5,42 +5,22 @@ A command is JSON if its first byte is `{`, else protobuf (proto/fletcher/v1/emb
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from google.protobuf import unknown_fields
 from google.protobuf.message import DecodeError, Message
 
 from fletcher.core.command import FIELD_NAMES, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnknownFieldError
-from fletcher.flight.requests import (
-    MAX_BODY_BYTES,
-    ListModelsRequest,
-    convert_request,
-    decode_request,
-    parse_json,
-    too_large,
-)
+from fletcher.flight.requests import ListModelsRequest, check_size, convert_request, parse_json
 from fletcher.v1 import embed_pb2
 
 # Flight.proto's DescriptorType, which pyarrow's enumeration repeats.
 _PATH, _CMD = 1, 2
 
-_Kind = TypeVar("_Kind", bound=Message)
 
-
-class Descriptor(Protocol):
-    """The part of pyarrow.flight.FlightDescriptor that is read here."""
-
-    @property
-    def descriptor_type(self) -> Any: ...
-    @property
-    def path(self) -> Any: ...
-    @property
-    def command(self) -> Any: ...
-
-
-def parse_descriptor(descriptor: Descriptor) -> EmbedCommand:
-    """Parse a PATH `[dataset]` or a CMD `EmbedCommand`.
+def parse_descriptor(descriptor: Any) -> EmbedCommand:
+    """Parse a FlightDescriptor: a PATH `[dataset]` or a CMD `EmbedCommand`.
 
     Raises:
         UnknownFieldError: EmbedCommand has no such field.
@@ -68,38 +48,19 @@ def parse_descriptor(descriptor: Descriptor) -> EmbedCommand:
 
 def parse_command(command: bytes) -> EmbedCommand:
     """Parse an EmbedCommand, JSON or binary. Raises as `parse_descriptor`."""
-    if _is_json(command):
-        return EmbedCommand.from_mapping(parse_json(command))
-    return EmbedCommand.from_mapping(_fields_of(embed_pb2.EmbedCommand(), command))
+    return EmbedCommand.from_mapping(_parse_fields(embed_pb2.EmbedCommand(), command))
 
 
 def parse_list_models(body: bytes) -> ListModelsRequest:
     """Parse the body of `list_models`. Raises as `parse_descriptor`."""
-    if _is_json(body):
-        return decode_request(ListModelsRequest, body)
-    fields = _fields_of(embed_pb2.ListModelsCommand(), body)
-    return convert_request(ListModelsRequest, fields)
+    return convert_request(ListModelsRequest, _parse_fields(embed_pb2.ListModelsCommand(), body))
 
 
-def _is_json(body: bytes) -> bool:
-    return body[:1] == b"{"
-
-
-def _fields_of(message: Message, body: bytes) -> dict[str, Any]:
-    """The fields that a binary message sets.
-
-    Raises:
-        UnknownFieldError, InvalidCommandError: The bytes are not such a message.
-    """
-    return {
-        spec.name: list(value) if spec.is_repeated else value
-        for spec, value in _decode(message, body).ListFields()
-    }
-
-
-def _decode(message: _Kind, body: bytes) -> _Kind:
-    if len(body) > MAX_BODY_BYTES:
-        raise too_large(len(body))
+def _parse_fields(message: Message, body: bytes) -> dict[str, Any]:
+    """Fields of a JSON object, or of a binary message of `message`'s type."""
+    if body[:1] == b"{":
+        return parse_json(body)
+    check_size(body)
     try:
         message.ParseFromString(body)
     except DecodeError:
@@ -108,7 +69,10 @@ def _decode(message: _Kind, body: bytes) -> _Kind:
             f"{message.DESCRIPTOR.name}"
         ) from None
     _refuse_unknown(message)
-    return message
+    return {
+        spec.name: list(value) if spec.is_repeated else value
+        for spec, value in message.ListFields()
+    }
 
 
 def _refuse_unknown(message: Message) -> None:
@@ -125,9 +89,7 @@ def _refuse_unknown(message: Message) -> None:
     for spec, value in message.ListFields():
         if spec.message_type is None:
             continue
-        if spec.message_type.GetOptions().map_entry:
-            inner = [item for item in value.values() if isinstance(item, Message)]
-        else:
-            inner = list(value) if spec.is_repeated else [value]
-        for item in inner:
-            _refuse_unknown(item)
+        is_map = spec.message_type.GetOptions().map_entry
+        for inner in value.values() if is_map else value if spec.is_repeated else [value]:
+            if isinstance(inner, Message):
+                _refuse_unknown(inner)

@@ -8,11 +8,11 @@ import pyarrow as pa
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import BatchTooLargeError, InvalidCommandError
+from fletcher.flight.middleware import embed_call
 from fletcher.flight.requests import parse_json
-from fletcher.flight.trace import caller_trace
 from fletcher.pipeline.interactive.single_row import vector_lists
 from fletcher.serving.service import Service
-from fletcher.serving.session import EmbedCall, EmbedSession
+from fletcher.serving.session import EmbedSession
 
 MAX_TEXTS = 256
 _UNUSED = (
@@ -22,12 +22,7 @@ _UNUSED = (
 
 
 def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
-    """Embed a few texts.
-
-    Args:
-        service: The server's parts.
-        body: `{"texts": [...], ...}`, with fields of EmbedCommand.
-        context: The call's context.
+    """Embed the texts of `{"texts": [...], ...}`, with fields of EmbedCommand.
 
     Returns:
         `embeddings`, `token_count`, `truncated` and `model`; for int8 vectors with a scale a row
@@ -44,31 +39,17 @@ def embed(service: Service, body: bytes, context: Any) -> dict[str, Any]:
     for name in _UNUSED:
         if name in fields:
             raise InvalidCommandError(f"`{name}` has no meaning in `embed`", field=name)
-    command = EmbedCommand.from_mapping(fields)
-    call = EmbedCall(
-        name="embed",
-        command=command,
-        abort=True,
-        alias_key=command.upload_id or "",
-        trace=caller_trace(context),
-        is_cancelled=context.is_cancelled,
-    )
+    call = embed_call("embed", EmbedCommand.from_mapping(fields), context, abort=True)
     with EmbedSession(service, call) as session:
         session.open_input(batch.schema)
         session.admit(bulk=False)
-        spec = session.spec
-        answer: dict[str, Any] = {
-            "model": spec.model,
-            "embeddings": [],
-            "token_count": [],
-            "truncated": [],
-            **({"scale": []} if spec.scaled else {}),
-        }
+        columns = ("token_count", "truncated", *(("scale",) if session.spec.scaled else ()))
+        answer: dict[str, Any] = {name: [] for name in ("embeddings", *columns)}
         for result in session.embed_batch(batch, "embed"):
             answer["embeddings"] += vector_lists(result.batch.column("vector"))
-            for name in {"token_count", "truncated", "scale"} & answer.keys():
+            for name in columns:
                 answer[name] += result.batch.column(name).to_pylist()
-    return answer
+        return {"model": session.spec.model, **answer}
 
 
 def _batch_of(texts: Any) -> pa.RecordBatch:

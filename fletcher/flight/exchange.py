@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import uuid
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -14,13 +15,13 @@ from pyarrow import flight
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import VectorSpec
 from fletcher.errors import BatchTooLargeError, FletcherError, InvalidCommandError
-from fletcher.flight.ending import Ending, writing
+from fletcher.flight.middleware import embed_call
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.net.compression import CallCompression
 from fletcher.net.flight_errors import to_flight_error
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.service import Service
-from fletcher.serving.session import EmbedCall, EmbedSession
+from fletcher.serving.session import EmbedSession
 from fletcher.serving.slice_result import SliceResult
 
 log = logging.getLogger(__name__)
@@ -30,30 +31,47 @@ _to_json = json.JSONEncoder(ensure_ascii=False).encode
 MAX_REPORTED_ERRORS = 1000
 # Arrow cannot send a batch of 2 GiB. Half of that leaves room for the other columns.
 _MAX_OUTPUT_BYTES = 1 << 30
+# A client takes a millisecond or two to cancel its call.
+_CANCEL_WAIT_S = 0.05
+
+
+class Ending(AbstractContextManager["Ending"]):
+    """Message that tells a client of its exchange's failure before the call ends.
+
+    A call that ends while one thread of the client writes and another one reads aborts the client's
+    process: pyarrow then does what gRPC forbids. A client that learns of the failure from a message
+    cancels the call instead, which is safe; the call waits a moment for that.
+    """
+
+    def __init__(self, context: Any, writer: Any) -> None:
+        self._context = context
+        self._writer = writer
+        self._sent = False
+
+    def send_failure(self, error: flight.FlightError) -> None:
+        """Send the failure as JSON, at most once; do nothing if the client is gone."""
+        if error.extra_info and not self._sent:
+            self._sent = True
+            with suppress(flight.FlightError, pa.ArrowException, OSError):
+                self._writer.write_metadata(error.extra_info)
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        if isinstance(error, flight.FlightError):
+            self.send_failure(error)
+            deadline = time.monotonic() + _CANCEL_WAIT_S
+            while not self._context.is_cancelled() and time.monotonic() < deadline:
+                time.sleep(_CANCEL_WAIT_S / 25)
 
 
 def exchange(
-    service: Service,
-    command: EmbedCommand,
-    context: Any,
-    reader: Any,
-    writer: Any,
-    trace: Any,
-    ending: Ending,
+    service: Service, command: EmbedCommand, context: Any, reader: Any, writer: Any, ending: Ending
 ) -> None:
     """Answer one DoExchange call.
 
     The call's own thread reads and submits; a second one writes answers.
     """
     _check_command(command)
-    call = EmbedCall(
-        name="do_exchange",
-        command=command,
-        alias_key=command.upload_id or "",
-        trace=trace,
-        is_cancelled=context.is_cancelled,
-    )
-    with EmbedSession(service, call) as session:
+    with EmbedSession(service, embed_call("do_exchange", command, context)) as session:
         output = session.open_input(read_schema(reader))
         # Before the first batch, so that a client that waits for the schema need not send.
         writing_as = service.answers.for_call(context.peer(), output)
@@ -62,7 +80,7 @@ def exchange(
         messages, first = wait_first(read_messages(reader, context, continuous=command.continuous))
         if first is None and context.is_cancelled():
             return
-        bulk = first is not None and first.batch is not None and session.is_bulk(first.batch)
+        bulk = first is not None and first.batch is not None and session.intake.is_bulk(first.batch)
         session.admit(bulk=bulk)
         upload_id = command.upload_id or uuid.uuid4().hex
         answers = _Answers(session, upload_id, writer, ending, writing_as)
@@ -75,11 +93,9 @@ def exchange(
                 service.admission.check_draining()
                 if message.batch is not None:
                     _check_size(message.batch.num_rows, session.spec)
+                    ends, row_first = message.metadata.document_end, message.row_first
                     session.submit_batch(
-                        message.batch,
-                        message.batch_id,
-                        message.row_first,
-                        document_end=message.metadata.document_end,
+                        message.batch, message.batch_id, row_first, document_end=ends
                     )
             if not context.is_cancelled():
                 session.submit_rest()
@@ -146,8 +162,11 @@ class _Answers:
                 metadata["last"] = row_slice.last
             self._parts, self._parts_bytes, self._errors = [], 0, []
             started_s = time.perf_counter()
-            with writing():
+            try:
                 self._writer.write_with_metadata(whole, _to_json(metadata).encode())
+            except (pa.ArrowException, OSError) as error:  # pyarrow has several for that
+                text = f"the client is gone: {str(error)[:200]}"
+                raise flight.FlightCancelledError(text) from None
             self._writing_as.record_write(whole, time.perf_counter() - started_s)
 
 

@@ -11,6 +11,7 @@ from pyarrow import flight
 
 from fletcher.core.command import EmbedCommand
 from fletcher.errors import DrainingError
+from fletcher.flight.middleware import embed_call
 from fletcher.flight.reading import read_messages, read_schema, wait_first
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.service import Service
@@ -19,53 +20,49 @@ from fletcher.serving.store_session import StoreSession
 log = logging.getLogger(__name__)
 
 
-def put(
-    service: Service, command: EmbedCommand, context: Any, reader: Any, writer: Any, trace: Any
-) -> None:
+def put(service: Service, command: EmbedCommand, context: Any, reader: Any, writer: Any) -> None:
     """Answer one DoPut call.
 
     The call's own thread reads and submits; a second one writes acknowledgements.
     """
-    session = StoreSession(service, command, trace=trace, is_cancelled=context.is_cancelled)
-    with session as upload:
-        upload.open_input(read_schema(reader))
+    with StoreSession(service, embed_call("do_put", command, context)) as session:
+        session.open_input(read_schema(reader))
         # A client that sends nothing takes no stream and creates no dataset.
         messages, first = wait_first(read_messages(reader, context))
         if first is None and context.is_cancelled():
             return
-        upload.admit()
+        session.admit()
+        upload = session.upload
         answering = BackgroundTask(
-            "put-acknowledge", lambda: _acknowledge(upload, writer), lambda _: upload.close()
+            "put-acknowledge", lambda: _acknowledge(session, writer), lambda _: session.close()
         )
-        draining: DrainingError | None = None
         refusal: Exception | None = None
         try:
             for message in messages:
                 service.admission.check_draining()
-                if upload.failed:
+                if upload.failure is not None:
                     break
                 if message.batch is not None:
-                    upload.submit_batch(message.batch, message.batch_id, message.row_first)
+                    session.submit_batch(message.batch, message.batch_id, message.row_first)
                 if message.metadata.end and message.metadata.rows is not None:
                     upload.announce_total(message.metadata.rows)
-        except DrainingError as error:
-            draining = error
         except Exception as error:  # noqa: BLE001 - raised below, after accepted rows are safe
             refusal = error
         # Submitted rows go to the store even if the connection failed.
-        upload.end_input()
+        session.end_input()
         answering.join()
-        if refusal is not None:
+        if refusal is not None and not isinstance(refusal, DrainingError):
             raise refusal
-        upload.raise_failure()
-        if draining is not None and not upload.complete:
-            raise draining
+        if upload.failure is not None:
+            raise upload.failure
+        if refusal is not None and not upload.complete:
+            raise refusal
 
 
-def _acknowledge(upload: StoreSession, writer: Any) -> None:
+def _acknowledge(session: StoreSession, writer: Any) -> None:
     """Write acknowledgements and the summary until the client is gone."""
     client_gone = False
-    for message in upload.acknowledgements():
+    for message in session.acknowledgements():
         if client_gone:
             continue
         try:

@@ -1,33 +1,72 @@
-"""Reading of a client's schema and batches, for DoPut and DoExchange."""
+"""A client's schema and batches, and the metadata of batches."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import pyarrow as pa
+from msgspec import Meta
 from pyarrow import flight
 
 from fletcher.errors import ColumnTypeError, InvalidCommandError
-from fletcher.flight.messages import BatchMetadata, parse_batch_metadata
+from fletcher.flight.requests import field_error
+
+# JSON readers in any language keep integers up to this one exact.
+MAX_ROW_OFFSET = 2**53 - 1
+# Metadata takes a hundred bytes; Python's objects are many times the JSON.
+MAX_METADATA_BYTES = 64 << 10
+
+_Offset = Annotated[int, Meta(ge=0, le=MAX_ROW_OFFSET)]
+
+
+class BatchMetadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A client's metadata of one batch; see docs/wire.md."""
+
+    batch_id: _Offset | None = None  # the client's number for the batch
+    row_offset: _Offset | None = None  # of the batch's first row in the upload
+    end: bool = False  # this is the last message
+    rows: _Offset | None = None  # with `end`: of the whole upload
+    document_end: bool = False  # the last row ends its document, of a `continuous` exchange
+
+
+_NOTHING = BatchMetadata()
+_decoder = msgspec.json.Decoder(BatchMetadata)
+
+
+def parse_batch_metadata(raw: bytes | None) -> BatchMetadata:
+    """Parse a batch's `app_metadata`; None and empty stand for `{}`.
+
+    Raises:
+        InvalidCommandError: It is not a JSON object, has an unknown field, or a value has the wrong
+            type.
+    """
+    if not raw:
+        return _NOTHING
+    if len(raw) > MAX_METADATA_BYTES:
+        raise InvalidCommandError(
+            f"`app_metadata` of a batch has {len(raw)} bytes, at most {MAX_METADATA_BYTES}",
+            field="app_metadata",
+        )
+    try:
+        metadata = _decoder.decode(raw)
+    except (ValueError, RecursionError) as error:
+        raise _metadata_error(error, raw) from None
+    if metadata.end and metadata.rows is None:
+        raise InvalidCommandError('`rows` is missing beside `"end": true`', field="rows")
+    return metadata
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedMessage:
-    """One message of a client.
+    """One message of a client."""
 
-    Attributes:
-        batch: Rows; None if the message has metadata alone.
-        batch_id: The client's number for the batch, or the count of batches so far.
-        row_first: Offset of the first row in the upload.
-        metadata: The client's metadata.
-    """
-
-    batch: pa.RecordBatch | None
-    batch_id: int
-    row_first: int
+    batch: pa.RecordBatch | None  # None if the message has metadata alone
+    batch_id: int  # the client's number for the batch, or the count of batches so far
+    row_first: int  # offset of the first row in the upload
     metadata: BatchMetadata
 
 
@@ -51,16 +90,13 @@ def read_messages(
             chunk = reader.read_chunk()
         except StopIteration:
             return
-        except (flight.FlightError, OSError) as error:
+        except (flight.FlightError, pa.ArrowException, OSError) as error:
             if isinstance(error, flight.FlightCancelledError) or context.is_cancelled():
                 return
             if isinstance(error, flight.FlightError):
                 raise
-            raise _undecodable(error) from None
-        except pa.ArrowException as error:
-            if context.is_cancelled():
-                return
-            raise _undecodable(error) from None
+            message = f"a message cannot be decoded: {str(error)[:300]}"
+            raise ColumnTypeError(message) from None
         raw = chunk.app_metadata
         metadata = parse_batch_metadata(None if raw is None else raw.to_pybytes())
         if metadata.document_end and (chunk.data is None or not continuous):
@@ -81,21 +117,13 @@ def read_messages(
 def wait_first(
     messages: Iterator[ReceivedMessage],
 ) -> tuple[Iterator[ReceivedMessage], ReceivedMessage | None]:
-    """Wait for the first message.
-
-    Returns:
-        All messages, and the first one; None if there is none.
-    """
+    """Wait for the first message; return all messages, and the first one or None."""
     first = next(messages, None)
     return (messages if first is None else itertools.chain([first], messages)), first
 
 
 def read_schema(reader: Any) -> pa.Schema:
-    """Read the input's schema.
-
-    Raises:
-        ColumnTypeError: Arrow cannot read it.
-    """
+    """Read the input's schema. Raises ColumnTypeError if Arrow cannot read it."""
     try:
         schema = reader.schema
         _ = schema.names  # Arrow does not check that names are UTF-8
@@ -106,5 +134,19 @@ def read_schema(reader: Any) -> pa.Schema:
     return schema
 
 
-def _undecodable(error: Exception) -> ColumnTypeError:
-    return ColumnTypeError(f"a message cannot be decoded: {str(error)[:300]}")
+def _metadata_error(error: Exception, raw: bytes) -> InvalidCommandError:
+    text = str(error) if isinstance(error, msgspec.ValidationError) else ""
+    if " - at `$." in text:
+        return field_error(text)
+    if "unknown field" in text:
+        return InvalidCommandError(
+            f"`app_metadata` of a batch: {text[:300]}",
+            field="app_metadata",
+            allowed=BatchMetadata.__struct_fields__,
+        )
+    shown = raw[:100].decode(errors="backslashreplace")
+    return InvalidCommandError(
+        f"`app_metadata` of a batch is {shown!r}, expected a JSON object like "
+        '{"batch_id": 0, "row_offset": 0}',
+        field="app_metadata",
+    )

@@ -79,12 +79,11 @@ def convert_request(kind: type[_Request], fields: dict[str, Any]) -> _Request:
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        raise field_error(error) from None
+        raise field_error(str(error)) from None
 
 
-def field_error(error: msgspec.ValidationError) -> InvalidCommandError:
-    """Refusal of a field, from msgspec's error."""
-    text = str(error)
+def field_error(text: str) -> InvalidCommandError:
+    """Refusal of a field, from the text of a `msgspec.ValidationError`."""
     if found := _MISSING.match(text):
         return InvalidCommandError(f"`{found['field']}` is missing", field=found["field"])
     if found := _WRONG.match(text):
@@ -102,8 +101,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     Raises:
         InvalidCommandError: The body is not such an object; the message says why.
     """
-    if len(body) > MAX_BODY_BYTES:
-        raise too_large(len(body))
+    check_size(body)
     try:
         value = json.loads(
             body.decode(), object_pairs_hook=_unique_fields, parse_constant=_no_constant
@@ -113,9 +111,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
             f"the command is not UTF-8: byte {error.start} is 0x{body[error.start]:02x}"
         ) from None
     except json.JSONDecodeError as error:
-        raise InvalidCommandError(
-            f"the command is not JSON: {error.msg} at character {error.pos}"
-        ) from None
+        where = f"{error.msg} at character {error.pos}"
+        raise InvalidCommandError(f"the command is not JSON: {where}") from None
     except (RecursionError, ValueError):  # nested too deep; a number of thousands of digits
         raise InvalidCommandError(
             "the command is JSON nested too deep, or holds a number too long"
@@ -125,18 +122,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def too_large(size: int) -> InvalidCommandError:
-    """Refusal of a command or body of `size` bytes."""
-    return InvalidCommandError(f"the command has {size} bytes, at most {MAX_BODY_BYTES}")
+def check_size(body: bytes) -> None:
+    """Refuse a command or body of more than MAX_BODY_BYTES."""
+    if len(body) > MAX_BODY_BYTES:
+        raise InvalidCommandError(f"the command has {len(body)} bytes, at most {MAX_BODY_BYTES}")
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise InvalidCommandError(
-                f"`{name[:200]}` is given twice; give it once", field=name[:200]
-            )
+            field = name[:200]
+            raise InvalidCommandError(f"`{field}` is given twice; give it once", field=field)
         fields[name] = value
     return fields
 

@@ -15,15 +15,14 @@ from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import output_schema
 from fletcher.errors import FletcherError, InvalidCommandError, UnknownDatasetError
 from fletcher.flight.actions import ACTIONS, run_action
-from fletcher.flight.auth import Credentials, TokenFactory
 from fletcher.flight.commands import parse_descriptor
-from fletcher.flight.ending import Ending
-from fletcher.flight.exchange import exchange
+from fletcher.flight.exchange import Ending, exchange
+from fletcher.flight.middleware import Credentials, TokenFactory, TraceFactory, embed_call
 from fletcher.flight.put import put
-from fletcher.flight.trace import TraceFactory, caller_trace
+from fletcher.net.address import FlightAddress
 from fletcher.net.flight_errors import handler_errors, without_traceback
 from fletcher.serving.service import Service
-from fletcher.serving.session import EmbedCall, EmbedSession
+from fletcher.serving.session import EmbedSession
 from fletcher.stores.base import DatasetInfo
 
 log = logging.getLogger(__name__)
@@ -42,30 +41,30 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """
 
     def __init__(self, service: Service, network: NetworkConfig, credentials: Credentials) -> None:
-        scheme = "grpc+tls" if credentials.tls else "grpc"
+        host, encrypted = network.host.strip("[]"), credentials.tls is not None
+        address = FlightAddress(host, network.port, encrypted)
         middleware: dict[str, Any] = {"trace": TraceFactory(service.telemetry)}
         if credentials.tokens:
             middleware["token"] = TokenFactory(credentials.tokens)
         super().__init__(
-            location=f"{scheme}://{_bracketed(network.host)}:{network.port}",
+            location=address.uri,
             tls_certificates=[credentials.tls] if credentials.tls else None,
             verify_client=credentials.client_ca is not None,
             root_certificates=credentials.client_ca,
             middleware=middleware,
         )
         self._service = service
-        self.address = f"{scheme}://{_bracketed(network.host)}:{self.port}"
+        self.address = address.with_port(self.port).uri
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         with self._handling(), self._service.admission.begin_call():
-            command, trace = parse_descriptor(descriptor), caller_trace(context)
-            put(self._service, command, context, reader, writer, trace)
+            put(self._service, parse_descriptor(descriptor), context, reader, writer)
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         ending, admission = Ending(context, writer), self._service.admission
         with ending, self._handling(), admission.begin_call():
-            command, trace = parse_descriptor(descriptor), caller_trace(context)
-            exchange(self._service, command, context, reader, writer, trace, ending)
+            command = parse_descriptor(descriptor)
+            exchange(self._service, command, context, reader, writer, ending)
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         with self._handling():
@@ -92,7 +91,15 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     def get_schema(self, context: Any, descriptor: Any) -> Any:
         """Schema of the command's dataset, or of a DoExchange if it has no dataset."""
         try:
-            return self._schema(context, descriptor)
+            with self._handling():
+                command = parse_descriptor(descriptor)
+                if command.dataset is not None:
+                    return flight.SchemaResult(self._dataset(command).schema)
+                call = embed_call("get_schema", command, context)
+                with EmbedSession(self._service, call) as session:
+                    spec = session.spec
+                text = bool(command.include_text)
+                return flight.SchemaResult(output_schema(spec, id_type=pa.utf8(), text=text))
         except flight.FlightError as error:
             raise without_traceback(error) from None
 
@@ -103,17 +110,6 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
                 "DoGet is not supported; ask for vectors by DoExchange, and read datasets from "
                 "their store"
             )
-
-    def _schema(self, context: Any, descriptor: Any) -> Any:
-        with self._handling():
-            command = parse_descriptor(descriptor)
-            if command.dataset is not None:
-                return flight.SchemaResult(self._dataset(command).schema)
-            call = EmbedCall(name="get_schema", command=command, is_cancelled=context.is_cancelled)
-            with EmbedSession(self._service, call) as session:
-                spec = session.spec
-            text = bool(command.include_text)
-            return flight.SchemaResult(output_schema(spec, id_type=pa.utf8(), text=text))
 
     @contextmanager
     def _handling(self) -> Iterator[None]:
@@ -134,10 +130,6 @@ class FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         if info is None:
             raise UnknownDatasetError(f"there is no dataset {command.dataset!r}", field="dataset")
         return info
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _flight_info(info: DatasetInfo) -> Any:

@@ -7,6 +7,11 @@ from typing import Protocol
 
 from fletcher.core.batches import InferenceResult, MicroBatch
 
+INSTALL_GPU = (
+    "pip uninstall onnxruntime, then pip install 'longbow-fletcher[gpu]' "
+    "(both install the same Python module)"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class BackendConfig:

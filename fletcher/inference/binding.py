@@ -22,11 +22,7 @@ Pin = Callable[[int, int], Callable[[], None] | None]
 
 
 class Buffer:
-    """Locked memory that grows on demand.
-
-    Args:
-        pin: Locks memory.
-    """
+    """Memory that grows on demand, locked by `pin`."""
 
     def __init__(self, pin: Pin) -> None:
         self._pin = pin
@@ -56,8 +52,6 @@ class Binding:
         session: An ONNX Runtime InferenceSession.
         dim: Columns of the first output; a second one has 1. Outputs are float32, with a row for
             each row of the batch.
-        outputs: Names of the outputs.
-        pin: Locks memory.
     """
 
     def __init__(self, session: Any, dim: int, outputs: Sequence[str], pin: Pin) -> None:
@@ -70,12 +64,7 @@ class Binding:
     def run_session(
         self, feeds: Mapping[str, npt.NDArray[Any]], num_rows: int
     ) -> list[npt.NDArray[np.float32]]:
-        """Run the session; return copies of its outputs.
-
-        Args:
-            feeds: The inputs.
-            num_rows: Rows of the outputs.
-        """
+        """Run the session; return copies of its outputs, `num_rows` rows each."""
         binding = self._binding
         for name, array in feeds.items():
             view = self._view(name, array.shape, array.dtype)

@@ -34,12 +34,7 @@ class BudgetedBackend:
     """Backend that splits micro-batches by a budget of padded tokens.
 
     The budget is halved when the device is out of memory, and grows again slowly. A row beyond the
-    budget runs alone. Vectors do not depend on the split.
-
-    Args:
-        backend: The engine.
-        max_batch_tokens: Initial and largest budget.
-        queries: Reading of queries, whose fillers count as tokens.
+    budget runs alone. Vectors do not depend on the split. The fillers of `queries` count as tokens.
     """
 
     def __init__(
@@ -61,7 +56,8 @@ class BudgetedBackend:
         """
         if len(batch.lengths) == 0:
             return self._backend.run(batch)
-        result = _joined([self._run(part) for part in self._cut(batch)])
+        parts = _cut(batch, self._lengths(batch), self._budget)
+        result = _joined([self._run(part) for part in parts])
         embeddings = result.embeddings
         if batch.half:
             embeddings = embeddings.astype(np.float16, copy=False)
@@ -91,9 +87,6 @@ class BudgetedBackend:
         if self._queries is None:
             return batch.lengths
         return self._queries.filled(batch.input_ids, batch.lengths)
-
-    def _cut(self, batch: MicroBatch) -> list[MicroBatch]:
-        return _cut(batch, self._lengths(batch), self._budget)
 
     def _shrink(self, num_tokens: int) -> None:
         with self._lock:

@@ -101,14 +101,10 @@ class _Graph:
 
 
 class CapturedBackend:
-    """Backend that runs single short texts by captured graphs, others without.
+    """Backend that runs single short texts by captured graphs, others by `backend`, without.
 
-    Args:
-        backend: The same model without graphs. It also takes a text that arrives while a graph
-            runs, because graphs share memory.
-        io: The model's inputs and outputs.
-        graphs: Graphs from few tokens to many.
-        about: Their description for `describe`.
+    That one also takes a text that arrives while a graph runs, because graphs share memory.
+    `graphs` are sorted from few tokens to many.
     """
 
     def __init__(
@@ -144,24 +140,18 @@ class CapturedBackend:
         return self._backend.describe() | {"cuda_graphs": self._about}
 
     def _graph(self, batch: MicroBatch) -> _Graph | None:
-        if len(batch.lengths) != 1:
-            return None
-        length = len(batch.input_ids)
-        return next((one for one in self._graphs if length < one.num_tokens), None)
+        fitting = (one for one in self._graphs if len(batch.input_ids) < one.num_tokens)
+        return next(fitting, None) if len(batch.lengths) == 1 else None
 
 
 def captured(
     backend: Backend, io: PackedIO, ort: Any, open_session: Callable[[], Any], device: str
 ) -> CapturedBackend:
-    """Add captured graphs for short texts to a backend; on failure, warn and add none.
+    """Add captured graphs for short texts to a warmed-up backend; on failure, warn and add none.
 
-    Args:
-        backend: The model without graphs, warmed up; the graphs' vectors must equal its own.
-        io: Its inputs and outputs.
-        ort: The module `onnxruntime`.
-        open_session: Loads the graph once more, with `enable_cuda_graph`. Captured runs keep their
-            memory, so other runs must not share it.
-        device: `cuda:N`, or `cpu`, which runs the same without capture.
+    The graphs' vectors must equal the backend's. `open_session` loads the model once more, with
+    `enable_cuda_graph`: captured runs keep their memory, which other runs must not share. `device`
+    is `cuda:N`, or `cpu`, which runs the same without capture.
     """
     try:
         session = open_session()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from fletcher.config.engine import EngineConfig
 from fletcher.errors import BackendError
-from fletcher.inference.backend import BackendConfig
+from fletcher.inference.backend import INSTALL_GPU, BackendConfig
 from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.onnx.packed import FAMILIES, can_pack
@@ -24,10 +24,6 @@ CPU_BATCH_TOKENS = 1024
 CUDA_BATCH_TOKENS = 32_768
 
 _INSTALL_CPU = "pip install 'longbow-fletcher[cpu]'"
-_INSTALL_GPU = (
-    "pip uninstall onnxruntime, then pip install 'longbow-fletcher[gpu]' "
-    "(both install the same Python module)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +115,7 @@ def _cuda(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolutio
         )
     if not host.cuda_provider:
         raise BackendError(
-            f"`device` is {device}, but ONNX Runtime's CUDA build is not installed: "
-            + _INSTALL_GPU,
+            f"`device` is {device}, but ONNX Runtime's CUDA build is not installed: {INSTALL_GPU}",
             field="device",
             allowed=["cpu"],
         )
@@ -221,6 +216,8 @@ def _cpu(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolution
     elif engine == "openvino" and not native and not why:
         why = "no native bfloat16"
     cores = min(asked.threads or host.cores, host.cores)
+    # As few replicas as cores and memory nodes allow.
+    num_replicas = min(cores, max(-(-cores // MAX_CORES_PER_REPLICA), host.num_numa_nodes))
     configs = [
         BackendConfig(
             backend=engine,
@@ -230,7 +227,7 @@ def _cpu(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolution
             threads=share,
             max_batch_tokens=asked.max_batch_tokens or CPU_BATCH_TOKENS,
         )
-        for share in _shares(cores, host.num_numa_nodes)
+        for share in split_cores(cores, num_replicas)
     ]
     where = f"{cores} core{'s' if cores > 1 else ''}"
     if len(configs) > 1:
@@ -260,11 +257,6 @@ def _cpu_engine(backend: str, precision: str, host: HostInfo) -> tuple[str, str]
         "NVIDIA GPU",
         field="backend",
     )
-
-
-def _shares(cores: int, num_nodes: int) -> list[int]:
-    """Cores of each replica, for as few replicas as cores and memory nodes allow."""
-    return split_cores(cores, min(cores, max(-(-cores // MAX_CORES_PER_REPLICA), num_nodes)))
 
 
 def split_cores(cores: int, num_processes: int) -> list[int]:

@@ -37,10 +37,10 @@ class GraphIO:
         pad_token_id: Id of padding tokens.
         max_length: Largest number of tokens in a row.
         dim: Width of an embedding.
+        exits: Last layer of each of the model's blocks.
         pooling: Pooling after the graph; None if the graph pools.
         normalize: L2 normalization after the graph.
         has_norms: The second output is the L2 norms, float32 [B, 1].
-        exits: Last layer of each of the model's blocks.
         output: Kind of vectors, as in ModelBundle.
         skipped, queries: Tokens with a vector, as in ModelBundle.
     """
@@ -51,10 +51,10 @@ class GraphIO:
     pad_token_id: int
     max_length: int
     dim: int
-    pooling: str | None
-    normalize: bool
-    has_norms: bool
     exits: tuple[int, ...]
+    pooling: str | None = None
+    normalize: bool = False
+    has_norms: bool = False
     output: str = "dense"
     skipped: Skipped | None = None
     queries: Queries | None = None
@@ -66,12 +66,7 @@ class GraphIO:
         input_dtypes: Mapping[str, npt.DTypeLike],
         output_names: Sequence[str],
     ) -> GraphIO:
-        """Check a bundle against the graph that an engine loaded.
-
-        Args:
-            bundle: The bundle.
-            input_dtypes: Type of each input of the graph, or of its first block.
-            output_names: Outputs of the graph, or of its last block.
+        """Check a bundle against the inputs and outputs of the graph that an engine loaded.
 
         Raises:
             ModelError: The graph has other inputs than the bundle declares, or lacks an output.
@@ -169,13 +164,7 @@ class GraphIO:
         outputs: Sequence[npt.NDArray[Any]],
         compute_s: float,
     ) -> InferenceResult:
-        """Result of a run.
-
-        Args:
-            batch: The micro-batch.
-            mask: As from `feeds`.
-            outputs: The graph's outputs, in the order of `self.outputs`.
-            compute_s: Duration of the run in seconds.
+        """Result of a run, from the mask of `feeds` and the outputs in the order of `self.outputs`.
 
         Raises:
             ModelError: As `embeddings`.

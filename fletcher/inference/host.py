@@ -10,14 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-ISA_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_bf16",
-    "amx_int8",
-)
+ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +41,7 @@ class HostInfo:
 
 
 def detect_host(root: Path = Path("/")) -> HostInfo:
-    """Inspect the machine, without importing an engine.
-
-    Args:
-        root: Folder of /proc, /sys and /dev, for tests.
-    """
+    """Inspect the machine with /proc, /sys and /dev in `root`, without importing an engine."""
     cpuinfo = _read(root / "proc/cpuinfo")
     flags = set(_field(cpuinfo, "flags").split())
     groups = _cgroups(root)
@@ -64,7 +53,7 @@ def detect_host(root: Path = Path("/")) -> HostInfo:
         isa=frozenset(flags & set(ISA_FLAGS)),
         num_numa_nodes=max(1, len(nodes)),
         num_cuda_devices=_num_cuda_devices(root, os.environ.get("CUDA_VISIBLE_DEVICES")),
-        cuda_provider=_is_installed("onnxruntime-gpu"),
+        cuda_provider=bool(installed_version("onnxruntime-gpu")),
         openvino=importlib.util.find_spec("openvino") is not None,
         onnxruntime=importlib.util.find_spec("onnxruntime") is not None,
     )
@@ -115,9 +104,7 @@ def _cgroups(root: Path) -> list[Path]:
 def _num_cuda_devices(root: Path, visible: str | None) -> int:
     """Number of devices that CUDA shows to this process, found without loading CUDA.
 
-    Args:
-        root: Folder of /dev.
-        visible: CUDA_VISIBLE_DEVICES, numbers or UUIDs up to the first -1; None if it is not set.
+    `visible` is CUDA_VISIBLE_DEVICES: numbers or UUIDs up to the first -1; None if it is not set.
     """
     present = len(list((root / "dev").glob("nvidia[0-9]*")))
     if visible is None:
@@ -127,12 +114,18 @@ def _num_cuda_devices(root: Path, visible: str | None) -> int:
     return min(present, sum(1 for name in shown if name))
 
 
-def _is_installed(distribution: str) -> bool:
+def cuda_names(root: Path = Path("/")) -> list[str]:
+    """Names of the NVIDIA devices by the driver, without loading CUDA."""
+    paths = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    return [name for path in paths if (name := _field(_read(path), "Model"))]
+
+
+def installed_version(distribution: str) -> str:
+    """Version of an installed distribution; empty if it is not installed."""
     try:
-        metadata.version(distribution)
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return ""
 
 
 def _read(path: Path) -> str:

@@ -18,7 +18,7 @@ from fletcher.errors import ModelError
 from fletcher.inference.backend import Backend, BackendConfig
 from fletcher.inference.graph_io import GraphIO
 from fletcher.models.bundle.bundle import ModelBundle
-from fletcher.vectors.ragged import starts_of
+from fletcher.vectors.ragged import places
 
 SPANS = "segments"  # input of the graph; its name is part of the bundle format
 
@@ -28,10 +28,6 @@ class LateBackend:
 
     The second one is loaded on first use: it takes the memory of a model once more, and most
     servers never need it.
-
-    Args:
-        backend: Backend for whole rows.
-        load: Loads the backend for late chunking.
     """
 
     def __init__(self, backend: Backend, load: Callable[[], Backend]) -> None:
@@ -66,10 +62,9 @@ class LateIO(GraphIO):
         spans = _spans(batch)
         rows = np.repeat(np.arange(len(mask)), spans.counts)
         tokens = np.arange(mask.shape[1], dtype=np.int32)
-        bounds = spans.bounds
         shape = (len(mask), int(spans.counts.max()), mask.shape[1])
         arrays[SPANS] = np.zeros(shape, np.float32)
-        inside = (tokens >= bounds[:, :1]) & (tokens < bounds[:, 1:])
+        inside = (tokens >= spans.bounds[:, :1]) & (tokens < spans.bounds[:, 1:])
         arrays[SPANS][rows, _places(spans)] = inside
         return arrays, mask
 
@@ -116,11 +111,7 @@ def graph_io(
     input_dtypes: Mapping[str, npt.DTypeLike],
     output_names: Sequence[str],
 ) -> GraphIO:
-    """Inputs and outputs of the graphs to load; see `GraphIO.for_graph`.
-
-    Raises:
-        ModelError: As `GraphIO.for_graph`.
-    """
+    """Inputs and outputs of the graphs to load; raises as `GraphIO.for_graph`."""
     if not config.late:
         return GraphIO.for_graph(bundle, input_dtypes, output_names)
     return LateIO(
@@ -130,9 +121,6 @@ def graph_io(
         pad_token_id=bundle.pad_token_id,
         max_length=bundle.max_length,
         dim=bundle.dim,
-        pooling=None,
-        normalize=False,
-        has_norms=False,
         exits=bundle.layers,
     )
 
@@ -147,6 +135,4 @@ def _spans(batch: MicroBatch) -> Spans:
 
 def _places(spans: Spans) -> npt.NDArray[np.int64]:
     """int64 [num_spans], which of its row's each is."""
-    starts = starts_of(spans.counts)
-    place: npt.NDArray[np.int64] = np.arange(len(spans.bounds)) - np.repeat(starts, spans.counts)
-    return place
+    return places(np.zeros(len(spans.counts), np.int64), spans.counts)

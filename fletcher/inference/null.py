@@ -24,12 +24,7 @@ _SECOND_FACTOR = 0x94D049BB133111EB
 
 
 class NullBackend:
-    """Backend whose vectors, of L2 norm 1, are hashes of token ids.
-
-    Args:
-        dim: Width of a vector.
-        seed: Hash of the model.
-    """
+    """Backend whose vectors, of L2 norm 1, are hashes of token ids and the model's `seed`."""
 
     def __init__(self, dim: int = DEFAULT_DIM, seed: int = 0) -> None:
         self.dim = dim
@@ -79,19 +74,15 @@ def _cut_out(batch: MicroBatch, spans: Spans) -> MicroBatch:
 def null_embeddings(
     input_ids: Int32Array, lengths: Int32Array, dim: int, seed: int = 0
 ) -> npt.NDArray[np.float32]:
-    """Vectors of the null backend.
+    """Vectors of the null backend, float32 [num_rows, dim], of L2 norm 1.
 
     Args:
         input_ids: int32 [total_tokens], rows one after the other.
         lengths: int32 [num_rows], each at least 1.
         dim: Width of a vector.
         seed: Changes all vectors; below 2^64.
-
-    Returns:
-        float32 [num_rows, dim], L2-normalised.
     """
-    starts = np.zeros(len(lengths), dtype=np.int64)
-    np.cumsum(lengths[:-1], out=starts[1:])
+    starts = starts_of(lengths)
     position = np.arange(len(input_ids), dtype=np.int64) - np.repeat(starts, lengths)
     tokens = _mix(input_ids.astype(_UINT64) * _UINT64(1 << 32) + position.astype(_UINT64))
     rows = np.add.reduceat(tokens, starts) if len(starts) else tokens[:0]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fletcher.core.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError, FletcherError, ModelError
-from fletcher.inference.backend import Backend, BackendConfig
+from fletcher.inference.backend import INSTALL_GPU, Backend, BackendConfig
 from fletcher.inference.binding import Binding, Pin, cuda_pin
 from fletcher.inference.budget import is_out_of_memory
 from fletcher.inference.cuda_graphs import captured
@@ -34,10 +34,6 @@ from fletcher.models.onnx.packed import write_packed
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
-_INSTALL_GPU = (
-    "pip uninstall onnxruntime, then pip install 'longbow-fletcher[gpu]' "
-    "(both install the same Python module)"
-)
 # Two runs at a time, so that the device computes one while the host feeds and reads the other. A
 # guess, not measured on a GPU.
 CUDA_CONCURRENCY = 2
@@ -52,13 +48,11 @@ class OnnxRuntimeBackend:
         self,
         sessions: Sequence[Any],
         io: GraphIO,
-        *,
-        concurrency: int,
-        urgent_concurrency: int,
+        place: _Place,
         description: dict[str, str],
         pin: Pin | None = None,
     ) -> None:
-        self.concurrency, self.urgent_concurrency = concurrency, urgent_concurrency
+        self.concurrency, self.urgent_concurrency = place.concurrency, place.urgent_concurrency
         self._sessions = sessions
         self._io = io
         self._outputs = list(io.outputs)
@@ -82,8 +76,7 @@ class OnnxRuntimeBackend:
                 outputs = self._binding(self._pin).run_session(inputs, len(batch.lengths))
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed on {mask.shape} tokens: {error}") from error
-        compute_s = time.perf_counter() - started
-        return self._io.result(batch, mask, outputs, compute_s)
+        return self._io.result(batch, mask, outputs, time.perf_counter() - started)
 
     def _run(self, inputs: dict[str, Any], layers: int) -> list[npt.NDArray[Any]]:
         *before, last = self._sessions[: self._io.num_blocks(layers)]
@@ -133,13 +126,8 @@ def load(config: BackendConfig) -> Backend:
     first, last = sessions[0], sessions[-1]
     input_dtypes = {one.name: _DTYPES.get(one.type, np.int64) for one in first.get_inputs()}
     io = graph_io(bundle, config, input_dtypes, [one.name for one in last.get_outputs()])
-    backend = OnnxRuntimeBackend(
-        sessions,
-        io,
-        concurrency=place.concurrency,
-        urgent_concurrency=place.urgent_concurrency,
-        description=_describe(ort, last, config, "tf32" if kind == "cuda" else "float32"),
-    )
+    description = _describe(ort, last, config, "tf32" if kind == "cuda" else "float32")
+    backend = OnnxRuntimeBackend(sessions, io, place, description)
     return _warmed_up(backend, io, bundle, config)
 
 
@@ -166,9 +154,8 @@ class _Place:
     options: dict[str, str]
     concurrency: int
     config: Mapping[str, str] = field(default_factory=dict)
-    urgent_concurrency: int = (
-        0  # a GPU's runs end soon, and one more would take as much of its memory
-    )
+    # A GPU's runs end soon, and one more would take as much of its memory.
+    urgent_concurrency: int = 0
 
 
 def _cpu(config: BackendConfig) -> _Place:
@@ -213,14 +200,7 @@ def _load_packed(
             graph = write_packed(bundle, Path(folder), precision=precision, attention=attention)
             session = _session(ort, bundle, graph, place)
             description = _describe(ort, session, config, precision) | {"graph": "without padding"}
-            backend = OnnxRuntimeBackend(
-                [session],
-                io,
-                concurrency=place.concurrency,
-                urgent_concurrency=place.urgent_concurrency,
-                description=description,
-                pin=pin,
-            )
+            backend = OnnxRuntimeBackend([session], io, place, description, pin)
             _warmed_up(backend, io, bundle, config)
             if not config.cuda_graphs:
                 return backend
@@ -298,7 +278,7 @@ def _cuda_options(ort: Any, device_id: int, max_bytes: int) -> dict[str, str]:
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise BackendError(
             "`device` cuda needs ONNX Runtime's CUDA provider, which the installed package lacks: "
-            + _INSTALL_GPU,
+            + INSTALL_GPU,
             field="device",
         )
     # CUDA and cuDNN come as wheels, whose libraries the loader does not find by itself.
@@ -346,7 +326,7 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
         # ONNX Runtime would silently use the CPU, an order of magnitude slower.
         raise BackendError(
             f"`device` needs {provider}, but ONNX Runtime loaded only {', '.join(loaded)}: its "
-            "CUDA 13 and cuDNN 9 libraries or the driver are missing; " + _INSTALL_GPU,
+            "CUDA 13 and cuDNN 9 libraries or the driver are missing; " + INSTALL_GPU,
             field="device",
         )
     return session

@@ -30,14 +30,8 @@ class OpenVinoBackend:
     """Backend with one or two compiled copies of a model; use `load` or `load_inline`.
 
     OpenVINO has at most one stream for each core, and a run waits while all are busy. So urgent
-    runs have a second copy with a single stream, which shares the cores with the others.
-
-    Args:
-        streams: A request for each stream and each of the model's blocks.
-        priority: The same for the second copy.
-        io: The graph's inputs and outputs.
-        tensor: OpenVINO's class `Tensor`.
-        description: Result of `describe`.
+    runs have a second copy with a single stream, which shares the cores with the others. `streams`
+    and `priority` have the two copies' requests, one for each stream and block.
     """
 
     def __init__(
@@ -66,11 +60,7 @@ class OpenVinoBackend:
             return self._run(requests, batch)
 
     def warm_up(self, batches: Iterable[MicroBatch]) -> None:
-        """Run micro-batches in all copies, which compiles what they need.
-
-        Raises:
-            BackendError: OpenVINO failed.
-        """
+        """Run micro-batches in all copies, which compiles what they need. Raises as `run`."""
         for batch in batches:
             for requests in (*self._streams, *self._priority):
                 self._run(requests, batch)

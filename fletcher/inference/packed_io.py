@@ -26,8 +26,6 @@ class PackedIO(GraphIO):
             pad_token_id=bundle.pad_token_id,
             max_length=bundle.max_length,
             dim=bundle.dim,
-            pooling=None,
-            normalize=False,
             has_norms=bundle.normalize,
             exits=bundle.layers,
         )

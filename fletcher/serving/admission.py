@@ -18,65 +18,40 @@ _CALLS_PER_STREAM = 8
 
 @dataclass(frozen=True, slots=True)
 class RetryHints:
-    """Delays after which refused clients should try again.
+    """Delays after which refused clients should try again."""
 
-    Attributes:
-        overloaded_ms: All streams are taken.
-        severe_ms: The load level is severe.
-        draining_ms: The server shuts down.
-    """
-
-    overloaded_ms: int = 1000
-    severe_ms: int = 5000
+    overloaded_ms: int = 1000  # all streams are taken
+    severe_ms: int = 5000  # the load level is severe
     draining_ms: int = 5000
 
 
 class Admission:
     """Gate for new calls, closed while draining and to bulk work under severe load.
 
-    Thread-safe. The number of open streams is limited.
-
-    Args:
-        max_streams: Calls that may embed at the same time.
-        load: The server's load level; new bulk work is refused while it is severe.
-        telemetry: Gets the number of open streams.
-        hints: When refused clients should try again.
+    Thread-safe. At most `max_streams` calls embed at the same time.
 
     Attributes:
         draining: Set once the server shuts down.
+        num_streams: Streams open now.
+        hints: When refused clients should try again.
     """
 
-    def __init__(
-        self,
-        max_streams: int,
-        load: LoadMonitor,
-        telemetry: Telemetry,
-        hints: RetryHints | None = None,
-    ) -> None:
+    def __init__(self, max_streams: int, load: LoadMonitor, telemetry: Telemetry) -> None:
         self.draining = threading.Event()
-        self.hints = hints or RetryHints()
+        self.hints = RetryHints()
         self._max_streams = max_streams
         self._load = load
-        self._num_streams = self._num_calls = 0
+        self.num_streams = self._num_calls = 0
         self._changed = threading.Condition()
-        telemetry.streams_open.observe(lambda: self._num_streams)
-
-    @property
-    def num_streams(self) -> int:
-        """Streams open now."""
-        return self._num_streams
+        telemetry.streams_open.observe(lambda: self.num_streams)
 
     @property
     def stream_share(self) -> float:
         """Share of `max_streams` that is taken, 0 to 1."""
-        return self._num_streams / self._max_streams
+        return self.num_streams / self._max_streams
 
     def check_draining(self) -> None:
-        """Refuse new work while the server shuts down.
-
-        Raises:
-            DrainingError: The server is shutting down.
-        """
+        """Raise DrainingError while the server shuts down."""
         if self.draining.is_set():
             raise DrainingError(
                 "the server is shutting down; try another, or again later",
@@ -85,12 +60,7 @@ class Admission:
 
     @contextmanager
     def begin_call(self) -> Iterator[None]:
-        """Count a call while the body runs, before it opens a stream.
-
-        Raises:
-            DrainingError: The server is shutting down.
-            OverloadedError: Too many calls wait for a first message.
-        """
+        """Count a call while the body runs. Raises DrainingError, OverloadedError."""
         self.check_draining()
         with self._changed:
             if self._num_calls >= _CALLS_PER_STREAM * self._max_streams:
@@ -112,10 +82,6 @@ class Admission:
 
         An admitted call may be slowed down, but is not refused later.
 
-        Args:
-            embedder: The model's pipeline.
-            bulk: The call brings bulk work.
-
         Raises:
             DrainingError: The server is shutting down.
             OverloadedError: All streams are taken, the model has no workers left, or the load
@@ -129,21 +95,21 @@ class Admission:
             )
         with self._changed:
             self.check_draining()
-            if self._num_streams >= self._max_streams:
+            if self.num_streams >= self._max_streams:
                 raise OverloadedError(
-                    f"{self._num_streams} streams are open, as many as `max_streams` allows; "
+                    f"{self.num_streams} streams are open, as many as `max_streams` allows; "
                     "try again later",
                     retry_after_ms=self.hints.overloaded_ms,
                 )
-            self._num_streams += 1
+            self.num_streams += 1
         try:
             yield
         finally:
             with self._changed:
-                self._num_streams -= 1
+                self.num_streams -= 1
                 self._changed.notify_all()
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no stream is open; False after `timeout_s` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._num_streams == 0, timeout_s)
+            return self._changed.wait_for(lambda: self.num_streams == 0, timeout_s)

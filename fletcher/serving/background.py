@@ -18,7 +18,7 @@ class BackgroundTask:
         name: The thread's.
         work: Runs on the thread.
         on_failure: Called on the thread with the error that `join` raises.
-        expected: Errors that are passed on as they are. Any other error is logged and becomes an
+        expected: Errors that `join` raises as they are. Any other error is logged and becomes an
             InternalError.
     """
 
@@ -42,7 +42,7 @@ class BackgroundTask:
 
     def join(self) -> None:
         """Wait for the thread's end, and raise its error."""
-        self._thread.join()
+        self.wait()
         if self.error is not None:
             raise self.error
 

@@ -33,16 +33,11 @@ _LEAVE_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class LoadTiming:
-    """Intervals of sampling and leaving a load level.
+    """Intervals of sampling and leaving a load level."""
 
-    Attributes:
-        leave_after_s: How long signals must stay lower before a level is left. One upload makes
-            the use of memory swing with every row slice.
-        interval_s: Interval between two samples.
-    """
-
+    interval_s: float = 0.25  # between two samples
+    # How long signals must stay lower: one upload makes memory swing with every row slice.
     leave_after_s: float = 3.0
-    interval_s: float = 0.25
 
 
 class LoadLevel(IntEnum):
@@ -55,33 +50,20 @@ class LoadLevel(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadSignals:
-    """Inputs of the load level; shares are from 0 to 1.
+    """Inputs of the load level; shares are from 0 to 1."""
 
-    Attributes:
-        memory: Share of the shared memory in use.
-        streams: Share of the streams allowed that are open.
-        starving: Share of the open streams that have waited very long for memory; 0 if only one
-            has, because it waits for itself.
-        journal: Share of the journal's bytes in use; None without a journal.
-        store_unavailable: A store has failed and not answered since.
-        queue: Tokens that wait to be planned, in batch windows.
-    """
-
-    memory: float = 0.0
-    streams: float = 0.0
+    memory: float = 0.0  # share of the shared memory in use
+    streams: float = 0.0  # share of the streams allowed that are open
+    # Share of the open streams that have waited very long for memory; 0 if only one has, because
+    # it waits for itself.
     starving: float = 0.0
-    journal: float | None = None
-    store_unavailable: bool = False
-    queue: float = 0.0
+    journal: float | None = None  # share of the journal's bytes in use; None without a journal
+    store_unavailable: bool = False  # a store has failed and not answered since
+    queue: float = 0.0  # tokens that wait to be planned, in batch windows
 
 
 def classify_load(signals: LoadSignals, share: float = 1.0) -> tuple[LoadLevel, str]:
-    """The level that signals stand for, and the reason in words.
-
-    Args:
-        signals: One sample.
-        share: Factor on every threshold.
-    """
+    """The level for signals, with thresholds scaled by `share`, and its reason."""
     held = signals.memory if signals.journal is None else signals.journal
     where = "the memory" if signals.journal is None else "the journal"
     severe = (
@@ -113,11 +95,6 @@ class LoadMonitor:
         telemetry: Gets the level, and the seconds spent in each level.
         on_change: Called with each new level, in order; must not call `observe`.
         clock: Monotonic clock, in seconds.
-        timing: Intervals.
-
-    Attributes:
-        level: The current level.
-        reason: Why, in words.
     """
 
     def __init__(
@@ -126,9 +103,8 @@ class LoadMonitor:
         telemetry: Telemetry,
         on_change: Callable[[LoadLevel], None],
         clock: Callable[[], float] = time.monotonic,
-        timing: LoadTiming | None = None,
     ) -> None:
-        self.timing = timing or LoadTiming()
+        self.timing = LoadTiming()
         self.level = LoadLevel.NORMAL
         self.reason = ""
         self._sample = sample
@@ -153,22 +129,17 @@ class LoadMonitor:
         """Take a sample and return the level that follows from it."""
         signals = self._sample()
         with self._lock:
-            now = self._clock()
-            name = self.level.name.lower()
-            self._telemetry.pressure_time.add(now - self._observed, grade=name)
+            now, before = self._clock(), self.level
+            old = before.name.lower()
+            self._telemetry.pressure_time.add(now - self._observed, grade=old)
             self._observed = now
-            before = self.level
             level, self.reason = self._next_level(signals, now)
             if level is before:
                 return level
             self.level, self._since, self._lower_since = level, now, None
-            log.log(
-                logging.WARNING if LoadLevel.SEVERE in (level, before) else logging.INFO,
-                "load level: %s after %s: %s",
-                level.name.lower(),
-                before.name.lower(),
-                self.reason,
-            )
+            severity = logging.WARNING if LoadLevel.SEVERE in (level, before) else logging.INFO
+            new = level.name.lower()
+            log.log(severity, "load level: %s after %s: %s", new, old, self.reason)
             self._on_change(level)
             return level
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fletcher.errors import DrainingError, FletcherError, OverloadedError, UnknownModelError
@@ -24,40 +23,19 @@ IsCancelled = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class ModelTiming:
-    """Waits and intervals of loading models, in seconds.
+    """Waits and intervals of loading models."""
 
-    Attributes:
-        call_wait_s: How long a call waits for a model that is being loaded.
-        room_wait_s: How long a model waits for others to make room.
-        retry_s: When refused callers are told to try again.
-        failed_s: How long calls do not try a model again that could not be loaded.
-        poll_s: Interval at which waiting callers look whether their client is gone.
-        measure_s: Interval between two measurements of memory.
-        close_s: How long `close` waits for an engine that hangs while it loads.
-    """
-
-    call_wait_s: float = 30.0
-    room_wait_s: float = 30.0
-    retry_s: float = 2.0
-    failed_s: float = 30.0
-    poll_s: float = 0.1
-    measure_s: float = 5.0
-    close_s: float = 10.0
-
-    @property
-    def retry_ms(self) -> int:
-        """`retry_s` in milliseconds."""
-        return int(self.retry_s * 1000)
+    call_wait_s: float = 30.0  # of a call, for a model that is being loaded
+    room_wait_s: float = 30.0  # of a model, for others to make room
+    retry_ms: int = 2000  # until refused callers should try again
+    failed_s: float = 30.0  # in which calls do not try a model again that could not be loaded
+    poll_s: float = 0.1  # between two looks whether a waiting caller's client is gone
+    measure_s: float = 5.0  # between two measurements of memory
+    close_s: float = 10.0  # of `close`, for an engine that hangs while it loads
 
 
 class ModelLifecycle:
-    """All versions of a server's models. Thread-safe.
-
-    Args:
-        source: Installed models.
-        max_bytes: Memory for the processes of all models; 0: no limit.
-        clock: Monotonic clock, in seconds.
-        timing: Waits and intervals.
+    """All versions of a server's models; arguments as of `ModelManager`. Thread-safe.
 
     Attributes:
         changed: Guards `versions` and every version in it; notified of each change.
@@ -65,14 +43,10 @@ class ModelLifecycle:
     """
 
     def __init__(
-        self,
-        source: ModelSource,
-        max_bytes: int = 0,
-        clock: Callable[[], float] = time.monotonic,
-        timing: ModelTiming | None = None,
+        self, source: ModelSource, max_bytes: int, clock: Callable[[], float], timing: ModelTiming
     ) -> None:
         self.clock = clock
-        self.timing = timing or ModelTiming()
+        self.timing = timing
         self.changed = threading.Condition()
         self.versions: dict[str, ModelVersion] = {}
         self._source = source
@@ -85,10 +59,10 @@ class ModelLifecycle:
         """The version of a bundle, made on first use."""
         return self.versions.setdefault(bundle.qualified_name, ModelVersion(bundle))
 
-    def running(self) -> list[ModelVersion]:
+    def running(self) -> list[tuple[ModelVersion, ServedModel]]:
         """Versions that have processes, in the order of first use."""
         with self.changed:
-            return [one for one in self.versions.values() if one.model is not None]
+            return [(one, one.model) for one in self.versions.values() if one.model is not None]
 
     def wait_ready(
         self,
@@ -98,12 +72,10 @@ class ModelLifecycle:
         timeout_s: float = float("inf"),
         retry_failed: bool = False,
     ) -> ModelVersion:
-        """Wait until the version that `choose` gives is loaded.
-
-        The caller holds `changed`.
+        """Wait until the chosen version is loaded. The caller holds `changed`.
 
         Args:
-            choose: Called again after every change.
+            choose: Gives the version; called again after every change.
             is_cancelled: Whether the client is gone.
             timeout_s: Longest wait.
             retry_failed: Load a version that could not be loaded a moment ago.
@@ -132,18 +104,15 @@ class ModelLifecycle:
             if version.state == "loading":
                 seen_loading = version
             if is_cancelled() or self.clock() >= deadline:
-                raise self._overloaded(
-                    f"`model` {version.name} is being loaded; try again later",
-                )
+                raise self.overloaded(f"`model` {version.name} is being loaded; try again later")
             self.changed.wait(self.timing.poll_s)
 
-    def load_at_start(self, versions: Iterable[ModelVersion]) -> None:
-        """Load versions on this thread while memory lasts, the first in any case.
+    def load_at_start(self) -> None:
+        """Load all versions while memory lasts, the first in any case.
 
-        Raises:
-            FletcherError: A version does not run here.
+        Raises the error of a version that does not run here.
         """
-        for index, version in enumerate(versions):
+        for index, version in enumerate(list(self.versions.values())):
             if index and self._used_bytes() + version.needed_bytes > self._limit_bytes:
                 log.info("%s is loaded when a call asks for it: no memory now", version.name)
                 continue
@@ -158,12 +127,9 @@ class ModelLifecycle:
             threading.Thread(target=self._watch_memory, name="models", daemon=True).start()
 
     def retire(self, version: ModelVersion, *, returns: bool, force: bool = False) -> None:
-        """Refuse new calls to a version. The caller holds `changed`.
+        """Refuse new calls to a version, or if it `returns`, until one loads it again.
 
-        Args:
-            version: Which one.
-            returns: A call may load it again later.
-            force: End the calls that hold it, too.
+        With `force`, the calls that hold it end, too. The caller holds `changed`.
         """
         version.state, version.returns = "retiring", returns
         self.close_unused(version, force=force)
@@ -178,9 +144,8 @@ class ModelLifecycle:
 
     def measure_memory(self) -> None:
         """Measure the memory of models, unless that was done a moment ago."""
-        for one in self.running():
-            model = one.model
-            if model is not None and self.clock() - one.measured >= self.timing.measure_s:
+        for one, model in self.running():
+            if self.clock() - one.measured >= self.timing.measure_s:
                 one.measured = self.clock()
                 one.memory_bytes = model.embedder.memory_bytes() or one.memory_bytes
 
@@ -201,8 +166,7 @@ class ModelLifecycle:
             self.changed.notify_all()
         if self._loading.acquire(timeout=self.timing.close_s):
             self._loading.release()
-        models = [one.model for one in self.running() if one.model is not None]
-        closing = [threading.Thread(target=model.embedder.close) for model in models]
+        closing = [threading.Thread(target=model.embedder.close) for _, model in self.running()]
         for thread in closing:
             thread.start()
         for thread in closing:
@@ -300,9 +264,9 @@ class ModelLifecycle:
                 if self._used_bytes(closing=False) > most_bytes and idle:
                     self.retire(min(idle, key=lambda one: one.last_used), returns=True)
                 elif self.clock() >= deadline:
-                    raise self._overloaded(
+                    raise self.overloaded(
                         f"`model` {version.name} does not fit into `max_model_memory`: the others "
-                        "are in use; try again later",
+                        "are in use; try again later"
                     )
                 else:
                     self.changed.wait(self.timing.poll_s)
@@ -319,7 +283,8 @@ class ModelLifecycle:
         while not self._closed.wait(self.timing.measure_s):
             self.unload_excess()
 
-    def _overloaded(self, message: str) -> OverloadedError:
+    def overloaded(self, message: str) -> OverloadedError:
+        """The refusal of a call that may come again in a moment."""
         return OverloadedError(message, field="model", retry_after_ms=self.timing.retry_ms)
 
     def _draining(self, message: str) -> DrainingError:

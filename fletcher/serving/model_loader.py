@@ -41,34 +41,23 @@ _WINDOW_RUNS = 64
 
 @dataclass(frozen=True, slots=True)
 class ModelLoader:
-    """Starts models, each with its own workers.
-
-    Attributes:
-        config: Options of the server.
-        host: Processors and devices of this machine.
-        budget: Memory for the streams of all models.
-        telemetry: Receives counts, durations and spans.
-        under_pressure: Whether the load is so high that batch windows should be larger.
-        backend: Storage of the embedding cache; None: no cache.
-    """
+    """The `ModelSource` of a server: each model has its own workers."""
 
     config: ServeConfig
     host: HostInfo
     budget: MemoryBudget
     telemetry: Telemetry
-    under_pressure: Callable[[], bool]
-    backend: CacheBackend | None
+    under_pressure: Callable[[], bool]  # whether batch windows should be larger
+    backend: CacheBackend | None  # storage of the embedding cache, if there is one
 
     @property
     def _registry(self) -> Registry:
         return Registry(self.config.home / "models")
 
     def find_bundle(self, name: str) -> ModelBundle:
-        """See `fletcher.serving.model_versions.ModelSource`."""
         return self._registry.get_model(name)
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
-        """See `fletcher.serving.model_versions.ModelSource`."""
         # A flipped bit in the weights would make plausible vectors that are wrong.
         bundle = self._registry.verify_model(bundle.qualified_name)
         decision, standby = _decide(self.config, bundle, self.host)
@@ -85,13 +74,12 @@ class ModelLoader:
         null, isolated = config.workers.tokenizer == "null", config.workers.isolate_engine
         tokenizer_factory = f"fletcher.tokenization.{'null' if null else 'worker'}:load"
         tokenizer_config = TokenizerConfig(str(bundle.folder), bundle.hash)
-        replicas = [replace(one, version=bundle.hash) for one in replicas]
-        standby = [replace(one, version=bundle.hash) for one in standby]
-        max_batch_tokens = replicas[0].max_batch_tokens
+        engines = [replace(one, version=bundle.hash) for one in (*replicas, *standby)]
         specs = [
             WorkerSpec(f"{one.device.replace(':', '-')}-{n}", "fletcher.inference.budget:load", one)
-            for n, one in enumerate([*replicas, *standby])
+            for n, one in enumerate(engines)
         ]
+        max_batch_tokens = engines[0].max_batch_tokens
         return Embedder(
             ModelShape(bundle.width, bundle.num_layers, bundle.qualified_name),
             ModelProcesses(
@@ -114,10 +102,8 @@ class ModelLoader:
                 max_queue_delay_s=config.workers.max_queue_delay_ms / 1000,
                 under_pressure=self.under_pressure,
             ),
-            SharedResources(
-                self.budget, self.telemetry, self._cache(bundle, [*replicas, *standby])
-            ),
-            InlineModel() if isolated else _inline_model(bundle, null, replicas[0]),
+            SharedResources(self.budget, self.telemetry, self._cache(bundle, engines)),
+            InlineModel() if isolated else _inline_model(bundle, null, engines[0]),
         )
 
     def _cache(self, bundle: ModelBundle, replicas: list[BackendConfig]) -> EmbeddingCache | None:
@@ -143,11 +129,7 @@ def _inline_model(bundle: ModelBundle, null: bool, replica: BackendConfig) -> In
 
 
 def open_cache_backend(config: CacheConfig) -> CacheBackend | None:
-    """The storage of the embedding cache of all models; None: no cache.
-
-    Raises:
-        ConfigError: The folder cannot be used.
-    """
+    """Storage of the embedding cache, if any. Raises ConfigError for a bad folder."""
     if not config.max_bytes:
         return None
     if config.folder is None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fletcher.config.model_alias import ANY_MODEL, Alias
-from fletcher.errors import InvalidCommandError, OverloadedError, UnknownModelError
+from fletcher.errors import InvalidCommandError, UnknownModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.model_lifecycle import IsCancelled, ModelLifecycle, ModelTiming
 from fletcher.serving.model_versions import ModelSource, ModelVersion, ServedModel
@@ -26,20 +26,14 @@ log = logging.getLogger(__name__)
 DEFAULT_ALIAS = "default"
 
 
-def _never() -> bool:
-    return False
-
-
 class ModelManager:
     """Models by name: leases for calls, changes by operators. Thread-safe.
 
     Args:
-        source: Installed models.
         default: The model of commands that name none.
         loadable: Names that operators may load beside those of the start; ANY_MODEL: all.
         max_bytes: Memory for the processes of all models; 0: no limit.
         clock: Monotonic clock, in seconds.
-        timing: Waits and intervals.
     """
 
     def __init__(
@@ -55,7 +49,7 @@ class ModelManager:
         self._source = source
         self._default = default
         self._loadable = set(loadable)
-        self._lifecycle = ModelLifecycle(source, max_bytes, clock, timing)
+        self._lifecycle = ModelLifecycle(source, max_bytes, clock, timing or ModelTiming())
         self._changed = self._lifecycle.changed  # guards the names, too
         self._current: dict[str, ModelVersion] = {}
         self._aliases: dict[str, Alias] = {}
@@ -63,11 +57,8 @@ class ModelManager:
     def start(self, names: Iterable[str], aliases: Iterable[Alias] = ()) -> None:
         """Load models while memory lasts, the default first; others on demand.
 
-        Raises:
-            FletcherError: A model is not installed or does not run here, or an alias names an
-                unknown one.
+        Raises FletcherError if one is not installed or does not run, or an alias names another.
         """
-        versions = []
         for name in dict.fromkeys((self._default, *names)):
             version = self._lifecycle.version_of(self._source.find_bundle(name))
             self._loadable.add(version.bundle.name)
@@ -75,10 +66,9 @@ class ModelManager:
                 self._current.setdefault(version.bundle.name, version)
             else:
                 self._current[name] = version
-            versions.append(version)
         for alias in aliases:
             self.set_alias(alias)
-        self._lifecycle.load_at_start(dict.fromkeys(versions))
+        self._lifecycle.load_at_start()
 
     def close(self) -> None:
         """End all models. Idempotent."""
@@ -93,7 +83,7 @@ class ModelManager:
         *,
         alias_key: str = "",
         dataset_model: str | None = None,
-        is_cancelled: IsCancelled = _never,
+        is_cancelled: IsCancelled = lambda: False,
     ) -> Iterator[ServedModel]:
         """Keep the model that a name stands for loaded while the body runs.
 
@@ -102,8 +92,7 @@ class ModelManager:
         Args:
             name: A command's `model`; None: the default.
             alias_key: An alias gives calls of the same key the same model; empty: any.
-            dataset_model: `name@hash` of the vectors in the call's dataset; an alias that divides
-                calls between models gives this one, if it has it.
+            dataset_model: `name@hash` that an alias gives if it has it.
             is_cancelled: Whether the client is gone.
 
         Raises:
@@ -117,8 +106,8 @@ class ModelManager:
                 is_cancelled,
                 timeout_s=self._lifecycle.timing.call_wait_s,
             )
+            assert version.model is not None
             model = version.model
-            assert model is not None
             version.num_calls += 1
             version.last_used = self._lifecycle.clock()
         try:
@@ -131,12 +120,12 @@ class ModelManager:
 
     def is_divided(self, name: str | None) -> bool:
         """Whether a command's `model` is an alias of several models."""
-        alias = self._aliases.get(DEFAULT_ALIAS if name is None else name)
+        alias = self._find_alias(name)
         return alias is not None and len(alias.targets) > 1
 
     # For operators.
 
-    def load_model(self, name: str, is_cancelled: IsCancelled = _never) -> str:
+    def load_model(self, name: str, is_cancelled: IsCancelled = lambda: False) -> str:
         """Load a model, and return its `name@hash` when it is ready.
 
         If its name stands for another version already, both run side by side.
@@ -154,15 +143,12 @@ class ModelManager:
             self._current.setdefault(bundle.name, version)
             return version.name
 
-    def swap_model(self, name: str, is_cancelled: IsCancelled = _never) -> str:
+    def swap_model(self, name: str, is_cancelled: IsCancelled = lambda: False) -> str:
         """Let a name stand for the version installed under it, or for `name@hash`.
 
         New calls get that version as soon as it is ready. Calls that began before end with the old
         one, which then retires unless an alias names it. If the new version cannot be loaded,
-        nothing changes.
-
-        Raises:
-            FletcherError: As `load_model`.
+        nothing changes. Raises as `load_model`.
         """
         bundle = self._find_loadable(name)
         with self._changed:
@@ -178,10 +164,8 @@ class ModelManager:
     def unload_model(self, name: str, *, force: bool = False) -> str:
         """Take a version out of service, and return its `name@hash`.
 
-        Args:
-            name: A `name`, or a version as `name@hash`.
-            force: Its calls end with a retryable error, and it is gone when this returns; else its
-                calls go on to their end.
+        Its calls go on to their end. With `force`, they end with a retryable error, and the version
+        is gone when this returns.
 
         Raises:
             UnknownModelError: No such model runs.
@@ -194,10 +178,8 @@ class ModelManager:
                 raise self._unknown_model(name)
             self._check_not_needed(version)
             if version.state == "loading":
-                raise OverloadedError(
-                    f"`model` {version.name} is being loaded; unload it when it is ready",
-                    field="model",
-                    retry_after_ms=self._lifecycle.timing.retry_ms,
+                raise self._lifecycle.overloaded(
+                    f"`model` {version.name} is being loaded; unload it when it is ready"
                 )
             if self._current.get(version.bundle.name) is version:
                 del self._current[version.bundle.name]
@@ -225,18 +207,14 @@ class ModelManager:
             log.info("alias %s: %s", alias.name, alias.shares)
 
     def remove_alias(self, name: str) -> None:
-        """Remove an alias.
-
-        Raises:
-            InvalidCommandError: There is no such alias.
-        """
+        """Remove an alias. Raises InvalidCommandError if there is no such alias."""
         with self._changed:
             if self._aliases.pop(name, None) is None:
-                known = ", ".join(self._aliases) or "none"
+                known = list(self._aliases)
                 raise InvalidCommandError(
-                    f"unknown `alias` {name[:200]!r}; known: {known}",
+                    f"unknown `alias` {name[:200]!r}; known: {', '.join(known) or 'none'}",
                     field="alias",
-                    allowed=list(self._aliases),
+                    allowed=known,
                 )
 
     # For statistics.
@@ -245,31 +223,28 @@ class ModelManager:
     def default(self) -> ModelVersion:
         """Version for commands that name no model; the first of a default alias."""
         with self._changed:
-            alias = self._aliases.get(DEFAULT_ALIAS)
+            alias = self._find_alias(None)
             return self._find_version(alias.targets[0][0] if alias else self._default)
 
     @property
     def serves(self) -> bool:
         """Whether commands that name no model are answered, now or once it is loaded."""
         version = self.default
-        model = version.model
-        if version.state == "ready" and model is not None:
-            return model.embedder.ready
+        if version.state == "ready" and version.model is not None:
+            return version.model.embedder.ready
         return version.cause is None
 
-    def running(self) -> list[ModelVersion]:
-        """Versions that have processes, in the order of first use."""
-        return self._lifecycle.running()
+    def running(self) -> dict[str, ServedModel]:
+        """Models that have processes, by `name@hash`, in the order of first use."""
+        return {version.name: model for version, model in self._lifecycle.running()}
 
     def queued(self, stage: str) -> int:
         """Items that wait for a stage of `Embedder.queued`, in all models."""
-        models = [one.model for one in self.running()]
-        return sum(model.embedder.queued(stage) for model in models if model is not None)
+        return sum(model.embedder.queued(stage) for model in self.running().values())
 
     def queued_windows(self) -> float:
         """Tokens of all models that wait to be planned, in batch windows."""
-        models = [one.model for one in self.running()]
-        return sum(model.embedder.queued_windows() for model in models if model is not None)
+        return sum(model.embedder.queued_windows() for model in self.running().values())
 
     def describe(self) -> list[dict[str, Any]]:
         """Each version's state, calls and memory, ready for JSON."""
@@ -307,17 +282,18 @@ class ModelManager:
     def _choose_version(
         self, name: str | None, key: str, dataset_model: str | None
     ) -> ModelVersion:
-        if name is None:
-            name = DEFAULT_ALIAS if DEFAULT_ALIAS in self._aliases else self._default
-        alias = self._aliases.get(name)
+        alias = self._find_alias(name)
         if alias is None:
-            return self._find_version(name)
+            return self._find_version(self._default if name is None else name)
         if dataset_model is not None:
             for target, _ in alias.targets:
                 version = self._find_version(target)
                 if version.name == dataset_model:
                     return version
         return self._find_version(alias.pick_target(key))
+
+    def _find_alias(self, name: str | None) -> Alias | None:
+        return self._aliases.get(DEFAULT_ALIAS if name is None else name)
 
     def _find_version(self, name: str) -> ModelVersion:
         version = self._current.get(name) or self._lifecycle.versions.get(name)

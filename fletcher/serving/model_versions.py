@@ -17,19 +17,12 @@ State = Literal["configured", "loading", "ready", "retiring", "gone"]
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A running model.
-
-    Attributes:
-        bundle: The model's files and properties.
-        embedder: Its pipeline.
-        engine: How the engine of its replicas was chosen, for `stats`.
-        limits: Row slices that the width of its vectors allows.
-    """
+    """A running model."""
 
     bundle: ModelBundle
     embedder: Embedder
-    engine: Mapping[str, Any]
-    limits: IntakeLimits
+    engine: Mapping[str, Any]  # how the engine of its replicas was chosen, for `stats`
+    limits: IntakeLimits  # row slices that the width of its vectors allows
 
     def gives_float16(self, spec: VectorSpec) -> bool:
         """Whether the graph may give float16, because vectors stay as they are."""
@@ -46,56 +39,30 @@ class ModelSource(Protocol):
     """Installed models, and the means to run them."""
 
     def find_bundle(self, name: str) -> ModelBundle:
-        """The bundle installed as `name` or `name@hash`.
-
-        Raises:
-            UnknownModelError: No such model is installed.
-            ModelError: The bundle is damaged.
-        """
+        """The bundle of `name` or `name@hash`. Raises UnknownModelError, ModelError."""
         ...
 
     def load_model(self, bundle: ModelBundle) -> ServedModel:
-        """Start a model's processes and warm them up.
-
-        Raises:
-            FletcherError: The bundle is missing, damaged or does not run here. Nothing is left
-                running.
-        """
+        """Start a model's processes, and warm them up; on an error nothing is left."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class ModelVersion:
-    """A bundle and its processes; guarded by `ModelLifecycle.changed`.
-
-    Attributes:
-        bundle: The model's files and properties.
-        state: `configured`: not loaded until a call asks for it. `loading`. `ready`. `retiring`:
-            takes no new calls, and is closed after its last one. `gone`.
-        model: Its processes; None if there are none.
-        num_calls: Calls that hold it.
-        last_used: When a call last began or ended, by the lifecycle's clock.
-        memory_bytes: Memory of its processes when last measured; 0 if never.
-        measured: When that was.
-        returns: After retiring it is `configured`, not `gone`.
-        closing: Its processes are being closed.
-        failure: What callers are told if it could not be loaded.
-        cause: Why it could not be loaded.
-        failed_until: Until when calls do not try again.
-    """
+    """A bundle and its processes; guarded by `ModelLifecycle.changed`."""
 
     bundle: ModelBundle
     state: State = "configured"
-    model: ServedModel | None = None
-    num_calls: int = 0
-    last_used: float = 0.0
-    memory_bytes: int = 0
-    measured: float = float("-inf")
-    returns: bool = True
-    closing: bool = False
-    failure: FletcherError | None = None
-    cause: Exception | None = None
-    failed_until: float = float("-inf")
+    model: ServedModel | None = None  # its processes, if there are any
+    num_calls: int = 0  # that hold it
+    last_used: float = 0.0  # when a call last began or ended, by the lifecycle's clock
+    memory_bytes: int = 0  # of its processes when last measured; 0: never
+    measured: float = float("-inf")  # when that was
+    returns: bool = True  # after retiring it is `configured`, not `gone`
+    closing: bool = False  # its processes are being closed
+    failure: FletcherError | None = None  # told to callers if it could not be loaded
+    cause: Exception | None = None  # why it could not be loaded
+    failed_until: float = float("-inf")  # until when calls do not try again
 
     @property
     def name(self) -> str:

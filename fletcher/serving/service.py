@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,33 +18,21 @@ from fletcher.telemetry.tracing import Telemetry
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Parts of a running server that calls use.
-
-    Attributes:
-        models: The models, by name.
-        budget: Memory of all streams.
-        delivery: The stores.
-        admission: Limits on calls.
-        answers: Compression of answers.
-        load: The load level.
-        telemetry: Counts, durations and spans.
-        outputs: Vectors that commands may ask for.
-    """
+    """Parts of a running server that calls use."""
 
     models: ModelManager
-    budget: MemoryBudget
+    budget: MemoryBudget  # of all streams
     delivery: Delivery
     admission: Admission
     answers: AnswerCompression
     load: LoadMonitor
     telemetry: Telemetry
-    outputs: OutputConfig
+    outputs: OutputConfig  # vectors that commands may ask for
 
     def statistics(self) -> dict[str, Any]:
         """The `stats` action's answer: instruments, models, stores and workers."""
-        default = self.models.default
-        running = [(one.name, one.model) for one in self.models.running()]
-        engines = {name: dict(model.engine) for name, model in running if model is not None}
+        default, running = self.models.default, self.models.running()
+        engines = {name: dict(model.engine) for name, model in running.items()}
         return {
             "model": default.name,
             "models": self.models.describe(),
@@ -62,11 +49,10 @@ class Service:
         }
 
 
-def _workers(running: Iterable[tuple[str, ServedModel | None]], kind: str) -> list[dict[str, Any]]:
+def _workers(running: dict[str, ServedModel], kind: str) -> list[dict[str, Any]]:
     """Workers of one kind, of all models."""
     return [
         {"model": name, **worker}
-        for name, model in running
-        if model is not None
+        for name, model in running.items()
         for worker in model.embedder.statistics()[kind]
     ]

@@ -19,27 +19,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
+from fletcher.config.model import OutputConfig
+from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
 from fletcher.core.schema import ELEMENT_TYPES, VectorSpec, output_schema
 from fletcher.errors import DrainingError, FletcherError
-from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.pipeline.assembly import Assembler
 from fletcher.pipeline.chunk_assembly import assembler
 from fletcher.pipeline.document_assembly import DocumentAssembler
 from fletcher.pipeline.input.documents import DocumentIntake
 from fletcher.pipeline.input.intake import Intake, Skip, TextTreatment
 from fletcher.pipeline.input.row_slice import RowSlice
+from fletcher.pipeline.prompts import prompt_tokens, resolve_prompt
 from fletcher.pipeline.row_errors import ends_call
 from fletcher.pipeline.stream import EmbedStream, Result
+from fletcher.pipeline.vector_spec import check_late, vector_spec
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.model_versions import ServedModel
-from fletcher.serving.resolution import ResolvedCommand, resolve_command
 from fletcher.serving.service import Service
 from fletcher.serving.slice_result import RowRanges, SliceResult
 from fletcher.telemetry.tracing import Span
@@ -50,33 +51,19 @@ Claim = Callable[[RowSlice], RowRanges]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedCall:
-    """Arguments of a session, as its protocol adapter gives them.
+    """Arguments of a session, as its protocol adapter gives them."""
 
-    Attributes:
-        name: Of the call's span: `do_put`, `do_exchange` or `embed`.
-        command: The client's options.
-        dtypes: Element types that the destination takes.
-        include_text: Output carries the text if the command does not say.
-        whole_rows: All chunks of a text leave in one output batch; else as they are ready.
-        small_is_interactive: Batches of a few short rows overtake bulk work.
-        abort: Any failed row ends the call, whatever the command says.
-        alias_key: Calls with the same key get the same model of an alias; empty: any.
-        dataset_model: `name@hash` that an alias gives if it has it.
-        trace: The caller's trace, as `Telemetry.extract` returned it.
-        is_cancelled: Whether the client is gone; then nobody waits for a model to be loaded.
-    """
-
-    name: str
+    name: str  # of the call's span: `do_put`, `do_exchange` or `embed`
     command: EmbedCommand
-    dtypes: tuple[str, ...] = tuple(ELEMENT_TYPES)
-    include_text: bool = False
-    whole_rows: bool = False
-    small_is_interactive: bool = True
-    abort: bool = False
-    alias_key: str = ""
-    dataset_model: str | None = None
-    trace: Any = None
-    is_cancelled: Callable[[], bool] = lambda: False
+    dtypes: tuple[str, ...] = tuple(ELEMENT_TYPES)  # that the destination takes
+    include_text: bool = False  # in the output, if the command does not say
+    whole_rows: bool = False  # all chunks of a text leave in one output batch, not as ready
+    small_is_interactive: bool = True  # batches of a few short rows overtake bulk work
+    abort: bool = False  # any failed row ends the call, whatever the command says
+    alias_key: str = ""  # calls of one key get one model of an alias; empty: `upload_id`
+    dataset_model: str | None = None  # `name@hash` that an alias gives if it has it
+    trace: Any = None  # the caller's, as `Telemetry.extract` returned it
+    is_cancelled: Callable[[], bool] = lambda: False  # whether the client is gone
 
 
 class EmbedSession(AbstractContextManager["EmbedSession"]):
@@ -86,18 +73,20 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     `submit_batch` and `end_input`, in this order. The same thread or another one iterates over
     `results`. Any thread may call `close`.
 
-    Args:
-        service: The server's parts.
-        call: Command and arguments.
+    Attributes:
+        model: The leased model.
+        spec: Vectors of the call.
+        intake: The input, from `open_input` on.
 
     Raises:
         FletcherError: On entering, if the model is unknown, cannot be loaded now, or cannot give
             such vectors.
     """
 
-    resolved: ResolvedCommand
-    _model: ServedModel
-    _intake: Intake
+    model: ServedModel
+    spec: VectorSpec
+    intake: Intake
+    _treatment: TextTreatment
     _output: pa.Schema
     _stream: EmbedStream
 
@@ -110,69 +99,42 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     def __enter__(self) -> EmbedSession:
         call, service = self._call, self._service
         with ExitStack() as exits:
-            self._model = exits.enter_context(
-                service.models.lease(
-                    call.command.model,
-                    alias_key=call.alias_key,
-                    dataset_model=call.dataset_model,
-                    is_cancelled=call.is_cancelled,
-                )
+            lease = service.models.lease(
+                call.command.model,
+                alias_key=call.alias_key or call.command.upload_id or "",
+                dataset_model=call.dataset_model,
+                is_cancelled=call.is_cancelled,
             )
-            self.resolved = resolve_command(self._model, call.command, call.dtypes, service.outputs)
+            self.model = exits.enter_context(lease)
+            self.spec, self._treatment = _resolve_command(
+                self.model, call.command, call.dtypes, service.outputs
+            )
             self._exits = exits.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._exits.__exit__(kind, error, trace)
-
-    @property
-    def spec(self) -> VectorSpec:
-        """Vectors of the call."""
-        return self.resolved.spec
-
-    @property
-    def bundle(self) -> ModelBundle:
-        """The model."""
-        return self._model.bundle
-
-    @property
-    def has_ids(self) -> bool:
-        """Whether the input has a column of ids."""
-        return self._intake.has_ids
+    def __exit__(self, *error: Any) -> None:
+        self._exits.__exit__(*error)
 
     def open_input(self, schema: pa.Schema) -> pa.Schema:
-        """Check the input's schema.
-
-        Returns:
-            Schema of the output batches.
+        """Check the input's schema, and return the output's.
 
         Raises:
             UnknownColumnError, ColumnTypeError, InvalidCommandError: The input lacks a column
                 that the command names, or a column has another type.
         """
-        call, resolved = self._call, self.resolved
-        text = call.command.include_text
-        self._intake = intake = (DocumentIntake if call.command.continuous else Intake)(
+        call, command = self._call, self._call.command
+        kind = DocumentIntake if command.continuous else Intake
+        text = command.include_text
+        self.intake = intake = kind(
             schema,
-            call.command,
-            self._model.limits,
-            TextTreatment(
-                prompt=resolved.prompt,
-                layers=resolved.layers,
-                chunking=resolved.spec.chunking,
-                chunk_overhead=resolved.chunk_overhead,
-                half=self._model.gives_float16(resolved.spec),
-            ),
+            command,
+            self.model.limits,
+            self._treatment,
             carry_text=call.include_text if text is None else text,
             small_is_interactive=call.small_is_interactive,
         )
         self._output = output_schema(
-            resolved.spec,
+            self.spec,
             id_type=intake.id_type,
             carried=intake.carried_fields,
             text=intake.carry_text,
@@ -180,20 +142,13 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
         )
         return self._output
 
-    def is_bulk(self, batch: pa.RecordBatch) -> bool:
-        """Whether a call whose first batch this is brings bulk work."""
-        return self._intake.is_bulk(batch)
-
     def admit(self, *, bulk: bool) -> Span:
-        """Open a stream, until the session is left.
-
-        Returns:
-            The call's span.
+        """Open a stream until the session is left, and return the call's span.
 
         Raises:
             OverloadedError, DrainingError: As `Admission.admit`.
         """
-        service, embedder = self._service, self._model.embedder
+        service, embedder = self._service, self.model.embedder
         self._exits.enter_context(service.admission.admit(embedder, bulk=bulk))
         span = self._exits.enter_context(service.telemetry.span(self._call.name, self._call.trace))
         self._stream = embedder.open_stream(span)
@@ -225,48 +180,38 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             FletcherError: The batch is invalid (nothing of it was submitted), or the stream was
                 closed.
         """
-        telemetry = self._service.telemetry
+        telemetry, keep = self._service.telemetry, self._stream.allowance.keep_table
         telemetry.rows_received.add(batch.num_rows)
         telemetry.bytes_received.add(batch.get_total_buffer_size())
-        slices = self._intake.row_slices(
-            batch,
-            batch_id,
-            row_first,
-            keep=self._stream.allowance.keep_table,
-            skip=skip,
-            ends=document_end,
+        slices = self.intake.row_slices(
+            batch, batch_id, row_first, keep=keep, skip=skip, ends=document_end
         )
         self._submit_slices(slices, claim)
 
     def submit_rest(self) -> None:
         """Submit the end of a document that was not ended (`continuous`)."""
-        self._submit_slices(self._intake.rest())
+        self._submit_slices(self.intake.rest())
 
     def end_input(self) -> None:
         """End the input: `results` ends after the last submitted slice."""
         self._stream.end()
 
     def embed_batch(self, batch: pa.RecordBatch, upload_id: str) -> Iterator[SliceResult]:
-        """Submit the call's only batch and yield its results on this thread.
+        """Submit the call's only batch and yield its `results` on this thread.
 
         A batch of several slices is submitted on a second thread, because the last slice may fit
         only after the first has left. Rows are not counted as received.
-
-        Args:
-            batch: As received.
-            upload_id: As for `results`.
         """
-        slices = list(self._intake.row_slices(batch, 0, 0, keep=self._stream.allowance.keep_table))
-        if len(slices) == 1:
-            self._submit_slices(slices)
-            self.end_input()
-            yield from self.results(upload_id)
-            return
+        slices = list(self.intake.row_slices(batch, 0, 0, keep=self._stream.allowance.keep_table))
 
         def submit() -> None:
             self._submit_slices(slices)
             self.end_input()
 
+        if len(slices) == 1:
+            submit()
+            yield from self.results(upload_id)
+            return
         submitting = BackgroundTask(f"{self._call.name}-submit", submit, lambda _: self.close())
         try:
             yield from self.results(upload_id)
@@ -308,25 +253,17 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
                 ranges = self._ranges
                 if not ranges and row_slice.new_values is None:
                     continue
-            self._stream.submit(
-                row_slice.texts,
-                (row_slice, ranges),
-                num_bytes=row_slice.num_bytes,
-                priority=row_slice.priority,
-            )
+            num_bytes, priority = row_slice.num_bytes, row_slice.priority
+            context = (row_slice, ranges)
+            self._stream.submit(row_slice.texts, context, num_bytes=num_bytes, priority=priority)
 
     def _assembler(self, upload_id: str) -> Assembler:
         if self._call.command.continuous:
             return DocumentAssembler(self._output, self.spec, upload_id)
         if not self._call.whole_rows:
             return assembler(self._output, self.spec, upload_id, whole_rows=False)
-        return assembler(
-            self._output,
-            self.spec,
-            upload_id,
-            whole_rows=True,
-            max_kept_bytes=self._stream.allowance.max_row_bytes,
-        )
+        most = self._stream.allowance.max_row_bytes
+        return assembler(self._output, self.spec, upload_id, whole_rows=True, max_kept_bytes=most)
 
     def _assemble(self, assembling: Assembler, embedded: Result) -> SliceResult | None:
         """One result, or None if its text goes on in the next one."""
@@ -351,6 +288,7 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
     def _count_errors(
         self, errors: dict[int, FletcherError], row_first: int, ranges: RowRanges | None
     ) -> None:
+        """Count errors of claimed rows, or raise one that ends the call."""
         abort = self._call.abort or self._call.command.on_error == "abort"
         if error := ends_call(errors, abort=abort):
             raise error
@@ -360,3 +298,29 @@ class EmbedSession(AbstractContextManager["EmbedSession"]):
             if ranges is None or any(first <= offset <= last for first, last in ranges):
                 telemetry.rows_failed.add()
                 telemetry.errors.add(code=one.code)
+
+
+def _resolve_command(
+    served: ServedModel, command: EmbedCommand, dtypes: tuple[str, ...], rules: OutputConfig
+) -> tuple[VectorSpec, TextTreatment]:
+    """Make every choice that a command leaves open.
+
+    Raises:
+        DimensionMismatchError, InvalidCommandError: The model cannot give such vectors, or has no
+            such prompt or chunks.
+    """
+    model = served.bundle
+    spec = vector_spec(model, command, dtypes, rules)
+    prompt = resolve_prompt(model, command.prompt)
+    chunking = Chunking.from_text(command.chunking or "none")
+    chunk_overhead = 0
+    if chunking is not None:
+        check_late(model, chunking, spec.layers)
+    if prompt or chunking is not None:
+        chunk_overhead = prompt_tokens(model, prompt, served.embedder.num_tokens)
+        chunking = chunking and chunking.fitted(model.max_length, chunk_overhead)
+        spec = replace(spec, chunking=chunking)
+    # The last layer is 0, however it was asked for, so that all such work runs together.
+    layers = 0 if spec.layers == model.num_layers else spec.layers
+    half = served.gives_float16(spec)
+    return spec, TextTreatment(prompt, layers, spec.chunking, chunk_overhead, half)

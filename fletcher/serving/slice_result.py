@@ -46,18 +46,17 @@ class SliceResult:
 
     def failed_ids(self) -> dict[int, str | int | None]:
         """Ids of the rows in `errors`; text is cut after its first 1,024 characters."""
-        return {row: _short(identifier.as_py()) for row, identifier in self._output.ids().items()}
+        ids = {row: identifier.as_py() for row, identifier in self._output.ids().items()}
+        return {
+            row: one[:_MAX_ID_CHARACTERS] if isinstance(one, str) else one
+            for row, one in ids.items()
+        }
 
     def error_reports(self, limit: int) -> list[dict[str, Any]]:
         """The first `limit` errors, as they cross the wire."""
         ids, row_first = self.failed_ids(), self.row_slice.row_first
         return [
-            {
-                "row": row_first + row,
-                "id": ids[row],
-                "code": error.code,
-                "message": error.message,
-            }
+            {"row": row_first + row, "id": ids[row], "code": error.code, "message": error.message}
             for row, error in sorted(self.errors.items())[:limit]
         ]
 
@@ -71,7 +70,3 @@ class SliceResult:
         """Give the memory back, unless `hold` was called."""
         if self._release is not None:
             self.hold()()
-
-
-def _short(identifier: str | int | None) -> str | int | None:
-    return identifier[:_MAX_ID_CHARACTERS] if isinstance(identifier, str) else identifier

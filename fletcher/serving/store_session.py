@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from types import TracebackType
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,6 @@ from fletcher.delivery.upload import Upload
 from fletcher.errors import FletcherError, InvalidCommandError
 from fletcher.pipeline.input.intake import Skip
 from fletcher.pipeline.input.row_slice import RowSlice
-from fletcher.serving.acknowledgements import AckQueue
 from fletcher.serving.background import BackgroundTask
 from fletcher.serving.service import Service
 from fletcher.serving.session import EmbedCall, EmbedSession
@@ -28,43 +28,75 @@ from fletcher.stores.base import Store
 _POLL_S = 0.5
 
 
+class AckQueue:
+    """Unacknowledged batches of one connection. Not thread-safe.
+
+    Batches are acknowledged in the order of receipt, as soon as all their rows are covered. One
+    acknowledgement stands for every batch up to its own, so a slow reader gets fewer of them, and
+    no queue grows for it.
+
+    Args:
+        upload_id: The upload.
+        covers: Whether rows, given by first and last offset, may be acknowledged.
+    """
+
+    def __init__(self, upload_id: str, covers: Callable[[int, int], bool]) -> None:
+        self._upload_id = upload_id
+        self._covers = covers
+        self._batches: deque[tuple[int, int, int]] = deque()
+
+    def append_batch(self, batch_id: int, row_first: int, row_last: int) -> None:
+        """Add a batch that was received and submitted."""
+        self._batches.append((batch_id, row_first, row_last))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the oldest batch may be acknowledged."""
+        return bool(self._batches) and self._covers(*self._batches[0][1:])
+
+    def next_ack(self, counts: Callable[[], dict[str, int]]) -> dict[str, Any] | None:
+        """Acknowledgement of all batches that are due, if any, with `counts`."""
+        due = []
+        while self.is_due:
+            due.append(self._batches.popleft())
+        if not due:
+            return None
+        return {
+            "type": "ack",
+            "upload_id": self._upload_id,
+            "batch_id": due[-1][0],
+            "row_first": due[0][1],
+            "row_last": due[-1][2],
+            **counts(),
+        }
+
+
 class StoreSession(AbstractContextManager["StoreSession"]):
     """Context of one connection that embeds and stores rows of an upload.
 
-    One thread calls `open_input`, `admit`, `submit_batch`, `announce_total` and `end_input`; a
-    second one iterates over `acknowledgements` from `admit` on. The session's own thread takes
-    vectors to the sink.
+    One thread calls `open_input`, `admit`, `submit_batch` and `end_input`; a second one iterates
+    over `acknowledgements` from `admit` on. The session's own thread takes vectors to the sink.
+    The session sets the options of `call` that all uploads share.
 
-    Args:
-        service: The server's parts.
-        command: The client's options.
-        trace: The caller's trace, as `Telemetry.extract` returned it.
-        is_cancelled: Whether the client is gone; then nobody waits for a model to be loaded.
+    Attributes:
+        upload: The upload, from `admit` on.
 
     Raises:
         FletcherError: On entering, as `EmbedSession`, or if the store does not take such rows.
     """
 
+    upload: Upload
     _session: EmbedSession
     _output: pa.Schema
-    _upload: Upload
     _sink: DatasetSink
     _acks: AckQueue
     _skip: Skip | None
     _delivering: BackgroundTask
 
-    def __init__(
-        self,
-        service: Service,
-        command: EmbedCommand,
-        *,
-        trace: Any = None,
-        is_cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, service: Service, call: EmbedCall) -> None:
         self._service = service
-        self._command = command
-        self._trace = trace
-        self._is_cancelled = is_cancelled
+        self._call = call
+        self._command = call.command
         self._exits = ExitStack()
         self._ended = False
 
@@ -72,18 +104,16 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         command, service = self._command, self._service
         store = _checked_store(service, command)
         # A dataset has vectors of one model, so an alias divides datasets, not uploads.
-        split = service.models.is_divided(command.model)
-        call = EmbedCall(
-            name="do_put",
-            command=command,
+        dataset = command.dataset or ""
+        divided = service.models.is_divided(command.model)
+        call = replace(
+            self._call,
             dtypes=store.capabilities.dtypes,
             include_text=True,
             whole_rows=True,
             small_is_interactive=False,
-            alias_key=command.dataset or "",
-            dataset_model=_model_of(store, command.dataset or "") if split else None,
-            trace=self._trace,
-            is_cancelled=self._is_cancelled,
+            alias_key=dataset,
+            dataset_model=_model_of(store, dataset) if divided else None,
         )
         with ExitStack() as exits:
             self._session = exits.enter_context(EmbedSession(service, call))
@@ -91,19 +121,14 @@ class StoreSession(AbstractContextManager["StoreSession"]):
             self._exits = exits.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._exits.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._exits.__exit__(*error)
 
     def open_input(self, schema: pa.Schema) -> None:
         """Check the input's schema. Raises as `EmbedSession.open_input`."""
         self._output = self._session.open_input(schema)
         command = self._command
-        if not self._session.has_ids and (command.dedupe == "id" or command.mode == "delta"):
+        if not self._session.intake.has_ids and (command.dedupe == "id" or command.mode == "delta"):
             asked = "`dedupe` is id" if command.dedupe == "id" else "`mode` is delta"
             raise InvalidCommandError(
                 f"{asked}, but the input has no column `id`; name the ids' column in `id_column`",
@@ -119,12 +144,13 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         """
         service, session = self._service, self._session
         span = session.admit(bulk=self._command.priority != "interactive")
-        self._upload, self._sink = service.delivery.open_upload(self._command, self._output)
-        upload = self._upload
+        self.upload, self._sink = service.delivery.open_upload(self._command, self._output)
+        upload = self.upload
         self._exits.callback(service.delivery.close_upload, upload, self._sink)
         span.set_attributes(dataset=upload.dataset, upload_id=upload.upload_id)
         in_memory = self._command.durability == "memory"
-        self._acks = AckQueue(upload.upload_id, _always if in_memory else upload.covers)
+        covers = (lambda _first, _last: True) if in_memory else upload.covers
+        self._acks = AckQueue(upload.upload_id, covers)
         self._skip = None
         if upload.dedupe_by is not None:
             self._skip = DedupePrefilter(self._sink.dedupe_index, upload).find_duplicates
@@ -132,38 +158,13 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._exits.callback(self._delivering.wait)
         self._exits.callback(session.close)
 
-    @property
-    def failed(self) -> bool:
-        """Whether the upload has failed, through this connection or another one."""
-        return self._upload.failure is not None
-
-    @property
-    def complete(self) -> bool:
-        """Whether all announced rows are durable."""
-        return self._upload.complete
-
     def submit_batch(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> None:
-        """Submit a received batch without the rows that the upload has already.
-
-        Blocks while the stream's memory is used up.
-
-        Args:
-            batch: As received.
-            batch_id: Its number.
-            row_first: Offset of its first row in the upload.
-
-        Raises:
-            FletcherError: As `EmbedSession.submit_batch`.
-        """
+        """As `EmbedSession.submit_batch`, without rows that the upload has already."""
         self._session.submit_batch(batch, batch_id, row_first, skip=self._skip, claim=self._claim)
         if batch.num_rows:
-            with self._upload.changed:
+            with self.upload.changed:
                 self._acks.append_batch(batch_id, row_first, row_first + batch.num_rows - 1)
-                self._upload.changed.notify_all()
-
-    def announce_total(self, num_rows: int) -> None:
-        """Note how many rows the whole upload has, as the client says."""
-        self._upload.announce_total(num_rows)
+                self.upload.changed.notify_all()
 
     def end_input(self) -> None:
         """End the input, and wait until all vectors are with the sink."""
@@ -171,14 +172,9 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         self._delivering.wait()
         if self._delivering.error is not None:
             self._fail(self._delivering.error)  # rows claimed since the first time, too
-        with self._upload.changed:
+        with self.upload.changed:
             self._ended = True
-            self._upload.changed.notify_all()
-
-    def raise_failure(self) -> None:
-        """Raise the error with which the upload failed, if it did."""
-        if self._upload.failure is not None:
-            raise self._upload.failure
+            self.upload.changed.notify_all()
 
     def acknowledgements(self) -> Iterator[dict[str, Any]]:
         """Yield acknowledgements as they become due, and the summary last.
@@ -187,7 +183,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         Iterate to the end even if the client is gone: until then its rows count in the stream's
         memory, and a drain brings them to their store.
         """
-        upload, draining = self._upload, self._service.admission.draining
+        upload, draining = self.upload, self._service.admission.draining
         finished = False
         while not finished:
             with upload.changed:
@@ -201,31 +197,28 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         yield upload.summary(self._session.spec.model)
 
     def close(self) -> None:
-        """Drop rows that are not with the sink and wake waiting threads.
-
-        Thread-safe, idempotent.
-        """
+        """Drop rows that are not with the sink, and wake waiting threads. Thread-safe."""
         self._session.close()
-        with self._upload.changed:
-            self._upload.changed.notify_all()
+        with self.upload.changed:
+            self.upload.changed.notify_all()
 
     @property
     def _is_finished(self) -> bool:
-        return self.failed or (self._ended and self._upload.in_flight == 0)
+        return self.upload.failure is not None or (self._ended and self.upload.in_flight == 0)
 
     def _claim(self, row_slice: RowSlice) -> RowRanges:
         """Rows of a slice that the upload has not received before."""
         num_rows = row_slice.num_rows
         if not num_rows:
             return []
-        new = self._upload.claim_rows(row_slice.row_first, row_slice.row_first + num_rows - 1)
+        new = self.upload.claim_rows(row_slice.row_first, row_slice.row_first + num_rows - 1)
         num_known = num_rows - sum(last - first + 1 for first, last in new)
         if num_known:
             self._service.telemetry.rows_deduplicated.add(num_known)
         return new
 
     def _deliver(self) -> None:
-        for result in self._session.results(self._upload.upload_id):
+        for result in self._session.results(self.upload.upload_id):
             self._deliver_slice(result)
             del result  # the next one may be long in coming
         self._sink.flush()
@@ -238,17 +231,17 @@ class StoreSession(AbstractContextManager["StoreSession"]):
             low, high = first - row_slice.row_first, last - row_slice.row_first
             failed = sorted(row for row in errors if low <= row <= high)
             for row in failed:
-                self._upload.report_failed_row(row_slice.row_first + row, ids[row], errors[row])
+                self.upload.report_failed_row(row_slice.row_first + row, ids[row], errors[row])
             begin, end = result.place(low), result.place(high + 1)
             is_last = index == len(ranges) - 1
             self._sink.submit_rows(
                 Rows.from_batch(
-                    self._upload,
+                    self.upload,
                     result.batch.slice(begin, end - begin),
                     first,
                     tuple(result.place(row) - begin for row in failed),
                     # The slice's memory is free once its last rows are stored.
-                    result.hold() if is_last else _do_nothing,
+                    result.hold() if is_last else lambda: None,
                     # Of rows that are several chunks, none is skipped.
                     tuple(row - low for row in row_slice.skipped.tolist() if low <= row <= high),
                     num_rows=last - first + 1,
@@ -259,7 +252,7 @@ class StoreSession(AbstractContextManager["StoreSession"]):
         """Fail the upload: clients may resume it and send unsecured rows again."""
         assert isinstance(error, FletcherError)  # BackgroundTask raises no other
         self._session.close()
-        self._upload.fail(error)
+        self.upload.fail(error)
 
 
 def _checked_store(service: Service, command: EmbedCommand) -> Store:
@@ -289,7 +282,7 @@ def _check_output(session: EmbedSession, store: Store) -> None:
     spec = session.spec
     if spec.output not in store.capabilities.outputs:
         raise InvalidCommandError(
-            f"`model` {session.bundle.name} gives {spec.output} vectors, which this store "
+            f"`model` {session.model.bundle.name} gives {spec.output} vectors, which this store "
             "does not take; `lance:` and `parquet:` stores do, and DoExchange gives them back",
             field="model",
         )
@@ -308,11 +301,3 @@ def _model_of(store: Store, dataset: str) -> str | None:
     info = store.dataset(dataset)
     name = (info.schema.metadata or {}).get(b"fletcher.model") if info is not None else None
     return None if name is None else name.decode()
-
-
-def _always(_first: int, _last: int) -> bool:
-    return True
-
-
-def _do_nothing() -> None:
-    """Release nothing: the slice's last rows do it for all."""

@@ -25,11 +25,7 @@ PRECISIONS: tuple[TunedPrecision, ...] = get_args(TunedPrecision)
 
 @dataclass(frozen=True, slots=True)
 class TuningCandidate:
-    """Replicas that could run a model.
-
-    Attributes:
-        configs: One for each replica; all have the same `max_batch_tokens`.
-    """
+    """Replicas that could run a model; all have the same `max_batch_tokens`."""
 
     configs: tuple[BackendConfig, ...]
 
@@ -41,7 +37,7 @@ class TuningCandidate:
     @property
     def processes(self) -> tuple[BackendConfig, ...]:
         """The replicas without `max_batch_tokens`; equal ones share their processes."""
-        return tuple(dataclasses.replace(one, max_batch_tokens=0) for one in self.configs)
+        return self.with_tokens(0).configs
 
     def with_tokens(self, max_batch_tokens: int) -> TuningCandidate:
         """The same replicas with another `max_batch_tokens`."""

@@ -7,25 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from fletcher.config.engine import EngineConfig
-from fletcher.inference.backend import BackendConfig
-from fletcher.inference.devices import resolve_replicas
+from fletcher.inference.devices import Resolution, resolve_replicas
 from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tuning import record
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """Replicas to run, and why.
+class Decision(Resolution):
+    """Replicas to run, and why; `measured` is None if the rules decided."""
 
-    Attributes:
-        configs: One for each replica.
-        reason: One line for the log: the engine, its place and the reason.
-        measured: The tune record; None if the rules decided.
-    """
-
-    configs: list[BackendConfig]
-    reason: str
     measured: record.Record | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -42,12 +33,6 @@ class Decision:
 
 def decide(home: Path, asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Decision:
     """Choose the replicas by a tune record that holds, else by rule; measure nothing.
-
-    Args:
-        home: FLETCHER_HOME.
-        asked: The options; `auto` and 0 are open.
-        host: The machine.
-        bundle: The model.
 
     Raises:
         BackendError: As `fletcher.inference.devices.resolve_replicas`.

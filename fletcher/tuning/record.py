@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +17,7 @@ from msgspec import Meta
 from fletcher.config.engine import EngineConfig
 from fletcher.errors import ConfigError
 from fletcher.inference.backend import BackendConfig
-from fletcher.inference.host import HostInfo
+from fletcher.inference.host import HostInfo, cuda_names, installed_version
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.spec import MANIFEST, Natural, Positive
 from fletcher.tuning.candidates import TunedBackend, TunedPrecision, TuningCandidate
@@ -104,12 +102,12 @@ class Key:
                 "isa": sorted(host.isa),
                 "numa_nodes": host.num_numa_nodes,
                 "cuda_devices": host.num_cuda_devices,
-                "cuda_names": _cuda_names(Path("/")),
+                "cuda_names": cuda_names(),
             },
             asked=dataclasses.asdict(asked),
             holds={
                 "model": hashlib.sha256((bundle.folder / MANIFEST).read_bytes()).hexdigest(),
-                **{name: _version(package) for name, package in versions.items()},
+                **{name: installed_version(package) for name, package in versions.items()},
             },
         )
 
@@ -184,22 +182,3 @@ def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:
             versions = f" {then.get(name) or 'none'} then, {value or 'none'} now"
             words.append(f"another {name}" if name == "model" else name + versions)
     return ", ".join(words)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def _cuda_names(root: Path) -> list[str]:
-    """Names of the devices by the driver, without loading CUDA."""
-    names = []
-    for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
-        with contextlib.suppress(OSError):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                name, _, value = line.partition(":")
-                if name == "Model":
-                    names.append(value.strip())
-    return names

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fletcher.core.batches import InferenceResult, MicroBatch
 from fletcher.errors import BackendError
@@ -20,30 +21,8 @@ from fletcher.workers.roster import PoolConfig
 _RUN_TIMEOUT_S = 300.0
 
 
-class ReplicaGroup(Protocol):
-    """Loaded and warmed-up replicas."""
-
-    concurrency: int
-    precision: str
-
-    def embed_batches(self, batches: Sequence[MicroBatch]) -> tuple[list[InferenceResult], float]:
-        """Embed micro-batches; return their results in order, and the seconds it took.
-
-        Raises:
-            FletcherError: A replica failed or died.
-        """
-        ...
-
-    def close(self) -> None:
-        """End the processes."""
-        ...
-
-
-class ProcessReplicaGroup:
-    """Replicas in child processes, as a server starts them.
-
-    Args:
-        configs: One for each process.
+class ReplicaGroup:
+    """Warmed-up replicas in child processes, one for each of `configs`, as a server starts them.
 
     Raises:
         FletcherError: One could not load; nothing is left running.
@@ -66,12 +45,9 @@ class ProcessReplicaGroup:
 
     def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
         """See `JobSource`: the next micro-batch."""
-        if urgent:
-            return None
-        try:
-            return self._jobs.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
+        with contextlib.suppress(queue.Empty):
+            return None if urgent else self._jobs.get(timeout=timeout_s)
+        return None
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
         """See `JobSource`."""

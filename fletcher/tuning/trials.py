@@ -84,7 +84,7 @@ def run_trials(
     within a round, so that other load on the machine slows all of them alike.
 
     Args:
-        candidates: The candidates; those with the same processes share one replica group.
+        candidates: Those with the same processes share one replica group.
         samples: The texts.
         reference: float32 [CHECK_TEXTS, dim], right vectors of `samples.rows(CHECK_TEXTS)`.
         start: Starts the processes of a candidate.
@@ -97,22 +97,18 @@ def run_trials(
         trials = [_Trial(one) for one in candidates]
         groups: dict[tuple[BackendConfig, ...], ReplicaGroup | str] = {}
         for trial in trials:
-            candidate = trial.candidate
-            if candidate.processes not in groups:
-                most = max(
-                    one.max_batch_tokens
-                    for one in candidates
-                    if one.processes == candidate.processes
-                )
+            candidate, processes = trial.candidate, trial.candidate.processes
+            if processes not in groups:
+                same = [one for one in candidates if one.processes == processes]
+                most = max(one.max_batch_tokens for one in same)
                 progress(f"starting {candidate.engine} on {candidate.replicas}")
                 try:
                     group = start(candidate.with_tokens(most).configs)
                 except FletcherError as error:
-                    groups[candidate.processes] = f"does not start: {error.message}"
+                    groups[processes] = f"does not start: {error.message}"
                 else:
-                    stack.callback(group.close)
-                    groups[candidate.processes] = group
-            trial.check_vectors(groups[candidate.processes], samples, reference)
+                    groups[processes] = stack.enter_context(contextlib.closing(group))
+            trial.check_vectors(groups[processes], samples, reference)
         _reject_slow(trials)
         _run_rounds([one for one in trials if one.group and not one.rejected], samples, progress)
         return [trial.result() for trial in trials]

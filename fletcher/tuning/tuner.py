@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.tuning.candidates import TuningCandidate, arrangements, engines
 from fletcher.tuning.record import Key, Record, save
-from fletcher.tuning.replica_group import ProcessReplicaGroup
+from fletcher.tuning.replica_group import ReplicaGroup
 from fletcher.tuning.sample_texts import SampleTexts
 from fletcher.tuning.trials import (
     CHECK_TEXTS,
@@ -53,20 +54,12 @@ def tune(
     host: HostInfo,
     bundle: ModelBundle,
     progress: Progress,
-    start: StartReplicas = ProcessReplicaGroup,
+    start: StartReplicas = ReplicaGroup,
 ) -> TuningReport:
     """Measure candidates for a model and record the winner, which servers then run.
 
     Two small sets of trials replace one of all combinations, which would take several times as long
-    and hold every engine in every arrangement in memory.
-
-    Args:
-        home: FLETCHER_HOME.
-        asked: The options; `auto` and 0 are open.
-        host: The machine.
-        bundle: The model.
-        progress: Gets a line at each step.
-        start: Starts the processes of a candidate.
+    and hold every engine in every arrangement in memory. In `asked`, `auto` and 0 are open.
 
     Raises:
         ConfigError: There is nothing to choose, or `home` cannot be written.
@@ -101,29 +94,15 @@ def tune(
 
 
 def _reference(
-    host: HostInfo,
-    bundle: ModelBundle,
-    samples: SampleTexts,
-    start: StartReplicas,
-    progress: Progress,
+    host: HostInfo, bundle: ModelBundle, samples: SampleTexts, start: StartReplicas, say: Progress
 ) -> FloatArray:
-    """Reference vectors in float32 on the CPU, float32 [CHECK_TEXTS, dim].
-
-    They come from ONNX Runtime, or from OpenVINO if ONNX Runtime is missing.
-
-    Raises:
-        BackendError: Neither is installed.
-        ModelError: The model is damaged.
-    """
+    """Reference vectors in float32 on the CPU, float32 [CHECK_TEXTS, dim]."""
     backend = "onnxruntime" if host.onnxruntime else "openvino"
     asked = EngineConfig(device="cpu", backend=backend, precision="float32")
     candidate = TuningCandidate(tuple(resolve_replicas(asked, host, bundle).configs))
-    progress(f"reference: {candidate.engine} on {candidate.replicas}")
-    group = start(candidate.configs)
-    try:
+    say(f"reference: {candidate.engine} on {candidate.replicas}")
+    with contextlib.closing(start(candidate.configs)) as group:
         return embed(group, samples, CHECK_TEXTS, candidate.max_batch_tokens)[0]
-    finally:
-        group.close()
 
 
 def _verdict(trial: CandidateTrial) -> str:

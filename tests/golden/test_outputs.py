@@ -151,7 +151,7 @@ def test_what_a_checkpoint_says_of_queries_is_done(tmp_path: Path) -> None:
     (nameless / "tokenizer_config.json").write_text("{}")
     words = (nameless / "tokenizer.json").read_text().replace('"[MASK]"', '"[OTHER]"')
     (nameless / "tokenizer.json").write_text(words)
-    with pytest.raises(ModelError, match="has no mask token, and queries are filled up with it"):
+    with pytest.raises(ModelError, match="has no mask token, which fills short queries"):
         Registry(tmp_path / "models").add_model(str(nameless), progress=print)
 
 

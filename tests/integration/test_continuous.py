@@ -235,9 +235,8 @@ def test_no_tokenizer_knows_anything_of_a_document(
     start_server: StartServer,
 ) -> None:
     server = start_server()
-    (running,) = server.service.models.running()
-    assert running.model is not None
-    tokenizers = running.model.embedder.tokenizers
+    (model,) = server.service.models.running().values()
+    tokenizers = model.embedder.tokenizers
     with fletcher.connect(server.address) as client:
         expected = whole_rows(client, {"a": TEXT})
     with calling(server) as call:

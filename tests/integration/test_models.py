@@ -155,8 +155,8 @@ def test_a_call_keeps_the_version_it_began_with(
 def test_an_unloaded_model_is_unknown_and_its_processes_are_gone(
     server: Runtime, client: fletcher.Client
 ) -> None:
-    (b,) = [one for one in server.service.models.running() if one.bundle.name == "b"]
-    pools = (b.model.embedder.tokenizers, b.model.embedder.replicas)
+    (b,) = [one for one in server.service.models.running().values() if one.bundle.name == "b"]
+    pools = (b.embedder.tokenizers, b.embedder.replicas)
     workers = [pid for pool in pools for pid in pool.process_ids()]
     assert len(workers) == 2
     name = client.unload_model("b")
@@ -235,7 +235,8 @@ def test_a_killed_replica_affects_only_its_model(server: Runtime, client: fletch
         return {one["model"]: one["restarts"] for one in client.stats()["replicas"]}
 
     before = restarts()
-    pools = {one.name: one.model.embedder.replicas for one in server.service.models.running()}
+    running = server.service.models.running()
+    pools = {name: model.embedder.replicas for name, model in running.items()}
     a, b = version_of(client, "a"), version_of(client, "b")
     os.kill(pools[b].process_ids()[0], signal.SIGKILL)
     assert client.embed(["x"], model="a").shape == (1, 32)
@@ -256,8 +257,8 @@ def test_a_restarted_replica_does_not_take_a_newer_version(
         (models / "b").rename(kept)  # as `fletcher model add --replace` does
         another(tiny_bundle, models / "b", "b", "four")
         try:
-            (running,) = server.service.models.running()
-            for pool in (running.model.embedder.replicas, running.model.embedder.tokenizers):
+            (model,) = server.service.models.running().values()
+            for pool in (model.embedder.replicas, model.embedder.tokenizers):
                 os.kill(pool.process_ids()[0], signal.SIGKILL)
             assert np.array_equal(client.embed(TEXTS), expected)
             assert client.swap_model("b") != kept.name

@@ -69,12 +69,10 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def graph(self) -> Path:
-        """Path of the ONNX file."""
         return self.folder / self.graph_file
 
     @property
     def tokenizer(self) -> Path:
-        """Path of tokenizer.json."""
         return self.folder / TOKENIZER
 
     @property
@@ -123,14 +121,12 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and paths by name, for `fletcher model show`."""
-        spec = {
-            one.encode_name: getattr(self, one.name) for one in msgspec.structs.fields(ModelSpec)
-        }
+        spec = msgspec.structs.fields(ModelSpec)
         return {
             "folder": self.folder,
             "name": self.name,
             "hash": self.hash,
-            **spec,
+            **{one.encode_name: getattr(self, one.name) for one in spec},
             "graph": self.graph,
             "tokenizer": self.tokenizer,
             "late": self.late,
@@ -140,11 +136,7 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @classmethod
     def from_folder(cls, folder: Path, *, verify: bool = False) -> ModelBundle:
-        """Read a bundle's manifest and check the sizes of its files.
-
-        Args:
-            folder: The bundle's folder.
-            verify: Check SHA-256 sums too, which reads every byte.
+        """Read a bundle's manifest; check its files' sizes and, with `verify`, their SHA-256 sums.
 
         Raises:
             ModelError: The folder holds no bundle; a field is missing or invalid; or a file is
@@ -166,6 +158,7 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
                     f"{MANIFEST}: `files` has no entry for {needed}{_ADD_AGAIN}", field="files"
                 )
         num_bytes = sum(_check_file(folder, *entry, verify=verify) for entry in files.items())
+        ranges = folder / CALIBRATION if CALIBRATION in files else None
         actual_hash = manifest.vector_hash(files[TOKENIZER]["sha256"])
         if manifest.hash != actual_hash:
             raise ModelError(
@@ -179,9 +172,7 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
             hash=actual_hash,
             late=folder / LATE_GRAPH if LATE_GRAPH in files else None,
             num_bytes=num_bytes,
-            calibration=Calibration.from_file(folder / CALIBRATION)
-            if CALIBRATION in files
-            else Calibration(),
+            calibration=Calibration.from_file(ranges) if ranges else Calibration(),
         )
 
 
@@ -191,11 +182,7 @@ def block_file(layers: int) -> str:
 
 
 def version_folder(folder: Path, version: str) -> Path:
-    """Folder of a model's version: the model's own, or that of a replaced version.
-
-    Args:
-        folder: The folder that held the version.
-        version: Its hash.
+    """Folder of a version, by its hash: the `folder` that held it, or that of a replaced version.
 
     Raises:
         ModelError: Neither folder holds the version.
@@ -214,10 +201,7 @@ def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:
     """Turn a folder of files into a bundle: write its manifest, with checksums."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256(path),
-        }
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in paths
         if path.name != MANIFEST
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +18,7 @@ from fletcher.util.durable import write_atomically
 CALIBRATION = "calibration.json"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Cut:
+class Cut(msgspec.Struct, frozen=True, order=True):
     """One kind of a model's vectors; each kind has its own range of values.
 
     Attributes:
@@ -38,12 +36,9 @@ class Cut:
         return f"{self.dims} dims after {self.layers} layers, {shape}"
 
 
-class _Row(msgspec.Struct, frozen=True):
+class _Row(Cut, frozen=True):
     """The ranges of one kind of vectors, as the file has them."""
 
-    layers: int
-    dims: int
-    normalized: bool
     start: list[float]
     step: list[float]
 
@@ -90,13 +85,10 @@ class Calibration:
 
         The caller holds the model's lock. A crash in between leaves either a file that the manifest
         does not name, or the manifest as it was.
-
-        Args:
-            folder: The bundle's folder.
-            manifest: The manifest's file name.
         """
         rows = [
-            {**dataclasses.asdict(cut), **one.to_json()} for cut, one in sorted(self.ranges.items())
+            {**msgspec.structs.asdict(cut), **one.to_json()}
+            for cut, one in sorted(self.ranges.items())
         ]
         path = folder / CALIBRATION
         fields = read_json(folder / manifest)

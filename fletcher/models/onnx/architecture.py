@@ -100,11 +100,7 @@ class Architecture(Style):
         return self.num_kv_heads or self.num_heads
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Shape of a layer's tensor in a checkpoint, [rows, columns], or a norm's [width].
-
-        Args:
-            tensor: One of LINEARS, or the name of a norm.
-        """
+        """Shape in a checkpoint of one of LINEARS, [rows, columns], or of a norm, [width]."""
         queries, keys = self.num_heads * self.head_width, self.kv_heads * self.head_width
         shapes = {
             "q": (queries, self.hidden),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,13 +65,7 @@ class Tensors(Protocol):
 
 
 class EncoderLayers:
-    """Writer of linear layers, norms and the second half of layers.
-
-    Args:
-        graph: Graph to write to.
-        tensors: Weights.
-        style: Kinds of norms and MLP.
-    """
+    """Writer of linear layers, norms and the second half of layers."""
 
     def __init__(self, graph: GraphBuilder, tensors: Tensors, style: Style) -> None:
         self.graph = graph
@@ -137,6 +132,12 @@ class EncoderLayers:
             value = graph.node("Add", (value, bias), f"{name}.sum")
         return self.activate(value, name, dense.activation) if dense.activation else value
 
+    def denses(self, value: str, layers: Sequence[Dense], width: int) -> tuple[str, int]:
+        """Linear layers after pooling, on a value of some width; the result and its width."""
+        for index, one in enumerate(layers):
+            value, width = self.dense(value, one, f"dense.{index}"), one.weight.shape[1]
+        return value, width
+
     def mlp(self, layer: str, value: str) -> str:
         """The two or three products of a layer's MLP, [..., H]."""
         graph, activation = self.graph, self.style.activation
@@ -150,12 +151,10 @@ class EncoderLayers:
         return self.product(active, f"{layer}.narrow")
 
     def after_attention(self, name: str, attended: str, residual: str) -> str:
-        """The rest of a layer after its attention, [..., H].
+        """The rest of a layer `layer.N` after its attention, [..., H].
 
-        Args:
-            name: `layer.N`.
-            attended: Output of the attention, [..., heads x width].
-            residual: Input of the layer at the same tokens, [..., H].
+        `attended` is the attention's output, [..., heads x width], and `residual` the layer's input
+        at the same tokens, [..., H].
         """
         graph, first = self.graph, self.style.norm_first
         projected = self.product(attended, f"{name}.projected")

@@ -65,10 +65,7 @@ def read_model(path: Path) -> ModelProto:
 class GraphBuilder:
     """Builder of one graph; it writes weights to disk at once, nodes by `save`.
 
-    Args:
-        folder: Folder for the graph and its weights.
-        name: The graph's name.
-        file: Name of the graph's file; that of the weights differs in the suffix.
+    `file` is the graph's, that of the weights differs in the suffix.
     """
 
     def __init__(self, folder: Path, name: str, file: str = GRAPH_FILE) -> None:
@@ -94,11 +91,8 @@ class GraphBuilder:
     def fork(self, file: str, last: str) -> GraphBuilder:
         """A builder of another graph with the same first nodes and the same weights.
 
-        Write the fork while this builder is open. Both graphs share the constants written so far.
-
-        Args:
-            file: Name of the other graph's file, in the same folder.
-            last: An output of the last common node.
+        Write the fork while this builder is open. Both graphs share the constants written so far,
+        and the folder. `last` is an output of the last common node.
         """
         fork = copy.copy(self)
         fork._path = self._path.with_name(file)
@@ -129,14 +123,12 @@ class GraphBuilder:
         if array.nbytes < _EXTERNAL_FROM_BYTES:
             tensor.raw_data = array.tobytes()
         else:
-            offset = self._append(array)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, text in {
-                "location": self._weights_path.name,
-                "offset": str(offset),
-                "length": str(array.nbytes),
-            }.items():
-                tensor.external_data.add(key=key, value=text)
+            tensor.external_data.add(key="location", value=self._weights_path.name)
+            tensor.external_data.add(key="offset", value=str(self._weights.tell()))
+            tensor.external_data.add(key="length", value=str(array.nbytes))
+            self._weights.write(array.data.cast("B"))
+            self._weights.write(bytes(-self._weights.tell() % ALIGNMENT))
         self._tensors.append(tensor)
         self._constants.append(name)
         return self._unique(name)
@@ -199,12 +191,6 @@ class GraphBuilder:
             ],
         )
         self._path.write_bytes(model.SerializeToString(deterministic=True))
-
-    def _append(self, array: AnyArray) -> int:
-        offset = self._weights.tell()
-        self._weights.write(array.data.cast("B"))
-        self._weights.write(bytes(-self._weights.tell() % ALIGNMENT))
-        return offset
 
     def _unique(self, name: str) -> str:
         if name in self._names:

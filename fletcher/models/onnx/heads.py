@@ -74,10 +74,6 @@ class SparseWriter(TransformerWriter):
 
     A weight, 0 or more, is the maximum of log(1 + relu(x)) over a text's tokens
     (https://arxiv.org/abs/2109.10086).
-
-    Args:
-        graph, architecture, tensors: As for TransformerWriter.
-        masked: The head.
     """
 
     def __init__(
@@ -91,14 +87,10 @@ class SparseWriter(TransformerWriter):
     ) -> None:
         graph, masked = self.graph, self.masked
         value = self.encoder.dense(hidden, masked.transform, "weights.transform")
-        parts = [
-            graph.constant(f"weights.norm.{name}", getattr(masked, name))
-            for name in ("scale", "bias")
-        ]
-        epsilon = self.architecture.epsilon
-        value = graph.node(
-            "LayerNormalization", (value, *parts), "weights.norm", axis=-1, epsilon=epsilon
-        )
+        scale = graph.constant("weights.norm.scale", masked.scale)
+        bias = graph.constant("weights.norm.bias", masked.bias)
+        inputs, epsilon = (value, scale, bias), self.architecture.epsilon
+        value = graph.node("LayerNormalization", inputs, "weights.norm", axis=-1, epsilon=epsilon)
         words = graph.constant("weights.words", masked.words)
         words = graph.node("Transpose", (words,), "weights.words.columns", perm=(1, 0))
         value = graph.node("MatMul", (value, words), "weights.product")
@@ -124,10 +116,8 @@ class TokenWriter(TransformerWriter):
     def head(
         self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
     ) -> None:
-        graph, value, width = self.graph, hidden, self.architecture.hidden
-        for index, one in enumerate(dense):
-            value = self.encoder.dense(value, one, f"dense.{index}")
-            width = one.weight.shape[1]
+        graph = self.graph
+        value, width = self.encoder.denses(hidden, dense, self.architecture.hidden)
         last = graph.constant("tokens.axis", [2])
         norm = graph.node("ReduceL2", (value, last), "tokens.norm", keepdims=1)
         least = self.encoder.scalar("norm.least", MIN_NORM)
@@ -147,13 +137,8 @@ def write_late(
 
     In late chunking (https://arxiv.org/abs/2409.04701) the model reads a whole row before spans of
     it are pooled. The input `segments`, float32 [B, S, L], is 1 for the tokens of each span, else
-    0. The vectors are means, not normalized; those of empty spans mean nothing.
-
-    Args:
-        graph: Graph with the layers.
-        architecture, tensors: As for TransformerWriter.
-        hidden: Token embeddings, [B, L, H].
-        dense: Linear layers after pooling.
+    0. The vectors are means, not normalized; those of empty spans mean nothing. `graph` has the
+    layers, and `hidden` is their output, [B, L, H].
     """
     encoder, width = EncoderLayers(graph, tensors, architecture), architecture.hidden
     segments = graph.input("segments", np.float32, ("batch", "segments", "length"))
@@ -164,8 +149,6 @@ def write_late(
     value = graph.node("Div", (total, count), "segments.mean")
     flat = graph.constant("segments.flat", [-1, width])
     value = graph.node("Reshape", (value, flat), "pooled")
-    for index, one in enumerate(dense):
-        value = encoder.dense(value, one, f"dense.{index}")
-        width = one.weight.shape[1]
+    value, width = encoder.denses(value, dense, width)
     graph.node("Identity", (value,), "embedding")
     graph.output("embedding", np.float32, ("vectors", width))

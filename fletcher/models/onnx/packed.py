@@ -62,14 +62,11 @@ def write_packed(
 
     Args:
         bundle: The model, of one of FAMILIES.
-        folder: Folder for GRAPH_FILE and WEIGHTS_FILE.
+        folder: Folder for GRAPH_FILE, whose path is returned, and WEIGHTS_FILE.
         precision: Precision of weights and arithmetic; sums of layer norms, pooling and
             normalization are always float32.
         attention: `packed` for CUDA, `standard` for the twin.
         output: Element type of `embedding`.
-
-    Returns:
-        The graph's path.
 
     Raises:
         ModelError: The bundle is of another family or damaged, or its weights exceed float16.
@@ -142,7 +139,8 @@ class _PackedWriter:
         positions = graph.input("position_ids", np.int32, ("tokens",))
         graph.input("token_offset", np.int32, ("batch", "longest"))
         graph.input("cumulative_sequence_length", np.int32, ("batch + 1",))
-        starts = self._starts()
+        first_to_last = ("cumulative_sequence_length", self.first, self.last, self.first)
+        starts = graph.node("Slice", first_to_last, "starts")  # int32 [B], each text's first token
         hidden = self._embeddings(input_ids, positions)
         for index in range(bundle.num_layers):
             name = f"layer.{index}"
@@ -150,14 +148,13 @@ class _PackedWriter:
             attended = self.attend(name, *parts)
             if bundle.pooling != "mean" and index == bundle.num_layers - 1:
                 # After the last attention only the pooled token of each text is needed.
-                token = starts if bundle.pooling == "cls" else self._ends()
+                token = starts if bundle.pooling == "cls" else self._last_tokens()
                 attended = graph.node("Gather", (attended, token), f"{name}.attended.one")
                 hidden = graph.node("Gather", (hidden, token), f"{name}.one")
             hidden = self.encoder.after_attention(name, attended, hidden)
         pool = self._mean if bundle.pooling == "mean" else self._float32
         pooled = pool(hidden, "pooled")
-        for number, dense in enumerate(self.dense):
-            pooled = self.encoder.dense(pooled, dense, f"dense.{number}")
+        pooled, _ = self.encoder.denses(pooled, self.dense, self.width)
         if bundle.normalize:
             # On CUDA, ReduceL2 would run in cuDNN; these run in ONNX Runtime's own kernels.
             squares = graph.node(
@@ -172,22 +169,17 @@ class _PackedWriter:
         if bundle.normalize:
             graph.output("norm", np.float32, ("batch", 1))
 
-    def _starts(self) -> str:
-        """int32 [B], the first token of each text."""
-        graph = self.graph
-        return graph.node(
-            "Slice", ("cumulative_sequence_length", self.first, self.last, self.first), "starts"
-        )
+    def _ends(self, prefix: str) -> str:
+        """int32 [B], the end of each text: the token after its last."""
+        end = self.graph.constant(f"{prefix}.end", [np.iinfo(np.int64).max])
+        second_to_end = ("cumulative_sequence_length", self.second, end, self.first)
+        return self.graph.node("Slice", second_to_end, f"{prefix}.ends")
 
-    def _ends(self) -> str:
+    def _last_tokens(self) -> str:
         """int32 [B], the last token of each text."""
-        graph = self.graph
-        end = graph.constant("text.end", [np.iinfo(np.int64).max])
-        ends = graph.node(
-            "Slice", ("cumulative_sequence_length", self.second, end, self.first), "text.ends"
-        )
-        one = graph.constant("text.one", np.array([1], np.int32))
-        return graph.node("Sub", (ends, one), "text.last")
+        ends = self._ends("text")
+        one = self.graph.constant("text.one", np.array([1], np.int32))
+        return self.graph.node("Sub", (ends, one), "text.last")
 
     def _embeddings(self, input_ids: str, positions: str) -> str:
         graph = self.graph
@@ -254,13 +246,7 @@ class _PackedWriter:
     def _lengths(self, prefix: str) -> str:
         """int32 [B, 1], number of tokens of each text."""
         graph = self.graph
-        end = graph.constant(f"{prefix}.end", [np.iinfo(np.int64).max])
-        ends = graph.node(
-            "Slice",
-            ("cumulative_sequence_length", self.second, end, self.first),
-            f"{prefix}.ends",
-        )
-        lengths = graph.node("Sub", (ends, "starts"), f"{prefix}.lengths")
+        lengths = graph.node("Sub", (self._ends(prefix), "starts"), f"{prefix}.lengths")
         return graph.node("Unsqueeze", (lengths, self.second), f"{prefix}.lengths.column")
 
     def _slots(self, prefix: str) -> str:

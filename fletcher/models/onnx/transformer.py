@@ -29,13 +29,7 @@ _MAX_DISTANCE = 128  # first distance in the last of NUM_BUCKETS
 
 
 class TransformerWriter:
-    """Writer of a model's padded graph: embeddings, layers, pooling and normalization.
-
-    Args:
-        graph: Graph to write to.
-        architecture: The model's architecture.
-        tensors: The model's weights.
-    """
+    """Writer of a model's padded graph: embeddings, layers, pooling and normalization."""
 
     def __init__(self, graph: GraphBuilder, architecture: Architecture, tensors: Tensors) -> None:
         self.graph = graph
@@ -52,12 +46,7 @@ class TransformerWriter:
         self._made: dict[str, str] = {}
 
     def write(
-        self,
-        pooling: Pooling,
-        dense: Sequence[Dense],
-        *,
-        normalize: bool,
-        layers: range | None = None,
+        self, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool, layers: range
     ) -> str:
         """Write the whole model, or a block of it that ends at an exit.
 
@@ -70,13 +59,12 @@ class TransformerWriter:
             pooling: Pooling of token embeddings at each exit.
             dense: Linear layers after pooling.
             normalize: Divide by the norm, and output it.
-            layers: Layers of the block, counted from 0; None for all.
+            layers: Layers of the block, counted from 0.
 
         Returns:
             The token embeddings that are pooled, [B, L, H], or [B, 1, H] for `cls`.
         """
         graph, architecture = self.graph, self.architecture
-        layers = layers or range(architecture.num_layers)
         states = ("batch", "length", architecture.hidden)
         if layers.start:
             mask = self.mask()
@@ -94,7 +82,8 @@ class TransformerWriter:
             graph.output(HANDED_ON, np.float32, states)
         if pooling == "cls" and not only_first:
             hidden = self._first(hidden, "exit.first", 1)
-        hidden = self.final_norm(hidden)
+        if architecture.norm_first:
+            hidden = self.encoder.norm(hidden, "final.norm")
         self.head(hidden, mask, pooling, dense, normalize=normalize)
         return hidden
 
@@ -118,14 +107,7 @@ class TransformerWriter:
         return self.encoder.norm(total, "embeddings.norm") if architecture.embedding_norm else total
 
     def layer(self, index: int, hidden: str, mask: str, *, only_first: bool = False) -> str:
-        """One layer, from [B, L, H] to [B, L, H].
-
-        Args:
-            index: The layer's number, from 0.
-            hidden: Its input.
-            mask: As from `mask`.
-            only_first: Compute only the first token of each row, [B, 1, H].
-        """
+        """One layer, from [B, L, H] to [B, L, H], or [B, 1, H] for only the first tokens."""
         name, architecture = f"layer.{index}", self.architecture
         entering = hidden
         if architecture.norm_first and (index or architecture.norm_of_first):
@@ -135,30 +117,16 @@ class TransformerWriter:
             hidden = self._first(hidden, f"{name}.first", 1)
         return self.encoder.after_attention(name, attended, hidden)
 
-    def final_norm(self, hidden: str) -> str:
-        """The norm after the last layer, if the model has one."""
-        return self.encoder.norm(hidden, "final.norm") if self.architecture.norm_first else hidden
-
     def head(
         self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
     ) -> None:
         """Write everything from token embeddings to the graph's outputs.
 
-        Args:
-            hidden: Token embeddings, [B, L, H], or [B, 1, H] for `cls`.
-            mask: As from `mask`.
-            pooling: Pooling of token embeddings.
-            dense: Linear layers after pooling.
-            normalize: Divide by the norm, and output it.
+        `hidden` is [B, L, H], or [B, 1, H] for `cls`; the others are as for `write`.
         """
         graph = self.graph
-        value = {"cls": self._cls, "mean": self._mean, "last_token": self._last}[pooling](
-            hidden, mask
-        )
-        width = self.architecture.hidden
-        for index, one in enumerate(dense):
-            value = self.encoder.dense(value, one, f"dense.{index}")
-            width = one.weight.shape[1]
+        pool = {"cls": self._cls, "mean": self._mean, "last_token": self._last}[pooling]
+        value, width = self.encoder.denses(pool(hidden, mask), dense, self.architecture.hidden)
         if not normalize:
             graph.node("Identity", (value,), "embedding")
             graph.output("embedding", np.float32, ("batch", width))

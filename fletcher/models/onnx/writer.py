@@ -32,11 +32,7 @@ def write_model(
     Inputs are `input_ids` and `attention_mask`, int64 [B, L]. Outputs are `embedding`, float32
     [B, dim], and, if the model normalizes, `norm`, float32 [B, 1].
 
-    Args:
-        checkpoint: The checkpoint.
-        folder: Folder for the files.
-        source: As in ModelSpec.
-        exits: Layers after which the model can return vectors; the last one is always added.
+    `exits` are layers after which the model can return vectors; the last one is always added.
 
     Raises:
         ModelError: `exits` has a layer that the model lacks, the checkpoint's family is not in
@@ -54,10 +50,7 @@ def write_model(
     for file, first, last in zip(files, (0, *layers), layers, strict=False):
         with GraphBuilder(folder, family.name, file) as graph:
             hidden = _writer(kind.output, graph, architecture, tensors, weights).write(
-                checkpoint.pooling,
-                dense,
-                normalize=checkpoint.normalize,
-                layers=range(first, last),
+                checkpoint.pooling, dense, normalize=checkpoint.normalize, layers=range(first, last)
             )
             graph.save()
             if kind.output == "dense" and checkpoint.pooling == "mean" and len(layers) == 1:
@@ -106,11 +99,7 @@ def write_model(
 
 
 def _writer(
-    output: str,
-    graph: GraphBuilder,
-    architecture: Architecture,
-    tensors: Tensors,
-    weights: Weights,
+    output: str, graph: GraphBuilder, architecture: Architecture, tensors: Tensors, weights: Weights
 ) -> TransformerWriter:
     if output == "sparse":
         words = tensors.read_tensor("embeddings.words")

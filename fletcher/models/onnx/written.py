@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import count
+from collections.abc import Iterable, Mapping
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from fletcher.errors import ModelError
 from fletcher.models.bundle.files import is_inside
 from fletcher.models.onnx.encoder import ACTIVATIONS, Array, Dense
 from fletcher.models.onnx.graph import read_model
-from fletcher.models.onnx.onnx_pb2 import AttributeProto, NodeProto
+from fletcher.models.onnx.onnx_pb2 import NodeProto
 
 _FUSED = {"q": 0, "k": 1, "v": 2}
 
@@ -42,11 +42,15 @@ class WrittenBert:
             whole = read_model(graph).graph
             self._tensors = {one.name: one for one in whole.initializer}
             nodes = {one.name: one for one in whole.node}
-            self.epsilon = _attributes(nodes["embeddings.norm"])["epsilon"].f
+            norm = nodes["embeddings.norm"].attribute
+            self.epsilon = {one.name: one.f for one in norm}["epsilon"]
             self.activation = _activation(nodes["layer.0.active"])
-            self.num_heads, width = self._integers("shape.heads")[2:]
+            heads = np.frombuffer(self._tensors["shape.heads"].raw_data, np.int64).tolist()
+            self.num_heads, width = heads[2:]
             self.hidden = self.num_heads * width
-            self.dense = [self._dense(name, nodes) for name in self._dense_names()]
+            names: Iterable[str] = (f"dense.{index}" for index in count())
+            names = takewhile(lambda name: f"{name}.weight" in self._tensors, names)
+            self.dense = [self._dense(name, nodes) for name in names]
         except (OSError, KeyError, IndexError, ValueError) as error:
             raise ModelError(
                 f"{graph.name} is no BERT graph that this Fletcher wrote "
@@ -62,12 +66,6 @@ class WrittenBert:
         if joined in self._tensors:
             return np.split(self._read(joined), 3, axis=-1)[_FUSED[part]]
         return np.split(self._read(f"{layer}.kv.{kind}"), 2, axis=-1)[_FUSED[part] - 1]
-
-    def _dense_names(self) -> Iterator[str]:
-        for index in count():
-            if f"dense.{index}.weight" not in self._tensors:
-                return
-            yield f"dense.{index}"
 
     def _dense(self, name: str, nodes: Mapping[str, NodeProto]) -> Dense:
         bias = self._read(f"{name}.bias") if f"{name}.bias" in self._tensors else None
@@ -90,13 +88,6 @@ class WrittenBert:
                 f"the weights of `{name}` cannot be read ({type(error).__name__}); add the model "
                 "again with `fletcher model add`"
             ) from error
-
-    def _integers(self, name: str) -> list[int]:
-        return [int(one) for one in np.frombuffer(self._tensors[name].raw_data, np.int64)]
-
-
-def _attributes(node: NodeProto) -> dict[str, AttributeProto]:
-    return {one.name: one for one in node.attribute}
 
 
 def _activation(node: NodeProto) -> str:

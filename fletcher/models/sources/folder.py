@@ -19,16 +19,9 @@ Build = Callable[[Path, Sequence[int], Progress], ModelSpec]
 
 
 def build_from_folder(
-    folder: Path, staging: Path, *, source: str, exits: Sequence[int], progress: Progress
+    folder: Path, source: str, staging: Path, exits: Sequence[int], progress: Progress
 ) -> ModelSpec:
-    """Write the files of a bundle from a checkpoint folder.
-
-    Args:
-        folder: The checkpoint's folder.
-        staging: Folder for the files.
-        source: As in ModelSpec.
-        exits: Layers after which the model can return vectors, beside the last.
-        progress: Gets a line at each step.
+    """Write the files of a bundle into `staging` from a checkpoint's folder.
 
     Raises:
         ModelError: The folder holds no checkpoint, or its family is not supported.

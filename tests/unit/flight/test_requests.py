@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from fletcher.errors import FletcherError, InvalidCommandError, UnknownFieldError
-from fletcher.flight.messages import MAX_METADATA_BYTES, BatchMetadata, parse_batch_metadata
+from fletcher.flight.reading import MAX_METADATA_BYTES, BatchMetadata, parse_batch_metadata
 from fletcher.flight.requests import (
     AliasRequest,
     ModelRequest,

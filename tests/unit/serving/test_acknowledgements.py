@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fletcher.core.ranges import RangeSet
-from fletcher.serving.acknowledgements import AckQueue
+from fletcher.serving.store_session import AckQueue
 
 
 class Upload:

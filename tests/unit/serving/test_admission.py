@@ -25,7 +25,8 @@ class Door:
         self.refusal: OverloadedError | None = None
         telemetry = Telemetry()
         load = LoadMonitor(lambda: self.signals, telemetry, lambda _: None)
-        self.admission = Admission(2, load, telemetry, HINTS)
+        self.admission = Admission(2, load, telemetry)
+        self.admission.hints = HINTS
         self.embedder: Any = SimpleNamespace(check_workers=self._check)
 
     def _check(self) -> None:

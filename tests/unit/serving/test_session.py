@@ -304,7 +304,7 @@ def test_the_lease_is_asked_for_as_the_call_says(fakes: FakeService) -> None:
     gone = threading.Event()
     asked = call(model="m", alias_key="k", dataset_model="m@1", is_cancelled=gone.is_set)
     with EmbedSession(fakes.service, asked) as session:
-        assert session.bundle is fakes.models.served.bundle
+        assert session.model.bundle is fakes.models.served.bundle
         options = {"alias_key": "k", "dataset_model": "m@1", "is_cancelled": gone.is_set}
         assert fakes.models.leased == [("m", options)]
 

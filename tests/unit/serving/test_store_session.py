@@ -25,6 +25,7 @@ from fletcher.errors import (
 )
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.serving.background import BackgroundTask
+from fletcher.serving.session import EmbedCall
 from fletcher.serving.store_session import StoreSession
 from fletcher.telemetry.tracing import Telemetry
 from tests.doubles.service import NOTHING, FakeService
@@ -57,8 +58,9 @@ def rows(first: int, *lengths: int) -> pa.RecordBatch:
     return pa.record_batch({"id": ids, "text": ["x" * length for length in lengths]}, SCHEMA)
 
 
-def command(**options: Any) -> EmbedCommand:
-    return EmbedCommand(**{"dataset": "d", "upload_id": "u", "dtype": "float32", **options})
+def call(**options: Any) -> EmbedCall:
+    options = {"dataset": "d", "upload_id": "u", "dtype": "float32", **options}
+    return EmbedCall(name="do_put", command=EmbedCommand(**options))
 
 
 class Client:
@@ -84,7 +86,7 @@ class Client:
 
 @contextmanager
 def connected(fakes: FakeService, **options: Any) -> Iterator[Client]:
-    with StoreSession(fakes.service, command(**options)) as session:
+    with StoreSession(fakes.service, call(**options)) as session:
         session.open_input(SCHEMA)
         session.admit()
         yield Client(session)
@@ -99,10 +101,10 @@ def test_rows_are_stored_acknowledged_and_summed_up(fakes: FakeService, store: M
         client.send(rows(0, *range(1, 7)))
         client.send(rows(6), 1, 6)
         client.send(rows(6, 9, 9), 2, 6)
-        client.session.announce_total(8)
+        client.session.upload.announce_total(8)
         summary = client.finish()
-        client.session.raise_failure()
-        assert client.session.complete
+        assert client.session.upload.failure is None
+        assert client.session.upload.complete
     assert stored(store) == list(range(8))
     acks = client.messages[:-1]
     assert [one["type"] for one in acks] == ["ack"] * len(acks)
@@ -190,12 +192,11 @@ def test_a_failure_of_the_delivery_fails_the_upload_and_is_in_its_summary(
     with connected(fakes, on_error="abort") as client:
         client.send(rows(0, 1, 1001))
         eventually(lambda: len(client.messages) == 1, "the summary came, without an end")
-        assert client.session.failed
+        assert client.session.upload.failure is not None
         with pytest.raises(DrainingError):
             client.send(rows(2, 1), 1, 2)
         summary = client.finish()
-        with pytest.raises(RowTooLargeError):
-            client.session.raise_failure()
+        assert isinstance(client.session.upload.failure, RowTooLargeError)
     assert not summary["complete"]
     assert summary["errors"][0]["code"] == "row_too_large"
 
@@ -242,7 +243,7 @@ def test_what_the_store_cannot_do_is_refused_before_anything_is_taken(
     store.capabilities = dataclasses.replace(store.capabilities, upsert=False)
     with (
         pytest.raises(InvalidCommandError) as caught,
-        StoreSession(fakes.service, command(**options)),
+        StoreSession(fakes.service, call(**options)),
     ):
         pass
     assert caught.value.field == field
@@ -254,7 +255,7 @@ def test_input_without_ids_is_refused_where_they_are_compared(
     fakes: FakeService, asked: dict[str, Any]
 ) -> None:
     with (
-        StoreSession(fakes.service, command(**asked)) as session,
+        StoreSession(fakes.service, call(**asked)) as session,
         pytest.raises(InvalidCommandError, match="no column `id`"),
     ):
         session.open_input(pa.schema({"text": pa.utf8()}))
@@ -283,5 +284,4 @@ def test_a_bug_while_rows_are_delivered_is_an_internal_error(
         monkeypatch.setattr(client.session, "_deliver_slice", fail)
         client.send(rows(0, 1))
         client.finish()
-        with pytest.raises(InternalError):
-            client.session.raise_failure()
+        assert isinstance(client.session.upload.failure, InternalError)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+from importlib import metadata
 
 import msgspec
 import pytest
@@ -9,6 +10,7 @@ from fletcher.config.engine import EngineConfig
 from fletcher.errors import ConfigError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.devices import resolve_replicas
+from fletcher.inference.host import cuda_names
 from fletcher.models.bundle.spec import MANIFEST
 from fletcher.tuning import record as records
 from fletcher.tuning.candidates import TuningCandidate
@@ -108,7 +110,7 @@ def test_the_key_follows_the_bundle_and_the_engines(tmp_path, host, tiny_bundle,
     (tmp_path / MANIFEST).write_text("{}")
     moved = msgspec.structs.replace(tiny_bundle, folder=tmp_path)
     assert Key.for_question(EngineConfig(), host, moved).holds["model"] != key.holds["model"]
-    monkeypatch.setattr(records.metadata, "version", lambda package: "9")
+    monkeypatch.setattr(metadata, "version", lambda package: "9")
     assert Key.for_question(EngineConfig(), host, tiny_bundle).holds["openvino"] == "9"
 
 
@@ -162,7 +164,7 @@ def test_devices_are_known_by_their_names(tmp_path):
     folder = tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0"
     folder.mkdir(parents=True)
     (folder / "information").write_text("Model: \t\t NVIDIA Some\nIRQ:   9\n")
-    assert records._cuda_names(tmp_path) == ["NVIDIA Some"]
+    assert cuda_names(tmp_path) == ["NVIDIA Some"]
 
 
 def test_the_null_backend_has_nothing_to_measure(tmp_path, host, tiny_bundle):

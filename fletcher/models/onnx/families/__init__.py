@@ -6,7 +6,7 @@ FAMILIES.
 
 from __future__ import annotations
 
-from fletcher.errors import ModelError
+from fletcher.models.bundle.files import invalid_choice
 from fletcher.models.checkpoint.config_json import Config
 from fletcher.models.onnx.families.bert import BERT, ROBERTA
 from fletcher.models.onnx.families.distilbert import DISTILBERT
@@ -41,10 +41,6 @@ def family_of(config: Config) -> Family:
         return JINA_BERT  # JinaBERT's own `model_type`
     family = FAMILIES.get(str(kind))
     if family is None:
-        raise ModelError(
-            f"config.json: `model_type` is {kind!r}, expected one of {', '.join(FAMILIES)}; export "
-            "the model to ONNX and add that file instead",
-            field="model_type",
-            allowed=list(FAMILIES),
-        )
+        remedy = "; export the model to ONNX and add that file instead"
+        raise invalid_choice("config.json", "model_type", kind, FAMILIES, remedy)
     return family

@@ -35,16 +35,12 @@ LAYOUT = Layout(
 )
 
 
-def _read_bert(config: Config) -> Architecture:
-    return _read(config, position_offset=0)
-
-
 def _read_roberta(config: Config) -> Architecture:
     # The padding token has its own position, and texts begin after it.
     return _read(config, position_offset=pad_token_id(config, 1) + 1)
 
 
-def _read(config: Config, *, position_offset: int) -> Architecture:
+def _read(config: Config, position_offset: int = 0) -> Architecture:
     only(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     return Architecture(
         **sizes(config, position_offset=position_offset),
@@ -54,5 +50,5 @@ def _read(config: Config, *, position_offset: int) -> Architecture:
     )
 
 
-BERT = Family("bert", _read_bert, ("bert.",), (LAYOUT,))
+BERT = Family("bert", _read, ("bert.",), (LAYOUT,))
 ROBERTA = Family("roberta", _read_roberta, ("roberta.",), (LAYOUT,))

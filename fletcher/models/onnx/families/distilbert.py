@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fletcher.models.checkpoint.config_json import Config, activation, sizes
 from fletcher.models.onnx.architecture import Architecture
+from fletcher.models.onnx.families.bert import LAYOUT
 from fletcher.models.onnx.families.family import Family, Layout
 
 _NAMES = {
@@ -16,9 +17,7 @@ _NAMES = {
 
 def _read(config: Config) -> Architecture:
     return Architecture(
-        **sizes(config, _NAMES),
-        epsilon=1e-12,
-        activation=activation(config, "activation", "gelu"),
+        **sizes(config, _NAMES), epsilon=1e-12, activation=activation(config, "activation", "gelu")
     )
 
 
@@ -29,11 +28,7 @@ DISTILBERT = Family(
     (
         Layout(
             layers="transformer.layer.{}.",
-            model={
-                "embeddings.words": "embeddings.word_embeddings",
-                "embeddings.positions": "embeddings.position_embeddings",
-                "embeddings.norm": "embeddings.LayerNorm",
-            },
+            model=LAYOUT.model,
             layer={
                 "q": "attention.q_lin",
                 "k": "attention.k_lin",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,26 +60,22 @@ class Family:
     layouts: tuple[Layout, ...]
 
 
-class CheckpointTensors:
-    """A checkpoint's weights as `encoder.Tensors`.
+def fused(name: str, parts: str | Sequence[str]) -> dict[str, Stored]:
+    """Layout of tensors that a checkpoint has as the rows of one, in their order."""
+    return {part: (name, place, len(parts)) for place, part in enumerate(parts)}
 
-    Args:
-        weights: The weights.
-        architecture: Architecture, which implies their shapes.
-        family: Family, which has their names.
-    """
+
+class CheckpointTensors:
+    """A checkpoint's weights as `encoder.Tensors`, with shapes by its architecture."""
 
     def __init__(self, weights: Weights, architecture: Architecture, family: Family) -> None:
         self._weights = weights
         self._architecture = architecture
-        self._layout = next(
-            (
-                layout
-                for layout in family.layouts
-                if weights.has(f"{layout.layers.format(0)}{_parts(layout.layer['q'])[0]}.weight")
-            ),
-            family.layouts[0],
-        )
+
+        def fits(layout: Layout) -> bool:
+            return weights.has(f"{layout.layers.format(0)}{_parts(layout.layer['q'])[0]}.weight")
+
+        self._layout = next(filter(fits, family.layouts), family.layouts[0])
 
     def read_tensor(self, name: str) -> Array:
         architecture = self._architecture

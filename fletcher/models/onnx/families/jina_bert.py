@@ -12,7 +12,7 @@ from fletcher.models.checkpoint.config_json import (
 )
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.families.bert import LAYOUT
-from fletcher.models.onnx.families.family import Family, Layout
+from fletcher.models.onnx.families.family import Family, Layout, fused
 
 
 def _read(config: Config) -> Architecture:
@@ -40,8 +40,7 @@ JINA_BERT = Family(
             model=LAYOUT.model,
             layer={
                 **LAYOUT.layer,
-                "gate": ("mlp.gated_layers", 0, 2),
-                "wide": ("mlp.gated_layers", 1, 2),
+                **fused("mlp.gated_layers", ("gate", "wide")),
                 "narrow": "mlp.wo",
                 "norm": "mlp.layernorm",
             },

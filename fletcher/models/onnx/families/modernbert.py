@@ -12,14 +12,16 @@ from fletcher.models.checkpoint.config_json import (
     theta,
 )
 from fletcher.models.onnx.architecture import Architecture
-from fletcher.models.onnx.families.family import Family, Layout
+from fletcher.models.onnx.families.family import Family, Layout, fused
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 
 
 def _read(config: Config) -> Architecture:
     numbers = sizes(config)
-    kinds = _layer_kinds(config, numbers["num_layers"])
+    every = positive({"global_attn_every_n_layers": 3, **config}, "global_attn_every_n_layers")
+    usual = [_LOCAL if index % every else _GLOBAL for index in range(numbers["num_layers"])]
+    kinds = layer_types(config, usual, _GLOBAL, _LOCAL)
     thetas = {
         _GLOBAL: theta(config, 160_000.0, "global_rope_theta", layers=_GLOBAL),
         _LOCAL: theta(config, 10_000.0, "local_rope_theta", layers=_LOCAL),
@@ -44,12 +46,6 @@ def _read(config: Config) -> Architecture:
     )
 
 
-def _layer_kinds(config: Config, num_layers: int) -> list[str]:
-    every = positive({"global_attn_every_n_layers": 3, **config}, "global_attn_every_n_layers")
-    kinds = [_LOCAL if index % every else _GLOBAL for index in range(num_layers)]
-    return layer_types(config, kinds, _GLOBAL, _LOCAL)
-
-
 MODERNBERT = Family(
     "modernbert",
     _read,
@@ -63,13 +59,10 @@ MODERNBERT = Family(
                 "final.norm": "final_norm",
             },
             layer={
-                "q": ("attn.Wqkv", 0, 3),
-                "k": ("attn.Wqkv", 1, 3),
-                "v": ("attn.Wqkv", 2, 3),
+                **fused("attn.Wqkv", "qkv"),
                 "projected": "attn.Wo",
                 "attention.norm": "attn_norm",
-                "gate": ("mlp.Wi", 0, 2),
-                "wide": ("mlp.Wi", 1, 2),
+                **fused("mlp.Wi", ("gate", "wide")),
                 "narrow": "mlp.Wo",
                 "norm": "mlp_norm",
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fletcher.models.checkpoint.config_json import Config, activation, epsilon, only, sizes
 from fletcher.models.onnx.architecture import Architecture
+from fletcher.models.onnx.families.bert import LAYOUT
 from fletcher.models.onnx.families.family import Family, Layout
 
 # Positions 0 and 1 are not used for text, for any `pad_token_id` in config.json.
@@ -26,22 +27,15 @@ MPNET = Family(
     ("mpnet.",),
     (
         Layout(
-            layers="encoder.layer.{}.",
-            model={
-                "embeddings.words": "embeddings.word_embeddings",
-                "embeddings.positions": "embeddings.position_embeddings",
-                "embeddings.norm": "embeddings.LayerNorm",
-                "distances": "encoder.relative_attention_bias",
-            },
+            layers=LAYOUT.layers,
+            model={**LAYOUT.model, "distances": "encoder.relative_attention_bias"},
             layer={
+                **LAYOUT.layer,
                 "q": "attention.attn.q",
                 "k": "attention.attn.k",
                 "v": "attention.attn.v",
                 "projected": "attention.attn.o",
                 "attention.norm": "attention.LayerNorm",
-                "wide": "intermediate.dense",
-                "narrow": "output.dense",
-                "norm": "output.LayerNorm",
             },
         ),
     ),

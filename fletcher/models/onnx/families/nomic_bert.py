@@ -13,7 +13,7 @@ from fletcher.models.checkpoint.config_json import (
     theta,
 )
 from fletcher.models.onnx.architecture import Architecture
-from fletcher.models.onnx.families.family import Family, Layout
+from fletcher.models.onnx.families.family import Family, Layout, fused
 
 # GPT-2's names in the published checkpoints; transformers writes the common ones.
 _NAMES = {
@@ -73,9 +73,7 @@ _PUBLISHED = Layout(
         "embeddings.norm": "emb_ln",
     },
     layer={
-        "q": ("attn.Wqkv", 0, 3),
-        "k": ("attn.Wqkv", 1, 3),
-        "v": ("attn.Wqkv", 2, 3),
+        **fused("attn.Wqkv", "qkv"),
         "projected": "attn.out_proj",
         "attention.norm": "norm1",
         "wide": "mlp.fc11",

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fletcher.models.bundle import registry as registry_module
 from fletcher.models.bundle.bundle import ModelBundle, version_folder
 from fletcher.models.bundle.registry import DEFAULT_MODEL, Registry
 from fletcher.models.sources import package
+from fletcher.models.sources.folder import build_from_folder
 from tests.unit.models.conftest import GOLDEN, EditCheckpoint
 
 TINY = str(GOLDEN / "tiny")
@@ -206,7 +208,7 @@ def test_ensure_downloads_only_the_default(tmp_path: Path, monkeypatch: pytest.M
 
     def parse(source: str, _: str | None) -> object:
         asked.append(source)
-        return registry_module._from_folder(Path(TINY))
+        return "tiny", partial(build_from_folder, Path(TINY), "folder:tiny")
 
     monkeypatch.setattr(registry_module, "_parse", parse)
     registry = Registry(tmp_path)

@@ -1,4 +1,4 @@
-"""Tokens and TLS keys of the server; tokens are compared in constant time."""
+"""Tokens, TLS keys and traces of calls, read before their handlers run."""
 
 from __future__ import annotations
 
@@ -10,30 +10,27 @@ from typing import Any
 from pyarrow import flight
 
 from fletcher.config.network import NetworkConfig
+from fletcher.core.command import EmbedCommand
 from fletcher.errors import ConfigError, UnauthenticatedError
 from fletcher.net.flight_errors import to_flight_error
+from fletcher.serving.session import EmbedCall
+from fletcher.telemetry.tracing import Telemetry
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Contents of the files that the network's options name.
+    """Contents of the files that the network's options name."""
 
-    Attributes:
-        tokens: Accepted bearer tokens; empty: every caller is accepted.
-        tls: PEM certificate and key; None: no TLS.
-        client_ca: PEM CA of callers' certificates; None: callers need no certificate.
-    """
-
-    tokens: tuple[str, ...] = ()
-    tls: tuple[bytes, bytes] | None = None
-    client_ca: bytes | None = None
+    tokens: tuple[str, ...] = ()  # accepted bearer tokens; empty: every caller is accepted
+    tls: tuple[bytes, bytes] | None = None  # PEM certificate and key
+    client_ca: bytes | None = None  # PEM CA of callers' certificates, which they then need
 
     @classmethod
     def from_config(cls, config: NetworkConfig) -> Credentials:
         """Read the files. Raises ConfigError for one that cannot be read."""
         cert, key, client_ca = config.tls_cert, config.tls_key, config.tls_client_ca
         return cls(
-            tokens=read_tokens(config.token_file) if config.token_file else (),
+            tokens=_read_tokens(config.token_file) if config.token_file else (),
             tls=(_read(cert, "tls_cert"), _read(key, "tls_key")) if cert and key else None,
             client_ca=_read(client_ca, "tls_client_ca") if client_ca else None,
         )
@@ -46,12 +43,8 @@ def _read(path: Path, field: str) -> bytes:
         raise ConfigError(f"`{field}` cannot be read: {error.strerror}", field=field) from None
 
 
-def read_tokens(path: Path) -> tuple[str, ...]:
-    """Read a file of tokens, one a line; ignore blank lines and `#` comments.
-
-    Raises:
-        ConfigError: The file cannot be read or holds no token.
-    """
+def _read_tokens(path: Path) -> tuple[str, ...]:
+    """Read a file of tokens, one a line; ignore blank lines and `#` comments."""
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -70,10 +63,9 @@ class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         self._tokens = [token.encode() for token in tokens]
 
     def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
-        """Check one call's token. Raises FlightUnauthenticatedError."""
-        values = headers.get("authorization") or headers.get("Authorization") or []
-        given = values[0] if values else ""
-        scheme, _, token = given.partition(" ")
+        """Check one call's token, in constant time. Raises FlightUnauthenticatedError."""
+        values = headers.get("authorization") or headers.get("Authorization") or [""]
+        scheme, _, token = values[0].partition(" ")
         if scheme.lower() != "bearer" or not token:
             error = UnauthenticatedError(
                 "the call has no token; send the header `authorization: Bearer TOKEN`",
@@ -83,6 +75,39 @@ class TokenFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
         # Every token is compared, so that the time taken reveals nothing.
         matches = [hmac.compare_digest(token.strip().encode(), one) for one in self._tokens]
         if not any(matches):
-            raise to_flight_error(
-                UnauthenticatedError("the token is not valid", field="authorization")
-            )
+            error = UnauthenticatedError("the token is not valid", field="authorization")
+            raise to_flight_error(error)
+
+
+class _Trace(flight.ServerMiddleware):  # type: ignore[misc]
+    def __init__(self, trace: Any) -> None:
+        super().__init__()
+        self.trace = trace
+
+
+class TraceFactory(flight.ServerMiddlewareFactory):  # type: ignore[misc]
+    """Middleware that keeps the trace of the header `traceparent` for the handler.
+
+    gRPC's own instrumentation does not cover pyarrow.
+    """
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        super().__init__()
+        self._telemetry = telemetry
+
+    def start_call(self, info: Any, headers: dict[str, list[str]]) -> _Trace | None:
+        """The trace named in the headers, if traces are recorded."""
+        trace = self._telemetry.extract(headers)
+        return None if trace is None else _Trace(trace)
+
+
+def embed_call(name: str, command: EmbedCommand, context: Any, *, abort: bool = False) -> EmbedCall:
+    """A session's arguments, with the trace and the cancellation of a call's context."""
+    middleware = context.get_middleware("trace")
+    return EmbedCall(
+        name=name,
+        command=command,
+        abort=abort,
+        trace=None if middleware is None else middleware.trace,
+        is_cancelled=context.is_cancelled,
+    )
