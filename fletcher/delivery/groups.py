@@ -161,7 +161,7 @@ class Group:
         return self.rows[0].upload.dedupe_by
 
     def is_recognized(self, num_stored: int, *, counts_groups: bool) -> bool:
-        """Whether the store, which got `num_stored` rows, can tell later that it holds them."""
+        """Whether the store, given `num_stored` rows, can tell later that it holds them."""
         if self.rows[0].upload.upsert:  # later rows may replace them all, and the key goes, too
             return False
         return num_stored > 0 and not (counts_groups and num_stored < self.num_rows)

@@ -101,7 +101,7 @@ class _Graph:
 
 
 class CapturedBackend:
-    """Backend that runs single short texts by captured graphs, others by `backend`, without.
+    """Backend that runs single short texts by captured graphs, others by `backend`.
 
     That one also takes a text that arrives while a graph runs, because graphs share memory.
     `graphs` are sorted from few tokens to many.
@@ -147,7 +147,7 @@ class CapturedBackend:
 def captured(
     backend: Backend, io: PackedIO, ort: Any, open_session: Callable[[], Any], device: str
 ) -> CapturedBackend:
-    """Add captured graphs for short texts to a warmed-up backend; on failure, warn and add none.
+    """Add captured graphs to a warmed-up backend; on failure, warn and add none.
 
     The graphs' vectors must equal the backend's. `open_session` loads the model once more, with
     `enable_cuda_graph`: captured runs keep their memory, which other runs must not share. `device`

@@ -66,7 +66,7 @@ class GraphIO:
         input_dtypes: Mapping[str, npt.DTypeLike],
         output_names: Sequence[str],
     ) -> GraphIO:
-        """Check a bundle against the inputs and outputs of the graph that an engine loaded.
+        """Check a bundle against the inputs and outputs of the loaded graph.
 
         Raises:
             ModelError: The graph has other inputs than the bundle declares, or lacks an output.
@@ -164,7 +164,7 @@ class GraphIO:
         outputs: Sequence[npt.NDArray[Any]],
         compute_s: float,
     ) -> InferenceResult:
-        """Result of a run, from the mask of `feeds` and the outputs in the order of `self.outputs`.
+        """Result of a run, from the mask of `feeds` and outputs ordered as `self.outputs`.
 
         Raises:
             ModelError: As `embeddings`.

@@ -41,7 +41,7 @@ class HostInfo:
 
 
 def detect_host(root: Path = Path("/")) -> HostInfo:
-    """Inspect the machine with /proc, /sys and /dev in `root`, without importing an engine."""
+    """Inspect the machine by /proc, /sys and /dev in `root`, without an engine."""
     cpuinfo = _read(root / "proc/cpuinfo")
     flags = set(_field(cpuinfo, "flags").split())
     groups = _cgroups(root)

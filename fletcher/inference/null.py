@@ -24,7 +24,7 @@ _SECOND_FACTOR = 0x94D049BB133111EB
 
 
 class NullBackend:
-    """Backend whose vectors, of L2 norm 1, are hashes of token ids and the model's `seed`."""
+    """Backend whose vectors, of L2 norm 1, are hashes of token ids and `seed`."""
 
     def __init__(self, dim: int = DEFAULT_DIM, seed: int = 0) -> None:
         self.dim = dim

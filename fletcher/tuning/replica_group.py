@@ -22,7 +22,7 @@ _RUN_TIMEOUT_S = 300.0
 
 
 class ReplicaGroup:
-    """Warmed-up replicas in child processes, one for each of `configs`, as a server starts them.
+    """Warmed-up replicas in child processes, one for each of `configs`.
 
     Raises:
         FletcherError: One could not load; nothing is left running.

@@ -17,7 +17,7 @@ from fletcher.tokenization.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class SampleTexts:
-    """Tokenized texts; `order`, int64 [num_texts], has their indexes from short to long."""
+    """Tokenized texts; `order`, int64 [num_texts], has indexes from short to long."""
 
     tokens: TokenBatch
     order: Int64Array
@@ -51,7 +51,7 @@ class SampleTexts:
     def micro_batches(
         self, rows: Int64Array, *, max_batch_tokens: int, num_runners: int
     ) -> tuple[list[Int64Array], list[MicroBatch]]:
-        """For each micro-batch of some texts, int64 indexes into `rows`; and the micro-batches."""
+        """For each micro-batch, int64 indexes into `rows`; and the micro-batches."""
         lengths = self.tokens.token_count[rows]
         places = plan(
             lengths,

@@ -136,7 +136,7 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @classmethod
     def from_folder(cls, folder: Path, *, verify: bool = False) -> ModelBundle:
-        """Read a bundle's manifest; check its files' sizes and, with `verify`, their SHA-256 sums.
+        """Read a bundle's manifest; check file sizes and, with `verify`, SHA-256 sums.
 
         Raises:
             ModelError: The folder holds no bundle; a field is missing or invalid; or a file is
@@ -182,7 +182,7 @@ def block_file(layers: int) -> str:
 
 
 def version_folder(folder: Path, version: str) -> Path:
-    """Folder of a version, by its hash: the `folder` that held it, or that of a replaced version.
+    """Folder of a version by its hash: `folder`, or that of a replaced version.
 
     Raises:
         ModelError: Neither folder holds the version.

@@ -27,7 +27,7 @@ _KINDS = ("a folder", "an .onnx file", "pypi:NAME[==VERSION]", "hub:ORG/NAME[@RE
 
 
 class Registry:
-    """The bundles in `FLETCHER_HOME/models`. Safe for several threads and processes at once.
+    """The bundles in `FLETCHER_HOME/models`. Safe for threads and processes.
 
     A complete bundle appears by one rename. A process that dies while it adds one leaves at most a
     hidden staging folder, which the next addition under that name removes.

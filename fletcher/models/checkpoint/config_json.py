@@ -154,7 +154,7 @@ def activation(config: Config, key: str, default: str, **names: str) -> str:
 
 
 def theta(config: Config, default: float, *keys: str, layers: str = "") -> float:
-    """Theta of rotary positions: in `rope_parameters`, under one of `keys`, or `default`.
+    """Theta of rotary positions: from `rope_parameters`, one of `keys`, or `default`.
 
     `layers` is the kind of layers, if `rope_parameters` has values for each kind.
 

@@ -68,7 +68,7 @@ def parse(requirement: str) -> tuple[str, Build]:
 
 
 def fetch_checkpoint(requirement: str, folder: Path, progress: Progress) -> Path:
-    """Download and unpack `NAME[==VERSION]` in `folder`; return its checkpoint's folder in there.
+    """Download and unpack `NAME[==VERSION]` in `folder`; return its checkpoint.
 
     A version in PINNED must have the reviewed content.
 
