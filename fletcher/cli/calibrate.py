@@ -18,7 +18,7 @@ from fletcher.errors import ConfigError, ModelError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.calibration import Calibration, Cut
 from fletcher.models.bundle.registry import Registry
-from fletcher.vectors.finish import finish
+from fletcher.vectors.pooling import finish
 
 if TYPE_CHECKING:
     from fletcher.client import Client

@@ -59,11 +59,7 @@ class Committer:
     """A dataset's writer and its thread. Thread-safe.
 
     Args:
-        destination: The dataset.
-        config: Sizes of groups and appends, and how long a failing append is retried.
-        timing: Waits.
-        dedupe_index: The dataset's dedupe index.
-        journal: The dataset's journal; None: rows stay in memory until they are stored.
+        journal: None: rows stay in memory until they are stored.
         on_idle: Called on the committer's thread after some idle time; True lets it end.
     """
 
@@ -144,13 +140,11 @@ class Committer:
 
     @property
     def idle(self) -> bool:
-        """Whether no rows wait or are being stored."""
         with self._changed:
             return self._queue.idle
 
     @property
     def num_waiting_rows(self) -> int:
-        """Number of rows that wait."""
         return self._queue.waiting.num_rows
 
     @property
@@ -192,7 +186,6 @@ class Committer:
         self.close_writer()
 
     def _next_action(self) -> Action:
-        """The next action; waits for one."""
         with self._changed:
             while True:
                 if self._may_decide and not self._queue.has_decided_groups:
@@ -266,8 +259,11 @@ class Committer:
         started = time.monotonic()
         num_groups = len(groups)
         decides = not groups[0].rows[0].journaled and any(group.dedupe_by for group in groups)
-        if decides and not self._acquire_decision():
-            return Unavailable(0, time.monotonic() - started, self._dedupe_index.pending_error())
+        if decides and not self._may_decide:
+            self._may_decide = self._dedupe_index.acquire_decision(self._timing.decision_wait_s)
+            if not self._may_decide:
+                error = self._dedupe_index.pending_error()
+                return Unavailable(0, time.monotonic() - started, error)
         try:
             with self.destination.breaker.guard_call(self._queue):
                 if decides:
@@ -289,11 +285,6 @@ class Committer:
             text = "storing failed in an unexpected way; the server's log has the cause"
             return Refused(num_groups, InternalError(text))
         return Stored(num_groups, time.monotonic() - started, slow_down)
-
-    def _acquire_decision(self) -> bool:
-        if not self._may_decide:
-            self._may_decide = self._dedupe_index.acquire_decision(self._timing.decision_wait_s)
-        return self._may_decide
 
     def _open_writer(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
         """The writer for rows of `schema`; `overwrite` empties the dataset first.
@@ -391,7 +382,6 @@ class Committer:
 
 @contextlib.contextmanager
 def _journal_errors() -> Iterator[None]:
-    """Turn errors of the journal's disk into a retryable one."""
     try:
         yield
     except OSError as error:

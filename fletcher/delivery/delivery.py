@@ -39,10 +39,7 @@ class Delivery:
 
     Args:
         stores: Stores by name; the first is the default.
-        config: Sizes of groups and appends, and how long a failing append is retried.
-        telemetry: Receives counts, durations and spans.
         journal: The journal's folder and size; None: no journal.
-        timing: Waits.
 
     Raises:
         ConfigError: The journal's folder cannot be used, or another server uses it.
@@ -132,7 +129,6 @@ class Delivery:
             return upload, sink
 
     def close_upload(self, upload: Upload, sink: DatasetSink) -> None:
-        """Disconnect from an upload."""
         if upload.failure is not None:
             sink.committer.drop_abandoned()
         self._leave_sink(sink, upload)
@@ -264,7 +260,6 @@ class Delivery:
         """Begin an upload that is not in progress; only a `named` one may have rows."""
         name, dataset, upload_id = key
         store = sink.committer.destination.store
-        mode = terms.mode
         settled = SettledRanges([], [])
         failed = self._uploads.find_upload(*key)
         if failed is not None:
@@ -274,6 +269,7 @@ class Delivery:
             self._open_dataset(sink, schema, "append")
         if named:
             settled = self._settled(store, dataset, upload_id)
+        mode = terms.mode
         if mode == "overwrite" and (any(settled) or failed is not None):
             mode = "append"
         self._open_dataset(sink, schema, mode)
@@ -320,8 +316,8 @@ class Delivery:
             sink = self._sinks.get((name, dataset))
             if sink is not None:
                 sink.users += 1
-                return sink
-            sink = self._sinks[name, dataset] = self._new_sink(name, dataset, store)
+            else:
+                sink = self._sinks[name, dataset] = self._new_sink(name, dataset, store)
             return sink
 
     def _new_sink(self, name: str, dataset: str, store: Store) -> DatasetSink:

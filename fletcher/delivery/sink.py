@@ -20,18 +20,13 @@ class DatasetSink:
     """Takes rows of uploads to one dataset. Thread-safe.
 
     Args:
-        destination: The dataset.
-        config: Sizes of groups and appends, and how long a failing append is retried.
-        timing: Waits.
-        journal: The dataset's journal; None: rows stay in memory until they are stored.
-        dedupe_memory: Memory for the dedupe indexes of all datasets.
+        journal: None: rows stay in memory until they are stored.
         on_idle: Called after some idle time; True lets the sink end.
 
     Attributes:
         users: Number of connections that use the sink; guarded by `Delivery`. Its maker is the
             first: the committer may offer to end before the constructor returns.
         recovered: Groups that an earlier process left in the journal, settled ones included.
-        dedupe_index: The dataset's dedupe index.
     """
 
     def __init__(

@@ -41,7 +41,6 @@ def fingerprints(values: pa.Array) -> list[bytes | None]:
 
 
 def value_bytes(kind: str) -> int:
-    """Size of a key's value."""
     return _SIZE if kind == "delta" else len(_ANY)
 
 
@@ -56,14 +55,10 @@ def row_keys(kind: str, rows: pa.RecordBatch) -> list[RowKey]:
 
 
 def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dict[bytes, bytes]:
-    """Keys and values of stored or journaled rows.
+    """Keys and values of stored or journaled rows, without the `excluded` places.
 
-    An id without a text gets a value that no text has.
-
-    Args:
-        kind: Kind of key.
-        rows: With the columns `id` and, unless the upload had no texts, `text`.
-        excluded: Places of rows that are not stored.
+    The column `text` is missing if the upload had no texts. An id without a text gets a value that
+    no text has.
     """
     if not set(COLUMNS[kind]) <= set(rows.schema.names):
         if "id" not in COLUMNS[kind]:
@@ -88,9 +83,6 @@ class FingerprintMap:
 
     Most of it is two sorted arrays, which take 16 bytes and the value's size an entry; new entries
     wait in a dict until they are worth merging.
-
-    Args:
-        value_bytes: Size of a value.
     """
 
     def __init__(self, value_bytes: int) -> None:

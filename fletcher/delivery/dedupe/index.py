@@ -41,11 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class DedupeMemory:
-    """Memory limit of the dedupe indexes of all datasets together. Thread-safe.
-
-    Args:
-        max_bytes: The limit.
-    """
+    """Memory limit of the dedupe indexes of all datasets together. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -75,17 +71,14 @@ class _KindIndex:
         self.stale = True
         self.invalidated = False
         self.late: list[dict[bytes, bytes]] | None = None
+        self.map = FingerprintMap(value_bytes(kind))
         self._memory = memory
-        self._map = FingerprintMap(value_bytes(kind))
         self._counted = 0
-
-    def find_values(self, keys: Sequence[bytes | None]) -> list[bytes | None]:
-        return self._map.find_values(keys)
 
     def add_entries(self, entries: Mapping[bytes, bytes]) -> bool:
         """False if there is no memory for them; the index is empty and stale then."""
-        self._map.add_entries(entries)
-        grown = self._map.num_bytes - self._counted
+        self.map.add_entries(entries)
+        grown = self.map.num_bytes - self._counted
         if self._memory.add_bytes(grown):
             self._counted += grown
             return True
@@ -96,17 +89,11 @@ class _KindIndex:
     def clear(self) -> None:
         self._memory.add_bytes(-self._counted)
         self._counted = 0
-        self._map = FingerprintMap(value_bytes(self.kind))
+        self.map = FingerprintMap(value_bytes(self.kind))
 
 
 class DedupeIndex:
-    """One dataset's index, empty until the first upload that needs it. Thread-safe.
-
-    Args:
-        destination: The dataset, whose columns are read once.
-        journal: The dataset's journal, if there is one.
-        memory: Memory limit that all datasets share.
-    """
+    """One dataset's index, empty until the first upload that needs it. Thread-safe."""
 
     def __init__(
         self, destination: Destination, journal: Journal | None, memory: DedupeMemory
@@ -122,14 +109,32 @@ class DedupeIndex:
         self._reading = threading.Lock()
         self._lock = threading.Lock()
 
-    def load_kind(self, kind: str) -> None:
+    def load_kind(self, kind: str) -> _KindIndex:
         """Index the store and the journal by a kind of key, unless that is done.
 
         Raises:
             InvalidCommandError: The dataset lacks a column, or needs too much memory.
             StoreUnavailableError: The store does not answer.
         """
-        self._loaded(kind)
+        with self._lock:
+            index = self._kinds.setdefault(kind, _KindIndex(kind, self._memory))
+            ready = not index.stale
+        if ready:
+            return index
+        with self._reading:
+            with self._lock:
+                if not index.stale:  # another thread read it
+                    return index
+                index.clear()
+                index.late, index.invalidated = [], False
+            try:
+                self._read_dataset(index)
+            except BaseException:
+                with self._lock:
+                    index.clear()
+                    index.late = None
+                raise
+        return index
 
     def find_duplicates(self, kind: str, keys: Sequence[RowKey]) -> list[bool]:
         """Whether each row is indexed. Raises as `load_kind`."""
@@ -179,9 +184,7 @@ class DedupeIndex:
         Returns:
             Number of groups, from the first one on, that may be sent together.
 
-        Raises:
-            StoreUnavailableError: The store does not answer.
-            InvalidCommandError: As `load_kind`.
+        Raises as `load_kind`.
         """
         sent: dict[str, set[bytes]] = {
             group.dedupe_by: set() for group in groups if group.dedupe_by is not None
@@ -287,31 +290,10 @@ class DedupeIndex:
 
     def _find_values(self, kind: str, keys: Sequence[bytes | None]) -> list[bytes | None]:
         while True:
-            index = self._loaded(kind)
+            index = self.load_kind(kind)
             with self._lock:
                 if not index.stale:  # it may have become so just now
-                    return index.find_values(keys)
-
-    def _loaded(self, kind: str) -> _KindIndex:
-        with self._lock:
-            index = self._kinds.setdefault(kind, _KindIndex(kind, self._memory))
-            ready = not index.stale
-        if ready:
-            return index
-        with self._reading:
-            with self._lock:
-                if not index.stale:  # another thread read it
-                    return index
-                index.clear()
-                index.late, index.invalidated = [], False
-            try:
-                self._read_dataset(index)
-            except BaseException:
-                with self._lock:
-                    index.clear()
-                    index.late = None
-                raise
-        return index
+                    return index.map.find_values(keys)
 
     def _read_dataset(self, index: _KindIndex) -> None:
         # The journal first: groups that leave it meanwhile are in the store.
@@ -329,13 +311,11 @@ class DedupeIndex:
                     "leave `dedupe` and delta out",
                     field="dedupe",
                 )
-            try:
+            with contextlib.suppress(UnknownDatasetError):  # no rows yet
                 for batch in self._store.scan(self._dataset, columns=columns):
                     entries = stored_keys(index.kind, batch, ())
                     with self._lock:
                         self._fill(index, entries)
-            except UnknownDatasetError:  # no rows yet
-                pass
         with self._lock:
             for entries in [journaled, *(index.late or [])]:
                 self._fill(index, entries)

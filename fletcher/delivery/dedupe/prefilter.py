@@ -14,12 +14,7 @@ from fletcher.delivery.upload import Upload
 
 
 class DedupePrefilter:
-    """Finds duplicates among incoming rows of one connection. Not thread-safe.
-
-    Args:
-        dedupe_index: The dataset's dedupe index.
-        upload: The upload; its `dedupe_by` is set.
-    """
+    """Finds duplicates among incoming rows of one connection. Not thread-safe."""
 
     def __init__(self, dedupe_index: DedupeIndex, upload: Upload) -> None:
         self._dedupe_index = dedupe_index

@@ -68,8 +68,7 @@ class Journal:
     """One dataset's segments. Thread-safe.
 
     Args:
-        folder: Folder of the segments; made if missing.
-        space: Size limit that all journals share.
+        folder: Made if missing.
         segment_bytes: Size at which a new segment begins.
         retention_s: Returns how long segments are kept after they were sent; 0: not at all, for
             stores that are durable when they acknowledge.
@@ -209,10 +208,7 @@ class Journal:
             self.sweep()
 
     def sync_notes(self, before: Segment | None = None) -> None:
-        """Sync notes, so that no settled group comes back after a power loss.
-
-        Args:
-            before: Only the notes of segments before this one.
+        """Sync the notes of all segments, or of those before one, against a power loss.
 
         Raises:
             OSError: The disk does not take the notes.
@@ -282,7 +278,6 @@ class Journal:
 
     @property
     def num_bytes(self) -> int:
-        """Size on disk."""
         with self._lock:
             return sum(segment.num_bytes for segment in self._segments)
 

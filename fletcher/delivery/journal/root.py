@@ -16,11 +16,7 @@ FULL_RETRY_MS = 1000
 
 
 class JournalSpace:
-    """Size limit of all journals of a server together. Thread-safe.
-
-    Args:
-        max_bytes: The limit.
-    """
+    """Size limit of all journals of a server together. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -33,7 +29,6 @@ class JournalSpace:
             return self._changed.wait_for(lambda: self.used_bytes < self.max_bytes, timeout_s)
 
     def full_error(self) -> JournalFullError:
-        """Error for a group that cannot be journaled now."""
         return JournalFullError(
             f"the journal holds {self.used_bytes} of at most {self.max_bytes} bytes, and the store "
             "takes no rows; try again later",
@@ -55,11 +50,7 @@ def journal_folders(root: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def revive_segments(folder: Path) -> int:
-    """Make sent and rejected segments of a journal wait again, behind the others.
-
-    Returns:
-        Number of segments.
-    """
+    """Make sent and rejected segments wait again, behind others; return their number."""
     used = [int(path.stem.partition("-")[0]) for path in folder.glob("0*")]
     number = max(used, default=-1) + 1
     again = sorted(path for path in folder.iterdir() if path.suffix in (SENT, REJECTED))

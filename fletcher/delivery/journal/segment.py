@@ -48,12 +48,9 @@ _CLAIM = re.compile(rb'\{"upload_id": "([\w-]+)", "first": (\d+), "last": (\d+)'
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """Identity of a group.
+    """Identity of a group: rows first..last of an upload.
 
     Attributes:
-        upload_id: The upload.
-        first: Offset of the first row in the upload.
-        last: Offset of the last row.
         failed: Places of rows with a null vector.
         upsert: The rows replace others by id.
         excluded: Places of rows that are not stored, such as duplicates.
@@ -68,7 +65,6 @@ class GroupInfo:
 
     @property
     def num_rows(self) -> int:
-        """Number of uploaded rows."""
         return self.last - self.first + 1
 
     def to_json(self) -> dict[str, Any]:
@@ -79,11 +75,7 @@ class GroupInfo:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> GroupInfo:
-        """Read what `to_json` returned.
-
-        Raises:
-            TypeError: A field is missing or unknown.
-        """
+        """Read what `to_json` returned; TypeError: a field is missing or unknown."""
         # JSON turns tuples into lists.
         values: dict[str, Any] = {
             name: tuple(one) if isinstance(one, list) else one for name, one in fields.items()
@@ -101,7 +93,6 @@ class Damage:
 
     Attributes:
         offset: Offset of the first byte in the file.
-        num_bytes: Number of bytes.
         groups: Groups that the bytes name, unproven; empty: they name none.
     """
 
@@ -177,11 +168,9 @@ class Segment:
 
     @property
     def notes(self) -> Path:
-        """The file that lists the settled groups."""
         return self.path.with_suffix(SETTLED)
 
     def note_settled(self, group: JournaledGroup) -> None:
-        """Add a note for `write_notes`."""
         self.unwritten_notes += _NOTE.pack(group.end)
         self.num_notes += 1
 
@@ -241,7 +230,6 @@ def read_segment(path: Path) -> Segment | Damage:
 
 
 def group_metadata(info: GroupInfo, batch: pa.RecordBatch) -> dict[bytes, bytes]:
-    """Custom metadata of a group's record batch."""
     fields = {**info.to_json(), "crc32": _checksum(info, batch)}
     return {_KEY: json.dumps(fields).encode()}
 
@@ -347,7 +335,6 @@ def _group(schema: pa.Buffer, data: pa.Buffer, offset: int, end: int) -> GroupIn
 
 
 def _checksum(info: GroupInfo, batch: pa.RecordBatch) -> int:
-    """CRC-32 over a group's identity, schema and rows."""
     head = json.dumps(info.to_json()).encode() + batch.schema.serialize().to_pybytes()
     return zlib.crc32(batch.serialize(), zlib.crc32(head))
 

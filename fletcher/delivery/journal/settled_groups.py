@@ -27,9 +27,6 @@ class SettledGroups:
     """One dataset's file of settled groups; nothing of it is kept in memory.
 
     One thread at a time may add keys.
-
-    Args:
-        folder: The dataset's journal folder.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -50,14 +50,10 @@ class WriteQueue:
 
     Args:
         patience_s: How long rows that cannot be journaled are tried.
-        timing: Waits.
-
-    Attributes:
-        stopped: Nothing is accepted any more.
     """
 
     def __init__(self, patience_s: float, timing: DeliveryTiming) -> None:
-        self.stopped = False
+        self.stopped = False  # nothing is accepted any more
         self._patience_s = patience_s
         self._timing = timing
         self._waiting: deque[Rows] = deque()
@@ -70,12 +66,10 @@ class WriteQueue:
         self._close_at = math.inf  # for the open segment
 
     def append_rows(self, rows: Rows) -> None:
-        """Queue a group."""
         self._waiting.append(rows)
 
     @property
     def idle(self) -> bool:
-        """Whether no rows wait or are being written."""
         return not (self._waiting or self._held or self._failed or self._holds_rows)
 
     def decide(self, now: float) -> WriterAction:
@@ -85,13 +79,7 @@ class WriteQueue:
         return action
 
     def note_outcome(self, action: WriterAction, outcome: Unwritten | None, now: float) -> None:
-        """Learn how an action went.
-
-        Args:
-            action: The action.
-            outcome: Of rows that were not written; None: all is done.
-            now: Current time.
-        """
+        """Learn how an action went; None: all is done."""
         self._holds_rows = False
         if isinstance(action, Write):
             self._close_at = now + self._timing.segment_idle_s
@@ -152,12 +140,9 @@ class JournalWriter:
     """One of a dataset's journal writers; its thread starts with the first rows.
 
     Args:
-        journal: The dataset's journal; recovered.
-        committer: Takes the groups once they are on disk.
-        dedupe_index: The dataset's dedupe index.
+        journal: Recovered.
         patience_s: How long a full journal, or the right to decide what is a duplicate, is waited
             for before an upload fails.
-        timing: Waits.
     """
 
     def __init__(
@@ -194,11 +179,7 @@ class JournalWriter:
             _give_up([rows], shutting_down())
 
     def wait_written(self, timeout_s: float) -> bool:
-        """Wait until no rows of earlier failed uploads are being written.
-
-        Returns:
-            False if some still may be.
-        """
+        """Wait until no rows of failed uploads are being written; False: some may be."""
         written = self._writing.acquire(timeout=timeout_s)
         if written:
             self._writing.release()
@@ -206,7 +187,6 @@ class JournalWriter:
 
     @property
     def idle(self) -> bool:
-        """Whether no rows wait or are being written."""
         with self._changed:
             return self._queue.idle
 
@@ -310,14 +290,10 @@ def journaled_rows(
     )
 
 
-def _info_of(group: Rows) -> GroupInfo:
+def _info_of(rows: Rows) -> GroupInfo:
+    upload = rows.upload
     return GroupInfo(
-        group.upload.upload_id,
-        group.first,
-        group.last,
-        group.failed,
-        group.upload.upsert,
-        group.excluded,
+        upload.upload_id, rows.first, rows.last, rows.failed, upload.upsert, rows.excluded
     )
 
 
