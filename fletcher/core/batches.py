@@ -141,3 +141,9 @@ class EmbeddingBatch:
     errors: dict[int, FletcherError] = field(default_factory=dict)  # by text, why it has no vector
     chunks: Chunks | None = None  # as in TokenBatch
     counts: Int32Array | None = None  # as in InferenceResult
+
+    @classmethod
+    def zeros(cls, num_texts: int, width: int) -> EmbeddingBatch:
+        """Returns float32 vectors of zeros, without norms."""
+        vectors, truncated = np.zeros((num_texts, width), np.float32), np.zeros(num_texts, np.bool_)
+        return cls(vectors, None, np.zeros(num_texts, np.int32), truncated)

@@ -16,7 +16,7 @@ from fletcher.pipeline.input.limits import INTERACTIVE_ROWS
 from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.interactive.single_row import is_plain, single_row_batch
 from fletcher.vectors.aggregation import aggregation
-from fletcher.vectors.finish import finish
+from fletcher.vectors.pooling import finish
 from fletcher.vectors.ragged import gather_rows
 
 
@@ -49,8 +49,6 @@ class Assembler:
     """Assembles one call's output batches, in order. Not thread-safe.
 
     Args:
-        schema: Schema of the output, without `batch_key`.
-        spec: The vectors.
         upload_id: Prefix of the ids of rows that came without one.
 
     Attributes:
@@ -189,17 +187,13 @@ class _Table:
     """Vectors that rows refer to by index."""
 
     def __init__(self, outcome: EmbeddingBatch) -> None:
-        """A table of one row slice's own vectors."""
         self.embeddings, self.errors = outcome.embeddings, dict(outcome.errors)
         self.token_count, self.truncated = outcome.token_count, outcome.truncated
         self._counts = outcome.counts
 
     @classmethod
     def zeros(cls, size: int, width: int) -> _Table:
-        """Returns a table of zeros, to be filled."""
-        vectors = np.zeros((size, width), np.float32)
-        num_tokens, truncated = np.zeros(size, np.int32), np.zeros(size, np.bool_)
-        return cls(EmbeddingBatch(vectors, None, num_tokens, truncated))
+        return cls(EmbeddingBatch.zeros(size, width))
 
     def vectors(
         self, rows: Int32Array, missing: BoolArray, spec: VectorSpec

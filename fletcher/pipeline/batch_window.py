@@ -39,7 +39,6 @@ class BatchWindow:
     Args:
         tickets: Tokenized tickets of one model, one exit layer and one type of vectors, all with
             spans or all without.
-        dim: Width of a vector.
         plan: Cuts lengths into row sets. It does not see rows of length 0, the failed texts.
     """
 
@@ -74,7 +73,6 @@ class BatchWindow:
         self._lock = threading.Lock()
 
     def micro_batch(self, rows: Int64Array) -> MicroBatch:
-        """The tokens of some rows, flat."""
         if len(self._lengths) == 1:
             return MicroBatch(self._input_ids, self._lengths, self._layers, self._spans, self._half)
         lengths = self._lengths[rows]
@@ -91,10 +89,7 @@ class BatchWindow:
         return all(ticket.stream.closed for ticket in self.tickets)
 
     def take_result(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
-        """Takes a micro-batch's vectors or error; the last one finishes the tickets.
-
-        Thread-safe.
-        """
+        """Takes a run's vectors or error; the last finishes the tickets. Thread-safe."""
         with self._lock:
             error = result if isinstance(result, FletcherError) else self._store(rows, result)
             if error is not None:
@@ -144,14 +139,7 @@ class BatchWindow:
         errors: Mapping[int, FletcherError],
         begin: int,
     ) -> EmbeddingBatch:
-        """Result of a ticket with spans, each of which counts as a text from here on.
-
-        Args:
-            tokens: The ticket's tokens.
-            embeddings: float32 [num_spans, dim].
-            errors: Errors by row.
-            begin: Place of the first span in the window.
-        """
+        """Result of a ticket with spans, each of which counts as a text from here on."""
         assert tokens.spans is not None
         counts, bounds = tokens.spans.counts, tokens.spans.bounds
         starts = starts_of(counts)

@@ -34,27 +34,19 @@ class CacheBackend(Protocol):
     @property
     def num_bytes(self) -> int:
         """Size of the kept values, in bytes."""
-        ...
 
     def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Returns the value of each key; None for keys without one."""
-        ...
 
     def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """Stores values, and evicts others if there is no room."""
-        ...
 
     def close(self) -> None:
         """Frees everything. Idempotent."""
-        ...
 
 
 class MemoryCache:
-    """See `CacheBackend`.
-
-    Args:
-        max_bytes: Most bytes of values, keys and Python's overhead.
-    """
+    """See `CacheBackend`; `max_bytes` counts values, keys and Python's overhead."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -64,11 +56,9 @@ class MemoryCache:
 
     @property
     def num_bytes(self) -> int:
-        """See `CacheBackend`."""
         return self._num_bytes
 
     def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """See `CacheBackend`."""
         with self._lock:
             found = [self._values.get(key) for key in keys]
             for key, value in zip(keys, found, strict=True):
@@ -77,7 +67,6 @@ class MemoryCache:
             return found
 
     def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """See `CacheBackend`."""
         with self._lock:
             for key, value in zip(keys, values, strict=True):
                 if key not in self._values:
@@ -89,7 +78,6 @@ class MemoryCache:
                 self._num_bytes -= len(value) + _ENTRY_BYTES
 
     def close(self) -> None:
-        """See `CacheBackend`."""
         with self._lock:
             self._values.clear()
             self._num_bytes = 0
@@ -98,11 +86,7 @@ class MemoryCache:
 class EmbeddingCache:
     """Vectors of texts that were embedded before. Thread-safe.
 
-    Args:
-        scope: Facts that the vectors depend on beside the texts: the model and how it is run.
-        dim: Width of a vector.
-        backend: Storage of the vectors.
-        telemetry: Counts hits and misses.
+    `scope` has the facts that they depend on beside the texts: the model and how it is run.
     """
 
     def __init__(
@@ -111,18 +95,12 @@ class EmbeddingCache:
         self._scope = list(scope)
         self._backend = backend
         self._telemetry = telemetry
-        self._record = np.dtype(
-            [
-                ("embedding", "<f4", (dim,)),
-                ("norm", "<f4"),  # NaN where the network does not normalise
-                ("token_count", "<i4"),
-                ("truncated", "?"),
-            ]
-        )
+        # A norm is NaN where the network does not normalise.
+        numbers = [("norm", "<f4"), ("token_count", "<i4"), ("truncated", "?")]
+        self._record = np.dtype([("embedding", "<f4", (dim,)), *numbers])
         telemetry.cache_memory.observe(lambda: backend.num_bytes)
 
     def look_up(self, texts: TextBatch) -> CacheLookup:
-        """Looks texts up."""
         keys = self._keys(texts)
         values = self._backend.load_values(keys)
         cached = np.array([value is not None for value in values], np.bool_)
@@ -134,7 +112,6 @@ class EmbeddingCache:
         return CacheLookup(self, texts, keys, cached, records)
 
     def store_vectors(self, keys: Sequence[bytes], records: Any) -> None:
-        """Stores new vectors."""
         raw, size = records.tobytes(), self._record.itemsize
         self._backend.store_values(keys, [raw[n * size : (n + 1) * size] for n in range(len(keys))])
 
@@ -156,9 +133,6 @@ class CacheLookup:
     """Cached vectors of a TextBatch.
 
     Attributes:
-        cache: Receives the vectors that are missing.
-        texts: The texts.
-        keys: Their keys.
         cached: bool [num_texts], whether a text's vector is cached.
         records: [num_texts] cached entries; zeros for texts that are not cached.
     """
@@ -171,7 +145,6 @@ class CacheLookup:
 
     @property
     def missing(self) -> TextBatch:
-        """Texts that are not cached."""
         if not self.cached.any():
             return self.texts
         view, offsets = memoryview(self.texts.data), self.texts.offsets

@@ -39,9 +39,6 @@ class ChunkAssembler(Assembler):
     """Assembles one call's output batches; a failed row is one without a vector.
 
     Args:
-        schema: Schema of the output, without `batch_key`.
-        spec: The vectors.
-        upload_id: Prefix of the ids of rows that came without one.
         whole_rows: All chunks of a text leave together; else those of each part leave as they are
             ready.
         max_kept_bytes: Most bytes that are kept of a text's chunks, with the columns that its row
@@ -66,7 +63,6 @@ class ChunkAssembler(Assembler):
     def assemble(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> Output | None:
-        """See `Assembler.assemble`."""
         outcome = self._finish(outcome)
         self._lost = self._lost and row_slice.part > 0
         before = self.kept_bytes = self.kept_bytes if self._kept else 0
@@ -77,11 +73,10 @@ class ChunkAssembler(Assembler):
             outcome, self._kept = _joined(self._kept), []
         errors = dict(row_slice.errors)
         if isinstance(outcome, FletcherError):
-            failed = outcome
-            errors |= dict.fromkeys(np.flatnonzero(row_slice.values >= 0).tolist(), failed)
-            outcome = _nothing(row_slice.texts.num_texts, self._spec.dims)
-        chunks = outcome.chunks or _nothing(row_slice.texts.num_texts, self._spec.dims).chunks
-        assert chunks is not None
+            errors |= dict.fromkeys(np.flatnonzero(row_slice.values >= 0).tolist(), outcome)
+            outcome, chunks = _nothing(row_slice.texts.num_texts, self._spec.dims)
+        else:
+            chunks = outcome.chunks or _nothing(row_slice.texts.num_texts, self._spec.dims)[1]
         for chunk in sorted(outcome.errors):
             text = int(np.searchsorted(chunks.offsets, chunk, side="right")) - 1
             for row in np.flatnonzero(row_slice.values == text).tolist():
@@ -139,15 +134,12 @@ class ChunkAssembler(Assembler):
         """Returns the output batch.
 
         Args:
-            row_slice: The slice.
-            outcome: Vectors of its chunks.
-            chunks: The chunks.
             rows: int64 [n], index of each output row's row in the slice.
             places: int64 [n], index of its chunk; arbitrary for rows without a vector.
             missing: bool [n], whether it has no vector.
         """
         if not len(chunks.index):  # rows without a vector need a chunk to refer to
-            outcome, chunks = _nothing(0, self._spec.dims, 1), _no_chunks(0, 1)
+            outcome, chunks = _nothing(0, self._spec.dims, 1)
         places = np.where(missing, 0, places)
         spans = np.where(missing[:, None], 0, chunks.text_ranges[places])
         taken = pa.array(rows)
@@ -175,7 +167,6 @@ class ChunkAssembler(Assembler):
     def _texts(
         self, row_slice: RowSlice, rows: Int64Array, spans: Int64Array, missing: BoolArray
     ) -> pa.Array:
-        """Returns the texts of the chunks."""
         held, begins = self._source(row_slice, rows)
         firsts = begins + spans[:, 2]
         lengths = spans[:, 3] - spans[:, 2]
@@ -258,22 +249,8 @@ def _joined(parts: list[EmbeddingBatch | FletcherError]) -> EmbeddingBatch | Fle
     )
 
 
-def _nothing(num_texts: int, dims: int, num_chunks: int = 0) -> EmbeddingBatch:
-    return EmbeddingBatch(
-        np.zeros((num_chunks, dims), np.float32),
-        None,
-        np.zeros(num_chunks, np.int32),
-        np.zeros(num_chunks, np.bool_),
-        chunks=_no_chunks(num_texts, num_chunks),
-    )
-
-
-def _no_chunks(num_texts: int, num_chunks: int) -> Chunks:
-    numbers = np.zeros(num_chunks, np.int32)
-    return Chunks(
-        np.zeros(num_texts + 1, np.int64),
-        numbers,
-        numbers,
-        np.zeros((num_chunks, 4), np.int64),
-        np.zeros(num_chunks, np.bool_),
-    )
+def _nothing(num_texts: int, dims: int, num_chunks: int = 0) -> tuple[EmbeddingBatch, Chunks]:
+    numbers, ranges = np.zeros(num_chunks, np.int32), np.zeros((num_chunks, 4), np.int64)
+    offsets, begins = np.zeros(num_texts + 1, np.int64), np.zeros(num_chunks, np.bool_)
+    chunks = Chunks(offsets, numbers, numbers, ranges, begins)
+    return EmbeddingBatch.zeros(num_chunks, dims), chunks

@@ -13,12 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class DeviceUsage:
-    """Work that each device has done, by the name of its replica.
-
-    Args:
-        telemetry: Receives the counts.
-        model: Their label.
-    """
+    """Work that each device has done, by the name of its replica."""
 
     def __init__(self, telemetry: Telemetry, model: str) -> None:
         self._telemetry = telemetry
@@ -35,13 +30,7 @@ class DeviceUsage:
         return self._busy[device]
 
     def count_run(self, device: str, lengths: Int32Array, result: InferenceResult) -> None:
-        """Counts one run.
-
-        Args:
-            device: Name of the replica.
-            lengths: int32 [num_rows], tokens of each row.
-            result: The run's.
-        """
+        """Counts one run; `lengths` is int32 [num_rows], the tokens of each row."""
         telemetry, labels = self._telemetry, {"model": self._model, "device": device}
         telemetry.stage_duration.record(result.compute_s, stage="inference")
         telemetry.device_batches.add(1, **labels)

@@ -32,11 +32,7 @@ _Job = list[tuple[bytes, bytes | None]]
 
 
 class DiskCache:
-    """See `fletcher.pipeline.cache.CacheBackend`.
-
-    Args:
-        folder: Folder of the file; created if it does not exist.
-        max_bytes: Largest size of the file.
+    """See `fletcher.pipeline.cache.CacheBackend`; the file has at most `max_bytes`.
 
     Raises:
         ConfigError: LMDB is not installed, or the folder cannot be used.

@@ -19,13 +19,8 @@ MAX_CHUNK_TEXT_BYTES = 1 << 20
 class DocumentAssembler(ChunkAssembler):
     """Assembles one call's output batches.
 
-    If chunks carry their texts, a document's text is kept from the start of its last chunk on.
-
-    Args:
-        schema: Schema of the output, without `batch_key`.
-        spec: The vectors.
-        upload_id: Prefix of the ids of rows that came without one.
-        max_text_bytes: Most bytes of text that are kept for a chunk.
+    If chunks carry their texts, a document's text is kept from the start of its last chunk on: at
+    most `max_text_bytes` for a chunk.
     """
 
     def __init__(
@@ -44,7 +39,6 @@ class DocumentAssembler(ChunkAssembler):
     def assemble(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> Output | None:
-        """See `Assembler.assemble`."""
         if "text" not in self.schema.names or not row_slice.texts.num_texts:
             return super().assemble(row_slice, outcome)
         if row_slice.part == 0:

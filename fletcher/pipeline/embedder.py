@@ -34,8 +34,6 @@ class ModelProcesses:
     """Worker processes of a model.
 
     Attributes:
-        tokenizers: One spec for each tokenizer process.
-        replicas: One spec for each replica process.
         standby: Replicas that take over when none of `replicas` is left.
         options: How work is divided among them, and how long a run may take.
     """
@@ -48,13 +46,7 @@ class ModelProcesses:
 
 @dataclass(frozen=True, slots=True)
 class SharedResources:
-    """Parts of the server that a model's pipeline uses.
-
-    Attributes:
-        budget: Memory for all streams.
-        telemetry: Receives counts, durations and spans.
-        cache: Vectors of texts that were embedded before; None: they are not kept.
-    """
+    """Parts of the server that a pipeline uses; without `cache` it keeps no vectors."""
 
     budget: MemoryBudget
     telemetry: Telemetry
@@ -62,15 +54,7 @@ class SharedResources:
 
 
 class Embedder:
-    """Texts to vectors, for many streams at once.
-
-    Args:
-        model: The model.
-        processes: Its workers.
-        batching: How micro-batches are formed.
-        shared: Parts of the server.
-        inline: Copies of the model in this process, for short texts while nothing else runs.
-    """
+    """Texts to vectors, for many streams at once."""
 
     def __init__(
         self,
@@ -87,12 +71,7 @@ class Embedder:
         self._streams: weakref.WeakSet[EmbedStream] = weakref.WeakSet()
         self._opening = threading.Lock()
         self._closed = False
-        self._nothing = EmbeddingBatch(
-            embeddings=np.zeros((0, model.dim), np.float32),
-            norms=None,
-            token_count=np.zeros(0, np.int32),
-            truncated=np.zeros(0, np.bool_),
-        )
+        self._nothing = EmbeddingBatch.zeros(0, model.dim)
         self._usage = DeviceUsage(telemetry, model.name)
         self._scheduler = Scheduler(
             model, batching, self._usage, telemetry, lambda: self.replicas.concurrency
@@ -111,13 +90,11 @@ class Embedder:
         # Calls mostly have one of few prompts, and each asks for its number of tokens.
         self.num_tokens = lru_cache(_CACHED_PROMPTS)(self._num_tokens)
 
-        def restarted(worker: str) -> None:
-            telemetry.worker_restarts.add(model=model.name, worker=worker)
-
-        def changed(worker: str, state: str) -> None:
-            telemetry.worker_states.add(model=model.name, worker=worker, state=state)
-
-        events = PoolEvents(restarted, changed)
+        restarts, states, name = telemetry.worker_restarts, telemetry.worker_states, model.name
+        events = PoolEvents(
+            on_restart=lambda worker: restarts.add(model=name, worker=worker),
+            on_state=lambda worker, state: states.add(model=name, worker=worker, state=state),
+        )
         timing = PoolTiming(answer_timeout_s=processes.options.worker_timeout_s)
         self.tokenizers = WorkerPool(
             PoolConfig("tokenizer", processes.tokenizers, timing=timing),
@@ -182,9 +159,6 @@ class Embedder:
 
         At most the model's `max_length`. Without a tokenizer in this process, the text is embedded
         on the ordinary path.
-
-        Raises:
-            FletcherError: That failed.
         """
         data = text.encode()
         texts = TextBatch(data, np.array([0, len(data)], np.int64))
@@ -226,11 +200,7 @@ class Embedder:
         return self.tokenizers.usable and self.replicas.usable
 
     def check_workers(self) -> None:
-        """Checks that there are workers of both kinds.
-
-        Raises:
-            OverloadedError: All workers of one kind are gone, and none will be back soon.
-        """
+        """Raises OverloadedError if all workers of one kind are gone for some time."""
         for pool in (self.tokenizers, self.replicas):
             if pool.gone:
                 raise pool.error()

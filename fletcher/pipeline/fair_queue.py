@@ -10,12 +10,9 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Item]):
-    """Queue that is round-robin between owners. Not thread-safe.
+    """Queue that is round-robin between owners, whose items keep their order.
 
-    An owner's items keep their order.
-
-    Attributes:
-        weight: Total weight of the queued items.
+    Not thread-safe. `weight` is that of all queued items.
     """
 
     def __init__(self) -> None:
@@ -34,11 +31,7 @@ class FairQueue(Generic[Item]):
         self.weight += weight
 
     def next_item(self) -> Item:
-        """Removes and returns the next owner's oldest item; that owner comes last then.
-
-        Raises:
-            IndexError: The queue is empty.
-        """
+        """Takes an item of the next owner, who is last then. Raises IndexError if empty."""
         if not self._owners:
             raise IndexError("get from an empty FairQueue")
         owner = next(iter(self._owners))

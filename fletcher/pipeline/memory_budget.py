@@ -31,7 +31,6 @@ class MemoryBudget:
     Args:
         total_bytes: Reserves (1/4), tables (1/8), rows (3/16) and the shared part.
         max_streams: Streams among which the reserves are divided.
-        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class MemoryBudget:
         return Allowance(self)
 
     def statistics(self) -> dict[str, Any]:
-        """Returns the bytes in use, and the limit."""
         with self._changed:
             used = self._used + self._rows_used
             return {"used_bytes": used, "total_bytes": self.total_bytes}
@@ -118,7 +116,6 @@ class Allowance:
         larger than the budget must not wait forever.
 
         Args:
-            num_bytes: Bytes to add.
             bulk: They are for bulk work, which must leave free what `MemoryBudget.spare` set.
 
         Raises:
@@ -188,7 +185,6 @@ class Allowance:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes held now."""
         return self._used
 
     def _beyond_reserve(self, used: int) -> int:

@@ -20,7 +20,6 @@ def resolve_prompt(model: ModelBundle, asked: str | None) -> str:
     `_`, `-` and `.` counts as a misspelt name. Everything else is literal, also the empty text.
 
     Args:
-        model: The model.
         asked: As in the command; None: the model's default.
 
     Raises:
@@ -45,7 +44,6 @@ def prompt_tokens(model: ModelBundle, prompt: str, num_tokens: Callable[[str], i
     """Returns the number of tokens that are added to every text.
 
     Args:
-        model: The model.
         prompt: Literal text.
         num_tokens: Counts the tokens of a text, special ones included, up to `max_length`.
 

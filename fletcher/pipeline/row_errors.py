@@ -6,12 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from fletcher.core.batches import Int64Array
-from fletcher.errors import (
-    FletcherError,
-    InvalidCommandError,
-    RowTooLargeError,
-    UnavailableError,
-)
+from fletcher.errors import FletcherError, InvalidCommandError, RowTooLargeError, UnavailableError
 from fletcher.pipeline.input.arrays import null_mask
 
 
@@ -22,7 +17,6 @@ def ends_call(errors: dict[int, FletcherError], *, abort: bool) -> FletcherError
     that was reported as failed would stay without a vector.
 
     Args:
-        errors: Errors by row.
         abort: Whether any error ends the call.
     """
     retryable = (error for error in errors.values() if isinstance(error, UnavailableError))
@@ -34,7 +28,6 @@ class RowErrors:
     """Rows of a batch that cannot be embedded, as masks: there may be millions.
 
     Args:
-        rows: Used columns of the batch.
         sizes: int64 [num_rows], bytes of each text; set to 0 for nulls.
         max_row_bytes: Most bytes of a text.
     """

@@ -22,7 +22,7 @@ from fletcher.pipeline.batch_window import BatchWindow
 from fletcher.pipeline.device_usage import DeviceUsage
 from fletcher.pipeline.fair_queue import FairQueue
 from fletcher.pipeline.stream import StreamTicket, as_fletcher_error
-from fletcher.telemetry.tracing import Span, Telemetry
+from fletcher.telemetry.tracing import Telemetry
 from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ class ModelShape:
     """Numbers of a model that batching and counting depend on.
 
     Attributes:
-        dim: Width of a vector.
         num_layers: Layers of the model; 0: unknown, and no text leaves early.
         name: Label of its counts.
     """
@@ -65,15 +64,7 @@ class BatchingConfig:
 
 
 class Scheduler:
-    """Owner of tickets between their submission and their result. Thread-safe.
-
-    Args:
-        model: The model.
-        batching: How micro-batches are formed.
-        usage: Receives each run.
-        telemetry: Receives counts, durations and spans.
-        num_runners: Runs that go on at the same time.
-    """
+    """Owner of tickets between their submission and their result. Thread-safe."""
 
     def __init__(
         self,
@@ -125,9 +116,7 @@ class _Stage:
 class TokenizationStage(_Stage):
     """Tickets without tokens; weighed by texts.
 
-    Args:
-        telemetry: Receives durations and spans.
-        tokenized: Called with each ticket that got tokens; must not block.
+    Calls `tokenized`, which must not block, with each ticket that got tokens.
     """
 
     def __init__(self, telemetry: Telemetry, tokenized: Callable[[StreamTicket], None]) -> None:
@@ -142,7 +131,6 @@ class TokenizationStage(_Stage):
         return self._outstanding > 0
 
     def add_ticket(self, ticket: StreamTicket) -> None:
-        """Queues a ticket."""
         interactive = ticket.priority == "interactive"
         with self._changed:
             queue = self._interactive if interactive else self._bulk
@@ -153,7 +141,6 @@ class TokenizationStage(_Stage):
             self._dispatch_urgent()
 
     def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
-        """See `JobSource`."""
         with self._changed:
             if not urgent and not self._bulk:
                 self._changed.wait_for(lambda: self._bulk, timeout_s)
@@ -163,20 +150,19 @@ class TokenizationStage(_Stage):
         texts: TextBatch = ticket.texts
         span = self._telemetry.span("tokenize", ticket.stream.trace, texts=texts.num_texts)
         cost = texts.num_texts + len(texts.data)
-        return Job(texts, _Tokenizing(ticket, span, time.monotonic()), cost=cost, urgent=urgent)
+        return Job(texts, (ticket, span, time.monotonic()), cost=cost, urgent=urgent)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
-        """See `JobSource`."""
-        task: _Tokenizing = job.task
-        task.span.end(error)
-        self._telemetry.stage_duration.record(time.monotonic() - task.started, stage="tokenize")
+        ticket, span, started = job.task
+        span.end(error)
+        self._telemetry.stage_duration.record(time.monotonic() - started, stage="tokenize")
         with self._changed:
             self._outstanding -= 1
         if error is not None:
-            task.ticket.tokenized(as_fletcher_error(error))
+            ticket.tokenized(as_fletcher_error(error))
             return
-        task.ticket.tokenized(result)
-        self._tokenized(task.ticket)
+        ticket.tokenized(result)
+        self._tokenized(ticket)
 
     def _next_ticket(self, queue: FairQueue[StreamTicket]) -> StreamTicket | None:
         while queue:
@@ -188,23 +174,10 @@ class TokenizationStage(_Stage):
 
 
 @dataclass(slots=True)
-class _Tokenizing:
-    ticket: StreamTicket
-    span: Span
-    started: float
-
-
-@dataclass(slots=True)
 class _Planned:
     window: BatchWindow
     rows: Int64Array
     queued: float
-
-
-@dataclass(slots=True)
-class _Running:
-    planned: _Planned
-    span: Span
 
 
 class InferenceStage(_Stage):
@@ -212,14 +185,6 @@ class InferenceStage(_Stage):
 
     Bulk work waits for a full window, up to `max_queue_delay_s` and while more tokens are coming.
     Interactive work waits for room only, and what waits together runs together.
-
-    Args:
-        model: The model.
-        batching: How micro-batches are formed.
-        usage: Receives each run.
-        telemetry: Receives counts, durations and spans.
-        num_runners: Runs that go on at the same time.
-        more_coming: Whether more tokens are coming.
     """
 
     def __init__(
@@ -243,7 +208,6 @@ class InferenceStage(_Stage):
         self._ready_bulk: deque[_Planned] = deque()
 
     def add_ticket(self, ticket: StreamTicket) -> None:
-        """Queues a ticket."""
         assert ticket.tokens is not None
         num_tokens = len(ticket.tokens.input_ids)
         self._telemetry.texts_received.add(ticket.tokens.num_texts)
@@ -264,7 +228,6 @@ class InferenceStage(_Stage):
         return len(self._ready_interactive) + len(self._ready_bulk)
 
     def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
-        """See `JobSource`."""
         ready = self._ready_interactive if urgent else self._ready_bulk
         deadline = time.monotonic() + timeout_s
         while True:
@@ -279,10 +242,9 @@ class InferenceStage(_Stage):
             self._plan_windows(tickets, ready)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
-        """See `JobSource`."""
-        task: _Running = job.task
-        task.span.end(error)
-        window, rows = task.planned.window, task.planned.rows
+        planned, span = job.task
+        span.end(error)
+        window, rows = planned.window, planned.rows
         if error is not None:
             window.take_result(rows, as_fletcher_error(error))
             return
@@ -352,7 +314,7 @@ class InferenceStage(_Stage):
         span = self._telemetry.span(
             "inference", trace, rows=len(batch.lengths), tokens=len(batch.input_ids)
         )
-        return Job(batch, _Running(planned, span), cost=self._cost(batch), urgent=urgent)
+        return Job(batch, (planned, span), cost=self._cost(batch), urgent=urgent)
 
     def _cost(self, batch: MicroBatch) -> int:
         """Tokens of a batch, times the share of the layers that they pass.

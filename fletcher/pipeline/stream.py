@@ -44,12 +44,8 @@ class StreamTicket:
     """A TextBatch in the pipeline, and its state.
 
     Attributes:
-        stream: Stream that submitted it.
-        texts: Texts to embed.
         context: The caller's object, handed back with the result.
         num_bytes: Bytes of its stream's allowance that it holds until they are released.
-        priority: Whether it overtakes bulk work.
-        tokens: Set by tokenization.
         result: Set once all its vectors are there, or once it failed as a whole.
         complete: Adds cached vectors to those of `texts`.
         seam: State for the next part of its text; None: the text ends here.
@@ -87,7 +83,6 @@ class Result:
     """Vectors of one submitted TextBatch.
 
     Attributes:
-        context: Object that was submitted with the texts.
         embeddings: The vectors, or the error of all of them.
         num_bytes: Bytes to release once the data has left the server.
     """
@@ -103,14 +98,8 @@ class EmbedStream:
     `submit` and `end` are called on one thread, `results` on one thread (the same or another), all
     other methods on any thread.
 
-    Args:
-        allowance: Memory that the stream may hold.
-        enqueue: Receives each ticket.
-        trace: The call's span.
-
     Attributes:
         allowance: As given; results' bytes are released there.
-        closed: Whether the stream was closed.
     """
 
     def __init__(
@@ -138,9 +127,7 @@ class EmbedStream:
         Args:
             texts: The texts; there may be none. Parts of one text follow each other, with nothing
                 but submissions of no texts between them.
-            context: Handed back with the result.
             num_bytes: Memory that the submission holds until it is released.
-            priority: Whether it overtakes bulk work.
 
         Raises:
             DrainingError: The stream was closed.

@@ -24,8 +24,6 @@ def vector_spec(
     """Returns the vectors that a command asks of a model.
 
     Args:
-        model: The model.
-        options: The command.
         dtypes: Element types that the destination takes.
         rules: Vectors that the server gives.
 
@@ -38,11 +36,8 @@ def vector_spec(
     _check_dims(model, dims, rules)
     layers = model.num_layers if options.layers is None else options.layers
     _check_layers(model, layers)
-    cut = Cut(
-        layers=layers,
-        dims=dims,
-        normalized=model.normalize if options.normalize is None else options.normalize,
-    )
+    normalized = model.normalize if options.normalize is None else options.normalize
+    cut = Cut(layers=layers, dims=dims, normalized=normalized)
     dtype = _dtype(options.dtype, dims, dtypes)
     return VectorSpec(
         model=model.qualified_name,
@@ -117,42 +112,30 @@ def _check_output(
 
 
 def _check_dims(model: ModelBundle, dims: int, rules: OutputConfig) -> None:
-    if dims in model.dims:
+    if dims in model.dims or (dims <= model.dim and rules.allow_undeclared):
         return
-    declared = ", ".join(map(str, model.dims))
-    if dims > model.dim:
-        raise DimensionMismatchError(
-            f"`dims` is {dims}, expected at most {model.dim}: {model.name} declares {declared}",
-            field="dims",
-            allowed=[str(one) for one in model.dims],
+    allowed = [str(one) for one in model.dims]
+    declared = ", ".join(allowed)
+    expected = f"at most {model.dim}: {model.name} declares {declared}"
+    if dims <= model.dim:
+        expected = (
+            f"one that {model.name} declares: {declared}; a server with --allow-undeclared gives "
+            "any, with an unknown loss of quality"
         )
-    if not rules.allow_undeclared:
-        raise DimensionMismatchError(
-            f"`dims` is {dims}, expected one that {model.name} declares: {declared}; a server with "
-            "--allow-undeclared gives any, with an unknown loss of quality",
-            field="dims",
-            allowed=[str(one) for one in model.dims],
-        )
+    message = f"`dims` is {dims}, expected {expected}"
+    raise DimensionMismatchError(message, field="dims", allowed=allowed)
 
 
 def _check_layers(model: ModelBundle, layers: int) -> None:
     """Checks the exit layer. Undeclared layers are impossible: no block ends there."""
-    exits = ", ".join(map(str, model.layers))
     if layers in model.layers:
         return
-    if not model.has_exits:
-        declares = f"has its only exit after layer {exits}"
-    else:
-        declares = f"has exits after layers {exits}"
+    allowed = [str(one) for one in model.layers]
+    has = "exits after layers" if model.has_exits else "its only exit after layer"
+    message = f"`layers` is {layers}, and {model.name} has {has} {', '.join(allowed)}"
     if 0 < layers < model.num_layers:
-        remedy = "; `fletcher model add` with --exits makes others from a checkpoint"
-    else:
-        remedy = ""
-    raise InvalidCommandError(
-        f"`layers` is {layers}, and {model.name} {declares}{remedy}",
-        field="layers",
-        allowed=[str(one) for one in model.layers],
-    )
+        message += "; `fletcher model add` with --exits makes others from a checkpoint"
+    raise InvalidCommandError(message, field="layers", allowed=allowed)
 
 
 def _dtype(asked: str | None, dims: int, dtypes: tuple[str, ...]) -> str:

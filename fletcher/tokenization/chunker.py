@@ -74,9 +74,7 @@ class TextTokens:
         """Tokens of a prompt and a text, from the library's encoding.
 
         Args:
-            ids: The tokens.
             places: First and last character of each token, in prompt and text together.
-            prompt: The prompt.
             text: The text after it.
             before: End of the text before this part; None: levels are not needed.
         """
@@ -108,8 +106,6 @@ def cut(
 
     Args:
         batch: The texts; `chunking` and its size are set.
-        texts: Tokens of each text.
-        prompt_ids: Tokens of the prompt alone.
         special: Tokens before and after every row.
         max_length: Most tokens that the model reads.
 
@@ -130,9 +126,7 @@ def cut(
     begins_there: list[BoolArray] = []
     carry: Carry | None = None
     for number, text in enumerate(texts):
-        carry = batch.carry if number == 0 else None
-        if carry is None:
-            carry = _begun(text.ids, prompt_ids)
+        carry = (batch.carry if number == 0 else None) or _begun(text.ids, prompt_ids)
         skipped = 0 if carry is batch.carry else len(carry.prompt_ids)
         tokens = np.concatenate((carry.input_ids, text.ids[skipped:]))
         size = carry.size + text.size
@@ -172,8 +166,7 @@ def cut(
         )
     input_ids = np.concatenate(rows) if rows else _NO_IDS
     lengths = np.fromiter(map(len, rows), np.int64, len(rows)).reshape(-1, 3).sum(axis=1)
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = np.append(0, np.cumsum(lengths))
     spans = None
     if batch.chunking.late:
         bounds = np.concatenate([np.zeros((0, 2), np.int64), *places])
@@ -199,9 +192,7 @@ class _Cuts:
     """Division of tokens. Ranges are a first token and the first one after them.
 
     Attributes:
-        chunks: Range of each chunk.
         rows: Range of each row that the model reads: a chunk, or a frame of late chunks.
-        counts: Number of chunks in each row.
         kept: First token that is kept for the text's next part.
         first: First token of the next chunk.
         covered: Number of that chunk's tokens that are in the chunk before it.
@@ -234,11 +225,7 @@ def _cuts(
     """Cuts tokens into chunks and rows.
 
     Args:
-        chunking: How texts are cut.
-        carry: State after the part before; its tokens come first.
         begun: int8 [num_tokens], level that starts with each token.
-        room: Most tokens of a chunk.
-        max_length: Most tokens that the model reads.
         continued: Whether more of the text follows.
     """
     done = carry.num_before + carry.num_covered

@@ -38,10 +38,7 @@ class FlatTokens:
         """Returns the model's input: truncated to `limit`, with special tokens.
 
         Args:
-            batch: The texts, with their way of truncation.
             limit: Most tokens of a text, special ones included.
-            prefix: Tokens before every text.
-            suffix: Tokens after every text.
         """
         prefix, suffix = prefix or [], suffix or []
         num_special = len(prefix) + len(suffix)

@@ -20,11 +20,7 @@ _BYTES_PER_TOKEN = 4
 
 
 class NullTokenizer:
-    """Bytes to ids.
-
-    Args:
-        max_length: Tokens per text at most.
-    """
+    """Bytes to ids."""
 
     def __init__(self, *, max_length: int) -> None:
         self.max_length = max_length

@@ -141,9 +141,8 @@ class Tokenizer:
         """
         if len(batch.data) + len(batch.prompt) * batch.num_texts > _FEW_BYTES:
             return None
-        view, bounds = memoryview(batch.data), pairwise(batch.offsets.tolist())
-        texts = [batch.prompt + str(view[first:last], "utf-8") for first, last in bounds]
-        found = self._library(texts)
+        texts = _decoded(batch.data, batch.offsets)
+        found = self._library([batch.prompt + text for text in texts])
         if any(len(ids) > room for ids in found):
             return None
         rows = [[*self._prefix, *ids, *self._suffix] for ids in found]
@@ -157,9 +156,7 @@ class Tokenizer:
         # The prompt of a continued text came before its first part.
         begun = batch if batch.carry is None else replace(batch, prompt="")
         if batch.chunking.needs_places:
-            view, bounds = memoryview(batch.data), pairwise(batch.offsets.tolist())
-            given = [str(view[first:last], "utf-8") for first, last in bounds]
-            before = None
+            given, before = _decoded(batch.data, batch.offsets), None
             if batch.chunking.method != "tokens":
                 before = "" if batch.carry is None else batch.carry.end
             texts = self._with_places(given, begun.prompt, before)
@@ -203,8 +200,7 @@ class Tokenizer:
         """As `Words.tokenize`, for any amount of text and any tokenizer."""
         if self._words is not None and len(data) > _MIN_BYTES_FOR_WORDS:
             return self._words.tokenize(data, offsets)
-        view, bounds = memoryview(data), pairwise(offsets.tolist())
-        ids = self._library([str(view[first:last], "utf-8") for first, last in bounds])
+        ids = self._library(_decoded(data, offsets))
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         # The library returns ids as Python lists, which takes 2 of 120 microseconds a text. One
         # fromiter over all of them is the fastest way into an array.
@@ -233,10 +229,14 @@ class Tokenizer:
         return b"".join([*parts, view[done:]]), np.append(0, np.cumsum(lengths)), is_cut
 
 
+def _decoded(data: bytes | memoryview, offsets: Int64Array) -> list[str]:
+    view = memoryview(data)
+    return [str(view[first:last], "utf-8") for first, last in pairwise(offsets.tolist())]
+
+
 def _taken(
     data: bytes | memoryview, offsets: Int64Array, wanted: BoolArray
 ) -> tuple[bytes | memoryview, Int64Array]:
-    """Selects some of the texts."""
     view, lengths = memoryview(data), np.diff(offsets)[wanted]
     bounds = zip(offsets[:-1][wanted].tolist(), offsets[1:][wanted].tolist(), strict=True)
     return b"".join(view[first:last] for first, last in bounds), np.append(0, np.cumsum(lengths))

@@ -40,7 +40,6 @@ class Words:
     """Tokenizes texts by their words. Not thread-safe.
 
     Args:
-        encode: Tokenizes texts without special tokens.
         boundaries: bool [256], bytes at which a word starts; at least one is True.
         table_bits: Binary logarithm of the number of words that are kept.
     """
@@ -116,12 +115,6 @@ class Words:
         self, data: bytes | memoryview, bounds: Int64Array, new: Int64Array, keys: _Keys
     ) -> tuple[Int32Array, Int64Array, Int64Array]:
         """Tokenizes words with the library, and keeps them.
-
-        Args:
-            data: All texts.
-            bounds: int64 [num_words + 1], offsets of their words.
-            new: Indices of the words to tokenize.
-            keys: [3, num_new], their keys.
 
         Returns:
             int32, tokens; two of int64 [num_new], each word's first token there, and its number of

@@ -18,7 +18,6 @@ class TextEncoder(Protocol):
 
     def encode(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts of a batch."""
-        ...
 
 
 class TokenizerWorker:
@@ -31,11 +30,9 @@ class TokenizerWorker:
         self._tokenizer = tokenizer
 
     def run(self, batch: TextBatch) -> TokenBatch:
-        """Tokenizes a batch."""
         return self._tokenizer.encode(batch)
 
     def describe(self) -> dict[str, str]:
-        """Returns the longest input."""
         return {"max_length": str(self._tokenizer.max_length)}
 
 
@@ -44,7 +41,6 @@ class TokenizerConfig:
     """Bundle of a tokenizer process; picklable.
 
     Attributes:
-        bundle: Folder of the bundle.
         version: Hash of the bundle in that folder, or of the version kept beside it; empty: the
             bundle that is there.
     """
@@ -60,9 +56,5 @@ class TokenizerConfig:
 
 
 def load(config: TokenizerConfig) -> TokenizerWorker:
-    """Factory of a worker's spec: a bundle's tokenizer.
-
-    Raises:
-        ModelError: The bundle is gone or damaged.
-    """
+    """Factory of a worker's spec: a bundle's tokenizer. Raises ModelError."""
     return TokenizerWorker(Tokenizer.from_bundle(config.folder))

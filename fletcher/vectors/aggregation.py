@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,26 +25,7 @@ def weights(chunks: Chunks) -> _Floats:
     return np.asarray(np.maximum(chunks.num_tokens, 1) / np.log2(chunks.index + 2.0))
 
 
-class TextAggregation(Protocol):
-    """Aggregates chunks to texts; its state does not grow with the length of a text."""
-
-    def add_chunks(
-        self, batch: EmbeddingBatch | FletcherError, *, continued: bool
-    ) -> EmbeddingBatch | FletcherError | None:
-        """Adds chunks and returns the vectors of the texts that are complete.
-
-        Args:
-            batch: Chunks with their final width and norm, or their error.
-            continued: Whether more of the last text follows.
-
-        Returns:
-            The complete texts, whose `token_count` is that of their chunks together; None if no
-            text is complete.
-        """
-        ...
-
-
-def aggregation(method: str, *, normalized: bool) -> TextAggregation:
+def aggregation(method: str, *, normalized: bool) -> Aggregation | Hierarchical:
     """Returns the aggregation of a name.
 
     Args:
@@ -68,7 +49,10 @@ class _Part:
 
 
 class Aggregation:
-    """Aggregation of all chunks of a text at once; see `aggregation`."""
+    """Aggregation of all chunks of a text at once; see `aggregation`.
+
+    Its state does not grow with the length of a text.
+    """
 
     def __init__(self, method: str, *, normalized: bool) -> None:
         self._weighted = method == "weighted"
@@ -80,7 +64,16 @@ class Aggregation:
     def add_chunks(
         self, batch: EmbeddingBatch | FletcherError, *, continued: bool
     ) -> EmbeddingBatch | FletcherError | None:
-        """See `TextAggregation.add_chunks`."""
+        """Adds chunks and returns the vectors of the texts that are complete.
+
+        Args:
+            batch: Chunks with their final width and norm, or their error.
+            continued: Whether more of the last text follows.
+
+        Returns:
+            The complete texts, whose `token_count` is that of their chunks together; None if no
+            text is complete.
+        """
         before, self._part = self._part, None
         if isinstance(batch, FletcherError):
             if before is None and not continued:
@@ -165,7 +158,6 @@ class Hierarchical:
     def add_chunks(
         self, batch: EmbeddingBatch | FletcherError, *, continued: bool
     ) -> EmbeddingBatch | FletcherError | None:
-        """See `TextAggregation.add_chunks`."""
         if isinstance(batch, FletcherError):
             self._paragraphs.add_chunks(batch, continued=False)
             return self._texts.add_chunks(batch, continued=continued)

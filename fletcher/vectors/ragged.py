@@ -59,7 +59,6 @@ def scatter_rows(
 
     Args:
         num_rows: Number of rows; rows in no part get no vector.
-        width: Width of a vector.
         parts: Rows, their vectors, row after row, and the number of each row's vectors.
 
     Returns:

@@ -38,11 +38,9 @@ class Worker(Protocol):
 
     def run(self, payload: Any) -> Any:
         """Answers one request."""
-        ...
 
     def describe(self) -> dict[str, str]:
         """Facts about the loaded worker, for logs and statistics."""
-        ...
 
 
 def main(argv: list[str]) -> None:

@@ -16,7 +16,6 @@ class DispatchCandidate:
     """A worker with room for a job.
 
     Attributes:
-        name: The worker's name.
         in_flight: Total cost of its jobs.
         rate: Measured cost per second; None before the first measurement.
         degraded: Whether it is slower than before, or fails now and then.
@@ -53,12 +52,9 @@ class WorkerChooser:
         self._num_given = 0
 
     def choose(self, candidates: Sequence[DispatchCandidate]) -> int:
-        """Returns the index of the worker for the next job.
-
-        Args:
-            candidates: Workers with room, at least one.
-        """
-        rates = _rates(candidates)
+        """Returns the index of the worker for the next job, out of at least one."""
+        mean = mean_rate([one.rate for one in candidates]) or 1.0
+        rates = [one.rate or mean for one in candidates]
         if self._strategy == "throughput-weighted":
             best = min(
                 range(len(candidates)),
@@ -82,8 +78,6 @@ class WorkerChooser:
         """Charges a job to a worker.
 
         Args:
-            name: The worker's name.
-            cost: The job's cost.
             rate: The worker's rate, or the mean of all if it is not measured; None if none is.
         """
         self._num_given += 1
@@ -99,8 +93,3 @@ def mean_rate(rates: Sequence[float | None]) -> float | None:
     """Mean of the measured rates; None if there are none."""
     known = [rate for rate in rates if rate]
     return sum(known) / len(known) if known else None
-
-
-def _rates(candidates: Sequence[DispatchCandidate]) -> list[float]:
-    mean = mean_rate([one.rate for one in candidates]) or 1.0
-    return [one.rate or mean for one in candidates]

@@ -56,13 +56,7 @@ class Health:
         return self._work / self._busy_s if self._busy_s else None
 
     def record_answer(self, cost: int, seconds: float, others: float | None = None) -> None:
-        """Records a worker's answer.
-
-        Args:
-            cost: The job's cost.
-            seconds: Duration in the worker.
-            others: Least slowness of the other workers; None if there are none.
-        """
+        """Records an answer; `others` is the least slowness of the other workers."""
         seconds = max(seconds, 1e-6)
         kept = math.exp(-seconds / _RATE_SPAN_S)
         self._work = self._work * kept + cost

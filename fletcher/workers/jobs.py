@@ -42,8 +42,6 @@ class JobSource(Protocol):
                 thread at a time.
             timeout_s: Longest wait for a job that is not urgent.
         """
-        ...
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
         """Takes a job's result, or its error; called once for each job. Must be quick."""
-        ...

@@ -149,10 +149,8 @@ def _short(message: Any) -> bytes | None:
 
 def _short_run(request: WorkerRequest, batch: MicroBatch) -> bytes | None:
     ids, lengths = batch.input_ids, batch.lengths
-    plain = batch.spans is None and not batch.half
-    if not plain or not ids.dtype == lengths.dtype == np.int32:
-        return None
-    if ids.nbytes >= _MIN_ASIDE_BYTES:
+    plain = batch.spans is None and not batch.half and ids.dtype == lengths.dtype == np.int32
+    if not plain or ids.nbytes >= _MIN_ASIDE_BYTES:
         return None
     head = _RUN_HEAD.pack(
         _RUN, request.job_id, request.urgent, batch.layers, len(lengths), len(ids)

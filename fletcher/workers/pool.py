@@ -35,13 +35,7 @@ _RETRY_MS = 5000
 
 
 class WorkerPool:
-    """Worker processes for one kind of work. Thread-safe.
-
-    Args:
-        config: Workers, and how jobs are given to them.
-        source: Owner of the jobs.
-        events: Called when a worker dies or changes its state.
-    """
+    """Worker processes for one kind of work. Thread-safe."""
 
     def __init__(
         self, config: PoolConfig, source: JobSource, events: PoolEvents | None = None
@@ -137,11 +131,9 @@ class WorkerPool:
 
     @property
     def names(self) -> list[str]:
-        """The workers' names."""
         return list(self._roster.by_name)
 
     def is_usable(self, name: str) -> bool:
-        """Whether a worker takes work."""
         return self._roster.by_name[name].usable
 
     def rate(self, name: str) -> float:
@@ -153,7 +145,6 @@ class WorkerPool:
         return self._roster.by_name[name].concurrency
 
     def process_ids(self) -> list[int]:
-        """Process ids of the live workers."""
         with self.changed:
             handles = self._roster.all
             return [one.process.pid for one in handles if one.alive and one.process]
@@ -247,22 +238,18 @@ class WorkerPool:
         with self.changed:
             self._roster.charge(handle, job.cost)
 
-    # Calls of the worker handles
+    # Calls of the worker handles, see `Owner`
 
     def review(self, handle: WorkerHandle) -> None:
-        """See `Owner`."""
         self._roster.review(handle)
 
     def least_slowness(self, handle: WorkerHandle) -> float | None:
-        """See `Owner`."""
         return self._roster.least_slowness(handle)
 
     def worker_died(self, handle: WorkerHandle) -> None:
-        """See `Owner`."""
         self._events.on_restart(handle.spec.name)
 
     def retry_job(self, job: Job, error: Exception) -> None:
-        """See `Owner`."""
         if job.attempts >= self._config.max_attempts or self.closing.is_set():
             self.finish_job(job, None, error)
             return
@@ -271,7 +258,6 @@ class WorkerPool:
             self.changed.notify_all()
 
     def finish_job(self, job: Job, result: Any, error: Exception | None) -> None:
-        """See `Owner`."""
         try:
             self._source.update(job, result, error)
         except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,10 +12,6 @@ def memory_bytes(process_ids: Iterable[int], proc: Path = Path("/proc")) -> int:
 
     Counts Linux' proportional set size (PSS): a page that four processes map counts a quarter for
     each, so sums over processes are right. A process that is gone counts 0.
-
-    Args:
-        process_ids: The processes.
-        proc: Mount point of procfs, for tests.
     """
     return sum(_pss(proc / str(one) / "smaps_rollup") for one in process_ids)
 
@@ -24,7 +21,5 @@ def _pss(path: Path) -> int:
         text = path.read_text(encoding="ascii")
     except OSError:
         return 0
-    for line in text.splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    found = re.search(r"^Pss:\s*(\d+)", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0

@@ -27,7 +27,6 @@ class RequestQueue:
         self._changed = threading.Condition()
 
     def add_request(self, request: WorkerRequest) -> None:
-        """Queues a request."""
         with self._changed:
             (self._urgent if request.urgent else self._others).append(request)
             self._changed.notify()

@@ -42,13 +42,11 @@ class PoolConfig:
 
     Attributes:
         name: For logs and errors.
-        workers: One spec for each worker.
         standby: Workers that start when none of `workers` is left, and end when one is back.
         dispatch: Choice among workers with room; one of `STRATEGIES`.
         prefetch: Bulk requests a worker holds beyond those it is running.
         max_attempts: Deaths and failures of workers after which a job fails.
         probe: Payload that every sound worker answers. None: failing workers are not ejected.
-        timing: Durations.
     """
 
     name: str
@@ -63,11 +61,9 @@ class PoolConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolEvents:
-    """Callbacks of a pool. They must not block.
+    """Callbacks with a worker's name: each time it died, and with each new state.
 
-    Attributes:
-        on_restart: Called with a worker's name each time it died.
-        on_state: Called with a worker's name and its new state.
+    They must not block.
     """
 
     on_restart: Callable[[str], None] = lambda _name: None
@@ -75,13 +71,7 @@ class PoolEvents:
 
 
 class Roster:
-    """Handles of a pool's workers. All methods are called with `changed` held.
-
-    Args:
-        config: The pool's.
-        owner: The pool.
-        events: Called when a worker's state changes.
-    """
+    """Handles of a pool's workers. All methods are called with `changed` held."""
 
     def __init__(self, config: PoolConfig, owner: Owner, events: PoolEvents) -> None:
         self._config = config
@@ -107,17 +97,14 @@ class Roster:
 
     @property
     def concurrency(self) -> int:
-        """Jobs that run at the same time when all workers live."""
         return sum(one.concurrency for one in self.by_name.values() if one.wanted.is_set())
 
     @property
     def usable(self) -> bool:
-        """Whether any worker takes work."""
         return any(one.usable for one in self.by_name.values())
 
     @property
     def gone(self) -> bool:
-        """Whether no worker takes work and none will soon: jobs fail."""
         if self.usable:
             return False
         wanted = [one for one in self.by_name.values() if one.wanted.is_set()]
@@ -146,7 +133,6 @@ class Roster:
         self._chooser.charge(handle.spec.name, cost, rate)
 
     def idle_worker(self) -> str | None:
-        """Name of a usable worker; None if there is none, or if any worker has a job."""
         found = None
         for name, one in self.by_name.items():
             if not one.idle:
@@ -173,7 +159,6 @@ class Roster:
         self._changed.notify_all()
 
     def least_slowness(self, handle: WorkerHandle) -> float | None:
-        """Slowness of the soundest other worker; None if there is no other."""
         others = [one.health for one in self.by_name.values() if one.usable and one is not handle]
         return min((health.slowness for health in others), default=None)
 

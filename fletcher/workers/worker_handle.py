@@ -46,27 +46,21 @@ class Owner(Protocol):
 
     def review(self, handle: WorkerHandle) -> None:
         """Takes note of a handle's new jobs or state; called with `changed` held."""
-        ...
 
     def least_slowness(self, handle: WorkerHandle) -> float | None:
         """Slowness of the soundest other worker; None if there is no other."""
-        ...
 
     def worker_died(self, handle: WorkerHandle) -> None:
         """Counts the death of a worker's process."""
-        ...
 
     def retry_job(self, job: Job, error: Exception) -> None:
         """Queues a job to run again; fails it with `error` after too many attempts."""
-        ...
 
     def finish_job(self, job: Job, result: Any, error: Exception | None) -> None:
         """Hands a job's result or error to its source."""
-        ...
 
     def dispatch_urgent(self) -> None:
         """Sends waiting urgent jobs, for which there may be room now."""
-        ...
 
 
 class WorkerHandle:
@@ -76,10 +70,7 @@ class WorkerHandle:
     PR_SET_PDEATHSIG when the *thread* that started a child ends.
 
     Args:
-        spec: Recipe for the worker.
-        owner: The pool.
         prefetch: Requests the worker holds beyond those it is running.
-        start_timeout_s: Longest time to load and warm up.
         wanted: Whether the worker starts with the pool; else it is on standby until `wanted` is
             set.
     """

@@ -86,19 +86,14 @@ def viewed_bytes(array: pa.Array) -> int:
 def decoded_bytes(array: pa.DictionaryArray) -> int:
     """Returns the decoded bytes of a dictionary array; an upper bound if nested."""
     values = array.dictionary
-    if any(has_lengths(values.type) for has_lengths in _WITH_LENGTHS):
+    if values.type in _WITH_LENGTHS:
         return pc.sum(pc.binary_length(values).take(array.indices)).as_py() or 0
     # All codes may stand for one long list among many short ones.
     share = 1 if pa.types.is_nested(values.type) else max(1, len(values))
     return len(array) * int(values.nbytes) // share
 
 
-_WITH_LENGTHS = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-)
+_WITH_LENGTHS = {pa.utf8(), pa.large_utf8(), pa.binary(), pa.large_binary()}
 
 
 def _is_view(kind: pa.DataType) -> bool:

@@ -21,14 +21,10 @@ class InputColumns:
     """Used columns of one call's input.
 
     Args:
-        schema: Schema of the input stream.
-        options: The command.
         max_message_bytes: Largest decoded size of one batch.
 
     Attributes:
         text: Index of the text column.
-        has_ids: Whether there is an id column.
-        id_type: Type of the ids.
         has_metadata: Whether there is a `metadata` column of strings.
         carried: Fields of columns that are copied to the output, as they leave.
         only_texts: Whether the input is one flat column named `text`, as a search sends it.
@@ -91,11 +87,6 @@ class InputColumns:
 
         Counts unused columns, too: a column that came over Flight keeps its whole message in
         memory, and its buffers may hold more than its rows refer to.
-
-        Args:
-            batch: As received.
-            checked: Its columns, as `checked` returned them.
-            text_bytes: Bytes of its texts.
         """
         text = batch.column(self.text)
         if pa.types.is_dictionary(text.type):
@@ -117,12 +108,7 @@ class InputColumns:
 
 
 def _place(schema: pa.Schema, name: str, field: str) -> int:
-    """Returns the index of the column that an option, `field`, names.
-
-    Raises:
-        InvalidCommandError: Several columns have the name.
-        UnknownColumnError: There is no such column.
-    """
+    """Returns the index of the column that an option, `field`, names."""
     indices = schema.get_all_field_indices(name)
     if len(indices) == 1:
         return int(indices[0])
@@ -162,13 +148,9 @@ def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
 
 
 def _check_text(field: pa.Field) -> pa.DataType:
-    """Returns the type of a text column.
-
-    Raises:
-        ColumnTypeError: It holds no texts.
-    """
+    """Returns the type of a text column."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if not _is_text(kind):
+    if not (_is_flat_text(kind) or pa.types.is_string_view(kind)):
         raise ColumnTypeError(
             f"`text_column` {field.name!r} is {field.type}, expected utf8, large_utf8, "
             "utf8_view or a dictionary of one",
@@ -176,10 +158,6 @@ def _check_text(field: pa.Field) -> pa.DataType:
             allowed=["utf8", "large_utf8", "utf8_view", "dictionary of one of these"],
         )
     return field.type
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return _is_flat_text(kind) or bool(pa.types.is_string_view(kind))
 
 
 def _is_flat_text(kind: pa.DataType) -> bool:

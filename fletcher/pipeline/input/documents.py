@@ -35,9 +35,7 @@ class _Document:
 
     Attributes:
         row: Its first row, with an empty text.
-        row_first: Offset of that row in the stream.
         held: End of its text, which later rows may change.
-        num_parts: Parts so far.
         failed: It failed, and its error was sent; the rest of it is dropped.
     """
 
@@ -153,11 +151,7 @@ class DocumentIntake(Intake):
             yield from self._go_on(document, memoryview(b""), ends=True)
 
     def _made(
-        self,
-        parts: Iterable[_Part],
-        rows: pa.RecordBatch,
-        batch_id: int | None,
-        priority: Priority,
+        self, parts: Iterable[_Part], rows: pa.RecordBatch, batch_id: int | None, priority: Priority
     ) -> Iterator[RowSlice]:
         """Yields row slices for parts, and marks the last; without parts, an empty slice."""
         # Every batch gets an answer, whose memory its slice holds.

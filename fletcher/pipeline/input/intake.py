@@ -7,31 +7,18 @@ rest into `RowSlice`s: the distinct texts to embed, and the index of each row's 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 
-from fletcher.core.batches import (
-    BoolArray,
-    Int32Array,
-    Int64Array,
-    Priority,
-    TextBatch,
-    Truncate,
-)
+from fletcher.core.batches import BoolArray, Int32Array, Int64Array, Priority, TextBatch, Truncate
 from fletcher.core.chunking import Chunking
 from fletcher.core.command import EmbedCommand
-from fletcher.pipeline.input.arrays import (
-    distinct,
-    large_utf8,
-    text_offsets,
-    validate,
-)
+from fletcher.pipeline.input.arrays import distinct, large_utf8, text_offsets, validate
 from fletcher.pipeline.input.columns import InputColumns
 from fletcher.pipeline.input.limits import INTERACTIVE_BYTES, INTERACTIVE_ROWS, IntakeLimits
 from fletcher.pipeline.input.row_slice import RowSlice
@@ -66,19 +53,11 @@ class Intake:
     """One call's input.
 
     Args:
-        schema: Of the input stream.
-        command: The client's options.
-        limits: Bounds.
-        treatment: Of all texts.
-        carry_text: The text is carried to the output.
         small_is_interactive: Batches of a few short rows overtake bulk work.
 
     Attributes:
-        has_ids: Whether there is an id column.
         id_type: Type of the ids; utf8 without an id column.
-        has_metadata: Whether there is a `metadata` column of strings.
         carried_fields: Fields of columns that are copied to the output, as they leave.
-        carry_text: As given.
 
     Raises:
         FletcherError: As `InputColumns`.
@@ -123,8 +102,6 @@ class Intake:
         """Validates a batch and yields its row slices, at least one.
 
         Args:
-            batch: As received.
-            batch_id: Its number.
             row_first: Offset of its first row in the upload.
             keep: Returns whether a dictionary's vectors, of so many bytes, may be kept for later
                 batches.
@@ -135,12 +112,11 @@ class Intake:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
             InvalidUtf8Error, ColumnTypeError: Its arrays are not valid; nothing of it was used.
         """
-        single = None
         plain = self._columns.only_texts and self._chunking is None
         if plain and batch.num_rows == 1 and skip is None:
             single = self._single_row(batch, batch_id, row_first)
-        if single is not None:
-            return iter((single,))
+            if single is not None:
+                return iter((single,))
         return self._row_slices(batch, batch_id, row_first, keep, skip)
 
     def _row_slices(
@@ -217,8 +193,6 @@ class Intake:
 
         Args:
             codes: [num_rows], index of each row's text in `words`; any for unwanted rows.
-            words: Distinct texts.
-            wanted: bool [num_rows].
             shared: `words` is the dictionary whose vectors are kept: texts that were embedded
                 before are left out.
 
@@ -239,10 +213,7 @@ class Intake:
         return iter(())
 
     def _single_row(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> RowSlice | None:
-        """Returns the row slice of one text; see `fletcher.pipeline.interactive`.
-
-        None: The text is null or too large, and takes the ordinary path.
-        """
+        """Returns the row slice of one text; None if it is null or too large."""
         text = batch.column(self._columns.text)
         validate(text, "text")
         size = batch.get_total_buffer_size()
@@ -276,13 +247,13 @@ class Intake:
         ends = part_ends(bytes(data), self._limits.slice_bytes)
         parts_bytes = row_slice.num_bytes - rows_bytes
         for part, (first, last) in enumerate(pairwise([0, *ends])):
-            texts = dataclasses.replace(
+            texts = replace(
                 row_slice.texts,
                 data=data[first:last],
                 offsets=np.array([0, last - first], np.int64),
                 continued=last < len(data),
             )
-            yield dataclasses.replace(
+            yield replace(
                 row_slice,
                 texts=texts,
                 last=row_slice.last and not texts.continued,

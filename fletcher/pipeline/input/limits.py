@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fletcher.core.chunking import Chunking
 
@@ -52,7 +51,7 @@ class IntakeLimits:
         """Returns the limits for vectors in float16: a slice holds more rows."""
         bytes_per_row = max(0, self.bytes_per_row - COLUMN_BYTES) // 2 + COLUMN_BYTES
         slice_rows = self.slice_rows * self.bytes_per_row // bytes_per_row
-        return dataclasses.replace(
+        return replace(
             self,
             slice_rows=max(self.slice_rows, min(MAX_SLICE_ROWS, slice_rows)),
             bytes_per_row=bytes_per_row,
@@ -62,20 +61,15 @@ class IntakeLimits:
         """Returns the limits for texts that are cut into chunks.
 
         Row slices become smaller: a token has at least one byte, and each chunk has a vector.
-
-        Args:
-            chunking: How texts are cut.
-            chunk_overhead: Tokens of each chunk that are not the text's.
         """
         stride = max(1, chunking.size - chunk_overhead - chunking.overlap)
         if chunking.alone:
             stride = min(stride, _MIN_SENTENCE_BYTES)
-        num_tokens = (stride + chunking.overlap + chunk_overhead) * (
-            _MAX_FRAMES if chunking.late else 1
-        )
+        num_frames = _MAX_FRAMES if chunking.late else 1
+        num_tokens = num_frames * (stride + chunking.overlap + chunk_overhead)
         per_byte = -(-(self.bytes_per_row + _TOKEN_BYTES * num_tokens) // stride)
         part_bytes = self.slice_rows * self.bytes_per_row // per_byte
-        return dataclasses.replace(
+        return replace(
             self,
             slice_bytes=max(_MIN_PART_BYTES, min(self.slice_bytes, part_bytes)),
             bytes_per_byte=self.bytes_per_byte + per_byte,

@@ -66,9 +66,7 @@ def _end(text: bytes | memoryview, first: int, max_bytes: int) -> int:
 def _between_words(text: bytes, limit: int | None = None) -> int:
     """Returns the position of the last space between letters or digits, or 0.
 
-    Args:
-        text: UTF-8; may end within a character.
-        limit: Largest position.
+    The text may end within a character; `limit` is the largest position.
     """
     words = text.decode(errors="ignore")
     # Up to the limit, the space behind it, and one character more.

@@ -49,7 +49,6 @@ class InteractiveHost:
             all replicas are idle.
         schedule: Puts a ticket on the ordinary path.
         plan: Cuts lengths into micro-batches for one runner.
-        dim: Width of a vector.
     """
 
     idle_device: Callable[[], str | None]
@@ -59,21 +58,10 @@ class InteractiveHost:
 
 
 class InteractivePath:
-    """Tokenizer and engine of one model in this process. Thread-safe.
-
-    Args:
-        model: The copies.
-        host: The embedder's side.
-        usage: Receives each run.
-        telemetry: Receives counts, durations and spans.
-    """
+    """Tokenizer and engine of one model in this process. Thread-safe."""
 
     def __init__(
-        self,
-        model: InlineModel,
-        host: InteractiveHost,
-        usage: DeviceUsage,
-        telemetry: Telemetry,
+        self, model: InlineModel, host: InteractiveHost, usage: DeviceUsage, telemetry: Telemetry
     ) -> None:
         self._model = model
         self._host = host

@@ -30,18 +30,12 @@ def is_plain(schema: pa.Schema, spec: VectorSpec) -> bool:
 
 
 def single_row_batch(
-    schema: pa.Schema,
-    spec: VectorSpec,
-    identifier: str,
-    timestamp_ns: int,
-    outcome: EmbeddingBatch,
+    schema: pa.Schema, spec: VectorSpec, identifier: str, timestamp_ns: int, outcome: EmbeddingBatch
 ) -> pa.RecordBatch:
     """Output of one text.
 
     Args:
         schema: The output's, for which `is_plain` holds.
-        spec: Of the vectors.
-        identifier: The row's.
         timestamp_ns: When the text was received, ns since the epoch.
         outcome: Vector of the only text, float32 [1, dim], as asked for.
     """

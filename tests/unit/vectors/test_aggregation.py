@@ -7,7 +7,7 @@ import pytest
 
 from fletcher.core.batches import Chunks, EmbeddingBatch
 from fletcher.errors import FletcherError, InternalError
-from fletcher.vectors.aggregation import Aggregation, TextAggregation, aggregation
+from fletcher.vectors.aggregation import Aggregation, Hierarchical, aggregation
 
 RNG = np.random.default_rng(3)
 
@@ -59,7 +59,9 @@ def test_each_text_gets_its_own(method: str) -> None:
     assert found.embeddings.dtype == np.float32
 
 
-def in_parts(joins: TextAggregation, given: EmbeddingBatch, parts: list[int]) -> EmbeddingBatch:
+def in_parts(
+    joins: Aggregation | Hierarchical, given: EmbeddingBatch, parts: list[int]
+) -> EmbeddingBatch:
     found, chunks = None, given.chunks
     assert chunks is not None
     for number, count in enumerate(parts):
