@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
-from typing import Any
 
 from fletcher.config.network import NetworkConfig
 from fletcher.config.server import ServeConfig
@@ -41,9 +39,7 @@ _STARVING_S = 60.0
 class Runtime:
     """A server in this process, from `start` to `close`.
 
-    Args:
-        config: All options.
-        progress: Called with a line for people about long work, such as a download; None: logs it.
+    `progress` gets lines for people about long work, such as a download; None: the log does.
     """
 
     def __init__(self, config: ServeConfig, progress: Callable[[str], None] | None = None) -> None:
@@ -60,20 +56,14 @@ class Runtime:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.drain(self.config.limits.drain_timeout_s if kind is None else 0.0)
         self.close()
 
     def start(self) -> None:
         """Loads the models, starts all workers, then listens on `address`.
 
-        Raises:
-            FletcherError: Something configured is missing or does not work. All is closed again.
+        Raises FletcherError if something is missing or does not work; all is closed again.
         """
         keep_large_blocks()
         try:
@@ -87,11 +77,7 @@ class Runtime:
         return self._closed.wait(timeout_s)
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuses new calls and delivers accepted rows to their stores.
-
-        Returns:
-            Whether all rows were delivered in time.
-        """
+        """Refuses new calls; whether all accepted rows reached their stores in time."""
         if self._service is None:
             return True
         service = self._service
@@ -114,11 +100,10 @@ class Runtime:
         return done
 
     def close(self) -> bool:
-        """Closes the server, its workers, stores and telemetry. Idempotent.
+        """Closes all parts, and returns whether all calls ended. Idempotent.
 
-        Returns:
-            Whether all calls ended. A call whose client is silent cannot be ended from here, and
-            the process cannot exit in the ordinary way before it does.
+        A call whose client is silent cannot be ended from here, and the process cannot exit in the
+        ordinary way before it does.
         """
         self._service = None
         self._started.pop_all().close()
@@ -201,8 +186,7 @@ class Runtime:
         journal = config.journal if config.journal.max_bytes and stores else None
         delivery = Delivery(stores, config.delivery, telemetry, journal)
         self._started.callback(delivery.close)
-        num_rows = delivery.recover()
-        if num_rows:
+        if num_rows := delivery.recover():
             log.info("journal: %d rows of an earlier run are sent to their stores", num_rows)
         return delivery
 
@@ -217,7 +201,6 @@ class Runtime:
 def _signals(
     budget: MemoryBudget, admission: Admission, delivery: Delivery, models: ModelManager
 ) -> LoadSignals:
-    """The load of each part of the server."""
     num_starving = budget.starving(_STARVING_S)
     return LoadSignals(
         memory=budget.used_share(),
@@ -234,11 +217,7 @@ def _listen(service: Service, config: NetworkConfig, credentials: Credentials) -
         return FlightServer(service, config, credentials)
     except Exception as error:  # pyarrow raises several kinds, for a port in use and for bad PEM
         raise ConfigError(
-            f"cannot listen on {config.host}:{config.port}: {_reason(error)}; "
+            f"cannot listen on {config.host}:{config.port}: {str(error).splitlines()[0][:200]}; "
             "check that the port is free and the certificate is PEM",
             field="port",
         ) from error
-
-
-def _reason(error: Exception) -> Any:
-    return str(error).splitlines()[0][:200]

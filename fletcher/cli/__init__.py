@@ -8,16 +8,9 @@ import traceback
 from collections.abc import Sequence
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, get_completion_class, shell_complete
 
-from fletcher.cli.command_line import (
-    Command,
-    CommandGroup,
-    Context,
-    argument,
-    command,
-    usage_message,
-)
+from fletcher.cli.command_line import Choice, Command, CommandGroup, Context, command, usage_message
 from fletcher.cli.shutdown import leave_with
 from fletcher.cli.terminal import printable, wants_colour
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
@@ -52,7 +45,7 @@ SECTIONS = {
 }
 COMMANDS = {name: text for section in SECTIONS.values() for name, text in section.items()}
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
-# Completion scripts call the program again with this variable, see `fletcher.cli.completion`.
+# Completion scripts call the program again with this variable.
 COMPLETE_VARIABLES = {
     "fletcher": "_FLETCHER_COMPLETE",
     "fletcher-serve": "_FLETCHER_SERVE_COMPLETE",
@@ -122,15 +115,7 @@ def _complete(program: str, completed: click.Command) -> int | None:
     instruction = os.environ.get(COMPLETE_VARIABLES[program])
     if not instruction:
         return None
-    from click.shell_completion import shell_complete
-
     return shell_complete(completed, {}, program, COMPLETE_VARIABLES[program], instruction)
-
-
-def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
-        click.echo(_version())
-        context.exit()
 
 
 def _run_root(context: click.Context) -> None:
@@ -145,16 +130,6 @@ root = CommandGroup(
     help="Text in over Arrow Flight, vectors in a store.",
     invoke_without_command=True,
     callback=click.pass_context(_run_root),
-    params=[
-        click.Option(
-            ["--version"],
-            is_flag=True,
-            expose_value=False,
-            is_eager=True,
-            callback=_print_version,
-            help="Print the version.",
-        )
-    ],
     context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
 )
 root.examples = (
@@ -162,6 +137,9 @@ root.examples = (
     'fletcher search "play chess" --dataset articles',
     "fletcher help model add",
 )
+click.version_option(
+    package_name="longbow-fletcher", message="fletcher %(version)s", help="Print the version."
+)(root)
 
 
 def _complete_words(
@@ -174,10 +152,14 @@ def _complete_words(
 
 
 @command("help", "fletcher help ingest", "fletcher help model add")
-@argument("words", "Command.", metavar="[COMMAND]...", nargs=-1, shell_complete=_complete_words)
+@click.argument("words", metavar="[COMMAND]...", nargs=-1, shell_complete=_complete_words)
 @click.pass_context
 def show_help(context: click.Context, words: tuple[str, ...]) -> None:
-    """Show the help of a command, or of all."""
+    """Show the help of a command, or of all.
+
+    Args:
+        words: Command.
+    """
     shown: click.Context = context.find_root()
     for index, word in enumerate(words):
         if not isinstance(shown.command, CommandGroup):
@@ -192,11 +174,34 @@ def show_help(context: click.Context, words: tuple[str, ...]) -> None:
 @command("version", "fletcher version")
 def show_version() -> None:
     """Print the version."""
-    click.echo(_version())
+    from importlib.metadata import version
+
+    click.echo(f"fletcher {version('longbow-fletcher')}")
 
 
-root.add_command(show_help)
-root.add_command(show_version)
+@command(
+    "completion",
+    '# bash, in ~/.bashrc:  eval "$(fletcher completion bash)"',
+    '# zsh, in ~/.zshrc:    eval "$(fletcher completion zsh)"',
+    "# fish, in ~/.config/fish/config.fish:  fletcher completion fish | source",
+)
+@click.argument("shell", type=Choice(("bash", "zsh", "fish")))
+def print_completions(shell: str) -> None:
+    """Print completions for a shell, for its start-up file.
+
+    Args:
+        shell: Shell that completes.
+    """
+    completion = get_completion_class(shell)
+    assert completion is not None
+    for program, variable in COMPLETE_VARIABLES.items():
+        # Not `source()` of bash's class, which starts bash to learn its version.
+        script = completion(root, {}, program, variable)
+        click.echo(script.source_template % script.source_vars())
+
+
+for one in (show_help, show_version, print_completions):
+    root.add_command(one)
 
 
 def _elsewhere(error: click.NoSuchOption, path: str) -> str:
@@ -216,12 +221,6 @@ def _complain(name: str, message: str) -> None:
     # One safe line, even if an engine or a server put more into its message.
     shown = click.style(f"{name}:", fg="red") if wants_colour(sys.stderr) else f"{name}:"
     print(shown, printable(message), file=sys.stderr)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"fletcher {version('longbow-fletcher')}"
 
 
 __all__ = ["COMMANDS", "Command", "main", "root", "serve_main"]

@@ -41,9 +41,7 @@ def calibrate_model(
 ) -> ModelBundle:
     """Embeds a sample of texts and freezes the ranges of its vectors in the bundle.
 
-    Raises:
-        ModelError: The model has ranges already.
-        ConfigError: There are too few texts.
+    Raises ModelError if the model has ranges already, and ConfigError for too few texts.
     """
     from fletcher.readers import open_source
 
@@ -75,7 +73,8 @@ def calibrate_model(
 
 def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: int) -> Calibration:
     num_texts = num_rows = 0
-    bounds: dict[Cut, _Bounds] = {}
+    # Least and greatest value of each dimension.
+    bounds: dict[Cut, tuple[Any, Any]] = {}
     progress = Progress(lambda: Sample(rows=num_rows), Total(rows=limit * len(bundle.layers)))
     with progress:
         for layers, vectors in _vectors(client, source, bundle):
@@ -83,23 +82,23 @@ def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: in
             num_texts += len(vectors) if layers == bundle.num_layers else 0
             for dims in bundle.dims:
                 cut = Cut(layers=layers, dims=dims, normalized=bundle.normalize)
-                bounds.setdefault(cut, _Bounds()).add_vectors(
-                    finish(vectors, None, dims=dims, normalized=bundle.normalize)
+                lowest, highest = bounds.get(cut, (np.inf, -np.inf))
+                finished = finish(vectors, None, dims=dims, normalized=bundle.normalize)
+                bounds[cut] = (
+                    np.minimum(lowest, finished.min(axis=0, initial=np.inf)),
+                    np.maximum(highest, finished.max(axis=0, initial=-np.inf)),
                 )
     if num_texts < MIN_TEXTS:
         raise ConfigError(
             f"`PATH` has {num_texts} texts with a vector, expected at least {MIN_TEXTS}",
             field="paths",
         )
-    return Calibration(
-        num_texts, {cut: Ranges.between(one.lowest, one.highest) for cut, one in bounds.items()}
-    )
+    return Calibration(num_texts, {cut: Ranges.between(*both) for cut, both in bounds.items()})
 
 
 def _vectors(
     client: Client, source: TextSource, bundle: ModelBundle
 ) -> Iterator[tuple[int, FloatArray]]:
-    """Exit layers and vectors, in batches."""
     options = EmbedCommand(
         text_column=source.selection.text, dtype="float32", normalize=bundle.normalize
     )
@@ -109,16 +108,3 @@ def _vectors(
             for batch in exchange:
                 column = batch.column("vector")
                 yield layers, column.flatten().to_numpy().reshape(-1, column.type.list_size)
-
-
-class _Bounds:
-    """Least and greatest value of each dimension."""
-
-    def __init__(self) -> None:
-        self.lowest: Any = np.inf
-        self.highest: Any = -np.inf
-
-    def add_vectors(self, vectors: FloatArray) -> None:
-        if len(vectors):
-            self.lowest = np.minimum(self.lowest, vectors.min(axis=0))
-            self.highest = np.maximum(self.highest, vectors.max(axis=0))

@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from fletcher.util.docstrings import split_docstring
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+# Types of options by their metavar.
+_TYPES = {"N": int, **dict.fromkeys(("FILE", "FOLDER"), click.Path(path_type=Path))}
 
-_NO_BREAK_SPACE, _NO_BREAK_HYPHEN = "\xa0", "\u2011"
-
-
-def _unbroken(text: str) -> str:
-    """A text that is not broken into lines at its spaces and hyphens."""
-    return text.replace(" ", _NO_BREAK_SPACE).replace("-", _NO_BREAK_HYPHEN)
+# Lines of help are not broken at these.
+_UNBROKEN = str.maketrans(" -", "\xa0\u2011")
+_BREAKABLE = str.maketrans("\xa0\u2011", " -")
 
 
 class Formatter(click.HelpFormatter):
     """Help with bold headings and examples as they are written."""
 
     def write_heading(self, heading: str) -> None:
-        """Writes a heading, bold where colour is shown."""
         self.write(f"{'':>{self.current_indent}}{click.style(f'{heading}:', bold=True)}\n")
 
     def getvalue(self) -> str:
-        """The text, with ordinary spaces and hyphens for those of `_unbroken`."""
-        return super().getvalue().replace(_NO_BREAK_SPACE, " ").replace(_NO_BREAK_HYPHEN, "-")
+        return super().getvalue().translate(_BREAKABLE)
 
 
 class Context(click.Context):
-    """A click context whose help uses `Formatter`."""
+    """Context whose help uses `Formatter`."""
 
     formatter_class = Formatter
 
 
 class CommandOption(click.Option):
-    """A command's option.
+    """A command's option under a `heading` of the help.
 
-    Args:
-        heading: Section of the help.
-        variable: Environment variable that sets it as well, for the help.
-        default_text: Default for the help, where `default` does not tell it.
+    The help ends with `notes` in brackets.
     """
 
     def __init__(
@@ -53,47 +50,39 @@ class CommandOption(click.Option):
         param_decls: Sequence[str] | None = None,
         *,
         heading: str = "Options",
-        variable: str = "",
-        default_text: str = "",
+        notes: Sequence[str] = (),
         **attributes: Any,
     ) -> None:
         super().__init__(param_decls, **attributes)
-        self.heading = heading
-        self._variable = variable
-        self._default_text = default_text
+        self.heading, self._notes = heading, notes
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Names and help, with the default and the environment variable behind."""
         record = super().get_help_record(ctx)
         if record is None:
             return None
-        text = re.sub(r"--[a-z-]+|\w+-\w+", lambda match: _unbroken(match[0]), record[1])
-        if self._default_text:
-            text += " " + _unbroken(f"[default: {self._default_text}]")
-        if self._variable:
-            text += " " + _unbroken(f"[env: {self._variable}]")
-        return record[0], text
+        text = re.sub(r"--[a-z-]+|\w+-\w+", lambda match: match[0].translate(_UNBROKEN), record[1])
+        return record[0], " ".join(
+            [text, *(f"[{one}]".translate(_UNBROKEN) for one in self._notes)]
+        )
 
 
 class Choice(click.Choice[str]):
     """One of some words; the error for another one suggests the nearest."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        """The error for a word that is not a choice."""
         from fletcher.config.option import nearest
 
         hint = nearest(str(value), [str(one) for one in self.choices])
         return super().get_invalid_choice_message(value, ctx).rstrip(".") + hint
 
 
-class _Sections(click.Command):
-    """Help of commands and groups: options by heading, then examples."""
+class Command(click.Command):
+    """A command whose help has options by heading, then examples."""
 
     examples: Sequence[str] = ()
     context_class = Context
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the options under their headings."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in ctx.command.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -104,26 +93,17 @@ class _Sections(click.Command):
                 formatter.write_dl(records)
 
     def format_epilog(self, _: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the examples, line by line."""
         if self.examples:
             with formatter.section("Example" if len(self.examples) == 1 else "Examples"):
-                for line in self.examples:
-                    formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+                indent = " " * formatter.current_indent
+                formatter.write("".join(f"{indent}{line}\n" for line in self.examples))
 
 
-class Command(_Sections):
-    """A command; `command` makes it of a function."""
+class CommandGroup(Command, click.Group):
+    """Commands by heading, with their lines of help.
 
-
-class CommandGroup(_Sections, click.Group):
-    """Commands under headings; those of `package` are imported when they are called.
-
-    Args:
-        sections: By heading, the commands' names and their line of help.
-        package: Package with a module `NAME` for each command, whose `cli` it is.
+    Those of `package` are the `cli` of its modules, which are imported when they are called.
     """
-
-    command_class = Command
 
     def __init__(
         self, *, sections: Mapping[str, Mapping[str, str]], package: str = "", **attributes: Any
@@ -149,7 +129,6 @@ class CommandGroup(_Sections, click.Group):
         return [name for commands in self.sections.values() for name in commands]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of a name; its module is imported."""
         if cmd_name in self.commands or not self._package:
             return self.commands.get(cmd_name)
         if cmd_name not in self.list_commands(ctx):
@@ -160,7 +139,6 @@ class CommandGroup(_Sections, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the first argument names. Raises click.UsageError with a hint."""
         name = args[0]
         if not name.startswith("-") and not ctx.resilient_parsing:
             known = self.list_commands(ctx)
@@ -171,19 +149,13 @@ class CommandGroup(_Sections, click.Group):
                 raise click.UsageError(f"{name!r} is not a command{hint}", ctx=ctx)
         return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """Writes the commands under their headings, without importing them."""
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, commands in self.sections.items():
             with formatter.section(heading):
                 formatter.write_dl(list(commands.items()))
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the commands, then the options."""
-        self.format_commands(ctx, formatter)
         super().format_options(ctx, formatter)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Completes commands, then options."""
         return self.complete_commands(incomplete) + click.Command.shell_complete(
             self, ctx, incomplete
         )
@@ -203,35 +175,56 @@ def command(
 ) -> Callable[[Callable[..., Any]], Command]:
     """Makes a command of a function, whose docstring is the help.
 
-    Args:
-        examples: Command lines for the end of the help.
+    Its `Args` are the help of options and arguments that have none; `examples` end the help.
     """
 
     def decorate(function: Callable[..., Any]) -> Command:
-        made = click.command(name, cls=Command, **attributes)(function)
+        text, args = split_docstring(function.__doc__, "Args")
+        made = click.command(name, cls=Command, **{"help": text, **attributes})(function)
         made.examples = examples
+        for param in made.params:
+            if isinstance(param, (click.Option, click.Argument)) and param.help is None:
+                param.help = args.get(str(param.name))
         return made
 
     return decorate
 
 
-def option(*declarations: str, **attributes: Any) -> Callable[[Function], Function]:
-    """`click.option` that makes a `CommandOption`, which shows its default."""
+def option(declaration: str, name: str | None = None, **attributes: Any) -> Decorator:
+    """`click.option` that shows its default, made from `--flag` or `--flag METAVAR`."""
+    flag, _, metavar = declaration.partition(" ")
+    if metavar:
+        attributes = {"metavar": metavar, "type": _TYPES.get(metavar), **attributes}
+    names = [flag] if name is None else [flag, name]
     attributes = {"show_default": "default" in attributes, **attributes}
-    return click.option(*declarations, cls=CommandOption, **attributes)
+    return click.option(*names, cls=CommandOption, **attributes)
 
 
-def argument(name: str, text: str, **attributes: Any) -> Callable[[Function], Function]:
-    """`click.argument` with a line of help."""
-    return click.argument(name, help=text, **attributes)
+def combine(
+    *decorators: Decorator, collect: Callable[[dict[str, Any]], None] | None = None
+) -> Decorator:
+    """One decorator that does what several do, written above each other.
+
+    `collect` replaces their parameters, such as by one object.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(**params: Any) -> Any:
+            if collect is not None:
+                collect(params)
+            return function(**params)
+
+        decorated: Callable[..., Any] = call
+        for one in reversed(decorators):
+            decorated = one(decorated)
+        return decorated
+
+    return decorate
 
 
 def usage_message(error: click.UsageError, hint: str = "") -> str:
-    """One line for a command line that is not understood.
-
-    Args:
-        hint: For an unknown option, in place of the nearest known one.
-    """
+    """One line for a usage error; `hint` replaces the nearest known option."""
     if not isinstance(error, click.NoSuchOption) or error.ctx is None:
         return re.sub(r"\s+", " ", error.format_message()).rstrip(".")
     from fletcher.config.option import nearest

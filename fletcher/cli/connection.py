@@ -6,18 +6,15 @@ import contextlib
 import functools
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from fletcher.cli.command_line import Choice, option
+from fletcher.cli.command_line import Choice, Decorator, combine, option
 from fletcher.cli.options import ConfigFlags, config_options
 from fletcher.cli.shutdown import leave_in_time
 from fletcher.cli.terminal import say
-from fletcher.config.delivery import NO_STORE
 from fletcher.config.network import COMPRESSIONS
 from fletcher.config.server import ServeConfig
 from fletcher.errors import ConfigError, UnauthenticatedError
@@ -48,13 +45,7 @@ _LOCAL_TEXT = {
 
 @dataclass(frozen=True, slots=True)
 class RemoteServer:
-    """A server elsewhere.
-
-    Attributes:
-        uri: grpc://HOST:PORT or grpc+tls://HOST:PORT.
-        token_file: File with a bearer token.
-        tls_ca: PEM CA of the server's certificate.
-    """
+    """A server elsewhere, grpc://HOST:PORT or grpc+tls://HOST:PORT."""
 
     uri: str
     token_file: Path | None = None
@@ -66,14 +57,9 @@ class RemoteServer:
         parse_address(self.uri, field="server")
 
     def connect(self, compression: str | None = None, max_retries: int | None = None) -> Client:
-        """A client; close it in the end.
+        """A client; close it in the end. None: the client's defaults.
 
-        Args:
-            compression: Of what is sent; None: the client's default.
-            max_retries: Of a call; None: the client's default.
-
-        Raises:
-            FletcherError: It cannot be reached, or refuses the token.
+        Raises FletcherError if the server cannot be reached, or refuses the token.
         """
         from fletcher.client import TlsOptions, TransferOptions, connect
 
@@ -93,13 +79,7 @@ class RemoteServer:
 
 @dataclass(frozen=True, slots=True)
 class EmbedTarget:
-    """The server that embeds for a command.
-
-    Attributes:
-        server: One elsewhere; None: one in this process.
-        compression: Of what is sent to one elsewhere.
-        flags: Server options for one in this process.
-    """
+    """The server that embeds: one elsewhere, or without `server` one in this process."""
 
     server: RemoteServer | None
     compression: str
@@ -113,13 +93,8 @@ class EmbedTarget:
     def resolve(self, *, own_store: bool = False, **flags: Any) -> ServeConfig:
         """The configuration of a server in this process; sets up logging as it says.
 
-        Args:
-            own_store: This process opens the store even where a server elsewhere embeds; the
-                default one is hardly that server's.
-            flags: Texts by option name, in place of flags.
-
-        Raises:
-            ConfigError: As `fletcher.config.resolution.resolve`.
+        `own_store`: this process opens the store even where a server elsewhere embeds; the default
+        one is hardly that server's. `flags` are texts by option name. Raises ConfigError.
         """
         resolved = self.flags.resolve(LOCAL_OPTIONS, **flags)
         config = resolved.config
@@ -142,12 +117,8 @@ class EmbedTarget:
     ) -> Iterator[Client]:
         """A client of the server elsewhere, or of one in this process until it is left.
 
-        Args:
-            config: For one in this process.
-            max_retries: Of calls to a server elsewhere; None: the client's default.
-
-        Raises:
-            FletcherError: The server cannot be reached or started.
+        `config` is for one in this process, `max_retries` for calls to one elsewhere. Raises
+        FletcherError if the server cannot be reached or started.
         """
         if self.server:
             self.refuse_local_flags()
@@ -188,83 +159,54 @@ class EmbedTarget:
             )
 
 
-def server_options(*, required: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def server_options(*, required: bool = False) -> Decorator:
     """Adds the flags of a server elsewhere, passed on as `server`: a RemoteServer."""
-    options = [
-        option(
-            "--server",
+
+    def collect(params: dict[str, Any]) -> None:
+        address = [params.pop(name) for name in ("server", "token_file", "tls_ca")]
+        params["server"] = RemoteServer(*address) if address[0] else None
+
+    local = " Without it a server in this process does, which loads the model first."
+    add = functools.partial(option, heading=ELSEWHERE)
+    return combine(
+        add(
+            "--server URI",
             required=required,
-            metavar="URI",
-            heading=ELSEWHERE,
             help="Server that does the work, grpc://HOST:PORT or grpc+tls://HOST:PORT."
-            + (
-                ""
-                if required
-                else " Without it a server in this process does, which loads the model first."
-            ),
+            + ("" if required else local),
         ),
-        option(
-            "--token-file",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            heading=ELSEWHERE,
-            help="File with the server's bearer token.",
-        ),
-        option(
-            "--tls-ca",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            heading=ELSEWHERE,
+        add("--token-file FILE", help="File with the server's bearer token."),
+        add(
+            "--tls-ca FILE",
             help="PEM CA of the server's certificate, if it is not one that the system trusts.",
         ),
-    ]
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def collect(
-            *, server: str | None, token_file: Path | None, tls_ca: Path | None, **params: Any
-        ) -> Any:
-            remote = RemoteServer(server, token_file, tls_ca) if server else None
-            return function(server=remote, **params)
-
-        for one in reversed(options):
-            one(collect)
-        return collect
-
-    return decorate
-
-
-def target_options(*names: str, **text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds the flags of both kinds of server, passed on as `target`: an EmbedTarget.
-
-    Args:
-        names: Server options that get a flag besides LOCAL_FLAGS.
-        text: Help by option name, where the command's differs from the server's.
-    """
-    compression = option(
-        "--compression",
-        type=Choice(COMPRESSIONS),
-        default="auto",
-        heading=ELSEWHERE,
-        help="Compression of what is sent there. auto measures the text and the connection.",
+        collect=collect,
     )
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @config_options(*names, *LOCAL_FLAGS, text={**_LOCAL_TEXT, **text})
-        @functools.wraps(function)
-        def collect(
-            *, server: RemoteServer | None, compression: str, flags: ConfigFlags, **params: Any
-        ) -> Any:
-            return function(target=EmbedTarget(server, compression, flags), **params)
 
-        return server_options()(compression(collect))
+def target_options(*names: str, **text: str) -> Decorator:
+    """Adds the flags of both kinds of server, passed on as `target`: an EmbedTarget.
 
-    return decorate
+    The server options `names` get flags besides LOCAL_FLAGS; `text` replaces help by option name.
+    """
 
+    def collect(params: dict[str, Any]) -> None:
+        params["target"] = EmbedTarget(
+            params.pop("server"), params.pop("compression"), params.pop("flags")
+        )
 
-def without_store(config: ServeConfig) -> ServeConfig:
-    """The same configuration for vectors that are only sent back."""
-    return config.with_options(store=(NO_STORE,))
+    return combine(
+        server_options(),
+        option(
+            "--compression",
+            type=Choice(COMPRESSIONS),
+            default="auto",
+            heading=ELSEWHERE,
+            help="Compression of what is sent there. auto measures the text and the connection.",
+        ),
+        config_options(*names, *LOCAL_FLAGS, text={**_LOCAL_TEXT, **text}),
+        collect=collect,
+    )
 
 
 def _read_token(path: Path) -> str:

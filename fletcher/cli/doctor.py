@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -17,7 +17,7 @@ from typing import Literal
 from fletcher.cli.command_line import command
 from fletcher.cli.options import ConfigFlags, config_options, json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import print_table, styled
+from fletcher.cli.terminal import grouped, print_json, print_table, styled
 from fletcher.config.option import GIB
 from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
@@ -34,20 +34,18 @@ _OPTIONS = (
 )
 
 State = Literal["ok", "note", "broken"]
-MARKS: dict[State, str] = {"ok": "ok", "note": "note", "broken": "BROKEN"}
-STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "broken": "bold red"}
+# A finding without its part.
+_Found = tuple[str, State, str] | tuple[str, State, str, str]
+MARKS: dict[State, tuple[str, str]] = {
+    "ok": ("ok", "green"), "note": ("note", "yellow"), "broken": ("BROKEN", "bold red")
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Result of one check.
+    """Result of one check, and its remedy.
 
-    Attributes:
-        part: `hardware`, `software`, `home`, `models`, `engine` or `stores`.
-        name: Name of the check.
-        state: `ok`; `note`: works, but could be better; `broken`: something needed does not work.
-        value: Observed value.
-        fix: Remedy, if any.
+    A `note` works, but could be better; something needed is `broken`.
     """
 
     part: str
@@ -81,7 +79,7 @@ def cli(flags: ConfigFlags, as_json: bool) -> int:
     broken = any(finding.state == "broken" for finding in findings)
     if as_json:
         found = [dataclasses.asdict(finding) for finding in findings]
-        print(json.dumps({"ok": not broken, "findings": found}, ensure_ascii=False, indent=2))
+        print_json({"ok": not broken, "findings": found}, indent=2)
     else:
         _print(findings)
     return 1 if broken else 0
@@ -89,7 +87,7 @@ def cli(flags: ConfigFlags, as_json: bool) -> int:
 
 def examine(config: ServeConfig, *, with_stores: bool) -> Iterator[Finding]:
     """Runs all checks; a check that fails is a finding, too."""
-    parts: dict[str, Callable[[ServeConfig], Iterator[Finding]]] = {
+    parts: dict[str, Callable[[ServeConfig], Iterator[_Found]]] = {
         "hardware": _hardware,
         "software": _software,
         "home": _home,
@@ -100,47 +98,45 @@ def examine(config: ServeConfig, *, with_stores: bool) -> Iterator[Finding]:
         parts["stores"] = _stores
     for part, check in parts.items():
         try:
-            yield from check(config)
+            for found in check(config):
+                yield Finding(part, *found)
         except Exception as error:  # noqa: BLE001  (one part's failure must not hide the others)
             yield Finding(part, "check", "broken", f"{type(error).__name__}: {error}")
 
 
-def _hardware(config: ServeConfig) -> Iterator[Finding]:
+def _hardware(config: ServeConfig) -> Iterator[_Found]:
     from fletcher.inference.host import detect_host
 
     host = detect_host()
-    yield Finding("hardware", "processor", "ok", host.cpu)
-    yield Finding("hardware", "cores", "ok", f"{host.cores} usable of {os.cpu_count()}")
+    yield "processor", "ok", host.cpu
+    yield "cores", "ok", f"{host.cores} usable of {os.cpu_count()}"
     yield _memory(config, host.memory_bytes)
-    yield Finding(
-        "hardware", "instructions", "ok", ", ".join(sorted(host.isa)) or "none that engines use"
-    )
+    yield "instructions", "ok", ", ".join(sorted(host.isa)) or "none that engines use"
     if host.num_numa_nodes > 1:
-        yield Finding("hardware", "memory nodes", "ok", str(host.num_numa_nodes))
+        yield "memory nodes", "ok", str(host.num_numa_nodes)
     if host.num_cuda_devices and not host.cuda_provider:
         fix = "pip uninstall onnxruntime; pip install 'longbow-fletcher[gpu]'"
-        value = f"{host.num_cuda_devices}, without an engine for them"
-        yield Finding("hardware", "CUDA devices", "note", value, fix)
+        yield "CUDA devices", "note", f"{host.num_cuda_devices}, without an engine for them", fix
     else:
-        yield Finding("hardware", "CUDA devices", "ok", str(host.num_cuda_devices))
+        yield "CUDA devices", "ok", str(host.num_cuda_devices)
 
 
-def _memory(config: ServeConfig, available: int) -> Finding:
+def _memory(config: ServeConfig, available: int) -> _Found:
     value = f"{human(available)}B"
     wanted = config.limits.max_memory + OWN_MEMORY_BYTES
     if available and available < wanted:
         fitting = max(256, (available - OWN_MEMORY_BYTES) >> 20)
         fix = f"a busy server may take {human(wanted)}B: give --max-memory {fitting}MiB"
-        return Finding("hardware", "memory", "note", value, fix)
-    return Finding("hardware", "memory", "ok", value)
+        return "memory", "note", value, fix
+    return "memory", "ok", value
 
 
-def _software(_: ServeConfig) -> Iterator[Finding]:
-    yield Finding("software", "python", "ok", f"{platform.python_version()} ({sys.executable})")
+def _software(_: ServeConfig) -> Iterator[_Found]:
+    yield "python", "ok", f"{platform.python_version()} ({sys.executable})"
     for name in ("longbow-fletcher", "pyarrow", "numpy", "tokenizers", "protobuf"):
         found = _version(name)
         fix = "" if found else "pip install longbow-fletcher"
-        yield Finding("software", name, "ok" if found else "broken", found or "missing", fix)
+        yield name, "ok" if found else "broken", found or "missing", fix
     yield from _engines()
     for name, extra, what in (
         ("lancedb", "lance", "lance: stores"),
@@ -149,30 +145,30 @@ def _software(_: ServeConfig) -> Iterator[Finding]:
     ):
         found = _version(name)
         fix = "" if found else f"for {what}: pip install 'longbow-fletcher[{extra}]'"
-        yield Finding("software", name, "ok" if found else "note", found or "missing", fix)
+        yield name, "ok" if found else "note", found or "missing", fix
 
 
-def _engines() -> Iterator[Finding]:
+def _engines() -> Iterator[_Found]:
     names = ("onnxruntime", "onnxruntime-gpu", "openvino")
     found = {name: version for name in names if (version := _version(name))}
     for name, version in found.items():
-        yield Finding("software", name, "ok", version)
+        yield name, "ok", version
     if found.keys() - {"openvino"}:
         from fletcher.inference.onnxruntime import providers
 
-        yield Finding("software", "onnxruntime providers", "ok", ", ".join(providers()))
+        yield "onnxruntime providers", "ok", ", ".join(providers())
     if "openvino" in found:
         from fletcher.inference.openvino import devices
 
         for name, abilities in devices().items():
-            yield Finding("software", f"openvino {name}", "ok", ", ".join(abilities))
+            yield f"openvino {name}", "ok", ", ".join(abilities)
     if not found:
         fix = "pip install 'longbow-fletcher[cpu]', or [gpu] where there is an NVIDIA GPU"
-        yield Finding("software", "engines", "broken", "neither onnxruntime nor openvino", fix)
+        yield "engines", "broken", "neither onnxruntime nor openvino", fix
     if {"onnxruntime", "onnxruntime-gpu"} <= found.keys():
         fix = "pip uninstall onnxruntime onnxruntime-gpu, then install one of them"
         value = "onnxruntime and onnxruntime-gpu are one module and overwrite each other"
-        yield Finding("software", "engines", "broken", value, fix)
+        yield "engines", "broken", value, fix
 
 
 def _version(distribution: str) -> str | None:
@@ -182,7 +178,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _home(config: ServeConfig) -> Iterator[Finding]:
+def _home(config: ServeConfig) -> Iterator[_Found]:
     home = config.home
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -190,16 +186,16 @@ def _home(config: ServeConfig) -> Iterator[Finding]:
             pass
     except OSError as error:
         value = f"{home} cannot be written: {error.strerror}"
-        yield Finding("home", "folder", "broken", value, "give --home or set FLETCHER_HOME")
+        yield "folder", "broken", value, "give --home or set FLETCHER_HOME"
         return
-    yield Finding("home", "folder", "ok", str(home))
+    yield "folder", "ok", str(home)
     free = shutil.disk_usage(home).free
-    state: State = "ok" if free >= NEEDED_DISK_BYTES else "note"
-    fix = "" if state == "ok" else f"a model needs up to {human(NEEDED_DISK_BYTES)}B: make room"
-    yield Finding("home", "free disk", state, f"{human(free)}B", fix)
+    fix = f"a model needs up to {human(NEEDED_DISK_BYTES)}B: make room"
+    enough = free >= NEEDED_DISK_BYTES
+    yield "free disk", "ok" if enough else "note", f"{human(free)}B", "" if enough else fix
 
 
-def _models(config: ServeConfig) -> Iterator[Finding]:
+def _models(config: ServeConfig) -> Iterator[_Found]:
     from fletcher.models.bundle.registry import DEFAULT_MODEL, Registry
 
     registry = Registry(config.home / "models")
@@ -209,20 +205,19 @@ def _models(config: ServeConfig) -> Iterator[Finding]:
             bundle = registry.verify_model(name)
         except FletcherError as error:
             fix = f"fletcher model remove {name}, then add it again"
-            yield Finding("models", name, "broken", error.message, fix)
+            yield name, "broken", error.message, fix
         else:
-            value = f"{bundle.qualified_name}, {bundle.dim} dimensions, checksums right"
-            yield Finding("models", name, "ok", value)
+            yield name, "ok", f"{bundle.qualified_name}, {bundle.dim} dimensions, checksums right"
     for name in dict.fromkeys((config.model.default, *config.model.models)):
         if name in names or any(name == bundle.qualified_name for bundle in registry.list_models()):
             continue
-        fetched = name == DEFAULT_MODEL
-        fix = "it is downloaded on its first use" if fetched else "fletcher model add SOURCE"
-        state: State = "note" if fetched else "broken"
-        yield Finding("models", name, state, "not installed", fix)
+        if name == DEFAULT_MODEL:
+            yield name, "note", "not installed", "it is downloaded on its first use"
+        else:
+            yield name, "broken", "not installed", "fletcher model add SOURCE"
 
 
-def _engine(config: ServeConfig) -> Iterator[Finding]:
+def _engine(config: ServeConfig) -> Iterator[_Found]:
     """Loads the model as a server would: an installed engine may not work."""
     from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
@@ -236,61 +231,52 @@ def _engine(config: ServeConfig) -> Iterator[Finding]:
             config.home, config.engine, detect_host(), registry.get_model(config.model.default)
         )
     except FletcherError as error:
-        yield Finding("engine", config.model.default, "broken", error.message)
+        yield config.model.default, "broken", error.message
         return
-    yield Finding("engine", config.model.default, "ok", chosen.reason)
+    yield config.model.default, "ok", chosen.reason
     if chosen.measured is not None:
-        value = f"by measurement, {chosen.measured.measured_at}"
-        yield Finding("engine", "chosen", "ok", value)
+        yield "chosen", "ok", f"by measurement, {chosen.measured.measured_at}"
     elif config.engine.backend != "null":
         fix = "fletcher tune measures what is fastest here, in about a minute for a small model"
-        yield Finding("engine", "chosen", "note", "by rule", fix)
+        yield "chosen", "note", "by rule", fix
     # One replica a device: replicas that share a device are alike.
     for device, one in {one.device: one for one in chosen.configs}.items():
         engine = import_module(f"fletcher.inference.{one.backend}")
         try:
             about = engine.load(one).describe()
         except FletcherError as error:
-            yield Finding("engine", device, "broken", error.message)
+            yield device, "broken", error.message
             continue
         for name, value in about.items():
-            yield Finding("engine", name, "ok", value)
+            yield name, "ok", value
 
 
-def _stores(config: ServeConfig) -> Iterator[Finding]:
+def _stores(config: ServeConfig) -> Iterator[_Found]:
     from fletcher.stores.address import folder_of, open_store
 
     for name, address in config.store_addresses.items():
         folder = folder_of(address)
         if folder is not None and not folder.exists():
             fix = "the first rows create it; if it should hold rows, correct the address"
-            yield Finding("stores", name, "note", f"{address}: does not exist yet", fix)
+            yield name, "note", f"{address}: does not exist yet", fix
             continue
         try:
-            store = open_store(address, timeout_s=10.0)
-            try:
+            with contextlib.closing(open_store(address, timeout_s=10.0)) as store:
                 datasets = store.datasets()
-            finally:
-                store.close()
         except FletcherError as error:
             fix = "start the store, or correct its address"
-            yield Finding("stores", name, "broken", f"{address}: {error.message}", fix)
+            yield name, "broken", f"{address}: {error.message}", fix
         else:
             rows = sum(one.num_rows for one in datasets)
-            value = f"{address}: {len(datasets)} datasets, {rows:,} rows"
-            yield Finding("stores", name, "ok", value)
+            yield name, "ok", f"{address}: {len(datasets)} datasets, {rows:,} rows"
 
 
 def _print(findings: list[Finding]) -> None:
-    rows: list[list[object]] = []
-    part = ""
-    for finding in findings:
-        shown = "" if finding.part == part else finding.part
-        part = finding.part
-        mark = styled(MARKS[finding.state], STYLES[finding.state])
-        rows.append([shown, mark, finding.name, finding.value])
-        if finding.fix:
-            rows.append(["", "", "", f"-> {finding.fix}"])
-    print_table(rows)
+    rows: list[tuple[object, ...]] = []
+    for one in findings:
+        rows.append((one.part, styled(*MARKS[one.state]), one.name, one.value))
+        if one.fix:
+            rows.append((one.part, "", "", f"-> {one.fix}"))
+    print_table(grouped(rows))
     fixes = sum(finding.state == "broken" for finding in findings)
     print(f"{fixes} to fix" if fixes else "everything needed works")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fletcher.cli.command_line import Choice, argument, command, option
+from fletcher.cli.command_line import Choice, command, option
 from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.options import vector_options
 from fletcher.config.delivery import NO_STORE
@@ -22,32 +22,10 @@ from fletcher.errors import ConfigError
     "fletcher embed - --format npy --output vectors.npy < lines.txt",
     "tail -f log | fletcher embed - --continuous --chunking sentences:128:none",
 )
-@argument(
-    "texts",
-    "Texts, or - for standard input, one text a line.",
-    nargs=-1,
-    required=True,
-    metavar="TEXT...",
-)
-@option(
-    "--format",
-    "format_name",
-    type=Choice(("jsonl", "npy", "arrow")),
-    default="jsonl",
-    help="JSON lines, a NumPy array, or an Arrow stream.",
-)
-@option(
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="File to write, instead of standard output.",
-)
-@option(
-    "--continuous",
-    is_flag=True,
-    help="Take standard input as one text that goes on, such as from tail -f. Each chunk is "
-    "printed when it is complete, so give --chunking ...:none. The last chunk comes at the end.",
-)
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@option("--format", "format_name", type=Choice(("jsonl", "npy", "arrow")), default="jsonl")
+@option("--output FILE")
+@option("--continuous", is_flag=True)
 @vector_options(
     "Options", dtype="float32", prompt="Prompt of the model, or text to put before each text."
 )
@@ -62,6 +40,14 @@ def cli(
     """Print the vectors of texts.
 
     Each line is a JSON object with `text` and `vector`; see --format for others.
+
+    Args:
+        texts: Texts, or - for standard input, one text a line.
+        format_name: JSON lines, a NumPy array, or an Arrow stream.
+        output: File to write, instead of standard output.
+        continuous: Take standard input as one text that goes on, such as from tail -f. Each chunk
+            is printed when it is complete, so give --chunking ...:none. The last chunk comes at the
+            end.
     """
     from fletcher.cli.embed_io import WRITERS, TextLines, TextStream, embedded, open_output
 

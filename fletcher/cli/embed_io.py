@@ -6,7 +6,7 @@ import codecs
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -33,11 +33,11 @@ class TextLines:
 
     schema = pa.schema([("text", pa.utf8())])
 
-    def __init__(self, given: Sequence[str]) -> None:
+    def __init__(self, given: tuple[str, ...]) -> None:
         self._given = given
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        texts = lines(_standard_input()) if list(self._given) == ["-"] else iter(self._given)
+        texts = lines(_standard_input()) if self._given == ("-",) else iter(self._given)
         while chunk := list(itertools.islice(texts, BATCH_TEXTS)):
             yield pa.record_batch([pa.array(chunk, pa.utf8())], schema=self.schema)
 
@@ -88,8 +88,7 @@ def embedded(
 ) -> Iterator[pa.RecordBatch]:
     """Batches of text, vector and scale, and for chunks their places in the text.
 
-    Raises:
-        FletcherError: The error of the first text that has no vector.
+    Raises the error of the first text that has no vector.
     """
     with client.exchange(texts, options) as exchange:
         names = [name for name in _COLUMNS if name in exchange.schema.names]

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from fletcher.cli.command_line import command, option
-from fletcher.cli.connection import EmbedTarget, target_options, without_store
+from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.options import INPUT, format_option, json_option, paths_argument
 from fletcher.cli.terminal import say
 from fletcher.config.delivery import NO_STORE
@@ -35,59 +33,15 @@ _CACHE_ENTRY_BYTES = 1024
     "fletcher eval corpus.parquet --query title --document body --variants 'dims=384,128'",
 )
 @paths_argument()
-@option(
-    "--query",
-    required=True,
-    metavar="COLUMN",
-    heading=INPUT,
-    help="Column of queries, such as titles.",
-)
-@option(
-    "--document",
-    required=True,
-    metavar="COLUMN",
-    heading=INPUT,
-    help="Column of the documents to find, such as bodies.",
-)
+@option("--query COLUMN", required=True, heading=INPUT)
+@option("--document COLUMN", required=True, heading=INPUT)
 @format_option("files")
-@option(
-    "--documents",
-    type=int,
-    metavar="N",
-    heading=INPUT,
-    help="Documents to embed, a fixed random choice. More make a harder search, and take longer. "
-    "Default: all.",
-)
-@option(
-    "--queries",
-    type=int,
-    default=1000,
-    metavar="N",
-    heading=INPUT,
-    help="Queries to ask. More make narrower intervals, and take longer.",
-)
-@option(
-    "--variants",
-    multiple=True,
-    metavar="LIST",
-    help="Combinations to compare, such as 'backend=openvino precision=bfloat16,float32 "
-    "dims=384,128 dtype=float32,float16'; repeatable. Keys: backend, precision, layers, dims, "
-    "dtype, chunking (of documents, one vector each). Default: every engine here, and the layers, "
-    "widths and types that the model declares.",
-)
+@option("--documents N", heading=INPUT)
+@option("--queries N", default=1000, heading=INPUT)
+@option("--variants LIST", multiple=True)
 @json_option("Print one JSON object instead of the table.")
-@option(
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="File for the JSON, beside the table.",
-)
-@option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="PNG file for a plot of quality against cost.",
-)
+@option("--output FILE")
+@option("--plot FILE")
 @target_options("model", "allow_undeclared", "int8", model="Model to measure.")
 def cli(
     target: EmbedTarget,
@@ -104,6 +58,19 @@ def cli(
     how far the vectors are from float32's, how fast they are made and how large they are. Every
     row of the files is a pair; rows with a query or document seen before are left out. Rates are
     only meaningful on a quiet machine.
+
+    Args:
+        query: Column of queries, such as titles.
+        document: Column of the documents to find, such as bodies.
+        documents: Documents to embed, a fixed random choice. More make a harder search, and take
+            longer. Default: all.
+        queries: Queries to ask. More make narrower intervals, and take longer.
+        variants: Combinations to compare, such as 'backend=openvino precision=bfloat16,float32
+            dims=384,128 dtype=float32,float16'; repeatable. Keys: backend, precision, layers, dims,
+            dtype, chunking (of documents, one vector each). Default: every engine here, and the
+            layers, widths and types that the model declares.
+        output: File for the JSON, beside the table.
+        plot: PNG file for a plot of quality against cost.
     """
     from fletcher.evaluation import plot
     from fletcher.evaluation.evaluate import evaluate
@@ -215,7 +182,7 @@ class _Engines:
         A server in this process caches the model's output for each text, so that other widths and
         types need no further run of the model.
         """
-        config = without_store(self._config)
+        config = self._config
         if not self._target.server:
             entry = 4 * self._bundle.dim + _CACHE_ENTRY_BYTES
             size = self.num_texts * entry * max(1, len(self._bundle.layers))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from fletcher.cli.options import (
     vector_options,
 )
 from fletcher.cli.progress import Progress, Sample, Total
-from fletcher.cli.terminal import cut, printable, say, terminal_width
+from fletcher.cli.terminal import cut, print_json, printable, say, terminal_width
 from fletcher.core.command import CHOICES, EmbedCommand
 from fletcher.errors import ConfigError, FletcherError
 
@@ -35,6 +34,10 @@ if TYPE_CHECKING:
 SHOWN_ERRORS = 5
 # About four minutes: a restarted server loads its model before it answers.
 MAX_RETRIES = 35
+_REPORTED = (
+    *("model", "upload_id", "complete", "rows_received", "rows_stored", "rows_failed"),
+    *("rows_deduplicated", "rows_skipped"),
+)
 
 
 @command(
@@ -46,53 +49,15 @@ MAX_RETRIES = 35
 @paths_argument()
 @json_option("Print the summary as JSON.")
 @text_option()
-@option(
-    "--id",
-    "id_column",
-    metavar="COLUMN",
-    heading=INPUT,
-    help="Column of row ids. Default: id if it exists, else ids are generated.",
-)
-@option(
-    "--columns",
-    metavar="NAME,...",
-    callback=split_names,
-    heading=INPUT,
-    help="Columns to store beside the vectors.",
-)
+@option("--id COLUMN", "id_column", heading=INPUT)
+@option("--columns NAME,...", callback=split_names, heading=INPUT)
 @format_option("files")
-@option("--limit", type=int, metavar="N", heading=INPUT, help="Most rows to read.")
-@option("--dataset", required=True, metavar="NAME", heading=OUTPUT, help="Dataset to write to.")
-@option(
-    "--upload-id",
-    metavar="NAME",
-    heading=OUTPUT,
-    help="Name of the upload. Re-run with the same name and input to resume. Warning: other input "
-    "under the same name counts as already uploaded. Default: derived from the files' contents, or "
-    "new each time for -.",
-)
-@option(
-    "--mode",
-    type=Choice(CHOICES["mode"]),
-    default="append",
-    heading=OUTPUT,
-    help="append rows, replace rows by id (upsert), replace the dataset (overwrite), or embed only "
-    "new and changed rows (delta).",
-)
-@option(
-    "--dedupe",
-    type=Choice(CHOICES["dedupe"]),
-    default="off",
-    heading=OUTPUT,
-    help="Drop rows whose id or text was uploaded or stored before. Reads that column of the "
-    "dataset once.",
-)
-@option(
-    "--no-text",
-    is_flag=True,
-    heading=OUTPUT,
-    help="Store ids and vectors without the texts. Saves space; searches then show no text.",
-)
+@option("--limit N", heading=INPUT)
+@option("--dataset NAME", required=True, heading=OUTPUT)
+@option("--upload-id NAME", heading=OUTPUT)
+@option("--mode", type=Choice(CHOICES["mode"]), default="append", heading=OUTPUT)
+@option("--dedupe", type=Choice(CHOICES["dedupe"]), default="off", heading=OUTPUT)
+@option("--no-text", is_flag=True, heading=OUTPUT)
 @vector_options(
     prompt="Prompt of the model, or text to put before each text; '' for none. "
     "Default: the model's prompt for documents, if it has one."
@@ -117,10 +82,30 @@ def cli(
 
     Run the same command again to resume an upload that was stopped: no row is stored twice. The
     exit status is 0 if every row is stored, or has failed alone.
+
+    Args:
+        id_column: Column of row ids. Default: id if it exists, else ids are generated.
+        columns: Columns to store beside the vectors.
+        limit: Most rows to read.
+        dataset: Dataset to write to.
+        upload_id: Name of the upload. Re-run with the same name and input to resume. Warning: other
+            input under the same name counts as already uploaded. Default: derived from the files'
+            contents, or new each time for -.
+        mode: append rows, replace rows by id (upsert), replace the dataset (overwrite), or embed
+            only new and changed rows (delta).
+        dedupe: Drop rows whose id or text was uploaded or stored before. Reads that column of the
+            dataset once.
+        no_text: Store ids and vectors without the texts. Saves space; searches then show no text.
     """
     from fletcher.readers import open_source
 
-    options = _command(target, fields, no_text=no_text)
+    options = EmbedCommand(
+        **{**fields, "id_column": fields["id_column"] or "id"},
+        model=target.asked_model,
+        store=_store_name(target),
+        include_text=False if no_text else None,
+        durability="store",  # the summary tells what the store has
+    )
     config = target.resolve()
     if target.server:
         target.refuse_local_flags()
@@ -133,14 +118,17 @@ def cli(
         columns=fields["columns"],
         format_name=format_name,
         limit=limit,
-        notice=_say,
+        notice=lambda line: say(f"fletcher ingest: {line}"),
     )
-    started_s = time.monotonic()
     with target.open_client(config, max_retries=MAX_RETRIES) as client:
         started_s = time.monotonic()
-        options = _with_prompt(client, options)
+        if options.prompt is None:
+            prompt = client.prompt_for("document", options.model)
+            options = dataclasses.replace(options, prompt=prompt)
+        meter = _Meter(client, source, local=not target.server)
         try:
-            summary = _upload(client, source, options, local=not target.server, limit=limit)
+            with Progress(meter.sample, Total(rows=limit, num_bytes=source.total_bytes)):
+                summary = client.ingest(source, options, on_ack=meter.on_ack)
         except KeyboardInterrupt:
             # Said before the workers end, which takes seconds.
             resumable = source.reiterable or options.upload_id
@@ -150,26 +138,10 @@ def cli(
     store = target.server.uri if target.server else next(iter(config.store_addresses.values()))
     report = _report(summary, fields["dataset"], store, time.monotonic() - started_s)
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
     else:
         _print(report)
     return 0 if summary.complete else 1
-
-
-def _command(target: EmbedTarget, fields: dict[str, Any], *, no_text: bool) -> EmbedCommand:
-    return EmbedCommand(
-        **{**fields, "id_column": fields["id_column"] or "id"},
-        model=target.asked_model,
-        store=_store_name(target),
-        include_text=False if no_text else None,
-        durability="store",  # the summary tells what the store has
-    )
-
-
-def _with_prompt(client: Client, options: EmbedCommand) -> EmbedCommand:
-    if options.prompt is not None:
-        return options
-    return dataclasses.replace(options, prompt=client.prompt_for("document", options.model))
 
 
 def _store_name(target: EmbedTarget) -> str | None:
@@ -185,24 +157,13 @@ def _store_name(target: EmbedTarget) -> str | None:
     return given[0]
 
 
-def _upload(
-    client: Client, source: TextSource, options: EmbedCommand, *, local: bool, limit: int | None
-) -> PutSummary:
-    meter = _Meter(client, source, local=local)
-    with Progress(meter.sample, Total(rows=limit, num_bytes=source.total_bytes)):
-        return client.ingest(source, options, on_ack=meter.on_ack)
-
-
 class _Meter:
     """Progress of an upload: acknowledged rows, and the server's statistics."""
 
     def __init__(self, client: Client, source: TextSource, *, local: bool) -> None:
-        self._client = client
-        self._source = source
-        self._local = local
+        self._client, self._source, self._local = client, source, local
         self._lock = threading.Lock()
-        self._rows = 0
-        self._rows_received = 0
+        self._rows = self._rows_received = 0
 
     def on_ack(self, ack: Ack) -> None:
         with self._lock:
@@ -234,14 +195,7 @@ def _report(summary: PutSummary, dataset: str, store: str, seconds: float) -> di
     return {
         "dataset": dataset,
         "store": store,
-        "model": summary.model,
-        "upload_id": summary.upload_id,
-        "complete": summary.complete,
-        "rows_received": summary.rows_received,
-        "rows_stored": summary.rows_stored,
-        "rows_failed": summary.rows_failed,
-        "rows_deduplicated": summary.rows_deduplicated,
-        "rows_skipped": summary.rows_skipped,
+        **{name: getattr(summary, name) for name in _REPORTED},
         "seconds": round(seconds, 3),
         "rows_per_s": round(new / seconds, 1) if seconds > 0 else 0.0,
         "errors": [dataclasses.asdict(error) for error in summary.errors],
@@ -270,7 +224,3 @@ def _print(report: Mapping[str, Any]) -> None:
     more = report["rows_failed"] - len(report["errors"][:SHOWN_ERRORS])
     if more > 0:
         print(f"and {more:,} more failed rows; --json lists those that the server reported")
-
-
-def _say(line: str) -> None:
-    say(f"fletcher ingest: {line}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.command_line import CommandGroup
 from fletcher.cli.options import ConfigFlags, config_options, json_option
-from fletcher.cli.terminal import printable
+from fletcher.cli.terminal import print_json, printable
 from fletcher.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def _show(root: Path, *, as_json: bool, closely: bool) -> int:
     files = list(_files(root))
     damaged = any(one["state"] == "damaged" or one["damage"] for one in files)
     if as_json:
-        print(json.dumps({"files": files, "damaged": damaged, "served": served}))
+        print_json({"files": files, "damaged": damaged, "served": served})
         return 1 if damaged else 0
     if not files:
         print("the journal is empty: nothing waits for a store")
@@ -114,29 +113,26 @@ def _findings(file: dict[str, Any]) -> Iterator[str]:
 
 
 def _files(root: Path) -> Iterator[dict[str, Any]]:
+    from fletcher.delivery.journal import segment as files
     from fletcher.delivery.journal.root import journal_folders
-    from fletcher.delivery.journal.segment import (
-        DAMAGED,
-        REJECTED,
-        SENT,
-        TORN,
-        WAITING,
-        read_segments,
-    )
 
-    suffixes = (WAITING, SENT, REJECTED, DAMAGED, TORN)
+    states = {
+        files.WAITING: "waits",
+        files.SENT: "sent",
+        files.REJECTED: "refused",
+        files.DAMAGED: "damaged",
+        files.TORN: "torn",
+    }
     for store, dataset, folder in journal_folders(root):
-        paths = (one for one in folder.iterdir() if one.suffix in suffixes)
-        found = list(read_segments(paths))
-        for path, segment in sorted(found, key=lambda one: one[0]):
-            yield {"dataset": dataset, "store": store, **_describe(path, segment)}
+        paths = (one for one in folder.iterdir() if one.suffix in states)
+        for path, segment in sorted(files.read_segments(paths), key=lambda one: one[0]):
+            described = _describe(segment, states[path.suffix])
+            yield {"dataset": dataset, "store": store, "file": path.name, **described}
 
 
-def _describe(path: Path, segment: Segment | Damage) -> dict[str, Any]:
-    from fletcher.delivery.journal.segment import DAMAGED, REJECTED, SENT, TORN, Damage
+def _describe(segment: Segment | Damage, state: str) -> dict[str, Any]:
+    from fletcher.delivery.journal.segment import Damage
 
-    states = {SENT: "sent", REJECTED: "refused", DAMAGED: "damaged", TORN: "torn"}
-    state = states.get(path.suffix, "waits")
     groups: list[JournaledGroup] = []
     damage: list[Damage] = []
     torn: Damage | None = None
@@ -149,18 +145,13 @@ def _describe(path: Path, segment: Segment | Damage) -> dict[str, Any]:
         groups, damage, torn = segment.groups, segment.damage, segment.torn
     return {
         "state": state,
-        "file": path.name,
         "rows": sum(group.info.num_rows for group in groups),
         "groups": len(groups),
         "uploads": sorted({group.info.upload_id for group in groups}),
         "bytes": segment.num_bytes,
         "torn_bytes": torn.num_bytes if torn is not None else 0,
         "damage": [
-            {
-                "offset": one.offset,
-                "bytes": one.num_bytes,
-                "rows": [str(info) for info in one.groups],
-            }
+            {"offset": one.offset, "bytes": one.num_bytes, "rows": list(map(str, one.groups))}
             for one in damage
         ],
     }

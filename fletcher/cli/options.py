@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from fletcher.cli.command_line import Choice, argument, option
-from fletcher.config.option import SIZE, SWITCH, Option
+from fletcher.cli.command_line import Choice, Decorator, combine, option
+from fletcher.config.option import SIZE, SWITCH, Option, split_list
 from fletcher.config.resolution import Resolved, resolve
 from fletcher.config.server import OPTIONS, PART_OF, fletcher_home
 from fletcher.core.command import CHOICES
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Prefix of click's names of server options; `config_options` collects them.
 _PREFIX = "option_"
@@ -36,30 +34,21 @@ _HEADINGS = {
     "": "Files",
 }
 INPUT, OUTPUT = "Input", "Output"
+_FORMATS = ("parquet", "csv", "tsv", "jsonl", "arrow", "text")
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFlags:
-    """Options of the server that were given as flags, and the file of `--config`.
+    """Server options given as flags: texts, or lists of texts for repeatable ones.
 
-    Attributes:
-        given: By option name, the text; a list of texts for a repeatable option.
-        file: TOML file; None: that of FLETCHER_CONFIG, if set.
+    `file` is the TOML file; None: that of FLETCHER_CONFIG, if set.
     """
 
     given: Mapping[str, Any]
     file: Path | None = None
 
     def resolve(self, only: Collection[str] | None = None, **flags: Any) -> Resolved:
-        """The configuration that flags, environment and file make together.
-
-        Args:
-            only: Option names to take; others keep their defaults.
-            flags: Texts by option name, in place of flags.
-
-        Raises:
-            ConfigError: As `fletcher.config.resolution.resolve`.
-        """
+        """As `fletcher.config.resolution.resolve`; `flags` replace those given."""
         return resolve({**self.given, **flags}, os.environ, self.file, only=only)
 
 
@@ -72,7 +61,6 @@ class _ConfigText(click.ParamType[str]):
         self._option = one
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002
-        """The choices, or the kind of value."""
         if self._option.choices:
             return f"[{'|'.join(self._option.choices)}]"
         return self._option.kind.metavar
@@ -80,9 +68,8 @@ class _ConfigText(click.ParamType[str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Choices, models or paths."""
         if self._option.choices:
-            return _starting(self._option.choices, incomplete)
+            return starting(self._option.choices, incomplete)
         if self._option.name in ("model", "models", "loadable_models"):
             return complete_model(ctx, param, incomplete)
         kinds = {"FILE": "file", "FOLDER": "dir"}
@@ -91,178 +78,135 @@ class _ConfigText(click.ParamType[str]):
         return []
 
 
-def config_options(
-    *names: str, text: Mapping[str, str] | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def config_options(*names: str, text: Mapping[str, str] | None = None) -> Decorator:
     """Adds server options and `--config`, passed on as `flags`: ConfigFlags.
 
-    Args:
-        names: Option names.
-        text: Help by option name, where the command's differs from the server's.
+    `text` is help by option name, where the command's differs from the server's.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def collect(*, config: Path | None, **params: Any) -> Any:
-            given = {name: params.pop(_PREFIX + name) for name in names}
-            given = {
-                name: list(one) if isinstance(one, tuple) else one
-                for name, one in given.items()
-                if one not in (None, ())
-            }
-            return function(flags=ConfigFlags(given, config), **params)
+    def collect(params: dict[str, Any]) -> None:
+        values = {name: params.pop(_PREFIX + name) for name in names}
+        given = {
+            name: list(one) if isinstance(one, tuple) else one
+            for name, one in values.items()
+            if one not in (None, ())
+        }
+        params["flags"] = ConfigFlags(given, params.pop("config"))
 
+    return combine(
+        *(_flag(OPTIONS[name], (text or {}).get(name)) for name in names),
         option(
-            "--config",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
+            "--config FILE",
             heading=_HEADINGS[""],
             help="TOML file of server options. Flags and variables win over it.",
-            variable="FLETCHER_CONFIG",
-        )(collect)
-        for name in reversed(names):
-            _add(collect, OPTIONS[name], (text or {}).get(name))
-        return collect
-
-    return decorate
+            notes=("env: FLETCHER_CONFIG",),
+        ),
+        collect=collect,
+    )
 
 
-def _add(function: Callable[..., Any], one: Option, text: str | None) -> None:
+def _flag(one: Option, text: str | None) -> Decorator:
+    kind: dict[str, Any] = {"multiple": list in one.kind.toml, "type": _ConfigText(one)}
     if one.kind is SWITCH:
-        kind: dict[str, Any] = {"is_flag": True, "flag_value": "true", "type": click.UNPROCESSED}
-    else:
-        kind = {"multiple": list in one.kind.toml, "type": _ConfigText(one)}
-    option(
+        kind = {"is_flag": True, "flag_value": "true", "type": click.UNPROCESSED}
+    default = [] if text and "Default" in text else _default(one)
+    return option(
         one.flag,
         _PREFIX + one.name,
         heading=_HEADINGS[PART_OF[one.name]],
         help=text or one.help,
-        variable=one.variable,
-        default_text="" if text and "Default" in text else _default(one),
+        notes=[*default, f"env: {one.variable}"],
         **kind,
-    )(function)
+    )
 
 
-def _default(one: Option) -> str:
+def _default(one: Option) -> list[str]:
     if one.default in (None, (), False):
-        return ""
+        return []
     if one.kind is SIZE and one.default:
         gib = one.default >> 30
-        return f"{gib}GiB" if gib else f"{one.default >> 20}MiB"
-    return str(one.default)
+        return [f"default: {gib}GiB" if gib else f"default: {one.default >> 20}MiB"]
+    return [f"default: {one.default}"]
 
 
 def complete_model(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of the models in the home folder."""
     from fletcher.models.bundle.files import VERSION_NAME
 
-    home = ctx.params.get("option_home") or fletcher_home()
-    try:
-        folders = sorted(one.name for one in (Path(home).expanduser() / "models").iterdir())
-    except OSError:
-        return []
-    return _starting([one for one in folders if VERSION_NAME.fullmatch(one)], incomplete)
+    home = Path(ctx.params.get("option_home") or fletcher_home()).expanduser()
+    names = sorted(one.name for one in home.glob("models/*"))
+    return starting([one for one in names if VERSION_NAME.fullmatch(one)], incomplete)
 
 
-def _starting(words: Sequence[str], incomplete: str) -> list[CompletionItem]:
+def starting(words: Sequence[str], incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
 def split_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Names from a list with commas; a click callback."""
-    return tuple(name for part in (value or "").split(",") if (name := part.strip()))
+    return split_list(value or "")
 
 
-def json_option(text: str = "Print JSON, for programs.") -> Callable[[Function], Function]:
+def json_option(text: str = "Print JSON, for programs.") -> Decorator:
     """Adds `--json`, as the parameter `as_json`."""
     return option("--json", "as_json", is_flag=True, help=text)
 
 
-def paths_argument() -> Callable[[Function], Function]:
+def paths_argument() -> Decorator:
     """Adds the files that a command reads."""
-    return argument(
-        "paths",
-        "Files, folders of them, or - for standard input.",
-        nargs=-1,
-        required=True,
-        metavar="PATH...",
-        type=click.Path(),
+    text = "Files, folders of them, or - for standard input."
+    return click.argument(
+        "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(), help=text
     )
 
 
-def format_option(what: str) -> Callable[[Function], Function]:
+def format_option(what: str) -> Decorator:
     """Adds `--format` of files, as `format_name`; the readers check it."""
+    text = f"Format of the {what}: {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}. "
     return option(
-        "--format",
+        "--format NAME",
         "format_name",
-        metavar="NAME",
         heading=INPUT,
-        help=f"Format of the {what}: parquet, csv, tsv, jsonl, arrow or text. Given by the name, "
-        "else by the content.",
-        shell_complete=lambda _, __, incomplete: _starting(
-            ("parquet", "csv", "tsv", "jsonl", "arrow", "text"), incomplete
-        ),
+        help=text + "Given by the name, else by the content.",
+        shell_complete=lambda _, __, incomplete: starting(_FORMATS, incomplete),
     )
 
 
-def text_option() -> Callable[[Function], Function]:
+def text_option() -> Decorator:
     """Adds `--text`, the column of texts, as `text_column`."""
-    return option(
-        "--text",
-        "text_column",
-        default="text",
-        metavar="COLUMN",
-        heading=INPUT,
-        help="Column of the texts.",
-    )
+    text = "Column of the texts."
+    return option("--text COLUMN", "text_column", default="text", heading=INPUT, help=text)
 
 
-def vector_options(
-    heading: str = OUTPUT, *, dtype: str | None = None, prompt: str
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def vector_options(heading: str = OUTPUT, *, dtype: str | None = None, prompt: str) -> Decorator:
     """Adds the options of vectors, named as fields of `EmbedCommand`.
 
-    Args:
-        heading: Section of the help.
-        dtype: Default of `--dtype`; None: the server's choice.
-        prompt: Help of `--prompt`.
+    `dtype` is the default of `--dtype`, None: the server's choice; `prompt` is help.
     """
     unset = "" if dtype else " Default: float16, or float32 if the store takes nothing else."
-    options = [
-        option(
+    add = functools.partial(option, heading=heading)
+    return combine(
+        add(
             "--dtype",
             type=Choice(CHOICES["dtype"]),
             default=dtype,
-            heading=heading,
             help="Element type of the vectors. float16 takes half the space of float32, int8 a "
             f"quarter, ubinary a 32nd, each at some loss of quality.{unset}",
         ),
-        option(
-            "--dims",
-            type=int,
-            metavar="N",
-            heading=heading,
+        add(
+            "--dims N",
             help="Leading dimensions to keep. Fewer take less space, at some loss of quality.",
         ),
-        option(
-            "--layers",
-            type=int,
-            metavar="N",
-            heading=heading,
-            help="Exit layer. Fewer layers are faster, at some loss of quality.",
-        ),
-        option("--prompt", metavar="TEXT", heading=heading, help=prompt),
-        option(
+        add("--layers N", help="Exit layer. Fewer layers are faster, at some loss of quality."),
+        add("--prompt TEXT", help=prompt),
+        add(
             "--truncate",
             type=Choice(CHOICES["truncate"]),
             default="end",
-            heading=heading,
             help="Long texts: cut off at the end or start, or fail.",
         ),
-        option(
-            "--chunking",
-            metavar="HOW",
-            heading=heading,
+        add(
+            "--chunking HOW",
             help="Cut long texts into chunks: METHOD:SIZE/OVERLAP:AGGREGATION:late, of which only "
             "the method is required. Methods: tokens, sentences, paragraphs, each-sentence, "
             "each-paragraph. Aggregations: mean, weighted, max, hierarchical, or none for a row a "
@@ -271,11 +215,4 @@ def vector_options(
             "Default: none.",
             callback=lambda _, __, value: None if value == "none" else value,
         ),
-    ]
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for one in reversed(options):
-            function = one(function)
-        return function
-
-    return decorate
+    )

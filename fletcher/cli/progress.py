@@ -23,14 +23,10 @@ _BAR_COLUMNS = 12
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Progress of a command at one moment.
+    """Progress of a command at one moment; None: unknown.
 
-    Attributes:
-        rows: Rows done.
-        tokens: Tokens done; None: unknown.
-        num_bytes: Bytes of the input that were read.
-        rows_read: Rows in these bytes, for reading is ahead of the work; None: unknown.
-        queues: Waiting items, by stage.
+    `num_bytes` and `rows_read` are of the input, whose reading is ahead of the work. `queues` are
+    waiting items by stage.
     """
 
     rows: int
@@ -92,11 +88,9 @@ class Meter:
         if last.num_bytes:
             of_bytes = f" of {human(self._total.num_bytes)}B" if self._total.num_bytes else ""
             parts.append(f"{human(last.num_bytes)}B{of_bytes}")
-        waiting = ", ".join(
-            f"{printable(name)} {depth}" for name, depth in last.queues.items() if depth
-        )
+        waiting = [f"{printable(name)} {depth}" for name, depth in last.queues.items() if depth]
         if waiting:
-            parts.append(f"queues: {waiting}")
+            parts.append(f"queues: {', '.join(waiting)}")
         return "  ".join(parts)
 
     def _total_rows(self, last: Sample) -> float | None:
@@ -109,20 +103,15 @@ class Meter:
         # Rows take the time; bytes replace them if the number of rows is unknown.
         if total_rows is not None:
             return max(0, total_rows - last.rows) / rows_per_s if rows_per_s > 0 else None
-        if self._total.num_bytes and bytes_per_s > 0:
-            left = self._total.num_bytes - last.num_bytes
-            return left / bytes_per_s if left > 0 else None  # all is read, but not all is done
-        return None
+        left = (self._total.num_bytes or 0) - last.num_bytes
+        # When all is read, not all is done.
+        return left / bytes_per_s if left > 0 and bytes_per_s > 0 else None
 
 
 class Progress:
-    """Shows the progress of a command, until it is left.
+    """Shows the progress of a command until it is left: a live line with a bar on a terminal.
 
-    Args:
-        sample: Called now and then, on another thread; OSError or RuntimeError skips it once.
-        total: Work to do.
-        stream: Where to write; a terminal gets one live line with a bar.
-        interval_s: Between two samples; None: by the kind of stream.
+    `sample` is called on another thread; its OSError or RuntimeError skips one line.
     """
 
     def __init__(
@@ -161,17 +150,16 @@ class Progress:
                 continue
             self._meter.add_sample(time.monotonic(), sample)
             if self._live:
-                share = self._meter.done_share
+                done, line = self._meter.done_share or 0.0, self._meter.line()
                 self._live.update(
                     self._live.task_ids[0],
-                    description=self._meter.line(),
-                    completed=share or 0.0,
+                    description=line,
+                    completed=done,
                     visible=True,
+                    refresh=True,
                 )
-                self._live.refresh()
             else:
-                self._stream.write(f"{self._meter.line()}\n")
-                self._stream.flush()
+                print(self._meter.line(), file=self._stream, flush=True)
 
 
 def _live_display(stream: TextIO) -> RichProgress:
@@ -181,10 +169,9 @@ def _live_display(stream: TextIO) -> RichProgress:
     from rich.progress import Progress as RichProgress
     from rich.table import Column
 
-    bar = Column(no_wrap=True, min_width=_BAR_COLUMNS)
     text = Column(no_wrap=True, overflow="ellipsis")
     display = RichProgress(
-        BarColumn(bar_width=_BAR_COLUMNS, table_column=bar),
+        BarColumn(_BAR_COLUMNS, table_column=Column(no_wrap=True, min_width=_BAR_COLUMNS)),
         TextColumn("{task.description}", markup=False, table_column=text),
         console=Console(file=stream, highlight=False),
         auto_refresh=False,
@@ -207,7 +194,6 @@ def human(number: float | None) -> str:
 
 def clock(seconds: float) -> str:
     """`0:09`, `12:34`, `1:02:03`."""
-    whole = round(seconds)
-    minutes, rest = divmod(whole, 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fletcher.cli.command_line import argument, command, option
-from fletcher.cli.connection import EmbedTarget, target_options, without_store
-from fletcher.cli.options import json_option, split_names
+from fletcher.cli.command_line import command, option
+from fletcher.cli.connection import EmbedTarget, target_options
+from fletcher.cli.options import json_option, split_names, starting
 from fletcher.cli.terminal import columns as width_of
-from fletcher.cli.terminal import cut, padded, printable, terminal_width
+from fletcher.cli.terminal import cut, padded, print_json, printable, terminal_width
+from fletcher.config.delivery import NO_STORE
 from fletcher.config.option import nearest
 from fletcher.config.server import fletcher_home
 from fletcher.errors import (
@@ -41,8 +43,6 @@ def _complete_dataset(
     context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Datasets in the folder of a store, which is not opened: that takes a second."""
-    from click.shell_completion import CompletionItem
-
     given = context.params.get("option_store") or [os.environ.get("FLETCHER_STORE", "")]
     home = Path(context.params.get("option_home") or fletcher_home()).expanduser()
     address = given[0].rpartition("=")[2] or f"lance:{home / 'vectors'}"
@@ -50,8 +50,7 @@ def _complete_dataset(
     found = Path(folder).expanduser().glob("*.lance" if kind == "lance" else "*/")
     if kind not in ("lance", "parquet"):
         return []
-    names = sorted(path.name.removesuffix(".lance") for path in found)
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return starting(sorted(path.name.removesuffix(".lance") for path in found), incomplete)
 
 
 @command(
@@ -59,30 +58,12 @@ def _complete_dataset(
     'fletcher search "play chess" --dataset articles --store lance:vectors',
     "fletcher search chess --dataset articles --filter 'year >= 2020' --columns year --json",
 )
-@argument("query", "Text to look for.", metavar="QUERY")
-@option(
-    "--dataset",
-    required=True,
-    metavar="NAME",
-    shell_complete=_complete_dataset,
-    help="Dataset to search.",
-)
-@option("--k", type=int, default=5, metavar="N", help="Rows to find.")
-@option(
-    "--filter",
-    "filters",
-    multiple=True,
-    metavar="CONDITION",
-    help="Condition on a column, such as 'year >= 2020' or 'section = games'; repeatable. Rows "
-    "must meet all of them.",
-)
-@option("--columns", metavar="NAME,...", callback=split_names, help="Further columns to show.")
-@option(
-    "--prompt",
-    metavar="TEXT",
-    help="Prompt of the model, or text to put before the query; '' for none. Default: the model's "
-    "prompt for queries, if it has one.",
-)
+@click.argument("query", metavar="QUERY")
+@option("--dataset NAME", required=True, shell_complete=_complete_dataset)
+@option("--k N", default=5)
+@option("--filter CONDITION", "filters", multiple=True)
+@option("--columns NAME,...", callback=split_names)
+@option("--prompt TEXT")
 @json_option("Print JSON lines.")
 @target_options(
     "store",
@@ -105,6 +86,16 @@ def cli(
 
     This command reads the rows from --store itself. With --server, that server only embeds the
     text.
+
+    Args:
+        query: Text to look for.
+        dataset: Dataset to search.
+        k: Rows to find.
+        filters: Condition on a column, such as 'year >= 2020' or 'section = games'; repeatable.
+            Rows must meet all of them.
+        columns: Further columns to show.
+        prompt: Prompt of the model, or text to put before the query; '' for none. Default: the
+            model's prompt for queries, if it has one.
     """
     from fletcher.core.command import check_dataset
     from fletcher.stores.address import folder_of, open_store
@@ -125,8 +116,8 @@ def cli(
             f"there is no dataset {dataset!r} in {addresses[0]}: there is no such folder",
             field="dataset",
         )
-    store = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
-    try:
+    opened = open_store(addresses[0], timeout_s=config.delivery.store_timeout_s)
+    with contextlib.closing(opened) as store:
         info = _find_dataset(store, dataset)
         if b"fletcher.output" in (info.schema.metadata or {}):  # not dense
             vector_reader(dataset, info.schema)  # fails before a model is loaded
@@ -134,17 +125,15 @@ def cli(
         conditions = [_parse_filter(text, info.schema) for text in filters]
         vector = _embed_query(target, query, prompt, info)
         found = store.search(dataset, vector, k=k, columns=shown, filters=conditions)
-    finally:
-        store.close()
     rows = found.select([*shown, "score"]).to_pylist()
     if as_json:
         for rank, row in enumerate(rows, 1):
-            print(json.dumps({"rank": rank, **row}, ensure_ascii=False, default=str))
+            print_json({"rank": rank, **row})
     else:
-        print_rows(rows, terminal_width())
+        _print_rows(rows)
 
 
-def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
     """Prints a line a row: rank, score, id, other columns, and the start of the text."""
     if not rows:
         print("no rows")
@@ -159,7 +148,7 @@ def print_rows(rows: Sequence[dict[str, Any]], width: int) -> None:
         ]
         tail = "  ".join([*others, printable(row.get("text") or "")])
         head = f"{rank:>{len(str(len(rows)))}}  {row['score']:6.3f}  {padded(one, id_width)}  "
-        print(cut((head + tail).rstrip(), width))
+        print(cut((head + tail).rstrip(), terminal_width()))
 
 
 def _find_dataset(store: Store, name: str) -> DatasetInfo:
@@ -190,12 +179,10 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
 
     metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
-    model = target.flags.given.get("model")
-    if model is None:
-        model = stored  # that version, even if its name means another one now
+    # The stored version, even if its name means another one now.
+    model = target.flags.given.get("model", stored)
     local_model = {} if target.server or model is None else {"model": model}
-    config = without_store(target.resolve(**local_model))
-    with target.open_client(config) as client:
+    with target.open_client(target.resolve(store=NO_STORE, **local_model)) as client:
         known = served_model(client, model)
         qualified = f"{known['name']}@{known['hash']}"
         if stored is not None and stored != qualified:
@@ -238,9 +225,8 @@ def _parse_filter(text: str, schema: pa.Schema) -> Filter:
             field="filter",
             allowed=schema.names,
         )
-    kind = schema.field(name).type
-    operator = "=" if operator == "==" else operator
-    return Filter(name, operator, _literal(name, value, kind))  # type: ignore[arg-type]
+    literal = _literal(name, value, schema.field(name).type)
+    return Filter(name, "=" if operator == "==" else operator, literal)  # type: ignore[arg-type]
 
 
 def _literal(name: str, text: str, kind: pa.DataType) -> Any:

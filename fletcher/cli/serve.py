@@ -29,17 +29,16 @@ _log = logging.getLogger("fletcher.serve")
     "fletcher serve --store lance:/data/vectors --port 8815",
     "fletcher serve --config fletcher.toml --print-config",
 )
-@option(
-    "--print-config",
-    is_flag=True,
-    help="Print the options in force as TOML, with the source of each, and exit.",
-)
+@option("--print-config", is_flag=True)
 @config_options(*OPTIONS)
 def cli(flags: ConfigFlags, print_config: bool) -> int:
     """Serve embeddings over Arrow Flight until SIGTERM or SIGINT, then drain.
 
     Each option is also a variable and a key of the TOML file: --max-streams, FLETCHER_MAX_STREAMS
     and max_streams. A flag wins over the variable, that over the file.
+
+    Args:
+        print_config: Print the options in force as TOML, with the source of each, and exit.
     """
     resolved = flags.resolve()
     if print_config:

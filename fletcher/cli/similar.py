@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from fletcher.cli.command_line import argument, command, option
+from fletcher.cli.command_line import command, option
 from fletcher.cli.connection import EmbedTarget, target_options
 from fletcher.cli.options import format_option, json_option, text_option
-from fletcher.cli.terminal import cut, printable, say, terminal_width
+from fletcher.cli.terminal import cut, print_json, printable, say, terminal_width
 from fletcher.config.delivery import NO_STORE
 from fletcher.errors import ConfigError
 
@@ -29,24 +29,11 @@ MAX_K = 10_000
     'fletcher similar "play go" "play chess" "bake bread"',
     'fletcher similar "play go" --candidates articles.parquet --text body --k 3',
 )
-@argument(
-    "texts",
-    "Texts, or - for standard input, one text a line.",
-    nargs=-1,
-    required=True,
-    metavar="TEXT...",
-)
-@option(
-    "--candidates",
-    metavar="PATH",
-    type=click.Path(),
-    help="File, folder of files, or - for standard input, to find the most similar texts in.",
-)
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@option("--candidates PATH", type=click.Path())
 @text_option()
 @format_option("candidates")
-@option(
-    "--k", type=int, metavar="N", help="Lines to print for each text. Default: 5, or all pairs."
-)
+@option("--k N")
 @json_option("Print JSON lines.")
 @target_options("model")
 def cli(
@@ -62,6 +49,12 @@ def cli(
 
     Prints the cosine of each pair, the most similar first; with --candidates, the texts of a file
     that are most similar to each text. Nothing is stored.
+
+    Args:
+        texts: Texts, or - for standard input, one text a line.
+        candidates: File, folder of files, or - for standard input, to find the most similar texts
+            in.
+        k: Lines to print for each text. Default: 5, or all pairs.
     """
     from fletcher.cli.embed_io import lines
     from fletcher.evaluation.similar import compare_texts, find_similar
@@ -110,18 +103,15 @@ def _check_number(texts: Sequence[str], least: int) -> None:
 def _print_pairs(
     texts: Sequence[str], cosines: FloatArray, k: int | None, *, as_json: bool
 ) -> None:
-    pairs = sorted(
-        (
-            (float(cosines[one, other]), one, other)
-            for one in range(len(texts))
-            for other in range(one + 1, len(texts))
-        ),
-        key=lambda pair: -pair[0],
-    )
+    pairs = [
+        (float(cosines[one, other]), one, other)
+        for one, other in itertools.combinations(range(len(texts)), 2)
+    ]
+    pairs.sort(key=lambda pair: -pair[0])
     width = (terminal_width() - 13) // 2
     for cosine, one, other in pairs[:k]:
         if as_json:
-            _json_line({"cosine": cosine, "first": texts[one], "second": texts[other]})
+            print_json({"cosine": cosine, "first": texts[one], "second": texts[other]})
         else:
             both = " | ".join(cut(printable(texts[place]), width) for place in (one, other))
             print(f"{cosine:7.4f}  {both}")
@@ -134,13 +124,9 @@ def _print_found(texts: Sequence[str], found: SimilarTexts, *, as_json: bool) ->
         for rank, (cosine, row, candidate) in enumerate(best, 1):
             if as_json:
                 line = {"text": text, "rank": rank, "cosine": cosine, "row": row}
-                _json_line({**line, "candidate": candidate})
+                print_json(line | {"candidate": candidate})
             else:
                 line_of = f"{rank:>{len(str(len(best)))}}  {cosine:7.4f}  {printable(candidate)}"
                 print(cut(line_of, terminal_width()))
     if found.num_failed:
         say(f"note: {found.num_failed} of {found.num_candidates} candidates have no vector")
-
-
-def _json_line(fields: dict[str, Any]) -> None:
-    print(json.dumps(fields, ensure_ascii=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from fletcher.cli.command_line import command
 from fletcher.cli.connection import RemoteServer, server_options
 from fletcher.cli.options import json_option
 from fletcher.cli.progress import human
-from fletcher.cli.terminal import print_table
+from fletcher.cli.terminal import grouped, print_json, print_table
 
 # Counters `fletcher.rows.*`, in the order in which a row meets them.
 _ROWS = ("received", "stored", "failed", "deduplicated")
@@ -28,14 +27,9 @@ def cli(server: RemoteServer, as_json: bool) -> None:
     with server.connect() as client:
         stats = client.stats()
     if as_json:
-        print(json.dumps(stats, ensure_ascii=False))
+        print_json(stats)
         return
-    part = ""
-    rows = []
-    for name, line in _lines(stats):
-        rows.append(("" if name == part else name, line))
-        part = name
-    print_table(rows)
+    print_table(grouped(_lines(stats)))
 
 
 def _lines(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from fletcher.cli.command_line import command, option
 from fletcher.cli.options import json_option
+from fletcher.cli.terminal import print_json
 from fletcher.config.network import is_loopback
 from fletcher.errors import ConfigError
 
-if TYPE_CHECKING:
-    from fletcher.storeserver.server import StoreServer
 # Received rows are committed within a second, unless the disk is slow.
 SHUTDOWN_S = 10.0
 _PORT = click.IntRange(0, 65535)
@@ -30,45 +27,25 @@ _PORT = click.IntRange(0, 65535)
     "fletcher store --path /data/vectors",
     "fletcher ingest articles.parquet --text body --dataset articles --store grpc://localhost:3000",
 )
-@option(
-    "--path",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Folder of the tables, made if it does not exist. One server a folder.",
-)
-@option(
-    "--host",
-    default="127.0.0.1",
-    metavar="TEXT",
-    help="Address to listen on. Any other than loopback accepts other machines, and needs "
-    "--insecure.",
-)
-@option(
-    "--port",
-    type=_PORT,
-    metavar="N",
-    default=3000,
-    help="Data port. 0 picks a free one, which standard output names.",
-)
-@option(
-    "--meta-port",
-    type=_PORT,
-    metavar="N",
-    default=3001,
-    help="Port of the dataset list. 0 picks a free one.",
-)
-@option(
-    "--insecure",
-    is_flag=True,
-    help="Accept other machines. Anyone who reaches --host may read and write.",
-)
+@option("--path FOLDER", required=True)
+@option("--host TEXT", default="127.0.0.1")
+@option("--port N", type=_PORT, default=3000)
+@option("--meta-port N", type=_PORT, default=3001)
+@option("--insecure", is_flag=True)
 @json_option("Print the ready line as JSON, for programs.")
 def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_json: bool) -> int:
     """Serve a folder of LanceDB tables with Longbow's Flight calls.
 
     Rows are acknowledged when they are committed and synced to disk. The store has no
     authentication. It runs until SIGTERM or SIGINT.
+
+    Args:
+        path: Folder of the tables, made if it does not exist. One server a folder.
+        host: Address to listen on. Any other than loopback accepts other machines, and needs
+            --insecure.
+        port: Data port. 0 picks a free one, which standard output names.
+        meta_port: Port of the dataset list. 0 picks a free one.
+        insecure: Accept other machines. Anyone who reaches --host may read and write.
     """
     from fletcher.storeserver.server import StoreServer
 
@@ -86,7 +63,11 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     server = StoreServer(path, host=host, port=port, meta_port=meta_port)
-    _announce(server, as_json=as_json)
+    if as_json:
+        print_json({"address": server.address, "meta_address": server.meta_address})
+    else:
+        print(f"listening on {server.address} (meta {server.meta_address})")
+    sys.stdout.flush()
     stop.wait()
     ended = server.close(SHUTDOWN_S)
     for number, handler in previous.items():
@@ -98,12 +79,3 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
         sys.stderr.flush()
         os._exit(0)
     return 0
-
-
-def _announce(server: StoreServer, *, as_json: bool) -> None:
-    if as_json:
-        line = json.dumps({"address": server.address, "meta_address": server.meta_address})
-    else:
-        line = f"listening on {server.address} (meta {server.meta_address})"
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -18,8 +20,7 @@ _UNBOUNDED_COLUMNS = 10_000
 def wants_colour(stream: TextIO) -> bool:
     """Whether a stream gets colour: only a terminal, unless the environment tells.
 
-    NO_COLOR turns colour off everywhere, FORCE_COLOR turns it on for other streams. See
-    https://no-color.org and https://force-color.org.
+    See https://no-color.org and https://force-color.org.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -41,6 +42,11 @@ def printable(text: object) -> str:
 def say(line: str) -> None:
     """Prints a line that is not a result, to standard error."""
     print(printable(line), file=sys.stderr, flush=True)
+
+
+def print_json(value: object, indent: int | None = None) -> None:
+    """Prints JSON, on one line without `indent`."""
+    print(json.dumps(value, ensure_ascii=False, indent=indent, default=str))
 
 
 def cut(text: str, width: int) -> str:
@@ -73,34 +79,30 @@ def styled(text: object, style: str) -> Text:
     return Text(printable(text), style=style)
 
 
+def grouped(rows: Iterable[Sequence[object]]) -> Iterator[Sequence[object]]:
+    """The rows, without a first cell that is that of the row before."""
+    for before, row in itertools.pairwise([("",), *rows]):
+        yield ("", *row[1:]) if row[0] == before[0] else row
+
+
 def print_table(
     rows: Iterable[Sequence[object]], *, header: Sequence[str] = (), right: Sequence[int] = ()
 ) -> None:
-    """Prints rows in aligned columns, with a blank line for an empty row.
+    """Prints rows in aligned columns, those of `right` on the right; empty rows as blank lines.
 
-    Args:
-        rows: Cells, made printable; those of `styled` keep their style.
-        header: Names of the columns.
-        right: Columns that are aligned on the right.
+    Cells are made printable; those of `styled` keep their style.
     """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
-    listed = [list(row) for row in rows]
-    num_columns = max((len(row) for row in listed), default=len(header))
-    for index in range(num_columns):
-        name = header[index] if index < len(header) else ""
-        # A narrow terminal breaks the last column into lines; nothing is cut.
-        table.add_column(
-            name,
-            justify="right" if index in right else "left",
-            no_wrap=index < num_columns - 1,
-            overflow="fold",
-        )
-    for row in listed:
+    table = Table(*header, box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows:
         table.add_row(*(one if isinstance(one, Text) else printable(one) for one in row))
+    for index, column in enumerate(table.columns):
+        # A narrow terminal breaks the last column into lines; nothing is cut.
+        column.no_wrap, column.overflow = index < len(table.columns) - 1, "fold"
+        column.justify = "right" if index in right else "left"
     is_terminal = sys.stdout.isatty()
     console = Console(
         color_system="standard" if wants_colour(sys.stdout) else None,

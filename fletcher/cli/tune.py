@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from fletcher.cli.command_line import command
 from fletcher.cli.options import ConfigFlags, config_options, json_option
-from fletcher.cli.terminal import print_table, say
+from fletcher.cli.terminal import print_json, print_table, say
 from fletcher.telemetry.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def cli(flags: ConfigFlags, as_json: bool) -> None:
     bundle = registry.verify_model(config.model.default)
     report = tune(config.home, config.engine, detect_host(), bundle, say)
     if as_json:
-        print(json.dumps(_as_json(report), indent=2))
+        print_json(_as_json(report), indent=2)
     else:
         _print(report)
 
@@ -59,16 +58,13 @@ def _print(report: TuningReport) -> None:
 
 def _row(trial: CandidateTrial, note: str) -> tuple[str, ...]:
     candidate = trial.candidate
-    rounds = f"{min(trial.rounds):.0f}-{max(trial.rounds):.0f}" if trial.rounds else "-"
-    return (
-        candidate.engine,
-        candidate.replicas,
-        str(candidate.max_batch_tokens),
-        f"{trial.texts_per_s:.0f}" if trial.rounds else "-",
-        rounds,
-        "-" if trial.lowest_cosine is None else f"{trial.lowest_cosine:.6f}",
-        note,
-    )
+    rate = rounds = "-"
+    if trial.rounds:
+        rate = f"{trial.texts_per_s:.0f}"
+        rounds = f"{min(trial.rounds):.0f}-{max(trial.rounds):.0f}"
+    cosine = "-" if trial.lowest_cosine is None else f"{trial.lowest_cosine:.6f}"
+    tokens = str(candidate.max_batch_tokens)
+    return candidate.engine, candidate.replicas, tokens, rate, rounds, cosine, note
 
 
 def _why(report: TuningReport) -> str:

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fletcher.config.option import (
-    MILLISECONDS,
-    SECONDS,
-    SIZE,
-    SWITCH,
-    TEXT,
-    WHOLE,
-    OptionGroup,
-    option,
-)
+from fletcher.config.option import MILLISECONDS, SIZE, OptionGroup, option
 
 DISPATCHES = ("throughput-weighted", "least-loaded", "round-robin", "random")
 
@@ -24,107 +15,62 @@ class EngineConfig(OptionGroup):
 
     `auto` and 0 leave a choice to the tune record or to rules. The fields are part of a tune
     record's key: a new field makes old records useless.
+
+    Attributes:
+        device: auto, cpu, cuda, or cuda:0,1 for some GPUs. auto uses GPUs if they work.
+        backend: Engine. auto uses the fastest one that `fletcher tune` measured, or the usual best
+            for the device. null returns vectors without a model, for measurements.
+        precision: Arithmetic of the model. float32 is exact. The others are faster on hardware that
+            has them.
+        threads: CPU cores for the model, 0: all. Fewer leave room for other programs.
+        max_batch_tokens: Tokens in one run of the model, 0: the engine's best. More can raise
+            throughput, but each run takes longer.
+        replicas_per_device: Copies of the model on each GPU, 0: as `fletcher tune` found, or 1.
+            More keep a GPU busier with short texts. Each copy takes memory.
+        gpu_memory: GPU memory for one copy of the model, 0: all. Less leaves room for other
+            programs, but runs that need more fail.
+        cuda_graphs: Run a single text of up to 63 tokens as one CUDA graph, on GPUs in float16.
+            Answers come sooner. The start takes longer, and the model needs its memory twice.
+            Experimental.
     """
 
     device: str = option(
-        "auto",
-        TEXT,
-        "auto, cpu, cuda, or cuda:0,1 for some GPUs. auto uses GPUs if they work.",
-        pattern=r"auto|cpu|cuda(:\d+(,\d+)*)?",
-        expected="auto, cpu, cuda or cuda:N,...",
+        "auto", pattern=r"auto|cpu|cuda(:\d+(,\d+)*)?", expected="auto, cpu, cuda or cuda:N,..."
     )
-    backend: str = option(
-        "auto",
-        TEXT,
-        "Engine. auto uses the fastest one that `fletcher tune` measured, or the usual best "
-        "for the device. null returns vectors without a model, for measurements.",
-        choices=("auto", "onnxruntime", "openvino", "null"),
-    )
-    precision: str = option(
-        "auto",
-        TEXT,
-        "Arithmetic of the model. float32 is exact. The others are faster on hardware that "
-        "has them.",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    threads: int = option(
-        0, WHOLE, "CPU cores for the model, 0: all. Fewer leave room for other programs."
-    )
-    max_batch_tokens: int = option(
-        0,
-        WHOLE,
-        "Tokens in one run of the model, 0: the engine's best. More can raise throughput, "
-        "but each run takes longer.",
-    )
-    replicas_per_device: int = option(
-        0,
-        WHOLE,
-        "Copies of the model on each GPU, 0: as `fletcher tune` found, or 1. More keep a GPU "
-        "busier with short texts. Each copy takes memory.",
-        maximum=64,
-    )
-    gpu_memory: int = option(
-        0,
-        SIZE,
-        "GPU memory for one copy of the model, 0: all. Less leaves room for other programs, "
-        "but runs that need more fail.",
-    )
-    cuda_graphs: bool = option(
-        False,
-        SWITCH,
-        "Run a single text of up to 63 tokens as one CUDA graph, on GPUs in float16. Answers "
-        "come sooner. The start takes longer, and the model needs its memory twice. "
-        "Experimental.",
-    )
+    backend: str = option("auto", choices=("auto", "onnxruntime", "openvino", "null"))
+    precision: str = option("auto", choices=("auto", "float32", "bfloat16", "float16"))
+    threads: int = option(0)
+    max_batch_tokens: int = option(0)
+    replicas_per_device: int = option(0, maximum=64)
+    gpu_memory: int = option(0, SIZE)
+    cuda_graphs: bool = option(False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig(OptionGroup):
-    """Processes around the engine, and how work is divided among them."""
+    """Processes around the engine, and how work is divided among them.
 
-    device_fallback: str = option(
-        "none",
-        TEXT,
-        "Replacement when no GPU works. cpu: the CPU takes over; it is slower, and vectors "
-        "differ in their last digits. none: callers get a retryable error.",
-        choices=("none", "cpu"),
-    )
-    tokenizer_workers: int = option(
-        0,
-        WHOLE,
-        "Tokenizer processes, 0: chosen from the number of cores. More can feed a faster "
-        "GPU. Each takes memory.",
-        maximum=1024,
-    )
-    tokenizer: str = option(
-        "model",
-        TEXT,
-        "model: the model's own tokenizer. null: one token a byte, to measure the rest of "
-        "the server; needs --backend null.",
-        choices=("model", "null"),
-    )
-    dispatch: str = option(
-        DISPATCHES[0],
-        TEXT,
-        "Choice of the device for the next run. throughput-weighted suits devices that "
-        "differ or slow down. The others measure nothing, and suit equal devices.",
-        choices=DISPATCHES,
-    )
-    worker_timeout_s: float = option(
-        120,
-        SECONDS,
-        "Longest run of the model. A process that takes longer is replaced, and its work is "
-        "retried. Less ends hangs sooner, but may replace a device that is only slow.",
-        minimum=1,
-    )
-    isolate_engine: bool = option(
-        False,
-        SWITCH,
-        "Run engines and tokenizers in worker processes only. Single short texts then take longer, "
-        "but a crash in one cannot end the server.",
-    )
-    max_queue_delay_ms: float = option(
-        5,
-        MILLISECONDS,
-        "Longest wait for texts to fill a run. More gives fuller runs, but later answers.",
-    )
+    Attributes:
+        device_fallback: Replacement when no GPU works. cpu: the CPU takes over; it is slower, and
+            vectors differ in their last digits. none: callers get a retryable error.
+        tokenizer_workers: Tokenizer processes, 0: chosen from the number of cores. More can feed a
+            faster GPU. Each takes memory.
+        tokenizer: model: the model's own tokenizer. null: one token a byte, to measure the rest of
+            the server; needs --backend null.
+        dispatch: Choice of the device for the next run. throughput-weighted suits devices that
+            differ or slow down. The others measure nothing, and suit equal devices.
+        worker_timeout_s: Longest run of the model. A process that takes longer is replaced, and its
+            work is retried. Less ends hangs sooner, but may replace a device that is only slow.
+        isolate_engine: Run engines and tokenizers in worker processes only. Single short texts then
+            take longer, but a crash in one cannot end the server.
+        max_queue_delay_ms: Longest wait for texts to fill a run. More gives fuller runs, but later
+            answers.
+    """
+
+    device_fallback: str = option("none", choices=("none", "cpu"))
+    tokenizer_workers: int = option(0, maximum=1024)
+    tokenizer: str = option("model", choices=("model", "null"))
+    dispatch: str = option(DISPATCHES[0], choices=DISPATCHES)
+    worker_timeout_s: float = option(120, minimum=1)
+    isolate_engine: bool = option(False)
+    max_queue_delay_ms: float = option(5, MILLISECONDS)

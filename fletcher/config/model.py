@@ -8,18 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fletcher.config.model_alias import Alias
-from fletcher.config.option import (
-    ALIASES,
-    FOLDER,
-    LOADABLE,
-    MIB,
-    NAMES,
-    SIZE,
-    SWITCH,
-    TEXT,
-    OptionGroup,
-    option,
-)
+from fletcher.config.option import ALIASES, FOLDER, LOADABLE, MIB, NAMES, SIZE, OptionGroup, option
 from fletcher.errors import ConfigError
 
 # What int8 vectors are multiples of: `core.quantization`.
@@ -28,36 +17,25 @@ INT8_KINDS = ("auto", "row", "ranges")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(OptionGroup):
-    """The models of a server, their aliases and the memory for all of them."""
+    """The models of a server, their aliases and the memory for all of them.
 
-    default: str = option(
-        "all-MiniLM-L6-v2", TEXT, "Model for calls that name no model.", name="model"
-    )
-    models: tuple[str, ...] = option(
-        (),
-        NAMES,
-        "Further model to serve, as NAME or NAME@HASH; repeatable. Each has its own "
-        "processes and memory. All share the cores.",
-    )
-    loadable_models: tuple[str, ...] = option(
-        (),
-        LOADABLE,
-        "Model that callers may load and swap while the server runs; repeatable, * for all "
-        "installed ones. Any caller may then use memory for it.",
-    )
-    model_aliases: tuple[str, ...] = option(
-        (),
-        ALIASES,
-        "NAME=MODEL:WEIGHT,MODEL:WEIGHT divides the calls for NAME among models; repeatable. "
-        "The alias `default` divides calls that name no model.",
-        name="model_alias",
-    )
-    max_model_memory: int = option(
-        0,
-        SIZE,
-        "Memory for the processes of all models, 0: no limit. Above it, the least recently "
-        "used model is unloaded; its next call waits until it is loaded again.",
-    )
+    Attributes:
+        default: Model for calls that name no model.
+        models: Further model to serve, as NAME or NAME@HASH; repeatable. Each has its own processes
+            and memory. All share the cores.
+        loadable_models: Model that callers may load and swap while the server runs; repeatable, *
+            for all installed ones. Any caller may then use memory for it.
+        model_aliases: NAME=MODEL:WEIGHT,MODEL:WEIGHT divides the calls for NAME among models;
+            repeatable. The alias `default` divides calls that name no model.
+        max_model_memory: Memory for the processes of all models, 0: no limit. Above it, the least
+            recently used model is unloaded; its next call waits until it is loaded again.
+    """
+
+    default: str = option("all-MiniLM-L6-v2", name="model")
+    models: tuple[str, ...] = option((), NAMES)
+    loadable_models: tuple[str, ...] = option((), LOADABLE)
+    model_aliases: tuple[str, ...] = option((), ALIASES, name="model_alias")
+    max_model_memory: int = option(0, SIZE)
 
     def _check_together(self) -> None:
         _ = self.aliases
@@ -80,41 +58,33 @@ class ModelConfig(OptionGroup):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputConfig(OptionGroup):
-    """Vectors that callers may ask for."""
+    """Vectors that callers may ask for.
 
-    allow_undeclared: bool = option(
-        False,
-        SWITCH,
-        "Accept `dims` that a model does not declare. The loss of quality is unknown.",
-    )
-    int8: str = option(
-        INT8_KINDS[0],
-        TEXT,
-        "Scale of int8 vectors. row: one scale a vector, 4 bytes more, no clipping. ranges: "
-        "the ranges of `fletcher model calibrate`; values outside are clipped. auto: ranges "
-        "if the model has them, else row.",
-        choices=INT8_KINDS,
-    )
+    Attributes:
+        allow_undeclared: Accept `dims` that a model does not declare. The loss of quality is
+            unknown.
+        int8: Scale of int8 vectors. row: one scale a vector, 4 bytes more, no clipping. ranges: the
+            ranges of `fletcher model calibrate`; values outside are clipped. auto: ranges if the
+            model has them, else row.
+    """
+
+    allow_undeclared: bool = option(False)
+    int8: str = option(INT8_KINDS[0], choices=INT8_KINDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig(OptionGroup):
-    """Memory or disk for the vectors of texts that come again."""
+    """Memory or disk for the vectors of texts that come again.
 
-    max_bytes: int = option(
-        0,
-        SIZE,
-        "Memory for vectors of texts seen before, in addition to --max-memory; 0: no cache. "
-        "Use it if texts repeat. Without repeats it costs a hash a text.",
-        name="embedding_cache",
-    )
-    folder: Path | None = option(
-        None,
-        FOLDER,
-        "Keep the embedding cache in a file in this folder, with at least 64MiB. The cache "
-        "then survives restarts, but lookups are slower than in memory.",
-        name="embedding_cache_dir",
-    )
+    Attributes:
+        max_bytes: Memory for vectors of texts seen before, in addition to --max-memory; 0: no
+            cache. Use it if texts repeat. Without repeats it costs a hash a text.
+        folder: Keep the embedding cache in a file in this folder, with at least 64MiB. The cache
+            then survives restarts, but lookups are slower than in memory.
+    """
+
+    max_bytes: int = option(0, SIZE, name="embedding_cache")
+    folder: Path | None = option(None, FOLDER, name="embedding_cache_dir")
 
     def _check_together(self) -> None:
         if self.folder is not None and self.max_bytes < 64 * MIB:

@@ -16,12 +16,7 @@ _TARGET = re.compile(rf"({MODEL_NAME}(?:@[0-9a-f]+)?)(?::([0-9.]+))?")
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Division of the calls for a name among models.
-
-    Attributes:
-        name: Name that callers give.
-        targets: Models, as `name` or `name@hash`, and their weights, all positive.
-    """
+    """Division of the calls for a name among models, `name` or `name@hash`, by weight."""
 
     name: str
     targets: tuple[tuple[str, float], ...]

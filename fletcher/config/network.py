@@ -8,7 +8,7 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fletcher.config.option import FILE, SWITCH, TEXT, WHOLE, OptionGroup, option
+from fletcher.config.option import OptionGroup, option
 from fletcher.errors import ConfigError
 
 # Compression of Arrow's IPC bodies; the client's and the stores' take the same words.
@@ -17,39 +17,30 @@ COMPRESSIONS = ("none", "lz4", "zstd", "auto")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig(OptionGroup):
-    """Address of the server, access to it, and compression of its answers."""
+    """Address of the server, access to it, and compression of its answers.
 
-    host: str = option(
-        "127.0.0.1",
-        TEXT,
-        "Address to listen on. 0.0.0.0 accepts other machines, and needs --token-file or "
-        "--insecure.",
-    )
-    port: int = option(
-        8815, WHOLE, "TCP port. 0 picks a free one, which the server prints.", maximum=65535
-    )
-    token_file: Path | None = option(
-        None, FILE, "File of bearer tokens, one a line. Without it every caller is accepted."
-    )
-    tls_cert: Path | None = option(
-        None,
-        FILE,
-        "PEM certificate; needs --tls-key. Calls are then encrypted, which costs some CPU time.",
-    )
-    tls_key: Path | None = option(None, FILE, "PEM private key of --tls-cert.")
-    tls_client_ca: Path | None = option(
-        None, FILE, "PEM CA. Callers must then show a certificate that it signed."
-    )
-    insecure: bool = option(
-        False, SWITCH, "Accept other machines without tokens. Anyone who reaches --host may call."
-    )
-    compression: str = option(
-        "none",
-        TEXT,
-        "Compression of vectors sent back. auto measures each caller's connection. Vectors "
-        "shrink little, so none suits most; texts sent with them shrink more.",
-        choices=COMPRESSIONS,
-    )
+    Attributes:
+        host: Address to listen on. 0.0.0.0 accepts other machines, and needs --token-file or
+            --insecure.
+        port: TCP port. 0 picks a free one, which the server prints.
+        token_file: File of bearer tokens, one a line. Without it every caller is accepted.
+        tls_cert: PEM certificate; needs --tls-key. Calls are then encrypted, which costs some CPU
+            time.
+        tls_key: PEM private key of --tls-cert.
+        tls_client_ca: PEM CA. Callers must then show a certificate that it signed.
+        insecure: Accept other machines without tokens. Anyone who reaches --host may call.
+        compression: Compression of vectors sent back. auto measures each caller's connection.
+            Vectors shrink little, so none suits most; texts sent with them shrink more.
+    """
+
+    host: str = option("127.0.0.1")
+    port: int = option(8815, maximum=65535)
+    token_file: Path | None = option(None)
+    tls_cert: Path | None = option(None)
+    tls_key: Path | None = option(None)
+    tls_client_ca: Path | None = option(None)
+    insecure: bool = option(False)
+    compression: str = option("none", choices=COMPRESSIONS)
 
     def _check_together(self) -> None:
         if not (self.insecure or self.token_file or is_loopback(self.host)):

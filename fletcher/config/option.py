@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 
 from fletcher.config.model_alias import ANY_MODEL, MODEL_NAME, Alias
 from fletcher.errors import ConfigError
+from fletcher.util.docstrings import split_docstring
 
 MIB, GIB = 1 << 20, 1 << 30
 DAY_S = 86400
@@ -29,6 +31,8 @@ _SIZE_UNITS = {
 }  # fmt: skip
 _MODEL = re.compile(rf"{MODEL_NAME}(?:@[0-9a-f]+)?")
 _LOADABLE = re.compile(rf"{MODEL_NAME}|{re.escape(ANY_MODEL)}")
+_SWITCHES = dict.fromkeys(("1", "true", "yes", "on"), True)
+_SWITCHES |= dict.fromkeys(("0", "false", "no", "off"), False)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
@@ -54,21 +58,19 @@ def _quantity(text: str, units: Mapping[str, float]) -> float:
     return float(match[1]) * units[match[2].lower()]
 
 
-def _switch(text: str) -> bool:
-    words = {"1": True, "true": True, "yes": True, "on": True}
-    words |= {"0": False, "false": False, "no": False, "off": False}
-    return words[text.strip().lower()]
+def split_list(text: str, comma: str = ",") -> tuple[str, ...]:
+    """The parts between commas, stripped, without empty ones."""
+    return tuple(name for part in re.split(comma, text) if (name := part.strip()))
 
 
 def _stores(text: str) -> tuple[str, ...]:
     # A comma separates two addresses only if another address follows: paths may hold commas.
-    parts = re.split(r",(?=\s*(?:[A-Za-z0-9][\w-]*=)?[a-z]+:)", text)
-    return tuple(name for part in parts if (name := part.strip()))
+    return split_list(text, r",(?=\s*(?:[A-Za-z0-9][\w-]*=)?[a-z]+:)")
 
 
 def _listed(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
     def parse(text: str) -> tuple[str, ...]:
-        names = tuple(name for part in text.split(",") if (name := part.strip()))
+        names = split_list(text)
         if not all(pattern.fullmatch(name) for name in names):
             raise ValueError(text)
         return names
@@ -78,7 +80,7 @@ def _listed(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, ...]]:
 
 def _aliases(text: str) -> tuple[str, ...]:
     # A comma separates two aliases only if another `NAME=` follows.
-    parts = tuple(part.strip() for part in re.split(r",(?=[^,=]*=)", text) if part.strip())
+    parts = split_list(text, r",(?=[^,=]*=)")
     for part in parts:
         Alias.from_text(part)
     return parts
@@ -94,53 +96,47 @@ def _file(text: str) -> Path:
 class OptionType:
     """A type of option value.
 
-    Attributes:
-        metavar: Placeholder of the value in help.
-        expected: Allowed values in words, for error messages.
-        parse: Converts the text of a flag, a variable or a TOML string; raises ValueError or
-            KeyError.
-        toml: TOML types besides strings that are taken as they are.
+    `parse` converts the text of a flag, a variable or a TOML string, and raises ValueError or
+    KeyError. Values of the TOML types `toml` are taken as they are. The limits are those of options
+    that have none.
     """
 
     metavar: str
     expected: str
     parse: Callable[[str], Any]
     toml: tuple[type, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
 
 
 TEXT = OptionType("TEXT", "text, not empty", str)
-WHOLE = OptionType("N", "a whole number", int, (int,))
-SIZE = OptionType("SIZE", "a size such as 512MiB or 1GB", parse_size, (int,))
+WHOLE = OptionType("N", "a whole number", int, (int,), 0)
+SIZE = OptionType("SIZE", "a size such as 512MiB or 1GB", parse_size, (int,), 0)
+# Longer waits than C's timers take would fail where they are used.
 SECONDS = OptionType(
-    "SECONDS", "seconds, or a time such as 200ms or 2m", parse_seconds, (int, float)
+    "SECONDS", "seconds, or a time such as 200ms or 2m", parse_seconds, (int, float), 0, DAY_S
 )
 MILLISECONDS = OptionType(
-    "MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float)
+    "MS", "milliseconds, or a time such as 1s", parse_milliseconds, (int, float), 0, 1000 * DAY_S
 )
-SWITCH = OptionType("BOOL", "true or false", _switch, (bool,))
+SWITCH = OptionType("BOOL", "true or false", lambda text: _SWITCHES[text.strip().lower()], (bool,))
 STORES = OptionType("STORE", "NAME=ADDRESS or ADDRESS, separated by commas", _stores, (list,))
 NAMES = OptionType("MODEL", "NAME or NAME@HASH, separated by commas", _listed(_MODEL), (list,))
 LOADABLE = OptionType("MODEL", "names of models without @HASH, or *", _listed(_LOADABLE), (list,))
 ALIASES = OptionType("ALIAS", "NAME=MODEL:WEIGHT,MODEL:WEIGHT", _aliases, (list,))
 FILE = OptionType("FILE", "a path", _file)
 FOLDER = OptionType("FOLDER", "a path", _file)
+# By the annotations of fields.
+_KINDS = {"str": TEXT, "int": WHOLE, "bool": SWITCH, "float": SECONDS, "Path": FILE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One option of the server, apart from its default.
+    """One option of the server.
 
-    Attributes:
-        name: TOML key; the flag and the variable derive from it.
-        field: Field of the part that holds the value.
-        kind: Type of the value.
-        default: Value if nothing is given; None where it is not fixed.
-        help: Effect, and when to change it at which cost.
-        choices: All allowed values.
-        pattern: Regular expression for the whole value, where choices are unlimited.
-        expected: Allowed values in words, where `kind` does not say enough.
-        minimum: Least number allowed.
-        maximum: Greatest number allowed.
+    `name` is the TOML key, and flag and variable derive from it; `field` holds the value in its
+    part of the configuration. `pattern` is for the whole value. `expected` are the allowed values
+    in words, where `kind` does not say enough. A default of None is not fixed.
     """
 
     name: str
@@ -164,7 +160,6 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """Allowed values, in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = self.expected or self.kind.expected
@@ -175,14 +170,9 @@ class Option:
         return words
 
     def read_value(self, value: Any, source: str) -> Any:
-        """Converts and checks a value.
+        """Converts and checks the text of a flag or a variable, or a TOML value.
 
-        Args:
-            value: Text of a flag or a variable, or a TOML value.
-            source: Flag, variable or file, for the error.
-
-        Raises:
-            ConfigError: Names the option, the source, the value and the allowed values.
+        Raises ConfigError, which names the option, the source, the value and the allowed values.
         """
         try:
             if isinstance(value, str):
@@ -199,10 +189,10 @@ class Option:
             raise self._refusal(value, source)
         return parsed
 
-    def check_value(self, value: Any) -> None:
-        """Checks a value that a program gave. Raises ConfigError."""
+    def check_value(self, value: Any, source: str = "the program") -> None:
+        """Checks a value. Raises ConfigError."""
         if not self._fits(value):
-            raise self._refusal(value, "the program")
+            raise self._refusal(value, source)
 
     def _fits(self, value: Any) -> bool:
         if value is None:
@@ -226,42 +216,45 @@ class Option:
         )
 
 
-def option(default: Any, kind: OptionType, text: str, **limits: Any) -> Any:
-    """Makes a dataclass field that is an option, with further fields of `Option`."""
-    if kind in (WHOLE, SIZE):
-        limits = {"minimum": 0, **limits}
-    elif kind in (SECONDS, MILLISECONDS):
-        # Longer waits than C's timers take would fail where they are used.
-        limits = {"minimum": 0, "maximum": DAY_S * (1 if kind is SECONDS else 1000), **limits}
-    metadata = {"kind": kind, "help": text, **limits}
+def option(default: Any, kind: OptionType | None = None, **limits: Any) -> Any:
+    """Makes a dataclass field that is an option, with further fields of `Option`.
+
+    Without `kind` the annotation tells it. Its help is the field's entry under `Attributes` in the
+    docstring of the class.
+    """
+    metadata = {"kind": kind, **limits}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@functools.cache
 def options_of(part: type) -> tuple[Option, ...]:
     """The options among a dataclass' fields, in their order."""
-    return tuple(
-        Option(
-            field=spec.name,
-            default=None if spec.default is dataclasses.MISSING else spec.default,
-            **{"name": spec.name.removesuffix("_s"), **spec.metadata},
-        )
-        for spec in dataclasses.fields(part)
-        if spec.metadata
-    )
+    _, texts = split_docstring(part.__doc__, "Attributes")
+    found = []
+    for spec in dataclasses.fields(part):
+        if spec.metadata:
+            kind = spec.metadata["kind"] or _KINDS[str(spec.type).removesuffix(" | None")]
+            limits = {"minimum": kind.minimum, "maximum": kind.maximum, **spec.metadata}
+            default = None if spec.default is dataclasses.MISSING else spec.default
+            named = {"name": spec.name.removesuffix("_s"), **limits, "kind": kind}
+            found.append(
+                Option(field=spec.name, help=texts.get(spec.name, ""), default=default, **named)
+            )
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionGroup:
     """Base of a part of `ServeConfig`; checks all values when it is made.
 
-    Raises:
-        ConfigError: A value out of range, or options that contradict each other.
+    Raises ConfigError for values out of range, or options that contradict each other.
     """
 
     def __post_init__(self) -> None:
-        for one in options_of(type(self)):
+        part: type = type(self)
+        for one in options_of(part):
             one.check_value(getattr(self, one.field))
         self._check_together()
 

@@ -19,12 +19,9 @@ from fletcher.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A configuration and the source of each value.
+    """A configuration, the source of each value that is not a default, and warnings.
 
-    Attributes:
-        config: The options.
-        sources: Flag, variable or file by option name; options with their default are missing.
-        warnings: Lines about variables that look like misspelt options.
+    Warnings are about variables that look like misspelt options.
     """
 
     config: ServeConfig
@@ -52,14 +49,9 @@ def resolve(
 ) -> Resolved:
     """The configuration that flags, environment and file make together.
 
-    Args:
-        flags: Text by option name; a list of texts for a repeatable option.
-        environ: The environment.
-        file: A TOML file; None: the one that FLETCHER_CONFIG names, if set.
-        only: Names of the options to take; others keep their defaults.
-
-    Raises:
-        ConfigError: Names the option, its source, the value and the allowed values.
+    Flags are texts, or lists of texts for repeatable options. Without `file` the one that
+    FLETCHER_CONFIG names is read. Options that are not in `only` keep their defaults. Raises
+    ConfigError, which names the option, its source, the value and the allowed values.
     """
     if file is None and environ.get("FLETCHER_CONFIG"):
         file = Path(environ["FLETCHER_CONFIG"]).expanduser()

@@ -15,19 +15,31 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from fletcher.config.delivery import DEFAULT_STORE, NO_STORE, DeliveryConfig
+from fletcher.config.delivery import DEFAULT_STORE, NO_STORE, DeliveryConfig, JournalConfig
 from fletcher.config.engine import EngineConfig, WorkerConfig
-from fletcher.config.journal import JournalConfig
-from fletcher.config.limits import LimitsConfig
 from fletcher.config.model import CacheConfig, ModelConfig, OutputConfig
 from fletcher.config.network import NetworkConfig
-from fletcher.config.option import FOLDER, Option, nearest, option, options_of
-from fletcher.config.telemetry import TelemetryConfig
+from fletcher.config.option import (
+    FOLDER,
+    GIB,
+    MIB,
+    SIZE,
+    Option,
+    OptionGroup,
+    nearest,
+    option,
+    options_of,
+)
 from fletcher.errors import ConfigError
 
 _NAMED_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
+# Share of `max_memory` for data in flight; the rest is for code, libraries and their caches.
+_BUDGET_SHARE = 0.5
+# Share for dedupe indexes: by default some 15 million ids (17 bytes each), or 8 million with their
+# texts (32).
+_DEDUPE_SHARE = 0.125
 
 
 def fletcher_home(environ: Mapping[str, str] | None = None) -> Path:
@@ -44,10 +56,75 @@ def fletcher_home(environ: Mapping[str, str] | None = None) -> Path:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsConfig(OptionGroup):
+    """Bounds on calls, memory and messages.
+
+    Attributes:
+        max_streams: Open calls at once. More callers are admitted, and each may hold one message in
+            memory.
+        max_memory: Memory for work in progress. With less, callers wait earlier.
+        max_message_bytes: Largest decoded message. Each open call may hold one in memory.
+        max_row_bytes: Largest text. The row of a longer text fails; other rows do not.
+        drain_timeout_s: Time after SIGTERM for accepted rows to reach their stores.
+    """
+
+    max_streams: int = option(256, minimum=1)
+    max_memory: int = option(2 * GIB, SIZE)
+    max_message_bytes: int = option(64 * MIB, SIZE, minimum=1)
+    max_row_bytes: int = option(16 * MIB, SIZE, minimum=1)
+    drain_timeout_s: float = option(30)
+
+    def _check_together(self) -> None:
+        if self.max_row_bytes > self.max_message_bytes:
+            raise ConfigError(
+                f"`max_row_bytes` is {self.max_row_bytes}, more than `max_message_bytes` "
+                f"({self.max_message_bytes}), in which a row must fit",
+                field="max_row_bytes",
+            )
+        if self.max_message_bytes > self.max_memory:
+            raise ConfigError(
+                f"`max_message_bytes` is {self.max_message_bytes}, more than `max_memory` "
+                f"({self.max_memory}), in which a message must fit",
+                field="max_message_bytes",
+            )
+
+    @property
+    def budget_bytes(self) -> int:
+        """Memory for data in flight, in bytes."""
+        return int(self.max_memory * _BUDGET_SHARE)
+
+    @property
+    def dedupe_bytes(self) -> int:
+        """Memory for the dedupe indexes of all datasets, in bytes."""
+        return int(self.max_memory * _DEDUPE_SHARE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetryConfig(OptionGroup):
+    """Level and format of the log, and destination of traces and metrics.
+
+    Attributes:
+        log_level: Least severe level of log lines on standard error.
+        log_format: Format of log lines: text for people, json for log collectors.
+        otlp_endpoint: OTLP/HTTP URL that receives traces and metrics. Each call takes slightly
+            longer.
+    """
+
+    log_level: str = option("info", choices=("debug", "info", "warning", "error"))
+    log_format: str = option("text", choices=("text", "json"))
+    otlp_endpoint: str | None = option(
+        None, pattern=r"https?://.+", expected="an http:// or https:// URL"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """All options of a server, checked; made by `from_options`.
 
     Values are in bytes, seconds (`_s`), milliseconds (`_ms`) or counts, as their names say.
+
+    Attributes:
+        home: Folder of models, journals and caches. A model takes about 100 MB.
 
     Raises:
         ConfigError: A value out of range, or options that contradict each other.
@@ -63,19 +140,14 @@ class ServeConfig:
     journal: JournalConfig
     limits: LimitsConfig
     telemetry: TelemetryConfig
-    home: Path = option(
-        fletcher_home, FOLDER, "Folder of models, journals and caches. A model takes about 100 MB."
-    )
+    home: Path = option(fletcher_home, FOLDER)
 
     @classmethod
     def from_options(cls, **values: Any) -> ServeConfig:
         """Makes a configuration of values by option name, such as `port` or `store`.
 
-        Other options have their defaults.
-
-        Raises:
-            ConfigError: A value out of range, or options that contradict each other.
-            TypeError: An option that does not exist.
+        Raises ConfigError for a value out of range, or options that contradict each other, and
+        TypeError for an option that does not exist.
         """
         home = values.pop("home", None) or fletcher_home()
         fields: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
@@ -124,16 +196,7 @@ class ServeConfig:
 
 
 PARTS: dict[str, Any] = {
-    "network": NetworkConfig,
-    "model": ModelConfig,
-    "output": OutputConfig,
-    "cache": CacheConfig,
-    "engine": EngineConfig,
-    "workers": WorkerConfig,
-    "delivery": DeliveryConfig,
-    "journal": JournalConfig,
-    "limits": LimitsConfig,
-    "telemetry": TelemetryConfig,
+    name: part for name, part in get_type_hints(ServeConfig).items() if name != "home"
 }
 # By option name, in the order of help and of `--print-config`.
 OPTIONS: dict[str, Option] = {

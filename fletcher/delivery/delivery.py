@@ -14,8 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fletcher.config.delivery import DeliveryConfig
-from fletcher.config.journal import JournalConfig
+from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.breaker import Breaker
 from fletcher.delivery.dedupe.index import DedupeMemory

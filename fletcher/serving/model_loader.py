@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fletcher.config.engine import EngineConfig
-from fletcher.config.limits import LimitsConfig
 from fletcher.config.model import CacheConfig
-from fletcher.config.server import ServeConfig
+from fletcher.config.server import LimitsConfig, ServeConfig
 from fletcher.errors import BackendError
 from fletcher.inference.backend import BackendConfig
 from fletcher.inference.budget import load_inline

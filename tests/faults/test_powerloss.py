@@ -12,8 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from fletcher.config.delivery import DeliveryConfig
-from fletcher.config.journal import JournalConfig
+from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pytest
 
 from fletcher.cli import main
-from fletcher.config.delivery import DeliveryConfig
-from fletcher.config.journal import JournalConfig
+from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.delivery import Delivery, _folder_name
 from fletcher.models.bundle.bundle import ModelBundle

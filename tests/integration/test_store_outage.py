@@ -14,8 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from fletcher.config.delivery import DeliveryConfig
-from fletcher.config.journal import JournalConfig
+from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.delivery import Delivery
 from fletcher.delivery.groups import Rows

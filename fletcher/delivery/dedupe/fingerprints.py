@@ -55,7 +55,7 @@ def row_keys(kind: str, rows: pa.RecordBatch) -> list[RowKey]:
 
 
 def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dict[bytes, bytes]:
-    """Keys and values of stored or journaled rows, except those at the `excluded` places.
+    """Keys and values of stored or journaled rows, without the `excluded` places.
 
     The column `text` is missing if the upload had no texts. An id without a text gets a value that
     no text has.

@@ -50,7 +50,7 @@ def journal_folders(root: Path) -> Iterator[tuple[str, str, Path]]:
 
 
 def revive_segments(folder: Path) -> int:
-    """Make sent and rejected segments wait again, behind the others; returns their number."""
+    """Make sent and rejected segments wait again, behind others; return their number."""
     used = [int(path.stem.partition("-")[0]) for path in folder.glob("0*")]
     number = max(used, default=-1) + 1
     again = sorted(path for path in folder.iterdir() if path.suffix in (SENT, REJECTED))

@@ -179,7 +179,7 @@ class JournalWriter:
             _give_up([rows], shutting_down())
 
     def wait_written(self, timeout_s: float) -> bool:
-        """Wait until no rows of earlier failed uploads are being written; False: some may be."""
+        """Wait until no rows of failed uploads are being written; False: some may be."""
         written = self._writing.acquire(timeout=timeout_s)
         if written:
             self._writing.release()

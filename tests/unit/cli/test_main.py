@@ -59,6 +59,20 @@ def test_every_command_has_help_with_examples(
         assert capsys.readouterr().out == out
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_and_argument_has_help(command: str) -> None:
+    found = root.get_command(Context(root), command)
+    assert found is not None
+    commands = found.commands.values() if isinstance(found, click.Group) else [found]
+    without = [
+        param.name
+        for one in commands
+        for param in one.params
+        if isinstance(param, (click.Option, click.Argument)) and not param.help
+    ]
+    assert without == []
+
+
 def test_help_keeps_the_lines_of_the_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "add", "--help"]) == 0
     assert "\n    hub:ORG/NAME[@REVISION]  " in capsys.readouterr().out

@@ -16,8 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from fletcher.config.delivery import DeliveryConfig
-from fletcher.config.journal import JournalConfig
+from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.dedupe.index import DedupeIndex
 from fletcher.delivery.delivery import Delivery

@@ -12,8 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from fletcher.config.delivery import DeliveryConfig
-from fletcher.config.journal import JournalConfig
+from fletcher.config.delivery import DeliveryConfig, JournalConfig
 from fletcher.core.command import EmbedCommand
 from fletcher.delivery.dedupe.fingerprints import FingerprintMap, fingerprints
 from fletcher.delivery.dedupe.index import DedupeIndex
