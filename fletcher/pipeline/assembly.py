@@ -142,17 +142,16 @@ class Assembler:
     ) -> tuple[_Table, Int32Array]:
         """Returns the table, and each row's index there (arbitrary without a vector)."""
         num_texts = row_slice.texts.num_texts
-        own = row_slice.new_values is None
-        if own and not isinstance(outcome, FletcherError):
-            table = _Table(outcome)
-        elif row_slice.new_values is None:
-            table = _Table.zeros(num_texts, self._spec.width)
-            table.set_vectors(np.arange(num_texts, dtype=np.int32), outcome)
-        else:
+        if row_slice.new_values is not None:
             if row_slice.new_table is not None:
                 self._table = _Table.zeros(row_slice.new_table, self._spec.width)
             table = self._table
             table.set_vectors(row_slice.new_values, outcome)
+        elif isinstance(outcome, FletcherError):
+            table = _Table.zeros(num_texts, self._spec.width)
+            table.set_vectors(np.arange(num_texts, dtype=np.int32), outcome)
+        else:
+            table = _Table(outcome)
         if len(table.token_count) == 0:  # no row of the slice has a text
             table = _Table.zeros(1, self._spec.width)
         return table, np.maximum(row_slice.values, 0)
@@ -160,21 +159,15 @@ class Assembler:
     def _ids(self, row_slice: RowSlice) -> pa.Array:
         if "id" in row_slice.rows.schema.names:
             return row_slice.rows.column("id")
+        first, last = row_slice.row_first, row_slice.row_first + row_slice.num_rows
         if row_slice.num_rows <= INTERACTIVE_ROWS:  # Arrow's functions are slower for few rows
-            first, last = row_slice.row_first, row_slice.row_first + row_slice.num_rows
             return pa.array([f"{self._upload_id}:{row}" for row in range(first, last)], pa.utf8())
-        offsets = np.arange(
-            row_slice.row_first, row_slice.row_first + row_slice.num_rows, dtype=np.int64
-        )
-        return pc.binary_join_element_wise(
-            f"{self._upload_id}:", pa.array(offsets).cast(pa.utf8()), ""
-        )
+        rows = pa.array(np.arange(first, last, dtype=np.int64)).cast(pa.utf8())
+        return pc.binary_join_element_wise(f"{self._upload_id}:", rows, "")
 
     def _carried(self, row_slice: RowSlice, name: str) -> pa.Array:
-        if name in ("text", "metadata"):
-            array = row_slice.rows.column(name)
-        else:
-            array = row_slice.rows.column(f"carried:{name}")
+        key = name if name in ("text", "metadata") else f"carried:{name}"
+        array = row_slice.rows.column(key)
         if pa.types.is_dictionary(array.type):
             array = array.dictionary_decode()
         return array if array.type == self._type(name) else array.cast(self._type(name))

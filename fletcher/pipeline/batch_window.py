@@ -8,7 +8,7 @@ of that.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -136,7 +136,7 @@ class BatchWindow:
         self,
         tokens: TokenBatch,
         embeddings: VectorArray,
-        errors: Mapping[int, FletcherError],
+        errors: dict[int, FletcherError],
         begin: int,
     ) -> EmbeddingBatch:
         """Result of a ticket with spans, each of which counts as a text from here on."""

@@ -80,19 +80,14 @@ class DiskCache:
         except self._error as error:
             log.warning("the embedding cache cannot be read: %s", error)
             return [None] * len(keys)
-        self._enqueue(
-            [(key, None) for key, value in zip(keys, found, strict=True) if value is not None]
-        )
+        pairs = zip(keys, found, strict=True)
+        self._enqueue([(key, None) for key, value in pairs if value is not None])
         return found
 
     def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
         """See `CacheBackend`. Returns before the values are written."""
-        self._enqueue(
-            [
-                (key, zlib.crc32(value).to_bytes(4, "big") + value)
-                for key, value in zip(keys, values, strict=True)
-            ]
-        )
+        stored = (zlib.crc32(value).to_bytes(4, "big") + value for value in values)
+        self._enqueue(list(zip(keys, stored, strict=True)))
 
     def close(self) -> None:
         """Writes all queued values and closes the file. Idempotent."""

@@ -119,11 +119,7 @@ class Embedder:
         self._end_watching = self._watch(telemetry, model.name)
 
     def start(self) -> None:
-        """Starts and warms all workers.
-
-        Raises:
-            FletcherError: One could not load; nothing is left running.
-        """
+        """Starts and warms all workers; after an error nothing is left running."""
         try:
             self.replicas.start(meanwhile=self._interactive.load_engine)
             self.tokenizers.start()

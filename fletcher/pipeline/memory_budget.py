@@ -135,11 +135,7 @@ class Allowance:
     def grow_row(self, num_bytes: int) -> None:
         """Waits until the incomplete row may take `num_bytes` in total; 0 gives it up.
 
-        Args:
-            num_bytes: At most `max_row_bytes`.
-
-        Raises:
-            DrainingError: The stream was closed.
+        At most `max_row_bytes` are accepted. Raises DrainingError once the stream is closed.
         """
         budget = self._budget
         with budget._changed:

@@ -22,12 +22,7 @@ MAX_BATCH_ROWS = 1024
 
 
 def padded_length(lengths: npt.NDArray[np.integer], length_grid: int) -> Int64Array:
-    """Rounds lengths up to a grid, so that engines reuse compiled shapes.
-
-    Args:
-        lengths: Tokens; any shape.
-        length_grid: Tokens between two grid points, at least 1.
-    """
+    """Rounds lengths of any shape up to a grid: engines reuse compiled shapes."""
     return -(-lengths.astype(np.int64) // length_grid) * length_grid
 
 

@@ -14,13 +14,10 @@ _WORD = re.compile(r"[\w.-]+")
 
 
 def resolve_prompt(model: ModelBundle, asked: str | None) -> str:
-    """Returns the literal text of a `prompt`.
+    """Returns the literal text of a `prompt`; None asks for the model's default.
 
     The name of a prompt in the bundle gives that prompt. Any other single word of letters, digits,
     `_`, `-` and `.` counts as a misspelt name. Everything else is literal, also the empty text.
-
-    Args:
-        asked: As in the command; None: the model's default.
 
     Raises:
         InvalidCommandError: The model has no prompt of that name.

@@ -14,10 +14,7 @@ def ends_call(errors: dict[int, FletcherError], *, abort: bool) -> FletcherError
     """Returns the error of a row that ends its call, if there is one.
 
     A retryable error always ends the call: the client sends the row again later, whereas a row
-    that was reported as failed would stay without a vector.
-
-    Args:
-        abort: Whether any error ends the call.
+    that was reported as failed would stay without a vector. With `abort` any error ends it.
     """
     retryable = (error for error in errors.values() if isinstance(error, UnavailableError))
     first = errors[min(errors)] if errors and abort else None

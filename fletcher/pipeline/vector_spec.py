@@ -53,11 +53,7 @@ def vector_spec(
 
 
 def check_late(model: ModelBundle, chunking: Chunking, layers: int) -> None:
-    """Checks that a model has a graph for late chunking, if that is asked for.
-
-    Raises:
-        InvalidCommandError: It has none.
-    """
+    """Raises InvalidCommandError for late chunking without a graph for it."""
     if not chunking.late or (model.late is not None and layers == model.num_layers):
         return
     if model.pooling != "mean":

@@ -222,12 +222,7 @@ class _Cuts:
 def _cuts(
     chunking: Chunking, carry: Carry, begun: Levels, room: int, max_length: int, *, continued: bool
 ) -> _Cuts:
-    """Cuts tokens into chunks and rows.
-
-    Args:
-        begun: int8 [num_tokens], level that starts with each token.
-        continued: Whether more of the text follows.
-    """
+    """Cuts tokens, of which `begun` has the levels, into chunks and rows."""
     done = carry.num_before + carry.num_covered
     found, first, covered = chunk_bounds(
         len(begun),

@@ -35,11 +35,7 @@ class FlatTokens:
         prefix: list[int] | None = None,
         suffix: list[int] | None = None,
     ) -> TokenBatch:
-        """Returns the model's input: truncated to `limit`, with special tokens.
-
-        Args:
-            limit: Most tokens of a text, special ones included.
-        """
+        """Returns the model's input: at most `limit` tokens a text, special ones included."""
         prefix, suffix = prefix or [], suffix or []
         num_special = len(prefix) + len(suffix)
         room = limit - num_special

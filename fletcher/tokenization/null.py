@@ -27,7 +27,6 @@ class NullTokenizer:
 
     @classmethod
     def from_bundle(cls, folder: Path) -> NullTokenizer:
-        """Returns a tokenizer with the `max_length` of a model bundle."""
         return cls(max_length=ModelBundle.from_folder(folder).max_length)
 
     def encode(self, batch: TextBatch) -> TokenBatch:

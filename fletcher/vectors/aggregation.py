@@ -118,12 +118,9 @@ class Aggregation:
             errors.setdefault(text, batch.errors[row])
         if continued:
             last = len(num_chunks) - 1
+            error = errors.pop(last, None)
             self._part = _Part(
-                total[last],
-                weight[last],
-                int(num_chunks[last]),
-                int(num_tokens[last]),
-                errors.pop(last, None),
+                total[last], weight[last], int(num_chunks[last]), int(num_tokens[last]), error
             )
             total, weight = total[:last], weight[:last]
             num_chunks, num_tokens = num_chunks[:last], num_tokens[:last]
@@ -167,9 +164,7 @@ class Hierarchical:
         # A paragraph that continues from the part before is the first, even without chunks here.
         if self._paragraphs.waits or (len(chunks.begins) and not chunks.begins[0]):
             starts = np.append(0, starts)
-        paragraphs = EmbeddingBatch(
-            batch.embeddings[:0], None, batch.token_count[:0], batch.truncated[:0]
-        )
+        paragraphs = EmbeddingBatch.zeros(0, batch.embeddings.shape[1])
         if len(starts):
             bounds = replace(chunks, offsets=np.append(starts, len(chunks.index)))
             joined = self._paragraphs.add_chunks(replace(batch, chunks=bounds), continued=continued)

@@ -36,10 +36,6 @@ class WorkerChooser:
     work in proportion to its rate, slow workers are measured again now and then, and a new worker
     starts even with the others. The other strategies ignore rates, and give degraded workers only
     the jobs for which the others have no room.
-
-    Args:
-        strategy: One of `STRATEGIES`.
-        rng: Random numbers of the strategy `random`.
     """
 
     def __init__(self, strategy: str, rng: random.Random | None = None) -> None:
@@ -56,14 +52,13 @@ class WorkerChooser:
         mean = mean_rate([one.rate for one in candidates]) or 1.0
         rates = [one.rate or mean for one in candidates]
         if self._strategy == "throughput-weighted":
-            best = min(
-                range(len(candidates)),
-                key=lambda n: (
-                    candidates[n].in_flight / rates[n],
-                    self._virtual(candidates[n]),
-                    self._last_given.get(candidates[n].name, 0),
-                ),
-            )
+
+            def order(n: int) -> tuple[float, float, int]:
+                one = candidates[n]
+                last_given = self._last_given.get(one.name, 0)
+                return one.in_flight / rates[n], self._virtual(one), last_given
+
+            best = min(range(len(candidates)), key=order)
             self._now_s = max(self._now_s, self._virtual(candidates[best]))
             return best
         sound = [n for n, one in enumerate(candidates) if not one.degraded]
@@ -75,11 +70,7 @@ class WorkerChooser:
         return min(eligible, key=lambda n: self._last_given.get(candidates[n].name, -1))
 
     def charge(self, name: str, cost: int, rate: float | None) -> None:
-        """Charges a job to a worker.
-
-        Args:
-            rate: The worker's rate, or the mean of all if it is not measured; None if none is.
-        """
+        """Charges a job; `rate` is the worker's, or the mean of all until it is measured."""
         self._num_given += 1
         self._last_given[name] = self._num_given
         begun = max(self._given_s.get(name, 0.0), self._now_s)
