@@ -113,10 +113,8 @@ class Allowance:
         """Waits until `num_bytes` more may be held.
 
         A stream that holds nothing also gets them once all of the shared part is free: a row slice
-        larger than the budget must not wait forever.
-
-        Args:
-            bulk: They are for bulk work, which must leave free what `MemoryBudget.spare` set.
+        larger than the budget must not wait forever. Bytes for `bulk` work leave free what
+        `MemoryBudget.spare` set.
 
         Raises:
             DrainingError: The stream was closed while waiting.

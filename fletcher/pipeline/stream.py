@@ -93,13 +93,10 @@ class Result:
 
 
 class EmbedStream:
-    """Texts of one call and their results.
+    """Texts of one call and their results, whose bytes are released in `allowance`.
 
     `submit` and `end` are called on one thread, `results` on one thread (the same or another), all
     other methods on any thread.
-
-    Attributes:
-        allowance: As given; results' bytes are released there.
     """
 
     def __init__(

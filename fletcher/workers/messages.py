@@ -51,13 +51,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker is loaded and warm.
-
-    Attributes:
-        concurrency: Requests that it runs at once.
-        urgent_concurrency: Urgent requests that it runs beside them.
-        description: Facts about it, for logs and statistics.
-    """
+    """The worker is loaded and warm; see `child.Worker`."""
 
     concurrency: int
     urgent_concurrency: int

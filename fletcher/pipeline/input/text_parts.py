@@ -20,11 +20,9 @@ _SPACE[list(b" \t\n\r")] = True
 
 
 def part_ends(text: bytes | memoryview, max_bytes: int) -> list[int]:
-    """Returns the positions at which the parts of a text end.
+    """Returns the positions at which the parts of a UTF-8 text end.
 
-    Args:
-        text: UTF-8.
-        max_bytes: Most bytes of a part, at least 4.
+    A part has at most `max_bytes`, which is at least 4.
     """
     ends = []
     first = 0
