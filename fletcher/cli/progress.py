@@ -109,7 +109,7 @@ class Meter:
 
 
 class Progress:
-    """Shows the progress of a command until it is left: a live line with a bar on a terminal.
+    """Shows a command's progress until it is left; on a terminal with a live bar.
 
     `sample` is called on another thread; its OSError or RuntimeError skips one line.
     """

@@ -88,7 +88,7 @@ def grouped(rows: Iterable[Sequence[object]]) -> Iterator[Sequence[object]]:
 def print_table(
     rows: Iterable[Sequence[object]], *, header: Sequence[str] = (), right: Sequence[int] = ()
 ) -> None:
-    """Prints rows in aligned columns, those of `right` on the right; empty rows as blank lines.
+    """Prints rows in aligned columns, those of `right` on the right.
 
     Cells are made printable; those of `styled` keep their style.
     """

@@ -1,4 +1,4 @@
-"""Options of the delivery of rows to stores: grouping, retry, timeouts and the journal."""
+"""Options of delivery to stores: grouping, retry, timeouts and the journal."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class DeliveryConfig(OptionGroup):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalConfig(OptionGroup):
-    """Size and place of the journal: disk for acknowledged rows that wait for their store.
+    """Size and place of the journal: disk for acknowledged rows.
 
     Attributes:
         max_bytes: Disk for rows that are acknowledged but not stored yet. 0: no journal; rows are

@@ -160,7 +160,7 @@ class Delivery:
         return {"rows_durable": 0, "ranges": [], "complete": False}
 
     def recover(self) -> int:
-        """Send rows that an earlier process journaled and did not store; returns their number."""
+        """Send rows that an earlier process journaled only; return their number."""
         if self._journal is None:
             return 0
         num_rows = 0
