@@ -99,6 +99,8 @@ def print_table(
     table = Table(*header, box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*(one if isinstance(one, Text) else printable(one) for one in row))
+    if not table.row_count and not header:
+        return  # rich prints an empty line
     for index, column in enumerate(table.columns):
         # A narrow terminal breaks the last column into lines; nothing is cut.
         column.no_wrap, column.overflow = index < len(table.columns) - 1, "fold"

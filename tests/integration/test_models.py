@@ -320,6 +320,7 @@ def test_from_the_command_line(
 
     kept, current = installed(home)
     b = version_of(client, "b")
+    eventually(lambda: kept not in states(client), "what an earlier test loaded has retired")
     assert f"{current}  ready  0 calls" in run("running")
     assert run("load", kept) == f"{kept}  ready\n"
     assert f"{kept}  ready  0 calls" in (listed := run("running"))
