@@ -73,6 +73,8 @@ class Proxy:
         with client, socket.create_connection(("127.0.0.1", self._to)) as server:
             both = {client, server}
             with self._lock:
+                if not self.up:  # `cut` came between the accepted connection and its record
+                    return
                 self._sockets |= both
             back = self._start(self._pump, server, client, True)
             self._pump(client, server, False)
