@@ -1,4 +1,4 @@
-"""The commands `fletcher` and `fletcher-serve`; one module a command."""
+"""The programs `fletcher` and `fletcher-serve`, with one module per command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from fletcher.cli.shutdown import leave_with
 from fletcher.cli.terminal import printable, wants_colour
 from fletcher.errors import ConfigError, FletcherError, InvalidCommandError
 
-# Each command is `cli` of the module of its name, which is imported when it is called.
+# Each command outside "Help" is the `cli` of the module with its name. The module is imported when
+# the command is called.
 SECTIONS = {
     "Data": {
         "ingest": "Embed files or standard input into a store.",
@@ -45,7 +46,7 @@ SECTIONS = {
 }
 COMMANDS = {name: text for section in SECTIONS.values() for name, text in section.items()}
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
-# Completion scripts call the program again with this variable.
+# To ask for completions, a completion script calls the program with this variable set.
 COMPLETE_VARIABLES = {
     "fletcher": "_FLETCHER_COMPLETE",
     "fletcher-serve": "_FLETCHER_SERVE_COMPLETE",
@@ -53,13 +54,14 @@ COMPLETE_VARIABLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Returns:
-        0; 1 for a failure; 2 for a command line or a configuration that cannot be used; 130 when
-        interrupted; 141 when the reader of our output went away.
+        The exit status: 0 for success, 1 for a failure, 2 for an invalid command line or
+        configuration, 130 after an interrupt, and 141 if the reader of standard output closed it.
+        Some commands return 1 to report a finding.
     """
-    # gRPC's own lines about failed connections repeat our message, and are not JSON.
+    # gRPC logs failed connections itself. Its lines repeat our error message, and are not JSON.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     argv = sys.argv[1:] if argv is None else list(argv)
     name = f"fletcher {argv[0]}" if argv and argv[0] in COMMANDS else "fletcher"
@@ -88,11 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes standard output once more at exit, which must not complain either.
+        # Python flushes standard output again at exit. That flush must not print an error either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
-    except Exception as error:  # noqa: BLE001  (all others: a bug, told in one line)
-        # A person at a terminal gets a line, and the traceback on demand.
+    except Exception as error:  # noqa: BLE001  (any other error is a bug, reported in one line)
+        # The traceback is printed only with FLETCHER_LOG_LEVEL=debug.
         if os.environ.get("FLETCHER_LOG_LEVEL") == "debug":
             traceback.print_exc()
         hint = "FLETCHER_LOG_LEVEL=debug shows where"
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve_main() -> int:
-    """The command `fletcher-serve`: `fletcher serve` under the name of a server."""
+    """Run `fletcher serve` as the program `fletcher-serve`."""
     if os.environ.get(COMPLETE_VARIABLES["fletcher-serve"]):
         serve = root.get_command(Context(root), "serve")
         assert serve is not None
@@ -111,7 +113,7 @@ def serve_main() -> int:
 
 
 def _complete(program: str, completed: click.Command) -> int | None:
-    """Answers a shell that asks for completions; None: no shell asks."""
+    """Print completions if a shell asks for them; None if no shell does."""
     instruction = os.environ.get(COMPLETE_VARIABLES[program])
     if not instruction:
         return None
@@ -158,7 +160,7 @@ def show_help(context: click.Context, words: tuple[str, ...]) -> None:
     """Show the help of a command, or of all.
 
     Args:
-        words: Command.
+        words: Name of the command, such as `model add`.
     """
     shown: click.Context = context.find_root()
     for index, word in enumerate(words):
@@ -190,12 +192,12 @@ def print_completions(shell: str) -> None:
     """Print completions for a shell, for its start-up file.
 
     Args:
-        shell: Shell that completes.
+        shell: Shell to print the completions for.
     """
     completion = get_completion_class(shell)
     assert completion is not None
     for program, variable in COMPLETE_VARIABLES.items():
-        # Not `source()` of bash's class, which starts bash to learn its version.
+        # `source()` is not called here: for bash, it would start bash to ask for its version.
         script = completion(root, {}, program, variable)
         click.echo(script.source_template % script.source_vars())
 
@@ -205,7 +207,7 @@ for one in (show_help, show_version, print_completions):
 
 
 def _elsewhere(error: click.NoSuchOption, path: str) -> str:
-    """Hint for a server option that the command has no flag for."""
+    """Hint for an unknown flag that is an option of the server; empty for other flags."""
     from fletcher.cli.connection import LOCAL_OPTIONS
     from fletcher.config.server import OPTIONS
 
@@ -218,7 +220,7 @@ def _elsewhere(error: click.NoSuchOption, path: str) -> str:
 
 
 def _complain(name: str, message: str) -> None:
-    # One safe line, even if an engine or a server put more into its message.
+    # The message is printed as one line, even if an engine or a server put more lines into it.
     shown = click.style(f"{name}:", fg="red") if wants_colour(sys.stderr) else f"{name}:"
     print(shown, printable(message), file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Ranges for int8 from a sample of texts, for `fletcher model calibrate`."""
+"""Work of `fletcher model calibrate`: find int8 ranges in a sample of texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fletcher.core.batches import FloatArray
     from fletcher.readers import TextSource
 
-# With fewer texts, the range of a dimension says little about later texts.
+# The range of a dimension over fewer texts would not be typical of later texts.
 MIN_TEXTS = 100
 
 
@@ -39,9 +39,10 @@ def calibrate_model(
     limit: int,
     replace: bool,
 ) -> ModelBundle:
-    """Embeds a sample of texts and freezes the ranges of its vectors in the bundle.
+    """Embed a sample of texts and store the ranges of the vectors in the bundle.
 
-    Raises ModelError if the model has ranges already, and ConfigError for too few texts.
+    Raises ModelError if the model's vectors are not dense, or if it has ranges already and
+    `replace` is False. Raises ConfigError for standard input or fewer than MIN_TEXTS texts.
     """
     from fletcher.readers import open_source
 
@@ -73,7 +74,7 @@ def calibrate_model(
 
 def _measured(client: Client, source: TextSource, bundle: ModelBundle, limit: int) -> Calibration:
     num_texts = num_rows = 0
-    # Least and greatest value of each dimension.
+    # Least and greatest value of each dimension, by layers and number of dimensions.
     bounds: dict[Cut, tuple[Any, Any]] = {}
     progress = Progress(lambda: Sample(rows=num_rows), Total(rows=limit * len(bundle.layers)))
     with progress:

@@ -15,16 +15,16 @@ from click.shell_completion import CompletionItem
 from fletcher.util.docstrings import split_docstring
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-# Types of options by their metavar.
+# Type of an option's value, by the metavar in its declaration.
 _TYPES = {"N": int, **dict.fromkeys(("FILE", "FOLDER"), click.Path(path_type=Path))}
 
-# Lines of help are not broken at these.
+# Replaces characters at which a help line could break by characters at which it cannot.
 _UNBROKEN = str.maketrans(" -", "\xa0\u2011")
 _BREAKABLE = str.maketrans("\xa0\u2011", " -")
 
 
 class Formatter(click.HelpFormatter):
-    """Help with bold headings and examples as they are written."""
+    """Help formatter with bold headings; makes unbreakable characters plain again."""
 
     def write_heading(self, heading: str) -> None:
         self.write(f"{'':>{self.current_indent}}{click.style(f'{heading}:', bold=True)}\n")
@@ -34,15 +34,15 @@ class Formatter(click.HelpFormatter):
 
 
 class Context(click.Context):
-    """Context whose help uses `Formatter`."""
+    """Click context that formats help with `Formatter`."""
 
     formatter_class = Formatter
 
 
 class CommandOption(click.Option):
-    """A command's option under a `heading` of the help.
+    """A command's option, listed in the help under a `heading`.
 
-    The help ends with `notes` in brackets.
+    The option's help text ends with its `notes`, each in brackets.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class CommandOption(click.Option):
 
 
 class Choice(click.Choice[str]):
-    """One of some words; the error for another one suggests the nearest."""
+    """Choice of words; the error for an unknown word suggests the nearest one."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         from fletcher.config.option import nearest
@@ -77,7 +77,7 @@ class Choice(click.Choice[str]):
 
 
 class Command(click.Command):
-    """A command whose help has options by heading, then examples."""
+    """A command whose help lists options by heading, then examples."""
 
     examples: Sequence[str] = ()
     context_class = Context
@@ -100,9 +100,10 @@ class Command(click.Command):
 
 
 class CommandGroup(Command, click.Group):
-    """Commands by heading, with their lines of help.
+    """A group whose help lists commands by heading, with one line of help each.
 
-    Those of `package` are the `cli` of its modules, which are imported when they are called.
+    `sections` maps headings to commands, and commands to their lines of help. With `package`, a
+    command is the `cli` of the package's module with its name, imported when it is called.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class CommandGroup(Command, click.Group):
     def subcommand(
         self, name: str, *examples: str, **attributes: Any
     ) -> Callable[[Callable[..., Any]], Command]:
-        """As `command`, for a command of this group."""
+        """Like `command`, and add the new command to this group."""
 
         def decorate(function: Callable[..., Any]) -> Command:
             made = command(name, *examples, **attributes)(function)
@@ -125,7 +126,7 @@ class CommandGroup(Command, click.Group):
         return decorate
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's signature)
-        """All names, in the order of the help."""
+        """Names of all commands, in the order of the help."""
         return [name for commands in self.sections.values() for name in commands]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -161,7 +162,7 @@ class CommandGroup(Command, click.Group):
         )
 
     def complete_commands(self, incomplete: str) -> list[CompletionItem]:
-        """Completes commands, without importing them."""
+        """Completions for a command name, found without importing commands."""
         return [
             CompletionItem(name, help=text)
             for commands in self.sections.values()
@@ -173,9 +174,10 @@ class CommandGroup(Command, click.Group):
 def command(
     name: str, *examples: str, **attributes: Any
 ) -> Callable[[Callable[..., Any]], Command]:
-    """Makes a command of a function, whose docstring is the help.
+    """Make a command of a function; the function's docstring is the help.
 
-    Its `Args` are the help of options and arguments that have none; `examples` end the help.
+    An option or argument without help text takes it from `Args` of the docstring. The help ends
+    with `examples`.
     """
 
     def decorate(function: Callable[..., Any]) -> Command:
@@ -191,7 +193,7 @@ def command(
 
 
 def option(declaration: str, name: str | None = None, **attributes: Any) -> Decorator:
-    """`click.option` that shows its default, made from `--flag` or `--flag METAVAR`."""
+    """`click.option` declared as `--flag` or `--flag METAVAR`; shows its default."""
     flag, _, metavar = declaration.partition(" ")
     if metavar:
         attributes = {"metavar": metavar, "type": _TYPES.get(metavar), **attributes}
@@ -203,9 +205,10 @@ def option(declaration: str, name: str | None = None, **attributes: Any) -> Deco
 def combine(
     *decorators: Decorator, collect: Callable[[dict[str, Any]], None] | None = None
 ) -> Decorator:
-    """One decorator that does what several do, written above each other.
+    """One decorator that applies several decorators; the first one is outermost.
 
-    `collect` replaces their parameters, such as by one object.
+    `collect` changes the parameters before the function is called, for example to replace some of
+    them by one object.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,7 +227,7 @@ def combine(
 
 
 def usage_message(error: click.UsageError, hint: str = "") -> str:
-    """One line for a usage error; `hint` replaces the nearest known option."""
+    """One line for a usage error; `hint` replaces the suggestion of a known flag."""
     if not isinstance(error, click.NoSuchOption) or error.ctx is None:
         return re.sub(r"\s+", " ", error.format_message()).rstrip(".")
     from fletcher.config.option import nearest

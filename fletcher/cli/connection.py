@@ -1,4 +1,4 @@
-"""Servers of a command: one elsewhere, or the same in this process."""
+"""The server that a command uses: a remote one, or one in this process."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 # Flags of every command that can embed in its own process.
 LOCAL_FLAGS = ("device", "backend", "precision", "threads", "home", "log_level")
-# Flags without meaning for a server elsewhere, which has its own values.
+# Flags that are refused with --server: the remote server has its own values for them.
 _SERVERS_OWN = {"device", "backend", "precision", "threads", "allow_undeclared", "int8"}
-# Options that a server in this process takes from the environment and the file.
+# Options that a server in this process also takes from the environment and the TOML file.
 LOCAL_OPTIONS = (
     *LOCAL_FLAGS,
     *("model", "store", "tokenizer_workers", "max_batch_tokens", "allow_undeclared", "int8"),
@@ -45,7 +45,7 @@ _LOCAL_TEXT = {
 
 @dataclass(frozen=True, slots=True)
 class RemoteServer:
-    """A server elsewhere, grpc://HOST:PORT or grpc+tls://HOST:PORT."""
+    """Address of a remote server, grpc://HOST:PORT or grpc+tls://HOST:PORT."""
 
     uri: str
     token_file: Path | None = None
@@ -57,9 +57,10 @@ class RemoteServer:
         parse_address(self.uri, field="server")
 
     def connect(self, compression: str | None = None, max_retries: int | None = None) -> Client:
-        """A client; close it in the end. None: the client's defaults.
+        """Connect a client, which the caller must close.
 
-        Raises FletcherError if the server cannot be reached, or refuses the token.
+        A parameter that is None takes the client's default. Raises FletcherError if the server
+        cannot be reached or refuses the token.
         """
         from fletcher.client import TlsOptions, TransferOptions, connect
 
@@ -79,7 +80,7 @@ class RemoteServer:
 
 @dataclass(frozen=True, slots=True)
 class EmbedTarget:
-    """The server that embeds: one elsewhere, or without `server` one in this process."""
+    """The server that embeds: the remote `server`, or one in this process if None."""
 
     server: RemoteServer | None
     compression: str
@@ -87,14 +88,15 @@ class EmbedTarget:
 
     @property
     def asked_model(self) -> str | None:
-        """`--model` for a server elsewhere; None: its default, or one in this process."""
+        """`--model` for a remote server; None: its default model, or no remote server."""
         return self.flags.given.get("model") if self.server else None
 
     def resolve(self, *, own_store: bool = False, **flags: Any) -> ServeConfig:
-        """The configuration of a server in this process; sets up logging as it says.
+        """Configuration of a server in this process; logging is set up with it.
 
-        `own_store`: this process opens the store even where a server elsewhere embeds; the default
-        one is hardly that server's. `flags` are texts by option name. Raises ConfigError.
+        With `own_store`, this process opens the store even if a remote server embeds. The store
+        must then be given, as the default store is hardly the one that the remote server writes to.
+        `flags` replace given flags: texts by option name. Raises ConfigError.
         """
         resolved = self.flags.resolve(LOCAL_OPTIONS, **flags)
         config = resolved.config
@@ -115,10 +117,11 @@ class EmbedTarget:
     def open_client(
         self, config: ServeConfig, *, max_retries: int | None = None
     ) -> Iterator[Client]:
-        """A client of the server elsewhere, or of one in this process until it is left.
+        """Context manager of a client of the remote server, or of one in this process.
 
-        `config` is for one in this process, `max_retries` for calls to one elsewhere. Raises
-        FletcherError if the server cannot be reached or started.
+        A server in this process runs until the context ends. `config` applies to a server in this
+        process, `max_retries` to calls to a remote server. Raises FletcherError if the server
+        cannot be reached or started.
         """
         if self.server:
             self.refuse_local_flags()
@@ -138,12 +141,13 @@ class EmbedTarget:
                 host="127.0.0.1",
                 port=0,
                 token_file=Path(file.name),
-                max_journal=0,  # rows are acknowledged when the store has them
-                isolate_engine=True,  # one in this process is for many single texts
+                max_journal=0,  # no journal: rows are acknowledged when stored
+                # An engine in the server's own process would speed up only single short texts.
+                isolate_engine=True,
             )
             with (
                 Runtime(private, progress=say) as runtime,
-                # It retries a failing store for --store-retry itself: the client need not.
+                # The server retries a failing store itself, for --store-retry.
                 connect(
                     runtime.address, token=token, transfer=TransferOptions(max_retries=0)
                 ) as client,
@@ -151,7 +155,7 @@ class EmbedTarget:
                 yield client
 
     def refuse_local_flags(self) -> None:
-        """Refuses flags without meaning for a server elsewhere. Raises ConfigError."""
+        """Raise ConfigError for a given flag that a remote server sets itself."""
         for name in sorted(self.flags.given.keys() & _SERVERS_OWN):
             raise ConfigError(
                 f"`{name}` has no meaning with --server, which has its own; leave one out",
@@ -160,7 +164,10 @@ class EmbedTarget:
 
 
 def server_options(*, required: bool = False) -> Decorator:
-    """Adds the flags of a server elsewhere, passed on as `server`: a RemoteServer."""
+    """Add the flags of a remote server.
+
+    The command gets them as the parameter `server`: a RemoteServer, or None without --server.
+    """
 
     def collect(params: dict[str, Any]) -> None:
         address = [params.pop(name) for name in ("server", "token_file", "tls_ca")]
@@ -185,9 +192,11 @@ def server_options(*, required: bool = False) -> Decorator:
 
 
 def target_options(*names: str, **text: str) -> Decorator:
-    """Adds the flags of both kinds of server, passed on as `target`: an EmbedTarget.
+    """Add the flags of a remote server and of one in this process.
 
-    The server options `names` get flags besides LOCAL_FLAGS; `text` replaces help by option name.
+    The command gets them as the parameter `target`: an EmbedTarget. A server in this process has
+    flags for LOCAL_FLAGS and for the server options `names`. `text` holds help texts by option
+    name, which replace those of the options.
     """
 
     def collect(params: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`fletcher doctor`: a check of this machine, with fixes for what is missing."""
+"""`fletcher doctor`: check this machine, and show a fix for each problem."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from fletcher.config.server import ServeConfig
 from fletcher.errors import FletcherError
 from fletcher.telemetry.logs import set_up_logging
 
-# A model, its graph and temporary files.
+# Free disk space for one model, its graph and temporary files.
 NEEDED_DISK_BYTES = 1 * GIB
-# Memory of the process beside `max_memory`: interpreter, libraries, one model.
+# Memory that the process needs in addition to `max_memory`: interpreter, libraries, one model.
 OWN_MEMORY_BYTES = 1 * GIB
 
 _OPTIONS = (
@@ -34,7 +34,7 @@ _OPTIONS = (
 )
 
 State = Literal["ok", "note", "broken"]
-# A finding without its part.
+# The fields of a `Finding` except `part`.
 _Found = tuple[str, State, str] | tuple[str, State, str, str]
 MARKS: dict[State, tuple[str, str]] = {
     "ok": ("ok", "green"), "note": ("note", "yellow"), "broken": ("BROKEN", "bold red")
@@ -43,9 +43,10 @@ MARKS: dict[State, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Result of one check, and its remedy.
+    """Result of one check, and how to fix a problem.
 
-    A `note` works, but could be better; something needed is `broken`.
+    The state `note` means that the thing works but could be better, or that it is optional.
+    `broken` means that something needed does not work.
     """
 
     part: str
@@ -70,7 +71,7 @@ class Finding:
 def cli(flags: ConfigFlags, as_json: bool) -> int:
     """Check hardware, engines, models and stores, and show fixes.
 
-    The exit status is 1 if something needed is broken.
+    The exit status is 1 if something that is needed does not work.
     """
     set_up_logging("error", "text")
     resolved = flags.resolve((*_OPTIONS, "max_message_bytes"))
@@ -86,7 +87,7 @@ def cli(flags: ConfigFlags, as_json: bool) -> int:
 
 
 def examine(config: ServeConfig, *, with_stores: bool) -> Iterator[Finding]:
-    """Runs all checks; a check that fails is a finding, too."""
+    """Run all checks. A check that raises an error becomes a finding."""
     parts: dict[str, Callable[[ServeConfig], Iterator[_Found]]] = {
         "hardware": _hardware,
         "software": _software,
@@ -100,7 +101,7 @@ def examine(config: ServeConfig, *, with_stores: bool) -> Iterator[Finding]:
         try:
             for found in check(config):
                 yield Finding(part, *found)
-        except Exception as error:  # noqa: BLE001  (one part's failure must not hide the others)
+        except Exception as error:  # noqa: BLE001  (an error in one check must not hide the others)
             yield Finding(part, "check", "broken", f"{type(error).__name__}: {error}")
 
 
@@ -218,7 +219,7 @@ def _models(config: ServeConfig) -> Iterator[_Found]:
 
 
 def _engine(config: ServeConfig) -> Iterator[_Found]:
-    """Loads the model as a server would: an installed engine may not work."""
+    """Load the model as a server would, since an installed engine may not work."""
     from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
     from fletcher.tuning.decision import decide
@@ -239,7 +240,7 @@ def _engine(config: ServeConfig) -> Iterator[_Found]:
     elif config.engine.backend != "null":
         fix = "fletcher tune measures what is fastest here, in about a minute for a small model"
         yield "chosen", "note", "by rule", fix
-    # One replica a device: replicas that share a device are alike.
+    # One replica per device is enough: replicas on the same device are alike.
     for device, one in {one.device: one for one in chosen.configs}.items():
         engine = import_module(f"fletcher.inference.{one.backend}")
         try:

@@ -1,4 +1,4 @@
-"""`fletcher embed`: the vectors of texts, printed or into a file."""
+"""`fletcher embed`: print the vectors of texts or write them to a file."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def cli(
 ) -> None:
     """Print the vectors of texts.
 
-    Each line is a JSON object with `text` and `vector`; see --format for others.
+    Each line is a JSON object with `text` and `vector`. For other formats see --format.
 
     Args:
-        texts: Texts, or - for standard input, one text a line.
-        format_name: JSON lines, a NumPy array, or an Arrow stream.
-        output: File to write, instead of standard output.
-        continuous: Take standard input as one text that goes on, such as from tail -f. Each chunk
-            is printed when it is complete, so give --chunking ...:none. The last chunk comes at the
-            end.
+        texts: Texts, or - to read one text per line from standard input.
+        format_name: Output format: JSON lines, a NumPy array, or an Arrow stream.
+        output: File to write to, instead of standard output.
+        continuous: Read standard input as one text that keeps growing, such as from tail -f. Each
+            chunk is printed when it is complete, so give --chunking ...:none. The last chunk is
+            printed when the input ends.
     """
     from fletcher.cli.embed_io import WRITERS, TextLines, TextStream, embedded, open_output
 

@@ -1,4 +1,4 @@
-"""Input and output of `fletcher embed`: text batches, vectors in three formats."""
+"""Input and output of `fletcher embed`: batches of text, vectors in three formats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COLUMNS = ("text", "vector", "scale", *(field.name for field in CHUNK_FIELDS))
 
 
 class TextLines:
-    """Texts as batches, for the client."""
+    """Given texts, or the lines of standard input, as batches for the client."""
 
     schema = pa.schema([("text", pa.utf8())])
 
@@ -43,7 +43,7 @@ class TextLines:
 
 
 class TextStream:
-    """Standard input as slices of one text, as they arrive."""
+    """Standard input as one text, in slices that are passed on as they arrive."""
 
     schema = TextLines.schema
 
@@ -65,15 +65,16 @@ class TextStream:
 
 
 def _standard_input() -> BufferedReader:
-    """Standard input for a thread that may still read when the process exits.
+    """Open standard input for a thread that may still be reading at exit.
 
-    At exit Python takes the lock of `sys.stdin`, and aborts if a thread holds it.
+    Python takes the lock of `sys.stdin` at exit and aborts if a thread holds it. The new file
+    object has another lock.
     """
     return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
 def lines(stdin: Iterable[bytes]) -> Iterator[str]:
-    """The lines of standard input. Raises InvalidCommandError if it is not UTF-8."""
+    """Lines of standard input. Raises InvalidCommandError if a line is not UTF-8."""
     for number, line in enumerate(stdin, 1):
         try:
             yield line.rstrip(b"\r\n").decode()
@@ -86,9 +87,10 @@ def lines(stdin: Iterable[bytes]) -> Iterator[str]:
 def embedded(
     client: Client, texts: TextLines | TextStream, options: EmbedCommand
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of text, vector and scale, and for chunks their places in the text.
+    """Batches with the columns in `_COLUMNS` that the server sends.
 
-    Raises the error of the first text that has no vector.
+    Starts with an empty batch, which shows the schema. If a text has no vector, raises the error of
+    the first such text.
     """
     with client.exchange(texts, options) as exchange:
         names = [name for name in _COLUMNS if name in exchange.schema.names]

@@ -1,4 +1,4 @@
-"""`fletcher eval`: the cost in quality of engines, depths, widths and types."""
+"""`fletcher eval`: measure the loss of quality by engine, depth, width and type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fletcher.evaluation.evaluate import EvaluationReport
     from fletcher.evaluation.variants import Engine, Variant
 
-# Bytes of an embedding cache entry beside its numbers, rounded up.
+# Bytes of an embedding cache entry in addition to the numbers of its vector, rounded up.
 _CACHE_ENTRY_BYTES = 1024
 
 
@@ -54,22 +54,25 @@ def cli(
 ) -> None:
     """Measure the cost in quality of precision, depth, width and type.
 
-    Embeds a corpus of pairs in several ways and measures how well each query finds its document,
-    how far the vectors are from float32's, how fast they are made and how large they are. Every
-    row of the files is a pair; rows with a query or document seen before are left out. Rates are
-    only meaningful on a quiet machine.
+    Each row of the files is a pair of a query and the document that it should find. Rows that
+    repeat an earlier query or document are left out. The command embeds the pairs in several
+    variants. For each variant it measures how well queries find their documents, how far the
+    vectors are from float32 vectors, how fast they are computed, and their size. Speeds are only
+    meaningful on a machine that does nothing else meanwhile.
 
     Args:
         query: Column of queries, such as titles.
         document: Column of the documents to find, such as bodies.
-        documents: Documents to embed, a fixed random choice. More make a harder search, and take
-            longer. Default: all.
-        queries: Queries to ask. More make narrower intervals, and take longer.
+        documents: Number of documents to embed. They are chosen at random, the same ones on every
+            run. More documents make the search harder, and take longer. Default: all.
+        queries: Number of queries to ask. More queries make the confidence intervals narrower, and
+            take longer.
         variants: Combinations to compare, such as 'backend=openvino precision=bfloat16,float32
             dims=384,128 dtype=float32,float16'; repeatable. Keys: backend, precision, layers, dims,
-            dtype, chunking (of documents, one vector each). Default: every engine here, and the
-            layers, widths and types that the model declares.
-        output: File for the JSON, beside the table.
+            dtype, chunking (of documents, whose chunks must be aggregated to one vector). Default:
+            every engine on this machine, the layers and widths that the model declares, and all
+            types.
+        output: File to write the JSON object to, in addition to the table.
         plot: PNG file for a plot of quality against cost.
     """
     from fletcher.evaluation import plot
@@ -112,12 +115,13 @@ def cli(
 
 
 class _Engines:
-    """Engines for the model: those of this machine, or the one of a server elsewhere.
+    """Engines that can run the model: on this machine, or on the remote server.
 
     Attributes:
-        reference: Engine of the reference vectors: float32 on the CPU.
-        usual: All engines, a server's choice first.
-        num_texts: Texts that the embedding cache of a server in this process should hold.
+        reference: Engine that computes the reference vectors: float32 on the CPU. For a remote
+            server and for the backend `null`, the first of `usual`.
+        usual: All engines. The first one is the engine that a server would choose.
+        num_texts: Number of texts that the embedding cache of a server in this process should hold.
     """
 
     def __init__(self, target: EmbedTarget, config: ServeConfig) -> None:
@@ -162,7 +166,7 @@ class _Engines:
         self.reference = self.usual[0] if is_null else Engine(exact, "float32")
 
     def check_variants(self, variants: Sequence[Variant]) -> None:
-        """Refuses engines that do not run here. Raises ConfigError or BackendError."""
+        """Raise ConfigError or BackendError for a variant whose engine cannot be run."""
         from fletcher.inference.devices import resolve_replicas
 
         for engine in dict.fromkeys(one.engine for one in variants):
@@ -177,17 +181,17 @@ class _Engines:
 
     @contextlib.contextmanager
     def open_client(self, engine: Engine) -> Iterator[Client]:
-        """A client of a server that runs the engine, until it is left.
+        """Context manager of a client of a server that runs the engine.
 
-        A server in this process caches the model's output for each text, so that other widths and
-        types need no further run of the model.
+        A server in this process caches the model's output for each text, so that variants with
+        other widths and types need no further run of the model.
         """
         config = self._config
         if not self._target.server:
             entry = 4 * self._bundle.dim + _CACHE_ENTRY_BYTES
             size = self.num_texts * entry * max(1, len(self._bundle.layers))
             config = config.with_options(embedding_cache=size)
-            if engine != self.usual[0]:  # the first is what the options and `fletcher tune` choose
+            if engine != self.usual[0]:  # `config` already selects the first engine
                 asked = self._question(engine)
                 config = config.with_options(
                     device=asked.device, backend=asked.backend, precision=asked.precision
@@ -228,7 +232,7 @@ def _print(
 
 
 def _check_folder(name: str, path: Path | None) -> None:
-    """Refuses a file that could not be written, before the work begins."""
+    """Raise ConfigError before the work begins if a file cannot be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise _unwritable(name, path, "it is a folder, or its folder does not exist")
 

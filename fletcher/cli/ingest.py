@@ -1,4 +1,4 @@
-"""`fletcher ingest`: files or standard input into a store."""
+"""`fletcher ingest`: embed files or standard input into a store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fletcher.readers import TextSource
 
 SHOWN_ERRORS = 5
-# About four minutes: a restarted server loads its model before it answers.
+# Retries for about four minutes, as a restarted server loads its model before it answers.
 MAX_RETRIES = 35
 _REPORTED = (
     *("model", "upload_id", "complete", "rows_received", "rows_stored", "rows_failed"),
@@ -81,21 +81,22 @@ def cli(
     """Embed files, folders of them or standard input into a dataset of a store.
 
     Run the same command again to resume an upload that was stopped: no row is stored twice. The
-    exit status is 0 if every row is stored, or has failed alone.
+    exit status is 0 if the upload is complete, even if single rows could not be embedded.
 
     Args:
         id_column: Column of row ids. Default: id if it exists, else ids are generated.
-        columns: Columns to store beside the vectors.
-        limit: Most rows to read.
+        columns: Columns to store with the vectors.
+        limit: Maximum number of rows to read.
         dataset: Dataset to write to.
-        upload_id: Name of the upload. Re-run with the same name and input to resume. Warning: other
-            input under the same name counts as already uploaded. Default: derived from the files'
-            contents, or new each time for -.
+        upload_id: Name of the upload. Run the command again with the same name and input to resume.
+            Warning: other input under the same name counts as already uploaded. Default: a name
+            derived from the files' contents, or a random name for - and for --mode delta.
         mode: append rows, replace rows by id (upsert), replace the dataset (overwrite), or embed
             only new and changed rows (delta).
-        dedupe: Drop rows whose id or text was uploaded or stored before. Reads that column of the
-            dataset once.
-        no_text: Store ids and vectors without the texts. Saves space; searches then show no text.
+        dedupe: Drop rows whose id or text was uploaded or stored before. The server reads the id or
+            text column of the dataset once for this.
+        no_text: Store ids and vectors without the texts. This saves space, but searches then show
+            no text.
     """
     from fletcher.readers import open_source
 
@@ -104,7 +105,7 @@ def cli(
         model=target.asked_model,
         store=_store_name(target),
         include_text=False if no_text else None,
-        durability="store",  # the summary tells what the store has
+        durability="store",  # so that the summary counts stored rows
     )
     config = target.resolve()
     if target.server:
@@ -130,7 +131,7 @@ def cli(
             with Progress(meter.sample, Total(rows=limit, num_bytes=source.total_bytes)):
                 summary = client.ingest(source, options, on_ack=meter.on_ack)
         except KeyboardInterrupt:
-            # Said before the workers end, which takes seconds.
+            # Printed before the workers are stopped, which takes seconds.
             resumable = source.reiterable or options.upload_id
             again = "; the same command resumes the upload" if resumable else ""
             print(f"stopping{again}", file=sys.stderr)
@@ -158,7 +159,7 @@ def _store_name(target: EmbedTarget) -> str | None:
 
 
 class _Meter:
-    """Progress of an upload: acknowledged rows, and the server's statistics."""
+    """Progress of an upload, from acknowledgements and the server's statistics."""
 
     def __init__(self, client: Client, source: TextSource, *, local: bool) -> None:
         self._client, self._source, self._local = client, source, local
@@ -176,7 +177,7 @@ class _Meter:
             stats = self._client.stats()
         with self._lock:
             rows, received = self._rows, self._rows_received
-        # A server elsewhere counts the rows and tokens of all clients.
+        # A remote server counts the rows and tokens of all clients, so its counters are not used.
         counted = stats if self._local else {}
         done = counted.get("fletcher.rows.stored", 0) + counted.get("fletcher.rows.failed", 0)
         tokens = counted.get("fletcher.device.tokens")
@@ -190,7 +191,7 @@ class _Meter:
 
 
 def _report(summary: PutSummary, dataset: str, store: str, seconds: float) -> dict[str, Any]:
-    """The summary in the contract's words."""
+    """The result of the upload as a JSON object."""
     new = summary.rows_received - summary.rows_skipped
     return {
         "dataset": dataset,
@@ -206,7 +207,7 @@ def _print(report: Mapping[str, Any]) -> None:
     state = "" if report["complete"] else "INCOMPLETE: "
     there = report["rows_deduplicated"] + report["rows_skipped"]
     already = f", {there:,} were there already" if there else ""
-    # Stores that accept a null vector count failed rows as stored, too.
+    # Stores that accept null vectors store failed rows too, which then count as failed and stored.
     settled = report["rows_stored"] + report["rows_failed"] + report["rows_deduplicated"]
     both = settled - report["rows_received"]
     without = " (stored without a vector)" if 0 < both == report["rows_failed"] else ""

@@ -1,4 +1,4 @@
-"""`fletcher journal`: rows that wait on this machine's disk for their stores."""
+"""`fletcher journal`: check and replay rows on disk that wait for their stores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def show_status(flags: ConfigFlags, as_json: bool) -> int:
 def verify_files(flags: ConfigFlags, as_json: bool) -> int:
     """Compare checksums and row counts, and name the rows of damaged parts.
 
-    Changes nothing, and may run beside a server. The exit status is 1 if something is damaged.
+    The command changes nothing, and a server may run at the same time. The exit status is 1 if
+    something is damaged.
     """
     with _readable_root(flags) as root:
         return _show(root, as_json=as_json, closely=True)
@@ -57,8 +58,8 @@ def verify_files(flags: ConfigFlags, as_json: bool) -> int:
 def replay_rows(flags: ConfigFlags) -> int:
     """Mark rows to be sent again that a store may have lost, or refused.
 
-    The server must be stopped; its next start sends them. Rows that the store holds under their
-    batch_key are not stored twice.
+    The server must be stopped. It sends the rows after its next start. Rows that the store already
+    holds under the same batch_key are not stored twice.
     """
     with _readable_root(flags) as root:
         return _replay(root)

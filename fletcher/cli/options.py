@@ -1,4 +1,4 @@
-"""Options that commands share; server options come from `fletcher.config.server`."""
+"""Options shared by several commands, and flags for the server's options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fletcher.config.resolution import Resolved, resolve
 from fletcher.config.server import OPTIONS, PART_OF, fletcher_home
 from fletcher.core.command import CHOICES
 
-# Prefix of click's names of server options; `config_options` collects them.
+# Prefix of the parameter names of server options in click. `config_options` removes it.
 _PREFIX = "option_"
 _HEADINGS = {
     "network": "Network",
@@ -39,21 +39,25 @@ _FORMATS = ("parquet", "csv", "tsv", "jsonl", "arrow", "text")
 
 @dataclass(frozen=True, slots=True)
 class ConfigFlags:
-    """Server options given as flags: texts, or lists of texts for repeatable ones.
+    """Server options given as flags.
 
-    `file` is the TOML file; None: that of FLETCHER_CONFIG, if set.
+    `given` holds the value of each flag by option name: a text, or a list of texts if the flag is
+    repeatable. `file` is the TOML file; None: the file named by FLETCHER_CONFIG, if that is set.
     """
 
     given: Mapping[str, Any]
     file: Path | None = None
 
     def resolve(self, only: Collection[str] | None = None, **flags: Any) -> Resolved:
-        """As `fletcher.config.resolution.resolve`; `flags` replace those given."""
+        """Call `fletcher.config.resolution.resolve`; `flags` replace the given flags."""
         return resolve({**self.given, **flags}, os.environ, self.file, only=only)
 
 
 class _ConfigText(click.ParamType[str]):
-    """Text of a server option, which `resolve` checks like that of other sources."""
+    """Text of a server option.
+
+    The text is not checked here: `resolve` checks flags, variables and the TOML file alike.
+    """
 
     name = "text"
 
@@ -79,9 +83,10 @@ class _ConfigText(click.ParamType[str]):
 
 
 def config_options(*names: str, text: Mapping[str, str] | None = None) -> Decorator:
-    """Adds server options and `--config`, passed on as `flags`: ConfigFlags.
+    """Add flags for the server options `names`, and `--config`.
 
-    `text` is help by option name, where the command's differs from the server's.
+    The command gets them as the parameter `flags`: a ConfigFlags. `text` holds help texts by option
+    name, for options whose help differs from that of `fletcher serve`.
     """
 
     def collect(params: dict[str, Any]) -> None:
@@ -130,7 +135,7 @@ def _default(one: Option) -> list[str]:
 
 
 def complete_model(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of the models in the home folder."""
+    """Completions for a model name: the models in the home folder."""
     from fletcher.models.bundle.files import VERSION_NAME
 
     home = Path(ctx.params.get("option_home") or fletcher_home()).expanduser()
@@ -143,17 +148,17 @@ def starting(words: Sequence[str], incomplete: str) -> list[CompletionItem]:
 
 
 def split_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """Names from a list with commas; a click callback."""
+    """Split a comma-separated list of names; a callback for click."""
     return split_list(value or "")
 
 
 def json_option(text: str = "Print JSON, for programs.") -> Decorator:
-    """Adds `--json`, as the parameter `as_json`."""
+    """Add `--json`, passed to the command as `as_json`."""
     return option("--json", "as_json", is_flag=True, help=text)
 
 
 def paths_argument() -> Decorator:
-    """Adds the files that a command reads."""
+    """Add the argument for the files to read, passed to the command as `paths`."""
     text = "Files, folders of them, or - for standard input."
     return click.argument(
         "paths", nargs=-1, required=True, metavar="PATH...", type=click.Path(), help=text
@@ -161,7 +166,7 @@ def paths_argument() -> Decorator:
 
 
 def format_option(what: str) -> Decorator:
-    """Adds `--format` of files, as `format_name`; the readers check it."""
+    """Add `--format` of input files, passed as `format_name`; the readers check it."""
     text = f"Format of the {what}: {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}. "
     return option(
         "--format NAME",
@@ -173,15 +178,16 @@ def format_option(what: str) -> Decorator:
 
 
 def text_option() -> Decorator:
-    """Adds `--text`, the column of texts, as `text_column`."""
+    """Add `--text`, the column of texts, passed to the command as `text_column`."""
     text = "Column of the texts."
     return option("--text COLUMN", "text_column", default="text", heading=INPUT, help=text)
 
 
 def vector_options(heading: str = OUTPUT, *, dtype: str | None = None, prompt: str) -> Decorator:
-    """Adds the options of vectors, named as fields of `EmbedCommand`.
+    """Add options for the output vectors, named like the fields of `EmbedCommand`.
 
-    `dtype` is the default of `--dtype`, None: the server's choice; `prompt` is help.
+    `dtype` is the default of `--dtype`; None leaves the choice to the server. `prompt` is the help
+    text of `--prompt`.
     """
     unset = "" if dtype else " Default: float16, or float32 if the store takes nothing else."
     add = functools.partial(option, heading=heading)

@@ -23,10 +23,10 @@ _BAR_COLUMNS = 12
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Progress of a command at one moment; None: unknown.
+    """Progress of a command at one moment; None means unknown.
 
-    `num_bytes` and `rows_read` are of the input, whose reading is ahead of the work. `queues` are
-    waiting items by stage.
+    `rows` and `tokens` count finished work. `num_bytes` and `rows_read` count input read so far,
+    which is ahead of the finished work. `queues` holds the number of waiting items by stage.
     """
 
     rows: int
@@ -38,16 +38,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """All work to do; None: unknown."""
+    """Amount of work to do in all; None means unknown."""
 
     rows: int | None = None
     num_bytes: int | None = None
 
 
 class Meter:
-    """Rates and time left from samples; knows nothing of clocks or terminals.
+    """Computes rates and the time left from samples; uses no clock and no terminal.
 
-    Rich's own estimate starts anew with each total, and ours is extrapolated from the bytes read.
+    Rich's own estimate of the time left is not used. It restarts whenever the total changes, and
+    the total here is extrapolated from the bytes read, so it changes with each sample.
     """
 
     def __init__(self, total: Total) -> None:
@@ -55,14 +56,14 @@ class Meter:
         self._samples: deque[tuple[float, Sample]] = deque()
 
     def add_sample(self, now_s: float, sample: Sample) -> None:
-        """Takes a sample; those older than WINDOW_S no longer count for rates."""
+        """Add a sample; samples older than WINDOW_S no longer count for rates."""
         self._samples.append((now_s, sample))
         while len(self._samples) > 2 and now_s - self._samples[1][0] >= WINDOW_S:
             self._samples.popleft()
 
     @property
     def done_share(self) -> float | None:
-        """The done share of all work, from 0 to 1; None: the total is unknown."""
+        """Finished share of all work, from 0 to 1; None if the total is unknown."""
         last = self._samples[-1][1]
         total = self._total_rows(last)
         if total:
@@ -70,7 +71,7 @@ class Meter:
         return last.num_bytes / self._total.num_bytes if self._total.num_bytes else None
 
     def line(self) -> str:
-        """One line for people."""
+        """The progress as one line of text."""
         (start_s, first), (now_s, last) = self._samples[0], self._samples[-1]
         elapsed_s = now_s - start_s
 
@@ -100,18 +101,19 @@ class Meter:
 
     def _left(self, last: Sample, rows_per_s: float, bytes_per_s: float) -> float | None:
         total_rows = self._total_rows(last)
-        # Rows take the time; bytes replace them if the number of rows is unknown.
+        # The time depends on the rows. Bytes stand in for rows if the number of rows is unknown.
         if total_rows is not None:
             return max(0, total_rows - last.rows) / rows_per_s if rows_per_s > 0 else None
         left = (self._total.num_bytes or 0) - last.num_bytes
-        # When all is read, not all is done.
+        # With all bytes read, rows may still be unfinished: then the time left is unknown.
         return left / bytes_per_s if left > 0 and bytes_per_s > 0 else None
 
 
 class Progress:
-    """Shows a command's progress until it is left; on a terminal with a live bar.
+    """Context manager that shows a command's progress, on a terminal as a live bar.
 
-    `sample` is called on another thread; its OSError or RuntimeError skips one line.
+    `sample` is called on another thread. If it raises OSError or RuntimeError, one update is
+    skipped.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class Progress:
 
 
 def _live_display(stream: TextIO) -> RichProgress:
-    """A bar and a line of text, cleared at its end."""
+    """A bar and a line of text, both erased when the display stops."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as RichProgress
@@ -183,7 +185,7 @@ def _live_display(stream: TextIO) -> RichProgress:
 
 
 def human(number: float | None) -> str:
-    """`950`, `1.2k`, `34M`, `5.6G`."""
+    """A number shortened to read quickly: `950`, `1.2k`, `34M`, `5.6G`."""
     number = number or 0.0
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 999.5 or unit == "T":
@@ -193,7 +195,7 @@ def human(number: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """`0:09`, `12:34`, `1:02:03`."""
+    """A duration as text: `0:09`, `12:34`, `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""`fletcher search`: the rows of a store nearest to a query."""
+"""`fletcher search`: find the rows of a store that are nearest to a query."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ _FILTER = re.compile(r"\s*([^\s=!<>]+)\s*(==|!=|>=|<=|=|>|<)\s*(.*?)\s*", re.DOT
 def _complete_dataset(
     context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Datasets in the folder of a store, which is not opened: that takes a second."""
+    """Completions for a dataset name.
+
+    Lists the folder of the store. Opening the store would take a second.
+    """
     given = context.params.get("option_store") or [os.environ.get("FLETCHER_STORE", "")]
     home = Path(context.params.get("option_home") or fletcher_home()).expanduser()
     address = given[0].rpartition("=")[2] or f"lance:{home / 'vectors'}"
@@ -84,18 +87,18 @@ def cli(
 ) -> None:
     """Find the rows of a dataset whose vectors are nearest to a text's.
 
-    This command reads the rows from --store itself. With --server, that server only embeds the
-    text.
+    This command always reads the rows from --store itself. With --server, the server embeds the
+    query and does nothing else.
 
     Args:
         query: Text to look for.
         dataset: Dataset to search.
-        k: Rows to find.
+        k: Number of rows to find.
         filters: Condition on a column, such as 'year >= 2020' or 'section = games'; repeatable.
-            Rows must meet all of them.
-        columns: Further columns to show.
-        prompt: Prompt of the model, or text to put before the query; '' for none. Default: the
-            model's prompt for queries, if it has one.
+            Only rows that meet all conditions are found.
+        columns: Columns to show besides id and text.
+        prompt: Name of a prompt of the model, or text to put before the query; '' for no prompt.
+            Default: the model's prompt for queries, if it has one.
     """
     from fletcher.core.command import check_dataset
     from fletcher.stores.address import folder_of, open_store
@@ -111,7 +114,7 @@ def cli(
     if not addresses:
         raise ConfigError("`store` is none, which holds no rows; give an address", field="store")
     folder = folder_of(addresses[0])
-    if folder is not None and not folder.is_dir():  # opening would create it
+    if folder is not None and not folder.is_dir():  # opening the store would create the folder
         raise UnknownDatasetError(
             f"there is no dataset {dataset!r} in {addresses[0]}: there is no such folder",
             field="dataset",
@@ -120,7 +123,7 @@ def cli(
     with contextlib.closing(opened) as store:
         info = _find_dataset(store, dataset)
         if b"fletcher.output" in (info.schema.metadata or {}):  # not dense
-            vector_reader(dataset, info.schema)  # fails before a model is loaded
+            vector_reader(dataset, info.schema)  # raises before a model is loaded
         shown = _shown_columns(info, columns)
         conditions = [_parse_filter(text, info.schema) for text in filters]
         vector = _embed_query(target, query, prompt, info)
@@ -134,7 +137,7 @@ def cli(
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints a line a row: rank, score, id, other columns, and the start of the text."""
+    """Print one line per row: rank, score, id, other columns, start of the text."""
     if not rows:
         print("no rows")
         return
@@ -179,7 +182,7 @@ def _embed_query(target: EmbedTarget, query: str, prompt: str | None, info: Data
 
     metadata = {key.decode(): value.decode() for key, value in (info.schema.metadata or {}).items()}
     stored = metadata.get("fletcher.model")
-    # The stored version, even if its name means another one now.
+    # `stored` is NAME@HASH: it selects this version even if NAME now means another one.
     model = target.flags.given.get("model", stored)
     local_model = {} if target.server or model is None else {"model": model}
     with target.open_client(target.resolve(store=NO_STORE, **local_model)) as client:

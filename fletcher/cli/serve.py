@@ -1,4 +1,4 @@
-"""`fletcher serve`: a server in the foreground, until a signal."""
+"""`fletcher serve`: run a server in the foreground until a signal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fletcher.cli.terminal import say
 from fletcher.config.server import OPTIONS, ServeConfig
 from fletcher.telemetry.logs import set_up_logging
 
-# Time to close workers and ports after the drain, before the process is ended.
+# Time limit for closing workers and ports after the drain; then the process is ended.
 CLOSE_S = 5.0
 
 _log = logging.getLogger("fletcher.serve")
@@ -34,11 +34,12 @@ _log = logging.getLogger("fletcher.serve")
 def cli(flags: ConfigFlags, print_config: bool) -> int:
     """Serve embeddings over Arrow Flight until SIGTERM or SIGINT, then drain.
 
-    Each option is also a variable and a key of the TOML file: --max-streams, FLETCHER_MAX_STREAMS
-    and max_streams. A flag wins over the variable, that over the file.
+    Each option can be given as a flag, as an environment variable or as a key of the TOML file:
+    --max-streams, FLETCHER_MAX_STREAMS or max_streams. A flag overrides the variable, and the
+    variable overrides the file.
 
     Args:
-        print_config: Print the options in force as TOML, with the source of each, and exit.
+        print_config: Print the value of each option as TOML, with its source, and exit.
     """
     resolved = flags.resolve()
     if print_config:
@@ -62,7 +63,7 @@ def _serve(config: ServeConfig) -> int:
         print(f"listening on {runtime.address}", flush=True)
 
         def watch() -> None:
-            # A server that ended by itself must end the process, for its supervisor to restart it.
+            # If the server ends by itself, the process must end, so that a supervisor restarts it.
             runtime.wait()
             signals.stop.set()
 
@@ -78,7 +79,7 @@ def _serve(config: ServeConfig) -> int:
     _log.info("stopped")
     code = 0 if drained else 1
     if not ended:
-        # At exit Python would wait for the handlers of calls whose clients are silent.
+        # At exit, Python would wait for handlers of calls whose clients send nothing.
         _log.warning("left calls open whose clients are silent")
         sys.stdout.flush()
         sys.stderr.flush()
@@ -87,15 +88,16 @@ def _serve(config: ServeConfig) -> int:
 
 
 class _Signals:
-    """SIGTERM and SIGINT: the first asks to stop, the second ends the process at once.
+    """Handling of SIGTERM and SIGINT: the first stops, the second exits immediately.
 
-    Python runs signal handlers between two bytecodes of the main thread, so a main thread that
-    waits in C code would miss the second signal. The C handler writes each signal to the wake-up
-    file descriptor, and a thread reads it there.
+    Python runs signal handlers only between two bytecodes of the main thread. While the main thread
+    waits in C code, no handler would run for the second signal. Python's C code therefore writes
+    each signal to the wake-up file descriptor, and a thread reads it from there.
 
     Attributes:
-        stop: Set by the first signal after `mark_ready`.
-        received: The first signal.
+        stop: Event that tells the server to stop. Set at the first signal, but not before
+            `mark_ready`.
+        received: Number of the first signal; None before it.
     """
 
     def __init__(self) -> None:
@@ -105,7 +107,7 @@ class _Signals:
         self._before: dict[int, Any] = {}
 
     def mark_ready(self) -> None:
-        """Lets the next signal drain. Before, a signal ends the start at once."""
+        """Make a signal stop the server. Before this call, a signal aborts the start."""
         self._ready = True
         if self.received is not None:
             self.stop.set()

@@ -1,4 +1,4 @@
-"""A bound on the exit of a process that served, even if a call still waits."""
+"""Limit on the time that a server's process takes to exit."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _code = 0
 
 
 def leave_in_time(timeout_s: float = 3.0) -> None:
-    """Ends this process at most `timeout_s` after its command is done.
+    """End this process at most `timeout_s` seconds after its command is done.
 
-    At exit pyarrow shuts its servers down once more, and waits without a deadline for handlers
-    whose clients may never answer. All data is saved by then.
+    At exit, pyarrow shuts its servers down again. It then waits without a time limit for call
+    handlers whose clients may never answer. All data is saved before that.
     """
-    # At exit no thread can be started.
+    # The thread is started now because none can be started at exit.
     threading.Thread(target=_watch, args=(timeout_s,), name="leaving", daemon=True).start()
     atexit.register(_leaving.set)
 
 
 def leave_with(code: int) -> int:
-    """Stores the exit code for a process that must be ended, and returns it."""
+    """Store the exit code for `leave_in_time`, which may end the process; return it."""
     global _code  # noqa: PLW0603  (a process has one exit code)
     _code = code
     return code

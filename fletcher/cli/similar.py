@@ -1,4 +1,4 @@
-"""`fletcher similar`: texts compared with each other, or with those of a file."""
+"""`fletcher similar`: compare texts with each other or with texts of a file."""
 
 from __future__ import annotations
 
@@ -47,14 +47,15 @@ def cli(
 ) -> None:
     """Compare texts with each other, or find those most like them in a file.
 
-    Prints the cosine of each pair, the most similar first; with --candidates, the texts of a file
-    that are most similar to each text. Nothing is stored.
+    Prints the cosine of each pair of texts, the most similar pair first. With --candidates, prints
+    for each text the most similar texts of a file instead. Nothing is stored.
 
     Args:
-        texts: Texts, or - for standard input, one text a line.
-        candidates: File, folder of files, or - for standard input, to find the most similar texts
-            in.
-        k: Lines to print for each text. Default: 5, or all pairs.
+        texts: Texts, or - to read one text per line from standard input.
+        candidates: Where to look for similar texts: a file, a folder of files, or - for standard
+            input.
+        k: With --candidates, number of lines to print for each text, 5 by default. Without it,
+            number of pairs to print, all by default.
     """
     from fletcher.cli.embed_io import lines
     from fletcher.evaluation.similar import compare_texts, find_similar

@@ -1,4 +1,4 @@
-"""`fletcher stats`: the state of a running server, from its action `stats`."""
+"""`fletcher stats`: print the answer of a running server to the action `stats`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fletcher.cli.options import json_option
 from fletcher.cli.progress import human
 from fletcher.cli.terminal import grouped, print_json, print_table
 
-# Counters `fletcher.rows.*`, in the order in which a row meets them.
+# Suffixes of the counters `fletcher.rows.*`, in the order of printing.
 _ROWS = ("received", "stored", "failed", "deduplicated")
 
 
@@ -21,8 +21,8 @@ _ROWS = ("received", "stored", "failed", "deduplicated")
 def cli(server: RemoteServer, as_json: bool) -> None:
     """Show the state of a running server.
 
-    Lists load, stores, models and workers, and rows and times since the start of the server.
-    docs/server.md explains each line.
+    Lists the load, stores, models and workers, and the numbers of rows and durations since the
+    server started. docs/server.md explains each line.
     """
     with server.connect() as client:
         stats = client.stats()
@@ -33,7 +33,7 @@ def cli(server: RemoteServer, as_json: bool) -> None:
 
 
 def _lines(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Part and text of each line."""
+    """(heading, text) of each line to print."""
     pressure = stats["pressure"]
     state = "draining" if stats["draining"] else "takes calls"
     yield "server", f"{state}, {stats['fletcher.streams.open']} streams open"

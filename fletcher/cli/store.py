@@ -1,4 +1,4 @@
-"""`fletcher store`: a vector store server over a folder of LanceDB tables."""
+"""`fletcher store`: serve a folder of LanceDB tables as a vector store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fletcher.cli.terminal import print_json
 from fletcher.config.network import is_loopback
 from fletcher.errors import ConfigError
 
-# Received rows are committed within a second, unless the disk is slow.
+# Time limit for commits at shutdown. They take less than a second unless the disk is slow.
 SHUTDOWN_S = 10.0
 _PORT = click.IntRange(0, 65535)
 
@@ -40,12 +40,12 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
     authentication. It runs until SIGTERM or SIGINT.
 
     Args:
-        path: Folder of the tables, made if it does not exist. One server a folder.
-        host: Address to listen on. Any other than loopback accepts other machines, and needs
-            --insecure.
-        port: Data port. 0 picks a free one, which standard output names.
-        meta_port: Port of the dataset list. 0 picks a free one.
-        insecure: Accept other machines. Anyone who reaches --host may read and write.
+        path: Folder of the tables, created if it does not exist. Only one server can use a folder.
+        host: Address to listen on. An address that other machines can reach needs --insecure.
+        port: Port for data. With 0, a free port is chosen and printed to standard output.
+        meta_port: Port for the list of datasets. With 0, a free port is chosen and printed.
+        insecure: Accept connections from other machines. Anyone who reaches --host may read and
+            write.
     """
     from fletcher.storeserver.server import StoreServer
 
@@ -57,7 +57,7 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     stop = threading.Event()
-    # The handlers are set before anything listens, so that no signal finds the default.
+    # Handlers are set before the server listens, so that no signal gets the default handling.
     previous = {
         number: signal.signal(number, lambda *_: stop.set())
         for number in (signal.SIGTERM, signal.SIGINT)
@@ -73,7 +73,7 @@ def cli(path: Path, host: str, port: int, meta_port: int, insecure: bool, as_jso
     for number, handler in previous.items():
         signal.signal(number, handler)
     if not ended:
-        # pyarrow cannot end a call that a client keeps open, and Python would wait for it.
+        # pyarrow cannot end a call that a client keeps open, and Python would wait for it at exit.
         logging.getLogger(__name__).warning("left calls open that their clients do not end")
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Text for a terminal: safe to print, measured in columns, with optional colour."""
+"""Text for a terminal: made safe to print, measured in columns, coloured."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.text import Text
 
-# Tables for a pipe or a file are as wide as their cells.
+# Width limit of a table that goes to a pipe or a file, so that its cells are never wrapped.
 _UNBOUNDED_COLUMNS = 10_000
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether a stream gets colour: only a terminal, unless the environment tells.
+    """Whether to print colour to a stream.
 
-    See https://no-color.org and https://force-color.org.
+    By default only terminals get colour. NO_COLOR (https://no-color.org) and FORCE_COLOR
+    (https://force-color.org) turn colour off and on for every stream.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -30,27 +31,27 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; 100 without one."""
+    """Width of the terminal in columns; 100 if there is no terminal."""
     return shutil.get_terminal_size((100, 24)).columns
 
 
 def printable(text: object) -> str:
-    """One line of text without control characters, which could steer a terminal."""
+    """The text as one line, without characters that could control the terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def say(line: str) -> None:
-    """Prints a line that is not a result, to standard error."""
+    """Print a message to standard error, which keeps it apart from the results."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def print_json(value: object, indent: int | None = None) -> None:
-    """Prints JSON, on one line without `indent`."""
+    """Print a value as JSON; on one line unless `indent` is given."""
     print(json.dumps(value, ensure_ascii=False, indent=indent, default=str))
 
 
 def cut(text: str, width: int) -> str:
-    """The text in at most `width` columns, with `…` at the end if it is cut."""
+    """The text, shortened to `width` columns if it is wider; `…` marks the cut."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(text) <= width:
@@ -59,28 +60,28 @@ def cut(text: str, width: int) -> str:
 
 
 def padded(text: str, width: int) -> str:
-    """The text, cut or filled with spaces to take `width` columns."""
+    """The text in exactly `width` columns: shortened, or filled up with spaces."""
     from rich.cells import set_cell_size
 
     return set_cell_size(cut(text, width), width)
 
 
 def columns(text: str) -> int:
-    """Columns that a text takes on a terminal."""
+    """Number of columns that a text takes on a terminal."""
     from rich.cells import cell_len
 
     return cell_len(text)
 
 
 def styled(text: object, style: str) -> Text:
-    """A printable cell of a table with a style such as `red` or `bold`."""
+    """The text as a table cell, made printable, in a style such as `red` or `bold`."""
     from rich.text import Text
 
     return Text(printable(text), style=style)
 
 
 def grouped(rows: Iterable[Sequence[object]]) -> Iterator[Sequence[object]]:
-    """The rows, without a first cell that is that of the row before."""
+    """The rows; a first cell that repeats the one of the previous row is empty."""
     for before, row in itertools.pairwise([("",), *rows]):
         yield ("", *row[1:]) if row[0] == before[0] else row
 
@@ -88,9 +89,10 @@ def grouped(rows: Iterable[Sequence[object]]) -> Iterator[Sequence[object]]:
 def print_table(
     rows: Iterable[Sequence[object]], *, header: Sequence[str] = (), right: Sequence[int] = ()
 ) -> None:
-    """Prints rows in aligned columns, those of `right` on the right.
+    """Print rows in aligned columns.
 
-    Cells are made printable; those of `styled` keep their style.
+    Columns whose index is in `right` are right-aligned. Cells are made printable. Cells made by
+    `styled` keep their style.
     """
     from rich.console import Console
     from rich.table import Table
@@ -100,9 +102,9 @@ def print_table(
     for row in rows:
         table.add_row(*(one if isinstance(one, Text) else printable(one) for one in row))
     if not table.row_count and not header:
-        return  # rich prints an empty line
+        return  # rich would print an empty line
     for index, column in enumerate(table.columns):
-        # A narrow terminal breaks the last column into lines; nothing is cut.
+        # On a narrow terminal the last column continues on further lines, so that no text is cut.
         column.no_wrap, column.overflow = index < len(table.columns) - 1, "fold"
         column.justify = "right" if index in right else "left"
     is_terminal = sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""`fletcher tune`: measures the fastest way to run a model on this machine."""
+"""`fletcher tune`: measure the fastest way to run a model on this machine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _HEADER = ("engine", "replicas", "tokens/run", "texts/s", "rounds", "cosine", ""
 def cli(flags: ConfigFlags, as_json: bool) -> None:
     """Measure the fastest way to run a model on this machine, and keep it.
 
-    Tries engines, precisions, numbers of processes and sizes of runs on real texts, refuses those
-    whose vectors are wrong, and keeps the fastest. Servers started with the same options then use
-    it. Takes about a minute for a small model, and needs a quiet machine.
+    Tries engines, precisions, numbers of processes and batch sizes on real texts. Combinations with
+    wrong vectors are rejected; the fastest of the others is kept. Servers started with the same
+    options then use the kept combination. Tuning takes about a minute for a small model, and needs
+    a machine that does nothing else meanwhile.
     """
     from fletcher.inference.host import detect_host
     from fletcher.models.bundle.registry import Registry
@@ -45,7 +46,7 @@ def cli(flags: ConfigFlags, as_json: bool) -> None:
 
 def _print(report: TuningReport) -> None:
     chosen = report.chosen
-    # The figures of the two rounds do not compare with each other.
+    # Figures of `engines` and of `arrangements` cannot be compared with each other.
     rows = [
         [_row(trial, "chosen" if trial is chosen else trial.rejected) for trial in trials]
         for trials in (report.engines, report.arrangements)

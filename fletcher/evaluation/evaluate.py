@@ -30,8 +30,8 @@ _TOP = 10
 _RESCORED = 4 * _TOP
 _NUM_PAIRS = 20_000
 _SEED = 1
-# Mean cosine of unrelated texts above which a single cosine says little and thresholds mislead
-# (https://arxiv.org/abs/1909.00512). Ranking still works.
+# If unrelated texts have a higher mean cosine than this, a single cosine says little about
+# similarity, and thresholds mislead (https://arxiv.org/abs/1909.00512). Ranking still works.
 ANISOTROPIC = 0.5
 
 
@@ -41,24 +41,25 @@ class Row:
 
     Attributes:
         variant: The variant, with its layers and dimensions as numbers.
-        recall: By k, the share of queries whose document is among the first k.
+        recall: Share of queries whose document is among the first k, for each k.
         ndcg: Mean NDCG@10.
         ndcg_loss: Mean loss of NDCG@10 against the reference, over the queries.
-        ndcg_loss_95: Half the width of its 95% interval.
-        top: Share of the reference's first 10 documents that are among the first 10.
-        top_rescored: Share of them that are among the first 40: the result of ranking four times as
-            many candidates again by their exact vectors.
-        cosine: Cosine to the reference's document vectors: mean, p1 (1st percentile) and min.
-        spearman: Rank correlation with the reference of the similarities of random queries and
-            documents.
-        alignment: See `metrics.alignment`.
-        uniformity: See `metrics.uniformity`, over random documents.
-        mean_cosine: Mean cosine of random documents.
-        num_alike: Number of documents that share their vector with another, bit for bit.
+        ndcg_loss_95: Half the width of the 95% interval of `ndcg_loss`.
+        top: Share of the reference's first 10 documents that are among this variant's first 10.
+        top_rescored: Share of the reference's first 10 documents that are among this variant's
+            first 40. Ranking these 40 again by their exact vectors would find this share.
+        cosine: Cosine between this variant's document vectors and those of the reference: mean, p1
+            (1st percentile) and min.
+        spearman: Rank correlation between the similarities in this variant and in the reference,
+            for random pairs of a query and a document.
+        alignment: `metrics.alignment` of the queries and their documents.
+        uniformity: `metrics.uniformity` of random pairs of documents.
+        mean_cosine: Mean cosine of random pairs of documents.
+        num_alike: Number of documents whose vector equals another document's, bit for bit.
         bytes_per_vector: Size of a vector on the wire and in a store.
-        texts_per_s: Documents per second, from the first one sent to the last vector received.
-            Variants that differ only in width or type share one run, because both are applied
-            after the model has run.
+        texts_per_s: Documents per second, timed from sending the first document to receiving the
+            last vector. Variants that differ only in width or type share one run of the model and
+            its speed, because width and type are applied after the run. None if unknown.
     """
 
     variant: Variant
@@ -83,9 +84,9 @@ class EvaluationReport:
     """Result of an evaluation.
 
     Attributes:
-        model: ModelInfo.
+        model: ModelInfo of the model.
         pairs: The corpus.
-        rows: One per variant; the first is the reference.
+        rows: One row per variant. The first row is the reference.
         num_truncated: Number of documents that were truncated.
     """
 
@@ -95,7 +96,7 @@ class EvaluationReport:
     num_truncated: int
 
     def warnings(self) -> Iterator[str]:
-        """Caveats about the result, one line each."""
+        """Warnings about the result, one line each."""
         pairs, first = self.pairs, self.rows[0]
         if pairs.num_repeated:
             yield (
@@ -132,12 +133,13 @@ def evaluate(
 
     Args:
         pairs: The corpus.
-        reference_engine: Engine of the reference, which has all layers and dimensions in float32.
-        engines: Engines that can run the model, a server's first choice first.
-        variants: Variants to compare; None: the usual ones of the model.
-        open_client: Context manager of a client of a server that runs an engine.
-        progress: Called with progress messages.
-        model_name: None: the server's default.
+        reference_engine: Engine that computes the reference: all layers, all dimensions, float32.
+        engines: Engines that can run the model. The first is the one that a server would choose.
+        variants: Variants to compare; None: those of `usual_variants`.
+        open_client: Function that takes an engine. Returns the context manager of a client whose
+            server runs that engine.
+        progress: Callback for progress messages.
+        model_name: Name of the model; None: the server's default model.
 
     Raises:
         FletcherError: A server does not start, refuses a call or fails.
@@ -154,7 +156,7 @@ def evaluate(
             if reference is None:
                 more = usual_variants(engines, model) if variants is None else variants
                 todo = list(dict.fromkeys(one.resolved(model) for one in (*todo, *more)))
-                for variant in todo:  # one text each, so that a bad variant is refused at once
+                for variant in todo:  # embed one text to refuse an invalid variant early
                     options = _options(variant, model)
                     embed(client, pa.array(["a text"]), chunking=variant.chunking, **options)
             rates: dict[tuple[int | None, str | None], float] = {}
@@ -173,7 +175,7 @@ def evaluate(
 
 
 def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EmbedCommand; defaults are omitted."""
+    """Fields of EmbedCommand for a variant, without fields that have their default."""
     return {
         "model": f"{model['name']}@{model['hash']}",  # the name may be an alias
         "layers": variant.layers if variant.layers != model["num_layers"] else None,
@@ -185,7 +187,10 @@ def _options(variant: Variant, model: Mapping[str, Any]) -> dict[str, Any]:
 def _embed(
     client: Client, model: Mapping[str, Any], variant: Variant, pairs: Pairs
 ) -> tuple[Embedded, Embedded]:
-    """Embed queries and documents; queries stay float32 and uncut, as in a search."""
+    """Embed queries and documents.
+
+    As in a search, queries stay float32 and are not cut into chunks.
+    """
     options = _options(variant, model)
     prompt = default_prompt(model, QUERY_PROMPTS)
     queries = embed(client, pairs.queries, prompt=prompt, **{**options, "dtype": "float32"})
@@ -196,15 +201,15 @@ def _embed(
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """Vectors that all variants are compared with.
+    """Results of the reference, which all variants are compared with.
 
     Attributes:
-        documents: float32 [num_documents, dim].
-        found: int64 [num_queries, k], the first documents of each query.
-        gains: float64 [num_queries].
-        drawn: Random queries and documents, int64 [num_pairs] each.
-        similarities: float32 [num_pairs], of `drawn`.
-        random: Random pairs of different documents, int64 [num_pairs] each.
+        documents: float32 [num_documents, dim], vectors of the documents.
+        found: int64 [num_queries, k], indexes of the first documents for each query.
+        gains: float64 [num_queries], NDCG@10 of each query.
+        drawn: Random pairs of a query and a document: two arrays of indexes, int64 [num_pairs].
+        similarities: float32 [num_pairs], similarities of the pairs in `drawn`.
+        random: Random pairs of different documents: two arrays of indexes, int64 [num_pairs].
     """
 
     documents: FloatArray

@@ -1,4 +1,4 @@
-"""Corpus of pairs: queries, and the document that each should find."""
+"""Corpus of pairs of a query and the document that the query should find."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Pairs:
     Attributes:
         documents: utf8 [num_documents], all different.
         queries: utf8 [num_queries], all different.
-        relevant: int64 [num_queries], the document of each query.
+        relevant: int64 [num_queries], index of the document that each query should find.
         num_rows: Number of rows read.
-        num_empty: Number of them without a query or a document.
-        num_repeated: Number of the others whose document or query an earlier row has.
+        num_empty: Number of rows without a query or without a document.
+        num_repeated: Number of other rows that repeat an earlier row's document or query.
     """
 
     documents: pa.Array
@@ -50,7 +50,8 @@ def read_pairs(
     """Read pairs from files into memory; see `open_source` and `choose_pairs`.
 
     Raises:
-        FletcherError: As `open_source`, or a column does not hold text.
+        FletcherError: See `open_source` and `choose_pairs`. Also raised if the column of queries
+            does not hold text.
     """
     source = open_source(
         paths,
@@ -60,7 +61,7 @@ def read_pairs(
         notice=notice,
     )
     table = pa.Table.from_batches(source.batches(), schema=source.schema)
-    kind = table.schema.field(query_column).type  # the document's is text
+    kind = table.schema.field(query_column).type  # `open_source` checks the type of the documents
     if not pa.types.is_string(kind):
         raise InvalidCommandError(
             f"column `{query_column}` is {kind}, expected text", field=query_column
@@ -76,16 +77,18 @@ def choose_pairs(
     num_documents: int | None = None,
     num_queries: int | None = None,
 ) -> Pairs:
-    """A reproducible random choice of the rows with both texts, each text once.
+    """Choose pairs at random, the same ones on every run.
 
-    A row with a repeated document or query is left out, because otherwise a right answer would
-    count as wrong. Texts are compared without surrounding white space.
+    Only rows with a query and a document are chosen. A row that repeats a document or query is left
+    out, because otherwise a right answer could count as wrong. Surrounding white space is ignored
+    when texts are compared.
 
     Args:
         queries: utf8 [n].
-        documents: utf8 [n], of the same rows.
+        documents: utf8 [n], the documents of the same rows.
         num_documents: Maximum number of documents; None: all.
-        num_queries: Maximum number of queries, among those of the chosen documents; None: all.
+        num_queries: Maximum number of queries; None: all. Only queries of chosen documents are
+            chosen.
 
     Raises:
         InvalidCommandError: Fewer than two pairs remain.

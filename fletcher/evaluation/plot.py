@@ -1,4 +1,4 @@
-"""Plot of quality against cost."""
+"""Plots of search quality against the size of vectors and the speed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fletcher.errors import ConfigError
 from fletcher.evaluation.evaluate import EvaluationReport, Row
 
 _INCHES = (9, 4)
-_LEAST_SPAN = 0.05  # of NDCG
+_LEAST_SPAN = 0.05  # minimum height of the NDCG axis
 
 
 def check_matplotlib() -> None:
@@ -34,7 +34,7 @@ def draw_report(report: EvaluationReport, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_INCHES, layout="constrained")  # pyplot would need a display
+    figure = Figure(figsize=_INCHES, layout="constrained")  # unlike pyplot, this needs no display
     left, right = figure.subplots(1, 2, sharey=True)
     _sizes(left, report)
     _speeds(right, report)
@@ -55,7 +55,7 @@ def draw_report(report: EvaluationReport, path: Path) -> None:
 
 
 def _sizes(axes: Any, report: EvaluationReport) -> None:
-    """A line per engine, depth, type and chunking, over the dimensions."""
+    """Plot NDCG@10 over bytes: a line per engine, depth, type and chunking."""
     lines: dict[str, list[Row]] = defaultdict(list)
     depths = {row.variant.layers for row in report.rows}
     for row in report.rows:
@@ -68,7 +68,7 @@ def _sizes(axes: Any, report: EvaluationReport) -> None:
         axes.plot(sizes, [row.ndcg for row in rows], marker="o", markersize=4, label=label)
     axes.set(xlabel="bytes per vector", ylabel="NDCG@10")
     gains = [row.ndcg for row in report.rows]
-    # Without a minimum span, insignificant differences would fill the plot.
+    # Without a minimum height, insignificant differences would fill the plot.
     middle, height = (min(gains) + max(gains)) / 2, max(_LEAST_SPAN, 1.2 * np.ptp(gains))
     axes.set_ylim(middle - height / 2, middle + height / 2)
     axes.set_xscale("log", base=2)
@@ -76,7 +76,7 @@ def _sizes(axes: Any, report: EvaluationReport) -> None:
 
 
 def _speeds(axes: Any, report: EvaluationReport) -> None:
-    """The best point per engine, depth and chunking."""
+    """Plot NDCG@10 over speed: the best variant per engine, depth and chunking."""
     best: dict[tuple[str, int | None, str], Row] = {}
     for row in report.rows:
         key = str(row.variant.engine), row.variant.layers, _chunking_label(row)

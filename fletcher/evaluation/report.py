@@ -1,4 +1,4 @@
-"""An evaluation as a table and as JSON."""
+"""The report of an evaluation as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _VECTORS = ("cosine", "p1", "min", "Spearman", "align", "uniform", "texts/s", "b
 
 def table(report: EvaluationReport) -> list[str]:
     """Lines for a terminal: a table of search quality, then one of vector properties."""
-    # The column `chunking` is left out if no variant has one.
+    # The column `chunking` is left out if no variant cuts documents into chunks.
     width = len(_HEADS) - all(row.variant.chunking is None for row in report.rows)
     heads = [_HEADS[:width], *(_head(row)[:width] for row in report.rows)]
     found = _columns(heads, [_SEARCH, *map(_searched, report.rows)])

@@ -1,4 +1,4 @@
-"""Exact search: every query against every document, block by block."""
+"""Exact search: compare every query with every document, block by block."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import numpy.typing as npt
 
 from fletcher.core.batches import FloatArray, Int64Array
 
-# A block's float32 scores and the keys made of them take 24 MiB.
+# (queries, documents) of a block. Its float32 scores and the int64 keys made of them take 24 MiB.
 BLOCK_SHAPE = (256, 8192)
 
 
 class Nearest:
-    """The best documents per query over several blocks of documents.
+    """The best documents for each query, collected over several blocks of documents.
 
-    Equal scores keep the order of the documents. Score and document are packed into one integer, so
-    that the best of several blocks are the largest integers.
+    Documents with equal scores keep their order. Each score is packed with the index of its
+    document into one integer key, so that the largest keys belong to the best documents.
     """
 
     def __init__(self, num_queries: int, k: int) -> None:
@@ -24,7 +24,10 @@ class Nearest:
         self._keys = np.empty((num_queries, 0), np.int64)
 
     def add_scores(self, scores: FloatArray) -> None:
-        """Add scores of the next documents: float32 [num_queries, num_documents], no NaN."""
+        """Add scores for the next documents.
+
+        `scores` is float32 [num_queries, number of documents added] without NaN.
+        """
         places = np.arange(self.num_documents, self.num_documents + scores.shape[1])
         self.num_documents += scores.shape[1]
         keys = np.concatenate([self._keys, _ordered(scores) << 32 | (0xFFFFFFFF - places)], axis=1)
@@ -34,12 +37,12 @@ class Nearest:
 
     @property
     def found(self) -> Int64Array:
-        """int64 [num_queries, min(k, num_documents)], documents, best first."""
+        """Indexes of documents, best first: int64 [num_queries, min(k, num_documents)]."""
         return np.asarray(0xFFFFFFFF - (self._best & 0xFFFFFFFF), np.int64)
 
     @property
     def scores(self) -> FloatArray:
-        """float32, the scores of `found`."""
+        """Scores of the documents in `found`: float32, same shape."""
         return _swapped((self._best >> 32).astype(np.int32)).view(np.float32)
 
     @property
@@ -48,12 +51,12 @@ class Nearest:
 
 
 def _ordered(scores: FloatArray) -> npt.NDArray[np.int64]:
-    """Integers in the order of the scores, made of the bits of IEEE 754 floats."""
-    return _swapped((scores + np.float32(0)).view(np.int32)).astype(np.int64)  # no -0.0
+    """Convert scores to integers in the same order, using the bits of IEEE 754."""
+    return _swapped((scores + np.float32(0)).view(np.int32)).astype(np.int64)  # + 0: no -0.0
 
 
 def _swapped(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Reverse the order of negative numbers; applied twice, it changes nothing."""
+    """Reverse the order of the negative integers. Applied twice, this changes nothing."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -69,11 +72,12 @@ def search(
     Args:
         queries: float32 [num_queries, dims].
         documents: float32 [num_documents, dims].
-        k: Documents per query.
-        block_shape: Queries and documents that are compared at once.
+        k: Number of documents to find for each query.
+        block_shape: Number of queries and of documents that are compared in one step.
 
     Returns:
-        int64 [num_queries, min(k, num_documents)]; equal scores keep the order of the documents.
+        int64 [num_queries, min(k, num_documents)], indexes of documents. Documents with equal
+        scores keep their order.
     """
     found = []
     num_queries, num_documents = block_shape

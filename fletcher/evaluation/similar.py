@@ -1,4 +1,4 @@
-"""Similarity of texts to each other, and to the texts of a stream."""
+"""Similarity between texts, and between texts and a stream of candidates."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class SimilarTexts:
     """Result of `find_similar`.
 
     Attributes:
-        best: For each text, its most similar candidates, best first: cosine, index among the
-            candidates from 0, text.
+        best: The most similar candidates of each text, best first. A candidate is a tuple of its
+            cosine, its index among all candidates from 0, and its text.
         num_candidates: Number of candidates.
         num_failed: Number of candidates without a vector.
     """
@@ -38,7 +38,9 @@ class SimilarTexts:
 
 
 def compare_texts(client: Client, texts: Sequence[str], *, model: str | None = None) -> FloatArray:
-    """The cosine of each pair of at least one text: float32 [num_texts, num_texts].
+    """Cosine of each pair of texts: float32 [num_texts, num_texts].
+
+    At least one text must be given.
 
     Raises:
         FletcherError: The server refuses the call or fails, or a text has no vector.
@@ -55,16 +57,17 @@ def find_similar(
     *,
     model: str | None = None,
 ) -> SimilarTexts:
-    """The most similar candidates of each text, among all candidates.
+    """Find the candidates that are most similar to each text.
 
-    Texts get the model's prompt for queries and candidates its prompt for documents, if it has any.
+    Texts get the model's prompt for queries, and candidates get its prompt for documents. Without
+    such a prompt they are embedded as they are.
 
     Args:
-        client: Connected to a server.
-        texts: At least one.
-        candidates: Read once.
-        k: Number of candidates per text.
-        model: None: the server's default.
+        client: Client that is connected to a server.
+        texts: Texts to find candidates for, at least one.
+        candidates: Source of the candidates, which is read once.
+        k: Number of candidates to find for each text.
+        model: Name of the model; None: the server's default model.
 
     Raises:
         FletcherError: The server refuses the call or fails, the candidates cannot be read, or one

@@ -13,7 +13,8 @@ from fletcher.core.chunking import AGGREGATIONS, Chunking
 from fletcher.core.command import CHOICES
 from fletcher.errors import InvalidCommandError
 
-# The keys of a list of variants with their default; empty: the first engine's, or the model's.
+# Keys in a list of variants, with their default values. An empty text stands for the value of the
+# first engine or of the model.
 _DEFAULTS = {
     **dict.fromkeys(("backend", "precision", "layers", "dims"), ""),
     "dtype": "float32",
@@ -24,7 +25,7 @@ KEYS = tuple(_DEFAULTS)
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """Backend, precision and device of a model, as the options name them."""
+    """Backend, precision and device that run a model, named as in the options."""
 
     backend: str
     precision: str
@@ -40,11 +41,12 @@ class Variant:
     """One configuration of vectors.
 
     Attributes:
-        engine: Runs the model.
+        engine: Engine that runs the model.
         layers: Number of layers; None: all.
         dims: Number of leading dimensions; None: all.
-        dtype: Element type.
-        chunking: How documents are cut and their chunks aggregated; None: they are not cut.
+        dtype: Element type of the vectors.
+        chunking: How documents are cut into chunks and the chunks aggregated; None: documents are
+            not cut.
     """
 
     engine: Engine
@@ -58,19 +60,22 @@ class Variant:
         return f"{self.engine}, {self.layers} layers, {self.dims} dims, {self.dtype}{cut}"
 
     def resolved(self, model: Mapping[str, Any]) -> Variant:
-        """The variant with `layers` and `dims` as numbers, taken from ModelInfo if None."""
+        """The variant with None in `layers` and `dims` replaced by the model's numbers."""
         return dataclasses.replace(
             self, layers=self.layers or model["num_layers"], dims=self.dims or model["dim"]
         )
 
 
 def parse_variants(text: str, engines: Sequence[Engine]) -> list[Variant]:
-    """Every combination of a list of values: `backend=openvino dims=384,128`.
+    """Parse lists of values such as `backend=openvino dims=384,128`.
+
+    Returns a variant for every combination of the values.
 
     Args:
-        text: `KEY=VALUE,...`, separated by spaces; an omitted key has its default. Keys: KEYS.
-        engines: Available engines, a server's first choice first. The first is the default; a
-            backend without `precision` takes the precision of its first engine.
+        text: Words `KEY=VALUE,...`, separated by spaces. The keys are those in KEYS. A key that is
+            omitted has its default value.
+        engines: Available engines. The first is the one that a server would choose, and the
+            default. If `precision` is omitted, a backend takes the precision of its first engine.
 
     Raises:
         InvalidCommandError: A key or a value is unknown.
@@ -112,17 +117,19 @@ def parse_variants(text: str, engines: Sequence[Engine]) -> list[Variant]:
 
 
 def usual_variants(engines: Sequence[Engine], model: Mapping[str, Any]) -> list[Variant]:
-    """Variants by default: each engine, each depth, and each width with each type.
+    """Default variants: each engine, each depth, and each width with each type.
+
+    Depths, widths and types are compared with the first engine only.
 
     Args:
-        engines: Available engines, a server's first choice first.
+        engines: Available engines. The first is the one that a server would choose.
         model: ModelInfo, which declares the layers and dimensions.
     """
     first = engines[0]
     layers = [one for one in model["layers"] if one != model["num_layers"]]
     variants = [Variant(engine) for engine in engines] + [Variant(first, one) for one in layers]
     for dims, dtype in itertools.product(sorted(model["dims"], reverse=True), CHOICES["dtype"]):
-        if dtype != "ubinary" or dims % 8 == 0:  # eight dimensions fill a byte
+        if dtype != "ubinary" or dims % 8 == 0:  # ubinary packs eight dimensions into a byte
             variants.append(Variant(first, None, dims, dtype))
     return [variant.resolved(model) for variant in variants]
 

@@ -1,4 +1,4 @@
-"""Embedding of texts by a server, with its cost."""
+"""Embed texts on a server, and measure the speed and the size of vectors."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Embedded:
 
     Attributes:
         vectors: float32 [num_texts, dims], dequantized.
-        bytes_per_vector: Size of a received vector, including its scale.
+        bytes_per_vector: Size of a received vector, including its scale if it has one.
         num_truncated: Number of truncated texts.
-        texts_per_s: Texts per second, from the first one sent to the last vector received; None if
-            the server had some of them in its cache.
+        texts_per_s: Texts per second, timed from sending the first text to receiving the last
+            vector; None if the server had some of the texts in its cache.
     """
 
     vectors: FloatArray
@@ -39,12 +39,12 @@ class Embedded:
 
 
 def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
-    """Embed texts by an exchange.
+    """Embed texts in one exchange.
 
     Args:
-        client: Connected to the server.
+        client: Client that is connected to the server.
         texts: utf8 [num_texts].
-        **options: Fields of EmbedCommand; None is the default.
+        **options: Fields of EmbedCommand. A field that is None keeps its default.
 
     Raises:
         FletcherError: The server refuses the call or fails, the model's vectors are not dense, or a
@@ -72,7 +72,7 @@ def embed(client: Client, texts: pa.Array, **options: Any) -> Embedded:
 
 
 def read_vectors(batch: pa.RecordBatch) -> FloatArray:
-    """float32 [num_rows, dims], dequantized; NaN for a null vector."""
+    """Dequantized vectors: float32 [num_rows, dims]; a null vector becomes NaN."""
     return VectorReader.from_schema(batch.schema).vectors(batch)
 
 

@@ -1,6 +1,6 @@
 """Text from files, folders and standard input as one stream of batches.
 
-It depends only on pyarrow and Fletcher's errors, because the client library uses it.
+This package depends only on pyarrow and Fletcher's errors, because the client library uses it.
 """
 
 from __future__ import annotations

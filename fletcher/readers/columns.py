@@ -1,4 +1,4 @@
-"""Selection of columns, and the types in which they are sent."""
+"""Selection of columns, and the types with which columns are sent."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Selection:
 
     Attributes:
         text: Column of the text.
-        id: Column of the id; None: `id` if the input has one.
-        carried: Further columns.
-        batch_rows: Maximum rows of a batch.
-        limit: Maximum rows of all; None: no limit.
+        id: Column of the id; None: the column `id` if the input has it.
+        carried: Further columns to read.
+        batch_rows: Maximum number of rows of a batch.
+        limit: Maximum number of rows to read in all; None: no limit.
     """
 
     text: str
@@ -36,7 +36,9 @@ class Selection:
     limit: int | None = None
 
     def pick_names(self, names: Sequence[str], where: str) -> list[str]:
-        """Columns to read among those of an input: id, text and carried ones.
+        """Names of the columns to read from an input: id, text and carried columns.
+
+        `names` are the columns of the input, `where` names the input in errors.
 
         Raises:
             UnknownColumnError: The input lacks a selected column; the message lists its columns.
@@ -62,18 +64,20 @@ class Selection:
         return name == (DEFAULT_ID_COLUMN if self.id is None else self.id)
 
     def sent_schema(self, found: pa.Schema, where: str) -> pa.Schema:
-        """The schema with column types as they are sent: utf8 for every kind of string.
+        """The schema with the column types that are sent.
+
+        Every kind of string becomes utf8, and a dictionary becomes the type of its values.
 
         Raises:
-            ColumnTypeError: The text is not a string, or the id neither a string nor an integer.
+            ColumnTypeError: The text is not a string, or the id is neither a string nor an integer.
         """
         return pa.schema({one.name: self._sent_type(one.name, one.type, where) for one in found})
 
     def conform(self, batch: pa.RecordBatch, schema: pa.Schema, where: str) -> pa.RecordBatch:
-        """The batch converted to the schema of the first file.
+        """The batch converted to `schema`, which comes from the first file.
 
         Raises:
-            ColumnTypeError: A column's values do not fit.
+            ColumnTypeError: The values of a column cannot be converted.
             UnknownColumnError: A column is missing.
         """
         columns = []

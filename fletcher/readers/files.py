@@ -1,4 +1,4 @@
-"""Input files: finding them, telling their format, opening them decompressed."""
+"""Input files: find them, detect their format, open and decompress them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FORMATS: tuple[str, ...] = get_args(Format)
 STDIN = "-"
 BUFFER_BYTES = 1 << 20
 SNIFF_BYTES = 64
-MAX_KINDS = 5  # suffixes that a notice lists
-# A longer first line is not a header.
+MAX_KINDS = 5  # maximum number of suffixes that a notice lists
+# A first line longer than this is not treated as a header.
 FIRST_LINE_BYTES = 64 << 10
 
 _SUFFIXES: dict[str, Format] = {
@@ -53,13 +53,13 @@ _MAGIC: tuple[tuple[bytes, str], ...] = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One input.
+    """One input file, or standard input.
 
     Attributes:
-        path: None for standard input.
-        name: For messages.
-        size: Bytes on disk; None unless it is a regular file.
-        format: None: the first bytes tell.
+        path: Path of the file; None for standard input.
+        name: Name of the input in messages.
+        size: Size on disk in bytes; None unless the input is a regular file.
+        format: Format of the input; None: detected from its first bytes.
     """
 
     path: Path | None
@@ -73,18 +73,20 @@ def find_files(
     format_name: str | None = None,
     notice: Callable[[str], None] = log.info,
 ) -> list[InputFile]:
-    """The input files at some paths.
+    """List the input files at some paths.
 
-    A folder's files are sorted by path; hidden ones are left out.
+    The files in a folder and its subfolders are sorted by path. Hidden files and the contents of
+    hidden folders are left out.
 
     Args:
         paths: Files, folders, or `-` for standard input (at most once).
-        format_name: One of FORMATS, for all files; None: by file name, else by the first bytes.
+        format_name: One of FORMATS, for all files. None: the file name decides the format, or the
+            first bytes if the name does not.
         notice: Called with a message about files of a folder that are skipped.
 
     Raises:
-        InvalidCommandError: A path does not exist, a folder has nothing to read, or the format is
-            unknown.
+        InvalidCommandError: A path does not exist, a folder has no file to read, no path is given,
+            `-` is given twice, or the format is unknown.
     """
     if format_name is not None and format_name not in FORMATS:
         raise InvalidCommandError(
@@ -146,7 +148,10 @@ def _skipped_files(folder: Path, unknown: Counter[str]) -> str:
 
 
 def format_of(path: Path) -> Format | None:
-    """The format by a file's suffix, before `.gz` or `.zst`; None if unknown."""
+    """Format for the suffix of a file's name; None if unknown.
+
+    A suffix of a compression, such as `.gz` or `.zst`, is ignored.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -158,9 +163,10 @@ class OpenFile:
     """An open input.
 
     Attributes:
-        stream: Decompressed bytes.
-        compression: `gzip`, `zstd` or None.
-        position: Returns the number of bytes read so far of the file on disk.
+        stream: Stream of the decompressed bytes.
+        compression: Compression of the input: `gzip`, `zstd` or None.
+        position: Function that returns the number of bytes of the file on disk that were read so
+            far; 0 for standard input and pipes.
     """
 
     stream: io.BufferedReader
@@ -170,7 +176,7 @@ class OpenFile:
 
 @contextmanager
 def open_file(file: InputFile, stdin: BinaryIO | None = None) -> Iterator[OpenFile]:
-    """Open an input; gzip and zstd, detected by their first bytes, are decompressed."""
+    """Open an input. gzip and zstd are detected by the first bytes and decompressed."""
     if file.path is None:
         yield _opened(_Pipe(stdin if stdin is not None else sys.stdin.buffer))
         return
@@ -179,7 +185,11 @@ def open_file(file: InputFile, stdin: BinaryIO | None = None) -> Iterator[OpenFi
 
 
 class _Pipe(io.RawIOBase):
-    """Standard input or a named pipe; its first read suffices to detect the format."""
+    """Standard input or a named pipe.
+
+    The first read waits for enough bytes to detect the format. That is SNIFF_BYTES with a line end
+    among the bytes, or FIRST_LINE_BYTES without one.
+    """
 
     def __init__(self, source: BinaryIO | io.FileIO) -> None:
         self.read_some = getattr(source, "read1", source.read)
@@ -213,9 +223,11 @@ def _opened(raw: io.FileIO | _Pipe) -> OpenFile:
 
 
 def sniff(file: InputFile, opened: OpenFile, text_column: str) -> Format:
-    """Format of an unread input: the given one, else by its first line.
+    """Format of an input from which nothing was read yet.
 
-    The text column identifies the header of a CSV file.
+    Parquet and Arrow are recognized by their first bytes. Otherwise the format is `file.format`. If
+    that is None, the first line decides; for standard input, a line with the text column is a CSV
+    or TSV header.
 
     Raises:
         InvalidCommandError: The format is unknown or ambiguous.
@@ -228,7 +240,7 @@ def sniff(file: InputFile, opened: OpenFile, text_column: str) -> Format:
     if file.format is not None:
         return file.format
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    # The JSON lines reader refuses an array of objects, with a reason.
+    # The JSON lines reader refuses an array of objects with a helpful message.
     if text.startswith(b"{") or re.match(rb"\[\s*\{", text):
         return "jsonl"
     if file.path is None:
@@ -245,7 +257,11 @@ def guess_notice(file: InputFile, kind: Format) -> str:
 
 
 def _by_header(line: bytes, name: str, text_column: str) -> Format:
-    """CSV or TSV for a header with the text column, plain text for no header."""
+    """Format of standard input by its first line.
+
+    CSV or TSV if the line is a header with the text column, plain text if it is no header. Raises
+    InvalidCommandError if the line may be either.
+    """
     first = line.decode(errors="replace").rstrip("\r")
     doubtful = first.strip().strip('"') == text_column
     for delimiter in "\t,;":
@@ -257,7 +273,7 @@ def _by_header(line: bytes, name: str, text_column: str) -> Format:
             continue
         if text_column in fields and delimiter != ";" and len(set(fields)) == len(fields):
             return "tsv" if delimiter == "\t" else "csv"
-        # Prose has a space after a comma; column names are words.
+        # In prose a space follows a comma, so that a field does not look like a column name.
         words = [field for field in fields if field]
         names = len(words) > 1 and all(_COLUMN_NAME.fullmatch(word) for word in words)
         doubtful |= names or text_column in [field.strip() for field in fields]

@@ -1,7 +1,7 @@
 """Readers of JSON lines and plain text, line by line.
 
-pyarrow's JSON reader is not used: its errors name no line, and a row must fit into one of its
-blocks. At most one batch is in memory.
+pyarrow's JSON reader is not used. Its errors do not name the line, and each row must fit into one
+of its blocks. These readers hold at most one batch in memory.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fletcher.readers.columns import BATCH_BYTES, Batches, Selection
 
 MAX_LINE_BYTES = 64 << 20
 
-# Raised for a value that is not of a column's type.
+# Errors that pyarrow raises for a value that does not have the type of the column.
 _MISFITS = (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError)
 _TYPES = {str: pa.utf8(), bool: pa.bool_(), float: pa.float64()}
 _KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
 
 
 def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without line end) of every line that is not blank.
+    """Lines that are not blank, as (line number from 1, text without line end).
 
     Raises:
         InvalidUtf8Error: A line is not UTF-8.
@@ -58,7 +58,7 @@ def numbered_lines(stream: io.BufferedReader, name: str) -> Iterator[tuple[int, 
 
 
 def read_text(stream: io.BufferedReader, name: str, selection: Selection) -> Batches:
-    """Batches of plain text: the lines that are not blank, as one column."""
+    """Batches of plain text: one column with a row for each line that is not blank."""
     names = [selection.text]
     selection.pick_names(names, f"{name} (plain text)")
     for group in _groups(numbered_lines(stream, name), selection.batch_rows):
@@ -67,9 +67,10 @@ def read_text(stream: io.BufferedReader, name: str, selection: Selection) -> Bat
 
 
 def read_jsonl(stream: io.BufferedReader, name: str, selection: Selection) -> Batches:
-    """Batches of JSON lines. The first batch decides the columns and their types.
+    """Batches of JSON lines.
 
-    Objects and lists in carried columns become JSON text. A field missing in a row is null.
+    The rows of the first batch decide the types of the columns. Objects and lists become JSON text.
+    A field that is missing in a row is null.
     """
     schema: pa.Schema | None = None
     for group in _groups(numbered_lines(stream, name), selection.batch_rows):
@@ -127,7 +128,7 @@ def _infer_schema(rows: Sequence[dict[str, Any]], selection: Selection, name: st
             kind = pa.utf8()
         elif {type(value) for value in values} == {int, float}:
             kind = pa.float64()
-        else:  # the first value's; `_array` names the first row that differs
+        else:  # the first value's type; `_array` reports a row that differs
             kind = _TYPES.get(type(values[0]), pa.int64())
         fields.append(pa.field(column, kind))
     return pa.schema(fields)

@@ -1,4 +1,4 @@
-"""One stream of batches from many files, in one schema."""
+"""One stream of batches from many files; all batches have the same schema."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fletcher.readers.tables import read_arrow_file, read_arrow_stream, read_csv
 
 log = logging.getLogger(__name__)
 
-# Readers of streams: (stream, name for messages, selection) to batches.
+# Functions that read batches from a stream: (stream, name for messages, selection) -> batches.
 _STREAM_READERS: dict[Format, Callable[..., Batches]] = {
     "arrow": read_arrow_stream,
     "jsonl": read_jsonl,
@@ -46,25 +46,29 @@ def open_source(
     """Open files, folders or standard input (`-`) for reading as one stream.
 
     Formats: Parquet, CSV and TSV with a header, JSON lines, Arrow IPC (file and stream) and plain
-    text (a text per line). All except Parquet and Arrow files may be compressed with gzip or zstd.
+    text (a text per line). All formats except Parquet and the Arrow IPC file may be compressed with
+    gzip or zstd.
 
-    The format of standard input without a `format_name` follows from its first line: JSON, a CSV or
-    TSV header with the text column, else plain text. A line that may be another header is refused.
+    If `format_name` is None, the format of standard input is detected. Parquet and Arrow are
+    recognized by their first bytes, other formats by the first line: JSON, or a CSV or TSV header
+    with the text column. Any other first line means plain text, but one that might be a header is
+    refused.
 
     Args:
-        paths: Files, folders, `-`.
-        text_column: Column of the text; also the name of plain text's only column.
-        id_column: Column of the id; None: `id` if the input has one.
+        paths: Files or folders, or `-` for standard input.
+        text_column: Column of the text. The only column of plain text gets this name.
+        id_column: Column of the id; None: the column `id` if the input has it.
         columns: Further columns to read.
-        format_name: One of `fletcher.readers.FORMATS`; None: by name and content.
-        batch_rows: Maximum rows of a batch; batches are also limited to about 4 MiB.
-        limit: Maximum rows to read; None: all.
-        stdin: Replaces standard input.
+        format_name: One of `fletcher.readers.FORMATS`; None: detected from name and content.
+        batch_rows: Maximum number of rows of a batch. Batches are also limited to about 4 MiB.
+        limit: Maximum number of rows to read in all; None: no limit.
+        stdin: Stream to read instead of standard input.
         notice: Called with a message about a detected format or skipped files.
 
     Raises:
         InvalidCommandError: A path cannot be read, or a file does not match its format.
-        UnknownColumnError, ColumnTypeError, InvalidUtf8Error: The first rows do not fit.
+        UnknownColumnError, ColumnTypeError, InvalidUtf8Error: The first rows lack a column, or hold
+            values of a wrong type or invalid UTF-8.
     """
     if limit is not None and limit < 0:
         raise InvalidCommandError(f"`limit` is {limit}, expected 0 or more", field="limit")
@@ -76,14 +80,14 @@ def open_source(
 
 
 class TextSource:
-    """Text from files: batches of id, text and carried columns, in one schema.
+    """Text from files: batches of id, text and carried columns, with one schema.
 
     Attributes:
-        files: The inputs, in order.
-        selection: What is read of them.
-        schema: Of every batch: text utf8, id utf8 or an integer type.
+        files: The inputs, in the order of reading.
+        selection: Columns and rows to read from the files.
+        schema: Schema of every batch. The text is utf8, the id utf8 or an integer type.
         total_bytes: Size of all files; None unless all are regular files.
-        bytes_read: Share of `total_bytes` that the latest `batches()` has read.
+        bytes_read: Bytes of the files that the latest iteration of `batches()` has read so far.
     """
 
     def __init__(
@@ -100,7 +104,8 @@ class TextSource:
         self._notice = notice
         sizes = [file.size for file in files if file.size is not None]
         self.total_bytes: int | None = sum(sizes) if len(sizes) == len(files) else None
-        # The first batch decides the schema. The first call of `batches` continues after it.
+        # The first batch is read here because it decides the schema. The first call of `batches`
+        # returns that batch, and continues after it.
         found = self._read_files()
         empty = pa.RecordBatch.from_pydict({selection.text: pa.array([], pa.utf8())})
         batch, where = first = next(found, (empty, "no input"))
@@ -109,15 +114,16 @@ class TextSource:
 
     @property
     def reiterable(self) -> bool:
-        """Whether `batches` can be called again: all inputs are regular files."""
+        """Whether `batches` can be called repeatedly, as all inputs are regular files."""
         return self.total_bytes is not None
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All batches from the first row on, each of at most `batch_rows` rows.
+        """Batches of at most `batch_rows` rows. Every call starts at the first row.
 
         Raises:
             InvalidCommandError: A file is damaged, or an input cannot be read twice.
-            UnknownColumnError, ColumnTypeError, InvalidUtf8Error: A later file differs.
+            UnknownColumnError, ColumnTypeError, InvalidUtf8Error: A later row or file lacks a
+            column, or holds values of a wrong type or invalid UTF-8.
         """
         first_pass, self._first_pass = self._first_pass, None
         if first_pass is not None:
@@ -127,7 +133,7 @@ class TextSource:
         return self._conformed(self._read_files())
 
     def content_hash(self) -> str:
-        """SHA-256 in hex of the files' contents and of what is selected of them.
+        """SHA-256 in hex of the files' contents, their formats and the selection.
 
         Raises:
             InvalidCommandError: An input is not a regular file, or a file cannot be read.
@@ -159,7 +165,7 @@ class TextSource:
                     return
 
     def _read_files(self) -> Iterator[tuple[pa.RecordBatch, str]]:
-        """(unconverted batch, file's name); updates `bytes_read`."""
+        """Unconverted batches, each with its file's name; updates `bytes_read`."""
         before = 0
         for file in self.files:
             try:
@@ -175,7 +181,7 @@ class TextSource:
             self.bytes_read = before
 
     def _read_file(self, file: InputFile) -> Iterator[tuple[pa.RecordBatch, int]]:
-        """(unconverted batch, bytes of the file read so far)."""
+        """Unconverted batches of a file, each with the bytes of the file read so far."""
         with open_file(file, self._stdin) as opened:
             kind = sniff(file, opened, self.selection.text)
             if file.path is None and file.format is None:

@@ -1,4 +1,4 @@
-"""Readers of Parquet, Arrow and CSV, batch by batch."""
+"""Readers of Parquet, Arrow and CSV files that return one batch at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from fletcher.errors import InvalidCommandError, InvalidUtf8Error
 from fletcher.readers.columns import BATCH_BYTES, Batches, Selection
 
-# A CSV row must fit into one block; the server accepts rows of 16 MiB by default.
+# A CSV row must fit into one block. The server accepts rows of up to 16 MiB by default.
 CSV_BLOCK_BYTES = 32 << 20
 CSV_HEADER_BYTES = 1 << 20
 MAX_HEADER_LINES = 100
@@ -24,8 +24,8 @@ _END = "(end of file)"
 
 
 def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShare:
-    """(batch, share of the file read so far) of a Parquet file."""
-    # Without buffered reads, pyarrow reads every column chunk as a whole.
+    """Batches of a Parquet file, each with the share of the rows read so far, 0 to 1."""
+    # Reads are buffered because pyarrow would otherwise load each column chunk completely.
     with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         chosen = selection.pick_names(file.schema_arrow.names, name)
         rows = _rows_per_batch(file.metadata, chosen, selection.batch_rows)
@@ -36,7 +36,10 @@ def read_parquet(path: Path, name: str, selection: Selection) -> BatchesWithShar
 
 
 def _rows_per_batch(metadata: pq.FileMetaData, chosen: list[str], batch_rows: int) -> int:
-    """Rows per batch of about BATCH_BYTES, by the largest average row of a group."""
+    """Rows per batch of about BATCH_BYTES.
+
+    Computed from the row group whose rows are the largest on average.
+    """
     widest = 1.0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
@@ -48,7 +51,7 @@ def _rows_per_batch(metadata: pq.FileMetaData, chosen: list[str], batch_rows: in
 
 
 def read_arrow_file(path: Path, name: str, selection: Selection) -> BatchesWithShare:
-    """(batch, share of the file read so far) of an Arrow IPC file, mapped into memory."""
+    """Batches of a memory-mapped Arrow IPC file, with the share read so far, 0 to 1."""
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as file:
         chosen = selection.pick_names(file.schema.names, name)
         for index in range(file.num_record_batches):
@@ -68,12 +71,13 @@ def read_arrow_stream(stream: io.BufferedReader, name: str, selection: Selection
 def read_csv(stream: io.BufferedReader, name: str, selection: Selection, delimiter: str) -> Batches:
     """Batches of a CSV file with a header.
 
-    Text and id are strings, whatever they look like: an id `007` keeps its zeros. The first block
-    decides the types of carried columns. Quoted values may hold line ends.
+    Text and id are always read as strings, so that an id `007` keeps its zeros. The first block
+    decides the types of carried columns. Quoted values may contain line ends.
 
     Raises:
-        InvalidCommandError: A quote is never closed, so that the rest would be one value.
-        InvalidUtf8Error: A value, or the header, is not UTF-8.
+        InvalidCommandError: A quote is never closed, so that the rest of the file would be one
+            value.
+        InvalidUtf8Error: A value or the header is not UTF-8.
     """
     header = _header(stream, name, delimiter)
     if not header:
@@ -101,9 +105,10 @@ def read_csv(stream: io.BufferedReader, name: str, selection: Selection, delimit
 
 
 class _WithLastRow:
-    """A stream with an appended row, which shows whether the last quote was closed.
+    """A stream with one row appended, to find out whether the last quote was closed.
 
-    pyarrow takes the end of a file for a closing quote.
+    pyarrow accepts the end of a file in place of a closing quote. If a quote is open, the appended
+    row becomes part of the quoted value and does not appear as a row.
     """
 
     closed = False
@@ -136,7 +141,7 @@ def _without_last_row(
 
 
 def _header(stream: io.BufferedReader, name: str, delimiter: str) -> list[str]:
-    """Read the header off the stream; empty for an empty file."""
+    """Read the header from the stream: the column names; empty for an empty file."""
     text = ""
     for _ in range(MAX_HEADER_LINES):
         line = stream.readline(CSV_HEADER_BYTES)

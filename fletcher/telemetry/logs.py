@@ -1,4 +1,4 @@
-"""Logging to standard error: text for people, or JSON lines for collectors."""
+"""Logging to standard error, as text for people or as JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import warnings
 from datetime import UTC, datetime
 from typing import Any
 
-# Attributes of every record; any other came by `extra` and belongs to the message.
+# Attributes that every log record has. Other attributes were given as `extra` and are logged.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 def set_up_logging(level: str, style: str) -> None:
-    """Send Fletcher's log, and other packages' warnings, to standard error."""
+    """Send Fletcher's log and the warnings of other packages to standard error.
+
+    `level` is the least severe level of Fletcher's log. `style` is `json` or `text`.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     root = logging.getLogger()
@@ -27,7 +30,7 @@ def set_up_logging(level: str, style: str) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """`11:04:05 info fletcher.runtime: warmed up (model=x)`."""
+    """Formatter of lines like `11:04:05 info fletcher.runtime: warmed up (model=x)`."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S")
@@ -36,12 +39,12 @@ class TextFormatter(logging.Formatter):
             text += " (" + ", ".join(f"{name}={value}" for name, value in extra.items()) + ")"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        # Clear a live progress line first.
+        # Clear a live progress bar in the line before the text is printed.
         return "\r\x1b[K" + text if sys.stderr.isatty() else text
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, `extra` fields."""
+    """Formatter of JSON lines: time (UTC), level, logger, message, `extra` fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {

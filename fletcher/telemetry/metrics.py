@@ -1,12 +1,12 @@
 """Fletcher's metrics: OpenTelemetry instruments, declared once in `Instruments`.
 
-Every metric is read through the SDK's readers: `Instruments.snapshot` has one in memory for the
-`stats` action, and `telemetry.otlp` attaches one that exports. More can be attached.
+Every metric is read through readers of the SDK. `Instruments.snapshot`, for the `stats` action,
+uses a reader in memory. `telemetry.otlp` attaches a reader that exports. More can be attached.
 
-Counters and gauges are observable instruments over values that are kept here, because an `add` of
-the SDK's own counter costs about seven times as much CPU time (measured with two attributes and one
-reader), and each further reader adds to that. Histograms are the SDK's own, as OpenTelemetry has no
-observable ones; a micro-batch records about five values.
+Counters and gauges keep their values in this module, and are observable instruments of the SDK. An
+`add` of the SDK's own counter costs about seven times as much CPU time (measured with two
+attributes and one reader), and more with each further reader. Histograms are the SDK's own, as
+OpenTelemetry has no observable histograms. A micro-batch records about five values.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ if TYPE_CHECKING:
 
 Key = tuple[str, ...]
 
-# Seconds, from 0.1 ms to 210 s, four bounds an octave: a percentile is within 19% of the truth.
+# Bounds of buckets in seconds, from 0.1 ms to 210 s. With four bounds per octave, a percentile is
+# at most 19% wrong.
 BOUNDS_S = tuple(0.0001 * 2 ** (step / 4) for step in range(85))
-# Readers that send their data elsewhere get one bound an octave.
+# Bounds for readers that export their data: one per octave.
 EXPORTED_BOUNDS_S = BOUNDS_S[::4]
 
 
 class _Instrument(ABC):
-    """A named value per combination of labels.
+    """A metric with one value for each combination of label values.
 
-    The unit is UCUM: `s`, `By`, `{row}`. All labels are required at every call. Their values come
+    The unit is a UCUM code: `s`, `By`, `{row}`. Every call must give all labels. Label values come
     from small closed sets (stages, devices, error codes), never from a request.
     """
 
-    empty: Any = 0  # the value before the first point
+    empty: Any = 0  # the value without any data point
 
     def __init__(self, name: str, unit: str, text: str, *labels: str) -> None:
         self.name = f"fletcher.{name}"
@@ -60,10 +61,11 @@ class _Instrument(ABC):
         """Create the OpenTelemetry instrument. Called once."""
 
     def summarize(self, points: Sequence[Any]) -> Any:
-        """A reader's data points, ready for JSON.
+        """Convert a reader's data points to a value for JSON.
 
         Returns:
-            The one value of an instrument without labels; else values by label, joined by commas.
+            For an instrument without labels, its one value. Otherwise a dict of values, whose keys
+            are label values joined by commas.
         """
         values = {
             tuple(point.attributes[label] for label in self.labels): self._value(point)
@@ -86,11 +88,11 @@ class _Instrument(ABC):
 
 
 class _Observable(_Instrument):
-    """An instrument whose values a reader asks for."""
+    """An instrument that returns its values when a reader asks for them."""
 
     @abstractmethod
     def values(self) -> dict[Key, float]:
-        """Current values by label values."""
+        """Current values, by the values of the labels."""
 
     def _observe(self, _: api.CallbackOptions) -> list[api.Observation]:
         from opentelemetry.metrics import Observation
@@ -102,7 +104,7 @@ class _Observable(_Instrument):
 
 
 class Counter(_Observable):
-    """A sum that only grows. Thread-safe."""
+    """A sum that never decreases. Thread-safe."""
 
     _entries: dict[Key, float]
 
@@ -110,7 +112,7 @@ class Counter(_Observable):
         meter.create_observable_counter(self.name, [self._observe], self.unit, self.text)
 
     def add(self, amount: float = 1, **attributes: str) -> None:
-        """Add `amount`, which is not negative."""
+        """Add `amount`, which must not be negative."""
         key = self._key(attributes)
         with self._lock:
             self._entries[key] = self._entries.get(key, 0) + amount
@@ -121,7 +123,7 @@ class Counter(_Observable):
 
 
 class Gauge(_Observable):
-    """A value that is asked for when it is read: a queue's depth, the open streams."""
+    """A value returned by a callback at each reading, such as the depth of a queue."""
 
     empty = None
 
@@ -131,12 +133,13 @@ class Gauge(_Observable):
         meter.create_observable_gauge(self.name, [self._observe], self.unit, self.text)
 
     def observe(self, callback: Callable[[], float], **attributes: str) -> Callable[[], None]:
-        """Ask `callback` for the value; it replaces one with the same labels.
+        """Register `callback`, which returns the value for these labels.
 
-        `callback` is called from any thread; it must not raise and must not block.
+        It replaces a callback with the same labels. `callback` may be called on any thread. It must
+        not raise and must not block.
 
         Returns:
-            A function that removes the callback, unless another has taken its place.
+            A function that removes the callback, unless another callback has replaced it.
         """
         key = self._key(attributes)
         with self._lock:
@@ -152,7 +155,7 @@ class Gauge(_Observable):
     def values(self) -> dict[Key, float]:
         with self._lock:
             callbacks = dict(self._entries)
-        # Outside the lock: a callback may count too.
+        # Callbacks are called without the lock, because a callback may use this instrument.
         return {key: callback() for key, callback in callbacks.items()}
 
 
@@ -160,7 +163,7 @@ class Histogram(_Instrument):
     """A distribution of durations in seconds. Thread-safe."""
 
     empty = dict.fromkeys(("count", "sum", "p50", "p95", "p99"), 0)
-    registered: Future[Any]  # done when there is a `_recorder`
+    registered: Future[Any]  # done when `_recorder` is set
     _recorder: api.Histogram | None = None
 
     def register(self, meter: api.Meter) -> None:
@@ -169,7 +172,7 @@ class Histogram(_Instrument):
         )
 
     def record(self, seconds: float, **attributes: str) -> None:
-        """Record one duration; the first waits until the SDK is loaded."""
+        """Record one duration. The first call waits until the SDK is loaded."""
         self._key(attributes)
         if self._recorder is None:
             self.registered.result()
@@ -178,7 +181,7 @@ class Histogram(_Instrument):
 
     @contextmanager
     def time(self, **attributes: str) -> Iterator[None]:
-        """Record the duration of the block, also if it raises."""
+        """Record the duration of a `with` block, even if the block raises."""
         started = time.perf_counter()
         try:
             yield
@@ -191,7 +194,7 @@ class Histogram(_Instrument):
 
 
 def _percentile(point: HistogramDataPoint, share: float) -> float:
-    """A percentile, interpolated within its bucket; never outside the recorded values."""
+    """Percentile, interpolated within its bucket and limited to recorded values."""
     rank = share * point.count
     below = 0
     for num, (left, right) in zip(
@@ -205,10 +208,11 @@ def _percentile(point: HistogramDataPoint, share: float) -> float:
 
 
 class Instruments:
-    """All metrics of Fletcher: name, unit, meaning and labels of each.
+    """All metrics of Fletcher, with the name, unit, meaning and labels of each.
 
-    Other readers than the one in memory get the attributes of this process in `resource`. Importing
-    the SDK takes 0.05 s of CPU time: `in_background` it overlaps with loading the model.
+    `resource` holds attributes of this process that `readers` export with the metrics. Importing
+    the SDK takes 0.05 s of CPU time. With `in_background`, a thread imports it while the model is
+    loaded.
     """
 
     def __init__(
@@ -284,14 +288,15 @@ class Instruments:
             setup.join()
 
     def all(self) -> list[_Instrument]:
-        """Every instrument, in the order of declaration."""
+        """All instruments, in the order of their declaration."""
         return [one for one in vars(self).values() if isinstance(one, _Instrument)]
 
     def snapshot(self) -> dict[str, Any]:
-        """Every instrument's value by its name, ready for JSON.
+        """Values of all instruments by name, ready for JSON.
 
-        A number; for labelled instruments a number by label; for histograms `{count, sum, p50, p95,
-        p99}` in seconds, the percentiles approximate.
+        The value of a counter or gauge is a number. The value of a histogram is `{count, sum, p50,
+        p95, p99}` in seconds, with approximate percentiles. An instrument with labels has a dict of
+        such values by label values.
         """
         data = self._reader.result().get_metrics_data()
         points = {
@@ -316,12 +321,12 @@ class Instruments:
             for one in self.all():
                 one.register(meter)
             self._reader.set_result(reader)
-        except BaseException as error:  # noqa: BLE001 - of a thread, raised by whoever waits for it
+        except BaseException as error:  # noqa: BLE001 - `result()` raises it on other threads
             self._reader.set_exception(error)
 
 
 def own_version() -> str:
-    """The installed version of Fletcher; 0 in a checkout that is not installed."""
+    """Installed version of Fletcher; "0" in a checkout that is not installed."""
     try:
         return version("longbow-fletcher")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Export of metrics and traces by OTLP; imported only if an endpoint is set."""
+"""Export of metrics and traces by OTLP. Imported only if an endpoint is set."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fletcher.telemetry.tracing import ExportTiming, Span
 
 
 class OtlpExport:
-    """Export to the collector at `base`, on threads of the SDK.
+    """Exports metrics and traces to the collector at `base`, on threads of the SDK.
 
     Attributes:
-        reader: Exports the metrics, once a MeterProvider has it.
-        resource: Attributes of this process in both exports.
+        reader: Reader that exports the metrics of the MeterProvider that it is attached to.
+        resource: Attributes of this process, which are exported with metrics and traces.
 
     Raises:
         ConfigError: The exporter is not installed.
@@ -70,7 +70,7 @@ class OtlpExport:
         return TraceContextTextMapPropagator().extract(carrier, context=Context())
 
     def close(self) -> None:
-        """Export what is left; takes about twice the timeout at most."""
+        """Export the remaining data. Takes at most about twice the timeout."""
         self._spans.shutdown()
         self.reader.shutdown(timeout_millis=self._timeout_s * 1000)
 
@@ -79,8 +79,9 @@ class _RecordedSpan(Span):
     def __init__(
         self, tracer: Tracer, name: str, parent: Context | None, attributes: Mapping[str, Any]
     ) -> None:
-        # An explicit parent instead of the thread's context: an operation changes threads at every
-        # stage, and a generator that a server drives would leave its context in that thread.
+        # The parent is passed explicitly, because the thread's context would be wrong. An operation
+        # changes threads at every stage. A generator that a server iterates would leave its context
+        # in the server's thread.
         root = parent if parent is not None else Context()
         self._span = tracer.start_span(name, context=root, attributes=dict(attributes))
         self.context = set_span_in_context(self._span, root)
@@ -101,9 +102,9 @@ class _RecordedSpan(Span):
 
 
 class _RareLog(logging.Filter):
-    """Passes one record per interval.
+    """Log filter that lets one record pass per `quiet_s` seconds.
 
-    An unreachable collector would log three lines an export.
+    Without it, each export to an unreachable collector would log three lines.
     """
 
     def __init__(self, quiet_s: float) -> None:

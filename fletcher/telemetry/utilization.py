@@ -1,4 +1,4 @@
-"""Share of its time that a device computes, recently and under its last load."""
+"""Share of time that a device spends computing, recently and under its last load."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections import deque
 from collections.abc import Callable
 
 RECENT_S = 10
-# A device without a run for so long was not under load.
+# A load ends when the device runs nothing for this long.
 _PAUSE_S = 1.0
 
 
 class Utilization:
-    """One device's share of time, from the durations of its runs. Thread-safe."""
+    """Computes a device's busy share from the durations of its runs. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # Seconds of computing, by the whole second of the clock in which their runs ended.
+        # (second, sum): seconds of computing in runs that ended in that whole second of the clock.
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_S + 1)
+        # Start and end on the clock.
         self._began = self._ended = 0.0  # of the last load; equal before the first run
-        self._load_s = 0.0  # sum of its runs
+        self._load_s = 0.0  # sum of the runs of the last load
 
     def record_run(self, seconds: float) -> None:
-        """Record a run that ends now."""
+        """Record a run of this duration that ends now."""
         now = self._clock()
         with self._lock:
             if self._ended == self._began or now - seconds > self._ended + _PAUSE_S:
@@ -37,16 +38,20 @@ class Utilization:
             self._recent.append((int(now), before + seconds))
 
     def recent_share(self, concurrency: int) -> float:
-        """Share, 0 to 1, of the last `RECENT_S` whole seconds for `concurrency` runs."""
+        """Busy share, 0 to 1, during the last `RECENT_S` whole seconds.
+
+        `concurrency` is the number of runs that the device can do at the same time.
+        """
         last = int(self._clock())
         with self._lock:
             seconds = sum(some for end, some in self._recent if last - RECENT_S <= end < last)
         return min(1.0, seconds / (RECENT_S * concurrency))
 
     def last_load(self, concurrency: int) -> tuple[float, float]:
-        """Share of the last load, 0 to 1, and its duration in seconds.
+        """Busy share during the last load, 0 to 1, and that load's duration in seconds.
 
-        A load lasts as long as the device is never without a run for a second; it may go on.
+        A load ends when the device runs nothing for a second. The last load may not have ended yet.
+        `concurrency` is the number of runs that the device can do at the same time.
         """
         with self._lock:
             elapsed = self._ended - self._began
