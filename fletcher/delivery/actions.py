@@ -1,6 +1,7 @@
 """Actions of a committer and a journal writer, and the outcomes of the actions.
 
-A queue decides under its thread's lock; the thread acts without it and reports the outcome.
+A queue chooses an action while its thread holds a lock. The thread carries out the action without
+the lock and reports the outcome to the queue.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from fletcher.stores.base import WriteMode
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A request to prepare the dataset; a caller that stops waiting cancels `ready`."""
+    """A request to prepare the dataset.
+
+    A caller that stops waiting cancels `ready`.
+    """
 
     schema: pa.Schema
     mode: WriteMode
@@ -28,21 +32,21 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing to do until then (`time.monotonic`), unless something changes."""
+    """Do nothing until the time `until` (`time.monotonic`) or the next change."""
 
     until: float
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Prepare the dataset."""
+    """Prepare the dataset as `opening` requests."""
 
     opening: Opening
 
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Store groups of one kind; `full`: more rows wait behind them."""
+    """Store groups of one kind. `full`: more rows wait after these groups."""
 
     groups: list[Group]
     full: bool
@@ -58,7 +62,10 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Fail the uploads of rows and release them; `in_doubt`: the store may hold some."""
+    """Fail the uploads of some rows and release these rows.
+
+    `in_doubt`: the store may hold some of the rows.
+    """
 
     rows: list[Rows]
     error: FletcherError
@@ -67,7 +74,7 @@ class GiveUp:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Release rows of failed uploads; `in_doubt`: the store may hold some."""
+    """Release rows of failed uploads. `in_doubt`: the store may hold some of them."""
 
     rows: list[Rows]
     in_doubt: bool
@@ -75,26 +82,29 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """Offer to end. Outcome: whether the offer was taken."""
+    """Offer to end the committer. Outcome: whether it ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Journal groups of one schema with one sync."""
+    """Write groups of one schema to the journal, with one sync for all."""
 
     rows: list[Rows]
 
 
 @dataclass(frozen=True, slots=True)
 class CloseSegment:
-    """End the open journal segment; `flush`: make room by sending journaled rows."""
+    """Close the open journal segment.
+
+    `flush`: also send journaled rows now, to make room in the journal.
+    """
 
     flush: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End the thread; all that waits is given up."""
+    """End the thread, and give up the waiting rows and openings."""
 
     rows: list[Rows]
     openings: tuple[Opening, ...] = ()
@@ -102,7 +112,10 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The store has the first groups of an append; `slow_down`: it asked for a rest."""
+    """The first `num_groups` groups of an append are stored.
+
+    `slow_down`: the store asked for a rest.
+    """
 
     num_groups: int
     seconds: float
@@ -111,7 +124,10 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Unavailable:
-    """An append failed with a retryable error; its first `num_groups` are in doubt."""
+    """An append failed with a retryable error.
+
+    The store may hold the first `num_groups` groups.
+    """
 
     num_groups: int
     seconds: float
@@ -120,7 +136,7 @@ class Unavailable:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The store refused the first `num_groups` of an append, or one of them, for good."""
+    """The store refused at least one of the first `num_groups` groups for good."""
 
     num_groups: int
     error: FletcherError
@@ -128,7 +144,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Unwritten:
-    """Rows are not in the journal; `retryable`: they may be later."""
+    """Rows could not be journaled. `retryable`: another attempt may succeed."""
 
     rows: list[Rows]
     error: FletcherError
@@ -136,5 +152,5 @@ class Unwritten:
 
 
 def shutting_down() -> StoreUnavailableError:
-    """Error for rows and requests that are given up by `Stop`, or come after it."""
+    """Error for rows and requests that `Stop` gives up, or that arrive after it."""
     return StoreUnavailableError("the server is shutting down")

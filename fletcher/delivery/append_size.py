@@ -1,8 +1,9 @@
 """Size of the next append to a dataset, and the pause before it.
 
-The store tells its limits by refusing too much, by being slow or by asking for a rest. Each such
-answer halves the next append; each full append that goes well makes it a sixteenth larger. (TCP
-grows by a fixed step, which a store with a low limit would refuse every time.)
+A store shows its limit by refusing an append as too much, or by being slow. Each such append halves
+the size of the next one. Each full append that succeeds makes the next one a sixteenth larger. (TCP
+grows by a fixed step, which a store with a low limit would refuse every time.) A store may also ask
+for a rest: then appends do not grow, and a pause follows each of them.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from fletcher.errors import FletcherError, OverloadedError
 from fletcher.util.backoff import Backoff
 
 _GROWTH = 17 / 16
-# A group cannot be divided once it was sent, so a smaller share changes nothing.
+# A group that was sent once cannot be divided, so a smaller share would change nothing.
 _SMALLEST_SHARE = 1 / 1024
 _FIRST_REST_S = 0.1
 _LONGEST_REST_S = 10.0
 
 
 class AppendSize:
-    """One dataset's append size. Not thread-safe. All times are of `time.monotonic`.
+    """One dataset's append size. Not thread-safe. All times are from `time.monotonic`.
 
     Args:
-        slow_s: Duration beyond which an append was too large. Four times that is the store's
-            deadline.
-        retry: Pauses after failed appends.
-        jitter: Returns a random share of a pause, 0 to 1.
+        slow_s: Duration in seconds from which an append counts as too large. The store's deadline
+            is four times as long.
+        retry: Lengths of the pauses after failed appends.
+        jitter: Callback that returns a random number from 0 to 1, for the random part of a pause.
 
     Attributes:
-        share: Share of a full append that the store bears, 0 to 1.
+        share: Size of the next append as a share of a full append, 0 to 1.
         ready_at: Earliest start of the next append.
-        rest_s: Pause after each append, because the store asked for it.
+        rest_s: Pause in seconds after each append, because the store asked for a rest.
     """
 
     def __init__(
@@ -47,13 +48,17 @@ class AppendSize:
         self._failures = 0
 
     def limit(self, most: int) -> int:
-        """The part of `most` (rows or bytes) that the next append may carry, at least 1."""
+        """Limit of the next append, in rows or bytes; at least 1.
+
+        `most` is the limit of a full append.
+        """
         return max(1, int(most * self.share))
 
     def note_stored(self, now: float, seconds: float, *, full: bool, slow_down: bool) -> None:
-        """Learn from an append that went well; `slow_down`: the store asked for a rest.
+        """Learn from an append that succeeded after `seconds`.
 
-        `full`: it carried all it might; a smaller one proves nothing about more.
+        `full`: the append was as large as allowed. A smaller one does not prove that the store
+        takes more. `slow_down`: the store asked for a rest.
         """
         self._failures = 0
         if slow_down:
@@ -76,7 +81,7 @@ class AppendSize:
         )
 
     def resume(self, now: float) -> None:
-        """End the pause after failures: another dataset found the store available."""
+        """End the pause after failures, because another dataset found the store available."""
         self._failures = 0
         self.ready_at = now
 

@@ -1,9 +1,10 @@
 """Circuit breaker of a store, shared by the committers of all its datasets.
 
-Closed, everybody calls the store. After some failures in a row it opens, and nobody calls. When its
-pause is over one committer tries (half-open): an answer closes it for all, a failure makes the next
-pause longer. No library is used: those for breakers wait or fail by themselves, and here each
-committer's thread waits for other events, too.
+While the breaker is closed, all committers call the store. After some failures in a row it opens,
+and no committer calls. After a pause the breaker is half-open: one committer tries. If the store
+answers, the breaker closes for all. If the try fails, the next pause is longer. No library is used:
+breaker libraries block or raise by themselves, but a committer's thread also waits for other
+events.
 
     closed ──`_FAILURES` in a row──▶ open ──pause over, one tries──▶ half-open ──answer──▶ closed
                                       ▲────────────────────failure───────┘
@@ -31,11 +32,13 @@ from fletcher.util.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
-# Any other error is an answer, and proves that the store is available.
+# Errors after which a call may be repeated. Any other error counts as an answer, which proves that
+# the store is available.
 RETRYABLE = (UnavailableError, DeadlineExceededError)
 
 _FAILURES = 3
-# Extra pause of the caller that tried last and failed: its dataset alone may be in trouble.
+# Extra pause of the caller whose try failed last, so that another dataset tries first: the trouble
+# may be limited to one dataset.
 _YIELD_S = 0.05
 
 
@@ -44,8 +47,8 @@ class Breaker:
 
     Args:
         name: The store's name, for the log.
-        retry: Pauses while the store is unavailable.
-        jitter: Returns a random share of a pause, 0 to 1.
+        retry: Lengths of the pauses while the store is unavailable.
+        jitter: Callback that returns a random number from 0 to 1, for the random part of a pause.
     """
 
     def __init__(
@@ -62,9 +65,9 @@ class Breaker:
         self._jitter = jitter
         self._lock = threading.Lock()
         self._failures = 0
-        self._since = 0.0  # time of the first failure
+        self._since = 0.0  # time of the first of the failures in a row
         self._reason = ""
-        self._retry_at: float | None = None  # None: closed
+        self._retry_at: float | None = None  # None: the breaker is closed
         self._num_tries = 0
         self._trying: object | None = None
         self._tried_last: object | None = None
@@ -72,7 +75,10 @@ class Breaker:
         self._listeners: list[Callable[[], None]] = []
 
     def add_listener(self, listener: Callable[[], None]) -> None:
-        """Call `listener` after each try of an unavailable store; it must not block."""
+        """Have `listener` called after each call to an unavailable store.
+
+        The listener must not block.
+        """
         with self._lock:
             self._listeners.append(listener)
 
@@ -81,17 +87,17 @@ class Breaker:
             self._listeners.remove(listener)
 
     def ready_at(self, caller: object) -> float:
-        """Time from which `caller` may call; infinite while another caller tries."""
+        """Time from which `caller` may call the store; infinite while one tries."""
         with self._lock:
             return self._ready_at(caller)
 
     def require_ready(self, caller: object) -> None:
-        """Raise the error of `error_for` unless `caller` may call now."""
+        """Raise the error from `error_for` if `caller` may not call the store now."""
         if self.ready_at(caller) > self._clock():
             raise self.error_for(caller)
 
     def error_for(self, caller: object) -> StoreUnavailableError:
-        """Error that says since when and why the store is unavailable, and when to retry."""
+        """Error for an unavailable store, with duration, cause and time to retry."""
         with self._lock:
             delay_s = max(0.0, self._ready_at(caller) - self._clock())
             return StoreUnavailableError(
@@ -105,10 +111,10 @@ class Breaker:
 
     @contextmanager
     def guard_call(self, caller: object, *, proof: bool = True) -> Iterator[None]:
-        """Context of a call to the store; learns from its end and lets errors through.
+        """Context for a call to the store. Notes the result and does not catch errors.
 
-        `proof`: success proves that the store is available. A store with a full disk prepares
-        datasets and takes no rows, so preparing one proves nothing.
+        `proof`: whether success proves that the store is available. Preparing a dataset proves
+        nothing: a store with a full disk still prepares datasets, but takes no rows.
         """
         with self._lock:
             if self._retry_at is not None and self._ready_at(caller) <= self._clock():
@@ -126,7 +132,7 @@ class Breaker:
 
     @property
     def unavailable_since(self) -> float | None:
-        """Time of the first failed call; None: the store is available."""
+        """Time of the outage's first failed call; None if the store is available."""
         with self._lock:
             return None if self._retry_at is None else self._since
 
@@ -161,7 +167,8 @@ class Breaker:
             if opened:
                 self._num_tries = 0
                 self._num_outages += 1
-            # A call that began before the breaker opened tells nothing new.
+            # While the breaker is open, only the caller that tries counts. Other calls began before
+            # it opened, so their failure is no news.
             if opened or tried:
                 self._trying = None
                 self._num_tries += 1

@@ -1,7 +1,8 @@
 """Rows that wait for a dataset's committer, and the choice of its next action.
 
-No threads, locks or clocks: the committer calls it under its lock and passes the time. No library
-is used: those for state machines add names for states, and here the state is the rows.
+This module uses no threads, locks or clocks. The committer calls the queue under its own lock and
+passes the time. No library is used: libraries for state machines add names for states, but here the
+state is the set of waiting rows.
 """
 
 from __future__ import annotations
@@ -33,22 +34,23 @@ from fletcher.errors import FletcherError
 Action = Wait | Open | Append | Reject | GiveUp | Release | Rest | Stop
 Outcome = Stored | Unavailable | Refused | bool | None
 
-# An append is in memory up to four times while it is joined and encoded, beside what the streams'
-# allowances count; and a utf8 column holds less than 2 GiB.
+# Limit of an append's size. While rows are joined and encoded, memory holds up to four copies of an
+# append, which no stream's memory budget counts. Also, a utf8 column holds less than 2 GiB.
 _COMMIT_BYTES = 32 << 20
 
 
 class WaitingRows:
-    """Waiting rows in the order of sending: groups that were sent before come first.
+    """Waiting rows in the order of sending. Groups that were sent before come first.
 
-    `num_bytes` is their size in memory, also of rows that are still in the journal.
+    `num_bytes` is the size that all waiting rows have in memory. Rows that are still in the journal
+    count as if they were loaded.
     """
 
     def __init__(self) -> None:
         self.num_rows = self.num_bytes = 0
-        self.sent: deque[Group] = deque()  # their extent is fixed
+        self.sent: deque[Group] = deque()  # were sent before, so their rows are fixed
         self._new: deque[Rows] = deque()
-        self._num_in_memory = 0  # entries that are not journaled
+        self._num_in_memory = 0  # number of `Rows` objects that are not journaled
 
     def __bool__(self) -> bool:
         return bool(self.sent or self._new)
@@ -58,13 +60,16 @@ class WaitingRows:
         self._count([rows], 1)
 
     def put_back(self, groups: Sequence[Group]) -> None:
-        """Queue groups before all others again; they were taken last."""
+        """Queue the groups that were taken last again, before all others."""
         self.sent.extendleft(reversed(groups))
         for group in groups:
             self._count(group.rows, 1)
 
     def take_groups(self, *, max_rows: int, max_bytes: int, group_rows: int) -> list[Group]:
-        """Take the oldest rows of one kind that fit one append; at least one group."""
+        """Take the oldest rows of one kind for one append, and form groups of them.
+
+        Returns at least one group if rows wait, even one beyond the limits.
+        """
         if self.sent:
             return self._take_sent(max_rows, max_bytes)
         taken: list[Rows] = []
@@ -82,11 +87,11 @@ class WaitingRows:
         return form_groups(taken, min(group_rows, max_rows))
 
     def remove_in_memory(self, condition: Callable[[Rows], bool]) -> tuple[list[Rows], bool]:
-        """Remove rows that are not journaled and meet a condition.
+        """Remove the rows that are not journaled and that meet a condition.
 
         Returns:
-            The rows, and whether the store may hold some. The first rows of a group that was sent
-            stand for the whole group.
+            Two values: the removed rows, and whether the store may hold some of them. A group that
+            was sent before is removed as a unit if the condition holds for its first entry.
         """
         if not self._num_in_memory:
             return [], False
@@ -117,19 +122,19 @@ class WaitingRows:
 
     @property
     def oldest(self) -> float:
-        """Arrival of the rows that are sent next; there must be some."""
+        """Arrival time of the rows that are sent next. Requires that rows wait."""
         return self.sent[0].rows[0].arrived if self.sent else self._new[0].arrived
 
     @property
     def oldest_in_memory(self) -> float:
-        """First arrival of rows that are not journaled; infinite without such rows."""
+        """Earliest arrival time of rows not journaled; infinite if there are none."""
         if not self._num_in_memory:
             return math.inf
         rows = [*(group.rows[0] for group in self.sent), *self._new]
         return min(one.arrived for one in rows if not one.journaled)
 
     def any_before(self, moment: float) -> bool:
-        """Whether rows wait that arrived by then, or that were sent before."""
+        """Whether some waiting rows were sent before, or arrived by `moment`."""
         return bool(self.sent) or any(rows.arrived <= moment for rows in self._new)
 
     def _take_sent(self, max_rows: int, max_bytes: int) -> list[Group]:
@@ -160,9 +165,10 @@ class WaitingRows:
 
 
 class CommitQueue:
-    """State of one committer: `decide` returns actions, `note_outcome` ends them.
+    """State of one committer, and the choice of its next action. Not thread-safe.
 
-    Not thread-safe. All times are of `time.monotonic`.
+    `decide` returns an action, and `note_outcome` takes the action's outcome. All times are from
+    `time.monotonic`.
 
     Args:
         linger_s: Idle time after which the committer offers to end.
@@ -172,8 +178,9 @@ class CommitQueue:
         self, config: DeliveryConfig, breaker: Breaker, append_size: AppendSize, linger_s: float
     ) -> None:
         self.waiting = WaitingRows()
-        self.stopped = False  # nothing is accepted any more
-        # Since when appends have failed, and the last error.
+        self.stopped = False  # if True, rows and openings are no longer accepted
+        # Time since which all appends have failed, and the last error. None if the last append did
+        # not fail.
         self.failing: tuple[float, FletcherError] | None = None
         self._config = config
         self._breaker = breaker
@@ -190,11 +197,14 @@ class CommitQueue:
         self._openings.append(opening)
 
     def request_flush(self) -> None:
-        """Send the rows that wait now without waiting for more."""
+        """Have the waiting rows sent now, without waiting for more rows."""
         self._flushing = True
 
     def remove_abandoned(self) -> tuple[list[Rows], bool]:
-        """Remove rows whose client sends them again; and whether the store may hold some."""
+        """Remove rows of failed uploads, which clients send again.
+
+        Returns two values: the removed rows, and whether the store may hold some of them.
+        """
         return self.waiting.remove_in_memory(lambda rows: rows.abandoned)
 
     @property
@@ -203,13 +213,16 @@ class CommitQueue:
 
     @property
     def has_decided_groups(self) -> bool:
-        """Whether a waiting group has its duplicates marked already."""
+        """Whether the duplicates in some waiting group are marked already."""
         if self._rejected is not None and self._rejected.group.decided:
             return True
         return any(group.decided for group in self.waiting.sent)
 
     def decide(self, now: float) -> Action:
-        """The next action; report its outcome, except of Wait and Stop."""
+        """The next action.
+
+        The caller reports its outcome to `note_outcome`, except that of Wait and Stop.
+        """
         action = self._next_action(now)
         self._holds_rows = isinstance(action, Append | Reject | GiveUp | Release)
         if not isinstance(action, Wait):
@@ -217,10 +230,10 @@ class CommitQueue:
         return action
 
     def note_outcome(self, action: Action, outcome: Outcome, now: float) -> None:
-        """Learn how an action went.
+        """Learn the outcome of an action.
 
-        The outcome of an append is None if its groups are lost; that of a rest, whether the
-        committer ends; that of other actions, None.
+        After an append, None means that its groups are lost. After a Rest, the outcome is whether
+        the committer ends. The outcome of other actions is None.
         """
         self._holds_rows = False
         if isinstance(action, Rest):
@@ -246,8 +259,8 @@ class CommitQueue:
                 self.waiting.put_back(groups[1:])
                 self.failing = None
             case Refused(num_groups):
-                # Each goes alone, to find the one at fault. An unexpected error may have come
-                # after rows were stored.
+                # Send each group by itself, to find the one that the store refuses. Mark them in
+                # doubt, because an unexpected error may have occurred after rows were stored.
                 for group in groups[:num_groups]:
                     group.in_doubt = group.alone = True
                 self.waiting.put_back(groups)
@@ -294,10 +307,11 @@ class CommitQueue:
         return Rest() if rest_at <= now else Wait(rest_at)
 
     def _can_open(self) -> bool:
-        """Whether the first opening may be carried out.
+        """Whether the first opening may be carried out now.
 
-        Rows that arrived before an overwrite was requested are stored first, to be removed by it.
-        Later rows may come before or after it: waiting for them, too, might never end.
+        Rows that arrived before an overwrite was requested are stored first, so that the overwrite
+        removes them. The overwrite does not wait for later rows, because the wait might never end.
+        Later rows may be stored before or after it.
         """
         if not self._openings:
             return False
@@ -309,7 +323,7 @@ class CommitQueue:
         )
 
     def _due_at(self, now: float) -> float:
-        """Time at which the next append is due; infinite without rows."""
+        """Time at which the next append is due; infinite if no rows wait."""
         waiting = self.waiting
         if not waiting:
             self._flushing = False
@@ -323,7 +337,7 @@ class CommitQueue:
         return max(waiting.oldest + self._config.group_delay_s, ready_at)
 
     def _ready_at(self, now: float) -> float:
-        """Earliest start of the next append, by the breaker or the append size."""
+        """Earliest start of the next append that breaker and append size allow."""
         if self._breaker.unavailable_since is not None:
             self._was_unavailable = True
             return self._breaker.ready_at(self)
@@ -333,13 +347,19 @@ class CommitQueue:
         return self._append_size.ready_at
 
     def _overdue_at(self, since: float | None) -> float:
-        """Time at which the first rows in memory are given up; infinite if never."""
+        """Time at which the oldest rows in memory are given up; infinite for never.
+
+        `since`: time since which the store has failed; None if it has not.
+        """
         if since is None:
             return math.inf
         return max(since, self.waiting.oldest_in_memory) + self._config.store_retry_s
 
     def _take_overdue(self, now: float) -> GiveUp | None:
-        """Remove rows in memory whose time is over, unless they may be tried right now."""
+        """Remove rows in memory that have waited too long for a failing store.
+
+        Returns None if there are no such rows, or if an append may start right now.
+        """
         since, retry_s = self._failing_since(), self._config.store_retry_s
         if since is None or self._overdue_at(since) > now or self._ready_at(now) <= now:
             return None
@@ -348,12 +368,15 @@ class CommitQueue:
             lambda rows: max(since, rows.arrived) + retry_s <= now
         )
         if not self.waiting:
-            # Later rows are tried afresh: only a try would end the wait.
+            # Let later rows be sent without a pause: only a new append can end the failing state.
             self.failing = None
             self._append_size.resume(now)
         return GiveUp(overdue, error, in_doubt)
 
     def _failing_since(self) -> float | None:
-        """Since when the store has taken no rows of this dataset, or none at all."""
+        """Time since which the store is unavailable, or appends to this dataset fail.
+
+        None if neither is the case.
+        """
         since = [self._breaker.unavailable_since, self.failing[0] if self.failing else None]
         return min((one for one in since if one is not None), default=None)

@@ -1,18 +1,19 @@
-"""The one thread that appends a dataset's groups to its store, with retry.
+"""The only thread that appends a dataset's groups to its store, with retry.
 
-A committer owns the dataset's only writer. Rows of all uploads to the dataset meet here, so that
-many small uploads make few large commits. A group's extent, and with it its `batch_key`, is fixed
-before it is first sent. If a send ends in doubt, the store is asked which keys it lacks, and only
-these are sent again.
+A committer owns the dataset's only writer. It appends the rows of all uploads to the dataset, so
+that many small uploads make few large commits. Before a group is first sent, its first and last row
+and therefore its `batch_key` are fixed. If an append ends without an answer, the committer asks the
+store which keys are missing, and sends only the groups with these keys again.
 
 Rows come from memory or from the journal. If the store stays unavailable, rows in memory are given
 up and their upload fails. Journaled rows wait without limit.
 
-Duplicates among rows in memory are marked before they are first sent. From then until these rows
-are settled the committer holds the right to decide, so that nobody takes them for new or for stored
-rows.
+Rows in memory are checked for duplicates before they are first sent. From then until these rows are
+settled, the committer holds the right to decide, so that no other thread compares rows with them
+while it is unknown whether they will be stored.
 
-`CommitQueue` decides under the committer's lock; everything here happens without it.
+`CommitQueue` chooses an action under the committer's lock. The committer carries it out without the
+lock.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class Committer:
     """A dataset's writer and its thread. Thread-safe.
 
     Args:
-        journal: None: rows stay in memory until they are stored.
-        on_idle: Called on the committer's thread after some idle time; True lets it end.
+        journal: The dataset's journal. If it is None, rows stay in memory until they are stored.
+        on_idle: Called on the committer's thread after some idle time. The thread ends if it
+            returns True.
     """
 
     def __init__(
@@ -68,8 +70,8 @@ class Committer:
         self._queue = CommitQueue(
             config, destination.breaker, self.append_size, timing.committer_linger_s
         )
-        # Of the committer's thread alone:
-        self._may_decide = False  # what is a duplicate
+        # Used on the committer's thread only:
+        self._may_decide = False  # whether it holds the right to decide which rows are duplicates
         self._writer: DatasetWriter | None = None
         self._writer_kind: WriterKind | None = None
         destination.breaker.add_listener(self._wake)
@@ -78,9 +80,10 @@ class Committer:
         self.thread.start()
 
     def request_opening(self, schema: pa.Schema, mode: WriteMode) -> Future[None]:
-        """Prepare the dataset for rows of `schema`; the future fails if that fails.
+        """Request that the dataset is prepared for rows of `schema`.
 
-        A caller that stops waiting cancels the future, so that the dataset is not emptied later.
+        The returned future ends when the dataset is ready, or with the error. A caller that stops
+        waiting must cancel the future, so that the dataset is not emptied later.
         """
         opening = actions.Opening(schema, mode)
         with self._changed:
@@ -107,17 +110,17 @@ class Committer:
             self._changed.notify_all()
 
     def drop_abandoned(self) -> None:
-        """Release the rows of failed uploads; their clients send them again."""
+        """Release the rows of failed uploads, which clients send again."""
         with self._changed:
             abandoned, in_doubt = self._queue.remove_abandoned()
-            if in_doubt:  # before the committer's thread gives back the right to decide
+            if in_doubt:  # must precede the release of the right to decide on the other thread
                 self._dedupe_index.invalidate()
             self._changed.notify_all()
         for rows in abandoned:
             rows.on_released()
 
     def close(self) -> None:
-        """End the thread after its current append; waiting and later rows are given up."""
+        """End the thread after its current action; give up waiting and later rows."""
         with self._changed:
             self._queue.stopped = True
             self._changed.notify_all()
@@ -136,7 +139,10 @@ class Committer:
         return self._writer is not None
 
     def close_writer(self) -> None:
-        """Let the dataset go; it is opened again when needed. For the committer's thread."""
+        """Close the dataset's writer. Called on the committer's thread only.
+
+        The next append or opening opens another writer.
+        """
         writer, self._writer, self._writer_kind = self._writer, None, None
         if writer is not None:
             try:
@@ -148,7 +154,7 @@ class Committer:
         with self._changed:
             self._changed.notify_all()
 
-    # What follows is called on the committer's thread only.
+    # The methods below are called on the committer's thread only.
 
     def _run(self) -> None:
         while True:
@@ -238,7 +244,7 @@ class Committer:
         return outcome
 
     def _store_groups(self, groups: Sequence[Group]) -> Outcome:
-        """Mark duplicates for uploads with `dedupe`, and store what may be sent now."""
+        """Mark duplicates in uploads with `dedupe`, and store the groups that may be sent."""
         started = time.monotonic()
         num_groups = len(groups)
         decides = not groups[0].rows[0].journaled and any(group.dedupe_by for group in groups)
@@ -255,7 +261,8 @@ class Committer:
         except RETRYABLE as error:
             self.destination.telemetry.store_retries.add()
             self.close_writer()
-            # Once, and a store that never takes a full append says so once for all.
+            # Log only the first failure in a row. Log a refusal as too much only if the append had
+            # full size, because a store with a low limit refuses again and again.
             news = self.append_size.share == 1 or not isinstance(error, OverloadedError)
             available = self.destination.breaker.unavailable_since is None
             if news and available and self._queue.failing is None:
@@ -270,10 +277,10 @@ class Committer:
         return actions.Stored(num_groups, time.monotonic() - started, slow_down)
 
     def _open_writer(self, schema: pa.Schema, mode: WriteMode) -> DatasetWriter:
-        """The writer for rows of `schema`; `overwrite` empties the dataset first.
+        """The writer for rows of `schema`. Mode `overwrite` empties the dataset first.
 
         Raises:
-            FletcherError: As `Store.open_writer`, and if the journal's disk fails.
+            FletcherError: As in `Store.open_writer`, or because the journal's disk fails.
         """
         kind = writer_kind(schema, upsert=mode == "upsert")
         if self._writer is None or self._writer_kind != kind or mode == "overwrite":
@@ -291,14 +298,14 @@ class Committer:
         return self._writer
 
     def _append_groups(self, groups: Sequence[Group]) -> bool:
-        """Store groups of one kind, except groups in doubt that the store holds.
+        """Store groups of one kind, except groups in doubt that the store has already.
 
-        Rows that replace others are always sent again: a key may be gone because later rows
-        replaced its rows, and these are sent again, too, in the same order. Returns whether the
-        store asks for a rest.
+        Groups in doubt whose rows replace others are always sent again. The store may lack their
+        key only because later rows replaced theirs; those later rows are sent again as well, in the
+        same order. Returns whether the store asks for a rest.
 
         Raises:
-            FletcherError: As `DatasetWriter.append`, and if the journal's disk fails.
+            FletcherError: As in `DatasetWriter.append`, or because the journal's disk fails.
         """
         telemetry = self.destination.telemetry
         (schema, _, upsert), journaled = groups[0].rows[0].kind
@@ -313,8 +320,8 @@ class Committer:
         batches = [batch for batch in rows.values() if batch.num_rows]
         num_rows = sum(batch.num_rows for batch in batches)
         if upsert and not journaled and self._journal is not None:
-            # Settled groups in the journal must not be sent again over these rows. (Journaled
-            # rows are sent again behind those that they replace.)
+            # Settled groups in the journal must not be sent again later and replace these rows.
+            # (Journaled rows need no sync here: they are sent again after the rows they replace.)
             with _journal_errors():
                 self._journal.sync_notes()
         with (
@@ -338,7 +345,7 @@ class Committer:
         for rows in (rows for group in groups for rows in group.rows):
             try:
                 self._settle_rows(rows, error, null_vectors=null_vectors)
-            except Exception:  # such as a full disk: these rows stay in the journal
+            except Exception:  # such as a full disk; these rows stay in the journal
                 text = "`%s`: rows %d-%d cannot be settled"
                 log.exception(text, self.destination.dataset, rows.first, rows.last)
 

@@ -1,4 +1,4 @@
-"""Uploads, and a sink for each dataset that is being written."""
+"""Uploads, and one sink for each dataset that receives rows."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Delivery:
     """Opens uploads and carries their rows to the stores. Thread-safe.
 
     Args:
-        stores: Stores by name; the first is the default.
-        journal: The journal's folder and size; None: no journal.
+        stores: Stores by name. The first one is the default.
+        journal: Folder and sizes of the journal. None means no journal.
 
     Raises:
-        ConfigError: The journal's folder cannot be used, or another server uses it.
+        ConfigError: The journal's folder cannot be used, or another server is using it.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Delivery:
             telemetry.store_append_share.observe(partial(self._append_share, name), store=name)
 
     def store(self, name: str | None) -> tuple[str, Store]:
-        """A store by its configured name; None: the default.
+        """Name and store for a configured name; None selects the default store.
 
         Raises:
-            InvalidCommandError: There is no such store, or no store at all.
+            InvalidCommandError: No store has that name, or no store is configured.
         """
         if not self.stores:
             raise InvalidCommandError(
@@ -94,15 +94,17 @@ class Delivery:
         return name, self.stores[name]
 
     def open_upload(self, options: EmbedCommand, schema: pa.Schema) -> tuple[Upload, DatasetSink]:
-        """Open or resume an upload; call `close_upload` once for each call.
+        """Open or resume an upload. Each call needs one call of `close_upload` later.
 
         Args:
-            options: The command; `dataset` is set.
-            schema: Schema of the rows to come, without `batch_key`.
+            options: The client's command, with `dataset` set.
+            schema: Schema of the upload's output columns, without `batch_key`.
 
         Raises:
             UploadConflictError: The upload is in progress with other options.
-            ModelMismatchError, DimensionMismatchError, ColumnTypeError: The dataset differs.
+            ModelMismatchError: The dataset has vectors of another model, exit, pooling or norm.
+            DimensionMismatchError: The dataset's vectors have another number of dimensions.
+            ColumnTypeError: A column of the dataset has another type.
             InvalidCommandError: The dataset's rows cannot be compared for duplicates.
             StoreUnavailableError: The store does not answer.
         """
@@ -111,7 +113,7 @@ class Delivery:
         key = (name, options.dataset, options.upload_id or uuid.uuid4().hex)
         terms = self._terms(options, schema)
         with self._uploads.lock_opening(key, self._timing.opening_timeout_s):
-            # Else each caller waits for its own deadline.
+            # Fail now if the store is unavailable; else each caller would wait for a deadline.
             self._breakers[name].require_ready(None)
             sink = self._enter_sink(key, store)
             upload = None
@@ -134,10 +136,10 @@ class Delivery:
         self._leave_sink(sink, upload)
 
     def upload_status(self, options: EmbedCommand) -> dict[str, Any]:
-        """The state of an upload, from memory or else from the store.
+        """The state of an upload, from memory if it is known there, else from the store.
 
         Raises:
-            StoreUnavailableError: The store has to be asked and does not answer.
+            StoreUnavailableError: The state has to come from the store, which does not answer.
         """
         name, store = self.store(options.store)
         if options.upload_id is None:
@@ -145,11 +147,12 @@ class Delivery:
         upload = self._uploads.find_upload(name, options.dataset, options.upload_id)
         if upload is not None:
             if upload.terms.fingerprint is None:
-                # Found in the journal; a client takes rows for lost that only the store has.
+                # The upload was found in the journal. Add the rows that only the store has, or the
+                # client would take them for lost.
                 self._breakers[name].require_ready(None)
                 upload.settle_found(self._settled(store, upload.dataset, upload.upload_id))
             return upload.status()
-        # Else the caller waits for a deadline, perhaps its own.
+        # Fail now if the store is unavailable; else the caller would wait for a deadline.
         self._breakers[name].require_ready(None)
         datasets = [options.dataset] if options.dataset else [one.name for one in store.datasets()]
         for dataset in datasets:
@@ -160,7 +163,10 @@ class Delivery:
         return {"rows_durable": 0, "ranges": [], "complete": False}
 
     def recover(self) -> int:
-        """Send rows that an earlier process journaled only; return their number."""
+        """Send rows that an earlier process journaled but did not store.
+
+        Returns the number of these rows.
+        """
         if self._journal is None:
             return 0
         num_rows = 0
@@ -184,7 +190,7 @@ class Delivery:
         }
 
     def flush(self, timeout_s: float) -> bool:
-        """Store the rows that wait now; False if that takes longer than `timeout_s`."""
+        """Store all waiting rows now; False if that takes longer than `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         sinks = self._all_sinks()
         for sink in sinks:
@@ -225,7 +231,7 @@ class Delivery:
         delta = options.mode == "delta"
         return UploadTerms(
             durability,
-            # New and changed rows of a delta replace by id.
+            # The new and changed rows of a delta upload replace stored rows with the same id.
             mode="upsert" if options.mode == "delta" else options.mode,
             dedupe_by="delta" if delta else None if options.dedupe == "off" else options.dedupe,
             fingerprint=(schema, schema.metadata, options.mode, options.dedupe, durability),
@@ -252,13 +258,17 @@ class Delivery:
         *,
         named: bool,
     ) -> Upload:
-        """Begin an upload that is not in progress; only a `named` one may have rows."""
+        """Begin an upload that is not in progress.
+
+        `named`: the client chose the upload id, so the store may have rows of that upload already.
+        """
         name, dataset, upload_id = key
         store = sink.committer.destination.store
         settled = SettledRanges([], [])
         failed = self._uploads.find_upload(*key)
         if failed is not None:
-            # Its pending rows have arrived, or never will, before the store is asked.
+            # These two steps wait until the failed upload's pending rows are journaled, stored or
+            # dropped. Only then is the store asked which rows it has.
             if not sink.wait_written(self._timing.opening_timeout_s):
                 raise StoreUnavailableError("the journal does not answer; try again later")
             self._open_dataset(sink, schema, "append")
@@ -290,7 +300,7 @@ class Delivery:
             check_one_row_each(info.name, info.schema)
 
     def _settled(self, store: Store, dataset: str, upload_id: str) -> SettledRanges:
-        """Rows of an upload that need not be sent again, by its store and its journal."""
+        """Rows of an upload that need not be sent again, by the store and the journal."""
         if store.dataset(dataset) is None:
             return SettledRanges([], [])
         stored = store.stored_ranges(dataset, upload_id)
@@ -349,7 +359,10 @@ class Delivery:
                 self._uploads.leave_upload(upload)
 
     def _retire_sink(self, sink: DatasetSink) -> bool:
-        """Forget an idle sink; False if it is used. Called on its committer's thread."""
+        """Retire and forget a sink; False if it is in use or not idle.
+
+        Called on the thread of the sink's committer.
+        """
         with self._lock:
             if sink.users or not sink.idle:
                 return False
@@ -362,7 +375,7 @@ class Delivery:
             return list(self._sinks.values())
 
     def _append_share(self, name: str) -> float:
-        """Share of a full append that a store bears, in its most burdened dataset."""
+        """Smallest append size of a store's datasets, as a share of a full append."""
         with self._lock:
             shares = [
                 sink.committer.append_size.share
@@ -380,8 +393,11 @@ def _unavailability(breaker: Breaker) -> float:
 
 
 def _folder_name(store: Store) -> str:
-    """Name of a store's folder of journals, so that rows never go to another address."""
+    """Name of the folder with a store's journals.
+
+    It depends on the store's address, so that journaled rows never go to another address.
+    """
     scheme, _, rest = store.address.partition(":")
-    if not rest.startswith("//"):  # a path, which may be relative to the working folder
+    if not rest.startswith("//"):  # a file path, perhaps relative to the working folder
         rest = str(Path(rest).absolute())
     return f"{scheme}-{hashlib.sha256(rest.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Rows on their way to a store, and the groups in which they are sent."""
+"""Pending rows, and the groups in which they are sent to a store."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fletcher.delivery.upload import Upload
 from fletcher.stores.base import Store
 from fletcher.telemetry.tracing import Telemetry
 
-# Kind of a writer: a schema, its metadata (which pyarrow does not compare), and whether
-# rows replace those of the same id.
+# Kind of a writer: the schema, the schema's metadata (which pyarrow does not compare), and whether
+# its rows replace stored rows with the same id.
 WriterKind = tuple[pa.Schema, dict[bytes, bytes] | None, bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A dataset of a store, as the target of rows."""
+    """The dataset to which rows are sent, with its store and the store's breaker."""
 
     store: Store
     dataset: str
@@ -37,17 +37,21 @@ class Rows:
     Attributes:
         schema: Schema of the output columns, without `batch_key`.
         first: Offset of the first row in the upload.
-        num_rows: Number of uploaded rows; a chunked row becomes several rows of the store.
-        failed: Places of rows with a null vector, one for each that failed.
-        load_batch: Returns the output columns.
+        num_rows: Number of uploaded rows. The store may get more, because a chunked row becomes
+            several stored rows.
+        failed: Positions of rows with a null vector. Each failed row has one such row.
+        load_batch: Callback that returns the output columns.
         on_released: Called once the rows are stored or given up.
-        journaled: The rows are on disk, as a group of fixed extent, and stay there if given up.
+        journaled: The rows are on disk as a group of fixed extent. They stay on disk if they are
+            given up.
         on_refused: Called with the reason if the store refuses the rows for good.
-        in_doubt: The store may hold the rows already: an earlier process may have sent them.
-        excluded: Places of rows that are not stored: duplicates, and failed rows of an upload with
-            `dedupe`, because a repaired row must not count as a duplicate of a failed one.
+        in_doubt: The store may hold the rows already, because an earlier process may have sent
+            them.
+        excluded: Positions of rows that are not stored: duplicates, and failed rows of an upload
+            with `dedupe`. A failed row is not stored, so that its repaired version does not count
+            as a duplicate.
         num_duplicates: Number of duplicates among `excluded`.
-        arrived: Time of creation (`time.monotonic`).
+        arrived: Time at which this object was created (`time.monotonic`).
     """
 
     upload: Upload
@@ -76,7 +80,7 @@ class Rows:
         duplicates: tuple[int, ...] = (),
         num_rows: int | None = None,
     ) -> Rows:
-        """Rows in memory; `duplicates`: places of those that the prefilter found."""
+        """Rows in memory. `duplicates`: positions of duplicates that the prefilter found."""
         return cls(
             upload,
             batch.schema,
@@ -95,17 +99,20 @@ class Rows:
         return self.first + self.num_rows - 1
 
     def places_not_stored(self, *, null_vectors: bool) -> list[int]:
-        """Places of rows that a store with or without null vectors does not get."""
+        """Positions of rows not to send. `null_vectors`: the store takes null vectors."""
         return sorted({*self.excluded, *(() if null_vectors else self.failed)})
 
     @property
     def kind(self) -> tuple[WriterKind, bool]:
-        """Properties that all rows of one append have in common."""
+        """Properties that must be equal for all rows of one append."""
         return writer_kind(self.schema, upsert=self.upload.upsert), self.journaled
 
     @property
     def abandoned(self) -> bool:
-        """Whether a client sends these rows again; never true of journaled rows."""
+        """Whether the upload failed, so that its client must send these rows again.
+
+        Always False for journaled rows.
+        """
         return self.upload.failure is not None and not self.journaled
 
 
@@ -115,13 +122,16 @@ def writer_kind(schema: pa.Schema, *, upsert: bool) -> WriterKind:
 
 @dataclass(slots=True)
 class Group:
-    """Consecutive rows of one upload that are sent together; fixed once sent.
+    """Consecutive rows of one upload that are sent together.
+
+    The rows of a group do not change once it was sent.
 
     Attributes:
         rows: At least one entry.
-        in_doubt: An earlier send ended without an answer, so the store may hold the group.
-        alone: The group is sent by itself: it, or another group of its append, was refused.
-        decided: Its duplicates are marked, and stay so until the group is settled.
+        in_doubt: The store may hold the group, because an earlier send ended without an answer.
+        alone: The group is sent in an append by itself, because the store refused an append that
+            contained it.
+        decided: The group's duplicates are marked. The marks stay until the group is settled.
     """
 
     rows: list[Rows]
@@ -154,13 +164,16 @@ class Group:
         return self.rows[0].upload.dedupe_by
 
     def is_recognized(self, num_stored: int, *, counts_groups: bool) -> bool:
-        """Whether the store, given `num_stored` rows, can tell later that it holds them."""
-        if self.rows[0].upload.upsert:  # later rows may replace them all, and the key goes, too
+        """Whether the store can tell later that it has this group.
+
+        `num_stored`: number of the group's rows that were sent to the store.
+        """
+        if self.rows[0].upload.upsert:  # later rows may replace all rows that have the key
             return False
         return num_stored > 0 and not (counts_groups and num_stored < self.num_rows)
 
     def to_batch(self, *, null_vectors: bool) -> pa.RecordBatch:
-        """The rows to be stored, with their `batch_key`."""
+        """The rows to store, with the column `batch_key`."""
         batch = pa.concat_batches(
             [
                 _without(rows.load_batch(), rows.places_not_stored(null_vectors=null_vectors))
@@ -172,7 +185,10 @@ class Group:
 
 
 def form_groups(waiting: Sequence[Rows], max_rows: int) -> list[Group]:
-    """Join consecutive rows of an upload; journaled rows are groups already."""
+    """Join consecutive rows of each upload into groups of up to `max_rows` rows.
+
+    Each entry of journaled rows stays a group by itself.
+    """
     groups: list[Group] = []
     open_groups: dict[int, Group] = {}
     for rows in waiting:

@@ -1,4 +1,4 @@
-"""One dataset's sink: its journal writers, if it has a journal, and its committer."""
+"""One dataset's sink: its committer and, with a journal, its journal writers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class DatasetSink:
     """Takes rows of uploads to one dataset. Thread-safe.
 
     Args:
-        journal: None: rows stay in memory until they are stored.
-        on_idle: Called after some idle time; True lets the sink end.
+        journal: The dataset's journal. If it is None, rows stay in memory until they are stored.
+        on_idle: Called after some idle time. The sink ends if it returns True.
 
     Attributes:
-        users: Number of connections that use the sink; guarded by `Delivery`. Its maker is the
-            first: the committer may offer to end before the constructor returns.
+        users: Number of connections that use the sink; guarded by the lock of `Delivery`. It is 1
+            from the start, for the creator of the sink: the committer may offer to end before the
+            constructor returns.
         recovered: Groups that an earlier process left in the journal, settled ones included.
     """
 
@@ -47,8 +48,8 @@ class DatasetSink:
         self.committer = Committer(
             destination, config, timing, self.dedupe_index, journal, self._may_end
         )
-        # Rows of uploads with `dedupe` may have to wait until rows in doubt are settled; a writer
-        # for them alone lets the others pass.
+        # The first writer is for uploads without `dedupe`, the second for uploads with it. Rows
+        # with `dedupe` may have to wait until rows in doubt are settled, and must not delay others.
         self._writers: list[JournalWriter] = []
         if journal is not None:
             self._writers = [
@@ -59,21 +60,21 @@ class DatasetSink:
             ]
 
     def submit_rows(self, rows: Rows) -> None:
-        """Queue rows. Never blocks: the streams' allowances bound what is queued."""
+        """Queue rows. Never blocks: the streams' memory budget limits the queue."""
         if self._writers and rows.upload.terms.durability == "journal":
             self._writers[rows.upload.dedupe_by is not None].submit_rows(rows)
         else:
             self.committer.submit_rows(rows)
 
     def wait_written(self, timeout_s: float) -> bool:
-        """Wait until no rows of uploads that failed before are being journaled."""
+        """Wait until no rows of failed uploads are being journaled; False on a timeout."""
         return all(writer.wait_written(timeout_s) for writer in self._writers)
 
     def flush(self) -> None:
         self.committer.flush()
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Flush until nothing is under way; False if something still is."""
+        """Flush until the sink is idle; False if it still is not after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         waited = threading.Event()
         while not self.idle and time.monotonic() < deadline:
@@ -87,16 +88,17 @@ class DatasetSink:
         return all(writer.idle for writer in self._writers) and self.committer.idle
 
     def retire(self) -> None:
-        """Close all but the committer, which calls this as it ends.
+        """Close everything except the committer. Called on the committer's thread.
 
-        Groups that are left on disk are counted by the dataset's next sink.
+        The sizes of groups that stay on disk are no longer counted. The dataset's next sink counts
+        them again.
         """
         self._close_journal()
         if self.journal is not None:
             self.journal.release_space()
 
     def close(self) -> None:
-        """End the threads: rows in memory are given up, journaled rows stay on disk."""
+        """End the threads. Rows in memory are given up; journaled rows stay on disk."""
         self._close_journal()
         self.committer.close()
         if self.committer.thread is not threading.current_thread():
@@ -110,10 +112,11 @@ class DatasetSink:
         self.dedupe_index.close()
 
     def _may_end(self) -> bool:
-        """Whether the committer, on whose thread this is called, may end."""
-        if self.users:  # without a lock: `on_idle` sees later users
+        """Whether the committer may end. Called on the committer's thread."""
+        if self.users:  # read without a lock, because `on_idle` checks again under a lock
             return False
-        # Before the sink is forgotten, because a new sink may open the dataset from then on.
+        # Close the writer before `on_idle` forgets the sink: after that, a new sink may open the
+        # dataset.
         self.committer.close_writer()
         if self.journal is not None:
             self.journal.sweep()

@@ -14,18 +14,18 @@ class DeliveryTiming:
     """Waits, pauses and poll intervals of delivery, in seconds.
 
     Attributes:
-        retry: Pauses between tries of an unavailable store.
-        opening_timeout_s: Wait of a new upload for its dataset to be prepared, or for another
-            connection that opens the same upload.
+        retry: Pauses between attempts to reach an unavailable store.
+        opening_timeout_s: How long a connection that opens an upload waits for the dataset to be
+            prepared, and for another connection that opens the same upload.
         committer_linger_s: Idle time after which a committer offers to end.
-        decision_wait_s: Wait of a committer for the right to decide what is a duplicate. A journal
-            writer holds that right for a sync or two.
-        segment_idle_s: Idle time after which the open segment is closed, so that the room of its
-            stored groups is given back. Shorter makes more files; longer takes room from other
-            datasets.
-        journal_poll_s: Time between two tries to write into a full journal.
+        decision_wait_s: How long a committer waits for the right to decide which rows are
+            duplicates. A journal writer holds that right for one or two syncs.
+        segment_idle_s: Idle time after which the open segment is closed, to free the disk space of
+            its stored groups. A shorter time makes more files. With a longer one, stored groups
+            take space from other datasets for longer.
+        journal_poll_s: Time between two attempts to write to a full journal.
         flush_poll_s: Poll interval while a flush waits.
-        close_timeout_s: Wait for a committer's last append when its sink is closed.
+        close_timeout_s: How long closing a sink waits for the committer's last append.
     """
 
     retry: Backoff = _RETRY

@@ -1,7 +1,8 @@
 """The state of each upload: its received, settled and failed rows.
 
-An upload outlives its connections: a client that lost its connection asks what is durable and sends
-the rest. Rows of the earlier connection that are still pending are not taken in twice.
+An upload outlives its connections. A client that lost its connection asks which rows are durable
+and sends the other rows. If some of these rows are still pending from the earlier connection, they
+are not taken in twice.
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from fletcher.errors import FletcherError, StoreUnavailableError, UploadConflict
 from fletcher.stores.base import WriteMode
 
 MAX_ERRORS = 100
-# Finished uploads that are remembered for `upload_status`; older ones are read from the store.
+# Number of uploads that are remembered for `upload_status`. The status of older ones is read from
+# the store.
 _REMEMBERED = 1000
 
-# The names of a store, a dataset in it and an upload into that.
+# The name of the store, the name of the dataset, and the upload id.
 UploadKey = tuple[str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class UploadTerms:
-    """Terms on which all connections of an upload agree.
+    """Settings that are the same for all connections of an upload.
 
     Attributes:
-        durability: When rows are acknowledged: `journal` (journaled or stored), `store` (stored) or
-            `memory` (received; rows never count as durable).
-        mode: What its rows do in the store; `upsert` replaces rows of the same id.
-        dedupe_by: Kind of key by which duplicates are dropped: `id`, `text` or both (`delta`);
-            None: they are kept.
-        fingerprint: All that must be the same; None: the upload was found in the journal, and its
-            next connection sets it.
+        durability: When rows are acknowledged. `journal`: once they are journaled or stored.
+            `store`: once they are stored. `memory`: once they are received; such rows never count
+            as durable.
+        mode: How rows are written to the store; `upsert` replaces stored rows with the same id.
+        dedupe_by: Key by which duplicates are found and dropped: `id`, `text` or both (`delta`).
+            None keeps duplicates.
+        fingerprint: Settings that must match when the upload is continued. None if the upload was
+            found in the journal; its next connection then sets the fingerprint.
     """
 
     durability: str
@@ -47,19 +50,20 @@ class UploadTerms:
 
 
 class SettledRanges(NamedTuple):
-    """Rows that need not be sent again: sorted, inclusive ranges (first, last)."""
+    """Rows that need not be sent again, as sorted, inclusive ranges (first, last)."""
 
     stored: list[tuple[int, int]]
-    not_stored: list[tuple[int, int]]  # the store knows nothing of them
+    not_stored: list[tuple[int, int]]  # settled rows that the store cannot report
 
 
 class Upload:
     """One upload. Thread-safe.
 
     Attributes:
-        changed: Notified whenever rows settle or the upload fails.
-        failure: Why the upload cannot go on.
-        connections: Number of connections that feed it; guarded by `UploadRegistry`.
+        changed: Notified whenever rows are taken in, acknowledged or settled, and when the upload
+            fails.
+        failure: The error that ended the upload; None while it has not failed.
+        connections: Number of connections that feed the upload; guarded by `UploadRegistry`.
     """
 
     def __init__(
@@ -76,11 +80,11 @@ class Upload:
         self._rows_stored = self._settled.count
         for one in not_stored:
             self._settled.add_range(*one)
-        # Acknowledged rows: in the journal or in the store, whichever comes first.
+        # Acknowledged rows. A row is acknowledged when it is in the journal or in the store.
         self._secured = RangeSet(self._settled.ranges())
         self._claimed = RangeSet(self._settled.ranges())
-        # Of rows that are not secured, which a resume sends again: failed rows, and the number of
-        # duplicates by the first row of their group.
+        # Failed rows, and the number of duplicates by the first row of their group. Both cover only
+        # rows that are not secured: a client that resumes the upload sends those again.
         self._failing = RangeSet()
         self._duplicates: dict[int, int] = {}
         self._successor: Upload | None = None
@@ -98,7 +102,7 @@ class Upload:
         return self.terms.dedupe_by
 
     def claim_rows(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Take rows in; returns the ranges that were not taken in before."""
+        """Take rows in; return the ranges of those that were not taken in before."""
         with self.changed:
             new = self._claimed.missing(first, last)
             num_new = sum(one_last - one_first + 1 for one_first, one_last in new)
@@ -108,10 +112,13 @@ class Upload:
             return new
 
     def settle_rows(self, first: int, last: int, *, stored: int) -> None:
-        """Note that rows first..last are done, and how many of them the store got."""
+        """Note that the rows `first` to `last` are settled.
+
+        `stored`: number of these rows that the store got.
+        """
         with self.changed:
             self._secure(first, last)
-            if not self._settled.covers(first, last):  # else the store was asked before
+            if not self._settled.covers(first, last):  # else an earlier call counted them
                 self._rows_stored += stored
             self._settled.add_range(first, last)
             self.changed.notify_all()
@@ -120,7 +127,7 @@ class Upload:
             successor.settle_rows(first, last, stored=stored)
 
     def secure_rows(self, first: int, last: int) -> None:
-        """Note that rows first..last are in the journal, so that they reach the store."""
+        """Note that the rows `first` to `last` are in the journal, and acknowledge them."""
         with self.changed:
             self._secure(first, last)
             self.changed.notify_all()
@@ -136,12 +143,15 @@ class Upload:
                 self._errors.append({"row": row, "id": row_id, **_brief(error)})
 
     def note_duplicates(self, first: int, num_rows: int) -> None:
-        """Count duplicates in the group that begins at `first`, once the group is secured."""
+        """Set the number of duplicates in the group whose first row is `first`.
+
+        They are added to the upload's total once the group is journaled or stored.
+        """
         with self.changed:
             self._duplicates[first] = num_rows
 
     def fail(self, error: FletcherError) -> None:
-        """End the upload; rows that were not acknowledged may be sent again later."""
+        """End the upload. Its client may later send the unacknowledged rows again."""
         with self.changed:
             self.failure = self.failure or error
             self._claimed = RangeSet(self._secured.ranges())
@@ -152,32 +162,35 @@ class Upload:
             self._announced = num_rows
 
     def covers(self, first: int, last: int) -> bool:
-        """Whether rows first..last may be acknowledged."""
+        """Whether all rows from `first` to `last` may be acknowledged."""
         with self.changed:
             return self._secured.covers(first, last)
 
     @property
     def in_flight(self) -> int:
-        """Number of rows taken in and not acknowledged."""
+        """Number of rows that are taken in and not yet acknowledged."""
         with self.changed:
             return self._claimed.count - self._secured.count
 
     @property
     def pending(self) -> int:
-        """Number of rows taken in and not settled, journaled and refused ones included."""
+        """Number of rows that are taken in and not yet settled.
+
+        Journaled rows and rows that the store refused count as well.
+        """
         with self.changed:
             return self._claimed.count - self._settled.count
 
     @property
     def complete(self) -> bool:
-        """Whether just the announced rows, from the first one on, are acknowledged."""
+        """Whether exactly the announced rows, from row 0 on, are acknowledged."""
         with self.changed:
             return self._announced is not None and (
                 self._announced == self._claimed.count == self._secured.prefix
             )
 
     def counts(self) -> dict[str, int]:
-        """The cumulative `rows_*` of acknowledgements."""
+        """The totals `rows_*` that each acknowledgement carries."""
         with self.changed:
             return {
                 "rows_received": self._claimed.count,
@@ -187,7 +200,7 @@ class Upload:
             }
 
     def summary(self, model: str) -> dict[str, Any]:
-        """The last message of a call."""
+        """The summary, which is the last message of a call."""
         with self.changed:
             errors = list(self._errors)
             if self.failure is not None:
@@ -204,7 +217,7 @@ class Upload:
             }
 
     def status(self) -> dict[str, Any]:
-        """The answer to `upload_status`."""
+        """The answer to the action `upload_status`."""
         with self.changed:
             durable = [] if self.terms.durability == "memory" else self._secured.ranges()
             return {
@@ -214,10 +227,11 @@ class Upload:
             }
 
     def hand_over_to(self, successor: Upload) -> None:
-        """Continue this failed upload as a new one; settled rows keep counting.
+        """Continue this failed upload as `successor`; settled rows keep counting.
 
-        The store was asked for the successor's rows a moment ago, and more may have settled since.
-        Rows that it holds beside those that settled here count as they do after a restart.
+        The successor's rows come from the store, which was asked a moment ago. More rows of this
+        upload may have settled since. Rows that the store has, but that did not settle here, count
+        as stored, as they do after a restart.
         """
         with self.changed, successor.changed:
             found = sum(
@@ -241,8 +255,8 @@ class Upload:
         """Set the terms of an upload that was found in the journal.
 
         Raises:
-            UploadConflictError: Its journaled rows replace those of the same id, and new ones would
-                not, or the reverse.
+            UploadConflictError: Either the journaled rows or the new rows replace rows with the
+                same id, but not both.
         """
         with self.changed:
             if (terms.mode == "upsert") != self.upsert:
@@ -250,7 +264,7 @@ class Upload:
             self.terms = terms
 
     def settle_found(self, settled: SettledRanges) -> None:
-        """Settle rows that an upload from the journal turns out to have settled earlier."""
+        """Settle rows that had settled before this upload was found in the journal."""
         with self.changed:
             for first, last in settled.stored:
                 for new in self._settled.missing(first, last):
@@ -259,19 +273,20 @@ class Upload:
                 self.settle_rows(first, last, stored=0)
 
     def _secure(self, first: int, last: int) -> None:
-        self._claimed.add_range(first, last)  # changes nothing unless the upload failed meanwhile
+        self._claimed.add_range(first, last)  # matters only if the upload failed meanwhile
         self._secured.add_range(first, last)
         self._failing.remove_range(first, last)
         self._rows_deduplicated += self._duplicates.pop(first, 0)
 
 
 class UploadRegistry:
-    """Uploads of a server: those in progress, and remembered ones. Thread-safe.
+    """Uploads of a server, in progress and remembered. Thread-safe.
 
     Args:
-        lock: Reentrant; guards the uploads and what `is_written` reads, so that no upload is
-            forgotten while its sink is made.
-        is_written: Whether rows may be pending for a store's dataset.
+        lock: Reentrant lock for the uploads and for the data that `is_written` reads, so that no
+            upload is forgotten while its sink is created.
+        is_written: Callback that takes the names of a store and a dataset, and returns whether
+            rows may be pending for that dataset.
     """
 
     def __init__(
@@ -279,16 +294,18 @@ class UploadRegistry:
     ) -> None:
         self._lock = lock
         self._is_written = is_written
-        self._all: OrderedDict[UploadKey, Upload] = OrderedDict()  # the longest unused first
+        self._all: OrderedDict[UploadKey, Upload] = OrderedDict()  # least recently joined first
         self._opened = threading.Condition()
         self._opening: set[UploadKey] = set()
 
     @contextlib.contextmanager
     def lock_opening(self, key: UploadKey, timeout_s: float) -> Iterator[None]:
-        """Let one connection at a time open an upload: the first may empty the dataset.
+        """Let only one connection at a time open an upload.
+
+        The first connection may empty the dataset.
 
         Raises:
-            StoreUnavailableError: Another opening takes longer than `timeout_s`.
+            StoreUnavailableError: Another connection takes longer than `timeout_s` to open it.
         """
         with self._opened:
             if not self._opened.wait_for(lambda: key not in self._opening, timeout_s):
@@ -304,12 +321,13 @@ class UploadRegistry:
     def join_upload(
         self, key: UploadKey, terms: UploadTerms, new: Upload | None = None
     ) -> Upload | None:
-        """Connect to the upload in progress; else to `new`, if given.
+        """Connect to the upload in progress, or else to `new`.
 
-        A failed upload without connections does not count as in progress.
+        Returns None if no upload is in progress and `new` is None. A failed upload without
+        connections does not count as in progress.
 
         Raises:
-            UploadConflictError: The upload is in progress with another fingerprint.
+            UploadConflictError: The upload in progress has other settings (`fingerprint`).
         """
         with self._lock:
             upload = self._all.get(key)
@@ -329,7 +347,10 @@ class UploadRegistry:
             upload.connections -= 1
 
     def find_upload(self, store: str, dataset: str | None, upload_id: str) -> Upload | None:
-        """The first upload of that name, failed or not, in one dataset or (None) in any."""
+        """The first upload with that id, failed or not.
+
+        With `dataset` None, uploads to all datasets of the store are searched.
+        """
         with self._lock:
             for (its_store, its_dataset, its_id), one in self._all.items():
                 if (its_store, its_id) == (store, upload_id) and dataset in (None, its_dataset):
@@ -337,7 +358,7 @@ class UploadRegistry:
         return None
 
     def recover_upload(self, store: str, dataset: str, upload_id: str, *, upsert: bool) -> Upload:
-        """The upload of a group that was found in the journal; a new one if need be."""
+        """The upload of a group found in the journal; created if it is not known yet."""
         terms = UploadTerms("journal", "upsert" if upsert else "append", fingerprint=None)
         with self._lock:
             return self._all.setdefault(
@@ -345,16 +366,17 @@ class UploadRegistry:
             )
 
     def forget_dataset(self, store: str, dataset: str) -> None:
-        """Forget the uploads of a dataset that was emptied, except connected ones."""
+        """Forget the uploads to an emptied dataset, except those with connections."""
         with self._lock:
             for key, one in list(self._all.items()):
                 if key[:2] == (store, dataset) and not one.connections:
                     del self._all[key]
 
     def _forget_unused(self) -> None:
-        """Forget uploads beyond the limit, the longest unused first.
+        """Forget uploads beyond the limit, the least recently joined first.
 
-        An upload with pending rows stays: its client may return before the store knows the rows.
+        An upload with pending rows is kept, because its client may reconnect before the store has
+        these rows.
         """
         too_many = max(0, len(self._all) - _REMEMBERED)
         done = (

@@ -1,4 +1,4 @@
-"""Actions of the store server."""
+"""Actions of the store server: searches, deletions, upload state and namespaces."""
 
 from __future__ import annotations
 
@@ -40,28 +40,29 @@ from fletcher.util.durable import write_atomically
 
 
 class Action(NamedTuple):
-    """One action: the struct of its body, and the method that maps it to the results."""
+    """One action: the type of its request body, and the method that answers it."""
 
     request: type[msgspec.Struct]
     answer: Callable[[Any], list[bytes]]
 
     @property
     def about(self) -> str:
-        """One line for ListActions: the method's docstring."""
+        """Description for ListActions: the docstring of the method `answer`."""
         return self.answer.__doc__ or ""
 
 
 class Actions:
     """The actions of a store server by name. Thread-safe.
 
-    They read from `store` and write to `ingest`. `folder` keeps the namespaces.
+    Actions read rows from `store`. They use `ingest` for deletions and for questions about batch
+    keys. The namespaces are kept in `folder`.
     """
 
     def __init__(self, store: LanceStore, ingest: Ingest, folder: Path) -> None:
         self.store = store
         self.ingest = ingest
         names = _Namespaces(folder / "namespaces.json")
-        # Set once both ports listen; the capabilities name it.
+        # Port number that the action `capabilities` returns. Set once both ports listen.
         self.meta_port = 0
         self.data = {
             "VectorSearch": Action(SearchRequest, self._vector_search),
@@ -84,7 +85,10 @@ class Actions:
         }
 
     def search_rows(self, request: SearchRequest, index: int = 0) -> pa.Table:
-        """The rows nearest to one vector of a request: `id`, `score`, requested columns."""
+        """The rows nearest to the request's query vector at position `index`.
+
+        The columns are the requested ones (by default `id`) and `score`.
+        """
         check_dataset(request.dataset)
         columns = list(request.columns) if request.columns is not None else ["id"]
         if request.include_vectors and "vector" not in columns:
@@ -178,7 +182,7 @@ class Actions:
         can = self.store.capabilities
         answer = msgspec.convert(can, protocol.CapabilitiesAnswer, from_attributes=True)
         answer.server, answer.meta_port = "fletcher store", self.meta_port
-        answer.drops_repeated_keys = True  # by the committers' ledgers
+        answer.drops_repeated_keys = True  # with the ledger of each committer
         return [to_json(answer)]
 
     def _missing_keys(self, request: protocol.MissingKeysRequest) -> list[bytes]:
@@ -201,7 +205,10 @@ class Actions:
 
 
 class _Namespaces:
-    """Names that Longbow's clients may keep. They group nothing here. Thread-safe."""
+    """List of namespaces for Longbow's clients. Thread-safe.
+
+    Longbow groups datasets by namespace; this server only keeps the names.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -245,11 +252,11 @@ class _Namespaces:
 
 
 def answer_action(actions: dict[str, Action], name: str, body: bytes) -> list[bytes]:
-    """The results of an action.
+    """The results of the action called `name`.
 
     Raises:
-        InvalidCommandError: There is no such action, or its body is malformed.
-        FletcherError: As the action.
+        InvalidCommandError: No action has that name, or its body is malformed.
+        FletcherError: The action failed.
     """
     action = actions.get(name)
     if action is None:
@@ -262,7 +269,11 @@ def answer_action(actions: dict[str, Action], name: str, body: bytes) -> list[by
 
 
 def _mixed(dense: Scores, words: str, alpha: float) -> Scores:
-    """Scoring function: alpha * cosine + (1 - alpha) * share of the words in the text."""
+    """Scoring function: alpha * cosine + (1 - alpha) * share of found words.
+
+    `dense` computes the cosines. The second term is the share of the distinct `words` that are in
+    the row's text.
+    """
     asked = set(words.casefold().split())
 
     def scores(batch: pa.RecordBatch) -> Vector:
@@ -281,7 +292,7 @@ def _to_ipc(table: pa.Table) -> bytes:
 
 
 def _stored_id(value: str | int, schema: pa.Schema) -> str | int:
-    """An id in the dataset's type: "7" finds the number 7, and 7 finds "7"."""
+    """An id in the type of the dataset's ids: "7" becomes 7, or 7 becomes "7"."""
     kind = schema.field("id").type if "id" in schema.names else pa.null()
     if not pa.types.is_integer(kind):
         return str(value)

@@ -1,7 +1,7 @@
-"""Group commit: one thread commits the rows of many streams to a dataset.
+"""Group commit: one thread commits the rows of many upload calls to a dataset.
 
-A commit costs 3 to 10 ms whatever its number of rows, and leaves a fragment behind. Batches of all
-streams that arrive during one commit therefore share the next one.
+A commit takes 3 to 10 ms for any number of rows, and adds a fragment to the table. Therefore all
+batches that arrive during a commit, from any call, are stored with the next commit.
 """
 
 from __future__ import annotations
@@ -34,31 +34,35 @@ from fletcher.storeserver.key_ledger import KeyLedger
 
 _log = logging.getLogger(__name__)
 
-# Bound on the rows that wait for their commit, per dataset; a stream that sends more blocks.
+# Limit of the bytes that wait for a commit, per dataset. A call that sends more is blocked.
 MAX_PENDING_BYTES = 64 << 20
 MAX_COMMIT_ROWS = 65_536
-# A commit this soon after another waits for more rows, unless ENOUGH_ROWS have gathered.
+# Minimum time between two commits, so that more rows share the second one. Once ENOUGH_ROWS wait,
+# the second commit starts without delay.
 LINGER_S = 0.02
 ENOUGH_ROWS = 4096
-# A dataset without writes for this long is compacted and its writer closed.
+# After this time without writes, a dataset is compacted and its writer closed.
 IDLE_S = 30.0
 
 
 class CommitStream(Counter[str]):
-    """Number of rows of an upload call by batch key, if it announced no groups."""
+    """Number of rows that one upload call sent, by batch key.
+
+    Counted only for rows that the call sent without announcing groups.
+    """
 
 
 @dataclass
 class SubmittedRows:
-    """Rows to be committed together.
+    """Rows that are committed together.
 
     Attributes:
-        batches: Of one schema.
-        mode: `overwrite` empties the dataset first.
-        whole: The batches hold all rows of their batch keys, so that a stored key is a repeat.
-            Otherwise the same stream may send more rows of a key.
-        stream: State of the call that sent the rows.
-        done: The number of rows stored.
+        batches: The rows, in batches of one schema.
+        mode: How the rows are written. `overwrite` empties the dataset first.
+        whole: The batches hold all rows of their batch keys, so rows whose key is stored are a
+            repeat. If False, the same call may send more rows with the same key.
+        stream: Counts of the call that sent the rows.
+        done: Future that returns the number of stored rows.
     """
 
     batches: list[pa.RecordBatch]
@@ -78,7 +82,7 @@ class SubmittedRows:
 
 @dataclass
 class SubmittedCall:
-    """A function to be called on the commit thread."""
+    """A function to call on the commit thread."""
 
     function: Callable[[GroupCommitter], Any]
     done: Future[Any] = field(default_factory=Future)
@@ -104,21 +108,21 @@ class GroupCommitter:
 
     @property
     def pressure(self) -> float:
-        """Pending bytes as a share of their bound."""
+        """Pending bytes as a share of `MAX_PENDING_BYTES`."""
         return self._pending_bytes / MAX_PENDING_BYTES
 
     def submit(
         self, item: SubmittedRows | SubmittedCall, is_cancelled: Callable[[], bool] = lambda: False
     ) -> None:
-        """Queue rows or a call; blocks while too many bytes are pending. Thread-safe.
+        """Queue rows or a call. Blocks while too many bytes are pending. Thread-safe.
 
         Raises:
             DrainingError: The committer was stopped.
-            StoreUnavailableError: `is_cancelled` returned true.
+            StoreUnavailableError: `is_cancelled` returned True.
         """
         with self._changed:
             self._changed.wait_for(
-                # An item larger than the bound is let in alone.
+                # An item larger than the limit is accepted when nothing else is pending.
                 lambda: (
                     self._stopped
                     or not self._pending_bytes
@@ -127,7 +131,7 @@ class GroupCommitter:
             )
             if self._stopped:
                 raise draining()
-            if is_cancelled():  # checked last: from here on the queue keeps the order
+            if is_cancelled():  # checked last, because the queue keeps the order from here on
                 raise StoreUnavailableError("the client of these rows has given up")
             self._queue.append(item)
             self._pending_bytes += item.num_bytes
@@ -135,7 +139,7 @@ class GroupCommitter:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Refuse new items; the thread ends after the queued ones. Thread-safe."""
+        """Refuse new items, and end the thread after the queued items. Thread-safe."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -145,22 +149,23 @@ class GroupCommitter:
         self._thread.join(max(timeout_s, 0))
         return not self._thread.is_alive()
 
-    # Everything below runs on the commit thread.
+    # The methods below are called on the commit thread only.
 
     def missing_keys(self, keys: Sequence[str]) -> list[str]:
-        """The keys that are not stored, in their order."""
+        """Those of `keys` that are not stored, in the same order."""
         self._open_existing()
         return [key for key in keys if not self._ledger.holds(key)]
 
     def stored_ranges(self, upload_id: str) -> list[tuple[int, int]]:
-        """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""
+        """Offsets of an upload's stored rows: sorted, inclusive ranges (first, last)."""
         self._open_existing()
         return self._ledger.ranges(upload_id)
 
     def delete_rows(self, condition: str) -> int:
         """Delete rows by an SQL condition; return their number.
 
-        Their keys stay in the ledger, so that a repeat is still recognized.
+        The batch keys of deleted rows stay in the ledger, so that rows sent again are recognized as
+        a repeat.
         """
         self._open_existing()
         return self._writer.delete_rows(condition) if self._writer else 0
@@ -171,7 +176,7 @@ class GroupCommitter:
         self._store.delete_dataset(self._dataset)
 
     def close_writer(self) -> None:
-        """Close the writer; the next row opens another."""
+        """Close the writer. The next item that needs a writer opens another."""
         writer, self._writer = self._writer, None
         self._ledger = KeyLedger()
         if writer is not None:
@@ -210,7 +215,7 @@ class GroupCommitter:
             self._changed.wait_for(is_enough, left)
 
     def _next_items(self) -> list[SubmittedRows | SubmittedCall]:
-        """The next call, or as many row groups of one mode as fit one commit."""
+        """The next call, or as many queued rows of one mode as one commit may carry."""
         items: list[SubmittedRows | SubmittedCall] = []
         rows = 0
         while self._queue:
@@ -236,7 +241,7 @@ class GroupCommitter:
 
     def _commit(self, groups: list[SubmittedRows]) -> None:
         accepted: list[tuple[SubmittedRows, list[pa.RecordBatch]]] = []
-        # Keys in this commit, so that a group that two streams send is stored once.
+        # Batch keys in this commit, so that a group that two calls send is stored only once.
         taken: set[str] = set()
         for group in groups:
             with _errors_to(group):
@@ -246,18 +251,18 @@ class GroupCommitter:
             try:
                 self._store_rows(accepted)
             except RequestError:
-                # One client's rows are refused: commit each group alone to find out which.
+                # Some rows were refused. Commit each client's group separately to find out whose.
                 for group, rows in accepted:
                     self._commit_alone(group, rows)
         self._last_commit = time.monotonic()
 
     def _commit_alone(self, group: SubmittedRows, rows: list[pa.RecordBatch]) -> None:
-        """Commit a group whose `rows` were part of a refused commit."""
+        """Commit a group by itself, after a commit with its `rows` was refused."""
         if not group.whole and group.mode != "upsert":
             for batch in rows:
                 group.stream.subtract(count_batch_keys(batch))
         with _errors_to(group):
-            self._open_existing()  # the group before may have closed the writer
+            self._open_existing()  # the commit of an earlier group may have closed the writer
             self._store_rows([(group, self._new_rows(group, set()))])
 
     def _store_rows(self, accepted: list[tuple[SubmittedRows, list[pa.RecordBatch]]]) -> None:
@@ -269,8 +274,8 @@ class GroupCommitter:
             except RequestError:
                 raise
             except Exception:
-                # The rows may be in the table all the same, such as after a failed sync. The next
-                # writer reads the stored keys from the table, and syncs the files it finds.
+                # The rows may be in the table despite the error, for example after a failed sync.
+                # The next writer reads the stored keys from the table, and syncs the table's files.
                 self._close_writer_logged()
                 raise
             for batch in batches:
@@ -280,7 +285,7 @@ class GroupCommitter:
             group.done.set_result(sum(batch.num_rows for batch in rows))
 
     def _prepare_writer(self, group: SubmittedRows) -> None:
-        """Open the writer for the group's schema, or check the open writer's schema."""
+        """Open a writer if needed, check the group's schema, and add new columns."""
         schema = group.batches[0].schema
         if group.mode == "overwrite":
             self.close_writer()
@@ -304,9 +309,10 @@ class GroupCommitter:
                 self._open_writer(info.schema, "append")
 
     def _new_rows(self, group: SubmittedRows, taken: set[str]) -> list[pa.RecordBatch]:
-        """The group without rows whose key is stored or in `taken`, which gets its keys.
+        """The group's rows without those whose key is stored or in `taken`.
 
-        An upsert is idempotent, and its keys vanish with the rows that it replaces.
+        The keys of the remaining rows are added to `taken`. An upsert keeps all its rows: it may be
+        repeated without harm, and its keys vanish when later rows replace its rows.
         """
         if group.mode == "upsert":
             return group.batches
@@ -334,7 +340,8 @@ class GroupCommitter:
         begun = group.stream[key]
         if not begun:
             return key in taken or self._ledger.holds(key)
-        # A plain client sliced a table, so that several batches share a key, until it is complete.
+        # A client that announces no groups may have split a table into batches that share a key. A
+        # batch is a repeat only if the key has all its rows already.
         num_rows = num_group_rows(key)
         return 0 < num_rows < begun + count
 
@@ -346,7 +353,7 @@ def draining() -> DrainingError:
 
 @contextmanager
 def _errors_to(*items: SubmittedRows | SubmittedCall) -> Iterator[None]:
-    """Context that hands its error to the clients of some items."""
+    """Context that sets an error of its block as the result of `items`."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the thread must not end

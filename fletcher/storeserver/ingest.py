@@ -1,4 +1,4 @@
-"""Writing side of the store server: hands rows to a committer per dataset."""
+"""Writing side of the store server: passes rows to one committer per dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from fletcher.storeserver.group_committer import (
 
 
 class Ingest:
-    """Writing side of a store server, the only writer of its store. Thread-safe."""
+    """Writing side of a store server. Thread-safe.
+
+    Nothing else writes to the store.
+    """
 
     def __init__(self, store: LanceStore) -> None:
         self._store = store
@@ -29,16 +32,18 @@ class Ingest:
     def submit_rows(
         self, dataset: str, rows: SubmittedRows, is_cancelled: Callable[[], bool] = lambda: False
     ) -> Future[int]:
-        """Queue rows to be stored in one commit; blocks while too much is pending.
+        """Queue rows that are stored in one commit. Blocks while too much is pending.
 
         Args:
-            dataset: Created by the first write.
-            rows: To store.
-            is_cancelled: Whether the client has given up. It may have sent these rows again, and
-                newer ones since, so rows that replace others or empty the dataset are then refused.
+            dataset: Name of the dataset. The first write creates it.
+            rows: Rows to store.
+            is_cancelled: Callback that returns whether the client has given up. Such a client may
+                have sent these rows again and newer rows after them. Rows that replace others or
+                empty the dataset are therefore refused if the client has given up.
 
         Returns:
-            The number of rows stored, without repeats, once they are on disk.
+            A future that ends when the rows are on disk. Its result is the number of stored rows,
+            without repeats.
 
         Raises:
             DrainingError: The server is shutting down.
@@ -49,19 +54,25 @@ class Ingest:
         return rows.done
 
     def call_committer(self, dataset: str, function: Callable[[GroupCommitter], Any]) -> Any:
-        """Call a function on the dataset's commit thread, after submitted rows."""
+        """Call a function on the dataset's commit thread, and return its result.
+
+        The function is called after all rows that were submitted before.
+        """
         call = SubmittedCall(function)
         self._committer(dataset).submit(call)
         return call.done.result()
 
     def pressure(self, dataset: str) -> float:
-        """Fill level of the dataset's queue: 0 to 1, above 1 for a single large group."""
+        """Fill level of the dataset's queue, 0 to 1.
+
+        Above 1 if the queue holds a single group larger than the limit.
+        """
         with self._mutex:
             committer = self._committers.get(dataset)
         return committer.pressure if committer else 0.0
 
     def close(self, timeout_s: float) -> bool:
-        """Refuse new rows and commit the submitted ones; False after the timeout."""
+        """Refuse new rows and commit the submitted ones; False on a timeout."""
         with self._mutex:
             self._closed = True
             committers = list(self._committers.values())

@@ -1,4 +1,4 @@
-"""Ledger of a dataset's batch keys."""
+"""Ledger of the batch keys that a dataset has stored."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fletcher.core.schema import parse_batch_key
 class KeyLedger:
     """The stored batch keys of one dataset. Not thread-safe.
 
-    Keys of the form `upload_id:first-last` are kept as merged ranges per upload, so that an upload
-    without gaps takes one range. Other keys are kept as they are.
+    Keys of the form `upload_id:first-last` are kept as merged ranges for each upload. An upload
+    without gaps therefore takes only one range. Other keys are kept as strings.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
@@ -28,7 +28,7 @@ class KeyLedger:
         self._ranges = {upload_id: RangeSet(ranges) for upload_id, ranges in found.items()}
 
     def holds(self, key: str) -> bool:
-        """Whether the stored keys cover all rows of `key`."""
+        """Whether the stored keys together cover all rows that `key` names."""
         parsed = parse_batch_key(key)
         if parsed is None:
             return key in self._others
@@ -45,5 +45,5 @@ class KeyLedger:
         self._ranges.setdefault(upload_id, RangeSet()).add_range(first, last)
 
     def ranges(self, upload_id: str) -> list[tuple[int, int]]:
-        """Stored row offsets of an upload: inclusive (first, last), sorted, merged."""
+        """Offsets of an upload's stored rows: sorted, inclusive ranges (first, last)."""
         return self._ranges[upload_id].ranges() if upload_id in self._ranges else []

@@ -1,6 +1,6 @@
-"""Request bodies of the store server: Longbow's JSON, checked against types.
+"""Request bodies of the store server: Longbow's JSON, with type and value checks.
 
-Unknown fields are ignored, because Longbow's clients send some that mean nothing here.
+Unknown fields are ignored, because Longbow's clients send fields that this server does not use.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _Request = TypeVar("_Request")
 
 
 def decode_request(kind: type[_Request], body: bytes, what: str) -> _Request:
-    """The request in a JSON body; an empty body is an empty object.
+    """The request in a JSON body. An empty body counts as an empty object.
 
-    `what` describes the body in messages.
+    `what` names the body in error messages.
 
     Raises:
-        InvalidCommandError: The body is not a JSON object, or a field is missing or has another
-            type or value.
+        InvalidCommandError: The body is not a JSON object, a field is missing, or a field has a
+            wrong type or value.
     """
     try:
         fields = msgspec.json.decode(body or b"{}")
@@ -56,7 +56,7 @@ def decode_request(kind: type[_Request], body: bytes, what: str) -> _Request:
 
 
 def convert_request(kind: type[_Request], fields: dict[str, Any], what: str) -> _Request:
-    """The request in a decoded object. Raises as `decode_request`."""
+    """The request in a decoded JSON object. Raises as `decode_request`."""
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
@@ -84,23 +84,23 @@ def convert_request(kind: type[_Request], fields: dict[str, Any], what: str) -> 
 
 
 class EmptyRequest(msgspec.Struct):
-    """A body without fields."""
+    """Body of an action that takes no fields."""
 
 
 class DatasetRequest(msgspec.Struct):
-    """A body that names a dataset."""
+    """Body of an action that takes only a dataset."""
 
     dataset: str
 
 
 class ReadinessRequest(msgspec.Struct):
-    """Body of `check_readiness`; without a dataset it asks for all of them."""
+    """Body of `check_readiness`. Without a dataset, all datasets are checked."""
 
     dataset: str | None = None
 
 
 class NamespaceRequest(msgspec.Struct):
-    """A body that names a namespace."""
+    """Body of an action that takes only a namespace."""
 
     name: str
 
@@ -120,7 +120,7 @@ class DeleteVectorRequest(msgspec.Struct):
 
 
 class FilterRequest(msgspec.Struct):
-    """A condition in Longbow's JSON; `op` is another name of `operator`."""
+    """A condition in Longbow's JSON. `op` is another name for `operator`."""
 
     field: str = ""
     operator: str | None = None
@@ -134,11 +134,12 @@ Filters = Annotated[list[FilterRequest], Meta(max_length=MAX_FILTERS)] | None
 
 
 class SearchRequest(msgspec.Struct, kw_only=True):
-    """Body of `VectorSearch`; `vectors` counts before `vector`.
+    """Body of `VectorSearch`. If `vectors` is given, `vector` is ignored.
 
     Attributes:
-        text_query: Words to look for in `text`, besides the vector.
-        alpha: Share of the cosine in the score: 0 (words alone) to 1 (vector alone).
+        text_query: Words to search for in the column `text`, in addition to the vector.
+        alpha: Weight of the cosine in the score, from 0 (only words count) to 1 (only the vector
+            counts).
     """
 
     dataset: str = ""
@@ -153,10 +154,10 @@ class SearchRequest(msgspec.Struct, kw_only=True):
 
     @property
     def query_vectors(self) -> npt.NDArray[np.float32]:
-        """float32 [num_queries, dims].
+        """The query vectors, float32 [num_queries, dims].
 
         Raises:
-            InvalidCommandError: There are none, or they differ in length.
+            InvalidCommandError: There are no query vectors, or their lengths differ.
         """
         try:
             rows = self.vectors if self.vectors is not None else [self.vector or []]
@@ -173,19 +174,19 @@ class SearchRequest(msgspec.Struct, kw_only=True):
 
 
 class HybridSearchRequest(SearchRequest, kw_only=True):
-    """Body of `HybridSearch`: vector and words count alike by default."""
+    """Body of `HybridSearch`. By default, vector and words have the same weight."""
 
     alpha: Annotated[float, Meta(ge=0, le=1)] = 0.5
 
 
 class SearchByIdRequest(SearchRequest, kw_only=True):
-    """Body of `VectorSearchByID`, which searches with the vector of a stored row."""
+    """Body of `VectorSearchByID`: the stored row with this `id` is the query."""
 
     id: Annotated[str, Meta(min_length=1)] | int
 
 
 class DoGetRequest(msgspec.Struct, kw_only=True):
-    """Ticket of a DoGet: rows of a dataset, or a search in it."""
+    """Ticket of a DoGet: asks for rows of a dataset, or for a search in a dataset."""
 
     name: str | None = None
     dataset: str = ""
@@ -196,10 +197,10 @@ class DoGetRequest(msgspec.Struct, kw_only=True):
 
     @classmethod
     def from_ticket(cls, ticket: bytes) -> DoGetRequest:
-        """The request in a ticket: a JSON object or the bare name of a dataset.
+        """The request in a ticket, which is a JSON object or just a dataset's name.
 
         Raises:
-            InvalidCommandError: The ticket is neither.
+            InvalidCommandError: The ticket is neither a valid JSON object nor a dataset's name.
         """
         text = ticket.decode(errors="replace").strip()
         if DATASET_PATTERN.fullmatch(text):
@@ -216,10 +217,11 @@ class DoGetRequest(msgspec.Struct, kw_only=True):
 
 
 def to_filters(requests: Filters, depth: int = 0) -> tuple[Filter, ...]:
-    """The conditions of a request.
+    """The filters of a request as the store takes them.
 
     Raises:
-        InvalidCommandError: An unknown operator or logic, no field, or too deep nesting.
+        InvalidCommandError: A filter has an unknown operator or logic, has no field, or is nested
+            too deeply.
     """
     if requests and depth > MAX_FILTER_DEPTH:
         raise InvalidCommandError(

@@ -1,4 +1,4 @@
-"""Server of `fletcher store`: LanceDB tables behind Longbow's Flight calls."""
+"""Server of `fletcher store`: offers Longbow's Flight calls on LanceDB tables."""
 
 # ruff: noqa: ARG002 - Flight passes a context to every handler
 
@@ -47,31 +47,34 @@ END_CALLS_S = 1.0
 
 @contextmanager
 def _handling() -> Iterator[None]:
-    """Raise a Flight error for any exception of a handler; `with` or decorator."""
+    """Turn any exception of a handler into a Flight error.
+
+    Use it in a `with` statement or as a decorator.
+    """
     with handler_errors(_log):
         try:
             yield
         except pa.ArrowInvalid as error:
-            # A stream that cannot be decoded; Arrow's message names no file.
+            # The stream cannot be decoded. Arrow's message is safe to send: it names no file.
             reason = f"the stream cannot be read: {str(error)[:300]}"
             raise InvalidCommandError(reason) from None
 
 
 class StoreServer:
-    """A store server on two ports. It listens from construction until `close`.
+    """A store server that listens on two ports, from its construction until `close`.
 
     Rows are committed and synced to disk before they are acknowledged, and before a DoPut ends.
 
     Args:
-        folder: Of the LanceDB tables; created if missing. No other process may write to it.
-        host: Address to bind.
-        port: Data port; 0 takes a free one.
-        meta_port: Port of ListFlights, GetFlightInfo and the namespaces; 0 takes a free one.
+        folder: Folder of the LanceDB tables; created if missing. No other process may write to it.
+        host: Address on which both ports listen.
+        port: Port for data; 0 selects a free port.
+        meta_port: Port for ListFlights, GetFlightInfo and the namespaces; 0 selects a free port.
 
     Raises:
-        ConfigError: A port is taken, or both are the same.
-        StoreError: The folder cannot be used, or another server serves it.
-        SetupError: A port cannot be listened on.
+        ConfigError: A port is taken, or both ports are the same.
+        StoreError: The folder cannot be used, or another server uses it.
+        SetupError: The server cannot listen on a port.
     """
 
     def __init__(self, folder: Path, *, host: str, port: int, meta_port: int) -> None:
@@ -96,14 +99,14 @@ class StoreServer:
         self.meta_address = FlightAddress(host, self.meta_port).uri
 
     def close(self, timeout_s: float) -> bool:
-        """Commit received rows, refuse new ones, stop listening.
+        """Commit the received rows, refuse new ones, and stop listening.
 
         Returns:
-            False if commits take longer than `timeout_s` or a client keeps its call open. Every
-            acknowledged row is stored in either case.
+            False if commits take longer than `timeout_s`, or if a client keeps its call open. All
+            acknowledged rows are stored even then.
         """
         committed = self._ingest.close(timeout_s)
-        # `shutdown` waits for open streams without a limit, so it runs on a thread.
+        # `shutdown` waits for open calls without a time limit, so each one runs on its own thread.
         threads = [
             threading.Thread(target=server.shutdown, name="shutdown", daemon=True)
             for server in (self._data, self._meta)
@@ -119,7 +122,7 @@ class StoreServer:
 
 
 class _Server(flight.FlightServerBase):  # type: ignore[misc]
-    """Calls that both ports have."""
+    """Flight calls that both ports answer."""
 
     def __init__(self, location: str, actions: Actions) -> None:
         self._actions = actions
@@ -242,7 +245,7 @@ class _MetaServer(_Server):
 
 
 def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
-    """The searches of a VectorSearch batch, one per row."""
+    """The searches in a batch of a VectorSearch exchange, one for each row."""
     for name in ("dataset", "query_vector"):
         if name not in batch.schema.names:
             raise UnknownColumnError(
@@ -260,7 +263,7 @@ def _search_requests(batch: pa.RecordBatch) -> Iterator[SearchRequest]:
 
 def _lock_folder(folder: Path) -> FileLock:
     try:
-        return FileLock(folder / ".lock")  # no dataset's lock, since a dataset has a name
+        return FileLock(folder / ".lock")  # cannot be a dataset's lock, because datasets have names
     except BlockingIOError:
         raise StoreError(
             f"the folder {folder} is served by another `fletcher store`; use that server, or "

@@ -1,4 +1,4 @@
-"""Upload calls of the store server: rows in, acknowledgements out."""
+"""Upload calls of the store server: reads rows and writes acknowledgements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from fletcher.storeserver.requests import decode_request
 _log = logging.getLogger(__name__)
 
 MAX_GROUP_BYTES = 512 << 20
-# Acknowledgements that a client has not read; beyond it the server stops reading rows.
+# Limit of acknowledgements that are queued for a client. At the limit, the server stops reading the
+# client's rows.
 MAX_UNREAD_ACKS = 1024
 
 
@@ -37,18 +38,19 @@ def read_groups(
     """Check the rows of an upload call and submit them, group by group.
 
     Yields:
-        Every message's number, its number of rows, and the future of its commit. Messages of a
-        group (see `GroupHeader`) share a future and follow once all rows of the group have arrived.
+        Three values for each message: its number, its number of rows, and the future of its commit.
+        The messages of a group (see `GroupHeader`) have the same future. They are yielded once all
+        rows of the group have arrived.
 
     Raises:
-        InvalidCommandError: Damaged rows, a malformed header, or an incomplete group at the end,
-            of which nothing is stored.
-        BatchTooLargeError: A group is larger than MAX_GROUP_BYTES.
-        FletcherError: As `Ingest.submit_rows`.
+        InvalidCommandError: Rows are damaged, a header is malformed, or the call ends within a
+            group. None of an incomplete group's rows is stored.
+        BatchTooLargeError: A group is larger than `MAX_GROUP_BYTES`.
+        FletcherError: As in `Ingest.submit_rows`.
     """
     stream = CommitStream()
     group: list[pa.RecordBatch] = []
-    number = num_rows = 0  # messages of earlier groups, rows of this one
+    number = num_rows = 0  # number of messages in earlier groups, and of rows in this group
     for chunk in reader:
         if chunk.data is None:
             continue
@@ -76,7 +78,7 @@ def read_groups(
 
 
 class AckWriter:
-    """Writer of acknowledgements: one thread, in the order of the messages."""
+    """Writer of one call's acknowledgements, on one thread, in message order."""
 
     def __init__(self, writer: Any) -> None:
         self.error: Exception | None = None
@@ -86,13 +88,16 @@ class AckWriter:
         self._thread.start()
 
     def queue_ack(self, batch_id: int, rows: int, done: Future[int]) -> None:
-        """Queue an acknowledgement; raise the error of an earlier one."""
+        """Queue the acknowledgement of a message with `rows` rows.
+
+        Raises the error of an earlier message, if one failed.
+        """
         if self.error is not None:
             raise self.error
         self._queue.put((batch_id, rows, done))
 
     def close(self) -> None:
-        """Wait until all queued acknowledgements are written."""
+        """Write all queued acknowledgements, then end the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -110,7 +115,10 @@ class AckWriter:
                     self._write_refusal(batch_id, error)
 
     def _write_refusal(self, batch_id: int, error: FletcherError) -> None:
-        """Send an error now, while the handler may be blocked in a read."""
+        """Send an error to the client without the handler.
+
+        The handler cannot raise the error while it is blocked in a read.
+        """
         try:
             self._write_ack({"status": "error", "batch_id": batch_id, **error.to_dict()})
         except pa.ArrowException as gone:
@@ -121,7 +129,7 @@ class AckWriter:
 
 
 def _check_rows(batch: pa.RecordBatch) -> None:
-    """Refuse damaged arrays, and rows that no search could find."""
+    """Refuse damaged arrays, and rows without the columns that a search needs."""
     try:
         batch.validate(full=True)
     except pa.ArrowInvalid as error:
@@ -153,7 +161,7 @@ def _check_rows(batch: pa.RecordBatch) -> None:
 
 
 def _header(metadata: pa.Buffer | None) -> GroupHeader:
-    """The header in a message's metadata; other metadata is ignored."""
+    """The group header in a message's metadata. Other metadata is ignored."""
     raw = metadata.to_pybytes() if metadata is not None else b""
     try:
         fields = msgspec.json.decode(raw)

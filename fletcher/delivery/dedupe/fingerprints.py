@@ -1,7 +1,8 @@
-"""128-bit fingerprints of ids and texts, row keys, and a compact map of them.
+"""128-bit fingerprints of ids and texts, row keys, and a compact map for them.
 
-BLAKE2b at 128 bits: two different values of a billion rows share one with a probability of 1e-21.
-No library is used: those for compact maps keep Python objects, or take integers of 64 bits.
+Fingerprints are BLAKE2b hashes of 128 bits. In a billion rows, the probability that two different
+values have the same fingerprint is 1e-21. No library is used: libraries for compact maps keep
+Python objects, or take only integers of 64 bits.
 """
 
 from __future__ import annotations
@@ -16,22 +17,26 @@ import pyarrow as pa
 
 from fletcher.delivery.groups import Rows
 
-# By kind of key, the columns of its key and its value.
+# Columns by kind of key: the key's column, then the value's column if the kind has one.
 COLUMNS = {"id": ("id",), "text": ("text",), "delta": ("id", "text")}
 
 _SIZE = 16
-_ANY = b"\1"  # the value of a kind whose rows are equal by key alone
-# A new entry: two bytes objects of 16 and a place in a dict, as tracemalloc counts them.
+_ANY = b"\1"  # value for the kinds `id` and `text`, which compare only keys
+# Memory of a new entry: two bytes objects of 16 bytes and a place in a dict, by tracemalloc.
 _RECENT_BYTES = 150
 _MERGE_ROWS = 65_536
 
 _Array = npt.NDArray[np.bytes_]
-# A row's key, None if it has none, and the value that makes another row of that key its duplicate.
+# A row's key and value. The key is None if the row has none. Rows with the same key and the same
+# value are duplicates.
 RowKey = tuple[bytes | None, bytes | None]
 
 
 def fingerprints(values: pa.Array) -> list[bytes | None]:
-    """One fingerprint a value; None for null. Numbers count as their decimal text."""
+    """One fingerprint for each value; None for null.
+
+    A number has the fingerprint of its decimal text.
+    """
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     return [
@@ -52,10 +57,10 @@ def row_keys(kind: str, rows: pa.RecordBatch) -> list[RowKey]:
 
 
 def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dict[bytes, bytes]:
-    """Keys and values of stored or journaled rows, without the `excluded` places.
+    """Keys and values of stored or journaled rows.
 
-    The column `text` is missing if the upload had no texts. An id without a text gets a value that
-    no text has.
+    `excluded` holds the positions of rows to leave out. The column `text` is missing if the upload
+    had no texts. The value of an id without a text is 16 zero bytes, which no text has.
     """
     if not set(COLUMNS[kind]) <= set(rows.schema.names):
         if "id" not in COLUMNS[kind]:
@@ -71,15 +76,15 @@ def stored_keys(kind: str, rows: pa.RecordBatch, excluded: Sequence[int]) -> dic
 
 
 def keys_to_send(kind: str, group: Sequence[Rows]) -> set[bytes]:
-    """Keys of a group's rows that are to be stored."""
+    """Keys of the rows in a group that will be stored."""
     return {key for rows in group for key in stored_keys(kind, rows.load_batch(), rows.excluded)}
 
 
 class FingerprintMap:
     """A map from fingerprints to values of a fixed size. Not thread-safe.
 
-    Most of it is two sorted arrays, which take 16 bytes and the value's size an entry; new entries
-    wait in a dict until they are worth merging.
+    Most entries are in two arrays sorted by fingerprint, where an entry takes 16 bytes plus the
+    size of its value. New entries stay in a dict until there are enough to merge into the arrays.
     """
 
     def __init__(self, value_bytes: int) -> None:
@@ -94,7 +99,7 @@ class FingerprintMap:
         return self._keys.nbytes + self._values.nbytes + len(self._recent) * _RECENT_BYTES
 
     def find_values(self, keys: Sequence[bytes | None]) -> list[bytes | None]:
-        """The value of each key; None if it has none."""
+        """The value of each key; None for a key that is not in the map."""
         found: list[bytes | None] = [None] * len(keys)
         present = [place for place, key in enumerate(keys) if key is not None]
         if len(self._keys) and present:
@@ -112,7 +117,7 @@ class FingerprintMap:
         return found
 
     def add_entries(self, entries: Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]) -> None:
-        """Set the values of some keys; later values replace earlier ones."""
+        """Add keys with their values; a later value of a key replaces an earlier one."""
         self._recent.update(entries)
         if len(self._recent) > max(_MERGE_ROWS, len(self._keys) // 8):
             self._merge()
@@ -126,7 +131,7 @@ class FingerprintMap:
         keys = np.concatenate((self._keys, keys))
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
-        last = np.append(keys[1:] != keys[:-1], True)  # of equal keys the newer comes later
+        last = np.append(keys[1:] != keys[:-1], True)  # among equal keys, the newest is last
         self._keys = keys[last]
         self._values = np.concatenate((self._values, values))[order[last]]
         self._recent = {}

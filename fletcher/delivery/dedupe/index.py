@@ -1,13 +1,18 @@
 """Index of a dataset's ids and text hashes, for `dedupe` and `mode=delta`.
 
-A row is indexed when it is on the disk of the store or the journal, so that its duplicates can be
-dropped and acknowledged. Duplicates are marked just before rows are journaled, or stored if they
-are not journaled, by the thread that holds the right to decide. It holds that right until the rows
-are on a disk or given up: of two equal rows that are pending at once, only one may pass. Rows whose
-duplicates are indexed when they come in need not even be embedded (`DedupePrefilter`).
+A row is added to the index once it is on disk, in the store or in the journal. From then on its
+duplicates can be dropped and acknowledged.
 
-`id` and `text` drop rows whose id or text is indexed, `delta` those whose id is indexed with that
-text.
+Duplicates are marked just before rows are journaled, or just before they are stored if they are not
+journaled. The thread that marks them holds the right to decide until the rows are on disk or given
+up. Therefore only one of two equal pending rows is stored. A row that already duplicates an indexed
+row when it arrives need not even be embedded (see `DedupePrefilter`).
+
+The kind of key says which rows are dropped:
+
+- `id`: rows whose id is in the index
+- `text`: rows whose text is in the index
+- `delta`: rows whose id is in the index with the same text
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 class DedupeMemory:
-    """Memory limit of the dedupe indexes of all datasets together. Thread-safe."""
+    """Memory limit for the dedupe indexes of all datasets together. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -49,7 +54,10 @@ class DedupeMemory:
         self._lock = threading.Lock()
 
     def add_bytes(self, num_bytes: int) -> bool:
-        """Count more or (negative) fewer bytes; False, and no change, beyond the limit."""
+        """Add to the bytes in use; a negative number subtracts.
+
+        Returns False and changes nothing if the sum would be over the limit.
+        """
         with self._lock:
             if num_bytes > 0 and self.used_bytes + num_bytes > self.max_bytes:
                 return False
@@ -58,12 +66,12 @@ class DedupeMemory:
 
 
 class _KindIndex:
-    """Indexed rows by one kind of key; guarded by the lock of `DedupeIndex`.
+    """Index by one kind of key; guarded by the lock of `DedupeIndex`.
 
     Attributes:
-        stale: The content is incomplete or unsure: the store must be read again.
-        invalidated: It became stale while it was being read.
-        late: Entries that came while it was being read; None: it is not being read.
+        stale: The content may be incomplete or wrong, so the store must be read again.
+        invalidated: The index became stale again while the store was being read.
+        late: Entries that were added while the store was being read. None if it is not being read.
     """
 
     def __init__(self, kind: str, memory: DedupeMemory) -> None:
@@ -76,7 +84,10 @@ class _KindIndex:
         self._counted = 0
 
     def add_entries(self, entries: Mapping[bytes, bytes]) -> bool:
-        """False if there is no memory for them; the index is empty and stale then."""
+        """Add entries; returns False if the memory limit does not allow them.
+
+        The index is then empty and stale.
+        """
         self.map.add_entries(entries)
         grown = self.map.num_bytes - self._counted
         if self._memory.add_bytes(grown):
@@ -93,7 +104,10 @@ class _KindIndex:
 
 
 class DedupeIndex:
-    """One dataset's index, empty until the first upload that needs it. Thread-safe."""
+    """One dataset's index. Thread-safe.
+
+    The index is empty until the first upload that needs it.
+    """
 
     def __init__(
         self, destination: Destination, journal: Journal | None, memory: DedupeMemory
@@ -104,16 +118,17 @@ class DedupeIndex:
         self._journal = journal
         self._memory = memory
         self._kinds: dict[str, _KindIndex] = {}
-        # Acquired in this order. The store is asked under the first two only.
+        # Locks, in the order in which a thread acquires them. The store is never called under the
+        # third one.
         self._deciding = threading.Lock()
         self._reading = threading.Lock()
         self._lock = threading.Lock()
 
     def load_kind(self, kind: str) -> _KindIndex:
-        """Index the store and the journal by a kind of key, unless that is done.
+        """The index by one kind of key, read from store and journal if stale.
 
         Raises:
-            InvalidCommandError: The dataset lacks a column, or needs too much memory.
+            InvalidCommandError: The dataset lacks a column, or its index needs too much memory.
             StoreUnavailableError: The store does not answer.
         """
         with self._lock:
@@ -137,12 +152,12 @@ class DedupeIndex:
         return index
 
     def find_duplicates(self, kind: str, keys: Sequence[RowKey]) -> list[bool]:
-        """Whether each row is indexed. Raises as `load_kind`."""
+        """Whether each row is a duplicate of an indexed one. Raises as `load_kind`."""
         wanted = [key for key, _ in keys]
         while True:
             index = self.load_kind(kind)
             with self._lock:
-                if not index.stale:  # it may have become so just now
+                if not index.stale:  # the index may have become stale after `load_kind`
                     values = index.map.find_values(wanted)
                     break
         return [
@@ -151,13 +166,13 @@ class DedupeIndex:
         ]
 
     def acquire_decision(self, wait_s: float) -> bool:
-        """Acquire the right to decide; False if another thread holds it for so long."""
+        """Acquire the right to decide; False if it is not free within `wait_s`."""
         return self._deciding.acquire(timeout=wait_s)
 
     def release_decision(self) -> None:
-        """Release the right, once all marked rows are on a disk, or given up.
+        """Release the right to decide, once all marked rows are on disk or given up.
 
-        If the store may hold rows that were given up, call `invalidate` before.
+        If the store may hold rows that were given up, call `invalidate` first.
         """
         self._deciding.release()
 
@@ -165,7 +180,7 @@ class DedupeIndex:
     def deciding(self, taken: Sequence[Rows], *, wait_s: float) -> Iterator[list[Rows]]:
         """Mark duplicates and hold the right to decide until the block ends.
 
-        The block calls `add_rows` for what it brought to a disk.
+        Inside the block, call `add_rows` for all rows that are then on disk.
 
         Raises:
             StoreUnavailableError: Another thread holds the right, or the store does not answer.
@@ -184,9 +199,9 @@ class DedupeIndex:
     def decide_groups(self, groups: Sequence[Group]) -> int:
         """Mark duplicates in groups that are not decided yet.
 
-        The caller holds the right to decide. Groups with a key in common never share an append,
-        because one of them might be lost. Returns how many groups, from the first one on, may be
-        sent together. Raises as `load_kind`.
+        The caller holds the right to decide. Two groups with a common key are never sent in the
+        same append, because one of them might be lost. Returns how many groups, from the first one
+        on, may be sent together. Raises as `load_kind`.
         """
         sent: dict[str, set[bytes]] = {one.dedupe_by: set() for one in groups if one.dedupe_by}
         for place, group in enumerate(groups):
@@ -209,7 +224,7 @@ class DedupeIndex:
         )
 
     def add_rows(self, rows: Rows) -> None:
-        """Index rows that are on the disk of the journal or the store. Never raises."""
+        """Index rows that are on disk, in the journal or the store. Never raises."""
         if rows.num_duplicates:
             self._telemetry.rows_deduplicated.add(rows.num_duplicates)
         try:
@@ -219,9 +234,9 @@ class DedupeIndex:
             self.invalidate()
 
     def invalidate(self) -> None:
-        """Have the store read again before the next decision.
+        """Mark the index as stale, so that the store is read before the next decision.
 
-        Called when it is unknown whether the store holds certain rows.
+        Called when it is unknown whether the store has certain rows.
         """
         with self._lock:
             for index in self._kinds.values():
@@ -255,21 +270,25 @@ class DedupeIndex:
                     index.late.append(entries[kind])
                 elif not index.stale and not index.add_entries(entries[kind]):
                     log.warning("`%s`: no memory to index its rows", self._dataset)
-                # A replaced row's text is gone, and only the store knows whether others have it.
+                # The text of a replaced row is gone, unless another row has it, too. Only the store
+                # can tell, so read it again.
                 if kind == "text" and rows.upload.upsert:
                     index.stale = index.invalidated = True
 
     def _mark_all(self, taken: Sequence[Rows]) -> list[Rows]:
-        """Mark duplicates in rows that reach a disk together; raises as `load_kind`."""
+        """Mark duplicates in rows that are written together. Raises as `load_kind`."""
         passed: dict[str, dict[bytes, bytes]] = {}
         return [self._mark_duplicates(rows, passed) for rows in taken]
 
     def _mark_duplicates(self, rows: Rows, passed: dict[str, dict[bytes, bytes]]) -> Rows:
-        """Exclude rows that are indexed or in `passed`; add the others to `passed`."""
+        """Exclude rows that duplicate an indexed row or a row in `passed`.
+
+        Adds the keys of all other rows to `passed`.
+        """
         kind = rows.upload.dedupe_by
         if kind is None:
             return rows
-        excluded = {*rows.excluded, *rows.failed}  # a failed row may come again, repaired
+        excluded = {*rows.excluded, *rows.failed}  # a failed row may be sent again, repaired
         keys = row_keys(kind, rows.load_batch())
         indexed = self.find_duplicates(kind, keys)
         new = passed.setdefault(kind, {})
@@ -288,7 +307,8 @@ class DedupeIndex:
         )
 
     def _read_dataset(self, index: _KindIndex) -> None:
-        # The journal first: groups that leave it meanwhile are in the store.
+        # Read the journal before the store: groups that leave the journal meanwhile are then found
+        # in the store.
         journaled: dict[bytes, bytes] = {}
         null_vectors = self._store.capabilities.null_vectors
         for group in self._journal.waiting_groups() if self._journal is not None else []:
@@ -330,6 +350,6 @@ def _journaled_keys(kind: str, group: JournaledGroup, *, null_vectors: bool) -> 
     try:
         return stored_keys(kind, group.read_batch(), excluded)
     except FletcherError:
-        if group.settled:  # and its file deleted, just now
+        if group.settled:  # its file was deleted a moment ago
             return {}
         raise

@@ -1,4 +1,4 @@
-"""Duplicates that are found as rows come in, so that they need not be embedded."""
+"""Filter that finds duplicates among arriving rows before they are embedded."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from fletcher.delivery.upload import Upload
 
 
 class DedupePrefilter:
-    """Finds duplicates among incoming rows of one connection. Not thread-safe."""
+    """Finds duplicates among the arriving rows of one connection. Not thread-safe."""
 
     def __init__(self, dedupe_index: DedupeIndex, upload: Upload) -> None:
         self._dedupe_index = dedupe_index
         self._upload = upload
         self._kind = upload.dedupe_by or ""
-        # Of `delta`: pending ids, by the first row of their batch. What the store has of them is
-        # about to change, so later rows of them cannot be compared yet.
+        # For `delta` only: each pending id with the first row of its batch. The pending rows are
+        # about to replace the stored ones, so later rows with these ids cannot be compared yet.
         self._pending: dict[bytes, int] = {}
         self._passed: deque[tuple[int, int, list[bytes]]] = deque()
 
     def find_duplicates(self, rows: pa.RecordBatch, row_first: int) -> BoolArray:
         """Whether each row is a duplicate, bool [num_rows].
 
-        The columns are `id` and `text`; `row_first` is the first row's offset in the upload.
+        `rows` has the columns `id` and `text`. `row_first` is the offset of its first row in the
+        upload.
         """
         while self._passed and self._upload.covers(*self._passed[0][:2]):
             first, _, keys = self._passed.popleft()
@@ -48,7 +49,7 @@ class DedupePrefilter:
             passed: set[bytes] = set()
             for place, (key, _) in enumerate(entries):
                 if key in passed:
-                    duplicates[place] = False  # these rows change it before
+                    duplicates[place] = False  # an earlier row of these replaces the stored one
                 elif key is not None and not duplicates[place]:
                     passed.add(key)
             self._pending.update(dict.fromkeys(passed, row_first))

@@ -1,27 +1,32 @@
-"""One dataset's journal: groups on disk, acknowledged and not yet stored.
+"""One dataset's journal: groups on disk that are acknowledged and not yet stored.
 
-A journal is a folder of segments, Arrow IPC stream files of one schema each. A group's extent is
-fixed when it is written here. Groups are synced before they are acknowledged, several at a time. A
-segment is deleted when all its groups are stored.
+A journal is a folder of segments. Each segment is an Arrow IPC stream file with one schema. Once a
+group is in the journal, its first and last row do not change. Several groups are synced to disk
+together, and are acknowledged after that. A segment is deleted when all its groups are settled.
 
-Until then notes beside a segment say which of its groups are settled. Sent again, these would
-replace newer rows, or come back into a dataset that was emptied since. Notes survive a kill without
-a sync. They are synced before anything becomes durable that their groups would undo: before a later
-segment is deleted, or gets a note of rows that replace others; before such rows are sent from
-memory; and before a dataset is emptied.
+Until then, notes in a file beside the segment say which of its groups are settled. If a settled
+group were sent again, it would replace newer rows, or reappear in a dataset that was emptied since.
+Notes are written without a sync, so they survive a killed process but not a power loss. They are
+synced before each change that a settled group would undo if it were sent again:
 
-After a crash the last segment may end in half a group, which was never acknowledged. It is cut off,
-and kept in case the cause was another. Where a disk changed bytes, the groups around them still go
-to the store; the log names the lost ones, and the segment is kept for a person.
+- before a later segment is deleted,
+- before a later segment gets a note about rows that replace others,
+- before rows that replace others are sent from memory, and
+- before a dataset is emptied.
+
+After a crash the last segment may end in half a group, which was never acknowledged. The half group
+is cut off, and kept in a file in case a crash was not the cause. If the disk changed some bytes,
+the intact groups before and after them still go to the store. The log names the lost groups, and
+the segment is kept so that a person can examine it.
 
 | file | content |
 |---|---|
-| `N.arrow` | a segment that waits or is being written |
+| `N.arrow` | a segment with groups to send, or one that is being written |
 | `N.settled` | notes of settled groups of `N.arrow` |
-| `N.sent` | kept for `retention_s`, because its store acknowledges before it is durable |
-| `N.rejected` | groups that the store refused for good |
+| `N.sent` | a sent segment whose rows may not be durable in the store yet; kept for `retention_s` |
+| `N-UPLOAD-FIRST-LAST.rejected` | a group that the store refused for good |
 | `N.damaged` | a segment with changed bytes |
-| `N.torn` | half a group |
+| `N.torn` | half a group, cut off from the end of a segment |
 | `groups.unsent` | see `SettledGroups` |
 """
 
@@ -68,16 +73,18 @@ class Journal:
     """One dataset's segments. Thread-safe.
 
     Args:
-        folder: Made if missing.
-        segment_bytes: Size at which a new segment begins.
-        retention_s: Returns how long segments are kept after they were sent; 0: not at all, for
-            stores that are durable when they acknowledge.
+        folder: Folder of the dataset's segments; created if missing.
+        segment_bytes: Size of a segment at which a new one begins.
+        retention_s: Callback that returns for how many seconds segments are kept after they were
+            sent. It returns 0 for a store whose rows are durable when it acknowledges them:
+            segments are then deleted.
 
     Attributes:
-        settled_groups: Groups of which the store cannot tell that they are settled.
+        settled_groups: Settled groups that the store cannot report as such.
 
     Raises:
-        JournalFullError, StoreUnavailableError: The disk is full, or fails otherwise.
+        JournalFullError: The disk is full.
+        StoreUnavailableError: The disk fails for another reason.
     """
 
     def __init__(
@@ -97,7 +104,7 @@ class Journal:
         self._sweeping = threading.Lock()
         self._lock = threading.Lock()
         self._segments: list[Segment] = []
-        self._file: BinaryIO | None = None  # the last segment's, while it is open
+        self._file: BinaryIO | None = None  # the last segment's file, while it is open
         self._writer: Any = None
         self._next_number = 0
         try:
@@ -106,9 +113,9 @@ class Journal:
             raise _disk_error(error) from None
 
     def recover(self) -> list[JournaledGroup]:
-        """Read the groups that an earlier process left, settled ones included, in order.
+        """Read all groups of segments that an earlier process left, in order.
 
-        Call it before the first `append_groups`.
+        Settled groups are included. Call `recover` before the first `append_groups`.
         """
         groups: list[JournaledGroup] = []
         for path in self.folder.iterdir():
@@ -125,16 +132,16 @@ class Journal:
             if segment.torn is not None:
                 try:
                     _cut(segment, segment.torn)
-                except OSError as error:  # a full disk: the half is not read, so it may stay
+                except OSError as error:  # such as a full disk; the half group may stay in the file
                     log.warning("journal: %s ends in half a group: %s", path, error)
             if not segment.groups:
                 _dispose(segment, kept=False)
                 continue
-            sync_path(path)  # its writer may have died before it did
+            sync_path(path)  # the earlier process may have died before it synced the file
             mend_notes(segment.notes)
             segment.unsettled = sum(not group.settled for group in segment.groups)
             if not segment.unsettled:
-                segment.num_bytes = 0  # the next sweep deletes it, so it takes no room from others
+                segment.num_bytes = 0  # not counted, because the next sweep deletes it
             self._segments.append(segment)
             self.space.add_bytes(segment.num_bytes)
             groups += segment.groups
@@ -149,11 +156,11 @@ class Journal:
     ) -> list[JournaledGroup]:
         """Write groups of one schema and sync them, so that they survive a power loss.
 
-        If it fails, nothing of these groups is kept.
+        If an error is raised, none of these groups is kept.
 
         Raises:
             JournalFullError: The disk is full.
-            OSError: The disk fails otherwise.
+            OSError: The disk fails for another reason.
         """
         with self._appending:
             try:
@@ -184,10 +191,10 @@ class Journal:
         return written
 
     def settle_group(self, group: JournaledGroup) -> None:
-        """Note that a group need not be sent again; delete its segment if it was the last."""
+        """Note that a group is settled; delete segments without waiting groups."""
         segment = group.segment
         failure: OSError | None = None
-        if group.info.upsert:  # a disk may keep this note and lose earlier ones
+        if group.info.upsert:  # else a power loss might keep this note and lose earlier ones
             try:
                 self.sync_notes(before=segment)
             except OSError as error:
@@ -199,7 +206,7 @@ class Journal:
             segment.note_settled(group)
             try:
                 if failure is not None:
-                    raise failure  # the note is written with the next one
+                    raise failure  # the note is kept, and written together with the next one
                 segment.write_notes()
             except OSError as error:
                 log.warning("journal: %s cannot be written: %s", segment.notes, error)
@@ -207,10 +214,12 @@ class Journal:
             self.sweep()
 
     def sync_notes(self, before: Segment | None = None) -> None:
-        """Sync the notes of all segments, or of those before one, against a power loss.
+        """Sync the notes of all segments, or only of those older than `before`.
+
+        Synced notes survive a power loss.
 
         Raises:
-            OSError: The disk does not take the notes.
+            OSError: The notes cannot be written or synced.
         """
         with self._sweeping:
             with self._lock:
@@ -219,7 +228,10 @@ class Journal:
             self._sync_notes(segments)
 
     def sweep(self) -> None:
-        """Delete segments without waiting groups, the oldest first, except the open one."""
+        """Delete segments whose groups are all settled, oldest first.
+
+        The open segment is not deleted.
+        """
         with self._sweeping:
             with self._lock:
                 last = self._segments[-1] if self._file is not None else None
@@ -229,7 +241,7 @@ class Journal:
             try:
                 retention_s = self._retention_s()
             except FletcherError:
-                return  # an earlier process left them, and the store does not answer yet
+                return  # the store does not answer yet, so its retention time is unknown
             for segment in done:
                 try:
                     self._delete(segment, retention_s)
@@ -238,10 +250,10 @@ class Journal:
                     return
 
     def forget_settled(self) -> None:
-        """Prepare the journal for a dataset that is about to be emptied.
+        """Prepare the journal before its dataset is emptied.
 
         Raises:
-            OSError: The disk does not take the notes.
+            OSError: The notes cannot be synced, or the list of settled groups cannot be deleted.
         """
         self.close()
         self.sweep()
@@ -254,7 +266,7 @@ class Journal:
             return [one for seg in self._segments for one in seg.groups if not one.settled]
 
     def reject_group(self, group: JournaledGroup, reason: str) -> None:
-        """Keep a group that the store refused for good in a separate file."""
+        """Write a group that the store refused for good to a separate file."""
         info = group.info
         name = f"{group.segment.path.stem}-{info.upload_id}-{info.first}-{info.last}{REJECTED}"
         batch = group.read_batch()
@@ -267,12 +279,15 @@ class Journal:
         log.error("journal: %s: rows were refused by the store: %s", self.folder / name, reason)
 
     def close(self) -> None:
-        """End the open segment, and delete it if nothing in it is needed any more."""
+        """Close the open segment, and delete it if all its groups are settled."""
         with self._appending:
             self._end_segment()
 
     def release_space(self) -> None:
-        """Stop counting a closed journal's bytes; the next one for its folder counts them."""
+        """Stop counting the bytes of a closed journal.
+
+        The next `Journal` of the same folder counts them again.
+        """
         self.space.add_bytes(-self.num_bytes)
 
     @property
@@ -312,11 +327,12 @@ class Journal:
         with self._lock:
             earlier = self._segments[: self._segments.index(segment)]
         now = time.time()
-        # Earlier segments may hold what its rows replaced, which must not be sent again alone.
+        # Earlier segments may hold rows that this segment's rows replaced. Once this segment is
+        # deleted, those older rows must not be sent again.
         self._sync_notes(earlier)
         _dispose(segment, kept=retention_s > 0)
         sync_path(self.folder)
-        with self._lock:  # only now, so that a failed deletion is tried again
+        with self._lock:  # after the deletion, so that a failed one is tried again
             self._segments.remove(segment)
         self.space.add_bytes(-segment.num_bytes)
         segment.notes.unlink(missing_ok=True)
@@ -335,16 +351,16 @@ class Journal:
                 sync_path(segment.notes)
                 synced.append((segment, num_notes))
         if synced:
-            sync_path(self.folder)  # their names
+            sync_path(self.folder)  # so that the names of the files survive, too
         for segment, num_notes in synced:
             segment.num_synced = num_notes
 
     def _undo(self) -> None:
-        """Cut off groups that were written in part and will not be acknowledged."""
+        """Cut off groups that were written, at least in part, by a failed append."""
         if self._file is None:
-            return  # no segment could be made
+            return  # no segment could be created
         segment = self._segments[-1]
-        self._end_segment()  # this may write what is still buffered
+        self._end_segment()  # may write bytes that are still buffered; they are cut off below
         with contextlib.suppress(OSError):
             os.truncate(segment.path, segment.num_bytes)
             sync_path(segment.path)
@@ -359,7 +375,7 @@ def _disk_error(error: OSError) -> FletcherError:
 
 
 def _cut(segment: Segment, torn: Damage) -> None:
-    """Move a group that was not written completely to a `.torn` file."""
+    """Move an incomplete group from the end of a segment to a `.torn` file."""
     with segment.path.open("r+b") as file:
         file.seek(torn.offset)
         segment.path.with_suffix(TORN).write_bytes(file.read())
@@ -369,9 +385,12 @@ def _cut(segment: Segment, torn: Damage) -> None:
 
 
 def _dispose(segment: Segment, *, kept: bool) -> None:
-    """Delete, keep or set aside a segment without waiting groups."""
+    """Delete a segment, keep it as `.sent`, or set a damaged one aside.
+
+    The segment has no waiting groups. `kept`: keep it after it was sent.
+    """
     path = segment.path
-    with contextlib.suppress(FileNotFoundError):  # done before, and something else failed
+    with contextlib.suppress(FileNotFoundError):  # an earlier attempt did this, then failed
         if segment.damage:
             path.rename(path.with_suffix(DAMAGED))
         elif kept and segment.groups:

@@ -11,7 +11,7 @@ from fletcher.errors import ConfigError, JournalFullError
 from fletcher.util.durable import make_folder, sync_path
 from fletcher.util.locks import FileLock
 
-# Hint to clients of a full journal.
+# Time after which clients of a full journal should try again.
 FULL_RETRY_MS = 1000
 
 
@@ -24,7 +24,7 @@ class JournalSpace:
         self._changed = threading.Condition()
 
     def wait_for_room(self, timeout_s: float) -> bool:
-        """Wait until the journals take less than the limit; False if they still do not."""
+        """Wait until the journals are smaller than the limit; False on a timeout."""
         with self._changed:
             return self._changed.wait_for(lambda: self.used_bytes < self.max_bytes, timeout_s)
 
@@ -36,21 +36,21 @@ class JournalSpace:
         )
 
     def add_bytes(self, num_bytes: int) -> None:
-        """Count bytes that were written, or (negative) deleted."""
+        """Count bytes that were written, or, if negative, deleted."""
         with self._changed:
             self.used_bytes += num_bytes
             self._changed.notify_all()
 
 
 def journal_folders(root: Path) -> Iterator[tuple[str, str, Path]]:
-    """Yield the store's folder name, dataset and folder of each journal under `root`."""
+    """Yield each journal under `root`: its store's folder name, dataset and folder."""
     for store in sorted(path for path in root.glob("*") if path.is_dir()):
         for folder in sorted(path for path in store.glob("*") if path.is_dir()):
             yield store.name, folder.name, folder
 
 
 def revive_segments(folder: Path) -> int:
-    """Make sent and rejected segments wait again, behind others; return their number."""
+    """Queue sent and rejected segments again, after all others; return their number."""
     used = [int(path.stem.partition("-")[0]) for path in folder.glob("0*")]
     number = max(used, default=-1) + 1
     again = sorted(path for path in folder.iterdir() if path.suffix in (SENT, REJECTED))
@@ -65,7 +65,7 @@ def lock_journal(root: Path) -> FileLock:
     """Lock the folder of all journals for this process, until the lock is released.
 
     Raises:
-        ConfigError: The folder cannot be used, or another process holds it.
+        ConfigError: The folder cannot be used, or another process has locked it.
     """
     remedy = "give another `home`, or `--max-journal 0` to go without a journal"
     try:

@@ -1,15 +1,17 @@
-"""A journal file, an Arrow IPC stream of groups: writing, reading and checking.
+"""A segment: a journal file with an Arrow IPC stream of groups, and its notes.
 
-A segment has one schema. Each of its record batches is a group of rows of one upload; the batch's
-custom metadata holds the upload, the rows and a CRC-32 over all of it. Reading continues behind
-damaged bytes: messages begin at multiples of eight with a marker, and the checksum proves a group.
-A segment with an unreadable beginning is read by the schema of another segment of its dataset.
+A segment has one schema. Each of its record batches is a group of rows of one upload. The batch's
+custom metadata holds the upload's id, the row offsets and a CRC-32 of metadata, schema and rows.
+Reading continues after damaged bytes: each message begins with a marker at a multiple of eight
+bytes, and the checksum proves that a group is intact. If the beginning of a segment is unreadable,
+the segment is read with the schema of another segment of the same dataset.
 
-The file `N.settled` beside it lists the groups that are stored: the end of each in the segment, as
-eight bytes, in the order in which they were settled.
+The file `N.settled` beside the segment `N.arrow` lists the settled groups. It holds eight bytes for
+each group: the offset of the group's end in the segment. The groups are in the order in which they
+were settled.
 
-No library is used: those for write-ahead logs do not write Arrow, and an Arrow stream reader ends
-at the first damaged byte.
+No library is used: libraries for write-ahead logs do not write Arrow, and an Arrow stream reader
+stops at the first damaged byte.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ REJECTED = ".rejected"
 SETTLED = ".settled"
 _KEY = b"fletcher.group"
 _MARKER = b"\xff\xff\xff\xff"
-_END = _MARKER + bytes(4)  # of an Arrow stream that was closed
+_END = _MARKER + bytes(4)  # last bytes of an Arrow stream that was closed
 _UNREADABLE = (pa.ArrowException, OSError, EOFError)
 _NOTE = struct.Struct("<Q")
 _ANY_MARKER = re.compile(b"(?=%b)" % _MARKER)
@@ -48,12 +50,12 @@ _CLAIM = re.compile(rb'\{"upload_id": "([\w-]+)", "first": (\d+), "last": (\d+)'
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """Identity of a group: rows first..last of an upload.
+    """Identity of a group: the rows `first` to `last` of an upload, both included.
 
     Attributes:
-        failed: Places of rows with a null vector.
+        failed: Positions in the group of rows with a null vector.
         upsert: The rows replace others by id.
-        excluded: Places of rows that are not stored, such as duplicates.
+        excluded: Positions in the group of rows that are not stored, such as duplicates.
     """
 
     upload_id: str
@@ -68,14 +70,18 @@ class GroupInfo:
         return self.last - self.first + 1
 
     def to_json(self) -> dict[str, Any]:
-        """Fields of the file format, in the order on which the checksum depends."""
+        """Fields of the file format. Keep their order: the checksum depends on it."""
         fields = dataclasses.asdict(self)
         fields["unsent"] = fields.pop("excluded")
         return fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> GroupInfo:
-        """Read what `to_json` returned; TypeError: a field is missing or unknown."""
+        """Read the fields that `to_json` returned.
+
+        Raises:
+            TypeError: A field is missing or unknown.
+        """
         # JSON turns tuples into lists.
         values: dict[str, Any] = {
             name: tuple(one) if isinstance(one, list) else one for name, one in fields.items()
@@ -89,11 +95,11 @@ class GroupInfo:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Bytes that are no complete and correct group.
+    """Bytes of a segment that do not form a complete and correct group.
 
     Attributes:
-        offset: Offset of the first byte in the file.
-        groups: Groups that the bytes name, unproven; empty: they name none.
+        offset: Offset of the first of these bytes in the file.
+        groups: Groups that are named in the bytes, without proof by a checksum. May be empty.
     """
 
     offset: int
@@ -118,22 +124,22 @@ class JournaledGroup:
 
     @property
     def end(self) -> int:
-        """Offset of its end in the file, which identifies it in the notes."""
+        """Offset of the group's end in the file. It identifies the group in the notes."""
         return self.offset + self.num_bytes
 
     def read_batch(self) -> pa.RecordBatch:
-        """Read its rows.
+        """Read the group's rows.
 
-        The file is not mapped, so that a failing disk raises an error and sends no signal.
+        The file is not memory-mapped, so that a failing disk causes an error and not a signal.
 
         Raises:
-            InternalError: The file does not hold the group any more.
+            InternalError: The group can no longer be read from the file.
         """
         try:
             with pa.OSFile(str(self.segment.path)) as file:
                 file.seek(self.offset)
                 message = pa.ipc.read_message(file)
-                if message.type == "schema":  # it precedes the first group of a segment
+                if message.type == "schema":  # precedes the first group of a segment
                     message = pa.ipc.read_message(file)
                 return pa.ipc.read_record_batch(message, self.schema)
         except _UNREADABLE as error:
@@ -145,10 +151,10 @@ class Segment:
     """A journal file and its groups.
 
     Attributes:
-        num_bytes: Length of the file, without a torn end.
-        unsettled: Number of groups that are not stored yet.
-        damage: Bytes that are no complete and correct group.
-        torn: Bytes at the end of a group that was not written completely, and never acknowledged.
+        num_bytes: Length of the file without the bytes in `torn`.
+        unsettled: Number of groups that are not settled yet.
+        damage: Bytes that do not form a complete and correct group.
+        torn: Incomplete group at the end of the file. It was never acknowledged.
         num_notes: Number of notes, written or not.
         num_synced: Number of notes that survive a power loss.
     """
@@ -176,7 +182,7 @@ class Segment:
         """Write the notes that are not written yet, without a sync.
 
         Raises:
-            OSError: They cannot be written; the next call tries again.
+            OSError: Some notes cannot be written. The next call tries them again.
         """
         if self.unwritten_notes:
             with self.notes.open("ab", buffering=0) as file:
@@ -184,26 +190,28 @@ class Segment:
 
 
 def read_notes(path: Path) -> list[int]:
-    """Ends of settled groups by the complete notes in a file."""
+    """End offsets of settled groups, from the complete notes in a file."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
     whole = data[: len(data) // _NOTE.size * _NOTE.size]
-    # After a power loss a file may have its length but not its bytes; no group ends at 0.
+    # After a power loss a file may have its full length but zeros at the end. No group ends at 0,
+    # so the first zero ends the list.
     return list(itertools.takewhile(bool, (end for (end,) in _NOTE.iter_unpack(whole))))
 
 
 def mend_notes(path: Path) -> None:
-    """Cut off incomplete notes, before others are written behind them."""
+    """Cut off incomplete notes at the end of a file, before notes are appended to it."""
     with contextlib.suppress(FileNotFoundError):
         os.truncate(path, _NOTE.size * len(read_notes(path)))
 
 
 def read_segments(paths: Iterable[Path]) -> Iterator[tuple[Path, Segment | Damage]]:
-    """Read the segments of one dataset; those with an unreadable beginning come last.
+    """Read the segments of one dataset.
 
-    Files that disappear meanwhile are left out. Damage stands for a file without a readable group.
+    Segments with an unreadable beginning come last. Files that are deleted meanwhile are left out.
+    For a file without a readable group, the second value is a Damage.
     """
     schemas: list[pa.Schema] = []
     unread: list[Path] = []
@@ -222,7 +230,7 @@ def read_segments(paths: Iterable[Path]) -> Iterator[tuple[Path, Segment | Damag
 
 
 def read_segment(path: Path) -> Segment | Damage:
-    """Read one segment; Damage: the file has no readable group."""
+    """Read one segment; returns a Damage if the file has no readable group."""
     ((_, segment),) = read_segments([path])
     return segment
 
@@ -233,9 +241,9 @@ def group_metadata(info: GroupInfo, batch: pa.RecordBatch) -> dict[bytes, bytes]
 
 
 def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
-    """Read by the first schema that finds a group, else by the last.
+    """Read with the first schema in `schemas` that finds a group, else with the last.
 
-    None among `schemas` stands for the file's own schema.
+    None in `schemas` means the file's own schema.
     """
     try:
         data = pa.py_buffer(path.read_bytes())
@@ -256,7 +264,7 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
         _scan(found, data, start)
         if found.groups:
             ends = set(read_notes(found.notes))
-            found.num_notes = len(ends)  # perhaps not synced
+            found.num_notes = len(ends)  # these notes may not be synced
             for group in found.groups:
                 group.settled = group.end in ends
             break
@@ -264,7 +272,7 @@ def _read(path: Path, schemas: Iterable[pa.Schema | None]) -> Segment | Damage:
 
 
 def _scan(segment: Segment, data: pa.Buffer, start: int) -> None:
-    """Find the groups from `start` on, and the bytes between them."""
+    """Find the groups from offset `start` on, and the damaged bytes between them."""
     view, schema = memoryview(data), segment.schema.serialize()
     size = len(view)
     position = good = start  # `good`: the end of the last group
@@ -289,7 +297,7 @@ def _scan(segment: Segment, data: pa.Buffer, start: int) -> None:
 
 
 def _message_end(view: memoryview, offset: int) -> int | None:
-    """End of the message at `offset` by its own header; None: no message begins there.
+    """End of the message at `offset`, by its header; None if no message begins there.
 
     https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format
     """
@@ -311,7 +319,7 @@ def _message_end(view: memoryview, offset: int) -> int | None:
 
 
 def _next_message(view: memoryview, offset: int) -> int:
-    """Offset at which the next message may begin; the file's end if there is none."""
+    """Offset of the next possible message; the file's length if there is none."""
     places = (match.start() for match in _ANY_MARKER.finditer(view, offset))
     return next((place for place in places if place % 8 == 0), len(view))
 
@@ -325,7 +333,7 @@ def _group(schema: pa.Buffer, data: pa.Buffer, offset: int, end: int) -> GroupIn
         crc = fields.pop("crc32")
         batch.validate(full=True)
         info = GroupInfo.from_json(fields)
-        # A chunked row is several rows of the batch.
+        # The batch may have more rows than the upload, because a chunked row takes several.
         right = _checksum(info, batch) == crc and info.num_rows <= batch.num_rows
     except (*_UNREADABLE, StopIteration, ValueError, KeyError, TypeError):
         return None
@@ -344,7 +352,7 @@ def _damage(data: pa.Buffer, start: int, end: int) -> Damage:
 
 
 def _is_torn(view: memoryview, offset: int) -> bool:
-    """Whether a file ends in half a message or zeros, as after a writer's crash."""
+    """Whether only half a message or zeros follow, as after a crash of the writer."""
     rest = bytes(view[offset:])
     if len(rest) < 8:
         return _MARKER.startswith(rest[:4]) or not rest.strip(b"\0")

@@ -1,9 +1,14 @@
-"""Groups that need not be sent again although the store cannot tell.
+"""Finished groups that the store cannot report, and that must not be sent again.
 
-The store got none of their rows, because all were duplicates or failed; or it got some, and counts
-rows to recognize a group; or their rows replace others by id, and may have been replaced since:
-such a group, sent again, would replace newer rows. So a file beside the dataset's journal lists
-their batch keys, one a line, and a client finds these rows acknowledged after a restart.
+There are three cases:
+
+- The store got none of the group's rows, because all were duplicates or failed.
+- The store got only some of the rows, and recognizes a group by its number of rows.
+- The rows replace others by id, and may have been replaced since. If such a group were sent again,
+  it would replace newer rows.
+
+A file in the dataset's journal folder lists the batch keys of these groups, one a line. Thanks to
+the file, the rows still count as acknowledged after a restart.
 """
 
 from __future__ import annotations
@@ -24,9 +29,9 @@ _KEPT_UPLOADS = 1000
 
 
 class SettledGroups:
-    """One dataset's file of settled groups; nothing of it is kept in memory.
+    """One dataset's file of settled groups. Its content is not kept in memory.
 
-    One thread at a time may add keys.
+    Only one thread at a time may add keys.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,11 +41,11 @@ class SettledGroups:
         """Append batch keys and sync the file.
 
         Raises:
-            OSError: The disk does not take them.
+            OSError: The disk cannot store the keys.
         """
         is_new = not self._path.exists()
         with self._path.open("ab") as file:
-            # Line breaks around each key, because a crash may have cut off the last line.
+            # A line break before each key as well, because a crash may have cut off the last line.
             file.write("".join(f"\n{key}\n" for key in keys).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -50,7 +55,7 @@ class SettledGroups:
         if size > _MAX_BYTES:
             try:
                 self._compact()
-            except OSError as error:  # a full disk: the file stays long
+            except OSError as error:  # such as a full disk; the file stays as it is
                 log.warning("journal: %s cannot be shortened: %s", self._path, error)
 
     def ranges_of(self, upload_id: str) -> list[tuple[int, int]]:
@@ -69,7 +74,7 @@ class SettledGroups:
             sync_path(self._path.parent)
 
     def _read(self) -> dict[str, RangeSet]:
-        """Ranges by upload; the upload that was added to last is last."""
+        """Ranges by upload id. The upload that got a key most recently comes last."""
         found: dict[str, RangeSet] = {}
         try:
             lines = self._path.read_text("utf-8", "replace").splitlines()
@@ -84,7 +89,7 @@ class SettledGroups:
         return found
 
     def _compact(self) -> None:
-        """Join ranges, and forget the uploads that were added to longest ago."""
+        """Merge ranges, and keep only the uploads that got a key most recently."""
         kept = list(self._read().items())[-_KEPT_UPLOADS:]
         lines = (
             f"{batch_key(upload_id, *one)}\n" for upload_id, found in kept for one in found.ranges()

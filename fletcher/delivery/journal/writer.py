@@ -1,10 +1,10 @@
-"""The thread that makes a dataset's groups durable, many with one sync.
+"""The thread that makes a dataset's groups durable, with one sync for many groups.
 
-Rows that wait here are in memory and not acknowledged. Rows that have passed are on disk, are
-acknowledged, and go to the committer. A full journal or disk holds rows back: their streams hold
-their memory, and clients wait. Rows that may be duplicates of pending rows are held back, too.
+Rows that wait here are in memory and not acknowledged. The writer puts them on disk, passes them to
+the committer and acknowledges them. While the journal or the disk is full, rows wait: their streams
+keep the memory reserved, and clients wait. Rows that may be duplicates of pending rows wait, too.
 
-`WriteQueue` decides under the writer's lock; the writer acts without it.
+`WriteQueue` chooses an action under the writer's lock. The writer carries it out without the lock.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ log = logging.getLogger(__name__)
 
 WriterAction = actions.Wait | actions.Write | actions.GiveUp | actions.CloseSegment | actions.Stop
 
-# Rows of one sync: enough that its milliseconds are little beside the time to write them.
+# Limit of rows for one sync. Writing so many rows takes far longer than the sync's milliseconds.
 _SYNC_ROWS = 20_000
 
 
 class WriteQueue:
-    """State of one writer: `decide` returns actions, `note_outcome` ends them.
+    """State of one writer, and the choice of its next action. Not thread-safe.
 
-    Not thread-safe. All times are of `time.monotonic`.
+    `decide` returns an action, and `note_outcome` takes the action's outcome. All times are from
+    `time.monotonic`.
 
     Args:
-        patience_s: How long rows that cannot be journaled are tried.
+        patience_s: How long the writer keeps trying to journal the same rows before it gives up.
     """
 
     def __init__(self, patience_s: float, timing: DeliveryTiming) -> None:
-        self.stopped = False  # nothing is accepted any more
+        self.stopped = False  # if True, rows are no longer accepted
         self._patience_s = patience_s
         self._timing = timing
         self._waiting: deque[Rows] = deque()
-        self._held: list[Rows] = []  # tried before
+        self._held: list[Rows] = []  # rows whose last write failed
         self._next_try = 0.0
         self._deadline = 0.0
         self._needs_room = False
         self._failed: actions.GiveUp | None = None
         self._holds_rows = False
-        self._close_at = math.inf  # for the open segment
+        self._close_at = math.inf  # time to close the open segment
 
     def append_rows(self, rows: Rows) -> None:
         self._waiting.append(rows)
@@ -65,7 +66,10 @@ class WriteQueue:
         return not (self._waiting or self._held or self._failed or self._holds_rows)
 
     def decide(self, now: float) -> WriterAction:
-        """The next action; report its outcome, except of Wait and Stop."""
+        """The next action.
+
+        The caller reports its outcome to `note_outcome`, except that of Wait and Stop.
+        """
         action = self._next_action(now)
         self._holds_rows = isinstance(action, actions.Write | actions.GiveUp)
         return action
@@ -73,7 +77,7 @@ class WriteQueue:
     def note_outcome(
         self, action: WriterAction, outcome: actions.Unwritten | None, now: float
     ) -> None:
-        """Learn how an action went; None: all is done."""
+        """Learn the outcome of an action; None if it succeeded."""
         self._holds_rows = False
         if not isinstance(action, actions.Write):
             return
@@ -106,14 +110,14 @@ class WriteQueue:
         return actions.Wait(self._close_at)
 
     def _retry(self, now: float) -> WriterAction:
-        """Make room by closing the open segment, then try rows again after a pause."""
+        """Close the open segment to make room, then write the held rows after a pause."""
         if self._needs_room:
             self._needs_room = False
             return actions.CloseSegment(flush=True)
         return actions.Write(self._held) if self._next_try <= now else actions.Wait(self._next_try)
 
     def _take_rows(self) -> list[Rows]:
-        """Take the oldest groups of one schema and one kind of key, for one sync."""
+        """Take the oldest rows for one sync, all of one schema and one `dedupe_by`."""
         taken: list[Rows] = []
         num_rows = 0
         while self._waiting:
@@ -130,12 +134,12 @@ class WriteQueue:
 
 
 class JournalWriter:
-    """One of a dataset's journal writers; its thread starts with the first rows.
+    """One of a dataset's journal writers. Its thread starts with the first rows.
 
     Args:
-        journal: Recovered.
-        patience_s: How long a full journal, or the right to decide what is a duplicate, is waited
-            for before an upload fails.
+        journal: The dataset's journal, on which `recover` was called.
+        patience_s: How long the writer waits for room in the journal, or for the right to decide
+            which rows are duplicates, before an upload fails.
     """
 
     def __init__(
@@ -153,7 +157,7 @@ class JournalWriter:
         self._dataset = committer.destination.dataset
         self._changed = threading.Condition()
         self._queue = WriteQueue(patience_s, timing)
-        # Held from the check whether rows are still wanted until they are on disk.
+        # Held from the check that rows' uploads have not failed until the rows are on disk.
         self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -171,7 +175,7 @@ class JournalWriter:
             _give_up([rows], actions.shutting_down())
 
     def wait_written(self, timeout_s: float) -> bool:
-        """Wait until no rows of failed uploads are being written; False: some may be."""
+        """Wait until no rows of failed uploads are being written; False on a timeout."""
         written = self._writing.acquire(timeout=timeout_s)
         if written:
             self._writing.release()
@@ -183,7 +187,7 @@ class JournalWriter:
             return self._queue.idle
 
     def close(self) -> None:
-        """End the thread after its current write; rows that wait are given up."""
+        """End the thread after its current write, and give up the waiting rows."""
         with self._changed:
             self._queue.stopped = True
             self._changed.notify_all()
@@ -191,7 +195,7 @@ class JournalWriter:
         if thread is not None:
             thread.join()
 
-    # What follows is called on the writer's thread only.
+    # The methods below are called on the writer's thread only.
 
     def _run(self) -> None:
         while True:
@@ -230,7 +234,8 @@ class JournalWriter:
         try:
             has_room = self._journal.space.wait_for_room(self._timing.journal_poll_s)
             with self._writing:
-                # Checked each time: a try may take long, and the client may send the rows again.
+                # Checked before every attempt: attempts take time, and meanwhile an upload may fail
+                # and its client send the rows again.
                 wanted = _release_abandoned(rows)
                 if not wanted:
                     return None
@@ -255,7 +260,8 @@ class JournalWriter:
             )
         for group, on_disk in zip(groups, journaled, strict=True):
             self._dedupe_index.add_rows(group)
-            # Before the acknowledgement, so that what its client sends then is stored behind it.
+            # Submitted before the acknowledgement, so that rows that the client sends after it are
+            # stored after this group.
             self._committer.submit_rows(journaled_rows(group.upload, on_disk, self._journal))
             group.upload.secure_rows(group.first, group.last)
             group.on_released()
@@ -264,7 +270,10 @@ class JournalWriter:
 def journaled_rows(
     upload: Upload, on_disk: JournaledGroup, journal: Journal, *, in_doubt: bool = False
 ) -> Rows:
-    """Rows of a journaled group for a committer; `in_doubt`: the store may hold them."""
+    """Rows of a journaled group for a committer.
+
+    `in_doubt`: the store may hold the rows already.
+    """
     info = on_disk.info
     return Rows(
         upload,
@@ -290,7 +299,10 @@ def _info_of(rows: Rows) -> GroupInfo:
 
 
 def _release_abandoned(rows: Sequence[Rows]) -> list[Rows]:
-    """Release rows of failed uploads; their clients send them again."""
+    """Release the rows of failed uploads, and return the other rows.
+
+    The clients of failed uploads send their rows again.
+    """
     wanted: list[Rows] = []
     for group in rows:
         if group.abandoned:
