@@ -207,7 +207,7 @@ class Actions:
 class _Namespaces:
     """List of namespaces for Longbow's clients. Thread-safe.
 
-    Longbow groups datasets by namespace; this server only keeps the names.
+    Here a namespace is only a name: it contains no datasets.
     """
 
     def __init__(self, path: Path) -> None:

@@ -341,7 +341,7 @@ class GroupCommitter:
         if not begun:
             return key in taken or self._ledger.holds(key)
         # A client that announces no groups may have split a table into batches that share a key. A
-        # batch is a repeat only if the key has all its rows already.
+        # batch is a repeat only if the key would get more rows with it than the key names.
         num_rows = num_group_rows(key)
         return 0 < num_rows < begun + count
 
