@@ -1,4 +1,4 @@
-"""Protocol of backends; each engine has one module that implements it."""
+"""Protocol of backends; one module for each engine implements the protocol."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ INSTALL_GPU = (
 
 @dataclass(frozen=True, slots=True)
 class BackendConfig:
-    """Configuration of a replica; pickled and sent to its process.
+    """Configuration of a replica; it is pickled and sent to the replica's process.
 
     Attributes:
         backend: `onnxruntime`, `openvino` or `null`; never `auto`.
         device: `cpu` or `cuda:N`; never `auto`.
         bundle: The bundle's folder.
         precision: `float32`, `bfloat16` (OpenVINO) or `float16` (CUDA, without padding).
-        threads: Cores for this replica; 0 for all that it sees. CPU only.
-        max_batch_tokens: Largest number of padded tokens in one run; warm-up covers it.
-        gpu_memory: GPU memory for this replica in bytes; 0 for all that is free. CUDA only.
-        version: Hash that the bundle, or a replaced version of it, must have; empty for any.
-        dim: Width of a vector, for `null`, which loads no model.
+        threads: Number of cores for this replica; 0 for all cores that it may use. CPU only.
+        max_batch_tokens: Largest number of padded tokens in one run, also in the warm-up.
+        gpu_memory: GPU memory for this replica in bytes; 0 for all free memory. CUDA only.
+        version: Hash of the bundle to load, which may be a replaced version. Empty for the bundle
+            in `bundle`, whatever its hash is.
+        dim: Width of a vector, for the backend `null`, which loads no model.
         cuda_graphs: Run single short texts as captured CUDA graphs. CUDA and `float16` only.
         late: Load the graph for late chunking instead of the one for whole rows.
     """
@@ -47,8 +48,9 @@ class BackendConfig:
 class Backend(Protocol):
     """A loaded model on one device.
 
-    Up to `concurrency` threads may call `run` at once. For urgent runs, `urgent_concurrency` more
-    may, so that these need not wait for the end of another run.
+    Up to `concurrency` threads may call `run` at the same time. For urgent runs, another
+    `urgent_concurrency` threads may call `run`, so that an urgent run need not wait until another
+    run has ended.
     """
 
     concurrency: int
@@ -58,7 +60,7 @@ class Backend(Protocol):
         """Embed one micro-batch.
 
         Raises:
-            BackendError: The engine failed; the message has its reason, for the log.
+            BackendError: The engine failed; the message has the engine's reason, for the log.
         """
         ...
 

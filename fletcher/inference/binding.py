@@ -1,8 +1,9 @@
 """Reused page-locked memory for the inputs and outputs of a session on a GPU.
 
-A GPU copies from page-locked memory directly. From other memory the driver first makes a copy, and
-waits. The memory belongs to the process, is locked through the CUDA runtime, and serves all runs.
-It grows when a run needs more, which the warm-up causes before the first request.
+A GPU copies directly from page-locked memory. With other memory, the driver first makes a copy and
+waits for it. The buffers here belong to the process, are locked through the CUDA runtime, and are
+reused by all runs. A buffer grows when a run needs more memory. The warm-up makes the buffers grow
+before the first request.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Locks a number of bytes at an address; returns the function that unlocks them, or None.
+# Function that locks memory: it takes an address and a number of bytes. It returns the function
+# that unlocks the memory, or None if the memory is not locked.
 Pin = Callable[[int, int], Callable[[], None] | None]
 
 
@@ -29,29 +31,30 @@ class Buffer:
         self._memory: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 
     def view(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An array in this memory, which shares it with earlier views."""
+        """An array in this memory. All views overlap: a new one overwrites earlier ones."""
         num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if num_bytes > self._memory.nbytes:
             self._grow(num_bytes)
         return self._memory[:num_bytes].view(dtype).reshape(shape)
 
     def _grow(self, num_bytes: int) -> None:
-        # Powers of two: few steps to the largest size.
+        # Sizes are powers of two, so that few steps lead to the largest size.
         size = max(mmap.PAGESIZE, 1 << (num_bytes - 1).bit_length())
         memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
         if unpin := self._pin(memory.ctypes.data, size):
-            # Views may outlive this buffer: the last one unlocks the memory.
+            # Views may outlive this buffer. The memory is unlocked when the last view is gone.
             weakref.finalize(memory.base, unpin)
         self._memory = memory
 
 
 class Binding:
-    """Buffers bound to a session. For one thread at a time.
+    """Buffers bound to a session. Only one thread may use them at a time.
 
     Args:
         session: An ONNX Runtime InferenceSession.
-        dim: Columns of the first output; a second one has 1. Outputs are float32, with a row for
-            each row of the batch.
+        dim: Number of columns of the first output. A second output has 1 column.
+        outputs: Names of the outputs. They are float32 and have one row for each row of the batch.
+        pin: Function that locks the buffers' memory.
     """
 
     def __init__(self, session: Any, dim: int, outputs: Sequence[str], pin: Pin) -> None:
@@ -64,7 +67,7 @@ class Binding:
     def run_session(
         self, feeds: Mapping[str, npt.NDArray[Any]], num_rows: int
     ) -> list[npt.NDArray[np.float32]]:
-        """Run the session; return copies of its outputs, `num_rows` rows each."""
+        """Run the session; return copies of its outputs, each with `num_rows` rows."""
         binding = self._binding
         for name, array in feeds.items():
             view = self._view(name, array.shape, array.dtype)
@@ -85,9 +88,10 @@ class Binding:
 
 
 def cuda_pin(device_id: int) -> Pin:
-    """A function that locks memory for a device, through the loaded CUDA runtime.
+    """Create a function that locks memory for a device, by the loaded CUDA runtime.
 
-    Locking may fail, for instance at a limit on locked memory. Runs are then a little slower.
+    Locking may fail, for instance because of a limit on locked memory. Then the memory is used
+    unlocked, and runs are a little slower.
     """
     runtime = _cuda_runtime()
     if runtime is None:
@@ -95,7 +99,7 @@ def cuda_pin(device_id: int) -> Pin:
 
     def pin(address: int, size: int) -> Callable[[], None] | None:
         # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__MEMORY.html
-        # Without a device, this thread would open a context on the first one: some 100 MB.
+        # Without this call, the thread would open a context on device 0, some 100 MB of memory.
         runtime.cudaSetDevice(ctypes.c_int(device_id))
         if runtime.cudaHostRegister(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) != 0:
             return None
@@ -106,7 +110,7 @@ def cuda_pin(device_id: int) -> Pin:
 
 def _cuda_runtime() -> Any:
     for version in (13, 12):
-        # The soname finds the copy that ONNX Runtime's `preload_dlls` has loaded.
+        # This name finds the library that ONNX Runtime's `preload_dlls` has loaded.
         with contextlib.suppress(OSError):
             return ctypes.CDLL(f"libcudart.so.{version}")
     return None

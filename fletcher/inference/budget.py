@@ -1,4 +1,4 @@
-"""Loading of backends, whose run size shrinks when the device is out of memory."""
+"""Loading of backends, with runs that shrink when the device is out of memory."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ _OUT_OF_MEMORY = re.compile(
     r"|ALLOC_FAILED|OUT_OF_MEMORY",
     re.IGNORECASE,
 )
-# Successful runs near the budget before it grows by a quarter. Memory that other processes took may
-# be free again; if it is not, one run in so many fails.
+# Number of successful runs near the budget after which the budget grows by a quarter. It grows
+# because memory that other processes used may be free again. If that memory is still in use, one
+# run in this many fails.
 _RUNS_TO_GROW = 64
 
 
 class BudgetedBackend:
     """Backend that splits micro-batches by a budget of padded tokens.
 
-    The budget is halved when the device is out of memory, and grows again slowly. A row beyond the
-    budget runs alone. Vectors do not depend on the split. The fillers of `queries` count as tokens.
+    The budget is halved when the device is out of memory, and slowly grows again. A row that is
+    longer than the budget runs by itself. The split does not change vectors. Fillers of queries, as
+    `queries` describes them, count as tokens.
     """
 
     def __init__(
@@ -80,10 +82,10 @@ class BudgetedBackend:
         else:
             self._grow(_padded(self._lengths(part)))
             return result
-        return self.run(part)  # outside `except`: the traceback holds the failed run's arrays
+        return self.run(part)  # outside `except`: the traceback there keeps the failed run's arrays
 
     def _lengths(self, batch: MicroBatch) -> Int32Array:
-        """int32 [num_rows], tokens of each row with its fillers."""
+        """int32 [num_rows], number of tokens of each row, including its fillers."""
         if self._queries is None:
             return batch.lengths
         return self._queries.filled(batch.input_ids, batch.lengths)
@@ -96,7 +98,7 @@ class BudgetedBackend:
     def _grow(self, num_tokens: int) -> None:
         with self._lock:
             if self._budget == self._most or num_tokens < self._budget // 2:
-                return  # small runs prove nothing about larger ones
+                return  # a small run does not show that a larger one fits
             self._good_runs += 1
             if self._good_runs >= _RUNS_TO_GROW:
                 self._budget = min(self._most, self._budget + self._budget // 4 + 1)
@@ -107,7 +109,7 @@ def load(config: BackendConfig) -> BudgetedBackend:
     """Load the backend of a configuration, with late chunking and a budget.
 
     Raises:
-        FletcherError: As the engine's own `load`.
+        FletcherError: The engine's `load` failed.
     """
     backend = LateBackend(_load(config), lambda: _load(replace(config, late=True)))
     queries = None if config.backend == "null" else ModelBundle.from_folder(_folder(config)).queries
@@ -115,16 +117,19 @@ def load(config: BackendConfig) -> BudgetedBackend:
 
 
 def _folder(config: BackendConfig) -> Path:
-    if config.version:  # a restarted replica must not get a newer version
+    if config.version:  # a restarted replica must load the same version again
         return version_folder(Path(config.bundle), config.version)
     return Path(config.bundle)
 
 
 def load_inline(config: BackendConfig) -> Backend | None:
-    """Load a backend for one small run at a time in this process; None without one.
+    """Load a backend that runs one small micro-batch at a time in this process.
+
+    Returns:
+        The backend; None if the engine has no such backend here.
 
     Raises:
-        FletcherError: As the engine's own `load_inline`.
+        FletcherError: The engine's `load_inline` failed.
     """
     load = getattr(_engine(config), "load_inline", None)
     loaded: Backend | None = load and load(replace(config, bundle=str(_folder(config))))
@@ -141,7 +146,7 @@ def _engine(config: BackendConfig) -> Any:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an engine's error is about memory, judged by its message."""
+    """Whether an engine's error says that memory ran out, judged by its message."""
     return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
@@ -150,7 +155,11 @@ def _padded(lengths: Int32Array) -> int:
 
 
 def _cut(batch: MicroBatch, run_lengths: Int32Array, budget: int) -> list[MicroBatch]:
-    """Split into parts of neighbouring rows, each within the budget or a single row."""
+    """Split a micro-batch into parts of neighbouring rows.
+
+    Each part is within the budget or has a single row. `run_lengths` has the number of tokens of
+    each row, including its fillers.
+    """
     if _padded(run_lengths) <= budget:
         return [batch]
     edges, longest = [0], 0

@@ -1,9 +1,11 @@
 """Captured CUDA graphs for single short texts.
 
-A run is one launch, not one for each kernel. A graph keeps the shapes and addresses of its capture.
-So there is one graph for each of a few numbers of tokens. A second row of padding fills up that
-number; its vector is dropped, and it does not change the text's. Inputs are contiguous in the
-device's memory, and so are outputs: each direction takes one copy.
+With a captured graph, a run is one launch instead of one launch for each kernel. A graph always
+uses the shapes and addresses that it was captured with. So there is one graph for each of a few
+numbers of tokens. A second row, of padding, fills a shorter text up to the graph's number of
+tokens. The vector of the padding is dropped, and the padding does not change the text's vector. All
+inputs are contiguous in the device's memory, so one copy moves them. The same holds for all
+outputs.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ from fletcher.inference.packed_io import PackedIO
 
 log = logging.getLogger(__name__)
 
-# Tokens of each graph; its longest text has one less. Guesses, not measured on a GPU.
+# Number of tokens of each graph. The longest text of a graph has one token less. The numbers are
+# guesses and were not measured on a GPU.
 GRAPH_TOKENS = (16, 32, 48, 64)
-# Lowest cosine to the vectors without graphs, as in `scripts/gpu_check`.
+# Lowest cosine that a vector by a graph may have to the vector without graphs, as in
+# `scripts/gpu_check`.
 LEAST_COSINE = 0.9995
 
 _WORD = np.dtype(np.float32).itemsize  # all inputs are int32, all outputs float32
-_ALIGNED = 64  # words: 256 bytes, as the CUDA runtime aligns memory
-_CHECK_IDS = 64  # token ids below this, which every vocabulary has
+_ALIGNED = 64  # in words: 256 bytes, the alignment of the CUDA runtime
+_CHECK_IDS = 64  # check texts have token ids below this: every vocabulary has them
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -54,14 +58,14 @@ class _Memory:
         )
 
     def bind(self, bind: Callable[..., None]) -> None:
-        """Pass each array's place to an IOBinding's `bind_input` or `bind_output`."""
+        """Call `bind`, an IOBinding's `bind_input` or `bind_output`, for each array."""
         address = self.on_device.data_ptr()
         for name, shape in self._shapes.items():
             at = address + self._places[name][0] * _WORD
             bind(name, self._kind, self._index, self._dtype, shape, at)
 
     def views(self, flat: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """The arrays as views of a copy of the memory."""
+        """The arrays as views of `flat`, which has the layout of this memory."""
         return {
             name: flat[start : start + size].reshape(self._shapes[name])
             for name, (start, size) in self._places.items()
@@ -69,7 +73,7 @@ class _Memory:
 
 
 class _Graph:
-    """Graph for one number of tokens. For one thread at a time."""
+    """Captured graph for one number of tokens. Only one thread may use it at a time."""
 
     def __init__(self, ort: Any, session: Any, io: PackedIO, device: str, num_tokens: int) -> None:
         self.num_tokens = num_tokens
@@ -87,9 +91,10 @@ class _Graph:
         self._options.add_run_config_entry("gpu_graph_id", str(num_tokens))
 
     def replay(self, input_ids: Int32Array) -> list[npt.NDArray[np.float32]]:
-        """Outputs for one text of at most `num_tokens` - 1 tokens, [1, width] each.
+        """Run one text of at most `num_tokens` - 1 tokens.
 
-        The first call captures the graph; nothing else in this process may use the device then.
+        Returns the outputs, [1, width] each. The first call captures the graph. During the first
+        call, nothing else in this process may use the device.
         """
         views = self._inputs.views(self._inputs.flat)
         for name, array in self._io.filled(input_ids, self.num_tokens).items():
@@ -103,8 +108,8 @@ class _Graph:
 class CapturedBackend:
     """Backend that runs single short texts by captured graphs, others by `backend`.
 
-    That one also takes a text that arrives while a graph runs, because graphs share memory.
-    `graphs` are sorted from few tokens to many.
+    Only one graph runs at a time, because graphs share memory. A text that arrives while a graph
+    runs goes to `backend`. `graphs` are sorted from few tokens to many.
     """
 
     def __init__(
@@ -147,11 +152,12 @@ class CapturedBackend:
 def captured(
     backend: Backend, io: PackedIO, ort: Any, open_session: Callable[[], Any], device: str
 ) -> CapturedBackend:
-    """Add captured graphs to a warmed-up backend; on failure, warn and add none.
+    """Add captured graphs to a warmed-up backend; after a failure, warn and add none.
 
-    The graphs' vectors must equal the backend's. `open_session` loads the model once more, with
-    `enable_cuda_graph`: captured runs keep their memory, which other runs must not share. `device`
-    is `cuda:N`, or `cpu`, which runs the same without capture.
+    The vectors by graphs are compared with the backend's and must agree. `open_session` loads the
+    model a second time, with `enable_cuda_graph`. A second session is needed because captured runs
+    keep their memory, which other runs must not share. `device` is `cuda:N`, or `cpu`, where the
+    same code runs without capture.
     """
     try:
         session = open_session()
@@ -171,7 +177,10 @@ def captured(
 
 
 def _check_batches(graphs: Sequence[_Graph]) -> Iterator[MicroBatch]:
-    """A few texts for each graph, alternating, so that they overwrite its memory."""
+    """Texts of several lengths for each graph, in rotation over the graphs.
+
+    A replay must be right although other replays have overwritten the shared memory before.
+    """
     rng = np.random.default_rng(7)
     for fewer in (1, 8, 15, 1):
         for graph in graphs:

@@ -11,14 +11,14 @@ from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.onnx.packed import FAMILIES, can_pack
 
-# Largest number of cores of one process, whose single interpreter lock feeds them all; a second
-# process costs another copy of the weights. On two cores, one process and two showed no clear
-# difference. The number of cores at which the lock matters has not been measured.
+# Largest number of cores of one replica. A replica's single interpreter lock feeds all its cores,
+# but a second replica needs another copy of the weights. On two cores, one replica and two replicas
+# showed no clear difference. The number of cores at which the lock matters has not been measured.
 MAX_CORES_PER_REPLICA = 16
 
 # all-MiniLM-L6-v2 on two Zen 5 cores, CPU ms a text at 512, 1024, 2048 and 4096 tokens: OpenVINO
 # bfloat16 5.6 5.5 5.4 5.5, float32 9.9 10.1 10.2 10.5, ONNX Runtime float32 10.5 11.6 12.5 12.7. So
-# more tokens gain nothing, and add latency and memory. The figure for CUDA is a guess, not
+# more tokens bring no gain, but cost latency and memory. The number for CUDA is a guess and was not
 # measured: a GPU needs more tokens to be busy.
 CPU_BATCH_TOKENS = 1024
 CUDA_BATCH_TOKENS = 32_768
@@ -28,11 +28,11 @@ _INSTALL_CPU = "pip install 'longbow-fletcher[cpu]'"
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """Replicas to run, and the reason.
+    """Replicas to run, and the reason for the choice.
 
     Attributes:
-        configs: One for each replica.
-        reason: One line for the log: the engine, its place and the reason.
+        configs: One configuration for each replica.
+        reason: One line for the log with the engine, its devices or cores, and the reason.
     """
 
     configs: list[BackendConfig]
@@ -40,15 +40,18 @@ class Resolution:
 
 
 def resolve_replicas(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolution:
-    """Choose what runs a model, by rule, from the options and the host.
+    """Choose the replicas that run a model, by fixed rules.
 
-    `auto` takes the GPUs if the host has some and ONNX Runtime's CUDA build is installed, else the
-    CPU. On GPUs it takes float16 and no padding for models whose graph Fletcher writes, float32
-    (TF32) for others. On the CPU it takes OpenVINO, in bfloat16 if the processor multiplies that
-    natively, else in float32; and ONNX Runtime if OpenVINO is not installed.
+    The choice depends on the options `asked` and the host.
+
+    `auto` takes the GPUs if the host has GPUs and ONNX Runtime's CUDA build is installed. Otherwise
+    `auto` takes the CPU. On GPUs it takes float16 without padding for models that can have such a
+    graph, and float32 (TF32) for other models. On the CPU it takes OpenVINO, or ONNX Runtime if
+    OpenVINO is not installed. OpenVINO runs in bfloat16 if the processor multiplies bfloat16
+    natively, else in float32.
 
     Raises:
-        BackendError: The host lacks what was asked for; the message says how to get it.
+        BackendError: The host lacks something that the options ask for; the message has the remedy.
     """
     if asked.backend == "null":
         return _null(asked, bundle)
@@ -75,7 +78,7 @@ def _null(asked: EngineConfig, bundle: ModelBundle) -> Resolution:
         backend="null",
         device="cpu",
         bundle=str(bundle.folder),
-        # Measurements with it are about what a fast device leaves to be done.
+        # The null backend serves to measure the rest of the server beside a fast device.
         max_batch_tokens=asked.max_batch_tokens or CUDA_BATCH_TOKENS,
         dim=bundle.dim,
     )
@@ -149,7 +152,7 @@ def _cuda(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolutio
 
 
 def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
-    """Precision on a GPU, and its description."""
+    """Choose the precision on a GPU; return it and its description."""
     kind = "" if bundle.output == "dense" else f"gives {bundle.output} vectors and "
     why = (
         f"graphs without padding exist only for dense models of {', '.join(FAMILIES)}, "
@@ -172,7 +175,7 @@ def _cuda_precision(precision: str, bundle: ModelBundle) -> tuple[str, str]:
 
 
 def _shared(resolution: Resolution, asked: EngineConfig) -> Resolution:
-    """Put several replicas on each GPU, and have them capture CUDA graphs, as asked."""
+    """Add the replicas for each GPU and the CUDA graphs that the options ask for."""
     num_replicas = asked.replicas_per_device or 1
     captures = asked.cuda_graphs and resolution.configs[0].precision == "float16"
     configs = [
@@ -216,7 +219,7 @@ def _cpu(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Resolution
     elif engine == "openvino" and not native and not why:
         why = "no native bfloat16"
     cores = min(asked.threads or host.cores, host.cores)
-    # As few replicas as cores and memory nodes allow.
+    # As few replicas as MAX_CORES_PER_REPLICA allows, but at least one for each memory node.
     num_replicas = min(cores, max(-(-cores // MAX_CORES_PER_REPLICA), host.num_numa_nodes))
     configs = [
         BackendConfig(
@@ -260,5 +263,5 @@ def _cpu_engine(backend: str, precision: str, host: HostInfo) -> tuple[str, str]
 
 
 def split_cores(cores: int, num_processes: int) -> list[int]:
-    """Cores of each process, as even as whole cores allow."""
+    """Split cores between processes as evenly as possible; return each one's cores."""
     return [cores // num_processes + (n < cores % num_processes) for n in range(num_processes)]

@@ -1,4 +1,4 @@
-"""Inputs and outputs of graphs for all engines: padding before, pooling after."""
+"""Inputs and outputs of graphs for all engines, with padding and pooling."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from fletcher.models.checkpoint.markers import Queries, Skipped
 from fletcher.vectors.pooling import normalize, pool
 from fletcher.vectors.ragged import sparse
 
-# Padded lengths are multiples of this, so that only few shapes occur: engines keep memory plans and
-# compiled kernels by shape. The planner counts its budget on the same grid.
+# Padded lengths are multiples of this number, so that only few shapes occur. Engines keep memory
+# plans and compiled kernels for each shape. The planner rounds lengths up to the same multiples.
 LENGTH_GRID = 16
 
-# Longest row and run of the warm-up: longer rows are rare, and the longest can take minutes.
+# Limits of the warm-up: tokens of its longest row, and seconds of its longest run. Longer rows are
+# rare, and the longest rows can take minutes.
 _WARM_UP_LENGTH = 512
 _WARM_UP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class GraphIO:
-    """A graph's inputs and outputs by name, and the computation left after it.
+    """A graph's inputs and outputs by name, and the computation left after the graph.
 
     Attributes:
         inputs: Names of the inputs.
         dtypes: Integer type of each input.
-        outputs: Names of the outputs that are read, as in ModelBundle.
+        outputs: Names of the outputs that Fletcher reads, as in ModelBundle.
         pad_token_id: Id of padding tokens.
         max_length: Largest number of tokens in a row.
         dim: Width of an embedding.
         exits: Last layer of each of the model's blocks.
-        pooling: Pooling after the graph; None if the graph pools.
-        normalize: L2 normalization after the graph.
-        has_norms: The second output is the L2 norms, float32 [B, 1].
+        pooling: Pooling that is left to do after the graph; None if the graph pools.
+        normalize: Whether L2 normalization is left to do after the graph.
+        has_norms: Whether the second output holds the L2 norms, float32 [B, 1].
         output: Kind of vectors, as in ModelBundle.
-        skipped, queries: Tokens with a vector, as in ModelBundle.
+        skipped, queries: Choice of the tokens that have a vector, as in ModelBundle.
     """
 
     inputs: tuple[str, ...]
@@ -66,7 +67,7 @@ class GraphIO:
         input_dtypes: Mapping[str, npt.DTypeLike],
         output_names: Sequence[str],
     ) -> GraphIO:
-        """Check a bundle against the inputs and outputs of the loaded graph.
+        """Create a GraphIO for a bundle and check it against the loaded graph.
 
         Raises:
             ModelError: The graph has other inputs than the bundle declares, or lacks an output.
@@ -102,7 +103,7 @@ class GraphIO:
         )
 
     def num_blocks(self, layers: int) -> int:
-        """Number of blocks to run for vectors after a layer; 0 is the last layer.
+        """Number of blocks to run for vectors after layer `layers`; 0 is the last layer.
 
         Raises:
             ValueError: No block ends after that layer.
@@ -110,17 +111,17 @@ class GraphIO:
         return self.exits.index(layers) + 1 if layers else len(self.exits)
 
     def next_feeds(self, feeds: Mapping[str, Any], hidden: Any) -> dict[str, Any]:
-        """Inputs of a block from those of the one before and its hidden states."""
+        """Inputs of a block, from the previous block's inputs `feeds` and output `hidden`."""
         rest = {name: value for name, value in feeds.items() if name not in ("input_ids", HIDDEN)}
         return {HIDDEN: hidden, **rest}
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
-        """The graph's inputs, [num_rows, padded length] each, and the mask of the tokens.
+        """The graph's inputs and the mask of tokens, each [num_rows, padded length].
 
         Raises:
             ValueError: A row is longer than `max_length`.
         """
-        # The last grid point may lie beyond the model's positions.
+        # The rounded length may exceed the model's number of positions.
         filled = self._filled(batch)
         longest = int((batch.lengths if filled is None else filled).max())
         on_grid = -(-longest // LENGTH_GRID) * LENGTH_GRID
@@ -136,7 +137,7 @@ class GraphIO:
                 arrays[name] = mask.astype(dtype)
             elif name == "position_ids":
                 arrays[name] = np.tile(np.arange(length, dtype=dtype), (shape[0], 1))
-            else:  # token_type_ids: one sequence
+            else:  # token_type_ids: a row is one sequence, of type 0
                 arrays[name] = np.zeros(shape, dtype=dtype)
         if filled is not None and self.queries is not None:
             fillers = _places(filled, length) & ~mask
@@ -152,7 +153,7 @@ class GraphIO:
         return _places(batch.lengths, length)
 
     def _filled(self, batch: MicroBatch) -> Int32Array | None:
-        """int32 [num_rows], tokens of each row with its fillers; None without fillers."""
+        """int32 [num_rows], tokens of each row including fillers; None without fillers."""
         if self.queries is None or self.queries.filler is None:
             return None
         return self.queries.filled(batch.input_ids, batch.lengths)
@@ -164,10 +165,12 @@ class GraphIO:
         outputs: Sequence[npt.NDArray[Any]],
         compute_s: float,
     ) -> InferenceResult:
-        """Result of a run, from the mask of `feeds` and outputs ordered as `self.outputs`.
+        """Make the result of a run from the graph's outputs.
+
+        `mask` is the mask from `feeds`. `outputs` are in the order of `self.outputs`.
 
         Raises:
-            ModelError: As `embeddings`.
+            ModelError: The graph's output has another shape than the bundle declares.
         """
         if self.output == "multi":
             return self._token_vectors(batch, mask, np.asarray(outputs[0], np.float32), compute_s)
@@ -200,7 +203,7 @@ class GraphIO:
     def embeddings(
         self, outputs: Sequence[npt.NDArray[Any]], mask: BoolArray
     ) -> tuple[FloatArray, FloatArray | None]:
-        """Embeddings and norms, as in InferenceResult, from the graph's outputs.
+        """Make embeddings and norms, as in InferenceResult, from the graph's outputs.
 
         Raises:
             ModelError: The graph's output has another shape than the bundle declares.
@@ -218,11 +221,12 @@ class GraphIO:
     def warm_up_batches(
         self, max_batch_tokens: int, clock: Callable[[], float] = time.perf_counter
     ) -> Iterator[MicroBatch]:
-        """Micro-batches of a few lengths up to a long text's, the largest first.
+        """Micro-batches for the warm-up, with rows of a few lengths.
 
-        The caller's time for a short one limits the others to some seconds each: full ones could
-        take minutes for a large model on one core. Runs of all layers warm up all exits, because
-        every block pools.
+        Two short micro-batches come first. The time that the caller takes for the second one limits
+        the size of the others, so that each takes some seconds. Without this limit, a large model
+        on one core could take minutes. Then the rows get shorter from micro-batch to micro-batch.
+        Runs of all layers also warm up all exits, because every block pools.
         """
         shortest = _zeros(1, min(LENGTH_GRID, self.max_length))
         yield shortest
@@ -240,7 +244,7 @@ class GraphIO:
 
 
 def _places(lengths: Int32Array, width: int) -> BoolArray:
-    """Bool [num_rows, width], True in the first `lengths` places of each row."""
+    """Bool [num_rows, width], True at the first `lengths[row]` places of each row."""
     places: BoolArray = np.arange(width, dtype=np.int32) < lengths[:, None]
     return places
 

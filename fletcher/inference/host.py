@@ -1,4 +1,4 @@
-"""Resources of the machine that this process may use."""
+"""Detection of the resources of the machine that this process may use."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class HostInfo:
     """Resources of the machine that this process may use.
 
     Attributes:
-        cores: Logical cores by affinity and cgroup quota; at least 1.
+        cores: Number of logical cores, limited by affinity and cgroup quota; at least 1.
         memory_bytes: RAM or the cgroup's limit, whichever is smaller; 0 if unknown.
         cpu: Name of the processor.
-        isa: Those of ISA_FLAGS that the processor has.
-        num_numa_nodes: Memory nodes; at least 1.
-        num_cuda_devices: NVIDIA devices visible to this process.
-        cuda_provider: ONNX Runtime's CUDA build is installed.
-        openvino: OpenVINO is installed.
-        onnxruntime: A build of ONNX Runtime is installed.
+        isa: The flags in ISA_FLAGS that the processor has.
+        num_numa_nodes: Number of memory nodes; at least 1.
+        num_cuda_devices: Number of NVIDIA devices visible to this process.
+        cuda_provider: Whether ONNX Runtime's CUDA build is installed.
+        openvino: Whether OpenVINO is installed.
+        onnxruntime: Whether any build of ONNX Runtime is installed.
     """
 
     cores: int
@@ -41,7 +41,10 @@ class HostInfo:
 
 
 def detect_host(root: Path = Path("/")) -> HostInfo:
-    """Inspect the machine by /proc, /sys and /dev in `root`, without an engine."""
+    """Inspect the machine through /proc, /sys and /dev, without loading an engine.
+
+    `root` is the folder that contains /proc, /sys and /dev.
+    """
     cpuinfo = _read(root / "proc/cpuinfo")
     flags = set(_field(cpuinfo, "flags").split())
     groups = _cgroups(root)
@@ -60,7 +63,10 @@ def detect_host(root: Path = Path("/")) -> HostInfo:
 
 
 def _cores(groups: list[Path]) -> int:
-    """Cores by affinity and quota (v2 cpu.max, v1 cpu.cfs_quota_us), rounded up."""
+    """Number of cores, limited by affinity and by the quota of the control groups.
+
+    The quota is cpu.max in cgroup v2 and cpu.cfs_quota_us in v1. It is rounded up to full cores.
+    """
     cores = len(os.sched_getaffinity(0))
     for group in groups:
         quota, _, period = _read(group / "cpu.max").partition(" ")
@@ -86,8 +92,8 @@ def _memory_bytes(root: Path, groups: list[Path]) -> int:
 def _cgroups(root: Path) -> list[Path]:
     """Folders of this process's control groups and their parents, v1 and v2.
 
-    In a container the group's own folder is often missing, and the mount's root is the container's
-    group. Missing folders are harmless.
+    In a container, this process's folder is often missing, and the root of the mount is the
+    container's group. So the result may include missing folders, which are harmless.
     """
     folders = []
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -104,7 +110,8 @@ def _cgroups(root: Path) -> list[Path]:
 def _num_cuda_devices(root: Path, visible: str | None) -> int:
     """Number of devices that CUDA shows to this process, found without loading CUDA.
 
-    `visible` is CUDA_VISIBLE_DEVICES: numbers or UUIDs up to the first -1; None if it is not set.
+    `visible` is the variable CUDA_VISIBLE_DEVICES, a list of numbers or UUIDs, or None if the
+    variable is not set. Entries from the first -1 on do not count.
     """
     present = len(list((root / "dev").glob("nvidia[0-9]*")))
     if visible is None:
@@ -115,7 +122,7 @@ def _num_cuda_devices(root: Path, visible: str | None) -> int:
 
 
 def cuda_names(root: Path = Path("/")) -> list[str]:
-    """Names of the NVIDIA devices by the driver, without loading CUDA."""
+    """Names of the NVIDIA devices as the driver reports them, without loading CUDA."""
     paths = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
     return [name for path in paths if (name := _field(_read(path), "Model"))]
 
@@ -136,7 +143,7 @@ def _read(path: Path) -> str:
 
 
 def _field(text: str, name: str) -> str:
-    """Value of the first line `name : value`; empty without one."""
+    """Value of the first line `name : value`; empty if there is no such line."""
     for line in text.splitlines():
         key, colon, value = line.partition(":")
         if colon and key.strip() == name:

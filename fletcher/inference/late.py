@@ -1,6 +1,6 @@
-"""Late chunking: the model reads a whole row before spans of it are pooled.
+"""Late chunking: the model reads a complete row, then spans of the row are pooled.
 
-It uses a second graph on the same weights, so that the graph for whole rows stays unchanged.
+Late chunking uses a second graph on the same weights. So the graph without spans stays unchanged.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from fletcher.inference.graph_io import GraphIO
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.vectors.ragged import places
 
-SPANS = "segments"  # input of the graph; its name is part of the bundle format
+SPANS = "segments"  # name of the graph's input; it is part of the bundle format
 
 
 class LateBackend:
-    """Backend for whole rows, and for late chunking by a second one.
+    """Backend that loads a second backend for late chunking.
 
-    The second one is loaded on first use: it takes the memory of a model once more, and most
-    servers never need it.
+    Micro-batches without spans run by `backend`, and those with spans by the second backend.
+
+    The second backend is loaded by `load` at its first use. It needs the memory of another model,
+    and most servers never use it.
     """
 
     def __init__(self, backend: Backend, load: Callable[[], Backend]) -> None:
@@ -38,7 +40,7 @@ class LateBackend:
         self._loading = threading.Lock()
 
     def run(self, batch: MicroBatch) -> InferenceResult:
-        """Embed one micro-batch. Thread-safe if the backends are.
+        """Embed one micro-batch. Thread-safe if both backends are.
 
         Raises:
             FletcherError: The engine failed, or could not load the graph.
@@ -54,10 +56,14 @@ class LateBackend:
 
 
 class LateIO(GraphIO):
-    """Inputs and outputs of the graph by `models.onnx.heads.write_late`."""
+    """Inputs and outputs of the graph that `models.onnx.heads.write_late` writes."""
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
-        """Inputs as in GraphIO, and the spans' tokens, float32 [num_rows, most, length]."""
+        """Inputs and mask as in GraphIO, with the spans as an additional input.
+
+        That input is float32 [num_rows, largest number of spans of a row, padded length]. It is 1
+        for the tokens of each span and 0 elsewhere.
+        """
         arrays, mask = super().feeds(batch)
         spans = _spans(batch)
         rows = np.repeat(np.arange(len(mask)), spans.counts)
@@ -75,7 +81,7 @@ class LateIO(GraphIO):
         outputs: Sequence[npt.NDArray[Any]],
         compute_s: float,
     ) -> InferenceResult:
-        """Result with a vector for each span.
+        """Make a result with one vector for each span.
 
         Raises:
             ModelError: The graph's output has another shape than the bundle declares.
@@ -89,10 +95,10 @@ class LateIO(GraphIO):
 
 
 def graphs(bundle: ModelBundle, config: BackendConfig) -> list[Path]:
-    """Graphs to load for a configuration, in order.
+    """Paths of the graphs to load for a configuration, in order.
 
     Raises:
-        ModelError: The bundle has no graph for late chunking.
+        ModelError: `config` asks for late chunking, but the bundle has no graph for it.
     """
     if not config.late:
         return bundle.blocks
@@ -111,7 +117,7 @@ def graph_io(
     input_dtypes: Mapping[str, npt.DTypeLike],
     output_names: Sequence[str],
 ) -> GraphIO:
-    """Inputs and outputs of the graphs to load; raises as `GraphIO.for_graph`."""
+    """Inputs and outputs of the loaded graphs. Raises like `GraphIO.for_graph`."""
     if not config.late:
         return GraphIO.for_graph(bundle, input_dtypes, output_names)
     return LateIO(
@@ -126,7 +132,7 @@ def graph_io(
 
 
 def _spans(batch: MicroBatch) -> Spans:
-    """Spans of a micro-batch; without any, as in the warm-up, a span for each row."""
+    """Spans of a micro-batch; without spans, as in the warm-up, one span for each row."""
     if batch.spans is not None:
         return batch.spans
     bounds = np.stack([np.zeros_like(batch.lengths), batch.lengths], axis=1)
@@ -134,5 +140,5 @@ def _spans(batch: MicroBatch) -> Spans:
 
 
 def _places(spans: Spans) -> npt.NDArray[np.int64]:
-    """int64 [num_spans], which of its row's each is."""
+    """int64 [num_spans], index of each span among the spans of its row."""
     return places(np.zeros(len(spans.counts), np.int64), spans.counts)

@@ -1,7 +1,7 @@
 """ONNX Runtime as a backend, on the CPU and on CUDA.
 
-On CUDA, float16 is the graph without padding, written from the bundle at each load; float32 is the
-bundle's own graph, with TF32 products.
+On CUDA, float16 uses the graph without padding, which is written from the bundle at each load.
+float32 uses the bundle's own graph and computes products in TF32.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from fletcher.models.onnx.packed import write_packed
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
-# Two runs at a time, so that the device computes one while the host feeds and reads the other. A
-# guess, not measured on a GPU.
+# Two runs at a time, so that the device computes one run while the host prepares the inputs and
+# reads the outputs of the other. The number is a guess and was not measured on a GPU.
 CUDA_CONCURRENCY = 2
 
 _DTYPES: dict[str, npt.DTypeLike] = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
 
 class OnnxRuntimeBackend:
-    """Backend with a loaded session for each block; use `load`."""
+    """Backend with one loaded session for each block of a model; create it by `load`."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class OnnxRuntimeBackend:
         self._io = io
         self._outputs = list(io.outputs)
         self._description = description
-        # With `pin`, each thread runs through its own reused buffers.
+        # With `pin`, each thread has its own buffers, which its runs reuse.
         self._pin = pin
         self._local = threading.local()
 
@@ -65,7 +65,7 @@ class OnnxRuntimeBackend:
         """Embed one micro-batch. Thread-safe.
 
         Raises:
-            BackendError: ONNX Runtime failed, for instance because memory is out.
+            BackendError: ONNX Runtime failed, for instance because it is out of memory.
         """
         inputs, mask = self._io.feeds(batch)
         started = time.perf_counter()
@@ -99,12 +99,14 @@ class OnnxRuntimeBackend:
 def load(config: BackendConfig) -> Backend:
     """Load and warm up a bundle's graph.
 
-    On the CPU each run has one core, and there is a run for each core. Two cores on one run were at
-    best equally fast, but several times slower while other processes used them.
+    On the CPU each run uses one core, and as many runs are possible at a time as there are cores.
+    The alternative, one run on two cores, was at best equally fast. It was several times slower
+    while other processes used the cores.
 
     Raises:
-        BackendError: ONNX Runtime or the provider is missing, or lacks the precision.
-        ModelError: The bundle or its graph is missing, damaged or of another shape.
+        BackendError: ONNX Runtime or the provider is missing or lacks the precision.
+        ModelError: The bundle or its graph is missing or damaged, or the graph has other inputs or
+            outputs than the bundle declares.
     """
     ort = _import()
     bundle = ModelBundle.from_folder(Path(config.bundle))
@@ -115,7 +117,7 @@ def load(config: BackendConfig) -> Backend:
         options = _cuda_options(ort, device_id, config.gpu_memory)
         place = _Place(CUDA_PROVIDER, options, CUDA_CONCURRENCY)
         if config.precision == "float16" and not config.late:
-            # Keeps the few float32 operators of the graph without padding exact.
+            # Without TF32, the few float32 operators of the graph without padding are exact.
             place = replace(place, options=options | {"use_tf32": "0"})
             return _load_packed(ort, bundle, config, place, "packed", cuda_pin(device_id))
     else:
@@ -132,9 +134,10 @@ def load(config: BackendConfig) -> Backend:
 
 
 def load_twin(config: BackendConfig) -> Backend:
-    """Load the CPU's twin of the graph without padding, in float32.
+    """Load the twin of the graph without padding on the CPU, in float32.
 
-    It checks that graph and its inputs on hosts without a GPU; it is slower than `load`.
+    The twin serves to check the graph without padding and its inputs on hosts without a GPU. The
+    twin is slower than the graph that `load` loads.
 
     Raises:
         BackendError, ModelError: As `load`.
@@ -148,27 +151,28 @@ def load_twin(config: BackendConfig) -> Backend:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A session's provider and concurrency."""
+    """A session's provider, options and concurrency."""
 
     provider: str
     options: dict[str, str]
     concurrency: int
     config: Mapping[str, str] = field(default_factory=dict)
-    # A GPU's runs end soon, and one more would take as much of its memory.
+    # 0 on a GPU: its runs end soon, and an additional run would take as much memory as another.
     urgent_concurrency: int = 0
 
 
 def _cpu(config: BackendConfig) -> _Place:
-    # Each run has its own thread; an urgent one shares the cores with the others.
+    # Each run has its own thread. An urgent run shares the cores with the other runs.
     cores = config.threads or len(os.sched_getaffinity(0))
     return _Place(CPU_PROVIDER, {}, cores, urgent_concurrency=1)
 
 
 @functools.cache
 def _one_arena() -> Mapping[str, str]:
-    """Entries by which all sessions of this process share one arena for their runs.
+    """Session options that make all sessions of this process share one memory arena.
 
-    Blocks run one after the other, and each would else keep an arena as large as a whole model's.
+    A model's blocks run one after the other. With separate arenas, each block's session would keep
+    an arena as large as the arena of a complete model.
     """
     ort = _import()
     memory = ort.OrtMemoryInfo(
@@ -177,7 +181,7 @@ def _one_arena() -> Mapping[str, str]:
     ort.create_and_register_allocator(memory, None)
     return {
         "session.use_env_allocators": "1",
-        # Weights are never freed, and the arena would round up their sizes.
+        # Weights need no arena: they are never freed, and the arena would round up their sizes.
         "session.use_device_allocator_for_initializers": "1",
     }
 
@@ -194,7 +198,7 @@ def _load_packed(
         "float16" if config.precision == "float16" else "float32"
     )
     io = PackedIO.packed(bundle)
-    # Loaded sessions no longer need these files.
+    # The files are temporary: sessions no longer need them after loading.
     try:
         with tempfile.TemporaryDirectory(prefix="fletcher-graph-") as folder:
             graph = write_packed(bundle, Path(folder), precision=precision, attention=attention)
@@ -249,7 +253,8 @@ def providers() -> list[str]:
 
 
 def _import() -> Any:
-    # Read at import. Without it, ONNX Runtime reports its use over the network.
+    # ONNX Runtime reads this variable at import. Without the variable, it reports its use over the
+    # network.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
@@ -281,11 +286,11 @@ def _cuda_options(ort: Any, device_id: int, max_bytes: int) -> dict[str, str]:
             + INSTALL_GPU,
             field="device",
         )
-    # CUDA and cuDNN come as wheels, whose libraries the loader does not find by itself.
+    # CUDA and cuDNN are installed as wheels, whose libraries the loader does not find by itself.
     ort.preload_dlls()
     options = {
         "device_id": str(device_id),
-        # The default doubles the arena at every step and never shrinks it.
+        # By default, the arena doubles at every step and never shrinks.
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "1",
     }
@@ -297,7 +302,8 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
     session_options = ort.SessionOptions()
     session_options.intra_op_num_threads = 1
     session_options.inter_op_num_threads = 1
-    # Plans are kept for each shape, and even on the grid there are hundreds of shapes.
+    # ONNX Runtime keeps a memory plan for each shape. Even with lengths on LENGTH_GRID, there are
+    # hundreds of shapes.
     session_options.enable_mem_pattern = False
     session_options.log_severity_level = 3
     for name, value in place.config.items():
@@ -305,7 +311,7 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
     try:
         session = ort.InferenceSession(str(graph), session_options, providers=[(provider, options)])
     except Exception as error:
-        # Errors are C++ exceptions of a dozen kinds.
+        # ONNX Runtime raises C++ exceptions of a dozen kinds.
         if is_out_of_memory(error):
             raise BackendError(
                 f"`model` {bundle.name} does not fit into the device's memory; raise `gpu_memory` "
@@ -323,7 +329,7 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
         ) from error
     loaded = session.get_providers()
     if provider not in loaded:
-        # ONNX Runtime would silently use the CPU, an order of magnitude slower.
+        # ONNX Runtime would silently use the CPU, which is slower by an order of magnitude.
         raise BackendError(
             f"`device` needs {provider}, but ONNX Runtime loaded only {', '.join(loaded)}: its "
             "CUDA 13 and cuDNN 9 libraries or the driver are missing; " + INSTALL_GPU,
@@ -333,6 +339,6 @@ def _session(ort: Any, bundle: ModelBundle, graph: Path, place: _Place) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    # Drops the file's path, which must not leave the server.
+    # Drop words with a `/`, such as the file's path, which must not leave the server.
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return " ".join(word for word in text.split() if "/" not in word)[:200]

@@ -27,11 +27,12 @@ _DTYPES: dict[str, npt.DTypeLike] = {"i64": np.int64, "i32": np.int32}
 
 
 class OpenVinoBackend:
-    """Backend with one or two compiled copies of a model; use `load` or `load_inline`.
+    """Backend with one or two compiled copies of a model, see `load`, `load_inline`.
 
-    OpenVINO has at most one stream for each core, and a run waits while all are busy. So urgent
-    runs have a second copy with a single stream, which shares the cores with the others. `streams`
-    and `priority` have the two copies' requests, one for each stream and block.
+    OpenVINO has at most one stream for each core, and a run waits while all streams are busy. So
+    the second copy is for urgent runs: it has a single stream, which shares a core with the first
+    copy. `streams` has the requests of the first copy, and `priority` those of the second. Both are
+    lists with an item for each stream, and an item is a list with a request for each block.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class OpenVinoBackend:
         self.concurrency, self.urgent_concurrency = len(streams), len(priority)
         self._io = io
         self._tensor = tensor
-        # Requests hold the tensors of a run; these lists have the idle ones.
+        # Requests hold the tensors of a run. These lists have the requests that are idle now.
         self._streams, self._priority = streams, priority
         self._changed = threading.Condition()
         self._description = description
@@ -60,7 +61,7 @@ class OpenVinoBackend:
             return self._run(requests, batch)
 
     def warm_up(self, batches: Iterable[MicroBatch]) -> None:
-        """Run micro-batches in all copies, which compiles what they need. Raises as `run`."""
+        """Run micro-batches on all requests, which compiles kernels. Raises like `run`."""
         for batch in batches:
             for requests in (*self._streams, *self._priority):
                 self._run(requests, batch)
@@ -78,7 +79,7 @@ class OpenVinoBackend:
                 feeds = self._io.next_feeds(feeds, request.get_tensor(HANDED_ON))
             _infer(last, feeds)
             compute_s = time.perf_counter() - started
-            # Copied, because the next run overwrites the request's tensors.
+            # The outputs are copied, because the next run overwrites the request's tensors.
             outputs = [last.get_tensor(name).data.copy() for name in self._io.outputs]
         except Exception as error:
             raise BackendError(f"OpenVINO failed on {mask.shape} tokens: {error}") from error
@@ -86,7 +87,7 @@ class OpenVinoBackend:
 
     @contextlib.contextmanager
     def _requests(self) -> Iterator[list[Any]]:
-        """Reserve an idle request of each block, in the first copy if possible."""
+        """Reserve a stream's requests, one for each block, in the first copy if possible."""
         with self._changed:
             while not (self._streams or self._priority):
                 self._changed.wait()
@@ -104,21 +105,24 @@ class OpenVinoBackend:
 
 
 def load(config: BackendConfig) -> OpenVinoBackend:
-    """Load a bundle's graph with a stream for each core, and one for urgent runs.
+    """Load a bundle's graph with one stream for each core, and one for urgent runs.
 
     Raises:
-        BackendError: OpenVINO is missing, or lacks the precision on this CPU.
-        ModelError: The bundle or its graph is missing, damaged or of another shape.
+        BackendError: OpenVINO is missing or lacks the precision on this CPU.
+        ModelError: The bundle or its graph is missing or damaged, or the graph has other inputs or
+            outputs than the bundle declares.
     """
     cores = config.threads or len(os.sched_getaffinity(0))
     return _load(config, streams=(cores, cores), priority=(1, 1))
 
 
 def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
-    """As `load`, for one run at a time, on two cores; None on a single core.
+    """Load a backend that runs one micro-batch at a time, on two cores.
 
-    With a stream for each core, a single run would leave the second core idle. More than two cores
-    for a run have not been measured.
+    Returns None if only one core may be used.
+
+    With one stream for each core, as in `load`, a single run would leave the second core idle. More
+    than two cores for a run have not been measured.
 
     Raises:
         BackendError, ModelError: As `load`.
@@ -130,7 +134,7 @@ def load_inline(config: BackendConfig) -> OpenVinoBackend | None:
 def _load(
     config: BackendConfig, *, streams: tuple[int, int], priority: tuple[int, int] | None = None
 ) -> OpenVinoBackend:
-    """Load copies of a model, each with a number of streams and of cores."""
+    """Load copies of a model, each given by a pair (streams, cores)."""
     openvino = _import()
     bundle = ModelBundle.from_folder(Path(config.bundle))
     hint = PRECISION_HINTS.get(config.precision)
@@ -176,7 +180,7 @@ def _load(
 
 
 def devices() -> dict[str, list[str]]:
-    """OpenVINO's devices, each with its precisions and other capabilities.
+    """OpenVINO's devices, each with the precisions and other capabilities that it has.
 
     Raises:
         BackendError: OpenVINO is not installed.
@@ -202,10 +206,10 @@ def _import() -> Any:
 
 
 def _infer(request: Any, feeds: Mapping[str, Any]) -> None:
-    """Run a request.
+    """Run a request without OpenVINO's checks and copies.
 
-    `request.infer` would check the inputs' types and copy the outputs, which takes a tenth of a
-    short text's time.
+    `request.infer` would check the inputs' types and copy the outputs. Both together take a tenth
+    of the time that a short text takes.
     """
     for name, tensor in feeds.items():
         request.set_tensor(name, tensor)
@@ -216,7 +220,7 @@ def _infer(request: Any, feeds: Mapping[str, Any]) -> None:
 def _compile(
     core: Any, bundle: ModelBundle, graph: Path, hint: str, sizes: Sequence[tuple[int, int]]
 ) -> list[Any]:
-    """Compile copies of a graph, each with a number of streams and of cores."""
+    """Compile copies of a graph, one for each pair (streams, cores) in `sizes`."""
     try:
         model = core.read_model(str(graph))
     except Exception as error:
@@ -229,7 +233,7 @@ def _compile(
     options = {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": hint,
-        # Each of Fletcher's processes would pin its threads to the same first cores.
+        # With pinning, all of Fletcher's processes would pin their threads to the same first cores.
         "ENABLE_CPU_PINNING": False,
     }
     try:

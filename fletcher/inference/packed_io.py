@@ -1,4 +1,4 @@
-"""Inputs and outputs of graphs without padding, see `models.onnx.packed`."""
+"""Inputs and outputs of graphs without padding, written by `models.onnx.packed`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fletcher.models.onnx.packed import INPUTS
 
 
 class PackedIO(GraphIO):
-    """GraphIO without padding; use `packed`."""
+    """GraphIO of a graph without padding; create it with `packed`."""
 
     @classmethod
     def packed(cls, bundle: ModelBundle) -> PackedIO:
-        """Inputs and outputs of a graph by `write_packed`."""
+        """Inputs and outputs of the graph that `write_packed` writes for a bundle."""
         return cls(
             inputs=INPUTS,
             dtypes=dict.fromkeys(INPUTS, np.int32),
@@ -31,7 +31,7 @@ class PackedIO(GraphIO):
         )
 
     def feeds(self, batch: MicroBatch) -> tuple[dict[str, npt.NDArray[Any]], BoolArray]:
-        """The four inputs, int32, and the mask of tokens, [num_rows, longest].
+        """The graph's four inputs, int32, and the mask of tokens, [num_rows, longest].
 
         Raises:
             ValueError: A row is longer than `max_length`.
@@ -40,9 +40,10 @@ class PackedIO(GraphIO):
         return self._arrays(batch, mask), mask
 
     def filled(self, input_ids: Int32Array, num_tokens: int) -> dict[str, npt.NDArray[Any]]:
-        """The four inputs of one text and a row of padding, with `num_tokens` together.
+        """The four inputs for two rows, one text and one row of padding.
 
-        Each row has at least 1 token. The shapes depend only on `num_tokens`.
+        Together the rows have `num_tokens` tokens, and each has at least 1. The inputs' shapes
+        depend only on `num_tokens`.
         """
         rest = num_tokens - len(input_ids)
         padding = np.full(rest, self.pad_token_id, np.int32)

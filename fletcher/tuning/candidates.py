@@ -1,4 +1,4 @@
-"""Candidates of tuning: the few arrangements of engines worth measuring."""
+"""Candidates of tuning: the few engines and numbers of processes worth measuring."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fletcher.inference.devices import resolve_replicas, split_cores
 from fletcher.inference.host import HostInfo
 from fletcher.models.bundle.bundle import ModelBundle
 
-# Choices of `auto`. Arithmetic in which a row's vector depends on the rows beside it, such as int8
-# with ranges taken at run time, must be asked for by name.
+# Values that tuning may choose for `auto`. Arithmetic in which a row's vector depends on the other
+# rows of a run is not among them and must be asked for by name. An example is int8 with ranges
+# taken at run time.
 TunedBackend = Literal["openvino", "onnxruntime"]
 TunedPrecision = Literal["bfloat16", "float16", "float32"]
 BACKENDS: tuple[TunedBackend, ...] = get_args(TunedBackend)
@@ -25,7 +26,7 @@ PRECISIONS: tuple[TunedPrecision, ...] = get_args(TunedPrecision)
 
 @dataclass(frozen=True, slots=True)
 class TuningCandidate:
-    """Replicas that could run a model; all have the same `max_batch_tokens`."""
+    """Replicas that could run a model. All have the same `max_batch_tokens`."""
 
     configs: tuple[BackendConfig, ...]
 
@@ -36,7 +37,10 @@ class TuningCandidate:
 
     @property
     def processes(self) -> tuple[BackendConfig, ...]:
-        """The replicas without `max_batch_tokens`; equal ones share their processes."""
+        """The replicas with `max_batch_tokens` 0.
+
+        Candidates for which this value is equal can run in the same processes.
+        """
         return self.with_tokens(0).configs
 
     def with_tokens(self, max_batch_tokens: int) -> TuningCandidate:
@@ -53,7 +57,7 @@ class TuningCandidate:
 
     @property
     def replicas(self) -> str:
-        """The processes, in words: `cpu: 8+8 cores`, `cuda:0, cuda:1`."""
+        """The replicas in words, such as `cpu: 8+8 cores` or `cuda:0, cuda:1`."""
         cores = [str(one.threads) for one in self.configs if one.device == "cpu"]
         if cores:
             return f"cpu: {'+'.join(cores)} core{'s' if cores != ['1'] else ''}"
@@ -64,12 +68,12 @@ class TuningCandidate:
 
 
 def engines(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> list[TuningCandidate]:
-    """Every device, backend and precision that can run here, arranged by rule.
+    """One candidate for each device, backend and precision that can run here.
 
-    The rules' own choice is first.
+    The number of processes follows the rules of `resolve_replicas`. The rules' own choice is first.
 
     Raises:
-        BackendError: Nothing here can run what was asked for.
+        BackendError: This host cannot run what `asked` asks for.
     """
     found = [resolve_replicas(asked, host, bundle)]
     for device in ("cuda", "cpu") if asked.device == "auto" else (asked.device,):
@@ -84,9 +88,9 @@ def engines(asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> list[Tu
 
 
 def arrangements(engine: TuningCandidate, asked: EngineConfig) -> list[TuningCandidate]:
-    """One engine in fewer and more processes, with smaller and larger runs.
+    """Candidates with one engine and different numbers of processes and run sizes.
 
-    The given arrangement is first.
+    The given candidate is first.
     """
     tokens = engine.max_batch_tokens
     budgets = (tokens,) if asked.max_batch_tokens else (tokens, tokens // 2, tokens * 2)
@@ -104,7 +108,7 @@ def _processes(
     first = configs[0]
     if first.device != "cpu":
         if not asked.replicas_per_device:
-            # A small model leaves a GPU idle between two runs of one process.
+            # With a small model, a single process leaves the GPU idle between two runs.
             yield tuple(one for one in configs for _ in range(2))
         return
     cores = sum(one.threads for one in configs)

@@ -1,4 +1,4 @@
-"""Choice of the replicas that a server runs: by measurement, else by rule."""
+"""Choice of the replicas that a server runs, by measurement or else by rule."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fletcher.tuning import record
 
 @dataclass(frozen=True, slots=True)
 class Decision(Resolution):
-    """Replicas to run, and why; `measured` is None if the rules decided."""
+    """Replicas to run, and the reason; `measured` is None if the rules decided."""
 
     measured: record.Record | None = None
 
     def describe(self) -> dict[str, Any]:
-        """Entries for `stats`: the reason, and time and speed of the measurement."""
+        """Entries for `stats`: the reason, and the measurement's time and speed if any."""
         about: dict[str, Any] = {"chosen_by": "rule", "reason": self.reason}
         if self.measured is not None:
             about |= {
@@ -32,10 +32,10 @@ class Decision(Resolution):
 
 
 def decide(home: Path, asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Decision:
-    """Choose the replicas by a tune record that holds, else by rule; measure nothing.
+    """Choose the replicas by a valid tune record or else by rule, without measuring.
 
     Raises:
-        BackendError: As `fletcher.inference.devices.resolve_replicas`.
+        BackendError: The host lacks something that `asked` asks for.
     """
     rule = resolve_replicas(asked, host, bundle)
     if asked.backend == "null":

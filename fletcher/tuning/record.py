@@ -1,4 +1,4 @@
-"""Tune records in FLETCHER_HOME/tune, and the conditions under which they hold."""
+"""Tune records in FLETCHER_HOME/tune, and the conditions for their validity."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _ENGINES = ("onnxruntime", "onnxruntime-gpu", "openvino")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The winner of a tuning.
+    """Result of a tuning: the fastest candidate.
 
     Attributes:
-        candidate: The replicas to run, for the bundle's folder as it is now.
+        candidate: The replicas to run. Their configurations have the bundle's current folder.
         measured_at: Time of the tuning, ISO 8601, UTC.
-        texts_per_s: Median of its rounds.
+        texts_per_s: Median of the candidate's speed in all rounds, in texts per second.
     """
 
     candidate: TuningCandidate
@@ -45,9 +45,9 @@ class Record:
 
 
 class _Replica(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A BackendConfig in the file, limited to values of candidates.
+    """A BackendConfig in a record's file, limited to values that candidates can have.
 
-    The limits are a matter of safety: a backend names a module to import.
+    The limits are needed for safety, because `backend` names a module to import.
     """
 
     backend: TunedBackend
@@ -62,7 +62,7 @@ class _Replica(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _File(msgspec.Struct, frozen=True):
-    """A record's file."""
+    """Content of a record's file."""
 
     format: Literal[1]
     host: dict[str, Any]
@@ -78,13 +78,14 @@ class _File(msgspec.Struct, frozen=True):
 class Key:
     """Conditions of a measurement.
 
-    Each host and question has its own file; the values in `holds` must still be true.
+    Each combination of `host` and `asked` has its own file. A record is valid only as long as the
+    values in `holds` are unchanged.
 
     Attributes:
-        host: The processor, its cores and instructions, the devices.
-        asked: The options, open ones included.
-        holds: Versions of Fletcher and the engines, and the checksum of the bundle's manifest,
-            which has those of all its files.
+        host: The processor with its cores and instructions, the memory nodes and the devices.
+        asked: The options, including those that are left open.
+        holds: Versions of Fletcher and the engines, and the checksum of the bundle's manifest. The
+            manifest has the checksums of the bundle's files.
     """
 
     host: Mapping[str, Any]
@@ -93,7 +94,7 @@ class Key:
 
     @classmethod
     def for_question(cls, asked: EngineConfig, host: HostInfo, bundle: ModelBundle) -> Key:
-        """Key of the options, asked for a model on a host."""
+        """Key for the options `asked`, a host and a model."""
         versions = {"fletcher": "longbow-fletcher", **{name: name for name in _ENGINES}}
         return cls(
             host={
@@ -112,14 +113,17 @@ class Key:
         )
 
     def path(self, home: Path, bundle: ModelBundle) -> Path:
-        """The record's file; each kept version of a model has its own."""
+        """Path of the record's file. Each version of a model has its own file."""
         question = json.dumps([self.host, self.asked], sort_keys=True)
         digest = hashlib.sha256(question.encode()).hexdigest()[:12]
         return home / "tune" / f"{bundle.folder.name}-{digest}.json"
 
 
 def load(home: Path, key: Key, bundle: ModelBundle) -> Record | None:
-    """Read the record of a key; None, with a line in the log, if it does not hold."""
+    """Read the record of a key; None if there is no valid record.
+
+    A damaged or outdated record is reported in the log.
+    """
     path = key.path(home, bundle)
     try:
         content = msgspec.json.decode(path.read_bytes(), type=_File)
@@ -143,7 +147,7 @@ def load(home: Path, key: Key, bundle: ModelBundle) -> Record | None:
 
 
 def save(home: Path, key: Key, bundle: ModelBundle, record: Record) -> Path:
-    """Write a record, whole or not at all, and return its path.
+    """Write a record atomically; return the path of its file.
 
     Raises:
         ConfigError: The folder cannot be written.
@@ -174,11 +178,11 @@ def save(home: Path, key: Key, bundle: ModelBundle, record: Record) -> Path:
 
 
 def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Differences in words; empty without any."""
+    """Differences between two versions of `holds` in words; empty if there are none."""
     words = []
     for name, value in now.items():
         if then.get(name) != value:
-            # Checksums say nothing to people.
+            # A model's checksums would tell a reader nothing.
             versions = f" {then.get(name) or 'none'} then, {value or 'none'} now"
             words.append(f"another {name}" if name == "model" else name + versions)
     return ", ".join(words)

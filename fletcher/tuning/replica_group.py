@@ -1,4 +1,4 @@
-"""The replica processes of one candidate, and the time that they take."""
+"""The replica processes of one candidate, and the measurement of their time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fletcher.workers.messages import WorkerSpec
 from fletcher.workers.pool import WorkerPool
 from fletcher.workers.roster import PoolConfig
 
-# A round takes about a second: a group that takes so much longer is stuck.
+# A round takes about a second. A group that takes this much longer is stuck.
 _RUN_TIMEOUT_S = 300.0
 
 
@@ -25,11 +25,11 @@ class ReplicaGroup:
     """Warmed-up replicas in child processes, one for each of `configs`.
 
     Raises:
-        FletcherError: One could not load; nothing is left running.
+        FletcherError: A replica could not load. In this case no process is left running.
     """
 
     def __init__(self, configs: Sequence[BackendConfig]) -> None:
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()  # those of one call
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()  # jobs of one call
         specs = [
             WorkerSpec(f"tune-{n}", f"fletcher.inference.{one.backend}:load", one)
             for n, one in enumerate(configs)
@@ -44,20 +44,21 @@ class ReplicaGroup:
         self._pool.close()
 
     def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
-        """See `JobSource`: the next micro-batch."""
+        """Take the next micro-batch; see `JobSource`."""
         with contextlib.suppress(queue.Empty):
             return None if urgent else self._jobs.get(timeout=timeout_s)
         return None
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
-        """See `JobSource`."""
+        """Report a micro-batch's result or error; see `JobSource`."""
         job.task(result, error)
 
     def embed_batches(self, batches: Sequence[MicroBatch]) -> tuple[list[InferenceResult], float]:
-        """Embed micro-batches; return their results in order, and the seconds it took.
+        """Embed micro-batches; return their results in order, and the time in seconds.
 
-        The time is the mean over the runners' ends: in a server, a runner that is done continues
-        with the next batch window instead of waiting for the others.
+        The time is the mean of the times at which the runners finish. It is not the time of the
+        last runner, because in a server a runner that is done does not wait for the others. It
+        continues with the next batch window.
 
         Raises:
             FletcherError: A replica failed or died.

@@ -1,4 +1,4 @@
-"""Real texts for measurements, tokenized and planned as a server does it."""
+"""Real texts for measurements, tokenized and planned as in a server."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from fletcher.tokenization.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class SampleTexts:
-    """Tokenized texts; `order`, int64 [num_texts], has indexes from short to long."""
+    """Tokenized sample texts.
+
+    `order`, int64 [num_texts], has the texts' indexes, sorted from short to long texts.
+    """
 
     tokens: TokenBatch
     order: Int64Array
 
     @classmethod
     def for_model(cls, bundle: ModelBundle) -> SampleTexts:
-        """The shipped texts in a model's tokens, each after the default prompt.
+        """Tokenize the shipped texts for a model, each after the model's default prompt.
 
         Raises:
             ModelError: The bundle or its tokenizer is missing or damaged.
@@ -44,14 +47,17 @@ class SampleTexts:
         return float(self.tokens.token_count.mean())
 
     def rows(self, number: int) -> Int64Array:
-        """int64 [number], indexes of texts that have the spread of lengths of all."""
+        """int64 [number], indexes of texts; their lengths are spread like those of all."""
         places = np.linspace(0, len(self.order) - 1, number).round().astype(np.int64)
         return np.asarray(self.order[places], dtype=np.int64)
 
     def micro_batches(
         self, rows: Int64Array, *, max_batch_tokens: int, num_runners: int
     ) -> tuple[list[Int64Array], list[MicroBatch]]:
-        """For each micro-batch, int64 indexes into `rows`; and the micro-batches."""
+        """Plan micro-batches of the texts `rows`.
+
+        Returns two lists: int64 indexes into `rows` for each micro-batch, and the micro-batches.
+        """
         lengths = self.tokens.token_count[rows]
         places = plan(
             lengths,
@@ -67,6 +73,6 @@ class SampleTexts:
 
 
 def shipped_texts() -> Sequence[str]:
-    """The texts that come with Fletcher; `scripts/sample` chose them."""
+    """The texts that are shipped with Fletcher, which `scripts/sample` has chosen."""
     lines = files("fletcher.tuning").joinpath("sample_texts.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in lines.split("\n") if line]

@@ -20,16 +20,18 @@ from fletcher.tuning.sample_texts import SampleTexts
 Progress = Callable[[str], None]
 StartReplicas = Callable[[Sequence[BackendConfig]], ReplicaGroup]
 
-# Lowest cosine to the reference that a vector may have, by the precision that really runs: those
-# of the golden tests. all-MiniLM-L6-v2 on OpenVINO: 0.99995 in bfloat16, 1.000000 in float32.
+# Lowest cosine to the reference that a vector may have, by the precision that really runs. The
+# limits are those of the golden tests. all-MiniLM-L6-v2 on OpenVINO has a cosine of 0.99995 in
+# bfloat16 and of 1.000000 in float32.
 FLOOR_FLOAT32, FLOOR_OTHERS = 0.99999, 0.999
-# Texts whose vectors are compared with the reference.
+# Number of texts whose vectors are compared with the reference.
 CHECK_TEXTS = 32
-# A candidate that is so many times slower than the fastest would take most of the time and not win,
-# such as the CPU beside a GPU.
+# A candidate that is this many times slower than the fastest is rejected: it cannot win, but would
+# take most of the trial's time. An example is the CPU beside a GPU.
 MAX_SLOWDOWN = 4.0
 NUM_ROUNDS = 5
-# About the time that the fastest candidate takes for a round; more if its runs would not be full.
+# Approximate time of a round for the fastest candidate. A round has more texts than fit into this
+# time if they are needed to fill the candidates' runs.
 ROUND_S = 0.6
 
 
@@ -39,9 +41,10 @@ class CandidateTrial:
 
     Attributes:
         candidate: The candidate.
-        rounds: Texts per second in each round; round n of all trials ran at about the same time.
-        lowest_cosine: Cosine to the reference of the worst text; None without vectors.
-        rejected: Reason why the candidate cannot be chosen; empty if it can.
+        rounds: Texts per second in each round. Round n of all trials ran at about the same time.
+        lowest_cosine: Lowest cosine of a text's vector to the reference; None if there are no
+            vectors.
+        rejected: Reason why the candidate cannot be chosen; empty if it can be chosen.
     """
 
     candidate: TuningCandidate
@@ -51,16 +54,16 @@ class CandidateTrial:
 
     @property
     def texts_per_s(self) -> float:
-        """Median of the rounds; 0 without rounds."""
+        """Median of the rounds; 0 if there are no rounds."""
         return statistics.median(self.rounds) if self.rounds else 0.0
 
 
 def choose_fastest(trials: Sequence[CandidateTrial]) -> CandidateTrial | None:
-    """Choose the fastest trial that is not rejected; None if all are.
+    """Choose the fastest trial that is not rejected; None if all are rejected.
 
-    The first trial is what the rules take. Another one is chosen only if it was faster in every
-    round: five such rounds between equals happen once in 32 times, a faster median every other
-    time.
+    The first trial is the choice of the rules. Another trial is chosen only if it was faster than
+    the first in every round. Between equal candidates, this happens once in 32 times by chance with
+    five rounds. A faster median would happen every other time.
     """
     left = [trial for trial in trials if not trial.rejected]
     for trial in sorted(left, key=lambda one: -one.texts_per_s):
@@ -78,20 +81,21 @@ def run_trials(
     start: StartReplicas,
     progress: Progress,
 ) -> list[CandidateTrial]:
-    """Check the vectors of all candidates, then measure those that are right.
+    """Check the vectors of all candidates, then measure those with right vectors.
 
-    All replicas are alive together, and only one candidate's run at a time. Candidates alternate
-    within a round, so that other load on the machine slows all of them alike.
+    The processes of all candidates exist at the same time, but only one candidate runs at a time.
+    In each round, every candidate runs once. So other load on the machine slows all candidates
+    alike.
 
     Args:
-        candidates: Those with the same processes share one replica group.
-        samples: The texts.
-        reference: float32 [CHECK_TEXTS, dim], right vectors of `samples.rows(CHECK_TEXTS)`.
-        start: Starts the processes of a candidate.
-        progress: Gets a line at each step.
+        candidates: The candidates. Candidates with the same processes share one replica group.
+        samples: The texts to embed.
+        reference: The right vectors of `samples.rows(CHECK_TEXTS)`, float32 [CHECK_TEXTS, dim].
+        start: Function that starts the processes of a candidate.
+        progress: Callback that gets one line of text at each step.
 
     Returns:
-        A trial for each candidate, in their order.
+        One trial for each candidate, in the same order.
     """
     with contextlib.ExitStack() as stack:
         trials = [_Trial(one) for one in candidates]
@@ -116,7 +120,7 @@ def run_trials(
 
 @dataclass(slots=True)
 class _Trial:
-    """A candidate's trial while it runs."""
+    """State of a candidate's trial while the trial runs."""
 
     candidate: TuningCandidate
     group: ReplicaGroup | None = None
@@ -132,14 +136,14 @@ class _Trial:
     def check_vectors(
         self, group: ReplicaGroup | str, samples: SampleTexts, reference: FloatArray
     ) -> None:
-        """Compare vectors with the reference, and estimate the speed."""
+        """Compare the candidate's vectors with the reference, and estimate its speed."""
         if isinstance(group, str):
             self.rejected = group
             return
         self.group = group
         tokens = self.candidate.max_batch_tokens
         try:
-            # The first run pays for whatever is made on demand, beyond the warm-up.
+            # The first run also does work that the warm-up missed, so its time is not used.
             embed(group, samples, CHECK_TEXTS, tokens)
             embeddings, elapsed_s = embed(group, samples, CHECK_TEXTS, tokens)
         except FletcherError as error:
@@ -175,7 +179,8 @@ def _reject_slow(trials: Sequence[_Trial]) -> None:
 def _run_rounds(trials: Sequence[_Trial], samples: SampleTexts, progress: Progress) -> None:
     if not trials:
         return
-    # Two full runs for each core of every candidate: else a larger budget could not show its gain.
+    # Enough texts for two full runs on each runner of every candidate. With fewer texts, the gain
+    # of a larger `max_batch_tokens` would not show.
     most = max(
         one.group.concurrency * one.candidate.max_batch_tokens for one in trials if one.group
     )
@@ -198,7 +203,7 @@ def embed(
     """Embed `samples.rows(num_texts)` on a replica group.
 
     Returns:
-        float32 [num_texts, dim] in the order of the rows, and the seconds that it took.
+        The embeddings, float32 [num_texts, dim], in the order of the rows, and the time in seconds.
 
     Raises:
         FletcherError: A replica failed or died.
@@ -212,7 +217,7 @@ def embed(
 
 
 def lowest_cosine(embeddings: FloatArray, reference: FloatArray) -> float:
-    """Lowest cosine between rows of the same index; NaN if a vector has norm 0."""
+    """Lowest cosine between rows with the same index; NaN if a vector has norm 0."""
     ours, right = embeddings.astype(np.float64), reference.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(right, axis=1)

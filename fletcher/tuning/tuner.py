@@ -1,4 +1,4 @@
-"""Tuning: trials of engines, trials of arrangements, the record of the winner."""
+"""Tuning: trials of engines, then of arrangements, and a record of the winner."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class TuningReport:
     """Result of a tuning.
 
     Attributes:
-        engines: Trials of each backend and precision, arranged by rule; the rules' own choice is
-            first.
-        arrangements: Trials of the fastest engine in other processes and with other runs.
+        engines: Trials of each device, backend and precision, with the number of processes that the
+            rules give. The rules' own choice is first.
+        arrangements: Trials of the fastest engine with other numbers of processes and run sizes.
         chosen: The winner, one of `arrangements`.
         record: The record that was written.
-        path: Its file.
+        path: Path of the record's file.
     """
 
     engines: list[CandidateTrial]
@@ -58,12 +58,14 @@ def tune(
 ) -> TuningReport:
     """Measure candidates for a model and record the winner, which servers then run.
 
-    Two small sets of trials replace one of all combinations, which would take several times as long
-    and hold every engine in every arrangement in memory. In `asked`, `auto` and 0 are open.
+    The engines are tried first, then the arrangements of the fastest engine. A single set of trials
+    of all combinations would take several times as long, and would hold all combinations in memory
+    together. Options of `asked` that are `auto` or 0 are open, so tuning chooses their values.
 
     Raises:
-        ConfigError: There is nothing to choose, or `home` cannot be written.
-        BackendError: Nothing that was asked for runs here, or no candidate's vectors are right.
+        ConfigError: The backend or the model cannot be tuned, or `home` cannot be written.
+        BackendError: This host cannot run what `asked` asks for, or no candidate's vectors are
+            right.
         ModelError: The model is damaged.
     """
     if asked.backend == "null":
@@ -96,7 +98,7 @@ def tune(
 def _reference(
     host: HostInfo, bundle: ModelBundle, samples: SampleTexts, start: StartReplicas, say: Progress
 ) -> FloatArray:
-    """Reference vectors in float32 on the CPU, float32 [CHECK_TEXTS, dim]."""
+    """Compute reference vectors in float32 on the CPU, float32 [CHECK_TEXTS, dim]."""
     backend = "onnxruntime" if host.onnxruntime else "openvino"
     asked = EngineConfig(device="cpu", backend=backend, precision="float32")
     candidate = TuningCandidate(tuple(resolve_replicas(asked, host, bundle).configs))

@@ -2,11 +2,11 @@
 
 fletcher.json     manifest: the model, its source, size and SHA-256 of every file
 tokenizer.json    tokenizer, in the format of the `tokenizers` library
-model.onnx        graph
+model.onnx        graph of the model
 model.weights     weights of the graph, mapped into memory by the engine
-model.N.*         graph and weights of one block of a model with exits, which ends after layer N
-late.onnx         graph for late chunking, on the same weights; for models that pool by mean
-calibration.json  ranges for int8, from `fletcher model calibrate`
+model.N.*         graph and weights of the block that ends after layer N, in a model with exits
+late.onnx         graph for late chunking, on the same weights, if the model pools by mean
+calibration.json  value ranges for int8 vectors, written by `fletcher model calibrate`
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from fletcher.models.checkpoint.markers import Queries, Skipped
 FORMAT = 1
 TOKENIZER = "tokenizer.json"
 LATE_GRAPH = "late.onnx"
-# Hidden states between the blocks of a model with exits: a block's output, the next one's input.
+# Names of the hidden states between the blocks of a model with exits: as a block's output, and as
+# the next block's input.
 HANDED_ON, HIDDEN = "handed_on", "hidden"
 _ADD_AGAIN = "; add the model again with `fletcher model add`"
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The manifest's entry of one file."""
+    """The manifest's entry for one file."""
 
     bytes: Natural
     sha256: str
 
 
 class _Manifest(ModelSpec, frozen=True, kw_only=True):
-    """fletcher.json without its `format`."""
+    """Content of fletcher.json without its field `format`."""
 
     name: str
     hash: str
@@ -49,15 +50,15 @@ class _Manifest(ModelSpec, frozen=True, kw_only=True):
 
 
 class ModelBundle(ModelSpec, frozen=True, kw_only=True):
-    """A checked bundle on disk; see `from_folder`.
+    """A checked bundle on disk; create it with `from_folder`.
 
     Attributes:
         folder: The bundle's folder.
         name: The model's name.
-        hash: `vector_hash` of the bundle, equal on every machine.
-        late: Path of the graph for late chunking; None if the bundle has none.
+        hash: The bundle's `vector_hash`, which is the same on every machine.
+        late: Path of the graph for late chunking; None if the bundle has no such graph.
         num_bytes: Size of all files together.
-        calibration: Ranges for int8.
+        calibration: Value ranges for int8 vectors.
     """
 
     folder: Path
@@ -82,12 +83,12 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def width(self) -> int:
-        """Columns of the embeddings that a replica returns."""
+        """Number of columns of the embeddings that a replica returns."""
         return SPARSE_WIDTH if self.output == "sparse" else self.dim
 
     @property
     def max_vectors(self) -> int:
-        """Largest number of vectors of one row."""
+        """Largest number of vectors that one row can have."""
         return {"dense": 1, "sparse": self.dim, "multi": self.max_length}[self.output]
 
     @property
@@ -97,7 +98,7 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def queries(self) -> Queries | None:
-        """Special reading of queries; None if they are read as documents."""
+        """Special treatment of queries; None if queries are read like documents."""
         if not self.query_length:
             return None
         filler = self.query_filler if self.query_filler >= 0 else None
@@ -105,10 +106,10 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
     @property
     def blocks(self) -> list[Path]:
-        """Graphs of the model in order: one, or one for each exit layer.
+        """Paths of the model's graphs in order: one graph, or one for each exit layer.
 
-        A graph's output `handed_on`, float32 [B, L, H], is the next one's input `hidden`, which
-        replaces `input_ids`.
+        The output `handed_on` of a graph, float32 [B, L, H], is the input `hidden` of the next
+        graph, which has `hidden` instead of `input_ids`.
         """
         if not self.has_exits:
             return [self.graph]
@@ -120,7 +121,7 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
         return "norm" in self.outputs
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields and paths by name, for `fletcher model show`."""
+        """Dict of the fields and paths that `fletcher model show` prints."""
         spec = msgspec.structs.fields(ModelSpec)
         return {
             "folder": self.folder,
@@ -139,8 +140,8 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
         """Read a bundle's manifest; check file sizes and, with `verify`, SHA-256 sums.
 
         Raises:
-            ModelError: The folder holds no bundle; a field is missing or invalid; or a file is
-                missing, of another size or, with `verify`, of other content.
+            ModelError: The folder holds no bundle, or a manifest field is missing or invalid.
+                Or a file is missing or has the wrong size or, with `verify`, the wrong SHA-256.
         """
         fields = read_json(folder / MANIFEST)
         if (version := fields.pop("format", None)) != FORMAT:
@@ -177,12 +178,15 @@ class ModelBundle(ModelSpec, frozen=True, kw_only=True):
 
 
 def block_file(layers: int) -> str:
-    """File name of the graph that ends after a layer, of a model with exits."""
+    """File name of the block that ends after layer `layers`, in a model with exits."""
     return f"model.{layers}.onnx"
 
 
 def version_folder(folder: Path, version: str) -> Path:
-    """Folder of a version by its hash: `folder`, or that of a replaced version.
+    """Find the folder of a model's version by its hash.
+
+    The version is either the current one, in the folder of the model's name, or a replaced one, in
+    the folder `name@hash`.
 
     Raises:
         ModelError: Neither folder holds the version.
@@ -198,7 +202,7 @@ def version_folder(folder: Path, version: str) -> Path:
 
 
 def write_manifest(folder: Path, name: str, spec: ModelSpec) -> None:
-    """Turn a folder of files into a bundle: write its manifest, with checksums."""
+    """Turn a folder of files into a bundle by writing a manifest with checksums."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -1,4 +1,4 @@
-"""Ranges for int8, measured on a sample of texts and kept in the bundle."""
+"""Value ranges for int8 vectors, measured on sample texts and kept in the bundle."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CALIBRATION = "calibration.json"
 
 
 class Cut(msgspec.Struct, frozen=True, order=True):
-    """One kind of a model's vectors; each kind has its own range of values.
+    """One kind of a model's vectors; each kind has its own ranges of values.
 
     Attributes:
-        layers: Exit layer.
-        dims: Leading dimensions.
-        normalized: Vectors have L2 norm 1.
+        layers: Exit layer that the vectors come from.
+        dims: Number of leading dimensions that are kept.
+        normalized: Whether the vectors have L2 norm 1.
     """
 
     layers: int
@@ -37,14 +37,14 @@ class Cut(msgspec.Struct, frozen=True, order=True):
 
 
 class _Row(Cut, frozen=True):
-    """The ranges of one kind of vectors, as the file has them."""
+    """The ranges of one kind of vectors, as calibration.json stores them."""
 
     start: list[float]
     step: list[float]
 
 
 class _File(msgspec.Struct, frozen=True):
-    """calibration.json."""
+    """Content of calibration.json."""
 
     num_texts: int
     ranges: list[_Row]
@@ -52,11 +52,11 @@ class _File(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Ranges for each kind of vectors; empty before the first calibration.
+    """Value ranges of each kind of vectors; empty before the first calibration.
 
     Attributes:
         num_texts: Number of texts in the sample.
-        ranges: Ranges by kind of vectors.
+        ranges: Value ranges of each kind of vectors.
     """
 
     num_texts: int = 0
@@ -64,7 +64,7 @@ class Calibration:
 
     @classmethod
     def from_file(cls, path: Path) -> Calibration:
-        """Read what `save` wrote. Raises ModelError if the file is damaged."""
+        """Read a file that `save` wrote. Raises ModelError if the file is damaged."""
         remedy = "; run `fletcher model calibrate` with --replace"
         content = convert_json(read_json(path), _File, path.name, remedy)
         try:
@@ -83,8 +83,8 @@ class Calibration:
     def save(self, folder: Path, manifest: str) -> None:
         """Write the ranges into a bundle's folder and their checksum into its manifest.
 
-        The caller holds the model's lock. A crash in between leaves either a file that the manifest
-        does not name, or the manifest as it was.
+        The caller must hold the model's lock. A crash during the call leaves a valid bundle: either
+        the manifest is unchanged, or it does not list calibration.json.
         """
         rows = [
             {**msgspec.structs.asdict(cut), **one.to_json()}

@@ -1,4 +1,4 @@
-"""JSON, checksums and safe names of a bundle's files."""
+"""Helpers for a bundle's files: JSON, checksums and safe names."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fletcher.errors import ModelError
 _Type = TypeVar("_Type")
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# A model's name, or that of one version.
+# A model's name, or `name@hash`, the name of one version.
 VERSION_NAME = re.compile(rf"({MODEL_NAME.pattern})(?:@([0-9a-f]{{12}}))?")
 
 
 def check_name(name: str) -> str:
-    """Check that a model name can be a folder's: `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`.
+    """Return a model name if it can name a folder: `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`.
 
     Raises:
-        ModelError: It cannot.
+        ModelError: The name does not match this pattern.
     """
     if not MODEL_NAME.fullmatch(name):
         raise ModelError(
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: The file is missing, or holds no JSON object.
     """
     try:
-        # Not msgspec's reader, which refuses the NaN and Infinity of some checkpoints.
+        # msgspec's reader would refuse NaN and Infinity, which some checkpoints contain.
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path.name} is missing") from None
@@ -55,14 +55,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """As `read_json`, but an empty object if the file is missing."""
+    """Like `read_json`, but returns an empty dict if the file is missing."""
     return read_json(path) if path.is_file() else {}
 
 
 def invalid_value(
     place: str, key: str, value: Any, expected: str, allowed: Sequence[str] | None = None
 ) -> ModelError:
-    """Refusal of a value in a file."""
+    """Error for an invalid value under `key` in the file `place`."""
     text = f"{place}: `{key}` is {repr(value)[:200]}, expected {expected}"
     return ModelError(text, field=key, allowed=allowed)
 
@@ -70,7 +70,7 @@ def invalid_value(
 def invalid_choice(
     place: str, key: str, value: Any, allowed: Iterable[str], remedy: str = ""
 ) -> ModelError:
-    """Refusal of a value in a file that is not one of a few."""
+    """Error for a value under `key` in the file `place` that is not in `allowed`."""
     names = list(allowed)
     return invalid_value(place, key, value, f"one of {', '.join(names)}{remedy}", names)
 
@@ -78,10 +78,10 @@ def invalid_choice(
 def convert_json(value: Any, kind: type[_Type], place: str, remedy: str = "") -> _Type:
     """Convert a decoded JSON value to a type, usually a struct.
 
-    An error's message begins with `place`, the file's name, and ends with `remedy`.
+    `place` is the file's name. An error message begins with `place` and ends with `remedy`.
 
     Raises:
-        ModelError: A field is unknown, missing, or of another type or range.
+        ModelError: A field is unknown or missing, or its value has the wrong type or range.
     """
     try:
         return msgspec.convert(value, kind)
@@ -90,7 +90,7 @@ def convert_json(value: Any, kind: type[_Type], place: str, remedy: str = "") ->
 
 
 def _refusal(text: str, value: Any, kind: Any, place: str, remedy: str) -> ModelError:
-    """Error of msgspec, with the value at fault and, for a choice, the allowed ones."""
+    """ModelError from msgspec's message `text`, with the invalid and allowed values."""
     reason, _, path = text.partition(" - at `$")
     path = path.strip(".`")
     if named := re.fullmatch(r"Object (missing required|contains unknown) field `(.+)`", reason):
@@ -116,7 +116,7 @@ def _refusal(text: str, value: Any, kind: Any, place: str, remedy: str) -> Model
 
 
 def _choices(kind: Any, field: str) -> list[str]:
-    """Allowed values of a struct's field, or of its items."""
+    """Allowed values of a struct's field, or of the items of that field."""
     fields = {one.encode_name: one.type for one in msgspec.structs.fields(kind)}
     choice = fields[field]
     while get_origin(choice) is not Literal:
@@ -131,6 +131,6 @@ def sha256(path: Path) -> str:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative name, with `/` between its parts, stays inside its folder."""
+    """Whether the relative path `name`, with separator `/`, stays inside its folder."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name

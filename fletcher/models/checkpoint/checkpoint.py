@@ -1,4 +1,4 @@
-"""Checkpoint folders of sentence-transformers or plain Hugging Face."""
+"""Checkpoint folders by sentence-transformers or plain Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SETTINGS = "config_sentence_transformers.json"
 _ORDER = re.compile(
     r"Transformer( Pooling( Dense)*( Normalize)?|( Dense)+)?|(MLM)?Transformer SpladePooling"
 )
-# By the name of their torch class.
+# Our names of activation functions, by the name of the torch class.
 _DENSE_ACTIVATIONS = {
     "Identity": "",
     "Tanh": "tanh",
@@ -45,13 +45,13 @@ _OLD_POOLING_NAMES: dict[str, Pooling] = {
 
 @dataclass(frozen=True, slots=True)
 class DenseModule:
-    """A linear layer after pooling, sentence-transformers' module Dense.
+    """A linear layer after pooling: the module Dense of sentence-transformers.
 
     Attributes:
-        folder: Folder of its weights, `linear.weight` [to, from] and `linear.bias` [to].
-        shape: (to, from).
-        bias: Whether it has a bias.
-        activation: One of `encoder.ACTIVATIONS`; empty for none.
+        folder: Folder of the layer's weights, `linear.weight` [to, from] and `linear.bias` [to].
+        shape: Shape (to, from) of the weight.
+        bias: Whether the layer has a bias.
+        activation: Activation function, one of `encoder.ACTIVATIONS`; empty for none.
     """
 
     folder: Path
@@ -69,11 +69,11 @@ class Checkpoint:
         tokenizer: Path of tokenizer.json.
         config: Content of config.json.
         max_length, pooling, normalize, prompts, default_prompt, similarity, dims: As in ModelSpec.
-            A plain Hugging Face folder gets sentence-transformers' defaults: mean pooling, no
-            normalization.
+            A plain Hugging Face folder gets the defaults of sentence-transformers: mean pooling and
+            no normalization.
         dense: Linear layers between pooling and normalization.
-        kind: Kind of vectors.
-        licence: Licence in the model card's front matter; empty without one.
+        kind: Kind of the model's vectors.
+        licence: Licence in the model card's front matter; empty if no licence is stated.
     """
 
     folder: Path
@@ -92,10 +92,12 @@ class Checkpoint:
 
     @classmethod
     def from_folder(cls, folder: Path, *, tokenizer: Path | None = None) -> Checkpoint:
-        """Read a checkpoint folder, with its own or another tokenizer.json.
+        """Read a checkpoint folder.
+
+        `tokenizer` is the path of another tokenizer.json to use instead of the folder's.
 
         Raises:
-            ModelError: A file is missing, or the model is of a kind that no bundle can describe.
+            ModelError: A file is missing or invalid, or a bundle cannot describe such a model.
         """
         modules = _modules(folder)
         inner = folder / modules.get("MLMTransformer", modules.get("Transformer", [""]))[0]
@@ -143,7 +145,7 @@ class Checkpoint:
 
 
 def _read_licence(card: Path) -> str:
-    """Licence in a model card's front matter; empty without one."""
+    """Licence in a model card's front matter; empty if no licence is stated."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     first, *lines = text.splitlines() or [""]
     if first == "---":
@@ -154,7 +156,7 @@ def _read_licence(card: Path) -> str:
 
 
 def _modules(folder: Path) -> dict[str, list[str]]:
-    """Folders of sentence-transformers' modules, by class name."""
+    """Folders of the modules that sentence-transformers lists, by class name."""
     path = folder / "modules.json"
     if not path.is_file():
         return {"Transformer": [""]}
@@ -230,7 +232,7 @@ def _pooling(config: Mapping[str, Any]) -> Pooling:
 
 
 def _check_lowercase(folder: Path, tokenizer: Path) -> None:
-    """Check that the tokenizer lower-cases texts if sentence-transformers would do so."""
+    """Check that the tokenizer lower-cases texts if sentence-transformers does so."""
     if not read_optional_json(folder / "sentence_bert_config.json").get("do_lower_case"):
         return
     normalizer = json.dumps(read_json(tokenizer).get("normalizer"))
@@ -242,7 +244,11 @@ def _check_lowercase(folder: Path, tokenizer: Path) -> None:
 
 
 def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
-    """Largest number of tokens: sentence-transformers' setting, else the tokenizer's."""
+    """Largest number of tokens that a text can have.
+
+    It is the setting of sentence-transformers or else of the tokenizer, but not more than the
+    model's number of positions.
+    """
     candidates: list[Any] = [config.get("max_position_embeddings", config.get("n_positions"))]
     for name, key in (
         ("sentence_bert_config.json", "max_seq_length"),
@@ -263,7 +269,7 @@ def _max_length(folder: Path, config: Mapping[str, Any]) -> int:
     return min(known)
 
 
-# Prompts that Nomic's models were trained with; only their model cards have them
+# Prompts that Nomic's models were trained with. Only the model cards of these models have them
 # (https://huggingface.co/nomic-ai/nomic-embed-text-v1.5, Task instruction prefixes).
 _NOMIC_TASKS = ("search_document", "search_query", "clustering", "classification")
 
@@ -293,7 +299,7 @@ def _similarity(settings: Mapping[str, Any]) -> Similarity:
 
 
 def _dims(config: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> tuple[int, ...]:
-    """`dim` and the smaller dims that the checkpoint declares, ascending."""
+    """Ascending dims: the smaller dims that the checkpoint declares, and `dim`."""
     smaller = [
         *(config.get("matryoshka_dimensions") or []),
         *(settings.get("matryoshka_dimensions") or []),

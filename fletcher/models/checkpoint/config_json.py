@@ -1,6 +1,6 @@
-"""Checked values of a config.json.
+"""Readers of single values of config.json, which check the values.
 
-msgspec is not used: families name the same value differently, and null means a default.
+msgspec is not used, because families name the same value differently, and null means a default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Config = Mapping[str, Any]
 
 
 class Sizes(TypedDict):
-    """Numbers of an `Architecture` that every config.json has."""
+    """Numbers of an `Architecture` that are read from config.json for every family."""
 
     vocab_size: int
     max_length: int
@@ -37,17 +37,19 @@ def sizes(
     position_offset: int = 0,
     head_dim: int = 0,
 ) -> Sizes:
-    """The numbers that all families have, under the family's names.
+    """Read the numbers that all families have.
 
     Args:
-        config: config.json.
-        names: The family's names for some of them, such as `dim` for `hidden_size`; the common name
-            is the second choice.
-        position_offset: Row of the first token in the table of positions.
-        head_dim: Width of a head if config.json has none; 0 divides `hidden_size` by the heads.
+        config: Content of config.json.
+        names: The family's key for a common key, such as `dim` for `hidden_size`. If the family's
+            key is missing, the common key is read.
+        position_offset: Row of the table of positions that belongs to a text's first token.
+        head_dim: Width of a head, if config.json does not state the width. With 0, the width is
+            `hidden_size` divided by the number of heads.
 
     Raises:
-        ModelError: A number is missing, or `hidden_size` does not divide into heads.
+        ModelError: A number is missing or invalid, or `hidden_size` is not a multiple of the number
+            of heads.
     """
 
     def number(name: str) -> int:
@@ -76,10 +78,10 @@ def sizes(
 
 
 def positive(config: Config, *keys: str) -> int:
-    """An integer of at least 1 under the first of `keys` that is not null.
+    """Read an integer of at least 1 under the first of `keys` that is not null.
 
     Raises:
-        ModelError: It is missing or something else.
+        ModelError: The value is missing, or is not such an integer.
     """
     key = next((one for one in keys if config.get(one) is not None), keys[0])
     value = config.get(key)
@@ -89,10 +91,10 @@ def positive(config: Config, *keys: str) -> int:
 
 
 def pad_token_id(config: Config, default: int) -> int:
-    """Id of the padding token; `default` if it is missing or null.
+    """Read the padding token's id; `default` if the id is missing or null.
 
     Raises:
-        ModelError: It is something else.
+        ModelError: The value is not an integer of at least 0.
     """
     value = default if config.get("pad_token_id") is None else config["pad_token_id"]
     if type(value) is not int or value < 0:
@@ -101,10 +103,12 @@ def pad_token_id(config: Config, default: int) -> int:
 
 
 def epsilon(config: Config, default: float, *keys: str) -> float:
-    """Epsilon of norms, under the first of `keys` that is not null; else `default`.
+    """Read the norms' epsilon under the first of `keys` that is not null.
+
+    If all are null or missing, the result is `default`.
 
     Raises:
-        ModelError: It is something else.
+        ModelError: The value is not a number from 0 to below 1.
     """
     key = next((one for one in keys if config.get(one) is not None), "")
     value = config[key] if key else default
@@ -114,10 +118,10 @@ def epsilon(config: Config, default: float, *keys: str) -> float:
 
 
 def layer_types(config: Config, default: list[str], *allowed: str) -> list[str]:
-    """Kind of each layer; `default` if config.json has none.
+    """Read the kind of each layer; `default` if config.json does not state the kinds.
 
     Raises:
-        ModelError: There are more or fewer than in `default`, or one is not in `allowed`.
+        ModelError: The number of kinds differs from `default`, or a kind is not in `allowed`.
     """
     kinds = config.get("layer_types") or default
     known = isinstance(kinds, list) and all(kind in allowed for kind in kinds)
@@ -128,7 +132,7 @@ def layer_types(config: Config, default: list[str], *allowed: str) -> list[str]:
 
 
 def only(config: Config, **wanted: Any) -> None:
-    """Check that settings are missing, null, or have the supported value.
+    """Check that each setting is missing, is null, or has the supported value.
 
     Raises:
         ModelError: A setting has another value.
@@ -141,10 +145,12 @@ def only(config: Config, **wanted: Any) -> None:
 
 
 def activation(config: Config, key: str, default: str, **names: str) -> str:
-    """Activation function, one of ACTIVATIONS; `names` has the family's names.
+    """Read the activation function, one of ACTIVATIONS.
+
+    `names` maps the family's names of functions to those in ACTIVATIONS.
 
     Raises:
-        ModelError: The function is another one.
+        ModelError: The function is not supported.
     """
     value = config.get(key, default)
     value = names.get(str(value), value)
@@ -154,12 +160,14 @@ def activation(config: Config, key: str, default: str, **names: str) -> str:
 
 
 def theta(config: Config, default: float, *keys: str, layers: str = "") -> float:
-    """Theta of rotary positions: from `rope_parameters`, one of `keys`, or `default`.
+    """Read theta of rotary positions.
 
-    `layers` is the kind of layers, if `rope_parameters` has values for each kind.
+    Theta is taken from `rope_parameters` or `rope_scaling`, else from the first of `keys` that is
+    not null, else from `default`. `layers` is the kind of layer to read theta for, if
+    `rope_parameters` has separate values for each kind of layer.
 
     Raises:
-        ModelError: Positions are scaled, or only a part of each head is rotated.
+        ModelError: Theta is invalid, positions are scaled, or only a part of each head is rotated.
     """
     value = next((config[key] for key in keys if config.get(key) is not None), default)
     for key in ("rope_parameters", "rope_scaling"):

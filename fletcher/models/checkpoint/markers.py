@@ -1,6 +1,6 @@
-"""ColBERT's markers of documents and queries, and the tokens that have a vector.
+"""ColBERT's markers of documents and queries, and its tokens that have a vector.
 
-The marker is a text's second token.
+A marker is a token that tells documents and queries apart. It is a text's second token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Skipped:
     """Tokens that have no vector in documents, such as punctuation.
 
     Attributes:
-        marker: Marker of documents.
+        marker: Id of the token that marks documents.
         tokens: Ids of the tokens without a vector.
     """
 
@@ -25,7 +25,7 @@ class Skipped:
     tokens: tuple[int, ...]
 
     def places(self, input_ids: Int32Array, lengths: Int32Array) -> BoolArray:
-        """Bool [total_tokens], True for tokens without a vector, row after row."""
+        """Bool [total_tokens], True for tokens without a vector; rows follow each other."""
         skipped: BoolArray = np.isin(input_ids, self.tokens)
         found: BoolArray = skipped & np.repeat(_marked(self.marker, input_ids, lengths), lengths)
         return found
@@ -33,14 +33,14 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Reading of queries by ColBERT (https://arxiv.org/abs/2004.12832, section 3.2).
+    """Treatment of queries by ColBERT (https://arxiv.org/abs/2004.12832, section 3.2).
 
     Attributes:
-        marker: Marker of queries.
-        length: Largest number of tokens of a query, special ones included.
-        filler: Id of the token that fills shorter queries up to `length`; each filler has its own
+        marker: Id of the token that marks queries.
+        length: Largest number of tokens of a query, including special tokens.
+        filler: Id of the token that fills shorter queries up to `length`. Each filler gets its own
             vector. None leaves shorter queries as they are.
-        attended: Tokens attend to fillers; else none does.
+        attended: Whether tokens attend to fillers.
     """
 
     marker: int
@@ -49,7 +49,7 @@ class Queries:
     attended: bool = False
 
     def filled(self, input_ids: Int32Array, lengths: Int32Array) -> Int32Array:
-        """int32 [num_rows], tokens of each row with its fillers."""
+        """int32 [num_rows], number of tokens of each row, including its fillers."""
         if self.filler is None:
             return lengths
         queries = _marked(self.marker, input_ids, lengths)
@@ -58,7 +58,7 @@ class Queries:
 
 
 def _marked(marker: int, input_ids: Int32Array, lengths: Int32Array) -> BoolArray:
-    """Bool [num_rows], True for rows whose second token is the marker."""
+    """Bool [num_rows], True for rows whose second token is `marker`."""
     seconds = np.minimum(np.cumsum(lengths) - lengths + 1, len(input_ids) - 1)
     marked: BoolArray = (input_ids[seconds] == marker) & (lengths > 1)
     return marked

@@ -1,4 +1,4 @@
-"""Kinds of vectors that checkpoints give: dense, sparse, or one for each token."""
+"""Kinds of vectors that models give: dense, sparse, or one vector for each token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fletcher.models.bundle.files import invalid_value, read_json, read_optional
 from fletcher.models.bundle.spec import Output
 from fletcher.models.checkpoint.markers import Queries, Skipped
 
-# File that the library of the first ColBERT writes beside a model.
+# File that the library of the original ColBERT writes beside a model.
 COLBERT = "artifact.metadata"
 
 
@@ -24,13 +24,15 @@ class OutputKind:
 
     Attributes:
         output: As in ModelSpec.
-        prompts: Markers of queries and documents, as prompts; documents get theirs by default.
+        prompts: Prompts that put a marker in front of queries and documents. The prompt for
+            documents is the default. None if the model has no markers.
         skipped: Document tokens without a vector.
-        queries: How queries differ from documents; None if they do not.
-        max_length: Largest number of tokens of a document; None leaves it to the checkpoint's rule.
-        markers: Words that the tokenizer must keep as one token.
-        linear: Width of a linear layer in the model's own weights after the last layer; 0 without
-            one.
+        queries: Special treatment of queries; None if queries are read like documents.
+        max_length: Largest number of tokens of a document; None if the checkpoint's other files
+            decide.
+        markers: Words that the tokenizer must keep as one token each.
+        linear: Output width of the linear layer that the model's weights have after the last
+            transformer layer; 0 if there is no such layer.
     """
 
     output: Output = "dense"
@@ -47,8 +49,8 @@ def read_kind(
 ) -> OutputKind:
     """Find out which kind of vectors a checkpoint gives.
 
-    `modules` are the folders of sentence-transformers' modules by class name, `settings` the
-    content of config_sentence_transformers.json.
+    `modules` maps class names of sentence-transformers' modules to the modules' folders. `settings`
+    is the content of config_sentence_transformers.json.
 
     Raises:
         ModelError: A setting is not supported.
@@ -63,7 +65,7 @@ def read_kind(
 
 
 def with_markers(tokenizer: Path, markers: Sequence[str]) -> str:
-    """Content of tokenizer.json with markers added, each of them one token anywhere."""
+    """Content of tokenizer.json with added markers, each of which is always one token."""
     content = read_json(tokenizer)
     vocabulary = _vocabulary(content, tokenizer.name)
     known = {one["content"] for one in content.get("added_tokens", [])}
@@ -146,7 +148,7 @@ def _skipped(marker: str, words: Sequence[str], vocabulary: Mapping[str, int]) -
 
 
 def _length(config: Mapping[str, Any], key: str, default: int) -> int:
-    """Number of tokens under a key; null means `default`, of the model's library."""
+    """Read a number of tokens under `key`; if missing or null, return `default`."""
     length = default if config.get(key) is None else config[key]
     if type(length) is not int or length < 4:
         raise ModelError(f"`{key}` is {length!r}, expected at least 4 tokens", field=key)
@@ -154,7 +156,7 @@ def _length(config: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def _filler(tokenizer: Path, vocabulary: Mapping[str, int]) -> int:
-    """Id of the mask token, which fills queries."""
+    """Find the id of the mask token, which fills short queries."""
     named = read_optional_json(tokenizer.with_name("tokenizer_config.json")).get("mask_token")
     word = named.get("content") if isinstance(named, dict) else named
     for known in (str(word), "[MASK]", "<mask>"):

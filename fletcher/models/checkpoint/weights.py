@@ -1,7 +1,8 @@
-"""Weights of a checkpoint, mapped from one safetensors file or from shards.
+"""Weights of a checkpoint, mapped from one or several safetensors files.
 
-The `safetensors` package is not used: its NumPy path has no bfloat16. The format is 8 bytes of
-length, a JSON header and raw data: https://huggingface.co/docs/safetensors/index#format.
+The `safetensors` package is not used, because it cannot read bfloat16 into NumPy arrays. A file has
+8 bytes with the header's length, a JSON header and raw data:
+https://huggingface.co/docs/safetensors/index#format.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),  # numpy has no bfloat16: the upper half of a float32
+    "BF16": np.dtype("<u2"),  # NumPy has no bfloat16, which is the upper half of a float32
 }
 
 
 class Weights:
-    """All tensors of a checkpoint under canonical names, from one file or from shards.
+    """All tensors of a checkpoint under canonical names, from one or several files.
 
-    A prefix such as `bert.` is stripped; TensorFlow's `gamma` is `weight`, its `beta` is `bias`.
+    Prefixes such as `bert.` are removed from names. TensorFlow's name `gamma` becomes `weight`, and
+    `beta` becomes `bias`.
     """
 
     def __init__(self, folder: Path, prefixes: Iterable[str]) -> None:
@@ -42,18 +44,18 @@ class Weights:
                 self._places[_canonical(stored, prefixes)] = (tensors, stored)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
+        """Whether the checkpoint has a tensor called `name`."""
         return name in self._places
 
     def unread(self) -> list[str]:
-        """Sorted names of the tensors that were not read."""
+        """Sorted names of the tensors that were not read yet."""
         return sorted(self._places.keys() - self._digests.keys())
 
     def read_tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """A tensor as float32 of the given shape.
+        """Read a tensor as float32; check that it has the given shape.
 
         Raises:
-            ModelError: It is missing, has another shape, or holds NaN or infinity.
+            ModelError: The tensor is missing, has another shape, or holds NaN or infinity.
         """
         if name not in self._places:
             raise ModelError(
@@ -77,7 +79,10 @@ class Weights:
         return tensor
 
     def digest(self, architecture: Mapping[str, Any]) -> str:
-        """SHA-256 over all tensors read so far and the numbers that define their use."""
+        """SHA-256 over all tensors read so far and over `architecture`.
+
+        `architecture` has the numbers that define how the tensors are used.
+        """
         parts = json.dumps([self._digests, architecture], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -86,7 +91,7 @@ class SafetensorsFile:
     """The tensors of one safetensors file, mapped and read on demand.
 
     Raises:
-        ModelError: The file is no safetensors file, is cut off, or has offsets outside of it.
+        ModelError: The file is not a safetensors file, or is cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,10 +119,11 @@ class SafetensorsFile:
         return sorted(self._entries)
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
-        """One tensor as float32; a view of the file if it is stored as float32.
+        """Read one tensor as float32; a tensor stored as float32 is a view of the file.
 
         Raises:
-            ModelError: The entry is damaged, or its element type is no floating-point type.
+            ModelError: The tensor's entry in the header is damaged or points outside of the file,
+                or its element type is not a supported floating-point type.
         """
         try:
             entry = self._entries[name]
@@ -136,7 +142,7 @@ class SafetensorsFile:
         fits = 0 <= begin <= end <= len(self._data) and end - begin == count * dtype.itemsize
         if not fits or min(shape, default=0) < 0:
             raise self._broken(f"tensor `{name}` does not lie inside the file")
-        # Copies only unaligned tensors, which writers of the format avoid.
+        # This copies only unaligned tensors, which writers of the format avoid.
         values = np.frombuffer(self._data[begin:end], dtype=dtype).reshape(shape)
         if kind == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)

@@ -1,4 +1,4 @@
-"""Architectures of transformers, as choices by which their graphs are written."""
+"""Architectures of transformers: the choices that determine a model's graph."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# The linear layers of one transformer layer, as `encoder.Tensors` calls them.
+# Names in `encoder.Tensors` of the linear layers inside one transformer layer.
 LINEARS = ("q", "k", "v", "projected", "wide", "gate", "narrow")
 
-# Buckets of learned biases by distance, as in T5 and MPNet.
+# Number of buckets of distances that have a learned bias each, as in T5 and MPNet.
 NUM_BUCKETS = 32
 
-# Fields that the weights' shapes imply, or that change no vector.
+# Fields that `identity` leaves out: the weights' shapes imply them, or they change no vector.
 _NOT_IDENTITY = frozenset(
     ("vocab_size", "type_vocab_size", "hidden", "intermediate", "max_length", "pad_token_id")
 )
@@ -20,17 +20,18 @@ _NOT_IDENTITY = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Style:
-    """The computation of a layer on each token by itself.
+    """Choices for the parts of a layer that process each token separately.
 
     Attributes:
         epsilon: Epsilon of norms.
-        activation: One of `encoder.ACTIVATIONS`.
-        gated: The MLP multiplies `wide` by the activated `gate`; else it activates `wide`.
-        norm_first: Norms precede attention and MLP, and one more follows the last layer; else norms
-            follow the sums.
-        rms_norm: Norms are RMS norms without a bias; else layer norms.
-        norm_bias: Layer norms have a bias.
-        biases: Those of LINEARS that have a bias.
+        activation: Activation function, one of `encoder.ACTIVATIONS`.
+        gated: If true, the MLP multiplies `wide` by the activated `gate`. Otherwise it activates
+            `wide`.
+        norm_first: If true, norms precede attention and MLP, and a final norm follows the last
+            layer. Otherwise norms follow the residual sums.
+        rms_norm: If true, norms are RMS norms without a bias. Otherwise they are layer norms.
+        norm_bias: Whether layer norms have a bias.
+        biases: Names in LINEARS of the linear layers that have a bias.
     """
 
     epsilon: float
@@ -44,29 +45,34 @@ class Style:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture(Style):
-    """A whole model; the defaults are BERT's.
+    """Architecture of a complete model; the defaults are BERT's.
 
     Attributes:
-        vocab_size: Rows of the table of token embeddings.
+        vocab_size: Number of rows in the table of token embeddings.
         hidden: Width of hidden states.
         intermediate: Width inside the MLP.
-        num_heads: Query heads.
-        num_layers: Layers.
-        max_length: Largest number of tokens that positions allow.
+        num_heads: Number of query heads.
+        num_layers: Number of layers.
+        max_length: Largest number of tokens that the model has positions for.
         pad_token_id: Id of the padding token.
-        type_vocab_size: Rows of the table of token types; 0 without one.
-        learned_positions: A table of positions is added to the token embeddings.
-        position_offset: Row of the first token in that table.
-        embedding_norm: A norm follows the sum of embeddings.
-        num_kv_heads: Key and value heads, each shared by equally many query heads; 0: `num_heads`.
-        head_dim: Width of a head; 0: `hidden` over `num_heads`.
-        head_norm: An RMS norm is applied to each head of queries and keys.
-        causal: A token attends only to itself and earlier tokens.
-        rotary: Theta of rotary positions by layer; empty without rotary positions.
-        windows: Tokens to each side that a token attends to, by layer, 0 for all; empty: all.
-        distance_bias: Bias of scores by the distance of two tokens: `alibi`, slopes by head;
-            `buckets`, learned for buckets of distances as in T5; empty for none.
-        norm_of_first: With `norm_first`, the first layer has a norm before its attention.
+        type_vocab_size: Number of rows in the table of token types; 0 if the model has no such
+            table.
+        learned_positions: Whether a table of positions is added to the token embeddings.
+        position_offset: Row of the table of positions that belongs to a text's first token.
+        embedding_norm: Whether a norm follows the sum of embeddings.
+        num_kv_heads: Number of key and value heads. Each is shared by the same number of query
+            heads. 0 means `num_heads`.
+        head_dim: Width of a head; 0 means `hidden` divided by `num_heads`.
+        head_norm: Whether an RMS norm is applied to each head of queries and keys.
+        causal: Whether a token attends only to itself and earlier tokens.
+        rotary: Theta of rotary positions for each layer; empty if the model has no rotary
+            positions.
+        windows: For each layer, the number of tokens on each side that a token attends to; 0 means
+            all tokens. Empty if all layers attend to all tokens.
+        distance_bias: Bias added to attention scores, depending on the distance of two tokens.
+            `alibi` is a slope for each head. `buckets` is a learned bias for each bucket of
+            distances, as in T5. Empty for no bias.
+        norm_of_first: With `norm_first`, whether the first layer has a norm before its attention.
     """
 
     vocab_size: int
@@ -100,7 +106,10 @@ class Architecture(Style):
         return self.num_kv_heads or self.num_heads
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Shape in a checkpoint of one of LINEARS, [rows, columns], or of a norm, [width]."""
+        """Shape of a linear layer's weight, [rows, columns], or of a norm, [width].
+
+        The shape is that in a checkpoint. `tensor` is one of LINEARS or the name of a norm.
+        """
         queries, keys = self.num_heads * self.head_width, self.kv_heads * self.head_width
         shapes = {
             "q": (queries, self.hidden),
@@ -116,9 +125,10 @@ class Architecture(Style):
         return shapes.get(tensor, (self.hidden,))
 
     def identity(self) -> dict[str, Any]:
-        """Choices that change vectors but not weights; part of a model's hash.
+        """Fields that change vectors but not weights; they are part of a model's hash.
 
-        Choices at their default are left out, so that a new choice changes no existing hash.
+        Fields with their default value are left out. So adding a field to this class changes no
+        existing hash.
         """
         return {
             field.name: getattr(self, field.name)

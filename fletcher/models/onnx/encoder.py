@@ -1,4 +1,4 @@
-"""Parts of graphs that compute on each token by itself, in any layout of tokens."""
+"""Parts of graphs that process each token separately, for any layout of tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy.typing as npt
 from fletcher.models.onnx.architecture import Style
 from fletcher.models.onnx.graph import GraphBuilder
 
-# Last operator of each activation function, and its attributes, by name in checkpoints.
+# Activation functions by their names in checkpoints. A value has the function's last operator and
+# this operator's attributes.
 ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "gelu": ("Gelu", {"approximate": "none"}),
     "gelu_new": ("Gelu", {"approximate": "tanh"}),
@@ -32,7 +33,7 @@ class Dense:
     Attributes:
         weight: float32 [from, to].
         bias: float32 [to], or None.
-        activation: One of ACTIVATIONS; empty for none.
+        activation: Activation function, one of ACTIVATIONS; empty for none.
     """
 
     weight: Array
@@ -41,31 +42,33 @@ class Dense:
 
 
 class Tensors(Protocol):
-    """A model's weights by their role in a graph, all float32.
+    """A model's weights, named by their role in a graph. All are float32.
 
-    - `embeddings.words` and `embeddings.positions` [rows, H], and `embeddings.types` [1, H], the
-      first token type. `embeddings.positions` includes `embeddings.types`.
+    - `embeddings.words` and `embeddings.positions`, [rows, H], and `embeddings.types`, [1, H], the
+      embedding of the first token type. `embeddings.types` is already added to
+      `embeddings.positions`.
     - `embeddings.norm`, `layer.N.attention.norm`, `layer.N.norm` and `final.norm`, each with
-      `.scale` and `.bias` [H].
-    - `layer.N.q.norm` and `layer.N.k.norm`, each with `.scale` [width of a head].
-    - `layer.N.` with `q`, `k`, `v`, `projected`, `wide`, `gate` or `narrow`, each with `.weight`
-      [from, to] and `.bias` [to].
-    - `distances` [buckets, heads].
+      `.scale` and `.bias`, [H].
+    - `layer.N.q.norm` and `layer.N.k.norm`, each with `.scale`, [width of a head].
+    - `layer.N.` with `q`, `k`, `v`, `projected`, `wide`, `gate` or `narrow`, each with `.weight`,
+      [from, to], and `.bias`, [to].
+    - `distances`, [buckets, heads].
 
-    `q` includes the attention's scale; `q.norm` does instead, if queries have a norm.
+    `q` is already multiplied by the attention's scale. If queries have a norm, `q.norm` is
+    multiplied by the scale instead.
     """
 
     def read_tensor(self, name: str) -> Array:
-        """The tensor of that name, float32.
+        """Return the tensor called `name`, float32.
 
         Raises:
-            ModelError: It is missing or has another shape.
+            ModelError: The tensor is missing or has the wrong shape.
         """
         ...
 
 
 class EncoderLayers:
-    """Writer of linear layers, norms and the second half of layers."""
+    """Writer of linear layers, norms and the part of a layer after its attention."""
 
     def __init__(self, graph: GraphBuilder, tensors: Tensors, style: Style) -> None:
         self.graph = graph
@@ -74,18 +77,18 @@ class EncoderLayers:
         self._constants: dict[str, str] = {}
 
     def weight(self, name: str) -> str:
-        """A tensor as a constant of the same name."""
+        """Add a tensor to the graph as a constant of the same name."""
         return self.graph.constant(name, self.tensors.read_tensor(name))
 
     def scalar(self, name: str, value: float) -> str:
-        """A number as a constant, float32 [1], written once."""
+        """Add a number as a constant, float32 [1]; later calls return the same constant."""
         if name not in self._constants:
             constant = self.graph.constant(name, np.array([value], np.float32))
             self._constants[name] = constant
         return self._constants[name]
 
     def product(self, value: str, name: str) -> str:
-        """Product of `value` and the weight of `name`, plus its bias if it has one."""
+        """Product of `value` and the weight of layer `name`, plus the layer's bias if any."""
         graph, weight = self.graph, self.weight(f"{name}.weight")
         if name.rpartition(".")[2] not in self.style.biases:
             return graph.node("MatMul", (value, weight), name)
@@ -93,7 +96,7 @@ class EncoderLayers:
         return graph.node("Add", (product, self.weight(f"{name}.bias")), name)
 
     def norm(self, value: str, name: str) -> str:
-        """The model's norm over the last axis."""
+        """Norm over the last axis, of the kind that the model has."""
         if self.style.rms_norm:
             return self.rms_norm(value, name)
         parts = ("scale", "bias") if self.style.norm_bias else ("scale",)
@@ -103,7 +106,7 @@ class EncoderLayers:
         )
 
     def rms_norm(self, value: str, name: str) -> str:
-        """RMS norm over the last axis, in operators that both engines fuse into one."""
+        """RMS norm over the last axis, as operators that both engines fuse into one."""
         graph = self.graph
         two, epsilon = self.scalar("two", 2), self.scalar("epsilon", self.style.epsilon)
         last = graph.constant(f"{name}.axis", [-1])
@@ -115,7 +118,7 @@ class EncoderLayers:
         return graph.node("Mul", (divided, self.weight(f"{name}.scale")), name)
 
     def activate(self, value: str, name: str, activation: str) -> str:
-        """Activation function, one of ACTIVATIONS."""
+        """Apply `activation`, one of ACTIVATIONS, to `value`."""
         operator, attributes = ACTIVATIONS[activation]
         inputs: tuple[str, ...] = (value,)
         if activation == "silu":
@@ -123,7 +126,7 @@ class EncoderLayers:
         return self.graph.node(operator, inputs, name, **attributes)
 
     def dense(self, value: str, dense: Dense, name: str) -> str:
-        """Linear layer after pooling, whose output is called `name`."""
+        """Apply one linear layer that follows pooling; `name` prefixes its values."""
         graph = self.graph
         weight = graph.constant(f"{name}.weight", dense.weight)
         value = graph.node("MatMul", (value, weight), f"{name}.product")
@@ -133,13 +136,16 @@ class EncoderLayers:
         return self.activate(value, name, dense.activation) if dense.activation else value
 
     def denses(self, value: str, layers: Sequence[Dense], width: int) -> tuple[str, int]:
-        """Linear layers after pooling, on a value of some width; the result and its width."""
+        """Apply the linear layers that follow pooling; return the result and its width.
+
+        `width` is the width of `value`.
+        """
         for index, one in enumerate(layers):
             value, width = self.dense(value, one, f"dense.{index}"), one.weight.shape[1]
         return value, width
 
     def mlp(self, layer: str, value: str) -> str:
-        """The two or three products of a layer's MLP, [..., H]."""
+        """Output of a layer's MLP, [..., H]: two products, or three if the MLP is gated."""
         graph, activation = self.graph, self.style.activation
         wide = self.product(value, f"{layer}.wide")
         if self.style.gated:
@@ -151,10 +157,10 @@ class EncoderLayers:
         return self.product(active, f"{layer}.narrow")
 
     def after_attention(self, name: str, attended: str, residual: str) -> str:
-        """The rest of a layer `layer.N` after its attention, [..., H].
+        """Write the part of a layer after its attention; return the output, [..., H].
 
-        `attended` is the attention's output, [..., heads x width], and `residual` the layer's input
-        at the same tokens, [..., H].
+        `name` is the layer's, such as `layer.0`. `attended` is the attention's output,
+        [..., heads x width]. `residual` is the layer's input for the same tokens, [..., H].
         """
         graph, first = self.graph, self.style.norm_first
         projected = self.product(attended, f"{name}.projected")

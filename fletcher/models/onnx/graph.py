@@ -1,8 +1,8 @@
-"""Builds ONNX graphs, with the weights in one file beside the graph.
+"""Builder of ONNX graphs with the weights in a separate file beside the graph.
 
-The messages are defined in `proto/fletcher/models/onnx/onnx.proto`, ONNX's schema under Fletcher's
-package name. The `onnx` package defines them too, but it is large, and Fletcher needs nothing else
-of it at run time.
+The protobuf messages are defined in `proto/fletcher/models/onnx/onnx.proto`, a copy of ONNX's
+schema under Fletcher's package name. The `onnx` package also defines these messages. But that
+package is large, and Fletcher needs nothing else of it at run time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fletcher.models.onnx.onnx_pb2 import (
 )
 
 IR_VERSION = 9
-OPSET = 20  # the first with Gelu as one operator
+OPSET = 20  # the first operator set with Gelu as one operator
 # Domain of ONNX Runtime's own operators:
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 MICROSOFT = "com.microsoft"
@@ -35,7 +35,7 @@ GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.weights"
 ALIGNMENT = 4096  # a page: engines map the weights into memory instead of copying them
 
-_EXTERNAL_FROM_BYTES = 1024  # smaller tensors (shapes, scalars) are read faster in the graph itself
+_EXTERNAL_FROM_BYTES = 1024  # smaller tensors, such as shapes, load faster from the graph file
 _ELEMENT_TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.int32): TensorProto.INT32,
@@ -50,7 +50,7 @@ def read_model(path: Path) -> ModelProto:
     """Parse an ONNX file.
 
     Raises:
-        ValueError: The file is no ONNX model, or is cut off.
+        ValueError: The file is not an ONNX model, or is cut off.
         OSError: The file cannot be read.
     """
     try:
@@ -63,9 +63,9 @@ def read_model(path: Path) -> ModelProto:
 
 
 class GraphBuilder:
-    """Builder of one graph; it writes weights to disk at once, nodes by `save`.
+    """Builder of one graph. Weights are written to disk when added, nodes by `save`.
 
-    `file` is the graph's, that of the weights differs in the suffix.
+    `file` is the name of the graph's file. The name of the weights' file differs in the suffix.
     """
 
     def __init__(self, folder: Path, name: str, file: str = GRAPH_FILE) -> None:
@@ -89,10 +89,10 @@ class GraphBuilder:
         self._weights.close()
 
     def fork(self, file: str, last: str) -> GraphBuilder:
-        """A builder of another graph with the same first nodes and the same weights.
+        """Create a builder of a graph with the same first nodes and the same weights.
 
-        Write the fork while this builder is open. Both graphs share the constants written so far,
-        and the folder. `last` is an output of the last common node.
+        Write the fork while this builder is open. Both graphs are in the same folder and share the
+        constants that are written so far. `last` is an output of the last common node.
         """
         fork = copy.copy(self)
         fork._path = self._path.with_name(file)
@@ -105,16 +105,16 @@ class GraphBuilder:
         return fork
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
-        """Declare an input; a string in `shape` is a dimension known only at run time."""
+        """Declare an input; a string in `shape` names a size known only at run time."""
         self._inputs.append(_value_info(name, dtype, shape))
         return self._unique(name)
 
     def output(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> None:
-        """Declare a node's value `name` as an output."""
+        """Declare the value `name`, which a node makes, as an output of the graph."""
         self._outputs.append(_value_info(name, dtype, shape))
 
     def constant(self, name: str, value: AnyArray | Sequence[int]) -> str:
-        """Add a weight or a small constant; a sequence of integers becomes int64."""
+        """Add a weight or a small constant. A sequence of integers becomes int64."""
         if name in self._inherited:
             return name
         integers = not isinstance(value, np.ndarray)
@@ -144,8 +144,8 @@ class GraphBuilder:
     ) -> str:
         """Add a node with one output, called `name`; return that name.
 
-        An empty name in `inputs` omits an optional input. `domain` is the operator's, empty for
-        ONNX itself.
+        An empty name in `inputs` omits an optional input. `domain` is the operator's domain; it is
+        empty for ONNX's standard operators.
         """
         return self.nodes(operator, inputs, (name,), domain=domain, **attributes)[0]
 
@@ -158,7 +158,7 @@ class GraphBuilder:
         domain: str = "",
         **attributes: float | int | str | Sequence[int],
     ) -> Sequence[str]:
-        """Add a node with the named outputs; return their names."""
+        """Add a node with several outputs; return the outputs' names."""
         node = NodeProto(
             input=inputs,
             output=[self._unique(one) for one in outputs],
@@ -173,7 +173,7 @@ class GraphBuilder:
         return outputs
 
     def save(self) -> None:
-        """Write the graph; equal calls give equal bytes on every machine."""
+        """Write the graph file. The same graph gives the same bytes on every machine."""
         self._weights.flush()
         model = ModelProto(
             ir_version=IR_VERSION,

@@ -1,4 +1,4 @@
-"""Graph parts after the last layer for sparse, token and late-chunking vectors."""
+"""Graph parts after the last layer, for sparse, token and late-chunking vectors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _STORED = "cls.predictions."
 
 @dataclass(frozen=True, slots=True)
 class MaskedHead:
-    """BERT's head for masked tokens: a weight for each token of the vocabulary.
+    """BERT's head for masked tokens: one weight for each token of the vocabulary.
 
     Attributes:
         transform: Linear layer before the norm.
-        scale, bias: float32 [H], of the norm.
-        words: float32 [vocab, H], of the last linear layer.
-        words_bias: float32 [vocab].
+        scale, bias: Scale and bias of the norm, float32 [H].
+        words: Weight of the last linear layer, float32 [vocab, H].
+        words_bias: Bias of the last linear layer, float32 [vocab].
     """
 
     transform: Dense
@@ -37,12 +37,13 @@ class MaskedHead:
 
     @classmethod
     def from_weights(cls, weights: Weights, architecture: Architecture, words: Array) -> MaskedHead:
-        """Read the head of a checkpoint.
+        """Read the head from a checkpoint's weights.
 
-        Its last layer is `words`, the token embeddings, unless the checkpoint has a separate one.
+        The last layer's weight is `words`, the token embeddings, unless the checkpoint has a
+        separate tensor for that layer.
 
         Raises:
-            ModelError: The checkpoint has no such head.
+            ModelError: The checkpoint has no head for masked tokens.
         """
         width = architecture.hidden
         if not weights.has(f"{_STORED}transform.dense.weight"):
@@ -55,7 +56,7 @@ class MaskedHead:
         def read(name: str, *shape: int) -> Array:
             return weights.read_tensor(f"{_STORED}{name}", shape)
 
-        if weights.has(f"{_STORED}decoder.weight"):  # not tied
+        if weights.has(f"{_STORED}decoder.weight"):  # not tied to the token embeddings
             words = read("decoder.weight", *words.shape)
         transform = np.asarray(read("transform.dense.weight", width, width).T)
         return cls(
@@ -70,10 +71,10 @@ class MaskedHead:
 
 
 class SparseWriter(TransformerWriter):
-    """Writer of sparse models: `embedding` has SPLADE's weights, float32 [B, vocab].
+    """Writer of sparse models; the output `embedding` is float32 [B, vocab].
 
-    A weight, 0 or more, is the maximum of log(1 + relu(x)) over a text's tokens
-    (https://arxiv.org/abs/2109.10086).
+    The output holds SPLADE's weights (https://arxiv.org/abs/2109.10086). A weight is the maximum of
+    log(1 + relu(x)) over a text's tokens, so it is 0 or more.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class SparseWriter(TransformerWriter):
         value = graph.node("MatMul", (value, words), "weights.product")
         bias = graph.constant("weights.bias", masked.words_bias)
         value = graph.node("Add", (value, bias), "weights.each")
-        # relu and log are monotonic, so the maximum may come first.
+        # relu and log are monotonic, so the maximum can be taken before them.
         padding = graph.node("Sub", (self.encoder.scalar("one", 1), mask), "weights.padding")
         least = self.encoder.scalar("masked", MASKED_SCORE)
         padding = graph.node("Mul", (padding, least), "weights.padding.scores")
@@ -111,7 +112,10 @@ class SparseWriter(TransformerWriter):
 
 
 class TokenWriter(TransformerWriter):
-    """Writer of token-vector models: `embedding`, float32 [B, L, dim], of norm 1."""
+    """Writer of token-vector models.
+
+    The output `embedding` is float32 [B, L, dim]. Its vectors have L2 norm 1.
+    """
 
     def head(
         self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
@@ -133,12 +137,13 @@ def write_late(
     hidden: str,
     dense: Sequence[Dense],
 ) -> None:
-    """Write the end of a graph for late chunking: `embedding`, float32 [B x S, dim].
+    """Write the end of a graph for late chunking, with output float32 [B x S, dim].
 
-    In late chunking (https://arxiv.org/abs/2409.04701) the model reads a whole row before spans of
-    it are pooled. The input `segments`, float32 [B, S, L], is 1 for the tokens of each span, else
-    0. The vectors are means, not normalized; those of empty spans mean nothing. `graph` has the
-    layers, and `hidden` is their output, [B, L, H].
+    In late chunking (https://arxiv.org/abs/2409.04701) the model reads a whole row, and the spans
+    of the row are pooled afterwards. The input `segments`, float32 [B, S, L], is 1 for the tokens
+    of each span and 0 elsewhere. The output `embedding` holds the mean of each span, not
+    normalized. The vectors of empty spans have no meaning. `graph` already has the model's layers,
+    and `hidden` is the name of their output, [B, L, H].
     """
     encoder, width = EncoderLayers(graph, tensors, architecture), architecture.hidden
     segments = graph.input("segments", np.float32, ("batch", "segments", "length"))

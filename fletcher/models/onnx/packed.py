@@ -1,14 +1,14 @@
-"""Graphs of BERT without padding, for GPUs: the texts of a run follow each other.
+"""Graphs of BERT without padding, for GPUs: a run's texts form one sequence.
 
 Every product is over T tokens, the sum of all texts' lengths, and nothing is computed for padding.
-Only attention knows the texts' limits. It is ONNX Runtime's PackedMultiHeadAttention with separate
-queries, keys and values, the form that uses FlashAttention at every length. ONNX Runtime has that
-operator only on CUDA. The *twin* of a graph has standard operators in its place, so that it can be
-compared with others on a CPU.
+Only attention needs to know where a text begins and ends. Attention is ONNX Runtime's operator
+PackedMultiHeadAttention with separate queries, keys and values, because this form uses
+FlashAttention at every length. ONNX Runtime has this operator only on CUDA. The *twin* of a graph
+has standard operators instead, so that it can run on a CPU and be compared with other graphs there.
 
-Layer norm and the addition before it are separate operators: ONNX Runtime's CUDA kernel for
-LayerNormalization sums float16 in float32, that of the fused SkipLayerNormalization in float16
-(contrib_ops/cuda/bert/skip_layer_norm_impl.cu).
+Layer norm and the addition before it are separate operators, because of their precision. ONNX
+Runtime's CUDA kernel for LayerNormalization sums float16 values in float32. The kernel for the
+fused SkipLayerNormalization sums them in float16 (contrib_ops/cuda/bert/skip_layer_norm_impl.cu).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from fletcher.models.onnx.graph import GRAPH_FILE, MICROSOFT, GraphBuilder
 from fletcher.models.onnx.transformer import MASKED_SCORE, MIN_NORM
 from fletcher.models.onnx.written import WrittenBert
 
-# Families that compute what BERT does, with any names of tensors.
+# Families that compute the same as BERT; their checkpoints may have other tensor names.
 FAMILIES = ("bert", "distilbert", "roberta")
 
 
 def can_pack(bundle: ModelBundle) -> bool:
-    """Whether a model can have a graph without padding."""
+    """Whether a graph without padding can be written for a model's family and output."""
     return bundle.family in FAMILIES and bundle.output == "dense"
 
 
@@ -55,21 +55,29 @@ def write_packed(
 ) -> Path:
     """Write a bundle's graph without padding, and its weights, into `folder`.
 
-    Inputs, all int32: `input_ids` and `position_ids` [T]; `token_offset` [B, S], the places of the
-    T tokens in the padded [B, S], then those of the padding; and `cumulative_sequence_length`
-    [B + 1], the first token of each text, then T. Outputs: `embedding` [B, dim] and, if the model
-    normalizes, `norm`, float32 [B, 1].
+    The graph's inputs are int32:
+
+    - `input_ids` and `position_ids`, [T].
+    - `token_offset`, [B, S]: the indexes of the T tokens in the padded and flattened batch [B, S],
+      followed by the indexes of the padding.
+    - `cumulative_sequence_length`, [B + 1]: the index of each text's first token, followed by T.
+
+    The outputs are `embedding`, [B, dim], and, if the model normalizes, `norm`, float32 [B, 1].
 
     Args:
-        bundle: The model, of one of FAMILIES.
-        folder: Folder for GRAPH_FILE, whose path is returned, and WEIGHTS_FILE.
-        precision: Precision of weights and arithmetic; sums of layer norms, pooling and
+        bundle: The model. Its family must be one of FAMILIES.
+        folder: Folder for the files GRAPH_FILE and WEIGHTS_FILE.
+        precision: Precision of weights and arithmetic. Sums in layer norms, pooling and
             normalization are always float32.
         attention: `packed` for CUDA, `standard` for the twin.
-        output: Element type of `embedding`.
+        output: Element type of the output `embedding`.
+
+    Returns:
+        Path of the graph.
 
     Raises:
-        ModelError: The bundle is of another family or damaged, or its weights exceed float16.
+        ModelError: The bundle is of another family, has exits or is damaged, or its weights exceed
+            the range of float16.
     """
     if bundle.family not in FAMILIES:
         raise ModelError(
@@ -92,7 +100,7 @@ def write_packed(
 
 
 class _Rounded:
-    """Tensors rounded to the graph's precision."""
+    """A written graph's tensors, rounded to the new graph's precision."""
 
     def __init__(self, written: WrittenBert, precision: Precision) -> None:
         self._written = written
@@ -147,7 +155,7 @@ class _PackedWriter:
             parts = [self.encoder.product(hidden, f"{name}.{part}") for part in "qkv"]
             attended = self.attend(name, *parts)
             if bundle.pooling != "mean" and index == bundle.num_layers - 1:
-                # After the last attention only the pooled token of each text is needed.
+                # After the last layer's attention, only the pooled token of each text is needed.
                 token = starts if bundle.pooling == "cls" else self._last_tokens()
                 attended = graph.node("Gather", (attended, token), f"{name}.attended.one")
                 hidden = graph.node("Gather", (hidden, token), f"{name}.one")
@@ -156,7 +164,7 @@ class _PackedWriter:
         pooled = pool(hidden, "pooled")
         pooled, _ = self.encoder.denses(pooled, self.dense, self.width)
         if bundle.normalize:
-            # On CUDA, ReduceL2 would run in cuDNN; these run in ONNX Runtime's own kernels.
+            # On CUDA, ReduceL2 would run in cuDNN. These operators have kernels in ONNX Runtime.
             squares = graph.node(
                 "ReduceSumSquare", (pooled, self.second), "norm.square", keepdims=1
             )
@@ -170,13 +178,13 @@ class _PackedWriter:
             graph.output("norm", np.float32, ("batch", 1))
 
     def _ends(self, prefix: str) -> str:
-        """int32 [B], the end of each text: the token after its last."""
+        """int32 [B], index of the token after each text's last token."""
         end = self.graph.constant(f"{prefix}.end", [np.iinfo(np.int64).max])
         second_to_end = ("cumulative_sequence_length", self.second, end, self.first)
         return self.graph.node("Slice", second_to_end, f"{prefix}.ends")
 
     def _last_tokens(self) -> str:
-        """int32 [B], the last token of each text."""
+        """int32 [B], index of each text's last token."""
         ends = self._ends("text")
         one = self.graph.constant("text.one", np.array([1], np.int32))
         return self.graph.node("Sub", (ends, one), "text.last")
@@ -196,11 +204,11 @@ class _PackedWriter:
             f"{name}.attended",
             domain=MICROSOFT,
             num_heads=self.num_heads,
-            scale=1.0,  # the weights of the queries include it
+            scale=1.0,  # the query weights include the scale
         )
 
     def _twin_attention(self, name: str, queries: str, keys: str, values: str) -> str:
-        """The same with standard operators: pads tokens, and removes the padding again."""
+        """Attention with standard operators: pad the tokens, then remove the padding."""
         graph = self.graph
         if name == "layer.0":
             self._twin_places()
@@ -218,7 +226,7 @@ class _PackedWriter:
         return graph.node("GatherND", (flat, "twin.places"), f"{name}.attended")
 
     def _twin_places(self) -> None:
-        """Places of tokens in the padded batch [B, S], and a mask of its padding."""
+        """Write the tokens' places in the padded batch [B, S], and a mask of its padding."""
         graph, width, heads = self.graph, self.width, self.num_heads
         graph.constant("twin.flat", [-1, width])
         zero = graph.constant("twin.zero", np.zeros(1, self.precision))
@@ -250,9 +258,10 @@ class _PackedWriter:
         return graph.node("Unsqueeze", (lengths, self.second), f"{prefix}.lengths.column")
 
     def _slots(self, prefix: str) -> str:
-        """int32 [S], counting from 0 to the longest text.
+        """int32 [S], the numbers from 0 to S - 1.
 
-        Sliced from a constant: Range would need its limit back from the device.
+        S is the length of the longest text. The numbers are sliced from a constant. The operator
+        Range would have to copy its limit from the device to the host.
         """
         graph = self.graph
         numbers = np.arange(self.bundle.max_length, dtype=np.int32)
@@ -261,16 +270,17 @@ class _PackedWriter:
         return graph.node("Slice", (every, self.first, longest, self.first), f"{prefix}.slots")
 
     def _mean(self, hidden: str, name: str) -> str:
-        """float32 [B, H], mean over each text's tokens, as a product with a mask.
+        """float32 [B, H], mean over each text's tokens, computed as a product with a mask.
 
-        The product needs padded tokens. Sums by scattering would be in another order at each run,
-        and differences of running sums lose digits.
+        The product needs padded tokens. There are two ways to sum without padding, and both have a
+        fault: sums by scattering would add in another order at each run, and differences of running
+        sums lose digits.
         """
         graph = self.graph
         lengths, slots = self._lengths("pool"), self._slots("pool")
         begin = graph.node("Unsqueeze", ("starts", self.second), "pool.starts")
         places = graph.node("Add", (begin, slots), "pool.places.all")
-        # Places past the last token repeat it; the mask multiplies them by 0.
+        # Places after the last token are set to the last token; the mask multiplies them by 0.
         one = graph.constant("pool.one", np.array([1], np.int32))
         total = graph.node("Slice", ("pool.ends", self.last, "pool.end", self.first), "pool.tokens")
         last = graph.node("Sub", (total, one), "pool.last")

@@ -1,10 +1,15 @@
 """Padded graphs of transformers of any family, written layer by layer.
 
-Unlike exporters' graphs, these include pooling, dense layers and normalization; join positions and
-token types in one table; have the attention's scale in the query weights, norms and activations as
-single operators, and attention in the form that engines fuse; make masks once for all layers; and
-compute only the pooled token in the last layer of models with `cls` pooling. docs/lab-book.md
-compares this form with others for BERT.
+These graphs differ from exporters' graphs:
+
+- They include pooling, dense layers and normalization.
+- One table holds the sum of positions and token types.
+- The query weights include the attention's scale.
+- Most norms and activations are single operators, and attention has the form that engines fuse.
+- Masks are computed once for all layers.
+- With `cls` pooling, the last layer computes only the pooled token.
+
+docs/lab-book.md compares this form with others for BERT.
 """
 
 from __future__ import annotations
@@ -21,11 +26,11 @@ from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array, Dense, EncoderLayers, Tensors
 from fletcher.models.onnx.graph import GraphBuilder
 
-# Score of masked tokens: its exp is 0 in float32, and float16 and bfloat16 can hold it.
+# Score of masked tokens. Its exp is 0 in float32, and float16 and bfloat16 can represent it.
 MASKED_SCORE = -10_000.0
-MIN_NORM = 1e-12  # torch.nn.functional.normalize
+MIN_NORM = 1e-12  # as in torch.nn.functional.normalize
 
-_MAX_DISTANCE = 128  # first distance in the last of NUM_BUCKETS
+_MAX_DISTANCE = 128  # smallest distance that falls into the last bucket
 
 
 class TransformerWriter:
@@ -48,21 +53,21 @@ class TransformerWriter:
     def write(
         self, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool, layers: range
     ) -> str:
-        """Write the whole model, or a block of it that ends at an exit.
+        """Write the complete model, or one block of the model, which ends at an exit.
 
-        Inputs are `input_ids` and `attention_mask`, int64 [B, L], rows padded at their ends.
-        Outputs are `embedding`, float32 [B, dim], and, if the model normalizes, `norm`, float32
-        [B, 1]. A block's output `handed_on`, float32 [B, L, H], is the next one's input `hidden`,
-        which replaces `input_ids`.
+        The inputs are `input_ids` and `attention_mask`, int64 [B, L], where rows are padded at
+        their ends. The outputs are `embedding`, float32 [B, dim], and, if the model normalizes,
+        `norm`, float32 [B, 1]. The output `handed_on` of a block, float32 [B, L, H], is the input
+        `hidden` of the next block, which has `hidden` instead of `input_ids`.
 
         Args:
             pooling: Pooling of token embeddings at each exit.
             dense: Linear layers after pooling.
-            normalize: Divide by the norm, and output it.
-            layers: Layers of the block, counted from 0.
+            normalize: Divide embeddings by their norm, and add the output `norm`.
+            layers: Indexes of the block's layers, counted from 0.
 
         Returns:
-            The token embeddings that are pooled, [B, L, H], or [B, 1, H] for `cls`.
+            Name of the token embeddings before pooling, [B, L, H], or [B, 1, H] for `cls`.
         """
         graph, architecture = self.graph, self.architecture
         states = ("batch", "length", architecture.hidden)
@@ -88,7 +93,7 @@ class TransformerWriter:
         return hidden
 
     def mask(self) -> str:
-        """Declare the input `attention_mask`; return it as float32 [B, L]."""
+        """Declare the input `attention_mask` and cast it to float32 [B, L]."""
         mask = self.graph.input("attention_mask", np.int64, ("batch", "length"))
         self.graph.node("Shape", (mask,), "input.length", start=1, end=2)
         return self.graph.node("Cast", (mask,), "mask", to=1)
@@ -107,7 +112,10 @@ class TransformerWriter:
         return self.encoder.norm(total, "embeddings.norm") if architecture.embedding_norm else total
 
     def layer(self, index: int, hidden: str, mask: str, *, only_first: bool = False) -> str:
-        """One layer, from [B, L, H] to [B, L, H], or [B, 1, H] for only the first tokens."""
+        """Write one layer; its input and output are [B, L, H].
+
+        With `only_first`, the output has only each row's first token, [B, 1, H].
+        """
         name, architecture = f"layer.{index}", self.architecture
         entering = hidden
         if architecture.norm_first and (index or architecture.norm_of_first):
@@ -120,9 +128,10 @@ class TransformerWriter:
     def head(
         self, hidden: str, mask: str, pooling: Pooling, dense: Sequence[Dense], *, normalize: bool
     ) -> None:
-        """Write everything from token embeddings to the graph's outputs.
+        """Write the graph's end, from token embeddings to the graph's outputs.
 
-        `hidden` is [B, L, H], or [B, 1, H] for `cls`; the others are as for `write`.
+        `hidden` is [B, L, H], or [B, 1, H] for `cls`. `mask` is the value that the method `mask`
+        returns. The other parameters are as in `write`.
         """
         graph = self.graph
         pool = {"cls": self._cls, "mean": self._mean, "last_token": self._last}[pooling]
@@ -139,15 +148,15 @@ class TransformerWriter:
         graph.output("norm", np.float32, ("batch", 1))
 
     def _attention(self, index: int, hidden: str, mask: str, *, only_first: bool) -> str:
-        """Self-attention, [B, L or 1, heads x width]."""
+        """Output of self-attention, [B, L, heads x width]; [B, 1, ...] with `only_first`."""
         graph, name = self.graph, f"layer.{index}"
         asking = self._first(hidden, f"{name}.asking", 1) if only_first else hidden
-        # A rotation by position 0 changes nothing.
+        # With `only_first`, queries have position 0, and a rotation by position 0 changes nothing.
         rotation = self._rotation(index)
         queries = self._heads(asking, f"{name}.q", () if only_first else rotation)
         keys = self._heads(hidden, f"{name}.k", rotation)
         values = self._heads(hidden, f"{name}.v", ())
-        # A second transpose: engines turn it into a flag of the product.
+        # Engines turn this second transpose into a flag of the product.
         keys = graph.node("Transpose", (keys,), f"{name}.k.columns", perm=(0, 1, 3, 2))
         scores = graph.node("MatMul", (queries, keys), f"{name}.scores")
         for number, term in enumerate(self._terms(index, mask, only_first=only_first)):
@@ -158,7 +167,7 @@ class TransformerWriter:
         return graph.node("Reshape", (rows, self.flat_shape), f"{name}.attended")
 
     def _heads(self, value: str, name: str, rotation: Sequence[str]) -> str:
-        """Queries, keys or values with norm and rotation, [B, heads, L, width]."""
+        """Queries, keys or values after norm and rotation, [B, heads, L, width]."""
         graph, architecture = self.graph, self.architecture
         part = name[-1]
         shape = self.head_shape if part == "q" else self.kv_shape
@@ -182,7 +191,7 @@ class TransformerWriter:
         return graph.node("Add", (straight, across), f"{name}.rotated")
 
     def _repeated(self, value: str) -> str:
-        """Each key or value head, repeated for the query heads that share it."""
+        """Key or value heads, each repeated for all query heads that share the head."""
         graph, architecture = self.graph, self.architecture
         kv_heads, width = architecture.kv_heads, architecture.head_width
         if kv_heads == architecture.num_heads:
@@ -199,8 +208,8 @@ class TransformerWriter:
     def _rotation(self, index: int) -> Sequence[str]:
         """Cosines and sines of a layer's rotary positions, [L, 1, width].
 
-        The halves of a head are rotated against each other: (a, b) becomes (a cos - b sin,
-        b cos + a sin), so the first half of the sines is negative.
+        The two halves of a head, a and b, are rotated against each other: (a, b) becomes
+        (a cos - b sin, b cos + a sin). So the first half of the sines is negative.
         """
         architecture = self.architecture
         if not architecture.rotary:
@@ -209,7 +218,7 @@ class TransformerWriter:
         width = architecture.head_width
         name = f"rotary.{theta:g}"
         if name not in self._made:
-            # In float32 as in PyTorch, so that late positions have the same angles.
+            # Computed in float32, as in PyTorch, so that late positions have the same angles.
             powers = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
             frequencies = np.float32(1) / np.float32(theta) ** powers
             positions = np.arange(architecture.max_length, dtype=np.float32)
@@ -222,9 +231,10 @@ class TransformerWriter:
         return f"{name}.cos", f"{name}.sin"
 
     def _terms(self, index: int, mask: str, *, only_first: bool) -> list[str]:
-        """Terms to add to a layer's scores, written once for all layers.
+        """Terms that are added to a layer's scores; layers share equal terms.
 
-        A causal model needs no mask of padding, which follows a row's tokens.
+        A causal model needs no mask of padding: padding follows a row's tokens, and tokens do not
+        attend to later places.
         """
         architecture = self.architecture
         window = architecture.windows[index] if architecture.windows else 0
@@ -247,7 +257,7 @@ class TransformerWriter:
         return terms
 
     def _padding(self, mask: str, name: str) -> str:
-        """float32 [B, 1, 1, L], 0 for tokens, MASKED_SCORE for padding."""
+        """float32 [B, 1, 1, L], 0 for tokens and MASKED_SCORE for padding."""
         graph = self.graph
         axes = graph.constant("axes.heads", [1, 2])
         padding = graph.node("Sub", (self.encoder.scalar("one", 1), mask), "padding.is")
@@ -256,7 +266,7 @@ class TransformerWriter:
         return graph.node("Unsqueeze", (scores, axes), name)
 
     def _seen(self, name: str, window: int) -> str:
-        """float32 [L, L], 0 if the row's token attends to the column's, else MASKED_SCORE."""
+        """float32 [L, L], 0 if token `row` attends to token `column`, else MASKED_SCORE."""
         graph = self.graph
         distance = self._once("distance", self._distance)
         unseen = []
@@ -272,7 +282,7 @@ class TransformerWriter:
         return graph.node("Where", (either, masked, self.encoder.scalar("zero", 0)), name)
 
     def _distance(self, name: str) -> str:
-        """float32 [L, L], the column's position minus the row's."""
+        """float32 [L, L], the column's index minus the row's index."""
         graph = self.graph
         every = np.arange(self.architecture.max_length, dtype=np.float32)
         places = self._cut(f"{name}.places", graph.constant(f"{name}.places.all", every))
@@ -280,7 +290,7 @@ class TransformerWriter:
         return graph.node("Sub", (places, rows), name)
 
     def _distance_bias(self, name: str) -> str:
-        """Bias of scores by distance, float32 [heads, L, L]."""
+        """Bias of scores by the distance of two tokens, float32 [heads, L, L]."""
         graph, architecture = self.graph, self.architecture
         distance = self._once("distance", self._distance)
         if architecture.distance_bias == "alibi":
@@ -296,7 +306,7 @@ class TransformerWriter:
         return graph.node("Gather", (graph.constant("distances", table), index), name, axis=1)
 
     def _cut(self, name: str, table: str) -> str:
-        """First rows of a table, as many as the batch is long."""
+        """First L rows of a table, where L is the padded length of the batch."""
         return self.graph.node("Slice", (table, self.first, "input.length", self.first), name)
 
     def _first(self, value: str, name: str, axis: int) -> str:
@@ -307,7 +317,7 @@ class TransformerWriter:
         return self.graph.node("Squeeze", (hidden, self.second), "pooled")
 
     def _mean(self, hidden: str, mask: str) -> str:
-        """Mean over each row's tokens, as a matrix product with the mask."""
+        """Mean over each row's tokens, computed as a matrix product with the mask."""
         graph = self.graph
         row = graph.node("Unsqueeze", (mask, self.second), "mask.row")
         total = graph.node("MatMul", (row, hidden), "tokens.sum")
@@ -323,16 +333,17 @@ class TransformerWriter:
         return graph.node("GatherND", (hidden, index), "pooled", batch_dims=1)
 
     def _once(self, name: str, make: Callable[[str], str]) -> str:
-        """Value of a name; `make` writes it at the first call."""
+        """Return the value called `name`, which `make` writes at the first call."""
         if name not in self._made:
             self._made[name] = make(name)
         return self._made[name]
 
 
 def alibi_slopes(num_heads: int) -> Array:
-    """ALiBi's slopes: the score of a distance of 1, float32 [heads, 1, 1], negative.
+    """ALiBi's slopes, float32 [heads, 1, 1]: the negative bias for a distance of 1.
 
-    If the number of heads is no power of 2, every second slope of the next power is appended
+    If the number of heads is not a power of 2, the slopes for the next lower power come first.
+    Every second slope for the next higher power is appended
     (https://github.com/ofirpress/attention_with_linear_biases, `get_slopes`).
     """
 
@@ -345,14 +356,16 @@ def alibi_slopes(num_heads: int) -> Array:
 
 
 def distance_buckets(distances: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Bucket of each distance.
+    """Bucket index of each distance, as in T5.
 
-    As in T5 (https://arxiv.org/abs/1910.10683, section 2.1): half of the buckets are for earlier
-    tokens, half for later ones; near distances have their own, far ones share them logarithmically.
+    See https://arxiv.org/abs/1910.10683, section 2.1. Half of the buckets are for earlier tokens,
+    and half are for later tokens. Each short distance has its own bucket. Long distances share
+    buckets, whose ranges grow logarithmically.
     """
     half, exact = NUM_BUCKETS // 2, NUM_BUCKETS // 4
     away = np.abs(distances)
-    # In float32 and truncated as in PyTorch, so that distances at an edge get the same bucket.
+    # Computed in float32 and truncated, as in PyTorch: distances at a bucket's edge must get the
+    # same bucket.
     ratio = np.log(np.maximum(away, 1).astype(np.float32) / np.float32(exact)) / np.float32(
         math.log(_MAX_DISTANCE / exact)
     )

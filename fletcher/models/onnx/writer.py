@@ -25,18 +25,20 @@ from fletcher.models.onnx.transformer import TransformerWriter
 def write_model(
     checkpoint: Checkpoint, folder: Path, *, source: str, exits: Sequence[int] = ()
 ) -> ModelSpec:
-    """Write a checkpoint's graph and weights into `folder`, a block for each exit.
+    """Write a checkpoint's graph and weights into `folder`, one block for each exit.
 
-    A model with mean pooling and without exits gets a second graph, for late chunking.
+    A dense model with mean pooling and without exits gets a second graph, for late chunking.
 
-    Inputs are `input_ids` and `attention_mask`, int64 [B, L]. Outputs are `embedding`, float32
-    [B, dim], and, if the model normalizes, `norm`, float32 [B, 1].
+    The graph's inputs are `input_ids` and `attention_mask`, int64 [B, L]. The outputs of a dense
+    model are `embedding`, float32 [B, dim], and, if the model normalizes, `norm`, float32 [B, 1].
 
-    `exits` are layers after which the model can return vectors; the last one is always added.
+    `exits` lists layers after which the model can return vectors. The model's last layer is always
+    added to them.
 
     Raises:
-        ModelError: `exits` has a layer that the model lacks, the checkpoint's family is not in
-            `families`, or it computes something that its family's graph does not.
+        ModelError: `exits` has a layer that the model lacks, or is given for a model that is not
+            dense. Or the checkpoint's family is not in `families`. Or the checkpoint computes
+            something that the graphs of its family do not.
     """
     kind = checkpoint.kind
     family = family_of(checkpoint.config)

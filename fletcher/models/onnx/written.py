@@ -18,22 +18,23 @@ _FUSED = {"q": 0, "k": 1, "v": 2}
 
 
 class WrittenBert:
-    """A bundle's BERT graph, with its weights as `encoder.Tensors`.
+    """A bundle's BERT graph, which provides its weights as `encoder.Tensors`.
 
-    Other graphs of a model are made of these weights, which the bundle's checksums cover.
+    A second graph of the model can be written from these weights. The bundle's checksums cover
+    them.
 
     Args:
-        graph: The ONNX file, with its weights beside it.
+        graph: Path of the ONNX file. The file of its weights must be in the same folder.
 
     Attributes:
         epsilon: Epsilon of layer norms.
-        activation: One of ACTIVATIONS.
-        num_heads: Attention heads.
+        activation: Activation function, one of ACTIVATIONS.
+        num_heads: Number of attention heads.
         hidden: Width of hidden states.
         dense: Linear layers after pooling.
 
     Raises:
-        ModelError: The file was not written by `write_model` for one of `packed.FAMILIES`.
+        ModelError: The file was not written by `write_model` for a model of `packed.FAMILIES`.
     """
 
     def __init__(self, graph: Path) -> None:
@@ -60,7 +61,7 @@ class WrittenBert:
     def read_tensor(self, name: str) -> Array:
         if name in self._tensors:
             return self._read(name)
-        # Older graphs have queries, keys and values, or the last two, joined in one tensor.
+        # Older graphs have one joined tensor for queries, keys and values, or for keys and values.
         layer, part, kind = name.rsplit(".", 2)
         joined = f"{layer}.qkv.{kind}"
         if joined in self._tensors:
@@ -81,7 +82,7 @@ class WrittenBert:
             if not is_inside(place["location"]):
                 raise ValueError("its weights lie outside the bundle")
             path, offset = self._folder / place["location"], int(place["offset"])
-            # Mapped: of a large model only one tensor at a time is in memory.
+            # Mapped, so that only one tensor of a large model is in memory at a time.
             return np.memmap(path, np.float32, "r", offset, tuple(tensor.dims))
         except (OSError, KeyError, ValueError) as error:
             raise ModelError(

@@ -1,5 +1,5 @@
-"""Sources of models, a module for each kind.
+"""Sources of models, with one module for each kind of source.
 
-A source is a function `(…, staging: Path, progress) -> ModelSpec` that writes a bundle's files into
-`staging`. The registry makes a bundle of them and moves it into place.
+A source is a function `(…, staging: Path, exits, progress) -> ModelSpec` that writes a bundle's
+files into `staging`. The registry makes a bundle of these files and moves the bundle into place.
 """

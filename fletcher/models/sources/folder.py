@@ -1,4 +1,4 @@
-"""A Hugging Face or sentence-transformers folder on this machine."""
+"""Models from a Hugging Face or sentence-transformers folder on this machine."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fletcher.models.checkpoint.output_kind import with_markers
 from fletcher.models.onnx.writer import write_model
 
 Progress = Callable[[str], None]
-# Writes a bundle's files into a folder, with exits after the given layers.
+# Function that writes a bundle's files into a folder, with exits after the given layers.
 Build = Callable[[Path, Sequence[int], Progress], ModelSpec]
 
 
 def build_from_folder(
     folder: Path, source: str, staging: Path, exits: Sequence[int], progress: Progress
 ) -> ModelSpec:
-    """Write the files of a bundle into `staging` from a checkpoint's folder.
+    """Write a bundle's files into `staging`, made from the checkpoint in `folder`.
 
     Raises:
-        ModelError: The folder holds no checkpoint, or its family is not supported.
+        ModelError: The folder holds no checkpoint, or the model's family is not supported.
     """
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         raise ModelError(

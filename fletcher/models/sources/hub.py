@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub: safe, checked files of one commit."""
+"""Models from the Hugging Face hub, downloaded as checked files of one commit."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from fletcher.util.locks import FileLock
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}))?")
 
-# Files of a checkpoint: JSON, safetensors and the model card; nothing that runs or is unpickled.
-# They are in folders such as 0_Transformer, 1_Pooling and 2_Dense, or at the top.
+# Files of a checkpoint that are downloaded: JSON, safetensors and the model card, but nothing that
+# runs or is unpickled. The files are at the top of the repository, or in folders such as
+# 0_Transformer, 1_Pooling and 2_Dense.
 _WANTED = re.compile(
     r"(\d+_[A-Za-z]+/)?"
     r"((config|sentence_bert_config|tokenizer|tokenizer_config|model\.safetensors\.index)\.json"
@@ -31,10 +32,12 @@ _WANTED = re.compile(
 
 
 def parse(repository: str) -> tuple[str, Build]:
-    """Name and builder of a model, from `ORG/NAME[@REVISION]`, the part after `hub:`.
+    """Parse `ORG/NAME[@REVISION]` into a model's name and the builder of its bundle.
+
+    `repository` is the part of a source after `hub:`.
 
     Raises:
-        ModelError: The text has another form.
+        ModelError: `repository` has another form.
     """
     match = _REPOSITORY.fullmatch(repository)
     if match is None:
@@ -48,7 +51,7 @@ def parse(repository: str) -> tuple[str, Build]:
 def _build(
     repo_id: str, revision: str | None, staging: Path, exits: Sequence[int], progress: Progress
 ) -> ModelSpec:
-    # Kept until the bundle is complete, so that an interrupted download is resumed.
+    # The download is kept until the bundle is complete, so that an interrupted one can resume.
     download = staging.parent / f".download-{repo_id.replace('/', '~')}"
     with FileLock(download.with_name(f"{download.name}.lock"), wait=True):
         commit = _download(repo_id, revision, download, progress)
@@ -58,7 +61,7 @@ def _build(
 
 
 def _download(repo_id: str, revision: str | None, folder: Path, progress: Progress) -> str:
-    """Download the wanted files of one commit into `folder`; return the commit."""
+    """Download one commit's files that _WANTED matches; return the commit's id."""
     try:
         import huggingface_hub
     except ImportError:
@@ -68,7 +71,7 @@ def _download(repo_id: str, revision: str | None, folder: Path, progress: Progre
     try:
         info = huggingface_hub.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         wanted = [one for one in info.siblings or [] if _WANTED.fullmatch(one.rfilename)]
-        # Files of another commit, from a download that was interrupted long ago.
+        # Delete files that an older, interrupted download of another commit has left.
         for path in [path for path in folder.rglob("*") if path.is_file()]:
             name = path.relative_to(folder).as_posix()
             if not name.startswith(".cache/") and name not in {one.rfilename for one in wanted}:
@@ -93,7 +96,7 @@ def _download(repo_id: str, revision: str | None, folder: Path, progress: Progre
 
 
 def _check(path: Path, listed: Any) -> None:
-    """Check a file by the hub's checksum: SHA-256 for LFS files, Git's for others."""
+    """Check a file's checksum from the hub: SHA-256 for LFS files, else Git's blob id."""
     if listed.lfs is not None:
         matches = sha256(path) == listed.lfs.sha256
     else:

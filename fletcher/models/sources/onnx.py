@@ -1,4 +1,4 @@
-"""Models from exported ONNX files, whose graph stays unchanged."""
+"""Models from exported ONNX files; the graph of such a file is not changed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from fletcher.models.onnx.onnx_pb2 import (
 )
 from fletcher.models.sources.folder import Progress
 
-# Usual names of outputs, best first; of other outputs, the first with a usable shape is taken.
+# Usual names of outputs, the preferred name first. If a graph has none of these names, its first
+# output with a usable type and shape is taken.
 _KNOWN_OUTPUTS = ("embedding", "sentence_embedding", "token_embeddings", "last_hidden_state")
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """An input or output of a graph; None in `shape` is known only at run time."""
+    """Input or output of a graph; None in `shape` is a size known only at run time."""
 
     name: str
     element_type: int
@@ -46,12 +47,12 @@ def build_from_onnx(
 ) -> ModelSpec:
     """Copy an ONNX file, its external data and its tokenizer into `staging`.
 
-    Length, pooling and prompts come from the checkpoint's config.json and other files, beside the
-    ONNX file or in the folder above, as on the hub.
+    Length, pooling and prompts are read from the checkpoint's config.json and related files. These
+    must be in the ONNX file's folder or in the folder above, as in repositories on the hub.
 
     Raises:
-        ModelError: `exits` is not empty; or the file is no complete ONNX model, has other inputs or
-            outputs than those of text models, or has external data outside of its folder.
+        ModelError: `exits` is not empty. Or the file is not a complete ONNX model, has inputs or
+            outputs that a text model does not have, or has external data outside of its folder.
     """
     if exits:
         raise ModelError(
@@ -122,7 +123,10 @@ def _checkpoint_folder(file: Path) -> Path:
 
 
 def _inspect(file: Path) -> tuple[tuple[GraphInput, ...], _Value, list[str]]:
-    """Names of the inputs, the output to read, and the locations of external data."""
+    """Read three things from a graph: input names, the output to use, and locations.
+
+    The locations are the relative paths of the files with external data.
+    """
     try:
         model = read_model(file)
         tensors = list(_tensors(model.graph))
@@ -182,7 +186,7 @@ def _value(info: ValueInfoProto) -> _Value:
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """All tensors of a graph and of the graphs inside it."""
+    """All tensors of a graph and of the graphs nested in the graph's nodes."""
     yield from graph.initializer
     yield from _of_sparse(graph.sparse_initializer)
     yield from _tensors_of_nodes(graph.node)
@@ -203,7 +207,10 @@ def _of_sparse(tensors: Iterable[SparseTensorProto]) -> Iterator[TensorProto]:
 
 
 def _locations(file: Path, tensors: Iterable[TensorProto]) -> set[str]:
-    """Files of external tensors, checked to be in the folder and long enough."""
+    """Files of external tensors, after a check of their place and size.
+
+    Each file must be in the folder of the ONNX file and long enough for its tensors.
+    """
     locations = set()
     for tensor in tensors:
         if tensor.data_location != TensorProto.EXTERNAL:

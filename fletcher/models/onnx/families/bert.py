@@ -1,4 +1,4 @@
-"""BERT and its equals: BGE, GTE, E5, MiniLM, Snowflake Arctic, RoBERTa, XLM-R."""
+"""BERT and models with BERT's graph: BGE, GTE, E5, MiniLM, Arctic, RoBERTa, XLM-R."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LAYOUT = Layout(
 
 
 def _read_roberta(config: Config) -> Architecture:
-    # The padding token has its own position, and texts begin after it.
+    # Positions up to the padding token's id are not used for text.
     return _read(config, position_offset=pad_token_id(config, 1) + 1)
 
 

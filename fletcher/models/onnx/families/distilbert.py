@@ -1,4 +1,4 @@
-"""DistilBERT: BERT without token types, under other names."""
+"""DistilBERT: BERT without token types and with other tensor names."""
 
 from __future__ import annotations
 

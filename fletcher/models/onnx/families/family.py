@@ -1,4 +1,4 @@
-"""Families of models: the reader of config.json, and the names of tensors."""
+"""Families of models: readers of config.json and names of tensors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from fletcher.models.checkpoint.weights import Weights
 from fletcher.models.onnx.architecture import NUM_BUCKETS, Architecture
 from fletcher.models.onnx.encoder import Array
 
-# Name of a tensor, or of one that holds several: the name, which part of its rows, of how many.
+# Name of a stored tensor. If the tensor joins several as its rows: its name, index of the part, and
+# number of parts.
 Stored = str | tuple[str, int, int]
 
 _LAYER_TENSOR = re.compile(r"layer\.(\d+)\.(.+)\.(weight|scale|bias)")
-# Buffers that old checkpoints have beside their weights.
+# Ends of names of buffers, which old checkpoints contain beside their weights.
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq")
-# Names of ColBERT's linear layer after the last layer.
+# Names of the linear layer that ColBERT models have after the last transformer layer.
 _PROJECTION = re.compile(r"\w*(linear|proj|projection)\.(weight|bias)")
 
 
@@ -33,8 +34,8 @@ class Layout:
 
     Attributes:
         layers: Prefix of a layer's tensors, with `{}` for the layer's number.
-        model: Names outside of layers, without `.weight` and `.bias`.
-        layer: Names within a layer.
+        model: Names of tensors outside of layers, without `.weight` and `.bias`.
+        layer: Names of tensors within a layer, without `.weight` and `.bias`.
     """
 
     layers: str
@@ -48,10 +49,10 @@ class Family:
 
     Attributes:
         name: Name in fletcher.json.
-        read: Reads the Architecture from config.json; raises ModelError if the model computes
-            something that Fletcher's graphs do not.
-        prefixes: Prefixes that checkpoints put before all names.
-        layouts: Layouts of checkpoints; the first is the default.
+        read: Function that reads the Architecture from config.json. It raises ModelError if the
+            model computes something that Fletcher's graphs do not.
+        prefixes: Prefixes that checkpoints put in front of all tensor names.
+        layouts: Layouts that the family's checkpoints have; the first is the default.
     """
 
     name: str
@@ -61,12 +62,12 @@ class Family:
 
 
 def fused(name: str, parts: str | Sequence[str]) -> dict[str, Stored]:
-    """Layout of tensors that a checkpoint has as the rows of one, in their order."""
+    """Layout of `parts`, which a checkpoint joins in this order as rows of one tensor."""
     return {part: (name, place, len(parts)) for place, part in enumerate(parts)}
 
 
 class CheckpointTensors:
-    """A checkpoint's weights as `encoder.Tensors`, with shapes by its architecture."""
+    """A checkpoint's weights as `encoder.Tensors`, checked for the expected shapes."""
 
     def __init__(self, weights: Weights, architecture: Architecture, family: Family) -> None:
         self._weights = weights
@@ -103,11 +104,11 @@ class CheckpointTensors:
     def check_all_read(self, output: Output) -> None:
         """Check that every tensor that could change the output was read.
 
-        These are the tensors of layers and embeddings, and projections after the last layer. Heads
-        for other tasks, such as masked tokens and classes, may stay unread.
+        The output depends on the tensors of layers and embeddings, and on projections after the
+        last layer. Heads for other tasks, such as masked tokens and classes, may stay unread.
 
         Raises:
-            ModelError: Such a tensor was not read.
+            ModelError: A tensor that could change the output was not read.
         """
         layers = self._layout.layers.partition("{}")[0]
         for name in self._weights.unread():
@@ -130,7 +131,10 @@ class CheckpointTensors:
         return self._weights.read_tensor(stored, (self._architecture.hidden,))
 
     def _of_layer(self, number: str, what: str, kind: str) -> Array:
-        """A layer's tensor, weights as [from, to], with the attention's scale in queries."""
+        """Read a layer's tensor, where weights become [from, to].
+
+        Tensors of queries are multiplied by the attention's scale.
+        """
         architecture, layout = self._architecture, self._layout
         stored, part, parts = _parts(layout.layer[what])
         rows, *columns = architecture.shape(what)

@@ -1,4 +1,4 @@
-"""JinaBERT v2: BERT with ALiBi instead of positions and a gated MLP."""
+"""JinaBERT v2: BERT with a gated MLP, and with ALiBi instead of positions."""
 
 from __future__ import annotations
 

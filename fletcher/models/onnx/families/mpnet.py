@@ -1,4 +1,4 @@
-"""MPNet: BERT with learned biases for buckets of distances, as T5 has them."""
+"""MPNet: BERT with learned biases for buckets of distances, as in T5."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.families.bert import LAYOUT
 from fletcher.models.onnx.families.family import Family, Layout
 
-# Positions 0 and 1 are not used for text, for any `pad_token_id` in config.json.
+# Positions 0 and 1 are not used for text, whatever `pad_token_id` in config.json is.
 _POSITION_OFFSET = 2
 
 

@@ -15,7 +15,8 @@ from fletcher.models.checkpoint.config_json import (
 from fletcher.models.onnx.architecture import Architecture
 from fletcher.models.onnx.families.family import Family, Layout, fused
 
-# GPT-2's names in the published checkpoints; transformers writes the common ones.
+# The published checkpoints use GPT-2's names. Checkpoints that the library transformers writes use
+# the common names.
 _NAMES = {
     "hidden_size": "n_embd",
     "intermediate_size": "n_inner",
