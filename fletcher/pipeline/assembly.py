@@ -25,10 +25,11 @@ class Output:
     """Output of a row slice.
 
     Attributes:
-        batch: Its rows with their vectors.
-        errors: Errors by row of the slice.
-        offsets: int64 [num_rows + 1], row i of the slice is rows offsets[i] to offsets[i + 1] of
-            the batch. That is one row, unless chunks are rows; a failed row is always one.
+        batch: Output rows, with vectors.
+        errors: Errors of failed rows, by the row's index in the slice.
+        offsets: int64 [num_rows + 1]. Row i of the slice gives rows offsets[i] to offsets[i + 1]
+            (exclusive) of the batch. That is one row, unless rows of the output are chunks. A
+            failed row also gives one row.
     """
 
     batch: pa.RecordBatch
@@ -40,7 +41,7 @@ class Output:
         return int(self.offsets[row])
 
     def ids(self) -> dict[int, pa.Scalar]:
-        """Ids of the failed rows, by row of the slice."""
+        """Ids of the failed rows, by the row's index in the slice."""
         ids = self.batch.column("id")
         return {row: ids[self.first_row(row)] for row in self.errors}
 
@@ -49,11 +50,12 @@ class Assembler:
     """Assembles one call's output batches, in order. Not thread-safe.
 
     Args:
-        upload_id: Prefix of the ids of rows that came without one.
+        upload_id: Prefix of the ids that are made for rows without an id.
 
     Attributes:
-        kept_bytes: Memory beyond the `num_bytes` of the last row slice: kept parts of a text that
-            continues, and columns of a row that are repeated for its chunks.
+        kept_bytes: Memory that the assembler holds beyond the `num_bytes` of the last row slice.
+            It consists of kept parts of a text that continues, and of columns that are repeated for
+            each chunk of a row.
     """
 
     def __init__(self, schema: pa.Schema, spec: VectorSpec, upload_id: str) -> None:
@@ -70,7 +72,7 @@ class Assembler:
     def assemble(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> Output | None:
-        """Returns the output of a row slice; None if its text continues in the next one."""
+        """Returns a row slice's output; None if its text continues in the next slice."""
         finished = self._finished(row_slice, outcome)
         if finished is None:
             return None
@@ -106,7 +108,7 @@ class Assembler:
     def _single_row(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> pa.RecordBatch | None:
-        """Returns the output of a single plain text; None for other slices."""
+        """Returns the output of a slice with a single plain text; None for other slices."""
         if isinstance(outcome, FletcherError) or len(outcome.embeddings) != 1:
             return None
         given = row_slice.new_values is not None or "id" in row_slice.rows.schema.names
@@ -120,7 +122,10 @@ class Assembler:
     def _finished(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> EmbeddingBatch | FletcherError | None:
-        """Returns the vectors of texts as asked for; None if the text continues."""
+        """Returns the vectors of texts, as the command asks for them.
+
+        Returns None if the text continues in the next slice.
+        """
         outcome = self._finish(outcome)
         if row_slice.texts.chunking is None or not row_slice.texts.num_texts:
             return outcome
@@ -140,7 +145,10 @@ class Assembler:
     def _vectors(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError
     ) -> tuple[_Table, Int32Array]:
-        """Returns the table, and each row's index there (arbitrary without a vector)."""
+        """Returns the table of vectors, and int32 [num_rows] with each row's index in it.
+
+        The index of a row without a vector is arbitrary.
+        """
         num_texts = row_slice.texts.num_texts
         if row_slice.new_values is not None:
             if row_slice.new_table is not None:
@@ -177,7 +185,7 @@ class Assembler:
 
 
 class _Table:
-    """Vectors that rows refer to by index."""
+    """Table of vectors that rows refer to by index."""
 
     def __init__(self, outcome: EmbeddingBatch) -> None:
         self.embeddings, self.errors = outcome.embeddings, dict(outcome.errors)
@@ -191,12 +199,14 @@ class _Table:
     def vectors(
         self, rows: Int32Array, missing: BoolArray, spec: VectorSpec
     ) -> tuple[VectorArray, Int32Array | None]:
-        """Returns the vectors of rows, and each row's number of them (None: one).
+        """Returns the vectors of rows, and the number of vectors of each row.
 
-        Vectors of missing rows are arbitrary, or left out.
+        The numbers are None if each row has one vector. Vectors of missing rows are arbitrary, or
+        left out.
         """
         if self._counts is None:
-            # Vectors that are not converted are copied: a few would keep their batch window.
+            # Vectors that need no conversion are copied here: otherwise a few of them would keep
+            # all vectors of their batch window in memory.
             as_it_is = self.embeddings.dtype.name == spec.dtype
             if as_it_is or not _is_all_in_order(rows, len(self.embeddings)):
                 return self.embeddings[rows], None

@@ -1,8 +1,8 @@
-"""Tokenized texts that are planned together, and their vectors.
+"""Batch windows: tokenized texts that are planned together, and their vectors.
 
-All texts of a batch window lie in one flat array of token ids, and micro-batches are sets of its
-rows. Their vectors are written to the rows' places in one array, and every ticket gets its slice
-of that.
+All texts of a batch window lie in one flat array of token ids, one row for each text. A micro-batch
+is a set of these rows. The vectors of all micro-batches are written to one array, in the order of
+the rows. Every ticket gets its slice of that array.
 """
 
 from __future__ import annotations
@@ -37,9 +37,14 @@ class BatchWindow:
     """Tickets whose texts are planned together.
 
     Args:
-        tickets: Tokenized tickets of one model, one exit layer and one type of vectors, all with
-            spans or all without.
-        plan: Cuts lengths into row sets. It does not see rows of length 0, the failed texts.
+        tickets: Tokenized tickets with the same model, exit layer and type of vectors. Either all
+            of them have spans, or none has.
+        dim: Width of the vectors.
+        plan: Divides rows, given their lengths, into micro-batches. It does not get rows of length
+            0, which are failed texts.
+
+    Attributes:
+        row_sets: Indices of the rows of each micro-batch.
     """
 
     def __init__(self, tickets: Sequence[StreamTicket], dim: int, plan: Plan) -> None:
@@ -58,7 +63,7 @@ class BatchWindow:
         self._first_rows = list(accumulate(num_texts, initial=0))
         late = [tokens.spans for tokens in token_batches if tokens.spans is not None]
         self._spans = _all_spans(late)
-        # Place of each row's first vector; a row has one vector, or one for each span.
+        # Index of each row's first vector. A row has one vector, or one for each of its spans.
         self._vector_starts: Int64Array = np.arange(len(lengths) + 1)
         if self._spans is not None:
             self._vector_starts = np.concatenate(([0], np.cumsum(self._spans.counts)))
@@ -77,7 +82,8 @@ class BatchWindow:
             return MicroBatch(self._input_ids, self._lengths, self._layers, self._spans, self._half)
         lengths = self._lengths[rows]
         ends = np.cumsum(lengths)
-        # Output position i comes from its row's start here + i - its row's start in the output.
+        # Token i of the output comes from position i + shift[i] of the window's tokens. The shift
+        # is a row's start in the window minus its start in the output.
         shift = np.repeat(self._starts[rows] - (ends - lengths), lengths)
         spans = None if self._spans is None else spans_of(self._spans, rows)
         input_ids = self._input_ids[np.arange(ends[-1]) + shift]
@@ -85,11 +91,14 @@ class BatchWindow:
 
     @property
     def abandoned(self) -> bool:
-        """Whether no open stream waits for any of it."""
+        """Whether the streams of all tickets are closed, so that nobody waits for them."""
         return all(ticket.stream.closed for ticket in self.tickets)
 
     def take_result(self, rows: Int64Array, result: InferenceResult | FletcherError) -> None:
-        """Takes a run's vectors or error; the last finishes the tickets. Thread-safe."""
+        """Takes the vectors or the error of a run. Thread-safe.
+
+        The result of the last run finishes all tickets.
+        """
         with self._lock:
             error = result if isinstance(result, FletcherError) else self._store(rows, result)
             if error is not None:
@@ -139,7 +148,7 @@ class BatchWindow:
         errors: dict[int, FletcherError],
         begin: int,
     ) -> EmbeddingBatch:
-        """Result of a ticket with spans, each of which counts as a text from here on."""
+        """Result of a ticket with spans: one vector for each span, as if it were a text."""
         assert tokens.spans is not None
         counts, bounds = tokens.spans.counts, tokens.spans.bounds
         starts = starts_of(counts)
@@ -187,7 +196,10 @@ class BatchWindow:
     def _store_ragged(
         self, rows: Int64Array, vectors: FloatArray, counts: Int32Array
     ) -> FletcherError | None:
-        """Keeps vectors until all are there, because only then each row's place is known."""
+        """Keeps vectors until all runs are done.
+
+        Only then is the number of vectors of every row known, and with it each row's place.
+        """
         expected = (int(counts.sum()), self._dim)
         if len(counts) != len(rows) or vectors.shape != expected:
             return InternalError(

@@ -1,9 +1,10 @@
 """Embedding cache: vectors of texts that were embedded before.
 
-The cache is looked up before tokenization. An entry holds the model's output: the vector in
-float32, its norm, the token count and whether tokens were cut off. Dims, normalisation and element
-type are applied later, so all requests share the entries. A key is a 128-bit BLAKE2b hash of the
-model, the engine, the text and its treatment.
+Texts are looked up in the cache before tokenization. An entry holds the model's output: the float32
+vector, its norm, the token count and whether tokens were cut off. Dimensions, normalisation and
+element type are applied later, so requests that differ only in these share entries. A key is a
+128-bit BLAKE2b hash of the model, the engine, the text, and the options that change its vector,
+such as the prompt.
 """
 
 from __future__ import annotations
@@ -24,29 +25,33 @@ from fletcher.errors import FletcherError
 from fletcher.telemetry.tracing import Telemetry
 
 _KEY_BYTES = 16
-# Bytes of an entry beside its value, by tracemalloc: two bytes objects, a key, a dictionary entry.
+# Memory of an entry beside its value, measured with tracemalloc: two bytes objects, a key and a
+# dictionary entry.
 _ENTRY_BYTES = 190
 
 
 class CacheBackend(Protocol):
-    """Values by key; evicts the least recently used first. Thread-safe."""
+    """Storage of values by key, which evicts the least recently used. Thread-safe."""
 
     @property
     def num_bytes(self) -> int:
-        """Size of the kept values, in bytes."""
+        """Size of all stored values, in bytes."""
 
     def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Returns the value of each key; None for keys without one."""
+        """Returns the value of each key; None for keys that have no value."""
 
     def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """Stores values, and evicts others if there is no room."""
+        """Stores values, and evicts other values if there is no room."""
 
     def close(self) -> None:
-        """Frees everything. Idempotent."""
+        """Frees all memory and closes all files. Idempotent."""
 
 
 class MemoryCache:
-    """See `CacheBackend`; `max_bytes` counts values, keys and Python's overhead."""
+    """Cache backend in memory; `max_bytes` limits values, keys and Python's overhead.
+
+    See `CacheBackend`.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -86,7 +91,10 @@ class MemoryCache:
 class EmbeddingCache:
     """Vectors of texts that were embedded before. Thread-safe.
 
-    `scope` has the facts that they depend on beside the texts: the model and how it is run.
+    Args:
+        scope: Facts that the vectors depend on beside the texts and their options: the model, and
+            how it is run.
+        dim: Width of the vectors.
     """
 
     def __init__(
@@ -95,7 +103,7 @@ class EmbeddingCache:
         self._scope = list(scope)
         self._backend = backend
         self._telemetry = telemetry
-        # A norm is NaN where the network does not normalise.
+        # The norm is NaN if the network does not normalise its vectors.
         numbers = [("norm", "<f4"), ("token_count", "<i4"), ("truncated", "?")]
         self._record = np.dtype([("embedding", "<f4", (dim,)), *numbers])
         telemetry.cache_memory.observe(lambda: backend.num_bytes)
@@ -130,7 +138,7 @@ class EmbeddingCache:
 
 @dataclass(frozen=True, slots=True)
 class CacheLookup:
-    """Cached vectors of a TextBatch.
+    """Result of looking up the texts of a TextBatch in the cache.
 
     Attributes:
         cached: bool [num_texts], whether a text's vector is cached.
@@ -154,7 +162,10 @@ class CacheLookup:
         return replace(self.texts, data=b"".join(parts), offsets=ends)
 
     def complete(self, result: EmbeddingBatch | FletcherError) -> EmbeddingBatch | FletcherError:
-        """Returns the vectors of all texts, given those of `missing`, which it stores."""
+        """Returns the vectors of all texts, given the result of the `missing` ones.
+
+        Stores the vectors of the missing texts in the cache.
+        """
         places = np.flatnonzero(~self.cached)
         if isinstance(result, FletcherError):
             if len(places) == len(self.keys):

@@ -15,7 +15,7 @@ from fletcher.pipeline.assembly import Assembler, Output
 from fletcher.pipeline.input.arrays import large_utf8, text_offsets
 from fletcher.pipeline.input.row_slice import RowSlice
 
-# Most bytes of one row's chunks that are kept until all are there: vectors, ranges and texts.
+# Most bytes of one row's chunks that are kept until the row is complete: vectors, ranges and texts.
 _MAX_KEPT_BYTES = 256 << 20
 
 
@@ -27,7 +27,10 @@ def assembler(
     whole_rows: bool,
     max_kept_bytes: int = _MAX_KEPT_BYTES,
 ) -> Assembler:
-    """Returns the assembler of a call; arguments are those of `ChunkAssembler`."""
+    """Returns the assembler of a call, which depends on whether its rows are chunks.
+
+    Arguments are those of `ChunkAssembler`.
+    """
     if spec.chunking is None or not spec.chunking.rows:
         return Assembler(schema, spec, upload_id)
     return ChunkAssembler(
@@ -36,13 +39,15 @@ def assembler(
 
 
 class ChunkAssembler(Assembler):
-    """Assembles one call's output batches; a failed row is one without a vector.
+    """Assembles one call's output batches, with a row for each chunk.
+
+    A failed input row gives one output row without a vector.
 
     Args:
-        whole_rows: All chunks of a text leave together; else those of each part leave as they are
-            ready.
-        max_kept_bytes: Most bytes that are kept of a text's chunks, with the columns that its row
-            repeats for each; at most 256 MiB.
+        whole_rows: Whether all chunks of a text leave together. If False, the chunks of each text
+            part leave when that part is ready.
+        max_kept_bytes: Most bytes that are kept of one text, at most 256 MiB. Its chunks count, and
+            so do its row's other columns, which are repeated for each chunk.
     """
 
     def __init__(
@@ -100,7 +105,10 @@ class ChunkAssembler(Assembler):
         return Output(batch, errors, offsets)
 
     def _keep(self, outcome: EmbeddingBatch | FletcherError) -> None:
-        """Keeps a part's chunks; after an error, or with too many of them, only the error."""
+        """Keeps the chunks of a text part until the whole text is ready.
+
+        If a part failed, or if all chunks together take too much memory, keeps only the error.
+        """
         if self._kept and isinstance(self._kept[0], FletcherError):
             return
         if not isinstance(outcome, FletcherError) and outcome.chunks is not None:
@@ -134,9 +142,10 @@ class ChunkAssembler(Assembler):
         """Returns the output batch.
 
         Args:
-            rows: int64 [n], index of each output row's row in the slice.
-            places: int64 [n], index of its chunk; arbitrary for rows without a vector.
-            missing: bool [n], whether it has no vector.
+            rows: int64 [n], index of the slice's row that each output row belongs to.
+            places: int64 [n], index of each output row's chunk; arbitrary for rows without a
+                vector.
+            missing: bool [n], whether an output row has no vector.
         """
         if not len(chunks.index):  # rows without a vector need a chunk to refer to
             outcome, chunks = _nothing(0, self._spec.dims, 1)
@@ -180,7 +189,12 @@ class ChunkAssembler(Assembler):
         return texts.cast(self._type("text"))
 
     def _source(self, row_slice: RowSlice, rows: Int64Array) -> tuple[memoryview, Int64Array]:
-        """Returns UTF-8, and the position there at which each output row's text begins."""
+        """Returns the source of output texts.
+
+        Returns:
+            UTF-8 bytes, and int64 [n], the position in these bytes at which the text of each output
+            row's input row begins.
+        """
         column = row_slice.rows.column("text")
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
@@ -190,7 +204,7 @@ class ChunkAssembler(Assembler):
 
 
 def _added(rows: pa.RecordBatch, batch: pa.RecordBatch) -> int:
-    """Returns the bytes that repeating the rows' columns for each chunk adds."""
+    """Returns the bytes that are added when rows' columns are repeated for each chunk."""
     carried = [name for name in rows.schema.names if name != "text"]
     columns = (batch.column(name.removeprefix("carried:")) for name in carried)
     repeated = sum(int(column.nbytes) for column in columns)
@@ -198,9 +212,17 @@ def _added(rows: pa.RecordBatch, batch: pa.RecordBatch) -> int:
 
 
 def _too_much(rows: pa.RecordBatch, counts: Int64Array, most: int) -> dict[int, int]:
-    """Returns rows whose repeated columns exceed their slice's limit, and their bytes.
+    """Finds rows whose columns take too much memory when repeated for each chunk.
 
-    A few kilobytes of text may have a thousand chunks, each with all columns of the row.
+    A few kilobytes of text may have a thousand chunks, and each chunk has all columns of the row.
+
+    Args:
+        rows: Rows of a slice.
+        counts: int64 [num_rows], number of each row's chunks.
+        most: Most bytes of the repeated columns of all rows.
+
+    Returns:
+        Bytes of the repeated columns, by the row's index in the slice.
     """
     carried = rows.select([name for name in rows.schema.names if name != "text"])
     if carried.nbytes * int(counts.max(initial=0)) <= most:
@@ -223,7 +245,7 @@ def _carries_too_much(num_bytes: int, most: int) -> RowTooLargeError:
 
 
 def _joined(parts: list[EmbeddingBatch | FletcherError]) -> EmbeddingBatch | FletcherError:
-    """Joins the chunks of a text's parts; returns the error if one failed."""
+    """Joins the chunks of a text's parts; returns the first error if any part failed."""
     good = []
     for part in parts:
         if isinstance(part, FletcherError):

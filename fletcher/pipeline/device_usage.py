@@ -1,4 +1,4 @@
-"""Counts of the runs of one model's devices."""
+"""Counts of the runs on each device of one model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class DeviceUsage:
-    """Work that each device has done, by the name of its replica."""
+    """Counters of each device's work, by the name of the device's replica."""
 
     def __init__(self, telemetry: Telemetry, model: str) -> None:
         self._telemetry = telemetry
@@ -22,15 +22,15 @@ class DeviceUsage:
         self._busy: defaultdict[str, Utilization] = defaultdict(Utilization)
 
     def budget(self, device: str) -> int:
-        """Padded tokens a device takes in one run, as last reported; else 0."""
+        """Padded tokens that a device last said it takes in one run; 0 if unknown."""
         return self._budgets.get(device, 0)
 
     def busy(self, device: str) -> Utilization:
-        """Share of time that a device computes."""
+        """Utilization of a device: the share of time in which it computes."""
         return self._busy[device]
 
     def count_run(self, device: str, lengths: Int32Array, result: InferenceResult) -> None:
-        """Counts one run; `lengths` is int32 [num_rows], the tokens of each row."""
+        """Counts one run; `lengths` is int32 [num_rows], each row's number of tokens."""
         telemetry, labels = self._telemetry, {"model": self._model, "device": device}
         telemetry.stage_duration.record(result.compute_s, stage="inference")
         telemetry.device_batches.add(1, **labels)

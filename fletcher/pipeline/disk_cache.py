@@ -1,7 +1,8 @@
-"""Embedding cache on disk, in LMDB; several servers may share it.
+"""Disk cache: an embedding cache in LMDB, which several servers may share.
 
-Reading maps the file. A writer thread stores new values and the order of use, in transactions that
-each end with a sync, so no request waits for the disk. Values beyond its queue are dropped.
+Values are read from a memory map of the file. A writer thread stores new values and the order in
+which keys were used. Each of its transactions ends with a sync to disk, and no request waits for
+that. If the writer's queue is full, new values are dropped.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from fletcher.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# LMDB copies every changed page, and frees the old one for later transactions only: half of the
-# file is for that.
+# Share of the file that values may fill. LMDB copies every changed page, and only later
+# transactions can reuse the old page. The rest of the file is for such copies.
 _FULL_SHARE = 0.5
 _QUEUED_JOBS = 16
 _TRANSACTION_KEYS = 1024
 _EVICT_KEYS = 64
 _TICK_BYTES = 8
 
-# Keys with their values; None for keys that were only used.
+# Keys with their values; None for a key that was only read.
 _Job = list[tuple[bytes, bytes | None]]
 
 
 class DiskCache:
-    """See `fletcher.pipeline.cache.CacheBackend`; the file has at most `max_bytes`.
+    """Cache backend on disk; see `fletcher.pipeline.cache.CacheBackend`.
+
+    Args:
+        folder: Folder of the LMDB file, created if missing.
+        max_bytes: Largest size of the file.
 
     Raises:
         ConfigError: LMDB is not installed, or the folder cannot be used.
@@ -53,8 +58,8 @@ class DiskCache:
             folder.mkdir(parents=True, exist_ok=True)
             self._env: Any = lmdb.open(str(folder), map_size=max_bytes, max_dbs=3, mode=0o600)
             self._values = self._env.open_db(b"values")
-            self._ticks = self._env.open_db(b"ticks")  # when a key was used last
-            self._order = self._env.open_db(b"order")  # and keys by that
+            self._ticks = self._env.open_db(b"ticks")  # key to tick of its last use
+            self._order = self._env.open_db(b"order")  # tick to key
         except (lmdb.Error, OSError) as error:
             raise ConfigError(
                 f"`embedding_cache_dir` is {str(folder)!r}, which cannot be used: {error}",
@@ -67,13 +72,13 @@ class DiskCache:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the pages in use, in bytes."""
+        """Size of the file's pages that are in use, in bytes."""
         with contextlib.suppress(self._error), self._env.begin() as transaction:
             return self._used_bytes(transaction)
         return 0
 
     def load_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """See `CacheBackend`. A value with a wrong checksum counts as missing."""
+        """Returns values, see `CacheBackend`; a wrong checksum counts as no value."""
         try:
             with self._env.begin(db=self._values) as transaction:
                 found = [_checked(transaction.get(key)) for key in keys]
@@ -85,7 +90,10 @@ class DiskCache:
         return found
 
     def store_values(self, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
-        """See `CacheBackend`. Returns before the values are written."""
+        """Queues values for the writer thread, see `CacheBackend`.
+
+        Returns before they are written.
+        """
         stored = (zlib.crc32(value).to_bytes(4, "big") + value for value in values)
         self._enqueue(list(zip(keys, stored, strict=True)))
 

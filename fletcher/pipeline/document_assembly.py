@@ -1,4 +1,7 @@
-"""Assembly of output batches whose rows are chunks of documents in several rows."""
+"""Assembly of output batches for documents that span several input rows.
+
+Each output row is a chunk.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,19 @@ from fletcher.pipeline.assembly import Output
 from fletcher.pipeline.chunk_assembly import ChunkAssembler
 from fletcher.pipeline.input.row_slice import RowSlice
 
-# A chunk of 1,000 tokens has some 5 kB of text, but white space has no tokens.
+# Most bytes of text that are kept for one chunk. A chunk of 1,000 tokens usually has about 5 kB,
+# but white space has no tokens, so a chunk may have any number of bytes.
 MAX_CHUNK_TEXT_BYTES = 1 << 20
 
 
 class DocumentAssembler(ChunkAssembler):
-    """Assembles one call's output batches.
+    """Assembles one call's output batches, with a row for each chunk of a document.
 
-    If chunks carry their texts, a document's text is kept from the start of its last chunk on: at
-    most `max_text_bytes` for a chunk.
+    If output rows have their chunk's text, the assembler keeps a document's text from the start of
+    its latest chunk on.
+
+    Args:
+        max_text_bytes: Most bytes of text that are kept for one chunk.
     """
 
     def __init__(
@@ -34,7 +41,7 @@ class DocumentAssembler(ChunkAssembler):
         super().__init__(schema, spec, upload_id, whole_rows=False)
         self._max_text_bytes = max_text_bytes
         self._kept_text = b""
-        self._dropped_bytes = 0  # of the document, before that
+        self._dropped_bytes = 0  # of the document, before the kept text
 
     def assemble(
         self, row_slice: RowSlice, outcome: EmbeddingBatch | FletcherError

@@ -1,4 +1,4 @@
-"""Pipeline of one model: tokenizers, scheduler and replicas behind `open_stream`."""
+"""Embedder: the pipeline of one model, with tokenizers, scheduler and replicas."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ModelProcesses:
     """Worker processes of a model.
 
     Attributes:
-        standby: Replicas that take over when none of `replicas` is left.
-        options: How work is divided among them, and how long a run may take.
+        standby: Replicas that take over when none of `replicas` is usable.
+        options: How work is divided among the processes, and how long a run may take.
     """
 
     tokenizers: Sequence[WorkerSpec]
@@ -46,7 +46,11 @@ class ModelProcesses:
 
 @dataclass(frozen=True, slots=True)
 class SharedResources:
-    """Parts of the server that a pipeline uses; without `cache` it keeps no vectors."""
+    """Parts of the server that the pipelines of all models share.
+
+    Attributes:
+        cache: Embedding cache; None: no vectors are cached.
+    """
 
     budget: MemoryBudget
     telemetry: Telemetry
@@ -54,7 +58,7 @@ class SharedResources:
 
 
 class Embedder:
-    """Texts to vectors, for many streams at once."""
+    """Embeds the texts of many streams with one model."""
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class Embedder:
             self._usage,
             telemetry,
         )
-        # Calls mostly have one of few prompts, and each asks for its number of tokens.
+        # Every call asks for its prompt's number of tokens. Most calls use one of a few prompts.
         self.num_tokens = lru_cache(_CACHED_PROMPTS)(self._num_tokens)
 
         restarts, states, name = telemetry.worker_restarts, telemetry.worker_states, model.name
@@ -107,7 +111,7 @@ class Embedder:
                 processes.replicas,
                 standby=processes.standby,
                 dispatch=processes.options.dispatch,
-                # Token 0 is in every vocabulary.
+                # A single token, 0: it is in every vocabulary.
                 probe=MicroBatch(np.zeros(1, np.int32), np.ones(1, np.int32)),
                 timing=timing,
             ),
@@ -119,7 +123,7 @@ class Embedder:
         self._end_watching = self._watch(telemetry, model.name)
 
     def start(self) -> None:
-        """Starts and warms all workers; after an error nothing is left running."""
+        """Starts and warms up all workers; stops all of them if one fails."""
         try:
             self.replicas.start(meanwhile=self._interactive.load_engine)
             self.tokenizers.start()
@@ -131,7 +135,7 @@ class Embedder:
         """Ends all workers and closes all streams, without results. Idempotent."""
         for end in self._end_watching:
             end()
-        # Streams first: jobs that the workers drop then do not count as failed rows.
+        # Streams are closed first, so that jobs that the workers drop do not count as failed rows.
         with self._opening:
             self._closed = True
             streams = list(self._streams)
@@ -151,10 +155,10 @@ class Embedder:
         return stream
 
     def _num_tokens(self, text: str) -> int:
-        """Number of tokens that the model sees of a text, special ones included.
+        """Number of a text's tokens, special ones included, at most `max_length`.
 
-        At most the model's `max_length`. Without a tokenizer in this process, the text is embedded
-        on the ordinary path.
+        If this process has no tokenizer, the text is embedded on the ordinary path to find the
+        number.
         """
         data = text.encode()
         texts = TextBatch(data, np.array([0, len(data)], np.int64))
@@ -173,7 +177,10 @@ class Embedder:
         return int(result.embeddings.token_count[0])
 
     def queued(self, stage: str) -> int:
-        """Length of a queue: `texts`, `tokens` or `micro_batches`."""
+        """Length of a queue; `stage` is `texts`, `tokens` or `micro_batches`.
+
+        The length counts texts without tokens, tokens to be planned, or planned micro-batches.
+        """
         depths = {
             "texts": self._scheduler.tokenization.depth,
             "tokens": self._scheduler.inference.depth,
@@ -182,27 +189,27 @@ class Embedder:
         return depths[stage]()
 
     def queued_windows(self) -> float:
-        """Tokens that wait to be planned, in batch windows."""
+        """Number of batch windows that the tokens waiting to be planned would fill."""
         return self._scheduler.inference.depth() / max(1, self._window_tokens)
 
     @property
     def keeps_vectors(self) -> bool:
-        """Whether vectors are cached, in float32 as the model gives them."""
+        """Whether vectors are cached, which needs the model's float32 output."""
         return self._cache is not None
 
     @property
     def ready(self) -> bool:
-        """Whether there are workers of both kinds now."""
+        """Whether at least one tokenizer and one replica take work now."""
         return self.tokenizers.usable and self.replicas.usable
 
     def check_workers(self) -> None:
-        """Raises OverloadedError if all workers of one kind are gone for some time."""
+        """Raises OverloadedError if no worker of one kind takes work, now or soon."""
         for pool in (self.tokenizers, self.replicas):
             if pool.gone:
                 raise pool.error()
 
     def statistics(self) -> dict[str, Any]:
-        """Snapshot of all workers."""
+        """State and load of all workers now."""
         return {
             "tokenizers": self.tokenizers.statistics(),
             "replicas": [
@@ -228,7 +235,11 @@ class Embedder:
         return memory_bytes([*self.tokenizers.process_ids(), *self.replicas.process_ids()])
 
     def _watch(self, telemetry: Telemetry, model: str) -> list[Callable[[], None]]:
-        """Exports each worker's state and rate; returns the functions that end that."""
+        """Exports each worker's state and rate as metrics.
+
+        Returns:
+            Functions that end the export.
+        """
         ends = [
             telemetry.worker_usable.observe(partial(pool.is_usable, name), model=model, worker=name)
             for pool in (self.tokenizers, self.replicas)
@@ -248,7 +259,7 @@ class Embedder:
 
     def _enqueue(self, ticket: StreamTicket) -> None:
         texts = ticket.texts
-        # Vectors of texts in chunks are the chunks', and not kept.
+        # Texts in chunks are not cached: their vectors are those of the chunks.
         if self._cache is not None and texts.chunking is None and texts.num_texts:
             lookup = self._cache.look_up(texts)
             ticket.texts, ticket.complete = lookup.missing, lookup.complete

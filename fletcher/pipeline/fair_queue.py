@@ -10,9 +10,12 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Item]):
-    """Queue that is round-robin between owners, whose items keep their order.
+    """Queue that serves owners in rotation, and keeps the order of each owner's items.
 
-    Not thread-safe. `weight` is that of all queued items.
+    Not thread-safe.
+
+    Attributes:
+        weight: Total weight of all queued items.
     """
 
     def __init__(self) -> None:
@@ -31,7 +34,11 @@ class FairQueue(Generic[Item]):
         self.weight += weight
 
     def next_item(self) -> Item:
-        """Takes an item of the next owner, who is last then. Raises IndexError if empty."""
+        """Takes the first item of the owner whose turn it is.
+
+        The owner then waits until all other owners were served. Raises IndexError if the queue is
+        empty.
+        """
         if not self._owners:
             raise IndexError("get from an empty FairQueue")
         owner = next(iter(self._owners))

@@ -2,17 +2,19 @@
 
 The budget has four parts:
 
-- Reserves: one for each stream, used by no other, so a stalled stream never stops another.
-- Shared part: for data beyond a stream's reserve. A stream that finds neither waits: its handler
-  stops reading, and the client's writes block.
-- Tables: vectors of dictionaries, kept to the end of their stream. No stream waits for room there;
-  without room it keeps no table.
-- Rows: rows that are kept until all of their chunks are there. In the shared part, streams could
-  fill all of it with the beginnings of rows, and each would wait for the others. Here the oldest
-  incomplete row always finds the room that it may still need. Its stream also gets one row slice
-  of the shared part at a time, even if that part is full.
+- Reserves: each stream has a reserve that no other stream uses. So a stalled stream never stops
+  another.
+- Shared part: memory for data beyond a stream's reserve. If neither the reserve nor the shared part
+  has room, the stream waits: its handler stops reading, and the client's writes block.
+- Tables: memory for vectors of dictionaries, which are kept until their stream ends. Streams do not
+  wait for room here: if there is none, the stream keeps no table.
+- Rows: memory for rows that are kept until all of their chunks have vectors. If these rows were in
+  the shared part, the beginnings of rows could fill it, and all streams would wait for each other.
+  In this separate part, the oldest incomplete row always finds the room that it may still need.
+  The stream of that row also gets one row slice of the shared part at a time, even if the shared
+  part is full.
 
-Ours: a semaphore knows neither reserves nor the oldest row.
+Why no library: a semaphore knows neither reserves nor the oldest row.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from fletcher.errors import DrainingError
 
 
 class MemoryBudget:
-    """Bytes for all streams together.
+    """Memory budget of all streams together, in bytes.
 
     Args:
-        total_bytes: Reserves (1/4), tables (1/8), rows (3/16) and the shared part.
-        max_streams: Streams among which the reserves are divided.
+        total_bytes: Size of the budget: 1/4 for reserves, 1/8 for tables, 3/16 for rows, and the
+            rest for the shared part.
+        max_streams: Number of streams among which the memory for reserves is divided.
     """
 
     def __init__(
@@ -50,12 +53,15 @@ class MemoryBudget:
         self._shared_used = 0
         self._used = 0
         self._clock = clock
-        self._waiting: dict[Allowance, float] = {}  # since when
+        self._waiting: dict[Allowance, float] = {}  # start of each wait
         self._spare_bytes = 0
         self._changed = threading.Condition()
 
     def open_allowance(self) -> Allowance:
-        """Opens a stream's share; the caller ensures that there are at most `max_streams`."""
+        """Opens a stream's share of the budget.
+
+        The caller ensures that at most `max_streams` are open.
+        """
         return Allowance(self)
 
     def statistics(self) -> dict[str, Any]:
@@ -64,11 +70,11 @@ class MemoryBudget:
             return {"used_bytes": used, "total_bytes": self.total_bytes}
 
     def used_share(self) -> float:
-        """Share of the shared part in use, from 0 to 1; waiting streams wait for it."""
+        """Fraction of the shared part that is in use; 1 is full, more is overdrawn."""
         return self._shared_used / max(1, self._shared_bytes)
 
     def starving(self, longer_than_s: float) -> int:
-        """Number of streams that have waited longer than that for memory."""
+        """Number of streams that have waited for memory for more than `longer_than_s`."""
         with self._changed:
             now = self._clock()
             return sum(now - since > longer_than_s for since in self._waiting.values())
@@ -92,13 +98,14 @@ class Allowance:
 
     @property
     def max_row_bytes(self) -> int:
-        """Most bytes that `grow_row` accepts."""
+        """Largest `num_bytes` that `grow_row` accepts."""
         return self._budget.max_row_bytes
 
     def keep_table(self, num_bytes: int) -> bool:
         """Returns whether a table of `num_bytes` may be kept until the stream ends.
 
-        Never waits. The table replaces an earlier one, which is given up in any case.
+        Never waits. The memory of the stream's previous table is released first, whatever the
+        answer.
         """
         budget = self._budget
         with budget._changed:
@@ -110,11 +117,11 @@ class Allowance:
             return granted
 
     def acquire(self, num_bytes: int, *, bulk: bool = True) -> None:
-        """Waits until `num_bytes` more may be held.
+        """Waits until the stream may hold `num_bytes` more, and counts them.
 
-        A stream that holds nothing also gets them once all of the shared part is free: a row slice
-        larger than the budget must not wait forever. Bytes for `bulk` work leave free what
-        `MemoryBudget.spare` set.
+        A row slice may be larger than the budget, and must not wait forever. So a stream that holds
+        nothing gets any number of bytes once all of the shared part is free. `bulk` work leaves
+        free the memory that `MemoryBudget.spare` sets aside.
 
         Raises:
             DrainingError: The stream was closed while waiting.
@@ -131,9 +138,10 @@ class Allowance:
             self._add(num_bytes)
 
     def grow_row(self, num_bytes: int) -> None:
-        """Waits until the incomplete row may take `num_bytes` in total; 0 gives it up.
+        """Waits until the stream's incomplete row may hold `num_bytes` in total.
 
-        At most `max_row_bytes` are accepted. Raises DrainingError once the stream is closed.
+        `num_bytes` is at most `max_row_bytes`; 0 gives the row up. Raises DrainingError if the
+        stream is closed.
         """
         budget = self._budget
         with budget._changed:
@@ -151,14 +159,21 @@ class Allowance:
                 budget._changed.notify_all()
 
     def complete_row(self) -> int:
-        """Ends the growth of the row; returns its bytes, for a later `release_bytes`."""
+        """Ends the growth of the stream's row.
+
+        Returns:
+            Bytes that the row holds. Pass them to `release_bytes` later.
+        """
         with self._budget._changed:
             num_bytes = self._budget._growing.pop(self, 0)
             self._budget._changed.notify_all()
             return num_bytes
 
     def release_bytes(self, num_bytes: int, row_bytes: int = 0) -> None:
-        """Gives bytes back, and those of a row. Does nothing after `close`."""
+        """Gives back bytes from `acquire`, and `row_bytes` from `complete_row`.
+
+        Does nothing after `close`.
+        """
         with self._budget._changed:
             if not self._closed:
                 self._add(-num_bytes)
@@ -166,7 +181,7 @@ class Allowance:
                 self._budget._changed.notify_all()
 
     def close(self) -> None:
-        """Gives everything back and wakes a waiting `acquire`. Idempotent."""
+        """Gives all memory of the stream back and wakes a waiting `acquire`. Idempotent."""
         with self._budget._changed:
             if not self._closed:
                 self._add(-self._used)
@@ -188,10 +203,11 @@ class Allowance:
         more = self._beyond_reserve(self._used + num_bytes) - self._beyond_reserve(self._used)
         free = self._budget._shared_bytes - self._budget._shared_used
         free -= self._budget._spare_bytes if bulk else 0
-        # The reserve is available even while one huge row slice overdraws the rest.
+        # A stream's reserve is available even while one huge row slice overdraws the shared part.
         if more <= max(0, free) or (self._used == 0 and self._budget._shared_used == 0):
             return True
-        # Its last row slice counts the whole text, and lets all other streams go on.
+        # The last row slice of the oldest row counts the memory of its whole text. Once that slice
+        # is done, all other streams can proceed.
         return self._is_oldest and self._beyond_reserve(self._used) == 0
 
     @property

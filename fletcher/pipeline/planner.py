@@ -1,6 +1,6 @@
-"""Division of rows into runs of the model: a pure function of their lengths.
+"""Planner: a pure function from the lengths of rows to runs of the model.
 
-Ours: no library weighs padding against the cost of one more run.
+Why no library: none weighs padding against the cost of one more run.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numpy.typing as npt
 
 from fletcher.core.batches import Int32Array, Int64Array
 
-# Fixed cost of a run, in padded tokens computed in the same time. Fitted to CPU time of
+# Fixed cost of a run, as the number of padded tokens that take the same time. Fitted to CPU time of
 # all-MiniLM-L6-v2 on one Zen 5 core: OpenVINO 14 tokens (0.8 ms in bfloat16, 1.4 ms in float32),
 # ONNX Runtime 2.
 RUN_COST_TOKENS = 16
 
-# Most rows of a run, however short they are.
+# Most rows of a run, however short the rows are.
 MAX_BATCH_ROWS = 1024
 
 
 def padded_length(lengths: npt.NDArray[np.integer], length_grid: int) -> Int64Array:
-    """Rounds lengths of any shape up to a grid: engines reuse compiled shapes."""
+    """Rounds an array of lengths up to a grid, so that engines reuse compiled shapes."""
     return -(-lengths.astype(np.int64) // length_grid) * length_grid
 
 
@@ -37,10 +37,11 @@ def plan(
 ) -> list[npt.NDArray[np.intp]]:
     """Cuts rows into micro-batches of similar length, longest first.
 
-    Rows are sorted by length and cut greedily into micro-batches that fill the budget. A
+    Rows are sorted by length and cut greedily into micro-batches that fill the token budget. A
     micro-batch ends early if the next rows are so much shorter that padding them would cost more
-    than one more run. The last two are evened out if that adds no more padding than a run costs.
-    Little work is spread over all runners. Equal input gives equal output.
+    than one more run. The last two micro-batches get about equally many rows, if the padding that
+    this adds costs no more than a run. If there are few rows, micro-batches become smaller, so that
+    all runners get work. Equal input gives equal output.
 
     Args:
         lengths: int32 [num_rows], tokens of each row, at least 1.
@@ -48,12 +49,11 @@ def plan(
             larger padded length gets a micro-batch for itself.
         max_batch_rows: Most rows of a micro-batch.
         length_grid: Padded lengths are multiples of this.
-        num_runners: Runs that can go on at the same time. The budget shrinks if there are too few
-            rows to occupy all of them.
+        num_runners: Number of runs that can execute at the same time.
         run_cost_tokens: Fixed cost of a run, in padded tokens.
 
     Returns:
-        One array of row indices for each micro-batch; every row is in exactly one of them.
+        One array of row indices for each micro-batch. Every row is in exactly one array.
     """
     num_rows = len(lengths)
     if num_rows <= 1:
@@ -68,7 +68,7 @@ def plan(
 
 
 def _cut(padded: Int64Array, budget: int, max_rows: int, run_cost: int) -> list[int]:
-    """Returns the positions at which micro-batches start, and the end."""
+    """Returns the start of each micro-batch in the sorted rows, and their number."""
     # Plain integers from here on: for a few hundred steps they are faster than NumPy's.
     num_rows = len(padded)
     steps = (np.flatnonzero(np.diff(padded)) + 1).tolist()  # where the padded length drops
@@ -96,7 +96,8 @@ def _cut(padded: Int64Array, budget: int, max_rows: int, run_cost: int) -> list[
 def _even_out_tail(padded: Int64Array, cuts: list[int], run_cost: int) -> None:
     """Moves the last cut to the middle: the last micro-batch may be very small.
 
-    The budget still holds: the larger one loses rows, and the other gains no longer ones.
+    Both micro-batches stay within the budget: the last one becomes no larger than the one before it
+    was, in rows and in row length.
     """
     if len(cuts) < 3:
         return

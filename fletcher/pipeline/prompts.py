@@ -1,4 +1,4 @@
-"""Text put before each text: a prompt of the model, by its name, or literal text."""
+"""Resolution of `prompt`: the name of one of the model's prompts, or literal text."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from collections.abc import Callable
 from fletcher.errors import InvalidCommandError
 from fletcher.models.bundle.bundle import ModelBundle
 
-# Prompts end in a colon, a space or a full sentence ("query: ", "Represent this sentence for
-# searching relevant passages: "); names are single words.
+# Tells names from literal prompts. Names are single words. Literal prompts end in a colon, a space
+# or a full sentence ("query: ", "Represent this sentence for searching relevant passages: ").
 _WORD = re.compile(r"[\w.-]+")
 
 
 def resolve_prompt(model: ModelBundle, asked: str | None) -> str:
-    """Returns the literal text of a `prompt`; None asks for the model's default.
+    """Returns the text to put in front of each text.
 
-    The name of a prompt in the bundle gives that prompt. Any other single word of letters, digits,
-    `_`, `-` and `.` counts as a misspelt name. Everything else is literal, also the empty text.
+    Args:
+        asked: The command's `prompt`. The name of a prompt in the bundle stands for that prompt.
+            Any other single word of letters, digits, `_`, `-` and `.` counts as a misspelt name.
+            Everything else is literal text, including the empty string. None: the model's default.
 
     Raises:
-        InvalidCommandError: The model has no prompt of that name.
+        InvalidCommandError: `asked` is a single word, and the model has no prompt of that name.
     """
     if asked is None:
         asked = model.default_prompt or ""
@@ -38,14 +40,14 @@ def resolve_prompt(model: ModelBundle, asked: str | None) -> str:
 
 
 def prompt_tokens(model: ModelBundle, prompt: str, num_tokens: Callable[[str], int]) -> int:
-    """Returns the number of tokens that are added to every text.
+    """Returns the number of tokens that are added to each text, special ones included.
 
     Args:
         prompt: Literal text.
-        num_tokens: Counts the tokens of a text, special ones included, up to `max_length`.
+        num_tokens: Counts the tokens of a text, special tokens included, up to `max_length`.
 
     Raises:
-        InvalidCommandError: They leave no room for a text.
+        InvalidCommandError: The prompt and the special tokens leave no room for a text.
     """
     taken = num_tokens(prompt)
     if taken >= model.max_length:

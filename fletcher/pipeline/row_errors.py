@@ -1,4 +1,4 @@
-"""Errors of single rows: those that cannot be embedded, and those that end a call."""
+"""Errors of single rows, and the decision which of them end a call."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fletcher.pipeline.input.arrays import null_mask
 
 
 def ends_call(errors: dict[int, FletcherError], *, abort: bool) -> FletcherError | None:
-    """Returns the error of a row that ends its call, if there is one.
+    """Returns the row error that ends the call, if there is one.
 
-    A retryable error always ends the call: the client sends the row again later, whereas a row
-    that was reported as failed would stay without a vector. With `abort` any error ends it.
+    A retryable error always ends the call, so that the client sends the row again later. If the row
+    were reported as failed, it would stay without a vector. With `abort` any error ends the call.
     """
     retryable = (error for error in errors.values() if isinstance(error, UnavailableError))
     first = errors[min(errors)] if errors and abort else None
@@ -22,10 +22,12 @@ def ends_call(errors: dict[int, FletcherError], *, abort: bool) -> FletcherError
 
 
 class RowErrors:
-    """Rows of a batch that cannot be embedded, as masks: there may be millions.
+    """Rows of a batch that cannot be embedded.
+
+    Kept as masks, because there may be millions of such rows.
 
     Args:
-        sizes: int64 [num_rows], bytes of each text; set to 0 for nulls.
+        sizes: int64 [num_rows], bytes of each text. Changed in place: nulls get size 0.
         max_row_bytes: Most bytes of a text.
     """
 
@@ -37,7 +39,7 @@ class RowErrors:
         self._no_id = null_mask(rows.column("id")) if "id" in rows.schema.names else None
 
     def first_between(self, first: int, last: int) -> int | None:
-        """Returns the first row with an error from `first` up to, not including, `last`."""
+        """Returns the first row with an error, from `first` to `last` (exclusive)."""
         rows = slice(first, last)
         failed = self._no_text[rows] | (self._sizes[rows] > self._max_row_bytes)
         if self._no_id is not None:
@@ -45,7 +47,10 @@ class RowErrors:
         return first + int(failed.argmax()) if failed.any() else None
 
     def between(self, first: int, last: int) -> dict[int, FletcherError]:
-        """Returns errors of rows `first` to `last` (excluded), by row from `first` on."""
+        """Returns the errors of rows `first` to `last` (exclusive).
+
+        Keys are row numbers relative to `first`.
+        """
         errors: dict[int, FletcherError] = {}
         rows = slice(first, last)
         for row in np.flatnonzero(self._no_text[rows]).tolist():

@@ -1,10 +1,11 @@
 """Scheduler: owner of all tickets that wait for a tokenizer or a replica.
 
-Two stages, `tokenization` and `inference`, each with two verbs that its worker pool calls:
-`schedule()` returns the next job, `update()` takes its result. Both decide under a lock and act
-outside it. Each stage has an interactive and a bulk queue, and is fair between streams.
+The scheduler has two stages, `tokenization` and `inference`. The worker pool of a stage calls two
+methods: `schedule()` returns the next job, and `update()` takes the job's result. Both methods
+decide under a lock and act outside it. Each stage has an interactive queue and a bulk queue. Both
+queues are fair between streams.
 
-Ours: no library batches by padded tokens, across callers, with two priorities.
+Why no library: none batches by padded tokens, across callers, with two priorities.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ from fletcher.workers.jobs import Job
 
 log = logging.getLogger(__name__)
 
-# Growth of batch windows under pressure: a third of the padding is left (docs/lab-book.md).
+# How many times larger a batch window may become under pressure. At this size, only a third of the
+# padding is left (docs/lab-book.md).
 _WINDOW_GROWTH = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Numbers of a model that batching and counting depend on.
+    """Facts about a model that batching and metrics need.
 
     Attributes:
-        num_layers: Layers of the model; 0: unknown, and no text leaves early.
-        name: Label of its counts.
+        dim: Width of the vectors.
+        num_layers: Number of the model's layers. 0: unknown; then no text uses an earlier exit.
+        name: The model's label in metrics.
     """
 
     dim: int
@@ -50,11 +53,12 @@ class BatchingConfig:
     """Formation of micro-batches.
 
     Attributes:
-        plan: Cuts lengths into micro-batches, given the number of runs that go on at the same time;
-            see `fletcher.pipeline.planner`.
-        window_tokens: Bulk tokens planned together. More mean less padding and later first results.
-        max_queue_delay_s: Longest time a bulk ticket waits for a full window.
-        under_pressure: Whether there is so much to do that windows should be larger.
+        plan: Divides rows into micro-batches, given their lengths and the number of runs at the
+            same time; see `fletcher.pipeline.planner`.
+        window_tokens: Number of bulk tokens that are planned together. A larger number means less
+            padding, but the first results take longer.
+        max_queue_delay_s: Longest time that a bulk ticket waits for a full batch window.
+        under_pressure: Returns whether so much work waits that batch windows should be larger.
     """
 
     plan: Callable[[Int32Array, int], list[Int64Array]]
@@ -82,7 +86,7 @@ class Scheduler:
     def add_ticket(self, ticket: StreamTicket) -> None:
         """Queues a ticket, with or without tokens. Never blocks.
 
-        The streams' allowances bound the number of tickets.
+        The number of tickets is limited by the memory that each stream may hold.
         """
         if ticket.tokens is None:
             self.tokenization.add_ticket(ticket)
@@ -96,7 +100,7 @@ class Scheduler:
 
 
 class _Stage:
-    """Tickets that wait for one kind of worker: two queues, and wake-ups for both."""
+    """Tickets that wait for one kind of worker, in an interactive and a bulk queue."""
 
     def __init__(self) -> None:
         self._interactive: FairQueue[StreamTicket] = FairQueue()
@@ -105,18 +109,19 @@ class _Stage:
         self._dispatch_urgent: Callable[[], None] = lambda: None
 
     def connect(self, dispatch_urgent: Callable[[], None]) -> None:
-        """Sets the callback for new interactive work, the pool's `dispatch_urgent`."""
+        """Sets the callback for new interactive work: the pool's `dispatch_urgent`."""
         self._dispatch_urgent = dispatch_urgent
 
     def depth(self) -> int:
-        """Total weight of waiting tickets."""
+        """Total weight of waiting tickets: their number of texts or tokens."""
         return self._interactive.weight + self._bulk.weight
 
 
 class TokenizationStage(_Stage):
-    """Tickets without tokens; weighed by texts.
+    """Tickets that have no tokens yet. The weight of a ticket is its number of texts.
 
-    Calls `tokenized`, which must not block, with each ticket that got tokens.
+    Args:
+        tokenized: Called with each ticket that got its tokens. Must not block.
     """
 
     def __init__(self, telemetry: Telemetry, tokenized: Callable[[StreamTicket], None]) -> None:
@@ -183,8 +188,9 @@ class _Planned:
 class InferenceStage(_Stage):
     """Tickets with tokens, which are planned when a device has room.
 
-    Bulk work waits for a full window, up to `max_queue_delay_s` and while more tokens are coming.
-    Interactive work waits for room only, and what waits together runs together.
+    The weight of a ticket is its number of tokens. Bulk work waits for a full batch window, but at
+    most `max_queue_delay_s`, and only while more texts are being tokenized. Interactive work waits
+    only for a device, and all interactive tickets that wait are planned together.
     """
 
     def __init__(
@@ -224,7 +230,7 @@ class InferenceStage(_Stage):
             self._changed.notify()
 
     def planned(self) -> int:
-        """Micro-batches that wait for a device."""
+        """Number of micro-batches that wait for a device."""
         return len(self._ready_interactive) + len(self._ready_bulk)
 
     def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
@@ -238,7 +244,8 @@ class InferenceStage(_Stage):
             tickets = self._next_interactive() if urgent else self._next_bulk(deadline)
             if not tickets:
                 return None
-            # Planning takes milliseconds, and every tokenizer's reader needs the lock.
+            # Planned outside the lock: planning takes milliseconds, and the threads that read the
+            # tokenizers' answers need the lock.
             self._plan_windows(tickets, ready)
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
@@ -257,7 +264,7 @@ class InferenceStage(_Stage):
             return _take(self._interactive, None)
 
     def _next_bulk(self, deadline: float) -> list[StreamTicket]:
-        """Waits for the tickets of the next window; returns none after the deadline."""
+        """Waits for the tickets of the next batch window; returns [] after the deadline."""
         with self._changed:
             while True:
                 now = time.monotonic()
@@ -273,7 +280,7 @@ class InferenceStage(_Stage):
                     self._changed.wait(min(deadline - now, due_in))
 
     def _bulk_due_in(self, now: float) -> float:
-        """Seconds until bulk tickets are planned; infinite if none wait."""
+        """Seconds until the waiting bulk tickets are due; infinite if there are none."""
         if not self._bulk:
             return float("inf")
         is_full = self._bulk.weight >= self._batching.window_tokens
@@ -285,7 +292,8 @@ class InferenceStage(_Stage):
         usual = self._batching.window_tokens
         if not self._batching.under_pressure():
             return usual
-        # Half of what waits: the other half is the next window while memory comes free.
+        # Half of the waiting tokens: the other half is the next window, while the memory of this
+        # one is released.
         return min(max(self._bulk.weight // 2, usual), _WINDOW_GROWTH * usual)
 
     def _plan_windows(self, taken: list[StreamTicket], ready: deque[_Planned]) -> None:
@@ -293,7 +301,7 @@ class InferenceStage(_Stage):
         for tickets in _alike(taken):
             try:
                 window = BatchWindow(tickets, self._model.dim, self._plan)
-            except Exception as error:  # raised, it would end the dispatcher
+            except Exception as error:  # else it would end the dispatcher
                 log.exception("a batch window cannot be planned")
                 for ticket in tickets:
                     ticket.finish(as_fletcher_error(error))
@@ -309,7 +317,7 @@ class InferenceStage(_Stage):
         batch = planned.window.micro_batch(planned.rows)
         waited_s = time.monotonic() - planned.queued
         self._telemetry.stage_duration.record(waited_s, stage="queue")
-        # A run serves many calls; its span belongs to the first of them.
+        # A run serves many calls. Its trace span belongs to the first call.
         trace = planned.window.tickets[0].stream.trace
         span = self._telemetry.span(
             "inference", trace, rows=len(batch.lengths), tokens=len(batch.input_ids)
@@ -317,10 +325,10 @@ class InferenceStage(_Stage):
         return Job(batch, (planned, span), cost=self._cost(batch), urgent=urgent)
 
     def _cost(self, batch: MicroBatch) -> int:
-        """Tokens of a batch, times the share of the layers that they pass.
+        """Number of a batch's tokens, times the fraction of the layers that they pass.
 
-        Rates, loads and the usual time of a device are by cost. By tokens alone a device would
-        seem to slow down when texts that leave early are followed by others.
+        A device's rate, load and usual time are measured by this cost. Measured by tokens alone, a
+        device would seem to slow down when texts from an early exit are followed by others.
         """
         num_tokens = len(batch.input_ids)
         if not batch.layers:
@@ -329,7 +337,7 @@ class InferenceStage(_Stage):
 
 
 def _alike(tickets: Iterable[StreamTicket]) -> Iterable[list[StreamTicket]]:
-    """Groups tickets that run the same graph and get vectors of the same type."""
+    """Groups tickets that use the same graph and get the same type of vectors."""
     found: dict[tuple[int, bool, bool], list[StreamTicket]] = {}
     for ticket in tickets:
         texts = ticket.texts
@@ -339,7 +347,10 @@ def _alike(tickets: Iterable[StreamTicket]) -> Iterable[list[StreamTicket]]:
 
 
 def _take(queue: FairQueue[StreamTicket], max_tokens: int | None) -> list[StreamTicket]:
-    """Takes tickets of open streams, in fair order: about `max_tokens` tokens, or all."""
+    """Takes about `max_tokens` tokens of tickets from a queue, or all if it is None.
+
+    Streams take turns. Tickets of closed streams are dropped.
+    """
     taken: list[StreamTicket] = []
     target = 0 if max_tokens is None else max(0, queue.weight - max_tokens)
     while queue and (queue.weight > target or not taken):

@@ -1,4 +1,4 @@
-"""Stream of one client call: texts in, vectors out, in the same order."""
+"""Stream of one client call: takes texts and returns vectors in the same order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _RETRY_MS = 5000
 
 
 def as_fletcher_error(error: Exception) -> FletcherError:
-    """Returns the error if it is one of ours, else an InternalError without details."""
+    """Returns a FletcherError as it is, and any other error as an InternalError.
+
+    The InternalError tells the client only the type of the error.
+    """
     if isinstance(error, FletcherError):
         return error
     return InternalError(f"{type(error).__name__} while working on this batch; the log has more")
@@ -27,12 +30,13 @@ def as_fletcher_error(error: Exception) -> FletcherError:
 class Seam:
     """State between two consecutive parts of a text.
 
-    It refers to the waiting ticket only, so a text whose next part comes late takes no more memory
-    than this.
+    A seam refers to no ticket but the waiting one. So a text whose next part arrives late takes no
+    memory beyond its seam.
 
     Attributes:
-        carry: State of tokenization after the first of the two, or its error; None: not yet known.
-        follower: Ticket of the second one, if it waits.
+        carry: State of tokenization after the first part, or the error of that part. None: the
+            first part is not tokenized yet.
+        follower: Ticket of the second part, while it waits for `carry`.
     """
 
     carry: Carry | FletcherError | None = None
@@ -45,10 +49,10 @@ class StreamTicket:
 
     Attributes:
         context: The caller's object, handed back with the result.
-        num_bytes: Bytes of its stream's allowance that it holds until they are released.
-        result: Set once all its vectors are there, or once it failed as a whole.
-        complete: Adds cached vectors to those of `texts`.
-        seam: State for the next part of its text; None: the text ends here.
+        num_bytes: Bytes of the stream's allowance that the ticket holds until they are released.
+        result: The vectors of all texts, or the error of the ticket; None until then.
+        complete: Adds the vectors that the cache had to the vectors of `texts`.
+        seam: State for the next part of the ticket's text; None: the text ends with this ticket.
     """
 
     stream: EmbedStream
@@ -64,7 +68,7 @@ class StreamTicket:
     seam: Seam | None = None
 
     def tokenized(self, tokens: TokenBatch | FletcherError) -> None:
-        """Takes the tokens or their error, and lets the next part of the text proceed."""
+        """Takes the tokens or an error, and lets the next part of the text proceed."""
         if isinstance(tokens, FletcherError):
             self.finish(tokens)
         else:
@@ -83,8 +87,8 @@ class Result:
     """Vectors of one submitted TextBatch.
 
     Attributes:
-        embeddings: The vectors, or the error of all of them.
-        num_bytes: Bytes to release once the data has left the server.
+        embeddings: The vectors, or one error for all of the texts.
+        num_bytes: Bytes to release once the vectors have left the server.
     """
 
     context: Any
@@ -93,10 +97,10 @@ class Result:
 
 
 class EmbedStream:
-    """Texts of one call and their results, whose bytes are released in `allowance`.
+    """Texts of one call and their results.
 
-    `submit` and `end` are called on one thread, `results` on one thread (the same or another), all
-    other methods on any thread.
+    The caller releases the bytes of each result in `allowance`. Call `submit` and `end` on one
+    thread, and `results` on the same thread or one other thread. All other methods are thread-safe.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class EmbedStream:
         self._tickets: deque[StreamTicket] = deque()
         self._ended = False
         self.closed = False
-        self._cut_off = False  # closed before its end
+        self._cut_off = False  # closed before all results were read
         self._seam: Seam | None = None  # of the text that was submitted last
         self._work: Callable[[], None] | None = None  # for the thread in `results`
         self._changed = threading.Condition()
@@ -122,9 +126,9 @@ class EmbedStream:
         """Submits texts; blocks while the stream holds as much memory as it may.
 
         Args:
-            texts: The texts; there may be none. Parts of one text follow each other, with nothing
-                but submissions of no texts between them.
-            num_bytes: Memory that the submission holds until it is released.
+            texts: The texts, possibly none. Submit the parts of one text one after the other; only
+                batches without texts may be submitted between them.
+            num_bytes: Memory that the submission holds until the caller releases it.
 
         Raises:
             DrainingError: The stream was closed.
@@ -145,16 +149,16 @@ class EmbedStream:
             self._go_on(before, before.carry)
 
     def end(self) -> None:
-        """Declares that nothing more is submitted: `results` ends after the last result."""
+        """Declares the input complete: `results` ends after the last result."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def results(self) -> Iterator[Result]:
-        """Yields results in the order of submission, until all are there after `end`.
+        """Yields results in the order of submission; ends after the last one after `end`.
 
         Raises:
-            DrainingError: The stream was closed before that, and results are missing.
+            DrainingError: The stream was closed before all results were yielded.
         """
         while True:
             with self._changed:
@@ -171,21 +175,23 @@ class EmbedStream:
                 ticket = self._tickets.popleft()
             assert ticket.result is not None
             result = Result(ticket.context, ticket.result, ticket.num_bytes)
-            del ticket  # frees its memory while the next one is awaited
+            del ticket  # frees the ticket's memory while this thread waits for the next one
             yield result
             del result
 
     def run_on_waiting_thread(self, work: Callable[[], None]) -> bool:
         """Runs `work` on the thread that reads `results`, if `work` alone unblocks it.
 
-        The thread runs it at once if it is blocked there, else when it asks for its next result:
-        no result could leave sooner, because results leave in order.
+        A thread that is blocked in `results` runs `work` immediately. Otherwise the thread runs
+        `work` when it asks for its next result. That delays no result, because results leave in
+        order.
 
         Args:
-            work: Gives the only ticket its result. Must not raise.
+            work: Finishes the only waiting ticket. Must not raise.
 
         Returns:
-            False: `work` does not run; the thread waits for other tickets, too.
+            Whether `work` will run. False if the stream does not have exactly one waiting ticket,
+            or already has such work.
         """
         with self._changed:
             if len(self._tickets) != 1 or self._work is not None:
@@ -195,7 +201,7 @@ class EmbedStream:
             return True
 
     def close(self) -> None:
-        """Drops everything, finished or not. Idempotent."""
+        """Drops all tickets, finished or not, and gives their memory back. Idempotent."""
         with self._changed:
             self._cut_off = self._cut_off or not self._ended or bool(self._tickets)
             self.closed = True
@@ -204,7 +210,7 @@ class EmbedStream:
         self.allowance.close()
 
     def _go_on(self, seam: Seam, carry: Carry | FletcherError | None) -> None:
-        """Lets the next part of a text proceed; after an error, all waiting parts fail."""
+        """Lets the next part of a text proceed; an error fails all waiting parts."""
         while True:
             with self._changed:
                 seam.carry = carry

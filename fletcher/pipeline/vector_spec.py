@@ -1,4 +1,4 @@
-"""Resolution of a command to the vectors of a model."""
+"""Vector specs: which vectors of a model a command asks for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fletcher.errors import DimensionMismatchError, InvalidCommandError
 from fletcher.models.bundle.bundle import ModelBundle
 from fletcher.models.bundle.calibration import Cut
 
-# Element types of sparse and multi vectors, and the pooling in their schema.
+# Element types of sparse and multi-vector output, and the pooling that the output schema names.
 _DTYPES = {"sparse": ("float32", "float16"), "multi": ("float32", "float16", "int8")}
 _POOLINGS = {"sparse": "max", "multi": "none"}
 
@@ -21,15 +21,17 @@ _POOLINGS = {"sparse": "max", "multi": "none"}
 def vector_spec(
     model: ModelBundle, options: EmbedCommand, dtypes: tuple[str, ...], rules: OutputConfig
 ) -> VectorSpec:
-    """Returns the vectors that a command asks of a model.
+    """Returns the spec of the vectors that a command asks of a model.
 
     Args:
+        options: The command.
         dtypes: Element types that the destination takes.
-        rules: Vectors that the server gives.
+        rules: The server's rules for `dims` and `int8`.
 
     Raises:
-        DimensionMismatchError: The model has no vectors of `dims`.
-        InvalidCommandError: The model or the server has no such `layers`, `dtype` or `output`.
+        DimensionMismatchError: The model does not give vectors with `dims` dimensions.
+        InvalidCommandError: The model, the server or the destination does not support the `layers`,
+            `dtype` or `output` of the command.
     """
     dtypes = _check_output(model, options, dtypes)
     dims = model.dim if options.dims is None else options.dims
@@ -53,7 +55,7 @@ def vector_spec(
 
 
 def check_late(model: ModelBundle, chunking: Chunking, layers: int) -> None:
-    """Raises InvalidCommandError for late chunking without a graph for it."""
+    """Raises InvalidCommandError for late chunking if the model has no graph for it."""
     if not chunking.late or (model.late is not None and layers == model.num_layers):
         return
     if model.pooling != "mean":
@@ -74,7 +76,11 @@ def check_late(model: ModelBundle, chunking: Chunking, layers: int) -> None:
 def _check_output(
     model: ModelBundle, options: EmbedCommand, dtypes: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Checks a command against the model's output; returns the possible dtypes."""
+    """Checks a command against the kind of vectors that a model gives.
+
+    Returns:
+        The element types that both this kind of vectors and the destination allow.
+    """
     if options.output not in (None, model.output):
         raise InvalidCommandError(
             f"`output` is {options.output}, expected {model.output}, for which {model.name} was "
@@ -123,7 +129,7 @@ def _check_dims(model: ModelBundle, dims: int, rules: OutputConfig) -> None:
 
 
 def _check_layers(model: ModelBundle, layers: int) -> None:
-    """Checks the exit layer. Undeclared layers are impossible: no block ends there."""
+    """Checks the exit layer. Only declared layers are possible: a block ends there."""
     if layers in model.layers:
         return
     allowed = [str(one) for one in model.layers]

@@ -1,7 +1,7 @@
-"""Division of tokenized texts into chunks, each a row of tokens.
+"""Division of tokenized texts into chunks.
 
 A text may come in consecutive parts (`TextBatch.continued`). State is carried from each part to the
-next, so a document of any length gets the chunks of the whole text.
+next. So a text in parts, of any length, is cut into the same chunks as if it came in one part.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class TextTokens:
     """Tokens of one text, or of one part of it.
 
     Attributes:
-        ids: int32 [n], tokens without special ones; the first part has those of the prompt.
-        starts: int64 [n, 2], character and byte of the part at which each token starts; 0 for the
-            prompt's.
-        levels: int8 [n], whether a sentence or a paragraph starts with the token.
+        ids: int32 [n], tokens without special tokens. The first part begins with the prompt.
+        starts: int64 [n, 2], character and byte of the part at which each token starts; 0 for
+            tokens of the prompt.
+        levels: int8 [n], whether a sentence or a paragraph starts with a token.
         end: Last characters of the text so far.
-        size: int64 [2], characters and bytes of the part.
+        size: int64 [2], number of characters and of bytes in the part.
     """
 
     ids: Int32Array
@@ -57,7 +57,7 @@ class TextTokens:
 
     @classmethod
     def without_positions(cls, ids: Int32Array) -> TextTokens:
-        """Tokens without positions, for chunks that need none."""
+        """Tokens without positions, for chunkings that need no positions."""
         nothing = np.zeros(len(ids), np.int8)
         starts = np.broadcast_to(np.int64(0), (len(ids), 2))
         return cls(ids, starts, nothing, "", np.zeros(2, np.int64))
@@ -74,12 +74,13 @@ class TextTokens:
         """Tokens of a prompt and a text, from the library's encoding.
 
         Args:
-            places: First and last character of each token, in prompt and text together.
-            text: The text after it.
-            before: End of the text before this part; None: levels are not needed.
+            places: First and end character of each token, counted in the prompt and text together.
+            prompt: The prompt; empty if this is not the first part of a text.
+            text: The text after the prompt.
+            before: End of the text before this part. None: levels are not needed.
         """
         flat = np.fromiter(chain.from_iterable(places), np.int64, 2 * len(places))
-        # Tokens of one character may come in any order.
+        # Several tokens of one character may be in any order, so positions are made ascending.
         bounds = np.maximum(flat.reshape(-1, 2) - len(prompt), 0)
         characters, ends = np.maximum.accumulate(bounds, axis=0).T
         begun = levels(before, text, ends) if before is not None else np.zeros(len(ids), np.int8)
@@ -106,7 +107,9 @@ def cut(
 
     Args:
         batch: The texts; `chunking` and its size are set.
-        special: Tokens before and after every row.
+        texts: Tokens of each text of the batch.
+        prompt_ids: Tokens of the prompt.
+        special: Special tokens before every row, and those after every row.
         max_length: Most tokens that the model reads.
 
     Raises:
@@ -132,7 +135,7 @@ def cut(
         size = carry.size + text.size
         starts = np.concatenate((carry.starts, text.starts[skipped:] + carry.size, [size]))
         begins = starts.copy()
-        if carry.num_chunks == 0:  # text before the first token belongs to it
+        if carry.num_chunks == 0:  # the first chunk includes text before its first token
             begins[0] = 0
         continued = batch.continued and number == len(texts) - 1
         begun = np.concatenate((carry.levels, text.levels[skipped:]))
@@ -189,13 +192,17 @@ def cut(
 
 @dataclass(frozen=True, slots=True)
 class _Cuts:
-    """Division of tokens. Ranges are a first token and the first one after them.
+    """Division of tokens into chunks and rows. Ranges are a first and an end token.
+
+    End tokens are exclusive.
 
     Attributes:
-        rows: Range of each row that the model reads: a chunk, or a frame of late chunks.
+        chunks: Range of each chunk.
+        rows: Range of each row that the model reads. That is a chunk, or for late chunking a frame.
+        counts: Number of chunks in each row.
         kept: First token that is kept for the text's next part.
         first: First token of the next chunk.
-        covered: Number of that chunk's tokens that are in the chunk before it.
+        covered: Number of the next chunk's tokens that are also in the chunk before it.
     """
 
     chunks: list[tuple[int, int]]
@@ -222,7 +229,7 @@ class _Cuts:
 def _cuts(
     chunking: Chunking, carry: Carry, begun: Levels, room: int, max_length: int, *, continued: bool
 ) -> _Cuts:
-    """Cuts tokens, of which `begun` has the levels, into chunks and rows."""
+    """Cuts tokens into chunks and rows; `begun` has the level of each token."""
     done = carry.num_before + carry.num_covered
     found, first, covered = chunk_bounds(
         len(begun),
@@ -264,18 +271,19 @@ def chunk_bounds(
     Args:
         num_tokens: Number of tokens to cut.
         room: Most tokens of a chunk.
-        overlap: Tokens shared with the chunk before, fewer than `room`. With breaks this is the
-            upper bound, so that a chunk starts at a break.
-        breaks: Tokens before which a cut is preferred, ascending, by kind, the best kind first.
-            Each kind contains the kind before it.
-        alone: A chunk ends at the first break of the best kind, not at the last that fits.
+        overlap: Number of tokens that a chunk shares with the chunk before, less than `room`. With
+            breaks it may be smaller, so that a chunk starts at a break.
+        breaks: For each kind of break, the best kind first: ascending tokens before which a cut is
+            preferred. Each kind contains the kind before it.
+        alone: Whether a chunk ends at the first break of the best kind. If False, it ends at the
+            last break that fits.
         first: First token of the next chunk.
-        covered: Number of leading tokens that the chunk before has.
-        continued: Whether more tokens follow. A chunk is complete once a token follows it.
+        covered: Number of leading tokens that are in the chunk before the next one.
+        continued: Whether more tokens follow. If so, only chunks that a token follows are returned.
 
     Returns:
-        First token of each chunk and the first one after it; the first token that is left over;
-        the number of left-over tokens that the last chunk has, which is the overlap.
+        Three values: the first and end token (exclusive) of each chunk; the first token that is
+        left over; and the number of left-over tokens that are also in the last chunk, the overlap.
     """
     found = []
     while True:
@@ -284,7 +292,7 @@ def chunk_bounds(
             if first + room >= num_tokens:
                 break
             last = _last_break(breaks, first, first + room) or first + room
-        if last <= covered:  # the next tokens do not fit after the overlap, which is dropped
+        if last <= covered:  # the overlap is dropped: no further tokens fit after it
             first = covered
             continue
         found.append((first, last))
@@ -296,7 +304,7 @@ def chunk_bounds(
 
 
 def _last_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | None:
-    """Returns the last break after `first` up to `limit`, of the best kind there."""
+    """Returns the last break after `first` and up to `limit`, of the best kind found."""
     for one in breaks:
         place = int(np.searchsorted(one, limit, side="right")) - 1
         if place >= 0 and one[place] > first:
@@ -316,8 +324,8 @@ def _first_break(breaks: Sequence[Int64Array], first: int, limit: int) -> int | 
 def _begun(ids: Int32Array, prompt_ids: Int32Array) -> Carry:
     """Returns the state at the start of a text, with the prompt's tokens.
 
-    Only those with which the text's tokens begin: SentencePiece attaches the space that ends a
-    prompt to the next word.
+    The state has only the leading prompt tokens that are also the first of `ids`. The last ones may
+    differ, because SentencePiece attaches the space at the end of a prompt to the next word.
     """
     length = min(len(ids), len(prompt_ids))
     same = ids[:length] == prompt_ids[:length]

@@ -1,4 +1,4 @@
-"""Texts and their tokens as flat arrays: steps that all tokenizers share."""
+"""Texts and tokens as flat arrays, and the steps that all tokenizers share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from fletcher.errors import FletcherError, RowTooLargeError
 
 @dataclass(frozen=True, slots=True)
 class FlatTokens:
-    """Tokens of texts without special ones, before truncation.
+    """Tokens of texts before truncation, without special tokens.
 
     Attributes:
-        input_ids: int32, at least as many tokens of each text as may be kept.
+        input_ids: int32, tokens of all texts. Of a long text at least those that truncation may
+            keep.
         starts: int64 [num_texts], index of each text's first token in `input_ids`.
-        totals: int64 [num_texts], number of its tokens there.
-        exact: bool [num_texts], whether these are all of the text's tokens.
+        totals: int64 [num_texts], number of each text's tokens in `input_ids`.
+        exact: bool [num_texts], whether `input_ids` has all tokens of a text.
     """
 
     input_ids: Int32Array
@@ -35,7 +36,14 @@ class FlatTokens:
         prefix: list[int] | None = None,
         suffix: list[int] | None = None,
     ) -> TokenBatch:
-        """Returns the model's input: at most `limit` tokens a text, special ones included."""
+        """Truncates texts and adds special tokens, which gives the model's input.
+
+        Args:
+            batch: The texts; only `truncate` is read.
+            limit: Most tokens of a text, special tokens included.
+            prefix: Special tokens before each text.
+            suffix: Special tokens after each text.
+        """
         prefix, suffix = prefix or [], suffix or []
         num_special = len(prefix) + len(suffix)
         room = limit - num_special
@@ -67,7 +75,7 @@ class FlatTokens:
 
 
 def prompted(batch: TextBatch) -> TextBatch:
-    """Returns the texts with the prompt before each, and offsets from 0."""
+    """Returns the texts with the prompt in front of each text, and offsets from 0."""
     if batch.prompt:
         buffers = pa.py_buffer(batch.offsets), pa.py_buffer(batch.data)
         texts = pa.LargeStringArray.from_buffers(batch.num_texts, *buffers)

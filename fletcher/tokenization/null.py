@@ -1,7 +1,7 @@
-"""Tokenizer without a vocabulary: each four bytes of text are a token.
+"""Null tokenizer, without a vocabulary: every four bytes of text are a token.
 
-For measuring everything but tokenization. English texts get about as many tokens as from a real
-tokenizer. The tokens depend on the text alone, and no model knows them.
+Use it to measure the server without the cost of tokenization. English texts get about as many
+tokens as from a real tokenizer. The tokens depend only on the text, and mean nothing to any model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BYTES_PER_TOKEN = 4
 
 
 class NullTokenizer:
-    """Bytes to ids."""
+    """Tokenizer that turns bytes into token ids."""
 
     def __init__(self, *, max_length: int) -> None:
         self.max_length = max_length
@@ -32,7 +32,8 @@ class NullTokenizer:
     def encode(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts of a batch; see `Tokenizer.encode` for truncation.
 
-        A text's last token has its remaining 0 to 3 bytes, so every text has at least one token.
+        The last token of a text has the remaining 0 to 3 bytes. So every text has at least one
+        token.
 
         Raises:
             InvalidCommandError: The batch asks for chunks.
@@ -61,5 +62,5 @@ class NullTokenizer:
 
 
 def load(config: TokenizerConfig) -> TokenizerWorker:
-    """Factory of a worker's spec: a NullTokenizer in place of a bundle's tokenizer."""
+    """Makes a NullTokenizer in place of a bundle's tokenizer; a `WorkerSpec.factory`."""
     return TokenizerWorker(NullTokenizer.from_bundle(config.folder))

@@ -1,4 +1,4 @@
-"""Starts of sentences and paragraphs, from punctuation and white space alone."""
+"""Starts of sentences and paragraphs, found by punctuation and white space."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fletcher.core.batches import Int64Array
 Levels = npt.NDArray[np.int8]
 
 SENTENCE, PARAGRAPH = 1, 2
-# Characters before a part that may tell whether the part starts with a sentence.
+# Number of characters before a text part that are used to tell whether a sentence starts with it.
 CONTEXT = 64
 
-# No pattern tries a position twice, so the time is linear in the text.
+# No pattern tries a position twice, so the search time is linear in the length of the text.
 _PARAGRAPH = re.compile(r"\n[^\S\n]*+\n\s*+(?=\S)")
-# End of a sentence, with closing quotation marks and brackets. Western sentences end before white
-# space, Chinese and Japanese ones anywhere.
+# End of a sentence, including closing quotation marks and brackets. Western punctuation ends a
+# sentence only before white space. Chinese and Japanese punctuation always ends one.
 _SENTENCE = re.compile(
     r"""(?:(?<![.!?\u2026])[.!?\u2026]++["'\u201d\u2019\u00bb)\]]*+\s++"""
     r"""|(?<![\u3002\uff01\uff1f\uff61])[\u3002\uff01\uff1f\uff61]++[\u300d\u300f\uff09\u201d\u2019]*+\s*+)(?=\S)"""
 )
-# Words, and single letters, whose full stop ends no sentence.
+# Abbreviations and single letters. A full stop after one of them ends no sentence.
 _ABBREVIATIONS = re.compile(
     r"mrs?|ms|dr|prof|st|vs|etc|e\.g|i\.e|cf|al|vol|figs?|eq|sec|pp|approx|ca|bzw|z\.b|d\.h|[^\W\d_]",
     re.IGNORECASE,
@@ -32,17 +32,20 @@ _WORD = re.compile(r"[\w.]+$")
 
 
 def levels(before: str, text: str, ends: Int64Array) -> Levels:
-    """Returns int8 [n], the level that starts with each token; 0: none.
+    """Returns int8 [n], whether a sentence or a paragraph starts with each token.
+
+    The values are SENTENCE, PARAGRAPH, or 0 if neither starts there.
 
     Args:
-        before: Text before this part: at least its last CONTEXT characters, or all of it.
+        before: At least the last CONTEXT characters of the text before this part, or all of it.
         text: The part.
-        ends: int64 [n], first character after each token, ascending.
+        ends: int64 [n], index in `text` of the first character after each token, ascending.
     """
     found: Levels = np.zeros(len(ends), np.int8)
     whole = before + text
     sentences = [match.end() for match in _SENTENCE.finditer(whole) if _ends(whole, match)]
-    # White space at the end starts nothing. With it, each of its lines would be read to the end.
+    # White space at the end of the text starts no paragraph. It is left out because the pattern
+    # would read all of it again from each of its lines.
     text_end = len(whole.rstrip())
     paragraphs = [match.end() for match in _PARAGRAPH.finditer(whole, 0, text_end)]
     for level, places in ((SENTENCE, sentences), (PARAGRAPH, paragraphs)):
@@ -53,7 +56,7 @@ def levels(before: str, text: str, ends: Int64Array) -> Levels:
 
 
 def _ends(text: str, match: re.Match[str]) -> bool:
-    """Whether this punctuation ends a sentence."""
+    """Whether the matched punctuation ends a sentence."""
     if text[match.end()].islower():
         return False
     if text[match.start()] != ".":

@@ -1,31 +1,33 @@
-"""Shortening of very long texts before tokenization, provably harmless.
+"""Shortening of very long texts before tokenization, with a proof of safety.
 
-The argument, for a BERT tokenizer (BertNormalizer, BertPreTokenizer, WordPiece):
+The proof, for a BERT tokenizer (BertNormalizer, BertPreTokenizer, WordPiece):
 
-1. Let a *boundary byte* be a space, tab, newline or carriage return, an ASCII punctuation character
-   that occurs in no added token, or the lead byte of a Chinese character (E5 to E8: U+5000 to
-   U+8FFF) where the normalizer puts spaces around those. No other UTF-8 character contains such a
-   byte.
-2. Normalization works on each character by itself, except for the canonical reordering of combining
-   marks, which never moves a mark across a character of class 0. Boundary characters are of class 0
-   and are never deleted. So the text before a boundary and the text from it on can be normalized
-   separately.
+1. A *boundary byte* is one of three kinds: a space, tab, newline or carriage return; an ASCII
+   punctuation character that occurs in no added token; or, if the normalizer puts spaces around
+   Chinese characters, the lead byte of such a character (E5 to E8: U+5000 to U+8FFF). A character
+   with a boundary byte is a boundary character. No other UTF-8 character contains such a byte.
+2. Normalization treats each character by itself, with one exception: the canonical reordering of
+   combining marks. Reordering never moves a mark across a character of class 0. Boundary characters
+   are of class 0 and are never deleted. So the text before a boundary, and the text from the
+   boundary on, can be normalized separately.
 3. The pre-tokenizer ends a word before each boundary character, and WordPiece sees one word at a
-   time. Added tokens ([SEP] typed into a text) are found by plain search. By 1 none spans a
-   boundary, and none depends on its neighbours (`single_word`), so none appears or vanishes.
-4. Hence tokens(whole) = tokens(before the boundary) + tokens(from the boundary on). Once a part has
-   more tokens than are kept, the kept ones are those of the whole text, and the text is truncated.
+   time. Added tokens (such as [SEP] typed into a text) are found by plain search. By 1 no added
+   token spans a boundary. No added token depends on its neighbours (`single_word`). So a split at a
+   boundary adds and removes no added token.
+4. Hence tokens(text) = tokens(before the boundary) + tokens(from the boundary on). If a part has
+   more tokens than truncation keeps, the kept tokens are those of the full text, and the text
+   counts as truncated.
 
-Texts of few tokens and many bytes are rare but expensive (16 MB take 8 s), so two kinds of long
-runs are shortened within them. Whitespace gives no tokens, so by 4 a run of it may become its first
-byte. A run of ASCII letters and digits is part of one word, and WordPiece gives one unknown token
-for a word of more than `max_input_chars_per_word` characters. So the run may become its two ends,
-each longer than that limit and the longest added token together. That is not done if an added
-token consists of letters and digits alone.
+Texts with few tokens and many bytes are rare but expensive (16 MB take 8 s). So two kinds of long
+runs in a text are shortened. Whitespace gives no tokens, so by 4 a run of whitespace may be
+replaced by its first byte. A run of ASCII letters and digits is part of one word. WordPiece gives
+one unknown token for a word of more than `max_input_chars_per_word` characters. So such a run may
+be replaced by its two ends, if each end is longer than this limit plus the longest added token.
+Runs of letters and digits are not shortened if an added token consists only of such characters.
 
 tests/unit/tokenization compares all of this with the library on generated texts.
 
-Ours: the library tokenizes a text in full before it truncates.
+Why no library: the `tokenizers` library tokenizes a text in full before it truncates.
 """
 
 from __future__ import annotations
@@ -49,11 +51,13 @@ MIN_BYTES_FOR_RUNS = 2048
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shortener:
-    """Possible cuts of texts for one tokenizer.
+    """Shortens texts for one tokenizer.
 
     Attributes:
-        boundaries: bool [256], True for boundary bytes; all False for tokenizers other than BERT's.
-        run: Pattern of long runs, whose groups are kept; None: runs are not shortened.
+        boundaries: bool [256], True for boundary bytes. All False if the proof does not hold for
+            the tokenizer.
+        run: Pattern of long runs. A run is replaced by the pattern's groups. None: runs are not
+            shortened.
     """
 
     boundaries: BoolArray
@@ -61,7 +65,7 @@ class Shortener:
 
     @classmethod
     def from_json(cls, tokenizer_json: str) -> Shortener:
-        """Reads the conditions of the argument above from a tokenizer.json."""
+        """Reads from a tokenizer.json whether and how the module's proof applies."""
         spec = json.loads(tokenizer_json)
         added = [token["content"] for token in spec.get("added_tokens") or []]
         if not _is_bert(spec) or not all(map(_is_plain, spec.get("added_tokens") or [])):
@@ -72,7 +76,7 @@ class Shortener:
         boundaries[list("".join(punctuation).encode())] = True
         if spec["normalizer"]["handle_chinese_chars"]:
             boundaries[0xE5:0xE9] = True
-        # The rest of a run stays over the limit even if added tokens take both its edges.
+        # So long that a shortened run stays over the limit even if added tokens overlap its edges.
         end = 1 + spec["model"]["max_input_chars_per_word"] + max(map(len, added), default=0)
         run = rb"([ \t\n\r])[ \t\n\r]{15,}"
         if not any(content.isalnum() for content in added):
@@ -80,16 +84,16 @@ class Shortener:
         return cls(boundaries, re.compile(run))
 
     def shorten(self, text: memoryview, size: int, from_end: bool) -> tuple[memoryview, bool]:
-        """Returns a part of `text` whose tokens are the first ones of the whole text.
+        """Returns a part of `text` whose tokens are the first tokens of the full text.
 
         Args:
             text: UTF-8.
-            size: Most bytes of the part, at least 1. The part is empty if that many bytes have no
-                boundary.
-            from_end: The part has the last tokens, not the first.
+            size: Most bytes of the part, at least 1. If these bytes have no boundary, the part is
+                empty.
+            from_end: Whether to return a part with the last tokens instead of the first.
 
         Returns:
-            The part, and whether it may have fewer tokens than the whole text.
+            The part, and whether it may have fewer tokens than the full text.
         """
         part, is_cut = text, len(text) > size
         if is_cut:

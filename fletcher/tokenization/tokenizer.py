@@ -1,4 +1,4 @@
-"""Texts to token ids. No other module imports the `tokenizers` library."""
+"""Tokenizer of texts; the only module that imports the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fletcher.tokenization.flat import FlatTokens, prompted
 from fletcher.tokenization.shorten import MIN_BYTES_FOR_RUNS, Shortener
 from fletcher.tokenization.words import Words
 
-# Bytes of a long text that are tokenized first, per wanted token. English has about 5 bytes a
-# token, so 8 nearly always suffice; each further try takes 4 times as many.
+# Bytes of a long text that are tokenized at first, for each wanted token. English has about 5 bytes
+# a token, so 8 nearly always suffice. Each further try takes 4 times as many.
 _FIRST_BYTES_PER_TOKEN = 8
 _GROWTH = 4
-# Below this size the library is faster than the many steps of `Words`.
+# Up to this number of bytes, the library is faster than the many steps of `Words`.
 _MIN_BYTES_FOR_WORDS = 512
-# Below this size steps over whole arrays gain nothing.
+# Up to this number of bytes, operations on whole arrays are no faster than Python lists.
 _FEW_BYTES = 512
 
 
@@ -33,12 +33,13 @@ class Tokenizer:
     """Tokenizer of a model, for whole batches. Uses one core; not thread-safe.
 
     Args:
-        tokenizer: The model's tokenizer. Its padding and truncation are switched off. Both are
-            done here on whole arrays; the library's truncation is slow, because it builds an
-            object for each overflowing part.
+        tokenizer: The model's tokenizer. Its padding and truncation are switched off. This class
+            truncates on whole arrays, because the library's truncation is slow: it builds an object
+            for each overflowing part.
         max_length: Most tokens of a text, special tokens included.
-        pad_token_id: Token of texts without any, which need a tokenizer without special tokens.
-        limits: Most tokens of a text by prompt, where that is less.
+        pad_token_id: Token that stands for a text without tokens. A text has no tokens only if it
+            is empty and the tokenizer adds no special tokens.
+        limits: Most tokens of a text, by prompt, for prompts with a limit below `max_length`.
     """
 
     def __init__(
@@ -95,12 +96,13 @@ class Tokenizer:
     def encode(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts of a batch.
 
-        A text with more than `max_length` tokens loses its last ones (`truncate="end"`) or its
-        first ones, with the prompt (`"start"`), or gets a RowTooLargeError (`"error"`). With
-        `chunking` it becomes several rows and loses none.
+        A text with more than `max_length` tokens is treated as `truncate` says. With `"end"` it
+        loses its last tokens. With `"start"` it loses its first tokens, those of the prompt
+        included. With `"error"` it gets a RowTooLargeError. With `chunking` a long text becomes
+        several rows instead, and loses no tokens.
 
         Raises:
-            InvalidCommandError: `max_length` leaves no room beside the special tokens.
+            InvalidCommandError: `max_length` leaves no room for text beside the special tokens.
         """
         if batch.chunking is not None:
             return self._with_tokens(self._cut(batch))
@@ -120,7 +122,10 @@ class Tokenizer:
         return self._with_tokens(tokens.framed(batch, limit, self._prefix, self._suffix))
 
     def _with_tokens(self, batch: TokenBatch) -> TokenBatch:
-        """Adds a token to empty rows, whose vector would otherwise depend on their batch."""
+        """Adds a padding token to rows without tokens.
+
+        Otherwise the vector of such a row would depend on the other rows of its batch.
+        """
         empty = np.diff(batch.offsets) == 0
         empty[list(batch.errors)] = False
         if not empty.any():
@@ -135,9 +140,10 @@ class Tokenizer:
         return replace(batch, input_ids=ids, offsets=offsets, spans=spans)
 
     def _few(self, batch: TextBatch, room: int) -> TokenBatch | None:
-        """Tokenizes a little text, as a search sends it; None if there is more text.
+        """Tokenizes a batch with little text, such as a search query.
 
-        The ordinary steps over whole arrays take several times as long for so little.
+        For so little text, the usual operations on whole arrays take several times as long. Returns
+        None if the batch has more text, or a text to truncate.
         """
         if len(batch.data) + len(batch.prompt) * batch.num_texts > _FEW_BYTES:
             return None
@@ -153,7 +159,7 @@ class Tokenizer:
     def _cut(self, batch: TextBatch) -> TokenBatch:
         """Tokenizes all texts, and cuts them into chunks."""
         assert batch.chunking is not None
-        # The prompt of a continued text came before its first part.
+        # Only the first part of a text gets the prompt.
         begun = batch if batch.carry is None else replace(batch, prompt="")
         if batch.chunking.needs_places:
             given, before = _decoded(batch.data, batch.offsets), None
@@ -178,7 +184,7 @@ class Tokenizer:
         ]
 
     def _tokenize(self, batch: TextBatch, room: int) -> FlatTokens:
-        """Tokenizes texts, at least so far that truncation to `room` tokens is known."""
+        """Tokenizes as much of each text as truncation to `room` tokens needs."""
         starts, totals = np.zeros((2, batch.num_texts), np.int64)
         exact = np.ones(batch.num_texts, np.bool_)
         found: list[Int32Array] = []
@@ -197,13 +203,13 @@ class Tokenizer:
         return FlatTokens(np.concatenate([np.zeros(0, np.int32), *found]), starts, totals, exact)
 
     def _ids(self, data: bytes | memoryview, offsets: Int64Array) -> tuple[Int32Array, Int64Array]:
-        """As `Words.tokenize`, for any amount of text and any tokenizer."""
+        """Does what `Words.tokenize` does, for any amount of text and any tokenizer."""
         if self._words is not None and len(data) > _MIN_BYTES_FOR_WORDS:
             return self._words.tokenize(data, offsets)
         ids = self._library(_decoded(data, offsets))
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        # The library returns ids as Python lists, which takes 2 of 120 microseconds a text. One
-        # fromiter over all of them is the fastest way into an array.
+        # The library returns ids as Python lists, which costs 2 of 120 microseconds a text. One
+        # fromiter over all lists is the fastest conversion to an array.
         flat: Int32Array = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
         return flat, np.append(0, np.cumsum(lengths))
 
@@ -214,7 +220,12 @@ class Tokenizer:
     def _shortened(
         self, data: bytes | memoryview, offsets: Int64Array, size: int, from_end: bool
     ) -> tuple[bytes | memoryview, Int64Array, BoolArray]:
-        """Shortens texts to `size` bytes; returns which of them may have lost tokens."""
+        """Shortens texts to at most `size` bytes.
+
+        Returns:
+            The joined texts, their offsets, and bool [num_texts], whether a text may have lost
+            tokens.
+        """
         is_cut = np.zeros(len(offsets) - 1, np.bool_)
         is_long = np.diff(offsets) > min(size, MIN_BYTES_FOR_RUNS)
         if not is_long.any():

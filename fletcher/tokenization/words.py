@@ -1,13 +1,15 @@
 """Table of words and their tokens, so that the library tokenizes each word once.
 
-If the argument in `shorten` holds, a text's tokens are those of its parts between boundary bytes,
-one after the other. Such parts, words with the space or the full stop before them, recur: the
-library is called for new ones only (`python -m benchmarks overhead` compares both).
+`fletcher.tokenization.shorten` shows for some tokenizers that a text can be split before boundary
+bytes: the tokens of its parts, joined, are the tokens of the text. Such a part is a word with the
+space or full stop before it. Words recur, so the library is called only for new words
+(`python -m benchmarks overhead` compares both ways).
 
-The table consists of arrays. A word of up to 23 bytes and its size make three integers, its key,
-and a hash of the key gives two places where the word may be. Used words stay, others are replaced.
+The table consists of arrays. The key of a word is three integers, made from its bytes (at most 23)
+and its size. A hash of the key gives two places in the table where the word may be. Words that were
+used recently stay, and other words are replaced.
 
-Ours: a dictionary of words costs a Python call for each word.
+Why no library: a dictionary of words costs a Python call for each word.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ import pyarrow as pa
 
 from fletcher.core.batches import BoolArray, Int32Array, Int64Array
 
-# 57 bytes a place, 15 MB in all. Of texts with 70 words each, 107,000 distinct ones in all, a third
-# of a word per text is not found with this size, and one word with half of it.
+# Places have 57 bytes each, so the table has 15 MB. Measured on texts of 70 words with 107,000
+# distinct words in all: with this size the table lacks a third of a word per text on average, and
+# one word per text with half the size.
 TABLE_BITS = 18
 MAX_WORD_BYTES = 23
-# Words with more tokens are not kept.
+# Words with more tokens are not put into the table.
 MAX_WORD_TOKENS = 6
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -40,8 +43,9 @@ class Words:
     """Tokenizes texts by their words. Not thread-safe.
 
     Args:
-        boundaries: bool [256], bytes at which a word starts; at least one is True.
-        table_bits: Binary logarithm of the number of words that are kept.
+        encode: The library's tokenizer: returns the tokens of each text.
+        boundaries: bool [256], True for bytes at which a word starts. At least one is True.
+        table_bits: Binary logarithm of the number of places in the table.
     """
 
     def __init__(
@@ -54,20 +58,21 @@ class Words:
         self._keys: _Keys = np.zeros((3, size), np.uint64)  # no word has a key of zeros
         self._lengths: Int64Array = np.zeros(size, np.int64)
         self._used: BoolArray = np.zeros(size, np.bool_)
-        # Tokens of each place; after them is room for those of words that are not in the table.
+        # Tokens of the word at each place, followed by room for tokens of words not in the table.
         self._ids: Int32Array = np.zeros(size * MAX_WORD_TOKENS, np.int32)
 
     def tokenize(
         self, data: bytes | memoryview, offsets: Int64Array
     ) -> tuple[Int32Array, Int64Array]:
-        """Tokenizes texts without special tokens.
+        """Tokenizes texts, without adding special tokens.
 
         Args:
-            data: UTF-8.
-            offsets: int64 [num_texts + 1] into `data`, from 0 to its end.
+            data: UTF-8 bytes of all texts.
+            offsets: int64 [num_texts + 1], offsets of the texts in `data`, from 0 to its end.
 
         Returns:
-            int32, the tokens of all texts; int64 [num_texts + 1], offsets of the texts there.
+            Two values: int32, the tokens of all texts; int64 [num_texts + 1], the offsets of the
+            texts in these tokens.
         """
         view = np.frombuffer(data, np.uint8)
         begins = np.take(self._boundaries, view)
@@ -92,7 +97,7 @@ class Words:
         is_cached = self._is_at(keys, places)
         elsewhere = np.flatnonzero(~is_cached)
         if elsewhere.size:
-            # The neighbour is mostly in the same line of the processor's cache.
+            # The second place is next to the first, mostly in the same line of the CPU's cache.
             places[elsewhere] ^= 1
             is_cached[elsewhere] = self._is_at(keys[:, elsewhere], places[elsewhere])
         return places, is_cached
@@ -114,11 +119,11 @@ class Words:
     def _look_up(
         self, data: bytes | memoryview, bounds: Int64Array, new: Int64Array, keys: _Keys
     ) -> tuple[Int32Array, Int64Array, Int64Array]:
-        """Tokenizes words with the library, and keeps them.
+        """Tokenizes words with the library, and puts them into the table.
 
         Returns:
-            int32, tokens; two of int64 [num_new], each word's first token there, and its number of
-            tokens.
+            Three values: int32, an array of tokens; int64 [num_new], the index of each word's first
+            token in that array; int64 [num_new], each word's number of tokens.
         """
         buffers = pa.py_buffer(bounds), pa.py_buffer(data)
         words = pa.LargeStringArray.from_buffers(len(bounds) - 1, *buffers)
@@ -138,12 +143,13 @@ class Words:
         return self._ids, starts[codes], lengths[codes]
 
     def _keep(self, keys: _Keys, starts: Int64Array, lengths: Int64Array) -> None:
-        """Puts words into the table, if one of their places was not used recently."""
+        """Puts each word into the table if one of its places was not used recently."""
         places = self._places(keys)
         places = np.where(self._used[places], places ^ 1, places)
         fits = (keys[-1] != 0) & (lengths <= MAX_WORD_TOKENS)
         in_use = self._used[places]
-        # A used word at such a place, and its neighbour, may be replaced unless used again.
+        # If both places of a word are in use, the words there may be replaced the next time, unless
+        # they are used again until then.
         self._used[places[fits & in_use]] = self._used[places[fits & in_use] ^ 1] = False
         new = np.flatnonzero(fits & ~in_use)
         places, first_of_each = np.unique(places[new], return_index=True)
@@ -152,15 +158,16 @@ class Words:
         self._lengths[places] = lengths[new]
         self._used[places] = True
         column = np.arange(MAX_WORD_TOKENS)
-        # A place is filled up with tokens of the next word, which are never read.
+        # Behind a short word's tokens, its place gets tokens of other words, which are never read.
         of_table = self._ids[: len(self._used) * MAX_WORD_TOKENS].reshape(-1, MAX_WORD_TOKENS)
         of_table[places] = self._ids[starts[new][:, None] + column]
 
 
 def _keys(view: npt.NDArray[np.uint8], bounds: Int64Array) -> _Keys:
-    """Returns uint64 [3, num_words]: padded bytes, with the size in the last one.
+    """Returns uint64 [3, num_words], the key of each word.
 
-    The last integer is 0 for words that are too long for a key.
+    A key is the word's bytes, padded with zeros to 23, and then its size in the last byte. The last
+    integer is 0 for words that are too long for a key.
     """
     padded = np.append(view, np.zeros(8 * 3, np.uint8))
     at_each = np.ndarray(len(view) + 17, "<u8", padded, strides=(1,))

@@ -1,4 +1,4 @@
-"""Worker of a tokenizer process."""
+"""Worker that runs in a tokenizer process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fletcher.tokenization.tokenizer import Tokenizer
 
 
 class TextEncoder(Protocol):
-    """Tokenizer of texts with at most `max_length` tokens."""
+    """Tokenizer that gives each text at most `max_length` tokens."""
 
     max_length: int
 
@@ -38,11 +38,12 @@ class TokenizerWorker:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerConfig:
-    """Bundle of a tokenizer process; picklable.
+    """Bundle that a tokenizer process loads; picklable.
 
     Attributes:
-        version: Hash of the bundle in that folder, or of the version kept beside it; empty: the
-            bundle that is there.
+        bundle: Folder of the bundle.
+        version: Hash of the version to load. It is in the bundle's folder or kept beside it. Empty:
+            whichever version is in the folder.
     """
 
     bundle: str
@@ -50,11 +51,11 @@ class TokenizerConfig:
 
     @property
     def folder(self) -> Path:
-        """Folder that has this version now. Raises ModelError if there is none."""
+        """Folder that now has this version. Raises ModelError if no folder has it."""
         folder = Path(self.bundle)
         return version_folder(folder, self.version) if self.version else folder
 
 
 def load(config: TokenizerConfig) -> TokenizerWorker:
-    """Factory of a worker's spec: a bundle's tokenizer. Raises ModelError."""
+    """Loads a bundle's tokenizer; a `WorkerSpec.factory`. Raises ModelError."""
     return TokenizerWorker(Tokenizer.from_bundle(config.folder))

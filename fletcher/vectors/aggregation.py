@@ -1,4 +1,7 @@
-"""Aggregation of the vectors of a text's chunks, part of text by part."""
+"""Aggregation of the vectors of a text's chunks to one vector.
+
+The chunks of a text may come in several text parts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _Floats = npt.NDArray[np.float64]
 
 
 def weights(chunks: Chunks) -> _Floats:
-    """Returns float64 [num_rows], the weights of chunks in a `weighted` mean.
+    """Returns float64 [num_rows], the weight of each chunk in a `weighted` mean.
 
     A weight is the chunk's number of tokens times DCG's discount of its index, 1 / log2(index + 2)
     (https://dl.acm.org/doi/10.1145/582415.582418). Texts tend to state their subject early, and
@@ -26,11 +29,12 @@ def weights(chunks: Chunks) -> _Floats:
 
 
 def aggregation(method: str, *, normalized: bool) -> Aggregation | Hierarchical:
-    """Returns the aggregation of a name.
+    """Returns the aggregation for a method.
 
     Args:
         method: `mean`, `weighted`, `max` or `hierarchical`.
-        normalized: Vectors get norm 1 (zeros stay). A text of one chunk keeps the chunk's vector.
+        normalized: Whether the vectors of texts with several chunks are scaled to norm 1. Zero
+            vectors stay zero. A text with one chunk keeps the chunk's vector.
     """
     if method == "hierarchical":
         return Hierarchical(normalized=normalized)
@@ -39,7 +43,7 @@ def aggregation(method: str, *, normalized: bool) -> Aggregation | Hierarchical:
 
 @dataclass(slots=True)
 class _Part:
-    """State of a text that continues."""
+    """State of a text whose next part is still to come."""
 
     total: Any
     weight: float = 0.0
@@ -49,9 +53,9 @@ class _Part:
 
 
 class Aggregation:
-    """Aggregation of all chunks of a text at once; see `aggregation`.
+    """Aggregation by `mean`, `weighted` or `max`; see `aggregation`.
 
-    Its state does not grow with the length of a text.
+    Its memory does not grow with the length of a text.
     """
 
     def __init__(self, method: str, *, normalized: bool) -> None:
@@ -67,12 +71,12 @@ class Aggregation:
         """Adds chunks and returns the vectors of the texts that are complete.
 
         Args:
-            batch: Chunks with their final width and norm, or their error.
-            continued: Whether more of the last text follows.
+            batch: Chunks with their final width and norm, or the error of all of them.
+            continued: Whether the last text has more parts.
 
         Returns:
-            The complete texts, whose `token_count` is that of their chunks together; None if no
-            text is complete.
+            The vectors of the complete texts, or an error. The `token_count` of a text is the sum
+            over its chunks. None if no text is complete.
         """
         before, self._part = self._part, None
         if isinstance(batch, FletcherError):
@@ -87,7 +91,7 @@ class Aggregation:
 
     @property
     def waits(self) -> bool:
-        """Whether the last text continues."""
+        """Whether the last text has more parts, which were not added yet."""
         return self._part is not None
 
     def _join(
@@ -140,12 +144,12 @@ class Aggregation:
 
 
 class Hierarchical:
-    """Mean of the paragraphs of a text, each the mean of its chunks.
+    """Mean of a text's paragraph vectors, each of which is the mean of its chunks.
 
-    So paragraphs have equal weight, however many chunks they have.
+    All paragraphs have the same weight, however many chunks they have.
 
     Args:
-        normalized: As in `aggregation`; also applied to paragraphs.
+        normalized: As in `aggregation`. Applies to the vectors of paragraphs, too.
     """
 
     def __init__(self, *, normalized: bool) -> None:
@@ -161,7 +165,7 @@ class Hierarchical:
         chunks = batch.chunks
         assert chunks is not None
         starts = np.flatnonzero(chunks.begins)
-        # A paragraph that continues from the part before is the first, even without chunks here.
+        # A paragraph that continues from the part before comes first. It may have no chunk here.
         if self._paragraphs.waits or (len(chunks.begins) and not chunks.begins[0]):
             starts = np.append(0, starts)
         paragraphs = EmbeddingBatch.zeros(0, batch.embeddings.shape[1])

@@ -1,4 +1,4 @@
-"""Pooling and normalisation of vectors, and their width."""
+"""Pooling, normalisation and cutting of vectors to a width."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fletcher.core.batches import BoolArray, FloatArray, VectorArray
 
 _Vectors = TypeVar("_Vectors", FloatArray, VectorArray)
 
-# torch.nn.functional.normalize
+# Smallest divisor in `normalize`, as in torch.nn.functional.normalize.
 MIN_NORM = 1e-12
 
 
 def pool(token_embeddings: FloatArray, mask: BoolArray, pooling: str) -> FloatArray:
-    """Pools token embeddings to one embedding a row.
+    """Pools token embeddings to one embedding for each row.
 
     Args:
         token_embeddings: float32 [num_rows, length, dim]; values at padding are ignored.
-        mask: bool [num_rows, length], True for tokens, which come before padding; at least one a
-            row.
+        mask: bool [num_rows, length], True for tokens and False for the padding after them. Each
+            row has at least one token.
         pooling: `mean` of the tokens, `cls` for the first token, or `last_token`.
 
     Returns:
@@ -40,7 +40,7 @@ def pool(token_embeddings: FloatArray, mask: BoolArray, pooling: str) -> FloatAr
 
 
 def normalize(embeddings: FloatArray) -> tuple[FloatArray, npt.NDArray[np.float32]]:
-    """Scales rows to an L2 norm of 1; rows of zeros stay.
+    """Scales rows to an L2 norm of 1; rows of zeros stay zero.
 
     Args:
         embeddings: float32 [num_rows, dim].
@@ -59,15 +59,15 @@ def finish(
     """Applies `dims` and `normalize` to a graph's output.
 
     Args:
-        embeddings: float32 [n, dim], or float16 if nothing is to be changed; L2-normalised if
-            `norms` is given.
-        norms: float32 [n], L2 norms before normalisation; None: the vectors are as pooled.
-        dims: Leading dimensions to keep.
-        normalized: Whether the result has norm 1 (a zero vector stays zero).
+        embeddings: float32 [n, dim], L2-normalised if `norms` is given. May be float16 if `dims`
+            and `normalized` change nothing.
+        norms: float32 [n], L2 norms before normalisation. None: the vectors are not normalised.
+        dims: Number of leading dimensions to keep.
+        normalized: Whether the result is scaled to norm 1. Zero vectors stay zero.
 
     Returns:
-        [n, dims] of the same type, sliced before normalisation, as Matryoshka models are trained
-        (https://arxiv.org/abs/2205.13147).
+        [n, dims] of the same type. Vectors are cut to `dims` before normalisation, as in the
+        training of Matryoshka models (https://arxiv.org/abs/2205.13147).
     """
     if norms is not None and not normalized:
         return (embeddings * norms[:, None])[:, :dims]

@@ -1,8 +1,9 @@
-"""Rows with several vectors each, as flat arrays.
+"""Ragged arrays: rows with several vectors each, as flat arrays.
 
-A text of a token-vector model has one vector for each token. A text of a sparse model has one for
-each dimension that is not zero, of two numbers: the dimension and its weight. float32 holds whole
-numbers up to 16,777,216 exactly, and no vocabulary is that large.
+With a token-vector model, a text has one vector for each token. With a sparse model, a text has a
+vector of two numbers for each dimension that is not zero: the dimension and its weight. The
+dimension can be a float32, which holds integers up to 16,777,216 exactly. No vocabulary is that
+large.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def places(starts: Int64Array, counts: Int32Array) -> Int64Array:
 
     Args:
         starts: int64 [n], index of each row's first vector.
-        counts: int32 [n], number of its vectors.
+        counts: int32 [n], number of each row's vectors.
     """
     ends = np.cumsum(counts, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
@@ -35,19 +36,19 @@ def starts_of(counts: Int32Array) -> Int64Array:
 def gather_rows(
     vectors: VectorArray, counts: Int32Array, rows: Int32Array | Int64Array
 ) -> tuple[VectorArray, Int32Array]:
-    """Returns the vectors of some rows, in order, and each row's number of them.
+    """Returns the vectors of some rows, row after row, and how many each row has.
 
     Args:
-        vectors: float32 [num_vectors, width].
+        vectors: float32 [num_vectors, width], vectors of all rows.
         counts: int32 [n], number of each row's vectors.
-        rows: Indices of rows, in any order, also repeated.
+        rows: Indices of the wanted rows, in any order. May repeat a row.
     """
     chosen = counts[rows]
     return vectors[places(starts_of(counts)[rows], chosen)], chosen
 
 
 def spans_of(spans: Spans, rows: Int64Array) -> Spans:
-    """Returns the spans of some rows, in their order."""
+    """Returns the spans of some rows, in the order of `rows`."""
     counts = spans.counts[rows]
     return Spans(counts, spans.bounds[places(starts_of(spans.counts)[rows], counts)])
 
@@ -55,11 +56,12 @@ def spans_of(spans: Spans, rows: Int64Array) -> Spans:
 def scatter_rows(
     num_rows: int, width: int, parts: Iterable[tuple[Int64Array, FloatArray, Int32Array]]
 ) -> tuple[FloatArray, Int32Array]:
-    """Joins the vectors of all rows from parts that have some of them.
+    """Joins parts, which have the vectors of some rows, to the vectors of all rows.
 
     Args:
-        num_rows: Number of rows; rows in no part get no vector.
-        parts: Rows, their vectors, row after row, and the number of each row's vectors.
+        num_rows: Number of rows. Rows that are in no part get no vector.
+        parts: For each part: indices of its rows, their vectors, row after row, and the number of
+            each row's vectors.
 
     Returns:
         float32 [num_vectors, width], and int32 [num_rows], the number of each row's vectors.
@@ -76,7 +78,9 @@ def scatter_rows(
 
 
 def sparse(dense: FloatArray) -> tuple[FloatArray, Int32Array]:
-    """Returns values above zero as pairs of dimension and weight, ascending.
+    """Returns the positive values of each row as pairs of dimension and weight.
+
+    The pairs of a row are in ascending order of dimension.
 
     Args:
         dense: float32 [n, dims].

@@ -1,8 +1,8 @@
 """Worker process: answers requests until its pipe closes.
 
-The process dies with its parent in two ways: the kernel kills it when the parent dies
-(PR_SET_PDEATHSIG), and a closed pipe ends its reading loop. It ignores SIGINT and SIGTERM, which
-reach a whole process group or control group: the front process needs its workers to drain.
+Two mechanisms end the process when its parent dies: the kernel kills it (PR_SET_PDEATHSIG), and the
+closed pipe ends its reading loop. The process ignores SIGINT and SIGTERM, which are often sent to a
+whole process group or control group. The front process needs its workers until it has drained.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Worker(Protocol):
-    """Result of a spec's factory.
+    """Object that does the work of a worker process; made by `WorkerSpec.factory`.
 
-    Up to `concurrency` threads call `run` at once. For urgent work, `urgent_concurrency` more do:
-    it need not wait for the end of another run.
+    Attributes:
+        concurrency: Number of threads that may call `run` at the same time.
+        urgent_concurrency: Number of further threads that may call `run` for urgent work, which
+            then need not wait for the end of another run.
     """
 
     concurrency: int
@@ -50,9 +52,9 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = Connection(descriptor)
-    with contextlib.suppress(EOFError, OSError):  # the parent is gone, or has closed the pipe
+    with contextlib.suppress(EOFError, OSError):  # the parent died or closed the pipe
         serve(connection)
-    # Engines keep native threads, which need no orderly end.
+    # Exits without cleaning up: engines may have native threads, which need no orderly end.
     os._exit(0)
 
 
@@ -69,7 +71,7 @@ def serve(connection: Connection) -> None:
     send(connection, encode(ready))
 
     sending = threading.Lock()
-    requests = RequestQueue(worker.concurrency)  # bounded by the parent, which sends few
+    requests = RequestQueue(worker.concurrency)  # the parent limits their number
 
     def work() -> None:
         while True:

@@ -16,9 +16,9 @@ class DispatchCandidate:
     """A worker with room for a job.
 
     Attributes:
-        in_flight: Total cost of its jobs.
+        in_flight: Total cost of the worker's unfinished jobs.
         rate: Measured cost per second; None before the first measurement.
-        degraded: Whether it is slower than before, or fails now and then.
+        degraded: Whether the worker is slower than before, or fails now and then.
     """
 
     name: str
@@ -31,11 +31,11 @@ class WorkerChooser:
     """Chooses workers by one of `STRATEGIES`. Not thread-safe.
 
     `throughput-weighted` takes the worker that will be free first. Idle workers share jobs by
-    virtual time (https://en.wikipedia.org/wiki/Weighted_fair_queueing): a job charges its worker
-    the seconds it takes there, and the worker with the fewest seconds is next. So each worker gets
-    work in proportion to its rate, slow workers are measured again now and then, and a new worker
-    starts even with the others. The other strategies ignore rates, and give degraded workers only
-    the jobs for which the others have no room.
+    virtual time (https://en.wikipedia.org/wiki/Weighted_fair_queueing). For each job, a worker is
+    charged the seconds that the job takes there, and the worker with the fewest seconds gets the
+    next job. So each worker gets work in proportion to its rate, and slow workers are measured
+    again now and then. A new worker starts even with the others. The other strategies ignore rates.
+    They give degraded workers only the jobs for which no other worker has room.
     """
 
     def __init__(self, strategy: str, rng: random.Random | None = None) -> None:
@@ -48,7 +48,10 @@ class WorkerChooser:
         self._num_given = 0
 
     def choose(self, candidates: Sequence[DispatchCandidate]) -> int:
-        """Returns the index of the worker for the next job, out of at least one."""
+        """Returns the index of the candidate that gets the next job.
+
+        There must be at least one candidate.
+        """
         mean = mean_rate([one.rate for one in candidates]) or 1.0
         rates = [one.rate or mean for one in candidates]
         if self._strategy == "throughput-weighted":
@@ -70,7 +73,12 @@ class WorkerChooser:
         return min(eligible, key=lambda n: self._last_given.get(candidates[n].name, -1))
 
     def charge(self, name: str, cost: int, rate: float | None) -> None:
-        """Charges a job; `rate` is the worker's, or the mean of all until it is measured."""
+        """Charges a worker for a job of some cost.
+
+        Args:
+            rate: The worker's rate. Until it is measured, the mean rate of all workers; None if no
+                worker is measured.
+        """
         self._num_given += 1
         self._last_given[name] = self._num_given
         begun = max(self._given_s.get(name, 0.0), self._now_s)
@@ -81,6 +89,6 @@ class WorkerChooser:
 
 
 def mean_rate(rates: Sequence[float | None]) -> float | None:
-    """Mean of the measured rates; None if there are none."""
+    """Mean of the measured rates; None if no rate is measured."""
     known = [rate for rate in rates if rate]
     return sum(known) / len(known) if known else None

@@ -1,6 +1,6 @@
 """Rate and health of a worker, computed from its answers.
 
-Pure arithmetic, without a clock, a thread or a process.
+This module is pure arithmetic: it uses no clock, thread or process.
 """
 
 from __future__ import annotations
@@ -12,32 +12,34 @@ from fletcher.util.backoff import Backoff
 
 State = Literal["healthy", "degraded", "ejected"]
 
-# Seconds of a worker's computing over which its rate is averaged.
+# Seconds of computing over which a worker's rate is averaged.
 _RATE_SPAN_S = 2.0
-# Weight of one answer in the averages of failures and slowness, and in the usual duration.
+# Weight of one answer: in the averages of failures and slowness, and in the usual duration.
 _RECENT = 1 / 8
 _USUAL = 1 / 256
-_MIN_ANSWERS = 8  # of one size, before an answer counts as slow
-_OUTLIER = 8.0  # limits the weight of a single run that waited for a core
+_MIN_ANSWERS = 8  # of one size, before slowness is measured
+_OUTLIER = 8.0  # limit of one run's slowness, if it waited for a core
 _FAILURES_TO_EJECT = 3
-# Degraded above the first, healthy again below the second: the gap prevents flapping.
+# A worker is degraded above the first value of a pair, and healthy again below the second. The gap
+# prevents flapping.
 _SLOW, _NOT_SLOW = 3.0, 1.5
 _FAILING, _NOT_FAILING = 0.3, 0.1
 
-# Delays before a failed worker is started again; the first restart has none.
+# Delays before a failed worker is started again. The first restart has no delay.
 RESTART_BACKOFF = Backoff(first_s=0.5, longest_s=30.0)
 
 
 class Health:
     """One worker's rate and state.
 
-    A worker is `degraded` if its answers take three times as long as usual for jobs of their size
-    while those of another worker do not (a busy machine slows all of them), or if about three in
-    ten fail. It is `ejected` after three failures in a row, and gets no work until `readmit`.
+    A worker is `degraded` if its answers take three times as long as usual for jobs of their size,
+    relative to the least slow other worker. So a busy machine, which slows all workers, does not
+    degrade them. A worker is also `degraded` if about three in ten of its answers fail. After three
+    failures in a row a worker is `ejected`, and gets no work until `readmit`.
 
     Attributes:
         state: `healthy`, `degraded` or `ejected`.
-        slowness: Duration of recent answers relative to the usual one, 1 on average.
+        slowness: Duration of recent answers, divided by the usual duration; 1 on average.
     """
 
     def __init__(self) -> None:
@@ -47,12 +49,13 @@ class Health:
         self.slowness = 1.0
         self._failing = 0.0  # share of answers
         self._failures = 0  # in a row
-        # Answers and their mean seconds by the size's power of two: small jobs cost more.
+        # Number of answers and their mean seconds, by the power of two of the job's cost. Small
+        # jobs take more time for their cost.
         self._usual_s: dict[int, tuple[int, float]] = {}
 
     @property
     def rate(self) -> float | None:
-        """Cost done in a second of computing; None before the first answer."""
+        """Job cost done in a second of computing; None before the first answer."""
         return self._work / self._busy_s if self._busy_s else None
 
     def record_answer(self, cost: int, seconds: float, others: float | None = None) -> None:
@@ -78,12 +81,12 @@ class Health:
         self._judge(1.0)
 
     def readmit(self) -> None:
-        """Gives an ejected worker that answered its probe work again, as a degraded one."""
+        """Lets an ejected worker have work again, as `degraded`: it answered its probe."""
         self._failures = 0
         self.state = "degraded"
 
     def record_restart(self) -> None:
-        """Resets the state for a new process; usual durations of the device stay."""
+        """Resets the state for a new process, but keeps the device's usual durations."""
         self._failures, self._failing, self.slowness = 0, 0.0, 1.0
         self._work = self._busy_s = 0.0
         self.state = "healthy"

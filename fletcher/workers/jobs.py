@@ -1,4 +1,4 @@
-"""Units of work for a worker pool, and the source that they come from."""
+"""Jobs of a worker pool, and the source that the pool gets them from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Job:
         payload: Argument of the worker's `run`.
         task: The source's own record of the job; the pool does not read it.
         cost: Amount of work, in one unit for all jobs of a pool.
-        urgent: Runs before jobs that are not urgent, unless those have begun.
-        attempts: Workers that died of the job or failed at it so far.
+        urgent: Whether the job runs before bulk jobs that have not begun.
+        attempts: Number of workers that died of the job or failed at it so far.
         worker: Name of the worker that has the job, or had it last.
-        probe: The job tests one worker, and never moves to another.
-        running_s: Seconds since it began in its worker.
+        probe: Whether the job only tests its worker, and so never moves to another worker.
+        running_s: Seconds for which the job may have been running in its worker.
     """
 
     payload: Any
@@ -35,13 +35,16 @@ class JobSource(Protocol):
     """Owner of the work of one pool. Called on the pool's threads."""
 
     def schedule(self, *, urgent: bool, timeout_s: float = 0.0) -> Job | None:
-        """Returns the next job of a kind; None if there is none within the time.
+        """Returns the next job; None if there is no job within the timeout.
 
         Args:
-            urgent: Whether an urgent job is wanted. Such calls never block, and come from one
-                thread at a time.
-            timeout_s: Longest wait for a job that is not urgent.
+            urgent: Whether to return an urgent job or a bulk job. A call for an urgent job must not
+                block. Only one thread at a time makes such calls.
+            timeout_s: Longest wait for a bulk job.
         """
 
     def update(self, job: Job, result: Any, error: Exception | None) -> None:
-        """Takes a job's result, or its error; called once for each job. Must be quick."""
+        """Takes a job's result or its error.
+
+        Called once for each job. Must return quickly.
+        """

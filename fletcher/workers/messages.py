@@ -1,9 +1,10 @@
 """Messages on the pipe between the front process and a worker process.
 
-Messages are frozen dataclasses, pickled with protocol 5: both ends are the same program on the same
-machine. Large NumPy arrays are not copied: they follow the pickle, written from and read into their
-own memory. Runs of a few rows and their answers travel without pickle, which takes a tenth of a
-millisecond at either end to describe an array: a search would wait for that.
+Messages are frozen dataclasses, pickled with protocol 5. That is possible because both ends are the
+same program on the same machine. Large NumPy arrays are not copied into the pickle. They follow it
+on the pipe, written directly from one array's memory and read directly into the other's. Runs of a
+few rows, and their answers, are sent without pickle. Pickle takes a tenth of a millisecond at each
+end to describe an array, and a search would wait for that.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ import numpy as np
 from fletcher.core.batches import InferenceResult, MicroBatch
 
 _SIZE = struct.Struct("<Q")
-# Smaller arrays are cheaper to copy than to read by themselves.
+# Size from which arrays follow the pickle. Smaller ones are cheaper to copy into it.
 _MIN_ASIDE_BYTES = 16 << 10
 
-# Marks in place of the number of arrays: no pickle follows, but a run or its answer.
+# Marks that are sent instead of the number of arrays. After _RUN a small run follows, and after
+# _RAN its answer, both without pickle.
 _RUN, _RAN = 2**64 - 1, 2**64 - 2
-# Heads are whole words, so the arrays behind them are aligned.
-# Mark, job, urgent, layers, rows, tokens; then tokens and lengths.
+# Heads consist of 8-byte fields, so the arrays after them are aligned.
+# Head of a run: mark, job, urgent, layers, number of rows, number of tokens. The tokens and the
+# lengths follow.
 _RUN_HEAD = struct.Struct("<Qq4q")
-# Mark, job, seconds in the worker, seconds of the device, budget, rows, columns, whether there are
-# norms; then vectors and norms.
+# Head of an answer: mark, job, seconds in the worker, seconds of the device, budget, rows, columns,
+# whether the answer has norms. The vectors and the norms follow.
 _RAN_HEAD = struct.Struct("<Qqdd4q")
 
 
@@ -38,10 +41,10 @@ class WorkerSpec:
     """Recipe for a worker.
 
     Attributes:
-        name: For logs and metrics, such as `tokenizer-0` or `cpu-0`.
-        factory: `package.module:function`; called as `function(config)` in the worker process, it
-            returns the Worker.
-        config: A picklable frozen dataclass for the factory.
+        name: Name in logs and metrics, such as `tokenizer-0` or `cpu-0`.
+        factory: Function that builds the worker, as `package.module:function`. The worker process
+            calls `function(config)`, which returns a `child.Worker`.
+        config: Argument of the factory, a picklable frozen dataclass.
     """
 
     name: str
@@ -51,7 +54,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker is loaded and warm; see `child.Worker`."""
+    """Message that the worker is loaded and warm; for its fields see `child.Worker`."""
 
     concurrency: int
     urgent_concurrency: int
@@ -76,7 +79,10 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Error of a job (of the start, with job_id -1), and a traceback for the log."""
+    """Error of a job, and a traceback for the log.
+
+    With `job_id` -1 it is the error of the worker's start.
+    """
 
     job_id: int
     error: Exception
@@ -85,20 +91,23 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A message in wire form: a pickle, and the arrays that it refers to."""
+    """A message in wire form: its head with the pickle, and the arrays that follow it."""
 
     head: bytes
     arrays: list[memoryview]
 
 
 def encode(message: Any) -> Encoded:
-    """Encodes a message for `send`; its large arrays must not change until it is sent."""
+    """Encodes a message for `send`.
+
+    Large arrays of the message must not change until it is sent.
+    """
     if (short := _short(message)) is not None:
         return Encoded(short, [])
     arrays: list[memoryview] = []
 
     def aside(buffer: pickle.PickleBuffer) -> bool:
-        """Returns whether an array goes into the pickle, which copies it; small ones do."""
+        """Returns whether to copy an array into the pickle, as is done with small arrays."""
         raw = buffer.raw()
         if raw.nbytes < _MIN_ASIDE_BYTES:
             return True
@@ -111,7 +120,10 @@ def encode(message: Any) -> Encoded:
 
 
 def send(connection: Connection, message: Encoded) -> None:
-    """Sends one message, on one thread at a time. Raises OSError if the peer is gone."""
+    """Sends one message. Raises OSError if the peer is gone.
+
+    Not thread-safe: only one thread may send at a time.
+    """
     connection.send_bytes(message.head)
     for array in message.arrays:
         left = array
@@ -133,7 +145,7 @@ def receive(connection: Connection) -> Any:
 
 
 def _short(message: Any) -> bytes | None:
-    """Encodes a small run, or its answer, without pickle; None: anything else."""
+    """Encodes a small run, or its answer, without pickle; None for other messages."""
     if isinstance(message, WorkerRequest) and isinstance(message.payload, MicroBatch):
         return _short_run(message, message.payload)
     if isinstance(message, Response) and isinstance(message.payload, InferenceResult):

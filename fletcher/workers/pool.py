@@ -1,18 +1,23 @@
 """Pool of worker processes that pulls its work from a source.
 
-Ours: `concurrent.futures` and `multiprocessing` pools neither restart a dead process nor let urgent
-work overtake what is queued in one.
+Why no library: pools of `concurrent.futures` and `multiprocessing` do not replace a dead process
+and run its jobs again. They also do not let urgent work overtake jobs that are queued in a process.
 
-A worker runs `concurrency` requests and holds `prefetch` more, so it never idles between two.
-Everything else stays with the source, which decides as late as possible. Urgent work has room of
-its own in a worker. It is sent by the thread that brings it, or by the thread that reads the answer
-which made room: no thread change delays it.
+A worker runs `concurrency` requests and holds `prefetch` more, so that it never idles between two
+requests. All other work stays with the source, which decides as late as possible what runs next. A
+worker has separate room for urgent work. An urgent job is sent by the thread that adds it. If no
+worker has room, it is sent later by the thread that reads the next answer, because that answer
+makes room. So no thread change delays urgent work.
 
-A worker that dies is started again, and its jobs run elsewhere. A job fails alone once
-`max_attempts` workers died of it or failed at it. A worker that fails at one job after the other is
-ejected: it gets a probe instead of work, and comes back or is replaced. A worker that does not
-answer in time is replaced. Without any regular worker those on standby take over; without standby
-workers, jobs fail with a retryable error.
+Failures are handled as follows:
+
+- A worker that dies is started again, and its jobs run elsewhere.
+- A job fails once `max_attempts` workers died of it or failed at it. Other jobs are not affected.
+- A worker that fails at several jobs in a row is ejected: it gets a probe job instead of work. If
+  it answers the probe it gets work again, else it is replaced.
+- A worker that does not answer in time is replaced.
+- If no regular worker is left, workers on standby take over. If there are none, jobs fail with a
+  retryable error.
 """
 
 from __future__ import annotations
@@ -58,7 +63,7 @@ class WorkerPool:
         )
 
     def start(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Starts all workers at once and waits until each is warm.
+        """Starts all workers in parallel and waits until each is warm.
 
         If no regular worker can start, those on standby are started.
 
@@ -66,7 +71,7 @@ class WorkerPool:
             meanwhile: Called on this thread while the workers load.
 
         Raises:
-            FletcherError: A worker could not load, or `meanwhile` failed; nothing is left running.
+            FletcherError: A worker could not load, or `meanwhile` failed. All workers are ended.
         """
         for handle in self._roster.all:
             handle.thread.start()
@@ -87,7 +92,7 @@ class WorkerPool:
         self._watcher.start()
 
     def close(self) -> None:
-        """Ends the workers; jobs still in them fail. Idempotent."""
+        """Ends the workers and fails the jobs that they still have. Idempotent."""
         self.closing.set()
         with self.changed:
             self.changed.notify_all()
@@ -103,27 +108,27 @@ class WorkerPool:
         self._retries.clear()
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Snapshot of each worker: its state, its rate, its jobs."""
+        """State, rate and number of jobs of each worker now."""
         with self.changed:
             return [handle.statistics() for handle in self._roster.all]
 
     @property
     def concurrency(self) -> int:
-        """Jobs that run at the same time when all workers live."""
+        """Number of bulk jobs that run at the same time when all workers are alive."""
         return self._roster.concurrency
 
     @property
     def usable(self) -> bool:
-        """Whether any worker takes work."""
+        """Whether at least one worker takes work."""
         return self._roster.usable
 
     @property
     def gone(self) -> bool:
-        """Whether no worker takes work and none will soon: jobs fail."""
+        """Whether no worker takes work, now or soon. If so, all jobs fail."""
         return self._roster.gone
 
     def error(self) -> OverloadedError:
-        """Error of every job while the pool is `gone`."""
+        """Error with which jobs fail while the pool is `gone`."""
         return OverloadedError(
             f"no {self._config.name} worker is running; they are being restarted, try again later",
             retry_after_ms=_RETRY_MS,
@@ -137,11 +142,11 @@ class WorkerPool:
         return self._roster.by_name[name].usable
 
     def rate(self, name: str) -> float:
-        """Cost per second of a busy worker; 0 before it is measured."""
+        """Job cost that a worker does in a second when busy; 0 before it is measured."""
         return self._roster.by_name[name].rate or 0.0
 
     def concurrency_of(self, name: str) -> int:
-        """Bulk jobs that a worker runs at the same time."""
+        """Number of bulk jobs that a worker runs at the same time."""
         return self._roster.by_name[name].concurrency
 
     def process_ids(self) -> list[int]:
@@ -150,7 +155,10 @@ class WorkerPool:
             return [one.process.pid for one in handles if one.alive and one.process]
 
     def idle_worker(self) -> str | None:
-        """Name of a usable worker; None if there is none, or if any worker has a job."""
+        """Name of a usable worker if the whole pool is idle, else None.
+
+        The pool is idle if no worker has a job and no job waits to be retried.
+        """
         with self.changed:
             if self._retries or self.closing.is_set():
                 return None
@@ -159,13 +167,13 @@ class WorkerPool:
     # Dispatch
 
     def dispatch_urgent(self) -> None:
-        """Sends urgent jobs to workers, as long as there are jobs and room.
+        """Sends urgent jobs to workers while there are such jobs and workers with room.
 
-        Call it when there is a new urgent job. Jobs without room are sent later, by the thread that
-        reads an answer.
+        Call this method when a new urgent job was added. Jobs for which no worker has room are sent
+        later, by the thread that reads a worker's next answer.
         """
         self._urgent_asked = True
-        # A thread that finds the lock taken does not wait: its holder looks again.
+        # If another thread holds the lock, this thread does not wait: that thread looks again.
         while self._urgent_asked and self._dispatching_urgent.acquire(blocking=False):
             try:
                 self._urgent_asked = False
@@ -176,7 +184,7 @@ class WorkerPool:
     def _send_urgent_jobs(self) -> None:
         while not self.closing.is_set():
             with self.changed:
-                # A retried job waits for an empty worker: nothing overtakes it.
+                # A retried job waits for a worker without jobs, so no other job may overtake it.
                 handle = None if self._retries else self._roster.choose(urgent=True)
                 gone = handle is None and self.gone
             if handle is None and not gone:
@@ -190,7 +198,7 @@ class WorkerPool:
                 self._send(handle, job)
 
     def _dispatch_bulk(self) -> None:
-        """Sends bulk jobs: waits for a free worker, then asks for the job."""
+        """Sends bulk jobs: waits for a worker with room, then asks the source for a job."""
         while not self.closing.is_set():
             handle, retry = self._free_worker()
             if self.closing.is_set():
@@ -202,7 +210,7 @@ class WorkerPool:
                 job = self._source.schedule(urgent=False, timeout_s=timeout_s)
             if job is None:
                 continue
-            # The wait for the job may have been long.
+            # The wait for the job may have been long, so the worker is checked again.
             if self.gone:
                 self.finish_job(job, None, self.error())
                 continue
@@ -213,9 +221,11 @@ class WorkerPool:
             self.dispatch_urgent()  # for jobs that found no room while this one was sent
 
     def _free_worker(self) -> tuple[WorkerHandle | None, bool]:
-        """Waits for a worker with room; returns it, and whether it is for a retried job.
+        """Waits for a worker with room.
 
-        Returns no worker if none is alive and none will be soon.
+        Returns:
+            The worker, and whether it is for a retried job. The worker is None if the pool is
+            closing, or if no worker takes work, now or soon.
         """
         with self.changed:
             while not self.closing.is_set():
@@ -238,7 +248,7 @@ class WorkerPool:
         with self.changed:
             self._roster.charge(handle, job.cost)
 
-    # Calls of the worker handles, see `Owner`
+    # Methods that worker handles call, see `Owner`
 
     def review(self, handle: WorkerHandle) -> None:
         self._roster.review(handle)
@@ -264,15 +274,15 @@ class WorkerPool:
             log.exception("%s: a job's result cannot be taken", self._config.name)
 
     def _watch(self) -> None:
-        """Ends workers whose jobs run too long; counts the time without any worker."""
+        """Ends workers whose jobs run too long; counts the time without usable workers."""
         timing = self._config.timing
         last = time.monotonic()
         while not self.closing.wait(min(timing.watch_s, timing.answer_timeout_s / 4)):
             now = time.monotonic()
-            # A pause of the whole machine or container is no worker's slowness.
+            # A pause of the whole machine or container must not count as running time of a job.
             elapsed_s, last = min(now - last, 2 * timing.watch_s), now
             with self.changed:
                 self._roster.elapse(elapsed_s)
                 gone = self.gone
-            if gone:  # else it might wait for a worker that it should end
+            if gone:  # only then: sending might block on a worker that this thread has to end
                 self.dispatch_urgent()

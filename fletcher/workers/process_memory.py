@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def memory_bytes(process_ids: Iterable[int], proc: Path = Path("/proc")) -> int:
-    """Returns the bytes of RAM that processes take together.
+    """Returns the bytes of RAM that processes use together.
 
-    Counts Linux' proportional set size (PSS): a page that four processes map counts a quarter for
-    each, so sums over processes are right. A process that is gone counts 0.
+    The result is the sum of Linux' proportional set sizes (PSS). If four processes map a page, each
+    counts a quarter of it, so no page counts twice in the sum. A process that has ended counts 0.
     """
     return sum(_pss(proc / str(one) / "smaps_rollup") for one in process_ids)
 

@@ -1,4 +1,4 @@
-"""Order in which a worker runs its requests."""
+"""Request queue: the order in which a worker runs its requests."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections import deque
 
 from fletcher.workers.messages import WorkerRequest
 
-# After so many urgent requests in a row, another one runs.
+# After so many urgent requests in a row, a waiting bulk request runs.
 _MAX_URGENT_IN_ROW = 8
 
 
 class RequestQueue:
-    """Requests that wait for a thread: urgent ones first, others now and then.
+    """Requests that wait for one of a worker's threads. Thread-safe.
 
-    At most `concurrency` requests that are not urgent run at a time. A worker with more threads
-    than that soon has one for an urgent request. Thread-safe.
+    Urgent requests run first, but a bulk request runs after several urgent ones in a row. At most
+    `concurrency` bulk requests run at a time. If the worker has more threads than `concurrency`,
+    the other threads are free for urgent requests.
     """
 
     def __init__(self, concurrency: int) -> None:
         self._concurrency = concurrency
         self._urgent: deque[WorkerRequest] = deque()
         self._others: deque[WorkerRequest] = deque()
-        self._num_others = 0  # that run
+        self._num_others = 0  # number of running bulk requests
         self._urgent_in_row = 0
         self._changed = threading.Condition()
 
@@ -46,7 +47,7 @@ class RequestQueue:
                 self._changed.wait()
 
     def finish_request(self, request: WorkerRequest) -> None:
-        """Frees the place of a request that has run."""
+        """Frees the room of a request that has run, so that another one can start."""
         if not request.urgent:
             with self._changed:
                 self._num_others -= 1

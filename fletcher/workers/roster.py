@@ -1,4 +1,4 @@
-"""The workers of one pool: which may be given work, and what each has."""
+"""Roster: the workers of one pool, their states, and the choice among them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class PoolTiming:
 
     Attributes:
         start_timeout_s: Longest time for a worker to load and warm up.
-        answer_timeout_s: Longest run of a job; then its worker is replaced.
-        idle_poll_s: Longest wait for a bulk job before the dispatcher looks up again.
+        answer_timeout_s: Longest time that a job may run. After that its worker is replaced.
+        idle_poll_s: Longest wait for a bulk job before the dispatcher checks the pool again.
         watch_s: Interval at which running jobs are checked.
-        patience_s: Time without any usable worker after which jobs fail. A worker that died is
-            mostly back within seconds, and clients would rather wait than get an error.
+        patience_s: Time without any usable worker after which jobs fail. A worker that died usually
+            works again within seconds, and clients would rather wait than get an error.
     """
 
     start_timeout_s: float = 300.0
@@ -41,12 +41,13 @@ class PoolConfig:
     """Workers of a pool, and how jobs are given to them.
 
     Attributes:
-        name: For logs and errors.
-        standby: Workers that start when none of `workers` is left, and end when one is back.
-        dispatch: Choice among workers with room; one of `STRATEGIES`.
-        prefetch: Bulk requests a worker holds beyond those it is running.
-        max_attempts: Deaths and failures of workers after which a job fails.
-        probe: Payload that every sound worker answers. None: failing workers are not ejected.
+        name: Name of the pool's kind of worker, for logs and errors.
+        standby: Workers that start when none of `workers` is left, and end when one of `workers` is
+            usable again.
+        dispatch: Strategy for the choice among workers with room; one of `STRATEGIES`.
+        prefetch: Number of bulk requests that a worker holds beyond those it is running.
+        max_attempts: A job fails when so many workers died of it or failed at it.
+        probe: Payload that every sound worker can answer. None: failing workers are not ejected.
     """
 
     name: str
@@ -61,9 +62,11 @@ class PoolConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolEvents:
-    """Callbacks with a worker's name: each time it died, and with each new state.
+    """Callbacks of a pool, which get the name of a worker. They must not block.
 
-    They must not block.
+    Attributes:
+        on_restart: Called each time a worker died.
+        on_state: Called with each new state of a worker.
     """
 
     on_restart: Callable[[str], None] = lambda _name: None
@@ -115,9 +118,10 @@ class Roster:
         """Returns a worker with room for a job, if there is one.
 
         Args:
-            retried: A job that a worker died of or failed at: it gets a worker for itself, another
-                if possible. If that fails too, the job is to blame.
-            urgent: The job is urgent.
+            retried: A job that a worker died of or failed at. It gets a worker without other jobs,
+                and not the same worker again if possible. If this worker fails too, the job is the
+                likely cause.
+            urgent: Whether the job is urgent.
         """
         usable = [one for one in self.by_name.values() if one.usable]
         if retried is not None:
@@ -128,7 +132,7 @@ class Roster:
         return free[self._chooser.choose([_candidate(one) for one in free])]
 
     def charge(self, handle: WorkerHandle, cost: int) -> None:
-        """Counts a job's cost for the next choices."""
+        """Charges a worker for a job, which later choices take into account."""
         rate = handle.rate or mean_rate([one.rate for one in self.by_name.values()])
         self._chooser.charge(handle.spec.name, cost, rate)
 
@@ -142,7 +146,7 @@ class Roster:
         return found
 
     def review(self, handle: WorkerHandle) -> None:
-        """Publishes a worker's new state and wakes waiting threads."""
+        """Reports a worker's state if it changed, and wakes waiting threads."""
         if handle.health.state == "ejected" and self._config.probe is None:
             handle.health.readmit()
         self._call_standby()
@@ -163,7 +167,7 @@ class Roster:
         return min((health.slowness for health in others), default=None)
 
     def elapse(self, elapsed_s: float) -> None:
-        """Adds time to all running jobs, and ends workers that exceed their limit."""
+        """Adds time to all running jobs, and ends workers whose job exceeds its limit."""
         self._alone_s = 0.0 if self.usable else self._alone_s + elapsed_s
         for one in self.by_name.values():
             self._end_overdue(one, elapsed_s)
@@ -171,7 +175,10 @@ class Roster:
         self._changed.notify_all()
 
     def _call_standby(self) -> None:
-        """Starts standby workers if no regular one is left; else ends them."""
+        """Starts standby workers if no regular worker is left.
+
+        Ends idle standby workers if a regular worker is usable.
+        """
         if any(one.usable for one in self.regular):
             for one in self.standby:
                 one.wanted.clear()

@@ -1,4 +1,4 @@
-"""Handle of one worker process: starts it, sends jobs, reads answers."""
+"""Worker handle: starts one worker process, sends jobs and reads answers."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Owner(Protocol):
     """A worker handle's view of its pool.
 
     Attributes:
-        changed: Guards the jobs and states of all handles; notified by `review`.
-        closing: Set when the pool ends.
-        probe: Payload that every sound worker answers; None: workers are not probed.
+        changed: Lock of the jobs and states of all handles. `review` notifies its waiting threads.
+        closing: Set when the pool closes.
+        probe: Payload that every sound worker can answer. None: workers are not probed.
     """
 
     changed: threading.Condition
@@ -45,10 +45,10 @@ class Owner(Protocol):
     probe: Any
 
     def review(self, handle: WorkerHandle) -> None:
-        """Takes note of a handle's new jobs or state; called with `changed` held."""
+        """Notes that a handle's jobs or state changed. Called with `changed` held."""
 
     def least_slowness(self, handle: WorkerHandle) -> float | None:
-        """Slowness of the soundest other worker; None if there is no other."""
+        """Least slowness of the other usable workers; None if there are none."""
 
     def worker_died(self, handle: WorkerHandle) -> None:
         """Counts the death of a worker's process."""
@@ -60,19 +60,19 @@ class Owner(Protocol):
         """Hands a job's result or error to its source."""
 
     def dispatch_urgent(self) -> None:
-        """Sends waiting urgent jobs, for which there may be room now."""
+        """Sends waiting urgent jobs. Called when a worker may have room for them."""
 
 
 class WorkerHandle:
     """Front process' end of one worker.
 
-    The handle's thread starts the process and lives as long as it: the kernel sends
+    The handle's thread starts the process and must live as long as the process: the kernel sends
     PR_SET_PDEATHSIG when the *thread* that started a child ends.
 
     Args:
-        prefetch: Requests the worker holds beyond those it is running.
-        wanted: Whether the worker starts with the pool; else it is on standby until `wanted` is
-            set.
+        prefetch: Number of requests that the worker holds beyond those it is running.
+        wanted: Whether the worker starts together with the pool. If False, it is on standby until
+            the handle's event `wanted` is set.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class WorkerHandle:
 
     @property
     def state(self) -> str:
-        """`standby`, `starting`, `down` (cannot start), or its health."""
+        """`standby`, `starting`, `down` (cannot start), or the worker's health state."""
         if self.alive:
             return self.health.state
         if not self.wanted.is_set():
@@ -125,26 +125,29 @@ class WorkerHandle:
 
     @property
     def rate(self) -> float | None:
-        """Cost per second with all its runs busy; None before the first measurement."""
+        """Job cost that the worker does in a second when all its runs are busy.
+
+        None before the first measurement.
+        """
         return None if self.health.rate is None else self.health.rate * self.concurrency
 
     def has_room(self, *, alone: bool = False, urgent: bool = False) -> bool:
-        """Whether another job fits.
+        """Whether the worker has room for another job.
 
         Args:
-            alone: The job needs the worker for itself.
-            urgent: The job is urgent: only other urgent ones delay it.
+            alone: Whether the job needs a worker without other jobs.
+            urgent: Whether the job is urgent. Only other urgent jobs count against its room.
         """
         if alone or any(job.attempts for job in self._jobs.values()):
             return not self._jobs
         if urgent and self._sending.locked():  # the worker may be slow to read what is being sent
             return False
-        # Waiting urgent work is better joined into one run: none is fetched ahead.
+        # Urgent jobs are not prefetched: those that wait can then be joined into one run.
         most = self.concurrency + (self.urgent_concurrency if urgent else self._prefetch)
         return sum(job.urgent == urgent for job in self._jobs.values()) < most
 
     def running(self) -> Sequence[Job]:
-        """Jobs that may have begun: urgent ones first, others in order."""
+        """Jobs that may have begun: all urgent jobs, then the first bulk jobs."""
         jobs = list(self._jobs.values())
         others = [job for job in jobs if not job.urgent]
         return [job for job in jobs if job.urgent] + others[: self.concurrency]
@@ -166,7 +169,7 @@ class WorkerHandle:
         }
 
     def send_job(self, job: Job) -> None:
-        """Sends a job to the worker, or to another one if it just died.
+        """Sends a job to the worker; if the worker just died, the job is retried.
 
         Raises:
             Exception: The job cannot be pickled, and was not sent.
@@ -221,10 +224,11 @@ class WorkerHandle:
                 self._read(connection)
                 self._clear(connection)
                 lived_s = time.monotonic() - started
-            # A first death may have any cause; several in a row are a reason to wait.
+            # A first death may have any cause, so the restart is immediate. Several deaths in a row
+            # are a reason to wait.
             num_failures = self._failures if self.failure else self._failures - 1
             pause_s = RESTART_BACKOFF.delay_s(num_failures, self._rng.random())
-            if lived_s > pause_s:  # it lived, but perhaps without a request
+            if lived_s > pause_s:  # it lived long enough, though perhaps without a request
                 pause_s, self._failures = 0.0, 0
             closing.wait(pause_s)
 
@@ -273,7 +277,7 @@ class WorkerHandle:
             except Exception:
                 log.exception("%s sent an answer that cannot be read", self.spec.name)
                 return
-            # Not the request's fault: another worker may succeed.
+            # Such errors are not the request's fault: another worker may succeed.
             failed = isinstance(message, Failure) and isinstance(
                 message.error, (InternalError, BackendError)
             )
@@ -316,7 +320,10 @@ class WorkerHandle:
             self._owner.retry_job(job, error)
 
     def _send_probe(self) -> None:
-        """Sends an ejected worker its probe, which readmits or replaces it."""
+        """Sends a probe to an ejected worker.
+
+        If the worker answers the probe it is readmitted, else replaced.
+        """
         if self.health.state == "ejected" and not any(job.probe for job in self._jobs.values()):
             self.send_job(Job(self._owner.probe, probe=True))
 
@@ -346,7 +353,7 @@ class WorkerHandle:
 
     def _reap(self, connection: Connection) -> None:
         self.kill()
-        with self._sending:  # else a writer might use a descriptor whose number is taken again
+        with self._sending:  # else a sender might write to a reused descriptor number
             connection.close()
         if self.process is not None:
             self.process.wait()

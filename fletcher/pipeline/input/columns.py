@@ -1,4 +1,4 @@
-"""Used columns of a client's input: found by name, validated, and decoded."""
+"""Input columns that a command uses: found by name, validated and decoded."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from fletcher.errors import (
 )
 from fletcher.pipeline.input.arrays import decoded_bytes, validate, viewed_bytes, without_views
 
-# Least bytes of a row in this process, whatever its size on the wire: offsets, lengths, masks.
+# Least memory of a row in this process, for offsets, lengths and masks. A row may be smaller on the
+# wire.
 _ROW_BYTES = 16
 
 
 class InputColumns:
-    """Used columns of one call's input.
+    """Columns of one call's input that the command uses.
 
     Args:
         max_message_bytes: Largest decoded size of one batch.
 
     Attributes:
         text: Index of the text column.
-        has_metadata: Whether there is a `metadata` column of strings.
-        carried: Fields of columns that are copied to the output, as they leave.
-        only_texts: Whether the input is one flat column named `text`, as a search sends it.
+        has_metadata: Whether the input has a `metadata` column of strings.
+        carried: Output fields of the columns that are copied from input to output.
+        only_texts: Whether `text` is the only column and holds no views or dictionary, as in a
+            search.
 
     Raises:
-        UnknownColumnError: A named column does not exist.
+        UnknownColumnError: The input has no column of a name in the command.
         ColumnTypeError: The type of the text or id column is not accepted.
-        InvalidCommandError: Several columns have the name.
+        InvalidCommandError: The input has several columns of a name in the command.
     """
 
     def __init__(self, schema: pa.Schema, options: EmbedCommand, max_message_bytes: int) -> None:
@@ -49,13 +51,14 @@ class InputColumns:
         self.only_texts = only_texts and _is_flat_text(kind)
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Validates a batch; returns its `text`, `id`, `metadata` and `carried:NAME`.
+        """Validates a batch and returns its used columns.
 
-        Dictionaries of texts stay; all other dictionaries and views are decoded.
+        The returned columns are named `text`, `id`, `metadata` and `carried:NAME`. A text column
+        that is a dictionary stays one. All other dictionaries, and all views, are decoded.
 
         Raises:
             BatchTooLargeError: The batch, as received or decoded, exceeds `max_message_bytes`.
-            InvalidUtf8Error, ColumnTypeError: Its arrays are not valid.
+            InvalidUtf8Error, ColumnTypeError: The batch has invalid arrays.
         """
         self._check_size(
             max(batch.get_total_buffer_size(), _ROW_BYTES * batch.num_rows),
@@ -68,7 +71,7 @@ class InputColumns:
         for key, array in arrays.items():
             name = key.removeprefix("carried:")
             validate(array, name)
-            # A few bytes may stand for many, which are counted before they are decoded.
+            # A few bytes of views may stand for many bytes. So the size is checked before decoding.
             self._check_size(viewed_bytes(array), f"`{name}` holds views of")
             arrays[key] = without_views(array)
             if key != "text":
@@ -76,7 +79,11 @@ class InputColumns:
         return pa.RecordBatch.from_pydict(arrays)
 
     def decoded(self, array: pa.Array, name: str) -> pa.Array:
-        """Decodes a column if it is a dictionary. Raises BatchTooLargeError."""
+        """Decodes a column if it is a dictionary; returns other columns as they are.
+
+        Raises:
+            BatchTooLargeError: The decoded column would exceed `max_message_bytes`.
+        """
         if not pa.types.is_dictionary(array.type):
             return array
         self._check_size(decoded_bytes(array), f"column `{name}` stands for")
@@ -85,8 +92,8 @@ class InputColumns:
     def held_bytes(self, batch: pa.RecordBatch, checked: pa.RecordBatch, text_bytes: int) -> int:
         """Returns the bytes that a batch keeps in memory beside its texts.
 
-        Counts unused columns, too: a column that came over Flight keeps its whole message in
-        memory, and its buffers may hold more than its rows refer to.
+        Unused columns count too: any column received over Flight keeps the whole message in memory.
+        Bytes of the buffers that no row refers to count for the same reason.
         """
         text = batch.column(self.text)
         if pa.types.is_dictionary(text.type):
@@ -108,7 +115,7 @@ class InputColumns:
 
 
 def _place(schema: pa.Schema, name: str, field: str) -> int:
-    """Returns the index of the column that an option, `field`, names."""
+    """Returns the index of the column `name`, which the command gives in `field`."""
     indices = schema.get_all_field_indices(name)
     if len(indices) == 1:
         return int(indices[0])
@@ -140,7 +147,7 @@ def _id(schema: pa.Schema, options: EmbedCommand) -> int | None:
 
 
 def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
-    """Returns the index of a utf8 column if exactly one has the name."""
+    """Returns the index of the column `name` if it is utf8 and the only one so named."""
     indices = schema.get_all_field_indices(name)
     if len(indices) == 1 and pa.types.is_string(schema.field(indices[0]).type):
         return int(indices[0])
@@ -148,7 +155,7 @@ def _optional_utf8(schema: pa.Schema, name: str) -> int | None:
 
 
 def _check_text(field: pa.Field) -> pa.DataType:
-    """Returns the type of a text column."""
+    """Returns the type of a text column. Raises ColumnTypeError if it is not accepted."""
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     if not (_is_flat_text(kind) or pa.types.is_string_view(kind)):
         raise ColumnTypeError(
@@ -161,12 +168,15 @@ def _check_text(field: pa.Field) -> pa.DataType:
 
 
 def _is_flat_text(kind: pa.DataType) -> bool:
-    """Whether an array holds consecutive texts and their offsets, without views."""
+    """Whether arrays of a type hold consecutive texts and offsets, without views."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _plain(field: pa.Field) -> pa.Field:
-    """Returns the field of a decoded column: stores read no dictionaries and views."""
+    """Returns the field of a column after decoding its dictionary or views.
+
+    Stores read neither dictionaries nor views.
+    """
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     return pa.field(field.name, _UNVIEWED.get(kind, kind))
 

@@ -1,9 +1,10 @@
 """Intake of documents that span several rows (`continuous`).
 
-Consecutive rows with the same id are one document, across batches; its text is that of its rows,
-joined. Text that can be tokenized already leaves as parts of one long text
-(`fletcher.pipeline.input.text_parts`). Text that later rows may change, mostly the last word, is
-held back. So the chunks are those of the joined text.
+Consecutive rows with the same id are one document, even if they are in different batches. The
+document's text is the joined text of its rows. Text that can be tokenized already is sent on as
+parts of one long text (`fletcher.pipeline.input.text_parts`). The end of the text so far, mostly
+its last word, is held back, because later rows may continue that word. So the chunks are the same
+as if the whole text had come in one row.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fletcher.pipeline.input.row_slice import RowSlice
 from fletcher.pipeline.input.text_parts import last_end, part_ends
 from fletcher.pipeline.row_errors import RowErrors
 
-# Size of the parts of text without spaces between words, such as Chinese.
+# Most bytes that are held back of text without spaces between words, such as Chinese.
 _MAX_HELD_BYTES = 4096
 
 
@@ -34,9 +35,11 @@ class _Document:
     """A document whose end has not been received.
 
     Attributes:
-        row: Its first row, with an empty text.
-        held: End of its text, which later rows may change.
-        failed: It failed, and its error was sent; the rest of it is dropped.
+        row: The document's first row, with an empty text.
+        row_first: Offset of that row in the upload.
+        held: End of the text so far, which is held back because later rows may continue it.
+        num_parts: Number of text parts so far.
+        failed: The document's error was sent. Its further rows are dropped.
     """
 
     row: pa.RecordBatch
@@ -46,7 +49,7 @@ class _Document:
     failed: bool = False
 
     def goes_on(self, ids: pa.Array | None) -> bool:
-        """Whether rows with these ids begin with more of the document."""
+        """Whether the first of these ids is the document's, so that its text goes on."""
         if ids is None:
             return True
         found = ids[0].as_py()
@@ -55,7 +58,10 @@ class _Document:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Part of a document's text (the last unless `continued`), or its error."""
+    """One part of a document's text, or the document's error.
+
+    Without `continued` it is the last part.
+    """
 
     document: _Document
     text: bytes
@@ -64,7 +70,7 @@ class _Part:
 
 
 class DocumentIntake(Intake):
-    """Intake of documents in several rows; arguments are those of `Intake`."""
+    """Intake of documents in several rows. Takes the arguments of `Intake`."""
 
     _document: _Document | None = None
 
@@ -78,10 +84,11 @@ class DocumentIntake(Intake):
         skip: Skip | None = None,
         ends: bool = False,
     ) -> Iterator[RowSlice]:
-        """Validates a batch; yields parts of documents, or an empty slice.
+        """Validates a batch; yields a row slice for each part, or one empty slice.
 
-        A row slice is one part of a document, and has one row: the document's first. Arguments and
-        errors are those of `Intake.row_slices`; with `ends` the last document ends with this batch.
+        Each row slice is one text part of a document. Its only row is the document's first row.
+        Arguments and errors are those of `Intake.row_slices`. With `ends` the last document ends
+        with this batch.
         """
         assert skip is None  # only uploads skip rows
         used = self._columns.checked(batch)
@@ -93,7 +100,7 @@ class DocumentIntake(Intake):
         yield from self._made(found, used, batch_id, priority)
 
     def rest(self) -> Iterator[RowSlice]:
-        """Yields the end of the last document, unless it has ended."""
+        """Yields the row slices of the last document's end, unless it ended before."""
         document = self._document
         if document is not None:
             priority = self._priority_of(1, len(document.held))
@@ -124,13 +131,16 @@ class DocumentIntake(Intake):
             yield from self._go_on(document, view[offsets[first] : offsets[end]], ends=complete)
             if bad is not None:
                 document.failed = True
-                # The error also ends the text so far, which later rows would continue.
+                # In the pipeline, this part also ends the text so far, which would else continue.
                 yield _Part(document, b"", error=errors.between(bad, bad + 1)[0])
         if ends:
             yield from self._end()
 
     def _go_on(self, document: _Document, text: memoryview, *, ends: bool) -> Iterator[_Part]:
-        """Yields the parts of a document that are ready; all of it if it ends."""
+        """Adds text to a document and yields the parts that are complete.
+
+        With `ends` these are all parts up to the end of the document.
+        """
         if document.held:
             text = memoryview(document.held + text)
         max_bytes = self._limits.slice_bytes
@@ -153,8 +163,11 @@ class DocumentIntake(Intake):
     def _made(
         self, parts: Iterable[_Part], rows: pa.RecordBatch, batch_id: int | None, priority: Priority
     ) -> Iterator[RowSlice]:
-        """Yields row slices for parts, and marks the last; without parts, an empty slice."""
-        # Every batch gets an answer, whose memory its slice holds.
+        """Yields a row slice for each part, and marks the last one with `last`.
+
+        Yields one empty slice if there are no parts.
+        """
+        # Every batch gets an answer, so even an empty slice holds memory for one.
         row_slice = RowSlice(
             batch_id=batch_id,
             row_first=0,
@@ -165,7 +178,7 @@ class DocumentIntake(Intake):
             num_bytes=self._limits.bytes_per_row,
             priority=priority,
             last=False,
-            # Of the current document, so that its state stays.
+            # Number of the next part: only part 0 makes the assembler begin a new document.
             part=self._document.num_parts if self._document else 0,
         )
         nothing = row_slice
@@ -192,7 +205,10 @@ class DocumentIntake(Intake):
 
 
 def _runs(ids: pa.Array | None, num_rows: int) -> Iterator[tuple[int, int]]:
-    """Yields ranges of consecutive rows with the same id; null ids are alone."""
+    """Yields ranges of consecutive rows with the same id.
+
+    A row with a null id is a range by itself. Without ids, all rows are one range.
+    """
     if ids is None or num_rows < 2:
         return iter([(0, num_rows)] if num_rows else [])
     others = pc.fill_null(pc.not_equal(ids[1:], ids[:-1]), True)

@@ -1,8 +1,9 @@
 """Intake of a client's batches: validation, and division into row slices.
 
-An `Intake` belongs to one call. It validates every batch before anything reads it, because Arrow
-does not detect bad offsets and invalid UTF-8. It finds rows that cannot be embedded, and cuts the
-rest into `RowSlice`s: the distinct texts to embed, and the index of each row's vector.
+An `Intake` belongs to one call. It validates every batch before other code reads the batch, because
+Arrow does not detect bad offsets and invalid UTF-8 when it receives one. It finds rows that cannot
+be embedded, and cuts the batch into `RowSlice`s. A row slice has the distinct texts to embed, and
+the index of each row's vector.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ from fletcher.pipeline.input.text_parts import part_ends
 from fletcher.pipeline.interactive.single_row import single_text
 from fletcher.pipeline.row_errors import RowErrors
 
-# From used columns of consecutive rows, and the offset of the first in the upload, to a mask.
+# Takes the used columns of consecutive rows, and the offset of the first row in the upload. Returns
+# bool [num_rows], True for rows that need no vector.
 Skip = Callable[[pa.RecordBatch, int], BoolArray]
 
 
 @dataclass(frozen=True, slots=True)
 class TextTreatment:
-    """Treatment of all texts of a call.
+    """Settings for embedding that apply to all texts of a call.
 
     Attributes:
-        prompt: Literal text put before every text.
+        prompt: Literal text that is put in front of every text.
         layers: Exit layer that vectors come from; 0: the last.
-        chunking: How texts are cut into chunks; None: they are not.
-        chunk_overhead: Tokens of each chunk that are not the text's: the prompt's and special ones.
-        half: Vectors of bulk work are float16 from the graph on.
+        chunking: How texts are cut into chunks. None: texts are not cut.
+        chunk_overhead: Number of prompt tokens and special tokens in each chunk.
+        half: Whether the model's graph outputs float16 vectors for bulk work.
     """
 
     prompt: str = ""
@@ -50,17 +52,18 @@ class TextTreatment:
 
 
 class Intake:
-    """One call's input.
+    """Input of one call.
 
     Args:
-        small_is_interactive: Batches of a few short rows overtake bulk work.
+        carry_text: Whether the output has the texts.
+        small_is_interactive: Whether batches of a few short rows overtake bulk work.
 
     Attributes:
-        id_type: Type of the ids; utf8 without an id column.
-        carried_fields: Fields of columns that are copied to the output, as they leave.
+        id_type: Type of the ids; utf8 if the input has no id column.
+        carried_fields: Output fields of the columns that are copied from input to output.
 
     Raises:
-        FletcherError: As `InputColumns`.
+        FletcherError: The schema or the command is wrong; the errors are those of `InputColumns`.
     """
 
     def __init__(
@@ -99,18 +102,20 @@ class Intake:
         skip: Skip | None = None,
         ends: bool = False,  # noqa: ARG002 - every row is a whole text
     ) -> Iterator[RowSlice]:
-        """Validates a batch and yields its row slices, at least one.
+        """Validates a batch and yields one or more row slices.
 
         Args:
-            row_first: Offset of its first row in the upload.
-            keep: Returns whether a dictionary's vectors, of so many bytes, may be kept for later
-                batches.
-            skip: Returns the rows of a slice that need no vector; None: all rows need one.
-            ends: Whether a text ends with the last row. Only `DocumentIntake` uses it.
+            batch_id: The client's number of the batch, or its position in the call.
+            row_first: Offset of the batch's first row in the upload.
+            keep: Returns whether the vectors of a dictionary may be kept for later batches. Gets
+                their size in bytes.
+            skip: Returns a mask of the rows in a slice that need no vector. None: all rows need
+                one.
+            ends: Whether the last row ends its text. Only `DocumentIntake` uses this argument.
 
         Raises:
             BatchTooLargeError: The batch is larger than `max_message_bytes`.
-            InvalidUtf8Error, ColumnTypeError: Its arrays are not valid; nothing of it was used.
+            InvalidUtf8Error, ColumnTypeError: The batch has invalid arrays. No row of it was used.
         """
         plain = self._columns.only_texts and self._chunking is None
         if plain and batch.num_rows == 1 and skip is None:
@@ -141,7 +146,7 @@ class Intake:
         errors = RowErrors(used, sizes, self._limits.max_row_bytes)
         held_bytes = self._columns.held_bytes(batch, used, int(sizes.sum()))
         shared = new_table = False
-        rows = self._chunking is not None and self._chunking.rows  # a table has one vector a value
+        rows = self._chunking is not None and self._chunking.rows  # a table has 1 vector per value
         if dictionary is not None and len(dictionary) <= self._limits.table_values and not rows:
             new_table = self._dictionary is None or not self._dictionary.equals(dictionary)
             shared = not new_table or self._remember(dictionary, keep)
@@ -192,12 +197,14 @@ class Intake:
         """Returns the distinct texts of wanted rows.
 
         Args:
-            codes: [num_rows], index of each row's text in `words`; any for unwanted rows.
-            shared: `words` is the dictionary whose vectors are kept: texts that were embedded
-                before are left out.
+            codes: [num_rows], index of each row's text in `words`; arbitrary for unwanted rows.
+            words: The texts that `codes` refers to.
+            wanted: bool [num_rows], whether a row needs a vector.
+            shared: Whether `words` is the dictionary whose vectors are kept. If so, texts of it
+                that were embedded before are left out.
 
         Returns:
-            `values`, `texts` and `new_values` of a row slice.
+            `values`, `texts` and `new_values` of a `RowSlice`, in this order.
         """
         values = np.where(wanted, codes, -1).astype(np.int32)
         new = np.unique(values[values >= 0])
@@ -209,11 +216,14 @@ class Intake:
         return np.where(values >= 0, places, -1).astype(np.int32), words.take(pa.array(new)), None
 
     def rest(self) -> Iterator[RowSlice]:
-        """Yields row slices of the call's end; only `DocumentIntake` has some."""
+        """Yields the row slices that are left at the end of the call.
+
+        Only `DocumentIntake` yields any.
+        """
         return iter(())
 
     def _single_row(self, batch: pa.RecordBatch, batch_id: int, row_first: int) -> RowSlice | None:
-        """Returns the row slice of one text; None if it is null or too large."""
+        """Returns the row slice of a batch of one text; None if it is null or too large."""
         text = batch.column(self._columns.text)
         validate(text, "text")
         size = batch.get_total_buffer_size()
@@ -236,9 +246,10 @@ class Intake:
         )
 
     def _parts(self, row_slice: RowSlice, rows_bytes: int) -> Iterator[RowSlice]:
-        """Yields a row slice, or one for each part of a long text in chunks.
+        """Yields the row slice, or one slice for each part of a long text in chunks.
 
-        The last part counts `rows_bytes`, the memory of the rows, which stay until it is done.
+        Only the slice of the last part counts `rows_bytes`, the memory of the rows: the rows stay
+        in memory until that part is done.
         """
         data = row_slice.texts.data
         if self._chunking is None or row_slice.texts.num_texts != 1:
@@ -263,8 +274,8 @@ class Intake:
             )
 
     def _remember(self, dictionary: pa.Array, keep: Callable[[int], bool]) -> bool:
-        """Keeps a dictionary for a table of its vectors, if there is room for it."""
-        # A value of the table takes half of the memory that a row takes in the pipeline.
+        """Keeps a dictionary if there is room for a table of its vectors."""
+        # A value in the table takes half as much memory as a row in the pipeline.
         num_bytes = int(dictionary.nbytes) + len(dictionary) * self._limits.bytes_per_row // 2
         kept = keep(num_bytes)
         self._dictionary = dictionary if kept else None
@@ -290,7 +301,10 @@ class Intake:
         )
 
     def is_bulk(self, batch: pa.RecordBatch) -> bool:
-        """Whether a call whose first batch this is, not validated yet, brings bulk work."""
+        """Whether a call is bulk work, judged by its first batch.
+
+        The batch need not be validated yet: only its number of rows is read.
+        """
         return self._priority_of(batch.num_rows, 0) == "bulk"
 
     def _priority_of(self, num_rows: int, num_bytes: int) -> Priority:
@@ -301,13 +315,16 @@ class Intake:
 
 
 def _codes(texts: pa.DictionaryArray) -> Int64Array:
-    """Returns int64 [n], a dictionary's codes; -1 for nulls."""
+    """Returns int64 [n], the codes of a dictionary array; -1 for nulls."""
     codes: Int64Array = texts.indices.cast(pa.int64()).fill_null(-1).to_numpy()
     return codes
 
 
 def _cuts(sizes: Int64Array, max_rows: int, max_bytes: int) -> list[tuple[int, int]]:
-    """Returns row ranges of at most `max_rows` and `max_bytes`, but at least one row."""
+    """Cuts rows into ranges of at most `max_rows` rows and `max_bytes` bytes.
+
+    A row with more bytes is a range by itself. Without rows, returns one empty range.
+    """
     if len(sizes) == 0:
         return [(0, 0)]
     ends = np.cumsum(sizes)

@@ -1,4 +1,4 @@
-"""Payload of the pipeline: rows of a client's batch, and their texts."""
+"""Row slice: rows of a client's batch that travel through the pipeline together."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ class RowSlice:
     """Consecutive rows of one batch.
 
     Attributes:
-        batch_id: The client's number of the batch, or its position in the call; None: the slice
-            belongs to the call's end, not to a batch.
+        batch_id: The client's number of the batch, or its position in the call. None: the slice
+            was made at the end of the call and belongs to no batch.
         row_first: Offset of the first row in the upload.
-        rows: Used columns of these rows.
-        texts: Texts to embed, each once.
-        values: int32 [num_rows], index of each row's vector in the table; -1 for none.
-        timestamp_ns: When the batch was received, ns since the epoch.
+        rows: Used columns of the rows.
+        texts: Texts to embed, without repetitions.
+        values: int32 [num_rows], index of each row's vector in a table of vectors (`new_values`);
+            -1 for rows without a vector.
+        timestamp_ns: When the batch was received, in ns since the epoch.
         num_bytes: Most memory that the slice holds in the pipeline.
-        priority: Whether it overtakes bulk work.
-        last: Whether it ends its batch.
-        part: Index of the text part, for a long text in chunks; `texts` says whether more follow.
-        errors: Errors by row of the slice.
-        skipped: int64 [n], rows of the slice that need no vector, and have no error.
-        new_values: int32 [num_texts], indices of the vectors of `texts` in a table that slices
-            share; None: the vectors are the table.
-        new_table: Size of a shared table that begins with this slice; None: the table continues.
+        priority: Whether the slice is interactive, and overtakes bulk work, or bulk work.
+        last: Whether this is the last slice of its batch.
+        part: Index of the text part, if the slice is a part of a long text in chunks. Whether more
+            parts follow is in `texts.continued`.
+        errors: Errors of failed rows, by the row's index in the slice.
+        skipped: int64 [n], indices of rows in the slice that need no vector and have no error.
+        new_values: int32 [num_texts], indices of the vectors of `texts` in a table that several
+            slices share. None: the table consists of the vectors of `texts` alone.
+        new_table: Number of vectors in the shared table, if a new table begins with this slice.
+            None: the slice uses the table of the slices before it, or no shared table.
     """
 
     batch_id: int | None

@@ -1,10 +1,10 @@
 """Division of a long text into parts that are tokenized one after the other.
 
-A part ends where tokenizers end a word anyway: before a space between two letters or digits of any
-script. `fletcher.tokenization.shorten` proves that for BERT's tokenizer. SentencePiece and
-byte-level BPE attach a space to the word after it, so their parts have the tokens of the whole
-text, too. A part without such a place ends before other white space, else at any character: the
-word there may get other tokens than it has in the whole text.
+A part ends where every tokenizer ends a word: before a space between two letters or digits of any
+script. There, the parts have the same tokens as the whole text. `fletcher.tokenization.shorten`
+proves that for BERT's tokenizer. It also holds for SentencePiece and byte-level BPE, which attach a
+space to the word after it. If a part has no such place, it ends before other white space, or else
+at any character. The word at that place may get other tokens than in the whole text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-# Greedy, to find the last place; any number of other spaces may follow it.
+# Matches up to the last space between two letters or digits, because it is greedy.
 _BETWEEN_WORDS = re.compile(r".* (?<=[^\W_] )(?=[^\W_])", re.DOTALL)
 _SPACE = np.zeros(256, np.bool_)
 _SPACE[list(b" \t\n\r")] = True
@@ -22,7 +22,7 @@ _SPACE[list(b" \t\n\r")] = True
 def part_ends(text: bytes | memoryview, max_bytes: int) -> list[int]:
     """Returns the positions at which the parts of a UTF-8 text end.
 
-    A part has at most `max_bytes`, which is at least 4.
+    A part has at most `max_bytes` bytes; `max_bytes` is at least 4.
     """
     ends = []
     first = 0
@@ -37,11 +37,11 @@ def last_end(text: bytes | memoryview, max_bytes: int) -> int:
 
     Args:
         text: UTF-8, the text so far.
-        max_bytes: At least 4. A text with more bytes after its last good place is cut at a worse
-            one.
+        max_bytes: Most bytes that stay behind the returned position, at least 4. If more follow
+            the last space between words, the text is cut at a worse place.
 
     Returns:
-        Bytes; 0 if no part is complete yet.
+        Number of bytes; 0 if no part is complete yet.
     """
     held = bytes(text)
     end = _between_words(held)
@@ -49,8 +49,9 @@ def last_end(text: bytes | memoryview, max_bytes: int) -> int:
 
 
 def _end(text: bytes | memoryview, first: int, max_bytes: int) -> int:
-    """Returns the last good end of a part that begins at `first`."""
-    # A part may end at its limit: the space there and the character after it matter, too.
+    """Returns the best end of a part that begins at `first`: the last good place."""
+    # A part may end right at its limit. To see that, the search needs one byte for the space there
+    # and up to four for the character after it.
     end = _between_words(bytes(text[first : first + max_bytes + 1 + 4]), max_bytes)
     if end:
         return first + end
@@ -64,10 +65,12 @@ def _end(text: bytes | memoryview, first: int, max_bytes: int) -> int:
 def _between_words(text: bytes, limit: int | None = None) -> int:
     """Returns the position of the last space between letters or digits, or 0.
 
-    The text may end within a character; `limit` is the largest position.
+    Args:
+        text: UTF-8; may end within a character.
+        limit: Largest position to return; None: no limit.
     """
     words = text.decode(errors="ignore")
-    # Up to the limit, the space behind it, and one character more.
+    # Number of characters up to the limit, plus the space at the limit and the character after it.
     end = len(words) if limit is None else len(text[:limit].decode(errors="ignore")) + 2
     found = _BETWEEN_WORDS.match(words, 0, end)
     return 0 if found is None else len(found[0].encode()) - 1

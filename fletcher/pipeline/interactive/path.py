@@ -1,4 +1,7 @@
-"""Execution of short texts in this process; see `fletcher.pipeline.interactive`."""
+"""Execution of short texts in the front process.
+
+See `fletcher.pipeline.interactive`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,12 @@ from fletcher.telemetry.tracing import Telemetry
 
 log = logging.getLogger(__name__)
 
-# A sentence or two tokenizes in a fraction of a millisecond, less than a round trip to a process.
+# Limits of the texts that are tokenized here. One or two sentences take a fraction of a
+# millisecond, which is less than a round trip to another process.
 _MAX_TEXTS = 4
 _MAX_BYTES = 4096
-# Memory of a longer run would stay with this process for good, and nothing watches it here.
+# Most tokens that run here. An engine keeps the memory of its longest run, and nothing limits the
+# engine's memory in this process.
 _MAX_TOKENS = 1024
 
 Run = Callable[[MicroBatch], InferenceResult]
@@ -28,12 +33,13 @@ Run = Callable[[MicroBatch], InferenceResult]
 
 @dataclass(frozen=True, slots=True)
 class InlineModel:
-    """Copies of a model's parts in this process.
+    """Copies of a model's tokenizer and engine in the front process.
 
     Attributes:
-        tokenize: Tokenizes a few short texts, on one thread at a time. None: there is no copy, as
-            under `--isolate-engine`.
-        load: Loads the engine, for one run at a time; returns None if there is no copy.
+        tokenize: Tokenizes a few short texts, on one thread at a time. None: this process has no
+            copy of the tokenizer, as under `--isolate-engine`.
+        load: Loads the engine, which does one run at a time. Returns None if this process gets no
+            copy of the engine.
     """
 
     tokenize: Callable[[TextBatch], TokenBatch] | None = None
@@ -42,13 +48,13 @@ class InlineModel:
 
 @dataclass(frozen=True, slots=True)
 class InteractiveHost:
-    """The embedder's side of the single-text path.
+    """Functions of the embedder that the interactive path calls.
 
     Attributes:
-        idle_device: Name of the replica to which a run is counted; None unless the scheduler and
-            all replicas are idle.
+        idle_device: Returns the name of the replica whose counters count a run here. Returns None
+            unless the scheduler and all replicas are idle.
         schedule: Puts a ticket on the ordinary path.
-        plan: Cuts lengths into micro-batches for one runner.
+        plan: Divides rows, given their lengths, into micro-batches for one runner.
     """
 
     idle_device: Callable[[], str | None]
@@ -58,7 +64,7 @@ class InteractiveHost:
 
 
 class InteractivePath:
-    """Tokenizer and engine of one model in this process. Thread-safe."""
+    """Tokenizer and engine of one model in the front process. Thread-safe."""
 
     def __init__(
         self, model: InlineModel, host: InteractiveHost, usage: DeviceUsage, telemetry: Telemetry
@@ -77,7 +83,7 @@ class InteractivePath:
 
     @property
     def has_engine(self) -> bool:
-        """Whether texts can run in this process."""
+        """Whether this process has an engine that can embed texts."""
         return self._engine is not None
 
     def tokenize(self, texts: TextBatch) -> TokenBatch | None:
@@ -90,10 +96,12 @@ class InteractivePath:
     def run_ticket(self, ticket: StreamTicket) -> bool:
         """Embeds a ticket's texts in this process.
 
-        Short interactive texts are tokenized here in any case, and run here if nothing else runs.
+        Short interactive texts are tokenized here if this process has a tokenizer. The model runs
+        here only if the scheduler and all replicas are idle.
 
         Returns:
-            False: The ticket is to be scheduled, with its tokens where `ticket.tokens` is set.
+            Whether this method took the ticket. If False, the caller schedules the ticket, which
+            may have tokens already (`ticket.tokens`).
         """
         if not _accepts(ticket):
             return False
@@ -117,12 +125,12 @@ class InteractivePath:
         return ticket.stream.run_on_waiting_thread(work)
 
     def _embed(self, ticket: StreamTicket, tokens: TokenBatch, engine: Run, queued: float) -> None:
-        """Runs the model and finishes the ticket; schedules it if that fails."""
+        """Runs the model and finishes the ticket; schedules the ticket if the run fails."""
         if ticket.stream.closed:
             return
         started = time.monotonic()
         device = None
-        if self._running.acquire(blocking=False):  # another text may have come first
+        if self._running.acquire(blocking=False):  # another text may run by now
             try:
                 device = self._host.idle_device()
                 if device is not None:
@@ -159,10 +167,10 @@ class InteractivePath:
 
 
 def _accepts(ticket: StreamTicket) -> bool:
-    """Whether a ticket has a few short texts, and a caller that waits for them.
+    """Whether a ticket has a few short texts and is interactive.
 
-    Chunks are work for more than a moment, and parts of a text follow one from another: many,
-    perhaps, each within the one before.
+    Texts in chunks are not accepted. They may take long, and finishing one part of a text enqueues
+    the next part within the same call, perhaps many levels deep.
     """
     texts = ticket.texts
     return (

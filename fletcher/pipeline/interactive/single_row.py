@@ -1,4 +1,4 @@
-"""Columns of one row, as bytes; see `fletcher.pipeline.interactive`."""
+"""Columns of one row, built as bytes; see `fletcher.pipeline.interactive`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pyarrow as pa
 from fletcher.core.batches import EmbeddingBatch
 from fletcher.core.schema import ELEMENT_TYPES, TIMESTAMP, VectorSpec
 
-# Two offsets of utf8, and of large_utf8; int32; int64.
+# Two offsets of a utf8 array, and two of a large_utf8 array.
 _PAIR, _LARGE_PAIR = struct.Struct("<2i"), struct.Struct("<2q")
 _INT, _LONG = struct.Struct("<i"), struct.Struct("<q")
 
 
 def single_text(texts: pa.Array) -> bytes:
-    """UTF-8 bytes of an array of one text, utf8 or large_utf8 and not null."""
+    """UTF-8 bytes of the only text in an array, which is utf8 or large_utf8, not null."""
     _, offsets, data = texts.buffers()
     pair = _LARGE_PAIR if pa.types.is_large_string(texts.type) else _PAIR
     first, last = pair.unpack_from(offsets, texts.offset * pair.size // 2)
@@ -24,7 +24,7 @@ def single_text(texts: pa.Array) -> bytes:
 
 
 def is_plain(schema: pa.Schema, spec: VectorSpec) -> bool:
-    """Whether `single_row_batch` can build rows of an output schema."""
+    """Whether `single_row_batch` can build rows with this output schema."""
     plain = ["id", "vector", "timestamp", "token_count", "truncated"]
     return schema.names == plain and spec.output == "dense" and spec.dtype in ("float32", "float16")
 
@@ -32,12 +32,14 @@ def is_plain(schema: pa.Schema, spec: VectorSpec) -> bool:
 def single_row_batch(
     schema: pa.Schema, spec: VectorSpec, identifier: str, timestamp_ns: int, outcome: EmbeddingBatch
 ) -> pa.RecordBatch:
-    """Output of one text.
+    """Output batch of one text.
 
     Args:
-        schema: The output's, for which `is_plain` holds.
-        timestamp_ns: When the text was received, ns since the epoch.
-        outcome: Vector of the only text, float32 [1, dim], as asked for.
+        schema: Schema of the output, for which `is_plain` is True.
+        identifier: Value of the `id` column.
+        timestamp_ns: When the text was received, in ns since the epoch.
+        outcome: Vector of the text, float32 [1, dims], with the dimensions and norm that the
+            command asks for.
     """
     raw_id, vector = identifier.encode(), outcome.embeddings.astype(spec.dtype, copy=False)
     numbers = _array(ELEMENT_TYPES[spec.dtype], vector.tobytes(), length=vector.size)
@@ -52,9 +54,9 @@ def single_row_batch(
 
 
 def vector_lists(vectors: pa.Array) -> list[Any]:
-    """Elements of a `vector` column as Python lists.
+    """Vectors of a `vector` column as Python lists.
 
-    `to_pylist` builds a scalar for each number, which takes half a millisecond for one vector.
+    Arrow's `to_pylist` builds a scalar for each number. That takes half a millisecond a vector.
     """
     if vectors.null_count or not pa.types.is_fixed_size_list(vectors.type):
         return list(vectors.to_pylist())
